@@ -1,0 +1,67 @@
+"""`retain`: finetune a language model without it forgetting, and say how much it forgets.
+
+Public names are resolved on first use, so importing the package loads neither torch nor trl.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+try:
+    __version__ = version("retain")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+_HOMES = {
+    "ReplayConfig": "config",
+    "ReplayDataset": "replay",
+    "load_replay_dataset": "replay",
+    "ReplayMixin": "trainer",
+    "ReplayTrainer": "trainer",
+    "ReplaySFTTrainer": "trainer",
+    "ForgettingReport": "report",
+    "choose_start_token": "models",
+    "load_model": "models",
+    "load_tokenizer": "models",
+    "measure": "metrics",
+    "kl_divergence": "losses",
+    "next_token_loss": "losses",
+    "sample_replay": "sampling",
+}
+__all__ = sorted([*_HOMES, "__version__", "versions"])
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries on which a number depends."""
+    names = (
+        "retain",
+        "torch",
+        "transformers",
+        "trl",
+        "peft",
+        "accelerate",
+        "datasets",
+        "tokenizers",
+        "numpy",
+    )
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'retain' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"retain.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,8 @@
+"""`python -m retain`, and so `accelerate launch -m retain`."""
+
+import sys
+
+from retain.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What a run leaves behind as plain files, whatever tracker is used beside it.
+
+`metrics.jsonl`: every log, one object a line. `documents.jsonl`: per-document sums of each retention text at each
+evaluation, for paired intervals. `retain_config.json`: everything that was set, resolved.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from retain.replay import atomic_path, write_json
+
+METRICS_FILE = "metrics.jsonl"
+DOCUMENTS_FILE = "documents.jsonl"
+CONFIG_FILE = "retain_config.json"
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file of our own, up to a torn last line; empty where there is no file."""
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:  # the line that a killed process was writing
+                break
+    return rows
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one row and close the file, so that it outlives the process."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a finetuned model's folder tells of its run: `training`, `trajectory` and `documents` of a report.
+
+    Empty where the model was not trained with `retain`.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return {}
+    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    arguments = settings["training_arguments"]
+    names = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed")
+    training = {
+        **settings["replay"],
+        "reference": settings["reference"],
+        **{name: arguments[name] for name in names},
+    }
+    steps: dict[int, dict[str, Any]] = {}
+    for row in read_jsonl(folder / METRICS_FILE):  # one row a step: the logs of an evaluation come in two parts
+        steps.setdefault(row["step"], {}).update(row)
+    return {
+        "training": training,
+        "trajectory": [steps[step] for step in sorted(steps)],
+        "documents": read_jsonl(folder / DOCUMENTS_FILE),
+    }
+
+
+class RunFilesCallback(TrainerCallback):
+    """Write `metrics.jsonl` and `retain_config.json`; a resumed run drops the rows it is about to make again.
+
+    Args:
+        settings: what to keep in `retain_config.json` beside the training arguments.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder / METRICS_FILE, folder / DOCUMENTS_FILE):
+            kept = [row for row in read_jsonl(path) if row.get("step", 0) <= state.global_step]
+            with atomic_path(path) as temporary:
+                rows = kept if state.global_step else []
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_json(folder / CONFIG_FILE, {**self.settings, "training_arguments": args.to_dict()})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            append_jsonl(Path(args.output_dir) / METRICS_FILE, {"step": state.global_step, **logs})

@@ -1,0 +1,300 @@
+"""The command line: one verb each for sampling, finetuning, measuring, reporting, and the demo.
+
+Flags and YAML are read by `trl.TrlParser` from the dataclasses in `config.py`, beside TRL's own for `finetune`.
+Bad input ends in one line and exit code 1; set RETAIN_DEBUG=1 for the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HELP = """usage: retain VERB [--config file.yaml] [--flag value ...]
+
+Finetune a language model without it forgetting, and say how much it forgets.
+
+  sample     draw replay rows from a model's own distribution
+             retain sample --model_name_or_path M --output_dir replay/
+  finetune   TRL's SFT with replay; takes every flag of `trl sft`
+             retain finetune --config sft.yaml --replay_dataset replay/
+  measure    a tuned model against its base, with intervals
+             retain measure --base M --model out/ --retention wiki=wiki.txt --output_dir report/
+  report     one page for several measured runs, the plain one first
+             retain report --runs report-plain/ report-replay/ --output_dir both/
+  demo       the whole story on a small packaged model
+             make demo
+
+`retain VERB --help` lists a verb's flags; `retain --version` prints the version.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; return the exit code: 0, 1 for an error, 130 when interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if args else 1
+    if args[0] == "--version":
+        from retain import __version__
+
+        print(__version__)
+        return 0
+    verb, rest = args[0], args[1:]
+    if verb not in VERBS:
+        print(f"retain: no verb {verb!r}; use one of {', '.join(VERBS)}", file=sys.stderr)
+        return 1
+    # Idle threads that spin at barriers are ruinous on a shared machine; must be set before torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        VERBS[verb](rest)
+    except KeyboardInterrupt:
+        print(f"\nretain {verb}: interrupted; {RESUME[verb]}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("RETAIN_DEBUG"):
+            raise
+        print(f"retain {verb}: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line: its message's first line that says something, and its type where that is not ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[0] if lines else "no message"
+    if isinstance(error, ValueError):
+        return message
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename!r}" if error.filename else ""
+        return f"{error.strerror}{where}; check the path, its permissions and the space left"
+    return f"{type(error).__name__}: {message} (RETAIN_DEBUG=1 shows where)"
+
+
+def parse(argv: list[str], verb: str, *types: Any) -> tuple[Any, ...]:
+    """Read flags and `--config` into dataclasses.
+
+    Raises:
+        ValueError: for an unknown flag or key, or a value that does not fit.
+    """
+    import yaml
+    from trl import TrlParser
+
+    parser = TrlParser(types, prog=f"retain {verb}")
+
+    def fail(message: str) -> None:
+        raise ValueError(message)
+
+    parser.error = fail
+    try:
+        return parser.parse_args_and_config(repeated_lists(argv), fail_with_unknown_args=True)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ValueError(f"config: not YAML{where}; {getattr(error, 'problem', None) or 'check the file'}") from error
+    except IndexError as error:
+        raise ValueError("config: --config needs a file") from error
+
+
+def repeated_lists(argv: list[str]) -> list[str]:
+    """Gather `--retention a=x --retention b=y` into `--retention a=x b=y`; argparse would keep only the last."""
+    gathered: dict[str, list[str]] = {}
+    rest: list[str] = []
+    at = 0
+    while at < len(argv):
+        flag, _, value = argv[at].partition("=")
+        at += 1
+        if flag not in ("--retention", "--new_task", "--runs"):
+            rest.append(argv[at - 1])
+            continue
+        values = gathered.setdefault(flag, [])
+        if value:
+            values.append(value)
+            continue
+        while at < len(argv) and not argv[at].startswith("--"):
+            values.append(argv[at])
+            at += 1
+    for flag, values in gathered.items():
+        rest += [flag, *values]
+    return rest
+
+
+def quiet_libraries() -> None:
+    """Keep what neighbours say about themselves out of the way of what the user asked for."""
+    import warnings
+
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|trl|torch)")
+
+
+def _device() -> str:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def _load_pair(name: str, config: Any) -> tuple[Any, Any]:
+    from retain.models import load_model, load_tokenizer
+
+    options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(name, **options)
+    attention = config.attn_implementation
+    model = load_model(name, dtype=config.dtype, attn_implementation=attention, device=_device(), **options)
+    return model, tokenizer
+
+
+def _sample_with_bar(model: Any, tokenizer: Any, output_dir: str, num_rows: int, **settings: Any) -> Path:
+    from tqdm import tqdm
+
+    from retain.sampling import sample_replay
+
+    with tqdm(total=num_rows, unit="row", desc="sampling replay") as bar:
+        return sample_replay(model, tokenizer, output_dir, num_rows=num_rows, progress=bar.update, **settings)
+
+
+def sample(argv: list[str]) -> None:
+    """`retain sample`: a model → a replay dataset with provenance."""
+    from retain.config import SampleConfig
+
+    (config,) = parse(argv, "sample", SampleConfig)
+    quiet_libraries()
+    from retain.models import choose_start_token
+
+    model, tokenizer = _load_pair(config.model_name_or_path, config)
+    start = choose_start_token(tokenizer, config.start_token)
+    print(f"document start: {start}")
+    folder = _sample_with_bar(
+        model,
+        tokenizer,
+        config.output_dir,
+        config.num_rows,
+        max_length=config.max_length,
+        seed=config.seed,
+        start_token=start,
+        batch_size=config.per_device_batch_size,
+        rows_per_shard=config.rows_per_shard,
+        overwrite=config.overwrite_output_dir,
+    )
+    print(f"{config.num_rows} rows of {config.max_length} tokens in {folder}")
+
+
+def finetune(argv: list[str]) -> None:
+    """`retain finetune`: TRL's SFT with replay and retention metrics → a model or adapter."""
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+
+    from retain.config import FinetuneConfig
+
+    types = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, FinetuneConfig)
+    script_args, training_args, model_args, dataset_args, config = parse(argv, "finetune", *types)
+    quiet_libraries()
+    from retain.finetune import run_finetune
+
+    run_finetune(script_args, training_args, model_args, dataset_args, config, sampler=_sample_with_bar)
+
+
+def measure(argv: list[str]) -> None:
+    """`retain measure`: base and tuned model → report.json, report.md, report.html."""
+    from retain.config import MeasureConfig
+
+    (config,) = parse(argv, "measure", MeasureConfig)
+    quiet_libraries()
+    from retain.callbacks import read_run
+    from retain.data import named_sources, read_rows, row_text
+    from retain.metrics import default_prompts
+    from retain.metrics import measure as measure_models
+    from retain.models import load_model, tokenizer_of_tuned
+    from retain.replay import load_texts
+
+    retention, new_task = (
+        named_sources(config.retention, "retention"),
+        named_sources(config.new_task, "new_task"),
+    )
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    base, tokenizer = _load_pair(config.base, config)
+    texts = {
+        kind: {name: load_texts(source, tokenizer, config.max_documents) for name, source in sources.items()}
+        for kind, sources in (("retention", retention), ("new_task", new_task))
+    }
+    if config.prompts:
+        prompts = [row_text(row, tokenizer) for row in read_rows(config.prompts)]
+    else:
+        prompts = default_prompts({**texts["new_task"], **texts["retention"]}, tokenizer)
+    tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
+    tuned = load_model(
+        config.model,
+        dtype=base.dtype,
+        attn_implementation=base.config._attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        device=base.device,
+    )
+    report = measure_models(
+        base,
+        tuned,
+        texts["retention"],
+        tokenizer=tokenizer,
+        new_task=texts["new_task"],
+        prompts=prompts,
+        name=Path(config.model).name,
+        start_token=config.start_token,
+        max_length=config.max_length,
+        batch_tokens=config.batch_tokens,
+        max_new_tokens=config.max_new_tokens,
+        num_resamples=config.num_resamples,
+        seed=config.seed,
+        progress=lambda stage: print(f"{stage} …", flush=True),
+    )
+    report.data.update(read_run(Path(config.model)))
+    report.write(config.output_dir)
+    print(report.summary())
+    print(f"\nreport: {Path(config.output_dir) / 'report.html'}")
+
+
+def report(argv: list[str]) -> None:
+    """`retain report`: several measured runs → one page, compared at matched new-task loss."""
+    from retain.config import ReportConfig
+
+    (config,) = parse(argv, "report", ReportConfig)
+    from retain.report import ForgettingReport, comparison_summary, write_comparison
+
+    runs = []
+    for folder in config.runs:
+        path = Path(folder) / "report.json" if Path(folder).is_dir() else Path(folder)
+        runs.append(ForgettingReport.from_json(path).data)
+    write_comparison(config.output_dir, runs, title=config.title)
+    print(comparison_summary(runs))
+    print(f"\nreport: {Path(config.output_dir) / 'report.html'}")
+
+
+def demo(argv: list[str]) -> None:
+    """`retain demo`: sample, finetune plain and with replay, measure, report."""
+    from retain.config import DemoConfig
+
+    (config,) = parse(argv, "demo", DemoConfig)
+    quiet_libraries()
+    from retain.demo import run_demo
+
+    run_demo(config, sampler=_sample_with_bar)
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "sample": sample,
+    "finetune": finetune,
+    "measure": measure,
+    "report": report,
+    "demo": demo,
+}
+RESUME = {
+    "sample": "the same command goes on where it stopped",
+    "finetune": "the same command with --resume_from_checkpoint true goes on from the last checkpoint",
+    "measure": "nothing was written; run it again",
+    "report": "nothing was written; run it again",
+    "demo": "finished stages are kept; run it again",
+}

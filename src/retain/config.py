@@ -1,0 +1,250 @@
+"""Every setting of `retain`, described once: dataclasses whose fields carry their own help.
+
+The command line and YAML files are read from these fields (through `trl.TrlParser`, beside TRL's own),
+and the library takes the same objects, so a value is checked in one place whichever way it came in.
+Only the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+ReplayObjective = Literal["kl", "ntp", "replace", "kl_new"]
+ReplayReference = Literal["auto", "adapter", "copy"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DemoSize = Literal["small", "medium", "large"]
+
+
+def _say(text: str) -> dict[str, Any]:
+    return {"help": text}
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raise a `ValueError` unless `value` is one of the values of the `Literal` type `choices`."""
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r} is not known; use one of {', '.join(map(repr, allowed))}")
+
+
+def check_number(name: str, value: object, *, low: float, high: float = math.inf, integer: bool = False) -> None:
+    """Raise a `ValueError` unless `low` ≤ `value` ≤ `high`, finite, and whole where `integer`."""
+    kind = "a whole number" if integer else "a number"
+    good = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type,operator]
+        limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+        raise ValueError(f"{name}: {value!r} does not fit; use {kind} {limits}")
+
+
+@dataclass(kw_only=True)
+class ReplayConfig:
+    """How replay protects a finetune. `papers.md`, section A; docs/replay.md has the formulas."""
+
+    replay_objective: ReplayObjective = field(
+        default="kl",
+        metadata=_say(
+            "kl: KL(base || model) on replay rows. ntp: next-token loss on replay rows. replace: a share of each "
+            "batch is replay rows, no extra term. kl_new: KL(base || model) on the new rows, needs no replay rows."
+        ),
+    )
+    replay_coef: float = field(
+        default=1.0,
+        metadata=_say("Weight of the replay term beside the new-task loss. 0 switches protection off."),
+    )
+    per_device_replay_batch_size: int | None = field(
+        default=None,
+        metadata=_say(
+            "Replay rows per device and micro-batch. Default: a quarter of per_device_train_batch_size, at least 1."
+        ),
+    )
+    replay_share: float = field(
+        default=0.25,
+        metadata=_say("For replay_objective replace: the share of each batch that becomes replay rows."),
+    )
+    replay_max_length: int | None = field(
+        default=None,
+        metadata=_say(
+            "Tokens per replay row where rows are still to be made (replay_dataset self, or real text). "
+            "Default: the trainer's max_length, or 512. Rows sampled earlier keep their length."
+        ),
+    )
+    replay_reference: ReplayReference = field(
+        default="auto",
+        metadata=_say(
+            "Where the base's predictions come from. adapter: the model with its adapter switched off. "
+            "copy: a frozen copy. auto: adapter where there is one, else copy."
+        ),
+    )
+    allow_off_policy_replay: bool = field(
+        default=False,
+        metadata=_say("Accept a replay dataset that another model or tokenizer wrote (the log then says so)."),
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("replay_objective", self.replay_objective, ReplayObjective)
+        check_choice("replay_reference", self.replay_reference, ReplayReference)
+        check_number("replay_coef", self.replay_coef, low=0)
+        check_number("replay_share", self.replay_share, low=0, high=1)
+        for name in ("per_device_replay_batch_size", "replay_max_length"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=1 if "batch" in name else 2, integer=True)
+        if self.replay_objective == "replace" and not 0 < self.replay_share < 1:
+            raise ValueError(
+                f"replay_share: {self.replay_share} leaves a batch with no replay or no new rows; use a share between"
+            )
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(ReplayConfig):
+    """What `retain finetune` takes beside the flags of `trl sft`."""
+
+    replay_dataset: str | None = field(
+        default=None,
+        metadata=_say(
+            "Replay rows: a folder that `retain sample` wrote, a JSONL, text or Parquet file of real text, or "
+            "'self' to sample from the model first."
+        ),
+    )
+    replay_num_rows: int = field(
+        default=256, metadata=_say("With replay_dataset self: how many rows to sample before training.")
+    )
+    start_token: str | None = field(
+        default=None,
+        metadata=_say("The token that starts a document in pretraining, as text or id. Default: chosen and shown."),
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata=_say("Held-out rows of the new task: a file or Hub id. Default: the dataset's test split."),
+    )
+    retention: list[str] = field(
+        default_factory=list,
+        metadata=_say("Texts on which forgetting is measured, each as name=file; may be given several times."),
+    )
+    retention_max_documents: int = field(
+        default=64, metadata=_say("Documents of each retention text that are measured during training.")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("replay_num_rows", self.replay_num_rows, low=1, integer=True)
+        check_number("retention_max_documents", self.retention_max_documents, low=1, integer=True)
+
+
+@dataclass(kw_only=True)
+class ModelLoadConfig:
+    """How a model is loaded; the names are TRL's."""
+
+    dtype: Dtype = field(
+        default="auto",
+        metadata=_say("Weights' dtype. auto: the checkpoint's own on a GPU, float32 on a CPU."),
+    )
+    attn_implementation: str | None = field(default=None, metadata=_say("Attention kernel, e.g. sdpa or eager."))
+    model_revision: str = field(default="main", metadata=_say("Branch, tag or commit on the Hub."))
+    trust_remote_code: bool = field(default=False, metadata=_say("Allow model code from the Hub to run."))
+    start_token: str | None = field(
+        default=None,
+        metadata=_say("The token that starts a document in pretraining, as text or id. Default: chosen and shown."),
+    )
+    seed: int = field(default=0, metadata=_say("Seed of everything random here."))
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, Dtype)
+        check_number("seed", self.seed, low=0, high=2**63 - 1, integer=True)
+
+
+@dataclass(kw_only=True)
+class SampleConfig(ModelLoadConfig):
+    """`retain sample`: draw replay rows from a model's own distribution."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata=_say("Hub id, folder, GGUF file, or package:NAME for a package that ships a GGUF file."),
+    )
+    output_dir: str | None = field(default=None, metadata=_say("Folder for the replay dataset."))
+    num_rows: int = field(default=256, metadata=_say("Rows to draw."))
+    max_length: int = field(default=512, metadata=_say("Tokens per row, the start token included."))
+    per_device_batch_size: int = field(default=32, metadata=_say("Rows drawn together."))
+    rows_per_shard: int = field(default=256, metadata=_say("Rows per Parquet file; a killed run loses at most one."))
+    overwrite_output_dir: bool = field(default=False, metadata=_say("Delete another dataset found in output_dir."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("model_name_or_path", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: missing; give --{name}")
+        check_number("num_rows", self.num_rows, low=1, integer=True)
+        check_number("max_length", self.max_length, low=2, integer=True)
+        check_number("per_device_batch_size", self.per_device_batch_size, low=1, integer=True)
+        check_number("rows_per_shard", self.rows_per_shard, low=1, integer=True)
+
+
+@dataclass(kw_only=True)
+class MeasureConfig(ModelLoadConfig):
+    """`retain measure`: how much a tuned model forgot of its base."""
+
+    base: str | None = field(default=None, metadata=_say("The model before finetuning."))
+    model: str | None = field(default=None, metadata=_say("The model after finetuning: a model or an adapter folder."))
+    retention: list[str] = field(
+        default_factory=list,
+        metadata=_say("Texts on which forgetting is measured, each as name=file; may be given several times."),
+    )
+    new_task: list[str] = field(
+        default_factory=list,
+        metadata=_say("Held-out texts of the new task, each as name=file: shows the gain."),
+    )
+    prompts: str | None = field(
+        default=None,
+        metadata=_say("File of prompts (rows as in training data) to continue with both models."),
+    )
+    max_new_tokens: int = field(default=48, metadata=_say("Tokens of each continuation."))
+    output_dir: str | None = field(default=None, metadata=_say("Folder for report.json, report.md and report.html."))
+    max_length: int = field(default=512, metadata=_say("Longest window, the start token included."))
+    max_documents: int | None = field(default=None, metadata=_say("Use only the first so many documents of each text."))
+    batch_tokens: int = field(default=2048, metadata=_say("Tokens per forward pass."))
+    num_resamples: int = field(default=2000, metadata=_say("Bootstrap resamples over documents."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("base", "model", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: missing; give --{name}")
+        if not self.retention:
+            raise ValueError("retention: missing; give at least one text as --retention name=file")
+        check_number("max_length", self.max_length, low=2, integer=True)
+        check_number("batch_tokens", self.batch_tokens, low=1, integer=True)
+        check_number("num_resamples", self.num_resamples, low=100, integer=True)
+        check_number("max_new_tokens", self.max_new_tokens, low=1, integer=True)
+        if self.max_documents is not None:
+            check_number("max_documents", self.max_documents, low=1, integer=True)
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """`retain report`: one page for several runs of the same base."""
+
+    runs: list[str] = field(
+        default_factory=list, metadata=_say("Folders that `retain measure` wrote, the plain run first.")
+    )
+    output_dir: str | None = field(default=None, metadata=_say("Folder for report.json, report.md and report.html."))
+    title: str = field(default="Forgetting report", metadata=_say("Title of the page."))
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs: missing; give at least one folder as --runs DIR")
+        if not self.output_dir:
+            raise ValueError("output_dir: missing; give --output_dir")
+
+
+@dataclass(kw_only=True)
+class DemoConfig:
+    """`retain demo`: the whole story on a packaged model and real Verilog."""
+
+    output_dir: str = field(default="demo", metadata=_say("Folder for everything the demo makes."))
+    data_dir: str = field(default=".cache/wheels", metadata=_say("Folder with the downloaded packages (make demo)."))
+    size: DemoSize = field(default="small", metadata=_say("small: minutes on two cores. medium, large: for a GPU."))
+    seed: int = field(default=0, metadata=_say("Seed of everything random here."))
+
+    def __post_init__(self) -> None:
+        check_choice("size", self.size, DemoSize)
+        check_number("seed", self.seed, low=0, high=2**63 - 1, integer=True)

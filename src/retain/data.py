@@ -1,0 +1,197 @@
+"""Rows in, token windows out: text, messages or prompt/completion rows from a file or the Hub.
+
+A document is cut into windows of at most `max_length` tokens, each opened by the document start token, which is
+context only. Documents never share a window, so none attends to another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+
+
+def is_local_file(source: str) -> bool:
+    """Whether `source` names an existing file rather than a folder or a Hub id."""
+    return Path(source).expanduser().is_file()
+
+
+def read_rows(source: str, split: str = "train") -> Dataset:
+    """Read rows from a JSONL, JSON, Parquet, CSV or text file, or from the Hub.
+
+    In a text file, blank lines separate documents. JSONL and Parquet rows carry `text`, `messages`, or `prompt`
+    and `completion`.
+
+    Raises:
+        ValueError: one line naming the file and, for JSONL, the line.
+    """
+    from datasets import Dataset, load_dataset
+
+    path = Path(source).expanduser()
+    if not path.is_file():
+        if path.suffix in (".jsonl", ".json", ".parquet", ".csv", *TEXT_SUFFIXES) or source.startswith((".", "/", "~")):
+            raise ValueError(f"data: no file {source!r}; check the path")
+        try:
+            return load_dataset(source, split=split)
+        except Exception as error:  # the Hub's client raises many kinds
+            raise ValueError(f"data: cannot load {source!r} from the Hub; {first_line(error)}") from error
+    if path.suffix in (".parquet", ".csv"):
+        return _read_table(path)
+    if path.suffix not in (".jsonl", ".json", *TEXT_SUFFIXES):
+        raise ValueError(f"data: {source!r} has an unknown ending; use .jsonl, .json, .parquet, .csv or .txt")
+    rows = list(_read_json(path) if path.suffix in (".jsonl", ".json") else _read_text(path))
+    if not rows:
+        raise ValueError(f"data: {source!r} is empty; give a file with at least one row")
+    try:
+        return Dataset.from_list(rows)
+    except Exception as error:  # pyarrow's many ways of saying that the rows do not share one schema
+        raise ValueError(f"data: the rows of {source!r} do not share one schema; {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {str(path)!r} is not UTF-8 at byte {error.start}; convert it") from error
+
+
+def _read_text(path: Path) -> Iterator[dict[str, str]]:
+    lines: list[str] = []
+    for line in [*_decoded(path).splitlines(), ""]:
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            yield {"text": "\n".join(lines)}
+            lines = []
+
+
+def _read_json(path: Path) -> Iterator[dict[str, Any]]:
+    text = _decoded(path)
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            yield from json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"data: {str(path)!r} is not JSON; {first_line(error)}") from error
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"data: {str(path)!r} line {number} is not JSON; {first_line(error)}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"data: {str(path)!r} line {number} is not an object; write one {{...}} per line")
+        yield row
+
+
+def _read_table(path: Path) -> Dataset:
+    from datasets import Dataset
+    from pyarrow import csv, parquet
+
+    try:
+        table = parquet.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path)
+    except Exception as error:  # pyarrow raises ArrowInvalid, OSError and others on broken files
+        raise ValueError(f"data: cannot read {str(path)!r}; {first_line(error)}") from error
+    if not table.num_rows:
+        raise ValueError(f"data: {str(path)!r} is empty; give a file with at least one row")
+    return Dataset(table)
+
+
+def row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a row: `text`, `messages` through the chat template, or `prompt` and `completion`.
+
+    Raises:
+        ValueError: if the row has none of these, or they are of the wrong type.
+    """
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    if isinstance(row.get("messages"), list):
+        return _chat(row["messages"], tokenizer)
+    prompt, completion = row.get("prompt"), row.get("completion", "")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt + completion
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _chat(prompt + completion, tokenizer)
+    raise ValueError(f"data: a row has {sorted(row)}; it needs text, messages, or prompt and completion")
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("data: rows of messages need a chat template and this tokenizer has none; give text rows")
+    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document as token windows, each opened by the start token, and the bytes of the text in them."""
+
+    windows: list[list[int]]
+    num_bytes: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Predicted tokens: every token but the first of each window."""
+        return sum(len(window) - 1 for window in self.windows)
+
+
+def tokenize_documents(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    start_id: int,
+    max_length: int,
+    *,
+    max_windows: int | None = None,
+) -> list[Document]:
+    """Cut each text into windows of at most `max_length` tokens, start token included.
+
+    Texts of no token are left out; windows of a lone token are kept (one prediction).
+
+    Args:
+        max_windows: keep only so many windows of each document, from its beginning.
+    """
+    step = max_length - 1
+    documents = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        windows = [[start_id, *ids[at : at + step]] for at in range(0, len(ids), step)][:max_windows]
+        if windows:
+            kept = sum(len(window) - 1 for window in windows)
+            whole = text if kept == len(ids) else tokenizer.decode(ids[:kept])
+            documents.append(Document(windows, len(whole.encode("utf-8", "replace"))))
+    return documents
+
+
+def token_documents(rows: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+    """Rows of token ids that already begin with their start token, one document each."""
+    return [Document([list(row)], len(tokenizer.decode(row[1:]).encode("utf-8", "replace"))) for row in rows]
+
+
+def named_sources(specs: Iterable[str], field: str) -> dict[str, str]:
+    """Parse `name=path` specifications.
+
+    Raises:
+        ValueError: if one has no name or path, or a name comes twice.
+    """
+    sources: dict[str, str] = {}
+    for spec in specs:
+        name, found, path = spec.partition("=")
+        if not (found and name.strip() and path.strip()):
+            raise ValueError(f"{field}: {spec!r} is not name=file; write e.g. {field}=wiki=wiki.txt")
+        if name in sources:
+            raise ValueError(f"{field}: the name {name!r} comes twice; give each text its own name")
+        sources[name] = path
+    return sources

@@ -1,0 +1,151 @@
+"""`retain finetune`: what `trl sft` does, with replay. A config written for `trl sft` works unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trl import get_dataset, get_peft_config, get_quantization_config
+
+from retain.config import FinetuneConfig
+from retain.data import first_line, is_local_file, named_sources, read_rows
+from retain.models import choose_start_token, load_model, load_tokenizer, resolve_model_path
+from retain.replay import load_texts
+from retain.trainer import ReplaySFTTrainer
+
+
+def run_finetune(
+    script_args: Any,
+    training_args: Any,
+    model_args: Any,
+    dataset_args: Any,
+    config: FinetuneConfig,
+    *,
+    sampler: Callable[..., Path],
+) -> ReplaySFTTrainer:
+    """Finetune and save; the dataclasses are TRL's, and `config` is ours.
+
+    Args:
+        sampler: draws the replay rows for `replay_dataset` "self" (`sample_replay` with a progress bar).
+
+    Raises:
+        ValueError: one line, before anything is written, for input that cannot work.
+    """
+    if not model_args.model_name_or_path:
+        raise ValueError("model_name_or_path: missing; give --model_name_or_path")
+    sources = named_sources(config.retention, "retention")
+    train_dataset, eval_dataset = new_rows(script_args, dataset_args, training_args, config)
+    name = resolve_model_path(model_args.model_name_or_path)
+    options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    tokenizer = load_tokenizer(name, **options)
+    retention = {text: load_texts(path, tokenizer, config.retention_max_documents) for text, path in sources.items()}
+    say = print if training_args.process_index == 0 else lambda *parts: None
+    say(f"document start: {choose_start_token(tokenizer, config.start_token)}")
+    replay = config.replay_dataset
+    if replay == "self":
+        with training_args.main_process_first(local=False, desc="sampling replay"):
+            replay = _sample_own(name, tokenizer, training_args, config, options, sampler)
+    training_args.model_init_kwargs = {
+        **options,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = ReplaySFTTrainer(
+        model=name,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        replay_config=config,
+        replay_dataset=replay,
+        retention_datasets=retention,
+        start_token=config.start_token,
+    )
+    for line in trainer.protection():
+        say(line)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.evaluate_retention()
+    trainer.save_model(training_args.output_dir)
+    trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=script_args.dataset_name)
+    say(f"model: {training_args.output_dir}")
+    for line in trainer.retention_lines():
+        say(line)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+    return trainer
+
+
+def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: FinetuneConfig) -> tuple[Any, Any]:
+    """Training and evaluation rows of the new task: as `trl sft` reads them, or from a local file."""
+    name, evaluate = script_args.dataset_name, training_args.eval_strategy != "no"
+    if dataset_args.datasets:
+        dataset = get_dataset(dataset_args)
+    elif not name:
+        raise ValueError("dataset_name: missing; give --dataset_name FILE or a Hub id")
+    elif is_local_file(name):
+        dataset = {script_args.dataset_train_split: read_rows(name)}
+    else:
+        dataset = _from_hub(script_args)
+    split = script_args.dataset_train_split
+    if split not in dataset:
+        raise ValueError(f"dataset_train_split: {split!r} is not in {name!r}, which has {', '.join(dataset)}")
+    if config.eval_dataset_name:
+        return dataset[split], read_rows(config.eval_dataset_name, split=script_args.dataset_test_split)
+    if evaluate and script_args.dataset_test_split not in dataset:
+        raise ValueError(
+            f"eval_strategy: {str(training_args.eval_strategy.value)!r}, but {name!r} has no split "
+            f"{script_args.dataset_test_split!r}; give --eval_dataset_name FILE, or eval_strategy no"
+        )
+    return dataset[split], dataset[script_args.dataset_test_split] if evaluate else None
+
+
+def _from_hub(script_args: Any) -> Any:
+    from datasets import load_dataset
+
+    name = script_args.dataset_name
+    try:
+        return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+    except Exception as error:  # the Hub's client raises many kinds
+        raise ValueError(f"dataset_name: cannot load {name!r}; check the path or id: {first_line(error)}") from error
+
+
+def _sample_own(
+    name: str,
+    tokenizer: Any,
+    training_args: Any,
+    config: FinetuneConfig,
+    options: dict[str, Any],
+    sampler: Any,
+) -> str:
+    folder = Path(training_args.output_dir) / "replay"
+    if training_args.process_index == 0:
+        sampler(
+            load_model(name, dtype="auto", device=training_args.device, **options),
+            tokenizer,
+            str(folder),
+            config.replay_num_rows,
+            max_length=config.replay_max_length or training_args.max_length or 512,
+            seed=training_args.seed,
+            start_token=choose_start_token(tokenizer, config.start_token),
+        )
+    return str(folder)
+
+
+def checkpoint_to_resume(training_args: Any) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` means: a path, or for "true" the last one written whole.
+
+    A killed process may leave a checkpoint half-written; `trainer_state.json` is the last file to be written.
+    """
+    asked = training_args.resume_from_checkpoint
+    if not asked or str(asked).lower() == "false":
+        return None
+    if str(asked).lower() != "true":
+        if not (Path(asked) / "trainer_state.json").exists():
+            raise ValueError(f"resume_from_checkpoint: {asked!r} is not a whole checkpoint; give a checkpoint-N folder")
+        return str(asked)
+    found = [path.parent for path in Path(training_args.output_dir).glob("checkpoint-*/trainer_state.json")]
+    return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None

@@ -1,0 +1,118 @@
+"""The frozen base: the model with its adapter switched off, or a copy taken before any trainer touched it.
+
+That the reference *is* the base is not assumed but shown: its logits on probe tokens must be those of the model
+as it was handed over. Adapters whose initialisation rewrites the base weights (PiSSA, OLoRA, CorDA), adapters that
+were trained or merged before, and a copy that shares a patched forward are so found before the first step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+PROBE_SHAPE = (2, 16)
+# Largest difference of log-probabilities, relative to their spread, that kernels and devices may cause.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout and every other training-time noise off; each module's own mode comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def probe_tokens(vocab_size: int) -> Int[Tensor, "rows length"]:
+    """The same few token ids every time, spread over the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, PROBE_SHAPE, generator=generator)
+
+
+@torch.no_grad()
+def probe(model: Any) -> Float[Tensor, "rows length vocab"]:
+    """A model's log-probabilities on the probe tokens, without dropout, on the CPU in float32."""
+    tokens = probe_tokens(model.get_input_embeddings().weight.shape[0]).to(model.device)
+    with evaluation_mode(model):
+        return torch.log_softmax(model(input_ids=tokens, use_cache=False).logits.float(), dim=-1).cpu()
+
+
+class Reference:
+    """Predictions of the frozen base.
+
+    Args:
+        ref_model: a frozen copy; None to switch off the adapter of the model being trained.
+    """
+
+    def __init__(self, ref_model: nn.Module | None = None) -> None:
+        self.ref_model = ref_model
+
+    @classmethod
+    def copy_of(cls, model: nn.Module) -> Reference:
+        """Freeze a copy of `model` as it is now. Take it before a trainer patches the model's forward."""
+        return cls(copy.deepcopy(model).eval().requires_grad_(False))
+
+    @property
+    def kind(self) -> str:
+        return "adapter" if self.ref_model is None else "copy"
+
+    def to(self, device: torch.device) -> None:
+        """Move a copy to the device of the model being trained."""
+        if self.ref_model is not None:
+            self.ref_model.to(device)
+
+    @contextmanager
+    def base(self, model: Any, unwrapped: Any, autocast: Any = nullcontext) -> Iterator[Any]:
+        """The base as a callable, in evaluation mode and without gradient, while the context lasts.
+
+        Args:
+            model: the model as the trainer calls it, wrapped or not.
+            unwrapped: the PEFT model inside.
+            autocast: makes the context in which a copy must run to use the dtype of the model being trained.
+        """
+        with torch.no_grad():
+            if self.ref_model is not None:
+                with autocast():
+                    yield self.ref_model
+                return
+            with evaluation_mode(unwrapped), unwrapped.disable_adapter():
+                yield model
+
+    def prove(self, model: Any, base_probe: Float[Tensor, "rows length vocab"]) -> None:
+        """Show that the reference gives the base's predictions.
+
+        Raises:
+            ValueError: if it does not, with the remedy.
+        """
+        with self.base(model, model) as base:
+            found = probe(base)
+        if found.shape != base_probe.shape:
+            raise ValueError(
+                f"replay_reference: the vocabulary grew from {base_probe.shape[-1]} to {found.shape[-1]} tokens, so "
+                "base and model cannot be compared; add tokens to the model first, then sample and finetune"
+            )
+        difference = float((found - base_probe).abs().max() / base_probe.std())
+        if difference > TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16]):
+            raise ValueError(
+                f"replay_reference: {self.kind!r} is not the base (log-probabilities differ by {difference:.2g} of "
+                f"their spread): {_why(model)}; use replay_reference copy, or an adapter that leaves the base as it is"
+            )
+
+
+def _why(model: Any) -> str:
+    configs = getattr(model, "peft_config", {})
+    for config in configs.values():
+        init = getattr(config, "init_lora_weights", True)
+        if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "milora", "loftq")):
+            return f"init_lora_weights={init!r} rewrites the base's weights"
+    return "the adapter already held something other than the identity when it was handed over"

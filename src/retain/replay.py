@@ -1,0 +1,259 @@
+"""The replay dataset: Parquet shards of token ids and a manifest that says which model wrote them, and how.
+
+Shards and manifest are written whole or not at all, so a killed job resumes without repeating or losing a row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from retain.data import Document, read_rows, row_text, token_documents, tokenize_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MANIFEST = "manifest.json"
+SCHEMA = "retain.replay/1"
+# What may differ between the run that began a dataset and the one that resumes it.
+NOT_COMPARED = ("created", "versions")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, fsynced and renamed over it on success, removed on failure."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class ReplayDataset:
+    """Replay rows in memory: token ids of all rows in one array, `offsets` of shape (rows + 1,).
+
+    `manifest` is None for real text.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    source: str
+    manifest: dict[str, Any] | None = None
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Any], source: str, manifest: dict[str, Any] | None = None) -> ReplayDataset:
+        """Gather rows of token ids, each beginning with its start token."""
+        lengths = [len(row) for row in rows]
+        tokens = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
+        return cls(tokens, np.concatenate([[0], np.cumsum(lengths)]), source, manifest)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def num_predictions(self) -> np.ndarray:
+        """Predicted tokens of each row, shape (rows,): one less than its length."""
+        return np.diff(self.offsets) - 1
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`input_ids` of the named rows, shape (rows, longest row); where lengths differ, an `attention_mask` too."""
+        rows = [self[int(index)] for index in indices]
+        width = max(len(row) for row in rows)
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for at, row in enumerate(rows):
+            input_ids[at, : len(row)] = torch.from_numpy(row.astype(np.int64))
+            mask[at, : len(row)] = 1
+        return {"input_ids": input_ids} if bool(mask.all()) else {"input_ids": input_ids, "attention_mask": mask}
+
+
+def replay_indices(step: int, rows_per_step: int, num_rows: int, seed: int) -> np.ndarray:
+    """Rows of optimizer step `step`: a fresh permutation each pass, a pure function of its arguments.
+
+    So a resumed run continues the stream where it stopped, however the step is split over micro-batches.
+    """
+    positions = np.arange(step * rows_per_step, (step + 1) * rows_per_step)
+    return np.array([_permutation(num_rows, seed, p // num_rows)[p % num_rows] for p in positions], dtype=np.int64)
+
+
+def replace_rows(new: dict[str, Any], replay: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The batch with its last rows replaced by replay rows, padded to the longer of the two; labels mask padding."""
+    if "labels" not in new or "attention_mask" not in new:
+        raise ValueError(
+            "replay_objective: 'replace' needs padded batches with labels and attention_mask; set packing false, or "
+            "use 'kl' or 'ntp'"
+        )
+    count = min(len(replay["input_ids"]), len(new["input_ids"]) - 1)
+    width = max(new["input_ids"].shape[1], replay["input_ids"].shape[1])
+
+    def joined(name: str, old: torch.Tensor, fill: int) -> torch.Tensor:
+        parts = [new[name][: len(new[name]) - count], old[:count].to(new[name].device)]
+        return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
+
+    mask = replay.get("attention_mask", torch.ones_like(replay["input_ids"]))
+    labels = replay["input_ids"].masked_fill(mask == 0, -100)
+    return {
+        "input_ids": joined("input_ids", replay["input_ids"], 0),
+        "attention_mask": joined("attention_mask", mask, 0),
+        "labels": joined("labels", labels, -100),
+    }
+
+
+@lru_cache(maxsize=4)
+def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check a replay dataset's manifest.
+
+    Raises:
+        ValueError: if it is missing, malformed, or of another version.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"replay_dataset: {str(folder)!r} has no {MANIFEST}; make it with `retain sample`") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"replay_dataset: {str(folder / MANIFEST)!r} is damaged; sample again: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ValueError(f"replay_dataset: {str(folder)!r} has schema {found!r}, not {SCHEMA!r}; sample again")
+    return manifest
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.parquet"
+
+
+def write_shard(folder: Path, shard: int, first_row: int, rows: np.ndarray) -> None:
+    """Write token rows of shape (rows, length) as one Parquet file with columns `row` and `input_ids`."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table(
+        {
+            "row": pa.array(range(first_row, first_row + len(rows)), pa.int64()),
+            "input_ids": pa.array(list(rows), pa.list_(pa.int32())),
+        }
+    )
+    with atomic_path(shard_path(folder, shard)) as temporary:
+        parquet.write_table(table, temporary)
+
+
+def _read_shard(path: Path) -> list[np.ndarray]:
+    from pyarrow import parquet
+
+    try:
+        return [np.asarray(row, dtype=np.int32) for row in parquet.read_table(path)["input_ids"].to_numpy()]
+    except Exception as error:  # pyarrow's many ways of saying that a file is not what it should be
+        raise ValueError(
+            f"replay_dataset: {str(path)!r} is damaged; delete it and run the same `retain sample`"
+        ) from error
+
+
+def load_self_generated(folder: Path) -> ReplayDataset:
+    """Load a folder that `retain sample` finished.
+
+    Raises:
+        ValueError: if it is unfinished, damaged, or of another version.
+    """
+    manifest = read_manifest(folder)
+    paths = [shard_path(folder, shard) for shard in range(-(-manifest["num_rows"] // manifest["rows_per_shard"]))]
+    rows = [row for path in paths if path.exists() for row in _read_shard(path)]
+    if len(rows) != manifest["num_rows"]:
+        raise ValueError(
+            f"replay_dataset: {str(folder)!r} holds {len(rows)} of {manifest['num_rows']} rows; "
+            "finish it with the same `retain sample` command"
+        )
+    return ReplayDataset.from_rows(rows, str(folder), manifest)
+
+
+def load_replay_dataset(
+    source: str, tokenizer: PreTrainedTokenizerBase, start_id: int, max_length: int
+) -> ReplayDataset:
+    """Load self-generated rows from a folder, or real text from a file or the Hub, cut into rows of `max_length`.
+
+    Raises:
+        ValueError: one line naming the source and what is wrong with it.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return load_self_generated(folder)
+    texts = [row_text(row, tokenizer) for row in read_rows(source)]
+    documents = tokenize_documents(texts, tokenizer, start_id, max_length)
+    if not documents:
+        raise ValueError(f"replay_dataset: {source!r} has no text; give rows with at least one token")
+    return ReplayDataset.from_rows([window for document in documents for window in document.windows], source)
+
+
+def load_texts(
+    source: str, tokenizer: PreTrainedTokenizerBase, max_documents: int | None = None
+) -> list[str] | list[Document]:
+    """Texts of a file or Hub dataset, or the rows of a folder that `retain sample` wrote, one document each.
+
+    Raises:
+        ValueError: one line naming the source and what is wrong with it.
+    """
+    if (Path(source) / "manifest.json").is_file():
+        rows = load_self_generated(Path(source))
+        count = len(rows) if max_documents is None else min(max_documents, len(rows))
+        return token_documents([rows[index].tolist() for index in range(count)], tokenizer)
+    table = read_rows(source)
+    count = table.num_rows if max_documents is None else min(max_documents, table.num_rows)
+    return [row_text(table[index], tokenizer) for index in range(count)]
+
+
+def verify_replay(
+    manifest: dict[str, Any], *, model_fingerprint: str, tokenizer_fingerprint: str, allow_off_policy: bool
+) -> str | None:
+    """Refuse replay rows that another model or tokenizer wrote.
+
+    Returns:
+        None when the rows are the base's own; a warning when they are not and `allow_off_policy` accepts that.
+
+    Raises:
+        ValueError: naming what differs; always for another tokenizer, whose ids mean other text.
+    """
+    if manifest["tokenizer_fingerprint"] != tokenizer_fingerprint:
+        raise ValueError(
+            f"replay_dataset: it was written with the tokenizer of {manifest['model']!r} (fingerprint "
+            f"{manifest['tokenizer_fingerprint']}), this model's is {tokenizer_fingerprint}: the token ids mean "
+            "other text; sample from this model"
+        )
+    if manifest["model_fingerprint"] == model_fingerprint:
+        return None
+    what = (
+        f"it was sampled from {manifest['model']!r} (weights {manifest['model_fingerprint']}), "
+        f"not from this model (weights {model_fingerprint})"
+    )
+    if not allow_off_policy:
+        raise ValueError(f"replay_dataset: {what}; sample from this model, or set allow_off_policy_replay")
+    return f"off-policy replay: {what}"

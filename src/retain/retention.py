@@ -1,0 +1,129 @@
+"""Retention metrics inside a trainer: forgetting on held-out texts at every evaluation, and in the model card."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import Trainer
+
+from retain import versions
+from retain.callbacks import DOCUMENTS_FILE, append_jsonl
+from retain.config import ReplayConfig
+from retain.data import Document
+from retain.metrics import DocumentSums, document_sums, summarize
+from retain.reference import Reference
+from retain.replay import atomic_path
+from retain.report import model_card_section
+
+if TYPE_CHECKING:  # what the mixin stands on; at run time the host class comes after it
+    Host = Trainer
+else:
+    Host = object
+
+LOGGED_METRICS = ("loss", "forgetting", "ref_kl", "ref_agreement")
+
+
+def logits_at(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Logits at the input's own positions: prompt tuning puts virtual tokens before them."""
+    return model(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :]
+
+
+class RetentionMixin(Host):
+    """Measure the model being trained against its frozen base on named texts.
+
+    `retention_documents` (name → documents) and `reference` are set by the class that mixes this in.
+    """
+
+    replay_config: ReplayConfig
+    reference: Reference | None
+    retention_documents: dict[str, list[Document]]
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._retention_step: int | None = None
+        self._retention_logs: dict[str, float] = {}
+        self._retention_table: dict[str, Any] = {}
+        super().__init__(**kwargs)
+
+    def ref_logits(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """The base's logits, without gradient or dropout, shape (rows, length, vocab)."""
+        assert self.reference is not None
+        unwrapped = self.accelerator.unwrap_model(model)
+        with self.reference.base(model, unwrapped, self.accelerator.autocast) as base:
+            return logits_at(base, inputs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The host's evaluation and, once a step, forgetting on every retention text."""
+        metrics = super().evaluate(*args, **kwargs)
+        return {**metrics, **self.evaluate_retention()}
+
+    def evaluate_retention(self) -> dict[str, float]:
+        """Measure every retention text against the base, log it, and keep the per-document sums.
+
+        Every process measures all documents, so that they stay in step under sharding.
+
+        Returns:
+            `retention/<name>/loss`, `/forgetting` and `/ref_kl` in nats per token, `/ref_agreement` as a share.
+        """
+        if not self.retention_documents or self._retention_step == self.state.global_step:
+            return self._retention_logs
+        self.model.eval()  # as the host's evaluation leaves it
+        logs: dict[str, float] = {}
+        for name, documents in self.retention_documents.items():
+            sums = self._measure(documents)
+            self._retention_table[name] = table = summarize(sums, seed=self.args.seed)
+            logs |= {f"retention/{name}/{metric}": table[metric]["value"] for metric in LOGGED_METRICS}
+            if self.is_world_process_zero():
+                row: dict[str, Any] = {"step": self.state.global_step, "name": name}
+                row |= {key: sums.values[key].round(6).tolist() for key in ("ref_kl", "loss", "base_loss")}
+                row["num_tokens"] = sums.num_tokens.tolist()
+                Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+                append_jsonl(Path(self.args.output_dir) / DOCUMENTS_FILE, row)
+        self._retention_step, self._retention_logs = self.state.global_step, logs
+        self.log(dict(logs))
+        return logs
+
+    def _measure(self, documents: list[Document]) -> DocumentSums:
+        longest = max(len(window) for document in documents for window in document.windows)
+        return document_sums(
+            lambda **batch: self.ref_logits(self.model, batch),
+            lambda **batch: logits_at(self.model, batch),
+            documents,
+            batch_tokens=self.args.per_device_eval_batch_size * longest,
+            device=self.accelerator.device,
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The host's model card and a table of forgetting, where it was measured."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir) / "README.md"
+        if not (self.is_world_process_zero() and self._retention_table and path.exists()):
+            return
+        name = self.model.config._name_or_path or type(self.model).__name__
+        data = {
+            "name": path.parent.name,
+            "base": {"model": name},
+            "retention": self._retention_table,
+            "training": {"step": self.state.global_step, **dataclasses.asdict(self.replay_config)},
+            "settings": {"seed": self.args.seed},
+            "versions": versions(),
+        }
+        card = path.read_text(encoding="utf-8") + "\n\n" + model_card_section(data)
+        with atomic_path(path) as temporary:
+            temporary.write_text(card, encoding="utf-8")
+
+    def retention_lines(self) -> list[str]:
+        """What was forgotten, a line for each retention text, with 95% intervals over documents."""
+        return [
+            f"retention/{name}: "
+            + ", ".join(_with_interval(metric, table[metric]) for metric in ("forgetting", "ref_kl"))
+            for name, table in self._retention_table.items()
+        ]
+
+
+def _with_interval(name: str, metric: dict[str, Any]) -> str:
+    low, high = metric["ci"]
+    interval = f" [{low:.4f}, {high:.4f}]" if low is not None else ""
+    return f"{name} {metric['value']:.4f}{interval}"

@@ -1,0 +1,131 @@
+"""Tiny random models of several architectures and a small tokenizer, made on the spot: no network, no files kept."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    CUDA_VISIBLE_DEVICES="",
+)
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what libraries warn of while they are imported is theirs
+    import torch
+    import transformers
+    import trl  # noqa: F401
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+torch.set_num_threads(1)
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven bright birds sing of rain and stone in old towns"
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_texts(count: int, seed: int = 0, words: int = 40) -> list[str]:
+    """Sentences of random words, different for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = WORDS.split()
+    return [
+        " ".join(pool[i] for i in torch.randint(0, len(pool), (words,), generator=generator).tolist())
+        for _ in range(count)
+    ]
+
+
+def make_tokenizer(bos: str | None = "<s>") -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 320 tokens; `<|endoftext|>` separates documents."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "<pad>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(make_texts(50), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=bos, eos_token="<|im_end|>", pad_token="<pad>")
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128},
+    "qwen3": {
+        **SMALL,
+        "intermediate_size": 64,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+    },
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 320, "n_positions": 128},
+    "gemma3_text": {
+        **SMALL,
+        "intermediate_size": 64,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "max_position_embeddings": 128,
+    },
+}
+
+
+def make_model(architecture: str = "llama", seed: int = 0, scale: float = 6.0, **changes: Any) -> PreTrainedModel:
+    """A random model whose predictions are far from uniform: matrices are scaled up after initialisation."""
+    config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture], **changes})
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 3, 2, 4
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(scale)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+def save_model(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
+    """Write a tiny model and the tokenizer as an ordinary folder."""
+    make_model(architecture, seed, **changes).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return make_model()
+
+
+__all__ = ["ARCHITECTURES", "LlamaConfig", "make_model", "make_texts", "make_tokenizer", "save_model", "transformers"]
