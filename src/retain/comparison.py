@@ -1,6 +1,7 @@
 """What the numbers of a run, or of several runs of one base, allow one to say. Plain dicts in, plain dicts out."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,6 @@ from retain.statistics import bootstrap_ratio
 LEVEL = 0.95
 NUM_RESAMPLES = 2000
 TINY = 1e-6  # nats per token; below this a divergence is float32 rounding, and a share of it means nothing
-
-Interval = list[float] | None
 
 
 def series(run: dict, key: str) -> tuple[list[float], list[float]]:
@@ -30,10 +29,8 @@ def texts_of(runs: Sequence[dict]) -> list[str]:
     """Names of the retention texts of all runs, in the order in which they first appear."""
     names: dict[str, None] = {}
     for run in runs:
-        names |= dict.fromkeys(run.get("retention") or {})
-        for row in run.get("trajectory") or []:
-            keys = [key for key in row if key.startswith("retention/") and key.endswith("/ref_kl")]
-            names |= dict.fromkeys(key.removeprefix("retention/").removesuffix("/ref_kl") for key in keys)
+        logged = [re.fullmatch(r"retention/(.+)/ref_kl", key) for row in run.get("trajectory") or [] for key in row]
+        names |= dict.fromkeys([*(run.get("retention") or {}), *(match[1] for match in logged if match)])
     return list(names)
 
 
@@ -43,10 +40,8 @@ def crossing(steps: Sequence[float], losses: Sequence[float], target: float) -> 
     None when it never does, or when it is below already at the first evaluation: then nobody saw it cross.
     """
     below = next((i for i, loss in enumerate(losses) if loss <= target), None)
-    if below is None or (below == 0 and losses[0] < target):
-        return None
-    if below == 0:
-        return float(steps[0])
+    if not below:
+        return float(steps[0]) if below == 0 and losses[0] == target else None
     before, after = losses[below - 1], losses[below]
     share = (before - target) / (before - after)
     return float(steps[below - 1] + share * (steps[below] - steps[below - 1]))
@@ -63,15 +58,17 @@ def compare_at_matched_loss(runs: list[dict], seed: int = 0) -> dict:
     _check_same_base(runs)
     curves = [series(run, "eval_loss") for run in runs]
     matched_loss, reason = _matched_loss(runs, curves)
-    steps = [crossing(*curve, matched_loss) if reason is None else None for curve in curves]
+    steps = [None if matched_loss is None else crossing(*curve, matched_loss) for curve in curves]
     ends = [curve[0][-1] if curve[0] else None for curve in curves]
-    losses = [curve[1][-1] if curve[1] else _new_task_loss(run) for run, curve in zip(runs, curves, strict=True)]
+    tasks = [next(iter((run.get("new_task") or {}).values()), None) for run in runs]
+    measured = [_measured(task, "loss")[0] for task in tasks]
+    losses = [values[-1] if values else other for (_, values), other in zip(curves, measured, strict=True)]
     texts = texts_of(runs)
     relative = [None] + [loss / losses[0] - 1 if loss and losses[0] else None for loss in losses[1:]]
     return {
         "schema": "retain.comparison/1",
         "reference": runs[0]["name"] if runs else None,
-        "matched_loss": matched_loss if reason is None else None,
+        "matched_loss": matched_loss,
         "reason": reason,
         "runs": [
             {"name": run["name"], "matched_step": step, "final_step": end, "final_loss": loss,
@@ -101,14 +98,9 @@ def _matched_loss(runs: list[dict], curves: list[tuple]) -> tuple[float | None, 
     for run, (_, losses) in zip(runs, curves, strict=True):
         if losses[0] < target:
             return None, f"{run['name']} was already below the common loss {target:.3f} when first evaluated"
-        if losses[0] == target:
+        if len(losses) > 1 and losses[0] == min(losses):
             return None, f"{run['name']} did not learn: it never got below its first loss, {target:.3f}"
     return target, None
-
-
-def _new_task_loss(run: dict) -> float | None:
-    values = [_measured(metrics, "loss")[0] for metrics in (run.get("new_task") or {}).values()]
-    return values[0] if values else None
 
 
 def _side_by_side(runs: list[dict], steps: list, text: str, seed: int, at_end: bool = False) -> list[dict]:
@@ -158,8 +150,9 @@ def _floor(run: dict, text: str) -> float:
 
 
 def _interpolate(steps: list[float], values: list[float], step: float | None) -> float | None:
-    inside = step is not None and len(steps) > 0 and steps[0] <= step <= steps[-1]
-    return float(np.interp(step, steps, values)) if inside else None
+    if step is None or not steps or not steps[0] <= step <= steps[-1]:
+        return None
+    return float(np.interp(step, steps, values))
 
 
 def _documents_at(run: dict, text: str, step: float | None) -> dict[str, np.ndarray] | None:
@@ -179,7 +172,7 @@ def _documents_at(run: dict, text: str, step: float | None) -> dict[str, np.ndar
     return {"ref_kl": mix("ref_kl"), "forgetting": forgetting, "num_tokens": mix("num_tokens")}
 
 
-def _interval(numerator: np.ndarray, denominator: np.ndarray, seed: int) -> Interval:
+def _interval(numerator: np.ndarray, denominator: np.ndarray, seed: int) -> list[float] | None:
     """95% interval of a ratio of sums; None where the documents are too few, or too often zero, to give one."""
     with np.errstate(divide="ignore", invalid="ignore"):
         _, low, high = bootstrap_ratio(numerator, denominator, num_resamples=NUM_RESAMPLES, level=LEVEL, seed=seed)
@@ -215,6 +208,11 @@ HEADS = {
     "unmoved": "no change shown",
     "undecided": "not decided, for lack of an interval",
 }
+CHANGES = (
+    ("its loss rose by", ("forgot",)),
+    ("its loss changed by", ("improved", "undecided")),
+    ("no clear change of its loss:", ("moved", "unmoved")),
+)
 
 
 def state(run: dict, text: str) -> str:
@@ -241,17 +239,12 @@ def run_verdict(run: dict) -> str:
     head = "; ".join(f"{head} on {_listed(group)}" if several else head for head, group in groups.items())
     shown = dict(sorted(texts.items(), key=lambda item: -(_measured(item[1], "ref_kl")[0] or 0.0))[:3])
     more = f"; {len(texts) - len(shown)} more texts in the table" if len(texts) > len(shown) else ""
-    rose = {text: metrics for text, metrics in shown.items() if states[text] == "forgot"}
-    fell = {text: metrics for text, metrics in shown.items() if states[text] == "improved"}
-    still = {text: metrics for text, metrics in shown.items() if text not in rose | fell}
     clauses = [
         _clause(shown, "ref_kl", "moved from its base by", f" (ref_kl, 95% intervals; {_noise(run, shown)}{more})"),
-        _clause(rose, "forgetting", "its loss rose by"),
-        _clause(fell, "forgetting", "its loss changed by"),
-        _clause(still, "forgetting", "no clear change of its loss:"),
+        *(_clause({t: m for t, m in shown.items() if states[t] in kinds}, "forgetting", how) for how, kinds in CHANGES),
         *(_clause({text: of_text}, "gain", _learned(of_text)) for text, of_text in (run.get("new_task") or {}).items()),
     ]
-    return f"{head[0].upper()}{head[1:]}: “{run['name']}” {'; '.join(filter(None, clauses))}.".replace("” .", "”.")
+    return f"{head[0].upper()}{head[1:]}: “{run['name']}”{' ' * any(clauses)}{'; '.join(filter(None, clauses))}."
 
 
 def _learned(metrics: dict) -> str:

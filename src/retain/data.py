@@ -7,6 +7,7 @@ context only. Documents never share a window, so none attends to another.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,10 +49,11 @@ def read_rows(source: str, split: str = "train") -> Dataset:
     if path.suffix not in (".jsonl", ".json", *TEXT_SUFFIXES):
         raise ValueError(f"data: {source!r} has an unknown ending; use .jsonl, .json, .parquet, .csv or .txt")
     rows = list(_read_json(path) if path.suffix in (".jsonl", ".json") else _read_text(path))
-    if not rows:
+    if not any(rows):
         raise ValueError(f"data: {source!r} is empty; give a file with at least one row")
+    columns = dict.fromkeys(name for row in rows for name in row)  # `from_list` would keep the first row's only
     try:
-        return Dataset.from_list(rows)
+        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
     except Exception as error:  # pyarrow's many ways of saying that the rows do not share one schema
         raise ValueError(f"data: the rows of {source!r} do not share one schema; {first_line(error)}") from error
 
@@ -70,7 +72,8 @@ def _decoded(path: Path) -> str:
 
 def _read_text(path: Path) -> Iterator[dict[str, str]]:
     lines: list[str] = []
-    for line in [*_decoded(path).splitlines(), ""]:
+    # Not splitlines: form feeds and U+2028 are part of the text.
+    for line in [*re.split(r"\r\n?|\n", _decoded(path)), ""]:
         if line.strip():
             lines.append(line)
         elif lines:
@@ -79,23 +82,23 @@ def _read_text(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _read_json(path: Path) -> Iterator[dict[str, Any]]:
-    text = _decoded(path)
+    text, name = _decoded(path), f"data: {str(path)!r}"
     if path.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            yield from json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"data: {str(path)!r} is not JSON; {first_line(error)}") from error
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"data: {str(path)!r} line {number} is not JSON; {first_line(error)}") from error
+        found = ((f"{name} item {at}", row) for at, row in enumerate(_parsed(text, name), start=1))
+    else:
+        lines = ((f"{name} line {at}", line) for at, line in enumerate(text.split("\n"), start=1) if line.strip())
+        found = ((where, _parsed(line, where)) for where, line in lines)
+    for where, row in found:
         if not isinstance(row, dict):
-            raise ValueError(f"data: {str(path)!r} line {number} is not an object; write one {{...}} per line")
+            raise ValueError(f"{where} is not an object; write every row as {{...}}")
         yield row
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON; {first_line(error)}") from error
 
 
 def _read_table(path: Path) -> Dataset:

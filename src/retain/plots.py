@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import html
 import io
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -76,10 +78,35 @@ def _axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = SIZE
 
 
 def label(text: str, length: int = 32) -> str:
-    """A name fit for a figure: no control characters or surrogates, not too long, never hidden from the legend."""
-    clean = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(text))
+    """A name fit for a figure: one line, not too long, never hidden by matplotlib for an underscore in front."""
+    clean = visible(str(text))
     clean = clean if len(clean) <= length else clean[: length - 1] + "…"
     return f" {clean}" if clean.startswith("_") else clean
+
+
+def visible(value: Any) -> Any:
+    """The same data with every control, bidi-override, surrogate or unassigned character written out as an escape.
+
+    Line breaks and tabs stay in generated text and prompts only; a name is one line.
+    """
+    if isinstance(value, str):
+        return "".join(map(_visible_char, value))
+    if isinstance(value, dict):
+        return {visible(k): _visible_text(v) if k in ("prompt", "base", "tuned") else visible(v)
+                for k, v in value.items()}  # fmt: skip
+    return [visible(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _visible_text(value: Any) -> Any:
+    if not isinstance(value, str):
+        return visible(value)
+    return "".join(char if char in "\n\t" else _visible_char(char) for char in value.replace("\r\n", "\n"))
+
+
+def _visible_char(char: str) -> str:
+    hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
+    joiner = char in "\u200c\u200d"  # part of ordinary Persian, Hindi and emoji
+    return char.encode("unicode_escape").decode("ascii") if hidden and not joiner else char
 
 
 def look(index: int, total: int) -> dict[str, Any]:
@@ -197,12 +224,7 @@ def to_svg(figure: Figure, description: str) -> str:
     for place, color in enumerate(PALETTE, 1):
         body = re.sub(rf"(fill|stroke): {color}", rf"\1: var(--run-{place}, {color})", body)
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return f'<svg {names} {box[0]} role="img" aria-label="{_attribute(description)}">{body}'
-
-
-def _attribute(text: str) -> str:
-    clean = "".join(char if char.isprintable() else " " for char in text)
-    return clean.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+    return f'<svg {names} {box[0]} role="img" aria-label="{html.escape(visible(description))}">{body}'
 
 
 def save_png(figure: Figure, path: str | Path, dpi: int = 160) -> None:

@@ -10,14 +10,15 @@ import json
 import math
 import os
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retain import plots
 from retain.comparison import cell, compare_at_matched_loss, comparison_verdict, is_number, run_verdict
+from retain.plots import visible
 
 if TYPE_CHECKING:
     import jinja2
@@ -69,10 +70,10 @@ class ForgettingReport:
         write_whole(path, _json(self.data))
 
     def to_markdown(self, path: str | Path) -> None:
-        write_whole(path, comparison_markdown([self.data], title=_title(self.data)))
+        write_whole(path, comparison_markdown([self.data], title=f"Forgetting report: {self.data['name']}"))
 
     def to_html(self, path: str | Path) -> None:
-        write_whole(path, comparison_html([self.data], title=_title(self.data)))
+        write_whole(path, comparison_html([self.data], title=f"Forgetting report: {self.data['name']}"))
 
     def write(self, folder: str | Path) -> None:
         """Write report.json, report.md and report.html, each whole or not at all."""
@@ -149,7 +150,7 @@ def metric_table(runs: list[dict], wanted: Callable[[str, str], bool]) -> dict[s
     for kind, suffix in (("new_task", " (new task)"), ("retention", "")):
         for text in dict.fromkeys(text for run in runs for text in run.get(kind) or {}):
             measured = [(run.get(kind) or {}).get(text) or {} for run in runs]
-            floor = next(filter(None, ((run.get("noise_floor") or {}).get(text) for run in runs)), {})
+            floor: dict = next(filter(None, ((run.get("noise_floor") or {}).get(text) for run in runs)), {})
             rows = []
             for metric, (name, base_key, _) in METRICS.items():
                 if wanted(kind, metric) and any(metric in metrics for metrics in measured):
@@ -217,10 +218,7 @@ def _facts(runs: list[dict]) -> list[tuple[str, list[str]]]:
 
 
 def _figures(runs: list[dict], compared: dict | None) -> list[dict[str, str]]:
-    from retain import plots
-
-    matched_loss = compared["matched_loss"] if compared else None
-    drawn = plots.report_figures(runs, matched_loss)
+    drawn = plots.report_figures(runs, compared["matched_loss"] if compared else None)
     return [{"kind": kind, "svg": plots.to_svg(figure, words)} for kind, words, figure in drawn]
 
 
@@ -244,36 +242,12 @@ def differences(base: str, tuned: str) -> list[tuple[bool, str]]:
     codes = [(tag != "equal", "".join(after[j1:j2])) for tag, _, _, j1, j2 in matcher.get_opcodes() if j2 > j1]
     pieces: list[tuple[bool, str]] = []
     for place, (changed, text) in enumerate(codes):
-        changed |= text.isspace() and 0 < place < len(codes) - 1  # a mark runs on over the space between words
+        between = pieces and pieces[-1][0] and place + 1 < len(codes) and codes[place + 1][0]
+        changed = changed or bool(between and text.isspace())  # a mark runs on over the space between words
         if pieces and pieces[-1][0] == changed:
             text = pieces.pop()[1] + text
         pieces.append((changed, text))
     return pieces
-
-
-def visible(value: Any) -> Any:
-    """The same data with every control, bidi-override, surrogate or unassigned character written out as an escape.
-
-    Line breaks and tabs stay in generated text and prompts only; a name is one line.
-    """
-    if isinstance(value, str):
-        return "".join(map(_visible_char, value))
-    if isinstance(value, dict):
-        return {visible(k): _visible_text(v) if k in ("prompt", "base", "tuned") else visible(v)
-                for k, v in value.items()}  # fmt: skip
-    return [visible(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _visible_text(value: Any) -> Any:
-    if not isinstance(value, str):
-        return visible(value)
-    return "".join(char if char in "\n\t" else _visible_char(char) for char in value.replace("\r\n", "\n"))
-
-
-def _visible_char(char: str) -> str:
-    hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
-    joiner = char in "\u200c\u200d"  # part of ordinary Persian, Hindi and emoji
-    return char.encode("unicode_escape").decode("ascii") if hidden and not joiner else char
 
 
 def _environment(html: bool) -> jinja2.Environment:
@@ -296,11 +270,7 @@ def markdown(value: Any) -> Any:
     if isinstance(value, Markup):
         return value
     text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", text).replace("\n", " ")
-
-
-def _title(data: dict) -> str:
-    return f"Forgetting report: {data['name']}"
+    return re.sub(r"([\\`*{}\[\]#|~$!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", text).replace("\n", " ")
 
 
 def _json(data: dict) -> str:

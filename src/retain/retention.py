@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import Trainer
 
 from retain import versions
 from retain.callbacks import DOCUMENTS_FILE, append_jsonl
@@ -19,7 +18,7 @@ from retain.replay import atomic_path
 from retain.report import model_card_section
 
 if TYPE_CHECKING:  # what the mixin stands on; at run time the host class comes after it
-    Host = Trainer
+    from transformers import Trainer as Host
 else:
     Host = object
 

@@ -1,0 +1,179 @@
+"""Rows in, token windows out: every form of input, and one line for every form of bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from retain.data import Document, named_sources, read_rows, row_text, token_documents, tokenize_documents
+
+from conftest import CHATML, make_tokenizer
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def jsonl(path: Path, *rows: object) -> str:
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def chat_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+# Rows
+
+
+def test_jsonl_rows_come_in_order(tmp_path):
+    source = write(tmp_path / "rows.jsonl", '\ufeff{"text": "one"}\r\n\r\n{"text": "two \u2028 lines"}')
+    assert read_rows(source)["text"] == ["one", "two \u2028 lines"]
+
+
+def test_json_may_be_one_list(tmp_path):
+    assert read_rows(write(tmp_path / "rows.json", '[{"text": "a"}, {"text": "b"}]'))["text"] == ["a", "b"]
+
+
+def test_parquet_and_csv_rows(tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": ["a", "b"]}).to_parquet(tmp_path / "rows.parquet")
+    assert read_rows(str(tmp_path / "rows.parquet"))["text"] == ["a", "b"]
+    source = write(tmp_path / "rows.csv", 'prompt,completion\n"1, 2",3\n')
+    assert dict(read_rows(source)[0]) == {"prompt": "1, 2", "completion": 3}
+
+
+def test_blank_lines_separate_documents_of_a_text_file(tmp_path):
+    source = write(tmp_path / "two.txt", "\n\n  first line\nsecond\n \t\n\nthird\u2028still third\fand here\n")
+    assert read_rows(source)["text"] == ["  first line\nsecond", "third\u2028still third\fand here"]
+
+
+def test_windows_line_ends_are_ordinary_line_ends(tmp_path):
+    assert read_rows(write(tmp_path / "a.txt", "one\r\ntwo\r\n\r\nthree"))["text"] == ["one\ntwo", "three"]
+
+
+def test_a_column_that_the_first_row_lacks_is_not_dropped(tmp_path, tokenizer):
+    """`Dataset.from_list` keeps only the first row's columns: completions would vanish in silence."""
+    rows = read_rows(jsonl(tmp_path / "a.jsonl", {"prompt": "p "}, {"prompt": "q ", "completion": "answer"}))
+    assert row_text(rows[1], tokenizer) == "q answer"
+
+
+BAD_FILES = {
+    "malformed.jsonl": ('{"text": "a"}\n\n{"text": \n', "line 3 is not JSON"),
+    "number.jsonl": ('{"text": "a"}\n3\n', "line 2 is not an object"),
+    "deep.jsonl": ("[" * 100_000, "line 1 is not JSON"),
+    "deep.json": ("[" * 100_000, "is not JSON"),
+    "list.json": ("[1, 2]", "is not an object"),
+    "broken.json": ('[{"text": "a"}', "is not JSON"),
+    "empty.jsonl": ("", "is empty"),
+    "blank.txt": ("\n \n\n", "is empty"),
+    "header.csv": ("text\n", "is empty"),
+    "mixed.jsonl": ('{"text": "a"}\n{"text": {"b": 1}}\n', "one schema"),
+    "latin.txt": ("café".encode("latin-1"), "not UTF-8 at byte 3"),
+    "latin.jsonl": ('{"text": "café"}'.encode("latin-1"), "not UTF-8 at byte 13"),
+    "torn.parquet": (b"PAR1 and no more", "cannot read"),
+    "ragged.csv": ("a,b\n1\n", "cannot read"),
+    "rows.xlsx": ("x", "unknown ending"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_named_in_one_line(name, tmp_path):
+    content, expected = BAD_FILES[name]
+    source = write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=expected) as caught:
+        read_rows(source)
+    assert str(caught.value).startswith("data: ")
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["missing.jsonl", "./missing", "/nowhere/else", "~/missing.txt"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(source):
+    with pytest.raises(ValueError, match="no file .*check the path"):
+        read_rows(source)
+
+
+# Text of a row
+
+
+def test_row_text_of_every_form(chat_tokenizer):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    chat = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>\n"
+    assert row_text({"text": "as it is"}, chat_tokenizer) == "as it is"
+    assert row_text({"messages": messages}, chat_tokenizer) == chat
+    assert row_text({"prompt": messages[:1], "completion": messages[1:]}, chat_tokenizer) == chat
+    assert row_text({"prompt": "1 + 1 =", "completion": " 2"}, chat_tokenizer) == "1 + 1 = 2"
+    assert row_text({"prompt": "only"}, chat_tokenizer) == "only"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"content": "a"}, {"text": 3}, {"text": None}, {"prompt": "a", "completion": 2}, {"prompt": [], "completion": ""}],
+)
+def test_a_row_without_text_is_refused(row, tokenizer):
+    with pytest.raises(ValueError, match="it needs text, messages, or prompt and completion"):
+        row_text(row, tokenizer)
+
+
+def test_messages_need_a_chat_template(tokenizer):
+    with pytest.raises(ValueError, match="need a chat template"):
+        row_text({"messages": [{"role": "user", "content": "hi"}]}, tokenizer)
+
+
+# Windows
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(max_size=60), max_size=4), max_length=st.integers(2, 20))
+def test_windows_hold_the_whole_text_and_begin_with_the_start_token(tokenizer, texts, max_length):
+    documents = tokenize_documents(texts, tokenizer, start_id=3, max_length=max_length)
+    kept = [text for text in texts if text]
+    assert len(documents) == len(kept)
+    for document, text in zip(documents, kept, strict=True):
+        assert all(window[0] == 3 and 2 <= len(window) <= max_length for window in document.windows)
+        assert all(len(window) == max_length for window in document.windows[:-1])
+        ids = [token for window in document.windows for token in window[1:]]
+        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert document.num_tokens == len(ids)
+        assert document.num_bytes == len(text.encode())
+
+
+def test_only_so_many_windows_are_kept_and_their_bytes_counted(tokenizer):
+    text = "the quick brown fox jumps over a lazy dog"
+    ids = tokenizer(text)["input_ids"]
+    (document,) = tokenize_documents([text], tokenizer, start_id=3, max_length=4, max_windows=2)
+    assert document.windows == [[3, *ids[:3]], [3, *ids[3:6]]]
+    assert document.num_bytes == len(tokenizer.decode(ids[:6]))
+
+
+def test_rows_of_tokens_are_documents_as_they_are(tokenizer):
+    ids = tokenizer("seven bright birds")["input_ids"]
+    assert token_documents([[3, *ids]], tokenizer) == [Document([[3, *ids]], len("seven bright birds"))]
+
+
+# Names
+
+
+def test_named_sources():
+    assert named_sources(["wiki=a.txt", "code=b=c.txt"], "retention") == {"wiki": "a.txt", "code": "b=c.txt"}
+    assert named_sources([], "retention") == {}
+
+
+@pytest.mark.parametrize("spec", ["wiki.txt", "=wiki.txt", "wiki=", " = "])
+def test_a_source_without_name_or_file_is_refused(spec):
+    with pytest.raises(ValueError, match=r"retention: .* is not name=file; write e\.g\. retention=wiki=wiki\.txt|"):
+        named_sources([spec], "retention")
+
+
+def test_a_name_given_twice_is_refused():
+    with pytest.raises(ValueError, match="'wiki' comes twice"):
+        named_sources(["wiki=a", "wiki=b"], "retention")

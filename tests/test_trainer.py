@@ -1,0 +1,550 @@
+"""Settings that must give one and the same trajectory, and protection that is never off in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_model, make_texts, make_tokenizer
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from retain import ReplayConfig, ReplayMixin, ReplaySFTTrainer, ReplayTrainer
+from retain.callbacks import read_jsonl
+from retain.losses import kl_divergence
+from retain.models import model_fingerprint, tokenizer_fingerprint
+from retain.reference import Reference
+from retain.replay import ReplayDataset, replace_rows
+from retain.sampling import sample_rows
+
+TOKENIZER = make_tokenizer()
+ROWS = Dataset.from_list([{"text": text} for text in make_texts(48, seed=1)])
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture(scope="module")
+def replay() -> ReplayDataset:
+    """Twenty rows that the tiny model wrote, with the manifest that says so."""
+    model = make_model()
+    rows = sample_rows(model, 3, range(20), 24, seed=5).numpy()
+    manifest = {
+        "model": "tiny",
+        "model_fingerprint": model_fingerprint(model),
+        "tokenizer_fingerprint": tokenizer_fingerprint(TOKENIZER),
+    }
+    return ReplayDataset.from_rows(list(rows), "tiny-replay", manifest)
+
+
+@pytest.fixture(scope="module")
+def ragged() -> ReplayDataset:
+    """Rows of very different lengths, as real text gives."""
+    model = make_model()
+    rows = sample_rows(model, 3, range(20), 24, seed=6).numpy()
+    return ReplayDataset.from_rows([row[: 3 + at % 20] for at, row in enumerate(rows)], "ragged")
+
+
+def config(folder: Path, **changes: Any) -> SFTConfig:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 5,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "constant",
+        "max_length": 24,
+        "bf16": False,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "gradient_checkpointing": None,
+        "activation_checkpointing": False,
+        "seed": 7,
+    }
+    return SFTConfig(**{**settings, **changes})
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def train(
+    folder: Path,
+    replay: ReplayDataset | None,
+    model: Any = None,
+    trainer_class: type = ReplaySFTTrainer,
+    replay_config: ReplayConfig | None = None,
+    resume: str | None = None,
+    changes: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    trainer = trainer_class(
+        model=model if model is not None else make_model(),
+        args=config(folder, **(changes or {})),
+        train_dataset=kwargs.pop("train_dataset", ROWS),
+        processing_class=TOKENIZER,
+        replay_dataset=replay,
+        replay_config=replay_config or ReplayConfig(replay_coef=2.0, per_device_replay_batch_size=4),
+        **kwargs,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def logged(trainer: Any, key: str) -> list[float]:
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+# One and the same trajectory
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_coefficient_zero_is_the_host_trainer_bit_for_bit(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
+    peft = LoraConfig(**LORA, lora_dropout=0.1) if lora else None
+    ours = train(tmp_path / "a", replay, replay_config=ReplayConfig(replay_coef=0.0), peft_config=peft)
+    peft = LoraConfig(**LORA, lora_dropout=0.1) if lora else None
+    host = SFTTrainer(
+        make_model(), config(tmp_path / "b"), train_dataset=ROWS, processing_class=TOKENIZER, peft_config=peft
+    )
+    host.train()
+    assert difference(weights(ours.model), weights(host.model)) == 0.0
+    assert logged(ours, "loss") == logged(host, "loss")
+
+
+def test_coefficient_zero_is_the_transformers_trainer_bit_for_bit(tmp_path: Path, replay: ReplayDataset) -> None:
+    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in [replay[i].tolist() for i in range(20)]])
+
+    def run(cls: type, folder: Path, **kwargs: Any) -> Any:
+        args = TrainingArguments(
+            str(folder), max_steps=4, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", seed=3
+        )
+        trainer = cls(model=make_model(), args=args, train_dataset=rows, **kwargs)
+        trainer.train()
+        return weights(trainer.model)
+
+    ours = run(ReplayTrainer, tmp_path / "a", replay_config=ReplayConfig(replay_coef=0.0))
+    assert difference(ours, run(Trainer, tmp_path / "b")) == 0.0
+
+
+@pytest.mark.parametrize("objective", ["kl", "ntp", "kl_new"])
+@pytest.mark.parametrize("rows", ["replay", "ragged"])
+def test_gradient_accumulation_changes_nothing(
+    tmp_path: Path, objective: str, rows: str, request: pytest.FixtureRequest
+) -> None:
+    """1×4 = 2×2 = 4×1, replay rows included, also where rows have different token counts."""
+    data = request.getfixturevalue(rows)
+    found = []
+    for batch, steps in ((4, 1), (2, 2), (1, 4)):
+        changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "optim": "sgd"}
+        changes |= {"learning_rate": 0.3, "max_grad_norm": 0.0}
+        replay_config = ReplayConfig(replay_objective=objective, replay_coef=2.0, per_device_replay_batch_size=batch)
+        trainer = train(tmp_path / f"{batch}", data, replay_config=replay_config, changes=changes)
+        found.append((weights(trainer.model), logged(trainer, "replay/loss")))
+    start = weights(make_model())
+    for other, losses in found[1:]:
+        assert difference(found[0][0], other) < 2e-6
+        assert losses == pytest.approx(found[0][1], rel=1e-5, abs=1e-7)
+    assert difference(found[0][0], start) > 1e-2
+
+
+def test_accumulation_is_right_where_the_host_does_not_scale(tmp_path: Path, ragged: ReplayDataset) -> None:
+    """A host that leaves the division to `Trainer` (a GPT-2-like forward without loss kwargs) gets the same step."""
+
+    class Unscaled(ReplaySFTTrainer):
+        loss_is_scaled_for_ga = False
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            return super().compute_loss(model, inputs, return_outputs, None)
+
+    found = []
+    for batch, steps in ((4, 1), (1, 4)):
+        changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "optim": "sgd"}
+        changes |= {"learning_rate": 0.3, "max_grad_norm": 0.0}
+        replay_config = ReplayConfig(replay_coef=2.0, per_device_replay_batch_size=batch)
+        trainer = train(
+            tmp_path / f"{batch}", ragged, trainer_class=Unscaled, replay_config=replay_config, changes=changes
+        )
+        found.append(weights(trainer.model))
+    assert difference(*found) < 2e-6
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
+    def run(folder: Path, **kwargs: Any) -> Any:
+        peft = LoraConfig(**LORA, lora_dropout=0.2) if lora else None
+        changes = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, **kwargs.pop("changes", {})}
+        retention = {"held-out": make_texts(6, seed=9)}
+        return train(folder, replay, peft_config=peft, changes=changes, retention_datasets=retention, **kwargs)
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "broken", changes={"max_steps": 4})
+    resumed = run(tmp_path / "broken", resume=str(tmp_path / "broken" / "checkpoint-3"))
+    assert difference(weights(whole.model), weights(resumed.model)) == 0.0
+    rows = [
+        [{key: row[key] for key in ("step", "loss", "replay/kl") if key in row} for row in read_jsonl(path)]
+        for path in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "broken" / "metrics.jsonl")
+    ]
+    assert [row for row in rows[0] if "loss" in row] == [row for row in rows[1] if "loss" in row]
+    assert [row["step"] for row in rows[1] if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_ntp_replay_is_training_on_concatenated_rows(tmp_path: Path, replay: ReplayDataset) -> None:
+    """With as many replay tokens as new ones and coefficient 1, the gradient is twice that of the joined batch."""
+    new = [{"input_ids": replay[i].tolist()} for i in range(10)]
+    old = ReplayDataset.from_rows([replay[i] for i in range(10, 14)], "old")
+    settings = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0}
+    ours = train(
+        tmp_path / "a",
+        old,
+        train_dataset=Dataset.from_list(new[:4]),
+        replay_config=ReplayConfig(replay_objective="ntp", replay_coef=1.0, per_device_replay_batch_size=4),
+        changes={**settings, "learning_rate": 0.1},
+    )
+    joined = Dataset.from_list(new[:4] + [{"input_ids": old[i].tolist()} for i in range(4)])
+    args = config(tmp_path / "b", **settings, learning_rate=0.2, per_device_train_batch_size=8)
+    host = SFTTrainer(make_model(), args, train_dataset=joined, processing_class=TOKENIZER)
+    host.train()
+    assert difference(weights(ours.model), weights(host.model)) < 2e-7
+    assert difference(weights(ours.model), weights(make_model())) > 1e-3
+
+
+def test_kl_term_has_the_value_and_gradient_of_its_naive_twin(tmp_path: Path, ragged: ReplayDataset) -> None:
+    """One step of SGD against the loss written out by hand in float64."""
+    changes = {"max_steps": 2, "optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.2}
+    trainer = train(
+        tmp_path, ragged, changes=changes, replay_config=ReplayConfig(replay_coef=3.0, per_device_replay_batch_size=4)
+    )
+    base, model = make_model().double(), make_model().double()
+    batches = [next(iter(trainer.get_train_dataloader()))] * 2  # four rows: every step sees them all
+    from retain.replay import replay_indices
+
+    for step in range(2):
+        new, total, count = batches[step], torch.zeros((), dtype=torch.float64), 0
+        labels = new["labels"][:, 1:]
+        logits = model(input_ids=new["input_ids"], attention_mask=new["attention_mask"]).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        for index in replay_indices(step, 4, len(ragged), 7):
+            ids = torch.tensor(ragged[index].tolist())[None]
+            log_p = torch.log_softmax(base(ids).logits[0, :-1], -1)
+            log_q = torch.log_softmax(model(ids).logits[0, :-1], -1)
+            total, count = total + (log_p.exp() * (log_p - log_q)).sum(), count + len(log_p)
+        (loss + 3.0 * total / count).backward()
+        assert logged(trainer, "replay/kl")[step] == pytest.approx(float(total.detach() / count), rel=1e-4, abs=1e-7)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.2 * parameter.grad
+                parameter.grad = None
+    expected = {name: value.float() for name, value in weights(model).items()}
+    assert difference(weights(trainer.model), expected) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_kl_is_zero_at_first_and_positive_after(
+    tmp_path: Path, replay: ReplayDataset, lora: bool, checkpointing: bool
+) -> None:
+    peft = LoraConfig(**LORA) if lora else None
+    trainer = train(tmp_path, replay, peft_config=peft, changes={"activation_checkpointing": checkpointing})
+    kl = logged(trainer, "replay/kl")
+    assert abs(kl[0]) < 1e-7
+    assert all(value > 1e-7 for value in kl[1:])
+    assert trainer.reference.kind == ("adapter" if lora else "copy")
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, replay: ReplayDataset) -> None:
+    found = [
+        weights(train(tmp_path / str(on), replay, changes={"activation_checkpointing": on}).model)
+        for on in (False, True)
+    ]
+    assert difference(*found) == 0.0
+
+
+def test_mixed_precision_compares_like_with_like(tmp_path: Path, replay: ReplayDataset) -> None:
+    """Under bf16 autocast the reference runs in the same dtype, so the KL still begins at 0."""
+    for name, peft in (("copy", None), ("adapter", LoraConfig(**LORA))):
+        trainer = train(tmp_path / name, replay, peft_config=peft, changes={"bf16": True})
+        kl = logged(trainer, "replay/kl")
+        assert abs(kl[0]) < 1e-6
+        assert kl[-1] > 1e-6
+
+
+def test_replay_holds_the_model_to_its_base(tmp_path: Path, replay: ReplayDataset) -> None:
+    """On held-out rows of its own, the protected model stays nearer to the base than the plain one."""
+    held_out = [row.tolist() for row in sample_rows(make_model(), 3, range(100, 116), 24, seed=5).numpy()]
+    from retain.replay import token_documents
+
+    retention = {"own": token_documents(held_out, TOKENIZER)}
+    found = {}
+    for coef in (0.0, 20.0):
+        trainer = train(
+            tmp_path / str(coef),
+            replay,
+            replay_config=ReplayConfig(replay_coef=coef, per_device_replay_batch_size=8),
+            retention_datasets=retention,
+            changes={"max_steps": 20},
+        )
+        found[coef] = trainer.evaluate_retention()["retention/own/ref_kl"]
+    assert found[20.0] < 0.6 * found[0.0]
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_every_architecture_trains(tmp_path: Path, architecture: str) -> None:
+    model = make_model(
+        architecture, **({"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0} if "gpt2" in architecture else {})
+    )
+    rows = ReplayDataset.from_rows(list(sample_rows(model, 3, range(8), 16, seed=1).numpy()), "own")
+    trainer = train(tmp_path, rows, model=model, changes={"max_steps": 3})
+    assert abs(logged(trainer, "replay/kl")[0]) < 1e-6
+    assert logged(trainer, "replay/kl")[-1] > 1e-7
+
+
+# Objectives
+
+
+def test_replace_puts_replay_rows_into_the_batch(replay: ReplayDataset, tmp_path: Path) -> None:
+    batch = replay.batch([0, 1])
+    new = {"input_ids": torch.full((4, 10), 9), "attention_mask": torch.ones(4, 10), "labels": torch.full((4, 10), 9)}
+    joined = replace_rows(new, batch)
+    assert joined["input_ids"].shape == (4, 24)
+    assert joined["input_ids"][:2, :10].eq(9).all()
+    assert joined["attention_mask"][:2, 10:].eq(0).all()
+    assert joined["labels"][:2, 10:].eq(-100).all()
+    assert torch.equal(joined["labels"][2:], batch["input_ids"])
+    trainer = train(tmp_path, replay, replay_config=ReplayConfig(replay_objective="replace", replay_share=0.5))
+    assert trainer.reference is None
+    assert "replay/kl" not in trainer.state.log_history[0]
+    assert trainer.replay_batch_size == 2
+
+
+def test_replace_equals_the_host_on_the_same_rows(tmp_path: Path, replay: ReplayDataset) -> None:
+    new = [{"input_ids": replay[i].tolist()} for i in range(4)]
+    old = ReplayDataset.from_rows([replay[i] for i in (10, 11)], "old")
+    settings = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1}
+    share = ReplayConfig(replay_objective="replace", replay_share=0.5)
+    ours = train(tmp_path / "a", old, train_dataset=Dataset.from_list(new), replay_config=share, changes=settings)
+    kept = next(iter(ours.get_train_dataloader()))["input_ids"][:2].tolist()
+    rows = [{"input_ids": row} for row in kept] + [{"input_ids": old[i].tolist()} for i in (0, 1)]
+    args = config(tmp_path / "b", **settings)
+    host = SFTTrainer(make_model(), args, train_dataset=Dataset.from_list(rows), processing_class=TOKENIZER)
+    host.train()
+    assert difference(weights(ours.model), weights(host.model)) < 2e-7
+
+
+def test_kl_on_new_rows_needs_no_replay_rows(tmp_path: Path) -> None:
+    trainer = train(tmp_path, None, replay_config=ReplayConfig(replay_objective="kl_new", replay_coef=1.0))
+    kl = logged(trainer, "replay/kl")
+    assert abs(kl[0]) < 1e-7
+    assert kl[-1] > 1e-6
+
+
+def test_kl_on_new_rows_counts_only_labelled_tokens(tmp_path: Path) -> None:
+    """The first logged KL after one step equals the mean over completion tokens, by hand."""
+    rows = Dataset.from_list([{"prompt": text[:40], "completion": text[40:70]} for text in make_texts(4, seed=2)])
+    changes = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "max_length": 64}
+    trainer = train(
+        tmp_path,
+        None,
+        train_dataset=rows,
+        replay_config=ReplayConfig(replay_objective="kl_new", replay_coef=0.5),
+        changes=changes,
+    )
+    base, model = make_model(), make_model()
+    batch = next(iter(trainer.get_train_dataloader()))
+    mask = batch["labels"][:, 1:] != -100
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    logits = model(**inputs).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits[mask], batch["labels"][:, 1:][mask])
+    loss.backward()  # the KL's own gradient is 0 at the base
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.5 * parameter.grad
+        kl = kl_divergence(base(**inputs).logits[:, :-1], model(**inputs).logits[:, :-1])[mask].mean()
+    assert logged(trainer, "replay/kl")[1] == pytest.approx(float(kl), rel=1e-4)
+
+
+# Protection is never off in silence
+
+
+def test_missing_replay_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="replay_dataset: missing.*replay_coef 0"):
+        train(tmp_path, None)
+
+
+def test_rows_of_another_model_are_refused_unless_asked_for(tmp_path: Path, replay: ReplayDataset) -> None:
+    with pytest.raises(ValueError, match="sampled from 'tiny'.*allow_off_policy_replay"):
+        train(tmp_path, replay, model=make_model(seed=1))
+    off_policy = ReplayConfig(allow_off_policy_replay=True)
+    trainer = train(tmp_path, replay, model=make_model(seed=1), replay_config=off_policy)
+    assert logged(trainer, "replay/kl")[-1] > 0
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapters_that_rewrite_the_base_are_refused_with_a_remedy(
+    tmp_path: Path, replay: ReplayDataset, init: str
+) -> None:
+    with pytest.raises(ValueError, match=f"replay_reference: 'adapter' is not the base.*{init}.*copy"):
+        train(tmp_path, replay, peft_config=LoraConfig(**LORA, init_lora_weights=init))
+    by_copy = ReplayConfig(replay_reference="copy")
+    trainer = train(tmp_path, replay, peft_config=LoraConfig(**LORA, init_lora_weights=init), replay_config=by_copy)
+    assert abs(logged(trainer, "replay/kl")[0]) < 1e-6
+    assert logged(trainer, "replay/kl")[-1] > 1e-7
+
+
+def test_an_adapter_trained_before_is_refused_and_copied_when_asked(tmp_path: Path, replay: ReplayDataset) -> None:
+    def trained() -> Any:
+        torch.manual_seed(0)
+        model = get_peft_model(make_model(), LoraConfig(**LORA))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        return model
+
+    with pytest.raises(ValueError, match="the adapter already held something"):
+        train(tmp_path, replay, model=trained())
+    trainer = train(tmp_path, replay, model=trained(), replay_config=ReplayConfig(replay_reference="copy"))
+    assert abs(logged(trainer, "replay/kl")[0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [
+        LoraConfig(**LORA, modules_to_save=["lm_head"]),
+        LoraConfig(**LORA, use_dora=True),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ],
+    ids=["modules_to_save", "dora", "prompt_tuning"],
+)
+def test_adapters_that_keep_the_base_intact(tmp_path: Path, replay: ReplayDataset, peft_config: Any) -> None:
+    trainer = train(tmp_path, replay, peft_config=peft_config, changes={"learning_rate": 1e-2})
+    kl = logged(trainer, "replay/kl")
+    assert kl[-1] > 1e-7
+    batch = replay.batch([0, 1])
+    with torch.no_grad():
+        expected = make_model()(**batch).logits
+        assert torch.allclose(trainer.ref_logits(trainer.model, batch), expected, atol=1e-5)
+
+
+def test_a_reference_that_moves_with_the_model_stops_the_run(
+    tmp_path: Path, replay: ReplayDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pitfall 2: a copy that shares its forward with the live model gives a KL of exactly 0 at every step."""
+    monkeypatch.setattr(Reference, "copy_of", classmethod(lambda cls, model: cls(model)))
+    with pytest.raises(ValueError, match="replay/kl: exactly 0 after 3 steps"):
+        train(tmp_path, replay)
+
+
+def test_a_trainer_that_draws_no_rows_stops(tmp_path: Path, replay: ReplayDataset) -> None:
+    class Odd(ReplaySFTTrainer):
+        def get_batch_samples(self, *args: Any) -> Any:
+            return Trainer.get_batch_samples(self, *args)
+
+    with pytest.raises(ValueError, match="nothing protects it"):
+        train(tmp_path, replay, trainer_class=Odd)
+
+
+def test_replay_and_retention_must_not_share_rows(tmp_path: Path, replay: ReplayDataset) -> None:
+    from retain.replay import token_documents
+
+    shared = token_documents([replay[0].tolist(), replay[1].tolist()], TOKENIZER)
+    with pytest.raises(ValueError, match="retention: 'own' shares 2 rows"):
+        train(tmp_path, replay, retention_datasets={"own": shared})
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path, replay: ReplayDataset) -> None:
+    changes = {"learning_rate": 1e30, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.0, "optim": "sgd"}
+    with pytest.raises(ValueError, match=r"loss: (nan|inf) at step 2; lower learning_rate"):
+        train(tmp_path, replay, changes=changes)
+    assert (tmp_path / "checkpoint-1" / "trainer_state.json").exists()
+
+
+def test_adapter_reference_without_adapter_is_refused(tmp_path: Path, replay: ReplayDataset) -> None:
+    with pytest.raises(ValueError, match="replay_reference: 'adapter', but there is no adapter"):
+        train(tmp_path, replay, replay_config=ReplayConfig(replay_reference="adapter"))
+
+
+# Hosts, and what a run leaves behind
+
+
+def test_packed_new_rows(tmp_path: Path, replay: ReplayDataset) -> None:
+    trainer = train(tmp_path, replay, changes={"packing": True, "packing_strategy": "wrapped"})
+    assert logged(trainer, "replay/kl")[-1] > 1e-7
+
+
+def test_mixin_over_dpo(tmp_path: Path, replay: ReplayDataset) -> None:
+    class ReplayDPOTrainer(ReplayMixin, DPOTrainer):
+        pass
+
+    texts = make_texts(24, seed=4)
+    rows = [
+        {"prompt": a[:20], "chosen": a[20:60], "rejected": b[20:60]}
+        for a, b in zip(texts[:12], texts[12:], strict=True)
+    ]
+    args = DPOConfig(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=None,
+        activation_checkpointing=False,
+    )
+    trainer = ReplayDPOTrainer(
+        model=make_model(),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=TOKENIZER,
+        peft_config=LoraConfig(**LORA),
+        replay_dataset=replay,
+        replay_config=ReplayConfig(replay_coef=1.0),
+    )
+    trainer.train()
+    kl = logged(trainer, "replay/kl")
+    assert abs(kl[0]) < 1e-7
+    assert kl[-1] > 1e-8
+
+
+def test_a_run_leaves_plain_files(tmp_path: Path, replay: ReplayDataset) -> None:
+    trainer = train(
+        tmp_path / "run",
+        replay,
+        eval_dataset=ROWS.select(range(8)),
+        retention_datasets={"words": make_texts(6, seed=9)},
+        changes={"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "max_steps": 4},
+    )
+    trainer.create_model_card(model_name="run")
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert {row["step"] for row in rows if "retention/words/ref_kl" in row} == {0, 2, 4}
+    first = next(row for row in rows if "retention/words/ref_kl" in row)
+    assert first["retention/words/ref_kl"] == pytest.approx(0.0, abs=1e-7)
+    assert first["retention/words/ref_agreement"] == 1.0
+    documents = read_jsonl(tmp_path / "run" / "documents.jsonl")
+    last = next(row for row in rows if row["step"] == 4 and "retention/words/ref_kl" in row)
+    assert sum(documents[-1]["ref_kl"]) / sum(documents[-1]["num_tokens"]) == pytest.approx(
+        last["retention/words/ref_kl"], abs=1e-6
+    )
+    settings = json.loads((tmp_path / "run" / "retain_config.json").read_text())
+    assert settings["replay"]["replay_coef"] == 2.0
+    assert settings["replay_dataset"]["num_rows"] == 20
+    assert settings["training_arguments"]["max_steps"] == 4
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Forgetting" in card
+    assert "words" in card
+    assert card.startswith("---\n")
