@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import CHATML, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from retain.data import Document, named_sources, read_rows, row_text, token_documents, tokenize_documents
 
-from conftest import CHATML, make_tokenizer
+from retain.data import Document, named_sources, read_rows, row_text, token_documents, tokenize_documents
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -131,7 +131,7 @@ def test_messages_need_a_chat_template(tokenizer):
 # Windows
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(max_size=60), max_size=4), max_length=st.integers(2, 20))
 def test_windows_hold_the_whole_text_and_begin_with_the_start_token(tokenizer, texts, max_length):
     documents = tokenize_documents(texts, tokenizer, start_id=3, max_length=max_length)

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from retain.losses import agreement, argmax_cross_entropy, cross_entropy, kl_divergence, next_token_loss, shifted
 from torch import Tensor
+
+from retain.losses import agreement, argmax_cross_entropy, cross_entropy, kl_divergence, next_token_loss, shifted
 
 
 def naive_probs(logits: Tensor) -> list[float]:

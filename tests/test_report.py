@@ -100,6 +100,12 @@ def test_paired_interval_has_no_width_where_every_document_agrees(plain: dict, r
     assert first["ref_kl_ci"][0] < 0.39 < 0.41 < first["ref_kl_ci"][1]
 
 
+@pytest.mark.parametrize("loss", [1.9, 2.1, 2.3, 2.7, 2.9, 3.1])
+def test_rounding_of_the_place_between_two_evaluations_costs_no_interval(loss: float) -> None:
+    runs = [run("plain", [4.0, 3.3, 1.7], [0.0, 0.2, 0.6]), run("replay", [4.0, 3.7, loss], [0.0, 0.02, 0.04])]
+    assert compare_at_matched_loss(runs)["matched"]["wiki"][1]["prevented_ci"] is not None
+
+
 def test_interval_is_seeded_contains_the_value_and_stays_between_the_documents(plain: dict) -> None:
     other = run("replay", [4.0, 3.5, 2.5], [0.0, 0.02, 0.04], (1.0, 2.0, 3.0, 4.0))
     entry = compare_at_matched_loss([plain, other], seed=3)["matched"]["wiki"][1]

@@ -223,9 +223,9 @@ def test_ntp_replay_is_training_on_concatenated_rows(tmp_path: Path, replay: Rep
 def test_kl_term_has_the_value_and_gradient_of_its_naive_twin(tmp_path: Path, ragged: ReplayDataset) -> None:
     """One step of SGD against the loss written out by hand in float64."""
     changes = {"max_steps": 2, "optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.2}
-    trainer = train(
-        tmp_path, ragged, changes=changes, replay_config=ReplayConfig(replay_coef=3.0, per_device_replay_batch_size=4)
-    )
+    replay_config = ReplayConfig(replay_coef=3.0, per_device_replay_batch_size=4)
+    settings = {"changes": changes, "replay_config": replay_config, "train_dataset": ROWS.select(range(4))}
+    trainer = train(tmp_path, ragged, **settings)
     base, model = make_model().double(), make_model().double()
     batches = [next(iter(trainer.get_train_dataloader()))] * 2  # four rows: every step sees them all
     from retain.replay import replay_indices

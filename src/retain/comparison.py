@@ -60,8 +60,7 @@ def compare_at_matched_loss(runs: list[dict], seed: int = 0) -> dict:
     matched_loss, reason = _matched_loss(runs, curves)
     steps = [None if matched_loss is None else crossing(*curve, matched_loss) for curve in curves]
     ends = [curve[0][-1] if curve[0] else None for curve in curves]
-    tasks = [next(iter((run.get("new_task") or {}).values()), None) for run in runs]
-    measured = [_measured(task, "loss")[0] for task in tasks]
+    measured = [_measured(next(iter((run.get("new_task") or {}).values()), None), "loss")[0] for run in runs]
     losses = [values[-1] if values else other for (_, values), other in zip(curves, measured, strict=True)]
     texts = texts_of(runs)
     relative = [None] + [loss / losses[0] - 1 if loss and losses[0] else None for loss in losses[1:]]
@@ -107,7 +106,7 @@ def _side_by_side(runs: list[dict], steps: list, text: str, seed: int, at_end: b
     """One entry per run for one text, read at each run's own step; `prevented` is against the first run."""
     entries, documents = [], []
     for run, step in zip(runs, steps, strict=True):
-        found = _documents_at(run, text, step)
+        documents.append(found := _documents_at(run, text, step))
         entry = {"name": run["name"], "step": step, "prevented": None, "prevented_ci": None, "note": None}
         for metric in ("ref_kl", "forgetting"):
             value = _interpolate(*series(run, f"retention/{text}/{metric}"), step)
@@ -116,9 +115,7 @@ def _side_by_side(runs: list[dict], steps: list, text: str, seed: int, at_end: b
                 value, bounds = _measured((run.get("retention") or {}).get(text), metric)
                 ci = list(bounds) if bounds else None
             entry |= {metric: value, f"{metric}_ci": ci if value is not None else None}
-        entry["num_documents"] = len(found["num_tokens"]) if found else None
-        entries.append(entry)
-        documents.append(found)
+        entries.append(entry | {"num_documents": len(found["num_tokens"]) if found else None})
     floor = _floor(runs[0], text)
     for entry, found in zip(entries[1:], documents[1:], strict=True):
         entry |= _prevented(entries[0], entry, [documents[0], found], floor, seed)
@@ -168,8 +165,8 @@ def _documents_at(run: dict, text: str, step: float | None) -> dict[str, np.ndar
     def mix(key: str) -> np.ndarray:
         return (1 - share) * np.asarray(before[key], float) + share * np.asarray(after[key], float)
 
-    forgetting = mix("loss") - mix("base_loss")
-    return {"ref_kl": mix("ref_kl"), "forgetting": forgetting, "num_tokens": mix("num_tokens")}
+    tokens = np.asarray(before["num_tokens"], float)  # not mixed: rounding would make equal documents differ
+    return {"ref_kl": mix("ref_kl"), "forgetting": mix("loss") - mix("base_loss"), "num_tokens": tokens}
 
 
 def _interval(numerator: np.ndarray, denominator: np.ndarray, seed: int) -> list[float] | None:
@@ -235,8 +232,7 @@ def run_verdict(run: dict) -> str:
     states = {text: state(run, text) for text in texts}
     groups = {HEADS[kind]: [text for text in texts if states[text] == kind] for kind in HEADS}
     groups = {head: group for head, group in groups.items() if group} or {"forgetting was not measured": []}
-    several = len(groups) > 1
-    head = "; ".join(f"{head} on {_listed(group)}" if several else head for head, group in groups.items())
+    head = "; ".join(f"{head} on {_listed(group)}" if len(groups) > 1 else head for head, group in groups.items())
     shown = dict(sorted(texts.items(), key=lambda item: -(_measured(item[1], "ref_kl")[0] or 0.0))[:3])
     more = f"; {len(texts) - len(shown)} more texts in the table" if len(texts) > len(shown) else ""
     clauses = [
@@ -299,6 +295,6 @@ def _prevention(text: str, plain: dict, entry: dict) -> str:
     if ci is None:
         return f"{how} (no interval; {facts})"
     if ci[0] <= 0 <= ci[1]:
-        return f"not clearly less or more on {text} (95% interval {-ci[1]:+.0%} to {-ci[0]:+.0%}; {facts})"
+        return f"not clearly less or more on {text} (95% interval {0 - ci[1]:+.0%} to {0 - ci[0]:+.0%}; {facts})"
     low, high = sorted(map(abs, ci))
     return f"{how} (95% interval {low:.0%} to {high:.0%}; {facts})"

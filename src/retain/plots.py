@@ -156,10 +156,8 @@ def learning_against_forgetting(
         axes.annotate(f"step {line['steps'][-1]:g}", last, (6, 0), textcoords="offset points", va="center", fontsize=8)
     if matched_loss is not None:
         axes.axvline(matched_loss, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-        axes.annotate(
-            f"same loss \n{matched_loss:.3f} ", (matched_loss, 0.45), xycoords=("data", "axes fraction"),
-            ha="right", va="center", fontsize=8,
-        )  # fmt: skip
+        above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": 8}
+        axes.annotate(f"same loss {matched_loss:.3f}", (matched_loss, 1.01), **above)
     worst, best = (pick(x for line in lines for x in line["x"]) for pick in (max, min))
     room = (worst - best) or 1.0
     axes.set_xlim(worst + 0.05 * room, best - 0.18 * room)  # learning to the right; room for the last point's words
@@ -174,7 +172,9 @@ def learning_against_forgetting(
 def intervals(rows: Sequence[dict], *, title: str, xlabel: str, names: Sequence[str]) -> Figure:
     """A dot and its interval per text and run. Each of `rows`: group (text), run (index), value, low, high."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
-    figure, axes = _axes(title, xlabel, "", (SIZE[0], 0.95 + len(groups) * (0.28 + 0.17 * len(names))))
+    figure, axes = _axes(
+        title, xlabel, "", (SIZE[0], 1.0 + 0.3 * (len(names) > 1) + len(groups) * (0.28 + 0.17 * len(names)))
+    )
     for row in rows:
         height = groups.index(row["group"]) + (row["run"] - (len(names) - 1) / 2) * 0.5 / max(len(names), 1)
         style = look(row["run"], len(names))
@@ -185,18 +185,16 @@ def intervals(rows: Sequence[dict], *, title: str, xlabel: str, names: Sequence[
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(False, axis="y")
     if len(names) > 1:
-        _legend_above(axes, names)
+        _legend_below(figure, names)
     return figure
 
 
-def _legend_above(axes: Axes, names: Sequence[str]) -> None:
+def _legend_below(figure: Figure, names: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     looks = [look(index, len(names)) for index in range(len(names))]
     handles = [Line2D([], [], linestyle="none", markersize=6, **how) for how in looks]
-    labels = [label(name, 20) for name in names]
-    place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 3}
-    axes.legend(handles, labels, **place, borderpad=0, handletextpad=0.1, columnspacing=1)
+    figure.legend(handles, [label(name, 20) for name in names], loc="outside lower center", ncols=3, handletextpad=0.1)
 
 
 def _from_zero(axes: Axes) -> None:
