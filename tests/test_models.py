@@ -144,12 +144,11 @@ def test_two_weights_that_change_places_are_another_model():
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma3_text"])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning:peft")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning:peft")
 @pytest.mark.parametrize(
     "settings", [{"target_modules": "all-linear"}, {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}]
 )
 def test_a_fresh_adapter_does_not_change_the_base(architecture, settings):
-    if architecture == "qwen3" and "modules_to_save" in settings:
-        pytest.skip("a tied head cannot be saved apart")
     model = make_model(architecture)
     before = model_fingerprint(model)
     adapted = get_peft_model(model, LoraConfig(r=2, **settings))
@@ -181,14 +180,11 @@ def test_a_tokenizer_is_known_by_how_it_cuts_not_by_its_roles():
 def test_the_same_vocabulary_cut_differently_is_another_tokenizer():
     tokenizer = make_tokenizer()
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
-    raw["model"]["merges"] = raw["model"]["merges"][1:]
+    raw["model"]["merges"] = []
     from tokenizers import Tokenizer
 
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(raw)))
     assert other.get_vocab() == tokenizer.get_vocab()
-    text = tokenizer.convert_tokens_to_string(raw["model"]["merges"][0])
-    assert text
-    # The first merge is of letters that the probe text holds, so the cut differs there.
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
 
 
@@ -377,7 +373,7 @@ def test_a_tuned_model_with_another_tokenizer_is_refused(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer_of_tuned(str(tmp_path), tokenizer)  # no tokenizer there: nothing to compare
     other = copy.deepcopy(tokenizer)
-    other.save_pretrained(tmp_path)
+    save_model(tmp_path)
     tokenizer_of_tuned(str(tmp_path), tokenizer)
     other.add_tokens(["<new>"])
     other.save_pretrained(tmp_path)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from retain import plots, report
+from retain import files, plots, report
 from retain.comparison import compare_at_matched_loss, crossing, run_verdict
 from retain.report import ForgettingReport, comparison_html, comparison_markdown, comparison_summary
 
@@ -285,14 +285,14 @@ def test_least_possible_report() -> None:
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.md"
-    report.write_whole(path, "old")
+    files.write_text(path, "old")
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        report.write_whole(path, "new")
+        files.write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from retain import ReplayConfig, ReplayMixin, ReplaySFTTrainer, ReplayTrainer
-from retain.callbacks import read_jsonl
+from retain.files import read_jsonl
 from retain.losses import kl_divergence
 from retain.models import model_fingerprint, tokenizer_fingerprint
 from retain.reference import Reference

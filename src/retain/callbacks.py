@@ -12,29 +12,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from retain.replay import atomic_path, write_json
+from retain.files import append_jsonl, read_jsonl, write_json, write_text
 
 METRICS_FILE = "metrics.jsonl"
 DOCUMENTS_FILE = "documents.jsonl"
 CONFIG_FILE = "retain_config.json"
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file of our own, up to a torn last line; empty where there is no file."""
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # the line that a killed process was writing
-                break
-    return rows
-
-
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one row and close the file, so that it outlives the process."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -81,9 +63,7 @@ class RunFilesCallback(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         for path in (folder / METRICS_FILE, folder / DOCUMENTS_FILE):
             kept = [row for row in read_jsonl(path) if row.get("step", 0) <= state.global_step]
-            with atomic_path(path) as temporary:
-                rows = kept if state.global_step else []
-                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept if state.global_step))
         write_json(folder / CONFIG_FILE, {**self.settings, "training_arguments": args.to_dict()})
 
     def on_log(

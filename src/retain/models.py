@@ -56,7 +56,7 @@ def resolve_model_path(name: str) -> str:
         if path.suffix != ".gguf":
             raise ValueError(f"model: {name!r} is a file but not a .gguf; give a folder, a GGUF file or a Hub id")
         return str(dequantise_gguf(path))
-    if path.is_dir():
+    if name and path.is_dir():
         if (path / "config.json").exists() or (path / "adapter_config.json").exists():
             return str(path)
         return _from_gguf_folder(path, name)
@@ -84,8 +84,10 @@ def dequantise_gguf(path: Path) -> Path:
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = _load(
+        AutoModelForCausalLM,
         str(path.parent),
+        f"the weights in {path.name!r}",
         gguf_file=path.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
@@ -93,15 +95,17 @@ def dequantise_gguf(path: Path) -> Path:
     model.hf_quantizer = None  # else save_pretrained takes the dequantised weights for quantised ones and refuses
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    tokenizer = _load(AutoTokenizer, str(path.parent), f"the tokenizer in {path.name!r}", gguf_file=path.name)
     temporary = Path(tempfile.mkdtemp(prefix=".dequantising-", dir=folder.parent))
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         temporary.rename(folder)  # whole or not at all
-    except OSError:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not folder.exists():  # else another process was faster: its folder holds the same weights
+        if not (
+            isinstance(error, OSError) and folder.exists()
+        ):  # else another process was faster: its folder holds the same weights
             raise
     return folder
 
@@ -118,7 +122,7 @@ def default_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def _load(loader: Any, name: str, what: str, **kwargs: Any) -> Any:
     try:
         return loader.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # damaged files raise whatever their reader raises: SafetensorError, struct.error, …
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"model: cannot load {what} of {name!r}; check the name, or the files: {first}") from error
 
@@ -229,11 +233,12 @@ def choose_start_token(tokenizer: PreTrainedTokenizerBase, override: str | int |
 
 def _start_token_by_name(tokenizer: PreTrainedTokenizerBase, override: str | int) -> StartToken:
     vocabulary = tokenizer.get_vocab()
-    if str(override) in vocabulary:
-        return StartToken(int(vocabulary[str(override)]), str(override), "given as start_token")
-    if str(override).isdecimal() and int(override) < len(tokenizer):
-        token = str(tokenizer.convert_ids_to_tokens(int(override)))
-        return StartToken(int(override), token, "given as start_token")
+    if str(override).isdecimal():  # an id, although digits are tokens too: none of those starts a document
+        if int(override) < len(tokenizer):
+            token = str(tokenizer.convert_ids_to_tokens(int(override)))
+            return StartToken(int(override), token, "given as start_token")
+    elif override in vocabulary:
+        return StartToken(int(vocabulary[override]), str(override), "given as start_token")
     raise ValueError(f"start_token: {override!r} is not in the vocabulary; give one of its tokens or ids")
 
 

@@ -6,10 +6,7 @@ Shards and manifest are written whole or not at all, so a killed job resumes wit
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +16,7 @@ import numpy as np
 import torch
 
 from retain.data import Document, read_rows, row_text, token_documents, tokenize_documents
+from retain.files import atomic_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,29 +25,6 @@ MANIFEST = "manifest.json"
 SCHEMA = "retain.replay/1"
 # What may differ between the run that began a dataset and the one that resumes it.
 NOT_COMPARED = ("created", "versions")
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, fsynced and renamed over it on success, removed on failure."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -222,8 +197,9 @@ def load_texts(
     Raises:
         ValueError: one line naming the source and what is wrong with it.
     """
-    if (Path(source) / "manifest.json").is_file():
-        rows = load_self_generated(Path(source))
+    folder = Path(source).expanduser()
+    if (folder / MANIFEST).is_file():
+        rows = load_self_generated(folder)
         count = len(rows) if max_documents is None else min(max_documents, len(rows))
         return token_documents([rows[index].tolist() for index in range(count)], tokenizer)
     table = read_rows(source)

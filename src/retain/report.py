@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from retain import plots
 from retain.comparison import cell, compare_at_matched_loss, comparison_verdict, is_number, run_verdict
+from retain.files import write_text
 from retain.plots import visible
 
 if TYPE_CHECKING:
@@ -67,13 +67,13 @@ class ForgettingReport:
         return comparison_summary([self.data])
 
     def to_json(self, path: str | Path) -> None:
-        write_whole(path, _json(self.data))
+        write_text(path, _json(self.data))
 
     def to_markdown(self, path: str | Path) -> None:
-        write_whole(path, comparison_markdown([self.data], title=f"Forgetting report: {self.data['name']}"))
+        write_text(path, comparison_markdown([self.data], title=f"Forgetting report: {self.data['name']}"))
 
     def to_html(self, path: str | Path) -> None:
-        write_whole(path, comparison_html([self.data], title=f"Forgetting report: {self.data['name']}"))
+        write_text(path, comparison_html([self.data], title=f"Forgetting report: {self.data['name']}"))
 
     def write(self, folder: str | Path) -> None:
         """Write report.json, report.md and report.html, each whole or not at all."""
@@ -89,9 +89,9 @@ def write_comparison(folder: str | Path, reports: list[dict], title: str, notes:
     folder.mkdir(parents=True, exist_ok=True)
     compared = compare_at_matched_loss(reports)
     whole = {"title": title, "notes": list(notes), "runs": reports, "comparison": compared}
-    write_whole(folder / "report.json", _json(whole))
-    write_whole(folder / "report.md", comparison_markdown(reports, title=title, notes=notes))
-    write_whole(folder / "report.html", comparison_html(reports, title=title, notes=notes))
+    write_text(folder / "report.json", _json(whole))
+    write_text(folder / "report.md", comparison_markdown(reports, title=title, notes=notes))
+    write_text(folder / "report.html", comparison_html(reports, title=title, notes=notes))
 
 
 def comparison_html(reports: list[dict], *, title: str, notes: Sequence[str] = ()) -> str:
@@ -284,17 +284,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all: temporary name in the same folder, fsync, rename."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(text.encode("utf-8", "backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

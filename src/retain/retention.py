@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from retain import versions
-from retain.callbacks import DOCUMENTS_FILE, append_jsonl
+from retain.callbacks import DOCUMENTS_FILE
 from retain.config import ReplayConfig
 from retain.data import Document
+from retain.files import append_jsonl, write_text
 from retain.metrics import DocumentSums, document_sums, summarize
 from retain.reference import Reference
-from retain.replay import atomic_path
 from retain.report import model_card_section
 
 if TYPE_CHECKING:  # what the mixin stands on; at run time the host class comes after it
@@ -109,9 +109,7 @@ class RetentionMixin(Host):
             "settings": {"seed": self.args.seed},
             "versions": versions(),
         }
-        card = path.read_text(encoding="utf-8") + "\n\n" + model_card_section(data)
-        with atomic_path(path) as temporary:
-            temporary.write_text(card, encoding="utf-8")
+        write_text(path, path.read_text(encoding="utf-8") + "\n\n" + model_card_section(data))
 
     def retention_lines(self) -> list[str]:
         """What was forgotten, a line for each retention text, with 95% intervals over documents."""

