@@ -18,7 +18,14 @@ from torch import Tensor
 
 from retain.data import Document, tokenize_documents
 from retain.losses import kl_divergence, next_token_loss, shifted
-from retain.models import choose_start_token, model_fingerprint, num_parameters, tokenizer_fingerprint
+from retain.models import (
+    choose_start_token,
+    max_positions,
+    model_fingerprint,
+    num_parameters,
+    tokenizer_fingerprint,
+)
+from retain.reference import evaluation_mode
 from retain.report import ForgettingReport
 from retain.statistics import bootstrap_ratio
 
@@ -153,8 +160,11 @@ def summarize(sums: DocumentSums, *, seed: int = 0, num_resamples: int = 2000) -
 
 
 def logits_of(model: Any) -> Forward:
-    """A model as a function from `input_ids` and `attention_mask` to logits."""
-    return lambda **inputs: model(**inputs, use_cache=False).logits
+    """A model as a function from `input_ids` and `attention_mask` to logits.
+
+    Logits at the input's own positions: prompt tuning puts virtual tokens before them.
+    """
+    return lambda **inputs: model(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :]
 
 
 @torch.inference_mode()
@@ -229,9 +239,13 @@ def measure(
         A report; `report.data["retention"][name][metric]` is `{"value", "ci", "num_documents", "num_tokens"}`.
 
     Raises:
-        ValueError: if the models differ in dtype, attention kernel or vocabulary, or a text has no documents.
+        ValueError: if the models differ in dtype, attention kernel or vocabulary, windows are longer than they can
+            take, or a text has no documents.
     """
     _check_comparable(base, tuned)
+    limit = max_positions(base)
+    if limit is not None and max_length > limit:
+        raise ValueError(f"max_length: {max_length} is more than this model's {limit} positions; use at most {limit}")
     start = choose_start_token(tokenizer, start_token)
     say = progress or (lambda stage: None)
     sums = partial(document_sums, logits_of(base), batch_tokens=batch_tokens, device=base.device)
@@ -239,22 +253,23 @@ def measure(
     cut = partial(as_documents, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=max_windows)
 
     result: dict[str, Any] = {"retention": {}, "new_task": {}, "noise_floor": {}, "generations": []}
-    for text, source in (new_task or {}).items():
-        say(f"measuring {text}")
-        metrics = summary(sums(logits_of(tuned), cut(text, source)))
-        result["new_task"][text] = metrics | {"gain": _negated(metrics["forgetting"])}
-    for text, source in retention.items():
-        say(f"measuring {text}")
-        documents = cut(text, source)
-        result["retention"][text] = summary(sums(logits_of(tuned), documents))
-        result["noise_floor"][text] = summary(sums(row_by_row(base), documents[:NOISE_DOCUMENTS]))
-    if prompts:
-        say("writing continuations")
-        texts = [continuations(model, tokenizer, prompts, start.id, max_new_tokens) for model in (base, tuned)]
-        result["generations"] = [
-            {"prompt": prompt, "base": before, "tuned": after}
-            for prompt, before, after in zip(prompts, *texts, strict=True)
-        ]
+    with evaluation_mode(base), evaluation_mode(tuned):
+        for text, source in (new_task or {}).items():
+            say(f"measuring {text}")
+            metrics = summary(sums(logits_of(tuned), cut(text, source)))
+            result["new_task"][text] = metrics | {"gain": _negated(metrics["forgetting"])}
+        for text, source in retention.items():
+            say(f"measuring {text}")
+            documents = cut(text, source)
+            result["retention"][text] = summary(sums(logits_of(tuned), documents))
+            result["noise_floor"][text] = summary(sums(row_by_row(base), documents[:NOISE_DOCUMENTS]))
+        if prompts:
+            say("writing continuations")
+            texts = [continuations(model, tokenizer, prompts, start.id, max_new_tokens) for model in (base, tuned)]
+            result["generations"] = [
+                {"prompt": prompt, "base": before, "tuned": after}
+                for prompt, before, after in zip(prompts, *texts, strict=True)
+            ]
     settings = {
         "max_length": max_length,
         "max_windows": max_windows,

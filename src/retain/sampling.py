@@ -28,6 +28,7 @@ from retain.models import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
+from retain.reference import evaluation_mode
 from retain.replay import MANIFEST, NOT_COMPARED, SCHEMA, read_manifest, shard_path, write_shard
 
 if TYPE_CHECKING:
@@ -46,8 +47,13 @@ def draw_tokens(logits: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, row
     """One draw per row from softmax(logits): the inverse of the cumulative distribution, summed in float64.
 
     A token of probability zero is never drawn.
+
+    Raises:
+        ValueError: if a row of logits is no distribution, as where half precision overflows.
     """
     cumulative = torch.softmax(logits.float(), dim=-1).double().cumsum(-1)
+    if not bool(cumulative[:, -1].isfinite().all()):
+        raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
     return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1]).unsqueeze(-1), right=True).squeeze(-1)
 
 
@@ -60,10 +66,11 @@ def sample_rows(
     uniforms = torch.from_numpy(np.stack([row_uniforms(seed, row, max_length - 1) for row in rows])).to(device)
     tokens = torch.full((len(rows), max_length), start_id, dtype=torch.long, device=device)
     cache = None
-    for at in range(1, max_length):
-        output = model(input_ids=tokens[:, at - 1 : at], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        tokens[:, at] = draw_tokens(output.logits[:, -1], uniforms[:, at - 1])
+    with evaluation_mode(model):  # with dropout it would not be the model's own distribution
+        for at in range(1, max_length):
+            output = model(input_ids=tokens[:, at - 1 : at], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            tokens[:, at] = draw_tokens(output.logits[:, -1], uniforms[:, at - 1])
     return tokens
 
 
@@ -92,9 +99,11 @@ def sample_replay(
         The folder: Parquet shards with columns `row` and `input_ids`, and `manifest.json`.
 
     Raises:
-        ValueError: if the folder holds another dataset, or rows are longer than the model can take.
+        ValueError: if the folder holds another dataset, rows are longer than the model can take, or it has an adapter.
     """
     folder = Path(output_dir)
+    if hasattr(model, "peft_config"):  # the fingerprint is the base's, so its rows would pass for the base's own
+        raise ValueError("model: it has an adapter; sample from its base, or merge the adapter and sample from that")
     limit = max_positions(model)
     if limit is not None and max_length > limit:
         raise ValueError(f"max_length: {max_length} is more than this model's {limit} positions; use at most {limit}")

@@ -1,0 +1,62 @@
+"""Every example runs as it stands, on a tiny model, and stays short."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_texts, save_model
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NAMES = ["sft_replay", "lora_replay", "transformers_trainer", "dpo_replay"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("examples")
+    save_model(folder / "model")
+    texts = make_texts(30, seed=3)
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "wiki.txt").write_text("\n\n".join(make_texts(10, seed=4)))
+    pairs = [{"prompt": t[:20], "chosen": t[20:60], "rejected": t[60:100]} for t in texts]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder
+
+
+def run(name: str, *arguments: object, folder: Path) -> str:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trainer_example(name: str, workplace: Path) -> None:
+    out = workplace / name
+    rows = workplace / ("pairs.jsonl" if name == "dpo_replay" else "rows.jsonl")
+    wiki = [workplace / "wiki.txt"] if name == "sft_replay" else []
+    stdout = run(name, workplace / "model", rows, *wiki, out, folder=workplace)
+    assert (out / "metrics.jsonl").exists()
+    assert "replay/kl" in (out / "metrics.jsonl").read_text()
+    assert (out / ("adapter_model.safetensors" if name == "lora_replay" else "model.safetensors")).exists()
+    if name == "sft_replay":
+        assert "retention/wiki: forgetting" in stdout
+
+
+def test_measure_example(workplace: Path) -> None:
+    other = save_model(workplace / "other", seed=1)
+    stdout = run(
+        "measure_two_models", workplace / "model", other, workplace / "wiki.txt", workplace / "r", folder=workplace
+    )
+    assert "95% interval" in stdout
+    assert (workplace / "r" / "report.html").exists()
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_examples_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 40

@@ -1,0 +1,282 @@
+"""Forgetting of a model against its base: every metric by hand, against a naive twin, and what must not move it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_model, make_texts, make_tokenizer
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+from retain.data import Document, tokenize_documents
+from retain.metrics import SUMS, DocumentSums, batches, continuations, document_sums, logits_of, measure, summarize
+from retain.statistics import bootstrap_ratio
+
+TOKENIZER = make_tokenizer()
+LN2 = math.log(2)
+
+
+def table_model(*rows: list[float]):
+    """A model of three tokens whose prediction depends on the last token alone."""
+    log_probs = torch.tensor(rows).log()
+    return lambda input_ids, attention_mask: log_probs[input_ids] + 5.0  # logits are known up to a constant
+
+
+def ragged_documents(count: int = 7, max_length: int = 12) -> list[Document]:
+    """Documents of very different lengths, most of several windows."""
+    texts = [text for at in range(count) for text in make_texts(1, seed=at, words=1 + 5 * at)]
+    return tokenize_documents(texts, TOKENIZER, 3, max_length)
+
+
+def sums_of(base, tuned, documents, batch_tokens: int = 64) -> DocumentSums:
+    return document_sums(logits_of(base), logits_of(tuned), documents, batch_tokens=batch_tokens)
+
+
+def test_every_metric_by_hand():
+    """Two documents, three predictions: 0→1 and 1→2 in the first, 0→2 in the second.
+
+    After token 0 the base says (½, ¼, ¼) and the model (¼, ½, ¼); after token 1 both say (¼, ½, ¼).
+    """
+    base = table_model([0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [1 / 3] * 3)
+    tuned = table_model([0.25, 0.5, 0.25], [0.25, 0.5, 0.25], [1 / 3] * 3)
+    documents = [Document([[0, 1, 2]], num_bytes=4), Document([[0, 2]], num_bytes=6)]
+    sums = document_sums(base, tuned, documents, batch_tokens=100)
+    by_hand = {  # in units of ln 2, per document
+        "base_loss": [2 + 2, 2],
+        "loss": [1 + 2, 2],
+        "ref_kl": [0.5 * 1 - 0.25 * 1 + 0, 0.25],
+        "entropy": [1.5 + 1.5, 1.5],
+        "argmax_loss": [2 + 1, 2],
+        "base_argmax_loss": [1 + 1, 1],
+    }
+    for name, expected in by_hand.items():
+        np.testing.assert_allclose(sums.values[name] / LN2, expected, atol=1e-6, err_msg=name)
+    assert sums.values["agreement"].tolist() == [1, 0]
+    assert sums.num_tokens.tolist() == [2, 1]
+
+    metrics = summarize(sums)
+    expected = {
+        "forgetting": -LN2 / 3,
+        "loss": 5 * LN2 / 3,
+        "base_loss": 6 * LN2 / 3,
+        "ref_kl": 0.5 * LN2 / 3,
+        "ref_cross_entropy": 1.5 * LN2 + 0.5 * LN2 / 3,
+        "base_ref_cross_entropy": 1.5 * LN2,
+        "ref_argmax_cross_entropy": 5 * LN2 / 3,
+        "base_ref_argmax_cross_entropy": LN2,
+        "ref_agreement": 1 / 3,
+        "bits_per_byte": 5 / 10,
+        "base_bits_per_byte": 6 / 10,
+    }
+    assert {name: metric["value"] for name, metric in metrics.items()} == pytest.approx(expected, abs=1e-6)
+    assert all((metric["num_documents"], metric["num_tokens"]) == (2, 3) for metric in metrics.values())
+    low, high = metrics["forgetting"]["ci"]  # the extremes: one document drawn twice
+    assert (low, high) == pytest.approx((-LN2 / 2, 0), abs=1e-6)
+
+
+def test_the_interval_of_forgetting_is_paired():
+    """Of the differences, not of two losses apart: it is narrow where the same documents are hard for both."""
+    rng = np.random.default_rng(0)
+    tokens = np.full(50, 100)
+    base = rng.gamma(4.0, 100.0, size=50)
+    zeros = dict.fromkeys(SUMS, np.zeros(50))
+    sums = DocumentSums({**zeros, "base_loss": base, "loss": base + 10 + rng.normal(size=50)}, tokens, tokens * 4)
+    low, high = summarize(sums)["forgetting"]["ci"]
+    assert (low, high) == bootstrap_ratio(sums.values["loss"] - base, tokens)[1:]
+    assert 0.09 < low < 0.1 < high < 0.11
+    wide = summarize(sums)["loss"]["ci"]
+    assert wide[1] - wide[0] > 50 * (high - low)
+
+
+def naive_sums(base, tuned, documents: list[Document]) -> dict[str, list[float]]:
+    """Window by window, without padding, position by position, in float64."""
+    result: dict[str, list[float]] = {name: [0.0] * len(documents) for name in SUMS}
+    for index, document in enumerate(documents):
+        for window in document.windows:
+            with torch.no_grad():
+                both = [model(torch.tensor([window])).logits[0].double().log_softmax(-1) for model in (base, tuned)]
+            for at, target in enumerate(window[1:]):
+                p, q = both[0][at], both[1][at]
+                found = {
+                    "loss": -q[target],
+                    "base_loss": -p[target],
+                    "ref_kl": sum(p.exp() * (p - q)),
+                    "entropy": -sum(p.exp() * p),
+                    "argmax_loss": -q[p.argmax()],
+                    "base_argmax_loss": -p[p.argmax()],
+                    "agreement": float(p.argmax() == q.argmax()),
+                }
+                for name, value in found.items():
+                    result[name][index] += float(value)
+    return result
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_tiny_model_equals_its_naive_twin(architecture):
+    base, tuned = make_model(architecture, seed=0), make_model(architecture, seed=1)
+    documents = ragged_documents(5)
+    sums = sums_of(base, tuned, documents)
+    for name, expected in naive_sums(base, tuned, documents).items():
+        np.testing.assert_allclose(sums.values[name], expected, rtol=2e-5, atol=2e-5, err_msg=name)
+    assert sums.num_tokens.tolist() == [document.num_tokens for document in documents]
+
+
+def test_long_windows_are_summed_in_chunks():
+    base, tuned = (make_model(seed=seed, max_position_embeddings=400) for seed in (0, 1))
+    documents = [Document([torch.randint(5, 320, (300,), generator=torch.Generator().manual_seed(0)).tolist()], 1)]
+    whole = sums_of(base, tuned, documents)
+    for name, expected in naive_sums(base, tuned, documents).items():
+        np.testing.assert_allclose(whole.values[name], expected, rtol=2e-5, err_msg=name)
+
+
+def test_a_base_against_itself_has_forgotten_nothing():
+    base = make_model()
+    report = measure(base, make_model(), {"text": make_texts(4)}, tokenizer=TOKENIZER, max_length=20)
+    for part in ("retention", "noise_floor"):
+        metrics = report.data[part]["text"]
+        assert abs(metrics["ref_kl"]["value"]) < 1e-6
+        assert abs(metrics["forgetting"]["value"]) < 1e-6
+        assert metrics["ref_agreement"]["value"] == 1
+    metrics = report.data["retention"]["text"]
+    assert metrics["loss"] == metrics["base_loss"]
+    assert metrics["ref_kl"]["value"] == 0  # the same kernel on the same batches: exactly
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batches_and_order_play_no_part(architecture):
+    base, tuned = make_model(architecture), make_model(architecture, seed=1)
+    documents = ragged_documents()
+    whole = sums_of(base, tuned, documents, batch_tokens=10_000)
+    for other, back in (
+        (sums_of(base, tuned, documents, batch_tokens=1), 1),
+        (sums_of(base, tuned, documents, batch_tokens=30), 1),
+        (sums_of(base, tuned, documents[::-1], batch_tokens=50), -1),
+    ):
+        for name in SUMS:
+            np.testing.assert_allclose(other.values[name][::back], whole.values[name], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_plays_no_part():
+    """A short document beside a long one, whatever the padded positions predict."""
+    base, tuned = make_model(), make_model(seed=1)
+    short, long = Document([[3, 9, 8]], 3), Document([[3, *range(10, 60)]], 50)
+    alone, beside = sums_of(base, tuned, [short]), sums_of(base, tuned, [long, short], batch_tokens=1000)
+    for name in SUMS:
+        np.testing.assert_allclose(beside.values[name][1], alone.values[name][0], rtol=1e-5, atol=1e-5)
+
+    def poisoned(model):
+        def forward(input_ids, attention_mask):
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            return logits.masked_fill(attention_mask.unsqueeze(-1) == 0, torch.nan)
+
+        return forward
+
+    again = document_sums(poisoned(base), poisoned(tuned), [long, short], batch_tokens=1000)
+    for name in SUMS:
+        np.testing.assert_array_equal(again.values[name], beside.values[name])
+
+
+def test_batches_hold_every_window_once_and_keep_to_their_size():
+    documents = ragged_documents()
+    seen = []
+    for indices, windows in batches(documents, 40):
+        assert len(windows) == 1 or max(map(len, windows)) * len(windows) <= 40
+        seen += list(zip(indices, map(tuple, windows), strict=True))
+    expected = [(index, tuple(window)) for index, document in enumerate(documents) for window in document.windows]
+    assert sorted(seen) == sorted(expected)
+
+
+def test_forgetting_is_the_tuned_loss_minus_the_bases():
+    base, tuned, texts = make_model(), make_model(seed=1), make_texts(6)
+    report = measure(base, tuned, {"a": texts}, tokenizer=TOKENIZER, new_task={"b": texts}, max_length=20)
+    metrics = report.data["retention"]["a"]
+    assert metrics["forgetting"]["value"] == pytest.approx(metrics["loss"]["value"] - metrics["base_loss"]["value"])
+    assert metrics["ref_kl"]["value"] > 0.1
+    assert metrics["ref_kl"]["ci"][0] < metrics["ref_kl"]["value"] < metrics["ref_kl"]["ci"][1]
+    forgetting, gain = metrics["forgetting"], report.data["new_task"]["b"]["gain"]
+    assert gain["value"] == -forgetting["value"]
+    assert gain["ci"] == [-forgetting["ci"][1], -forgetting["ci"][0]]
+    assert gain["num_tokens"] == sum(len(ids) for ids in TOKENIZER(texts)["input_ids"])
+
+
+def test_one_document_has_no_interval():
+    report = measure(make_model(), make_model(seed=1), {"a": make_texts(1)}, tokenizer=TOKENIZER, max_length=20)
+    assert report.data["retention"]["a"]["ref_kl"]["ci"] == [None, None]
+
+
+def test_a_report_says_what_was_measured_and_how():
+    report = measure(make_model(), make_model(seed=1), {"a": make_texts(2)}, tokenizer=TOKENIZER, max_length=20, seed=4)
+    data = report.data
+    assert data["schema"] == "retain.report/1"
+    assert data["base"]["fingerprint"] != data["tuned"]["fingerprint"]
+    assert data["base"]["num_params"] == sum(parameter.numel() for parameter in make_model().parameters())
+    assert data["settings"]["seed"] == 4
+    assert data["settings"]["dtype"] == "float32"
+    assert data["settings"]["start_token"] == "'<s>' (id 3): the tokenizer's bos_token"
+    assert data["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"dtype": torch.bfloat16}, "dtype: base has torch.float32, model has torch.bfloat16; load both alike"),
+        ({"attn": "eager"}, "attn_implementation: base has sdpa, model has eager"),
+        ({"vocab_size": 321}, "vocabulary: base has 320, model has 321"),
+    ],
+)
+def test_models_that_cannot_be_compared_are_refused(change, expected):
+    """Pitfall 5: in another dtype or kernel the noise floor would be the result."""
+    tuned = make_model(vocab_size=change.get("vocab_size", 320)).to(change.get("dtype", torch.float32))
+    tuned.set_attn_implementation(change.get("attn", "sdpa"))
+    with pytest.raises(ValueError, match=expected):
+        measure(make_model(), tuned, {"a": make_texts(1)}, tokenizer=TOKENIZER, max_length=20)
+
+
+@pytest.mark.parametrize("texts", [[], [""]])
+def test_a_text_of_nothing_is_refused(texts):
+    with pytest.raises(ValueError, match="retention: 'a' has no text to measure"):
+        measure(make_model(), make_model(), {"a": texts}, tokenizer=TOKENIZER, max_length=20)
+
+
+def test_windows_longer_than_the_model_can_take_are_refused():
+    with pytest.raises(ValueError, match="max_length: 512 is more than this model's 128 positions; use at most 128"):
+        measure(make_model("gpt2"), make_model("gpt2"), {"a": make_texts(1)}, tokenizer=TOKENIZER)
+
+
+def test_dropout_is_off_and_comes_back():
+    """As after `trainer.train()`, which leaves the model in training mode."""
+    base = make_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5)
+    tuned = make_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
+    report = measure(base, tuned, {"a": make_texts(2)}, tokenizer=TOKENIZER, max_length=20, prompts=["the quick"])
+    assert report.data["retention"]["a"]["ref_kl"]["value"] == 0
+    assert report.data["generations"][0]["base"] == report.data["generations"][0]["tuned"]
+    assert tuned.training
+    assert not base.training
+
+
+@pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning:peft")
+def test_adapters_of_every_kind_are_measured():
+    """Prompt tuning puts virtual tokens before the text, whose logits are not those of the text."""
+    base = make_model()
+    for config in (
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+        PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    ):
+        tuned = get_peft_model(make_model(), config)
+        report = measure(base, tuned, {"a": make_texts(2)}, tokenizer=TOKENIZER, max_length=20)
+        assert report.data["retention"]["a"]["ref_kl"]["value"] > 1e-3
+        with tuned.disable_adapter():
+            report = measure(base, tuned, {"a": make_texts(2)}, tokenizer=TOKENIZER, max_length=20)
+        assert report.data["retention"]["a"]["ref_kl"]["value"] == 0
+
+
+def test_continuations_are_greedy_whatever_the_checkpoint_says():
+    model = make_model()
+    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, num_beams=4)
+    (text,) = continuations(model, TOKENIZER, ["the quick brown"], 3, 6)
+    ids = [3, *TOKENIZER("the quick brown")["input_ids"]]
+    for _ in range(6):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert text == TOKENIZER.decode(ids[-6:], skip_special_tokens=True)
