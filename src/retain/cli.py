@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     # Idle threads that spin at barriers are ruinous on a shared machine; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch|peft")
     try:
         VERBS[verb](rest)
     except KeyboardInterrupt:
@@ -82,20 +85,23 @@ def parse(argv: list[str], verb: str, *types: Any) -> tuple[Any, ...]:
     import yaml
     from trl import TrlParser
 
-    parser = TrlParser(types, prog=f"retain {verb}")
+    parser = TrlParser(types, prog=f"retain {verb}", allow_abbrev=False)
 
     def fail(message: str) -> None:
         raise ValueError(message)
 
     parser.error = fail
     try:
-        return parser.parse_args_and_config(repeated_lists(argv), fail_with_unknown_args=True)
+        *configs, unknown = parser.parse_args_and_config(repeated_lists(argv), return_remaining_strings=True)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise ValueError(f"config: not YAML{where}; {getattr(error, 'problem', None) or 'check the file'}") from error
     except IndexError as error:
         raise ValueError("config: --config needs a file") from error
+    if unknown:
+        raise ValueError(f"{unknown[0]}: not known here; `retain {verb} --help` lists what is")
+    return tuple(configs)
 
 
 def repeated_lists(argv: list[str]) -> list[str]:
@@ -106,9 +112,10 @@ def repeated_lists(argv: list[str]) -> list[str]:
     while at < len(argv):
         flag, _, value = argv[at].partition("=")
         at += 1
-        if flag not in ("--retention", "--new_task", "--runs"):
+        if flag.replace("_", "-") not in ("--retention", "--new-task", "--runs"):
             rest.append(argv[at - 1])
             continue
+        flag = flag.replace("-task", "_task")  # argparse takes either
         values = gathered.setdefault(flag, [])
         if value:
             values.append(value)
@@ -123,15 +130,12 @@ def repeated_lists(argv: list[str]) -> list[str]:
 
 def quiet_libraries() -> None:
     """Keep what neighbours say about themselves out of the way of what the user asked for."""
-    import warnings
-
     import datasets
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|trl|torch)")
 
 
 def _device() -> str:
@@ -156,7 +160,8 @@ def _sample_with_bar(model: Any, tokenizer: Any, output_dir: str, num_rows: int,
 
     from retain.sampling import sample_replay
 
-    with tqdm(total=num_rows, unit="row", desc="sampling replay") as bar:
+    # Not displayed before the first update: a refusal is one line, not a bar and a line.
+    with tqdm(total=num_rows, unit="row", desc="sampling replay", delay=1e-9) as bar:
         return sample_replay(model, tokenizer, output_dir, num_rows=num_rows, progress=bar.update, **settings)
 
 
@@ -213,20 +218,16 @@ def measure(argv: list[str]) -> None:
     from retain.models import load_model, tokenizer_of_tuned
     from retain.replay import load_texts
 
-    retention, new_task = (
-        named_sources(config.retention, "retention"),
-        named_sources(config.new_task, "new_task"),
-    )
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    sources = named_sources(config.retention, "retention"), named_sources(config.new_task, "new_task")
     base, tokenizer = _load_pair(config.base, config)
-    texts = {
-        kind: {name: load_texts(source, tokenizer, config.max_documents) for name, source in sources.items()}
-        for kind, sources in (("retention", retention), ("new_task", new_task))
-    }
+    retention, new_task = (
+        {name: load_texts(source, tokenizer, config.max_documents) for name, source in group.items()}
+        for group in sources
+    )
     if config.prompts:
         prompts = [row_text(row, tokenizer) for row in read_rows(config.prompts)]
     else:
-        prompts = default_prompts({**texts["new_task"], **texts["retention"]}, tokenizer)
+        prompts = default_prompts({**new_task, **retention}, tokenizer)
     tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
     tuned = load_model(
         config.model,
@@ -235,26 +236,26 @@ def measure(argv: list[str]) -> None:
         trust_remote_code=config.trust_remote_code,
         device=base.device,
     )
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known before the work
+    names = ("start_token", "max_length", "batch_tokens", "max_new_tokens", "num_resamples", "seed")
     report = measure_models(
         base,
         tuned,
-        texts["retention"],
+        retention,
         tokenizer=tokenizer,
-        new_task=texts["new_task"],
+        new_task=new_task,
         prompts=prompts,
         name=Path(config.model).name,
-        start_token=config.start_token,
-        max_length=config.max_length,
-        batch_tokens=config.batch_tokens,
-        max_new_tokens=config.max_new_tokens,
-        num_resamples=config.num_resamples,
-        seed=config.seed,
         progress=lambda stage: print(f"{stage} …", flush=True),
+        **{name: getattr(config, name) for name in names},
     )
     report.data.update(read_run(Path(config.model)))
-    report.write(config.output_dir)
-    print(report.summary())
-    print(f"\nreport: {Path(config.output_dir) / 'report.html'}")
+    _finish(report.write, config.output_dir, report.summary())
+
+
+def _finish(write: Callable[[str], object], output_dir: str, summary: str) -> None:
+    write(output_dir)
+    print(f"{summary}\n\nreport: {Path(output_dir) / 'report.html'}")
 
 
 def report(argv: list[str]) -> None:
@@ -264,13 +265,9 @@ def report(argv: list[str]) -> None:
     (config,) = parse(argv, "report", ReportConfig)
     from retain.report import ForgettingReport, comparison_summary, write_comparison
 
-    runs = []
-    for folder in config.runs:
-        path = Path(folder) / "report.json" if Path(folder).is_dir() else Path(folder)
-        runs.append(ForgettingReport.from_json(path).data)
-    write_comparison(config.output_dir, runs, title=config.title)
-    print(comparison_summary(runs))
-    print(f"\nreport: {Path(config.output_dir) / 'report.html'}")
+    paths = [Path(folder) / "report.json" if Path(folder).is_dir() else Path(folder) for folder in config.runs]
+    runs = [ForgettingReport.from_json(path).data for path in paths]
+    _finish(partial(write_comparison, reports=runs, title=config.title), config.output_dir, comparison_summary(runs))
 
 
 def demo(argv: list[str]) -> None:

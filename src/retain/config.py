@@ -37,6 +37,20 @@ def check_number(name: str, value: object, *, low: float, high: float = math.inf
         raise ValueError(f"{name}: {value!r} does not fit; use {kind} {limits}")
 
 
+def check_name(name: str, value: object) -> None:
+    """Raise a `ValueError` unless `value` is a text that names something."""
+    if value is None or value == "":
+        raise ValueError(f"{name}: missing; give --{name}")
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: {value!r} is not text; write it in quotes")
+
+
+def check_list(name: str, value: object) -> None:
+    """Raise a `ValueError` unless `value` is a list of texts; YAML may bring anything."""
+    if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        raise ValueError(f"{name}: {value!r} is not a list of texts; write [a, b]")
+
+
 @dataclass(kw_only=True)
 class ReplayConfig:
     """How replay protects a finetune. `papers.md`, section A; docs/replay.md has the formulas."""
@@ -91,7 +105,8 @@ class ReplayConfig:
                 check_number(name, getattr(self, name), low=1 if "batch" in name else 2, integer=True)
         if self.replay_objective == "replace" and not 0 < self.replay_share < 1:
             raise ValueError(
-                f"replay_share: {self.replay_share} leaves a batch with no replay or no new rows; use a share between"
+                f"replay_share: {self.replay_share} leaves a batch with no replay or no new rows; use a share above 0 "
+                "and below 1"
             )
 
 
@@ -127,6 +142,7 @@ class FinetuneConfig(ReplayConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_list("retention", self.retention)
         check_number("replay_num_rows", self.replay_num_rows, low=1, integer=True)
         check_number("retention_max_documents", self.retention_max_documents, low=1, integer=True)
 
@@ -170,9 +186,8 @@ class SampleConfig(ModelLoadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("model_name_or_path", "output_dir"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: missing; give --{name}")
+        check_name("model_name_or_path", self.model_name_or_path)
+        check_name("output_dir", self.output_dir)
         check_number("num_rows", self.num_rows, low=1, integer=True)
         check_number("max_length", self.max_length, low=2, integer=True)
         check_number("per_device_batch_size", self.per_device_batch_size, low=1, integer=True)
@@ -207,8 +222,9 @@ class MeasureConfig(ModelLoadConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("base", "model", "output_dir"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: missing; give --{name}")
+            check_name(name, getattr(self, name))
+        for name in ("retention", "new_task"):
+            check_list(name, getattr(self, name))
         if not self.retention:
             raise ValueError("retention: missing; give at least one text as --retention name=file")
         check_number("max_length", self.max_length, low=2, integer=True)
@@ -230,10 +246,10 @@ class ReportConfig:
     title: str = field(default="Forgetting report", metadata=_say("Title of the page."))
 
     def __post_init__(self) -> None:
+        check_list("runs", self.runs)
         if not self.runs:
             raise ValueError("runs: missing; give at least one folder as --runs DIR")
-        if not self.output_dir:
-            raise ValueError("output_dir: missing; give --output_dir")
+        check_name("output_dir", self.output_dir)
 
 
 @dataclass(kw_only=True)

@@ -46,12 +46,8 @@ def run_finetune(
     if replay == "self":
         with training_args.main_process_first(local=False, desc="sampling replay"):
             replay = _sample_own(name, tokenizer, training_args, config, options, sampler)
-    training_args.model_init_kwargs = {
-        **options,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    of_model = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
+    training_args.model_init_kwargs = {**options, **of_model, **(training_args.model_init_kwargs or {})}
     trainer = ReplaySFTTrainer(
         model=name,
         args=training_args,
@@ -93,6 +89,7 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
     split = script_args.dataset_train_split
     if split not in dataset:
         raise ValueError(f"dataset_train_split: {split!r} is not in {name!r}, which has {', '.join(dataset)}")
+    _check_columns(name, dataset[split], training_args.dataset_text_field)
     if config.eval_dataset_name:
         return dataset[split], read_rows(config.eval_dataset_name, split=script_args.dataset_test_split)
     if evaluate and script_args.dataset_test_split not in dataset:
@@ -101,6 +98,15 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
             f"{script_args.dataset_test_split!r}; give --eval_dataset_name FILE, or eval_strategy no"
         )
     return dataset[split], dataset[script_args.dataset_test_split] if evaluate else None
+
+
+def _check_columns(name: str, rows: Any, text_field: str) -> None:
+    columns = rows.column_names
+    if columns and not {text_field, "messages", "prompt", "input_ids"} & set(columns):
+        raise ValueError(
+            f"dataset_name: {name!r} has columns {', '.join(columns)}; it needs {text_field}, messages, or prompt and "
+            "completion"
+        )
 
 
 def _from_hub(script_args: Any) -> Any:

@@ -1,0 +1,146 @@
+"""Who may import whom, read from the source; and what importing `retain` costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "retain"
+PURE = {"config", "files", "losses", "statistics", "comparison"}
+ROOMS = PURE | {"models", "data", "reference"}
+# Module: what it may import of ours. A name outside the table is a new room: put it where it belongs.
+MAY_IMPORT = {
+    "__init__": set(),
+    "__main__": {"cli"},
+    **dict.fromkeys(("config", "files", "losses", "statistics"), set()),
+    "comparison": {"statistics"},
+    **dict.fromkeys(("models", "data", "reference"), PURE),
+    "replay": PURE | {"data"},
+    "plots": {"statistics", "comparison"},
+    "report": {"statistics", "comparison", "plots", "files", "__init__"},
+    "sampling": ROOMS | {"replay", "__init__"},
+    "metrics": ROOMS | {"replay", "report", "__init__"},
+    "callbacks": {"replay", "files"},
+    "retention": ROOMS | {"replay", "report", "sampling", "metrics", "callbacks", "__init__"},
+}
+MAY_IMPORT["trainer"] = MAY_IMPORT["retention"] | {"retention"}
+MAY_IMPORT["finetune"] = MAY_IMPORT["trainer"] | {"trainer"}
+MAY_IMPORT["demo"] = MAY_IMPORT["finetune"] | {"finetune"}
+MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo"}
+
+LIBRARIES = {"torch", "numpy", "scipy", "jaxtyping"}
+MODULES = sorted(path.stem for path in SOURCE.glob("*.py"))
+
+
+def imports(module: str) -> list[tuple[str, bool]]:
+    """Every imported module, and whether it is imported when `module` is, rather than inside a function."""
+    tree = ast.parse((SOURCE / f"{module}.py").read_text())
+    inside = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.walk(node)
+    }
+    type_checking = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for statement in node.body
+        for child in ast.walk(statement)
+    }
+    found = []
+    for node in ast.walk(tree):
+        now = id(node) not in inside | type_checking
+        if isinstance(node, ast.Import):
+            found += [(alias.name, now) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative imports hide edges"
+            modules = {path.stem for path in SOURCE.glob("*.py")}
+            if node.module == "retain":
+                names = [alias.name for alias in node.names]
+                found += [(f"retain.{name}" if name in modules else "retain.__init__", now) for name in names]
+            else:
+                found.append((node.module or "", now))
+    return found
+
+
+def ours(module: str) -> set[str]:
+    return {name.split(".")[1] for name, _ in imports(module) if name.startswith("retain.")}
+
+
+def libraries(module: str, *, on_import: bool = False) -> set[str]:
+    names = {name.split(".")[0] for name, now in imports(module) if now or not on_import}
+    return names - {"retain"} - sys.stdlib_module_names
+
+
+def test_every_module_has_its_place_in_the_table():
+    assert set(MODULES) == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module):
+    assert ours(module) <= MAY_IMPORT[module]
+
+
+@pytest.mark.parametrize("module", sorted(PURE))
+def test_the_pure_modules_stand_on_torch_numpy_and_scipy(module):
+    assert libraries(module) <= LIBRARIES
+
+
+def test_config_and_files_stand_on_the_standard_library():
+    assert libraries("config") == libraries("files") == set()
+
+
+def test_trl_is_imported_where_training_is():
+    """Pitfall 29: and only names of `trl` itself, never of `trl.experimental`."""
+    users = {module for module in MODULES if "trl" in libraries(module)}
+    assert users <= {"trainer", "finetune", "demo", "cli"}
+    names = {name for module in MODULES for name, _ in imports(module) if name.split(".")[0] == "trl"}
+    assert names == {"trl"}
+
+
+def test_results_are_shown_without_models():
+    for module in ("report", "plots", "comparison"):
+        assert libraries(module).isdisjoint({"torch", "transformers", "peft", "trl", "datasets"})
+
+
+def test_the_command_line_imports_inside_functions():
+    assert {name for name, now in imports("cli") if now} <= set(sys.stdlib_module_names) | {"collections.abc"}
+    assert libraries("__init__") == set()
+
+
+def loaded_after(code: str) -> set[str]:
+    script = f"{code}\nimport sys; print('LOADED', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return set(done.stdout.split("LOADED", 1)[1].split())
+
+
+HEAVY = {"torch", "trl", "transformers", "peft", "datasets", "numpy", "scipy", "matplotlib", "pyarrow", "yaml"}
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    loaded = loaded_after("import retain; retain.__version__; dir(retain); retain.versions()")
+    assert loaded.isdisjoint(HEAVY)
+    assert "retain.config" not in loaded
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["unknown"]])
+def test_help_loads_nothing_heavy(arguments):
+    """Pitfall 34."""
+    assert loaded_after(f"import contextlib, io, retain.cli\nwith contextlib.redirect_stderr(io.StringIO()):\n"
+                        f"    retain.cli.main({arguments})").isdisjoint(HEAVY)  # fmt: skip
+
+
+def test_public_names_resolve_and_others_do_not():
+    import retain
+
+    for name in retain.__all__:
+        assert getattr(retain, name) is not None
+    assert retain.kl_divergence.__module__ == "retain.losses"
+    with pytest.raises(AttributeError, match="module 'retain' has no attribute 'forget'"):
+        _ = retain.forget
