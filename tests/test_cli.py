@@ -170,7 +170,7 @@ def bad_files(world, tmp_path_factory) -> Path:
         (folder / name / MANIFEST).write_text(json.dumps(manifest | change))
     (folder / "unfinished" / "shard-00000.parquet").unlink()
     for name, text in {
-        "broken": "seed: 1\nnum_rows: [\n",
+        "broken": "seed: 1\nnum_rows: 2: 3\n",
         "list": "- seed\n",
         "unknown": "replay_ceof: 1\n",
         "choice": "replay_objective: l2\n",
@@ -208,3 +208,296 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(case, world, bad_files, c
         assert path.name == ".lock"
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
     assert (snapshot(world), snapshot(bad_files)) == before
+
+
+@pytest.mark.parametrize("row", [{"text": 3}, {"text": None}, {"messages": "hi"}, {"prompt": 1, "completion": "a"}])
+def test_training_rows_of_the_wrong_type_end_in_one_line(row, world, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    arguments = REPLAY.replace("{w}/new.jsonl", str(rows)).replace("{w}", str(world)).replace("{t}", str(tmp_path))
+    capsys.readouterr()
+    assert main([*arguments.split(), *TRAIN]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Error:" not in error
+    assert "rows.jsonl" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_verbs_and_version(capsys):
+    import retain
+
+    assert main([]) == 1
+    assert main(["--help"]) == 0
+    assert main(["--version"]) == 0
+    output = capsys.readouterr()
+    assert output.out.count("usage: retain VERB") == 2
+    assert output.out.endswith(f"{retain.__version__}\n")
+    assert output.err == ""
+    assert main(["forget"]) == 1
+    assert capsys.readouterr().err == "retain: no verb 'forget'; use one of sample, finetune, measure, report, demo\n"
+
+
+@pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "report", "demo"])
+def test_every_flag_has_help(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    output = capsys.readouterr().out
+    assert f"usage: retain {verb}" in output
+    assert "--output_dir" in output
+
+
+def test_an_interrupted_verb_says_how_to_go_on(world, tmp_path, capsys, monkeypatch):
+    import retain.sampling
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(retain.sampling, "sample_rows", interrupt)
+    arguments = SAMPLE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()
+    assert main(arguments) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "retain sample: interrupted; the same command goes on where it stopped"
+    )
+
+
+def test_a_bug_is_named_by_its_type_and_shown_where_when_asked(world, tmp_path, capsys, monkeypatch):
+    import retain.sampling
+
+    def bug(*args, **kwargs):
+        raise ZeroDivisionError("one\ntwo")
+
+    monkeypatch.setattr(retain.sampling, "sample_rows", bug)
+    arguments = SAMPLE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()
+    assert main(arguments) == 1
+    expected = "retain sample: ZeroDivisionError: one (RETAIN_DEBUG=1 shows where)"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
+    monkeypatch.setenv("RETAIN_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(arguments)
+
+
+@pytest.mark.parametrize("flag", ["--new_task", "--new-task"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_flag_of_several_values_may_be_repeated(flag, joined):
+    from retain.cli import parse
+    from retain.config import MeasureConfig
+
+    def given(name: str, value: str) -> list[str]:
+        return [f"{name}={value}"] if joined else [name, value]
+
+    arguments = [*given(flag, "a=x"), "--base", "b", *given("--retention", "w=y"), *given(flag, "c=z")]
+    (config,) = parse([*arguments, "--model", "m", "--output_dir", "o"], "measure", MeasureConfig)
+    assert (config.new_task, config.retention, config.base) == (["a=x", "c=z"], ["w=y"], "b")
+
+
+# As a process
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "RETAIN_DEBUG"}
+    command = [sys.executable, "-m", "retain", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+def test_a_process_ends_with_the_code_and_one_line(bad_files, tmp_path):
+    done = run("finetune", "--config", str(bad_files / "choice.yaml"), cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    expected = "retain finetune: replay_objective: 'l2' is not known; use one of 'kl', 'ntp', 'replace', 'kl_new'\n"
+    assert done.stderr == expected
+    assert list(tmp_path.iterdir()) == []
+    done = run("--help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: retain VERB")
+
+
+# All the way
+
+METRIC_NAMES = {
+    "forgetting",
+    "loss",
+    "base_loss",
+    "ref_kl",
+    "ref_cross_entropy",
+    "base_ref_cross_entropy",
+    "ref_argmax_cross_entropy",
+    "base_ref_argmax_cross_entropy",
+    "ref_agreement",
+    "bits_per_byte",
+    "base_bits_per_byte",
+}
+
+
+def check_metrics(metrics: dict, names: set[str]) -> None:
+    assert set(metrics) == names
+    for metric in metrics.values():
+        assert set(metric) == {"value", "ci", "num_documents", "num_tokens"}
+        assert metric["num_documents"] == 6
+        assert metric["num_tokens"] > 100
+        low, high = metric["ci"]
+        assert low <= metric["value"] <= high
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sample_finetune_measure(architecture, world, tmp_path, capsys):
+    """One path through every verb, and everything it should leave behind."""
+    model, replay, out, report = (str(tmp_path / name) for name in ("base", "replay", "out", "report"))
+    save_model(Path(model), architecture)
+    wiki, held = f"wiki={world}/wiki.txt", f"{world}/held.jsonl"
+    arguments = ["--num_rows", "6", "--max_length", "24", "--per_device_batch_size", "4"]
+    assert main(["sample", "--model_name_or_path", model, "--output_dir", replay, *arguments]) == 0
+    assert "document start: '<s>' (id 3)" in capsys.readouterr().out
+
+    arguments = ["--model_name_or_path", model, "--dataset_name", f"{world}/new.jsonl", "--eval_dataset_name", held]
+    arguments += ["--output_dir", out, "--replay_dataset", replay, "--retention", wiki, "--eval_strategy", "steps"]
+    assert main(["finetune", *arguments, "--eval_steps", "2", *TRAIN]) == 0
+    output = capsys.readouterr().out
+    assert "protection: kl, coefficient 1, reference copy (proven to be the base)" in output
+    assert f"replay: 6 rows, self-generated by {model}; 1 per device and micro-batch" in output
+    assert "retention/wiki: forgetting " in output
+
+    rows = lines(tmp_path / "out" / "metrics.jsonl")
+    steps = [row for row in rows if "replay/kl" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    assert steps[0]["replay/kl"] == pytest.approx(0, abs=1e-6)
+    assert steps[2]["replay/kl"] > 1e-6
+    assert [row["step"] for row in rows if "eval_loss" in row] == [2, 3]
+    retention = [row for row in rows if "retention/wiki/loss" in row]
+    assert [row["step"] for row in retention] == [2, 3]
+    assert {"retention/wiki/forgetting", "retention/wiki/ref_kl", "retention/wiki/ref_agreement"} <= set(retention[0])
+    settings = json.loads((tmp_path / "out" / "retain_config.json").read_text())
+    assert settings["replay"]["replay_objective"] == "kl"
+    assert settings["reference"] == "copy"
+    assert settings["replay_dataset"]["manifest"]["model_fingerprint"] == model_fingerprint(load_model(model))
+    assert settings["training_arguments"]["max_steps"] == 3
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Forgetting" in card
+    assert "| **wiki** |" in card
+    assert model_fingerprint(load_model(out)) != model_fingerprint(load_model(model))
+
+    arguments = ["--base", model, "--model", out, "--retention", wiki, "--new_task", f"new={held}"]
+    arguments += ["--output_dir", report, "--max_length", "24", "--max_new_tokens", "4", "--num_resamples", "200"]
+    assert main(["measure", *arguments]) == 0
+    assert "nats/token" in capsys.readouterr().out
+    data = json.loads((tmp_path / "report" / "report.json").read_text())
+    check_metrics(data["retention"]["wiki"], METRIC_NAMES)
+    check_metrics(data["new_task"]["new"], METRIC_NAMES | {"gain"})
+    assert abs(data["noise_floor"]["wiki"]["ref_kl"]["value"]) < 1e-6 < data["retention"]["wiki"]["ref_kl"]["value"]
+    assert data["base"]["fingerprint"] == settings["replay_dataset"]["manifest"]["model_fingerprint"]
+    assert data["tuned"]["fingerprint"] == model_fingerprint(load_model(out))
+    assert data["training"]["replay_coef"] == 1.0
+    assert [row["step"] for row in data["trajectory"]] == [1, 2, 3]
+    assert len(data["documents"]) == 2
+    assert len(data["generations"]) == 2
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.json", "report.md", "report.html"}
+
+
+def finetune(world: Path, folder: Path, *arguments: str) -> int:
+    given = REPLAY.replace("{w}", str(world)).replace("{t}/out", str(folder)).split()
+    return main([*given, *TRAIN, *arguments])
+
+
+def test_an_adapter_is_measured_from_its_folder(world, tmp_path, capsys):
+    out, report = str(tmp_path / "out"), tmp_path / "report"
+    wiki = f"wiki={world}/wiki.txt"
+    arguments = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--retention", wiki]
+    assert finetune(world, tmp_path / "out", *arguments) == 0
+    assert "reference adapter (proven to be the base)" in capsys.readouterr().out
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    base = str(world / "llama")
+    arguments = ["--retention", wiki, "--max_length", "24", "--max_new_tokens", "2", "--num_resamples", "100"]
+    assert main(["measure", "--base", base, "--model", out, "--output_dir", str(report), *arguments]) == 0
+    data = json.loads((report / "report.json").read_text())
+    assert data["base"]["fingerprint"] == data["tuned"]["fingerprint"]  # the weights below the adapter
+    assert data["retention"]["wiki"]["ref_kl"]["value"] > 1e-7
+    assert data["training"]["reference"] == "adapter"
+
+
+def test_replay_may_be_sampled_on_the_way(world, tmp_path, capsys):
+    assert finetune(world, tmp_path / "out", "--replay_dataset", "self", "--replay_num_rows", "5") == 0
+    rows = load_self_generated(tmp_path / "out" / "replay")
+    assert len(rows) == 5
+    assert len(rows[0]) == 24
+    assert rows.manifest is not None
+    assert rows.manifest["model_fingerprint"] == model_fingerprint(load_model(str(world / "llama")))
+    assert "replay: 5 rows, self-generated by" in capsys.readouterr().out
+
+
+def test_a_config_written_for_trl_sft_works_unchanged(world, tmp_path, capsys):
+    """Parsed by TRL's own dataclasses here, then by `retain finetune`, which only adds its flags."""
+    import yaml
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+    config = {
+        "model_name_or_path": str(world / "llama"),
+        "dataset_name": str(world / "new.jsonl"),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 2,
+        "learning_rate": 1.0e-3,
+        "max_length": 24,
+        "per_device_train_batch_size": 2,
+        "use_peft": True,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+    }
+    path = tmp_path / "sft.yaml"
+    path.write_text(yaml.safe_dump(config))
+    types = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)
+    parsed = TrlParser(types).parse_args_and_config(["--config", str(path)])
+    assert parsed[1].learning_rate == 1e-3
+    assert main(["finetune", "--config", str(path)]) == 1
+    assert capsys.readouterr().err.startswith("retain finetune: replay_dataset: missing")
+    assert main(["finetune", "--config", str(path), "--replay_dataset", str(world / "replay")]) == 0
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    assert (tmp_path / "sft.yaml").read_text() == yaml.safe_dump(config)
+
+
+def test_a_config_may_hold_our_settings_too_and_flags_win(world, tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text(f"replay_coef: 0.5\nreplay_objective: ntp\nretention: ['wiki={world}/wiki.txt']\nseed: 3\n")
+    assert finetune(world, tmp_path / "out", "--config", str(path), "--replay_coef", "2") == 0
+    settings = json.loads((tmp_path / "out" / "retain_config.json").read_text())
+    assert settings["replay"]["replay_coef"] == 2
+    assert settings["replay"]["replay_objective"] == "ntp"
+    assert settings["retention"] == {"wiki": 6}
+    assert settings["training_arguments"]["seed"] == 3
+
+
+def test_rows_of_messages_go_all_the_way(world, tmp_path, capsys):
+    """A chat model whose BOS is a role marker: chat rows to train on, documents that start with the separator."""
+    model = save_model(tmp_path / "chat")
+    tokenizer = make_tokenizer(bos="<|im_start|>")
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(model)
+    turns = [[{"role": "user", "content": "the fox"}, {"role": "assistant", "content": text}] for text in make_texts(6)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    command = REPLAY.replace("{w}/llama", str(model)).replace("{w}/new.jsonl", str(tmp_path / "chat.jsonl"))
+    command = command.replace("{w}/replay", "self").replace("{t}", str(tmp_path))
+    assert main([*command.split(), *TRAIN, "--replay_num_rows", "4"]) == 0
+    assert "document start: '<|endoftext|>' (id 0)" in capsys.readouterr().out
+    rows = load_self_generated(tmp_path / "out" / "replay")
+    assert [rows[at][0] for at in range(4)] == [0] * 4
+
+
+def test_sampled_rows_may_be_measured_on(world, tmp_path):
+    """The model's own text as a retention text, from a folder of `retain sample`."""
+    command = MEASURE.replace("wiki={w}/wiki.txt", "own={w}/replay").replace("{w}", str(world))
+    assert main([*command.replace("{t}", str(tmp_path)).split(), "--num_resamples", "100"]) == 0
+    metrics = json.loads((tmp_path / "out" / "report.json").read_text())["retention"]["own"]
+    assert metrics["ref_kl"]["value"] == 0
+    assert metrics["loss"]["num_tokens"] == 8 * 23
+
+
+def test_seeds_are_heard(world, tmp_path):
+    for seed in ("0", "1"):
+        command = SAMPLE.replace("{w}", str(world)).replace("{t}", str(tmp_path / seed))
+        assert main([*command.split(), "--seed", seed]) == 0
+    one, other = (load_self_generated(tmp_path / seed / "out") for seed in ("0", "1"))
+    assert not torch.equal(torch.from_numpy(one.tokens), torch.from_numpy(other.tokens))

@@ -160,9 +160,18 @@ def _sample_with_bar(model: Any, tokenizer: Any, output_dir: str, num_rows: int,
 
     from retain.sampling import sample_replay
 
-    # Not displayed before the first update: a refusal is one line, not a bar and a line.
-    with tqdm(total=num_rows, unit="row", desc="sampling replay", delay=1e-9) as bar:
-        return sample_replay(model, tokenizer, output_dir, num_rows=num_rows, progress=bar.update, **settings)
+    bars: list[Any] = []  # made when the sampler begins: a refusal is one line, not a bar and a line
+
+    def progress(rows: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=num_rows, unit="row", desc="sampling replay"))
+        bars[0].update(rows)
+
+    try:
+        return sample_replay(model, tokenizer, output_dir, num_rows=num_rows, progress=progress, **settings)
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def sample(argv: list[str]) -> None:

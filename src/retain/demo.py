@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +157,12 @@ def load_demo_data(folder: Path, tokenizer: Any, start: StartToken, size: Size, 
     """
     rng = random.Random(seed)
     verilog = [_without_header(text) for text in read_wheel(folder, "pythondata_cpu_blackparrot", r"\.v$")]
-    verilog = [text for text in verilog if len(text) > 10 * size.max_length]  # two rows or more
+    verilog = [text for text in verilog if len(text) > 10 * size.max_length]
     rng.shuffle(verilog)
     held_out, training = verilog[: size.documents], verilog[size.documents :]
-    train = packed_rows(training, tokenizer, start, size.max_length)
-    rng.shuffle(train)
-    new_task = [packed_rows([text], tokenizer, start, size.max_length)[1:2] for text in held_out]
+    cut = [packed_rows([text], tokenizer, start, size.max_length)[1:] for text in training]
+    train = [row for rows in zip_longest(*cut) for row in rows if row is not None]  # first one row of every file, …
+    new_task = [packed_rows([text], tokenizer, start, size.max_length)[1] for text in held_out]
 
     def documents(texts: list[str]) -> list[Document]:
         rng.shuffle(texts)
@@ -173,13 +174,13 @@ def load_demo_data(folder: Path, tokenizer: Any, start: StartToken, size: Size, 
     ]
     return DemoData(
         train=train[: size.max_steps * size.batch_size],
-        new_task=token_documents([row for rows in new_task for row in rows], tokenizer),
+        new_task=token_documents(new_task, tokenizer),
         retention={"English prose": documents(prose), "Python source": documents(python_functions())},
     )
 
 
 def packed_rows(texts: list[str], tokenizer: Any, start: StartToken, length: int) -> list[list[int]]:
-    """Texts one after the other, the document start between them, cut into whole rows (TRL's `wrapped` packing)."""
+    """Texts one after the other, each behind a document start, cut into whole rows (TRL's `wrapped` packing)."""
     stream = [token for text in texts for token in (start.id, *tokenizer(text, add_special_tokens=False)["input_ids"])]
     return [stream[at : at + length] for at in range(0, len(stream) - length + 1, length)]
 

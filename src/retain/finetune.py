@@ -102,7 +102,7 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
 
 def _check_columns(name: str, rows: Any, text_field: str) -> None:
     columns = rows.column_names
-    if columns and not {text_field, "messages", "prompt", "input_ids"} & set(columns):
+    if columns and not {text_field, "messages", "prompt", "conversations", "input_ids"} & set(columns):
         raise ValueError(
             f"dataset_name: {name!r} has columns {', '.join(columns)}; it needs {text_field}, messages, or prompt and "
             "completion"

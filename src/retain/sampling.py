@@ -93,7 +93,7 @@ def sample_replay(
     Args:
         max_length: tokens per row, the start token included.
         start_token: the document start; chosen from the tokenizer by default.
-        progress: called with the number of rows just finished.
+        progress: called with 0 when drawing begins, then with the number of rows just finished.
 
     Returns:
         The folder: Parquet shards with columns `row` and `input_ids`, and `manifest.json`.
@@ -113,6 +113,8 @@ def sample_replay(
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder):
         _begin(folder, manifest, overwrite)
+        if progress is not None:
+            progress(0)
         for shard, first in enumerate(range(0, num_rows, rows_per_shard)):
             rows = range(first, min(first + rows_per_shard, num_rows))
             if shard_path(folder, shard).exists():
