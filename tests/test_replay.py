@@ -74,10 +74,15 @@ def test_other_libraries_can_read_the_shards(folder):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, error):
     (tmp_path / "a.json").write_text("old")
-    with pytest.raises(error), atomic_path(tmp_path / "a.json") as temporary:
-        temporary.write_text("half of the n")
-        assert (tmp_path / "a.json").read_text() == "old"
-        raise error
+
+    def write_half() -> None:
+        with atomic_path(tmp_path / "a.json") as temporary:
+            temporary.write_text("half of the n")
+            assert (tmp_path / "a.json").read_text() == "old"
+            raise error
+
+    with pytest.raises(error):
+        write_half()
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "old"
     with atomic_path(tmp_path / "a.json") as temporary:

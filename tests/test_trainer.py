@@ -478,9 +478,29 @@ def test_adapter_reference_without_adapter_is_refused(tmp_path: Path, replay: Re
 # Hosts, and what a run leaves behind
 
 
-def test_packed_new_rows(tmp_path: Path, replay: ReplayDataset) -> None:
-    trainer = train(tmp_path, replay, changes={"packing": True, "packing_strategy": "wrapped"})
-    assert logged(trainer, "replay/kl")[-1] > 1e-7
+@pytest.mark.parametrize("strategy", ["wrapped", "bfd"])
+@pytest.mark.parametrize("objective", ["kl", "kl_new"])
+def test_packed_new_rows(tmp_path: Path, replay: ReplayDataset, strategy: str, objective: str) -> None:
+    """Packing is the host's; what it hands over (`bfd`: one long row with positions) is protected all the same."""
+    changes = {"packing": True, "packing_strategy": strategy}
+    trainer = train(tmp_path, replay, changes=changes, replay_config=ReplayConfig(replay_objective=objective))
+    kl = logged(trainer, "replay/kl")
+    assert abs(kl[0]) < 1e-7
+    assert kl[-1] > 1e-7
+
+
+def test_replace_refuses_packed_rows(tmp_path: Path, replay: ReplayDataset) -> None:
+    share = ReplayConfig(replay_objective="replace", replay_share=0.5)
+    with pytest.raises(ValueError, match="'replace' needs padded batches"):
+        train(tmp_path, replay, changes={"packing": True, "packing_strategy": "bfd"}, replay_config=share)
+
+
+def test_weights_in_bfloat16(tmp_path: Path, replay: ReplayDataset) -> None:
+    for name, peft in (("copy", None), ("adapter", LoraConfig(**LORA))):
+        trainer = train(tmp_path / name, replay, model=make_model().bfloat16(), peft_config=peft)
+        kl = logged(trainer, "replay/kl")
+        assert abs(kl[0]) < 1e-6
+        assert kl[-1] > 1e-6
 
 
 def test_mixin_over_dpo(tmp_path: Path, replay: ReplayDataset) -> None:

@@ -112,6 +112,9 @@ def repeated_lists(argv: list[str]) -> list[str]:
     while at < len(argv):
         flag, _, value = argv[at].partition("=")
         at += 1
+        if flag == "--config" and value:  # which TrlParser would not see
+            rest += [flag, value]
+            continue
         if flag.replace("_", "-") not in ("--retention", "--new-task", "--runs"):
             rest.append(argv[at - 1])
             continue

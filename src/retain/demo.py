@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
+from transformers import ProgressCallback
 from trl import SFTConfig
 
 from retain.callbacks import read_run
@@ -252,6 +254,8 @@ def _run(
         replay_dataset=str(folder / "replay"),
         retention_datasets=data.retention,
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(QuietProgress())
     trainer.train()
     trainer.save_model(str(output))
     report = measure(
@@ -297,6 +301,21 @@ def training_arguments(output: Path, size: Size, seed: int) -> SFTConfig:
         report_to="none",
         seed=seed,
     )
+
+
+class QuietProgress(ProgressCallback):
+    """A bar for the steps and one line an evaluation; every log is in `metrics.jsonl` all the same."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if "eval_loss" in logs:
+            self._say(state, f"new-task loss {logs['eval_loss']:.3f}")
+        moved = {key.split("/")[1]: value for key, value in logs.items() if key.endswith("/ref_kl")}
+        if moved:
+            self._say(state, "ref_kl " + ", ".join(f"{name} {value:.3f}" for name, value in moved.items()))
+
+    def _say(self, state: Any, text: str) -> None:
+        tqdm.write(f"    step {state.global_step:>3}: {text}")
 
 
 def _dataset(rows: list[list[int]]) -> Any:

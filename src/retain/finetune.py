@@ -101,12 +101,26 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
 
 
 def _check_columns(name: str, rows: Any, text_field: str) -> None:
+    """Refuse rows on which TRL would stumble later, or worse, not."""
+    from datasets import Value
+
     columns = rows.column_names
-    if columns and not {text_field, "messages", "prompt", "conversations", "input_ids"} & set(columns):
+    if columns is None:  # a stream that does not say
+        return
+    forms = (("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"), (text_field,))
+    form = next((form for form in forms if set(form) <= set(columns)), None)
+    if form is None:
         raise ValueError(
             f"dataset_name: {name!r} has columns {', '.join(columns)}; it needs {text_field}, messages, or prompt and "
             "completion"
         )
+    for column in form:
+        kind = rows.features[column]
+        may_be_text = column in (text_field, "prompt", "completion")
+        if isinstance(kind, Value) and not (may_be_text and kind.dtype in ("string", "large_string")):
+            raise ValueError(f"dataset_name: {name!r} has {kind.dtype} in {column!r}; give text, or lists of messages")
+        if is_local_file(name or "") and rows.data.column(column).null_count:
+            raise ValueError(f"dataset_name: {name!r} has rows without {column!r}; give every row one")
 
 
 def _from_hub(script_args: Any) -> Any:

@@ -110,6 +110,7 @@ def sample_replay(
     manifest = _manifest(model, tokenizer, start_token or choose_start_token(tokenizer))
     manifest |= {"num_rows": num_rows, "max_length": max_length, "seed": seed}
     manifest |= {"batch_size": batch_size, "rows_per_shard": rows_per_shard}
+    _refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with exclusive(folder):
         _begin(folder, manifest, overwrite)
@@ -158,13 +159,16 @@ def _manifest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start:
     }
 
 
-def _begin(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
-    """Write the manifest into an empty folder, or check that the dataset there is this one."""
-    others = [path for path in folder.iterdir() if path.name != ".lock"]
-    if not (folder / MANIFEST).exists():
-        foreign = [path.name for path in others if not path.name.startswith(".")]
+def _refuse_foreign(folder: Path) -> None:
+    if folder.is_dir() and not (folder / MANIFEST).exists():
+        foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if foreign:
             raise ValueError(f"output_dir: {str(folder)!r} holds other files ({foreign[0]}, …); choose an empty folder")
+
+
+def _begin(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
+    """Write the manifest into an empty folder, or check that the dataset there is this one."""
+    if not (folder / MANIFEST).exists():
         write_json(folder / MANIFEST, manifest)
         return
     if overwrite:
