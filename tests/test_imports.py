@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "plots": {"statistics", "comparison"},
     "report": {"statistics", "comparison", "plots", "files", "__init__"},
     "sampling": ROOMS | {"replay", "__init__"},
-    "metrics": ROOMS | {"replay", "report", "__init__"},
+    "metrics": ROOMS,
+    "measuring": ROOMS | {"metrics", "report", "__init__"},
     "callbacks": {"replay", "files"},
-    "retention": ROOMS | {"replay", "report", "sampling", "metrics", "callbacks", "__init__"},
+    "retention": ROOMS | {"replay", "report", "sampling", "metrics", "measuring", "callbacks", "__init__"},
 }
 MAY_IMPORT["trainer"] = MAY_IMPORT["retention"] | {"retention"}
 MAY_IMPORT["finetune"] = MAY_IMPORT["trainer"] | {"trainer"}

@@ -11,7 +11,8 @@ from conftest import ARCHITECTURES, make_model, make_texts, make_tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from retain.data import Document, tokenize_documents
-from retain.metrics import SUMS, DocumentSums, batches, continuations, document_sums, logits_of, measure, summarize
+from retain.measuring import continuations, measure
+from retain.metrics import SUMS, DocumentSums, batches, document_sums, logits_of, summarize
 from retain.statistics import bootstrap_ratio
 
 TOKENIZER = make_tokenizer()

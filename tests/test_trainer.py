@@ -382,6 +382,14 @@ def test_missing_replay_rows_are_refused(tmp_path: Path) -> None:
         train(tmp_path, None)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"), [([3] * 200, "rows of 200 tokens, but this model has 128"), ([3, 999], "token id 999, but")]
+)
+def test_rows_that_the_model_cannot_take_are_refused(tmp_path: Path, row: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, ReplayDataset.from_rows([row], "odd"))
+
+
 def test_rows_of_another_model_are_refused_unless_asked_for(tmp_path: Path, replay: ReplayDataset) -> None:
     with pytest.raises(ValueError, match="sampled from 'tiny'.*allow_off_policy_replay"):
         train(tmp_path, replay, model=make_model(seed=1))

@@ -26,7 +26,7 @@ _HOMES = {
     "choose_start_token": "models",
     "load_model": "models",
     "load_tokenizer": "models",
-    "measure": "metrics",
+    "measure": "measuring",
     "kl_divergence": "losses",
     "next_token_loss": "losses",
     "sample_replay": "sampling",

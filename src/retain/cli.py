@@ -225,8 +225,8 @@ def measure(argv: list[str]) -> None:
     quiet_libraries()
     from retain.callbacks import read_run
     from retain.data import named_sources, read_rows, row_text
-    from retain.metrics import default_prompts
-    from retain.metrics import measure as measure_models
+    from retain.measuring import default_prompts
+    from retain.measuring import measure as measure_models
     from retain.models import load_model, tokenizer_of_tuned
     from retain.replay import load_texts
 

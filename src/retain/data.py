@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -175,6 +175,31 @@ def tokenize_documents(
             kept = sum(len(window) - 1 for window in windows)
             whole = text if kept == len(ids) else tokenizer.decode(ids[:kept])
             documents.append(Document(windows, len(whole.encode("utf-8", "replace"))))
+    return documents
+
+
+def as_documents(
+    name: str,
+    source: Iterable[str] | Sequence[Document],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    start_id: int,
+    max_length: int,
+    max_windows: int | None,
+) -> list[Document]:
+    """Texts cut into windows, or documents as they are.
+
+    Raises:
+        ValueError: if nothing is left to measure.
+    """
+    items = list(source)
+    if items and isinstance(items[0], Document):
+        documents: list[Document] = items  # type: ignore[assignment]
+    else:
+        texts = cast("list[str]", items)
+        documents = tokenize_documents(texts, tokenizer, start_id, max_length, max_windows=max_windows)
+    if not documents:
+        raise ValueError(f"retention: {name!r} has no text to measure; give documents of at least one token")
     return documents
 
 

