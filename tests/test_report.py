@@ -251,6 +251,7 @@ def test_every_format_carries_values_and_intervals(plain: dict, replay: dict, tm
         for expected in ("0.061", "[0.052, 0.073]", "0.123", "[0.101, 0.147]", "91.3%", "[88.4%, 93.7%]", "0.743"):
             assert expected in text
     report.write_comparison(tmp_path, [plain, replay], "both", ["a note"])
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     for kind in ("html", "md"):
         text = (tmp_path / f"report.{kind}").read_text(encoding="utf-8")
         assert all(expected in text for expected in ("2.500", "0.400", "90.0%", "[90.0%, 90.0%]", "a note", "+25.0%"))

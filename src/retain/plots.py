@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from retain.comparison import is_number, series, texts_of
 
@@ -45,6 +45,9 @@ STYLE: dict[str, Any] = {
 }  # fmt: skip
 
 P = ParamSpec("P")
+R = TypeVar("R")
+
+LEARNING = "new-task loss, nats per token (learning goes right →)"
 
 
 @contextmanager
@@ -57,9 +60,9 @@ def _style(**more: Any) -> Iterator[None]:
         yield
 
 
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+def _styled(draw: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def styled(*args: P.args, **kwargs: P.kwargs) -> R:
         with _style():
             return draw(*args, **kwargs)
 
@@ -149,7 +152,12 @@ def learning_against_forgetting(
 
     Each of `lines`: name, x (new-task loss, nats per token), y (divergence, nats per token), steps (of the points).
     """
-    figure, axes = _axes(title, "new-task loss, nats per token (learning goes right →)", ylabel)
+    figure, axes = _axes(title, LEARNING, ylabel)
+    _draw_frontier(axes, lines, matched_loss)
+    return figure
+
+
+def _draw_frontier(axes: Axes, lines: Sequence[dict], matched_loss: float | None) -> None:
     for index, line in enumerate(lines):
         axes.plot(line["x"], line["y"], label=label(line["name"]), **(line.get("look") or look(index, len(lines))))
         last = (line["x"][-1], line["y"][-1])
@@ -165,6 +173,24 @@ def learning_against_forgetting(
     _from_zero(axes)
     if len(lines) > 1:
         axes.legend(loc="center left")
+
+
+@_styled
+def frontier_row(runs: Sequence[dict], matched_loss: float | None) -> Figure | None:
+    """Learning against forgetting on every text side by side, for a README; None where no trajectory was measured."""
+    from matplotlib.figure import Figure
+
+    read = {text: [_frontier(run, text) for run in runs] for text in texts_of(runs)}
+    panels = {text: [line for line in lines if line] for text, lines in read.items() if any(lines)}
+    if not panels:
+        return None
+    figure = Figure(figsize=(4.2 * len(panels), 3.4))
+    for at, (text, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), at)
+        axes.set_title(label(text, 60))
+        axes.set_xlabel(LEARNING)
+        axes.set_ylabel("ref_kl, nats per token" if at == 1 else "")
+        _draw_frontier(axes, lines, matched_loss)
     return figure
 
 

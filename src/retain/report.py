@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from retain import plots
 from retain.comparison import cell, compare_at_matched_loss, comparison_verdict, is_number, run_verdict
-from retain.files import write_text
+from retain.files import atomic_path, write_text
 from retain.plots import visible
 
 if TYPE_CHECKING:
@@ -84,7 +84,10 @@ class ForgettingReport:
 
 
 def write_comparison(folder: str | Path, reports: list[dict], title: str, notes: Sequence[str] = ()) -> None:
-    """Write report.json (`runs`, `comparison`), report.md and report.html for several runs of one base."""
+    """Write report.json (`runs`, `comparison`), report.md, report.html and figure.png for several runs of one base.
+
+    figure.png, learning against forgetting, is written where trajectories were measured.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     compared = compare_at_matched_loss(reports)
@@ -92,6 +95,10 @@ def write_comparison(folder: str | Path, reports: list[dict], title: str, notes:
     write_text(folder / "report.json", _json(whole))
     write_text(folder / "report.md", comparison_markdown(reports, title=title, notes=notes))
     write_text(folder / "report.html", comparison_html(reports, title=title, notes=notes))
+    figure = plots.frontier_row(reports, compared["matched_loss"])
+    if figure is not None:
+        with atomic_path(folder / "figure.png") as temporary:
+            plots.save_png(figure, temporary)
 
 
 def comparison_html(reports: list[dict], *, title: str, notes: Sequence[str] = ()) -> str:
