@@ -309,7 +309,7 @@ def test_an_interrupted_verb_says_how_to_go_on(world, tmp_path, capsys, monkeypa
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(retain.sampling, "sample_rows", interrupt)
+    monkeypatch.setattr(retain.sampling, "draw_rows", interrupt)
     arguments = SAMPLE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()
     assert main(arguments) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -323,7 +323,7 @@ def test_a_bug_is_named_by_its_type_and_shown_where_when_asked(world, tmp_path, 
     def bug(*args, **kwargs):
         raise ZeroDivisionError("one\ntwo")
 
-    monkeypatch.setattr(retain.sampling, "sample_rows", bug)
+    monkeypatch.setattr(retain.sampling, "draw_rows", bug)
     arguments = SAMPLE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()
     assert main(arguments) == 1
     expected = "retain sample: ZeroDivisionError: one (RETAIN_DEBUG=1 shows where)"

@@ -24,17 +24,21 @@ MAY_IMPORT = {
     "models": PURE,
     "data": PURE,
     "reference": PURE,
+    "pool": PURE,
     "replay": PURE | {"data"},
     "plots": {"statistics", "comparison"},
     "report": {"statistics", "comparison", "plots", "files", "__init__"},
-    "sampling": ROOMS | {"replay", "__init__"},
+    "engine": ROOMS,
+    "starts": ROOMS,
+    "sampling": ROOMS | {"replay", "engine", "starts", "__init__"},
+    "sample": ROOMS | {"replay", "starts", "sampling", "pool"},
     "metrics": ROOMS,
     "measuring": ROOMS | {"metrics", "report", "__init__"},
     "callbacks": {"replay", "files"},
     "retention": ROOMS | {"replay", "report", "sampling", "metrics", "measuring", "callbacks", "__init__"},
 }
 MAY_IMPORT["trainer"] = MAY_IMPORT["retention"] | {"retention"}
-MAY_IMPORT["finetune"] = MAY_IMPORT["trainer"] | {"trainer"}
+MAY_IMPORT["finetune"] = MAY_IMPORT["trainer"] | {"trainer", "sample"}
 MAY_IMPORT["demo"] = MAY_IMPORT["finetune"] | {"finetune"}
 MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo"}
 

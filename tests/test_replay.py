@@ -44,7 +44,8 @@ def folder(tmp_path) -> Path:
     }
     write_json(tmp_path / MANIFEST, manifest)
     for shard in range(3):
-        write_shard(tmp_path, shard, 2 * shard, ROWS[2 * shard : 2 * shard + 2])
+        rows = ROWS[2 * shard : 2 * shard + 2]
+        write_shard(tmp_path, shard, 2 * shard, {"input_ids": rows, "prefix_length": np.ones(len(rows), np.int32)})
     return tmp_path
 
 
@@ -177,7 +178,8 @@ def test_retention_texts_come_from_a_file_or_from_sampled_rows(folder, tokenizer
 
 def test_rows_of_one_length_need_no_mask():
     batch = ReplayDataset.from_rows(list(ROWS), "x").batch([4, 0])
-    assert list(batch) == ["input_ids"]
+    assert list(batch) == ["input_ids", "labels"]
+    assert batch["labels"].tolist() == [[-100, *ROWS[4][1:].tolist()], [-100, *ROWS[0][1:].tolist()]]
     assert batch["input_ids"].tolist() == [ROWS[4].tolist(), ROWS[0].tolist()]
     assert batch["input_ids"].dtype == torch.long
 
@@ -200,9 +202,15 @@ def test_replaced_rows_are_padded_and_their_padding_is_not_learned(width):
     assert {value.shape for value in batch.values()} == {(3, wide)}
     assert batch["input_ids"][0, :width].tolist() == new["input_ids"][0].tolist()
     assert batch["labels"][0].tolist() == new["labels"][0].tolist() + [-100] * (wide - width)
-    assert batch["labels"][1].tolist() == [3, 7] + [-100] * (wide - 2)
+    assert batch["labels"][1].tolist() == [-100, 7] + [-100] * (wide - 2)
     assert batch["attention_mask"].sum(-1).tolist() == [width, 2, 4]
-    assert (batch["labels"] == -100).equal(batch["attention_mask"] == 0)
+    assert (batch["labels"][:, 1:] == -100).equal(batch["attention_mask"][:, 1:] == 0)
+
+
+def test_given_tokens_are_context_and_not_predicted():
+    replay = ReplayDataset.from_rows([[3, 7, 8, 9], [3, 5, 6, 8]], "x", prefix_lengths=[3, 1])
+    assert replay.num_predictions.tolist() == [1, 3]
+    assert replay.batch([0, 1])["labels"].tolist() == [[-100, -100, -100, 9], [-100, 5, 6, 8]]
 
 
 def test_packed_batches_cannot_take_replay_rows():

@@ -16,9 +16,10 @@ import torch
 from conftest import ARCHITECTURES, make_model, make_tokenizer, save_model
 from scipy.stats import chisquare
 
+from retain.engine import draw_tokens, row_uniforms
 from retain.models import load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
 from retain.replay import MANIFEST, load_self_generated, read_manifest
-from retain.sampling import draw_tokens, exclusive, row_uniforms, sample_replay, sample_rows
+from retain.sampling import exclusive, sample_replay, sample_rows
 
 START = 3
 
@@ -41,7 +42,7 @@ def test_draws_follow_the_softmax_and_never_take_a_token_of_probability_zero():
     logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.0, 2.5, -3.0, -1e5, -torch.inf])
     count = 200_000
     uniforms = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    drawn = draw_tokens(logits.expand(count, -1), uniforms)
+    drawn = draw_tokens(torch.softmax(logits, -1).expand(count, -1), uniforms)
     counts = np.bincount(drawn.numpy(), minlength=8)
     assert counts[[0, 2, 6, 7]].tolist() == [0, 0, 0, 0]
     assert same_distribution(counts, torch.softmax(logits.double(), -1).numpy()) > 0.01
@@ -50,21 +51,32 @@ def test_draws_follow_the_softmax_and_never_take_a_token_of_probability_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_extreme_uniforms_draw_possible_tokens(dtype):
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]] * 2, dtype=dtype)
-    assert draw_tokens(logits, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)).tolist() == [1, 2]
+    extremes = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    assert draw_tokens(torch.softmax(logits.float(), -1), extremes).tolist() == [1, 2]
     wide = torch.zeros(2, 50_000, dtype=dtype)
     wide[:, -100:] = -torch.inf
-    assert draw_tokens(wide, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)).tolist() == [0, 49_899]
+    assert draw_tokens(torch.softmax(wide.float(), -1), extremes).tolist() == [0, 49_899]
 
 
 def test_a_uniform_is_mapped_through_the_cumulative_distribution():
-    logits = torch.tensor([0.2, 0.3, 0.5]).log().expand(5, -1)
+    probabilities = torch.tensor([0.2, 0.3, 0.5]).expand(5, -1)
     uniforms = torch.tensor([0.1, 0.19999, 0.20001, 0.49999, 0.50001], dtype=torch.float64)
-    assert draw_tokens(logits, uniforms).tolist() == [0, 0, 1, 1, 2]
+    assert draw_tokens(probabilities, uniforms).tolist() == [0, 0, 1, 1, 2]
 
 
-def test_logits_that_are_not_numbers_stop_the_run():
-    with pytest.raises(ValueError, match="not finite"):
-        draw_tokens(torch.tensor([[0.0, torch.nan]]), torch.tensor([0.5], dtype=torch.float64))
+def test_rounding_at_the_upper_end_draws_no_impossible_token():
+    """(1 − 2⁻⁵³) times a total above 1 may round to the total itself."""
+    probabilities = torch.tensor([[0.5, 0.5 + 2.0**-20, 0.0]]).expand(1000, -1)
+    uniforms = torch.full((1000,), 1 - 2.0**-53, dtype=torch.float64)
+    assert set(draw_tokens(probabilities, uniforms).tolist()) == {1}
+
+
+def test_predictions_that_are_not_numbers_stop_the_run():
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(ValueError, match="dtype: the model's predictions are not finite"):
+        sample_rows(model, START, range(2), 6, seed=0)
 
 
 def test_uniforms_are_uniform_and_of_their_row_and_seed_alone():
@@ -150,8 +162,9 @@ def test_every_token_is_the_inverse_of_the_cumulative_distribution_in_its_contex
     rows = sample_rows(model, START, range(4), 24, seed=5)
     with torch.no_grad():
         logits = model(rows, use_cache=False).logits[:, :-1]
-    uniforms = torch.from_numpy(np.stack([row_uniforms(5, row, 23) for row in range(4)]))
-    drawn = draw_tokens(logits.reshape(-1, logits.shape[-1]), uniforms.reshape(-1)).reshape(4, 23)
+    uniforms = torch.from_numpy(np.stack([row_uniforms(5, row, 24)[1:] for row in range(4)]))
+    probabilities = torch.softmax(logits, -1).reshape(-1, logits.shape[-1])
+    drawn = draw_tokens(probabilities, uniforms.reshape(-1)).reshape(4, 23)
     assert torch.equal(drawn, rows[:, 1:])
 
 
@@ -257,7 +270,9 @@ def test_an_interrupted_job_goes_on_with_smaller_batches(tmp_path):
     sample(tmp_path / "whole")
     sample(tmp_path / "broken")
     (tmp_path / "broken" / "shard-00001.parquet").unlink()
-    assert contents(sample(tmp_path / "broken", batch_size=1)) == contents(tmp_path / "whole")
+    sample(tmp_path / "broken", batch_size=1)
+    whole, broken = (load_self_generated(tmp_path / name) for name in ("whole", "broken"))
+    assert np.array_equal(whole.tokens, broken.tokens)
 
 
 @pytest.mark.parametrize(

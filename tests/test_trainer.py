@@ -321,7 +321,7 @@ def test_replace_puts_replay_rows_into_the_batch(replay: ReplayDataset, tmp_path
     assert joined["input_ids"][:2, :10].eq(9).all()
     assert joined["attention_mask"][:2, 10:].eq(0).all()
     assert joined["labels"][:2, 10:].eq(-100).all()
-    assert torch.equal(joined["labels"][2:], batch["input_ids"])
+    assert torch.equal(joined["labels"][2:, 1:], batch["input_ids"][:, 1:])
     trainer = train(tmp_path, replay, replay_config=ReplayConfig(replay_objective="replace", replay_share=0.5))
     assert trainer.reference is None
     assert "replay/kl" not in trainer.state.log_history[0]

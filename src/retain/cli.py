@@ -158,49 +158,15 @@ def _load_pair(name: str, config: Any) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _sample_with_bar(model: Any, tokenizer: Any, output_dir: str, num_rows: int, **settings: Any) -> Path:
-    from tqdm import tqdm
-
-    from retain.sampling import sample_replay
-
-    bars: list[Any] = []  # made when the sampler begins: a refusal is one line, not a bar and a line
-
-    def progress(rows: int) -> None:
-        if not bars:
-            bars.append(tqdm(total=num_rows, unit="row", desc="sampling replay"))
-        bars[0].update(rows)
-
-    try:
-        return sample_replay(model, tokenizer, output_dir, num_rows=num_rows, progress=progress, **settings)
-    finally:
-        for bar in bars:
-            bar.close()
-
-
 def sample(argv: list[str]) -> None:
     """`retain sample`: a model → a replay dataset with provenance."""
     from retain.config import SampleConfig
 
     (config,) = parse(argv, "sample", SampleConfig)
     quiet_libraries()
-    from retain.models import choose_start_token
+    from retain.sample import run_sample
 
-    model, tokenizer = _load_pair(config.model_name_or_path, config)
-    start = choose_start_token(tokenizer, config.start_token)
-    print(f"document start: {start}")
-    folder = _sample_with_bar(
-        model,
-        tokenizer,
-        config.output_dir,
-        config.num_rows,
-        max_length=config.max_length,
-        seed=config.seed,
-        start_token=start,
-        batch_size=config.per_device_batch_size,
-        rows_per_shard=config.rows_per_shard,
-        overwrite=config.overwrite_output_dir,
-    )
-    print(f"{config.num_rows} rows of {config.max_length} tokens in {folder}")
+    run_sample(config)
 
 
 def finetune(argv: list[str]) -> None:
@@ -214,7 +180,7 @@ def finetune(argv: list[str]) -> None:
     quiet_libraries()
     from retain.finetune import run_finetune
 
-    run_finetune(script_args, training_args, model_args, dataset_args, config, sampler=_sample_with_bar)
+    run_finetune(script_args, training_args, model_args, dataset_args, config)
 
 
 def measure(argv: list[str]) -> None:
@@ -290,7 +256,7 @@ def demo(argv: list[str]) -> None:
     quiet_libraries()
     from retain.demo import run_demo
 
-    run_demo(config, sampler=_sample_with_bar)
+    run_demo(config)
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 ReplayObjective = Literal["kl", "ntp", "replace", "kl_new"]
 ReplayReference = Literal["auto", "adapter", "copy"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ChatTurn = Literal["user", "assistant", "system"]
 DemoSize = Literal["small", "medium", "large"]
 
 
@@ -180,8 +181,27 @@ class SampleConfig(ModelLoadConfig):
     output_dir: str | None = field(default=None, metadata=_say("Folder for the replay dataset."))
     num_rows: int = field(default=256, metadata=_say("Rows to draw."))
     max_length: int = field(default=512, metadata=_say("Tokens per row, the start token included."))
-    per_device_batch_size: int = field(default=32, metadata=_say("Rows drawn together."))
-    rows_per_shard: int = field(default=256, metadata=_say("Rows per Parquet file; a killed run loses at most one."))
+    start: str = field(
+        default="document",
+        metadata=_say(
+            "How rows begin. document: the start token alone. chat: inside a turn of the chat template. prompts: the "
+            "texts of --prompts. Or a mix with shares: document=0.7,chat=0.3."
+        ),
+    )
+    chat_turn: ChatTurn = field(default="user", metadata=_say("With start chat: the role whose turn the model writes."))
+    prompts: str | None = field(
+        default=None, metadata=_say("With start prompts: a file of texts to continue (rows as in training data).")
+    )
+    min_ended_turns: float = field(
+        default=0.1, metadata=_say("With start chat: stop if a smaller share of the first rows ends its turn.")
+    )
+    per_device_batch_size: int | None = field(
+        default=None, metadata=_say("Rows drawn together. Default: what fits into half of the free memory.")
+    )
+    rows_per_shard: int = field(
+        default=64, metadata=_say("Rows per Parquet file: the work of a process at a time, the most a kill loses.")
+    )
+    preview: int = field(default=0, metadata=_say("Show so many rows to read, and write preview.html."))
     overwrite_output_dir: bool = field(default=False, metadata=_say("Delete another dataset found in output_dir."))
 
     def __post_init__(self) -> None:
@@ -190,7 +210,11 @@ class SampleConfig(ModelLoadConfig):
         check_name("output_dir", self.output_dir)
         check_number("num_rows", self.num_rows, low=1, integer=True)
         check_number("max_length", self.max_length, low=2, integer=True)
-        check_number("per_device_batch_size", self.per_device_batch_size, low=1, integer=True)
+        check_choice("chat_turn", self.chat_turn, ChatTurn)
+        check_number("min_ended_turns", self.min_ended_turns, low=0, high=1)
+        check_number("preview", self.preview, low=0, integer=True)
+        if self.per_device_batch_size is not None:
+            check_number("per_device_batch_size", self.per_device_batch_size, low=1, integer=True)
         check_number("rows_per_shard", self.rows_per_shard, low=1, integer=True)
 
 

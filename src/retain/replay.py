@@ -31,20 +31,29 @@ NOT_COMPARED = ("created", "versions", "batch_size")
 class ReplayDataset:
     """Replay rows in memory: token ids of all rows in one array, `offsets` of shape (rows + 1,).
 
-    `manifest` is None for real text.
+    `prefix_lengths`, shape (rows,): how many tokens of each row were given rather than drawn; the start token at
+    least. `manifest` is None for real text.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
+    prefix_lengths: np.ndarray
     source: str
     manifest: dict[str, Any] | None = None
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Any], source: str, manifest: dict[str, Any] | None = None) -> ReplayDataset:
-        """Gather rows of token ids, each beginning with its start token."""
+    def from_rows(
+        cls,
+        rows: Sequence[Any],
+        source: str,
+        manifest: dict[str, Any] | None = None,
+        prefix_lengths: Sequence[int] | None = None,
+    ) -> ReplayDataset:
+        """Gather rows of token ids, each beginning with its start token, or with as many given tokens as said."""
         lengths = [len(row) for row in rows]
         tokens = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
-        return cls(tokens, np.concatenate([[0], np.cumsum(lengths)]), source, manifest)
+        given = np.ones(len(rows), dtype=np.int64) if prefix_lengths is None else np.asarray(prefix_lengths)
+        return cls(tokens, np.concatenate([[0], np.cumsum(lengths)]), given, source, manifest)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -54,19 +63,27 @@ class ReplayDataset:
 
     @property
     def num_predictions(self) -> np.ndarray:
-        """Predicted tokens of each row, shape (rows,): one less than its length."""
-        return np.diff(self.offsets) - 1
+        """Predicted tokens of each row, shape (rows,): all but those that were given."""
+        return np.diff(self.offsets) - self.prefix_lengths
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """`input_ids` of the named rows, shape (rows, longest row); where lengths differ, an `attention_mask` too."""
+        """`input_ids` and `labels` of the named rows, shape (rows, longest row), padded at the right.
+
+        Labels are −100 where nothing is predicted: on given tokens and padding. An `attention_mask` is there where
+        lengths differ.
+        """
         rows = [self[int(index)] for index in indices]
         width = max(len(row) for row in rows)
         input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for at, row in enumerate(rows):
+        labels = torch.full_like(input_ids, -100)
+        mask = torch.zeros_like(input_ids)
+        for at, (row, index) in enumerate(zip(rows, indices, strict=True)):
+            given = int(self.prefix_lengths[index])
             input_ids[at, : len(row)] = torch.from_numpy(row.astype(np.int64))
+            labels[at, given : len(row)] = input_ids[at, given : len(row)]
             mask[at, : len(row)] = 1
-        return {"input_ids": input_ids} if bool(mask.all()) else {"input_ids": input_ids, "attention_mask": mask}
+        batch = {"input_ids": input_ids, "labels": labels}
+        return batch if bool(mask.all()) else {**batch, "attention_mask": mask}
 
 
 def replay_indices(step: int, rows_per_step: int, num_rows: int, seed: int) -> np.ndarray:
@@ -93,11 +110,10 @@ def replace_rows(new: dict[str, Any], replay: dict[str, torch.Tensor]) -> dict[s
         return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
 
     mask = replay.get("attention_mask", torch.ones_like(replay["input_ids"]))
-    labels = replay["input_ids"].masked_fill(mask == 0, -100)
     return {
         "input_ids": joined("input_ids", replay["input_ids"], 0),
         "attention_mask": joined("attention_mask", mask, 0),
-        "labels": joined("labels", labels, -100),
+        "labels": joined("labels", replay["labels"], -100),
     }
 
 
@@ -128,30 +144,39 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.parquet"
 
 
-def write_shard(folder: Path, shard: int, first_row: int, rows: np.ndarray) -> None:
-    """Write token rows of shape (rows, length) as one Parquet file with columns `row` and `input_ids`."""
+def write_shard(folder: Path, shard: int, first_row: int, columns: dict[str, np.ndarray]) -> None:
+    """Write rows as one Parquet file: `row`, their numbers, and the columns, one value or list of values a row."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    table = pa.table(
-        {
-            "row": pa.array(range(first_row, first_row + len(rows)), pa.int64()),
-            "input_ids": pa.array(list(rows), pa.list_(pa.int32())),
-        }
-    )
+    numbers = np.arange(first_row, first_row + len(columns["input_ids"]))
+    arrays = {name: pa.array(list(column) if column.ndim > 1 else column) for name, column in columns.items()}
     with atomic_path(shard_path(folder, shard)) as temporary:
-        parquet.write_table(table, temporary)
+        parquet.write_table(pa.table({"row": numbers, **arrays}), temporary)
 
 
-def _read_shard(path: Path) -> list[np.ndarray]:
+def read_shards(folder: Path, manifest: dict[str, Any], columns: Sequence[str]) -> dict[str, list[Any]]:
+    """The named columns of all shards there are, in the order of the rows.
+
+    Raises:
+        ValueError: if a shard is damaged.
+    """
     from pyarrow import parquet
 
-    try:
-        return [np.asarray(row, dtype=np.int32) for row in parquet.read_table(path)["input_ids"].to_numpy()]
-    except Exception as error:  # pyarrow's many ways of saying that a file is not what it should be
-        raise ValueError(
-            f"replay_dataset: {str(path)!r} is damaged; delete it and run the same `retain sample`"
-        ) from error
+    found: dict[str, list[Any]] = {name: [] for name in columns}
+    for shard in range(-(-manifest["num_rows"] // manifest["rows_per_shard"])):
+        path = shard_path(folder, shard)
+        if not path.exists():
+            continue
+        try:
+            table = parquet.read_table(path, columns=list(columns))
+            for name in columns:
+                found[name] += list(table[name].to_numpy())
+        except Exception as error:  # pyarrow's many ways of saying that a file is not what it should be
+            raise ValueError(
+                f"replay_dataset: {str(path)!r} is damaged; delete it and run the same `retain sample`"
+            ) from error
+    return found
 
 
 def load_self_generated(folder: Path) -> ReplayDataset:
@@ -161,14 +186,14 @@ def load_self_generated(folder: Path) -> ReplayDataset:
         ValueError: if it is unfinished, damaged, or of another version.
     """
     manifest = read_manifest(folder)
-    paths = [shard_path(folder, shard) for shard in range(-(-manifest["num_rows"] // manifest["rows_per_shard"]))]
-    rows = [row for path in paths if path.exists() for row in _read_shard(path)]
+    columns = read_shards(folder, manifest, ("input_ids", "prefix_length"))
+    rows = columns["input_ids"]
     if len(rows) != manifest["num_rows"]:
         raise ValueError(
             f"replay_dataset: {str(folder)!r} holds {len(rows)} of {manifest['num_rows']} rows; "
             "finish it with the same `retain sample` command"
         )
-    return ReplayDataset.from_rows(rows, str(folder), manifest)
+    return ReplayDataset.from_rows(rows, str(folder), manifest, columns["prefix_length"])
 
 
 def load_replay_dataset(

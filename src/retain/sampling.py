@@ -1,8 +1,6 @@
-"""Draws from a model's own distribution: the start token, temperature 1, no truncation, past end-of-document.
+"""Sampling a replay dataset: a model's own rows into Parquet shards, by one process or many, to the end or in pieces.
 
-Every row has its own stream of uniforms, a pure function of (seed, row), and each token is the inverse of the
-cumulative distribution at one of them. So a row does not depend on the rows beside it, on where a job was killed,
-or on `generation_config`; only floating-point ties can move it between batch sizes.
+The start token or another given beginning, temperature 1, no truncation, past end-of-document tokens.
 Source: Marek et al., self-generated replay.
 """
 
@@ -10,16 +8,18 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from retain.engine import Drawn, choose_batch_size, draw_rows
 from retain.files import write_json
 from retain.models import (
     StartToken,
@@ -28,50 +28,26 @@ from retain.models import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
-from retain.reference import evaluation_mode
 from retain.replay import MANIFEST, NOT_COMPARED, SCHEMA, read_manifest, shard_path, write_shard
+from retain.starts import Starts, document_starts
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# (beginnings, row numbers) -> rows. The built-in engine by default; others give the same kind of rows.
+Draw = Callable[[Sequence[Sequence[int]], Sequence[int]], Drawn]
+
 SAMPLER = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
+ROWS_PER_SHARD = 64
 
 
-def row_uniforms(seed: int, row: int, num_draws: int) -> np.ndarray:
-    """Uniforms in [0, 1) of one row, shape (num_draws,), float64, from the counter-based generator Philox."""
-    raw = np.random.Philox(key=[seed, row]).random_raw(num_draws)
-    return (raw >> np.uint64(11)) * 2.0**-53
-
-
-def draw_tokens(logits: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, rows]) -> Int[Tensor, rows]:
-    """One draw per row from softmax(logits): the inverse of the cumulative distribution, summed in float64.
-
-    A token of probability zero is never drawn.
-
-    Raises:
-        ValueError: if a row of logits is no distribution, as where half precision overflows.
-    """
-    cumulative = torch.softmax(logits.float(), dim=-1).double().cumsum(-1)
-    if not bool(cumulative[:, -1].isfinite().all()):
-        raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
-    return torch.searchsorted(cumulative, (uniforms * cumulative[:, -1]).unsqueeze(-1), right=True).squeeze(-1)
-
-
-@torch.inference_mode()
 def sample_rows(
     model: PreTrainedModel, start_id: int, rows: Sequence[int], max_length: int, seed: int
 ) -> Int[Tensor, "rows length"]:
-    """Draw the rows with these numbers, each of `max_length` tokens, the start token first."""
-    device = model.device
-    uniforms = torch.from_numpy(np.stack([row_uniforms(seed, row, max_length - 1) for row in rows])).to(device)
-    tokens = torch.full((len(rows), max_length), start_id, dtype=torch.long, device=device)
-    cache = None
-    with evaluation_mode(model):  # with dropout it would not be the model's own distribution
-        for at in range(1, max_length):
-            output = model(input_ids=tokens[:, at - 1 : at], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            tokens[:, at] = draw_tokens(output.logits[:, -1], uniforms[:, at - 1])
-    return tokens
+    """Draw the rows with these numbers from the document start, each of `max_length` tokens, the start token first."""
+    drawn = draw_rows(model, [[start_id]] * len(rows), rows, max_length, seed)
+    return torch.from_numpy(drawn.tokens.astype(np.int64))
 
 
 def sample_replay(
@@ -83,54 +59,116 @@ def sample_replay(
     max_length: int = 512,
     seed: int = 0,
     start_token: StartToken | None = None,
-    batch_size: int = 32,
-    rows_per_shard: int = 256,
+    starts: Starts | None = None,
+    min_ended_turns: float = 0.0,
+    batch_size: int | None = None,
+    rows_per_shard: int = ROWS_PER_SHARD,
     overwrite: bool = False,
+    draw: Draw | None = None,
+    state: PartialState | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Path:
     """Sample a replay dataset into a folder, or finish one that was interrupted.
 
     Args:
-        max_length: tokens per row, the start token included.
+        max_length: tokens per row, what is given included.
         start_token: the document start; chosen from the tokenizer by default.
-        progress: called with 0 when drawing begins, then with the number of rows just finished.
+        starts: how rows begin; the document start alone by default.
+        min_ended_turns: the share of the first chat rows that must end their turn, or sampling stops.
+        batch_size: rows drawn together; by default what fits the memory, or what began the dataset.
+        rows_per_shard: rows of a file, the unit of work of a process and the most that a killed one loses.
+        draw: another engine.
+        state: processes that share the work; each draws whole shards.
+        progress: called with 0 when drawing begins, then with the number of rows just finished by this process.
 
     Returns:
-        The folder: Parquet shards with columns `row` and `input_ids`, and `manifest.json`.
+        The folder: Parquet shards (columns `row`, `input_ids`, `prefix_length`, `logprob`, `entropy`), `manifest.json`.
 
     Raises:
-        ValueError: if the folder holds another dataset, rows are longer than the model can take, or it has an adapter.
+        ValueError: if the folder holds another dataset, rows are longer than the model can take, the model has an
+            adapter, or chat rows do not end their turns.
     """
     folder = Path(output_dir)
     if hasattr(model, "peft_config"):  # the fingerprint is the base's, so its rows would pass for the base's own
         raise ValueError("model: it has an adapter; sample from its base, or merge the adapter and sample from that")
+    start_token = start_token or choose_start_token(tokenizer)
+    starts = starts or document_starts(start_token)
+    _check_lengths(model, starts, max_length)
+    manifest = _manifest(model, tokenizer, start_token) | {"start": starts.describe(), "num_rows": num_rows}
+    manifest |= {"max_length": max_length, "seed": seed, "rows_per_shard": rows_per_shard}
+    manifest["batch_size"] = batch_size or _begun_with(folder) or choose_batch_size(model, max_length)
+    draw = draw or partial(draw_rows, model, max_length=max_length, seed=seed)
+    _refuse_foreign(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    main = state is None or state.is_main_process
+    with exclusive(folder) if main else nullcontext():
+        if main:
+            _begin(folder, manifest, overwrite)
+            _check_turns(draw, starts, num_rows, manifest["batch_size"], min_ended_turns)
+        if state is not None:
+            state.wait_for_everyone()
+        if progress is not None:
+            progress(0)
+        _draw_shards(folder, manifest, starts, draw, state, progress or (lambda rows: None))
+        if state is not None:
+            state.wait_for_everyone()
+    return folder
+
+
+def _draw_shards(
+    folder: Path,
+    manifest: dict[str, Any],
+    starts: Starts,
+    draw: Draw,
+    state: PartialState | None,
+    progress: Callable[[int], object],
+) -> None:
+    mine, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
+    for shard, first in enumerate(range(0, manifest["num_rows"], manifest["rows_per_shard"])):
+        rows = range(first, min(first + manifest["rows_per_shard"], manifest["num_rows"]))
+        if shard % processes != mine:
+            continue
+        if shard_path(folder, shard).exists():
+            progress(len(rows))
+            continue
+        parts = []
+        for at in range(0, len(rows), manifest["batch_size"]):
+            batch = rows[at : at + manifest["batch_size"]]
+            parts.append(draw([starts.of_row(row)[1] for row in batch], batch))
+            progress(len(batch))
+        write_shard(folder, shard, first, Drawn.joined(parts).columns())
+
+
+def _check_lengths(model: PreTrainedModel, starts: Starts, max_length: int) -> None:
     limit = max_positions(model)
     if limit is not None and max_length > limit:
         raise ValueError(f"max_length: {max_length} is more than this model's {limit} positions; use at most {limit}")
-    manifest = _manifest(model, tokenizer, start_token or choose_start_token(tokenizer))
-    manifest |= {"num_rows": num_rows, "max_length": max_length, "seed": seed}
-    manifest |= {"batch_size": batch_size, "rows_per_shard": rows_per_shard}
-    _refuse_foreign(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder):
-        _begin(folder, manifest, overwrite)
-        if progress is not None:
-            progress(0)
-        for shard, first in enumerate(range(0, num_rows, rows_per_shard)):
-            rows = range(first, min(first + rows_per_shard, num_rows))
-            if shard_path(folder, shard).exists():
-                if progress is not None:
-                    progress(len(rows))
-                continue
-            batches = []
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                ids = sample_rows(model, manifest["start_token"]["id"], batch, max_length, seed)
-                batches.append(ids.cpu().numpy().astype(np.int32))
-                if progress is not None:
-                    progress(len(batch))
-            write_shard(folder, shard, first, np.concatenate(batches))
-    return folder
+    longest = max(len(prefix) for mode in starts.modes for prefix in mode.prefixes)
+    if longest >= max_length:
+        raise ValueError(f"max_length: {max_length} leaves no room behind a beginning of {longest} tokens; use more")
+
+
+def _begun_with(folder: Path) -> int | None:
+    """The batch size that a dataset was begun with: the same batches give the same rows to the last bit."""
+    return read_manifest(folder).get("batch_size") if (folder / MANIFEST).exists() else None
+
+
+def _check_turns(draw: Draw, starts: Starts, num_rows: int, batch_size: int, least: float) -> None:
+    """Stop before useless rows are written: some models open a user turn and never end it."""
+    chat = (
+        [row for row in range(num_rows) if starts.of_row(row)[0].name == "chat"][: max(16, batch_size)] if least else []
+    )
+    if not chat:
+        return
+    end = starts.of_row(chat[0])[0].end_of_turn
+    drawn = draw([starts.of_row(row)[1] for row in chat], chat)
+    ended = sum(end in row[given:] for row, given in zip(drawn.tokens, drawn.prefix_lengths, strict=True))
+    if ended < least * len(chat):
+        raise ValueError(
+            f"start: only {ended} of {len(chat)} chat rows ended their turn (min_ended_turns {least:g}): this model "
+            "does not write whole turns of this role, or max_length is too short; use start document or prompts, a "
+            "longer max_length, or min_ended_turns 0"
+        )
 
 
 @contextmanager

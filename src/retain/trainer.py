@@ -22,7 +22,7 @@ from retain import versions
 from retain.callbacks import RunFilesCallback
 from retain.config import ReplayConfig
 from retain.data import as_documents
-from retain.losses import kl_divergence, next_token_loss, shifted
+from retain.losses import kl_divergence, next_token_loss
 from retain.metrics import logits_at
 from retain.models import (
     choose_start_token,
@@ -290,7 +290,8 @@ class ReplayMixin(RetentionMixin):
         return (result[0] + added, result[1]) if return_outputs else result + added
 
     def _term_on_replay(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        targets, mask = shifted(batch["input_ids"], batch.get("attention_mask"))
+        targets = batch.pop("labels")[:, 1:]
+        mask, targets = targets != -100, targets.clamp(min=0)
         ref_logits = self.ref_logits(model, batch) if self.uses_reference else None
         logits = logits_at(model, batch)[:, :-1]
         values = next_token_loss(logits, targets) if ref_logits is None else kl_divergence(ref_logits[:, :-1], logits)

@@ -1,0 +1,164 @@
+"""The sampling engine: whole batches in lockstep through any Hugging Face decoder, one uniform a token.
+
+Replay is a special case that general generation does not exploit: every row has the same length, none stops early,
+nothing processes the logits. Rows need no padding mask even where their given beginnings differ in length, for a
+given token simply takes the place of a drawn one.
+
+Each row has its own stream of uniforms, a pure function of (seed, row), and each token is the inverse of the
+cumulative distribution at one of them. So a row depends neither on the rows beside it, nor on where a job was
+killed, nor on `generation_config`; only floating-point ties can move it between batch sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from retain.reference import evaluation_mode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MOST_ROWS = {"cpu": 64}  # on a CPU larger batches gain nothing: 64 rows already fill the matrix products
+MOST_ROWS_ELSEWHERE = 512
+SHARE_OF_FREE_MEMORY = 0.5
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A cache layer that writes into a buffer of the final length and hands out views of what is filled.
+
+    `DynamicLayer` copies all it holds at every token.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append states of shape (rows, heads, new tokens, head size) and return all so far."""
+        if self.length == 0:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.key_buffer, self.value_buffer = (
+                states.new_empty(*states.shape[:2], self.max_length, states.shape[3])
+                for states in (key_states, value_states)
+            )
+            self.is_initialized = True
+        begin, self.length = self.length, self.length + key_states.shape[2]
+        self.key_buffer[:, :, begin : self.length] = key_states
+        self.value_buffer[:, :, begin : self.length] = value_states
+        self.keys, self.values = self.key_buffer[:, :, : self.length], self.value_buffer[:, :, : self.length]
+        return self.keys, self.values
+
+
+def new_cache(model: PreTrainedModel, max_length: int) -> DynamicCache:
+    """The model's own kind of cache, its plain layers preallocated; sliding and recurrent layers stay as they are."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [PreallocatedLayer(max_length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def row_uniforms(seed: int, row: int, num_draws: int) -> np.ndarray:
+    """Uniforms in [0, 1) of one row, shape (num_draws,), float64, from the counter-based generator Philox."""
+    raw = np.random.Philox(key=[seed, row]).random_raw(num_draws)
+    return (raw >> np.uint64(11)) * 2.0**-53
+
+
+def draw_tokens(probabilities: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, rows]) -> Int[Tensor, rows]:
+    """One draw per row: the inverse of the cumulative distribution, summed in float64.
+
+    A token of probability zero is never drawn. Where a row is no distribution (NaN), any token may come out.
+    """
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    place = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))  # rounding may reach it
+    drawn = torch.searchsorted(cumulative, place.unsqueeze(-1), right=True).squeeze(-1)
+    return drawn.clamp_(max=probabilities.shape[-1] - 1)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Rows as they were drawn.
+
+    tokens: (rows, length). prefix_lengths: (rows,), the tokens that were given. logprobs: (rows,), log-probability of
+    the drawn tokens, summed, nats. entropies: (rows,), entropy of the distributions they were drawn from, summed, nats.
+    """
+
+    tokens: np.ndarray
+    prefix_lengths: np.ndarray
+    logprobs: np.ndarray
+    entropies: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: Sequence[Drawn]) -> Drawn:
+        """Batches of rows one after the other."""
+        names = ("tokens", "prefix_lengths", "logprobs", "entropies")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """As columns of a shard; `logprob` and `entropy` are summed over the drawn tokens of a row, in nats."""
+        given, sums = self.prefix_lengths.astype(np.int32), (self.logprobs, self.entropies)
+        logprob, entropy = (values.astype(np.float32) for values in sums)
+        return {"input_ids": self.tokens, "prefix_length": given, "logprob": logprob, "entropy": entropy}
+
+
+@torch.inference_mode()
+def draw_rows(
+    model: PreTrainedModel, prefixes: Sequence[Sequence[int]], rows: Sequence[int], max_length: int, seed: int
+) -> Drawn:
+    """Draw the rows with these numbers, each of `max_length` tokens, behind its given beginning.
+
+    Args:
+        prefixes: token ids that each row begins with; at least one, fewer than `max_length`.
+        rows: number of each row, which names its stream of uniforms.
+
+    Raises:
+        ValueError: if the model's predictions are not finite, as where half precision overflows.
+    """
+    given = np.array([len(prefix) for prefix in prefixes])
+    assert given.min() >= 1 and given.max() < max_length, (given.min(), given.max(), max_length)  # noqa: PT018
+    device = model.device
+    uniforms = torch.from_numpy(np.stack([row_uniforms(seed, row, max_length) for row in rows])).to(device)
+    tokens = torch.zeros(len(rows), max_length, dtype=torch.long)
+    for at, prefix in enumerate(prefixes):
+        tokens[at, : len(prefix)] = torch.tensor(prefix)
+    tokens, lengths = tokens.to(device), torch.from_numpy(given).to(device)
+    logprobs, entropies = torch.zeros(2, len(rows), dtype=torch.float64, device=device)
+    cache, done = new_cache(model, max_length), 0
+    with evaluation_mode(model):  # with dropout it would not be the model's own distribution
+        for at in range(int(given.min()), max_length):
+            logits = model(input_ids=tokens[:, done:at], past_key_values=cache, use_cache=True).logits[:, -1]
+            done = at
+            log_probs = torch.log_softmax(logits.float(), dim=-1)
+            probabilities = log_probs.exp()
+            drawn = draw_tokens(probabilities, uniforms[:, at])
+            free = lengths <= at
+            tokens[:, at] = torch.where(free, drawn, tokens[:, at])
+            chosen = log_probs.gather(-1, tokens[:, at : at + 1]).squeeze(-1)
+            logprobs += torch.where(free, chosen, 0.0)
+            entropies += torch.where(free, torch.special.entr(probabilities).sum(-1), 0.0)
+    if not bool(entropies.isfinite().all()):
+        raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
+    return Drawn(tokens.cpu().numpy().astype(np.int32), given, logprobs.cpu().numpy(), entropies.cpu().numpy())
+
+
+def choose_batch_size(model: PreTrainedModel, max_length: int) -> int:
+    """Rows that fit into half of the free memory with their cache and predictions: a power of two."""
+    config, device = model.config.get_text_config(), model.device
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_cache = 2 * config.num_hidden_layers * heads * size * max_length * model.dtype.itemsize
+    of_predictions = 32 * config.vocab_size  # logits, log-probabilities, probabilities in float32; sums in float64
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    most = MOST_ROWS.get(device.type, MOST_ROWS_ELSEWHERE)
+    rows = int(SHARE_OF_FREE_MEMORY * free / (of_cache + of_predictions))
+    return 1 << (max(1, min(rows, most)).bit_length() - 1)

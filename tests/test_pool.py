@@ -1,0 +1,332 @@
+"""Statistics of a pool: hand-made pools with known answers, an exact and an inexact sampler, hostile texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retain import pool
+from retain.pool import distinct_share, guess_language, is_repeating, near_duplicates, pool_statistics
+
+PROSE = """The harbour was quiet when the first boat came in. Its crew had been out for nine days and nobody on the quay
+knew what they would say about the storm. An old man put down his net, looked at the sky, and asked whether the others
+were far behind. They did not answer him at once; the youngest of them only pointed to the west, where the light was
+going, and went to tie up. Later, over soup, the story came out in pieces, and every piece was worse than the last."""
+CODE = '''def read_rows(path, limit=None):
+    """Yield the rows of a table, at most `limit` of them."""
+    with open(path, newline="") as file:
+        reader = csv.reader(file)
+        header = next(reader)
+        for number, row in enumerate(reader):
+            if limit is not None and number >= limit:
+                return
+            if len(row) != len(header):
+                raise ValueError(f"line {number + 2}: {len(row)} cells, not {len(header)}")
+            yield dict(zip(header, row))
+'''
+CITIES = ["Oslo", "Bergen", "Lund", "Turku", "Aarhus", "Visby", "Malmö", "Tampere", "Odense", "Narvik"]
+TABLE = "| city | year | people | area |\n|------|------|--------|------|\n" + "".join(
+    f"| {city} | {1990 + 3 * i} | {12345 + 6789 * i % 9973} | {0.5 + 7 * i % 11:.1f} |\n"
+    for i, city in enumerate(CITIES)
+)
+LANGUAGES = {
+    "en": PROSE,
+    "de": "Der Fuchs springt über den faulen Hund, und die Katze sieht ihm dabei zu, als ob das nicht neu wäre.",
+    "fr": "Le renard saute par-dessus le chien et la police est dans la rue avec les enfants du village qui rient.",
+    "es": "El zorro salta por encima del perro y los niños juegan en el parque con la pelota de su padre.",
+    "it": "La volpe salta sopra il cane pigro e i bambini giocano nel parco con la palla che è di suo padre.",
+    "pt": "A raposa pula sobre o cão preguiçoso e as crianças não brincam mais no parque com a bola do pai.",
+    "nl": "De vos springt over de hond en het kind speelt in het park met een bal van zijn vader.",
+    "Cyrillic": "Лиса прыгает через собаку, а дети играют в парке.",
+    "Greek": "Η αλεπού πηδάει πάνω από τον σκύλο.",
+    "Arabic": "الثعلب يقفز فوق الكلب والأطفال يلعبون في الحديقة",
+    "Japanese": "狐が犬を飛び越えて、子供たちは公園で遊んでいます。",
+    "Han": "狐狸跳过了狗孩子们在公园里玩球他们很高兴",
+    "Hangul": "여우가 개를 뛰어넘고 아이들은 공원에서 놀고 있다",
+    "code": CODE,
+    "unknown": "1999 2001 17 3.5 12",
+}
+
+
+def tokens(text: str) -> np.ndarray:
+    """Words, marks and spaces as ids: close to what a subword tokenizer makes of natural text."""
+    pieces = re.findall(r"\w+|[^\w\s]|\s+", text)
+    ids = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    return np.array([ids[piece] for piece in pieces], dtype=np.int32)
+
+
+def random_rows(count: int, length: int = 64, seed: int = 0, vocab: int = 5000) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, vocab, (count, length), dtype=np.int32))
+
+
+def drawn_pool(temperature: float, num_rows: int = 200, length: int = 40, seed: int = 0) -> pool.PoolStatistics:
+    """Rows drawn at a temperature from one known categorical distribution, scored under it at temperature 1."""
+    rng = np.random.default_rng(seed)
+    logits = 2 * rng.standard_normal(50)
+    logprobs = logits - np.log(np.exp(logits).sum())
+    drawn_from = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    rows = rng.choice(50, (num_rows, length), p=drawn_from)
+    entropy = -(np.exp(logprobs) * logprobs).sum()
+    return pool_statistics(
+        rows, prefix_lengths=0, logprob_sums=logprobs[rows].sum(1), mean_entropies=[entropy] * num_rows
+    )
+
+
+def test_the_numbers_of_a_small_pool_by_hand():
+    rows = [[9, 1, 2, 3, 0, 1], [9, 8, 0, 4], [9, 1, 2, 3, 0, 1], [9]]
+    found = pool_statistics(
+        rows, prefix_lengths=[1, 2, 1, 1], logprob_sums=[-10.0, -3.0, -6.0, 0.0], mean_entropies=[2.0, 1.0, 1.0, 0.0],
+        end_ids={0}, num_forward_tokens=15, num_asked=4,
+    )  # fmt: skip
+    assert found.rows["num_tokens"] == [5, 2, 5, 0]
+    assert found.rows["loss"] == [2.0, 1.5, 1.2, 0.0]
+    assert found.rows["entropy"] == [2.0, 1.0, 1.0, 0.0]
+    assert found.rows["first_end"] == [3, 0, 3, None]
+    assert found.rows["distinct_2"] == [1.0, 1.0, 1.0, None]
+    assert found.rows["duplicate_of"] == [None, None, 0, None]
+    assert found.rows["near_duplicate_of"] == found.rows["repeating"] == found.rows["language"] == [None] * 4
+    summary = found.summary
+    assert (summary["num_rows"], summary["num_tokens"], summary["num_distinct_rows"]) == (4, 12, 3)
+    assert summary["loss"]["value"] == pytest.approx(19 / 12)
+    assert summary["entropy"]["value"] == pytest.approx(17 / 12)
+    assert summary["loss_minus_entropy"]["value"] == pytest.approx(2 / 12)
+    assert summary["loss"]["ci"][0] < 19 / 12 < summary["loss"]["ci"][1]
+    assert (summary["reached_end"], summary["median_first_end"]) == (0.75, 3)
+    assert summary["exact_duplicates"] == 0.25
+    assert summary["distinct_1"] == 5 / 12  # 0 to 4
+    assert summary["distinct_2"] == 5 / 9  # 12 23 30 01, 04
+    assert summary["repeating"] is None
+
+
+def test_what_was_not_given_is_none_and_all_is_json():
+    found = pool_statistics([[5, 1, 2, 3]])
+    for key in ("loss", "entropy", "loss_minus_entropy", "reached_end", "median_first_end", "num_asked", "repeating"):
+        assert found.summary[key] is None
+    one = pool_statistics([np.array([5, 1, 2])], logprob_sums=[-3.0], mean_entropies=[1.0], texts=["a b"], end_ids=[2])
+    assert one.summary["loss"] == {"value": 1.5, "ci": None}
+    assert one.warnings == []
+    assert json.loads(json.dumps(dataclasses.asdict(one), allow_nan=False)) == dataclasses.asdict(one)
+
+
+def test_half_of_the_rows_that_reach_no_end_make_no_median():
+    assert pool_statistics([[9, 0], [9, 1]], end_ids=[0]).summary["median_first_end"] is None
+    assert pool_statistics([[9, 0], [9, 1, 0], [9, 1]], end_ids=[0]).summary["median_first_end"] == 1
+
+
+def test_an_empty_pool_is_refused_and_rows_of_nothing_drawn_are_not():
+    with pytest.raises(ValueError, match="rows: the pool is empty"):
+        pool_statistics([])
+    found = pool_statistics([[1], [1]], logprob_sums=[0, 0], mean_entropies=[0, 0])
+    assert found.summary["loss"] is None
+    assert found.summary["distinct_1"] is None
+
+
+def test_exact_draws_agree_with_their_entropy():
+    for seed in range(8):
+        found = drawn_pool(1.0, seed=seed)
+        assert not [line for line in found.warnings if "distribution" in line]
+    low, high = found.summary["loss_minus_entropy"]["ci"]
+    assert low < 0 < high
+
+
+@pytest.mark.parametrize(("temperature", "kind"), [(0.7, "sharper"), (0.9, "sharper"), (1.2, "flatter")])
+def test_draws_at_another_temperature_do_not(temperature, kind):
+    (line,) = (line for line in drawn_pool(temperature).warnings if "distribution" in line)
+    assert kind in line
+
+
+def test_few_rows_are_no_evidence_against_a_sampler():
+    assert not [line for line in drawn_pool(0.7, num_rows=8).warnings if "distribution" in line]
+
+
+def test_rows_resampled_in_groups_have_the_same_interval(monkeypatch):
+    whole = drawn_pool(1.0, num_rows=1500, length=8).summary["loss"]
+    monkeypatch.setattr(pool, "MAX_GROUPS", 400)
+    grouped = drawn_pool(1.0, num_rows=1500, length=8).summary["loss"]
+    assert grouped["value"] == pytest.approx(whole["value"])
+    assert np.diff(grouped["ci"]) == pytest.approx(np.diff(whole["ci"]), rel=0.2)
+
+
+@pytest.mark.parametrize("cycle", [1, 3, 7])
+@pytest.mark.parametrize("length", [16, 40, 512])
+def test_loops_are_repeating(cycle, length):
+    assert length < 8 * cycle or is_repeating(np.arange(length) % cycle)
+
+
+def test_more_kinds_of_repeating():
+    text = tokens(PROSE)
+    assert is_repeating(tokens("the " * 20))
+    assert is_repeating(np.tile(text, 3))
+    assert is_repeating(np.tile(text[:40], 2))
+    loop = 5000 + np.arange(300) % 6
+    assert is_repeating(np.concatenate([text, loop]))  # loses itself in a loop
+    assert is_repeating(np.concatenate([loop, text]))  # and finds out of it at the next document
+
+
+@pytest.mark.parametrize("text", [PROSE, CODE, TABLE, ", ".join(CITIES), *LANGUAGES.values()])
+@pytest.mark.parametrize("length", [24, 64, 512])
+def test_natural_text_code_and_tables_are_not_repeating(text, length):
+    assert not is_repeating(tokens(text)[:length])
+
+
+def test_a_row_too_short_to_judge_is_neither():
+    assert is_repeating(np.zeros(15, dtype=int)) is None
+    assert is_repeating(np.zeros(16, dtype=int)) is True
+
+
+def test_near_duplicates_are_found_and_others_are_not():
+    """A Jaccard index of 503/513 and of 488/528 is near, one of 380/636 is not."""
+    rows = random_rows(40, 512)
+    changed = [rows[3].copy() for _ in range(3)]
+    changed[0][100] += 1
+    for place in range(50, 450, 100):
+        changed[1][place] += 1
+    changed[2][384:] += 1
+    found = near_duplicates([*rows, *changed], range(43))
+    assert found[:40] == [None] * 40
+    assert found[40:] == [3, 3, None] or found[40:] == [3, 40, None]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_near_duplicates_are_those_of_the_naive_twin(data):
+    """Everything said to be a near duplicate is one, and what is one clearly enough is found."""
+    length = data.draw(st.integers(1, 60))
+    rows = random_rows(6, length, data.draw(st.integers(0, 99)), vocab=data.draw(st.sampled_from([1, 2, 500])))
+    for _ in range(data.draw(st.integers(0, 6))):
+        row = rows[data.draw(st.integers(0, len(rows) - 1))].copy()
+        row[data.draw(st.integers(0, length - 1))] = 600
+        rows.append(row[: data.draw(st.integers(1, length))])
+    sets = [{tuple(row[i : i + min(5, len(row))]) for i in range(max(len(row) - 4, 1))} for row in rows]
+
+    def jaccard(i: int, j: int) -> float:
+        return len(sets[i] & sets[j]) / len(sets[i] | sets[j])
+
+    for i, earlier in enumerate(near_duplicates(rows, range(len(rows)))):
+        if earlier is None:
+            assert all(jaccard(i, j) < 0.9 for j in range(i))
+        else:
+            assert earlier < i
+            assert jaccard(i, earlier) >= 0.8
+
+
+def test_a_collapsed_pool_costs_no_more_candidates():
+    rows = [np.concatenate([np.arange(60), [1000 + i]]) for i in range(500)]
+    signatures = np.tile(np.arange(64, dtype=np.uint32), (500, 1))
+    assert len(pool._candidates(signatures)) <= 2 * 500
+    found = pool_statistics(rows)
+    assert found.summary["near_duplicates"] == 499 / 500
+    assert "99.8% of the rows are exact or near duplicates (many is 5%)." in found.warnings
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=8), st.integers(1, 3))
+def test_distinct_n_and_exact_duplicates_equal_their_naive_twins(rows, n):
+    arrays = [np.array(row, dtype=np.int64) for row in rows]
+    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    assert distinct_share(arrays, n) == (len(set(grams)) / len(grams) if grams else None)
+    first = [rows.index(row) for row in rows]
+    assert pool.exact_duplicates(arrays) == [None if at == i else at for i, at in enumerate(first)]
+
+
+def test_distinct_n_of_a_large_pool_is_close(monkeypatch):
+    rows = random_rows(400, 256, vocab=20000)
+    exact = [distinct_share(rows, n) for n in (1, 2)]
+    monkeypatch.setattr(pool, "COUNTED", 20000)
+    assert [distinct_share(rows, n) for n in (1, 2)] == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_languages(language):
+    assert guess_language(LANGUAGES[language]) == language
+
+
+def test_languages_of_a_pool_are_shares():
+    texts = [*LANGUAGES.values(), PROSE]
+    found = pool_statistics(random_rows(len(texts)), texts=texts).summary["languages"]
+    assert sum(found.values()) == pytest.approx(1)
+    assert found["en"] == 2 / len(texts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters()))
+def test_any_text_has_a_guess_and_a_preview(text):
+    assert isinstance(guess_language(text), str)
+    found = pool_statistics([[1, 2]], texts=[text])
+    shown = pool.preview_text([text], found)
+    assert set(shown).isdisjoint(map(chr, [*range(10), *range(11, 32), 127, 0x9B, 0x202E, 0x2066])) or "\t" in text
+    shown.encode()
+    pool.preview_html([text], found).encode()
+
+
+def test_warnings_are_sentences_of_a_degenerate_pool():
+    loop = np.arange(64) % 3
+    rows = [*random_rows(15), loop, loop]
+    found = pool_statistics(rows, logprob_sums=[-6.0] * 17, num_asked=20)
+    asked, exact, copies, repeating, low = found.warnings
+    assert asked == "20 rows were asked for and the pool has 16 distinct ones."
+    assert exact == "5.9% of the rows are exact duplicates of earlier ones (many is 1%)."
+    assert copies == "5.9% of the rows are exact or near duplicates (many is 5%)."
+    assert repeating == "11.8% of the rows repeat themselves (many is 5%)."
+    assert low.startswith("The model's loss on its own rows is 0.095 [0.095, 0.095] nats per token (low is 0.5)")
+
+
+def test_a_sound_pool_has_no_warnings():
+    rows = random_rows(64)
+    found = pool_statistics(rows, logprob_sums=[-63 * 3.0] * 64, mean_entropies=[3.0] * 64, num_asked=64)
+    assert found.warnings == []
+
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07</pre><script>alert(1)</script> \u202egnp.exe \udce9 {{ 7*7 }} \r gone\x9b31m\x00"
+
+
+def sample_pool() -> tuple[list[str], pool.PoolStatistics]:
+    texts = [HOSTILE, "two\n\tlines", *(f"row {i}" for i in range(8))]
+    rows: list[Any] = [*random_rows(9), np.arange(64) % 2]
+    return texts, pool_statistics(rows, texts=texts, logprob_sums=[-150.0] * 10, mean_entropies=[2.4] * 10, end_ids=[7])
+
+
+def test_no_text_acts_on_the_terminal():
+    texts, found = sample_pool()
+    shown = pool.preview_text(texts, found, count=10)
+    assert set(re.findall(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)) == {"\n", "\t"}
+    assert "\\x1b[2J" in shown
+    assert "\n  two\n  \tlines\n" in shown
+    assert "loss 2.381" in shown
+    assert "row 9 · repeating" in shown
+    assert shown.count("\nrow ") == 10
+    assert pool.preview_text(texts, found, count=3).count("\nrow ") == 3
+    assert pool.preview_text(texts, found, count=0).count("\nrow ") == 0
+    assert "<script" in shown
+    assert pool.preview_text(texts, found, count=1, max_chars=6).count("\n  \\x1b[2 …\n") == 1
+
+
+def test_the_page_is_self_contained_and_no_text_acts_on_it():
+    texts, found = sample_pool()
+    page = pool.preview_html(texts, found, count=10, title="<b>a & b")
+    page.encode()
+    tags: list[tuple[str, dict]] = []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            tags.append((tag, dict(attrs)))
+
+    Reader().feed(page)
+    names = [tag for tag, _ in tags]
+    assert {"script", "link", "img", "iframe", "b"}.isdisjoint(names)
+    assert names.count("article") == 10
+    assert all(not key.startswith("on") and key not in ("href", "src") for _, attrs in tags for key in attrs)
+    (policy,) = (attrs["content"] for _, attrs in tags if attrs.get("http-equiv"))
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+    assert "&lt;script&gt;" in page
+    assert "{{ 7*7 }}" in page
+    assert "<li>repeating</li>" in page
+    assert "10.0% of the rows repeat themselves" in page
