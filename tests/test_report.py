@@ -16,6 +16,7 @@ import pytest
 from retain import files, plots, report
 from retain.comparison import compare_at_matched_loss, crossing, run_verdict
 from retain.report import ForgettingReport, comparison_html, comparison_markdown, comparison_summary
+from retain.text import visible
 
 TOKENS = [100, 200, 100, 200]
 
@@ -375,9 +376,9 @@ def test_hostile_strings_are_harmless_in_terminal_and_markdown(plain: dict, repl
 
 def test_visible_keeps_what_is_ordinary() -> None:
     for text in ("naïve 漢字 🙂 “x” −1", "می\u200cخواهم", "👩\u200d🔬", "a\u00a0b"):
-        assert plots.visible(text) == text
-    assert plots.visible("a\nb") == "a\\nb", "a name is one line"
-    assert plots.visible({"prompt": "a\n\tb\x1b"}) == {"prompt": "a\n\tb\\x1b"}
+        assert visible(text) == text
+    assert visible("a\nb") == "a\\nb", "a name is one line"
+    assert visible({"prompt": "a\n\tb\x1b"}) == {"prompt": "a\n\tb\\x1b"}
 
 
 # --- differences and figures -----------------------------------------------------------------------------------

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_model, make_tokenizer, save_model
+from conftest import ARCHITECTURES, CHATML, make_model, make_tokenizer, save_model
 from scipy.stats import chisquare
 
-from retain.engine import draw_tokens, row_uniforms
-from retain.models import load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from retain.engine import choose_batch_size, draw_rows, draw_tokens, row_uniforms
+from retain.models import choose_start_token, load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
 from retain.replay import MANIFEST, load_self_generated, read_manifest
 from retain.sampling import exclusive, sample_replay, sample_rows
+from retain.starts import Starts, chat_prefix, plan_starts
 
 START = 3
 
@@ -223,7 +226,7 @@ def test_an_interrupted_dataset_goes_on_and_ends_the_same(tmp_path):
 
 SLOW_JOB = """
 import sys, time
-from retain.models import load_model, load_tokenizer
+from retain.models import choose_start_token, load_model, load_tokenizer
 from retain.sampling import sample_replay
 model, tokenizer = load_model(sys.argv[1]), load_tokenizer(sys.argv[1])
 settings = {"num_rows": 40, "max_length": 8, "rows_per_shard": 4, "batch_size": 2}
@@ -355,3 +358,130 @@ def test_an_adapters_rows_cannot_pass_for_its_bases(tmp_path):
         sample(tmp_path / "new", tuned)
     assert not (tmp_path / "new").exists()
     sample(tmp_path / "new", tuned.merge_and_unload())
+
+
+# Beginnings
+
+
+def chat_tokenizer():
+    tokenizer = make_tokenizer(bos="<|im_start|>")
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def test_rows_with_beginnings_of_different_lengths_are_those_drawn_alone():
+    """In lockstep a given token takes the place of a drawn one; nothing is padded and nothing else changes."""
+    model = make_model()
+    prefixes = [[3], [3, 9, 14, 200, 7], [5, 6], [3, 9, 14, 200, 7, 8, 30, 31, 32]]
+    together = draw_rows(model, prefixes, range(4), 20, 3)
+    for row, prefix in enumerate(prefixes):
+        alone = draw_rows(model, [prefix], [row], 20, 3)
+        assert together.tokens[row, : len(prefix)].tolist() == prefix
+        assert together.tokens[row].tolist() == alone.tokens[0].tolist()
+        assert together.logprobs[row] == pytest.approx(alone.logprobs[0], rel=1e-5)
+        assert together.entropies[row] == pytest.approx(alone.entropies[0], rel=1e-5)
+
+
+def test_log_probabilities_and_entropies_are_those_of_a_forward_pass():
+    model, prefixes = make_model("gemma3_text"), [[3], [3, 9, 14]]
+    drawn = draw_rows(model, prefixes, range(2), 16, 4)
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model(torch.from_numpy(drawn.tokens).long()).logits[:, :-1].double(), -1)
+    for row, prefix in enumerate(prefixes):
+        later = log_probs[row, len(prefix) - 1 :]
+        chosen = later.gather(-1, torch.from_numpy(drawn.tokens[row, len(prefix) :]).long()[:, None]).sum()
+        assert drawn.logprobs[row] == pytest.approx(float(chosen), rel=1e-5)
+        assert drawn.entropies[row] == pytest.approx(float(-(later.exp() * later).sum()), rel=1e-5)
+
+
+def test_own_loss_is_the_entropy():
+    """E[−log p(x)] over x ~ p is the entropy: a sampler that sharpens or truncates fails this."""
+    drawn = draw_rows(make_model(scale=12.0), [[3]] * 1500, range(1500), 24, 0)
+    gap = -drawn.logprobs - drawn.entropies
+    assert abs(gap.mean()) < 4 * gap.std() / len(gap) ** 0.5
+    assert gap.std() > 1
+
+
+def test_starts_keep_their_shares_in_every_stretch():
+    tokenizer = chat_tokenizer()
+    start = choose_start_token(tokenizer)
+    starts = plan_starts("document=0.7,chat=0.3", tokenizer, start)
+    for first in (0, 1000, 123_456):
+        names = [starts.of_row(row)[0].name for row in range(first, first + 100)]
+        assert 68 <= names.count("document") <= 72
+    assert starts.of_row(5) == starts.of_row(5)
+    assert [mode["share"] for mode in starts.describe()] == [0.7, 0.3]
+
+
+def test_a_chat_row_begins_inside_the_turn():
+    tokenizer = chat_tokenizer()
+    ids, end = chat_prefix(tokenizer, "user")
+    assert tokenizer.decode(ids) == "<|im_start|>user\n"
+    assert tokenizer.convert_ids_to_tokens(end) == "<|im_end|>"
+
+
+def test_prompts_are_continued_behind_the_document_start(tmp_path):
+    tokenizer = make_tokenizer()
+    start = choose_start_token(tokenizer)
+    starts = plan_starts("prompts", tokenizer, start, prompts=["the quick", "a lazy dog sings"])
+    folder = sample_replay(make_model(), tokenizer, tmp_path, num_rows=6, max_length=24, starts=starts)
+    dataset = load_self_generated(folder)
+    for row in range(6):
+        text = tokenizer.decode(dataset[row][1 : dataset.prefix_lengths[row]])
+        assert text == ["the quick", "a lazy dog sings"][row % 2]
+    assert (dataset.num_predictions == 24 - dataset.prefix_lengths).all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nonsense", "start: 'nonsense' does not fit"),
+        ("document=0.5", "add up to 0.5"),
+        ("document=0.5,chat=0.6", "add up to 1.1"),
+        ("document=x,chat=0.5", "does not fit"),
+        ("chat", "needs a chat template"),
+        ("prompts", "prompts: missing"),
+        ("document,document", "does not fit"),
+    ],
+)
+def test_starts_that_do_not_fit_are_refused(spec, message):
+    tokenizer = make_tokenizer()
+    with pytest.raises(ValueError, match=message):
+        plan_starts(spec, tokenizer, choose_start_token(tokenizer))
+
+
+def test_turns_that_never_end_stop_the_job_before_anything_useless_is_written(tmp_path):
+    tokenizer, model = chat_tokenizer(), make_model()
+    starts = plan_starts("chat", tokenizer, choose_start_token(tokenizer))
+    (mode,) = starts.modes
+    never = Starts((dataclasses.replace(mode, end_of_turn=10_000),))
+    settings = {"num_rows": 20, "max_length": 24}
+    with pytest.raises(ValueError, match="start: only 0 of 20 chat rows ended their turn"):
+        sample_replay(model, tokenizer, tmp_path / "a", starts=never, min_ended_turns=0.1, **settings)
+    assert not list((tmp_path / "a").glob("shard-*"))
+    sample_replay(model, tokenizer, tmp_path / "b", starts=never, min_ended_turns=0.0, **settings)
+    assert len(load_self_generated(tmp_path / "b")) == 20
+
+
+# Processes and memory
+
+
+def test_the_batch_size_fits_the_memory(monkeypatch):
+    model = make_model()
+    assert choose_batch_size(model, 64) == 64
+    per_row = 2 * 2 * 2 * 8 * 64 * 4 + 32 * 320
+    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=2 * 11 * per_row))
+    assert choose_batch_size(model, 64) == 8
+    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=0))
+    assert choose_batch_size(model, 64) == 1
+
+
+def test_processes_share_the_shards_and_give_the_rows_of_one(tmp_path):
+    whole = sample(tmp_path / "whole")
+    shared = tmp_path / "shared"
+    for index in (0, 1, 2):  # one after the other; the test of the command line runs two at once
+        process = types.SimpleNamespace(
+            process_index=index, num_processes=3, is_main_process=index == 0, wait_for_everyone=lambda: None
+        )
+        sample(shared, state=process)
+    assert contents(shared) == contents(whole)

@@ -11,7 +11,6 @@ import hashlib
 import html
 import io
 import re
-import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from retain.comparison import is_number, series, texts_of
+from retain.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,31 +85,6 @@ def label(text: str, length: int = 32) -> str:
     clean = visible(str(text))
     clean = clean if len(clean) <= length else clean[: length - 1] + "…"
     return f" {clean}" if clean.startswith("_") else clean
-
-
-def visible(value: Any) -> Any:
-    """The same data with every control, bidi-override, surrogate or unassigned character written out as an escape.
-
-    Line breaks and tabs stay in generated text and prompts only; a name is one line.
-    """
-    if isinstance(value, str):
-        return "".join(map(_visible_char, value))
-    if isinstance(value, dict):
-        return {visible(k): _visible_text(v) if k in ("prompt", "base", "tuned") else visible(v)
-                for k, v in value.items()}  # fmt: skip
-    return [visible(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _visible_text(value: Any) -> Any:
-    if not isinstance(value, str):
-        return visible(value)
-    return "".join(char if char in "\n\t" else _visible_char(char) for char in value.replace("\r\n", "\n"))
-
-
-def _visible_char(char: str) -> str:
-    hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
-    joiner = char in "\u200c\u200d"  # part of ordinary Persian, Hindi and emoji
-    return char.encode("unicode_escape").decode("ascii") if hidden and not joiner else char
 
 
 def look(index: int, total: int) -> dict[str, Any]:

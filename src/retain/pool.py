@@ -10,9 +10,8 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,7 +123,7 @@ def pool_statistics(
 def ngram_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
     """A uniform hash of each n-gram, n ≤ 16, uint64, shape (max(length − n + 1, 0),); finished as in SplitMix64."""
     count = max(len(tokens) - n + 1, 0)
-    ids = tokens.astype(np.uint64)
+    ids = tokens.astype(np.uint64) + np.uint64(1)  # so that a token 0 counts too
     mixed = np.zeros(count, dtype=np.uint64)
     for place in range(n):
         mixed += ids[place : place + count] * _PLACES[place]
@@ -207,32 +206,6 @@ def guess_language(text: str) -> str:
     return best if words.total() >= 10 and top >= max(0.15 * words.total(), 1.2 * second) else "unknown"
 
 
-def describe(statistics: PoolStatistics) -> list[tuple[str, str]]:
-    """The summary as lines of (label, value) to read; what was not measured is left out."""
-    return [(_label(key), _shown(value)) for key, value in statistics.summary.items() if value not in (None, {})]
-
-
-def preview_text(texts: Sequence[str], statistics: PoolStatistics, count: int = 20, max_chars: int = 1200) -> str:
-    """The summary and `count` rows spread over the pool, to read in a terminal: no character of a row acts on it."""
-    parts = [f"{label:>18}  {value}" for label, value in describe(statistics)]
-    parts += [f"\nWarning: {line}" for line in statistics.warnings]
-    for notes, text in _samples(texts, statistics, count):
-        cut = text if len(text) <= max_chars else text[:max_chars] + " …"
-        parts += ["", " · ".join(notes), *(f"  {line}" for line in cut.split("\n"))]
-    return "\n".join(parts) + "\n"
-
-
-def preview_html(texts: Sequence[str], statistics: PoolStatistics, count: int = 20, title: str = "Replay rows") -> str:
-    """The same as one self-contained page, rows uncut, with their statistics in the margin."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    samples = list(_samples(texts, statistics, count))
-    lines, warnings = describe(statistics), statistics.warnings
-    return page.get_template("preview.html").render(title=title, lines=lines, warnings=warnings, samples=samples)
-
-
 def _mean(sums: np.ndarray | None, tokens: np.ndarray) -> dict[str, Any] | None:
     """Σ sums / Σ tokens, shapes (rows,), with its interval."""
     if sums is None or not tokens.any():
@@ -296,44 +269,21 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
         f"{copies:.1%} of the rows are exact or near duplicates (many is {MAX_DUPLICATES:.0%}).":
             copies > MAX_DUPLICATES,
         f"{repeating:.1%} of the rows repeat themselves (many is {MAX_REPEATING:.0%}).": repeating > MAX_REPEATING,
-        f"The model's loss on its own rows is {_shown(loss)} nats per token (low is {MIN_LOSS}): a model that has "
+        f"The model's loss on its own rows is {shown(loss)} nats per token (low is {MIN_LOSS}): a model that has "
         "collapsed has little to say.": loss and loss["value"] < MIN_LOSS,
-        f"Loss − entropy is {_shown(gap)} nats per token and of exact draws it is 0: the rows come from a "
+        f"Loss − entropy is {shown(gap)} nats per token and of exact draws it is 0: the rows come from a "
         f"{kind} distribution than the model's own at temperature 1.": sure and abs(gap["value"]) > MIN_DIFFERENCE,
     }  # fmt: skip
     return [sentence for sentence, wrong in checks.items() if wrong]
 
 
-def _label(key: str) -> str:
-    return key.replace("num_", "").replace("_minus_", " − ").replace("_", " ")
-
-
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A count, a share, a mean with its interval, or shares by name."""
     if isinstance(value, dict) and "ci" in value:
-        interval = ", ".join(map(_shown, value["ci"] or []))
-        return f"{_shown(value['value'])} [{interval}]" if interval else _shown(value["value"])
+        interval = ", ".join(map(shown, value["ci"] or []))
+        return f"{shown(value['value'])} [{interval}]" if interval else shown(value["value"])
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(share)}" for name, share in value.items())
+        return ", ".join(f"{name} {shown(share)}" for name, share in value.items())
     if value is None or isinstance(value, str):
         return value or ""
     return (f"{value:.3f}" if isinstance(value, float) else f"{value:,}").replace("-", "−")
-
-
-def _samples(texts: Sequence[str], statistics: PoolStatistics, count: int) -> Iterator[tuple[list[str], str]]:
-    """The notes and the harmless text of rows evenly spread over the pool."""
-    assert len(texts) == len(statistics.rows["num_tokens"]), "a text for each row"
-    for i in np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int)).tolist():
-        notes = [f"row {i}"] + ["repeating"] * bool(statistics.rows["repeating"][i])
-        known = ((key, column[i]) for key, column in statistics.rows.items() if key != "repeating")
-        yield (
-            notes + [f"{_label(key)} {_shown(value)}" for key, value in known if value is not None],
-            _visible(texts[i]),
-        )
-
-
-def _visible(text: str) -> str:
-    """The text with control, bidi-override, surrogate and unassigned characters written out as escapes."""
-    hidden = {char for char in text if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")}
-    hidden -= set("\n\t\u200c\u200d")  # joiners are part of ordinary Persian, Hindi and emoji
-    return "".join(char.encode("unicode_escape").decode() if char in hidden else char for char in text)

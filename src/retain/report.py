@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from retain import plots
 from retain.comparison import cell, compare_at_matched_loss, comparison_verdict, is_number, run_verdict
 from retain.files import atomic_path, write_text
-from retain.plots import visible
+from retain.text import visible
 
 if TYPE_CHECKING:
     import jinja2

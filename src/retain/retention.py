@@ -13,7 +13,7 @@ from retain.callbacks import DOCUMENTS_FILE
 from retain.config import ReplayConfig
 from retain.data import Document
 from retain.files import append_jsonl, write_text
-from retain.metrics import DocumentSums, document_sums, logits_at, logits_of, summarize
+from retain.metrics import DocumentSums, document_sums, logits_at, summarize
 from retain.reference import Reference
 from retain.report import model_card_section
 
@@ -36,9 +36,7 @@ class RetentionMixin(Host):
     retention_documents: dict[str, list[Document]]
 
     def __init__(self, **kwargs: Any) -> None:
-        self._retention_step: int | None = None
-        self._retention_logs: dict[str, float] = {}
-        self._retention_table: dict[str, Any] = {}
+        self._retention_tables: dict[int, dict[str, Any]] = {}  # by the optimizer step whose weights were measured
         super().__init__(**kwargs)
 
     def ref_logits(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -47,6 +45,17 @@ class RetentionMixin(Host):
         unwrapped = self.accelerator.unwrap_model(model)
         with self.reference.base(model, unwrapped, self.accelerator.autocast) as base:
             return logits_at(base, inputs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's training; what was measured before it is of other weights."""
+        self._retention_tables = {}
+        return super().train(*args, **kwargs)
+
+    @property
+    def weights_step(self) -> int:
+        """The optimizer step whose weights the model holds: the best one's where `load_best_model_at_end` did its work."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None
+        return best or self.state.global_step
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The host's evaluation and, once a step, forgetting on every retention text."""
@@ -61,29 +70,41 @@ class RetentionMixin(Host):
         Returns:
             `retention/<name>/loss`, `/forgetting` and `/ref_kl` in nats per token, `/ref_agreement` as a share.
         """
-        if not self.retention_documents or self._retention_step == self.state.global_step:
-            return self._retention_logs
+        step, measured = self.weights_step, {}
+        if step not in self._retention_tables and self.retention_documents:
+            self._retention_tables[step] = measured = self._measure_all(step)
+        logs = {
+            f"retention/{name}/{metric}": table[metric]["value"]
+            for name, table in self._retention_tables.get(step, {}).items()
+            for metric in LOGGED_METRICS
+        }
+        if measured and step == self.state.global_step:  # logs belong to the step that the host is at
+            self.log(dict(logs))
+        return logs
+
+    def _measure_all(self, step: int) -> dict[str, Any]:
         self.model.eval()  # as the host's evaluation leaves it
-        logs: dict[str, float] = {}
+        tables = {}
         for name, documents in self.retention_documents.items():
             sums = self._measure(documents)
-            self._retention_table[name] = table = summarize(sums, seed=self.args.seed)
-            logs |= {f"retention/{name}/{metric}": table[metric]["value"] for metric in LOGGED_METRICS}
+            tables[name] = summarize(sums, seed=self.args.seed)
             if self.is_world_process_zero():
-                row: dict[str, Any] = {"step": self.state.global_step, "name": name}
+                row: dict[str, Any] = {"step": step, "name": name}
                 row |= {key: sums.values[key].round(6).tolist() for key in ("ref_kl", "loss", "base_loss")}
                 row["num_tokens"] = sums.num_tokens.tolist()
                 Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
                 append_jsonl(Path(self.args.output_dir) / DOCUMENTS_FILE, row)
-        self._retention_step, self._retention_logs = self.state.global_step, logs
-        self.log(dict(logs))
-        return logs
+        return tables
+
+    def _logits(self, **batch: Tensor) -> Tensor:
+        with self.accelerator.autocast():  # the dtype of training, even where the host has not wrapped the model yet
+            return logits_at(self.model, batch)
 
     def _measure(self, documents: list[Document]) -> DocumentSums:
         longest = max(len(window) for document in documents for window in document.windows)
         return document_sums(
             lambda **batch: self.ref_logits(self.model, batch),
-            logits_of(self.model),
+            self._logits,
             documents,
             batch_tokens=self.args.per_device_eval_batch_size * longest,
             device=self.accelerator.device,
@@ -93,25 +114,31 @@ class RetentionMixin(Host):
         """The host's model card and a table of forgetting, where it was measured."""
         super().create_model_card(*args, **kwargs)
         path = Path(self.args.output_dir) / "README.md"
-        if not (self.is_world_process_zero() and self._retention_table and path.exists()):
+        table = self._retention_table()
+        if not (self.is_world_process_zero() and table and path.exists()):
             return
         name = self.model.config._name_or_path or type(self.model).__name__
         data = {
             "name": path.parent.name,
             "base": {"model": name},
-            "retention": self._retention_table,
-            "training": {"step": self.state.global_step, **dataclasses.asdict(self.replay_config)},
+            "retention": table,
+            "training": {"step": self.weights_step, **dataclasses.asdict(self.replay_config)},
             "settings": {"seed": self.args.seed},
             "versions": versions(),
         }
         write_text(path, path.read_text(encoding="utf-8") + "\n\n" + model_card_section(data))
+
+    def _retention_table(self) -> dict[str, Any]:
+        """The newest measurement, or that of the weights which the model holds now."""
+        newest: dict[str, Any] = next(reversed(self._retention_tables.values()), {})
+        return self._retention_tables.get(self.weights_step, newest)
 
     def retention_lines(self) -> list[str]:
         """What was forgotten, a line for each retention text, with 95% intervals over documents."""
         return [
             f"retention/{name}: "
             + ", ".join(_with_interval(metric, table[metric]) for metric in ("forgetting", "ref_kl"))
-            for name, table in self._retention_table.items()
+            for name, table in self._retention_table().items()
         ]
 
 

@@ -12,11 +12,12 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from retain import pool
 from retain.config import SampleConfig
 from retain.data import read_rows, row_text
 from retain.files import write_json, write_text
 from retain.models import choose_start_token, load_model, load_tokenizer
+from retain.pool import pool_statistics
+from retain.preview import describe, preview_html, preview_text
 from retain.replay import read_manifest, read_shards
 from retain.sampling import sample_replay
 from retain.starts import Starts, plan_starts
@@ -95,7 +96,7 @@ def look_at_pool(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> 
     rows, given = columns["input_ids"], [int(length) for length in columns["prefix_length"]]
     drawn = [len(row) - length for row, length in zip(rows, given, strict=True)]
     texts = [tokenizer.decode(row[length:]) for row, length in zip(rows, given, strict=True)]
-    statistics = pool.pool_statistics(
+    statistics = pool_statistics(
         rows,
         prefix_lengths=given,
         logprob_sums=columns["logprob"],
@@ -105,17 +106,18 @@ def look_at_pool(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> 
         num_asked=manifest["num_rows"],
     )
     write_json(folder / STATISTICS, asdict(statistics))
-    for name, value in pool.describe(statistics):
+    for name, value in describe(statistics):
         print(f"  {name}: {value}")
     for warning in statistics.warnings:
         print(f"warning: {warning}")
     if preview:
-        print(pool.preview_text(texts, statistics, preview))
-        write_text(folder / PREVIEW, pool.preview_html(texts, statistics, preview))
+        print(preview_text(texts, statistics, preview))
+        write_text(folder / PREVIEW, preview_html(texts, statistics, preview))
         print(f"preview: {folder / PREVIEW}")
 
 
 def end_ids(tokenizer: Any, start_id: int, starts: Starts) -> Sequence[int]:
     """Tokens that end a document or a turn."""
-    ends = {start_id, tokenizer.eos_token_id, *(mode.end_of_turn for mode in starts.modes)}
+    separator = {start_id} if start_id != tokenizer.bos_token_id else set()
+    ends = {tokenizer.eos_token_id, *separator, *(mode.end_of_turn for mode in starts.modes)}
     return sorted(token for token in ends if token is not None)
