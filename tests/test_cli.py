@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, CHATML, make_texts, make_tokenizer, save_model
 
-from retain.cli import main
+from retain.cli import main, one_line
 from retain.models import load_model, model_fingerprint
 from retain.replay import MANIFEST, load_self_generated
 
@@ -156,6 +157,23 @@ BAD_INPUT = {
         "num_rows: 0 does not fit; use a whole number of at",
     ),
     "not finite": (REPLAY + " --replay_coef nan", "replay_coef: nan does not fit; use a number of at least 0"),
+    "no rows to sample": (
+        REPLAY + " --replay_num_rows 0",
+        "replay_num_rows: 0 does not fit; use a whole number of at least 1",
+    ),
+    "no documents": (
+        REPLAY + " --retention_max_documents 0",
+        "retention_max_documents: 0 does not fit; use a whole number of at least 1",
+    ),
+    "no model folder": (
+        SAMPLE.replace("{w}/llama", "nowhere/"),
+        "model: no folder or file 'nowhere/'; give a folder, a GGUF file or a Hub id",
+    ),
+    "no replay folder": (REPLAY.replace("{w}/replay", "nowhere/"), "data: no file 'nowhere/'; check the path"),
+    "accelerate's": (
+        REPLAY + " --num_processes 2",
+        "--num_processes: not known here; `retain finetune --help` lists what is; what is accelerate's goes to",
+    ),
     "negative": (REPLAY + " --replay_coef -1", "replay_coef: -1.0 does not fit; use a number of at least 0"),
     "share of everything": (REPLAY + " --replay_objective replace --replay_share 1", "use a share above 0 and below 1"),
     "bad choice": (REPLAY + " --replay_objective l2", "replay_objective"),
@@ -315,6 +333,31 @@ def test_an_interrupted_verb_says_how_to_go_on(world, tmp_path, capsys, monkeypa
     assert capsys.readouterr().err.splitlines()[-1] == (
         "retain sample: interrupted; the same command goes on where it stopped"
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 223680 vs 223572"),  # torch.save
+        Exception("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors
+    ],
+)
+def test_a_full_disk_is_named_whoever_meets_it(error):
+    assert one_line(error) == "a file could not be written, probably No space left on device; free some and go on"
+
+
+def test_the_last_whole_checkpoint_is_resumed(tmp_path):
+    from retain.finetune import checkpoint_to_resume
+
+    for step, state in {2: '{"global_step": 2}', 10: '{"global_step": 10}', 12: '{"global_st', 14: None}.items():
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    asked = SimpleNamespace(resume_from_checkpoint="true", output_dir=str(tmp_path))
+    assert checkpoint_to_resume(asked) == str(tmp_path / "checkpoint-10")
+    asked.resume_from_checkpoint = str(tmp_path / "checkpoint-12")
+    with pytest.raises(ValueError, match="is not a whole checkpoint"):
+        checkpoint_to_resume(asked)
 
 
 def test_a_bug_is_named_by_its_type_and_shown_where_when_asked(world, tmp_path, capsys, monkeypatch):

@@ -445,6 +445,22 @@ def test_adapters_that_keep_the_base_intact(tmp_path: Path, replay: ReplayDatase
         assert torch.allclose(trainer.ref_logits(trainer.model, batch), expected, atol=1e-5)
 
 
+def test_what_the_user_froze_in_an_adapter_stays_frozen(tmp_path: Path, replay: ReplayDataset) -> None:
+    model = get_peft_model(make_model(), LoraConfig(**LORA))
+    frozen = {name: value for name, value in model.named_parameters() if "lora_A" in name}
+    for value in frozen.values():
+        value.requires_grad_(False)
+    before = {name: value.clone() for name, value in frozen.items()}
+    train(tmp_path, replay, model=model)
+    assert difference(before, frozen) == 0.0
+    assert not any(value.requires_grad for value in frozen.values())
+
+
+def test_a_model_is_needed(tmp_path: Path, replay: ReplayDataset) -> None:
+    with pytest.raises(ValueError, match="model: missing; give a model or its name"):
+        ReplaySFTTrainer(args=config(tmp_path), train_dataset=ROWS, replay_dataset=replay)
+
+
 def test_a_reference_that_moves_with_the_model_stops_the_run(
     tmp_path: Path, replay: ReplayDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,6 +485,25 @@ def test_replay_and_retention_must_not_share_rows(tmp_path: Path, replay: Replay
     shared = token_documents([replay[0].tolist(), replay[1].tolist()], TOKENIZER)
     with pytest.raises(ValueError, match="retention: 'own' shares 2 rows"):
         train(tmp_path, replay, retention_datasets={"own": shared})
+
+
+def test_a_beginning_that_many_files_share_is_no_shared_row(tmp_path: Path) -> None:
+    from retain.replay import token_documents
+
+    header = list(range(10, 50))  # a licence, say
+    rows = ReplayDataset.from_rows([[3, *header, 60 + at, 61] for at in range(8)], "licensed")
+    other = token_documents([[3, *header, 99, 98]], TOKENIZER)
+    train(tmp_path / "other", rows, retention_datasets={"code": other}, changes={"max_steps": 1})
+    for same in ([3, *header], [3, *header, 60, 61, 77]):  # cut shorter, or longer
+        with pytest.raises(ValueError, match="retention: 'code' shares 1 rows"):
+            train(tmp_path / "same", rows, retention_datasets={"code": token_documents([same], TOKENIZER)})
+
+
+def test_retention_windows_are_no_longer_than_the_model_can_take(tmp_path: Path, replay: ReplayDataset) -> None:
+    model, long = make_model("gpt2"), make_texts(1, words=400)
+    replay = ReplayDataset.from_rows([replay[0]], "short")
+    trainer = train(tmp_path, replay, model=model, retention_datasets={"long": long}, changes={"max_length": None})
+    assert trainer.evaluate_retention()["retention/long/loss"] > 0  # gpt2 has no position beyond its last
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -547,6 +582,39 @@ def test_mixin_over_dpo(tmp_path: Path, replay: ReplayDataset) -> None:
     kl = logged(trainer, "replay/kl")
     assert abs(kl[0]) < 1e-7
     assert kl[-1] > 1e-8
+
+
+def test_the_best_weights_are_the_ones_reported(tmp_path: Path, replay: ReplayDataset) -> None:
+    best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = train(
+        tmp_path,
+        replay,
+        eval_dataset=ROWS.select(range(8)),
+        retention_datasets={"words": make_texts(6, seed=9)},
+        changes=best,
+    )
+    assert trainer.state.best_global_step == 2
+    reported = trainer.evaluate_retention()
+    trainer._retention_tables.clear()
+    assert reported == trainer.evaluate_retention()
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "retention/words/loss" in row] == [2, 4, 6]
+
+
+def test_what_was_measured_before_training_is_measured_again_in_it(tmp_path: Path, replay: ReplayDataset) -> None:
+    trainer = ReplaySFTTrainer(
+        model=make_model(),
+        args=config(tmp_path, eval_strategy="steps", eval_steps=5, eval_on_start=True),
+        train_dataset=ROWS,
+        eval_dataset={"one": ROWS.select(range(4)), "two": ROWS.select(range(4, 8))},
+        processing_class=TOKENIZER,
+        replay_dataset=replay,
+        retention_datasets={"words": make_texts(6, seed=9)},
+    )
+    trainer.evaluate()
+    trainer.train()
+    assert [row["step"] for row in read_jsonl(tmp_path / "documents.jsonl")] == [0, 5]
 
 
 def test_a_run_leaves_plain_files(tmp_path: Path, replay: ReplayDataset) -> None:

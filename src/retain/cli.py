@@ -32,6 +32,9 @@ Finetune a language model without it forgetting, and say how much it forgets.
 `retain VERB --help` lists a verb's flags; `retain --version` prints the version.
 """
 
+# What torch and safetensors say where a disk is full, which is not an OSError.
+DISK_FULL = ("inline_container.cc", "os error 28")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; return the exit code: 0, 1 for an error, 130 when interrupted."""
@@ -54,14 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         VERBS[verb](rest)
     except KeyboardInterrupt:
-        print(f"\nretain {verb}: interrupted; {RESUME[verb]}", file=sys.stderr)
+        _complain(f"retain {verb}: interrupted; {RESUME[verb]}")
         return 130
     except Exception as error:
         if os.environ.get("RETAIN_DEBUG"):
             raise
-        print(f"retain {verb}: {one_line(error)}", file=sys.stderr)
+        _complain(f"retain {verb}: {one_line(error)}")
         return 1
     return 0
+
+
+def _complain(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)  # on a line of its own, also where a progress bar stands
 
 
 def one_line(error: BaseException) -> str:
@@ -73,6 +82,8 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename!r}" if error.filename else ""
         return f"{error.strerror}{where}; check the path, its permissions and the space left"
+    if any(sign in message for sign in DISK_FULL):
+        return "a file could not be written, probably No space left on device; free some and go on"
     return f"{type(error).__name__}: {message} (RETAIN_DEBUG=1 shows where)"
 
 
@@ -100,7 +111,8 @@ def parse(argv: list[str], verb: str, *types: Any) -> tuple[Any, ...]:
     except IndexError as error:
         raise ValueError("config: --config needs a file") from error
     if unknown:
-        raise ValueError(f"{unknown[0]}: not known here; `retain {verb} --help` lists what is")
+        launch = "; what is accelerate's goes to `accelerate launch`" if verb == "finetune" else ""
+        raise ValueError(f"{unknown[0]}: not known here; `retain {verb} --help` lists what is{launch}")
     return tuple(configs)
 
 

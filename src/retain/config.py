@@ -93,7 +93,7 @@ class ReplayConfig:
     )
     allow_off_policy_replay: bool = field(
         default=False,
-        metadata=_say("Accept a replay dataset that another model or tokenizer wrote (the log then says so)."),
+        metadata=_say("Accept replay rows that another model with the same tokenizer wrote; the log then says so."),
     )
 
     def __post_init__(self) -> None:
@@ -144,6 +144,8 @@ class FinetuneConfig(ReplayConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_list("retention", self.retention)
+        check_number("replay_num_rows", self.replay_num_rows, low=1, integer=True)
+        check_number("retention_max_documents", self.retention_max_documents, low=1, integer=True)
         check_number("replay_num_rows", self.replay_num_rows, low=1, integer=True)
         check_number("retention_max_documents", self.retention_max_documents, low=1, integer=True)
 

@@ -38,7 +38,11 @@ def read_rows(source: str, split: str = "train") -> Dataset:
 
     path = Path(source).expanduser()
     if not path.is_file():
-        if path.suffix in (".jsonl", ".json", ".parquet", ".csv", *TEXT_SUFFIXES) or source.startswith((".", "/", "~")):
+        if (
+            path.suffix in (".jsonl", ".json", ".parquet", ".csv", *TEXT_SUFFIXES)
+            or source.startswith((".", "/", "~"))
+            or source.endswith("/")
+        ):
             raise ValueError(f"data: no file {source!r}; check the path")
         try:
             return load_dataset(source, split=split)

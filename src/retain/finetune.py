@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def run_finetune(
     for line in trainer.protection():
         say(line)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    trainer.save_model(training_args.output_dir)  # before anything that may fail
     trainer.evaluate_retention()
-    trainer.save_model(training_args.output_dir)
     trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=script_args.dataset_name)
     say(f"model: {training_args.output_dir}")
     for line in trainer.retention_lines():
@@ -158,8 +159,16 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     if not asked or str(asked).lower() == "false":
         return None
     if str(asked).lower() != "true":
-        if not (Path(asked) / "trainer_state.json").exists():
+        if not _is_whole(Path(asked)):
             raise ValueError(f"resume_from_checkpoint: {asked!r} is not a whole checkpoint; give a checkpoint-N folder")
         return str(asked)
     found = [path.parent for path in Path(training_args.output_dir).glob("checkpoint-*/trainer_state.json")]
-    return str(max(found, key=lambda path: int(path.name.split("-")[-1]))) if found else None
+    whole = [path for path in found if _is_whole(path)]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # not there, or cut off
+        return False

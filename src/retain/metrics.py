@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retain.data import Document
-from retain.losses import kl_divergence, next_token_loss, shifted
+from retain.losses import agreement, argmax_cross_entropy, cross_entropy, kl_divergence, next_token_loss, shifted
 from retain.statistics import bootstrap_ratio
-
-if TYPE_CHECKING:
-    pass
 
 Forward = Callable[..., Float[Tensor, "rows length vocab"]]
 CHUNK = 128  # positions whose float32 logits are held at once
@@ -67,16 +64,14 @@ def token_sums(
     for at in range(0, logits.shape[1], CHUNK):
         part = slice(at, at + CHUNK)
         ref, live, target = ref_logits[:, part].float(), logits[:, part].float(), targets[:, part]
-        ref_top, top = ref.argmax(-1), live.argmax(-1)
-        ref_log_probs = torch.log_softmax(ref, dim=-1)
         found = {
             "loss": next_token_loss(live, target),
             "base_loss": next_token_loss(ref, target),
             "ref_kl": kl_divergence(ref, live),
-            "entropy": -(ref_log_probs.exp() * ref_log_probs).sum(-1),
-            "argmax_loss": next_token_loss(live, ref_top),
-            "base_argmax_loss": next_token_loss(ref, ref_top),
-            "agreement": (ref_top == top).float(),
+            "entropy": cross_entropy(ref, ref),
+            "argmax_loss": argmax_cross_entropy(ref, live),
+            "base_argmax_loss": argmax_cross_entropy(ref, ref),
+            "agreement": agreement(ref, live).float(),
         }
         for name, value in found.items():
             totals[name] += value.masked_fill(~mask[:, part], 0.0).double().sum(-1).cpu()

@@ -60,7 +60,7 @@ def resolve_model_path(name: str) -> str:
         if (path / "config.json").exists() or (path / "adapter_config.json").exists():
             return str(path)
         return _from_gguf_folder(path, name)
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name:
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/") or not name:
         raise ValueError(f"model: no folder or file {name!r}; give a folder, a GGUF file or a Hub id")
     return name
 

@@ -33,6 +33,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def frozen_as_found(model: nn.Module) -> Iterator[None]:
+    """What is frozen stays frozen: PEFT makes the whole adapter trainable when it switches it on again."""
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+
 def probe_tokens(vocab_size: int) -> Int[Tensor, "rows length"]:
     """The same few token ids every time, spread over the vocabulary."""
     generator = torch.Generator().manual_seed(0)
@@ -85,7 +96,7 @@ class Reference:
                 with autocast():
                     yield self.ref_model
                 return
-            with evaluation_mode(unwrapped), unwrapped.disable_adapter():
+            with evaluation_mode(unwrapped), frozen_as_found(unwrapped), unwrapped.disable_adapter():
                 yield model
 
     def prove(self, model: Any, base_probe: Float[Tensor, "rows length vocab"]) -> None:

