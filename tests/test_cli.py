@@ -68,6 +68,7 @@ MEASURE = (
 )
 
 BAD_INPUT = {
+    "windows too long": (MEASURE.replace("--max_length 24", "--max_length 999"), "max_length: 999 is more than this"),
     # the model
     "missing model": (SAMPLE.replace("{w}/llama", "{t}/nothing"), "model: no folder or file"),
     "unknown Hub id": (SAMPLE.replace("{w}/llama", "nobody/nothing"), "model: cannot load"),
@@ -114,7 +115,7 @@ BAD_INPUT = {
     ),
     "replay of another tokenizer": (
         FINETUNE + " --replay_dataset {t}/foreign",
-        "the token ids mean other text; sample",
+        "the token ids may mean other text; sample",
     ),
     "replay of another model": (
         FINETUNE + " --replay_dataset {t}/off",

@@ -10,7 +10,15 @@ from conftest import CHATML, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retain.data import Document, named_sources, read_rows, row_text, token_documents, tokenize_documents
+from retain.data import (
+    Document,
+    named_sources,
+    prompt_text,
+    read_rows,
+    row_text,
+    token_documents,
+    tokenize_documents,
+)
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -177,3 +185,16 @@ def test_a_source_without_name_or_file_is_refused(spec):
 def test_a_name_given_twice_is_refused():
     with pytest.raises(ValueError, match="'wiki' comes twice"):
         named_sources(["wiki=a", "wiki=b"], "retention")
+
+
+def test_a_prompt_stops_where_the_answer_begins(chat_tokenizer):
+    tokenizer = chat_tokenizer
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    opened = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt_text({"messages": [question]}, tokenizer) == opened
+    assert prompt_text({"messages": [question, answer]}, tokenizer) == opened
+    assert prompt_text({"prompt": [question], "completion": [answer]}, tokenizer) == opened
+    assert prompt_text({"prompt": "x = ", "completion": "1"}, tokenizer) == "x = "
+    assert prompt_text({"text": "once upon"}, tokenizer) == "once upon"
+    with pytest.raises(ValueError, match="it needs text, messages"):
+        prompt_text({"question": "?"}, tokenizer)

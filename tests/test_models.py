@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from retain.models import (
     StartToken,
     choose_start_token,
+    display_name,
     load_model,
     load_tokenizer,
     max_positions,
@@ -379,3 +380,13 @@ def test_a_tuned_model_with_another_tokenizer_is_refused(tmp_path):
     other.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is not the base's"):
         tokenizer_of_tuned(str(tmp_path), tokenizer)
+
+
+def test_a_cached_model_is_called_by_its_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path))
+    assert (
+        display_name(str(tmp_path / "models" / "SmolLM2-135M-Instruct.Q4_1-0123456789ab"))
+        == "SmolLM2-135M-Instruct.Q4_1"
+    )
+    assert display_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert display_name("out/") == "out/"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,7 @@ def measure(argv: list[str]) -> None:
     (config,) = parse(argv, "measure", MeasureConfig)
     quiet_libraries()
     from retain.callbacks import read_run
-    from retain.data import named_sources, read_rows, row_text
+    from retain.data import named_sources, prompt_text, read_rows
     from retain.measuring import default_prompts
     from retain.measuring import measure as measure_models
     from retain.models import load_model, tokenizer_of_tuned
@@ -215,7 +216,7 @@ def measure(argv: list[str]) -> None:
         for group in sources
     )
     if config.prompts:
-        prompts = [row_text(row, tokenizer) for row in read_rows(config.prompts)]
+        prompts = [prompt_text(row, tokenizer) for row in read_rows(config.prompts)]
     else:
         prompts = default_prompts({**new_task, **retention}, tokenizer)
     tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
@@ -226,21 +227,34 @@ def measure(argv: list[str]) -> None:
         trust_remote_code=config.trust_remote_code,
         device=base.device,
     )
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known before the work
     names = ("start_token", "max_length", "batch_tokens", "max_new_tokens", "num_resamples", "seed")
-    report = measure_models(
-        base,
-        tuned,
-        retention,
-        tokenizer=tokenizer,
-        new_task=new_task,
-        prompts=prompts,
-        name=Path(config.model).name,
-        progress=lambda stage: print(f"{stage} …", flush=True),
-        **{name: getattr(config, name) for name in names},
-    )
+    with made_folder(config.output_dir):
+        report = measure_models(
+            base,
+            tuned,
+            retention,
+            tokenizer=tokenizer,
+            new_task=new_task,
+            prompts=prompts,
+            name=Path(config.model).name,
+            progress=lambda stage: print(f"{stage} …", flush=True),
+            **{name: getattr(config, name) for name in names},
+        )
     report.data.update(read_run(Path(config.model)))
     _finish(report.write, config.output_dir, report.summary())
+
+
+@contextmanager
+def made_folder(folder: str) -> Iterator[None]:
+    """Make a folder before long work, so that one that cannot be made is known; take it back if the work fails."""
+    new = not Path(folder).exists()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            Path(folder).rmdir()
+        raise
 
 
 def _finish(write: Callable[[str], object], output_dir: str, summary: str) -> None:

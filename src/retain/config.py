@@ -54,7 +54,7 @@ def check_list(name: str, value: object) -> None:
 
 @dataclass(kw_only=True)
 class ReplayConfig:
-    """How replay protects a finetune. `papers.md`, section A; docs/replay.md has the formulas."""
+    """How replay protects a finetune: Marek et al., arXiv 2605.26097; docs/replay.md has the formulas."""
 
     replay_objective: ReplayObjective = field(
         default="kl",
@@ -93,7 +93,7 @@ class ReplayConfig:
     )
     allow_off_policy_replay: bool = field(
         default=False,
-        metadata=_say("Accept replay rows that another model with the same tokenizer wrote; the log then says so."),
+        metadata=_say("Accept replay rows that another model or tokenizer wrote; the log then says so."),
     )
 
     def __post_init__(self) -> None:

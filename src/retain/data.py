@@ -136,10 +136,23 @@ def row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     raise ValueError(f"data: a row has {sorted(row)}; it needs text, messages, or prompt and completion")
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+def prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a model is to continue: `text`, `prompt`, or `messages` up to the answer, with the answer's turn opened.
+
+    Raises:
+        ValueError: as `row_text`.
+    """
+    messages = row.get("messages") if isinstance(row.get("messages"), list) else row.get("prompt")
+    if isinstance(messages, list):
+        asked = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+        return _chat(asked, tokenizer, add_generation_prompt=True)
+    return row["prompt"] if isinstance(row.get("prompt"), str) else row_text(row, tokenizer)
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
     if not tokenizer.chat_template:
         raise ValueError("data: rows of messages need a chat template and this tokenizer has none; give text rows")
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,10 @@ def run_finetune(
     )
     for line in trainer.protection():
         say(line)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    checkpoint = checkpoint_to_resume(training_args)
+    if training_args.resume_from_checkpoint and checkpoint is None:
+        say(f"no whole checkpoint in {training_args.output_dir}: beginning anew")
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training_args.output_dir)  # before anything that may fail
     trainer.evaluate_retention()
     trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=script_args.dataset_name)

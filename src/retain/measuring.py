@@ -13,6 +13,7 @@ from retain.data import Document, as_documents
 from retain.metrics import document_sums, logits_of, row_by_row, summarize
 from retain.models import (
     choose_start_token,
+    display_name,
     max_positions,
     model_fingerprint,
     num_parameters,
@@ -164,8 +165,8 @@ def _header(base: PreTrainedModel, tuned: PreTrainedModel, name: str, settings: 
     from retain import versions
 
     def identity(model: PreTrainedModel) -> dict[str, Any]:
-        path = model.config._name_or_path
-        return {"model": path, "fingerprint": model_fingerprint(model), "num_params": num_parameters(model)}
+        name = display_name(model.config._name_or_path)
+        return {"model": name, "fingerprint": model_fingerprint(model), "num_params": num_parameters(model)}
 
     return {
         "schema": "retain.report/1",

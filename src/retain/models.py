@@ -291,6 +291,12 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def display_name(name: str) -> str:
+    """A model's name for people: a dequantised model's file rather than its folder in the cache."""
+    path = Path(name)
+    return path.name.rpartition("-")[0] if path.parent == cache_dir() / "models" else name
+
+
 def num_parameters(model: nn.Module) -> int:
     """Number of parameters, shared ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -241,20 +241,21 @@ def verify_replay(
         None when the rows are the base's own; a warning when they are not and `allow_off_policy` accepts that.
 
     Raises:
-        ValueError: naming what differs; always for another tokenizer, whose ids mean other text.
+        ValueError: naming what differs.
     """
     if manifest["tokenizer_fingerprint"] != tokenizer_fingerprint:
-        raise ValueError(
-            f"replay_dataset: it was written with the tokenizer of {manifest['model']!r} (fingerprint "
-            f"{manifest['tokenizer_fingerprint']}), this model's is {tokenizer_fingerprint}: the token ids mean "
-            "other text; sample from this model"
+        what = (
+            f"it was written with the tokenizer of {manifest['model']!r} (fingerprint "
+            f"{manifest['tokenizer_fingerprint']}), this model's is {tokenizer_fingerprint}: the token ids may mean "
+            "other text"
         )
-    if manifest["model_fingerprint"] == model_fingerprint:
+    elif manifest["model_fingerprint"] != model_fingerprint:
+        what = (
+            f"it was sampled from {manifest['model']!r} (weights {manifest['model_fingerprint']}), "
+            f"not from this model (weights {model_fingerprint})"
+        )
+    else:
         return None
-    what = (
-        f"it was sampled from {manifest['model']!r} (weights {manifest['model_fingerprint']}), "
-        f"not from this model (weights {model_fingerprint})"
-    )
     if not allow_off_policy:
         raise ValueError(f"replay_dataset: {what}; sample from this model, or set allow_off_policy_replay")
     return f"off-policy replay: {what}"

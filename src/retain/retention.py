@@ -14,6 +14,7 @@ from retain.config import ReplayConfig
 from retain.data import Document
 from retain.files import append_jsonl, write_text
 from retain.metrics import DocumentSums, document_sums, logits_at, summarize
+from retain.models import display_name
 from retain.reference import Reference
 from retain.report import model_card_section
 
@@ -117,7 +118,7 @@ class RetentionMixin(Host):
         table = self._retention_table()
         if not (self.is_world_process_zero() and table and path.exists()):
             return
-        name = self.model.config._name_or_path or type(self.model).__name__
+        name = display_name(self.model.config._name_or_path) or type(self.model).__name__
         data = {
             "name": path.parent.name,
             "base": {"model": name},

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from retain.config import SampleConfig
-from retain.data import read_rows, row_text
+from retain.data import prompt_text, read_rows
 from retain.files import write_json, write_text
 from retain.models import choose_start_token, load_model, load_tokenizer
 from retain.pool import pool_statistics
@@ -40,7 +40,7 @@ def run_sample(config: SampleConfig) -> Path:
     options: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(config.model_name_or_path, **options)
     start = choose_start_token(tokenizer, config.start_token)
-    prompts = [row_text(row, tokenizer) for row in read_rows(config.prompts)] if config.prompts else []
+    prompts = [prompt_text(row, tokenizer) for row in read_rows(config.prompts)] if config.prompts else []
     starts = plan_starts(config.start, tokenizer, start, chat_turn=config.chat_turn, prompts=prompts)
     attention = config.attn_implementation
     model = load_model(

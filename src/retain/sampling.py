@@ -24,6 +24,7 @@ from retain.files import write_json
 from retain.models import (
     StartToken,
     choose_start_token,
+    display_name,
     max_positions,
     model_fingerprint,
     tokenizer_fingerprint,
@@ -187,7 +188,7 @@ def _manifest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start:
 
     return {
         "schema": SCHEMA,
-        "model": model.config._name_or_path,
+        "model": display_name(model.config._name_or_path),
         "model_fingerprint": model_fingerprint(model),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "start_token": {"id": start.id, "token": start.token, "reason": start.reason},

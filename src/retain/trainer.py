@@ -394,6 +394,9 @@ def _load_for_training(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     settings.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
     settings["revision"] = settings.get("revision") or "main"
     settings["dtype"] = settings.get("dtype") or "float32"
+    if kwargs.get("processing_class") is None:  # from the same revision as the weights
+        of_tokenizer = {key: settings[key] for key in ("revision", "trust_remote_code")}
+        kwargs["processing_class"] = load_tokenizer(name, **of_tokenizer)
     return load_model(name, **settings)
 
 
