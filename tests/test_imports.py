@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "pool": PURE,
     "preview": PURE | {"pool"},
     "replay": PURE | {"data"},
+    "protection": ROOMS | {"replay"},
     "plots": {"statistics", "comparison", "text"},
     "report": {"statistics", "comparison", "plots", "files", "text", "__init__"},
     "engine": ROOMS,
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "callbacks": {"replay", "files"},
     "retention": ROOMS | {"replay", "report", "sampling", "metrics", "measuring", "callbacks", "__init__"},
 }
-MAY_IMPORT["trainer"] = MAY_IMPORT["retention"] | {"retention"}
+MAY_IMPORT["trainer"] = MAY_IMPORT["retention"] | {"retention", "protection"}
 MAY_IMPORT["finetune"] = MAY_IMPORT["trainer"] | {"trainer", "sample"}
 MAY_IMPORT["demo"] = MAY_IMPORT["finetune"] | {"finetune"}
 MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo"}

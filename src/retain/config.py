@@ -110,6 +110,21 @@ class ReplayConfig:
                 "and below 1"
             )
 
+    @property
+    def adds_replay_term(self) -> bool:
+        """Whether a replay term is added to the loss."""
+        return self.replay_objective != "replace" and self.replay_coef > 0
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the base's predictions are part of the loss."""
+        return self.adds_replay_term and self.replay_objective in ("kl", "kl_new")
+
+    @property
+    def draws_replay(self) -> bool:
+        """Whether replay rows are trained on."""
+        return self.replay_objective == "replace" or (self.adds_replay_term and self.replay_objective != "kl_new")
+
 
 @dataclass(kw_only=True)
 class FinetuneConfig(ReplayConfig):

@@ -32,14 +32,14 @@ from retain.models import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
-from retain.reference import Reference, probe
+from retain.protection import check_held_out, check_rows_fit, make_reference
+from retain.reference import probe
 from retain.replay import ReplayDataset, load_replay_dataset, replace_rows, replay_indices, verify_replay
 from retain.retention import RetentionMixin
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3  # optimizer steps with a learning rate above 0 after which a KL of exactly 0 is a fault
-OVERLAP = 32  # tokens by which rows are looked up; at least half as many must agree to count as the same row
 
 
 class ReplayMixin(RetentionMixin):
@@ -79,7 +79,9 @@ class ReplayMixin(RetentionMixin):
             tokenizer = _tokenizer(kwargs.get("processing_class"), model)
             self._load_rows(model, tokenizer, replay_dataset, retention_datasets or {}, args, start_token)
         self._check_protection(model)
-        self.reference = self._make_reference(model, kwargs.get("peft_config"))
+        self.reference = None
+        if self.replay_config.uses_reference or self.retention_documents:
+            self.reference = make_reference(self.replay_config, model, kwargs.get("peft_config"))
         base_probe = probe(model) if self.reference is not None else None
         if args is not None and args.ddp_broadcast_buffers is None:
             # Two forwards before one backward: a broadcast between them would overwrite what autograd saved.
@@ -99,23 +101,6 @@ class ReplayMixin(RetentionMixin):
         self.add_callback(RunFilesCallback(self._settings()))
 
     # What goes in, and whether it protects
-
-    @property
-    def adds_replay_term(self) -> bool:
-        """Whether a replay term is added to the loss."""
-        return self.replay_config.replay_objective != "replace" and self.replay_config.replay_coef > 0
-
-    @property
-    def uses_reference(self) -> bool:
-        """Whether the base's predictions are part of the loss."""
-        return self.adds_replay_term and self.replay_config.replay_objective in ("kl", "kl_new")
-
-    @property
-    def draws_replay(self) -> bool:
-        """Whether replay rows are trained on."""
-        return self.replay_config.replay_objective == "replace" or (
-            self.adds_replay_term and self.replay_config.replay_objective != "kl_new"
-        )
 
     def _load_rows(
         self,
@@ -150,61 +135,17 @@ class ReplayMixin(RetentionMixin):
 
     def _check_protection(self, model: Any) -> None:
         config, rows = self.replay_config, self.replay_dataset
-        if self.draws_replay and rows is None:
+        if self.replay_config.draws_replay and rows is None:
             raise ValueError(
                 f"replay_dataset: missing, and replay_objective {config.replay_objective!r} needs it; give rows, or "
                 "set replay_coef 0 to finetune without protection"
             )
-        if not self.draws_replay and not self.adds_replay_term:
+        if not self.replay_config.draws_replay and not self.replay_config.adds_replay_term:
             logger.warning("replay_coef is 0: this run is not protected against forgetting")
-        if rows is None or not self.draws_replay:
+        if rows is None or not self.replay_config.draws_replay:
             return
-        if not rows.num_predictions.sum():
-            raise ValueError(f"replay_dataset: {rows.source!r} has no row of two tokens or more; give longer rows")
-        longest, limit = int(rows.num_predictions.max()) + 1, max_positions(model)
-        if limit is not None and longest > limit:
-            raise ValueError(
-                f"replay_dataset: rows of {longest} tokens, but this model has {limit} positions; cut them"
-            )
-        largest, vocabulary = int(rows.tokens.max()), model.get_input_embeddings().weight.shape[0]
-        if largest >= vocabulary:
-            raise ValueError(
-                f"replay_dataset: token id {largest}, but this model has {vocabulary} tokens; sample from this model"
-            )
-        seen: dict[tuple[int, ...], list[int]] = {}
-        for index in range(len(rows)):
-            seen.setdefault(tuple(rows[index][:OVERLAP].tolist()), []).append(index)
-        for name, documents in self.retention_documents.items():
-            windows = [window for document in documents for window in document.windows if len(window) >= OVERLAP // 2]
-            shared = sum(
-                # The same to the end of the shorter one: a licence header that many files begin with is not a row.
-                any(
-                    rows[i][: len(window)].tolist() == window[: len(rows[i])]
-                    for i in seen.get(tuple(window[:OVERLAP]), [])
-                )
-                for window in windows
-            )
-            if shared:
-                raise ValueError(
-                    f"retention: {name!r} shares {shared} rows with the replay dataset; measure on rows never replayed"
-                )
-
-    def _make_reference(self, model: Any, peft_config: Any) -> Reference | None:
-        if not self.uses_reference and not self.retention_documents:
-            return None
-        kind = self.replay_config.replay_reference
-        has_adapter = peft_config is not None or hasattr(model, "disable_adapter")
-        if kind == "adapter" and not has_adapter:
-            raise ValueError("replay_reference: 'adapter', but there is no adapter; use copy, or --use_peft")
-        if kind == "adapter" or (kind == "auto" and has_adapter):
-            return Reference()
-        from transformers.integrations import is_deepspeed_zero3_enabled
-
-        if is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "replay_reference: a copy under DeepSpeed ZeRO-3 is not supported; use an adapter or FSDP2"
-            )
-        return Reference.copy_of(model)
+        check_rows_fit(rows, model)
+        check_held_out(rows, self.retention_documents)
 
     def _settings(self) -> dict[str, Any]:
         rows = self.replay_dataset
@@ -220,12 +161,12 @@ class ReplayMixin(RetentionMixin):
     def protection(self) -> list[str]:
         """What protects this run, a line each, for people to read before it starts."""
         config, rows = self.replay_config, self.replay_dataset
-        if not self.draws_replay and not self.adds_replay_term:
+        if not self.replay_config.draws_replay and not self.replay_config.adds_replay_term:
             return ["protection: none (replay_coef 0)"]
         lines = [f"protection: {config.replay_objective}, coefficient {config.replay_coef:g}"]
-        if self.uses_reference and self.reference is not None:
+        if self.replay_config.uses_reference and self.reference is not None:
             lines[0] += f", reference {self.reference.kind} (proven to be the base)"
-        if self.draws_replay and rows is not None:
+        if self.replay_config.draws_replay and rows is not None:
             kind = "real text" if rows.manifest is None else f"self-generated by {rows.manifest['model']}"
             lines.append(f"replay: {len(rows)} rows, {kind}; {self.replay_batch_size} per device and micro-batch")
         return lines
@@ -250,12 +191,12 @@ class ReplayMixin(RetentionMixin):
         """Draw the replay rows of an optimizer step together with its new rows."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._stop_if_unprotected()
-        if self.adds_replay_term:
+        if self.replay_config.adds_replay_term:
             self._queue = [None] * len(samples)
             self._logged_steps += 1
-        if self.draws_replay and samples:
+        if self.replay_config.draws_replay and samples:
             batches = self._draw(len(samples))
-            if self.adds_replay_term:
+            if self.replay_config.adds_replay_term:
                 self._queue = list(batches)
             else:
                 samples = [replace_rows(new, old) for new, old in zip(samples, batches, strict=True)]
@@ -287,7 +228,7 @@ class ReplayMixin(RetentionMixin):
         result = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
-        if not (self.model.training and self.adds_replay_term):
+        if not (self.model.training and self.replay_config.adds_replay_term):
             return result
         if not self._queue:
             raise ValueError(
@@ -305,7 +246,7 @@ class ReplayMixin(RetentionMixin):
     def _term_on_replay(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
         targets = batch.pop("labels")[:, 1:]
         mask, targets = targets != -100, targets.clamp(min=0)
-        ref_logits = self.ref_logits(model, batch) if self.uses_reference else None
+        ref_logits = self.ref_logits(model, batch) if self.replay_config.uses_reference else None
         logits = logits_at(model, batch)[:, :-1]
         values = next_token_loss(logits, targets) if ref_logits is None else kl_divergence(ref_logits[:, :-1], logits)
         # This micro-batch's part of the step's mean; DDP averages gradients, hence the processes.
@@ -328,7 +269,7 @@ class ReplayMixin(RetentionMixin):
     def _note(self, term: Tensor) -> Tensor:
         """Keep a micro-batch's part of the step's mean for the log."""
         self._logged.append(term.detach())
-        if self.uses_reference:
+        if self.replay_config.uses_reference:
             self._largest_kl = torch.maximum(self._largest_kl.to(term.device), term.detach().abs())
         return term
 
@@ -350,7 +291,7 @@ class ReplayMixin(RetentionMixin):
 
     def _stop_if_unprotected(self) -> None:
         """After the first steps, a reference that moved along with the model shows as a KL of exactly 0."""
-        if not self.uses_reference:
+        if not self.replay_config.uses_reference:
             return
         if self._steps_learned == PATIENCE and float(self._largest_kl) == 0.0:
             raise ValueError(
@@ -367,7 +308,7 @@ class ReplayMixin(RetentionMixin):
             total = torch.stack(self._logged).sum() / self._logged_steps
             mean = self.accelerator.reduce(total, reduction="mean").item()
             logs["replay/loss"] = mean
-            if self.uses_reference:
+            if self.replay_config.uses_reference:
                 logs["replay/kl"] = mean
             logs["replay/coef"] = self.replay_config.replay_coef
             self._logged, self._logged_steps = [], 0
