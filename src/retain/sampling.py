@@ -104,10 +104,12 @@ def sample_replay(
     main = state is None or state.is_main_process
     with exclusive(folder) if main else nullcontext():
         if main:
+            if min_ended_turns and (overwrite or not (folder / MANIFEST).exists()):
+                _check_turns(draw, starts, num_rows, manifest["batch_size"], min_ended_turns)
             _begin(folder, manifest, overwrite)
-            _check_turns(draw, starts, num_rows, manifest["batch_size"], min_ended_turns)
         if state is not None:
             state.wait_for_everyone()
+            manifest = read_manifest(folder)  # the main process's: batches of one size give the same rows
         if progress is not None:
             progress(0)
         _draw_shards(folder, manifest, starts, draw, state, progress or (lambda rows: None))
@@ -156,9 +158,7 @@ def _begun_with(folder: Path) -> int | None:
 
 def _check_turns(draw: Draw, starts: Starts, num_rows: int, batch_size: int, least: float) -> None:
     """Stop before useless rows are written: some models open a user turn and never end it."""
-    chat = (
-        [row for row in range(num_rows) if starts.of_row(row)[0].name == "chat"][: max(16, batch_size)] if least else []
-    )
+    chat = [row for row in range(num_rows) if starts.of_row(row)[0].name == "chat"][: max(16, batch_size)]
     if not chat:
         return
     end = starts.of_row(chat[0])[0].end_of_turn
