@@ -1,29 +1,54 @@
-"""Two processes under `accelerate launch` write the shards of one."""
+"""Several processes: the shards of one, and a configuration that asks for accelerate's launcher."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from conftest import save_model
+from conftest import make_texts, save_model
 
 
 def test_two_processes_sample_the_rows_of_one(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     flags = ["--model_name_or_path", "model", "--num_rows", "22", "--max_length", "12", "--rows_per_shard", "4"]
     flags += ["--per_device_batch_size", "4"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     for name, before in (("one", ["-m"]), ("two", launch)):
         command = [sys.executable, *before, "retain", "sample", *flags, "--output_dir", name]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("document start") == 1, "one process speaks"
+        assert ("drawn by 2 processes" in done.stdout) == (name == "two")
     one, two = (
         {path.name: path.read_bytes() for path in (tmp_path / name).glob("shard-*.parquet")} for name in ("one", "two")
     )
     assert len(one) == 6
     assert one == two
+
+
+def test_a_config_may_hold_what_trl_hands_to_accelerate(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    rows = [{"text": text} for text in make_texts(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = ["model_name_or_path: model", "dataset_name: rows.jsonl", "output_dir: out", "max_steps: 2", "bf16: false"]
+    lines += ["use_cpu: true", "max_length: 16", "report_to: none", "accelerate_config: single_gpu", "replay_coef: 0"]
+    (tmp_path / "sft.yaml").write_text("\n".join(lines))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
+
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "retain", "finetune", "--config", "sft.yaml", *flags]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+
+    done = run("--num_processes", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    done = run("--nonsense", "1")
+    assert done.returncode == 1
+    assert "not known here nor to accelerate" in done.stderr.splitlines()[-1]
+    done = run("--learning_rate", "nan_")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr

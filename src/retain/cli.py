@@ -7,6 +7,7 @@ Bad input ends in one line and exit code 1; set RETAIN_DEBUG=1 for the traceback
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch|peft")
     try:
         VERBS[verb](rest)
+    except Launched:
+        return 0
+    except subprocess.CalledProcessError:
+        return 1  # a launched process failed, and said why
     except KeyboardInterrupt:
         _complain(f"retain {verb}: interrupted; {RESUME[verb]}")
         return 130
@@ -104,17 +109,63 @@ def parse(argv: list[str], verb: str, *types: Any) -> tuple[Any, ...]:
 
     parser.error = fail
     try:
-        *configs, unknown = parser.parse_args_and_config(repeated_lists(argv), return_remaining_strings=True)
+        *configs, of_config, of_flags = parser.parse_args_and_config(
+            repeated_lists(argv), return_remaining_strings=True, separate_remaining_strings=True
+        )
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
         raise ValueError(f"config: not YAML{where}; {getattr(error, 'problem', None) or 'check the file'}") from error
     except IndexError as error:
         raise ValueError("config: --config needs a file") from error
-    if unknown:
-        launch = "; what is accelerate's goes to `accelerate launch`" if verb == "finetune" else ""
-        raise ValueError(f"{unknown[0]}: not known here; `retain {verb} --help` lists what is{launch}")
+    unknown = of_config + of_flags
+    if unknown and verb == "finetune":
+        launch_if_asked(argv, unknown, of_flags)
+    elif unknown:
+        raise ValueError(f"{unknown[0]}: not known here; `retain {verb} --help` lists what is")
     return tuple(configs)
+
+
+class Launched(Exception):
+    """The work was done, or failed, in processes that `accelerate launch` started."""
+
+
+def launch_if_asked(argv: list[str], unknown: list[str], of_flags: list[str]) -> None:
+    """Hand what only accelerate knows (`num_processes`, `accelerate_config`, …) to its launcher, as `trl sft` does.
+
+    In a process that was launched they have done their work.
+
+    Raises:
+        ValueError: for what accelerate does not know either.
+        Launched: when the launched processes are through.
+    """
+    from importlib.resources import files
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    parser, launch = launch_command_parser(), list(unknown)
+    if "--accelerate_config" in launch:  # a file, or the name of one that TRL ships
+        at = launch.index("--accelerate_config")
+        shipped = files("trl.accelerate_configs").joinpath(f"{launch[at + 1]}.yaml")
+        launch[at : at + 2] = ["--config_file", str(shipped) if shipped.is_file() else launch[at + 1]]
+
+    def fail(message: str) -> None:
+        raise ValueError(f"{unknown[0]}: not known here nor to accelerate; `retain finetune --help` lists what is")
+
+    parser.error = fail
+    rest = iter(of_flags)
+    skipped = next(rest, None)
+    kept = []
+    for flag in argv:
+        if flag == skipped:
+            skipped = next(rest, None)
+        else:
+            kept.append(flag)
+    arguments = parser.parse_args([*launch, "-m", "retain", "finetune", *kept])
+    if "WORLD_SIZE" not in os.environ and "RETAIN_LAUNCHED" not in os.environ:
+        os.environ["RETAIN_LAUNCHED"] = "1"
+        launch_command(arguments)
+        raise Launched
 
 
 def repeated_lists(argv: list[str]) -> list[str]:

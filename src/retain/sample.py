@@ -65,7 +65,8 @@ def run_sample(config: SampleConfig) -> Path:
         state=state,
     )
     if main:
-        print(f"{config.num_rows} rows of {config.max_length} tokens in {folder}")
+        shared = f", drawn by {state.num_processes} processes" if state is not None else ""
+        print(f"{config.num_rows} rows of {config.max_length} tokens in {folder}{shared}")
         look_at_pool(folder, tokenizer, starts, config.preview)
     return folder
 
