@@ -171,10 +171,7 @@ BAD_INPUT = {
         "model: no folder or file 'nowhere/'; give a folder, a GGUF file or a Hub id",
     ),
     "no replay folder": (REPLAY.replace("{w}/replay", "nowhere/"), "data: no file 'nowhere/'; check the path"),
-    "accelerate's": (
-        REPLAY + " --num_processes 2",
-        "--num_processes: not known here; `retain finetune --help` lists what is; what is accelerate's goes to",
-    ),
+    "nobody's flag": (REPLAY + " --number_processes 2", "--number_processes: not known here nor to accelerate"),
     "negative": (REPLAY + " --replay_coef -1", "replay_coef: -1.0 does not fit; use a number of at least 0"),
     "share of everything": (REPLAY + " --replay_objective replace --replay_share 1", "use a share above 0 and below 1"),
     "bad choice": (REPLAY + " --replay_objective l2", "replay_objective"),

@@ -164,7 +164,10 @@ def launch_if_asked(argv: list[str], unknown: list[str], of_flags: list[str]) ->
     arguments = parser.parse_args([*launch, "-m", "retain", "finetune", *kept])
     if "WORLD_SIZE" not in os.environ and "RETAIN_LAUNCHED" not in os.environ:
         os.environ["RETAIN_LAUNCHED"] = "1"
-        launch_command(arguments)
+        try:
+            launch_command(arguments)
+        finally:
+            del os.environ["RETAIN_LAUNCHED"]
         raise Launched
 
 
