@@ -208,20 +208,13 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def _device() -> str:
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator.type if accelerator is not None else "cpu"
-
-
 def _load_pair(name: str, config: Any) -> tuple[Any, Any]:
-    from retain.models import load_model, load_tokenizer
+    from retain.models import default_device, load_model, load_tokenizer
 
     options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(name, **options)
     attention = config.attn_implementation
-    model = load_model(name, dtype=config.dtype, attn_implementation=attention, device=_device(), **options)
+    model = load_model(name, dtype=config.dtype, attn_implementation=attention, device=default_device(), **options)
     return model, tokenizer
 
 

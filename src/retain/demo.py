@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from tqdm import tqdm
 from transformers import ProgressCallback
@@ -24,7 +23,7 @@ from retain.data import token_documents
 from retain.demo_data import DemoData, load_demo_data
 from retain.files import write_json
 from retain.measuring import measure
-from retain.models import StartToken, choose_start_token, load_model, load_tokenizer
+from retain.models import StartToken, choose_start_token, default_device, load_model, load_tokenizer
 from retain.replay import load_self_generated
 from retain.report import ForgettingReport, comparison_summary, write_comparison
 from retain.sample import sample_with_bar
@@ -127,7 +126,7 @@ def run_demo(config: DemoConfig) -> Path:
         seed=config.seed,
     )
     print("2/5 sampling self-generated replay, and held-out rows to measure on")
-    base = load_model(MODEL, device=_device())
+    base = load_model(MODEL, device=default_device())
     for name, rows, seed in (("replay", size.replay_rows, 0), ("held-out", size.documents, 1)):
         settings = {"max_length": size.max_length, "start_token": start, "batch_size": 32}
         sample_with_bar(base, tokenizer, str(folder / name), rows, seed=2 * config.seed + seed, **settings)
@@ -151,11 +150,6 @@ def _rows(folder: Path) -> list[Any]:
     return [dataset[index] for index in range(len(dataset))]
 
 
-def _device() -> str:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator.type if accelerator is not None else "cpu"
-
-
 def _run(
     name: str,
     coef: float,
@@ -169,7 +163,7 @@ def _run(
 ) -> dict[str, Any]:
     """One finetune and its measurement, or what an earlier demo of the same settings left of it."""
     output = folder / name.replace(" ", "-").lower()
-    key = {"size": asdict(size), "seed": config.seed, "coef": coef, "device": _device()}
+    key = {"size": asdict(size), "seed": config.seed, "coef": coef, "device": default_device()}
     done = output / "demo.json"
     if done.exists() and json.loads(done.read_text()) == key:
         print(f"    kept from before: {output}")
@@ -210,7 +204,7 @@ def _run(
 
 def training_arguments(output: Path, size: Size, seed: int) -> SFTConfig:
     """TRL's own configuration; float32 on a CPU, bf16 autocast on a GPU."""
-    gpu = _device() != "cpu"
+    gpu = default_device() != "cpu"
     return SFTConfig(
         output_dir=str(output),
         max_steps=size.max_steps,

@@ -110,6 +110,12 @@ def dequantise_gguf(path: Path) -> Path:
     return folder
 
 
+def default_device() -> str:
+    """The accelerator's type where there is one, else `cpu`."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator is not None else "cpu"
+
+
 def default_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """`auto` means the checkpoint's own dtype on an accelerator, and float32 on a CPU, where bf16 is no faster."""
     if isinstance(dtype, torch.dtype):

@@ -8,14 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
 from retain.config import SampleConfig
 from retain.data import prompt_text, read_rows
 from retain.files import write_json, write_text
-from retain.models import choose_start_token, load_model, load_tokenizer
+from retain.models import choose_start_token, default_device, load_model, load_tokenizer
 from retain.pool import pool_statistics
 from retain.preview import describe, preview_html, preview_text
 from retain.replay import read_manifest, read_shards
@@ -32,9 +31,8 @@ def run_sample(config: SampleConfig) -> Path:
     Raises:
         ValueError: one line, before anything is written, for input that cannot work.
     """
-    gpu = torch.accelerator.is_available()
-    state = PartialState(cpu=not gpu) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    device = state.device if state is not None else torch.accelerator.current_accelerator() if gpu else "cpu"
+    state = PartialState(cpu=default_device() == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    device = state.device if state is not None else default_device()
     assert config.model_name_or_path is not None
     assert config.output_dir is not None
     options: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
