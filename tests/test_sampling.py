@@ -190,7 +190,14 @@ def test_a_dataset_says_where_it_is_from(tmp_path):
     assert manifest["model_fingerprint"] == model_fingerprint(model)
     assert manifest["tokenizer_fingerprint"] == tokenizer_fingerprint(make_tokenizer())
     assert manifest["start_token"] == {"id": 3, "token": "<s>", "reason": "the tokenizer's bos_token"}
-    sampler = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
+    sampler = {
+        "engine": "torch",
+        "temperature": 1.0,
+        "top_k": None,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+        "stop_at_eos": False,
+    }
     assert manifest["sampler"] == sampler | {"dtype": "float32"}
     assert manifest["seed"] == 9
     assert manifest["versions"]["torch"] == torch.__version__

@@ -13,7 +13,7 @@ of 49k (where many tokens share a small mass); the row then goes another way, as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,38 @@ class Drawn:
         given, sums = self.prefix_lengths.astype(np.int32), (self.logprobs, self.entropies)
         logprob, entropy = (values.astype(np.float32) for values in sums)
         return {"input_ids": self.tokens, "prefix_length": given, "logprob": logprob, "entropy": entropy}
+
+
+@dataclass(frozen=True)
+class Work:
+    """The rows of a shard that is still to be drawn: their numbers, and the token ids that each begins with."""
+
+    shard: int
+    rows: Sequence[int]
+    prefixes: Sequence[Sequence[int]]
+
+
+# (beginnings, row numbers) -> rows.
+Draw = Callable[[Sequence[Sequence[int]], Sequence[int]], Drawn]
+# (shards, batch size, progress) -> each shard with its rows, in any order; progress is told of rows as they are done.
+Engine = Callable[[Sequence[Work], int, Callable[[int], object]], Iterator[tuple[Work, Drawn]]]
+
+
+def in_batches(draw: Draw) -> Engine:
+    """The engine that draws one shard after the other in this process, each in batches of one size."""
+
+    def engine(
+        shards: Sequence[Work], batch_size: int, progress: Callable[[int], object]
+    ) -> Iterator[tuple[Work, Drawn]]:
+        for work in shards:
+            parts = []
+            for at in range(0, len(work.rows), batch_size):
+                batch = slice(at, at + batch_size)
+                parts.append(draw(work.prefixes[batch], work.rows[batch]))
+                progress(len(work.rows[batch]))
+            yield work, Drawn.joined(parts)
+
+    return engine
 
 
 @torch.inference_mode()

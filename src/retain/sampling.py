@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from retain.engine import Drawn, choose_batch_size, draw_rows
+from retain.engine import Engine, Work, choose_batch_size, draw_rows, in_batches
 from retain.files import write_json
 from retain.models import (
     StartToken,
@@ -35,9 +35,6 @@ from retain.starts import Starts, document_starts
 if TYPE_CHECKING:
     from accelerate import PartialState
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# (beginnings, row numbers) -> rows. The built-in engine by default; others give the same kind of rows.
-Draw = Callable[[Sequence[Sequence[int]], Sequence[int]], Drawn]
 
 SAMPLER = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
 ROWS_PER_SHARD = 64
@@ -65,7 +62,8 @@ def sample_replay(
     batch_size: int | None = None,
     rows_per_shard: int = ROWS_PER_SHARD,
     overwrite: bool = False,
-    draw: Draw | None = None,
+    engine: Engine | None = None,
+    engine_name: str = "torch",
     state: PartialState | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Path:
@@ -78,7 +76,8 @@ def sample_replay(
         min_ended_turns: the share of the first chat rows that must end their turn, or sampling stops.
         batch_size: rows drawn together; by default what fits the memory, or what began the dataset.
         rows_per_shard: rows of a file, the unit of work of a process and the most that a killed one loses.
-        draw: another engine.
+        engine: what draws the shards; this process, batch by batch, by default.
+        engine_name: what the manifest calls it; engines of one name give the same rows.
         state: processes that share the work; each draws whole shards.
         progress: called with 0 when drawing begins, then with the number of rows just finished by this process.
 
@@ -95,24 +94,27 @@ def sample_replay(
     start_token = start_token or choose_start_token(tokenizer)
     starts = starts or document_starts(start_token)
     _check_lengths(model, starts, max_length)
-    manifest = _manifest(model, tokenizer, start_token) | {"start": starts.describe(), "num_rows": num_rows}
+    manifest = _manifest(model, tokenizer, start_token, engine_name) | {
+        "start": starts.describe(),
+        "num_rows": num_rows,
+    }
     manifest |= {"max_length": max_length, "seed": seed, "rows_per_shard": rows_per_shard}
     manifest["batch_size"] = batch_size or _begun_with(folder) or choose_batch_size(model, max_length)
-    draw = draw or partial(draw_rows, model, max_length=max_length, seed=seed)
+    engine = engine or in_batches(partial(draw_rows, model, max_length=max_length, seed=seed))
     _refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     main = state is None or state.is_main_process
     with exclusive(folder) if main else nullcontext():
         if main:
             if min_ended_turns and (overwrite or not (folder / MANIFEST).exists()):
-                _check_turns(draw, starts, num_rows, manifest["batch_size"], min_ended_turns)
+                _check_turns(engine, starts, num_rows, manifest["batch_size"], min_ended_turns)
             _begin(folder, manifest, overwrite)
         if state is not None:
             state.wait_for_everyone()
             manifest = read_manifest(folder)  # the main process's: batches of one size give the same rows
         if progress is not None:
             progress(0)
-        _draw_shards(folder, manifest, starts, draw, state, progress or (lambda rows: None))
+        _draw_shards(folder, manifest, starts, engine, state, progress or (lambda rows: None))
         if state is not None:
             state.wait_for_everyone()
     return folder
@@ -122,24 +124,22 @@ def _draw_shards(
     folder: Path,
     manifest: dict[str, Any],
     starts: Starts,
-    draw: Draw,
+    engine: Engine,
     state: PartialState | None,
     progress: Callable[[int], object],
 ) -> None:
     mine, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
+    todo = []
     for shard, first in enumerate(range(0, manifest["num_rows"], manifest["rows_per_shard"])):
         rows = range(first, min(first + manifest["rows_per_shard"], manifest["num_rows"]))
         if shard % processes != mine:
             continue
         if shard_path(folder, shard).exists():
             progress(len(rows))
-            continue
-        parts = []
-        for at in range(0, len(rows), manifest["batch_size"]):
-            batch = rows[at : at + manifest["batch_size"]]
-            parts.append(draw([starts.of_row(row)[1] for row in batch], batch))
-            progress(len(batch))
-        write_shard(folder, shard, first, Drawn.joined(parts).columns())
+        else:
+            todo.append(Work(shard, rows, [starts.of_row(row)[1] for row in rows]))
+    for work, drawn in engine(todo, manifest["batch_size"], progress):
+        write_shard(folder, work.shard, work.rows[0], drawn.columns())
 
 
 def _check_lengths(model: PreTrainedModel, starts: Starts, max_length: int) -> None:
@@ -156,13 +156,14 @@ def _begun_with(folder: Path) -> int | None:
     return read_manifest(folder).get("batch_size") if (folder / MANIFEST).exists() else None
 
 
-def _check_turns(draw: Draw, starts: Starts, num_rows: int, batch_size: int, least: float) -> None:
+def _check_turns(engine: Engine, starts: Starts, num_rows: int, batch_size: int, least: float) -> None:
     """Stop before useless rows are written: some models open a user turn and never end it."""
     chat = [row for row in range(num_rows) if starts.of_row(row)[0].name == "chat"][: max(16, batch_size)]
     if not chat:
         return
     end = starts.of_row(chat[0])[0].end_of_turn
-    drawn = draw([starts.of_row(row)[1] for row in chat], chat)
+    work = Work(0, chat, [starts.of_row(row)[1] for row in chat])
+    [(_, drawn)] = engine([work], batch_size, lambda rows: None)
     ended = sum(end in row[given:] for row, given in zip(drawn.tokens, drawn.prefix_lengths, strict=True))
     if ended < least * len(chat):
         raise ValueError(
@@ -183,7 +184,9 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-def _manifest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: StartToken) -> dict[str, Any]:
+def _manifest(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: StartToken, engine: str
+) -> dict[str, Any]:
     from retain import versions
 
     return {
@@ -192,7 +195,7 @@ def _manifest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start:
         "model_fingerprint": model_fingerprint(model),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "start_token": {"id": start.id, "token": start.token, "reason": start.reason},
-        "sampler": {**SAMPLER, "dtype": str(model.dtype).removeprefix("torch.")},
+        "sampler": {"engine": engine, **SAMPLER, "dtype": str(model.dtype).removeprefix("torch.")},
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
