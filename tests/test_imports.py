@@ -27,21 +27,28 @@ MAY_IMPORT = {
     "reference": PURE,
     "pool": PURE,
     "preview": PURE | {"pool"},
-    "replay": PURE | {"data"},
+    "heads": ROOMS,
+    "remembered": ROOMS | {"heads"},
+    "reference_cache": PURE,
+    "replay": PURE | {"data", "reference_cache"},
+    "objective": ROOMS | {"heads", "metrics", "replay"},
     "protection": ROOMS | {"replay"},
     "plots": {"statistics", "comparison", "text"},
     "report": {"statistics", "comparison", "plots", "files", "text", "__init__"},
     "demo_data": ROOMS,
     "engine": ROOMS,
     "starts": ROOMS,
-    "sampling": ROOMS | {"replay", "engine", "starts", "__init__"},
-    "sample": ROOMS | {"replay", "starts", "sampling", "pool", "preview"},
+    "sampling": ROOMS | {"replay", "reference_cache", "engine", "starts", "__init__"},
+    "ray_engine": ROOMS | {"engine"},
+    "vllm_engine": ROOMS | {"engine"},
+    "sample": ROOMS | {"replay", "engine", "starts", "sampling", "pool", "preview", "ray_engine", "vllm_engine"},
     "metrics": ROOMS,
     "measuring": ROOMS | {"metrics", "report", "__init__"},
     "callbacks": {"replay", "files"},
     "retention": ROOMS | {"replay", "report", "sampling", "metrics", "measuring", "callbacks", "__init__"},
 }
-MAY_IMPORT["trainer"] = MAY_IMPORT["retention"] | {"retention", "protection"}
+MAY_IMPORT["inputs"] = MAY_IMPORT["retention"] | {"retention", "protection", "heads", "objective", "remembered"}
+MAY_IMPORT["trainer"] = MAY_IMPORT["inputs"] | {"inputs", "budget"}
 MAY_IMPORT["finetune"] = MAY_IMPORT["trainer"] | {"trainer", "sample"}
 MAY_IMPORT["demo"] = MAY_IMPORT["finetune"] | {"finetune", "demo_data"}
 MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo"}

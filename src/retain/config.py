@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 ReplayObjective = Literal["kl", "ntp", "replace", "kl_new"]
-ReplayReference = Literal["auto", "adapter", "copy"]
+ReplayReference = Literal["auto", "adapter", "copy", "cache"]
+StoreReference = Literal["hidden", "topk"]
+SampleEngine = Literal["torch", "vllm", "ray"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ChatTurn = Literal["user", "assistant", "system"]
 DemoSize = Literal["small", "medium", "large"]
@@ -73,6 +75,12 @@ class ReplayConfig:
             "Replay rows per device and micro-batch. Default: a quarter of per_device_train_batch_size, at least 1."
         ),
     )
+    replay_every: int = field(
+        default=1,
+        metadata=_say(
+            "Replay on every k-th optimizer step, its term weighted by k: cheaper, the same pull in the long run."
+        ),
+    )
     replay_share: float = field(
         default=0.25,
         metadata=_say("For replay_objective replace: the share of each batch that becomes replay rows."),
@@ -88,7 +96,15 @@ class ReplayConfig:
         default="auto",
         metadata=_say(
             "Where the base's predictions come from. adapter: the model with its adapter switched off. "
-            "copy: a frozen copy. auto: adapter where there is one, else copy."
+            "copy: a frozen copy. cache: what `retain sample --store_reference` kept beside the rows. "
+            "auto: cache where the rows have one, else adapter where there is one, else copy."
+        ),
+    )
+    forgetting_budget: float | None = field(
+        default=None,
+        metadata=_say(
+            "Hold KL(base || model) on replay rows at so many nats per token: the coefficient moves during training, "
+            "from replay_coef on. With replay_objective kl."
         ),
     )
     allow_off_policy_replay: bool = field(
@@ -100,7 +116,15 @@ class ReplayConfig:
         check_choice("replay_objective", self.replay_objective, ReplayObjective)
         check_choice("replay_reference", self.replay_reference, ReplayReference)
         check_number("replay_coef", self.replay_coef, low=0)
+        check_number("replay_every", self.replay_every, low=1, integer=True)
         check_number("replay_share", self.replay_share, low=0, high=1)
+        if self.forgetting_budget is not None:
+            check_number("forgetting_budget", self.forgetting_budget, low=1e-9)
+            if not (self.uses_reference and self.replay_objective == "kl"):
+                raise ValueError(
+                    f"forgetting_budget: {self.forgetting_budget} needs replay_objective kl and a replay_coef above 0, "
+                    f"not {self.replay_objective!r} and {self.replay_coef:g}"
+                )
         for name in ("per_device_replay_batch_size", "replay_max_length"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low=1 if "batch" in name else 2, integer=True)
@@ -161,8 +185,6 @@ class FinetuneConfig(ReplayConfig):
         check_list("retention", self.retention)
         check_number("replay_num_rows", self.replay_num_rows, low=1, integer=True)
         check_number("retention_max_documents", self.retention_max_documents, low=1, integer=True)
-        check_number("replay_num_rows", self.replay_num_rows, low=1, integer=True)
-        check_number("retention_max_documents", self.retention_max_documents, low=1, integer=True)
 
 
 @dataclass(kw_only=True)
@@ -218,6 +240,26 @@ class SampleConfig(ModelLoadConfig):
     rows_per_shard: int = field(
         default=64, metadata=_say("Rows per Parquet file: the work of a process at a time, the most a kill loses.")
     )
+    store_reference: StoreReference | None = field(
+        default=None,
+        metadata=_say(
+            "Keep the model's predictions beside the rows, so that training needs no reference forward. hidden: the "
+            "last hidden state, exact. topk: the 64 likeliest tokens and the mass of the rest, small."
+        ),
+    )
+    engine: SampleEngine = field(
+        default="torch",
+        metadata=_say(
+            "What draws. torch: this process, or those of accelerate launch. vllm: vLLM, for GPUs and large models. "
+            "ray: the workers of a Ray cluster (of RAY_ADDRESS, else one of this machine)."
+        ),
+    )
+    tensor_parallel_size: int = field(default=1, metadata=_say("With engine vllm: GPUs that share one copy."))
+    data_parallel_size: int = field(default=1, metadata=_say("With engine vllm: copies, each on GPUs of its own."))
+    num_workers: int | None = field(
+        default=None,
+        metadata=_say("With engine ray: workers that each hold the model. Default: one per GPU, else one per CPU."),
+    )
     preview: int = field(default=0, metadata=_say("Show so many rows to read, and write preview.html."))
     overwrite_output_dir: bool = field(default=False, metadata=_say("Delete another dataset found in output_dir."))
 
@@ -233,6 +275,23 @@ class SampleConfig(ModelLoadConfig):
         if self.per_device_batch_size is not None:
             check_number("per_device_batch_size", self.per_device_batch_size, low=1, integer=True)
         check_number("rows_per_shard", self.rows_per_shard, low=1, integer=True)
+        if self.store_reference is not None:
+            check_choice("store_reference", self.store_reference, StoreReference)
+        check_choice("engine", self.engine, SampleEngine)
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        for name in ("tensor_parallel_size", "data_parallel_size"):
+            check_number(name, getattr(self, name), low=1, integer=True)
+            if getattr(self, name) > 1 and self.engine != "vllm":
+                raise ValueError(f"{name}: {getattr(self, name)} needs engine vllm, not {self.engine!r}; set --engine")
+        if self.num_workers is not None:
+            check_number("num_workers", self.num_workers, low=1, integer=True)
+            if self.engine != "ray":
+                raise ValueError(f"num_workers: {self.num_workers} needs engine ray, not {self.engine!r}; set --engine")
+        for name in ("store_reference", "attn_implementation") if self.engine == "vllm" else ():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not for engine vllm; leave it out, or use torch")
 
 
 @dataclass(kw_only=True)

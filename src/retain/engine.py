@@ -14,7 +14,8 @@ of 49k (where many tokens share a small mass); the row then goes another way, as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 MOST_ROWS = {"cpu": 64}  # on a CPU larger batches gain nothing: 64 rows already fill the matrix products
 MOST_ROWS_ELSEWHERE = 512
 SHARE_OF_FREE_MEMORY = 0.5
+TOP_K = 64  # likeliest tokens that a reference cache of kind "topk" keeps of each prediction
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -92,25 +94,32 @@ class Drawn:
     """Rows as they were drawn.
 
     tokens: (rows, length). prefix_lengths: (rows,), the tokens that were given. logprobs: (rows,), log-probability of
-    the drawn tokens, summed, nats. entropies: (rows,), entropy of the distributions they were drawn from, summed, nats.
+    the drawn tokens, summed, nats. entropies: (rows,), entropy of the distributions they were drawn from, summed, nats;
+    None where the engine does not say.
+    reference: what the model predicted at each drawn token, where it was to be kept; row after row, on the CPU:
+    `hidden` (drawn tokens, hidden size), or `log_probs` and `tokens` (drawn tokens, TOP_K).
     """
 
     tokens: np.ndarray
     prefix_lengths: np.ndarray
     logprobs: np.ndarray
-    entropies: np.ndarray
+    entropies: np.ndarray | None
+    reference: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def joined(cls, parts: Sequence[Drawn]) -> Drawn:
         """Batches of rows one after the other."""
-        names = ("tokens", "prefix_lengths", "logprobs", "entropies")
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        names = ("tokens", "prefix_lengths", "logprobs")
+        said = [part.entropies for part in parts if part.entropies is not None]
+        reference = {name: torch.cat([part.reference[name] for part in parts]) for name in parts[0].reference}
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return cls(**columns, entropies=np.concatenate(said) if said else None, reference=reference)
 
     def columns(self) -> dict[str, np.ndarray]:
         """As columns of a shard; `logprob` and `entropy` are summed over the drawn tokens of a row, in nats."""
-        given, sums = self.prefix_lengths.astype(np.int32), (self.logprobs, self.entropies)
-        logprob, entropy = (values.astype(np.float32) for values in sums)
-        return {"input_ids": self.tokens, "prefix_length": given, "logprob": logprob, "entropy": entropy}
+        given, logprob = self.prefix_lengths.astype(np.int32), self.logprobs.astype(np.float32)
+        columns = {"input_ids": self.tokens, "prefix_length": given, "logprob": logprob}
+        return columns if self.entropies is None else {**columns, "entropy": self.entropies.astype(np.float32)}
 
 
 @dataclass(frozen=True)
@@ -147,13 +156,19 @@ def in_batches(draw: Draw) -> Engine:
 
 @torch.inference_mode()
 def draw_rows(
-    model: PreTrainedModel, prefixes: Sequence[Sequence[int]], rows: Sequence[int], max_length: int, seed: int
+    model: PreTrainedModel,
+    prefixes: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    max_length: int,
+    seed: int,
+    store: str | None = None,
 ) -> Drawn:
     """Draw the rows with these numbers, each of `max_length` tokens, behind its given beginning.
 
     Args:
         prefixes: token ids that each row begins with; at least one, fewer than `max_length`.
         rows: number of each row, which names its stream of uniforms.
+        store: what to keep of the model's predictions: "hidden", "topk", or nothing.
 
     Raises:
         ValueError: if the model's predictions are not finite, as where half precision overflows.
@@ -167,8 +182,8 @@ def draw_rows(
         tokens[at, : len(prefix)] = torch.tensor(prefix)
     tokens, lengths = tokens.to(device), torch.from_numpy(given).to(device)
     logprobs, entropies = torch.zeros(2, len(rows), dtype=torch.float64, device=device)
-    cache, done = new_cache(model, max_length), 0
-    with evaluation_mode(model):  # with dropout it would not be the model's own distribution
+    cache, done, kept = new_cache(model, max_length), 0, []
+    with evaluation_mode(model), seen_by_head(model) as hidden:  # with dropout it is not the model's own distribution
         for at in range(int(given.min()), max_length):
             logits = model(input_ids=tokens[:, done:at], past_key_values=cache, use_cache=True).logits[:, -1]
             done = at
@@ -180,9 +195,41 @@ def draw_rows(
             chosen = log_probs.gather(-1, tokens[:, at : at + 1]).squeeze(-1)
             logprobs += torch.where(free, chosen, 0.0)
             entropies += torch.where(free, torch.special.entr(probabilities).sum(-1), 0.0)
+            if store is not None:
+                kept.append(_prediction(store, hidden[-1], log_probs))
+            hidden.clear()
     if not bool(entropies.isfinite().all()):
         raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
-    return Drawn(tokens.cpu().numpy().astype(np.int32), given, logprobs.cpu().numpy(), entropies.cpu().numpy())
+    sums = logprobs.cpu().numpy(), entropies.cpu().numpy()
+    return Drawn(tokens.cpu().numpy().astype(np.int32), given, *sums, _row_after_row(kept, given))
+
+
+@contextmanager
+def seen_by_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """The hidden states of each forward pass, as the output head gets them."""
+    seen: list[Tensor] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _prediction(store: str, hidden: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
+    if store == "hidden":
+        return {"hidden": hidden[:, -1].cpu()}
+    found = log_probs.topk(min(TOP_K, log_probs.shape[-1]), dim=-1)
+    return {"log_probs": found.values.cpu(), "tokens": found.indices.to(torch.int32).cpu()}
+
+
+def _row_after_row(kept: list[dict[str, Tensor]], given: np.ndarray) -> dict[str, Tensor]:
+    """Predictions by position, each of shape (rows, size), as one array over the drawn tokens of all rows."""
+    if not kept:
+        return {}
+    positions = torch.arange(len(kept)) + int(given.min())
+    drawn = positions >= torch.from_numpy(given).unsqueeze(-1)
+    return {name: torch.stack([part[name] for part in kept], dim=1)[drawn] for name in kept[0]}
 
 
 def choose_batch_size(model: PreTrainedModel, max_length: int) -> int:

@@ -6,9 +6,14 @@ All take logits that are already aligned: position t predicts the token at t + 1
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+CHUNK_BYTES = 1 << 25  # of float32 logits held at once by the forms that never hold them all; three such arrays live
 
 
 def next_token_loss(logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
@@ -61,3 +66,183 @@ def shifted(
     if attention_mask is None:
         return targets, torch.ones_like(targets, dtype=torch.bool)
     return targets, attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
+
+
+class Head(NamedTuple):
+    """A model's output head: logits = softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap)."""
+
+    weight: Float[Tensor, "vocab hidden"]
+    bias: Float[Tensor, " vocab"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
+        """All logits at once, in the dtype of `hidden`, as the model itself computes them."""
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = torch.nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias) * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+# (positions, log p_θ there) -> divergence at each position, and the distribution that θ is pulled towards.
+Target = Callable[[slice, Tensor], tuple[Float[Tensor, " positions"], Float[Tensor, "positions vocab"]]]
+
+
+def chunked_kl_divergence(
+    ref_hidden: Float[Tensor, "positions ref_hidden"],
+    ref_head: Head,
+    hidden: Float[Tensor, "positions hidden"],
+    head: Head,
+) -> Float[Tensor, ""]:
+    """Σ over positions of KL(π ‖ θ), nats, without ever holding the logits of either model.
+
+    The sum of `kl_divergence(ref_head.logits(ref_hidden), head.logits(hidden))`, in value and gradient. The gradient
+    is made in the forward pass, so nothing is computed twice, and the head's only where it is trained. Reduced, for
+    a gradient made early must know the weights of the positions: they are equal.
+    """
+    ref_weight = _multiplier(ref_head.weight.detach(), ref_hidden.dtype)
+
+    def target(part: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        ref = _log_probs(ref_hidden[part], ref_weight, ref_head)[0]
+        probs = ref.exp()
+        return torch.linalg.vecdot(probs, ref.sub_(log_probs)), probs
+
+    return _ChunkedDivergence.apply(hidden, *head, target)
+
+
+def chunked_topk_kl_divergence(
+    ref_log_probs: Float[Tensor, "positions k"],
+    ref_tokens: Int[Tensor, "positions k"],
+    hidden: Float[Tensor, "positions hidden"],
+    head: Head,
+) -> Float[Tensor, ""]:
+    """Σ over positions of KL between the base's k likeliest tokens and *the rest as one*, and the same of θ; nats.
+
+    Never more than the KL over the full vocabulary (the rest's own shape is lost), and 0 only where it agrees on
+    these k and on the mass of the rest, which is kept: dropping or renormalising it would bias the target.
+    """
+
+    def target(part: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        value, log_ratio = _topk_parts(ref_log_probs[part], ref_tokens[part], log_probs)
+        pull = (log_probs + log_ratio.unsqueeze(-1)).exp_()  # the rest, scaled to the mass that the base gives it
+        return value, pull.scatter_(-1, ref_tokens[part], ref_log_probs[part].float().exp())
+
+    return _ChunkedDivergence.apply(hidden, *head, target)
+
+
+def chunked_next_token_loss(
+    targets: Int[Tensor, " positions"], hidden: Float[Tensor, "positions hidden"], head: Head
+) -> Float[Tensor, ""]:
+    """Σ over positions of −log p_θ(target), nats: the sum of `next_token_loss` without holding the logits."""
+
+    def target(part: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = targets[part].unsqueeze(-1)
+        return -log_probs.gather(-1, tokens).squeeze(-1), torch.zeros_like(log_probs).scatter_(-1, tokens, 1.0)
+
+    return _ChunkedDivergence.apply(hidden, *head, target)
+
+
+def topk_kl_divergence(
+    ref_log_probs: Float[Tensor, "*batch k"], ref_tokens: Int[Tensor, "*batch k"], logits: Float[Tensor, "*batch vocab"]
+) -> Float[Tensor, "*batch"]:
+    """The naive twin of `chunked_topk_kl_divergence`, unreduced: nats per position."""
+    return _topk_parts(ref_log_probs, ref_tokens, torch.log_softmax(logits.float(), dim=-1))[0]
+
+
+def _topk_parts(ref_log_probs: Tensor, ref_tokens: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence, and log(the base's mass of the rest / the model's)."""
+    ref = ref_log_probs.float()
+    ref_rest = (-ref.exp().sum(-1)).log1p().nan_to_num(nan=-torch.inf)  # rounding may bring the k just above 1
+    if ref.shape[-1] == log_probs.shape[-1]:
+        ref_rest = torch.full_like(ref_rest, -torch.inf)  # there is no rest
+    rest = log_probs.scatter(-1, ref_tokens, -torch.inf).logsumexp(-1)
+    named = (ref.exp() * (ref - log_probs.gather(-1, ref_tokens))).sum(-1)
+    ratio = torch.where(ref_rest.isfinite(), ref_rest - rest, 0.0)
+    return named + ref_rest.exp() * ratio, torch.where(ref_rest.isfinite(), ratio, -torch.inf)
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    """Σ of a divergence whose gradient with respect to the logits is p_θ − target, some positions at a time.
+
+    The gradient is accumulated in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        target: Target,
+    ) -> Tensor:
+        head = Head(weight, bias, scale, softcap)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        with torch.autocast(hidden.device.type, enabled=False):  # dtypes here are chosen, not guessed
+            factor = _multiplier(weight, hidden.dtype)
+            total = hidden.new_zeros((), dtype=torch.float64)
+            of_hidden = torch.empty_like(hidden) if needs_hidden else None
+            of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+            of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
+            step = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+            for at in range(0, len(hidden), step):
+                part = slice(at, at + step)
+                log_probs, slope = _log_probs(hidden[part], factor, head)
+                value, wanted = target(part, log_probs)
+                total += value.sum(dtype=torch.float64)
+                grad = log_probs.exp_().sub_(wanted).mul_(scale)
+                del wanted
+                if slope is not None:
+                    grad.mul_(slope)
+                if of_bias is not None:
+                    of_bias += grad.sum(0)
+                grad = grad.to(factor.dtype)
+                if of_hidden is not None:
+                    of_hidden[part] = grad @ factor
+                if of_weight is not None:
+                    _add_product(of_weight, grad.T, hidden[part])
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        dtypes = (None, *ctx.dtypes)
+        grads = [
+            None if grad is None else (grad * upstream).to(dtype or grad.dtype)
+            for grad, dtype in zip(ctx.saved_tensors, dtypes, strict=True)
+        ]
+        return (*grads, None, None, None)
+
+
+def _multiplier(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A head's weight as it enters the products: in the dtype of the hidden states, in float32 on a CPU."""
+    return weight.to(dtype if weight.is_cuda else torch.float32)
+
+
+def _float32_product(left: Tensor, right: Tensor) -> Tensor:
+    """left · right, summed and returned in float32 whatever the dtype of the factors."""
+    if left.dtype == torch.float32:
+        return left @ right.float()
+    return torch.mm(left, right.to(left.dtype), out_dtype=torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == torch.float32:
+        total.addmm_(left, right.float())  # in place: the product is as large as the head
+    else:
+        total.add_(_float32_product(left, right))
+
+
+def _log_probs(hidden: Tensor, weight: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+    """log p in float32, shape (positions, vocab), and the slope of the soft cap where there is one."""
+    logits = _float32_product(hidden.to(weight.dtype), weight.T)
+    if head.bias is not None:
+        logits += head.bias.detach().float()
+    logits *= head.scale
+    slope = None
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_()
+        slope = 1 - logits.square()
+        logits *= head.softcap
+    return logits.sub_(logits.logsumexp(-1, keepdim=True)), slope

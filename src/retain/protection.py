@@ -59,13 +59,50 @@ def check_held_out(rows: ReplayDataset, retention: Mapping[str, Sequence[Documen
             )
 
 
-def make_reference(config: ReplayConfig, model: Any, peft_config: Any) -> Reference:
+def takes_cache(config: ReplayConfig, rows: ReplayDataset | None, *, own_rows: bool) -> bool:
+    """Whether the base's predictions come from what was stored beside the replay rows.
+
+    Args:
+        own_rows: whether the rows are the model's own; another model's predictions are not the base's.
+
+    Raises:
+        ValueError: if that was asked for and cannot be had.
+    """
+    if not config.uses_reference or config.replay_reference not in ("auto", "cache"):
+        return False
+    if config.replay_objective == "kl" and rows is not None and rows.cache is not None and own_rows:
+        return True
+    if config.replay_reference == "auto":
+        return False
+    why = "'kl_new' needs predictions on new rows" if config.replay_objective == "kl_new" else "nothing fit is stored"
+    raise ValueError(
+        f"replay_reference: 'cache', but {why}; use auto, or rows that this model drew with "
+        "`retain sample --store_reference hidden`"
+    )
+
+
+def check_base_is_frozen(model: Any) -> None:
+    """An adapter switched off shows the base only while nothing but the adapter is trained.
+
+    Raises:
+        ValueError: naming a weight of the base that would be trained.
+    """
+    prefix = getattr(model.base_model, "prefix", None) or "prompt_encoder"
+    own = (prefix, "modules_to_save", "prompt_encoder", "token_adapter", "trainable_tokens")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not any(part in name for part in own):
+            raise ValueError(
+                f"replay_reference: 'adapter', but the base's own {name!r} is trained too, so switching the adapter "
+                "off does not give the base; use replay_reference copy, or freeze it"
+            )
+
+
+def make_reference(config: ReplayConfig, model: Any, *, has_adapter: bool) -> Reference:
     """The adapter switched off where there is or will be one, else a frozen copy of the model as it is now.
 
     Raises:
         ValueError: if what was asked for cannot be had.
     """
-    has_adapter = peft_config is not None or hasattr(model, "disable_adapter")
     if config.replay_reference == "adapter" and not has_adapter:
         raise ValueError("replay_reference: 'adapter', but there is no adapter; use copy, or --use_peft")
     if config.replay_reference != "copy" and has_adapter:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import torch
 
 from retain.data import Document, read_rows, row_text, token_documents, tokenize_documents
 from retain.files import atomic_path
+from retain.reference_cache import ReferenceCache, open_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ class ReplayDataset:
     """Replay rows in memory: token ids of all rows in one array, `offsets` of shape (rows + 1,).
 
     `prefix_lengths`, shape (rows,): how many tokens of each row were given rather than drawn; the start token at
-    least. `manifest` is None for real text.
+    least. `manifest` is None for real text. `cache`: the base's predictions, where they were kept when it sampled.
     """
 
     tokens: np.ndarray
@@ -40,6 +41,7 @@ class ReplayDataset:
     prefix_lengths: np.ndarray
     source: str
     manifest: dict[str, Any] | None = None
+    cache: ReferenceCache | None = None
 
     @classmethod
     def from_rows(
@@ -193,7 +195,8 @@ def load_self_generated(folder: Path) -> ReplayDataset:
             f"replay_dataset: {str(folder)!r} holds {len(rows)} of {manifest['num_rows']} rows; "
             "finish it with the same `retain sample` command"
         )
-    return ReplayDataset.from_rows(rows, str(folder), manifest, columns["prefix_length"])
+    found = ReplayDataset.from_rows(rows, str(folder), manifest, columns["prefix_length"])
+    return replace(found, cache=open_cache(folder, manifest, found.num_predictions))
 
 
 def load_replay_dataset(

@@ -29,6 +29,7 @@ from retain.models import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
+from retain.reference_cache import write_predictions
 from retain.replay import MANIFEST, NOT_COMPARED, SCHEMA, read_manifest, shard_path, write_shard
 from retain.starts import Starts, document_starts
 
@@ -59,6 +60,7 @@ def sample_replay(
     start_token: StartToken | None = None,
     starts: Starts | None = None,
     min_ended_turns: float = 0.0,
+    store_reference: str | None = None,
     batch_size: int | None = None,
     rows_per_shard: int = ROWS_PER_SHARD,
     overwrite: bool = False,
@@ -74,6 +76,7 @@ def sample_replay(
         start_token: the document start; chosen from the tokenizer by default.
         starts: how rows begin; the document start alone by default.
         min_ended_turns: the share of the first chat rows that must end their turn, or sampling stops.
+        store_reference: keep the model's predictions too: "hidden" or "topk" (see `reference_cache`).
         batch_size: rows drawn together; by default what fits the memory, or what began the dataset.
         rows_per_shard: rows of a file, the unit of work of a process and the most that a killed one loses.
         engine: what draws the shards; this process, batch by batch, by default.
@@ -99,8 +102,9 @@ def sample_replay(
         "num_rows": num_rows,
     }
     manifest |= {"max_length": max_length, "seed": seed, "rows_per_shard": rows_per_shard}
+    manifest["store_reference"] = store_reference
     manifest["batch_size"] = batch_size or _begun_with(folder) or choose_batch_size(model, max_length)
-    engine = engine or in_batches(partial(draw_rows, model, max_length=max_length, seed=seed))
+    engine = engine or in_batches(partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference))
     _refuse_foreign(folder)
     folder.mkdir(parents=True, exist_ok=True)
     main = state is None or state.is_main_process
@@ -139,6 +143,8 @@ def _draw_shards(
         else:
             todo.append(Work(shard, rows, [starts.of_row(row)[1] for row in rows]))
     for work, drawn in engine(todo, manifest["batch_size"], progress):
+        if drawn.reference:
+            write_predictions(folder, work.shard, drawn.reference)
         write_shard(folder, work.shard, work.rows[0], drawn.columns())
 
 
@@ -214,7 +220,7 @@ def _begin(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
         write_json(folder / MANIFEST, manifest)
         return
     if overwrite:
-        for path in folder.glob("shard-*.parquet"):
+        for path in (*folder.glob("shard-*.parquet"), *folder.glob("reference-*.safetensors")):
             path.unlink()
         write_json(folder / MANIFEST, manifest)
         return
@@ -225,5 +231,8 @@ def _begin(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
                 f"output_dir: {str(folder)!r} holds rows with {key} {found.get(key)!r}, asked {value!r}; "
                 "choose another folder, or set overwrite_output_dir"
             )
-    for path in folder.glob(".*.parquet.*"):  # half-written by a killed run: never renamed, so never read
+    for path in (
+        *folder.glob(".*.parquet.*"),
+        *folder.glob(".*.safetensors.*"),
+    ):  # half-written by a killed run: never renamed, so never read
         path.unlink()

@@ -8,41 +8,29 @@ step differently changes nothing. Source: Marek et al., section "Method".
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
 from trl import SFTTrainer
 
-from retain import versions
 from retain.callbacks import RunFilesCallback
 from retain.config import ReplayConfig
-from retain.data import as_documents
-from retain.losses import kl_divergence, next_token_loss
-from retain.metrics import logits_at
-from retain.models import (
-    choose_start_token,
-    load_model,
-    load_tokenizer,
-    max_positions,
-    model_fingerprint,
-    tokenizer_fingerprint,
-)
-from retain.protection import check_held_out, check_rows_fit, make_reference
-from retain.reference import probe
-from retain.replay import ReplayDataset, load_replay_dataset, replace_rows, replay_indices, verify_replay
-from retain.retention import RetentionMixin
+from retain.inputs import ProtectedInputs, load_for_training
+from retain.replay import ReplayDataset, replace_rows, replay_indices
 
+if TYPE_CHECKING:
+    from retain.budget import ForgettingBudget
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3  # optimizer steps with a learning rate above 0 after which a KL of exactly 0 is a fault
+BUDGET_STATE = "ForgettingBudget"  # its place in a checkpoint's trainer_state.json
 
 
-class ReplayMixin(RetentionMixin):
+class ReplayMixin(ProtectedInputs):
     """Add replay to a `transformers.Trainer` class: `class ReplayDPOTrainer(ReplayMixin, DPOTrainer): ...`
 
     Args:
@@ -72,17 +60,8 @@ class ReplayMixin(RetentionMixin):
         if model is None:
             raise ValueError("model: missing; give a model or its name (not model_init: the base must be seen first)")
         if isinstance(model, str):
-            model = _load_for_training(model, args, kwargs)
-        self.replay_dataset: ReplayDataset | None = None
-        self.retention_documents = {}
-        if replay_dataset is not None or retention_datasets:
-            tokenizer = _tokenizer(kwargs.get("processing_class"), model)
-            self._load_rows(model, tokenizer, replay_dataset, retention_datasets or {}, args, start_token)
-        self._check_protection(model)
-        self.reference = None
-        if self.replay_config.uses_reference or self.retention_documents:
-            self.reference = make_reference(self.replay_config, model, kwargs.get("peft_config"))
-        base_probe = probe(model) if self.reference is not None else None
+            model = load_for_training(model, args, kwargs)
+        self.take_inputs(model, args, replay_dataset, retention_datasets or {}, start_token, kwargs)
         if args is not None and args.ddp_broadcast_buffers is None:
             # Two forwards before one backward: a broadcast between them would overwrite what autograd saved.
             args.ddp_broadcast_buffers = False
@@ -91,85 +70,14 @@ class ReplayMixin(RetentionMixin):
 
         self._queue: list[dict[str, Tensor] | None] = []
         self._replay_tokens = 0
+        self._step_term = torch.zeros(())
         self._logged: list[Tensor] = []
         self._logged_steps = 0
         self._steps_learned = 0
         self._largest_kl = torch.zeros(())
-        if self.reference is not None and base_probe is not None:
-            self.reference.to(self.accelerator.device)
-            self.reference.prove(self.model, base_probe)
-        self.add_callback(RunFilesCallback(self._settings()))
-
-    # What goes in, and whether it protects
-
-    def _load_rows(
-        self,
-        model: Any,
-        tokenizer: Any,
-        replay: Any,
-        retention: dict[str, Any],
-        args: Any,
-        start_token: str | int | None,
-    ) -> None:
-        config = self.replay_config
-        start = choose_start_token(tokenizer, start_token)
-        asked = config.replay_max_length or getattr(args, "max_length", None) or 512
-        max_length = min(asked, max_positions(model) or asked)  # rows that the model can take
-        if isinstance(replay, (str, Path)):
-            replay = load_replay_dataset(str(replay), tokenizer, start.id, max_length)
-        if replay is not None and replay.manifest is not None:
-            warning = verify_replay(
-                replay.manifest,
-                model_fingerprint=model_fingerprint(model),
-                tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-                allow_off_policy=config.allow_off_policy_replay,
-            )
-            if warning:
-                logger.warning(warning)
-        self.replay_dataset = replay
-        for name, source in retention.items():
-            self.retention_documents[name] = as_documents(
-                name, source, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=1
-            )
-        logger.info("document start: %s", start)
-
-    def _check_protection(self, model: Any) -> None:
-        config, rows = self.replay_config, self.replay_dataset
-        if self.replay_config.draws_replay and rows is None:
-            raise ValueError(
-                f"replay_dataset: missing, and replay_objective {config.replay_objective!r} needs it; give rows, or "
-                "set replay_coef 0 to finetune without protection"
-            )
-        if not self.replay_config.draws_replay and not self.replay_config.adds_replay_term:
-            logger.warning("replay_coef is 0: this run is not protected against forgetting")
-        if rows is None or not self.replay_config.draws_replay:
-            return
-        check_rows_fit(rows, model)
-        check_held_out(rows, self.retention_documents)
-
-    def _settings(self) -> dict[str, Any]:
-        rows = self.replay_dataset
-        replay = {"source": rows.source, "num_rows": len(rows), "manifest": rows.manifest} if rows is not None else None
-        return {
-            "replay": dataclasses.asdict(self.replay_config),
-            "replay_dataset": replay,
-            "reference": self.reference.kind if self.reference is not None else None,
-            "retention": {name: len(documents) for name, documents in self.retention_documents.items()},
-            "versions": versions(),
-        }
-
-    def protection(self) -> list[str]:
-        """What protects this run, a line each, for people to read before it starts."""
-        config, rows = self.replay_config, self.replay_dataset
-        if not self.replay_config.draws_replay and not self.replay_config.adds_replay_term:
-            return ["protection: none (replay_coef 0)"]
-        lines = [f"protection: {config.replay_objective}, coefficient {config.replay_coef:g}"]
-        if self.replay_config.uses_reference and self.reference is not None:
-            lines[0] += f", reference {self.reference.kind} (proven to be the base)"
-        if self.replay_config.draws_replay and rows is not None:
-            kind = "real text" if rows.manifest is None else f"self-generated by {rows.manifest['model']}"
-            lines.append(f"replay: {len(rows)} rows, {kind}; {self.replay_batch_size} per device and micro-batch")
-        return lines
+        self.budget: ForgettingBudget | None = None
+        self.prove_reference()
+        self.add_callback(RunFilesCallback(self.settings()))
 
     # The stream of replay rows
 
@@ -187,36 +95,44 @@ class ReplayMixin(RetentionMixin):
             )
         return rows
 
+    @property
+    def _replay_is_due(self) -> bool:
+        return self.state.global_step % self.replay_config.replay_every == 0
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Draw the replay rows of an optimizer step together with its new rows."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        config = self.replay_config
+        if config.forgetting_budget is not None and self.budget is None:
+            self.budget = self._begin_budget(config.forgetting_budget)
+        if not (self._replay_is_due and samples):
+            return samples, num_items
         self._stop_if_unprotected()
-        if self.replay_config.adds_replay_term:
+        if config.adds_replay_term:
             self._queue = [None] * len(samples)
+            self._step_term = torch.zeros((), device=self.accelerator.device)
             self._logged_steps += 1
-        if self.replay_config.draws_replay and samples:
+        if config.draws_replay:
             batches = self._draw(len(samples))
-            if self.replay_config.adds_replay_term:
+            if config.adds_replay_term:
                 self._queue = list(batches)
             else:
                 samples = [replace_rows(new, old) for new, old in zip(samples, batches, strict=True)]
                 num_items = self._get_num_items_in_batch(samples, device)
         return samples, num_items
 
-    def _draw(self, num_micro_batches: int) -> list[dict[str, Tensor]]:
+    def _draw(self, num_micro_batches: int) -> list[dict[str, Any]]:
         """Replay batches of this process for the micro-batches of the coming step; a function of the step alone."""
         assert self.replay_dataset is not None
         rows, world = self.replay_batch_size, self.accelerator.num_processes
         per_step = rows * world * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        drawn = replay_indices(self.state.global_step, per_step, len(self.replay_dataset), seed)
+        step = self.state.global_step // self.replay_config.replay_every
+        drawn = replay_indices(step, per_step, len(self.replay_dataset), seed)
         drawn = drawn[: rows * world * num_micro_batches].reshape(num_micro_batches, world, rows)
         self._replay_tokens = int(self.replay_dataset.num_predictions[drawn].sum())
         mine = drawn[:, self.accelerator.process_index]
-        return [
-            {name: value.to(self.accelerator.device) for name, value in self.replay_dataset.batch(indices).items()}
-            for indices in mine
-        ]
+        return [self.replay_batch(indices) for indices in mine]
 
     # The loss
 
@@ -228,7 +144,7 @@ class ReplayMixin(RetentionMixin):
         result = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
-        if not (self.model.training and self.replay_config.adds_replay_term):
+        if not (self.model.training and self.replay_config.adds_replay_term and self._replay_is_due):
             return result
         if not self._queue:
             raise ValueError(
@@ -240,35 +156,34 @@ class ReplayMixin(RetentionMixin):
         else:
             term = self._term_on_replay(model, batch)
         scale = 1.0 if self._host_scales(num_items_in_batch) else self.current_gradient_accumulation_steps
-        added = self.replay_config.replay_coef * scale * term
+        added = self.replay_coef * self.replay_config.replay_every * scale * term
         return (result[0] + added, result[1]) if return_outputs else result + added
 
-    def _term_on_replay(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        targets = batch.pop("labels")[:, 1:]
-        mask, targets = targets != -100, targets.clamp(min=0)
-        ref_logits = self.ref_logits(model, batch) if self.replay_config.uses_reference else None
-        logits = logits_at(model, batch)[:, :-1]
-        values = next_token_loss(logits, targets) if ref_logits is None else kl_divergence(ref_logits[:, :-1], logits)
+    def _term_on_replay(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        labels, stored = batch.pop("labels"), batch.pop("stored", None)
+        unwrapped, term = self.accelerator.unwrap_model(model), self.replay_term
+        if self.replay_config.uses_reference:
+            total = term.kl(model, unwrapped, batch, labels[:, 1:] != -100, stored)
+        else:
+            total = term.next_token_loss(model, unwrapped, batch, labels)
         # This micro-batch's part of the step's mean; DDP averages gradients, hence the processes.
-        part = values.masked_fill(~mask, 0.0).sum() / self._replay_tokens
-        return self._note(part * self.accelerator.num_processes)
+        return self._note(total / self._replay_tokens * self.accelerator.num_processes)
 
     def _term_on_new_rows(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
         if "labels" not in inputs:
             raise ValueError("replay_objective: 'kl_new' needs batches with labels; use 'kl' with this trainer")
-        labels = inputs.pop("labels")
+        mask = inputs.pop("labels")[:, 1:] != -100
         inputs.pop("use_cache", None)
-        mask = labels[:, 1:] != -100
-        values = kl_divergence(self.ref_logits(model, inputs)[:, :-1], logits_at(model, inputs)[:, :-1])
-        total = values.masked_fill(~mask, 0.0).sum()
+        total = self.replay_term.kl(model, self.accelerator.unwrap_model(model), inputs, mask)
         if num_items is None:
             return self._note(total / mask.sum().clamp(min=1) / self.current_gradient_accumulation_steps)
         world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return self._note(total / num_items * world)
 
     def _note(self, term: Tensor) -> Tensor:
-        """Keep a micro-batch's part of the step's mean for the log."""
+        """Keep a micro-batch's part of the step's mean for the log and the budget."""
         self._logged.append(term.detach())
+        self._step_term = self._step_term.to(term.device) + term.detach()
         if self.replay_config.uses_reference:
             self._largest_kl = torch.maximum(self._largest_kl.to(term.device), term.detach().abs())
         return term
@@ -287,6 +202,8 @@ class ReplayMixin(RetentionMixin):
                 f"loss: {loss.item()} at step {self.state.global_step + 1}; lower learning_rate or replay_coef, or "
                 f"use bf16 instead of fp16; checkpoints in {self.args.output_dir!r} are kept"
             )
+        if self.budget is not None and self._replay_is_due and not self._queue:
+            self._follow_budget()
         return loss
 
     def _stop_if_unprotected(self) -> None:
@@ -300,6 +217,31 @@ class ReplayMixin(RetentionMixin):
             )
         self._steps_learned += any(rate > 0 for rate in self.lr_scheduler.get_last_lr())
 
+    # The budget
+
+    @property
+    def replay_coef(self) -> float:
+        """The coefficient of the coming step."""
+        return self.replay_config.replay_coef if self.budget is None else self.budget.coef
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's training; a budget begins anew, or where the checkpoint left it."""
+        self.budget = None
+        return super().train(*args, **kwargs)
+
+    def _begin_budget(self, budget: float) -> ForgettingBudget:
+        steps = -(-self.state.max_steps // self.replay_config.replay_every)
+        found = ForgettingBudget(budget, num_steps=steps, coef=self.replay_config.replay_coef)
+        if self.state.global_step and BUDGET_STATE in self.state.stateful_callbacks:
+            found.load_state_dict(self.state.stateful_callbacks[BUDGET_STATE]["attributes"])
+        return found
+
+    def _follow_budget(self) -> None:
+        """After a step's last micro-batch: its KL moves the coefficient; the next checkpoint keeps the state."""
+        assert self.budget is not None
+        self.budget.update(float(self.accelerator.reduce(self._step_term, reduction="mean")))
+        self.state.stateful_callbacks[BUDGET_STATE] = {"args": {}, "attributes": self.budget.state_dict()}
+
     # What is measured and kept
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -310,35 +252,9 @@ class ReplayMixin(RetentionMixin):
             logs["replay/loss"] = mean
             if self.replay_config.uses_reference:
                 logs["replay/kl"] = mean
-            logs["replay/coef"] = self.replay_config.replay_coef
+            logs["replay/coef"] = self.replay_coef
             self._logged, self._logged_steps = [], 0
         super().log(logs, start_time)
-
-
-def _tokenizer(processing_class: Any, model: Any) -> Any:
-    if processing_class is not None:
-        return getattr(processing_class, "tokenizer", processing_class)
-    name = model.config._name_or_path
-    if not name:
-        raise ValueError("processing_class: missing, and the model has no name to load a tokenizer by; pass one")
-    return load_tokenizer(name)
-
-
-def _load_for_training(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Load a model by name as TRL does: float32 unless `model_init_kwargs` says otherwise."""
-    settings = dict(getattr(args, "model_init_kwargs", None) or {})
-    quantization = kwargs.pop("quantization_config", None)
-    if quantization is not None:
-        settings["quantization_config"] = quantization
-    if args is not None and hasattr(args, "model_init_kwargs"):
-        args.model_init_kwargs = None  # they have done their work
-    settings.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
-    settings["revision"] = settings.get("revision") or "main"
-    settings["dtype"] = settings.get("dtype") or "float32"
-    if kwargs.get("processing_class") is None:  # from the same revision as the weights
-        of_tokenizer = {key: settings[key] for key in ("revision", "trust_remote_code")}
-        kwargs["processing_class"] = load_tokenizer(name, **of_tokenizer)
-    return load_model(name, **settings)
 
 
 class ReplayTrainer(ReplayMixin, Trainer):

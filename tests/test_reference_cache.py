@@ -1,0 +1,265 @@
+"""Predictions stored while sampling: what they keep, and training from them instead of from a second model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_model, make_texts
+from peft import LoraConfig
+from test_trainer import LORA, ROWS, TOKENIZER, config, difference, logged, train, weights
+
+from retain import ReplayConfig, ReplaySFTTrainer
+from retain.engine import TOP_K, draw_rows
+from retain.metrics import logits_at
+from retain.objective import describe_store
+from retain.reference import Reference
+from retain.reference_cache import bytes_per_token, cache_path
+from retain.replay import ReplayDataset, load_self_generated
+from retain.sampling import sample_replay
+from retain.starts import Mode, Starts
+
+KINDS = ("hidden", "topk")
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReplayDataset]:
+    """The same twenty rows, with each kind of predictions stored."""
+    folder = tmp_path_factory.mktemp("stored")
+    for kind in KINDS:
+        sample(folder / kind, kind)
+    return {kind: load_self_generated(folder / kind) for kind in KINDS}
+
+
+def sample(folder: Path, kind: str | None, **changes: Any) -> Path:
+    settings: dict[str, Any] = {"num_rows": 20, "max_length": 24, "seed": 5, "rows_per_shard": 8, "batch_size": 4}
+    return sample_replay(make_model(), TOKENIZER, folder, store_reference=kind, **{**settings, **changes})
+
+
+def exact(rows: ReplayDataset, indices: list[int], model: Any = None) -> torch.Tensor:
+    """log p of the model on the drawn tokens of these rows, by one full forward."""
+    batch = rows.batch(indices)
+    mask = batch.pop("labels")[:, 1:] != -100
+    with torch.no_grad():
+        return torch.log_softmax(logits_at(model or make_model(), batch)[:, :-1][mask], -1)
+
+
+def test_stored_hidden_states_give_the_whole_distribution(datasets: dict[str, ReplayDataset]) -> None:
+    rows, indices = datasets["hidden"], [11, 3, 19]  # of three shards, out of order
+    assert rows.cache is not None
+    stored = rows.cache.batch(indices)["hidden"]
+    found = torch.log_softmax(stored @ make_model().get_output_embeddings().weight.T, -1)
+    torch.testing.assert_close(found, exact(rows, indices), rtol=0, atol=2e-5)
+
+
+def test_stored_topk_is_the_head_of_the_distribution(datasets: dict[str, ReplayDataset]) -> None:
+    rows, indices = datasets["topk"], [0, 8, 9]
+    assert rows.cache is not None
+    stored = rows.cache.batch(indices)
+    wanted = exact(rows, indices).topk(TOP_K)
+    torch.testing.assert_close(stored["log_probs"], wanted.values, rtol=0, atol=2e-5)
+    assert float((stored["tokens"] == wanted.indices).float().mean()) > 0.99  # all but ties
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_beginnings_of_different_lengths_keep_their_predictions_apart(architecture: str) -> None:
+    model = make_model(architecture)
+    prefixes = [[3], [3, 9, 10, 11], [3, 7]]
+    drawn = draw_rows(model, prefixes, range(3), 12, 0, store="hidden")
+    rows = ReplayDataset.from_rows(list(drawn.tokens), "x", None, drawn.prefix_lengths)
+    assert len(drawn.reference["hidden"]) == rows.num_predictions.sum() == 11 + 8 + 10
+    with torch.no_grad():
+        found = torch.log_softmax(model.get_output_embeddings()(drawn.reference["hidden"]), -1)
+    torch.testing.assert_close(found, exact(rows, [0, 1, 2], model), rtol=0, atol=5e-5)
+
+
+def test_storing_does_not_change_the_rows(datasets: dict[str, ReplayDataset], tmp_path: Path) -> None:
+    plain = load_self_generated(sample(tmp_path / "plain", None))
+    assert plain.cache is None
+    for kind in KINDS:
+        np.testing.assert_array_equal(plain.tokens, datasets[kind].tokens)
+
+
+def test_a_resumed_job_stores_what_a_single_one_does(datasets: dict[str, ReplayDataset], tmp_path: Path) -> None:
+    folder = sample(tmp_path / "resumed", "hidden")
+    (folder / "shard-00001.parquet").unlink()
+    cache_path(folder, 1).write_bytes(b"torn")  # written before its shard, and the shard never was
+    sample(folder, "hidden")
+    for shard in range(3):
+        assert cache_path(folder, shard).read_bytes() == cache_path(Path(datasets["hidden"].source), shard).read_bytes()
+
+
+def test_another_kind_of_storage_is_another_dataset(tmp_path: Path) -> None:
+    folder = sample(tmp_path / "rows", "topk")
+    with pytest.raises(ValueError, match="store_reference 'topk', asked 'hidden'"):
+        sample(folder, "hidden")
+    sample(folder, "hidden", overwrite=True)
+    assert load_self_generated(folder).cache.batch([0])["hidden"].shape == (23, 32)  # type: ignore[union-attr]
+
+
+def test_size_on_disk(datasets: dict[str, ReplayDataset]) -> None:
+    tokens = int(datasets["hidden"].num_predictions.sum())
+    assert 32 * 4 < bytes_per_token(Path(datasets["hidden"].source), tokens) < 32 * 4 + 2
+    assert TOP_K * 8 < bytes_per_token(Path(datasets["topk"].source), tokens) < TOP_K * 8 + 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_storing_costs_is_told(datasets: dict[str, ReplayDataset], kind: str) -> None:
+    """Against a probe that is off the base by a known amount: the model at another temperature."""
+    told = describe_store(make_model(), datasets[kind])
+    assert told["num_tokens"] == 8 * 23
+    assert told["exact_kl"] > 5e-3
+    if kind == "hidden":
+        assert told["stored_kl"] == pytest.approx(told["exact_kl"], rel=1e-4)
+        assert 0 <= told["kl_error"] < 1e-6
+        assert told["rest"] == 0.0
+    else:
+        assert 0 < told["stored_kl"] < told["exact_kl"]
+        assert 0.05 < told["rest"] < 0.95
+
+
+# Training from it
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.3}  # Adam makes whole steps of rounding where a gradient is nothing else
+
+
+def run(folder: Path, rows: ReplayDataset, reference: str, **changes: Any) -> ReplaySFTTrainer:
+    settings = ReplayConfig(replay_coef=2.0, per_device_replay_batch_size=4, replay_reference=reference)  # type: ignore[arg-type]
+    trainer: ReplaySFTTrainer = train(folder, rows, replay_config=settings, **changes)
+    return trainer
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_training_from_hidden_states_is_training_with_the_base(
+    datasets: dict[str, ReplayDataset], tmp_path: Path, adapter: bool
+) -> None:
+    peft = {"peft_config": LoraConfig(**LORA, exclude_modules=["lm_head"])} if adapter else {}
+    live = run(tmp_path / "a", datasets["hidden"], "adapter" if adapter else "copy", changes=SGD, **peft)
+    stored = run(tmp_path / "b", datasets["hidden"], "auto", changes=SGD, **peft)
+    assert stored.reference_kind == "cache (hidden)"
+    assert logged(stored, "replay/kl") == pytest.approx(logged(live, "replay/kl"), rel=1e-3, abs=1e-6)
+    assert logged(stored, "replay/kl")[-1] > 1e-3
+    assert difference(weights(live.model), weights(stored.model)) < 1e-5
+
+
+def test_training_from_topk_is_near_training_with_the_base(datasets: dict[str, ReplayDataset], tmp_path: Path) -> None:
+    live, stored = (run(tmp_path / name, datasets["topk"], name, changes=SGD) for name in ("copy", "cache"))
+    kl, of_topk = (logged(trainer, "replay/kl")[-1] for trainer in (live, stored))
+    assert 0 < of_topk < kl  # the shape of the rest is lost, never gained
+    plain = train(tmp_path / "plain", None, replay_config=ReplayConfig(replay_coef=0.0), changes=SGD)
+    of_reference, of_protection = (difference(weights(live.model), weights(other.model)) for other in (stored, plain))
+    assert of_reference < 0.8 * of_protection  # a random model's 64 likeliest of 320 tokens are not much of it
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_finetuning_keeps_no_second_model_and_asks_no_base(
+    datasets: dict[str, ReplayDataset], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reference, "copy_of", lambda model: pytest.fail("a copy was made"))
+    model, passes = make_model(), []
+    model.register_forward_pre_hook(lambda *args: passes.append(1))
+    trainer = run(tmp_path, datasets[kind], "cache", model=model, changes={"max_steps": 3})
+    assert trainer.reference is None
+    before = 1 + 1  # finding the head, proving the store
+    assert len(passes) == before + 3 * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_retention_is_measured_without_a_second_model(
+    datasets: dict[str, ReplayDataset], tmp_path: Path, kind: str
+) -> None:
+    texts = {"old": make_texts(5, seed=9)}
+    changes = {"retention_datasets": texts, "changes": {"max_steps": 3}}
+    live = run(tmp_path / "live", datasets[kind], "copy", **changes)
+    stored = run(tmp_path / "stored", datasets[kind], "cache", **changes)
+    assert stored.reference is not None
+    memory = sum(value.numel() for value in stored.reference.ref_model.buffers())  # type: ignore[union-attr]
+    assert memory == stored.model.get_output_embeddings().weight.numel()
+    # The same model against the copy and against what is remembered of the base:
+    live.model.load_state_dict(stored.model.state_dict())
+    live._retention_tables = stored._retention_tables = {}
+    found, wanted = stored.evaluate_retention(), live.evaluate_retention()
+    assert wanted["retention/old/ref_kl"] > 1e-3
+    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+
+
+# What is refused
+
+
+def test_a_store_that_is_not_there_or_of_no_use_is_refused(datasets: dict[str, ReplayDataset], tmp_path: Path) -> None:
+    plain = load_self_generated(sample(tmp_path / "plain", None))
+    with pytest.raises(ValueError, match="replay_reference: 'cache', but nothing fit is stored"):
+        run(tmp_path / "a", plain, "cache")
+    settings = ReplayConfig(replay_objective="kl_new", replay_reference="cache")
+    with pytest.raises(ValueError, match="'kl_new' needs predictions on new rows"):
+        train(tmp_path / "b", datasets["hidden"], replay_config=settings)
+
+
+def test_another_models_predictions_are_not_the_base(datasets: dict[str, ReplayDataset], tmp_path: Path) -> None:
+    other = make_model(seed=1)
+    settings = ReplayConfig(replay_reference="cache", allow_off_policy_replay=True)
+    with pytest.raises(ValueError, match="nothing fit is stored"):
+        train(tmp_path, datasets["hidden"], other, replay_config=settings)
+    settings = ReplayConfig(allow_off_policy_replay=True)
+    assert train(tmp_path, datasets["hidden"], other, replay_config=settings).reference_kind == "copy"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_that_are_not_the_models_stop_the_run(tmp_path: Path, kind: str) -> None:
+    folder = sample(tmp_path / "rows", kind, seed=6)
+    shutil.copy(cache_path(sample(tmp_path / "other", kind, seed=7), 0), cache_path(folder, 0))
+    with pytest.raises(ValueError, match="are not this model's"):
+        run(tmp_path / "run", load_self_generated(folder), "cache")
+
+
+def test_a_damaged_store_is_named(tmp_path: Path) -> None:
+    rows = load_self_generated(sample(tmp_path / "rows", "hidden"))
+    path = cache_path(tmp_path / "rows", 1)
+    path.write_bytes(path.read_bytes()[:500])
+    assert rows.cache is not None
+    with pytest.raises(ValueError, match="reference-00001.safetensors' is missing or damaged"):
+        rows.cache.batch([9])
+    path.unlink()
+    with pytest.raises(ValueError, match="reference-00001.safetensors' is missing or damaged"):
+        rows.cache.batch([9])
+
+
+def test_hidden_states_under_an_adapted_head_are_refused_and_topk_is_not(
+    datasets: dict[str, ReplayDataset], tmp_path: Path
+) -> None:
+    """Pitfall 3."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="need the model's plain output head"):
+        run(tmp_path / "a", datasets["hidden"], "cache", peft_config=lora)
+    trainer = run(tmp_path / "b", datasets["topk"], "cache", peft_config=lora)
+    assert logged(trainer, "replay/kl")[-1] > 0
+
+
+def test_mixed_starts_train_from_their_store(tmp_path: Path) -> None:
+    starts = Starts((Mode("document", 0.5, [[3]]), Mode("prompts", 0.5, [[3, 20, 21, 22], [3, 30]])))
+    rows = load_self_generated(sample(tmp_path / "rows", "hidden", starts=starts))
+    live, stored = (run(tmp_path / name, rows, name, changes=SGD) for name in ("copy", "cache"))
+    assert difference(weights(live.model), weights(stored.model)) < 1e-5
+
+
+def test_a_base_that_is_trained_beside_its_adapter_is_no_reference(
+    datasets: dict[str, ReplayDataset], tmp_path: Path
+) -> None:
+    from peft import get_peft_model
+
+    model = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.get_output_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="the base's own .*lm_head.weight' is trained too"):
+        ReplaySFTTrainer(
+            model=model,
+            args=config(tmp_path),
+            train_dataset=ROWS,
+            processing_class=TOKENIZER,
+            replay_dataset=datasets["hidden"],
+            replay_config=ReplayConfig(replay_reference="adapter"),
+        )
