@@ -1,31 +1,57 @@
-"""Train tiny models in as many processes as torchrun starts, and save the weights: `ddp_run.py FOLDER BATCH`."""
+"""Train tiny models in as many processes as torchrun starts, and save the weights: `ddp_run.py FOLDER BATCH WAY`.
+
+WAY is "ddp", or "fsdp2": accelerate's own FSDP2, which it keeps for accelerators, on CPU processes.
+"""
 
 import sys
 from pathlib import Path
 
+import accelerate.state
 import torch
+from accelerate.utils import DistributedType
 from conftest import make_model, make_texts, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
 from test_trainer import LORA, config
+from torch.distributed.tensor import DTensor
 
 from retain import ReplayConfig, ReplayDataset, ReplaySFTTrainer
+from retain.replay import load_self_generated
 from retain.sampling import sample_rows
 
 CASES = {
     "llama-copy": ("llama", None, "kl"),
     "gemma-copy": ("gemma3_text", None, "kl"),  # its embedding scale is a buffer that autograd saves
+    "qwen-copy": ("qwen3", None, "kl"),  # tied embeddings: the head's gradient and the input's are one
     "llama-adapter": ("llama", LORA, "kl"),
+    "llama-cache": ("llama", None, "kl"),
     "llama-ntp": ("llama", None, "ntp"),
     "llama-new": ("llama", None, "kl_new"),
 }
 
 
+def let_accelerate_shard_on_cpus() -> None:
+    """Accelerate knows FSDP2 on accelerators only; say that these processes are some. All else is its own code."""
+    original = accelerate.state.AcceleratorState.__init__
+
+    def init(self: object, *args: object, **kwargs: object) -> None:
+        accelerate.PartialState(cpu=True)
+        shared = accelerate.PartialState._shared_state
+        if shared.get("distributed_type") == DistributedType.MULTI_CPU:
+            shared["distributed_type"] = DistributedType.MULTI_GPU
+        original(self, *args, **kwargs)
+
+    accelerate.state.AcceleratorState.__init__ = init
+
+
 def main(folder: Path, batch: int) -> None:
     rows = Dataset.from_list([{"text": text} for text in make_texts(48, seed=1)])
     for name, (architecture, lora, objective) in CASES.items():
-        drawn = sample_rows(make_model(architecture), 3, range(20), 24, seed=6).numpy()
-        replay = ReplayDataset.from_rows([row[: 3 + at % 20] for at, row in enumerate(drawn)], "ragged")
+        if name == "llama-cache":
+            replay = load_self_generated(folder.parent / "stored")
+        else:
+            drawn = sample_rows(make_model(architecture), 3, range(20), 24, seed=6).numpy()
+            replay = ReplayDataset.from_rows([row[: 3 + at % 20] for at, row in enumerate(drawn)], "ragged")
         trainer = ReplaySFTTrainer(
             model=make_model(architecture),
             args=config(folder / name, per_device_train_batch_size=batch, optim="sgd", learning_rate=0.3, max_steps=4),
@@ -37,12 +63,21 @@ def main(folder: Path, batch: int) -> None:
             retention_datasets={"words": make_texts(4, seed=9)},
         )
         trainer.train()
-        trainer.evaluate_retention()
+        retention = trainer.evaluate_retention()
+        weights = {
+            name.replace("module.", ""): (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+            for name, value in trainer.model.named_parameters()
+        }
         if trainer.is_world_process_zero():
-            kl = [row["replay/loss"] for row in trainer.state.log_history if "replay/loss" in row]
-            weights = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-            torch.save({"weights": weights, "kl": kl}, folder / f"{name}.pt")
+            logged = {
+                key: [row[key] for row in trainer.state.log_history if key in row] for key in ("loss", "replay/loss")
+            }
+            sharded = type(trainer.model).__name__.startswith("FSDP")
+            kept = {"weights": weights, "sharded": sharded, "retention": retention, **logged}
+            torch.save(kept, folder / f"{name}.pt")
 
 
 if __name__ == "__main__":
+    if sys.argv[3] == "fsdp2":
+        let_accelerate_shard_on_cpus()
     main(Path(sys.argv[1]), int(sys.argv[2]))
