@@ -1,8 +1,10 @@
 """Tokens per second of the sampling engine against `transformers.generate`, side by side in one process.
 
+Transformers' continuous batching stands beside them (its memory bounded to these rows, no warm-up).
+
     python benchmarks/sampling.py [--threads 1] [--rounds 3] [--cases a b] [--output benchmarks/sampling.json]
 
-Both draw at temperature 1 without truncation and never stop early. The rounds alternate, so that a busy machine
+All draw at temperature 1 without truncation and never stop early. The rounds alternate, so that a busy machine
 slows both alike; the ratio of medians is the result. The share of the matrix-multiply rate counts two operations
 per weight and token, against a square product measured in the same process.
 """
@@ -19,12 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from scipy.stats import beta
+from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging
 
 from retain import load_model, versions
-from retain.engine import draw_rows
+from retain.engine import Drawn, draw_rows
 from retain.models import num_parameters
 
 
@@ -73,6 +77,45 @@ def generate(model: Any, rows: int, length: int) -> None:
     )
 
 
+def continuous_batching(model: Any, rows: int, length: int) -> None:
+    settings = GenerationConfig(
+        max_new_tokens=length - 1,
+        min_new_tokens=length - 1,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=0,
+        eos_token_id=-1,
+    )
+    memory = ContinuousBatchingConfig(page_size=length, num_blocks=2 * rows, max_batch_tokens=2 * rows)
+    found = model.generate_batch(
+        inputs=[[0]] * rows, generation_config=settings, continuous_batching_config=memory, warmup=False
+    )
+    assert [len(one.generated_tokens) for one in found.values()] == [length - 1] * rows
+
+
+def differing(model: Any, rows: int, length: int) -> dict[str, Any]:
+    """How often rounding makes a row go another way when it is drawn among a quarter of the rows.
+
+    Draws are counted up to the first that differs in a row; behind it the texts are different ones.
+    """
+    whole = draw_rows(model, [[0]] * rows, range(rows), length, 0).tokens
+    quarter = rows // 4
+    parts = [draw_rows(model, [[0]] * quarter, range(at, at + quarter), length, 0) for at in range(0, rows, quarter)]
+    same = (whole == Drawn.joined(parts).tokens).cumprod(axis=1).sum(axis=1)
+    differ = int((same < length).sum())
+    draws = int(np.minimum(same, length - 1).sum())
+    interval = beta.ppf([0.025, 0.975], [differ, differ + 1], [draws - differ + 1, draws - differ])
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "batch_sizes": [rows, quarter],
+        "rows_differing": f"{differ} of {rows}, of {length} tokens",
+        "share_of_draws": round(differ / draws, 5),
+        "ci": [round(float(value), 5) for value in np.nan_to_num(interval)],
+    }
+
+
 def multiply_rate(rows: int, inner: int = 1024, outer: int = 1024, repeats: int = 50) -> float:
     """Floating-point operations per second of a product (rows × inner) · (inner × outer)."""
     left, right = torch.randn(rows, inner), torch.randn(inner, outer)
@@ -106,11 +149,13 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
     tokens = rows * (length - 1)
     generate(model, rows, 4)
     draw_rows(model, [[0]] * rows, range(rows), 4, 0)
-    found: dict[str, list[float]] = {"generate": [], "ours": []}
+    continuous_batching(model, rows, 4)
+    found: dict[str, list[float]] = {"generate": [], "continuous batching": [], "ours": []}
     for _ in range(rounds):
         found["generate"].append(rate(lambda: generate(model, rows, length), tokens))
+        found["continuous batching"].append(rate(lambda: continuous_batching(model, rows, length), tokens))
         found["ours"].append(rate(lambda: draw_rows(model, [[0]] * rows, range(rows), length, 0), tokens))
-    ours, peer = (statistics.median(found[name]) for name in ("ours", "generate"))
+    ours, peer, batching = (statistics.median(found[name]) for name in ("ours", "generate", "continuous batching"))
     ratios = [a / b for a, b in zip(found["ours"], found["generate"], strict=True)]
     weights = num_parameters(model) - model.get_input_embeddings().weight.numel()
     if model.config.tie_word_embeddings:
@@ -124,9 +169,14 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
         "tokens_per_second": {name: [round(value, 1) for value in values] for name, values in found.items()},
         "ratio": round(ours / peer, 3),
         "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "ratio_to_continuous_batching": round(ours / batching, 3),
         "share_of_multiply_rate": round(ours * 2 * weights / square, 3),
         "multiply_gflops": {"square": round(square / 1e9, 1), f"{rows} rows": round(multiply_rate(rows) / 1e9, 1)},
         "time_by_kind": where_the_rest_goes(model, rows, min(length, 64)),
+        "differing_between_batch_sizes": [
+            differing(model, rows, min(length, 64)),
+            differing(model.to(torch.bfloat16), rows, min(length, 64)),
+        ],
     }
 
 

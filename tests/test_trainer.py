@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from retain import ReplayConfig, ReplayMixin, ReplaySFTTrainer, ReplayTrainer
 from retain.files import read_jsonl
 from retain.losses import kl_divergence
 from retain.models import model_fingerprint, tokenizer_fingerprint
+from retain.protection import LOADS_EMPTY, see_the_base_everywhere
 from retain.reference import Reference
 from retain.replay import ReplayDataset, replace_rows
 from retain.sampling import sample_rows
@@ -470,6 +472,17 @@ def test_a_reference_that_moves_with_the_model_stops_the_run(
         train(tmp_path, replay)
 
 
+def test_weights_that_fsdp_leaves_empty_are_not_taken_for_the_base(
+    tmp_path: Path, replay: ReplayDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("WORLD_SIZE", "2"), (LOADS_EMPTY, "true")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: true leaves"):
+        ReplaySFTTrainer(model=make_model(), processing_class=TOKENIZER, replay_dataset=replay)
+    see_the_base_everywhere(may_change=True)  # as where a model is loaded by name
+    assert os.environ[LOADS_EMPTY] == "false"
+
+
 def test_a_trainer_that_draws_no_rows_stops(tmp_path: Path, replay: ReplayDataset) -> None:
     class Odd(ReplaySFTTrainer):
         def get_batch_samples(self, *args: Any) -> Any:
@@ -644,3 +657,64 @@ def test_a_run_leaves_plain_files(tmp_path: Path, replay: ReplayDataset) -> None
     assert "Forgetting" in card
     assert "words" in card
     assert card.startswith("---\n")
+
+
+# Replay on some steps only
+
+
+@pytest.mark.parametrize("objective", ["kl", "ntp", "kl_new", "replace"])
+def test_replay_every_k_steps(tmp_path: Path, replay: ReplayDataset, objective: str) -> None:
+    """Rows go on where they stopped, the log is of the steps that had replay, and the term is weighted by k."""
+    settings = {"replay_objective": objective, "replay_coef": 2.0, "per_device_replay_batch_size": 4}
+    drawn: list[int] = []
+
+    class Watching(ReplaySFTTrainer):
+        def replay_batch(self, indices: Any) -> Any:
+            if hasattr(self, "_queue"):
+                drawn.append(self.state.global_step)
+            return super().replay_batch(indices)
+
+    config = ReplayConfig(replay_every=3, **settings)
+    trainer = train(tmp_path, replay, trainer_class=Watching, replay_config=config, changes={"max_steps": 7})
+    assert drawn == ([] if objective == "kl_new" else [0, 3, 6])
+    if objective != "replace":
+        steps = [row["step"] for row in trainer.state.log_history if "replay/loss" in row]
+        assert steps == [1, 4, 7]
+
+
+def test_replay_every_k_steps_weighs_by_k(tmp_path: Path, replay: ReplayDataset) -> None:
+    """One step of SGD: k steps' worth of the pull at once."""
+    moved = []
+    for every, coef in ((1, 6.0), (3, 2.0)):
+        config = ReplayConfig(
+            replay_objective="ntp", replay_coef=coef, per_device_replay_batch_size=4, replay_every=every
+        )
+        changes = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0}
+        moved.append(weights(train(tmp_path / str(every), replay, replay_config=config, changes=changes).model))
+    assert difference(*moved) == 0.0
+
+
+# A budget instead of a coefficient
+
+
+def budgeted(folder: Path, replay: ReplayDataset, budget: float, **changes: Any) -> ReplaySFTTrainer:
+    config = ReplayConfig(forgetting_budget=budget, per_device_replay_batch_size=4, replay_coef=1.0)
+    settings = {"max_steps": 60, **changes.pop("changes", {})}
+    trainer: ReplaySFTTrainer = train(folder, replay, replay_config=config, changes=settings, **changes)
+    return trainer
+
+
+def test_a_budget_moves_the_coefficient(tmp_path: Path, replay: ReplayDataset) -> None:
+    tight, loose = (budgeted(tmp_path / str(budget), replay, budget) for budget in (0.005, 10.0))
+    assert logged(tight, "replay/coef")[-1] > 2.0 > 1.0 > logged(loose, "replay/coef")[-1]
+    assert logged(tight, "replay/kl")[-1] < 0.5 * logged(loose, "replay/kl")[-1]
+
+
+def test_a_resumed_budget_goes_on_where_it_was(tmp_path: Path, replay: ReplayDataset) -> None:
+    changes = {"save_strategy": "steps", "save_steps": 10, "max_steps": 20}
+    whole = budgeted(tmp_path, replay, 0.01, changes=changes)
+    resumed = budgeted(tmp_path, replay, 0.01, changes=changes, resume=str(tmp_path / "checkpoint-10"))
+    assert resumed.budget is not None
+    assert whole.budget is not None
+    assert resumed.budget.state_dict() == whole.budget.state_dict()
+    assert difference(weights(whole.model), weights(resumed.model)) == 0.0

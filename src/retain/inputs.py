@@ -22,7 +22,14 @@ from retain.models import (
     tokenizer_fingerprint,
 )
 from retain.objective import ReplayTerm, stored_error
-from retain.protection import check_base_is_frozen, check_held_out, check_rows_fit, make_reference, takes_cache
+from retain.protection import (
+    check_base_is_frozen,
+    check_held_out,
+    check_rows_fit,
+    make_reference,
+    see_the_base_everywhere,
+    takes_cache,
+)
 from retain.reference import Reference, evaluation_mode, probe
 from retain.remembered import RememberedBase
 from retain.replay import ReplayDataset, load_replay_dataset, verify_replay
@@ -50,6 +57,7 @@ class ProtectedInputs(RetentionMixin):
             ValueError: whenever protection could not do what was asked.
         """
         config = self.replay_config
+        see_the_base_everywhere(may_change=False)
         self.replay_dataset, self.retention_documents, self.reference = None, {}, None
         own_rows = True
         if replay is not None or retention:
@@ -242,6 +250,7 @@ def _tokenizer(processing_class: Any, model: Any) -> Any:
 
 def load_for_training(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     """Load a model by name as TRL does: float32 unless `model_init_kwargs` says otherwise."""
+    see_the_base_everywhere(may_change=True)
     settings = dict(getattr(args, "model_init_kwargs", None) or {})
     quantization = kwargs.pop("quantization_config", None)
     if quantization is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from retain.models import max_positions
 from retain.reference import Reference
 from retain.replay import ReplayDataset
 
+LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 OVERLAP = 32  # tokens by which rows are looked up; at least half as many must agree to count as the same row
 
 
@@ -57,6 +59,26 @@ def check_held_out(rows: ReplayDataset, retention: Mapping[str, Sequence[Documen
             raise ValueError(
                 f"retention: {name!r} shares {shared} rows with the replay dataset; measure on rows never replayed"
             )
+
+
+def see_the_base_everywhere(*, may_change: bool) -> None:
+    """FSDP may leave the weights of all processes but one empty until they are sharded; the base must be seen first.
+
+    Args:
+        may_change: whether the model is still to be loaded, so that the setting can be switched off.
+
+    Raises:
+        ValueError: if the model was loaded so already.
+    """
+    empty = [os.environ.get(name, "").lower() in ("1", "true") for name in ("ACCELERATE_USE_FSDP", LOADS_EMPTY)]
+    if not all(empty) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if not may_change:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: true leaves the weights of this process empty, and the base must be seen "
+            "on every process; set it false, or give the model by name"
+        )
+    os.environ[LOADS_EMPTY] = "false"
 
 
 def takes_cache(config: ReplayConfig, rows: ReplayDataset | None, *, own_rows: bool) -> bool:

@@ -1,0 +1,463 @@
+"""Other engines draw what the model says too: vLLM (behind a stand-in for its public names) and a real Ray cluster."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from multiprocessing import Pipe
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import CHATML, make_model, make_tokenizer, save_model
+from pyarrow import parquet
+
+from retain.cli import main
+from retain.config import SampleConfig
+from retain.engine import Work
+from retain.models import load_model, load_tokenizer
+from retain.replay import load_self_generated, read_manifest
+from retain.sampling import sample_replay
+
+FLAGS = ["--num_rows", "22", "--max_length", "64", "--rows_per_shard", "4", "--per_device_batch_size", "4"]
+SETTINGS = {"num_rows": 22, "max_length": 64, "rows_per_shard": 4, "batch_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`main` and the engines change the environment and the libraries' verbosity."""
+    from transformers.utils import logging
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of the world that is nearly uniform, so that it ends documents now and then, and has a chat template."""
+    folder = save_model(tmp_path_factory.mktemp("chat") / "llama", vocab_size=320)
+    make_model(scale=1.0).save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
+
+
+def sample(model: Path, output_dir: Path, *flags: str) -> int:
+    return main(["sample", "--model_name_or_path", str(model), "--output_dir", str(output_dir), *flags])
+
+
+# Flags and refusals
+
+
+@pytest.mark.parametrize("engine", ["vllm", "ray"])
+def test_an_engine_that_is_not_installed_is_one_line(engine, llama_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, engine, None)
+    monkeypatch.delitem(sys.modules, f"retain.{engine}_engine", raising=False)
+    assert sample(llama_folder, tmp_path / "out", "--engine", engine) == 1
+    says = f"retain sample: engine: '{engine}' needs the extra; pip install 'retain[{engine}]'"
+    assert capsys.readouterr().err.splitlines() == [says]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", ["vllm", "ray"])
+def test_launched_processes_are_refused(engine, llama_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert sample(llama_folder, tmp_path / "out", "--engine", engine) == 1
+    says = f"retain sample: engine: '{engine}' starts its own workers; run it without accelerate or torchrun"
+    assert capsys.readouterr().err.splitlines() == [says]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine": "tgi"}, "engine: 'tgi' is not known; use one of 'torch', 'vllm', 'ray'"),
+        ({"num_workers": 2}, "num_workers: 2 needs engine ray, not 'torch'"),
+        ({"num_workers": 0, "engine": "ray"}, "num_workers: 0 does not fit"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 needs engine vllm, not 'torch'"),
+        ({"data_parallel_size": 2, "engine": "ray"}, "data_parallel_size: 2 needs engine vllm, not 'ray'"),
+        ({"data_parallel_size": 0, "engine": "vllm"}, "data_parallel_size: 0 does not fit"),
+        ({"store_reference": "topk", "engine": "vllm"}, "store_reference: 'topk' is not for engine vllm"),
+        ({"attn_implementation": "eager", "engine": "vllm"}, "attn_implementation: 'eager' is not for engine vllm"),
+    ],
+    ids=str,
+)
+def test_flags_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SampleConfig(model_name_or_path="m", output_dir="o", **settings)
+
+
+# vLLM
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "fake_vllm"))
+    yield importlib.import_module("vllm")
+    sys.modules.pop("vllm")
+    sys.modules.pop("retain.vllm_engine", None)
+
+
+def draw(folder: Path, prefixes: list[list[int]], rows: list[int], max_length: int = 20, seed: int = 3) -> Any:
+    from retain.vllm_engine import vllm_engine
+
+    with vllm_engine(str(folder), dtype=torch.float32, max_length=max_length, seed=seed) as engine:
+        [(_, drawn)] = engine([Work(0, rows, prefixes)], 3, lambda rows: None)
+    return drawn
+
+
+def test_every_setting_of_vllm_is_stated(vllm, llama_folder):
+    prefixes = [[3], [3, 9, 14, 200, 7], [5, 6], [3]]
+    draw(llama_folder, prefixes, [7, 8, 9, 2**40])
+    from retain.vllm_engine import row_seed
+
+    [llm] = vllm.LLM.made[-1:]
+    assert llm.arguments == {
+        "model": str(llama_folder),
+        "revision": "main",
+        "tokenizer_revision": "main",
+        "trust_remote_code": False,
+        "dtype": "float32",
+        "tensor_parallel_size": 1,
+        "max_model_len": 20,
+        "generation_config": "vllm",
+        "logprobs_mode": "raw_logprobs",
+    }
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "n": 1, "repetition_penalty": 1.0}
+    neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "stop": None, "stop_token_ids": None}
+    ours = {"ignore_eos": True, "min_tokens": 0, "detokenize": False, "logprobs": 0, "flat_logprobs": True}
+    assert llm.asked == [
+        vllm.SamplingParams(**neutral, **ours, seed=row_seed(3, row), max_tokens=20 - len(prefix))
+        for prefix, row in zip(prefixes, [7, 8, 9, 2**40], strict=True)
+    ]
+
+
+def test_a_rows_seed_is_its_own_and_fits_vllm():
+    seeds = {(seed, row): row_seed_of(seed, row) for seed in (0, 1, 2**63 - 1) for row in range(300)}
+    assert len(set(seeds.values())) == 900
+    assert all(0 <= seed < 2**63 for seed in seeds.values())
+    assert seeds[1, 7] == row_seed_of(1, 7)
+
+
+def row_seed_of(seed: int, row: int) -> int:
+    """As retain.vllm_engine.row_seed, which cannot be imported without the extra."""
+    return int(np.random.Philox(key=[seed, row]).random_raw()) >> 1
+
+
+def test_vllm_rows_begin_as_given_and_say_their_log_probability(vllm, llama_folder):
+    prefixes = [[3], [3, 9, 14, 200, 7], [5, 6], [3, 9, 14, 200, 7, 8, 30, 31, 32]]
+    drawn = draw(llama_folder, prefixes, [4, 5, 6, 7])
+    from retain.vllm_engine import row_seed
+
+    assert row_seed(3, 4) == row_seed_of(3, 4)
+    assert drawn.tokens.shape == (4, 20)
+    assert drawn.tokens.dtype == np.int32
+    assert drawn.prefix_lengths.tolist() == [1, 5, 2, 9]
+    assert drawn.entropies is None
+    assert set(drawn.columns()) == {"input_ids", "prefix_length", "logprob"}
+    with torch.no_grad():
+        log_probs = torch.log_softmax(make_model()(torch.from_numpy(drawn.tokens).long()).logits[:, :-1].double(), -1)
+    for row, prefix in enumerate(prefixes):
+        assert drawn.tokens[row, : len(prefix)].tolist() == prefix
+        later = torch.from_numpy(drawn.tokens[row, len(prefix) :]).long()
+        chosen = log_probs[row, len(prefix) - 1 :].gather(-1, later[:, None]).sum()
+        assert drawn.logprobs[row] == pytest.approx(float(chosen), rel=1e-4)
+
+
+def test_vllm_draws_ends_of_documents_and_goes_on_past_them(vllm, chat_folder):
+    """`min_tokens` would forbid them: then the rows would be another distribution's."""
+    drawn = draw(chat_folder, [[3]] * 30, list(range(30)), max_length=50)
+    ends = drawn.tokens[:, 1:-1] == 2
+    assert 2 <= ends.sum() <= 12  # 1,440 draws of probability about 1/320
+    assert len(np.unique(drawn.tokens[:, 2:][ends])) >= 2
+
+
+def test_vllm_takes_nothing_from_the_generation_config(vllm, llama_folder, tmp_path):
+    plain = draw(llama_folder, [[3]] * 3, [0, 1, 2])
+    hostile = tmp_path / "hostile"
+    save_model(hostile)
+    said = {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.1, "repetition_penalty": 2.0}
+    said |= {"eos_token_id": list(range(300)), "max_length": 3, "max_new_tokens": 2}
+    (hostile / "generation_config.json").write_text(json.dumps(said))
+    assert np.array_equal(draw(hostile, [[3]] * 3, [0, 1, 2]).tokens, plain.tokens)
+
+
+def test_a_row_that_vllm_cuts_short_stops_the_job(vllm, llama_folder, monkeypatch):
+    complete = vllm.LLM.complete
+    cut = lambda llm, ids, asked: complete(llm, ids, vllm.SamplingParams(max_tokens=5, logprobs=0))  # noqa: E731
+    monkeypatch.setattr(vllm.LLM, "complete", cut)
+    with pytest.raises(RuntimeError, match=r"engine: vLLM ended row 8 after 5 of 19 tokens \(length\)"):
+        draw(llama_folder, [[3]], [8])
+    monkeypatch.setattr(vllm.LLM, "complete", complete)
+    monkeypatch.setattr(torch, "log_softmax", lambda logits, dim: torch.full_like(logits, torch.nan))
+    with pytest.raises(ValueError, match="dtype: the model's predictions are not finite"):
+        draw(llama_folder, [[3]], [8])
+
+
+def test_vllm_on_the_command_line(vllm, chat_folder, tmp_path, capsys):
+    flags = ["--engine", "vllm", "--num_rows", "10", "--max_length", "24", "--rows_per_shard", "4", "--preview", "2"]
+    flags += ["--dtype", "bfloat16", "--start", "document=0.5,chat=0.5"]
+    assert sample(chat_folder, tmp_path / "never", *flags, "--min_ended_turns", "1") == 1
+    assert "start: only " in capsys.readouterr().err
+    folder = tmp_path / "replay"
+    assert sample(chat_folder, folder, *flags, "--min_ended_turns", "0") == 0
+    says = capsys.readouterr().out
+    assert "loss: " in says
+    assert "entropy" not in says + (folder / "preview.html").read_text()
+    manifest = read_manifest(folder)
+    sampler = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
+    assert manifest["sampler"] == {"engine": "vllm", **sampler, "dtype": "bfloat16"}
+    assert vllm.LLM.made[-1].arguments["dtype"] == "bfloat16"
+    assert manifest["batch_size"] == 4, "whole shards"
+    assert parquet.read_table(folder / "shard-00002.parquet").column_names == [
+        *("row", "input_ids", "prefix_length", "logprob"),
+    ]
+    statistics = json.loads((folder / "statistics.json").read_text())
+    assert statistics["summary"]["entropy"] is None
+    assert statistics["summary"]["loss"]["value"] == pytest.approx(np.log(320), rel=0.1)
+    rows = load_self_generated(folder)
+    beginning = load_tokenizer(str(chat_folder)).encode("<|im_start|>user\n")
+    assert len(rows) == 10
+    assert sorted({int(length) for length in rows.prefix_lengths}) == [1, len(beginning)]
+    made = len(vllm.LLM.made)
+    assert sample(chat_folder, folder, *flags, "--min_ended_turns", "0") == 0
+    assert len(vllm.LLM.made) == made, "nothing is left to draw"
+    assert sample(chat_folder, folder, *flags[2:], "--min_ended_turns", "0") == 1
+    assert "holds rows with sampler" in capsys.readouterr().err
+
+
+def test_vllm_goes_on_behind_a_failure(vllm, llama_folder, tmp_path, monkeypatch, capsys):
+    flags = ["--engine", "vllm", "--num_rows", "10", "--max_length", "12", "--rows_per_shard", "4"]
+    assert sample(llama_folder, tmp_path / "whole", *flags) == 0
+    generate = vllm.LLM.generate
+
+    def fail(llm: Any, prompts: Any, params: Any, **options: Any) -> Any:
+        if len(llm.asked) >= 4:
+            raise RuntimeError("EngineCore encountered an issue")
+        return generate(llm, prompts, params, **options)
+
+    monkeypatch.setattr(vllm.LLM, "generate", fail)
+    assert sample(llama_folder, tmp_path / "cut", *flags) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("retain sample: RuntimeError: EngineCore encountered")
+    assert list(contents(tmp_path / "cut")) == ["shard-00000.parquet"]
+    monkeypatch.setattr(vllm.LLM, "generate", generate)
+    assert sample(llama_folder, tmp_path / "cut", *flags) == 0
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_vllm_refuses_an_adapter(vllm, llama_folder, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    model = load_model(str(llama_folder))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    load_tokenizer(str(llama_folder)).save_pretrained(tmp_path / "adapter")
+    made = len(vllm.LLM.made)
+    assert sample(tmp_path / "adapter", tmp_path / "out", "--engine", "vllm") == 1
+    assert "model: it has an adapter; sample from its base, or merge" in capsys.readouterr().err
+    assert len(vllm.LLM.made) == made
+    assert not (tmp_path / "out").exists()
+
+
+def test_replicas_share_the_shards_and_one_that_dies_is_said(vllm, llama_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    (tmp_path / "devices").mkdir()
+    monkeypatch.setenv("FAKE_VLLM_DEVICES", str(tmp_path / "devices"))
+    flags = ["--engine", "vllm", "--num_rows", "24", "--max_length", "12", "--rows_per_shard", "2"]
+    two = [*flags, "--data_parallel_size", "2", "--tensor_parallel_size", "2"]
+    monkeypatch.setenv("FAKE_VLLM_DIES", "5")  # so in its third shard, of twelve for two
+    assert sample(llama_folder, tmp_path / "two", *two) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "engine: a vLLM replica ended with exit code -9; finished shards are kept, run the same again" in error
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("shard-*")}
+    assert 1 <= len(kept) < 12
+    monkeypatch.delenv("FAKE_VLLM_DIES")
+    assert sample(llama_folder, tmp_path / "two", *two) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert sorted(path.name for path in (tmp_path / "devices").iterdir()) == ["4,5", "6,7"]
+    assert sample(llama_folder, tmp_path / "one", *flags) == 0
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_what_fails_in_a_replica_is_said_by_the_driver(vllm, monkeypatch):
+    from retain import vllm_engine
+
+    class Broken:
+        def draw(self, prefixes: Any, rows: Any) -> Any:
+            raise [ValueError("dtype: not finite"), OverflowError("CUDA out of memory")][rows[0]]
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    ours, theirs = Pipe()
+    thread = threading.Thread(target=vllm_engine.serve, args=(theirs, Broken(), "1"))
+    thread.start()
+    replicas = vllm_engine.Replicas(Broken(), ["1"])
+    replicas.processes[ours] = None
+    for row, kind, message in [(0, ValueError, "dtype: not"), (1, RuntimeError, "OverflowError: CUDA out of memory")]:
+        with pytest.raises(kind, match=message):
+            list(replicas.draw([Work(0, [row], [[3]])], 1, lambda rows: None))
+    ours.close()
+    thread.join(5)
+    assert not thread.is_alive(), "it goes when nobody asks any more"
+
+
+def test_each_replica_has_its_own_gpus(vllm, monkeypatch):
+    from retain.vllm_engine import devices_of_replicas
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,GPU-5ab")
+    assert devices_of_replicas(3, 1) == ["0", "3", "GPU-5ab"]
+    with pytest.raises(ValueError, match="2 copies of tensor_parallel_size 2 need 4 GPUs and 3 are visible; use fewer"):
+        devices_of_replicas(2, 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert devices_of_replicas(2, 2) == ["0,1", "2,3"]
+
+
+# Ray
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed: retain[ray]")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[ModuleType]:
+    """A Ray cluster of this machine with three CPUs, whatever it has."""
+    ray = importlib.import_module("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def workers(cluster, llama_folder) -> Iterator[Any]:
+    """An engine of two workers, which the tests share, for they load the model in seconds."""
+    from retain.ray_engine import ray_engine
+
+    load = partial(load_model, str(llama_folder), dtype=torch.float32)
+    with ray_engine(load, max_length=64, seed=0, num_workers=2) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, llama_folder) -> Path:
+    """The rows of one process."""
+    model, tokenizer = load_model(str(llama_folder)), load_tokenizer(str(llama_folder))
+    return sample_replay(model, tokenizer, tmp_path_factory.mktemp("whole"), **SETTINGS)
+
+
+def sample_on(engine: Any, model: Path, folder: Path, **settings: Any) -> Path:
+    return sample_replay(
+        load_model(str(model)), load_tokenizer(str(model)), folder, engine=engine, **{**SETTINGS, **settings}
+    )
+
+
+@needs_ray
+def test_rays_rows_are_those_of_one_process(workers, llama_folder, whole, tmp_path):
+    told: list[int] = []
+    sample_on(workers, llama_folder, tmp_path, progress=told.append)
+    assert contents(tmp_path) == contents(whole)
+    assert len(contents(tmp_path)) == 6
+    assert sum(told) == 22
+    assert read_manifest(tmp_path)["sampler"] == read_manifest(whole)["sampler"]
+    for name in ("shard-00001.parquet", "shard-00004.parquet"):  # begun by one, finished by the other
+        (tmp_path / name).unlink()
+    sample_replay(load_model(str(llama_folder)), load_tokenizer(str(llama_folder)), tmp_path, **SETTINGS)
+    assert contents(tmp_path) == contents(whole)
+
+
+def ray_workers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if "ray::Worker" in "".join(child.cmdline())]
+
+
+@needs_ray
+def test_a_killed_ray_worker_loses_no_rows(workers, llama_folder, whole, tmp_path):
+    killed: list[int] = []
+    before = {process.pid for process in ray_workers()}
+    assert len(before) == 2
+
+    def kill_one_that_draws() -> None:
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            for pid in before:
+                if "ray::Worker.draw" in "".join(psutil.Process(pid).cmdline()) and not killed:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+
+    thread = threading.Thread(target=kill_one_that_draws)
+    thread.start()
+    sample_on(workers, llama_folder, tmp_path)
+    thread.join()
+    assert len(killed) == 1
+    assert contents(tmp_path) == contents(whole)
+    assert killed[0] not in {process.pid for process in ray_workers()}
+
+
+@needs_ray
+def test_what_fails_in_a_ray_worker_is_said_by_the_driver(cluster, tmp_path):
+    from retain.ray_engine import ray_engine
+
+    load = partial(load_model, str(tmp_path / "nothing"))
+    with (
+        pytest.raises(ValueError, match="^model: no folder or file .*nothing"),
+        ray_engine(load, max_length=8, seed=0, num_workers=1) as engine,
+    ):
+        list(engine([Work(0, [0], [[3]])], 1, lambda rows: None))
+
+
+@needs_ray
+def test_ray_on_the_command_line(workers, llama_folder, whole, tmp_path, capsys):
+    assert sample(llama_folder, tmp_path / "out", *FLAGS, "--engine", "ray", "--num_workers", "4") == 1
+    assert "num_workers: 4 need a CPU each and the cluster has 3; use fewer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+STOPPED = """
+import sys, threading, os, signal, time
+from pathlib import Path
+from retain.cli import main
+def interrupt():
+    while not list(Path(sys.argv[2]).glob("shard-*")):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+sys.exit(main(["sample", "--model_name_or_path", sys.argv[1], "--output_dir", sys.argv[2], *sys.argv[3:]]))
+"""
+
+
+@needs_ray
+def test_an_interrupted_ray_job_stops_cleanly_and_goes_on(llama_folder, whole, tmp_path):
+    folder = tmp_path / "out"
+    command = [sys.executable, "-c", STOPPED, str(llama_folder), str(folder), *FLAGS, "--engine", "ray"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    started = {child.pid for child in psutil.process_iter()}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 130, done.stderr[-3000:]
+    assert done.stderr.splitlines()[-1] == "retain sample: interrupted; the same command goes on where it stopped"
+    assert "Traceback" not in done.stderr + done.stdout
+    assert 1 <= len(contents(folder)) <= 6
+    left = [child for child in psutil.process_iter() if child.pid not in started and "ray" in child.name().lower()]
+    assert not psutil.wait_procs(left, timeout=10)[1]
+    assert sample(llama_folder, folder, *FLAGS) == 0
+    assert contents(folder) == contents(whole)

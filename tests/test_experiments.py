@@ -1,0 +1,228 @@
+"""The studies' harness at miniature scale: a base of twenty steps, two cells a study, verdicts that can go either way."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "experiments"
+for folder in (ROOT, ROOT / "01_replay_cost", ROOT / "02_baselines"):
+    sys.path.insert(0, str(folder))
+
+import harness  # noqa: E402
+import matched  # noqa: E402
+import small_base  # noqa: E402
+from harness import Results, Run  # noqa: E402
+
+TINY = small_base.BaseSettings(
+    hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, vocab_size=300, max_length=32, batch_size=8,
+    max_steps=20,
+)  # fmt: skip
+SHORT = harness.BenchSettings(max_length=32, num_documents=6, new_task_rows=8, replay_rows=32)
+STEPS = {"max_steps": 6, "batch_size": 8, "warmup_steps": 1, "eval_steps": 3, "learning_rate": 3e-3}
+PLAIN = Run(**STEPS)
+
+
+def study(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"study_{name}", ROOT / name / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def small_texts() -> small_base.Texts:
+    rng = random.Random(0)
+    words = [
+        "the",
+        "state",
+        "of",
+        "our",
+        "union",
+        "is",
+        "strong",
+        "and",
+        "every",
+        "nation",
+        "wishes",
+        "peace",
+        "with",
+        "honor",
+        "to",
+        "all",
+        "its",
+        "people",
+    ]
+    signs = ["module", "wire", "input", "output", "assign", "begin", "end", "always", "posedge", "reg", "logic", "case"]
+
+    def texts(vocabulary: list[str], number: int) -> list[str]:
+        return [" ".join(rng.choice(vocabulary) for _ in range(150)) for _ in range(number)]
+
+    return small_base.Texts(texts(words, 40), texts(words, 12), texts(words, 2), texts(signs, 20), texts(signs, 4))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> harness.Bench:
+    texts = small_texts()
+    folder = small_base.make_base(tmp_path_factory.mktemp("base") / "tiny", texts, TINY)
+    return harness.open_bench(folder, texts, SHORT)
+
+
+def in_place(monkeypatch: pytest.MonkeyPatch, module: Any, bench: harness.Bench, folder: Path) -> None:
+    """The study as it is, on the tiny bench and in another folder."""
+    monkeypatch.setattr(module, "load_texts", lambda: None)
+    monkeypatch.setattr(module, "make_base", lambda *_: None)
+    monkeypatch.setattr(module, "open_bench", lambda *_: bench)
+    monkeypatch.setattr(module, "CACHE", folder)
+    monkeypatch.setattr(module, "HERE", folder)
+    (folder / "README.md").write_text("before\n<!-- results: written by run.py -->\n<!-- end of results -->\nafter\n")
+
+
+def test_base_is_an_ordinary_folder_and_is_made_once(bench: harness.Bench) -> None:
+    facts = json.loads((bench.folder / "base.json").read_text())
+    assert facts["held_out_loss"][-1] < facts["held_out_loss"][0]
+    assert bench.tokenizer.bos_token == "<|endoftext|>"
+    before = (bench.folder / "model.safetensors").stat().st_mtime_ns
+    small_base.make_base(bench.folder, small_texts(), TINY)
+    assert (bench.folder / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="other settings"):
+        small_base.make_base(bench.folder, small_texts(), replace(TINY, seed=1))
+
+
+def test_first_study_runs_resumes_and_reports(
+    bench: harness.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost = study("01_replay_cost")
+    in_place(monkeypatch, cost, bench, tmp_path)
+    cell = replace(PLAIN, coef=10.0, replay_rows=4)
+    monkeypatch.setattr(cost, "RATE", PLAIN.learning_rate)
+    monkeypatch.setattr(cost, "rates", lambda: [])
+    monkeypatch.setattr(cost, "cells", lambda: [PLAIN, cell])
+    monkeypatch.setattr(cost, "timed", lambda: [replace(cell, eval_steps=0)])
+    monkeypatch.setattr(cost, "TIMING_ROUNDS", 1)
+    cost.main([])
+    first = (tmp_path / "results.jsonl").read_text()
+    assert len(first.splitlines()) == 3
+    with open(tmp_path / "results.jsonl", "a") as file:
+        file.write('{"key": "torn')  # killed while it wrote
+    monkeypatch.setattr(cost, "make_trainer", None)  # nor is anything trained again
+    monkeypatch.setattr(harness, "make_trainer", None)
+    cost.main([])
+    assert (tmp_path / "results.jsonl").read_text() == first
+    page = (tmp_path / "README.md").read_text()
+    assert page.startswith("before\n")
+    assert page.endswith("after\n")
+    assert "full, 1/2, coef 10" in page
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    baselines = study("02_baselines")
+    in_place(monkeypatch, baselines, bench, tmp_path)
+    runs = {
+        "plain": [PLAIN],
+        "kl": [replace(PLAIN, coef=1.0, replay_rows=2)],
+        "L2-SP": [replace(PLAIN, method="l2_sp", strength=0.1)],
+        "interpolation": [replace(PLAIN, method="interpolation")],
+        "OSF": [replace(PLAIN, method="osf")],
+        "CorDA": [replace(PLAIN, method="corda", lora_rank=2)],
+    }
+    monkeypatch.setattr(baselines, "plan", lambda: runs)
+    monkeypatch.setattr(baselines, "SEEDS", (0,))
+    baselines.main([])
+    monkeypatch.setattr(baselines, "make", None)  # would fail if a finished run were made again
+    baselines.main([])
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in rows] == list(runs)
+    for row in rows:
+        begin, end = row["trajectory"][0], row["trajectory"][-1]
+        assert begin["retention/prose/ref_kl"] == pytest.approx(0, abs=1e-5)
+        assert end["eval_loss"] < begin["eval_loss"]
+
+
+def test_a_key_follows_what_decides_the_result(bench: harness.Bench) -> None:
+    plain = harness.key_of(PLAIN.settings(), bench.fingerprint)
+    assert plain == harness.key_of(replace(PLAIN, replay_rows=7).settings(), bench.fingerprint)  # plays no part
+    assert plain != harness.key_of(replace(PLAIN, seed=1).settings(), bench.fingerprint)
+    assert plain != harness.key_of(PLAIN.settings(), "another bench")
+
+
+def synthetic(coef: float, seed: int, left: float, method: str = "full", rows: int = 2) -> dict[str, Any]:
+    """A run whose loss falls evenly and whose divergence is `left` of a plain run's."""
+    run = replace(PLAIN, method=method, coef=coef, replay_rows=rows, seed=seed, batch_size=32)
+    steps, documents = (0, 5, 10), []
+    moved = {step: [left * step * (1 + 0.1 * place + 0.01 * seed) for place in range(5)] for step in steps}
+    for step in steps:
+        values = {"ref_kl": moved[step], "forgetting": moved[step]}
+        documents += [{"step": step, "name": text, **values} for text in matched.TEXTS]
+    trajectory = [{"step": step, "eval_loss": 5.0 - 0.1 * step} for step in steps]
+    return {
+        "key": f"{coef} {seed} {rows}",
+        "settings": run.settings(),
+        "trajectory": trajectory,
+        "documents": documents,
+    }
+
+
+def rows_for(left: float, rows: int) -> list[dict[str, Any]]:
+    plain = [synthetic(0.0, seed, 1.0) for seed in range(3)]
+    return plain + [synthetic(10.0, seed, left, rows=rows) for seed in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("left", "rows", "said"),
+    [(0.01, 2, "full: yes"), (0.2, 2, "full: no cell"), (0.01, 16, "full: no cell")],
+)
+def test_first_verdict_goes_with_the_results(left: float, rows: int, said: str) -> None:
+    report = study("01_replay_cost")
+    cells, _ = report.cells_of(rows_for(left, rows), {"full": PLAIN.learning_rate})
+    told = report.verdict(cells)
+    assert told.startswith(said)
+    if rows == 16:  # it protects, at two thirds more operations
+        assert "The cheapest that is: full, 1/2, coef 10" in told
+
+
+def test_second_verdict_goes_with_the_results() -> None:
+    baselines = study("02_baselines")
+
+    def told(kl: float, other: float) -> str:
+        rows = [{**synthetic(0.0, seed, 1.0), "name": "plain"} for seed in (0, 1)]
+        rows += [{**synthetic(10.0, seed, kl), "name": "kl"} for seed in (0, 1)]
+        rows += [{**synthetic(1.0, seed, other), "name": "ntp"} for seed in (0, 1)]
+        return baselines.verdict(baselines.entries_of(rows)[0])
+
+    assert "less than ntp, plain" in told(0.01, 0.5)
+    assert "less than plain; more than ntp" in told(0.5, 0.01)
+    assert "not clearly different from ntp" in told(0.5, 0.5)
+
+
+def test_a_run_that_never_learned_enough_is_not_read() -> None:
+    assert matched.read_at(synthetic(0.0, 0, 1.0), 3.9) is None
+    reading = matched.read_at(synthetic(0.0, 0, 1.0), 4.25)
+    assert reading.step == pytest.approx(7.5)
+    assert reading.value("prose", "ref_kl") == pytest.approx(7.5 * 1.2)
+
+
+def test_interval_is_the_wider_of_seeds_and_documents() -> None:
+    cells = [matched.read_at(synthetic(1.0, seed, left), 4.1) for seed, left in enumerate((0.1, 0.3))]
+    plain = [matched.read_at(synthetic(0.0, seed, 1.0), 4.1) for seed in (0, 1)]
+    found = matched.prevented(cells, plain, "prose", "ref_kl")
+    assert found.value == pytest.approx(0.8)
+    assert found.low == pytest.approx(0.8 - 12.706 * 0.1, abs=1e-2)  # t with one degree of freedom
+
+
+def test_results_survive_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    first = Results(path, "bench")
+    first.make({"a": 1}, lambda: {"value": 2})
+    with open(path, "a") as file:
+        file.write('{"key"')
+    again = Results(path, "bench")
+    again.make({"a": 2}, lambda: {"value": 3})
+    assert [row["value"] for row in Results(path, "bench").rows.values()] == [2, 3]
