@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def sample(model: Path, output_dir: Path, *flags: str) -> int:
     return main(["sample", "--model_name_or_path", str(model), "--output_dir", str(output_dir), *flags])
+
+
+def sample_on(engine: Any, model: Path, folder: Path, **settings: Any) -> Path:
+    return sample_replay(
+        load_model(str(model)), load_tokenizer(str(model)), folder, engine=engine, **{**SETTINGS, **settings}
+    )
 
 
 # Flags and refusals
@@ -280,25 +287,30 @@ def test_vllm_refuses_an_adapter(vllm, llama_folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_replicas_share_the_shards_and_one_that_dies_is_said(vllm, llama_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+def test_replicas_share_the_shards_and_one_that_dies_is_said(vllm, llama_folder, tmp_path, monkeypatch):
+    from retain.vllm_engine import vllm_engine
+
     (tmp_path / "devices").mkdir()
     monkeypatch.setenv("FAKE_VLLM_DEVICES", str(tmp_path / "devices"))
-    flags = ["--engine", "vllm", "--num_rows", "24", "--max_length", "12", "--rows_per_shard", "2"]
-    two = [*flags, "--data_parallel_size", "2", "--tensor_parallel_size", "2"]
-    monkeypatch.setenv("FAKE_VLLM_DIES", "5")  # so in its third shard, of twelve for two
-    assert sample(llama_folder, tmp_path / "two", *two) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "engine: a vLLM replica ended with exit code -9; finished shards are kept, run the same again" in error
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("shard-*")}
-    assert 1 <= len(kept) < 12
-    monkeypatch.delenv("FAKE_VLLM_DIES")
-    assert sample(llama_folder, tmp_path / "two", *two) == 0
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert sorted(path.name for path in (tmp_path / "devices").iterdir()) == ["4,5", "6,7"]
-    assert sample(llama_folder, tmp_path / "one", *flags) == 0
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    monkeypatch.setenv("FAKE_VLLM_DIES", str(tmp_path / "dies"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    settings = {"num_rows": 24, "max_length": 12, "rows_per_shard": 2, "batch_size": 2, "engine_name": "vllm"}
+    options = {"dtype": torch.float32, "max_length": 12, "seed": 0}
+    with vllm_engine(str(llama_folder), **options) as engine:
+        sample_on(engine, llama_folder, tmp_path / "one", **settings)
+    with vllm_engine(str(llama_folder), **options, data_parallel_size=2, tensor_parallel_size=2) as engine:
+        sample_on(engine, llama_folder, tmp_path / "two", **settings)
+        settings["progress"] = lambda rows: (tmp_path / "dies").touch() if rows else None
+        with pytest.raises(RuntimeError, match="engine: a vLLM replica ended with exit code -9; finished shards are"):
+            sample_on(engine, llama_folder, tmp_path / "cut", **settings)
+    assert sorted(path.name for path in (tmp_path / "devices").iterdir()) == ["4,5", "4,5,6,7", "6,7"]
     assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert 1 <= len(contents(tmp_path / "cut")) < 12
+    (tmp_path / "dies").unlink()
+    with vllm_engine(str(llama_folder), **options) as engine:
+        sample_on(engine, llama_folder, tmp_path / "cut", **{**settings, "progress": None})
+    assert contents(tmp_path / "cut") == contents(tmp_path / "one")
 
 
 def test_what_fails_in_a_replica_is_said_by_the_driver(vllm, monkeypatch):
@@ -334,6 +346,15 @@ def test_each_replica_has_its_own_gpus(vllm, monkeypatch):
     assert devices_of_replicas(2, 2) == ["0,1", "2,3"]
 
 
+def test_the_command_line_hands_parallelism_to_vllm(vllm, llama_folder, tmp_path, capsys):
+    flags = ["--engine", "vllm", "--num_rows", "2", "--max_length", "8", "--tensor_parallel_size", "2"]
+    assert sample(llama_folder, tmp_path / "out", *flags, "--data_parallel_size", "2") == 1
+    assert "2 copies of tensor_parallel_size 2 need 4 GPUs and 0 are visible" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert sample(llama_folder, tmp_path / "out", *flags) == 0
+    assert vllm.LLM.made[-1].arguments["tensor_parallel_size"] == 2
+
+
 # Ray
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed: retain[ray]")
@@ -365,12 +386,6 @@ def whole(tmp_path_factory, llama_folder) -> Path:
     """The rows of one process."""
     model, tokenizer = load_model(str(llama_folder)), load_tokenizer(str(llama_folder))
     return sample_replay(model, tokenizer, tmp_path_factory.mktemp("whole"), **SETTINGS)
-
-
-def sample_on(engine: Any, model: Path, folder: Path, **settings: Any) -> Path:
-    return sample_replay(
-        load_model(str(model)), load_tokenizer(str(model)), folder, engine=engine, **{**SETTINGS, **settings}
-    )
 
 
 @needs_ray
@@ -415,22 +430,33 @@ def test_a_killed_ray_worker_loses_no_rows(workers, llama_folder, whole, tmp_pat
 
 
 @needs_ray
-def test_what_fails_in_a_ray_worker_is_said_by_the_driver(cluster, tmp_path):
-    from retain.ray_engine import ray_engine
+def test_what_fails_in_a_ray_worker_is_said_by_the_driver(workers):
+    with pytest.raises(IndexError, match="^index out of range in self$"):
+        list(workers([Work(0, [0], [[999]])], 1, lambda rows: None))
 
-    load = partial(load_model, str(tmp_path / "nothing"))
-    with (
-        pytest.raises(ValueError, match="^model: no folder or file .*nothing"),
-        ray_engine(load, max_length=8, seed=0, num_workers=1) as engine,
-    ):
-        list(engine([Work(0, [0], [[3]])], 1, lambda rows: None))
+
+def indented(text: str) -> list[str]:
+    """The lines of the summary; Ray may speak beside it, of the worker that was killed above."""
+    return [line for line in text.splitlines() if line.startswith("  ")]
 
 
 @needs_ray
-def test_ray_on_the_command_line(workers, llama_folder, whole, tmp_path, capsys):
-    assert sample(llama_folder, tmp_path / "out", *FLAGS, "--engine", "ray", "--num_workers", "4") == 1
+def test_ray_on_the_command_line(cluster, llama_folder, tmp_path, capsys):
+    """A dataset that one process began, predictions kept, is finished by a worker."""
+    flags = [*FLAGS, "--store_reference", "topk"]
+    assert sample(llama_folder, tmp_path / "one", *flags) == 0
+    summary = indented(capsys.readouterr().out)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for name in ("shard-00001.parquet", "reference-00001.safetensors", "shard-00005.parquet"):
+        (tmp_path / "two" / name).unlink()
+    assert sample(llama_folder, tmp_path / "two", *flags, "--engine", "ray", "--num_workers", "1") == 0
+    assert indented(capsys.readouterr().out) == summary != []
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("[rs]*")} for name in ("one", "two"))
+    assert one == two
+    assert len(one) == 6 + 6 + 1
+    assert sample(llama_folder, tmp_path / "new", *flags, "--engine", "ray", "--num_workers", "4") == 1
     assert "num_workers: 4 need a CPU each and the cluster has 3; use fewer" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "new").exists()
 
 
 STOPPED = """
@@ -447,17 +473,22 @@ sys.exit(main(["sample", "--model_name_or_path", sys.argv[1], "--output_dir", sy
 
 
 @needs_ray
-def test_an_interrupted_ray_job_stops_cleanly_and_goes_on(llama_folder, whole, tmp_path):
+def test_an_interrupted_ray_job_stops_cleanly_and_goes_on(cluster, workers, llama_folder, whole, tmp_path):
+    """On a cluster that was there before and goes on without it."""
     folder = tmp_path / "out"
     command = [sys.executable, "-c", STOPPED, str(llama_folder), str(folder), *FLAGS, "--engine", "ray"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    started = {child.pid for child in psutil.process_iter()}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    address = cluster.get_runtime_context().gcs_address
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "RAY_ADDRESS": address}
+    done = subprocess.run(
+        [*command, "--num_workers", "1"], env=environment, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 130, done.stderr[-3000:]
     assert done.stderr.splitlines()[-1] == "retain sample: interrupted; the same command goes on where it stopped"
     assert "Traceback" not in done.stderr + done.stdout
     assert 1 <= len(contents(folder)) <= 6
-    left = [child for child in psutil.process_iter() if child.pid not in started and "ray" in child.name().lower()]
-    assert not psutil.wait_procs(left, timeout=10)[1]
+    deadline = time.monotonic() + 20
+    while len(ray_workers()) > 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(ray_workers()) <= 2, "its worker went with it"
     assert sample(llama_folder, folder, *FLAGS) == 0
     assert contents(folder) == contents(whole)

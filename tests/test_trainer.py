@@ -659,6 +659,17 @@ def test_a_run_leaves_plain_files(tmp_path: Path, replay: ReplayDataset) -> None
     assert card.startswith("---\n")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's
+def test_torch_compile_changes_nothing(tmp_path: Path, replay: ReplayDataset) -> None:
+    settings = {"optim": "sgd", "learning_rate": 0.3, "max_steps": 4}
+    plain, compiled = (
+        train(tmp_path / str(on), replay, changes={**settings, "torch_compile": on}) for on in (False, True)
+    )
+    assert logged(compiled, "replay/kl") == pytest.approx(logged(plain, "replay/kl"), rel=1e-4, abs=1e-6)
+    assert difference(weights(plain.model), weights(compiled.model)) < 1e-6
+
+
 # Replay on some steps only
 
 

@@ -1,7 +1,8 @@
 """What a run leaves behind as plain files, whatever tracker is used beside it.
 
 `metrics.jsonl`: every log, one object a line. `documents.jsonl`: per-document sums of each retention text at each
-evaluation, for paired intervals. `retain_config.json`: everything that was set, resolved.
+evaluation, for paired intervals. `retain_config.json`: everything that was set, resolved. `budget.json`: whether a
+forgetting budget was kept.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from retain.files import append_jsonl, read_jsonl, write_json, write_text
 METRICS_FILE = "metrics.jsonl"
 DOCUMENTS_FILE = "documents.jsonl"
 CONFIG_FILE = "retain_config.json"
+BUDGET_FILE = "budget.json"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -34,6 +36,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         "reference": settings["reference"],
         **{name: arguments[name] for name in names},
     }
+    if (folder / BUDGET_FILE).is_file():
+        training["budget"] = json.loads((folder / BUDGET_FILE).read_text(encoding="utf-8"))["text"]
     steps: dict[int, dict[str, Any]] = {}
     for row in read_jsonl(folder / METRICS_FILE):  # one row a step: the logs of an evaluation come in two parts
         steps.setdefault(row["step"], {}).update(row)
@@ -64,6 +68,7 @@ class RunFilesCallback(TrainerCallback):
         for path in (folder / METRICS_FILE, folder / DOCUMENTS_FILE):
             kept = [row for row in read_jsonl(path) if row.get("step", 0) <= state.global_step]
             write_text(path, "".join(json.dumps(row) + "\n" for row in kept if state.global_step))
+        (folder / BUDGET_FILE).unlink(missing_ok=True)
         write_json(folder / CONFIG_FILE, {**self.settings, "training_arguments": args.to_dict()})
 
     def on_log(

@@ -69,6 +69,8 @@ def run_finetune(
     say(f"model: {training_args.output_dir}")
     for line in trainer.retention_lines():
         say(line)
+    if trainer.budget is not None:
+        say(trainer.budget.verdict())
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -125,7 +125,7 @@ PROBE_TEMPERATURE = 1.25  # a distribution that is off the base by a known amoun
 
 
 @torch.no_grad()
-def describe_store(model: Any, rows: ReplayDataset, num_rows: int = 8) -> dict[str, float]:
+def describe_store(model: Any, rows: ReplayDataset, num_rows: int = 8) -> dict[str, Any]:
     """What the stored predictions of a model keep, on its first rows; all but `num_tokens` per token.
 
     Returns:
@@ -141,7 +141,7 @@ def describe_store(model: Any, rows: ReplayDataset, num_rows: int = 8) -> dict[s
     with evaluation_mode(model):
         logits = logits_at(model, batch)[:, :-1][mask].float()
     probe = logits / PROBE_TEMPERATURE
-    told = {"num_tokens": float(mask.sum()), "exact_kl": float(kl_divergence(logits, probe).mean())}
+    told = {"num_tokens": int(mask.sum()), "exact_kl": float(kl_divergence(logits, probe).mean())}
     if "tokens" in stored:
         of_stored = topk_kl_divergence(stored["log_probs"], stored["tokens"].long(), probe)
         rest = 1 - stored["log_probs"].exp().sum(-1)

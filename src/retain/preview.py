@@ -32,8 +32,10 @@ def preview_html(texts: Sequence[str], statistics: PoolStatistics, count: int = 
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     samples = list(_samples(texts, statistics, count))
-    lines, warnings = describe(statistics), statistics.warnings
-    return page.get_template("preview.html").render(title=title, lines=lines, warnings=warnings, samples=samples)
+    lines, warnings, entropy = describe(statistics), statistics.warnings, statistics.summary["entropy"] is not None
+    return page.get_template("preview.html").render(
+        title=title, lines=lines, warnings=warnings, samples=samples, entropy=entropy
+    )
 
 
 def _samples(texts: Sequence[str], statistics: PoolStatistics, count: int) -> Iterator[tuple[list[str], str]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,14 @@ from tqdm import tqdm
 
 from retain.config import SampleConfig
 from retain.data import prompt_text, read_rows
+from retain.engine import Engine
 from retain.files import write_json, write_text
 from retain.models import choose_start_token, default_device, load_model, load_tokenizer
+from retain.objective import describe_store
 from retain.pool import pool_statistics
 from retain.preview import describe, preview_html, preview_text
-from retain.replay import read_manifest, read_shards
+from retain.reference_cache import bytes_per_token
+from retain.replay import load_self_generated, read_manifest, read_shards
 from retain.sampling import sample_replay
 from retain.starts import Starts, plan_starts
 
@@ -31,8 +37,9 @@ def run_sample(config: SampleConfig) -> Path:
     Raises:
         ValueError: one line, before anything is written, for input that cannot work.
     """
-    state = PartialState(cpu=default_device() == "cpu") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    device = state.device if state is not None else default_device()
+    open_engine = engine_of(config)
+    state = PartialState(cpu=default_device() == "cpu") if launched() else None
+    device = state.device if state is not None else default_device() if config.engine == "torch" else "cpu"
     assert config.model_name_or_path is not None
     assert config.output_dir is not None
     options: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
@@ -47,26 +54,53 @@ def run_sample(config: SampleConfig) -> Path:
     main = state is None or state.is_main_process
     if main:
         print(f"document start: {start}")
-    folder = sample_with_bar(
-        model,
-        tokenizer,
-        config.output_dir,
-        config.num_rows,
-        max_length=config.max_length,
-        seed=config.seed,
-        start_token=start,
-        starts=starts,
-        min_ended_turns=config.min_ended_turns,
-        batch_size=config.per_device_batch_size,
-        rows_per_shard=config.rows_per_shard,
-        overwrite=config.overwrite_output_dir,
-        state=state,
-    )
+    names = ("max_length", "seed", "min_ended_turns", "store_reference", "rows_per_shard")
+    settings = {name: getattr(config, name) for name in names}
+    settings |= {"overwrite": config.overwrite_output_dir, "batch_size": config.per_device_batch_size}
+    if config.engine == "vllm":  # it schedules rows itself: it gets whole shards
+        settings |= {"engine_name": "vllm", "batch_size": config.per_device_batch_size or config.rows_per_shard}
+    settings |= {"start_token": start, "starts": starts, "state": state}
+    with open_engine(model) as engine:
+        folder = sample_with_bar(model, tokenizer, config.output_dir, config.num_rows, engine=engine, **settings)
     if main:
         shared = f", drawn by {state.num_processes} processes" if state is not None else ""
         print(f"{config.num_rows} rows of {config.max_length} tokens in {folder}{shared}")
         look_at_pool(folder, tokenizer, starts, config.preview)
+        if config.store_reference:
+            look_at_store(folder, model)
     return folder
+
+
+def launched() -> bool:
+    """Whether this is one of several processes that a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def engine_of(config: SampleConfig) -> Callable[[Any], AbstractContextManager[Engine | None]]:
+    """What opens the engine that was asked for, given the model; None is the engine of this process.
+
+    Raises:
+        ValueError: if it is not installed, or other processes were launched beside this one.
+    """
+    if config.engine == "torch":
+        return lambda model: nullcontext()
+    if launched():
+        raise ValueError(f"engine: {config.engine!r} starts its own workers; run it without accelerate or torchrun")
+    assert config.model_name_or_path is not None
+    path = Path(config.model_name_or_path).expanduser()
+    name = str(path.resolve()) if path.exists() else config.model_name_or_path  # workers have their own folder
+    options: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+    settings: dict[str, Any] = {"max_length": config.max_length, "seed": config.seed}
+    if config.engine == "vllm":
+        from retain.vllm_engine import vllm_engine
+
+        settings |= {size: getattr(config, size) for size in ("tensor_parallel_size", "data_parallel_size")}
+        return lambda model: vllm_engine(name, dtype=model.dtype, **settings, **options)
+    from retain.ray_engine import ray_engine
+
+    options["attn_implementation"] = config.attn_implementation
+    settings |= {"store_reference": config.store_reference, "num_workers": config.num_workers}
+    return lambda model: ray_engine(partial(load_model, name, dtype=model.dtype, **options), **settings)
 
 
 def sample_with_bar(model: Any, tokenizer: Any, output_dir: str, num_rows: int, **settings: Any) -> Path:
@@ -91,7 +125,7 @@ def sample_with_bar(model: Any, tokenizer: Any, output_dir: str, num_rows: int, 
 def look_at_pool(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> None:
     """Write `statistics.json`, print its summary and warnings, and show rows to read where asked."""
     manifest = read_manifest(folder)
-    columns = read_shards(folder, manifest, ("input_ids", "prefix_length", "logprob", "entropy"))
+    columns = read_shards(folder, manifest, ("input_ids", "prefix_length", "logprob"))
     rows, given = columns["input_ids"], [int(length) for length in columns["prefix_length"]]
     drawn = [len(row) - length for row, length in zip(rows, given, strict=True)]
     texts = [tokenizer.decode(row[length:]) for row, length in zip(rows, given, strict=True)]
@@ -99,7 +133,7 @@ def look_at_pool(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> 
         rows,
         prefix_lengths=given,
         logprob_sums=columns["logprob"],
-        mean_entropies=[float(total) / count for total, count in zip(columns["entropy"], drawn, strict=True)],
+        mean_entropies=mean_entropies(folder, manifest, drawn),
         end_ids=end_ids(tokenizer, manifest["start_token"]["id"], starts),
         texts=texts,
         num_asked=manifest["num_rows"],
@@ -113,6 +147,30 @@ def look_at_pool(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> 
         print(preview_text(texts, statistics, preview))
         write_text(folder / PREVIEW, preview_html(texts, statistics, preview))
         print(f"preview: {folder / PREVIEW}")
+
+
+def look_at_store(folder: Path, model: Any) -> None:
+    """Say what the stored predictions cost on disk and keep of the model's own, here and in `statistics.json`."""
+    rows = load_self_generated(folder)
+    assert rows.cache is not None
+    told: dict[str, Any] = {"kind": rows.cache.kind, **describe_store(model, rows)}
+    told["bytes_per_token"] = round(bytes_per_token(folder, int(rows.num_predictions.sum())), 1)
+    statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+    write_json(folder / STATISTICS, {**statistics, "stored": told})
+    error = told["stored_kl"] - told["exact_kl"]
+    print(f"  stored predictions: {told['kind']}, {told['bytes_per_token']:g} bytes per token")
+    print(
+        f"    KL to a probe, nats per token: {told['stored_kl']:.5f} from what is stored, {told['exact_kl']:.5f} exact "
+        f"(error {error:+.2g}, {told['num_tokens']} tokens); mass outside of the stored tokens {told['rest']:.2g}"
+    )
+
+
+def mean_entropies(folder: Path, manifest: dict[str, Any], drawn: Sequence[int]) -> list[float] | None:
+    """Of each row, nats per drawn token; None where the engine did not say."""
+    if manifest["sampler"]["engine"] == "vllm":
+        return None
+    sums = read_shards(folder, manifest, ("entropy",))["entropy"]
+    return [float(total) / count for total, count in zip(sums, drawn, strict=True)]
 
 
 def end_ids(tokenizer: Any, start_id: int, starts: Starts) -> Sequence[int]:

@@ -85,7 +85,8 @@ def sample_replay(
         progress: called with 0 when drawing begins, then with the number of rows just finished by this process.
 
     Returns:
-        The folder: Parquet shards (columns `row`, `input_ids`, `prefix_length`, `logprob`, `entropy`), `manifest.json`.
+        The folder: Parquet shards (columns `row`, `input_ids`, `prefix_length`, `logprob`, and `entropy` where the
+        engine says it), `manifest.json`.
 
     Raises:
         ValueError: if the folder holds another dataset, rows are longer than the model can take, the model has an

@@ -8,22 +8,23 @@ step differently changes nothing. Source: Marek et al., section "Method".
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
 from trl import SFTTrainer
 
-from retain.callbacks import RunFilesCallback
+from retain.budget import ForgettingBudget
+from retain.callbacks import BUDGET_FILE, RunFilesCallback
 from retain.config import ReplayConfig
+from retain.files import write_json
 from retain.inputs import ProtectedInputs, load_for_training
 from retain.replay import ReplayDataset, replace_rows, replay_indices
 
-if TYPE_CHECKING:
-    from retain.budget import ForgettingBudget
 logger = logging.getLogger(__name__)
 
 PATIENCE = 3  # optimizer steps with a learning rate above 0 after which a KL of exactly 0 is a fault
@@ -225,9 +226,13 @@ class ReplayMixin(ProtectedInputs):
         return self.replay_config.replay_coef if self.budget is None else self.budget.coef
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's training; a budget begins anew, or where the checkpoint left it."""
+        """The host's training; a budget begins anew, or where the checkpoint left it, and its verdict is kept."""
         self.budget = None
-        return super().train(*args, **kwargs)
+        result = super().train(*args, **kwargs)
+        if self.budget is not None and self.budget.step and self.is_world_process_zero():
+            verdict = {"budget": self.budget.budget, **dataclasses.asdict(self.budget.verdict())}
+            write_json(Path(self.args.output_dir) / BUDGET_FILE, verdict)
+        return result
 
     def _begin_budget(self, budget: float) -> ForgettingBudget:
         steps = -(-self.state.max_steps // self.replay_config.replay_every)

@@ -2,8 +2,8 @@
 
 It draws with transformers. Arguments that vLLM does not know are TypeErrors; end-of-document tokens stop a row unless
 `ignore_eos`, and are forbidden until `min_tokens`, `ignore_eos` or not; the checkpoint's generation_config is taken
-over where nobody says otherwise. `FAKE_VLLM_DIES`: the number of rows behind which a process kills itself.
-`FAKE_VLLM_DEVICES`: a folder where each process leaves the name of its devices.
+over where nobody says otherwise. `FAKE_VLLM_DIES`: a file; where it is, a process that should draw kills
+itself. `FAKE_VLLM_DEVICES`: a folder where each process leaves the name of its devices.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class LLM:
         found = []
         for prompt, asked in zip(prompts, params, strict=True):
             self.asked.append(asked)
-            if len(self.asked) > int(os.environ.get("FAKE_VLLM_DIES") or 1 << 30):
+            if os.path.exists(os.environ.get("FAKE_VLLM_DIES", "")):
                 os.kill(os.getpid(), signal.SIGKILL)
             ids = prompt["prompt_token_ids"]
             found.append(RequestOutput(str(len(self.asked)), None, ids, None, [self.complete(ids, asked)]))

@@ -1,0 +1,196 @@
+"""Hold forgetting under a budget: the controller that moves the replay coefficient during training.
+
+Dual ascent on the coefficient's logarithm. After every step, with s the smoothed ref_kl and e = log(s / budget),
+
+    log coef += GAIN · (max(e, FAR) − max(e, FAR) of the step before) + RATE / horizon · max(e, −1)
+
+A PI controller, chosen by simulation (tests/test_budget.py has the plants) over a pure integral, which overshot
+three times as far, and over one on extrapolated KL: the first term answers the lag of model and smoothing, and
+raises the coefficient while KL rises from 0 towards the budget. Up is fast, down is slow: max(e, −1).
+KL is averaged as it is, not its logarithm, whose mean lies 15–20% below under noise of 60%: the budget is on the mean.
+The horizon grows with the steps taken, so a run of 50 steps is settled as well as its noise allows; knowing how many
+steps are to come did not help. The coefficient is clipped where it stands, so nothing winds up at a bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from retain.config import check_number
+
+GAIN = 0.7  # e-folds of the coefficient per e-fold of KL, at once; more rings where the lag is of second order
+RATE = 0.35  # e-folds of the coefficient per horizon and e-fold of KL beyond the budget, as long as it is there
+FAR = -4.0  # log(KL / budget) from which on a rise of KL raises the coefficient: 2% of the budget
+FALL = (0.005, 0.2)  # e-folds by which an excess below 0 lowers the coefficient in a step, at least and at most;
+FALL_PER_RUN = 10.0  # in between, these over the run: a warmup, when nothing is known yet, must not spend them
+HORIZON = (2.0, 20.0)  # steps over which KL is smoothed, at first and at most: noise of 50% swings the coefficient
+HORIZON_SHARE = 1 / 20  # by less than a factor of 2; in between, this share of the steps taken
+TOLERANCE = 0.2  # a budget is kept by a mean KL up to 20% above it
+NEAR = 1.25  # a coefficient within this factor of a bound is at it: noise lifts it off
+ROUNDING = 1e-6  # nats per token by which a KL may fall below 0
+MAX_BATCHES = 50  # of equal length, in which the run's KL is kept; full, they are merged in pairs
+END = 0.2  # share of the steps taken that counts as the end of the run
+VERSION = 1
+Bound = Literal["low", "high"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the end of a run says about its budget; nats per token.
+
+    Attributes:
+        kept: whether `ref_kl` is at most 20% above the budget.
+        certain: whether two standard errors do not reach over that line.
+        ref_kl: mean over the last `num_steps` steps, a fifth of the run; on replay rows, which are trained on.
+        standard_error: of that mean, by batch means, so that autocorrelation counts; None with one step.
+        coef, at_bound: the coefficient at the end.
+        text: all this in a sentence, with what to do.
+    """
+
+    kept: bool
+    certain: bool
+    ref_kl: float
+    standard_error: float | None
+    num_steps: int
+    coef: float
+    at_bound: Bound | None
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class ForgettingBudget:
+    """Moves the coefficient so that the mean KL(base ‖ model) on replay rows ends at the budget, or below it.
+
+    Args:
+        budget: nats per token.
+        num_steps: how often KL will be measured; the verdict says when the run ended before.
+        coef: the first coefficient; the coefficient at the end of a similar run is a good one.
+        bounds: the least and the largest coefficient.
+
+    Raises:
+        ValueError: for an argument that does not fit.
+    """
+
+    def __init__(
+        self, budget: float, *, num_steps: int, coef: float = 1.0, bounds: tuple[float, float] = (1e-3, 1e3)
+    ) -> None:
+        check_number("forgetting_budget", budget, low=1e-9)
+        check_number("num_steps", num_steps, low=1, integer=True)
+        for bound in bounds:
+            check_number("bounds", bound, low=1e-9)
+        if not bounds[0] < bounds[1]:
+            raise ValueError(f"bounds: {bounds} is empty; put the smaller coefficient first")
+        check_number("replay_coef", coef, low=bounds[0], high=bounds[1])
+        self.budget, self.num_steps, self.bounds = float(budget), num_steps, (float(bounds[0]), float(bounds[1]))
+        self.coef = float(coef)
+        self._fall = min(max(FALL_PER_RUN / num_steps, FALL[0]), FALL[1])
+        self.smoothed: float | None = None
+        self.step = 0
+        self._error = FAR
+        self._batch_size = 1
+        self._sums: list[float] = []
+
+    @property
+    def at_bound(self) -> Bound | None:
+        """The bound at which the coefficient is."""
+        low, high = self.bounds
+        return "low" if self.coef <= low * NEAR else "high" if self.coef >= high / NEAR else None
+
+    def update(self, kl: float) -> float:
+        """Take the KL measured in a step, in nats per token; return the coefficient of the next.
+
+        Raises:
+            ValueError: for a KL that is not finite, or below 0 by more than rounding.
+        """
+        check_number("replay/kl", kl, low=-ROUNDING)
+        kl = max(kl, 0.0)
+        self.step += 1
+        self._keep(kl)
+        horizon = min(max(self.step * HORIZON_SHARE, HORIZON[0]), HORIZON[1])
+        before = kl if self.smoothed is None else self.smoothed
+        self.smoothed = before + (kl - before) / min(horizon, self.step)
+        excess = math.log(self.smoothed) - math.log(self.budget) if self.smoothed > 0 else FAR
+        error = max(excess, FAR)
+        move = GAIN * (error - self._error) + max(RATE / horizon * error, -self._fall)
+        self._error = error
+        self.coef = min(max(self.coef * math.exp(move), self.bounds[0]), self.bounds[1])
+        return self.coef
+
+    def _keep(self, kl: float) -> None:
+        """Add to the sum of the last batch; merge pairs when there are too many."""
+        if self.step > self._batch_size * len(self._sums):
+            if len(self._sums) == MAX_BATCHES:
+                self._sums = [sum(self._sums[i : i + 2]) for i in range(0, MAX_BATCHES, 2)]
+                self._batch_size *= 2
+            self._sums.append(0.0)
+        self._sums[-1] += kl
+
+    def verdict(self) -> Verdict:
+        """Whether the end of the run, so far, kept the budget."""
+        mean, error, num_steps = self._end()
+        limit = self.budget * (1 + TOLERANCE)
+        kept, certain = mean <= limit, error is not None and abs(mean - limit) >= 2 * error
+        measured = f"ref_kl {mean:.3g}" + (f" ± {error:.2g}" if error is not None else "")
+        text = (
+            f"budget {self.budget:g} nats per token {'kept' if kept else 'not kept'}"
+            f"{'' if certain else ' as far as so few steps can tell'}: {measured} over the last {num_steps} steps; "
+            f"{self._meaning(kept, mean)}"
+        )
+        if self.step < self.num_steps:
+            text += f"; the run ended at step {self.step} of {self.num_steps}"
+        return Verdict(kept, certain, mean, error, num_steps, self.coef, self.at_bound, text)
+
+    def _end(self) -> tuple[float, float | None, int]:
+        """Mean KL of the run's end, its standard error and the number of steps."""
+        assert self.step, "nothing was measured"
+        batches = math.ceil(END * len(self._sums))
+        sums, sizes = self._sums[-batches:], [self._batch_size] * batches
+        sizes[-1] = self.step - self._batch_size * (len(self._sums) - 1)
+        num_steps = sum(sizes)
+        mean = sum(sums) / num_steps
+        if batches == 1:
+            return mean, None, num_steps
+        spread = sum((total - mean * size) ** 2 for total, size in zip(sums, sizes, strict=True))
+        return mean, math.sqrt(spread * batches / (batches - 1)) / num_steps, num_steps
+
+    def _meaning(self, kept: bool, mean: float) -> str:
+        """Where the coefficient ended, what that means and what to do."""
+        coef = f"the coefficient ended at {self.coef:.3g}"
+        if kept and self.at_bound == "low":
+            return f"{coef}, its lower bound: hardly any replay was needed"
+        if kept:
+            return coef + (", with room left" if mean < self.budget * (1 - TOLERANCE) else "")
+        if self.at_bound == "high":
+            return (
+                f"{coef}, its upper bound: this model has no room for both; raise the budget, lower the learning rate, "
+                "or use a larger model, a higher rank or more replay rows per step"
+            )
+        return f"{coef} and had not settled; train longer, or begin with replay_coef {self.coef:.2g}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the future depends on, as JSON takes it."""
+        return {
+            "version": VERSION, "budget": self.budget, "bounds": list(self.bounds), "coef": self.coef,
+            "smoothed": self.smoothed, "step": self.step, "error": self._error, "batch_size": self._batch_size,
+            "sums": list(self._sums),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a run of the same budget was.
+
+        Raises:
+            ValueError: for the state of another version, budget or bounds.
+        """
+        for name, mine in (("version", VERSION), ("budget", self.budget), ("bounds", list(self.bounds))):
+            if state.get(name) != mine:
+                raise ValueError(
+                    f"forgetting_budget: the checkpoint's {name} is {state.get(name)}, not {mine}; "
+                    "go on with what it was trained with, or start anew"
+                )
+        self.coef, self.smoothed, self.step = state["coef"], state["smoothed"], state["step"]
+        self._error, self._batch_size, self._sums = state["error"], state["batch_size"], list(state["sums"])
