@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_model, make_texts
+from conftest import ARCHITECTURES, make_model, make_texts, save_model
 from peft import LoraConfig
+from test_cli import TRAIN, write_rows
 from test_trainer import LORA, ROWS, TOKENIZER, config, difference, logged, train, weights
 
 from retain import ReplayConfig, ReplaySFTTrainer
+from retain.cli import main
 from retain.engine import TOP_K, draw_rows
 from retain.metrics import logits_at
 from retain.objective import describe_store
@@ -263,3 +266,49 @@ def test_a_base_that_is_trained_beside_its_adapter_is_no_reference(
             replay_dataset=datasets["hidden"],
             replay_config=ReplayConfig(replay_reference="adapter"),
         )
+
+
+def test_stored_predictions_and_a_budget_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sample with predictions, finetune from them under a budget, and read what every step left behind."""
+    model, replay, out = (str(tmp_path / name) for name in ("base", "replay", "out"))
+    save_model(tmp_path / "base")
+    new, old = write_rows(tmp_path / "new.jsonl", seed=1), write_rows(tmp_path / "old.jsonl", seed=3)
+    arguments = ["--num_rows", "6", "--max_length", "24", "--store_reference", "hidden"]
+    assert main(["sample", "--model_name_or_path", model, "--output_dir", replay, *arguments]) == 0
+    output = capsys.readouterr().out
+    assert "stored predictions: hidden, 128." in output
+    told = json.loads((tmp_path / "replay" / "statistics.json").read_text())["stored"]
+    assert told["stored_kl"] == pytest.approx(told["exact_kl"], rel=1e-3)
+
+    arguments = ["--model_name_or_path", model, "--dataset_name", new, "--output_dir", out, "--replay_dataset", replay]
+    arguments += ["--forgetting_budget", "0.01", "--retention", f"old={old}"]
+    assert main(["finetune", *arguments, *TRAIN]) == 0
+    output = capsys.readouterr().out
+    wanted = "protection: kl, budget 0.01 nats per token (coefficient from 1), reference cache (hidden)"
+    assert wanted in output
+    assert "retention/old: forgetting " in output
+    verdict = json.loads((tmp_path / "out" / "budget.json").read_text())
+    assert verdict["budget"] == 0.01
+    assert verdict["text"] in output
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len({row["replay/coef"] for row in rows if "replay/coef" in row}) == 3
+
+
+def test_a_budget_that_cannot_be_followed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = write_rows(tmp_path / "new.jsonl", seed=1)
+    base = ["finetune", "--model_name_or_path", "x", "--dataset_name", new, "--output_dir", str(tmp_path / "out")]
+    base += TRAIN
+    for more, line in (
+        (["--forgetting_budget", "0"], "forgetting_budget: 0.0 does not fit"),
+        (
+            ["--forgetting_budget", "0.1", "--replay_objective", "ntp"],
+            "forgetting_budget: 0.1 needs replay_objective kl",
+        ),
+        (["--forgetting_budget", "0.1", "--replay_coef", "0"], "forgetting_budget: 0.1 needs replay_objective kl"),
+        (["--replay_every", "0"], "replay_every: 0 does not fit"),
+    ):
+        assert main([*base, *more]) == 1
+        assert line in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
