@@ -28,7 +28,7 @@ demo: $(VENV)/.done $(WHEELS)/.done
 	$(BIN)/retain demo --size $(SIZE) --data_dir $(WHEELS) --output_dir demo
 
 test: $(VENV)/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.done $(WHEELS)/.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

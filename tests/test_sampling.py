@@ -18,7 +18,7 @@ import torch
 from conftest import ARCHITECTURES, CHATML, make_model, make_tokenizer, save_model
 from scipy.stats import chisquare
 
-from retain.engine import choose_batch_size, draw_rows, draw_tokens, row_uniforms
+from retain.engine import choose_batch_size, choose_threads, draw_rows, draw_tokens, row_uniforms
 from retain.models import choose_start_token, load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
 from retain.replay import MANIFEST, load_self_generated, read_manifest
 from retain.sampling import exclusive, sample_replay, sample_rows
@@ -492,3 +492,15 @@ def test_processes_share_the_shards_and_give_the_rows_of_one(tmp_path):
         )
         sample(shared, state=process)
     assert contents(shared) == contents(whole)
+
+
+def test_a_narrow_model_is_drawn_from_with_one_thread(monkeypatch):
+    """Pitfall 33."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert choose_threads(make_model()) == 7
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert choose_threads(make_model()) == 1
+    wide = make_model()
+    wide.config.hidden_size = 4096
+    assert choose_threads(wide) == 7

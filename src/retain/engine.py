@@ -13,6 +13,7 @@ of 49k (where many tokens share a small mass); the row then goes another way, as
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 MOST_ROWS = {"cpu": 64}  # on a CPU larger batches gain nothing: 64 rows already fill the matrix products
 MOST_ROWS_ELSEWHERE = 512
 SHARE_OF_FREE_MEMORY = 0.5
+NARROW = 512  # hidden size up to which a second CPU thread waits for the first longer than it helps
 TOP_K = 64  # likeliest tokens that a reference cache of kind "topk" keeps of each prediction
 
 
@@ -230,6 +232,15 @@ def _row_after_row(kept: list[dict[str, Tensor]], given: np.ndarray) -> dict[str
     positions = torch.arange(len(kept)) + int(given.min())
     drawn = positions >= torch.from_numpy(given).unsqueeze(-1)
     return {name: torch.stack([part[name] for part in kept], dim=1)[drawn] for name in kept[0]}
+
+
+def choose_threads(model: PreTrainedModel) -> int:
+    """CPU threads for drawing: one for a narrow model, else what torch or OMP_NUM_THREADS says.
+
+    A rule rather than a trial: the number of threads may change how sums are rounded, and with it the rows.
+    """
+    narrow = model.config.get_text_config().hidden_size <= NARROW
+    return 1 if narrow and "OMP_NUM_THREADS" not in os.environ else torch.get_num_threads()
 
 
 def choose_batch_size(model: PreTrainedModel, max_length: int) -> int:

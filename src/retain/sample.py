@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
 from retain.config import SampleConfig
 from retain.data import prompt_text, read_rows
-from retain.engine import Engine
+from retain.engine import Engine, choose_threads
 from retain.files import write_json, write_text
 from retain.models import choose_start_token, default_device, load_model, load_tokenizer
 from retain.objective import describe_store
@@ -51,6 +52,8 @@ def run_sample(config: SampleConfig) -> Path:
     model = load_model(
         config.model_name_or_path, dtype=config.dtype, attn_implementation=attention, device=device, **options
     )
+    if model.device.type == "cpu":
+        torch.set_num_threads(choose_threads(model))
     main = state is None or state.is_main_process
     if main:
         print(f"document start: {start}")
