@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from retain import files, plots, report
+from retain.capabilities.answers import compare_answers, share_entry
 from retain.comparison import compare_at_matched_loss, crossing, run_verdict
 from retain.report import ForgettingReport, comparison_html, comparison_markdown, comparison_summary
 from retain.text import visible
@@ -379,6 +380,63 @@ def test_visible_keeps_what_is_ordinary() -> None:
         assert visible(text) == text
     assert visible("a\nb") == "a\\nb", "a name is one line"
     assert visible({"prompt": "a\n\tb\x1b"}) == {"prompt": "a\n\tb\\x1b"}
+
+
+ANSWERS = compare_answers([0, 0, 1, 2], [0, 1, 1, 0], [True, True, False, False], [True, False, False, True])
+
+
+def asked(name: str = "arc") -> dict[str, Any]:
+    """The questions' part of a report: one lost, one won, so that accuracy does not move."""
+    lost = {"prompt": "Why?", "choices": ["rain", "stone"], "base": 0, "tuned": 1}
+    rules = {"acc": ANSWERS | {"noise_agreement": share_entry(4, 4)}}
+    return {
+        name: {"style": "choice_style text", "chat_template": False, "num_questions": 4, "notes": [], "rules": rules,
+               "answers": {}, "lost": [lost]}
+    }  # fmt: skip
+
+
+def test_every_format_states_agreement_first(plain: dict, replay: dict) -> None:
+    plain["choices"] = asked()
+    page, text = comparison_html([plain, replay], title="t"), comparison_markdown([plain], title="t")
+    summary, card = comparison_summary([plain]), report.model_card_section(plain)
+    for shown in (page, text, summary, card):
+        assert shown.index("same answer as the base") < shown.index("accuracy, change")
+        assert "50.0%" in shown
+        assert "[15.0%, 85.0%]" in shown
+        assert "4 questions, choice_style text, without a chat template" in shown
+    assert "“plain” answers 50.0% [15.0%, 85.0%] of 4 questions of arc (acc) as its base did; no change of" in summary
+    assert "Forgetting shown: “plain” moved" in summary, "beside what was found on the texts"
+    assert "plain: questions of arc that it lost" in page
+    assert "same answer as the base" not in comparison_html([replay], title="t")
+
+
+def test_a_report_on_questions_alone_speaks_of_nothing_else(plain: dict) -> None:
+    plain |= {"retention": {}, "new_task": {}, "noise_floor": {}, "trajectory": [], "choices": asked()}
+    page = comparison_html([plain], title="t")
+    for shown in (comparison_summary([plain]), comparison_markdown([plain], title="t"), page):
+        assert "not measured" not in shown
+        assert "What was learned" not in shown
+    assert ForgettingReport(plain).verdict.startswith("“plain” answers 50.0%")
+
+
+def test_hostile_questions_are_harmless(plain: dict, replay: dict) -> None:
+    runs = [hostile_run(run | {"choices": asked()}) for run in (plain, replay)]
+    for run in runs:
+        run["choices"][f"arc{HOSTILE}"] = run["choices"].pop("arc") | {"notes": [HOSTILE]}
+    page = comparison_html(runs, title="t")
+    assert "Why?" in page
+    parser = Tags()
+    parser.feed(page)
+    assert not {tag for tag, _ in parser.found} & {"script", "img", "iframe", "object", "a", "link", "form"}
+    for shown in (
+        page,
+        comparison_markdown(runs, title="t"),
+        comparison_summary(runs),
+        ForgettingReport(runs[0]).verdict,
+    ):
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
+    text = comparison_markdown(runs, title="t")
+    assert not re.search(r"<(?!br>)", text)
 
 
 # --- differences and figures -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain import plots
+from retain.capabilities.answers import MEANINGS, answers_sentence, answers_table
 from retain.comparison import cell, compare_at_matched_loss, comparison_verdict, is_number, run_verdict
 from retain.files import atomic_path, write_text
 from retain.text import visible
@@ -61,7 +62,7 @@ class ForgettingReport:
     @property
     def verdict(self) -> str:
         """One sentence in plain words: is forgetting shown, how much, and what was learned for it."""
-        return run_verdict(visible(self.data))
+        return told(visible(self.data))
 
     def summary(self) -> str:
         return comparison_summary([self.data])
@@ -121,7 +122,7 @@ def comparison_summary(reports: list[dict]) -> str:
     """Verdict and table for a terminal; no escape sequence of a model reaches it."""
     view = _view(reports, "", ())
     lines = [view["verdict"], ""]
-    for table in [view["table"], *([view["matched"]] if view["matched"] else [])]:
+    for table in [view[name] for name in ("table", "answers", "matched") if view[name] and view[name]["sections"]]:
         rows = [["", *(["base"] if table["has_base"] else []), *table["columns"]]]
         for section in table["sections"]:
             rows.append([section["title"]])
@@ -141,14 +142,20 @@ def _view(reports: list[dict], title: str, notes: Sequence[str]) -> dict[str, An
     compared = compare_at_matched_loss(runs) if len(runs) > 1 else None
     return {
         "title": visible(title), "notes": visible(list(notes)), "runs": runs, "comparison": compared,
-        "verdict": comparison_verdict(runs, compared) if compared else run_verdict(runs[0]),
-        "verdicts": [run_verdict(run) for run in runs] if compared else [],
+        "verdict": comparison_verdict(runs, compared) if compared else told(runs[0]),
+        "verdicts": [told(run) for run in runs] if compared else [],
         "table": metric_table(runs, lambda kind, metric: metric in MAIN[kind]),
         "rest": metric_table(runs, lambda kind, metric: metric not in MAIN[kind]),
         "matched": _comparison_table(compared, "matched") if compared and compared["matched"] else None,
-        "end": _comparison_table(compared, "end") if compared else None,
-        "sizes": _sizes(runs), "facts": _facts(runs), "metrics": METRICS,
+        "end": _comparison_table(compared, "end") if compared else None, "answers": answers_table(runs),
+        "sizes": _sizes(runs), "facts": _facts(runs), "metrics": METRICS, "asked": MEANINGS,
     }  # fmt: skip
+
+
+def told(run: dict) -> str:
+    """The verdict on the texts, and on the questions that were asked."""
+    asked = answers_sentence(run)
+    return " ".join([run_verdict(run)] * bool(run.get("retention") or not asked) + [asked] * bool(asked))
 
 
 def metric_table(runs: list[dict], wanted: Callable[[str, str], bool]) -> dict[str, Any]:

@@ -1,6 +1,12 @@
-"""Intervals: a number measured on text is a ratio of sums over documents, and documents are what is resampled."""
+"""Intervals: a number measured on text is a ratio of sums over documents, and documents are what is resampled.
+
+Answers to questions are right or wrong, independent and paired: Wilson's interval, and McNemar's exact test.
+"""
 
 from __future__ import annotations
+
+import math
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -43,3 +49,30 @@ def resample_counts(num_documents: int, num_resamples: int, seed: int) -> np.nda
     rng = np.random.default_rng(seed)
     shares = np.full(num_documents, 1 / num_documents)
     return rng.multinomial(num_documents, shares, size=num_resamples)
+
+
+def share_interval(count: int, total: int, *, level: float = 0.95) -> tuple[float, float, float]:
+    """A share of independent questions with Wilson's score interval (Wilson 1927): (value, low, high).
+
+    A bootstrap of answers that are all alike has no width, as if nothing were left to learn; this one has.
+    """
+    assert 0 <= count <= total > 0, (count, total)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, scale = count / total, 1 + z * z / total
+    middle = (share + z * z / (2 * total)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return share, 0.0 if count == 0 else middle - half, 1.0 if count == total else middle + half
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Exact two-sided McNemar test (McNemar 1947): p of so uneven a split, or a more uneven one, by chance alone.
+
+    Args:
+        lost, won: questions right before and wrong after, and the reverse; the others say nothing of a change.
+    """
+    total, fewer = lost + won, min(lost, won)
+    ways = tail = 1  # ways of choosing k of `total`, and their sum up to `fewer`: whole numbers, so exact
+    for k in range(fewer):
+        ways = ways * (total - k) // (k + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**total)

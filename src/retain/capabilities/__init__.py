@@ -1,0 +1,1 @@
+"""What a model can do beside predicting text, base against tuned: each module measures one capability."""

@@ -1,0 +1,274 @@
+"""Multiple choice: the log-likelihood of each choice under base and tuned model, as lm-evaluation-harness scores it.
+
+Conventions of lm-evaluation-harness 0.4.13 (`TemplateLM._encode_pair`, `HFLM._loglikelihood_tokens`,
+`ConfigurableTask.process_results`): a continuation is what the tokens of context + continuation have beyond the
+context's own; spaces at the context's end belong to the continuation; special tokens are the tokenizer's own and are
+left out where the text already begins with BOS; what is too long loses tokens at its beginning; the first of equals
+wins. Unlike there, log-probabilities are taken in float32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from string import ascii_uppercase
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from retain.capabilities.answers import compare_answers, share_entry
+from retain.data import Document, first_line, prompt_text, read_rows
+from retain.losses import next_token_loss
+from retain.metrics import Forward, batches, logits_of, padded, row_by_row
+from retain.models import max_positions
+from retain.text import visible
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Name in lm-evaluation-harness: (Hub id, configuration, the split that it scores).
+HUB = {
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test"),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
+    "mmlu": ("cais/mmlu", "all", "test"),
+    "commonsense_qa": ("tau/commonsense_qa", None, "validation"),
+}
+NOISE_QUESTIONS = 8  # of each set, on which the base is measured against itself
+SHOWN = 10  # lost questions of each set that the page shows
+SHOWN_CHARACTERS = 2000  # of each of their texts
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its choices, and the index of the right one."""
+
+    text: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def load_questions(source: str, *, max_questions: int | None = None, seed: int = 0) -> list[Question]:
+    """Questions of a JSONL, JSON or Parquet file, of a name in `HUB`, or of the test split of a Hub dataset.
+
+    Rows carry `question`, `choices` (a list, or `text` and `label` as in ARC) and `answer` or `answerKey`: an index
+    from 0, a letter or label, or the text of the right choice.
+
+    Args:
+        max_questions: draw only so many, with `seed`; their order stays.
+
+    Raises:
+        ValueError: one line naming the source, the row, and what is wrong.
+    """
+    rows = _hub_rows(source) if source in HUB else read_rows(source, split="test")
+    places = np.arange(rows.num_rows)
+    if max_questions is not None and max_questions < len(places):
+        places = np.sort(np.random.default_rng(seed).choice(len(places), max_questions, replace=False))
+    return [as_question(rows[int(at)], f"row {at + 1} of {source!r}") for at in places]
+
+
+def _hub_rows(name: str) -> Any:
+    from datasets import load_dataset
+
+    path, configuration, split = HUB[name]
+    try:
+        return load_dataset(path, configuration, split=split)
+    except Exception as error:  # the Hub's client raises many kinds
+        raise ValueError(f"choices: cannot load {path!r} from the Hub; {first_line(error)}") from error
+
+
+def as_question(row: Mapping[str, Any], where: str) -> Question:
+    """A row in any of the known forms as a `Question`; a `ValueError` of one line where it has none of them."""
+    text, given = row.get("question"), row.get("choices")
+    choices, labels = (given.get("text"), given.get("label")) if isinstance(given, Mapping) else (given, None)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"choices: {where} has no question; write question, choices and answer in every row")
+    good = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
+    if not good or len(choices) < 2:  # type: ignore[arg-type]
+        raise ValueError(f"choices: {where} has choices {choices!r:.80}; give a list of at least two texts")
+    answer = row.get("answer") if row.get("answer") is not None else row.get("answerKey")
+    return Question(text, tuple(choices), _answer_index(answer, choices, labels, where))  # type: ignore[arg-type]
+
+
+def _answer_index(answer: Any, choices: list[str], labels: list[str] | None, where: str) -> int:
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        found = {answer} & set(range(len(choices)))
+    elif labels is not None:
+        found = {at for at, label in enumerate(labels) if label == answer}
+    else:
+        letters = {at for at in range(min(len(choices), 26)) if ascii_uppercase[at] == answer}
+        found = letters | ({choices.index(answer)} if answer in choices else set())
+    if len(found) != 1:
+        why = "both a letter and another choice" if found else "none of its choices"
+        raise ValueError(f"choices: {where} has answer {answer!r:.80}, {why}; give the index of the right one, from 0")
+    return found.pop()
+
+
+def ask(question: Question, style: str) -> tuple[str, tuple[str, ...]]:
+    """What is put to the model and the answers it chooses from, without the space between.
+
+    text: as arc_challenge in the harness. letter: as commonsense_qa there, and mmlu but for its first line.
+    """
+    if style == "text":
+        return f"Question: {question.text}\nAnswer:", question.choices
+    letters = tuple(ascii_uppercase[: len(question.choices)])
+    listed = [f"{letter}. {choice}" for letter, choice in zip(letters, question.choices, strict=True)]
+    return "\n".join([f"Question: {question.text.strip()}", *listed, "Answer:"]), letters
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text with the tokenizer's own special tokens, which a text that begins with BOS already has."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    opened = first is not None and text.startswith(str(tokenizer.decode([first])))
+    return tokenizer(text, verbose=False, **({"add_special_tokens": False} if opened else {}))["input_ids"]
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of the context and of the continuation, cut where the context's own tokens end."""
+    kept = context.rstrip()
+    whole, start = encode(tokenizer, context + continuation), encode(tokenizer, kept)
+    return start, whole[len(start) :]
+
+
+@dataclass
+class Inputs:
+    """What goes through a model: each input once, with the continuations that it scores."""
+
+    rows: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = field(default_factory=dict)
+    """Tokens but the last → (question, choice, tokens of the continuation). Choices of one letter share theirs."""
+    lengths: list[np.ndarray] = field(default_factory=list)
+    """Of each question: characters of each answer."""
+    num_truncated: int = 0
+
+
+def encode_questions(
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    style: str,
+    chat_template: bool,
+    limit: int | None,
+) -> Inputs:
+    """Tokens of every question with every choice, at most `limit` a row."""
+    if chat_template and not tokenizer.chat_template:
+        raise ValueError("choice_chat_template: this tokenizer has no chat template; leave the flag out")
+    inputs = Inputs()
+    for at, question in enumerate(questions):
+        if style == "letter" and len(question.choices) > len(ascii_uppercase):
+            raise ValueError(f"choice_style: question {at + 1} has more choices than letters; use choice_style text")
+        context, answers = ask(question, style)
+        if chat_template:
+            context = prompt_text({"prompt": [{"role": "user", "content": context}]}, tokenizer)
+        inputs.lengths.append(np.array([len(answer) for answer in answers], float))
+        for choice, answer in enumerate(answers):
+            start, wanted = encode_pair(tokenizer, context, answer if chat_template else f" {answer}")
+            if not 0 < len(wanted) <= (limit or len(wanted)):
+                raise ValueError(
+                    f"choices: choice {choice + 1} of question {at + 1} has {len(wanted)} tokens of its own; "
+                    f"leave the question out, or use choice_style letter"
+                )
+            tokens = start + wanted
+            kept = tokens if limit is None else tokens[-(limit + 1) :]
+            inputs.num_truncated += len(kept) < len(tokens)
+            inputs.rows.setdefault(tuple(kept[:-1]), []).append((at, choice, wanted))
+    return inputs
+
+
+@torch.no_grad()
+def choice_scores(
+    forwards: Sequence[Forward],
+    inputs: Inputs,
+    *,
+    batch_tokens: int,
+    device: torch.device | str,
+    description: str | None = None,
+) -> list[list[np.ndarray]]:
+    """Log-likelihood (nats) of every choice of every question under every model; all see the same batches.
+
+    Args:
+        batch_tokens: padded tokens per forward pass.
+        description: shown beside a progress bar; None for no bar.
+    """
+    rows = list(inputs.rows)
+    scores = [[np.zeros(len(lengths)) for lengths in inputs.lengths] for _ in forwards]
+    documents = [Document([list(row)], 0) for row in rows]
+    with tqdm(total=sum(map(len, rows)), desc=description, disable=description is None, unit="tok") as bar:
+        for indices, windows in batches(documents, batch_tokens):
+            batch = {name: value.to(device) for name, value in padded(windows).items()}
+            for forward, of_model in zip(forwards, scores, strict=True):
+                logits = forward(**batch)
+                for row, (index, window) in enumerate(zip(indices, windows, strict=True)):
+                    for question, choice, wanted in inputs.rows[rows[index]]:
+                        own = logits[row, len(window) - len(wanted) : len(window)]
+                        losses = next_token_loss(own, torch.tensor(wanted, device=own.device))
+                        of_model[question][choice] = -float(losses.double().sum())
+            bar.update(sum(map(len, windows)))
+    return scores
+
+
+def chosen(scores: Sequence[np.ndarray], lengths: Sequence[np.ndarray], rule: str) -> list[int]:
+    """The choice with the highest log-likelihood (`acc`), or the highest per character (`acc_norm`)."""
+    return [
+        int((found / length if rule == "acc_norm" else found).argmax())
+        for found, length in zip(scores, lengths, strict=False)  # of the noise floor there are fewer scores
+    ]
+
+
+def measure_choices(
+    base: PreTrainedModel,
+    tuned: PreTrainedModel,
+    questions: Sequence[Question],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    style: str = "text",
+    chat_template: bool = False,
+    batch_tokens: int = 2048,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    description: str | None = None,
+) -> dict[str, Any]:
+    """Ask both models the same questions; `rules` holds what `compare_answers` found under each scoring rule.
+
+    Letters are all of one length, so there `acc` is the only rule.
+    """
+    if not questions:
+        raise ValueError("choices: there are no questions; give a file with at least one")
+    limit, shown = max_positions(base), {"batch_tokens": batch_tokens, "device": base.device}
+    asked = partial(encode_questions, tokenizer=tokenizer, style=style, chat_template=chat_template, limit=limit)
+    inputs, few = asked(questions), asked(questions[:NOISE_QUESTIONS])
+    scores = choice_scores([logits_of(base), logits_of(tuned)], inputs, description=visible(description), **shown)
+    scores += choice_scores([row_by_row(base)], few, **shown)
+    right = np.array([question.answer for question in questions])
+    rules, answers = {}, {}
+    for rule in ("acc", "acc_norm") if style == "text" else ("acc",):
+        before, after, again = (np.array(chosen(found, inputs.lengths, rule)) for found in scores)
+        flags = (before == right).tolist(), (after == right).tolist()
+        same = int((before[: len(again)] == again).sum())
+        rules[rule] = {
+            **compare_answers(before.tolist(), after.tolist(), *flags, seed=seed, num_resamples=num_resamples),
+            "noise_agreement": share_entry(same, len(again)),
+        }
+        answers[rule] = {"base": before.tolist(), "tuned": after.tolist()}
+    return {
+        "style": f"choice_style {style}",
+        "chat_template": chat_template,
+        "num_questions": len(questions),
+        "num_truncated": inputs.num_truncated,
+        "notes": [f"{inputs.num_truncated} rows were too long and lost their beginning."] * bool(inputs.num_truncated),
+        "rules": rules,
+        "answers": {"right": right.tolist(), **answers},
+        "lost": _lost(questions, *answers[rule].values()),
+    }
+
+
+def _lost(questions: Sequence[Question], base: list[int], tuned: list[int]) -> list[dict[str, Any]]:
+    """The first few questions that the base answered rightly and the tuned model does not."""
+    found = [
+        {"prompt": question.text[:SHOWN_CHARACTERS], "base": before, "tuned": after}
+        | {"choices": [choice[:SHOWN_CHARACTERS] for choice in question.choices]}
+        for question, before, after in zip(questions, base, tuned, strict=True)
+        if before == question.answer != after
+    ]
+    return found[:SHOWN]
