@@ -307,6 +307,7 @@ def test_a_budget_that_cannot_be_followed_is_refused(tmp_path: Path, capsys: pyt
             "forgetting_budget: 0.1 needs replay_objective kl",
         ),
         (["--forgetting_budget", "0.1", "--replay_coef", "0"], "forgetting_budget: 0.1 needs replay_objective kl"),
+        (["--forgetting_budget", "0.1", "--replay_coef", "2000"], "replay_coef: 2000.0 does not fit"),
         (["--replay_every", "0"], "replay_every: 0 does not fit"),
     ):
         assert main([*base, *more]) == 1

@@ -17,7 +17,9 @@ StoreReference = Literal["hidden", "topk"]
 SampleEngine = Literal["torch", "vllm", "ray"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ChatTurn = Literal["user", "assistant", "system"]
+ChoiceStyle = Literal["text", "letter"]
 DemoSize = Literal["small", "medium", "large"]
+ForgettingMetric = Literal["ref_kl", "forgetting", "loss"]
 
 
 def _say(text: str) -> dict[str, Any]:
@@ -125,6 +127,7 @@ class ReplayConfig:
                     f"forgetting_budget: {self.forgetting_budget} needs replay_objective kl and a replay_coef above 0, "
                     f"not {self.replay_objective!r} and {self.replay_coef:g}"
                 )
+            check_number("replay_coef", self.replay_coef, low=1e-3, high=1e3)  # the bounds within which it may move
         for name in ("per_device_replay_batch_size", "replay_max_length"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low=1 if "batch" in name else 2, integer=True)
@@ -308,6 +311,46 @@ class MeasureConfig(ModelLoadConfig):
         default_factory=list,
         metadata=_say("Held-out texts of the new task, each as name=file: shows the gain."),
     )
+    choices: list[str] = field(
+        default_factory=list,
+        metadata=_say(
+            "Multiple-choice questions, each as name=file with question, choices and answer, or name=arc_challenge, "
+            "arc_easy, mmlu or commonsense_qa from the Hub; may be given several times."
+        ),
+    )
+    choice_style: ChoiceStyle = field(
+        default="text",
+        metadata=_say(
+            "What is scored after the question. text: each choice's own words. letter: the choices are listed first, "
+            "and the letters A, B, … are scored."
+        ),
+    )
+    choice_chat_template: bool = field(
+        default=False, metadata=_say("Put each question to the model as a user's turn of its chat template.")
+    )
+    max_questions: int | None = field(
+        default=None, metadata=_say("Draw only so many questions of each set, with the seed.")
+    )
+    pair: list[str] = field(
+        default_factory=list,
+        metadata=_say(
+            "Instead of models: two per-sample files of lm-eval (--log_samples) on one task, the base's first, to be "
+            "compared question by question."
+        ),
+    )
+    budget: float | None = field(
+        default=None,
+        metadata=_say(
+            "Forgetting (nats per token) that no retention text may exceed. Exit code 0: within; 2: beyond; 3: not "
+            "enough evidence, the interval straddles the budget."
+        ),
+    )
+    min_agreement: float | None = field(
+        default=None,
+        metadata=_say(
+            "Least share of the base's own top tokens, and of its answers to the questions; exit codes as for budget."
+        ),
+    )
     prompts: str | None = field(
         default=None,
         metadata=_say("File of prompts (rows as in training data) to continue with both models."),
@@ -321,18 +364,40 @@ class MeasureConfig(ModelLoadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("base", "model", "output_dir"):
-            check_name(name, getattr(self, name))
-        for name in ("retention", "new_task"):
+        for name in ("retention", "new_task", "choices", "pair"):
             check_list(name, getattr(self, name))
-        if not self.retention:
-            raise ValueError("retention: missing; give at least one text as --retention name=file")
+        for name in ("output_dir",) if self.pair else ("base", "model", "output_dir"):
+            check_name(name, getattr(self, name))
+        self._check_sources()
+        check_choice("choice_style", self.choice_style, ChoiceStyle)
         check_number("max_length", self.max_length, low=2, integer=True)
         check_number("batch_tokens", self.batch_tokens, low=1, integer=True)
         check_number("num_resamples", self.num_resamples, low=100, integer=True)
         check_number("max_new_tokens", self.max_new_tokens, low=1, integer=True)
-        if self.max_documents is not None:
-            check_number("max_documents", self.max_documents, low=1, integer=True)
+        for name in ("max_documents", "max_questions"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=1, integer=True)
+        if self.budget is not None:
+            check_number("budget", self.budget, low=0)
+        if self.min_agreement is not None:
+            check_number("min_agreement", self.min_agreement, low=0, high=1)
+
+    def _check_sources(self) -> None:
+        models = [name for name in ("base", "model", "retention", "new_task", "choices") if getattr(self, name)]
+        if self.pair and models:
+            raise ValueError(f"{models[0]}: {getattr(self, models[0])!r} does not go with pair; leave one of them out")
+        if self.pair and len(self.pair) != 2:
+            raise ValueError(f"pair: {len(self.pair)} files are not a pair; give two, the base's first")
+        if not (self.retention or self.choices or self.pair):
+            raise ValueError(
+                "retention: missing; give at least one text as --retention name=file, or questions as "
+                "--choices name=file"
+            )
+        if self.budget is not None and not self.retention:
+            raise ValueError(
+                f"budget: {self.budget} is on forgetting, which needs a text; give --retention name=file, or use "
+                "min_agreement"
+            )
 
 
 @dataclass(kw_only=True)
@@ -364,3 +429,97 @@ class DemoConfig:
     def __post_init__(self) -> None:
         check_choice("size", self.size, DemoSize)
         check_number("seed", self.seed, low=0, high=2**63 - 1, integer=True)
+
+
+@dataclass(kw_only=True)
+class FitConfig:
+    """`retain fit`: a law of forgetting from measured runs; the files come first, without a flag."""
+
+    runs: list[str] = field(
+        default_factory=list,
+        metadata=_say(
+            "metrics.jsonl files of finetunes, or tables (.csv, .parquet, .jsonl) with the columns run, num_params, "
+            "num_steps, finetuning_loss, forgetting_loss, and dataset where there are several."
+        ),
+    )
+    form: str = field(
+        default="joint",
+        metadata=_say("joint, linear, finetuning, forgetting, injection, size, saturation or quadratic: docs/laws.md."),
+    )
+    output: str | None = field(default=None, metadata=_say("File for the law, .json."))
+    rivals: list[str] = field(
+        default_factory=list, metadata=_say("Other forms: say which predict held-out runs equally well.")
+    )
+    retention_name: str | None = field(
+        default=None,
+        metadata=_say("The retention text whose forgetting is fitted, where the finetunes measured several."),
+    )
+    forgetting_metric: ForgettingMetric = field(
+        default="ref_kl",
+        metadata=_say("What of that text is the forgetting loss: ref_kl, forgetting (loss after - before) or loss."),
+    )
+    min_steps: int = field(
+        default=1, metadata=_say("Leave out measurements before this step, in which the warm-up still shows.")
+    )
+    shared_exponents: bool = field(
+        default=False, metadata=_say("One set of exponents for all data sets; the other parameters for each.")
+    )
+    num_resamples: int = field(default=1000, metadata=_say("Bootstrap resamples over runs; 0 for no intervals."))
+    num_starts: int = field(default=32, metadata=_say("Random starts of the exponents."))
+    plot: str | None = field(default=None, metadata=_say("File for a figure of runs, curves and residuals, .png."))
+    seed: int = field(default=0, metadata=_say("Seed of starts and resamples."))
+
+    def __post_init__(self) -> None:
+        for name in ("runs", "rivals"):
+            check_list(name, getattr(self, name))
+        if not self.runs:
+            raise ValueError("runs: missing; name the files first: retain fit runs/*/metrics.jsonl --output law.json")
+        check_name("form", self.form)
+        check_name("output", self.output)
+        check_choice("forgetting_metric", self.forgetting_metric, ForgettingMetric)
+        check_number("min_steps", self.min_steps, low=1, integer=True)
+        check_number("num_resamples", self.num_resamples, low=0, integer=True)
+        check_number("num_starts", self.num_starts, low=1, integer=True)
+        check_number("seed", self.seed, low=0, high=2**63 - 1, integer=True)
+
+
+@dataclass(kw_only=True)
+class PredictConfig:
+    """`retain predict`: what a law says of a run not yet made; the law's file comes first, without a flag."""
+
+    law: str | None = field(default=None, metadata=_say("A file that `retain fit` wrote."))
+    num_params: float | None = field(default=None, metadata=_say("Parameters that will be tuned."))
+    num_steps: float | None = field(default=None, metadata=_say("Update steps."))
+    num_tokens: float | None = field(default=None, metadata=_say("Tokens of finetuning."))
+    replay_share: float | None = field(default=None, metadata=_say("Share of old data mixed in."))
+    tokens_per_param: float | None = field(default=None, metadata=_say("Pretraining tokens per parameter."))
+    finetuning_loss: float | None = field(default=None, metadata=_say("Loss on the new task, for the form linear."))
+    ref_kl: float | None = field(default=None, metadata=_say("KL(base || model) on the new task."))
+    max_forgetting: float | None = field(
+        default=None, metadata=_say("In place of num_steps: the most steps whose forgetting loss stays within this.")
+    )
+    model: str | None = field(
+        default=None, metadata=_say("In place of num_params: a model, of which only the configuration is read, and ...")
+    )
+    lora_r: int | None = field(default=None, metadata=_say("... the rank of the LoRA that will be tuned."))
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata=_say("Modules with LoRA, or all-linear. Default: PEFT's for this architecture.")
+    )
+    model_revision: str = field(default="main", metadata=_say("Branch, tag or commit on the Hub."))
+    trust_remote_code: bool = field(default=False, metadata=_say("Allow model code from the Hub to run."))
+    dataset: str | None = field(default=None, metadata=_say("The data set, where the law was fitted to several."))
+    level: float = field(default=0.95, metadata=_say("Coverage of the intervals."))
+    json: bool = field(default=False, metadata=_say("Print JSON."))
+
+    def __post_init__(self) -> None:
+        check_name("law", self.law)
+        if (self.model is None) != (self.lora_r is None):
+            missing = "lora_r" if self.lora_r is None else "model"
+            raise ValueError(f"{missing}: missing; --model and --lora_r go together, in place of --num_params")
+        if self.lora_r is not None:
+            check_number("lora_r", self.lora_r, low=1, integer=True)
+            if self.num_params is not None:
+                raise ValueError(f"num_params: {self.num_params:g} does not go with model and lora_r; leave one out")
+        if self.max_forgetting is not None and self.num_steps is not None:
+            raise ValueError(f"num_steps: {self.num_steps:g} does not go with max_forgetting; leave one of them out")
+        check_number("level", self.level, low=1e-6, high=1 - 1e-6)
