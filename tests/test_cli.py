@@ -306,17 +306,20 @@ def test_verbs_and_version(capsys):
     assert output.out.endswith(f"{retain.__version__}\n")
     assert output.err == ""
     assert main(["forget"]) == 1
-    assert capsys.readouterr().err == "retain: no verb 'forget'; use one of sample, finetune, measure, report, demo\n"
+    assert (
+        capsys.readouterr().err
+        == "retain: no verb 'forget'; use one of sample, finetune, measure, report, fit, predict, demo\n"
+    )
 
 
-@pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "report", "demo"])
+@pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "report", "fit", "predict", "demo"])
 def test_every_flag_has_help(verb, capsys):
     with pytest.raises(SystemExit) as caught:
         main([verb, "--help"])
     assert caught.value.code == 0
     output = capsys.readouterr().out
     assert f"usage: retain {verb}" in output
-    assert "--output_dir" in output
+    assert "--output" in output or verb == "predict"  # which prints
 
 
 def test_an_interrupted_verb_says_how_to_go_on(world, tmp_path, capsys, monkeypatch):
@@ -384,8 +387,12 @@ def test_a_flag_of_several_values_may_be_repeated(flag, joined):
         return [f"{name}={value}"] if joined else [name, value]
 
     arguments = [*given(flag, "a=x"), "--base", "b", *given("--retention", "w=y"), *given(flag, "c=z")]
+    arguments += [*given("--choices", "arc=q"), *given("--choices", "mmlu=r"), "--choice_style", "letter"]
     (config,) = parse([*arguments, "--model", "m", "--output_dir", "o"], "measure", MeasureConfig)
     assert (config.new_task, config.retention, config.base) == (["a=x", "c=z"], ["w=y"], "b")
+    assert (config.choices, config.choice_style) == (["arc=q", "mmlu=r"], "letter")
+    (config,) = parse(["--pair", "a", "--pair", "b", "--output_dir", "o"], "measure", MeasureConfig)
+    assert config.pair == ["a", "b"]
 
 
 # As a process

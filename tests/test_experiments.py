@@ -1,4 +1,4 @@
-"""The studies' harness at miniature scale: a base of twenty steps, two cells a study, verdicts that can go either way."""
+"""The studies' harness at miniature scale: a base of twenty steps, few cells, verdicts that can go either way."""
 
 from __future__ import annotations
 
@@ -103,9 +103,12 @@ def test_first_study_runs_resumes_and_reports(
     cell = replace(PLAIN, coef=10.0, replay_rows=4)
     monkeypatch.setattr(cost, "RATE", PLAIN.learning_rate)
     monkeypatch.setattr(cost, "rates", lambda: [])
-    monkeypatch.setattr(cost, "cells", lambda: [PLAIN, cell])
+    monkeypatch.setattr(cost, "SEEDS", (0,))
+    monkeypatch.setattr(cost, "unprotected", lambda: [PLAIN])
+    monkeypatch.setattr(cost, "cells", lambda: [cell])
     monkeypatch.setattr(cost, "timed", lambda: [replace(cell, eval_steps=0)])
     monkeypatch.setattr(cost, "TIMING_ROUNDS", 1)
+    monkeypatch.setattr(cost, "TIMED_STEPS", 2)
     cost.main([])
     first = (tmp_path / "results.jsonl").read_text()
     assert len(first.splitlines()) == 3
@@ -113,7 +116,8 @@ def test_first_study_runs_resumes_and_reports(
         file.write('{"key": "torn')  # killed while it wrote
     monkeypatch.setattr(cost, "make_trainer", None)  # nor is anything trained again
     monkeypatch.setattr(harness, "make_trainer", None)
-    cost.main([])
+    for part in ("rates", "cells", "timing"):
+        cost.main(["--only", part])
     assert (tmp_path / "results.jsonl").read_text() == first
     page = (tmp_path / "README.md").read_text()
     assert page.startswith("before\n")
@@ -137,7 +141,7 @@ def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, mo
     monkeypatch.setattr(baselines, "SEEDS", (0,))
     baselines.main([])
     monkeypatch.setattr(baselines, "make", None)  # would fail if a finished run were made again
-    baselines.main([])
+    baselines.main(["--only", "runs"])
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == list(runs)
     for row in rows:
@@ -159,8 +163,8 @@ def synthetic(coef: float, seed: int, left: float, method: str = "full", rows: i
     steps, documents = (0, 5, 10), []
     moved = {step: [left * step * (1 + 0.1 * place + 0.01 * seed) for place in range(5)] for step in steps}
     for step in steps:
-        values = {"ref_kl": moved[step], "forgetting": moved[step]}
-        documents += [{"step": step, "name": text, **values} for text in matched.TEXTS]
+        values = [round(matched.GRAIN * value) for value in moved[step]]
+        documents += [{"step": step, "name": text, metric: values} for text, metric in matched.MEASURES]
     trajectory = [{"step": step, "eval_loss": 5.0 - 0.1 * step} for step in steps]
     return {
         "key": f"{coef} {seed} {rows}",
@@ -177,15 +181,16 @@ def rows_for(left: float, rows: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("left", "rows", "said"),
-    [(0.01, 2, "full: yes"), (0.2, 2, "full: no cell"), (0.01, 16, "full: no cell")],
+    [(0.01, 2, "a step: yes"), (0.2, 2, "a step: no"), (0.01, 16, "a step: no")],
 )
 def test_first_verdict_goes_with_the_results(left: float, rows: int, said: str) -> None:
     report = study("01_replay_cost")
     cells, _ = report.cells_of(rows_for(left, rows), {"full": PLAIN.learning_rate})
     told = report.verdict(cells)
-    assert told.startswith(said)
+    assert said in told
+    assert said.replace("a step", "to the same loss") in told
     if rows == 16:  # it protects, at two thirds more operations
-        assert "The cheapest that is: full, 1/2, coef 10" in told
+        assert "The cheapest that prevents as much: full, 1/2, coef 10" in told
 
 
 def test_second_verdict_goes_with_the_results() -> None:
@@ -197,8 +202,8 @@ def test_second_verdict_goes_with_the_results() -> None:
         rows += [{**synthetic(1.0, seed, other), "name": "ntp"} for seed in (0, 1)]
         return baselines.verdict(baselines.entries_of(rows)[0])
 
-    assert "less than ntp, plain" in told(0.01, 0.5)
-    assert "less than plain; more than ntp" in told(0.5, 0.01)
+    assert "less than ntp (98% less), plain (99% less)" in told(0.01, 0.5)
+    assert "less than plain (50% less); more than ntp (4900% more)" in told(0.5, 0.01)
     assert "not clearly different from ntp" in told(0.5, 0.5)
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from retain.statistics import bootstrap_ratio, resample_counts
+from retain.statistics import bootstrap_ratio, mcnemar, resample_counts, share_interval
 
 
 def test_value_is_the_ratio_of_sums_not_the_mean_of_ratios():
@@ -66,3 +66,42 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
         naive_hits += abs(value - truth) <= spread
     assert 0.90 <= hits / trials <= 0.98
     assert naive_hits / trials < 0.5
+
+
+def test_mcnemar_equals_the_enumeration_of_every_split():
+    """All 2^n ways in which n changed answers can be lost or won, each as likely as any other."""
+    for total in range(9):
+        splits = [bin(way).count("1") for way in range(2**total)]
+        for lost in range(total + 1):
+            as_uneven = [abs(found - total / 2) >= abs(lost - total / 2) for found in splits]
+            assert mcnemar(lost, total - lost) == pytest.approx(sum(as_uneven) / 2**total)
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (3, 3), (37, 12), (12, 37), (500, 400), (9000, 5000), (1, 1200)])
+def test_mcnemar_equals_the_exact_binomial_test(lost, won):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
+    assert mcnemar(lost, won) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_rejects_about_as_often_as_it_says():
+    """Where nothing was lost on balance: at most 5%, since the test is exact and its steps are coarse."""
+    rng = np.random.default_rng(0)
+    rejected = np.mean([mcnemar(lost, 40 - lost) < 0.05 for lost in rng.binomial(40, 0.5, size=2000)])
+    assert 0.01 < rejected <= 0.05
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 5), (5, 5), (1, 1), (67, 100), (786, 1172)])
+def test_the_interval_of_a_share_is_wilsons(count, total):
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
+    found = share_interval(count, total)
+    assert found == pytest.approx((count / total, expected.low, expected.high), abs=1e-9)
+    assert found[1] <= found[0] <= found[2]
+
+
+def test_the_interval_of_a_share_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    for truth, size in ((0.67, 200), (0.97, 100)):
+        found = [share_interval(count, size) for count in rng.binomial(size, truth, size=1000).tolist()]
+        assert 0.92 <= np.mean([low <= truth <= high for _, low, high in found]) <= 0.98

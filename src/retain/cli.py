@@ -26,8 +26,13 @@ Finetune a language model without it forgetting, and say how much it forgets.
              retain finetune --config sft.yaml --replay_dataset replay/
   measure    a tuned model against its base, with intervals
              retain measure --base M --model out/ --retention wiki=wiki.txt --output_dir report/
+             (--budget 0.02 makes it a gate: exit code 0 within, 2 beyond, 3 not enough evidence, 1 error)
   report     one page for several measured runs, the plain one first
              retain report --runs report-plain/ report-replay/ --output_dir both/
+  fit        a law of forgetting from measured runs
+             retain fit runs/*/metrics.jsonl --form joint --output law.json
+  predict    what a law says of a run not yet made, with intervals
+             retain predict law.json --num_params 5e6 --num_steps 260
   demo       the whole story on a small packaged model
              make demo
 
@@ -39,7 +44,7 @@ DISK_FULL = ("inline_container.cc", "os error 28")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; return the exit code: 0, 1 for an error, 130 when interrupted."""
+    """Run a verb; return the exit code: 0, 1 for an error, 130 when interrupted, or what `measure --budget` found."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -57,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch|peft")
     try:
-        VERBS[verb](rest)
+        return VERBS[verb](rest) or 0
     except Launched:
         return 0
     except subprocess.CalledProcessError:
@@ -70,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(f"retain {verb}: {one_line(error)}")
         return 1
-    return 0
 
 
 def _complain(line: str) -> None:
@@ -182,7 +186,7 @@ def repeated_lists(argv: list[str]) -> list[str]:
         if flag == "--config" and value:  # which TrlParser would not see
             rest += [flag, value]
             continue
-        if flag.replace("_", "-") not in ("--retention", "--new-task", "--runs"):
+        if flag.replace("_", "-") not in ("--retention", "--new-task", "--choices", "--pair", "--runs"):
             rest.append(argv[at - 1])
             continue
         flag = flag.replace("-task", "_task")  # argparse takes either
@@ -206,16 +210,6 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def _load_pair(name: str, config: Any) -> tuple[Any, Any]:
-    from retain.models import default_device, load_model, load_tokenizer
-
-    options = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
-    tokenizer = load_tokenizer(name, **options)
-    attention = config.attn_implementation
-    model = load_model(name, dtype=config.dtype, attn_implementation=attention, device=default_device(), **options)
-    return model, tokenizer
 
 
 def sample(argv: list[str]) -> None:
@@ -243,52 +237,34 @@ def finetune(argv: list[str]) -> None:
     run_finetune(script_args, training_args, model_args, dataset_args, config)
 
 
-def measure(argv: list[str]) -> None:
-    """`retain measure`: base and tuned model → report.json, report.md, report.html."""
+def measure(argv: list[str]) -> int:
+    """`retain measure`: base and tuned model → report.json, report.md, report.html; with a limit, its exit code."""
     from retain.config import MeasureConfig
 
     (config,) = parse(argv, "measure", MeasureConfig)
     quiet_libraries()
-    from retain.callbacks import read_run
-    from retain.data import named_sources, prompt_text, read_rows
-    from retain.measuring import default_prompts
-    from retain.measuring import measure as measure_models
-    from retain.models import load_model, tokenizer_of_tuned
-    from retain.replay import load_texts
+    from retain.capabilities.gate import judge
+    from retain.capabilities.samples import paired_report
+    from retain.measuring import run_measure
+    from retain.report import ForgettingReport
+    from retain.text import visible
 
-    sources = named_sources(config.retention, "retention"), named_sources(config.new_task, "new_task")
-    base, tokenizer = _load_pair(config.base, config)
-    retention, new_task = (
-        {name: load_texts(source, tokenizer, config.max_documents) for name, source in group.items()}
-        for group in sources
-    )
-    if config.prompts:
-        prompts = [prompt_text(row, tokenizer) for row in read_rows(config.prompts)]
-    else:
-        prompts = default_prompts({**new_task, **retention}, tokenizer)
-    tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
-    tuned = load_model(
-        config.model,
-        dtype=base.dtype,
-        attn_implementation=base.config._attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-        device=base.device,
-    )
-    names = ("start_token", "max_length", "batch_tokens", "max_new_tokens", "num_resamples", "seed")
     with made_folder(config.output_dir):
-        report = measure_models(
-            base,
-            tuned,
-            retention,
-            tokenizer=tokenizer,
-            new_task=new_task,
-            prompts=prompts,
-            name=Path(config.model).name,
-            progress=lambda stage: print(f"{stage} …", flush=True),
-            **{name: getattr(config, name) for name in names},
-        )
-    report.data.update(read_run(Path(config.model)))
-    _finish(report.write, config.output_dir, report.summary())
+        if config.pair:
+            data = paired_report(config.pair, seed=config.seed, num_resamples=config.num_resamples)
+            result = ForgettingReport(data)
+        else:
+            result = run_measure(config, say=lambda stage: print(f"{visible(stage)} …", flush=True))
+    limits = {"budget": config.budget, "min_agreement": config.min_agreement}
+    if set(limits.values()) != {None}:
+        result.data["gate"] = judge(result.data, **limits)
+    _finish(result.write, config.output_dir, result.summary())
+    if "gate" not in result.data:
+        return 0
+    gate = result.data["gate"]
+    checks = gate["checks"] if len(gate["checks"]) > 1 else []
+    print(*map(visible, ["", *checks, gate["verdict"]]), sep="\n")
+    return gate["code"]
 
 
 @contextmanager
@@ -321,6 +297,31 @@ def report(argv: list[str]) -> None:
     _finish(partial(write_comparison, reports=runs, title=config.title), config.output_dir, comparison_summary(runs))
 
 
+def fit(argv: list[str]) -> None:
+    """`retain fit`: measured runs → a law of forgetting."""
+    from retain.config import FitConfig
+
+    (config,) = parse(files_first(argv, "--runs"), "fit", FitConfig)
+    from retain.law_verbs import run_fit
+
+    print(run_fit(config))
+
+
+def predict(argv: list[str]) -> None:
+    """`retain predict`: a law → the losses of a run not yet made, or the most steps within a limit."""
+    from retain.config import PredictConfig
+
+    (config,) = parse(files_first(argv, "--law"), "predict", PredictConfig)
+    from retain.law_verbs import run_predict
+
+    print(run_predict(config))
+
+
+def files_first(argv: list[str], flag: str) -> list[str]:
+    """Put `flag` before what stands in front of the first flag."""
+    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
+
+
 def demo(argv: list[str]) -> None:
     """`retain demo`: sample, finetune plain and with replay, measure, report."""
     from retain.config import DemoConfig
@@ -332,11 +333,13 @@ def demo(argv: list[str]) -> None:
     run_demo(config)
 
 
-VERBS: dict[str, Callable[[list[str]], None]] = {
+VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "sample": sample,
     "finetune": finetune,
     "measure": measure,
     "report": report,
+    "fit": fit,
+    "predict": predict,
     "demo": demo,
 }
 RESUME = {
@@ -344,5 +347,7 @@ RESUME = {
     "finetune": "the same command with --resume_from_checkpoint true goes on from the last checkpoint",
     "measure": "nothing was written; run it again",
     "report": "nothing was written; run it again",
+    "fit": "nothing was written; run it again",
+    "predict": "run it again",
     "demo": "finished stages are kept; run it again",
 }

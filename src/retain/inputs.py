@@ -19,6 +19,7 @@ from retain.models import (
     load_tokenizer,
     max_positions,
     model_fingerprint,
+    num_tuned,
     tokenizer_fingerprint,
 )
 from retain.objective import ReplayTerm, stored_error
@@ -202,6 +203,7 @@ class ProtectedInputs(RetentionMixin):
             "replay": dataclasses.asdict(self.replay_config),
             "replay_dataset": replay,
             "reference": self.reference_kind,
+            "num_params": num_tuned(self.model),
             "retention": {name: len(documents) for name, documents in self.retention_documents.items()},
             "versions": versions(),
         }

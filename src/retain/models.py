@@ -308,6 +308,11 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def num_tuned(model: nn.Module) -> int:
+    """Number of parameters that training changes, shared ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def max_positions(model: Any) -> int | None:
     """Longest sequence the model can take, in tokens, or None where its configuration names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

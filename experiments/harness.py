@@ -1,0 +1,299 @@
+"""Finetunes of the small base as one table: settings in, a row of results out, each run made once.
+
+`results.jsonl` is append-only and keyed by a hash of everything that was set; a row is written when its run has
+finished, so a study may be killed at any moment and started again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from matched import GRAIN, MEASURES
+from peft import LoraConfig, get_peft_model
+from small_base import Rows, Texts, logger
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
+from transformers.trainer_callback import PrinterCallback
+
+from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, versions
+from retain.callbacks import read_run
+from retain.data import Document, token_documents, tokenize_documents
+from retain.demo_data import packed_rows
+from retain.files import append_jsonl, read_jsonl, write_text
+from retain.models import model_fingerprint
+from retain.replay import load_self_generated
+from retain.sampling import sample_replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """The data of a study; every run of it trains and is measured on the same rows."""
+
+    max_length: int = 64
+    num_documents: int = 48
+    new_task_rows: int = 64
+    most_rows_of_a_file: int = 40
+    replay_rows: int = 2560
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A base with what it is trained and measured on."""
+
+    folder: Path
+    tokenizer: Any
+    train: Rows
+    new_task: Rows
+    retention: dict[str, list[Document]]
+    replay: ReplayDataset
+    fingerprint: str
+
+    def base(self) -> Any:
+        """The base as it is on disk, to be trained."""
+        return load_model(str(self.folder), dtype="float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One finetune. `replay_rows` of `replay_length` tokens a step, from the first `pool` rows or all of them, once."""
+
+    method: str = "full"
+    learning_rate: float = 1e-3
+    max_steps: int = 120
+    batch_size: int = 32
+    warmup_steps: int = 10
+    eval_steps: int = 10
+    lora_rank: int | None = None
+    objective: str = "kl"
+    coef: float = 0.0
+    share: float = 0.25
+    replay_rows: int = 1
+    replay_length: int | None = None
+    replay_every: int = 1
+    pool: int | None = None
+    strength: float | None = None
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result: fields at None or that play no part are left out."""
+        found = asdict(self)
+        if not (self.coef or self.objective == "replace"):
+            for name in ("objective", "replay_rows", "replay_length", "replay_every", "pool", "coef"):
+                del found[name]
+        if self.objective != "replace":
+            del found["share"]
+        return {name: value for name, value in found.items() if value is not None}
+
+    def config(self) -> ReplayConfig:
+        """The same as `retain`'s own settings."""
+        every = {"replay_every": self.replay_every} if self.replay_every > 1 else {}
+        return ReplayConfig(
+            replay_objective=self.objective,  # type: ignore[arg-type]
+            replay_coef=self.coef,
+            per_device_replay_batch_size=self.replay_rows,
+            replay_share=self.share,
+            replay_reference="auto" if self.method in ("full", "lora") else "copy",
+            **every,
+        )
+
+
+def key_of(settings: dict[str, Any], fingerprint: str) -> str:
+    """Hash of resolved settings on one bench."""
+    return hashlib.sha256(json.dumps([settings, fingerprint], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_bench(base: Path, texts: Texts, settings: BenchSettings) -> Bench:
+    """Rows of the new task, held-out documents, and replay that the base wrote: sampled on first use, beside it."""
+    tokenizer = load_tokenizer(str(base))
+    start, length = choose_start_token(tokenizer), settings.max_length
+    rng = random.Random(settings.seed)
+    cut = [packed_rows([text], tokenizer, start, length)[: settings.most_rows_of_a_file] for text in texts.verilog]
+    train = [row for rows in zip_longest(*cut) for row in rows if row is not None]
+    held_out = [row for text in texts.held_out_verilog for row in packed_rows([text], tokenizer, start, length)[1:4]]
+    prose = rng.sample(texts.held_out_prose, min(len(texts.held_out_prose), 2 * settings.num_documents))
+    documents = tokenize_documents(prose, tokenizer, start.id, length, max_windows=1)
+    whole = [document for document in documents if document.num_tokens == length - 1][: settings.num_documents]
+    replay, own = (
+        rows_of(base, tokenizer, name, number, length, 2 * settings.seed + at)
+        for at, (name, number) in enumerate((("replay", settings.replay_rows), ("held-out", settings.num_documents)))
+    )
+    own_rows = token_documents([own[at].tolist() for at in range(len(own))], tokenizer)
+    data = [asdict(settings), texts.fingerprint, model_fingerprint(load_model(str(base), dtype="float32"))]
+    return Bench(
+        folder=base,
+        tokenizer=tokenizer,
+        train=Rows(train),
+        new_task=Rows(held_out[: settings.new_task_rows]),
+        retention={"prose": whole, "self-generated": own_rows},
+        replay=replay,
+        fingerprint=hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16],
+    )
+
+
+def rows_of(base: Path, tokenizer: Any, name: str, number: int, length: int, seed: int) -> ReplayDataset:
+    """Rows that the base wrote at temperature 1 from its document start."""
+    model = load_model(str(base), dtype="float32")
+    folder = base / f"{name}-{number}x{length}-{seed}"
+    sample_replay(model, tokenizer, folder, num_rows=number, max_length=length, seed=seed, batch_size=64)
+    return load_self_generated(folder)
+
+
+def replay_of(run: Run, replay: ReplayDataset) -> ReplayDataset:
+    """The pool of a run: its first rows, cut to its length."""
+    rows = [replay[index][: run.replay_length] for index in range(run.pool or len(replay))]
+    return ReplayDataset.from_rows(rows, replay.source, replay.manifest)
+
+
+class StepClock(TrainerCallback):
+    """Wall-clock and processor seconds from the end of each optimizer step to the next; evaluations are left out.
+
+    On a core that others use too, the processor's seconds are what the wall-clock of an idle one would show.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[tuple[float, float]] = []
+        self._last: tuple[float, float] | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.perf_counter(), time.process_time()
+        if self._last is not None:
+            self.seconds.append((now[0] - self._last[0], now[1] - self._last[1]))
+        self._last = now
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._last = None
+
+
+class StopBelow(TrainerCallback):
+    """End a run at the first evaluation with a new-task loss that is low enough: what comes later is not read."""
+
+    def __init__(self, loss: float) -> None:
+        self.loss = loss
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        control.should_training_stop |= metrics.get("eval_loss", self.loss + 1) <= self.loss
+
+
+def arguments(run: Run, folder: Path) -> TrainingArguments:
+    """Constant learning rate after warm-up, AdamW without decay: a trajectory can be read at any of its steps."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=run.max_steps,
+        per_device_train_batch_size=run.batch_size,
+        per_device_eval_batch_size=32,
+        learning_rate=run.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=run.warmup_steps,
+        eval_strategy="steps" if run.eval_steps else "no",
+        eval_steps=run.eval_steps or None,
+        eval_on_start=bool(run.eval_steps),
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=run.seed,
+    )
+
+
+def make_trainer(run: Run, bench: Bench, folder: Path, kind: type = ReplayTrainer, model: Any = None) -> Any:
+    """The trainer of a run, with a `StepClock` as its `clock`."""
+    model = bench.base() if model is None else model
+    if run.method == "lora":
+        torch.manual_seed(run.seed)
+        config = LoraConfig(r=run.lora_rank, lora_alpha=2 * run.lora_rank, target_modules="all-linear")  # type: ignore[operator]
+        model = get_peft_model(model, config)
+    config = run.config()
+    trainer = kind(
+        model=model,
+        args=arguments(run, folder),
+        train_dataset=bench.train,
+        eval_dataset=bench.new_task,
+        data_collator=default_data_collator,
+        processing_class=bench.tokenizer,
+        replay_config=config,
+        replay_dataset=replay_of(run, bench.replay) if config.draws_replay else None,
+        retention_datasets=bench.retention if run.eval_steps else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.clock = StepClock()
+    trainer.add_callback(trainer.clock)
+    return trainer
+
+
+def finetune(run: Run, bench: Bench, folder: Path, stop_below: float | None = None, **how: Any) -> dict[str, Any]:
+    """Train and measure: `trajectory`, `documents` and the processor's seconds of a step (median)."""
+    shutil.rmtree(folder, ignore_errors=True)
+    trainer = make_trainer(run, bench, folder, **how)
+    if stop_below is not None:
+        trainer.add_callback(StopBelow(stop_below))
+    trainer.train()
+    found = read_run(folder)
+    return {
+        "trajectory": [compact(row) for row in found["trajectory"] if "eval_loss" in row],
+        "documents": [compact_documents(row) for row in found["documents"]],
+        "step_seconds": round(statistics.median(cpu for _, cpu in trainer.clock.seconds), 4),
+    }
+
+
+def compact(row: dict[str, Any]) -> dict[str, Any]:
+    """What a study reads of a row of `metrics.jsonl`."""
+    wanted = ("step", "eval_loss", "/forgetting", "/ref_kl")
+    return {name: round(value, 6) for name, value in row.items() if name.endswith(wanted)}
+
+
+def compact_documents(row: dict[str, Any]) -> dict[str, Any]:
+    """Means per document of what `matched.MEASURES` asks, in whole 1/`GRAIN` nats per token: a small file.
+
+    All documents have the same number of tokens.
+    """
+    (tokens,) = set(row["num_tokens"])
+    lost = [after - before for after, before in zip(row["loss"], row["base_loss"], strict=True)]
+    sums = {"ref_kl": row["ref_kl"], "forgetting": lost}
+    asked = [metric for text, metric in MEASURES if text == row["name"]]
+    means = {metric: [round(GRAIN * value / tokens) for value in sums[metric]] for metric in asked}
+    return {"step": row["step"], "name": row["name"], **means}
+
+
+class Results:
+    """Rows of a study on one bench, by key; what a killed process left half-written is cut off."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint = path, fingerprint
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if text and not text.endswith("\n"):
+            write_text(path, "".join(json.dumps(row) + "\n" for row in read_jsonl(path)))
+        self.rows = {row["key"]: row for row in read_jsonl(path)}
+
+    def get(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        return self.rows.get(key_of(settings, self.fingerprint))
+
+    def make(self, settings: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of these settings, computed and appended unless it is there."""
+        if (found := self.get(settings)) is not None:
+            return found
+        began = time.monotonic()
+        row = {"key": key_of(settings, self.fingerprint), "settings": settings, **compute()}
+        row |= {"seconds": round(time.monotonic() - began, 1), "bench": self.fingerprint, "versions": versions()}
+        append_jsonl(self.path, row)
+        self.rows[row["key"]] = row
+        logger.info("%5.1f s  %s", row["seconds"], settings)
+        return row
+
+
+def make_all(
+    runs: Iterable[Run], bench: Bench, results: Results, scratch: Path, stop_below: float | None = None
+) -> list[dict[str, Any]]:
+    """Every run of a plan, made once; `stop_below`: the new-task loss at which a run may end."""
+    return [results.make(run.settings(), lambda run=run: finetune(run, bench, scratch, stop_below)) for run in runs]

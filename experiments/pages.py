@@ -1,0 +1,62 @@
+"""What a study shows: a figure in the project's one look, and its README's results between two marks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from retain.files import write_text
+from retain.plots import INK, STYLE, save_png
+
+BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
+
+
+def write_results(readme: Path, text: str) -> None:
+    """Put the computed results between the marks of a README; the rest stays."""
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"readme: {str(readme)!r} has no place for results; put {BEGIN!r} and {END!r} into it")
+    write_text(readme, f"{before}{BEGIN}\n{text.strip()}\n{END}{after}")
+
+
+@contextmanager
+def panels(path: Path, number: int, size: tuple[float, float]) -> Iterator[Sequence[Any]]:
+    """Axes side by side, styled; saved when the block ends."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size)
+        yield [figure.add_subplot(1, number, at + 1) for at in range(number)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(figure, path)
+
+
+def dress(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+
+
+def goal_line(axes: Any, *, x: float | None = None, y: float | None = None, words: str = "") -> None:
+    """A dashed line with its meaning written at its end."""
+    how: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
+    if y is not None:
+        axes.axhline(y, **how)
+        axes.annotate(
+            words, (0.01, y), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8
+        )
+    if x is not None:
+        axes.axvline(x, **how)
+        axes.annotate(
+            words,
+            (x, 0.98),
+            (4, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=8,
+            va="top",
+        )

@@ -1,0 +1,98 @@
+"""A fitted law as a JSON file, and back with the same numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retain.files import write_json
+from retain.forgetting_law import ForgettingLaw, plain
+from retain.law_problem import Draws
+from retain.law_runs import as_runs
+from retain.laws import Array, Form, form_of
+
+SCHEMA = "retain.law/1"
+
+
+def write_law(law: ForgettingLaw, path: Path) -> None:
+    """Write the law whole or not at all. `params`, `ci` and `r_squared` are for readers; the rest is read back."""
+    table = {"run": law.runs.run, "dataset": law.runs.dataset}
+    fits = {"estimate": law.estimate, "draws": law.draws}
+    content = {
+        "schema": SCHEMA,
+        "form": law.form.name,
+        "equation": law.form.equation,
+        "params": {name: plain(value) for name, value in law.params.items()},
+        "ci": {name: plain(interval) for name, interval in law.conf_int().items()},
+        "r_squared": law.r_squared,
+        "held_out": law.held_out,
+        "condition": law.condition,
+        "warnings": law.warnings,
+        "settings": law.settings,
+        "bounds": law.form.exponents,
+        "runs": table | {name: column.tolist() for name, column in law.runs.columns.items()},
+        **{name: {key: array.tolist() for key, array in vars(draws).items()} for name, draws in fits.items()},
+        "spread": law.spread.tolist(),
+    }
+    write_json(path, content)
+
+
+def read_law(path: Path, form: Form | None = None) -> ForgettingLaw:
+    """Read what `write_law` wrote, or raise a `ValueError` of one line."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"law: cannot read {str(path)!r}; give a file that `retain fit` wrote") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ValueError(f"law: {str(path)!r} is not a {SCHEMA} file; give one that `retain fit` wrote")
+    try:
+        law = _from_dict(data, form)
+        _check_shapes(law)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"law: {str(path)!r} is damaged ({type(error).__name__}: {error}); fit it again") from error
+    return law
+
+
+def _from_dict(data: Mapping[str, Any], form: Form | None) -> ForgettingLaw:
+    found = form_of(form or data["form"], {name: tuple(pair) for name, pair in data["bounds"].items()})
+    estimate = _draws(data["estimate"])
+    return ForgettingLaw(
+        form=found,
+        runs=as_runs(data["runs"], found.columns),
+        estimate=estimate,
+        draws=_draws(data["draws"]) if data["draws"]["coefficients"] else estimate[:0],
+        spread=_numbers(data, "spread"),
+        held_out={group: {**errors} for group, errors in data["held_out"].items()},
+        condition=float(data["condition"]),
+        warnings=[str(text) for text in data["warnings"]],
+        settings={**data["settings"]},
+    )
+
+
+def _numbers(data: Mapping[str, Any], name: str) -> Array:
+    try:
+        array = np.asarray(data[name], dtype=np.float64)
+    except ValueError:  # ragged, or text
+        array = np.array(np.nan)
+    if not np.isfinite(array).all():
+        raise ValueError(f"law: {name!r} is damaged; fit the law again")
+    return array
+
+
+def _draws(data: Mapping[str, Any]) -> Draws:
+    return Draws(**{name: _numbers(data, name) for name in ("exponents", "coefficients", "given")})
+
+
+def _check_shapes(law: ForgettingLaw) -> None:
+    problem, sets = law.problem, len(law.problem.datasets)
+    width = (len(problem.slots), len(law.form.coefficients) * sets, problem.num_given * sets)
+    whole = law.spread.shape == (problem.num_outputs, problem.num_points) and len(law.estimate) == 1
+    for draws in (law.estimate, law.draws):
+        shapes = [array.shape for array in vars(draws).values()]
+        whole = whole and shapes == [(len(draws), numbers) for numbers in width]
+    if not whole:
+        raise ValueError("law: 'estimate', 'draws' or 'spread' does not fit the runs; fit the law again")

@@ -1,0 +1,225 @@
+"""Runs to fit a law to: one row per measurement, checked; from rows, from tables on disk, from `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retain.files import read_jsonl
+from retain.laws import Array
+
+CONFIG_FILE = "retain_config.json"  # what callbacks.py writes beside metrics.jsonl
+POSITIVE = ("num_params", "num_steps", "num_tokens", "tokens_per_param")
+NOT_NEGATIVE = ("finetuning_loss", "ref_kl", "replay_share")
+OF_A_RUN = ("num_params", "tokens_per_param", "replay_share")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Measurements of runs: the run and the data set of each row, and columns of numbers."""
+
+    run: tuple[str, ...]
+    dataset: tuple[str, ...]
+    columns: dict[str, Array]
+
+    def __len__(self) -> int:
+        return len(self.run)
+
+    @property
+    def names(self) -> list[str]:
+        """Each run once, in order; the same run on two data sets is two runs."""
+        return list(dict.fromkeys(self.keys))
+
+    @property
+    def keys(self) -> list[str]:
+        """The run of each row, with its data set where there are several."""
+        several = len(set(self.dataset)) > 1
+        return [f"{data}/{run}" if several else run for run, data in zip(self.run, self.dataset, strict=True)]
+
+    @property
+    def datasets(self) -> list[str]:
+        """Each data set once, in order."""
+        return list(dict.fromkeys(self.dataset))
+
+    def codes(self, of: Sequence[str], names: Sequence[str]) -> np.ndarray:
+        """The place of each row's name among `names`."""
+        place = {name: index for index, name in enumerate(names)}
+        return np.array([place[name] for name in of])
+
+
+def as_runs(rows: Runs | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], columns: Sequence[str]) -> Runs:
+    """Check rows (mappings, or a mapping of columns) and keep `columns`, `run` and `dataset`.
+
+    Raises:
+        ValueError: for a column that is missing or holds what is no number, for values that cannot be, and for rows
+            or runs that occur twice.
+    """
+    table = _table(rows)
+    missing = [name for name in ("run", *columns) if name not in table]
+    if missing:
+        found = ", ".join(map(str, table)) or "none"
+        raise ValueError(f"runs: no column {missing[0]!r}; needs {', '.join(('run', *columns))}, has {found}")
+    length = {len(values) for values in table.values()}
+    if length == {0} or len(length) > 1:
+        raise ValueError(
+            f"runs: columns of {', '.join(map(str, sorted(length)))} rows; give as many in each, at least 1"
+        )
+    labels = [str(name) for name in table["run"]]
+    sets = [str(name) for name in table.get("dataset", [""] * len(labels))]
+    kept = dict.fromkeys((*columns, *(["num_steps"] if "num_steps" in table else [])))
+    runs = Runs(tuple(labels), tuple(sets), {name: _numbers(name, table[name], labels) for name in kept})
+    _check_runs(runs)
+    return runs
+
+
+def _table(rows: Any) -> dict[str, Sequence[Any]]:
+    if isinstance(rows, Runs):
+        return {"run": rows.run, "dataset": rows.dataset} | {
+            name: list(column) for name, column in rows.columns.items()
+        }
+    if isinstance(rows, Mapping):
+        return {name: list(values) for name, values in rows.items()}
+    if not (isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows)):
+        raise ValueError(f"runs: {type(rows).__name__} is no table; give a list of rows or a mapping of columns")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _numbers(name: str, values: Sequence[Any], labels: Sequence[str]) -> Array:
+    numbers = np.empty(len(values))
+    for index, (value, label) in enumerate(zip(values, labels, strict=True)):
+        try:
+            numbers[index] = math.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}: {value!r} in run {label!r} is not a number; correct or drop the row") from None
+        low = 0.0 if name in NOT_NEGATIVE or name in POSITIVE else -math.inf
+        if not math.isfinite(numbers[index]) or numbers[index] < low or (name in POSITIVE and numbers[index] == 0):
+            raise ValueError(f"{name}: {value!r} in run {label!r} cannot be; correct or drop the row")
+    return numbers
+
+
+def _check_runs(runs: Runs) -> None:
+    rows: dict[tuple, None] = {}
+    content: dict[str, list[tuple]] = {}
+    for index, key in enumerate(runs.keys):
+        values = {name: float(column[index]) for name, column in runs.columns.items()}
+        at = ("num_steps", values["num_steps"]) if "num_steps" in values else tuple(values.items())
+        if (key, at) in rows:
+            raise ValueError(f"run: {key!r} has the same step or row twice; name every run (and seed) differently")
+        rows[key, at] = None
+        content.setdefault(key, []).append(tuple(values.items()))
+    for name in set(OF_A_RUN) & set(runs.columns):
+        for key, of_run in content.items():
+            if len({dict(values)[name] for values in of_run}) > 1:
+                raise ValueError(f"{name}: run {key!r} has several values; name every run differently")
+    seen: dict[tuple, str] = {}
+    for key, of_run in content.items():
+        twin = seen.setdefault(tuple(sorted(of_run)), key)
+        if twin != key:
+            raise ValueError(f"run: {key!r} is a copy of {twin!r}; give it once, or intervals are too narrow")
+
+
+def read_runs(
+    paths: Sequence[str | Path],
+    columns: Sequence[str],
+    *,
+    retention: str | None = None,
+    metric: str = "ref_kl",
+    min_steps: int = 1,
+) -> Runs:
+    """Read the `metrics.jsonl` of finetunes, or tables (CSV, Parquet, JSONL) that have the columns already.
+
+    Args:
+        columns: what the form needs.
+        retention: which retention text is `forgetting_loss`, where runs measured several.
+        metric: which of its metrics: ref_kl, forgetting or loss.
+        min_steps: leave out earlier measurements, in which the warm-up still shows.
+    """
+    rows: list[dict[str, Any]] = []
+    names = _short_names([Path(path) for path in paths])
+    for path, name in zip(map(Path, paths), names, strict=True):
+        if path.is_dir():
+            path = path / "metrics.jsonl"
+        if not path.is_file():
+            raise ValueError(f"runs: no file {str(path)!r}; give metrics.jsonl files of finetunes, or tables")
+        if path.name == "metrics.jsonl":
+            rows += read_metrics(path, name, columns, retention, metric)
+        else:
+            rows += _read_table(path)
+    kept = [row for row in rows if not (isinstance(at := row.get("num_steps"), int | float) and at < min_steps)]
+    return as_runs(kept, columns)
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """Runs by their folder, by the whole path where folders share a name."""
+    folders = [(path if path.is_dir() else path.parent).name for path in paths]
+    return folders if len(set(folders)) == len(paths) else [str(path) for path in paths]
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".jsonl":
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except ValueError as error:
+            raise ValueError(f"runs: {path.name!r} is not JSONL; write one JSON object a line") from error
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"runs: {path.name!r} has an unknown ending; use metrics.jsonl, .csv, .parquet or .jsonl")
+    from pyarrow import ArrowException, csv, parquet
+
+    try:
+        table = csv.read_csv(path) if path.suffix == ".csv" else parquet.read_table(path)
+    except ArrowException as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"runs: cannot read {path.name!r}; check the file: {first}") from error
+    return table.to_pylist()
+
+
+def read_metrics(
+    path: Path, run: str, columns: Sequence[str], retention: str | None, metric: str
+) -> list[dict[str, Any]]:
+    """Rows of one finetune: evaluations after the first step, with the size of what was tuned."""
+    steps: dict[int, dict[str, Any]] = {}
+    for row in read_jsonl(path):  # one row a step: the logs of an evaluation come in two parts
+        steps.setdefault(int(row["step"]), {}).update(row)
+    names = sorted({key.split("/", 1)[1].rpartition("/")[0] for row in steps.values() for key in row
+                    if key.startswith("retention/") and key.endswith(f"/{metric}")})  # fmt: skip
+    if retention is None and len(names) > 1:
+        raise ValueError(f"retention: {path} has {', '.join(names)}; choose one with --retention NAME")
+    key = f"retention/{retention or ''.join(names)}/{metric}"
+    wanted = {"finetuning_loss": "eval_loss", "forgetting_loss": key}
+    wanted = {column: logged for column, logged in wanted.items() if column in columns}
+    found = [step for step, row in steps.items() if step > 0 and all(name in row for name in wanted.values())]
+    if not found:
+        lacking = next((name for name in wanted.values() if not any(name in row for row in steps.values())), "step")
+        raise ValueError(
+            f"runs: {path} has no evaluation with {lacking!r} after step 0; finetune with --eval_strategy steps, "
+            "--eval_dataset_name and --retention"
+        )
+    size = {"num_params": tuned_params(path.parent)} if "num_params" in columns else {}
+    return [
+        {"run": run, "num_steps": step, **size, **{column: steps[step][name] for column, name in wanted.items()}}
+        for step in sorted(found)
+    ]
+
+
+def tuned_params(folder: Path) -> int:
+    """How many parameters a finetune tuned: as its `retain_config.json` says, else those of its adapter or model."""
+    if (folder / CONFIG_FILE).is_file():
+        told = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("num_params")
+        if told is not None:
+            return int(told)
+    files = sorted(folder.glob("adapter_model.safetensors")) or sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"num_params: {folder} holds no adapter and no model; keep it there, or give a table")
+    count = 0
+    for file in files:
+        with open(file, "rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    return count

@@ -1,0 +1,132 @@
+"""`retain fit` and `retain predict`: settings in, text out."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from retain.config import FitConfig, PredictConfig
+from retain.fitting import fit_forgetting_law
+from retain.forgetting_law import ForgettingLaw
+from retain.law_runs import read_runs
+from retain.laws import form_of
+
+INPUTS = ("num_params", "num_steps", "num_tokens", "replay_share", "tokens_per_param", "finetuning_loss", "ref_kl")
+
+
+def run_fit(config: FitConfig) -> str:
+    """Fit a law to the runs of `config`, write it, and return its summary."""
+    assert config.output is not None
+    folder = Path(config.output).parent
+    if not folder.is_dir():
+        raise ValueError(f"output: no folder {str(folder)!r}; make it first")
+    forms = [form_of(name) for name in (config.form, *config.rivals)]
+    runs = read_runs(
+        config.runs,
+        list(dict.fromkeys(column for form in forms for column in form.columns)),
+        retention=config.retention_name,
+        metric=config.forgetting_metric,
+        min_steps=config.min_steps,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the summary says what they say
+        law = fit_forgetting_law(
+            runs,
+            config.form,
+            shared_exponents=config.shared_exponents,
+            rivals=config.rivals,
+            num_starts=config.num_starts,
+            num_resamples=config.num_resamples,
+            seed=config.seed,
+        )
+    law.to_json(config.output)
+    lines = [law.summary(), "", f"law: {config.output}"]
+    if config.plot:
+        from retain.plots import save_png
+
+        save_png(law.plot(), config.plot)
+        lines.append(f"figure: {config.plot}")
+    return "\n".join(lines)
+
+
+def run_predict(config: PredictConfig) -> str:
+    """What a law says of a run, or of the most steps within a limit, as text or JSON."""
+    assert config.law is not None
+    law = ForgettingLaw.from_json(config.law)
+    known: dict[str, Any] = {name: getattr(config, name) for name in INPUTS if getattr(config, name) is not None}
+    if config.model is not None and config.lora_r is not None:
+        known["num_params"] = lora_num_params(
+            config.model,
+            config.lora_r,
+            config.lora_target_modules,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    if config.max_forgetting is not None:
+        answer = _most_steps(law, config, known)
+    else:
+        answer = law.predict(level=config.level, dataset=config.dataset, **known).to_dict()
+    answer = {"inputs": known, **answer}
+    return json.dumps(answer, indent=2) if config.json else as_text(answer)
+
+
+def _most_steps(law: ForgettingLaw, config: PredictConfig, known: dict[str, Any]) -> dict[str, Any]:
+    options: dict[str, Any] = {"level": config.level, "dataset": config.dataset, **known}
+    options["forgetting_loss"] = config.max_forgetting
+    found = law.solve("num_steps", **options)
+    low, high = (value if 0 < value < float("inf") else None for value in found.ci)
+    return {
+        "num_steps": {"value": found.value, "ci": [low, high]},
+        "max_forgetting": config.max_forgetting,
+        "level": config.level,
+        "extrapolates": bool(found.extrapolates),
+        "notes": found.extrapolates,
+    }
+
+
+def as_text(answer: dict[str, Any]) -> str:
+    """An answer for people: a line for each number, and what it rests on."""
+    given = ", ".join(f"{name} {value:g}" for name, value in answer["inputs"].items())
+    lines = [f"for {given}:"]
+    for name, found in answer.items():
+        if isinstance(found, dict) and "ci" in found:
+            low, high = (f"{end:.5g}" if end is not None else "?" for end in found["ci"])
+            lines.append(f"{name:<18}{found['value']:.5g}   {answer['level']:.0%} interval [{low}, {high}]")
+    lines += [f"! extrapolates: {note}" for note in answer["notes"]]
+    return "\n".join(lines)
+
+
+def lora_num_params(
+    model: str,
+    rank: int,
+    target_modules: list[str] | None = None,
+    *,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> int:
+    """How many parameters a LoRA of this rank tunes in `model`, from its configuration alone: no weights are read."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from retain.models import resolve_model_path
+
+    path = resolve_model_path(model)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"model: cannot read the configuration of {model!r}; check the name: {first}") from error
+    modules: Any = target_modules
+    if target_modules == ["all-linear"]:
+        modules = "all-linear"
+    try:
+        tuned = get_peft_model(empty, LoraConfig(r=rank, target_modules=modules, task_type="CAUSAL_LM"))
+    except ValueError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"lora_target_modules: {target_modules!r} does not fit {model!r}; {first}") from error
+    return sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)

@@ -1,0 +1,297 @@
+"""Forms of the laws of forgetting: pure functions, and the same as sums of terms for the fit. Nats per token.
+
+    P      num_params        parameters that are tuned (LoRA laws), or of the whole model (size, injection)
+    N      num_steps         update steps
+    D      num_tokens        tokens of finetuning
+    T      tokens_per_param  pretraining tokens per parameter
+    p      replay_share      share of old data mixed into finetuning
+    K      ref_kl            KL(base ‖ model) on the new task
+    L_ft   finetuning_loss   loss on the new task
+    L_f    forgetting_loss   loss on the old data: to the base's predictions, or true-label, or its rise
+    a, b, α, β, ρ            of the shifted power laws; c, s: an amplitude and the loss in the limit
+    _ft, _f, _fft            of L_ft, of L_f, and of the line L_f(L_ft)
+
+Sources: [K] Kalajdzievski, arXiv 2401.05605; [B] Bethune et al., arXiv 2502.06042; [M] Marek et al., arXiv
+2605.26097; [R] RL's Razor, arXiv 2509.04259.
+
+**What data identify.** c·[(a/P)^α + (b/N)^β]^ρ is unchanged by a → a·k^(1/α), b → b·k^(1/β), c → c·k^-ρ. The fit
+removes this freedom: the bracket is 1 at the centre of the data (geometric means P₀, N₀), so that c is the distance to
+the limit there. α, β and ρ are nearly degenerate too: for large ρ the form tends to c·(P/P₀)^-e·(N/N₀)^-f, and only
+e = ρ·w·α and f = ρ·(1-w)·β, with w = (a/P₀)^α, are left. They are reported as `slope_params` and `slope_steps`.
+The fit searches ρ, w (`share`), ρ·α (`reach_params`) and ρ·β (`reach_steps`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Number = float | Array
+Values = Mapping[str, Array]
+Centres = Mapping[str, float]
+
+
+def linear_forgetting(L_ft: Number, *, c_fft: Number, s_fft: Number) -> Array:
+    """L_f = -c_fft·L_ft + s_fft: the more learned, the more forgotten [K]."""
+    return s_fft - c_fft * np.asarray(L_ft)
+
+
+def shifted_power(
+    P: Number,
+    N: Number,
+    *,
+    a: Number,
+    alpha: Number,
+    b: Number,
+    beta: Number,
+    rho: Number,
+    c: Number,
+    s: Number,
+) -> Array:
+    """L_ft = c·[(a/P)^α + (b/N)^β]^ρ + s: new-task loss over tuned parameters and steps [K]."""
+    P, N = np.asarray(P, dtype=np.float64), np.asarray(N, dtype=np.float64)
+    return c * ((a / P) ** alpha + (b / N) ** beta) ** rho + s
+
+
+def joint_forgetting(P: Number, N: Number, *, c_fft: Number, s_fft: Number, **of_power: Number) -> Array:
+    """L_f = -c_fft·(c_ft·[(a_f/P)^α_f + (b_f/N)^β_f]^ρ + s_ft) + s_fft, c_ft, s_ft and ρ being those of L_ft [K]."""
+    return linear_forgetting(shifted_power(P, N, **of_power), c_fft=c_fft, s_fft=s_fft)
+
+
+def injection(
+    P: Number,
+    D: Number,
+    p: Number,
+    *,
+    A: Number,
+    B: Number,
+    alpha: Number,
+    beta: Number,
+    s: Number,
+) -> Array:
+    """L_f = s + A·D^β / ((1 + B·p)·P)^α: a share p of old data acts like (1 + B·p) times the parameters [B]."""
+    D, P, p = (np.asarray(value, dtype=np.float64) for value in (D, P, p))
+    return s + A * D**beta / ((1 + B * p) * P) ** alpha
+
+
+def size(P: Number, *, c: Number, alpha: Number) -> Array:
+    """L_f = c·P^-α: forgetting at equal learning over model size, a description of the table in [M]."""
+    return c * np.asarray(P, dtype=np.float64) ** -alpha
+
+
+def saturation(T: Number, *, c: Number, gamma: Number, s: Number) -> Array:
+    """L_f = s - c·T^-γ: forgetting over pretraining tokens per parameter, a description of the table in [M]."""
+    return s - c * np.asarray(T, dtype=np.float64) ** -gamma
+
+
+def quadratic(K: Number, *, c: Number, q: Number, s: Number) -> Array:
+    """L_f = s + c·K + q·K²: forgetting over the divergence on the new task [R]."""
+    K = np.asarray(K, dtype=np.float64)
+    return s + c * K + q * K**2
+
+
+@dataclass(frozen=True)
+class Form:
+    """A law as the fit sees it: each output is a sum of coefficients times terms.
+
+    `terms(inputs, exponents)` gives, for each output, one array per coefficient. Inputs are of shape (points,),
+    exponents broadcast against them with fits in front. The fit solves for the coefficients exactly and searches
+    the exponents between their bounds (`local` ones for each data set where exponents are shared).
+
+    Args:
+        name: how it is called, in files too.
+        equation: for people.
+        inputs, outputs: columns of the runs.
+        exponents: name → bounds; searched on a log scale where the lower bound is positive.
+        coefficients: names, in the order of the terms.
+        centred: divide these inputs by their geometric mean before `terms` sees them.
+        first: name → form: fitted first, its coefficients are passed to `terms` and `offset` with the exponents.
+        offset: what is added to each output beside the terms.
+        report: exponents, coefficients and centres → the parameters as published.
+    """
+
+    name: str
+    equation: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    exponents: Mapping[str, tuple[float, float]]
+    coefficients: tuple[str, ...]
+    terms: Callable[[Values, Values], Sequence[Sequence[Number]]]
+    local: tuple[str, ...] = ()
+    centred: tuple[str, ...] = ()
+    first: Form | None = None
+    offset: Callable[[Values], Sequence[Number]] | None = None
+    report: Callable[[Values, Centres], dict[str, Array]] | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Every column that the fit reads."""
+        first = self.first.columns if self.first else ()
+        return tuple(dict.fromkeys((*self.inputs, *self.outputs, *first)))
+
+
+def _bracket(inputs: Values, values: Values, of: str = "") -> Array:
+    """[w·P^-α + (1-w)·N^-β]^ρ with P and N in units of their centres."""
+    rho, share = values["rho"], values[f"share{of}"]
+    by_params = share * inputs["num_params"] ** -(values[f"reach_params{of}"] / rho)
+    return (by_params + (1 - share) * inputs["num_steps"] ** -(values[f"reach_steps{of}"] / rho)) ** rho
+
+
+def _power_exponents(of: str = "") -> dict[str, tuple[float, float]]:
+    return {f"reach_params{of}": (1e-3, 5.0), f"reach_steps{of}": (1e-3, 5.0), f"share{of}": (0.0, 1.0)}
+
+
+def _published(values: Values, centres: Centres, of: str, scale: Number) -> dict[str, Array]:
+    """a, α, b, β and the slopes, for a bracket that is `scale` at the centre."""
+    rho, share = values["rho"], values[f"share{of}"]
+    alpha, beta = values[f"reach_params{of}"] / rho, values[f"reach_steps{of}"] / rho
+    with np.errstate(over="ignore"):
+        return {
+            f"a{of}": centres["num_params"] * (scale * share) ** (1 / alpha),
+            f"alpha{of}": alpha,
+            f"b{of}": centres["num_steps"] * (scale * (1 - share)) ** (1 / beta),
+            f"beta{of}": beta,
+            f"slope_params{of}": rho * share * alpha,
+            f"slope_steps{of}": rho * (1 - share) * beta,
+        }
+
+
+def _report_power(values: Values, centres: Centres) -> dict[str, Array]:
+    named = {"c": values["c"], "s": values["s"], "rho": values["rho"]}
+    return named | _published(values, centres, "", 1.0)
+
+
+def _report_joint(values: Values, centres: Centres) -> dict[str, Array]:
+    named = {name: values[name] for name in ("c_fft", "s_fft", "c_ft", "s_ft", "rho")}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = (values["amplitude_f"] / values["c_ft"]) ** (1 / values["rho"])  # NaN where the two differ in sign
+    return named | _published(values, centres, "_ft", 1.0) | _published(values, centres, "_f", scale)
+
+
+def _joint_terms(inputs: Values, values: Values) -> Sequence[Sequence[Number]]:
+    slope = values["c_fft"]
+    return [[_bracket(inputs, values, "_ft"), 0.0, 1.0], [0.0, -slope * _bracket(inputs, values, "_f"), -slope]]
+
+
+def _injection_terms(inputs: Values, values: Values) -> Sequence[Sequence[Number]]:
+    size_of = (1 + values["B"] * inputs["replay_share"]) * inputs["num_params"]
+    return [[inputs["num_tokens"] ** values["beta"] * size_of ** -values["alpha"], 1.0]]
+
+
+def _report_injection(values: Values, centres: Centres) -> dict[str, Array]:
+    unit = centres["num_tokens"] ** values["beta"] * centres["num_params"] ** -values["alpha"]
+    return {"A": values["A"] / unit, **{name: values[name] for name in ("B", "alpha", "beta", "s")}}
+
+
+P_N, RHO = ("num_params", "num_steps"), {"rho": (0.3, 30.0)}
+LINEAR = Form(
+    name="linear",
+    equation="L_f = -c_fft·L_ft + s_fft",
+    inputs=("finetuning_loss",),
+    outputs=("forgetting_loss",),
+    exponents={},
+    coefficients=("c_fft", "s_fft"),
+    terms=lambda x, _: [[-x["finetuning_loss"], 1.0]],
+)
+JOINT = Form(
+    name="joint",
+    equation="L_ft = c_ft·[(a_ft/P)^α_ft + (b_ft/N)^β_ft]^ρ + s_ft;  "
+    "L_f = -c_fft·(c_ft·[(a_f/P)^α_f + (b_f/N)^β_f]^ρ + s_ft) + s_fft",
+    inputs=P_N,
+    outputs=("finetuning_loss", "forgetting_loss"),
+    exponents=_power_exponents("_ft") | _power_exponents("_f") | RHO,
+    coefficients=("c_ft", "amplitude_f", "s_ft"),
+    terms=_joint_terms,
+    local=("share_ft", "share_f"),
+    centred=P_N,
+    first=LINEAR,
+    offset=lambda values: [0.0, values["s_fft"]],
+    report=_report_joint,
+)
+FINETUNING = Form(
+    name="finetuning",
+    equation="L_ft = c·[(a/P)^α + (b/N)^β]^ρ + s",
+    inputs=P_N,
+    outputs=("finetuning_loss",),
+    exponents=_power_exponents() | RHO,
+    coefficients=("c", "s"),
+    terms=lambda x, values: [[_bracket(x, values), 1.0]],
+    local=("share",),
+    centred=P_N,
+    report=_report_power,
+)
+FORGETTING = Form(
+    name="forgetting",
+    equation="L_f = c·[(a/P)^α + (b/N)^β]^ρ + s, with c below zero where forgetting grows",
+    inputs=P_N,
+    outputs=("forgetting_loss",),
+    exponents=FINETUNING.exponents,
+    coefficients=("c", "s"),
+    terms=FINETUNING.terms,
+    local=("share",),
+    centred=P_N,
+    report=_report_power,
+)
+INJECTION = Form(
+    name="injection",
+    equation="L_f = A·D^β / ((1 + B·p)·P)^α + s",
+    inputs=("num_params", "num_tokens", "replay_share"),
+    outputs=("forgetting_loss",),
+    exponents={"alpha": (1e-2, 3.0), "beta": (1e-2, 3.0), "B": (1e-2, 1e6)},
+    coefficients=("A", "s"),
+    terms=_injection_terms,
+    centred=("num_params", "num_tokens"),
+    report=_report_injection,
+)
+SIZE = Form(
+    name="size",
+    equation="L_f = c·P^-α",
+    inputs=("num_params",),
+    outputs=("forgetting_loss",),
+    exponents={"alpha": (1e-2, 10.0)},
+    coefficients=("c",),
+    terms=lambda x, values: [[x["num_params"] ** -values["alpha"]]],
+    centred=("num_params",),
+    report=lambda values, centres: {
+        "c": values["c"] * centres["num_params"] ** values["alpha"],
+        "alpha": values["alpha"],
+    },
+)
+SATURATION = Form(
+    name="saturation",
+    equation="L_f = s - c·T^-γ",
+    inputs=("tokens_per_param",),
+    outputs=("forgetting_loss",),
+    exponents={"gamma": (1e-2, 5.0)},
+    coefficients=("c", "s"),
+    terms=lambda x, values: [[-(x["tokens_per_param"] ** -values["gamma"]), 1.0]],
+)
+QUADRATIC = Form(
+    name="quadratic",
+    equation="L_f = s + c·K + q·K²",
+    inputs=("ref_kl",),
+    outputs=("forgetting_loss",),
+    exponents={},
+    coefficients=("c", "q", "s"),
+    terms=lambda x, _: [[x["ref_kl"], x["ref_kl"] ** 2, 1.0]],
+)
+FORMS = {form.name: form for form in (LINEAR, JOINT, FINETUNING, FORGETTING, INJECTION, SIZE, SATURATION, QUADRATIC)}
+
+
+def form_of(form: str | Form, bounds: Mapping[str, tuple[float, float]] | None = None) -> Form:
+    """A form by its name, or one of the user's own; with other bounds of its exponents where they are given."""
+    if not isinstance(form, Form):
+        if form not in FORMS:
+            raise ValueError(f"form: {form!r} is not known; use one of {', '.join(FORMS)}")
+        form = FORMS[form]
+    for name, (low, high) in (bounds or {}).items():
+        if name not in form.exponents:
+            known = ", ".join(form.exponents) or "none"
+            raise ValueError(f"bounds: {name!r} is no exponent of the form {form.name!r}; it has {known}")
+        if not 0 <= low < high < np.inf:
+            raise ValueError(f"bounds: {name} from {low:g} to {high:g} cannot be; use 0 <= low < high")
+    return replace(form, exponents={**form.exponents, **(bounds or {})})
