@@ -74,7 +74,7 @@ class ReplayConfig:
     per_device_replay_batch_size: int | None = field(
         default=None,
         metadata=_say(
-            "Replay rows per device and micro-batch. Default: a quarter of per_device_train_batch_size, at least 1."
+            "Replay rows per device and micro-batch. Default: an eighth of per_device_train_batch_size, at least 1."
         ),
     )
     replay_every: int = field(

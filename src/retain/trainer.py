@@ -87,7 +87,7 @@ class ReplayMixin(ProtectedInputs):
         """Replay rows per device and micro-batch."""
         config, batch = self.replay_config, self.args.per_device_train_batch_size
         if config.replay_objective != "replace":
-            return config.per_device_replay_batch_size or max(1, batch // 4)
+            return config.per_device_replay_batch_size or max(1, batch // 8)  # experiments/01_replay_cost
         rows = round(config.replay_share * batch)
         if not 0 < rows < batch:
             raise ValueError(

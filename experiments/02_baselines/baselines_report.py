@@ -1,0 +1,181 @@
+"""Results of the study in, table, verdict and figure out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matched import MEASURES, Estimate, Reading, mean_of, prevented, read_at, target_loss
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from pages import dress, goal_line, panels
+
+from retain.comparison import series
+from retain.plots import MARKS, PALETTE
+
+GAIN = 0.75  # of plain finetuning's: as much as LoRA learns in as many steps
+KNOBS = {"learning_rate": "lr", "coef": "coef", "share": "share", "lora_rank": "rank", "strength": "strength"}
+RIVAL = "kl"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One setting of one method: its runs by seed, each read at the target loss (None: never came down so far)."""
+
+    method: str
+    settings: dict[str, Any]
+    rows: dict[int, dict[str, Any]]
+    readings: dict[int, Reading | None]
+
+    @property
+    def reached(self) -> bool:
+        return all(reading is not None for reading in self.readings.values())
+
+    @property
+    def name(self) -> str:
+        told = [f"{word} {self.settings[key]:.2g}" for key, word in KNOBS.items() if self.settings.get(key)]
+        return f"{self.method}, {', '.join(told)}"
+
+    def mean(self, text: str, metric: str) -> Estimate:
+        return mean_of([r for r in self.readings.values() if r], text, metric)
+
+    def against(self, plain: Entry, text: str, metric: str) -> Estimate:
+        seeds = [seed for seed in self.readings if plain.readings.get(seed)]
+        return prevented([self.readings[s] for s in seeds], [plain.readings[s] for s in seeds], text, metric)  # type: ignore[misc]
+
+
+def entries_of(rows: Sequence[dict[str, Any]]) -> tuple[list[Entry], float]:
+    """Entries in the order of the results, the plain run of the study first, and the target loss."""
+    groups: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        key = {name: value for name, value in row["settings"].items() if name != "seed"}
+        groups.setdefault(json.dumps([row["name"], key]), {})[row["settings"]["seed"]] = row
+    first = next(group for key, group in groups.items() if json.loads(key)[0] == "plain")
+    target = target_loss(list(first.values()), GAIN)
+    found = []
+    for key, by_seed in groups.items():
+        method, settings = json.loads(key)
+        readings = {seed: read_at(row, target) for seed, row in sorted(by_seed.items())}
+        found.append(Entry(method, settings, by_seed, readings))
+    return found, target
+
+
+def best_of(entries: Sequence[Entry], text: str = "prose", metric: str = "ref_kl") -> dict[str, Entry]:
+    """Each method's setting with the least divergence, of those that reached the target; methods in order of it."""
+    found: dict[str, Entry] = {}
+    for entry in sorted((e for e in entries if e.reached), key=lambda e: e.mean(text, metric).value):
+        found.setdefault(entry.method, entry)
+    return found
+
+
+def chosen(entries: Sequence[Entry]) -> list[Entry]:
+    """Each method's best setting; of a method that never reached the target, the one that learned most."""
+    found = best_of(entries)
+    for entry in sorted(entries, key=lowest):
+        found.setdefault(entry.method, entry)
+    return list(found.values())
+
+
+def lowest(entry: Entry) -> float:
+    """Best new-task loss, mean over seeds."""
+    return float(np.mean([min(series(row, "eval_loss")[1]) for row in entry.rows.values()]))
+
+
+def verdict(entries: Sequence[Entry]) -> str:
+    """Is self-generated replay with KL below every other method's best setting? Paired by seed, for each measure."""
+    told = []
+    for text, metric in MEASURES:
+        best = best_of(entries, text, metric)
+        if RIVAL not in best:
+            return f"No verdict: {RIVAL} never reached the target loss."
+        own = best.pop(RIVAL)
+        found = {name: own.against(entry, text, metric) for name, entry in best.items()}
+        groups = {
+            "less than": [f"{name} ({e.value:.0%} less)" for name, e in found.items() if e.low > 0],
+            "more than": [f"{name} ({-e.value:.0%} more)" for name, e in found.items() if e.high < 0],
+            "not clearly different from": [name for name, e in found.items() if e.low <= 0 <= e.high],
+        }
+        words = "; ".join(f"{how} {', '.join(names)}" for how, names in groups.items() if names)
+        told.append(f"{metric} on {text}, {own.mean(text, metric)} nats per token: {words}")
+    never = sorted({e.method for e in entries} - set(best_of(entries)))
+    after = f" Never reached the target loss: {', '.join(never)}." if never else ""
+    return f"At the same new-task loss `{RIVAL}` has, at each method's best setting, " + ". ".join(told) + "." + after
+
+
+COLUMNS = (
+    "run", "seeds", "forgetting on prose", "ref_kl on prose", "ref_kl on own rows", "prevented: forgetting",
+    "prevented: ref_kl prose", "steps to target", "best new-task loss",
+)  # fmt: skip
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """Markdown, least divergence first; prevented is against the study's plain run."""
+    order = sorted(entries, key=lambda e: e.mean("prose", "ref_kl").value if e.reached else float("inf"))
+    head = f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|\n"
+    return head + "\n".join(_line(entry, entries[0]) for entry in order)
+
+
+def _line(entry: Entry, plain: Entry) -> str:
+    told = [entry.name, str(len(entry.rows))]
+    if not entry.reached:
+        return f"| {' | '.join(told)} | target not reached |||||| {lowest(entry):.3f} |"
+    told += [str(entry.mean(*measure)) for measure in MEASURES]
+    told += ["–", "–"] if entry is plain else [entry.against(plain, *measure).percent() for measure in MEASURES[:2]]
+    steps = np.mean([reading.step for reading in entry.readings.values() if reading])
+    told += ["–" if entry.settings["method"] == "interpolation" else f"{steps:.0f}", f"{lowest(entry):.3f}"]
+    return f"| {' | '.join(told)} |"
+
+
+def draw(entries: Sequence[Entry], target: float, path: Path) -> None:
+    """Trajectories (mean over seeds) and their ends; one colour a method, named at the end of its best setting."""
+    methods = list(dict.fromkeys(entry.method for entry in entries))
+    with panels(path, 2, (13.0, 5.2)) as (first, second):
+        for axes, metric in ((first, "forgetting"), (second, "ref_kl")):
+            for entry in entries:
+                _trace(axes, entry, metric, *_look(methods.index(entry.method)))
+            _name_methods(axes, entries, methods, metric)
+            worst, best = axes.get_xlim()[1], axes.get_xlim()[0]
+            axes.set_xlim(worst, best - 0.08 * (worst - best))  # learning to the right; room for names
+            goal_line(axes, x=target, words=" same loss")
+        second.set_yscale("log")
+        second.set_ylim(bottom=0.01)
+        second.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        second.yaxis.set_minor_formatter(NullFormatter())
+        right = "new-task loss, nats per token (learning goes right →)"
+        dress(first, "Forgetting of prose", right, "forgetting, nats per token")
+        dress(second, "Divergence from the base on prose", right, "ref_kl, nats per token")
+
+
+def _look(at: int) -> tuple[str, str]:
+    extra = ("#2f4b8f", "#7a7a2a", "#a33b3b", "#4f4f4f")
+    colors = (*PALETTE, *extra)
+    return colors[at % len(colors)], (*MARKS, "X", "<", ">", "*")[at % 10]
+
+
+def _trace(axes: Any, entry: Entry, metric: str, color: str, mark: str) -> None:
+    x, y = trace(entry, metric)
+    axes.plot(x, y, color=color, linewidth=1.1, alpha=0.55)
+    axes.plot(x[-1:], y[-1:], color=color, marker=mark, markersize=6, linestyle="none")
+
+
+def trace(entry: Entry, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """New-task loss and the metric on prose at every evaluation but the first, means over seeds."""
+    curves = [
+        [series(row, key)[1] for key in ("eval_loss", f"retention/prose/{metric}")] for row in entry.rows.values()
+    ]
+    x, y = np.mean(curves, axis=0)
+    return x[1:], y[1:]
+
+
+def _name_methods(axes: Any, entries: Sequence[Entry], methods: Sequence[str], metric: str) -> None:
+    """A method's name beside the end of its lowest trace; every plain run's, with its learning rate."""
+    for at, method in enumerate(methods):
+        ends = [(*(values[-1] for values in trace(e, metric)), e) for e in entries if e.method == method]
+        named = ends if method == "plain" else [min(ends, key=lambda end: end[1])]
+        for x, y, entry in named:
+            words = f"{method}, lr {entry.settings['learning_rate']:.1g}" if method == "plain" else method
+            place = {"xytext": (-6, 4), "ha": "right"} if method == "plain" else {"xytext": (7, -2), "va": "top"}
+            axes.annotate(words, (x, y), textcoords="offset points", color=_look(at)[0], fontsize=8.5, **place)
