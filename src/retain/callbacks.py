@@ -13,11 +13,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from retain.files import append_jsonl, read_jsonl, write_json, write_text
+from retain.files import CONFIG_FILE, append_jsonl, read_jsonl, write_json, write_text
 
 METRICS_FILE = "metrics.jsonl"
 DOCUMENTS_FILE = "documents.jsonl"
-CONFIG_FILE = "retain_config.json"
 BUDGET_FILE = "budget.json"
 
 

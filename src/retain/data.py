@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from retain.text import first_line
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
@@ -60,11 +62,6 @@ def read_rows(source: str, split: str = "train") -> Dataset:
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
     except Exception as error:  # pyarrow's many ways of saying that the rows do not share one schema
         raise ValueError(f"data: the rows of {source!r} do not share one schema; {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _decoded(path: Path) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from retain.heads import seen_by_head
 from retain.reference import evaluation_mode
 
 if TYPE_CHECKING:
@@ -204,18 +204,6 @@ def draw_rows(
         raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
     sums = logprobs.cpu().numpy(), entropies.cpu().numpy()
     return Drawn(tokens.cpu().numpy().astype(np.int32), given, *sums, _row_after_row(kept, given))
-
-
-@contextmanager
-def seen_by_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """The hidden states of each forward pass, as the output head gets them."""
-    seen: list[Tensor] = []
-    head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def _prediction(store: str, hidden: Tensor, log_probs: Tensor) -> dict[str, Tensor]:

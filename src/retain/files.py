@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+CONFIG_FILE = "retain_config.json"  # of a run, beside its metrics.jsonl
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:

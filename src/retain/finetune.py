@@ -9,10 +9,11 @@ from typing import Any
 from trl import get_dataset, get_peft_config, get_quantization_config
 
 from retain.config import FinetuneConfig
-from retain.data import first_line, is_local_file, named_sources, read_rows
+from retain.data import is_local_file, named_sources, read_rows
 from retain.models import choose_start_token, load_model, load_tokenizer, resolve_model_path
 from retain.replay import load_texts
 from retain.sample import sample_with_bar
+from retain.text import first_line
 from retain.trainer import ReplaySFTTrainer
 
 

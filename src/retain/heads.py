@@ -6,7 +6,8 @@ whatever wraps the model: FSDP2 has gathered them just then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,22 @@ class HeadForm(NamedTuple):
     def head(self, module: nn.Linear) -> Head:
         """The head with the weights that the module holds now."""
         return Head(module.weight, module.bias, self.scale, self.softcap)
+
+    def frozen(self, module: nn.Linear) -> Head:
+        """The head with a copy of these weights, which stays when the module is trained."""
+        bias = None if module.bias is None else module.bias.detach().clone()
+        return self.head(module)._replace(weight=module.weight.detach().clone(), bias=bias)
+
+
+@contextmanager
+def seen_by_head(model: Any) -> Iterator[list[Tensor]]:
+    """The hidden states of each forward pass, as the output head gets them."""
+    seen: list[Tensor] = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def at_head(
@@ -71,14 +88,9 @@ def find_head_form(model: Any) -> HeadForm | None:
     if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
         return None
     inputs = {"input_ids": probe_tokens(model.get_input_embeddings().weight.shape[0]).to(model.device)}
-    calls: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: calls.append(args[0]))
-    try:
-        with evaluation_mode(model):
-            logits = model(**inputs, use_cache=False).logits.float()
-    finally:
-        handle.remove()
-    if len(calls) != 1:
+    with evaluation_mode(model), seen_by_head(model) as hidden:
+        logits = model(**inputs, use_cache=False).logits.float()
+    if len(hidden) != 1:
         return None
     config = model.config.get_text_config()
     factors = [float(value) for name in FACTORS if (value := getattr(config, name, None))]
@@ -88,7 +100,7 @@ def find_head_form(model: Any) -> HeadForm | None:
     for scale in (*factors, *(1 / factor for factor in factors), 1.0):
         for cap in (float(softcap), None) if softcap else (None,):
             form = HeadForm(scale, cap)
-            found = form.head(module).logits(calls[0])
+            found = form.head(module).logits(hidden[0])
             if found.shape == logits.shape and float((found.float() - logits).abs().max()) <= tolerance:
                 return form
     return None

@@ -7,11 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from retain import versions
 from retain.data import as_documents
-from retain.heads import HeadForm, find_head_form
+from retain.heads import find_head_form
 from retain.losses import Head
 from retain.models import (
     choose_start_token,
@@ -39,8 +37,7 @@ from retain.retention import RetentionMixin
 logger = logging.getLogger(__name__)
 
 # Most nats per token by which stored predictions may differ from the model's own before training.
-STORED_TOLERANCE = {torch.float32: 1e-4}
-STORED_TOLERANCE_HALF = 2e-2
+STORED_TOLERANCE, STORED_TOLERANCE_HALF = 1e-4, 2e-2
 
 
 class ProtectedInputs(RetentionMixin):
@@ -80,43 +77,37 @@ class ProtectedInputs(RetentionMixin):
         """
         config, model, rows = self.replay_config, self.model, self.replay_dataset
         form = find_head_form(model) if config.adds_replay_term else None
+        module, ref_head = model.get_output_embeddings(), None
         if self.reference is None and self.retention_documents:
-            self.reference = self._remember(form)
+            if form is None:
+                raise ValueError(
+                    "replay_reference: 'cache' with retention texts needs a plain output head on the model; use adapter"
+                    " or copy"
+                )
+            ref_head = form.frozen(module)
+            self.reference = self._remember(ref_head)
         if self.reference is not None:
             self.reference.to(self.accelerator.device)
             self.reference.prove(model, self._base_probe)
             if self.reference.kind == "adapter":
                 check_base_is_frozen(model)
-        stores_hidden = self.uses_cache and rows is not None and rows.cache is not None and rows.cache.kind == "hidden"
-        if stores_hidden and form is None:
-            raise ValueError(
-                "replay_reference: stored hidden states need the model's plain output head, and an adapter or another "
-                "form sits there; use adapter or copy, or sample with --store_reference topk"
-            )
-        ref_head = self._frozen_head(form) if stores_hidden and form is not None else None
+        if self.uses_cache and rows is not None and rows.cache is not None and rows.cache.kind == "hidden":
+            if form is None:
+                raise ValueError(
+                    "replay_reference: stored hidden states need the model's plain output head, and an adapter or "
+                    "another form sits there; use adapter or copy, or sample with --store_reference topk"
+                )
+            if ref_head is None and module.weight.requires_grad:  # a head that is not trained stays the base's
+                ref_head = form.frozen(module)
         self.replay_term = ReplayTerm(form, self.reference, ref_head, self.accelerator.autocast)
         if self.uses_cache:
             self._prove_stored()
 
-    def _remember(self, form: HeadForm | None) -> Reference:
-        if form is None:
-            raise ValueError(
-                "replay_reference: 'cache' with retention texts needs a plain output head on the model; use adapter or "
-                "copy"
-            )
-        windows = [
-            window for documents in self.retention_documents.values() for one in documents for window in one.windows
-        ]
+    def _remember(self, head: Head) -> Reference:
+        texts = self.retention_documents.values()
+        windows = [window for documents in texts for document in documents for window in document.windows]
         with self.accelerator.autocast():
-            return Reference(RememberedBase(self.model, form, windows))
-
-    def _frozen_head(self, form: HeadForm) -> Head | None:
-        """A copy of the head where it is to be trained; None where the model's own stays the base's."""
-        head = form.head(self.model.get_output_embeddings())
-        if not head.weight.requires_grad:
-            return None
-        bias = None if head.bias is None else head.bias.detach().clone()
-        return head._replace(weight=head.weight.detach().clone(), bias=bias)
+            return Reference(RememberedBase(self.model, head, windows))
 
     def _prove_stored(self) -> None:
         rows = self.replay_dataset
@@ -130,7 +121,7 @@ class ProtectedInputs(RetentionMixin):
             error = stored_error(self.replay_term, self.model, batch, labels[:, 1:] != -100, stored)
         halves = {"bfloat16", "float16"} & {rows.manifest["sampler"]["dtype"], str(self.model.dtype)[6:]}
         half = bool(halves) or self.accelerator.mixed_precision != "no"
-        if not error <= (STORED_TOLERANCE_HALF if half else STORED_TOLERANCE[torch.float32]):
+        if not error <= (STORED_TOLERANCE_HALF if half else STORED_TOLERANCE):
             raise ValueError(
                 f"replay_reference: the predictions stored in {rows.source!r} are not this model's (KL {error:.2g} nats"
                 " per token before training); sample again, or set replay_reference to adapter or copy"

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from retain.files import read_jsonl
+from retain.files import CONFIG_FILE, read_jsonl
 from retain.laws import Array
+from retain.text import first_line
 
-CONFIG_FILE = "retain_config.json"  # what callbacks.py writes beside metrics.jsonl
 POSITIVE = ("num_params", "num_steps", "num_tokens", "tokens_per_param")
 NOT_NEGATIVE = ("finetuning_loss", "ref_kl", "replay_share")
 OF_A_RUN = ("num_params", "tokens_per_param", "replay_share")
@@ -175,8 +175,7 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
     try:
         table = csv.read_csv(path) if path.suffix == ".csv" else parquet.read_table(path)
     except ArrowException as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"runs: cannot read {path.name!r}; check the file: {first}") from error
+        raise ValueError(f"runs: cannot read {path.name!r}; check the file: {first_line(error)}") from error
     return table.to_pylist()
 
 

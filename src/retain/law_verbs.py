@@ -12,6 +12,7 @@ from retain.fitting import fit_forgetting_law
 from retain.forgetting_law import ForgettingLaw
 from retain.law_runs import read_runs
 from retain.laws import form_of
+from retain.text import first_line
 
 INPUTS = ("num_params", "num_steps", "num_tokens", "replay_share", "tokens_per_param", "finetuning_loss", "ref_kl")
 
@@ -111,7 +112,7 @@ def lora_num_params(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from retain.models import resolve_model_path
+    from retain.models import num_tuned, resolve_model_path
 
     path = resolve_model_path(model)
     try:
@@ -119,14 +120,16 @@ def lora_num_params(
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model: cannot read the configuration of {model!r}; check the name: {first}") from error
+        raise ValueError(
+            f"model: cannot read the configuration of {model!r}; check the name: {first_line(error)}"
+        ) from error
     modules: Any = target_modules
     if target_modules == ["all-linear"]:
         modules = "all-linear"
     try:
         tuned = get_peft_model(empty, LoraConfig(r=rank, target_modules=modules, task_type="CAUSAL_LM"))
     except ValueError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"lora_target_modules: {target_modules!r} does not fit {model!r}; {first}") from error
-    return sum(parameter.numel() for parameter in tuned.parameters() if parameter.requires_grad)
+        raise ValueError(
+            f"lora_target_modules: {target_modules!r} does not fit {model!r}; {first_line(error)}"
+        ) from error
+    return num_tuned(tuned)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from retain.text import first_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -129,8 +131,8 @@ def _load(loader: Any, name: str, what: str, **kwargs: Any) -> Any:
     try:
         return loader.from_pretrained(name, **kwargs)
     except Exception as error:  # damaged files raise whatever their reader raises: SafetensorError, struct.error, …
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model: cannot load {what} of {name!r}; check the name, or the files: {first}") from error
+        why = first_line(error)
+        raise ValueError(f"model: cannot load {what} of {name!r}; check the name, or the files: {why}") from error
 
 
 def load_model(

@@ -86,7 +86,10 @@ class ReplayTerm:
             inside: Any = self.reference.ref_model if copied else unwrapped
             if copied:
                 ref_head = form.head(inside.get_output_embeddings())
-            keep = lambda hidden, module: hidden[:, :-1][mask]  # noqa: E731
+
+            def keep(hidden: Tensor, module: nn.Linear) -> Tensor:
+                return hidden[:, :-1][mask]
+
             ref_hidden = self._ref(model, unwrapped, lambda base: at_head(base, inside, inputs, keep))
 
         def compute(hidden: Tensor, module: nn.Linear) -> Tensor:

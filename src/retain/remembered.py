@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retain.heads import HeadForm, at_head
+from retain.heads import at_head
 from retain.losses import Head
 from retain.reference import evaluation_mode, probe_tokens
 
@@ -21,17 +21,18 @@ class RememberedBase(nn.Module):
 
     Args:
         model: the base.
+        head: its output head, as a copy that stays.
         windows: token ids of each text that will be asked for.
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, model: Any, form: HeadForm, windows: Iterable[Sequence[int]] = ()) -> None:
+    def __init__(self, model: Any, head: Head, windows: Iterable[Sequence[int]] = ()) -> None:
         super().__init__()
-        self.form, module = form, model.get_output_embeddings()
-        self.register_buffer("weight", module.weight.detach().clone())
-        self.register_buffer("bias", None if module.bias is None else module.bias.detach().clone())
+        self.scale, self.softcap = head.scale, head.softcap
+        self.register_buffer("weight", head.weight)
+        self.register_buffer("bias", head.bias)
         self.num_tokens = model.get_input_embeddings().weight.shape[0]
         rows = [*probe_tokens(self.num_tokens).tolist(), *windows]
         with evaluation_mode(model), torch.no_grad():
@@ -45,7 +46,7 @@ class RememberedBase(nn.Module):
     @property
     def head(self) -> Head:
         """The base's output head."""
-        return Head(self.weight, self.bias, *self.form)
+        return Head(self.weight, self.bias, self.scale, self.softcap)
 
     @property
     def device(self) -> torch.device:

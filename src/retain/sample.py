@@ -128,15 +128,19 @@ def sample_with_bar(model: Any, tokenizer: Any, output_dir: str, num_rows: int, 
 def look_at_pool(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> None:
     """Write `statistics.json`, print its summary and warnings, and show rows to read where asked."""
     manifest = read_manifest(folder)
-    columns = read_shards(folder, manifest, ("input_ids", "prefix_length", "logprob"))
+    says_entropy = ("entropy",) if manifest["sampler"]["engine"] != "vllm" else ()
+    columns = read_shards(folder, manifest, ("input_ids", "prefix_length", "logprob", *says_entropy))
     rows, given = columns["input_ids"], [int(length) for length in columns["prefix_length"]]
     drawn = [len(row) - length for row, length in zip(rows, given, strict=True)]
+    entropies = None
+    if says_entropy:
+        entropies = [float(total) / count for total, count in zip(columns["entropy"], drawn, strict=True)]
     texts = [tokenizer.decode(row[length:]) for row, length in zip(rows, given, strict=True)]
     statistics = pool_statistics(
         rows,
         prefix_lengths=given,
         logprob_sums=columns["logprob"],
-        mean_entropies=mean_entropies(folder, manifest, drawn),
+        mean_entropies=entropies,
         end_ids=end_ids(tokenizer, manifest["start_token"]["id"], starts),
         texts=texts,
         num_asked=manifest["num_rows"],
@@ -166,14 +170,6 @@ def look_at_store(folder: Path, model: Any) -> None:
         f"    KL to a probe, nats per token: {told['stored_kl']:.5f} from what is stored, {told['exact_kl']:.5f} exact "
         f"(error {error:+.2g}, {told['num_tokens']} tokens); mass outside of the stored tokens {told['rest']:.2g}"
     )
-
-
-def mean_entropies(folder: Path, manifest: dict[str, Any], drawn: Sequence[int]) -> list[float] | None:
-    """Of each row, nats per drawn token; None where the engine did not say."""
-    if manifest["sampler"]["engine"] == "vllm":
-        return None
-    sums = read_shards(folder, manifest, ("entropy",))["entropy"]
-    return [float(total) / count for total, count in zip(sums, drawn, strict=True)]
 
 
 def end_ids(tokenizer: Any, start_id: int, starts: Starts) -> Sequence[int]:

@@ -232,8 +232,6 @@ def _begin(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
                 f"output_dir: {str(folder)!r} holds rows with {key} {found.get(key)!r}, asked {value!r}; "
                 "choose another folder, or set overwrite_output_dir"
             )
-    for path in (
-        *folder.glob(".*.parquet.*"),
-        *folder.glob(".*.safetensors.*"),
-    ):  # half-written by a killed run: never renamed, so never read
+    # Half-written by a killed run: never renamed, so never read.
+    for path in (*folder.glob(".*.parquet.*"), *folder.glob(".*.safetensors.*")):
         path.unlink()

@@ -30,3 +30,8 @@ def _visible_char(char: str) -> str:
     hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
     joiner = char in "\u200c\u200d"  # part of ordinary Persian, Hindi and emoji
     return char.encode("unicode_escape").decode("ascii") if hidden and not joiner else char
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,11 +20,11 @@ import torch
 from tqdm import tqdm
 
 from retain.capabilities.answers import compare_answers, share_entry
-from retain.data import Document, first_line, prompt_text, read_rows
+from retain.data import Document, prompt_text, read_rows
 from retain.losses import next_token_loss
 from retain.metrics import Forward, batches, logits_of, padded, row_by_row
 from retain.models import max_positions
-from retain.text import visible
+from retain.text import first_line, visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
