@@ -102,6 +102,7 @@ class ProtectedInputs(RetentionMixin):
         self.replay_term = ReplayTerm(form, self.reference, ref_head, self.accelerator.autocast)
         if self.uses_cache:
             self._prove_stored()
+            self.replay_term.to(self.accelerator.device)
 
     def _remember(self, head: Head) -> Reference:
         texts = self.retention_documents.values()
@@ -110,13 +111,16 @@ class ProtectedInputs(RetentionMixin):
             return Reference(RememberedBase(self.model, head, windows))
 
     def _prove_stored(self) -> None:
-        rows = self.replay_dataset
+        """Where the model is now: a host that shards it moves it to the device of training only later."""
+        rows, device = self.replay_dataset, self.model.device
         assert rows is not None
         assert rows.cache is not None
         assert rows.manifest is not None
         indices = range(min(2, len(rows)))
         batch = self.replay_batch(indices)
-        stored, labels = batch.pop("stored"), batch.pop("labels")
+        stored = {name: value.to(device) for name, value in batch.pop("stored").items()}
+        batch = {name: value.to(device) for name, value in batch.items()}
+        labels = batch.pop("labels")
         with evaluation_mode(self.model), self.accelerator.autocast():
             error = stored_error(self.replay_term, self.model, batch, labels[:, 1:] != -100, stored)
         halves = {"bfloat16", "float16"} & {rows.manifest["sampler"]["dtype"], str(self.model.dtype)[6:]}

@@ -49,6 +49,12 @@ class ReplayTerm:
     ) -> None:
         self.form, self.reference, self.ref_head, self.autocast = form, reference, ref_head, autocast
 
+    def to(self, device: torch.device) -> None:
+        """Move the base's own head to the device of training."""
+        if self.ref_head is not None:
+            bias = None if self.ref_head.bias is None else self.ref_head.bias.to(device)
+            self.ref_head = self.ref_head._replace(weight=self.ref_head.weight.to(device), bias=bias)
+
     def next_token_loss(self, model: Any, unwrapped: Any, inputs: Inputs, labels: Tensor) -> Tensor:
         """Σ −log p_θ(label), over labels that are not −100."""
         targets, mask = labels[:, 1:], labels[:, 1:] != -100
