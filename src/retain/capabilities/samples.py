@@ -1,4 +1,4 @@
-"""Two per-sample files of lm-evaluation-harness (`--log_samples`), paired question by question without any model.
+"""Per-sample results of lm-evaluation-harness (`--log_samples`), paired question by question without any model.
 
 Schema of version 0.4.13 (`lm_eval.result_schema.SampleResult`): a line has `doc_id`, `target`, `arguments`,
 `filtered_resps`, `filter`, `doc_hash`, `prompt_hash`, and a number for each of its metrics. A multiple-choice response
@@ -42,13 +42,18 @@ def read_samples(path: str | Path) -> Samples:
             continue
         if not isinstance(row, dict) or not {"doc_id", "target", "filtered_resps"} <= set(row):
             raise ValueError(f"{where} is not a sample of lm-eval; give a file that lm_eval --log_samples wrote")
-        of_filter = samples.setdefault(str(row.get("filter", "none")), {})
-        if row["doc_id"] in of_filter:
-            raise ValueError(f"{where} has doc_id {row['doc_id']!r} a second time; give a file of one run")
-        of_filter[row["doc_id"]] = row
+        add_sample(samples, row, where)
     if not samples:
         raise ValueError(f"pair: {str(path)!r} is empty; give a file that lm_eval --log_samples wrote")
     return samples
+
+
+def add_sample(samples: Samples, row: dict[str, Any], where: str) -> None:
+    """Put a line where it belongs; a `ValueError` that begins with `where` for a question that is there already."""
+    of_filter = samples.setdefault(str(row.get("filter", "none")), {})
+    if row["doc_id"] in of_filter:
+        raise ValueError(f"{where} has doc_id {row['doc_id']!r} a second time; give a file of one run")
+    of_filter[row["doc_id"]] = row
 
 
 def paired_report(paths: Sequence[str], *, seed: int = 0, num_resamples: int = 2000) -> dict[str, Any]:
@@ -82,11 +87,23 @@ def pair(base: Path, tuned: Path, *, seed: int = 0, num_resamples: int = 2000) -
     Raises:
         ValueError: if the files share no question, hold different ones under one number, or tell no answers.
     """
-    files = read_samples(base), read_samples(tuned)
+    return pair_samples(read_samples(base), read_samples(tuned), names=(repr(str(base)), repr(str(tuned))),
+                        style="paired from files of lm-eval", seed=seed, num_resamples=num_resamples)  # fmt: skip
+
+
+def pair_samples(
+    base: Samples, tuned: Samples, *, names: tuple[str, str], style: str, seed: int = 0, num_resamples: int = 2000
+) -> dict[str, Any]:
+    """The same for samples in memory.
+
+    Args:
+        names: where each side comes from, for errors.
+        style: how the questions were asked, for the page.
+    """
     rules: dict[str, Any] = {}
     notes: dict[str, None] = {}
-    for name in files[0]:
-        before, after = (file.get(name, {}) for file in files)
+    for name in base:
+        before, after = (side.get(name, {}) for side in (base, tuned))
         shared = [number for number in before if number in after]
         if not shared:
             continue
@@ -101,10 +118,10 @@ def pair(base: Path, tuned: Path, *, seed: int = 0, num_resamples: int = 2000) -
             rule = metric if name == "none" else f"{metric} ({name})"
             rules[rule] = compare_answers(found[0], found[1], *right, seed=seed, num_resamples=num_resamples)
     if not rules:
-        raise ValueError(f"pair: {str(base)!r} and {str(tuned)!r} share no question with {', '.join(METRICS)}; "
-                         "give files of the same task")  # fmt: skip
+        raise ValueError(f"pair: {names[0]} and {names[1]} share no question with {', '.join(METRICS)}; "
+                         "give two of the same task")  # fmt: skip
     most = max(compared["agreement"]["num_questions"] for compared in rules.values())
-    return {"style": "paired from files of lm-eval", "chat_template": None, "num_questions": most, "rules": rules,
+    return {"style": style, "chat_template": None, "num_questions": most, "rules": rules,
             "notes": list(notes), "answers": {}, "lost": []}  # fmt: skip
 
 
