@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_model, make_texts, make_tokenizer
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -654,6 +655,9 @@ def test_a_run_leaves_plain_files(tmp_path: Path, replay: ReplayDataset) -> None
     assert settings["replay_dataset"]["num_rows"] == 20
     assert settings["training_arguments"]["max_steps"] == 4
     card = (tmp_path / "run" / "README.md").read_text()
+    (index,) = ModelCard(card).data.to_dict()["model-index"]
+    named = {metric["type"]: metric for result in index["results"] for metric in result["metrics"]}
+    assert named["ref_kl"]["value"] == last["retention/words/ref_kl"]
     assert "Forgetting" in card
     assert "words" in card
     assert card.startswith("---\n")

@@ -22,6 +22,7 @@ _HOMES = {
     "ReplayMixin": "trainer",
     "ReplayTrainer": "trainer",
     "ReplaySFTTrainer": "trainer",
+    "ForgettingCallback": "forgetting_callback",
     "ForgettingLaw": "forgetting_law",
     "ForgettingReport": "report",
     "fit_forgetting_law": "fitting",

@@ -64,9 +64,10 @@ class RunFilesCallback(TrainerCallback):
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (folder / METRICS_FILE, folder / DOCUMENTS_FILE):
-            kept = [row for row in read_jsonl(path) if row.get("step", 0) <= state.global_step]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept if state.global_step))
+        step, again = state.global_step, int(args.eval_on_start)  # which measures the step it goes on from once more
+        for name, last in ((METRICS_FILE, step), (DOCUMENTS_FILE, step - again)):
+            kept = [row for row in read_jsonl(folder / name) if row.get("step", 0) <= last]
+            write_text(folder / name, "".join(json.dumps(row) + "\n" for row in kept if step))
         (folder / BUDGET_FILE).unlink(missing_ok=True)
         write_json(folder / CONFIG_FILE, {**self.settings, "training_arguments": args.to_dict()})
 

@@ -6,24 +6,23 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import ModelCard
 from torch import Tensor
 
 from retain import versions
-from retain.callbacks import DOCUMENTS_FILE
 from retain.config import ReplayConfig
 from retain.data import Document
-from retain.files import append_jsonl, write_text
-from retain.metrics import DocumentSums, document_sums, logits_at, summarize
+from retain.files import write_text
+from retain.metrics import logits_at
 from retain.models import display_name
 from retain.reference import Reference
-from retain.report import model_card_section
+from retain.report import model_card_section, model_index
+from retain.trajectory import Tables, logged, measure_texts, weights_step
 
 if TYPE_CHECKING:  # what the mixin stands on; at run time the host class comes after it
     from transformers import Trainer as Host
 else:
     Host = object
-
-LOGGED_METRICS = ("loss", "forgetting", "ref_kl", "ref_agreement")
 
 
 class RetentionMixin(Host):
@@ -37,7 +36,7 @@ class RetentionMixin(Host):
     retention_documents: dict[str, list[Document]]
 
     def __init__(self, **kwargs: Any) -> None:
-        self._retention_tables: dict[int, dict[str, Any]] = {}  # by the optimizer step whose weights were measured
+        self._retention_tables: dict[int, Tables] = {}  # by the optimizer step whose weights were measured
         super().__init__(**kwargs)
 
     def ref_logits(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -55,8 +54,7 @@ class RetentionMixin(Host):
     @property
     def weights_step(self) -> int:
         """The optimizer step whose weights the model holds: the best one where `load_best_model_at_end` restored it."""
-        best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None
-        return best or self.state.global_step
+        return weights_step(self.args, self.state, is_in_train=self.is_in_train)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The host's evaluation and, once a step, forgetting on every retention text."""
@@ -66,50 +64,25 @@ class RetentionMixin(Host):
     def evaluate_retention(self) -> dict[str, float]:
         """Measure every retention text against the base, log it, and keep the per-document sums.
 
-        Every process measures all documents, so that they stay in step under sharding.
-
         Returns:
             `retention/<name>/loss`, `/forgetting` and `/ref_kl` in nats per token, `/ref_agreement` as a share.
         """
         step, measured = self.weights_step, {}
         if step not in self._retention_tables and self.retention_documents:
             self._retention_tables[step] = measured = self._measure_all(step)
-        logs = {
-            f"retention/{name}/{metric}": table[metric]["value"]
-            for name, table in self._retention_tables.get(step, {}).items()
-            for metric in LOGGED_METRICS
-        }
+        logs = logged(self._retention_tables.get(step, {}))
         if measured and step == self.state.global_step:  # logs belong to the step that the host is at
             self.log(dict(logs))
         return logs
 
-    def _measure_all(self, step: int) -> dict[str, Any]:
+    def _measure_all(self, step: int) -> Tables:
         self.model.eval()  # as the host's evaluation leaves it
-        tables = {}
-        for name, documents in self.retention_documents.items():
-            sums = self._measure(documents)
-            tables[name] = summarize(sums, seed=self.args.seed)
-            if self.is_world_process_zero():
-                row: dict[str, Any] = {"step": step, "name": name}
-                row |= {key: sums.values[key].round(6).tolist() for key in ("ref_kl", "loss", "base_loss")}
-                row["num_tokens"] = sums.num_tokens.tolist()
-                Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-                append_jsonl(Path(self.args.output_dir) / DOCUMENTS_FILE, row)
-        return tables
+        texts, point = self.retention_documents, {"args": self.args, "state": self.state, "step": step}
+        return measure_texts(lambda **batch: self.ref_logits(self.model, batch), self._logits, texts, **point)
 
     def _logits(self, **batch: Tensor) -> Tensor:
         with self.accelerator.autocast():  # the dtype of training, even where the host has not wrapped the model yet
             return logits_at(self.model, batch)
-
-    def _measure(self, documents: list[Document]) -> DocumentSums:
-        longest = max(len(window) for document in documents for window in document.windows)
-        return document_sums(
-            lambda **batch: self.ref_logits(self.model, batch),
-            self._logits,
-            documents,
-            batch_tokens=self.args.per_device_eval_batch_size * longest,
-            device=self.accelerator.device,
-        )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The host's model card and a table of forgetting, where it was measured."""
@@ -127,7 +100,9 @@ class RetentionMixin(Host):
             "settings": {"seed": self.args.seed},
             "versions": versions(),
         }
-        write_text(path, path.read_text(encoding="utf-8") + "\n\n" + model_card_section(data))
+        card = ModelCard(path.read_text(encoding="utf-8") + "\n\n" + model_card_section(data))
+        card.data["model-index"] = model_index(data)
+        write_text(path, str(card))
 
     def _retention_table(self) -> dict[str, Any]:
         """The newest measurement, or that of the weights which the model holds now."""

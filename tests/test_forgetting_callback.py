@@ -1,0 +1,382 @@
+"""Forgetting inside any trainer: the values of `measure`, nothing else moved, and never against a wrong base."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHATML, make_model, make_texts, make_tokenizer
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from retain import ForgettingCallback, measure
+from retain.callbacks import read_run
+from retain.capabilities.choices import Question
+from retain.files import read_jsonl
+from retain.law_runs import read_runs
+from retain.trajectory import take_documents
+
+TOKENIZER = make_tokenizer()
+ROWS = Dataset.from_list([{"text": text} for text in make_texts(48, seed=1)])
+TOKENS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in ([*range(5, 21)], [*range(30, 46)]) * 16])
+TEXTS = {"words": make_texts(9, seed=9), "few": [text[: 20 + 30 * at] for at, text in enumerate(make_texts(4, seed=8))]}
+QUESTIONS = [
+    Question(text, tuple(make_texts(4, seed=at, words=3)), 0) for at, text in enumerate(make_texts(24, seed=3, words=6))
+]
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": 0.1}
+METRICS = ("forgetting", "loss", "ref_kl", "ref_agreement")
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 5e-3,
+        "lr_scheduler_type": "constant",
+        "bf16": False,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_on_start": True,
+        "disable_tqdm": True,
+        "seed": 7,
+    } | changes
+
+
+def callback(**changes: Any) -> ForgettingCallback:
+    return ForgettingCallback(**{"retention": TEXTS, "choices": {"arc": QUESTIONS}, "max_length": 32} | changes)
+
+
+def sft(folder: Path, callbacks: list[TrainerCallback], model: Any = None, lora: bool = False, **changes: Any) -> Any:
+    extra = {"max_length": 24, "gradient_checkpointing": None, "activation_checkpointing": False}
+    return SFTTrainer(
+        model if model is not None else make_model(attention_dropout=0.1),
+        SFTConfig(**settings(folder, **extra | changes)),
+        train_dataset=ROWS,
+        eval_dataset=ROWS.select(range(8)),
+        processing_class=TOKENIZER,
+        peft_config=LoraConfig(**LORA) if lora else None,
+        callbacks=callbacks,
+    )
+
+
+def plain(folder: Path, callbacks: list[TrainerCallback], model: Any = None, **changes: Any) -> Trainer:
+    return Trainer(
+        model if model is not None else make_model(attention_dropout=0.1),
+        TrainingArguments(**settings(folder, **changes)),
+        train_dataset=TOKENS,
+        eval_dataset=TOKENS.select(range(4)),
+        processing_class=TOKENIZER,
+        callbacks=callbacks,
+    )
+
+
+def points(folder: Path, key: str = "retention/words/ref_kl") -> dict[int, float]:
+    return {row["step"]: row[key] for row in read_jsonl(folder / "metrics.jsonl") if key in row}
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+
+
+def make(kind: str, folder: Path, found: ForgettingCallback | None, **changes: Any) -> Any:
+    callbacks = [] if found is None else [found]
+    return (
+        plain(folder, callbacks, **changes)
+        if kind == "plain"
+        else sft(folder, callbacks, lora=kind == "lora", **changes)
+    )
+
+
+KINDS = ("plain", "sft", "lora")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_values_are_those_of_measure(kind, tmp_path):
+    found = callback(choices_every=2)
+    trainer = make(kind, tmp_path, found, learning_rate=5e-2)
+    trainer.train()
+    report = measure(
+        make_model(), trainer.model, found.documents, tokenizer=TOKENIZER, choices={"arc": QUESTIONS}, max_length=32
+    ).data
+    rows = {row["step"]: row for row in read_jsonl(tmp_path / "metrics.jsonl") if "retention/words/loss" in row}
+    assert [*rows] == [0, 2, 4]
+    for name in TEXTS:
+        for metric in METRICS:
+            expected = report["retention"][name][metric]["value"]
+            assert rows[4][f"retention/{name}/{metric}"] == pytest.approx(expected, abs=2e-6)
+            assert found.tables[4][name][metric]["num_documents"] == len(found.documents[name])
+        assert [rows[0][f"retention/{name}/{metric}"] for metric in ("forgetting", "ref_kl", "ref_agreement")] == [
+            0,
+            0,
+            1,
+        ]
+        assert rows[4][f"retention/{name}/ref_kl"] > 1e-6
+    agreement = points(tmp_path, "choices/arc/agreement")
+    assert agreement == {0: 1.0, 4: report["choices"]["arc"]["rules"]["acc_norm"]["agreement"]["value"]}
+    assert agreement[4] < 1
+    rows_of_few = [row for row in read_jsonl(tmp_path / "documents.jsonl") if row["name"] == "few"]
+    last = rows_of_few[-1]
+    assert [row["step"] for row in rows_of_few] == [0, 2, 4]
+    value = (np.sum(last["loss"]) - np.sum(last["base_loss"])) / np.sum(last["num_tokens"])
+    assert value == pytest.approx(rows[4]["retention/few/forgetting"], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_bit_identical_with_and_without_it(kind, tmp_path):
+    found = callback()
+    runs, drawn = [], []
+    for name, one in (("a", found), ("b", None)):
+        runs.append(make(kind, tmp_path / name, one))
+        runs[-1].train()
+        drawn.append((random.random(), np.random.rand(), float(torch.rand(()))))
+    assert drawn[0] == drawn[1], "the random states too"
+    one, other = map(weights, runs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [row["loss"] for row in runs[0].state.log_history if "loss" in row] == [
+        row["loss"] for row in runs[1].state.log_history if "loss" in row
+    ]
+
+
+def test_dropout_is_off_and_every_mode_comes_back(tmp_path):
+    found = callback()
+    trainer = sft(tmp_path, [found], lora=True)
+    trainer.train()
+    trainer.model.train()
+    trainer.model.get_input_embeddings().eval()
+    modes = [module.training for module in trainer.model.modules()]
+    tables, found.tables = found.tables, {}
+    found.on_evaluate(trainer.args, trainer.state, trainer.control, trainer.model)
+    assert found.tables[4] == tables[4]
+    assert [module.training for module in trainer.model.modules()] == modes
+
+
+def test_values_go_through_the_trainers_log(tmp_path):
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    found, tracker = callback(), Tracker()
+    trainer = sft(tmp_path / "a", [tracker, found])
+    found.trainer = trainer
+    trainer.train()
+    silent = sft(tmp_path / "b", [callback()])
+    silent.train()
+    assert len([logs for logs in seen if "retention/words/ref_kl" in logs]) == 3
+    histories = [[row for row in one.state.log_history if "retention/few/loss" in row] for one in (trainer, silent)]
+    assert histories[0] == histories[1]
+    assert [row["step"] for row in histories[0]] == [0, 2, 4]
+    assert points(tmp_path / "a") == points(tmp_path / "b")
+
+
+def test_the_files_are_those_of_a_run(tmp_path):
+    """What `retain report` and `retain fit` read."""
+    sft(tmp_path, [callback()], max_steps=6).train()
+    run = read_run(tmp_path)
+    assert [row["step"] for row in run["trajectory"] if "retention/words/ref_kl" in row and "eval_loss" in row] == [
+        0, 2, 4, 6
+    ]  # fmt: skip
+    assert run["training"]["reference"] == "copy"
+    assert len(run["documents"]) == 8
+    columns = ("num_params", "finetuning_loss", "forgetting_loss")
+    runs = read_runs([tmp_path], columns, retention="words")
+    assert len(runs) == 3
+    assert runs.columns["num_params"][0] == sum(one.numel() for one in make_model().parameters())
+
+
+# Resumed
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_resumed_run_has_the_files_of_an_uninterrupted_one(lora, tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 2, "eval_on_start": False}
+    sft(tmp_path / "whole", [callback()], lora=lora, **saved).train()
+    sft(tmp_path / "cut", [callback()], lora=lora, **saved).train()
+    for row in ({"step": 3, "retention/words/ref_kl": 9.0}, {"step": 4, "loss": 9.0}):
+        with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+    sft(tmp_path / "cut", [callback()], lora=lora, **saved).train(
+        resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2")
+    )
+    assert points(tmp_path / "cut") == points(tmp_path / "whole")
+    assert list(points(tmp_path / "cut")) == [2, 4]
+    files = [read_jsonl(tmp_path / name / "documents.jsonl") for name in ("cut", "whole")]
+    assert files[0] == files[1]
+    assert len(files[0]) == 4
+    again = sft(tmp_path / "cut", [callback()], lora=lora, **saved | {"eval_on_start": True})
+    again.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
+    assert read_jsonl(tmp_path / "cut" / "documents.jsonl") == files[1], "no row twice"
+
+
+def test_a_model_that_is_not_the_base_is_refused_when_training_goes_on(tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    whole = sft(tmp_path, [callback()], **saved)
+    whole.train()
+    kept = points(tmp_path)
+    resumed = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    halfway = type(make_model()).from_pretrained(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"^base: training goes on from step 2, and nothing shows .*; give base=the"):
+        sft(tmp_path, [callback()], model=halfway, **saved).train(**resumed)
+    assert points(tmp_path) == kept, "the files are untouched"
+    late = sft(tmp_path, [], **saved)
+    late.add_callback(callback())
+    with pytest.raises(ValueError, match=r"^base: the model has made 2 steps before this callback saw it; give the"):
+        late.train(**resumed)
+    given = sft(tmp_path, [callback(base=make_model())], model=halfway, **saved)
+    given.train(**resumed)
+    assert points(tmp_path) == pytest.approx(kept, abs=1e-7)
+
+
+# The base
+
+
+def test_a_callback_added_later_or_a_second_training_has_the_same_base(tmp_path):
+    trainer = sft(tmp_path, [])
+    found = callback()
+    trainer.add_callback(found)
+    trainer.evaluate()
+    assert points(tmp_path) == {0: 0.0}
+    trainer.train()
+    first = points(tmp_path)
+    assert (first[0], [*first]) == (0.0, [0, 2, 4])
+    trainer.train()
+    assert points(tmp_path)[0] == pytest.approx(first[4]), "the model went on; the base did not"
+
+
+def test_a_base_may_be_given(tmp_path):
+    started = make_model(seed=1)
+    sft(tmp_path, [callback(base=make_model())], model=started).train()
+    assert points(tmp_path)[0] > 0.1
+
+
+@pytest.mark.parametrize("bad", ["trained", "pissa", "base trained too", "own weights", "vocabulary", "dtype"])
+def test_what_is_not_the_base_is_refused_in_one_line(bad, tmp_path):
+    model, options = make_model(), {}
+    why = r"^base: the model as the trainer got it does not show its base .*; give base=the model before"
+    if bad == "trained":
+        model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
+    elif bad == "pissa":
+        model = get_peft_model(model, LoraConfig(**{**LORA, "lora_dropout": 0.0}, init_lora_weights="pissa"))
+    elif bad == "base trained too":
+        model = get_peft_model(model, LoraConfig(**LORA))
+        model.base_model.model.model.norm.weight.requires_grad_(True)
+    else:
+        base = {
+            "own weights": model,
+            "vocabulary": make_model(vocab_size=328),
+            "dtype": make_model().to(torch.bfloat16),
+        }
+        options["base"] = base[bad]
+        why = {
+            "own weights": "^base: it shares its weights with the model being trained, and moves along; give base=the",
+            "vocabulary": "^base: its vocabulary is 328, the model's 320; load both alike",
+            "dtype": r"^base: its dtype is torch.bfloat16, the model's torch.float32; load both alike",
+        }[bad]
+    with pytest.raises(ValueError, match=why) as error:
+        plain(tmp_path, [callback(**options)], model=model)
+    assert "\n" not in str(error.value)
+    if bad == "trained":
+        plain(tmp_path, [callback(base=make_model())], model=model)
+
+
+def test_mixed_precision_compares_like_with_like(tmp_path):
+    for kind in KINDS:
+        trainer = make(kind, tmp_path / kind, callback(), bf16=True)
+        trainer.evaluate()  # before the host has wrapped the model
+        assert points(tmp_path / kind) == {0: 0.0}
+        trainer.train()
+        found = points(tmp_path / kind)
+        assert found[0] == 0.0
+        assert found[4] > 1e-6
+
+
+def test_other_trainers(tmp_path):
+    rows = [{"prompt": "the quick", "chosen": " brown fox", "rejected": " lazy dog"}] * 16
+    trainer = DPOTrainer(
+        make_model(),
+        ref_model=make_model(),
+        args=DPOConfig(**settings(tmp_path), max_length=24),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:4]),
+        processing_class=TOKENIZER,
+        callbacks=[callback()],
+    )
+    trainer.train()
+    found = points(tmp_path)
+    assert (found[0], found[4] > 0) == (0.0, True)
+
+
+def test_the_best_weights_and_several_evaluation_sets(tmp_path):
+    best = {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True, "max_steps": 6}
+    best |= {"metric_for_best_model": "eval_one_loss", "greater_is_better": True, "eval_on_start": False}
+    found = callback()
+    trainer = plain(tmp_path, [found], **best)
+    trainer.eval_dataset = {"one": TOKENS.select(range(4)), "two": TOKENS.select(range(4, 8))}
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    table = found.tables[2]
+    trainer.evaluate()
+    assert found.tables[2] is table, "measured already"
+    found.tables.clear()
+    trainer.evaluate()
+    assert found.tables == {2: table}
+    assert [row["step"] for row in read_jsonl(tmp_path / "documents.jsonl") if row["name"] == "words"] == [2, 4, 6, 2]
+    assert list(points(tmp_path)) == [2, 4, 6]
+
+
+# What is measured
+
+
+def test_documents_are_whole_bounded_and_always_the_same():
+    cut = {"tokenizer": TOKENIZER, "start_id": 3, "max_length": 16, "max_windows": None}
+    texts = ["", *make_texts(30, seed=4)]
+    every = take_documents("a", texts, None, 0, **cut)
+    some = take_documents("a", texts, 300, 0, **cut)
+    assert len(every) == 30
+    assert sum(document.num_tokens for document in some) <= 300
+    assert 1 < len(some) < 30
+    assert [document for document in every if document in some] == some, "whole, and in their own order"
+    assert take_documents("a", every, 300, 0, **cut) != take_documents("a", every, 300, 1, **cut)
+    assert some == take_documents("a", iter(texts), 300, 0, **cut)
+    assert len(take_documents("a", texts, 1, 0, **cut)) == 1
+    with pytest.raises(ValueError, match="'a' has no text to measure"):
+        take_documents("a", ["", ""], 10, 0, **cut)
+
+
+def test_letters_in_the_chat_template(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    asked = {"choice_style": "letter", "choice_chat_template": True}
+    found = ForgettingCallback(choices={"arc": QUESTIONS}, tokenizer=tokenizer, **asked)
+    trainer = plain(tmp_path, [found], learning_rate=5e-2)
+    trainer.train()
+    expected = measure(make_model(), trainer.model, {}, tokenizer=tokenizer, choices={"arc": QUESTIONS}, **asked).data[
+        "choices"
+    ]["arc"]["rules"]["acc"]["agreement"]["value"]
+    assert points(tmp_path, "choices/arc/agreement")[4] == expected
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ({"retention": {}, "choices": {}}, "^retention: nothing to measure; give texts, or choices$"),
+        ({"choices_every": 0}, "^choices_every: 0; use at least 1$"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(bad, why):
+    with pytest.raises(ValueError, match=why):
+        callback(**bad)
