@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html.parser
 import json
 import math
 import re
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,15 @@ import numpy as np
 import pytest
 
 from retain import files, plots, report
+from retain.behaviour import differences
 from retain.capabilities.answers import compare_answers, share_entry
-from retain.comparison import compare_at_matched_loss, crossing, run_verdict
+from retain.comparison import compare_at_matched_loss, crossing
+from retain.maps import heat_map, worst_documents
+from retain.panels import panels
+from retain.pareto import dominators, frontier, frontier_sentences
 from retain.report import ForgettingReport, comparison_html, comparison_markdown, comparison_summary
 from retain.text import visible
+from retain.verdicts import budget_sentence, run_verdict
 
 TOKENS = [100, 200, 100, 200]
 
@@ -178,6 +186,63 @@ def test_no_interval_without_the_same_documents(plain: dict, replay: dict) -> No
     assert "no values per document" in entry["note"]
 
 
+def at_its_end(of: dict, kl: float, loss: float, sums: list[float]) -> dict:
+    """The same run as `retain measure` alone leaves it: end values and sums per document, no trajectory."""
+    of = {key: value for key, value in of.items() if key not in ("trajectory", "documents")}
+    of["retention"] = {"wiki": of["retention"]["wiki"] | {"ref_kl": {"value": kl, "ci": [None, None]}}}
+    of["new_task"] = {"verilog": {"loss": measured(loss, loss, loss)}}
+    tokens = {"loss": [3 * n for n in TOKENS], "base_loss": [3 * n for n in TOKENS], "num_tokens": TOKENS}
+    return of | {"per_document": {"wiki": {"ref_kl": sums, **tokens}}}
+
+
+def test_ends_without_trajectory_are_compared_document_by_document(plain: dict, replay: dict) -> None:
+    """Each document of `replay` moved by a tenth of what it did in `plain`: the paired interval has no width."""
+    sums = [10.0, 30.0, 5.0, 60.0]
+    runs = [at_its_end(plain, 0.175, 2.0, sums), at_its_end(replay, 0.0175, 2.5, [x / 10 for x in sums])]
+    first, second = compare_at_matched_loss(runs)["end"]["wiki"]
+    assert second["prevented"] == pytest.approx(0.9)
+    assert second["prevented_ci"] == pytest.approx([0.9, 0.9])
+    assert first["ref_kl_ci"][0] < 0.175 < first["ref_kl_ci"][1], "from the documents, where the report gives none"
+    assert (first["num_documents"], first["forgetting_ci"]) == (4, [0.052, 0.073])
+    del runs[1]["per_document"]
+    entry = compare_at_matched_loss(runs)["end"]["wiki"][1]
+    assert (entry["prevented_ci"], entry["note"]) == (None, "no interval: no values per document")
+
+
+# --- the frontier ----------------------------------------------------------------------------------------------
+
+
+def test_who_dominates_whom() -> None:
+    points = [(2.0, 0.6), (2.5, 0.04), (2.6, 0.05), None, (2.0, 0.6), (2.5, 0.03), (1.0, 0.6)]
+    assert dominators(points) == [[6], [5], [1, 5], [], [6], [], []]
+    assert frontier(points) == [5, 6], "the one that learned least first"
+    assert frontier([(2.0, 0.6), (2.0, 0.6)]) == [0, 1], "twins do not dominate each other"
+    assert frontier([None, None]) == []
+
+
+def test_the_frontier_is_named_and_drawn_with_and_without_trajectories(plain: dict, replay: dict) -> None:
+    worse = run("worse", [4.0, 3.5, 2.6], [0.0, 0.1, 0.3])
+    ends = [at_its_end(one, kl, loss, [1.0] * 4) for one, kl, loss in
+            ((plain, 0.6, 2.0), (replay, 0.04, 2.5), (worse, 0.3, 2.6))]  # fmt: skip
+    for runs in ([plain, replay, worse], ends):
+        compared = compare_at_matched_loss(runs)
+        assert frontier_sentences(compared) == [
+            "On the frontier of new-task loss against ref_kl: “replay” and “plain”.",
+            "Dominated: “worse” by “replay”.",
+        ]
+        panel = next(panel for panel in panels(runs, compared) if panel["kind"] == "frontier")
+        assert panel["frontier"] == [(2.5, pytest.approx(0.04)), (2.0, pytest.approx(0.6))]
+        assert [line["x"][-1] for line in panel["lines"]] == [2.0, 2.5, 2.6]
+        page = comparison_html(runs, title="t")
+        assert "frontier</text>" in page
+        for shown in (page, comparison_summary(runs), comparison_markdown(runs, title="t")):
+            assert "Dominated: “worse” by “replay”." in shown
+        for shown in (page, comparison_markdown(runs, title="t")):
+            assert "not by their intervals" in shown
+    assert frontier_sentences(compare_at_matched_loss([{**one, "new_task": {}} for one in ends])) == []
+    assert [panel["kind"] for panel in panels(ends[:1], None)] == []
+
+
 def test_one_document_gives_no_interval(plain: dict, replay: dict) -> None:
     for row in plain["documents"] + replay["documents"]:
         row |= {key: value[:1] for key, value in row.items() if isinstance(value, list)}
@@ -304,7 +369,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
 
 HOSTILE = (
     "</pre></style><script>alert(1)</script><img src=x onerror=alert(2)>\" ' $\\foo$ | `x` [a](javascript:b) "
-    "\x1b[31m\x07 \u202eevil \ud800 \x00\r\n# _*"
+    "http://evil.example www.evil.example \x1b[31m\x07 \u202eevil \ud800 \x00\r\n# _*"
 )
 
 
@@ -439,23 +504,230 @@ def test_hostile_questions_are_harmless(plain: dict, replay: dict) -> None:
     assert not re.search(r"<(?!br>)", text)
 
 
+# --- what the models write, refuse and know --------------------------------------------------------------------
+
+
+def share(value: float, low: float = 0.0, high: float = 1.0) -> dict[str, Any]:
+    return {"value": value, "ci": [low, high], "num_prompts": 50}
+
+
+def refused(kind: str, base: float, tuned: float) -> dict[str, Any]:
+    scored = {
+        "base_rate": share(base), "rate": share(tuned), "change": share(tuned - base, tuned - base - 0.1, tuned - base),
+        "counts": {"kept": 30, "lost": 17, "gained": 1, "never": 2}, "mcnemar_p": 0.0001,
+    }  # fmt: skip
+    example = {"prompt": f"{kind} prompt", "base": "I cannot.", "tuned": "http://evil.example [x](javascript:y)",
+               "fate": {"phrases": "lost"}}  # fmt: skip
+    return {
+        "kind": kind, "num_prompts": 50, "chat_template": True, "max_new_tokens": 64,
+        "scorers": {"openings": scored, "phrases": scored}, "notes": ["as asked"], "examples": [example],
+        "disagreement": [{"scorers": ["phrases", "openings"], "base": share(0.02), "tuned": share(0.14)}],
+    }  # fmt: skip
+
+
+def wrote(data: dict) -> dict[str, Any]:
+    """A report with everything that is written, refused and known in it."""
+    keys = ("length", "ended", "markers")
+    form = {f"{before}{key}{after}": share(0.25) for key in keys for before, after in (("base_", ""), ("", ""))}
+    form |= {f"{key}_change": share(-0.125) for key in keys}
+    token = {"text": "a", "base_loss": 1.0, "loss": 2.5, "ref_kl": 0.75, "base_top": "x", "tuned_top": "\n"}
+    worst = {
+        "document": 3,
+        "num_tokens": 2,
+        "ref_kl": 0.75,
+        "forgetting": 0.5,
+        "tokens": [token, token | {"text": "\n"}],
+    }
+    greedy = {"prompt": "Capital?", "base": "Paris.", "tuned": "Rome", "how": "greedy", "fate": "forgotten",
+              "ended": {"base": True, "tuned": False}, "expected": "Paris", "updated": None}  # fmt: skip
+    return deepcopy(data) | {
+        "warnings": ["wiki overlaps the training rows"],
+        "refusals": {"advbench": refused("harmful", 0.94, 0.62), "xstest": refused("harmless", 0.1, 0.1)},
+        "generations": [greedy, greedy | {"how": "sampled", "fate": None}],
+        "drift": {"greedy": {"num_prompts": 20, "identical": share(0.3), "words": share(0.4), **form}},
+        "knowledge": {"num_questions": 9, "counts": {"kept": 4, "forgotten": 1}, "kept_share": share(0.8)},
+        "worst": {"wiki": [worst]},
+    }  # fmt: skip
+
+
+def formats(runs: list[dict]) -> dict[str, str]:
+    title = "t"
+    texts = {"page": comparison_html(runs, title=title), "markdown": comparison_markdown(runs, title=title)}
+    return texts | {"summary": comparison_summary(runs), "card": report.model_card_section(runs[0])}
+
+
+def test_every_format_tells_what_was_refused_written_and_known(plain: dict, replay: dict) -> None:
+    for runs in ([wrote(plain)], [wrote(plain), replay]):
+        for shown in formats(runs).values():
+            for expected in ("advbench, refusals, phrases", "xstest, over-refusal", "refused → answered", "62.0%",
+                             "overlaps the training rows", "greedy, 20 prompts: form", "kept", "14.0%"):  # fmt: skip
+                assert expected in shown
+    summary = comparison_summary([wrote(plain)])
+    assert "“plain” refuses 62.0% [0.0%, 100.0%] of 50 harmful prompts of advbench (phrases), its base 94.0%" in summary
+    assert "refusals fell: -32.0 points [-42.0, -32.0] (17 lost, 1 gained)" in summary
+    assert "“t" not in summary
+    page = comparison_html([wrote(plain)], title="t")
+    assert page.index("<strong>Warning.</strong>") < page.index('class="verdict"')
+    assert "plain: wiki overlaps" in comparison_html([wrote(plain), replay], title="t")
+    assert "cut off</small>" in page
+    assert "forgotten</small>" in page
+    assert "⏎\n</span>" in page
+    assert "first for the base: “x”, tuned: “⏎”" in page
+
+
+def test_harmful_text_is_folded_away_on_the_page_and_nowhere_else(plain: dict) -> None:
+    found = formats([wrote(plain)])
+    page = found.pop("page")
+    before = page[: page.index("harmful prompt</pre>")]
+    assert before.rindex("<details><summary>") > before.rfind("</details>"), "closed, until it is opened"
+    assert "harmful text follows" in before[before.rindex("<details>") :]
+    for shown in found.values():
+        assert "harmful prompt</pre>" not in shown
+        assert "harmful prompt\n" not in shown
+        assert "evil.example" not in shown
+        assert "I cannot" not in shown
+
+
+def test_hostile_refusals_generations_and_tokens_are_harmless(plain: dict, replay: dict, tmp_path: Path) -> None:
+    runs = [hostile_run(wrote(plain)), hostile_run(wrote(replay))]
+    for one in runs:
+        one["refusals"] = {f"{name}{HOSTILE}": found for name, found in one["refusals"].items()}
+        one["drift"] = {f"{how}{HOSTILE}": found for how, found in one["drift"].items()}
+        one["worst"] = {f"{text}{HOSTILE}": found for text, found in one["worst"].items()}
+    found = formats(runs)
+    parser = Tags()
+    parser.feed(found["page"])
+    assert not {tag for tag, _ in parser.found} & {"script", "img", "iframe", "object", "a", "link", "form"}
+    assert not [name for _, attributes in parser.found for name in attributes if name.startswith("on")]
+    for shown in found.values():
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
+    for shown in (found["markdown"], found["card"]):
+        assert not re.search(r"<(?!br>)", shown)
+        assert not re.search(r"https?://|www\.", shown), "GitHub makes links of bare addresses"
+    report.write_comparison(tmp_path, runs, HOSTILE)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["runs"] == json.loads(json.dumps(runs))
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == comparison_html(runs, title=HOSTILE)
+
+
+def test_a_megabyte_on_one_line_is_cut_and_says_so(plain: dict) -> None:
+    data = wrote(plain) | {"name": "n" * 10**6}
+    data["generations"][0] |= {"tuned": "x y" * 350_000}
+    data["refusals"]["advbench"]["examples"][0] |= {"base": "\u202e" * 10**6}
+    data["worst"]["wiki"][0]["tokens"][0] |= {"text": "z" * 10**6}
+    for name, shown in formats([data]).items():
+        assert len(shown) < (500_000 if name == "page" else 40_000)
+        assert "more characters" in shown
+
+
+def test_old_and_half_filled_reports_are_shown(plain: dict) -> None:
+    plain |= {"refusals": {"a": {}, "b": {"scorers": {"judge": {}}}}, "drift": {"greedy": {}}, "knowledge": {}}
+    plain |= {"generations": [{"prompt": "p", "base": "b", "tuned": "t"}], "worst": {}, "per_document": {}}
+    for shown in formats([plain, {key: value for key, value in plain.items() if key != "refusals"}]).values():
+        assert "plain" in shown
+
+
+# --- colour as a second carrier --------------------------------------------------------------------------------
+
+
+def test_the_text_forgotten_most_comes_first(plain: dict, replay: dict) -> None:
+    replay["retention"]["code"] = {"forgetting": measured(0.2, 0.1, 0.3), "ref_kl": measured(0.492, 0.4, 0.5)}
+    replay["retention"]["wiki"]["forgetting"] = measured(-0.05, -0.06, -0.04)
+    rows = heat_map([plain, replay])
+    assert [row["text"] for row in rows] == ["code", "wiki"]
+    assert rows[0]["cells"][0][0] == {"value": "–", "interval": "", "cool": False, "heat": 0}
+    assert rows[0]["cells"][1][0] == {"value": "+0.200", "interval": "[0.100, 0.300]", "cool": False, "heat": 100}
+    assert rows[1]["cells"][1][0] == {"value": "-0.050", "interval": "[-0.060, -0.040]", "cool": True, "heat": 50}
+    assert rows[1]["cells"][0][1]["heat"] == 50, "0.123 of 0.492: by the square root"
+    assert heat_map([plain]) == []
+
+
+def test_documents_beyond_the_room_of_a_page_are_counted(plain: dict) -> None:
+    data = wrote(plain)
+    data["worst"]["wiki"] *= 3
+    data["worst"]["wiki"][1] = data["worst"]["wiki"][1] | {"tokens": [{"text": "a"}] * 30_000}
+    shown, left_out = worst_documents([data])
+    assert (len(shown[0]["documents"]), left_out) == (2, 1)
+    assert [token["heat"] for token in shown[0]["documents"][0]["tokens"]] == [50, 50], "0.75 of 3 nats"
+
+
+def test_ten_runs_look_different() -> None:
+    looks = [plots.look(index, 10) for index in range(10)]
+    assert len({(look["color"], look["marker"]) for look in looks}) == 10
+
+
+# --- figures that answer the mouse -----------------------------------------------------------------------------
+
+
+def test_an_interactive_page_runs_its_own_two_scripts_and_no_other(plain: dict, replay: dict) -> None:
+    pytest.importorskip("plotly")
+    runs = [hostile_run(plain), hostile_run(replay)]
+    page = comparison_html(runs, title=HOSTILE, interactive=True)
+    found = re.findall(r"<script( [^>]*)?>(.*?)</script>", page, flags=re.DOTALL)
+    assert len(found) == page.count("<script") == 5
+    ran = [text for kind, text in found if not kind]
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in ran]
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy
+    assert policy[1].endswith("script-src " + " ".join(f"&#39;sha256-{digest}&#39;" for digest in hashes))
+    assert len(ran) == 2
+    assert "unsafe-eval" not in policy[1]
+    figures = [json.loads(text) for kind, text in found if kind]
+    assert len(figures) == 3
+    assert all("<" not in trace["name"] for figure in figures for trace in figure["data"]), (
+        "plotly reads HTML in labels"
+    )
+    assert 'type="application/json"' not in comparison_html(runs, title="t")
+    assert 4e6 < len(page) < 6e6
+
+
+def test_interactive_without_plotly_names_the_remedy(
+    plain: dict, replay: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ValueError, match=r"pip install 'retain\[interactive\]'"):
+        report.write_comparison(tmp_path / "both", [plain, replay], "t", interactive=True)
+    assert not (tmp_path / "both").exists()
+
+
+# --- the model card's metadata ---------------------------------------------------------------------------------
+
+
+def test_model_index_goes_through_a_model_card_and_back(plain: dict) -> None:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    plain["choices"] = asked("Wiki")
+    plain["retention"]["wiki"]["ref_kl"]["value"] = None
+    index = report.model_index(plain)
+    card = ModelCard(f"---\n{ModelCardData(**{'model-index': index}).to_yaml()}\n---\n")
+    assert card.data.to_dict()["model-index"] == index
+    values = {(r.dataset_name, r.metric_name): r.metric_value for r in card.data.eval_results or []}
+    assert values == {
+        ("verilog", "gain"): 0.743, ("wiki", "forgetting"): 0.061, ("wiki", "ref_agreement"): 0.913,
+        ("Wiki", "agreement (acc)"): 0.5, ("Wiki", "accuracy (acc)"): 0.5,
+    }  # fmt: skip
+    assert card.data.eval_results[0].metric_args == {"ci": [0.711, 0.789]}
+    assert report.model_index({"name": "bare"}) == []
+    hostile_index = report.model_index(hostile_run(plain))
+    assert ModelCard(f"---\n{ModelCardData(**{'model-index': hostile_index}).to_yaml()}\n---\n").data.eval_results
+
+
 # --- differences and figures -----------------------------------------------------------------------------------
 
 
 def test_differences_are_marked_and_nothing_is_lost() -> None:
     base, tuned = "The cat sat  on the mat.\nEnd", "The dog ran  on the mat!\nEnd"
-    pieces = report.differences(base, tuned)
+    pieces = differences(base, tuned)
     assert "".join(text for _, text in pieces) == tuned
     assert [text for changed, text in pieces if changed] == ["dog ran", "!"]
-    assert report.differences(base, base) == [(False, base)]
-    assert report.differences(base, "") == []
-    assert report.differences("", "new") == [(True, "new")]
-    assert report.differences("x", "y " * 2000) == [(False, "y " * 2000)]
+    assert differences(base, base) == [(False, base)]
+    assert differences(base, "") == []
+    assert differences("", "new") == [(True, "new")]
+    assert differences("x", "y " * 2000) == [(False, "y " * 2000)]
 
 
 def test_figures_take_their_colours_from_the_page_and_have_ids_of_their_own(plain: dict, replay: dict) -> None:
-    drawn = plots.report_figures([plain, replay], 2.5)
-    assert [kind for kind, _, _ in drawn] == ["frontier", "interval", "interval", "curve", "curve"]
+    drawn = plots.report_figures([plain, replay], compare_at_matched_loss([plain, replay]))
+    assert [kind for kind, _, _ in drawn] == ["frontier", "curve", "curve", "interval", "interval"]
     pictures = [plots.to_svg(figure, words) for _, words, figure in drawn]
     assert all(picture.startswith("<svg") and "currentColor" in picture for picture in pictures)
     assert "var(--run-1, #c2571a)" in pictures[0]
@@ -468,3 +740,36 @@ def test_a_figure_as_png(plain: dict, tmp_path: Path) -> None:
     figure = plots.curves([{"name": "_hidden $x$ 漢", "x": [0, 1], "y": [1.0, 2.0]}], title="t", ylabel="nats")
     plots.save_png(figure, tmp_path / "figure.png", dpi=40)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_budget_is_told_with_its_price_beside_a_plain_run():
+    """The price is paired by document: documents of very different losses still give a narrow interval."""
+    rng = np.random.default_rng(0)
+    losses, tokens = rng.uniform(20, 400, 40), np.full(40, 50)
+
+    def run(name, shift, training=None):
+        loss = losses + shift * tokens + rng.normal(0, 0.1, 40)
+        sums = {
+            "ref_kl": [0.0] * 40,
+            "loss": loss.tolist(),
+            "base_loss": losses.tolist(),
+            "num_tokens": tokens.tolist(),
+        }
+        entry = {"value": float(loss.sum() / tokens.sum()), "ci": [0.0, 9.0], "num_documents": 40}
+        return {
+            "name": name,
+            "new_task": {"code": {"loss": entry}},
+            "per_document": {"code": sums},
+            "training": training,
+        }
+
+    plain, kept = run("plain", 0.0), run("held", 0.05, {"budget": "budget 0.02 kept: KL 0.019"})
+    told = budget_sentence(kept, plain)
+    assert told.startswith("budget 0.02 kept: KL 0.019. Its new-task loss on code is ")
+    low, high = map(float, re.search(r"\[([\d.]+), ([\d.]+)\] nats/token more than “plain”", told).groups())
+    assert 0.045 <= low <= 0.05 <= high <= 0.055
+    assert low < high
+    assert budget_sentence(kept) == "budget 0.02 kept: KL 0.019."
+    assert budget_sentence(plain, plain) == ""
+    kept["per_document"] = {}
+    assert "(no interval) nats/token more" in budget_sentence(kept, plain)

@@ -11,6 +11,7 @@ from retain.statistics import bootstrap_ratio
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2000
+MOVES = ("ref_kl", "forgetting")  # what moved away from the base, nats per token
 TINY = 1e-6  # nats per token; below this a divergence is float32 rounding, and a share of it means nothing
 
 
@@ -21,7 +22,7 @@ def series(run: dict, key: str) -> tuple[list[float], list[float]]:
     return steps, [points[step] for step in steps]
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -60,8 +61,8 @@ def compare_at_matched_loss(runs: list[dict], seed: int = 0) -> dict:
     matched_loss, reason = _matched_loss(runs, curves)
     steps = [None if matched_loss is None else crossing(*curve, matched_loss) for curve in curves]
     ends = [curve[0][-1] if curve[0] else None for curve in curves]
-    measured = [_measured(next(iter((run.get("new_task") or {}).values()), None), "loss")[0] for run in runs]
-    losses = [values[-1] if values else other for (_, values), other in zip(curves, measured, strict=True)]
+    others = [measured(next(iter((run.get("new_task") or {}).values()), None), "loss")[0] for run in runs]
+    losses = [values[-1] if values else other for (_, values), other in zip(curves, others, strict=True)]
     texts = texts_of(runs)
     relative = [None] + [loss / losses[0] - 1 if loss and losses[0] else None for loss in losses[1:]]
     return {
@@ -106,17 +107,20 @@ def _side_by_side(runs: list[dict], steps: list, text: str, seed: int, at_end: b
     """One entry per run for one text, read at each run's own step; `prevented` is against the first run."""
     entries, documents = [], []
     for run, step in zip(runs, steps, strict=True):
-        documents.append(found := _documents_at(run, text, step))
+        values: dict[str, Any] = {
+            metric: (_interpolate(*series(run, f"retention/{text}/{metric}"), step), None) for metric in MOVES
+        }
+        found = _documents_at(run, text, step)
+        if at_end and values["ref_kl"][0] is None:  # no trajectory: what `retain measure` found, on its own documents
+            values = {metric: measured((run.get("retention") or {}).get(text), metric) for metric in MOVES}
+            found = _documents_measured(run, text)
+        documents.append(found)
         entry = {"name": run["name"], "step": step, "prevented": None, "prevented_ci": None, "note": None}
-        for metric in ("ref_kl", "forgetting"):
-            value = _interpolate(*series(run, f"retention/{text}/{metric}"), step)
-            ci = _interval(found[metric], found["num_tokens"], seed) if found else None
-            if value is None and at_end:
-                value, bounds = _measured((run.get("retention") or {}).get(text), metric)
-                ci = list(bounds) if bounds else None
+        for metric, (value, bounds) in values.items():
+            ci = list(bounds) if bounds else _interval(found[metric], found["num_tokens"], seed) if found else None
             entry |= {metric: value, f"{metric}_ci": ci if value is not None else None}
         entries.append(entry | {"num_documents": len(found["num_tokens"]) if found else None})
-    floor = _floor(runs[0], text)
+    floor = floor_of(runs[0], text)
     for entry, found in zip(entries[1:], documents[1:], strict=True):
         entry |= _prevented(entries[0], entry, [documents[0], found], floor, seed)
     return entries
@@ -140,10 +144,10 @@ def _prevented(plain: dict, entry: dict, documents: list[dict | None], floor: fl
     return {"prevented": value, "prevented_ci": [1 - ci[1], 1 - ci[0]]}
 
 
-def _floor(run: dict, text: str) -> float:
+def floor_of(run: dict, text: str) -> float:
     """Upper end of the base-against-base ref_kl of a text, at least `TINY`; nats per token."""
-    value, bounds = _measured((run.get("noise_floor") or {}).get(text), "ref_kl")
-    return max(TINY, value or 0.0, *(bounds or ()))
+    value, ends = measured((run.get("noise_floor") or {}).get(text), "ref_kl")
+    return max(TINY, value or 0.0, *(ends or ()))
 
 
 def _interpolate(steps: list[float], values: list[float], step: float | None) -> float | None:
@@ -169,6 +173,31 @@ def _documents_at(run: dict, text: str, step: float | None) -> dict[str, np.ndar
     return {"ref_kl": mix("ref_kl"), "forgetting": mix("loss") - mix("base_loss"), "num_tokens": tokens}
 
 
+def _documents_measured(run: dict, text: str) -> dict[str, np.ndarray] | None:
+    """Sums per document (nats) from `retain measure`; None in reports older than these sums."""
+    row = (run.get("per_document") or {}).get(text)
+    if not row:
+        return None
+    sums = {key: np.asarray(row[key], float) for key in ("ref_kl", "loss", "base_loss", "num_tokens")}
+    return sums | {"forgetting": sums["loss"] - sums["base_loss"]}
+
+
+def loss_difference(run: dict, other: dict, text: str, seed: int = 0) -> dict[str, Any] | None:
+    """Loss of `run` minus that of `other` on one text at their ends, nats per token; its interval pairs documents.
+
+    None where one of them was not measured there.
+    """
+    tables = [(one.get("new_task") or {}).get(text) or (one.get("retention") or {}).get(text) for one in (run, other)]
+    losses = [measured(table, "loss")[0] for table in tables]
+    if losses[0] is None or losses[1] is None:
+        return None
+    rows = [_documents_measured(one, text) for one in (run, other)]
+    ci = None
+    if rows[0] and rows[1] and np.array_equal(rows[0]["num_tokens"], rows[1]["num_tokens"]):
+        ci = _interval(rows[0]["loss"] - rows[1]["loss"], rows[0]["num_tokens"], seed)
+    return {"value": losses[0] - losses[1], "ci": ci, "losses": losses}
+
+
 def _interval(numerator: np.ndarray, denominator: np.ndarray, seed: int) -> list[float] | None:
     """95% interval of a ratio of sums; None where the documents are too few, or too often zero, to give one."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -180,7 +209,7 @@ def cell(value: Any, ci: Sequence[Any] | None = None, percent: bool = False) -> 
     """Value and interval as text, with as many decimals as it takes to tell small numbers from nothing."""
     if not is_number(value):
         return {"value": "–", "interval": ""}
-    ends = _bounds(ci) or ()
+    ends = bounds_of(ci) or ()
     largest = max(map(abs, (value, *ends)))
     finest = 6 if largest else 3
     places = next((places for places, least in ((3, 0.02), (4, 0.001), (5, 1e-4)) if largest >= least), finest)
@@ -188,113 +217,36 @@ def cell(value: Any, ci: Sequence[Any] | None = None, percent: bool = False) -> 
     return {"value": words[0], "interval": f"[{words[1]}, {words[2]}]" if ends else ""}
 
 
-def _bounds(ci: Sequence[Any] | None) -> tuple[float, float] | None:
+def share(entry: dict | None) -> dict[str, str]:
+    return cell((entry or {}).get("value"), (entry or {}).get("ci"), percent=True)
+
+
+def number(entry: dict | None) -> dict[str, str]:
+    return cell((entry or {}).get("value"), (entry or {}).get("ci"))
+
+
+def points(entry: dict | None) -> dict[str, str]:
+    """A difference of two shares, in points of a hundred."""
+    value, ends = measured({"": entry}, "")
+    if value is None:
+        return {"value": "–", "interval": ""}
+    words = [f"{round(100 * number, 1) + 0:+.1f}" for number in (value, *(ends or ()))]
+    return {"value": f"{words[0]} points", "interval": f"[{', '.join(words[1:])}]" if ends else ""}
+
+
+def count(value: int | None) -> dict[str, str]:
+    return {"value": f"{value:,}" if is_number(value) else "–", "interval": ""}
+
+
+def probability(value: float | None) -> dict[str, str]:
+    return {"value": "–" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.1e}", "interval": ""}
+
+
+def bounds_of(ci: Sequence[Any] | None) -> tuple[float, float] | None:
     return (ci[0], ci[1]) if ci and len(ci) == 2 and all(map(is_number, ci)) else None
 
 
-def _measured(metrics: dict | None, metric: str) -> tuple[float | None, tuple[float, float] | None]:
+def measured(metrics: dict | None, metric: str) -> tuple[float | None, tuple[float, float] | None]:
     entry = (metrics or {}).get(metric) or {}
     value = entry.get("value")
-    return (value if is_number(value) else None), _bounds(entry.get("ci"))
-
-
-HEADS = {
-    "forgot": "forgetting shown",
-    "moved": "changed, but no forgetting shown",
-    "improved": "changed, and the loss fell",
-    "unmoved": "no change shown",
-    "undecided": "not decided, for lack of an interval",
-}
-CHANGES = (
-    ("its loss rose by", ("forgot",)),
-    ("its loss changed by", ("improved", "undecided")),
-    ("no clear change of its loss:", ("moved", "unmoved")),
-)
-
-
-def state(run: dict, text: str) -> str:
-    """What the intervals of one text show against the noise floor: a key of `HEADS`."""
-    _, loss = _measured(run["retention"][text], "forgetting")
-    _, moved = _measured(run["retention"][text], "ref_kl")
-    low, high = _measured((run.get("noise_floor") or {}).get(text), "forgetting")[1] or (0.0, 0.0)
-    if loss and loss[0] > max(high, 0.0):
-        return "forgot"
-    if loss and loss[1] < min(low, 0.0):
-        return "improved"
-    if moved and moved[0] > _floor(run, text):
-        return "moved"
-    return "unmoved" if loss and moved else "undecided"
-
-
-def run_verdict(run: dict) -> str:
-    """One sentence: is forgetting shown, how much, and what was learned for it. Nats per token."""
-    texts = run.get("retention") or {}
-    states = {text: state(run, text) for text in texts}
-    groups = {HEADS[kind]: [text for text in texts if states[text] == kind] for kind in HEADS}
-    groups = {head: group for head, group in groups.items() if group} or {"forgetting was not measured": []}
-    head = "; ".join(f"{head} on {_listed(group)}" if len(groups) > 1 else head for head, group in groups.items())
-    shown = dict(sorted(texts.items(), key=lambda item: -(_measured(item[1], "ref_kl")[0] or 0.0))[:3])
-    more = f"; {len(texts) - len(shown)} more texts in the table" if len(texts) > len(shown) else ""
-    clauses = [
-        _clause(shown, "ref_kl", "moved from its base by", f" (ref_kl, 95% intervals; {_noise(run, shown)}{more})"),
-        *(_clause({t: m for t, m in shown.items() if states[t] in kinds}, "forgetting", how) for how, kinds in CHANGES),
-        *(_clause({text: of_text}, "gain", _learned(of_text)) for text, of_text in (run.get("new_task") or {}).items()),
-    ]
-    return f"{head[0].upper()}{head[1:]}: “{run['name']}”{' ' * any(clauses)}{'; '.join(filter(None, clauses))}."
-
-
-def _learned(metrics: dict) -> str:
-    low, high = _measured(metrics, "gain")[1] or (0.0, 0.0)
-    return "it learned" if low > 0 else "it got worse, gain" if high < 0 else "no learning shown, gain"
-
-
-def _clause(texts: dict[str, dict], metric: str, lead: str, after: str = "") -> str:
-    """`lead` 0.012 [0.010, 0.015] nats/token on wiki and 0.003 [0.002, 0.004] on code."""
-    told: list[str] = []
-    for text, metrics in texts.items():
-        value, bounds = _measured(metrics, metric)
-        if value is not None:
-            words = cell(value, bounds)
-            unit = "" if told else " nats/token"
-            told.append(f"{words['value']} {words['interval'] or '(no interval)'}{unit} on {text}")
-    return f"{lead} {_listed(told)}{after}" if told else ""
-
-
-def _noise(run: dict, texts: dict) -> str:
-    floors = [_measured((run.get("noise_floor") or {}).get(text), "ref_kl")[0] for text in texts]
-    known = [floor for floor in floors if floor is not None]
-    return f"noise floor {cell(max(known))['value']}" if known and len(known) == len(floors) else "no noise floor"
-
-
-def _listed(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def comparison_verdict(runs: list[dict], compared: dict) -> str:
-    """One sentence (two without a matched loss): how much less each run moved from the base for as much learned."""
-    names = [f"“{run['name']}”" for run in runs]
-    place = "matched" if compared["matched"] else "end"
-    clauses = []
-    for index, name in enumerate(names[1:], 1):
-        told = [_prevention(text, run[0], run[index]) for text, run in compared[place].items()]
-        clauses.append(f"{name} moved away from the base {_listed(told)}" if told else f"{name} was not measured")
-    if place == "matched":
-        start = f"At the same new-task loss ({compared['matched_loss']:.3f} nats/token), compared with {names[0]}"
-        return f"{start}, {'; '.join(clauses)}."
-    why = compared["reason"] or "no text was measured"
-    caution = f"At their ends, where a smaller change may only mean less learned, compared with {names[0]}"
-    return f"No comparison at the same new-task loss: {why}. {caution}, {'; '.join(clauses)}."
-
-
-def _prevention(text: str, plain: dict, entry: dict) -> str:
-    share, ci = entry["prevented"], entry["prevented_ci"]
-    if share is None:
-        return f"by an amount that cannot be judged on {text}"
-    facts = f"ref_kl {cell(entry['ref_kl'])['value']} against {cell(plain['ref_kl'])['value']}"
-    how = f"{abs(share):.0%} {'less' if share >= 0 else 'more'} on {text}"
-    if ci is None:
-        return f"{how} (no interval; {facts})"
-    if ci[0] <= 0 <= ci[1]:
-        return f"not clearly less or more on {text} (95% interval {0 - ci[1]:+.0%} to {0 - ci[0]:+.0%}; {facts})"
-    low, high = sorted(map(abs, ci))
-    return f"{how} (95% interval {low:.0%} to {high:.0%}; {facts})"
+    return (value if is_number(value) else None), bounds_of(entry.get("ci"))

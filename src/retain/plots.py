@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from retain.comparison import is_number, series, texts_of
+from retain.comparison import is_number
+from retain.panels import LEARNING, panels
 from retain.text import visible
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 PALETTE = ("#c2571a", "#1b7a8c", "#6b5bc4", "#5b8a26", "#b0408a", "#8a6a12")
 MARKS = ("o", "s", "^", "D", "v", "P")
 INK = "#767676"  # readable on white and on near-black: what a PNG shows on either
+FEW = 4  # lines that have room for words beside them
 SIZE = (5.0, 3.3)  # inches; small enough that a phone does not shrink the words away
 
 STYLE: dict[str, Any] = {
@@ -46,8 +48,6 @@ STYLE: dict[str, Any] = {
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-LEARNING = "new-task loss, nats per token (learning goes right →)"
 
 
 @contextmanager
@@ -88,9 +88,14 @@ def label(text: str, length: int = 32) -> str:
 
 
 def look(index: int, total: int) -> dict[str, Any]:
-    """Colour and mark of run `index` of `total`; a lone run is not drawn in the warning colour."""
+    """Colour and mark of run `index` of `total`; a lone run is not drawn in the warning colour.
+
+    From the seventh run on the colours come again, with other marks and dashed.
+    """
     place = index + (total == 1)
-    return {"color": PALETTE[place % len(PALETTE)], "marker": MARKS[place % len(MARKS)]}
+    again, color = divmod(place, len(PALETTE))
+    style = {"color": PALETTE[color], "marker": MARKS[(place + again) % len(MARKS)]}
+    return style | ({"linestyle": (0, (4, 1.5))} if again else {})
 
 
 @_styled
@@ -114,29 +119,40 @@ def curves(
         axes.plot(line["x"], line["y"], label=label(line["name"]), **style)
     if zero:
         _from_zero(axes)
-    if len(lines) > 1:
-        axes.legend()
+    _legend(figure, axes)
     return figure
 
 
 @_styled
 def learning_against_forgetting(
-    lines: Sequence[dict], *, title: str, ylabel: str, matched_loss: float | None = None
+    lines: Sequence[dict],
+    *,
+    title: str,
+    ylabel: str,
+    matched_loss: float | None = None,
+    frontier: Sequence[tuple[float, float]] = (),
 ) -> Figure:
     """Forgetting over new-task loss, learning to the right: of two runs the lower one forgot less for as much learned.
 
     Each of `lines`: name, x (new-task loss, nats per token), y (divergence, nats per token), steps (of the points).
+    `frontier`: the ends that no other run dominates, the one that learned least first.
     """
     figure, axes = _axes(title, LEARNING, ylabel)
-    _draw_frontier(axes, lines, matched_loss)
+    _draw_frontier(axes, lines, matched_loss, frontier)
+    _legend(figure, axes, loc="center left")
     return figure
 
 
-def _draw_frontier(axes: Axes, lines: Sequence[dict], matched_loss: float | None) -> None:
+def _draw_frontier(
+    axes: Axes, lines: Sequence[dict], matched_loss: float | None, frontier: Sequence[tuple[float, float]]
+) -> None:
+    if frontier:  # beyond it, to the right and below, no run has come
+        axes.plot(*zip(*frontier, strict=True), drawstyle="steps-pre", color=INK, linewidth=0.9, label="frontier")
     for index, line in enumerate(lines):
         axes.plot(line["x"], line["y"], label=label(line["name"]), **(line.get("look") or look(index, len(lines))))
-        last = (line["x"][-1], line["y"][-1])
-        axes.annotate(f"step {line['steps'][-1]:g}", last, (6, 0), textcoords="offset points", va="center", fontsize=8)
+        last, step = (line["x"][-1], line["y"][-1]), line["steps"][-1]
+        if step is not None and len(lines) <= FEW:
+            axes.annotate(f"step {step:g}", last, (6, 0), textcoords="offset points", va="center", fontsize=8)
     if matched_loss is not None:
         axes.axvline(matched_loss, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": 8}
@@ -146,26 +162,42 @@ def _draw_frontier(axes: Axes, lines: Sequence[dict], matched_loss: float | None
     axes.set_xlim(worst + 0.05 * room, best - 0.18 * room)  # learning to the right; room for the last point's words
     axes.margins(y=0.12)
     _from_zero(axes)
-    if len(lines) > 1:
-        axes.legend(loc="center left")
+
+
+def _legend(figure: Figure, axes: Axes, loc: str = "best") -> None:
+    """Beside the lines where they are few, below them where they are many; none for a line alone."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) > FEW + 1:
+        _grow(figure, len(names))
+        figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8)
+    elif len(names) > 1:
+        axes.legend(loc=loc)
+
+
+def _grow(figure: Figure, names: int) -> None:
+    """Room for a legend of two columns below."""
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.17 * ((names + 1) // 2))
 
 
 @_styled
-def frontier_row(runs: Sequence[dict], matched_loss: float | None) -> Figure | None:
-    """Learning against forgetting on every text side by side, for a README; None where no trajectory was measured."""
+def frontier_row(runs: Sequence[dict], compared: dict | None) -> Figure | None:
+    """Learning against forgetting on every text side by side, for a README; None where no run has both."""
     from matplotlib.figure import Figure
 
-    read = {text: [_frontier(run, text) for run in runs] for text in texts_of(runs)}
-    panels = {text: [line for line in lines if line] for text, lines in read.items() if any(lines)}
-    if not panels:
+    found = [panel for panel in panels(runs, compared) if panel["kind"] == "frontier"]
+    if not found:
         return None
-    figure = Figure(figsize=(4.2 * len(panels), 3.4))
-    for at, (text, lines) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(1, len(panels), at)
-        axes.set_title(label(text, 60))
+    figure = Figure(figsize=(4.2 * len(found), 3.4))
+    for at, panel in enumerate(found, start=1):
+        axes = figure.add_subplot(1, len(found), at)
+        axes.set_title(label(panel["title"], 60))
         axes.set_xlabel(LEARNING)
-        axes.set_ylabel("ref_kl, nats per token" if at == 1 else "")
-        _draw_frontier(axes, lines, matched_loss)
+        axes.set_ylabel(panel["ylabel"] if at == 1 else "")
+        lines = [line | {"look": look(line["run"], len(runs))} for line in panel["lines"]]
+        _draw_frontier(axes, lines, panel["matched_loss"], panel["frontier"])
+        if at == len(found):
+            _legend(figure, axes, loc="center left")
     return figure
 
 
@@ -180,7 +212,7 @@ def intervals(rows: Sequence[dict], *, title: str, xlabel: str, names: Sequence[
         height = groups.index(row["group"]) + (row["run"] - (len(names) - 1) / 2) * 0.5 / max(len(names), 1)
         style = look(row["run"], len(names))
         axes.plot([row["low"], row["high"]], [height, height], color=style["color"], linewidth=2.4)
-        axes.plot([row["value"]], [height], linestyle="none", markersize=6, **style)
+        axes.plot([row["value"]], [height], markersize=6, **style | {"linestyle": "none"})
     axes.axvline(0, color=INK, linewidth=0.9)
     axes.set_yticks(range(len(groups)), [label(group, 20) for group in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
@@ -194,7 +226,7 @@ def _legend_below(figure: Figure, names: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     looks = [look(index, len(names)) for index in range(len(names))]
-    handles = [Line2D([], [], linestyle="none", markersize=6, **how) for how in looks]
+    handles = [Line2D([], [], markersize=6, **how | {"linestyle": "none"}) for how in looks]
     figure.legend(handles, [label(name, 20) for name in names], loc="outside lower center", ncols=3, handletextpad=0.1)
 
 
@@ -232,50 +264,26 @@ def save_png(figure: Figure, path: str | Path, dpi: int = 160) -> None:
         figure.savefig(path, format="png", dpi=dpi, facecolor="white")
 
 
-def report_figures(runs: Sequence[dict], matched_loss: float | None) -> list[tuple[str, str, Figure]]:
+def report_figures(runs: Sequence[dict], compared: dict | None) -> list[tuple[str, str, Figure]]:
     """(kind, description, figure) of all figures of a report, from the dicts of its runs; only what was measured."""
-    looks = [look(index, len(runs)) for index in range(len(runs))]
-    figures = []
-    for text in texts_of(runs):
-        read = [(_frontier(run, text), how) for run, how in zip(runs, looks, strict=True)]
-        lines = [line | {"look": how} for line, how in read if line]
-        if lines:
-            ylabel = "ref_kl, nats per token"
-            figure = learning_against_forgetting(lines, title=text, ylabel=ylabel, matched_loss=matched_loss)
-            figures.append(("frontier", f"Learning against divergence from the base on {text}", figure))
     names = [run["name"] for run in runs]
+    drawn = [(panel["kind"], panel["words"], draw(panel, len(runs))) for panel in panels(runs, compared)]
     for metric, title in (("ref_kl", "Divergence from the base"), ("forgetting", "Change of the loss")):
         rows = [row for index, run in enumerate(runs) for row in _interval_rows(run, metric, index)]
         if rows:
             figure = intervals(rows, title=title, xlabel=f"{metric}, nats per token, 95% interval", names=names)
-            figures.append(("interval", f"{title} at the end, by text", figure))
-    return figures + _curves(runs, looks)
+            drawn.append(("interval", f"{title} at the end, by text", figure))
+    return drawn
 
 
-def _curves(runs: Sequence[dict], looks: Sequence[dict]) -> list[tuple[str, str, Figure]]:
-    wanted = [("eval_loss", "New-task loss")]
-    wanted += [(f"retention/{text}/ref_kl", f"Divergence on {text}") for text in texts_of(runs)]
-    wanted += [("replay/kl", "Divergence on the replay rows"), ("replay/coef", "Strength of replay")]
-    figures = []
-    for key, title in wanted:
-        read = [(run["name"], how, *series(run, key)) for run, how in zip(runs, looks, strict=True)]
-        lines = [{"name": name, "look": how, "x": x, "y": y} for name, how, x, y in read if len(x) > 1]
-        constant = key == "replay/coef" and all(len(set(line["y"])) == 1 for line in lines)
-        if lines and not constant:
-            unit = "coefficient" if key == "replay/coef" else "nats per token"
-            zero, marks = key != "eval_loss", not key.startswith("replay/")
-            figure = curves(lines, title=title, ylabel=unit, zero=zero, marks=marks)
-            figures.append(("curve", f"{title} over steps", figure))
-    return figures
-
-
-def _frontier(run: dict, text: str) -> dict | None:
-    """Points of one run at the steps where both the new-task loss and the text were evaluated."""
-    losses = dict(zip(*series(run, "eval_loss"), strict=True))
-    moved = dict(zip(*series(run, f"retention/{text}/ref_kl"), strict=True))
-    steps = [step for step in losses if step in moved]
-    x, y = [losses[step] for step in steps], [moved[step] for step in steps]
-    return {"name": run["name"], "x": x, "y": y, "steps": steps} if len(steps) > 1 else None
+def draw(panel: dict, total: int) -> Figure:
+    """One figure of `panels.panels`; every run keeps its colour and mark of `total` in all of them."""
+    lines = [line | {"look": look(line["run"], total)} for line in panel["lines"]]
+    if panel["kind"] == "frontier":
+        return learning_against_forgetting(
+            lines, **{key: panel[key] for key in ("title", "ylabel", "matched_loss", "frontier")}
+        )
+    return curves(lines, **{key: panel[key] for key in ("title", "ylabel", "xlabel", "zero", "marks")})
 
 
 def _interval_rows(run: dict, metric: str, index: int) -> list[dict]:

@@ -9,40 +9,38 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retain import plots
-from retain.capabilities.answers import MEANINGS, answers_sentence, answers_table
-from retain.comparison import cell, compare_at_matched_loss, comparison_verdict, is_number, run_verdict
+from retain import plots, tables
+from retain.behaviour import (
+    KNOWLEDGE_FATES,
+    SCORERS,
+    drift_table,
+    generations,
+    knowledge_table,
+    refusals_sentence,
+    refusals_table,
+)
+from retain.capabilities.answers import MEANINGS, answers_sentence, answers_table, rules_of
+from retain.comparison import bounds_of, compare_at_matched_loss, is_number
 from retain.files import atomic_path, write_text
+from retain.maps import heat_map, worst_documents
+from retain.panels import panels
+from retain.pareto import frontier_sentences
 from retain.text import visible
+from retain.verdicts import budget_sentence, comparison_verdict, run_verdict
 
 if TYPE_CHECKING:
     import jinja2
 
 SCHEMA = "retain.report/1"
 TEMPLATES = Path(__file__).parent / "templates"
-MOST_WORDS = 1500  # of a generation that is compared word by word: the comparison is quadratic
-
-# metric: (label, key of the base's own value or None for the noise floor, meaning). Nats per token if not said.
-METRICS: dict[str, tuple[str, str | None, str]] = {
-    "gain": ("gain", "", "new-task loss of the base minus that of the tuned model; positive is learning"),
-    "forgetting": ("forgetting", None, "loss on the text after tuning minus before; positive is bad"),
-    "ref_kl": ("divergence (ref_kl)", None, "KL(base ‖ tuned): how far the next-token distribution moved from the "
-               "base, 0 is not at all; sees change that averages out in the loss"),
-    "ref_agreement": ("same top token", None, "share of positions where both models put the same token first"),
-    "loss": ("loss", "base_loss", "next-token loss on the text"),
-    "bits_per_byte": ("bits per byte", "base_bits_per_byte", "loss per byte of text, comparable across tokenizers"),
-    "ref_cross_entropy": ("cross-entropy to base, soft", "base_ref_cross_entropy",
-                          "targets are the base's next-token distributions (Kalajdzievski 2024)"),
-    "ref_argmax_cross_entropy": ("cross-entropy to base, hard", "base_ref_argmax_cross_entropy",
-                                 "targets are the base's most likely tokens (Kalajdzievski 2024)"),
-}  # fmt: skip
-MAIN = {"new_task": ("gain", "loss"), "retention": ("forgetting", "ref_kl", "ref_agreement", "loss")}
+MOST_CHARS, MOST_NAME = 20_000, 200  # of one string, of a run's name: what is longer is cut, and says so
+INDEXED = ("gain", "forgetting", "ref_kl", "ref_agreement")
+TABLES = ("table", "answers", "refusals", "drift", "knowledge", "matched")  # of a terminal
 
 
 @dataclass
@@ -84,29 +82,49 @@ class ForgettingReport:
         self.to_html(Path(folder) / "report.html")
 
 
-def write_comparison(folder: str | Path, reports: list[dict], title: str, notes: Sequence[str] = ()) -> None:
+def write_comparison(
+    folder: str | Path, reports: list[dict], title: str, notes: Sequence[str] = (), interactive: bool = False
+) -> None:
     """Write report.json (`runs`, `comparison`), report.md, report.html and figure.png for several runs of one base.
 
-    figure.png, learning against forgetting, is written where trajectories were measured.
+    figure.png, learning against forgetting, is written where both were measured. `interactive`: of report.html.
     """
+    page = comparison_html(reports, title=title, notes=notes, interactive=interactive)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     compared = compare_at_matched_loss(reports)
     whole = {"title": title, "notes": list(notes), "runs": reports, "comparison": compared}
     write_text(folder / "report.json", _json(whole))
     write_text(folder / "report.md", comparison_markdown(reports, title=title, notes=notes))
-    write_text(folder / "report.html", comparison_html(reports, title=title, notes=notes))
-    figure = plots.frontier_row(reports, compared["matched_loss"])
+    write_text(folder / "report.html", page)
+    figure = plots.frontier_row(reports, compared)
     if figure is not None:
         with atomic_path(folder / "figure.png") as temporary:
             plots.save_png(figure, temporary)
 
 
-def comparison_html(reports: list[dict], *, title: str, notes: Sequence[str] = ()) -> str:
-    """One self-contained page: no script, no request to anywhere."""
+def comparison_html(reports: list[dict], *, title: str, notes: Sequence[str] = (), interactive: bool = False) -> str:
+    """One self-contained page with no request to anywhere; no script in it unless `interactive`.
+
+    `interactive`: the figures with lines answer the mouse. plotly's script is embedded, so the page takes 5 MB more.
+    """
     view = _view(reports, title, notes)
-    view |= {"figures": _figures(view["runs"], view["comparison"]), "generations": _generations(view["runs"])}
+    scripts, policy = _scripts(interactive)
+    worst, left_out = worst_documents(_shortened(reports))
+    view |= {
+        "figures": _figures(view["runs"], view["comparison"], interactive), "scripts": scripts, "policy": policy,
+        "generations": generations(view["runs"]), "worst": worst, "worst_left_out": left_out,
+    }  # fmt: skip
     return _environment(html=True).get_template("report.html").render(view)
+
+
+def _scripts(interactive: bool) -> tuple[list[str], str]:
+    if not interactive:
+        return [], ""
+    from retain.interactive import policy, scripts
+
+    sources = scripts()
+    return sources, policy(sources)
 
 
 def comparison_markdown(reports: list[dict], *, title: str, notes: Sequence[str] = ()) -> str:
@@ -118,11 +136,41 @@ def model_card_section(data: dict) -> str:
     return _environment(html=False).get_template("model_card.md").render(_view([data], "Forgetting", ()))
 
 
+def model_index(data: dict) -> list[dict[str, Any]]:
+    """The numbers of a report as Hugging Face's `model-index`, the value of that key in a model card's metadata.
+
+    Per text gain, forgetting, ref_kl and ref_agreement; per set of questions agreement and accuracy. Intervals are
+    arguments of each metric: the format has no place of its own for them.
+    """
+    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+    data = visible(_shortened(data))
+    texts = [(name, metrics) for kind in tables.MAIN for name, metrics in (data.get(kind) or {}).items()]
+    found = [(name, key, key, metrics[key]) for name, metrics in texts for key in INDEXED if metrics.get(key)]
+    found += [(name, key, f"{key} ({rule})", asked[key]) for name, rule, asked in rules_of(data)
+              for key in ("agreement", "accuracy") if asked.get(key)]  # fmt: skip
+    results = [
+        EvalResult(
+            task_type="text-generation", dataset_type=_slug(name), dataset_name=name, dataset_config=name,
+            metric_type=kind, metric_name=words, metric_value=float(entry["value"]),
+            metric_args={"ci": [float(end) for end in bounds_of(entry.get("ci")) or ()]},
+        )
+        for name, kind, words, entry in found if is_number(entry.get("value"))
+    ]  # fmt: skip
+    return eval_results_to_model_index(data["name"], results) if results else []
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-.") or "text"
+
+
 def comparison_summary(reports: list[dict]) -> str:
     """Verdict and table for a terminal; no escape sequence of a model reaches it."""
     view = _view(reports, "", ())
     lines = [view["verdict"], ""]
-    for table in [view[name] for name in ("table", "answers", "matched") if view[name] and view[name]["sections"]]:
+    lines += [f"  ! {warning}" for warning in view["warnings"]] + [""] * bool(view["warnings"])
+    lines += [*view["pareto"], ""] if view["pareto"] else []
+    for table in [view[name] for name in TABLES if view[name] and view[name]["sections"]]:
         rows = [["", *(["base"] if table["has_base"] else []), *table["columns"]]]
         for section in table["sections"]:
             rows.append([section["title"]])
@@ -138,130 +186,56 @@ def comparison_summary(reports: list[dict]) -> str:
 
 def _view(reports: list[dict], title: str, notes: Sequence[str]) -> dict[str, Any]:
     """Everything the templates show, as plain strings and numbers."""
-    runs: list[dict] = visible(reports)
+    runs: list[dict] = visible(_shortened(reports))
     compared = compare_at_matched_loss(runs) if len(runs) > 1 else None
     return {
         "title": visible(title), "notes": visible(list(notes)), "runs": runs, "comparison": compared,
+        "warnings": _warnings(runs),
         "verdict": comparison_verdict(runs, compared) if compared else told(runs[0]),
-        "verdicts": [told(run) for run in runs] if compared else [],
-        "table": metric_table(runs, lambda kind, metric: metric in MAIN[kind]),
-        "rest": metric_table(runs, lambda kind, metric: metric not in MAIN[kind]),
-        "matched": _comparison_table(compared, "matched") if compared and compared["matched"] else None,
-        "end": _comparison_table(compared, "end") if compared else None, "answers": answers_table(runs),
-        "sizes": _sizes(runs), "facts": _facts(runs), "metrics": METRICS, "asked": MEANINGS,
+        "verdicts": [told(run, runs[0] if at else None) for at, run in enumerate(runs)] if compared else [],
+        "pareto": frontier_sentences(compared) if compared else [],
+        "table": tables.metric_table(runs, lambda kind, metric: metric in tables.MAIN[kind]),
+        "rest": tables.metric_table(runs, lambda kind, metric: metric not in tables.MAIN[kind]),
+        "matched": tables.comparison_table(compared, "matched") if compared and compared["matched"] else None,
+        "end": tables.comparison_table(compared, "end") if compared else None, "heat": heat_map(runs),
+        "answers": answers_table(runs), "refusals": refusals_table(runs), "drift": drift_table(runs),
+        "knowledge": knowledge_table(runs), "sizes": tables.sizes(runs), "facts": tables.facts(runs),
+        "metrics": tables.METRICS, "asked": MEANINGS, "scorers": SCORERS, "fates": KNOWLEDGE_FATES,
     }  # fmt: skip
 
 
-def told(run: dict) -> str:
-    """The verdict on the texts, and on the questions that were asked."""
-    asked = answers_sentence(run)
-    return " ".join([run_verdict(run)] * bool(run.get("retention") or not asked) + [asked] * bool(asked))
+def _shortened(value: Any, length: int = MOST_CHARS) -> Any:
+    """The same data with every long string cut and saying so: a model may write a megabyte on one line."""
+    if isinstance(value, str):
+        return value if len(value) <= length else f"{value[:length]}… [{len(value) - length:,} more characters]"
+    if isinstance(value, dict):
+        return {key: _shortened(item, MOST_NAME if key == "name" else length) for key, item in value.items()}
+    return [_shortened(item, length) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def metric_table(runs: list[dict], wanted: Callable[[str, str], bool]) -> dict[str, Any]:
-    """Metrics down, runs across; the column `base` is the base's own value, or base against base: the noise floor."""
-    sections = []
-    for kind, suffix in (("new_task", " (new task)"), ("retention", "")):
-        for text in dict.fromkeys(text for run in runs for text in run.get(kind) or {}):
-            measured = [(run.get(kind) or {}).get(text) or {} for run in runs]
-            floor: dict = next(filter(None, ((run.get("noise_floor") or {}).get(text) for run in runs)), {})
-            rows = []
-            for metric, (name, base_key, _) in METRICS.items():
-                if wanted(kind, metric) and any(metric in metrics for metrics in measured):
-                    bases = [floor.get(metric)] if base_key is None else [m.get(base_key) for m in measured]
-                    base = next((value for value in bases if value), None)
-                    cells = [_cell(metrics.get(metric), metric) for metrics in measured]
-                    rows.append({"label": name, "base": _cell(base, metric), "cells": cells})
-            sections += [{"title": text + suffix, "rows": rows}] if rows else []
-    return {"columns": [run["name"] for run in runs], "has_base": True, "sections": sections, "notes": []}
+def _warnings(runs: list[dict]) -> list[str]:
+    """Each once; of several runs with the name of the run, unless all say the same."""
+    said = {warning: [run["name"] for run in runs if warning in (run.get("warnings") or [])]
+            for run in runs for warning in run.get("warnings") or []}  # fmt: skip
+    return [w if len(names) == len(runs) else f"{', '.join(names)}: {w}" for w, names in said.items()]
 
 
-def _cell(entry: dict | None, metric: str) -> dict[str, str]:
-    return cell((entry or {}).get("value"), (entry or {}).get("ci"), percent=metric == "ref_agreement")
+def told(run: dict, plain: dict | None = None) -> str:
+    """The verdict on the texts, the questions that were asked, what was refused, and a budget beside a plain run."""
+    asked = [sentence for sentence in (answers_sentence(run), refusals_sentence(run)) if sentence]
+    texts = [run_verdict(run)] * bool(run.get("retention") or not asked)
+    return " ".join([*texts, *asked, budget_sentence(run, plain)]).rstrip()
 
 
-def _comparison_table(compared: dict, place: str) -> dict[str, Any]:
-    """The runs side by side, at matched new-task loss or at their ends."""
-    runs, notes = compared["runs"], []
-    if place == "matched":
-        losses = [cell(compared["matched_loss"]) for _ in runs]
-        head = [("loss", losses), ("reached at step", [_plain(run["matched_step"], ".1f") for run in runs])]
-    else:
-        relative = [_plain(run["relative_loss_difference"], "+.1%") for run in runs]
-        head = [("loss", [cell(run["final_loss"]) for run in runs]), ("against the first", relative)]
-    sections = [("new task", head)]
-    for text, entries in compared[place].items():
-        keys = (("ref_kl", METRICS["ref_kl"][0]), ("forgetting", "forgetting"), ("prevented", "prevented"))
-        rows = [(name, [cell(e[key], e[f"{key}_ci"], key == "prevented") for e in entries]) for key, name in keys]
-        sections.append((text, rows))
-        notes += [f"{text}, {entry['name']}: {entry['note']}" for entry in entries if entry["note"]]
-    filled = [
-        {"title": title, "rows": [{"label": label, "base": None, "cells": cells} for label, cells in rows]}
-        for title, rows in sections
-    ]
-    return {"columns": [run["name"] for run in runs], "has_base": False, "sections": filled, "notes": notes}
+def _figures(runs: list[dict], compared: dict | None, interactive: bool) -> list[dict[str, str]]:
+    """All figures as pictures, and where asked those with lines as plotly's data, too."""
+    data: dict[str, str] = {}
+    if interactive:
+        from retain.interactive import figure_json
 
-
-def _plain(value: float | None, form: str) -> dict[str, str]:
-    return {"value": "–" if value is None else format(value, form), "interval": ""}
-
-
-def _sizes(runs: list[dict]) -> list[str]:
-    """How much text stands behind each row."""
-    sizes = {}
-    for text, metrics in [item for run in runs for kind in MAIN for item in (run.get(kind) or {}).items()]:
-        entry = next((m for m in metrics.values() if is_number((m or {}).get("num_documents"))), None)
-        if entry:
-            sizes[text] = f"{text}: {entry['num_documents']:,} documents, {entry.get('num_tokens') or 0:,} tokens"
-    return list(sizes.values())
-
-
-def _facts(runs: list[dict]) -> list[tuple[str, list[str]]]:
-    """(key, a value per run, or one value where all agree) of models, settings, training and versions."""
-    groups = ("base", "tuned", "settings", "training", "versions")
-    tables = [
-        {"created": run.get("created")}
-        | {f"{group}: {key}": value for group in groups for key, value in (run.get(group) or {}).items()}
-        for run in runs
-    ]
-    rows = []
-    for key in dict.fromkeys(key for table in tables for key in table):
-        values = ["–" if table.get(key) is None else str(table[key]) for table in tables]
-        rows.append((key, values if len(set(values)) > 1 else values[:1]))
-    return rows
-
-
-def _figures(runs: list[dict], compared: dict | None) -> list[dict[str, str]]:
-    drawn = plots.report_figures(runs, compared["matched_loss"] if compared else None)
-    return [{"kind": kind, "svg": plots.to_svg(figure, words)} for kind, words, figure in drawn]
-
-
-def _generations(runs: list[dict]) -> list[dict[str, Any]]:
-    """Per prompt: the base's text and each run's, the latter in pieces (differs from the base?, text)."""
-    found: dict[str, dict[str, Any]] = {}
-    for place, run in enumerate(runs):
-        for row in run.get("generations") or []:
-            entry = found.setdefault(row["prompt"], {"base": row["base"], "runs": [None] * len(runs)})
-            pieces = differences(entry["base"], row["tuned"])
-            entry["runs"][place] = {"pieces": pieces, "same": row["tuned"] == entry["base"]}
-    return [{"prompt": prompt, **entry} for prompt, entry in found.items()]
-
-
-def differences(base: str, tuned: str) -> list[tuple[bool, str]]:
-    """`tuned` in pieces, each marked True where its words are not the base's."""
-    before, after = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (base, tuned))
-    if max(len(before), len(after)) > MOST_WORDS:
-        return [(False, tuned)]
-    matcher = SequenceMatcher(None, before, after, autojunk=False)
-    codes = [(tag != "equal", "".join(after[j1:j2])) for tag, _, _, j1, j2 in matcher.get_opcodes() if j2 > j1]
-    pieces: list[tuple[bool, str]] = []
-    for place, (changed, text) in enumerate(codes):
-        between = pieces and pieces[-1][0] and place + 1 < len(codes) and codes[place + 1][0]
-        changed = changed or bool(between and text.isspace())  # a mark runs on over the space between words
-        if pieces and pieces[-1][0] == changed:
-            text = pieces.pop()[1] + text
-        pieces.append((changed, text))
-    return pieces
+        data = {panel["words"]: figure_json(panel, len(runs)) for panel in panels(runs, compared)}
+    drawn = plots.report_figures(runs, compared)
+    return [{"kind": kind, "svg": plots.to_svg(figure, w), "data": data.get(w, "")} for kind, w, figure in drawn]
 
 
 def _environment(html: bool) -> jinja2.Environment:
@@ -284,7 +258,8 @@ def markdown(value: Any) -> Any:
     if isinstance(value, Markup):
         return value
     text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*{}\[\]#|~$!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", text).replace("\n", " ")
+    special = r"([\\`*{}\[\]#|~$!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.)"  # an address is no link
+    return re.sub(special, r"\\\1", text).replace("\n", " ")
 
 
 def _json(data: dict) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from retain.comparison import cell, is_number
+from retain.comparison import count, is_number, points, probability, share
 from retain.statistics import bootstrap_ratio, mcnemar, share_interval
 
 # (key, label, meaning): what became of a question, from the base to the tuned model.
@@ -111,38 +111,16 @@ def _rows(compared: Sequence[dict]) -> list[dict[str, Any]]:
     rows = [
         (
             "same answer as the base",
-            _share(first.get("noise_agreement")),
-            [_share(c.get("agreement")) for c in compared],
+            share(first.get("noise_agreement")),
+            [share(c.get("agreement")) for c in compared],
         ),
-        ("accuracy", _share(first["base_accuracy"]), [_share(c.get("accuracy")) for c in compared]),
-        ("accuracy, change", nothing, [_points(c.get("change")) for c in compared]),
+        ("accuracy", share(first["base_accuracy"]), [share(c.get("accuracy")) for c in compared]),
+        ("accuracy, change", nothing, [points(c.get("change")) for c in compared]),
     ]
     for fate, label, _ in FATES:
-        rows.append((label, nothing, [_count((c.get("counts") or {}).get(fate)) for c in compared]))
-    rows.append(("McNemar p", nothing, [_probability(c.get("mcnemar_p")) for c in compared]))
+        rows.append((label, nothing, [count((c.get("counts") or {}).get(fate)) for c in compared]))
+    rows.append(("McNemar p", nothing, [probability(c.get("mcnemar_p")) for c in compared]))
     return [{"label": label, "base": base, "cells": cells} for label, base, cells in rows]
-
-
-def _share(entry: dict | None) -> dict[str, str]:
-    return cell((entry or {}).get("value"), (entry or {}).get("ci"), percent=True)
-
-
-def _points(entry: dict | None) -> dict[str, str]:
-    """A difference of two shares, in points of a hundred."""
-    if not entry or not is_number(entry["value"]):
-        return {"value": "–", "interval": ""}
-    value, *ends = (
-        f"{round(100 * number, 1) + 0:+.1f}" for number in (entry["value"], *filter(is_number, entry["ci"]))
-    )
-    return {"value": f"{value} points", "interval": f"[{', '.join(ends)}]" if ends else ""}
-
-
-def _count(value: int | None) -> dict[str, str]:
-    return {"value": "–" if value is None else f"{value:,}", "interval": ""}
-
-
-def _probability(value: float | None) -> dict[str, str]:
-    return {"value": "–" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.1e}", "interval": ""}
 
 
 def answers_sentence(run: dict) -> str:
@@ -162,7 +140,7 @@ def answers_sentence(run: dict) -> str:
 
 
 def _clause(name: str, rule: str, compared: dict) -> str:
-    agreement, change = _share(compared["agreement"]), _points(compared["change"])
+    agreement, change = share(compared["agreement"]), points(compared["change"])
     low, high = compared["change"]["ci"]
     shown = "accuracy fell" if is_number(high) and high < 0 else "accuracy rose" if is_number(low) and low > 0 else ""
     was, now = (f"{compared[key]['value']:.1%}" for key in ("base_accuracy", "accuracy"))

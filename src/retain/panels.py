@@ -1,0 +1,67 @@
+"""Which figures with lines a report has, as plain data: `plots` draws them, `interactive` hands them to plotly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from retain.comparison import series, texts_of
+from retain.pareto import ends, frontier
+
+LEARNING = "new-task loss, nats per token (learning →)"
+
+
+def panels(runs: Sequence[dict], compared: dict | None) -> list[dict[str, Any]]:
+    """Each figure: kind, title, words (its description), xlabel, ylabel, lines; only what was measured.
+
+    A line: name, run (its place), x, y, and `steps` where x is not the step. `compared`: of `compare_at_matched_loss`.
+    """
+    found = [_learning(runs, compared, text) for text in texts_of(runs)]
+    return [panel for panel in found if panel] + _curves(runs)
+
+
+def _learning(runs: Sequence[dict], compared: dict | None, text: str) -> dict[str, Any] | None:
+    """Forgetting over new-task loss: a line per trajectory, a point for a run that was measured at its end only."""
+    points = ends(compared, text) if compared else [None] * len(runs)
+    lines = [_line(run, place, text, points[place]) for place, run in enumerate(runs)]
+    lines = [line for line in lines if line]
+    if len(lines) < 2 and not any(line and len(line["x"]) > 1 for line in lines):
+        return None
+    best = [points[place] for place in frontier(points)]
+    return {
+        "kind": "frontier", "title": text, "words": f"Learning against divergence from the base on {text}",
+        "xlabel": LEARNING, "ylabel": "ref_kl, nats per token", "lines": lines,
+        "frontier": best if len(best) > 1 else [],
+        "matched_loss": compared["matched_loss"] if compared else None,
+    }  # fmt: skip
+
+
+def _line(run: dict, place: int, text: str, end: tuple[float, float] | None) -> dict[str, Any] | None:
+    """One run at the steps where both the new-task loss and the text were evaluated, or at its end."""
+    losses = dict(zip(*series(run, "eval_loss"), strict=True))
+    moved = dict(zip(*series(run, f"retention/{text}/ref_kl"), strict=True))
+    steps: list[float | None] = [step for step in losses if step in moved]
+    points = [(losses[step], moved[step]) for step in losses if step in moved]
+    if len(points) < 2:
+        if end is None:
+            return None
+        steps, points = [None], [end]
+    return {"name": run["name"], "run": place, "x": [x for x, _ in points], "y": [y for _, y in points], "steps": steps}
+
+
+def _curves(runs: Sequence[dict]) -> list[dict[str, Any]]:
+    wanted = [("eval_loss", "New-task loss")]
+    wanted += [(f"retention/{text}/ref_kl", f"Divergence on {text}") for text in texts_of(runs)]
+    wanted += [("replay/kl", "Divergence on the replay rows"), ("replay/coef", "Strength of replay")]
+    figures = []
+    for key, title in wanted:
+        read = [(run["name"], place, *series(run, key)) for place, run in enumerate(runs)]
+        lines = [{"name": name, "run": place, "x": x, "y": y} for name, place, x, y in read if len(x) > 1]
+        constant = key == "replay/coef" and all(len(set(line["y"])) == 1 for line in lines)
+        if lines and not constant:
+            figures.append({
+                "kind": "curve", "title": title, "words": f"{title} over steps", "xlabel": "step", "lines": lines,
+                "ylabel": "coefficient" if key == "replay/coef" else "nats per token",
+                "zero": key != "eval_loss", "marks": not key.startswith("replay/"),
+            })  # fmt: skip
+    return figures
