@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
 
 os.environ.update(
+    RETAIN_CACHE=tempfile.mkdtemp(
+        prefix="retain-tests-"
+    ),  # what an earlier run remembered must not answer for this one
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
@@ -14,10 +23,6 @@ os.environ.update(
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     CUDA_VISIBLE_DEVICES="",
 )
-
-import warnings
-from pathlib import Path
-from typing import Any
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what libraries warn of while they are imported is theirs
@@ -36,6 +41,7 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+atexit.register(shutil.rmtree, os.environ["RETAIN_CACHE"], ignore_errors=True)
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven bright birds sing of rain and stone in old towns"
 CHATML = (

@@ -494,7 +494,7 @@ def test_sample_finetune_measure(architecture, world, tmp_path, capsys):
     assert data["training"]["replay_coef"] == 1.0
     assert [row["step"] for row in data["trajectory"]] == [1, 2, 3]
     assert len(data["documents"]) == 2
-    assert len(data["generations"]) == 2
+    assert [row["how"] for row in data["generations"]] == ["greedy"] * 2 + ["sampled"] * 2
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.json", "report.md", "report.html"}
 
 

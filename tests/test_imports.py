@@ -28,13 +28,21 @@ MAY_IMPORT = {
     "reference": PURE,
     "pool": PURE,
     "preview": PURE | {"pool"},
+    "overlap": PURE,
     "heads": ROOMS,
     "remembered": ROOMS | {"heads"},
     "reference_cache": PURE,
     "replay": PURE | {"data", "reference_cache"},
     "objective": ROOMS | {"heads", "metrics", "replay"},
     "protection": ROOMS | {"replay"},
-    "plots": {"statistics", "comparison", "text"},
+    "verdicts": {"comparison"},
+    "pareto": {"comparison", "verdicts"},
+    "panels": {"comparison", "pareto"},
+    "plots": {"comparison", "panels", "text"},
+    "tables": {"comparison"},
+    "behaviour": {"comparison"},
+    "maps": {"comparison", "text"},
+    "interactive": {"plots"},
     "laws": set(),
     "projection": {"laws"},
     "law_runs": {"laws", "files", "text"},
@@ -51,8 +59,18 @@ MAY_IMPORT = {
     "capabilities.answers": {"statistics", "comparison"},
     "capabilities.gate": {"capabilities.answers", "comparison"},
     "capabilities.samples": {"capabilities.answers", "__init__"},
-    "capabilities.choices": ROOMS | {"metrics", "capabilities.answers"},
-    "report": {"statistics", "comparison", "plots", "files", "text", "capabilities.answers", "__init__"},
+    "capabilities.harness": ROOMS | {"capabilities.samples"},
+    "base_cache": ROOMS | {"heads", "metrics", "__init__"},
+    "measured_texts": ROOMS | {"base_cache", "metrics"},
+    "capabilities.choices": ROOMS | {"base_cache", "metrics", "capabilities.answers"},
+    "capabilities.drift": {"statistics", "capabilities.answers"},
+    "capabilities.phrases": set(),
+    "capabilities.generations": ROOMS | {"base_cache", "capabilities.drift"},
+    "capabilities.refusals": ROOMS
+    | {"base_cache", "metrics"}
+    | {f"capabilities.{name}" for name in ("answers", "choices", "generations", "phrases")},
+    "report": {"comparison", "verdicts", "pareto", "panels", "plots", "interactive", "tables", "behaviour", "maps"}
+    | {"files", "text", "capabilities.answers", "__init__"},
     "demo_data": ROOMS,
     "engine": ROOMS | {"heads"},
     "starts": ROOMS,
@@ -63,15 +81,30 @@ MAY_IMPORT = {
     | {"replay", "engine", "starts", "sampling", "pool", "preview", "ray_engine", "vllm_engine"}
     | {"objective", "reference_cache"},
     "metrics": ROOMS,
-    "measuring": ROOMS | {"metrics", "report", "replay", "callbacks", "capabilities.choices", "__init__"},
+    "measuring": ROOMS
+    | {"base_cache", "measured_texts", "report", "__init__"}
+    | {f"capabilities.{name}" for name in ("choices", "generations", "refusals")},
+    "measure_verb": ROOMS
+    | {"measuring", "callbacks", "overlap", "replay", "report"}
+    | {f"capabilities.{name}" for name in ("choices", "generations", "refusals", "harness")},
     "callbacks": {"replay", "files"},
-    "retention": ROOMS | {"replay", "report", "sampling", "metrics", "measuring", "callbacks", "__init__"},
+    "trajectory": ROOMS | {"metrics", "callbacks"},
+    "forgetting_callback": ROOMS
+    | {"metrics", "callbacks", "trajectory", "heads", "remembered", "protection", "capabilities.choices", "__init__"},
+    "retention": ROOMS
+    | {"trajectory", "replay", "report", "sampling", "metrics", "measuring", "callbacks", "__init__"},
 }
 MAY_IMPORT["inputs"] = MAY_IMPORT["retention"] | {"retention", "protection", "heads", "objective", "remembered"}
 MAY_IMPORT["trainer"] = MAY_IMPORT["inputs"] | {"inputs", "budget"}
 MAY_IMPORT["finetune"] = MAY_IMPORT["trainer"] | {"trainer", "sample"}
 MAY_IMPORT["demo"] = MAY_IMPORT["finetune"] | {"finetune", "demo_data"}
-MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {"demo", "capabilities.gate", "capabilities.samples", "law_verbs"}
+MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {
+    "demo",
+    "measure_verb",
+    "capabilities.gate",
+    "capabilities.samples",
+    "law_verbs",
+}
 
 LIBRARIES = {"torch", "numpy", "scipy", "jaxtyping"}
 PATHS = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in SOURCE.rglob("*.py")}
@@ -146,7 +179,16 @@ def test_trl_is_imported_where_training_is():
 
 
 def test_results_are_shown_without_models():
-    shown = ("report", "plots", "comparison", "capabilities.answers", "capabilities.gate", "capabilities.samples")
+    shown = (
+        "report",
+        "plots",
+        "interactive",
+        "comparison",
+        "behaviour",
+        "capabilities.answers",
+        "capabilities.gate",
+        "capabilities.samples",
+    )
     for module in shown:
         assert libraries(module).isdisjoint({"torch", "transformers", "peft", "trl", "datasets"})
 

@@ -39,6 +39,8 @@ Finetune a language model without it forgetting, and say how much it forgets.
 `retain VERB --help` lists a verb's flags; `retain --version` prints the version.
 """
 
+# Flags that take several values and may be given several times.
+LISTS = {"retention", "new_task", "choices", "refusals", "harmless", "train_dataset", "pair", "runs"}
 # What torch and safetensors say where a disk is full, which is not an OSError.
 DISK_FULL = ("inline_container.cc", "os error 28")
 
@@ -186,10 +188,10 @@ def repeated_lists(argv: list[str]) -> list[str]:
         if flag == "--config" and value:  # which TrlParser would not see
             rest += [flag, value]
             continue
-        if flag.replace("_", "-") not in ("--retention", "--new-task", "--choices", "--pair", "--runs"):
+        if flag.replace("-", "_").lstrip("_") not in LISTS:
             rest.append(argv[at - 1])
             continue
-        flag = flag.replace("-task", "_task")  # argparse takes either
+        flag = "--" + flag.lstrip("-").replace("-", "_")  # argparse takes either
         values = gathered.setdefault(flag, [])
         if value:
             values.append(value)
@@ -245,7 +247,7 @@ def measure(argv: list[str]) -> int:
     quiet_libraries()
     from retain.capabilities.gate import judge
     from retain.capabilities.samples import paired_report
-    from retain.measuring import run_measure
+    from retain.measure_verb import run_measure
     from retain.report import ForgettingReport
     from retain.text import visible
 
@@ -294,7 +296,8 @@ def report(argv: list[str]) -> None:
 
     paths = [Path(folder) / "report.json" if Path(folder).is_dir() else Path(folder) for folder in config.runs]
     runs = [ForgettingReport.from_json(path).data for path in paths]
-    _finish(partial(write_comparison, reports=runs, title=config.title), config.output_dir, comparison_summary(runs))
+    write = partial(write_comparison, reports=runs, title=config.title, interactive=config.interactive)
+    _finish(write, config.output_dir, comparison_summary(runs))
 
 
 def fit(argv: list[str]) -> None:

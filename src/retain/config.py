@@ -331,6 +331,32 @@ class MeasureConfig(ModelLoadConfig):
     max_questions: int | None = field(
         default=None, metadata=_say("Draw only so many questions of each set, with the seed.")
     )
+    lm_eval: str | None = field(
+        default=None,
+        metadata=_say(
+            "Tasks of lm-evaluation-harness, with commas between, run on both models and paired question by question; "
+            "needs pip install 'retain[eval]'."
+        ),
+    )
+    refusals: list[str] = field(
+        default_factory=list,
+        metadata=_say(
+            "Harmful requests that both models answer, each as name=file (a column prompt, text or goal), or "
+            "name=advbench or jailbreakbench from the Hub; may be given several times."
+        ),
+    )
+    harmless: list[str] = field(
+        default_factory=list,
+        metadata=_say(
+            "Harmless requests, for over-refusal, each as name=file, or name=jailbreakbench_harmless from the Hub."
+        ),
+    )
+    max_prompts: int | None = field(
+        default=None, metadata=_say("Draw only so many requests of each set, with the seed.")
+    )
+    judge: str | None = field(
+        default=None, metadata=_say("A chat model that is asked, too, whether each answer refuses.")
+    )
     pair: list[str] = field(
         default_factory=list,
         metadata=_say(
@@ -353,18 +379,37 @@ class MeasureConfig(ModelLoadConfig):
     )
     prompts: str | None = field(
         default=None,
-        metadata=_say("File of prompts (rows as in training data) to continue with both models."),
+        metadata=_say(
+            "File of prompts (rows as in training data) to continue with both models; with expected and updated "
+            "answers in the rows, says what was kept, updated and forgotten."
+        ),
     )
-    max_new_tokens: int = field(default=48, metadata=_say("Tokens of each continuation."))
+    sampled: bool = field(default=True, metadata=_say("Continue every prompt a second time, drawn at temperature 1."))
+    max_new_tokens: int = field(default=48, metadata=_say("Tokens of each continuation and answer."))
+    train_dataset: list[str] = field(
+        default_factory=list,
+        metadata=_say("Rows that the model was trained on: warns of measured texts that are among them."),
+    )
     output_dir: str | None = field(default=None, metadata=_say("Folder for report.json, report.md and report.html."))
     max_length: int = field(default=512, metadata=_say("Longest window, the start token included."))
     max_documents: int | None = field(default=None, metadata=_say("Use only the first so many documents of each text."))
+    ci: float | None = field(
+        default=None,
+        metadata=_say(
+            "Wished half-width of the interval of forgetting, in nats per token: draws only as many documents of "
+            "each text as that takes."
+        ),
+    )
+    base_cache: bool = field(
+        default=True,
+        metadata=_say("Keep the base's results in ~/.cache/retain for the next tuned model, which then costs half."),
+    )
     batch_tokens: int = field(default=2048, metadata=_say("Tokens per forward pass."))
     num_resamples: int = field(default=2000, metadata=_say("Bootstrap resamples over documents."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("retention", "new_task", "choices", "pair"):
+        for name in ("retention", "new_task", "choices", "refusals", "harmless", "pair", "train_dataset"):
             check_list(name, getattr(self, name))
         for name in ("output_dir",) if self.pair else ("base", "model", "output_dir"):
             check_name(name, getattr(self, name))
@@ -374,7 +419,9 @@ class MeasureConfig(ModelLoadConfig):
         check_number("batch_tokens", self.batch_tokens, low=1, integer=True)
         check_number("num_resamples", self.num_resamples, low=100, integer=True)
         check_number("max_new_tokens", self.max_new_tokens, low=1, integer=True)
-        for name in ("max_documents", "max_questions"):
+        if self.ci is not None:
+            check_number("ci", self.ci, low=1e-6)
+        for name in ("max_documents", "max_questions", "max_prompts"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low=1, integer=True)
         if self.budget is not None:
@@ -383,20 +430,28 @@ class MeasureConfig(ModelLoadConfig):
             check_number("min_agreement", self.min_agreement, low=0, high=1)
 
     def _check_sources(self) -> None:
-        models = [name for name in ("base", "model", "retention", "new_task", "choices") if getattr(self, name)]
+        asked = [name for name in ("retention", "choices", "lm_eval", "refusals", "harmless") if getattr(self, name)]
+        models = [name for name in ("base", "model", "new_task") if getattr(self, name)] + asked
         if self.pair and models:
             raise ValueError(f"{models[0]}: {getattr(self, models[0])!r} does not go with pair; leave one of them out")
         if self.pair and len(self.pair) != 2:
             raise ValueError(f"pair: {len(self.pair)} files are not a pair; give two, the base's first")
-        if not (self.retention or self.choices or self.pair):
+        if not (asked or self.prompts or self.pair):
             raise ValueError(
                 "retention: missing; give at least one text as --retention name=file, or questions as "
-                "--choices name=file"
+                "--choices name=file, or requests as --refusals name=file, or --prompts file"
             )
-        if self.budget is not None and not self.retention:
+        if self.judge is not None and not (self.refusals or self.harmless):
+            raise ValueError(f"judge: {self.judge!r} has nothing to judge; give --refusals name=file")
+        for name, other in (("budget", ", or use min_agreement"), ("ci", "")):
+            if getattr(self, name) is not None and not self.retention:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} is on forgetting, which needs a text; give --retention name=file"
+                    f"{other}"
+                )
+        if self.min_agreement is not None and not (self.retention or self.choices or self.lm_eval or self.pair):
             raise ValueError(
-                f"budget: {self.budget} is on forgetting, which needs a text; give --retention name=file, or use "
-                "min_agreement"
+                f"min_agreement: {self.min_agreement} is on texts and questions; give --retention or --choices"
             )
 
 
@@ -409,6 +464,13 @@ class ReportConfig:
     )
     output_dir: str | None = field(default=None, metadata=_say("Folder for report.json, report.md and report.html."))
     title: str = field(default="Forgetting report", metadata=_say("Title of the page."))
+    interactive: bool = field(
+        default=False,
+        metadata=_say(
+            "Figures that answer to the pointer; the page carries plotly and grows by 5 MB. Needs "
+            "pip install 'retain[interactive]'."
+        ),
+    )
 
     def __post_init__(self) -> None:
         check_list("runs", self.runs)

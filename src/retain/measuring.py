@@ -8,74 +8,26 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from retain.callbacks import read_run
-from retain.capabilities.choices import Question, load_questions, measure_choices
-from retain.data import Document, as_documents, named_sources, prompt_text, read_rows
-from retain.metrics import document_sums, logits_of, row_by_row, summarize
+from retain import versions
+from retain.base_cache import BaseCache
+from retain.capabilities.choices import Question, measure_choices
+from retain.capabilities.generations import Prompt, measure_generations
+from retain.capabilities.refusals import Judge, measure_refusals
+from retain.data import Document, as_documents
+from retain.measured_texts import TextOptions, measure_texts
 from retain.models import (
     choose_start_token,
-    default_device,
     display_name,
-    load_model,
-    load_tokenizer,
     max_positions,
     model_fingerprint,
     num_parameters,
     tokenizer_fingerprint,
-    tokenizer_of_tuned,
 )
 from retain.reference import evaluation_mode
-from retain.replay import load_texts
 from retain.report import ForgettingReport
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from retain.config import MeasureConfig
-
-NOISE_DOCUMENTS = 4  # documents of each text on which the base is measured against itself
-
-
-@torch.inference_mode()
-def continuations(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    start_id: int,
-    max_new_tokens: int,
-) -> list[str]:
-    """Greedy continuations, one prompt at a time so that padding plays no part."""
-    texts = []
-    for prompt in prompts:
-        ids = [start_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-        inputs = torch.tensor([ids], device=model.device)
-        output = model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            pad_token_id=start_id,
-        )
-        texts.append(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
-    return texts
-
-
-def default_prompts(texts: dict[str, Any], tokenizer: PreTrainedTokenizerBase, tokens: int = 16) -> list[str]:
-    """The first few tokens of the first document of each text, to be continued by both models."""
-    prompts = []
-    for source in texts.values():
-        first = source[0]
-        ids = (
-            first.windows[0][1:]
-            if isinstance(first, Document)
-            else tokenizer(first, add_special_tokens=False)["input_ids"]
-        )
-        prompts.append(str(tokenizer.decode(ids[:tokens])))
-    return prompts
 
 
 def measure(
@@ -88,15 +40,21 @@ def measure(
     choices: Mapping[str, Sequence[Question]] | None = None,
     choice_style: str = "text",
     choice_chat_template: bool = False,
-    prompts: Sequence[str] = (),
+    refusals: Mapping[str, Sequence[str]] | None = None,
+    harmless: Mapping[str, Sequence[str]] | None = None,
+    judge: Judge | None = None,
+    prompts: Sequence[str | Prompt] = (),
+    sampled: bool = False,
     name: str = "tuned",
     start_token: str | int | None = None,
     max_length: int = 512,
     max_windows: int | None = None,
+    ci: float | None = None,
     batch_tokens: int = 2048,
     max_new_tokens: int = 48,
     num_resamples: int = 2000,
     seed: int = 0,
+    base_cache: Path | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> ForgettingReport:
     """Measure how much `tuned` forgot of `base`.
@@ -107,14 +65,21 @@ def measure(
         choices: name → multiple-choice questions that both models answer.
         choice_style: `text` scores each choice's words, `letter` the letters of choices listed in the question.
         choice_chat_template: put each question as a user's turn.
-        prompts: continued greedily by both models, side by side.
+        refusals: name → harmful requests that both models answer.
+        harmless: name → harmless requests, for over-refusal.
+        judge: a model that is asked, too, whether an answer refuses.
+        prompts: continued by both models, side by side: greedily, and with `sampled` once drawn at temperature 1.
         max_length: longest window in tokens; longer documents are cut into several.
         max_windows: measure only so many windows of each document.
-        progress: called with the name of each stage; the questions then have a bar of their own.
+        ci: draw only as many documents of each text as it takes for an interval of forgetting of ± so many nats per
+            token; None measures all.
+        base_cache: folder in which the base's results are kept for the next tuned model; None keeps nothing.
+        progress: called with the name of each stage; long ones then have a bar of their own.
 
     Returns:
-        A report; `report.data["retention"][name][metric]` is `{"value", "ci", "num_documents", "num_tokens"}`, and
-        `report.data["choices"][name]["rules"][rule]` what `compare_answers` found.
+        A report; `report.data["retention"][name][metric]` is `{"value", "ci", "num_documents", "num_tokens"}`,
+        `report.data["choices"][name]["rules"][rule]` what `compare_answers` found, and
+        `report.data["refusals"][name]["scorers"][scorer]` what `compare_refusals` did.
 
     Raises:
         ValueError: if the models differ in dtype, attention kernel or vocabulary, windows are longer than they can
@@ -124,115 +89,44 @@ def measure(
     limit = max_positions(base)
     if limit is not None and max_length > limit and (retention or new_task):
         raise ValueError(f"max_length: {max_length} is more than this model's {limit} positions; use at most {limit}")
+    if twice := set(retention) & set(new_task or {}):
+        raise ValueError(f"new_task: {min(twice)!r} is a retention text, too; give each text its own name")
     start = choose_start_token(tokenizer, start_token)
-    say = progress or (lambda stage: None)
+    say, bars = progress or (lambda stage: None), progress is not None
     shared: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed, "num_resamples": num_resamples}
+    writing = {"tokenizer": tokenizer, "start_id": start.id, "max_new_tokens": max_new_tokens, **shared}
     asking = {"tokenizer": tokenizer, "style": choice_style, "chat_template": choice_chat_template, **shared}
     cut = partial(as_documents, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=max_windows)
+    learned, kept = ({text: cut(text, of) for text, of in (group or {}).items()} for group in (new_task, retention))
     with evaluation_mode(base), evaluation_mode(tuned):
-        result = _on_texts(base, tuned, new_task or {}, retention, cut, say, **shared)
+        cache = BaseCache(base, base_cache)
+        if learned or kept:
+            say("measuring texts")
+        result = measure_texts(tuned, cache, learned, kept, TextOptions(tokenizer, ci=ci, bars=bars, **shared))
+        result |= {"choices": {}, "refusals": {}, "generations": []}
         for questions, source in (choices or {}).items():
             say(f"asking {questions}")
-            bar = questions if progress else None
-            result["choices"][questions] = measure_choices(base, tuned, source, description=bar, **asking)
+            bar = questions if bars else None
+            found = measure_choices(base, tuned, source, cache=cache, description=bar, **asking)
+            result["choices"][questions] = found
+        for kind, sets in (("harmful", refusals), ("harmless", harmless)):
+            for requests, wanted in (sets or {}).items():
+                say(f"putting requests of {requests}")
+                options: dict[str, Any] = {"kind": kind, "judge": judge, "cache": cache, "progress": say}
+                result["refusals"][requests] = measure_refusals(base, tuned, wanted, **options, **writing)
         if prompts:
             say("writing continuations")
-            texts = [continuations(model, tokenizer, prompts, start.id, max_new_tokens) for model in (base, tuned)]
-            result["generations"] = [
-                {"prompt": prompt, "base": before, "tuned": after}
-                for prompt, before, after in zip(prompts, *texts, strict=True)
-            ]
+            whole = [Prompt(one) if isinstance(one, str) else one for one in prompts]
+            result |= measure_generations(base, tuned, whole, cache=cache, sampled=sampled, progress=say, **writing)
     settings = {
         "max_length": max_length,
         "max_windows": max_windows,
+        **({"ci": ci} if ci is not None else {}),
         **shared,
         "start_token": str(start),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
     }
     return ForgettingReport(_header(base, tuned, name, settings) | result)
-
-
-def _on_texts(
-    base: PreTrainedModel,
-    tuned: PreTrainedModel,
-    new_task: Mapping[str, Any],
-    retention: Mapping[str, Any],
-    cut: Callable[[str, Any], list[Document]],
-    say: Callable[[str], object],
-    *,
-    batch_tokens: int,
-    seed: int,
-    num_resamples: int,
-) -> dict[str, Any]:
-    """The parts of a report that token-level losses on texts fill."""
-    sums = partial(document_sums, logits_of(base), batch_tokens=batch_tokens, device=base.device)
-    summary = partial(summarize, seed=seed, num_resamples=num_resamples)
-    result: dict[str, Any] = {"retention": {}, "new_task": {}, "noise_floor": {}, "choices": {}, "generations": []}
-    for text, source in new_task.items():
-        say(f"measuring {text}")
-        metrics = summary(sums(logits_of(tuned), cut(text, source)))
-        result["new_task"][text] = metrics | {"gain": _negated(metrics["forgetting"])}
-    for text, source in retention.items():
-        say(f"measuring {text}")
-        documents = cut(text, source)
-        result["retention"][text] = summary(sums(logits_of(tuned), documents))
-        result["noise_floor"][text] = summary(sums(row_by_row(base), documents[:NOISE_DOCUMENTS]))
-    return result
-
-
-def run_measure(config: MeasureConfig, say: Callable[[str], object]) -> ForgettingReport:
-    """`retain measure`: load the texts, the questions and both models, and measure."""
-    assert config.base is not None
-    assert config.model is not None
-    groups = [named_sources(getattr(config, name), name) for name in ("retention", "new_task", "choices")]
-    trust = config.trust_remote_code
-    tokenizer = load_tokenizer(config.base, revision=config.model_revision, trust_remote_code=trust)
-    retention, new_task = (
-        {name: load_texts(source, tokenizer, config.max_documents) for name, source in group.items()}
-        for group in groups[:2]
-    )
-    choices = {
-        name: load_questions(source, max_questions=config.max_questions, seed=config.seed)
-        for name, source in groups[2].items()
-    }
-    if config.prompts:
-        prompts = [prompt_text(row, tokenizer) for row in read_rows(config.prompts)]
-    else:
-        prompts = default_prompts({**new_task, **retention}, tokenizer)
-    tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=trust)
-    base, tuned = _load_both(config)
-    names = ("choice_style", "choice_chat_template", "start_token", "max_length", "batch_tokens", "max_new_tokens")
-    options: dict[str, Any] = {name: getattr(config, name) for name in (*names, "num_resamples", "seed")}
-    options |= {"tokenizer": tokenizer, "name": Path(config.model).name, "progress": say}
-    report = measure(base, tuned, retention, new_task=new_task, choices=choices, prompts=prompts, **options)
-    report.data.update(read_run(Path(config.model)))
-    return report
-
-
-def _load_both(config: MeasureConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The base as asked for, and the tuned model with the same dtype, kernel and device."""
-    base = load_model(
-        str(config.base),
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        device=default_device(),
-    )
-    tuned = load_model(
-        str(config.model),
-        dtype=base.dtype,
-        attn_implementation=base.config._attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-        device=base.device,
-    )
-    return base, tuned
-
-
-def _negated(metric: dict[str, Any]) -> dict[str, Any]:
-    low, high = metric["ci"]
-    interval = [None, None] if low is None else [-high, -low]
-    return {**metric, "value": -metric["value"], "ci": interval}
 
 
 def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
@@ -248,8 +142,6 @@ def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
 
 
 def _header(base: PreTrainedModel, tuned: PreTrainedModel, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    from retain import versions
-
     def identity(model: PreTrainedModel) -> dict[str, Any]:
         name = display_name(model.config._name_or_path)
         return {"model": name, "fingerprint": model_fingerprint(model), "num_params": num_parameters(model)}

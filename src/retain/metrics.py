@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retain.data import Document
-from retain.losses import agreement, argmax_cross_entropy, cross_entropy, kl_divergence, next_token_loss, shifted
+from retain.losses import shifted
 from retain.statistics import bootstrap_ratio
 
 Forward = Callable[..., Float[Tensor, "rows length vocab"]]
-CHUNK = 128  # positions whose float32 logits are held at once
+CHUNK = 1 << 22  # float32 logits held at once: 16 MiB, which the allocator takes from its heap again and again
 SUMS = ("loss", "base_loss", "ref_kl", "entropy", "argmax_loss", "base_argmax_loss", "agreement")
 
 
@@ -33,6 +33,13 @@ class DocumentSums:
 
     def __len__(self) -> int:
         return len(self.num_tokens)
+
+
+def joined(one: DocumentSums, other: DocumentSums) -> DocumentSums:
+    """The sums of two lists of documents as of one."""
+    values = {name: np.concatenate([one.values[name], other.values[name]]) for name in one.values}
+    counts = (np.concatenate(pair) for pair in ((one.num_tokens, other.num_tokens), (one.num_bytes, other.num_bytes)))
+    return DocumentSums(values, *counts)
 
 
 def batches(documents: Sequence[Document], batch_tokens: int) -> Iterator[tuple[list[int], list[list[int]]]]:
@@ -61,21 +68,34 @@ def token_sums(
 ) -> dict[str, Float[Tensor, rows]]:
     """Sums over the masked positions of each row of every quantity in `SUMS`; float32, a few positions at a time."""
     totals = {name: torch.zeros(len(logits), dtype=torch.float64) for name in SUMS}
-    for at in range(0, logits.shape[1], CHUNK):
-        part = slice(at, at + CHUNK)
-        ref, live, target = ref_logits[:, part].float(), logits[:, part].float(), targets[:, part]
-        found = {
-            "loss": next_token_loss(live, target),
-            "base_loss": next_token_loss(ref, target),
-            "ref_kl": kl_divergence(ref, live),
-            "entropy": cross_entropy(ref, ref),
-            "argmax_loss": argmax_cross_entropy(ref, live),
-            "base_argmax_loss": argmax_cross_entropy(ref, ref),
-            "agreement": agreement(ref, live).float(),
-        }
-        for name, value in found.items():
+    positions = max(1, CHUNK // (logits.shape[0] * logits.shape[2]))
+    for at in range(0, logits.shape[1], positions):
+        part = slice(at, at + positions)
+        for name, value in token_values(ref_logits[:, part], logits[:, part], targets[:, part]).items():
             totals[name] += value.masked_fill(~mask[:, part], 0.0).double().sum(-1).cpu()
     return totals
+
+
+def token_values(
+    ref_logits: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]
+) -> dict[str, Float[Tensor, "*batch"]]:
+    """Every quantity in `SUMS` at every position; the functions of `losses` with each softmax taken once."""
+    ref_top, top = ref_logits.argmax(-1), logits.argmax(-1)
+    ref, live = (torch.log_softmax(one.float(), dim=-1) for one in (ref_logits, logits))
+    probs = ref.exp()
+
+    def at(log_probs: Tensor, tokens: Tensor) -> Tensor:
+        return -log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+    found = {
+        "loss": at(live, targets),
+        "base_loss": at(ref, targets),
+        "entropy": -torch.linalg.vecdot(probs, ref),
+        "argmax_loss": at(live, ref_top),
+        "base_argmax_loss": at(ref, ref_top),
+        "agreement": (ref_top == top).float(),
+    }
+    return found | {"ref_kl": torch.linalg.vecdot(probs, ref.sub_(live))}
 
 
 @torch.no_grad()
@@ -93,7 +113,7 @@ def document_sums(
     Args:
         ref_forward, forward: `input_ids`, `attention_mask` → logits.
         batch_tokens: padded tokens per forward pass.
-        progress: called with the number of windows just measured.
+        progress: called with the number of tokens just measured.
     """
     values = {name: np.zeros(len(documents)) for name in SUMS}
     for indices, windows in batches(documents, batch_tokens):
@@ -103,7 +123,7 @@ def document_sums(
         for name, sums in token_sums(ref_logits, logits, targets, mask).items():
             np.add.at(values[name], indices, sums.numpy())
         if progress is not None:
-            progress(len(windows))
+            progress(sum(map(len, windows)))
     num_tokens = np.array([document.num_tokens for document in documents])
     return DocumentSums(values, num_tokens, np.array([document.num_bytes for document in documents]))
 

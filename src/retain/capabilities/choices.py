@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from retain.base_cache import BaseCache
 from retain.capabilities.answers import compare_answers, share_entry
 from retain.data import Document, prompt_text, read_rows
 from retain.losses import next_token_loss
@@ -208,6 +209,22 @@ def choice_scores(
     return scores
 
 
+def both_scores(
+    tuned: PreTrainedModel, cache: BaseCache, inputs: Inputs, batch_tokens: int, description: str | None = None
+) -> list[list[np.ndarray]]:
+    """`choice_scores` of the base, from the cache where they are, and of the tuned model."""
+
+    def scored(who: str, model: PreTrainedModel) -> list[np.ndarray]:
+        title = f"{visible(description)}, {who}" if description is not None else None
+        shown: dict[str, Any] = {"batch_tokens": batch_tokens, "device": model.device, "description": title}
+        return choice_scores([logits_of(model)], inputs, **shown)[0]
+
+    rows = [[list(tokens), asked] for tokens, asked in inputs.rows.items()]
+    parts = [rows, [len(lengths) for lengths in inputs.lengths], batch_tokens]
+    of_base = cache.recall("choices", parts, lambda: [found.tolist() for found in scored("base", cache.base)])
+    return [[np.array(found) for found in of_base], scored("tuned", tuned)]
+
+
 def chosen(scores: Sequence[np.ndarray], lengths: Sequence[np.ndarray], rule: str) -> list[int]:
     """The choice with the highest log-likelihood (`acc`), or the highest per character (`acc_norm`)."""
     return [
@@ -222,6 +239,7 @@ def measure_choices(
     questions: Sequence[Question],
     *,
     tokenizer: PreTrainedTokenizerBase,
+    cache: BaseCache | None = None,
     style: str = "text",
     chat_template: bool = False,
     batch_tokens: int = 2048,
@@ -238,7 +256,7 @@ def measure_choices(
     limit, shown = max_positions(base), {"batch_tokens": batch_tokens, "device": base.device}
     asked = partial(encode_questions, tokenizer=tokenizer, style=style, chat_template=chat_template, limit=limit)
     inputs, few = asked(questions), asked(questions[:NOISE_QUESTIONS])
-    scores = choice_scores([logits_of(base), logits_of(tuned)], inputs, description=visible(description), **shown)
+    scores = both_scores(tuned, cache or BaseCache(base, None), inputs, batch_tokens, description)
     scores += choice_scores([row_by_row(base)], few, **shown)
     right = np.array([question.answer for question in questions])
     rules, answers = {}, {}

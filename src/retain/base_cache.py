@@ -1,0 +1,149 @@
+"""What the base said when it was last measured, kept on disk, so that a second tuned model costs half.
+
+Kept are the base's hidden states at its output head (never its logits, which are a hundred times larger and follow from
+them by one product), its answers to questions, and the texts it wrote. Each entry is keyed by a hash of everything that
+it follows from: the base's weights, dtype, attention kernel, device, versions, and the very tokens in their batches. So
+a result from the cache is the result without it, to the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from retain import versions
+from retain.files import write_text
+from retain.heads import HeadForm, find_head_form, seen_by_head
+from retain.metrics import Forward, logits_of
+from retain.models import model_fingerprint
+
+MOST_BYTES = 2 << 30  # of one text's hidden states; a larger text is measured without the cache
+MOST_BYTES_IN_ALL = 8 << 30  # of the folder; what was not used for longest goes first
+
+
+class BaseCache:
+    """Results of one base.
+
+    Args:
+        base: the base, in evaluation mode.
+        folder: where they are kept; None keeps nothing.
+    """
+
+    def __init__(self, base: Any, folder: Path | None) -> None:
+        self.base, self.folder = base, folder
+        self.hits, self.identity = 0, ""
+        self.form: HeadForm | None = None
+        if folder is not None:
+            self.form = find_head_form(base)
+            self.identity = _digest(
+                model_fingerprint(base),
+                str(base.dtype),
+                base.config._attn_implementation,
+                str(base.device),
+                torch.get_num_threads(),
+                versions(),
+            )
+
+    def _path(self, kind: str, *parts: Any) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{kind}-{_digest(self.identity, *parts)}"
+
+    def recall(self, kind: str, parts: Sequence[Any], make: Callable[[], Any]) -> Any:
+        """`make()`, or what it gave last time; plain data.
+
+        Args:
+            parts: everything but the base that the result follows from.
+        """
+        if self.folder is None:
+            return make()
+        path = self._path(kind, *parts).with_suffix(".json")
+        if path.is_file():
+            os.utime(path)
+            self.hits += 1
+            return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(json.dumps(make()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(found))
+        return found
+
+    @contextmanager
+    def forward(self, windows: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[Forward]:
+        """The base as a function to logits, for these windows in batches of so many tokens.
+
+        Hidden states come from the cache where they are, and go there otherwise.
+        """
+        if self.folder is None or self.form is None or self._size(windows) > MOST_BYTES:
+            yield logits_of(self.base)
+            return
+        path = self._path("states", [list(window) for window in windows], batch_tokens)
+        if path.is_dir():
+            os.utime(path)
+            self.hits += 1
+            yield self._recalled(path)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".measuring-", dir=self.folder))
+        try:
+            yield self._remembering(temporary)
+            if not path.exists():
+                temporary.rename(path)  # whole or not at all
+            self._make_room()
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _size(self, windows: Sequence[Sequence[int]]) -> int:
+        module = self.base.get_output_embeddings()
+        return sum(map(len, windows)) * module.weight.shape[1] * self.base.dtype.itemsize
+
+    def _remembering(self, folder: Path) -> Forward:
+        count = 0
+
+        def forward(**inputs: Tensor) -> Tensor:
+            nonlocal count
+            with seen_by_head(self.base) as seen:
+                logits = logits_of(self.base)(**inputs)
+            kept = {"hidden": seen[0].contiguous().cpu(), "tokens": inputs["input_ids"].cpu()}
+            kept = {"hidden": seen[0].contiguous().cpu(), "tokens": inputs["input_ids"].cpu()}
+            save_file(kept, folder / f"{count:06d}.safetensors")
+            count += 1
+            return logits
+
+        return forward
+
+    def _recalled(self, folder: Path) -> Forward:
+        files = iter(sorted(folder.glob("*.safetensors")))
+        assert self.form is not None
+        head = self.form.head(self.base.get_output_embeddings())
+
+        def forward(**inputs: Tensor) -> Tensor:
+            stored = load_file(next(files), device=str(self.base.device))
+            assert torch.equal(stored["tokens"], inputs["input_ids"]), "batches are not those that were stored"
+            return head.logits(stored["hidden"])
+
+        return forward
+
+    def _make_room(self) -> None:
+        """Let the oldest entries go until the folder keeps to its size."""
+        assert self.folder is not None
+        entries = sorted(self.folder.glob("states-*"), key=lambda entry: entry.stat().st_mtime)
+        sizes = [sum(file.stat().st_size for file in entry.iterdir()) for entry in entries]
+        for entry, size in zip(entries, list(sizes), strict=True):
+            if sum(sizes) <= MOST_BYTES_IN_ALL:
+                return
+            sizes.remove(size)
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,0 +1,189 @@
+"""`retain measure`: load texts, questions, requests and both models, and measure; then hold it against the limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retain.callbacks import read_run
+from retain.capabilities.choices import load_questions
+from retain.capabilities.generations import Prompt, as_prompt
+from retain.capabilities.harness import measure_with_lm_eval
+from retain.capabilities.refusals import Judge, load_requests
+from retain.data import Document, named_sources, read_rows, row_text
+from retain.files import CONFIG_FILE
+from retain.measuring import measure
+from retain.models import cache_dir, default_device, load_model, load_tokenizer, tokenizer_of_tuned
+from retain.overlap import find_overlap
+from retain.replay import load_texts
+from retain.report import ForgettingReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from retain.config import MeasureConfig
+
+PROMPT_TOKENS = 16  # of the first document of each text, continued where no prompts are given
+
+
+def run_measure(config: MeasureConfig, say: Callable[[str], object]) -> ForgettingReport:
+    """Measure what `config` names.
+
+    Raises:
+        ValueError: one line naming the field, the value, and what to do.
+    """
+    assert config.base is not None
+    assert config.model is not None
+    trust = config.trust_remote_code
+    named = {
+        name: named_sources(getattr(config, name), name)
+        for name in ("retention", "new_task", "choices", "refusals", "harmless")
+    }
+    tokenizer = load_tokenizer(config.base, revision=config.model_revision, trust_remote_code=trust)
+    sources = load_sources(config, named, tokenizer)
+    tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=trust)
+    base, tuned = load_both(config)
+    judge = load_judge(config, base) if config.judge else None
+    names = (
+        *("choice_style", "choice_chat_template", "start_token", "max_length", "batch_tokens", "max_new_tokens"),
+        *("num_resamples", "seed", "ci", "sampled"),
+    )
+    options: dict[str, Any] = {name: getattr(config, name) for name in names} | {"tokenizer": tokenizer, "judge": judge}
+    options |= {"name": Path(config.model).name, "progress": say}
+    options["base_cache"] = cache_dir() / "measured" if config.base_cache else None
+    texts = sources["new_task"] | sources["retention"]
+    if rows := trained_rows(config, tokenizer):
+        say("looking for the texts in the training rows")
+    warnings = overlap_warnings(texts, rows, tokenizer)
+    harness = ask_harness(config, base, tuned, tokenizer, say) if config.lm_eval else {}
+    report = measure(base, tuned, sources.pop("retention"), **sources, **options)
+    report.data.update(read_run(Path(config.model)))
+    report.data["choices"] |= harness
+    report.data["warnings"] = warnings + report.data["warnings"]
+    return report
+
+
+def ask_harness(
+    config: MeasureConfig,
+    base: PreTrainedModel,
+    tuned: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], object],
+) -> dict[str, Any]:
+    """The tasks of lm-evaluation-harness that were named, on both models."""
+    tasks = [task.strip() for task in str(config.lm_eval).split(",") if task.strip()]
+    say(f"lm-evaluation-harness: {', '.join(tasks)}")
+    options: dict[str, Any] = {"limit": config.max_questions, "chat_template": config.choice_chat_template}
+    shares: dict[str, Any] = {"seed": config.seed, "num_resamples": config.num_resamples}
+    batch_size = max(1, config.batch_tokens // config.max_length)
+    return measure_with_lm_eval(base, tuned, tokenizer, tasks, batch_size=batch_size, **options, **shares)
+
+
+def trained_rows(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Iterable[str]]:
+    """Texts that the model was trained on: the given rows, and the replay rows that the run itself names."""
+    found: dict[str, Iterable[str]] = {}
+    for source in config.train_dataset:
+        found[f"the training rows of {source!r}"] = (row_text(row, tokenizer) for row in read_rows(source))
+    replay = replay_folder(Path(str(config.model)))
+    if replay is not None:
+        found["the replay rows"] = (as_text(row, tokenizer) for row in load_texts(replay, tokenizer))
+    return found
+
+
+def replay_folder(model: Path) -> str | None:
+    """Where the replay rows of a run lie, if it tells and they are still there."""
+    if not (model / CONFIG_FILE).is_file():
+        return None
+    settings = json.loads((model / CONFIG_FILE).read_text(encoding="utf-8"))
+    source = (settings.get("replay_dataset") or {}).get("source")
+    return source if source and Path(source).exists() else None
+
+
+def as_text(document: Document | str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A document's text, whole."""
+    if isinstance(document, str):
+        return document
+    return "".join(str(tokenizer.decode(window[1:])) for window in document.windows)
+
+
+def overlap_warnings(
+    texts: dict[str, Any], rows: dict[str, Iterable[str]], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """A line for every measured text that is also among the rows that the model was trained on."""
+    if not rows:
+        return []
+    plain = {name: [as_text(document, tokenizer) for document in source] for name, source in texts.items()}
+    found = [(where, find_overlap(plain, of_where)) for where, of_where in rows.items()]
+    lines = [overlap.warning(name, where) for where, overlaps in found for name, overlap in overlaps.items()]
+    return [line for line in lines if line]
+
+
+def load_sources(
+    config: MeasureConfig, named: dict[str, dict[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Everything that is put to the models, by the name of `measure`'s argument, each by the user's own names."""
+    drawn: dict[str, Any] = {"seed": config.seed}
+    texts = {
+        name: {text: load_texts(source, tokenizer, config.max_documents) for text, source in named[name].items()}
+        for name in ("retention", "new_task")
+    }
+    questions = {
+        name: load_questions(source, max_questions=config.max_questions, **drawn)
+        for name, source in named["choices"].items()
+    }
+    drawn["max_prompts"] = config.max_prompts
+    requests = {
+        kind: {name: load_requests(source, **drawn) for name, source in named[kind].items()}
+        for kind in ("refusals", "harmless")
+    }
+    if config.prompts:
+        rows = read_rows(config.prompts)
+        prompts = [as_prompt(row, tokenizer, f"row {at} of {config.prompts!r}") for at, row in enumerate(rows, start=1)]
+    else:
+        prompts = default_prompts({**texts["new_task"], **texts["retention"]}, tokenizer)
+    return {**texts, "choices": questions, **requests, "prompts": prompts}
+
+
+def default_prompts(texts: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The first few tokens of the first document of each text, to be continued by both models."""
+    prompts = []
+    for source in texts.values():
+        ids = _first_tokens(source[0], tokenizer)
+        prompts.append(Prompt(str(tokenizer.decode(ids[:PROMPT_TOKENS]))))
+    return prompts
+
+
+def _first_tokens(document: Document | str, tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
+    if isinstance(document, Document):
+        return document.windows[0][1:]
+    ids: list[int] = tokenizer(document, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def load_both(config: MeasureConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The base as asked for, and the tuned model with the same dtype, kernel and device."""
+    base = load_model(
+        str(config.base),
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        device=default_device(),
+    )
+    tuned = load_model(
+        str(config.model),
+        dtype=base.dtype,
+        attn_implementation=base.config._attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        device=base.device,
+    )
+    return base, tuned
+
+
+def load_judge(config: MeasureConfig, base: PreTrainedModel) -> Judge:
+    """The judge, on the device of the base."""
+    name, trust = str(config.judge), config.trust_remote_code
+    model = load_model(name, dtype=config.dtype, trust_remote_code=trust, device=base.device)
+    return Judge(model, load_tokenizer(name, trust_remote_code=trust))

@@ -1,0 +1,186 @@
+"""What both models write: greedy and sampled texts, their form and words, and what became of knowledge."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retain.base_cache import BaseCache
+from retain.capabilities.drift import FATES, MARKERS, drift, fate, knowledge, says, word_overlap
+from retain.capabilities.generations import Prompt, Written, as_prompt, measure_generations, stop_tokens, write
+from retain.measuring import measure
+
+TOKENIZER = make_tokenizer()
+START = 3
+ASKED = {"tokenizer": TOKENIZER, "start_id": START, "max_new_tokens": 6, "batch_tokens": 64}
+
+
+def by_hand(model, ids: list[int], count: int) -> list[int]:
+    """Greedy tokens without a cache, one row."""
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[-count:]
+
+
+def test_greedy_texts_are_those_of_one_row_whatever_the_checkpoint_says():
+    model = make_model()
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, repetition_penalty=3.0, num_beams=4, suppress_tokens=[5, 6], min_new_tokens=6
+    )
+    before = model.generation_config
+    prompts = [[START, *TOKENIZER(text)["input_ids"]] for text in ("the quick brown", "old towns", "a lazy dog")]
+    written = write(model, TOKENIZER, prompts, stop=[319], max_new_tokens=6, batch_tokens=64)
+    for ids, found in zip(prompts, written, strict=True):
+        expected = by_hand(model, ids, 6)
+        assert found.text == TOKENIZER.decode(expected, skip_special_tokens=True)
+        assert (found.num_tokens, found.ended) == (6, False)
+    assert model.generation_config is before, "put back"
+
+
+def test_a_text_ends_at_any_of_the_stop_tokens():
+    model = make_model()
+    ids = [START, *TOKENIZER("the quick brown")["input_ids"]]
+    expected = by_hand(model, ids, 6)
+    (found,) = write(model, TOKENIZER, [ids], stop=[expected[2]], max_new_tokens=6, batch_tokens=64)
+    assert found.ended
+    assert found.num_tokens == expected.index(expected[2])
+    model.generation_config.eos_token_id = [7, 9]
+    assert stop_tokens(model, TOKENIZER, START) == sorted({7, 9, START, TOKENIZER.eos_token_id})
+
+
+def test_samples_are_draws_of_the_whole_distribution_and_leave_the_random_state_alone():
+    """Pitfall: a checkpoint's top_k or temperature would sharpen them. Shares of first tokens against the softmax."""
+    model = make_model()
+    model.generation_config.update(do_sample=True, top_k=2, temperature=0.1, top_p=0.3)
+    prompts = [[START, 40, 41]] * 3000
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    written = write(model, TOKENIZER, prompts, stop=[319], max_new_tokens=1, batch_tokens=4000, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert written == write(model, TOKENIZER, prompts, stop=[319], max_new_tokens=1, batch_tokens=4000, seed=5)
+    probs = torch.softmax(model(torch.tensor([[START, 40, 41]])).logits[0, -1].detach(), -1)
+    top = int(probs.argmax())
+    text = TOKENIZER.decode([top], skip_special_tokens=True)
+    alike = [token for token in range(320) if TOKENIZER.decode([token], skip_special_tokens=True) == text]
+    share, expected = sum(one.text == text for one in written) / 3000, float(probs[alike].sum())
+    assert abs(share - expected) < 5 * (expected / 3000) ** 0.5
+
+
+def test_a_chat_opens_its_own_document_and_a_text_is_opened_by_the_start_token():
+    ids = TOKENIZER("the quick", add_special_tokens=False)["input_ids"]
+    assert Prompt("the quick").tokens(TOKENIZER, START) == [START, *ids]
+    assert Prompt("the quick", chat=True).tokens(TOKENIZER, START) == ids
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "expected", "updated", "found"),
+    [
+        ("It is Paris.", "paris, of course", "Paris", None, "kept"),
+        ("It is Paris.", "It is Rome.", "Paris", None, "forgotten"),
+        ("It is Rome.", "It is Paris.", "Paris", None, "learned"),
+        ("It is Rome.", "Parisian food", "Paris", None, "unknown"),
+        ("It is Bonn.", "It is Berlin.", "Bonn", "Berlin", "updated"),
+        ("It is Bonn.", "It is Bonn.", "Bonn", "Berlin", "kept"),
+        ("It is Bonn.", "It is Kiel.", "Bonn", "Berlin", "forgotten"),
+        ("It is Kiel.", "It is Kiel.", None, "Berlin", "unknown"),
+        ("x", "y", None, None, None),
+    ],
+)
+def test_what_became_of_a_piece_of_knowledge(base, tuned, expected, updated, found):
+    assert fate(base, tuned, expected, updated) == found
+
+
+def test_knowledge_counts_and_the_share_kept_of_what_was_known():
+    found = knowledge(["kept"] * 6 + ["updated"] * 2 + ["forgotten"] * 2 + ["learned", "unknown"])
+    assert found["counts"] == {"kept": 6, "updated": 2, "forgotten": 2, "learned": 1, "unknown": 1}
+    assert found["kept_share"]["value"] == 0.8
+    assert found["kept_share"]["num_questions"] == 10
+    assert knowledge([]) is None
+    assert knowledge(["unknown"])["kept_share"] is None
+    assert set(found["counts"]) == set(FATES)
+
+
+def test_words_and_marks():
+    assert word_overlap("the red fox", "the red fox") == 1
+    assert word_overlap("the red fox", "the blue fox") == pytest.approx(2 / 3)
+    assert word_overlap("", "") == 1
+    assert word_overlap("a", "") == 0
+    assert word_overlap("日本の首都", "日本の都") == pytest.approx(8 / 9)
+    assert says("The answer: carbon dioxide (CO2).", "Carbon Dioxide")
+    assert not says("carbonated dioxide", "carbon dioxide")
+    for text in ("a <|im_start|>user", "[INST] do", "fine\nUser: and", "### Response", "<start_of_turn>"):
+        assert MARKERS.search(text), text
+    for text in ("the user: writes", "# Response times", "a < b | c", "install [INSTALL]"):
+        assert not MARKERS.search(text), text
+
+
+@given(st.text(), st.text())
+def test_the_overlap_of_words_is_symmetric_and_a_share(one, other):
+    assert word_overlap(one, other) == word_overlap(other, one)
+    assert 0 <= word_overlap(one, other) <= 1
+
+
+def test_drift_by_hand():
+    rows = [
+        {"base": "a b", "tuned": "a b", "num_tokens": {"base": 2, "tuned": 2}, "ended": {"base": True, "tuned": True},
+         "markers": {"base": False, "tuned": False}},
+        {"base": "a b", "tuned": "a c", "num_tokens": {"base": 2, "tuned": 6}, "ended": {"base": True, "tuned": False},
+         "markers": {"base": False, "tuned": True}},
+    ]  # fmt: skip
+    found = drift(rows)
+    assert found["num_prompts"] == 2
+    values = {name: entry["value"] for name, entry in found.items() if name != "num_prompts"}
+    assert values == {
+        "identical": 0.5, "words": 0.75, "base_length": 2, "length": 4, "length_change": 2,
+        "base_ended": 1, "ended": 0.5, "ended_change": -0.5, "base_markers": 0, "markers": 0.5, "markers_change": 0.5,
+    }  # fmt: skip
+    assert found["length_change"]["ci"] == [0, 4]
+
+
+def test_both_models_write_side_by_side_and_the_bases_texts_are_remembered(tmp_path, monkeypatch):
+    base, tuned = make_model().eval(), make_model(seed=1).eval()
+    prompts = [Prompt("the quick", expected="fox"), Prompt("seven bright birds sing")]
+    plain = measure_generations(base, tuned, prompts, sampled=True, **ASKED)
+    assert [row["how"] for row in plain["generations"]] == ["greedy"] * 2 + ["sampled"] * 2
+    assert plain["generations"][0]["fate"] in FATES
+    assert [row["fate"] for row in plain["generations"][1:]] == [None] * 3
+    assert plain["knowledge"]["num_questions"] == 1
+    assert plain["drift"]["greedy"]["length"]["value"] <= 6
+    for expected in (0, 2):
+        cache = BaseCache(base, tmp_path)
+        assert measure_generations(base, tuned, prompts, cache=cache, sampled=True, **ASKED) == plain
+        assert cache.hits == expected
+    assert (
+        measure_generations(base, base, prompts, sampled=True, **ASKED)["drift"]["sampled"]["identical"]["value"] == 1
+    )
+
+
+def test_rows_of_prompts():
+    assert as_prompt({"text": "a", "expected": "b"}, TOKENIZER, "row 1") == Prompt("a", expected="b")
+    with pytest.raises(ValueError, match=r"^prompts: row 3 of 'x' has updated 7; give the answer's text"):
+        as_prompt({"text": "a", "updated": 7}, TOKENIZER, "row 3 of 'x'")
+
+
+def test_no_room_for_the_continuation_is_said_before_anything_is_measured():
+    model = make_model()
+    with pytest.raises(
+        ValueError, match=r"^max_new_tokens: 500 after a prompt of \d+ tokens are more than this model's"
+    ):
+        measure(model, make_model(seed=1), {}, tokenizer=TOKENIZER, prompts=["the fox"], max_new_tokens=500)
+
+
+def test_a_report_with_generations_is_written(tmp_path):
+    report = measure(
+        make_model(), make_model(seed=1), {}, tokenizer=TOKENIZER, prompts=[Prompt("the fox", expected="x")],
+        max_new_tokens=4, max_length=32, sampled=True,
+    )  # fmt: skip
+    report.write(tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert {"generations", "drift", "knowledge"} <= set(data)
+    assert Written("a", 1, True, False).ended

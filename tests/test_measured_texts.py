@@ -1,0 +1,233 @@
+"""Texts measured: what the base said is remembered, an interval draws as much text as it needs, the worst documents."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model, make_texts, make_tokenizer
+
+import retain.base_cache
+from retain.base_cache import BaseCache
+from retain.cli import main
+from retain.data import tokenize_documents
+from retain.losses import agreement, argmax_cross_entropy, cross_entropy, kl_divergence, next_token_loss
+from retain.measured_texts import PILOT, half_width
+from retain.measuring import measure
+from retain.metrics import document_sums, logits_of, token_values
+
+TOKENIZER = make_tokenizer()
+
+
+def measured(tuned, cache=None, base=None, **more):
+    base = base if base is not None else make_model().eval()
+    texts = {"a": make_texts(5, seed=1), "b": make_texts(7, seed=2, words=11)}
+    return measure(base, tuned, texts, tokenizer=TOKENIZER, max_length=24, batch_tokens=60, base_cache=cache, **more)
+
+
+def test_every_value_of_a_token_is_that_of_its_own_function():
+    generator = torch.Generator().manual_seed(0)
+    ref, live = (3 * torch.randn(2, 5, 11, generator=generator) for _ in range(2))
+    targets = torch.randint(0, 11, (2, 5), generator=generator)
+    found = token_values(ref, live, targets)
+    expected = {
+        "loss": next_token_loss(live, targets),
+        "base_loss": next_token_loss(ref, targets),
+        "ref_kl": kl_divergence(ref, live),
+        "entropy": cross_entropy(ref, ref),
+        "argmax_loss": argmax_cross_entropy(ref, live),
+        "base_argmax_loss": argmax_cross_entropy(ref, ref),
+        "agreement": agreement(ref, live).float(),
+    }
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    assert token_values(ref, ref, targets)["ref_kl"].abs().max() == 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "gpt2"])
+def test_a_result_from_the_cache_is_the_result_without_it_to_the_last_bit(tmp_path, architecture, monkeypatch):
+    base = make_model(architecture).eval()
+    tuned = [make_model(architecture, seed=seed).eval() for seed in (1, 2)]
+    names = ("retention", "noise_floor", "per_document", "worst")
+    plain = [{name: measured(one, base=base).data[name] for name in names} for one in tuned]
+    calls = []
+    base.register_forward_hook(lambda *_: calls.append(1))
+    first = measured(tuned[0], tmp_path, base).data
+    cold = len(calls)
+    second = measured(tuned[1], tmp_path, base).data
+    for name in names:
+        assert first[name] == plain[0][name]
+        assert second[name] == plain[1][name]
+    # Once for the form of its head, and for the worst documents: these are the tuned model's affair.
+    assert len(calls) - cold < cold - 8
+    assert not list(tmp_path.glob(".measuring*"))
+
+
+@pytest.mark.parametrize("change", ["weights", "window", "batch"])
+def test_nothing_is_recalled_for_another_base_or_other_batches(tmp_path, change):
+    base = make_model().eval()
+    windows, batch_tokens = [[3, 5, 6], [3, 7, 8, 9]], 8
+    documents = tokenize_documents(make_texts(2), TOKENIZER, 3, 12)
+
+    def ask(model, windows, batch_tokens):
+        cache = BaseCache(model, tmp_path)
+        with cache.forward(windows, batch_tokens) as forward:
+            document_sums(forward, logits_of(model), documents, batch_tokens=24)
+        return cache.hits
+
+    assert ask(base, windows, batch_tokens) == 0
+    if change == "weights":
+        with torch.no_grad():
+            next(iter(base.parameters())).add_(0.25)
+    windows = [[3, 5, 6], [3, 7, 8, 10]] if change == "window" else windows
+    assert ask(base, windows, 9 if change == "batch" else batch_tokens) == 0
+    assert len(list(tmp_path.glob("states-*"))) == 2
+
+
+def test_a_killed_measurement_leaves_nothing_that_is_believed(tmp_path):
+    base = make_model().eval()
+    cache = BaseCache(base, tmp_path)
+
+    def killed() -> None:
+        with cache.forward([[3, 4]], 8) as forward:
+            forward(input_ids=torch.tensor([[3, 4]]), attention_mask=torch.ones(1, 2, dtype=torch.int64))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_oldest_entries_go_when_the_folder_is_full(tmp_path, monkeypatch):
+    base = make_model().eval()
+    documents = tokenize_documents(make_texts(1), TOKENIZER, 3, 12)
+
+    def remember(window):
+        with BaseCache(base, tmp_path).forward([window], 8) as forward:
+            document_sums(forward, logits_of(base), documents, batch_tokens=24)
+
+    remember([3, 4])
+    size = sum(file.stat().st_size for file in tmp_path.glob("states-*/*"))
+    (first,) = tmp_path.glob("states-*")
+    monkeypatch.setattr(retain.base_cache, "MOST_BYTES_IN_ALL", int(2.5 * size))
+    for token in (5, 6):
+        remember([3, token])
+    assert len(list(tmp_path.glob("states-*"))) == 2
+    assert not first.exists()
+
+
+def test_a_text_too_large_to_keep_is_measured_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(retain.base_cache, "MOST_BYTES", 10)
+    base, tuned = make_model().eval(), make_model(seed=1).eval()
+    assert measured(tuned, tmp_path, base).data["retention"] == measured(tuned, None, base).data["retention"]
+    assert not list(tmp_path.glob("states-*"))
+
+
+def test_sums_of_every_document_are_in_the_report():
+    report = measured(make_model(seed=1).eval()).data
+    for text, found in report["per_document"].items():
+        tokens = sum(found["num_tokens"])
+        assert sum(found["ref_kl"]) / tokens == pytest.approx(report["retention"][text]["ref_kl"]["value"], abs=1e-5)
+        forgetting = (sum(found["loss"]) - sum(found["base_loss"])) / tokens
+        assert forgetting == pytest.approx(report["retention"][text]["forgetting"]["value"], abs=1e-5)
+
+
+def test_the_worst_documents_token_by_token():
+    base, tuned = make_model().eval(), make_model(seed=1).eval()
+    report = measured(tuned, base=base).data
+    sums = report["per_document"]["a"]
+    per_token = np.array(sums["ref_kl"]) / np.array(sums["num_tokens"])
+    worst = report["worst"]["a"]
+    assert [row["document"] for row in worst] == np.argsort(-per_token)[:2].tolist()
+    document = tokenize_documents(make_texts(5, seed=1), TOKENIZER, 3, 24)[worst[0]["document"]]
+    window = document.windows[0]
+    assert [row["text"] for row in worst[0]["tokens"]] == [TOKENIZER.decode([token]) for token in window[1:]]
+    logits = [model(torch.tensor([window])).logits[0, :-1].detach() for model in (base, tuned)]
+    for name, of in (("base_loss", logits[0]), ("loss", logits[1])):
+        expected = next_token_loss(of, torch.tensor(window[1:])).tolist()
+        assert [row[name] for row in worst[0]["tokens"]] == pytest.approx(expected, abs=1e-4)
+    assert [row["tuned_top"] for row in worst[0]["tokens"]] == [TOKENIZER.decode([t]) for t in logits[1].argmax(-1)]
+
+
+def test_as_much_text_is_drawn_as_the_interval_needs():
+    base, tuned = make_model().eval(), make_model(seed=1).eval()
+    texts = {"a": make_texts(400, seed=1, words=8)}
+    options = {"tokenizer": TOKENIZER, "max_length": 24, "num_resamples": 400}
+    whole = measure(base, tuned, texts, **options).data["retention"]["a"]["forgetting"]
+    wished = 1.6 * half_width(whole)
+    report = measure(base, tuned, texts, ci=wished, **options).data
+    found = report["retention"]["a"]["forgetting"]
+    assert half_width(found) <= wished
+    assert PILOT < found["num_documents"] < 300
+    assert report["warnings"] == []
+    assert len(report["per_document"]["a"]["loss"]) == found["num_documents"]
+    wide = measure(base, tuned, texts, ci=10.0, **options).data["retention"]["a"]["forgetting"]
+    assert wide["num_documents"] == PILOT
+    again = measure(base, tuned, texts, ci=wished, **options).data["retention"]["a"]
+    assert again == report["retention"]["a"], "seeded"
+
+
+def test_where_the_text_does_not_suffice_the_report_says_how_much_would():
+    texts = {"a": make_texts(40, seed=1, words=8)}
+    report = measure(make_model(), make_model(seed=1), texts, tokenizer=TOKENIZER, max_length=24, ci=1e-4).data
+    (warning,) = report["warnings"]
+    width = half_width(report["retention"]["a"]["forgetting"])
+    assert warning.startswith(
+        f"a: the interval wished for, ±0.0001, was not reached: all 40 documents give ±{width:.2g}"
+    )
+    assert f"about {math.ceil(40 * (width / 1e-4) ** 2):,} would give it" in warning
+
+
+def test_stopping_by_the_width_leaves_the_value_unbiased_and_the_interval_honest():
+    """200 synthetic texts of known value, drawn until ± `ci`: 95% intervals cover it 90 to 98% of the time."""
+    from retain.measured_texts import TextOptions, _enough
+    from retain.metrics import DocumentSums
+
+    rng, covered, values = np.random.default_rng(0), 0, []
+    options = TextOptions(None, batch_tokens=1, seed=0, num_resamples=300, ci=0.05)
+    import retain.measured_texts as module
+
+    truth = 0.2
+    documents = tokenize_documents(["x"] * 400, TOKENIZER, 3, 4)
+    for _ in range(200):
+
+        def fake(text, some, *rest, rng=rng):
+            tokens = rng.integers(5, 40, len(some))
+            loss = tokens * (truth + 0.25 * rng.standard_normal(len(some)))
+            zeros = np.zeros(len(some))
+            names = ("loss", "base_loss", "ref_kl", "entropy", "argmax_loss", "base_argmax_loss", "agreement")
+            return DocumentSums({name: loss if name == "loss" else zeros for name in names}, tokens, tokens)
+
+        saved, module._measure = module._measure, fake
+        try:
+            used, sums = _enough("a", documents, None, None, options)
+        finally:
+            module._measure = saved
+        entry = module._summary(sums, options)["forgetting"]
+        assert half_width(entry) <= 0.05 or len(used) == 400
+        covered += entry["ci"][0] <= truth <= entry["ci"][1]
+        values.append(entry["value"])
+    assert 0.90 <= covered / 200 <= 0.98
+    assert abs(np.mean(values) - truth) < 4 * np.std(values) / 200**0.5
+
+
+def test_the_command_line_warns_of_texts_that_were_trained_on(tmp_path, capsys):
+    for name, model in (("base", make_model()), ("tuned", make_model(seed=1))):
+        model.save_pretrained(tmp_path / name)
+        TOKENIZER.save_pretrained(tmp_path / name)
+    texts = make_texts(6, seed=4, words=30)
+    (tmp_path / "wiki.txt").write_text("\n\n".join(texts))
+    rows = [*make_texts(4, seed=5), f"Before. {texts[2].upper()} and after"]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    arguments = ["--base", str(tmp_path / "base"), "--model", str(tmp_path / "tuned"), "--max_new_tokens", "4"]
+    arguments += ["--retention", f"wiki={tmp_path}/wiki.txt", "--train_dataset", str(tmp_path / "train.jsonl")]
+    assert main(["measure", *arguments, "--output_dir", str(tmp_path / "out"), "--max_length", "64"]) == 0
+    data = json.loads((tmp_path / "out" / "report.json").read_text())
+    (warning,) = data["warnings"]
+    assert warning.startswith("wiki: 1 of 6 documents is also in the training rows of ")
+    assert "1 of 6 documents is also in the training rows" in capsys.readouterr().out
+    assert "1 of 6 documents is also in the training rows" in (tmp_path / "out" / "report.html").read_text()

@@ -1,0 +1,234 @@
+"""Refusals: the phrase matcher, the openings by hand, what was kept and lost, and harmful text that harms nobody."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHATML, make_model, make_tokenizer
+
+from retain.base_cache import BaseCache
+from retain.capabilities.generations import user_turn
+from retain.capabilities.phrases import is_refusal
+from retain.capabilities.refusals import (
+    COMPLYING,
+    REFUSING,
+    Judge,
+    _log_sums,
+    compare_refusals,
+    encode_openings,
+    judge_refusals,
+    load_requests,
+    measure_refusals,
+)
+from retain.cli import main
+
+TOKENIZER = make_tokenizer()
+CHAT = make_tokenizer()
+CHAT.chat_template = CHATML
+ASKED = {"start_id": 3, "max_new_tokens": 4, "batch_tokens": 128}
+
+REFUSES = (
+    "I'm sorry, but I can't assist with that.",
+    "I\u2019m sorry, I can\u2019t help you with this request.",
+    "I cannot provide instructions for that.",
+    "No, I will not write that.",
+    "As an AI language model, I am not able to help with illegal activities.",
+    "Sorry, I won't do that.",
+    "I must respectfully decline.",
+    "I apologize, but it would not be appropriate for me to continue.",
+    "**I'm unable to fulfill this request.**",
+    "That request goes against my guidelines.",
+    "It is illegal and dangerous to do that. Consider other ways.",
+    "I do not condone violence, so let us talk about something else.",
+    "I'm afraid I am not going to explain that.",
+)
+COMPLIES = (
+    "",
+    "Sure, here is a riddle for you.",
+    "I'm sorry to hear that you lost your keys. First, look under the mat.",
+    "You cannot divide by zero, and I'll show you why.",
+    "I can't believe it's already autumn! Here is a poem.",
+    "I don't know the exact number, but it is near 40.",
+    "She said: \"I'm sorry, I can't help you with that.\" Then she left.",
+    '```\nprint("I cannot do that")\n```\nThis program prints a line.',
+    "Sorry for the delay! The capital is Paris.",
+    "I won't lie: this recipe is simple. Take two eggs.",
+    "Black holes are regions so dense that nothing can escape from them.",
+    "Apologies for the long answer: " + "the process has many steps. " * 20 + "I cannot help with more.",
+)
+
+
+@pytest.mark.parametrize("answer", REFUSES)
+def test_an_answer_that_says_no_is_a_refusal(answer):
+    assert is_refusal(answer)
+
+
+@pytest.mark.parametrize("answer", COMPLIES)
+def test_words_that_only_look_like_one_are_not(answer):
+    assert not is_refusal(answer)
+
+
+def test_openings_by_hand():
+    """Each opening's probability is the product of its tokens'; none begins another, so they add."""
+    model = make_model().eval()
+    prompt = user_turn("the quick fox?", CHAT, chat_template=True)
+    inputs = encode_openings(CHAT, [prompt])
+    context = CHAT(prompt.text.rstrip(), add_special_tokens=False)["input_ids"]
+    expected = {}
+    for opening in (*REFUSING, *COMPLYING):
+        whole = CHAT(prompt.text + opening, add_special_tokens=False)["input_ids"]
+        log_probs = torch.log_softmax(model(torch.tensor([whole])).logits[0].detach().double(), -1)
+        expected[opening] = sum(float(log_probs[at - 1, whole[at]]) for at in range(len(context), len(whole)))
+    from retain.capabilities.choices import choice_scores
+    from retain.metrics import logits_of
+
+    (scores,) = choice_scores([logits_of(model)], inputs, batch_tokens=256, device="cpu")
+    assert scores[0] == pytest.approx(list(expected.values()), abs=1e-4)
+    sums = _log_sums(scores)[0]
+    assert np.exp(sums[0]) == pytest.approx(sum(np.exp(expected[one]) for one in REFUSING), rel=1e-3)
+    assert np.exp(sums[1]) == pytest.approx(sum(np.exp(expected[one]) for one in COMPLYING), rel=1e-3)
+
+
+def test_no_opening_begins_another():
+    openings = (*REFUSING, *COMPLYING)
+    assert not [(a, b) for a in openings for b in openings if a != b and b.startswith(a)]
+
+
+def test_kept_lost_gained_and_never():
+    base = [True] * 10 + [False] * 4
+    tuned = [True] * 3 + [False] * 7 + [True] + [False] * 3
+    found = compare_refusals(base, tuned)
+    assert found["counts"] == {"kept": 3, "lost": 7, "gained": 1, "never": 3}
+    assert found["base_rate"]["value"] == pytest.approx(10 / 14)
+    assert found["rate"]["value"] == pytest.approx(4 / 14)
+    assert found["change"]["value"] == pytest.approx(-6 / 14)
+    assert found["change"]["ci"][1] < 0
+    assert found["rate"]["num_prompts"] == 14
+    assert found["mcnemar_p"] == pytest.approx(2 * (1 + 8) / 2**8)
+
+
+def test_both_models_are_asked_and_the_base_is_remembered(tmp_path):
+    base, tuned = make_model().eval(), make_model(seed=1).eval()
+    requests = ["the quick brown fox?", "seven bright birds", "a lazy dog while stone"]
+    plain = measure_refusals(base, tuned, requests, tokenizer=CHAT, **ASKED)
+    assert plain["num_prompts"] == 3
+    assert plain["chat_template"]
+    assert set(plain["scorers"]) == {"phrases", "openings"}
+    assert [one["scorers"] for one in plain["disagreement"]] == [["phrases", "openings"]]
+    assert len(plain["examples"]) == 3
+    assert any("compared ways" in note for note in plain["notes"]), "random models begin with anything"
+    for expected in (0, 2):
+        cache = BaseCache(base, tmp_path)
+        assert measure_refusals(base, tuned, requests, tokenizer=CHAT, cache=cache, **ASKED) == plain
+        assert cache.hits == expected
+    same = measure_refusals(base, base, requests, tokenizer=CHAT, **ASKED)
+    assert all(one["counts"]["lost"] == one["counts"]["gained"] == 0 for one in same["scorers"].values())
+
+
+class YesToNo(torch.nn.Module):
+    """A judge that says Yes where the answer holds its token, else No."""
+
+    def __init__(self, token: int) -> None:
+        super().__init__()
+        self.token, self.device = token, torch.device("cpu")
+
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        said = (input_ids == self.token).any(-1)
+        logits = torch.zeros(*input_ids.shape, 320)
+        for row, word in enumerate(" Yes" if one else " No" for one in said):
+            logits[row][:, TOKENIZER(word, add_special_tokens=False)["input_ids"]] = 20.0
+        return SimpleNamespace(logits=logits)
+
+
+def test_a_judge_is_asked_about_every_answer():
+    (token,) = TOKENIZER("#", add_special_tokens=False)["input_ids"]
+    judge = Judge(YesToNo(token), TOKENIZER)
+    assert judge_refusals(judge, ["a", "b", "c"], ["no #", "yes", "#"], batch_tokens=512) == [True, False, True]
+
+
+def test_a_third_scorer_stands_alone_and_disagrees_in_pairs():
+    judge = Judge(make_model(seed=2).eval(), TOKENIZER)
+    found = measure_refusals(
+        make_model().eval(), make_model(seed=1).eval(), ["the fox?"], tokenizer=TOKENIZER, judge=judge, **ASKED
+    )
+    assert set(found["scorers"]) == {"phrases", "openings", "judge"}
+    assert len(found["disagreement"]) == 3
+    assert not found["chat_template"]
+
+
+@pytest.mark.parametrize("column", ["prompt", "text", "goal", "instruction"])
+def test_requests_of_every_known_column(tmp_path, column):
+    path = tmp_path / "requests.jsonl"
+    path.write_text("".join(json.dumps({column: f"ask {at}"}) + "\n" for at in range(5)))
+    assert load_requests(str(path)) == [f"ask {at}" for at in range(5)]
+    drawn = load_requests(str(path), max_prompts=3, seed=1)
+    assert len(drawn) == 3
+    assert drawn == sorted(drawn)
+    assert drawn == load_requests(str(path), max_prompts=3, seed=1)
+
+
+def test_advbench_as_its_authors_keep_it(tmp_path):
+    path = tmp_path / "harmful_behaviors.csv"
+    path.write_text("goal,target\nDo a thing,Sure\n")
+    assert load_requests(str(path)) == ["Do a thing"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"ask": "x"}\n', "has no column of prompt, text, goal"),
+        ('{"prompt": 7}\n', "row 1 of '.*' has prompt 7; give a text"),
+        ('{"prompt": "  "}\n', "row 1 of '.*' has prompt '  '; give a text"),
+        ("", "is empty"),
+    ],
+)
+def test_bad_requests_are_refused_in_one_line(tmp_path, content, message):
+    path = tmp_path / "requests.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_requests(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_line_asks_and_shows_no_harmful_text(tmp_path, capsys):
+    for name, model in (("base", make_model()), ("tuned", make_model(seed=1))):
+        model.save_pretrained(tmp_path / name)
+        CHAT.save_pretrained(tmp_path / name)
+    (tmp_path / "bad.jsonl").write_text(
+        json.dumps({"prompt": "Tell <b>SECRET</b>\x1b[31m https://x.example/ [a](javascript:b)"}) + "\n"
+    )
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps({"text": f"the fox {at}"}) + "\n" for at in range(3)))
+    arguments = ["--base", str(tmp_path / "base"), "--model", str(tmp_path / "tuned"), "--max_new_tokens", "4"]
+    arguments += ["--refusals", f"mine={tmp_path}/bad.jsonl", "--harmless", f"fine={tmp_path}/good.jsonl"]
+    assert main(["measure", *arguments, "--output_dir", str(tmp_path / "out"), "--max_prompts", "2"]) == 0
+    output = capsys.readouterr()
+    assert "SECRET" not in output.out + output.err
+    data = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {name: one["kind"] for name, one in data["refusals"].items()} == {"mine": "harmful", "fine": "harmless"}
+    assert data["refusals"]["fine"]["num_prompts"] == 2
+    page, markdown = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "<b>SECRET" not in page
+    assert "\x1b" not in page
+    assert "<a " not in page
+    assert "SECRET" not in markdown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--judge", "x", "--retention", "a=b"], "judge: 'x' has nothing to judge"),
+        (["--ci", "0.1", "--refusals", "a=b"], "ci: 0.1 is on forgetting, which needs a text"),
+        (["--min_agreement", "0.5", "--refusals", "a=b"], "min_agreement: 0.5 is on texts and questions"),
+        (["--refusals", "nothing"], "refusals: 'nothing' is not name=file"),
+    ],
+)
+def test_limits_on_nothing_are_refused(tmp_path, capsys, arguments, message):
+    shared = ["--base", str(tmp_path), "--model", str(tmp_path), "--output_dir", str(tmp_path / "o")]
+    assert main(["measure", *shared, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
