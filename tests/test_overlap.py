@@ -118,13 +118,13 @@ def test_the_warning_is_one_line():
     result = found([document, words(60, 2), words(9, 3)], [near, words(9, 3)])
     assert result.warning("wiki") == (
         "wiki: 2 of 3 documents are also in the training rows (1 word for word, 1 at 0.85 of its 8-word runs): "
-        "forgetting on them is not forgetting of old knowledge; leave them out"
+        "forgetting on them is not of old knowledge; leave them out"
     )
     several = found([document, words(60, 2)], [document.replace(document.split()[30], "x"), words(60, 2)[:400]])
     assert "2 of 2 documents are also in the replay rows (2 at" in str(several.warning("wiki", "the replay rows"))
     assert " of their 8-word runs)" in str(several.warning("wiki"))
     assert found([document], [document]).warning("a", "b") == (
-        "a: 1 of 1 documents is also in b (1 word for word): forgetting on them is not forgetting of old knowledge; "
+        "a: 1 of 1 documents is also in b (1 word for word): forgetting on them is not of old knowledge; "
         "leave them out"
     )
     assert found([document], []).warning("wiki") is None

@@ -211,9 +211,11 @@ def cell(value: Any, ci: Sequence[Any] | None = None, percent: bool = False) -> 
         return {"value": "–", "interval": ""}
     ends = bounds_of(ci) or ()
     largest = max(map(abs, (value, *ends)))
-    finest = 6 if largest else 3
-    places = next((places for places, least in ((3, 0.02), (4, 0.001), (5, 1e-4)) if largest >= least), finest)
-    words = [format(number, ".1%" if percent else f".{places}f") for number in (value, *ends)]
+    if 0 < largest < 5e-7:
+        return {"value": "≈ 0", "interval": ""}
+    places = next((places for places, least in ((3, 0.02), (4, 0.001), (5, 1e-4)) if largest >= least), 6)
+    digits = 3 if percent or not largest else places
+    words = [format(round(n, digits) + 0.0, ".1%" if percent else f".{digits}f") for n in (value, *ends)]  # never -0.0
     return {"value": words[0], "interval": f"[{words[1]}, {words[2]}]" if ends else ""}
 
 

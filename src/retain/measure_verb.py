@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
     from retain.config import MeasureConfig
 
+# What it means that a measured text was trained on.
+MEANING = {
+    "new_task": "the gain on them is memory, not learning",
+    "retention": "forgetting on them is not of old knowledge",
+}
 PROMPT_TOKENS = 16  # of the first document of each text, continued where no prompts are given
 
 
@@ -53,10 +58,9 @@ def run_measure(config: MeasureConfig, say: Callable[[str], object]) -> Forgetti
     options: dict[str, Any] = {name: getattr(config, name) for name in names} | {"tokenizer": tokenizer, "judge": judge}
     options |= {"name": Path(config.model).name, "progress": say}
     options["base_cache"] = cache_dir() / "measured" if config.base_cache else None
-    texts = sources["new_task"] | sources["retention"]
     if rows := trained_rows(config, tokenizer):
         say("looking for the texts in the training rows")
-    warnings = overlap_warnings(texts, rows, tokenizer)
+    warnings = overlap_warnings(sources, rows, tokenizer)
     harness = ask_harness(config, base, tuned, tokenizer, say) if config.lm_eval else {}
     report = measure(base, tuned, sources.pop("retention"), **sources, **options)
     report.data.update(read_run(Path(config.model)))
@@ -109,14 +113,18 @@ def as_text(document: Document | str, tokenizer: PreTrainedTokenizerBase) -> str
 
 
 def overlap_warnings(
-    texts: dict[str, Any], rows: dict[str, Iterable[str]], tokenizer: PreTrainedTokenizerBase
+    sources: dict[str, Any], rows: dict[str, Iterable[str]], tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
     """A line for every measured text that is also among the rows that the model was trained on."""
-    if not rows:
-        return []
-    plain = {name: [as_text(document, tokenizer) for document in source] for name, source in texts.items()}
-    found = [(where, find_overlap(plain, of_where)) for where, of_where in rows.items()]
-    lines = [overlap.warning(name, where) for where, overlaps in found for name, overlap in overlaps.items()]
+    texts = {
+        name: [as_text(document, tokenizer) for document in source]
+        for kind in MEANING
+        for name, source in (sources[kind] if rows else {}).items()
+    }
+    lines = []
+    for where, of_where in rows.items():
+        found = find_overlap(texts, of_where)
+        lines += [found[name].warning(name, where, MEANING[kind]) for kind in MEANING for name in sources[kind]]
     return [line for line in lines if line]
 
 

@@ -32,8 +32,10 @@ class Overlap:
     """Other documents → share of their runs that occur in the rows, where it reaches the threshold."""
     length: int
 
-    def warning(self, name: str, where: str = "the training rows") -> str | None:
-        """One line for people; None where nothing was found."""
+    def warning(
+        self, name: str, where: str = "the training rows", meaning: str = "forgetting on them is not of old knowledge"
+    ) -> str | None:
+        """One line for people, with what the finding means; None where nothing was found."""
         shares = [f"{share:.2f}" for share in sorted(self.near.values())]
         found = len(self.exact) + len(shares)
         if not found:
@@ -43,7 +45,7 @@ class Overlap:
         kinds += [f"{len(shares)} at {spread} of {whose} {self.length}-word runs"] * bool(shares)
         return (
             f"{name}: {found} of {self.num_documents} documents {'is' if found == 1 else 'are'} also in {where} "
-            f"({', '.join(kinds)}): forgetting on them is not forgetting of old knowledge; leave them out"
+            f"({', '.join(kinds)}): {meaning}; leave them out"
         )
 
 

@@ -25,14 +25,15 @@ def _learning(runs: Sequence[dict], compared: dict | None, text: str) -> dict[st
     points = ends(compared, text) if compared else [None] * len(runs)
     lines = [_line(run, place, text, points[place]) for place, run in enumerate(runs)]
     lines = [line for line in lines if line]
-    if len(lines) < 2 and not any(line and len(line["x"]) > 1 for line in lines):
+    followed = any(line and len(line["x"]) > 1 for line in lines)  # else nothing was read at the matched loss
+    if len(lines) < 2 and not followed:
         return None
     best = [points[place] for place in frontier(points)]
     return {
         "kind": "frontier", "title": text, "words": f"Learning against divergence from the base on {text}",
         "xlabel": LEARNING, "ylabel": "ref_kl, nats per token", "lines": lines,
         "frontier": best if len(best) > 1 else [],
-        "matched_loss": compared["matched_loss"] if compared else None,
+        "matched_loss": compared["matched_loss"] if compared and followed else None,
     }  # fmt: skip
 
 

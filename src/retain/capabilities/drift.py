@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from retain.statistics import bootstrap_ratio
+from retain.statistics import bootstrap_ratio, share_interval
 
 FATES = ("kept", "updated", "forgotten", "learned", "unknown")
 KNOWN_BEFORE = ("kept", "updated", "forgotten")
@@ -80,25 +80,25 @@ def knowledge(fates: Sequence[str]) -> dict[str, Any] | None:
 
 
 def drift(rows: Sequence[dict[str, Any]], *, seed: int = 0, num_resamples: int = 2000) -> dict[str, Any]:
-    """Form and words of the texts in `rows` (`base`, `tuned`, `num_tokens` and `ended` of both), means over prompts.
+    """Form and words of the texts in `rows`: `base`, `tuned`, and of both `num_tokens`, `ended`, `markers`.
 
-    Changes are tuned − base, paired by prompt; lengths in tokens.
+    Means over prompts by bootstrap, shares of prompts with Wilson's interval; changes are tuned − base, paired by
+    prompt. Lengths in tokens.
     """
 
     def mean(values: Any) -> dict[str, Any]:
         return mean_entry(np.array(list(values), float), seed=seed, num_resamples=num_resamples)
 
+    def share(values: Any) -> dict[str, Any]:
+        value, low, high = share_interval(int(sum(values)), len(rows))
+        return {"value": value, "ci": [low, high], "num_prompts": len(rows)}
+
     result: dict[str, Any] = {
         "num_prompts": len(rows),
-        "identical": mean(row["base"] == row["tuned"] for row in rows),
+        "identical": share(row["base"] == row["tuned"] for row in rows),
         "words": mean(word_overlap(row["base"], row["tuned"]) for row in rows),
     }
-    measures = {
-        "length": lambda row, who: row["num_tokens"][who],
-        "ended": lambda row, who: row["ended"][who],
-        "markers": lambda row, who: row["markers"][who],
-    }
-    for name, of in measures.items():
-        before, after = (np.array([of(row, who) for row in rows], float) for who in ("base", "tuned"))
-        result |= {f"base_{name}": mean(before), name: mean(after), f"{name}_change": mean(after - before)}
+    for name, key, of in (("length", "num_tokens", mean), ("ended", "ended", share), ("markers", "markers", share)):
+        before, after = (np.array([row[key][who] for row in rows], float) for who in ("base", "tuned"))
+        result |= {f"base_{name}": of(before), name: of(after), f"{name}_change": mean(after - before)}
     return result

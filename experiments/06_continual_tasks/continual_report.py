@@ -1,0 +1,2 @@
+METHODS=("none","ntp","kl")
+draw=table=verdict=None

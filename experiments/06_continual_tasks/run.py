@@ -1,0 +1,188 @@
+"""Does replay from each earlier task's start token keep four tasks learned in sequence? One command; finished runs stay.
+
+python experiments/06_continual_tasks/run.py [--scale laptop|gpu|paper] [--report]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from continual_report import METHODS, draw, table, verdict  # noqa: E402
+from harness import Results  # noqa: E402
+from pages import write_results  # noqa: E402
+from small_base import CACHE  # noqa: E402
+from transformers import TrainerCallback, TrainingArguments  # noqa: E402
+from transformers.trainer_callback import PrinterCallback  # noqa: E402
+
+from retain import ReplayConfig, ReplayDataset, ReplayTrainer  # noqa: E402
+from retain.engine import draw_rows  # noqa: E402
+from retain.lab.corpora import Stream, collate  # noqa: E402
+from retain.lab.models import make_config, make_model  # noqa: E402
+from retain.lab.tasks import TASKS, VOCABULARY, DigitTask, digit_tokenizer, exact_match  # noqa: E402
+
+logger = logging.getLogger("experiments")
+DRAWN_TOGETHER = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What a study takes; the defaults are the paper's (its official configuration)."""
+
+    model_size: str = "2M"
+    digits: int = 3
+    batch_size: int = 2048
+    replay_rows: int = 2048
+    steps: int = 2000
+    learning_rate: float = 1e-4
+    warmup_steps: int = 200
+    coef: float = 10.0
+    eval_steps: int = 20
+    held_out_rows: int = 4096
+    seeds: int = 3
+
+
+SCALES = {
+    "laptop": Scale(
+        model_size="134k", digits=2, batch_size=256, replay_rows=64, steps=600, learning_rate=3e-3, warmup_steps=30,
+        eval_steps=25, held_out_rows=512,
+    ),
+    "gpu": Scale(steps=1000, learning_rate=3e-4, warmup_steps=100),
+    "paper": Scale(seeds=5),
+}  # fmt: skip
+
+
+class Accuracies(TrainerCallback):
+    """Exact match on the held-out rows of every task, every so many steps of the whole sequence."""
+
+    def __init__(self, tests: dict[str, np.ndarray], every: int, answer_length: int, first_step: int) -> None:
+        self.tests, self.every, self.answer_length, self.first_step = tests, every, answer_length, first_step
+        self.found: list[dict[str, Any]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.measure(model, state.global_step)
+
+    def measure(self, model: Any, step: int) -> None:
+        """Measure now, and keep it under this step of the task."""
+        means = {task: exact_match(model, rows, self.answer_length).mean() for task, rows in self.tests.items()}
+        self.found.append({"step": self.first_step + step} | {task: round(float(at), 4) for task, at in means.items()})
+
+
+def arguments(scale: Scale, folder: Path, seed: int) -> TrainingArguments:
+    """AdamW as the paper's; rows come in the order of their numbers."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=scale.steps,
+        per_device_train_batch_size=scale.batch_size,
+        learning_rate=scale.learning_rate,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=scale.warmup_steps,
+        adam_beta2=0.99,
+        weight_decay=0.02,
+        train_sampling_strategy="sequential",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),
+        seed=seed,
+    )
+
+
+def replay_of(model: Any, earlier: Sequence[DigitTask], scale: Scale, seed: int) -> ReplayDataset:
+    """Rows for a whole task, never used twice: the model's own, from the earlier tasks' start tokens in turn."""
+    count, rows = scale.steps * scale.replay_rows, []
+    for at in range(0, count, DRAWN_TOGETHER):
+        numbers = range(at, min(at + DRAWN_TOGETHER, count))
+        starts = [[earlier[number % len(earlier)].start_id] for number in numbers]
+        rows.append(draw_rows(model, starts, numbers, earlier[0].length, seed).tokens)
+    return ReplayDataset.from_rows(list(np.concatenate(rows)), f"{len(earlier)} start tokens")
+
+
+def learn(model: Any, task: int, method: str, tasks: Sequence[DigitTask], scale: Scale, seed: int) -> list[dict]:
+    """Train on one task, with the replay of the method where there are earlier ones; accuracies over its steps."""
+    protected = task > 0 and method != "none"
+    tests = {one.name: one.held_out_rows(scale.held_out_rows) for one in tasks}
+    watch = Accuracies(tests, scale.eval_steps, tasks[0].answer_length, task * scale.steps)
+    folder, stream = CACHE / "run-continual", 1000 * seed + 10 * task
+    shutil.rmtree(folder, ignore_errors=True)
+    trainer = ReplayTrainer(
+        model=model,
+        args=arguments(scale, folder, seed),
+        train_dataset=Stream(
+            lambda numbers: tasks[task].training_rows(numbers, stream + 1), scale.steps * scale.batch_size
+        ),
+        data_collator=collate,
+        processing_class=digit_tokenizer(tasks[0].name),
+        replay_config=ReplayConfig(
+            replay_objective=method if protected else "kl",  # type: ignore[arg-type]
+            replay_coef=scale.coef if protected else 0.0,
+            per_device_replay_batch_size=scale.replay_rows,
+        ),
+        replay_dataset=replay_of(model, tasks[:task], scale, stream + 2) if protected else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(watch)
+    watch.measure(trainer.model, 0)
+    trainer.train()
+    return watch.found
+
+
+def run_sequence(method: str, seed: int, scale: Scale, first: dict[int, Any]) -> dict[str, Any]:
+    """The four tasks one after the other; the first, which no method touches, is learned once per seed."""
+    tasks = [DigitTask(name, scale.digits) for name in TASKS]
+    config = make_config(scale.model_size, vocab_size=len(VOCABULARY), max_length=tasks[0].length)
+    model = make_model(config, seed).to(torch.accelerator.current_accelerator() or "cpu")
+    if seed not in first:
+        found = learn(model, 0, method, tasks, scale, seed)
+        first[seed] = {name: weight.clone() for name, weight in model.state_dict().items()}, found
+    weights, trajectory = first[seed]
+    model.load_state_dict(weights)
+    trajectory = list(trajectory)
+    for task in range(1, len(tasks)):
+        trajectory += learn(model, task, method, tasks, scale, seed)
+    return {"trajectory": trajectory, "device": device_name()}
+
+
+def device_name() -> str:
+    """What it ran on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", choices=SCALES, default="laptop")
+    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
+    asked = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logger.setLevel(logging.INFO)
+    torch.set_num_threads(1)
+    scale = SCALES[asked.scale]
+    fixed = {name: value for name, value in asdict(scale).items() if name != "seeds"}
+    results, first = Results(HERE / "results.jsonl", asked.scale), {}
+    for seed in range(0 if asked.report else scale.seeds):
+        for method in METHODS:
+            settings = {"method": method, "seed": seed, **fixed}
+            results.make(settings, lambda method=method, seed=seed: run_sequence(method, seed, scale, first))
+    rows = [row for row in results.rows.values() if fixed.items() <= row["settings"].items()]
+    draw(rows, HERE / ("figure.png" if asked.scale == "laptop" else f"figure-{asked.scale}.png"))
+    told = f"{table(rows)}\n\n**{verdict(rows)}**"
+    if asked.scale == "laptop":
+        write_results(HERE / "README.md", told)
+    sys.stdout.write(told + "\n")
+
+
+if __name__ == "__main__":
+    main()
