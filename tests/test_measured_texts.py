@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_texts, make_tokenizer
+from peft import LoraConfig, get_peft_model
 
 import retain.base_cache
 from retain.base_cache import BaseCache
@@ -86,6 +87,26 @@ def test_nothing_is_recalled_for_another_base_or_other_batches(tmp_path, change)
     windows = [[3, 5, 6], [3, 7, 8, 10]] if change == "window" else windows
     assert ask(base, windows, 9 if change == "batch" else batch_tokens) == 0
     assert len(list(tmp_path.glob("states-*"))) == 2
+
+
+def test_nothing_is_kept_of_a_base_with_an_adapter(tmp_path):
+    """Two adapters of one base have one fingerprint: the second must not be told what the first one said."""
+    report = {}
+    for scale in (0.0, 0.5):
+        model = get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear")).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(scale)
+        report[scale] = measured(make_model(seed=1).eval(), tmp_path, model).data["retention"]["a"]
+    assert report[0.0]["base_loss"]["value"] != report[0.5]["base_loss"]["value"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_name_for_two_texts_is_refused():
+    text = {"a": make_texts(2)}
+    with pytest.raises(ValueError, match="^new_task: 'a' is a retention text, too; give each text its own name"):
+        measure(make_model(), make_model(seed=1), text, new_task=text, tokenizer=TOKENIZER, max_length=24)
 
 
 def test_a_killed_measurement_leaves_nothing_that_is_believed(tmp_path):

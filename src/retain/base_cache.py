@@ -26,7 +26,7 @@ from retain import versions
 from retain.files import write_text
 from retain.heads import HeadForm, find_head_form, seen_by_head
 from retain.metrics import Forward, logits_of
-from retain.models import model_fingerprint
+from retain.models import base_parameter_name, model_fingerprint
 
 MOST_BYTES = 2 << 30  # of one text's hidden states; a larger text is measured without the cache
 MOST_BYTES_IN_ALL = 8 << 30  # of the folder; what was not used for longest goes first
@@ -37,14 +37,16 @@ class BaseCache:
 
     Args:
         base: the base, in evaluation mode.
-        folder: where they are kept; None keeps nothing.
+        folder: where they are kept; None keeps nothing. Nothing is kept of a base with an adapter, whose weights the
+            fingerprint leaves out.
     """
 
     def __init__(self, base: Any, folder: Path | None) -> None:
-        self.base, self.folder = base, folder
+        adapted = any(base_parameter_name(name) is None for name, _ in base.named_parameters())
+        self.base, self.folder = base, None if adapted else folder
         self.hits, self.identity = 0, ""
         self.form: HeadForm | None = None
-        if folder is not None:
+        if self.folder is not None:
             self.form = find_head_form(base)
             self.identity = _digest(
                 model_fingerprint(base),

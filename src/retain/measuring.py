@@ -86,47 +86,47 @@ def measure(
             take, or a text has no documents.
     """
     _check_comparable(base, tuned)
-    limit = max_positions(base)
-    if limit is not None and max_length > limit and (retention or new_task):
-        raise ValueError(f"max_length: {max_length} is more than this model's {limit} positions; use at most {limit}")
-    if twice := set(retention) & set(new_task or {}):
-        raise ValueError(f"new_task: {min(twice)!r} is a retention text, too; give each text its own name")
-    start = choose_start_token(tokenizer, start_token)
-    say, bars = progress or (lambda stage: None), progress is not None
+    _check_texts(base, retention, new_task or {}, max_length)
+    start, say = choose_start_token(tokenizer, start_token), progress or (lambda stage: None)
     shared: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed, "num_resamples": num_resamples}
-    writing = {"tokenizer": tokenizer, "start_id": start.id, "max_new_tokens": max_new_tokens, **shared}
-    asking = {"tokenizer": tokenizer, "style": choice_style, "chat_template": choice_chat_template, **shared}
     cut = partial(as_documents, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=max_windows)
-    learned, kept = ({text: cut(text, of) for text, of in (group or {}).items()} for group in (new_task, retention))
+    learned, kept = ({text: cut(text, of) for text, of in group.items()} for group in (new_task or {}, retention))
     with evaluation_mode(base), evaluation_mode(tuned):
         cache = BaseCache(base, base_cache)
         if learned or kept:
             say("measuring texts")
-        result = measure_texts(tuned, cache, learned, kept, TextOptions(tokenizer, ci=ci, bars=bars, **shared))
+        options = TextOptions(tokenizer, ci=ci, bars=progress is not None, **shared)
+        result = measure_texts(tuned, cache, learned, kept, options)
         result |= {"choices": {}, "refusals": {}, "generations": []}
-        for questions, source in (choices or {}).items():
-            say(f"asking {questions}")
-            bar = questions if bars else None
-            found = measure_choices(base, tuned, source, cache=cache, description=bar, **asking)
-            result["choices"][questions] = found
+        for name_of, questions in (choices or {}).items():
+            say(f"asking {name_of}")
+            asking = {"style": choice_style, "chat_template": choice_chat_template, "cache": cache, **shared}
+            asking |= {"tokenizer": tokenizer, "description": name_of if progress else None}
+            result["choices"][name_of] = measure_choices(base, tuned, questions, **asking)
+        writing = {"tokenizer": tokenizer, "start_id": start.id, "max_new_tokens": max_new_tokens, **shared}
+        writing |= {"cache": cache, "progress": say}
         for kind, sets in (("harmful", refusals), ("harmless", harmless)):
-            for requests, wanted in (sets or {}).items():
-                say(f"putting requests of {requests}")
-                options: dict[str, Any] = {"kind": kind, "judge": judge, "cache": cache, "progress": say}
-                result["refusals"][requests] = measure_refusals(base, tuned, wanted, **options, **writing)
+            for name_of, requests in (sets or {}).items():
+                say(f"putting requests of {name_of}")
+                found = measure_refusals(base, tuned, requests, kind=kind, judge=judge, **writing)
+                result["refusals"][name_of] = found
         if prompts:
             say("writing continuations")
             whole = [Prompt(one) if isinstance(one, str) else one for one in prompts]
-            result |= measure_generations(base, tuned, whole, cache=cache, sampled=sampled, progress=say, **writing)
-    settings = {
-        "max_length": max_length,
-        "max_windows": max_windows,
-        **({"ci": ci} if ci is not None else {}),
-        **shared,
-        "start_token": str(start),
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-    }
+            result |= measure_generations(base, tuned, whole, sampled=sampled, **writing)
+    settings = {"max_length": max_length, "max_windows": max_windows, "ci": ci, **shared, "start_token": str(start)}
+    settings["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
     return ForgettingReport(_header(base, tuned, name, settings) | result)
+
+
+def _check_texts(
+    base: PreTrainedModel, retention: Mapping[str, Any], new_task: Mapping[str, Any], max_length: int
+) -> None:
+    limit = max_positions(base)
+    if limit is not None and max_length > limit and (retention or new_task):
+        raise ValueError(f"max_length: {max_length} is more than this model's {limit} positions; use at most {limit}")
+    if twice := set(retention) & set(new_task):
+        raise ValueError(f"new_task: {min(twice)!r} is a retention text, too; give each text its own name")
 
 
 def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
