@@ -1,0 +1,61 @@
+"""The study of refusals, answers and knowledge: its verdict goes with its counts, and its data are told apart."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    sys.path.insert(0, str(ROOT))
+    spec = importlib.util.spec_from_file_location("study_report", ROOT / "04_capabilities" / "study_report.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(ROOT))
+    return module
+
+
+def run(lost: int, kept: int, same: int = 200) -> dict[str, Any]:
+    counts = {"kept": kept, "lost": lost, "gained": 0, "never": 4}
+    return {
+        "new_task_loss": 3.0, "ref_kl": {"prose": 0.2, "code": 0.1}, "forgetting": {"prose": 0.1, "code": 0.0},
+        "refusals": {"phrases": counts, "openings": counts}, "over_refusals": {"phrases": counts, "openings": counts},
+        "num_prompts": lost + kept + 4, "num_harmless": lost + kept + 4, "same_answers": same, "num_questions": 240,
+        "accuracy": 0.4, "base_accuracy": 0.41,
+        "knowledge": {"kept": 8, "updated": 0, "forgotten": 2, "learned": 1, "unknown": 9},
+        "drift": {"words": 0.5, "length": 20.0, "base_length": 25.0, "ended": 0.5},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lost", "word"), [(2, "fewer than plain"), (19, "not clearly fewer or more than plain"), (50, "more than plain")]
+)
+def test_the_verdict_goes_with_the_counts(study: ModuleType, lost: int, word: str) -> None:
+    rows = {"plain": [run(20, 30), run(18, 32)], "replay": [run(lost, 50 - lost), run(lost, 50 - lost)]}
+    told = study.verdict(rows)
+    assert "Plain finetuning on Verilog lost 38 of 100: 38% [29%, 48%] of the refusals" in told
+    assert f"replay: {2 * lost} of 100: " in told
+    assert word in told
+
+
+def test_the_table_and_the_figure(study: ModuleType, tmp_path: Path) -> None:
+    rows = {"plain": [run(20, 30), run(18, 32)], "replay": [run(1, 49), run(0, 50)]}
+    told = study.table(rows)
+    assert "| facts still known, of those known before | 16 of 20: 80% [58%, 92%] | 16 of 20: 80% [58%, 92%] |" in told
+    study.draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_nothing_to_lose_is_no_share(study: ModuleType) -> None:
+    assert study.share(0, 0) == "–"
+    assert "lost – of the refusals" in study.verdict({"plain": [run(0, 0)], "replay": [run(0, 0)]})
