@@ -131,6 +131,9 @@ def _load(loader: Any, name: str, what: str, **kwargs: Any) -> Any:
     try:
         return loader.from_pretrained(name, **kwargs)
     except Exception as error:  # damaged files raise whatever their reader raises: SafetensorError, struct.error, …
+        if "trust_remote_code" in str(error):
+            asked = "brings code of its own; read it, and give --trust_remote_code true if you trust it"
+            raise ValueError(f"model: {name!r} {asked}") from error
         why = first_line(error)
         raise ValueError(f"model: cannot load {what} of {name!r}; check the name, or the files: {why}") from error
 

@@ -1,0 +1,133 @@
+"""Safe by default: nothing is unpickled or evaluated, no remote code runs, and local work needs no network."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_texts, save_model
+
+SOURCE = Path(__file__).parents[1] / "src" / "retain"
+FILES = sorted(SOURCE.rglob("*.py"))
+UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+# Calls that may run what a file says.
+FORBIDDEN = {
+    "eval", "exec", "compile", "__import__", "torch.load", "np.load", "numpy.load", "yaml.load", "yaml.unsafe_load",
+    "yaml.full_load", "pd.read_pickle", "os.system", "os.popen", "safe_globals", "torch.serialization.add_safe_globals",
+}  # fmt: skip
+
+
+def calls(path: Path) -> set[str]:
+    return {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(SOURCE)) for path in FILES])
+def test_nothing_is_unpickled_or_evaluated(path):
+    tree = ast.parse(path.read_text())
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+    }
+    assert imported.isdisjoint(UNPICKLERS)
+    assert calls(path).isdisjoint(FORBIDDEN)
+    shells = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and any(word.arg == "shell" for word in node.keywords)
+    ]
+    assert not shells
+
+
+def test_the_check_can_fail(tmp_path):
+    bad = tmp_path / "bad.py"
+    bad.write_text("import torch\nx = torch.load('a')\neval('1')\n")
+    assert calls(bad) & FORBIDDEN == {"torch.load", "eval"}
+
+
+def test_remote_code_is_run_only_where_asked(tmp_path, capsys):
+    """A checkpoint that names code of its own is refused in one line; its code does not run."""
+    from retain.cli import main
+
+    folder = save_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "stranger",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    arguments = ["--model_name_or_path", str(folder), "--num_rows", "2", "--output_dir", str(tmp_path / "out")]
+    assert main(["sample", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "brings code of its own; read it, and give --trust_remote_code true if you trust it" in error
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickled_checkpoint_with_code_in_it_does_not_run(tmp_path, capsys):
+    """`pytorch_model.bin` is a pickle: transformers reads it with weights only, or not at all."""
+    import pickle
+
+    from retain.cli import main
+
+    folder = save_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Evil()}))
+    arguments = ["--model_name_or_path", str(folder), "--num_rows", "2", "--output_dir", str(tmp_path / "out")]
+    assert main(["sample", *arguments]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+OFFLINE = """
+import socket, sys
+
+def refuse(*args, **kwargs):
+    raise AssertionError(f"the network was asked for: {args}")
+
+socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
+from retain.cli import main
+
+for line in sys.argv[1:]:
+    code = main(line.split("|"))
+    if code:
+        sys.exit(f"{line}: exit code {code}")
+"""
+
+
+def test_local_work_asks_for_no_network(tmp_path):
+    """sample, finetune, measure, report and fit on local files, with every way out closed and no HF_HUB_OFFLINE."""
+    folder = save_model(tmp_path / "model")
+    for name, seed in (("train", 0), ("wiki", 1)):
+        rows = [json.dumps({"text": text}) for text in make_texts(16, seed=seed)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    flags = {"max_steps": 4, "per_device_train_batch_size": 2, "max_length": 32, "report_to": "none", "bf16": "false"}
+    flags |= {"use_cpu": "true", "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 2}
+    train = "|".join(f"--{name}|{value}" for name, value in flags.items())
+    work = tmp_path
+    lines = [
+        f"sample|--model_name_or_path|{folder}|--num_rows|4|--max_length|32|--output_dir|{work}/replay",
+        f"finetune|--model_name_or_path|{folder}|--dataset_name|{work}/train.jsonl|--output_dir|{work}/out|{train}"
+        f"|--replay_dataset|{work}/replay|--retention|wiki={work}/wiki.jsonl|--eval_dataset_name|{work}/wiki.jsonl",
+        f"measure|--base|{folder}|--model|{work}/out|--retention|wiki={work}/wiki.jsonl|--output_dir|{work}/report"
+        "|--max_length|32|--max_new_tokens|4",
+        f"report|--runs|{work}/report|--output_dir|{work}/page",
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    command = [sys.executable, "-c", OFFLINE, *lines]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "the network was asked for" not in done.stdout + done.stderr
+    assert (work / "page" / "report.html").exists()
