@@ -780,7 +780,7 @@ def test_fit_and_predict_on_the_command_line(tmp_path, capsys):
         ("fit {t}/none.csv", "output: missing; give --output"),
         ("fit {t}/a.csv --output {t}/no/law.json", "output: no folder"),
         ("fit {t}/a.csv --output {t}/law.json --form best", "form: 'best' is not known"),
-        ("fit {t}/a.csv --output {t}/law.json", "runs: no column 'run'; needs run, num_params"),
+        ("fit {t}/a.csv --output {t}/law.json", "runs: 'a.csv' has no column 'run'; needs run, num_params"),
         ("fit {t}/b.csv --output {t}/law.json", "runs: cannot read 'b.csv'"),
         ("fit {t}/c.jsonl --output {t}/law.json", "runs: 'c.jsonl' is not JSONL"),
         ("fit {t}/d.txt --output {t}/law.json", "runs: 'd.txt' has an unknown ending"),

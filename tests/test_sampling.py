@@ -19,9 +19,10 @@ from conftest import ARCHITECTURES, CHATML, make_model, make_tokenizer, save_mod
 from scipy.stats import chisquare
 
 from retain.engine import choose_batch_size, choose_threads, draw_rows, draw_tokens, row_uniforms
+from retain.files import exclusive
 from retain.models import choose_start_token, load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
 from retain.replay import MANIFEST, load_self_generated, read_manifest
-from retain.sampling import exclusive, sample_replay, sample_rows
+from retain.sampling import sample_replay, sample_rows
 from retain.starts import Starts, chat_prefix, plan_starts
 
 START = 3

@@ -115,7 +115,14 @@ def _read_table(path: Path) -> Dataset:
     return Dataset(table)
 
 
-def row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+def read_texts(source: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> Iterator[str]:
+    """The text of every row of a file or Hub dataset, or of the first so many; a bad row is named in its error."""
+    rows = read_rows(source)
+    for at in range(rows.num_rows if limit is None else min(limit, rows.num_rows)):
+        yield row_text(rows[at], tokenizer, f"row {at + 1} of {source!r}")
+
+
+def row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
     """The text of a row: `text`, `messages` through the chat template, or `prompt` and `completion`.
 
     Raises:
@@ -130,10 +137,10 @@ def row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
         return prompt + completion
     if isinstance(prompt, list) and isinstance(completion, list):
         return _chat(prompt + completion, tokenizer)
-    raise ValueError(f"data: a row has {sorted(row)}; it needs text, messages, or prompt and completion")
+    raise ValueError(f"data: {where} has {sorted(row)}; it needs text, messages, or prompt and completion, as words")
 
 
-def prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+def prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
     """What a model is to continue: `text`, `prompt`, or `messages` up to the answer, with the answer's turn opened.
 
     Raises:
@@ -143,7 +150,7 @@ def prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(messages, list):
         asked = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
         return _chat(asked, tokenizer, add_generation_prompt=True)
-    return row["prompt"] if isinstance(row.get("prompt"), str) else row_text(row, tokenizer)
+    return row["prompt"] if isinstance(row.get("prompt"), str) else row_text(row, tokenizer, where)
 
 
 def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
@@ -41,6 +42,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path, what: str, remedy: str) -> Any:
+    """What a JSON file holds, or a `ValueError` of one line: what could not be read, why, and the remedy."""
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{what}: cannot read {str(path)!r} ({error.strerror}); {remedy}") from error
+    except (ValueError, RecursionError) as error:  # of which UnicodeDecodeError is one
+        raise ValueError(f"{what}: cannot read {str(path)!r} (not JSON: {str(error)[:80]}); {remedy}") from error
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file of our own, up to a torn last line; empty where there is no file."""
     rows: list[dict[str, Any]] = []
@@ -57,3 +68,14 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """Append one row and close the file, so that it outlives the process."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold the folder for one writer; the lock goes with the process, however it ends."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output_dir: another process is writing to {str(folder)!r}; wait for it") from None
+        yield

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from retain.files import write_json
+from retain.files import read_json, write_json
 from retain.forgetting_law import ForgettingLaw, plain
 from retain.law_problem import Draws
 from retain.law_runs import as_runs
@@ -43,10 +42,7 @@ def write_law(law: ForgettingLaw, path: Path) -> None:
 
 def read_law(path: Path, form: Form | None = None) -> ForgettingLaw:
     """Read what `write_law` wrote, or raise a `ValueError` of one line."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"law: cannot read {str(path)!r}; give a file that `retain fit` wrote") from error
+    data = read_json(path, "law", "give a file that `retain fit` wrote")
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f"law: {str(path)!r} is not a {SCHEMA} file; give one that `retain fit` wrote")
     try:

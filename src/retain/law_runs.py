@@ -151,7 +151,12 @@ def read_runs(
         if path.name == "metrics.jsonl":
             rows += read_metrics(path, name, columns, retention, metric)
         else:
-            rows += _read_table(path)
+            table = _read_table(path)
+            if lacking := [column for column in ("run", *columns) if not any(column in row for row in table)]:
+                found = ", ".join(dict.fromkeys(str(name) for row in table for name in row)) or "none"
+                needed = ", ".join(("run", *columns))
+                raise ValueError(f"runs: {path.name!r} has no column {lacking[0]!r}; needs {needed}, has {found:.200}")
+            rows += table
     kept = [row for row in rows if not (isinstance(at := row.get("num_steps"), int | float) and at < min_steps)]
     return as_runs(kept, columns)
 
@@ -165,9 +170,12 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
 def _read_table(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".jsonl":
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except ValueError as error:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"runs: {path.name!r} is not JSONL; write one JSON object a line") from error
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"runs: {path.name!r} has lines that are no objects; write one JSON object a line")
+        return rows
     if path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"runs: {path.name!r} has an unknown ending; use metrics.jsonl, .csv, .parquet or .jsonl")
     from pyarrow import ArrowException, csv, parquet

@@ -12,7 +12,7 @@ from retain.capabilities.choices import load_questions
 from retain.capabilities.generations import Prompt, as_prompt
 from retain.capabilities.harness import measure_with_lm_eval
 from retain.capabilities.refusals import Judge, load_requests
-from retain.data import Document, named_sources, read_rows, row_text
+from retain.data import Document, named_sources, read_rows, read_texts
 from retain.files import CONFIG_FILE
 from retain.measuring import measure
 from retain.models import cache_dir, default_device, load_model, load_tokenizer, tokenizer_of_tuned
@@ -89,7 +89,7 @@ def trained_rows(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> d
     """Texts that the model was trained on: the given rows, and the replay rows that the run itself names."""
     found: dict[str, Iterable[str]] = {}
     for source in config.train_dataset:
-        found[f"the training rows of {source!r}"] = (row_text(row, tokenizer) for row in read_rows(source))
+        found[f"the training rows of {source!r}"] = read_texts(source, tokenizer)
     replay = replay_folder(Path(str(config.model)))
     if replay is not None:
         found["the replay rows"] = (as_text(row, tokenizer) for row in load_texts(replay, tokenizer))

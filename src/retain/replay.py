@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from retain.data import Document, read_rows, row_text, token_documents, tokenize_documents
+from retain.data import Document, read_texts, token_documents, tokenize_documents
 from retain.files import atomic_path
 from retain.reference_cache import ReferenceCache, open_cache
 
@@ -210,7 +210,7 @@ def load_replay_dataset(
     folder = Path(source).expanduser()
     if folder.is_dir():
         return load_self_generated(folder)
-    texts = [row_text(row, tokenizer) for row in read_rows(source)]
+    texts = list(read_texts(source, tokenizer))
     documents = tokenize_documents(texts, tokenizer, start_id, max_length)
     if not documents:
         raise ValueError(f"replay_dataset: {source!r} has no text; give rows with at least one token")
@@ -230,9 +230,7 @@ def load_texts(
         rows = load_self_generated(folder)
         count = len(rows) if max_documents is None else min(max_documents, len(rows))
         return token_documents([rows[index].tolist() for index in range(count)], tokenizer)
-    table = read_rows(source)
-    count = table.num_rows if max_documents is None else min(max_documents, table.num_rows)
-    return [row_text(table[index], tokenizer) for index in range(count)]
+    return list(read_texts(source, tokenizer, max_documents))
 
 
 def verify_replay(

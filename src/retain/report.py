@@ -26,7 +26,7 @@ from retain.behaviour import (
 )
 from retain.capabilities.answers import MEANINGS, answers_sentence, answers_table, rules_of
 from retain.comparison import bounds_of, compare_at_matched_loss, is_number
-from retain.files import atomic_path, write_text
+from retain.files import atomic_path, read_json, write_text
 from retain.maps import heat_map, worst_documents
 from retain.panels import panels
 from retain.pareto import frontier_sentences
@@ -51,7 +51,7 @@ class ForgettingReport:
 
     @classmethod
     def from_json(cls, path: str | Path) -> ForgettingReport:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = read_json(Path(path), "runs", "give what `retain measure` wrote")
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"schema of {path} is {found!r}, expected {SCHEMA!r}; make it with `retain measure`")

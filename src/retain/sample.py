@@ -46,7 +46,8 @@ def run_sample(config: SampleConfig) -> Path:
     options: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(config.model_name_or_path, **options)
     start = choose_start_token(tokenizer, config.start_token)
-    prompts = [prompt_text(row, tokenizer) for row in read_rows(config.prompts)] if config.prompts else []
+    rows = enumerate(read_rows(config.prompts), start=1) if config.prompts else ()
+    prompts = [prompt_text(row, tokenizer, f"row {at} of {config.prompts!r}") for at, row in rows]
     starts = plan_starts(config.start, tokenizer, start, chat_turn=config.chat_turn, prompts=prompts)
     attention = config.attn_implementation
     model = load_model(

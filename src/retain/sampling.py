@@ -6,9 +6,8 @@ Source: Marek et al., self-generated replay.
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from retain.engine import Engine, Work, choose_batch_size, draw_rows, in_batches
-from retain.files import write_json
+from retain.files import exclusive, write_json
 from retain.models import (
     StartToken,
     choose_start_token,
@@ -178,17 +177,6 @@ def _check_turns(engine: Engine, starts: Starts, num_rows: int, batch_size: int,
             "does not write whole turns of this role, or max_length is too short; use start document or prompts, a "
             "longer max_length, or min_ended_turns 0"
         )
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder for one writer; the lock goes with the process, however it ends."""
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"output_dir: another process is writing to {str(folder)!r}; wait for it") from None
-        yield
 
 
 def _manifest(

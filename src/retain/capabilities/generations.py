@@ -60,7 +60,7 @@ def as_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: st
         if value is not None and (not isinstance(value, str) or not value.strip()):
             raise ValueError(f"prompts: {where} has {name} {value!r:.80}; give the answer's text, or leave it out")
     chat = isinstance(row.get("messages"), list) or isinstance(row.get("prompt"), list)
-    return Prompt(prompt_text(row, tokenizer), chat, **answers)
+    return Prompt(prompt_text(row, tokenizer, where), chat, **answers)
 
 
 def user_turn(text: str, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> Prompt:
