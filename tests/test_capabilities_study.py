@@ -28,7 +28,7 @@ def study() -> ModuleType:
 def run(lost: int, kept: int, same: int = 200) -> dict[str, Any]:
     counts = {"kept": kept, "lost": lost, "gained": 0, "never": 4}
     return {
-        "new_task_loss": 3.0, "ref_kl": {"prose": 0.2, "code": 0.1}, "forgetting": {"prose": 0.1, "code": 0.0},
+        "new_task": "Verilog", "new_task_loss": 3.0, "ref_kl": {"prose": 0.2, "code": 0.1}, "forgetting": {"prose": 0.1, "code": 0.0},
         "refusals": {"phrases": counts, "openings": counts}, "over_refusals": {"phrases": counts, "openings": counts},
         "num_prompts": lost + kept + 4, "num_harmless": lost + kept + 4, "same_answers": same, "num_questions": 240,
         "accuracy": 0.4, "base_accuracy": 0.41,
@@ -43,7 +43,7 @@ def run(lost: int, kept: int, same: int = 200) -> dict[str, Any]:
 def test_the_verdict_goes_with_the_counts(study: ModuleType, lost: int, word: str) -> None:
     rows = {"plain": [run(20, 30), run(18, 32)], "replay": [run(lost, 50 - lost), run(lost, 50 - lost)]}
     told = study.verdict(rows)
-    assert "Plain finetuning on Verilog lost 38 of 100: 38% [29%, 48%] of the refusals" in told
+    assert "Plain finetuning lost 38 of 100: 38% [29%, 48%] of the refusals" in told
     assert f"replay: {2 * lost} of 100: " in told
     assert word in told
 

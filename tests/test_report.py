@@ -21,6 +21,7 @@ from retain.behaviour import differences
 from retain.capabilities.answers import compare_answers, share_entry
 from retain.comparison import compare_at_matched_loss, crossing
 from retain.maps import heat_map, worst_documents
+from retain.model_card import card_with_forgetting, model_index
 from retain.panels import panels
 from retain.pareto import dominators, frontier, frontier_sentences
 from retain.report import ForgettingReport, comparison_html, comparison_markdown, comparison_summary
@@ -697,7 +698,7 @@ def test_model_index_goes_through_a_model_card_and_back(plain: dict) -> None:
 
     plain["choices"] = asked("Wiki")
     plain["retention"]["wiki"]["ref_kl"]["value"] = None
-    index = report.model_index(plain)
+    index = model_index(plain)
     card = ModelCard(f"---\n{ModelCardData(**{'model-index': index}).to_yaml()}\n---\n")
     assert card.data.to_dict()["model-index"] == index
     values = {(r.dataset_name, r.metric_name): r.metric_value for r in card.data.eval_results or []}
@@ -706,8 +707,8 @@ def test_model_index_goes_through_a_model_card_and_back(plain: dict) -> None:
         ("Wiki", "agreement (acc)"): 0.5, ("Wiki", "accuracy (acc)"): 0.5,
     }  # fmt: skip
     assert card.data.eval_results[0].metric_args == {"ci": [0.711, 0.789]}
-    assert report.model_index({"name": "bare"}) == []
-    hostile_index = report.model_index(hostile_run(plain))
+    assert model_index({"name": "bare"}) == []
+    hostile_index = model_index(hostile_run(plain))
     assert ModelCard(f"---\n{ModelCardData(**{'model-index': hostile_index}).to_yaml()}\n---\n").data.eval_results
 
 
@@ -773,3 +774,24 @@ def test_a_budget_is_told_with_its_price_beside_a_plain_run():
     assert budget_sentence(plain, plain) == ""
     kept["per_document"] = {}
     assert "(no interval) nats/token more" in budget_sentence(kept, plain)
+
+
+def test_a_model_card_gets_the_section_once_and_keeps_the_rest(plain: dict, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    path = tmp_path / "README.md"
+    path.write_text("---\nlicense: mit\ntags: [a]\n---\n\n# Mine\n\nWords.\n")
+    for _ in range(2):
+        ForgettingReport(plain).to_model_card(path)
+    card = ModelCard.load(path)
+    assert card.data.to_dict()["license"] == "mit"
+    assert card.data.to_dict()["model-index"] == model_index(plain)
+    assert card.text.count("## Forgetting") == 1
+    assert card.text.strip().startswith("# Mine\n\nWords.")
+    path.write_text(path.read_text() + "\nMore words.\n")
+    ForgettingReport(plain).to_model_card(path)
+    assert path.read_text().rstrip().endswith("More words.")
+    ForgettingReport(plain).to_model_card(tmp_path / "new.md")
+    assert ModelCard.load(tmp_path / "new.md").text.count("## Forgetting") == 1
+    with pytest.raises(ValueError, match="^model_card: its metadata between the lines --- is no YAML"):
+        card_with_forgetting("---\na: [\n---\nx", plain)

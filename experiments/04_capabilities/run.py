@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import random
 import shutil
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from study_data import FACTS, WHEELS, StudyData, download, load_study_data  # noqa: E402
+from study_data import FACTS, WHEELS, StudyData, download, load_study_data, longer_instructions  # noqa: E402
 from study_report import write_study  # noqa: E402
 from transformers import set_seed  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
@@ -28,7 +29,7 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402
 from retain import ReplayConfig, ReplaySFTTrainer, choose_start_token, load_model, load_tokenizer, measure  # noqa: E402
 from retain.callbacks import read_run  # noqa: E402
 from retain.capabilities.generations import Prompt, user_turn  # noqa: E402
-from retain.data import token_documents  # noqa: E402
+from retain.data import Document, token_documents  # noqa: E402
 from retain.demo import MODEL  # noqa: E402
 from retain.demo_data import load_demo_data  # noqa: E402
 from retain.files import write_json  # noqa: E402
@@ -39,7 +40,14 @@ from retain.starts import plan_starts  # noqa: E402
 
 logger = logging.getLogger("experiments")
 CACHE = HERE.parents[1] / ".cache" / "experiments" / "capabilities"
-ARMS = {"plain": None, "KL replay, documents": "document", "KL replay, chats": "chat"}
+# Name: (new task, how replay rows begin).
+ARMS = {
+    "plain": ("Verilog", None),
+    "KL replay, documents": ("Verilog", "document"),
+    "KL replay, chats": ("Verilog", "chat"),
+    "plain, instructions": ("instructions", None),
+    "KL replay, instructions": ("instructions", "document"),
+}
 
 
 @dataclass(frozen=True)
@@ -117,8 +125,11 @@ def make(arm: str, study: Study, data: StudyData, folder: Path, seed: int) -> di
         return ForgettingReport.from_json(output / "report.json").data
     base, tokenizer = load_model(str(taught), dtype="float32"), load_tokenizer(str(taught))
     start = choose_start_token(tokenizer)
+    task, spec = ARMS[arm]
     demo = {"max_length": study.max_length, "num_documents": study.num_documents, "seed": seed}
     texts = load_demo_data(WHEELS, tokenizer, start, num_rows=study.max_steps * study.batch_size, **demo)
+    if task == "instructions":
+        texts.train, texts.new_task = instruction_rows(study, tokenizer, seed)
     held_out = folder / "held-out"
     options: dict[str, Any] = {"start_token": start, "batch_size": 32}
     sample_with_bar(
@@ -126,7 +137,7 @@ def make(arm: str, study: Study, data: StudyData, folder: Path, seed: int) -> di
     )
     own = token_documents([row.tolist() for row in rows_of(held_out)], tokenizer)
     retention = {"self-generated": own, **texts.retention}
-    replay, spec = None, ARMS[arm]
+    replay = None
     if spec is not None:
         replay = str(folder / f"replay-{spec}")
         starts = plan_starts(spec, tokenizer, start)
@@ -141,7 +152,7 @@ def make(arm: str, study: Study, data: StudyData, folder: Path, seed: int) -> di
             seed,
             study.max_steps,
             study.learning_rate,
-            max_length=study.max_length,
+            max_length=study.replay_length,  # no row is longer
             eval_strategy="steps",
             eval_steps=8,
             eval_on_start=True,
@@ -164,13 +175,13 @@ def make(arm: str, study: Study, data: StudyData, folder: Path, seed: int) -> di
         trainer.model.eval(),
         retention,
         tokenizer=tokenizer,
-        new_task={"Verilog": texts.new_task},
+        new_task={task: texts.new_task},
         choices={"Social IQa": data.questions},
         refusals={"AdvBench": data.harmful},
         harmless={"Alpaca": data.harmless},
         prompts=prompts(tokenizer),
         name=arm,
-        max_length=study.max_length,
+        max_length=study.replay_length,
         max_new_tokens=study.max_new_tokens,
         base_cache=folder / "measured",
         seed=seed,
@@ -180,6 +191,19 @@ def make(arm: str, study: Study, data: StudyData, folder: Path, seed: int) -> di
     report.to_json(output / "report.json")
     write_json(done, key)
     return report.data
+
+
+def instruction_rows(study: Study, tokenizer: Any, seed: int) -> tuple[list[list[int]], list[Document]]:
+    """Whole chats of longer instructions, cut to the replay rows' length: rows to train on, and held-out ones."""
+    pairs = longer_instructions()
+    random.Random(seed).shuffle(pairs)
+    rows = []
+    for asks, says in pairs[: study.max_steps * study.batch_size + study.num_documents]:
+        turns = [{"role": "user", "content": asks}, {"role": "assistant", "content": says}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        rows.append(tokenizer(text, add_special_tokens=False)["input_ids"][: study.replay_length])
+    held_out = token_documents(rows[: study.num_documents], tokenizer)
+    return rows[study.num_documents :], held_out
 
 
 def rows_of(folder: Path) -> list[Any]:
@@ -196,6 +220,7 @@ def prompts(tokenizer: Any) -> list[Prompt]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=("teach", "report"))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
@@ -209,11 +234,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.only != "report":
             logger.info("seed %d: teaching refusals", seed)
             teach(study, data, folder / "taught", seed)
-        for arm in ARMS if options.only != "teach" else ():
+        for arm in [arm for arm in ARMS if arm in options.arms] if options.only != "teach" else ():
             logger.info("seed %d: %s", seed, arm)
             reports[seed, arm] = make(arm, study, data, folder, seed)
     if reports:
-        logger.info("%s", write_study(HERE, reports, list(ARMS)))
+        logger.info("%s", write_study(HERE, reports, options.arms))
 
 
 if __name__ == "__main__":

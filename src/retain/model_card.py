@@ -1,0 +1,63 @@
+"""A report's numbers in a model card: the section "Forgetting", and Hugging Face's `model-index` in the metadata."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from retain import tables
+from retain.capabilities.answers import rules_of
+from retain.comparison import bounds_of, is_number
+from retain.report import model_card_section, shortened
+from retain.text import visible
+
+INDEXED = ("gain", "forgetting", "ref_kl", "ref_agreement")
+BEGIN, END = "<!-- retain: forgetting -->", "<!-- end of forgetting -->"
+
+
+def card_with_forgetting(card: str, data: dict) -> str:
+    """A model card (or nothing yet) with what a report found: put in place of what stood there before, else at its end.
+
+    Raises:
+        ValueError: if the card's metadata is no YAML.
+    """
+    from huggingface_hub import ModelCard
+
+    before, _, rest = card.partition(BEGIN)
+    after = rest.partition(END)[2]
+    section = f"{BEGIN}\n{model_card_section(data).strip()}\n{END}"
+    text = f"{before.rstrip()}\n\n{section}\n{after}" if before.strip() else f"---\n{{}}\n---\n\n{section}\n{after}"
+    try:
+        found = ModelCard(text)
+    except Exception as error:  # YAML's errors, and the Hub client's own
+        raise ValueError("model_card: its metadata between the lines --- is no YAML; mend it") from error
+    found.data["model-index"] = model_index(data)
+    return str(found)
+
+
+def model_index(data: dict) -> list[dict[str, Any]]:
+    """The numbers of a report as Hugging Face's `model-index`, the value of that key in a model card's metadata.
+
+    Per text gain, forgetting, ref_kl and ref_agreement; per set of questions agreement and accuracy. Intervals are
+    arguments of each metric: the format has no place of its own for them.
+    """
+    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+    data = visible(shortened(data))
+    texts = [(name, metrics) for kind in tables.MAIN for name, metrics in (data.get(kind) or {}).items()]
+    found = [(name, key, key, metrics[key]) for name, metrics in texts for key in INDEXED if metrics.get(key)]
+    found += [(name, key, f"{key} ({rule})", asked[key]) for name, rule, asked in rules_of(data)
+              for key in ("agreement", "accuracy") if asked.get(key)]  # fmt: skip
+    results = [
+        EvalResult(
+            task_type="text-generation", dataset_type=_slug(name), dataset_name=name, dataset_config=name,
+            metric_type=kind, metric_name=words, metric_value=float(entry["value"]),
+            metric_args={"ci": [float(end) for end in bounds_of(entry.get("ci")) or ()]},
+        )
+        for name, kind, words, entry in found if is_number(entry.get("value"))
+    ]  # fmt: skip
+    return eval_results_to_model_index(data["name"], results) if results else []
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-.") or "text"
