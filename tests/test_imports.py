@@ -55,6 +55,9 @@ MAY_IMPORT = {
     "law_plots": {"laws", "plots", "forgetting_law"},
     "fitting": {"laws", "law_problem", "law_runs", "forgetting_law", "doubts", "__init__"},
     "law_verbs": {"config", "text", "laws", "law_runs", "forgetting_law", "fitting", "plots", "models"},
+    "plan": {"laws", "fitting", "forgetting_law"},
+    "plan_text": {"plan", "plots"},
+    "plan_verb": ROOMS | {"law_runs", "plan", "plan_text", "sample", "__init__"},
     "capabilities.__init__": set(),
     "capabilities.answers": {"statistics", "comparison"},
     "capabilities.gate": {"capabilities.answers", "comparison"},
@@ -70,7 +73,8 @@ MAY_IMPORT = {
     | {"base_cache", "metrics"}
     | {f"capabilities.{name}" for name in ("answers", "choices", "generations", "phrases")},
     "report": {"comparison", "verdicts", "pareto", "panels", "plots", "interactive", "tables", "behaviour", "maps"}
-    | {"files", "text", "capabilities.answers", "__init__"},
+    | {"files", "text", "model_card", "capabilities.answers", "__init__"},
+    "model_card": {"report", "tables", "comparison", "text", "capabilities.answers", "__init__"},
     "demo_data": ROOMS,
     "engine": ROOMS | {"heads"},
     "starts": ROOMS,
@@ -96,7 +100,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["inputs"] = MAY_IMPORT["retention"] | {"retention", "protection", "heads", "objective", "remembered"}
 MAY_IMPORT["trainer"] = MAY_IMPORT["inputs"] | {"inputs", "budget"}
-MAY_IMPORT["finetune"] = MAY_IMPORT["trainer"] | {"trainer", "sample"}
+MAY_IMPORT["finetune"] = MAY_IMPORT["trainer"] | {"trainer", "sample", "half_life", "stop_at_loss"}
 MAY_IMPORT["demo"] = MAY_IMPORT["finetune"] | {"finetune", "demo_data"}
 MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {
     "demo",
@@ -104,7 +108,19 @@ MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {
     "capabilities.gate",
     "capabilities.samples",
     "law_verbs",
+    "plan_verb",
+    "lab.config",
+    "lab.pretrain",
 }
+MAY_IMPORT |= {"half_life": set(), "stop_at_loss": set()}
+MAY_IMPORT |= {"lab.__init__": set(), "lab.models": set(), "lab.tokenizers": set(), "lab.config": {"config"}}
+MAY_IMPORT |= {"lab.tasks": {"engine"}, "lab.corpora": {"engine", "replay"}}
+MAY_IMPORT["lab.pretrain"] = MAY_IMPORT["finetune"] | {"finetune", "demo_data"}
+MAY_IMPORT["lab.pretrain"] |= {f"lab.{name}" for name in ("config", "corpora", "models", "tasks", "tokenizers")}
+
+MAY_IMPORT["lab.sweep"] = {"comparison", "files", "__init__", "lab.ray_sweep"}
+MAY_IMPORT["lab.ray_sweep"] = {"lab.sweep", "lab.__init__"}
+MAY_IMPORT["cli"] |= {"lab.sweep"}
 
 LIBRARIES = {"torch", "numpy", "scipy", "jaxtyping"}
 PATHS = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in SOURCE.rglob("*.py")}

@@ -33,6 +33,12 @@ Finetune a language model without it forgetting, and say how much it forgets.
              retain fit runs/*/metrics.jsonl --form joint --output law.json
   predict    what a law says of a run not yet made, with intervals
              retain predict law.json --num_params 5e6 --num_steps 260
+  plan       short pilot runs, their law, and the finetune that stays within a budget of forgetting
+             retain plan --model M --dataset_name new.jsonl --retention wiki=wiki.txt --budget 0.02 --output_dir plan/
+  sweep      many runs of one verb: a grid of flags, each run made once, whatever kills it
+             retain sweep sweep.yaml --output_dir sweep/
+  pretrain   a small model from nothing: on text, a language of known entropy, or a digit task
+             retain pretrain --corpus english --model_size 430k --tokens_per_param 10 --output_dir base/
   demo       the whole story on a small packaged model
              make demo
 
@@ -260,6 +266,8 @@ def measure(argv: list[str]) -> int:
     limits = {"budget": config.budget, "min_agreement": config.min_agreement}
     if set(limits.values()) != {None}:
         result.data["gate"] = judge(result.data, **limits)
+    if config.model_card:
+        result.to_model_card(config.model_card)
     _finish(result.write, config.output_dir, result.summary())
     if "gate" not in result.data:
         return 0
@@ -320,9 +328,42 @@ def predict(argv: list[str]) -> None:
     print(run_predict(config))
 
 
+def plan(argv: list[str]) -> None:
+    """`retain plan`: pilot runs → a law, and the setting that keeps a budget of forgetting."""
+    from retain.config import PlanConfig
+
+    (config,) = parse(argv, "plan", PlanConfig)
+    quiet_libraries()
+    from retain.plan_verb import run_plan
+
+    print(run_plan(config, finetune, say=partial(print, flush=True)))
+
+
+def sweep(argv: list[str]) -> None:
+    """`retain sweep`: a YAML file of runs → a row of results for each."""
+    from retain.config import SweepConfig
+
+    (config,) = parse(files_first(argv, "--sweep"), "sweep", SweepConfig)
+    from retain.lab.sweep import run_sweep
+
+    options = {"engine": config.engine, "num_workers": config.num_workers, "cores_per_run": config.cores_per_run}
+    rows = run_sweep(config.sweep, config.output_dir, **options)
+    print(f"{len(rows)} runs: {Path(config.output_dir) / 'results.jsonl'}")
+
+
 def files_first(argv: list[str], flag: str) -> list[str]:
     """Put `flag` before what stands in front of the first flag."""
     return [flag, *argv] if argv and not argv[0].startswith("-") else argv
+
+
+def pretrain(argv: list[str]) -> None:
+    """`retain pretrain`: a corpus → a small model, by steps, tokens, tokens per parameter, or to a target loss."""
+    from retain.lab.config import PretrainConfig
+    from retain.lab.pretrain import PretrainArguments, run_pretrain
+
+    args, config = parse(argv, "pretrain", PretrainArguments, PretrainConfig)
+    quiet_libraries()
+    run_pretrain(args, config)
 
 
 def demo(argv: list[str]) -> None:
@@ -343,6 +384,9 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "report": report,
     "fit": fit,
     "predict": predict,
+    "plan": plan,
+    "sweep": sweep,
+    "pretrain": pretrain,
     "demo": demo,
 }
 RESUME = {
@@ -352,5 +396,8 @@ RESUME = {
     "report": "nothing was written; run it again",
     "fit": "nothing was written; run it again",
     "predict": "run it again",
+    "plan": "finished pilots are kept; run it again",
+    "sweep": "finished runs are kept, others go on from their last checkpoint; run it again",
+    "pretrain": "the same command with --resume_from_checkpoint true goes on from the last checkpoint",
     "demo": "finished stages are kept; run it again",
 }

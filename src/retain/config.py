@@ -15,6 +15,7 @@ ReplayObjective = Literal["kl", "ntp", "replace", "kl_new"]
 ReplayReference = Literal["auto", "adapter", "copy", "cache"]
 StoreReference = Literal["hidden", "topk"]
 SampleEngine = Literal["torch", "vllm", "ray"]
+SweepEngine = Literal["local", "ray"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ChatTurn = Literal["user", "assistant", "system"]
 ChoiceStyle = Literal["text", "letter"]
@@ -182,10 +183,22 @@ class FinetuneConfig(ReplayConfig):
     retention_max_documents: int = field(
         default=64, metadata=_say("Documents of each retention text that are measured during training.")
     )
+    adam_beta2_half_life_tokens: float | None = field(
+        default=None,
+        metadata=_say(
+            "Tokens of new rows after which Adam's second moment halves, in the place of adam_beta2; e.g. 10e6."
+        ),
+    )
+    stop_at_loss: float | None = field(
+        default=None, metadata=_say("End at the first evaluation with a new-task loss this low, in nats per token.")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_list("retention", self.retention)
+        for name in ("adam_beta2_half_life_tokens", "stop_at_loss"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=1e-6)
         check_number("replay_num_rows", self.replay_num_rows, low=1, integer=True)
         check_number("retention_max_documents", self.retention_max_documents, low=1, integer=True)
 
@@ -391,6 +404,9 @@ class MeasureConfig(ModelLoadConfig):
         metadata=_say("Rows that the model was trained on: warns of measured texts that are among them."),
     )
     output_dir: str | None = field(default=None, metadata=_say("Folder for report.json, report.md and report.html."))
+    model_card: str | None = field(
+        default=None, metadata=_say("Model card (README.md) to put the section Forgetting and the model-index into.")
+    )
     max_length: int = field(default=512, metadata=_say("Longest window, the start token included."))
     max_documents: int | None = field(default=None, metadata=_say("Use only the first so many documents of each text."))
     ci: float | None = field(
@@ -477,6 +493,32 @@ class ReportConfig:
         if not self.runs:
             raise ValueError("runs: missing; give at least one folder as --runs DIR")
         check_name("output_dir", self.output_dir)
+
+
+@dataclass(kw_only=True)
+class SweepConfig:
+    """`retain sweep`: many runs of one verb, each made once."""
+
+    sweep: str | None = field(
+        default=None, metadata=_say("YAML file with verb, common flags, a grid of lists, and a list of flags together.")
+    )
+    output_dir: str | None = field(default=None, metadata=_say("Folder for results.jsonl, runs/ and logs/."))
+    engine: SweepEngine = field(
+        default="local",
+        metadata=_say("local: processes of this machine. ray: the cluster of RAY_ADDRESS, or one begun here."),
+    )
+    num_workers: int | None = field(
+        default=None, metadata=_say("Runs at a time. Default: as many as there are cores for.")
+    )
+    cores_per_run: int = field(default=1, metadata=_say("Cores that each run is given, and threads that it uses."))
+
+    def __post_init__(self) -> None:
+        check_name("sweep", self.sweep)
+        check_name("output_dir", self.output_dir)
+        check_choice("engine", self.engine, SweepEngine)
+        check_number("cores_per_run", self.cores_per_run, low=1, integer=True)
+        if self.num_workers is not None:
+            check_number("num_workers", self.num_workers, low=1, integer=True)
 
 
 @dataclass(kw_only=True)
@@ -575,13 +617,113 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         check_name("law", self.law)
+        names = ("num_params", "num_steps", "num_tokens", "tokens_per_param", "finetuning_loss", "ref_kl")
+        for name in (*names, "replay_share", "max_forgetting"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=0, high=1 if name == "replay_share" else math.inf)
+        if self.lora_r is not None:
+            check_number("lora_r", self.lora_r, low=1, integer=True)
         if (self.model is None) != (self.lora_r is None):
             missing = "lora_r" if self.lora_r is None else "model"
             raise ValueError(f"{missing}: missing; --model and --lora_r go together, in place of --num_params")
-        if self.lora_r is not None:
-            check_number("lora_r", self.lora_r, low=1, integer=True)
-            if self.num_params is not None:
-                raise ValueError(f"num_params: {self.num_params:g} does not go with model and lora_r; leave one out")
+        if self.lora_r is not None and self.num_params is not None:
+            raise ValueError(f"num_params: {self.num_params:g} does not go with model and lora_r; leave one out")
         if self.max_forgetting is not None and self.num_steps is not None:
             raise ValueError(f"num_steps: {self.num_steps:g} does not go with max_forgetting; leave one of them out")
         check_number("level", self.level, low=1e-6, high=1 - 1e-6)
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    """`retain plan`: short pilot runs, a law of them, and a setting whose forgetting stays within a budget."""
+
+    model: str | None = field(default=None, metadata=_say("Hub id or folder of the model to finetune."))
+    dataset_name: str | None = field(default=None, metadata=_say("Rows of the new task: a file or Hub id."))
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata=_say("Held-out rows of the new task: a file or Hub id. Default: a tenth of dataset_name, kept apart."),
+    )
+    retention: list[str] = field(
+        default_factory=list,
+        metadata=_say("Texts on which forgetting is measured, each as name=file; may be given several times."),
+    )
+    retention_name: str | None = field(
+        default=None, metadata=_say("The retention text that the budget is for, where there are several.")
+    )
+    budget: float | None = field(
+        default=None,
+        metadata=_say("Forgetting to stay within: KL(base || model) on the retention text, nats per token."),
+    )
+    output_dir: str | None = field(
+        default=None, metadata=_say("Folder for pilots/, plan.json, plan.md, plan.png and law.json.")
+    )
+    lora_ranks: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8, 16, 32],
+        metadata=_say("Ranks of the pilots, at least 3; the recommended rank is one of them."),
+    )
+    replay_coefs: list[float] = field(
+        default_factory=lambda: [0.0, 1.0, 10.0],
+        metadata=_say("Replay coefficients of the pilots: 0 with every rank, others with the least, middle and most."),
+    )
+    pilot_steps: int = field(default=60, metadata=_say("Steps of each pilot, measured twelve times on the way."))
+    max_steps: int | None = field(
+        default=None,
+        metadata=_say("Longest run without replay to consider. Default: pilot_steps; beyond, predictions extrapolate."),
+    )
+    replay_dataset: str = field(
+        default="self",
+        metadata=_say("Replay rows: a folder that `retain sample` wrote, a file of real text, or 'self' to sample."),
+    )
+    replay_num_rows: int = field(default=256, metadata=_say("With replay_dataset self: how many rows to sample."))
+    per_device_replay_batch_size: int | None = field(
+        default=None, metadata=_say("Replay rows a step. Default: an eighth of the batch, at least 1.")
+    )
+    per_device_train_batch_size: int = field(default=8, metadata=_say("New rows a step."))
+    learning_rate: float = field(default=2e-4, metadata=_say("Constant after the warm-up, for every pilot."))
+    max_length: int = field(default=256, metadata=_say("Tokens per row."))
+    lora_alpha: int = field(
+        default=16, metadata=_say("The LoRA's scale is lora_alpha / sqrt(rank) (rank-stabilised), for every rank.")
+    )
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata=_say("Modules with LoRA, or all-linear.")
+    )
+    eval_rows: int = field(default=64, metadata=_say("Held-out rows of the new task that are measured."))
+    retention_max_documents: int = field(default=64, metadata=_say("Documents of each retention text."))
+    finetune_config: str | None = field(
+        default=None, metadata=_say("A YAML file of `retain finetune` for what is not set here, e.g. dtype or packing.")
+    )
+    level: float = field(default=0.9, metadata=_say("Coverage of the intervals; the upper end is held to the budget."))
+    num_resamples: int = field(default=1000, metadata=_say("Bootstrap resamples over pilots."))
+    seed: int = field(default=0, metadata=_say("Seed of everything random here."))
+
+    def __post_init__(self) -> None:
+        for name in ("model", "dataset_name", "output_dir"):
+            check_name(name, getattr(self, name))
+        check_list("retention", self.retention)
+        if not self.retention:
+            raise ValueError("retention: missing; give the text on which forgetting is measured as name=file")
+        if self.budget is None:
+            raise ValueError("budget: missing; give --budget, in nats per token, such as 0.02")
+        check_number("budget", self.budget, low=1e-9)
+        for name in ("pilot_steps", "replay_num_rows", "per_device_train_batch_size", "lora_alpha", "eval_rows"):
+            check_number(name, getattr(self, name), low=12 if name == "pilot_steps" else 1, integer=True)
+        for name in ("per_device_replay_batch_size", "max_steps"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=1, integer=True)
+        check_number("max_length", self.max_length, low=2, integer=True)
+        check_number("retention_max_documents", self.retention_max_documents, low=1, integer=True)
+        check_number("learning_rate", self.learning_rate, low=1e-12)
+        check_number("level", self.level, low=0.5, high=0.999)
+        check_number("num_resamples", self.num_resamples, low=100, integer=True)
+        check_number("seed", self.seed, low=0, high=2**32 - 1, integer=True)
+        self._check_design()
+
+    def _check_design(self) -> None:
+        for rank in self.lora_ranks:
+            check_number("lora_ranks", rank, low=1, integer=True)
+        for coef in self.replay_coefs:
+            check_number("replay_coefs", coef, low=0)
+        if len(set(self.lora_ranks)) < 3:
+            raise ValueError(f"lora_ranks: {self.lora_ranks} cannot tell what the rank does; give at least 3 ranks")
+        if 0 not in self.replay_coefs:
+            raise ValueError(f"replay_coefs: {self.replay_coefs} has no 0; the law is of runs without replay, add it")

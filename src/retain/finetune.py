@@ -10,9 +10,11 @@ from trl import get_dataset, get_peft_config, get_quantization_config
 
 from retain.config import FinetuneConfig
 from retain.data import is_local_file, named_sources, read_rows
+from retain.half_life import apply_half_life, check_half_life
 from retain.models import choose_start_token, load_model, load_tokenizer, resolve_model_path
 from retain.replay import load_texts
 from retain.sample import sample_with_bar
+from retain.stop_at_loss import StopAtLoss, check_stop_at_loss
 from retain.text import first_line
 from retain.trainer import ReplaySFTTrainer
 
@@ -31,6 +33,8 @@ def run_finetune(
     """
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path: missing; give --model_name_or_path")
+    check_half_life(training_args, config.adam_beta2_half_life_tokens)
+    check_stop_at_loss(training_args, config.stop_at_loss)
     sources = named_sources(config.retention, "retention")
     train_dataset, eval_dataset = new_rows(script_args, dataset_args, training_args, config)
     name = resolve_model_path(model_args.model_name_or_path)
@@ -58,6 +62,11 @@ def run_finetune(
         retention_datasets=retention,
         start_token=config.start_token,
     )
+    watch = None if config.stop_at_loss is None else StopAtLoss(config.stop_at_loss)
+    if watch is not None:
+        trainer.add_callback(watch)
+    if config.adam_beta2_half_life_tokens is not None:  # the optimizer is made when training begins
+        say(apply_half_life(training_args, config.adam_beta2_half_life_tokens, mean_row_length(trainer)))
     for line in trainer.protection():
         say(line)
     checkpoint = checkpoint_to_resume(training_args)
@@ -68,6 +77,8 @@ def run_finetune(
     trainer.evaluate_retention()
     trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=script_args.dataset_name)
     say(f"model: {training_args.output_dir}")
+    if watch is not None:
+        say(watch)
     for line in trainer.retention_lines():
         say(line)
     if trainer.budget is not None:
@@ -76,6 +87,19 @@ def run_finetune(
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
     return trainer
+
+
+def mean_row_length(trainer: Any, most: int = 4096) -> float:
+    """Tokens of a training row, without padding: the mean over all rows, or evenly over so many of them.
+
+    Raises:
+        ValueError: for a stream, whose rows are not known beforehand.
+    """
+    rows, longest = trainer.train_dataset, trainer.args.max_length or 2**62
+    if not hasattr(rows, "__len__"):
+        raise ValueError("adam_beta2_half_life_tokens: a stream's rows are not known; give adam_beta2, or stream not")
+    chosen = range(0, len(rows), -(-len(rows) // most))
+    return sum(min(len(rows[at]["input_ids"]), longest) for at in chosen) / len(chosen)
 
 
 def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: FinetuneConfig) -> tuple[Any, Any]:

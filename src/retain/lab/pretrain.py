@@ -1,0 +1,281 @@
+"""The verb `pretrain`: a small model from nothing by `transformers.Trainer`, into an ordinary Hugging Face folder.
+
+By steps, tokens, tokens per parameter, or to a target loss. Rows come in the order of their numbers, so a killed run
+that goes on from its last checkpoint ends with the weights of one that was not disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainingArguments
+
+from retain import choose_start_token, versions
+from retain.callbacks import RunFilesCallback
+from retain.data import is_local_file, read_rows, row_text
+from retain.demo_data import packed_rows
+from retain.files import CONFIG_FILE, write_json
+from retain.half_life import apply_half_life, check_half_life, tokens_per_step
+from retain.lab.config import PretrainConfig
+from retain.lab.corpora import TEXTS, Language, Rows, Stream, collate, mixture, shuffled, split_documents
+from retain.lab.models import counted_size_of, make_config, make_model
+from retain.lab.tasks import TASKS, DigitTask, digit_tokenizer
+from retain.lab.tokenizers import train_tokenizer, word_tokenizer
+from retain.models import cache_dir, num_parameters
+from retain.stop_at_loss import StopAtLoss, check_stop_at_loss
+
+PRETRAIN_FILE = "pretrain.json"  # what was made, written last
+EVAL_SEED = 2**32  # beyond every seed of training rows
+
+
+@dataclass
+class PretrainArguments(TrainingArguments):
+    """`TrainingArguments` with defaults for small models; the names and their meaning are transformers'."""
+
+    learning_rate: float = field(default=3e-3, metadata={"help": "The peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The schedule after warm-up."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up; below 1, a share of the run."})
+    weight_decay: float = field(default=0.02, metadata={"help": "AdamW's weight decay."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Rows per device and micro-batch."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Rows per device of an evaluation."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate."})
+    eval_steps: float | None = field(default=0.1, metadata={"help": "Steps between evaluations; below 1, a share."})
+    save_steps: float = field(default=0.1, metadata={"help": "Steps between checkpoints; below 1, a share."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    logging_steps: float = field(default=0.05, metadata={"help": "Steps between logs; below 1, a share."})
+    report_to: str = field(default="none", metadata={"help": "Trackers beside metrics.jsonl."})
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a model learns: its tokenizer, training rows, held-out rows, and what is known of it.
+
+    Either `rows` is set, a stream without end, or `parts`: shares and rows of real text.
+    """
+
+    tokenizer: Any
+    length: int
+    held_out: np.ndarray
+    facts: dict[str, Any]
+    rows: Rows | None = None
+    parts: tuple[tuple[float, np.ndarray], ...] = ()
+
+    def stream(self, num_rows: int, seed: int) -> Rows:
+        """The training rows, in the order of a seed."""
+        if self.rows is not None:
+            return self.rows
+        streams = [(share, shuffled(rows, seed + at)) for at, (share, rows) in enumerate(self.parts)]
+        return streams[0][1] if len(streams) == 1 else mixture(streams, num_rows, seed)
+
+    def passes(self, num_rows: int) -> float:
+        """How often the run reads the part that it reads most often; 0 where nothing repeats."""
+        total = sum(share for share, _ in self.parts)
+        return max((num_rows * share / total / len(rows) for share, rows in self.parts), default=0.0)
+
+
+def run_pretrain(args: PretrainArguments, config: PretrainConfig) -> Trainer:
+    """Pretrain and save; `args` are transformers', `config` is ours.
+
+    Raises:
+        ValueError: one line, before anything is written, for input that cannot work.
+    """
+    check_stop_at_loss(args, config.stop_at_loss)
+    check_half_life(args, config.adam_beta2_half_life_tokens)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    corpus = open_corpus(config, seed)
+    tokenizer = corpus.tokenizer
+    start = choose_start_token(tokenizer)
+    shape = make_config(config.model_size, vocab_size=len(tokenizer), max_length=corpus.length, bos_token_id=start.id)
+    shape.eos_token_id, shape.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    say = print if args.process_index == 0 else lambda *parts: None
+    size = counted_size_of(shape)
+    args.max_steps = steps_of(args, config, corpus.length, size)
+    args.train_sampling_strategy = "sequential"
+    args.dataloader_pin_memory &= torch.accelerator.is_available()
+    if line := apply_half_life(args, config.adam_beta2_half_life_tokens, corpus.length):
+        say(line)
+    trainer = make_trainer(args, config, corpus, make_model(shape, args.seed), seed)
+    num_rows = len(trainer.train_dataset)
+    tokens = num_rows * corpus.length
+    say(f"model: {size} parameters (12 L D^2 + D V), {shape.num_hidden_layers} layers of width {shape.hidden_size}")
+    say(f"tokens: {tokens} in {args.max_steps} steps, {tokens / size:.3g} per parameter; {_source(corpus, num_rows)}")
+    return _train(trainer, args, config, corpus, size, say)
+
+
+def _source(corpus: Corpus, num_rows: int) -> str:
+    if "entropy_rate" in corpus.facts:
+        return f"no row twice; no model can go below {corpus.facts['ideal_loss']:.4f} nats per token"
+    return f"{corpus.passes(num_rows):.2g} passes over the text" if corpus.parts else "drawn with repetition"
+
+
+def make_trainer(args: Any, config: PretrainConfig, corpus: Corpus, model: Any, seed: int) -> Trainer:
+    """The trainer of a run of `args.max_steps` steps."""
+    num_rows = round(args.max_steps * step_tokens(args, 1))
+    held_out = corpus.held_out
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=Stream(corpus.stream(num_rows, seed), num_rows),
+        eval_dataset=Stream(lambda numbers: held_out[numbers], len(held_out)),
+        data_collator=collate,
+        processing_class=corpus.tokenizer,
+    )
+    facts = {"num_params": counted_size_of(model.config), "corpus": corpus.facts, "versions": versions()}
+    trainer.add_callback(RunFilesCallback({"pretrain": asdict(config), "replay": {}, "reference": None, **facts}))
+    if config.stop_at_loss is not None:
+        trainer.add_callback(StopAtLoss(config.stop_at_loss))
+    return trainer
+
+
+def _train(trainer: Trainer, args: Any, config: PretrainConfig, corpus: Corpus, size: int, say: Any) -> Trainer:
+    from retain.finetune import checkpoint_to_resume  # which loads TRL
+
+    began = time.monotonic()
+    checkpoint = checkpoint_to_resume(args)
+    if checkpoint is not None:
+        check_same_run(args.output_dir, config)
+    elif args.resume_from_checkpoint:
+        say(f"no whole checkpoint in {args.output_dir}: beginning anew")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(args.output_dir)
+    loss, steps = trainer.evaluate()["eval_loss"], trainer.state.global_step
+    if not math.isfinite(loss):
+        raise ValueError(f"loss: {loss} after {steps} steps; lower learning_rate, or use bf16 instead of fp16")
+    tokens, every = steps * step_tokens(args, corpus.length), num_parameters(trainer.model)
+    found = {
+        "num_params": size, "all_params": every, "num_tokens": tokens, "tokens_per_param": tokens / size,
+        "num_steps": steps,
+        "eval_loss": loss, "adam_beta2": args.adam_beta2, "seed": args.seed, "seconds": time.monotonic() - began,
+        "resumed": checkpoint is not None, **corpus.facts,
+    }  # fmt: skip
+    watch = next((one for one in trainer.callback_handler.callbacks if isinstance(one, StopAtLoss)), None)
+    if watch is not None:
+        found |= {"stop_at_loss": watch.target, "reached": watch.reached}
+        say(watch)
+    if args.process_index == 0:
+        write_json(Path(args.output_dir) / PRETRAIN_FILE, {**found, "settings": asdict(config), "versions": versions()})
+    say(f"held-out loss: {loss:.4f} nats per token after {tokens:g} tokens ({tokens / size:.3g} per parameter)")
+    say(f"model: {args.output_dir}")
+    return trainer
+
+
+def steps_of(args: Any, config: PretrainConfig, length: int, size: int) -> int:
+    """Optimizer steps of a run: as given, or the least that see so many tokens.
+
+    Raises:
+        ValueError: if the length is not given, or given twice.
+    """
+    tokens = config.max_tokens if config.tokens_per_param is None else config.tokens_per_param * size
+    if (args.max_steps > 0) == (tokens is not None):
+        what = "given twice" if tokens is not None else "missing"
+        raise ValueError(f"max_steps: the length is {what}; give one of max_steps, max_tokens and tokens_per_param")
+    if tokens is None:
+        return args.max_steps
+    return math.ceil(tokens / step_tokens(args, length))
+
+
+def step_tokens(args: Any, length: int) -> float:
+    """Tokens of an optimizer step with rows of so many tokens."""
+    return tokens_per_step(args.train_batch_size, length, args.gradient_accumulation_steps, args.world_size)
+
+
+def check_same_run(folder: str, config: PretrainConfig) -> None:
+    """Refuse to go on from a checkpoint of other settings, whose rows or shape are others.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
+    path = Path(folder) / CONFIG_FILE
+    began = json.loads(path.read_text(encoding="utf-8")).get("pretrain", {}) if path.is_file() else {}
+    for name, value in asdict(config).items():
+        if name in began and began[name] != value:
+            raise ValueError(
+                f"{name}: {value!r}, but the run in {folder!r} began with {began[name]!r}; use that, or another folder"
+            )
+
+
+def open_corpus(config: PretrainConfig, seed: int) -> Corpus:
+    """The corpus that was asked for.
+
+    Raises:
+        ValueError: if it is not known, cannot be had, or is too short.
+    """
+    assert config.corpus is not None
+    if config.corpus == "synthetic":
+        return _synthetic(config, seed)
+    if config.corpus in TASKS:
+        task = DigitTask(config.corpus, config.digits)
+        return Corpus(
+            digit_tokenizer(task.name), task.length, task.held_out_rows(config.eval_rows),
+            {"corpus": config.corpus, "digits": config.digits}, rows=lambda numbers: task.training_rows(numbers, seed),
+        )  # fmt: skip
+    return _texts(config, config.corpus)
+
+
+def _synthetic(config: PretrainConfig, seed: int) -> Corpus:
+    language = Language(
+        num_states=config.num_states, vocab_size=config.vocab_size or 64, branching=config.branching,
+        seed=config.language_seed,
+    )  # fmt: skip
+    length = config.max_length
+    facts = {"corpus": "synthetic", "entropy_rate": language.entropy_rate, "ideal_loss": language.ideal_loss(length)}
+    return Corpus(
+        word_tokenizer(language.vocab_size), length, language.rows(range(config.eval_rows), length, EVAL_SEED + seed),
+        facts, rows=lambda numbers: language.rows(numbers, length, seed),
+    )  # fmt: skip
+
+
+def _texts(config: PretrainConfig, corpus: str) -> Corpus:
+    shares = shares_of(corpus)
+    folder = Path(config.data_dir or cache_dir() / "texts").expanduser()
+    split = {name: split_documents(read_documents(name, folder)) for name in shares}
+    made_for = shares_of(config.tokenizer_corpus) if config.tokenizer_corpus else shares
+    for_tokenizer = [
+        text for name in made_for for text in (split[name][0] if name in split else read_documents(name, folder))
+    ]
+    tokenizer = train_tokenizer(for_tokenizer, config.vocab_size or 1024)
+    start, parts, held_out = choose_start_token(tokenizer), [], []
+    for name, (train, away) in split.items():
+        random.Random(0).shuffle(train)
+        rows, held = (packed_rows(texts, tokenizer, start, config.max_length) for texts in (train, away))
+        if not rows or not held:
+            raise ValueError(f"corpus: {name!r} is shorter than a row of {config.max_length}; lower max_length")
+        parts.append((shares[name], np.array(rows)))
+        held_out += held[: max(1, round(config.eval_rows * shares[name] / sum(shares.values())))]
+    return Corpus(tokenizer, config.max_length, np.array(held_out), {"corpus": corpus}, parts=tuple(parts))
+
+
+def shares_of(corpus: str) -> dict[str, float]:
+    """Names and shares of `english=0.7,spanish=0.3`; a name without a share has 1.
+
+    Raises:
+        ValueError: for a text that is not known, or a share that is no number above 0.
+    """
+    found: dict[str, float] = {}
+    for part in corpus.split(","):
+        name, _, share = part.strip().partition("=")
+        if name not in TEXTS and not is_local_file(name):
+            known = ", ".join((*TEXTS, "synthetic", *TASKS))
+            raise ValueError(f"corpus: {name!r} is neither a file nor known; use a file, or one of {known}")
+        try:
+            found[name] = float(share or 1)
+        except ValueError:
+            found[name] = 0.0
+        if not 0 < found[name] < math.inf:
+            raise ValueError(f"corpus: {part.strip()!r} has no share above 0; write {name}=0.5")
+    return found
+
+
+def read_documents(name: str, folder: Path) -> list[str]:
+    """Documents of a text by name, or of a file of rows."""
+    if name in TEXTS:
+        return TEXTS[name](folder)
+    return [row_text(row, None) for row in read_rows(name)]

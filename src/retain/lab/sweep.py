@@ -1,0 +1,267 @@
+"""`retain sweep`: many runs of one verb, each made once, whatever kills it in between.
+
+Every run is a process of its own and a folder of its own, named by a hash of its resolved configuration. A row is
+appended to `results.jsonl` when a run has ended, so nothing is lost but the runs in flight; those are gone on with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from tqdm import tqdm
+
+from retain import versions
+from retain.comparison import is_number
+from retain.files import append_jsonl, exclusive, read_jsonl, write_text
+
+RESULTS = "results.jsonl"
+RESUMED = (
+    "finetune",
+    "pretrain",
+)  # verbs that go on from a checkpoint; the others go on, or begin again, by themselves
+GATED = (0, 2, 3)  # exit codes of `measure` that are results
+MARGIN = 1.2  # times the memory that the largest run so far has taken, before another is begun beside it
+# What runs one verb on given cores; it dies with the process that began it.
+CHILD = """
+import os, signal, sys
+cores, *arguments = sys.argv[1:]
+if cores and hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, map(int, cores.split(",")))
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+from retain.cli import main
+sys.exit(main(arguments))
+"""
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run: its verb, its resolved flags (without `output_dir`), and the hash of both."""
+
+    verb: str
+    flags: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        text = json.dumps([self.verb, self.flags], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def arguments(self, folder: Path) -> list[str]:
+        """The command line of this run, writing into `folder`."""
+        words = [self.verb]
+        for name, value in {**self.flags, "output_dir": str(folder)}.items():
+            words += [f"--{name}", *map(_word, value if isinstance(value, list) else [value])]
+        if self.verb in RESUMED and list(folder.glob("checkpoint-*")):
+            words += ["--resume_from_checkpoint", "true"]
+        return words
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def read_sweep(path: str | Path) -> list[SweepRun]:
+    """The runs of a YAML file: `verb`, `common` flags, a `grid` of lists, and a `list` of flags that go together.
+
+    Every combination of the grid is made with every entry of the list. `config` among the flags names a YAML file
+    whose keys are flags, too; what the sweep says wins.
+
+    Raises:
+        ValueError: one line naming the file, the key, and what is wrong.
+    """
+    asked = _read_yaml(path, "sweep")
+    known = {"verb", "common", "grid", "list"}
+    if unknown := set(asked) - known:
+        raise ValueError(f"sweep: {path} has {min(unknown)!r}; use {', '.join(sorted(known))}")
+    verb = asked.get("verb")
+    if not isinstance(verb, str):
+        raise ValueError(f"sweep: {path} has verb {verb!r}; name one of retain's, say finetune")
+    common, grid, entries = asked.get("common") or {}, asked.get("grid") or {}, asked.get("list") or [{}]
+    good = isinstance(common, dict) and isinstance(grid, dict) and isinstance(entries, list)
+    if not good or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(
+            f"sweep: {path} needs flags under common, lists of values under grid, flags in every list entry"
+        )
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"sweep: grid of {name!r} in {path} is {values!r}; give a list of values")
+    runs = [
+        SweepRun(verb, _resolved({**common, **dict(zip(grid, cell, strict=True)), **entry}, str(path)))
+        for cell in itertools.product(*grid.values())
+        for entry in entries
+    ]
+    keys = [run.key for run in runs]
+    if twice := next((run for at, run in enumerate(runs) if run.key in keys[:at]), None):
+        raise ValueError(f"sweep: {path} has a run twice: {dict(twice.flags)}; leave one out")
+    return runs
+
+
+def _resolved(flags: dict[str, Any], where: str) -> dict[str, Any]:
+    """Flags with those of their `config` file beneath, without empty ones."""
+    if "output_dir" in flags:
+        raise ValueError(f"sweep: output_dir in {where} is the sweep's own to choose; leave it out")
+    if "config" in flags:
+        flags = _read_yaml(flags["config"], "config") | {name: flags[name] for name in flags if name != "config"}
+        flags.pop("output_dir", None)
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _read_yaml(path: str | Path, what: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{what}: cannot read {str(path)!r}: {error.strerror}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{what}: {str(path)!r} is not YAML; check the file") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what}: {str(path)!r} holds {type(found).__name__}, not keys with values; check the file")
+    return found
+
+
+def collect(folder: Path) -> dict[str, float]:
+    """The last value of everything a run logged, and of everything a report says of its texts."""
+    found: dict[str, float] = {}
+    for row in read_jsonl(folder / "metrics.jsonl"):
+        found |= {name: value for name, value in row.items() if is_number(value)}
+    if (folder / "report.json").is_file():
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        for kind in ("new_task", "retention"):
+            for text, metrics in (report.get(kind) or {}).items():
+                found |= {f"{kind}/{text}/{name}": entry["value"] for name, entry in metrics.items()}
+    return found
+
+
+class Process:
+    """A run as a process: its own cores, its output in a log of its own."""
+
+    def __init__(self, run: SweepRun, root: Path, cores: Sequence[int], child: str) -> None:
+        self.run, self.folder, self.log = run, root / "runs" / run.key, root / "logs" / f"{run.key}.txt"
+        for folder in (self.folder.parent, self.log.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(cores)))}
+        command = [sys.executable, "-c", child, ",".join(map(str, cores)), *run.arguments(self.folder)]
+        self.began, self.peak = time.monotonic(), 0
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    def memory(self) -> int:
+        """Bytes that the process and its children hold now."""
+        try:
+            process = psutil.Process(self.process.pid)
+            now = sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
+        except psutil.Error:
+            now = 0
+        self.peak = max(self.peak, now)
+        return now
+
+    def row(self) -> dict[str, Any]:
+        """What `results.jsonl` keeps of a run that has ended."""
+        code = self.process.returncode
+        done = code == 0 or (self.run.verb == "measure" and code in GATED)
+        lines = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
+        return {
+            "key": self.run.key, "verb": self.run.verb, "flags": dict(self.run.flags),
+            "status": "done" if done else "failed", "exit_code": code, "error": None if done else (lines or [""])[-1],
+            "seconds": round(time.monotonic() - self.began, 1), "peak_bytes": self.peak,
+            "folder": str(self.folder), "result": collect(self.folder) if done else {}, "versions": versions(),
+        }  # fmt: skip
+
+
+def run_here(
+    runs: Sequence[SweepRun], root: Path, *, num_workers: int, cores_per_run: int, record: Callable[[dict], object]
+) -> None:
+    """Make the runs on this machine: so many at a time, each pinned to cores of its own, as memory allows."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    slots = [cores[at * cores_per_run : (at + 1) * cores_per_run] for at in range(num_workers)]
+    todo, running, most = list(runs), dict[int, Process](), 0
+    with stopped_together(running):
+        while todo or running:
+            for slot in [at for at in range(num_workers) if at not in running]:
+                if todo and _has_room(running.values(), most):
+                    running[slot] = Process(todo.pop(0), root, slots[slot], CHILD)
+            time.sleep(0.1)
+            for slot, process in list(running.items()):
+                process.memory()
+                most = max(most, process.peak)
+                if process.process.poll() is not None:
+                    record(running.pop(slot).row())
+
+
+def _has_room(running: Any, most: int) -> bool:
+    """Whether another run may begin: alone always, beside others if what they and it may yet take is there."""
+    processes = list(running)
+    to_come = sum(max(0, most - process.memory()) for process in processes)
+    return not processes or (most > 0 and psutil.virtual_memory().available > MARGIN * (most + to_come))
+
+
+@contextmanager
+def stopped_together(running: Mapping[int, Process]) -> Iterator[None]:
+    """Whatever ends the sweep ends its processes: asked first, so that they may write a checkpoint."""
+    try:
+        yield
+    finally:
+        for process in running.values():
+            process.process.send_signal(signal.SIGINT)
+        for process in running.values():
+            try:
+                process.process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.process.kill()
+
+
+def run_sweep(
+    path: str, output_dir: str, *, engine: str = "local", num_workers: int | None = None, cores_per_run: int = 1
+) -> list[dict[str, Any]]:
+    """Make every run that is not done yet, and return the row of each.
+
+    Raises:
+        ValueError: for a sweep that cannot be read, and at the end if runs failed; the others are kept.
+    """
+    runs, root = read_sweep(path), Path(output_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    with exclusive(root):
+        results = root / RESULTS
+        rows = {row["key"]: row for row in read_jsonl(results) if row["status"] == "done"}
+        whole = results.read_text(encoding="utf-8") if results.exists() else ""
+        if whole and not whole.endswith("\n"):  # the line that a killed sweep was writing
+            write_text(results, "".join(json.dumps(row) + "\n" for row in read_jsonl(results)))
+        todo = [run for run in runs if run.key not in rows]
+        with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc="sweep") as bar:
+
+            def record(row: dict[str, Any]) -> None:
+                append_jsonl(results, row)
+                rows[row["key"]] = row
+                bar.update()
+
+            if engine == "ray":
+                from retain.lab.ray_sweep import run_on_ray
+
+                run_on_ray(todo, root.resolve(), num_workers=num_workers, cores_per_run=cores_per_run, record=record)
+            else:
+                count = num_workers or max(1, len(psutil.Process().cpu_affinity()) // cores_per_run)
+                run_here(todo, root, num_workers=count, cores_per_run=cores_per_run, record=record)
+    failed = [rows[run.key] for run in runs if rows[run.key]["status"] == "failed"]
+    if failed:
+        first = failed[0]
+        raise ValueError(
+            f"sweep: {len(failed)} of {len(runs)} runs failed, the others are kept; the first ({first['key']}): "
+            f"{first['error']}; mend it and run the sweep again"
+        )
+    return [rows[run.key] for run in runs]

@@ -1,0 +1,56 @@
+"""Tokenizers made on the spot: byte-level BPE trained on a text, and one whose words are the tokens of a language."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+START = "<|endoftext|>"  # id 0; begins a document
+LEAST = 257  # the bytes and the document start
+CHUNK = 2000  # characters of a training string
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int, most: int = 4_000_000) -> PreTrainedTokenizerFast:
+    """Byte-level BPE from at most so many characters, evenly from all texts; any text can be written in it.
+
+    Raises:
+        ValueError: for a vocabulary smaller than the bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < LEAST:
+        raise ValueError(f"vocab_size: {vocab_size} does not hold the bytes; use {LEAST} or more")
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[START],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    every = max(1, -(-sum(map(len, texts)) // most))
+    raw.train_from_iterator(_chunks(texts[::every]), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=START, eos_token=START, pad_token=START)
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[str]:
+    for text in texts:
+        yield from (text[at : at + CHUNK] for at in range(0, len(text), CHUNK))
+
+
+def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Tokens `w1`, `w2`, … with spaces between them, after the document start: for a synthetic language."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [START, *(f"w{at}" for at in range(1, vocab_size))]
+    raw = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token=START))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=START, eos_token=START, pad_token=START, unk_token=START
+    )

@@ -1,0 +1,253 @@
+"""Sweeps: which runs there are, each made once, and nothing lost to a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import save_model
+
+import retain.lab.sweep as module
+from retain.cli import main
+from retain.files import exclusive, read_jsonl
+from retain.lab.sweep import SweepRun, collect, read_sweep, run_sweep
+
+# Stands for a run of `finetune`: logs a number, takes a while, writes its result at the end.
+FAKE = """
+import json, sys, time
+from pathlib import Path
+flags = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+folder = Path(flags["--output_dir"]); folder.mkdir(parents=True, exist_ok=True)
+with open(folder / "begun", "a") as file: file.write("x")
+time.sleep(float(flags.get("--sleep", 0.05)))
+if flags.get("--fail"): sys.exit(f"retain finetune: {flags['--fail']}")
+(folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval_loss": 2 * float(flags["--x"])}) + "\\n")
+"""
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(module, "CHILD", FAKE)
+
+
+def write(path: Path, **sweep) -> str:
+    path.write_text(json.dumps({"verb": "finetune", **sweep}))  # JSON is YAML
+    return str(path)
+
+
+def test_a_grid_times_a_list(tmp_path):
+    (tmp_path / "sft.yaml").write_text("learning_rate: 0.5\nmax_steps: 9\noutput_dir: theirs\n")
+    path = write(
+        tmp_path / "s.yaml",
+        common={"config": str(tmp_path / "sft.yaml"), "max_steps": 4, "seed": None},
+        grid={"lora_r": [1, 2], "x": ["a"]},
+        list=[{"replay_coef": 0}, {"replay_coef": 1, "replay_dataset": "r"}],
+    )
+    runs = read_sweep(path)
+    shared = {"learning_rate": 0.5, "max_steps": 4, "x": "a"}
+    assert [dict(run.flags) for run in runs] == [
+        {**shared, "lora_r": rank, **entry}
+        for rank in (1, 2)
+        for entry in ({"replay_coef": 0}, {"replay_coef": 1, "replay_dataset": "r"})
+    ]
+    assert len({run.key for run in runs}) == 4
+    assert runs[0].key == SweepRun("finetune", dict(reversed(runs[0].flags.items()))).key, "order is no setting"
+    assert runs[0].key != SweepRun("pretrain", runs[0].flags).key
+
+
+def test_a_run_as_a_command(tmp_path):
+    run = SweepRun("finetune", {"a": True, "retention": ["x=1", "y=2"], "k": {"b": 1}})
+    assert run.arguments(tmp_path) == [
+        "finetune", "--a", "true", "--retention", "x=1", "y=2", "--k", '{"b": 1}', "--output_dir", str(tmp_path),
+    ]  # fmt: skip
+    (tmp_path / "checkpoint-5").mkdir()
+    assert run.arguments(tmp_path)[-2:] == ["--resume_from_checkpoint", "true"]
+    assert "--resume_from_checkpoint" not in SweepRun("sample", {}).arguments(tmp_path)
+
+
+def test_finished_runs_are_skipped_and_broken_ones_made_again(tmp_path, fake):
+    path = write(tmp_path / "s.yaml", grid={"x": [1, 2, 3]})
+    rows = run_sweep(path, str(tmp_path / "out"), num_workers=2)
+    assert [row["result"]["eval_loss"] for row in rows] == [2, 4, 6]
+    assert all(row["status"] == "done" and row["exit_code"] == 0 and row["versions"] for row in rows)
+    wider = write(tmp_path / "s.yaml", grid={"x": [1, 2, 3, 4]})
+    assert len(run_sweep(wider, str(tmp_path / "out"))) == 4
+    begun = [len((Path(row["folder"]) / "begun").read_text()) for row in read_jsonl(tmp_path / "out" / "results.jsonl")]
+    assert begun == [1, 1, 1, 1]
+    broken = write(tmp_path / "s.yaml", grid={"x": [1]}, list=[{"fail": "rank: 0 does not fit"}, {}])
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"^sweep: 1 of 2 runs failed, .*: retain finetune: rank: 0 does not fit; mend"
+        ):
+            run_sweep(broken, str(tmp_path / "out"))
+    rows = read_jsonl(tmp_path / "out" / "results.jsonl")
+    assert [row["status"] for row in rows] == ["done"] * 4 + ["failed"] * 2, "a broken run is tried again"
+
+
+def test_cores_are_given_and_memory_is_kept(tmp_path, monkeypatch):
+    show = "import json,os,sys,time;from pathlib import Path;f=Path(sys.argv[-1]);f.mkdir(parents=True);" \
+           "(f/'metrics.jsonl').write_text(json.dumps({'step':1,'cores':len(sys.argv[1].split(',')),'threads':" \
+           "int(os.environ['OMP_NUM_THREADS'])}));time.sleep(0.5)"  # fmt: skip
+    monkeypatch.setattr(module, "CHILD", show)
+    (row,) = run_sweep(write(tmp_path / "s.yaml"), str(tmp_path / "out"), num_workers=1)
+    assert row["result"] == {"step": 1, "cores": 1, "threads": 1}
+    assert row["peak_bytes"] > 0
+    available = psutil.virtual_memory().available
+
+    class Running:
+        def memory(self):
+            return available // 4
+
+    assert not module._has_room([Running()], 0), "beside a first run nobody knows what another would take"
+    assert not module._has_room([Running()], available)
+    assert module._has_room([Running()], available // 4)
+    assert module._has_room([], 10 * available), "alone always"
+
+
+def test_the_last_value_of_everything_is_collected(tmp_path):
+    rows = [{"step": 1, "loss": 3.0, "note": "x"}, {"step": 2, "loss": 2.0}, {"step": 2, "eval_loss": 2.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = {"retention": {"a": {"ref_kl": {"value": 0.5, "ci": [0, 1]}}}, "new_task": {}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert collect(tmp_path) == {"step": 2, "loss": 2.0, "eval_loss": 2.5, "retention/a/ref_kl": 0.5}
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {source!r})
+import retain.lab.sweep as module
+module.CHILD = {child!r}
+module.run_sweep({path!r}, {out!r}, num_workers=2)
+"""
+
+
+def test_a_sweep_killed_at_ten_random_moments_ends_as_one_undisturbed(tmp_path, fake):
+    path = write(tmp_path / "s.yaml", common={"sleep": 0.25}, grid={"x": list(range(12))})
+    undisturbed = run_sweep(path, str(tmp_path / "whole"), num_workers=2)
+    source = str(Path(module.__file__).parents[2])
+    driver = DRIVER.format(source=source, child=FAKE, path=path, out=str(tmp_path / "out"))
+    rng, kills = np.random.default_rng(0), 0
+    while kills < 10:
+        process = subprocess.Popen([sys.executable, "-c", driver], stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.6, 1.8))
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    rows = run_sweep(path, str(tmp_path / "out"), num_workers=2)
+    assert [row["result"] for row in rows] == [row["result"] for row in undisturbed]
+    kept = read_jsonl(tmp_path / "out" / "results.jsonl")
+    assert len(kept) == len({row["key"] for row in kept}) == 12
+    assert kills > 2
+
+
+def test_no_process_outlives_a_killed_sweep(tmp_path):
+    """Else the next sweep would write into the same folder beside it."""
+    child = module.CHILD.replace(
+        "from retain.cli import main\nsys.exit(main(arguments))", "import time; time.sleep(60)"
+    )
+    path = write(tmp_path / "s.yaml", grid={"x": [1]})
+    source = str(Path(module.__file__).parents[2])
+    driver = DRIVER.format(source=source, child=child, path=path, out=str(tmp_path / "out"))
+    process = subprocess.Popen([sys.executable, "-c", driver], stderr=subprocess.DEVNULL)
+    children = []
+    for _ in range(200):
+        children = psutil.Process(process.pid).children()
+        if children and "sleep" in children[0].cmdline()[2]:
+            break
+        time.sleep(0.05)
+    time.sleep(0.5)  # until it has asked to die with its parent
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert children
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("verb: [", "is not YAML"),
+        ("- a", "holds list, not keys with values"),
+        ("verb: 3", "has verb 3; name one of retain's"),
+        ("verb: finetune\ngird: {a: [1]}", "has 'gird'; use common, grid, list, verb"),
+        ("verb: finetune\ngrid: {a: 1}", "grid of 'a' in .* is 1; give a list of values"),
+        ("verb: finetune\ngrid: {a: [1, 1]}", "has a run twice: {'a': 1}; leave one out"),
+        ("verb: finetune\nlist: [3]", "flags in every list entry"),
+        ("verb: finetune\ncommon: {output_dir: x}", "output_dir in .* is the sweep's own to choose"),
+        ("verb: finetune\ncommon: {config: nowhere.yaml}", "config: cannot read 'nowhere.yaml'"),
+    ],
+)
+def test_a_bad_sweep_is_refused_in_one_line(tmp_path, content, message):
+    (tmp_path / "s.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_sweep(tmp_path / "s.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_a_second_sweep_in_one_folder_is_refused(tmp_path, fake):
+    (tmp_path / "out").mkdir()
+    with exclusive(tmp_path / "out"), pytest.raises(ValueError, match="another process is writing"):
+        run_sweep(write(tmp_path / "s.yaml", grid={"x": [1]}), str(tmp_path / "out"))
+
+
+def test_a_lost_ray_worker_loses_its_run_only(tmp_path, fake, monkeypatch):
+    """The process of one run's worker is killed; that run alone is begun again."""
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'retain[ray]'")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    path = write(tmp_path / "s.yaml", common={"sleep": 1.5}, grid={"x": [1, 2, 3, 4]})
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        killed: list[str] = []
+
+        def kill_one() -> None:
+            for _ in range(600):
+                for process in psutil.Process().children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        command = process.cmdline()
+                        if FAKE in command and "--x" in command and command[command.index("--x") + 1] == "2":
+                            folder = Path(command[command.index("--output_dir") + 1])
+                            if (folder / "begun").exists():
+                                killed.append(folder.name)
+                                process.parent().kill()
+                                return
+                time.sleep(0.05)
+
+        killer = threading.Thread(target=kill_one)
+        killer.start()
+        rows = run_sweep(path, str(tmp_path / "out"), engine="ray")
+        killer.join()
+    finally:
+        ray.shutdown()
+    assert [row["result"]["eval_loss"] for row in rows] == [2, 4, 6, 8]
+    begun = {row["key"]: len((Path(row["folder"]) / "begun").read_text()) for row in rows}
+    assert len(killed) == 1
+    assert begun == {row["key"]: 2 if row["key"] in killed else 1 for row in rows}
+
+
+def test_a_sweep_on_the_command_line(tmp_path, capsys):
+    """Real runs of `sample`, one of them broken."""
+    folder = save_model(tmp_path / "model")
+    shared = {"model_name_or_path": str(folder), "num_rows": 4, "max_length": 16}
+    (tmp_path / "s.yaml").write_text(json.dumps({"verb": "sample", "common": shared, "grid": {"seed": [0, -1]}}))
+    arguments = ["sweep", str(tmp_path / "s.yaml"), "--output_dir", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert "retain sweep: sweep: 1 of 2 runs failed" in capsys.readouterr().err
+    rows = read_jsonl(tmp_path / "out" / "results.jsonl")
+    assert sorted(row["status"] for row in rows) == ["done", "failed"]
+    (failed,) = (row for row in rows if row["status"] == "failed")
+    assert failed["error"].startswith("retain sample: seed: -1")
+    (tmp_path / "s.yaml").write_text(json.dumps({"verb": "sample", "common": shared, "grid": {"seed": [0]}}))
+    assert main(arguments) == 0
+    assert "1 runs: " in capsys.readouterr().out
