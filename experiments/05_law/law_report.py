@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from scipy.stats import ttest_ind
 
 from retain import fit_forgetting_law
 from retain.forgetting_law import ForgettingLaw
 
 MIN_STEPS = 50  # as in the paper: earlier measurements are left out
+READINGS = ("soft", "hard")
+PAPER = {"OpenOrca": (0.9450, 0.9598), "News": (0.9736, 0.9769)}  # R² of L_f(L_ft) and of L_f(P, N)
+ACROSS = 0.185  # the paper's R² of the line across methods
+WELL = 0.9
+Rows = Sequence[dict[str, Any]]
 
 
-def points(rows: Sequence[dict[str, Any]], reading: str) -> list[dict[str, Any]]:
+def points(rows: Rows, reading: str) -> list[dict[str, Any]]:
     """Rows for a fit: one per evaluation from `MIN_STEPS` on; each rank and seed is a run."""
     return [
         {
@@ -28,14 +37,219 @@ def points(rows: Sequence[dict[str, Any]], reading: str) -> list[dict[str, Any]]
     ]
 
 
-def fitted(rows: Sequence[dict[str, Any]], reading: str, form: str, **how: Any) -> ForgettingLaw:
+def fitted(rows: Rows, reading: str, form: str, **how: Any) -> ForgettingLaw:
     """A law of these runs; what they cannot say is kept in `law.warnings`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return fit_forgetting_law(points(rows, reading), form, **how)
 
 
-def draw(rows, path): ...
+@dataclass(frozen=True)
+class Study:
+    """The runs of one data set by what they are, and the prediction that was written before the largest rank."""
+
+    plain: Rows
+    full: Rows
+    replay: dict[float, Rows]
+    prediction: dict[str, Any] | None
+
+    @property
+    def largest(self) -> Rows:
+        most = max((row["settings"]["lora_rank"] for row in self.plain), default=0)
+        return [row for row in self.plain if row["settings"]["lora_rank"] == most]
 
 
-def told(rows): return ""
+def studies(rows: Rows) -> dict[str, Study]:
+    """Data set → its runs."""
+    runs = [row for row in rows if "trajectory" in row]
+    found = {}
+    for name in dict.fromkeys(row["settings"]["dataset"] for row in runs):
+        mine = [row for row in runs if row["settings"]["dataset"] == name]
+        lora = [row for row in mine if row["settings"]["method"] == "lora"]
+        coefs = sorted({row["settings"].get("coef", 0.0) for row in lora} - {0.0})
+        told = [row for row in rows if "predicted" in row and row["settings"].get("dataset") == name]
+        found[name] = Study(
+            plain=[row for row in lora if not row["settings"].get("coef")],
+            full=[row for row in mine if row["settings"]["method"] == "full"],
+            replay={coef: [row for row in lora if row["settings"].get("coef") == coef] for coef in coefs},
+            prediction=told[0] if told else None,
+        )
+    return found
+
+
+# Fits
+
+
+def r_squared(law: ForgettingLaw, num_resamples: int = 2000) -> tuple[float, float, float]:
+    """R² of L_f, with the 95% interval over runs (drawn with replacement, the law kept as it is)."""
+    fit = law.problem.predict(law.estimate)[0][law.form.outputs.index("forgetting_loss")]
+    measured, names = law.runs.columns["forgetting_loss"], law.runs.names
+    codes = law.runs.codes(law.runs.keys, names)
+    left, level, square, number = (
+        np.bincount(codes, weights=value)
+        for value in ((measured - fit) ** 2, measured, measured**2, np.ones(len(codes)))
+    )
+    drawn = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), num_resamples)
+    drawn = np.vstack([np.ones(len(names), dtype=int), drawn])
+    spread = drawn @ square - (drawn @ level) ** 2 / (drawn @ number)
+    values = 1 - (drawn @ left) / spread
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return float(values[0]), float(low), float(high)
+
+
+def by_rank(rows: Rows, reading: str) -> float:
+    """R² of the line with one slope and a level of its own for each number of parameters."""
+    found = points(rows, reading)
+    sizes = [at["num_params"] for at in found]
+    columns = [[float(size == own) for size in sizes] for own in sorted(set(sizes))]
+    terms = np.array([[at["finetuning_loss"] for at in found], *columns]).T
+    lost = np.array([at["forgetting_loss"] for at in found])
+    left = lost - terms @ np.linalg.lstsq(terms, lost, rcond=None)[0]
+    return float(1 - (left**2).sum() / ((lost - lost.mean()) ** 2).sum())
+
+
+def cell(estimate: Sequence[float], digits: int = 3) -> str:
+    value, low, high = (f"{number:.{digits}f}" for number in estimate)
+    return f"{value} [{low}, {high}]"
+
+
+def table_of_fits(laws: dict[tuple[str, str], dict[str, ForgettingLaw]], found: dict[str, Study]) -> str:
+    """R² of both laws and the slope of the line, beside the paper's."""
+    lines = [
+        "| data | L_f read | R² of L_f(L_ft) | the line with a level for each rank | R² of L_f(P, N) | slope c_fft |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (name, reading), of in laws.items():
+        line = of["linear"]
+        slope = (line.params["c_fft"], *line.conf_int()["c_fft"])
+        own = f"{by_rank(found[name].plain, reading):.3f}"
+        cells = [name, reading, cell(r_squared(line)), own, cell(r_squared(of["joint"])), cell(slope)]
+        lines.append("| " + " | ".join(cells) + " |")
+    for name, (linear, joint) in PAPER.items():
+        slope = {"OpenOrca": "1.733", "News": "1.062"}[name]
+        lines.append(f"| paper: {name}, Llama 2 7B |  | {linear:.4f} |  | {joint:.4f} | {slope} |")
+    return "\n".join(lines)
+
+
+# The held-out rank
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The largest rank against what was predicted: errors in nats, and the share of points within 95% intervals."""
+
+    error: float
+    naive: float
+    inside: float
+    inside_new_task: float
+    before: bool
+
+
+def held_out(study: Study, reading: str) -> HeldOut | None:
+    """Error of the law, and of taking the next smaller rank's mean curve instead."""
+    told, runs = study.prediction, study.largest
+    if told is None or not runs or runs[0]["num_params"] != told["num_params"]:
+        return None
+    ranks = sorted({row["settings"]["lora_rank"] for row in study.plain})
+    smaller = [row for row in study.plain if row["settings"]["lora_rank"] == ranks[-2]]
+    naive = np.mean([curve(row, reading, told["steps"]) for row in smaller], axis=0)
+    measured = np.array([curve(row, reading, told["steps"]) for row in runs])
+    learned = np.array([curve(row, "eval_loss", told["steps"]) for row in runs])
+    of, new = told[reading]["forgetting_loss"], told[reading]["finetuning_loss"]
+    return HeldOut(
+        error=float(np.sqrt(np.mean((measured - of["value"]) ** 2))),
+        naive=float(np.sqrt(np.mean((measured - naive) ** 2))),
+        inside=share_inside(measured, of["ci"]),
+        inside_new_task=share_inside(learned, new["ci"]),
+        before=all(told["predicted"] <= row["began"] for row in runs),
+    )
+
+
+def curve(row: dict[str, Any], name: str, steps: Sequence[int]) -> list[float]:
+    at = {point["step"]: point[name] for point in row["trajectory"]}
+    return [at[step] for step in steps]
+
+
+def share_inside(values: np.ndarray, ci: Sequence[Sequence[float]]) -> float:
+    return float(np.mean((values >= np.array(ci[0])) & (values <= np.array(ci[1]))))
+
+
+def table_of_held_out(found: dict[tuple[str, str], HeldOut | None]) -> str:
+    lines = [
+        "| data | L_f read | error of the law, nats (RMS) | error of the next smaller rank's curve | points of L_f "
+        "within the 95% interval | points of L_ft | written before the run |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (name, reading), one in found.items():
+        if one is None:
+            continue
+        cells = [name, reading, f"{one.error:.3f}", f"{one.naive:.3f}", f"{one.inside:.0%}",
+                 f"{one.inside_new_task:.0%}", "yes" if one.before else "no"]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# Where the line breaks
+
+
+def residuals(rows: Rows, reading: str, line: Sequence[float]) -> list[float]:
+    """Each run's mean distance from a line (slope, level), nats."""
+    return [
+        float(
+            np.mean([at["forgetting_loss"] - np.polyval(line, at["finetuning_loss"]) for at in points([row], reading)])
+        )
+        for row in rows
+    ]
+
+
+def line_of(rows: Rows, reading: str) -> np.ndarray:
+    found = points(rows, reading)
+    return np.polyfit([at["finetuning_loss"] for at in found], [at["forgetting_loss"] for at in found], 1)
+
+
+def departure(plain: Rows, others: Rows, reading: str) -> tuple[float, float, float]:
+    """How far runs lie from the plain runs' line, beyond what plain runs do; Welch's 95% interval over runs.
+
+    Each plain run is held against the line of the others, so that both are runs that the line has not seen.
+    """
+    own = [
+        residuals([row], reading, line_of([other for other in plain if other is not row], reading))[0] for row in plain
+    ]
+    theirs = residuals(others, reading, line_of(plain, reading))
+    interval = ttest_ind(theirs, own, equal_var=False).confidence_interval(0.95)
+    return float(np.mean(theirs) - np.mean(own)), float(interval.low), float(interval.high)
+
+
+def across(study: Study, reading: str) -> float:
+    """R² of one line through plain and replay runs together."""
+    rows = [*study.plain, *(row for of in study.replay.values() for row in of)]
+    found = points(rows, reading)
+    lost = np.array([at["forgetting_loss"] for at in found])
+    fit = np.polyval(line_of(rows, reading), [at["finetuning_loss"] for at in found])
+    return float(1 - ((lost - fit) ** 2).sum() / ((lost - lost.mean()) ** 2).sum())
+
+
+Departures = dict[tuple[str, str], dict[str, tuple[float, float, float]]]
+
+
+def departures(found: dict[str, Study]) -> Departures:
+    """Data set and reading → kind of run → its departure from the line."""
+    result: Departures = {}
+    for name, study in found.items():
+        kinds = {"full": study.full, **{f"replay {coef:g}": rows for coef, rows in study.replay.items()}}
+        for reading in READINGS:
+            result[name, reading] = {
+                kind: departure(study.plain, rows, reading) for kind, rows in kinds.items() if len(rows) > 1
+            }
+    return result
+
+
+def table_of_departures(found: dict[str, Study], gone: Departures) -> str:
+    kinds = list(dict.fromkeys(kind for of in gone.values() for kind in of))
+    heads = [f"{kind}" if kind == "full" else f"KL {kind}" for kind in kinds]
+    lines = [f"| data | L_f read | {' | '.join(heads)} | R² of one line through plain and replay |"]
+    lines.append("| " + " | ".join(["---"] * (len(kinds) + 3)) + " |")
+    for (name, reading), of in gone.items():
+        cells = [cell(of[kind]) if kind in of else "" for kind in kinds]
+        lines.append("| " + " | ".join([name, reading, *cells, f"{across(found[name], reading):.3f}"]) + " |")
+    return "\n".join(lines)

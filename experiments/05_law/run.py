@@ -1,4 +1,4 @@
-"""Do the laws of forgetting hold on a small real model, and where do they break? One command; finished runs are skipped.
+"""Do the laws of forgetting hold on a small real model, and where do they break? Finished runs are skipped.
 
 python experiments/05_law/run.py [--only runs|plan|report]
 """
@@ -17,11 +17,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from harness import Bench, BenchSettings, Results, open_bench  # noqa: E402
-from law_report import MIN_STEPS, draw, fitted, told  # noqa: E402
+from law_figure import draw  # noqa: E402
+from law_report import MIN_STEPS, READINGS, fitted  # noqa: E402
+from law_verdict import told  # noqa: E402
 from pages import write_results  # noqa: E402
 from plan_case import plan_and_run  # noqa: E402
 from small_base import CACHE, BaseSettings, load_texts, make_base  # noqa: E402
-from study_runs import LARGEST, RANKS, READINGS, STEPS, finetune, now, other_runs, plain_runs, texts_of  # noqa: E402
+from study_runs import LARGEST, RANKS, STEPS, finetune, now, other_runs, plain_runs, texts_of  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 logger = logging.getLogger("experiments")

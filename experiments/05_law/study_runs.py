@@ -28,7 +28,6 @@ STEPS = 200
 SEEDS = (0, 1)
 COEFS = (0.3, 3.0)
 REPLAY_RANKS = (4, 16)
-READINGS = ("soft", "hard")
 
 
 @dataclass(frozen=True, kw_only=True)

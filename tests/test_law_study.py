@@ -1,0 +1,161 @@
+"""The study of laws on made-up rows: its verdicts can go either way, and its runs are what they say."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1] / "experiments"
+for folder in (ROOT, ROOT / "05_law"):
+    sys.path.insert(0, str(folder))
+
+import harness  # noqa: E402
+import small_base  # noqa: E402
+import study_runs  # noqa: E402
+from law_figure import draw  # noqa: E402
+from law_report import departures, fitted, held_out, r_squared, studies  # noqa: E402
+from law_verdict import (  # noqa: E402
+    table_of_plans,
+    told,
+    verdict_of_break,
+    verdict_of_fits,
+    verdict_of_held_out,
+    verdict_of_plan,
+)
+from test_experiments import SHORT, TINY, small_texts  # noqa: E402
+
+from retain.laws import joint_forgetting, shifted_power  # noqa: E402
+
+LAW = {"a": 2e3, "alpha": 0.25, "rho": 1.5, "c": 3.2, "s": 2.0}
+STEPS = range(0, 201, 10)
+
+
+def run_row(rank: int, seed: int, *, coef: float = 0.0, off: float = 0.0, noise: float = 0.01) -> dict[str, Any]:
+    """A run of the joint law with noise; `off` nats away from its line."""
+    rng = np.random.default_rng([rank, seed, int(10 * coef)])
+    P, N = 5472.0 * rank, np.maximum(np.array(STEPS, dtype=float), 1)
+    learned = shifted_power(P, N, b=4.0, beta=0.4, **LAW) + noise * rng.normal(size=len(N))
+    lost = joint_forgetting(P, N, c_fft=0.25, s_fft=5.0, b=4.0, beta=0.4, **LAW) + off + noise * rng.normal(size=len(N))
+    rows = [
+        {"step": step, "eval_loss": float(one), "soft": float(other), "hard": float(other) / 2}
+        for step, one, other in zip(STEPS, learned, lost, strict=True)
+    ]
+    settings = {"dataset": "verilog", "method": "lora", "lora_rank": rank, "seed": seed}
+    settings |= {"coef": coef} if coef else {}
+    return {"key": f"{rank}-{seed}-{coef}", "settings": settings, "num_params": int(P), "began": "2026-01-02",
+            "trajectory": rows}  # fmt: skip
+
+
+def prediction(off: float = 0.0, when: str = "2026-01-01") -> dict[str, Any]:
+    """What a law might have said of rank 32: the truth, or `off` nats beside it."""
+    steps = [step for step in STEPS if step >= 50]
+    P, N = 5472.0 * 32, np.array(steps, dtype=float)
+    learned = shifted_power(P, N, b=4.0, beta=0.4, **LAW)
+    lost = joint_forgetting(P, N, c_fft=0.25, s_fft=5.0, b=4.0, beta=0.4, **LAW) + off
+    told: dict[str, Any] = {"predicted": when, "num_params": int(P), "steps": steps, "key": "predicted"}
+    for reading, scale in (("soft", 1.0), ("hard", 0.5)):
+        told[reading] = {
+            name: {"value": value.tolist(), "ci": [(value - 0.05).tolist(), (value + 0.05).tolist()]}
+            for name, value in (("finetuning_loss", learned), ("forgetting_loss", scale * lost))
+        }
+    return told | {"settings": {"predict": 32, "dataset": "verilog"}}
+
+
+def study_rows(off: float = -0.3, noise: float = 0.01, said: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    plain = [run_row(rank, seed, noise=noise) for rank in (1, 2, 4, 8, 16, 32) for seed in (0, 1)]
+    replay = [run_row(rank, seed, coef=3.0, off=off, noise=noise) for rank in (4, 16) for seed in (0, 1)]
+    return [*plain, *replay, said or prediction()]
+
+
+def laws_of(rows: list[dict[str, Any]]) -> dict:
+    found = studies(rows)["verilog"].plain
+    return {("verilog", "soft"): {form: fitted(found, "soft", form, num_resamples=0) for form in ("linear", "joint")}}
+
+
+def test_the_laws_fit_where_they_hold_and_not_where_noise_hides_them():
+    good = laws_of(study_rows())
+    assert "Verdict: yes. linear R² 0.9" in verdict_of_fits(good)
+    value, low, high = r_squared(good["verilog", "soft"]["joint"])
+    assert low < value < high
+    assert value == pytest.approx(good["verilog", "soft"]["joint"].r_squared["forgetting_loss"])
+    assert "Verdict: no" in verdict_of_fits(laws_of(study_rows(noise=0.5)))
+    assert "none yet" in verdict_of_fits({})
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (prediction(), "Verdict: yes. In 2 of 2 cases"),
+        (prediction(off=0.3), "Verdict: no. In 0 of 2 cases"),
+        (prediction(when="2026-01-03"), "Verdict: none; a prediction is younger than its run"),
+    ],
+)
+def test_the_largest_rank_is_judged_against_what_was_written_before(said, words):
+    study = studies(study_rows(said=said))["verilog"]
+    found = {("verilog", reading): held_out(study, reading) for reading in ("soft", "hard")}
+    assert words in verdict_of_held_out(found)
+    assert "none yet" in verdict_of_held_out({("verilog", "soft"): None})
+
+
+def test_replay_runs_off_the_line_are_found_and_those_on_it_are_not():
+    for off, words in ((-0.3, "Verdict: yes. In 2 of 2 cases"), (0.0, "Verdict: no. In 0 of 2 cases")):
+        gone = departures(studies(study_rows(off=off)))
+        assert words in verdict_of_break(gone, [0.5])
+        assert gone["verilog", "soft"]["replay 3"][0] == pytest.approx(off, abs=0.02)
+    assert "none yet" in verdict_of_break({}, [])
+
+
+def plan_row(seed: int, learned: float = 3.0, lost: float = 0.09, when: str = "2026-01-01") -> dict[str, Any]:
+    said = {"finetuning_loss": {"value": 3.0, "low": 2.9, "high": 3.1},
+            "forgetting_loss": {"value": 0.08, "low": 0.06, "high": 0.1}}  # fmt: skip
+    planned = {"predicted": when, "budget": 0.1, "seed": 0, "words": "rank 4, 60 steps, no replay", **said}
+    measured = {"finetuning_loss": learned, "forgetting_loss": lost}
+    return {"settings": {"plan": 0.1, "seed": seed}, "began": "2026-01-02", "planned": planned, "measured": measured}
+
+
+def test_a_plan_is_judged_by_seeds_that_no_pilot_had():
+    assert "Verdict: yes. Of 2 runs" in verdict_of_plan([plan_row(0, lost=9.0), plan_row(1), plan_row(2)])
+    assert "Verdict: in part. Of 2 runs" in verdict_of_plan([plan_row(1), plan_row(2, lost=0.11)])
+    assert "Verdict: no. Of 1 runs" in verdict_of_plan([plan_row(1, lost=0.2)])
+    assert "younger" in verdict_of_plan([plan_row(1, when="2026-01-03")])
+    assert "none yet" in verdict_of_plan([])
+    assert "0, the pilots' own" in table_of_plans([plan_row(0)])
+
+
+def test_the_whole_report_and_its_figure(tmp_path):
+    text = told([*study_rows(), plan_row(1)])
+    assert text.count("Verdict: yes") == 4
+    assert "paper: OpenOrca" in text
+    draw(study_rows(), tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 20_000
+
+
+def test_headers_are_held_out_as_wholes():
+    training, held_out_files = study_runs.read_headers()
+    assert len(training) > 8 * len(held_out_files) > 0
+    assert set(training).isdisjoint(held_out_files)
+
+
+def test_every_run_of_the_study_is_another():
+    runs = [run for name in ("verilog", "cpp") for run in (*study_runs.plain_runs(name), *study_runs.other_runs(name))]
+    assert len({harness.key_of(run.settings(), "") for run in runs}) == len(runs)
+
+
+def test_both_readings_begin_at_the_bases_own_values(tmp_path):
+    texts = small_texts()
+    base = small_base.make_base(tmp_path / "tiny", texts, TINY)
+    bench = harness.open_bench(base, texts, SHORT)
+    run = study_runs.LawRun(lora_rank=2, max_steps=4, eval_steps=2, batch_size=4, warmup_steps=1, coef=1.0)
+    row = study_runs.finetune(run, bench, tmp_path / "run")
+    first, *_, last = row["trajectory"]
+    assert first["forgetting"] == pytest.approx(0, abs=1e-6)
+    assert last["soft"] > first["soft"]
+    assert (
+        row["num_params"]
+        == 2 * study_runs.finetune(replace(run, lora_rank=1, coef=0.0), bench, tmp_path / "run")["num_params"]
+    )
