@@ -190,4 +190,5 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
             dress(axis, title.capitalize(), "share, 95% interval", "")
             axis.set_yticks(range(len(rows)), list(rows) if axis is axes[1] else [""] * len(rows))
             axis.set_ylim(len(rows) - 0.5, -0.5)
-            axis.set_xlim(-0.02, 1.02)
+            most = max(share_interval(*counted[title](of))[2] for of in rows.values())
+            axis.set_xlim(-0.03 * most, 1.08 * most)
