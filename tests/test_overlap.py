@@ -124,8 +124,7 @@ def test_the_warning_is_one_line():
     assert "2 of 2 documents are also in the replay rows (2 at" in str(several.warning("wiki", "the replay rows"))
     assert " of their 8-word runs)" in str(several.warning("wiki"))
     assert found([document], [document]).warning("a", "b") == (
-        "a: 1 of 1 documents is also in b (1 word for word): forgetting on them is not of old knowledge; "
-        "leave them out"
+        "a: 1 of 1 documents is also in b (1 word for word): forgetting on them is not of old knowledge; leave them out"
     )
     assert found([document], []).warning("wiki") is None
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 from retain.text import first_line
 
@@ -62,6 +64,39 @@ def read_rows(source: str, split: str = "train") -> Dataset:
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
     except Exception as error:  # pyarrow's many ways of saying that the rows do not share one schema
         raise ValueError(f"data: the rows of {source!r} do not share one schema; {first_line(error)}") from error
+
+
+def read_sample(
+    source: str,
+    known: Mapping[str, tuple[str, str | None, str]],
+    field: str,
+    *,
+    split: str,
+    most: int | None,
+    seed: int,
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Rows with their names for errors: of a name in `known`, a file or a Hub dataset; drawn where there are too many.
+
+    Args:
+        known: name → (Hub id, configuration, split).
+        field: the setting that an error is about.
+        most: draw only so many rows, with `seed`; their order stays.
+    """
+    if source in known:
+        from datasets import load_dataset
+
+        path, configuration, split = known[source]
+        try:
+            rows = load_dataset(path, configuration, split=split)
+        except Exception as error:  # the Hub's client raises many kinds
+            raise ValueError(f"{field}: cannot load {path!r} from the Hub; {first_line(error)}") from error
+    else:
+        rows = read_rows(source, split=split)
+    places = np.arange(rows.num_rows)
+    if most is not None and most < len(places):
+        places = np.sort(np.random.default_rng(seed).choice(len(places), most, replace=False))
+    for at in places.tolist():
+        yield rows[at], f"row {at + 1} of {source!r}"
 
 
 def _decoded(path: Path) -> str:

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from retain.base_cache import BaseCache
 from retain.capabilities.answers import compare_answers, share_entry
-from retain.data import Document, prompt_text, read_rows
+from retain.data import Document, prompt_text, read_sample
 from retain.losses import next_token_loss
 from retain.metrics import Forward, batches, logits_of, padded, row_by_row
 from retain.models import max_positions
-from retain.text import first_line, visible
+from retain.text import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,21 +63,8 @@ def load_questions(source: str, *, max_questions: int | None = None, seed: int =
     Raises:
         ValueError: one line naming the source, the row, and what is wrong.
     """
-    rows = _hub_rows(source) if source in HUB else read_rows(source, split="test")
-    places = np.arange(rows.num_rows)
-    if max_questions is not None and max_questions < len(places):
-        places = np.sort(np.random.default_rng(seed).choice(len(places), max_questions, replace=False))
-    return [as_question(rows[int(at)], f"row {at + 1} of {source!r}") for at in places]
-
-
-def _hub_rows(name: str) -> Any:
-    from datasets import load_dataset
-
-    path, configuration, split = HUB[name]
-    try:
-        return load_dataset(path, configuration, split=split)
-    except Exception as error:  # the Hub's client raises many kinds
-        raise ValueError(f"choices: cannot load {path!r} from the Hub; {first_line(error)}") from error
+    rows = read_sample(source, HUB, "choices", split="test", most=max_questions, seed=seed)
+    return [as_question(row, where) for row, where in rows]
 
 
 def as_question(row: Mapping[str, Any], where: str) -> Question:

@@ -17,9 +17,8 @@ from retain.capabilities.answers import compare_answers, share_entry
 from retain.capabilities.choices import Inputs, both_scores, choice_scores, encode_pair
 from retain.capabilities.generations import Prompt, check_room, stop_tokens, user_turn, write_both
 from retain.capabilities.phrases import is_refusal
-from retain.data import prompt_text, read_rows
+from retain.data import prompt_text, read_sample
 from retain.metrics import logits_of
-from retain.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,28 +54,15 @@ def load_requests(source: str, *, max_prompts: int | None = None, seed: int = 0)
     Raises:
         ValueError: one line naming the source, the row, and what is wrong.
     """
-    rows = _hub_rows(source) if source in HUB else read_rows(source)
-    column = next((name for name in COLUMNS if name in rows.column_names), None)
-    if column is None:
-        raise ValueError(f"refusals: {source!r} has no column of {', '.join(COLUMNS)}; it has {rows.column_names}")
-    places = np.arange(rows.num_rows)
-    if max_prompts is not None and max_prompts < len(places):
-        places = np.sort(np.random.default_rng(seed).choice(len(places), max_prompts, replace=False))
-    texts = [rows[int(at)][column] for at in places]
-    for at, text in zip(places, texts, strict=True):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"refusals: row {at + 1} of {source!r} has {column} {text!r:.80}; give a text")
+    texts = []
+    for row, where in read_sample(source, HUB, "refusals", split="train", most=max_prompts, seed=seed):
+        column = next((name for name in COLUMNS if name in row), None)
+        if column is None:
+            raise ValueError(f"refusals: {where} has no column of {', '.join(COLUMNS)}; it has {', '.join(row)}")
+        if not isinstance(row[column], str) or not row[column].strip():
+            raise ValueError(f"refusals: {where} has {column} {row[column]!r:.80}; give a text")
+        texts.append(row[column])
     return texts
-
-
-def _hub_rows(name: str) -> Any:
-    from datasets import load_dataset
-
-    path, configuration, split = HUB[name]
-    try:
-        return load_dataset(path, configuration, split=split)
-    except Exception as error:  # the Hub's client raises many kinds
-        raise ValueError(f"refusals: cannot load {path!r} from the Hub; {first_line(error)}") from error
 
 
 def _log_sums(scores: Sequence[np.ndarray]) -> np.ndarray:
