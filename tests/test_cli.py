@@ -141,7 +141,7 @@ BAD_INPUT = {
     "empty text": (MEASURE + " --retention b={t}/blank.jsonl", "retention: 'b' has no text to measure; give documents"),
     "missing run": (
         "report --runs {t}/nothing --output_dir {t}/out",
-        "No such file or directory: '{t}/nothing'; check",
+        "runs: cannot read '{t}/nothing' (No such file or directory); give what `retain measure` wrote",
     ),
     "run of another kind": (
         "report --runs {w}/replay/manifest.json --output_dir {t}/out",
@@ -308,7 +308,7 @@ def test_verbs_and_version(capsys):
     assert main(["forget"]) == 1
     assert (
         capsys.readouterr().err
-        == "retain: no verb 'forget'; use one of sample, finetune, measure, report, fit, predict, demo\n"
+        == "retain: no verb 'forget'; use one of sample, finetune, measure, report, fit, predict, plan, sweep, pretrain, demo\n"
     )
 
 
