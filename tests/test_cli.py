@@ -306,10 +306,8 @@ def test_verbs_and_version(capsys):
     assert output.out.endswith(f"{retain.__version__}\n")
     assert output.err == ""
     assert main(["forget"]) == 1
-    assert (
-        capsys.readouterr().err
-        == "retain: no verb 'forget'; use one of sample, finetune, measure, report, fit, predict, plan, sweep, pretrain, demo\n"
-    )
+    verbs = "sample, finetune, measure, report, fit, predict, plan, sweep, pretrain, demo"
+    assert capsys.readouterr().err == f"retain: no verb 'forget'; use one of {verbs}\n"
 
 
 @pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "report", "fit", "predict", "demo"])
