@@ -2,7 +2,7 @@
 
     python benchmarks/measure.py [--threads 1] [--rounds 5] [--output benchmarks/measure.json]
 
-SmolLM2-135M on 8 documents of 512 tokens (vocabulary 49,152). `bare`: both models' logits on the same batches, thrown
+SmolLM2-135M on 4 documents of 512 tokens (vocabulary 49,152). `bare`: both models' logits on the same batches, thrown
 away. `measured`: every metric of `retain measure`. `remembered`: the same for a second tuned model, the base's hidden
 states coming from the cache. `tuned alone`: the bare forward pass of one model. The forms take turns in every round, so
 that a busy machine slows all alike; ratios have the range of the rounds beside their median.
@@ -28,7 +28,7 @@ from retain.base_cache import BaseCache
 from retain.data import Document
 from retain.metrics import batches, document_sums, logits_of, padded
 
-DOCUMENTS, LENGTH, BATCH_TOKENS = 8, 512, 2048
+DOCUMENTS, LENGTH, BATCH_TOKENS = 4, 512, 2048
 
 
 def documents(vocabulary: int) -> list[Document]:

@@ -131,6 +131,7 @@ module.run_sweep({path!r}, {out!r}, num_workers=2)
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_at_ten_random_moments_ends_as_one_undisturbed(tmp_path, fake):
     path = write(tmp_path / "s.yaml", common={"sleep": 0.25}, grid={"x": list(range(12))})
     undisturbed = run_sweep(path, str(tmp_path / "whole"), num_workers=2)
@@ -202,6 +203,7 @@ def test_a_second_sweep_in_one_folder_is_refused(tmp_path, fake):
         run_sweep(write(tmp_path / "s.yaml", grid={"x": [1]}), str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_lost_ray_worker_loses_its_run_only(tmp_path, fake, monkeypatch):
     """The process of one run's worker is killed; that run alone is begun again."""
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'retain[ray]'")
