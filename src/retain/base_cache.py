@@ -1,4 +1,4 @@
-"""What the base said when it was last measured, kept on disk, so that a second tuned model costs half.
+"""What the base said when it was last measured, kept on disk, so that a second tuned model costs less.
 
 Kept are the base's hidden states at its output head (never its logits, which are a hundred times larger and follow from
 them by one product), its answers to questions, and the texts it wrote. Each entry is keyed by a hash of everything that

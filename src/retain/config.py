@@ -418,7 +418,7 @@ class MeasureConfig(ModelLoadConfig):
     )
     base_cache: bool = field(
         default=True,
-        metadata=_say("Keep the base's results in ~/.cache/retain for the next tuned model, which then costs half."),
+        metadata=_say("Keep the base's results in ~/.cache/retain for the next tuned model, which then costs less."),
     )
     batch_tokens: int = field(default=2048, metadata=_say("Tokens per forward pass."))
     num_resamples: int = field(default=2000, metadata=_say("Bootstrap resamples over documents."))
