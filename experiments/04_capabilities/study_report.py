@@ -155,9 +155,7 @@ def verdict(rows: dict[str, list[dict[str, Any]]]) -> str:
         told.append(f"{arm}: {share(*lost[arm])}, {word} plain.")
     same = {arm: (added(of, "same_answers"), added(of, "num_questions")) for arm, of in rows.items()}
     listed = "; ".join(f"{arm} {share(*of)}" for arm, of in same.items())
-    told.append(
-        f"Answers to Social IQa that stayed the base's: {listed}; plain's accuracy {_accuracy(rows[plain])}."
-    )
+    told.append(f"Answers to Social IQa that stayed the base's: {listed}; plain's accuracy {_accuracy(rows[plain])}.")
     return " ".join(told)
 
 
