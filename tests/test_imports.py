@@ -119,7 +119,7 @@ MAY_IMPORT["lab.pretrain"] = MAY_IMPORT["finetune"] | {"finetune", "demo_data"}
 MAY_IMPORT["lab.pretrain"] |= {f"lab.{name}" for name in ("config", "corpora", "models", "tasks", "tokenizers")}
 
 MAY_IMPORT["lab.sweep"] = {"comparison", "files", "__init__", "lab.ray_sweep"}
-MAY_IMPORT["lab.ray_sweep"] = {"lab.sweep", "lab.__init__"}
+MAY_IMPORT["lab.ray_sweep"] = {"lab.sweep", "lab.__init__", "ray_engine"}
 MAY_IMPORT["cli"] |= {"lab.sweep"}
 
 LIBRARIES = {"torch", "numpy", "scipy", "jaxtyping"}

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,18 @@ class BaseCache:
         if self.folder is not None:
             self.form = find_head_form(base)
             self.identity = _digest(
-                model_fingerprint(base),
+                self.fingerprint,
                 str(base.dtype),
                 base.config._attn_implementation,
                 str(base.device),
                 torch.get_num_threads(),
                 versions(),
             )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the base's weights; read once, since that takes a pass over all of them."""
+        return model_fingerprint(self.base)
 
     def _path(self, kind: str, *parts: Any) -> Path:
         assert self.folder is not None

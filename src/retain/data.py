@@ -188,6 +188,11 @@ def prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: 
     return row["prompt"] if isinstance(row.get("prompt"), str) else row_text(row, tokenizer, where)
 
 
+def user_turn_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text as a user's turn of the chat template, with the answer's turn opened."""
+    return _chat([{"role": "user", "content": text}], tokenizer, add_generation_prompt=True)
+
+
 def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
     if not tokenizer.chat_template:
         raise ValueError("data: rows of messages need a chat template and this tokenizer has none; give text rows")

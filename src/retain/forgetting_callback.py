@@ -30,7 +30,7 @@ from retain.data import Document
 from retain.files import CONFIG_FILE
 from retain.heads import HeadForm, at_head, find_head_form
 from retain.metrics import Forward, batches, logits_at, padded
-from retain.models import choose_start_token, max_positions, model_fingerprint, num_tuned
+from retain.models import choose_start_token, max_positions, model_fingerprint, num_tuned, unlike
 from retain.protection import check_base_is_frozen, see_the_base_everywhere
 from retain.reference import Reference, evaluation_mode, probe
 from retain.remembered import RememberedBase
@@ -191,13 +191,8 @@ class ForgettingCallback(RunFilesCallback):
         base: Any = self.base
         if {id(one) for one in base.parameters()} & {id(one) for one in model.parameters()}:
             raise ValueError(f"base: it shares its weights with the model being trained, and moves along; {GIVE_BASE}")
-        for what, of_base, of_model in (
-            ("dtype", base.dtype, model.dtype),
-            ("attn_implementation", base.config._attn_implementation, model.config._attn_implementation),
-            ("vocabulary", *(one.get_output_embeddings().weight.shape[0] for one in (base, model))),
-        ):
-            if of_base != of_model:
-                raise ValueError(f"base: its {what} is {of_base}, the model's {of_model}; load both alike")
+        for what, of_base, of_model in unlike(base, model):
+            raise ValueError(f"base: its {what} is {of_base}, the model's {of_model}; load both alike")
         return Reference(base.eval())
 
     def _base_shown(self, model: Any, args: TrainingArguments) -> Reference:

@@ -15,6 +15,7 @@ from retain.base_cache import BaseCache
 from retain.data import Document
 from retain.losses import shifted
 from retain.metrics import (
+    KEPT,
     DocumentSums,
     Forward,
     document_sums,
@@ -36,7 +37,6 @@ MARGIN = 1.1  # times as many as the pilot says: its own width is an estimate
 FASTEST = 4  # times as many documents at most from one look to the next
 WORST = 2  # documents of each text that are shown token by token
 SHOWN_TOKENS = 240  # of each of them
-KEPT = ("ref_kl", "loss", "base_loss")  # sums kept of every document
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ def measure_texts(
     for text, documents in (new_task | retention).items():
         used, sums = _enough(text, documents, tuned, cache, options)
         metrics = _summary(sums, options)
-        result["per_document"][text] = {name: sums.values[name].round(6).tolist() for name in KEPT}
-        result["per_document"][text]["num_tokens"] = sums.num_tokens.tolist()
+        result["per_document"][text] = sums.kept()
         result["warnings"] += _interval_notes(text, metrics["forgetting"], len(used), len(documents), options.ci)
         if text in new_task:
             result["new_task"][text] = metrics | {"gain": negated(metrics["forgetting"])}

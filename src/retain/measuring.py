@@ -22,6 +22,7 @@ from retain.models import (
     model_fingerprint,
     num_parameters,
     tokenizer_fingerprint,
+    unlike,
 )
 from retain.reference import evaluation_mode
 from retain.report import ForgettingReport
@@ -116,7 +117,7 @@ def measure(
             result |= measure_generations(base, tuned, whole, sampled=sampled, **writing)
     settings = {"max_length": max_length, "max_windows": max_windows, "ci": ci, **shared, "start_token": str(start)}
     settings["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
-    return ForgettingReport(_header(base, tuned, name, settings) | result)
+    return ForgettingReport(_header(cache, tuned, name, settings) | result)
 
 
 def _check_texts(
@@ -130,27 +131,23 @@ def _check_texts(
 
 
 def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
-    for what, of_base, of_tuned in (
-        ("dtype", base.dtype, tuned.dtype),
-        ("attn_implementation", base.config._attn_implementation, tuned.config._attn_implementation),
-        ("vocabulary", *(model.get_output_embeddings().weight.shape[0] for model in (base, tuned))),
-    ):
-        if of_base != of_tuned:
-            raise ValueError(
-                f"{what}: base has {of_base}, model has {of_tuned}; load both alike, or the difference is the result"
-            )
+    for what, of_base, of_tuned in unlike(base, tuned):
+        raise ValueError(
+            f"{what}: base has {of_base}, model has {of_tuned}; load both alike, or the difference is the result"
+        )
 
 
-def _header(base: PreTrainedModel, tuned: PreTrainedModel, name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    def identity(model: PreTrainedModel) -> dict[str, Any]:
+def _header(cache: BaseCache, tuned: PreTrainedModel, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    def identity(model: PreTrainedModel, fingerprint: str) -> dict[str, Any]:
         name = display_name(model.config._name_or_path)
-        return {"model": name, "fingerprint": model_fingerprint(model), "num_params": num_parameters(model)}
+        return {"model": name, "fingerprint": fingerprint, "num_params": num_parameters(model)}
 
+    base = cache.base
     return {
         "schema": "retain.report/1",
         "name": name,
-        "base": identity(base),
-        "tuned": identity(tuned),
+        "base": identity(base, cache.fingerprint),
+        "tuned": identity(tuned, model_fingerprint(tuned)),
         "settings": {
             **settings,
             "dtype": str(base.dtype).removeprefix("torch."),

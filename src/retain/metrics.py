@@ -20,6 +20,7 @@ from retain.statistics import bootstrap_ratio
 
 Forward = Callable[..., Float[Tensor, "rows length vocab"]]
 CHUNK = 1 << 22  # float32 logits held at once: 16 MiB, which the allocator takes from its heap again and again
+KEPT = ("ref_kl", "loss", "base_loss")  # of these, sums that files keep of every document
 SUMS = ("loss", "base_loss", "ref_kl", "entropy", "argmax_loss", "base_argmax_loss", "agreement")
 
 
@@ -33,6 +34,11 @@ class DocumentSums:
 
     def __len__(self) -> int:
         return len(self.num_tokens)
+
+    def kept(self) -> dict[str, list[float]]:
+        """What files keep of every document, for paired intervals: sums in nats to six places, and tokens."""
+        sums = {name: self.values[name].round(6).tolist() for name in KEPT}
+        return sums | {"num_tokens": self.num_tokens.tolist()}
 
 
 def joined(one: DocumentSums, other: DocumentSums) -> DocumentSums:

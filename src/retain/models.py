@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -306,6 +307,17 @@ def display_name(name: str) -> str:
     """A model's name for people: a dequantised model's file rather than its folder in the cache."""
     path = Path(name)
     return path.name.rpartition("-")[0] if path.parent == cache_dir() / "models" else name
+
+
+def unlike(base: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """In what two models differ that would make a difference of their predictions: (what, the base's, the other's)."""
+    for what, of_base, of_other in (
+        ("dtype", base.dtype, other.dtype),
+        ("attn_implementation", base.config._attn_implementation, other.config._attn_implementation),
+        ("vocabulary", *(model.get_output_embeddings().weight.shape[0] for model in (base, other))),
+    ):
+        if of_base != of_other:
+            yield what, of_base, of_other
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -31,6 +31,21 @@ if TYPE_CHECKING:
 RESTARTS = 10  # of one worker: machines come and go, but a worker that dies each time should not be started for ever
 
 
+@contextmanager
+def cluster() -> Iterator[None]:
+    """The cluster that is there, that of RAY_ADDRESS, or one of this machine, which ends with the context."""
+    begun = not ray.is_initialized()
+    if begun:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else a cluster begun here tells Ray's makers of itself
+        address = os.environ.get("RAY_ADDRESS", "local")
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield
+    finally:
+        if begun:
+            ray.shutdown()
+
+
 class Worker:
     """A process of the cluster that holds the model."""
 
@@ -73,21 +88,14 @@ def ray_engine(
     Raises:
         ValueError: if the cluster has too few GPUs or CPUs.
     """
-    begun = not ray.is_initialized()
-    if begun:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else a cluster begun here tells Ray's makers of itself
-        address = os.environ.get("RAY_ADDRESS", "local")
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     workers: list[Any] = []
-    try:
-        kind, count = _room(num_workers)
-        actor = ray.remote(Worker).options(num_cpus=1, num_gpus=int(kind == "GPU"), max_restarts=RESTARTS)
-        workers += [actor.remote(load, max_length, seed, store_reference) for _ in range(count)]
-        yield partial(_draw, workers)
-    finally:
-        if begun:
-            ray.shutdown()  # which ends its workers too
-        else:
+    with cluster():
+        try:
+            kind, count = _room(num_workers)
+            actor = ray.remote(Worker).options(num_cpus=1, num_gpus=int(kind == "GPU"), max_restarts=RESTARTS)
+            workers += [actor.remote(load, max_length, seed, store_reference) for _ in range(count)]
+            yield partial(_draw, workers)
+        finally:
             for worker in workers:
                 ray.kill(worker)
 

@@ -51,9 +51,7 @@ def measure_texts(
         sums = document_sums(ref_forward, forward, documents, batch_tokens=tokens, device=args.device)
         tables[name] = summarize(sums, seed=args.seed)
         if state.is_world_process_zero:
-            row: dict[str, Any] = {"step": step, "name": name}
-            row |= {key: sums.values[key].round(6).tolist() for key in ("ref_kl", "loss", "base_loss")}
-            row["num_tokens"] = sums.num_tokens.tolist()
+            row: dict[str, Any] = {"step": step, "name": name, **sums.kept()}
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             append_jsonl(Path(args.output_dir) / DOCUMENTS_FILE, row)
     return tables

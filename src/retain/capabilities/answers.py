@@ -35,6 +35,7 @@ def compare_answers(
     base_right: Sequence[bool],
     tuned_right: Sequence[bool],
     *,
+    unit: str = "num_questions",
     seed: int = 0,
     num_resamples: int = 2000,
 ) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def compare_answers(
     Args:
         base, tuned: each model's answer to each question, in anything that can be compared.
         base_right, tuned_right: whether that answer is right.
+        unit: the key of the sample size.
     """
     before, after = np.asarray(base_right, bool), np.asarray(tuned_right, bool)
     same = np.array([one == other for one, other in zip(base, tuned, strict=True)], bool)
@@ -58,23 +60,23 @@ def compare_answers(
         "wrong_other": ~before & ~after & ~same,
     }
     return {
-        "agreement": share_entry(int(same.sum()), total),
-        "accuracy": share_entry(int(after.sum()), total),
-        "base_accuracy": share_entry(int(before.sum()), total),
-        "change": _entry(change, total),
+        "agreement": share_entry(int(same.sum()), total, unit),
+        "accuracy": share_entry(int(after.sum()), total, unit),
+        "base_accuracy": share_entry(int(before.sum()), total, unit),
+        "change": _entry(change, total, unit),
         "counts": {name: int(found.sum()) for name, found in counts.items()},
         "mcnemar_p": mcnemar(int(counts["right_wrong"].sum()), int(counts["wrong_right"].sum())),
     }
 
 
-def share_entry(count: int, total: int) -> dict[str, Any]:
+def share_entry(count: int, total: int, unit: str = "num_questions") -> dict[str, Any]:
     """A share of questions with its 95% interval and sample size."""
-    return _entry(share_interval(count, total), total)
+    return _entry(share_interval(count, total), total, unit)
 
 
-def _entry(found: tuple[float, float, float], total: int) -> dict[str, Any]:
+def _entry(found: tuple[float, float, float], total: int, unit: str) -> dict[str, Any]:
     value, low, high = found
-    return {"value": value, "ci": [low, high] if np.isfinite(low) else [None, None], "num_questions": total}
+    return {"value": value, "ci": [low, high] if np.isfinite(low) else [None, None], unit: total}
 
 
 def rules_of(run: dict) -> Iterator[tuple[str, str, dict]]:

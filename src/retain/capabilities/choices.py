@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from retain.base_cache import BaseCache
 from retain.capabilities.answers import compare_answers, share_entry
-from retain.data import Document, prompt_text, read_sample
+from retain.data import Document, read_sample, user_turn_text
 from retain.losses import next_token_loss
 from retain.metrics import Forward, batches, logits_of, padded, row_by_row
 from retain.models import max_positions
@@ -130,6 +130,10 @@ class Inputs:
     """Of each question: characters of each answer."""
     num_truncated: int = 0
 
+    def add(self, question: int, choice: int, tokens: Sequence[int], wanted: list[int]) -> None:
+        """Tokens of a context and a choice together, of which the last are the choice's own."""
+        self.rows.setdefault(tuple(tokens[:-1]), []).append((question, choice, wanted))
+
 
 def encode_questions(
     questions: Sequence[Question],
@@ -148,7 +152,7 @@ def encode_questions(
             raise ValueError(f"choice_style: question {at + 1} has more choices than letters; use choice_style text")
         context, answers = ask(question, style)
         if chat_template:
-            context = prompt_text({"prompt": [{"role": "user", "content": context}]}, tokenizer)
+            context = user_turn_text(context, tokenizer)
         inputs.lengths.append(np.array([len(answer) for answer in answers], float))
         for choice, answer in enumerate(answers):
             start, wanted = encode_pair(tokenizer, context, answer if chat_template else f" {answer}")
@@ -160,7 +164,7 @@ def encode_questions(
             tokens = start + wanted
             kept = tokens if limit is None else tokens[-(limit + 1) :]
             inputs.num_truncated += len(kept) < len(tokens)
-            inputs.rows.setdefault(tuple(kept[:-1]), []).append((at, choice, wanted))
+            inputs.add(at, choice, kept, wanted)
     return inputs
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from retain.statistics import bootstrap_ratio, share_interval
+from retain.capabilities.answers import share_entry
+from retain.statistics import bootstrap_ratio
 
 FATES = ("kept", "updated", "forgotten", "learned", "unknown")
 KNOWN_BEFORE = ("kept", "updated", "forgotten")
@@ -69,8 +70,6 @@ def fate(base: str, tuned: str, expected: str | None, updated: str | None) -> st
 
 def knowledge(fates: Sequence[str]) -> dict[str, Any] | None:
     """Counts of `FATES`, and of what the base knew the share that was not forgotten; None without expected answers."""
-    from retain.capabilities.answers import share_entry
-
     if not fates:
         return None
     counts = {name: fates.count(name) for name in FATES}
@@ -90,8 +89,7 @@ def drift(rows: Sequence[dict[str, Any]], *, seed: int = 0, num_resamples: int =
         return mean_entry(np.array(list(values), float), seed=seed, num_resamples=num_resamples)
 
     def share(values: Any) -> dict[str, Any]:
-        value, low, high = share_interval(int(sum(values)), len(rows))
-        return {"value": value, "ci": [low, high], "num_prompts": len(rows)}
+        return share_entry(int(sum(values)), len(rows), unit="num_prompts")
 
     result: dict[str, Any] = {
         "num_prompts": len(rows),

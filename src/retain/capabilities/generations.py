@@ -17,7 +17,7 @@ import torch
 
 from retain.base_cache import BaseCache
 from retain.capabilities.drift import MARKERS, drift, fate, knowledge
-from retain.data import prompt_text
+from retain.data import prompt_text, user_turn_text
 from retain.models import max_positions
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def user_turn(text: str, tokenizer: PreTrainedTokenizerBase, *, chat_template: b
     """A text as a user's turn of the chat template, with the answer's turn opened; or as it is."""
     if not chat_template:
         return Prompt(text)
-    return Prompt(prompt_text({"prompt": [{"role": "user", "content": text}]}, tokenizer), chat=True)
+    return Prompt(user_turn_text(text, tokenizer), chat=True)
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start_id: int) -> list[int]:
@@ -103,7 +103,6 @@ def write(
     max_new_tokens: int,
     batch_tokens: int,
     seed: int | None = None,
-    progress: Callable[[int], object] | None = None,
 ) -> list[Written]:
     """Continue every prompt (token ids) by at most `max_new_tokens`.
 
@@ -111,7 +110,6 @@ def write(
         stop: tokens that end a text.
         batch_tokens: tokens of a batch, prompts and continuations together.
         seed: draw at temperature 1 from the whole distribution; None writes greedily.
-        progress: called with the number of prompts just continued.
     """
     groups: dict[int, list[int]] = defaultdict(list)
     for index, ids in enumerate(prompts):
@@ -130,8 +128,6 @@ def write(
                 output = model.generate(input_ids=given, attention_mask=torch.ones_like(given), **options)
                 for index, row in zip(taken, output[:, length:].tolist(), strict=True):
                     found[index] = _read(row, tokenizer, set(stop))
-                if progress is not None:
-                    progress(len(taken))
     return [found[index] for index in range(len(prompts))]
 
 

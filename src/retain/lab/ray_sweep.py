@@ -5,7 +5,6 @@ The folder of results must be one that all machines of the cluster share.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import ray
 
 from retain.lab import sweep
 from retain.lab.sweep import Process, SweepRun
+from retain.ray_engine import cluster
 
 RETRIES = 10  # of one run whose worker was lost
 
@@ -37,24 +37,18 @@ def run_on_ray(
     record: Callable[[dict[str, Any]], object],
 ) -> None:
     """Make the runs on the cluster of RAY_ADDRESS, or one begun on this machine; a lost worker loses its run only."""
-    begun = not ray.is_initialized()
-    if begun:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = os.environ.get("RAY_ADDRESS", "local")
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    gpus = min(1.0, ray.cluster_resources().get("GPU", 0))
-    task = ray.remote(make_run).options(num_cpus=cores_per_run, num_gpus=gpus, max_retries=RETRIES)
     waiting, todo = dict[Any, SweepRun](), list(runs)
-    try:
-        while todo or waiting:
-            while todo and (num_workers is None or len(waiting) < num_workers):
-                run = todo.pop(0)
-                waiting[task.remote(run, root, sweep.CHILD)] = run
-            [done], _ = ray.wait(list(waiting))
-            record(ray.get(done))
-            waiting.pop(done)
-    finally:
-        for left in waiting:
-            ray.cancel(left, force=True)
-        if begun:
-            ray.shutdown()
+    with cluster():
+        gpus = min(1.0, ray.cluster_resources().get("GPU", 0))
+        task = ray.remote(make_run).options(num_cpus=cores_per_run, num_gpus=gpus, max_retries=RETRIES)
+        try:
+            while todo or waiting:
+                while todo and (num_workers is None or len(waiting) < num_workers):
+                    run = todo.pop(0)
+                    waiting[task.remote(run, root, sweep.CHILD)] = run
+                [done], _ = ray.wait(list(waiting))
+                record(ray.get(done))
+                waiting.pop(done)
+        finally:
+            for left in waiting:
+                ray.cancel(left, force=True)
