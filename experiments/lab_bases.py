@@ -1,0 +1,130 @@
+"""Bases of the laboratory, pretrained once into the cache, and benches that finetune them on another language or text.
+
+A base is the result of `retain pretrain`'s own parts; checkpoints on the way stand for shorter runs where the learning
+rate is constant. A bench is what `harness.finetune` takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import Bench, Rows
+from small_base import CACHE, logger
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from retain import ReplayDataset, load_model, load_tokenizer
+from retain.data import token_documents
+from retain.engine import draw_rows
+from retain.files import write_json
+from retain.lab.config import PretrainConfig
+from retain.lab.corpora import Rows as RowsByNumber
+from retain.lab.corpora import Stream
+from retain.lab.models import counted_size_of, make_config, make_model
+from retain.lab.pretrain import Corpus, PretrainArguments, make_trainer, open_corpus, step_tokens
+from retain.models import model_fingerprint
+
+LAB = CACHE / "lab"
+FACTS = "lab_base.json"  # written last into a base's folder
+DRAWN_TOGETHER = 2048
+
+
+class Snapshots(TrainerCallback):
+    """Saves the model at some steps, with the held-out loss there."""
+
+    def __init__(self, steps: dict[int, Path], tokenizer: Any) -> None:
+        self.steps, self.tokenizer, self.losses = steps, tokenizer, dict[int, float]()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate |= state.global_step in self.steps
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, model: Any = None, **kwargs: Any) -> None:
+        self.losses[state.global_step] = round(metrics["eval_loss"], 6)
+        if folder := self.steps.get(state.global_step):
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
+
+def pretrain(
+    config: PretrainConfig, tokens_per_param: Sequence[float], *, seed: int = 0, **arguments: Any
+) -> dict[float, dict[str, Any]]:
+    """A base after each of so many tokens per parameter, from one run: its `folder`, `loss`, `num_params`, `curve`.
+
+    Args:
+        config: corpus, size and rows; its own length is not read.
+        arguments: of `PretrainArguments`; the learning rate is constant after warm-up unless they say otherwise.
+    """
+    key = json.dumps([asdict(config), sorted(tokens_per_param), seed, arguments], sort_keys=True, default=str)
+    root = LAB / hashlib.sha256(key.encode()).hexdigest()[:12]
+    if not (root / FACTS).exists():
+        shutil.rmtree(root, ignore_errors=True)
+        _pretrain(config, sorted(tokens_per_param), seed, root, arguments)
+    found = json.loads((root / FACTS).read_text())
+    return {row["tokens_per_param"]: row | {"folder": root / row["folder"], "curve": found["curve"]}
+            for row in found["bases"]}  # fmt: skip
+
+
+def _pretrain(config: PretrainConfig, wanted: list[float], seed: int, root: Path, arguments: dict[str, Any]) -> None:
+    corpus = open_corpus(config, seed)
+    shape = make_config(config.model_size, vocab_size=len(corpus.tokenizer), max_length=corpus.length)
+    size = counted_size_of(shape)
+    how = {"lr_scheduler_type": "constant_with_warmup", "eval_steps": 0.02, "use_cpu": True, "disable_tqdm": True}
+    args = PretrainArguments(output_dir=str(root / "run"), seed=seed, save_strategy="no", **(how | arguments))
+    args.train_sampling_strategy = "sequential"
+    steps = {tpp: max(1, round(tpp * size / step_tokens(args, corpus.length))) for tpp in wanted}
+    args.max_steps = max(steps.values())
+    trainer = make_trainer(args, config, corpus, make_model(shape, seed), seed)
+    watch = Snapshots({step: root / f"at-{step}" for step in steps.values()}, corpus.tokenizer)
+    trainer.add_callback(watch)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    per_param = step_tokens(args, corpus.length) / size
+    bases = [
+        {"tokens_per_param": tpp, "folder": f"at-{step}", "loss": watch.losses[step], "num_params": size,
+         "num_steps": step, **corpus.facts}
+        for tpp, step in steps.items()
+    ]  # fmt: skip
+    curve = [[round(step * per_param, 4), loss] for step, loss in sorted(watch.losses.items())]
+    shutil.rmtree(root / "run", ignore_errors=True)
+    write_json(root / FACTS, {"bases": bases, "curve": curve})
+    logger.info("%s: %d parameters, losses %s", config.corpus, size, [base["loss"] for base in bases])
+
+
+def corpus_of(config: PretrainConfig, seed: int = 0) -> Corpus:
+    """Training rows and held-out rows of a text or language, e.g. the new one."""
+    return open_corpus(config, seed)
+
+
+def open_lab_bench(
+    folder: Path, new: Corpus, old: Corpus, *, num_train: int, num_replay: int, held_out: int = 128, seed: int = 0
+) -> Bench:
+    """A base with the rows of a new language or text, the old one's held-out rows, and replay that the base writes.
+
+    Args:
+        num_train: rows of the new text, none twice unless it is short.
+        num_replay: rows that the base writes from its document start at temperature 1; none where 0.
+    """
+    tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder), dtype="float32")
+    start = tokenizer.bos_token_id
+    drawn: list[np.ndarray] = []
+    for first in range(0, num_replay, DRAWN_TOGETHER):
+        numbers = range(first, min(first + DRAWN_TOGETHER, num_replay))
+        drawn += list(draw_rows(model, [[start]] * len(numbers), numbers, new.length, 7_000 + seed).tokens)
+    stream: RowsByNumber = new.stream(num_train, 1_000 + seed)
+    documents = token_documents([row.tolist() for row in old.held_out[:held_out]], tokenizer)
+    return Bench(
+        folder=folder,
+        tokenizer=tokenizer,
+        train=Stream(stream, num_train),
+        new_task=Rows(new.held_out[:held_out].tolist()),
+        retention={"old": documents},
+        replay=ReplayDataset.from_rows(drawn, "self-generated") if drawn else None,
+        fingerprint=model_fingerprint(model),
+    )
