@@ -6,7 +6,7 @@ WHEELS := .cache/wheels
 # Idle torch threads that spin at barriers ruin a shared machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: venv demo test test-slow lint clean
+.PHONY: venv demo test test-slow lint docs clean
 venv: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -30,13 +30,26 @@ demo: $(VENV)/.done $(WHEELS)/.done
 test: $(VENV)/.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(VENV)/.done $(WHEELS)/.done
+# Beside the environment, not in it: accelerate and transformers import DeepSpeed wherever they find it.
+.cache/deepspeed: $(VENV)/.done
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--target $@ deepspeed==0.19.8 hjson py-cpuinfo msgpack einops ninja
+
+test-slow: $(VENV)/.done $(WHEELS)/.done .cache/deepspeed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(VENV)/.docs: $(VENV)/.done
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+# The site, from the pages of this repository: .cache/docs/index.html
+docs: $(VENV)/.docs
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d .cache/doctrees . .cache/docs
 
 clean:
 	rm -rf $(VENV) .cache demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,21 +1,26 @@
-"""Two processes over gloo give the run of one: the same rows, losses and weights, with DDP and with FSDP2."""
+"""Two processes over gloo give the run of one: the same rows, losses and weights, with DDP, FSDP2 and DeepSpeed."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_texts, make_tokenizer
 from ddp_run import CASES
+from safetensors.torch import load_file
 
+from retain.protection import check_whole
 from retain.sampling import sample_replay
 
 HERE = Path(__file__).parent
+DEEPSPEED = HERE.parent / ".cache" / "deepspeed"  # no part of the environment: others would import it at every start
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -24,39 +29,109 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
+Found = dict[str, dict[str, Any]]
 
 
-def launch(folder: Path, processes: int, batch: int, way: str) -> dict[str, dict[str, Any]]:
+def launch(
+    folder: Path, processes: int, batch: int, way: str, names: Iterable[str] = CASES, **environment: str
+) -> Found:
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(HERE / "ddp_run.py"), str(folder), str(batch), way]
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    if way == "fsdp2":
-        environment |= FSDP2
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    command += [str(HERE / "ddp_run.py"), str(folder), str(batch), way, *names]
+    around = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, env=around | environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in CASES}
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in names}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
-    """All cases by one process, by two with DDP, and by two with FSDP2."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     sample_replay(
         make_model(), make_tokenizer(), folder / "stored", num_rows=20, max_length=20, seed=6, store_reference="hidden"
     )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Found:
+    """All cases by one process."""
+    return launch(folder / "one", 1, 4, "ddp")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> dict[str, Found]:
+    """All cases by two processes with DDP, and by two with FSDP2."""
     return {
-        "one": launch(folder / "one", 1, 4, "ddp"),
         "ddp": launch(folder / "ddp", 2, 2, "ddp"),
-        "fsdp2": launch(folder / "fsdp2", 2, 2, "fsdp2"),
+        "fsdp2": launch(folder / "fsdp2", 2, 2, "fsdp2", **FSDP2),
     }
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_one(runs: dict[str, dict[str, dict[str, Any]]], way: str, name: str) -> None:
-    one, two = runs["one"][name], runs[way][name]
-    assert two["sharded"] == (way == "fsdp2")
+def test_two_processes_are_one(one: Found, two: dict[str, Found], way: str, name: str) -> None:
+    model, wrapped = two[way][name]["wrapped"]
+    assert model.startswith("FSDP") if way == "fsdp2" else wrapped == "DistributedDataParallel"
+    check_same(one[name], two[way][name])
+
+
+brought = pytest.mark.skipif(not DEEPSPEED.is_dir(), reason="DeepSpeed is brought by `make test-slow`")
+
+
+def zero(stage: int) -> dict[str, str]:
+    path = os.pathsep.join((str(HERE), str(DEEPSPEED)))
+    found = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage), "PYTHONPATH": path}
+    return found | {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.mark.slow
+@brought
+@pytest.mark.parametrize(
+    ("stage", "names"),
+    [(1, tuple(CASES)), (2, tuple(CASES)), (3, ("llama-adapter",)), (3, ("llama-cache",))],  # no copy with ZeRO-3
+)
+def test_deepspeed_is_one_process(one: Found, folder: Path, stage: int, names: tuple[str, ...]) -> None:
+    found = launch(folder / f"zero{stage}{names[0]}", 2, 2, "zero", names, **zero(stage))
+    for name in names:
+        assert found[name]["wrapped"][1] == "DeepSpeedEngine"
+        check_same(one[name], found[name])
+
+
+@pytest.mark.slow
+@brought
+def test_zero3_from_the_command_line_sees_the_base_whole(folder: Path) -> None:
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(24, seed=1))
+    (folder / "rows.jsonl").write_text(rows)
+    found = {}
+    for way, processes, around in (("one", 1, {}), ("zero3", 2, zero(3))):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += ["-m", "retain", "finetune", "--model_name_or_path", "model", "--dataset_name", "rows.jsonl"]
+        command += ["--replay_dataset", "stored", "--output_dir", f"out-{way}", "--max_steps", "3", "--optim", "sgd"]
+        command += ["--learning_rate", "0.3", "--max_length", "24", "--bf16", "false", "--eval_strategy", "no"]
+        command += ["--per_device_train_batch_size", str(4 // processes), "--lr_scheduler_type", "constant"]
+        command += ["--per_device_replay_batch_size", str(4 // processes), "--use_cpu", "false"]
+        command += ["--ddp_backend", "gloo", "--save_strategy", "no"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | around
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "reference cache (hidden) (proven to be the base)" in done.stdout
+        found[way] = load_file(folder / f"out-{way}" / "model.safetensors")
+    assert found["one"].keys() == found["zero3"].keys()
+    assert max(float((found["one"][key] - found["zero3"][key]).abs().max()) for key in found["one"]) < 5e-6
+
+
+def test_weights_that_zero3_has_shared_out_are_refused() -> None:
+    model = make_model()
+    check_whole(model)
+    next(model.parameters()).ds_id = 0
+    with pytest.raises(ValueError, match="by name"):
+        check_whole(model)
+
+
+def check_same(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert one["weights"].keys() == two["weights"].keys()
     gap = max(float((one["weights"][key] - two["weights"][key]).abs().max()) for key in one["weights"])
     assert gap < 5e-6

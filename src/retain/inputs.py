@@ -25,6 +25,8 @@ from retain.protection import (
     check_base_is_frozen,
     check_held_out,
     check_rows_fit,
+    check_whole,
+    loaded_whole,
     make_reference,
     see_the_base_everywhere,
     takes_cache,
@@ -56,6 +58,7 @@ class ProtectedInputs(RetentionMixin):
         """
         config = self.replay_config
         see_the_base_everywhere(may_change=False)
+        check_whole(model)
         self.replay_dataset, self.retention_documents, self.reference = None, {}, None
         own_rows = True
         if replay is not None or retention:
@@ -260,4 +263,5 @@ def load_for_training(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("processing_class") is None:  # from the same revision as the weights
         of_tokenizer = {key: settings[key] for key in ("revision", "trust_remote_code")}
         kwargs["processing_class"] = load_tokenizer(name, **of_tokenizer)
-    return load_model(name, **settings)
+    with loaded_whole(args):
+        return load_model(name, **settings)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,42 @@ def see_the_base_everywhere(*, may_change: bool) -> None:
             "on every process; set it false, or give the model by name"
         )
     os.environ[LOADS_EMPTY] = "false"
+
+
+@contextmanager
+def loaded_whole(args: Any) -> Iterator[None]:
+    """Load weights that DeepSpeed's ZeRO-3 would take apart at once: the base must be seen on every process first.
+
+    They are shared out when training begins.
+    """
+    from transformers.integrations import (
+        is_deepspeed_zero3_enabled,
+        set_hf_deepspeed_config,
+        unset_hf_deepspeed_config,
+    )
+
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    plugin = args.deepspeed_plugin
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:  # what accelerate's settings made, or the file of --deepspeed
+        set_hf_deepspeed_config(getattr(plugin, "dschf", None) or plugin.hf_ds_config)
+
+
+def check_whole(model: Any) -> None:
+    """Refuse a model whose weights DeepSpeed's ZeRO-3 has already shared out.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "model: its weights were shared out by ZeRO-3 when it was loaded; the base must be seen on every process: "
+            "give the model by name, or load it before the training arguments are made"
+        )
 
 
 def takes_cache(config: ReplayConfig, rows: ReplayDataset | None, *, own_rows: bool) -> bool:
