@@ -306,7 +306,7 @@ def test_verbs_and_version(capsys):
     assert output.out.endswith(f"{retain.__version__}\n")
     assert output.err == ""
     assert main(["forget"]) == 1
-    verbs = "sample, finetune, measure, report, fit, predict, plan, sweep, pretrain, demo"
+    verbs = "sample, export, finetune, measure, report, fit, predict, plan, sweep, pretrain, demo"
     assert capsys.readouterr().err == f"retain: no verb 'forget'; use one of {verbs}\n"
 
 

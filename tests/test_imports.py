@@ -120,7 +120,8 @@ MAY_IMPORT["lab.pretrain"] |= {f"lab.{name}" for name in ("config", "corpora", "
 
 MAY_IMPORT["lab.sweep"] = {"comparison", "files", "__init__", "lab.ray_sweep"}
 MAY_IMPORT["lab.ray_sweep"] = {"lab.sweep", "lab.__init__", "ray_engine"}
-MAY_IMPORT["cli"] |= {"lab.sweep"}
+MAY_IMPORT["cli"] |= {"lab.sweep", "export"}
+MAY_IMPORT["export"] = ROOMS | {"replay"}
 
 LIBRARIES = {"torch", "numpy", "scipy", "jaxtyping"}
 PATHS = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in SOURCE.rglob("*.py")}

@@ -22,6 +22,8 @@ Finetune a language model without it forgetting, and say how much it forgets.
 
   sample     draw replay rows from a model's own distribution
              retain sample --model_name_or_path M --output_dir replay/
+  export     replay rows as JSONL for Axolotl, LLaMA-Factory and others
+             retain export replay/ --output replay.jsonl
   finetune   TRL's SFT with replay; takes every flag of `trl sft`
              retain finetune --config sft.yaml --replay_dataset replay/
   measure    a tuned model against its base, with intervals
@@ -231,6 +233,17 @@ def sample(argv: list[str]) -> None:
     run_sample(config)
 
 
+def export(argv: list[str]) -> None:
+    """`retain export`: a replay dataset → JSONL for other trainers."""
+    from retain.config import ExportConfig
+
+    (config,) = parse(files_first(argv, "--replay_dataset"), "export", ExportConfig)
+    quiet_libraries()
+    from retain.export import run_export
+
+    print(run_export(config))
+
+
 def finetune(argv: list[str]) -> None:
     """`retain finetune`: TRL's SFT with replay and retention metrics → a model or adapter."""
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
@@ -379,6 +392,7 @@ def demo(argv: list[str]) -> None:
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "sample": sample,
+    "export": export,
     "finetune": finetune,
     "measure": measure,
     "report": report,
@@ -391,6 +405,7 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
 }
 RESUME = {
     "sample": "the same command goes on where it stopped",
+    "export": "nothing was written; run it again",
     "finetune": "the same command with --resume_from_checkpoint true goes on from the last checkpoint",
     "measure": "nothing was written; run it again",
     "report": "nothing was written; run it again",

@@ -20,6 +20,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ChatTurn = Literal["user", "assistant", "system"]
 ChoiceStyle = Literal["text", "letter"]
 DemoSize = Literal["small", "medium", "large"]
+ExportFormat = Literal["text", "messages", "tokens"]
 ForgettingMetric = Literal["ref_kl", "forgetting", "loss"]
 
 
@@ -308,6 +309,30 @@ class SampleConfig(ModelLoadConfig):
         for name in ("store_reference", "attn_implementation") if self.engine == "vllm" else ():
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not for engine vllm; leave it out, or use torch")
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """`retain export`: replay rows as JSONL for other trainers; the folder comes first, without a flag."""
+
+    replay_dataset: str | None = field(default=None, metadata=_say("A folder that `retain sample` wrote."))
+    output: str | None = field(default=None, metadata=_say("File for the rows, .jsonl."))
+    format: ExportFormat = field(
+        default="text",
+        metadata=_say(
+            "text: what follows the start token. messages: the whole turns of rows sampled with --start chat. tokens: "
+            "input_ids, attention_mask and labels, exactly as drawn."
+        ),
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata=_say("Where the tokenizer is. Default: the model that wrote the rows.")
+    )
+    trust_remote_code: bool = field(default=False, metadata=_say("Allow tokenizer code from the Hub to run."))
+
+    def __post_init__(self) -> None:
+        check_name("replay_dataset", self.replay_dataset)
+        check_name("output", self.output)
+        check_choice("format", self.format, ExportFormat)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,75 @@
+"""The documentation site: `make docs`. Pages are the repository's own Markdown files, at their own places."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from retain import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+
+project = "retain"
+author = "retain's authors"
+project_copyright = "2026, Apache-2.0"
+version = release = __version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+
+# The root of the repository is the source, so that links between docs, studies and README mean the same everywhere.
+root_doc = "docs/index"
+include_patterns = ["docs/**", "experiments/README.md", "experiments/*/README.md", "benchmarks/README.md", "*.md"]
+exclude_patterns = ["README.md", "docs/conf.py"]
+
+myst_heading_anchors = 4
+# Results are written by programs and begin a level deeper; nothing is lost by that.
+suppress_warnings = ["myst.header"]
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+python_maximum_signature_line_length = 88
+
+html_theme = "furo"
+html_title = "retain"
+html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_copy_source = False
+
+
+def to_pages(app: Any, name: str, source: list[str]) -> None:
+    """A folder is shown by its README; one without has no page, and its link becomes plain text."""
+    here = ROOT / f"{name}.md"
+
+    def linked(match: re.Match[str]) -> str:
+        text, target = match.groups()
+        folder = here.parent / target
+        if "://" in target or not folder.is_dir():
+            return match.group()
+        return f"[{text}]({target.rstrip('/')}/README.md)" if (folder / "README.md").exists() else text
+
+    source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)\)", linked, source[0])
+
+
+def as_written(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text with code in backticks: no line of theirs is markup by accident."""
+    if lines and lines[0].startswith("Alias for field number"):  # said by Python of a tuple's field, to nobody's use
+        lines.clear()
+    for at, line in enumerate(lines):
+        parts = re.split(r"(`[^`]*`)", line)
+        lines[at] = "".join(part if part.startswith("`") else re.sub(r"[*|]", r"\\\g<0>", part) for part in parts)
+
+
+def front_page(app: Any, error: Exception | None) -> None:
+    if error is None:
+        page = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=docs/index.html">\n'
+        (Path(app.outdir) / "index.html").write_text(page)
+
+
+def setup(app: Any) -> None:
+    app.connect("source-read", to_pages)
+    app.connect("autodoc-process-docstring", as_written, priority=400)  # before napoleon makes markup of its own
+    app.connect("build-finished", front_page)

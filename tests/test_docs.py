@@ -1,0 +1,384 @@
+"""What the documentation points at is there: links, anchors, commands, flags, tests, functions; nothing is run."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import functools
+import importlib
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+
+import retain.cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "experiments" / "README.md",
+    *sorted((ROOT / "experiments").glob("*/README.md")),
+]
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+FOLDERS = r"(?:src|tests|docs|examples|experiments|benchmarks)"
+# Flags in prose that are neither ours nor accelerate's: of pip, lm-eval, torchrun, and of the studies' own programs.
+OTHERS = {"--no-deps", "--log_samples", "--nproc_per_node", "--only", "--seeds", "--scale", "--rounds", "--report"}
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# Reading a page
+
+
+def tokens_of(text: str) -> Iterator[Any]:
+    for token in MarkdownIt().enable("table").parse(text):
+        yield token
+        yield from token.children or ()
+
+
+def links_of(text: str) -> list[str]:
+    found = [token.attrGet("href") or token.attrGet("src") for token in tokens_of(text)]
+    return [str(target) for target in found if target]
+
+
+def blocks_of(text: str, language: str) -> list[str]:
+    return [
+        token.content for token in tokens_of(text) if token.type == "fence" and token.info.split()[:1] == [language]
+    ]
+
+
+def inline_of(text: str) -> list[str]:
+    return [token.content for token in tokens_of(text) if token.type == "code_inline"]
+
+
+def anchors_of(text: str) -> set[str]:
+    """As GitHub and MyST make them of headings."""
+    found: dict[str, int] = {}
+    anchors = set()
+    for opened, inside in zip(tokens := list(MarkdownIt().parse(text)), tokens[1:], strict=False):
+        if opened.type == "heading_open":
+            words = "".join(child.content for child in inside.children)
+            slug = re.sub(r"[^\w\- ]", "", words.strip().lower()).replace(" ", "-")
+            anchors.add(slug if slug not in found else f"{slug}-{found[slug]}")
+            found[slug] = found.get(slug, 0) + 1
+    return anchors
+
+
+# Links
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    broken = []
+    for target in links_of(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or not file.resolve().is_relative_to(ROOT):
+            broken.append(target)
+        elif anchor.startswith("retain."):
+            broken += [] if resolves(anchor) else [target]
+        elif anchor and anchor not in anchors_of(file.read_text() if path else text):
+            broken.append(target)
+    return broken
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ImportError:
+            continue
+        for part in parts[length:]:
+            if not hasattr(found, part) and part not in getattr(found, "__dataclass_fields__", {}):
+                return False
+            found = getattr(found, part, None)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_lead_somewhere(page):
+    assert broken_links(page, page.read_text()) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
+def test_links_of_notebooks_lead_somewhere(path):
+    import json
+
+    cells = json.loads(path.read_text())["cells"]
+    text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert links_of(text)
+    assert broken_links(path, text) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.*")), ids=ids)
+def test_paths_in_examples_are_there(path):
+    found = re.findall(rf"\b{FOLDERS}/[\w./]+\.(?:py|yaml|md)\b", path.read_text())
+    assert [name for name in found if not (ROOT / name).exists()] == []
+
+
+# Commands
+
+
+class Recorded(Exception):
+    """What a verb would have parsed."""
+
+
+@functools.cache
+def parser_of(verb: str) -> tuple[argparse.ArgumentParser, Any]:
+    """The verb's own parser, and what the verb does to its arguments first."""
+    from trl import TrlParser
+
+    def record(argv: list[str], name: str, *types: Any) -> None:
+        raise Recorded(argv, types)
+
+    def seen(argv: list[str]) -> tuple[list[str], Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(retain.cli, "parse", record)
+            try:
+                retain.cli.VERBS[verb](argv)
+            except Recorded as recorded:
+                return recorded.args
+        raise AssertionError(f"{verb} parses nothing")
+
+    parser = TrlParser(seen([])[1], prog=verb, allow_abbrev=False)
+    parser.add_argument("--config")
+    for action in parser._actions:
+        action.required = False
+    return parser, seen
+
+
+@functools.cache
+def launcher() -> argparse.ArgumentParser:
+    from accelerate.commands.launch import launch_command_parser
+
+    return launch_command_parser()
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    return set(parser._option_string_actions)
+
+
+def wrong_command(words: list[str]) -> str | None:
+    """What the parsers say against `retain VERB …`, or None."""
+    verb, argv = (words[1] if len(words) > 1 else "--help"), words[2:]
+    if verb.startswith("-") or verb == "VERB":
+        return None
+    if verb not in retain.cli.VERBS:
+        return f"no verb {verb!r}"
+    parser, seen = parser_of(verb)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            arguments = retain.cli.repeated_lists(seen(argv)[0])
+            unknown = argparse.ArgumentParser.parse_known_args(parser, arguments)[1]
+            if unknown and verb == "finetune":
+                known = ["--config_file" if word == "--accelerate_config" else word for word in unknown]
+                launcher().parse_args([*known, "script.py"])
+                unknown = []
+        except SystemExit:
+            return said.getvalue().strip().splitlines()[-1]
+    return f"unknown {unknown}" if unknown else None
+
+
+def commands_of(block: str) -> Iterator[list[str]]:
+    """Commands of a shell block as words: continued lines joined, variables filled in, comments and loops left out."""
+    for line in block.replace("\\\n", " ").splitlines():
+        for part in re.split(r";\s|\s\|\s|&&", line):
+            part = re.sub(r"^\s*(do|then)\s", "", part.strip())
+            part = re.sub(r"\$\w+", "1", part).replace("…", " ").replace(" ...", " ")
+            words = shlex.split(part, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words = words[1:]
+            if words:
+                yield words
+
+
+def as_retain(words: list[str]) -> list[str] | None:
+    """`retain …`, also behind a launcher that runs it as a module."""
+    if words[0] == "retain":
+        return words
+    if words[0] in ("accelerate", "torchrun") and "-m" in words:
+        return words[words.index("-m") + 1 :]
+    return None
+
+
+def wrong_commands(block: str) -> list[str]:
+    wrong = []
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for words in commands_of(block):
+        ours = as_retain(words)
+        if ours and ours[0] == "retain" and (complaint := wrong_command(ours)):
+            wrong.append(f"{' '.join(words)}: {complaint}")
+        if words[0] in ("python", "python3") and len(words) > 1 and words[1].endswith(".py"):
+            wrong += [] if (ROOT / words[1]).exists() else [f"no {words[1]}"]
+        if words[0] == "make":
+            wanted = [word for word in words[1:] if re.fullmatch(r"[\w-]+", word)]
+            wrong += [f"no make {word}" for word in wanted if word not in targets]
+        if "--config_file" in words and not (ROOT / words[words.index("--config_file") + 1]).exists():
+            wrong.append(f"no {words[words.index('--config_file') + 1]}")
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_commands_could_be_typed(page):
+    text = page.read_text()
+    assert [wrong for block in blocks_of(text, "bash") for wrong in wrong_commands(block)] == []
+    if page.name == "CHANGELOG.md":  # of its day
+        return
+    typed = [
+        code for code in inline_of(text) if re.match(r"([A-Z_]+=\S+ )*(retain \w+ -|python \S+\.py|make \w)", code)
+    ]
+    assert [wrong for code in typed for wrong in wrong_commands(code)] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=ids)
+def test_flags_in_prose_exist(page):
+    known = OTHERS | flags_of(launcher()).union(*(flags_of(parser_of(verb)[0]) for verb in retain.cli.VERBS))
+    named = {flag for code in inline_of(page.read_text()) for flag in re.findall(r"(?<![\w-])--[a-z]\w*", code)}
+    assert named - known == set()
+
+
+# Python
+
+
+def wrong_python(block: str) -> list[str]:
+    try:
+        tree = ast.parse(block)
+    except SyntaxError as error:
+        return [f"line {error.lineno}: {error.msg}"]
+    wrong = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "retain":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            wrong += [name for name in names if not resolves(name)]
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "retain"]
+            wrong += [name for name in names if not resolves(name)]
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_python_compiles_and_imports_what_exists(page):
+    assert [wrong for block in blocks_of(page.read_text(), "python") for wrong in wrong_python(block)] == []
+
+
+# What prose names
+
+
+def has_test(file: Path, test: str) -> bool:
+    return file.exists() and (not test or f"\ndef {test}(" in file.read_text())
+
+
+def wrong_names(text: str) -> list[str]:
+    wrong = []
+    for code in inline_of(text):
+        if re.fullmatch(r"retain(\.\w+)+", code) and not resolves(code):
+            wrong.append(code)
+        file, _, test = code.partition("::")
+        if re.fullmatch(rf"{FOLDERS}/[\w./-]*", file) and not has_test(ROOT / file, test):
+            wrong.append(code)
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_modules_files_and_tests_that_are_named_exist(page):
+    assert wrong_names(page.read_text()) == []
+
+
+def test_every_public_name_is_in_the_reference():
+    reference = "".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    of_losses = {"retain.kl_divergence", "retain.next_token_loss"}
+    missing = {f"retain.{name}" for name in retain.__all__} - set(re.findall(r"retain\.\w+", reference)) - of_losses
+    assert missing == {"retain.__version__"}
+    named = re.findall(r":: (retain\S*)", reference)
+    assert len(named) > 30
+    assert [name for name in named if not resolves(name)] == []
+
+
+def test_figures_of_choosing_are_those_of_the_studies():
+    """Every decimal number in a table of docs/choosing.md stands in the study that the table is from."""
+    studies = "".join(path.read_text() for path in sorted((ROOT / "experiments").glob("0[123]_*/README.md")))
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    begin, end = text.index("## Share of the batch"), text.index("## Larger models")
+    rows = [line for line in text[begin:end].splitlines() if line.startswith("|")]
+    numbers = {number for row in rows for number in re.findall(r"\d+\.\d+", re.sub(r"`[^`]*`", "", row))}
+    assert len(numbers) > 80
+    assert [
+        number for number in sorted(numbers) if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", studies)
+    ] == []
+
+
+# The checks can fail
+
+
+@pytest.mark.parametrize(
+    ("text", "broken"),
+    [
+        ("[a](docs/nowhere.md)", ["docs/nowhere.md"]),
+        ("[a](docs/replay.md#the-loss) [b](docs/replay.md#the-los)", ["docs/replay.md#the-los"]),
+        ("# Here\n\n## Here\n\n[a](#here) [a](#here-1) [b](#here-2)", ["#here-2"]),
+        ("![a](docs/images/no.png)", ["docs/images/no.png"]),
+        ("[a](#retain.losses.kl_divergence) [b](#retain.losses.kl)", ["#retain.losses.kl"]),
+        ("[a](../elsewhere.md)", ["../elsewhere.md"]),
+        ("[a](https://example.org/nowhere) `[b](nowhere.md)`", []),
+        ("| a |\n| --- |\n| [b](nowhere.md) |", ["nowhere.md"]),
+    ],
+)
+def test_a_broken_link_is_found(text, broken):
+    assert broken_links(ROOT / "README.md", text) == broken
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("retain sample --model_name_or_path M --out replay/", "unknown ['--out', 'replay/']"),
+        ("retain sampel --output_dir replay/", "no verb 'sampel'"),
+        ("retain sample --num_rows many", "invalid int value: 'many'"),
+        ("for r in 1 2; do\n  retain finetune --config x.yaml --lora_rank $r\ndone", "unrecognized arguments"),
+        ("RAY_ADDRESS=1 retain sample \\\n  --engin ray", "--engin"),
+        ("retain finetune --config x.yaml --num_processes 2 --num_proceses 2", "--num_proceses"),
+        ("accelerate launch --config_file examples/accelerate/ddp.yaml -m retain finetune --config x --no 1", "--no"),
+        ("accelerate launch --config_file examples/no.yaml -m retain finetune --config x", "examples/no.yaml"),
+        ("OMP_NUM_THREADS=1 python experiments/00_no/run.py", "experiments/00_no/run.py"),
+        ("make everything", "no make everything"),
+    ],
+)
+def test_a_wrong_command_is_found(command, words):
+    assert words in "".join(wrong_commands(command))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "retain predict law.json --num_params 4e6 --num_steps 400   # a comment",
+        "retain measure --base M --model out/ --retention a=b --retention c=d e=f --output_dir report/",
+        "retain finetune --config sft.yaml --num_processes 2 --accelerate_config fsdp2",
+        "torchrun --nproc_per_node 8 -m retain sample --model_name_or_path M --output_dir replay/ …",
+        "make demo SIZE=medium",
+    ],
+)
+def test_a_good_command_is_not_complained_of(command):
+    assert wrong_commands(command) == []
+
+
+def test_wrong_python_and_names_are_found():
+    assert wrong_python("from retain import ReplayConfig, Replay\nimport retain.nothing") == [
+        "retain.Replay",
+        "retain.nothing",
+    ]
+    assert wrong_python("class A(B: ...") != []
+    text = "`retain.losses.kl` `retain.losses.shifted` `tests/test_docs.py::test_nothing` `docs/no.md` `docs/faq.md`"
+    assert wrong_names(text) == ["retain.losses.kl", "tests/test_docs.py::test_nothing", "docs/no.md"]
