@@ -124,6 +124,7 @@ def test_a_plan_is_judged_by_seeds_that_no_pilot_had():
     assert "Verdict: no. Of 1 runs" in verdict_of_plan([plan_row(1, lost=0.2)])
     assert "younger" in verdict_of_plan([plan_row(1, when="2026-01-03")])
     assert "none yet" in verdict_of_plan([])
+    assert "none yet" in verdict_of_plan([plan_row(0), plan_row(1), {"feasible": True, "budget": 0.04}])
     assert "0, the pilots' own" in table_of_plans([plan_row(0)])
 
 

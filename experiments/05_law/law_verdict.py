@@ -81,6 +81,9 @@ def verdict_of_plan(rows: Rows) -> str:
     inside = {name: sum(is_inside(row, name) for row in fresh) for name in ("finetuning_loss", "forgetting_loss")}
     kept = sum(row["measured"]["forgetting_loss"] <= row["planned"]["budget"] for row in fresh)
     every = len(fresh)
+    budgets = {row["budget"] for row in rows if row.get("feasible")} | {row["planned"]["budget"] for row in runs}
+    if every < len(budgets) * len({row["settings"]["seed"] for row in fresh}) or not fresh:
+        return f"Verdict: none yet. Of {len(budgets)} plans not every one has a run with each of the seeds."
     answer = "yes" if min(*inside.values(), kept) == every else "no" if not inside["forgetting_loss"] else "in part"
     before = all(row["planned"]["predicted"] <= row["began"] for row in runs)
     return (

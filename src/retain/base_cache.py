@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from retain import versions
-from retain.files import write_text
+from retain.files import PART, hold_together, naming, write_text
 from retain.heads import HeadForm, find_head_form, seen_by_head
 from retain.metrics import Forward, logits_of
 from retain.models import base_parameter_name, model_fingerprint
@@ -48,6 +49,7 @@ class BaseCache:
         self.hits, self.identity = 0, ""
         self.form: HeadForm | None = None
         if self.folder is not None:
+            weakref.finalize(self, os.close, hold_together(self.folder))
             self.form = find_head_form(base)
             self.identity = _digest(
                 self.fingerprint,
@@ -81,7 +83,6 @@ class BaseCache:
             self.hits += 1
             return json.loads(path.read_text(encoding="utf-8"))
         found = json.loads(json.dumps(make()))
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(found))
         return found
 
@@ -100,8 +101,7 @@ class BaseCache:
             self.hits += 1
             yield self._recalled(path)
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".measuring-", dir=self.folder))
+        temporary = Path(tempfile.mkdtemp(prefix=".measuring-", suffix=PART, dir=self.folder))
         try:
             yield self._remembering(temporary)
             if not path.exists():
@@ -122,8 +122,8 @@ class BaseCache:
             with seen_by_head(self.base) as seen:
                 logits = logits_of(self.base)(**inputs)
             kept = {"hidden": seen[0].contiguous().cpu(), "tokens": inputs["input_ids"].cpu()}
-            kept = {"hidden": seen[0].contiguous().cpu(), "tokens": inputs["input_ids"].cpu()}
-            save_file(kept, folder / f"{count:06d}.safetensors")
+            with naming(folder.parent):
+                save_file(kept, folder / f"{count:06d}.safetensors")
             count += 1
             return logits
 

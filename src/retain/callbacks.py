@@ -3,11 +3,18 @@
 `metrics.jsonl`: every log, one object a line. `documents.jsonl`: per-document sums of each retention text at each
 evaluation, for paired intervals. `retain_config.json`: everything that was set, resolved. `budget.json`: whether a
 forgetting budget was kept.
+
+And what a run that is asked to stop leaves: a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +54,18 @@ def read_run(folder: Path) -> dict[str, Any]:
     }
 
 
+def keep_once(folder: Path) -> None:
+    """Keep the last measurement of each text at each step: a run that went on from its last step measured it again."""
+    rows = read_jsonl(folder / DOCUMENTS_FILE)
+    last = {(row["step"], row["name"]): row for row in rows}
+    if len(last) < len(rows):
+        _rewrite(folder / DOCUMENTS_FILE, list(last.values()))
+
+
+def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 class RunFilesCallback(TrainerCallback):
     """Write `metrics.jsonl` and `retain_config.json`; a resumed run drops the rows it is about to make again.
 
@@ -56,6 +75,7 @@ class RunFilesCallback(TrainerCallback):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
+        self.retained: list[Any] = []  # names of what was logged at the step that a resumed run begins with
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,9 +85,13 @@ class RunFilesCallback(TrainerCallback):
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         step, again = state.global_step, int(args.eval_on_start)  # which measures the step it goes on from once more
-        for name, last in ((METRICS_FILE, step), (DOCUMENTS_FILE, step - again)):
-            kept = [row for row in read_jsonl(folder / name) if row.get("step", 0) <= last]
-            write_text(folder / name, "".join(json.dumps(row) + "\n" for row in kept if step))
+        rows = [row for row in read_jsonl(folder / METRICS_FILE) if step]
+        # At the step of the checkpoint, what the checkpoint knows of: a run may be killed after its last one.
+        kept = [row for row in rows if row["step"] < step or row in state.log_history]
+        self.retained = [row.keys() for row in kept if row["step"] == step]
+        _rewrite(folder / METRICS_FILE, kept)
+        documents = read_jsonl(folder / DOCUMENTS_FILE)
+        _rewrite(folder / DOCUMENTS_FILE, [row for row in documents if step and row["step"] <= step - again])
         (folder / BUDGET_FILE).unlink(missing_ok=True)
         write_json(folder / CONFIG_FILE, {**self.settings, "training_arguments": args.to_dict()})
 
@@ -79,5 +103,54 @@ class RunFilesCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        measured = {name for name in logs or {} if name.startswith("retention/")}
+        if measured and any(measured <= names for names in self.retained):  # before the run was killed
+            return
         if state.is_world_process_zero and logs:
             append_jsonl(Path(args.output_dir) / METRICS_FILE, {"step": state.global_step, **logs})
+
+
+class StopWithCheckpoint(TrainerCallback):
+    """SIGINT or SIGTERM ends training after the step that is being made, with a checkpoint; a second one at once.
+
+    For one process: several would stop at different steps, and wait for one another.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.before: dict[int, Any] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, a signal waits for the end of a step; it is raised when leaving at the latest."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+            self._stop_if_asked()
+        finally:
+            self._listen_no_more()
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = number
+        self._listen_no_more()
+        os.write(2, b"\nretain: stopping after this step, with a checkpoint; once more to stop at once\n")
+
+    def _listen_no_more(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def _stop_if_asked(self) -> None:
+        if self.asked is not None:
+            signal.raise_signal(self.asked)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.asked is not None and args.save_strategy == "no":
+            self._stop_if_asked()
+        control.should_save |= self.asked is not None
+
+    on_evaluate = on_step_end  # which may have taken long
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._stop_if_asked()

@@ -7,11 +7,13 @@ Bad input ends in one line and exit code 1; set RETAIN_DEBUG=1 for the traceback
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,12 +51,21 @@ Finetune a language model without it forgetting, and say how much it forgets.
 
 # Flags that take several values and may be given several times.
 LISTS = {"retention", "new_task", "choices", "refusals", "harmless", "train_dataset", "pair", "runs"}
-# What torch and safetensors say where a disk is full, which is not an OSError.
-DISK_FULL = ("inline_container.cc", "os error 28")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise Terminated
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; return the exit code: 0, 1 for an error, 130 when interrupted, or what `measure --budget` found."""
+    """Run a verb; return the exit code: 0, or what `measure --budget` found.
+
+    1 for an error, 130 when interrupted (SIGINT), 143 when terminated (SIGTERM).
+    """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -71,20 +82,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Idle threads that spin at barriers are ruinous on a shared machine; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch|peft")
+    # One of several processes dies of it at once, lest the others wait; a thread cannot listen.
+    listens = "WORLD_SIZE" not in os.environ and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if listens else None
     try:
         return VERBS[verb](rest) or 0
     except Launched:
         return 0
     except subprocess.CalledProcessError:
         return 1  # a launched process failed, and said why
-    except KeyboardInterrupt:
-        _complain(f"retain {verb}: interrupted; {RESUME[verb]}")
-        return 130
+    except KeyboardInterrupt as stop:
+        word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        _complain(f"retain {verb}: {word}; {RESUME[verb]}")
+        return code
     except Exception as error:
         if os.environ.get("RETAIN_DEBUG"):
             raise
         _complain(f"retain {verb}: {one_line(error)}")
         return 1
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _complain(line: str) -> None:
@@ -95,6 +113,8 @@ def _complain(line: str) -> None:
 
 def one_line(error: BaseException) -> str:
     """An error in one line: its message's first line that says something, and its type where that is not ours."""
+    from retain.files import DISK_FULL
+
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = lines[0] if lines else "no message"
     if isinstance(error, ValueError):
@@ -249,13 +269,15 @@ def finetune(argv: list[str]) -> None:
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
     from retain.config import FinetuneConfig
+    from retain.files import exclusive
 
     types = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, FinetuneConfig)
     script_args, training_args, model_args, dataset_args, config = parse(argv, "finetune", *types)
     quiet_libraries()
     from retain.finetune import run_finetune
 
-    run_finetune(script_args, training_args, model_args, dataset_args, config)
+    with exclusive(Path(training_args.output_dir)) if training_args.process_index == 0 else nullcontext():
+        run_finetune(script_args, training_args, model_args, dataset_args, config)
 
 
 def measure(argv: list[str]) -> int:
@@ -266,41 +288,29 @@ def measure(argv: list[str]) -> int:
     quiet_libraries()
     from retain.capabilities.gate import judge
     from retain.capabilities.samples import paired_report
+    from retain.files import exclusive
     from retain.measure_verb import run_measure
     from retain.report import ForgettingReport
     from retain.text import visible
 
-    with made_folder(config.output_dir):
+    with exclusive(Path(config.output_dir)):  # made before long work, so that one that cannot be made is known
         if config.pair:
             data = paired_report(config.pair, seed=config.seed, num_resamples=config.num_resamples)
             result = ForgettingReport(data)
         else:
             result = run_measure(config, say=lambda stage: print(f"{visible(stage)} …", flush=True))
-    limits = {"budget": config.budget, "min_agreement": config.min_agreement}
-    if set(limits.values()) != {None}:
-        result.data["gate"] = judge(result.data, **limits)
-    if config.model_card:
-        result.to_model_card(config.model_card)
-    _finish(result.write, config.output_dir, result.summary())
+        limits = {"budget": config.budget, "min_agreement": config.min_agreement}
+        if set(limits.values()) != {None}:
+            result.data["gate"] = judge(result.data, **limits)
+        if config.model_card:
+            result.to_model_card(config.model_card)
+        _finish(result.write, config.output_dir, result.summary())
     if "gate" not in result.data:
         return 0
     gate = result.data["gate"]
     checks = gate["checks"] if len(gate["checks"]) > 1 else []
     print(*map(visible, ["", *checks, gate["verdict"]]), sep="\n")
     return gate["code"]
-
-
-@contextmanager
-def made_folder(folder: str) -> Iterator[None]:
-    """Make a folder before long work, so that one that cannot be made is known; take it back if the work fails."""
-    new = not Path(folder).exists()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if new:
-            Path(folder).rmdir()
-        raise
 
 
 def _finish(write: Callable[[str], object], output_dir: str, summary: str) -> None:
@@ -347,9 +357,11 @@ def plan(argv: list[str]) -> None:
 
     (config,) = parse(argv, "plan", PlanConfig)
     quiet_libraries()
+    from retain.files import exclusive
     from retain.plan_verb import run_plan
 
-    print(run_plan(config, finetune, say=partial(print, flush=True)))
+    with exclusive(Path(str(config.output_dir))):
+        print(run_plan(config, finetune, say=partial(print, flush=True)))
 
 
 def sweep(argv: list[str]) -> None:
@@ -371,12 +383,14 @@ def files_first(argv: list[str], flag: str) -> list[str]:
 
 def pretrain(argv: list[str]) -> None:
     """`retain pretrain`: a corpus → a small model, by steps, tokens, tokens per parameter, or to a target loss."""
+    from retain.files import exclusive
     from retain.lab.config import PretrainConfig
     from retain.lab.pretrain import PretrainArguments, run_pretrain
 
     args, config = parse(argv, "pretrain", PretrainArguments, PretrainConfig)
     quiet_libraries()
-    run_pretrain(args, config)
+    with exclusive(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
+        run_pretrain(args, config)
 
 
 def demo(argv: list[str]) -> None:
@@ -386,8 +400,10 @@ def demo(argv: list[str]) -> None:
     (config,) = parse(argv, "demo", DemoConfig)
     quiet_libraries()
     from retain.demo import run_demo
+    from retain.files import exclusive
 
-    run_demo(config)
+    with exclusive(Path(config.output_dir)):
+        run_demo(config)
 
 
 VERBS: dict[str, Callable[[list[str]], int | None]] = {

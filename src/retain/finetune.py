@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import get_dataset, get_peft_config, get_quantization_config
 
+from retain.callbacks import StopWithCheckpoint, keep_once
 from retain.config import FinetuneConfig
 from retain.data import is_local_file, named_sources, read_rows
 from retain.half_life import apply_half_life, check_half_life
@@ -33,6 +34,7 @@ def run_finetune(
     """
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path: missing; give --model_name_or_path")
+    checkpoint = checkpoint_to_resume(training_args)
     check_half_life(training_args, config.adam_beta2_half_life_tokens)
     check_stop_at_loss(training_args, config.stop_at_loss)
     sources = named_sources(config.retention, "retention")
@@ -46,7 +48,8 @@ def run_finetune(
     replay = config.replay_dataset
     if replay == "self":
         with training_args.main_process_first(local=False, desc="sampling replay"):
-            replay = _sample_own(name, tokenizer, training_args, config, options)
+            quantization = get_quantization_config(model_args)
+            replay = _sample_own(name, tokenizer, training_args, config, options, quantization)
     of_model = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
     training_args.model_init_kwargs = {**options, **of_model, **(training_args.model_init_kwargs or {})}
     trainer = ReplaySFTTrainer(
@@ -69,12 +72,16 @@ def run_finetune(
         say(apply_half_life(training_args, config.adam_beta2_half_life_tokens, mean_row_length(trainer)))
     for line in trainer.protection():
         say(line)
-    checkpoint = checkpoint_to_resume(training_args)
     if training_args.resume_from_checkpoint and checkpoint is None:
         say(f"no whole checkpoint in {training_args.output_dir}: beginning anew")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(training_args.output_dir)  # before anything that may fail
+    stopping = StopWithCheckpoint()
+    trainer.add_callback(stopping)
+    with stopping.listening():
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(training_args.output_dir)  # before anything that may fail
     trainer.evaluate_retention()
+    if training_args.process_index == 0:
+        keep_once(Path(training_args.output_dir))
     trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=script_args.dataset_name)
     say(f"model: {training_args.output_dir}")
     if watch is not None:
@@ -166,11 +173,14 @@ def _sample_own(
     training_args: Any,
     config: FinetuneConfig,
     options: dict[str, Any],
+    quantization: Any,
 ) -> str:
     folder = Path(training_args.output_dir) / "replay"
     if training_args.process_index == 0:
+        # The base is then the quantised model, which stays where it is loaded.
+        where = {"device": training_args.device} if quantization is None else {"quantization_config": quantization}
         sample_with_bar(
-            load_model(name, dtype="auto", device=training_args.device, **options),
+            load_model(name, dtype="auto", **where, **options),
             tokenizer,
             str(folder),
             config.replay_num_rows,
@@ -185,15 +195,24 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     """The checkpoint that `--resume_from_checkpoint` means: a path, or for "true" the last one written whole.
 
     A killed process may leave a checkpoint half-written; `trainer_state.json` is the last file to be written.
+
+    Raises:
+        ValueError: for a checkpoint that is not whole, and for a folder with checkpoints from which nobody wants to go
+            on: they would be written over, and a run that is killed in between would go on from what is left of them.
     """
-    asked = training_args.resume_from_checkpoint
+    asked, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
     if not asked or str(asked).lower() == "false":
+        if found := [path.name for path in folder.glob("checkpoint-*") if path.is_dir()]:
+            raise ValueError(
+                f"output_dir: {str(folder)!r} holds {min(found)} of an earlier run; go on from it with "
+                "--resume_from_checkpoint true, or choose another folder"
+            )
         return None
     if str(asked).lower() != "true":
         if not _is_whole(Path(asked)):
             raise ValueError(f"resume_from_checkpoint: {asked!r} is not a whole checkpoint; give a checkpoint-N folder")
         return str(asked)
-    found = [path.parent for path in Path(training_args.output_dir).glob("checkpoint-*/trainer_state.json")]
+    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     whole = [path for path in found if _is_whole(path)]
     return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
 

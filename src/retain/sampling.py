@@ -106,7 +106,6 @@ def sample_replay(
     manifest["batch_size"] = batch_size or _begun_with(folder) or choose_batch_size(model, max_length)
     engine = engine or in_batches(partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference))
     _refuse_foreign(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     main = state is None or state.is_main_process
     with exclusive(folder) if main else nullcontext():
         if main:
@@ -220,6 +219,3 @@ def _begin(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
                 f"output_dir: {str(folder)!r} holds rows with {key} {found.get(key)!r}, asked {value!r}; "
                 "choose another folder, or set overwrite_output_dir"
             )
-    # Half-written by a killed run: never renamed, so never read.
-    for path in (*folder.glob(".*.parquet.*"), *folder.glob(".*.safetensors.*")):
-        path.unlink()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FAMILIES = ("qwen3", "llama")
-SMALLEST, LARGEST = 20_000, 300_000_000
+SMALLEST, LARGEST = 4_000, 300_000_000
 WIDTHS = (*range(16, 256, 16), *range(256, 1537, 64))  # whole numbers of heads
 NEAR = 0.1  # how far the size may lie from the budget, as a share of it
 # Matrices that read the residual stream, and those that write to it.

@@ -19,7 +19,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from retain import choose_start_token, versions
-from retain.callbacks import RunFilesCallback
+from retain.callbacks import RunFilesCallback, StopWithCheckpoint
 from retain.data import is_local_file, read_rows, row_text
 from retain.demo_data import packed_rows
 from retain.files import CONFIG_FILE, write_json
@@ -87,6 +87,9 @@ def run_pretrain(args: PretrainArguments, config: PretrainConfig) -> Trainer:
     Raises:
         ValueError: one line, before anything is written, for input that cannot work.
     """
+    from retain.finetune import checkpoint_to_resume  # which loads TRL
+
+    checkpoint = checkpoint_to_resume(args)
     check_stop_at_loss(args, config.stop_at_loss)
     check_half_life(args, config.adam_beta2_half_life_tokens)
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -107,7 +110,7 @@ def run_pretrain(args: PretrainArguments, config: PretrainConfig) -> Trainer:
     tokens = num_rows * corpus.length
     say(f"model: {size} parameters (12 L D^2 + D V), {shape.num_hidden_layers} layers of width {shape.hidden_size}")
     say(f"tokens: {tokens} in {args.max_steps} steps, {tokens / size:.3g} per parameter; {_source(corpus, num_rows)}")
-    return _train(trainer, args, config, corpus, size, say)
+    return _train(trainer, args, config, corpus, size, checkpoint, say)
 
 
 def _source(corpus: Corpus, num_rows: int) -> str:
@@ -135,17 +138,19 @@ def make_trainer(args: Any, config: PretrainConfig, corpus: Corpus, model: Any, 
     return trainer
 
 
-def _train(trainer: Trainer, args: Any, config: PretrainConfig, corpus: Corpus, size: int, say: Any) -> Trainer:
-    from retain.finetune import checkpoint_to_resume  # which loads TRL
-
+def _train(
+    trainer: Trainer, args: Any, config: PretrainConfig, corpus: Corpus, size: int, checkpoint: str | None, say: Any
+) -> Trainer:
     began = time.monotonic()
-    checkpoint = checkpoint_to_resume(args)
     if checkpoint is not None:
         check_same_run(args.output_dir, config)
     elif args.resume_from_checkpoint:
         say(f"no whole checkpoint in {args.output_dir}: beginning anew")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(args.output_dir)
+    stopping = StopWithCheckpoint()
+    trainer.add_callback(stopping)
+    with stopping.listening():
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(args.output_dir)
     loss, steps = trainer.evaluate()["eval_loss"], trainer.state.global_step
     if not math.isfinite(loss):
         raise ValueError(f"loss: {loss} after {steps} steps; lower learning_rate, or use bf16 instead of fp16")

@@ -44,6 +44,8 @@ if cores and hasattr(os, "sched_setaffinity"):
 if sys.platform == "linux":
     import ctypes
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(os.environ["RETAIN_SWEEP"]):  # it died before it could be asked
+        sys.exit(1)
 from retain.cli import main
 sys.exit(main(arguments))
 """
@@ -155,11 +157,14 @@ class Process:
         self.run, self.folder, self.log = run, root / "runs" / run.key, root / "logs" / f"{run.key}.txt"
         for folder in (self.folder.parent, self.log.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(cores)))}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(cores))), "RETAIN_SWEEP": str(os.getpid())}
         command = [sys.executable, "-c", child, ",".join(map(str, cores)), *run.arguments(self.folder)]
         self.began, self.peak = time.monotonic(), 0
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            # In a group of its own: Ctrl-C reaches the sweep alone, which asks each run once to stop.
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0
+            )
 
     def memory(self) -> int:
         """Bytes that the process and its children hold now."""
@@ -235,7 +240,6 @@ def run_sweep(
         ValueError: for a sweep that cannot be read, and at the end if runs failed; the others are kept.
     """
     runs, root = read_sweep(path), Path(output_dir)
-    root.mkdir(parents=True, exist_ok=True)
     with exclusive(root):
         results = root / RESULTS
         rows = {row["key"]: row for row in read_jsonl(results) if row["status"] == "done"}

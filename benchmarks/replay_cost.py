@@ -1,0 +1,215 @@
+"""What replay costs a training step: by share of the batch, every k-th step and reference, with plain steps beside it.
+
+    python benchmarks/replay_cost.py [--model NAME] [--rows 16] [--length 128] [--rounds 5] [--output FILE]
+
+Every cell is a real run of `ReplayTrainer`, timed between the ends of its optimizer steps; before and after it the same
+number of plain steps are timed, and the ratio is to their mean. `predicted` counts floating-point operations: a plain
+step 3 units a token (forward 1, backward 2; with frozen weights 1), the reference 1 more, stored hidden states the
+head's part of 1. Processor seconds on a CPU, which other processes disturb less; wall-clock on a GPU. Without --model:
+a Qwen3 of 5.8M parameters with random weights, on which losses mean nothing and times do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
+
+from retain import ReplayConfig, ReplayDataset, ReplayTrainer, load_model, load_tokenizer, versions
+from retain.lab.corpora import Stream, collate
+from retain.lab.models import make_config, make_model
+from retain.lab.tokenizers import word_tokenizer
+from retain.models import num_parameters
+from retain.replay import load_self_generated
+from retain.sampling import sample_replay
+
+SIZE, VOCAB, WARM = "5.8M", 4096, 2
+SHARES = (2, 4, 8, 16, 32, 64)  # one replay token to so many new ones
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`rows` of `length` replay tokens a step; none where `rows` is 0."""
+
+    method: str  # full, LoRA
+    reference: str  # copy, adapter, cache
+    rows: int
+    length: int
+    every: int = 1
+
+
+def cells(rows: int, length: int) -> list[Cell]:
+    """Shares of a batch by rows, and below one row by its length."""
+
+    def cell(share: int, method: str = "full", reference: str = "copy", every: int = 1) -> Cell:
+        number = max(1, rows // share)
+        return Cell(method, reference, number, rows * length // (share * number), every)
+
+    return [
+        *(cell(share) for share in SHARES),
+        *(cell(share, every=every) for share, every in ((4, 2), (4, 4), (2, 8))),
+        *(cell(share, reference="cache") for share in (4, 8, 16)),
+        *(cell(share, "LoRA", "adapter") for share in (4, 8, 16)),
+    ]
+
+
+def predicted(cell: Cell, rows: int, length: int, head: float) -> float:
+    """Operations of a step over those of a plain one; `head`: the output head's part of a forward pass."""
+    plain = 3 if cell.method == "full" else 2
+    extra = plain + (head if cell.reference == "cache" else 1)
+    return 1 + extra / plain * cell.rows * cell.length / (rows * length) / cell.every
+
+
+class Clock(TrainerCallback):
+    """Seconds from the end of each optimizer step to the next."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.ends = device, list[float]()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter() if self.device == "cuda" else time.process_time())
+
+
+class Bench:
+    """A model with the rows that it is trained on, and replay with stored predictions."""
+
+    def __init__(self, name: str | None, rows: int, length: int, folder: Path, device: str, dtype: str) -> None:
+        self.rows, self.length, self.folder, self.device, self.dtype = rows, length, folder, device, dtype
+        if name is None:
+            tokenizer = word_tokenizer(VOCAB)
+            make_model(make_config(SIZE, vocab_size=VOCAB, max_length=length)).save_pretrained(folder / "model")
+            tokenizer.save_pretrained(folder / "model")
+        self.name = name or str(folder / "model")
+        self.tokenizer, model = load_tokenizer(self.name), self.model()
+        sample_replay(
+            model, self.tokenizer, folder / "replay", num_rows=64, max_length=length, seed=1, store_reference="hidden"
+        )
+        self.replay = load_self_generated(folder / "replay")
+        self.vocab, self.num_params = model.get_output_embeddings().weight.shape[0], num_parameters(model)
+        head = model.get_output_embeddings().weight.numel()
+        inner = sum(weight.numel() for weight in model.model.parameters() if weight.ndim == 2)
+        self.head = head / (inner - model.get_input_embeddings().weight.numel() + head)
+
+    def model(self) -> Any:
+        return load_model(self.name, dtype="float32", device=self.device)
+
+    def pool(self, cell: Cell) -> ReplayDataset:
+        """Its rows, whole where their stored predictions are read, else cut to the cell's length."""
+        if cell.reference == "cache":
+            return self.replay
+        cut = [self.replay[at][: cell.length] for at in range(len(self.replay))]
+        return ReplayDataset.from_rows(cut, self.replay.source, self.replay.manifest)
+
+    def steps(self, cell: Cell, number: int) -> float:
+        """Mean seconds of so many optimizer steps, after some to warm up."""
+        rng, most = np.random.default_rng(0), self.rows * (number + WARM)
+        tokens = rng.integers(3, self.vocab, (most, self.length))
+        model = self.model()
+        if cell.method == "LoRA":
+            model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+        trainer = ReplayTrainer(
+            model=model,
+            args=self.arguments(number + WARM),
+            train_dataset=Stream(lambda numbers: tokens[numbers], most),
+            data_collator=collate,
+            processing_class=self.tokenizer,
+            replay_config=ReplayConfig(
+                replay_coef=1.0 if cell.rows else 0.0,
+                per_device_replay_batch_size=max(cell.rows, 1),
+                replay_every=cell.every,
+                replay_reference=cell.reference if cell.rows else "auto",  # type: ignore[arg-type]
+            ),
+            replay_dataset=self.pool(cell) if cell.rows else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        clock = Clock(self.device)
+        trainer.add_callback(clock)
+        trainer.train()
+        return (clock.ends[-1] - clock.ends[WARM - 1]) / number
+
+    def arguments(self, steps: int) -> TrainingArguments:
+        return TrainingArguments(
+            output_dir=str(self.folder / "run"), max_steps=steps, per_device_train_batch_size=self.rows,
+            learning_rate=1e-4, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+            use_cpu=self.device == "cpu", bf16=self.dtype == "bfloat16",
+        )  # fmt: skip
+
+
+def measure(bench: Bench, rounds: int, number: int) -> list[dict[str, Any]]:
+    """Every cell in every round between plain steps of its own method."""
+    found: dict[Cell, list[float]] = {cell: [] for cell in cells(bench.rows, bench.length)}
+    for at in range(rounds):
+        before: tuple[str, float] | None = None
+        for cell, ratios in found.items():
+            bare = Cell(cell.method, cell.reference, 0, 0)
+            if before is None or before[0] != cell.method:
+                before = cell.method, bench.steps(bare, number)
+            own, after = bench.steps(cell, number), bench.steps(bare, number)
+            ratios.append(2 * own / (before[1] + after))
+            before = cell.method, after
+        logging.warning("round %d of %d", at + 1, rounds)
+    return [row_of(cell, ratios, bench) for cell, ratios in found.items()]
+
+
+def row_of(cell: Cell, ratios: Sequence[float], bench: Bench) -> dict[str, Any]:
+    share = bench.rows * bench.length // (cell.rows * cell.length)
+    ordered = sorted(ratios)
+    return {
+        **asdict(cell), "share": f"1/{share}", "time_ratio": round(statistics.median(ordered), 3),
+        "range": [round(ordered[0], 3), round(ordered[-1], 3)],
+        "predicted": round(predicted(cell, bench.rows, bench.length, bench.head), 3),
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a name or folder; default: random weights")
+    parser.add_argument("--rows", type=int, default=16, help="new rows a step")
+    parser.add_argument("--length", type=int, default=128, help="tokens a row")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each cell and round; a multiple of 8")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    asked = parser.parse_args(arguments)
+    torch.set_num_threads(asked.threads)
+    disable_progress_bar()
+    logging.getLogger("retain").setLevel(logging.ERROR)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(asked.model, asked.rows, asked.length, Path(folder), device, dtype)
+        rows = measure(bench, asked.rounds, asked.steps)
+        facts = {
+            "model": asked.model or f"random, {SIZE}", "num_params": bench.num_params, "rows": asked.rows,
+            "length": asked.length, "rounds": asked.rounds, "steps": asked.steps, "seed": 0, "dtype": dtype,
+            "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+            "threads": asked.threads, "clock": "wall" if device == "cuda" else "processor", "versions": versions(),
+        }  # fmt: skip
+    for row in rows:
+        low, high = row["range"]
+        every = f" every {row['every']} steps" if row["every"] > 1 else ""
+        told = f"{row['method']:4} {row['reference']:7} {row['share']:>4}{every}"
+        print(f"{told:34} {row['time_ratio']:.3f} [{low:.3f}, {high:.3f}]  by operations {row['predicted']:.3f}")
+    if asked.output:
+        asked.output.write_text(json.dumps({**facts, "cells": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
