@@ -6,7 +6,7 @@ WHEELS := .cache/wheels
 # Idle torch threads that spin at barriers ruin a shared machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: venv demo test test-slow lint docs clean
+.PHONY: venv demo test test-slow lint docs clean figures
 venv: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -37,6 +37,10 @@ test: $(VENV)/.done
 
 test-slow: $(VENV)/.done $(WHEELS)/.done .cache/deepspeed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# Every figure, table and verdict of experiments/ from the committed results; nothing is trained.
+figures: $(VENV)/.done
+	for study in experiments/*/run.py experiments/*/pools.py; do $(BIN)/python $$study --report > /dev/null || exit 1; done
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """How much replay prevents 95% of forgetting for at most 10% more time? One command; finished runs are skipped.
 
-python experiments/01_replay_cost/run.py [--only rates|cells|timing]
+python experiments/01_replay_cost/run.py [--only rates|cells|timing] [--report]
 """
 
 from __future__ import annotations
@@ -118,11 +118,20 @@ def report(results: Results, folder: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("rates", "cells", "timing", "report"))
-    only = parser.parse_args(arguments).only
+    parser.add_argument("--only", choices=("rates", "cells", "timing"))
+    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
+    asked = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logger.setLevel(logging.INFO)
     disable_progress_bar()
+    if not asked.report:
+        make_runs(asked.only)
+    if asked.only is None:
+        sys.stdout.write(report(Results(HERE / "results.jsonl", ""), HERE) + "\n")
+
+
+def make_runs(only: str | None) -> None:
+    """Everything that is trained or timed, or one part of it."""
     texts = load_texts()
     bench = open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, BenchSettings())
     results, scratch = Results(HERE / "results.jsonl", bench.fingerprint), CACHE / "scratch-01"
@@ -138,8 +147,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.make(
                 {"timing": number}, lambda: time_round(timed(), bench, CACHE / "scratch-01-timing", TIMED_STEPS)
             )
-    if only in (None, "report"):
-        logger.info("%s", report(results, HERE))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from study_data import FACTS, WHEELS, StudyData, download, load_study_data, longer_instructions  # noqa: E402
-from study_report import write_study  # noqa: E402
+from study_report import tell, write_study  # noqa: E402
 from transformers import set_seed  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
@@ -219,22 +219,25 @@ def prompts(tokenizer: Any) -> list[Prompt]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("teach", "report"))
+    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
+    parser.add_argument("--teach", action="store_true", help="only teach refusals, which every arm begins from")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logger.setLevel(logging.INFO)
+    if options.report:
+        sys.stdout.write(tell(HERE) + "\n")
+        return
     study, reports = Study(), {}
     download()
     for seed in options.seeds:
         sizes = {"num_taught": study.num_taught, "num_asked": study.num_asked, "num_questions": study.num_questions}
         data, folder = load_study_data(**sizes, seed=seed), CACHE / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        if options.only != "report":
-            logger.info("seed %d: teaching refusals", seed)
-            teach(study, data, folder / "taught", seed)
-        for arm in [arm for arm in ARMS if arm in options.arms] if options.only != "teach" else ():
+        logger.info("seed %d: teaching refusals", seed)
+        teach(study, data, folder / "taught", seed)
+        for arm in () if options.teach else [arm for arm in ARMS if arm in options.arms]:
             logger.info("seed %d: %s", seed, arm)
             reports[seed, arm] = make(arm, study, data, folder, seed)
     if reports:

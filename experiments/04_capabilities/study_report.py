@@ -8,7 +8,7 @@ from typing import Any
 
 from pages import dress, panels, write_results
 
-from retain.files import append_jsonl
+from retain.files import append_jsonl, read_jsonl
 from retain.plots import look
 from retain.report import write_comparison
 from retain.statistics import share_interval
@@ -19,7 +19,7 @@ SCORERS = ("phrases", "openings")
 
 
 def write_study(folder: Path, reports: dict[tuple[int, str], dict[str, Any]], arms: list[str]) -> str:
-    """Table, verdict, figure, results.jsonl and, for the first seed, the example page; returns what was told."""
+    """results.jsonl, for the first seed the example page, and what `tell` makes; returns what was told."""
     seeds = sorted({seed for seed, _ in reports})
     rows = {arm: [facts(reports[seed, arm]) for seed in seeds] for arm in arms}
     (folder / "results.jsonl").unlink(missing_ok=True)
@@ -27,15 +27,23 @@ def write_study(folder: Path, reports: dict[tuple[int, str], dict[str, Any]], ar
         for seed, row in zip(seeds, rows[arm], strict=True):
             versions = reports[seed, arm]["versions"]
             append_jsonl(folder / "results.jsonl", {"arm": arm, "seed": seed, **row, "versions": versions})
+    first = [reports[seeds[0], arm] for arm in next(iter(by_task(rows).values()))]
+    page = folder.parents[1] / ".cache" / "experiments" / "capabilities" / "page"
+    write_comparison(page, first, title="SmolLM2-135M-Instruct, taught to refuse, then finetuned on Verilog")
+    return tell(folder)
+
+
+def tell(folder: Path) -> str:
+    """Table, verdict and figure from results.jsonl alone."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in read_jsonl(folder / "results.jsonl"):
+        rows.setdefault(row["arm"], []).append(row)
     told = "\n\n".join(
         f"### New task: {task}\n\n{table(of_task)}\n\n**Verdict.** {verdict(of_task)}"
         for task, of_task in by_task(rows).items()
     )
     write_results(folder / "README.md", told)
     draw(rows, folder / "figure.png")
-    first = [reports[seeds[0], arm] for arm in next(iter(by_task(rows).values()))]
-    page = folder.parents[1] / ".cache" / "experiments" / "capabilities" / "page"
-    write_comparison(page, first, title="SmolLM2-135M-Instruct, taught to refuse, then finetuned on Verilog")
     return told
 
 

@@ -1,6 +1,6 @@
 """Do the laws of forgetting hold on a small real model, and where do they break? Finished runs are skipped.
 
-python experiments/05_law/run.py [--only runs|plan|report]
+python experiments/05_law/run.py [--only runs|plan] [--report]
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ def make_runs(dataset: str, bench: Bench, results: Results, scratch: Path) -> No
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("runs", "plan", "report"))
-    only = parser.parse_args(arguments).only
+    parser.add_argument("--only", choices=("runs", "plan"))
+    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
+    asked = parser.parse_args(arguments)
+    only = "report" if asked.report else asked.only
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logger.setLevel(logging.INFO)
     disable_progress_bar()
