@@ -6,7 +6,7 @@ WHEELS := .cache/wheels
 # Idle torch threads that spin at barriers ruin a shared machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: venv demo test test-slow lint docs clean figures
+.PHONY: venv demo test test-slow kill-test lint docs clean figures test-wheel
 venv: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -36,11 +36,24 @@ test: $(VENV)/.done
 		--target $@ deepspeed==0.19.8 hjson py-cpuinfo msgpack einops ninja
 
 test-slow: $(VENV)/.done $(WHEELS)/.done .cache/deepspeed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/kill
+
+# The built wheel in an environment of its own, with nothing but what it asks for: every verb, from another folder.
+WHEEL := .cache/wheel
+test-wheel: $(VENV)/.done
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(WHEEL) .
+	$(PYTHON) -m venv $(WHEEL)/env
+	$(WHEEL)/env/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(WHEEL)/*.whl
+	$(PYTHON) tests/wheel_verbs.py $(WHEEL)/env/bin
 
 # Every figure, table and verdict of experiments/ from the committed results; nothing is trained.
 figures: $(VENV)/.done
 	for study in experiments/*/run.py experiments/*/pools.py; do $(BIN)/python $$study --report > /dev/null || exit 1; done
+
+# SIGKILL at random moments, signals, full disks: RETAIN_KILLS=20 make kill-test is a short one, RETAIN_KILL_SEED=1 another.
+kill-test: $(VENV)/.done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kill -m 'slow or not slow' -rA
 
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
