@@ -75,7 +75,8 @@ class RunFilesCallback(TrainerCallback):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
-        self.retained: list[Any] = []  # names of what was logged at the step that a resumed run begins with
+        self.logged: list[Any] = []  # names in the rows of the step that a resumed run begins with
+        self.began = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -87,12 +88,14 @@ class RunFilesCallback(TrainerCallback):
         step, again = state.global_step, int(args.eval_on_start)  # which measures the step it goes on from once more
         rows = [row for row in read_jsonl(folder / METRICS_FILE) if step]
         # At the step of the checkpoint, what the checkpoint knows of: a run may be killed after its last one.
-        kept = [row for row in rows if row["step"] < step or row in state.log_history]
-        self.retained = [row.keys() for row in kept if row["step"] == step]
+        known = [entry.items() for entry in state.log_history if entry["step"] == step]
+        kept = [row for row in rows if row["step"] < step or any(row.items() <= entry for entry in known)]
+        self.logged, self.began = [row.keys() for row in kept if row["step"] == step], step
         _rewrite(folder / METRICS_FILE, kept)
         documents = read_jsonl(folder / DOCUMENTS_FILE)
         _rewrite(folder / DOCUMENTS_FILE, [row for row in documents if step and row["step"] <= step - again])
-        (folder / BUDGET_FILE).unlink(missing_ok=True)
+        if step < state.max_steps:
+            (folder / BUDGET_FILE).unlink(missing_ok=True)
         write_json(folder / CONFIG_FILE, {**self.settings, "training_arguments": args.to_dict()})
 
     def on_log(
@@ -104,7 +107,8 @@ class RunFilesCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         measured = {name for name in logs or {} if name.startswith("retention/")}
-        if measured and any(measured <= names for names in self.retained):  # before the run was killed
+        again = measured and state.global_step == self.began and any(measured <= names for names in self.logged)
+        if again:  # it was measured before the run was killed
             return
         if state.is_world_process_zero and logs:
             append_jsonl(Path(args.output_dir) / METRICS_FILE, {"step": state.global_step, **logs})

@@ -100,22 +100,36 @@ def exclusive(folder: Path) -> Iterator[None]:
     """
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a") as lock:
+    lock = _take(folder)
+    try:
+        remove_parts(folder)
+        with naming(folder):
+            yield
+    except BaseException:
+        if new and os.listdir(folder) == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
+        raise
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _take(folder: Path) -> int:
+    """A handle that holds the folder's lock."""
+    while True:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(handle)
             raise ValueError(
                 f"output_dir: another process is writing to {str(folder)!r}; wait for it, or choose another folder"
             ) from None
-        remove_parts(folder)
-        try:
-            with naming(folder):
-                yield
-        except BaseException:
-            if new and os.listdir(folder) == [LOCK]:
-                (folder / LOCK).unlink()
-                folder.rmdir()
-            raise
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):
+                return handle
+        os.close(handle)  # that of a writer which ended in between, and took it away
 
 
 def hold_together(folder: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,7 @@ def run_finetune(
         say(line)
     if training_args.resume_from_checkpoint and checkpoint is None:
         say(f"no whole checkpoint in {training_args.output_dir}: beginning anew")
-    stopping = StopWithCheckpoint()
-    trainer.add_callback(stopping)
-    with stopping.listening():
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(training_args.output_dir)  # before anything that may fail
+    train(trainer, checkpoint)
     trainer.evaluate_retention()
     if training_args.process_index == 0:
         keep_once(Path(training_args.output_dir))
@@ -94,6 +91,28 @@ def run_finetune(
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
     return trainer
+
+
+def train(trainer: Any, checkpoint: str | None) -> None:
+    """Train and save; a signal ends it with a checkpoint.
+
+    A run that was killed after its last step is at its end: transformers would make one step more.
+    """
+    args = trainer.args
+    if checkpoint is not None and 0 < args.max_steps <= _state(Path(checkpoint))["global_step"]:
+        trainer.get_batch_samples = partial(_no_batches, trainer)
+    stopping = StopWithCheckpoint()
+    trainer.add_callback(stopping)
+    with stopping.listening():
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(args.output_dir)  # before anything that may fail
+
+
+def _no_batches(trainer: Any, *rest: Any) -> tuple[list[Any], None]:
+    config = getattr(trainer, "replay_config", None)
+    if config is not None and config.forgetting_budget is not None and trainer.budget is None:
+        trainer.budget = trainer._begin_budget(config.forgetting_budget)  # for its verdict
+    return [], None
 
 
 def mean_row_length(trainer: Any, most: int = 4096) -> float:
@@ -202,9 +221,9 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     """
     asked, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
     if not asked or str(asked).lower() == "false":
-        if found := [path.name for path in folder.glob("checkpoint-*") if path.is_dir()]:
+        if old := [path.name for path in folder.glob("checkpoint-*") if path.is_dir()]:
             raise ValueError(
-                f"output_dir: {str(folder)!r} holds {min(found)} of an earlier run; go on from it with "
+                f"output_dir: {str(folder)!r} holds {min(old)} of an earlier run; go on from it with "
                 "--resume_from_checkpoint true, or choose another folder"
             )
         return None
@@ -218,7 +237,12 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
 
 
 def _is_whole(checkpoint: Path) -> bool:
+    return bool(_state(checkpoint))
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """What `trainer_state.json` says; nothing where it is not there, or cut off."""
     try:
-        return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):  # not there, or cut off
-        return False
+        return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -19,7 +19,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from retain import choose_start_token, versions
-from retain.callbacks import RunFilesCallback, StopWithCheckpoint
+from retain.callbacks import RunFilesCallback
 from retain.data import is_local_file, read_rows, row_text
 from retain.demo_data import packed_rows
 from retain.files import CONFIG_FILE, write_json
@@ -141,16 +141,14 @@ def make_trainer(args: Any, config: PretrainConfig, corpus: Corpus, model: Any, 
 def _train(
     trainer: Trainer, args: Any, config: PretrainConfig, corpus: Corpus, size: int, checkpoint: str | None, say: Any
 ) -> Trainer:
+    from retain.finetune import train
+
     began = time.monotonic()
     if checkpoint is not None:
         check_same_run(args.output_dir, config)
     elif args.resume_from_checkpoint:
         say(f"no whole checkpoint in {args.output_dir}: beginning anew")
-    stopping = StopWithCheckpoint()
-    trainer.add_callback(stopping)
-    with stopping.listening():
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(args.output_dir)
+    train(trainer, checkpoint)
     loss, steps = trainer.evaluate()["eval_loss"], trainer.state.global_step
     if not math.isfinite(loss):
         raise ValueError(f"loss: {loss} after {steps} steps; lower learning_rate, or use bf16 instead of fp16")

@@ -1,0 +1,226 @@
+"""SIGINT and SIGTERM: one line, exit code 130 or 143, a checkpoint where one is expected, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from killing import TRAIN, differences, flags, make_kinds, make_world, run_fresh, snapshot
+from test_kill import server, world  # noqa: F401
+
+import retain.lab.sweep
+import retain.measuring
+import retain.sampling
+from retain.cli import main
+from retain.trainer import ReplaySFTTrainer
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    return make_world(tmp_path_factory.mktemp("here"))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".lock")
+
+
+def last_line(capsys) -> str:
+    said = capsys.readouterr()
+    assert "Traceback" not in said.out + said.err
+    return said.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_sampling_stops_and_goes_on(here, tmp_path, capsys, monkeypatch, number):
+    argv = ["sample", *flags(model_name_or_path=here / "model", num_rows=16, rows_per_shard=4, max_length=16)]
+    assert main([*argv, "--output_dir", str(tmp_path / "whole")]) == 0
+    write = retain.sampling.write_shard
+
+    def stop(folder, shard, *rest):
+        write(folder, shard, *rest)
+        if shard == 1:
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retain.sampling, "write_shard", stop)
+        assert main([*argv, "--output_dir", str(tmp_path / "out")]) == CODES[number]
+    assert last_line(capsys) == f"retain sample: {WORDS[number]}; the same command goes on where it stopped"
+    assert files(tmp_path / "out") == ["manifest.json", "shard-00000.parquet", "shard-00001.parquet"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert main([*argv, "--output_dir", str(tmp_path / "out")]) == 0
+    assert not differences(snapshot(tmp_path / "whole"), snapshot(tmp_path / "out"), ("whole", "out"))
+
+
+@pytest.fixture(scope="module")
+def tune(here) -> list[str]:
+    argv = ["finetune", *flags(model_name_or_path=here / "model", dataset_name=here / "rows.jsonl", **TRAIN)]
+    argv += flags(eval_dataset_name=here / "held.jsonl", retention=[f"wiki={here}/wiki.txt"])
+    lora = flags(lora_r=4, lora_dropout=0.1, lora_target_modules="all-linear")
+    return [*argv, "--use_peft", *lora, *flags(replay_dataset="self", replay_num_rows=16)]
+
+
+def raising(monkeypatch, numbers: list[int], step: int = 2) -> None:
+    """Signals that arrive while step `step` + 1 is made."""
+    training_step = ReplaySFTTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        loss = training_step(self, *args, **kwargs)
+        for number in numbers if self.state.global_step == step else ():
+            signal.raise_signal(number)
+        return loss
+
+    monkeypatch.setattr(ReplaySFTTrainer, "training_step", stop)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tune, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert main([*tune, "--output_dir", str(folder / "out")]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_finetuning_stops_with_a_checkpoint_and_goes_on_to_the_bit(
+    tune, undisturbed, tmp_path, capsys, monkeypatch, number
+):
+    with monkeypatch.context() as patch:
+        raising(patch, [number])
+        assert main([*tune, "--output_dir", str(tmp_path / "out")]) == CODES[number]
+    assert last_line(capsys) == (
+        f"retain finetune: {WORDS[number]}; the same command with --resume_from_checkpoint true goes on from the last "
+        "checkpoint"
+    )
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3, "the step that was being made is kept; checkpoints are due at 2 and 4"
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists(), "half a run does not pass for a whole one"
+    assert main([*tune, "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "out")]) == 0
+    places = (str(undisturbed), str(tmp_path))
+    assert not differences(snapshot(undisturbed), snapshot(tmp_path), places)
+
+
+def test_a_second_signal_stops_at_once(tune, tmp_path, capsys, monkeypatch):
+    raising(monkeypatch, [signal.SIGINT, signal.SIGINT])
+    assert main([*tune, "--output_dir", str(tmp_path / "out")]) == 130
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+def test_without_checkpoints_there_is_none(tune, tmp_path, monkeypatch):
+    raising(monkeypatch, [signal.SIGTERM])
+    assert main([*tune, "--save_strategy", "no", "--output_dir", str(tmp_path / "out")]) == 143
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_measuring_stops_and_leaves_nothing(here, tmp_path, capsys, monkeypatch, number):
+    argv = ["measure", *flags(base=here / "model", model=here / "tuned", retention=f"wiki={here}/wiki.txt")]
+    argv += flags(max_length=32, max_new_tokens=4, output_dir=tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(retain.measuring, "measure_generations", lambda *args, **kwargs: signal.raise_signal(number))
+        assert main(argv) == CODES[number]
+    assert last_line(capsys) == f"retain measure: {WORDS[number]}; nothing was written; run it again"
+    assert not (tmp_path / "out").exists()
+    assert main(argv) == 0
+
+
+# A run that takes long, and ends well when it is asked to stop.
+POLITE = """
+import signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[sys.argv.index("--output_dir") + 1]); folder.mkdir(parents=True)
+def stop(*args): (folder / "stopped").write_text("x"); sys.exit(130)
+signal.signal(signal.SIGINT, stop)
+(folder / "begun").write_text("x")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_stopped_sweep_asks_its_runs_to_stop(tmp_path, capsys, monkeypatch, number):
+    monkeypatch.setattr(retain.lab.sweep, "CHILD", POLITE)
+    (tmp_path / "s.yaml").write_text(json.dumps({"verb": "finetune", "grid": {"x": [1]}}))
+
+    def stop_when_begun() -> None:
+        while not list((tmp_path / "out").glob("runs/*/begun")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop_when_begun).start()
+    assert main(["sweep", str(tmp_path / "s.yaml"), "--output_dir", str(tmp_path / "out")]) == CODES[number]
+    assert last_line(capsys) == (
+        f"retain sweep: {WORDS[number]}; finished runs are kept, others go on from their last checkpoint; run it again"
+    )
+    assert list((tmp_path / "out").glob("runs/*/stopped"))
+
+
+def test_a_run_whose_sweep_died_before_it_could_listen_does_nothing(tmp_path, monkeypatch):
+    """Between a process's start and its wish to die with its parent there is a moment."""
+    import subprocess
+    import sys
+
+    script = retain.lab.sweep.CHILD.replace("from retain.cli import main", "").replace("main(arguments)", "77")
+    for parent, code in ((os.getpid(), 77), (os.getppid(), 1)):
+        done = subprocess.run([sys.executable, "-c", script, ""], env={**os.environ, "RETAIN_SWEEP": str(parent)})
+        assert done.returncode == code
+
+
+def test_a_new_run_is_not_begun_over_old_checkpoints(tune, undisturbed, capsys):
+    """Were it killed before its first checkpoint, it would go on from the other run's."""
+    before = snapshot(undisturbed)
+    assert main([*tune, "--learning_rate", "1", "--output_dir", str(undisturbed / "out")]) == 1
+    assert "of an earlier run; go on from it with --resume_from_checkpoint true, or choose another" in last_line(capsys)
+    assert snapshot(undisturbed) == before
+
+
+def test_a_finished_run_that_goes_on_is_as_it_was(tune, undisturbed, tmp_path):
+    """A run may be killed between its last line and its end: nothing is told twice."""
+    import shutil
+
+    shutil.copytree(undisturbed, tmp_path / "copy")
+    assert main([*tune, "--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "copy" / "out")]) == 0
+    places = (str(undisturbed), str(tmp_path / "copy"))
+    assert not differences(snapshot(undisturbed), snapshot(tmp_path / "copy"), places)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [0, 3, 7, 8, 9])
+def test_stopped_at_random_moments(server, world, tmp_path, at):  # noqa: F811
+    """As by Ctrl-C and by a scheduler, of processes that load everything themselves, too."""
+    kind, rng = make_kinds(world)[at], np.random.default_rng(at)
+
+    def argv(folder: Path, again: bool) -> list[str]:
+        resume = ["--resume_from_checkpoint", "true"] if again and kind.resumes else []
+        return [*kind.argv, *resume, "--output_dir", str(folder / "out")]
+
+    whole = server.run(argv(tmp_path / "whole", False), tmp_path / "whole")
+    folder, stopped = tmp_path / "stopped", 0
+    for attempt, number in enumerate([signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM]):
+        if attempt < 3:
+            after = rng.uniform(0.3, whole["seconds"])
+            found = server.run(argv(folder, attempt > 0), folder, kill_after=after, number=number)
+        else:
+            after = rng.uniform(2, server.startup)
+            found = run_fresh(argv(folder, True), folder, after, tmp_path / "log.txt", number=number)
+        assert "Traceback" not in found["said"], found["said"][-2000:]
+        assert found["code"] in (0, CODES[number]), (found["code"], found["said"][-2000:])
+        stopped += found["code"] != 0
+        if found["code"]:
+            assert found["said"].strip().splitlines()[-1].startswith(f"retain {kind.argv[0]}: {WORDS[number]}; ")
+        assert not [path for path in folder.rglob(".*") if path.name != ".lock"]
+    assert server.run(argv(folder, True), folder)["code"] == 0
+    # A stop adds a checkpoint of its own, and with save_total_limit another goes: the rest must be equal.
+    whole_files, files_after = (
+        {name: value for name, value in snapshot(place).items() if "checkpoint-" not in name}
+        for place in (tmp_path / "whole", folder)
+    )
+    assert not differences(whole_files, files_after, (str(tmp_path / "whole"), str(folder)))
+    print(f"\n{kind.name}: stopped {stopped} times")
