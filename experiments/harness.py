@@ -202,7 +202,7 @@ def arguments(run: Run, folder: Path) -> TrainingArguments:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=not torch.accelerator.is_available(),
         seed=run.seed,
     )
 

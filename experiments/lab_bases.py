@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from retain.engine import draw_rows
 from retain.files import write_json
 from retain.lab.config import PretrainConfig
 from retain.lab.corpora import Rows as RowsByNumber
-from retain.lab.corpora import Stream
+from retain.lab.corpora import Stream, mixture
 from retain.lab.models import counted_size_of, make_config, make_model
 from retain.lab.pretrain import Corpus, PretrainArguments, make_trainer, open_corpus, step_tokens
 from retain.models import model_fingerprint
@@ -53,25 +53,36 @@ class Snapshots(TrainerCallback):
 
 
 def pretrain(
-    config: PretrainConfig, tokens_per_param: Sequence[float], *, seed: int = 0, **arguments: Any
+    config: PretrainConfig,
+    tokens_per_param: Sequence[float],
+    *,
+    seed: int = 0,
+    mixed_with: tuple[float, PretrainConfig] | None = None,
+    **arguments: Any,
 ) -> dict[float, dict[str, Any]]:
     """A base after each of so many tokens per parameter, from one run: its `folder`, `loss`, `num_params`, `curve`.
 
     Args:
         config: corpus, size and rows; its own length is not read.
+        mixed_with: the share of rows that come from another corpus of endless rows; held-out rows are the first's.
         arguments: of `PretrainArguments`; the learning rate is constant after warm-up unless they say otherwise.
     """
-    key = json.dumps([asdict(config), sorted(tokens_per_param), seed, arguments], sort_keys=True, default=str)
+    told = [asdict(config), sorted(tokens_per_param), seed, arguments]
+    if mixed_with is not None:
+        told.append([mixed_with[0], asdict(mixed_with[1])])
+    key = json.dumps(told, sort_keys=True, default=str)
     root = LAB / hashlib.sha256(key.encode()).hexdigest()[:12]
     if not (root / FACTS).exists():
         shutil.rmtree(root, ignore_errors=True)
-        _pretrain(config, sorted(tokens_per_param), seed, root, arguments)
+        _pretrain(config, sorted(tokens_per_param), seed, root, arguments, mixed_with)
     found = json.loads((root / FACTS).read_text())
     return {row["tokens_per_param"]: row | {"folder": root / row["folder"], "curve": found["curve"]}
             for row in found["bases"]}  # fmt: skip
 
 
-def _pretrain(config: PretrainConfig, wanted: list[float], seed: int, root: Path, arguments: dict[str, Any]) -> None:
+def _pretrain(
+    config: PretrainConfig, wanted: list[float], seed: int, root: Path, arguments: dict[str, Any], mixed_with: Any
+) -> None:
     corpus = open_corpus(config, seed)
     shape = make_config(config.model_size, vocab_size=len(corpus.tokenizer), max_length=corpus.length)
     size = counted_size_of(shape)
@@ -80,6 +91,10 @@ def _pretrain(config: PretrainConfig, wanted: list[float], seed: int, root: Path
     args.train_sampling_strategy = "sequential"
     steps = {tpp: max(1, round(tpp * size / step_tokens(args, corpus.length))) for tpp in wanted}
     args.max_steps = max(steps.values())
+    if mixed_with is not None:
+        share, other = mixed_with[0], open_corpus(mixed_with[1], seed)
+        parts = [(1 - share, corpus.rows), (share, other.rows)]
+        corpus = replace(corpus, rows=mixture(parts, round(args.max_steps * step_tokens(args, 1)), seed))
     trainer = make_trainer(args, config, corpus, make_model(shape, seed), seed)
     watch = Snapshots({step: root / f"at-{step}" for step in steps.values()}, corpus.tokenizer)
     trainer.add_callback(watch)

@@ -310,7 +310,7 @@ def test_every_public_name_is_in_the_reference():
 
 def test_figures_of_choosing_are_those_of_the_studies():
     """Every decimal number in a table of docs/choosing.md stands in the study that the table is from."""
-    studies = "".join(path.read_text() for path in sorted((ROOT / "experiments").glob("0[123]_*/README.md")))
+    studies = "".join(path.read_text() for path in sorted((ROOT / "experiments").glob("0[123]_*/*.md")))
     text = (ROOT / "docs" / "choosing.md").read_text()
     begin, end = text.index("## Share of the batch"), text.index("## Larger models")
     rows = [line for line in text[begin:end].splitlines() if line.startswith("|")]
@@ -319,6 +319,24 @@ def test_figures_of_choosing_are_those_of_the_studies():
     assert [
         number for number in sorted(numbers) if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", studies)
     ] == []
+
+
+def strangers(row: str) -> list[str]:
+    """Numbers of a finding's own results that do not stand in its study."""
+    *_, ours, _, link = row.strip("| ").split(" | ")
+    found = re.search(r"\(([^)]+)\)", link)
+    assert found, row
+    study = "".join(path.read_text() for path in sorted((ROOT / "experiments" / found[1]).glob("*.md")))
+    numbers = re.findall(r"\d+\.\d+|\d+ of \d+|\d+(?=%)", ours)
+    return [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", study)]
+
+
+def test_findings_are_those_of_the_studies():
+    rows = [line for line in (ROOT / "experiments" / "README.md").read_text().splitlines() if line.startswith("| ")]
+    findings = [row for row in rows if row.count(" | ") == 4 and "](" in row and not row.startswith("| [")]
+    assert len(findings) > 15
+    assert [(row, wrong) for row in findings if (wrong := strangers(row))] == []
+    assert strangers("| a | b | 0.384 and 77.123 of 12 | c | [02](02_baselines) |") == ["77.123"]
 
 
 # The checks can fail

@@ -133,17 +133,22 @@ def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, mo
         "plain": [PLAIN],
         "kl": [replace(PLAIN, coef=1.0, replay_rows=2)],
         "L2-SP": [replace(PLAIN, method="l2_sp", strength=0.1)],
+        "kl Spanish": [replace(PLAIN, coef=1.0, replay_rows=2)],
         "interpolation": [replace(PLAIN, method="interpolation")],
         "OSF": [replace(PLAIN, method="osf")],
         "CorDA": [replace(PLAIN, method="corda", lora_rank=2)],
     }
     monkeypatch.setattr(baselines, "plan", lambda: runs)
     monkeypatch.setattr(baselines, "SEEDS", (0,))
+    texts = [" ".join(["cada pueblo busca paz y justicia"] * 20)] * len(bench.replay)
+    monkeypatch.setitem(baselines.REAL, "Spanish", lambda: texts)
     baselines.main([])
     monkeypatch.setattr(baselines, "make", None)  # would fail if a finished run were made again
-    baselines.main(["--only", "runs"])
+    baselines.main([])
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == list(runs)
+    own, spanish = (row["trajectory"][-1]["eval_loss"] for row in rows[1:4:2])
+    assert own != spanish  # other rows were replayed
     for row in rows:
         begin, end = row["trajectory"][0], row["trajectory"][-1]
         assert begin["retention/prose/ref_kl"] == pytest.approx(0, abs=1e-5)
@@ -205,6 +210,26 @@ def test_second_verdict_goes_with_the_results() -> None:
     assert "less than ntp (98% less), plain (99% less)" in told(0.01, 0.5)
     assert "less than plain (50% less); more than ntp (4900% more)" in told(0.5, 0.01)
     assert "not clearly different from ntp" in told(0.5, 0.5)
+
+
+def test_the_papers_claims_go_with_the_results() -> None:
+    baselines = study("02_baselines")
+
+    def told(left: dict[str, float]) -> str:
+        rows = [{**synthetic(0.0, seed, 1.0), "name": "plain"} for seed in (0, 1)]
+        for at, (name, share) in enumerate(left.items()):
+            rows += [{**synthetic(1.0 + at, seed, share), "name": name} for seed in (0, 1)]
+        entries = baselines.entries_of(rows)[0]
+        return baselines.claims(entries) + baselines.beside_paper(entries)
+
+    found = told({"kl": 0.1, "ntp": 0.3, "kl real": 0.1, "ntp real": 0.1, "ntp Spanish": 0.5})
+    assert "KL forgets less than NTP, self-generated: **reproduced**" in found
+    assert "KL forgets less than NTP, real: **cannot tell**" in found
+    assert "NTP on off-policy text is worse than no replay: **not reproduced**" in found
+    assert "off-policy: cannot tell; one of kl Spanish, ntp Spanish is not there" in found
+    assert "replay, kl: **not told apart**" in found
+    assert "replay, ntp: **real forgets less**" in found
+    assert "| kl real | 0.0028 | 2.5% |" in found
 
 
 def test_a_run_that_never_learned_enough_is_not_read() -> None:

@@ -19,6 +19,18 @@ from retain.plots import MARKS, PALETTE
 GAIN = 0.75  # of plain finetuning's: as much as LoRA learns in as many steps
 KNOBS = {"learning_rate": "lr", "coef": "coef", "share": "share", "lora_rank": "rank", "strength": "strength"}
 RIVAL = "kl"
+# Marek et al., 205M parameters, mathematics after 30B tokens of pretraining: forgetting, nats per token.
+PAPER = {"LoRA": 0.140, "plain": 0.113, "ntp": 0.0057, "ntp real": 0.0047, "kl": 0.0028, "kl real": 0.0028}
+# What the paper has below what, at the same new-task loss; `Spanish` is off-policy: the base never saw it.
+CLAIMS = {
+    "Self-generated replay forgets less than none": [("kl", "plain"), ("ntp", "plain")],
+    "KL forgets less than NTP, self-generated": [("kl", "ntp")],
+    "KL forgets less than NTP, real": [("kl real", "ntp real")],
+    "KL forgets less than NTP, off-policy": [("kl Spanish", "ntp Spanish")],
+    "NTP on off-policy text is worse than no replay": [("plain", "ntp Spanish")],
+    "LoRA forgets more than plain": [("plain", "LoRA")],
+}
+ALIKE = (("kl", "kl real"), ("ntp", "ntp real"))
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,45 @@ def verdict(entries: Sequence[Entry]) -> str:
     return f"At the same new-task loss `{RIVAL}` has, at each method's best setting, " + ". ".join(told) + "." + after
 
 
+def claims(entries: Sequence[Entry]) -> str:
+    """The paper's findings one by one, on forgetting of prose at each method's best setting, paired by seed."""
+    best = best_of(entries, "prose", "forgetting")
+    lines = []
+    for claim, pairs in CLAIMS.items():
+        if any(name not in best for pair in pairs for name in pair):
+            lines.append(f"- {claim}: cannot tell; one of {', '.join(dict.fromkeys(sum(pairs, ())))} is not there.")
+            continue
+        found = [best[one].against(best[other], "prose", "forgetting") for one, other in pairs]
+        same = "reproduced" if min(e.low for e in found) > 0 else "cannot tell"
+        answer = "not reproduced" if min(e.high for e in found) < 0 else same
+        told = "; ".join(f"{one} {e.percent()} less than {other}" for (one, other), e in zip(pairs, found, strict=True))
+        lines.append(f"- {claim}: **{answer}** ({told}).")
+    for one, other in ALIKE:
+        if one in best and other in best:
+            e = best[one].against(best[other], "prose", "forgetting")
+            better = "self-generated" if e.low > 0 else "real"
+            apart = "not told apart" if e.low <= 0 <= e.high else f"{better} forgets less"
+            lines.append(f"- Self-generated against real replay, {one}: **{apart}** ({e.percent()} less than real).")
+    return "\n".join(lines)
+
+
+def beside_paper(entries: Sequence[Entry]) -> str:
+    """Markdown: the paper's forgetting and ours, each also as a share of what plain finetuning forgets."""
+    best = best_of(entries, "prose", "forgetting")
+    lines = [
+        "| method | paper: forgetting | of plain's | here: forgetting on prose | of plain's |",
+        "|---|---|---|---|---|",
+    ]
+    for name, value in PAPER.items():
+        if name not in best:
+            continue
+        entry, plain = (entries[0] if name == "plain" else best[name]), entries[0]
+        ours = entry.mean("prose", "forgetting")
+        lines.append(f"| {name} | {value:.4f} | {value / PAPER['plain']:.1%} | {ours} | "
+                     f"{ours.value / plain.mean('prose', 'forgetting').value:.1%} |")  # fmt: skip
+    return "\n".join(lines)
+
+
 COLUMNS = (
     "run", "seeds", "forgetting on prose", "ref_kl on prose", "ref_kl on own rows", "prevented: forgetting",
     "prevented: ref_kl prose", "steps to target", "best new-task loss",
@@ -131,6 +182,7 @@ def _line(entry: Entry, plain: Entry) -> str:
 
 def draw(entries: Sequence[Entry], target: float, path: Path) -> None:
     """Trajectories (mean over seeds) and their ends; one colour a method, named at the end of its best setting."""
+    entries = [entry for entry in entries if " " not in entry.method]  # other sources of replay have their own figure
     methods = list(dict.fromkeys(entry.method for entry in entries))
     with panels(path, 2, (13.0, 5.2)) as (first, second):
         for axes, metric in ((first, "forgetting"), (second, "ref_kl")):
@@ -147,6 +199,30 @@ def draw(entries: Sequence[Entry], target: float, path: Path) -> None:
         right = "new-task loss, nats per token (learning goes right →)"
         dress(first, "Forgetting of prose", right, "forgetting, nats per token")
         dress(second, "Divergence from the base on prose", right, "ref_kl, nats per token")
+
+
+SOURCES = {"": ("self-generated", "-"), "real": ("real", "--"), "Spanish": ("Spanish, off-policy", ":")}
+
+
+def draw_sources(entries: Sequence[Entry], target: float, path: Path) -> None:
+    """Forgetting over new-task loss for each objective and source of replay at its best setting, and without replay."""
+    best = best_of(entries, "prose", "forgetting")
+    with panels(path, 1, (7.0, 4.4)) as (axes,):
+        axes.plot(*trace(entries[0], "forgetting"), color=_look(0)[0], label="without replay")
+        for at, objective in enumerate(("kl", "ntp")):
+            for source, (words, line) in SOURCES.items():
+                if entry := best.get(f"{objective} {source}".strip()):
+                    x, y = trace(entry, "forgetting")
+                    name = f"{objective.upper()}, {words}, coefficient {entry.settings['coef']:g}"
+                    axes.plot(x, y, color=_look(1 + at)[0], linestyle=line, label=name)
+        axes.invert_xaxis()
+        axes.set_yscale("log")
+        axes.set_ylim(top=1.8 * axes.get_ylim()[1])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        goal_line(axes, x=target, words=" same loss")
+        dress(axes, "Where replay comes from", "new-task loss, nats per token (learning goes right →)",
+              "forgetting of prose, nats per token")  # fmt: skip
+        axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
 
 
 def _look(at: int) -> tuple[str, str]:

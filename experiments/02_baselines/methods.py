@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,29 @@ from harness import Bench, Run, compact_documents, finetune, make_trainer
 from peft import LoraConfig, OSFConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
+from small_base import CACHE, load_texts
 
-from retain import ReplayTrainer
+from retain import ReplayDataset, ReplayTrainer, choose_start_token
 from retain.data import Document
+from retain.demo_data import packed_rows
+from retain.lab.corpora import read_spanish
 from retain.metrics import document_sums, logits_of
 
+# Documents of real replay by what they are called: those of pretraining in its shares, and ones the base never saw.
+REAL: dict[str, Callable[[], list[str]]] = {
+    "real": cache(lambda: [*(texts := load_texts()).prose, *texts.code]),
+    "Spanish": cache(lambda: read_spanish(CACHE)),
+}
 ALPHAS = tuple(number / 10 for number in range(11))
+
+
+def real_replay(source: str, bench: Bench) -> ReplayDataset:
+    """As many rows of as many tokens as the base wrote, each from the start of a real document, none twice."""
+    texts, length = REAL[source](), len(bench.replay[0])
+    texts = random.Random(0).sample(texts, len(texts))
+    start = choose_start_token(bench.tokenizer)
+    rows = (row for text in texts for row in packed_rows([text], bench.tokenizer, start, length)[:1])
+    return ReplayDataset.from_rows(list(islice(rows, len(bench.replay))), source)
 
 
 class L2Trainer(ReplayTrainer):

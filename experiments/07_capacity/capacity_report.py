@@ -1,0 +1,242 @@
+"""What the study of capacity says: tables, verdict and figure, from its rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from capacity_cells import Cell, Row, cell_of, nearest_to_loss, slopes, told, tunes
+from matched import t_interval
+from pages import dress, panels
+
+from retain.plots import INK, PALETTE
+
+FORGETS = 0.02  # nats per token: less is the noise of held-out rows
+SIZE, LENGTH = "parameters", "tokens per parameter"
+
+
+def cells_by_size(rows: Sequence[Row], scale: Any) -> dict[float, Cell]:
+    """By number of parameters: each size from its base nearest to the same loss, best coefficient."""
+    found = {}
+    for size in (one.name for one in scale.world.sizes):
+        mine = nearest_to_loss(rows, size, scale.same_loss)
+        if mine and (cell := cell_of(mine, scale.world.target)) is not None:
+            found[float(mine[0]["num_params"])] = cell
+    return found
+
+
+def cells_by_length(rows: Sequence[Row], scale: Any) -> dict[float, Cell]:
+    """By tokens per parameter of the smallest size, best coefficient."""
+    found = {}
+    for length in scale.lengths:
+        cell = cell_of(of_length(rows, scale, length), scale.world.target)
+        if cell is not None:
+            found[float(length)] = cell
+    return found
+
+
+def of_length(rows: Sequence[Row], scale: Any, length: float) -> list[Row]:
+    """Finetunes of the smallest size from its base of this length."""
+    mine = tunes(rows, size=scale.smallest)
+    return [row for row in mine if abs(row["settings"]["tokens_per_param"] / length - 1) < 0.01]
+
+
+def mean_of(cell: Cell, name: str) -> float:
+    return float(np.mean([row[name] for row in cell.rows.values()]))
+
+
+def cell_line(first: str, cell: Cell) -> str:
+    tokens = np.mean([row["settings"]["tokens_per_param"] for row in cell.rows.values()])
+    return (
+        f"| {first} | {tokens:.0f} | {mean_of(cell, 'base_loss'):.3f} | {cell.coef:.2g} | "
+        f"{np.mean(list(cell.steps.values())):.0f} | {told(list(cell.forgetting.values()))} | {len(cell.forgetting)} |"
+    )
+
+
+def tables(rows: Sequence[Row], scale: Any) -> str:
+    """Sizes at one loss, and lengths of the smallest: a line for each."""
+    head = "| {} | tokens per parameter | old loss before | best coefficient | steps | forgetting | seeds |\n" + (
+        "| --- |" * 1 + " --- |" * 6
+    )
+    lines = [f"Sizes, pretrained to {scale.same_loss} (nearest checkpoint):\n", head.format("parameters")]
+    lines += [cell_line(f"{size:.0f}", cell) for size, cell in cells_by_size(rows, scale).items()]
+    lines += ["\nLengths of pretraining of the smallest:\n", head.format("parameters")]
+    lines += [cell_line(scale.smallest, cell) for cell in cells_by_length(rows, scale).values()]
+    return "\n".join(lines)
+
+
+# The frontier
+
+
+def frontier(rows: Sequence[Row], seed: int) -> list[tuple[float, float]]:
+    """Loss on the new language and on the old one of the mixtures of a seed, by the first."""
+    mixed = [row for row in rows if row["settings"]["kind"] == "mixture" and row["settings"]["seed"] == seed]
+    return sorted((row["new"], row["old"]) for row in mixed)
+
+
+def above(rows: Sequence[Row], row: Row) -> float | None:
+    """How far a finetuned model's old loss lies above the frontier's at its own new loss, at the end of its run.
+
+    The frontier is linear between mixtures: where it is convex that is above the true one, and the distance too small.
+    None beyond the mixtures.
+    """
+    points, (_, new, lost) = frontier(rows, row["settings"]["seed"]), row["trajectory"][-1]
+    if not points or not points[0][0] <= new <= points[-1][0]:
+        return None
+    return row["base_loss"] + lost - float(np.interp(new, *zip(*points, strict=True)))
+
+
+def whole(rows: Sequence[Row], scale: Any, length: float) -> dict[float, list[Row]]:
+    """Runs of all their steps from the base of this length, by coefficient."""
+    mine: dict[float, list[Row]] = {}
+    for row in of_length(rows, scale, length):
+        if row["trajectory"][-1][0] == scale.world.max_steps:
+            mine.setdefault(row["settings"]["coef"], []).append(row)
+    return dict(sorted(mine.items()))
+
+
+def distances(rows: Sequence[Row], scale: Any, length: float) -> dict[float, list[float]]:
+    """Distances above the frontier by coefficient, where every seed has one."""
+    found = {}
+    for coef, mine in whole(rows, scale, length).items():
+        far = [one for row in mine if (one := above(rows, row)) is not None]
+        if len(far) == len(mine):
+            found[coef] = far
+    return found
+
+
+def frontier_table(rows: Sequence[Row], scale: Any) -> str:
+    """Where finetunes of a saturated and an unsaturated base end, against the frontier."""
+    lines = [
+        f"Finetuned models after {scale.world.max_steps} steps, and how far their old loss lies above the frontier:\n",
+        "| tokens per parameter | coefficient | new loss | old loss | forgetting | above the frontier | seeds |",
+        "| --- |" + " --- |" * 6,
+    ]
+    for length in scale.frontier_lengths:
+        far = distances(rows, scale, length)
+        for coef, mine in whole(rows, scale, length).items():
+            ends = [row["trajectory"][-1] for row in mine]
+            new = np.mean([end[1] for end in ends])
+            old = np.mean([row["base_loss"] + end[2] for row, end in zip(mine, ends, strict=True)])
+            lost, over = told([end[2] for end in ends]), told(far[coef]) if coef in far else "beyond the mixtures"
+            lines.append(f"| {length:.0f} | {coef:g} | {new:.3f} | {old:.3f} | {lost} | {over} | {len(mine)} |")
+    return "\n".join(lines)
+
+
+# The verdict
+
+
+def verdict(rows: Sequence[Row], scale: Any) -> str:
+    """Four questions, each answered by an interval over seeds, and what they say together."""
+    sizes, lengths = cells_by_size(rows, scale), cells_by_length(rows, scale)
+    longest = float(max(scale.lengths))
+    if len(sizes) < 2 or len(lengths) < 2 or longest not in lengths:
+        return "Verdict: none yet; the study is not finished."
+    seeds = min(len(cell.forgetting) for cell in (*sizes.values(), *lengths.values()))
+    if seeds < 2:
+        return "Verdict: none yet; one seed has no interval."
+    low, high = lengths[longest].interval
+    kept = "forgets" if low > FORGETS else "does not forget" if high < FORGETS else "may forget or not"
+    by_size, by_length = slopes(sizes), slopes(lengths)
+    falls, rises = -sign(by_size), sign(by_length)
+    bound, sentence = bounded(rows, scale)
+    right = [{"forgets": 1, "does not forget": -1}.get(kept, 0), falls, rises]
+    answer = "not reproduced" if -1 in [*right, bound] else "cannot tell at this size" if 0 in right else "reproduced"
+    return (
+        f"Verdict: {answer}. With the best coefficient a model of {min(sizes):.0f} parameters at {longest:.0f} tokens "
+        f"per parameter {kept}: {told(list(lengths[longest].forgetting.values()))} nats. For each tenfold of size "
+        f"forgetting changes by {told(by_size)} ({words(falls, 'falls', 'rises')}), for each tenfold of tokens per "
+        f"parameter by {told(by_length)} ({words(rises, 'rises', 'falls')}). {sentence} {seeds} seeds; 95% intervals "
+        "by Student's t."
+    )
+
+
+def sign(values: Sequence[float]) -> int:
+    """Of a mean, where its interval leaves out 0; else 0."""
+    low, high = t_interval(values)
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def words(found: int, yes: str, no: str) -> str:
+    return {1: f"it {yes}", 0: f"whether it {yes} is open", -1: f"it {no}"}[found]
+
+
+def bounded(rows: Sequence[Row], scale: Any) -> tuple[int, str]:
+    """Whether the frontier bounds the finetuned models from below: 1, 0 (open) or -1, and a sentence."""
+    far = {
+        (length, coef): values
+        for length in scale.frontier_lengths
+        for coef, values in distances(rows, scale, length).items()
+        if len(values) > 1
+    }
+    if not far:
+        return 0, "Where the finetuned models lie to the frontier is not known."
+    signs = {place: sign(values) for place, values in far.items()}
+    found = -1 if -1 in signs.values() else 1 if set(signs.values()) == {1} else 0
+    means = [float(np.mean(values)) for values in far.values()]
+    what = {1: "bounds", 0: "may bound", -1: "does not bound"}[found]
+    over, under = (sum(one == which for one in signs.values()) for which in (1, -1))
+    return found, (
+        f"The two-language frontier {what} the finetuned models: they lie {min(means):+.3f} to {max(means):+.3f} nats "
+        f"from it, {over} of {len(far)} settings surely above, {under} surely below."
+    )
+
+
+def report(rows: Sequence[Row], scale: Any) -> str:
+    return f"{tables(rows, scale)}\n\n{frontier_table(rows, scale)}\n\n**{verdict(rows, scale)}**"
+
+
+# The figure
+
+
+def draw(rows: Sequence[Row], scale: Any, path: Path) -> None:
+    """Forgetting by size, by tokens per parameter, and the frontier with finetuned models against it."""
+    with panels(path, 3, (12.4, 3.7)) as axes:
+        draw_cells(axes[0], cells_by_size(rows, scale), PALETTE[0])
+        dress(axes[0], f"By size, pretrained to {scale.same_loss}", SIZE, "forgetting, nats per token")
+        draw_cells(axes[1], cells_by_length(rows, scale), PALETTE[1])
+        dress(axes[1], "By tokens per parameter, smallest size", LENGTH, "")
+        draw_frontier(axes[2], rows, scale)
+
+
+def draw_cells(axis: Any, cells: dict[float, Cell], colour: str) -> None:
+    """Means of seeds as a line, each seed a dot, the best coefficient beside it."""
+    places = sorted(cells)
+    axis.set_xscale("log")
+    axis.plot(places, [cells[place].mean for place in places], color=colour, marker="o")
+    for place in places:
+        cell = cells[place]
+        axis.plot([place] * len(cell.forgetting), list(cell.forgetting.values()), ".", color=colour, alpha=0.5)
+        axis.annotate(f"{cell.coef:.2g}", (place, max(cell.forgetting.values())), (0, 5), textcoords="offset points",
+                      ha="center", fontsize=8)  # fmt: skip
+    axis.set_xticks(places, [f"{place:,.0f}" for place in places])
+    axis.minorticks_off()
+    axis.margins(x=0.12)
+    axis.set_ylim(0, 1.2 * max((max(cell.forgetting.values()) for cell in cells.values()), default=1.0))
+
+
+def draw_frontier(axis: Any, rows: Sequence[Row], scale: Any) -> None:
+    """Mixtures as a line for each seed, ends of finetunes as dots, and the first seed's ways there as thin lines."""
+    seeds = sorted({row["settings"]["seed"] for row in rows if row["settings"]["kind"] == "mixture"})
+    for seed in seeds:
+        new, old = zip(*frontier(rows, seed), strict=True)
+        label = "pretrained on both (a line a seed)" if seed == seeds[0] else None
+        axis.plot(new, old, color=INK, linewidth=1.2, marker="s", markersize=3, label=label)
+    ends = [point for seed in seeds for point in frontier(rows, seed)]
+    for length, colour in zip(scale.frontier_lengths, PALETTE[2:], strict=False):
+        for row in (row for mine in whole(rows, scale, length).values() for row in mine):
+            _, new, lost = zip(*row["trajectory"], strict=True)
+            old = np.add(lost, row["base_loss"])
+            ends.append((new[-1], old[-1]))
+            axis.plot(new[-1], old[-1], ".", color=colour)
+            if row["settings"]["seed"] == min(seeds, default=0):
+                axis.plot(new, old, color=colour, linewidth=0.6, alpha=0.7)
+        axis.plot([], [], ".-", color=colour, linewidth=0.6, label=f"finetuned from {length:.0f} tokens per parameter")
+    if ends:
+        new, old = zip(*ends, strict=True)
+        axis.set_xlim(min(new) - 0.1, max(new) + 0.3)
+        axis.set_ylim(min(old) - 0.1, max(old) + 0.35)
+    axis.legend(fontsize=7.5, loc="upper right")
+    dress(axis, "Two languages in one model", "loss on the new language", "loss on the old language")

@@ -1,0 +1,190 @@
+"""Is forgetting a matter of the learning rate, in pretraining or finetuning, and does replay do away with it?
+
+python experiments/09_learning_rate/run.py [--scale laptop|gpu|paper] [--report]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import torch  # noqa: E402
+from harness import Bench, Results, Run, finetune  # noqa: E402
+from lab_bases import corpus_of, open_lab_bench, pretrain  # noqa: E402
+from pages import write_results  # noqa: E402
+from rate_report import OLD, draw, nearest, table, verdict  # noqa: E402
+from small_base import CACHE  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
+from retain.lab.config import PretrainConfig  # noqa: E402
+
+logger = logging.getLogger("experiments")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What a study takes; the defaults are one GPU's."""
+
+    corpus: str = "synthetic"
+    new_corpus: str = "synthetic"
+    model_size: str = "5.8M"
+    num_states: int = 4096
+    vocab_size: int = 1024
+    max_length: int = 128
+    tokens_per_param: tuple[float, ...] = (20, 30, 45, 70, 100)
+    pretrain_batch: int = 256
+    pretrain_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    replay_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    control_rate: float = 1e-3
+    batch_size: int = 128
+    replay_rows: int = 32
+    replay_pool: int = 20_480
+    coef: float = 3.0
+    steps_times_rate: float = 0.3
+    least_steps: int = 300
+    stop_loss: float = 1.6
+    seeds: int = 3
+
+
+SCALES = {
+    "laptop": Scale(
+        model_size="6400", num_states=32, vocab_size=32, max_length=64, pretrain_batch=64,
+        tokens_per_param=(75, 100, 115, 130, 150, 175, 200, 300), pretrain_rates=(1e-3, 3e-3, 1e-2),
+        rates=(1.5e-4, 7e-4, 3e-3, 1.5e-2), replay_rates=(7e-4, 3e-3, 1.5e-2), control_rate=3e-3, batch_size=32,
+        replay_rows=16, replay_pool=4096, coef=1.0, steps_times_rate=0.5,
+    ),
+    "gpu": Scale(),
+    "paper": Scale(
+        corpus="english", new_corpus="spanish", vocab_size=4096, max_length=256, tokens_per_param=(50, 100, 300, 1000),
+        pretrain_rates=(3e-4, 1e-3, 3e-3), rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
+        replay_rates=(1e-4, 3e-4, 1e-3), control_rate=1e-4, batch_size=256, replay_rows=64, coef=10.0,
+        steps_times_rate=0.1, least_steps=1000, stop_loss=2.9, seeds=5,
+    ),
+}  # fmt: skip
+
+
+def corpus_config(scale: Scale, name: str, language: int) -> PretrainConfig:
+    """The old or the new corpus; texts of both share a tokenizer."""
+    both = f"{scale.corpus},{scale.new_corpus}" if name != "synthetic" else None
+    return PretrainConfig(
+        corpus=name, model_size=scale.model_size, num_states=scale.num_states, vocab_size=scale.vocab_size,
+        max_length=scale.max_length, language_seed=language, tokenizer_corpus=both,
+    )  # fmt: skip
+
+
+def bases_of(scale: Scale, seed: int) -> dict[float, dict[float, dict[str, Any]]]:
+    """Bases by pretraining rate and tokens per parameter."""
+    how = {"use_cpu": not torch.accelerator.is_available(), "per_device_train_batch_size": scale.pretrain_batch}
+    config = corpus_config(scale, scale.corpus, 0)
+    return {
+        rate: pretrain(config, scale.tokens_per_param, seed=seed, learning_rate=rate, **how)
+        for rate in scale.pretrain_rates
+    }
+
+
+def plan(scale: Scale, rate: float, control: bool) -> Iterator[tuple[float, float]]:
+    """Finetuning rate and coefficient of every run on a base; the control base needs one only."""
+    if control:
+        yield scale.control_rate, 0.0
+        return
+    yield from ((one, 0.0) for one in scale.rates)
+    yield from ((one, scale.coef) for one in scale.replay_rates)
+
+
+def run_of(scale: Scale, rate: float, coef: float, seed: int) -> Run:
+    """The finetune; the faster it learns, the closer it is watched."""
+    return Run(
+        learning_rate=rate,
+        max_steps=max(scale.least_steps, round(scale.steps_times_rate / rate)),
+        eval_steps=max(4, round(0.03 * scale.steps_times_rate / rate)),
+        batch_size=scale.batch_size,
+        coef=coef,
+        replay_rows=scale.replay_rows,
+        seed=seed,
+    )
+
+
+def make_base_runs(
+    scale: Scale, base: dict[str, Any], known: dict[str, Any], results: Results, *, control: bool = False
+) -> None:
+    """Every finetune of one base; the bench is opened only where a run is missing."""
+    bench: Bench | None = None
+
+    def compute(run: Run) -> dict[str, Any]:
+        nonlocal bench
+        if bench is None:
+            new, old = (corpus_of(corpus_config(scale, name, at), known["seed"])
+                        for at, name in ((1, scale.new_corpus), (0, scale.corpus)))  # fmt: skip
+            bench = open_lab_bench(
+                base["folder"], new, old, seed=known["seed"], num_replay=0 if control else scale.replay_pool,
+                num_train=scale.batch_size * max(scale.least_steps, round(scale.steps_times_rate / min(scale.rates))),
+            )  # fmt: skip
+        found = finetune(run, bench, CACHE / f"run-rate-{known['seed']}", scale.stop_loss)
+        facts = {name: base[name] for name in ("loss", "ideal_loss", "num_params") if name in base}
+        return {"base": facts, "trajectory": [compact(row) for row in found["trajectory"]], "device": device_name()}
+
+    for rate, coef in plan(scale, known["pretrain_rate"], control):
+        settings = {**known, "control": control, "learning_rate": rate, "coef": coef}
+        settings["tokens_per_param"] = base["tokens_per_param"]
+        run = run_of(scale, rate, coef, known["seed"])
+        results.make(settings, lambda run=run: compute(run))
+
+
+def compact(row: dict[str, Any]) -> dict[str, float]:
+    """What the report reads of an evaluation."""
+    return {name: round(row[name], 5) for name in ("step", "eval_loss", f"retention/{OLD}/forgetting")}
+
+
+def make_seed(scale: Scale, seed: int, fixed: dict[str, Any], results: Results) -> None:
+    """The bases of a seed with the same tokens, then the control: all with the loss of the one that learned least."""
+    bases = bases_of(scale, seed)
+    longest = max(scale.tokens_per_param)
+    worst = max(found[longest]["loss"] for found in bases.values())
+    for rate, found in bases.items():
+        known = {"pretrain_rate": rate, "seed": seed, **fixed}
+        make_base_runs(scale, found[longest], known, results)
+        if (base := nearest(list(found.values()), worst))["tokens_per_param"] != longest:
+            make_base_runs(scale, base, known, results, control=True)
+
+
+def device_name() -> str:
+    """What it ran on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", choices=SCALES, default="laptop")
+    parser.add_argument("--seeds", type=int, nargs="*", help="only these, e.g. one process each on several cores")
+    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
+    asked = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logger.setLevel(logging.INFO)
+    disable_progress_bar()
+    torch.set_num_threads(1)
+    scale = SCALES[asked.scale]
+    own = ("seeds", "pretrain_rates", "rates", "replay_rates", "control_rate", "tokens_per_param", "coef")
+    fixed = {name: value for name, value in asdict(scale).items() if name not in own}
+    results = Results(HERE / "results.jsonl", asked.scale)
+    seeds = range(scale.seeds) if asked.seeds is None else asked.seeds
+    for seed in () if asked.report else seeds:
+        make_seed(scale, seed, fixed, results)
+    rows = [row for row in results.rows.values() if fixed.items() <= row["settings"].items()]
+    told = f"{table(rows)}\n\n{verdict(rows)}"
+    draw(rows, HERE / ("figure.png" if asked.scale == "laptop" else f"figure-{asked.scale}.png"))
+    if asked.scale == "laptop":
+        write_results(HERE / "README.md", told)
+    sys.stdout.write(told + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Does a saturated model forget less when it is enlarged, without changing its function, before it is finetuned?
+
+python experiments/13_expansion/run.py [--scale laptop|gpu|paper] [--report]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SEVENTH = HERE.parent / "07_capacity"
+sys.path[:0] = [str(HERE.parent), str(SEVENTH), str(HERE)]
+
+import torch  # noqa: E402
+from capacity_runs import World, at_length, bases, tune, tune_all  # noqa: E402
+from capacity_scales import SCALES as CAPACITY  # noqa: E402
+from expansion_report import draw, report  # noqa: E402
+from harness import Results  # noqa: E402
+from pages import write_results  # noqa: E402
+
+logger = logging.getLogger("experiments")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A saturated base, how it is enlarged, and a size to which that comes, pretrained on as many tokens."""
+
+    world: World
+    small: str
+    tokens_per_param: float
+    control: str
+    control_tokens_per_param: float
+    widened: dict[str, int] = field(default_factory=dict)
+    deepened: dict[str, int] = field(default_factory=dict)
+    coefs: tuple[float, ...] = (3.0, 10.0)  # of the enlarged models
+    seeds: int = 3
+
+    @property
+    def arms(self) -> dict[str, tuple[str, float, dict[str, int] | None]]:
+        """Base, its tokens per parameter, and how it is enlarged."""
+        return {
+            "unexpanded": (self.small, self.tokens_per_param, None),
+            "widened": (self.small, self.tokens_per_param, self.widened),
+            "deepened": (self.small, self.tokens_per_param, self.deepened),
+            "control": (self.control, self.control_tokens_per_param, None),
+        }
+
+
+SCALES = {
+    "laptop": Scale(
+        world=CAPACITY["laptop"].world, small="6400", tokens_per_param=562.3413, control="26e3",
+        control_tokens_per_param=133.3521, widened={"hidden_size": 32, "intermediate_size": 88, "num_heads": 2},
+        deepened={"num_layers": 5},
+    ),
+    "gpu": Scale(
+        world=CAPACITY["gpu"].world, small="134k", tokens_per_param=316.2278, control="430k",
+        control_tokens_per_param=100.0, widened={"hidden_size": 128, "intermediate_size": 512, "num_heads": 8},
+        deepened={"num_layers": 8},
+        coefs=(1.0, 3.0, 10.0, 30.0),
+    ),
+    "paper": Scale(
+        world=CAPACITY["paper"].world, small="5.8M", tokens_per_param=10_000.0, control="21M",
+        control_tokens_per_param=316.2278, widened={"hidden_size": 512, "intermediate_size": 1368, "num_heads": 16},
+        deepened={"num_layers": 24},
+        coefs=(1.0, 3.0, 10.0, 30.0),
+    ),
+}  # fmt: skip
+
+
+def run_seed(scale: Scale, seed: int, results: Results, shared: Results) -> None:
+    for size, length, grown in scale.arms.values():
+        base = at_length(bases(scale.world, size, seed), length)
+        how: dict[str, Any] = {"shared": shared, "grown": grown}
+        tune(scale.world, base, size, 0.0, seed, results, **how)
+        tune_all(scale.world, base, size, seed, results, scale.coefs if grown else None, **how)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", choices=SCALES, default="laptop")
+    parser.add_argument("--seeds", type=int, nargs="*", help="only these, e.g. one process each on several cores")
+    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
+    asked = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logger.setLevel(logging.INFO)
+    torch.set_num_threads(1)
+    scale, results = SCALES[asked.scale], Results(HERE / "results.jsonl", asked.scale)
+    shared = Results(SEVENTH / "results.jsonl", asked.scale)
+    seeds = range(scale.seeds) if asked.seeds is None else asked.seeds
+    for seed in () if asked.report else seeds:
+        run_seed(scale, seed, results, shared)
+    rows = [row for row in results.rows.values() if row["bench"] == asked.scale]
+    draw(rows, scale, HERE / ("figure.png" if asked.scale == "laptop" else f"figure-{asked.scale}.png"))
+    told = report(rows, scale)
+    if asked.scale == "laptop":
+        write_results(HERE / "README.md", told)
+    sys.stdout.write(told + "\n")
+
+
+if __name__ == "__main__":
+    main()
