@@ -19,8 +19,8 @@ VERBS = {
     "sample": "--model_name_or_path base --num_rows 32 --max_length 24 --output_dir replay",
     "export": "replay --output replay.jsonl",
     "finetune": f"{RUN} --lora_r 2 --max_steps 24 --output_dir runs/two",
-    "measure": "--base base --model runs/two --retention old=old.txt --new_task new=held.jsonl --max_length 32 --max_new_tokens 16 "
-    "--output_dir report",
+    "measure": "--base base --model runs/two --retention old=old.txt --new_task new=held.jsonl "
+    "--max_length 32 --max_new_tokens 16 --output_dir report",
     "report": "--runs report --output_dir page",
     "sweep": "sweep.yaml --output_dir sweep --engine local",
     "fit": "runs/two/metrics.jsonl sweep/*/metrics.jsonl --form linear --output law.json --num_resamples 50",
