@@ -238,6 +238,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_studies_run_share_their_rows_and_make_each_once(tiny, tmp_path):
     seventh, grid, expansion = (Results(tmp_path / f"{name}.jsonl", "tiny") for name in ("7", "8", "13"))
     scale = capacity_scales.Scale(

@@ -357,6 +357,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, flags, line):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, capsys):
     """kill -9 in the middle, then the same command: to the last bit."""
     command = ["pretrain", *SMALL, "--max_steps", "60", "--save_steps", "10", "--eval_steps", "20"]

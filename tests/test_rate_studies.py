@@ -99,6 +99,7 @@ def test_rate_study_draws(tmp_path: Path) -> None:
     assert rate_report.table(rate_rows()).count("KL, coefficient 3") == 2
 
 
+@pytest.mark.slow
 def test_rate_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = study("09_learning_rate")
     scale = module.Scale(
@@ -183,6 +184,7 @@ def test_a_batch_size_that_is_not_finished_is_left_out() -> None:
     assert "From 1 to 16 rows" in batch_report.verdict(rows)
 
 
+@pytest.mark.slow
 def test_batch_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = study("11_batch_size")
     scale = module.Scale(
