@@ -18,7 +18,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 
 # The root of the repository is the source, so that links between docs, studies and README mean the same everywhere.
 root_doc = "docs/index"
-include_patterns = ["docs/**", "experiments/README.md", "experiments/*/README.md", "benchmarks/README.md", "*.md"]
+include_patterns = ["docs/**", "experiments/README.md", "experiments/*/*.md", "benchmarks/README.md", "*.md"]
 exclude_patterns = ["README.md", "docs/conf.py"]
 
 myst_heading_anchors = 4
