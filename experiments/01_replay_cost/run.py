@@ -62,7 +62,7 @@ def cells() -> list[Run]:
     pools = [cell(rows, 1.0, pool=pool) for rows, pool in ((8, 16), (8, 64), (8, 256), (2, 16))]
     fast = [cell(rows, coef, learning_rate=FAST) for rows, coef in ((8, 1.0), (8, 3.0), (2, 1.0), (16, 10.0))]
     adapters = [replace(lora, replay_rows=rows, coef=coef) for rows, coef in ((8, 1.0), (2, 1.0), (8, 3.0))]
-    again = [*(cell(rows, 1.0) for rows in (2, 8, 4)), cell(16, 10.0), *fast[:2], every[1], cell(2, 0.3)]
+    again = [*(cell(rows, 1.0) for rows in (2, 8, 4)), cell(16, 10.0), *fast[:2], every[1], cell(2, 0.3), *adapters]
     repeated = [replace(run, seed=seed) for run in again for seed in SEEDS[1:]]
     return [*grid, *fast, *repeated[:4], *every, *pools, *repeated[4:], *adapters]
 
