@@ -29,17 +29,10 @@ PAGES = [
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 FOLDERS = r"(?:src|tests|docs|examples|experiments|benchmarks)"
 # Flags in prose that are neither ours nor accelerate's: of pip, lm-eval, torchrun, and of the studies' own programs.
-OTHERS = {
-    "--no-deps",
-    "--log_samples",
-    "--nproc_per_node",
-    "--only",
-    "--seeds",
-    "--scale",
-    "--rounds",
-    "--report",
-    "--batch_sizes",
-}
+OTHERS = set(
+    "--no-deps --log_samples --nproc_per_node --only --seeds --scale --rounds --report --rows --length".split()
+)
+OTHERS |= {"--batch_sizes"}
 
 
 def ids(path: Path) -> str:
