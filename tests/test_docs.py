@@ -29,21 +29,8 @@ PAGES = [
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 FOLDERS = r"(?:src|tests|docs|examples|experiments|benchmarks)"
 # Flags in prose that are neither ours nor accelerate's: of pip, lm-eval, torchrun, and of the studies' own programs.
-OTHERS = set(
-    [
-        "--no-deps",
-        "--log_samples",
-        "--nproc_per_node",
-        "--only",
-        "--seeds",
-        "--scale",
-        "--rounds",
-        "--report",
-        "--rows",
-        "--length",
-    ]
-)
-OTHERS |= {"--batch_sizes"}
+OTHERS = {"--no-deps", "--log_samples", "--nproc_per_node", "--only", "--seeds", "--scale", "--rounds", "--report"}
+OTHERS |= {"--batch_sizes", "--rows", "--length"}
 
 
 def ids(path: Path) -> str:
