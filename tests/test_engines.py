@@ -472,6 +472,7 @@ sys.exit(main(["sample", "--model_name_or_path", sys.argv[1], "--output_dir", sy
 """
 
 
+@pytest.mark.slow
 @needs_ray
 def test_an_interrupted_ray_job_stops_cleanly_and_goes_on(cluster, workers, llama_folder, whole, tmp_path):
     """On a cluster that was there before and goes on without it."""

@@ -30,6 +30,7 @@ def test_two_processes_sample_the_rows_of_one(tmp_path: Path) -> None:
     assert one == two
 
 
+@pytest.mark.slow
 def test_a_config_may_hold_what_trl_hands_to_accelerate(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     rows = [{"text": text} for text in make_texts(12)]

@@ -104,6 +104,7 @@ def test_a_full_disk_is_named_and_the_command_goes_on(here, tmp_path, capsys, mo
     assert not differences(snapshot(tmp_path / "whole" / "out"), snapshot(out), places)
 
 
+@pytest.mark.slow
 def test_what_was_there_before_a_full_disk_stays(here, tmp_path, capsys):
     """An older report is still there whole when a newer one does not fit; so are a run's checkpoints."""
     argv = [*commands(here)["measure"], "--output_dir", str(tmp_path / "report")]
