@@ -185,13 +185,13 @@ class StopBelow(TrainerCallback):
         control.should_training_stop |= metrics.get("eval_loss", self.loss + 1) <= self.loss
 
 
-def arguments(run: Run, folder: Path) -> TrainingArguments:
+def arguments(run: Run, folder: Path, *, eval_batch_size: int = 32, **more: Any) -> TrainingArguments:
     """Constant learning rate after warm-up, AdamW without decay: a trajectory can be read at any of its steps."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=run.max_steps,
         per_device_train_batch_size=run.batch_size,
-        per_device_eval_batch_size=32,
+        per_device_eval_batch_size=eval_batch_size,
         learning_rate=run.learning_rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=run.warmup_steps,
@@ -204,6 +204,7 @@ def arguments(run: Run, folder: Path) -> TrainingArguments:
         disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(),
         seed=run.seed,
+        **more,
     )
 
 

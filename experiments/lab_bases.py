@@ -112,11 +112,6 @@ def _pretrain(
     logger.info("%s: %d parameters, losses %s", config.corpus, size, [base["loss"] for base in bases])
 
 
-def corpus_of(config: PretrainConfig, seed: int = 0) -> Corpus:
-    """Training rows and held-out rows of a text or language, e.g. the new one."""
-    return open_corpus(config, seed)
-
-
 def open_lab_bench(
     folder: Path, new: Corpus, old: Corpus, *, num_train: int, num_replay: int, held_out: int = 128, seed: int = 0
 ) -> Bench:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from retain.comparison import crossing, series
-from retain.statistics import bootstrap_ratio
+from retain.statistics import bootstrap_ratio, share_interval
 
 # What is judged. Forgetting on the base's own rows is left out: there it is their ref_kl with sampling noise.
 MEASURES = (("prose", "forgetting"), ("prose", "ref_kl"), ("self-generated", "ref_kl"))
@@ -107,3 +107,17 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
         return mean, mean
     half = float(student.ppf((1 + level) / 2, number - 1)) * float(np.std(values, ddof=1)) / math.sqrt(number)
     return mean - half, mean + half
+
+
+def sign_of(values: Sequence[float]) -> int:
+    """1 or -1 where the t interval lies above or below 0 as a whole, else 0."""
+    low, high = t_interval(values)
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def share(count: int, total: int) -> str:
+    """A share with Wilson's 95% interval, in words; a dash of nothing."""
+    if not total:
+        return "–"
+    value, low, high = share_interval(count, total)
+    return f"{count} of {total}: {value:.0%} [{low:.0%}, {high:.0%}]"

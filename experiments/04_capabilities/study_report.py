@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matched import share
 from pages import dress, panels, write_results
 
 from retain.files import append_jsonl, read_jsonl
@@ -96,14 +97,6 @@ def lost_refusals(rows: Sequence[dict[str, Any]], scorer: str) -> tuple[int, int
     """Refusals lost, and how many there were to lose."""
     lost, kept = (added(rows, "refusals", scorer, fate) for fate in ("lost", "kept"))
     return lost, lost + kept
-
-
-def share(count: int, total: int) -> str:
-    """A share with Wilson's 95% interval."""
-    if not total:
-        return "–"
-    value, low, high = share_interval(count, total)
-    return f"{count} of {total}: {value:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:

@@ -5,8 +5,6 @@ python experiments/06_continual_tasks/run.py [--scale laptop|gpu|paper] [--repor
 
 from __future__ import annotations
 
-import argparse
-import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from continual_report import METHODS, draw, table, verdict  # noqa: E402
 from harness import Results  # noqa: E402
-from pages import write_results  # noqa: E402
+from scales import ask, device_name, seeds_of, show  # noqa: E402
 from small_base import CACHE  # noqa: E402
 from transformers import TrainerCallback, TrainingArguments  # noqa: E402
 from transformers.trainer_callback import PrinterCallback  # noqa: E402
@@ -32,7 +30,6 @@ from retain.lab.corpora import Stream, collate  # noqa: E402
 from retain.lab.models import make_config, make_model  # noqa: E402
 from retain.lab.tasks import EOS, PAD, TASKS, VOCABULARY, DigitTask, digit_tokenizer, exact_match  # noqa: E402
 
-logger = logging.getLogger("experiments")
 DRAWN_TOGETHER = 2048
 
 
@@ -164,34 +161,17 @@ def run_sequence(method: str, seed: int, scale: Scale, first: dict[int, Any]) ->
     return {"trajectory": trajectory, "device": device_name()}
 
 
-def device_name() -> str:
-    """What it ran on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=SCALES, default="laptop")
-    parser.add_argument("--seeds", type=int, nargs="*", help="only these, e.g. one process each on several cores")
-    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
-    asked = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logger.setLevel(logging.INFO)
-    torch.set_num_threads(1)
+    asked = ask(__doc__, SCALES, arguments)
     scale = SCALES[asked.scale]
     fixed = {name: value for name, value in asdict(scale).items() if name != "seeds"}
     results, first = Results(HERE / "results.jsonl", asked.scale), {}
-    seeds = range(scale.seeds) if asked.seeds is None else asked.seeds
-    for seed in () if asked.report else seeds:
+    for seed in () if asked.report else seeds_of(asked, scale.seeds):
         for method in METHODS:
             settings = {"method": method, "seed": seed, **fixed}
             results.make(settings, lambda method=method, seed=seed: run_sequence(method, seed, scale, first))
     rows = [row for row in results.rows.values() if fixed.items() <= row["settings"].items()]
-    draw(rows, HERE / ("figure.png" if asked.scale == "laptop" else f"figure-{asked.scale}.png"))
-    told = f"{table(rows)}\n\n**{verdict(rows)}**"
-    if asked.scale == "laptop":
-        write_results(HERE / "README.md", told)
-    sys.stdout.write(told + "\n")
+    show(HERE, asked.scale, f"{table(rows)}\n\n**{verdict(rows)}**", lambda path: draw(rows, path))
 
 
 if __name__ == "__main__":

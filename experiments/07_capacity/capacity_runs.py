@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from harness import Bench, Results, Run, finetune
-from lab_bases import corpus_of, open_lab_bench, pretrain
+from lab_bases import open_lab_bench, pretrain
 from small_base import CACHE
 
 from retain import load_model
 from retain.lab.config import PretrainConfig
 from retain.lab.models import counted_size_of, expand, make_config
+from retain.lab.pretrain import open_corpus
 
 logger = logging.getLogger("experiments")
 A_DECADE = 16  # checkpoints for each tenfold of pretraining
@@ -124,7 +125,7 @@ def curve_row(world: World, size: str, seed: int, results: Results) -> Row:
 @functools.lru_cache(maxsize=2)
 def bench_of(world: World, folder: Path, size: str, seed: int) -> Bench:
     """Rows of the new language, held-out rows of the old one, and replay that the base writes."""
-    old, new = (corpus_of(world.language(size, which), seed) for which in (0, 1))
+    old, new = (open_corpus(world.language(size, which), seed) for which in (0, 1))
     num_train = world.max_steps * world.tune_rows
     return open_lab_bench(
         folder, new, old, num_train=num_train, num_replay=world.replay_pool, held_out=HELD_OUT, seed=seed
@@ -208,7 +209,7 @@ def mixed_base(world: World, size: str, share: float, seed: int) -> Row:
 
 def loss_on(folder: Path, world: World, size: str, seed: int) -> float:
     """Held-out loss on the new language, nats per token."""
-    tokens = torch.from_numpy(corpus_of(world.language(size, 1), seed).held_out[:HELD_OUT])
+    tokens = torch.from_numpy(open_corpus(world.language(size, 1), seed).held_out[:HELD_OUT])
     with torch.no_grad():
         return float(load_model(str(folder), dtype="float32").eval()(input_ids=tokens, labels=tokens).loss)
 

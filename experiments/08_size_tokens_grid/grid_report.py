@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from capacity_cells import Cell, Row, cell_of, compute_multiplier, told, tunes
-from matched import t_interval
+from matched import sign_of
 from pages import panels
 
 from retain.plots import INK
@@ -74,7 +74,7 @@ def verdict(rows: Sequence[Row], scale: Any) -> str:
     if seeds < 2:
         return "Verdict: none yet; one seed has no interval."
     by_size, by_length = zip(*plane(found, {place: cell.forgetting for place, cell in found.items()}), strict=True)
-    falls, rises = -_sign(by_size), _sign(by_length)
+    falls, rises = -sign_of(by_size), sign_of(by_length)
     shares = {place: multipliers(rows, place, cell) for place, cell in found.items()}
     worst, best = (pick(shares, key=lambda place: float(np.mean(shares[place]))) for pick in (min, max))
     answer = "not reproduced" if -1 in (falls, rises) else "reproduced" if (falls, rises) == (1, 1) else None
@@ -88,11 +88,6 @@ def verdict(rows: Sequence[Row], scale: Any) -> str:
         f"multiplier is least and greatest, {ends}. {len(found)} of {len(scale.cells)} cells reach the target of "
         f"{scale.world.target}; {seeds} seeds; 95% intervals by Student's t."
     )
-
-
-def _sign(values: Sequence[float]) -> int:
-    low, high = t_interval(values)
-    return 1 if low > 0 else -1 if high < 0 else 0
 
 
 def report(rows: Sequence[Row], scale: Any) -> str:

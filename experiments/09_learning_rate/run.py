@@ -5,8 +5,6 @@ python experiments/09_learning_rate/run.py [--scale laptop|gpu|paper] [--report]
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,15 +16,14 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import torch  # noqa: E402
 from harness import Bench, Results, Run, finetune  # noqa: E402
-from lab_bases import corpus_of, open_lab_bench, pretrain  # noqa: E402
-from pages import write_results  # noqa: E402
+from lab_bases import open_lab_bench, pretrain  # noqa: E402
 from rate_report import OLD, draw, nearest, table, verdict  # noqa: E402
+from scales import ask, device_name, seeds_of, show  # noqa: E402
 from small_base import CACHE  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from retain.lab.config import PretrainConfig  # noqa: E402
-
-logger = logging.getLogger("experiments")
+from retain.lab.pretrain import open_corpus  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +119,7 @@ def make_base_runs(
     def compute(run: Run) -> dict[str, Any]:
         nonlocal bench
         if bench is None:
-            new, old = (corpus_of(corpus_config(scale, name, at), known["seed"])
+            new, old = (open_corpus(corpus_config(scale, name, at), known["seed"])
                         for at, name in ((1, scale.new_corpus), (0, scale.corpus)))  # fmt: skip
             bench = open_lab_bench(
                 base["folder"], new, old, seed=known["seed"], num_replay=0 if control else scale.replay_pool,
@@ -156,34 +153,17 @@ def make_seed(scale: Scale, seed: int, fixed: dict[str, Any], results: Results) 
             make_base_runs(scale, base, known, results, control=True)
 
 
-def device_name() -> str:
-    """What it ran on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=SCALES, default="laptop")
-    parser.add_argument("--seeds", type=int, nargs="*", help="only these, e.g. one process each on several cores")
-    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
-    asked = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logger.setLevel(logging.INFO)
+    asked = ask(__doc__, SCALES, arguments)
     disable_progress_bar()
-    torch.set_num_threads(1)
     scale = SCALES[asked.scale]
     own = ("seeds", "pretrain_rates", "rates", "replay_rates", "control_rate", "tokens_per_param", "coef")
     fixed = {name: value for name, value in asdict(scale).items() if name not in own}
     results = Results(HERE / "results.jsonl", asked.scale)
-    seeds = range(scale.seeds) if asked.seeds is None else asked.seeds
-    for seed in () if asked.report else seeds:
+    for seed in () if asked.report else seeds_of(asked, scale.seeds):
         make_seed(scale, seed, fixed, results)
     rows = [row for row in results.rows.values() if fixed.items() <= row["settings"].items()]
-    told = f"{table(rows)}\n\n{verdict(rows)}"
-    draw(rows, HERE / ("figure.png" if asked.scale == "laptop" else f"figure-{asked.scale}.png"))
-    if asked.scale == "laptop":
-        write_results(HERE / "README.md", told)
-    sys.stdout.write(told + "\n")
+    show(HERE, asked.scale, f"{table(rows)}\n\n{verdict(rows)}", lambda path: draw(rows, path))
 
 
 if __name__ == "__main__":

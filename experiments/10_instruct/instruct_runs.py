@@ -8,8 +8,10 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
+import harness
 import numpy as np
 import torch
+from harness import Run
 from instruct_data import Pools, open_pools
 from peft import LoraConfig, get_peft_model
 from small_base import CACHE, Rows
@@ -120,25 +122,17 @@ class StopAtGain(TrainerCallback):
 
 
 def arguments(arm: Arm, scale: Scale, folder: Any, seed: int) -> TrainingArguments:
-    """Constant learning rate after a warm-up, AdamW without decay, float32."""
-    return TrainingArguments(
-        output_dir=str(folder),
+    """Of `harness`, with this scale's numbers."""
+    run = Run(
         max_steps=scale.max_steps,
-        per_device_train_batch_size=scale.batch_size,
-        per_device_eval_batch_size=scale.batch_size,
-        gradient_accumulation_steps=scale.accumulation,
+        batch_size=scale.batch_size,
         learning_rate=scale.learning_rate if arm.lora is None else scale.lora_rates[arm.lora],
-        lr_scheduler_type="constant_with_warmup",
         warmup_steps=scale.warmup_steps,
-        eval_strategy="steps",
         eval_steps=scale.eval_steps,
-        eval_on_start=True,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(),
         seed=seed,
+    )
+    return harness.arguments(
+        run, folder, eval_batch_size=scale.batch_size, gradient_accumulation_steps=scale.accumulation
     )
 
 

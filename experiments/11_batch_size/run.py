@@ -5,8 +5,6 @@ python experiments/11_batch_size/run.py [--scale laptop|gpu|paper] [--report]
 
 from __future__ import annotations
 
-import argparse
-import logging
 import math
 import shutil
 import sys
@@ -21,7 +19,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch  # noqa: E402
 from batch_report import draw, table, verdict  # noqa: E402
 from harness import Results  # noqa: E402
-from pages import write_results  # noqa: E402
+from scales import ask, device_name, show  # noqa: E402
 from small_base import CACHE  # noqa: E402
 from transformers.trainer_callback import PrinterCallback  # noqa: E402
 
@@ -30,7 +28,6 @@ from retain.lab.config import PretrainConfig  # noqa: E402
 from retain.lab.models import make_config, make_model  # noqa: E402
 from retain.lab.pretrain import PretrainArguments, make_trainer, open_corpus  # noqa: E402
 
-logger = logging.getLogger("experiments")
 LONGEST_STEP = 8  # half-lives: beta2 is .004 there
 
 
@@ -111,20 +108,8 @@ def make_cell(scale: Scale, batch_size: int, half_life: float, fixed: dict[str, 
             results.make(cell | fixed, lambda cell=cell: train(scale, **cell))
 
 
-def device_name() -> str:
-    """What it ran on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=SCALES, default="laptop")
-    parser.add_argument("--batch_sizes", type=int, nargs="*", help="only these, e.g. one process each on several cores")
-    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
-    asked = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logger.setLevel(logging.INFO)
-    torch.set_num_threads(1)
+    asked = ask(__doc__, SCALES, arguments, only="batch_sizes")
     scale = SCALES[asked.scale]
     own = ("seeds", "batch_sizes", "factor", "first_beta2", "half_lives", "rates")
     fixed = {name: value for name, value in asdict(scale).items() if name not in own}
@@ -133,11 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for half_life in scale.half_lives_at(batch_size):
             make_cell(scale, batch_size, half_life, fixed, results)
     rows = [row for row in results.rows.values() if fixed.items() <= row["settings"].items()]
-    told = f"{table(rows)}\n\n**{verdict(rows)}**"
-    draw(rows, HERE / ("figure.png" if asked.scale == "laptop" else f"figure-{asked.scale}.png"))
-    if asked.scale == "laptop":
-        write_results(HERE / "README.md", told)
-    sys.stdout.write(told + "\n")
+    show(HERE, asked.scale, f"{table(rows)}\n\n**{verdict(rows)}**", lambda path: draw(rows, path))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from instruct_report import (
     value_of,
     versus,
 )
+from matched import share
 from pages import dress, panels
 
 from retain.plots import look
@@ -48,12 +49,6 @@ COUNTED = {
 def counts(turns: Sequence[Row], name: str) -> tuple[int, int]:
     """Rows of which it is true, and all rows; over seeds."""
     return sum(row[name] for row in turns), sum(row["rows"] for row in turns)
-
-
-def share(count: int, total: int) -> str:
-    """A share with Wilson's 95% interval."""
-    value, low, high = share_interval(count, total)
-    return f"{count} of {total}: {value:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def turns_text(turns: Sequence[Row]) -> str:

@@ -5,8 +5,6 @@ python experiments/12_self_generated_chat/run.py [--scale laptop|gpu|paper] [--s
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,17 +14,15 @@ HERE = Path(__file__).resolve().parent
 INSTRUCT = HERE.parent / "10_instruct"
 sys.path[:0] = [str(HERE.parent), str(HERE), str(INSTRUCT), str(HERE.parent / "04_capabilities")]
 
-import torch  # noqa: E402
 from chat_report import ARMS_COMPARED, draw, report  # noqa: E402
 from harness import Results  # noqa: E402
 from instruct_data import sampled  # noqa: E402
 from instruct_runs import ARMS, CHAT_ARMS, SCALES, Workplace  # noqa: E402
-from pages import write_results  # noqa: E402
+from scales import ask, seeds_of, show  # noqa: E402
 
 from retain import ReplayDataset, choose_start_token  # noqa: E402
 from retain.starts import CONTENT, chat_prefix  # noqa: E402
 
-logger = logging.getLogger("experiments")
 EXAMPLES, SHOWN = 3, 420  # rows shown, and characters of each
 
 
@@ -72,18 +68,11 @@ def turns_row(place: Workplace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", choices=SCALES, default="laptop")
-    parser.add_argument("--seeds", type=int, nargs="*", help="only these")
-    parser.add_argument("--report", action="store_true", help="remake the tables and the figure only")
-    asked = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logger.setLevel(logging.INFO)
-    torch.set_num_threads(1)
+    asked = ask(__doc__, SCALES, arguments)
     scale = SCALES[asked.scale]
     here, there = (Results(folder / "results.jsonl", asked.scale) for folder in (HERE, INSTRUCT))
     turns, rows = [], []
-    for seed in range(scale.seeds) if asked.seeds is None else asked.seeds:
+    for seed in seeds_of(asked, scale.seeds):
         place = Workplace(scale, seed)
         length = {"rows": scale.pool_rows + scale.held_out, "length": scale.sampled_length}
         sampling = {"what": "turns", "model": scale.model, "seed": seed, **length}
@@ -96,11 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not asked.report:
                 results.make(settings, lambda arm=arm, place=place: place.run(arm))
             rows += [row for row in [results.get(settings)] if row is not None]
-    told = report(turns, rows)
-    draw(turns, rows, HERE / ("figure.png" if asked.scale == "laptop" else f"figure-{asked.scale}.png"))
-    if asked.scale == "laptop":
-        write_results(HERE / "README.md", told)
-    sys.stdout.write(told + "\n")
+    show(HERE, asked.scale, report(turns, rows), lambda path: draw(turns, rows, path))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from capacity_cells import Cell, Row, cell_of, told, tunes
-from matched import t_interval
+from matched import sign_of
 from pages import dress, panels
 
 from retain.plots import PALETTE
@@ -79,7 +79,7 @@ def verdict(rows: Sequence[Row], scale: Any) -> str:
         for arm in ("widened", "deepened")
         if arm in some
     }
-    signs = {place: _sign(values) for place, values in helped.items()}
+    signs = {place: sign_of(values) for place, values in helped.items()}
     protected = [sign for (kind, _), sign in signs.items() if kind == "replay"]
     answer = (
         "yes, enlarging a saturated model lowers forgetting with replay" if protected and min(protected) == 1
@@ -106,11 +106,6 @@ def _control(found: dict[str, dict[str, Cell]]) -> str:
         return "The larger model from the start did not reach the target."
     told_ = told(less(some["control"], some["unexpanded"]))
     return f"A model of the larger size from the start, on as many tokens, forgets {told_} less with replay."
-
-
-def _sign(values: Sequence[float]) -> int:
-    low, high = t_interval(values)
-    return 1 if low > 0 else -1 if high < 0 else 0
 
 
 def _word(sign: int) -> str:

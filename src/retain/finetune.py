@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +46,9 @@ def run_finetune(
     say = print if training_args.process_index == 0 else lambda *parts: None
     say(f"document start: {choose_start_token(tokenizer, config.start_token)}")
     replay = config.replay_dataset
+    quantization = get_quantization_config(model_args)
     if replay == "self":
         with training_args.main_process_first(local=False, desc="sampling replay"):
-            quantization = get_quantization_config(model_args)
             replay = _sample_own(name, tokenizer, training_args, config, options, quantization)
     of_model = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
     training_args.model_init_kwargs = {**options, **of_model, **(training_args.model_init_kwargs or {})}
@@ -59,7 +58,7 @@ def run_finetune(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
+        quantization_config=quantization,
         peft_config=get_peft_config(model_args),
         replay_config=config,
         replay_dataset=replay,
@@ -100,19 +99,12 @@ def train(trainer: Any, checkpoint: str | None) -> None:
     """
     args = trainer.args
     if checkpoint is not None and 0 < args.max_steps <= _state(Path(checkpoint))["global_step"]:
-        trainer.get_batch_samples = partial(_no_batches, trainer)
+        trainer.get_batch_samples = lambda *rest: ([], None)
     stopping = StopWithCheckpoint()
     trainer.add_callback(stopping)
     with stopping.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(args.output_dir)  # before anything that may fail
-
-
-def _no_batches(trainer: Any, *rest: Any) -> tuple[list[Any], None]:
-    config = getattr(trainer, "replay_config", None)
-    if config is not None and config.forgetting_budget is not None and trainer.budget is None:
-        trainer.budget = trainer._begin_budget(config.forgetting_budget)  # for its verdict
-    return [], None
 
 
 def mean_row_length(trainer: Any, most: int = 4096) -> float:

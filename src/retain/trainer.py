@@ -229,6 +229,9 @@ class ReplayMixin(ProtectedInputs):
         """The host's training; a budget begins anew, or where the checkpoint left it, and its verdict is kept."""
         self.budget = None
         result = super().train(*args, **kwargs)
+        budget = self.replay_config.forgetting_budget
+        if budget is not None and self.budget is None:  # it went on from its last step, and made no other
+            self.budget = self._begin_budget(budget)
         if self.budget is not None and self.budget.step and self.is_world_process_zero():
             verdict = {"budget": self.budget.budget, **dataclasses.asdict(self.budget.verdict())}
             write_json(Path(self.args.output_dir) / BUDGET_FILE, verdict)
