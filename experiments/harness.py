@@ -6,17 +6,19 @@ finished, so a study may be killed at any moment and started again.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import random
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from matched import GRAIN, MEASURES
@@ -29,7 +31,7 @@ from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_toke
 from retain.callbacks import read_run
 from retain.data import Document, token_documents, tokenize_documents
 from retain.demo_data import packed_rows
-from retain.files import append_jsonl, read_jsonl, write_text
+from retain.files import append_jsonl, read_jsonl
 from retain.models import model_fingerprint
 from retain.replay import load_self_generated
 from retain.sampling import sample_replay
@@ -267,14 +269,23 @@ def compact_documents(row: dict[str, Any]) -> dict[str, Any]:
     return {"step": row["step"], "name": row["name"], **means}
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[BinaryIO]:
+    """The file, from its beginning, while no other process of a study touches it."""
+    with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        yield file
+
+
 class Results:
     """Rows of a study on one bench, by key; what a killed process left half-written is cut off."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        if text and not text.endswith("\n"):
-            write_text(path, "".join(json.dumps(row) + "\n" for row in read_jsonl(path)))
+        with alone(path) as file:
+            text = file.read()
+            file.truncate(text.rfind(b"\n") + 1)
         self.rows = {row["key"]: row for row in read_jsonl(path)}
 
     def get(self, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -287,7 +298,8 @@ class Results:
         began = time.monotonic()
         row = {"key": key_of(settings, self.fingerprint), "settings": settings, **compute()}
         row |= {"seconds": round(time.monotonic() - began, 1), "bench": self.fingerprint, "versions": versions()}
-        append_jsonl(self.path, row)
+        with alone(self.path):
+            append_jsonl(self.path, row)
         self.rows[row["key"]] = row
         logger.info("%5.1f s  %s", row["seconds"], settings)
         return row

@@ -19,7 +19,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from continual_report import METHODS, draw, table, verdict  # noqa: E402
 from harness import Results  # noqa: E402
-from scales import ask, device_name, seeds_of, show  # noqa: E402
+from scales import Told, conduct, device_name, seeds_of  # noqa: E402
 from small_base import CACHE  # noqa: E402
 from transformers import TrainerCallback, TrainingArguments  # noqa: E402
 from transformers.trainer_callback import PrinterCallback  # noqa: E402
@@ -161,17 +161,27 @@ def run_sequence(method: str, seed: int, scale: Scale, first: dict[int, Any]) ->
     return {"trajectory": trajectory, "device": device_name()}
 
 
+def fixed_of(scale: Scale) -> dict[str, Any]:
+    return {name: value for name, value in asdict(scale).items() if name != "seeds"}
+
+
+def make(name: str, seed: int) -> None:
+    scale, results, first = SCALES[name], Results(HERE / "results.jsonl", name), {}
+    for method in METHODS:
+        settings = {"method": method, "seed": seed, **fixed_of(scale)}
+        results.make(settings, lambda method=method: run_sequence(method, seed, scale, first))
+
+
+def told(name: str) -> Told:
+    fixed = fixed_of(SCALES[name])
+    rows = [
+        row for row in Results(HERE / "results.jsonl", name).rows.values() if fixed.items() <= row["settings"].items()
+    ]
+    return f"{table(rows)}\n\n**{verdict(rows)}**", lambda path: draw(rows, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    asked = ask(__doc__, SCALES, arguments)
-    scale = SCALES[asked.scale]
-    fixed = {name: value for name, value in asdict(scale).items() if name != "seeds"}
-    results, first = Results(HERE / "results.jsonl", asked.scale), {}
-    for seed in () if asked.report else seeds_of(asked, scale.seeds):
-        for method in METHODS:
-            settings = {"method": method, "seed": seed, **fixed}
-            results.make(settings, lambda method=method, seed=seed: run_sequence(method, seed, scale, first))
-    rows = [row for row in results.rows.values() if fixed.items() <= row["settings"].items()]
-    show(HERE, asked.scale, f"{table(rows)}\n\n**{verdict(rows)}**", lambda path: draw(rows, path))
+    conduct(__doc__, HERE, SCALES, parts=seeds_of, make=make, report=told, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def tune_now(world: World, base: Row, size: str, coef: float, seed: int, grown: 
         larger = expand(model, seed=seed, **grown)
         gap, model = {"function_gap": function_gap(model, larger, bench)}, larger
     stop = world.target if coef < 1 else None
-    found = finetune(run, bench, CACHE / "run-capacity", stop, model=model)
+    found = finetune(run, bench, CACHE / f"run-capacity-{size}-{seed}", stop, model=model)
     trajectory = [
         [row["step"], *(round(row[name], 4) for name in ("eval_loss", "retention/old/forgetting"))]
         for row in found["trajectory"]

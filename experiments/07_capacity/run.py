@@ -16,7 +16,7 @@ from capacity_report import draw, report  # noqa: E402
 from capacity_runs import at_length, at_loss, bases, curve_row, mixture_row, tune, tune_all  # noqa: E402
 from capacity_scales import SCALES, Scale  # noqa: E402
 from harness import Results  # noqa: E402
-from scales import ask, seeds_of, show  # noqa: E402
+from scales import Told, conduct, seeds_of  # noqa: E402
 
 
 def run_seed(scale: Scale, seed: int, results: Results) -> None:
@@ -37,13 +37,17 @@ def run_seed(scale: Scale, seed: int, results: Results) -> None:
         mixture_row(world, smallest, share, seed, results)
 
 
+def make(name: str, seed: int) -> None:
+    run_seed(SCALES[name], seed, Results(HERE / "results.jsonl", name))
+
+
+def told(name: str) -> Told:
+    rows = [row for row in Results(HERE / "results.jsonl", name).rows.values() if row["bench"] == name]
+    return report(rows, SCALES[name]), lambda path: draw(rows, SCALES[name], path)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    asked = ask(__doc__, SCALES, arguments)
-    scale, results = SCALES[asked.scale], Results(HERE / "results.jsonl", asked.scale)
-    for seed in () if asked.report else seeds_of(asked, scale.seeds):
-        run_seed(scale, seed, results)
-    rows = [row for row in results.rows.values() if row["bench"] == asked.scale]
-    show(HERE, asked.scale, report(rows, scale), lambda path: draw(rows, scale, path))
+    conduct(__doc__, HERE, SCALES, parts=seeds_of, make=make, report=told, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch  # noqa: E402
 from harness import Bench, Results, Run, finetune  # noqa: E402
 from lab_bases import open_lab_bench, pretrain  # noqa: E402
 from rate_report import OLD, draw, nearest, table, verdict  # noqa: E402
-from scales import ask, device_name, seeds_of, show  # noqa: E402
+from scales import Told, conduct, device_name, seeds_of  # noqa: E402
 from small_base import CACHE  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
@@ -153,17 +153,26 @@ def make_seed(scale: Scale, seed: int, fixed: dict[str, Any], results: Results) 
             make_base_runs(scale, base, known, results, control=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    asked = ask(__doc__, SCALES, arguments)
-    disable_progress_bar()
-    scale = SCALES[asked.scale]
+def fixed_of(scale: Scale) -> dict[str, Any]:
     own = ("seeds", "pretrain_rates", "rates", "replay_rates", "control_rate", "tokens_per_param", "coef")
-    fixed = {name: value for name, value in asdict(scale).items() if name not in own}
-    results = Results(HERE / "results.jsonl", asked.scale)
-    for seed in () if asked.report else seeds_of(asked, scale.seeds):
-        make_seed(scale, seed, fixed, results)
-    rows = [row for row in results.rows.values() if fixed.items() <= row["settings"].items()]
-    show(HERE, asked.scale, f"{table(rows)}\n\n{verdict(rows)}", lambda path: draw(rows, path))
+    return {name: value for name, value in asdict(scale).items() if name not in own}
+
+
+def make(name: str, seed: int) -> None:
+    disable_progress_bar()
+    make_seed(SCALES[name], seed, fixed_of(SCALES[name]), Results(HERE / "results.jsonl", name))
+
+
+def told(name: str) -> Told:
+    fixed = fixed_of(SCALES[name])
+    rows = [
+        row for row in Results(HERE / "results.jsonl", name).rows.values() if fixed.items() <= row["settings"].items()
+    ]
+    return f"{table(rows)}\n\n{verdict(rows)}", lambda path: draw(rows, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    conduct(__doc__, HERE, SCALES, parts=seeds_of, make=make, report=told, arguments=arguments)
 
 
 if __name__ == "__main__":

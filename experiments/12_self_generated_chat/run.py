@@ -1,6 +1,6 @@
 """Does the model end a user's turn by itself, and are such chats of use as replay? One command; finished runs stay.
 
-python experiments/12_self_generated_chat/run.py [--scale laptop|gpu|paper] [--seeds 0 1] [--report]
+python experiments/12_self_generated_chat/run.py [--scale laptop|gpu|paper] [--arms 0 1] [--report]
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(INSTRUCT), str(HERE.parent / "0
 from chat_report import ARMS_COMPARED, draw, report  # noqa: E402
 from harness import Results  # noqa: E402
 from instruct_data import sampled  # noqa: E402
-from instruct_runs import ARMS, CHAT_ARMS, SCALES, Workplace  # noqa: E402
-from scales import ask, seeds_of, show  # noqa: E402
+from instruct_runs import ARMS, CHAT_ARMS, SCALES, Scale, Workplace, workplace  # noqa: E402
+from scales import Told, conduct  # noqa: E402
 
 from retain import ReplayDataset, choose_start_token  # noqa: E402
 from retain.starts import CONTENT, chat_prefix  # noqa: E402
@@ -67,25 +67,54 @@ def turns_row(place: Workplace) -> dict[str, Any]:
     return count_turns(sampled("chat", base, tokenizer, start, place.scale, place.seed), tokenizer)
 
 
+def sampling_of(scale: Scale, seed: int) -> dict[str, Any]:
+    length = {"rows": scale.pool_rows + scale.held_out, "length": scale.sampled_length}
+    return {"what": "turns", "model": scale.model, "seed": seed, **length}
+
+
+def results_of(arm: str, name: str) -> Results:
+    """Arms without chats of the model's own are those of study 10."""
+    return Results((INSTRUCT if arm in ARMS else HERE) / "results.jsonl", name)
+
+
+def row_of(arm: str, name: str, place: Workplace) -> dict[str, Any] | None:
+    return results_of(arm, name).get(place.settings(arm, (ARMS | CHAT_ARMS)[arm]))
+
+
+def make(name: str, place_of_arm: int) -> None:
+    """One arm with every seed."""
+    arm = ARMS_COMPARED[place_of_arm]
+    for seed in range(SCALES[name].seeds):
+        place = workplace(name, seed)
+        settings = place.settings(arm, (ARMS | CHAT_ARMS)[arm])
+        results_of(arm, name).make(settings, lambda place=place: place.run((ARMS | CHAT_ARMS)[arm]))
+
+
+def prepare(name: str) -> None:
+    """What the arms read is sampled once, where its turns are not counted yet or some arm is missing."""
+    for seed in range(SCALES[name].seeds):
+        place = workplace(name, seed)
+        settings = sampling_of(SCALES[name], seed)
+        Results(HERE / "results.jsonl", name).make(settings, lambda place=place: turns_row(place))
+        if any(row_of(arm, name, place) is None for arm in ARMS_COMPARED):
+            place.open()
+
+
+def told(name: str) -> Told:
+    scale, turns, rows = SCALES[name], [], []
+    for seed in range(scale.seeds):
+        turns.append(Results(HERE / "results.jsonl", name).get(sampling_of(scale, seed)))
+        place = workplace(name, seed)
+        rows += [row_of(arm, name, place) for arm in ARMS_COMPARED]
+    turns, rows = ([row for row in some if row is not None] for some in (turns, rows))
+    return report(turns, rows), lambda path: draw(turns, rows, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    asked = ask(__doc__, SCALES, arguments)
-    scale = SCALES[asked.scale]
-    here, there = (Results(folder / "results.jsonl", asked.scale) for folder in (HERE, INSTRUCT))
-    turns, rows = [], []
-    for seed in seeds_of(asked, scale.seeds):
-        place = Workplace(scale, seed)
-        length = {"rows": scale.pool_rows + scale.held_out, "length": scale.sampled_length}
-        sampling = {"what": "turns", "model": scale.model, "seed": seed, **length}
-        if not asked.report:
-            here.make(sampling, lambda place=place: turns_row(place))
-        turns += [row for row in [here.get(sampling)] if row is not None]
-        for name in ARMS_COMPARED:
-            arm, results = (ARMS | CHAT_ARMS)[name], there if name in ARMS else here
-            settings = place.settings(name, arm)
-            if not asked.report:
-                results.make(settings, lambda arm=arm, place=place: place.run(arm))
-            rows += [row for row in [results.get(settings)] if row is not None]
-    show(HERE, asked.scale, report(turns, rows), lambda path: draw(turns, rows, path))
+    conduct(
+        __doc__, HERE, SCALES, parts=lambda scale: range(len(ARMS_COMPARED)), make=make, report=told, only="arms",
+        prepare=prepare, arguments=arguments,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

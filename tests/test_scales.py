@@ -1,0 +1,67 @@
+"""What all studies of the laboratory share: parts made in processes of their own, and one report at the end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+STUDY = f"""
+'''A study of nothing.'''
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(EXPERIMENTS)!r})
+from scales import conduct
+HERE = Path(__file__).parent
+
+def make(name, part):
+    if part == 7:
+        raise ValueError("part 7 does not fit")
+    with open(HERE / "made.txt", "a") as file:
+        file.write(f"{{name}} {{part}}\\n")
+
+def report(name):
+    return (HERE / "made.txt").read_text(), lambda path: path.write_text("figure")
+
+conduct(__doc__.strip(), HERE, {{"laptop": 3}}, parts=range, make=make, report=report)
+"""
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(folder / "run.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_parts_are_made_side_by_side_and_told_once(tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(STUDY)
+    (tmp_path / "README.md").write_text("<!-- results: written by run.py -->\n<!-- end of results -->")
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted((tmp_path / "made.txt").read_text().splitlines()) == [f"laptop {part}" for part in range(3)]
+    assert sorted(done.stdout.split("\n")) == sorted(["", "", *(tmp_path / "made.txt").read_text().splitlines()])
+    assert (tmp_path / "figure.png").read_text() == "figure"
+    assert "laptop 0" in (tmp_path / "README.md").read_text()
+    failed = run(tmp_path, "--seeds", "3", "7")
+    assert failed.returncode == 1
+    assert "a part failed with exit code 1; finished runs are kept" in failed.stderr
+    assert "laptop 7" not in (tmp_path / "made.txt").read_text()
+
+
+def test_rows_are_appended_and_a_torn_one_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    from harness import Results
+
+    path = tmp_path / "results.jsonl"
+    results = Results(path, "bench")
+    results.make({"seed": 0}, lambda: {"loss": 1.0})
+    with open(path, "a") as file:
+        file.write('{"key": "torn"')
+    again = Results(path, "bench")
+    assert again.rows.keys() == results.rows.keys()
+    again.make({"seed": 1}, lambda: {"loss": 2.0})
+    assert [row["loss"] for row in Results(path, "bench").rows.values()] == [1.0, 2.0]
