@@ -324,6 +324,14 @@ def test_pretraining_to_a_target_loss(tmp_path, capsys):
     assert found["eval_loss"] <= 2.0
     assert found["num_steps"] < 200
     assert found["num_steps"] % 5 == 0
+    rest[rest.index("no")] = "steps"
+    again = ["pretrain", *rest, "--save_steps", "5", "--stop_at_loss", "2.0", "--output_dir", str(tmp_path / "kept")]
+    assert main(again) == 0
+    assert main([*again, "--resume_from_checkpoint", "true"]) == 0  # as after a kill behind its last step
+    assert made(tmp_path / "kept") | {"seconds": found["seconds"], "resumed": False} == found
+    for name, weight in load_file(tmp_path / "hit" / "model.safetensors").items():
+        assert torch.equal(weight, load_file(tmp_path / "kept" / "model.safetensors")[name])
+    rest[rest.index("steps")] = "no"
     rest[rest.index("200")] = "5"
     assert main(["pretrain", *rest, "--stop_at_loss", "0.1", "--output_dir", str(tmp_path / "missed")]) == 0
     assert "target loss: not reached" in capsys.readouterr().out

@@ -98,13 +98,20 @@ def train(trainer: Any, checkpoint: str | None) -> None:
     A run that was killed after its last step is at its end: transformers would make one step more.
     """
     args = trainer.args
-    if checkpoint is not None and 0 < args.max_steps <= _state(Path(checkpoint))["global_step"]:
+    if checkpoint is not None and _has_ended(trainer, _state(Path(checkpoint))):
         trainer.get_batch_samples = lambda *rest: ([], None)
     stopping = StopWithCheckpoint()
     trainer.add_callback(stopping)
     with stopping.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(args.output_dir)  # before anything that may fail
+
+
+def _has_ended(trainer: Any, state: dict[str, Any]) -> bool:
+    watches = [one for one in trainer.callback_handler.callbacks if isinstance(one, StopAtLoss)]
+    return 0 < trainer.args.max_steps <= state["global_step"] or any(
+        watch.was_reached(state["log_history"]) for watch in watches
+    )
 
 
 def mean_row_length(trainer: Any, most: int = 4096) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,7 +28,15 @@ class StopAtLoss(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.step = None
+        """What an earlier process measured counts, where its checkpoint is gone on from."""
+        self.loss, self.step = None, None
+        for row in state.log_history:
+            self._look(row, row["step"])
+
+    def _look(self, measured: dict[str, Any], step: int) -> None:
+        if self.metric in measured and not self.reached:
+            self.loss = measured[self.metric]
+            self.step = step if self.loss <= self.target else None
 
     def on_evaluate(
         self,
@@ -37,12 +46,12 @@ class StopAtLoss(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if metrics is None or self.metric not in metrics:
-            return
-        self.loss = metrics[self.metric]
-        if self.loss <= self.target and self.step is None:
-            self.step = state.global_step
-            control.should_training_stop = True
+        self._look(metrics or {}, state.global_step)
+        control.should_training_stop |= self.reached
+
+    def was_reached(self, log_history: list[dict[str, Any]]) -> bool:
+        """Whether a run with these rows has come to its end."""
+        return any(row.get(self.metric, math.inf) <= self.target for row in log_history)
 
     def __str__(self) -> str:
         if self.reached:
