@@ -120,7 +120,8 @@ MAY_IMPORT["lab.pretrain"] |= {f"lab.{name}" for name in ("config", "corpora", "
 
 MAY_IMPORT["lab.sweep"] = {"comparison", "files", "__init__", "lab.ray_sweep"}
 MAY_IMPORT["lab.ray_sweep"] = {"lab.sweep", "lab.__init__", "ray_engine"}
-MAY_IMPORT["cli"] |= {"lab.sweep", "export"}
+MAY_IMPORT["cli"] |= {"lab.sweep", "export", "signals"}
+MAY_IMPORT["signals"] = set()
 MAY_IMPORT["export"] = ROOMS | {"replay"}
 
 LIBRARIES = {"torch", "numpy", "scipy", "jaxtyping"}
@@ -211,8 +212,11 @@ def test_results_are_shown_without_models():
 
 
 def test_the_command_line_imports_inside_functions():
-    assert {name for name, now in imports("cli") if now} <= set(sys.stdlib_module_names) | {"collections.abc"}
-    assert libraries("__init__") == set()
+    assert {name for name, now in imports("cli") if now} <= set(sys.stdlib_module_names) | {
+        "collections.abc",
+        "retain.signals",
+    }
+    assert libraries("__init__") == libraries("signals") == set()
 
 
 def loaded_after(code: str) -> set[str]:

@@ -7,16 +7,16 @@ Bad input ends in one line and exit code 1; set RETAIN_DEBUG=1 for the traceback
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from retain.signals import Terminated, heard
 
 HELP = """usage: retain VERB [--config file.yaml] [--flag value ...]
 
@@ -53,14 +53,6 @@ Finetune a language model without it forgetting, and say how much it forgets.
 LISTS = {"retention", "new_task", "choices", "refusals", "harmless", "train_dataset", "pair", "runs"}
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
-
-
-def _terminate(signum: int, frame: Any) -> None:
-    raise Terminated
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; return the exit code: 0, or what `measure --budget` found.
 
@@ -82,11 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Idle threads that spin at barriers are ruinous on a shared machine; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch|peft")
-    # One of several processes dies of it at once, lest the others wait; a thread cannot listen.
-    listens = "WORLD_SIZE" not in os.environ and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if listens else None
     try:
-        return VERBS[verb](rest) or 0
+        with heard():
+            return VERBS[verb](rest) or 0
     except Launched:
         return 0
     except subprocess.CalledProcessError:
@@ -100,9 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(f"retain {verb}: {one_line(error)}")
         return 1
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
 def _complain(line: str) -> None:

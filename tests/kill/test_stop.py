@@ -15,6 +15,7 @@ import pytest
 from killing import TRAIN, differences, flags, make_kinds, make_world, run_fresh, snapshot
 from test_kill import server, world  # noqa: F401
 
+import retain.cli
 import retain.lab.sweep
 import retain.measuring
 import retain.sampling
@@ -120,6 +121,24 @@ def test_a_second_signal_stops_at_once(tune, tmp_path, capsys, monkeypatch):
     raising(monkeypatch, [signal.SIGINT, signal.SIGINT])
     assert main([*tune, "--output_dir", str(tmp_path / "out")]) == 130
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_that_python_drops_is_sent_again(capsys, monkeypatch, number):
+    """What is raised while an object is finalised is dropped, whatever it is."""
+
+    class Unlucky:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def work(argv):
+        Unlucky()
+        for _ in range(100):
+            time.sleep(0.1)
+
+    monkeypatch.setitem(retain.cli.VERBS, "sample", work)
+    assert main(["sample"]) == CODES[number]
+    assert last_line(capsys).startswith(f"retain sample: {WORDS[number]}; ")
 
 
 def test_without_checkpoints_there_is_none(tune, tmp_path, monkeypatch):
