@@ -378,18 +378,17 @@ def test_a_bug_is_named_by_its_type_and_shown_where_when_asked(world, tmp_path, 
 @pytest.mark.parametrize("flag", ["--new_task", "--new-task"])
 @pytest.mark.parametrize("joined", [True, False])
 def test_a_flag_of_several_values_may_be_repeated(flag, joined):
-    from retain.cli import parse
-    from retain.config import MeasureConfig
+    from retain.flags import parse
 
     def given(name: str, value: str) -> list[str]:
         return [f"{name}={value}"] if joined else [name, value]
 
     arguments = [*given(flag, "a=x"), "--base", "b", *given("--retention", "w=y"), *given(flag, "c=z")]
     arguments += [*given("--choices", "arc=q"), *given("--choices", "mmlu=r"), "--choice_style", "letter"]
-    (config,) = parse([*arguments, "--model", "m", "--output_dir", "o"], "measure", MeasureConfig)
+    (config,) = parse([*arguments, "--model", "m", "--output_dir", "o"], "measure")
     assert (config.new_task, config.retention, config.base) == (["a=x", "c=z"], ["w=y"], "b")
     assert (config.choices, config.choice_style) == (["arc=q", "mmlu=r"], "letter")
-    (config,) = parse(["--pair", "a", "--pair", "b", "--output_dir", "o"], "measure", MeasureConfig)
+    (config,) = parse(["--pair", "a", "--pair", "b", "--output_dir", "o"], "measure")
     assert config.pair == ["a", "b"]
 
 

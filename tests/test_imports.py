@@ -120,8 +120,8 @@ MAY_IMPORT["lab.pretrain"] |= {f"lab.{name}" for name in ("config", "corpora", "
 
 MAY_IMPORT["lab.sweep"] = {"comparison", "files", "__init__", "lab.ray_sweep"}
 MAY_IMPORT["lab.ray_sweep"] = {"lab.sweep", "lab.__init__", "ray_engine"}
-MAY_IMPORT["cli"] |= {"lab.sweep", "export", "signals"}
-MAY_IMPORT["signals"] = set()
+MAY_IMPORT["cli"] |= {"lab.sweep", "export", "signals", "flags"}
+MAY_IMPORT |= {"signals": set(), "flags": MAY_IMPORT["lab.pretrain"] | {"lab.pretrain"}}
 MAY_IMPORT["export"] = ROOMS | {"replay"}
 
 LIBRARIES = {"torch", "numpy", "scipy", "jaxtyping"}
@@ -191,7 +191,7 @@ def test_config_and_files_stand_on_the_standard_library():
 def test_trl_is_imported_where_training_is():
     """Pitfall 29: and only names of `trl` itself, never of `trl.experimental`."""
     users = {module for module in MODULES if "trl" in libraries(module)}
-    assert users <= {"trainer", "finetune", "demo", "cli"}
+    assert users <= {"trainer", "finetune", "demo", "flags"}
     names = {name for module in MODULES for name, _ in imports(module) if name.split(".")[0] == "trl"}
     assert names == {"trl"}
 
@@ -212,11 +212,10 @@ def test_results_are_shown_without_models():
 
 
 def test_the_command_line_imports_inside_functions():
-    assert {name for name, now in imports("cli") if now} <= set(sys.stdlib_module_names) | {
-        "collections.abc",
-        "retain.signals",
-    }
-    assert libraries("__init__") == libraries("signals") == set()
+    own = {"collections.abc", "retain.flags", "retain.signals"}
+    for module in ("cli", "flags", "signals"):
+        assert {name for name, now in imports(module) if now} <= set(sys.stdlib_module_names) | own
+    assert libraries("__init__") == set()
 
 
 def loaded_after(code: str) -> set[str]:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from conftest import save_model
 
+import retain.cli
 import retain.lab.sweep as module
 from retain.cli import main
 from retain.files import exclusive, read_jsonl
@@ -125,6 +126,7 @@ def test_the_last_value_of_everything_is_collected(tmp_path):
 DRIVER = """
 import sys
 sys.path.insert(0, {source!r})
+import retain.cli
 import retain.lab.sweep as module
 module.CHILD = {child!r}
 module.run_sweep({path!r}, {out!r}, num_workers=2)
@@ -195,6 +197,35 @@ def test_a_bad_sweep_is_refused_in_one_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_sweep(tmp_path / "s.yaml")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "message"),
+    [
+        ("sample", {"num_rowz": 4}, "--num_rowz: not known here"),
+        ("sample", {"num_rows": "many"}, "invalid int value: 'many'"),
+        ("measure", {"base": "m", "what": 1}, "--what: not known here"),
+        ("finetune", {"model_name_or_path": "m", "dataset_name": "d", "number_processes": 2}, "nor to accelerate"),
+        ("finetune", {"dataset_name": "d", "save_strategy": "often"}, "invalid choice: 'often'"),
+        ("pretrain", {"corpus": "synthetic", "model_sise": "1M"}, "--model_sise: not known here"),
+        ("weep", {"x": 1}, "verb 'weep'"),
+        ("sweep", {"sweep": "s.yaml"}, "verb 'sweep'"),
+    ],
+)
+def test_no_run_begins_where_the_flags_of_one_are_wrong(tmp_path, capsys, fake, verb, flags, message):
+    good = {"model_name_or_path": "m"} if verb in ("sample", "finetune") else {}
+    path = write(tmp_path / "s.yaml", verb=verb, list=[{**good, **flags}])
+    assert main(["sweep", path, "--output_dir", str(tmp_path / "out"), "--num_workers", "1"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"retain sweep: sweep: {path}")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_of_accelerate_may_be_swept(tmp_path, capsys, fake):
+    flags = {"model_name_or_path": "m", "dataset_name": "d", "num_processes": 2, "learning_rate": 1e-5, "bf16": False}
+    path = write(tmp_path / "s.yaml", common=flags, grid={"lora_target_modules": [["q_proj", "v_proj"], "all-linear"]})
+    retain.cli.check_runs(path, read_sweep(path))
 
 
 def test_a_second_sweep_in_one_folder_is_refused(tmp_path, fake):

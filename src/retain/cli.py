@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from retain.flags import Launched, check, files_first, parse
 from retain.signals import Terminated, heard
 
 HELP = """usage: retain VERB [--config file.yaml] [--flag value ...]
@@ -48,9 +49,6 @@ Finetune a language model without it forgetting, and say how much it forgets.
 
 `retain VERB --help` lists a verb's flags; `retain --version` prints the version.
 """
-
-# Flags that take several values and may be given several times.
-LISTS = {"retention", "new_task", "choices", "refusals", "harmless", "train_dataset", "pair", "runs"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,111 +112,6 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message} (RETAIN_DEBUG=1 shows where)"
 
 
-def parse(argv: list[str], verb: str, *types: Any) -> tuple[Any, ...]:
-    """Read flags and `--config` into dataclasses.
-
-    Raises:
-        ValueError: for an unknown flag or key, or a value that does not fit.
-    """
-    import yaml
-    from trl import TrlParser
-
-    parser = TrlParser(types, prog=f"retain {verb}", allow_abbrev=False)
-
-    def fail(message: str) -> None:
-        raise ValueError(message)
-
-    parser.error = fail
-    try:
-        *configs, of_config, of_flags = parser.parse_args_and_config(
-            repeated_lists(argv), return_remaining_strings=True, separate_remaining_strings=True
-        )
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ValueError(f"config: not YAML{where}; {getattr(error, 'problem', None) or 'check the file'}") from error
-    except IndexError as error:
-        raise ValueError("config: --config needs a file") from error
-    unknown = of_config + of_flags
-    if unknown and verb == "finetune":
-        launch_if_asked(argv, unknown, of_flags)
-    elif unknown:
-        raise ValueError(f"{unknown[0]}: not known here; `retain {verb} --help` lists what is")
-    return tuple(configs)
-
-
-class Launched(Exception):
-    """The work was done, or failed, in processes that `accelerate launch` started."""
-
-
-def launch_if_asked(argv: list[str], unknown: list[str], of_flags: list[str]) -> None:
-    """Hand what only accelerate knows (`num_processes`, `accelerate_config`, …) to its launcher, as `trl sft` does.
-
-    In a process that was launched they have done their work.
-
-    Raises:
-        ValueError: for what accelerate does not know either.
-        Launched: when the launched processes are through.
-    """
-    from importlib.resources import files
-
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
-    parser, launch = launch_command_parser(), list(unknown)
-    if "--accelerate_config" in launch:  # a file, or the name of one that TRL ships
-        at = launch.index("--accelerate_config")
-        shipped = files("trl.accelerate_configs").joinpath(f"{launch[at + 1]}.yaml")
-        launch[at : at + 2] = ["--config_file", str(shipped) if shipped.is_file() else launch[at + 1]]
-
-    def fail(message: str) -> None:
-        raise ValueError(f"{unknown[0]}: not known here nor to accelerate; `retain finetune --help` lists what is")
-
-    parser.error = fail
-    rest = iter(of_flags)
-    skipped = next(rest, None)
-    kept = []
-    for flag in argv:
-        if flag == skipped:
-            skipped = next(rest, None)
-        else:
-            kept.append(flag)
-    arguments = parser.parse_args([*launch, "-m", "retain", "finetune", *kept])
-    if "WORLD_SIZE" not in os.environ and "RETAIN_LAUNCHED" not in os.environ:
-        os.environ["RETAIN_LAUNCHED"] = "1"
-        try:
-            launch_command(arguments)
-        finally:
-            del os.environ["RETAIN_LAUNCHED"]
-        raise Launched
-
-
-def repeated_lists(argv: list[str]) -> list[str]:
-    """Gather `--retention a=x --retention b=y` into `--retention a=x b=y`; argparse would keep only the last."""
-    gathered: dict[str, list[str]] = {}
-    rest: list[str] = []
-    at = 0
-    while at < len(argv):
-        flag, _, value = argv[at].partition("=")
-        at += 1
-        if flag == "--config" and value:  # which TrlParser would not see
-            rest += [flag, value]
-            continue
-        if flag.replace("-", "_").lstrip("_") not in LISTS:
-            rest.append(argv[at - 1])
-            continue
-        flag = "--" + flag.lstrip("-").replace("-", "_")  # argparse takes either
-        values = gathered.setdefault(flag, [])
-        if value:
-            values.append(value)
-            continue
-        while at < len(argv) and not argv[at].startswith("--"):
-            values.append(argv[at])
-            at += 1
-    for flag, values in gathered.items():
-        rest += [flag, *values]
-    return rest
-
-
 def quiet_libraries() -> None:
     """Keep what neighbours say about themselves out of the way of what the user asked for."""
     import datasets
@@ -231,9 +124,7 @@ def quiet_libraries() -> None:
 
 def sample(argv: list[str]) -> None:
     """`retain sample`: a model → a replay dataset with provenance."""
-    from retain.config import SampleConfig
-
-    (config,) = parse(argv, "sample", SampleConfig)
+    (config,) = parse(argv, "sample")
     quiet_libraries()
     from retain.sample import run_sample
 
@@ -242,9 +133,7 @@ def sample(argv: list[str]) -> None:
 
 def export(argv: list[str]) -> None:
     """`retain export`: a replay dataset → JSONL for other trainers."""
-    from retain.config import ExportConfig
-
-    (config,) = parse(files_first(argv, "--replay_dataset"), "export", ExportConfig)
+    (config,) = parse(files_first(argv, "--replay_dataset"), "export")
     quiet_libraries()
     from retain.export import run_export
 
@@ -253,14 +142,9 @@ def export(argv: list[str]) -> None:
 
 def finetune(argv: list[str]) -> None:
     """`retain finetune`: TRL's SFT with replay and retention metrics → a model or adapter."""
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
-
-    from retain.config import FinetuneConfig
-    from retain.files import exclusive
-
-    types = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, FinetuneConfig)
-    script_args, training_args, model_args, dataset_args, config = parse(argv, "finetune", *types)
+    script_args, training_args, model_args, dataset_args, config = parse(argv, "finetune")
     quiet_libraries()
+    from retain.files import exclusive
     from retain.finetune import run_finetune
 
     with exclusive(Path(training_args.output_dir)) if training_args.process_index == 0 else nullcontext():
@@ -269,9 +153,7 @@ def finetune(argv: list[str]) -> None:
 
 def measure(argv: list[str]) -> int:
     """`retain measure`: base and tuned model → report.json, report.md, report.html; with a limit, its exit code."""
-    from retain.config import MeasureConfig
-
-    (config,) = parse(argv, "measure", MeasureConfig)
+    (config,) = parse(argv, "measure")
     quiet_libraries()
     from retain.capabilities.gate import judge
     from retain.capabilities.samples import paired_report
@@ -307,9 +189,7 @@ def _finish(write: Callable[[str], object], output_dir: str, summary: str) -> No
 
 def report(argv: list[str]) -> None:
     """`retain report`: several measured runs → one page, compared at matched new-task loss."""
-    from retain.config import ReportConfig
-
-    (config,) = parse(argv, "report", ReportConfig)
+    (config,) = parse(argv, "report")
     from retain.report import ForgettingReport, comparison_summary, write_comparison
 
     paths = [Path(folder) / "report.json" if Path(folder).is_dir() else Path(folder) for folder in config.runs]
@@ -320,9 +200,7 @@ def report(argv: list[str]) -> None:
 
 def fit(argv: list[str]) -> None:
     """`retain fit`: measured runs → a law of forgetting."""
-    from retain.config import FitConfig
-
-    (config,) = parse(files_first(argv, "--runs"), "fit", FitConfig)
+    (config,) = parse(files_first(argv, "--runs"), "fit")
     from retain.law_verbs import run_fit
 
     print(run_fit(config))
@@ -330,9 +208,7 @@ def fit(argv: list[str]) -> None:
 
 def predict(argv: list[str]) -> None:
     """`retain predict`: a law → the losses of a run not yet made, or the most steps within a limit."""
-    from retain.config import PredictConfig
-
-    (config,) = parse(files_first(argv, "--law"), "predict", PredictConfig)
+    (config,) = parse(files_first(argv, "--law"), "predict")
     from retain.law_verbs import run_predict
 
     print(run_predict(config))
@@ -340,9 +216,7 @@ def predict(argv: list[str]) -> None:
 
 def plan(argv: list[str]) -> None:
     """`retain plan`: pilot runs → a law, and the setting that keeps a budget of forgetting."""
-    from retain.config import PlanConfig
-
-    (config,) = parse(argv, "plan", PlanConfig)
+    (config,) = parse(argv, "plan")
     quiet_libraries()
     from retain.files import exclusive
     from retain.plan_verb import run_plan
@@ -353,38 +227,44 @@ def plan(argv: list[str]) -> None:
 
 def sweep(argv: list[str]) -> None:
     """`retain sweep`: a YAML file of runs → a row of results for each."""
-    from retain.config import SweepConfig
+    (config,) = parse(files_first(argv, "--sweep"), "sweep")
+    from retain.lab.sweep import read_sweep, run_sweep
 
-    (config,) = parse(files_first(argv, "--sweep"), "sweep", SweepConfig)
-    from retain.lab.sweep import run_sweep
-
+    check_runs(config.sweep, read_sweep(config.sweep))
     options = {"engine": config.engine, "num_workers": config.num_workers, "cores_per_run": config.cores_per_run}
     rows = run_sweep(config.sweep, config.output_dir, **options)
     print(f"{len(rows)} runs: {Path(config.output_dir) / 'results.jsonl'}")
 
 
-def files_first(argv: list[str], flag: str) -> list[str]:
-    """Put `flag` before what stands in front of the first flag."""
-    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
+def check_runs(path: str, runs: Sequence[Any]) -> None:
+    """Refuse a sweep before its first run where a run's own command line would be refused.
+
+    Raises:
+        ValueError: naming the run's flag.
+    """
+    for run in runs:
+        if run.verb not in VERBS or run.verb == "sweep":
+            raise ValueError(f"sweep: {path} has verb {run.verb!r}; name another of retain's, say finetune")
+        try:
+            check(run.arguments(Path("run"))[1:], run.verb)
+        except ValueError as error:
+            raise ValueError(f"sweep: {path}: {error}") from error
 
 
 def pretrain(argv: list[str]) -> None:
     """`retain pretrain`: a corpus → a small model, by steps, tokens, tokens per parameter, or to a target loss."""
-    from retain.files import exclusive
-    from retain.lab.config import PretrainConfig
-    from retain.lab.pretrain import PretrainArguments, run_pretrain
-
-    args, config = parse(argv, "pretrain", PretrainArguments, PretrainConfig)
+    args, config = parse(argv, "pretrain")
     quiet_libraries()
+    from retain.files import exclusive
+    from retain.lab.pretrain import run_pretrain
+
     with exclusive(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
         run_pretrain(args, config)
 
 
 def demo(argv: list[str]) -> None:
     """`retain demo`: sample, finetune plain and with replay, measure, report."""
-    from retain.config import DemoConfig
-
-    (config,) = parse(argv, "demo", DemoConfig)
+    (config,) = parse(argv, "demo")
     quiet_libraries()
     from retain.demo import run_demo
     from retain.files import exclusive
