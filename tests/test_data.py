@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import CHATML, make_tokenizer
 from hypothesis import HealthCheck, given, settings
@@ -166,6 +167,9 @@ def test_only_so_many_windows_are_kept_and_their_bytes_counted(tokenizer):
 def test_rows_of_tokens_are_documents_as_they_are(tokenizer):
     ids = tokenizer("seven bright birds")["input_ids"]
     assert token_documents([[3, *ids]], tokenizer) == [Document([[3, *ids]], len("seven bright birds"))]
+    (opened,) = token_documents([[3, *ids]], tokenizer, np.array([2]))
+    rest = len(tokenizer.decode(ids[1:]))
+    assert (opened.given, opened.num_tokens, opened.num_bytes) == (2, len(ids) - 1, rest)
 
 
 # Names

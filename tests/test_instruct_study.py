@@ -140,14 +140,14 @@ def test_an_arm_from_end_to_end(
     rows = [[0, *ids[:15]] for ids in cut]
     documents = data.token_documents(rows[40:], tokenizer)
     turns = [tokenizer(f"<|im_start|>user\n{text}<|im_end|>")["input_ids"] for text in make_texts(3)]
-    chats = data.token_documents(turns, tokenizer)
+    given = len(tokenizer("<|im_start|>user\n")["input_ids"])
+    chats = data.token_documents(turns, tokenizer, [given] * len(turns))
     questions = [data.Question("the fox", ("jumps", "sings"), 0), data.Question("the dog", ("is lazy", "rain"), 1)]
     pools = data.Pools(
         train=rows[:32],
         new_task=documents,
         replay={"self": data.ReplayDataset.from_rows(rows[32:40], "rows")},
-        documents={data.WEB: documents, data.DOCUMENTS: documents},
-        chats={data.OWN_CHATS: chats},
+        documents={data.WEB: documents, data.DOCUMENTS: documents, data.OWN_CHATS: chats},
         questions={"animals": questions},
     )
     monkeypatch.setattr(runs, "CACHE", tmp_path)
@@ -165,7 +165,6 @@ def test_an_arm_from_end_to_end(
     assert first[1] - last[1] >= scale.target_gain
     assert last[0] < scale.max_steps
     assert len(found[1]["choices"]["animals"]["tuned"]) == 2
-    given = len(tokenizer("<|im_start|>user\n")["input_ids"])
     assert found[0]["texts"]["own chats"]["num_tokens"] == [len(turn) - given for turn in turns]
     assert min(found[0]["texts"]["own chats"]["ref_kl"]) > 0
     assert "| plain | 0.003 |" in report.table(found)

@@ -189,6 +189,19 @@ def test_batches_hold_every_window_once_and_keep_to_their_size():
     assert sorted(seen) == sorted(expected)
 
 
+def test_what_was_given_is_context_and_not_predicted():
+    """The opening of a user's turn: nobody wrote it, and no replay holds the model to it."""
+    base, tuned = make_model(), make_model(seed=1)
+    opening, windows = [3, 9, 8, 7], [[3, 9, 8, 7, 40, 41, 42], [3, 50, 51]]
+    (sums,), (whole,), (shorter,) = (
+        [document_sums(logits_of(base), logits_of(tuned), [one], batch_tokens=64)]
+        for one in (Document(windows, 9, given=len(opening)), Document(windows, 9), Document([opening], 4))
+    )
+    assert sums.num_tokens.tolist() == [3 + 2]
+    for name in SUMS:  # causal: the opening's own sums do not depend on what follows
+        np.testing.assert_allclose(sums.values[name], whole.values[name] - shorter.values[name], atol=1e-5)
+
+
 def test_forgetting_is_the_tuned_loss_minus_the_bases():
     base, tuned, texts = make_model(), make_model(seed=1), make_texts(6)
     report = measure(base, tuned, {"a": texts}, tokenizer=TOKENIZER, new_task={"b": texts}, max_length=20)

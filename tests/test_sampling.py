@@ -21,7 +21,7 @@ from scipy.stats import chisquare
 from retain.engine import choose_batch_size, choose_threads, draw_rows, draw_tokens, row_uniforms
 from retain.files import exclusive
 from retain.models import choose_start_token, load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
-from retain.replay import MANIFEST, load_self_generated, read_manifest
+from retain.replay import MANIFEST, load_self_generated, load_texts, read_manifest
 from retain.sampling import sample_replay, sample_rows
 from retain.starts import Starts, chat_prefix, plan_starts
 
@@ -438,6 +438,8 @@ def test_prompts_are_continued_behind_the_document_start(tmp_path):
         text = tokenizer.decode(dataset[row][1 : dataset.prefix_lengths[row]])
         assert text == ["the quick", "a lazy dog sings"][row % 2]
     assert (dataset.num_predictions == 24 - dataset.prefix_lengths).all()
+    measured = load_texts(str(folder), tokenizer)  # as retention text: the prompts are not predicted there either
+    assert [document.num_tokens for document in measured] == dataset.num_predictions.tolist()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from retain.data import Document, token_documents, tokenize_documents
 from retain.demo_data import load_demo_data, read_wheel
 from retain.models import StartToken
 from retain.replay import load_self_generated
-from retain.starts import plan_starts
+from retain.starts import chat_prefix, plan_starts
 
 BIGBENCH = "bigbench==1.0.0"
 SCIENCE = "subtask047_misc_answering_science_questions/task.json"  # evaluation only: it carries a canary
@@ -37,7 +37,6 @@ class Pools:
     new_task: list[Document]
     replay: dict[str, ReplayDataset]
     documents: dict[str, list[Document]]
-    chats: dict[str, list[Document]]
     questions: dict[str, list[Question]]
 
 
@@ -133,7 +132,12 @@ def open_pools(model: Any, tokenizer: Any, start: StartToken, scale: Any, seed: 
     own = {kind: sampled(kind, model, tokenizer, start, scale, seed) for kind in ("document", "chat")}
     documents, own_chats = (part(rows, range(count), length) for rows in own.values())
     own_held_out = [part(rows, range(count, count + away), length) for rows in own.values()]
-    written = [token_documents([rows[at].tolist() for at in range(away)], tokenizer) for rows in own_held_out]
+    # The opening of a user's turn is alike in every chat: nobody has to predict it, and no replay holds it.
+    opening = [len(chat_prefix(tokenizer, "user")[0])] * away
+    written, own_written = (
+        token_documents([rows[at].tolist() for at in range(away)], tokenizer, rows.prefix_lengths)
+        for rows in own_held_out
+    )
     return Pools(
         train=verilog.train,
         new_task=verilog.new_task,
@@ -144,7 +148,11 @@ def open_pools(model: Any, tokenizer: Any, start: StartToken, scale: Any, seed: 
             "self chat": own_chats,
             "mix": mixed(documents, own_chats),
         },
-        documents={WEB: token_documents(web[:away], tokenizer), DOCUMENTS: written[0]},
-        chats={OWN_CHATS: written[1], CHATS: token_documents(chats[:away], tokenizer)},
+        documents={
+            WEB: token_documents(web[:away], tokenizer),
+            DOCUMENTS: written,
+            OWN_CHATS: own_written,
+            CHATS: token_documents(chats[:away], tokenizer, opening),
+        },
         questions=questions_of(scale.questions, scale.num_questions, random.Random(seed)),
     )

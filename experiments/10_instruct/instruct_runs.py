@@ -11,7 +11,6 @@ from functools import cache
 from typing import Any
 
 import harness
-import numpy as np
 import torch
 from harness import Run
 from instruct_data import Pools, open_pools
@@ -21,16 +20,10 @@ from transformers import TrainerCallback, TrainingArguments, default_data_collat
 from transformers.trainer_callback import PrinterCallback
 
 from retain import ReplayConfig, ReplayTrainer, choose_start_token, load_model, load_tokenizer, measure
-from retain.base_cache import BaseCache
 from retain.callbacks import read_run
-from retain.data import Document
-from retain.losses import shifted
-from retain.metrics import batches, logits_of, padded, token_sums
-from retain.starts import chat_prefix
 
 logger = logging.getLogger("experiments")
 NEAR = 0.7  # of the gain
-BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,14 +182,13 @@ class Workplace:
             base_cache=CACHE / "instruct" / "measured",
             seed=self.seed,
         ).data
-        chats = measure_chats(base, trainer.model, pools.chats, len(chat_prefix(tokenizer, "user")[0]))
         del trainer
         gc.collect()
         shutil.rmtree(folder, ignore_errors=True)
         return {
             "reached": stop.reached,
             "trajectory": [[row["step"], round(row["eval_loss"], 4)] for row in trajectory],
-            "texts": {name: per_document(found) for name, found in (report["per_document"] | chats).items()},
+            "texts": {name: per_document(found) for name, found in report["per_document"].items()},
             "choices": {name: answers(found) for name, found in report["choices"].items()},
             "base": report["base"]["fingerprint"],
             "device": report["settings"]["device"],
@@ -232,30 +224,6 @@ class Workplace:
 def workplace(name: str, seed: int) -> Workplace:
     """One of each in a process: what it opened serves every arm."""
     return Workplace(SCALES[name], seed)
-
-
-@torch.no_grad()
-def measure_chats(base: Any, tuned: Any, chats: dict[str, list[Document]], given: int) -> dict[str, dict[str, Any]]:
-    """What `measure` keeps of each document, of the tokens behind the first `given` alone.
-
-    These open the user's turn, system message included, alike in every chat. Nobody has to predict them; the base was
-    not trained to, and no replay holds it to them.
-    """
-    cache, found = BaseCache(base, CACHE / "instruct" / "measured"), {}
-    for name, documents in chats.items():
-        sums = {key: np.zeros(len(documents)) for key in ("loss", "base_loss", "ref_kl")}
-        with cache.forward([one.windows[0] for one in documents], BATCH_TOKENS) as ref_forward:
-            for indices, windows in batches(documents, BATCH_TOKENS):
-                inputs = {key: value.to(base.device) for key, value in padded(windows).items()}
-                targets, mask = shifted(inputs["input_ids"], inputs["attention_mask"])
-                mask[:, : given - 1] = False
-                both = (forward(**inputs)[:, :-1] for forward in (ref_forward, logits_of(tuned)))
-                measured = token_sums(*both, targets, mask)
-                for key, values in sums.items():
-                    values[indices] = measured[key].numpy()
-        num_tokens = [one.num_tokens - given + 1 for one in documents]
-        found[name] = {**{key: values.tolist() for key, values in sums.items()}, "num_tokens": num_tokens}
-    return found
 
 
 def per_document(found: dict[str, Any]) -> dict[str, Any]:

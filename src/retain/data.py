@@ -6,6 +6,7 @@ context only. Documents never share a window, so none attends to another.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -201,15 +202,23 @@ def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **
 
 @dataclass(frozen=True)
 class Document:
-    """One document as token windows, each opened by the start token, and the bytes of the text in them."""
+    """One document as token windows, each opened by the start token, and the bytes of what is predicted in them.
+
+    `given`: how many tokens open the first window and are context only, e.g. the opening of a user's turn.
+    """
 
     windows: list[list[int]]
     num_bytes: int
+    given: int = 1
 
     @property
     def num_tokens(self) -> int:
-        """Predicted tokens: every token but the first of each window."""
-        return sum(len(window) - 1 for window in self.windows)
+        """Predicted tokens: every token but the given ones of the first window and the first of each other."""
+        return sum(len(window) - 1 for window in self.windows) - (self.given - 1)
+
+    def given_in(self, window: list[int]) -> int:
+        """How many tokens of one of its windows are context only."""
+        return self.given if window is self.windows[0] else 1
 
 
 def tokenize_documents(
@@ -264,9 +273,19 @@ def as_documents(
     return documents
 
 
-def token_documents(rows: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
-    """Rows of token ids that already begin with their start token, one document each."""
-    return [Document([list(row)], len(tokenizer.decode(row[1:]).encode("utf-8", "replace"))) for row in rows]
+def token_documents(
+    rows: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase, given: Iterable[int] | None = None
+) -> list[Document]:
+    """Rows of token ids that already begin with their start token, one document each.
+
+    Args:
+        given: how many tokens of each row are context only; None: the start token alone.
+    """
+    pairs = zip(rows, itertools.repeat(1) if given is None else given, strict=False)
+    return [
+        Document([list(row)], len(tokenizer.decode(row[first:]).encode("utf-8", "replace")), first)
+        for row, first in ((row, int(first)) for row, first in pairs)
+    ]
 
 
 def named_sources(specs: Iterable[str], field: str) -> dict[str, str]:

@@ -229,7 +229,8 @@ def load_texts(
     if (folder / MANIFEST).is_file():
         rows = load_self_generated(folder)
         count = len(rows) if max_documents is None else min(max_documents, len(rows))
-        return token_documents([rows[index].tolist() for index in range(count)], tokenizer)
+        given = rows.prefix_lengths[:count].tolist()
+        return token_documents([rows[index].tolist() for index in range(count)], tokenizer, given)
     return list(read_texts(source, tokenizer, max_documents))
 
 
