@@ -171,6 +171,7 @@ BAD_INPUT = {
         "model: no folder or file 'nowhere/'; give a folder, a GGUF file or a Hub id",
     ),
     "no replay folder": (REPLAY.replace("{w}/replay", "nowhere/"), "data: no file 'nowhere/'; check the path"),
+    "a word of no flag": (REPLAY + " --report_to none wandb", "wandb: belongs to no flag"),
     "nobody's flag": (REPLAY + " --number_processes 2", "--number_processes: not known here nor to accelerate"),
     "negative": (REPLAY + " --replay_coef -1", "replay_coef: -1.0 does not fit; use a number of at least 0"),
     "share of everything": (REPLAY + " --replay_objective replace --replay_share 1", "use a share above 0 and below 1"),

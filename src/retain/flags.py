@@ -102,7 +102,10 @@ def launcher_arguments(unknown: list[str], rest: Sequence[str] = ()) -> Any:
         raise ValueError(f"{unknown[0]}: not known here nor to accelerate; `retain finetune --help` lists what is")
 
     parser.error = fail
-    return parser.parse_args([*launch, "-m", "retain", "finetune", *rest])
+    arguments = parser.parse_args([*launch, "-m", "retain", "finetune", *rest])
+    if arguments.training_script != "retain":  # a word that belongs to no flag
+        raise ValueError(f"{arguments.training_script}: belongs to no flag; `retain finetune --help` lists them")
+    return arguments
 
 
 def launch_if_asked(argv: list[str], unknown: list[str], of_flags: list[str]) -> None:
