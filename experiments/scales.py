@@ -48,7 +48,7 @@ def conduct(
     workers = asked.num_workers or (LAPTOP_CORES if name == "laptop" else 1)
     if todo and not asked.part:
         prepare(name)
-    if min(workers, len(todo)) > 1:
+    if min(workers, len(todo)) > 1 and not asked.part:
         command = [sys.executable, str(folder / "run.py"), "--scale", name, "--part", f"--{only}"]
         spread([[*command, *map(str, todo[at::workers])] for at in range(min(workers, len(todo)))])
     else:

@@ -12,7 +12,7 @@ import pytest
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 STUDY = f"""
 '''A study of nothing.'''
-import sys
+import os, sys
 from pathlib import Path
 sys.path.insert(0, {str(EXPERIMENTS)!r})
 from scales import conduct
@@ -23,6 +23,7 @@ def make(name, part):
         raise ValueError("part 7 does not fit")
     with open(HERE / "made.txt", "a") as file:
         file.write(f"{{name}} {{part}}\\n")
+    (HERE / f"{{os.getpid()}}.pid").touch()
 
 def report(name):
     return (HERE / "made.txt").read_text(), lambda path: path.write_text("figure")
@@ -43,6 +44,7 @@ def test_parts_are_made_side_by_side_and_told_once(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted((tmp_path / "made.txt").read_text().splitlines()) == [f"laptop {part}" for part in range(3)]
+    assert len(list(tmp_path.glob("*.pid"))) == 2
     assert sorted(done.stdout.split("\n")) == sorted(["", "", *(tmp_path / "made.txt").read_text().splitlines()])
     assert (tmp_path / "figure.png").read_text() == "figure"
     assert "laptop 0" in (tmp_path / "README.md").read_text()
