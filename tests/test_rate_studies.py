@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1] / "experiments"
 for folder in (ROOT, ROOT / "09_learning_rate", ROOT / "11_batch_size"):
     sys.path.insert(0, str(folder))
 
 import batch_report  # noqa: E402
+import ensemble  # noqa: E402
 import rate_report  # noqa: E402
 
 README = "before\n<!-- results: written by run.py -->\n<!-- end of results -->\nafter\n"
@@ -133,13 +135,12 @@ def batch_rows(power: float, noise: float = 0.0, shift: int = 0, places: int = 7
     for batch in (1, 4, 16):
         for place in range(places):
             half_life = 1000.0 * 4**place
-            for seed, wobble in enumerate(WOBBLE):
-                best = math.log(1000 * 4 ** (places // 2 - power + shift)) + power * math.log(batch)
-                loss = 2 + 0.01 * (math.log(half_life) - best - noise * wobble * (batch > 4)) ** 2
-                for rate in (1e-3, 1e-2, 1e-1):
-                    settings = {"batch_size": batch, "half_life": half_life, "learning_rate": rate, "seed": seed}
-                    beta2 = 0.5 ** (64 * batch / half_life)
-                    rows.append({"settings": settings, "loss": loss + (rate != 1e-2), "beta2": beta2})
+            best = math.log(1000 * 4 ** (places // 2 - power + shift)) + power * math.log(batch)
+            away = [math.log(half_life) - best - noise * wobble * (batch > 4) for wobble in WOBBLE]
+            for rate in (1e-3, 1e-2, 1e-1):
+                settings = {"batch_size": batch, "half_life": half_life, "learning_rate": rate, "seeds": [0, 1, 2]}
+                losses = [2 + 0.01 * one**2 + (rate != 1e-2) for one in away]
+                rows.append({"settings": settings, "losses": losses, "beta2": 0.5 ** (64 * batch / half_life)})
     return rows
 
 
@@ -149,7 +150,7 @@ def batch_rows(power: float, noise: float = 0.0, shift: int = 0, places: int = 7
         (batch_rows(0.0, noise=1.0), "Verdict: reproduced.", "costs less"),
         (batch_rows(1.0, noise=1.0), "Verdict: not reproduced.", "costs more"),
         (batch_rows(0.3), "Verdict: in between: nearer to constant", "costs less"),
-        (batch_rows(0.5, noise=100.0), "Verdict: cannot tell", "does not cost clearly"),
+        (batch_rows(0.5, noise=200.0), "Verdict: cannot tell", "does not cost clearly"),
         (batch_rows(0.0, shift=4), "Verdict: cannot tell", "some seed is best at the end"),
     ],
 )
@@ -167,14 +168,52 @@ def test_best_half_life_is_read_between_the_grid() -> None:
     assert batch_report.slopes(cells) == pytest.approx([0.5] * 3)
 
 
+@pytest.mark.parametrize(("power", "said"), [(0.0, "in part"), (1.0, "cannot tell")])
+def test_flat_curves_are_read_at_their_short_end(power: float, said: str) -> None:
+    """Their least is anywhere, which must not count as constant in tokens."""
+    rows = batch_rows(power)
+    for row in rows:
+        best = 1000 * 4 ** (3 - power) * row["settings"]["batch_size"] ** power
+        if row["settings"]["half_life"] >= best:
+            at = math.log(row["settings"]["half_life"])
+            wobbles = [0.001 * math.sin(row["settings"]["batch_size"] * at * (seed + 1)) for seed in range(3)]
+            row["losses"] = [loss // 1 + wobble for loss, wobble in zip(row["losses"], wobbles, strict=True)]
+    assert f"Verdict: {said}" in batch_report.verdict(rows)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_shortest_good_half_life_goes_with_the_best(power: float) -> None:
+    cells = batch_report.cells_of(batch_rows(power))
+    assert batch_report.slopes(cells, batch_report.shortest) == pytest.approx([power] * 3)
+    best, found = (read(cells, 4, 0) for read in (batch_report.best_half_life, batch_report.shortest))
+    assert found == pytest.approx(best * math.exp(-1 / math.log(4)))  # on a line from .01 ln(4)² nats to none
+
+
+def test_one_beta2_is_known_by_more_than_its_nines() -> None:
+    value, costs = batch_report.regrets(batch_report.cells_of(batch_rows(1.0)), "beta2")
+    assert value == pytest.approx(0.5 ** (64 / (1000 * 4**2)))
+    assert costs == pytest.approx([0.0] * 3)
+    assert batch_report.regrets(batch_report.cells_of(batch_rows(0.0)), "half_life")[0] == 1000.0 * 4**3
+
+
 def test_a_diverged_run_is_no_optimum() -> None:
     rows = batch_rows(0.0)
     for row in rows:
         if row["settings"]["half_life"] == 1000.0 * 4**2:
-            row["loss"] = None
+            row["losses"] = [None] * 3
     cells = batch_report.cells_of(rows)
     assert batch_report.best_half_life(cells, 1, 0) == 1000.0 * 4**3
-    assert "none yet" in batch_report.verdict(rows[:20])
+    assert "none yet" in batch_report.verdict(rows[:7])
+
+
+def test_a_row_may_hold_one_seed_or_several() -> None:
+    rows = batch_rows(0.0, noise=1.0)
+    apart = [
+        {**row, "settings": {**row["settings"], "seeds": [seed]}, "losses": [loss]}
+        for row in rows
+        for seed, loss in zip(row["settings"]["seeds"], row["losses"], strict=True)
+    ]
+    assert batch_report.cells_of(apart[::-1]) == batch_report.cells_of(rows)
 
 
 def test_a_batch_size_that_is_not_finished_is_left_out() -> None:
@@ -184,23 +223,73 @@ def test_a_batch_size_that_is_not_finished_is_left_out() -> None:
     assert "From 1 to 16 rows" in batch_report.verdict(rows)
 
 
+def small_scale(module: Any, **how: Any) -> Any:
+    given = {"model_size": "5000", "num_states": 8, "vocab_size": 128, "branching": 3, "max_length": 16,
+             "eval_rows": 32, "compiled": False, "ensemble": True}  # fmt: skip
+    return module.Scale(**given | how)
+
+
 @pytest.mark.slow
-def test_batch_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_of_the_ensemble_is_a_run_of_pretrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and loss after 36 steps; at rates at which a rounding does not grow."""
     module = study("11_batch_size")
-    scale = module.Scale(
-        model_size="6200", num_states=4, vocab_size=8, max_length=16, tokens=256, batch_sizes=(1, 4), half_lives=3,
-        rates=(1e-2,), seeds=1,
-    )  # fmt: skip
+    monkeypatch.setattr(module, "CACHE", tmp_path)
+    scale = small_scale(module, tokens=16 * 4 * 36)
+    members = [module.Member(200.0, 3e-3, 0), module.Member(1e4, 2e-3, 1), module.Member(1e4, 3e-3, 1)]
+    corpora = {seed: module.open_corpus(scale.config(), seed) for seed in (0, 1)}
+    together = module.train_together(
+        members, corpora, module.arguments(scale, 4, tmp_path), scale.model_size, tmp_path, fast=False
+    )
+    for member, weights, loss in zip(members[:2], together.weights, together.losses, strict=False):
+        alone, model = module.train(scale, 4, member)
+        assert loss == pytest.approx(alone, abs=1e-5)
+        torch.testing.assert_close(weights, together.flat.vector(model), rtol=0, atol=1e-5)
+    assert together.losses[1] != pytest.approx(together.losses[2], abs=1e-2)
+
+
+@pytest.mark.slow
+def test_a_killed_ensemble_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = study("11_batch_size")
+    scale = small_scale(module, tokens=16 * 2 * 12)
+    members, corpora = [module.Member(500.0, 1e-2, 0)], {0: module.open_corpus(scale.config(), 0)}
+
+    def losses(folder: Path) -> list[float]:
+        args = module.arguments(scale, 2, folder)
+        return module.train_together(members, corpora, args, scale.model_size, folder, fast=False).losses
+
+    whole = losses(tmp_path / "whole")
+    monkeypatch.setattr(ensemble, "SAVE_SECONDS", -1)
+    save = ensemble._save
+
+    def killed(path: Path, state: Any, step: int) -> None:
+        save(path, state, step)
+        if step == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ensemble, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        losses(tmp_path / "killed")
+    monkeypatch.setattr(ensemble, "_save", save)
+    assert losses(tmp_path / "killed") == whole
+    assert not list((tmp_path / "killed").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [True, False])
+def test_batch_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+    module = study("11_batch_size")
+    scale = small_scale(module, tokens=256, batch_sizes=(1, 4), half_lives=3, rates=(1e-2,), seeds=2, ensemble=together)
     monkeypatch.setattr(module, "SCALES", {"laptop": scale})
     monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.setattr(module, "CACHE", tmp_path)
     (tmp_path / "README.md").write_text(README)
-    module.main([])
+    module.main(["--num_workers", "1"])
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * 3
+    assert len(rows) == 2 * 3 * (1 if together else 2)
     assert {row["num_steps"] for row in rows} == {16, 4}
     first = min(rows, key=lambda row: (row["settings"]["batch_size"], row["settings"]["half_life"]))
     assert first["beta2"] == pytest.approx(0.95)
-    monkeypatch.setattr(module, "train", None)  # finished runs are not made again
-    module.main([])
+    for name in ("train", "train_together"):
+        monkeypatch.setattr(module, name, None)  # finished runs are not made again
+    module.main(["--num_workers", "1"])
     assert "Verdict" in (tmp_path / "README.md").read_text()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from pages import dress, panels
 from retain.plots import MARKS, PALETTE
 
 Row = dict[str, Any]
+Reading = Callable[[Sequence["Cell"], int, int], float]  # cells, batch size, seed -> a half-life
+COST = 0.01  # nats: what "good enough" is
+SHOWN = 0.1  # nats above the least loss at which the figure ends: losses of runs that diverge lie far above
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,25 @@ class Cell:
 def cells_of(rows: Sequence[Row]) -> list[Cell]:
     """Cells with the learning rate that is best in the mean of all seeds; by batch size and half-life."""
     groups: dict[tuple[int, float], dict[float, list[Row]]] = {}
-    for row in sorted(rows, key=lambda row: row["settings"]["seed"]):
+    for row in rows:
         settings = row["settings"]
         cell = groups.setdefault((settings["batch_size"], settings["half_life"]), {})
         cell.setdefault(settings["learning_rate"], []).append(row)
     found = []
     for (batch_size, half_life), by_rate in sorted(groups.items()):
-        most = max(map(len, by_rate.values()))
-        whole = [rate for rate, runs in by_rate.items() if len(runs) == most]
-        best = min(whole, key=lambda rate: float(np.mean([_loss(row) for row in by_rate[rate]])))
-        runs = by_rate[best]
+        every = {rate: _losses(runs) for rate, runs in by_rate.items()}
+        most = max(map(len, every.values()))
+        best = min((rate for rate, losses in every.items() if len(losses) == most), key=lambda at: np.mean(every[at]))
         edge = len(by_rate) > 1 and best in (min(by_rate), max(by_rate))
-        found.append(Cell(batch_size, half_life, runs[0]["beta2"], best, edge, tuple(map(_loss, runs))))
+        found.append(Cell(batch_size, half_life, by_rate[best][0]["beta2"], best, edge, every[best]))
     return found
+
+
+def _losses(rows: Sequence[Row]) -> tuple[float, ...]:
+    """By seed, from rows that hold one or several; of a run that diverged, infinity."""
+    by_seed = {seed: math.inf if loss is None else loss
+               for row in rows for seed, loss in zip(row["settings"]["seeds"], row["losses"], strict=True)}  # fmt: skip
+    return tuple(by_seed[seed] for seed in sorted(by_seed))
 
 
 def finished(cells: Sequence[Cell]) -> list[Cell]:
@@ -55,10 +64,6 @@ def finished(cells: Sequence[Cell]) -> list[Cell]:
     mine = [curve(cells, size) for size in batch_sizes(cells)]
     whole = [one for one in mine if one[-1].half_life == longest and min(len(cell.losses) for cell in one) == seeds]
     return [cell for one in whole if len(one) > 2 for cell in one]
-
-
-def _loss(row: Row) -> float:
-    return math.inf if row["loss"] is None else row["loss"]
 
 
 def batch_sizes(cells: Sequence[Cell]) -> list[int]:
@@ -95,14 +100,17 @@ def table(rows: Sequence[Row]) -> str:
     cells = finished(every)
     half_lives = sorted({cell.half_life for cell in cells})
     head = [f"{value:,.0f}" for value in half_lives]
-    lines = [f"| rows a step | half-life {' | '.join(head)} | best half-life, tokens | best beta2 |",
-             "| --- " * (len(half_lives) + 3) + "|"]  # fmt: skip
+    lines = [f"| rows a step | half-life {' | '.join(head)} | best half-life, tokens | best beta2 | "
+             "shortest good half-life |",
+             "| --- " * (len(half_lives) + 4) + "|"]  # fmt: skip
     for batch_size in batch_sizes(cells):
         mine = {cell.half_life: cell for cell in curve(cells, batch_size)}
         told = [_cell(mine[value]) if value in mine else "–" for value in half_lives]
         least = [best_half_life(cells, batch_size, seed) for seed in range(num_seeds(cells))]
         told += [spread(least, ",.0f") + (" (edge)" if at_edge(cells, batch_size) else "")]
-        told += [f"{0.5 ** (_step_tokens(cells, batch_size) / math.exp(np.mean(np.log(least)))):.4f}"]
+        told += [f"{0.5 ** (_step_tokens(cells, batch_size) / math.exp(np.mean(np.log(least)))):.4g}"]
+        knees = [shortest(cells, batch_size, seed) for seed in range(num_seeds(cells))]
+        told += [spread(knees, ",.0f") + (" (edge)" if min(knees) == min(mine) else "")]
         lines.append(f"| {batch_size} | {' | '.join(told)} |")
     ends = sum(cell.at_edge for cell in cells)
     after = f"\n\n† The best rate is at the end of those tried: {ends} of {len(cells)} cells." if ends else ""
@@ -119,7 +127,7 @@ def _step_tokens(cells: Sequence[Cell], batch_size: int) -> float:
 
 def _cell(cell: Cell) -> str:
     end = " †" if cell.at_edge else ""
-    return f"{np.mean(cell.losses):.3f} (beta2 {cell.beta2:.4f}, rate {cell.learning_rate:.2g}{end})"
+    return f"{np.mean(cell.losses):.3f} (beta2 {cell.beta2:.6g}, rate {cell.learning_rate:.2g}{end})"
 
 
 def num_seeds(cells: Sequence[Cell]) -> int:
@@ -132,31 +140,47 @@ def spread(values: Sequence[float], form: str = ".2f") -> str:
     return f"{np.exp(np.mean(np.log(values))):{form}} [{low:{form}}, {high:{form}}]"
 
 
-def slopes(cells: Sequence[Cell]) -> list[float]:
-    """By seed: the power of the batch size by which the best half-life goes. 0: constant in tokens; 1: beta2 is."""
+def shortest(cells: Sequence[Cell], batch_size: int, seed: int) -> float:
+    """The half-life below which a batch size costs more than `COST`: read on a line between two half-lives.
+
+    The cost is that above the half-life that is best in the mean of all seeds.
+    """
+    mine = curve(cells, batch_size)
+    least = min(mine, key=lambda cell: float(np.mean(cell.losses))).losses[seed]
+    costs = [cell.losses[seed] - least - COST for cell in mine]
+    at = next(at for at, cost in enumerate(costs) if cost <= 0)
+    if at == 0 or not math.isfinite(costs[at - 1]):
+        return mine[at].half_life
+    share = costs[at - 1] / (costs[at - 1] - costs[at])
+    return float(mine[at - 1].half_life * (mine[at].half_life / mine[at - 1].half_life) ** share)
+
+
+def slopes(cells: Sequence[Cell], read: Reading = best_half_life) -> list[float]:
+    """By seed: the power of the batch size by which a half-life goes. 0: constant in tokens; 1: beta2 is."""
     sizes = batch_sizes(cells)
     return [
-        float(np.polyfit(np.log(sizes), [math.log(best_half_life(cells, size, seed)) for size in sizes], 1)[0])
+        float(np.polyfit(np.log(sizes), [math.log(read(cells, size, seed)) for size in sizes], 1)[0])
         for seed in range(num_seeds(cells))
     ]
 
 
-def regrets(cells: Sequence[Cell], name: str) -> list[float]:
-    """By seed: nats above each batch size's best that one value of `half_life` or `beta2` for all costs, at its best.
+def regrets(cells: Sequence[Cell], name: str) -> tuple[float, list[float]]:
+    """The one `half_life` or `beta2` that costs all batch sizes least, and its cost by seed, mean over batch sizes.
 
-    Values that every batch size was trained with; the mean over batch sizes.
+    Of values that every batch size was trained with; nats above the half-life that is best in the mean of all seeds.
     """
-    groups: dict[float, dict[int, Cell]] = {}
+    groups: dict[str, dict[int, Cell]] = {}
     for cell in cells:
-        groups.setdefault(float(f"{getattr(cell, name):.4g}"), {})[cell.batch_size] = cell
+        value = cell.half_life if name == "half_life" else math.log(cell.beta2)  # whose digits are not all nines
+        groups.setdefault(f"{value:.3g}", {})[cell.batch_size] = cell
     sizes = batch_sizes(cells)
     whole = [group for group in groups.values() if len(group) == len(sizes)]
-    found = []
-    for seed in range(num_seeds(cells)):
-        least = {size: min(cell.losses[seed] for cell in curve(cells, size)) for size in sizes}
-        cost = [np.mean([group[size].losses[seed] - least[size] for size in sizes]) for group in whole]
-        found.append(float(min(cost, default=math.nan)))
-    return found
+    if not whole:
+        return math.nan, [math.nan] * num_seeds(cells)
+    losses = [np.mean([group[size].losses for size in sizes], axis=0) for group in whole]
+    at = int(np.argmin([one.mean() for one in losses]))
+    least = [min((cell.losses for cell in curve(cells, size)), key=np.mean) for size in sizes]
+    return getattr(whole[at][sizes[0]], name), (losses[at] - np.mean(least, axis=0)).tolist()
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -165,38 +189,79 @@ def verdict(rows: Sequence[Row]) -> str:
     number, sizes = num_seeds(cells), batch_sizes(cells)
     if number < 2 or len(sizes) < 2:
         return "Verdict: none yet; the study is not finished."
-    found = slopes(cells)
+    found, knees = slopes(cells), slopes(cells, shortest)
     low, high = t_interval(found)
     edges = [size for size in sizes if at_edge(cells, size)]
-    answer = answered(low, high, bool(edges))
-    moved = [abs(slope) * math.log(max(sizes) / min(sizes)) for slope in found]
     apart = max(sizes) / min(sizes)
-    half_life, beta2 = regrets(cells, "half_life"), regrets(cells, "beta2")
-    better = t_interval([one - other for one, other in zip(half_life, beta2, strict=True)])
-    cheaper = "costs less" if better[1] < 0 else "costs more" if better[0] > 0 else "does not cost clearly less or more"
     after = f" At {', '.join(map(str, edges))} rows some seed is best at the end of the half-lives." if edges else ""
+    if flat := [size for size in sizes if not bounded(cells, size)]:
+        after += f" At {', '.join(map(str, flat))} rows the shortest or longest half-life does not clearly cost more."
     return (
-        f"Verdict: {answer}. From {min(sizes)} to {max(sizes)} rows a step the best half-life goes with the batch size "
-        f"to the power {np.mean(found):.2f} [{low:.2f}, {high:.2f}] (0: constant in tokens, as in the paper; 1: beta2 "
-        f"is constant), which is a factor of {math.exp(np.mean(moved)):.1f} over batch sizes {apart:g} times apart; "
-        f"a fixed beta2 would have moved it {apart:g} times.{after} One half-life for all batch sizes {cheaper} than "
-        f"one beta2: {_nats(half_life)} against {_nats(beta2)} nats above each batch size's best. {number} seeds; 95% "
+        f"Verdict: {conclusion(cells)}. From {min(sizes)} to {max(sizes)} rows a step the best "
+        f"half-life goes with the batch size to the power {np.mean(found):.2f} [{low:.2f}, {high:.2f}] (0: constant in "
+        f"tokens, as in the paper; 1: beta2 is constant), which is a factor of {apart ** np.mean(found):.2g} over "
+        f"batch sizes {apart:g} times apart.{after} The shortest half-life that costs at most {COST:g} nats goes with "
+        f"the power {_interval(knees, '.2f')}.{below(cells)} {compared(cells)} {number} seeds; 95% "
         "intervals by Student's t."
     )
 
 
-def answered(low: float, high: float, at_an_edge: bool) -> str:
-    """The paper's slope is 0; a constant beta2 would be 1; an optimum that was not bracketed leaves it open."""
-    if at_an_edge or (low <= 0 and high >= 1):
+def below(cells: Sequence[Cell]) -> str:
+    """Says where the shortest good half-life may be shorter than any that was tried."""
+    ends = [size for size in batch_sizes(cells) for mine in [curve(cells, size)]
+            if any(shortest(cells, size, seed) == mine[0].half_life for seed in range(num_seeds(cells)))]  # fmt: skip
+    return f" At {', '.join(map(str, ends))} rows it lies at or below the first that was tried." if ends else ""
+
+
+def compared(cells: Sequence[Cell]) -> str:
+    """One half-life for all batch sizes against one beta2 for all."""
+    (half_life, one), (beta2, other) = regrets(cells, "half_life"), regrets(cells, "beta2")
+    less = [mine - others for mine, others in zip(one, other, strict=True)]
+    low, high = t_interval(less)
+    cheaper = "costs less" if high < 0 else "costs more" if low > 0 else "does not cost clearly less or more"
+    return (
+        f"One half-life for all batch sizes ({half_life:,.0f} tokens) {cheaper} than one beta2 ({beta2:.4g}): "
+        f"{_interval(one)} against {_interval(other)} nats above each batch size's best, "
+        f"{np.mean(less):+.4f} [{low:+.4f}, {high:+.4f}]."
+    )
+
+
+def conclusion(cells: Sequence[Cell]) -> str:
+    """By the best half-life where both sides of it cost more; where curves are flat, by the shortest good one.
+
+    A flat curve has its least anywhere, and over half-lives in tokens "anywhere" would look constant in tokens.
+    """
+    sizes = batch_sizes(cells)
+    if not any(at_edge(cells, size) for size in sizes) and all(bounded(cells, size) for size in sizes):
+        return answered(*t_interval(slopes(cells)))
+    low, high = t_interval(slopes(cells, shortest))
+    flat = all(shortest(cells, size, seed) < curve(cells, size)[-2].half_life
+               for size in sizes for seed in range(num_seeds(cells)))  # fmt: skip
+    if flat and low <= 0 <= high < 1:
+        return "in part: the shortest good half-life is constant in tokens and not in beta2, the best cannot be told"
+    return "cannot tell at this size"
+
+
+def bounded(cells: Sequence[Cell], batch_size: int) -> bool:
+    """Whether the shortest and the longest half-life cost more than the one that is best in the mean of all seeds."""
+    mine = curve(cells, batch_size)
+    least = min((cell.losses for cell in mine), key=np.mean)
+    ends = [[min(SHOWN, loss - best) for loss, best in zip(mine[at].losses, least, strict=True)] for at in (0, -1)]
+    return all(t_interval(costs)[0] > 0 for costs in ends)  # a run that diverged would widen it without end
+
+
+def answered(low: float, high: float) -> str:
+    """The paper's slope is 0; a constant beta2 would be 1."""
+    if low <= 0 and high >= 1:
         return "cannot tell at this size"
     if low <= 0 <= high:
         return "reproduced"
     return "not reproduced" if high >= 1 or low > 0.5 or high < 0 else "in between: nearer to constant in tokens"
 
 
-def _nats(values: Sequence[float]) -> str:
+def _interval(values: Sequence[float], form: str = ".4f") -> str:
     low, high = t_interval(values)
-    return f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]"
+    return f"{np.mean(values):{form}} [{low:{form}}, {high:{form}}]"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -213,8 +278,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         dress(axes[1], "Over beta2", "1 − beta2 (memory grows to the right)", "")
         for axis in axes:
             axis.set_xscale("log")
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+            axis.xaxis.set_major_formatter(
+                FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+            )
             axis.xaxis.set_minor_formatter(NullFormatter())
+            least = min((min(cell.losses) for cell in cells), default=0.0)
+            axis.set_ylim(least - 0.05 * SHOWN, least + SHOWN)
         axes[1].invert_xaxis()
         handles, labels = axes[0].get_legend_handles_labels()
         axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(handles)))

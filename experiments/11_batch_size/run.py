@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,16 +19,18 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import torch  # noqa: E402
 from batch_report import draw, table, verdict  # noqa: E402
-from harness import Results  # noqa: E402
-from scales import ask, device_name, show  # noqa: E402
+from ensemble import Member, train_together  # noqa: E402
+from harness import Results, key_of  # noqa: E402
+from scales import Told, conduct, device_name  # noqa: E402
 from small_base import CACHE  # noqa: E402
 from transformers.trainer_callback import PrinterCallback  # noqa: E402
 
-from retain.half_life import apply_half_life, half_life_of_beta2  # noqa: E402
+from retain.half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2  # noqa: E402
 from retain.lab.config import PretrainConfig  # noqa: E402
 from retain.lab.models import make_config, make_model  # noqa: E402
 from retain.lab.pretrain import PretrainArguments, make_trainer, open_corpus  # noqa: E402
 
+SEEDS_TOGETHER = 3
 LONGEST_STEP = 8  # half-lives: beta2 is .004 there
 
 
@@ -52,6 +55,15 @@ class Scale:
     half_lives: int = 7
     rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
     seeds: int = 3
+    eval_rows: int = 2048
+    ensemble: bool = False  # all models of a batch size in one loop: for models so small that Python is what costs
+    compiled: bool = True
+
+    def config(self) -> PretrainConfig:
+        return PretrainConfig(
+            corpus=self.corpus, model_size=self.model_size, num_states=self.num_states, vocab_size=self.vocab_size,
+            branching=self.branching, max_length=self.max_length, eval_rows=self.eval_rows,
+        )  # fmt: skip
 
     def half_lives_at(self, batch_size: int) -> list[float]:
         """Tokens, the same at every batch size but for those far below a step, at which nothing is remembered."""
@@ -62,8 +74,8 @@ class Scale:
 
 SCALES = {
     "laptop": Scale(
-        model_size="6400", num_states=32, vocab_size=32, max_length=64, tokens=2**17, batch_sizes=(1, 4, 16),
-        half_lives=5, rates=(3e-3, 1e-2),
+        model_size="5000", num_states=32, vocab_size=128, max_length=16, tokens=2**19, batch_sizes=(1, 4, 16, 64),
+        first_beta2=0.9576, rates=(1.5e-3, 4e-3, 1e-2), seeds=5, ensemble=True,
     ),
     "gpu": Scale(),
     "paper": Scale(
@@ -73,52 +85,109 @@ SCALES = {
 }  # fmt: skip
 
 
-def train(scale: Scale, *, batch_size: int, half_life: float, learning_rate: float, seed: int) -> dict[str, Any]:
-    """Pretrain by `retain pretrain`'s own parts and measure the held-out loss at the end."""
-    config = PretrainConfig(
-        corpus=scale.corpus, model_size=scale.model_size, num_states=scale.num_states, vocab_size=scale.vocab_size,
-        branching=scale.branching, max_length=scale.max_length,
-    )  # fmt: skip
-    folder, corpus = CACHE / f"run-batch-{seed}", open_corpus(config, seed)
-    shutil.rmtree(folder, ignore_errors=True)
-    args = PretrainArguments(
+def arguments(scale: Scale, batch_size: int, folder: Path) -> PretrainArguments:
+    """Those of `retain pretrain`: AdamW, cosine after warm-up, clipping; rate, beta2 and seed are the cell's."""
+    return PretrainArguments(
         output_dir=str(folder), max_steps=round(scale.tokens / batch_size / scale.max_length),
-        learning_rate=learning_rate, per_device_train_batch_size=batch_size, eval_strategy="no",
-        logging_strategy="no", save_strategy="no",
-        disable_tqdm=True, use_cpu=not torch.accelerator.is_available(), seed=seed,
+        per_device_train_batch_size=batch_size, eval_strategy="no", logging_strategy="no", save_strategy="no",
+        train_sampling_strategy="sequential", disable_tqdm=True,
+        use_cpu=scale.ensemble or not torch.accelerator.is_available(),
     )  # fmt: skip
-    args.train_sampling_strategy = "sequential"
-    apply_half_life(args, half_life, scale.max_length)
-    shape = make_config(config.model_size, vocab_size=len(corpus.tokenizer), max_length=corpus.length)
-    trainer = make_trainer(args, config, corpus, make_model(shape, seed), seed)
+
+
+def train(scale: Scale, batch_size: int, member: Member) -> tuple[float, Any]:
+    """Pretrain one model by `retain pretrain`'s own parts: the held-out loss at the end, and the model."""
+    folder, corpus = CACHE / f"run-batch-{member.seed}", open_corpus(scale.config(), member.seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    args = arguments(scale, batch_size, folder)
+    args.learning_rate, args.seed = member.learning_rate, member.seed
+    apply_half_life(args, member.half_life, scale.max_length)
+    shape = make_config(scale.model_size, vocab_size=len(corpus.tokenizer), max_length=corpus.length)
+    trainer = make_trainer(args, scale.config(), corpus, make_model(shape, member.seed), member.seed)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]
     shutil.rmtree(folder, ignore_errors=True)
-    found = {"loss": round(loss, 5) if math.isfinite(loss) else None, "beta2": args.adam_beta2}
-    return found | {"num_steps": args.max_steps, **corpus.facts, "device": device_name()}
+    return loss, trainer.model
 
 
-def make_cell(scale: Scale, batch_size: int, half_life: float, fixed: dict[str, Any], results: Results) -> None:
-    """Every rate with every seed: which is best is a matter of their mean."""
-    for rate in scale.rates:
+def facts(scale: Scale, batch_size: int, half_life: float, losses: Sequence[float]) -> dict[str, Any]:
+    """What a row says: held-out losses in the order of its seeds, None where one diverged."""
+    step = batch_size * scale.max_length
+    found = [round(loss, 5) if math.isfinite(loss) else None for loss in losses]
+    return {"losses": found, "beta2": beta2_of_half_life(half_life, step), "num_steps": round(scale.tokens / step),
+            "device": f"CPU, {torch.get_num_threads()} threads" if scale.ensemble else device_name()}  # fmt: skip
+
+
+def one_by_one(scale: Scale, batch_size: int, fixed: dict[str, Any], results: Results) -> None:
+    """A row for each run."""
+    for cell in cells(scale, batch_size):
         for seed in range(scale.seeds):
-            cell = {"batch_size": batch_size, "half_life": half_life, "seed": seed}
-            cell["learning_rate"] = round(rate * math.sqrt(batch_size), 6)
-            results.make(cell | fixed, lambda cell=cell: train(scale, **cell))
+            member = Member(cell["half_life"], cell["learning_rate"], seed)
+            results.make(
+                cell | {"seeds": [seed]} | fixed,
+                lambda member=member: facts(scale, batch_size, member.half_life, [train(scale, batch_size, member)[0]]),
+            )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    asked = ask(__doc__, SCALES, arguments, only="batch_sizes")
-    scale = SCALES[asked.scale]
-    own = ("seeds", "batch_sizes", "factor", "first_beta2", "half_lives", "rates")
-    fixed = {name: value for name, value in asdict(scale).items() if name not in own}
-    results = Results(HERE / "results.jsonl", asked.scale)
-    for batch_size in () if asked.report else asked.batch_sizes or sorted(scale.batch_sizes, reverse=True):
-        for half_life in scale.half_lives_at(batch_size):
-            make_cell(scale, batch_size, half_life, fixed, results)
-    rows = [row for row in results.rows.values() if fixed.items() <= row["settings"].items()]
-    show(HERE, asked.scale, f"{table(rows)}\n\n**{verdict(rows)}**", lambda path: draw(rows, path))
+def together(scale: Scale, batch_size: int, fixed: dict[str, Any], results: Results) -> None:
+    """All runs of a batch size with some seeds as one ensemble; a row for each half-life and rate."""
+    for first in range(0, scale.seeds, SEEDS_TOGETHER):
+        seeds = list(range(first, min(first + SEEDS_TOGETHER, scale.seeds)))
+        rows = [cell | {"seeds": seeds} | fixed for cell in cells(scale, batch_size)]
+        if todo := [row for row in rows if results.get(row) is None]:
+            make_rows(scale, todo, fixed, results)
+
+
+def make_rows(scale: Scale, rows: Sequence[dict[str, Any]], fixed: dict[str, Any], results: Results) -> None:
+    """Rows of one batch size and the same seeds, by one ensemble."""
+    batch_size, seeds = rows[0]["batch_size"], rows[0]["seeds"]
+    members = [Member(row["half_life"], row["learning_rate"], seed) for row in rows for seed in seeds]
+    corpora = {seed: open_corpus(scale.config(), seed) for seed in seeds}
+    name = key_of({"members": [asdict(member) for member in members], **fixed}, str(batch_size))
+    args, began = arguments(scale, batch_size, CACHE / f"ensemble-{name}"), time.process_time()
+    trained = train_together(members, corpora, args, scale.model_size, Path(args.output_dir), scale.compiled)
+    spent = {"processor_seconds": round((time.process_time() - began) / len(rows), 2)}  # an equal part
+    for at, row in enumerate(rows):
+        mine = trained.losses[at * len(seeds) : (at + 1) * len(seeds)]
+        results.make(row, lambda row=row, mine=mine: facts(scale, batch_size, row["half_life"], mine) | spent)
+
+
+def cells(scale: Scale, batch_size: int) -> list[dict[str, Any]]:
+    """Every half-life with every rate."""
+    rates = [round(rate * math.sqrt(batch_size), 6) for rate in scale.rates]
+    return [
+        {"batch_size": batch_size, "half_life": half_life, "learning_rate": rate}
+        for half_life in scale.half_lives_at(batch_size)
+        for rate in rates
+    ]
+
+
+def fixed_of(scale: Scale) -> dict[str, Any]:
+    """What all rows of a scale have in common."""
+    own = ("seeds", "batch_sizes", "factor", "first_beta2", "half_lives", "rates", "ensemble", "compiled")
+    return {name: value for name, value in asdict(scale).items() if name not in own}
+
+
+def make(name: str, batch_size: int) -> None:
+    """All runs of a batch size."""
+    scale = SCALES[name]
+    how = together if scale.ensemble else one_by_one
+    how(scale, batch_size, fixed_of(scale), Results(HERE / "results.jsonl", name))
+
+
+def report(name: str) -> Told:
+    fixed = fixed_of(SCALES[name])
+    every = Results(HERE / "results.jsonl", name).rows.values()
+    rows = [row for row in every if fixed.items() <= row["settings"].items()]
+    return f"{table(rows)}\n\n**{verdict(rows)}**", lambda path: draw(rows, path)
+
+
+def main(told: Sequence[str] | None = None) -> None:
+    conduct(
+        __doc__, HERE, SCALES, parts=lambda scale: scale.batch_sizes, make=make, report=report, only="batch_sizes",
+        arguments=told,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
