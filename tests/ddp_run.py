@@ -18,9 +18,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_trainer import LORA, config
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from retain import ReplayConfig, ReplayDataset, ReplaySFTTrainer
+from retain import ReplayConfig, ReplayDataset, ReplaySFTTrainer, losses
 from retain.replay import load_self_generated
 from retain.sampling import sample_rows
 
@@ -32,6 +33,27 @@ CASES = {
     "llama-cache": ("llama", None, "kl"),
     "llama-ntp": ("llama", None, "ntp"),
     "llama-new": ("llama", None, "kl_new"),
+}
+ADAM = {"optim": "adamw_torch", "learning_rate": 2e-3}  # torch loads no FSDP2 checkpoint of an optimizer without state
+# What takes longer than a fast test may, each with what is special about it:
+MORE: dict[str, tuple[str, dict[str, Any] | None, str, dict[str, Any]]] = {
+    "copy-accumulated": ("llama", None, "kl", {"gradient_accumulation_steps": 2}),
+    "adapter-accumulated": ("llama", LORA, "kl", {"gradient_accumulation_steps": 2}),
+    "cache-accumulated": ("llama", None, "kl", {"gradient_accumulation_steps": 2}),
+    "ntp-accumulated": ("llama", None, "ntp", {"gradient_accumulation_steps": 2}),
+    "new-accumulated": ("llama", None, "kl_new", {"gradient_accumulation_steps": 2}),
+    "adapter-cache": ("llama", LORA, "kl", {}),
+    "adapter-ntp": ("llama", LORA, "ntp", {}),
+    "adapter-new": ("llama", LORA, "kl_new", {}),
+    "replace": ("llama", None, "replace", {}),
+    "adapter-replace": ("llama", LORA, "replace", {}),
+    "copy-evaluated": ("llama", None, "kl", {"eval_strategy": "steps", "eval_steps": 1}),
+    "adapter-evaluated": ("llama", LORA, "kl", {"eval_strategy": "steps", "eval_steps": 1}),
+    "copy-budget": ("llama", None, "kl", {}),
+    "copy-resumed": ("llama", None, "kl", {"save_strategy": "steps", "save_steps": 2, **ADAM}),
+    "adapter-resumed": ("llama", LORA, "kl", {"save_strategy": "steps", "save_steps": 2, **ADAM}),
+    "copy-bf16": ("llama", None, "kl", {"bf16": True}),
+    "adapter-bf16": ("llama", LORA, "kl", {"bf16": True}),
 }
 
 
@@ -63,37 +85,68 @@ def whole_weights(model: Any) -> dict[str, torch.Tensor]:
         }
 
 
+def count_gathers(trainer: Any) -> list[int]:
+    """All-gathers of one replay term with its gradient: in one chunk, and in chunks of two predictions."""
+    found, whole = [], losses.CHUNK_BYTES
+    for losses.CHUNK_BYTES in (whole, 4 * 320 * 2):
+        batch = trainer.replay_batch(range(4))
+        mask = batch.pop("labels")[:, 1:] != -100
+        with CommDebugMode() as seen:
+            trainer.replay_term.kl(trainer.model_wrapped, trainer.model, batch, mask).backward()
+        found.append(sum(count for kind, count in seen.get_comm_counts().items() if "gather" in str(kind)))
+        trainer.model.zero_grad()
+    losses.CHUNK_BYTES = whole
+    return found
+
+
+def make_trainer(folder: Path, name: str, batch: int, where: dict[str, Any]) -> ReplaySFTTrainer:
+    architecture, lora, objective, special = MORE[name] if name in MORE else (*CASES[name], {})
+    # Which new rows give way depends on how a step is split, so they are all the same there.
+    texts = make_texts(1, seed=1) * 48 if objective == "replace" else make_texts(48, seed=1)
+    if "cache" in name:
+        replay = load_self_generated(folder.parent / "stored")
+    else:
+        drawn = sample_rows(make_model(architecture), 3, range(20), 24, seed=6).numpy()
+        replay = ReplayDataset.from_rows([row[: 3 + at % 20] for at, row in enumerate(drawn)], "ragged")
+    batch //= special.get("gradient_accumulation_steps", 1)
+    settings = {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 0.3, "max_steps": 4}
+    settings |= special
+    share: dict[str, Any] = {"per_device_replay_batch_size": batch} if objective != "replace" else {"replay_share": 0.5}
+    share |= {"forgetting_budget": 0.01} if "budget" in name else {}
+    return ReplaySFTTrainer(
+        model=make_model(architecture),
+        args=config(folder / name, **settings, **where),
+        train_dataset=Dataset.from_list([{"text": text} for text in texts]),
+        eval_dataset=Dataset.from_list([{"text": text} for text in make_texts(4, seed=2)]),
+        processing_class=make_tokenizer(),
+        peft_config=LoraConfig(**lora) if lora else None,
+        replay_config=ReplayConfig(replay_objective=objective, replay_coef=2.0, **share),  # type: ignore[arg-type]
+        replay_dataset=replay,
+        retention_datasets={"words": make_texts(4, seed=9)},
+    )
+
+
 def main(folder: Path, batch: int, way: str, cases: Sequence[str]) -> None:
-    rows = Dataset.from_list([{"text": text} for text in make_texts(48, seed=1)])
     # Told to use the CPU, accelerate would leave DeepSpeed out.
     where = {"use_cpu": False, "ddp_backend": "gloo"} if way == "zero" else {}
-    for name, (architecture, lora, objective) in ((name, CASES[name]) for name in cases):
-        if name == "llama-cache":
-            replay = load_self_generated(folder.parent / "stored")
-        else:
-            drawn = sample_rows(make_model(architecture), 3, range(20), 24, seed=6).numpy()
-            replay = ReplayDataset.from_rows([row[: 3 + at % 20] for at, row in enumerate(drawn)], "ragged")
-        trainer = ReplaySFTTrainer(
-            model=make_model(architecture),
-            args=config(
-                folder / name, per_device_train_batch_size=batch, optim="sgd", learning_rate=0.3, max_steps=4, **where
-            ),
-            train_dataset=rows,
-            processing_class=make_tokenizer(),
-            peft_config=LoraConfig(**lora) if lora else None,
-            replay_config=ReplayConfig(replay_objective=objective, replay_coef=2.0, per_device_replay_batch_size=batch),
-            replay_dataset=replay,
-            retention_datasets={"words": make_texts(4, seed=9)},
-        )
+    for name in cases:
+        trainer, kept = make_trainer(folder, name, batch, where), {}
         trainer.train()
+        if "resumed" in name:
+            kept["whole"] = whole_weights(trainer.model)
+            trainer = make_trainer(folder, name, batch, where)
+            trainer.train(resume_from_checkpoint=str(folder / name / "checkpoint-2"))
         retention = trainer.evaluate_retention()
         weights = whole_weights(trainer.model)
+        if name == "copy-accumulated" and way == "fsdp2":
+            kept["gathers"] = count_gathers(trainer)
         if trainer.is_world_process_zero():
             logged = {
-                key: [row[key] for row in trainer.state.log_history if key in row] for key in ("loss", "replay/loss")
+                key: [row[key] for row in trainer.state.log_history if key in row]
+                for key in ("loss", "replay/loss", "replay/coef")
             }
             wrapped = [type(model).__name__ for model in (trainer.model, trainer.model_wrapped)]
-            kept = {"weights": weights, "wrapped": wrapped, "retention": retention, **logged}
+            kept |= {"weights": weights, "wrapped": wrapped, "retention": retention, **logged}
             torch.save(kept, folder / f"{name}.pt")
 
 

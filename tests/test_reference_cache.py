@@ -13,7 +13,7 @@ import torch
 from conftest import ARCHITECTURES, make_model, make_texts, save_model
 from peft import LoraConfig
 from test_cli import TRAIN, write_rows
-from test_trainer import LORA, ROWS, TOKENIZER, config, difference, logged, train, weights
+from test_trainer import LORA, ROWS, TOKENIZER, budgeted, config, difference, logged, train, weights
 
 from retain import ReplayConfig, ReplaySFTTrainer
 from retain.cli import main
@@ -157,6 +157,97 @@ def test_training_from_topk_is_near_training_with_the_base(datasets: dict[str, R
     plain = train(tmp_path / "plain", None, replay_config=ReplayConfig(replay_coef=0.0), changes=SGD)
     of_reference, of_protection = (difference(weights(live.model), weights(other.model)) for other in (stored, plain))
     assert of_reference < 0.8 * of_protection  # a random model's 64 likeliest of 320 tokens are not much of it
+
+
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
+@pytest.mark.parametrize("scaled", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_accumulation_changes_nothing_with_stored_predictions(
+    datasets: dict[str, ReplayDataset], tmp_path: Path, adapter: bool, scaled: bool
+) -> None:
+    class Unscaled(ReplaySFTTrainer):
+        loss_is_scaled_for_ga = False
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            return super().compute_loss(model, inputs, return_outputs, None)
+
+    found = []
+    for batch, steps in ((4, 1), (1, 4)):
+        changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_grad_norm": 0.0}
+        settings: dict[str, Any] = {"trainer_class": ReplaySFTTrainer if scaled else Unscaled, **of_lora(adapter, 0.0)}
+        settings["replay_config"] = ReplayConfig(replay_coef=2.0, per_device_replay_batch_size=batch)
+        trainer = train(tmp_path, datasets["hidden"], changes={**SGD, **changes}, **settings)
+        assert trainer.reference_kind == "cache (hidden)"
+        found.append(weights(trainer.model))
+    assert difference(*found) < 2e-6
+
+
+def of_lora(adapter: bool, dropout: float = 0.1) -> dict[str, Any]:
+    return {"peft_config": LoraConfig(**LORA, lora_dropout=dropout)} if adapter else {}
+
+
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
+def test_checkpointing_changes_nothing_with_stored_predictions(
+    datasets: dict[str, ReplayDataset], tmp_path: Path, adapter: bool
+) -> None:
+    found = []
+    for on in (False, True):
+        changes = {"activation_checkpointing": on, "max_steps": 3}
+        found.append(run(tmp_path, datasets["hidden"], "cache", changes=changes, **of_lora(adapter)))
+    assert logged(found[0], "replay/kl")[-1] > 1e-4
+    assert difference(*(weights(trainer.model) for trainer in found)) == 0.0
+
+
+@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
+def test_bf16_training_from_stored_predictions_is_near_training_with_the_base(
+    datasets: dict[str, ReplayDataset], tmp_path: Path, adapter: bool
+) -> None:
+    """Stored in float32, compared with predictions under autocast: off by the noise of bf16, and no more."""
+    changes = {"bf16": True, **SGD}
+    live_kind = "adapter" if adapter else "copy"
+    live = run(tmp_path, datasets["hidden"], live_kind, changes=changes, **of_lora(adapter, 0.0))
+    stored = run(tmp_path, datasets["hidden"], "cache", changes=changes, **of_lora(adapter, 0.0))
+    plain = train(tmp_path, None, replay_config=ReplayConfig(replay_coef=0.0), changes=changes, **of_lora(adapter, 0.0))
+    assert logged(stored, "replay/kl")[0] < 1e-4
+    assert logged(stored, "replay/kl")[-1] == pytest.approx(logged(live, "replay/kl")[-1], rel=0.1)
+    of_reference, of_protection = (difference(weights(live.model), weights(other.model)) for other in (stored, plain))
+    assert of_reference < 0.1 * of_protection
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stored_predictions_in_bfloat16_weights(datasets: dict[str, ReplayDataset], tmp_path: Path, kind: str) -> None:
+    trainer = run(tmp_path, datasets[kind], "cache", model=make_model().bfloat16(), changes={"max_steps": 3})
+    kl = logged(trainer, "replay/kl")
+    assert kl[0] < 1e-4
+    assert kl[-1] > 10 * kl[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_a_resumed_budget_with_stored_predictions_goes_on_where_it_was(
+    datasets: dict[str, ReplayDataset], tmp_path: Path, adapter: bool
+) -> None:
+    settings = {"changes": {"save_strategy": "steps", "save_steps": 5, "max_steps": 10}, **of_lora(adapter)}
+    whole = budgeted(tmp_path, datasets["hidden"], 0.01, **settings)
+    resumed = budgeted(tmp_path, datasets["hidden"], 0.01, **settings, resume=str(tmp_path / "checkpoint-5"))
+    assert resumed.reference_kind == "cache (hidden)"
+    assert resumed.budget.state_dict() == whole.budget.state_dict()  # type: ignore[union-attr]
+    assert difference(weights(whole.model), weights(resumed.model)) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_compile_changes_nothing_with_stored_predictions(
+    datasets: dict[str, ReplayDataset], tmp_path: Path, kind: str
+) -> None:
+    plain, compiled = (
+        run(tmp_path, datasets[kind], "cache", changes={**SGD, "max_steps": 4, "torch_compile": on})
+        for on in (False, True)
+    )
+    assert logged(compiled, "replay/kl") == pytest.approx(logged(plain, "replay/kl"), rel=1e-4, abs=1e-6)
+    assert difference(weights(plain.model), weights(compiled.model)) < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)

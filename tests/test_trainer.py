@@ -139,6 +139,23 @@ def test_coefficient_zero_is_the_transformers_trainer_bit_for_bit(tmp_path: Path
     assert difference(ours, run(Trainer, tmp_path / "b")) == 0.0
 
 
+@pytest.mark.parametrize(
+    "objective", ["kl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ntp", "kl_new"))]
+)
+def test_accumulation_changes_nothing_with_an_adapter(tmp_path: Path, ragged: ReplayDataset, objective: str) -> None:
+    found = []
+    for batch, steps in ((4, 1), (1, 4)):
+        changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "optim": "sgd"}
+        changes |= {"learning_rate": 0.3, "max_grad_norm": 0.0, "max_steps": 4}
+        replay_config = ReplayConfig(replay_objective=objective, replay_coef=2.0, per_device_replay_batch_size=batch)
+        lora = LoraConfig(**LORA)
+        trainer = train(tmp_path, ragged, replay_config=replay_config, changes=changes, peft_config=lora)
+        found.append((weights(trainer.model), logged(trainer, "replay/loss")))
+    assert difference(found[0][0], found[1][0]) < 2e-6
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-5, abs=1e-7)
+    assert found[0][1][-1] > 1e-3
+
+
 @pytest.mark.parametrize("objective", ["kl", "ntp", "kl_new"])
 @pytest.mark.parametrize("rows", ["replay", "ragged"])
 def test_gradient_accumulation_changes_nothing(
@@ -160,7 +177,8 @@ def test_gradient_accumulation_changes_nothing(
     assert difference(found[0][0], start) > 1e-2
 
 
-def test_accumulation_is_right_where_the_host_does_not_scale(tmp_path: Path, ragged: ReplayDataset) -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_accumulation_is_right_where_the_host_does_not_scale(tmp_path: Path, ragged: ReplayDataset, lora: bool) -> None:
     """A host that leaves the division to `Trainer` (a GPT-2-like forward without loss kwargs) gets the same step."""
 
     class Unscaled(ReplaySFTTrainer):
@@ -176,9 +194,9 @@ def test_accumulation_is_right_where_the_host_does_not_scale(tmp_path: Path, rag
         changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "optim": "sgd"}
         changes |= {"learning_rate": 0.3, "max_grad_norm": 0.0}
         replay_config = ReplayConfig(replay_coef=2.0, per_device_replay_batch_size=batch)
-        trainer = train(
-            tmp_path / f"{batch}", ragged, trainer_class=Unscaled, replay_config=replay_config, changes=changes
-        )
+        settings = {"replay_config": replay_config, "changes": changes}
+        peft = LoraConfig(**LORA) if lora else None
+        trainer = train(tmp_path / f"{batch}", ragged, trainer_class=Unscaled, peft_config=peft, **settings)
         found.append(weights(trainer.model))
     assert difference(*found) < 2e-6
 
@@ -266,18 +284,22 @@ def test_kl_is_zero_at_first_and_positive_after(
     assert trainer.reference.kind == ("adapter" if lora else "copy")
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path, replay: ReplayDataset) -> None:
-    found = [
-        weights(train(tmp_path / str(on), replay, changes={"activation_checkpointing": on}).model)
-        for on in (False, True)
-    ]
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
+    """To the bit, an adapter's dropout included."""
+    found = []
+    for on in (False, True):
+        peft = LoraConfig(**LORA, lora_dropout=0.1) if lora else None
+        trainer = train(tmp_path / str(on), replay, peft_config=peft, changes={"activation_checkpointing": on})
+        found.append(weights(trainer.model))
     assert difference(*found) == 0.0
 
 
-def test_mixed_precision_compares_like_with_like(tmp_path: Path, replay: ReplayDataset) -> None:
-    """Under bf16 autocast the reference runs in the same dtype, so the KL still begins at 0."""
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_mixed_precision_compares_like_with_like(tmp_path: Path, replay: ReplayDataset, dtype: str) -> None:
+    """Under autocast the reference runs in the same dtype, so the KL still begins at 0."""
     for name, peft in (("copy", None), ("adapter", LoraConfig(**LORA))):
-        trainer = train(tmp_path / name, replay, peft_config=peft, changes={"bf16": True})
+        trainer = train(tmp_path / name, replay, peft_config=peft, changes={dtype: True})
         kl = logged(trainer, "replay/kl")
         assert abs(kl[0]) < 1e-6
         assert kl[-1] > 1e-6
@@ -665,11 +687,13 @@ def test_a_run_leaves_plain_files(tmp_path: Path, replay: ReplayDataset) -> None
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's
-def test_torch_compile_changes_nothing(tmp_path: Path, replay: ReplayDataset) -> None:
-    settings = {"optim": "sgd", "learning_rate": 0.3, "max_steps": 4}
-    plain, compiled = (
-        train(tmp_path / str(on), replay, changes={**settings, "torch_compile": on}) for on in (False, True)
-    )
+@pytest.mark.parametrize("lora", [False, True])
+def test_torch_compile_changes_nothing(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
+    settings, found = {"optim": "sgd", "learning_rate": 0.3, "max_steps": 4}, []
+    for on in (False, True):
+        peft = LoraConfig(**LORA) if lora else None
+        found.append(train(tmp_path / str(on), replay, peft_config=peft, changes={**settings, "torch_compile": on}))
+    plain, compiled = found
     assert logged(compiled, "replay/kl") == pytest.approx(logged(plain, "replay/kl"), rel=1e-4, abs=1e-6)
     assert difference(weights(plain.model), weights(compiled.model)) < 1e-6
 
@@ -725,10 +749,14 @@ def test_a_budget_moves_the_coefficient(tmp_path: Path, replay: ReplayDataset) -
     assert logged(tight, "replay/kl")[-1] < 0.5 * logged(loose, "replay/kl")[-1]
 
 
-def test_a_resumed_budget_goes_on_where_it_was(tmp_path: Path, replay: ReplayDataset) -> None:
-    changes = {"save_strategy": "steps", "save_steps": 10, "max_steps": 20}
-    whole = budgeted(tmp_path, replay, 0.01, changes=changes)
-    resumed = budgeted(tmp_path, replay, 0.01, changes=changes, resume=str(tmp_path / "checkpoint-10"))
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_resumed_budget_goes_on_where_it_was(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
+    settings = {"changes": {"save_strategy": "steps", "save_steps": 10, "max_steps": 20}}
+    checkpoint, peft = str(tmp_path / "checkpoint-10"), {**LORA, "lora_dropout": 0.1}
+    whole, resumed = (
+        budgeted(tmp_path, replay, 0.01, peft_config=LoraConfig(**peft) if lora else None, **more)
+        for more in (settings, {**settings, "resume": checkpoint})
+    )
     assert resumed.budget is not None
     assert whole.budget is not None
     assert resumed.budget.state_dict() == whole.budget.state_dict()

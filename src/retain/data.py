@@ -240,6 +240,8 @@ def tokenize_documents(
     documents = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if ids[:1] == [start_id]:  # as chat templates write it; once is enough
+            ids = ids[1:]
         windows = [[start_id, *ids[at : at + step]] for at in range(0, len(ids), step)][:max_windows]
         if windows:
             kept = sum(len(window) - 1 for window in windows)

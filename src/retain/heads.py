@@ -78,6 +78,20 @@ def at_head(
     return found[0] + 0.0 * logits.sum() if logits.requires_grad else found[0]
 
 
+def reshard(model: nn.Module) -> None:
+    """With FSDP2, share out what a pass without gradient left gathered.
+
+    Else a frozen head is freed between the two forward passes of a step, before the first one's backward pass.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @torch.no_grad()
 def find_head_form(model: Any) -> HeadForm | None:
     """How a model's logits follow from its head's weights, by trial on probe tokens; None where no form fits.

@@ -24,7 +24,7 @@ from retain.models import (
     tokenizer_fingerprint,
     unlike,
 )
-from retain.reference import evaluation_mode
+from retain.reference import evaluation_mode, runs_through
 from retain.report import ForgettingReport
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ def _check_texts(
 
 
 def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
+    if base is not tuned and runs_through(base, tuned):  # copied after a trainer had patched the forward
+        raise ValueError("base: a forward pass of it runs the tuned model, so nothing would differ; load it anew")
     for what, of_base, of_tuned in unlike(base, tuned):
         raise ValueError(
             f"{what}: base has {of_base}, model has {of_tuned}; load both alike, or the difference is the result"

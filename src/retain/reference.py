@@ -70,8 +70,18 @@ class Reference:
 
     @classmethod
     def copy_of(cls, model: nn.Module) -> Reference:
-        """Freeze a copy of `model` as it is now. Take it before a trainer patches the model's forward."""
-        return cls(copy.deepcopy(model).eval().requires_grad_(False))
+        """Freeze a copy of `model` as it is now.
+
+        Raises:
+            ValueError: if the copy still runs the model itself.
+        """
+        copied = copy.deepcopy(model).eval().requires_grad_(False)
+        if runs_through(copied, model):  # an earlier trainer patched the forward, bound to this very model
+            for module in copied.modules():
+                vars(module).pop("forward", None)
+            if runs_through(copied, model):
+                raise ValueError("replay_reference: a copy of this model still runs the model itself; load it anew")
+        return cls(copied)
 
     @property
     def kind(self) -> str:
@@ -99,6 +109,13 @@ class Reference:
             with evaluation_mode(unwrapped), frozen_as_found(unwrapped), unwrapped.disable_adapter():
                 yield model
 
+    def moves_with(self, model: Any) -> bool:
+        """Whether a copy is not one: it holds the model's own parameters, or runs the model itself."""
+        if self.ref_model is None:
+            return False
+        shared = {id(one) for one in self.ref_model.parameters()} & {id(one) for one in model.parameters()}
+        return bool(shared) or runs_through(self.ref_model, model)
+
     def prove(self, model: Any, base_probe: Float[Tensor, "rows length vocab"]) -> None:
         """Show that the reference gives the base's predictions.
 
@@ -120,10 +137,21 @@ class Reference:
             )
 
 
+def runs_through(copied: Any, model: Any) -> bool:
+    """Whether a forward pass of the copy goes through the model: as after a trainer has patched its forward."""
+    passes: list[Any] = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda *args: passes.append(args))
+    try:
+        probe(copied)
+    finally:
+        handle.remove()
+    return bool(passes)
+
+
 def _why(model: Any) -> str:
     configs = getattr(model, "peft_config", {})
     for config in configs.values():
         init = getattr(config, "init_lora_weights", True)
-        if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "milora", "loftq")):
+        if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "milora", "loftq", "lora_ga")):
             return f"init_lora_weights={init!r} rewrites the base's weights"
     return "the adapter already held something other than the identity when it was handed over"

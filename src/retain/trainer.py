@@ -22,6 +22,7 @@ from retain.budget import ForgettingBudget
 from retain.callbacks import BUDGET_FILE, RunFilesCallback
 from retain.config import ReplayConfig
 from retain.files import write_json
+from retain.heads import reshard
 from retain.inputs import ProtectedInputs, load_for_training
 from retain.replay import ReplayDataset, replace_rows, replay_indices
 
@@ -70,6 +71,7 @@ class ReplayMixin(ProtectedInputs):
         super().__init__(model=model, args=args, **kwargs)
 
         self._queue: list[dict[str, Tensor] | None] = []
+        self._ready_for = -1  # the step for which replay was last drawn
         self._replay_tokens = 0
         self._step_term = torch.zeros(())
         self._logged: list[Tensor] = []
@@ -109,6 +111,7 @@ class ReplayMixin(ProtectedInputs):
         if not (self._replay_is_due and samples):
             return samples, num_items
         self._stop_if_unprotected()
+        self._ready_for = self.state.global_step
         if config.adds_replay_term:
             self._queue = [None] * len(samples)
             self._step_term = torch.zeros((), device=self.accelerator.device)
@@ -197,7 +200,10 @@ class ReplayMixin(ProtectedInputs):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The host's step; a loss that is not finite stops the run before the weights are touched."""
+        waiting = len(self._queue)
+        reshard(self.model)
         loss = super().training_step(*args, **kwargs)
+        self._stop_if_passed_by(waiting)
         if not bool(torch.isfinite(loss).all()):
             raise ValueError(
                 f"loss: {loss.item()} at step {self.state.global_step + 1}; lower learning_rate or replay_coef, or "
@@ -207,11 +213,32 @@ class ReplayMixin(ProtectedInputs):
             self._follow_budget()
         return loss
 
+    def _stop_if_passed_by(self, waiting: int) -> None:
+        """A step of the host must have met the replay that was made ready for it: one batch, or a changed batch."""
+        config = self.replay_config
+        met = self._ready_for == self.state.global_step
+        if config.adds_replay_term:
+            met = met and len(self._queue) == waiting - 1
+        if not met and self._replay_is_due and (config.draws_replay or config.adds_replay_term):
+            raise ValueError(
+                f"replay: {type(self).__name__} made step {self.state.global_step + 1} without it, so nothing protects "
+                "the model; leave get_batch_samples and compute_loss to ReplayMixin, and the model in training mode"
+            )
+
     def _stop_if_unprotected(self) -> None:
-        """After the first steps, a reference that moved along with the model shows as a KL of exactly 0."""
-        if not self.replay_config.uses_reference:
+        """A KL that is 0 by construction protects nothing: at the first step, or of a reference that moves along."""
+        config, steps = self.replay_config, self.state.max_steps
+        if not config.uses_reference:
             return
-        if self._steps_learned == PATIENCE and float(self._largest_kl) == 0.0:
+        if 1 < config.replay_every >= steps:
+            raise ValueError(
+                f"replay_every: {config.replay_every} of {steps} steps is the first one only, where the model is its "
+                "base and KL has no gradient; use a smaller one"
+            )
+        zero = self._steps_learned == PATIENCE and float(self._largest_kl) == 0.0
+        if self._steps_learned == PATIENCE and self.reference is not None:  # dropout would hide it in the KL
+            zero = zero or self.reference.moves_with(self.model)
+        if zero:
             raise ValueError(
                 f"replay/kl: exactly 0 after {PATIENCE} steps: either the reference moves with the model, so nothing "
                 "protects it, or the weights do not move at this learning_rate and dtype; check both"

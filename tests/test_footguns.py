@@ -1,0 +1,419 @@
+"""How protection goes wrong: what is refused, stopped or shown, beyond what each module's own tests do.
+
+docs/footguns.md names every one of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import CHATML, make_model, make_texts, make_tokenizer, save_model
+from peft import LoraConfig, get_peft_model, preprocess_loraga
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.tuners.lora.corda import preprocess_corda
+from test_cli import write_rows
+from test_trainer import LORA, ROWS, TOKENIZER, config, difference, logged, train, weights
+from transformers import Trainer
+from trl import SFTTrainer
+
+from retain import ReplayConfig, ReplaySFTTrainer, load_model, measure
+from retain.cli import main
+from retain.data import row_text, tokenize_documents
+from retain.losses import kl_divergence
+from retain.models import model_fingerprint, tokenizer_fingerprint
+from retain.protection import check_base_is_frozen
+from retain.reference import Reference, probe
+from retain.replay import ReplayDataset, token_documents
+from retain.sampling import sample_rows
+
+IDS = torch.arange(5, 25).reshape(2, 10)
+QV = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def rows_of(model: Any, count: int = 20) -> ReplayDataset:
+    """Rows that a model wrote, with the manifest that says so."""
+    manifest = {
+        "model": "tiny",
+        "model_fingerprint": model_fingerprint(model),
+        "tokenizer_fingerprint": tokenizer_fingerprint(TOKENIZER),
+    }
+    return ReplayDataset.from_rows(list(sample_rows(model, 3, range(count), 24, seed=5).numpy()), "own", manifest)
+
+
+@pytest.fixture(scope="module")
+def replay() -> ReplayDataset:
+    return rows_of(make_model())
+
+
+# The base that isn't (pitfalls 1 and 2)
+
+
+def corda(base: Any) -> Any:
+    settings = LoraConfig(**QV, init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"))
+    forward = lambda: [base(input_ids=row[None]) for row in IDS]  # noqa: E731
+    preprocess_corda(base, settings, run_model=forward)
+    return get_peft_model(base, settings)
+
+
+def lora_ga(base: Any) -> Any:
+    settings = LoraConfig(**QV, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+    preprocess_loraga(base, settings, lambda: base(input_ids=IDS, labels=IDS).loss.backward())
+    return get_peft_model(base, settings)
+
+
+def by_hand(base: Any, split: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A LoRA that begins with `split` of each weight, which the base then lacks: together they are the base."""
+    model = get_peft_model(base, LoraConfig(**QV))
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            whole = module.base_layer.weight.data
+            u, s, v = torch.linalg.svd(split(whole), full_matrices=False)
+            module.lora_A["default"].weight.data.copy_(s[:4].sqrt()[:, None] * v[:4])
+            module.lora_B["default"].weight.data.copy_(u[:, :4] * s[:4].sqrt())
+            whole.sub_(split(whole))
+    return model
+
+
+def minor_part(weight: torch.Tensor) -> torch.Tensor:
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    return u[:, -4:] * s[-4:] @ v[-4:]
+
+
+def lost_by_8_bits(weight: torch.Tensor) -> torch.Tensor:
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return weight - (weight / scale).round() * scale
+
+
+def milora(base: Any) -> Any:
+    return by_hand(base, minor_part)
+
+
+def loftq(base: Any) -> Any:
+    return by_hand(base, lost_by_8_bits)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning")  # PEFT's LoRA-GA hooks the embedding
+@pytest.mark.parametrize("make", [corda, lora_ga, milora, loftq], ids=lambda make: make.__name__)
+def test_more_initialisations_that_rewrite_the_base_are_refused(
+    tmp_path: Path, replay: ReplayDataset, make: Callable[[Any], Any]
+) -> None:
+    """CorDA and LoRA-GA are PEFT's; MiLoRA and LoftQ (which needs bitsandbytes and a GPU) are done by hand."""
+    base = make_model()
+    says, wrapped = probe(base), make(base)
+    if make is not loftq:  # which keeps of the loss what fits into its rank
+        assert float((probe(wrapped) - says).abs().max()) < 1e-4, "together they are the base"
+    with pytest.raises(ValueError, match=r"replay_reference: 'adapter' is not the base .* use replay_reference copy"):
+        Reference().prove(wrapped, says)
+    off_policy = {"allow_off_policy_replay": True}  # the weights in memory are no longer those of the base
+    with pytest.raises(ValueError, match=r"replay_reference: 'adapter' is not the base"):
+        train(tmp_path / "a", replay, model=wrapped, replay_config=ReplayConfig(**off_policy))
+    by_copy = ReplayConfig(replay_reference="copy", **off_policy)
+    short = {"max_steps": 2}
+    trainer = train(tmp_path / "b", replay, model=make(make_model()), replay_config=by_copy, changes=short)
+    assert abs(logged(trainer, "replay/kl")[0]) < 1e-6
+    assert logged(trainer, "replay/kl")[-1] > 1e-7
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "AdaLoraConfig": {"total_step": 10}, "BOFTConfig": {}, "DeloraConfig": {}, "GraloraConfig": {"r": 4},
+    "HRAConfig": {}, "LNTuningConfig": {"target_modules": ["input_layernorm"]}, "LoHaConfig": {}, "LoKrConfig": {},
+    "MissConfig": {"r": 4}, "OFTConfig": {}, "OSFConfig": {}, "PrefixTuningConfig": {}, "RandLoraConfig": {},
+    "ShiraConfig": {"r": 4}, "TrainableTokensConfig": {}, "VeraConfig": {},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of what each thinks of a tiny model
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_of_every_kind_switched_off_are_the_base_while_they_move(name: str) -> None:
+    settings = {"target_modules": ["q_proj", "v_proj"], **ADAPTERS[name]}
+    if name == "PrefixTuningConfig":
+        settings = {"num_virtual_tokens": 3}
+    if name == "TrainableTokensConfig":
+        settings = {"token_indices": [7, 9]}
+    base = make_model()
+    says, before = probe(base), base(input_ids=IDS).logits
+    model = get_peft_model(base, getattr(peft, name)(task_type="CAUSAL_LM", **settings))
+    check_base_is_frozen(model)
+    Reference().prove(model, says)
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=10.0)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float((model.eval()(input_ids=IDS).logits - before).abs().max()) > 1e-3
+    Reference().prove(model, says)
+
+
+def test_a_finetuned_model_cannot_pass_for_its_base(tmp_path: Path, replay: ReplayDataset) -> None:
+    """Going on from a checkpoint by its name would take what was already forgotten for the base."""
+    save_model(tmp_path / "base")
+    model = load_model(str(tmp_path / "base"))
+    rows = rows_of(model)
+    train(tmp_path / "run", rows, model=model, changes={"max_steps": 2}).save_model(str(tmp_path / "tuned"))
+    with pytest.raises(ValueError, match="sampled from 'tiny'.*allow_off_policy_replay"):
+        train(tmp_path / "more", rows, model=load_model(str(tmp_path / "tuned")))
+
+
+def test_a_loss_that_patches_the_forward_keeps_the_protection(tmp_path: Path, replay: ReplayDataset) -> None:
+    """Pitfall 2: TRL's loss without logits does; the reference was taken before."""
+    for adapter in (None, LoraConfig(**LORA)):
+        trainer = train(tmp_path, replay, peft_config=adapter, changes={"max_steps": 2})
+        assert "forward" in vars(trainer.model.get_base_model() if adapter else trainer.model)
+        assert abs(logged(trainer, "replay/kl")[0]) < 1e-7
+        assert logged(trainer, "replay/kl")[-1] > 1e-7
+
+
+# Replay that does not act
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_weights_that_do_not_move_stop_the_run(tmp_path: Path, replay: ReplayDataset, adapter: bool) -> None:
+    """bf16 weights swallow the steps of a low rate; a KL of 0 would look like perfect protection."""
+    lora = LoraConfig(**LORA, lora_dropout=0.1) if adapter else None
+    rate = {"learning_rate": 1e-9 if not adapter else 1e-30}
+    with pytest.raises(ValueError, match="or the weights do not move at this learning_rate and dtype"):
+        train(tmp_path, replay, model=make_model().bfloat16(), peft_config=lora, changes=rate)
+
+
+def test_a_learning_rate_too_high_for_any_replay_breaks_its_budget(tmp_path: Path, replay: ReplayDataset) -> None:
+    settings = ReplayConfig(forgetting_budget=0.001, replay_coef=500.0, per_device_replay_batch_size=4)
+    changes = {"max_steps": 15, "learning_rate": 0.3}
+    trainer = train(tmp_path, replay, replay_config=settings, changes=changes)
+    verdict = trainer.budget.verdict()
+    assert not verdict.kept
+    assert "its upper bound: this model has no room for both; raise the budget, lower the learning rate" in str(verdict)
+
+
+def test_a_pool_that_is_far_too_small_shows_on_other_text(tmp_path: Path, replay: ReplayDataset) -> None:
+    """Two rows are learned by heart: their KL is low, and that of other rows of the same base is not."""
+    held_out = [row.tolist() for row in sample_rows(make_model(), 3, range(100, 108), 24, seed=5).numpy()]
+    trainer = train(
+        tmp_path,
+        ReplayDataset.from_rows([replay[0], replay[1]], "two"),
+        replay_config=ReplayConfig(replay_coef=20.0, per_device_replay_batch_size=2),
+        retention_datasets={"own": token_documents(held_out, TOKENIZER)},
+        changes={"max_steps": 20},
+    )
+    elsewhere = trainer.evaluate_retention()["retention/own/ref_kl"]
+    assert elsewhere > 3 * logged(trainer, "replay/kl")[-1]
+
+
+def test_a_coefficient_means_something_else_with_another_estimator() -> None:
+    """Pitfall 8: the same two models, the same rows, three terms that are all called KL: their gradients."""
+    base, ids = make_model(), torch.tensor(sample_rows(make_model(), 3, range(8), 24, seed=5).numpy()).long()
+    with torch.no_grad():
+        ref_logits = base(ids).logits[:, :-1]
+    moved = make_model()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for value in moved.parameters():
+            value += 0.05 * value.std() * torch.randn_like(value) if value.ndim == 2 else 0.0
+
+    def k1(logits: torch.Tensor) -> torch.Tensor:
+        """−log p_θ(drawn token): what sampled estimators of the forward KL come to; its gradient is that of NTP."""
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+
+    terms = {
+        "ours": lambda logits: kl_divergence(ref_logits, logits).mean(),
+        "summed over tokens": lambda logits: kl_divergence(ref_logits, logits).sum(),
+        "sampled": lambda logits: k1(logits).mean(),
+    }
+    size = {}
+    for name, term in terms.items():
+        moved.zero_grad()
+        term(moved(ids).logits[:, :-1]).backward()
+        size[name] = float(torch.cat([value.grad.flatten() for value in moved.parameters()]).norm())
+    assert size["summed over tokens"] == pytest.approx(8 * 23 * size["ours"], rel=1e-4)
+    assert size["sampled"] > 1.5 * size["ours"]
+
+
+# Rows and seeds
+
+
+def test_packed_documents_do_not_see_each_other(tmp_path: Path) -> None:
+    """Pitfall 16: TRL's best-fit packing, as the trainer calls the model: each document's predictions are its own."""
+    settings = config(tmp_path, packing=True, packing_strategy="bfd", max_length=64)
+    host = SFTTrainer(make_model(), settings, train_dataset=ROWS, processing_class=TOKENIZER)
+    batch = next(iter(host.get_train_dataloader()))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), batch["input_ids"].shape[1]]
+    assert len(starts) > 3
+    model = make_model()
+    with torch.no_grad():
+        whole = model(**inputs, use_cache=False).logits
+        for start, end in itertools.pairwise(starts):
+            alone = model(input_ids=batch["input_ids"][:, start:end]).logits
+            torch.testing.assert_close(whole[:, start:end], alone, rtol=0, atol=1e-4)
+
+
+def test_the_adapter_begins_with_the_seed_of_the_run(tmp_path: Path, replay: ReplayDataset) -> None:
+    """Pitfall 21: not with whatever was drawn before."""
+    found = []
+    for ambient in (1, 2):
+        torch.manual_seed(ambient)
+        args, lora = config(tmp_path, seed=7), LoraConfig(**LORA)
+        trainer = ReplaySFTTrainer(
+            model=make_model(seed=0) if ambient == 1 else _after_noise(),
+            args=args,
+            train_dataset=ROWS,
+            processing_class=TOKENIZER,
+            replay_dataset=replay,
+            peft_config=lora,
+        )
+        found.append(weights(trainer.model))
+    assert difference(*found) == 0.0
+
+
+def _after_noise() -> Any:
+    model = make_model()
+    torch.manual_seed(99)
+    torch.randn(1000)
+    return model
+
+
+# Stopped
+
+
+@pytest.fixture
+def ctrl_c_is_heard() -> Iterator[None]:
+    """A job that a shell starts in the background ignores SIGINT, and so would this test."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("budget", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("ctrl_c_is_heard")
+def test_full_finetuning_stops_at_ctrl_c_and_goes_on_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: bool
+) -> None:
+    """As tests/kill/test_stop.py does it with an adapter."""
+    save_model(tmp_path / "model")
+    rows = write_rows(tmp_path / "new.jsonl", seed=1)
+    command = f"finetune --model_name_or_path {tmp_path}/model --dataset_name {rows} --replay_dataset {tmp_path}/replay"
+    command += (
+        " --max_steps 5 --save_steps 2 --per_device_train_batch_size 2 --max_length 24 --use_cpu true --bf16 false"
+    )
+    command += (
+        " --report_to none --disable_tqdm true --gradient_checkpointing false --eval_strategy no --save_total_limit 1"
+    )
+    command += " --forgetting_budget 0.01" if budget else ""
+    sample = f"sample --model_name_or_path {tmp_path}/model --output_dir {tmp_path}/replay --num_rows 6 --max_length 16"
+    assert main(sample.split()) == 0
+    assert main([*command.split(), "--output_dir", str(tmp_path / "whole")]) == 0
+    training_step = ReplaySFTTrainer.training_step
+
+    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = training_step(self, *args, **kwargs)
+        if self.state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    broken = [*command.split(), "--output_dir", str(tmp_path / "broken")]
+    with monkeypatch.context() as patch:
+        patch.setattr(ReplaySFTTrainer, "training_step", stop)
+        assert main(broken) == 130
+    assert [path.name for path in (tmp_path / "broken").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    assert main([*broken, "--resume_from_checkpoint", "true"]) == 0
+    for name in ("model.safetensors", *(["budget.json"] if budget else [])):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+# A model that a trainer had before: TRL patches its forward, and a deep copy would go on running the model itself
+
+
+def trained_before(folder: Path) -> Any:
+    host = SFTTrainer(make_model(), config(folder, max_steps=1), train_dataset=ROWS, processing_class=TOKENIZER)
+    host.train()
+    assert "forward" in vars(host.model)
+    return host.model
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_a_model_that_was_in_a_trainer_before_has_a_copy_of_its_own(
+    tmp_path: Path, replay: ReplayDataset, adapter: bool
+) -> None:
+    settings = ReplayConfig(replay_coef=2.0, replay_reference="copy", allow_off_policy_replay=True)
+    peft: dict[str, Any] = {"peft_config": LoraConfig(**LORA)} if adapter else {}
+    peft["changes"] = {"max_steps": 2}
+    trainer = train(tmp_path, replay, model=trained_before(tmp_path), replay_config=settings, **peft)
+    assert abs(logged(trainer, "replay/kl")[0]) < 1e-7
+    assert logged(trainer, "replay/kl")[-1] > 1e-7
+
+
+def test_forgetting_of_a_model_that_was_in_a_trainer_before_is_measured(tmp_path: Path) -> None:
+    """It was exactly 0, whatever was forgotten."""
+    texts, model = {"words": make_texts(4, seed=9)}, trained_before(tmp_path)
+    plain = ReplayConfig(replay_coef=0.0)
+    trainer = train(tmp_path, None, model=model, replay_config=plain, retention_datasets=texts)
+    assert trainer.evaluate_retention()["retention/words/ref_kl"] > 1e-4
+    with pytest.raises(ValueError, match="base: a forward pass of it runs the tuned model"):
+        measure(copy.deepcopy(model), model, texts, tokenizer=TOKENIZER, max_length=20)
+
+
+def test_a_copy_that_still_runs_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retain.reference.runs_through", lambda copied, model: True)
+    with pytest.raises(ValueError, match="a copy of this model still runs the model itself; load it anew"):
+        Reference.copy_of(make_model())
+
+
+# Hosts that pass by
+
+
+def leaves_evaluation_mode_on(kind: str) -> type:
+    class Quiet(ReplaySFTTrainer):
+        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            model.eval()  # to be rid of dropout, say
+            return super().compute_loss(model, *args, **kwargs)
+
+    class Past(ReplaySFTTrainer):
+        def get_batch_samples(self, *args: Any) -> Any:
+            return Trainer.get_batch_samples(self, *args)
+
+    return {"quiet": Quiet, "past": Past}[kind]
+
+
+@pytest.mark.parametrize(("kind", "objective"), [("quiet", "kl"), ("quiet", "ntp"), ("past", "replace")])
+def test_a_host_that_makes_its_step_without_replay_stops(
+    tmp_path: Path, replay: ReplayDataset, kind: str, objective: str
+) -> None:
+    settings = ReplayConfig(replay_objective=objective, replay_share=0.5)
+    with pytest.raises(ValueError, match="made step 1 without it, so nothing protects the model"):
+        train(tmp_path, replay, trainer_class=leaves_evaluation_mode_on(kind), replay_config=settings)
+
+
+def test_a_reference_that_moves_is_seen_through_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout makes the KL to a reference that moves along positive; without it, they say the same."""
+    noisy = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+    rows = rows_of(make_model("gpt2", **noisy))
+    honest = train(tmp_path, rows, model=make_model("gpt2", **noisy))
+    assert logged(honest, "replay/kl")[0] > 1e-3
+    monkeypatch.setattr(Reference, "copy_of", classmethod(lambda cls, model: cls(model)))
+    with pytest.raises(ValueError, match="the reference moves with the model"):
+        train(tmp_path, rows, model=make_model("gpt2", **noisy))
+
+
+def test_replay_on_the_first_step_alone_is_refused(tmp_path: Path, replay: ReplayDataset) -> None:
+    """There, the model is its base: the KL is 0, and so is its gradient."""
+    with pytest.raises(ValueError, match="replay_every: 5 of 5 steps is the first one only"):
+        train(tmp_path, replay, replay_config=ReplayConfig(replay_every=5))
+
+
+def test_a_template_that_writes_the_start_token_does_not_double_it() -> None:
+    """Pitfall 15: as the templates of Llama 3 and Gemma do."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    messages = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "jumps"}]
+    text = row_text({"messages": messages}, tokenizer)
+    (document,) = tokenize_documents([text], tokenizer, 3, 64)
+    assert document.windows[0] == tokenizer.apply_chat_template(messages)["input_ids"]
+    assert document.windows[0][:2] == [3, 1]
