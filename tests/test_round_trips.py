@@ -44,7 +44,7 @@ MEASURE = st.fixed_dictionaries(
         ),
     },
     optional={
-        "max_documents": COUNTS, "num_resamples": st.integers(1, 10**5), "seed": st.integers(0, 2**31),
+        "max_documents": COUNTS, "num_resamples": st.integers(100, 10**5), "seed": st.integers(0, 2**31),
         "budget": st.floats(1e-9, 1e3),
     },
 )  # fmt: skip

@@ -175,7 +175,7 @@ time.sleep(60)
 @pytest.mark.parametrize("number", CODES)
 def test_a_stopped_sweep_asks_its_runs_to_stop(tmp_path, capsys, monkeypatch, number):
     monkeypatch.setattr(retain.lab.sweep, "CHILD", POLITE)
-    (tmp_path / "s.yaml").write_text(json.dumps({"verb": "finetune", "grid": {"x": [1]}}))
+    (tmp_path / "s.yaml").write_text(json.dumps({"verb": "finetune", "grid": {"max_steps": [1]}}))
 
     def stop_when_begun() -> None:
         while not list((tmp_path / "out").glob("runs/*/begun")):
