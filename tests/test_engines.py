@@ -441,6 +441,7 @@ def indented(text: str) -> list[str]:
 
 
 @needs_ray
+@pytest.mark.slow
 def test_ray_on_the_command_line(cluster, llama_folder, tmp_path, capsys):
     """A dataset that one process began, predictions kept, is finished by a worker."""
     flags = [*FLAGS, "--store_reference", "topk"]

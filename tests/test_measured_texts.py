@@ -203,6 +203,7 @@ def test_where_the_text_does_not_suffice_the_report_says_how_much_would():
     assert f"about {math.ceil(40 * (width / 1e-4) ** 2):,} would give it" in warning
 
 
+@pytest.mark.slow
 def test_stopping_by_the_width_leaves_the_value_unbiased_and_the_interval_honest():
     """200 synthetic texts of known value, drawn until ± `ci`: 95% intervals cover it 90 to 98% of the time."""
     from retain.measured_texts import TextOptions, _enough
