@@ -60,7 +60,7 @@ def callback(**changes: Any) -> ForgettingCallback:
 
 
 def sft(folder: Path, callbacks: list[TrainerCallback], model: Any = None, lora: bool = False, **changes: Any) -> Any:
-    extra = {"max_length": 24, "gradient_checkpointing": None, "activation_checkpointing": False}
+    extra = {"max_length": 24, "gradient_checkpointing": False}
     return SFTTrainer(
         model if model is not None else make_model(attention_dropout=0.1),
         SFTConfig(**settings(folder, **extra | changes)),

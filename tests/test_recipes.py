@@ -26,7 +26,7 @@ TEXTS = make_texts(24)
 COMMON: dict[str, Any] = {
     "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 2e-3, "bf16": False, "use_cpu": True,
     "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": 1,
-    "gradient_checkpointing": None, "activation_checkpointing": False,
+    "gradient_checkpointing": False,
 }  # fmt: skip
 
 

@@ -193,7 +193,7 @@ def test_checkpointing_changes_nothing_with_stored_predictions(
 ) -> None:
     found = []
     for on in (False, True):
-        changes = {"activation_checkpointing": on, "max_steps": 3}
+        changes = {"gradient_checkpointing": on, "max_steps": 3}
         found.append(run(tmp_path, datasets["hidden"], "cache", changes=changes, **of_lora(adapter)))
     assert logged(found[0], "replay/kl")[-1] > 1e-4
     assert difference(*(weights(trainer.model) for trainer in found)) == 0.0

@@ -26,6 +26,7 @@ from retain.replay import MANIFEST, SCHEMA, load_self_generated, write_shard
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12).filter(
     lambda text: not text.startswith("-")
 )
+WORDS |= st.sampled_from(["runs", "pair", "retention=x"])  # names of flags, as values
 NAMES = WORDS.filter(lambda text: "=" not in text)
 COUNTS, SHARES = st.integers(1, 10**9), st.floats(0, 1)
 SAMPLE = st.fixed_dictionaries(

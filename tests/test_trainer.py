@@ -65,8 +65,7 @@ def config(folder: Path, **changes: Any) -> SFTConfig:
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
-        "gradient_checkpointing": None,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "seed": 7,
     }
     return SFTConfig(**{**settings, **changes})
@@ -277,7 +276,7 @@ def test_kl_is_zero_at_first_and_positive_after(
     tmp_path: Path, replay: ReplayDataset, lora: bool, checkpointing: bool
 ) -> None:
     peft = LoraConfig(**LORA) if lora else None
-    trainer = train(tmp_path, replay, peft_config=peft, changes={"activation_checkpointing": checkpointing})
+    trainer = train(tmp_path, replay, peft_config=peft, changes={"gradient_checkpointing": checkpointing})
     kl = logged(trainer, "replay/kl")
     assert abs(kl[0]) < 1e-7
     assert all(value > 1e-7 for value in kl[1:])
@@ -290,7 +289,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, replay: ReplayDa
     found = []
     for on in (False, True):
         peft = LoraConfig(**LORA, lora_dropout=0.1) if lora else None
-        trainer = train(tmp_path / str(on), replay, peft_config=peft, changes={"activation_checkpointing": on})
+        trainer = train(tmp_path / str(on), replay, peft_config=peft, changes={"gradient_checkpointing": on})
         found.append(weights(trainer.model))
     assert difference(*found) == 0.0
 
@@ -602,8 +601,7 @@ def test_mixin_over_dpo(tmp_path: Path, replay: ReplayDataset) -> None:
         logging_steps=1,
         save_strategy="no",
         disable_tqdm=True,
-        gradient_checkpointing=None,
-        activation_checkpointing=False,
+        gradient_checkpointing=False,
     )
     trainer = ReplayDPOTrainer(
         model=make_model(),

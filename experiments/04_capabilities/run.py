@@ -111,8 +111,7 @@ def arguments(study: Study, output: Path, seed: int, max_steps: int, rate: float
         use_cpu=True,
         bf16=False,
         seed=seed,
-        gradient_checkpointing=None,
-        activation_checkpointing=False,
+        gradient_checkpointing=False,
         **more,
     )
 

@@ -148,7 +148,7 @@ def repeated_lists(argv: list[str]) -> list[str]:
         if flag == "--config" and value:  # which TrlParser would not see
             rest += [flag, value]
             continue
-        if flag.replace("-", "_").lstrip("_") not in LISTS:
+        if not flag.startswith("--") or flag.replace("-", "_").lstrip("_") not in LISTS:
             rest.append(argv[at - 1])
             continue
         flag = "--" + flag.lstrip("-").replace("-", "_")  # argparse takes either

@@ -182,7 +182,7 @@ def test_a_stopped_sweep_asks_its_runs_to_stop(tmp_path, capsys, monkeypatch, nu
             time.sleep(0.02)
         os.kill(os.getpid(), number)
 
-    threading.Thread(target=stop_when_begun).start()
+    threading.Thread(target=stop_when_begun, daemon=True).start()
     assert main(["sweep", str(tmp_path / "s.yaml"), "--output_dir", str(tmp_path / "out")]) == CODES[number]
     assert last_line(capsys) == (
         f"retain sweep: {WORDS[number]}; finished runs are kept, others go on from their last checkpoint; run it again"
