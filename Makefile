@@ -6,7 +6,7 @@ WHEELS := .cache/wheels
 # Idle torch threads that spin at barriers ruin a shared machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: venv demo test test-slow test-notebook test-lowest test-newest kill-test lint docs clean figures test-wheel
+.PHONY: venv demo test test-slow test-programs test-lowest test-newest kill-test lint docs clean figures test-wheel
 venv: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -47,9 +47,9 @@ test-wheel: $(VENV)/.done
 	$(WHEEL)/env/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(WHEEL)/*.whl
 	$(PYTHON) tests/wheel_verbs.py $(WHEEL)/env/bin
 
-# The example notebook from top to bottom; of what is slow the only part that CI runs.
-test-notebook: $(VENV)/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_notebook.py -m 'slow or not slow'
+# Whole programs, which CI runs apart from the fast tests: the notebook, the examples, and training on two processes.
+test-programs: $(VENV)/.done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m program
 
 # The fast tests with the lowest versions that pyproject.toml allows, and with the newest that there are, each in an
 # environment of its own. torch is the same in both: pip finds no other CPU build here, and a CUDA build is gigabytes.

@@ -68,6 +68,7 @@ def two(folder: Path) -> dict[str, Found]:
     }
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one(one: Found, two: dict[str, Found], way: str, name: str) -> None:

@@ -35,6 +35,7 @@ def run(name: str, *arguments: object, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.program
 @pytest.mark.parametrize("name", NAMES)
 def test_trainer_example(name: str, workplace: Path) -> None:
     out = workplace / name
@@ -48,6 +49,7 @@ def test_trainer_example(name: str, workplace: Path) -> None:
         assert "retention/wiki: forgetting" in stdout
 
 
+@pytest.mark.program
 def test_measure_example(workplace: Path) -> None:
     other = save_model(workplace / "other", seed=1)
     stdout = run(

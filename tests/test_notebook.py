@@ -24,7 +24,7 @@ def test_no_outputs_are_kept():
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
 
 
-@pytest.mark.slow
+@pytest.mark.program
 @pytest.mark.filterwarnings("ignore")
 def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     client = pytest.importorskip("nbclient")
