@@ -288,6 +288,13 @@ class Results:
             file.truncate(text.rfind(b"\n") + 1)
         self.rows = {row["key"]: row for row in read_jsonl(path)}
 
+    def rows_with(self, settings: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """The rows of this bench that have these settings, whatever else they have."""
+        wanted = (settings or {}).items()
+        return [
+            row for row in self.rows.values() if row["bench"] == self.fingerprint and wanted <= row["settings"].items()
+        ]
+
     def get(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         return self.rows.get(key_of(settings, self.fingerprint))
 

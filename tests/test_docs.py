@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import functools
 import importlib
-import io
 import re
 import shlex
 from collections.abc import Iterator
@@ -134,15 +132,10 @@ def test_paths_in_examples_are_there(path):
 # Commands
 
 
-FIRST = {"export": "--replay_dataset", "fit": "--runs", "predict": "--law", "sweep": "--sweep"}  # may go unnamed
-
-
 @functools.cache
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """The verb's own parser, to which nothing is required."""
-    from trl import TrlParser
-
-    parser = TrlParser(retain.flags.types_of(verb), prog=verb, allow_abbrev=False)
+    parser = retain.flags.parser_of(verb)
     parser.add_argument("--config")
     for action in parser._actions:
         action.required = False
@@ -167,18 +160,14 @@ def wrong_command(words: list[str]) -> str | None:
         return None
     if verb not in retain.cli.VERBS:
         return f"no verb {verb!r}"
-    parser, said = parser_of(verb), io.StringIO()
-    with contextlib.redirect_stderr(said):
-        try:
-            argv = retain.flags.files_first(argv, FIRST[verb]) if verb in FIRST else argv
-            arguments = retain.flags.repeated_lists(argv)
-            unknown = argparse.ArgumentParser.parse_known_args(parser, arguments)[1]
-            if unknown and verb == "finetune":
-                known = ["--config_file" if word == "--accelerate_config" else word for word in unknown]
-                launcher().parse_args([*known, "script.py"])
-                unknown = []
-        except SystemExit:
-            return said.getvalue().strip().splitlines()[-1]
+    try:
+        words = retain.flags.words_of(argv, verb)
+        unknown = argparse.ArgumentParser.parse_known_args(parser_of(verb), words)[1]
+        if unknown and verb == "finetune":
+            retain.flags.launcher_arguments(unknown)
+            unknown = []
+    except ValueError as error:
+        return str(error)
     return f"unknown {unknown}" if unknown else None
 
 
@@ -354,7 +343,10 @@ def test_a_broken_link_is_found(text, broken):
         ("retain sample --model_name_or_path M --out replay/", "unknown ['--out', 'replay/']"),
         ("retain sampel --output_dir replay/", "no verb 'sampel'"),
         ("retain sample --num_rows many", "invalid int value: 'many'"),
-        ("for r in 1 2; do\n  retain finetune --config x.yaml --lora_rank $r\ndone", "unrecognized arguments"),
+        (
+            "for r in 1 2; do\n  retain finetune --config x.yaml --lora_rank $r\ndone",
+            "--lora_rank: not known here",
+        ),
         ("RAY_ADDRESS=1 retain sample \\\n  --engin ray", "--engin"),
         ("retain finetune --config x.yaml --num_processes 2 --num_proceses 2", "--num_proceses"),
         ("accelerate launch --config_file examples/accelerate/ddp.yaml -m retain finetune --config x --no 1", "--no"),

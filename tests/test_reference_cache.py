@@ -13,7 +13,7 @@ import torch
 from conftest import ARCHITECTURES, make_model, make_texts, save_model
 from peft import LoraConfig
 from test_cli import TRAIN, write_rows
-from test_trainer import LORA, ROWS, TOKENIZER, budgeted, config, difference, logged, train, weights
+from test_trainer import LORA, ROWS, TOKENIZER, Unscaled, budgeted, config, difference, logged, train, weights
 
 from retain import ReplayConfig, ReplaySFTTrainer
 from retain.cli import main
@@ -164,14 +164,6 @@ def test_training_from_topk_is_near_training_with_the_base(datasets: dict[str, R
 def test_accumulation_changes_nothing_with_stored_predictions(
     datasets: dict[str, ReplayDataset], tmp_path: Path, adapter: bool, scaled: bool
 ) -> None:
-    class Unscaled(ReplaySFTTrainer):
-        loss_is_scaled_for_ga = False
-
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            return super().compute_loss(model, inputs, return_outputs, None)
-
     found = []
     for batch, steps in ((4, 1), (1, 4)):
         changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_grad_norm": 0.0}

@@ -176,18 +176,20 @@ def test_gradient_accumulation_changes_nothing(
     assert difference(found[0][0], start) > 1e-2
 
 
+class Unscaled(ReplaySFTTrainer):
+    """A host that leaves the division to `Trainer`: a GPT-2-like forward without loss kwargs."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        return super().compute_loss(model, inputs, return_outputs, None)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_accumulation_is_right_where_the_host_does_not_scale(tmp_path: Path, ragged: ReplayDataset, lora: bool) -> None:
-    """A host that leaves the division to `Trainer` (a GPT-2-like forward without loss kwargs) gets the same step."""
-
-    class Unscaled(ReplaySFTTrainer):
-        loss_is_scaled_for_ga = False
-
-        def compute_loss(
-            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            return super().compute_loss(model, inputs, return_outputs, None)
-
+    """Such a host gets the same step."""
     found = []
     for batch, steps in ((4, 1), (1, 4)):
         changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "optim": "sgd"}

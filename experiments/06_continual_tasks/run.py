@@ -173,10 +173,7 @@ def make(name: str, seed: int) -> None:
 
 
 def told(name: str) -> Told:
-    fixed = fixed_of(SCALES[name])
-    rows = [
-        row for row in Results(HERE / "results.jsonl", name).rows.values() if fixed.items() <= row["settings"].items()
-    ]
+    rows = Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
     return f"{table(rows)}\n\n**{verdict(rows)}**", lambda path: draw(rows, path)
 
 

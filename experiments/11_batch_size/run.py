@@ -177,9 +177,7 @@ def make(name: str, batch_size: int) -> None:
 
 
 def report(name: str) -> Told:
-    fixed = fixed_of(SCALES[name])
-    every = Results(HERE / "results.jsonl", name).rows.values()
-    rows = [row for row in every if fixed.items() <= row["settings"].items()]
+    rows = Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
     return f"{table(rows)}\n\n**{verdict(rows)}**", lambda path: draw(rows, path)
 
 

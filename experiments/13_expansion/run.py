@@ -81,7 +81,7 @@ def make(name: str, seed: int) -> None:
 
 
 def told(name: str) -> Told:
-    rows = [row for row in Results(HERE / "results.jsonl", name).rows.values() if row["bench"] == name]
+    rows = Results(HERE / "results.jsonl", name).rows_with()
     return report(rows, SCALES[name]), lambda path: draw(rows, SCALES[name], path)
 
 

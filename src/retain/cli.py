@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from retain.flags import Launched, check, files_first, parse
+from retain.flags import Launched, check, parse
 from retain.signals import Terminated, heard
 
 HELP = """usage: retain VERB [--config file.yaml] [--flag value ...]
@@ -133,7 +133,7 @@ def sample(argv: list[str]) -> None:
 
 def export(argv: list[str]) -> None:
     """`retain export`: a replay dataset → JSONL for other trainers."""
-    (config,) = parse(files_first(argv, "--replay_dataset"), "export")
+    (config,) = parse(argv, "export")
     quiet_libraries()
     from retain.export import run_export
 
@@ -200,7 +200,7 @@ def report(argv: list[str]) -> None:
 
 def fit(argv: list[str]) -> None:
     """`retain fit`: measured runs → a law of forgetting."""
-    (config,) = parse(files_first(argv, "--runs"), "fit")
+    (config,) = parse(argv, "fit")
     from retain.law_verbs import run_fit
 
     print(run_fit(config))
@@ -208,7 +208,7 @@ def fit(argv: list[str]) -> None:
 
 def predict(argv: list[str]) -> None:
     """`retain predict`: a law → the losses of a run not yet made, or the most steps within a limit."""
-    (config,) = parse(files_first(argv, "--law"), "predict")
+    (config,) = parse(argv, "predict")
     from retain.law_verbs import run_predict
 
     print(run_predict(config))
@@ -227,11 +227,11 @@ def plan(argv: list[str]) -> None:
 
 def sweep(argv: list[str]) -> None:
     """`retain sweep`: a YAML file of runs → a row of results for each."""
-    (config,) = parse(files_first(argv, "--sweep"), "sweep")
-    from retain.lab.sweep import read_sweep, run_sweep
+    (config,) = parse(argv, "sweep")
+    from retain.lab.sweep import run_sweep
 
-    check_runs(config.sweep, read_sweep(config.sweep))
-    options = {"engine": config.engine, "num_workers": config.num_workers, "cores_per_run": config.cores_per_run}
+    options: dict[str, Any] = {"check": partial(check_runs, config.sweep)}
+    options |= {"engine": config.engine, "num_workers": config.num_workers, "cores_per_run": config.cores_per_run}
     rows = run_sweep(config.sweep, config.output_dir, **options)
     print(f"{len(rows)} runs: {Path(config.output_dir) / 'results.jsonl'}")
 
@@ -242,13 +242,13 @@ def check_runs(path: str, runs: Sequence[Any]) -> None:
     Raises:
         ValueError: naming the run's flag.
     """
-    for run in runs:
-        if run.verb not in VERBS or run.verb == "sweep":
-            raise ValueError(f"sweep: {path} has verb {run.verb!r}; name another of retain's, say finetune")
-        try:
-            check(run.arguments(Path("run"))[1:], run.verb)
-        except ValueError as error:
-            raise ValueError(f"sweep: {path}: {error}") from error
+    verb = runs[0].verb  # of all
+    if verb not in VERBS or verb == "sweep":
+        raise ValueError(f"sweep: {path} has verb {verb!r}; name another of retain's, say finetune")
+    try:
+        check((run.arguments(Path("run"))[1:] for run in runs), verb)
+    except ValueError as error:
+        raise ValueError(f"sweep: {path}: {error}") from error
 
 
 def pretrain(argv: list[str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # Flags that take several values and may be given several times.
 LISTS = {"retention", "new_task", "choices", "refusals", "harmless", "train_dataset", "pair", "runs"}
+# What stands in front of a verb's first flag belongs to this one.
+FIRST = {"export": "--replay_dataset", "fit": "--runs", "predict": "--law", "sweep": "--sweep"}
 
 
 class Launched(Exception):
@@ -42,17 +44,23 @@ def parser_of(verb: str) -> Any:
     return parser
 
 
-def check(argv: list[str], verb: str) -> None:
+def check(commands: Iterable[list[str]], verb: str) -> None:
     """Refuse flags that the verb does not know, or whose values have another type, without making anything of them.
 
     Raises:
         ValueError: naming the first.
     """
-    unknown = parser_of(verb).parse_known_args(repeated_lists(argv))[1]
-    if unknown and verb == "finetune":
-        launcher_arguments(unknown)
-    elif unknown:
-        raise ValueError(f"{unknown[0]}: not known here; `retain {verb} --help` lists what is")
+    parser = parser_of(verb)
+    for argv in commands:
+        unknown = parser.parse_known_args(words_of(argv, verb))[1]
+        if unknown and verb == "finetune":
+            launcher_arguments(unknown)
+        elif unknown:
+            raise _not_known(unknown[0], verb)
+
+
+def _not_known(flag: str, verb: str) -> ValueError:
+    return ValueError(f"{flag}: not known here; `retain {verb} --help` lists what is")
 
 
 def parse(argv: list[str], verb: str) -> tuple[Any, ...]:
@@ -66,7 +74,7 @@ def parse(argv: list[str], verb: str) -> tuple[Any, ...]:
     parser = parser_of(verb)
     try:
         *configs, of_config, of_flags = parser.parse_args_and_config(
-            repeated_lists(argv), return_remaining_strings=True, separate_remaining_strings=True
+            words_of(argv, verb), return_remaining_strings=True, separate_remaining_strings=True
         )
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -78,7 +86,7 @@ def parse(argv: list[str], verb: str) -> tuple[Any, ...]:
     if unknown and verb == "finetune":
         launch_if_asked(argv, unknown, of_flags)
     elif unknown:
-        raise ValueError(f"{unknown[0]}: not known here; `retain {verb} --help` lists what is")
+        raise _not_known(unknown[0], verb)
     return tuple(configs)
 
 
@@ -164,6 +172,7 @@ def repeated_lists(argv: list[str]) -> list[str]:
     return rest
 
 
-def files_first(argv: list[str], flag: str) -> list[str]:
-    """Put `flag` before what stands in front of the first flag."""
-    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
+def words_of(argv: list[str], verb: str) -> list[str]:
+    """A command line as argparse takes it."""
+    unnamed = verb in FIRST and argv and not argv[0].startswith("-")
+    return repeated_lists([FIRST[verb], *argv] if unnamed else argv)

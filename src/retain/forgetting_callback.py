@@ -32,7 +32,7 @@ from retain.heads import HeadForm, at_head, find_head_form
 from retain.metrics import Forward, batches, logits_at, padded
 from retain.models import choose_start_token, max_positions, model_fingerprint, num_tuned, unlike
 from retain.protection import check_base_is_frozen, see_the_base_everywhere
-from retain.reference import Reference, evaluation_mode, probe, runs_through
+from retain.reference import Reference, evaluation_mode, probe
 from retain.remembered import RememberedBase
 from retain.trajectory import Tables, batch_tokens, logged, measure_texts, take_documents, weights_step
 
@@ -189,8 +189,7 @@ class ForgettingCallback(RunFilesCallback):
 
     def _base_given(self, model: Any) -> Reference:
         base: Any = self.base
-        shared = {id(one) for one in base.parameters()} & {id(one) for one in model.parameters()}
-        if shared or runs_through(base, model):
+        if Reference(base).moves_with(model):
             raise ValueError(f"base: it shares its weights with the model being trained, and moves along; {GIVE_BASE}")
         for what, of_base, of_model in unlike(base, model):
             raise ValueError(f"base: its {what} is {of_base}, the model's {of_model}; load both alike")

@@ -232,14 +232,24 @@ def stopped_together(running: Mapping[int, Process]) -> Iterator[None]:
 
 
 def run_sweep(
-    path: str, output_dir: str, *, engine: str = "local", num_workers: int | None = None, cores_per_run: int = 1
+    path: str,
+    output_dir: str,
+    *,
+    engine: str = "local",
+    num_workers: int | None = None,
+    cores_per_run: int = 1,
+    check: Callable[[Sequence[SweepRun]], object] = lambda runs: None,
 ) -> list[dict[str, Any]]:
     """Make every run that is not done yet, and return the row of each.
+
+    Args:
+        check: looks at the runs before anything is written, and raises what is wrong with them.
 
     Raises:
         ValueError: for a sweep that cannot be read, and at the end if runs failed; the others are kept.
     """
     runs, root = read_sweep(path), Path(output_dir)
+    check(runs)
     with exclusive(root):
         results = root / RESULTS
         rows = {row["key"]: row for row in read_jsonl(results) if row["status"] == "done"}
