@@ -31,7 +31,7 @@ from retain.losses import kl_divergence
 from retain.models import model_fingerprint, tokenizer_fingerprint
 from retain.protection import check_base_is_frozen
 from retain.reference import Reference, probe
-from retain.replay import ReplayDataset, token_documents
+from retain.replay import ReplayDataset, replay_indices, token_documents
 from retain.sampling import sample_rows
 
 IDS = torch.arange(5, 25).reshape(2, 10)
@@ -369,7 +369,7 @@ def test_a_copy_that_still_runs_the_model_is_refused(monkeypatch: pytest.MonkeyP
 # Hosts that pass by
 
 
-def leaves_evaluation_mode_on(kind: str) -> type:
+def host(kind: str) -> type:
     class Quiet(ReplaySFTTrainer):
         def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             model.eval()  # to be rid of dropout, say
@@ -379,16 +379,48 @@ def leaves_evaluation_mode_on(kind: str) -> type:
         def get_batch_samples(self, *args: Any) -> Any:
             return Trainer.get_batch_samples(self, *args)
 
-    return {"quiet": Quiet, "past": Past}[kind]
+    class Own(ReplaySFTTrainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            loss = model(**inputs).loss
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    class Alone(Past, Own):
+        pass
+
+    return {"quiet": Quiet, "past": Past, "own": Own, "alone": Alone}[kind]
 
 
-@pytest.mark.parametrize(("kind", "objective"), [("quiet", "kl"), ("quiet", "ntp"), ("past", "replace")])
+PASSED_BY = [
+    ("quiet", "kl"),
+    ("quiet", "ntp"),
+    ("past", "replace"),
+    ("own", "kl"),
+    ("own", "ntp"),
+    ("alone", "replace"),
+]
+
+
+@pytest.mark.parametrize(("kind", "objective"), PASSED_BY)
 def test_a_host_that_makes_its_step_without_replay_stops(
     tmp_path: Path, replay: ReplayDataset, kind: str, objective: str
 ) -> None:
     settings = ReplayConfig(replay_objective=objective, replay_share=0.5)
     with pytest.raises(ValueError, match="made step 1 without it, so nothing protects the model"):
-        train(tmp_path, replay, trainer_class=leaves_evaluation_mode_on(kind), replay_config=settings)
+        train(tmp_path, replay, trainer_class=host(kind), replay_config=settings)
+
+
+@pytest.mark.parametrize("objective", ["kl", "ntp"])
+def test_a_step_whose_rows_predict_nothing_adds_nothing(tmp_path: Path, replay: ReplayDataset, objective: str) -> None:
+    """Rows of one token (an own row that ended at once) beside others."""
+    cut = [replay[at][:1] if at % 2 else replay[at] for at in range(len(replay))]
+    rows = ReplayDataset.from_rows(cut, "own", replay.manifest)
+    settings = ReplayConfig(replay_objective=objective, per_device_replay_batch_size=1)
+    trainer = train(tmp_path, rows, replay_config=settings, changes={"max_steps": 8, "logging_steps": 1})
+    losses = logged(trainer, "replay/loss")
+    drawn = [len(rows[int(replay_indices(step, 1, len(rows), trainer.args.seed)[0])]) for step in range(8)]
+    assert {length == 1 for length in drawn} == {True, False}
+    assert [loss == 0 for loss in losses[1:]] == [length == 1 for length in drawn[1:]]
 
 
 def test_a_reference_that_moves_is_seen_through_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

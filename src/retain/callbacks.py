@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,16 @@ class RunFilesCallback(TrainerCallback):
             return
         if state.is_world_process_zero and logs:
             append_jsonl(Path(args.output_dir) / METRICS_FILE, {"step": state.global_step, **logs})
+
+
+class BeforeTheWeightsMove(TrainerCallback):
+    """Run a check when a step's gradients are made, whatever the host makes them with."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.check()
 
 
 class StopWithCheckpoint(TrainerCallback):

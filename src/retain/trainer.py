@@ -19,7 +19,7 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from retain.budget import ForgettingBudget
-from retain.callbacks import BUDGET_FILE, RunFilesCallback
+from retain.callbacks import BUDGET_FILE, BeforeTheWeightsMove, RunFilesCallback
 from retain.config import ReplayConfig
 from retain.files import write_json
 from retain.heads import reshard
@@ -81,6 +81,7 @@ class ReplayMixin(ProtectedInputs):
         self.budget: ForgettingBudget | None = None
         self.prove_reference()
         self.add_callback(RunFilesCallback(self.settings()))
+        self.add_callback(BeforeTheWeightsMove(self._stop_if_passed_by))
 
     # The stream of replay rows
 
@@ -134,7 +135,7 @@ class ReplayMixin(ProtectedInputs):
         step = self.state.global_step // self.replay_config.replay_every
         drawn = replay_indices(step, per_step, len(self.replay_dataset), seed)
         drawn = drawn[: rows * world * num_micro_batches].reshape(num_micro_batches, world, rows)
-        self._replay_tokens = int(self.replay_dataset.num_predictions[drawn].sum())
+        self._replay_tokens = max(1, int(self.replay_dataset.num_predictions[drawn].sum()))
         mine = drawn[:, self.accelerator.process_index]
         return [self.replay_batch(indices) for indices in mine]
 
@@ -200,10 +201,8 @@ class ReplayMixin(ProtectedInputs):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The host's step; a loss that is not finite stops the run before the weights are touched."""
-        waiting = len(self._queue)
         reshard(self.model)
         loss = super().training_step(*args, **kwargs)
-        self._stop_if_passed_by(waiting)
         if not bool(torch.isfinite(loss).all()):
             raise ValueError(
                 f"loss: {loss.item()} at step {self.state.global_step + 1}; lower learning_rate or replay_coef, or "
@@ -213,12 +212,10 @@ class ReplayMixin(ProtectedInputs):
             self._follow_budget()
         return loss
 
-    def _stop_if_passed_by(self, waiting: int) -> None:
-        """A step of the host must have met the replay that was made ready for it: one batch, or a changed batch."""
+    def _stop_if_passed_by(self) -> None:
+        """A step of the host must have met all the replay that was drawn for it, before the weights are touched."""
         config = self.replay_config
-        met = self._ready_for == self.state.global_step
-        if config.adds_replay_term:
-            met = met and len(self._queue) == waiting - 1
+        met = self._ready_for == self.state.global_step and not self._queue
         if not met and self._replay_is_due and (config.draws_replay or config.adds_replay_term):
             raise ValueError(
                 f"replay: {type(self).__name__} made step {self.state.global_step + 1} without it, so nothing protects "
