@@ -53,7 +53,7 @@ class BenchSettings:
 class Bench:
     """A base with what it is trained and measured on."""
 
-    folder: Path
+    folder: Path | str  # or a model's name
     tokenizer: Any
     train: Rows
     new_task: Rows
@@ -115,8 +115,12 @@ def key_of(settings: dict[str, Any], fingerprint: str) -> str:
     return hashlib.sha256(json.dumps([settings, fingerprint], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_bench(base: Path, texts: Texts, settings: BenchSettings) -> Bench:
-    """Rows of the new task, held-out documents, and replay that the base wrote: sampled on first use, beside it."""
+def open_bench(base: Path | str, texts: Texts, settings: BenchSettings, cache: Path | None = None) -> Bench:
+    """Rows of the new task, held-out documents, and replay that the base wrote: sampled on first use.
+
+    Args:
+        cache: where what was sampled lies; beside the base by default.
+    """
     tokenizer = load_tokenizer(str(base))
     start, length = choose_start_token(tokenizer), settings.max_length
     rng = random.Random(settings.seed)
@@ -126,9 +130,10 @@ def open_bench(base: Path, texts: Texts, settings: BenchSettings) -> Bench:
     prose = rng.sample(texts.held_out_prose, min(len(texts.held_out_prose), 2 * settings.num_documents))
     documents = tokenize_documents(prose, tokenizer, start.id, length, max_windows=1)
     whole = [document for document in documents if document.num_tokens == length - 1][: settings.num_documents]
+    sizes = {"replay": settings.replay_rows, "held-out": settings.num_documents}
     replay, own = (
-        rows_of(base, tokenizer, name, number, length, 2 * settings.seed + at)
-        for at, (name, number) in enumerate((("replay", settings.replay_rows), ("held-out", settings.num_documents)))
+        rows_of(base, Path(cache or base) / f"{name}-{number}x{length}-{seed}", tokenizer, number, length, seed)
+        for seed, (name, number) in enumerate(sizes.items(), 2 * settings.seed)
     )
     own_rows = token_documents([own[at].tolist() for at in range(len(own))], tokenizer)
     data = [asdict(settings), texts.fingerprint, model_fingerprint(load_model(str(base), dtype="float32"))]
@@ -143,10 +148,9 @@ def open_bench(base: Path, texts: Texts, settings: BenchSettings) -> Bench:
     )
 
 
-def rows_of(base: Path, tokenizer: Any, name: str, number: int, length: int, seed: int) -> ReplayDataset:
+def rows_of(base: Path | str, folder: Path, tokenizer: Any, number: int, length: int, seed: int) -> ReplayDataset:
     """Rows that the base wrote at temperature 1 from its document start."""
     model = load_model(str(base), dtype="float32")
-    folder = base / f"{name}-{number}x{length}-{seed}"
     sample_replay(model, tokenizer, folder, num_rows=number, max_length=length, seed=seed, batch_size=64)
     return load_self_generated(folder)
 

@@ -29,7 +29,8 @@ def conduct(
     make: Callable[[str, int], None],
     report: Callable[[str], Told],
     only: str = "seeds",
-    prepare: Callable[[str], None] = lambda name: None,
+    prepare: Callable[[str], object] = lambda name: None,
+    then: Callable[[str], Sequence[int]] = lambda name: (),
     arguments: Sequence[str] | None = None,
 ) -> None:
     """Run a study from its command line: what it is made of, each part once, then its text and figure.
@@ -41,19 +42,26 @@ def conduct(
         report: of the name of the scale.
         only: what the parts are called on the command line.
         prepare: what all parts need, made before they are spread.
+        then: more parts, that can be named when the first are made.
     """
     asked = ask(told, scales, arguments, only)
     name, chosen = asked.scale, getattr(asked, only)
-    todo = [] if asked.report else list(parts(scales[name]) if chosen is None else chosen)
     workers = asked.num_workers or (LAPTOP_CORES if name == "laptop" else 1)
-    if todo and not asked.part:
-        prepare(name)
-    if min(workers, len(todo)) > 1 and not asked.part:
-        command = [sys.executable, str(folder / "run.py"), "--scale", name, "--part", f"--{only}"]
-        spread([[*command, *map(str, todo[at::workers])] for at in range(min(workers, len(todo)))])
-    else:
-        for part in todo:
-            make(name, part)
+
+    def make_all(todo: Sequence[int]) -> None:
+        if min(workers, len(todo)) > 1 and not asked.part:
+            command = [sys.executable, str(folder / "run.py"), "--scale", name, "--part", f"--{only}"]
+            spread([[*command, *map(str, todo[at::workers])] for at in range(min(workers, len(todo)))])
+        else:
+            for part in todo:
+                make(name, part)
+
+    if not asked.report:
+        if not asked.part:
+            prepare(name)
+        make_all(list(parts(scales[name]) if chosen is None else chosen))
+        if chosen is None:
+            make_all(list(then(name)))
     if not asked.part:
         text, draw = report(name)
         show(folder, name, text, draw)

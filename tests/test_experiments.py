@@ -76,7 +76,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> harness.Bench:
 
 def in_place(monkeypatch: pytest.MonkeyPatch, module: Any, bench: harness.Bench, folder: Path) -> None:
     """The study as it is, on the tiny bench and in another folder."""
-    monkeypatch.setattr(module, "load_texts", lambda: None)
+    monkeypatch.setattr(module, "load_texts", lambda: None, raising=False)
     monkeypatch.setattr(module, "make_base", lambda *_: None)
     monkeypatch.setattr(module, "open_bench", lambda *_: bench)
     monkeypatch.setattr(module, "CACHE", folder)
@@ -128,6 +128,8 @@ def test_first_study_runs_resumes_and_reports(
 
 def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     baselines = study("02_baselines")
+    scale = baselines.Scale(run=PLAIN, bench=SHORT, texts=small_texts, seeds=2)
+    monkeypatch.setattr(baselines, "SCALES", {"laptop": scale})
     in_place(monkeypatch, baselines, bench, tmp_path)
     runs = {
         "plain": [PLAIN],
@@ -138,15 +140,23 @@ def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, mo
         "OSF": [replace(PLAIN, method="osf")],
         "CorDA": [replace(PLAIN, method="corda", lora_rank=2)],
     }
-    monkeypatch.setattr(baselines, "plan", lambda: runs)
-    monkeypatch.setattr(baselines, "SEEDS", (0,))
+    monkeypatch.setattr(baselines, "plan", lambda scale: runs)
     texts = [" ".join(["cada pueblo busca paz y justicia"] * 20)] * len(bench.replay)
-    monkeypatch.setitem(baselines.REAL, "Spanish", lambda: texts)
-    baselines.main([])
-    monkeypatch.setattr(baselines, "make", None)  # would fail if a finished run were made again
-    baselines.main([])
+    monkeypatch.setitem(baselines.REAL, "Spanish", lambda _: texts)
+    alone = ["--num_workers", "1"]
+    baselines.main([*alone, "--runs", "0"])
+    baselines.main(alone)
+    monkeypatch.setattr(baselines, "finetune", None)  # would fail if a finished run were made again
+    monkeypatch.setattr(baselines, "SPECIAL", None)
+    baselines.main(alone)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [row["name"] for row in rows] == list(runs)
+    assert [row["name"] for row in rows] == [name for _ in range(2) for name in runs]
+    page = (tmp_path / "README.md").read_text()
+    lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_text("".join(lines[::-1]))  # as processes might have finished
+    baselines.main(["--report"])
+    assert (tmp_path / "README.md").read_text() == page
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "figure.png", "sources.png", "results.jsonl"}
     own, spanish = (row["trajectory"][-1]["eval_loss"] for row in rows[1:4:2])
     assert own != spanish  # other rows were replayed
     for row in rows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from harness import Bench, Run, compact_documents, finetune, make_trainer
 from peft import LoraConfig, OSFConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
-from small_base import CACHE, load_texts
+from small_base import CACHE, Texts
 
 from retain import ReplayDataset, ReplayTrainer, choose_start_token
 from retain.data import Document
@@ -24,19 +23,19 @@ from retain.lab.corpora import read_spanish
 from retain.metrics import document_sums, logits_of
 
 # Documents of real replay by what they are called: those of pretraining in its shares, and ones the base never saw.
-REAL: dict[str, Callable[[], list[str]]] = {
-    "real": cache(lambda: [*(texts := load_texts()).prose, *texts.code]),
-    "Spanish": cache(lambda: read_spanish(CACHE)),
+REAL: dict[str, Callable[[Texts], list[str]]] = {
+    "real": lambda texts: [*texts.prose, *texts.code],
+    "Spanish": lambda texts: read_spanish(CACHE),
 }
 ALPHAS = tuple(number / 10 for number in range(11))
 
 
-def real_replay(source: str, bench: Bench) -> ReplayDataset:
+def real_replay(source: str, bench: Bench, texts: Texts) -> ReplayDataset:
     """As many rows of as many tokens as the base wrote, each from the start of a real document, none twice."""
-    texts, length = REAL[source](), len(bench.replay[0])
-    texts = random.Random(0).sample(texts, len(texts))
+    documents, length = REAL[source](texts), len(bench.replay[0])
+    documents = random.Random(0).sample(documents, len(documents))
     start = choose_start_token(bench.tokenizer)
-    rows = (row for text in texts for row in packed_rows([text], bench.tokenizer, start, length)[:1])
+    rows = (row for text in documents for row in packed_rows([text], bench.tokenizer, start, length)[:1])
     return ReplayDataset.from_rows(list(islice(rows, len(bench.replay))), source)
 
 
@@ -82,7 +81,7 @@ def interpolation(run: Run, bench: Bench, folder: Path) -> dict[str, Any]:
     """Finetune plainly, then walk from the base's weights to the tuned ones; `step` is the tuned weights' share."""
     trainer = make_trainer(replace(run, method="full", eval_steps=0), bench, folder)
     trainer.train()
-    base, model = bench.base(), bench.base()
+    base, model = (bench.base().to(trainer.model.device) for _ in range(2))
     tuned = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trajectory, documents = [], []
     for alpha in ALPHAS:
