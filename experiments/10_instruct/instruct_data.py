@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
-import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from small_base import CACHE, WHEELS
+from small_base import download as bring
 from study_data import download, instructions, social_iqa
 
 from retain import ReplayDataset, load_questions, sample_replay
@@ -93,9 +92,7 @@ def science() -> list[Question]:
     """251 elementary science questions in ARC's manner, from BIG-bench; its archive (358 MB) is read once."""
     path = CACHE / "instruct" / "science.json"
     if not path.exists():
-        if not list(WHEELS.glob("bigbench-*.tar.gz")):
-            options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-q", "--dest", str(WHEELS)]
-            subprocess.run([sys.executable, "-m", "pip", "download", *options, BIGBENCH], check=True)
+        bring(BIGBENCH, "--no-binary", ":all:", "--no-build-isolation")
         with tarfile.open(next(WHEELS.glob("bigbench-*.tar.gz"))) as archive:
             file = archive.extractfile(next(one for one in archive if one.name.endswith(SCIENCE)))
             assert file is not None
