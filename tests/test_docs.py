@@ -28,7 +28,17 @@ PAGES = [
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 FOLDERS = r"(?:src|tests|docs|examples|experiments|benchmarks)"
 # Flags in prose that are neither ours nor accelerate's: of pip, lm-eval, torchrun, and of the studies' own programs.
-OTHERS = {"--no-deps", "--log_samples", "--nproc_per_node", "--only", "--seeds", "--scale", "--rounds", "--report"}
+OTHERS = {
+    "--no-deps",
+    "--log_samples",
+    "--nproc_per_node",
+    "--only",
+    "--seeds",
+    "--arms",
+    "--scale",
+    "--rounds",
+    "--report",
+}
 OTHERS |= {"--batch_sizes", "--rows", "--length"}
 
 

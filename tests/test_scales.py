@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -67,3 +68,42 @@ def test_rows_are_appended_and_a_torn_one_is_cut(tmp_path: Path, monkeypatch: py
     assert again.rows.keys() == results.rows.keys()
     again.make({"seed": 1}, lambda: {"loss": 2.0})
     assert [row["loss"] for row in Results(path, "bench").rows.values()] == [1.0, 2.0]
+
+
+STUDIES = [path.name for path in sorted(EXPERIMENTS.glob("[01]*")) if "conduct(" in (path / "run.py").read_text()]
+BUILD = """
+import json, sys
+sys.path.insert(0, {folder!r})
+import run as study
+kept = {{}}
+study.conduct = lambda *given, **named: kept.update(named, scales=given[2])
+study.main([])
+from retain.lab.models import counted_size_of, make_config
+
+def built(scale):
+    world = getattr(scale, "world", scale)
+    sizes = [size.name for size in world.sizes] if hasattr(world, "sizes") else [getattr(world, "model_size", None)]
+    vocabulary, length = getattr(world, "vocab_size", 64), getattr(world, "max_length", 64)
+    shapes = [make_config(size, vocab_size=vocabulary, max_length=length) for size in sizes if size]
+    return {{"parts": len(list(kept["parts"](scale))), "params": [counted_size_of(shape) for shape in shapes]}}
+
+print(json.dumps({{name: built(scale) for name, scale in kept["scales"].items()}}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_scale_of_a_study_can_be_built(name: str) -> None:
+    """Its settings are valid, its models have shapes, and it has parts to make; nothing is trained."""
+    code = BUILD.format(folder=str(EXPERIMENTS / name))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    scales = json.loads(done.stdout)
+    assert list(scales) == ["laptop", "gpu", "paper"]
+    assert all(scale["parts"] for scale in scales.values())
+    largest = [max(scale["params"], default=0) for scale in scales.values()]
+    assert largest == sorted(largest), "a study grows with its scale"
+
+
+def test_the_studies_of_the_laboratory_have_scales() -> None:
+    assert [name[:2] for name in STUDIES] == ["02", "06", "07", "08", "09", "10", "11", "12", "13"]

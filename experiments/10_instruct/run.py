@@ -1,10 +1,13 @@
 """At the same Verilog loss, which replay keeps most of an instruction-tuned model? One command; finished runs stay.
 
 python experiments/10_instruct/run.py [--scale laptop|gpu|paper] [--arms 0 1] [--report]
+
+`--arms` counts through every arm of seed 0, then of seed 1, and so on.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,26 +29,28 @@ def prepare(name: str) -> None:
             place.open()
 
 
-def make(name: str, place_of_arm: int) -> None:
-    """One arm with every seed."""
-    arm, results = list(SCALES[name].arms)[place_of_arm], Results(HERE / "results.jsonl", name)
-    for seed in range(SCALES[name].seeds):
-        place = workplace(name, seed)
-        results.make(place.settings(arm, ARMS[arm]), lambda place=place: place.run(ARMS[arm]))
+def make(name: str, part: int) -> None:
+    """One arm with one seed."""
+    seed, at = divmod(part, len(SCALES[name].arms))
+    place, arm = workplace(name, seed), list(SCALES[name].arms)[at]
+    Results(HERE / "results.jsonl", name).make(place.settings(arm, ARMS[arm]), lambda: place.run(ARMS[arm]))
 
 
 def told(name: str) -> Told:
+    """Of every seed that there is, more than the scale's own, too."""
     results, rows = Results(HERE / "results.jsonl", name), []
-    for seed in range(SCALES[name].seeds):
+    for seed in itertools.count():
         found = [results.get(workplace(name, seed).settings(*one)) for one in SCALES[name].arms.items()]
         rows += [row for row in found if row is not None]
+        if not any(found):
+            break
     return report(rows, list(SCALES[name].arms)), lambda path: draw(rows, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     conduct(
-        __doc__, HERE, SCALES, parts=lambda scale: range(len(scale.arms)), make=make, report=told, only="arms",
-        prepare=prepare, arguments=arguments,
+        __doc__, HERE, SCALES, parts=lambda scale: range(len(scale.arms) * scale.seeds), make=make, report=told,
+        only="arms", prepare=prepare, arguments=arguments,
     )  # fmt: skip
 
 

@@ -1,10 +1,13 @@
 """Does the model end a user's turn by itself, and are such chats of use as replay? One command; finished runs stay.
 
 python experiments/12_self_generated_chat/run.py [--scale laptop|gpu|paper] [--arms 0 1] [--report]
+
+`--arms` counts through every arm of seed 0, then of seed 1, and so on.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,13 +84,12 @@ def row_of(arm: str, name: str, place: Workplace) -> dict[str, Any] | None:
     return results_of(arm, name).get(place.settings(arm, (ARMS | CHAT_ARMS)[arm]))
 
 
-def make(name: str, place_of_arm: int) -> None:
-    """One arm with every seed."""
-    arm = ARMS_COMPARED[place_of_arm]
-    for seed in range(SCALES[name].seeds):
-        place = workplace(name, seed)
-        settings = place.settings(arm, (ARMS | CHAT_ARMS)[arm])
-        results_of(arm, name).make(settings, lambda place=place: place.run((ARMS | CHAT_ARMS)[arm]))
+def make(name: str, part: int) -> None:
+    """One arm with one seed."""
+    seed, at = divmod(part, len(ARMS_COMPARED))
+    place, arm = workplace(name, seed), ARMS_COMPARED[at]
+    shape = (ARMS | CHAT_ARMS)[arm]
+    results_of(arm, name).make(place.settings(arm, shape), lambda: place.run(shape))
 
 
 def prepare(name: str) -> None:
@@ -101,19 +103,23 @@ def prepare(name: str) -> None:
 
 
 def told(name: str) -> Told:
-    scale, turns, rows = SCALES[name], [], []
-    for seed in range(scale.seeds):
-        turns.append(Results(HERE / "results.jsonl", name).get(sampling_of(scale, seed)))
+    """Of every seed that there is, more than the scale's own, too."""
+    turns, rows = [], []
+    for seed in itertools.count():
         place = workplace(name, seed)
-        rows += [row_of(arm, name, place) for arm in ARMS_COMPARED]
+        found = [row_of(arm, name, place) for arm in ARMS_COMPARED]
+        counted = Results(HERE / "results.jsonl", name).get(sampling_of(SCALES[name], seed))
+        turns, rows = [*turns, counted], [*rows, *found]
+        if counted is None and not any(found):
+            break
     turns, rows = ([row for row in some if row is not None] for some in (turns, rows))
     return report(turns, rows), lambda path: draw(turns, rows, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     conduct(
-        __doc__, HERE, SCALES, parts=lambda scale: range(len(ARMS_COMPARED)), make=make, report=told, only="arms",
-        prepare=prepare, arguments=arguments,
+        __doc__, HERE, SCALES, parts=lambda scale: range(len(ARMS_COMPARED) * scale.seeds), make=make, report=told,
+        only="arms", prepare=prepare, arguments=arguments,
     )  # fmt: skip
 
 
