@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, CHATML, make_texts, make_tokenizer, save_model
 
-from retain.cli import main, one_line
+from retain.cli import main
 from retain.models import load_model, model_fingerprint
 from retain.replay import MANIFEST, load_self_generated
+from retain.text import one_line
 
 TRAIN = [
     *("--max_steps", "3", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3", "--max_length", "24"),
@@ -294,6 +295,46 @@ def test_training_rows_of_the_wrong_type_end_in_one_line(bad, world, tmp_path, c
     assert "Error:" not in error
     assert "rows.jsonl" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_hostile_text_cannot_drive_the_terminal(world, tmp_path, capsys):
+    """Its escapes arrive in messages: column names, paths, manifests."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"\x1b]0;owned\x07\u202e": "a"}) + "\n")
+    arguments = REPLAY.replace("{w}/new.jsonl", str(rows)).replace("{w}", str(world)).replace("{t}", str(tmp_path))
+    capsys.readouterr()
+    assert main([*arguments.split(), *TRAIN]) == 1
+    assert main(["sample", "--model_name_or_path", "\x1b[2Jno", "--output_dir", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert "owned" in told
+    assert not {"\x1b", "\x07", "\u202e"} & set(told)
+
+
+def test_a_card_that_cannot_be_written_is_known_before_measuring(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("retain.measure_verb.run_measure", None)
+    arguments = MEASURE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()
+    (tmp_path / "bad.md").write_text("---\na: [\n---\n")
+    (tmp_path / "bytes.md").write_bytes(b"\xff\xfe\x00")
+    for card, said in (("no/README.md", "is not a file in a folder"), (".", "is not a file"),
+                       ("bad.md", "is no YAML"), ("bytes.md", "is not UTF-8 text")):  # fmt: skip
+        assert main([*arguments, "--model_card", str(tmp_path / card)]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith("retain measure: model_card: ")
+        assert said in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base_is_said(world, tmp_path, capsys):
+    save_model(tmp_path / "other", seed=1)
+    command = FINETUNE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()
+    assert main([*command, *TRAIN, "--use_peft", "--lora_r", "2", "--replay_coef", "0"]) == 0
+    for base, warned in ((world / "llama", False), (tmp_path / "other", True)):
+        arguments = ["--base", str(base), "--model", str(tmp_path / "out"), "--retention", f"wiki={world}/wiki.txt"]
+        arguments += ["--max_length", "24", "--max_new_tokens", "2", "--output_dir", str(tmp_path / f"report-{warned}")]
+        assert main(["measure", *arguments]) == 0
+        report = json.loads((tmp_path / f"report-{warned}" / "report.json").read_text())
+        assert any("it was trained on another base" in line for line in report["warnings"]) == warned
+        assert ("another base" in capsys.readouterr().out) == warned
 
 
 def test_verbs_and_version(capsys):

@@ -214,6 +214,9 @@ def test_held_out_rows_are_kept_apart_where_none_are_given(world, tmp_path):
         (["--budget", "1", "--dataset_name", "no.jsonl"], "data: no file 'no.jsonl'; check the path"),
         (["--budget", "1", "--model", "./nothing"], "model: no folder or file"),
         (["--budget", "1", "--unknown", "1"], "--unknown: not known here"),
+        (["--budget", "1", "--finetune_config", "no.yaml"], "finetune_config: no file 'no.yaml'; check the path"),
+        (["--budget", "1", "--replay_dataset", "nofolder/"], "data: no file 'nofolder/'; check the path"),
+        (["--budget", "1", "--replay_dataset", str(Path(__file__).parent)], "replay_dataset: "),
     ],
 )
 def test_bad_input_ends_in_one_line(world, capsys, more, message):

@@ -23,7 +23,7 @@ VERBS = {
     "--max_length 32 --max_new_tokens 16 --output_dir report",
     "report": "--runs report --output_dir page",
     "sweep": "sweep.yaml --output_dir sweep --engine local",
-    "fit": "runs/two/metrics.jsonl sweep/*/metrics.jsonl --form linear --output law.json --num_resamples 50",
+    "fit": "runs/two/metrics.jsonl sweep/runs/*/metrics.jsonl --form linear --output law.json --num_resamples 50",
     "predict": "law.json --finetuning_loss 2.5",
     "plan": "--model base --dataset_name new.jsonl --eval_dataset_name held.jsonl --retention old=old.txt "
     "--replay_dataset replay --budget 0.5 --pilot_steps 12 --max_length 24 --per_device_train_batch_size 4 "
@@ -58,6 +58,7 @@ def main(programs: Path) -> None:
         assert not missing, f"verbs without a command here: {missing}"
         for verb, flags in VERBS.items():
             given = [sorted(folder.glob(part)) if "*" in part else [part] for part in flags.split()]
+            assert all(given), f"{verb}: nothing is found by one of {flags}"
             retain(programs, folder, verb, *(str(part) for parts in given for part in parts))
             print(f"{verb}: ok", flush=True)
 

@@ -86,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("RETAIN_DEBUG"):
             raise
+        from retain.text import one_line
+
         _complain(f"retain {verb}: {one_line(error)}")
         return 1
 
@@ -93,23 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _complain(line: str) -> None:
     from tqdm import tqdm
 
-    tqdm.write(line, file=sys.stderr)  # on a line of its own, also where a progress bar stands
+    from retain.text import visible
 
-
-def one_line(error: BaseException) -> str:
-    """An error in one line: its message's first line that says something, and its type where that is not ours."""
-    from retain.files import DISK_FULL
-
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = lines[0] if lines else "no message"
-    if isinstance(error, ValueError):
-        return message
-    if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename!r}" if error.filename else ""
-        return f"{error.strerror}{where}; check the path, its permissions and the space left"
-    if any(sign in message for sign in DISK_FULL):
-        return "a file could not be written, probably No space left on device; free some and go on"
-    return f"{type(error).__name__}: {message} (RETAIN_DEBUG=1 shows where)"
+    tqdm.write(visible(line), file=sys.stderr)  # on a line of its own, also where a progress bar stands
 
 
 def quiet_libraries() -> None:
@@ -159,9 +147,12 @@ def measure(argv: list[str]) -> int:
     from retain.capabilities.samples import paired_report
     from retain.files import exclusive
     from retain.measure_verb import run_measure
+    from retain.model_card import check_card
     from retain.report import ForgettingReport
     from retain.text import visible
 
+    if config.model_card:
+        check_card(config.model_card)
     with exclusive(Path(config.output_dir)):  # made before long work, so that one that cannot be made is known
         if config.pair:
             data = paired_report(config.pair, seed=config.seed, num_resamples=config.num_resamples)
@@ -171,9 +162,9 @@ def measure(argv: list[str]) -> int:
         limits = {"budget": config.budget, "min_agreement": config.min_agreement}
         if set(limits.values()) != {None}:
             result.data["gate"] = judge(result.data, **limits)
+        _finish(result.write, config.output_dir, result.summary())
         if config.model_card:
             result.to_model_card(config.model_card)
-        _finish(result.write, config.output_dir, result.summary())
     if "gate" not in result.data:
         return 0
     gate = result.data["gate"]

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from retain.value_types import check_types
+
 ReplayObjective = Literal["kl", "ntp", "replace", "kl_new"]
 ReplayReference = Literal["auto", "adapter", "copy", "cache"]
 StoreReference = Literal["hidden", "topk"]
@@ -117,6 +119,7 @@ class ReplayConfig:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choice("replay_objective", self.replay_objective, ReplayObjective)
         check_choice("replay_reference", self.replay_reference, ReplayReference)
         check_number("replay_coef", self.replay_coef, low=0)
@@ -222,6 +225,7 @@ class ModelLoadConfig:
     seed: int = field(default=0, metadata=_say("Seed of everything random here."))
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choice("dtype", self.dtype, Dtype)
         check_number("seed", self.seed, low=0, high=2**63 - 1, integer=True)
 
@@ -330,6 +334,7 @@ class ExportConfig:
     trust_remote_code: bool = field(default=False, metadata=_say("Allow tokenizer code from the Hub to run."))
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_name("replay_dataset", self.replay_dataset)
         check_name("output", self.output)
         check_choice("format", self.format, ExportFormat)
@@ -514,6 +519,7 @@ class ReportConfig:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_list("runs", self.runs)
         if not self.runs:
             raise ValueError("runs: missing; give at least one folder as --runs DIR")
@@ -538,6 +544,7 @@ class SweepConfig:
     cores_per_run: int = field(default=1, metadata=_say("Cores that each run is given, and threads that it uses."))
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_name("sweep", self.sweep)
         check_name("output_dir", self.output_dir)
         check_choice("engine", self.engine, SweepEngine)
@@ -556,6 +563,7 @@ class DemoConfig:
     seed: int = field(default=0, metadata=_say("Seed of everything random here."))
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choice("size", self.size, DemoSize)
         check_number("seed", self.seed, low=0, high=2**63 - 1, integer=True)
 
@@ -599,6 +607,7 @@ class FitConfig:
     seed: int = field(default=0, metadata=_say("Seed of starts and resamples."))
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("runs", "rivals"):
             check_list(name, getattr(self, name))
         if not self.runs:
@@ -641,6 +650,7 @@ class PredictConfig:
     json: bool = field(default=False, metadata=_say("Print JSON."))
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_name("law", self.law)
         names = ("num_params", "num_steps", "num_tokens", "tokens_per_param", "finetuning_loss", "ref_kl")
         for name in (*names, "replay_share", "max_forgetting"):
@@ -722,6 +732,7 @@ class PlanConfig:
     seed: int = field(default=0, metadata=_say("Seed of everything random here."))
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("model", "dataset_name", "output_dir"):
             check_name(name, getattr(self, name))
         check_list("retention", self.retention)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from retain.value_types import check_type, hints_of
+
 # Flags that take several values and may be given several times.
 LISTS = {"retention", "new_task", "choices", "refusals", "harmless", "train_dataset", "pair", "runs"}
 # What stands in front of a verb's first flag belongs to this one.
@@ -40,7 +42,16 @@ def parser_of(verb: str) -> Any:
         raise ValueError(message)
 
     parser = TrlParser(types_of(verb), prog=f"retain {verb}", allow_abbrev=False)
-    parser.error = fail
+    take = parser.set_defaults_with_config
+
+    def take_yaml(**values: Any) -> list[str]:
+        for name, value in values.items():
+            hint = next((hints_of(kind)[name] for kind in types_of(verb) if name in hints_of(kind)), Any)
+            if not isinstance(value, str) and name != "model_size":  # text is read as the command line's is
+                check_type(name, value, hint)
+        return take(**values)
+
+    parser.error, parser.set_defaults_with_config = fail, take_yaml
     return parser
 
 

@@ -17,6 +17,7 @@ from retain.files import CONFIG_FILE
 from retain.measuring import measure
 from retain.models import cache_dir, default_device, load_model, load_tokenizer, tokenizer_of_tuned
 from retain.overlap import find_overlap
+from retain.reference import Reference, probe
 from retain.replay import load_texts
 from retain.report import ForgettingReport
 
@@ -65,7 +66,7 @@ def run_measure(config: MeasureConfig, say: Callable[[str], object]) -> Forgetti
     report = measure(base, tuned, sources.pop("retention"), **sources, **options)
     report.data.update(read_run(Path(config.model)))
     report.data["choices"] |= harness
-    report.data["warnings"] = warnings + report.data["warnings"]
+    report.data["warnings"] = other_base(config, base, tuned) + warnings + report.data["warnings"]
     return report
 
 
@@ -188,6 +189,20 @@ def load_both(config: MeasureConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
         device=base.device,
     )
     return base, tuned
+
+
+def other_base(config: MeasureConfig, base: PreTrainedModel, tuned: Any) -> list[str]:
+    """Says so where an adapter, switched off, leaves another model than the base."""
+    if not hasattr(tuned, "disable_adapter"):
+        return []
+    try:
+        Reference().prove(tuned, probe(base))
+    except ValueError:
+        return [
+            f"the adapter {config.model!r} switched off is not {config.base!r}: it was trained on another base, or "
+            "rewrites its own; what is measured is that difference, too"
+        ]
+    return []
 
 
 def load_judge(config: MeasureConfig, base: PreTrainedModel) -> Judge:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from retain import tables
@@ -21,18 +22,37 @@ def card_with_forgetting(card: str, data: dict) -> str:
     Raises:
         ValueError: if the card's metadata is no YAML.
     """
-    from huggingface_hub import ModelCard
-
     before, _, rest = card.partition(BEGIN)
     after = rest.partition(END)[2]
     section = f"{BEGIN}\n{model_card_section(data).strip()}\n{END}"
     text = f"{before.rstrip()}\n\n{section}\n{after}" if before.strip() else f"---\n{{}}\n---\n\n{section}\n{after}"
-    try:
-        found = ModelCard(text)
-    except Exception as error:  # YAML's errors, and the Hub client's own
-        raise ValueError("model_card: its metadata between the lines --- is no YAML; mend it") from error
+    found = _parsed(text)
     found.data["model-index"] = model_index(data)
     return str(found)
+
+
+def _parsed(text: str) -> Any:
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard(text)
+    except Exception as error:  # YAML's errors, and the Hub client's own
+        raise ValueError("model_card: its metadata between the lines --- is no YAML; mend it") from error
+
+
+def check_card(path: str) -> None:
+    """Refuse a path where no card can be written, before anything is measured.
+
+    Raises:
+        ValueError: if it is a folder, lies in none, is not text, or holds metadata that is no YAML.
+    """
+    card = Path(path)
+    if card.is_dir() or not card.absolute().parent.is_dir():
+        raise ValueError(f"model_card: {path!r} is not a file in a folder; give the path of a README.md")
+    try:
+        _parsed(card.read_text(encoding="utf-8") if card.exists() else "")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"model_card: {path!r} is not UTF-8 text; give another file") from error
 
 
 def model_index(data: dict) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from retain.law_runs import read_metrics, tuned_params
 from retain.models import default_device, resolve_model_path
 from retain.plan import EVALUATIONS, Pilot, Plan, design, eval_steps, first_step, fit_pilots, recommend
 from retain.plan_text import draw, markdown, summary
+from retain.replay import load_self_generated
 
 SCHEMA = "retain.plan/1"
 DONE = "pilot.json"  # written last: a pilot that has it is finished
@@ -43,6 +44,7 @@ def run_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say)
     assert config.budget is not None
     folder, retention = Path(config.output_dir), retention_of(config)
     resolve_model_path(str(config.model))
+    check_sources(config)
     data = prepare_rows(config, folder)
     replay = prepare_replay(config, folder)
     pilots = design(config.lora_ranks, config.replay_coefs, config.pilot_steps)
@@ -80,6 +82,17 @@ def retention_of(config: PlanConfig) -> str:
     if name not in sources or (len(sources) > 1 and config.retention_name is None):
         raise ValueError(f"retention_name: choose one of {', '.join(sources)}; the budget is for one text")
     return name
+
+
+def check_sources(config: PlanConfig) -> None:
+    """Refuse a recipe or replay rows that cannot be read."""
+    if config.finetune_config and not Path(config.finetune_config).is_file():
+        raise ValueError(f"finetune_config: no file {config.finetune_config!r}; check the path")
+    source = Path(str(config.replay_dataset)).expanduser()
+    if source.is_dir():
+        load_self_generated(source)
+    elif config.replay_dataset not in (None, "self"):
+        read_rows(str(config.replay_dataset))
 
 
 def sources_of(config: PlanConfig, data: Sequence[str]) -> list[str | None]:

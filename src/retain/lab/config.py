@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from retain.config import check_name, check_number
+from retain.value_types import check_types
 
 
 def _say(text: str) -> dict[str, str]:
@@ -57,8 +58,9 @@ class PretrainConfig:
     digits: int = field(default=3, metadata=_say("With a digit task: digits of a number."))
 
     def __post_init__(self) -> None:
-        check_name("corpus", self.corpus)
         self.model_size = str(self.model_size)  # YAML brings numbers
+        check_types(self)
+        check_name("corpus", self.corpus)
         check_number("max_length", self.max_length, low=8, integer=True)
         check_number("eval_rows", self.eval_rows, low=1, integer=True)
         check_number("language_seed", self.language_seed, low=0, integer=True)

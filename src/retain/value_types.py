@@ -1,0 +1,71 @@
+"""Whether a value, from YAML or from Python, has the type that a setting's field is annotated with.
+
+The standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin
+
+WORDS = {
+    bool: "true or false; use one of them",
+    int: "a whole number; use one",
+    float: "a number; use one",
+    str: "text; write it in quotes",
+    dict: "a mapping; write {a: b}",
+    list: "a list; write [a, b]",
+}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value may stand where `hint` is annotated; hints that say nothing about it let it pass."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin in (list, tuple, set):
+        return isinstance(value, (list, tuple)) and all(fits(item, inner[0]) for item in value if inner)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    found = origin or hint
+    return found is Any or not isinstance(found, type) or isinstance(value, found)
+
+
+def words_of(hint: Any) -> str:
+    """What the value should be, and what to do; of several kinds the first."""
+    inner = [one for one in get_args(hint) if one is not type(None)]
+    if get_origin(hint) in (Union, types.UnionType):
+        return words_of(inner[0])
+    return WORDS.get(get_origin(hint) or hint, "of a kind known here; see --help")
+
+
+@cache
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The annotated type of every field of a dataclass, given as its class."""
+    found = typing.get_type_hints(kind)
+    return {field.name: found[field.name] for field in dataclasses.fields(kind)}
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise a `ValueError` unless the value fits; a missing one is somebody else's matter."""
+    if value is not None and not fits(value, hint):
+        raise ValueError(f"{name}: {value!r} is not {words_of(hint)}")
+
+
+def check_types(config: Any) -> None:
+    """Raise a `ValueError` for the first field of a dataclass that has a value of another type.
+
+    Numbers and choices aside, whose limits are checked with them.
+    """
+    kind: Any = type(config)
+    for name, hint in hints_of(kind).items():
+        kinds = {hint, *get_args(hint)}
+        if not ({int, float} & kinds or Literal in map(get_origin, kinds)):
+            check_type(name, getattr(config, name), hint)
