@@ -379,9 +379,18 @@ def test_pretraining_to_a_target_loss(tmp_path, capsys):
             ["--corpus", "synthetic", "--max_steps", "2", "--stop_at_loss", "2", "--eval_strategy", "no"],
             "stop_at_loss: 2 needs evaluations; set eval_strategy steps",
         ),
+        (["--corpus", "synthetic", "--max_steps", "2", "--vocab_size", "4", "--branching", "3"], "branching: 3 does not"),
+        *(
+            (["--corpus", "synthetic", "--max_steps", "2", f"--{name}", "0"], f"{name}: 0 does not fit; use a whole")
+            for name in
+            ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        ),
+        (["--corpus", "CHAT", "--max_steps", "2"], "data: rows of messages need a chat template and this tokenizer"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(tmp_path, capsys, flags, line):
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    flags = [str(tmp_path / "chat.jsonl") if word == "CHAT" else word for word in flags]
     assert main(["pretrain", *flags, "--output_dir", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err.strip()
     assert err.startswith(f"retain pretrain: {line}")

@@ -187,6 +187,10 @@ def test_no_process_outlives_a_killed_sweep(tmp_path):
         ("verb: finetune\ngrid: {a: [1, 1]}", "has a run twice: {'a': 1}; leave one out"),
         ("verb: finetune\nlist: [3]", "flags in every list entry"),
         ("verb: finetune\ncommon: {output_dir: x}", "output_dir in .* is the sweep's own to choose"),
+        ("verb: finetune\ncommon: {a: 2026-11-22}", "has 'common': .*; give text .dates in quotes., numbers, or lists"),
+        ("verb: finetune\ngrid: {a: [!!set {x}]}", "has 'grid': .*; give text"),
+        ("verb: finetune\n3: x", "has 3: 'x'; give text"),
+        ("verb: finetune\ncommon: {config: [a]}", r"config in .* is \['a'\]; give the path of one YAML file"),
         ("verb: finetune\ncommon: {config: nowhere.yaml}", "config: cannot read 'nowhere.yaml'"),
     ],
 )

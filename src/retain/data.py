@@ -184,7 +184,8 @@ def prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: 
     """
     messages = row.get("messages") if isinstance(row.get("messages"), list) else row.get("prompt")
     if isinstance(messages, list):
-        asked = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+        answered = messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
+        asked = messages[:-1] if answered else messages
         return _chat(asked, tokenizer, add_generation_prompt=True)
     return row["prompt"] if isinstance(row.get("prompt"), str) else row_text(row, tokenizer, where)
 
@@ -195,7 +196,9 @@ def user_turn_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
-    if not tokenizer.chat_template:
+    if not (messages and all(isinstance(turn, dict) and "role" in turn for turn in messages)):
+        raise ValueError(f"data: messages {messages!r} are not turns; write [{{role: user, content: …}}, …]")
+    if not getattr(tokenizer, "chat_template", None):
         raise ValueError("data: rows of messages need a chat template and this tokenizer has none; give text rows")
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 

@@ -20,7 +20,7 @@ from trl import SFTConfig
 from retain.callbacks import read_run
 from retain.config import DemoConfig, ReplayConfig
 from retain.data import token_documents
-from retain.demo_data import DemoData, load_demo_data
+from retain.demo_data import PROSE, VERILOG, DemoData, find_wheel, load_demo_data
 from retain.files import write_json
 from retain.measuring import measure
 from retain.models import StartToken, choose_start_token, default_device, load_model, load_tokenizer
@@ -112,6 +112,8 @@ def run_demo(config: DemoConfig) -> Path:
     """
     began = time.monotonic()
     size, folder = SIZES[config.size], Path(config.output_dir)
+    for package in (VERILOG, PROSE):
+        find_wheel(Path(config.data_dir), package)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(MODEL)
     start = choose_start_token(tokenizer)

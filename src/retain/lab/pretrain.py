@@ -98,8 +98,9 @@ def run_pretrain(args: PretrainArguments, config: PretrainConfig) -> Trainer:
     Raises:
         ValueError: one line, before anything is written, for input that cannot work.
     """
-    from retain.finetune import checkpoint_to_resume  # which loads TRL
+    from retain.finetune import check_arguments, checkpoint_to_resume  # which loads TRL
 
+    check_arguments(args)
     checkpoint = checkpoint_to_resume(args)
     check_stop_at_loss(args, config.stop_at_loss)
     check_half_life(args, config.adam_beta2_half_life_tokens)

@@ -120,6 +120,8 @@ def _resolved(flags: dict[str, Any], where: str) -> dict[str, Any]:
     if "output_dir" in flags:
         raise ValueError(f"sweep: output_dir in {where} is the sweep's own to choose; leave it out")
     if "config" in flags:
+        if not isinstance(flags["config"], str):
+            raise ValueError(f"sweep: config in {where} is {flags['config']!r}; give the path of one YAML file")
         flags = _read_yaml(flags["config"], "config") | {name: flags[name] for name in flags if name != "config"}
         flags.pop("output_dir", None)
     return {name: value for name, value in flags.items() if value is not None}
@@ -134,7 +136,21 @@ def _read_yaml(path: str | Path, what: str) -> dict[str, Any]:
         raise ValueError(f"{what}: {str(path)!r} is not YAML; check the file") from error
     if not isinstance(found, dict):
         raise ValueError(f"{what}: {str(path)!r} holds {type(found).__name__}, not keys with values; check the file")
+    for name, value in found.items():
+        if not _plain({name: value}):
+            raise ValueError(
+                f"{what}: {str(path)!r} has {name!r}: {value!r}; give text (dates in quotes), numbers, or lists of them"
+            )
     return found
+
+
+def _plain(value: Any) -> bool:
+    """Whether it can be written on a command line: YAML also knows dates, sets and keys that are no text."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _plain(inner) for name, inner in value.items())
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (str, int, float))
 
 
 def collect(folder: Path) -> dict[str, float]:
