@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -438,6 +440,107 @@ def test_replay_on_the_first_step_alone_is_refused(tmp_path: Path, replay: Repla
     """There, the model is its base: the KL is 0, and so is its gradient."""
     with pytest.raises(ValueError, match="replay_every: 5 of 5 steps is the first one only"):
         train(tmp_path, replay, replay_config=ReplayConfig(replay_every=5))
+
+
+def test_one_step_is_not_called_protected(tmp_path: Path, replay: ReplayDataset) -> None:
+    """As above: KL has no gradient there; that of the next token has."""
+    for objective, says in (("kl", "protection: none (a run of one step"), ("ntp", "protection: ntp, coefficient 1")):
+        settings = ReplayConfig(replay_objective=objective)
+        assert (
+            train(tmp_path, replay, replay_config=settings, changes={"max_steps": 1}).protection()[0].startswith(says)
+        )
+
+
+def test_settings_that_are_not_used_are_said(tmp_path: Path, replay: ReplayDataset) -> None:
+    def lines(**settings: Any) -> list[str]:
+        chosen = ReplayConfig(**settings)
+        return train(tmp_path, replay, replay_config=chosen, changes={"max_steps": 2}).protection()
+
+    (line, rows) = lines(replay_objective="replace", replay_share=0.5, per_device_replay_batch_size=7)
+    assert line.startswith("protection: replace, share 0.5 of each batch (per_device_replay_batch_size 7 is not used")
+    assert "coefficient" not in line
+    assert "2 per device" in rows
+    assert lines(replay_objective="kl_new")[1] == "replay: 20 rows given, and not used by replay_objective kl_new"
+    assert lines(replay_coef=0.0) == ["protection: none (replay_coef 0)", "replay: 20 rows given, and not used"]
+
+
+def test_trained_tokens_that_no_replay_row_holds_are_named(tmp_path: Path, replay: ReplayDataset) -> None:
+    absent = sorted(set(range(10, 60)) - set(replay.tokens.tolist()))[:2] or [5]
+    rows = ReplayDataset.from_rows([[3, 6, 7]] * 4, "few") if absent == [5] else replay
+    tokens = peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=absent)
+    with pytest.raises(
+        ValueError, match="exactly 0 after 3 steps.*or only tokens are trained that no replay row holds"
+    ):
+        train(tmp_path, rows, peft_config=tokens, model=make_model(tie_word_embeddings=False))
+
+
+# Flags on which torch, TRL or PEFT would stumble, late or not at all
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    save_model(folder / "model")
+    write_rows(folder / "new.jsonl", seed=1)
+    sample = f"sample --model_name_or_path {folder}/model --output_dir {folder}/replay --num_rows 6 --max_length 16"
+    assert main(sample.split()) == 0
+    return folder
+
+
+BAD_FLAGS = {
+    "--gradient_accumulation_steps 0": "gradient_accumulation_steps: 0 does not fit",
+    "--per_device_train_batch_size 0": "per_device_train_batch_size: 0 does not fit",
+    "--max_length 0": "max_length: 0 does not fit; use a whole number of at least 2",
+    "--max_length 1": "max_length: 1 does not fit",
+    "--max_length -5": "max_length: -5 does not fit",
+    "--neftune_noise_alpha -1": "neftune_noise_alpha: -1.0 does not fit",
+    "--weight_decay nan": "weight_decay: nan does not fit",
+    "--learning_rate -1": "learning_rate: -1.0 does not fit",
+    "--replay_every 99": "replay_every: 99 of 3 steps is the first one only",
+    "--replay_every 99 --replay_dataset self": "replay_every: 99 of 3 steps is the first one only",
+    "--replay_dataset self --use_peft --lora_target_modules a b": "lora_target_modules: 'a, b' is no module",
+    "--replay_dataset self --use_peft --lora_target_modules q_proj": "'q_proj' is no module of this model; use '.*q",
+}
+
+
+def finetune(small: Path, output: Path, *more: str) -> list[str]:
+    command = f"finetune --model_name_or_path {small}/model --dataset_name {small}/new.jsonl --output_dir {output}"
+    command += f" --replay_dataset {small}/replay --max_steps 3 --max_length 24 --use_cpu true --bf16 false"
+    command += " --report_to none --gradient_checkpointing false --per_device_train_batch_size 2 --logging_steps 1"
+    return [*command.split(), *more]
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_a_flag_that_cannot_work_is_named_before_anything_is_written(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str
+) -> None:
+    assert main(finetune(small, tmp_path / "out", *flags.split())) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert BAD_FLAGS[flags] in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--max_steps", "1")], ids=["checkpoint", "end"])
+def test_a_model_of_nan_is_never_written(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...]
+) -> None:
+    flags = ["--learning_rate", "1e38", "--lr_scheduler_type", "constant", "--save_steps", "1"]
+    flags += ["--optim", "adamw_torch_fused"]
+    assert main(finetune(small, tmp_path / "out", *flags, *more)) == 1
+    assert "model: weights that are not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_a_manifest_cannot_write_to_the_terminal(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(small / "replay", tmp_path / "replay")
+    manifest = tmp_path / "replay" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "model": "tiny\x1b]0;owned\x07\nforged"}))
+    assert main(finetune(small, tmp_path / "out", "--replay_dataset", str(tmp_path / "replay"))) == 0
+    output = capsys.readouterr().out
+    assert "self-generated by tiny\\x1b]0;owned\\x07\\nforged" in output
+    assert "\x1b" not in output
 
 
 def test_a_template_that_writes_the_start_token_does_not_double_it() -> None:

@@ -379,7 +379,7 @@ def test_pretraining_to_a_target_loss(tmp_path, capsys):
             ["--corpus", "synthetic", "--max_steps", "2", "--stop_at_loss", "2", "--eval_strategy", "no"],
             "stop_at_loss: 2 needs evaluations; set eval_strategy steps",
         ),
-        (["--corpus", "synthetic", "--max_steps", "2", "--vocab_size", "4", "--branching", "3"], "branching: 3 does not"),
+        (["--corpus", "synthetic", "--max_steps", "2", "--vocab_size", "4", "--branching", "3"], "branching: 3 does"),
         *(
             (["--corpus", "synthetic", "--max_steps", "2", f"--{name}", "0"], f"{name}: 0 does not fit; use a whole")
             for name in

@@ -7,12 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_model, make_texts, make_tokenizer
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -20,9 +22,10 @@ from retain import ReplayConfig, ReplayMixin, ReplaySFTTrainer, ReplayTrainer
 from retain.files import read_jsonl
 from retain.losses import kl_divergence
 from retain.models import model_fingerprint, tokenizer_fingerprint
-from retain.protection import LOADS_EMPTY, see_the_base_everywhere
+from retain.overlap import find_rows
+from retain.protection import LOADS_EMPTY, check_held_out, see_the_base_everywhere, training_rows
 from retain.reference import Reference
-from retain.replay import ReplayDataset, replace_rows
+from retain.replay import ReplayDataset, replace_rows, token_documents
 from retain.sampling import sample_rows
 
 TOKENIZER = make_tokenizer()
@@ -309,8 +312,6 @@ def test_mixed_precision_compares_like_with_like(tmp_path: Path, replay: ReplayD
 def test_replay_holds_the_model_to_its_base(tmp_path: Path, replay: ReplayDataset) -> None:
     """On held-out rows of its own, the protected model stays nearer to the base than the plain one."""
     held_out = [row.tolist() for row in sample_rows(make_model(), 3, range(100, 116), 24, seed=5).numpy()]
-    from retain.replay import token_documents
-
     retention = {"own": token_documents(held_out, TOKENIZER)}
     found = {}
     for coef in (0.0, 20.0):
@@ -517,16 +518,12 @@ def test_a_trainer_that_draws_no_rows_stops(tmp_path: Path, replay: ReplayDatase
 
 
 def test_replay_and_retention_must_not_share_rows(tmp_path: Path, replay: ReplayDataset) -> None:
-    from retain.replay import token_documents
-
     shared = token_documents([replay[0].tolist(), replay[1].tolist()], TOKENIZER)
     with pytest.raises(ValueError, match="retention: 'own' shares 2 rows"):
         train(tmp_path, replay, retention_datasets={"own": shared})
 
 
 def test_a_beginning_that_many_files_share_is_no_shared_row(tmp_path: Path) -> None:
-    from retain.replay import token_documents
-
     header = list(range(10, 50))  # a licence, say
     rows = ReplayDataset.from_rows([[3, *header, 60 + at, 61] for at in range(8)], "licensed")
     other = token_documents([[3, *header, 99, 98]], TOKENIZER)
@@ -536,6 +533,60 @@ def test_a_beginning_that_many_files_share_is_no_shared_row(tmp_path: Path) -> N
             train(tmp_path / "same", rows, retention_datasets={"code": token_documents([same], TOKENIZER)})
 
 
+def shifted(texts: list[str]) -> list[str]:
+    return [" ".join(text.split()[3:]) for text in texts]
+
+
+OLD = make_texts(12, seed=3)
+SHORT = ["the quick fox", "over a lazy dog", "seven bright birds", "rain and stone"]
+
+
+@pytest.mark.parametrize(
+    ("replayed", "measured"), [(OLD, OLD), (OLD, shifted(OLD)), (SHORT, SHORT), (SHORT, SHORT[:1])]
+)
+def test_replayed_text_is_found_however_short_or_cut(tmp_path: Path, replayed: list[str], measured: list[str]) -> None:
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in replayed))
+    ntp = ReplayConfig(replay_objective="ntp")
+    with pytest.raises(ValueError, match=rf"retention: 'old' shares {len(measured)} rows with the replay dataset"):
+        train(tmp_path, str(tmp_path / "old.jsonl"), retention_datasets={"old": measured}, replay_config=ntp)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("packing", [None, "wrapped", "bfd"])
+@pytest.mark.parametrize("cut", [False, True], ids=["same", "shifted"])
+def test_retention_must_not_be_trained_on(
+    tmp_path: Path, replay: ReplayDataset, packing: str | None, cut: bool
+) -> None:
+    texts = ROWS["text"][:8]
+    changes = {"packing": True, "packing_strategy": packing} if packing else {}
+    with pytest.raises(ValueError, match=r"retention: 'new' shares \d rows with the training rows; measure on rows"):
+        train(tmp_path, replay, retention_datasets={"new": shifted(texts) if cut else texts}, changes=changes)
+
+
+def test_preferences_that_are_measured_are_refused_and_streams_are_not_looked_at() -> None:
+    pairs = Dataset.from_list([{"prompt_ids": [3, 5], "chosen_ids": [at, 7, 8], "rejected_ids": [9]} for at in (1, 2)])
+    assert [row.tolist() for row in training_rows(pairs)] == [[3, 5, 1, 7, 8], [3, 5, 2, 7, 8]]
+    assert [row.tolist() for row in training_rows([{"input_ids": [1, 2]}])] == [[1, 2]]
+    assert [row.tolist() for row in training_rows(Dataset.from_list([{"input_ids": [1, 2]}] * 3).select([1]))] == [
+        [1, 2]
+    ]
+    for unknown in (None, [], ROWS, ROWS.to_iterable_dataset()):
+        assert list(training_rows(unknown)) == []
+
+
+def test_rows_that_share_a_template_or_a_heading_are_not_the_same() -> None:
+    generator = np.random.default_rng(0)
+    template = list(range(200, 230))
+    chats = [[3, *template, *generator.integers(10, 90, 20), *template[:9], 4] for _ in range(40)]
+    assert find_rows(chats[:10], chats[10:], {3, 4}) == set()
+    assert find_rows([*chats[:10], chats[20]], chats[10:], {3, 4}) == {10}
+    packed = [np.concatenate(chats[at : at + 3])[:100] for at in range(10, 38, 3)]  # cut inside of a template, too
+    assert find_rows(chats[:10], packed, {3, 4}) == set()
+    documents = token_documents([*chats[:10], [3, 5, 6]], TOKENIZER)
+    check_held_out([*chats[10:], [3, 5, 6]], {"chats": documents}, "training rows", {3, 4})  # one heading of eleven
+    with pytest.raises(ValueError, match="shares 1 rows"):
+        check_held_out([[3, 5, 6, 4]], {"heading": token_documents([[3, 5, 6]], TOKENIZER)}, "training rows", {3, 4})
+
+
 def test_retention_windows_are_no_longer_than_the_model_can_take(tmp_path: Path, replay: ReplayDataset) -> None:
     model, long = make_model("gpt2"), make_texts(1, words=400)
     replay = ReplayDataset.from_rows([replay[0]], "short")
@@ -543,11 +594,30 @@ def test_retention_windows_are_no_longer_than_the_model_can_take(tmp_path: Path,
     assert trainer.evaluate_retention()["retention/long/loss"] > 0  # gpt2 has no position beyond its last
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path, replay: ReplayDataset) -> None:
-    changes = {"learning_rate": 1e30, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.0, "optim": "sgd"}
-    with pytest.raises(ValueError, match=r"loss: (nan|inf) at step 2; lower learning_rate"):
-        train(tmp_path, replay, changes=changes)
-    assert (tmp_path / "checkpoint-1" / "trainer_state.json").exists()
+@pytest.mark.parametrize(("optim", "rate"), [("sgd", 1e30), ("adamw_torch_fused", 1e38)])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
+    tmp_path: Path, replay: ReplayDataset, optim: str, rate: float, lora: bool
+) -> None:
+    """What is kept is finite: weights that no longer are are not written."""
+    changes = {"learning_rate": rate, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.0, "optim": optim}
+    says = r"loss: (nan|inf) at step [23]; lower learning_rate|model: weights that are not finite, so nothing was saved"
+    with pytest.raises(ValueError, match=says):
+        train(tmp_path, replay, changes=changes, peft_config=LoraConfig(**LORA) if lora else None)
+    kept = list(tmp_path.glob("checkpoint-*"))
+    assert bool(kept) == (optim == "sgd")
+    for checkpoint in kept:
+        assert (checkpoint / "trainer_state.json").exists()
+        held = load_file(checkpoint / ("adapter_model.safetensors" if lora else "model.safetensors"))
+        assert all(bool(value.isfinite().all()) for value in held.values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, replay: ReplayDataset) -> None:
+    """The last step of all: no loss comes after it."""
+    trainer = train(tmp_path, replay, changes={"max_steps": 1, "learning_rate": 1e38})
+    with pytest.raises(ValueError, match="model: weights that are not finite, so nothing was saved to"):
+        trainer.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
 
 
 def test_adapter_reference_without_adapter_is_refused(tmp_path: Path, replay: ReplayDataset) -> None:

@@ -9,14 +9,15 @@ from typing import Any
 from trl import get_dataset, get_peft_config, get_quantization_config
 
 from retain.callbacks import StopWithCheckpoint, keep_once
-from retain.config import FinetuneConfig
+from retain.config import FinetuneConfig, check_number
 from retain.data import is_local_file, named_sources, read_rows
 from retain.half_life import apply_half_life, check_half_life
 from retain.models import choose_start_token, load_model, load_tokenizer, resolve_model_path
+from retain.protection import check_replay_every, expected_steps
 from retain.replay import load_texts
 from retain.sample import sample_with_bar
 from retain.stop_at_loss import StopAtLoss, check_stop_at_loss
-from retain.text import first_line
+from retain.text import first_line, visible
 from retain.trainer import ReplaySFTTrainer
 
 
@@ -34,6 +35,7 @@ def run_finetune(
     """
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path: missing; give --model_name_or_path")
+    check_arguments(training_args)
     checkpoint = checkpoint_to_resume(training_args)
     check_half_life(training_args, config.adam_beta2_half_life_tokens)
     check_stop_at_loss(training_args, config.stop_at_loss)
@@ -43,13 +45,14 @@ def run_finetune(
     options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = load_tokenizer(name, **options)
     retention = {text: load_texts(path, tokenizer, config.retention_max_documents) for text, path in sources.items()}
-    say = print if training_args.process_index == 0 else lambda *parts: None
+    say = _say if training_args.process_index == 0 else lambda line: None
     say(f"document start: {choose_start_token(tokenizer, config.start_token)}")
     replay = config.replay_dataset
-    quantization = get_quantization_config(model_args)
+    quantization, adapter = get_quantization_config(model_args), get_peft_config(model_args)
+    check_replay_every(config, expected_steps(training_args, train_dataset))  # before rows are drawn for it
     if replay == "self":
         with training_args.main_process_first(local=False, desc="sampling replay"):
-            replay = _sample_own(name, tokenizer, training_args, config, options, quantization)
+            replay = _sample_own(name, tokenizer, training_args, config, options, quantization, adapter)
     of_model = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
     training_args.model_init_kwargs = {**options, **of_model, **(training_args.model_init_kwargs or {})}
     trainer = ReplaySFTTrainer(
@@ -59,12 +62,13 @@ def run_finetune(
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         quantization_config=quantization,
-        peft_config=get_peft_config(model_args),
+        peft_config=adapter,
         replay_config=config,
         replay_dataset=replay,
         retention_datasets=retention,
         start_token=config.start_token,
     )
+    check_replay_every(config, expected_steps(training_args, trainer.train_dataset))  # packed
     watch = None if config.stop_at_loss is None else StopAtLoss(config.stop_at_loss)
     if watch is not None:
         trainer.add_callback(watch)
@@ -90,6 +94,41 @@ def run_finetune(
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()
     return trainer
+
+
+def _say(line: Any) -> None:
+    """Print a line; what a manifest or file says in it reaches the terminal as text only."""
+    print(visible(str(line)))
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse training arguments on which torch or transformers would stumble late, or not.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        check_number(name, getattr(args, name), low=1, integer=True)
+    for name in ("learning_rate", "weight_decay"):
+        check_number(name, getattr(args, name), low=0)
+    if (length := getattr(args, "max_length", None)) is not None:  # pretraining has its own
+        check_number("max_length", length, low=2, integer=True)
+    if args.neftune_noise_alpha is not None:
+        check_number("neftune_noise_alpha", args.neftune_noise_alpha, low=0)
+
+
+def _check_targets(model: Any, adapter: Any) -> None:
+    """PEFT would refuse an adapter without a place in the model, but only after the rows are drawn."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if adapter is None or adapter.target_modules in (None, "all-linear"):
+        return
+    if not any(check_target_module_exists(adapter, name) for name, _ in model.named_modules()):
+        wanted = adapter.target_modules  # TRL makes a text of a single one, and PEFT takes a text for a pattern
+        named, remedy = (
+            (wanted, f"'.*{wanted}', say") if isinstance(wanted, str) else (", ".join(sorted(wanted)), "q_proj")
+        )
+        raise ValueError(f"lora_target_modules: {named!r} is no module of this model; use {remedy}, or all-linear")
 
 
 def train(trainer: Any, checkpoint: str | None) -> None:
@@ -192,13 +231,16 @@ def _sample_own(
     config: FinetuneConfig,
     options: dict[str, Any],
     quantization: Any,
+    adapter: Any,
 ) -> str:
     folder = Path(training_args.output_dir) / "replay"
     if training_args.process_index == 0:
         # The base is then the quantised model, which stays where it is loaded.
         where = {"device": training_args.device} if quantization is None else {"quantization_config": quantization}
+        model = load_model(name, dtype="auto", **where, **options)
+        _check_targets(model, adapter)
         sample_with_bar(
-            load_model(name, dtype="auto", **where, **options),
+            model,
             tokenizer,
             str(folder),
             config.replay_num_rows,

@@ -10,8 +10,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
 
 Text = str | Sequence[int]  # or token ids; documents and rows must be of one kind
 
@@ -19,6 +23,14 @@ Text = str | Sequence[int]  # or token ids; documents and rows must be of one ki
 UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORDS = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 CHARACTERS_PER_WORD = 3  # by which a run is longer where most words are characters
+
+# Of `find_rows`, in tokens
+ALIGNED = 32  # rows that agree so far are compared to the end of the shorter one; shorter rows must be the same
+RUN = 16  # rows that begin elsewhere are found by runs of so many
+MANY = 4  # places beyond which a run is a licence's or a template's, and tells nothing of its row
+LEAST_RUNS = 4  # on end that must be found again, and half of those that tell
+BLOCK = 1 << 16  # tokens that are looked through at a time
+FACTORS = np.random.default_rng(0).integers(1, 2**63, RUN, dtype=np.uint64)
 
 
 @dataclass(frozen=True)
@@ -160,3 +172,97 @@ def _runs(words: list[str] | list[int], size: int) -> Iterator[int]:
 def _squeezed(text: Text) -> str:
     """A text without its spaces, in which a document without its spaces can be found."""
     return "".join(_normal(text).split()) if isinstance(text, str) else f",{','.join(map(str, text))},"
+
+
+def find_rows(windows: Sequence[Any], rows: Iterable[Any], edges: Collection[int] = ()) -> set[int]:
+    """Which windows of token ids stand in rows of token ids, also where the rows were cut elsewhere.
+
+    A window is there if it is a row, or agrees with one to the end of the shorter, or if half of it stands in the rows
+    on end. What stands in several windows, or in many places of the rows (a licence's header, a chat template's
+    opening), does not count for that half. The rows are walked once; memory is bounded by the windows and `BLOCK`.
+
+    Args:
+        edges: tokens that are no part of a text where they begin or end it: those of start and end.
+
+    Returns:
+        The places of the windows found.
+    """
+    same: dict[bytes, list[int]] = {}  # windows given twice are one
+    for at, window in enumerate(windows):
+        core = _core(window, edges)
+        if len(core):
+            same.setdefault(core.tobytes(), []).append(at)
+    cores = [np.frombuffer(core, np.int64) for core in same]
+    by_beginning: dict[bytes, list[int]] = {}
+    for at, core in enumerate(cores):
+        by_beginning.setdefault(core[:ALIGNED].tobytes(), []).append(at)
+    runs = [_run_hashes(core) for core in cores]
+    wanted, of_windows = np.unique(np.concatenate([*runs, np.zeros(0, np.uint64)]), return_counts=True)
+    of_rows, found = np.zeros(len(wanted), np.int64), set()
+    for block in _blocks(rows, edges):
+        for row in block:
+            for at in by_beginning.get(row[:ALIGNED].tobytes(), []):
+                shorter = min(len(row), len(cores[at]))
+                if np.array_equal(row[:shorter], cores[at][:shorter]):
+                    found.add(at)
+        of_rows += _counts(_run_hashes(np.concatenate(block)), wanted)
+    tells = (of_windows == 1) & (of_rows <= MANY)
+    for at, of_window in enumerate(runs):
+        places = np.searchsorted(wanted, of_window)
+        if _is_half_there(of_rows[places][tells[places]] > 0):
+            found.add(at)
+    originals = list(same.values())
+    return {at for index in found for at in originals[index]}
+
+
+def _counts(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """How often each of the sorted `wanted` is among the hashes."""
+    places = np.minimum(np.searchsorted(wanted, hashes), max(0, len(wanted) - 1))
+    hits = places[wanted[places] == hashes] if len(wanted) else places[:0]
+    return np.bincount(hits, minlength=len(wanted))
+
+
+def _is_half_there(again: np.ndarray) -> bool:
+    """Whether half of a window's telling runs were found again on end."""
+    longest = max((len(list(group)) for hit, group in groupby(again) if hit), default=0)
+    return longest >= max(LEAST_RUNS, len(again) / 2)
+
+
+def _core(row: Any, edges: Collection[int]) -> np.ndarray:
+    """A row without what only opens and closes it."""
+    tokens = np.asarray(row, dtype=np.int64)
+    first, last = 0, len(tokens)
+    while first < last and int(tokens[first]) in edges:
+        first += 1
+    while last > first and int(tokens[last - 1]) in edges:
+        last -= 1
+    return tokens[first:last]
+
+
+def _blocks(rows: Iterable[Any], edges: Collection[int]) -> Iterator[list[np.ndarray]]:
+    """Rows that are not empty, many at a time; one that comes again says nothing new."""
+    block: list[np.ndarray] = []
+    seen: set[int] = set()
+    size = 0
+    for row in rows:
+        core = _core(row, edges)
+        mark = hash(core.tobytes())
+        if not len(core) or mark in seen:
+            continue
+        seen.add(mark)
+        block.append(core)
+        size += len(core)
+        if size >= BLOCK:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _run_hashes(tokens: np.ndarray) -> np.ndarray:
+    """A hash of every `RUN` tokens on end; 64 bits, so that chance plays no part."""
+    count, tokens = max(0, len(tokens) - RUN + 1), tokens.astype(np.uint64)
+    hashes = np.zeros(count, np.uint64)
+    for at, factor in enumerate(FACTORS):
+        hashes += tokens[at : at + count] * factor
+    return hashes ^ (hashes >> np.uint64(32))  # so that every bit depends on all

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 
 from retain.config import ReplayConfig
 from retain.data import Document
 from retain.models import max_positions
+from retain.overlap import find_rows
 from retain.reference import Reference
 from retain.replay import ReplayDataset
 
 LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-OVERLAP = 32  # tokens by which rows are looked up; at least half as many must agree to count as the same row
+SHORT = 16  # tokens below which a row may be another's by chance
+TOKEN_COLUMNS = (("input_ids",), ("prompt_ids", "chosen_ids"))  # SFT and plain trainers; DPO
 
 
 def check_rows_fit(rows: ReplayDataset, model: Any) -> None:
@@ -37,29 +41,105 @@ def check_rows_fit(rows: ReplayDataset, model: Any) -> None:
         )
 
 
-def check_held_out(rows: ReplayDataset, retention: Mapping[str, Sequence[Document]]) -> None:
-    """What is replayed must not be measured on.
+def check_held_out(
+    rows: Iterable[Any], retention: Mapping[str, Sequence[Document]], where: str, edges: Collection[int] = ()
+) -> None:
+    """What is replayed or trained on must not be measured as what is remembered: see `find_rows`.
 
-    Two rows are the same if they agree to the end of the shorter one: a licence header that many files begin with
-    is not a row.
+    Single short rows may be the same by chance (a heading, a greeting): they count from a tenth of a text on.
+
+    Args:
+        where: whose rows these are, for the message.
+        edges: tokens that open or close a row and are no part of its text.
 
     Raises:
         ValueError: naming the text and how many rows it shares.
     """
-    by_beginning: dict[tuple[int, ...], list[list[int]]] = {}
-    for index in range(len(rows)):
-        row = rows[index].tolist()
-        by_beginning.setdefault(tuple(row[:OVERLAP]), []).append(row)
-    for name, documents in retention.items():
-        windows = [window for document in documents for window in document.windows if len(window) >= OVERLAP // 2]
-        shared = sum(
-            any(row[: len(window)] == window[: len(row)] for row in by_beginning.get(tuple(window[:OVERLAP]), []))
-            for window in windows
-        )
-        if shared:
+    windows = [(name, window) for name in retention for document in retention[name] for window in document.windows]
+    found = [windows[at] for at in find_rows([window for _, window in windows], rows, edges)] if windows else []
+    for name in retention:
+        shared = [len(window) for text, window in found if text == name]
+        count = sum(text == name for text, _ in windows)
+        if shared and (max(shared) >= SHORT or 10 * len(shared) >= count):
             raise ValueError(
-                f"retention: {name!r} shares {shared} rows with the replay dataset; measure on rows never replayed"
+                f"retention: {name!r} shares {len(shared)} rows with the {where}; measure on rows never "
+                f"{'replayed' if 'replay' in where else 'trained on'}"
             )
+
+
+def training_rows(dataset: Any) -> Iterator[Any]:
+    """Token ids of the rows that a host trainer will train on: its `input_ids`, or a preference's chosen answer.
+
+    Nothing for a stream, whose rows pass by only once, and for rows that are not tokenised when training begins
+    (prompts of online methods).
+    """
+    columns = getattr(dataset, "column_names", None)
+    if dataset is None or not hasattr(dataset, "__len__") or not len(dataset):
+        return
+    first = dataset[0] if columns is None and isinstance(dataset[0], Mapping) else ()
+    named = next((names for names in TOKEN_COLUMNS if set(names) <= set(columns or first)), None)
+    if named is None:
+        return
+    for at in range(0, len(dataset), 1000):
+        if columns is None:
+            batch: Any = [dataset[index] for index in range(at, min(at + 1000, len(dataset)))]
+        else:
+            batch = dataset.select_columns(list(named)).with_format("numpy")[at : at + 1000]
+            batch = [dict(zip(named, row, strict=True)) for row in zip(*(batch[name] for name in named), strict=True)]
+        for row in batch:
+            yield np.concatenate([np.asarray(row[name], dtype=np.int64) for name in named])
+
+
+def expected_steps(args: Any, rows: Any) -> int:
+    """Optimizer steps of a run over these rows; for a stream what `max_steps` says."""
+    if args.max_steps > 0 or not hasattr(rows, "__len__"):
+        return int(args.max_steps)
+    batches = -(-len(rows) // (args.train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * max(1, -(-batches // args.gradient_accumulation_steps)))
+
+
+def check_replay_every(config: ReplayConfig, steps: int) -> None:
+    """Refuse replay on the first step alone, where the model is its base.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if config.uses_reference and 1 < config.replay_every >= steps:
+        raise ValueError(
+            f"replay_every: {config.replay_every} of {steps} steps is the first one only, where the model is its "
+            "base and KL has no gradient; use a smaller one"
+        )
+
+
+def says_nothing_protects(steps: int) -> ValueError:
+    """What a KL of exactly 0 after so many steps can come from."""
+    return ValueError(
+        f"replay/kl: exactly 0 after {steps} steps: either the reference moves with the model, so nothing protects it, "
+        "or the weights do not move at this learning_rate and dtype, or only tokens are trained that no replay row "
+        "holds (TrainableTokensConfig: give rows that do); check these"
+    )
+
+
+def check_weights(model: Any, accelerator: Any, where: str) -> None:
+    """Refuse to keep trained weights that are not finite: the loss shows it only a step later.
+
+    Under FSDP2 each process sees its shards and all say the same; elsewhere each looks at what it holds.
+
+    Raises:
+        ValueError: before anything of them is written.
+    """
+    trained = [value.detach() for value in model.parameters() if value.requires_grad and value.is_floating_point()]
+    shards = [value.to_local() if hasattr(value, "to_local") else value for value in trained]
+    bad = torch.zeros((), device=accelerator.device)
+    for shard in shards:
+        bad += (~shard.isfinite().all()).to(bad)
+    if any(hasattr(value, "to_local") for value in trained):  # all processes save together
+        bad = accelerator.reduce(bad, reduction="sum")
+    if bool(bad):
+        raise ValueError(
+            f"model: weights that are not finite, so nothing was saved to {where!r}; lower learning_rate or "
+            "replay_coef, check weight_decay, or use bf16 instead of fp16"
+        )
 
 
 def see_the_base_everywhere(*, may_change: bool) -> None:

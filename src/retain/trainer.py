@@ -24,6 +24,7 @@ from retain.config import ReplayConfig
 from retain.files import write_json
 from retain.heads import reshard
 from retain.inputs import ProtectedInputs, load_for_training
+from retain.protection import check_replay_every, check_weights, says_nothing_protects
 from retain.replay import ReplayDataset, replace_rows, replay_indices
 
 logger = logging.getLogger(__name__)
@@ -224,22 +225,15 @@ class ReplayMixin(ProtectedInputs):
 
     def _stop_if_unprotected(self) -> None:
         """A KL that is 0 by construction protects nothing: at the first step, or of a reference that moves along."""
-        config, steps = self.replay_config, self.state.max_steps
+        config = self.replay_config
         if not config.uses_reference:
             return
-        if 1 < config.replay_every >= steps:
-            raise ValueError(
-                f"replay_every: {config.replay_every} of {steps} steps is the first one only, where the model is its "
-                "base and KL has no gradient; use a smaller one"
-            )
+        check_replay_every(config, self.state.max_steps)
         zero = self._steps_learned == PATIENCE and float(self._largest_kl) == 0.0
         if self._steps_learned == PATIENCE and self.reference is not None:  # dropout would hide it in the KL
             zero = zero or self.reference.moves_with(self.model)
         if zero:
-            raise ValueError(
-                f"replay/kl: exactly 0 after {PATIENCE} steps: either the reference moves with the model, so nothing "
-                "protects it, or the weights do not move at this learning_rate and dtype; check both"
-            )
+            raise says_nothing_protects(PATIENCE)
         self._steps_learned += any(rate > 0 for rate in self.lr_scheduler.get_last_lr())
 
     # The budget
@@ -275,6 +269,15 @@ class ReplayMixin(ProtectedInputs):
         self.state.stateful_callbacks[BUDGET_STATE] = {"args": {}, "attributes": self.budget.state_dict()}
 
     # What is measured and kept
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The host's, for weights that are finite."""
+        check_weights(self.model, self.accelerator, output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        check_weights(self.model, self.accelerator, self.args.output_dir)  # before a host writes its model card
+        super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `replay/loss`, `replay/kl` and `replay/coef` to the training logs; means over steps and processes."""
