@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+import shutil
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
-from conftest import make_texts, save_model
+from conftest import make_model, make_texts, make_tokenizer, save_model
+from safetensors.numpy import save_file
 
 import retain.config as config
+from retain.callbacks import read_run
 from retain.cli import main
+from retain.files import read_jsonl
+from retain.lab.config import PretrainConfig
+from retain.reference_cache import cache_path
+from retain.replay import shard_path
+from retain.sampling import sample_replay
 
 VERBS = {
     "sample": config.SampleConfig,
@@ -23,14 +33,17 @@ VERBS = {
     "predict": config.PredictConfig,
     "sweep": config.SweepConfig,
     "demo": config.DemoConfig,
+    "export": config.ExportConfig,
+    "finetune": config.FinetuneConfig,
+    "plan": config.PlanConfig,
+    "pretrain": PretrainConfig,
 }
 BAD = {
     int: ("abc", "1.5", "nan", "-7"),
     float: ("abc", "nan", "inf", "-7.5"),
     bool: ("maybe", "2"),
 }
-# Flags for which one of these values is a good one.
-FINE: dict[tuple[str, str], set[str]] = {}
+UNREAD = {("pretrain", "digits", "-7")}  # by the corpus of these tests
 
 
 def kind_of(hint: Any) -> Any:
@@ -49,7 +62,7 @@ def bad_flags() -> list[tuple[str, str, str]]:
         for field in dataclasses.fields(settings):
             kind = kind_of(hints[field.name])
             values = ("nonsense", "") if kind is Literal else BAD.get(kind, ())
-            found += [(verb, field.name, value) for value in values if value not in FINE.get((verb, field.name), ())]
+            found += [(verb, field.name, value) for value in values if (verb, field.name, value) not in UNREAD]
     return found
 
 
@@ -64,7 +77,13 @@ def world(tmp_path_factory) -> Path:
     rows = [{"run": run, "num_params": 10.0**run, "num_steps": step, "finetuning_loss": 3 - step / 99 - run / 9,
              "forgetting_loss": 1 + step / 99 + run / 9} for run in (3, 4, 5) for step in (10, 20, 30, 40)]  # fmt: skip
     (root / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (root / "law.json").write_text("{}")
+    for name, kind in (("replay", None), ("stored", "hidden")):
+        settings = {"num_rows": 8, "max_length": 24, "rows_per_shard": 4, "batch_size": 4, "store_reference": kind}
+        model = make_model()
+        model.config._name_or_path = str(root / "model")
+        sample_replay(model, make_tokenizer(), root / name, **settings)
+    fit = f"fit {root}/runs.jsonl --form linear --num_resamples 9 --num_starts 1 --output {root}/law.json"
+    assert main(shlex.split(fit)) == 0
     return root
 
 
@@ -80,6 +99,19 @@ def good(verb: str, world: Path, out: Path) -> dict[str, str]:
         "predict": {"law": world / "law.json", "num_params": "1e6", "num_steps": "10"},
         "sweep": {"sweep": world / "sweep.yaml", "output_dir": out},
         "demo": {"output_dir": out},
+        "export": {"replay_dataset": world / "replay", "output": out.with_suffix(".jsonl")},
+        "finetune": {
+            "model_name_or_path": world / "model", "dataset_name": world / "wiki.jsonl", "max_length": 24,
+            "replay_dataset": world / "replay", "max_steps": 2, **TRAINER, "output_dir": out,
+        },
+        "plan": {
+            "model": world / "model", "dataset_name": world / "wiki.jsonl", "retention": f"w={world}/wiki.jsonl",
+            "budget": 0.1, "max_length": 24, "output_dir": out,
+        },
+        "pretrain": {
+            "corpus": "synthetic", "num_states": 16, "vocab_size": 16, "branching": 3, "max_length": 16,
+            "model_size": 20000, "max_steps": 2, "eval_rows": 4, **TRAINER, "output_dir": out,
+        },
     }[verb]  # type: ignore[return-value] # fmt: skip
 
 
@@ -109,6 +141,7 @@ def test_there_are_many_of_them():
     assert len(bad_flags()) >= 120
 
 
+TRAINER = {"use_cpu": "true", "report_to": "none", "per_device_train_batch_size": 2}
 JUNK: dict[str, bytes] = {
     "empty": b"",
     "spaces": b" \n\n ",
@@ -170,3 +203,462 @@ def test_a_damaged_checkpoint(world, tmp_path, capsys, verb, name, junk):
     line = refused([verb, *(word for key, value in flags.items() for word in (f"--{key}", str(value)))], capsys)
     assert "damaged" in line, line
     assert not list((tmp_path / "out").glob("*"))
+
+
+# Damaged files of our own, and flags that do not fit together
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def refused_whole(arguments: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The line with which `arguments` are refused; nothing in `folder` is new, gone or another."""
+    before = contents(folder)
+    line = refused(arguments, capsys)
+    assert contents(folder) == before
+    assert "RETAIN_DEBUG" not in line, "Python's own words"
+    return line
+
+
+def command(verb: str, flags: dict[str, Any]) -> list[str]:
+    return [verb, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+
+
+GONE = object()
+MANIFESTS: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, the verbs that need what is changed, what is said
+    "no num_rows": ({"num_rows": GONE}, "export finetune measure sample", "'num_rows' is missing"),
+    "no rows": ({"num_rows": 0}, "export finetune measure sample", "'num_rows' is 0, not 1 or more"),
+    "fewer than no rows": ({"num_rows": -1}, "export finetune measure", "'num_rows' is -1"),
+    "text rows": ({"num_rows": "8"}, "export finetune measure sample", "'num_rows' is \"8\", not a whole number"),
+    "half a row": ({"num_rows": 7.5}, "export finetune measure", "'num_rows' is 7.5, not a whole number"),
+    "a yes for rows": ({"num_rows": True}, "export finetune measure", "'num_rows' is true, not a whole number"),
+    "more rows": ({"num_rows": 12}, "export finetune measure", "8 of 12 rows"),
+    "no rows_per_shard": ({"rows_per_shard": GONE}, "export finetune measure", "'rows_per_shard' is missing"),
+    "empty shards": ({"rows_per_shard": 0}, "export finetune measure sample", "'rows_per_shard' is 0, not 1 or more"),
+    "null shards": ({"rows_per_shard": None}, "export finetune measure", "'rows_per_shard' is null"),
+    "no schema": ({"schema": GONE}, "export finetune measure sample", "schema None"),
+    "schema of a law": ({"schema": "retain.law/1"}, "export finetune measure", "retain.law/1"),
+    "no model": ({"model": GONE}, "export finetune", "'model' is missing"),
+    "model of number": ({"model": 5}, "export finetune measure", "'model' is 5, not text"),
+    "no weights": ({"model_fingerprint": GONE}, "finetune", "'model_fingerprint' is missing"),
+    "no tokenizer": ({"tokenizer_fingerprint": GONE}, "export finetune", "'tokenizer_fingerprint' is missing"),
+    "no start": ({"start_token": GONE}, "export", "'start_token' is missing"),
+    "start of text": ({"start_token": "<s>"}, "export finetune measure", "'start_token' is \"<s>\", not an object"),
+    "start without id": ({"start_token": {}}, "export finetune measure", "'start_token.id' is missing"),
+    "sampler": ({"sampler": 3}, "export finetune measure", "'sampler' is 3, not an object"),
+    "batches": ({"batch_size": "x"}, "export finetune measure sample", "'batch_size' is \"x\""),
+    "kind of store": ({"store_reference": "all"}, "export finetune measure", "'store_reference' is 'all', not one of"),
+    "store, no dtype": ({"store_reference": "topk", "sampler": {}}, "export finetune", "'sampler.dtype' is missing"),
+}
+
+
+@pytest.mark.parametrize(
+    ("label", "verb"), [(label, verb) for label, (_, verbs, _) in MANIFESTS.items() for verb in verbs.split()]
+)
+def test_a_damaged_manifest(world, tmp_path, capsys, label, verb):
+    folder = Path(shutil.copytree(world / "replay", tmp_path / "rows"))
+    changes, _, expected = MANIFESTS[label]
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    manifest = {name: value for name, value in manifest.items() if value is not GONE}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    line = refused_whole(command(verb, good(verb, world, tmp_path / "out") | of_rows(verb, folder)), tmp_path, capsys)
+    assert expected in line
+    assert str(folder) in line
+
+
+def of_rows(verb: str, folder: Path) -> dict[str, Any]:
+    """The flag by which a verb reads a replay dataset, or goes on with one."""
+    settings = {"num_rows": 8, "max_length": 24, "rows_per_shard": 4}
+    name = {"measure": "retention", "sample": "output_dir"}.get(verb, "replay_dataset")
+    return {name: f"x={folder}" if verb == "measure" else folder} | (settings if verb == "sample" else {})
+
+
+def shard_of(**columns: list[Any]) -> Any:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    return lambda path: parquet.write_table(pa.table(columns), path)
+
+
+SHARDS = {
+    "binary": lambda path: path.write_bytes(JUNK["binary"]),
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[:300]),
+    "gone": lambda path: path.unlink(),
+    "other columns": shard_of(text=["a"] * 4),
+    "words": shard_of(input_ids=[["a", "b"]] * 4, prefix_length=[1] * 4),
+    "numbers": shard_of(input_ids=[3] * 4, prefix_length=[1] * 4),
+    "nothing": shard_of(input_ids=[None] * 4, prefix_length=[1] * 4),
+    "long prefixes": shard_of(input_ids=[[3, 4]] * 4, prefix_length=[9] * 4),
+    "null prefixes": shard_of(input_ids=[[3, 4]] * 4, prefix_length=[None] * 4),
+    "prefixes of text": shard_of(input_ids=[[3, 4]] * 4, prefix_length=["1"] * 4),
+}
+
+
+@pytest.mark.parametrize("label", SHARDS)
+@pytest.mark.parametrize("verb", ["export", "finetune", "measure"])
+def test_a_damaged_shard(world, tmp_path, capsys, label, verb):
+    folder = Path(shutil.copytree(world / "replay", tmp_path / "rows"))
+    SHARDS[label](shard_path(folder, 1))
+    line = refused_whole(command(verb, good(verb, world, tmp_path / "out") | of_rows(verb, folder)), tmp_path, capsys)
+    assert str(folder) in line
+    assert "retain sample" in line or "sample again" in line
+
+
+STORES = {
+    "gone": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "binary": lambda path: path.write_bytes(JUNK["binary"]),
+    "half": lambda path: path.write_bytes(path.read_bytes()[:900]),
+    "other names": lambda path: save_file({"x": np.zeros((92, 32), np.float32)}, path),
+    "fewer rows": lambda path: save_file({"hidden": np.zeros((7, 32), np.float32)}, path),
+}
+
+
+@pytest.mark.parametrize("label", STORES)
+def test_damaged_stored_predictions(world, tmp_path, capsys, label):
+    folder = Path(shutil.copytree(world / "stored", tmp_path / "rows"))
+    STORES[label](cache_path(folder, 0))
+    flags = good("finetune", world, tmp_path / "out") | {"replay_dataset": folder, "replay_reference": "cache"}
+    line = refused_whole(command("finetune", flags), tmp_path, capsys)
+    assert "reference-00000.safetensors' is missing or damaged; sample again" in line
+
+
+REPORT = {"schema": "retain.report/1", "name": "a", "base": {"model": "m"}, "retention": {}}
+VALUE = {"value": 0.1, "ci": [0, 1]}
+STEP = {"step": 5, "eval_loss": 1, "retention/w/ref_kl": 0.1}
+LINEAR = "fit {t}/m/metrics.jsonl --form linear --output {t}/law.json"
+JOINT = "fit {t}/m/metrics.jsonl --form joint --output {t}/law.json"
+PAGE = "report --runs {t}/report.json --output_dir {t}/out"
+# What a law, a report or a log is changed by, or is; a command; what is said.
+FILES: list[tuple[str, dict[str, Any], str, str]] = [
+    *((f"report {label}", {"report.json": REPORT | change}, PAGE, expected) for label, change, expected in [
+        ("without a name", {"name": None}, "'name' is null, not text"),
+        ("named by a number", {"name": 3}, "'name' is 3, not text"),
+        ("without retention", {"retention": None}, "'retention' is null, not an object"),
+        ("with a list of texts", {"retention": [1]}, "'retention' is [1], not an object"),
+        ("with a text of numbers", {"retention": {"w": 3}}, "'retention.w' is 3, not an object"),
+        ("with a metric of text", {"retention": {"w": {"ref_kl": "x"}}}, "'retention.w.ref_kl' is \"x\", not an"),
+        ("with a value of text", {"retention": {"w": {"loss": {"value": "x"}}}}, "'retention.w.loss.value' is \"x\""),
+        ("with half an interval", {"retention": {"w": {"loss": VALUE | {"ci": [0]}}}}, "'retention.w.loss.ci' is [0]"),
+        ("with ends of text", {"retention": {"w": {"loss": VALUE | {"ci": ["a", 1]}}}}, "'retention.w.loss.ci.0'"),
+        ("with counts of text", {"new_task": {"w": {"gain": {"num_tokens": "x"}}}}, "'new_task.w.gain.num_tokens'"),
+        ("with a noise of text", {"noise_floor": {"w": "x"}}, "'noise_floor.w' is \"x\", not an object"),
+        ("with a path of text", {"trajectory": "x"}, "'trajectory' is \"x\", not a list"),
+        ("with steps of numbers", {"trajectory": [1]}, "'trajectory.0' is 1, not an object"),
+        ("with rows of no step", {"trajectory": [{"eval_loss": 1}]}, "'trajectory.0.step' is missing"),
+        ("with documents of numbers", {"documents": [1]}, "'documents.0' is 1, not an object"),
+        ("with documents of no sums", {"documents": [{"step": 1, "name": "w"}]}, "'documents.0.ref_kl' is missing"),
+        ("with sums of text", {"per_document": {"w": {"ref_kl": "x", "loss": [], "base_loss": [], "num_tokens": []}}},
+         "'per_document.w.ref_kl' is \"x\""),
+        ("with a base of text", {"base": "m"}, "'base' is \"m\", not an object"),
+        ("with a training of lists", {"training": [1]}, "'training' is [1], not an object"),
+        ("with warnings of numbers", {"warnings": [3]}, "'warnings.0' is 3, not text"),
+        ("with choices of no rules", {"choices": {"arc": {}}}, "'choices.arc.num_questions' is missing"),
+        ("with refusals of text", {"refusals": {"adv": {"scorers": "x"}}}, "'refusals.adv.scorers' is \"x\""),
+        ("with half a generation", {"generations": [{"prompt": "a"}]}, "'generations.0.base' is missing"),
+        ("with worst of numbers", {"worst": {"w": [{"tokens": [1]}]}}, "'worst.w.0.tokens.0' is 1, not an object"),
+    ]),
+    *((f"log {label}", {"m/metrics.jsonl": rows}, LINEAR, expected) for label, rows, expected in [
+        ("without a step", [{"eval_loss": 1}], "metrics.jsonl': line 1 is damaged: 'step' is missing"),
+        ("with a step of text", [STEP, {"step": "x"}], "line 2 is damaged: 'step' is \"x\", not a whole number"),
+        ("with half a step", [{"step": 1.5}], "line 1 is damaged: 'step' is 1.5, not a whole number"),
+        ("with a list", [STEP, STEP, [1]], "line 3 is damaged: it is [1], not an object"),
+        ("with a null", [None, STEP], "line 1 is damaged: it is null, not an object"),
+        ("with a line of junk", [STEP, b"garbage", STEP], "line 2 is damaged (not JSON: "),
+        ("with a line cut off", [b'{"step": 3, "lo{"step": 4}', STEP], "line 1 is damaged (not JSON: "),
+        ("with another coding", [STEP, b'{"step": 3, "x": "caf\xe9"}', STEP], "line 2 is damaged (not JSON: "),
+        ("with a deep line", [b"[" * 3000, STEP], "line 1 is damaged (not JSON: "),
+        ("of several texts", [STEP | {"retention/v/ref_kl": 0.1}], "has v, w; choose one with --retention_name NAME"),
+        ("with a loss of text", [STEP | {"eval_loss": "x"}], "finetuning_loss: 'x' in run 'm' is not a number"),
+        ("of no evaluation", [{"step": 3}], "has no evaluation"),
+    ]),
+    ("log of other texts", {"m/metrics.jsonl": [STEP]}, f"{LINEAR} --retention_name v", "choose one of w"),
+    *((f"settings {label}", {"m/metrics.jsonl": [STEP], "m/retain_config.json": text}, JOINT, expected)
+      for label, text, expected in [
+        ("cut off", b"{bad", "retain_config.json' (not JSON: "),
+        ("of a list", [1], "retain_config.json' is damaged: it is [1], not an object"),
+        ("of counts of text", {"num_params": "many"}, "damaged: 'num_params' is \"many\", not a whole number"),
+    ]),
+    *((f"weights {label}", {"m/metrics.jsonl": [STEP], "m/model.safetensors": data}, JOINT, "safetensors' is damaged")
+      for label, data in [("empty", b""), ("cut off", b"\x05"), ("of a long head", bytes(6) + b"\x7f" + bytes(9)),
+                          ("of junk", b"\x02" + bytes(7) + b"{]"), ("of a head of lists", b"\x02" + bytes(7) + b"[]")]),
+]  # fmt: skip
+
+
+def write(path: Path, value: Any) -> None:
+    """Bytes as they are, rows (a list, for a name that ends so) one a line, anything else as JSON."""
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".jsonl":
+        rows = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in value]
+        value = b"".join(row + b"\n" for row in rows)
+    path.write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
+
+
+@pytest.mark.parametrize(("files", "line", "expected"), [pytest.param(*row[1:], id=row[0]) for row in FILES])
+def test_a_damaged_file_of_ours(world, tmp_path, capsys, files, line, expected):
+    for name, value in files.items():
+        write(tmp_path / name, value)
+    found = refused_whole(shlex.split(line.format(t=tmp_path, w=world)), tmp_path, capsys)
+    assert expected in found
+    assert str(tmp_path) in found or "run 'm'" in found
+
+
+LAWS: list[tuple[str, dict[str, Any], str]] = [
+    ("no form", {"form": None}, "'form' is null, not text"),
+    ("an unknown form", {"form": "nope"}, "form: 'nope' is not known"),
+    ("no bounds", {"bounds": None}, "'bounds' is null, not an object"),
+    ("one bound", {"bounds": {"rho": [1]}}, "'bounds.rho' is [1], not 2 values"),
+    ("bounds of text", {"bounds": {"rho": ["a", "b"]}}, "'bounds.rho.0' is \"a\", not a number"),
+    ("no runs", {"runs": None}, "'runs' is null, not an object"),
+    ("runs of nothing", {"runs": {}}, "no column 'run'"),
+    ("runs of text", {"runs": {"run": "abc"}}, "'runs.run' is \"abc\", not a list"),
+    ("no estimate", {"estimate": {}}, "'estimate.exponents' is missing"),
+    ("draws of text", {"draws": "x"}, "'draws' is \"x\", not an object"),
+    (
+        "draws of words",
+        {"draws": {"exponents": ["a"], "coefficients": ["b"], "given": []}},
+        "'exponents' holds what is no",
+    ),
+    ("a spread of nothing", {"spread": [None]}, "'spread' holds what is no number"),
+    ("a spread of one", {"spread": [1.0]}, "does not fit the runs"),
+    ("a number held out", {"held_out": 3}, "'held_out' is 3, not an object"),
+    ("words held out", {"held_out": {"run": {"x": "y"}}}, "'held_out.run.x' is \"y\", not a number"),
+    ("a condition of text", {"condition": "x"}, "'condition' is \"x\", not a number"),
+    ("no warnings", {"warnings": None}, "'warnings' is null, not a list"),
+    ("warnings of numbers", {"warnings": [1]}, "'warnings.0' is 1, not text"),
+    ("no settings", {"settings": None}, "'settings' is null, not an object"),
+    ("another schema", {"schema": "retain.law/2"}, "is not a retain.law/1 file"),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), [pytest.param(*row[1:], id=row[0]) for row in LAWS])
+def test_a_damaged_law(world, tmp_path, capsys, changes, expected):
+    path = tmp_path / "l.json"
+    path.write_text(json.dumps(json.loads((world / "law.json").read_text()) | changes))
+    line = refused_whole(["predict", str(path), "--finetuning_loss", "3"], tmp_path, capsys)
+    assert expected in line
+    assert str(path) in line or "form" in changes
+
+
+RUN = {"replay": {"replay_coef": 1.0}, "reference": "copy", "training_arguments": {
+    "learning_rate": 1e-4, "max_steps": 3, "num_train_epochs": 1, "per_device_train_batch_size": 2, "seed": 0,
+}}  # fmt: skip
+OF_A_RUN: list[tuple[str, dict[str, Any], str]] = [
+    ("settings cut off", {"retain_config.json": b"{bad"}, "retain_config.json' (not JSON: "),
+    ("settings of a list", {"retain_config.json": []}, "retain_config.json' is damaged: it is [], not an object"),
+    ("no arguments", {"retain_config.json": {"replay": {}}}, "'training_arguments' is missing"),
+    ("replay of text", {"retain_config.json": RUN | {"replay": "x"}}, "'replay' is \"x\", not an object"),
+    ("budget of a list", {"retain_config.json": RUN, "budget.json": []}, "budget.json' is damaged: it is []"),
+    (
+        "budget without words",
+        {"retain_config.json": RUN, "budget.json": {}},
+        "budget.json' is damaged: 'text' is missing",
+    ),
+    (
+        "no step",
+        {"retain_config.json": RUN, "metrics.jsonl": [{"loss": 1}]},
+        "metrics.jsonl': line 1 is damaged: 'step'",
+    ),
+    ("documents without a name", {"retain_config.json": RUN, "documents.jsonl": [{"step": 1}]}, "'name' is missing"),
+]
+
+
+@pytest.mark.parametrize(("files", "expected"), [pytest.param(*row[1:], id=row[0]) for row in OF_A_RUN])
+def test_damaged_files_of_a_run(tmp_path, files, expected):
+    for name, value in files.items():
+        write(tmp_path / name, value)
+    with pytest.raises(ValueError, match=r"^[^\n]+; [^\n]+$") as caught:
+        read_run(tmp_path)
+    assert expected in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_only_a_last_line_without_an_end_is_taken_for_torn(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n\n{"step": 2}\n{"st')
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2]
+    path.write_bytes(b'{"step": 1}\n{"st\n')
+    with pytest.raises(ValueError, match=r"log.jsonl': line 2 is damaged"):
+        read_jsonl(path)
+
+
+# Files of rows for the flags below, by name.
+ROWS: dict[str, list[Any]] = {
+    "none.jsonl": [{"text": ""}, {"text": ""}],
+    "long.jsonl": [{"text": "fox " * 50}],
+    "numbers.jsonl": [{"text": 3}],
+    "chat.jsonl": [{"messages": [{"role": "user", "content": "a"}]}],
+    "other.jsonl": [{"a": 1}],
+}
+FLAGS: list[tuple[str, dict[str, Any], str]] = [
+    ("sample", {"model_name_or_path": "{t}/no"}, "no folder or file"),
+    ("sample", {"start": "document=0.7,chat=x"}, "start: 'document=0.7,chat=x' does not fit"),
+    ("sample", {"start": "document=0.5,document=0.5"}, "start: "),
+    ("sample", {"start": "document=0.5"}, "add up to 0.5"),
+    ("sample", {"start": "prompts"}, "prompts: missing; give --prompts FILE"),
+    ("sample", {"start": "prompts", "prompts": "{t}/none.jsonl"}, "prompts: all 2 rows are empty; give texts"),
+    ("sample", {"start": "prompts", "prompts": "{t}/long.jsonl", "max_length": 16}, "no room behind a beginning of"),
+    ("sample", {"start": "prompts", "prompts": "{t}/numbers.jsonl"}, "row 1"),
+    ("sample", {"start": "chat"}, "needs a chat template"),
+    ("sample", {"max_length": 4096}, "at most 128"),
+    ("sample", {"start_token": "zzz"}, "start_token: 'zzz' is not in the vocabulary"),
+    ("sample", {"output_dir": "{w}", "max_length": 24}, "holds other files"),
+    ("export", {"replay_dataset": "{w}/model"}, "has no manifest.json"),
+    ("export", {"replay_dataset": "{t}/no"}, "has no manifest.json"),
+    ("export", {"output": "{w}/replay/shard-00000.parquet"}, "would lie among the files of replay_dataset"),
+    ("export", {"output": "{w}/replay/rows.jsonl"}, "would lie among the files of replay_dataset"),
+    ("export", {"output": "{w}/replay/../replay/manifest.json"}, "would lie among the files of replay_dataset"),
+    ("export", {"output": "{w}/model"}, "is a folder; name a file"),
+    ("export", {"output": "{t}/no/rows.jsonl"}, "make it first"),
+    ("export", {"model_name_or_path": "{t}/no"}, "no folder or file"),
+    ("export", {"format": "messages"}, "needs a chat template"),
+    ("fit", {"output": "{w}"}, "output: "),
+    ("fit", {"output": "{t}/no/law.json"}, "output: no folder"),
+    ("fit", {"output": "{t}/l.json", "plot": "{t}/no/f.png"}, "plot: no folder"),
+    ("fit", {"output": "{t}/l.json", "plot": "{w}"}, "plot: "),
+    ("fit", {"output": "{t}/l.json", "form": "nope"}, "form: 'nope' is not known"),
+    ("fit", {"output": "{t}/l.json", "rivals": "nope"}, "form: 'nope' is not known"),
+    ("fit", {"output": "{t}/l.json", "runs": "{t}/other.jsonl"}, "no column 'run'"),
+    ("fit", {"output": "{t}/l.json", "runs": "{t}/no"}, "no file"),
+    ("finetune", {"model_name_or_path": "{t}/no"}, "no folder or file"),
+    ("finetune", {"dataset_name": "{t}/no.jsonl"}, "no.jsonl"),
+    ("finetune", {"dataset_name": "{t}/other.jsonl"}, "other.jsonl"),
+    ("finetune", {"dataset_name": "{t}/chat.jsonl"}, "chat template"),
+    ("finetune", {"eval_dataset_name": "{t}/no.jsonl"}, "no.jsonl"),
+    ("finetune", {"retention": "wiki"}, "retention: 'wiki'"),
+    ("finetune", {"retention": "w={t}/no.txt"}, "no.txt"),
+    ("finetune", {"retention": "w={t}/none.jsonl"}, "retention: 'w' has no text to measure"),
+    ("finetune", {"replay_dataset": "{w}/model"}, "'{w}/model' has no manifest.json"),
+    ("finetune", {"replay_dataset": "{t}/no"}, "{t}/no"),
+    ("finetune", {"replay_dataset": "{t}/none.jsonl"}, "none.jsonl"),
+    ("finetune", {"replay_dataset": "{t}/numbers.jsonl"}, "numbers.jsonl"),
+    ("finetune", {"replay_reference": "cache"}, "replay_reference: 'cache'"),
+    ("finetune", {"replay_reference": "adapter"}, "replay_reference: 'adapter'"),
+    ("finetune", {"start_token": "zzz"}, "start_token: 'zzz'"),
+    ("finetune", {"max_length": 0}, "max_length: 0"),
+    ("finetune", {"max_length": -5}, "max_length: -5"),
+    ("finetune", {"learning_rate": "fast"}, "learning_rate"),
+    ("finetune", {"learning_rate": "nan"}, "learning_rate"),
+    ("finetune", {"resume_from_checkpoint": "{t}/no"}, "resume_from_checkpoint"),
+    ("finetune", {"use_peft": "true", "lora_target_modules": "nonsense"}, "nonsense"),
+    ("finetune", {"lr_scheduler_type": "foo"}, "foo"),
+    ("finetune", {"optim": "foo"}, "foo"),
+    ("finetune", {"no_such_flag": 3}, "no_such_flag: not known here"),
+    ("plan", {"model": "{t}/no"}, "no folder or file"),
+    ("plan", {"dataset_name": "{t}/no.jsonl"}, "no.jsonl"),
+    ("plan", {"eval_dataset_name": "{t}/no.jsonl"}, "no.jsonl"),
+    ("plan", {"retention": "w={t}/no.txt"}, "no.txt"),
+    ("plan", {"retention": "w="}, "retention: 'w='"),
+    ("plan", {"retention_name": "zz"}, "retention_name: choose one of w"),
+    ("plan", {"replay_dataset": "{t}/no/"}, "{t}/no"),
+    ("plan", {"replay_dataset": "{w}/model"}, "{w}/model"),
+    ("plan", {"lora_ranks": 0}, "lora_ranks"),
+    ("plan", {"replay_coefs": -1}, "replay_coefs"),
+    ("plan", {"finetune_config": "{t}/no.yaml"}, "no.yaml"),
+    ("pretrain", {"corpus": "nonsense"}, "corpus: "),
+    ("pretrain", {"corpus": "{t}/no.jsonl"}, "no.jsonl"),
+    ("pretrain", {"corpus": "synthetic=0.5"}, "corpus: "),
+    ("pretrain", {"corpus": "add", "digits": 0}, "digits: 0"),
+    ("pretrain", {"model_size": 3}, "model_size: 3"),
+    ("pretrain", {"model_size": "1e30"}, "model_size: 1e+30"),
+    ("pretrain", {"branching": 99}, "branching: 99"),
+    ("pretrain", {"max_tokens": 5}, "max_tokens"),
+    ("pretrain", {"resume_from_checkpoint": "{t}/no"}, "resume_from_checkpoint"),
+    ("pretrain", {"stop_at_loss": 2, "eval_strategy": "no"}, "stop_at_loss: 2"),
+    ("measure", {"retention": "w={w}/model"}, "{w}/model"),
+    ("measure", {"max_length": 4096}, "max_length: 4096"),
+    ("measure", {"start_token": "zzz", "max_length": 24}, "start_token: 'zzz'"),
+    ("measure", {"base": "{w}/wiki.jsonl"}, "is a file but not a .gguf"),
+    ("measure", {"judge": "{t}/no", "refusals": "x={w}/wiki.jsonl"}, "no folder or file"),
+    ("measure", {"model_card": "{t}/no/README.md"}, "model_card: "),
+    ("report", {"runs": "{t}/no"}, "cannot read '{t}/no'"),
+    ("report", {"runs": "{w}/replay/manifest.json"}, "retain.replay/1"),
+    ("predict", {"level": 1}, "level: 1"),
+    ("predict", {"dataset": "zz", "finetuning_loss": 3}, "takes finetuning_loss"),
+]
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes", "expected"),
+    [pytest.param(*row, id=f"{row[0]}-{'-'.join(row[1])}-{at}") for at, row in enumerate(FLAGS)],
+)
+def test_flags_that_cannot_be(world, tmp_path, capsys, verb, changes, expected):
+    for name, rows in ROWS.items():
+        write(tmp_path / name, rows)
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    flags = good(verb, world, tmp_path / "out") | changes
+    before = contents(world)
+    line = refused_whole(
+        command(verb, {name: str(value).format(t=tmp_path, w=world) for name, value in flags.items()}), tmp_path, capsys
+    )
+    assert expected.format(t=tmp_path, w=world) in line, line
+    assert contents(world) == before
+
+
+YAMLS: list[tuple[str, dict[str, Any], str]] = [
+    ("finetune", {"replay_dataset": ["replay"]}, "replay_dataset"),
+    ("finetune", {"replay_dataset": 5}, "replay_dataset"),
+    ("finetune", {"replay_dataset": True}, "replay_dataset"),
+    ("finetune", {"retention": "w=wiki.jsonl"}, "retention"),
+    ("finetune", {"retention": {"w": "wiki.jsonl"}}, "retention"),
+    ("finetune", {"retention": [3]}, "retention"),
+    ("finetune", {"start_token": [3]}, "start_token"),
+    ("finetune", {"replay_coef": "strong"}, "replay_coef"),
+    ("finetune", {"replay_coef": [1]}, "replay_coef"),
+    ("finetune", {"replay_coef": True}, "replay_coef"),
+    ("finetune", {"replay_objective": 3}, "replay_objective"),
+    ("finetune", {"replay_objective": None}, "replay_objective"),
+    ("finetune", {"per_device_replay_batch_size": 1.5}, "per_device_replay_batch_size"),
+    ("finetune", {"forgetting_budget": {"w": 1}}, "forgetting_budget"),
+    ("finetune", {"stop_at_loss": "x"}, "stop_at_loss"),
+    ("finetune", {"learning_rate": [1e-3]}, "learning_rate"),
+    ("finetune", {"learning_rate": "fast"}, "learning_rate"),
+    ("finetune", {"max_length": "24.5"}, "max_length"),
+    ("finetune", {"model_name_or_path": 5}, "model_name_or_path"),
+    ("finetune", {"dataset_name": ["rows.jsonl"]}, "dataset_name"),
+    ("finetune", {"replay_config": 1}, "replay_config"),
+    ("finetune", {"packing": "maybe"}, "packing"),
+    ("sample", {"num_rows": [1]}, "num_rows"),
+    ("sample", {"num_rows": "many"}, "num_rows"),
+    ("sample", {"output_dir": {"a": 1}}, "output_dir"),
+    ("sample", {"output_dir": 5}, "output_dir"),
+    ("sample", {"start": 3}, "start"),
+    ("sample", {"start_token": [1]}, "start_token"),
+    ("sample", {"prompts": 3, "start": "prompts"}, "prompts"),
+    ("sample", {"attn_implementation": 5}, "attn_implementation"),
+    ("sample", {"trust_remote_code": "perhaps"}, "trust_remote_code"),
+    ("sample", {"env": 5}, "env"),
+    ("export", {"replay_dataset": 5}, "replay_dataset"),
+    ("export", {"output": ["x"]}, "output"),
+    ("export", {"format": ["text"]}, "format"),
+    ("measure", {"retention": 3}, "retention"),
+    ("measure", {"max_length": "long"}, "max_length"),
+    ("measure", {"budget": [1]}, "budget"),
+    ("plan", {"model": 5}, "model"),
+    ("plan", {"retention": "w=x"}, "retention"),
+    ("plan", {"budget": "small"}, "budget"),
+    ("plan", {"lora_ranks": ["a"]}, "lora_ranks"),
+    ("pretrain", {"corpus": 3}, "corpus"),
+    ("pretrain", {"model_size": [1]}, "model_size"),
+    ("pretrain", {"num_states": "x"}, "num_states"),
+    ("fit", {"runs": "rows.jsonl"}, "runs"),
+    ("fit", {"runs": [3]}, "runs"),
+    ("fit", {"rivals": 3}, "rivals"),
+    ("report", {"runs": 3}, "runs"),
+    ("report", {"title": ["a"]}, "title"),
+]
+
+
+@pytest.mark.parametrize(
+    ("verb", "changes", "expected"),
+    [pytest.param(*row, id=f"{row[0]}-{'-'.join(row[1])}-{at}") for at, row in enumerate(YAMLS)],
+)
+def test_yaml_of_another_type(world, tmp_path, capsys, verb, changes, expected):
+    flags = good(verb, world, tmp_path / "out")
+    flags = {name: value if isinstance(value, (int, float)) else str(value) for name, value in flags.items()}
+    flags |= {name: [flags[name]] for name in ("retention", "runs") if name in flags}
+    write(tmp_path / "config.yaml", flags | changes)
+    line = refused_whole([verb, "--config", str(tmp_path / "config.yaml")], tmp_path, capsys)
+    assert expected in line, line

@@ -20,11 +20,25 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from retain.files import CONFIG_FILE, append_jsonl, read_jsonl, write_json, write_text
+from retain.files import (
+    CONFIG_FILE,
+    MAPPING,
+    NUMBER,
+    append_jsonl,
+    check_shape,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_text,
+)
 
 METRICS_FILE = "metrics.jsonl"
 DOCUMENTS_FILE = "documents.jsonl"
 BUDGET_FILE = "budget.json"
+OF_TRAINING = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed")
+# Shapes of these files, for `check_shape`.
+SETTINGS = {"replay?": MAPPING, "reference?": str, "training_arguments": dict.fromkeys(OF_TRAINING, NUMBER)}
+METRICS, DOCUMENTS = {"step": int}, {"step": int, "name": str}
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -34,29 +48,36 @@ def read_run(folder: Path) -> dict[str, Any]:
     """
     if not (folder / CONFIG_FILE).is_file():
         return {}
-    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    settings = _told(folder / CONFIG_FILE, SETTINGS)
     arguments = settings["training_arguments"]
-    names = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed")
     training = {
-        **settings["replay"],
-        "reference": settings["reference"],
-        **{name: arguments[name] for name in names},
+        **(settings.get("replay") or {}),  # none beside another trainer
+        "reference": settings.get("reference"),
+        **{name: arguments[name] for name in OF_TRAINING},
     }
     if (folder / BUDGET_FILE).is_file():
-        training["budget"] = json.loads((folder / BUDGET_FILE).read_text(encoding="utf-8"))["text"]
+        training["budget"] = _told(folder / BUDGET_FILE, {"text": str})["text"]
     steps: dict[int, dict[str, Any]] = {}
-    for row in read_jsonl(folder / METRICS_FILE):  # one row a step: the logs of an evaluation come in two parts
+    rows = read_jsonl(folder / METRICS_FILE, METRICS)
+    for row in rows:  # one row a step: the logs of an evaluation come in two parts
         steps.setdefault(row["step"], {}).update(row)
     return {
         "training": training,
         "trajectory": [steps[step] for step in sorted(steps)],
-        "documents": read_jsonl(folder / DOCUMENTS_FILE),
+        "documents": read_jsonl(folder / DOCUMENTS_FILE, DOCUMENTS),
     }
+
+
+def _told(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    remedy = "delete it to go without, or finetune again"
+    found: dict[str, Any] = read_json(path, "model", remedy)
+    check_shape(found, shape, f"model: {str(path)!r} is damaged", remedy)
+    return found
 
 
 def keep_once(folder: Path) -> None:
     """Keep the last measurement of each text at each step: a run that went on from its last step measured it again."""
-    rows = read_jsonl(folder / DOCUMENTS_FILE)
+    rows = read_jsonl(folder / DOCUMENTS_FILE, DOCUMENTS)
     last = {(row["step"], row["name"]): row for row in rows}
     if len(last) < len(rows):
         _rewrite(folder / DOCUMENTS_FILE, list(last.values()))
@@ -86,13 +107,13 @@ class RunFilesCallback(TrainerCallback):
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         step, again = state.global_step, int(args.eval_on_start)  # which measures the step it goes on from once more
-        rows = [row for row in read_jsonl(folder / METRICS_FILE) if step]
+        rows = [row for row in read_jsonl(folder / METRICS_FILE, METRICS) if step]
         # At the step of the checkpoint, what the checkpoint knows of: a run may be killed after its last one.
         known = [entry.items() for entry in state.log_history if entry["step"] == step]
         kept = [row for row in rows if row["step"] < step or any(row.items() <= entry for entry in known)]
         self.logged, self.began = [row.keys() for row in kept if row["step"] == step], step
         _rewrite(folder / METRICS_FILE, kept)
-        documents = read_jsonl(folder / DOCUMENTS_FILE)
+        documents = read_jsonl(folder / DOCUMENTS_FILE, DOCUMENTS)
         _rewrite(folder / DOCUMENTS_FILE, [row for row in documents if step and row["step"] <= step - again])
         if step < state.max_steps:
             (folder / BUDGET_FILE).unlink(missing_ok=True)

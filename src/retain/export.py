@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain.config import ExportConfig
-from retain.files import write_text
+from retain.files import check_shape, check_writable, write_text
 from retain.models import load_tokenizer, tokenizer_fingerprint
-from retain.replay import ReplayDataset, load_self_generated
+from retain.replay import MANIFEST, REMEDY, ReplayDataset, load_self_generated
 from retain.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NEEDED = {"model": str, "tokenizer_fingerprint": str, "start_token": {"id": int}}  # of a manifest
 MARKS = ("RETAINFIRST", "RETAINSECOND", "RETAINTHIRD")
 
 
@@ -30,10 +31,12 @@ def run_export(config: ExportConfig) -> str:
     """
     assert config.replay_dataset is not None
     assert config.output is not None
-    output = Path(config.output)
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"output: no folder {str(output.parent)!r}; make it first")
-    rows = load_self_generated(Path(config.replay_dataset).expanduser())
+    folder, output = Path(config.replay_dataset).expanduser(), Path(config.output)
+    check_writable(output, "output")
+    if output.resolve().parent == folder.resolve():
+        raise ValueError(f"output: {str(output)!r} would lie among the files of replay_dataset; choose another folder")
+    rows = load_self_generated(folder)
+    check_shape(rows.manifest, NEEDED, f"replay_dataset: {str(folder / MANIFEST)!r} is damaged", REMEDY)
     assert rows.manifest is not None
     name = config.model_name_or_path or rows.manifest["model"]
     tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)

@@ -19,6 +19,10 @@ PART = ".retain-part"  # ends the name of a file that is being written
 # What torch and safetensors say of a full disk, which is not an OSError; 122 is a quota, 27 a limit on a file's size.
 DISK_FULL = ("inline_container.cc", "os error 28", "os error 122", "os error 27")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Shapes of what is read from JSON, for `check_shape`.
+MAPPING: dict[Any, Any] = {}
+NUMBER = (float, int)
+KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "a yes or no"}
 
 
 @contextmanager
@@ -73,16 +77,75 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         raise ValueError(f"{what}: cannot read {str(path)!r} (not JSON: {str(error)[:80]}); {remedy}") from error
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file of our own, up to a torn last line; empty where there is no file."""
+def read_jsonl(path: Path, shape: Any = MAPPING) -> list[dict[str, Any]]:
+    """Rows of a JSONL file of our own, up to a torn last line; empty where there is no file.
+
+    Args:
+        shape: of each row, as `check_shape` takes it.
+
+    Raises:
+        ValueError: for any other line that is damaged, naming file and line.
+    """
+    *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
     rows: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # the line that a killed process was writing
+    for number, line in enumerate((*lines, torn), start=1):
+        where, remedy = f"{str(path)!r}: line {number} is damaged", "correct or delete the line, or make the file again"
+        try:
+            row: Any = json.loads(line.decode("utf-8")) if line.strip() else None
+        except (ValueError, RecursionError) as error:
+            if number > len(lines):  # it has no end: a killed process was writing it
                 break
+            raise ValueError(f"{where} (not JSON: {str(error)[:80]}); {remedy}") from error
+        if line.strip():
+            check_shape(row, shape, where, remedy)
+            rows.append(row)
     return rows
+
+
+def check_shape(value: Any, shape: Any, where: str, remedy: str) -> None:
+    """Raise a `ValueError` of one line unless a value read from JSON has this shape.
+
+    Args:
+        shape: a type, or a tuple of several; `[shape]` for a list of such, `[shape, shape]` for a pair; a dict of keys
+            and their shapes, where a key that ends in "?" may be missing or null, others may be there, and `str`
+            stands for every key.
+    """
+    if found := _misfit(value, shape, ""):
+        raise ValueError(f"{where}: {found}; {remedy}")
+
+
+def _misfit(value: Any, shape: Any, name: str) -> str | None:
+    """The first place where a value has another shape, in words."""
+    kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
+    said = f"{name[1:]!r} is " if name else "it is "
+    if type(value) not in kinds:
+        return f"{said}{json.dumps(value)[:40]}, not {KINDS[kinds[0]]}"
+    if isinstance(shape, list):
+        if len(shape) > 1 and len(value) != len(shape):
+            return f"{said}{json.dumps(value)[:40]}, not {len(shape)} values"
+        parts = [(f".{at}", item, shape[0]) for at, item in enumerate(value)]
+    elif isinstance(shape, dict) and str in shape:
+        parts = [(f".{key}", item, shape[str]) for key, item in value.items()]
+    elif isinstance(shape, dict):
+        needed = {key: of for key, of in shape.items() if not key.endswith("?") or value.get(key[:-1]) is not None}
+        if missing := [key for key in needed if key.removesuffix("?") not in value]:
+            return f"{f'{name}.{missing[0]}'[1:]!r} is missing"
+        parts = [(f".{key.removesuffix('?')}", value[key.removesuffix("?")], of) for key, of in needed.items()]
+    else:
+        return None
+    return next(filter(None, (_misfit(item, of, name + key) for key, item, of in parts)), None)
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold.
+
+    Raises:
+        ValueError: naming the flag and the path.
+    """
+    if path.is_dir():
+        raise ValueError(f"{flag}: {str(path)!r} is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{flag}: no folder {str(path.parent)!r}; make it first")
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:

@@ -8,13 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from retain.files import read_json, write_json
+from retain.files import MAPPING, NUMBER, check_shape, read_json, write_json
 from retain.forgetting_law import ForgettingLaw, plain
 from retain.law_problem import Draws
 from retain.law_runs import as_runs
 from retain.laws import Array, Form, form_of
 
 SCHEMA = "retain.law/1"
+REMEDY = "fit it again"
+FITS = {"exponents": list, "coefficients": list, "given": list}
+SHAPE = {
+    "form": str, "bounds": {str: [NUMBER, NUMBER]}, "runs": {str: list}, "estimate": FITS, "draws": FITS,
+    "spread": list, "held_out": {str: {str: NUMBER}}, "condition": NUMBER, "warnings": [str], "settings": MAPPING,
+}  # fmt: skip
 
 
 def write_law(law: ForgettingLaw, path: Path) -> None:
@@ -45,16 +51,17 @@ def read_law(path: Path, form: Form | None = None) -> ForgettingLaw:
     data = read_json(path, "law", "give a file that `retain fit` wrote")
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ValueError(f"law: {str(path)!r} is not a {SCHEMA} file; give one that `retain fit` wrote")
+    check_shape(data, SHAPE, f"law: {str(path)!r} is damaged", REMEDY)
+    found = form_of(form or data["form"], {name: tuple(pair) for name, pair in data["bounds"].items()})
     try:
-        law = _from_dict(data, form)
+        law = _from_dict(data, found)
         _check_shapes(law)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"law: {str(path)!r} is damaged ({type(error).__name__}: {error}); fit it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"law: {str(path)!r} is damaged ({error}); {REMEDY}") from error
     return law
 
 
-def _from_dict(data: Mapping[str, Any], form: Form | None) -> ForgettingLaw:
-    found = form_of(form or data["form"], {name: tuple(pair) for name, pair in data["bounds"].items()})
+def _from_dict(data: Mapping[str, Any], found: Form) -> ForgettingLaw:
     estimate = _draws(data["estimate"])
     return ForgettingLaw(
         form=found,
@@ -75,7 +82,7 @@ def _numbers(data: Mapping[str, Any], name: str) -> Array:
     except ValueError:  # ragged, or text
         array = np.array(np.nan)
     if not np.isfinite(array).all():
-        raise ValueError(f"law: {name!r} is damaged; fit the law again")
+        raise ValueError(f"{name!r} holds what is no number")
     return array
 
 
@@ -91,4 +98,4 @@ def _check_shapes(law: ForgettingLaw) -> None:
         shapes = [array.shape for array in vars(draws).values()]
         whole = whole and shapes == [(len(draws), numbers) for numbers in width]
     if not whole:
-        raise ValueError("law: 'estimate', 'draws' or 'spread' does not fit the runs; fit the law again")
+        raise ValueError("'estimate', 'draws' or 'spread' does not fit the runs")

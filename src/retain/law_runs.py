@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from retain.files import CONFIG_FILE, read_jsonl
+from retain.files import CONFIG_FILE, check_shape, read_json, read_jsonl
 from retain.laws import Array
 from retain.text import first_line
 
@@ -192,22 +193,22 @@ def read_metrics(
 ) -> list[dict[str, Any]]:
     """Rows of one finetune: evaluations after the first step, with the size of what was tuned."""
     steps: dict[int, dict[str, Any]] = {}
-    for row in read_jsonl(path):  # one row a step: the logs of an evaluation come in two parts
-        steps.setdefault(int(row["step"]), {}).update(row)
+    for row in read_jsonl(path, {"step": int}):  # one row a step: the logs of an evaluation come in two parts
+        steps.setdefault(row["step"], {}).update(row)
     names = sorted({key.split("/", 1)[1].rpartition("/")[0] for row in steps.values() for key in row
                     if key.startswith("retention/") and key.endswith(f"/{metric}")})  # fmt: skip
     if retention is None and len(names) > 1:
-        raise ValueError(f"retention: {path} has {', '.join(names)}; choose one with --retention NAME")
+        raise ValueError(f"retention: {path} has {', '.join(names)}; choose one with --retention_name NAME")
     key = f"retention/{retention or ''.join(names)}/{metric}"
     wanted = {"finetuning_loss": "eval_loss", "forgetting_loss": key}
     wanted = {column: logged for column, logged in wanted.items() if column in columns}
     found = [step for step, row in steps.items() if step > 0 and all(name in row for name in wanted.values())]
     if not found:
         lacking = next((name for name in wanted.values() if not any(name in row for row in steps.values())), "step")
-        raise ValueError(
-            f"runs: {path} has no evaluation with {lacking!r} after step 0; finetune with --eval_strategy steps, "
-            "--eval_dataset_name and --retention"
-        )
+        remedy = "finetune with --eval_strategy steps, --eval_dataset_name and --retention"
+        if lacking == key and names:
+            remedy = f"choose one of {', '.join(names)} with --retention_name"
+        raise ValueError(f"runs: {path} has no evaluation with {lacking!r} after step 0; {remedy}")
     size = {"num_params": tuned_params(path.parent)} if "num_params" in columns else {}
     return [
         {"run": run, "num_steps": step, **size, **{column: steps[step][name] for column, name in wanted.items()}}
@@ -218,15 +219,19 @@ def read_metrics(
 def tuned_params(folder: Path) -> int:
     """How many parameters a finetune tuned: as its `retain_config.json` says, else those of its adapter or model."""
     if (folder / CONFIG_FILE).is_file():
-        told = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("num_params")
-        if told is not None:
-            return int(told)
+        remedy = "mend or delete the file, or give a table"
+        told = read_json(folder / CONFIG_FILE, "num_params", remedy)
+        check_shape(told, {"num_params?": int}, f"num_params: {str(folder / CONFIG_FILE)!r} is damaged", remedy)
+        if told.get("num_params") is not None:
+            return int(told["num_params"])
     files = sorted(folder.glob("adapter_model.safetensors")) or sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"num_params: {folder} holds no adapter and no model; keep it there, or give a table")
     count = 0
     for file in files:
-        with open(file, "rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+        try:
+            with safe_open(file, framework="np") as weights:
+                count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"num_params: {str(file)!r} is damaged ({error}); finetune again") from error
     return count

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retain.config import FitConfig, PredictConfig
+from retain.files import check_writable
 from retain.fitting import fit_forgetting_law
 from retain.forgetting_law import ForgettingLaw
 from retain.law_runs import read_runs
@@ -20,9 +21,9 @@ INPUTS = ("num_params", "num_steps", "num_tokens", "replay_share", "tokens_per_p
 def run_fit(config: FitConfig) -> str:
     """Fit a law to the runs of `config`, write it, and return its summary."""
     assert config.output is not None
-    folder = Path(config.output).parent
-    if not folder.is_dir():
-        raise ValueError(f"output: no folder {str(folder)!r}; make it first")
+    for flag, path in (("output", config.output), ("plot", config.plot)):
+        if path is not None:
+            check_writable(Path(path), flag)
     forms = [form_of(name) for name in (config.form, *config.rivals)]
     runs = read_runs(
         config.runs,

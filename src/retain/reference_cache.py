@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from retain.files import atomic_path
+from retain.files import atomic_path, check_shape
 
 NAMES = {"hidden": ("hidden",), "topk": ("log_probs", "tokens")}
 
@@ -76,18 +76,27 @@ class ReferenceCache:
         try:
             with safe_open(path, framework="pt") as file:
                 row = {name: file.get_slice(name)[begin : begin + count] for name in NAMES[self.kind]}
+            if any(len(value) != count for value in row.values()):
+                raise OSError("it holds fewer rows")
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"replay_dataset: {str(path)!r} is missing or damaged; sample again, or set replay_reference to "
                 f"adapter or copy: {error}"
             ) from error
-        assert all(len(value) == count for value in row.values())
         return row
 
 
 def open_cache(folder: Path, manifest: dict[str, Any], num_predictions: np.ndarray) -> ReferenceCache | None:
-    """The stored predictions of a dataset, or None where it was sampled without."""
+    """The stored predictions of a dataset, or None where it was sampled without.
+
+    Raises:
+        ValueError: if the manifest does not tell what they are.
+    """
     kind = manifest.get("store_reference")
     if kind is None:
         return None
+    where, remedy = f"replay_dataset: {str(folder / 'manifest.json')!r} is damaged", "sample again, into another folder"
+    if kind not in NAMES:
+        raise ValueError(f"{where}: 'store_reference' is {kind!r}, not one of {', '.join(NAMES)}; {remedy}")
+    check_shape(manifest, {"sampler": {"dtype": str}}, where, remedy)
     return ReferenceCache(folder, kind, manifest["rows_per_shard"], num_predictions)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from retain.data import Document, read_texts, token_documents, tokenize_documents
-from retain.files import atomic_path
+from retain.files import atomic_path, check_shape
 from retain.reference_cache import ReferenceCache, open_cache
 
 if TYPE_CHECKING:
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA = "retain.replay/1"
+REMEDY = "sample again, into another folder"
+# What a manifest must tell, what it may, and what it must where the rows are to be a model's own.
+SHAPE: dict[str, Any] = {"num_rows": int, "rows_per_shard": int, "batch_size?": int, "model?": str}
+SHAPE |= {"tokenizer_fingerprint?": str, "start_token?": {"id": int}, "sampler?": {"dtype?": str, "engine?": str}}
+SHAPE |= {"model_fingerprint?": str, "store_reference?": str}
+OWN = {"model": str, "model_fingerprint": str, "tokenizer_fingerprint": str}
 # What may differ between the run that began a dataset and the one that resumes it.
 NOT_COMPARED = ("created", "versions", "batch_size")
 
@@ -130,15 +136,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is missing, malformed, or of another version.
     """
+    where = f"replay_dataset: {str(folder / MANIFEST)!r} is damaged"
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"replay_dataset: {str(folder)!r} has no {MANIFEST}; make it with `retain sample`") from None
     except (ValueError, OSError) as error:
-        raise ValueError(f"replay_dataset: {str(folder / MANIFEST)!r} is damaged; sample again: {error}") from error
+        raise ValueError(f"{where}; sample again: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
         raise ValueError(f"replay_dataset: {str(folder)!r} has schema {found!r}, not {SCHEMA!r}; sample again")
+    check_shape(manifest, SHAPE, where, REMEDY)
+    for name in ("num_rows", "rows_per_shard"):
+        if manifest[name] < 1:
+            raise ValueError(f"{where}: {name!r} is {manifest[name]}, not 1 or more; {REMEDY}")
     return manifest
 
 
@@ -195,8 +206,18 @@ def load_self_generated(folder: Path) -> ReplayDataset:
             f"replay_dataset: {str(folder)!r} holds {len(rows)} of {manifest['num_rows']} rows; "
             "finish it with the same `retain sample` command"
         )
-    found = ReplayDataset.from_rows(rows, str(folder), manifest, columns["prefix_length"])
+    given = columns["prefix_length"]
+    if not all(map(_fits, rows, given)):
+        raise ValueError(f"replay_dataset: {str(folder)!r} holds rows that are no token ids behind a prefix; {REMEDY}")
+    found = ReplayDataset.from_rows(rows, str(folder), manifest, given)
     return replace(found, cache=open_cache(folder, manifest, found.num_predictions))
+
+
+def _fits(row: Any, given: Any) -> bool:
+    """Whether a row is token ids, of which so many may have been given."""
+    ids = isinstance(row, np.ndarray) and row.dtype.kind in "iu"
+    ids = isinstance(row, np.ndarray) and row.dtype.kind in "iu"
+    return ids and isinstance(given, np.integer) and 0 <= int(given) <= len(row)
 
 
 def load_replay_dataset(
@@ -209,7 +230,9 @@ def load_replay_dataset(
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return load_self_generated(folder)
+        found = load_self_generated(folder)
+        check_shape(found.manifest, OWN, f"replay_dataset: {str(folder / MANIFEST)!r} is damaged", REMEDY)
+        return found
     texts = list(read_texts(source, tokenizer))
     documents = tokenize_documents(texts, tokenizer, start_id, max_length)
     if not documents:

@@ -26,7 +26,7 @@ from retain.behaviour import (
 )
 from retain.capabilities.answers import MEANINGS, answers_sentence, answers_table
 from retain.comparison import compare_at_matched_loss
-from retain.files import atomic_path, read_json, write_text
+from retain.files import MAPPING, NUMBER, atomic_path, check_shape, read_json, write_text
 from retain.maps import heat_map, worst_documents
 from retain.panels import panels
 from retain.pareto import frontier_sentences
@@ -39,6 +39,20 @@ if TYPE_CHECKING:
 SCHEMA = "retain.report/1"
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_CHARS, MOST_NAME = 20_000, 200  # of one string, of a run's name: what is longer is cut, and says so
+# The shape of `data`, for `check_shape`: what every report tells, and what it may.
+ENTRY = {"value?": NUMBER, "ci?": [(*NUMBER, type(None))] * 2, "num_documents?": int, "num_tokens?": int}
+TEXTS = {str: {str: ENTRY}}
+SUMS = {key: [NUMBER] for key in ("ref_kl", "loss", "base_loss", "num_tokens")}
+CHOICES = {"num_questions": int, "style": str, "notes": [str], "rules": {str: MAPPING}}
+CHOICES |= {"chat_template": (bool, type(None))}
+SHAPE = {
+    "name": str, "retention": TEXTS, "new_task?": TEXTS, "noise_floor?": TEXTS,
+    **dict.fromkeys(("base?", "tuned?", "settings?", "training?", "versions?", "drift?", "knowledge?"), MAPPING),
+    "created?": str, "trajectory?": [{"step": NUMBER}], "documents?": [{"step": NUMBER, "name": str, **SUMS}],
+    "per_document?": {str: SUMS}, "worst?": {str: [{"tokens": [MAPPING]}]}, "warnings?": [str],
+    "choices?": {str: CHOICES}, "refusals?": {str: {"scorers?": {str: MAPPING}}},
+    "generations?": [{"prompt": str, "base": str, "tuned": str}],
+}  # fmt: skip
 TABLES = ("table", "answers", "refusals", "drift", "knowledge", "matched")  # of a terminal
 
 
@@ -50,10 +64,16 @@ class ForgettingReport:
 
     @classmethod
     def from_json(cls, path: str | Path) -> ForgettingReport:
+        """Read what `write` wrote.
+
+        Raises:
+            ValueError: one line, for a file that is something else or damaged.
+        """
         data = read_json(Path(path), "runs", "give what `retain measure` wrote")
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"schema of {path} is {found!r}, expected {SCHEMA!r}; make it with `retain measure`")
+        check_shape(data, SHAPE, f"runs: {str(path)!r} is damaged", "measure again")
         return cls(data)
 
     @property

@@ -103,7 +103,7 @@ def sample_replay(
     }
     manifest |= {"max_length": max_length, "seed": seed, "rows_per_shard": rows_per_shard}
     manifest["store_reference"] = store_reference
-    manifest["batch_size"] = batch_size or _begun_with(folder) or choose_batch_size(model, max_length)
+    manifest["batch_size"] = batch_size or _begun_with(folder, overwrite) or choose_batch_size(model, max_length)
     engine = engine or in_batches(partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference))
     _refuse_foreign(folder)
     main = state is None or state.is_main_process
@@ -156,9 +156,9 @@ def _check_lengths(model: PreTrainedModel, starts: Starts, max_length: int) -> N
         raise ValueError(f"max_length: {max_length} leaves no room behind a beginning of {longest} tokens; use more")
 
 
-def _begun_with(folder: Path) -> int | None:
+def _begun_with(folder: Path, overwrite: bool) -> int | None:
     """The batch size that a dataset was begun with: the same batches give the same rows to the last bit."""
-    return read_manifest(folder).get("batch_size") if (folder / MANIFEST).exists() else None
+    return read_manifest(folder).get("batch_size") if (folder / MANIFEST).exists() and not overwrite else None
 
 
 def _check_turns(engine: Engine, starts: Starts, num_rows: int, batch_size: int, least: float) -> None:

@@ -91,7 +91,8 @@ def plan_starts(
         else:
             cut = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
             if not any(cut):
-                raise ValueError("prompts: missing; give --prompts FILE for rows that begin with prompts")
+                what = f"all {len(cut)} rows are empty; give texts" if cut else "missing; give --prompts FILE"
+                raise ValueError(f"prompts: {what} for rows that begin with prompts")
             modes.append(Mode(name, share, [[start.id, *ids] for ids in cut if ids]))
     return Starts(tuple(modes))
 
