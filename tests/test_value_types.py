@@ -90,6 +90,7 @@ YAML = [
     ("measure", "retention: [1]", "retention: [1] is not"),
     ("measure", "model: 2026-11-22", "model: datetime.date(2026, 11, 22) is not"),
     ("plan", "lora_ranks: [a, 2]", "lora_ranks: ['a', 2] is not"),
+    ("plan", 'lora_ranks: "4"', "lora_ranks: 4 is not a list; write [a, b]"),
     ("pretrain", "corpus: 5", "corpus: 5 is not"),
     ("sweep", "cores_per_run: 1.5", "cores_per_run: 1.5 is not"),
 ]

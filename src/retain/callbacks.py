@@ -28,6 +28,7 @@ from retain.files import (
     check_shape,
     read_json,
     read_jsonl,
+    read_settings,
     write_json,
     write_text,
 )
@@ -46,9 +47,9 @@ def read_run(folder: Path) -> dict[str, Any]:
 
     Empty where the model was not trained with `retain`.
     """
-    if not (folder / CONFIG_FILE).is_file():
+    settings = read_settings(folder, SETTINGS)
+    if not settings:
         return {}
-    settings = _told(folder / CONFIG_FILE, SETTINGS)
     arguments = settings["training_arguments"]
     training = {
         **(settings.get("replay") or {}),  # none beside another trainer

@@ -35,7 +35,9 @@ def run_finetune(
     """
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path: missing; give --model_name_or_path")
-    check_arguments(training_args)
+    check_arguments(training_args, config.replay_objective)
+    if model_args.use_peft:
+        check_number("lora_r", model_args.lora_r, low=1, integer=True)
     checkpoint = checkpoint_to_resume(training_args)
     check_half_life(training_args, config.adam_beta2_half_life_tokens)
     check_stop_at_loss(training_args, config.stop_at_loss)
@@ -101,7 +103,7 @@ def _say(line: Any) -> None:
     print(visible(str(line)))
 
 
-def check_arguments(args: Any) -> None:
+def check_arguments(args: Any, replay_objective: str | None = None) -> None:
     """Refuse training arguments on which torch or transformers would stumble late, or not.
 
     Raises:
@@ -111,6 +113,9 @@ def check_arguments(args: Any) -> None:
         check_number(name, getattr(args, name), low=1, integer=True)
     for name in ("learning_rate", "weight_decay"):
         check_number(name, getattr(args, name), low=0)
+    check_number("seed", args.seed, low=0, high=2**32 - 1, integer=True)
+    if replay_objective == "replace" and getattr(args, "packing", False):
+        raise ValueError("replay_objective: 'replace' needs padded batches; set packing false, or use 'kl' or 'ntp'")
     if (length := getattr(args, "max_length", None)) is not None:  # pretraining has its own
         check_number("max_length", length, low=2, integer=True)
     if args.neftune_noise_alpha is not None:

@@ -10,7 +10,6 @@ Each evaluation is a point of the path: learning against forgetting, in the file
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,7 +26,7 @@ from retain import versions
 from retain.callbacks import RunFilesCallback
 from retain.capabilities.choices import Inputs, Question, choice_scores, chosen, encode_questions
 from retain.data import Document
-from retain.files import CONFIG_FILE
+from retain.files import read_settings
 from retain.heads import HeadForm, at_head, find_head_form
 from retain.metrics import Forward, batches, logits_at, padded
 from retain.models import choose_start_token, max_positions, model_fingerprint, num_tuned, unlike
@@ -228,9 +227,7 @@ class ForgettingCallback(RunFilesCallback):
 
     def _check_resumed(self, folder: Path, step: int) -> None:
         """What the run began with is in its files; a model loaded from the checkpoint is not that."""
-        path = folder / CONFIG_FILE
-        told = json.loads(path.read_text(encoding="utf-8")).get("base_fingerprint") if path.is_file() else None
-        if told != self.settings["base_fingerprint"]:
+        if read_settings(folder).get("base_fingerprint") != self.settings["base_fingerprint"]:
             raise ValueError(
                 f"base: training goes on from step {step}, and nothing shows that the trainer got the model with which "
                 f"it began; {GIVE_BASE}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from retain.capabilities.generations import Prompt, as_prompt
 from retain.capabilities.harness import measure_with_lm_eval
 from retain.capabilities.refusals import Judge, load_requests
 from retain.data import Document, named_sources, read_rows, read_texts
-from retain.files import CONFIG_FILE
+from retain.files import read_settings
 from retain.measuring import measure
 from retain.models import cache_dir, default_device, load_model, load_tokenizer, tokenizer_of_tuned
 from retain.overlap import find_overlap
@@ -50,6 +49,7 @@ def run_measure(config: MeasureConfig, say: Callable[[str], object]) -> Forgetti
     tokenizer = load_tokenizer(config.base, revision=config.model_revision, trust_remote_code=trust)
     sources = load_sources(config, named, tokenizer)
     tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=trust)
+    run = read_run(Path(config.model))
     base, tuned = load_both(config)
     judge = load_judge(config, base) if config.judge else None
     names = (
@@ -64,7 +64,7 @@ def run_measure(config: MeasureConfig, say: Callable[[str], object]) -> Forgetti
     warnings = overlap_warnings(sources, rows, tokenizer)
     harness = ask_harness(config, base, tuned, tokenizer, say) if config.lm_eval else {}
     report = measure(base, tuned, sources.pop("retention"), **sources, **options)
-    report.data.update(read_run(Path(config.model)))
+    report.data.update(run)
     report.data["choices"] |= harness
     report.data["warnings"] = other_base(config, base, tuned) + warnings + report.data["warnings"]
     return report
@@ -99,9 +99,7 @@ def trained_rows(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> d
 
 def replay_folder(model: Path) -> str | None:
     """Where the replay rows of a run lie, if it tells and they are still there."""
-    if not (model / CONFIG_FILE).is_file():
-        return None
-    settings = json.loads((model / CONFIG_FILE).read_text(encoding="utf-8"))
+    settings = read_settings(model, {"replay_dataset?": {"source?": str}})
     source = (settings.get("replay_dataset") or {}).get("source")
     return source if source and Path(source).exists() else None
 

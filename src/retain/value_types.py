@@ -66,6 +66,6 @@ def check_types(config: Any) -> None:
     """
     kind: Any = type(config)
     for name, hint in hints_of(kind).items():
-        kinds = {hint, *get_args(hint)}
+        kinds = {hint, *get_args(hint)} if get_origin(hint) in (Union, types.UnionType) else {hint}
         if not ({int, float} & kinds or any(get_origin(kind) is Literal for kind in kinds)):
             check_type(name, getattr(config, name), hint)

@@ -6,7 +6,6 @@ that goes on from its last checkpoint ends with the weights of one that was not 
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
@@ -22,7 +21,7 @@ from retain import choose_start_token, versions
 from retain.callbacks import RunFilesCallback
 from retain.data import is_local_file, read_rows, row_text
 from retain.demo_data import packed_rows
-from retain.files import CONFIG_FILE, write_json
+from retain.files import read_settings, write_json
 from retain.half_life import apply_half_life, check_half_life, tokens_per_step
 from retain.lab.config import PretrainConfig
 from retain.lab.corpora import (
@@ -208,8 +207,7 @@ def check_same_run(folder: str, config: PretrainConfig) -> None:
     Raises:
         ValueError: naming the first that differs.
     """
-    path = Path(folder) / CONFIG_FILE
-    began = json.loads(path.read_text(encoding="utf-8")).get("pretrain", {}) if path.is_file() else {}
+    began = read_settings(Path(folder), {"pretrain?": {}}).get("pretrain") or {}
     for name, value in asdict(config).items():
         if name in began and began[name] != value:
             raise ValueError(
