@@ -47,7 +47,7 @@ test-wheel: $(VENV)/.done
 	$(WHEEL)/env/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(WHEEL)/*.whl
 	$(PYTHON) tests/wheel_verbs.py $(WHEEL)/env/bin
 
-# Whole programs, which CI runs apart from the fast tests: the notebook, the examples, and training on two processes.
+# Whole programs, which CI runs apart from the fast tests: notebook, examples, demo, plan, sweep, two processes, Ray.
 test-programs: $(VENV)/.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m program
 

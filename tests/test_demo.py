@@ -43,6 +43,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.program
 def test_demo_from_end_to_end(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = DemoConfig(output_dir=str(workplace / "out"), data_dir=str(workplace / "wheels"))
     folder = demo.run_demo(config)

@@ -287,6 +287,7 @@ def test_vllm_refuses_an_adapter(vllm, llama_folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.program
 def test_replicas_share_the_shards_and_one_that_dies_is_said(vllm, llama_folder, tmp_path, monkeypatch):
     from retain.vllm_engine import vllm_engine
 
@@ -388,6 +389,7 @@ def whole(tmp_path_factory, llama_folder) -> Path:
     return sample_replay(model, tokenizer, tmp_path_factory.mktemp("whole"), **SETTINGS)
 
 
+@pytest.mark.program
 @needs_ray
 def test_rays_rows_are_those_of_one_process(workers, llama_folder, whole, tmp_path):
     told: list[int] = []

@@ -126,6 +126,7 @@ def test_first_study_runs_resumes_and_reports(
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+@pytest.mark.program
 def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     baselines = study("02_baselines")
     scale = baselines.Scale(run=PLAIN, bench=SHORT, texts=small_texts, seeds=2)

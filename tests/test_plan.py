@@ -148,6 +148,7 @@ def arguments(world: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.program
 def test_plan_on_the_command_line(world, capsys, monkeypatch):
     """Stopped in the middle, taken up, and asked again with a budget that nothing keeps."""
     made, make = [], plan_verb.make_pilot

@@ -12,6 +12,7 @@ import pytest
 from conftest import make_texts, save_model
 
 
+@pytest.mark.program
 def test_two_processes_sample_the_rows_of_one(tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     flags = ["--model_name_or_path", "model", "--num_rows", "22", "--max_length", "12", "--rows_per_shard", "4"]

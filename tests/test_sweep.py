@@ -271,6 +271,7 @@ def test_a_lost_ray_worker_loses_its_run_only(tmp_path, fake, monkeypatch):
     assert begun == {row["key"]: 2 if row["key"] in killed else 1 for row in rows}
 
 
+@pytest.mark.program
 def test_a_sweep_on_the_command_line(tmp_path, capsys):
     """Real runs of `sample`, one of them broken."""
     folder = save_model(tmp_path / "model")
