@@ -216,7 +216,6 @@ def load_self_generated(folder: Path) -> ReplayDataset:
 def _fits(row: Any, given: Any) -> bool:
     """Whether a row is token ids, of which so many may have been given."""
     ids = isinstance(row, np.ndarray) and row.dtype.kind in "iu"
-    ids = isinstance(row, np.ndarray) and row.dtype.kind in "iu"
     return ids and isinstance(given, np.integer) and 0 <= int(given) <= len(row)
 
 
