@@ -408,9 +408,11 @@ def ray_workers() -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if "ray::Worker" in "".join(child.cmdline())]
 
 
+@pytest.mark.program
 @needs_ray
 def test_a_killed_ray_worker_loses_no_rows(workers, llama_folder, whole, tmp_path):
     killed: list[int] = []
+    list(workers([Work(0, [0], [[1]])], 1, lambda rows: None))  # until they are up
     before = {process.pid for process in ray_workers()}
     assert len(before) == 2
 
@@ -431,6 +433,7 @@ def test_a_killed_ray_worker_loses_no_rows(workers, llama_folder, whole, tmp_pat
     assert killed[0] not in {process.pid for process in ray_workers()}
 
 
+@pytest.mark.program
 @needs_ray
 def test_what_fails_in_a_ray_worker_is_said_by_the_driver(workers):
     with pytest.raises(IndexError, match="^index out of range in self$"):
