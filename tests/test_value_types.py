@@ -63,6 +63,7 @@ def test_every_default_fits_its_own_field(verb: str) -> None:
             lambda: SampleConfig(model_name_or_path="m", output_dir="o", start_token=[3]),
             r"start_token: \[3\] is not text",
         ),
+        (lambda: MeasureConfig(base="m", model="m", output_dir="o", retention=None), "retention: None is not a list"),
         (lambda: MeasureConfig(base="m", model="m", output_dir="o", retention="a=b"), "retention: 'a=b' is not a list"),
     ],
 )

@@ -27,7 +27,7 @@ from small_base import CACHE, BaseSettings, Texts, make_base  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 
-def settings_of(run: Run, name: str) -> dict[str, Any]:
+def settings_of(name: str, run: Run) -> dict[str, Any]:
     return {"name": name, **run.settings()}
 
 
@@ -45,10 +45,10 @@ def first_seed(scale: Scale) -> range:
 def other_seeds(name: str) -> list[int]:
     """The first plain run, and each method's best setting, as it shows by then."""
     entries, _ = entries_of(rows_of(name))
-    wanted = [settings_of(*reversed(runs_of(SCALES[name])[0]))]
+    wanted = [settings_of(*runs_of(SCALES[name])[0])]
     wanted += [{"name": entry.method, **entry.settings, "seed": 0} for entry in chosen(entries)]
     found = enumerate(runs_of(SCALES[name]))
-    return [at for at, (method, run) in found if run.seed and settings_of(replace(run, seed=0), method) in wanted]
+    return [at for at, (method, run) in found if run.seed and settings_of(method, replace(run, seed=0)) in wanted]
 
 
 def results_file(name: str) -> Path:
@@ -57,7 +57,7 @@ def results_file(name: str) -> Path:
 
 def rows_of(name: str) -> list[dict[str, Any]]:
     """What there is, in the order of the plan: the study's plain run comes first."""
-    places = {as_key(settings_of(run, method)): at for at, (method, run) in enumerate(runs_of(SCALES[name]))}
+    places = {as_key(settings_of(method, run)): at for at, (method, run) in enumerate(runs_of(SCALES[name]))}
     rows = Results(results_file(name), "").rows.values()
     return sorted(rows, key=lambda row: places.get(as_key(row["settings"]), len(places)))
 
@@ -91,7 +91,7 @@ def make(name: str, place: int) -> None:
         own = replace(bench, replay=real_replay(source, bench, texts_of(name))) if source in REAL else bench
         return SPECIAL.get(run.method, finetune)(run, own, scratch) | {"name": method}
 
-    Results(results_file(name), bench.fingerprint).make(settings_of(run, method), compute)
+    Results(results_file(name), bench.fingerprint).make(settings_of(method, run), compute)
     shutil.rmtree(scratch, ignore_errors=True)
 
 

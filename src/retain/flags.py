@@ -47,7 +47,7 @@ def parser_of(verb: str) -> Any:
     def take_yaml(**values: Any) -> list[str]:
         for name, value in values.items():
             hint = next((hints_of(kind)[name] for kind in types_of(verb) if name in hints_of(kind)), Any)
-            if not isinstance(value, str) and name != "model_size":  # text is read as the command line's is
+            if value is not None and not isinstance(value, str) and name != "model_size":  # text is read like a flag's
                 check_type(name, value, hint)
         return take(**values)
 

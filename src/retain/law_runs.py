@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from retain.files import CONFIG_FILE, check_shape, read_json, read_jsonl
+from retain.files import read_jsonl, read_settings
 from retain.laws import Array
 from retain.text import first_line
 
@@ -218,12 +218,9 @@ def read_metrics(
 
 def tuned_params(folder: Path) -> int:
     """How many parameters a finetune tuned: as its `retain_config.json` says, else those of its adapter or model."""
-    if (folder / CONFIG_FILE).is_file():
-        remedy = "mend or delete the file, or give a table"
-        told = read_json(folder / CONFIG_FILE, "num_params", remedy)
-        check_shape(told, {"num_params?": int}, f"num_params: {str(folder / CONFIG_FILE)!r} is damaged", remedy)
-        if told.get("num_params") is not None:
-            return int(told["num_params"])
+    told = read_settings(folder, {"num_params?": int}).get("num_params")
+    if told is not None:
+        return int(told)
     files = sorted(folder.glob("adapter_model.safetensors")) or sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"num_params: {folder} holds no adapter and no model; keep it there, or give a table")

@@ -54,18 +54,20 @@ def hints_of(kind: Any) -> dict[str, Any]:
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
-    """Raise a `ValueError` unless the value fits; a missing one is somebody else's matter."""
-    if value is not None and not fits(value, hint):
+    """Raise a `ValueError` unless the value fits."""
+    if not fits(value, hint):
         raise ValueError(f"{name}: {value!r} is not {words_of(hint)}")
 
 
 def check_types(config: Any) -> None:
     """Raise a `ValueError` for the first field of a dataclass that has a value of another type.
 
-    Numbers and choices aside, whose limits are checked with them.
+    Numbers and choices aside, whose limits are checked with them; a missing value, too, unless a list is asked for.
     """
     kind: Any = type(config)
     for name, hint in hints_of(kind).items():
         kinds = {hint, *get_args(hint)} if get_origin(hint) in (Union, types.UnionType) else {hint}
         if not ({int, float} & kinds or any(get_origin(kind) is Literal for kind in kinds)):
-            check_type(name, getattr(config, name), hint)
+            value = getattr(config, name)
+            if value is not None or get_origin(hint) is list:
+                check_type(name, value, hint)
