@@ -547,6 +547,10 @@ def test_what_cannot_be_paired_is_counted_or_refused(tmp_path):
     (tmp_path / "torn.jsonl").write_text(json.dumps(BASE[0]) + '\n{"doc_id": 1, "tar')
     with pytest.raises(ValueError, match=r"torn.jsonl' line 2 is not JSON; give a file"):
         pair(tmp_path / "torn.jsonl", tmp_path / "a.jsonl")
+    with pytest.raises(
+        ValueError, match=r"pair: cannot read '.*none.jsonl': No such file or directory; check the path"
+    ):
+        pair(tmp_path / "none.jsonl", tmp_path / "a.jsonl")
 
 
 def test_answers_that_contradict_the_files_own_metric_are_left_out(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -229,7 +230,7 @@ def test_a_report_says_what_was_measured_and_how():
     assert data["settings"]["seed"] == 4
     assert data["settings"]["dtype"] == "float32"
     assert data["settings"]["start_token"] == "'<s>' (id 3): the tokenizer's bos_token"
-    assert data["versions"]["torch"] == torch.__version__
+    assert data["versions"]["torch"] == version("torch")
 
 
 @pytest.mark.parametrize(

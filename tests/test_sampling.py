@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +202,7 @@ def test_a_dataset_says_where_it_is_from(tmp_path):
     }
     assert manifest["sampler"] == sampler | {"dtype": "float32"}
     assert manifest["seed"] == 9
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"] == version("torch")
     assert sum(finished) == 10
     data = load_self_generated(folder)
     expected = sample_rows(model, START, range(10), 8, seed=9)

@@ -600,6 +600,8 @@ class FitConfig:
             raise ValueError("runs: missing; name the files first: retain fit runs/*/metrics.jsonl --output law.json")
         check_name("form", self.form)
         check_name("output", self.output)
+        if self.plot is not None and not self.plot.lower().endswith(".png"):
+            raise ValueError(f"plot: {self.plot!r} is no .png; figures are written as PNG, name it law.png, say")
         check_choice("forgetting_metric", self.forgetting_metric, ForgettingMetric)
         check_number("min_steps", self.min_steps, low=1, integer=True)
         check_number("num_resamples", self.num_resamples, low=0, integer=True)

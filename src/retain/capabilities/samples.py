@@ -32,6 +32,8 @@ def read_samples(path: str | Path) -> Samples:
         lines = Path(path).read_bytes().decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"pair: {str(path)!r} is not UTF-8 at byte {error.start}; give a samples_….jsonl") from error
+    except OSError as error:
+        raise ValueError(f"pair: cannot read {str(path)!r}: {error.strerror}; check the path") from error
     for number, line in enumerate(lines, start=1):
         where = f"pair: {str(path)!r} line {number}"
         try:

@@ -63,6 +63,7 @@ class PretrainConfig:
         check_name("corpus", self.corpus)
         check_number("max_length", self.max_length, low=8, integer=True)
         check_number("eval_rows", self.eval_rows, low=1, integer=True)
+        check_number("digits", self.digits, low=1, integer=True)
         check_number("language_seed", self.language_seed, low=0, integer=True)
         if self.vocab_size is not None:
             check_number("vocab_size", self.vocab_size, low=4, integer=True)
