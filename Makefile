@@ -52,8 +52,8 @@ test-programs: $(VENV)/.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m program
 
 # The fast tests with the lowest versions that pyproject.toml allows, and with the newest that there are, each in an
-# environment of its own. torch is the same in both: pip finds no other CPU build here, and a CUDA build is gigabytes.
-# So torch's lower bound is not tested; where such a download is no matter, `make test-lowest TORCH=2.8.0` tests it.
+# environment of its own. torch is the same in both, the one CPU build that pip finds here; where a CUDA build of gigabytes
+# is no matter, `make test-lowest TORCH=2.8.0` tests its lower bound, and `make test-newest TORCH=2.15.0` the newest there was.
 TORCH ?= 2.13.0
 test-lowest: PINS := -c constraints-lowest.txt
 test-newest: PINS := --upgrade

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_texts, save_model
@@ -71,6 +72,16 @@ def test_remote_code_is_run_only_where_asked(tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
 
 
+class Makes:
+    """Whoever unpickles it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
 def test_a_pickled_checkpoint_with_code_in_it_does_not_run(tmp_path, capsys):
     """`pytorch_model.bin` is a pickle: transformers reads it with weights only, or not at all."""
     import pickle
@@ -79,16 +90,39 @@ def test_a_pickled_checkpoint_with_code_in_it_does_not_run(tmp_path, capsys):
 
     folder = save_model(tmp_path / "model")
     (folder / "model.safetensors").unlink()
-
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Evil()}))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Makes(tmp_path / "ran")}))
     arguments = ["--model_name_or_path", str(folder), "--num_rows", "2", "--output_dir", str(tmp_path / "out")]
     assert main(["sample", *arguments]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_a_run_that_goes_on_runs_no_code_of_its_checkpoint(tmp_path, capsys, name):
+    """What the trainer itself keeps beside the weights is pickled by torch; it is read as data, or not at all."""
+    import torch
+
+    from retain.cli import main
+
+    folder = save_model(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(8)))
+    flags = {"model_name_or_path": folder, "dataset_name": tmp_path / "rows.jsonl", "max_length": 24, "max_steps": 2}
+    flags |= {"save_steps": 1, "use_cpu": "true", "bf16": "false", "report_to": "none", "output_dir": tmp_path / "out"}
+    flags |= {"replay_coef": 0, "disable_tqdm": "true", "per_device_train_batch_size": 2}
+    arguments = ["finetune", *(word for flag, value in flags.items() for word in (f"--{flag}", str(value)))]
+    assert main(arguments) == 0
+    file = tmp_path / "out" / "checkpoint-1" / name
+    assert file.exists()
+    torch.save({"x": Makes(tmp_path / "ran")}, file)
+    torch.load(file, weights_only=False)
+    assert (tmp_path / "ran").exists(), "it would run"
+    (tmp_path / "ran").rmdir()
+    capsys.readouterr()
+    code = main([*arguments, "--resume_from_checkpoint", str(file.parent)])
+    assert code == (0 if name == "training_args.bin" else 1)
+    assert not (tmp_path / "ran").exists()
+    if code:
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
 # Read by every Python that begins, those that a sweep starts, too.
