@@ -20,7 +20,6 @@ from retain.forgetting_law import ForgettingLaw, student_quantile
 from retain.law_plots import bands, contours, residuals, trajectories
 from retain.law_runs import as_runs, read_runs, tuned_params
 from retain.law_solving import crossing
-from retain.law_verbs import lora_num_params
 from retain.laws import (
     FORMS,
     Form,
@@ -32,6 +31,7 @@ from retain.laws import (
     shifted_power,
     size,
 )
+from retain.models import lora_num_params
 from retain.projection import HUBER, fit_many
 
 # Published coefficients (papers.md, C). P per LoRA rank of Llama 2 7B.

@@ -555,6 +555,7 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("plan", {"replay_dataset": "{t}/no/"}, "{t}/no"),
     ("plan", {"replay_dataset": "{w}/model"}, "{w}/model"),
     ("plan", {"lora_ranks": 0}, "lora_ranks"),
+    ("plan", {"lora_target_modules": "nonsense"}, "lora_target_modules: ['nonsense'] does not fit"),
     ("plan", {"replay_coefs": -1}, "replay_coefs"),
     ("plan", {"finetune_config": "{t}/no.yaml"}, "no.yaml"),
     ("pretrain", {"corpus": "nonsense"}, "corpus: "),

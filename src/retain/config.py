@@ -715,6 +715,7 @@ class PlanConfig:
     finetune_config: str | None = field(
         default=None, metadata=_say("A YAML file of `retain finetune` for what is not set here, e.g. dtype or packing.")
     )
+    trust_remote_code: bool = field(default=False, metadata=_say("Allow model code from the Hub to run."))
     level: float = field(default=0.9, metadata=_say("Coverage of the intervals; the upper end is held to the budget."))
     num_resamples: int = field(default=1000, metadata=_say("Bootstrap resamples over pilots."))
     seed: int = field(default=0, metadata=_say("Seed of everything random here."))

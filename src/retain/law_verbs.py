@@ -13,7 +13,6 @@ from retain.fitting import fit_forgetting_law
 from retain.forgetting_law import ForgettingLaw
 from retain.law_runs import read_runs
 from retain.laws import form_of
-from retain.text import first_line
 
 INPUTS = ("num_params", "num_steps", "num_tokens", "replay_share", "tokens_per_param", "finetuning_loss", "ref_kl")
 
@@ -59,6 +58,8 @@ def run_predict(config: PredictConfig) -> str:
     law = ForgettingLaw.from_json(config.law)
     known: dict[str, Any] = {name: getattr(config, name) for name in INPUTS if getattr(config, name) is not None}
     if config.model is not None and config.lora_r is not None:
+        from retain.models import lora_num_params  # with torch, which nothing else here needs
+
         known["num_params"] = lora_num_params(
             config.model,
             config.lora_r,
@@ -98,39 +99,3 @@ def as_text(answer: dict[str, Any]) -> str:
             lines.append(f"{name:<18}{found['value']:.5g}   {answer['level']:.0%} interval [{low}, {high}]")
     lines += [f"! extrapolates: {note}" for note in answer["notes"]]
     return "\n".join(lines)
-
-
-def lora_num_params(
-    model: str,
-    rank: int,
-    target_modules: list[str] | None = None,
-    *,
-    revision: str = "main",
-    trust_remote_code: bool = False,
-) -> int:
-    """How many parameters a LoRA of this rank tunes in `model`, from its configuration alone: no weights are read."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from retain.models import num_tuned, resolve_model_path
-
-    path = resolve_model_path(model)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model: cannot read the configuration of {model!r}; check the name: {first_line(error)}"
-        ) from error
-    modules: Any = target_modules
-    if target_modules == ["all-linear"]:
-        modules = "all-linear"
-    try:
-        tuned = get_peft_model(empty, LoraConfig(r=rank, target_modules=modules, task_type="CAUSAL_LM"))
-    except ValueError as error:
-        raise ValueError(
-            f"lora_target_modules: {target_modules!r} does not fit {model!r}; {first_line(error)}"
-        ) from error
-    return num_tuned(tuned)

@@ -333,6 +333,39 @@ def num_tuned(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def lora_num_params(
+    model: str,
+    rank: int,
+    target_modules: list[str] | None = None,
+    *,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> int:
+    """How many parameters a LoRA of this rank tunes in `model`, from its configuration alone: no weights are read."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = resolve_model_path(model)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model: cannot read the configuration of {model!r}; check the name: {first_line(error)}"
+        ) from error
+    modules: Any = target_modules
+    if target_modules == ["all-linear"]:
+        modules = "all-linear"
+    try:
+        tuned = get_peft_model(empty, LoraConfig(r=rank, target_modules=modules, task_type="CAUSAL_LM"))
+    except ValueError as error:
+        raise ValueError(
+            f"lora_target_modules: {target_modules!r} does not fit {model!r}; {first_line(error)}"
+        ) from error
+    return num_tuned(tuned)
+
+
 def max_positions(model: Any) -> int | None:
     """Longest sequence the model can take, in tokens, or None where its configuration names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -19,7 +19,7 @@ from retain.config import PlanConfig, SampleConfig
 from retain.data import named_sources, read_rows
 from retain.files import read_jsonl, write_json, write_text
 from retain.law_runs import read_metrics, tuned_params
-from retain.models import default_device, resolve_model_path
+from retain.models import default_device, lora_num_params
 from retain.plan import EVALUATIONS, Pilot, Plan, design, eval_steps, first_step, fit_pilots, recommend
 from retain.plan_text import draw, markdown, summary
 from retain.replay import load_self_generated
@@ -43,7 +43,12 @@ def run_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say)
     assert config.output_dir is not None
     assert config.budget is not None
     folder, retention = Path(config.output_dir), retention_of(config)
-    resolve_model_path(str(config.model))
+    lora_num_params(  # names a model or modules that do not fit, before anything is sampled
+        str(config.model),
+        min(config.lora_ranks),
+        config.lora_target_modules,
+        trust_remote_code=config.trust_remote_code,
+    )
     check_sources(config)
     data = prepare_rows(config, folder)
     replay = prepare_replay(config, folder)
@@ -136,7 +141,7 @@ def prepare_replay(config: PlanConfig, folder: Path) -> str | None:
     run_sample(
         SampleConfig(
             model_name_or_path=config.model, output_dir=str(place), num_rows=config.replay_num_rows,
-            max_length=config.max_length, seed=config.seed,
+            max_length=config.max_length, seed=config.seed, trust_remote_code=config.trust_remote_code,
         )
     )  # fmt: skip
     return str(place)
@@ -162,6 +167,8 @@ def flags_of(
         flags += ["--replay_dataset", str(replay or "self")]
         if config.per_device_replay_batch_size:
             flags += ["--per_device_replay_batch_size", str(config.per_device_replay_batch_size)]
+    if config.trust_remote_code:
+        flags += ["--trust_remote_code", "true"]
     if default_device() == "cpu":  # TRL's defaults are for a GPU
         flags += ["--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False"]
     return flags
