@@ -75,7 +75,7 @@ class Scale:
 SCALES = {
     "laptop": Scale(
         model_size="5000", num_states=32, vocab_size=128, max_length=16, tokens=2**19, batch_sizes=(1, 4, 16, 64),
-        first_beta2=0.9576, rates=(1.5e-3, 4e-3, 1e-2), seeds=5, ensemble=True,
+        first_beta2=0.9576, rates=(5.5e-4, 1.5e-3, 4e-3, 1e-2, 2.7e-2), seeds=5, ensemble=True,
     ),
     "gpu": Scale(),
     "paper": Scale(
