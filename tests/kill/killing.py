@@ -181,7 +181,10 @@ def content(path: Path) -> Any:
         rows = [timeless(json.loads(line)) for line in path.read_text().splitlines()]
         return sorted(rows, key=lambda row: row["key"]) if path.name == "results.jsonl" else rows  # as runs end
     if path.suffix == ".json":
-        return timeless(json.loads(path.read_text()))
+        found = timeless(json.loads(path.read_text()))
+        if path.name == "adapter_config.json":  # PEFT keeps these in a set, whose order is each Python's own
+            found["target_modules"] = sorted(found["target_modules"])
+        return found
     if path.suffix in (".md", ".html", ".txt"):
         return TIMES.sub("", path.read_text())
     return digest(path.read_bytes())
