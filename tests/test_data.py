@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHATML, make_tokenizer
+from conftest import CHATML, make_model, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -56,7 +56,39 @@ def test_parquet_and_csv_rows(tmp_path):
     Dataset.from_dict({"text": ["a", "b"]}).to_parquet(tmp_path / "rows.parquet")
     assert read_rows(str(tmp_path / "rows.parquet"))["text"] == ["a", "b"]
     source = write(tmp_path / "rows.csv", 'prompt,completion\n"1, 2",3\n')
-    assert dict(read_rows(source)[0]) == {"prompt": "1, 2", "completion": 3}
+    assert dict(read_rows(source)[0]) == {"prompt": "1, 2", "completion": "3"}
+
+
+def test_texts_of_a_csv_are_read_as_they_stand(tmp_path):
+    """Line breaks in quotes were cut where a block of a megabyte ended; "04" became a number, "true" a choice."""
+    texts = [f"first line of {at}\n{'word ' * 90}\nlast line of {at}" for at in range(4000)]
+    source = write(tmp_path / "long.csv", "text\n" + "".join(f'"{text}"\n' for text in texts))
+    assert (tmp_path / "long.csv").stat().st_size > 1 << 20
+    assert read_rows(source)["text"] == texts
+    assert read_rows(write(tmp_path / "odd.csv", "text,label\n04,04\n05,05\n"))["text"] == ["04", "05"]
+    assert read_rows(write(tmp_path / "choice.csv", "text\ntrue\n"))["text"] == ["true"]
+
+
+def test_of_a_row_in_several_forms_that_is_read_on_which_trl_trains(tmp_path, chat_tokenizer):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = chat_tokenizer
+    turns = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "old towns"}]
+    for row in (
+        {"text": "a summary", "messages": turns},
+        {"text": "a summary", "prompt": "the fox", "completion": " rain"},
+        {"text": "a summary", "prompt": turns[:1], "completion": turns[1:]},
+        {"text": "a summary", "label": "fox"},
+    ):
+        args = SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+        rows = Dataset.from_list([row])
+        trainer = SFTTrainer(model=make_model(), args=args, train_dataset=rows, processing_class=tokenizer)
+        trained = tokenizer.decode(trainer.train_dataset[0]["input_ids"], skip_special_tokens=True)
+        read = tokenizer(row_text(row, tokenizer), add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(read, skip_special_tokens=True).strip() == trained.strip()
+    assert row_text({"text": "a", "prompt": "b"}, tokenizer) == "a"
+    assert row_text({"prompt": "b"}, tokenizer) == "b"
 
 
 def test_blank_lines_separate_documents_of_a_text_file(tmp_path):

@@ -362,6 +362,19 @@ def test_forgetting_of_a_model_that_was_in_a_trainer_before_is_measured(tmp_path
         measure(copy.deepcopy(model), model, texts, tokenizer=TOKENIZER, max_length=20)
 
 
+@pytest.mark.parametrize("how", ["full", "merged"])
+def test_a_model_that_was_trained_in_place_is_not_its_own_base(tmp_path: Path, how: str) -> None:
+    """`measure(model, trainer.model)` compared an object with itself: no change shown, whatever was forgotten."""
+    texts, model = {"words": make_texts(4, seed=9)}, make_model()
+    peft: dict[str, Any] = {"peft_config": LoraConfig(**LORA)} if how == "merged" else {}
+    tuned = train(tmp_path, None, model=model, replay_config=ReplayConfig(replay_coef=0.0), **peft).model
+    tuned = tuned.merge_and_unload() if how == "merged" else tuned
+    with pytest.raises(ValueError, match="base: a forward pass of it runs the tuned model.*load the base anew"):
+        measure(model, tuned, texts, tokenizer=TOKENIZER, max_length=20)
+    report = measure(make_model(), tuned, texts, tokenizer=TOKENIZER, max_length=20)
+    assert report.data["retention"]["words"]["ref_kl"]["value"] > 1e-5
+
+
 def test_a_copy_that_still_runs_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retain.reference.runs_through", lambda copied, model: True)
     with pytest.raises(ValueError, match="a copy of this model still runs the model itself; load it anew"):

@@ -60,7 +60,8 @@ def test_sampled_rows_are_the_model_s_own_to_the_trainer(model: torch.nn.Module,
 
 def test_the_model_against_itself_shows_no_forgetting(model: torch.nn.Module) -> None:
     texts = {"prose": ["The old harbour lay quiet under a thin fog.", "Rain had fallen all night on the tin roofs."]}
-    report = measure(model, model, texts, tokenizer=load_tokenizer(MODEL), max_length=32)
+    again = load_model(MODEL, dtype="float32")
+    report = measure(model, again, texts, tokenizer=load_tokenizer(MODEL), max_length=32)
     metrics = report.data["retention"]["prose"]
     assert abs(metrics["ref_kl"]["value"]) < 1e-6
     assert metrics["forgetting"]["value"] == 0.0

@@ -143,12 +143,21 @@ def _read_table(path: Path) -> Dataset:
     from pyarrow import csv, parquet
 
     try:
-        table = parquet.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path)
+        table = parquet.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path, **_as_text(csv))
     except Exception as error:  # pyarrow raises ArrowInvalid, OSError and others on broken files
         raise ValueError(f"data: cannot read {str(path)!r}; {first_line(error)}") from error
     if not table.num_rows:
         raise ValueError(f"data: {str(path)!r} is empty; give a file with at least one row")
     return Dataset(table)
+
+
+def _as_text(csv: Any) -> dict[str, Any]:
+    """Texts may have line breaks, also where pyarrow's blocks end, and "04" or "true" in their columns is text."""
+    texts = dict.fromkeys(("text", "prompt", "completion", "question"), "string")
+    return {
+        "parse_options": csv.ParseOptions(newlines_in_values=True),
+        "convert_options": csv.ConvertOptions(column_types=texts),
+    }
 
 
 def read_texts(source: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> Iterator[str]:
@@ -159,20 +168,24 @@ def read_texts(source: str, tokenizer: PreTrainedTokenizerBase, limit: int | Non
 
 
 def row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
-    """The text of a row: `text`, `messages` through the chat template, or `prompt` and `completion`.
+    """The text of a row: `prompt` and `completion`, `messages` through the chat template, or `text`.
+
+    Of a row that has several, in TRL's order: what it trains on.
 
     Raises:
         ValueError: if the row has none of these, or they are of the wrong type.
     """
-    if isinstance(row.get("text"), str):
-        return row["text"]
-    if isinstance(row.get("messages"), list):
-        return _chat(row["messages"], tokenizer)
-    prompt, completion = row.get("prompt"), row.get("completion", "")
+    prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt + completion
     if isinstance(prompt, list) and isinstance(completion, list):
         return _chat(prompt + completion, tokenizer)
+    if isinstance(row.get("messages"), list):
+        return _chat(row["messages"], tokenizer)
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    if isinstance(prompt, str) and "completion" not in row:
+        return prompt
     raise ValueError(f"data: {where} has {sorted(row)}; it needs text, messages, or prompt and completion, as words")
 
 

@@ -131,8 +131,8 @@ def _check_texts(
 
 
 def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
-    if base is not tuned and runs_through(base, tuned):  # copied after a trainer had patched the forward
-        raise ValueError("base: a forward pass of it runs the tuned model, so nothing would differ; load it anew")
+    if runs_through(base, tuned):  # trained or merged in place, or copied after a trainer had patched the forward
+        raise ValueError("base: a forward pass of it runs the tuned model, so nothing would differ; load the base anew")
     for what, of_base, of_tuned in unlike(base, tuned):
         raise ValueError(
             f"{what}: base has {of_base}, model has {of_tuned}; load both alike, or the difference is the result"
