@@ -68,7 +68,7 @@ def test_a_result_from_the_cache_is_the_result_without_it_to_the_last_bit(tmp_pa
     assert not list(tmp_path.glob(".measuring*"))
 
 
-@pytest.mark.parametrize("change", ["weights", "window", "batch"])
+@pytest.mark.parametrize("change", ["weights", "rounding", "configuration", "window", "batch"])
 def test_nothing_is_recalled_for_another_base_or_other_batches(tmp_path, change):
     base = make_model().eval()
     windows, batch_tokens = [[3, 5, 6], [3, 7, 8, 9]], 8
@@ -84,6 +84,10 @@ def test_nothing_is_recalled_for_another_base_or_other_batches(tmp_path, change)
     if change == "weights":
         with torch.no_grad():
             next(iter(base.parameters())).add_(0.25)
+    if change == "rounding":  # the same weights to `model_fingerprint`
+        base.to(torch.bfloat16).to(torch.float32)
+    if change == "configuration":
+        base.config.rope_parameters = {**base.config.rope_parameters, "rope_type": "linear", "factor": 4.0}
     windows = [[3, 5, 6], [3, 7, 8, 10]] if change == "window" else windows
     assert ask(base, windows, 9 if change == "batch" else batch_tokens) == 0
     assert len(list(tmp_path.glob("states-*"))) == 2

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retain import fit_forgetting_law
-from retain.files import write_json
+from retain.files import exclusive, write_json
 from retain.flags import parse
 from retain.forgetting_law import ForgettingLaw
 from retain.lab.sweep import read_sweep
@@ -146,3 +146,15 @@ def test_a_sweep_has_every_combination_and_keys_that_do_not_depend_on_order(comm
     for flags in found[0].values():
         assert {name: flags[name] for name in common} == common
         assert all(flags[name] in values for name, values in grid.items())
+
+
+def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path):
+    """safetensors writes beside its place, too, and a killed run leaves as much as its model is large."""
+    (tmp_path / "checkpoint-8").mkdir()
+    gone = [".report.json.x1.retain-part", ".tmpZmn5Ii", "checkpoint-8/.tmpa0b1C2"]
+    kept = [".tmp", ".tmpfile", ".tmp-notes1", "tmpZmn5Ii", "checkpoint-8/model.safetensors"]
+    for name in (*gone, *kept):
+        (tmp_path / name).write_text("x")
+    with exclusive(tmp_path):
+        assert not [name for name in gone if (tmp_path / name).exists()]
+        assert [name for name in kept if (tmp_path / name).exists()] == kept

@@ -2,8 +2,8 @@
 
 Kept are the base's hidden states at its output head (never its logits, which are a hundred times larger and follow from
 them by one product), its answers to questions, and the texts it wrote. Each entry is keyed by a hash of everything that
-it follows from: the base's weights, dtype, attention kernel, device, versions, and the very tokens in their batches. So
-a result from the cache is the result without it, to the last bit.
+it follows from: every bit of the base's weights, its configuration, dtype, attention kernel, device, versions, and the
+very tokens in their batches. So a result from the cache is the result without it, to the last bit.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class BaseCache:
             weakref.finalize(self, os.close, hold_together(self.folder))
             self.form = find_head_form(base)
             self.identity = _digest(
-                self.fingerprint,
+                bits_of(base),
+                config_of(base),
                 str(base.dtype),
                 base.config._attn_implementation,
                 str(base.device),
@@ -151,6 +152,27 @@ class BaseCache:
                 return
             sizes.remove(size)
             shutil.rmtree(entry, ignore_errors=True)
+
+
+@torch.no_grad()
+def bits_of(model: Any) -> str:
+    """Hash over every bit of parameters and buffers; a `model_fingerprint` is blind below bfloat16's rounding."""
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    digest = hashlib.sha256()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
+        values, sums = tensor.detach().reshape(-1).view(whole[tensor.element_size()]), [0, 0]
+        for start in range(0, values.numel(), 1 << 24):
+            bits = values[start : start + (1 << 24)].to(torch.int64)
+            places = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
+            sums = [sums[0] + int(bits.sum()), sums[1] + int((bits * places).sum()) + start % 65521]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{sums}\n".encode())
+    return digest.hexdigest()
+
+
+def config_of(model: Any) -> dict[str, Any]:
+    """A model's configuration, but for where it lies and who wrote it."""
+    told = json.loads(model.config.to_json_string(use_diff=False))
+    return {name: value for name, value in told.items() if name not in ("_name_or_path", "transformers_version")}
 
 
 def _digest(*parts: Any) -> str:

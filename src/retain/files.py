@@ -16,6 +16,7 @@ from typing import Any
 CONFIG_FILE = "retain_config.json"  # of a run, beside its metrics.jsonl
 LOCK = ".lock"
 PART = ".retain-part"  # ends the name of a file that is being written
+SAFETENSORS_PART = ".tmp" + "[0-9A-Za-z]" * 6  # of weights that safetensors is writing
 # What torch and safetensors say of a full disk, which is not an OSError; 122 is a quota, 27 a limit on a file's size.
 DISK_FULL = ("inline_container.cc", "os error 28", "os error 122", "os error 27")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -222,7 +223,8 @@ def hold_together(folder: Path) -> int:
 
 def remove_parts(folder: Path) -> None:
     """Remove files and folders that were being written when their process was killed; none may be at it now."""
-    for part in folder.glob(f".*{PART}"):
+    patterns = (f".*{PART}", SAFETENSORS_PART, f"checkpoint-*/{SAFETENSORS_PART}")
+    for part in [part for pattern in patterns for part in folder.glob(pattern)]:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         else:
