@@ -18,6 +18,7 @@ import peft
 import pytest
 import torch
 from conftest import CHATML, make_model, make_texts, make_tokenizer, save_model
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model, preprocess_loraga
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -192,6 +193,70 @@ def test_a_learning_rate_too_high_for_any_replay_breaks_its_budget(tmp_path: Pat
     verdict = trainer.budget.verdict()
     assert not verdict.kept
     assert "its upper bound: this model has no room for both; raise the budget, lower the learning rate" in str(verdict)
+
+
+@pytest.mark.parametrize("noise", ["dropout", "NEFTune"])
+def test_a_budget_is_not_held_against_noise_of_the_forward_pass(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, noise: str
+) -> None:
+    """A coefficient of a thousand came of it, and "no room for both"; without the noise the budget was kept."""
+    drop = 0.1 if noise == "dropout" else 0.0
+    dropout = {"attn_pdrop": drop, "resid_pdrop": drop, "embd_pdrop": drop}
+    changes = {} if drop else {"neftune_noise_alpha": 15.0}
+    rows = rows_of(make_model("gpt2").eval())
+    settings = ReplayConfig(forgetting_budget=0.002, per_device_replay_batch_size=4)
+    with pytest.raises(ValueError, match="forgetting_budget: 0.002, but before any step the KL is 0.*switch it off"):
+        train(tmp_path, rows, make_model("gpt2", **dropout), replay_config=settings, changes=changes)
+    train(tmp_path, rows, make_model("gpt2", **dropout), changes=changes)
+    assert "replay/kl: before any step the KL is 0." in caplog.text
+    caplog.clear()
+    train(tmp_path, rows, make_model("gpt2", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0), replay_config=settings)
+    assert "before any step" not in caplog.text
+
+
+def out_of_memory_above(rows: int, after: int, trainer: Any) -> None:
+    """Let its losses fail for batches of more rows, once so many were made."""
+    ours, losses = trainer.compute_loss, []
+
+    def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        losses.append(len(inputs["input_ids"]))
+        if losses[-1] > rows and len(losses) > after:
+            raise RuntimeError("CUDA out of memory.")
+        return ours(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+
+
+@pytest.mark.parametrize("objective", ["kl", "replace"])
+def test_a_batch_that_is_made_smaller_on_the_way_is_protected_as_a_smaller_one(
+    tmp_path: Path, replay: ReplayDataset, objective: str
+) -> None:
+    """`auto_find_batch_size`: the share was of the batch that did not fit, and a budget went on from the failed try."""
+    budget = {"forgetting_budget": 0.02} if objective == "kl" else {"replay_share": 0.25}
+    trainer = ReplaySFTTrainer(
+        model=make_model(),
+        args=config(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=16, max_steps=5),
+        train_dataset=ROWS,
+        processing_class=TOKENIZER,
+        replay_dataset=replay,
+        replay_config=ReplayConfig(replay_objective=objective, **budget),  # type: ignore[arg-type]
+    )
+    before = trainer.replay_batch_size
+    out_of_memory_above(8, 2, trainer)
+    trainer.train()
+    assert trainer._train_batch_size <= 8
+    assert (before, trainer.replay_batch_size) == ((4, 2) if objective == "replace" else (2, 1))
+    if objective == "kl":
+        assert trainer.budget.step == trainer.budget.num_steps == 5
+
+
+@pytest.mark.parametrize("start", ["", "<s>"])
+def test_training_rows_without_the_document_start_are_said(tmp_path: Path, replay: ReplayDataset, start: str) -> None:
+    rows = Dataset.from_dict({"text": [start + text for text in make_texts(8, seed=4)]})
+    trainer = train(tmp_path, replay, train_dataset=rows, changes={"max_steps": 1, "num_train_epochs": 1})
+    trainer.args.max_steps = 9
+    told = [line for line in trainer.protection() if "do not open with the document start" in line]
+    assert bool(told) == (not start)
 
 
 def test_a_pool_that_is_far_too_small_shows_on_other_text(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -469,7 +534,7 @@ def test_settings_that_are_not_used_are_said(tmp_path: Path, replay: ReplayDatas
         chosen = ReplayConfig(**settings)
         return train(tmp_path, replay, replay_config=chosen, changes={"max_steps": 2}).protection()
 
-    (line, rows) = lines(replay_objective="replace", replay_share=0.5, per_device_replay_batch_size=7)
+    line, rows, *_ = lines(replay_objective="replace", replay_share=0.5, per_device_replay_batch_size=7)
     assert line.startswith("protection: replace, share 0.5 of each batch (per_device_replay_batch_size 7 is not used")
     assert "coefficient" not in line
     assert "2 per device" in rows

@@ -190,6 +190,9 @@ def test_as_much_text_is_drawn_as_the_interval_needs():
     assert PILOT < found["num_documents"] < 300
     assert report["warnings"] == []
     assert len(report["per_document"]["a"]["loss"]) == found["num_documents"]
+    (worst, *_) = report["worst"]["a"]
+    pieces = "".join(token["text"] for token in worst["tokens"])
+    assert texts["a"][worst["document"]].startswith(pieces[:20]), "its place in the text, not in the draw"
     wide = measure(base, tuned, texts, ci=10.0, **options).data["retention"]["a"]["forgetting"]
     assert wide["num_documents"] == PILOT
     again = measure(base, tuned, texts, ci=wished, **options).data["retention"]["a"]

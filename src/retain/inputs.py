@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,17 @@ class ProtectedInputs(RetentionMixin):
             often = f", every {config.replay_every} steps" if config.replay_every > 1 else ""
             share = f"{self.replay_batch_size} per device and micro-batch{often}"
             lines.append(f"replay: {len(rows)} rows, {kind}; {share}")
+            if self._opens_otherwise():
+                lines.append("new rows do not open with the document start, replay rows do: docs/footguns.md")
         return lines
+
+    def _opens_otherwise(self, most: int = 16) -> bool:
+        """Whether no training row opens as replay rows do: the model can tell the two apart by their first token."""
+        rows = self.replay_dataset
+        assert rows is not None
+        opening = {int(rows[at][0]) for at in range(min(most, len(rows)))}
+        new = [int(row[0]) for row in itertools.islice(training_rows(getattr(self, "train_dataset", None)), most)]
+        return bool(new) and not opening & set(new)
 
     def _strength(self) -> str:
         config = self.replay_config

@@ -18,6 +18,11 @@ from retain.text import first_line
 
 POSITIVE = ("num_params", "num_steps", "num_tokens", "tokens_per_param")
 NOT_NEGATIVE = ("finetuning_loss", "ref_kl", "replay_share")
+RECIPE = {  # what a law cannot see, by where `retain_config.json` has it
+    "replay_objective": "replay", "replay_coef": "replay", "learning_rate": "training_arguments",
+    "lr_scheduler_type": "training_arguments", "per_device_train_batch_size": "training_arguments",
+    "gradient_accumulation_steps": "training_arguments",
+}  # fmt: skip
 OF_A_RUN = ("num_params", "tokens_per_param", "replay_share")
 
 
@@ -160,6 +165,18 @@ def read_runs(
             rows += table
     kept = [row for row in rows if not (isinstance(at := row.get("num_steps"), int | float) and at < min_steps)]
     return as_runs(kept, columns)
+
+
+def unlike_recipes(sources: Sequence[str]) -> list[str]:
+    """In what the recipes of finetunes differ, a sentence each; a law is of runs that differ in its columns alone."""
+    folders = [Path(source).parent for source in sources if Path(source).name == "metrics.jsonl"]
+    told = [read_settings(folder, {"replay?": dict, "training_arguments?": dict}) for folder in folders]
+    notes = []
+    for name, part in RECIPE.items():
+        values = sorted({str(settings[part][name]) for settings in told if name in settings.get(part, {})})
+        if len(values) > 1:
+            notes.append(f"{name}: the runs have {', '.join(values)}; a law is of one recipe: fit those of one value")
+    return notes
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

@@ -11,7 +11,7 @@ from retain.config import FitConfig, PredictConfig
 from retain.files import check_writable
 from retain.fitting import fit_forgetting_law
 from retain.forgetting_law import ForgettingLaw
-from retain.law_runs import read_runs
+from retain.law_runs import read_runs, unlike_recipes
 from retain.laws import form_of
 
 INPUTS = ("num_params", "num_steps", "num_tokens", "replay_share", "tokens_per_param", "finetuning_loss", "ref_kl")
@@ -43,7 +43,7 @@ def run_fit(config: FitConfig) -> str:
             seed=config.seed,
         )
     law.to_json(config.output)
-    lines = [law.summary(), "", f"law: {config.output}"]
+    lines = [law.summary(), *(f"! {note}" for note in unlike_recipes(config.runs)), "", f"law: {config.output}"]
     if config.plot:
         from retain.plots import save_png
 

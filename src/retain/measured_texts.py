@@ -71,7 +71,9 @@ def measure_texts(
             continue
         result["retention"][text] = metrics
         result["noise_floor"][text] = _noise_floor(cache, used[:NOISE_DOCUMENTS], options)
-        result["worst"][text] = _worst(tuned, cache.base, used, sums, options.tokenizer)
+        places = {id(document): at for at, document in enumerate(documents)}  # in the text's own order
+        worst = _worst(tuned, cache.base, used, sums, options.tokenizer)
+        result["worst"][text] = [row | {"document": places[id(used[row["document"]])]} for row in worst]
     return result
 
 

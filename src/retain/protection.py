@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from retain.reference import Reference
 from retain.replay import ReplayDataset
 
 LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+logger = logging.getLogger(__name__)
+NOISE = 5e-3  # nats per token at the untouched model; half precision makes less
 SHORT = 16  # tokens below which a row may be another's by chance
 TOKEN_COLUMNS = (("input_ids",), ("prompt_ids", "chosen_ids"))  # SFT and plain trainers; DPO
 
@@ -118,6 +121,23 @@ def says_nothing_protects(steps: int) -> ValueError:
         "or the weights do not move at this learning_rate and dtype, or only tokens are trained that no replay row "
         "holds (TrainableTokensConfig: give rows that do); check these"
     )
+
+
+def check_noise(kl: float, budget: float | None) -> None:
+    """Before its first step a model is its base: what the KL shows there is noise of the forward pass.
+
+    Args:
+        kl: of the first step, nats per token.
+
+    Raises:
+        ValueError: if a budget is hardly above it, which no coefficient could hold.
+    """
+    if kl < NOISE:
+        return
+    what = f"before any step the KL is {kl:.2g} nats per token: noise of dropout, NEFTune or half precision"
+    if budget is not None and kl > budget / 2:
+        raise ValueError(f"forgetting_budget: {budget:g}, but {what}; switch it off, or ask for more than twice that")
+    logger.warning("replay/kl: %s; switch it off, or the penalty is held against noise, too", what)
 
 
 def check_weights(model: Any, accelerator: Any, where: str) -> None:

@@ -24,7 +24,7 @@ from retain.config import ReplayConfig
 from retain.files import write_json
 from retain.heads import reshard
 from retain.inputs import ProtectedInputs, load_for_training
-from retain.protection import check_replay_every, check_weights, says_nothing_protects
+from retain.protection import check_noise, check_replay_every, check_weights, says_nothing_protects
 from retain.replay import ReplayDataset, replace_rows, replay_indices
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class ReplayMixin(ProtectedInputs):
         self._logged: list[Tensor] = []
         self._logged_steps = 0
         self._steps_learned = 0
+        self._is_the_base = True  # until its first step; a try that ran out of memory leaves it moved
         self._largest_kl = torch.zeros(())
         self.budget: ForgettingBudget | None = None
         self.prove_reference()
@@ -89,7 +90,7 @@ class ReplayMixin(ProtectedInputs):
     @property
     def replay_batch_size(self) -> int:
         """Replay rows per device and micro-batch."""
-        config, batch = self.replay_config, self.args.per_device_train_batch_size
+        config, batch = self.replay_config, self._train_batch_size  # which auto_find_batch_size makes smaller
         if config.replay_objective != "replace":
             return config.per_device_replay_batch_size or max(1, batch // 8)  # experiments/01_replay_cost
         rows = round(config.replay_share * batch)
@@ -108,7 +109,7 @@ class ReplayMixin(ProtectedInputs):
         """Draw the replay rows of an optimizer step together with its new rows."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         config = self.replay_config
-        if config.forgetting_budget is not None and self.budget is None:
+        if config.forgetting_budget is not None and (self.budget is None or self.state.global_step == 0):
             self.budget = self._begin_budget(config.forgetting_budget)
         if not (self._replay_is_due and samples):
             return samples, num_items
@@ -209,8 +210,12 @@ class ReplayMixin(ProtectedInputs):
                 f"loss: {loss.item()} at step {self.state.global_step + 1}; lower learning_rate or replay_coef, or "
                 f"use bf16 instead of fp16; checkpoints in {self.args.output_dir!r} are kept"
             )
-        if self.budget is not None and self._replay_is_due and not self._queue:
-            self._follow_budget()
+        if self._replay_is_due and not self._queue:
+            if self.replay_config.uses_reference and self._is_the_base and self.state.global_step == 0:
+                check_noise(float(self._step_term), self.replay_config.forgetting_budget)
+            self._is_the_base = False
+            if self.budget is not None:
+                self._follow_budget()
         return loss
 
     def _stop_if_passed_by(self) -> None:
