@@ -9,6 +9,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from retain.base_cache import BaseCache
 from retain.capabilities.drift import FATES, MARKERS, drift, fate, knowledge, says, word_overlap
@@ -24,7 +25,7 @@ def by_hand(model, ids: list[int], count: int) -> list[int]:
     """Greedy tokens without a cache, one row."""
     ids = list(ids)
     for _ in range(count):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     return ids[-count:]
 
 
@@ -51,7 +52,38 @@ def test_a_text_ends_at_any_of_the_stop_tokens():
     assert found.ended
     assert found.num_tokens == expected.index(expected[2])
     model.generation_config.eos_token_id = [7, 9]
-    assert stop_tokens(model, TOKENIZER, START) == sorted({7, 9, START, TOKENIZER.eos_token_id})
+    assert stop_tokens([model], TOKENIZER, START) == sorted({7, 9, START, TOKENIZER.eos_token_id})
+
+
+def test_both_models_stop_at_the_end_tokens_of_either():
+    """A chat model's own end of turn was written past to `max_new_tokens`, and `ended` said never."""
+    base, tuned = make_model(), make_model(seed=1)
+    base.generation_config.eos_token_id = 0
+    ids = [START, *TOKENIZER("the quick", add_special_tokens=False)["input_ids"]]
+    own = by_hand(tuned, ids, 6)
+    tuned.generation_config.eos_token_id = [0, own[2]]
+    (row,) = measure_generations(base, tuned, [Prompt("the quick")], **ASKED)["generations"]
+    assert row["ended"]["tuned"]
+    assert row["num_tokens"]["tuned"] == own.index(own[2])
+    ending = by_hand(base, ids, 6)
+    tuned.generation_config.eos_token_id = ending[1]
+    (row,) = measure_generations(base, tuned, [Prompt("the quick")], **ASKED)["generations"]
+    assert row["num_tokens"]["base"] == ending.index(ending[1]), "the base, too: else lengths do not compare"
+
+
+@pytest.mark.parametrize("kind", ["mamba", "rwkv"])
+def test_recurrent_models_write_the_same_in_a_batch_as_without_a_cache(kind):
+    """Transformers' RWKV goes on from the state of another row of its batch."""
+    config = AutoConfig.for_model(kind, hidden_size=32, num_hidden_layers=2, vocab_size=320, bos_token_id=3)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6.0 if parameter.ndim == 2 else 1.0)
+    prompts = [[START, 50, 60], [START, 9, 14], [START, 100, 101]]
+    written = write(model, TOKENIZER, prompts, stop=[319], max_new_tokens=6, batch_tokens=64)
+    expected = [by_hand(model, ids, 6) for ids in prompts]
+    assert [one.text for one in written] == [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in expected]
 
 
 def test_samples_are_draws_of_the_whole_distribution_and_leave_the_random_state_alone():

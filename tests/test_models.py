@@ -6,17 +6,19 @@ import copy
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from conftest import CHATML, make_model, make_tokenizer, save_model
-from peft import LoraConfig, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftType, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from retain.models import (
     StartToken,
+    base_parameter_name,
     choose_start_token,
     display_name,
     load_model,
@@ -157,6 +159,51 @@ def test_a_fresh_adapter_does_not_change_the_base(architecture, settings):
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(1.0)
+    assert model_fingerprint(adapted) == before
+
+
+QV = {"target_modules": ["q_proj", "v_proj"]}
+# What each needs on a tiny Llama, where that is not `QV`. AdaMSS needs scikit-learn, X-LoRA adapters trained before.
+NEEDED: dict[str, dict[str, Any]] = {
+    "ADALORA": {**QV, "total_step": 10}, "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 1},
+    "BEFT": {"target_modules": ["v_proj"]}, "BOFT": {**QV, "boft_block_size": 4}, "C3A": {**QV, "block_size": 8},
+    "CARTRIDGE": {"num_virtual_tokens": 4}, "FOURIERFT": {**QV, "n_frequency": 20}, "GRALORA": {**QV, "r": 4},
+    "CPT": {"cpt_token_ids": [1, 2], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]},
+    "IA3": {**QV, "feedforward_modules": []}, "LN_TUNING": {"target_modules": ["input_layernorm"]},
+    "MISS": {**QV, "r": 4}, "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 4, "num_tasks": 2},
+    "OFT": {**QV, "oft_block_size": 8}, "PREFIX_TUNING": {"num_virtual_tokens": 4},
+    "PROMPT_TUNING": {"num_virtual_tokens": 4}, "PSOFT": {**QV, "r": 4},
+    "P_TUNING": {"num_virtual_tokens": 4, "encoder_hidden_size": 8}, "ROAD": {**QV, "group_size": 8},
+    "SHIRA": {**QV, "r": 4}, "TRAINABLE_TOKENS": {"token_indices": [7, 9]},
+    "VBLORA": {**QV, "num_vectors": 8, "vector_length": 8, "topk": 2}, "WAVEFT": {**QV, "n_frequency": 16},
+}  # fmt: skip
+ADAPTERS = sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind.value not in ("ADAMSS", "XLORA"))
+
+
+@pytest.mark.filterwarnings("ignore")  # of what each thinks of a tiny model
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_of_any_kind_leaves_the_bases_fingerprint(kind):
+    """Else a PeftModel is refused beside the rows of its own base."""
+    base = make_model()
+    before = model_fingerprint(base)
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](task_type="CAUSAL_LM", **NEEDED.get(kind, QV))
+    adapted = get_peft_model(base, config)
+    assert model_fingerprint(adapted) == before
+    assert any(base_parameter_name(name) is None for name, _ in adapted.named_parameters()), "and is seen"
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(1.0)
+    assert model_fingerprint(adapted) == before
+    adapted.get_base_model().lm_head.weight.data[5].mul_(1.1)
+    assert model_fingerprint(adapted) != before
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning:peft")
+def test_lora_with_trained_tokens_leaves_the_bases_fingerprint(tied):
+    base = make_model("qwen3" if tied else "llama")
+    before = model_fingerprint(base)
+    adapted = get_peft_model(base, LoraConfig(r=2, **QV, trainable_token_indices=[7, 9]))
     assert model_fingerprint(adapted) == before
 
 

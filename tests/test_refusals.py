@@ -129,6 +129,16 @@ def test_both_models_are_asked_and_the_base_is_remembered(tmp_path):
     assert all(one["counts"]["lost"] == one["counts"]["gained"] == 0 for one in same["scorers"].values())
 
 
+def test_an_answer_ends_where_the_tuned_models_own_turns_do():
+    """Else it writes on to `max_new_tokens`, and the scorers read what it would never have said."""
+    base, tuned = make_model().eval(), make_model(seed=1).eval()
+    ids = user_turn("the fox?", CHAT, chat_template=True).tokens(CHAT, 3)
+    written = tuned.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=4, eos_token_id=319)[0, len(ids) :]
+    tuned.generation_config.eos_token_id = int(written[1])
+    (example,) = measure_refusals(base, tuned, ["the fox?"], tokenizer=CHAT, **ASKED)["examples"]
+    assert example["tuned"] == CHAT.decode(written[: written.tolist().index(written[1])], skip_special_tokens=True)
+
+
 class YesToNo(torch.nn.Module):
     """A judge that says Yes where the answer holds its token, else No."""
 

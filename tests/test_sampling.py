@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, CHATML, make_model, make_tokenizer, save_model
 from scipy.stats import chisquare
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from retain.engine import choose_batch_size, choose_threads, draw_rows, draw_tokens, row_uniforms
 from retain.files import exclusive
@@ -171,6 +172,80 @@ def test_every_token_is_the_inverse_of_the_cumulative_distribution_in_its_contex
     probabilities = torch.softmax(logits, -1).reshape(-1, logits.shape[-1])
     drawn = draw_tokens(probabilities, uniforms.reshape(-1)).reshape(4, 23)
     assert torch.equal(drawn, rows[:, 1:])
+
+
+RECURRENT = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 320}
+MIXING = {**RECURRENT, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+OTHER_CACHES = {
+    "mamba": {**RECURRENT, "state_size": 8},
+    "mamba2": {**RECURRENT, "state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
+    "falcon_mamba": {**RECURRENT, "state_size": 8},
+    "rwkv": {**RECURRENT, "context_length": 64},
+    "recurrent_gemma": {**MIXING, "num_hidden_layers": 3, "head_dim": 8, "lru_width": 32, "attention_window_size": 8},
+    "jamba": {**MIXING, "mamba_d_state": 8, "num_experts": 2, "use_mamba_kernels": False, "attn_layer_period": 2,
+        "attn_layer_offset": 1},
+}  # fmt: skip
+
+
+def make_recurrent(kind: str, scale: float = 6.0) -> PreTrainedModel:
+    """As `make_model`, of families that call their cache otherwise, or keep a state in it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, bos_token_id=3, eos_token_id=2, pad_token_id=4, **OTHER_CACHES[kind])
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(scale)
+    return model.eval()
+
+
+def drawn_in_context(model) -> bool:
+    """Whether the log-probabilities of drawn rows are those of one forward pass without a cache."""
+    drawn = draw_rows(model, [[3], [3, 9, 14]], range(2), 24, 4)
+    ids = torch.from_numpy(drawn.tokens).long()
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model(ids, use_cache=False).logits[:, :-1].double(), -1)
+    chosen = log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    sums = [float(chosen[row, given - 1 :].sum()) for row, given in enumerate(drawn.prefix_lengths)]
+    return drawn.logprobs == pytest.approx(sums, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba", "jamba"])
+def test_every_token_is_drawn_in_its_context_whatever_the_model_calls_its_cache(kind):
+    """Mamba swallows `past_key_values`: each token was drawn given the last alone, and nothing said so."""
+    assert drawn_in_context(make_recurrent(kind))
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "recurrent_gemma"])
+def test_rows_of_a_model_whose_cache_fails_are_refused_or_right(kind):
+    """RWKV mixes the rows of a batch; RecurrentGemma has a state in its modules, and was wrong in transformers 5.19."""
+    model = make_recurrent(kind)
+    for _ in range(2):  # what the last batch left in the modules does not reach the next
+        try:
+            right = drawn_in_context(model)
+        except ValueError as error:
+            assert str(error).startswith(f"model: '{kind}' does not go on from its cache")  # noqa: PT017
+        else:
+            assert right
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rounding_is_not_taken_for_a_cache_that_carries_nothing(architecture, dtype):
+    draw_rows(make_model(architecture).to(dtype), [[3]], [0], 8, 0)
+
+
+def test_a_cache_that_carries_nothing_is_said_before_the_first_row_is_drawn(tmp_path, monkeypatch):
+    forward = type(model := make_model()).forward
+
+    def forgetful(self, *args, past_key_values=None, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", forgetful)
+    with pytest.raises(ValueError, match=r"^model: 'llama' does not go on from its cache .* --engine vllm") as error:
+        sample(tmp_path, model)
+    assert "\n" not in str(error.value)
+    assert not contents(tmp_path)
 
 
 # The folder
@@ -485,6 +560,19 @@ def test_the_batch_size_fits_the_memory(monkeypatch):
     assert choose_batch_size(model, 64) == 8
     monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=0))
     assert choose_batch_size(model, 64) == 1
+
+
+@pytest.mark.parametrize("kind", OTHER_CACHES)
+def test_the_batch_size_is_found_of_every_kind_of_model(kind):
+    assert choose_batch_size(make_recurrent(kind), 64) == 64
+
+
+def test_the_batch_size_leaves_room_for_a_recurrent_state(monkeypatch):
+    """Mamba: two channels a hidden unit, each with its state in float32, at any length."""
+    model = make_recurrent("mamba")
+    per_row = 2 * (2 * 32) * 8 * 4 + 32 * 320
+    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=2 * 11 * per_row))
+    assert choose_batch_size(model, 64) == choose_batch_size(model, 4096) == 8
 
 
 def test_processes_share_the_shards_and_give_the_rows_of_one(tmp_path):

@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from retain.heads import seen_by_head
-from retain.reference import evaluation_mode
+from retain.reference import evaluation_mode, probe_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +37,10 @@ MOST_ROWS_ELSEWHERE = 512
 SHARE_OF_FREE_MEMORY = 0.5
 NARROW = 512  # hidden size up to which a second CPU thread waits for the first longer than it helps
 TOP_K = 64  # likeliest tokens that a reference cache of kind "topk" keeps of each prediction
+CACHES = ("past_key_values", "cache_params", "state")  # what decoders call the cache that they return, and take again
+PROBED = 8  # tokens that are predicted with the cache and without, before anything is drawn
+MOST_OTHERWISE = 0.1  # share of draws that a cache may change: bf16 changes under 0.5 % (SmolLM2), one unused 77 %
+RECURRENT = 256  # numbers of state per hidden unit and layer, where no `state_size` says it: an xLSTM's, the largest
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -66,11 +70,52 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def new_cache(model: PreTrainedModel, max_length: int) -> DynamicCache:
-    """The model's own kind of cache, its plain layers preallocated; sliding and recurrent layers stay as they are."""
+def cached_pass(
+    model: PreTrainedModel, input_ids: Int[Tensor, "rows new"], cache: dict[str, Any]
+) -> tuple[Float[Tensor, "rows new vocab"], dict[str, Any]]:
+    """Logits of the new tokens, and the cache that now holds them, by the name under which the model takes it."""
+    output = model(input_ids=input_ids, use_cache=True, **cache)
+    return output.logits, cache | {name: output[name] for name in CACHES if output.get(name) is not None}
+
+
+def new_cache(model: PreTrainedModel, max_length: int, own: dict[str, Any]) -> dict[str, Any]:
+    """An empty cache by its name, its plain layers preallocated; sliding and recurrent layers stay as they are.
+
+    Args:
+        own: the cache that the model returned. One of another name or kind, as Mamba's and RWKV's, it shall make again.
+    """
+    if own and type(own.get("past_key_values")) is not DynamicCache:
+        return {}
     cache = DynamicCache(config=model.config)
     cache.layers = [PreallocatedLayer(max_length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+    return {"past_key_values": cache}
+
+
+def proven_cache(model: PreTrainedModel, max_length: int) -> dict[str, Any]:
+    """An empty cache, once a few tokens were predicted with one as they are without.
+
+    Raises:
+        ValueError: if they were not, as where the model makes nothing of it and sees the last token alone.
+    """
+    length = min(PROBED, max_length)
+    tokens = probe_tokens(model.get_input_embeddings().weight.shape[0])[:, :length].to(model.device)
+    _, own = cached_pass(model, tokens[:, : length // 2], {})
+    _, cache = cached_pass(model, tokens[:, : length // 2], new_cache(model, length, own))
+    steps = []
+    for at in range(length // 2, length):
+        logits, cache = cached_pass(model, tokens[:, at : at + 1], cache)
+        steps.append(logits[:, -1])
+    # Last, for it empties the states that RecurrentGemma keeps in its modules.
+    whole = model(input_ids=tokens, use_cache=False).logits[:, length // 2 :]
+    with_cache, without = (torch.softmax(logits.float(), dim=-1) for logits in (torch.stack(steps, dim=1), whole))
+    otherwise = float((with_cache - without).abs().sum(-1).mean() / 2)
+    if otherwise > MOST_OTHERWISE:
+        raise ValueError(
+            f"model: {model.config.model_type!r} does not go on from its cache as transformers' causal models do "
+            f"({otherwise:.0%} of draws would come out otherwise), so its rows would not be its own; sample with "
+            "--engine vllm, or replay real text"
+        )
+    return new_cache(model, max_length, own)
 
 
 def row_uniforms(seed: int, row: int, num_draws: int) -> np.ndarray:
@@ -173,7 +218,8 @@ def draw_rows(
         store: what to keep of the model's predictions: "hidden", "topk", or nothing.
 
     Raises:
-        ValueError: if the model's predictions are not finite, as where half precision overflows.
+        ValueError: if the model's predictions are not finite, as where half precision overflows, or its cache does
+            not carry the context.
     """
     given = np.array([len(prefix) for prefix in prefixes])
     assert given.min() >= 1 and given.max() < max_length, (given.min(), given.max(), max_length)  # noqa: PT018
@@ -184,12 +230,13 @@ def draw_rows(
         tokens[at, : len(prefix)] = torch.tensor(prefix)
     tokens, lengths = tokens.to(device), torch.from_numpy(given).to(device)
     logprobs, entropies = torch.zeros(2, len(rows), dtype=torch.float64, device=device)
-    cache, done, kept = new_cache(model, max_length), 0, []
+    done, kept = 0, []
     with evaluation_mode(model), seen_by_head(model) as hidden:  # with dropout it is not the model's own distribution
+        cache = proven_cache(model, max_length)
         for at in range(int(given.min()), max_length):
-            logits = model(input_ids=tokens[:, done:at], past_key_values=cache, use_cache=True).logits[:, -1]
+            logits, cache = cached_pass(model, tokens[:, done:at], cache)
             done = at
-            log_probs = torch.log_softmax(logits.float(), dim=-1)
+            log_probs = torch.log_softmax(logits[:, -1].float(), dim=-1)
             probabilities = log_probs.exp()
             drawn = draw_tokens(probabilities, uniforms[:, at])
             free = lengths <= at
@@ -234,9 +281,12 @@ def choose_threads(model: PreTrainedModel) -> int:
 def choose_batch_size(model: PreTrainedModel, max_length: int) -> int:
     """Rows that fit into half of the free memory with their cache and predictions: a power of two."""
     config, device = model.config.get_text_config(), model.device
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    of_cache = 2 * config.num_hidden_layers * heads * size * max_length * model.dtype.itemsize
+    if attending := getattr(config, "num_attention_heads", None):
+        heads = getattr(config, "num_key_value_heads", None) or attending
+        size = getattr(config, "head_dim", None) or config.hidden_size // attending
+        of_cache = 2 * config.num_hidden_layers * heads * size * max_length * model.dtype.itemsize
+    else:  # a state of one size whatever the length, in float32
+        of_cache = 8 * config.num_hidden_layers * config.hidden_size * getattr(config, "state_size", RECURRENT)
     of_predictions = 32 * config.vocab_size  # logits, log-probabilities, probabilities in float32; sums in float64
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     most = MOST_ROWS.get(device.type, MOST_ROWS_ELSEWHERE)

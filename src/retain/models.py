@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ DOCUMENT_SEPARATORS = (
     "</s>",
     "<eos>",
 )
+# What PEFT's own parameters are called beside the prefixes of its methods, and what it puts into the base's names.
+OF_ADAPTERS = (".modules_to_save.", "prompt_encoder.", ".ranknum.", ".adaption_")
+WRAPPED = ("base_model.model.", ".token_adapter", ".base_layer", ".original_module")
 PROBE_TEXT = "The naïve fox — 3.14% of 日本 — jumps\n\tover it's lazy(dog); // ok?"
 
 
@@ -275,23 +279,33 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([vocabulary, probe]).encode()).hexdigest()[:16]
 
 
+@cache
+def _of_adapters() -> tuple[str, ...]:
+    """What a parameter's name holds where it is an adapter's own, of every method that PEFT knows."""
+    from peft import PEFT_TYPE_TO_TUNER_MAPPING
+
+    prefixes = {getattr(tuner, "prefix", None) for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values()}
+    return (*OF_ADAPTERS, *sorted(f".{prefix}" for prefix in prefixes if prefix))
+
+
 def base_parameter_name(name: str) -> str | None:
     """The name a parameter has in the model without its adapter, or None for the adapter's own parameters."""
-    if any(part in name for part in (".lora_", ".modules_to_save.", ".ia3_", ".oft_", ".vera_", "prompt_encoder")):
+    if any(part in name for part in _of_adapters()):
         return None
-    for old in ("base_model.model.", ".base_layer", ".original_module"):
-        name = name.replace(old, "")
-    return name
+    for part in WRAPPED:
+        name = name.replace(part, "")
+    return name.replace("attn.model.", "attn.")  # adaption prompts wrap whole attention modules
 
 
 @torch.no_grad()
-def model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: Any) -> str:
     """Hash over names, shapes and every weight rounded to bfloat16, so the same for a float32 and a bfloat16 load.
 
     Adapter weights are left out: a LoRA model has its base's fingerprint for as long as the base is intact.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, parameter in sorted(base.named_parameters()):
         base_name = base_parameter_name(name)
         if base_name is None:
             continue

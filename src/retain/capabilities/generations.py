@@ -70,10 +70,15 @@ def user_turn(text: str, tokenizer: PreTrainedTokenizerBase, *, chat_template: b
     return Prompt(user_turn_text(text, tokenizer), chat=True)
 
 
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start_id: int) -> list[int]:
-    """Tokens that end a text: the model's own, the tokenizer's, and the document start."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    found = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, start_id]
+def stop_tokens(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase, start_id: int) -> list[int]:
+    """Tokens that end a text: those of any of the models, the tokenizer's, and the document start.
+
+    The same for base and tuned model, so that lengths compare, though a chat model ends its turns by one of its own.
+    """
+    found = [tokenizer.eos_token_id, start_id]
+    for model in models:
+        own = model.generation_config.eos_token_id if model.generation_config is not None else None
+        found += own if isinstance(own, list) else [own]
     return sorted({int(token) for token in found if token is not None})
 
 
@@ -117,9 +122,10 @@ def write(
     found: dict[int, Written] = {}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": list(stop), "pad_token_id": stop[0]}
     options |= {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0}
+    alone = model.config.model_type == "rwkv"  # in transformers a row goes on from the state of another in its batch
     with own_settings_aside(model), torch.random.fork_rng():
         for length, indices in sorted(groups.items()):
-            rows = max(1, batch_tokens // (length + max_new_tokens))
+            rows = 1 if alone else max(1, batch_tokens // (length + max_new_tokens))
             for at in range(0, len(indices), rows):
                 taken = indices[at : at + rows]
                 if seed is not None:
@@ -174,7 +180,8 @@ def measure_generations(
 ) -> dict[str, Any]:
     """The parts of a report on what the models write: `generations`, `drift` by how it was written, `knowledge`."""
     check_room(base, prompts, max_new_tokens, tokenizer, start_id)
-    ids, stop = [prompt.tokens(tokenizer, start_id) for prompt in prompts], stop_tokens(base, tokenizer, start_id)
+    ids = [prompt.tokens(tokenizer, start_id) for prompt in prompts]
+    stop = stop_tokens([base, tuned], tokenizer, start_id)
     asked: dict[str, Any] = {"stop": stop, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
     rows: list[dict[str, Any]] = []
     found: dict[str, Any] = {}

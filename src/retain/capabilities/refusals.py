@@ -135,7 +135,7 @@ def measure_refusals(
     say("openings")
     kept = cache or BaseCache(base, None)
     sums = [_log_sums(of) for of in both_scores(tuned, kept, encode_openings(tokenizer, prompts), batch_tokens)]
-    asked: dict[str, Any] = {"stop": stop_tokens(base, tokenizer, start_id), "max_new_tokens": max_new_tokens}
+    asked: dict[str, Any] = {"stop": stop_tokens([base, tuned], tokenizer, start_id), "max_new_tokens": max_new_tokens}
     ids = [prompt.tokens(tokenizer, start_id) for prompt in prompts]
     written = write_both(tuned, kept, tokenizer, ids, say, batch_tokens=batch_tokens, **asked)
     answers = [[one.text for one in texts] for texts in written]
