@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from retain import files, plots, report
 from retain.behaviour import differences
+from retain.callbacks import RunFilesCallback, read_run
 from retain.capabilities.answers import compare_answers, share_entry
 from retain.comparison import compare_at_matched_loss, crossing
 from retain.maps import heat_map, worst_documents
@@ -72,6 +74,11 @@ def run(name: str, losses: list[float], kls: list[float], weights: tuple[float, 
     }
 
 
+def followed(of: dict) -> dict[str, Any]:
+    """The same run with nothing but its trajectory."""
+    return of | {"retention": {}, "new_task": {}}
+
+
 @pytest.fixture
 def plain() -> dict[str, Any]:
     return run("plain", [4.0, 3.0, 2.0], [0.0, 0.2, 0.6])
@@ -96,6 +103,7 @@ def test_matched_loss_by_hand(plain: dict, replay: dict) -> None:
     assert (first["prevented"], first["note"]) == (None, None)
     assert second["ref_kl"] == pytest.approx(0.04)
     assert second["prevented"] == pytest.approx(0.9)
+    compared = compare_at_matched_loss([followed(plain), followed(replay)])
     end = compared["end"]["wiki"]
     assert [entry["ref_kl"] for entry in end] == pytest.approx([0.6, 0.04])
     assert end[1]["prevented"] == pytest.approx(1 - 0.04 / 0.6)
@@ -154,7 +162,7 @@ def test_without_trajectory_only_the_ends_are_compared_and_it_says_so(plain: dic
     [([4.0, 4.2, 4.1], "other did not learn"), ([1.9, 1.8, 1.7], "other was already below the common loss 2.000")],
 )
 def test_no_matched_loss_where_a_run_gives_none(plain: dict, losses: list[float], why: str) -> None:
-    compared = compare_at_matched_loss([plain, run("other", losses, [0.0, 0.1, 0.2])])
+    compared = compare_at_matched_loss([followed(plain), followed(run("other", losses, [0.0, 0.1, 0.2]))])
     assert compared["matched_loss"] is None
     assert compared["matched"] == {}
     assert why in compared["reason"]
@@ -174,13 +182,18 @@ def test_prevented_is_undefined_below_a_measured_noise_floor(plain: dict, replay
     assert compare_at_matched_loss([plain, replay])["matched"]["wiki"][1]["prevented"] is None
 
 
-def test_no_interval_without_the_same_documents(plain: dict, replay: dict) -> None:
+@pytest.mark.parametrize("changed", [{"num_tokens": [50, 250, 100, 200]}, {"base_loss": [300, 540, 360, 600]}])
+def test_nothing_is_prevented_on_other_documents(plain: dict, replay: dict, changed: dict) -> None:
+    """Told by their lengths and, where they are all as long, by the base's own loss on each."""
     for row in replay["documents"]:
-        row["num_tokens"] = [50, 250, 100, 200]
+        row |= changed
     entry = compare_at_matched_loss([plain, replay])["matched"]["wiki"][1]
-    assert entry["prevented"] == pytest.approx(0.9)
-    assert entry["prevented_ci"] is None
-    assert "different documents" in entry["note"]
+    assert (entry["prevented"], entry["prevented_ci"]) == (None, None)
+    assert entry["note"] == "not compared with “plain”: measured on other documents"
+    assert frontier_sentences(compare_at_matched_loss([followed(plain), followed(replay)])) == []
+
+
+def test_no_interval_without_values_per_document(plain: dict, replay: dict) -> None:
     replay["documents"] = []
     entry = compare_at_matched_loss([plain, replay])["matched"]["wiki"][1]
     assert (entry["prevented_ci"], entry["ref_kl_ci"]) == (None, None)
@@ -210,6 +223,195 @@ def test_ends_without_trajectory_are_compared_document_by_document(plain: dict, 
     assert (entry["prevented_ci"], entry["note"]) == (None, "no interval: no values per document")
 
 
+# --- what is not alike -----------------------------------------------------------------------------------------
+
+
+def shown_in(runs: list[dict]) -> list[str]:
+    return [comparison_summary(runs), comparison_html(runs, title="t"), comparison_markdown(runs, title="t")]
+
+
+def ended(of: dict, kl: float, loss: float, **settings: Any) -> dict:
+    return at_its_end(of, kl, loss, [kl * n for n in TOKENS]) | {"settings": of["settings"] | settings}
+
+
+@pytest.mark.parametrize(
+    ("setting", "other", "told"),
+    [
+        ("max_length", 8, "max_length 8, not 64"),
+        ("max_windows", 1, "max_windows 1, not None"),
+        ("dtype", "bfloat16", "dtype bfloat16, not float32"),
+        ("start_token", "'<b>' (id 1): given as start_token", "start_token '<b>' (id 1), not '<s>' (id 3)"),
+        ("attn_implementation", "eager", "attn_implementation eager, not sdpa"),
+    ],
+)
+def test_other_settings_are_said_and_not_compared(
+    plain: dict, replay: dict, setting: str, other: Any, told: str
+) -> None:
+    settings = {"max_windows": None, "dtype": "float32", "start_token": "'<s>' (id 3): the tokenizer's bos_token"}
+    settings |= {"attn_implementation": "sdpa"}
+    first = ended(plain, 0.6, 2.0, **settings)
+    runs = [first, ended(replay, 0.1, 2.0, **settings), ended(run("odd", [4], [0]), 0.01, 1.9, **settings)]
+    runs[2]["settings"][setting] = other
+    compared = compare_at_matched_loss(runs)
+    _, alike, odd = compared["end"]["wiki"]
+    assert alike["prevented"] == pytest.approx(1 - 0.1 / 0.6)
+    assert (odd["ref_kl"], odd["prevented"], odd["prevented_ci"]) == (0.01, None, None)
+    assert [entry["relative_loss_difference"] for entry in compared["runs"]] == [None, 0.0, None]
+    sentences = ["On the frontier of new-task loss against ref_kl: “replay”.", "Dominated: “plain” by “replay”."]
+    assert frontier_sentences(compared) == sentences, "the other run is no point among them"
+    for shown in (html.unescape(text).replace("\\", "") for text in shown_in(runs)):
+        assert f"“odd” is not compared with “plain” on verilog and wiki: measured with {told}" in shown
+        assert "“odd” moved away from the base by an amount that cannot be judged on wiki (measured otherwise)" in shown
+        assert "wiki: the column base is of “plain”; measured otherwise: “odd”" in shown
+        assert "98%" not in shown
+
+
+def test_settings_that_move_no_number_or_that_an_old_report_lacks_are_alike(plain: dict, replay: dict) -> None:
+    first = ended(plain, 0.6, 2.0, start_token="'<s>' (id 3): the tokenizer's bos_token", seed=0, batch_tokens=2048)
+    second = ended(replay, 0.1, 2.0, start_token="'<s>' (id 3): given as start_token", seed=1, batch_tokens=64)
+    for runs in ([first, second], [first | {"settings": {}}, second]):
+        assert compare_at_matched_loss(runs)["end"]["wiki"][1]["prevented"] == pytest.approx(1 - 0.1 / 0.6)
+        assert not any("not compared" in shown for shown in shown_in(runs))
+
+
+def test_other_documents_under_one_name_are_said_and_not_compared(plain: dict, replay: dict) -> None:
+    sized = {"num_documents": 9, "num_tokens": 700}
+    told = "“replay” is not compared with “plain” on wiki: measured on other documents"
+    for by_sums in (True, False):
+        runs = [ended(plain, 0.6, 2.0), ended(replay, 0.1, 2.5)]
+        if by_sums:
+            runs[1]["per_document"]["wiki"]["base_loss"] = [400, 500, 350, 650]
+        else:
+            runs = [{key: value for key, value in one.items() if key != "per_document"} for one in runs]
+            runs[1]["retention"]["wiki"]["loss"] |= sized
+        compared = compare_at_matched_loss(runs)
+        assert compared["end"]["wiki"][1]["prevented"] is None
+        assert compared["runs"][1]["relative_loss_difference"] == 0.25, "the new task is the same one"
+        assert frontier_sentences(compared) == []
+        assert all(
+            told + ((by_sums and ".") or " (9 documents, 700 tokens; not 4 documents, 600 tokens).") in shown
+            for shown in shown_in(runs)
+        )
+
+
+def test_rounding_of_the_base_does_not_make_other_documents(plain: dict, replay: dict) -> None:
+    runs = [ended(plain, 0.6, 2.0), ended(replay, 0.1, 2.5)]
+    runs[1]["per_document"]["wiki"]["base_loss"] = [3 * n + 0.1 * n**0.5 for n in TOKENS]
+    assert compare_at_matched_loss(runs)["end"]["wiki"][1]["prevented"] == pytest.approx(1 - 0.1 / 0.6)
+
+
+def test_a_text_that_the_first_run_lacks_is_held_against_the_next(plain: dict, replay: dict) -> None:
+    odd = ended(run("odd", [4], [0]), 0.01, 1.9, max_length=8)
+    runs = [ended(plain, 0.6, 2.0) | {"retention": {}}, ended(replay, 0.1, 2.5), odd]
+    entries = compare_at_matched_loss(runs)["end"]["wiki"]
+    assert entries[2]["note"] == "not compared with “replay”: measured with max_length 8, not 64"
+
+
+def test_a_price_is_told_for_like_with_like_only(plain: dict, replay: dict) -> None:
+    kept = ended(replay, 0.1, 2.5) | {"training": {"budget": "budget 0.02 kept"}}
+    assert "more than “plain”" in budget_sentence(kept, ended(plain, 0.6, 2.0))
+    assert budget_sentence(kept, ended(plain, 0.6, 2.0, max_length=8)) == "budget 0.02 kept."
+
+
+# --- the end is the saved model --------------------------------------------------------------------------------
+
+
+def overfitted(name: str, kls: list[float], losses: list[float], kept: int) -> dict:
+    """A run whose last weights are not those that it left: `load_best_model_at_end` took those of step `kept`."""
+    return run(name, losses, kls) | {"training": {"kept_step": kept}}
+
+
+def test_the_end_is_the_step_that_was_kept() -> None:
+    """By the last evaluations `kl` would dominate; of the models that were saved neither does."""
+    runs = [overfitted("plain", [0, 0.4, 0.8], [4, 2, 4.5], 10), overfitted("kl", [0, 0.2, 0.1], [4, 3, 4.4], 10)]
+    runs = [followed(one) for one in runs]
+    compared = compare_at_matched_loss(runs)
+    assert [(entry["final_step"], entry["final_loss"]) for entry in compared["runs"]] == [(10, 2), (10, 3)]
+    assert [entry["ref_kl"] for entry in compared["end"]["wiki"]] == pytest.approx([0.4, 0.2])
+    assert compared["end"]["wiki"][1]["prevented_ci"] == pytest.approx([0.5, 0.5])
+    assert frontier_sentences(compared)[1] == "No run dominates another."
+    panel = next(panel for panel in panels(runs, compared) if panel["kind"] == "frontier")
+    assert [(line["x"][-1], line["steps"][-1]) for line in panel["lines"]] == [(2, 10), (3, 10)], "as far as the model"
+    assert panel["frontier"] == [(3, pytest.approx(0.2)), (2, pytest.approx(0.4))]
+    for shown in shown_in(runs)[1:]:
+        assert (
+            "during training, at step 10 of “plain” and step 10 of “kl”: the new-task loss (eval_loss) and wiki."
+            in shown
+        )
+        assert "load_best_model_at_end kept step 10 of “plain” and step 10 of “kl”." in shown
+
+
+def test_the_end_is_what_was_measured_of_the_saved_model() -> None:
+    runs = [overfitted("plain", [0, 0.4, 0.8], [4, 2, 4.5], 10), overfitted("kl", [0, 0.2, 0.1], [4, 3, 4.4], 10)]
+    for one, kl, loss in zip(runs, (0.41, 0.21), (2.1, 3.1), strict=True):
+        one |= {key: ended(one, kl, loss)[key] for key in ("retention", "new_task", "per_document")}
+    compared = compare_at_matched_loss(runs)
+    assert [entry["final_loss"] for entry in compared["runs"]] == [2.1, 3.1]
+    assert [entry["ref_kl"] for entry in compared["end"]["wiki"]] == [0.41, 0.21]
+    assert frontier_sentences(compared)[1] == "No run dominates another."
+    page = comparison_html(runs, title="t")
+    assert page.index("load_best_model_at_end kept") < page.index("The same at the end of each run"), "in plain sight"
+    for shown in shown_in(runs)[1:]:
+        assert "Measured on the saved models: the new-task loss (verilog) and wiki." in shown
+        assert "load_best_model_at_end kept step 10 of “plain” and step 10 of “kl”." in shown
+
+
+def test_a_run_tells_which_step_it_kept(tmp_path: Path) -> None:
+    args = TrainingArguments(
+        output_dir=str(tmp_path), load_best_model_at_end=True, eval_strategy="steps", eval_steps=4, save_steps=8,
+        use_cpu=True, report_to=[],
+    )  # fmt: skip
+    state, control, callback = TrainerState(is_world_process_zero=True), TrainerControl(), RunFilesCallback({})
+    callback.on_train_begin(args, state, control)
+    for step, loss in ((8, 2.0), (12, 1.9), (16, 3.0)):
+        state.global_step = step
+        callback.on_log(args, state, control, {"eval_loss": loss})
+    state.best_global_step = 12  # was never saved, so step 8 was the best to go back to
+    state.best_model_checkpoint = str(tmp_path / "checkpoint-8")
+    callback.on_train_end(args, state, control)
+    callback.on_log(args, state, control, {"eval_loss": 2.01})  # `trainer.evaluate()` of what was restored
+    found = read_run(tmp_path)
+    assert found["training"]["kept_step"] == 8
+    losses = {row["step"]: row["eval_loss"] for row in found["trajectory"]}
+    assert losses == {8: 2.01, 12: 1.9, 16: 3.0}
+
+
+def test_a_run_that_restored_nothing_kept_its_last_step(tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    state, control, callback = TrainerState(is_world_process_zero=True), TrainerControl(), RunFilesCallback({})
+    callback.on_train_begin(args, state, control)
+    state.global_step = 16
+    state.best_global_step, state.best_model_checkpoint = 8, str(tmp_path / "checkpoint-8")
+    callback.on_train_end(args, state, control)
+    assert "kept_step" not in read_run(tmp_path)["training"]
+
+
+# --- one new-task loss for all ---------------------------------------------------------------------------------
+
+
+def test_a_model_beside_itself_is_no_better_and_no_worse(plain: dict) -> None:
+    """With its trajectory and without: one loss for both, so neither has learned less."""
+    twin = {**plain, "name": "twin", "trajectory": [], "documents": []}
+    compared = compare_at_matched_loss([plain, twin])
+    assert [entry["final_loss"] for entry in compared["runs"]] == [2.777, 2.777]
+    assert compared["runs"][1]["relative_loss_difference"] == 0.0
+    assert frontier_sentences(compared)[1] == "No run dominates another."
+    panel = next(panel for panel in panels([plain, twin], compared) if panel["kind"] == "frontier")
+    assert [(line["x"], line["y"]) for line in panel["lines"]] == [([2.777], [0.123])] * 2, "one loss on one axis"
+
+
+def test_without_a_loss_in_common_there_is_no_frontier(plain: dict) -> None:
+    twin = {**plain, "name": "twin", "trajectory": [], "documents": []}
+    other = {"other": twin["new_task"]["verilog"]}
+    compared = compare_at_matched_loss([plain, twin | {"new_task": other}])
+    assert [entry["final_loss"] for entry in compared["runs"]] == [None, None]
+    assert frontier_sentences(compared) == []
+    page = comparison_markdown([plain, twin | {"new_task": other}], title="t")
+    assert "There is no new-task loss that all of them have" in page
+    both = compare_at_matched_loss([plain, {**plain, "name": "twin", "new_task": other}])
+    assert [entry["final_loss"] for entry in both["runs"]] == [2.0, 2.0], "eval_loss, which both have"
+
+
 # --- the frontier ----------------------------------------------------------------------------------------------
 
 
@@ -225,7 +427,7 @@ def test_the_frontier_is_named_and_drawn_with_and_without_trajectories(plain: di
     worse = run("worse", [4.0, 3.5, 2.6], [0.0, 0.1, 0.3])
     ends = [at_its_end(one, kl, loss, [1.0] * 4) for one, kl, loss in
             ((plain, 0.6, 2.0), (replay, 0.04, 2.5), (worse, 0.3, 2.6))]  # fmt: skip
-    for runs in ([plain, replay, worse], ends):
+    for runs in ([followed(one) for one in (plain, replay, worse)], ends):
         compared = compare_at_matched_loss(runs)
         assert frontier_sentences(compared) == [
             "On the frontier of new-task loss against ref_kl: “replay” and “plain”.",
@@ -318,6 +520,7 @@ def test_every_format_carries_values_and_intervals(plain: dict, replay: dict, tm
     for text in [*texts, ForgettingReport(plain).summary(), report.model_card_section(plain)]:
         for expected in ("0.061", "[0.052, 0.073]", "0.123", "[0.101, 0.147]", "91.3%", "[88.4%, 93.7%]", "0.743"):
             assert expected in text
+    replay["new_task"]["verilog"]["loss"] = measured(2.777 * 1.25, 3.4, 3.5)
     report.write_comparison(tmp_path, [plain, replay], "both", ["a note"])
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     for kind in ("html", "md"):

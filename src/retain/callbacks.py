@@ -39,7 +39,16 @@ BUDGET_FILE = "budget.json"
 OF_TRAINING = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed")
 # Shapes of these files, for `check_shape`.
 SETTINGS = {"replay?": MAPPING, "reference?": str, "training_arguments": dict.fromkeys(OF_TRAINING, NUMBER)}
-METRICS, DOCUMENTS = {"step": int}, {"step": int, "name": str}
+METRICS, DOCUMENTS = {"step": int, "kept_step?": int}, {"step": int, "name": str}
+
+
+def weights_step(args: TrainingArguments, state: TrainerState, *, is_in_train: bool) -> int:
+    """The optimizer step whose weights the model holds: the best one where `load_best_model_at_end` restored it.
+
+    `state.best_global_step` is another where the best evaluation came between two checkpoints.
+    """
+    restored = state.best_model_checkpoint if args.load_best_model_at_end and not is_in_train else None
+    return int(restored.rpartition("-")[2]) if restored else state.global_step
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -62,6 +71,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     rows = read_jsonl(folder / METRICS_FILE, METRICS)
     for row in rows:  # one row a step: the logs of an evaluation come in two parts
         steps.setdefault(row["step"], {}).update(row)
+        if "kept_step" in row:
+            training["kept_step"] = row["kept_step"]
     return {
         "training": training,
         "trajectory": [steps[step] for step in sorted(steps)],
@@ -99,10 +110,12 @@ class RunFilesCallback(TrainerCallback):
         self.settings = settings
         self.logged: list[Any] = []  # names in the rows of the step that a resumed run begins with
         self.began = 0
+        self.kept: int | None = None  # the step whose weights the model holds, once training has ended
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.kept = None
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
@@ -133,7 +146,16 @@ class RunFilesCallback(TrainerCallback):
         if again:  # it was measured before the run was killed
             return
         if state.is_world_process_zero and logs:
-            append_jsonl(Path(args.output_dir) / METRICS_FILE, {"step": state.global_step, **logs})
+            step = state.global_step if self.kept is None else self.kept
+            append_jsonl(Path(args.output_dir) / METRICS_FILE, {"step": step, **logs})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell which step's weights the model holds, where they are not the last."""
+        self.kept = weights_step(args, state, is_in_train=False)
+        if state.is_world_process_zero and self.kept != state.global_step:
+            append_jsonl(Path(args.output_dir) / METRICS_FILE, {"step": state.global_step, "kept_step": self.kept})
 
 
 class BeforeTheWeightsMove(TrainerCallback):

@@ -12,6 +12,9 @@ from retain.statistics import bootstrap_ratio
 LEVEL = 0.95
 NUM_RESAMPLES = 2000
 MOVES = ("ref_kl", "forgetting")  # what moved away from the base, nats per token
+# Settings of `retain measure` that decide a number; the device and `batch_tokens` only round it.
+DECIDING = ("max_length", "max_windows", "start_token", "tokenizer_fingerprint", "dtype", "attn_implementation")
+ROUNDING = 0.25  # nats per square root of a document's tokens: what bfloat16 and kernels may move the base's own loss
 TINY = 1e-6  # nats per token; below this a divergence is float32 rounding, and a share of it means nothing
 
 
@@ -55,28 +58,37 @@ def compare_at_matched_loss(runs: list[dict], seed: int = 0) -> dict:
     reached; each run is read at its first crossing of it, linearly between the two evaluations around it.
     `prevented` = 1 - ref_kl(run) / ref_kl(first run). Intervals: percentile bootstrap over documents, the same
     resampled documents in every run. They hold for these runs, not for other training seeds.
+
+    The end of a run is the model that it left: what `retain measure` found of it, else the evaluation at its step. Each
+    number is of one source in all runs, and is compared only where it was measured alike (`unlike` says where not).
     """
     _check_same_base(runs)
     curves = [series(run, "eval_loss") for run in runs]
     matched_loss, reason = _matched_loss(runs, curves)
     steps = [None if matched_loss is None else crossing(*curve, matched_loss) for curve in curves]
-    ends = [curve[0][-1] if curve[0] else None for curve in curves]
-    others = [measured(next(iter((run.get("new_task") or {}).values()), None), "loss")[0] for run in runs]
-    losses = [values[-1] if values else other for (_, values), other in zip(curves, others, strict=True)]
+    ends = [end_of(run) for run in runs]
+    loss_text, losses = _final_losses(runs, ends)
     texts = texts_of(runs)
-    relative = [None] + [loss / losses[0] - 1 if loss and losses[0] else None for loss in losses[1:]]
+    whole = [text for text in texts if _all_measured(runs, text)]
+    odd = [None if loss_text is None else unlike(runs[0], run, loss_text) for run in runs]
+    relative = [None] + [
+        loss / losses[0] - 1 if loss and losses[0] and not why else None
+        for loss, why in zip(losses[1:], odd[1:], strict=True)
+    ]
     return {
         "schema": "retain.comparison/1",
         "reference": runs[0]["name"] if runs else None,
         "matched_loss": matched_loss,
         "reason": reason,
+        "loss_text": loss_text, "measured_texts": whole,
         "runs": [
             {"name": run["name"], "matched_step": step, "final_step": end, "final_loss": loss,
-             "relative_loss_difference": difference}
-            for run, step, end, loss, difference in zip(runs, steps, ends, losses, relative, strict=True)
+             "relative_loss_difference": difference, "kept": _kept_step(run) is not None,
+             "unlike": {"to": runs[0]["name"], "why": why} if why else None}
+            for run, step, end, loss, difference, why in zip(runs, steps, ends, losses, relative, odd, strict=True)
         ],
         "matched": {text: _side_by_side(runs, steps, text, seed) for text in texts} if reason is None else {},
-        "end": {text: _side_by_side(runs, ends, text, seed, at_end=True) for text in texts},
+        "end": {text: _side_by_side(runs, None if text in whole else ends, text, seed) for text in texts},
         "level": LEVEL, "num_resamples": NUM_RESAMPLES, "seed": seed,
     }  # fmt: skip
 
@@ -85,6 +97,69 @@ def _check_same_base(runs: list[dict]) -> None:
     fingerprints = {run["name"]: (run.get("base") or {}).get("fingerprint") for run in runs}
     if len({fingerprint for fingerprint in fingerprints.values() if fingerprint}) > 1:
         raise ValueError(f"base.fingerprint differs between runs: {fingerprints}. Compare runs of one base.")
+
+
+def _kept_step(run: dict) -> float | None:
+    step = (run.get("training") or {}).get("kept_step")
+    return step if is_number(step) else None
+
+
+def end_of(run: dict) -> float | None:
+    """The step of the weights that a run left: what `load_best_model_at_end` kept, else the last that was evaluated."""
+    steps, _ = series(run, "eval_loss")
+    kept = _kept_step(run)
+    return kept if kept is not None else steps[-1] if steps else None
+
+
+def _final_losses(runs: list[dict], ends: list[float | None]) -> tuple[str | None, list[Any]]:
+    """New-task losses at the ends, of one source: a text that all were measured on (its name), else `eval_loss`."""
+    tables = [run.get("new_task") or {} for run in runs]
+    for text in tables[0] if runs else ():
+        losses = [measured(table.get(text), "loss")[0] for table in tables]
+        if None not in losses:
+            return text, losses
+    losses = [_interpolate(*series(run, "eval_loss"), end) for run, end in zip(runs, ends, strict=True)]
+    return None, [None] * len(runs) if None in losses else losses
+
+
+def _all_measured(runs: list[dict], text: str) -> bool:
+    """Whether every run that knows a text has what `retain measure` found on it."""
+    found = [measured((run.get("retention") or {}).get(text), "ref_kl")[0] is not None for run in runs]
+    followed = [bool(series(run, f"retention/{text}/ref_kl")[0]) for run in runs]
+    return any(found) and all(one or not other for one, other in zip(found, followed, strict=True))
+
+
+def unlike(run: dict, other: dict, text: str) -> str | None:
+    """How `other` was measured on a text, where that was otherwise than `run` in what decides the numbers."""
+    told = [
+        {key: re.sub(r"(\(id \d+\)): .*", r"\1", str(value)) for key, value in (one.get("settings") or {}).items()}
+        for one in (run, other)
+    ]
+    known = [key for key in DECIDING if key in told[0] and key in told[1]]  # older reports tell fewer
+    differing = [f"{key} {told[1][key]}, not {told[0][key]}" for key in known if told[0][key] != told[1][key]]
+    if differing:
+        return f"measured with {'; '.join(differing)}"
+    sizes = [_size(one, text) for one in (run, other)]
+    if sizes[0] and sizes[1] and sizes[0] != sizes[1]:
+        return f"measured on other documents ({sizes[1]}; not {sizes[0]})"
+    return _other_documents(_documents_measured(run, text), _documents_measured(other, text))
+
+
+def _size(run: dict, text: str) -> str | None:
+    entry = ((run.get("new_task") or {}) | (run.get("retention") or {})).get(text, {}).get("loss") or {}
+    documents, tokens = entry.get("num_documents"), entry.get("num_tokens")
+    return f"{documents:,} documents, {tokens:,} tokens" if is_number(documents) and is_number(tokens) else None
+
+
+def _other_documents(rows: dict | None, others: dict | None) -> str | None:
+    """Documents are known by their lengths and by the base's own loss on each; None where they are the same."""
+    if rows is None or others is None:
+        return None
+    if np.array_equal(rows["num_tokens"], others["num_tokens"]):
+        apart = np.abs(rows["base_loss"] - others["base_loss"])
+        if np.all(apart <= ROUNDING * np.sqrt(rows["num_tokens"])):
+            return None
+    return "measured on other documents"
 
 
 def _matched_loss(runs: list[dict], curves: list[tuple]) -> tuple[float | None, str | None]:
@@ -103,26 +178,37 @@ def _matched_loss(runs: list[dict], curves: list[tuple]) -> tuple[float | None, 
     return target, None
 
 
-def _side_by_side(runs: list[dict], steps: list, text: str, seed: int, at_end: bool = False) -> list[dict]:
-    """One entry per run for one text, read at each run's own step; `prevented` is against the first run."""
-    entries, documents = [], []
-    for run, step in zip(runs, steps, strict=True):
-        values: dict[str, Any] = {
-            metric: (_interpolate(*series(run, f"retention/{text}/{metric}"), step), None) for metric in MOVES
-        }
-        found = _documents_at(run, text, step)
-        if at_end and values["ref_kl"][0] is None:  # no trajectory: what `retain measure` found, on its own documents
-            values = {metric: measured((run.get("retention") or {}).get(text), metric) for metric in MOVES}
+def _side_by_side(runs: list[dict], steps: list | None, text: str, seed: int) -> list[dict]:
+    """One entry per run for one text, read at each run's own step, or what `retain measure` found where that is None.
+
+    `prevented` is against the first run.
+    """
+    entries: list[dict] = []
+    documents = []
+    for place, run in enumerate(runs):
+        step = steps[place] if steps else None
+        if steps is None:
+            values: dict[str, Any] = {m: measured((run.get("retention") or {}).get(text), m) for m in MOVES}
             found = _documents_measured(run, text)
+        else:
+            values = {m: (_interpolate(*series(run, f"retention/{text}/{m}"), step), None) for m in MOVES}
+            found = _documents_at(run, text, step)
         documents.append(found)
         entry = {"name": run["name"], "step": step, "prevented": None, "prevented_ci": None, "note": None}
         for metric, (value, bounds) in values.items():
             ci = list(bounds) if bounds else _interval(found[metric], found["num_tokens"], seed) if found else None
             entry |= {metric: value, f"{metric}_ci": ci if value is not None else None}
-        entries.append(entry | {"num_documents": len(found["num_tokens"]) if found else None})
+        entries.append(entry | {"num_documents": len(found["num_tokens"]) if found else None, "unlike": None})
     floor = floor_of(runs[0], text)
-    for entry, found in zip(entries[1:], documents[1:], strict=True):
-        entry |= _prevented(entries[0], entry, [documents[0], found], floor, seed)
+    first = next((place for place, entry in enumerate(entries) if entry["ref_kl"] is not None), 0)
+    for place, (entry, found) in enumerate(zip(entries[1:], documents[1:], strict=True), 1):
+        of_measure = unlike(runs[first], runs[place], text) if steps is None else None
+        why = of_measure or _other_documents(documents[first], found)
+        if why and entry["ref_kl"] is not None:
+            to = entries[first]["name"]
+            entry |= {"unlike": {"to": to, "why": why}, "note": f"not compared with “{to}”: {why}"}
+        else:
+            entry |= _prevented(entries[0], entry, [documents[0], found], floor, seed)
     return entries
 
 
@@ -136,8 +222,6 @@ def _prevented(plain: dict, entry: dict, documents: list[dict | None], floor: fl
     of_plain, of_run = documents
     if of_plain is None or of_run is None:
         return {"prevented": value, "note": "no interval: no values per document"}
-    if not np.array_equal(of_plain["num_tokens"], of_run["num_tokens"]):
-        return {"prevented": value, "note": "no interval: the runs were measured on different documents"}
     ci = _interval(of_run["ref_kl"], of_plain["ref_kl"], seed)
     if ci is None:
         return {"prevented": value, "note": "no interval: too few documents"}
@@ -170,7 +254,8 @@ def _documents_at(run: dict, text: str, step: float | None) -> dict[str, np.ndar
         return (1 - share) * np.asarray(before[key], float) + share * np.asarray(after[key], float)
 
     tokens = np.asarray(before["num_tokens"], float)  # not mixed: rounding would make equal documents differ
-    return {"ref_kl": mix("ref_kl"), "forgetting": mix("loss") - mix("base_loss"), "num_tokens": tokens}
+    sums = {key: mix(key) for key in ("ref_kl", "loss", "base_loss")}
+    return sums | {"forgetting": sums["loss"] - sums["base_loss"], "num_tokens": tokens}
 
 
 def _documents_measured(run: dict, text: str) -> dict[str, np.ndarray] | None:
@@ -185,15 +270,15 @@ def _documents_measured(run: dict, text: str) -> dict[str, np.ndarray] | None:
 def loss_difference(run: dict, other: dict, text: str, seed: int = 0) -> dict[str, Any] | None:
     """Loss of `run` minus that of `other` on one text at their ends, nats per token; its interval pairs documents.
 
-    None where one of them was not measured there.
+    None where one of them was not measured there, or they were not measured alike.
     """
     tables = [(one.get("new_task") or {}).get(text) or (one.get("retention") or {}).get(text) for one in (run, other)]
     losses = [measured(table, "loss")[0] for table in tables]
-    if losses[0] is None or losses[1] is None:
+    if losses[0] is None or losses[1] is None or unlike(other, run, text):
         return None
     rows = [_documents_measured(one, text) for one in (run, other)]
     ci = None
-    if rows[0] and rows[1] and np.array_equal(rows[0]["num_tokens"], rows[1]["num_tokens"]):
+    if rows[0] and rows[1]:
         ci = _interval(rows[0]["loss"] - rows[1]["loss"], rows[0]["num_tokens"], seed)
     return {"value": losses[0] - losses[1], "ci": ci, "losses": losses}
 

@@ -115,6 +115,7 @@ class ForgettingCallback(RunFilesCallback):
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._is_in_train = False
+        super().on_train_end(*args, **kwargs)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

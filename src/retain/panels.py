@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from retain.comparison import series, texts_of
-from retain.pareto import ends, frontier
+from retain.comparison import end_of, series, texts_of
+from retain.pareto import Point, ends, frontier
 
 LEARNING = "new-task loss, nats per token (learning →)"
 
@@ -21,14 +21,23 @@ def panels(runs: Sequence[dict], compared: dict | None) -> list[dict[str, Any]]:
 
 
 def _learning(runs: Sequence[dict], compared: dict | None, text: str) -> dict[str, Any] | None:
-    """Forgetting over new-task loss: a line per trajectory, a point for a run that was measured at its end only."""
+    """Forgetting over new-task loss: a line per trajectory, or the end of every run where one has none.
+
+    Never both: what was evaluated during training and what was measured after it are other losses.
+    """
     points = ends(compared, text) if compared else [None] * len(runs)
-    lines = [_line(run, place, text, points[place]) for place, run in enumerate(runs)]
-    lines = [line for line in lines if line]
-    followed = any(line and len(line["x"]) > 1 for line in lines)  # else nothing was read at the matched loss
+    paths = [_path(run, place, text) for place, run in enumerate(runs)]
+    followed = any(paths) and all(path or not point for path, point in zip(paths, points, strict=True))
+    if not followed:
+        paths = [
+            point and _line(run, place, {None: point})
+            for place, (run, point) in enumerate(zip(runs, points, strict=True))
+        ]
+    lines = [line for line in paths if line]
     if len(lines) < 2 and not followed:
         return None
-    best = [points[place] for place in frontier(points)]
+    last = {line["run"]: (line["x"][-1], line["y"][-1]) for line in lines}
+    best = sorted((last[place] for place in frontier(points)), reverse=True)
     return {
         "kind": "frontier", "title": text, "words": f"Learning against divergence from the base on {text}",
         "xlabel": LEARNING, "ylabel": "ref_kl, nats per token", "lines": lines,
@@ -37,17 +46,18 @@ def _learning(runs: Sequence[dict], compared: dict | None, text: str) -> dict[st
     }  # fmt: skip
 
 
-def _line(run: dict, place: int, text: str, end: tuple[float, float] | None) -> dict[str, Any] | None:
-    """One run at the steps where both the new-task loss and the text were evaluated, or at its end."""
+def _path(run: dict, place: int, text: str) -> dict[str, Any] | None:
+    """One run where both the new-task loss and the text were evaluated, up to the model that it left."""
     losses = dict(zip(*series(run, "eval_loss"), strict=True))
     moved = dict(zip(*series(run, f"retention/{text}/ref_kl"), strict=True))
-    steps: list[float | None] = [step for step in losses if step in moved]
-    points = [(losses[step], moved[step]) for step in losses if step in moved]
-    if len(points) < 2:
-        if end is None:
-            return None
-        steps, points = [None], [end]
-    return {"name": run["name"], "run": place, "x": [x for x, _ in points], "y": [y for _, y in points], "steps": steps}
+    end = end_of(run)
+    points = {step: (losses[step], moved[step]) for step in losses if step in moved and end is not None and step <= end}
+    return _line(run, place, points) if len(points) > 1 else None
+
+
+def _line(run: dict, place: int, points: Mapping[Any, Point]) -> dict[str, Any]:
+    x, y = ([point[axis] for point in points.values()] for axis in (0, 1))
+    return {"name": run["name"], "run": place, "x": x, "y": y, "steps": list(points)}
 
 
 def _curves(runs: Sequence[dict]) -> list[dict[str, Any]]:

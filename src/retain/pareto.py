@@ -17,13 +17,15 @@ Point = tuple[float, float]
 def ends(compared: dict, text: str | None = None) -> list[Point | None]:
     """(new-task loss, ref_kl) at the end of each run, nats per token; on one text, or the mean over all texts.
 
-    `compared` is of `compare_at_matched_loss`. None for a run that was not measured on all of them.
+    `compared` is of `compare_at_matched_loss`. None for a run that was not measured on all of them, or not alike.
     """
     texts = list(compared["end"]) if text is None else [text]
     found: list[Point | None] = []
     for place, run in enumerate(compared["runs"]):
-        moved = [compared["end"][name][place]["ref_kl"] for name in texts]
+        entries = [compared["end"][name][place] for name in texts]
+        moved = [entry["ref_kl"] for entry in entries]
         known = bool(moved) and all(map(is_number, [run["final_loss"], *moved]))
+        known = known and not any(entry["unlike"] for entry in (run, *entries))
         found.append((run["final_loss"], sum(moved) / len(moved)) if known else None)
     return found
 

@@ -31,7 +31,14 @@ from retain.maps import heat_map, worst_documents
 from retain.panels import panels
 from retain.pareto import frontier_sentences
 from retain.text import visible
-from retain.verdicts import budget_sentence, comparison_verdict, run_verdict
+from retain.verdicts import (
+    base_sentences,
+    budget_sentence,
+    comparison_verdict,
+    end_sentences,
+    run_verdict,
+    unlike_sentences,
+)
 
 if TYPE_CHECKING:
     import jinja2
@@ -186,16 +193,19 @@ def _view(reports: list[dict], title: str, notes: Sequence[str]) -> dict[str, An
     """Everything the templates show, as plain strings and numbers."""
     runs: list[dict] = visible(shortened(reports))
     compared = compare_at_matched_loss(runs) if len(runs) > 1 else None
+    main = tables.metric_table(runs, lambda kind, metric: metric in tables.MAIN[kind])
+    end, ends = (tables.comparison_table(compared, "end"), end_sentences(compared)) if compared else (None, [])
     return {
         "title": visible(title), "notes": visible(list(notes)), "runs": runs, "comparison": compared,
-        "warnings": _warnings(runs),
+        "warnings": _warnings(runs) + (unlike_sentences(compared) if compared else []),
         "verdict": comparison_verdict(runs, compared) if compared else told(runs[0]),
         "verdicts": [told(run, runs[0] if at else None) for at, run in enumerate(runs)] if compared else [],
         "pareto": frontier_sentences(compared) if compared else [],
-        "table": tables.metric_table(runs, lambda kind, metric: metric in tables.MAIN[kind]),
+        "table": main | {"notes": base_sentences(runs)},
         "rest": tables.metric_table(runs, lambda kind, metric: metric not in tables.MAIN[kind]),
         "matched": tables.comparison_table(compared, "matched") if compared and compared["matched"] else None,
-        "end": tables.comparison_table(compared, "end") if compared else None, "heat": heat_map(runs),
+        "end": end | {"notes": ends + end["notes"]} if end else None, "ends": ends,
+        "heat": heat_map(runs),
         "answers": answers_table(runs), "refusals": refusals_table(runs), "drift": drift_table(runs),
         "knowledge": knowledge_table(runs), "sizes": tables.sizes(runs), "facts": tables.facts(runs),
         "metrics": tables.METRICS, "asked": MEANINGS, "scorers": SCORERS, "fates": KNOWLEDGE_FATES,

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import TrainerState, TrainingArguments
 
 from retain.callbacks import DOCUMENTS_FILE
+from retain.callbacks import weights_step as weights_step  # for those who measure here
 from retain.data import Document, as_documents
 from retain.files import append_jsonl
 from retain.metrics import Forward, document_sums, summarize
@@ -19,12 +20,6 @@ logger = logging.getLogger(__name__)
 
 LOGGED_METRICS = ("loss", "forgetting", "ref_kl", "ref_agreement")
 Tables = dict[str, dict[str, dict[str, Any]]]  # name of the text → metric → value, interval and sizes
-
-
-def weights_step(args: TrainingArguments, state: TrainerState, *, is_in_train: bool) -> int:
-    """The optimizer step whose weights the model holds: the best one where `load_best_model_at_end` restored it."""
-    best = state.best_global_step if args.load_best_model_at_end and not is_in_train else None
-    return best or state.global_step
 
 
 def batch_tokens(args: TrainingArguments, documents: Sequence[Document]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from retain.comparison import cell, floor_of, loss_difference, measured
+from retain.comparison import cell, floor_of, loss_difference, measured, unlike
 
 HEADS = {
     "forgot": "forgetting shown",
@@ -120,7 +120,7 @@ def _least_moved(texts: dict, total: int) -> tuple[list[int], int]:
 def _prevention(text: str, plain: dict, entry: dict) -> str:
     share, ci = entry["prevented"], entry["prevented_ci"]
     if share is None:
-        return f"by an amount that cannot be judged on {text}"
+        return f"by an amount that cannot be judged on {text}{' (measured otherwise)' if entry['unlike'] else ''}"
     facts = f"ref_kl {cell(entry['ref_kl'])['value']} against {cell(plain['ref_kl'])['value']}"
     how = f"{abs(share):.0%} {'less' if share >= 0 else 'more'} on {text}"
     if ci is None:
@@ -129,3 +129,54 @@ def _prevention(text: str, plain: dict, entry: dict) -> str:
         return f"not clearly less or more on {text} (95% interval {0 - ci[1]:+.0%} to {0 - ci[0]:+.0%}; {facts})"
     low, high = sorted(map(abs, ci))
     return f"{how} (95% interval {low:.0%} to {high:.0%}; {facts})"
+
+
+def unlike_sentences(compared: dict) -> list[str]:
+    """Which runs are not compared, on which texts, and why: they were not measured alike."""
+    found: dict[tuple[str, ...], dict[str, None]] = {}
+    for place, run in enumerate(compared["runs"]):
+        odd = [(compared["loss_text"], run, "")]
+        for text, entries in compared["end"].items():
+            matched = (compared["matched"].get(text) or entries)[place]
+            odd += [(text, matched, ""), (text, entries[place], "" if matched["unlike"] else " at the end")]
+        for text, entry, where in odd:
+            if told := entry["unlike"]:
+                found.setdefault((run["name"], told["to"], where, told["why"]), {})[text] = None
+    return [
+        f"“{name}” is not compared with “{to}”{where} on {listed(list(texts))}: {why}."
+        for (name, to, where, why), texts in found.items()
+    ]
+
+
+def base_sentences(runs: list[dict]) -> list[str]:
+    """Of which run the column `base` of a table is, where others were measured otherwise."""
+    told = []
+    for kind in ("new_task", "retention"):
+        for text in dict.fromkeys(text for run in runs for text in run.get(kind) or {}):
+            first, *others = [run for run in runs if text in (run.get(kind) or {})]
+            odd = [f"“{run['name']}”" for run in others if unlike(first, run, text)]
+            if odd:
+                told.append(f"{text}: the column base is of “{first['name']}”; measured otherwise: {listed(odd)}")
+    return told
+
+
+def end_sentences(compared: dict) -> list[str]:
+    """What the ends of the runs were read from."""
+    runs, loss_text, found = compared["runs"], compared["loss_text"], list(compared["measured_texts"])
+    followed = [text for text in compared["end"] if text not in found]
+    steps = {
+        f"step {run['final_step']:g} of “{run['name']}”": run["kept"] for run in runs if run["final_step"] is not None
+    }
+    told = []
+    if loss_text is not None:
+        found.insert(0, f"the new-task loss ({loss_text})")
+    elif all(run["final_loss"] is None for run in runs):
+        told.append("There is no new-task loss that all of them have.")
+    else:
+        followed.insert(0, "the new-task loss (eval_loss)")
+    told += [f"Measured on the saved models: {listed(found)}."] if found else []
+    if followed and steps:
+        told.append(f"Read from the evaluations during training, at {listed(list(steps))}: {listed(followed)}.")
+    if any(steps.values()):
+        told.append(f"load_best_model_at_end kept {listed([step for step, kept in steps.items() if kept])}.")
+    return told
