@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import ARCHITECTURES, make_model
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from retain.reference import Reference, evaluation_mode, probe, probe_tokens
 
@@ -145,6 +145,13 @@ def test_a_vocabulary_that_grew_is_refused():
     model.resize_token_embeddings(324, mean_resizing=False)
     with pytest.raises(ValueError, match="the vocabulary grew from 320 to 324 tokens"):
         Reference.copy_of(model).prove(model, base_probe)
+
+
+def test_a_prompt_that_was_handed_over_is_named():
+    """Its virtual tokens were taken for a vocabulary that grew, from 320 to 320."""
+    model = get_peft_model(make_model(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="'adapter' does not give the base's predictions; hand over the base, and"):
+        Reference().prove(model, probe(model))
 
 
 def test_dropout_is_off_in_the_reference_and_on_again_afterwards():

@@ -124,6 +124,11 @@ class Reference:
         """
         with self.base(model, model) as base:
             found = probe(base)
+        if found.shape[:-1] != base_probe.shape[:-1]:  # virtual tokens of a prompt that was handed over
+            raise ValueError(
+                f"replay_reference: {self.kind!r} does not give the base's predictions; hand over the base, and the "
+                "adapter as peft_config"
+            )
         if found.shape != base_probe.shape:
             raise ValueError(
                 f"replay_reference: the vocabulary grew from {base_probe.shape[-1]} to {found.shape[-1]} tokens, so "
