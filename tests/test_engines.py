@@ -486,9 +486,13 @@ def test_an_interrupted_ray_job_stops_cleanly_and_goes_on(cluster, workers, llam
     command = [sys.executable, "-c", STOPPED, str(llama_folder), str(folder), *FLAGS, "--engine", "ray"]
     address = cluster.get_runtime_context().gcs_address
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "RAY_ADDRESS": address}
-    done = subprocess.run(
-        [*command, "--num_workers", "1"], env=environment, capture_output=True, text=True, timeout=200
-    )
+    for _ in range(5):  # six shards are few: the signal may come behind the last
+        shutil.rmtree(folder, ignore_errors=True)
+        done = subprocess.run(
+            [*command, "--num_workers", "1"], env=environment, capture_output=True, text=True, timeout=200
+        )
+        if done.returncode:
+            break
     assert done.returncode == 130, done.stderr[-3000:]
     assert done.stderr.splitlines()[-1] == "retain sample: interrupted; the same command goes on where it stopped"
     assert "Traceback" not in done.stderr + done.stdout
