@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "retain"
-PURE = {"config", "value_types", "files", "text", "losses", "statistics", "comparison", "budget"}
+PURE = {"config", "value_types", "files", "text", "losses", "statistics", "cells", "comparison", "budget"}
 ROOMS = PURE | {"models", "data", "reference"}
 # Module: what it may import of ours. A name outside the table is a new room: put it where it belongs.
 MAY_IMPORT = {
@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "text": {"files"},
     "losses": set(),
     "statistics": set(),
-    "comparison": {"statistics"},
+    "cells": set(),
+    "comparison": {"statistics", "cells"},
     "budget": {"config"},
     "models": PURE,
     "data": PURE,
@@ -36,13 +37,13 @@ MAY_IMPORT = {
     "replay": PURE | {"data", "reference_cache"},
     "objective": ROOMS | {"heads", "metrics", "replay"},
     "protection": ROOMS | {"replay", "overlap"},
-    "verdicts": {"comparison"},
-    "pareto": {"comparison", "verdicts"},
+    "verdicts": {"cells", "comparison"},
+    "pareto": {"cells", "verdicts"},
     "panels": {"comparison", "pareto"},
-    "plots": {"comparison", "panels", "text"},
-    "tables": {"comparison"},
-    "behaviour": {"comparison"},
-    "maps": {"comparison", "text"},
+    "plots": {"cells", "panels", "text"},
+    "tables": {"cells"},
+    "behaviour": {"cells"},
+    "maps": {"cells", "text"},
     "interactive": {"plots"},
     "laws": set(),
     "projection": {"laws"},
@@ -60,8 +61,8 @@ MAY_IMPORT = {
     "plan_text": {"plan", "plots"},
     "plan_verb": ROOMS | {"law_runs", "plan", "plan_text", "replay", "sample", "__init__"},
     "capabilities.__init__": set(),
-    "capabilities.answers": {"statistics", "comparison"},
-    "capabilities.gate": {"capabilities.answers", "comparison"},
+    "capabilities.answers": {"statistics", "cells"},
+    "capabilities.gate": {"capabilities.answers", "cells"},
     "capabilities.samples": {"capabilities.answers", "__init__"},
     "capabilities.harness": ROOMS | {"capabilities.samples"},
     "base_cache": ROOMS | {"heads", "metrics", "__init__"},
@@ -75,7 +76,7 @@ MAY_IMPORT = {
     | {f"capabilities.{name}" for name in ("answers", "choices", "generations", "phrases")},
     "report": {"comparison", "verdicts", "pareto", "panels", "plots", "interactive", "tables", "behaviour", "maps"}
     | {"files", "text", "model_card", "capabilities.answers", "__init__"},
-    "model_card": {"report", "tables", "comparison", "text", "capabilities.answers", "__init__"},
+    "model_card": {"report", "tables", "cells", "text", "capabilities.answers", "__init__"},
     "demo_data": ROOMS,
     "engine": ROOMS | {"heads"},
     "starts": ROOMS,
@@ -124,7 +125,7 @@ MAY_IMPORT |= {"lab.tasks": {"engine"}, "lab.corpora": {"engine", "replay", "tex
 MAY_IMPORT["lab.pretrain"] = MAY_IMPORT["finetune"] | {"finetune", "demo_data"}
 MAY_IMPORT["lab.pretrain"] |= {f"lab.{name}" for name in ("config", "corpora", "models", "tasks", "tokenizers")}
 
-MAY_IMPORT["lab.sweep"] = {"comparison", "files", "__init__", "lab.ray_sweep"}
+MAY_IMPORT["lab.sweep"] = {"cells", "files", "__init__", "lab.ray_sweep"}
 MAY_IMPORT["lab.ray_sweep"] = {"lab.sweep", "lab.__init__", "ray_engine"}
 MAY_IMPORT["cli"] |= {"lab.sweep", "export", "signals", "flags", "model_card"}
 MAY_IMPORT |= {"signals": set(), "flags": MAY_IMPORT["lab.pretrain"] | {"lab.pretrain"}}

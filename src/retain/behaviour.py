@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from retain.comparison import bounds_of, count, is_number, measured, number, points, probability, share
+from retain.cells import bounds_of, count, is_number, measured, number, points, probability, share
 
 Cell = dict[str, str]
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from retain.comparison import cell, is_number
+from retain.cells import cell, is_number
 from retain.text import visible, visible_text
 
 FULL = 3.0  # nats: a token's divergence from which its colour is full, the same in every report

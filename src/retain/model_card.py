@@ -8,7 +8,7 @@ from typing import Any
 
 from retain import tables
 from retain.capabilities.answers import rules_of
-from retain.comparison import bounds_of, is_number
+from retain.cells import bounds_of, is_number
 from retain.report import model_card_section, shortened
 from retain.text import visible
 

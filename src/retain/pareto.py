@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from retain.comparison import is_number
+from retain.cells import is_number
 from retain.verdicts import listed
 
 Point = tuple[float, float]

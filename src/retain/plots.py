@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from retain.comparison import is_number
+from retain.cells import is_number
 from retain.panels import LEARNING, panels
 from retain.text import visible
 

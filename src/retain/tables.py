@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from retain.comparison import cell, is_number
+from retain.cells import cell, is_number
 
 # metric: (label, key of the base's own value or None for the noise floor, meaning). Nats per token if not said.
 METRICS: dict[str, tuple[str, str | None, str]] = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from retain.comparison import cell, floor_of, loss_difference, measured, unlike
+from retain.cells import cell, measured
+from retain.comparison import floor_of, loss_difference, unlike
 
 HEADS = {
     "forgot": "forgetting shown",

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from retain.comparison import count, is_number, points, probability, share
+from retain.cells import count, is_number, points, probability, share
 from retain.statistics import bootstrap_ratio, mcnemar, share_interval
 
 # (key, label, meaning): what became of a question, from the base to the tuned model.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retain.capabilities.answers import rules_of
-from retain.comparison import cell, is_number
+from retain.cells import cell, is_number
 
 WITHIN, BEYOND, UNDECIDED = 0, 2, 3
 WORDS = {WITHIN: "within", BEYOND: "beyond", UNDECIDED: "not enough evidence"}

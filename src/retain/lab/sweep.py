@@ -25,7 +25,7 @@ import yaml
 from tqdm import tqdm
 
 from retain import versions
-from retain.comparison import is_number
+from retain.cells import is_number
 from retain.files import append_jsonl, exclusive, read_jsonl, write_text
 
 RESULTS = "results.jsonl"
