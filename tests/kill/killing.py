@@ -24,6 +24,7 @@ from conftest import make_texts, save_model
 CHAIN = 5  # kills of one run before it is let through and compared
 FRESH = 5  # every so many kills is of a process that imports everything itself
 TIMES = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(\+\d\d:\d\d)?")
+TAGS = re.compile(r"(?:^- [\w-]+\n)+", re.MULTILINE)
 # Of a log row: what takes time; and transformers' mean over the steps of the last process alone.
 NOT_COMPARED = re.compile(r"(_runtime|_per_second)$|^train_")
 OF_COMMAND = ("resume_from_checkpoint", "logging_dir", "run_name")
@@ -185,6 +186,9 @@ def content(path: Path) -> Any:
         if path.name == "adapter_config.json":  # PEFT keeps these in a set, whose order is each Python's own
             found["target_modules"] = sorted(found["target_modules"])
         return found
+    if path.name == "README.md":  # a model card, whose tags TRL keeps in a set, too
+        told = TIMES.sub("", path.read_text())
+        return TAGS.sub(lambda tags: "".join(sorted(tags[0].splitlines(keepends=True))), told)
     if path.suffix in (".md", ".html", ".txt"):
         return TIMES.sub("", path.read_text())
     return digest(path.read_bytes())
