@@ -103,6 +103,10 @@ def make_model(architecture: str = "llama", seed: int = 0, scale: float = 6.0, *
     """A random model whose predictions are far from uniform: matrices are scaled up after initialisation."""
     config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture], **changes})
     config.bos_token_id, config.eos_token_id, config.pad_token_id = 3, 2, 4
+    return random_model(config, seed, scale)
+
+
+def random_model(config: Any, seed: int, scale: float) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, CHATML, make_model, make_tokenizer, save_model
+from conftest import ARCHITECTURES, CHATML, make_model, make_tokenizer, random_model, save_model
 from scipy.stats import chisquare
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from retain.engine import choose_batch_size, choose_threads, draw_rows, draw_tokens, row_uniforms
 from retain.files import exclusive
@@ -189,14 +189,8 @@ OTHER_CACHES = {
 
 def make_recurrent(kind: str, scale: float = 6.0) -> PreTrainedModel:
     """As `make_model`, of families that call their cache otherwise, or keep a state in it."""
-    torch.manual_seed(0)
     config = AutoConfig.for_model(kind, bos_token_id=3, eos_token_id=2, pad_token_id=4, **OTHER_CACHES[kind])
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(scale)
-    return model.eval()
+    return random_model(config, 0, scale)
 
 
 def drawn_in_context(model) -> bool:

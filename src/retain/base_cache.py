@@ -28,7 +28,7 @@ from retain import versions
 from retain.files import PART, hold_together, naming, write_text
 from retain.heads import HeadForm, find_head_form, seen_by_head
 from retain.metrics import Forward, logits_of
-from retain.models import base_parameter_name, model_fingerprint
+from retain.models import base_parameter_name, model_fingerprint, sums_of_bits
 
 MOST_BYTES = 2 << 30  # of one text's hidden states; a larger text is measured without the cache
 MOST_BYTES_IN_ALL = 8 << 30  # of the folder; what was not used for longest goes first
@@ -160,11 +160,8 @@ def bits_of(model: Any) -> str:
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0]):
-        values, sums = tensor.detach().reshape(-1).view(whole[tensor.element_size()]), [0, 0]
-        for start in range(0, values.numel(), 1 << 24):
-            bits = values[start : start + (1 << 24)].to(torch.int64)
-            places = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
-            sums = [sums[0] + int(bits.sum()), sums[1] + int((bits * places).sum()) + start % 65521]
+        kind = whole[tensor.element_size()]
+        sums = sums_of_bits(tensor, lambda values, kind=kind: values.view(kind))  # type: ignore[misc]
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{sums}\n".encode())
     return digest.hexdigest()
 

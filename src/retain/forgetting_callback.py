@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 from retain import versions
-from retain.callbacks import RunFilesCallback
+from retain.callbacks import RunFilesCallback, weights_step
 from retain.capabilities.choices import Inputs, Question, choice_scores, chosen, encode_questions
 from retain.data import Document
 from retain.files import read_settings
@@ -33,7 +33,7 @@ from retain.models import choose_start_token, max_positions, model_fingerprint, 
 from retain.protection import check_base_is_frozen, see_the_base_everywhere
 from retain.reference import Reference, evaluation_mode, probe
 from retain.remembered import RememberedBase
-from retain.trajectory import Tables, batch_tokens, logged, measure_texts, take_documents, weights_step
+from retain.trajectory import Tables, batch_tokens, logged, measure_texts, take_documents
 
 GIVE_BASE = "give base=the model before finetuning, as a second copy"
 

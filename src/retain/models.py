@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -297,6 +297,18 @@ def base_parameter_name(name: str) -> str | None:
     return name.replace("attn.model.", "attn.")  # adaption prompts wrap whole attention modules
 
 
+def sums_of_bits(tensor: torch.Tensor, as_integers: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, int]:
+    """Sums over a tensor's values as integers: plain, and weighted by place. Made where the tensor lies, in parts."""
+    total = weighted = 0
+    values = tensor.detach().reshape(-1)
+    for start in range(0, values.numel(), 1 << 24):
+        bits = as_integers(values[start : start + (1 << 24)]).to(torch.int64)
+        position = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
+        total += int(bits.sum())
+        weighted += int((bits * position).sum()) + start % 65521
+    return total, weighted
+
+
 @torch.no_grad()
 def model_fingerprint(model: Any) -> str:
     """Hash over names, shapes and every weight rounded to bfloat16, so the same for a float32 and a bfloat16 load.
@@ -309,13 +321,7 @@ def model_fingerprint(model: Any) -> str:
         base_name = base_parameter_name(name)
         if base_name is None:
             continue
-        total = weighted = 0
-        values = parameter.detach().reshape(-1)
-        for start in range(0, values.numel(), 1 << 24):
-            bits = values[start : start + (1 << 24)].to(torch.bfloat16).view(torch.int16).to(torch.int64)
-            position = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
-            total += int(bits.sum())
-            weighted += int((bits * position).sum()) + start % 65521
+        total, weighted = sums_of_bits(parameter, lambda values: values.to(torch.bfloat16).view(torch.int16))
         digest.update(f"{base_name}:{tuple(parameter.shape)}:{total}:{weighted}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from retain import versions
+from retain.callbacks import weights_step
 from retain.config import ReplayConfig
 from retain.data import Document
 from retain.metrics import logits_at
 from retain.models import display_name
 from retain.reference import Reference
 from retain.report import ForgettingReport
-from retain.trajectory import Tables, logged, measure_texts, weights_step
+from retain.trajectory import Tables, logged, measure_texts
 
 if TYPE_CHECKING:  # what the mixin stands on; at run time the host class comes after it
     from transformers import Trainer as Host

@@ -11,7 +11,6 @@ import numpy as np
 from transformers import TrainerState, TrainingArguments
 
 from retain.callbacks import DOCUMENTS_FILE
-from retain.callbacks import weights_step as weights_step  # for those who measure here
 from retain.data import Document, as_documents
 from retain.files import append_jsonl
 from retain.metrics import Forward, document_sums, summarize
