@@ -125,8 +125,9 @@ MAY_IMPORT |= {"lab.tasks": {"engine"}, "lab.corpora": {"engine", "replay", "tex
 MAY_IMPORT["lab.pretrain"] = MAY_IMPORT["finetune"] | {"finetune", "demo_data"}
 MAY_IMPORT["lab.pretrain"] |= {f"lab.{name}" for name in ("config", "corpora", "models", "tasks", "tokenizers")}
 
-MAY_IMPORT["lab.sweep"] = {"cells", "files", "__init__", "lab.ray_sweep"}
-MAY_IMPORT["lab.ray_sweep"] = {"lab.sweep", "lab.__init__", "ray_engine"}
+MAY_IMPORT["lab.sweep_file"] = set()
+MAY_IMPORT["lab.sweep"] = {"cells", "files", "__init__", "lab.ray_sweep", "lab.sweep_file"}
+MAY_IMPORT["lab.ray_sweep"] = {"lab.sweep", "lab.sweep_file", "lab.__init__", "ray_engine", "text"}
 MAY_IMPORT["cli"] |= {"lab.sweep", "export", "signals", "flags", "model_card"}
 MAY_IMPORT |= {"signals": set(), "flags": MAY_IMPORT["lab.pretrain"] | {"lab.pretrain"}}
 MAY_IMPORT["export"] = ROOMS | {"replay"}

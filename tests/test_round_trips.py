@@ -19,7 +19,7 @@ from retain import fit_forgetting_law
 from retain.files import exclusive, write_json
 from retain.flags import parse
 from retain.forgetting_law import ForgettingLaw
-from retain.lab.sweep import read_sweep
+from retain.lab.sweep_file import read_sweep
 from retain.replay import MANIFEST, SCHEMA, load_self_generated, write_shard
 
 # What YAML and a command line can hold; text that begins with a dash is a flag to any parser.

@@ -21,7 +21,8 @@ import retain.cli
 import retain.lab.sweep as module
 from retain.cli import main
 from retain.files import exclusive, read_jsonl
-from retain.lab.sweep import SweepRun, collect, read_sweep, run_sweep
+from retain.lab.sweep import collect, run_sweep
+from retain.lab.sweep_file import SweepRun, read_sweep
 
 # Stands for a run of `finetune`: logs a number, takes a while, writes its result at the end.
 FAKE = """
@@ -113,6 +114,31 @@ def test_cores_are_given_and_memory_is_kept(tmp_path, monkeypatch):
     assert not module._has_room([Running()], available)
     assert module._has_room([Running()], available // 4)
     assert module._has_room([], 10 * available), "alone always"
+
+
+TIMED = """
+import json, sys, time
+from pathlib import Path
+folder, began = Path(sys.argv[-1]), time.time()
+folder.mkdir(parents=True)
+time.sleep(1)
+(folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "began": began, "ended": time.time()}))
+"""
+
+
+def test_the_first_run_is_alone_until_its_memory_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHILD", TIMED)
+    rows = run_sweep(write(tmp_path / "s.yaml", grid={"x": [1, 2, 3]}), str(tmp_path / "out"), num_workers=2)
+    first, second, third = sorted((row["result"] for row in rows), key=lambda result: result["began"])
+    assert second["began"] > first["ended"]
+    assert third["began"] < second["ended"]
+    more = write(tmp_path / "s.yaml", grid={"x": [1, 2, 3, 4, 5]})
+    *_, fourth, fifth = (row["result"] for row in run_sweep(more, str(tmp_path / "out"), num_workers=2))
+    assert max(fourth["began"], fifth["began"]) < min(fourth["ended"], fifth["ended"]), "known from the others"
+    monkeypatch.setattr(module, "SETTLED", 0.2)
+    rows = run_sweep(write(tmp_path / "t.yaml", grid={"x": [1, 2]}), str(tmp_path / "other"), num_workers=2)
+    first, second = sorted((row["result"] for row in rows), key=lambda result: result["began"])
+    assert first["began"] + 0.2 < second["began"] < first["ended"]
 
 
 def test_the_last_value_of_everything_is_collected(tmp_path):

@@ -13,15 +13,17 @@ from typing import Any
 import ray
 
 from retain.lab import sweep
-from retain.lab.sweep import Process, SweepRun
+from retain.lab.sweep import Process
+from retain.lab.sweep_file import SweepRun
 from retain.ray_engine import cluster
+from retain.text import first_line
 
 RETRIES = 10  # of one run whose worker was lost
 
 
-def make_run(run: SweepRun, root: Path, child: str) -> dict[str, Any]:
+def make_run(run: SweepRun, root: Path, child: str, threads: int) -> dict[str, Any]:
     """In a worker: the run as a process of its own, which dies with the worker; Ray has given it its cores."""
-    process = Process(run, root, [], child)
+    process = Process(run, root, [], child, threads)
     while process.process.poll() is None:
         process.memory()
         time.sleep(0.1)
@@ -45,10 +47,13 @@ def run_on_ray(
             while todo or waiting:
                 while todo and (num_workers is None or len(waiting) < num_workers):
                     run = todo.pop(0)
-                    waiting[task.remote(run, root, sweep.CHILD)] = run
+                    waiting[task.remote(run, root, sweep.CHILD, cores_per_run)] = run
                 [done], _ = ray.wait(list(waiting))
-                record(ray.get(done))
-                waiting.pop(done)
+                run = waiting.pop(done)
+                try:
+                    record(ray.get(done))
+                except ray.exceptions.RayError as error:  # lost too often, or no machine can begin it
+                    record(sweep.unmade_row(run, root / "runs" / run.key, first_line(error)))
         finally:
             for left in waiting:
                 ray.cancel(left, force=True)

@@ -6,8 +6,6 @@ appended to `results.jsonl` when a run has ended, so nothing is lost but the run
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import os
 import signal
@@ -16,25 +14,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 from tqdm import tqdm
 
 from retain import versions
 from retain.cells import is_number
 from retain.files import append_jsonl, exclusive, read_jsonl, write_text
+from retain.lab.sweep_file import SweepRun, read_sweep
 
 RESULTS = "results.jsonl"
-RESUMED = (
-    "finetune",
-    "pretrain",
-)  # verbs that go on from a checkpoint; the others go on, or begin again, by themselves
 GATED = (0, 2, 3)  # exit codes of `measure` that are results
 MARGIN = 1.2  # times the memory that the largest run so far has taken, before another is begun beside it
+SETTLED = 30.0  # seconds after which a run has shown what memory it takes
 # What runs one verb on given cores; it dies with the process that began it.
 CHILD = """
 import os, signal, sys
@@ -49,108 +43,6 @@ if sys.platform == "linux":
 from retain.cli import main
 sys.exit(main(arguments))
 """
-
-
-@dataclass(frozen=True)
-class SweepRun:
-    """One run: its verb, its resolved flags (without `output_dir`), and the hash of both."""
-
-    verb: str
-    flags: Mapping[str, Any]
-
-    @property
-    def key(self) -> str:
-        text = json.dumps([self.verb, self.flags], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def arguments(self, folder: Path) -> list[str]:
-        """The command line of this run, writing into `folder`."""
-        words = [self.verb]
-        for name, value in {**self.flags, "output_dir": str(folder)}.items():
-            words += [f"--{name}", *map(_word, value if isinstance(value, list) else [value])]
-        if self.verb in RESUMED and list(folder.glob("checkpoint-*")):
-            words += ["--resume_from_checkpoint", "true"]
-        return words
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def read_sweep(path: str | Path) -> list[SweepRun]:
-    """The runs of a YAML file: `verb`, `common` flags, a `grid` of lists, and a `list` of flags that go together.
-
-    Every combination of the grid is made with every entry of the list. `config` among the flags names a YAML file
-    whose keys are flags, too; what the sweep says wins.
-
-    Raises:
-        ValueError: one line naming the file, the key, and what is wrong.
-    """
-    asked = _read_yaml(path, "sweep")
-    known = {"verb", "common", "grid", "list"}
-    if unknown := set(asked) - known:
-        raise ValueError(f"sweep: {path} has {min(unknown)!r}; use {', '.join(sorted(known))}")
-    verb = asked.get("verb")
-    if not isinstance(verb, str):
-        raise ValueError(f"sweep: {path} has verb {verb!r}; name one of retain's, say finetune")
-    common, grid, entries = asked.get("common") or {}, asked.get("grid") or {}, asked.get("list") or [{}]
-    good = isinstance(common, dict) and isinstance(grid, dict) and isinstance(entries, list)
-    if not good or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(
-            f"sweep: {path} needs flags under common, lists of values under grid, flags in every list entry"
-        )
-    for name, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"sweep: grid of {name!r} in {path} is {values!r}; give a list of values")
-    runs = [
-        SweepRun(verb, _resolved({**common, **dict(zip(grid, cell, strict=True)), **entry}, str(path)))
-        for cell in itertools.product(*grid.values())
-        for entry in entries
-    ]
-    keys = [run.key for run in runs]
-    if twice := next((run for at, run in enumerate(runs) if run.key in keys[:at]), None):
-        raise ValueError(f"sweep: {path} has a run twice: {dict(twice.flags)}; leave one out")
-    return runs
-
-
-def _resolved(flags: dict[str, Any], where: str) -> dict[str, Any]:
-    """Flags with those of their `config` file beneath, without empty ones."""
-    if "output_dir" in flags:
-        raise ValueError(f"sweep: output_dir in {where} is the sweep's own to choose; leave it out")
-    if "config" in flags:
-        if not isinstance(flags["config"], str):
-            raise ValueError(f"sweep: config in {where} is {flags['config']!r}; give the path of one YAML file")
-        flags = _read_yaml(flags["config"], "config") | {name: flags[name] for name in flags if name != "config"}
-        flags.pop("output_dir", None)
-    return {name: value for name, value in flags.items() if value is not None}
-
-
-def _read_yaml(path: str | Path, what: str) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{what}: cannot read {str(path)!r}: {error.strerror}; check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{what}: {str(path)!r} is not YAML; check the file") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{what}: {str(path)!r} holds {type(found).__name__}, not keys with values; check the file")
-    for name, value in found.items():
-        if not _plain({name: value}):
-            raise ValueError(
-                f"{what}: {str(path)!r} has {name!r}: {value!r}; give text (dates in quotes), numbers, or lists of them"
-            )
-    return found
-
-
-def _plain(value: Any) -> bool:
-    """Whether it can be written on a command line: YAML also knows dates, sets and keys that are no text."""
-    if isinstance(value, dict):
-        return all(isinstance(name, str) and _plain(inner) for name, inner in value.items())
-    if isinstance(value, list):
-        return all(map(_plain, value))
-    return value is None or isinstance(value, (str, int, float))
 
 
 def collect(folder: Path) -> dict[str, float]:
@@ -169,17 +61,17 @@ def collect(folder: Path) -> dict[str, float]:
 class Process:
     """A run as a process: its own cores, its output in a log of its own."""
 
-    def __init__(self, run: SweepRun, root: Path, cores: Sequence[int], child: str) -> None:
+    def __init__(self, run: SweepRun, root: Path, cores: Sequence[int], child: str, threads: int | None = None) -> None:
         self.run, self.folder, self.log = run, root / "runs" / run.key, root / "logs" / f"{run.key}.txt"
         for folder in (self.folder.parent, self.log.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(cores))), "RETAIN_SWEEP": str(os.getpid())}
+        own = {"OMP_NUM_THREADS": str(threads or max(1, len(cores))), "RETAIN_SWEEP": str(os.getpid())}
         command = [sys.executable, "-c", child, ",".join(map(str, cores)), *run.arguments(self.folder)]
         self.began, self.peak = time.monotonic(), 0
         with open(self.log, "wb") as log:
             # In a group of its own: Ctrl-C reaches the sweep alone, which asks each run once to stop.
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, process_group=0
+                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | own, process_group=0
             )
 
     def memory(self) -> int:
@@ -197,21 +89,37 @@ class Process:
         code = self.process.returncode
         done = code == 0 or (self.run.verb == "measure" and code in GATED)
         lines = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
-        return {
-            "key": self.run.key, "verb": self.run.verb, "flags": dict(self.run.flags),
-            "status": "done" if done else "failed", "exit_code": code, "error": None if done else (lines or [""])[-1],
-            "seconds": round(time.monotonic() - self.began, 1), "peak_bytes": self.peak,
-            "folder": str(self.folder), "result": collect(self.folder) if done else {}, "versions": versions(),
-        }  # fmt: skip
+        facts = {"seconds": round(time.monotonic() - self.began, 1), "peak_bytes": self.peak, "exit_code": code}
+        if not done:
+            return unmade_row(self.run, self.folder, (lines or [""])[-1]) | facts
+        return unmade_row(self.run, self.folder, None) | facts | {"status": "done", "result": collect(self.folder)}
+
+
+def unmade_row(run: SweepRun, folder: Path, error: str | None) -> dict[str, Any]:
+    """What `results.jsonl` keeps of a run that nothing is known of but its error."""
+    return {
+        "key": run.key, "verb": run.verb, "flags": dict(run.flags), "status": "failed", "exit_code": None,
+        "error": error, "seconds": 0.0, "peak_bytes": 0, "folder": str(folder), "result": {}, "versions": versions(),
+    }  # fmt: skip
 
 
 def run_here(
-    runs: Sequence[SweepRun], root: Path, *, num_workers: int, cores_per_run: int, record: Callable[[dict], object]
+    runs: Sequence[SweepRun],
+    root: Path,
+    *,
+    num_workers: int,
+    cores_per_run: int,
+    record: Callable[[dict], object],
+    most: int = 0,
 ) -> None:
-    """Make the runs on this machine: so many at a time, each pinned to cores of its own, as memory allows."""
+    """Make the runs on this machine: so many at a time, each pinned to cores of its own, as memory allows.
+
+    Args:
+        most: bytes that a run has taken before; where nobody knows, the first runs alone until it has shown it.
+    """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     slots = [cores[at * cores_per_run : (at + 1) * cores_per_run] for at in range(num_workers)]
-    todo, running, most = list(runs), dict[int, Process](), 0
+    todo, running = list(runs), dict[int, Process]()
     with stopped_together(running):
         while todo or running:
             for slot in [at for at in range(num_workers) if at not in running]:
@@ -220,8 +128,10 @@ def run_here(
             time.sleep(0.1)
             for slot, process in list(running.items()):
                 process.memory()
-                most = max(most, process.peak)
-                if process.process.poll() is not None:
+                ended = process.process.poll() is not None
+                if ended or time.monotonic() - process.began > SETTLED:
+                    most = max(most, process.peak)
+                if ended:
                     record(running.pop(slot).row())
 
 
@@ -286,7 +196,8 @@ def run_sweep(
                 run_on_ray(todo, root.resolve(), num_workers=num_workers, cores_per_run=cores_per_run, record=record)
             else:
                 count = num_workers or max(1, len(psutil.Process().cpu_affinity()) // cores_per_run)
-                run_here(todo, root, num_workers=count, cores_per_run=cores_per_run, record=record)
+                most = max((row["peak_bytes"] for row in rows.values()), default=0)
+                run_here(todo, root, num_workers=count, cores_per_run=cores_per_run, record=record, most=most)
     failed = [rows[run.key] for run in runs if rows[run.key]["status"] == "failed"]
     if failed:
         first = failed[0]
