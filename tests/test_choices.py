@@ -14,6 +14,7 @@ import torch
 from conftest import ARCHITECTURES, CHATML, make_model, make_texts, make_tokenizer, save_model
 from tokenizers.processors import TemplateProcessing
 
+from retain.base_cache import BaseCache
 from retain.capabilities.answers import answers_sentence, answers_table, compare_answers
 from retain.capabilities.choices import (
     Inputs,
@@ -68,6 +69,18 @@ def chat_tokenizer() -> Any:
 
 
 # Scores
+
+
+def test_a_second_tuned_model_asks_the_base_nothing(tmp_path: Path) -> None:
+    base, tuned = make_model().eval(), [make_model(seed=seed).eval() for seed in (1, 2)]
+    plain = [measure_choices(base, one, make_questions(), tokenizer=TOKENIZER) for one in tuned]
+    cache, calls = BaseCache(base, tmp_path), []
+    base.register_forward_hook(lambda *_: calls.append(1))
+    assert measure_choices(base, tuned[0], make_questions(), tokenizer=TOKENIZER, cache=cache) == plain[0]
+    asked = len(calls)
+    assert asked > 0
+    assert measure_choices(base, tuned[1], make_questions(), tokenizer=TOKENIZER, cache=cache) == plain[1]
+    assert len(calls) == asked
 
 
 def test_scores_and_choices_by_hand():
@@ -167,7 +180,7 @@ def test_the_two_styles_ask_as_the_harness_does():
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("style", ["text", "letter"])
 def test_lm_evaluation_harness_answers_alike_question_by_question(style, chat, tmp_path):
-    """Not among the test extras: `pip install lm_eval` first. Last seen equal with lm_eval 0.4.13."""
+    """`make test-extras` brings it. Last seen equal with lm_eval 0.4.13."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it and its dependencies warn of is theirs
         lm_eval = pytest.importorskip("lm_eval")

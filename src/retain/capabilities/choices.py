@@ -9,7 +9,7 @@ wins. Unlike there, log-probabilities are taken in float32 whatever the model's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from string import ascii_uppercase
@@ -210,10 +210,19 @@ def both_scores(
         shown: dict[str, Any] = {"batch_tokens": batch_tokens, "device": model.device, "description": title}
         return choice_scores([logits_of(model)], inputs, **shown)[0]
 
+    return [
+        recalled(cache, "choices", inputs, batch_tokens, lambda: scored("base", cache.base)),
+        scored("tuned", tuned),
+    ]
+
+
+def recalled(
+    cache: BaseCache, kind: str, inputs: Inputs, batch_tokens: int, make: Callable[[], list[np.ndarray]]
+) -> list[np.ndarray]:
+    """Scores of the base, from the cache where they are."""
     rows = [[list(tokens), asked] for tokens, asked in inputs.rows.items()]
     parts = [rows, [len(lengths) for lengths in inputs.lengths], batch_tokens]
-    of_base = cache.recall("choices", parts, lambda: [found.tolist() for found in scored("base", cache.base)])
-    return [[np.array(found) for found in of_base], scored("tuned", tuned)]
+    return [np.array(found) for found in cache.recall(kind, parts, lambda: [found.tolist() for found in make()])]
 
 
 def chosen(scores: Sequence[np.ndarray], lengths: Sequence[np.ndarray], rule: str) -> list[int]:
@@ -244,11 +253,14 @@ def measure_choices(
     """
     if not questions:
         raise ValueError("choices: there are no questions; give a file with at least one")
-    limit, shown = max_positions(base), {"batch_tokens": batch_tokens, "device": base.device}
+    limit, cache = max_positions(base), cache or BaseCache(base, None)
     asked = partial(encode_questions, tokenizer=tokenizer, style=style, chat_template=chat_template, limit=limit)
     inputs, few = asked(questions), asked(questions[:NOISE_QUESTIONS])
-    scores = both_scores(tuned, cache or BaseCache(base, None), inputs, batch_tokens, description)
-    scores += choice_scores([row_by_row(base)], few, **shown)
+    sizes: dict[str, Any] = {"batch_tokens": batch_tokens, "device": base.device}
+    scores = both_scores(tuned, cache, inputs, batch_tokens, description)
+    scores.append(
+        recalled(cache, "choice_noise", few, batch_tokens, lambda: choice_scores([row_by_row(base)], few, **sizes)[0])
+    )
     right = np.array([question.answer for question in questions])
     rules, answers = {}, {}
     for rule in ("acc", "acc_norm") if style == "text" else ("acc",):
