@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from retain.cli import main
+from retain.lab.config import PretrainConfig
 from retain.lab.corpora import Language, Stream, mixture, passages, read_problems, shuffled, split_documents
 from retain.lab.models import SIZES, counted_size, counted_size_of, expand, make_config, make_model, shape_of
+from retain.lab.pretrain import open_corpus
 from retain.lab.tasks import EOS, TASKS, DigitTask, digit_tokenizer, exact_match
 from retain.lab.tokenizers import train_tokenizer, word_tokenizer
 from retain.models import load_model, load_tokenizer, num_parameters
@@ -314,6 +317,34 @@ def test_every_kind_of_corpus(tmp_path, capsys, flags, said):
     assert main(["pretrain", *SMALL[2:], *flags, "--output_dir", str(tmp_path / "out")]) == 0
     assert said in capsys.readouterr().out
     assert made(tmp_path / "out")["eval_loss"] > 0
+
+
+def test_texts_share_a_tokenizer_whichever_of_them_is_learned(tmp_path):
+    both = []
+    for seed, name in ((1, "a"), (2, "b")):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [json.dumps({"text": f"{name} {text} {name * 40}"}) + "\n" for text in make_texts(200, seed)]
+        path.write_text("".join(rows))
+        both.append(str(path))
+    known = {"tokenizer_corpus": ",".join(both), "vocab_size": 300, "max_length": 16, "eval_rows": 4}
+    one, other = (open_corpus(PretrainConfig(corpus=name, **known), 0).tokenizer for name in both)
+    assert one.get_vocab() == other.get_vocab()
+    alone = open_corpus(PretrainConfig(corpus=both[0], **known | {"tokenizer_corpus": None}), 0).tokenizer
+    assert alone.get_vocab() != one.get_vocab()
+
+
+def test_reasoning_gym_itself(tmp_path, monkeypatch):
+    """Its real generators, where `make test-extras` brings them."""
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: retain[gym]")
+    monkeypatch.setattr("retain.lab.corpora.NUM_PROBLEMS", 200)
+    problems = read_problems("gsm_symbolic")
+    assert problems == read_problems("gsm_symbolic")
+    assert len(problems) > 150
+    assert all(re.fullmatch(r"-?[\d.,/]+", problem.rpartition("\n")[2]) for problem in problems), "answers are numbers"
+    argv = ["pretrain", *SMALL[2:], "--max_steps", "2", "--vocab_size", "270", "--corpus", "reasoning-gym:gsm_symbolic"]
+    assert main([*argv, "--output_dir", str(tmp_path / "out")]) == 0
+    with pytest.raises(ValueError, match="corpus: reasoning-gym:nothing is not there; "):
+        read_problems("nothing")
 
 
 def test_problems_of_reasoning_gym_are_a_text(tmp_path, monkeypatch, capsys):

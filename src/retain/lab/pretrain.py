@@ -249,14 +249,12 @@ def _synthetic(config: PretrainConfig, seed: int) -> Corpus:
 def _texts(config: PretrainConfig, corpus: str) -> Corpus:
     shares = shares_of(corpus)
     folder = Path(config.data_dir or cache_dir() / "texts").expanduser()
-    split = {name: split_documents(read_documents(name, folder)) for name in shares}
     made_for = shares_of(config.tokenizer_corpus) if config.tokenizer_corpus else shares
-    for_tokenizer = [
-        text for name in made_for for text in (split[name][0] if name in split else read_documents(name, folder))
-    ]
-    tokenizer = train_tokenizer(for_tokenizer, config.vocab_size or 1024)
+    split = {name: split_documents(read_documents(name, folder)) for name in dict.fromkeys((*made_for, *shares))}
+    tokenizer = train_tokenizer([text for name in made_for for text in split[name][0]], config.vocab_size or 1024)
     start, parts, held_out = choose_start_token(tokenizer), [], []
-    for name, (train, away) in split.items():
+    for name in shares:
+        train, away = split[name]
         random.Random(0).shuffle(train)
         rows, held = (packed_rows(texts, tokenizer, start, config.max_length) for texts in (train, away))
         if not rows or not held:
