@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from matched import GRAIN, MEASURES
 from peft import LoraConfig, get_peft_model
+from scales import device_name
 from small_base import Rows, Texts, logger
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
@@ -150,8 +151,10 @@ def open_bench(base: Path | str, texts: Texts, settings: BenchSettings, cache: P
 
 def rows_of(base: Path | str, folder: Path, tokenizer: Any, number: int, length: int, seed: int) -> ReplayDataset:
     """Rows that the base wrote at temperature 1 from its document start."""
-    model = load_model(str(base), dtype="float32")
-    sample_replay(model, tokenizer, folder, num_rows=number, max_length=length, seed=seed, batch_size=64)
+    model = load_model(str(base), dtype="float32", device=torch.accelerator.current_accelerator())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone(Path(f"{folder}.lock")):  # processes without a common past open it at once
+        sample_replay(model, tokenizer, folder, num_rows=number, max_length=length, seed=seed, batch_size=64)
     return load_self_generated(folder)
 
 
@@ -308,7 +311,8 @@ class Results:
             return found
         began = time.monotonic()
         row = {"key": key_of(settings, self.fingerprint), "settings": settings, **compute()}
-        row |= {"seconds": round(time.monotonic() - began, 1), "bench": self.fingerprint, "versions": versions()}
+        row |= {"seconds": round(time.monotonic() - began, 1), "bench": self.fingerprint}
+        row = {"device": device_name(), **row, "versions": versions()}
         with alone(self.path):
             append_jsonl(self.path, row)
         self.rows[row["key"]] = row

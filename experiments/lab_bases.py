@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from harness import Bench, Rows
 from small_base import CACHE, logger
 from transformers import TrainerCallback
@@ -121,7 +122,8 @@ def open_lab_bench(
         num_train: rows of the new text, none twice unless it is short.
         num_replay: rows that the base writes from its document start at temperature 1; none where 0.
     """
-    tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder), dtype="float32")
+    tokenizer, device = load_tokenizer(str(folder)), torch.accelerator.current_accelerator()
+    model = load_model(str(folder), dtype="float32", device=device)
     start = tokenizer.bos_token_id
     drawn: list[np.ndarray] = []
     for first in range(0, num_replay, DRAWN_TOGETHER):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import logging
+import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,11 @@ def conduct(
     scales: Mapping[str, Any],
     *,
     parts: Callable[[Any], Sequence[int]],
-    make: Callable[[str, int], None],
+    make: Callable[[str, int], object],
     report: Callable[[str], Told],
     only: str = "seeds",
     prepare: Callable[[str], object] = lambda name: None,
-    then: Callable[[str], Sequence[int]] = lambda name: (),
+    then: Sequence[Callable[[str], Sequence[int]]] = (),
     arguments: Sequence[str] | None = None,
 ) -> None:
     """Run a study from its command line: what it is made of, each part once, then its text and figure.
@@ -42,32 +44,21 @@ def conduct(
         report: of the name of the scale.
         only: what the parts are called on the command line.
         prepare: what all parts need, made before they are spread.
-        then: more parts, that can be named when the first are made.
+        then: more parts, of the name of the scale, each that can be named or made when those before it are made.
     """
     asked = ask(told, scales, arguments, only)
     name, chosen = asked.scale, getattr(asked, only)
     workers = asked.num_workers or (LAPTOP_CORES if name == "laptop" else 1)
-
-    def make_all(todo: Sequence[int]) -> None:
-        if min(workers, len(todo)) > 1 and not asked.part:
-            command = [sys.executable, str(folder / "run.py"), "--scale", name, "--part", f"--{only}"]
-            spread([[*command, *map(str, todo[at::workers])] for at in range(min(workers, len(todo)))])
-        else:
-            for part in todo:
-                make(name, part)
-
     try:
         if not asked.report:
-            if not asked.part:
-                prepare(name)
-            make_all(list(parts(scales[name]) if chosen is None else chosen))
-            if chosen is None:
-                make_all(list(then(name)))
+            prepare(name)
+            spread(make, name, list(parts(scales[name]) if chosen is None else chosen), workers)
+            for more in then if chosen is None else ():
+                spread(make, name, list(more(name)), workers)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    if not asked.part:
-        text, draw = report(name)
-        show(folder, name, text, draw)
+    text, draw = report(name)
+    show(folder, name, text, draw)
 
 
 def seeds_of(scale: Any) -> Sequence[int]:
@@ -81,29 +72,48 @@ def ask(told: str, scales: Iterable[str], arguments: Sequence[str] | None, only:
     parser.add_argument(f"--{only}", type=int, nargs="*", help="only these")
     parser.add_argument("--num_workers", type=int, help=f"processes (laptop: {LAPTOP_CORES}, else 1)")
     parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
-    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # begun by another, which reports
+    begin()
+    return parser.parse_args(arguments)
+
+
+def spread(make: Callable[[str, int], object], name: str, parts: Sequence[int], workers: int) -> None:
+    """Make the parts in so many processes, each the next one as it is free; the first that fails ends them all.
+
+    Processes are forks where there is no GPU, so that what is open is opened once.
+    """
+    if min(workers, len(parts)) < 2:
+        for part in parts:
+            make(name, part)
+        return
+    how = get_context("spawn" if torch.cuda.is_available() else "fork")
+    pool = ProcessPoolExecutor(min(workers, len(parts)), mp_context=how, initializer=begin, initargs=(os.getpid(),))
+    try:
+        for made in as_completed([pool.submit(make, name, part) for part in parts]):
+            made.result()
+    except BrokenProcessPool as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise SystemExit(f"a process was killed{cause}; finished runs are kept: run it again") from error
+    finally:
+        for process in active_children():
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def begin(parent: int | None = None) -> None:
+    """A process of a study: one thread, a log, memory that is kept; of a pool it ends with the one that began it."""
+    if parent is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:
+            raise SystemExit(1)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("experiments").setLevel(logging.INFO)
     torch.set_num_threads(1)
-    asked = parser.parse_args(arguments)
-    if asked.part and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # it dies with the process that began it
-    return asked
-
-
-def spread(commands: Sequence[Sequence[str]]) -> None:
-    """Run commands side by side; the first that fails ends them all."""
-    running = [subprocess.Popen(command) for command in commands]
-    try:
-        while running:
-            for process in [one for one in running if one.poll() is not None]:
-                running.remove(process)
-                if process.returncode:
-                    raise SystemExit(f"a part failed with exit code {process.returncode}; finished runs are kept")
-            time.sleep(0.1)
-    finally:
-        for process in running:
-            process.kill()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc keeps what large tensors leave free, and needs no new pages for the next: 10% of a big model's step.
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, an int
 
 
 def show(folder: Path, scale: str, told: str, draw: Callable[[Path], object]) -> None:

@@ -114,11 +114,11 @@ def test_rate_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "CACHE", tmp_path)
     monkeypatch.setattr("lab_bases.LAB", tmp_path / "lab")
     (tmp_path / "README.md").write_text(README)
-    module.main([])
+    module.main(["--num_workers", "1"])
     rows = (tmp_path / "results.jsonl").read_text()
     assert len(rows.splitlines()) >= 2 * 2
     monkeypatch.setattr(module, "finetune", None)  # finished runs are not made again
-    module.main([])
+    module.main(["--num_workers", "1"])
     assert (tmp_path / "results.jsonl").read_text() == rows
     page = (tmp_path / "README.md").read_text()
     assert "not finished" in page

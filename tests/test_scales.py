@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 STUDY = f"""
 '''A study of nothing.'''
-import os, sys
+import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {str(EXPERIMENTS)!r})
 from scales import conduct
@@ -22,6 +24,9 @@ HERE = Path(__file__).parent
 def make(name, part):
     if part == 7:
         raise ValueError("part 7 does not fit")
+    if part == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(3 if part == 3 else 0.3)
     with open(HERE / "made.txt", "a") as file:
         file.write(f"{{name}} {{part}}\\n")
     (HERE / f"{{os.getpid()}}.pid").touch()
@@ -49,10 +54,27 @@ def test_parts_are_made_side_by_side_and_told_once(tmp_path: Path) -> None:
     assert sorted(done.stdout.split("\n")) == sorted(["", "", *(tmp_path / "made.txt").read_text().splitlines()])
     assert (tmp_path / "figure.png").read_text() == "figure"
     assert "laptop 0" in (tmp_path / "README.md").read_text()
-    failed = run(tmp_path, "--seeds", "3", "7")
-    assert failed.returncode == 1
-    assert "a part failed with exit code 1; finished runs are kept" in failed.stderr
-    assert "laptop 7" not in (tmp_path / "made.txt").read_text()
+    for part, message in ((7, "part 7 does not fit"), (8, "was killed; finished runs are kept: run it again")):
+        failed = run(tmp_path, "--seeds", "3", str(part))
+        assert failed.returncode == 1
+        assert failed.stderr.splitlines()[-1].endswith(message)
+        assert "laptop 3" not in (tmp_path / "made.txt").read_text(), "the other part is ended, too"
+
+
+@pytest.mark.slow
+def test_no_part_outlives_a_killed_study(tmp_path: Path) -> None:
+    (tmp_path / "run.py").write_text(
+        STUDY.replace("time.sleep(0.3)", "(HERE / f'{os.getpid()}.pid').touch(); time.sleep(60)")
+    )
+    study = subprocess.Popen([sys.executable, str(tmp_path / "run.py")])
+    end = time.monotonic() + 60
+    while len(found := list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    parts = [psutil.Process(int(path.stem)) for path in found]
+    study.kill()
+    study.wait()
+    assert len(parts) == 2
+    assert not psutil.wait_procs(parts, timeout=10)[1]
 
 
 def test_rows_are_appended_and_a_torn_one_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

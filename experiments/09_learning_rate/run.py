@@ -1,10 +1,13 @@
 """Is forgetting a matter of the learning rate, in pretraining or finetuning, and does replay do away with it?
 
-python experiments/09_learning_rate/run.py [--scale laptop|gpu|paper] [--report]
+python experiments/09_learning_rate/run.py [--scale laptop|gpu|paper] [--parts 0 1] [--report]
+
+`--parts` counts through every pretraining rate of seed 0, then of seed 1, and so on: to pretrain, then to finetune.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +21,7 @@ import torch  # noqa: E402
 from harness import Bench, Results, Run, finetune  # noqa: E402
 from lab_bases import open_lab_bench, pretrain  # noqa: E402
 from rate_report import OLD, draw, nearest, table, verdict  # noqa: E402
-from scales import Told, conduct, device_name, seeds_of  # noqa: E402
+from scales import Told, conduct, device_name  # noqa: E402
 from small_base import CACHE  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
@@ -78,14 +81,10 @@ def corpus_config(scale: Scale, name: str, language: int) -> PretrainConfig:
     )  # fmt: skip
 
 
-def bases_of(scale: Scale, seed: int) -> dict[float, dict[float, dict[str, Any]]]:
-    """Bases by pretraining rate and tokens per parameter."""
+def bases_of(scale: Scale, rate: float, seed: int) -> dict[float, dict[str, Any]]:
+    """Bases by tokens per parameter, pretrained at this rate unless they are there."""
     how = {"use_cpu": not torch.accelerator.is_available(), "per_device_train_batch_size": scale.pretrain_batch}
-    config = corpus_config(scale, scale.corpus, 0)
-    return {
-        rate: pretrain(config, scale.tokens_per_param, seed=seed, learning_rate=rate, **how)
-        for rate in scale.pretrain_rates
-    }
+    return pretrain(corpus_config(scale, scale.corpus, 0), scale.tokens_per_param, seed=seed, learning_rate=rate, **how)
 
 
 def plan(scale: Scale, rate: float, control: bool) -> Iterator[tuple[float, float]]:
@@ -125,7 +124,7 @@ def make_base_runs(
                 base["folder"], new, old, seed=known["seed"], num_replay=0 if control else scale.replay_pool,
                 num_train=scale.batch_size * max(scale.least_steps, round(scale.steps_times_rate / min(scale.rates))),
             )  # fmt: skip
-        found = finetune(run, bench, CACHE / f"run-rate-{known['seed']}", scale.stop_loss)
+        found = finetune(run, bench, CACHE / f"run-rate-{os.getpid()}", scale.stop_loss)
         facts = {name: base[name] for name in ("loss", "ideal_loss", "num_params") if name in base}
         return {"base": facts, "trajectory": [compact(row) for row in found["trajectory"]], "device": device_name()}
 
@@ -141,16 +140,15 @@ def compact(row: dict[str, Any]) -> dict[str, float]:
     return {name: round(row[name], 5) for name in ("step", "eval_loss", f"retention/{OLD}/forgetting")}
 
 
-def make_seed(scale: Scale, seed: int, fixed: dict[str, Any], results: Results) -> None:
-    """The bases of a seed with the same tokens, then the control: all with the loss of the one that learned least."""
-    bases = bases_of(scale, seed)
+def make_runs(scale: Scale, rate: float, seed: int, fixed: dict[str, Any], results: Results) -> None:
+    """Of one pretraining rate: the base of most tokens, then the control: as good as the worst of those of the seed."""
+    bases = {one: bases_of(scale, one, seed) for one in scale.pretrain_rates}
     longest = max(scale.tokens_per_param)
     worst = max(found[longest]["loss"] for found in bases.values())
-    for rate, found in bases.items():
-        known = {"pretrain_rate": rate, "seed": seed, **fixed}
-        make_base_runs(scale, found[longest], known, results)
-        if (base := nearest(list(found.values()), worst))["tokens_per_param"] != longest:
-            make_base_runs(scale, base, known, results, control=True)
+    known = {"pretrain_rate": rate, "seed": seed, **fixed}
+    make_base_runs(scale, bases[rate][longest], known, results)
+    if (base := nearest(list(bases[rate].values()), worst))["tokens_per_param"] != longest:
+        make_base_runs(scale, base, known, results, control=True)
 
 
 def fixed_of(scale: Scale) -> dict[str, Any]:
@@ -158,9 +156,26 @@ def fixed_of(scale: Scale) -> dict[str, Any]:
     return {name: value for name, value in asdict(scale).items() if name not in own}
 
 
-def make(name: str, seed: int) -> None:
+def pretrained(scale: Scale) -> range:
+    """Parts: a pretraining rate with a seed, to be pretrained; in `finetuned` the same again, to be finetuned."""
+    return range(scale.seeds * len(scale.pretrain_rates))
+
+
+def finetuned(name: str) -> range:
+    bases = pretrained(SCALES[name])
+    return range(len(bases), 2 * len(bases))
+
+
+def make(name: str, part: int) -> None:
     disable_progress_bar()
-    make_seed(SCALES[name], seed, fixed_of(SCALES[name]), Results(HERE / "results.jsonl", name))
+    scale = SCALES[name]
+    finetunes, base = divmod(part, len(pretrained(scale)))
+    seed, at = divmod(base, len(scale.pretrain_rates))
+    if finetunes:
+        results = Results(HERE / "results.jsonl", name)
+        make_runs(scale, scale.pretrain_rates[at], seed, fixed_of(scale), results)
+    else:
+        bases_of(scale, scale.pretrain_rates[at], seed)
 
 
 def told(name: str) -> Told:
@@ -169,7 +184,10 @@ def told(name: str) -> Told:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    conduct(__doc__, HERE, SCALES, parts=seeds_of, make=make, report=told, arguments=arguments)
+    conduct(
+        __doc__, HERE, SCALES, parts=pretrained, then=(finetuned,), make=make, report=told, only="parts",
+        arguments=arguments,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ SCALES = {
         model_size="5000", num_states=32, vocab_size=128, max_length=16, tokens=2**19, batch_sizes=(1, 4, 16, 64),
         first_beta2=0.9576, rates=(5.5e-4, 1.5e-3, 4e-3, 1e-2, 2.7e-2), seeds=5, ensemble=True,
     ),
-    "gpu": Scale(),
+    "gpu": Scale(tokens=4.2e6, batch_sizes=(16, 64, 256), half_lives=6, seeds=2),
     "paper": Scale(
         corpus="english", model_size="32M", vocab_size=4096, max_length=512, tokens=6e8,
         batch_sizes=(1, 4, 16, 64, 256, 1024), half_lives=9, rates=(3e-5, 1e-4, 3e-4, 1e-3),

@@ -95,17 +95,19 @@ def verdict(rows: Sequence[Row], scale: Any) -> str:
     held = "the same function" if max(gaps, default=1.0) < SAME else "NOT the same function"
     return (
         f"Verdict: {answer}. {each}. Before finetuning the enlarged models are {held}: their log-probabilities on the "
-        f"small base's replay rows differ by at most {max(gaps, default=float('nan')):.1e}. {_control(found)} "
+        f"small base's replay rows differ by at most {max(gaps, default=float('nan')):.1e}. {_control(rows, scale)} "
         f"{min(numbers)} seeds; 95% intervals by Student's t, paired by seed."
     )
 
 
-def _control(found: dict[str, dict[str, Cell]]) -> str:
-    some = found["replay"]
+def _control(rows: Sequence[Row], scale: Any) -> str:
+    some = cells(rows, scale, "replay")
     if "control" not in some:
         return "The larger model from the start did not reach the target."
+    runs = [runs_of(rows, scale, arm)[0] for arm in ("control", "unexpanded")]
+    tokens, fewer = (run["num_params"] * run["settings"]["tokens_per_param"] for run in runs)
     told_ = told(less(some["control"], some["unexpanded"]))
-    return f"A model of the larger size from the start, on as many tokens, forgets {told_} less with replay."
+    return f"A larger model from the start, on {tokens / fewer:.2g} times the tokens, forgets {told_} less with replay."
 
 
 def _word(sign: int) -> str:

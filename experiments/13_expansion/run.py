@@ -61,7 +61,7 @@ SCALES = {
     ),
     "paper": Scale(
         world=CAPACITY["paper"].world, small="5.8M", tokens_per_param=10_000.0, control="21M",
-        control_tokens_per_param=316.2278, widened={"hidden_size": 512, "intermediate_size": 1368, "num_heads": 16},
+        control_tokens_per_param=316.2278, widened={"hidden_size": 512, "intermediate_size": 1368, "num_heads": 32},
         deepened={"num_layers": 24},
         coefs=(1.0, 3.0, 10.0, 30.0),
     ),
