@@ -142,6 +142,8 @@ def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, mo
         "CorDA": [replace(PLAIN, method="corda", lora_rank=2)],
     }
     monkeypatch.setattr(baselines, "plan", lambda scale: runs)
+    for module in (baselines, sys.modules["baselines_report"]):
+        monkeypatch.setattr(module, "GAIN", 0.2)  # reached by some at their first evaluation
     texts = [" ".join(["cada pueblo busca paz y justicia"] * 20)] * len(bench.replay)
     monkeypatch.setitem(baselines.REAL, "Spanish", lambda _: texts)
     alone = ["--num_workers", "1"]
@@ -150,8 +152,11 @@ def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, mo
     monkeypatch.setattr(baselines, "finetune", None)  # would fail if a finished run were made again
     monkeypatch.setattr(baselines, "SPECIAL", None)
     baselines.main(alone)
-    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = baselines.rows_of("laptop")
     assert [row["name"] for row in rows] == [name for _ in range(2) for name in runs]
+    ends = {(row["name"], row["settings"]["seed"]): row["trajectory"][-1]["step"] for row in rows}
+    assert {end for (name, _), end in ends.items() if name != "interpolation"} == {3, 6}
+    assert ends["plain", 0] == ends["plain", 1] == 6, "a reference goes all the way"
     page = (tmp_path / "README.md").read_text()
     lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "results.jsonl").write_text("".join(lines[::-1]))  # as processes might have finished

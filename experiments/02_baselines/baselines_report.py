@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from pages import dress, goal_line, panels
 
 from retain.comparison import series
-from retain.plots import MARKS, PALETTE
+from retain.plots import PALETTE
 
 GAIN = 0.75  # of plain finetuning's: as much as LoRA learns in as many steps
 KNOBS = {"learning_rate": "lr", "coef": "coef", "share": "share", "lora_rank": "rank", "strength": "strength"}
@@ -30,6 +30,7 @@ CLAIMS = {
     "NTP on off-policy text is worse than no replay": [("plain", "ntp Spanish")],
     "LoRA forgets more than plain": [("plain", "LoRA")],
 }
+LEARNING = "new-task loss, nats per token (learning goes right →)"
 ALIKE = (("kl", "kl real"), ("ntp", "ntp real"))
 
 
@@ -71,6 +72,13 @@ def entries_of(rows: Sequence[dict[str, Any]]) -> tuple[list[Entry], float]:
     for key, by_seed in groups.items():
         method, settings = json.loads(key)
         readings = {seed: read_at(row, target) for seed, row in sorted(by_seed.items())}
+        for seed, row in by_seed.items():
+            last = row["trajectory"][-1]["step"]
+            if readings[seed] is None and settings["method"] != "interpolation" and last < settings["max_steps"]:
+                raise ValueError(
+                    f"{method}, seed {seed}: it ended at step {last}, above a new-task loss of {target:.4f}: the rows "
+                    "that set this target have changed since; delete its row and run the study again"
+                )
         found.append(Entry(method, settings, by_seed, readings))
     return found, target
 
@@ -158,7 +166,7 @@ def beside_paper(entries: Sequence[Entry]) -> str:
 
 COLUMNS = (
     "run", "seeds", "forgetting on prose", "ref_kl on prose", "ref_kl on own rows", "prevented: forgetting",
-    "prevented: ref_kl prose", "steps to target", "best new-task loss",
+    "prevented: ref_kl prose", "steps to target",
 )  # fmt: skip
 
 
@@ -172,33 +180,49 @@ def table(entries: Sequence[Entry]) -> str:
 def _line(entry: Entry, plain: Entry) -> str:
     told = [entry.name, str(len(entry.rows))]
     if not entry.reached:
-        return f"| {' | '.join(told)} | target not reached |||||| {lowest(entry):.3f} |"
+        return f"| {' | '.join(told)} | target not reached: {lowest(entry):.3f} at best ||||||"
     told += [str(entry.mean(*measure)) for measure in MEASURES]
     told += ["–", "–"] if entry is plain else [entry.against(plain, *measure).percent() for measure in MEASURES[:2]]
     steps = np.mean([reading.step for reading in entry.readings.values() if reading])
-    told += ["–" if entry.settings["method"] == "interpolation" else f"{steps:.0f}", f"{lowest(entry):.3f}"]
+    told += ["–" if entry.settings["method"] == "interpolation" else f"{steps:.0f}"]
     return f"| {' | '.join(told)} |"
 
 
 def draw(entries: Sequence[Entry], target: float, path: Path) -> None:
-    """Trajectories (mean over seeds) and their ends; one colour a method, named at the end of its best setting."""
-    entries = [entry for entry in entries if " " not in entry.method]  # other sources of replay have their own figure
-    methods = list(dict.fromkeys(entry.method for entry in entries))
-    with panels(path, 2, (13.0, 5.2)) as (first, second):
-        for axes, metric in ((first, "forgetting"), (second, "ref_kl")):
-            for entry in entries:
-                _trace(axes, entry, metric, *_look(methods.index(entry.method)))
-            _name_methods(axes, entries, methods, metric)
-            worst, best = axes.get_xlim()[1], axes.get_xlim()[0]
-            axes.set_xlim(worst, best - 0.08 * (worst - best))  # learning to the right; room for names
-            goal_line(axes, x=target, words=" same loss")
-        second.set_yscale("log")
-        second.set_ylim(bottom=0.01)
-        second.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        second.yaxis.set_minor_formatter(NullFormatter())
-        right = "new-task loss, nats per token (learning goes right →)"
-        dress(first, "Forgetting of prose", right, "forgetting, nats per token")
-        dress(second, "Divergence from the base on prose", right, "ref_kl, nats per token")
+    """The way to the same loss, every setting (means over seeds), and what each method's best has forgotten there."""
+    methods = list(dict.fromkeys(entry.method.partition(" ")[0] for entry in entries))
+    with panels(path, 2, (13.0, 5.2)) as (way, end):
+        for entry in entries:
+            if " " not in entry.method:  # other sources of replay have their own figure
+                way.plot(*trace(entry, "ref_kl"), color=_color(methods.index(entry.method)), linewidth=1.3, alpha=0.7)
+        way.set_xlim(way.get_xlim()[1], target - 0.3)  # learning to the right
+        way.set_ylim(bottom=0.01)
+        _log(way, "y")
+        goal_line(way, x=target, words=" same loss")
+        shown = {id(entry): entry for entry in (*best_of(entries, "prose", "forgetting").values(), entries[0])}.values()
+        ranked = sorted(shown, key=lambda entry: entry.mean("prose", "forgetting").value)
+        end.set_yticks(range(len(ranked)), [_label(entry) for entry in ranked])
+        for at, (entry, label) in enumerate(zip(ranked, end.get_yticklabels(), strict=True)):
+            found, color = entry.mean("prose", "forgetting"), _color(methods.index(entry.method.partition(" ")[0]))
+            end.plot([found.low, found.high], [at, at], color=color, linewidth=2.2, alpha=0.6)
+            end.plot(found.value, at, color=color, marker="o", markersize=7)
+            label.set_color(color)
+        end.invert_yaxis()
+        _log(end, "x")
+        dress(way, "On the way: divergence from the base on prose", LEARNING, "ref_kl, nats per token")
+        dress(end, "At the same new-task loss: forgetting of prose", "forgetting, nats per token, 95% interval", "")
+
+
+def _label(entry: Entry) -> str:
+    return entry.name if entry.method == "plain" else entry.method.replace(" ", ", ")
+
+
+def _log(axes: Any, which: str) -> None:
+    """A logarithmic axis with plain numbers."""
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 SOURCES = {"": ("self-generated", "-"), "real": ("real", "--"), "Spanish": ("Spanish, off-policy", ":")}
@@ -208,50 +232,30 @@ def draw_sources(entries: Sequence[Entry], target: float, path: Path) -> None:
     """Forgetting over new-task loss for each objective and source of replay at its best setting, and without replay."""
     best = best_of(entries, "prose", "forgetting")
     with panels(path, 1, (7.0, 4.4)) as (axes,):
-        axes.plot(*trace(entries[0], "forgetting"), color=_look(0)[0], label="without replay")
+        axes.plot(*trace(entries[0], "forgetting"), color=_color(0), label="without replay")
         for at, objective in enumerate(("kl", "ntp")):
             for source, (words, line) in SOURCES.items():
                 if entry := best.get(f"{objective} {source}".strip()):
                     x, y = trace(entry, "forgetting")
                     name = f"{objective.upper()}, {words}, coefficient {entry.settings['coef']:g}"
-                    axes.plot(x, y, color=_look(1 + at)[0], linestyle=line, label=name)
-        axes.invert_xaxis()
-        axes.set_yscale("log")
+                    axes.plot(x, y, color=_color(1 + at), linestyle=line, label=name)
+        axes.set_xlim(axes.get_xlim()[1], target - 0.25)
+        _log(axes, "y")
         axes.set_ylim(top=1.8 * axes.get_ylim()[1])
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         goal_line(axes, x=target, words=" same loss")
-        dress(axes, "Where replay comes from", "new-task loss, nats per token (learning goes right →)",
-              "forgetting of prose, nats per token")  # fmt: skip
+        dress(axes, "Where replay comes from", LEARNING, "forgetting of prose, nats per token")
         axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
 
 
-def _look(at: int) -> tuple[str, str]:
-    extra = ("#2f4b8f", "#7a7a2a", "#a33b3b", "#4f4f4f")
-    colors = (*PALETTE, *extra)
-    return colors[at % len(colors)], (*MARKS, "X", "<", ">", "*")[at % 10]
-
-
-def _trace(axes: Any, entry: Entry, metric: str, color: str, mark: str) -> None:
-    x, y = trace(entry, metric)
-    axes.plot(x, y, color=color, linewidth=1.1, alpha=0.55)
-    axes.plot(x[-1:], y[-1:], color=color, marker=mark, markersize=6, linestyle="none")
+def _color(at: int) -> str:
+    return (*PALETTE, "#2f4b8f", "#7a7a2a", "#a33b3b", "#4f4f4f")[at]
 
 
 def trace(entry: Entry, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """New-task loss and the metric on prose at every evaluation but the first, means over seeds."""
+    """New-task loss and the metric on prose at every evaluation but the first, means over seeds while all run."""
     curves = [
         [series(row, key)[1] for key in ("eval_loss", f"retention/prose/{metric}")] for row in entry.rows.values()
     ]
-    x, y = np.mean(curves, axis=0)
-    return x[1:], y[1:]
-
-
-def _name_methods(axes: Any, entries: Sequence[Entry], methods: Sequence[str], metric: str) -> None:
-    """A method's name beside the end of its lowest trace; every plain run's, with its learning rate."""
-    for at, method in enumerate(methods):
-        ends = [(*(values[-1] for values in trace(e, metric)), e) for e in entries if e.method == method]
-        named = ends if method == "plain" else [min(ends, key=lambda end: end[1])]
-        for x, y, entry in named:
-            words = f"{method}, lr {entry.settings['learning_rate']:.1g}" if method == "plain" else method
-            place = {"xytext": (-6, 4), "ha": "right"} if method == "plain" else {"xytext": (7, -2), "va": "top"}
-            axes.annotate(words, (x, y), textcoords="offset points", color=_look(at)[0], fontsize=8.5, **place)
+    common = min(len(losses) for losses, _ in curves)
+    x, y = np.mean([[values[1:common] for values in curve] for curve in curves], axis=0)
+    return x, y

@@ -29,13 +29,14 @@ class Scale:
     seeds: int = 3
 
 
-def pile_and_problems(documents: int = 6000, problems: int = 100_000) -> Texts:
-    """Pythia's own pretraining text, word problems in mathematics to learn; from the Hub."""
+def pile_and_problems(documents: int = 10_000, problems: int = 100_000, together: int = 10) -> Texts:
+    """Pythia's own pretraining text; word problems in mathematics to learn, ten a text, as one is short. Of the Hub."""
     pile = [row["text"] for row in itertools.islice(read_rows("NeelNanda/pile-10k"), documents)]
     asked = read_rows("microsoft/orca-math-word-problems-200k")
     told = [f"{row['question']}\n\n{row['answer']}" for row in itertools.islice(asked, problems)]
     random.Random(0).shuffle(told)
-    away, held_out = len(pile) // 10, 400
+    told = ["\n\n".join(told[at : at + together]) for at in range(0, len(told), together)]
+    away, held_out = len(pile) // 10, 150
     return Texts(
         prose=pile[away:], held_out_prose=pile[:away], code=[], verilog=told[held_out:],
         held_out_verilog=told[:held_out],
@@ -69,6 +70,7 @@ def plan(scale: Scale) -> dict[str, list[Run]]:
     plain, rate = scale.run, scale.run.learning_rate
     lora, replay = replace(plain, method="lora"), replace(plain, replay_rows=scale.replay_rows)
     ranks, rates = scale.lora_ranks, (3 * rate, 10 * rate)
+    slow = replace(lora, lora_rank=max(ranks), max_steps=3 * plain.max_steps)
     return {
         "plain": [plain, replace(plain, learning_rate=rate / 3), replace(plain, learning_rate=3 * rate)],
         "kl": [replace(replay, coef=coef) for coef in scale.coefs],
@@ -82,7 +84,7 @@ def plan(scale: Scale) -> dict[str, list[Run]]:
         "kl_new": [replace(plain, objective="kl_new", coef=coef) for coef in (0.1, 0.3)],
         "L2-SP": [replace(plain, method="l2_sp", strength=strength) for strength in scale.strengths],
         "interpolation": [replace(plain, method="interpolation")],
-        "LoRA": [replace(lora, lora_rank=rank, learning_rate=rate) for rank in ranks for rate in rates],
+        "LoRA": [*(replace(lora, lora_rank=rank, learning_rate=rate) for rank in ranks for rate in rates), slow],
         "OSF": [replace(plain, method="osf", learning_rate=one) for one in (rate, 3 * rate)],
         "CorDA": [replace(lora, method="corda", lora_rank=16, learning_rate=one) for one in rates],
     }

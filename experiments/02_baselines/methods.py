@@ -14,7 +14,7 @@ from harness import Bench, Run, compact_documents, finetune, make_trainer
 from peft import LoraConfig, OSFConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
-from small_base import CACHE, Texts
+from small_base import CACHE, Texts, logger
 
 from retain import ReplayDataset, ReplayTrainer, choose_start_token
 from retain.data import Document
@@ -36,7 +36,10 @@ def real_replay(source: str, bench: Bench, texts: Texts) -> ReplayDataset:
     documents = random.Random(0).sample(documents, len(documents))
     start = choose_start_token(bench.tokenizer)
     rows = (row for text in documents for row in packed_rows([text], bench.tokenizer, start, length)[:1])
-    return ReplayDataset.from_rows(list(islice(rows, len(bench.replay))), source)
+    found = list(islice(rows, len(bench.replay)))
+    if len(found) < len(bench.replay):
+        logger.warning("%s: %d rows in the place of %d; they are replayed again", source, len(found), len(bench.replay))
+    return ReplayDataset.from_rows(found, source)
 
 
 class L2Trainer(ReplayTrainer):
@@ -54,9 +57,9 @@ class L2Trainer(ReplayTrainer):
         return result + self.strength * sum(((weight - base) ** 2).sum() for weight, base in pairs)
 
 
-def l2_sp(run: Run, bench: Bench, folder: Path) -> dict[str, Any]:
+def l2_sp(run: Run, bench: Bench, folder: Path, stop_below: float | None) -> dict[str, Any]:
     kind = type("L2Trainer", (L2Trainer,), {"strength": run.strength})
-    return finetune(run, bench, folder, kind=kind)
+    return finetune(run, bench, folder, stop_below, kind=kind)
 
 
 @torch.no_grad()
@@ -77,8 +80,8 @@ def measured(base: Any, model: Any, bench: Bench, step: float) -> tuple[dict[str
     return found, documents
 
 
-def interpolation(run: Run, bench: Bench, folder: Path) -> dict[str, Any]:
-    """Finetune plainly, then walk from the base's weights to the tuned ones; `step` is the tuned weights' share."""
+def interpolation(run: Run, bench: Bench, folder: Path, stop_below: float | None) -> dict[str, Any]:
+    """Finetune plainly to the end, then walk from the base's weights to the tuned ones; `step`: how far."""
     trainer = make_trainer(replace(run, method="full", eval_steps=0), bench, folder)
     trainer.train()
     base, model = (bench.base().to(trainer.model.device) for _ in range(2))
@@ -93,17 +96,19 @@ def interpolation(run: Run, bench: Bench, folder: Path) -> dict[str, Any]:
     return {"trajectory": trajectory, "documents": documents}
 
 
-def osf(run: Run, bench: Bench, folder: Path) -> dict[str, Any]:
+def osf(run: Run, bench: Bench, folder: Path, stop_below: float | None) -> dict[str, Any]:
     """PEFT's OSF: the upper half of each matrix's singular directions is frozen, the rest is trained."""
     model = get_peft_model(bench.base(), OSFConfig(target_modules="all-linear"))
-    return finetune(run, bench, folder, model=identical(model, bench))
+    return finetune(run, bench, folder, stop_below, model=identical(model, bench))
 
 
-def corda(run: Run, bench: Bench, folder: Path) -> dict[str, Any]:
+def corda(run: Run, bench: Bench, folder: Path, stop_below: float | None) -> dict[str, Any]:
     """PEFT's CorDA, knowledge-preserved: LoRA on the directions that matter least on 128 self-generated rows."""
     torch.manual_seed(run.seed)
     base, rows = bench.base(), bench.replay.batch(range(min(128, len(bench.replay))))["input_ids"]
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    head = base.get_output_embeddings()
+    linear = [name for name, one in base.named_modules() if isinstance(one, torch.nn.Linear) and one is not head]
+    names = sorted({name.rpartition(".")[2] for name in linear})
     config = LoraConfig(
         r=run.lora_rank, lora_alpha=run.lora_rank, target_modules=names,
         init_lora_weights="corda", corda_config=CordaConfig(corda_method="kpm"),
@@ -115,7 +120,7 @@ def corda(run: Run, bench: Bench, folder: Path) -> dict[str, Any]:
             base(input_ids=part)
 
     preprocess_corda(base, config, run_model=look)
-    return finetune(run, bench, folder, model=identical(get_peft_model(base, config), bench))
+    return finetune(run, bench, folder, stop_below, model=identical(get_peft_model(base, config), bench))
 
 
 @torch.no_grad()

@@ -18,9 +18,20 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from baselines_report import beside_paper, chosen, claims, draw, draw_sources, entries_of, table, verdict  # noqa: E402
+from baselines_report import (  # noqa: E402
+    GAIN,
+    beside_paper,
+    chosen,
+    claims,
+    draw,
+    draw_sources,
+    entries_of,
+    table,
+    verdict,
+)
 from baselines_scales import SCALES, Scale, plan  # noqa: E402
 from harness import Bench, Results, Run, finetune, open_bench  # noqa: E402
+from matched import target_loss  # noqa: E402
 from methods import REAL, SPECIAL, real_replay  # noqa: E402
 from scales import Told, conduct  # noqa: E402
 from small_base import CACHE, BaseSettings, Texts, make_base  # noqa: E402
@@ -37,16 +48,20 @@ def runs_of(scale: Scale) -> list[tuple[str, Run]]:
     return [(name, replace(run, seed=seed)) for seed in range(scale.seeds) for name, run in runs]
 
 
-def first_seed(scale: Scale) -> range:
+def references(scale: Scale) -> range:
+    """The first plain run at every seed: they say at which new-task loss all are compared, and where the others end."""
+    return range(0, len(runs_of(scale)), len(runs_of(scale)) // scale.seeds)
+
+
+def first_seed(name: str) -> range:
     """Every setting once."""
-    return range(len(runs_of(scale)) // scale.seeds)
+    return range(references(SCALES[name]).step)
 
 
 def other_seeds(name: str) -> list[int]:
-    """The first plain run, and each method's best setting, as it shows by then."""
+    """Each method's best setting, as it shows by then."""
     entries, _ = entries_of(rows_of(name))
-    wanted = [settings_of(*runs_of(SCALES[name])[0])]
-    wanted += [{"name": entry.method, **entry.settings, "seed": 0} for entry in chosen(entries)]
+    wanted = [{"name": entry.method, **entry.settings, "seed": 0} for entry in chosen(entries)]
     found = enumerate(runs_of(SCALES[name]))
     return [at for at, (method, run) in found if run.seed and settings_of(method, replace(run, seed=0)) in wanted]
 
@@ -81,18 +96,24 @@ def bench_of(name: str) -> Bench:
     return open_bench(scale.model, texts, scale.bench, CACHE / f"baselines-{name}")
 
 
-def make(name: str, place: int) -> None:
-    """A run, with replay of the texts that its method is named after, if any; else of the base's own rows."""
+def make(name: str, place: int) -> dict[str, Any]:
+    """A run, with replay of the texts that its method is named after, if any; else of the base's own rows.
+
+    It ends at the first evaluation at which it has learned what is asked; a reference, or a walk back from the end of
+    one, goes all the way.
+    """
     method, run = runs_of(SCALES[name])[place]
     bench, scratch = bench_of(name), CACHE / f"scratch-02-{os.getpid()}"
-    source = method.partition(" ")[2]
+    source, plain = method.partition(" ")[2], references(SCALES[name])
 
     def compute() -> dict[str, Any]:
         own = replace(bench, replay=real_replay(source, bench, texts_of(name))) if source in REAL else bench
-        return SPECIAL.get(run.method, finetune)(run, own, scratch) | {"name": method}
+        end = None if place in plain else target_loss([make(name, one) for one in plain], GAIN)
+        return SPECIAL.get(run.method, finetune)(run, own, scratch, end) | {"name": method}
 
-    Results(results_file(name), bench.fingerprint).make(settings_of(method, run), compute)
+    row = Results(results_file(name), bench.fingerprint).make(settings_of(method, run), compute)
     shutil.rmtree(scratch, ignore_errors=True)
+    return row
 
 
 def report(name: str) -> Told:
@@ -110,8 +131,8 @@ def report(name: str) -> Told:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     conduct(
-        __doc__, HERE, SCALES, parts=first_seed, then=other_seeds, make=make, report=report, only="runs",
-        prepare=bench_of, arguments=arguments,
+        __doc__, HERE, SCALES, parts=references, then=(first_seed, other_seeds), make=make, report=report,
+        only="runs", prepare=bench_of, arguments=arguments,
     )  # fmt: skip
 
 
