@@ -146,29 +146,74 @@ def test_an_arm_from_end_to_end(
     pools = data.Pools(
         train=rows[:32],
         new_task=documents,
-        replay={"self": data.ReplayDataset.from_rows(rows[32:40], "rows")},
-        documents={data.WEB: documents, data.DOCUMENTS: documents, data.OWN_CHATS: chats},
+        replay={},
+        documents={data.WEB: documents},
         questions={"animals": questions},
     )
+    load = runs.load_model
     monkeypatch.setattr(runs, "CACHE", tmp_path)
     monkeypatch.setattr(runs, "load_tokenizer", lambda name: tokenizer)
-    monkeypatch.setattr(runs, "load_model", lambda name, **options: make_model())
+    monkeypatch.setattr(runs, "load_model", lambda name, **how: load(name, **how) if "/" in name else make_model())
     monkeypatch.setattr(runs, "open_pools", lambda *given: pools)
+    written = data.Written({"self": data.ReplayDataset.from_rows(rows[32:40], "rows")}, {data.DOCUMENTS: documents})
+    monkeypatch.setattr(runs, "open_own", lambda *given: written)
+    monkeypatch.setattr(runs, "open_chats", lambda *given: data.Written({}, {data.OWN_CHATS: chats}))
     scale = replace(runs.SCALES["laptop"], max_length=16, learning_rate=3e-3, target_gain=0.2, max_steps=12)
     place, found = runs.Workplace(scale, 0), []
     for name in ("plain", "KL, self-generated"):
         settings = place.settings(name, runs.ARMS[name])
+        assert settings["arm"] == name
         assert ("coef" in settings) == (name != "plain")
-        found.append({"settings": settings, **place.run(runs.ARMS[name])})
+        found.append({"settings": settings, **place.run(name, runs.ARMS[name])})
     first, last = found[0]["trajectory"][0], found[0]["trajectory"][-1]
     assert found[0]["reached"]
     assert first[1] - last[1] >= scale.target_gain
     assert last[0] < scale.max_steps
     assert len(found[1]["choices"]["animals"]["tuned"]) == 2
-    assert found[0]["texts"]["own chats"]["num_tokens"] == [len(turn) - given for turn in turns]
-    assert min(found[0]["texts"]["own chats"]["ref_kl"]) > 0
+    assert list(found[0]["texts"]) == ["Verilog", data.WEB, data.DOCUMENTS]
     assert "| plain | 0.003 |" in report.table(found)
-    assert not (tmp_path / "instruct" / "run").exists()
+    assert not list((tmp_path / "instruct").glob("run-*"))
+
+    plain = runs.ARMS["plain"]
+    anew = place._measured(place._train("", plain)[0], {data.OWN_CHATS: chats})["texts"]
+    monkeypatch.setattr(runs.Workplace, "_train", None)  # the model is kept for what study 12 measures
+    measured = place.on_chats("plain", plain)
+    assert measured["trajectory"] == found[0]["trajectory"]
+    assert measured["texts"] == anew
+    assert measured["texts"]["own chats"]["num_tokens"] == [len(turn) - given for turn in turns]
+    assert min(measured["texts"]["own chats"]["ref_kl"]) > 0
+
+
+def test_what_is_measured_on_chats_joins_the_row_of_the_same_training(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study, made = modules["chat_run"], []
+
+    class Place:
+        seed, scale = 0, modules["instruct_runs"].SCALES["laptop"]
+        settings = modules["instruct_runs"].Workplace.settings
+
+        def run(self, name: str, arm: Any) -> dict[str, Any]:
+            made.append(name)
+            return {"trajectory": [[0, 3.0]], "texts": {"own documents": name}}
+
+        def on_chats(self, name: str, arm: Any) -> dict[str, Any]:
+            return {"trajectory": [[0, 3.0]], "texts": {"own chats": name}}
+
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.setattr(study, "INSTRUCT", tmp_path / "ten")
+    monkeypatch.setattr(study, "workplace", lambda name, seed: Place())
+    monkeypatch.setattr(study, "turns_row", lambda place: turns(3))
+    (tmp_path / "ten").mkdir()
+    for _ in range(2):
+        for part in range(5):
+            study.make("laptop", part)
+    assert made == list(study.ARMS_COMPARED), "each once"
+    assert study.row_of("plain", "laptop", Place())["texts"] == {"own documents": "plain", "own chats": "plain"}
+    path = tmp_path / "ten" / "results.jsonl"
+    path.write_text(path.read_text().replace("3.0", "2.0"))
+    with pytest.raises(ValueError, match="plain, seed 0: chats were measured on a model that learned otherwise"):
+        study.row_of("plain", "laptop", Place())
 
 
 def test_pools_do_not_overlap_and_a_mix_is_half_of_each(modules: dict[str, ModuleType]) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import alone
 from small_base import CACHE, WHEELS
 from small_base import download as bring
 from study_data import download, instructions, social_iqa
 
 from retain import ReplayDataset, load_questions, sample_replay
 from retain.capabilities.choices import HUB, Question
-from retain.data import Document, token_documents, tokenize_documents
+from retain.data import Document, read_rows, token_documents, tokenize_documents
 from retain.demo_data import load_demo_data, read_wheel
 from retain.models import StartToken
 from retain.replay import load_self_generated
@@ -30,7 +31,7 @@ WEB, DOCUMENTS, OWN_CHATS, CHATS = "web text", "own documents", "own chats", "re
 
 @dataclass(frozen=True)
 class Pools:
-    """New-task rows, replay rows of every kind, and what is held out of them."""
+    """New-task rows, replay rows of real texts, and what is held out of them."""
 
     train: list[list[int]]
     new_task: list[Document]
@@ -39,8 +40,16 @@ class Pools:
     questions: dict[str, list[Question]]
 
 
+@dataclass(frozen=True)
+class Written:
+    """Replay rows that the base wrote, and texts to measure on; no row is both."""
+
+    replay: dict[str, ReplayDataset]
+    documents: dict[str, list[Document]]
+
+
 def sampled(kind: str, model: Any, tokenizer: Any, start: StartToken, scale: Any, seed: int) -> ReplayDataset:
-    """Rows that the base wrote from its document start or inside a user's turn; sampled on first use.
+    """Rows that the base wrote from its document start or inside a user's turn; sampled by who asks first.
 
     The first `pool_rows` are replayed, the rest are held out.
     """
@@ -48,7 +57,11 @@ def sampled(kind: str, model: Any, tokenizer: Any, start: StartToken, scale: Any
     folder = CACHE / "instruct" / f"{Path(scale.model).name.replace(':', '-')}-{kind}-{rows}x{length}-{seed}"
     starts = plan_starts(kind, tokenizer, start)
     options: dict[str, Any] = {"start_token": start, "starts": starts, "batch_size": scale.sampled_together}
-    sample_replay(model, tokenizer, folder, num_rows=rows, max_length=length, seed=seed, rows_per_shard=48, **options)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone(Path(f"{folder}.lock")):
+        sample_replay(
+            model, tokenizer, folder, num_rows=rows, max_length=length, seed=seed, rows_per_shard=48, **options
+        )
     return load_self_generated(folder)
 
 
@@ -65,23 +78,42 @@ def mixed(one: ReplayDataset, other: ReplayDataset) -> ReplayDataset:
     return ReplayDataset.from_rows(list(rows), f"{one.source} and {other.source}", one.manifest, np.array(given))
 
 
-def web_rows(tokenizer: Any, start: StartToken, length: int, rng: random.Random) -> list[list[int]]:
-    """Openings of OpenWebText documents and Wikipedia articles in turn, whole rows, one of each."""
-    sources = []
+def web_texts(hub: str | None) -> list[list[str]]:
+    """OpenWebText documents and Wikipedia articles (short ones, from a package), or one of the Hub's corpora."""
+    if hub is not None:
+        return [list(read_rows(hub)["text"])]
+    found = []
     for name in ("owt_5", "wikipedia_5"):
         (lines,) = read_wheel(WHEELS, "evals", rf"schelling_point/{name}\.jsonl$")
-        texts = [json.loads(line)["0"] for line in lines.splitlines()]
+        found.append([json.loads(line)["0"] for line in lines.splitlines()])
+    return found
+
+
+def web_rows(
+    tokenizer: Any, start: StartToken, length: int, rng: random.Random, hub: str | None = None
+) -> list[list[int]]:
+    """Openings of documents of each source in turn, whole rows, one of each document."""
+    sources = []
+    for texts in web_texts(hub):
         rng.shuffle(texts)
         cut = tokenize_documents(texts, tokenizer, start.id, length, max_windows=1)
         sources.append([one.windows[0] for one in cut if one.num_tokens == length - 1])
     return [row for pair in zip(*sources, strict=False) for row in pair]
 
 
-def chat_rows(tokenizer: Any, length: int, rng: random.Random) -> list[list[int]]:
-    """Alpaca's instructions and answers through the chat template, cut; those that fill less than half are left out."""
+def chat_turns(hub: str | None) -> list[list[dict[str, str]]]:
+    """Alpaca's instructions and answers (from a package), or the `messages` of one of the Hub's sets."""
+    if hub is not None:
+        return list(read_rows(hub)["messages"])
+    return [
+        [{"role": "user", "content": asks}, {"role": "assistant", "content": says}] for asks, says in instructions()
+    ]
+
+
+def chat_rows(tokenizer: Any, length: int, rng: random.Random, hub: str | None = None) -> list[list[int]]:
+    """Chats through the chat template, cut; those that fill less than half are left out."""
     rows = []
-    for asks, says in instructions():
-        turns = [{"role": "user", "content": asks}, {"role": "assistant", "content": says}]
+    for turns in chat_turns(hub):
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         rows.append(tokenizer(text, add_special_tokens=False)["input_ids"][:length])
     rng.shuffle(rows)
@@ -117,39 +149,58 @@ def questions_of(names: tuple[str, ...], most: int, rng: random.Random) -> dict[
     return found
 
 
-def open_pools(model: Any, tokenizer: Any, start: StartToken, scale: Any, seed: int) -> Pools:
-    """Everything of a study at one scale; no row is both replayed and held out."""
+def open_pools(tokenizer: Any, start: StartToken, scale: Any, seed: int) -> Pools:
+    """Everything of a study at one scale that needs no sampling; no row is both replayed and held out."""
     download()
     length, count, away = scale.max_length, scale.pool_rows, scale.held_out
     new_rows = scale.max_steps * scale.batch_size * scale.accumulation
     sizes = {"max_length": length, "num_documents": scale.new_task_rows, "num_rows": new_rows}
     verilog = load_demo_data(WHEELS, tokenizer, start, seed=seed, **sizes)
-    web = web_rows(tokenizer, start, length, random.Random(seed))
-    chats = chat_rows(tokenizer, length, random.Random(seed))
-    own = {kind: sampled(kind, model, tokenizer, start, scale, seed) for kind in ("document", "chat")}
-    documents, own_chats = (part(rows, range(count), length) for rows in own.values())
-    own_held_out = [part(rows, range(count, count + away), length) for rows in own.values()]
-    # The opening of a user's turn is alike in every chat: nobody has to predict it, and no replay holds it.
-    opening = [len(chat_prefix(tokenizer, "user")[0])] * away
-    written, own_written = (
-        token_documents([rows[at].tolist() for at in range(away)], tokenizer, rows.prefix_lengths)
-        for rows in own_held_out
-    )
+    web = web_rows(tokenizer, start, length, random.Random(seed), scale.hub_texts)
+    chats = chat_rows(tokenizer, length, random.Random(seed), scale.hub_chats)
+    for name, rows in {"texts": web, "chats": chats}.items():
+        if len(rows) < 2 * away:
+            raise ValueError(
+                f"{name}: {len(rows)} fill a row of {length} tokens, {away} are held out; lower max_length or held_out"
+            )
     return Pools(
         train=verilog.train,
         new_task=verilog.new_task,
         replay={
-            "self": documents,
-            "real": ReplayDataset.from_rows(web[away : away + count], "OpenWebText and Wikipedia"),
-            "chat": ReplayDataset.from_rows(chats[away : away + count], "Alpaca through the chat template"),
-            "self chat": own_chats,
-            "mix": mixed(documents, own_chats),
+            "real": ReplayDataset.from_rows(web[away : away + count], scale.hub_texts or "OpenWebText and Wikipedia"),
+            "chat": ReplayDataset.from_rows(chats[away : away + count], scale.hub_chats or "Alpaca"),
         },
-        documents={
-            WEB: token_documents(web[:away], tokenizer),
-            DOCUMENTS: written,
-            OWN_CHATS: own_written,
-            CHATS: token_documents(chats[:away], tokenizer, opening),
-        },
+        documents={WEB: token_documents(web[:away], tokenizer)},
         questions=questions_of(scale.questions, scale.num_questions, random.Random(seed)),
+    )
+
+
+def halves(
+    kind: str, model: Any, tokenizer: Any, start: StartToken, scale: Any, seed: int
+) -> tuple[ReplayDataset, list[Document]]:
+    """Rows that the base wrote: those to replay, and those held out, as documents."""
+    rows, count, away = sampled(kind, model, tokenizer, start, scale, seed), scale.pool_rows, scale.held_out
+    held_out = part(rows, range(count, count + away), scale.max_length)
+    written = [held_out[at].tolist() for at in range(away)]
+    return part(rows, range(count), scale.max_length), token_documents(written, tokenizer, held_out.prefix_lengths)
+
+
+def open_own(model: Any, tokenizer: Any, start: StartToken, scale: Any, seed: int) -> Written:
+    """Documents that the base wrote."""
+    own, written = halves("document", model, tokenizer, start, scale, seed)
+    return Written({"self": own}, {DOCUMENTS: written})
+
+
+def open_chats(
+    model: Any, tokenizer: Any, start: StartToken, scale: Any, seed: int, own_rows: ReplayDataset
+) -> Written:
+    """What study 12 needs beside: chats that the base wrote, alone and mixed with its own documents."""
+    own, written = halves("chat", model, tokenizer, start, scale, seed)
+    rows = chat_rows(tokenizer, scale.max_length, random.Random(seed), scale.hub_chats)
+    held_out = rows[: scale.held_out]
+    # The opening of a user's turn is alike in every chat: nobody has to predict it, and no replay holds it.
+    opening = [len(chat_prefix(tokenizer, "user")[0])] * len(held_out)
+    return Written(
+        replay={"self chat": own, "mix": mixed(own_rows, own)},
+        documents={OWN_CHATS: written, CHATS: token_documents(held_out, tokenizer, opening)},
     )

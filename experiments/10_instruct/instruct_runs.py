@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import shutil
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import harness
 import torch
-from harness import Run
-from instruct_data import Pools, open_pools
+from harness import Run, key_of
+from instruct_data import Pools, Written, open_chats, open_own, open_pools
 from peft import LoraConfig, get_peft_model
 from small_base import CACHE, Rows
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from retain import ReplayConfig, ReplayTrainer, choose_start_token, load_model, load_tokenizer, measure
+from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, measure
 from retain.callbacks import read_run
+from retain.files import write_json
 
 logger = logging.getLogger("experiments")
 NEAR = 0.7  # of the gain
@@ -46,6 +49,8 @@ ARMS = {
     "KL, real chats": Arm(replay="chat"),
     "NTP, real chats": Arm(replay="chat", objective="ntp"),
 }
+KEPT = ("plain", "KL, self-generated", "KL, real chats")  # measured on chats by study 12
+LEARNED = "learned.json"  # of a model that is kept
 CHAT_ARMS = {"KL, self-generated chats": Arm(replay="self chat"), "KL, documents and chats": Arm(replay="mix")}
 
 
@@ -73,6 +78,8 @@ class Scale:
     held_out: int = 256
     questions: tuple[str, ...] = ("mmlu", "arc_challenge", "commonsense_qa")
     num_questions: int = 1_000
+    hub_texts: str | None = "NeelNanda/pile-10k"  # None: what a package holds
+    hub_chats: str | None = "HuggingFaceH4/no_robots"
     seeds: int = 3
     left_out: tuple[str, ...] = ()
 
@@ -87,11 +94,12 @@ SCALES = {
         model=SMOLLM2, max_length=96, sampled_length=256, batch_size=2, accumulation=1, replay_rows=1,
         learning_rate=1e-4, lora_rates=(3e-4, 1e-3), warmup_steps=4, max_steps=60, eval_steps=3, target_gain=0.9,
         pool_rows=44, sampled_together=64, new_task_rows=8, held_out=20, questions=("Social IQa", "science"),
-        num_questions=30, seeds=1, left_out=("LoRA, low rate",),
+        num_questions=30, hub_texts=None, hub_chats=None, seeds=1, left_out=("LoRA, low rate",),
     ),
     "gpu": Scale(
-        model=SMOLLM2, max_length=512, accumulation=2, replay_rows=4, learning_rate=3e-5, max_steps=200, eval_steps=5,
-        pool_rows=2_048, questions=("Social IQa", "science"), num_questions=2_000,
+        model=SMOLLM2, max_length=128, sampled_length=256, accumulation=2, replay_rows=4, learning_rate=3e-5,
+        max_steps=200, eval_steps=5, pool_rows=384, new_task_rows=64, held_out=128, hub_texts=None, hub_chats=None,
+        questions=("Social IQa", "science"), num_questions=2_000,
     ),
     "paper": Scale(),
 }  # fmt: skip
@@ -132,7 +140,7 @@ def arguments(arm: Arm, scale: Scale, folder: Any, seed: int) -> TrainingArgumen
         seed=seed,
     )
     return harness.arguments(
-        run, folder, eval_batch_size=scale.batch_size, gradient_accumulation_steps=scale.accumulation
+        run, folder, eval_batch_size=4 * scale.batch_size, gradient_accumulation_steps=scale.accumulation
     )
 
 
@@ -141,20 +149,35 @@ class Workplace:
 
     def __init__(self, scale: Scale, seed: int) -> None:
         self.scale, self.seed = scale, seed
-        self._open: tuple[Any, Any, Pools] | None = None
 
-    def open(self) -> tuple[Any, Any, Pools]:
-        if self._open is None:
-            tokenizer = load_tokenizer(self.scale.model)
-            base = load_model(self.scale.model, dtype="float32", device=torch.accelerator.current_accelerator())
-            pools = open_pools(base, tokenizer, choose_start_token(tokenizer), self.scale, self.seed)
-            self._open = base, tokenizer, pools
-        return self._open
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.scale.model)
+
+    @property
+    def base(self) -> Any:
+        return base_of(self.scale.model)
+
+    @cached_property
+    def pools(self) -> Pools:
+        return open_pools(self.tokenizer, choose_start_token(self.tokenizer), self.scale, self.seed)
+
+    @cached_property
+    def own(self) -> Written:
+        return open_own(self.base, self.tokenizer, choose_start_token(self.tokenizer), self.scale, self.seed)
+
+    @cached_property
+    def chats(self) -> Written:
+        start, documents = choose_start_token(self.tokenizer), self.own.replay["self"]
+        return open_chats(self.base, self.tokenizer, start, self.scale, self.seed, documents)
 
     def settings(self, name: str, arm: Arm) -> dict[str, Any]:
         """What decides a run's result; its arm's own learning rate and replay only."""
         scale = {key: value for key, value in vars(self.scale).items() if key not in ("seeds", "left_out")}
         del scale["lora_rates"], scale["lora_rank"], scale["learning_rate"]
+        for source in ("hub_texts", "hub_chats"):
+            if scale[source] is None:
+                del scale[source]
         if arm.lora is None:
             scale["learning_rate"] = self.scale.learning_rate
         else:
@@ -163,39 +186,71 @@ class Workplace:
             del scale["replay_rows"], scale["coef"]
         return {"arm": name, "seed": self.seed, "replay": arm.replay, "objective": arm.objective, **scale}
 
-    def run(self, arm: Arm) -> dict[str, Any]:
-        """Train and measure: the row of an arm."""
-        base, tokenizer, pools = self.open()
+    def run(self, name: str, arm: Arm) -> dict[str, Any]:
+        """The row of an arm: how it learned, and what is left of the base on documents and in answers."""
+        model, learned = self._train(name, arm)
+        texts = self.pools.documents | self.own.documents | (self.chats.documents if name in CHAT_ARMS else {})
+        return learned | self._measured(model, texts, {"Verilog": self.pools.new_task}, self.pools.questions)
+
+    def on_chats(self, name: str, arm: Arm) -> dict[str, Any]:
+        """What is left of the base on chats: of the model that `run` kept, or trained again where there is none."""
+        folder = self._folder(name, arm)
+        if (folder / LEARNED).exists():
+            model, learned = load_model(str(folder), dtype="float32"), json.loads((folder / LEARNED).read_text())
+        else:
+            model, learned = self._train(name, arm)
+        return learned | self._measured(model, self.chats.documents)
+
+    def _folder(self, name: str, arm: Arm) -> Path:
+        return CACHE / "instruct" / f"tuned-{key_of(self.settings(name, arm), '')}"
+
+    def _train(self, name: str, arm: Arm) -> tuple[Any, dict[str, Any]]:
+        """The finetuned model, and how it learned; those that study 12 measures, too, are kept."""
         folder = CACHE / "instruct" / f"run-{os.getpid()}"
         shutil.rmtree(folder, ignore_errors=True)
-        trainer, stop = self._trainer(arm, tokenizer, pools, folder)
+        trainer, stop = self._trainer(arm, folder)
         trainer.train()
         trajectory = [row for row in read_run(folder)["trajectory"] if "eval_loss" in row]
+        shutil.rmtree(folder, ignore_errors=True)
+        losses = [[row["step"], round(row["eval_loss"], 4)] for row in trajectory]
+        model, learned = trainer.model, {"reached": stop.reached, "trajectory": losses}
+        del trainer
+        gc.collect()  # the optimizer's state
+        if name in KEPT:
+            model.save_pretrained(folder)
+            write_json(folder / LEARNED, learned)
+            kept = self._folder(name, arm)
+            shutil.rmtree(kept, ignore_errors=True)
+            folder.rename(kept)  # whole or not at all
+        return model, learned
+
+    def _replay(self, kind: str) -> ReplayDataset:
+        if kind in self.pools.replay:
+            return self.pools.replay[kind]
+        return (self.own if kind == "self" else self.chats).replay[kind]
+
+    def _measured(self, model: Any, texts: Any, new_task: Any = None, questions: Any = None) -> dict[str, Any]:
         report = measure(
-            base,
-            trainer.model.eval(),
-            pools.documents,
-            tokenizer=tokenizer,
-            new_task={"Verilog": pools.new_task},
-            choices=pools.questions,
+            self.base,
+            model.to(self.base.device).eval(),
+            texts,
+            tokenizer=self.tokenizer,
+            new_task=new_task,
+            choices=questions,
             max_length=self.scale.max_length,
             base_cache=CACHE / "instruct" / "measured",
             seed=self.seed,
         ).data
-        del trainer
-        gc.collect()
-        shutil.rmtree(folder, ignore_errors=True)
         return {
-            "reached": stop.reached,
-            "trajectory": [[row["step"], round(row["eval_loss"], 4)] for row in trajectory],
             "texts": {name: per_document(found) for name, found in report["per_document"].items()},
             "choices": {name: answers(found) for name, found in report["choices"].items()},
             "base": report["base"]["fingerprint"],
             "device": report["settings"]["device"],
         }
 
-    def _trainer(self, arm: Arm, tokenizer: Any, pools: Pools, folder: Any) -> tuple[Any, StopAtGain]:
-        scale, model = self.scale, load_model(self.scale.model, dtype="float32")
+    def _trainer(self, arm: Arm, folder: Path) -> tuple[Any, StopAtGain]:
+        scale, model, pools = self.scale, load_model(self.scale.model, dtype="float32"), self.pools
+        replay = None if arm.replay is None else self._replay(arm.replay)
         if arm.lora is not None:
             torch.manual_seed(self.seed)
             rank = scale.lora_rank
@@ -206,18 +261,24 @@ class Workplace:
             train_dataset=Rows(pools.train),
             eval_dataset=Rows([one.windows[0] for one in pools.new_task]),
             data_collator=default_data_collator,
-            processing_class=tokenizer,
+            processing_class=self.tokenizer,
             replay_config=ReplayConfig(
                 replay_objective=arm.objective,  # type: ignore[arg-type]
                 replay_coef=scale.coef if arm.replay else 0.0,
                 per_device_replay_batch_size=scale.replay_rows,
             ),
-            replay_dataset=pools.replay[arm.replay] if arm.replay else None,
+            replay_dataset=replay,
         )
         trainer.remove_callback(PrinterCallback)
         stop = StopAtGain(scale.target_gain)
         trainer.add_callback(stop)
         return trainer, stop
+
+
+@cache
+def base_of(model: str) -> Any:
+    """The base, where it is asked: one for every seed."""
+    return load_model(model, dtype="float32", device=torch.accelerator.current_accelerator())
 
 
 @cache

@@ -22,18 +22,18 @@ from scales import Told, conduct  # noqa: E402
 
 
 def prepare(name: str) -> None:
-    """What the arms share is sampled once, where some arm is missing."""
+    """What the arms share is opened once, where some arm is missing; the first that needs own rows samples them."""
     results = Results(HERE / "results.jsonl", name)
     for place in (workplace(name, seed) for seed in range(SCALES[name].seeds)):
         if any(results.get(place.settings(*one)) is None for one in SCALES[name].arms.items()):
-            place.open()
+            _ = place.base, place.pools
 
 
 def make(name: str, part: int) -> None:
     """One arm with one seed."""
     seed, at = divmod(part, len(SCALES[name].arms))
     place, arm = workplace(name, seed), list(SCALES[name].arms)[at]
-    Results(HERE / "results.jsonl", name).make(place.settings(arm, ARMS[arm]), lambda: place.run(ARMS[arm]))
+    Results(HERE / "results.jsonl", name).make(place.settings(arm, ARMS[arm]), lambda: place.run(arm, ARMS[arm]))
 
 
 def told(name: str) -> Told:

@@ -65,9 +65,8 @@ def count_turns(rows: ReplayDataset, tokenizer: Any) -> dict[str, Any]:
 
 def turns_row(place: Workplace) -> dict[str, Any]:
     """Sample the chats that the arms replay, and count their turns."""
-    base, tokenizer, _ = place.open()
-    start = choose_start_token(tokenizer)
-    return count_turns(sampled("chat", base, tokenizer, start, place.scale, place.seed), tokenizer)
+    start = choose_start_token(place.tokenizer)
+    return count_turns(sampled("chat", place.base, place.tokenizer, start, place.scale, place.seed), place.tokenizer)
 
 
 def sampling_of(scale: Scale, seed: int) -> dict[str, Any]:
@@ -75,31 +74,47 @@ def sampling_of(scale: Scale, seed: int) -> dict[str, Any]:
     return {"what": "turns", "model": scale.model, "seed": seed, **length}
 
 
-def results_of(arm: str, name: str) -> Results:
-    """Arms without chats of the model's own are those of study 10."""
-    return Results((INSTRUCT if arm in ARMS else HERE) / "results.jsonl", name)
-
-
 def row_of(arm: str, name: str, place: Workplace) -> dict[str, Any] | None:
-    return results_of(arm, name).get(place.settings(arm, (ARMS | CHAT_ARMS)[arm]))
+    """An arm's row; one without chats of the model's own is study 10's, with what is measured on chats here."""
+    own = Results(HERE / "results.jsonl", name)
+    if arm in CHAT_ARMS:
+        return own.get(place.settings(arm, CHAT_ARMS[arm]))
+    settings = place.settings(arm, ARMS[arm])
+    row, chats = Results(INSTRUCT / "results.jsonl", name).get(settings), own.get(on_chats(settings))
+    if row is None or chats is None:
+        return None
+    if row["trajectory"] != chats["trajectory"]:
+        raise ValueError(
+            f"{arm}, seed {place.seed}: chats were measured on a model that learned otherwise than study 10's; delete "
+            "its row here and the folders .cache/experiments/instruct/tuned-*, and run study 10 and this one again"
+        )
+    return row | {"texts": row["texts"] | chats["texts"]}
+
+
+def on_chats(settings: dict[str, Any]) -> dict[str, Any]:
+    return {"what": "chats", **settings}
 
 
 def make(name: str, part: int) -> None:
-    """One arm with one seed."""
+    """One arm with one seed; with the first also the seed's turns, where nobody has counted them yet."""
     seed, at = divmod(part, len(ARMS_COMPARED))
     place, arm = workplace(name, seed), ARMS_COMPARED[at]
     shape = (ARMS | CHAT_ARMS)[arm]
-    results_of(arm, name).make(place.settings(arm, shape), lambda: place.run(shape))
+    settings, own = place.settings(arm, shape), Results(HERE / "results.jsonl", name)
+    if at == 0:
+        own.make(sampling_of(SCALES[name], seed), lambda: turns_row(place))
+    if arm in CHAT_ARMS:
+        own.make(settings, lambda: place.run(arm, shape))
+    else:
+        Results(INSTRUCT / "results.jsonl", name).make(settings, lambda: place.run(arm, shape))
+        own.make(on_chats(settings), lambda: place.on_chats(arm, shape))
 
 
 def prepare(name: str) -> None:
-    """What the arms read is sampled once, where its turns are not counted yet or some arm is missing."""
-    for seed in range(SCALES[name].seeds):
-        place = workplace(name, seed)
-        settings = sampling_of(SCALES[name], seed)
-        Results(HERE / "results.jsonl", name).make(settings, lambda place=place: turns_row(place))
+    """What the arms share is opened once, where some arm is missing."""
+    for place in (workplace(name, seed) for seed in range(SCALES[name].seeds)):
         if any(row_of(arm, name, place) is None for arm in ARMS_COMPARED):
-            place.open()
+            _ = place.base, place.pools
 
 
 def told(name: str) -> Told:
