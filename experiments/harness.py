@@ -152,9 +152,14 @@ def open_bench(base: Path | str, texts: Texts, settings: BenchSettings, cache: P
 def rows_of(base: Path | str, folder: Path, tokenizer: Any, number: int, length: int, seed: int) -> ReplayDataset:
     """Rows that the base wrote at temperature 1 from its document start."""
     model = load_model(str(base), dtype="float32", device=torch.accelerator.current_accelerator())
+    return sampled_once(model, tokenizer, folder, num_rows=number, max_length=length, seed=seed, batch_size=64)
+
+
+def sampled_once(model: Any, tokenizer: Any, folder: Path, **how: Any) -> ReplayDataset:
+    """What `sample_replay` writes into the folder: by the process that asks first, the others wait for it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with alone(Path(f"{folder}.lock")):  # processes without a common past open it at once
-        sample_replay(model, tokenizer, folder, num_rows=number, max_length=length, seed=seed, batch_size=64)
+    with alone(Path(f"{folder}.lock")):
+        sample_replay(model, tokenizer, folder, **how)
     return load_self_generated(folder)
 
 
@@ -310,9 +315,8 @@ class Results:
         if (found := self.get(settings)) is not None:
             return found
         began = time.monotonic()
-        row = {"key": key_of(settings, self.fingerprint), "settings": settings, **compute()}
-        row |= {"seconds": round(time.monotonic() - began, 1), "bench": self.fingerprint}
-        row = {"device": device_name(), **row, "versions": versions()}
+        row = {"key": key_of(settings, self.fingerprint), "settings": settings, "device": device_name(), **compute()}
+        row |= {"seconds": round(time.monotonic() - began, 1), "bench": self.fingerprint, "versions": versions()}
         with alone(self.path):
             append_jsonl(self.path, row)
         self.rows[row["key"]] = row

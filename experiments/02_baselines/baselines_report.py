@@ -190,20 +190,22 @@ def _line(entry: Entry, plain: Entry) -> str:
 
 def draw(entries: Sequence[Entry], target: float, path: Path) -> None:
     """The way to the same loss, every setting (means over seeds), and what each method's best has forgotten there."""
-    methods = list(dict.fromkeys(entry.method.partition(" ")[0] for entry in entries))
+    methods = list(dict.fromkeys(map(_family, entries)))
+    colors = {method: _color(at) for at, method in enumerate(methods)}
     with panels(path, 2, (13.0, 5.2)) as (way, end):
         for entry in entries:
             if " " not in entry.method:  # other sources of replay have their own figure
-                way.plot(*trace(entry, "ref_kl"), color=_color(methods.index(entry.method)), linewidth=1.3, alpha=0.7)
+                way.plot(*trace(entry, "ref_kl"), color=colors[entry.method], linewidth=1.3, alpha=0.7)
         way.set_xlim(way.get_xlim()[1], target - 0.3)  # learning to the right
         way.set_ylim(bottom=0.01)
         _log(way, "y")
         goal_line(way, x=target, words=" same loss")
-        shown = {id(entry): entry for entry in (*best_of(entries, "prose", "forgetting").values(), entries[0])}.values()
+        best = list(best_of(entries, "prose", "forgetting").values())
+        shown = best if entries[0] in best else [*best, entries[0]]
         ranked = sorted(shown, key=lambda entry: entry.mean("prose", "forgetting").value)
         end.set_yticks(range(len(ranked)), [_label(entry) for entry in ranked])
         for at, (entry, label) in enumerate(zip(ranked, end.get_yticklabels(), strict=True)):
-            found, color = entry.mean("prose", "forgetting"), _color(methods.index(entry.method.partition(" ")[0]))
+            found, color = entry.mean("prose", "forgetting"), colors[_family(entry)]
             end.plot([found.low, found.high], [at, at], color=color, linewidth=2.2, alpha=0.6)
             end.plot(found.value, at, color=color, marker="o", markersize=7)
             label.set_color(color)
@@ -211,6 +213,11 @@ def draw(entries: Sequence[Entry], target: float, path: Path) -> None:
         _log(end, "x")
         dress(way, "On the way: divergence from the base on prose", LEARNING, "ref_kl, nats per token")
         dress(end, "At the same new-task loss: forgetting of prose", "forgetting, nats per token, 95% interval", "")
+
+
+def _family(entry: Entry) -> str:
+    """The method without the source of its replay."""
+    return entry.method.partition(" ")[0]
 
 
 def _label(entry: Entry) -> str:

@@ -19,7 +19,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from continual_report import METHODS, draw, table, verdict  # noqa: E402
 from harness import Results  # noqa: E402
-from scales import Told, conduct, device_name, seeds_of  # noqa: E402
+from scales import Told, conduct, seeds_of  # noqa: E402
 from small_base import CACHE  # noqa: E402
 from transformers import TrainerCallback, TrainingArguments  # noqa: E402
 from transformers.trainer_callback import PrinterCallback  # noqa: E402
@@ -158,7 +158,7 @@ def run_sequence(method: str, seed: int, scale: Scale, first: dict[int, Any]) ->
     trajectory = list(trajectory)
     for task in range(1, len(tasks)):
         trajectory += learn(model, task, method, tasks, scale, seed)
-    return {"trajectory": trajectory, "device": device_name()}
+    return {"trajectory": trajectory}
 
 
 def fixed_of(scale: Scale) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from harness import Bench, Results, Run, finetune  # noqa: E402
 from lab_bases import open_lab_bench, pretrain  # noqa: E402
 from rate_report import OLD, draw, nearest, table, verdict  # noqa: E402
-from scales import Told, conduct, device_name  # noqa: E402
+from scales import Told, conduct  # noqa: E402
 from small_base import CACHE  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
@@ -126,7 +126,7 @@ def make_base_runs(
             )  # fmt: skip
         found = finetune(run, bench, CACHE / f"run-rate-{os.getpid()}", scale.stop_loss)
         facts = {name: base[name] for name in ("loss", "ideal_loss", "num_params") if name in base}
-        return {"base": facts, "trajectory": [compact(row) for row in found["trajectory"]], "device": device_name()}
+        return {"base": facts, "trajectory": [compact(row) for row in found["trajectory"]]}
 
     for rate, coef in plan(scale, known["pretrain_rate"], control):
         settings = {**known, "control": control, "learning_rate": rate, "coef": coef}

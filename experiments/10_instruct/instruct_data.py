@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import alone
+from harness import sampled_once
 from small_base import CACHE, WHEELS
 from small_base import download as bring
 from study_data import download, instructions, social_iqa
 
-from retain import ReplayDataset, load_questions, sample_replay
+from retain import ReplayDataset, load_questions
 from retain.capabilities.choices import HUB, Question
 from retain.data import Document, read_rows, token_documents, tokenize_documents
 from retain.demo_data import load_demo_data, read_wheel
 from retain.models import StartToken
-from retain.replay import load_self_generated
 from retain.starts import chat_prefix, plan_starts
 
 BIGBENCH = "bigbench==1.0.0"
@@ -57,12 +56,8 @@ def sampled(kind: str, model: Any, tokenizer: Any, start: StartToken, scale: Any
     folder = CACHE / "instruct" / f"{Path(scale.model).name.replace(':', '-')}-{kind}-{rows}x{length}-{seed}"
     starts = plan_starts(kind, tokenizer, start)
     options: dict[str, Any] = {"start_token": start, "starts": starts, "batch_size": scale.sampled_together}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with alone(Path(f"{folder}.lock")):
-        sample_replay(
-            model, tokenizer, folder, num_rows=rows, max_length=length, seed=seed, rows_per_shard=48, **options
-        )
-    return load_self_generated(folder)
+    options |= {"num_rows": rows, "max_length": length, "seed": seed, "rows_per_shard": 48}
+    return sampled_once(model, tokenizer, folder, **options)
 
 
 def part(rows: ReplayDataset, places: range, length: int) -> ReplayDataset:

@@ -92,16 +92,16 @@ def verdict(rows: Sequence[Row], scale: Any) -> str:
         for (kind, arm), values in helped.items()
     )
     gaps = [row["function_gap"] for row in rows if "function_gap" in row]
+    control = _control(found["replay"], rows, scale)
     held = "the same function" if max(gaps, default=1.0) < SAME else "NOT the same function"
     return (
         f"Verdict: {answer}. {each}. Before finetuning the enlarged models are {held}: their log-probabilities on the "
-        f"small base's replay rows differ by at most {max(gaps, default=float('nan')):.1e}. {_control(rows, scale)} "
+        f"small base's replay rows differ by at most {max(gaps, default=float('nan')):.1e}. {control} "
         f"{min(numbers)} seeds; 95% intervals by Student's t, paired by seed."
     )
 
 
-def _control(rows: Sequence[Row], scale: Any) -> str:
-    some = cells(rows, scale, "replay")
+def _control(some: dict[str, Cell], rows: Sequence[Row], scale: Any) -> str:
     if "control" not in some:
         return "The larger model from the start did not reach the target."
     runs = [runs_of(rows, scale, arm)[0] for arm in ("control", "unexpanded")]

@@ -53,7 +53,7 @@ def run_on_ray(
                 try:
                     record(ray.get(done))
                 except ray.exceptions.RayError as error:  # lost too often, or no machine can begin it
-                    record(sweep.unmade_row(run, root / "runs" / run.key, first_line(error)))
+                    record(sweep.sweep_row(run, root / "runs" / run.key, first_line(error)))
         finally:
             for left in waiting:
                 ray.cancel(left, force=True)

@@ -89,17 +89,19 @@ class Process:
         code = self.process.returncode
         done = code == 0 or (self.run.verb == "measure" and code in GATED)
         lines = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
-        facts = {"seconds": round(time.monotonic() - self.began, 1), "peak_bytes": self.peak, "exit_code": code}
-        if not done:
-            return unmade_row(self.run, self.folder, (lines or [""])[-1]) | facts
-        return unmade_row(self.run, self.folder, None) | facts | {"status": "done", "result": collect(self.folder)}
+        return sweep_row(
+            self.run, self.folder, None if done else (lines or [""])[-1], exit_code=code,
+            seconds=round(time.monotonic() - self.began, 1), peak_bytes=self.peak,
+            result=collect(self.folder) if done else {},
+        )  # fmt: skip
 
 
-def unmade_row(run: SweepRun, folder: Path, error: str | None) -> dict[str, Any]:
-    """What `results.jsonl` keeps of a run that nothing is known of but its error."""
+def sweep_row(run: SweepRun, folder: Path, error: str | None, **facts: Any) -> dict[str, Any]:
+    """A row of `results.jsonl`; without facts, of a run that nothing is known of but its error."""
     return {
-        "key": run.key, "verb": run.verb, "flags": dict(run.flags), "status": "failed", "exit_code": None,
-        "error": error, "seconds": 0.0, "peak_bytes": 0, "folder": str(folder), "result": {}, "versions": versions(),
+        "key": run.key, "verb": run.verb, "flags": dict(run.flags), "status": "done" if error is None else "failed",
+        "exit_code": None, "error": error, "seconds": 0.0, "peak_bytes": 0, "folder": str(folder), "result": {},
+        "versions": versions(), **facts,
     }  # fmt: skip
 
 
