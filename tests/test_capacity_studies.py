@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,22 @@ def test_the_figures_are_drawn(tmp_path):
     ):
         report.draw(rows, scale, tmp_path / f"{report.__name__}.png")
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_who_has_the_rows_pretrains_nothing(monkeypatch, tmp_path):
+    def pretrain(*arguments: Any, **more: Any) -> None:
+        pytest.fail("a base was asked for")
+
+    monkeypatch.setattr(capacity_runs, "pretrain", pretrain)
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / name / "results.jsonl", tmp_path / name)
+    for name, module in zip(NAMES, (CAPACITY, GRID, EXPANSION), strict=True):
+        monkeypatch.setattr(module, "HERE", tmp_path / name)
+        monkeypatch.setattr(module, "SEVENTH", tmp_path / "07_capacity", raising=False)
+        for seed in range(3):
+            module.make("laptop", seed)
+        assert (tmp_path / name / "results.jsonl").read_bytes() == (ROOT / name / "results.jsonl").read_bytes()
 
 
 @pytest.fixture

@@ -117,13 +117,16 @@ def test_rate_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     module.main(["--num_workers", "1"])
     rows = (tmp_path / "results.jsonl").read_text()
     assert len(rows.splitlines()) >= 2 * 2
-    monkeypatch.setattr(module, "finetune", None)  # finished runs are not made again
+    monkeypatch.setattr(module, "finetune", None)  # finished runs are not made again, nor their bases
+    monkeypatch.setattr(module, "pretrain", None)
     module.main(["--num_workers", "1"])
     assert (tmp_path / "results.jsonl").read_text() == rows
     page = (tmp_path / "README.md").read_text()
     assert "not finished" in page
     assert page.endswith("after\n")
-    assert all(json.loads(row)["base"]["num_params"] < 7000 for row in rows.splitlines())
+    found = [json.loads(row) for row in rows.splitlines()]
+    assert [row["settings"]["kind"] for row in found if "bases" in row] == ["base"] * 2
+    assert all(row["base"]["num_params"] < 7000 for row in found if "trajectory" in row)
 
 
 # Study 11

@@ -97,14 +97,19 @@ def bases(world: World, size: str, seed: int) -> dict[float, Row]:
     return pretrain(world.language(size, 0), world.lengths(size), seed=seed, **world.pretraining())
 
 
-def at_length(found: dict[float, Row], tokens_per_param: float) -> Row:
-    """The base of this length; lengths lie on the grid of `World.lengths`."""
-    return found[min(found, key=lambda one: abs(math.log(one / tokens_per_param)))]
+def at_length(world: World, size: str, tokens_per_param: float) -> float:
+    """The length at which a base is kept that comes nearest."""
+    return min(world.lengths(size), key=lambda one: abs(math.log(one / tokens_per_param)))
 
 
-def at_loss(found: dict[float, Row], loss: float) -> Row:
-    """The base that comes nearest to a held-out loss: first on its curve where several do."""
-    return min(found.values(), key=lambda base: (abs(base["loss"] - loss), base["num_steps"]))
+def at_loss(world: World, size: str, curve: Row, loss: float) -> float:
+    """The length whose base comes nearest to a held-out loss: first on its curve where several do.
+
+    Args:
+        curve: the row of `curve_row`.
+    """
+    found = {length: min(curve["curve"], key=lambda at: abs(at[0] - length))[1] for length in world.lengths(size)}
+    return min(found, key=lambda length: abs(found[length] - loss))
 
 
 def curve_row(world: World, size: str, seed: int, results: Results) -> Row:
@@ -133,15 +138,15 @@ def bench_of(world: World, folder: Path, size: str, seed: int) -> Bench:
 
 
 def tune(
-    world: World, base: Row, size: str, coef: float, seed: int, results: Results, shared: Results | None = None,
+    world: World, size: str, length: float, coef: float, seed: int, results: Results, shared: Results | None = None,
     grown: Row | None = None,
 ) -> Row:  # fmt: skip
     """One finetune as a row, made once; taken from another study's results where it is there.
 
     Args:
+        length: tokens per parameter at which the base is kept; bases are pretrained when a row is missing.
         grown: arguments of `expand`, for a model that is enlarged first.
     """
-    length = base["tokens_per_param"]
     settings = {"kind": "tune", "size": size, "tokens_per_param": length, "coef": coef, "seed": seed, **world.facts()}
     if grown is not None:
         settings["grown"] = grown
@@ -150,7 +155,7 @@ def tune(
         taken = shared.get(settings) if shared is not None else None
         if taken is not None:
             return {name: value for name, value in taken.items() if name in _KEPT}
-        return tune_now(world, base, size, coef, seed, grown)
+        return tune_now(world, bases(world, size, seed)[length], size, coef, seed, grown)
 
     return results.make(settings, compute)
 
@@ -192,10 +197,16 @@ def function_gap(model: Any, larger: Any, bench: Bench, rows: int = 64) -> float
 
 
 def tune_all(
-    world: World, base: Row, size: str, seed: int, results: Results, coefs: tuple[float, ...] | None = None, **how: Any
+    world: World,
+    size: str,
+    length: float,
+    seed: int,
+    results: Results,
+    coefs: tuple[float, ...] | None = None,
+    **how: Any,
 ) -> list[Row]:
     """Finetunes of one base with every coefficient: of the size, unless others are given."""
-    return [tune(world, base, size, coef, seed, results, **how) for coef in coefs or world.size(size).coefs]
+    return [tune(world, size, length, coef, seed, results, **how) for coef in coefs or world.size(size).coefs]
 
 
 def mixed_base(world: World, size: str, share: float, seed: int) -> Row:

@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from capacity_report import draw, report  # noqa: E402
-from capacity_runs import at_length, at_loss, bases, curve_row, mixture_row, tune, tune_all  # noqa: E402
+from capacity_runs import at_length, at_loss, curve_row, mixture_row, tune, tune_all  # noqa: E402
 from capacity_scales import SCALES, Scale  # noqa: E402
 from harness import Results  # noqa: E402
 from scales import Told, conduct, seeds_of  # noqa: E402
@@ -22,17 +22,15 @@ from scales import Told, conduct, seeds_of  # noqa: E402
 def run_seed(scale: Scale, seed: int, results: Results) -> None:
     """Lengths of the smallest, then the other sizes, then the frontier."""
     world, smallest = scale.world, scale.smallest
-    found = {size: bases(world, size, seed) for size in (smallest,)}
     curve_row(world, smallest, seed, results)
     for length in scale.lengths:
-        tune_all(world, at_length(found[smallest], length), smallest, seed, results)
+        tune_all(world, smallest, at_length(world, smallest, length), seed, results)
     for size in (one.name for one in world.sizes):
-        found[size] = bases(world, size, seed)
-        curve_row(world, size, seed, results)
-        tune_all(world, at_loss(found[size], scale.same_loss), size, seed, results)
+        curve = curve_row(world, size, seed, results)
+        tune_all(world, size, at_loss(world, size, curve, scale.same_loss), seed, results)
     for length in scale.frontier_lengths:
         for coef in scale.frontier_coefs:
-            tune(world, at_length(found[smallest], length), smallest, coef, seed, results)
+            tune(world, smallest, at_length(world, smallest, length), coef, seed, results)
     for share in scale.shares:
         mixture_row(world, smallest, share, seed, results)
 

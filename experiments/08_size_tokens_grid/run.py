@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 SEVENTH = HERE.parent / "07_capacity"
 sys.path[:0] = [str(HERE.parent), str(SEVENTH), str(HERE)]
 
-from capacity_runs import World, at_length, bases, curve_row, tune_all  # noqa: E402
+from capacity_runs import World, at_length, curve_row, tune_all  # noqa: E402
 from capacity_scales import SCALES as CAPACITY  # noqa: E402
 from grid_report import draw, report  # noqa: E402
 from harness import Results  # noqa: E402
@@ -44,9 +44,8 @@ SCALES = {
 
 def run_seed(scale: Scale, seed: int, results: Results, shared: Results) -> None:
     for size, length in scale.cells:
-        found = bases(scale.world, size, seed)
         curve_row(scale.world, size, seed, results)
-        tune_all(scale.world, at_length(found, length), size, seed, results, shared=shared)
+        tune_all(scale.world, size, at_length(scale.world, size, length), seed, results, shared=shared)
 
 
 def make(name: str, seed: int) -> None:

@@ -87,6 +87,19 @@ def bases_of(scale: Scale, rate: float, seed: int) -> dict[float, dict[str, Any]
     return pretrain(corpus_config(scale, scale.corpus, 0), scale.tokens_per_param, seed=seed, learning_rate=rate, **how)
 
 
+def base_row(scale: Scale, rate: float, seed: int, results: Results) -> list[dict[str, Any]]:
+    """The bases as a row, so that who has the rows needs no base: tokens per parameter, losses, size."""
+    names = ("tokens_per_param", "loss", "ideal_loss", "num_params")
+    settings = {"kind": "base", "pretrain_rate": rate, "seed": seed, **fixed_of(scale)}
+    settings["lengths"] = list(scale.tokens_per_param)
+
+    def compute() -> dict[str, Any]:
+        found = bases_of(scale, rate, seed).values()
+        return {"bases": [{name: base[name] for name in names if name in base} for base in found]}
+
+    return results.make(settings, compute)["bases"]
+
+
 def plan(scale: Scale, rate: float, control: bool) -> Iterator[tuple[float, float]]:
     """Finetuning rate and coefficient of every run on a base; the control base needs one only."""
     if control:
@@ -112,21 +125,22 @@ def run_of(scale: Scale, rate: float, coef: float, seed: int) -> Run:
 def make_base_runs(
     scale: Scale, base: dict[str, Any], known: dict[str, Any], results: Results, *, control: bool = False
 ) -> None:
-    """Every finetune of one base; the bench is opened only where a run is missing."""
+    """Every finetune of one base; where a run is missing the base is pretrained, unless it is there, and opened."""
     bench: Bench | None = None
 
     def compute(run: Run) -> dict[str, Any]:
         nonlocal bench
         if bench is None:
+            found = bases_of(scale, known["pretrain_rate"], known["seed"])[base["tokens_per_param"]]
             new, old = (open_corpus(corpus_config(scale, name, at), known["seed"])
                         for at, name in ((1, scale.new_corpus), (0, scale.corpus)))  # fmt: skip
             bench = open_lab_bench(
-                base["folder"], new, old, seed=known["seed"], num_replay=0 if control else scale.replay_pool,
+                found["folder"], new, old, seed=known["seed"], num_replay=0 if control else scale.replay_pool,
                 num_train=scale.batch_size * max(scale.least_steps, round(scale.steps_times_rate / min(scale.rates))),
             )  # fmt: skip
-        found = finetune(run, bench, CACHE / f"run-rate-{os.getpid()}", scale.stop_loss)
+        tuned = finetune(run, bench, CACHE / f"run-rate-{os.getpid()}", scale.stop_loss)
         facts = {name: base[name] for name in ("loss", "ideal_loss", "num_params") if name in base}
-        return {"base": facts, "trajectory": [compact(row) for row in found["trajectory"]]}
+        return {"base": facts, "trajectory": [compact(row) for row in tuned["trajectory"]]}
 
     for rate, coef in plan(scale, known["pretrain_rate"], control):
         settings = {**known, "control": control, "learning_rate": rate, "coef": coef}
@@ -140,14 +154,14 @@ def compact(row: dict[str, Any]) -> dict[str, float]:
     return {name: round(row[name], 5) for name in ("step", "eval_loss", f"retention/{OLD}/forgetting")}
 
 
-def make_runs(scale: Scale, rate: float, seed: int, fixed: dict[str, Any], results: Results) -> None:
+def make_runs(scale: Scale, rate: float, seed: int, results: Results) -> None:
     """Of one pretraining rate: the base of most tokens, then the control: as good as the worst of those of the seed."""
-    bases = {one: bases_of(scale, one, seed) for one in scale.pretrain_rates}
-    longest = max(scale.tokens_per_param)
-    worst = max(found[longest]["loss"] for found in bases.values())
-    known = {"pretrain_rate": rate, "seed": seed, **fixed}
-    make_base_runs(scale, bases[rate][longest], known, results)
-    if (base := nearest(list(bases[rate].values()), worst))["tokens_per_param"] != longest:
+    bases = {one: base_row(scale, one, seed, results) for one in scale.pretrain_rates}
+    longest = {one: max(found, key=lambda base: base["tokens_per_param"]) for one, found in bases.items()}
+    worst = max(base["loss"] for base in longest.values())
+    known = {"pretrain_rate": rate, "seed": seed, **fixed_of(scale)}
+    make_base_runs(scale, longest[rate], known, results)
+    if (base := nearest(bases[rate], worst)) is not longest[rate]:
         make_base_runs(scale, base, known, results, control=True)
 
 
@@ -171,15 +185,12 @@ def make(name: str, part: int) -> None:
     scale = SCALES[name]
     finetunes, base = divmod(part, len(pretrained(scale)))
     seed, at = divmod(base, len(scale.pretrain_rates))
-    if finetunes:
-        results = Results(HERE / "results.jsonl", name)
-        make_runs(scale, scale.pretrain_rates[at], seed, fixed_of(scale), results)
-    else:
-        bases_of(scale, scale.pretrain_rates[at], seed)
+    (make_runs if finetunes else base_row)(scale, scale.pretrain_rates[at], seed, Results(HERE / "results.jsonl", name))
 
 
 def told(name: str) -> Told:
-    rows = Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
+    found = Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
+    rows = [row for row in found if "trajectory" in row]
     return f"{table(rows)}\n\n{verdict(rows)}", lambda path: draw(rows, path)
 
 

@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 SEVENTH = HERE.parent / "07_capacity"
 sys.path[:0] = [str(HERE.parent), str(SEVENTH), str(HERE)]
 
-from capacity_runs import World, at_length, bases, tune, tune_all  # noqa: E402
+from capacity_runs import World, at_length, tune, tune_all  # noqa: E402
 from capacity_scales import SCALES as CAPACITY  # noqa: E402
 from expansion_report import draw, report  # noqa: E402
 from harness import Results  # noqa: E402
@@ -70,10 +70,10 @@ SCALES = {
 
 def run_seed(scale: Scale, seed: int, results: Results, shared: Results) -> None:
     for size, length, grown in scale.arms.values():
-        base = at_length(bases(scale.world, size, seed), length)
+        base = (scale.world, size, at_length(scale.world, size, length))
         how: dict[str, Any] = {"shared": shared, "grown": grown}
-        tune(scale.world, base, size, 0.0, seed, results, **how)
-        tune_all(scale.world, base, size, seed, results, scale.coefs if grown else None, **how)
+        tune(*base, 0.0, seed, results, **how)
+        tune_all(*base, seed, results, scale.coefs if grown else None, **how)
 
 
 def make(name: str, seed: int) -> None:
