@@ -25,6 +25,7 @@ from retain import ReplayDataset, load_model, load_tokenizer
 from retain.data import token_documents
 from retain.engine import draw_rows
 from retain.files import write_json
+from retain.finetune import checkpoint_to_resume
 from retain.lab.config import PretrainConfig
 from retain.lab.corpora import Rows as RowsByNumber
 from retain.lab.corpora import Stream, mixture
@@ -35,19 +36,20 @@ from retain.models import model_fingerprint
 LAB = CACHE / "lab"
 FACTS = "lab_base.json"  # written last into a base's folder
 DRAWN_TOGETHER = 2048
+SAVE_STEPS = 5000  # between checkpoints: of runs of hours, not of minutes
 
 
 class Snapshots(TrainerCallback):
-    """Saves the model at some steps, with the held-out loss there."""
+    """Evaluates and saves the model at some steps."""
 
     def __init__(self, steps: dict[int, Path], tokenizer: Any) -> None:
-        self.steps, self.tokenizer, self.losses = steps, tokenizer, dict[int, float]()
+        self.steps, self.tokenizer = steps, tokenizer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_evaluate |= state.global_step in self.steps
+        control.should_save &= state.global_step < state.max_steps  # there is nothing to go on to
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, model: Any = None, **kwargs: Any) -> None:
-        self.losses[state.global_step] = round(metrics["eval_loss"], 6)
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if folder := self.steps.get(state.global_step):
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
@@ -74,7 +76,6 @@ def pretrain(
     key = json.dumps(told, sort_keys=True, default=str)
     root = LAB / hashlib.sha256(key.encode()).hexdigest()[:12]
     if not (root / FACTS).exists():
-        shutil.rmtree(root, ignore_errors=True)
         _pretrain(config, sorted(tokens_per_param), seed, root, arguments, mixed_with)
     found = json.loads((root / FACTS).read_text())
     return {row["tokens_per_param"]: row | {"folder": root / row["folder"], "curve": found["curve"]}
@@ -88,7 +89,8 @@ def _pretrain(
     shape = make_config(config.model_size, vocab_size=len(corpus.tokenizer), max_length=corpus.length)
     size = counted_size_of(shape)
     how = {"lr_scheduler_type": "constant_with_warmup", "eval_steps": 0.02, "use_cpu": True, "disable_tqdm": True}
-    args = PretrainArguments(output_dir=str(root / "run"), seed=seed, save_strategy="no", **(how | arguments))
+    kept = {"save_steps": SAVE_STEPS, "save_total_limit": 1, "resume_from_checkpoint": "true"}
+    args = PretrainArguments(output_dir=str(root / "run"), seed=seed, **(how | kept | arguments))
     args.train_sampling_strategy = "sequential"
     steps = {tpp: max(1, round(tpp * size / step_tokens(args, corpus.length))) for tpp in wanted}
     args.max_steps = max(steps.values())
@@ -97,17 +99,17 @@ def _pretrain(
         parts = [(1 - share, corpus.rows), (share, other.rows)]
         corpus = replace(corpus, rows=mixture(parts, round(args.max_steps * step_tokens(args, 1)), seed))
     trainer = make_trainer(args, config, corpus, make_model(shape, seed), seed)
-    watch = Snapshots({step: root / f"at-{step}" for step in steps.values()}, corpus.tokenizer)
-    trainer.add_callback(watch)
+    trainer.add_callback(Snapshots({step: root / f"at-{step}" for step in steps.values()}, corpus.tokenizer))
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    losses = {row["step"]: round(row["eval_loss"], 6) for row in trainer.state.log_history if "eval_loss" in row}
     per_param = step_tokens(args, corpus.length) / size
     bases = [
-        {"tokens_per_param": tpp, "folder": f"at-{step}", "loss": watch.losses[step], "num_params": size,
+        {"tokens_per_param": tpp, "folder": f"at-{step}", "loss": losses[step], "num_params": size,
          "num_steps": step, **corpus.facts}
         for tpp, step in steps.items()
     ]  # fmt: skip
-    curve = [[round(step * per_param, 4), loss] for step, loss in sorted(watch.losses.items())]
+    curve = [[round(step * per_param, 4), loss] for step, loss in sorted(losses.items())]
     shutil.rmtree(root / "run", ignore_errors=True)
     write_json(root / FACTS, {"bases": bases, "curve": curve})
     logger.info("%s: %d parameters, losses %s", config.corpus, size, [base["loss"] for base in bases])

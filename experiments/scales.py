@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pages import write_results
 
-LAPTOP_CORES = 2
+PROCESSES = {"laptop": 2, "gpu": 3}  # small models leave most of a GPU idle; else 1
 Told = tuple[str, Callable[[Path], object]]  # the text for the README, and what draws the figure
 
 
@@ -48,16 +48,16 @@ def conduct(
     """
     asked = ask(told, scales, arguments, only)
     name, chosen = asked.scale, getattr(asked, only)
-    workers = asked.num_workers or (LAPTOP_CORES if name == "laptop" else 1)
+    workers = asked.num_workers or PROCESSES.get(name, 1)
     try:
         if not asked.report:
             prepare(name)
             spread(make, name, list(parts(scales[name]) if chosen is None else chosen), workers)
             for more in then if chosen is None else ():
                 spread(make, name, list(more(name)), workers)
+        text, draw = report(name)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    text, draw = report(name)
     show(folder, name, text, draw)
 
 
@@ -70,7 +70,7 @@ def ask(told: str, scales: Iterable[str], arguments: Sequence[str] | None, only:
     parser = argparse.ArgumentParser(description=told.splitlines()[0])
     parser.add_argument("--scale", choices=scales, default="laptop")
     parser.add_argument(f"--{only}", type=int, nargs="*", help="only these")
-    parser.add_argument("--num_workers", type=int, help=f"processes (laptop: {LAPTOP_CORES}, else 1)")
+    parser.add_argument("--num_workers", type=int, help=f"processes ({PROCESSES}, else 1)")
     parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
     begin()
     return parser.parse_args(arguments)

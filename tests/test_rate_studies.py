@@ -95,6 +95,14 @@ def test_bases_of_the_same_loss_may_say_otherwise() -> None:
     assert "apart by 0.010 [0.010, 0.010]" in told
 
 
+def test_a_run_that_learned_nothing_is_named() -> None:
+    rows = rate_rows()
+    for point in rows[0]["trajectory"]:
+        point["eval_loss"] = 4.5
+    with pytest.raises(ValueError, match=r"some run came down to 4.500 nats at best"):
+        rate_report.verdict(rows)
+
+
 def test_rate_study_draws(tmp_path: Path) -> None:
     rate_report.draw(rate_rows(kept=-0.1), tmp_path / "figure.png")  # negative forgetting has a place, too
     assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -57,7 +57,9 @@ SCALES = {
         model_size="134k", digits=2, batch_size=256, replay_rows=128, first_steps=600, steps=300, learning_rate=3e-3,
         warmup_steps=30, coef=1.0, schedule="linear", eval_steps=25, held_out_rows=512,
     ),
-    "gpu": Scale(first_steps=1000, steps=1000, learning_rate=3e-4, warmup_steps=100),
+    "gpu": Scale(
+        first_steps=1000, steps=1000, learning_rate=3e-4, warmup_steps=100, replay_rows=512, eval_steps=50,
+    ),
     "paper": Scale(seeds=5),
 }  # fmt: skip
 

@@ -25,8 +25,9 @@ class Scale:
 
 
 WIDE = (1.0, 3.0, 10.0, 30.0)
+# As many bits of language for a parameter as the smallest models of the other scales have, about half a bit.
 FULL = World(
-    num_states=65_536, vocab_size=4096, branching=16, max_length=256, batch_size=256, learning_rate=1e-3,
+    num_states=16_384, vocab_size=4096, branching=8, max_length=256, batch_size=256, learning_rate=1e-3,
     warmup_steps=150, target=4.0, tune_learning_rate=3e-4, tune_rows=256, replay_rows=64, replay_pool=65_536,
     max_steps=5000, eval_steps=100,
     sizes=(
@@ -42,13 +43,13 @@ SCALES = {
     "gpu": Scale(
         world=World(
             num_states=1024, vocab_size=128, batch_size=256, learning_rate=2e-3, target=2.5, tune_learning_rate=1e-3,
-            tune_rows=128, replay_rows=64, replay_pool=32_768, max_steps=1000, eval_steps=50,
+            tune_rows=128, replay_rows=64, replay_pool=32_768, max_steps=500, eval_steps=50,
             sizes=(
-                Size("134k", 1000.0, WIDE), Size("430k", 100.0, WIDE), Size("1e6", 31.6228, WIDE),
-                Size("2.4e6", 10.0, WIDE),
+                Size("134k", 316.2278, (1.0, 3.0, 10.0)), Size("430k", 100.0, WIDE[1:]),
+                Size("1e6", 31.6228, WIDE[1:]), Size("2.4e6", 10.0, WIDE[1:]),
             ),
         ),
-        same_loss=1.5, lengths=(10, 31.6228, 100, 316.2278, 1000), shares=(0.1, 0.2, 0.5), frontier_lengths=(100, 1000),
+        same_loss=1.5, lengths=(10, 31.6228, 100, 316.2278), shares=(0.1, 0.2, 0.5), frontier_lengths=(100, 316.2278),
     ),
     "paper": Scale(
         world=FULL, same_loss=3.0, lengths=(10, 31.6228, 100, 316.2278, 1000, 3162.2777, 10_000),

@@ -34,11 +34,11 @@ class Scale:
         return [(size.name, at) for size in self.world.sizes for at in self.lengths if at <= size.most * 1.001]
 
 
-TENS = (10, 31.6228, 100, 316.2278, 1000)
+TENS = (10, 31.6228, 100, 316.2278)
 SCALES = {
     "laptop": Scale(world=CAPACITY["laptop"].world, lengths=(17.7828, 100, 562.3413)),
     "gpu": Scale(world=CAPACITY["gpu"].world, lengths=TENS),
-    "paper": Scale(world=CAPACITY["paper"].world, lengths=(*TENS, 3162.2777, 10_000)),
+    "paper": Scale(world=CAPACITY["paper"].world, lengths=(*TENS, 1000, 3162.2777, 10_000)),
 }
 
 

@@ -44,7 +44,11 @@ def target_of(rows: Sequence[Row]) -> float:
 
 
 def readings_of(rows: Sequence[Row], *, control: bool = False) -> list[Reading]:
-    """Every run at the target loss of all, linear between evaluations."""
+    """Every run at the target loss of all, linear between evaluations.
+
+    Raises:
+        ValueError: if a run has learned so little that another begins where it ends.
+    """
     target, found = target_of(rows), []
     for row in rows:
         settings = row["settings"]
@@ -52,7 +56,11 @@ def readings_of(rows: Sequence[Row], *, control: bool = False) -> list[Reading]:
             continue
         steps, lost = series(row, f"retention/{OLD}/forgetting")
         at = crossing(steps, series(row, "eval_loss")[1], target)
-        assert at is not None, f"a run begins below the target loss of {target:.3f}"
+        if at is None:
+            raise ValueError(
+                f"learning rates: some run came down to {target:.3f} nats at best, where another begins; give it more "
+                "steps, or leave its rate out"
+            )
         names = ("pretrain_rate", "learning_rate", "coef", "seed")
         found.append(Reading(*(settings[name] for name in names), at, float(np.interp(at, steps, lost))))
     return found

@@ -35,10 +35,10 @@ class Scale:
 
     corpus: str = "synthetic"
     new_corpus: str = "synthetic"
-    model_size: str = "5.8M"
-    num_states: int = 4096
-    vocab_size: int = 1024
-    max_length: int = 128
+    model_size: str = "430k"
+    num_states: int = 1024
+    vocab_size: int = 128
+    max_length: int = 64
     tokens_per_param: tuple[float, ...] = (20, 30, 45, 70, 100)
     pretrain_batch: int = 256
     pretrain_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
@@ -51,7 +51,7 @@ class Scale:
     coef: float = 3.0
     steps_times_rate: float = 0.3
     least_steps: int = 300
-    stop_loss: float = 1.6
+    stop_loss: float = 2.0
     seeds: int = 3
 
 
@@ -61,13 +61,14 @@ SCALES = {
         tokens_per_param=(75, 100, 115, 130, 150, 175, 200, 300), pretrain_rates=(1e-3, 3e-3, 1e-2),
         rates=(1.5e-4, 7e-4, 3e-3, 1.5e-2), replay_rates=(7e-4, 3e-3, 1.5e-2), control_rate=3e-3, batch_size=32,
         replay_rows=16, replay_pool=4096, coef=1.0, steps_times_rate=0.5,
+        stop_loss=1.6,
     ),
     "gpu": Scale(),
     "paper": Scale(
-        corpus="english", new_corpus="spanish", vocab_size=4096, max_length=256, tokens_per_param=(50, 100, 300, 1000),
+        model_size="5.8M", num_states=16_384, vocab_size=4096, max_length=256, tokens_per_param=(50, 100, 300, 1000),
         pretrain_rates=(3e-4, 1e-3, 3e-3), rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
         replay_rates=(1e-4, 3e-4, 1e-3), control_rate=1e-4, batch_size=256, replay_rows=64, coef=10.0,
-        steps_times_rate=0.1, least_steps=1000, stop_loss=2.9, seeds=5,
+        steps_times_rate=0.1, least_steps=1000, seeds=5,
     ),
 }  # fmt: skip
 

@@ -79,7 +79,7 @@ SCALES = {
     ),
     "gpu": Scale(tokens=4.2e6, batch_sizes=(16, 64, 256), half_lives=6, seeds=2),
     "paper": Scale(
-        corpus="english", model_size="32M", vocab_size=4096, max_length=512, tokens=6e8,
+        model_size="32M", num_states=65_536, vocab_size=4096, max_length=512, tokens=6e8,
         batch_sizes=(1, 4, 16, 64, 256, 1024), half_lives=9, rates=(3e-5, 1e-4, 3e-4, 1e-3),
     ),
 }  # fmt: skip

@@ -57,7 +57,7 @@ SCALES = {
         world=CAPACITY["gpu"].world, small="134k", tokens_per_param=316.2278, control="430k",
         control_tokens_per_param=100.0, widened={"hidden_size": 128, "intermediate_size": 512, "num_heads": 8},
         deepened={"num_layers": 8},
-        coefs=(1.0, 3.0, 10.0, 30.0),
+        coefs=(3.0, 10.0, 30.0),
     ),
     "paper": Scale(
         world=CAPACITY["paper"].world, small="5.8M", tokens_per_param=10_000.0, control="21M",

@@ -160,7 +160,7 @@ class Language:
 
         Rows begin in the first state, so this is exact for them, and tends to the entropy rate.
         """
-        shares, total = np.eye(self.num_states)[0], 0.0
+        shares, total = (np.arange(self.num_states) == 0).astype(float), 0.0
         for _ in range(length - 1):
             total += float(shares @ self.entropies)
             shares = self._step(shares)
