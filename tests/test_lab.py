@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -317,6 +318,26 @@ def test_every_kind_of_corpus(tmp_path, capsys, flags, said):
     assert main(["pretrain", *SMALL[2:], *flags, "--output_dir", str(tmp_path / "out")]) == 0
     assert said in capsys.readouterr().out
     assert made(tmp_path / "out")["eval_loss"] > 0
+
+
+def test_a_dataset_of_the_hub_is_a_corpus(tmp_path, capsys, monkeypatch):
+    def load(name: str, split: str) -> datasets.Dataset:
+        if name != "owner/texts":
+            raise FileNotFoundError(f"no {name} on the Hub")
+        assert split == "train"
+        return datasets.Dataset.from_list([{"text": text} for text in make_texts(60, 1)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    command = ["pretrain", *SMALL[2:], "--max_steps", "2", "--vocab_size", "270"]
+    assert main([*command, "--corpus", "owner/texts=2", "--output_dir", str(tmp_path / "out")]) == 0
+    assert "passes over the text" in capsys.readouterr().out
+    for name, line in (
+        ("owner/nothing", "data: cannot load 'owner/nothing' from the Hub; no owner/nothing on the Hub"),
+        ("texts/missing.jsonl", "data: no file 'texts/missing.jsonl'; check the path"),
+    ):
+        assert main([*command, "--corpus", name, "--output_dir", str(tmp_path / "none")]) == 1
+        assert line in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()
 
 
 def test_texts_share_a_tokenizer_whichever_of_them_is_learned(tmp_path):

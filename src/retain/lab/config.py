@@ -19,9 +19,10 @@ class PretrainConfig:
     corpus: str | None = field(
         default=None,
         metadata=_say(
-            "english, spanish, code (real text from packages), a file of rows, or a mix of these with shares: "
-            "english=0.7,spanish=0.3. Problems of the package reasoning-gym count as text: reasoning-gym:gsm_symbolic. "
-            "Or synthetic, a language of known entropy. Or a digit task: add, reversal, sort, modadd."
+            "english, spanish, code (real text from packages), a file of rows, a Hub dataset (OWNER/NAME), or a mix of "
+            "these with shares: english=0.7,spanish=0.3. Problems of the package reasoning-gym count as text: "
+            "reasoning-gym:gsm_symbolic. Or synthetic, a language of known entropy. Or a digit task: add, reversal, "
+            "sort, modadd."
         ),
     )
     data_dir: str | None = field(

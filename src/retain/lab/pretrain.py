@@ -273,9 +273,11 @@ def shares_of(corpus: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in corpus.split(","):
         name, _, share = part.strip().partition("=")
-        if name not in TEXTS and not name.startswith(GYM) and not is_local_file(name):
+        if name not in TEXTS and not name.startswith(GYM) and not is_local_file(name) and "/" not in name:
             known = ", ".join((*TEXTS, f"{GYM}NAME", "synthetic", *TASKS))
-            raise ValueError(f"corpus: {name!r} is neither a file nor known; use a file, or one of {known}")
+            raise ValueError(
+                f"corpus: {name!r} is neither a file nor known; use a file, OWNER/NAME of the Hub, or one of {known}"
+            )
         try:
             found[name] = float(share or 1)
         except ValueError:
@@ -286,7 +288,7 @@ def shares_of(corpus: str) -> dict[str, float]:
 
 
 def read_documents(name: str, folder: Path) -> list[str]:
-    """Documents of a text by name, or of a file of rows."""
+    """Documents of a text by name, or of rows: a file's, or a Hub dataset's."""
     if name in TEXTS:
         return TEXTS[name](folder)
     if name.startswith(GYM):
