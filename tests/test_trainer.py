@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -571,6 +572,25 @@ def test_preferences_that_are_measured_are_refused_and_streams_are_not_looked_at
     ]
     for unknown in (None, [], ROWS, ROWS.to_iterable_dataset()):
         assert list(training_rows(unknown)) == []
+
+
+def test_training_rows_that_are_made_when_asked_for_are_made_together() -> None:
+    asked: list[int] = []
+
+    class Made(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 2500
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            return self.__getitems__([index])[0]
+
+        def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+            asked.append(len(indices))
+            return [{"input_ids": torch.tensor([index, 7])} for index in indices]
+
+    assert [row.tolist() for row in training_rows(Made())] == [[index, 7] for index in range(2500)]
+    assert asked[-3:] == [1000, 1000, 500]
+    assert len(asked) < 10
 
 
 def test_rows_that_share_a_template_or_a_heading_are_not_the_same() -> None:

@@ -6,6 +6,7 @@ Answers to questions are right or wrong, independent and paired: Wilson's interv
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -44,11 +45,14 @@ def bootstrap_ratio(
     return value, float(low), float(high)
 
 
+@lru_cache(maxsize=1)  # the metrics of one text ask one after the other
 def resample_counts(num_documents: int, num_resamples: int, seed: int) -> np.ndarray:
-    """How often each document occurs in each bootstrap resample, shape (num_resamples, num_documents)."""
+    """How often each document occurs in each bootstrap resample, shape (num_resamples, num_documents); read-only."""
     rng = np.random.default_rng(seed)
     shares = np.full(num_documents, 1 / num_documents)
-    return rng.multinomial(num_documents, shares, size=num_resamples)
+    counts = rng.multinomial(num_documents, shares, size=num_resamples)
+    counts.setflags(write=False)
+    return counts
 
 
 def share_interval(count: int, total: int, *, level: float = 0.95) -> tuple[float, float, float]:
