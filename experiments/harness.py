@@ -33,7 +33,7 @@ from retain.callbacks import read_run
 from retain.data import Document, token_documents, tokenize_documents
 from retain.demo_data import packed_rows
 from retain.files import append_jsonl, read_jsonl
-from retain.models import model_fingerprint
+from retain.models import default_device, model_fingerprint
 from retain.replay import load_self_generated
 from retain.sampling import sample_replay
 
@@ -151,7 +151,7 @@ def open_bench(base: Path | str, texts: Texts, settings: BenchSettings, cache: P
 
 def rows_of(base: Path | str, folder: Path, tokenizer: Any, number: int, length: int, seed: int) -> ReplayDataset:
     """Rows that the base wrote at temperature 1 from its document start."""
-    model = load_model(str(base), dtype="float32", device=torch.accelerator.current_accelerator())
+    model = load_model(str(base), dtype="float32", device=default_device())
     return sampled_once(model, tokenizer, folder, num_rows=number, max_length=length, seed=seed, batch_size=64)
 
 
@@ -254,11 +254,11 @@ def finetune(run: Run, bench: Bench, folder: Path, stop_below: float | None = No
     if stop_below is not None:
         trainer.add_callback(StopBelow(stop_below))
     trainer.train()
-    found = read_run(folder)
+    found, seconds = read_run(folder), [cpu for _, cpu in trainer.clock.seconds]
     return {
         "trajectory": [compact(row) for row in found["trajectory"] if "eval_loss" in row],
         "documents": [compact_documents(row) for row in found["documents"]],
-        "step_seconds": round(statistics.median(cpu for _, cpu in trainer.clock.seconds), 4),
+        "step_seconds": round(statistics.median(seconds), 4) if seconds else None,
     }
 
 
@@ -295,9 +295,10 @@ class Results:
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
-        with alone(path) as file:
-            text = file.read()
-            file.truncate(text.rfind(b"\n") + 1)
+        if path.exists():
+            with alone(path) as file:
+                text = file.read()
+                file.truncate(text.rfind(b"\n") + 1)
         self.rows = {row["key"]: row for row in read_jsonl(path)}
 
     def rows_with(self, settings: dict[str, Any] | None = None) -> list[dict[str, Any]]:

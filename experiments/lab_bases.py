@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from harness import Bench, Rows
+from harness import Bench, Rows, alone
 from small_base import CACHE, logger
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from retain import ReplayDataset, load_model, load_tokenizer
 from retain.data import token_documents
-from retain.engine import draw_rows
+from retain.engine import choose_batch_size, draw_rows
 from retain.files import write_json
 from retain.finetune import checkpoint_to_resume
 from retain.lab.config import PretrainConfig
@@ -31,7 +30,7 @@ from retain.lab.corpora import Rows as RowsByNumber
 from retain.lab.corpora import Stream, mixture
 from retain.lab.models import counted_size_of, make_config, make_model
 from retain.lab.pretrain import Corpus, PretrainArguments, make_trainer, open_corpus, step_tokens
-from retain.models import model_fingerprint
+from retain.models import default_device, model_fingerprint
 
 LAB = CACHE / "lab"
 FACTS = "lab_base.json"  # written last into a base's folder
@@ -75,8 +74,10 @@ def pretrain(
         told.append([mixed_with[0], asdict(mixed_with[1])])
     key = json.dumps(told, sort_keys=True, default=str)
     root = LAB / hashlib.sha256(key.encode()).hexdigest()[:12]
-    if not (root / FACTS).exists():
-        _pretrain(config, sorted(tokens_per_param), seed, root, arguments, mixed_with)
+    LAB.mkdir(parents=True, exist_ok=True)
+    with alone(Path(f"{root}.lock")):  # the process that asks first makes it, the others wait
+        if not (root / FACTS).exists():
+            _pretrain(config, sorted(tokens_per_param), seed, root, arguments, mixed_with)
     found = json.loads((root / FACTS).read_text())
     return {row["tokens_per_param"]: row | {"folder": root / row["folder"], "curve": found["curve"]}
             for row in found["bases"]}  # fmt: skip
@@ -110,8 +111,8 @@ def _pretrain(
         for tpp, step in steps.items()
     ]  # fmt: skip
     curve = [[round(step * per_param, 4), loss] for step, loss in sorted(losses.items())]
-    shutil.rmtree(root / "run", ignore_errors=True)
     write_json(root / FACTS, {"bases": bases, "curve": curve})
+    shutil.rmtree(root / "run", ignore_errors=True)
     logger.info("%s: %d parameters, losses %s", config.corpus, size, [base["loss"] for base in bases])
 
 
@@ -124,12 +125,14 @@ def open_lab_bench(
         num_train: rows of the new text, none twice unless it is short.
         num_replay: rows that the base writes from its document start at temperature 1; none where 0.
     """
-    tokenizer, device = load_tokenizer(str(folder)), torch.accelerator.current_accelerator()
+    tokenizer, device = load_tokenizer(str(folder)), default_device()
     model = load_model(str(folder), dtype="float32", device=device)
-    start = tokenizer.bos_token_id
+    start, together = tokenizer.bos_token_id, DRAWN_TOGETHER
+    if device != "cpu":
+        together = min(together, choose_batch_size(model, new.length))
     drawn: list[np.ndarray] = []
-    for first in range(0, num_replay, DRAWN_TOGETHER):
-        numbers = range(first, min(first + DRAWN_TOGETHER, num_replay))
+    for first in range(0, num_replay, together):
+        numbers = range(first, min(first + together, num_replay))
         drawn += list(draw_rows(model, [[start]] * len(numbers), numbers, new.length, 7_000 + seed).tokens)
     stream: RowsByNumber = new.stream(num_train, 1_000 + seed)
     documents = token_documents([row.tolist() for row in old.held_out[:held_out]], tokenizer)

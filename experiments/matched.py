@@ -18,6 +18,10 @@ MEASURES = (("prose", "forgetting"), ("prose", "ref_kl"), ("self-generated", "re
 GRAIN = 10_000
 
 
+class Unfinished(ValueError):
+    """There is nothing to report: no run is made, or one has learned too little to be read."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over seeds. The interval is the wider of two: Student's t over seeds, bootstrap over documents."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matched import Unfinished
 from pages import write_results
 
 PROCESSES = {"laptop": 2, "gpu": 3}  # small models leave most of a GPU idle; else 1
@@ -55,9 +56,12 @@ def conduct(
             spread(make, name, list(parts(scales[name]) if chosen is None else chosen), workers)
             for more in then if chosen is None else ():
                 spread(make, name, list(more(name)), workers)
-        text, draw = report(name)
     except ValueError as error:
         raise SystemExit(str(error)) from error
+    try:
+        text, draw = report(name)
+    except Unfinished as error:
+        raise SystemExit(f"{folder.name}, scale {name}: {error}") from error
     show(folder, name, text, draw)
 
 
@@ -107,6 +111,7 @@ def begin(parent: int | None = None) -> None:
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         if os.getppid() != parent:
             raise SystemExit(1)
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with more, a trainer would share rows out among them
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("experiments").setLevel(logging.INFO)
     torch.set_num_threads(1)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ import grid_report  # noqa: E402
 import lab_bases  # noqa: E402
 from capacity_runs import Size, World  # noqa: E402
 from harness import Results  # noqa: E402
+
+from retain.files import write_json  # noqa: E402
 
 TARGET = 2.0
 Row = dict[str, Any]
@@ -284,6 +289,21 @@ def test_a_base_goes_on_from_its_last_checkpoint(tiny, tmp_path, monkeypatch):
         weights = [(base["folder"] / "model.safetensors").read_bytes() for base in (one, other)]
         assert weights[0] == weights[1]
     assert not list(tmp_path.glob("*/*/run"))
+
+
+def test_a_base_that_several_ask_for_is_made_once(tiny, tmp_path, monkeypatch):
+    def made(config: Any, wanted: list[float], seed: int, root: Path, *rest: Any) -> None:
+        with open(tmp_path / "made.txt", "a") as file:
+            file.write(f"{root.name}\n")
+        time.sleep(0.5)
+        root.mkdir()
+        write_json(root / lab_bases.FACTS, {"bases": [{"tokens_per_param": wanted[0], "folder": "at"}], "curve": []})
+
+    monkeypatch.setattr(lab_bases, "_pretrain", made)
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+        asked = [pool.submit(lab_bases.pretrain, tiny.language("6e3", 0), [0.2]) for _ in range(2)]
+        assert len({str(one.result()[0.2]["folder"]) for one in asked}) == 1
+    assert len((tmp_path / "made.txt").read_text().splitlines()) == 1
 
 
 @pytest.mark.slow

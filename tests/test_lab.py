@@ -470,9 +470,10 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, capsys):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert made(cut)["eval_loss"] == made(tmp_path / "whole")["eval_loss"]
-    other_language = [*command, "--language_seed", "1", "--resume_from_checkpoint", "true", "--output_dir", str(cut)]
-    assert main(other_language) == 1
-    assert "language_seed: 1, but the run in" in capsys.readouterr().err
+    for name, value in (("language_seed", 1), ("seed", 7), ("per_device_train_batch_size", 5), ("learning_rate", 0.5)):
+        other = [f"--{name}", str(value), "--resume_from_checkpoint", "true", "--output_dir", str(cut)]
+        assert main([*command, *other]) == 1
+        assert f"{name}: {value}, but the run in" in capsys.readouterr().err
 
 
 # Finetuning

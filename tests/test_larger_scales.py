@@ -105,7 +105,7 @@ def test_the_settings_of_a_larger_scale_fit_together(
     # Study 09 reads runs where they have learned something, and says so of one that has not.
     refused = pytest.raises(SystemExit, match="give it more steps") if name.startswith("09") else nullcontext()
     with refused:
-        module.main(["--scale", scale, "--num_workers", "1"])
+        module.main(["--scale", scale, "--num_workers", "2"])
     rows = (tmp_path / "results.jsonl").read_text()
     assert len(rows.splitlines()) >= 3
     assert (tmp_path / f"figure-{scale}.png").is_file() != name.startswith("09")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -75,6 +76,16 @@ def test_no_part_outlives_a_killed_study(tmp_path: Path) -> None:
     study.wait()
     assert len(parts) == 2
     assert not psutil.wait_procs(parts, timeout=10)[1]
+
+
+@pytest.mark.parametrize("name", ["02_baselines", "06_continual_tasks", "09_learning_rate"])
+def test_a_scale_of_which_nothing_is_made_says_so(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXPERIMENTS / name / "run.py"), "--scale", "paper", "--report"],
+        capture_output=True, text=True, cwd=EXPERIMENTS.parent,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.fullmatch(rf"{name}, scale paper: no \w+ is made yet", done.stderr.splitlines()[-1]), done.stderr
 
 
 def test_rows_are_appended_and_a_torn_one_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

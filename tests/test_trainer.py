@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from retain.files import read_jsonl
 from retain.losses import kl_divergence
 from retain.models import model_fingerprint, tokenizer_fingerprint
 from retain.overlap import find_rows
-from retain.protection import LOADS_EMPTY, check_held_out, see_the_base_everywhere, training_rows
+from retain.protection import LOADS_EMPTY, check_devices, check_held_out, see_the_base_everywhere, training_rows
 from retain.reference import Reference
 from retain.replay import ReplayDataset, replace_rows, token_documents
 from retain.sampling import sample_rows
@@ -574,6 +575,21 @@ def test_preferences_that_are_measured_are_refused_and_streams_are_not_looked_at
         assert list(training_rows(unknown)) == []
 
 
+def test_devices_on_which_replay_would_be_wrong_are_refused(tmp_path: Path, replay: ReplayDataset) -> None:
+    """torch's DataParallel hands each copy a part of the rows; Apple's devices have no float64."""
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    assert args.n_gpu == 0
+    args._n_gpu = 2
+    rows = [{"input_ids": [1, 2], "labels": [1, 2]}]
+    with pytest.raises(ValueError, match="devices: 2 GPUs and one process; start it with accelerate launch"):
+        ReplayTrainer(
+            model=make_model(), args=args, train_dataset=rows, processing_class=TOKENIZER, replay_dataset=replay,
+            replay_config=ReplayConfig(),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="devices: mps has no float64, in which sums are held; set use_cpu true"):
+        check_devices(SimpleNamespace(n_gpu=1, device=torch.device("mps")))
+
+
 def test_training_rows_that_are_made_when_asked_for_are_made_together() -> None:
     asked: list[int] = []
 
@@ -591,6 +607,15 @@ def test_training_rows_that_are_made_when_asked_for_are_made_together() -> None:
     assert [row.tolist() for row in training_rows(Made())] == [[index, 7] for index in range(2500)]
     assert asked[-3:] == [1000, 1000, 500]
     assert len(asked) < 10
+
+    class InOneMapping(Made):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            return {"input_ids": torch.tensor([index, 7])}
+
+        def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:  # type: ignore[override]
+            return {"input_ids": torch.tensor([[index, 7] for index in indices])}
+
+    assert [row.tolist() for row in training_rows(InOneMapping())] == [[index, 7] for index in range(2500)]
 
 
 def test_rows_that_share_a_template_or_a_heading_are_not_the_same() -> None:

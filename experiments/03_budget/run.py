@@ -125,7 +125,8 @@ def verdict(found: dict[float | None, list[dict[str, Any]]]) -> str:
     said = sum(not one["kept"] for one in strict)
     answer = "yes" if inside == len(every) else "no"
     return (
-        f"Verdict: {answer}. {inside} of {len(every)} runs ended within 20% of their budget ({min(every):+.0%} to {max(every):+.0%}). "
+        f"Verdict: {answer}. {inside} of {len(every)} runs ended within 20% of their budget ({min(every):+.0%} to "
+        f"{max(every):+.0%}). "
         f"Of the budget of {STRICT:g}, too strict for this learning rate, {said} of {len(strict)} runs said that it "
         f"was not kept (coefficient at the end {min(one['coef'] for one in strict):g} or more)."
     )

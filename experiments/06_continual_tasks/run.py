@@ -5,6 +5,7 @@ python experiments/06_continual_tasks/run.py [--scale laptop|gpu|paper] [--repor
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from continual_report import METHODS, draw, table, verdict  # noqa: E402
 from harness import Results  # noqa: E402
+from matched import Unfinished  # noqa: E402
 from scales import Told, conduct, seeds_of  # noqa: E402
 from small_base import CACHE  # noqa: E402
 from transformers import TrainerCallback, TrainingArguments  # noqa: E402
@@ -29,6 +31,7 @@ from retain.engine import draw_rows  # noqa: E402
 from retain.lab.corpora import Stream, collate  # noqa: E402
 from retain.lab.models import make_config, make_model  # noqa: E402
 from retain.lab.tasks import EOS, PAD, TASKS, VOCABULARY, DigitTask, digit_tokenizer, exact_match  # noqa: E402
+from retain.models import default_device  # noqa: E402
 
 DRAWN_TOGETHER = 2048
 
@@ -123,7 +126,7 @@ def learn(model: Any, task: int, method: str, tasks: Sequence[DigitTask], scale:
     steps, before = (scale.steps, scale.first_steps + (task - 1) * scale.steps) if task else (scale.first_steps, 0)
     tests = {one.name: test_rows(one, scale.held_out_rows) for one in tasks}
     watch = Accuracies(tests, scale.eval_steps, tasks[0].answer_length, before)
-    folder, stream = CACHE / f"run-continual-{method}-{seed}", 1000 * seed + 10 * task
+    folder, stream = CACHE / f"run-continual-{os.getpid()}", 1000 * seed + 10 * task
     shutil.rmtree(folder, ignore_errors=True)
     trainer = ReplayTrainer(
         model=model,
@@ -151,7 +154,7 @@ def run_sequence(method: str, seed: int, scale: Scale, first: dict[int, Any]) ->
     tasks = [DigitTask(name, scale.digits) for name in TASKS]
     config = make_config(scale.model_size, vocab_size=len(VOCABULARY), max_length=tasks[0].length)
     config.bos_token_id, config.eos_token_id, config.pad_token_id = tasks[0].start_id, EOS, PAD
-    model = make_model(config, seed).to(torch.accelerator.current_accelerator() or "cpu")
+    model = make_model(config, seed).to(default_device())
     if seed not in first:
         found = learn(model, 0, method, tasks, scale, seed)
         first[seed] = {name: weight.clone() for name, weight in model.state_dict().items()}, found
@@ -175,7 +178,8 @@ def make(name: str, seed: int) -> None:
 
 
 def told(name: str) -> Told:
-    rows = Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
+    if not (rows := Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))):
+        raise Unfinished("no run is made yet")
     return f"{table(rows)}\n\n**{verdict(rows)}**", lambda path: draw(rows, path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,16 +86,20 @@ class World:
         return [round(10 ** (at / A_DECADE), 4) for at in range(first, last + 1)]
 
     def pretraining(self) -> Row:
-        device = {"use_cpu": False} if torch.accelerator.is_available() else {}
-        return device | {
+        return {
             "per_device_train_batch_size": self.batch_size, "learning_rate": self.learning_rate,
             "warmup_steps": self.warmup_steps, "eval_strategy": "no", "logging_strategy": "no",
         }  # fmt: skip
 
 
+def on_device(world: World) -> Row:
+    """How to pretrain, here: where there is no accelerator nothing is added, as rows say it of themselves."""
+    return world.pretraining() | ({"use_cpu": False} if torch.accelerator.is_available() else {})
+
+
 def bases(world: World, size: str, seed: int) -> dict[float, Row]:
     """A size's base at every length, from one run at a constant learning rate."""
-    return pretrain(world.language(size, 0), world.lengths(size), seed=seed, **world.pretraining())
+    return pretrain(world.language(size, 0), world.lengths(size), seed=seed, **on_device(world))
 
 
 def at_length(world: World, size: str, tokens_per_param: float) -> float:
@@ -174,7 +179,7 @@ def tune_now(world: World, base: Row, size: str, coef: float, seed: int, grown: 
         larger = expand(model, seed=seed, **grown)
         gap, model = {"function_gap": function_gap(model, larger, bench)}, larger
     stop = world.target if coef < 1 else None
-    found = finetune(run, bench, CACHE / f"run-capacity-{size}-{seed}", stop, model=model)
+    found = finetune(run, bench, CACHE / f"run-capacity-{os.getpid()}", stop, model=model)
     trajectory = [
         [row["step"], *(round(row[name], 4) for name in ("eval_loss", "retention/old/forgetting"))]
         for row in found["trajectory"]
@@ -213,7 +218,7 @@ def mixed_base(world: World, size: str, share: float, seed: int) -> Row:
     """A model pretrained on both languages, as long as the size's longest base: its loss on each."""
     most = max(world.lengths(size))
     found = pretrain(
-        world.language(size, 0), [most], seed=seed, mixed_with=(share, world.language(size, 1)), **world.pretraining()
+        world.language(size, 0), [most], seed=seed, mixed_with=(share, world.language(size, 1)), **on_device(world)
     )[most]
     return {"old": found["loss"], "new": loss_on(found["folder"], world, size, seed), "num_params": found["num_params"]}
 

@@ -20,6 +20,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import torch  # noqa: E402
 from harness import Bench, Results, Run, finetune  # noqa: E402
 from lab_bases import open_lab_bench, pretrain  # noqa: E402
+from matched import Unfinished  # noqa: E402
 from rate_report import OLD, draw, nearest, table, verdict  # noqa: E402
 from scales import Told, conduct  # noqa: E402
 from small_base import CACHE  # noqa: E402
@@ -191,7 +192,8 @@ def make(name: str, part: int) -> None:
 
 def told(name: str) -> Told:
     found = Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
-    rows = [row for row in found if "trajectory" in row]
+    if not (rows := [row for row in found if "trajectory" in row]):
+        raise Unfinished("no finetune is made yet")
     return f"{table(rows)}\n\n{verdict(rows)}", lambda path: draw(rows, path)
 
 

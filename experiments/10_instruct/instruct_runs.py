@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, measure
 from retain.callbacks import read_run
 from retain.files import write_json
+from retain.models import default_device
 
 logger = logging.getLogger("experiments")
 NEAR = 0.7  # of the gain
@@ -278,7 +279,7 @@ class Workplace:
 @cache
 def base_of(model: str) -> Any:
     """The base, where it is asked: one for every seed."""
-    return load_model(model, dtype="float32", device=torch.accelerator.current_accelerator())
+    return load_model(model, dtype="float32", device=default_device())
 
 
 @cache

@@ -6,6 +6,7 @@ python experiments/11_batch_size/run.py [--scale laptop|gpu|paper] [--report]
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 import time
@@ -97,7 +98,7 @@ def arguments(scale: Scale, batch_size: int, folder: Path) -> PretrainArguments:
 
 def train(scale: Scale, batch_size: int, member: Member) -> tuple[float, Any]:
     """Pretrain one model by `retain pretrain`'s own parts: the held-out loss at the end, and the model."""
-    folder, corpus = CACHE / f"run-batch-{member.seed}", open_corpus(scale.config(), member.seed)
+    folder, corpus = CACHE / f"run-batch-{os.getpid()}", open_corpus(scale.config(), member.seed)
     shutil.rmtree(folder, ignore_errors=True)
     args = arguments(scale, batch_size, folder)
     args.learning_rate, args.seed = member.learning_rate, member.seed

@@ -24,6 +24,7 @@ from retain.models import (
 from retain.objective import ReplayTerm, stored_error
 from retain.protection import (
     check_base_is_frozen,
+    check_devices,
     check_held_out,
     check_rows_fit,
     check_whole,
@@ -83,6 +84,7 @@ class ProtectedInputs(RetentionMixin):
             ValueError: if it is not.
         """
         config, model, rows = self.replay_config, self.model, self.replay_dataset
+        check_devices(self.args)
         if self.retention_documents:  # the rows are tokenised by now
             trained_on = training_rows(getattr(self, "train_dataset", None))
             check_held_out(trained_on, self.retention_documents, "training rows", self._row_edges)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retain.data import Document
 from retain.losses import shifted
-from retain.statistics import bootstrap_ratio
+from retain.statistics import bootstrap_ratio, resample_counts
 
 Forward = Callable[..., Float[Tensor, "rows length vocab"]]
 CHUNK = 1 << 22  # float32 logits held at once: 16 MiB, which the allocator takes from its heap again and again
@@ -159,8 +159,9 @@ def summarize(sums: DocumentSums, *, seed: int = 0, num_resamples: int = 2000) -
         "base_bits_per_byte": (values["base_loss"], num_bytes),
     }
     result = {}
+    counts = resample_counts(len(sums), num_resamples, seed)
     for name, (numerator, denominator) in ratios.items():
-        value, low, high = bootstrap_ratio(numerator, denominator, num_resamples=num_resamples, seed=seed)
+        value, low, high = bootstrap_ratio(numerator, denominator, counts=counts)
         interval = [low, high] if np.isfinite(low) else [None, None]
         result[name] = {
             "value": value,

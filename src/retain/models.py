@@ -121,9 +121,9 @@ def dequantise_gguf(path: Path) -> Path:
 
 
 def default_device() -> str:
-    """The accelerator's type where there is one, else `cpu`."""
+    """The accelerator's type where there is one that has float64 (Apple's has not), else `cpu`."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator.type if accelerator is not None else "cpu"
+    return accelerator.type if accelerator is not None and accelerator.type != "mps" else "cpu"
 
 
 def default_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -30,6 +30,7 @@ RUN = 16  # rows that begin elsewhere are found by runs of so many
 MANY = 4  # places beyond which a run is a licence's or a template's, and tells nothing of its row
 LEAST_RUNS = 4  # on end that must be found again, and half of those that tell
 BLOCK = 1 << 16  # tokens that are looked through at a time
+REMEMBERED = 1 << 22  # distinct rows that are known again, some 70 bytes each
 FACTORS = np.random.default_rng(0).integers(1, 2**63, RUN, dtype=np.uint64)
 
 
@@ -179,7 +180,8 @@ def find_rows(windows: Sequence[Any], rows: Iterable[Any], edges: Collection[int
 
     A window is there if it is a row, or agrees with one to the end of the shorter, or if half of it stands in the rows
     on end. What stands in several windows, or in many places of the rows (a licence's header, a chat template's
-    opening), does not count for that half. The rows are walked once; memory is bounded by the windows and `BLOCK`.
+    opening), does not count for that half. The rows are walked once; memory is bounded by the windows,
+    `BLOCK` and `REMEMBERED`.
 
     Args:
         edges: tokens that are no part of a text where they begin or end it: those of start and end.
@@ -249,6 +251,8 @@ def _blocks(rows: Iterable[Any], edges: Collection[int]) -> Iterator[list[np.nda
         mark = hash(core.tobytes())
         if not len(core) or mark in seen:
             continue
+        if len(seen) == REMEMBERED:
+            seen.clear()
         seen.add(mark)
         block.append(core)
         size += len(core)

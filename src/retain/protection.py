@@ -26,6 +26,24 @@ SHORT = 16  # tokens below which a row may be another's by chance
 TOKEN_COLUMNS = (("input_ids",), ("prompt_ids", "chosen_ids"))  # SFT and plain trainers; DPO
 
 
+def check_devices(args: Any) -> None:
+    """Refuse devices on which replay would be wrong, or end in an error of torch's.
+
+    Args:
+        args: the host trainer's, once it is built: it counts a model that is spread over GPUs as on one.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if args.n_gpu > 1:  # nn.DataParallel gives each copy a part of the rows, and the whole mask
+        raise ValueError(
+            f"devices: {args.n_gpu} GPUs and one process; start it with accelerate launch --num_processes "
+            f"{args.n_gpu}, or use one of them: CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.device.type == "mps":
+        raise ValueError("devices: mps has no float64, in which sums are held; set use_cpu true")
+
+
 def check_rows_fit(rows: ReplayDataset, model: Any) -> None:
     """Rows must have something to predict, fit the model's positions, and use its tokens.
 
@@ -85,9 +103,11 @@ def training_rows(dataset: Any) -> Iterator[Any]:
         return
     for at in range(0, len(dataset), 1000):
         if columns is None:
-            places = range(at, min(at + 1000, len(dataset)))
-            together = hasattr(dataset, "__getitems__")  # torch's name for rows that are made faster together
-            batch: Any = dataset.__getitems__(places) if together else [dataset[index] for index in places]
+            places = list(range(at, min(at + 1000, len(dataset))))
+            fetch = getattr(dataset, "__getitems__", None)  # torch's name for rows that are made faster together
+            batch: Any = fetch(places) if fetch else None
+            if not isinstance(batch, list):  # a batch in one mapping
+                batch = [dataset[index] for index in places]
         else:
             batch = dataset.select_columns(list(named)).with_format("numpy")[at : at + 1000]
             batch = [dict(zip(named, row, strict=True)) for row in zip(*(batch[name] for name in named), strict=True)]

@@ -6,7 +6,6 @@ Answers to questions are right or wrong, independent and paired: Wilson's interv
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -20,6 +19,7 @@ def bootstrap_ratio(
     num_resamples: int = 2000,
     level: float = 0.95,
     seed: int = 0,
+    counts: np.ndarray | None = None,
 ) -> tuple[float, float, float]:
     """Σ numerator / Σ denominator over documents, with a percentile interval by bootstrap over documents.
 
@@ -30,6 +30,7 @@ def bootstrap_ratio(
         level: coverage of the interval.
         seed: seed of the resampling; the same seed and number of documents resample the same documents, so
             intervals of two runs measured on the same documents are paired.
+        counts: what `resample_counts` gave for as many documents, for several ratios over the same ones.
 
     Returns:
         (value, low, high). With one document there is nothing to resample: low and high are NaN.
@@ -39,20 +40,17 @@ def bootstrap_ratio(
     value = float(num.sum() / den.sum())
     if len(num) == 1:
         return value, float("nan"), float("nan")
-    counts = resample_counts(len(num), num_resamples, seed)
+    counts = resample_counts(len(num), num_resamples, seed) if counts is None else counts
     ratios = (counts @ num) / (counts @ den)
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return value, float(low), float(high)
 
 
-@lru_cache(maxsize=1)  # the metrics of one text ask one after the other
 def resample_counts(num_documents: int, num_resamples: int, seed: int) -> np.ndarray:
-    """How often each document occurs in each bootstrap resample, shape (num_resamples, num_documents); read-only."""
+    """How often each document occurs in each bootstrap resample, shape (num_resamples, num_documents)."""
     rng = np.random.default_rng(seed)
     shares = np.full(num_documents, 1 / num_documents)
-    counts = rng.multinomial(num_documents, shares, size=num_resamples)
-    counts.setflags(write=False)
-    return counts
+    return rng.multinomial(num_documents, shares, size=num_resamples)
 
 
 def share_interval(count: int, total: int, *, level: float = 0.95) -> tuple[float, float, float]:

@@ -120,9 +120,10 @@ class Language:
     def table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens, their probabilities and the next states, each of shape (states, branching)."""
         rng, shape = np.random.default_rng(self.seed), (self.num_states, self.branching)
-        tokens = (
-            1 + rng.random((self.num_states, self.vocab_size - 1)).argpartition(self.branching)[:, : self.branching]
-        )
+        tokens = np.empty(shape, dtype=np.int64)
+        for first in range(0, self.num_states, 1024):  # what is drawn is the same, and not held at once
+            part = tokens[first : first + 1024]
+            part[:] = 1 + rng.random((len(part), self.vocab_size - 1)).argpartition(self.branching)[:, : self.branching]
         gammas = np.maximum(rng.gamma(self.concentration, size=shape), 1e-6)
         following = rng.integers(self.num_states, size=shape)
         ring = rng.permutation(self.num_states)

@@ -10,6 +10,7 @@ import math
 import random
 import time
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from retain.models import cache_dir, num_parameters
 from retain.stop_at_loss import StopAtLoss, check_stop_at_loss
 
 PRETRAIN_FILE = "pretrain.json"  # what was made, written last
+DECIDES = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
 EVAL_SEED = 2**32  # beyond every seed of training rows
 
 
@@ -156,7 +158,7 @@ def _train(
 
     began = time.monotonic()
     if checkpoint is not None:
-        check_same_run(args.output_dir, config)
+        check_same_run(args, config)
     elif args.resume_from_checkpoint:
         say(f"no whole checkpoint in {args.output_dir}: beginning anew")
     train(trainer, checkpoint)
@@ -201,14 +203,16 @@ def step_tokens(args: Any, length: int) -> float:
     return tokens_per_step(args.train_batch_size, length, args.gradient_accumulation_steps, args.world_size)
 
 
-def check_same_run(folder: str, config: PretrainConfig) -> None:
-    """Refuse to go on from a checkpoint of other settings, whose rows or shape are others.
+def check_same_run(args: Any, config: PretrainConfig) -> None:
+    """Refuse to go on from a checkpoint of other settings, whose rows, shape or steps are others.
 
     Raises:
         ValueError: naming the first that differs.
     """
-    began = read_settings(Path(folder), {"pretrain?": {}}).get("pretrain") or {}
-    for name, value in asdict(config).items():
+    folder = args.output_dir
+    known = read_settings(Path(folder), {"pretrain?": {}, "training_arguments?": {}})
+    began = (known.get("training_arguments") or {}) | (known.get("pretrain") or {})
+    for name, value in ({name: getattr(args, name) for name in DECIDES} | asdict(config)).items():
         if name in began and began[name] != value:
             raise ValueError(
                 f"{name}: {value!r}, but the run in {folder!r} began with {began[name]!r}; use that, or another folder"
@@ -233,11 +237,13 @@ def open_corpus(config: PretrainConfig, seed: int) -> Corpus:
     return _texts(config, config.corpus)
 
 
+@lru_cache(maxsize=4)  # a large one takes seconds to make, and studies open it for every run
+def _language(num_states: int, vocab_size: int, branching: int, seed: int) -> Language:
+    return Language(num_states=num_states, vocab_size=vocab_size, branching=branching, seed=seed)
+
+
 def _synthetic(config: PretrainConfig, seed: int) -> Corpus:
-    language = Language(
-        num_states=config.num_states, vocab_size=config.vocab_size or 64, branching=config.branching,
-        seed=config.language_seed,
-    )  # fmt: skip
+    language = _language(config.num_states, config.vocab_size or 64, config.branching, config.language_seed)
     length = config.max_length
     facts = {"corpus": "synthetic", "entropy_rate": language.entropy_rate, "ideal_loss": language.ideal_loss(length)}
     return Corpus(

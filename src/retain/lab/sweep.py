@@ -105,6 +105,11 @@ def sweep_row(run: SweepRun, folder: Path, error: str | None, **facts: Any) -> d
     }  # fmt: skip
 
 
+def own_cores() -> list[int]:
+    """The cores that this process may use; nothing where the system does not say (macOS)."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def run_here(
     runs: Sequence[SweepRun],
     root: Path,
@@ -119,7 +124,7 @@ def run_here(
     Args:
         most: bytes that a run has taken before; where nobody knows, the first runs alone until it has shown it.
     """
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    cores = own_cores()
     slots = [cores[at * cores_per_run : (at + 1) * cores_per_run] for at in range(num_workers)]
     todo, running = list(runs), dict[int, Process]()
     with stopped_together(running):
@@ -197,7 +202,7 @@ def run_sweep(
 
                 run_on_ray(todo, root.resolve(), num_workers=num_workers, cores_per_run=cores_per_run, record=record)
             else:
-                count = num_workers or max(1, len(psutil.Process().cpu_affinity()) // cores_per_run)
+                count = num_workers or max(1, (len(own_cores()) or os.cpu_count() or 1) // cores_per_run)
                 most = max((row["peak_bytes"] for row in rows.values()), default=0)
                 run_here(todo, root, num_workers=count, cores_per_run=cores_per_run, record=record, most=most)
     failed = [rows[run.key] for run in runs if rows[run.key]["status"] == "failed"]
