@@ -38,7 +38,7 @@ FULL = World(
 SCALES = {
     "laptop": Scale(
         world=World(), same_loss=1.3, lengths=(17.7828, 100, 562.3413), shares=(0.1, 0.2, 0.5),
-        frontier_lengths=(100, 562.3413),
+        frontier_lengths=(100, 562.3413), seeds=6,
     ),
     "gpu": Scale(
         world=World(

@@ -36,7 +36,7 @@ class Scale:
 
 TENS = (10, 31.6228, 100, 316.2278)
 SCALES = {
-    "laptop": Scale(world=CAPACITY["laptop"].world, lengths=(17.7828, 100, 562.3413)),
+    "laptop": Scale(world=CAPACITY["laptop"].world, lengths=(17.7828, 100, 562.3413), seeds=6),
     "gpu": Scale(world=CAPACITY["gpu"].world, lengths=TENS),
     "paper": Scale(world=CAPACITY["paper"].world, lengths=(*TENS, 1000, 3162.2777, 10_000)),
 }

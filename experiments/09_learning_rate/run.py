@@ -62,7 +62,7 @@ SCALES = {
         tokens_per_param=(75, 100, 115, 130, 150, 175, 200, 300), pretrain_rates=(1e-3, 3e-3, 1e-2),
         rates=(1.5e-4, 7e-4, 3e-3, 1.5e-2), replay_rates=(7e-4, 3e-3, 1.5e-2), control_rate=3e-3, batch_size=32,
         replay_rows=16, replay_pool=4096, coef=1.0, steps_times_rate=0.5,
-        stop_loss=1.6,
+        stop_loss=1.6, seeds=6,
     ),
     "gpu": Scale(),
     "paper": Scale(

@@ -51,7 +51,7 @@ SCALES = {
     "laptop": Scale(
         world=CAPACITY["laptop"].world, small="6400", tokens_per_param=562.3413, control="26e3",
         control_tokens_per_param=133.3521, widened={"hidden_size": 32, "intermediate_size": 88, "num_heads": 2},
-        deepened={"num_layers": 5},
+        deepened={"num_layers": 5}, seeds=6,
     ),
     "gpu": Scale(
         world=CAPACITY["gpu"].world, small="134k", tokens_per_param=316.2278, control="430k",
