@@ -95,6 +95,17 @@ def test_bases_of_the_same_loss_may_say_otherwise() -> None:
     assert "apart by 0.010 [0.010, 0.010]" in told
 
 
+def test_who_has_the_rows_pretrains_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = study("09_learning_rate")
+    committed = (ROOT / "09_learning_rate" / "results.jsonl").read_bytes()
+    (tmp_path / "results.jsonl").write_bytes(committed)
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(module, "pretrain", None)
+    for part in range(2 * len(module.pretrained(module.SCALES["laptop"]))):
+        module.make("laptop", part)
+    assert (tmp_path / "results.jsonl").read_bytes() == committed
+
+
 def test_a_run_that_learned_nothing_is_named() -> None:
     rows = rate_rows()
     for point in rows[0]["trajectory"]:
