@@ -216,7 +216,7 @@ def arguments(run: Run, folder: Path, *, eval_batch_size: int = 32, **more: Any)
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=default_device() == "cpu",
         seed=run.seed,
         **more,
     )

@@ -17,7 +17,6 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 from continual_report import METHODS, draw, table, verdict  # noqa: E402
 from harness import Results  # noqa: E402
 from matched import Unfinished  # noqa: E402
@@ -100,7 +99,7 @@ def arguments(scale: Scale, steps: int, folder: Path, seed: int) -> TrainingArgu
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=default_device() == "cpu",
         seed=seed,
     )
 

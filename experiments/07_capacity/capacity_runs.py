@@ -23,6 +23,7 @@ from retain import load_model
 from retain.lab.config import PretrainConfig
 from retain.lab.models import counted_size_of, expand, make_config
 from retain.lab.pretrain import open_corpus
+from retain.models import default_device
 
 logger = logging.getLogger("experiments")
 A_DECADE = 16  # checkpoints for each tenfold of pretraining
@@ -93,8 +94,8 @@ class World:
 
 
 def on_device(world: World) -> Row:
-    """How to pretrain, here: where there is no accelerator nothing is added, as rows say it of themselves."""
-    return world.pretraining() | ({"use_cpu": False} if torch.accelerator.is_available() else {})
+    """How to pretrain on this machine; the device is no part of a row's settings, it stands beside them."""
+    return world.pretraining() | ({} if default_device() == "cpu" else {"use_cpu": False})
 
 
 def bases(world: World, size: str, seed: int) -> dict[float, Row]:

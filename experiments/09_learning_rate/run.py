@@ -17,7 +17,6 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import torch  # noqa: E402
 from harness import Bench, Results, Run, finetune  # noqa: E402
 from lab_bases import open_lab_bench, pretrain  # noqa: E402
 from matched import Unfinished  # noqa: E402
@@ -28,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from retain.lab.config import PretrainConfig  # noqa: E402
 from retain.lab.pretrain import open_corpus  # noqa: E402
+from retain.models import default_device  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def corpus_config(scale: Scale, name: str, language: int) -> PretrainConfig:
 
 def bases_of(scale: Scale, rate: float, seed: int) -> dict[float, dict[str, Any]]:
     """Bases by tokens per parameter, pretrained at this rate unless they are there."""
-    how = {"use_cpu": not torch.accelerator.is_available(), "per_device_train_batch_size": scale.pretrain_batch}
+    how = {"use_cpu": default_device() == "cpu", "per_device_train_batch_size": scale.pretrain_batch}
     return pretrain(corpus_config(scale, scale.corpus, 0), scale.tokens_per_param, seed=seed, learning_rate=rate, **how)
 
 

@@ -30,6 +30,7 @@ from retain.half_life import apply_half_life, beta2_of_half_life, half_life_of_b
 from retain.lab.config import PretrainConfig  # noqa: E402
 from retain.lab.models import make_config, make_model  # noqa: E402
 from retain.lab.pretrain import PretrainArguments, make_trainer, open_corpus  # noqa: E402
+from retain.models import default_device  # noqa: E402
 
 SEEDS_TOGETHER = 3
 LONGEST_STEP = 8  # half-lives: beta2 is .004 there
@@ -92,7 +93,7 @@ def arguments(scale: Scale, batch_size: int, folder: Path) -> PretrainArguments:
         output_dir=str(folder), max_steps=round(scale.tokens / batch_size / scale.max_length),
         per_device_train_batch_size=batch_size, eval_strategy="no", logging_strategy="no", save_strategy="no",
         train_sampling_strategy="sequential", disable_tqdm=True,
-        use_cpu=scale.ensemble or not torch.accelerator.is_available(),
+        use_cpu=scale.ensemble or default_device() == "cpu",
     )  # fmt: skip
 
 
