@@ -13,13 +13,14 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from matched import GRAIN, MEASURES
 from peft import LoraConfig, get_peft_model
@@ -32,10 +33,13 @@ from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_toke
 from retain.callbacks import read_run
 from retain.data import Document, token_documents, tokenize_documents
 from retain.demo_data import packed_rows
+from retain.engine import choose_batch_size, draw_rows
 from retain.files import append_jsonl, read_jsonl
 from retain.models import default_device, model_fingerprint
 from retain.replay import load_self_generated
 from retain.sampling import sample_replay
+
+DRAWN_TOGETHER = 2048  # rows, on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +161,21 @@ def rows_of(base: Path | str, folder: Path, tokenizer: Any, number: int, length:
 
 def sampled_once(model: Any, tokenizer: Any, folder: Path, **how: Any) -> ReplayDataset:
     """What `sample_replay` writes into the folder: by the process that asks first, the others wait for it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with alone(Path(f"{folder}.lock")):
         sample_replay(model, tokenizer, folder, **how)
     return load_self_generated(folder)
+
+
+def written_by(model: Any, starts: Sequence[int], length: int, seed: int) -> list[np.ndarray]:
+    """Rows that a model writes at temperature 1, one from each start token; their numbers begin at 0."""
+    together = DRAWN_TOGETHER
+    if model.device.type != "cpu":
+        together = min(together, choose_batch_size(model, length))
+    rows: list[np.ndarray] = []
+    for first in range(0, len(starts), together):
+        part = starts[first : first + together]
+        rows += list(draw_rows(model, [[one] for one in part], range(first, first + len(part)), length, seed).tokens)
+    return rows
 
 
 def replay_of(run: Run, replay: ReplayDataset) -> ReplayDataset:
@@ -284,6 +299,7 @@ def compact_documents(row: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def alone(path: Path) -> Iterator[BinaryIO]:
     """The file, from its beginning, while no other process of a study touches it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)

@@ -14,15 +14,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from harness import Bench, Rows, alone
+from harness import Bench, Rows, alone, written_by
 from small_base import CACHE, logger
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from retain import ReplayDataset, load_model, load_tokenizer
 from retain.data import token_documents
-from retain.engine import choose_batch_size, draw_rows
 from retain.files import write_json
 from retain.finetune import checkpoint_to_resume
 from retain.lab.config import PretrainConfig
@@ -34,7 +32,6 @@ from retain.models import default_device, model_fingerprint
 
 LAB = CACHE / "lab"
 FACTS = "lab_base.json"  # written last into a base's folder
-DRAWN_TOGETHER = 2048
 SAVE_STEPS = 5000  # between checkpoints: of runs of hours, not of minutes
 
 
@@ -74,7 +71,6 @@ def pretrain(
         told.append([mixed_with[0], asdict(mixed_with[1])])
     key = json.dumps(told, sort_keys=True, default=str)
     root = LAB / hashlib.sha256(key.encode()).hexdigest()[:12]
-    LAB.mkdir(parents=True, exist_ok=True)
     with alone(Path(f"{root}.lock")):  # the process that asks first makes it, the others wait
         if not (root / FACTS).exists():
             _pretrain(config, sorted(tokens_per_param), seed, root, arguments, mixed_with)
@@ -89,7 +85,8 @@ def _pretrain(
     corpus = open_corpus(config, seed)
     shape = make_config(config.model_size, vocab_size=len(corpus.tokenizer), max_length=corpus.length)
     size = counted_size_of(shape)
-    how = {"lr_scheduler_type": "constant_with_warmup", "eval_steps": 0.02, "use_cpu": True, "disable_tqdm": True}
+    how = {"lr_scheduler_type": "constant_with_warmup", "eval_steps": 0.02, "disable_tqdm": True}
+    how["use_cpu"] = default_device() == "cpu"
     kept = {"save_steps": SAVE_STEPS, "save_total_limit": 1, "resume_from_checkpoint": "true"}
     args = PretrainArguments(output_dir=str(root / "run"), seed=seed, **(how | kept | arguments))
     args.train_sampling_strategy = "sequential"
@@ -125,15 +122,8 @@ def open_lab_bench(
         num_train: rows of the new text, none twice unless it is short.
         num_replay: rows that the base writes from its document start at temperature 1; none where 0.
     """
-    tokenizer, device = load_tokenizer(str(folder)), default_device()
-    model = load_model(str(folder), dtype="float32", device=device)
-    start, together = tokenizer.bos_token_id, DRAWN_TOGETHER
-    if device != "cpu":
-        together = min(together, choose_batch_size(model, new.length))
-    drawn: list[np.ndarray] = []
-    for first in range(0, num_replay, together):
-        numbers = range(first, min(first + together, num_replay))
-        drawn += list(draw_rows(model, [[start]] * len(numbers), numbers, new.length, 7_000 + seed).tokens)
+    tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder), dtype="float32", device=default_device())
+    drawn = written_by(model, [tokenizer.bos_token_id] * num_replay, new.length, 7_000 + seed)
     stream: RowsByNumber = new.stream(num_train, 1_000 + seed)
     documents = token_documents([row.tolist() for row in old.held_out[:held_out]], tokenizer)
     return Bench(

@@ -18,8 +18,8 @@ MEASURES = (("prose", "forgetting"), ("prose", "ref_kl"), ("self-generated", "re
 GRAIN = 10_000
 
 
-class Unfinished(ValueError):
-    """There is nothing to report: no run is made, or one has learned too little to be read."""
+class NoReport(ValueError):
+    """Nothing can be told: of no run, of one that learned too little, of rows that do not belong together."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matched import Unfinished
+from matched import NoReport
 from pages import write_results
 
 PROCESSES = {"laptop": 2, "gpu": 3}  # small models leave most of a GPU idle; else 1
@@ -60,7 +60,7 @@ def conduct(
         raise SystemExit(str(error)) from error
     try:
         text, draw = report(name)
-    except Unfinished as error:
+    except NoReport as error:
         raise SystemExit(f"{folder.name}, scale {name}: {error}") from error
     show(folder, name, text, draw)
 
@@ -74,7 +74,7 @@ def ask(told: str, scales: Iterable[str], arguments: Sequence[str] | None, only:
     parser = argparse.ArgumentParser(description=told.splitlines()[0])
     parser.add_argument("--scale", choices=scales, default="laptop")
     parser.add_argument(f"--{only}", type=int, nargs="*", help="only these")
-    parser.add_argument("--num_workers", type=int, help=f"processes ({PROCESSES}, else 1)")
+    parser.add_argument("--num_workers", type=int, help="processes (laptop 2, gpu 3, paper 1)")
     parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
     begin()
     return parser.parse_args(arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import load_study
 
 ROOT = Path(__file__).parents[1] / "experiments"
 NAMES = ("07_capacity", "08_size_tokens_grid", "13_expansion")
@@ -36,15 +36,7 @@ TARGET = 2.0
 Row = dict[str, Any]
 
 
-def study(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"study_{name}", ROOT / name / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look
-    spec.loader.exec_module(module)
-    return module
-
-
-CAPACITY, GRID, EXPANSION = (study(name) for name in NAMES)
+CAPACITY, GRID, EXPANSION = (load_study(name) for name in NAMES)
 WORLD = World(sizes=(Size("5e3", 1000.0, (1.0, 3.0)), Size("5e4", 10.0, (1.0,))), target=TARGET, max_steps=100)
 SCALE = capacity_scales.Scale(
     world=WORLD, same_loss=1.2, lengths=(10, 100, 1000), shares=(0.2, 0.5), frontier_lengths=(1000,)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import load_study
 
 ROOT = Path(__file__).parents[1] / "experiments"
 for folder in (ROOT, ROOT / "01_replay_cost", ROOT / "02_baselines"):
@@ -28,13 +28,6 @@ TINY = small_base.BaseSettings(
 SHORT = harness.BenchSettings(max_length=32, num_documents=6, new_task_rows=8, replay_rows=32)
 STEPS = {"max_steps": 6, "batch_size": 8, "warmup_steps": 1, "eval_steps": 3, "learning_rate": 3e-3}
 PLAIN = Run(**STEPS)
-
-
-def study(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"study_{name}", ROOT / name / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def small_texts() -> small_base.Texts:
@@ -98,7 +91,7 @@ def test_base_is_an_ordinary_folder_and_is_made_once(bench: harness.Bench) -> No
 def test_first_study_runs_resumes_and_reports(
     bench: harness.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cost = study("01_replay_cost")
+    cost = load_study("01_replay_cost")
     in_place(monkeypatch, cost, bench, tmp_path)
     cell = replace(PLAIN, coef=10.0, replay_rows=4)
     monkeypatch.setattr(cost, "RATE", PLAIN.learning_rate)
@@ -128,7 +121,7 @@ def test_first_study_runs_resumes_and_reports(
 
 @pytest.mark.program
 def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    baselines = study("02_baselines")
+    baselines = load_study("02_baselines")
     scale = baselines.Scale(run=PLAIN, bench=SHORT, texts=small_texts, seeds=2)
     monkeypatch.setattr(baselines, "SCALES", {"laptop": scale})
     in_place(monkeypatch, baselines, bench, tmp_path)
@@ -205,7 +198,7 @@ def rows_for(left: float, rows: int) -> list[dict[str, Any]]:
     [(0.01, 2, "a step: yes"), (0.2, 2, "a step: no"), (0.01, 16, "a step: no")],
 )
 def test_first_verdict_goes_with_the_results(left: float, rows: int, said: str) -> None:
-    report = study("01_replay_cost")
+    report = load_study("01_replay_cost")
     cells, _ = report.cells_of(rows_for(left, rows), {"full": PLAIN.learning_rate})
     told = report.verdict(cells)
     assert said in told
@@ -215,7 +208,7 @@ def test_first_verdict_goes_with_the_results(left: float, rows: int, said: str) 
 
 
 def test_second_verdict_goes_with_the_results() -> None:
-    baselines = study("02_baselines")
+    baselines = load_study("02_baselines")
 
     def told(kl: float, other: float) -> str:
         rows = [{**synthetic(0.0, seed, 1.0), "name": "plain"} for seed in (0, 1)]
@@ -229,7 +222,7 @@ def test_second_verdict_goes_with_the_results() -> None:
 
 
 def test_the_papers_claims_go_with_the_results() -> None:
-    baselines = study("02_baselines")
+    baselines = load_study("02_baselines")
 
     def told(left: dict[str, float]) -> str:
         rows = [{**synthetic(0.0, seed, 1.0), "name": "plain"} for seed in (0, 1)]

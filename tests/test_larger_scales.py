@@ -6,7 +6,6 @@ Nothing is learned. What is shown is that sizes, vocabularies, lengths, enlargem
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import load_study
 
 from retain.lab.config import PretrainConfig
 from retain.lab.corpora import Language
@@ -86,10 +86,7 @@ SMALLER: dict[str, Callable[[Any], Any]] = {
 def test_the_settings_of_a_larger_scale_fit_together(
     name: str, scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = importlib.util.spec_from_file_location(f"larger_{name}", ROOT / name / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look
-    spec.loader.exec_module(module)
+    module = load_study(name)
     capacity_runs.bench_of.cache_clear()
     monkeypatch.setattr(capacity_runs, "HELD_OUT", ROWS)
     monkeypatch.setattr(capacity_runs, "CACHE", tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import load_study
 
 ROOT = Path(__file__).parents[1] / "experiments"
 for folder in (ROOT, ROOT / "09_learning_rate", ROOT / "11_batch_size"):
@@ -22,14 +22,6 @@ import rate_report  # noqa: E402
 
 README = "before\n<!-- results: written by run.py -->\n<!-- end of results -->\nafter\n"
 WOBBLE = (0.0, 0.01, -0.01)  # of the seeds
-
-
-def study(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"study_{name}", ROOT / name / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 # Study 09
@@ -96,7 +88,7 @@ def test_bases_of_the_same_loss_may_say_otherwise() -> None:
 
 
 def test_who_has_the_rows_pretrains_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = study("09_learning_rate")
+    module = load_study("09_learning_rate")
     committed = (ROOT / "09_learning_rate" / "results.jsonl").read_bytes()
     (tmp_path / "results.jsonl").write_bytes(committed)
     monkeypatch.setattr(module, "HERE", tmp_path)
@@ -122,7 +114,7 @@ def test_rate_study_draws(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rate_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = study("09_learning_rate")
+    module = load_study("09_learning_rate")
     scale = module.Scale(
         model_size="6200", num_states=4, vocab_size=8, max_length=16, tokens_per_param=(1, 2), pretrain_batch=16,
         pretrain_rates=(1e-3, 1e-2), rates=(3e-2,), replay_rates=(3e-2,), control_rate=3e-2, batch_size=8,
@@ -254,7 +246,7 @@ def small_scale(module: Any, **how: Any) -> Any:
 @pytest.mark.slow
 def test_a_member_of_the_ensemble_is_a_run_of_pretrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights and loss after 36 steps; at rates at which a rounding does not grow."""
-    module = study("11_batch_size")
+    module = load_study("11_batch_size")
     monkeypatch.setattr(module, "CACHE", tmp_path)
     scale = small_scale(module, tokens=16 * 4 * 36)
     members = [module.Member(200.0, 3e-3, 0), module.Member(1e4, 2e-3, 1), module.Member(1e4, 3e-3, 1)]
@@ -271,7 +263,7 @@ def test_a_member_of_the_ensemble_is_a_run_of_pretrain(tmp_path: Path, monkeypat
 
 @pytest.mark.slow
 def test_a_killed_ensemble_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = study("11_batch_size")
+    module = load_study("11_batch_size")
     scale = small_scale(module, tokens=16 * 2 * 12)
     members, corpora = [module.Member(500.0, 1e-2, 0)], {0: module.open_corpus(scale.config(), 0)}
 
@@ -299,7 +291,7 @@ def test_a_killed_ensemble_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 @pytest.mark.parametrize("together", [True, False])
 def test_batch_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
-    module = study("11_batch_size")
+    module = load_study("11_batch_size")
     scale = small_scale(module, tokens=256, batch_sizes=(1, 4), half_lives=3, rates=(1e-2,), seeds=2, ensemble=together)
     monkeypatch.setattr(module, "SCALES", {"laptop": scale})
     monkeypatch.setattr(module, "HERE", tmp_path)

@@ -64,9 +64,9 @@ def test_parts_are_made_side_by_side_and_told_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_no_part_outlives_a_killed_study(tmp_path: Path) -> None:
-    (tmp_path / "run.py").write_text(
-        STUDY.replace("time.sleep(0.3)", "(HERE / f'{os.getpid()}.pid').touch(); time.sleep(60)")
-    )
+    nap = "time.sleep(3 if part == 3 else 0.3)"
+    assert nap in STUDY
+    (tmp_path / "run.py").write_text(STUDY.replace(nap, "(HERE / f'{os.getpid()}.pid').touch(); time.sleep(60)"))
     study = subprocess.Popen([sys.executable, str(tmp_path / "run.py")])
     end = time.monotonic() + 60
     while len(found := list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < end:

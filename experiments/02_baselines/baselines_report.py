@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matched import MEASURES, Estimate, Reading, mean_of, prevented, read_at, target_loss
+from matched import MEASURES, Estimate, NoReport, Reading, mean_of, prevented, read_at, target_loss
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from pages import dress, goal_line, panels
 
@@ -75,7 +75,7 @@ def entries_of(rows: Sequence[dict[str, Any]]) -> tuple[list[Entry], float]:
         for seed, row in by_seed.items():
             last = row["trajectory"][-1]["step"]
             if readings[seed] is None and settings["method"] != "interpolation" and last < settings["max_steps"]:
-                raise ValueError(
+                raise NoReport(
                     f"{method}, seed {seed}: it ended at step {last}, above a new-task loss of {target:.4f}: the rows "
                     "that set this target have changed since; delete its row and run the study again"
                 )

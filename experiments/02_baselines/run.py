@@ -31,7 +31,7 @@ from baselines_report import (  # noqa: E402
 )
 from baselines_scales import SCALES, Scale, plan  # noqa: E402
 from harness import Bench, Results, Run, finetune, open_bench  # noqa: E402
-from matched import Unfinished, target_loss  # noqa: E402
+from matched import NoReport, target_loss  # noqa: E402
 from methods import REAL, SPECIAL, real_replay  # noqa: E402
 from scales import Told, conduct  # noqa: E402
 from small_base import CACHE, BaseSettings, Texts, make_base  # noqa: E402
@@ -119,7 +119,7 @@ def make(name: str, place: int) -> dict[str, Any]:
 def report(name: str) -> Told:
     """Table, verdict and figures from what there is."""
     if not (rows := rows_of(name)):
-        raise Unfinished("no run is made yet")
+        raise NoReport("no run is made yet")
     entries, target = entries_of(rows)
     head = f"Target: a new-task loss of {target:.3f} nats per token."
     parts = (head, table(entries), f"**Verdict.** {verdict(entries)}", claims(entries), beside_paper(entries))

@@ -18,21 +18,18 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import numpy as np  # noqa: E402
 from continual_report import METHODS, draw, table, verdict  # noqa: E402
-from harness import Results  # noqa: E402
-from matched import Unfinished  # noqa: E402
+from harness import Results, written_by  # noqa: E402
+from matched import NoReport  # noqa: E402
 from scales import Told, conduct, seeds_of  # noqa: E402
 from small_base import CACHE  # noqa: E402
 from transformers import TrainerCallback, TrainingArguments  # noqa: E402
 from transformers.trainer_callback import PrinterCallback  # noqa: E402
 
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer  # noqa: E402
-from retain.engine import draw_rows  # noqa: E402
 from retain.lab.corpora import Stream, collate  # noqa: E402
 from retain.lab.models import make_config, make_model  # noqa: E402
 from retain.lab.tasks import EOS, PAD, TASKS, VOCABULARY, DigitTask, digit_tokenizer, exact_match  # noqa: E402
 from retain.models import default_device  # noqa: E402
-
-DRAWN_TOGETHER = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +108,9 @@ def test_rows(task: DigitTask, most: int) -> np.ndarray:
 
 def replay_of(model: Any, earlier: Sequence[DigitTask], scale: Scale, seed: int) -> ReplayDataset:
     """Rows for a whole task, never used twice: the model's own, from the earlier tasks' start tokens in turn."""
-    count, rows = scale.steps * scale.replay_rows, []
-    for at in range(0, count, DRAWN_TOGETHER):
-        numbers = range(at, min(at + DRAWN_TOGETHER, count))
-        starts = [[earlier[number % len(earlier)].start_id] for number in numbers]
-        rows.append(draw_rows(model, starts, numbers, earlier[0].length, seed).tokens)
-    return ReplayDataset.from_rows(list(np.concatenate(rows)), f"{len(earlier)} start tokens")
+    starts = [earlier[number % len(earlier)].start_id for number in range(scale.steps * scale.replay_rows)]
+    rows = written_by(model, starts, earlier[0].length, seed)
+    return ReplayDataset.from_rows(rows, f"{len(earlier)} start tokens")
 
 
 def learn(model: Any, task: int, method: str, tasks: Sequence[DigitTask], scale: Scale, seed: int) -> list[dict]:
@@ -178,7 +172,7 @@ def make(name: str, seed: int) -> None:
 
 def told(name: str) -> Told:
     if not (rows := Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))):
-        raise Unfinished("no run is made yet")
+        raise NoReport("no run is made yet")
     return f"{table(rows)}\n\n**{verdict(rows)}**", lambda path: draw(rows, path)
 
 

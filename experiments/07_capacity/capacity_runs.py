@@ -23,7 +23,6 @@ from retain import load_model
 from retain.lab.config import PretrainConfig
 from retain.lab.models import counted_size_of, expand, make_config
 from retain.lab.pretrain import open_corpus
-from retain.models import default_device
 
 logger = logging.getLogger("experiments")
 A_DECADE = 16  # checkpoints for each tenfold of pretraining
@@ -93,14 +92,9 @@ class World:
         }  # fmt: skip
 
 
-def on_device(world: World) -> Row:
-    """How to pretrain on this machine; the device is no part of a row's settings, it stands beside them."""
-    return world.pretraining() | ({} if default_device() == "cpu" else {"use_cpu": False})
-
-
 def bases(world: World, size: str, seed: int) -> dict[float, Row]:
     """A size's base at every length, from one run at a constant learning rate."""
-    return pretrain(world.language(size, 0), world.lengths(size), seed=seed, **on_device(world))
+    return pretrain(world.language(size, 0), world.lengths(size), seed=seed, **world.pretraining())
 
 
 def at_length(world: World, size: str, tokens_per_param: float) -> float:
@@ -219,7 +213,7 @@ def mixed_base(world: World, size: str, share: float, seed: int) -> Row:
     """A model pretrained on both languages, as long as the size's longest base: its loss on each."""
     most = max(world.lengths(size))
     found = pretrain(
-        world.language(size, 0), [most], seed=seed, mixed_with=(share, world.language(size, 1)), **on_device(world)
+        world.language(size, 0), [most], seed=seed, mixed_with=(share, world.language(size, 1)), **world.pretraining()
     )[most]
     return {"old": found["loss"], "new": loss_on(found["folder"], world, size, seed), "num_params": found["num_params"]}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matched import Unfinished, t_interval
+from matched import NoReport, t_interval
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from pages import dress, panels
 
@@ -47,7 +47,7 @@ def readings_of(rows: Sequence[Row], *, control: bool = False) -> list[Reading]:
     """Every run at the target loss of all, linear between evaluations.
 
     Raises:
-        Unfinished: if a run has learned so little that another begins where it ends.
+        NoReport: if a run has learned so little that another begins where it ends.
     """
     target, found = target_of(rows), []
     for row in rows:
@@ -57,7 +57,7 @@ def readings_of(rows: Sequence[Row], *, control: bool = False) -> list[Reading]:
         steps, lost = series(row, f"retention/{OLD}/forgetting")
         at = crossing(steps, series(row, "eval_loss")[1], target)
         if at is None:
-            raise Unfinished(
+            raise NoReport(
                 f"learning rates: some run came down to {target:.3f} nats at best, where another begins; give it more "
                 "steps, or leave its rate out"
             )

@@ -19,7 +19,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from harness import Bench, Results, Run, finetune  # noqa: E402
 from lab_bases import open_lab_bench, pretrain  # noqa: E402
-from matched import Unfinished  # noqa: E402
+from matched import NoReport  # noqa: E402
 from rate_report import OLD, draw, nearest, table, verdict  # noqa: E402
 from scales import Told, conduct  # noqa: E402
 from small_base import CACHE  # noqa: E402
@@ -27,7 +27,6 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from retain.lab.config import PretrainConfig  # noqa: E402
 from retain.lab.pretrain import open_corpus  # noqa: E402
-from retain.models import default_device  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +84,8 @@ def corpus_config(scale: Scale, name: str, language: int) -> PretrainConfig:
 
 def bases_of(scale: Scale, rate: float, seed: int) -> dict[float, dict[str, Any]]:
     """Bases by tokens per parameter, pretrained at this rate unless they are there."""
-    how = {"use_cpu": default_device() == "cpu", "per_device_train_batch_size": scale.pretrain_batch}
-    return pretrain(corpus_config(scale, scale.corpus, 0), scale.tokens_per_param, seed=seed, learning_rate=rate, **how)
+    how = {"per_device_train_batch_size": scale.pretrain_batch, "learning_rate": rate}
+    return pretrain(corpus_config(scale, scale.corpus, 0), scale.tokens_per_param, seed=seed, **how)
 
 
 def base_row(scale: Scale, rate: float, seed: int, results: Results) -> list[dict[str, Any]]:
@@ -193,7 +192,7 @@ def make(name: str, part: int) -> None:
 def told(name: str) -> Told:
     found = Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
     if not (rows := [row for row in found if "trajectory" in row]):
-        raise Unfinished("no finetune is made yet")
+        raise NoReport("no finetune is made yet")
     return f"{table(rows)}\n\n{verdict(rows)}", lambda path: draw(rows, path)
 
 

@@ -21,6 +21,7 @@ from chat_report import ARMS_COMPARED, draw, report  # noqa: E402
 from harness import Results  # noqa: E402
 from instruct_data import sampled  # noqa: E402
 from instruct_runs import ARMS, CHAT_ARMS, SCALES, Scale, Workplace, workplace  # noqa: E402
+from matched import NoReport  # noqa: E402
 from scales import Told, conduct  # noqa: E402
 
 from retain import ReplayDataset, choose_start_token  # noqa: E402
@@ -84,7 +85,7 @@ def row_of(arm: str, name: str, place: Workplace) -> dict[str, Any] | None:
     if row is None or chats is None:
         return None
     if row["trajectory"] != chats["trajectory"]:
-        raise ValueError(
+        raise NoReport(
             f"{arm}, seed {place.seed}: chats were measured on a model that learned otherwise than study 10's; delete "
             "its row here and the folders .cache/experiments/instruct/tuned-*, and run study 10 and this one again"
         )
