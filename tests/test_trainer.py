@@ -17,17 +17,33 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from retain import ReplayConfig, ReplayMixin, ReplaySFTTrainer, ReplayTrainer
 from retain.files import read_jsonl
 from retain.losses import kl_divergence
 from retain.models import model_fingerprint, tokenizer_fingerprint
 from retain.overlap import find_rows
-from retain.protection import LOADS_EMPTY, check_devices, check_held_out, see_the_base_everywhere, training_rows
+from retain.protection import (
+    LOADS_EMPTY,
+    check_devices,
+    check_held_out,
+    row_columns,
+    see_the_base_everywhere,
+    training_rows,
+)
 from retain.reference import Reference
-from retain.replay import ReplayDataset, replace_rows, token_documents
+from retain.replay import ReplayDataset, replace_rows, token_documents, tokenize_documents
 from retain.sampling import sample_rows
 
 TOKENIZER = make_tokenizer()
@@ -566,13 +582,55 @@ def test_retention_must_not_be_trained_on(
 
 def test_preferences_that_are_measured_are_refused_and_streams_are_not_looked_at() -> None:
     pairs = Dataset.from_list([{"prompt_ids": [3, 5], "chosen_ids": [at, 7, 8], "rejected_ids": [9]} for at in (1, 2)])
-    assert [row.tolist() for row in training_rows(pairs)] == [[3, 5, 1, 7, 8], [3, 5, 2, 7, 8]]
+    rows = [[3, 5, 1, 7, 8], [3, 5, 9], [3, 5, 2, 7, 8], [3, 5, 9]]
+    assert [row.tolist() for row in training_rows(pairs)] == rows, "what is rejected is trained on, too"
     assert [row.tolist() for row in training_rows([{"input_ids": [1, 2]}])] == [[1, 2]]
     assert [row.tolist() for row in training_rows(Dataset.from_list([{"input_ids": [1, 2]}] * 3).select([1]))] == [
         [1, 2]
     ]
     for unknown in (None, [], ROWS, ROWS.to_iterable_dataset()):
         assert list(training_rows(unknown)) == []
+
+
+PAIRS = {"prompt": ROWS["text"][:4], "chosen": ROWS["text"][4:8], "rejected": ROWS["text"][8:12]}
+HOSTS = {
+    "dpo": (DPOTrainer, DPOConfig, PAIRS, ("prompt", "chosen", "rejected")),
+    "reward": (RewardTrainer, RewardConfig, PAIRS, ("chosen", "rejected")),
+    "kto": (
+        KTOTrainer, KTOConfig,
+        {"prompt": PAIRS["prompt"], "completion": PAIRS["chosen"], "label": [True, False] * 2},
+        ("prompt", "completion"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_whatever_text_a_host_of_trl_trains_on_is_no_retention_text(
+    name: str, tmp_path: Path, llama_folder: Path
+) -> None:
+    """KTO's rows and the rejected answers of DPO passed: only two names of columns were known."""
+    host, arguments, columns, trained_on = HOSTS[name]
+    options = {"max_length": 512, "output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "bf16": False}
+    model: Any = str(llama_folder)
+    if name == "reward":
+        model = AutoModelForSequenceClassification.from_pretrained(llama_folder, num_labels=1)
+    rows = Dataset.from_dict(columns)
+    trainer: Any = host(model=model, args=arguments(**options), train_dataset=rows, processing_class=TOKENIZER)
+    for column in trained_on:
+        documents = tokenize_documents([columns[column][1]], TOKENIZER, 3, 512)
+        with pytest.raises(ValueError, match="'wiki' shares 1 rows with the training rows"):
+            check_held_out(training_rows(trainer.train_dataset), {"wiki": documents}, "training rows", {2, 3, 4})
+    others = tokenize_documents(ROWS["text"][20:24], TOKENIZER, 3, 512)
+    check_held_out(training_rows(trainer.train_dataset), {"wiki": others}, "training rows", {2, 3, 4})
+
+
+def test_columns_of_integers_that_are_no_tokens_make_no_rows() -> None:
+    example = {"prompt_ids": [1], "completion_ids": [2], "KL_completion_ids": [3], "token_type_ids": [0], "label": True}
+    assert row_columns(example) == [("prompt_ids", "completion_ids")]
+    assert row_columns({"chosen_input_ids": [1], "rejected_input_ids": [2], "position_ids": [0]}) == [
+        ("chosen_input_ids",), ("rejected_input_ids",),
+    ]  # fmt: skip
+    assert row_columns({"prompt_ids": [1], "text": "a", "image_ids": ["a"]}) == [("prompt_ids",)]
 
 
 def test_devices_on_which_replay_would_be_wrong_are_refused(tmp_path: Path, replay: ReplayDataset) -> None:

@@ -23,7 +23,7 @@ LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 logger = logging.getLogger(__name__)
 NOISE = 5e-3  # nats per token at the untouched model; half precision makes less
 SHORT = 16  # tokens below which a row may be another's by chance
-TOKEN_COLUMNS = (("input_ids",), ("prompt_ids", "chosen_ids"))  # SFT and plain trainers; DPO
+NO_TOKENS = ("type_ids", "position_ids")  # columns of integers that are no tokens end so
 
 
 def check_devices(args: Any) -> None:
@@ -89,30 +89,49 @@ def check_held_out(
 
 
 def training_rows(dataset: Any) -> Iterator[Any]:
-    """Token ids of the rows that a host trainer will train on: its `input_ids`, or a preference's chosen answer.
+    """Token ids of the rows that a host trainer will train on: see `row_columns`.
 
     Nothing for a stream, whose rows pass by only once, and for rows that are not tokenised when training begins
     (prompts of online methods).
     """
-    columns = getattr(dataset, "column_names", None)
     if dataset is None or not hasattr(dataset, "__len__") or not len(dataset):
         return
-    first = dataset[0] if columns is None and isinstance(dataset[0], Mapping) else ()
-    named = next((names for names in TOKEN_COLUMNS if set(names) <= set(columns or first)), None)
-    if named is None:
-        return
-    for at in range(0, len(dataset), 1000):
-        if columns is None:
-            places = list(range(at, min(at + 1000, len(dataset))))
+    first = dataset[0]
+    rows = row_columns(first) if isinstance(first, Mapping) else []
+    named = list(dict.fromkeys(name for row in rows for name in row))
+    for at in range(0, len(dataset) if rows else 0, 1000):
+        places = list(range(at, min(at + 1000, len(dataset))))
+        if getattr(dataset, "column_names", None) is None:
             fetch = getattr(dataset, "__getitems__", None)  # torch's name for rows that are made faster together
             batch: Any = fetch(places) if fetch else None
             if not isinstance(batch, list):  # a batch in one mapping
                 batch = [dataset[index] for index in places]
         else:
-            batch = dataset.select_columns(list(named)).with_format("numpy")[at : at + 1000]
-            batch = [dict(zip(named, row, strict=True)) for row in zip(*(batch[name] for name in named), strict=True)]
-        for row in batch:
-            yield np.concatenate([np.asarray(row[name], dtype=np.int64) for name in named])
+            columns = dataset.select_columns(named).with_format("numpy")[at : at + 1000]
+            batch = [dict(zip(named, row, strict=True)) for row in zip(*(columns[name] for name in named), strict=True)]
+        for example in batch:
+            for row in rows:
+                yield np.concatenate([np.asarray(example[name], dtype=np.int64) for name in row])
+
+
+def row_columns(example: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The columns of token ids that make up each row of a trainer's example, in TRL's names.
+
+    `input_ids` of supervised training, and whatever ends so, are whole rows; answers (`chosen_ids` and `rejected_ids`
+    of DPO and reward models, `completion_ids` of KTO) follow `prompt_ids` where there are some.
+    """
+    arrays = {name: np.asarray(value) for name, value in example.items() if name.endswith("_ids")}
+    tokens = [
+        name
+        for name, array in arrays.items()
+        if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size) and not name.endswith(NO_TOKENS)
+    ]
+    whole = [(name,) for name in tokens if name.endswith("input_ids")]
+    prompt = ("prompt_ids",) if "prompt_ids" in tokens else ()
+    # KTO's other completions of a prompt, KL_completion_ids, are the completions of its neighbours
+    taken = {*prompt, *(name for (name,) in whole), *(f"KL_{name}" for name in tokens)}
+    answers = [(*prompt, name) for name in tokens if name not in taken]
+    return whole + answers or [prompt] * bool(prompt)
 
 
 def expected_steps(args: Any, rows: Any) -> int:
