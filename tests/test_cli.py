@@ -15,7 +15,8 @@ import torch
 from conftest import ARCHITECTURES, CHATML, make_texts, make_tokenizer, save_model
 
 from retain.cli import main
-from retain.models import load_model, model_fingerprint
+from retain.loading import load_model
+from retain.models import model_fingerprint
 from retain.replay import MANIFEST, load_self_generated
 from retain.text import one_line
 

@@ -29,7 +29,7 @@ from pyarrow import parquet
 from retain.cli import main
 from retain.config import SampleConfig
 from retain.engine import Work
-from retain.models import load_model, load_tokenizer
+from retain.loading import load_model, load_tokenizer
 from retain.replay import load_self_generated, read_manifest
 from retain.sampling import sample_replay
 

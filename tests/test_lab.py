@@ -28,7 +28,8 @@ from retain.lab.models import SIZES, counted_size, counted_size_of, expand, make
 from retain.lab.pretrain import open_corpus
 from retain.lab.tasks import EOS, TASKS, DigitTask, digit_tokenizer, exact_match
 from retain.lab.tokenizers import train_tokenizer, word_tokenizer
-from retain.models import load_model, load_tokenizer, num_parameters
+from retain.loading import load_model, load_tokenizer
+from retain.models import num_parameters
 
 # Sizes
 

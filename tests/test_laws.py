@@ -31,7 +31,7 @@ from retain.laws import (
     shifted_power,
     size,
 )
-from retain.models import lora_num_params
+from retain.loading import lora_num_params
 from retain.projection import HUBER, fit_many
 
 # Published coefficients (papers.md, C). P per LoRA rank of Llama 2 7B.

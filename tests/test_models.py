@@ -16,18 +16,16 @@ from conftest import CHATML, make_model, make_tokenizer, save_model
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftType, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from retain.loading import load_model, load_tokenizer, tokenizer_of_tuned
 from retain.models import (
     StartToken,
     base_parameter_name,
     choose_start_token,
     display_name,
-    load_model,
-    load_tokenizer,
     max_positions,
     model_fingerprint,
     num_parameters,
     tokenizer_fingerprint,
-    tokenizer_of_tuned,
 )
 
 IDS = torch.arange(5, 25)[None]

@@ -22,7 +22,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from retain.engine import choose_batch_size, choose_threads, draw_rows, draw_tokens, row_uniforms
 from retain.files import exclusive
-from retain.models import choose_start_token, load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from retain.loading import load_model, load_tokenizer
+from retain.models import choose_start_token, model_fingerprint, tokenizer_fingerprint
 from retain.replay import MANIFEST, load_self_generated, load_texts, read_manifest
 from retain.sampling import sample_replay, sample_rows
 from retain.starts import Starts, chat_prefix, plan_starts
@@ -304,7 +305,8 @@ def test_an_interrupted_dataset_goes_on_and_ends_the_same(tmp_path):
 
 SLOW_JOB = """
 import sys, time
-from retain.models import choose_start_token, load_model, load_tokenizer
+from retain.loading import load_model, load_tokenizer
+from retain.models import choose_start_token
 from retain.sampling import sample_replay
 model, tokenizer = load_model(sys.argv[1]), load_tokenizer(sys.argv[1])
 settings = {"num_rows": 40, "max_length": 8, "rows_per_shard": 4, "batch_size": 2}

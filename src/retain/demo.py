@@ -22,8 +22,9 @@ from retain.config import DemoConfig, ReplayConfig
 from retain.data import token_documents
 from retain.demo_data import PROSE, VERILOG, DemoData, find_wheel, load_demo_data
 from retain.files import write_json
+from retain.loading import load_model, load_tokenizer
 from retain.measuring import measure
-from retain.models import StartToken, choose_start_token, default_device, load_model, load_tokenizer
+from retain.models import StartToken, choose_start_token, default_device
 from retain.replay import load_self_generated
 from retain.report import ForgettingReport, comparison_summary, write_comparison
 from retain.sample import sample_with_bar

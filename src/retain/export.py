@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from retain.config import ExportConfig
 from retain.files import check_shape, check_writable, write_text
-from retain.models import load_tokenizer, tokenizer_fingerprint
+from retain.loading import load_tokenizer
+from retain.models import tokenizer_fingerprint
 from retain.replay import MANIFEST, REMEDY, ReplayDataset, load_self_generated
 from retain.text import first_line
 

@@ -12,7 +12,8 @@ from retain.callbacks import StopWithCheckpoint, keep_once
 from retain.config import FinetuneConfig, check_number
 from retain.data import is_local_file, named_sources, read_rows
 from retain.half_life import apply_half_life, check_half_life
-from retain.models import choose_start_token, load_model, load_tokenizer, resolve_model_path
+from retain.loading import load_model, load_tokenizer, resolve_model_path
+from retain.models import choose_start_token
 from retain.protection import check_replay_every, expected_steps
 from retain.replay import load_texts
 from retain.sample import sample_with_bar

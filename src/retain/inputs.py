@@ -11,16 +11,9 @@ from typing import Any
 from retain import versions
 from retain.data import as_documents
 from retain.heads import find_head_form
+from retain.loading import load_model, load_tokenizer
 from retain.losses import Head
-from retain.models import (
-    choose_start_token,
-    load_model,
-    load_tokenizer,
-    max_positions,
-    model_fingerprint,
-    num_tuned,
-    tokenizer_fingerprint,
-)
+from retain.models import choose_start_token, max_positions, model_fingerprint, num_tuned, tokenizer_fingerprint
 from retain.objective import ReplayTerm, stored_error
 from retain.protection import (
     check_base_is_frozen,

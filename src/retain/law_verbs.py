@@ -58,7 +58,7 @@ def run_predict(config: PredictConfig) -> str:
     law = ForgettingLaw.from_json(config.law)
     known: dict[str, Any] = {name: getattr(config, name) for name in INPUTS if getattr(config, name) is not None}
     if config.model is not None and config.lora_r is not None:
-        from retain.models import lora_num_params  # with torch, which nothing else here needs
+        from retain.loading import lora_num_params  # with torch, which nothing else here needs
 
         known["num_params"] = lora_num_params(
             config.model,

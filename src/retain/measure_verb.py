@@ -13,8 +13,9 @@ from retain.capabilities.harness import measure_with_lm_eval
 from retain.capabilities.refusals import Judge, load_requests
 from retain.data import Document, named_sources, read_rows, read_texts
 from retain.files import read_settings
+from retain.loading import load_model, load_tokenizer, tokenizer_of_tuned
 from retain.measuring import measure
-from retain.models import cache_dir, default_device, load_model, load_tokenizer, tokenizer_of_tuned
+from retain.models import cache_dir, default_device
 from retain.overlap import find_overlap
 from retain.reference import Reference, probe
 from retain.replay import load_texts

@@ -19,7 +19,8 @@ from retain.config import PlanConfig, SampleConfig
 from retain.data import named_sources, read_rows
 from retain.files import read_jsonl, write_json, write_text
 from retain.law_runs import read_metrics, tuned_params
-from retain.models import default_device, lora_num_params
+from retain.loading import lora_num_params
+from retain.models import default_device
 from retain.plan import EVALUATIONS, Pilot, Plan, design, eval_steps, first_step, fit_pilots, recommend
 from retain.plan_text import draw, markdown, summary
 from retain.replay import load_self_generated

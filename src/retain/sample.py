@@ -19,7 +19,8 @@ from retain.config import SampleConfig
 from retain.data import prompt_text, read_rows
 from retain.engine import Engine, choose_threads
 from retain.files import write_json, write_text
-from retain.models import choose_start_token, default_device, load_model, load_tokenizer
+from retain.loading import load_model, load_tokenizer
+from retain.models import choose_start_token, default_device
 from retain.objective import describe_store
 from retain.pool import pool_statistics
 from retain.preview import describe, preview_html, preview_text

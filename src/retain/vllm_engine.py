@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from retain.engine import Drawn, Engine, Work, in_batches
-from retain.models import resolve_model_path
+from retain.loading import resolve_model_path
 
 if find_spec("vllm") is None:
     raise ValueError("engine: 'vllm' needs the extra; pip install 'retain[vllm]'")
