@@ -38,6 +38,18 @@ def chat_tokenizer():
     return tokenizer
 
 
+TURNS = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "old towns"}]
+
+
+def tool_chat(name: str, **arguments: object) -> dict[str, object]:
+    """A chat that calls a tool, with the tool's description."""
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    properties = {argument: {"type": type(value).__name__} for argument, value in arguments.items()}
+    tool = {"name": name, "parameters": {"type": "object", "properties": properties, "required": [*arguments]}}
+    turns = [TURNS[0], {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "name": name, "content": "rain"}]
+    return {"messages": [*turns, TURNS[1]], "tools": [{"type": "function", "function": tool}]}
+
+
 # Rows
 
 
@@ -48,6 +60,44 @@ def test_jsonl_rows_come_in_order(tmp_path):
 
 def test_json_may_be_one_list(tmp_path):
     assert read_rows(write(tmp_path / "rows.json", '[{"text": "a"}, {"text": "b"}]'))["text"] == ["a", "b"]
+
+
+def test_objects_of_a_json_file_may_stand_on_several_lines(tmp_path):
+    row = {"text": "one", "more": {"a": [1, 2]}}
+    assert read_rows(write(tmp_path / "one.json", json.dumps(row, indent=2)))["text"] == ["one"]
+    several = "\n".join(json.dumps({"text": text}, indent=2) for text in ("one", "two"))
+    assert read_rows(write(tmp_path / "two.jsonl", several))["text"] == ["one", "two"]
+    assert read_rows(write(tmp_path / "two.json", several + "\n"))["text"] == ["one", "two"]
+    with pytest.raises(ValueError, match="torn.json' line 4 is not JSON; Expecting value: line 5"):
+        read_rows(write(tmp_path / "torn.json", '{\n"text": "one"\n}\n{\n"text": }'))
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.Json", "a.TXT", "a.CSV", "a.Parquet"])
+def test_endings_may_be_in_capitals(tmp_path, name):
+    from datasets import Dataset
+
+    content = {".jsonl": '{"text": "one"}', ".json": '[{"text": "one"}]', ".txt": "one", ".csv": "text\none\n"}
+    path = tmp_path / name
+    if name == "a.Parquet":
+        Dataset.from_dict({"text": ["one"]}).to_parquet(path)
+    else:
+        write(path, content[path.suffix.lower()])
+    assert read_rows(str(path))["text"] == ["one"]
+    with pytest.raises(ValueError, match="no file"):
+        read_rows(str(Path("nowhere") / name))
+
+
+def test_a_configuration_of_a_data_set_is_named_behind_a_colon(monkeypatch):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)))
+    read_rows("owner/name:wikitext-2-raw-v1")
+    read_rows("owner/name", split="test")
+    assert asked == [
+        (("owner/name", "wikitext-2-raw-v1"), {"split": "train"}),
+        (("owner/name", None), {"split": "test"}),
+    ]
 
 
 def test_parquet_and_csv_rows(tmp_path):
@@ -104,6 +154,13 @@ def test_a_column_that_the_first_row_lacks_is_not_dropped(tmp_path, tokenizer):
     """`Dataset.from_list` keeps only the first row's columns: completions would vanish in silence."""
     rows = read_rows(jsonl(tmp_path / "a.jsonl", {"prompt": "p "}, {"prompt": "q ", "completion": "answer"}))
     assert row_text(rows[1], tokenizer) == "q answer"
+
+
+def test_what_a_row_holds_does_not_depend_on_its_neighbours(tmp_path):
+    """Arrow gives all rows the keys of all others, as nulls: the tools that one row calls stood in every text."""
+    rows = [tool_chat("weather", city="Paris"), tool_chat("time", zone=3, exact=True), {"messages": TURNS}]
+    found = read_rows(jsonl(tmp_path / "calls.jsonl", *rows))
+    assert [{name: value for name, value in row.items() if value is not None} for row in found] == rows
 
 
 BAD_FILES = {

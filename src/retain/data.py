@@ -7,8 +7,6 @@ context only. Documents never share a window, so none attends to another.
 from __future__ import annotations
 
 import itertools
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from retain.row_files import SUFFIXES, read_file
 from retain.text import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-TEXT_SUFFIXES = (".txt", ".text", ".md")
 
 
 def is_local_file(source: str) -> bool:
@@ -34,37 +31,29 @@ def read_rows(source: str, split: str = "train") -> Dataset:
     """Read rows from a JSONL, JSON, Parquet, CSV or text file, or from the Hub.
 
     In a text file, blank lines separate documents. JSONL and Parquet rows carry `text`, `messages`, or `prompt`
-    and `completion`.
+    and `completion`. A configuration of a data set on the Hub is named as `owner/name:configuration`.
 
     Raises:
         ValueError: one line naming the file and, for JSONL, the line.
     """
-    from datasets import Dataset, load_dataset
+    from datasets import load_dataset
 
     path = Path(source).expanduser()
-    if not path.is_file():
-        if (
-            path.suffix in (".jsonl", ".json", ".parquet", ".csv", *TEXT_SUFFIXES)
-            or source.startswith((".", "/", "~"))
-            or source.endswith("/")
-        ):
-            raise ValueError(f"data: no file {source!r}; check the path")
-        try:
-            return load_dataset(source, split=split)
-        except Exception as error:  # the Hub's client raises many kinds
-            raise ValueError(f"data: cannot load {source!r} from the Hub; {first_line(error)}") from error
-    if path.suffix in (".parquet", ".csv"):
-        return _read_table(path)
-    if path.suffix not in (".jsonl", ".json", *TEXT_SUFFIXES):
-        raise ValueError(f"data: {source!r} has an unknown ending; use .jsonl, .json, .parquet, .csv or .txt")
-    rows = list(_read_json(path) if path.suffix in (".jsonl", ".json") else _read_text(path))
-    if not any(rows):
-        raise ValueError(f"data: {source!r} is empty; give a file with at least one row")
-    columns = dict.fromkeys(name for row in rows for name in row)  # `from_list` would keep the first row's only
+    if path.is_file():
+        return read_file(path)
+    if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.endswith("/"):
+        raise ValueError(f"data: no file {source!r}; check the path")
+    name, configuration = hub_name(source)
     try:
-        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
-    except Exception as error:  # pyarrow's many ways of saying that the rows do not share one schema
-        raise ValueError(f"data: the rows of {source!r} do not share one schema; {first_line(error)}") from error
+        return load_dataset(name, configuration, split=split)
+    except Exception as error:  # the Hub's client raises many kinds
+        raise ValueError(f"data: cannot load {source!r} from the Hub; {first_line(error)}") from error
+
+
+def hub_name(source: str) -> tuple[str, str | None]:
+    """A data set on the Hub, and its configuration where one is named: `owner/name:configuration`."""
+    name, _, configuration = source.partition(":")
+    return name, configuration or None
 
 
 def read_sample(
@@ -98,66 +87,6 @@ def read_sample(
         places = np.sort(np.random.default_rng(seed).choice(len(places), most, replace=False))
     for at in places.tolist():
         yield rows[at], f"row {at + 1} of {source!r}"
-
-
-def _decoded(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data: {str(path)!r} is not UTF-8 at byte {error.start}; convert it") from error
-
-
-def _read_text(path: Path) -> Iterator[dict[str, str]]:
-    lines: list[str] = []
-    # Not splitlines: form feeds and U+2028 are part of the text.
-    for line in [*re.split(r"\r\n?|\n", _decoded(path)), ""]:
-        if line.strip():
-            lines.append(line)
-        elif lines:
-            yield {"text": "\n".join(lines)}
-            lines = []
-
-
-def _read_json(path: Path) -> Iterator[dict[str, Any]]:
-    text, name = _decoded(path), f"data: {str(path)!r}"
-    if path.suffix == ".json" and text.lstrip().startswith("["):
-        found = ((f"{name} item {at}", row) for at, row in enumerate(_parsed(text, name), start=1))
-    else:
-        lines = ((f"{name} line {at}", line) for at, line in enumerate(text.split("\n"), start=1) if line.strip())
-        found = ((where, _parsed(line, where)) for where, line in lines)
-    for where, row in found:
-        if not isinstance(row, dict):
-            raise ValueError(f"{where} is not an object; write every row as {{...}}")
-        yield row
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON; {first_line(error)}") from error
-
-
-def _read_table(path: Path) -> Dataset:
-    from datasets import Dataset
-    from pyarrow import csv, parquet
-
-    try:
-        table = parquet.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path, **_as_text(csv))
-    except Exception as error:  # pyarrow raises ArrowInvalid, OSError and others on broken files
-        raise ValueError(f"data: cannot read {str(path)!r}; {first_line(error)}") from error
-    if not table.num_rows:
-        raise ValueError(f"data: {str(path)!r} is empty; give a file with at least one row")
-    return Dataset(table)
-
-
-def _as_text(csv: Any) -> dict[str, Any]:
-    """Texts may have line breaks, also where pyarrow's blocks end, and "04" or "true" in their columns is text."""
-    texts = dict.fromkeys(("text", "prompt", "completion", "question"), "string")
-    return {
-        "parse_options": csv.ParseOptions(newlines_in_values=True),
-        "convert_options": csv.ConvertOptions(column_types=texts),
-    }
 
 
 def read_texts(source: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> Iterator[str]:

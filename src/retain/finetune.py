@@ -10,7 +10,7 @@ from trl import get_dataset, get_peft_config, get_quantization_config
 
 from retain.callbacks import StopWithCheckpoint, keep_once
 from retain.config import FinetuneConfig, check_number
-from retain.data import is_local_file, named_sources, read_rows
+from retain.data import hub_name, is_local_file, named_sources, read_rows
 from retain.half_life import apply_half_life, check_half_life
 from retain.loading import load_model, load_tokenizer, resolve_model_path
 from retain.models import choose_start_token
@@ -223,9 +223,9 @@ def _check_columns(name: str, rows: Any, text_field: str) -> None:
 def _from_hub(script_args: Any) -> Any:
     from datasets import load_dataset
 
-    name = script_args.dataset_name
+    name, configuration = hub_name(script_args.dataset_name)
     try:
-        return load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
+        return load_dataset(name, configuration or script_args.dataset_config, streaming=script_args.dataset_streaming)
     except Exception as error:  # the Hub's client raises many kinds
         raise ValueError(f"dataset_name: cannot load {name!r}; check the path or id: {first_line(error)}") from error
 

@@ -186,7 +186,7 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         try:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (ValueError, RecursionError) as error:
@@ -194,12 +194,12 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"runs: {path.name!r} has lines that are no objects; write one JSON object a line")
         return rows
-    if path.suffix not in (".csv", ".parquet"):
+    if path.suffix.lower() not in (".csv", ".parquet"):
         raise ValueError(f"runs: {path.name!r} has an unknown ending; use metrics.jsonl, .csv, .parquet or .jsonl")
     from pyarrow import ArrowException, csv, parquet
 
     try:
-        table = csv.read_csv(path) if path.suffix == ".csv" else parquet.read_table(path)
+        table = csv.read_csv(path) if path.suffix.lower() == ".csv" else parquet.read_table(path)
     except ArrowException as error:
         raise ValueError(f"runs: cannot read {path.name!r}; check the file: {first_line(error)}") from error
     return table.to_pylist()
