@@ -49,6 +49,8 @@ def test_demo_from_end_to_end(workplace: Path, capsys: pytest.CaptureFixture[str
     folder = demo.run_demo(config)
     said = capsys.readouterr().out
     assert "A real run would use" in said
+    assert "not other seeds, which differ by more" in said
+    assert "The learning rates differ" not in said
     assert "document start '<s>'" in said
     whole = json.loads((folder / "report.json").read_text())
     assert [run["name"] for run in whole["runs"]] == ["plain", "KL replay"]
@@ -56,6 +58,8 @@ def test_demo_from_end_to_end(workplace: Path, capsys: pytest.CaptureFixture[str
         assert list(run["retention"]) == ["self-generated", "English prose", "Python source"]
         assert all(metrics["ref_kl"]["num_documents"] == 4 for metrics in run["retention"].values())
         assert run["training"]["replay_coef"] == coef
+        rates = [row["learning_rate"] for row in run["trajectory"] if "learning_rate" in row]
+        assert set(rates[TINY.warmup_steps :]) == {TINY.learning_rate}, "one place on the schedule"
         assert {row["step"] for row in run["trajectory"] if "eval_loss" in row} == {0, 2, 4}
         assert len(run["generations"]) == len(demo.PROMPTS)
     assert {path.name for path in folder.glob("report.*")} == {"report.json", "report.md", "report.html"}

@@ -77,7 +77,7 @@ MAY_IMPORT = {
     | {"base_cache", "metrics"}
     | {f"capabilities.{name}" for name in ("answers", "choices", "generations", "phrases")},
     "report": {"comparison", "verdicts", "pareto", "panels", "plots", "interactive", "tables", "behaviour", "maps"}
-    | {"files", "text", "model_card", "capabilities.answers", "__init__"},
+    | {"cells", "files", "text", "model_card", "capabilities.answers", "__init__"},
     "model_card": {"report", "tables", "cells", "text", "capabilities.answers", "__init__"},
     "demo_data": ROOMS,
     "engine": ROOMS | {"heads"},

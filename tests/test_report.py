@@ -998,3 +998,94 @@ def test_a_model_card_gets_the_section_once_and_keeps_the_rest(plain: dict, tmp_
     assert ModelCard.load(tmp_path / "new.md").text.count("## Forgetting") == 1
     with pytest.raises(ValueError, match="^model_card: its metadata between the lines --- is no YAML"):
         card_with_forgetting("---\na: [\n---\nx", plain)
+
+
+# --- what misled a reader --------------------------------------------------------------------------------------
+
+
+def at_rates(of: dict, rates: list[float]) -> dict[str, Any]:
+    """A run that logged these learning rates at steps 0, 10, 20 ..."""
+    rows = [row | {"learning_rate": rates[row["step"] // 10]} for row in of["trajectory"] if not row["step"] % 10]
+    return of | {"trajectory": rows}
+
+
+def test_learning_rates_that_differ_at_the_loss_compared_are_said_everywhere(plain: dict, replay: dict) -> None:
+    """`plain` is read at step 15 of a linear schedule, `replay` at its end, where the rate is 0."""
+    linear = [at_rates(plain, [1e-3, 5e-4, 0.0]), at_rates(replay, [1e-3, 5e-4, 0.0])]
+    compared = compare_at_matched_loss(linear)
+    assert [run["learning_rate"] for run in compared["runs"]] == pytest.approx([2.5e-4, 0.0])
+    (warning,) = compared["warnings"]
+    assert "0.00025 in “plain” (step 15), 0 in “replay” (step 20)" in warning
+    for shown in (
+        comparison_summary(linear),
+        comparison_html(linear, title="t"),
+        comparison_markdown(linear, title="t"),
+    ):
+        assert "The learning rates differ where the runs are compared" in shown
+        assert "learning rate there" in shown
+    constant = compare_at_matched_loss([at_rates(one, [1e-3, 1e-3, 1e-3]) for one in (plain, replay)])
+    assert constant["warnings"] == compare_at_matched_loss([plain, replay])["warnings"] == []
+
+
+def test_a_text_measured_at_the_end_only_leaves_no_block_of_dashes(plain: dict, replay: dict) -> None:
+    for one in (plain, replay):
+        one["retention"]["late"] = deepcopy(one["retention"]["wiki"])
+    page = comparison_html([plain, replay], title="t")
+    matched = page[: page.index("The same at the end of each run")]
+    assert "cannot be judged" not in matched
+    assert "late was measured at the end only; give it to `retain finetune` as --retention" in matched
+    assert '<th scope="rowgroup" colspan="3">late</th>' not in matched
+    for one in (plain, replay):
+        one["trajectory"] = [{k: v for k, v in row.items() if "retention" not in k} for row in one["trajectory"]]
+    alone = compare_at_matched_loss([plain, replay])
+    assert (alone["matched"], alone["matched_loss"]) == ({}, 2.5)
+    assert "give it to `retain finetune` as --retention" in comparison_summary([plain, replay])
+
+
+def test_a_lone_dot_is_no_figure(plain: dict, replay: dict) -> None:
+    assert [kind for kind, _, _ in plots.report_figures([at_its_end(plain, 0.1, 2.0, [1.0] * 4)], None)] == []
+    kinds = [kind for kind, _, _ in plots.report_figures([plain, replay], compare_at_matched_loss([plain, replay]))]
+    assert kinds.count("interval") == 2
+
+
+def test_few_prompts_make_no_table_of_form(plain: dict) -> None:
+    data = wrote(plain)
+    data["drift"]["greedy"]["num_prompts"] = 3
+    assert all("ended by itself" not in shown for shown in formats([data]).values())
+    assert "Capital?" in comparison_html([data], title="t")
+
+
+def test_how_much_a_divergence_is_is_said_in_what_was_measured(plain: dict) -> None:
+    plain["retention"]["wiki"]["base_ref_cross_entropy"] = measured(3.075, 3.0, 3.2)
+    plain["noise_floor"]["wiki"]["ref_kl"] = measured(0.0005, 0.0004, 0.001)
+    told = "ref_kl 0.123 of “plain” on wiki is 4.0% of the base's own entropy there (3.075), 123 times the noise floor"
+    for shown in (comparison_summary([plain]), report.model_card_section(plain).replace("\\", "")):
+        assert f"Scale: {told}, and another token comes first at 8.7% of the positions." in shown
+    plain["noise_floor"]["wiki"]["ref_kl"] = measured(0.2, 0.1, 0.3)
+    assert "4.0% of the base's own entropy there (3.075), within the noise floor" in comparison_summary([plain])
+
+
+def test_overfitting_is_said_in_words(plain: dict) -> None:
+    assert "overfits" not in comparison_summary([plain])
+    over = run("plain", [4.0, 1.909, 2.132], [0.0, 0.2, 0.6])
+    assert "eval_loss) was 1.909 at step 10 and is 2.132 at step 20, its end" in comparison_summary([over])
+    assert "overfits" in comparison_html([over], title="t")
+    over["training"]["kept_step"] = 10
+    assert "overfits" not in comparison_summary([over]), "load_best_model_at_end kept the lower one"
+
+
+def test_a_report_prints_its_summary_and_gives_its_numbers(plain: dict) -> None:
+    found = ForgettingReport(plain)
+    assert str(found) == found.summary()
+    assert len(repr(found)) < 500
+    assert repr(found).startswith("<ForgettingReport: Forgetting shown: “plain”")
+    wiki = found["wiki"]
+    assert (wiki.ref_kl.value, wiki.ref_kl.ci, wiki.ref_kl.num_documents) == (0.123, (0.101, 0.147), 4)
+    assert str(wiki.ref_kl) == "0.123 [0.101, 0.147]"
+    assert wiki.gain is None
+    assert found["verilog"].gain.value == 0.743
+    with pytest.raises(KeyError, match=r"'wikis' was not measured; there are 'verilog', 'wiki'"):
+        found["wikis"]
+    frame = found._repr_html_()
+    assert frame.startswith("<iframe sandbox srcdoc=")
+    assert "<main>" not in frame, "escaped: its style does not reach the notebook"

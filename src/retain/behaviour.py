@@ -14,6 +14,7 @@ from retain.cells import bounds_of, count, is_number, measured, number, points, 
 
 Cell = dict[str, str]
 
+LEAST_PROMPTS = 10  # for a table of how texts drift: below it every interval spans most of the scale
 MOST_WORDS = 1500  # of a generation that is compared word by word: the comparison is quadratic
 NOTHING = {"value": "–", "interval": ""}
 # What became of the refusal of a prompt, from the base to the tuned model.
@@ -148,11 +149,13 @@ def _clause(name: str, found: dict, scorer: str, scored: dict) -> str:
 
 
 def drift_table(runs: Sequence[dict]) -> dict[str, Any] | None:
-    """Drift of what is written, content and form apart, for greedy and for sampled continuations."""
+    """Drift of what is written, content and form apart, for greedy and for sampled continuations of enough prompts."""
     sections = []
     for how in _keys(runs, "drift"):
         of_runs: list[dict] = [(run.get("drift") or {}).get(how) or {} for run in runs]
         prompts = max(found.get("num_prompts") or 0 for found in of_runs)
+        if prompts < LEAST_PROMPTS:
+            continue
         content = [_row(label, [show(found.get(key)) for found in of_runs]) for key, label, show in DRIFT_CONTENT]
         form = []
         for key, label, show, difference in DRIFT_FORM:

@@ -16,6 +16,7 @@ MOVES = ("ref_kl", "forgetting")  # what moved away from the base, nats per toke
 # Settings of `retain measure` that decide a number; the device and `batch_tokens` only round it.
 DECIDING = ("max_length", "max_windows", "start_token", "tokenizer_fingerprint", "dtype", "attn_implementation")
 ROUNDING = 0.25  # nats per square root of a document's tokens: what bfloat16 and kernels may move the base's own loss
+RATES_ALIKE = 0.9  # of the higher of two learning rates; between logged steps a schedule is read as a line
 TINY = 1e-6  # nats per token; below this a divergence is float32 rounding, and a share of it means nothing
 
 
@@ -56,6 +57,9 @@ def compare_at_matched_loss(runs: list[dict], seed: int = 0) -> dict:
     `prevented` = 1 - ref_kl(run) / ref_kl(first run). Intervals: percentile bootstrap over documents, the same
     resampled documents in every run. They hold for these runs, not for other training seeds.
 
+    A run that is annealed at that step has moved less than one in mid-schedule: `warnings` says where the learning
+    rates there differ. A text that no run measured on its way is in `end` alone.
+
     The end of a run is the model that it left: what `retain measure` found of it, else the evaluation at its step. Each
     number is of one source in all runs, and is compared only where it was measured alike (`unlike` says where not).
     """
@@ -67,6 +71,11 @@ def compare_at_matched_loss(runs: list[dict], seed: int = 0) -> dict:
     loss_text, losses = _final_losses(runs, ends)
     texts = texts_of(runs)
     whole = [text for text in texts if _all_measured(runs, text)]
+    matched = {text: _side_by_side(runs, steps, text, seed) for text in texts} if reason is None else {}
+    matched = {text: entries for text, entries in matched.items() if any(e["ref_kl"] is not None for e in entries)}
+    if texts and reason is None and not matched:
+        reason = "no text was measured during training; give it to `retain finetune` as --retention"
+    rates = [_interpolate(*series(run, "learning_rate"), step) for run, step in zip(runs, steps, strict=True)]
     odd = [None if loss_text is None else unlike(runs[0], run, loss_text) for run in runs]
     relative = [None] + [
         loss / losses[0] - 1 if loss and losses[0] and not why else None
@@ -79,15 +88,35 @@ def compare_at_matched_loss(runs: list[dict], seed: int = 0) -> dict:
         "reason": reason,
         "loss_text": loss_text, "measured_texts": whole,
         "runs": [
-            {"name": run["name"], "matched_step": step, "final_step": end, "final_loss": loss,
+            {"name": run["name"], "matched_step": step, "learning_rate": rate, "final_step": end, "final_loss": loss,
              "relative_loss_difference": difference, "kept": _kept_step(run) is not None,
              "unlike": {"to": runs[0]["name"], "why": why} if why else None}
-            for run, step, end, loss, difference, why in zip(runs, steps, ends, losses, relative, odd, strict=True)
+            for run, step, rate, end, loss, difference, why
+            in zip(runs, steps, rates, ends, losses, relative, odd, strict=True)
         ],
-        "matched": {text: _side_by_side(runs, steps, text, seed) for text in texts} if reason is None else {},
+        "warnings": _unlike_rates(runs, steps, rates) if matched else [],
+        "matched": matched,
         "end": {text: _side_by_side(runs, None if text in whole else ends, text, seed) for text in texts},
         "level": LEVEL, "num_resamples": NUM_RESAMPLES, "seed": seed,
     }  # fmt: skip
+
+
+def _unlike_rates(runs: list[dict], steps: list[float | None], rates: list[float | None]) -> list[str]:
+    """A sentence where the learning rates at the steps compared differ: one run may be annealed, another not."""
+    known = [
+        (run["name"], step, rate)
+        for run, step, rate in zip(runs, steps, rates, strict=True)
+        if step is not None and rate is not None
+    ]
+    found = [rate for _, _, rate in known]
+    if len(found) < 2 or min(found) >= RATES_ALIKE * max(found):
+        return []
+    told = ", ".join(f"{rate:.2g} in “{name}” (step {step:.3g})" for name, step, rate in known)
+    return [
+        f"The learning rates differ where the runs are compared: {told}. A lower rate can forget less at the same "
+        "loss, so part of the difference may be the schedule's. Compare runs at a constant rate, or runs that end at "
+        "that loss."
+    ]
 
 
 def _check_same_base(runs: list[dict]) -> None:

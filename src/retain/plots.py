@@ -270,7 +270,7 @@ def report_figures(runs: Sequence[dict], compared: dict | None) -> list[tuple[st
     drawn = [(panel["kind"], panel["words"], draw(panel, len(runs))) for panel in panels(runs, compared)]
     for metric, title in (("ref_kl", "Divergence from the base"), ("forgetting", "Change of the loss")):
         rows = [row for index, run in enumerate(runs) for row in _interval_rows(run, metric, index)]
-        if rows:
+        if len(rows) > 1:  # a lone dot stands in the table
             figure = intervals(rows, title=title, xlabel=f"{metric}, nats per token, 95% interval", names=names)
             drawn.append(("interval", f"{title} at the end, by text", figure))
     return drawn

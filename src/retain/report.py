@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from retain.behaviour import (
     refusals_table,
 )
 from retain.capabilities.answers import MEANINGS, answers_sentence, answers_table
+from retain.cells import bounds_of, cell
 from retain.comparison import compare_at_matched_loss
 from retain.files import MAPPING, NUMBER, atomic_path, check_shape, read_json, write_text
 from retain.maps import heat_map, worst_documents
@@ -36,7 +38,9 @@ from retain.verdicts import (
     budget_sentence,
     comparison_verdict,
     end_sentences,
+    overfit_sentence,
     run_verdict,
+    scale_sentence,
     unlike_sentences,
 )
 
@@ -63,11 +67,71 @@ SHAPE = {
 TABLES = ("table", "answers", "refusals", "drift", "knowledge", "matched")  # of a terminal
 
 
-@dataclass
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval over documents (None where too few give one), and what it was measured on."""
+
+    value: float
+    ci: tuple[float, float] | None
+    num_documents: int
+    num_tokens: int
+
+    def __str__(self) -> str:
+        return " ".join(cell(self.value, self.ci).values()).strip()
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """What was measured on one text: `tables.METRICS` says what each is. Nats per token, shares for `ref_agreement`."""
+
+    loss: Estimate | None = None
+    base_loss: Estimate | None = None
+    forgetting: Estimate | None = None  # of retention texts
+    gain: Estimate | None = None  # of the new task
+    ref_kl: Estimate | None = None
+    ref_agreement: Estimate | None = None
+    ref_cross_entropy: Estimate | None = None
+    base_ref_cross_entropy: Estimate | None = None
+    ref_argmax_cross_entropy: Estimate | None = None
+    base_ref_argmax_cross_entropy: Estimate | None = None
+    bits_per_byte: Estimate | None = None
+    base_bits_per_byte: Estimate | None = None
+
+
+@dataclass(repr=False)
 class ForgettingReport:
-    """The result of one `retain measure`: `data` is the dict of schema `retain.report/1`."""
+    """The result of one `retain measure`: `data` is the dict of schema `retain.report/1`.
+
+    `report["wiki"].ref_kl.value` is a number, `.ci` its interval; `print(report)` is the summary.
+    """
 
     data: dict[str, Any]
+
+    def __getitem__(self, text: str) -> TextResult:
+        """What was measured on a retention text, or on one of the new task.
+
+        Raises:
+            KeyError: if no text has this name, with those that there are.
+        """
+        texts = {**(self.data.get("new_task") or {}), **(self.data.get("retention") or {})}
+        if text not in texts:
+            raise KeyError(f"{text!r} was not measured; there are {', '.join(map(repr, texts)) or 'no texts'}")
+        found = {name: texts[text].get(name) or {} for name in TextResult.__dataclass_fields__}
+        return TextResult(**{
+            name: Estimate(of["value"], bounds_of(of.get("ci")), of["num_documents"], of["num_tokens"])
+            for name, of in found.items() if of
+        })  # fmt: skip
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        return f"<ForgettingReport: {self.verdict}>"
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, for notebooks: its style stays inside, and nothing in it can run."""
+        page = comparison_html([self.data], title=f"Forgetting report: {self.data['name']}")
+        return f'<iframe sandbox srcdoc="{escape(page)}" style="width: 100%; height: 40em; border: 0"></iframe>'
 
     @classmethod
     def from_json(cls, path: str | Path) -> ForgettingReport:
@@ -194,14 +258,16 @@ def _view(reports: list[dict], title: str, notes: Sequence[str]) -> dict[str, An
     runs: list[dict] = visible(shortened(reports))
     compared = compare_at_matched_loss(runs) if len(runs) > 1 else None
     main = tables.metric_table(runs, lambda kind, metric: metric in tables.MAIN[kind])
+    warnings = _warnings(runs) + list(filter(None, map(overfit_sentence, runs)))
+    warnings += [*compared["warnings"], *unlike_sentences(compared)] if compared else []
     end, ends = (tables.comparison_table(compared, "end"), end_sentences(compared)) if compared else (None, [])
     return {
         "title": visible(title), "notes": visible(list(notes)), "runs": runs, "comparison": compared,
-        "warnings": _warnings(runs) + (unlike_sentences(compared) if compared else []),
+        "warnings": warnings,
         "verdict": comparison_verdict(runs, compared) if compared else told(runs[0]),
         "verdicts": [told(run, runs[0] if at else None) for at, run in enumerate(runs)] if compared else [],
         "pareto": frontier_sentences(compared) if compared else [],
-        "table": main | {"notes": base_sentences(runs)},
+        "table": main | {"notes": [*filter(None, map(scale_sentence, runs)), *base_sentences(runs)]},
         "rest": tables.metric_table(runs, lambda kind, metric: metric not in tables.MAIN[kind]),
         "matched": tables.comparison_table(compared, "matched") if compared and compared["matched"] else None,
         "end": end | {"notes": ends + end["notes"]} if end else None, "ends": ends,

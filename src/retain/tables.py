@@ -52,6 +52,10 @@ def comparison_table(compared: dict, place: str) -> dict[str, Any]:
     if place == "matched":
         losses = [cell(compared["matched_loss"]) for _ in runs]
         head = [("loss", losses), ("reached at step", [_plain(run["matched_step"], ".1f") for run in runs])]
+        if any(run["learning_rate"] is not None for run in runs):
+            head.append(("learning rate there", [_plain(run["learning_rate"], ".2g") for run in runs]))
+        notes += [f"{text} was measured at the end only; give it to `retain finetune` as --retention to have it here"
+                  for text in compared["end"] if text not in compared["matched"]]  # fmt: skip
     else:
         relative = [_plain(run["relative_loss_difference"], "+.1%") for run in runs]
         head = [("loss", [cell(run["final_loss"]) for run in runs]), ("against the first", relative)]

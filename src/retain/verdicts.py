@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from retain.cells import cell, measured
-from retain.comparison import floor_of, loss_difference, unlike
+from retain.comparison import end_of, floor_of, loss_difference, series, unlike
+
+OVERFIT = 0.01  # of the lowest new-task loss: a rise that an evaluation's rounding does not make
+MANY = 1000  # times the noise floor: from there on the factor says no more
 
 HEADS = {
     "forgot": "forgetting shown",
@@ -48,6 +51,40 @@ def run_verdict(run: dict) -> str:
         *(_clause({text: of_text}, "gain", _learned(of_text)) for text, of_text in (run.get("new_task") or {}).items()),
     ]
     return f"{head[0].upper()}{head[1:]}: “{run['name']}”{' ' * any(clauses)}{'; '.join(filter(None, clauses))}."
+
+
+def scale_sentence(run: dict) -> str:
+    """How much a ref_kl is, on the text that moved most, in what was measured beside it; empty without such a thing."""
+    moved = {text: measured(of, "ref_kl")[0] or 0.0 for text, of in (run.get("retention") or {}).items()}
+    text = max(moved, key=lambda text: moved[text], default="")
+    if not text or not moved[text]:
+        return ""
+    metrics, value = run["retention"][text], moved[text]
+    entropy, same = (measured(metrics, key)[0] for key in ("base_ref_cross_entropy", "ref_agreement"))
+    told = [f"{value / entropy:.1%} of the base's own entropy there ({cell(entropy)['value']})"] if entropy else []
+    if (run.get("noise_floor") or {}).get(text):
+        times = value / floor_of(run, text)
+        many = f"more than {MANY:,}" if times > MANY else f"{times:,.0f}"
+        told.append(f"{many} times the noise floor" if times > 1 else "within the noise floor")
+    told += [f"and another token comes first at {1 - same:.1%} of the positions"] if same is not None else []
+    scale = f"Scale: ref_kl {cell(value)['value']} of “{run['name']}” on {text} is "
+    return f"{scale}{', '.join(told)}." if entropy else ""
+
+
+def overfit_sentence(run: dict) -> str:
+    """Says that the new-task loss rose again before the end of a run, and what ends at the lower one; or nothing."""
+    steps, losses = series(run, "eval_loss")
+    end = end_of(run)
+    if end not in steps:
+        return ""
+    last, best = losses[steps.index(end)], min(losses)
+    at = steps[losses.index(best)]
+    if at >= end or last <= (1 + OVERFIT) * best:
+        return ""
+    return (
+        f"“{run['name']}” overfits the new task: its loss (eval_loss) was {best:.3f} at step {at:g} and is {last:.3f} "
+        f"at step {end:g}, its end. Fewer steps, or load_best_model_at_end, would end at the lower loss."
+    )
 
 
 def budget_sentence(run: dict, plain: dict | None = None) -> str:
