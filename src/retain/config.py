@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from retain.value_types import check_types
+from retain.value_types import Unchosen, check_types
 
 ReplayObjective = Literal["kl", "ntp", "replace", "kl_new"]
 ReplayReference = Literal["auto", "adapter", "copy", "cache"]
@@ -87,7 +87,8 @@ class ReplayConfig:
         default=None,
         metadata=_say(
             "Tokens per replay row where rows are still to be made (replay_dataset self, or real text). "
-            "Default: the trainer's max_length, or 512. Rows sampled earlier keep their length."
+            "Default: the trainer's max_length, or 512, or the model's positions if fewer. Rows sampled earlier keep "
+            "their length."
         ),
     )
     replay_reference: ReplayReference = field(
@@ -231,7 +232,10 @@ class SampleConfig(ModelLoadConfig):
     )
     output_dir: str | None = field(default=None, metadata=_say("Folder for the replay dataset."))
     num_rows: int = field(default=256, metadata=_say("Rows to draw."))
-    max_length: int = field(default=512, metadata=_say("Tokens per row, the start token included."))
+    max_length: int = field(
+        default=Unchosen(512),
+        metadata=_say("Tokens per row, the start token included; by default at most the model's positions."),
+    )
     start: str = field(
         default="document",
         metadata=_say(
@@ -428,7 +432,10 @@ class MeasureConfig(ModelLoadConfig):
     model_card: str | None = field(
         default=None, metadata=_say("Model card (README.md) to put the section Forgetting and the model-index into.")
     )
-    max_length: int = field(default=512, metadata=_say("Longest window, the start token included."))
+    max_length: int = field(
+        default=Unchosen(512),
+        metadata=_say("Longest window, the start token included; by default at most the model's positions."),
+    )
     max_documents: int | None = field(default=None, metadata=_say("Use only the first so many documents of each text."))
     ci: float | None = field(
         default=None,

@@ -12,14 +12,16 @@ from retain.callbacks import StopWithCheckpoint, keep_once
 from retain.config import FinetuneConfig, check_number
 from retain.data import hub_name, is_local_file, named_sources, read_rows
 from retain.half_life import apply_half_life, check_half_life
-from retain.loading import load_model, load_tokenizer, resolve_model_path
-from retain.models import choose_start_token
+from retain.inputs import load_for_training
+from retain.loading import load_tokenizer, resolve_model_path
+from retain.models import choose_start_token, default_device, length_that_fits
 from retain.protection import check_replay_every, expected_steps
 from retain.replay import load_texts
 from retain.sample import sample_with_bar
 from retain.stop_at_loss import StopAtLoss, check_stop_at_loss
 from retain.text import first_line, visible
 from retain.trainer import ReplaySFTTrainer
+from retain.value_types import Unchosen
 
 
 def run_finetune(
@@ -49,22 +51,26 @@ def run_finetune(
     tokenizer = load_tokenizer(name, **options)
     retention = {text: load_texts(path, tokenizer, config.retention_max_documents) for text, path in sources.items()}
     say = _say if training_args.process_index == 0 else lambda line: None
+    if default_device() == "cpu":
+        say(f"no accelerator: training on the CPU in {'bfloat16' if training_args.bf16 else 'float32'}")
     say(f"document start: {choose_start_token(tokenizer, config.start_token)}")
     replay = config.replay_dataset
     quantization, adapter = get_quantization_config(model_args), get_peft_config(model_args)
     check_replay_every(config, expected_steps(training_args, train_dataset))  # before rows are drawn for it
-    if replay == "self":
-        with training_args.main_process_first(local=False, desc="sampling replay"):
-            replay = _sample_own(name, tokenizer, training_args, config, options, quantization, adapter)
     of_model = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
     training_args.model_init_kwargs = {**options, **of_model, **(training_args.model_init_kwargs or {})}
+    model = load_for_training(name, training_args, {"quantization_config": quantization, "processing_class": tokenizer})
+    if isinstance(training_args.max_length, Unchosen):  # TRL's default, which the model may have no room for
+        training_args.max_length = length_that_fits(model, training_args.max_length)
+    if replay == "self":
+        with training_args.main_process_first(local=False, desc="sampling replay"):
+            replay = _sample_own(model, tokenizer, training_args, config, adapter)
     trainer = ReplaySFTTrainer(
-        model=name,
+        model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        quantization_config=quantization,
         peft_config=adapter,
         replay_config=config,
         replay_dataset=replay,
@@ -230,30 +236,25 @@ def _from_hub(script_args: Any) -> Any:
         raise ValueError(f"dataset_name: cannot load {name!r}; check the path or id: {first_line(error)}") from error
 
 
-def _sample_own(
-    name: str,
-    tokenizer: Any,
-    training_args: Any,
-    config: FinetuneConfig,
-    options: dict[str, Any],
-    quantization: Any,
-    adapter: Any,
-) -> str:
+def _sample_own(model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, adapter: Any) -> str:
+    """Rows of the very model that will be trained, drawn on the device of training; it comes back to where it was."""
     folder = Path(training_args.output_dir) / "replay"
     if training_args.process_index == 0:
-        # The base is then the quantised model, which stays where it is loaded.
-        where = {"device": training_args.device} if quantization is None else {"quantization_config": quantization}
-        model = load_model(name, dtype="auto", **where, **options)
         _check_targets(model, adapter)
+        found = model.device
+        if not (getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")):  # these stay where they are
+            model.to(training_args.device)
         sample_with_bar(
             model,
             tokenizer,
             str(folder),
             config.replay_num_rows,
-            max_length=config.replay_max_length or training_args.max_length or 512,
+            max_length=config.replay_max_length or training_args.max_length or Unchosen(512),
             seed=training_args.seed,
             start_token=choose_start_token(tokenizer, config.start_token),
         )
+        if model.device != found:
+            model.to(found)
     return str(folder)
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from retain.value_types import check_type, hints_of
+from retain.value_types import Unchosen, check_type, hints_of
 
 # Flags that take several values and may be given several times.
 LISTS = {"retention", "new_task", "choices", "refusals", "harmless", "train_dataset", "pair", "runs"}
@@ -35,24 +35,44 @@ def types_of(verb: str) -> tuple[Any, ...]:
 
 
 def parser_of(verb: str) -> Any:
-    """A verb's parser, which raises where argparse would end the process."""
+    """A verb's parser, which raises where argparse would end the process, and names unknown flags before all else."""
     from trl import TrlParser
 
-    def fail(message: str) -> None:
-        raise ValueError(message)
+    class Parser(TrlParser):
+        of_config: list[str]
 
-    parser = TrlParser(types_of(verb), prog=f"retain {verb}", allow_abbrev=False)
-    take = parser.set_defaults_with_config
+        def error(self, message: str) -> None:
+            raise ValueError(message)
 
-    def take_yaml(**values: Any) -> list[str]:
-        for name, value in values.items():
-            hint = next((hints_of(kind)[name] for kind in types_of(verb) if name in hints_of(kind)), Any)
-            if value is not None and not isinstance(value, str) and name != "model_size":  # text is read like a flag's
-                check_type(name, value, hint)
-        return take(**values)
+        def set_defaults_with_config(self, **values: Any) -> list[str]:
+            for name, value in values.items():
+                hint = next((hints_of(kind)[name] for kind in types_of(verb) if name in hints_of(kind)), Any)
+                if value is not None and not isinstance(value, str) and name != "model_size":  # text: like a flag's
+                    check_type(name, value, hint)
+            self.of_config = super().set_defaults_with_config(**values)
+            return self.of_config
 
-    parser.error, parser.set_defaults_with_config = fail, take_yaml
+        def parse_args_into_dataclasses(self, args: list[str], **options: Any) -> tuple[Any, ...]:
+            refuse_unknown([*self.of_config, *self.parse_known_args(args)[1]], verb)
+            return super().parse_args_into_dataclasses(args, **options)
+
+    parser = Parser(types_of(verb), prog=f"retain {verb}", allow_abbrev=False)
+    parser.of_config = []
+    for action in parser._actions:
+        if action.nargs == 0 and action.const is False:  # --no_x, which has the help of --x
+            action.help = f"Set {action.dest} false."
+    if verb == "finetune":
+        set_defaults_for_here(parser)
     return parser
+
+
+def set_defaults_for_here(parser: Any) -> None:
+    """TRL's defaults are for a GPU, and a row of 1024 tokens for a model that has room for it."""
+    from retain.models import default_device
+
+    parser.set_defaults(max_length=Unchosen(parser.get_default("max_length")))
+    if default_device() == "cpu":
+        parser.set_defaults(use_cpu=True, bf16=False)
 
 
 def check(commands: Iterable[list[str]], verb: str) -> None:
@@ -63,15 +83,19 @@ def check(commands: Iterable[list[str]], verb: str) -> None:
     """
     parser = parser_of(verb)
     for argv in commands:
-        unknown = parser.parse_known_args(words_of(argv, verb))[1]
-        if unknown and verb == "finetune":
-            launcher_arguments(unknown)
-        elif unknown:
-            raise _not_known(unknown[0], verb)
+        refuse_unknown(parser.parse_known_args(words_of(argv, verb))[1], verb)
 
 
-def _not_known(flag: str, verb: str) -> ValueError:
-    return ValueError(f"{flag}: not known here; `retain {verb} --help` lists what is")
+def refuse_unknown(unknown: list[str], verb: str) -> None:
+    """Refuse flags of which neither the verb nor, in training, accelerate's launcher knows anything.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    if unknown and verb == "finetune":
+        launcher_arguments(unknown)
+    elif unknown:
+        raise ValueError(f"{unknown[0]}: not known here; `retain {verb} --help` lists what is")
 
 
 def parse(argv: list[str], verb: str) -> tuple[Any, ...]:
@@ -93,11 +117,8 @@ def parse(argv: list[str], verb: str) -> tuple[Any, ...]:
         raise ValueError(f"config: not YAML{where}; {getattr(error, 'problem', None) or 'check the file'}") from error
     except IndexError as error:
         raise ValueError("config: --config needs a file") from error
-    unknown = of_config + of_flags
-    if unknown and verb == "finetune":
+    if unknown := of_config + of_flags:
         launch_if_asked(argv, unknown, of_flags)
-    elif unknown:
-        raise _not_known(unknown[0], verb)
     return tuple(configs)
 
 

@@ -13,7 +13,7 @@ from retain.data import as_documents
 from retain.heads import find_head_form
 from retain.loading import load_model, load_tokenizer
 from retain.losses import Head
-from retain.models import choose_start_token, max_positions, model_fingerprint, num_tuned, tokenizer_fingerprint
+from retain.models import choose_start_token, length_that_fits, model_fingerprint, num_tuned, tokenizer_fingerprint
 from retain.objective import ReplayTerm, stored_error
 from retain.protection import (
     check_base_is_frozen,
@@ -32,6 +32,7 @@ from retain.reference import Reference, evaluation_mode, probe
 from retain.remembered import RememberedBase
 from retain.replay import ReplayDataset, load_replay_dataset, verify_replay
 from retain.retention import RetentionMixin
+from retain.value_types import Unchosen
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +160,8 @@ class ProtectedInputs(RetentionMixin):
         """Load replay and retention rows; whether the replay rows are the model's own."""
         config, own_rows = self.replay_config, True
         start = choose_start_token(tokenizer, start_token)
-        asked = config.replay_max_length or getattr(args, "max_length", None) or 512
-        max_length = min(asked, max_positions(model) or asked)  # rows that the model can take
+        asked = config.replay_max_length or Unchosen(getattr(args, "max_length", None) or 512)
+        max_length = length_that_fits(model, asked, "replay_max_length")
         if isinstance(replay, (str, Path)):
             replay = load_replay_dataset(str(replay), tokenizer, start.id, max_length)
         if replay is not None and replay.manifest is not None:

@@ -18,7 +18,7 @@ from retain.measured_texts import TextOptions, measure_texts
 from retain.models import (
     choose_start_token,
     display_name,
-    max_positions,
+    length_that_fits,
     model_fingerprint,
     num_parameters,
     tokenizer_fingerprint,
@@ -26,6 +26,7 @@ from retain.models import (
 )
 from retain.reference import evaluation_mode, runs_through
 from retain.report import ForgettingReport
+from retain.value_types import Unchosen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ def measure(
     sampled: bool = False,
     name: str = "tuned",
     start_token: str | int | None = None,
-    max_length: int = 512,
+    max_length: int = Unchosen(512),
     max_windows: int | None = None,
     ci: float | None = None,
     batch_tokens: int = 2048,
@@ -70,7 +71,7 @@ def measure(
         harmless: name → harmless requests, for over-refusal.
         judge: a model that is asked, too, whether an answer refuses.
         prompts: continued by both models, side by side: greedily, and with `sampled` once drawn at temperature 1.
-        max_length: longest window in tokens; longer documents are cut into several.
+        max_length: longest window in tokens, by default at most the model's positions; longer documents are cut.
         max_windows: measure only so many windows of each document.
         ci: draw only as many documents of each text as it takes for an interval of forgetting of ± so many nats per
             token; None measures all.
@@ -87,7 +88,9 @@ def measure(
             take, or a text has no documents.
     """
     _check_comparable(base, tuned)
-    _check_texts(base, retention, new_task or {}, max_length)
+    _check_texts(retention, new_task or {})
+    if retention or new_task:  # questions and requests have lengths of their own
+        max_length = length_that_fits(base, max_length)
     start, say = choose_start_token(tokenizer, start_token), progress or (lambda stage: None)
     shared: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed, "num_resamples": num_resamples}
     cut = partial(as_documents, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=max_windows)
@@ -120,12 +123,7 @@ def measure(
     return ForgettingReport(_header(cache, tuned, name, settings) | result)
 
 
-def _check_texts(
-    base: PreTrainedModel, retention: Mapping[str, Any], new_task: Mapping[str, Any], max_length: int
-) -> None:
-    limit = max_positions(base)
-    if limit is not None and max_length > limit and (retention or new_task):
-        raise ValueError(f"max_length: {max_length} is more than this model's {limit} positions; use at most {limit}")
+def _check_texts(retention: Mapping[str, Any], new_task: Mapping[str, Any]) -> None:
     if twice := set(retention) & set(new_task):
         raise ValueError(f"new_task: {min(twice)!r} is a retention text, too; give each text its own name")
 

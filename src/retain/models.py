@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from retain.value_types import Unchosen
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -182,3 +184,17 @@ def num_tuned(model: nn.Module) -> int:
 def max_positions(model: Any) -> int | None:
     """Longest sequence the model can take, in tokens, or None where its configuration names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def length_that_fits(model: Any, length: int, name: str = "max_length") -> int:
+    """Tokens per row: a default is the model's positions where those are fewer.
+
+    Raises:
+        ValueError: if a length that somebody chose is more than the model can take.
+    """
+    limit = max_positions(model)
+    if limit is None or length <= limit:
+        return int(length)
+    if isinstance(length, Unchosen):
+        return limit
+    raise ValueError(f"{name}: {length} is more than this model's {limit} positions; use at most {limit}")

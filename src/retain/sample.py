@@ -20,7 +20,7 @@ from retain.data import prompt_text, read_rows
 from retain.engine import Engine, choose_threads
 from retain.files import write_json, write_text
 from retain.loading import load_model, load_tokenizer
-from retain.models import choose_start_token, default_device
+from retain.models import choose_start_token, default_device, length_that_fits
 from retain.objective import describe_store
 from retain.pool import pool_statistics
 from retain.preview import describe, preview_html, preview_text
@@ -59,17 +59,18 @@ def run_sample(config: SampleConfig) -> Path:
     main = state is None or state.is_main_process
     if main:
         print(f"document start: {start}")
-    names = ("max_length", "seed", "min_ended_turns", "store_reference", "rows_per_shard")
-    settings = {name: getattr(config, name) for name in names}
+    max_length = length_that_fits(model, config.max_length)
+    names = ("seed", "min_ended_turns", "store_reference", "rows_per_shard")
+    settings = {"max_length": max_length} | {name: getattr(config, name) for name in names}
     settings |= {"overwrite": config.overwrite_output_dir, "batch_size": config.per_device_batch_size}
     if config.engine == "vllm":  # it schedules rows itself: it gets whole shards
         settings |= {"engine_name": "vllm", "batch_size": config.per_device_batch_size or config.rows_per_shard}
     settings |= {"start_token": start, "starts": starts, "state": state}
-    with open_engine(model) as engine:
+    with open_engine(model, max_length) as engine:
         folder = sample_with_bar(model, tokenizer, config.output_dir, config.num_rows, engine=engine, **settings)
     if main:
         shared = f", drawn by {state.num_processes} processes" if state is not None else ""
-        print(f"{config.num_rows} rows of {config.max_length} tokens in {folder}{shared}")
+        print(f"{config.num_rows} rows of {max_length} tokens in {folder}{shared}")
         look_at_pool(folder, tokenizer, starts, config.preview)
         if config.store_reference:
             look_at_store(folder, model)
@@ -81,31 +82,35 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def engine_of(config: SampleConfig) -> Callable[[Any], AbstractContextManager[Engine | None]]:
-    """What opens the engine that was asked for, given the model; None is the engine of this process.
+def engine_of(config: SampleConfig) -> Callable[[Any, int], AbstractContextManager[Engine | None]]:
+    """What opens the engine that was asked for, given the model and tokens per row; None is the engine of this process.
 
     Raises:
         ValueError: if it is not installed, or other processes were launched beside this one.
     """
     if config.engine == "torch":
-        return lambda model: nullcontext()
+        return lambda model, length: nullcontext()
     if launched():
         raise ValueError(f"engine: {config.engine!r} starts its own workers; run it without accelerate or torchrun")
     assert config.model_name_or_path is not None
     path = Path(config.model_name_or_path).expanduser()
     name = str(path.resolve()) if path.exists() else config.model_name_or_path  # workers have their own folder
     options: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
-    settings: dict[str, Any] = {"max_length": config.max_length, "seed": config.seed}
+    settings: dict[str, Any] = {"seed": config.seed}
     if config.engine == "vllm":
         from retain.vllm_engine import vllm_engine
 
         settings |= {size: getattr(config, size) for size in ("tensor_parallel_size", "data_parallel_size")}
-        return lambda model: vllm_engine(name, dtype=model.dtype, **settings, **options)
+        return lambda model, length: vllm_engine(name, dtype=model.dtype, max_length=length, **settings, **options)
     from retain.ray_engine import ray_engine
 
     options["attn_implementation"] = config.attn_implementation
     settings |= {"store_reference": config.store_reference, "num_workers": config.num_workers}
-    return lambda model: ray_engine(partial(load_model, name, dtype=model.dtype, **options), **settings)
+
+    def of_model(model: Any, length: int) -> AbstractContextManager[Engine]:
+        return ray_engine(partial(load_model, name, dtype=model.dtype, **options), max_length=length, **settings)
+
+    return of_model
 
 
 def sample_with_bar(model: Any, tokenizer: Any, output_dir: str, num_rows: int, **settings: Any) -> Path:

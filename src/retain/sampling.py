@@ -24,13 +24,14 @@ from retain.models import (
     StartToken,
     choose_start_token,
     display_name,
-    max_positions,
+    length_that_fits,
     model_fingerprint,
     tokenizer_fingerprint,
 )
 from retain.reference_cache import write_predictions
 from retain.replay import MANIFEST, NOT_COMPARED, SCHEMA, read_manifest, shard_path, write_shard
 from retain.starts import Starts, document_starts
+from retain.value_types import Unchosen
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -54,7 +55,7 @@ def sample_replay(
     output_dir: str | Path,
     *,
     num_rows: int = 256,
-    max_length: int = 512,
+    max_length: int = Unchosen(512),
     seed: int = 0,
     start_token: StartToken | None = None,
     starts: Starts | None = None,
@@ -71,7 +72,7 @@ def sample_replay(
     """Sample a replay dataset into a folder, or finish one that was interrupted.
 
     Args:
-        max_length: tokens per row, what is given included.
+        max_length: tokens per row, what is given included; by default at most the model's positions.
         start_token: the document start; chosen from the tokenizer by default.
         starts: how rows begin; the document start alone by default.
         min_ended_turns: the share of the first chat rows that must end their turn, or sampling stops.
@@ -96,7 +97,8 @@ def sample_replay(
         raise ValueError("model: it has an adapter; sample from its base, or merge the adapter and sample from that")
     start_token = start_token or choose_start_token(tokenizer)
     starts = starts or document_starts(start_token)
-    _check_lengths(model, starts, max_length)
+    max_length = length_that_fits(model, max_length)
+    _check_beginnings(starts, max_length)
     manifest = _manifest(model, tokenizer, start_token, engine_name) | {
         "start": starts.describe(),
         "num_rows": num_rows,
@@ -147,10 +149,7 @@ def _draw_shards(
         write_shard(folder, work.shard, work.rows[0], drawn.columns())
 
 
-def _check_lengths(model: PreTrainedModel, starts: Starts, max_length: int) -> None:
-    limit = max_positions(model)
-    if limit is not None and max_length > limit:
-        raise ValueError(f"max_length: {max_length} is more than this model's {limit} positions; use at most {limit}")
+def _check_beginnings(starts: Starts, max_length: int) -> None:
     longest = max(len(prefix) for mode in starts.modes for prefix in mode.prefixes)
     if longest >= max_length:
         raise ValueError(f"max_length: {max_length} leaves no room behind a beginning of {longest} tokens; use more")

@@ -21,6 +21,10 @@ WORDS = {
 }
 
 
+class Unchosen(int):
+    """A default that was left as it is; a number that somebody gave is a plain `int`."""
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value may stand where `hint` is annotated; hints that say nothing about it let it pass."""
     origin, inner = get_origin(hint), get_args(hint)

@@ -1,0 +1,105 @@
+"""Defaults that work where the user is: no accelerator, few positions, a word that is misspelt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, make_model, make_texts, make_tokenizer, random_model
+from transformers import AutoConfig
+
+from retain.cli import main
+from retain.measuring import measure
+from retain.replay import read_manifest
+from retain.sampling import sample_replay
+
+HEADS = {"num_key_value_heads": 2, "head_dim": 8}
+OF_README = {"gpt_neox": {}, "olmo2": {}, "gemma3_text": {**HEADS, "sliding_window": 16}, "mistral": HEADS}
+QUICK = ["--report_to", "none", "--max_steps", "2", "--disable_tqdm", "true", "--save_strategy", "no"]
+
+
+def save_tiny(folder: Path, architecture: str, **changes) -> str:
+    """A random model of 128 positions and the tests' tokenizer."""
+    shape = {**SMALL, "intermediate_size": 64, "max_position_embeddings": 128, "pad_token_id": 4, **changes}
+    random_model(AutoConfig.for_model(architecture, **shape), 0, 6.0).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def write_texts(path: Path, seed: int, words: int = 40) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(6, seed=seed, words=words)))
+    return str(path)
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *args, **kwargs: False)
+
+
+@pytest.mark.usefixtures("no_accelerator")
+@pytest.mark.parametrize("architecture", OF_README)
+def test_the_three_steps_of_the_readme_run_with_its_flags(architecture, tmp_path, capsys):
+    """TRL's bf16 and rows of 1024 tokens, and our rows of 512, are for another machine and another model."""
+    model = save_tiny(tmp_path / "model", architecture, **OF_README[architecture])
+    replay, out = (str(tmp_path / name) for name in ("replay", "out"))
+    (tmp_path / "sft.yaml").write_text(
+        f"model_name_or_path: {model}\ndataset_name: {write_texts(tmp_path / 'new.jsonl', 1)}\noutput_dir: {out}\n"
+    )
+    wiki = write_texts(tmp_path / "wiki.jsonl", 2, words=400)
+    finetune = ["finetune", "--config", str(tmp_path / "sft.yaml"), "--replay_dataset", replay]
+    finetune += ["--replay_objective", "kl", "--replay_coef", "1", *QUICK]
+    measure = ["measure", "--base", model, "--model", out, "--retention", f"wiki={wiki}"]
+    assert main(["sample", "--model_name_or_path", model, "--output_dir", replay, "--num_rows", "4"]) == 0
+    assert main(finetune) == 0
+    assert "no accelerator: training on the CPU in float32" in capsys.readouterr().out
+    assert main([*measure, "--max_new_tokens", "2", "--output_dir", str(tmp_path / "report")]) == 0
+    arguments = json.loads(Path(out, "retain_config.json").read_text())["training_arguments"]
+    settings = json.loads((tmp_path / "report" / "report.json").read_text())["settings"]
+    assert (arguments["bf16"], arguments["max_length"], settings["max_length"]) == (False, 128, 128)
+    assert read_manifest(Path(replay))["max_length"] == 128
+
+
+@pytest.mark.usefixtures("no_accelerator")
+def test_what_is_asked_for_is_not_a_default(tmp_path):
+    from retain.flags import parse
+
+    argv = ["--output_dir", str(tmp_path), "--bf16", "true", "--max_length", "1024"]
+    asked = parse(argv, "finetune")[1]
+    assert (asked.bf16, type(asked.max_length)) == (True, int)
+    with pytest.raises(ValueError, match="max_length: 200 is more than this model's 128 positions; use at most 128"):
+        sample_replay(make_model(), make_tokenizer(), tmp_path / "rows", num_rows=1, max_length=200)
+    with pytest.raises(ValueError, match="max_length: 200 is more than this model's 128 positions; use at most 128"):
+        measure(make_model(), make_model(), {"wiki": ["a"]}, tokenizer=make_tokenizer(), max_length=200)
+
+
+@pytest.mark.usefixtures("no_accelerator")
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ("finetune", "retain finetune: model_name_or_path: missing; give --model_name_or_path"),
+        ("finetune --replay_coeff 1", "retain finetune: --replay_coeff: not known here nor to accelerate; "),
+        ("finetune --config {bad}", "retain finetune: --replay_coeff: not known here nor to accelerate; "),
+        ("measure --base x --modle y", "retain measure: --modle: not known here; "),
+        ("measure --config {bad}", "retain measure: --replay_coeff: not known here; "),
+        ("sample --ouput_dir x", "retain sample: --ouput_dir: not known here; "),
+        ("plan --modle x", "retain plan: --modle: not known here; "),
+        ("pretrain --corpsu x", "retain pretrain: --corpsu: not known here; "),
+    ],
+)
+def test_a_misspelt_flag_is_named_before_all_else(argv, line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("replay_coeff: 1\n")
+    assert main(argv.format(bad="bad.yaml").split()) == 1
+    assert capsys.readouterr().err.startswith(line)
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.yaml"}
+
+
+@pytest.mark.parametrize("verb", ["measure", "finetune"])
+def test_the_help_of_a_switch_that_is_off_says_so(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    flag = {"measure": "sampled", "finetune": "gradient_checkpointing"}[verb]
+    assert f"--no_{flag}, --no-{flag.replace('_', '-')} Set {flag} false." in shown
