@@ -182,9 +182,37 @@ def test_a_law_alone_is_recovered_from_noise_free_data(name, coefficients):
     )
 
 
+EQUAL = {
+    "a_f": 2e6, "alpha_f": 0.3, "b_f": 300.0, "beta_f": 0.5, "a_ft": 2e6, "alpha_ft": 0.3, "b_ft": 300.0, "beta_ft": 0.5,
+    "rho": 1.2, "c_ft": 0.8, "s_ft": 1.5, "c_fft": 1.7, "s_fft": 6.0,
+}  # fmt: skip
+BRACKETS = {
+    "equal": EQUAL,
+    "half as large again": EQUAL | {"a_f": 3e6, "b_f": 450.0},
+    "other exponents": EQUAL | {"a_f": 5e5, "alpha_f": 0.2, "beta_f": 0.7},
+}
+
+
+@pytest.mark.parametrize("kind", BRACKETS)
+def test_exact_joint_data_are_recovered_with_any_brackets(kind):
+    """c_fft and s_fft were frozen at a regression line, which is the law's only where both brackets are equal."""
+    law_of = BRACKETS[kind]
+    P, N = map(np.ravel, np.meshgrid(np.geomspace(1e6, 1e9, 7), np.geomspace(50, 2000, 8)))
+    run = [f"{size:g}" for size in P]
+    table = {"run": run, "num_params": P, "num_steps": N, **dict(zip(BOTH, truth(law_of, P, N), strict=True))}
+    law = quiet_fit(table, num_resamples=0)
+    for factor, close in ((1, {"abs": 1e-4}), (10, {"rel": 0.01})):
+        found = law.predict(num_params=factor * P, num_steps=factor * N).value
+        for name, exact in zip(BOTH, truth(law_of, factor * P, factor * N), strict=True):
+            assert found[name] == pytest.approx(exact, **close)
+    if kind == "equal":
+        assert {name: law.params[name] for name in ("c_fft", "s_fft", "rho")} == pytest.approx(
+            {name: law_of[name] for name in ("c_fft", "s_fft", "rho")}, rel=1e-6
+        )
+
+
 @pytest.mark.parametrize("coefficients", [OPENORCA, NEWS], ids=["OpenOrca", "News"])
 def test_the_joint_law_is_recovered(coefficients):
-    """The published line and direct law differ by up to .007 nats, so that the joint fit is not exact."""
     table = paper_design(coefficients, noise=0)
     law = quiet_fit(table, num_resamples=0)
     at = law.predict(num_params=table["num_params"], num_steps=table["num_steps"]).value
@@ -352,11 +380,11 @@ def test_intervals_hold_their_estimates_and_grow_with_the_level(noisy_law):
 
 
 def test_intervals_are_stretched_by_students_t_of_the_runs(noisy_law):
-    """Six runs, five degrees of freedom; the slope of the line is the first coefficient that is fitted."""
-    drawn = np.log(noisy_law.draws.given[:, 0] / noisy_law.params["c_fft"])
+    """Six runs, five degrees of freedom; the amplitude of L_ft is the first coefficient that is fitted."""
+    drawn = np.log(noisy_law.draws.coefficients[:, 0] / noisy_law.params["c_ft"])
     ratio = stats.t.ppf(0.95, 5) / stats.norm.ppf(0.95)
-    expected = noisy_law.params["c_fft"] * np.exp(ratio * np.quantile(drawn, [0.05, 0.95]))
-    assert noisy_law.conf_int(0.9)["c_fft"] == pytest.approx(tuple(expected), rel=2e-3)
+    expected = noisy_law.params["c_ft"] * np.exp(ratio * np.quantile(drawn, [0.05, 0.95]))
+    assert noisy_law.conf_int(0.9)["c_ft"] == pytest.approx(tuple(expected), rel=2e-3)
     assert ratio > 1.2
 
 

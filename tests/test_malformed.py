@@ -237,7 +237,7 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, the verbs 
     "empty shards": ({"rows_per_shard": 0}, "export finetune measure sample", "'rows_per_shard' is 0, not 1 or more"),
     "null shards": ({"rows_per_shard": None}, "export finetune measure", "'rows_per_shard' is null"),
     "no schema": ({"schema": GONE}, "export finetune measure sample", "schema None"),
-    "schema of a law": ({"schema": "retain.law/1"}, "export finetune measure", "retain.law/1"),
+    "schema of a law": ({"schema": "retain.law/2"}, "export finetune measure", "retain.law/2"),
     "no model": ({"model": GONE}, "export finetune", "'model' is missing"),
     "model of number": ({"model": 5}, "export finetune measure", "'model' is 5, not text"),
     "no weights": ({"model_fingerprint": GONE}, "finetune", "'model_fingerprint' is missing"),
@@ -428,7 +428,7 @@ LAWS: list[tuple[str, dict[str, Any], str]] = [
     ("no warnings", {"warnings": None}, "'warnings' is null, not a list"),
     ("warnings of numbers", {"warnings": [1]}, "'warnings.0' is 1, not text"),
     ("no settings", {"settings": None}, "'settings' is null, not an object"),
-    ("another schema", {"schema": "retain.law/2"}, "is not a retain.law/1 file"),
+    ("another schema", {"schema": "retain.law/1"}, "is not a retain.law/2 file"),
 ]
 
 

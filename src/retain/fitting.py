@@ -85,7 +85,7 @@ def _fit(runs: Rows, form: Form, settings: dict[str, Any]) -> ForgettingLaw:
         draws=_bootstrap(problem, best, enlarged(problem, best, jacobian, 1.0), resamples, robust, seed),
         spread=enlarged(problem, best, jacobian, 0.5).reshape(problem.num_outputs, -1),
         held_out=held_out(problem, best, robust),
-        condition=condition_number(jacobian[:, : jacobian.shape[1] - best.given.shape[1]]),
+        condition=condition_number(jacobian),
         warnings=doubts_of_design(problem),
         settings=settings | {"versions": versions()},
     )
@@ -126,12 +126,11 @@ def _fit_copies(problem: Problem, starts: Array, **options: float) -> tuple[Draw
 
 def jacobian_of(problem: Problem, best: Draws) -> Array:
     """Derivative of every row, in units of the noise, by every exponent and coefficient: shape (rows, numbers)."""
-    center = np.concatenate([best.exponents, best.coefficients, best.given], axis=1)[0]
+    center = np.concatenate([best.exponents, best.coefficients], axis=1)[0]
     width = np.concatenate([1e-6 * (problem.high - problem.low), 1e-4 * np.abs(center[len(problem.low) :]) + 1e-9])
     width[: len(problem.low)] *= np.where(best.exponents[0] + width[: len(problem.low)] > problem.high, -1, 1)
     moved = center + np.diag(width)
-    cuts = np.cumsum([best.exponents.shape[1], best.coefficients.shape[1]])
-    change = problem.predict(Draws(*np.split(moved, cuts, axis=1))) - problem.predict(best)
+    change = problem.predict(Draws(*np.split(moved, [len(problem.low)], axis=1))) - problem.predict(best)
     return change.reshape(len(width), -1).T / width / problem.scale[:, None]
 
 

@@ -14,9 +14,9 @@ from retain.law_problem import Draws
 from retain.law_runs import as_runs
 from retain.laws import Array, Form, form_of
 
-SCHEMA = "retain.law/1"
+SCHEMA = "retain.law/2"
 REMEDY = "fit it again"
-FITS = {"exponents": list, "coefficients": list, "given": list}
+FITS = {"exponents": list, "coefficients": list}
 SHAPE = {
     "form": str, "bounds": {str: [NUMBER, NUMBER]}, "runs": {str: list}, "estimate": FITS, "draws": FITS,
     "spread": list, "held_out": {str: {str: NUMBER}}, "condition": NUMBER, "warnings": [str], "settings": MAPPING,
@@ -87,12 +87,12 @@ def _numbers(data: Mapping[str, Any], name: str) -> Array:
 
 
 def _draws(data: Mapping[str, Any]) -> Draws:
-    return Draws(**{name: _numbers(data, name) for name in ("exponents", "coefficients", "given")})
+    return Draws(**{name: _numbers(data, name) for name in ("exponents", "coefficients")})
 
 
 def _check_shapes(law: ForgettingLaw) -> None:
     problem, sets = law.problem, len(law.problem.datasets)
-    width = (len(problem.slots), len(law.form.coefficients) * sets, problem.num_given * sets)
+    width = (len(problem.slots), len(law.form.coefficients) * sets)
     whole = law.spread.shape == (problem.num_outputs, problem.num_points) and len(law.estimate) == 1
     for draws in (law.estimate, law.draws):
         shapes = [array.shape for array in vars(draws).values()]

@@ -186,10 +186,10 @@ def _trajectories(axes: Axes, law: ForgettingLaw) -> None:
             curve = (fitted[name][of_set][order] for name in ("finetuning_loss", "forgetting_loss"))
             axes.plot(*curve, color=look["color"], linewidth=1.0)
     for dataset in law.runs.datasets:
-        slope, level = (law.params.get(f"{name}[{dataset}]", law.params.get(name)) for name in ("c_fft", "s_fft"))
-        if slope is not None and level is not None:
-            ends = np.array([x[sets == dataset].min(), x[sets == dataset].max()])
-            axes.plot(ends, level - slope * ends, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        of_set = sets == dataset
+        ends = np.array([x[of_set].min(), x[of_set].max()])
+        line = np.polyval(np.polyfit(x[of_set], y[of_set], 1), ends)
+        axes.plot(ends, line, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.invert_xaxis()
     _words(axes, "Forgetting over learning (dashed: the line)", LEARNING, "forgetting_loss")
 

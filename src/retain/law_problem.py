@@ -14,17 +14,16 @@ from retain.projection import fit_many
 
 @dataclass
 class Draws:
-    """Fits of one form: exponents as searched (fits, k), coefficients (fits, c), those fitted first (fits, g)."""
+    """Fits of one form: exponents as searched (fits, k), coefficients (fits, c)."""
 
     exponents: Array
     coefficients: Array
-    given: Array
 
     def __len__(self) -> int:
         return len(self.exponents)
 
     def __getitem__(self, which: slice | np.ndarray | list[int]) -> Draws:
-        return Draws(self.exponents[which], self.coefficients[which], self.given[which])
+        return Draws(self.exponents[which], self.coefficients[which])
 
 
 class Problem:
@@ -45,17 +44,11 @@ class Problem:
         self.logged = bounds[:, 0] > 0
         self.low, self.high = np.where(self.logged, np.log(np.where(self.logged, bounds.T, 1.0)), bounds.T)
         self.scale = np.repeat([runs.columns[name].std() for name in form.outputs], self.num_points)
-        self.first_scale = float(self.scale[-1])
 
     @property
     def num_free(self) -> int:
         """How many numbers the fit is free to choose."""
-        return len(self.slots) + (len(self.form.coefficients) + self.num_given) * len(self.datasets)
-
-    @property
-    def num_given(self) -> int:
-        """Coefficients that are fitted first, for each data set."""
-        return len(self.form.first.coefficients) if self.form.first else 0
+        return len(self.slots) + len(self.form.coefficients) * len(self.datasets)
 
     def centre(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Inputs in units of their centres."""
@@ -64,7 +57,6 @@ class Problem:
     def values(self, draws: Draws, codes: np.ndarray) -> dict[str, Array]:
         """Exponents and coefficients by name for points of data sets `codes`; shape (fits, 1) or (fits, points)."""
         found = self._exponents(draws.exponents, codes)
-        found |= self._given(draws.given, codes)
         count = len(self.form.coefficients)
         return found | {
             name: draws.coefficients[:, codes * count + at] for at, name in enumerate(self.form.coefficients)
@@ -78,13 +70,9 @@ class Problem:
             at += count
         return found
 
-    def _given(self, given: Array, codes: np.ndarray) -> dict[str, Array]:
-        names = self.form.first.coefficients if self.form.first else ()
-        return {name: given[:, codes * len(names) + at] for at, name in enumerate(names)}
-
-    def design(self, exponents: Array, given: Array) -> Array:
+    def design(self, exponents: Array) -> Array:
         """Terms of every row, shape (fits, rows, coefficients of all data sets), in units of the noise."""
-        found = self._exponents(exponents, self.set_codes) | self._given(given, self.set_codes)
+        found = self._exponents(exponents, self.set_codes)
         terms = self._stack(self.form.terms(self.inputs, found), len(exponents), self.set_codes)
         return terms / self.scale[:, None]
 
@@ -97,13 +85,6 @@ class Problem:
                 stacked[:, output * points + rows, codes * count + at] = np.broadcast_to(term, (fits, points))
         return stacked
 
-    def offset(self, given: Array, codes: np.ndarray) -> Array:
-        """What stands beside the terms, shape (fits, rows)."""
-        if self.form.offset is None:
-            return np.zeros((len(given), self.num_outputs * len(codes)))
-        parts = self.form.offset(self._given(given, codes))
-        return np.concatenate([np.broadcast_to(part, (len(given), len(codes))) for part in parts], axis=1)
-
     def predict(
         self, draws: Draws, inputs: Mapping[str, Array] | None = None, codes: np.ndarray | None = None
     ) -> Array:
@@ -115,38 +96,20 @@ class Problem:
         parts = [
             sum(found[name] * term for name, term in zip(self.form.coefficients, row, strict=True)) for row in rows
         ]
-        stacked = np.stack([np.broadcast_to(part, (len(draws), len(codes))) for part in parts], axis=1)
-        return stacked + self.offset(draws.given, codes).reshape(stacked.shape)
+        return np.stack([np.broadcast_to(part, (len(draws), len(codes))) for part in parts], axis=1)
 
     def fit(self, observed: Array, weight: Array, start: Array, **options: float) -> tuple[Draws, Array]:
         """Fit every row of `observed` (fits, rows), in nats, from `start`; the fits and their losses."""
-        given = self._fit_first(observed, weight)
-        target = (observed - self.offset(given, self.set_codes)) / self.scale
         fits = fit_many(
-            lambda exponents, which: self.design(exponents, given[which]),
+            lambda exponents, _: self.design(exponents),
             start,
-            target,
+            observed / self.scale,
             weight,
             low=self.low,
             high=self.high,
             **options,  # type: ignore[arg-type]
         )
-        return Draws(fits.exponents, fits.coefficients, given), fits.loss
-
-    def _fit_first(self, observed: Array, weight: Array) -> Array:
-        """Coefficients of the form that is fitted first, on measured values of its inputs."""
-        first = self.form.first
-        if first is None:
-            return np.empty((len(observed), 0))
-        columns = dict(zip(self.form.outputs, np.split(observed, self.num_outputs, axis=1), strict=True))
-        terms = first.terms({name: columns[name] for name in first.inputs}, {})
-        stacked = self._stack(terms, len(observed), self.set_codes) / self.first_scale
-        place = self.form.outputs.index(first.outputs[0])
-        part = np.split(weight, self.num_outputs, axis=1)[place]
-        nothing = np.empty(0)
-        target = columns[first.outputs[0]] / self.first_scale
-        start = np.empty((len(observed), 0))
-        return fit_many(lambda _, which: stacked[which], start, target, part, low=nothing, high=nothing).coefficients
+        return Draws(fits.exponents, fits.coefficients), fits.loss
 
     def set_noise(self, best: Draws) -> None:
         """Take the size of the residuals as the unit of each output, so that they weigh alike and Huber's k fits."""
@@ -154,14 +117,3 @@ class Problem:
         spread = [1.4826 * np.median(np.abs(part)) for part in np.split(residuals, self.num_outputs)]
         floor = [1e-7 * self.runs.columns[name].std() for name in self.form.outputs]
         self.scale = np.repeat(np.maximum(spread, floor), self.num_points)
-        if self.form.first is not None:
-            first = self._first_residuals(best.given)
-            self.first_scale = max(1.4826 * float(np.median(np.abs(first))), floor[-1])
-
-    def _first_residuals(self, given: Array) -> Array:
-        first = self.form.first
-        assert first is not None
-        rows = first.terms(self.runs.columns, {})[0]
-        found = self._given(given, self.set_codes)
-        fitted = sum(found[name] * term for name, term in zip(first.coefficients, rows, strict=True))
-        return self.runs.columns[first.outputs[0]] - np.asarray(fitted)[0]

@@ -19,6 +19,11 @@ removes this freedom: the bracket is 1 at the centre of the data (geometric mean
 the limit there. α, β and ρ are nearly degenerate too: for large ρ the form tends to c·(P/P₀)^-e·(N/N₀)^-f, and only
 e = ρ·w·α and f = ρ·(1-w)·β, with w = (a/P₀)^α, are left. They are reported as `slope_params` and `slope_steps`.
 The fit searches ρ, w (`share`), ρ·α (`reach_params`) and ρ·β (`reach_steps`).
+
+The joint law adds a freedom: another c_fft, with s_fft, a_f and b_f to match, is the same law. So only ρ, L_f's
+distance from its limit (c_fft times its bracket) and that limit (s_fft - c_fft·s_ft) are fitted, together with L_ft.
+c_fft is reported as the slope of L_f over L_ft along a run at the centre, -(dL_f/dN) / (dL_ft/dN): the slope of the
+line wherever the two brackets are equal.
 """
 
 from __future__ import annotations
@@ -109,8 +114,6 @@ class Form:
         exponents: name → bounds; searched on a log scale where the lower bound is positive.
         coefficients: names, in the order of the terms.
         centred: divide these inputs by their geometric mean before `terms` sees them.
-        first: name → form: fitted first, its coefficients are passed to `terms` and `offset` with the exponents.
-        offset: what is added to each output beside the terms.
         report: exponents, coefficients and centres → the parameters as published.
     """
 
@@ -123,15 +126,12 @@ class Form:
     terms: Callable[[Values, Values], Sequence[Sequence[Number]]]
     local: tuple[str, ...] = ()
     centred: tuple[str, ...] = ()
-    first: Form | None = None
-    offset: Callable[[Values], Sequence[Number]] | None = None
     report: Callable[[Values, Centres], dict[str, Array]] | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Every column that the fit reads."""
-        first = self.first.columns if self.first else ()
-        return tuple(dict.fromkeys((*self.inputs, *self.outputs, *first)))
+        return tuple(dict.fromkeys((*self.inputs, *self.outputs)))
 
 
 def _bracket(inputs: Values, values: Values, of: str = "") -> Array:
@@ -166,15 +166,18 @@ def _report_power(values: Values, centres: Centres) -> dict[str, Array]:
 
 
 def _report_joint(values: Values, centres: Centres) -> dict[str, Array]:
-    named = {name: values[name] for name in ("c_fft", "s_fft", "c_ft", "s_ft", "rho")}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scale = (values["amplitude_f"] / values["c_ft"]) ** (1 / values["rho"])  # NaN where the two differ in sign
+    """In the gauge of the module's docstring: c_fft is the slope of L_f over L_ft along a run, at the centre."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # NaN where steps change nothing
+        steps_f, steps_ft = ((1 - values[f"share{of}"]) * values[f"reach_steps{of}"] for of in ("_f", "_ft"))
+        c_fft = -values["amplitude_f"] * steps_f / (values["c_ft"] * steps_ft)
+        scale = (steps_ft / steps_f) ** (1 / values["rho"])  # of the bracket of L_f: amplitude_f = -c_fft·c_ft·scale^ρ
+    named = {"c_fft": c_fft, "s_fft": values["limit_f"] + c_fft * values["s_ft"]}
+    named |= {name: values[name] for name in ("c_ft", "s_ft", "rho")}
     return named | _published(values, centres, "_ft", 1.0) | _published(values, centres, "_f", scale)
 
 
 def _joint_terms(inputs: Values, values: Values) -> Sequence[Sequence[Number]]:
-    slope = values["c_fft"]
-    return [[_bracket(inputs, values, "_ft"), 0.0, 1.0], [0.0, -slope * _bracket(inputs, values, "_f"), -slope]]
+    return [[_bracket(inputs, values, "_ft"), 1.0, 0.0, 0.0], [0.0, 0.0, _bracket(inputs, values, "_f"), 1.0]]
 
 
 def _injection_terms(inputs: Values, values: Values) -> Sequence[Sequence[Number]]:
@@ -204,12 +207,10 @@ JOINT = Form(
     inputs=P_N,
     outputs=("finetuning_loss", "forgetting_loss"),
     exponents=_power_exponents("_ft") | _power_exponents("_f") | RHO,
-    coefficients=("c_ft", "amplitude_f", "s_ft"),
+    coefficients=("c_ft", "s_ft", "amplitude_f", "limit_f"),
     terms=_joint_terms,
     local=("share_ft", "share_f"),
     centred=P_N,
-    first=LINEAR,
-    offset=lambda values: [0.0, values["s_fft"]],
     report=_report_joint,
 )
 FINETUNING = Form(
