@@ -15,8 +15,8 @@ from scipy import optimize, stats
 
 from retain import fit_forgetting_law
 from retain.cli import main
-from retain.doubts import LawWarning
-from retain.forgetting_law import ForgettingLaw, student_quantile
+from retain.doubts import LawWarning, rivalry
+from retain.forgetting_law import ForgettingLaw
 from retain.law_plots import bands, contours, residuals, trajectories
 from retain.law_runs import as_runs, read_runs, tuned_params
 from retain.law_solving import crossing
@@ -183,8 +183,8 @@ def test_a_law_alone_is_recovered_from_noise_free_data(name, coefficients):
 
 
 EQUAL = {
-    "a_f": 2e6, "alpha_f": 0.3, "b_f": 300.0, "beta_f": 0.5, "a_ft": 2e6, "alpha_ft": 0.3, "b_ft": 300.0, "beta_ft": 0.5,
-    "rho": 1.2, "c_ft": 0.8, "s_ft": 1.5, "c_fft": 1.7, "s_fft": 6.0,
+    "a_f": 2e6, "alpha_f": 0.3, "b_f": 300.0, "beta_f": 0.5, "a_ft": 2e6, "alpha_ft": 0.3, "b_ft": 300.0,
+    "beta_ft": 0.5, "rho": 1.2, "c_ft": 0.8, "s_ft": 1.5, "c_fft": 1.7, "s_fft": 6.0,
 }  # fmt: skip
 BRACKETS = {
     "equal": EQUAL,
@@ -290,11 +290,13 @@ def test_bounds_hold_and_are_told():
     assert law.params["rho"] == pytest.approx(2.0)
 
 
-def test_student_quantile_is_scipys():
-    for degrees in (3, 5, 20, 200):
-        for p in (0.9, 0.95, 0.975):
-            assert student_quantile(p, degrees) == pytest.approx(stats.t.ppf(p, degrees), rel=0.01)
-    assert student_quantile(0.975, 2) == pytest.approx(stats.t.ppf(0.975, 2), rel=0.05)
+@pytest.mark.parametrize("level", [0.9, 0.99, 0.999])
+def test_the_stretch_of_intervals_is_exact_at_three_runs(level):
+    """An expansion of Student's t was 4% low at 99%, 17% at 99.9%."""
+    law = quiet_fit({"run": range(3), "finetuning_loss": [1, 2, 3], "forgetting_loss": [3, 2.1, 1]}, "linear",
+                    num_resamples=0)  # fmt: skip
+    upper = (1 + level) / 2
+    assert law.stretch(level) == pytest.approx(stats.t.ppf(upper, 2) / stats.norm.ppf(upper), rel=1e-9)
 
 
 def test_held_out_error_is_that_of_a_refit_without_the_run():
@@ -420,9 +422,38 @@ def test_one_rank_cannot_say_how_forgetting_changes_with_size():
         law.predict(num_params=1e9, num_steps=200)
 
 
-def test_two_ranks_and_few_runs_are_told():
-    law = quiet_fit(paper_design(ranks=(8, 64)), "forgetting", num_resamples=10)
-    assert any(text.startswith("num_params: two values only") for text in law.warnings)
+FEW = {
+    "joint": (paper_design(ranks=(8, 16, 32)), "runs: 3 of them, and the form 'joint' needs 4 that differ in num_par"),
+    "two ranks": (paper_design(ranks=(8, 64)), "num_params: 2 different values, and the form 'two ranks' needs 3"),
+    "steps": (paper_design(steps=3), "num_steps: 3 different values, and the form 'steps' needs 4"),
+    "size": ({"num_params": [1, 2]}, "runs: 2 of them, and the form 'size' needs 3 that differ in num_params"),
+    "saturation": ({"tokens_per_param": [1, 2]}, "tokens_per_param: 2 different values, and the form 'saturation' n"),
+    "quadratic": ({"ref_kl": [1, 2, 3]}, "runs: 3 of them, and the form 'quadratic' needs 4 that differ in ref_kl"),
+    "linear": ({"finetuning_loss": [1, 2]}, "runs: 2 of them, and the form 'linear' needs 3 that differ in finet"),
+    "injection": (
+        {"num_params": [1, 2, 3, 4], "num_tokens": [1, 2, 4, 8], "replay_share": [0, 0.1, 0, 0.1]},
+        "runs: 4 of them, and the form 'injection' needs 5 that differ in num_params and num_tokens and replay_share",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_fewer_runs_than_a_form_needs_are_refused(name):
+    """Rows were counted, so that a joint law of three runs with many points each was fitted with a warning."""
+    table, message = FEW[name]
+    if "run" not in table:
+        count = len(next(iter(table.values())))
+        table = {"run": range(count), **table, "forgetting_loss": np.arange(count) ** 2 + 0.5}
+    with pytest.raises(ValueError, match=".+") as caught:
+        fit_forgetting_law(table, replace(FORMS.get(name, FORMS["joint"]), name=name), num_resamples=0)
+    assert str(caught.value).startswith(message), caught.value
+
+
+def test_seeds_of_three_ranks_are_enough_runs_and_few_are_told():
+    tables = [paper_design(ranks=RANKS[:3], seed=seed) for seed in (0, 1)]
+    both = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+    both["run"] = [f"{run}-{seed}" for seed in (0, 1) for run in tables[0]["run"]]
+    assert not any(text.startswith("run: ") for text in quiet_fit(both, num_resamples=0).warnings)
     law = quiet_fit(paper_design(ranks=(8, 16, 64, 256)), "forgetting", num_resamples=10)
     assert any(text.startswith("run: 4 of them; intervals from fewer than 6") for text in law.warnings)
     assert not any("num_params" in text for text in law.warnings)
@@ -448,6 +479,20 @@ def test_forms_that_fit_equally_well_are_told_and_bad_ones_are_not():
     said = [text for text in law.warnings if text.startswith("form: ")]
     assert len(said) == 1
     assert "'near' predicts forgetting_loss of held-out runs as well as 'forgetting'" in said[0]
+
+
+def test_three_held_out_runs_are_judged_by_students_t(noisy_law):
+    """Two standard errors over three runs told a rival apart that t (4.3 of them) does not."""
+    runs = [name for name in noisy_law.held_out if name.startswith("run ")][:3]
+    mine, other = (
+        replace(
+            noisy_law, held_out={name: dict.fromkeys(BOTH, error) for name, error in zip(runs, errors, strict=True)}
+        )
+        for errors in ((0.1, 0.1, 0.1), (0.13, 0.2, 0.2))
+    )
+    gain = np.array([0.13, 0.2, 0.2]) ** 2 - 0.01
+    assert 2 < gain.mean() / stats.sem(gain) < stats.t.ppf(0.975, 2)
+    assert len(rivalry(mine, other)) == 2
 
 
 def test_extrapolation_is_said(noisy_law):
@@ -514,6 +559,24 @@ def test_solve_is_the_inverse_of_predict(noisy_law):
     target = noisy_law.predict(num_params=1e8, num_steps=100).value["forgetting_loss"]
     found = noisy_law.solve("num_params", num_steps=100, forgetting_loss=target)
     assert found.value == pytest.approx(1e8, rel=1e-4)
+
+
+def test_to_be_sure_is_the_safe_end_where_the_output_falls():
+    """The smallest model that forgets no more than a target was smaller "to be sure" than by the curve."""
+    P = np.geomspace(1e6, 1e9, 8)
+    noise = np.random.default_rng(0).normal(size=8)
+    table = {"run": range(8), "num_params": P, "forgetting_loss": 40 * P**-0.45 + 1e-3 * noise}
+    law = quiet_fit(table, "size", num_resamples=200)
+    plain, sure = (law.solve("num_params", forgetting_loss=0.01, sure=sure).value for sure in (False, True))
+    assert sure > plain
+    assert law.predict(num_params=sure).ci["forgetting_loss"][1] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_to_be_sure_that_enough_was_learned_takes_more_steps(noisy_law):
+    plain, sure = (
+        noisy_law.solve("num_steps", num_params=1e8, finetuning_loss=0.7, sure=sure).value for sure in (False, True)
+    )
+    assert sure > plain
 
 
 def test_to_be_sure_of_a_budget_takes_fewer_steps(noisy_law):
@@ -644,9 +707,16 @@ BAD_RUNS = {
     ),
     "nothing": ([], "runs: no column 'run'"),
     "a number": (3, "runs: int is no table; give a list of rows"),
-    "one row": ({name: column[:1] for name, column in paper_design().items()}, "runs: 1 rows for the 12 free numbers"),
+    "one row": ({name: column[:1] for name, column in paper_design().items()}, "runs: 1 rows for the 11 free numbers"),
     "no rows": ({name: [] for name in paper_design()}, "runs: columns of 0 rows"),
     "uneven": (paper_design() | {"num_steps": [1, 2]}, "runs: columns of 2, 132 rows; give as many in each"),
+    "no name": (changed(run=None), "run: missing in row 3; name it in every row"),
+    "an empty name": (changed(run=""), "run: missing in row 3; name it in every row"),
+    "NaN for a name": (changed(run=math.nan), "run: missing in row 3; name it in every row"),
+    "no data set in a row": (
+        changed() | {"dataset": ["a", "b", *[None] * 22]},
+        "dataset: missing in row 3; name it in every row",
+    ),
     "constant": (paper_design() | {"forgetting_loss": [0.5] * 132}, "forgetting_loss: the same in every row"),
 }
 
@@ -727,6 +797,7 @@ def test_runs_of_finetunes_are_read_with_the_size_of_what_was_tuned(tmp_path):
     assert runs.columns["num_steps"].min() == 10
     assert runs.columns["forgetting_loss"][0] == pytest.approx(0.01 * math.log(10) + 1e-4 * math.sin(10))
     assert sorted(set(runs.columns["num_params"])) == [lora(2), lora(4)]
+    assert runs.left_out == ("runs: 2 rows at step 0 left out; nothing was trained there",)
     half = read_runs(files, columns, metric="forgetting", min_steps=30)
     assert half.columns["num_steps"].min() == 30
     assert half.columns["forgetting_loss"][-1] == pytest.approx(runs.columns["forgetting_loss"][-1] / 2)
@@ -794,6 +865,73 @@ def test_tables_of_every_kind_give_the_same_runs(tmp_path, ending):
     assert runs.run == exact.run
     for name, column in exact.columns.items():
         assert runs.columns[name] == pytest.approx(column)
+
+
+@pytest.mark.parametrize("ending", ["csv", "CSV", "jsonl", "parquet"])
+@pytest.mark.parametrize("scale", [1e-3, 1e-5])
+def test_tables_keep_rows_below_one_step_and_say_what_was_left_out(tmp_path, ending, scale):
+    """Epochs, or thousands of steps: rows with `num_steps` below 1 were dropped without a word."""
+    from pyarrow import Table, csv, parquet
+
+    table = paper_design(steps=6)
+    table["num_steps"] = np.where(table["num_steps"] == 50, 0, table["num_steps"] * scale)
+    path = tmp_path / f"runs.{ending}"
+    if ending == "jsonl":
+        columns = [column.tolist() for column in table.values()]
+        rows = [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        (parquet.write_table if ending == "parquet" else csv.write_csv)(Table.from_pydict(table), path)
+    runs = read_runs([path], list(table)[1:])
+    assert len(runs) == 30
+    law = quiet_fit(runs, num_resamples=0, num_starts=2)
+    assert law.warnings[0] == "runs: 6 rows at step 0 left out; nothing was trained there"
+    late = read_runs([path], list(table)[1:], min_steps=170 * scale)
+    assert len(late) == 18
+    assert late.left_out[1] == f"runs: 12 rows before step {170 * scale:g} left out, as min_steps says"
+
+
+@pytest.mark.parametrize(
+    ("names", "sets"),
+    [(("01", "1", "001"), None), (("1e1", "10", "10.0"), None), (("NA", "null", "NaN"), None),
+     (("true", "True", "TRUE"), None), (("r", "r", "r"), ("1", "01", "001"))],
+)  # fmt: skip
+def test_names_of_runs_in_a_csv_stay_text(tmp_path, names, sets):
+    """`01` and `1` became one run."""
+    lines = ["run,num_steps,forgetting_loss" + ",dataset" * bool(sets)]
+    for at, name in enumerate(names):
+        lines += [f"{name},{step},{0.1 * at + 0.01 * step}" + (f",{sets[at]}" if sets else "") for step in (3, 5)]
+    (tmp_path / "runs.csv").write_text("\n".join(lines) + "\n")
+    runs = read_runs([tmp_path / "runs.csv"], ["num_steps", "forgetting_loss"])
+    assert len(runs.names) == 3
+    assert runs.names == ([f"{data}/r" for data in sets] if sets else list(names))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run,num_steps,forgetting_loss\na,5,1\n,6,2\n", "run: missing in row 2; name it in every row"),
+        ('run,num_steps,forgetting_loss\na,"1,000",1\n', "num_steps: '1,000' in run 'a' is not a number"),
+        ("run,num_steps,forgetting_loss\na,5,nan\n", "forgetting_loss: None in run 'a' cannot be"),
+        ("run,num_steps,forgetting_loss\na,5,\n", "forgetting_loss: None in run 'a' cannot be"),
+        (
+            "run,num_steps,num_steps,forgetting_loss\na,5,6,1\n",
+            "runs: 't.csv' has several columns 'num_steps'; keep one",
+        ),
+    ],
+)
+def test_rows_of_a_table_that_cannot_be_read_are_refused_not_dropped(tmp_path, text, message):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ValueError, match=".+") as caught:
+        read_runs([tmp_path / "t.csv"], ["num_steps", "forgetting_loss"])
+    assert str(caught.value).startswith(message), caught.value
+
+
+def test_runs_of_one_name_in_two_tables_are_refused(tmp_path):
+    for name, step in (("a", 5), ("b", 6)):
+        (tmp_path / f"{name}.csv").write_text(f"run,num_steps,forgetting_loss\n1,{step},1\n")
+    with pytest.raises(ValueError, match="run: '1' is in 'b.csv' and in a file before it; name every run differently"):
+        read_runs([tmp_path / "a.csv", tmp_path / "b.csv"], ["num_steps", "forgetting_loss"])
 
 
 def test_fit_and_predict_on_the_command_line(tmp_path, capsys):

@@ -123,7 +123,7 @@ def test_what_the_pilots_cannot_say_is_said():
 # The verb
 
 FLAGS = [
-    *("--lora_ranks", "1", "2", "4", "--replay_coefs", "0", "1", "--pilot_steps", "12", "--learning_rate", "1e-2"),
+    *("--lora_ranks", "1", "2", "4", "8", "--replay_coefs", "0", "1", "--pilot_steps", "12", "--learning_rate", "1e-2"),
     *("--max_length", "16", "--per_device_train_batch_size", "2", "--replay_num_rows", "8", "--num_resamples", "100"),
     *("--eval_rows", "2", "--retention_max_documents", "1", "--lora_target_modules", "q_proj", "v_proj"),
 ]
@@ -174,15 +174,15 @@ def test_plan_on_the_command_line(world, capsys, monkeypatch):
     chosen = told["recommendation"]
     assert flags[flags.index("--lora_r") + 1] == str(chosen["rank"])
     assert chosen["forgetting_loss"]["high"] <= 5
-    assert told["cost"]["pilots"] == 6
-    assert told["cost"]["steps"] == 72
-    assert told["cost"]["tokens"] > 72 * 2 * 2
+    assert told["cost"]["pilots"] == 7
+    assert told["cost"]["steps"] == 84
+    assert told["cost"]["tokens"] > 84 * 2 * 2
     assert ForgettingLaw.from_json(world / "plan" / "law.json").form.name == "joint"
     assert (world / "plan" / "plan.png").stat().st_size > 10_000
     assert "What the pilots cannot say" in (world / "plan" / "plan.md").read_text()
     assert main(arguments(world, "--budget", "1e-7")) == 0
     out = capsys.readouterr().out
-    assert out.count("(found)") == 6
+    assert out.count("(found)") == 7
     assert "No setting keeps forgetting within 1e-07" in out
     assert "--forgetting_budget 1e-07" in out.strip().splitlines()[-1]
 
@@ -207,7 +207,7 @@ def test_held_out_rows_are_kept_apart_where_none_are_given(world, tmp_path):
     [
         (["--budget", "0"], "budget: 0.0 does not fit; use a number of at least 1e-09"),
         ([], "budget: missing; give --budget"),
-        (["--budget", "1", "--lora_ranks", "1", "2"], "lora_ranks: [1, 2] cannot tell what the rank does"),
+        (["--budget", "1", "--lora_ranks", "1", "2", "4"], "lora_ranks: [1, 2, 4] cannot tell what the rank does"),
         (["--budget", "1", "--replay_coefs", "1"], "replay_coefs: [1.0] has no 0"),
         (["--budget", "1", "--retention", "a=b"], "retention: no file 'b'; check the path"),
         (["--budget", "1", "--retention", f"a={__file__}"], "retention_name: choose one of wiki, a"),

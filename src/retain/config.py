@@ -590,8 +590,8 @@ class FitConfig:
         default="ref_kl",
         metadata=_say("What of that text is the forgetting loss: ref_kl, forgetting (loss after - before) or loss."),
     )
-    min_steps: int = field(
-        default=1, metadata=_say("Leave out measurements before this step, in which the warm-up still shows.")
+    min_steps: float = field(
+        default=0.0, metadata=_say("Leave out measurements before this step, in which the warm-up still shows.")
     )
     shared_exponents: bool = field(
         default=False, metadata=_say("One set of exponents for all data sets; the other parameters for each.")
@@ -610,7 +610,7 @@ class FitConfig:
         if self.plot is not None and not self.plot.lower().endswith(".png"):
             raise ValueError(f"plot: {self.plot!r} is no .png; figures are written as PNG, name it law.png, say")
         check_choice("forgetting_metric", self.forgetting_metric, ForgettingMetric)
-        check_number("min_steps", self.min_steps, low=1, integer=True)
+        check_number("min_steps", self.min_steps, low=0)
         check_number("num_resamples", self.num_resamples, low=0, integer=True)
         check_number("num_starts", self.num_starts, low=1, integer=True)
         check_number("seed", self.seed, low=0, high=2**63 - 1, integer=True)
@@ -689,7 +689,7 @@ class PlanConfig:
     )
     lora_ranks: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8, 16, 32],
-        metadata=_say("Ranks of the pilots, at least 3; the recommended rank is one of them."),
+        metadata=_say("Ranks of the pilots: at least 4, better 6; the recommended rank is one of them."),
     )
     replay_coefs: list[float] = field(
         default_factory=lambda: [0.0, 1.0, 10.0],
@@ -754,7 +754,7 @@ class PlanConfig:
             check_number("lora_ranks", rank, low=1, integer=True)
         for coef in self.replay_coefs:
             check_number("replay_coefs", coef, low=0)
-        if len(set(self.lora_ranks)) < 3:
-            raise ValueError(f"lora_ranks: {self.lora_ranks} cannot tell what the rank does; give at least 3 ranks")
+        if len(set(self.lora_ranks)) < 4:
+            raise ValueError(f"lora_ranks: {self.lora_ranks} cannot tell what the rank does; give at least 4 ranks")
         if 0 not in self.replay_coefs:
             raise ValueError(f"replay_coefs: {self.replay_coefs} has no 0; the law is of runs without replay, add it")

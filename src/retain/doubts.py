@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import stdtrit
 
 from retain.law_problem import Draws, Problem
 from retain.laws import Array
@@ -95,7 +96,7 @@ def doubts_of_fit(law: ForgettingLaw) -> list[str]:
 
 
 def rivalry(law: ForgettingLaw, other: ForgettingLaw) -> list[str]:
-    """A warning where another form predicts held-out runs as well: within 5%, or two standard errors over runs."""
+    """A warning where another form predicts held-out runs as well: within 5%, or the 95% interval over runs (t)."""
     found = []
     for output in set(law.form.outputs) & set(other.form.outputs):
         runs = [name for name in law.held_out if name.startswith("run ") and name in other.held_out]
@@ -104,7 +105,8 @@ def rivalry(law: ForgettingLaw, other: ForgettingLaw) -> list[str]:
         mine, theirs = (np.array([of.held_out[name][output] ** 2 for name in runs]) for of in (law, other))
         gain = theirs - mine
         errors = np.sqrt(theirs.mean()), np.sqrt(mine.mean())
-        if gain.mean() <= 2 * gain.std(ddof=1) / np.sqrt(len(runs)) or errors[0] <= 1.05 * errors[1]:
+        margin = stdtrit(len(runs) - 1, 0.975) * gain.std(ddof=1) / np.sqrt(len(runs))
+        if gain.mean() <= margin or errors[0] <= 1.05 * errors[1]:
             found.append(
                 f"form: {other.form.name!r} predicts {output} of held-out runs as well as {law.form.name!r} (root mean "
                 f"squared error {errors[0]:.4f} and {errors[1]:.4f}); the runs do not decide"

@@ -86,7 +86,7 @@ def _fit(runs: Rows, form: Form, settings: dict[str, Any]) -> ForgettingLaw:
         spread=enlarged(problem, best, jacobian, 0.5).reshape(problem.num_outputs, -1),
         held_out=held_out(problem, best, robust),
         condition=condition_number(jacobian),
-        warnings=doubts_of_design(problem),
+        warnings=[*table.left_out, *doubts_of_design(problem)],
         settings=settings | {"versions": versions()},
     )
     law.warnings += doubts_of_fit(law)
@@ -97,6 +97,7 @@ def _check(problem: Problem, shared_exponents: bool) -> None:
     runs, form = problem.runs, problem.form
     if len(problem.datasets) > 1 and not shared_exponents:
         raise ValueError(f"dataset: {len(problem.datasets)} data sets; fit each alone, or set shared_exponents")
+    _check_levels(form, runs)
     if len(problem.observed) <= problem.num_free:
         raise ValueError(
             f"runs: {len(runs)} rows for the {problem.num_free} free numbers of the form {form.name!r}; give more "
@@ -105,6 +106,24 @@ def _check(problem: Problem, shared_exponents: bool) -> None:
     for name in form.outputs:
         if runs.columns[name].std() <= 1e-12 * np.abs(runs.columns[name]).max():
             raise ValueError(f"{name}: the same in every row; there is nothing to fit")
+
+
+def _check_levels(form: Form, runs: Runs) -> None:
+    """Refuse too few different values of an input, and too few runs where only runs differ in it."""
+    keys, remedy, between = np.array(runs.keys), f"the form {form.name!r} needs", {}
+    for name, need in form.levels.items():
+        column = runs.columns[name]
+        seen = len(np.unique(column))
+        if 1 < seen < need:
+            raise ValueError(f"{name}: {seen} different values, and {remedy} {need}; give runs that differ in it more")
+        if seen > 1 and all(np.ptp(column[keys == run]) == 0 for run in runs.names):
+            between[name] = need - 1
+    needed = 2 + sum(between.values())  # a level, what each input adds, and one run to judge them by
+    if between and len(runs.names) < needed:
+        raise ValueError(
+            f"runs: {len(runs.names)} of them, and {remedy} {needed} that differ in {' and '.join(between)}; points of "
+            "one run do not stand in for runs"
+        )
 
 
 def _search(problem: Problem, num_starts: int, robust: bool, seed: int) -> Draws:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import ndtri, stdtrit
 
 from retain.doubts import LOOSE
 from retain.law_problem import Draws, Problem
@@ -109,7 +109,8 @@ class ForgettingLaw:
 
     def stretch(self, level: float) -> float:
         _check_level(level)
-        return student_quantile((1 + level) / 2, len(self.runs.names) - 1) / NormalDist().inv_cdf((1 + level) / 2)
+        upper = (1 + level) / 2
+        return float(stdtrit(max(len(self.runs.names) - 1, 1), upper) / ndtri(upper))
 
     def _spread_out(self, draws: Array, value: Array, level: float) -> Array:
         stretched = value + self.stretch(level) * (draws - value)
@@ -218,7 +219,8 @@ class ForgettingLaw:
 
         Args:
             known: the output's target, and every other input.
-            sure: reach the target with the worse end of a new measurement's interval rather than with the curve.
+            sure: hold the upper end of a new measurement's interval to the target rather than the curve, so that the
+                output is within it whether it rises or falls with the input.
 
         Raises:
             ValueError: where the target is not reached, or the question is not one.
@@ -255,18 +257,6 @@ class ForgettingLaw:
         from retain.law_file import read_law
 
         return read_law(Path(path), form)
-
-
-def student_quantile(p: float, degrees: int) -> float:
-    """Student's t quantile by the expansion of Abramowitz and Stegun, 26.7.5; within 3% at 2 degrees of freedom."""
-    z = NormalDist().inv_cdf(p)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / max(degrees, 1) ** power for power, term in enumerate(terms, start=1))
 
 
 def _check_level(level: float) -> None:

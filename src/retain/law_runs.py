@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ RECIPE = {  # what a law cannot see, by where `retain_config.json` has it
     "lr_scheduler_type": "training_arguments", "per_device_train_batch_size": "training_arguments",
     "gradient_accumulation_steps": "training_arguments",
 }  # fmt: skip
+NO_NAME = (None, "")
 OF_A_RUN = ("num_params", "tokens_per_param", "replay_share")
 
 
@@ -33,6 +34,7 @@ class Runs:
     run: tuple[str, ...]
     dataset: tuple[str, ...]
     columns: dict[str, Array]
+    left_out: tuple[str, ...] = ()  # which measurements were, and why: a sentence for each reason
 
     def __len__(self) -> int:
         return len(self.run)
@@ -76,10 +78,12 @@ def as_runs(rows: Runs | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any
         raise ValueError(
             f"runs: columns of {', '.join(map(str, sorted(length)))} rows; give as many in each, at least 1"
         )
-    labels = [str(name) for name in table["run"]]
-    sets = [str(name) for name in table.get("dataset", [""] * len(labels))]
+    labels, sets = _names("run", table["run"]), [""] * len(table["run"])
+    if any(name not in NO_NAME for name in table.get("dataset", [])):
+        sets = _names("dataset", table["dataset"])
     kept = dict.fromkeys((*columns, *(["num_steps"] if "num_steps" in table else [])))
-    runs = Runs(tuple(labels), tuple(sets), {name: _numbers(name, table[name], labels) for name in kept})
+    numbers = {name: _numbers(name, table[name], labels) for name in kept}
+    runs = Runs(tuple(labels), tuple(sets), numbers, rows.left_out if isinstance(rows, Runs) else ())
     _check_runs(runs)
     return runs
 
@@ -95,6 +99,13 @@ def _table(rows: Any) -> dict[str, Sequence[Any]]:
         raise ValueError(f"runs: {type(rows).__name__} is no table; give a list of rows or a mapping of columns")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _names(column: str, values: Sequence[Any]) -> list[str]:
+    for index, value in enumerate(values, start=1):
+        if value in NO_NAME or value != value:  # NaN, as pandas has it
+            raise ValueError(f"{column}: missing in row {index}; name it in every row")
+    return [str(value) for value in values]
 
 
 def _numbers(name: str, values: Sequence[Any], labels: Sequence[str]) -> Array:
@@ -137,9 +148,11 @@ def read_runs(
     *,
     retention: str | None = None,
     metric: str = "ref_kl",
-    min_steps: int = 1,
+    min_steps: float = 0,
 ) -> Runs:
     """Read the `metrics.jsonl` of finetunes, or tables (CSV, Parquet, JSONL) that have the columns already.
+
+    Measurements at step 0, where nothing was trained, are left out; `left_out` says how many.
 
     Args:
         columns: what the form needs.
@@ -148,6 +161,7 @@ def read_runs(
         min_steps: leave out earlier measurements, in which the warm-up still shows.
     """
     rows: list[dict[str, Any]] = []
+    partial = 0
     names = _short_names([Path(path) for path in paths])
     for path, name in zip(map(Path, paths), names, strict=True):
         if path.is_dir():
@@ -155,16 +169,32 @@ def read_runs(
         if not path.is_file():
             raise ValueError(f"runs: no file {str(path)!r}; give metrics.jsonl files of finetunes, or tables")
         if path.name == "metrics.jsonl":
-            rows += read_metrics(path, name, columns, retention, metric)
+            table, lacking = read_metrics(path, name, columns, retention, metric)
+            partial += lacking
         else:
             table = _read_table(path)
-            if lacking := [column for column in ("run", *columns) if not any(column in row for row in table)]:
+            if absent := [column for column in ("run", *columns) if not any(column in row for row in table)]:
                 found = ", ".join(dict.fromkeys(str(name) for row in table for name in row)) or "none"
                 needed = ", ".join(("run", *columns))
-                raise ValueError(f"runs: {path.name!r} has no column {lacking[0]!r}; needs {needed}, has {found:.200}")
-            rows += table
-    kept = [row for row in rows if not (isinstance(at := row.get("num_steps"), int | float) and at < min_steps)]
-    return as_runs(kept, columns)
+                raise ValueError(f"runs: {path.name!r} has no column {absent[0]!r}; needs {needed}, has {found:.200}")
+        if twice := {str(row.get("run")) for row in table} & {str(row.get("run")) for row in rows}:
+            raise ValueError(
+                f"run: {min(twice)!r} is in {path.name!r} and in a file before it; name every run differently"
+            )
+        rows += table
+    steps = [at if isinstance(at := row.get("num_steps"), int | float) else math.nan for row in rows]
+    reasons = {
+        "at step 0 left out; nothing was trained there": sum(at == 0 for at in steps),
+        f"before step {min_steps:g} left out, as min_steps says": sum(0 != at < min_steps for at in steps),
+        "left out; they have one of the two losses only": partial,
+    }
+    kept = [row for row, at in zip(rows, steps, strict=True) if not (at == 0 or at < min_steps)]
+    left_out = (f"runs: {_rows(count)} {reason}" for reason, count in reasons.items() if count)
+    return replace(as_runs(kept, columns), left_out=tuple(left_out))
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 def unlike_recipes(sources: Sequence[str]) -> list[str]:
@@ -196,19 +226,23 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         return rows
     if path.suffix.lower() not in (".csv", ".parquet"):
         raise ValueError(f"runs: {path.name!r} has an unknown ending; use metrics.jsonl, .csv, .parquet or .jsonl")
-    from pyarrow import ArrowException, csv, parquet
+    from pyarrow import ArrowException, csv, parquet, string
 
+    names = csv.ConvertOptions(column_types={"run": string(), "dataset": string()})  # the run 01 is not the run 1
     try:
-        table = csv.read_csv(path) if path.suffix.lower() == ".csv" else parquet.read_table(path)
+        is_csv = path.suffix.lower() == ".csv"
+        table = csv.read_csv(path, convert_options=names) if is_csv else parquet.read_table(path)
     except ArrowException as error:
         raise ValueError(f"runs: cannot read {path.name!r}; check the file: {first_line(error)}") from error
+    if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
+        raise ValueError(f"runs: {path.name!r} has several columns {twice[0]!r}; keep one")
     return table.to_pylist()
 
 
 def read_metrics(
     path: Path, run: str, columns: Sequence[str], retention: str | None, metric: str
-) -> list[dict[str, Any]]:
-    """Rows of one finetune: evaluations after the first step, with the size of what was tuned."""
+) -> tuple[list[dict[str, Any]], int]:
+    """Evaluations of one finetune with the size of what was tuned; and how many more lack a loss that others have."""
     steps: dict[int, dict[str, Any]] = {}
     for row in read_jsonl(path, {"step": int}):  # one row a step: the logs of an evaluation come in two parts
         steps.setdefault(row["step"], {}).update(row)
@@ -219,18 +253,20 @@ def read_metrics(
     key = f"retention/{retention or ''.join(names)}/{metric}"
     wanted = {"finetuning_loss": "eval_loss", "forgetting_loss": key}
     wanted = {column: logged for column, logged in wanted.items() if column in columns}
-    found = [step for step, row in steps.items() if step > 0 and all(name in row for name in wanted.values())]
-    if not found:
+    found = [step for step, row in steps.items() if all(name in row for name in wanted.values())]
+    partial = sum(any(name in row for name in wanted.values()) for row in steps.values()) - len(found)
+    if not any(found):
         lacking = next((name for name in wanted.values() if not any(name in row for row in steps.values())), "step")
         remedy = "finetune with --eval_strategy steps, --eval_dataset_name and --retention"
         if lacking == key and names:
             remedy = f"choose one of {', '.join(names)} with --retention_name"
         raise ValueError(f"runs: {path} has no evaluation with {lacking!r} after step 0; {remedy}")
     size = {"num_params": tuned_params(path.parent)} if "num_params" in columns else {}
-    return [
+    rows = [
         {"run": run, "num_steps": step, **size, **{column: steps[step][name] for column, name in wanted.items()}}
         for step in sorted(found)
     ]
+    return rows, partial
 
 
 def tuned_params(folder: Path) -> int:

@@ -36,7 +36,7 @@ def solve(
     value = law.problem.predict(law.estimate, points, codes)[0, at]
     curves = value + law.stretch(level) * (law.problem.predict(law.draws, points, codes)[:, at] - value)
     if sure:
-        value = _worse_end(law, value, output, points, level=level, dataset=dataset)
+        value = _upper_end(law, output, points, level=level, dataset=dataset)
     found = float(crossing(grid, value[None], target)[0])
     if not 0 < found < math.inf:
         ends = f"{value[0]:.4g} to {value[-1]:.4g} for {name} from {grid[0]:.4g} to {grid[-1]:.4g}"
@@ -60,11 +60,11 @@ def _question(law: ForgettingLaw, name: str, known: Mapping[str, float]) -> tupl
     return output, {key: value for key, value in known.items() if key != output}
 
 
-def _worse_end(law: ForgettingLaw, value: Array, output: str, points: dict[str, Any], **options: Any) -> Array:
-    """The end of a new measurement's interval that reaches a target first."""
+def _upper_end(law: ForgettingLaw, output: str, points: dict[str, Any], **options: Any) -> Array:
+    """The upper end of a new measurement's interval: outputs are losses, and a target is the most that is allowed."""
     if not len(law.draws):
         raise ValueError("sure: this law has no intervals; fit it to at least 3 runs, with num_resamples")
-    return np.asarray(law.predict(**points, **options).ci[output][int(value[-1] > value[0])])
+    return np.asarray(law.predict(**points, **options).ci[output][1])
 
 
 def crossing(grid: Array, curves: Array, target: float) -> Array:

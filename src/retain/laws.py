@@ -29,7 +29,7 @@ line wherever the two brackets are equal.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,6 +113,8 @@ class Form:
         inputs, outputs: columns of the runs.
         exponents: name → bounds; searched on a log scale where the lower bound is positive.
         coefficients: names, in the order of the terms.
+        levels: input → how many different values of it the form's numbers need; fewer are refused, unless it is the
+            same in every row, where other values are.
         centred: divide these inputs by their geometric mean before `terms` sees them.
         report: exponents, coefficients and centres → the parameters as published.
     """
@@ -124,6 +126,7 @@ class Form:
     exponents: Mapping[str, tuple[float, float]]
     coefficients: tuple[str, ...]
     terms: Callable[[Values, Values], Sequence[Sequence[Number]]]
+    levels: Mapping[str, int] = field(default_factory=dict)
     local: tuple[str, ...] = ()
     centred: tuple[str, ...] = ()
     report: Callable[[Values, Centres], dict[str, Array]] | None = None
@@ -191,6 +194,7 @@ def _report_injection(values: Values, centres: Centres) -> dict[str, Array]:
 
 
 P_N, RHO = ("num_params", "num_steps"), {"rho": (0.3, 30.0)}
+OF_P_N = {"num_params": 3, "num_steps": 4}  # a level, α and w; then β, ρ and c
 LINEAR = Form(
     name="linear",
     equation="L_f = -c_fft·L_ft + s_fft",
@@ -199,6 +203,7 @@ LINEAR = Form(
     exponents={},
     coefficients=("c_fft", "s_fft"),
     terms=lambda x, _: [[-x["finetuning_loss"], 1.0]],
+    levels={"finetuning_loss": 2},
 )
 JOINT = Form(
     name="joint",
@@ -209,6 +214,7 @@ JOINT = Form(
     exponents=_power_exponents("_ft") | _power_exponents("_f") | RHO,
     coefficients=("c_ft", "s_ft", "amplitude_f", "limit_f"),
     terms=_joint_terms,
+    levels=OF_P_N,
     local=("share_ft", "share_f"),
     centred=P_N,
     report=_report_joint,
@@ -221,6 +227,7 @@ FINETUNING = Form(
     exponents=_power_exponents() | RHO,
     coefficients=("c", "s"),
     terms=lambda x, values: [[_bracket(x, values), 1.0]],
+    levels=OF_P_N,
     local=("share",),
     centred=P_N,
     report=_report_power,
@@ -233,6 +240,7 @@ FORGETTING = Form(
     exponents=FINETUNING.exponents,
     coefficients=("c", "s"),
     terms=FINETUNING.terms,
+    levels=OF_P_N,
     local=("share",),
     centred=P_N,
     report=_report_power,
@@ -245,6 +253,7 @@ INJECTION = Form(
     exponents={"alpha": (1e-2, 3.0), "beta": (1e-2, 3.0), "B": (1e-2, 1e6)},
     coefficients=("A", "s"),
     terms=_injection_terms,
+    levels={"num_params": 2, "num_tokens": 2, "replay_share": 2},
     centred=("num_params", "num_tokens"),
     report=_report_injection,
 )
@@ -256,6 +265,7 @@ SIZE = Form(
     exponents={"alpha": (1e-2, 10.0)},
     coefficients=("c",),
     terms=lambda x, values: [[x["num_params"] ** -values["alpha"]]],
+    levels={"num_params": 2},
     centred=("num_params",),
     report=lambda values, centres: {
         "c": values["c"] * centres["num_params"] ** values["alpha"],
@@ -270,6 +280,7 @@ SATURATION = Form(
     exponents={"gamma": (1e-2, 5.0)},
     coefficients=("c", "s"),
     terms=lambda x, values: [[-(x["tokens_per_param"] ** -values["gamma"]), 1.0]],
+    levels={"tokens_per_param": 3},
 )
 QUADRATIC = Form(
     name="quadratic",
@@ -279,6 +290,7 @@ QUADRATIC = Form(
     exponents={},
     coefficients=("c", "q", "s"),
     terms=lambda x, _: [[x["ref_kl"], x["ref_kl"] ** 2, 1.0]],
+    levels={"ref_kl": 3},
 )
 FORMS = {form.name: form for form in (LINEAR, JOINT, FINETUNING, FORGETTING, INJECTION, SIZE, SATURATION, QUADRATIC)}
 

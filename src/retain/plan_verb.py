@@ -226,7 +226,7 @@ def make_pilot(pilot: Pilot, flags: Sequence[str], place: Path, finetune: Callab
 
 def read_pilot(place: Path, pilot: Pilot, retention: str) -> list[dict[str, Any]]:
     """Measurements of a pilot after its first ones."""
-    rows = read_metrics(place / "metrics.jsonl", place.name, COLUMNS, retention, "ref_kl")
+    rows, _ = read_metrics(place / "metrics.jsonl", place.name, COLUMNS, retention, "ref_kl")
     kept = [row for row in rows if row["num_steps"] >= first_step(pilot.steps)]
     assert len(kept) <= 2 * EVALUATIONS
     return [row | {"replay_coef": pilot.coef} for row in kept]
