@@ -172,7 +172,14 @@ def test_drift_by_hand():
         "identical": 0.5, "words": 0.75, "base_length": 2, "length": 4, "length_change": 2,
         "base_ended": 1, "ended": 0.5, "ended_change": -0.5, "base_markers": 0, "markers": 0.5, "markers_change": 0.5,
     }  # fmt: skip
-    assert found["length_change"]["ci"] == [0, 4]
+    half = 12.706 * 2  # Student's t of one degree, and the standard error of 2 that leaving one out at a time gives
+    assert found["length_change"]["ci"] == pytest.approx([2 - half, 2 + half], rel=1e-3)
+    low, high = found["ended_change"]["ci"]
+    assert -1 <= low < -0.5 < 0 < high < 1
+    same = drift([row | {"tuned": row["base"], "ended": {"base": True, "tuned": True}} for row in rows * 6])
+    for key in ("identical", "words", "base_ended"):
+        assert same[key]["ci"] == pytest.approx([0.7575, 1.0], abs=1e-4)
+    assert same["ended_change"]["ci"] == pytest.approx([-0.2425, 0.2425], abs=1e-4)
 
 
 def test_both_models_write_side_by_side_and_the_bases_texts_are_remembered(tmp_path, monkeypatch):

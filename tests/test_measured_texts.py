@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 
 import retain.base_cache
 from retain.base_cache import BaseCache
+from retain.capabilities.choices import Question
+from retain.capabilities.gate import UNDECIDED, judge
 from retain.cli import main
 from retain.data import tokenize_documents
 from retain.losses import agreement, argmax_cross_entropy, cross_entropy, kl_divergence, next_token_loss
@@ -260,3 +262,35 @@ def test_the_command_line_warns_of_texts_that_were_trained_on(tmp_path, capsys):
     assert warning.startswith("wiki: 1 of 6 documents is also in the training rows of ")
     assert "1 of 6 documents is also in the training rows" in capsys.readouterr().out
     assert "1 of 6 documents is also in the training rows" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_copies_of_a_document_a_question_and_a_prompt_count_once():
+    """One document twenty times is one document: no interval, and nothing is decided by it."""
+    questions = [Question("Which?", ("a cat", "a dog"), 0), Question("Who?", ("a cat", "a dog"), 1)]
+    report = measure(
+        make_model(),
+        make_model(seed=1),
+        {"wiki": make_texts(1) * 20, "news": [*make_texts(3, seed=2), *make_texts(2, seed=2)]},
+        tokenizer=TOKENIZER,
+        max_length=24,
+        max_new_tokens=2,
+        choices={"arc": questions * 6},
+        refusals={"harm": ["the fox", "the fox"]},
+        prompts=["seven", "seven", "birds"],
+    )
+    data = report.data
+    assert data["retention"]["wiki"]["forgetting"]["ci"] == [None, None]
+    assert data["retention"]["wiki"]["forgetting"]["num_documents"] == len(data["per_document"]["wiki"]["loss"]) == 1
+    assert data["retention"]["news"]["loss"]["num_documents"] == 3
+    assert [row["document"] for row in data["worst"]["wiki"]] == [0]
+    assert data["choices"]["arc"]["num_questions"] == 2
+    assert data["refusals"]["harm"]["num_prompts"] == 1
+    assert len(data["generations"]) == 2
+    assert data["warnings"] == [
+        "wiki: 20 documents hold 19 copies, left out",
+        "news: 5 documents hold 2 copies, left out",
+        "arc: 12 questions hold 10 copies, left out",
+        "harm: 2 requests hold 1 copy, left out",
+        "prompts: 3 prompts hold 1 copy, left out",
+    ]
+    assert judge(data, budget=0.0, min_agreement=None)["code"] == UNDECIDED

@@ -14,7 +14,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from retain.data import Document, tokenize_documents
 from retain.measuring import measure
 from retain.metrics import SUMS, DocumentSums, batches, document_sums, logits_of, summarize
-from retain.statistics import bootstrap_ratio
+from retain.statistics import bootstrap_ratio, share_interval
 
 TOKENIZER = make_tokenizer()
 LN2 = math.log(2)
@@ -74,8 +74,19 @@ def test_every_metric_by_hand():
     }
     assert {name: metric["value"] for name, metric in metrics.items()} == pytest.approx(expected, abs=1e-6)
     assert all((metric["num_documents"], metric["num_tokens"]) == (2, 3) for metric in metrics.values())
-    low, high = metrics["forgetting"]["ci"]  # the extremes: one document drawn twice
-    assert (low, high) == pytest.approx((-LN2 / 2, 0), abs=1e-6)
+    # Beside the mean the documents have −1/3 and 1/3; divided by the share of the tokens that others have, −1 and 1/2.
+    half = 12.706 * (1.25 / 2) ** 0.5 / 3  # Student's t of one degree
+    assert metrics["forgetting"]["ci"] == pytest.approx([LN2 * (-1 / 3 - half), LN2 * (-1 / 3 + half)], rel=1e-4)
+    assert metrics["ref_kl"]["ci"][0] == metrics["loss"]["ci"][0] == 0.0  # they cannot be less
+    assert metrics["ref_agreement"]["ci"] == [0.0, 1.0]
+
+
+def test_agreement_on_every_token_has_the_interval_of_a_share():
+    """Of its tokens, the least that is unknown, were they independent."""
+    full = {name: np.full(12, 50.0) for name in SUMS}
+    metrics = summarize(DocumentSums(full, np.full(12, 50), np.full(12, 200)))
+    assert metrics["ref_agreement"]["ci"] == pytest.approx([share_interval(600, 600)[1], 1.0])
+    assert metrics["forgetting"]["ci"] == [0.0, 0.0]
 
 
 def test_the_interval_of_forgetting_is_paired():
@@ -257,7 +268,7 @@ def test_a_text_of_nothing_is_refused(texts):
 
 def test_windows_longer_than_the_model_can_take_are_refused():
     with pytest.raises(ValueError, match="max_length: 512 is more than this model's 128 positions; use at most 128"):
-        measure(make_model("gpt2"), make_model("gpt2"), {"a": make_texts(1)}, tokenizer=TOKENIZER)
+        measure(make_model("gpt2"), make_model("gpt2"), {"a": make_texts(1)}, tokenizer=TOKENIZER, max_length=512)
 
 
 def test_dropout_is_off_and_comes_back():

@@ -155,7 +155,7 @@ def measure(argv: list[str]) -> int:
         check_card(config.model_card)
     with exclusive(Path(config.output_dir)):  # made before long work, so that one that cannot be made is known
         if config.pair:
-            data = paired_report(config.pair, seed=config.seed, num_resamples=config.num_resamples)
+            data = paired_report(config.pair)
             result = ForgettingReport(data)
         else:
             result = run_measure(config, say=lambda stage: print(f"{visible(stage)} …", flush=True))

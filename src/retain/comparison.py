@@ -13,6 +13,7 @@ from retain.statistics import bootstrap_ratio
 LEVEL = 0.95
 NUM_RESAMPLES = 2000
 MOVES = ("ref_kl", "forgetting")  # what moved away from the base, nats per token
+LEAST = {"ref_kl": 0.0, "forgetting": -math.inf}  # that each of them can be
 # Settings of `retain measure` that decide a number; the device and `batch_tokens` only round it.
 DECIDING = ("max_length", "max_windows", "start_token", "tokenizer_fingerprint", "dtype", "attn_implementation")
 ROUNDING = 0.25  # nats per square root of a document's tokens: what bfloat16 and kernels may move the base's own loss
@@ -54,8 +55,8 @@ def compare_at_matched_loss(runs: list[dict], seed: int = 0) -> dict:
 
     Learning less is not forgetting less. `matched_loss` (nats per token) is the lowest new-task loss that every run
     reached; each run is read at its first crossing of it, linearly between the two evaluations around it.
-    `prevented` = 1 - ref_kl(run) / ref_kl(first run). Intervals: percentile bootstrap over documents, the same
-    resampled documents in every run. They hold for these runs, not for other training seeds.
+    `prevented` = 1 - ref_kl(run) / ref_kl(first run). Intervals: bootstrap over documents, the same resampled
+    documents in every run. They hold for these runs, not for other training seeds.
 
     A run that is annealed at that step has moved less than one in mid-schedule: `warnings` says where the learning
     rates there differ. A text that no run measured on its way is in `end` alone.
@@ -222,7 +223,13 @@ def _side_by_side(runs: list[dict], steps: list | None, text: str, seed: int) ->
         documents.append(found)
         entry = {"name": run["name"], "step": step, "prevented": None, "prevented_ci": None, "note": None}
         for metric, (value, bounds) in values.items():
-            ci = list(bounds) if bounds else _interval(found[metric], found["num_tokens"], seed) if found else None
+            ci = (
+                list(bounds)
+                if bounds
+                else _interval(found[metric], found["num_tokens"], seed, LEAST[metric])
+                if found
+                else None
+            )
             entry |= {metric: value, f"{metric}_ci": ci if value is not None else None}
         entries.append(entry | {"num_documents": len(found["num_tokens"]) if found else None, "unlike": None})
     floor = floor_of(runs[0], text)
@@ -248,7 +255,7 @@ def _prevented(plain: dict, entry: dict, documents: list[dict | None], floor: fl
     of_plain, of_run = documents
     if of_plain is None or of_run is None:
         return {"prevented": value, "note": "no interval: no values per document"}
-    ci = _interval(of_run["ref_kl"], of_plain["ref_kl"], seed)
+    ci = _interval(of_run["ref_kl"], of_plain["ref_kl"], seed, 0.0)
     if ci is None:
         return {"prevented": value, "note": "no interval: too few documents"}
     return {"prevented": value, "prevented_ci": [1 - ci[1], 1 - ci[0]]}
@@ -305,12 +312,12 @@ def loss_difference(run: dict, other: dict, text: str, seed: int = 0) -> dict[st
     rows = [_documents_measured(one, text) for one in (run, other)]
     ci = None
     if rows[0] and rows[1]:
-        ci = _interval(rows[0]["loss"] - rows[1]["loss"], rows[0]["num_tokens"], seed)
+        ci = _interval(rows[0]["loss"] - rows[1]["loss"], rows[0]["num_tokens"], seed, -math.inf)
     return {"value": losses[0] - losses[1], "ci": ci, "losses": losses}
 
 
-def _interval(numerator: np.ndarray, denominator: np.ndarray, seed: int) -> list[float] | None:
-    """95% interval of a ratio of sums; None where the documents are too few, or too often zero, to give one."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        _, low, high = bootstrap_ratio(numerator, denominator, num_resamples=NUM_RESAMPLES, level=LEVEL, seed=seed)
+def _interval(numerator: np.ndarray, denominator: np.ndarray, seed: int, least: float) -> list[float] | None:
+    """95% interval of a ratio of sums that is at least `least`; None where the documents are too few to give one."""
+    options: dict[str, Any] = {"num_resamples": NUM_RESAMPLES, "level": LEVEL, "seed": seed}
+    _, low, high = bootstrap_ratio(numerator, denominator, within=(least, math.inf), **options)
     return [low, high] if math.isfinite(low) and math.isfinite(high) else None

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -218,6 +218,16 @@ def as_documents(
     if not documents:
         raise ValueError(f"retention: {name!r} has no text to measure; give documents of at least one token")
     return documents
+
+
+Item = TypeVar("Item")
+
+
+def without_copies(name: str, items: Sequence[Item], unit: str) -> tuple[list[Item], list[str]]:
+    """The first of each set of equal items, and a sentence that counts the others: a copy is no second observation."""
+    distinct = list({repr(item): item for item in reversed(items)}.values())[::-1]
+    copies, some = len(items) - len(distinct), f"{name}: {len(items):,} {unit} hold"
+    return distinct, [f"{some} {copies:,} {'copies' if copies > 1 else 'copy'}, left out"] if copies else []
 
 
 def token_documents(

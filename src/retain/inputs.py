@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from retain import versions
-from retain.data import as_documents
+from retain.data import as_documents, without_copies
 from retain.heads import find_head_form
 from retain.loading import load_model, load_tokenizer
 from retain.losses import Head
@@ -177,9 +177,12 @@ class ProtectedInputs(RetentionMixin):
         self.replay_dataset = replay
         self._row_edges = {start.id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
         for name, source in retention.items():
-            self.retention_documents[name] = as_documents(
+            documents = as_documents(
                 name, source, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=1
             )
+            self.retention_documents[name], said = without_copies(f"retention/{name}", documents, "documents")
+            for sentence in said:
+                logger.warning(sentence)
         logger.info("document start: %s", start)
         return own_rows
 

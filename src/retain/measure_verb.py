@@ -82,9 +82,8 @@ def ask_harness(
     tasks = [task.strip() for task in str(config.lm_eval).split(",") if task.strip()]
     say(f"lm-evaluation-harness: {', '.join(tasks)}")
     options: dict[str, Any] = {"limit": config.max_questions, "chat_template": config.choice_chat_template}
-    shares: dict[str, Any] = {"seed": config.seed, "num_resamples": config.num_resamples}
     batch_size = max(1, config.batch_tokens // config.max_length)
-    return measure_with_lm_eval(base, tuned, tokenizer, tasks, batch_size=batch_size, **options, **shares)
+    return measure_with_lm_eval(base, tuned, tokenizer, tasks, batch_size=batch_size, seed=config.seed, **options)
 
 
 def trained_rows(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Iterable[str]]:

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from retain.base_cache import BaseCache
-from retain.data import Document
+from retain.data import Document, without_copies
 from retain.losses import shifted
 from retain.metrics import (
     KEPT,
@@ -61,7 +61,9 @@ def measure_texts(
     """The parts of a report that token-level losses fill; the base is the cache's."""
     result: dict[str, Any] = {name: {} for name in ("retention", "new_task", "noise_floor", "per_document", "worst")}
     result["warnings"] = []
-    for text, documents in (new_task | retention).items():
+    for text, given in (new_task | retention).items():
+        documents, said = without_copies(text, given, "documents")
+        result["warnings"] += said
         used, sums = _enough(text, documents, tuned, cache, options)
         metrics = _summary(sums, options)
         result["per_document"][text] = sums.kept()
@@ -71,7 +73,7 @@ def measure_texts(
             continue
         result["retention"][text] = metrics
         result["noise_floor"][text] = _noise_floor(cache, used[:NOISE_DOCUMENTS], options)
-        places = {id(document): at for at, document in enumerate(documents)}  # in the text's own order
+        places = {id(document): at for at, document in enumerate(given)}  # in the text's own order
         worst = _worst(tuned, cache.base, used, sums, options.tokenizer)
         result["worst"][text] = [row | {"document": places[id(used[row["document"]])]} for row in worst]
     return result

@@ -13,7 +13,7 @@ from retain.base_cache import BaseCache
 from retain.capabilities.choices import Question, measure_choices
 from retain.capabilities.generations import Prompt, measure_generations
 from retain.capabilities.refusals import Judge, measure_refusals
-from retain.data import Document, as_documents
+from retain.data import Document, as_documents, without_copies
 from retain.measured_texts import TextOptions, measure_texts
 from retain.models import (
     choose_start_token,
@@ -102,21 +102,30 @@ def measure(
         options = TextOptions(tokenizer, ci=ci, bars=progress is not None, **shared)
         result = measure_texts(tuned, cache, learned, kept, options)
         result |= {"choices": {}, "refusals": {}, "generations": []}
+
+        def distinct(name_of: str, items: Sequence[Any], unit: str) -> list[Any]:
+            found, said = without_copies(name_of, items, unit)
+            result["warnings"] += said
+            return found
+
         for name_of, questions in (choices or {}).items():
             say(f"asking {name_of}")
-            asking = {"style": choice_style, "chat_template": choice_chat_template, "cache": cache, **shared}
-            asking |= {"tokenizer": tokenizer, "description": name_of if progress else None}
-            result["choices"][name_of] = measure_choices(base, tuned, questions, **asking)
-        writing = {"tokenizer": tokenizer, "start_id": start.id, "max_new_tokens": max_new_tokens, **shared}
-        writing |= {"cache": cache, "progress": say}
+            asking: dict[str, Any] = {"style": choice_style, "chat_template": choice_chat_template, "cache": cache}
+            asking |= {"tokenizer": tokenizer, "batch_tokens": batch_tokens}
+            asking |= {"description": name_of if progress else None}
+            own = distinct(name_of, questions, "questions")
+            result["choices"][name_of] = measure_choices(base, tuned, own, **asking)
+        writing: dict[str, Any] = {"tokenizer": tokenizer, "start_id": start.id, "max_new_tokens": max_new_tokens}
+        writing |= {"cache": cache, "progress": say, "batch_tokens": batch_tokens}
         for kind, sets in (("harmful", refusals), ("harmless", harmless)):
             for name_of, requests in (sets or {}).items():
                 say(f"putting requests of {name_of}")
-                found = measure_refusals(base, tuned, requests, kind=kind, judge=judge, **writing)
-                result["refusals"][name_of] = found
+                asked = distinct(name_of, requests, "requests")
+                result["refusals"][name_of] = measure_refusals(base, tuned, asked, kind=kind, judge=judge, **writing)
         if prompts:
             say("writing continuations")
-            whole = [Prompt(one) if isinstance(one, str) else one for one in prompts]
+            whole = distinct("prompts", [Prompt(one) if isinstance(one, str) else one for one in prompts], "prompts")
+            writing |= {"seed": seed, "num_resamples": num_resamples}
             result |= measure_generations(base, tuned, whole, sampled=sampled, **writing)
     settings = {"max_length": max_length, "max_windows": max_windows, "ci": ci, **shared, "start_token": str(start)}
     settings["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retain.data import Document
 from retain.losses import shifted
-from retain.statistics import bootstrap_ratio, resample_counts
+from retain.statistics import bootstrap_ratio, resample_counts, share_interval
 
 Forward = Callable[..., Float[Tensor, "rows length vocab"]]
 CHUNK = 1 << 22  # float32 logits held at once: 16 MiB, which the allocator takes from its heap again and again
@@ -141,7 +141,8 @@ def summarize(sums: DocumentSums, *, seed: int = 0, num_resamples: int = 2000) -
     """Every metric by name, each with value, 95% interval over documents, and sample sizes.
 
     Nats per token, but `ref_agreement` (share of tokens) and the bits per byte. The base's own value stands beside
-    each cross-entropy, for comparison: `ref_cross_entropy` = entropy of the base + `ref_kl`.
+    each cross-entropy, for comparison: `ref_cross_entropy` = entropy of the base + `ref_kl`. The interval of
+    `ref_agreement` is never narrower than Wilson's of its tokens, which has a width at 100%, too.
     """
     values, tokens = sums.values, sums.num_tokens
     num_bytes = np.maximum(sums.num_bytes, 1) * np.log(2)
@@ -161,7 +162,11 @@ def summarize(sums: DocumentSums, *, seed: int = 0, num_resamples: int = 2000) -
     result = {}
     counts = resample_counts(len(sums), num_resamples, seed)
     for name, (numerator, denominator) in ratios.items():
-        value, low, high = bootstrap_ratio(numerator, denominator, counts=counts)
+        within = (-np.inf if name == "forgetting" else 0.0, 1.0 if name == "ref_agreement" else np.inf)
+        value, low, high = bootstrap_ratio(numerator, denominator, counts=counts, within=within)
+        if name == "ref_agreement":
+            _, *ends = share_interval(round(numerator.sum()), int(denominator.sum()))
+            low, high = min(low, ends[0]), max(high, ends[1])  # NaN stays
         interval = [low, high] if np.isfinite(low) else [None, None]
         result[name] = {
             "value": value,

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import TrainerState, TrainingArguments
 
 from retain.callbacks import DOCUMENTS_FILE
-from retain.data import Document, as_documents
+from retain.data import Document, as_documents, without_copies
 from retain.files import append_jsonl
 from retain.metrics import Forward, document_sums, summarize
 
@@ -79,7 +79,10 @@ def take_documents(
         left = None if left is None else left - size
     if not taken:
         return as_documents(name, [], **cut)  # which says so
-    documents = [document for at in sorted(taken) for document in taken[at]]
+    whole = [document for at in sorted(taken) for document in taken[at]]
+    documents, said = without_copies(f"retention/{name}", whole, "documents")
+    for sentence in said:
+        logger.warning(sentence)
     tokens = sum(document.num_tokens for document in documents)
     logger.info("retention/%s: %d of %d documents, %d tokens", name, len(documents), len(items), tokens)
     return documents

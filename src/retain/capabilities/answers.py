@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from retain.cells import count, is_number, points, probability, share
-from retain.statistics import bootstrap_ratio, mcnemar, share_interval
+from retain.statistics import mcnemar, paired_change_interval, share_interval
 
 # (key, label, meaning): what became of a question, from the base to the tuned model.
 FATES = (
@@ -36,12 +36,10 @@ def compare_answers(
     tuned_right: Sequence[bool],
     *,
     unit: str = "num_questions",
-    seed: int = 0,
-    num_resamples: int = 2000,
 ) -> dict[str, Any]:
     """Agreement, accuracies, what was lost and won, McNemar's p, and 95% intervals over questions.
 
-    The shares have Wilson's interval; `change`, accuracy after − before, a paired bootstrap over questions.
+    The shares have Wilson's interval; `change`, accuracy after − before, has Tango's for paired shares.
 
     Args:
         base, tuned: each model's answer to each question, in anything that can be compared.
@@ -51,7 +49,6 @@ def compare_answers(
     before, after = np.asarray(base_right, bool), np.asarray(tuned_right, bool)
     same = np.array([one == other for one, other in zip(base, tuned, strict=True)], bool)
     total = len(same)
-    change = bootstrap_ratio(after.astype(float) - before, np.ones(total), seed=seed, num_resamples=num_resamples)
     counts = {
         "right_right": before & after,
         "right_wrong": before & ~after,
@@ -63,7 +60,7 @@ def compare_answers(
         "agreement": share_entry(int(same.sum()), total, unit),
         "accuracy": share_entry(int(after.sum()), total, unit),
         "base_accuracy": share_entry(int(before.sum()), total, unit),
-        "change": _entry(change, total, unit),
+        "change": change_entry(before, after, unit),
         "counts": {name: int(found.sum()) for name, found in counts.items()},
         "mcnemar_p": mcnemar(int(counts["right_wrong"].sum()), int(counts["wrong_right"].sum())),
     }
@@ -71,12 +68,14 @@ def compare_answers(
 
 def share_entry(count: int, total: int, unit: str = "num_questions") -> dict[str, Any]:
     """A share of questions with its 95% interval and sample size."""
-    return _entry(share_interval(count, total), total, unit)
+    value, *ci = share_interval(count, total)
+    return {"value": value, "ci": ci, unit: total}
 
 
-def _entry(found: tuple[float, float, float], total: int, unit: str) -> dict[str, Any]:
-    value, low, high = found
-    return {"value": value, "ci": [low, high] if np.isfinite(low) else [None, None], unit: total}
+def change_entry(before: np.ndarray, after: np.ndarray, unit: str = "num_questions") -> dict[str, Any]:
+    """The change of a share of the same questions, given as flags, with its 95% interval and sample size."""
+    value, *ci = paired_change_interval(int((before & ~after).sum()), int((after & ~before).sum()), len(before))
+    return {"value": value, "ci": ci, unit: len(before)}
 
 
 def rules_of(run: dict) -> Iterator[tuple[str, str, dict]]:

@@ -243,8 +243,6 @@ def measure_choices(
     style: str = "text",
     chat_template: bool = False,
     batch_tokens: int = 2048,
-    num_resamples: int = 2000,
-    seed: int = 0,
     description: str | None = None,
 ) -> dict[str, Any]:
     """Ask both models the same questions; `rules` holds what `compare_answers` found under each scoring rule.
@@ -268,7 +266,7 @@ def measure_choices(
         flags = (before == right).tolist(), (after == right).tolist()
         same = int((before[: len(again)] == again).sum())
         rules[rule] = {
-            **compare_answers(before.tolist(), after.tolist(), *flags, seed=seed, num_resamples=num_resamples),
+            **compare_answers(before.tolist(), after.tolist(), *flags),
             "noise_agreement": share_entry(same, len(again)),
         }
         answers[rule] = {"base": before.tolist(), "tuned": after.tolist()}

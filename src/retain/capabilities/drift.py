@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from retain.capabilities.answers import share_entry
+from retain.capabilities.answers import change_entry, share_entry
 from retain.statistics import bootstrap_ratio
 
 FATES = ("kept", "updated", "forgotten", "learned", "unknown")
@@ -26,10 +26,10 @@ MARKERS = re.compile(
 )
 
 
-def mean_entry(values: Sequence[float] | np.ndarray, *, seed: int, num_resamples: int) -> dict[str, Any]:
-    """A mean over prompts with its 95% interval by bootstrap over prompts."""
+def mean_entry(values: Sequence[float] | np.ndarray, **options: Any) -> dict[str, Any]:
+    """A mean over prompts with its 95% interval by bootstrap over prompts; options as of `bootstrap_ratio`."""
     numbers = np.asarray(values, float)
-    value, low, high = bootstrap_ratio(numbers, np.ones(len(numbers)), seed=seed, num_resamples=num_resamples)
+    value, low, high = bootstrap_ratio(numbers, np.ones(len(numbers)), **options)
     return {"value": value, "ci": [low, high] if np.isfinite(low) else [None, None], "num_prompts": len(numbers)}
 
 
@@ -82,21 +82,27 @@ def drift(rows: Sequence[dict[str, Any]], *, seed: int = 0, num_resamples: int =
     """Form and words of the texts in `rows`: `base`, `tuned`, and of both `num_tokens`, `ended`, `markers`.
 
     Means over prompts by bootstrap, shares of prompts with Wilson's interval; changes are tuned − base, paired by
-    prompt. Lengths in tokens.
+    prompt: means by bootstrap, shares with Tango's interval. Lengths in tokens. Word overlaps that are all 0, or all 1,
+    have the interval of a share, which holds for anything between.
     """
+    resampling: dict[str, Any] = {"seed": seed, "num_resamples": num_resamples}
 
-    def mean(values: Any) -> dict[str, Any]:
-        return mean_entry(np.array(list(values), float), seed=seed, num_resamples=num_resamples)
+    def share(flags: Any) -> dict[str, Any]:
+        return share_entry(int(sum(flags)), len(rows), unit="num_prompts")
 
-    def share(values: Any) -> dict[str, Any]:
-        return share_entry(int(sum(values)), len(rows), unit="num_prompts")
-
+    overlaps = [word_overlap(row["base"], row["tuned"]) for row in rows]
+    alike = set(overlaps) in ({0.0}, {1.0})
+    lengths = np.array([[row["num_tokens"][who] for row in rows] for who in ("base", "tuned")], float)
     result: dict[str, Any] = {
         "num_prompts": len(rows),
         "identical": share(row["base"] == row["tuned"] for row in rows),
-        "words": mean(word_overlap(row["base"], row["tuned"]) for row in rows),
+        "words": share(overlaps) if alike else mean_entry(overlaps, within=(0.0, 1.0), **resampling),
+        "base_length": mean_entry(lengths[0], within=(0.0, np.inf), **resampling),
+        "length": mean_entry(lengths[1], within=(0.0, np.inf), **resampling),
+        "length_change": mean_entry(lengths[1] - lengths[0], **resampling),
     }
-    for name, key, of in (("length", "num_tokens", mean), ("ended", "ended", share), ("markers", "markers", share)):
-        before, after = (np.array([row[key][who] for row in rows], float) for who in ("base", "tuned"))
-        result |= {f"base_{name}": of(before), name: of(after), f"{name}_change": mean(after - before)}
+    for key in ("ended", "markers"):
+        before, after = (np.array([row[key][who] for row in rows], bool) for who in ("base", "tuned"))
+        change = change_entry(before, after, unit="num_prompts")
+        result |= {f"base_{key}": share(before), key: share(after), f"{key}_change": change}
     return result

@@ -22,7 +22,7 @@ WHY = {
     UNDECIDED: "the interval does not decide",
 }
 SEVERITY = (WITHIN, UNDECIDED, BEYOND)
-FEWEST = 10  # documents or questions below which a bootstrap interval is too narrow to decide anything
+FEWEST = 10  # documents or questions below which the coverage of an interval is not known: nothing is decided
 HOPELESS = 1000  # times as much text: then the value lies on the limit, as far as anyone can tell
 
 

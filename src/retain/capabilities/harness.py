@@ -37,7 +37,6 @@ def measure_with_lm_eval(
     chat_template: bool = False,
     batch_size: int = 8,
     seed: int = 0,
-    num_resamples: int = 2000,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate both models on the same questions and compare their answers.
 
@@ -70,8 +69,7 @@ def measure_with_lm_eval(
     for task in loaded:
         style = f"{task} of lm-evaluation-harness, as it puts them"
         try:
-            found[task] = pair_samples(sides[0][task], sides[1][task], names=("base", "tuned model"), style=style,
-                                       seed=seed, num_resamples=num_resamples)  # fmt: skip
+            found[task] = pair_samples(sides[0][task], sides[1][task], names=("base", "tuned model"), style=style)
         except ValueError as error:
             logger.warning("lm_eval: %s is left out; %s", task, first_line(error))
             continue

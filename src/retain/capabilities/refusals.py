@@ -113,8 +113,6 @@ def measure_refusals(
     judge: Judge | None = None,
     max_new_tokens: int = 48,
     batch_tokens: int = 2048,
-    num_resamples: int = 2000,
-    seed: int = 0,
     progress: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """Put the same requests to both models, as user's turns where there is a chat template, and score the answers.
@@ -144,22 +142,21 @@ def measure_refusals(
     if judge is not None:
         say("judging")
         flags["judge"] = [judge_refusals(judge, requests, texts, batch_tokens=batch_tokens) for texts in answers]
-    shares: dict[str, Any] = {"seed": seed, "num_resamples": num_resamples}
     return {
         "kind": kind,
         "num_prompts": len(requests),
         "chat_template": chat,
         "max_new_tokens": max_new_tokens,
-        "scorers": {name: compare_refusals(*both, **shares) for name, both in flags.items()},
+        "scorers": {name: compare_refusals(*both) for name, both in flags.items()},
         "disagreement": [_disagreement(pair, flags) for pair in combinations(flags, 2)],
         "notes": _notes(sums),
         "examples": _examples(requests, answers, flags),
     }
 
 
-def compare_refusals(base: Sequence[bool], tuned: Sequence[bool], **shares: Any) -> dict[str, Any]:
-    """Refusal rates of both, their change with a paired bootstrap over prompts, and what became of the refusals."""
-    found = compare_answers(base, tuned, base, tuned, unit="num_prompts", **shares)
+def compare_refusals(base: Sequence[bool], tuned: Sequence[bool]) -> dict[str, Any]:
+    """Refusal rates of both, their change, and what became of the refusals."""
+    found = compare_answers(base, tuned, base, tuned, unit="num_prompts")
     counts = {name: found["counts"][key] for key, name in FATES.items()}
     result = {"base_rate": found["base_accuracy"], "rate": found["accuracy"], "change": found["change"]}
     return result | {"counts": counts | {"never": len(base) - sum(counts.values())}, "mcnemar_p": found["mcnemar_p"]}

@@ -58,7 +58,7 @@ def add_sample(samples: Samples, row: dict[str, Any], where: str) -> None:
     of_filter[row["doc_id"]] = row
 
 
-def paired_report(paths: Sequence[str], *, seed: int = 0, num_resamples: int = 2000) -> dict[str, Any]:
+def paired_report(paths: Sequence[str]) -> dict[str, Any]:
     """The data of a report on two per-sample files of one task, the base's first."""
     from retain import versions
 
@@ -68,11 +68,11 @@ def paired_report(paths: Sequence[str], *, seed: int = 0, num_resamples: int = 2
         "name": tuned.parent.name or tuned.stem,
         "base": {"model": str(base)},
         "tuned": {"model": str(tuned)},
-        "settings": {"seed": seed, "num_resamples": num_resamples},
+        "settings": {},
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "retention": {},
-        "choices": {task_of(tuned): pair(base, tuned, seed=seed, num_resamples=num_resamples)},
+        "choices": {task_of(tuned): pair(base, tuned)},
     }
 
 
@@ -83,19 +83,17 @@ def task_of(path: Path) -> str:
     return task if task and date[:1].isdigit() else path.stem
 
 
-def pair(base: Path, tuned: Path, *, seed: int = 0, num_resamples: int = 2000) -> dict[str, Any]:
+def pair(base: Path, tuned: Path) -> dict[str, Any]:
     """Compare the answers that two files hold to the same questions; in the form of `measure_choices`.
 
     Raises:
         ValueError: if the files share no question, hold different ones under one number, or tell no answers.
     """
-    return pair_samples(read_samples(base), read_samples(tuned), names=(repr(str(base)), repr(str(tuned))),
-                        style="paired from files of lm-eval", seed=seed, num_resamples=num_resamples)  # fmt: skip
+    names = (repr(str(base)), repr(str(tuned)))
+    return pair_samples(read_samples(base), read_samples(tuned), names=names, style="paired from files of lm-eval")
 
 
-def pair_samples(
-    base: Samples, tuned: Samples, *, names: tuple[str, str], style: str, seed: int = 0, num_resamples: int = 2000
-) -> dict[str, Any]:
+def pair_samples(base: Samples, tuned: Samples, *, names: tuple[str, str], style: str) -> dict[str, Any]:
     """The same for samples in memory.
 
     Args:
@@ -106,9 +104,15 @@ def pair_samples(
     notes: dict[str, None] = {}
     for name in base:
         before, after = (side.get(name, {}) for side in (base, tuned))
-        shared = [number for number in before if number in after]
-        if not shared:
+        both = [number for number in before if number in after]
+        if not both:
             continue
+        first: dict[Any, int] = {}
+        shared = [
+            number for number in both if first.setdefault(before[number].get("doc_hash") or number, number) == number
+        ]
+        if len(shared) < len(both):
+            notes[f"{len(both) - len(shared)} of {len(both)} questions are copies of others, and left out."] = None
         notes |= dict.fromkeys(_differences(before, after, shared))
         rows = [[of_file[number] for number in shared] for of_file in (before, after)]
         for metric in (metric for metric in METRICS if all(metric in row for of_file in rows for row in of_file)):
@@ -118,7 +122,7 @@ def pair_samples(
                 continue
             right = [[row[metric] == 1 for row in of_file] for of_file in rows]
             rule = metric if name == "none" else f"{metric} ({name})"
-            rules[rule] = compare_answers(found[0], found[1], *right, seed=seed, num_resamples=num_resamples)
+            rules[rule] = compare_answers(found[0], found[1], *right)
     if not rules:
         raise ValueError(f"pair: {names[0]} and {names[1]} share no question with {', '.join(METRICS)}; "
                          "give two of the same task")  # fmt: skip
