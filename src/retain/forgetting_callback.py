@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import default_compute_objective
 
 from retain import versions
 from retain.callbacks import RunFilesCallback, weights_step
@@ -33,7 +34,18 @@ from retain.models import choose_start_token, max_positions, model_fingerprint, 
 from retain.protection import check_base_is_frozen, see_the_base_everywhere
 from retain.reference import Reference, evaluation_mode, probe
 from retain.remembered import RememberedBase
-from retain.trajectory import Tables, batch_tokens, logged, measure_texts, take_documents
+from retain.trajectory import (
+    Sets,
+    Tables,
+    add_to_metrics,
+    batch_tokens,
+    check_best_metric,
+    evaluated_set,
+    logged,
+    logged_names,
+    measure_texts,
+    take_documents,
+)
 
 GIVE_BASE = "give base=the model before finetuning, as a second copy"
 
@@ -92,6 +104,9 @@ class ForgettingCallback(RunFilesCallback):
         self.documents: dict[str, list[Document]] = {}
         self.tables: dict[int, Tables] = {}
         """By the optimizer step whose weights were measured: what `measure` finds, with intervals."""
+        self._values: dict[int, dict[str, float]] = {}  # of the same, as they are logged
+        self._sets: Sets = {}
+        self._is_logged = True
         self._inputs: dict[str, Inputs] = {}
         self._base_answers: dict[str, list[int]] = {}
         self._is_in_train = False
@@ -110,33 +125,54 @@ class ForgettingCallback(RunFilesCallback):
         if state.global_step and self.reference.kind == "copy" and self.base is None:
             self._check_resumed(Path(args.output_dir), state.global_step)
         self.reference.to(args.device)
-        self.tables, self._is_in_train = {}, True
+        self.tables, self._sets, self._is_in_train = {}, {}, True
         super().on_train_begin(args, state, control)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._is_in_train = False
         super().on_train_end(*args, **kwargs)
 
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any
+    ) -> None:
+        """An evaluation's values are joined by ours as they are logged: other callbacks may read them before us."""
+        super().on_log(args, state, control, logs)
+        if logs and evaluated_set(logs) is not None:
+            self._add_values(logs, args, state, model, kwargs.get("processing_class"))
+
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any
     ) -> None:
         """Once a step, measure and log."""
-        self._make_sure_of_base(args, state, model, kwargs.get("processing_class"))
-        assert self.reference is not None
+        step = self._add_values(metrics or {}, args, state, model, kwargs.get("processing_class"))
+        if not self._is_logged and step == state.global_step:  # logs belong to the step that the host is at
+            self._log(dict(self._values[step]), args, state, control)
+        self._is_logged = True
+
+    def _add_values(self, metrics: dict[str, float], args: Any, state: Any, model: Any, processing_class: Any) -> int:
+        """The step whose weights the model holds; what is measured of them, once, is added to a host's metrics."""
+        self._make_sure_of_base(args, state, model, processing_class)
         step = weights_step(args, state, is_in_train=self._is_in_train)
-        if step in self.tables:
-            return
+        if step not in self.tables:
+            self._measure(step, args, state, model)
+        objective = getattr(self.trainer, "compute_objective", default_compute_objective)
+        if not state.is_hyper_param_search or objective is not default_compute_objective:  # which adds up all it finds
+            add_to_metrics(metrics, self._values[step], step, self._sets)
+        return step
+
+    def _measure(self, step: int, args: Any, state: Any, model: Any) -> None:
+        assert self.reference is not None
         self.reference.to(args.device)
         asks = len(self.tables) % self.choices_every == 0
         ref_forward, forward = self._forwards(model)
         with evaluation_mode(model):
             self.tables[step] = measure_texts(ref_forward, forward, self.documents, args=args, state=state, step=step)
             answers = self._answers(forward, args, args.device) if asks else {}
-        logs = logged(self.tables[step])
+        self._values[step] = logged(self.tables[step])
         for name, found in answers.items():
-            logs[f"choices/{name}/agreement"] = float(np.mean(np.array(found) == self._base_answers[name]))
-        if step == state.global_step:  # logs belong to the step that the host is at
-            self._log(logs, args, state, control)
+            agreement = float(np.mean(np.array(found) == self._base_answers[name]))
+            self._values[step][f"choices/{name}/agreement"] = agreement
+        self._is_logged = False
 
     def _log(self, logs: dict[str, float], args: Any, state: Any, control: Any) -> None:
         if self.trainer is not None:
@@ -160,6 +196,8 @@ class ForgettingCallback(RunFilesCallback):
 
     def _take_base(self, args: TrainingArguments, model: Any, processing_class: Any) -> None:
         see_the_base_everywhere(may_change=False)
+        asked = [f"choices/{name}/agreement" for name in self.choices] if self.choices_every == 1 else []
+        check_best_metric(args, [*logged_names(self.retention), *asked])
         tokenizer = self.tokenizer or getattr(processing_class, "tokenizer", processing_class)
         if tokenizer is None:
             raise ValueError("tokenizer: missing, and the trainer has no processing_class; give one to the callback")

@@ -16,7 +16,7 @@ from retain.metrics import logits_at
 from retain.models import display_name
 from retain.reference import Reference
 from retain.report import ForgettingReport
-from retain.trajectory import Tables, logged, measure_texts
+from retain.trajectory import Sets, Tables, add_to_metrics, evaluated_set, logged, measure_texts
 
 if TYPE_CHECKING:  # what the mixin stands on; at run time the host class comes after it
     from transformers import Trainer as Host
@@ -36,6 +36,8 @@ class RetentionMixin(Host):
 
     def __init__(self, **kwargs: Any) -> None:
         self._retention_tables: dict[int, Tables] = {}  # by the optimizer step whose weights were measured
+        self._retention_sets: Sets = {}
+        self._retention_is_logged = True
         super().__init__(**kwargs)
 
     def ref_logits(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -47,7 +49,7 @@ class RetentionMixin(Host):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The host's training; what was measured before it is of other weights."""
-        self._retention_tables = {}
+        self._retention_tables, self._retention_sets = {}, {}
         return super().train(*args, **kwargs)
 
     @property
@@ -56,7 +58,7 @@ class RetentionMixin(Host):
         return weights_step(self.args, self.state, is_in_train=self.is_in_train)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The host's evaluation and, once a step, forgetting on every retention text."""
+        """The host's evaluation and, once a step, forgetting on every retention text, with the host's prefix, too."""
         metrics = super().evaluate(*args, **kwargs)
         return {**metrics, **self.evaluate_retention()}
 
@@ -66,13 +68,24 @@ class RetentionMixin(Host):
         Returns:
             `retention/<name>/loss`, `/forgetting` and `/ref_kl` in nats per token, `/ref_agreement` as a share.
         """
-        step, measured = self.weights_step, {}
-        if step not in self._retention_tables and self.retention_documents:
-            self._retention_tables[step] = measured = self._measure_all(step)
-        logs = logged(self._retention_tables.get(step, {}))
-        if measured and step == self.state.global_step:  # logs belong to the step that the host is at
-            self.log(dict(logs))
+        logs = self._retention_values()
+        if not self._retention_is_logged and self.weights_step == self.state.global_step:
+            self.log(dict(logs))  # logs belong to the step that the host is at
+        self._retention_is_logged = True
         return logs
+
+    def _retention_values(self) -> dict[str, float]:
+        step = self.weights_step
+        if step not in self._retention_tables and self.retention_documents:
+            self._retention_tables[step] = self._measure_all(step)
+            self._retention_is_logged = False
+        return logged(self._retention_tables.get(step, {}))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The host's; an evaluation's values are then joined by those of retention, before any callback reads them."""
+        super().log(logs, start_time)
+        if self.retention_documents and evaluated_set(logs) is not None:
+            add_to_metrics(logs, self._retention_values(), self.weights_step, self._retention_sets)
 
     def _measure_all(self, step: int) -> Tables:
         self.model.eval()  # as the host's evaluation leaves it

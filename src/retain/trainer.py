@@ -26,6 +26,7 @@ from retain.heads import reshard
 from retain.inputs import ProtectedInputs, load_for_training
 from retain.protection import check_noise, check_replay_every, check_weights, says_nothing_protects
 from retain.replay import ReplayDataset, replace_rows, replay_indices
+from retain.trajectory import check_best_metric, logged_names
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class ReplayMixin(ProtectedInputs):
         self._largest_kl = torch.zeros(())
         self.budget: ForgettingBudget | None = None
         self.prove_reference()
+        check_best_metric(self.args, logged_names(self.retention_documents))
         self.add_callback(RunFilesCallback(self.settings()))
         self.add_callback(BeforeTheWeightsMove(self._stop_if_passed_by))
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import TrainerState, TrainingArguments
+from transformers import SchedulerType, TrainerState, TrainingArguments
 
 from retain.callbacks import DOCUMENTS_FILE
 from retain.data import Document, as_documents, without_copies
@@ -18,7 +19,9 @@ from retain.metrics import Forward, document_sums, summarize
 logger = logging.getLogger(__name__)
 
 LOGGED_METRICS = ("loss", "forgetting", "ref_kl", "ref_agreement")
+OWN_METRICS = LOGGED_METRICS[1:]  # no metric of a host has such a name
 Tables = dict[str, dict[str, dict[str, Any]]]  # name of the text → metric → value, interval and sizes
+Sets = dict[tuple[int, str], str]  # step and prefix of an evaluation → prefix of one of its sets
 
 
 def batch_tokens(args: TrainingArguments, documents: Sequence[Document]) -> int:
@@ -51,13 +54,60 @@ def measure_texts(
     return tables
 
 
+def logged_names(texts: Iterable[str]) -> list[str]:
+    """What the values of these texts are called: `retention/<name>/<metric>`."""
+    return [f"retention/{name}/{metric}" for name in texts for metric in LOGGED_METRICS]
+
+
 def logged(tables: Tables) -> dict[str, float]:
-    """What goes into the log: `retention/<name>/<metric>`, nats per token but for the agreement."""
-    return {
-        f"retention/{name}/{metric}": table[metric]["value"]
-        for name, table in tables.items()
-        for metric in LOGGED_METRICS
-    }
+    """What goes into the log, by its name; nats per token but for the agreement."""
+    values = [table[metric]["value"] for table in tables.values() for metric in LOGGED_METRICS]
+    return dict(zip(logged_names(tables), values, strict=True))
+
+
+def evaluated_set(logs: Mapping[str, Any]) -> str | None:
+    """The prefix of a host's evaluation: `eval`, or `eval_<name>` of one of several sets; None for other logs."""
+    return next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime") and key != "train_runtime"), None)
+
+
+def add_to_metrics(metrics: dict[str, float], values: Mapping[str, float], step: int, sets: Sets) -> None:
+    """Add to a host's evaluation what was measured at its step, where early stopping and the best checkpoint look.
+
+    Args:
+        sets: which evaluation set got the values: the first of several, so that patience counts evaluations.
+    """
+    of_set = evaluated_set(metrics) or ""
+    prefix = "eval" if of_set.startswith("eval_") else of_set
+    if of_set and sets.setdefault((step, prefix), of_set) == of_set:
+        metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
+
+
+def check_best_metric(args: TrainingArguments, names: Sequence[str]) -> bool:
+    """Whether `metric_for_best_model` is one of `names`; forgetting is then better when lower.
+
+    transformers takes the larger value for better where a name does not end in "loss".
+
+    Raises:
+        ValueError: where it is meant to be one of them, and is not measured at every evaluation.
+    """
+    name = (args.metric_for_best_model or "").removeprefix("eval_")
+    ours = name.startswith(("retention/", "choices/")) or name.endswith(OWN_METRICS)
+    if name not in names and (ours or ("/" in name and get_close_matches(name, names, cutoff=0.8))):
+        possible = f"use one of {', '.join(names)}" if names else "nothing is measured; give retention texts"
+        why = " (choices need choices_every 1)" if name.startswith("choices/") else ""
+        raise ValueError(
+            f"metric_for_best_model: {args.metric_for_best_model!r} is not measured at every evaluation{why}; {possible}"
+        )
+    if name not in names:
+        return False
+    if name.endswith(("/forgetting", "/ref_kl")) and args.greater_is_better:
+        logger.warning("greater_is_better: set to False, since a lower %s is better", name)
+        args.greater_is_better = False
+    follows = args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+    if follows and name.endswith("agreement") and dict(args.lr_scheduler_kwargs or {}).get("mode") != "max":
+        raise ValueError(f"lr_scheduler_kwargs: a higher {name} is better, and the scheduler waits for a lower one; "
+                         "give mode: max")  # fmt: skip
+    return True
 
 
 def take_documents(
