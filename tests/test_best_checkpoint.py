@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_texts, make_tokenizer
+from conftest import make_model, make_texts, make_tokenizer, save_model
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import default_compute_objective
 from trl import SFTConfig, SFTTrainer
 
 from retain import ForgettingCallback, ReplayConfig, ReplaySFTTrainer, ReplayTrainer
+from retain.callbacks import read_run
 from retain.capabilities.choices import Question
+from retain.cli import main
 from retain.files import read_jsonl
 from retain.replay import ReplayDataset
 from retain.sampling import sample_rows
@@ -21,7 +24,9 @@ from retain.sampling import sample_rows
 TOKENIZER = make_tokenizer()
 TEXTS = {"words": make_texts(6, seed=9)}
 TOKENS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in ([*range(5, 21)], [*range(30, 46)]) * 16])
-QUESTIONS = [Question(text, tuple(make_texts(3, seed=at, words=2)), 0) for at, text in enumerate(make_texts(4, words=3))]
+QUESTIONS = [
+    Question(text, tuple(make_texts(3, seed=at, words=2)), 0) for at, text in enumerate(make_texts(4, words=3))
+]
 KL = "retention/words/ref_kl"
 HOSTS = ("replay-sft", "replay", "sft", "plain")  # the last two with a ForgettingCallback
 
@@ -180,3 +185,33 @@ def test_a_search_by_the_default_objective_is_still_one_by_the_loss(tmp_path: Pa
     found = next(one for one in trainer.callback_handler.callbacks if isinstance(one, ForgettingCallback))
     found.trainer = trainer
     assert trainer.compute_objective(trainer.evaluate()) == 0
+
+
+def test_retain_finetune_keeps_and_reports_the_checkpoint_that_forgot_least(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = save_model(tmp_path / "base"), tmp_path / "out"
+    for name, seed in (("new", 1), ("held", 2), ("wiki", 9)):
+        rows = [json.dumps({"text": text}) for text in make_texts(16, seed=seed)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    settings = {
+        "model_name_or_path": str(base), "dataset_name": f"{tmp_path}/new.jsonl", "output_dir": str(out),
+        "eval_dataset_name": f"{tmp_path}/held.jsonl", "retention": [f"wiki={tmp_path}/wiki.jsonl"], "replay_coef": 0.0,
+        "max_steps": 20, "max_length": 24, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "bf16": False,
+        "use_cpu": True, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True,
+        "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "load_best_model_at_end": True,
+        "metric_for_best_model": "retention/wiki/ref_kl", "early_stopping_patience": 2,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    assert main(["finetune", "--config", f"{tmp_path}/run.yaml"]) == 0
+    found = points(out, "retention/wiki/ref_kl")
+    assert list(found) == [2, 4, 6]
+    assert read_run(out)["training"]["kept_step"] == 2
+    assert f"ref_kl {found[2]:.4f}" in capsys.readouterr().out
+    for change, message in (
+        (["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"], "early_stopping_pa"),
+        (["--metric_for_best_model", "retention/wiki/kl"], "metric_for_best_model: 'retention/wiki/kl' is not"),
+    ):
+        assert main(["finetune", "--config", f"{tmp_path}/run.yaml", *change, "--output_dir", f"{tmp_path}/no"]) == 1
+        assert f"retain finetune: {message}" in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()

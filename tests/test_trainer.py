@@ -223,6 +223,43 @@ def test_accumulation_is_right_where_the_host_does_not_scale(tmp_path: Path, rag
     assert difference(*found) < 2e-6
 
 
+# The new task's own part of the loss
+
+
+@pytest.mark.parametrize("objective", ["kl", "ntp", "kl_new"])
+def test_the_new_tasks_part_of_the_loss_is_logged(tmp_path: Path, ragged: ReplayDataset, objective: str) -> None:
+    """The host's own loss at the first step; with the replay term the sum; however the step is split."""
+    found = []
+    for host, batch, steps in ((ReplaySFTTrainer, 4, 1), (ReplaySFTTrainer, 1, 4), (Unscaled, 4, 1), (Unscaled, 2, 2)):
+        changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "optim": "sgd"}
+        changes |= {"learning_rate": 0.3, "max_grad_norm": 0.0, "logging_first_step": True, "logging_steps": 3}
+        replay_config = ReplayConfig(replay_objective=objective, replay_coef=2.0, per_device_replay_batch_size=batch)
+        settings = {"replay_config": replay_config, "changes": changes}
+        trainer = train(tmp_path / f"{batch}", ragged, trainer_class=host, **settings)
+        found.append(logged(trainer, "new_task/loss"))
+        sums = zip(found[-1], logged(trainer, "replay/loss"), strict=True)
+        assert [own + 2.0 * term for own, term in sums] == pytest.approx(logged(trainer, "loss"), rel=1e-5)
+        assert len(found[-1]) == 2
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[3] == pytest.approx(found[2], rel=1e-5)
+    plain = SFTTrainer(make_model(), config(tmp_path), train_dataset=ROWS, processing_class=TOKENIZER)
+    plain.train()
+    assert found[0][0] == logged(plain, "loss")[0]
+    assert found[0][1] != pytest.approx(found[0][0], rel=1e-3)
+
+
+def test_the_new_tasks_part_is_logged_on_steps_without_replay(tmp_path: Path, replay: ReplayDataset) -> None:
+    replay_config = ReplayConfig(replay_coef=2.0, replay_every=2, per_device_replay_batch_size=4)
+    trainer = train(tmp_path, replay, replay_config=replay_config)
+    both = zip(logged(trainer, "new_task/loss"), logged(trainer, "loss"), strict=True)
+    assert [own == loss for own, loss in both] == [True, True, False, True, False], "KL is 0 at the first step"
+    free = train(tmp_path, replay, replay_config=ReplayConfig(replay_coef=0.0))
+    assert not logged(free, "new_task/loss"), "there the loss is the new task's"
+
+
+# Resumed
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
     def run(folder: Path, **kwargs: Any) -> Any:

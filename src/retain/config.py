@@ -189,9 +189,18 @@ class FinetuneConfig(ReplayConfig):
     stop_at_loss: float | None = field(
         default=None, metadata=_say("End at the first evaluation with a new-task loss this low, in nats per token.")
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata=_say(
+            "End after this many evaluations without a better metric_for_best_model, e.g. retention/wiki/ref_kl. A "
+            "resumed run counts from 0."
+        ),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.early_stopping_patience is not None:
+            check_number("early_stopping_patience", self.early_stopping_patience, low=1, integer=True)
         for name in ("adam_beta2_half_life_tokens", "stop_at_loss"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low=1e-6)

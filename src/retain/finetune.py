@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import EarlyStoppingCallback
 from trl import get_dataset, get_peft_config, get_quantization_config
 
 from retain.callbacks import StopWithCheckpoint, keep_once
@@ -18,9 +19,10 @@ from retain.models import choose_start_token, default_device, length_that_fits
 from retain.protection import check_replay_every, expected_steps
 from retain.replay import load_texts
 from retain.sample import sample_with_bar
-from retain.stop_at_loss import StopAtLoss, check_stop_at_loss
+from retain.stop_at_loss import StopAtLoss, check_early_stopping, check_stop_at_loss
 from retain.text import first_line, visible
 from retain.trainer import ReplaySFTTrainer
+from retain.trajectory import check_best_metric, logged_names
 from retain.value_types import Unchosen
 
 
@@ -44,7 +46,9 @@ def run_finetune(
     checkpoint = checkpoint_to_resume(training_args)
     check_half_life(training_args, config.adam_beta2_half_life_tokens)
     check_stop_at_loss(training_args, config.stop_at_loss)
+    check_early_stopping(training_args, config.early_stopping_patience)
     sources = named_sources(config.retention, "retention")
+    check_best_metric(training_args, logged_names(sources))
     train_dataset, eval_dataset = new_rows(script_args, dataset_args, training_args, config)
     name = resolve_model_path(model_args.model_name_or_path)
     options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
@@ -81,6 +85,8 @@ def run_finetune(
     watch = None if config.stop_at_loss is None else StopAtLoss(config.stop_at_loss)
     if watch is not None:
         trainer.add_callback(watch)
+    if config.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     if config.adam_beta2_half_life_tokens is not None:  # the optimizer is made when training begins
         say(apply_half_life(training_args, config.adam_beta2_half_life_tokens, mean_row_length(trainer)))
     for line in trainer.protection():

@@ -74,7 +74,7 @@ class ForgettingCallback(RunFilesCallback):
     """
 
     trainer: Any = None
-    """Set it, and the values go through `trainer.log`; else only to the files and the trainer's `log_history`."""
+    """Set it, and the values go through `trainer.log`; else to the files, `log_history` and what `evaluate` returns."""
 
     def __init__(
         self,
@@ -132,9 +132,7 @@ class ForgettingCallback(RunFilesCallback):
         self._is_in_train = False
         super().on_train_end(*args, **kwargs)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         """An evaluation's values are joined by ours as they are logged: other callbacks may read them before us."""
         super().on_log(args, state, control, logs)
         if logs and evaluated_set(logs) is not None:

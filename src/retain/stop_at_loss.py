@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class StopAtLoss(TrainerCallback):
@@ -58,6 +58,19 @@ class StopAtLoss(TrainerCallback):
             return f"target loss: reached {self.loss:.4f} (asked {self.target:g}) at step {self.step}"
         found = "never evaluated" if self.loss is None else f"the loss is {self.loss:.4f}"
         return f"target loss: not reached; {found}, asked {self.target:g}; give it more steps"
+
+
+def check_early_stopping(args: Any, patience: int | None) -> None:
+    """Refuse patience where nothing is evaluated, or nothing says what is better.
+
+    Raises:
+        ValueError: naming the missing setting.
+    """
+    if patience is not None and (args.metric_for_best_model is None or args.eval_strategy == IntervalStrategy.NO):
+        raise ValueError(
+            f"early_stopping_patience: {patience} needs metric_for_best_model, e.g. retention/wiki/ref_kl, and "
+            "eval_strategy steps or epoch; set both"
+        )
 
 
 def check_stop_at_loss(args: Any, target: float | None) -> None:

@@ -78,6 +78,7 @@ class ReplayMixin(ProtectedInputs):
         self._step_term = torch.zeros(())
         self._logged: list[Tensor] = []
         self._logged_steps = 0
+        self._new_task_losses: dict[int, Any] = {}  # step → the host's own part of its loss
         self._steps_learned = 0
         self._is_the_base = True  # until its first step; a try that ran out of memory leaves it moved
         self._largest_kl = torch.zeros(())
@@ -111,6 +112,7 @@ class ReplayMixin(ProtectedInputs):
         """Draw the replay rows of an optimizer step together with its new rows."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         config = self.replay_config
+        self._new_task_losses.pop(self.state.global_step, None)  # of a try that ran out of memory
         if config.forgetting_budget is not None and (self.budget is None or self.state.global_step == 0):
             self.budget = self._begin_budget(config.forgetting_budget)
         if not (self._replay_is_due and samples):
@@ -153,7 +155,12 @@ class ReplayMixin(ProtectedInputs):
         result = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
-        if not (self.model.training and self.replay_config.adds_replay_term and self._replay_is_due):
+        if not (self.model.training and self.replay_config.adds_replay_term):
+            return result
+        scale = 1.0 if self._host_scales(num_items_in_batch) else self.current_gradient_accumulation_steps
+        step, own = self.state.global_step, result[0] if return_outputs else result
+        self._new_task_losses[step] = self._new_task_losses.get(step, 0.0) + own.detach() / scale
+        if not self._replay_is_due:
             return result
         if not self._queue:
             raise ValueError(
@@ -164,7 +171,6 @@ class ReplayMixin(ProtectedInputs):
             term = self._term_on_new_rows(model, new, num_items_in_batch)
         else:
             term = self._term_on_replay(model, batch)
-        scale = 1.0 if self._host_scales(num_items_in_batch) else self.current_gradient_accumulation_steps
         added = self.replay_coef * self.replay_config.replay_every * scale * term
         return (result[0] + added, result[1]) if return_outputs else result + added
 
@@ -287,7 +293,14 @@ class ReplayMixin(ProtectedInputs):
         super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `replay/loss`, `replay/kl` and `replay/coef` to the training logs; means over steps and processes."""
+        """Split `loss` in the training logs, the sum, into `new_task/loss` and `replay/coef` · `replay/loss`.
+
+        All are means over the logged steps and processes; a KL is logged as `replay/kl`, too.
+        """
+        if "loss" in logs and self._new_task_losses:
+            made = [loss for step, loss in self._new_task_losses.items() if step < self.state.global_step]
+            logs["new_task/loss"] = self.accelerator.reduce(torch.stack(made).mean(), reduction="mean").item()
+            self._new_task_losses = {}
         if "loss" in logs and self._logged:
             total = torch.stack(self._logged).sum() / self._logged_steps
             mean = self.accelerator.reduce(total, reduction="mean").item()

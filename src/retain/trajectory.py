@@ -67,7 +67,9 @@ def logged(tables: Tables) -> dict[str, float]:
 
 def evaluated_set(logs: Mapping[str, Any]) -> str | None:
     """The prefix of a host's evaluation: `eval`, or `eval_<name>` of one of several sets; None for other logs."""
-    return next((key.removesuffix("_runtime") for key in logs if key.endswith("_runtime") and key != "train_runtime"), None)
+    return next(
+        (key.removesuffix("_runtime") for key in logs if key.endswith("_runtime") and key != "train_runtime"), None
+    )
 
 
 def add_to_metrics(metrics: dict[str, float], values: Mapping[str, float], step: int, sets: Sets) -> None:
@@ -93,11 +95,9 @@ def check_best_metric(args: TrainingArguments, names: Sequence[str]) -> bool:
     name = (args.metric_for_best_model or "").removeprefix("eval_")
     ours = name.startswith(("retention/", "choices/")) or name.endswith(OWN_METRICS)
     if name not in names and (ours or ("/" in name and get_close_matches(name, names, cutoff=0.8))):
-        possible = f"use one of {', '.join(names)}" if names else "nothing is measured; give retention texts"
-        why = " (choices need choices_every 1)" if name.startswith("choices/") else ""
-        raise ValueError(
-            f"metric_for_best_model: {args.metric_for_best_model!r} is not measured at every evaluation{why}; {possible}"
-        )
+        remedy = f"use one of {', '.join(names)}" if names else "nothing is measured; give retention texts"
+        when = "at every evaluation (choices_every 1 would)" if name.startswith("choices/") else "at evaluations"
+        raise ValueError(f"metric_for_best_model: {args.metric_for_best_model!r} is not measured {when}; {remedy}")
     if name not in names:
         return False
     if name.endswith(("/forgetting", "/ref_kl")) and args.greater_is_better:
