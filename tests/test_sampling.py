@@ -224,6 +224,70 @@ def test_rows_of_a_model_whose_cache_fails_are_refused_or_right(kind):
             assert right
 
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+LONGROPE |= {"original_max_position_embeddings": 16, "factor": 8.0}
+PLAIN = {**MIXING, "head_dim": 8, "max_position_embeddings": 128}
+CHANGES_WITH_LENGTH = {
+    "phi3": {**PLAIN, "rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
+    "phimoe": {**PLAIN, "num_local_experts": 2,
+        "rope_parameters": {**LONGROPE, "short_mscale": 1.0, "long_mscale": 1.3}},
+    "llama": {**PLAIN, "rope_parameters": LONGROPE},
+    "mistral": {**PLAIN, "sliding_window": 8},
+    "llama4_text": {**PLAIN, "attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 64},
+    "gemma2": {**PLAIN, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+}  # fmt: skip
+
+
+def make_changing(kind: str) -> PreTrainedModel:
+    """Models that predict otherwise from some length on: by another encoding of positions, or a window."""
+    config = AutoConfig.for_model(kind, bos_token_id=3, eos_token_id=2, pad_token_id=4, **CHANGES_WITH_LENGTH[kind])
+    return random_model(config, 0, 6.0)
+
+
+@pytest.mark.parametrize("kind", CHANGES_WITH_LENGTH)
+def test_every_token_of_a_long_row_is_drawn_from_what_the_tokens_before_it_predict(kind):
+    """LongRoPE encodes all positions otherwise once a sequence is longer than 16: the cache must be made again."""
+    model = make_changing(kind)
+    drawn = draw_rows(model, [[3], [3, 9, 14]], range(2), 28, 4)
+    ids = torch.from_numpy(drawn.tokens).long()
+    with torch.no_grad():
+        logits = torch.stack([model(ids[:, :at], use_cache=False).logits[:, -1] for at in range(1, 28)], dim=1)
+    log_probs = torch.log_softmax(logits.double(), -1)
+    chosen = log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    sums = [float(chosen[row, given - 1 :].sum()) for row, given in enumerate(drawn.prefix_lengths)]
+    assert drawn.logprobs == pytest.approx(sums, rel=1e-5)
+    uniforms = torch.from_numpy(np.stack([row_uniforms(4, row, 28) for row in range(2)]))[:, 3:]
+    again = draw_tokens(log_probs[:, 2:].exp().reshape(50, -1), uniforms.reshape(-1))
+    assert torch.equal(again.reshape(2, 25), ids[:, 3:])
+
+
+def test_rows_are_proven_at_their_own_length(monkeypatch):
+    """Eight tokens do not show what a cache does from the seventeenth on."""
+    monkeypatch.setattr("retain.engine.rope_switch", lambda model: None)
+    model = make_changing("phi3")
+    draw_rows(model, [[3]], [0], 16, 0)
+    with pytest.raises(ValueError, match=r"^max_length: within 40 tokens 'phi3' predicts otherwise with its cache"):
+        draw_rows(model, [[3], [3]], [0, 1], 40, 0)
+
+
+def test_a_model_is_proven_once(model):
+    passes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    draw_rows(model, [[3]] * 4, range(4), 24, 0)
+    assert passes.count((1, 23)) == 2  # rows at their whole length, without a cache
+    passes.clear()
+    draw_rows(model, [[3]] * 4, range(4, 8), 24, 0)
+    assert passes == [(1, 1), *[(4, 1)] * 23]
+
+
+def test_rows_that_dynamic_rope_would_stretch_are_refused(tmp_path):
+    """Beyond its positions dynamic NTK encodes every length otherwise, and no cache follows."""
+    with pytest.raises(ValueError, match="max_length: 129 is more than this model's 128 positions"):
+        sample(tmp_path, make_changing("gemma2"), max_length=129)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rounding_is_not_taken_for_a_cache_that_carries_nothing(architecture, dtype):

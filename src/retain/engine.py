@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import psutil
@@ -27,6 +28,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from retain.heads import seen_by_head
+from retain.own_rows import check_draws, rope_switch
 from retain.reference import evaluation_mode, probe_tokens
 
 if TYPE_CHECKING:
@@ -38,8 +40,11 @@ SHARE_OF_FREE_MEMORY = 0.5
 NARROW = 512  # hidden size up to which a second CPU thread waits for the first longer than it helps
 TOP_K = 64  # likeliest tokens that a reference cache of kind "topk" keeps of each prediction
 CACHES = ("past_key_values", "cache_params", "state")  # what decoders call the cache that they return, and take again
+SHOWN = 2  # rows of a model's first batch that are held against passes without a cache
 PROBED = 8  # tokens that are predicted with the cache and without, before anything is drawn
 MOST_OTHERWISE = 0.1  # share of draws that a cache may change: bf16 changes under 0.5 % (SmolLM2), one unused 77 %
+TAKES_OURS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # models that were shown to predict with a cache
+PROVEN_LENGTHS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # the longest rows of a model that were shown right
 RECURRENT = 256  # numbers of state per hidden unit and layer, where no `state_size` says it: an xLSTM's, the largest
 
 
@@ -71,41 +76,46 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def cached_pass(
-    model: PreTrainedModel, input_ids: Int[Tensor, "rows new"], cache: dict[str, Any]
+    model: PreTrainedModel, input_ids: Int[Tensor, "rows new"], cache: dict[str, Any], **options: Any
 ) -> tuple[Float[Tensor, "rows new vocab"], dict[str, Any]]:
     """Logits of the new tokens, and the cache that now holds them, by the name under which the model takes it."""
-    output = model(input_ids=input_ids, use_cache=True, **cache)
+    output = model(input_ids=input_ids, use_cache=True, **cache, **options)
     return output.logits, cache | {name: output[name] for name in CACHES if output.get(name) is not None}
 
 
-def new_cache(model: PreTrainedModel, max_length: int, own: dict[str, Any]) -> dict[str, Any]:
-    """An empty cache by its name, its plain layers preallocated; sliding and recurrent layers stay as they are.
-
-    Args:
-        own: the cache that the model returned. One of another name or kind, as Mamba's and RWKV's, it shall make again.
-    """
-    if own and type(own.get("past_key_values")) is not DynamicCache:
-        return {}
+def new_cache(model: PreTrainedModel, max_length: int) -> dict[str, Any]:
+    """An empty cache by its name, its plain layers preallocated; sliding and recurrent layers stay as they are."""
     cache = DynamicCache(config=model.config)
     cache.layers = [PreallocatedLayer(max_length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return {"past_key_values": cache}
 
 
 def proven_cache(model: PreTrainedModel, max_length: int) -> dict[str, Any]:
-    """An empty cache, once a few tokens were predicted with one as they are without.
+    """An empty cache, of a model that was shown to predict with one as without; nothing where it makes its own.
 
     Raises:
-        ValueError: if they were not, as where the model makes nothing of it and sees the last token alone.
+        ValueError: if it does not, as where the model makes nothing of it and sees the last token alone.
     """
-    length = min(PROBED, max_length)
+    if model not in TAKES_OURS:
+        TAKES_OURS[model] = takes_our_cache(model, min(PROBED, max_length))
+    # This empties the states that RecurrentGemma keeps in its modules.
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    return new_cache(model, max_length) if TAKES_OURS[model] else {}
+
+
+def takes_our_cache(model: PreTrainedModel, length: int) -> bool:
+    """Whether the model takes a cache that we make, once it predicted a few tokens with a cache as without.
+
+    One that returns a cache of another name or kind, as Mamba and RWKV do, shall make it again.
+    """
     tokens = probe_tokens(model.get_input_embeddings().weight.shape[0])[:, :length].to(model.device)
     _, own = cached_pass(model, tokens[:, : length // 2], {})
-    _, cache = cached_pass(model, tokens[:, : length // 2], new_cache(model, length, own))
+    ours = not own or type(own.get("past_key_values")) is DynamicCache
+    _, cache = cached_pass(model, tokens[:, : length // 2], new_cache(model, length) if ours else {})
     steps = []
     for at in range(length // 2, length):
         logits, cache = cached_pass(model, tokens[:, at : at + 1], cache)
         steps.append(logits[:, -1])
-    # Last, for it empties the states that RecurrentGemma keeps in its modules.
     whole = model(input_ids=tokens, use_cache=False).logits[:, length // 2 :]
     with_cache, without = (torch.softmax(logits.float(), dim=-1) for logits in (torch.stack(steps, dim=1), whole))
     otherwise = float((with_cache - without).abs().sum(-1).mean() / 2)
@@ -115,7 +125,7 @@ def proven_cache(model: PreTrainedModel, max_length: int) -> dict[str, Any]:
             f"({otherwise:.0%} of draws would come out otherwise), so its rows would not be its own; sample with "
             "--engine vllm, or replay real text"
         )
-    return new_cache(model, max_length, own)
+    return ours
 
 
 def row_uniforms(seed: int, row: int, num_draws: int) -> np.ndarray:
@@ -230,11 +240,14 @@ def draw_rows(
         tokens[at, : len(prefix)] = torch.tensor(prefix)
     tokens, lengths = tokens.to(device), torch.from_numpy(given).to(device)
     logprobs, entropies = torch.zeros(2, len(rows), dtype=torch.float64, device=device)
-    done, kept = 0, []
+    done, kept, shown, switch = 0, [], [], rope_switch(model)
     with evaluation_mode(model), seen_by_head(model) as hidden:  # with dropout it is not the model's own distribution
         cache = proven_cache(model, max_length)
         for at in range(int(given.min()), max_length):
-            logits, cache = cached_pass(model, tokens[:, done:at], cache)
+            last_only = {}
+            if switch is not None and 0 < done <= switch < at:  # what the cache holds was encoded otherwise
+                done, cache, last_only = 0, proven_cache(model, max_length), {"logits_to_keep": 1}
+            logits, cache = cached_pass(model, tokens[:, done:at], cache, **last_only)
             done = at
             log_probs = torch.log_softmax(logits[:, -1].float(), dim=-1)
             probabilities = log_probs.exp()
@@ -243,12 +256,17 @@ def draw_rows(
             tokens[:, at] = torch.where(free, drawn, tokens[:, at])
             chosen = log_probs.gather(-1, tokens[:, at : at + 1]).squeeze(-1)
             logprobs += torch.where(free, chosen, 0.0)
+            shown.append(chosen[:SHOWN])
             entropies += torch.where(free, torch.special.entr(probabilities).sum(-1), 0.0)
             if store is not None:
                 kept.append(_prediction(store, hidden[-1], log_probs))
             hidden.clear()
     if not bool(entropies.isfinite().all()):
         raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
+    if PROVEN_LENGTHS.get(model, 0) < max_length:
+        with evaluation_mode(model):
+            check_draws(model, tokens[:SHOWN], given[:SHOWN], torch.stack(shown, dim=1))
+        PROVEN_LENGTHS[model] = max_length
     sums = logprobs.cpu().numpy(), entropies.cpu().numpy()
     return Drawn(tokens.cpu().numpy().astype(np.int32), given, *sums, _row_after_row(kept, given))
 
