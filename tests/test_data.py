@@ -258,7 +258,8 @@ def test_rows_of_tokens_are_documents_as_they_are(tokenizer):
     assert token_documents([[3, *ids]], tokenizer) == [Document([[3, *ids]], len("seven bright birds"))]
     (opened,) = token_documents([[3, *ids]], tokenizer, np.array([2]))
     rest = len(tokenizer.decode(ids[1:]))
-    assert (opened.given, opened.num_tokens, opened.num_bytes) == (2, len(ids) - 1, rest)
+    mask = [False, False, *[True] * (len(ids) - 1)]
+    assert (opened.masks, opened.num_tokens, opened.num_bytes) == ([mask], len(ids) - 1, rest)
 
 
 # Names

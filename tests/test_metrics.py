@@ -205,9 +205,10 @@ def test_what_was_given_is_context_and_not_predicted():
     """The opening of a user's turn: nobody wrote it, and no replay holds the model to it."""
     base, tuned = make_model(), make_model(seed=1)
     opening, windows = [3, 9, 8, 7], [[3, 9, 8, 7, 40, 41, 42], [3, 50, 51]]
+    masks = [[False] * 4 + [True] * 3, [False, True, True]]
     (sums,), (whole,), (shorter,) = (
         [document_sums(logits_of(base), logits_of(tuned), [one], batch_tokens=64)]
-        for one in (Document(windows, 9, given=len(opening)), Document(windows, 9), Document([opening], 4))
+        for one in (Document(windows, 9, masks), Document(windows, 9), Document([opening], 4))
     )
     assert sums.num_tokens.tolist() == [3 + 2]
     for name in SUMS:  # causal: the opening's own sums do not depend on what follows
@@ -216,7 +217,10 @@ def test_what_was_given_is_context_and_not_predicted():
 
 def test_forgetting_is_the_tuned_loss_minus_the_bases():
     base, tuned, texts = make_model(), make_model(seed=1), make_texts(6)
-    report = measure(base, tuned, {"a": texts}, tokenizer=TOKENIZER, new_task={"b": texts}, max_length=20)
+    documents = tokenize_documents(
+        texts, TOKENIZER, 3, 20
+    )  # the same tokens: texts of the new task are read as trained
+    report = measure(base, tuned, {"a": documents}, tokenizer=TOKENIZER, new_task={"b": documents}, max_length=20)
     metrics = report.data["retention"]["a"]
     assert metrics["forgetting"]["value"] == pytest.approx(metrics["loss"]["value"] - metrics["base_loss"]["value"])
     assert metrics["ref_kl"]["value"] > 0.1

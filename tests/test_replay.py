@@ -164,8 +164,8 @@ def test_text_of_no_token_is_refused(tmp_path, tokenizer):
 
 def test_retention_texts_come_from_a_file_or_from_sampled_rows(folder, tokenizer, monkeypatch):
     (folder / "a.txt").write_text("one\n\ntwo\n\nthree")
-    assert load_texts(str(folder / "a.txt"), tokenizer) == ["one", "two", "three"]
-    assert load_texts(str(folder / "a.txt"), tokenizer, 2) == ["one", "two"]
+    assert [text.words for text in load_texts(str(folder / "a.txt"), tokenizer)] == ["one", "two", "three"]
+    assert [text.words for text in load_texts(str(folder / "a.txt"), tokenizer, 2)] == ["one", "two"]
     documents = load_texts(str(folder), tokenizer, 2)
     assert [document.windows for document in documents] == [[ROWS[0].tolist()], [ROWS[1].tolist()]]
     assert len(load_texts(str(folder), tokenizer, 99)) == 5

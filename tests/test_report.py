@@ -266,6 +266,34 @@ def test_other_settings_are_said_and_not_compared(
         assert "98%" not in shown
 
 
+def test_losses_over_other_tokens_are_on_no_common_axis(plain: dict, replay: dict) -> None:
+    """A run trained on completions and one trained on all tokens: neither their measured nor their evaluated losses."""
+    runs = [
+        one | {"settings": {"loss_tokens": {"verilog": tokens, "wiki": "all"}}, "training": {"loss_tokens": tokens}}
+        for one, tokens in ((plain, "completions"), (replay, "all"))
+    ]
+    compared = compare_at_matched_loss(runs)
+    assert compared["runs"][1]["relative_loss_difference"] is None
+    assert (compared["matched_loss"], compared["matched"]) == (None, {})
+    assert compared["end"]["wiki"][1]["unlike"] is None, "the retention text counts the same tokens in both"
+    assert frontier_sentences(compared) == []
+    figures = panels(runs, compared)
+    assert [figure["kind"] for figure in figures if len(figure["lines"]) > 1 and "loss" in figure["title"]] == []
+    titles = {figure["title"]: [line["name"] for line in figure["lines"]] for figure in figures}
+    assert titles["New-task loss (completions)"] == ["plain"]
+    assert titles["New-task loss (all)"] == ["replay"]
+    for shown in (html.unescape(text).replace("\\", "") for text in shown_in(runs)):
+        assert "“replay” is not compared with “plain” on verilog: measured on all, not on completions" in shown
+        assert "replay: its loss counts all, not completions as plain's does" in shown
+    trained = [followed(one) for one in runs]
+    (alone,) = [figure for figure in panels(trained, compare_at_matched_loss(trained)) if figure["kind"] == "frontier"]
+    assert [line["name"] for line in alone["lines"]] == ["plain"]
+    told = "not compared with “plain” on the new-task loss (eval_loss): its loss counts all, not completions"
+    assert all(told in html.unescape(text).replace("\\", "") for text in shown_in(trained))
+    old = [one | {"settings": {}, "training": {}} for one in runs]
+    assert compare_at_matched_loss(old)["matched_loss"] is not None, "older reports do not say"
+
+
 def test_settings_that_move_no_number_or_that_an_old_report_lacks_are_alike(plain: dict, replay: dict) -> None:
     first = ended(plain, 0.6, 2.0, start_token="'<s>' (id 3): the tokenizer's bos_token", seed=0, batch_tokens=2048)
     second = ended(replay, 0.1, 2.0, start_token="'<s>' (id 3): given as start_token", seed=1, batch_tokens=64)

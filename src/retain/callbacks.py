@@ -36,9 +36,16 @@ from retain.files import (
 METRICS_FILE = "metrics.jsonl"
 DOCUMENTS_FILE = "documents.jsonl"
 BUDGET_FILE = "budget.json"
+OF_LOSS = ("completion_only_loss", "assistant_only_loss")  # of TRL's SFTConfig
+OF_ROWS = {"loss_tokens": str, "retention_windows": int}  # what was counted of rows, and of retention texts
 OF_TRAINING = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed")
 # Shapes of these files, for `check_shape`.
-SETTINGS = {"replay?": MAPPING, "reference?": str, "training_arguments": dict.fromkeys(OF_TRAINING, NUMBER)}
+SETTINGS = {
+    "replay?": MAPPING,
+    "reference?": str,
+    "training_arguments": dict.fromkeys(OF_TRAINING, NUMBER),
+    **{f"{name}?": kind for name, kind in OF_ROWS.items()},
+}
 METRICS, DOCUMENTS = {"step": int, "kept_step?": int}, {"step": int, "name": str}
 
 
@@ -64,6 +71,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         **(settings.get("replay") or {}),  # none beside another trainer
         "reference": settings.get("reference"),
         **{name: arguments[name] for name in OF_TRAINING},
+        **{name: arguments[name] for name in OF_LOSS if name in arguments},
+        **{name: settings[name] for name in OF_ROWS if settings.get(name) is not None},
     }
     if (folder / BUDGET_FILE).is_file():
         training["budget"] = _told(folder / BUDGET_FILE, {"text": str})["text"]

@@ -77,7 +77,7 @@ def compare_at_matched_loss(runs: list[dict], seed: int = 0) -> dict:
     if texts and reason is None and not matched:
         reason = "no text was measured during training; give it to `retain finetune` as --retention"
     rates = [_interpolate(*series(run, "learning_rate"), step) for run, step in zip(runs, steps, strict=True)]
-    odd = [None if loss_text is None else unlike(runs[0], run, loss_text) for run in runs]
+    odd = [_other_loss(runs[0], run) if loss_text is None else unlike(runs[0], run, loss_text) for run in runs]
     relative = [None] + [
         loss / losses[0] - 1 if loss and losses[0] and not why else None
         for loss, why in zip(losses[1:], odd[1:], strict=True)
@@ -166,10 +166,24 @@ def unlike(run: dict, other: dict, text: str) -> str | None:
     differing = [f"{key} {told[1][key]}, not {told[0][key]}" for key in known if told[0][key] != told[1][key]]
     if differing:
         return f"measured with {'; '.join(differing)}"
+    counted = [((one.get("settings") or {}).get("loss_tokens") or {}).get(text) for one in (run, other)]
+    if all(counted) and counted[0] != counted[1]:
+        return f"measured on {counted[1]}, not on {counted[0]}"
     sizes = [_size(one, text) for one in (run, other)]
     if sizes[0] and sizes[1] and sizes[0] != sizes[1]:
         return f"measured on other documents ({sizes[1]}; not {sizes[0]})"
     return _other_documents(_documents_measured(run, text), _documents_measured(other, text))
+
+
+def trained_tokens(run: dict) -> str | None:
+    """Which tokens a run's own `eval_loss` counts, where it says so."""
+    return (run.get("training") or {}).get("loss_tokens")
+
+
+def _other_loss(run: dict, other: dict) -> str | None:
+    """Which other tokens the `eval_loss` of `other` counts than that of `run`, where both say."""
+    counted = [trained_tokens(one) for one in (run, other)]
+    return f"its loss counts {counted[1]}, not {counted[0]}" if all(counted) and counted[0] != counted[1] else None
 
 
 def _size(run: dict, text: str) -> str | None:
@@ -196,6 +210,9 @@ def _matched_loss(runs: list[dict], curves: list[tuple]) -> tuple[float | None, 
     blind = [run["name"] for run, (_, losses) in zip(runs, curves, strict=True) if not losses]
     if blind:
         return None, f"no evaluations during training (eval_loss in the trajectory) for: {', '.join(blind)}"
+    for run in runs:
+        if why := _other_loss(runs[0], run):
+            return None, f"{run['name']}: {why} as {runs[0]['name']}'s does"
     target = max(min(losses) for _, losses in curves)
     for run, (_, losses) in zip(runs, curves, strict=True):
         if losses[0] < target:

@@ -178,7 +178,11 @@ class FinetuneConfig(ReplayConfig):
         metadata=_say("Texts on which forgetting is measured, each as name=file; may be given several times."),
     )
     retention_max_documents: int = field(
-        default=64, metadata=_say("Documents of each retention text that are measured during training.")
+        default=64,
+        metadata=_say(
+            "Documents of each retention text that are measured during training, the first max_length tokens of each; "
+            "`retain measure` reads whole documents unless --max_windows is 1."
+        ),
     )
     adam_beta2_half_life_tokens: float | None = field(
         default=None,
@@ -356,7 +360,21 @@ class MeasureConfig(ModelLoadConfig):
     )
     new_task: list[str] = field(
         default_factory=list,
-        metadata=_say("Held-out texts of the new task, each as name=file: shows the gain."),
+        metadata=_say("Held-out texts of the new task, each as name=file: shows the gain on what training predicts."),
+    )
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata=_say(
+            "Of the new task's rows with a prompt, count the completion alone (true) or all tokens (false), as in TRL. "
+            "Default: as the run was trained, else true."
+        ),
+    )
+    assistant_only_loss: bool | None = field(
+        default=None,
+        metadata=_say(
+            "Of the new task's chats, count the assistant's turns alone, as in TRL. Default: as the run was trained, "
+            "else false."
+        ),
     )
     choices: list[str] = field(
         default_factory=list,
@@ -432,7 +450,9 @@ class MeasureConfig(ModelLoadConfig):
         ),
     )
     sampled: bool = field(default=True, metadata=_say("Continue every prompt a second time, drawn at temperature 1."))
-    max_new_tokens: int = field(default=48, metadata=_say("Tokens of each continuation and answer."))
+    max_new_tokens: int = field(
+        default=48, metadata=_say("Tokens of each continuation and answer. 0: no continuations.")
+    )
     train_dataset: list[str] = field(
         default_factory=list,
         metadata=_say("Rows that the model was trained on: warns of measured texts that are among them."),
@@ -444,6 +464,13 @@ class MeasureConfig(ModelLoadConfig):
     max_length: int = field(
         default=Unchosen(512),
         metadata=_say("Longest window, the start token included; by default at most the model's positions."),
+    )
+    max_windows: int | None = field(
+        default=None,
+        metadata=_say(
+            "Measure only so many windows of each document, from its beginning. Default: all. Retention during "
+            "training is measured on 1."
+        ),
     )
     max_documents: int | None = field(default=None, metadata=_say("Use only the first so many documents of each text."))
     ci: float | None = field(
@@ -469,10 +496,10 @@ class MeasureConfig(ModelLoadConfig):
         check_number("max_length", self.max_length, low=2, integer=True)
         check_number("batch_tokens", self.batch_tokens, low=1, integer=True)
         check_number("num_resamples", self.num_resamples, low=100, integer=True)
-        check_number("max_new_tokens", self.max_new_tokens, low=1, integer=True)
+        check_number("max_new_tokens", self.max_new_tokens, low=0, integer=True)
         if self.ci is not None:
             check_number("ci", self.ci, low=1e-6)
-        for name in ("max_documents", "max_questions", "max_prompts"):
+        for name in ("max_windows", "max_documents", "max_questions", "max_prompts"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low=1, integer=True)
         if self.budget is not None:
@@ -492,6 +519,9 @@ class MeasureConfig(ModelLoadConfig):
                 "retention: missing; give at least one text as --retention name=file, or questions as "
                 "--choices name=file, or requests as --refusals name=file, or --prompts file"
             )
+        for name in ("prompts", "refusals", "harmless") if not self.max_new_tokens else ():
+            if getattr(self, name):
+                raise ValueError(f"max_new_tokens: 0 writes nothing, and {name} are to be answered; use at least 1")
         if self.judge is not None and not (self.refusals or self.harmless):
             raise ValueError(f"judge: {self.judge!r} has nothing to judge; give --refusals name=file")
         for name, other in (("budget", ", or use min_agreement"), ("ci", "")):

@@ -6,11 +6,15 @@ context only. Documents never share a window, so none attends to another.
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -89,132 +93,269 @@ def read_sample(
         yield rows[at], f"row {at + 1} of {source!r}"
 
 
-def read_texts(source: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> Iterator[str]:
-    """The text of every row of a file or Hub dataset, or of the first so many; a bad row is named in its error."""
+@dataclass(frozen=True)
+class Reading:
+    """How a row becomes tokens, and which of them are predicted; the others are given, and only context.
+
+    `completion_only_loss`, `assistant_only_loss`: as in TRL's `SFTConfig`, but for None, which is: the completion of
+    rows with a prompt, and the assistant's turns where the chat template marks them.
+    `as_trained`: opened and ended by the special tokens that `SFTTrainer` puts there; else by the document start.
+    """
+
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool | None = None
+    as_trained: bool = False
+
+
+OLD_TEXT, WHOLE = Reading(), Reading(completion_only_loss=False, assistant_only_loss=False)
+NEW_TASK = Reading(assistant_only_loss=False, as_trained=True)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A row that was read: its words, its tokens, which of them are predicted, and their name."""
+
+    row: Mapping[str, Any]
+    words: str
+    ids: list[int]
+    predicted: list[bool]
+    loss_tokens: str
+    as_trained: bool
+
+
+def read_texts(
+    source: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, reading: Reading = OLD_TEXT
+) -> Iterator[Text]:
+    """The rows of a file or Hub dataset, or the first so many; a bad row is named in its error."""
     rows = read_rows(source)
     for at in range(rows.num_rows if limit is None else min(limit, rows.num_rows)):
-        yield row_text(rows[at], tokenizer, f"row {at + 1} of {source!r}")
+        yield read_text(rows[at], tokenizer, f"row {at + 1} of {source!r}", reading)
 
 
-def row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
+def read_text(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row", reading: Reading = OLD_TEXT
+) -> Text:
+    """Read a row as `SFTTrainer` of TRL 1.16 does before training (`_prepare_dataset`).
+
+    Raises:
+        ValueError: as `row_text`.
+    """
+    content, given = _content(row, where)
+    chat, pair = isinstance(content, list), given is not None
+    completions = pair and reading.completion_only_loss is not False
+    turns = chat and reading.assistant_only_loss
+    if chat and reading.assistant_only_loss is None and not pair:
+        turns = _marks_turns(tokenizer)
+    row = {**row, "chat_template_kwargs": {**_template(tokenizer, turns), **(row.get("chat_template_kwargs") or {})}}
+    words = _rendered(content, row, tokenizer)
+    if reading.as_trained and not chat and not (pair and "text" in row):  # of such rows TRL ends the unused text
+        words = words.removesuffix(tokenizer.eos_token or "") + (tokenizer.eos_token or "")
+    special = {"add_special_tokens": reading.as_trained and not chat, "verbose": False}
+    ids: list[int] = tokenizer(words, **special)["input_ids"]
+    predicted = [True] * len(ids)
+    if completions:  # from where the prompt alone reads otherwise: not always its end
+        alone = _rendered(given, row, tokenizer, **({"add_generation_prompt": True} if chat else {}))
+        opening = takewhile(
+            lambda pair: pair[0] == pair[1], zip(ids, tokenizer(alone, **special)["input_ids"], strict=False)
+        )
+        length = sum(1 for _ in opening)
+        predicted = [at >= length for at in range(len(ids))]
+    if turns:
+        of_turns = _apply(content, row, tokenizer, return_dict=True, return_assistant_tokens_mask=True)[
+            "assistant_masks"
+        ]
+        predicted = [one and bool(other) for one, other in zip(predicted, of_turns, strict=True)]
+    name = "assistant turns" if turns else "completions" if completions else "all"
+    return Text(row, words, ids, predicted, name, reading.as_trained)
+
+
+def row_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
     """The text of a row: `prompt` and `completion`, `messages` through the chat template, or `text`.
 
-    Of a row that has several, in TRL's order: what it trains on.
+    Of a row that has several, in TRL's order: what it trains on. Chats with their `tools` and `chat_template_kwargs`.
 
     Raises:
         ValueError: if the row has none of these, or they are of the wrong type.
     """
+    return _rendered(_content(row, where)[0], row, tokenizer)
+
+
+def _content(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
+    """What a row is read for, words or turns, and what of it was given: the prompt of a prompt and completion."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt + completion
+        return prompt + completion, prompt
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _chat(prompt + completion, tokenizer)
-    if isinstance(row.get("messages"), list):
-        return _chat(row["messages"], tokenizer)
+        return prompt + completion, prompt
+    if (turns := _messages(row)) is not None:
+        return turns, None
     if isinstance(row.get("text"), str):
-        return row["text"]
+        return row["text"], None
     if isinstance(prompt, str) and "completion" not in row:
-        return prompt
+        return prompt, None
     raise ValueError(f"data: {where} has {sorted(row)}; it needs text, messages, or prompt and completion, as words")
 
 
-def prompt_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
+def _messages(row: Mapping[str, Any]) -> list[Any] | None:
+    """The turns of a row of messages, also where it has them in the form of `conversations`."""
+    if not isinstance(row.get("messages"), list) and isinstance(row.get("conversations"), list):
+        from trl import maybe_convert_to_chatml
+
+        turns = copy.deepcopy(row["conversations"])  # which TRL changes in place
+        return list(maybe_convert_to_chatml({"conversations": turns})["messages"])
+    return row["messages"] if isinstance(row.get("messages"), list) else None
+
+
+def chat_of(row: Mapping[str, Any]) -> list[Any] | None:
+    """The turns that a row has, or that its prompt is; None where it has none."""
+    return _messages(row) or (row["prompt"] if isinstance(row.get("prompt"), list) else None)
+
+
+def prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
     """What a model is to continue: `text`, `prompt`, or `messages` up to the answer, with the answer's turn opened.
 
     Raises:
         ValueError: as `row_text`.
     """
-    messages = row.get("messages") if isinstance(row.get("messages"), list) else row.get("prompt")
-    if isinstance(messages, list):
+    if (messages := chat_of(row)) is not None:
         answered = messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
-        asked = messages[:-1] if answered else messages
-        return _chat(asked, tokenizer, add_generation_prompt=True)
+        return _rendered(messages[:-1] if answered else messages, row, tokenizer, add_generation_prompt=True)
     return row["prompt"] if isinstance(row.get("prompt"), str) else row_text(row, tokenizer, where)
 
 
 def user_turn_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A text as a user's turn of the chat template, with the answer's turn opened."""
-    return _chat([{"role": "user", "content": text}], tokenizer, add_generation_prompt=True)
+    return _rendered([{"role": "user", "content": text}], {}, tokenizer, add_generation_prompt=True)
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
-    if not (messages and all(isinstance(turn, dict) and "role" in turn for turn in messages)):
-        raise ValueError(f"data: messages {messages!r} are not turns; write [{{role: user, content: …}}, …]")
+def _rendered(content: Any, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    return content if isinstance(content, str) else str(_apply(content, row, tokenizer, tokenize=False, **options))
+
+
+def _apply(turns: list[Any], row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+    """The chat template on turns, with what else of the row TRL hands to it."""
+    if not (turns and all(isinstance(turn, dict) and "role" in turn for turn in turns)):
+        raise ValueError(f"data: messages {turns!r} are not turns; write [{{role: user, content: …}}, …]")
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("data: rows of messages need a chat template and this tokenizer has none; give text rows")
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return tokenizer.apply_chat_template(turns, tools=tools, **options, **(row.get("chat_template_kwargs") or {}))
+
+
+def _marks_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template says which tokens the assistant wrote."""
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, turns: bool | None) -> dict[str, str]:
+    """TRL's own template where only the assistant's turns count and the tokenizer's does not mark them."""
+    if not turns or _marks_turns(tokenizer):
+        return {}
+    from trl import get_training_chat_template
+
+    template = get_training_chat_template(tokenizer)
+    return {} if template is None else {"chat_template": template}
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document as token windows, each opened by the start token, and the bytes of what is predicted in them.
+    """One document as token windows, and the bytes of what is predicted in them.
 
-    `given`: how many tokens open the first window and are context only, e.g. the opening of a user's turn.
+    `masks`: which tokens of each window are predicted, the others being context; None: all but the first of each, the
+    start token. `loss_tokens` names them: all, completions or assistant turns.
     """
 
     windows: list[list[int]]
     num_bytes: int
-    given: int = 1
+    masks: list[list[bool]] | None = None
+    loss_tokens: str = "all"
 
     @property
     def num_tokens(self) -> int:
-        """Predicted tokens: every token but the given ones of the first window and the first of each other."""
-        return sum(len(window) - 1 for window in self.windows) - (self.given - 1)
+        """Predicted tokens."""
+        return sum(sum(self.mask_of(window)) for window in self.windows)
 
-    def given_in(self, window: list[int]) -> int:
-        """How many tokens of one of its windows are context only."""
-        return self.given if window is self.windows[0] else 1
+    def mask_of(self, window: list[int]) -> list[bool]:
+        """Which tokens of one of its windows are predicted."""
+        if self.masks is None:
+            return [at > 0 for at in range(len(window))]
+        return next(mask for one, mask in zip(self.windows, self.masks, strict=True) if one is window)
 
 
 def tokenize_documents(
-    texts: Iterable[str],
+    texts: Iterable[str | Mapping[str, Any] | Text],
     tokenizer: PreTrainedTokenizerBase,
     start_id: int,
     max_length: int,
     *,
     max_windows: int | None = None,
+    reading: Reading = OLD_TEXT,
 ) -> list[Document]:
     """Cut each text into windows of at most `max_length` tokens, start token included.
 
-    Texts of no token are left out; windows of a lone token are kept (one prediction).
+    Texts of no token are left out, and windows without a predicted one; windows of a lone token are kept (one
+    prediction).
 
     Args:
+        texts: words, rows, or rows that were read.
         max_windows: keep only so many windows of each document, from its beginning.
+        reading: of words and rows.
     """
-    step = max_length - 1
     documents = []
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if ids[:1] == [start_id]:  # as chat templates write it; once is enough
-            ids = ids[1:]
-        windows = [[start_id, *ids[at : at + step]] for at in range(0, len(ids), step)][:max_windows]
-        if windows:
-            kept = sum(len(window) - 1 for window in windows)
-            whole = text if kept == len(ids) else tokenizer.decode(ids[:kept])
-            documents.append(Document(windows, len(whole.encode("utf-8", "replace"))))
+        if not isinstance(text, Text):
+            text = read_text({"text": text} if isinstance(text, str) else text, tokenizer, reading=reading)
+        document = _cut(text, tokenizer, start_id, max_length, max_windows)
+        if document is not None:
+            documents.append(document)
     return documents
+
+
+def _cut(
+    text: Text, tokenizer: PreTrainedTokenizerBase, start_id: int, max_length: int, max_windows: int | None
+) -> Document | None:
+    ids, predicted, words = text.ids, text.predicted, text.words
+    if text.as_trained:
+        predicted = [False, *predicted[1:]]  # nothing stands before the first
+    else:
+        if ids[:1] == [start_id]:  # as chat templates write it; once is enough
+            ids, predicted, words = ids[1:], predicted[1:], words.removeprefix(str(tokenizer.decode([start_id])))
+        ids, predicted = [start_id, *ids], [False, *predicted]
+    ends = list(range(max_length, len(ids) + max_length - 1, max_length - 1))[:max_windows]
+    windows = [ids[:end] if at == 0 else [start_id, *ids[ends[at - 1] : end]] for at, end in enumerate(ends)]
+    masks = [predicted[:end] if at == 0 else [False, *predicted[ends[at - 1] : end]] for at, end in enumerate(ends)]
+    kept = [at for at, mask in enumerate(masks) if any(mask)]
+    if not kept:
+        return None
+    counted = [token for at in kept for token, mask in zip(windows[at], masks[at], strict=True) if mask]
+    plain = len(counted) == sum(len(windows[at]) - 1 for at in kept)
+    whole = not text.as_trained and len(counted) == len(ids) - 1
+    num_bytes = len((words if whole else str(tokenizer.decode(counted))).encode("utf-8", "replace"))
+    masks_kept = None if plain else [masks[at] for at in kept]
+    return Document([windows[at] for at in kept], num_bytes, masks_kept, text.loss_tokens)
 
 
 def as_documents(
     name: str,
-    source: Iterable[str] | Sequence[Document],
+    source: Iterable[str | Mapping[str, Any] | Text] | Sequence[Document],
     *,
     tokenizer: PreTrainedTokenizerBase,
     start_id: int,
     max_length: int,
     max_windows: int | None,
+    reading: Reading = OLD_TEXT,
 ) -> list[Document]:
     """Texts cut into windows, or documents as they are.
 
     Raises:
         ValueError: if nothing is left to measure.
     """
-    items = list(source)
-    if items and isinstance(items[0], Document):
-        documents: list[Document] = items  # type: ignore[assignment]
-    else:
-        texts = cast("list[str]", items)
-        documents = tokenize_documents(texts, tokenizer, start_id, max_length, max_windows=max_windows)
+    items: list[Any] = list(source)
+    documents = items
+    if not (items and isinstance(items[0], Document)):
+        documents = tokenize_documents(items, tokenizer, start_id, max_length, max_windows=max_windows, reading=reading)
     if not documents:
         raise ValueError(f"retention: {name!r} has no text to measure; give documents of at least one token")
     return documents
@@ -238,11 +379,11 @@ def token_documents(
     Args:
         given: how many tokens of each row are context only; None: the start token alone.
     """
-    pairs = zip(rows, itertools.repeat(1) if given is None else given, strict=False)
-    return [
-        Document([list(row)], len(tokenizer.decode(row[first:]).encode("utf-8", "replace")), first)
-        for row, first in ((row, int(first)) for row, first in pairs)
-    ]
+    documents = []
+    for row, first in zip(rows, itertools.repeat(1) if given is None else map(int, given), strict=False):
+        masks = [[at >= first for at in range(len(row))]] if first > 1 else None
+        documents.append(Document([list(row)], len(tokenizer.decode(row[first:]).encode("utf-8", "replace")), masks))
+    return documents
 
 
 def named_sources(specs: Iterable[str], field: str) -> dict[str, str]:

@@ -36,6 +36,8 @@ from retain.value_types import Unchosen
 
 logger = logging.getLogger(__name__)
 
+RETENTION_WINDOWS = 1  # of each retention text's documents, measured at every evaluation: many documents, at their cost
+
 # Most nats per token by which stored predictions may differ from the model's own before training.
 STORED_TOLERANCE, STORED_TOLERANCE_HALF = 1e-4, 2e-2
 
@@ -177,9 +179,8 @@ class ProtectedInputs(RetentionMixin):
         self.replay_dataset = replay
         self._row_edges = {start.id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
         for name, source in retention.items():
-            documents = as_documents(
-                name, source, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=1
-            )
+            cut: dict[str, Any] = {"start_id": start.id, "max_length": max_length, "max_windows": RETENTION_WINDOWS}
+            documents = as_documents(name, source, tokenizer=tokenizer, **cut)
             self.retention_documents[name], said = without_copies(f"retention/{name}", documents, "documents")
             for sentence in said:
                 logger.warning(sentence)
@@ -211,9 +212,18 @@ class ProtectedInputs(RetentionMixin):
             "replay_dataset": replay,
             "reference": self.reference_kind,
             "num_params": num_tuned(self.model),
+            "loss_tokens": self._loss_tokens(),
+            "retention_windows": RETENTION_WINDOWS,
             "retention": {name: len(documents) for name, documents in self.retention_documents.items()},
             "versions": versions(),
         }
+
+    def _loss_tokens(self) -> str | None:
+        """Which tokens of a row the loss of TRL's `SFTTrainer` counts; None for hosts with another loss."""
+        completions = getattr(self, "completion_only_loss", None)
+        if completions is None:
+            return None
+        return "assistant turns" if self.args.assistant_only_loss else "completions" if completions else "all"
 
     def protection(self) -> list[str]:
         """What protects this run, a line each, for people to read before it starts."""

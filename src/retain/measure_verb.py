@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retain.callbacks import read_run
+from retain.callbacks import OF_LOSS, read_run
 from retain.capabilities.choices import load_questions
 from retain.capabilities.generations import Prompt, as_prompt
 from retain.capabilities.harness import measure_with_lm_eval
 from retain.capabilities.refusals import Judge, load_requests
-from retain.data import Document, named_sources, read_rows, read_texts
+from retain.data import OLD_TEXT, Document, Reading, Text, chat_of, named_sources, prompt_text, read_rows, read_texts
 from retain.files import read_settings
 from retain.loading import load_model, load_tokenizer, tokenizer_of_tuned
 from retain.measuring import measure
-from retain.models import cache_dir, default_device
+from retain.models import cache_dir, default_device, length_that_fits
 from retain.overlap import find_overlap
 from retain.reference import Reference, probe
 from retain.replay import load_texts
@@ -48,14 +49,18 @@ def run_measure(config: MeasureConfig, say: Callable[[str], object]) -> Forgetti
         for name in ("retention", "new_task", "choices", "refusals", "harmless")
     }
     tokenizer = load_tokenizer(config.base, revision=config.model_revision, trust_remote_code=trust)
-    sources = load_sources(config, named, tokenizer)
-    tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=trust)
     run = read_run(Path(config.model))
+    sources = load_sources(config, named, tokenizer, run.get("training") or {})
+    tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=trust)
     base, tuned = load_both(config)
+    texts = (sources["new_task"] | sources["retention"]).values()
+    if texts and config.max_new_tokens and not config.prompts:
+        room = length_that_fits(base, config.max_length) - config.max_new_tokens
+        sources["prompts"] = default_prompts(texts, tokenizer, room)
     judge = load_judge(config, base) if config.judge else None
     names = (
-        *("choice_style", "choice_chat_template", "start_token", "max_length", "batch_tokens", "max_new_tokens"),
-        *("num_resamples", "seed", "ci", "sampled"),
+        *("choice_style", "choice_chat_template", "start_token", "max_length", "max_windows", "batch_tokens"),
+        *("max_new_tokens", "num_resamples", "seed", "ci", "sampled"),
     )
     options: dict[str, Any] = {name: getattr(config, name) for name in names} | {"tokenizer": tokenizer, "judge": judge}
     options |= {"name": Path(config.model).name, "progress": say}
@@ -90,7 +95,7 @@ def trained_rows(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> d
     """Texts that the model was trained on: the given rows, and the replay rows that the run itself names."""
     found: dict[str, Iterable[str]] = {}
     for source in config.train_dataset:
-        found[f"the training rows of {source!r}"] = read_texts(source, tokenizer)
+        found[f"the training rows of {source!r}"] = (text.words for text in read_texts(source, tokenizer))
     replay = replay_folder(Path(str(config.model)))
     if replay is not None:
         found["the replay rows"] = (as_text(row, tokenizer) for row in load_texts(replay, tokenizer))
@@ -104,10 +109,10 @@ def replay_folder(model: Path) -> str | None:
     return source if source and Path(source).exists() else None
 
 
-def as_text(document: Document | str, tokenizer: PreTrainedTokenizerBase) -> str:
+def as_text(document: Document | Text, tokenizer: PreTrainedTokenizerBase) -> str:
     """A document's text, whole."""
-    if isinstance(document, str):
-        return document
+    if isinstance(document, Text):
+        return document.words
     return "".join(str(tokenizer.decode(window[1:])) for window in document.windows)
 
 
@@ -128,13 +133,21 @@ def overlap_warnings(
 
 
 def load_sources(
-    config: MeasureConfig, named: dict[str, dict[str, str]], tokenizer: PreTrainedTokenizerBase
+    config: MeasureConfig,
+    named: dict[str, dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    training: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that is put to the models, by the name of `measure`'s argument, each by the user's own names."""
+    """Everything that is put to the models, by the name of `measure`'s argument, each by the user's own names.
+
+    Args:
+        training: what the run tells of its training.
+    """
     drawn: dict[str, Any] = {"seed": config.seed}
+    count, readings = config.max_documents, {"retention": OLD_TEXT, "new_task": new_task_reading(config, training)}
     texts = {
-        name: {text: load_texts(source, tokenizer, config.max_documents) for text, source in named[name].items()}
-        for name in ("retention", "new_task")
+        name: {text: load_texts(source, tokenizer, count, reading) for text, source in named[name].items()}
+        for name, reading in readings.items()
     }
     questions = {
         name: load_questions(source, max_questions=config.max_questions, **drawn)
@@ -145,28 +158,37 @@ def load_sources(
         kind: {name: load_requests(source, **drawn) for name, source in named[kind].items()}
         for kind in ("refusals", "harmless")
     }
-    if config.prompts:
-        rows = read_rows(config.prompts)
-        prompts = [as_prompt(row, tokenizer, f"row {at} of {config.prompts!r}") for at, row in enumerate(rows, start=1)]
-    else:
-        prompts = default_prompts({**texts["new_task"], **texts["retention"]}, tokenizer)
+    rows = read_rows(config.prompts) if config.prompts else ()
+    prompts = [as_prompt(row, tokenizer, f"row {at} of {config.prompts!r}") for at, row in enumerate(rows, start=1)]
     return {**texts, "choices": questions, **requests, "prompts": prompts}
 
 
-def default_prompts(texts: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The first few tokens of the first document of each text, to be continued by both models."""
+def new_task_reading(config: MeasureConfig, training: Mapping[str, Any]) -> Reading:
+    """Which tokens of the new task count: as the flags say, else as the run's own loss did, else as TRL's would."""
+    asked = {name: getattr(config, name) for name in OF_LOSS}
+    told = {name: training.get(name) if value is None else value for name, value in asked.items()}
+    return Reading(told["completion_only_loss"], bool(told["assistant_only_loss"]), as_trained=True)
+
+
+def default_prompts(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, room: int) -> list[Prompt]:
+    """What both models continue of each text where no prompts are given: of the first document a few first tokens.
+
+    A chat is continued where its first answer begins, if that is within `room` tokens.
+    """
     prompts = []
-    for source in texts.values():
-        ids = _first_tokens(source[0], tokenizer)
-        prompts.append(Prompt(str(tokenizer.decode(ids[:PROMPT_TOKENS]))))
+    for source in texts:
+        document, chat = source[0], False
+        if isinstance(document, Document):
+            ids = document.windows[0][1:]
+        elif chat := (turns := chat_of(document.row)) is not None:
+            asked = list(takewhile(lambda turn: turn["role"] != "assistant", turns))
+            text = prompt_text({**document.row, "messages": asked or turns}, tokenizer)
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            ids = tokenizer(document.words, add_special_tokens=False, verbose=False)["input_ids"]
+        if not chat or len(ids) <= room:
+            prompts.append(Prompt(text if chat else str(tokenizer.decode(ids[:PROMPT_TOKENS])), chat))
     return prompts
-
-
-def _first_tokens(document: Document | str, tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
-    if isinstance(document, Document):
-        return document.windows[0][1:]
-    ids: list[int] = tokenizer(document, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def load_both(config: MeasureConfig) -> tuple[PreTrainedModel, PreTrainedModel]:

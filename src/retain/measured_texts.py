@@ -140,7 +140,7 @@ def _noise_floor(cache: BaseCache, documents: Sequence[Document], options: TextO
         )
 
     windows = [[list(window) for window in document.windows] for document in documents]
-    sizes = [(document.num_bytes, document.given) for document in documents]
+    sizes = [(document.num_bytes, document.masks) for document in documents]
     found: dict[str, Any] = cache.recall(
         "noise", [windows, sizes, options.batch_tokens, options.seed, options.num_resamples], make
     )

@@ -13,7 +13,7 @@ from retain.base_cache import BaseCache
 from retain.capabilities.choices import Question, measure_choices
 from retain.capabilities.generations import Prompt, measure_generations
 from retain.capabilities.refusals import Judge, measure_refusals
-from retain.data import Document, as_documents, without_copies
+from retain.data import OLD_TEXT, Document, Reading, Text, as_documents, without_copies
 from retain.measured_texts import TextOptions, measure_texts
 from retain.models import (
     choose_start_token,
@@ -32,13 +32,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+Texts = Iterable[str | Mapping[str, Any] | Text] | Sequence[Document]
+
+
 def measure(
     base: PreTrainedModel,
     tuned: PreTrainedModel,
-    retention: Mapping[str, Iterable[str] | Sequence[Document]],
+    retention: Mapping[str, Texts],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    new_task: Mapping[str, Iterable[str] | Sequence[Document]] | None = None,
+    new_task: Mapping[str, Texts] | None = None,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
     choices: Mapping[str, Sequence[Question]] | None = None,
     choice_style: str = "text",
     choice_chat_template: bool = False,
@@ -62,8 +67,9 @@ def measure(
     """Measure how much `tuned` forgot of `base`.
 
     Args:
-        retention: name → texts (or documents of tokens) on which forgetting is measured; never replay rows.
-        new_task: name → held-out texts of the new task, for the gain.
+        retention: name → texts (words, rows, or documents of tokens) on which forgetting is measured; never replayed.
+        new_task: name → held-out texts of the new task, for the gain; read as TRL's `SFTTrainer` reads training rows.
+        completion_only_loss, assistant_only_loss: which tokens of the new task's rows count, as in `SFTConfig`.
         choices: name → multiple-choice questions that both models answer.
         choice_style: `text` scores each choice's words, `letter` the letters of choices listed in the question.
         choice_chat_template: put each question as a user's turn.
@@ -94,7 +100,11 @@ def measure(
     start, say = choose_start_token(tokenizer, start_token), progress or (lambda stage: None)
     shared: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed, "num_resamples": num_resamples}
     cut = partial(as_documents, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=max_windows)
-    learned, kept = ({text: cut(text, of) for text, of in group.items()} for group in (new_task or {}, retention))
+    trained = Reading(completion_only_loss, assistant_only_loss, as_trained=True)
+    learned, kept = (
+        {text: cut(text, of, reading=reading) for text, of in group.items()}
+        for group, reading in ((new_task or {}, trained), (retention, OLD_TEXT))
+    )
     with evaluation_mode(base), evaluation_mode(tuned):
         cache = BaseCache(base, base_cache)
         if learned or kept:
@@ -128,8 +138,14 @@ def measure(
             writing |= {"seed": seed, "num_resamples": num_resamples}
             result |= measure_generations(base, tuned, whole, sampled=sampled, **writing)
     settings = {"max_length": max_length, "max_windows": max_windows, "ci": ci, **shared, "start_token": str(start)}
+    settings["loss_tokens"] = {text: loss_tokens(documents) for text, documents in (learned | kept).items()}
     settings["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
     return ForgettingReport(_header(cache, tuned, name, settings) | result)
+
+
+def loss_tokens(documents: Sequence[Document]) -> str:
+    """Which tokens of a text's documents are predicted."""
+    return " and ".join(sorted({document.loss_tokens for document in documents}))
 
 
 def _check_texts(retention: Mapping[str, Any], new_task: Mapping[str, Any]) -> None:

@@ -126,8 +126,8 @@ def document_sums(
         inputs = {name: value.to(device) for name, value in padded(windows).items()}
         targets, mask = shifted(inputs["input_ids"], inputs["attention_mask"])
         for row, (index, window) in enumerate(zip(indices, windows, strict=True)):
-            if (given := documents[index].given_in(window)) > 1:
-                mask[row, : given - 1] = False
+            if documents[index].masks is not None:
+                mask[row, : len(window) - 1] = torch.tensor(documents[index].mask_of(window)[1:])
         ref_logits, logits = ref_forward(**inputs)[:, :-1], forward(**inputs)[:, :-1]
         for name, sums in token_sums(ref_logits, logits, targets, mask).items():
             np.add.at(values[name], indices, sums.numpy())

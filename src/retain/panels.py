@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from retain.comparison import end_of, series, texts_of
+from retain.comparison import end_of, series, texts_of, trained_tokens
 from retain.pareto import Point, ends, frontier
 
 LEARNING = "new-task loss, nats per token (learning →)"
@@ -26,7 +26,10 @@ def _learning(runs: Sequence[dict], compared: dict | None, text: str) -> dict[st
     Never both: what was evaluated during training and what was measured after it are other losses.
     """
     points = ends(compared, text) if compared else [None] * len(runs)
-    paths = [_path(run, place, text) for place, run in enumerate(runs)]
+    paths = [
+        _path(run, place, text) if trained_tokens(run) == trained_tokens(runs[0]) else None
+        for place, run in enumerate(runs)
+    ]
     followed = any(paths) and all(path or not point for path, point in zip(paths, points, strict=True))
     if not followed:
         paths = [
@@ -61,12 +64,17 @@ def _line(run: dict, place: int, points: Mapping[Any, Point]) -> dict[str, Any]:
 
 
 def _curves(runs: Sequence[dict]) -> list[dict[str, Any]]:
-    wanted = [("eval_loss", "New-task loss")]
-    wanted += [(f"retention/{text}/ref_kl", f"Divergence on {text}") for text in texts_of(runs)]
-    wanted += [("replay/kl", "Divergence on the replay rows"), ("replay/coef", "Strength of replay")]
+    counted = dict.fromkeys(trained_tokens(run) for run in runs)  # losses over other tokens have axes of their own
+    wanted: list[tuple[str, str, Any]] = [
+        ("eval_loss", "New-task loss" + (f" ({tokens or 'tokens not told'})" if len(counted) > 1 else ""), tokens)
+        for tokens in counted
+    ]
+    wanted += [(f"retention/{text}/ref_kl", f"Divergence on {text}", None) for text in texts_of(runs)]
+    wanted += [("replay/kl", "Divergence on the replay rows", None), ("replay/coef", "Strength of replay", None)]
     figures = []
-    for key, title in wanted:
-        read = [(run["name"], place, *series(run, key)) for place, run in enumerate(runs)]
+    for key, title, tokens in wanted:
+        of_key = [key != "eval_loss" or trained_tokens(run) == tokens for run in runs]
+        read = [(run["name"], place, *series(run, key)) for place, run in enumerate(runs) if of_key[place]]
         lines = [{"name": name, "run": place, "x": x, "y": y} for name, place, x, y in read if len(x) > 1]
         constant = key == "replay/coef" and all(len(set(line["y"])) == 1 for line in lines)
         if lines and not constant:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from retain.data import Document, read_texts, token_documents, tokenize_documents
+from retain.data import OLD_TEXT, WHOLE, Document, Reading, Text, read_texts, token_documents, tokenize_documents
 from retain.files import atomic_path, check_shape
 from retain.reference_cache import ReferenceCache, open_cache
 
@@ -232,16 +232,15 @@ def load_replay_dataset(
         found = load_self_generated(folder)
         check_shape(found.manifest, OWN, f"replay_dataset: {str(folder / MANIFEST)!r} is damaged", REMEDY)
         return found
-    texts = list(read_texts(source, tokenizer))
-    documents = tokenize_documents(texts, tokenizer, start_id, max_length)
+    documents = tokenize_documents(read_texts(source, tokenizer, None, WHOLE), tokenizer, start_id, max_length)
     if not documents:
         raise ValueError(f"replay_dataset: {source!r} has no text; give rows with at least one token")
     return ReplayDataset.from_rows([window for document in documents for window in document.windows], source)
 
 
 def load_texts(
-    source: str, tokenizer: PreTrainedTokenizerBase, max_documents: int | None = None
-) -> list[str] | list[Document]:
+    source: str, tokenizer: PreTrainedTokenizerBase, max_documents: int | None = None, reading: Reading = OLD_TEXT
+) -> list[Text] | list[Document]:
     """Texts of a file or Hub dataset, or the rows of a folder that `retain sample` wrote, one document each.
 
     Raises:
@@ -253,7 +252,7 @@ def load_texts(
         count = len(rows) if max_documents is None else min(max_documents, len(rows))
         given = rows.prefix_lengths[:count].tolist()
         return token_documents([rows[index].tolist() for index in range(count)], tokenizer, given)
-    return list(read_texts(source, tokenizer, max_documents))
+    return list(read_texts(source, tokenizer, max_documents, reading))
 
 
 def verify_replay(

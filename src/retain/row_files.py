@@ -39,7 +39,9 @@ def _as_dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
     from datasets import Dataset, Json
 
     columns = dict.fromkeys(key for row in rows for key in row)  # `from_list` would keep the first row's only
-    values = {column: [row.get(column) for row in rows] for column in columns}
+    # what TRL takes for a mapping in every row
+    empty: dict[str, Any] = {"chat_template_kwargs": {}}
+    values = {column: [row.get(column, empty.get(column)) for row in rows] for column in columns}
     refusal = f"data: the rows of {name} do not share one schema"
     try:  # without "use_json", the arguments of one row's tool call would be keys of nulls in every other
         found = Dataset.from_dict(values, on_mixed_types="use_json")

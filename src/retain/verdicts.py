@@ -173,7 +173,7 @@ def unlike_sentences(compared: dict) -> list[str]:
     """Which runs are not compared, on which texts, and why: they were not measured alike."""
     found: dict[tuple[str, ...], dict[str, None]] = {}
     for place, run in enumerate(compared["runs"]):
-        odd = [(compared["loss_text"], run, "")]
+        odd = [(compared["loss_text"] or "the new-task loss (eval_loss)", run, "")]
         for text, entries in compared["end"].items():
             matched = (compared["matched"].get(text) or entries)[place]
             odd += [(text, matched, ""), (text, entries[place], "" if matched["unlike"] else " at the end")]

@@ -17,7 +17,7 @@ import torch
 
 from retain.base_cache import BaseCache
 from retain.capabilities.drift import MARKERS, drift, fate, knowledge
-from retain.data import prompt_text, user_turn_text
+from retain.data import chat_of, prompt_text, user_turn_text
 from retain.models import max_positions
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def as_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: st
     for name, value in answers.items():
         if value is not None and (not isinstance(value, str) or not value.strip()):
             raise ValueError(f"prompts: {where} has {name} {value!r:.80}; give the answer's text, or leave it out")
-    chat = isinstance(row.get("messages"), list) or isinstance(row.get("prompt"), list)
-    return Prompt(prompt_text(row, tokenizer, where), chat, **answers)
+    return Prompt(prompt_text(row, tokenizer, where), chat_of(row) is not None, **answers)
 
 
 def user_turn(text: str, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> Prompt:

@@ -1,0 +1,311 @@
+"""Rows are read as TRL's `SFTTrainer` trains on them: the same tokens, the same of them predicted, the same loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHATML, make_model, make_texts, make_tokenizer
+from trl import SFTConfig, SFTTrainer
+
+from retain.cli import main
+from retain.config import MeasureConfig
+from retain.data import NEW_TASK, Reading, prompt_text, read_rows, read_text, read_texts, row_text, tokenize_documents
+from retain.measure_verb import default_prompts
+from retain.measuring import measure
+from retain.replay import load_replay_dataset, load_texts
+
+TOOLS_CHATML = (
+    "{% if tools %}<|im_start|>tools\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% if mood is defined %}<|im_start|>mood {{ mood }}\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+    "{% generation %}{% if 'content' in message %}{{ message['content'] }}{% endif %}"
+    "{% for call in message.tool_calls or [] %}{{ call | tojson }}{% endfor %}<|im_end|>\n{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FOX, TOWNS = {"role": "user", "content": "the fox"}, {"role": "assistant", "content": "old towns"}
+RAIN, STONE = {"role": "user", "content": "and rain?"}, {"role": "assistant", "content": "stone"}
+
+
+def call(**arguments: Any) -> dict[str, Any]:
+    function = {"name": "look", "arguments": arguments}
+    return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+
+
+def tools(*names: str) -> list[dict[str, Any]]:
+    properties = {name: {"type": "string"} for name in names}
+    return [{"type": "function", "function": {"name": "look", "parameters": {"properties": properties}}}]
+
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "text": [{"text": text} for text in make_texts(3, words=9)] + [{"text": "ends by itself<|im_end|>"}],
+    "prompt and completion": [
+        {"prompt": "the fox jumps", "completion": " over a dog"},
+        {"prompt": "seven br", "completion": "ight birds"},  # tokens merge over the border
+    ],
+    "messages": [{"messages": [FOX, TOWNS]}, {"messages": [FOX, TOWNS, RAIN, STONE]}],
+    "tools": [
+        {"messages": [FOX, call(city="Paris"), TOWNS], "tools": tools("city")},
+        {"messages": [FOX, call(unit=3, exact=None), TOWNS], "tools": tools("unit", "exact")},
+        {"messages": [FOX, TOWNS], "tools": []},
+    ],
+    "tools in JSON": [{"messages": [FOX, call(a=1), TOWNS], "tools": json.dumps(tools("a"))}],
+    "template's own": [
+        {"messages": [FOX, TOWNS], "chat_template_kwargs": {"mood": "glad"}},
+        {"messages": [RAIN, STONE], "chat_template_kwargs": {"mood": "sad", "other": 1}},
+    ],
+    "chats in two parts": [
+        {"prompt": [FOX], "completion": [TOWNS], "tools": tools("a"), "chat_template_kwargs": {"mood": "glad"}},
+        {"prompt": [FOX, TOWNS, RAIN], "completion": [call(b=[1, "x"]), STONE], "tools": tools("b")},
+    ],
+    "conversations": [{"conversations": [{"from": "human", "value": "fox"}, {"from": "gpt", "value": "towns"}]}],
+}
+
+
+def make_chat_tokenizer(template: str = TOOLS_CHATML) -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def written(folder: Path, rows: list[dict[str, Any]]) -> str:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "rows.jsonl")
+
+
+def host(folder: Path, source: str, tokenizer: Any, **changes: Any) -> SFTTrainer:
+    """TRL's own trainer on the rows, for training and evaluation."""
+    options = {"output_dir": str(folder / "out"), "report_to": "none", "use_cpu": True, "bf16": False}
+    rows, args = read_rows(source), SFTConfig(**{**options, "per_device_eval_batch_size": 8, **changes})
+    return SFTTrainer(
+        make_model(max_position_embeddings=512), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("changes", [{}, {"assistant_only_loss": True}, {"completion_only_loss": False}])
+def test_a_row_has_the_tokens_and_labels_that_trl_trains_on(name: str, changes: dict, tmp_path: Path) -> None:
+    if "assistant_only_loss" in changes and name in ("text", "prompt and completion", "conversations"):
+        return  # refused by TRL
+    tokenizer = make_chat_tokenizer()
+    source = written(tmp_path, ROWS[name])
+    trained = host(tmp_path, source, tokenizer, **changes).train_dataset
+    reading = Reading(**{"assistant_only_loss": False, **changes}, as_trained=True)
+    read = list(read_texts(source, tokenizer, None, reading))
+    assert len(trained) == len(read) == len(ROWS[name])
+    for row, text, alone in zip(trained, read, ROWS[name], strict=True):
+        assert text.ids == row["input_ids"]
+        assert [id if one else -100 for id, one in zip(text.ids, text.predicted, strict=True)] == row["labels"]
+        assert read_text(alone, tokenizer, reading=reading).ids == text.ids, "a row does not depend on its neighbours"
+
+
+def test_a_template_that_marks_no_turns_is_marked_as_trl_marks_it(tmp_path: Path) -> None:
+    from trl.chat_template_utils import qwen2_5_chat_template
+
+    tokenizer, source = make_chat_tokenizer(qwen2_5_chat_template), written(tmp_path, ROWS["messages"])
+    trained = host(tmp_path, source, tokenizer, assistant_only_loss=True).train_dataset
+    read = list(read_texts(source, tokenizer, None, Reading(assistant_only_loss=True, as_trained=True)))
+    for row, text in zip(trained, read, strict=True):
+        assert text.ids == row["input_ids"]
+        assert [id if one else -100 for id, one in zip(text.ids, text.predicted, strict=True)] == row["labels"]
+
+
+@pytest.mark.parametrize("bos", ["<s>", None])
+@pytest.mark.parametrize("name", ["text", "prompt and completion", "messages", "tools", "chats in two parts"])
+def test_the_new_tasks_loss_is_what_the_host_evaluates(name: str, bos: str | None, tmp_path: Path) -> None:
+    """Prompts were counted, too: a run that had learned "got worse"."""
+    tokenizer = make_tokenizer(bos)
+    tokenizer.chat_template = TOOLS_CHATML
+    source = written(tmp_path, ROWS[name])
+    trainer = host(tmp_path, source, tokenizer)
+    evaluated = trainer.evaluate()["eval_loss"]
+    start: dict[str, Any] = {"start_token": "<|endoftext|>", "max_length": 512}
+    for texts in (load_texts(source, tokenizer, None, NEW_TASK), ROWS[name]):
+        report = measure(
+            make_model(max_position_embeddings=512),
+            trainer.model,
+            {},
+            tokenizer=tokenizer,
+            new_task={"task": texts},
+            **start,
+        )
+        assert report.data["new_task"]["task"]["loss"]["value"] == pytest.approx(evaluated, rel=2e-5)
+    pairs = name in ("prompt and completion", "chats in two parts")
+    assert report.data["settings"]["loss_tokens"] == {"task": "completions" if pairs else "all"}
+
+
+@pytest.mark.parametrize("changes", [{"assistant_only_loss": True}, {"completion_only_loss": False}])
+def test_which_tokens_count_may_be_said(changes: dict, tmp_path: Path) -> None:
+    name = "messages" if "assistant_only_loss" in changes else "prompt and completion"
+    tokenizer, source = make_chat_tokenizer(), written(tmp_path, ROWS[name])
+    trainer = host(tmp_path, source, tokenizer, **changes)
+    evaluated = trainer.evaluate()["eval_loss"]
+    report = measure(
+        make_model(max_position_embeddings=512),
+        trainer.model,
+        {},
+        tokenizer=tokenizer,
+        new_task={"task": ROWS[name]},
+        max_length=512,
+        **changes,
+    )
+    assert report.data["new_task"]["task"]["loss"]["value"] == pytest.approx(evaluated, rel=2e-5)
+
+
+def test_a_long_row_is_measured_as_the_host_cuts_it_and_beyond(tmp_path: Path) -> None:
+    row = {"prompt": "the fox jumps over", "completion": " " + make_texts(1, words=30)[0]}
+    tokenizer, source = make_chat_tokenizer(), written(tmp_path, [row])
+    trainer = host(tmp_path, source, tokenizer, max_length=16)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "new_task": {"task": [row]}, "max_length": 16}
+    first = measure(make_model(max_position_embeddings=512), trainer.model, {}, max_windows=1, **options).data[
+        "new_task"
+    ]["task"]["loss"]
+    assert first["value"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=2e-5)
+    whole = measure(make_model(max_position_embeddings=512), trainer.model, {}, **options).data["new_task"]["task"][
+        "loss"
+    ]
+    text = read_text(row, tokenizer, reading=NEW_TASK)
+    assert whole["num_tokens"] == sum(text.predicted) > first["num_tokens"]
+
+
+def test_what_an_old_text_was_given_is_context(tmp_path: Path) -> None:
+    """Prompts are nobody's prediction; nor are a user's turns, where the template tells them from the answers."""
+    tokenizer = make_chat_tokenizer()
+    for rows, name in ((ROWS["prompt and completion"], "completions"), (ROWS["messages"], "assistant turns")):
+        for document, row in zip(tokenize_documents(rows, tokenizer, 0, 64), rows, strict=True):
+            assert document.loss_tokens == name
+            (window,), (mask,) = document.windows, document.masks or []
+            assert window == [0, *tokenizer(row_text(row, tokenizer), add_special_tokens=False)["input_ids"]]
+            counted = [id for id, one in zip(window, mask, strict=True) if one]
+            answers = [turn["content"] for turn in row.get("messages", [TOWNS])]
+            expected = row.get("completion") or "".join(f"{answer}<|im_end|>\n" for answer in answers[1::2])
+            assert tokenizer.decode(counted).endswith(expected[-5:])
+            assert document.num_tokens == len(counted)
+            assert document.num_bytes == len(tokenizer.decode(counted).encode())
+    unmarked = make_chat_tokenizer(CHATML)
+    (document,) = tokenize_documents(ROWS["messages"][:1], unmarked, 0, 64)
+    assert (document.loss_tokens, document.masks) == ("all", None)
+    rows = load_replay_dataset(written(tmp_path, ROWS["prompt and completion"]), tokenizer, 0, 64)
+    assert rows.num_predictions.tolist() == [len(rows[at]) - 1 for at in range(2)], "replay holds prompts, too"
+
+
+def test_windows_of_a_prompt_alone_are_left_out() -> None:
+    tokenizer = make_chat_tokenizer()
+    row = {"prompt": make_texts(1, words=30)[0], "completion": " seven birds"}
+    (document,) = tokenize_documents([row], tokenizer, 0, 12)
+    assert [window[0] for window in document.windows] == [0] * len(document.windows)
+    assert document.num_bytes == len(" seven birds")
+    assert tokenize_documents([row], tokenizer, 0, 12, max_windows=1) == []
+
+
+def test_a_start_token_that_a_template_writes_is_no_text_to_predict() -> None:
+    """Bits per byte counted its characters: 0.8% too low."""
+    tokenizer = make_chat_tokenizer("<s>" + CHATML)
+    (document,) = tokenize_documents([{"messages": [FOX, TOWNS]}], tokenizer, 3, 64)
+    assert document.windows[0][:2] != [3, 3]
+    assert document.num_bytes == len(row_text({"messages": [FOX, TOWNS]}, tokenizer).removeprefix("<s>"))
+
+
+def test_prompts_see_the_tools_and_settings_of_their_chat() -> None:
+    tokenizer = make_chat_tokenizer()
+    row = {"messages": [FOX, TOWNS], "tools": tools("a"), "chat_template_kwargs": {"mood": "glad"}}
+    asked = prompt_text(row, tokenizer)
+    assert asked.startswith("<|im_start|>tools\n")
+    assert "mood glad" in asked
+    assert asked.endswith("<|im_start|>user\nthe fox<|im_end|>\n<|im_start|>assistant\n")
+    assert row_text(row, tokenizer).startswith(asked)
+
+
+# The verbs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model, rows of three forms, and a finetune of it on each form of loss."""
+    folder = tmp_path_factory.mktemp("world")
+    make_model(max_position_embeddings=512).save_pretrained(folder / "llama")
+    make_chat_tokenizer().save_pretrained(folder / "llama")
+    for name in ("messages", "prompt and completion"):
+        (folder / name[:4]).mkdir()
+        written(folder / name[:4], ROWS[name])
+    (folder / "wiki.txt").write_text("\n\n".join(make_texts(3, seed=3, words=30)))
+    return folder
+
+
+def run(world: Path, verb: str, **flags: Any) -> None:
+    words = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    assert main([verb, *words]) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "counted"),
+    [
+        ("prom", {}, "completions"),
+        ("prom", {"completion_only_loss": "false"}, "all"),
+        ("mess", {}, "all"),
+        ("mess", {"assistant_only_loss": "true"}, "assistant turns"),
+    ],
+)
+def test_a_run_is_measured_on_the_tokens_of_its_own_loss(
+    rows: str, flags: dict, counted: str, world: Path, tmp_path: Path
+) -> None:
+    """And its retention text, where one window of each document is asked for, as during training."""
+    source, base, text = world / rows / "rows.jsonl", world / "llama", f"wiki={world}/wiki.txt"
+    common: dict[str, Any] = {"max_length": 32, "output_dir": tmp_path / "out"}
+    evaluated: dict[str, Any] = {"eval_strategy": "steps", "eval_dataset_name": source, "per_device_eval_batch_size": 8}
+    step: dict[str, Any] = {
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "bf16": "false",
+        "use_cpu": "true",
+        "report_to": "none",
+    }
+    step |= {
+        "replay_coef": 0,
+        "save_strategy": "no",
+        "dataset_name": source,
+        "model_name_or_path": base,
+        "retention": text,
+    }
+    run(world, "finetune", **common, **evaluated, **step, **flags)
+    common |= {"output_dir": tmp_path / "report", "base": base, "model": tmp_path / "out", "max_windows": 1}
+    run(world, "measure", **common, retention=text, new_task=f"task={source}", max_new_tokens=0, num_resamples=100)
+    data = json.loads((tmp_path / "report" / "report.json").read_text())
+    last = [row for row in data["trajectory"] if "eval_loss" in row][-1]
+    assert data["new_task"]["task"]["loss"]["value"] == pytest.approx(last["eval_loss"], rel=2e-5)
+    assert data["retention"]["wiki"]["ref_kl"]["value"] == pytest.approx(last["retention/wiki/ref_kl"], rel=1e-4)
+    assert data["settings"]["loss_tokens"] == {"task": counted, "wiki": "all"}
+    assert data["training"]["loss_tokens"] == counted
+    assert data["training"]["retention_windows"] == 1
+    assert data["generations"] == [], "max_new_tokens 0 writes nothing"
+
+
+def test_a_chat_is_continued_where_its_answer_begins() -> None:
+    """The default prompt was cut inside of the system message."""
+    tokenizer = make_chat_tokenizer()
+    system = {"role": "system", "content": make_texts(1, words=30)[0]}
+    rows = [
+        {"messages": [system, FOX, TOWNS, RAIN, STONE]},
+        {"text": make_texts(1, words=30)[0]},
+        ROWS["conversations"][0],
+    ]
+    texts = [[read_text(row, tokenizer)] for row in rows]
+    chat, text, old_form = default_prompts(texts, tokenizer, 400)
+    assert chat.text == row_text({"messages": [system, FOX]}, tokenizer) + "<|im_start|>assistant\n"
+    assert rows[1]["text"].startswith(text.text)
+    assert (chat.chat, text.chat, old_form.chat) == (True, False, True)
+    assert old_form.text.startswith("<|im_start|>human\nfox")
+    assert default_prompts(texts, tokenizer, 30)[0] == text, "no room for the chat"
+
+
+def test_nothing_is_written_only_where_nothing_is_asked() -> None:
+    given: dict[str, Any] = {"base": "a", "model": "b", "output_dir": "c", "max_new_tokens": 0}
+    MeasureConfig(**given, retention=["wiki=w"])
+    for asked in ({"prompts": "p"}, {"refusals": ["r=r"]}, {"harmless": ["h=h"]}):
+        with pytest.raises(
+            ValueError, match="max_new_tokens: 0 writes nothing, and .* are to be answered; use at least 1"
+        ):
+            MeasureConfig(**given, **asked)
