@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_model, save_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from scipy import optimize, stats
 
 from retain import fit_forgetting_law
@@ -32,6 +34,7 @@ from retain.laws import (
     size,
 )
 from retain.loading import lora_num_params
+from retain.models import num_tuned
 from retain.projection import HUBER, fit_many
 
 # Published coefficients (papers.md, C). P per LoRA rank of Llama 2 7B.
@@ -1025,6 +1028,30 @@ def test_forms_of_one_output_have_figures_too():
         contours(law)
     with pytest.raises(ValueError, match="trajectories: the form 'quadratic' has one output"):
         trajectories(law)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("settings", [
+    {"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens", "q_proj"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "norm"]},
+    {"target_modules": ["q_proj"], "trainable_token_indices": [7, 9]},
+    {"target_modules": "all-linear", "use_dora": True},
+])  # fmt: skip
+def test_the_frozen_weights_beside_an_adapter_are_not_counted(settings, tmp_path):
+    """PEFT saves the base's embeddings with an adapter on them."""
+    adapted = get_peft_model(make_model(), LoraConfig(r=2, **settings))
+    adapted.save_pretrained(tmp_path)
+    assert tuned_params(tmp_path) == num_tuned(adapted)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_the_embeddings_of_a_grown_vocabulary_are_not_counted(tmp_path):
+    """PEFT saves them, too, frozen as they are."""
+    adapted = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    assert tuned_params(tmp_path) == num_tuned(adapted)
 
 
 def test_a_run_says_itself_how_many_parameters_it_tuned(tmp_path):

@@ -78,13 +78,13 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         raise ValueError(f"{what}: cannot read {str(path)!r} (not JSON: {str(error)[:80]}); {remedy}") from error
 
 
-def read_settings(folder: Path, shape: Any = MAPPING) -> dict[str, Any]:
-    """What a run keeps in its `retain_config.json`; nothing where there is none.
+def read_settings(folder: Path, shape: Any = MAPPING, file: str = CONFIG_FILE) -> dict[str, Any]:
+    """What a run keeps in its `retain_config.json` (or another `file`); nothing where there is none.
 
     Raises:
         ValueError: for a file that is damaged.
     """
-    path, remedy = folder / CONFIG_FILE, "restore it, or make the run again"
+    path, remedy = folder / file, "restore it, or make the run again"
     if not path.is_file():
         return {}
     found: dict[str, Any] = read_json(path, "settings", remedy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ RECIPE = {  # what a law cannot see, by where `retain_config.json` has it
     "gradient_accumulation_steps": "training_arguments",
 }  # fmt: skip
 NO_NAME = (None, "")
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
 OF_A_RUN = ("num_params", "tokens_per_param", "replay_share")
 
 
@@ -277,11 +278,26 @@ def tuned_params(folder: Path) -> int:
     files = sorted(folder.glob("adapter_model.safetensors")) or sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"num_params: {folder} holds no adapter and no model; keep it there, or give a table")
+    frozen = _frozen_beside_adapter(folder) if files[0].name.startswith("adapter") else lambda name: False
     count = 0
     for file in files:
         try:
             with safe_open(file, framework="np") as weights:
-                count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+                tuned = [name for name in weights.keys() if not frozen(name)]  # noqa: SIM118
+                count += sum(math.prod(weights.get_slice(name).get_shape()) for name in tuned)
         except SafetensorError as error:
             raise ValueError(f"num_params: {str(file)!r} is damaged ({error}); finetune again") from error
     return count
+
+
+def _frozen_beside_adapter(folder: Path) -> Callable[[str], bool]:
+    """Says which of an adapter's file are its base's weights: PEFT saves embeddings that it wrapped, or that grew."""
+    settings = read_settings(folder, file="adapter_config.json")
+    tuned = tuple(settings.get("modules_to_save") or ())
+
+    def frozen(name: str) -> bool:
+        module, _, kind = name.rpartition(".")
+        embedding = kind == "weight" and module.endswith(EMBEDDINGS)
+        return module.endswith(".base_layer") or (embedding and not module.endswith(tuned))
+
+    return frozen
