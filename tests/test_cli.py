@@ -72,8 +72,8 @@ MEASURE = (
 BAD_INPUT = {
     "windows too long": (MEASURE.replace("--max_length 24", "--max_length 999"), "max_length: 999 is more than this"),
     # the model
-    "missing model": (SAMPLE.replace("{w}/llama", "{t}/nothing"), "model: no folder or file"),
-    "unknown Hub id": (SAMPLE.replace("{w}/llama", "nobody/nothing"), "model: cannot load"),
+    "missing model": (SAMPLE.replace("{w}/llama", "{t}/nothing"), "model_name_or_path: no folder or file"),
+    "unknown Hub id": (SAMPLE.replace("{w}/llama", "nobody/nothing"), "model_name_or_path: cannot load"),
     "no model": ("sample --output_dir {t}/out", "model_name_or_path: missing; give --model_name_or_path"),
     "no model to finetune": (REPLAY.replace("--model_name_or_path {w}/llama", ""), "model_name_or_path: missing; give"),
     "missing tuned model": (MEASURE.replace("--model {w}/llama", "--model {t}/nothing"), "model: no folder or file"),
@@ -170,7 +170,7 @@ BAD_INPUT = {
     ),
     "no model folder": (
         SAMPLE.replace("{w}/llama", "nowhere/"),
-        "model: no folder or file 'nowhere/'; give a folder, a GGUF file or a Hub id",
+        "model_name_or_path: no folder or file 'nowhere/'; give a folder, a GGUF file or a Hub id",
     ),
     "no replay folder": (REPLAY.replace("{w}/replay", "nowhere/"), "data: no file 'nowhere/'; check the path"),
     "a word of no flag": (REPLAY + " --report_to none wandb", "wandb: belongs to no flag"),

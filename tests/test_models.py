@@ -21,7 +21,6 @@ from retain.models import (
     StartToken,
     base_parameter_name,
     choose_start_token,
-    display_name,
     max_positions,
     model_fingerprint,
     num_parameters,
@@ -52,6 +51,39 @@ def test_a_bos_that_opens_the_conversation_once_still_does():
     tokenizer = make_tokenizer(bos="<s>")
     tokenizer.chat_template = "{{ bos_token }}" + CHATML
     assert choose_start_token(tokenizer).token == "<s>"
+
+
+# As in Llama-2-chat: every exchange is written as a document of its own.
+EXCHANGES = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("opens_plain_text", [True, False])
+def test_a_bos_that_opens_exchanges_is_no_role_marker(opens_plain_text):
+    """It stands at users' turns alone: fastchat#2736. Else documents would start with `</s>`, which ends them."""
+    raw = json.loads(make_tokenizer().backend_tokenizer.to_str().replace("<|endoftext|>", "</s>"))
+    from tokenizers import Tokenizer, processors
+
+    backend = Tokenizer.from_str(json.dumps(raw))
+    if opens_plain_text:
+        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 3)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = EXCHANGES
+    assert choose_start_token(tokenizer) == StartToken(3, "<s>", "the tokenizer's bos_token")
+
+
+def test_a_bos_that_the_tokenizer_puts_before_plain_text_starts_documents():
+    """Also where the chat template repeats it."""
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer(bos="<|im_start|>")
+    opening = processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    tokenizer.backend_tokenizer.post_processor = opening
+    tokenizer.chat_template = CHATML
+    assert choose_start_token(tokenizer).token == "<|im_start|>"
 
 
 def test_a_template_that_rejects_the_probe_is_read_as_text():
@@ -417,21 +449,12 @@ def test_a_missing_tokenizer_is_named_in_one_line(tmp_path):
 
 def test_a_tuned_model_with_another_tokenizer_is_refused(tmp_path):
     tokenizer = make_tokenizer()
+    make_model().config.save_pretrained(tmp_path)
     tokenizer_of_tuned(str(tmp_path), tokenizer)  # no tokenizer there: nothing to compare
     other = copy.deepcopy(tokenizer)
     save_model(tmp_path)
     tokenizer_of_tuned(str(tmp_path), tokenizer)
     other.add_tokens(["<new>"])
     other.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is not the base's"):
+    with pytest.raises(ValueError, match="the tokenizer in .* has 1 token more than the base's: '<new>'"):
         tokenizer_of_tuned(str(tmp_path), tokenizer)
-
-
-def test_a_cached_model_is_called_by_its_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path))
-    assert (
-        display_name(str(tmp_path / "models" / "SmolLM2-135M-Instruct.Q4_1-0123456789ab"))
-        == "SmolLM2-135M-Instruct.Q4_1"
-    )
-    assert display_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
-    assert display_name("out/") == "out/"

@@ -55,7 +55,7 @@ def test_sampled_rows_are_the_model_s_own_to_the_trainer(model: torch.nn.Module,
     folder = sample_replay(model, tokenizer, tmp_path, num_rows=2, max_length=12)
     rows = load_replay_dataset(str(folder), tokenizer, 0, 12)
     assert rows.manifest is not None
-    assert rows.manifest["model"] == "SmolLM2-135M-Instruct.Q4_1"
+    assert rows.manifest["model"] == MODEL
 
 
 def test_the_model_against_itself_shows_no_forgetting(model: torch.nn.Module) -> None:

@@ -102,12 +102,15 @@ def _complain(line: str) -> None:
 
 def quiet_libraries() -> None:
     """Keep what neighbours say about themselves out of the way of what the user asked for."""
+    import warnings
+
     import datasets
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", "Could not find a config file in")  # PEFT, of an adapter whose base is a package
 
 
 def sample(argv: list[str]) -> None:

@@ -40,7 +40,7 @@ def run_export(config: ExportConfig) -> str:
     check_shape(rows.manifest, NEEDED, f"replay_dataset: {str(folder / MANIFEST)!r} is damaged", REMEDY)
     assert rows.manifest is not None
     name = config.model_name_or_path or rows.manifest["model"]
-    tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code, field="model_name_or_path")
     if tokenizer_fingerprint(tokenizer) != rows.manifest["tokenizer_fingerprint"]:
         raise ValueError(f"model_name_or_path: {name!r} has another tokenizer than the one that wrote these rows")
     written: Sequence[dict[str, Any]]

@@ -14,7 +14,7 @@ from retain.config import FinetuneConfig, check_number
 from retain.data import hub_name, is_local_file, named_sources, read_rows
 from retain.half_life import apply_half_life, check_half_life
 from retain.inputs import load_for_training
-from retain.loading import load_tokenizer, resolve_model_path
+from retain.loading import load_tokenizer
 from retain.models import choose_start_token, default_device, length_that_fits
 from retain.protection import check_replay_every, expected_steps
 from retain.replay import load_texts
@@ -50,8 +50,9 @@ def run_finetune(
     sources = named_sources(config.retention, "retention")
     check_best_metric(training_args, logged_names(sources))
     train_dataset, eval_dataset = new_rows(script_args, dataset_args, training_args, config)
-    name = resolve_model_path(model_args.model_name_or_path)
+    name = model_args.model_name_or_path
     options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    options["field"] = "model_name_or_path"
     tokenizer = load_tokenizer(name, **options)
     retention = {text: load_texts(path, tokenizer, config.retention_max_documents) for text, path in sources.items()}
     say = _say if training_args.process_index == 0 else lambda line: None

@@ -48,7 +48,7 @@ def run_measure(config: MeasureConfig, say: Callable[[str], object]) -> Forgetti
         name: named_sources(getattr(config, name), name)
         for name in ("retention", "new_task", "choices", "refusals", "harmless")
     }
-    tokenizer = load_tokenizer(config.base, revision=config.model_revision, trust_remote_code=trust)
+    tokenizer = load_tokenizer(config.base, revision=config.model_revision, trust_remote_code=trust, field="base")
     run = read_run(Path(config.model))
     sources = load_sources(config, named, tokenizer, run.get("training") or {})
     tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=trust)
@@ -200,6 +200,7 @@ def load_both(config: MeasureConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
         revision=config.model_revision,
         trust_remote_code=config.trust_remote_code,
         device=default_device(),
+        field="base",
     )
     tuned = load_model(
         str(config.model),
@@ -228,5 +229,6 @@ def other_base(config: MeasureConfig, base: PreTrainedModel, tuned: Any) -> list
 def load_judge(config: MeasureConfig, base: PreTrainedModel) -> Judge:
     """The judge, on the device of the base."""
     name, trust = str(config.judge), config.trust_remote_code
-    model = load_model(name, dtype=config.dtype, trust_remote_code=trust, device=base.device)
-    return Judge(model, load_tokenizer(name, trust_remote_code=trust))
+    of_judge: dict[str, Any] = {"trust_remote_code": trust, "field": "judge"}
+    model = load_model(name, dtype=config.dtype, device=base.device, **of_judge)
+    return Judge(model, load_tokenizer(name, **of_judge))

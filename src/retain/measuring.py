@@ -17,7 +17,6 @@ from retain.data import OLD_TEXT, Document, Reading, Text, as_documents, without
 from retain.measured_texts import TextOptions, measure_texts
 from retain.models import (
     choose_start_token,
-    display_name,
     length_that_fits,
     model_fingerprint,
     num_parameters,
@@ -164,7 +163,7 @@ def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
 
 def _header(cache: BaseCache, tuned: PreTrainedModel, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     def identity(model: PreTrainedModel, fingerprint: str) -> dict[str, Any]:
-        name = display_name(model.config._name_or_path)
+        name = model.name_or_path
         return {"model": name, "fingerprint": fingerprint, "num_params": num_parameters(model)}
 
     base = cache.base

@@ -60,6 +60,7 @@ class StartToken:
 def choose_start_token(tokenizer: PreTrainedTokenizerBase, override: str | int | None = None) -> StartToken:
     """Choose the document start: BOS, unless it is missing or a chat role marker; then the document separator.
 
+    A BOS that the tokenizer itself puts before plain text starts documents, also where a chat template repeats it.
     SmolLM2-Instruct's BOS opens every chat turn and Qwen has none; both separate documents by `<|endoftext|>`.
 
     Raises:
@@ -68,7 +69,7 @@ def choose_start_token(tokenizer: PreTrainedTokenizerBase, override: str | int |
     if override is not None:
         return _start_token_by_name(tokenizer, override)
     bos = tokenizer.bos_token
-    if bos is not None and not _is_chat_marker(tokenizer, bos):
+    if bos is not None and (_opens_plain_text(tokenizer) or not _is_chat_marker(tokenizer, bos)):
         return StartToken(int(tokenizer.bos_token_id), str(bos), "the tokenizer's bos_token")
     why = "there is no bos_token" if bos is None else f"bos_token {bos!r} is a chat role marker"
     vocabulary = tokenizer.get_vocab()
@@ -89,13 +90,17 @@ def _start_token_by_name(tokenizer: PreTrainedTokenizerBase, override: str | int
     raise ValueError(f"start_token: {override!r} is not in the vocabulary; give one of its tokens or ids")
 
 
+def _opens_plain_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
 def _is_chat_marker(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
-    """Whether the chat template writes `token` around turns: more than once in a conversation of three."""
+    """Whether the chat template writes `token` at every turn; Llama-2-chat's BOS opens users' turns alone."""
     if not tokenizer.chat_template:
         return False
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False)).count(str(token)) > 1
+        return str(tokenizer.apply_chat_template(turns, tokenize=False)).count(str(token)) >= len(turns)
     except Exception:  # a template is the checkpoint's own program and may reject these turns in any way
         return f"'{token}'" in str(tokenizer.chat_template) or str(token).startswith("<|im_")
 
@@ -152,12 +157,6 @@ def model_fingerprint(model: Any) -> str:
         total, weighted = sums_of_bits(parameter, lambda values: values.to(torch.bfloat16).view(torch.int16))
         digest.update(f"{base_name}:{tuple(parameter.shape)}:{total}:{weighted}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def display_name(name: str) -> str:
-    """A model's name for people: a dequantised model's file rather than its folder in the cache."""
-    path = Path(name)
-    return path.name.rpartition("-")[0] if path.parent == cache_dir() / "models" else name
 
 
 def unlike(base: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -13,7 +13,6 @@ from retain.callbacks import weights_step
 from retain.config import ReplayConfig
 from retain.data import Document
 from retain.metrics import logits_at
-from retain.models import display_name
 from retain.reference import Reference
 from retain.report import ForgettingReport
 from retain.trajectory import Sets, Tables, add_to_metrics, evaluated_set, logged, measure_texts
@@ -103,7 +102,7 @@ class RetentionMixin(Host):
         table = self._retention_table()
         if not (self.is_world_process_zero() and table and path.exists()):
             return
-        name = display_name(self.model.config._name_or_path) or type(self.model).__name__
+        name = self.model.name_or_path or type(self.model).__name__
         data = {
             "name": path.parent.name,
             "base": {"model": name},

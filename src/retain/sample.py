@@ -45,6 +45,7 @@ def run_sample(config: SampleConfig) -> Path:
     assert config.model_name_or_path is not None
     assert config.output_dir is not None
     options: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+    options["field"] = "model_name_or_path"
     tokenizer = load_tokenizer(config.model_name_or_path, **options)
     start = choose_start_token(tokenizer, config.start_token)
     rows = enumerate(read_rows(config.prompts), start=1) if config.prompts else ()

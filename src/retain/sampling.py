@@ -23,7 +23,6 @@ from retain.files import exclusive, write_json
 from retain.models import (
     StartToken,
     choose_start_token,
-    display_name,
     length_that_fits,
     model_fingerprint,
     tokenizer_fingerprint,
@@ -184,7 +183,7 @@ def _manifest(
 
     return {
         "schema": SCHEMA,
-        "model": display_name(model.config._name_or_path),
+        "model": model.name_or_path,
         "model_fingerprint": model_fingerprint(model),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "start_token": {"id": start.id, "token": start.token, "reason": start.reason},

@@ -21,7 +21,7 @@ from trl import SFTTrainer
 from retain.budget import ForgettingBudget
 from retain.callbacks import BUDGET_FILE, BeforeTheWeightsMove, RunFilesCallback
 from retain.config import ReplayConfig
-from retain.files import write_json
+from retain.files import write_json, write_text
 from retain.heads import reshard
 from retain.inputs import ProtectedInputs, load_for_training
 from retain.protection import check_noise, check_replay_every, check_weights, says_nothing_protects
@@ -318,3 +318,10 @@ class ReplayTrainer(ReplayMixin, Trainer):
 
 class ReplaySFTTrainer(ReplayMixin, SFTTrainer):
     """`trl.SFTTrainer` with replay."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As TRL does; but a base that is no Hub id is named, where TRL writes None."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            card, base = Path(self.args.output_dir, "README.md"), Path(self.model.name_or_path).name
+            write_text(card, card.read_text().replace("[None](https://huggingface.co/None)", f"`{base}`"))
