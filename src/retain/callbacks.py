@@ -167,14 +167,35 @@ class RunFilesCallback(TrainerCallback):
             append_jsonl(Path(args.output_dir) / METRICS_FILE, {"step": state.global_step, "kept_step": self.kept})
 
 
-class BeforeTheWeightsMove(TrainerCallback):
-    """Run a check when a step's gradients are made, whatever the host makes them with."""
+class ProtectionChecks(TrainerCallback):
+    """Run the checks of a protected run where the host gets to, whatever it trains with.
 
-    def __init__(self, check: Callable[[], None]) -> None:
-        self.check = check
+    Args:
+        of_step: when a step's gradients are made, before the weights move.
+        of_reference: before the weights first move, at evaluations and checkpoints, and at the end.
+        of_run: at the end.
+    """
+
+    def __init__(
+        self, of_step: Callable[[], None], of_reference: Callable[[], None], of_run: Callable[[], None]
+    ) -> None:
+        self.of_step, self.of_reference, self.of_run = of_step, of_reference, of_run
+        self.begun = False
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.check()
+        self.of_step()
+        if not self.begun:  # not earlier: FSDP2 takes the dtypes of what its first forward pass trains
+            self.of_reference()
+        self.begun = True
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.of_reference()
+
+    on_save = on_evaluate
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.of_reference()
+        self.of_run()
 
 
 class StopWithCheckpoint(TrainerCallback):

@@ -615,7 +615,7 @@ class FitConfig:
     )
     form: str = field(
         default="joint",
-        metadata=_say("joint, linear, finetuning, forgetting, injection, size, saturation or quadratic: docs/laws.md."),
+        metadata=_say("joint, linear, finetuning, forgetting, injection, size, saturation or quadratic."),
     )
     output: str | None = field(default=None, metadata=_say("File for the law, .json."))
     rivals: list[str] = field(

@@ -28,10 +28,15 @@ from retain.callbacks import RunFilesCallback, weights_step
 from retain.capabilities.choices import Inputs, Question, choice_scores, chosen, encode_questions
 from retain.data import Document
 from retain.files import read_settings
-from retain.heads import HeadForm, at_head, find_head_form
+from retain.heads import HeadForm, at_head, find_head_form, reshard
 from retain.metrics import Forward, batches, logits_at, padded
 from retain.models import choose_start_token, max_positions, model_fingerprint, num_tuned, unlike
-from retain.protection import check_base_is_frozen, see_the_base_everywhere
+from retain.protection import (
+    check_base_is_frozen,
+    check_forward_passes,
+    check_predicts_tokens,
+    see_the_base_everywhere,
+)
 from retain.reference import Reference, evaluation_mode, probe
 from retain.remembered import RememberedBase
 from retain.trajectory import (
@@ -109,7 +114,7 @@ class ForgettingCallback(RunFilesCallback):
         self._is_logged = True
         self._inputs: dict[str, Inputs] = {}
         self._base_answers: dict[str, list[int]] = {}
-        self._is_in_train = False
+        self._is_in_train = self._begun = False
 
     # What the trainer calls
 
@@ -127,6 +132,11 @@ class ForgettingCallback(RunFilesCallback):
         self.reference.to(args.device)
         self.tables, self._sets, self._is_in_train = {}, {}, True
         super().on_train_begin(args, state, control)
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any, **kwargs: Any) -> None:
+        if not self._begun:
+            self._prove_again(model, state)
+        self._begun = True
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._is_in_train = False
@@ -161,6 +171,7 @@ class ForgettingCallback(RunFilesCallback):
     def _measure(self, step: int, args: Any, state: Any, model: Any) -> None:
         assert self.reference is not None
         self.reference.to(args.device)
+        self._prove_again(model, state)
         asks = len(self.tables) % self.choices_every == 0
         ref_forward, forward = self._forwards(model)
         with evaluation_mode(model):
@@ -194,6 +205,8 @@ class ForgettingCallback(RunFilesCallback):
 
     def _take_base(self, args: TrainingArguments, model: Any, processing_class: Any) -> None:
         see_the_base_everywhere(may_change=False)
+        check_predicts_tokens(model)
+        check_forward_passes(model, args)
         asked = [f"choices/{name}/agreement" for name in self.choices] if self.choices_every == 1 else []
         check_best_metric(args, [*logged_names(self.retention), *asked])
         tokenizer = self.tokenizer or getattr(processing_class, "tokenizer", processing_class)
@@ -244,6 +257,16 @@ class ForgettingCallback(RunFilesCallback):
                 raise ValueError(f"base: the model as the trainer got it does not show its base ({why}); {GIVE_BASE}") \
                     from error  # fmt: skip
         return reference
+
+    def _prove_again(self, model: Any, state: TrainerState) -> None:
+        assert self.reference is not None
+        try:
+            with self._autocast(model.device):
+                self.reference.prove_again(model, extract_model_from_parallel(model), state.global_step)
+            reshard(model)
+        except ValueError as error:
+            what = f"it gives other predictions at step {state.global_step} than when training began"
+            raise ValueError(f"base: {what} (an adapter merged into it?), so it is none; {GIVE_BASE}") from error
 
     def _remember(self, model: Any, args: TrainingArguments) -> RememberedBase:
         """The base's hidden states, made in the batches in which they will be compared, so that the start is exact."""

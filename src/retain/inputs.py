@@ -10,7 +10,7 @@ from typing import Any
 
 from retain import versions
 from retain.data import as_documents, without_copies
-from retain.heads import find_head_form
+from retain.heads import find_head_form, reshard
 from retain.loading import load_model, load_tokenizer
 from retain.losses import Head
 from retain.models import choose_start_token, length_that_fits, model_fingerprint, num_tuned, tokenizer_fingerprint
@@ -18,7 +18,9 @@ from retain.objective import ReplayTerm, stored_error
 from retain.protection import (
     check_base_is_frozen,
     check_devices,
+    check_forward_passes,
     check_held_out,
+    check_predicts_tokens,
     check_rows_fit,
     check_whole,
     expected_steps,
@@ -28,7 +30,7 @@ from retain.protection import (
     takes_cache,
     training_rows,
 )
-from retain.reference import Reference, evaluation_mode, probe
+from retain.reference import Reference, check_same_model, evaluation_mode, probe
 from retain.remembered import RememberedBase
 from retain.replay import ReplayDataset, load_replay_dataset, verify_replay
 from retain.retention import RetentionMixin
@@ -59,6 +61,8 @@ class ProtectedInputs(RetentionMixin):
         config = self.replay_config
         see_the_base_everywhere(may_change=False)
         check_whole(model)
+        if config.draws_replay or config.adds_replay_term or retention:
+            check_predicts_tokens(model)
         self.replay_dataset, self.retention_documents, self.reference = None, {}, None
         self._row_edges: set[int] = set()  # tokens that open or close rows
         own_rows = True
@@ -68,10 +72,11 @@ class ProtectedInputs(RetentionMixin):
         self._check_rows(model)
         has_adapter = kwargs.get("peft_config") is not None or hasattr(model, "disable_adapter")
         self.uses_cache = takes_cache(config, self.replay_dataset, own_rows=own_rows)
-        if (config.uses_reference and not self.uses_cache) or self.retention_documents:
-            if has_adapter or not self.uses_cache:
-                self.reference = make_reference(config, model, has_adapter=has_adapter)
+        if config.uses_reference or self.retention_documents:
             self._base_probe = probe(model)
+        measured = bool(self.retention_documents)
+        if (measured and has_adapter) or ((measured or config.uses_reference) and not self.uses_cache):
+            self.reference = make_reference(config, model, has_adapter=has_adapter)
 
     def prove_reference(self) -> None:
         """Show that the reference, or what was stored of it, is the base, now that the host trainer is built.
@@ -80,10 +85,14 @@ class ProtectedInputs(RetentionMixin):
             ValueError: if it is not.
         """
         config, model, rows = self.replay_config, self.model, self.replay_dataset
-        check_devices(self.args)
+        check_devices(self)
         if self.retention_documents:  # the rows are tokenised by now
             trained_on = training_rows(getattr(self, "train_dataset", None))
             check_held_out(trained_on, self.retention_documents, "training rows", self._row_edges)
+        if config.uses_reference or self.retention_documents:
+            check_same_model(model, self._base_probe)
+        if config.adds_replay_term or self.retention_documents:
+            check_forward_passes(model, self.args)
         form = find_head_form(model) if config.adds_replay_term else None
         module, ref_head = model.get_output_embeddings(), None
         if self.reference is None and self.retention_documents:
@@ -111,6 +120,18 @@ class ProtectedInputs(RetentionMixin):
         if self.uses_cache:
             self._prove_stored()
             self.replay_term.to(self.accelerator.device)
+
+    def prove_reference_again(self) -> None:
+        """Show that the reference still gives what it gave when training began.
+
+        Raises:
+            ValueError: if it was changed since, or follows the model.
+        """
+        if self.reference is not None:
+            with self.accelerator.autocast():
+                unwrapped = self.accelerator.unwrap_model(self.model)
+                self.reference.prove_again(self.model, unwrapped, self.state.global_step)
+            reshard(self.model)
 
     def _remember(self, head: Head) -> Reference:
         texts = self.retention_documents.values()
@@ -236,6 +257,11 @@ class ProtectedInputs(RetentionMixin):
         lines = [f"protection: {config.replay_objective}, {self._strength()}"]
         if self.replay_config.uses_reference:
             lines[0] += f", reference {self.reference_kind} (proven to be the base)"
+        if self.is_fsdp_enabled and self.reference is not None and self.reference.kind == "copy":
+            lines.append(
+                f"reference: a copy on every device, {self.reference.num_bytes / 1e9:.1f} GB, which FSDP leaves whole; "
+                "an adapter, or rows sampled with --store_reference hidden, need none"
+            )
         if not config.draws_replay:
             lines += [f"{line} by replay_objective {config.replay_objective}" for line in unused]
         elif rows is not None:
@@ -244,7 +270,10 @@ class ProtectedInputs(RetentionMixin):
             share = f"{self.replay_batch_size} per device and micro-batch{often}"
             lines.append(f"replay: {len(rows)} rows, {kind}; {share}")
             if self._opens_otherwise():
-                lines.append("new rows do not open with the document start, replay rows do: docs/footguns.md")
+                lines.append(
+                    "new rows do not open with the document start, and replay rows do: measure forgetting on answers "
+                    "to prompts, too (retain measure --prompts)"
+                )
         return lines
 
     def _opens_otherwise(self, most: int = 16) -> bool:

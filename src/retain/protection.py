@@ -26,15 +26,16 @@ SHORT = 16  # tokens below which a row may be another's by chance
 NO_TOKENS = ("type_ids", "position_ids")  # columns of integers that are no tokens end so
 
 
-def check_devices(args: Any) -> None:
-    """Refuse devices on which replay would be wrong, or end in an error of torch's.
+def check_devices(trainer: Any) -> None:
+    """Refuse devices, and ways to share a model over them, on which replay would be wrong, or end in torch's error.
 
     Args:
-        args: the host trainer's, once it is built: it counts a model that is spread over GPUs as on one.
+        trainer: the host, once it is built: it counts a model that is spread over GPUs as on one.
 
     Raises:
         ValueError: with what to do instead.
     """
+    args = trainer.args
     if args.n_gpu > 1:  # nn.DataParallel gives each copy a part of the rows, and the whole mask
         raise ValueError(
             f"devices: {args.n_gpu} GPUs and one process; start it with accelerate launch --num_processes "
@@ -42,6 +43,44 @@ def check_devices(args: Any) -> None:
         )
     if args.device.type == "mps":
         raise ValueError("devices: mps has no float64, in which sums are held; set use_cpu true")
+    sizes = {"tp_size": trainer.get_tp_size(), "cp_size": trainer.get_cp_size(), "sp_size": trainer.get_sp_size()}
+    for name, size in sizes.items():
+        if size > 1:  # replay rows are drawn by process
+            raise ValueError(
+                f"devices: {name} {size} gives the processes that share one model different replay rows; set it 1, "
+                "and use data parallelism (DDP, FSDP2 or DeepSpeed ZeRO)"
+            )
+    if trainer.is_fsdp_xla_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
+        raise ValueError("devices: FSDP1 and XLA's FSDP were never tried with replay; set fsdp_version 2")
+
+
+def check_predicts_tokens(model: Any) -> None:
+    """Refuse a model whose logits are not of shape (rows, length, vocabulary), each from what came before.
+
+    Raises:
+        ValueError: naming the model.
+    """
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"model: {type(model).__name__} has no head that predicts each next token; replay and retention need a "
+            "causal language model (AutoModelForCausalLM)"
+        )
+
+
+def check_forward_passes(model: Any, args: Any) -> None:
+    """Refuse activated LoRA with checkpointing: PEFT then takes one forward pass for each backward pass.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    adapters = getattr(model, "peft_config", {}).values()
+    activated = any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters)
+    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+    if activated and (args.gradient_checkpointing or layers):
+        raise ValueError(
+            "gradient_checkpointing: true, and aLoRA (alora_invocation_tokens) allows only one forward pass a step "
+            "then, without the base's and the replay rows'; set it false"
+        )
 
 
 def check_rows_fit(rows: ReplayDataset, model: Any) -> None:
@@ -138,7 +177,8 @@ def expected_steps(args: Any, rows: Any) -> int:
     """Optimizer steps of a run over these rows; for a stream what `max_steps` says."""
     if args.max_steps > 0 or not hasattr(rows, "__len__"):
         return int(args.max_steps)
-    batches = -(-len(rows) // (args.train_batch_size * args.world_size))
+    size = args.train_batch_size * args.world_size
+    batches = len(rows) // size if args.dataloader_drop_last else -(-len(rows) // size)
     return math.ceil(args.num_train_epochs * max(1, -(-batches // args.gradient_accumulation_steps)))
 
 
@@ -155,12 +195,12 @@ def check_replay_every(config: ReplayConfig, steps: int) -> None:
         )
 
 
-def says_nothing_protects(steps: int) -> ValueError:
-    """What a KL of exactly 0 after so many steps can come from."""
+def zero_kl_error(steps: int) -> ValueError:
+    """What a KL that was exactly 0 to the end of a run can come from; that the reference stays was shown."""
     return ValueError(
-        f"replay/kl: exactly 0 after {steps} steps: either the reference moves with the model, so nothing protects it, "
-        "or the weights do not move at this learning_rate and dtype, or only tokens are trained that no replay row "
-        "holds (TrainableTokensConfig: give rows that do); check these"
+        f"replay/kl: exactly 0 after {steps} steps: either the weights do not move at this learning_rate and dtype, or "
+        "only tokens are trained that no replay row holds (TrainableTokensConfig: give rows that do), so nothing "
+        "protects the model; check these"
     )
 
 
@@ -247,7 +287,7 @@ def loaded_whole(args: Any) -> Iterator[None]:
 
 
 def check_whole(model: Any) -> None:
-    """Refuse a model whose weights DeepSpeed's ZeRO-3 has already shared out.
+    """Refuse a model whose weights are shared out already, by DeepSpeed's ZeRO-3 or over a device mesh.
 
     Raises:
         ValueError: with what to do instead.
@@ -256,6 +296,11 @@ def check_whole(model: Any) -> None:
         raise ValueError(
             "model: its weights were shared out by ZeRO-3 when it was loaded; the base must be seen on every process: "
             "give the model by name, or load it before the training arguments are made"
+        )
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):  # torch's DTensor
+        raise ValueError(
+            "model: its weights were shared out over a device mesh when it was loaded (tp_plan, distributed_config); "
+            "the base must be seen on every process: load it whole, and let the trainer share it (FSDP2)"
         )
 
 

@@ -16,9 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from retain.losses import kl_divergence
+
 PROBE_SHAPE = (2, 16)
 # Largest difference of log-probabilities, relative to their spread, that kernels and devices may cause.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Largest KL, nats per token, between what one reference says at two moments of a run: in float32, and in less.
+MAX_DRIFT, MAX_DRIFT_HALF = 1e-5, 1e-3
 
 
 @contextmanager
@@ -53,7 +57,7 @@ def probe_tokens(vocab_size: int) -> Int[Tensor, "rows length"]:
 @torch.no_grad()
 def probe(model: Any) -> Float[Tensor, "rows length vocab"]:
     """A model's log-probabilities on the probe tokens, without dropout, on the CPU in float32."""
-    tokens = probe_tokens(model.get_input_embeddings().weight.shape[0]).to(model.device)
+    tokens = probe_tokens(model.config.get_text_config().vocab_size).to(model.device)  # a shard of weights has no size
     with evaluation_mode(model):
         return torch.log_softmax(model(input_ids=tokens, use_cache=False).logits.float(), dim=-1).cpu()
 
@@ -67,6 +71,7 @@ class Reference:
 
     def __init__(self, ref_model: nn.Module | None = None) -> None:
         self.ref_model = ref_model
+        self._begun: Tensor | None = None  # its probe when training began
 
     @classmethod
     def copy_of(cls, model: nn.Module) -> Reference:
@@ -86,6 +91,11 @@ class Reference:
     @property
     def kind(self) -> str:
         return "adapter" if self.ref_model is None else "copy"
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of a copy's weights."""
+        return 0 if self.ref_model is None else sum(value.nbytes for value in self.ref_model.parameters())
 
     def to(self, device: torch.device) -> None:
         """Move a copy to the device of the model being trained."""
@@ -117,29 +127,84 @@ class Reference:
         return bool(shared) or runs_through(self.ref_model, model)
 
     def prove(self, model: Any, base_probe: Float[Tensor, "rows length vocab"]) -> None:
-        """Show that the reference gives the base's predictions.
+        """Show that the reference gives the base's predictions, and stays when the model moves.
 
         Raises:
             ValueError: if it does not, with the remedy.
         """
+        if self.moves_with(model):
+            raise ValueError(
+                "replay_reference: the reference moves with the model (they share weights or a forward pass), so "
+                "nothing protects it; load the model anew and give it to one trainer"
+            )
         with self.base(model, model) as base:
             found = probe(base)
-        if found.shape[:-1] != base_probe.shape[:-1]:  # virtual tokens of a prompt that was handed over
+        if found.shape != base_probe.shape:  # virtual tokens of a prompt that was handed over
             raise ValueError(
                 f"replay_reference: {self.kind!r} does not give the base's predictions; hand over the base, and the "
                 "adapter as peft_config"
             )
-        if found.shape != base_probe.shape:
-            raise ValueError(
-                f"replay_reference: the vocabulary grew from {base_probe.shape[-1]} to {found.shape[-1]} tokens, so "
-                "base and model cannot be compared; add tokens to the model first, then sample and finetune"
-            )
-        difference = float((found - base_probe).abs().max() / base_probe.std())
-        if difference > TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16]):
+        if (difference := _difference(found, base_probe)) > _tolerance(model):
             raise ValueError(
                 f"replay_reference: {self.kind!r} is not the base (log-probabilities differ by {difference:.2g} of "
                 f"their spread): {_why(model)}; use replay_reference copy, or an adapter that leaves the base as it is"
             )
+
+    def prove_again(self, model: Any, unwrapped: Any, step: int) -> None:
+        """Show that the reference gives what it gave when training began: the first call, in the same precision.
+
+        Args:
+            model: the model as the trainer calls it; unwrapped: the PEFT model inside.
+            step: the optimizer step, for the message.
+
+        Raises:
+            ValueError: if it was changed, or follows the model.
+        """
+        with self.base(model, unwrapped) as base:
+            found = probe(base)
+        if self._begun is None:
+            self._begun = found
+        kind, changed = model.device.type, float(kl_divergence(self._begun, found).mean())
+        half = torch.is_autocast_enabled(kind) or model.dtype != torch.float32
+        if not changed <= (MAX_DRIFT_HALF if half else MAX_DRIFT) or self.moves_with(model):
+            raise ValueError(
+                f"replay_reference: {self.kind!r} gives other predictions at step {step} than when training began (KL "
+                f"{changed:.2g} nats per token), so it is not the base: its weights were changed, as by merging the "
+                "adapter into them; leave them as they are, or use replay_reference copy"
+            )
+
+
+def check_same_model(model: Any, base_probe: Float[Tensor, "rows length vocab"]) -> None:
+    """Show that the host trainer is about to train the model that was handed to it: the base.
+
+    What an adapter adds may differ from nothing at first (a prompt); the base under it is shown by the reference.
+
+    Raises:
+        ValueError: if the host changed its vocabulary or, without an adapter, its predictions.
+    """
+    found = probe(model)
+    if (now := found.shape[-1]) != (given := base_probe.shape[-1]):
+        raise ValueError(
+            f"replay_reference: the trainer changed the vocabulary from {given} to {now} tokens, so base and model "
+            "cannot be compared; change it first (for chat_template_path by trl.clone_chat_template), save the model, "
+            "and sample and finetune that one"
+        )
+    if hasattr(model, "disable_adapter"):
+        return
+    if (difference := _difference(found, base_probe)) > _tolerance(model):
+        raise ValueError(
+            "replay_reference: the model handed over is not what the trainer made of it (log-probabilities differ by "
+            f"{difference:.2g} of their spread); hand over the model as it is to be trained"
+        )
+
+
+def _difference(found: Tensor, base_probe: Tensor) -> float:
+    """Largest difference of log-probabilities, relative to their spread."""
+    return float((found - base_probe).abs().max() / base_probe.std())
+
+
+def _tolerance(model: Any) -> float:
+    return TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
 
 
 def runs_through(copied: Any, model: Any) -> bool:

@@ -33,8 +33,8 @@ class RememberedBase(nn.Module):
         self.scale, self.softcap = head.scale, head.softcap
         self.register_buffer("weight", head.weight)
         self.register_buffer("bias", head.bias)
-        self.num_tokens = model.get_input_embeddings().weight.shape[0]
-        rows = [*probe_tokens(self.num_tokens).tolist(), *windows]
+        self.config = model.config  # says how many tokens there are, which is all that a probe asks
+        rows = [*probe_tokens(self.config.get_text_config().vocab_size).tolist(), *windows]
         with evaluation_mode(model), torch.no_grad():
             self.states = {tuple(row): self._states(model, row) for row in rows}
 
@@ -51,10 +51,6 @@ class RememberedBase(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.weight.device
-
-    def get_input_embeddings(self) -> Any:
-        """Says how many tokens there are, which is all that a probe asks."""
-        return SimpleNamespace(weight=self.weight[: self.num_tokens])
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False

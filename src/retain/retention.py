@@ -39,6 +39,10 @@ class RetentionMixin(Host):
         self._retention_is_logged = True
         super().__init__(**kwargs)
 
+    def prove_reference_again(self) -> None:
+        """Show that the reference still gives what it gave when training began."""
+        raise NotImplementedError
+
     def ref_logits(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """The base's logits, without gradient or dropout, shape (rows, length, vocab)."""
         assert self.reference is not None
@@ -87,6 +91,7 @@ class RetentionMixin(Host):
             add_to_metrics(logs, self._retention_values(), self.weights_step, self._retention_sets)
 
     def _measure_all(self, step: int) -> Tables:
+        self.prove_reference_again()
         self.model.eval()  # as the host's evaluation leaves it
         texts, point = self.retention_documents, {"args": self.args, "state": self.state, "step": step}
         return measure_texts(lambda **batch: self.ref_logits(self.model, batch), self._logits, texts, **point)

@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
-from trl import SFTTrainer
+from trl import RewardTrainer, SFTTrainer
 
 from retain.budget import ForgettingBudget
-from retain.callbacks import BUDGET_FILE, BeforeTheWeightsMove, RunFilesCallback
+from retain.callbacks import BUDGET_FILE, ProtectionChecks, RunFilesCallback
 from retain.config import ReplayConfig
 from retain.files import write_json, write_text
 from retain.heads import reshard
 from retain.inputs import ProtectedInputs, load_for_training
-from retain.protection import check_noise, check_replay_every, check_weights, says_nothing_protects
+from retain.protection import check_noise, check_replay_every, check_weights, zero_kl_error
 from retain.replay import ReplayDataset, replace_rows, replay_indices
 from retain.trajectory import check_best_metric, logged_names
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 3  # optimizer steps with a learning rate above 0 after which a KL of exactly 0 is a fault
+PATIENCE = 3  # optimizer steps behind the warm-up after which a KL that is still exactly 0 at the end is a fault
 BUDGET_STATE = "ForgettingBudget"  # its place in a checkpoint's trainer_state.json
 
 
@@ -63,6 +64,8 @@ class ReplayMixin(ProtectedInputs):
         self.replay_config = replay_config or ReplayConfig()
         if model is None:
             raise ValueError("model: missing; give a model or its name (not model_init: the base must be seen first)")
+        if isinstance(self, RewardTrainer):
+            raise ValueError("model: RewardTrainer trains a score of rows, and replay needs predictions of tokens")
         if isinstance(model, str):
             model = load_for_training(model, args, kwargs)
         self.take_inputs(model, args, replay_dataset, retention_datasets or {}, start_token, kwargs)
@@ -79,14 +82,14 @@ class ReplayMixin(ProtectedInputs):
         self._logged: list[Tensor] = []
         self._logged_steps = 0
         self._new_task_losses: dict[int, Any] = {}  # step → the host's own part of its loss
-        self._steps_learned = 0
         self._is_the_base = True  # until its first step; a try that ran out of memory leaves it moved
-        self._largest_kl = torch.zeros(())
+        self._largest_kl, self._kl_is_zero = torch.zeros(()), self.replay_config.uses_reference
         self.budget: ForgettingBudget | None = None
         self.prove_reference()
         check_best_metric(self.args, logged_names(self.retention_documents))
         self.add_callback(RunFilesCallback(self.settings()))
-        self.add_callback(BeforeTheWeightsMove(self._stop_if_passed_by))
+        checks = (self._stop_if_passed_by, self.prove_reference_again, self._stop_if_kl_ended_zero)
+        self.add_callback(ProtectionChecks(*checks))
 
     # The stream of replay rows
 
@@ -209,11 +212,17 @@ class ReplayMixin(ProtectedInputs):
             return self.loss_is_scaled_for_ga
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The host's step; a loss that is not finite stops the run before the weights are touched."""
         reshard(self.model)
-        loss = super().training_step(*args, **kwargs)
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None  # prompts come as a list
+        loss = super().training_step(model, inputs, *args, **kwargs)
         if not bool(torch.isfinite(loss).all()):
+            if labels is not None and not bool((labels[..., 1:] != -100).any()):
+                raise ValueError(
+                    f"loss: {loss.item()} at step {self.state.global_step + 1}: every label of its new rows is masked "
+                    "(-100), so nothing is to be learned; drop them, or raise max_length if it cuts answers off"
+                )
             raise ValueError(
                 f"loss: {loss.item()} at step {self.state.global_step + 1}; lower learning_rate or replay_coef, or "
                 f"use bf16 instead of fp16; checkpoints in {self.args.output_dir!r} are kept"
@@ -237,17 +246,22 @@ class ReplayMixin(ProtectedInputs):
             )
 
     def _stop_if_unprotected(self) -> None:
-        """A KL that is 0 by construction protects nothing: at the first step, or of a reference that moves along."""
-        config = self.replay_config
-        if not config.uses_reference:
-            return
-        check_replay_every(config, self.state.max_steps)
-        zero = self._steps_learned == PATIENCE and float(self._largest_kl) == 0.0
-        if self._steps_learned == PATIENCE and self.reference is not None:  # dropout would hide it in the KL
-            zero = zero or self.reference.moves_with(self.model)
-        if zero:
-            raise says_nothing_protects(PATIENCE)
-        self._steps_learned += any(rate > 0 for rate in self.lr_scheduler.get_last_lr())
+        """While the KL is exactly 0, either no weight has moved measurably, or the reference moves along."""
+        check_replay_every(self.replay_config, self.state.max_steps)
+        if self._ready_for >= 0 and self._kl_stayed_zero():
+            self.prove_reference_again()
+
+    def _stop_if_kl_ended_zero(self) -> None:
+        """Behind a warm-up, what was trained must have moved what the base says of replay rows."""
+        tried = self._ready_for >= self.args.get_warmup_steps(self.state.max_steps) + PATIENCE
+        if tried and self._kl_stayed_zero():
+            raise zero_kl_error(self.state.global_step)
+
+    def _kl_stayed_zero(self) -> bool:
+        """Whether no process has met a KL above 0; asked of all until one has."""
+        if self._kl_is_zero:
+            self._kl_is_zero = float(self.accelerator.reduce(self._largest_kl, reduction="sum")) == 0.0
+        return self._kl_is_zero
 
     # The budget
 
