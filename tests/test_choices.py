@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -529,6 +530,34 @@ def write_samples(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def paired(folder: Path, base: list[dict[str, Any]], tuned: list[dict[str, Any]]) -> dict[str, Any]:
     return pair(write_samples(folder / "a.jsonl", base), write_samples(folder / "b.jsonl", tuned))
+
+
+@pytest.mark.parametrize("number", ["nan", "-inf", float("nan")])
+def test_a_file_with_numbers_that_are_not_finite_is_refused(number, tmp_path):
+    bad = [*TUNED[:3], TUNED[3] | {"filtered_resps": [[number, "False"], ["-2.0", "False"]]}]
+    with pytest.raises(
+        ValueError, match=rf"b.jsonl' line 4 has {number}, which is no result; evaluate that model again"
+    ):
+        paired(tmp_path, BASE, bad)
+    with pytest.raises(ValueError, match="line 1 has nan, which is no result"):
+        paired(tmp_path, [BASE[0] | {"acc": float("nan")}], TUNED)
+
+
+def test_questions_that_are_copies_count_once_in_a_pair_of_files(tmp_path):
+    found = paired(
+        tmp_path, *([row | {"doc_hash": f"d{row['doc_id'] // 2}"} for row in rows] for rows in (BASE, TUNED))
+    )
+    assert found["num_questions"] == 3
+    assert found["notes"] == ["3 of 6 questions are copies of others, and left out."]
+
+
+@pytest.mark.parametrize("who", ["base", "model"])
+def test_a_model_of_nan_answers_nothing(who):
+    """The first of equals wins, and NaN is like none: choice 1, every time."""
+    models = {"base": make_model(), "model": make_model()}
+    torch.nn.init.constant_(models[who].get_input_embeddings().weight, math.nan)
+    with pytest.raises(ValueError, match=f"{who}: its log-likelihood of answer 1 to question 1 is nan; its weights or"):
+        measure_choices(*models.values(), make_questions(2), tokenizer=TOKENIZER)
 
 
 def test_files_of_lm_eval_are_paired_by_question(tmp_path):

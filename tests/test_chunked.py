@@ -111,6 +111,27 @@ def test_topk_kl_is_a_kl_of_two_distributions(seed: int, k: int, vocab: int) -> 
     assert -1e-6 <= found <= float((p * (p / q).log()).sum()) + 1e-5
 
 
+@pytest.mark.parametrize("k", [5, VOCAB - 2, VOCAB])
+def test_vocabulary_that_neither_model_can_say_plays_no_part(k: int) -> None:
+    """A bias of −∞ on unused tokens: value and gradients of those that are left, and none of those that are not."""
+    ref, ref_head, hidden, head = parts(seed=4)
+    assert head.bias is not None
+    unused = torch.zeros(VOCAB).index_fill(0, torch.tensor([3, 77]), -torch.inf)
+    left = torch.tensor([at for at in range(VOCAB) if at not in (3, 77)])
+    ref_head, masked = ref_head._replace(bias=unused), head._replace(bias=head.bias + unused)
+
+    def expected() -> Tensor:
+        small = Head(head.weight[left], head.bias[left])
+        return kl_divergence(ref_head.logits(ref)[:, left], small.logits(hidden)).sum()
+
+    assert_same(expected(), chunked_kl_divergence(ref, ref_head, hidden, masked), hidden, head)
+    top = torch.log_softmax(ref_head.logits(ref), dim=-1).detach().topk(k)
+    naive = topk_kl_divergence(*top, masked.logits(hidden)).sum()
+    assert_same(naive, chunked_topk_kl_divergence(*top, hidden, masked), hidden, head)
+    if k > 5:
+        assert_same(expected(), chunked_topk_kl_divergence(*top, hidden, masked), hidden, head)
+
+
 def test_a_frozen_head_gets_no_gradient_and_none_is_made() -> None:
     ref_hidden, ref_head, hidden, head = parts(4)
     frozen = Head(head.weight.detach(), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from retain import ForgettingCallback, measure
-from retain.callbacks import read_run
+from retain.callbacks import OF_TRAINING, read_run
 from retain.capabilities.choices import Question
 from retain.files import read_jsonl
 from retain.law_runs import read_runs
@@ -196,6 +197,20 @@ def test_the_files_are_those_of_a_run(tmp_path):
     runs = read_runs([tmp_path], columns, retention="words")
     assert len(runs) == 3
     assert runs.columns["num_params"][0] == sum(one.numel() for one in make_model().parameters())
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "documents.jsonl"])
+def test_losses_that_are_not_finite_are_no_result(name, tmp_path):
+    settings = {"training_arguments": dict.fromkeys(OF_TRAINING, 1)}
+    (tmp_path / "retain_config.json").write_text(json.dumps(settings))
+    rows = {"metrics.jsonl": {"step": 1, "retention/a/ref_kl": math.nan, "grad_norm": math.inf}}
+    rows["documents.jsonl"] = {"step": 1, "name": "a", "loss": [0.1, math.inf]}
+    (tmp_path / name).write_text(json.dumps(rows[name]) + "\n")
+    with pytest.raises(ValueError, match=rf"{name}' holds a loss that is not finite, which is no result; finetune"):
+        read_run(tmp_path)
+    (tmp_path / name).write_text(json.dumps({"step": 1, "name": "a", "grad_norm": math.inf, "loss": [0.1]}) + "\n")
+    if name == "metrics.jsonl":  # what mixed precision skips is no loss
+        assert len(read_run(tmp_path)["trajectory"]) == 1
 
 
 # Resumed

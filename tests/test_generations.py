@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -180,6 +181,15 @@ def test_drift_by_hand():
     for key in ("identical", "words", "base_ended"):
         assert same[key]["ci"] == pytest.approx([0.7575, 1.0], abs=1e-4)
     assert same["ended_change"]["ci"] == pytest.approx([-0.2425, 0.2425], abs=1e-4)
+
+
+def test_a_model_of_nan_writes_nothing():
+    broken = make_model().eval()
+    torch.nn.init.constant_(broken.get_input_embeddings().weight, math.nan)
+    with pytest.raises(
+        ValueError, match="model: its predictions after 3 tokens of a prompt are nan; its weights or its"
+    ):
+        measure_generations(make_model().eval(), broken, [Prompt("the quick")], **ASKED)
 
 
 def test_both_models_write_side_by_side_and_the_bases_texts_are_remembered(tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ MAY_IMPORT = {
     "capabilities.choices": ROOMS | {"base_cache", "metrics", "capabilities.answers"},
     "capabilities.drift": {"statistics", "capabilities.answers"},
     "capabilities.phrases": set(),
-    "capabilities.generations": ROOMS | {"base_cache", "capabilities.drift"},
+    "capabilities.generations": ROOMS | {"base_cache", "metrics", "capabilities.drift"},
     "capabilities.refusals": ROOMS
     | {"base_cache", "metrics"}
     | {f"capabilities.{name}" for name in ("answers", "choices", "generations", "phrases")},

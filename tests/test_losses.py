@@ -128,6 +128,28 @@ def test_gradient_of_kl_with_respect_to_the_logits_is_the_difference_of_the_dist
     torch.testing.assert_close(live.grad, live.softmax(-1) - ref.softmax(-1), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("loss", [kl_divergence, cross_entropy])
+@pytest.mark.parametrize("unused", [-torch.inf, -1e4])
+def test_vocabulary_that_neither_model_can_say_plays_no_part(loss, unused, pair):
+    """As where a model's forward pass masks unused tokens: 0 · (−∞ − −∞) is 0, in value and gradient."""
+    ref, live = pair
+    live.requires_grad_()
+    rest = [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    expected = loss(ref[..., rest], live[..., rest])
+    (gradient,) = torch.autograd.grad(expected.sum(), live)
+    masked = torch.zeros(11).index_fill(0, torch.tensor([3, 7]), unused)
+    found = loss(ref + masked, live + masked)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), live)[0], gradient)
+
+
+def test_what_only_the_model_can_never_say_is_infinitely_far():
+    ref, live = torch.zeros(3), torch.tensor([0.0, 0.0, -torch.inf])
+    assert kl_divergence(ref, live) == cross_entropy(ref, live) == torch.inf
+    assert kl_divergence(live, ref).item() == pytest.approx(math.log(1.5))
+    assert next_token_loss(live, torch.tensor(2)) == torch.inf
+
+
 def test_shifted_gives_one_prediction_less_than_tokens():
     """Pitfall 6: T tokens have T − 1 predictions, and the logits at t are scored on the token at t + 1."""
     ids = torch.tensor([[7, 8, 9, 10], [5, 6, 0, 0]])

@@ -13,7 +13,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from retain.data import Document, tokenize_documents
 from retain.measuring import measure
-from retain.metrics import SUMS, DocumentSums, batches, document_sums, logits_of, summarize
+from retain.metrics import SUMS, DocumentSums, batches, document_sums, logits_of, summarize, token_values
 from retain.statistics import bootstrap_ratio, share_interval
 
 TOKENIZER = make_tokenizer()
@@ -87,6 +87,46 @@ def test_agreement_on_every_token_has_the_interval_of_a_share():
     metrics = summarize(DocumentSums(full, np.full(12, 50), np.full(12, 200)))
     assert metrics["ref_agreement"]["ci"] == pytest.approx([share_interval(600, 600)[1], 1.0])
     assert metrics["forgetting"]["ci"] == [0.0, 0.0]
+
+
+def test_vocabulary_that_neither_model_can_say_plays_no_part():
+    logits, targets = (
+        [torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(n)) for n in (0, 1)],
+        torch.zeros(2, 3),
+    )
+    expected = token_values(*(one[..., :6] for one in logits), targets.long())
+    unused = torch.tensor([0.0] * 6 + [-torch.inf] * 3)
+    found = token_values(*(one + unused for one in logits), targets.long())
+    assert set(found) == set(SUMS)
+    for name in SUMS:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("who", "value", "expected"),
+    [
+        ("base", math.nan, "base: its loss on document 2 of 'wiki' is nan; "),
+        ("tuned", math.nan, "model: its loss on document 2 of 'wiki' is nan; "),
+        ("tuned", -math.inf, "model: its loss on document 2 of 'wiki' is inf; it gives a token there no probability"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_an_error_that_names_the_model(who, value, expected):
+    models = {"base": table_model([0.5, 0.5], [0.25, 0.75]), "tuned": table_model([0.5, 0.5], [0.25, 0.75])}
+    models[who] = broken(models[who], value)
+    documents = [Document([[0, 1, 0]], 2), Document([[0, 1, 1]], 2)]
+    with pytest.raises(ValueError, match=expected):
+        document_sums(models["base"], models["tuned"], documents, batch_tokens=9, text="wiki")
+
+
+def broken(forward, value):
+    """A logit of 1 after a 1, on the second document's batch row."""
+
+    def wrapped(input_ids, attention_mask):
+        logits = forward(input_ids=input_ids, attention_mask=attention_mask).clone()
+        logits[input_ids[:, 2] == 1, 1, 1] = value
+        return logits
+
+    return wrapped
 
 
 def test_the_interval_of_forgetting_is_paired():

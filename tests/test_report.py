@@ -567,6 +567,9 @@ def test_json_round_trip(plain: dict, tmp_path: Path) -> None:
     data = ForgettingReport.from_json(tmp_path / "report.json").data
     assert data["retention"]["wiki"]["loss"]["value"] is None, "NaN is not JSON"
     assert ForgettingReport(data).summary()
+    (tmp_path / "report.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match="report.json' holds a number that is not finite, which is no result; measure"):
+        ForgettingReport.from_json(tmp_path / "report.json")
 
 
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:

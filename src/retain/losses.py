@@ -6,6 +6,7 @@ All take logits that are already aligned: position t predicts the token at t + 1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,12 +15,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 CHUNK_BYTES = 1 << 25  # of float32 logits held at once by the forms that never hold them all; three such arrays live
+NO_REST = 1e-5  # mass outside of the k likeliest tokens that is rounding of their sum, where the model gives it none
 
 
 def next_token_loss(logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """−log p_θ(target), nats per position. Marek et al., `ntp_pre`."""
     log_probs = torch.log_softmax(logits.float(), dim=-1)
     return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def expectation(probs: Float[Tensor, "*batch vocab"], values: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
+    """Σ_v p_v x_v, where what has no probability counts nothing: 0 · ∞ is 0, as in vocabulary at −∞ in both models."""
+    found = torch.linalg.vecdot(probs, values)
+    if bool(found.isnan().any()):  # rare, and the mask costs as much as the softmax
+        found = torch.linalg.vecdot(probs, values.masked_fill(probs == 0, 0.0))
+    return found
 
 
 def kl_divergence(
@@ -31,14 +41,14 @@ def kl_divergence(
     """
     ref_log_probs = torch.log_softmax(ref_logits.float(), dim=-1)
     log_probs = torch.log_softmax(logits.float(), dim=-1)
-    return (ref_log_probs.exp() * (ref_log_probs - log_probs)).sum(-1)
+    return expectation(ref_log_probs.exp(), ref_log_probs - log_probs)
 
 
 def cross_entropy(
     ref_logits: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
 ) -> Float[Tensor, "*batch"]:
     """−Σ_v p_π log p_θ = H(π) + KL(π ‖ θ), nats per position. Kalajdzievski's forgetting loss, soft reading."""
-    return -(torch.softmax(ref_logits.float(), dim=-1) * torch.log_softmax(logits.float(), dim=-1)).sum(-1)
+    return -expectation(torch.softmax(ref_logits.float(), dim=-1), torch.log_softmax(logits.float(), dim=-1))
 
 
 def argmax_cross_entropy(
@@ -104,7 +114,7 @@ def chunked_kl_divergence(
     def target(part: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         ref = _log_probs(ref_hidden[part], ref_weight, ref_head)[0]
         probs = ref.exp()
-        return torch.linalg.vecdot(probs, ref.sub_(log_probs)), probs
+        return expectation(probs, ref.sub_(log_probs)), probs
 
     return _ChunkedDivergence.apply(hidden, *head, target)
 
@@ -154,8 +164,12 @@ def _topk_parts(ref_log_probs: Tensor, ref_tokens: Tensor, log_probs: Tensor) ->
     ref_rest = (-ref.exp().sum(-1)).log1p().nan_to_num(nan=-torch.inf)  # rounding may bring the k just above 1
     if ref.shape[-1] == log_probs.shape[-1]:
         ref_rest = torch.full_like(ref_rest, -torch.inf)  # there is no rest
-    rest = log_probs.scatter(-1, ref_tokens, -torch.inf).logsumexp(-1)
-    named = (ref.exp() * (ref - log_probs.gather(-1, ref_tokens))).sum(-1)
+    others = log_probs.scatter(-1, ref_tokens, -torch.inf)
+    rest = others.logsumexp(-1)
+    if bool((none := rest == -torch.inf).any()):  # whose gradient would be NaN
+        rest = others.masked_fill(none.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(none, -torch.inf)
+        ref_rest = ref_rest.masked_fill(none & (ref_rest < math.log(NO_REST)), -torch.inf)
+    named = expectation(ref.exp(), ref - log_probs.gather(-1, ref_tokens))
     ratio = torch.where(ref_rest.isfinite(), ref_rest - rest, 0.0)
     return named + ref_rest.exp() * ratio, torch.where(ref_rest.isfinite(), ratio, -torch.inf)
 

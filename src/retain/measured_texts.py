@@ -93,7 +93,7 @@ def _measure(
         cache.forward(windows, options.batch_tokens) as ref_forward,
         tqdm(total=total, desc=name, unit="tok", unit_scale=True, disable=not options.bars) as bar,
     ):
-        return document_sums(ref_forward, logits_of(tuned), documents, progress=bar.update, **sizes)
+        return document_sums(ref_forward, logits_of(tuned), documents, progress=bar.update, text=text, **sizes)
 
 
 def _enough(

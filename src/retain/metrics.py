@@ -5,6 +5,7 @@ Everything is summed per document first: documents, not tokens, are what is resa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retain.data import Document
-from retain.losses import shifted
+from retain.losses import expectation, shifted
 from retain.statistics import bootstrap_ratio, resample_counts, share_interval
 
 Forward = Callable[..., Float[Tensor, "rows length vocab"]]
@@ -96,12 +97,12 @@ def token_values(
     found = {
         "loss": at(live, targets),
         "base_loss": at(ref, targets),
-        "entropy": -torch.linalg.vecdot(probs, ref),
+        "entropy": -expectation(probs, ref),
         "argmax_loss": at(live, ref_top),
         "base_argmax_loss": at(ref, ref_top),
         "agreement": (ref_top == top).float(),
     }
-    return found | {"ref_kl": torch.linalg.vecdot(probs, ref.sub_(live))}
+    return found | {"ref_kl": expectation(probs, ref.sub_(live))}
 
 
 @torch.no_grad()
@@ -113,6 +114,7 @@ def document_sums(
     batch_tokens: int,
     device: torch.device | str = "cpu",
     progress: Callable[[int], object] | None = None,
+    text: str = "text",
 ) -> DocumentSums:
     """Measure `forward` against `ref_forward` on documents; both see the same batches in the same order.
 
@@ -120,6 +122,10 @@ def document_sums(
         ref_forward, forward: `input_ids`, `attention_mask` → logits.
         batch_tokens: padded tokens per forward pass.
         progress: called with the number of tokens just measured.
+        text: the name of these documents, for errors.
+
+    Raises:
+        ValueError: for a number that is not finite, naming the model, the document and what to do.
     """
     values = {name: np.zeros(len(documents)) for name in SUMS}
     for indices, windows in batches(documents, batch_tokens):
@@ -133,8 +139,27 @@ def document_sums(
             np.add.at(values[name], indices, sums.numpy())
         if progress is not None:
             progress(sum(map(len, windows)))
+    _check_finite(values, text)
     num_tokens = np.array([document.num_tokens for document in documents])
     return DocumentSums(values, num_tokens, np.array([document.num_bytes for document in documents]))
+
+
+def _check_finite(values: Mapping[str, np.ndarray], text: str) -> None:
+    """The base's own numbers first: with them goes what compares both."""
+    for name in sorted(
+        SUMS, key=lambda name: (name not in ("base_loss", "entropy", "base_argmax_loss"), name != "loss")
+    ):
+        for at in np.flatnonzero(~np.isfinite(values[name]))[:1].tolist():
+            who, value = "base" if name in ("base_loss", "entropy", "base_argmax_loss") else "model", values[name][at]
+            what = f"{who}: its {name.removeprefix('base_')} on document {at + 1} of {text!r} is {value:g}"
+            raise ValueError(f"{what}; {not_finite(value)}")
+
+
+def not_finite(value: float) -> str:
+    """Why a loss is not finite, and what to do."""
+    if math.isnan(value):
+        return "its weights or its dtype give no numbers: check how it was trained and saved, and load it in float32"
+    return "it gives a token there no probability at all: leave the text out, or unmask its vocabulary"
 
 
 def summarize(sums: DocumentSums, *, seed: int = 0, num_resamples: int = 2000) -> dict[str, dict[str, Any]]:

@@ -145,6 +145,10 @@ class ForgettingReport:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"schema of {path} is {found!r}, expected {SCHEMA!r}; make it with `retain measure`")
         check_shape(data, SHAPE, f"runs: {str(path)!r} is damaged", "measure again")
+        if _finite(data) != data:
+            raise ValueError(
+                f"runs: {str(path)!r} holds a number that is not finite, which is no result; measure again"
+            )
         return cls(data)
 
     @property

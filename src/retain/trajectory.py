@@ -45,7 +45,7 @@ def measure_texts(
     tables = {}
     for name, documents in texts.items():
         tokens = batch_tokens(args, documents)
-        sums = document_sums(ref_forward, forward, documents, batch_tokens=tokens, device=args.device)
+        sums = document_sums(ref_forward, forward, documents, batch_tokens=tokens, device=args.device, text=name)
         tables[name] = summarize(sums, seed=args.seed)
         if state.is_world_process_zero:
             row: dict[str, Any] = {"step": step, "name": name, **sums.kept()}

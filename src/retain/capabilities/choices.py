@@ -23,7 +23,7 @@ from retain.base_cache import BaseCache
 from retain.capabilities.answers import compare_answers, share_entry
 from retain.data import Document, read_sample, user_turn_text
 from retain.losses import next_token_loss
-from retain.metrics import Forward, batches, logits_of, padded, row_by_row
+from retain.metrics import Forward, batches, logits_of, not_finite, padded, row_by_row
 from retain.models import max_positions
 from retain.text import visible
 
@@ -176,12 +176,17 @@ def choice_scores(
     batch_tokens: int,
     device: torch.device | str,
     description: str | None = None,
+    who: str = "model",
 ) -> list[list[np.ndarray]]:
     """Log-likelihood (nats) of every choice of every question under every model; all see the same batches.
 
     Args:
         batch_tokens: padded tokens per forward pass.
         description: shown beside a progress bar; None for no bar.
+        who: the setting that named the model, for errors.
+
+    Raises:
+        ValueError: for a log-likelihood that is not finite.
     """
     rows = list(inputs.rows)
     scores = [[np.zeros(len(lengths)) for lengths in inputs.lengths] for _ in forwards]
@@ -197,6 +202,11 @@ def choice_scores(
                         losses = next_token_loss(own, torch.tensor(wanted, device=own.device))
                         of_model[question][choice] = -float(losses.double().sum())
             bar.update(sum(map(len, windows)))
+    for at, found in ((at, found) for of_model in scores for at, found in enumerate(of_model)):
+        if not np.isfinite(found).all():
+            choice = int(np.flatnonzero(~np.isfinite(found))[0])
+            what = f"{who}: its log-likelihood of answer {choice + 1} to question {at + 1} is {found[choice]:g}"
+            raise ValueError(f"{what}; {not_finite(found[choice])}")
     return scores
 
 
@@ -206,13 +216,13 @@ def both_scores(
     """`choice_scores` of the base, from the cache where they are, and of the tuned model."""
 
     def scored(who: str, model: PreTrainedModel) -> list[np.ndarray]:
-        title = f"{visible(description)}, {who}" if description is not None else None
+        title = f"{visible(description)}, {'base' if who == 'base' else 'tuned'}" if description is not None else None
         shown: dict[str, Any] = {"batch_tokens": batch_tokens, "device": model.device, "description": title}
-        return choice_scores([logits_of(model)], inputs, **shown)[0]
+        return choice_scores([logits_of(model)], inputs, who=who, **shown)[0]
 
     return [
         recalled(cache, "choices", inputs, batch_tokens, lambda: scored("base", cache.base)),
-        scored("tuned", tuned),
+        scored("model", tuned),
     ]
 
 
@@ -257,7 +267,13 @@ def measure_choices(
     sizes: dict[str, Any] = {"batch_tokens": batch_tokens, "device": base.device}
     scores = both_scores(tuned, cache, inputs, batch_tokens, description)
     scores.append(
-        recalled(cache, "choice_noise", few, batch_tokens, lambda: choice_scores([row_by_row(base)], few, **sizes)[0])
+        recalled(
+            cache,
+            "choice_noise",
+            few,
+            batch_tokens,
+            lambda: choice_scores([row_by_row(base)], few, who="base", **sizes)[0],
+        )
     )
     right = np.array([question.answer for question in questions])
     rules, answers = {}, {}

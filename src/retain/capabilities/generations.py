@@ -6,6 +6,7 @@ may cut the distribution or punish repetition, is set aside for both alike.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 from retain.base_cache import BaseCache
 from retain.capabilities.drift import MARKERS, drift, fate, knowledge
 from retain.data import chat_of, prompt_text, user_turn_text
+from retain.metrics import not_finite
 from retain.models import max_positions
 
 if TYPE_CHECKING:
@@ -114,12 +116,18 @@ def write(
         stop: tokens that end a text.
         batch_tokens: tokens of a batch, prompts and continuations together.
         seed: draw at temperature 1 from the whole distribution; None writes greedily.
+
+    Raises:
+        ValueError: if what the model predicts is no number: the likeliest token of it would be any.
     """
+    from transformers import LogitsProcessorList
+
     groups: dict[int, list[int]] = defaultdict(list)
     for index, ids in enumerate(prompts):
         groups[len(ids)].append(index)
     found: dict[int, Written] = {}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": list(stop), "pad_token_id": stop[0]}
+    options["logits_processor"] = LogitsProcessorList([_numbers_only])
     options |= {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0}
     alone = model.config.model_type == "rwkv"  # in transformers a row goes on from the state of another in its batch
     with own_settings_aside(model), torch.random.fork_rng():
@@ -134,6 +142,14 @@ def write(
                 for index, row in zip(taken, output[:, length:].tolist(), strict=True):
                     found[index] = _read(row, tokenizer, set(stop))
     return [found[index] for index in range(len(prompts))]
+
+
+def _numbers_only(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    if bool(scores.isnan().any()):
+        raise ValueError(
+            f"model: its predictions after {input_ids.shape[1]} tokens of a prompt are nan; {not_finite(math.nan)}"
+        )
+    return scores
 
 
 def write_both(

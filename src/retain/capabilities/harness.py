@@ -64,7 +64,10 @@ def measure_with_lm_eval(
         "chat_template": chat_template,
         "batch_size": batch_size,
     }
-    sides = [evaluate_samples(model, tokenizer, list(loaded.values()), seed=seed, **options) for model in (base, tuned)]
+    sides = [
+        evaluate_samples(model, tokenizer, list(loaded.values()), who=who, seed=seed, **options)
+        for who, model in (("base", base), ("model", tuned))
+    ]
     found = {}
     for task in loaded:
         style = f"{task} of lm-evaluation-harness, as it puts them"
@@ -123,8 +126,13 @@ def evaluate_samples(
     chat_template: bool,
     batch_size: int,
     seed: int,
+    who: str = "model",
 ) -> dict[str, Samples]:
-    """What one model answers: name of the task → its samples. Its dtype, device, modes and tokenizer stay."""
+    """What one model answers: name of the task → its samples. Its dtype, device, modes and tokenizer stay.
+
+    Args:
+        who: the setting that named the model, for errors.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -154,5 +162,5 @@ def evaluate_samples(
     for task, rows in result["samples"].items():
         found[task] = {}
         for row in rows:
-            add_sample(found[task], row, f"lm_eval: {task}")
+            add_sample(found[task], row, f"{who}: its answer to {task} of lm_eval")
     return found

@@ -96,7 +96,7 @@ def judge_refusals(judge: Judge, requests: Sequence[str], answers: Sequence[str]
             start, wanted = encode_pair(judge.tokenizer, text, word if chat else f" {word}")
             inputs.add(at, choice, start + wanted, wanted)
     (scores,) = choice_scores(
-        [logits_of(judge.model)], inputs, batch_tokens=batch_tokens, device=judge.model.device, description=None
+        [logits_of(judge.model)], inputs, batch_tokens=batch_tokens, device=judge.model.device, who="judge"
     )
     return [bool(yes > no) for yes, no in scores]
 

@@ -8,6 +8,7 @@ is `[log-likelihood, is_greedy]` per choice; any other is text.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Hashable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,11 +52,23 @@ def read_samples(path: str | Path) -> Samples:
 
 
 def add_sample(samples: Samples, row: dict[str, Any], where: str) -> None:
-    """Put a line where it belongs; a `ValueError` that begins with `where` for a question that is there already."""
+    """Put a line where it belongs; a `ValueError` that begins with `where` for one twice, or a number not finite."""
     of_filter = samples.setdefault(str(row.get("filter", "none")), {})
     if row["doc_id"] in of_filter:
         raise ValueError(f"{where} has doc_id {row['doc_id']!r} a second time; give a file of one run")
+    responses = row["filtered_resps"] if isinstance(row["filtered_resps"], list) else []
+    numbers = [one[0] for one in responses if isinstance(one, (list, tuple)) and one]  # log-likelihoods; else texts
+    for number in (*numbers, *(row[name] for name in METRICS if name in row)):
+        if not _is_finite(number):
+            raise ValueError(f"{where} has {number}, which is no result; evaluate that model again, in float32")
     of_filter[row["doc_id"]] = row
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):  # no number at all
+        return True
 
 
 def paired_report(paths: Sequence[str]) -> dict[str, Any]:
@@ -113,7 +126,7 @@ def pair_samples(base: Samples, tuned: Samples, *, names: tuple[str, str], style
         ]
         if len(shared) < len(both):
             notes[f"{len(both) - len(shared)} of {len(both)} questions are copies of others, and left out."] = None
-        notes |= dict.fromkeys(_differences(before, after, shared))
+        notes |= dict.fromkeys(_differences(before, after, both))
         rows = [[of_file[number] for number in shared] for of_file in (before, after)]
         for metric in (metric for metric in METRICS if all(metric in row for of_file in rows for row in of_file)):
             found = [[answer_of(row, metric) for row in of_file] for of_file in rows]
