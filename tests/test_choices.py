@@ -159,6 +159,39 @@ def test_a_continuation_is_what_the_whole_has_beyond_the_context():
     assert (start.count(3), wanted) == (1, encode_pair(TOKENIZER, "the", " fox")[1]), "BOS is not doubled"
 
 
+def test_what_a_tokenizer_appends_is_no_part_of_an_answer():
+    """Else every choice is scored as EOS alone."""
+    closing = make_tokenizer()
+    special = [("<s>", 3), (closing.eos_token, closing.eos_token_id)]
+    template = TemplateProcessing(single=f"<s> $A {closing.eos_token}", special_tokens=special)
+    closing.backend_tokenizer.post_processor = template
+    assert closing("the fox")["input_ids"][-1] == closing.eos_token_id
+    for context in ("the quick", "<s>the quick"):
+        start, wanted = encode_pair(closing, context, " fox")
+        assert (start, wanted) == encode_pair(with_bos(make_tokenizer()), context, " fox")
+        assert wanted == TOKENIZER(" fox", add_special_tokens=False)["input_ids"]
+
+
+def test_no_style_is_advised_that_would_not_help(monkeypatch):
+    """Where a token spans the join of question and letter, or of question and choice, or of both."""
+    question = Question("Why?", ("rain", "stone"), 0)
+    spanned = {"letter": [" A"], "text": [" rain"]}
+    for style, other, joined in (
+        ("letter", "text", ["letter"]),
+        ("text", "letter", ["text"]),
+        ("letter", None, spanned),
+    ):
+        words = [word for name in joined for word in spanned[name]]
+
+        def pair(tokenizer, context, answer, words=words):
+            return [1, 2], [] if answer in words else [3]
+
+        monkeypatch.setattr("retain.capabilities.choices.encode_pair", pair)
+        advice = f"leave the question out{f', or use choice_style {other}' if other else ''}"
+        with pytest.raises(ValueError, match=f"choice 1 of question 1 has 0 tokens of its own; {advice}$"):
+            encode_questions([question], TOKENIZER, style=style, chat_template=False, limit=None)
+
+
 def test_what_is_too_long_loses_its_beginning_and_is_counted():
     question = Question(make_texts(1, words=60)[0], ("old towns", "rain"), 0)
     inputs = encode_questions([question], TOKENIZER, style="text", chat_template=False, limit=20)
@@ -252,6 +285,10 @@ ARC = {"id": "M_7", "question": "Why?", "choices": {"text": ["rain", "stone", "f
         {"question": "Why?", "choices": ["rain", "stone", "fox"], "answer": "B"},
         {"question": "Why?", "choices": ["rain", "stone", "fox"], "answer": "stone"},
         {**ARC, "answerKey": "2"},  # ARC's own labels are digits here and there
+        {**ARC, "answerKey": 2},
+        {**ARC, "choices": ARC["choices"] | {"label": [1, 2, 3]}, "answerKey": 2},
+        {**ARC, "choices": ARC["choices"] | {"label": [0, 1, 2]}, "answer": 1},
+        {**ARC, "choices": ARC["choices"] | {"label": ["A", "B", "C"]}, "answer": 1, "answerKey": "B"},
         {**ARC, "choices": ARC["choices"] | {"label": ["A", "B", "C"]}, "answerKey": "B", "answer": None},
     ],
     ids=str,
@@ -282,6 +319,12 @@ def test_rows_of_every_known_form(row, tmp_path):
         ({"answer": None}, "has answer None, none of its choices"),
         ({"answer": "D"}, "has answer 'D', none of its choices"),
         ({"choices": ["B", "A"], "answer": "A"}, "has answer 'A', both a letter and another choice"),
+        ({"choices": {"text": ["rain", "stone"], "label": [1, 2]}}, "has answer 1, both a label and the index of anot"),
+        (
+            {"choices": {"text": ["rain", "stone"], "label": [1, 1]}, "answer": None, "answerKey": 1},
+            "has answer 1, the l",
+        ),
+        ({"answerKey": "C"}, "has answer and answerKey of two choices; give one of them"),
     ],
 )
 def test_rows_that_ask_nothing_are_refused(change, expected):

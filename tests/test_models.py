@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHATML, make_model, make_tokenizer, save_model
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftType, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftType, PromptTuningConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from retain.loading import load_model, load_tokenizer, tokenizer_of_tuned
 from retain.models import (
@@ -25,6 +25,7 @@ from retain.models import (
     model_fingerprint,
     num_parameters,
     tokenizer_fingerprint,
+    with_least_room,
 )
 
 IDS = torch.arange(5, 25)[None]
@@ -293,6 +294,22 @@ def test_sizes():
     assert num_parameters(tied) == sum(value.numel() for value in set(tied.parameters()))
     assert max_positions(tied) == 128
     assert max_positions(make_model("gpt2")) == 128
+
+
+def test_positions_that_are_taken_are_not_counted():
+    """What is said to be the most runs, one more does not: RoBERTa's offset, a prompt's virtual tokens."""
+    config = AutoConfig.for_model("roberta", vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                  intermediate_size=16, max_position_embeddings=34, is_decoder=True)  # fmt: skip
+    roberta = AutoModelForCausalLM.from_config(config).eval()
+    prompted = get_peft_model(
+        make_model("gpt2"), PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    ).eval()
+    for model, most in ((roberta, 32), (prompted, 123)):
+        assert max_positions(model) == most
+        model(input_ids=torch.full((1, most), 5), use_cache=False)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, most + 1), 5), use_cache=False)
+    assert with_least_room(make_model("gpt2"), prompted) is prompted
 
 
 def write_gguf(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:

@@ -16,7 +16,7 @@ from retain.data import OLD_TEXT, Document, Reading, Text, chat_of, named_source
 from retain.files import read_settings
 from retain.loading import load_model, load_tokenizer, tokenizer_of_tuned
 from retain.measuring import measure
-from retain.models import cache_dir, default_device, length_that_fits
+from retain.models import cache_dir, default_device, length_that_fits, with_least_room
 from retain.overlap import find_overlap
 from retain.reference import Reference, probe
 from retain.replay import load_texts
@@ -55,7 +55,7 @@ def run_measure(config: MeasureConfig, say: Callable[[str], object]) -> Forgetti
     base, tuned = load_both(config)
     texts = (sources["new_task"] | sources["retention"]).values()
     if texts and config.max_new_tokens and not config.prompts:
-        room = length_that_fits(base, config.max_length) - config.max_new_tokens
+        room = length_that_fits(with_least_room(base, tuned), config.max_length) - config.max_new_tokens
         sources["prompts"] = default_prompts(texts, tokenizer, room)
     judge = load_judge(config, base) if config.judge else None
     names = (

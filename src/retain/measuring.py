@@ -22,6 +22,7 @@ from retain.models import (
     num_parameters,
     tokenizer_fingerprint,
     unlike,
+    with_least_room,
 )
 from retain.reference import evaluation_mode, runs_through
 from retain.report import ForgettingReport
@@ -95,7 +96,7 @@ def measure(
     _check_comparable(base, tuned)
     _check_texts(retention, new_task or {})
     if retention or new_task:  # questions and requests have lengths of their own
-        max_length = length_that_fits(base, max_length)
+        max_length = length_that_fits(with_least_room(base, tuned), max_length)
     start, say = choose_start_token(tokenizer, start_token), progress or (lambda stage: None)
     shared: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed, "num_resamples": num_resamples}
     cut = partial(as_documents, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=max_windows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -181,8 +182,25 @@ def num_tuned(model: nn.Module) -> int:
 
 
 def max_positions(model: Any) -> int | None:
-    """Longest sequence the model can take, in tokens, or None where its configuration names none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Longest sequence the model can take, in tokens, or None where its configuration names none.
+
+    The virtual tokens of a prompt take positions, and so do those up to the padding token's, which RoBERTa skips.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    skipped = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    prompt = getattr(model, "active_peft_config", None)
+    return int(limit - max(skipped, default=0) - (getattr(prompt, "num_virtual_tokens", None) or 0))
+
+
+def with_least_room(*models: Any) -> Any:
+    """Of several models the one that takes the shortest sequences."""
+    return min(models, key=lambda model: max_positions(model) or math.inf)
 
 
 def length_that_fits(model: Any, length: int, name: str = "max_length") -> int:

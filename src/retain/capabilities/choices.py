@@ -24,7 +24,7 @@ from retain.capabilities.answers import compare_answers, share_entry
 from retain.data import Document, read_sample, user_turn_text
 from retain.losses import next_token_loss
 from retain.metrics import Forward, batches, logits_of, not_finite, padded, row_by_row
-from retain.models import max_positions
+from retain.models import max_positions, with_least_room
 from retain.text import visible
 
 if TYPE_CHECKING:
@@ -76,20 +76,29 @@ def as_question(row: Mapping[str, Any], where: str) -> Question:
     good = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
     if not good or len(choices) < 2:  # type: ignore[arg-type]
         raise ValueError(f"choices: {where} has choices {choices!r:.80}; give a list of at least two texts")
-    answer = row.get("answer") if row.get("answer") is not None else row.get("answerKey")
-    return Question(text, tuple(choices), _answer_index(answer, choices, labels, where))  # type: ignore[arg-type]
+    answers = {name: row[name] for name in ("answer", "answerKey") if row.get(name) is not None} or {"answer": None}
+    found = {_answer_index(name, answer, choices, labels, where) for name, answer in answers.items()}  # type: ignore[arg-type]
+    if len(found) > 1:
+        raise ValueError(f"choices: {where} has answer and answerKey of two choices; give one of them")
+    return Question(text, tuple(choices), found.pop())  # type: ignore[arg-type]
 
 
-def _answer_index(answer: Any, choices: list[str], labels: list[str] | None, where: str) -> int:
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        found = {answer} & set(range(len(choices)))
-    elif labels is not None:
-        found = {at for at, label in enumerate(labels) if label == answer}
+def _answer_index(name: str, answer: Any, choices: list[str], labels: list[Any] | None, where: str) -> int:
+    """A label first; `answerKey` is one, while a number in `answer` may be an index, too."""
+    index = {answer} & set(range(len(choices))) if isinstance(answer, int) and not isinstance(answer, bool) else set()
+    if labels is not None:
+        by_label = {at for at, label in enumerate(labels) if str(label) == str(answer)}
+        found, why = by_label or index, "the label of several choices"
+        if by_label and name == "answer":
+            found, why = by_label | index, "both a label and the index of another choice"
+    elif index:
+        found, why = index, ""
     else:
         letters = {at for at in range(min(len(choices), 26)) if ascii_uppercase[at] == answer}
         found = letters | ({choices.index(answer)} if answer in choices else set())
+        why = "both a letter and another choice"
     if len(found) != 1:
-        why = "both a letter and another choice" if found else "none of its choices"
+        why = why if found else "none of its choices"
         raise ValueError(f"choices: {where} has answer {answer!r:.80}, {why}; give the index of the right one, from 0")
     return found.pop()
 
@@ -107,10 +116,18 @@ def ask(question: Question, style: str) -> tuple[str, tuple[str, ...]]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text with the tokenizer's own special tokens, which a text that begins with BOS already has."""
+    """Tokens of a text behind what the tokenizer itself puts first, which a text that begins with BOS already has.
+
+    What it puts last, as an EOS, is left out: it is no part of a continuation, and a context does not end there.
+    """
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     opened = first is not None and text.startswith(str(tokenizer.decode([first])))
-    return tokenizer(text, verbose=False, **({"add_special_tokens": False} if opened else {}))["input_ids"]
+    plain: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if opened:
+        return plain
+    whole: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    ends = (at for at in range(len(plain), len(whole) + 1) if whole[at - len(plain) : at] == plain)
+    return whole[: next(ends, len(whole))]
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -157,9 +174,12 @@ def encode_questions(
         for choice, answer in enumerate(answers):
             start, wanted = encode_pair(tokenizer, context, answer if chat_template else f" {answer}")
             if not 0 < len(wanted) <= (limit or len(wanted)):
+                other = {"text": "letter", "letter": "text"}[style]
+                context, answers = ask(question, other)
+                apart = all(encode_pair(tokenizer, context, f" {answer}")[1] for answer in answers)
                 raise ValueError(
                     f"choices: choice {choice + 1} of question {at + 1} has {len(wanted)} tokens of its own; "
-                    f"leave the question out, or use choice_style letter"
+                    f"leave the question out{f', or use choice_style {other}' if apart else ''}"
                 )
             tokens = start + wanted
             kept = tokens if limit is None else tokens[-(limit + 1) :]
@@ -261,7 +281,7 @@ def measure_choices(
     """
     if not questions:
         raise ValueError("choices: there are no questions; give a file with at least one")
-    limit, cache = max_positions(base), cache or BaseCache(base, None)
+    limit, cache = max_positions(with_least_room(base, tuned)), cache or BaseCache(base, None)
     asked = partial(encode_questions, tokenizer=tokenizer, style=style, chat_template=chat_template, limit=limit)
     inputs, few = asked(questions), asked(questions[:NOISE_QUESTIONS])
     sizes: dict[str, Any] = {"batch_tokens": batch_tokens, "device": base.device}

@@ -20,7 +20,7 @@ from retain.base_cache import BaseCache
 from retain.capabilities.drift import MARKERS, drift, fate, knowledge
 from retain.data import chat_of, prompt_text, user_turn_text
 from retain.metrics import not_finite
-from retain.models import max_positions
+from retain.models import max_positions, with_least_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -194,7 +194,7 @@ def measure_generations(
     progress: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """The parts of a report on what the models write: `generations`, `drift` by how it was written, `knowledge`."""
-    check_room(base, prompts, max_new_tokens, tokenizer, start_id)
+    check_room(with_least_room(base, tuned), prompts, max_new_tokens, tokenizer, start_id)
     ids = [prompt.tokens(tokenizer, start_id) for prompt in prompts]
     stop = stop_tokens([base, tuned], tokenizer, start_id)
     asked: dict[str, Any] = {"stop": stop, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}

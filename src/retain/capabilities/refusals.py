@@ -19,6 +19,7 @@ from retain.capabilities.generations import Prompt, check_room, stop_tokens, use
 from retain.capabilities.phrases import is_refusal
 from retain.data import read_sample, user_turn_text
 from retain.metrics import logits_of
+from retain.models import with_least_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -129,7 +130,7 @@ def measure_refusals(
     say = progress or (lambda stage: None)
     chat = bool(tokenizer.chat_template)
     prompts = [user_turn(text, tokenizer, chat_template=chat) for text in requests]
-    check_room(base, prompts, max_new_tokens, tokenizer, start_id)
+    check_room(with_least_room(base, tuned), prompts, max_new_tokens, tokenizer, start_id)
     say("openings")
     kept = cache or BaseCache(base, None)
     sums = [_log_sums(of) for of in both_scores(tuned, kept, encode_openings(tokenizer, prompts), batch_tokens)]
