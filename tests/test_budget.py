@@ -307,6 +307,16 @@ def test_resuming_gives_exactly_the_same_future(plant, noise, num_steps, share, 
     assert resumed.verdict() == whole.verdict()
 
 
+def test_a_state_of_an_earlier_version_goes_on():
+    """It did not keep the coefficient's path."""
+    control, other = simulate(Plant(), 40).control, ForgettingBudget(BUDGET, num_steps=40)
+    state = control.state_dict()
+    del state["log_coefs"]
+    other.load_state_dict(state)
+    assert other.update(0.1) == control.update(0.1)
+    assert other.verdict().ref_kl == control.verdict().ref_kl
+
+
 def test_a_state_is_a_copy():
     control = simulate(Plant(), 40).control
     state = control.state_dict()
@@ -432,7 +442,11 @@ def test_the_standard_error_counts_autocorrelation():
         ([BUDGET] * 100, True, "0.02 nats per token kept: ref_kl 0.02 ± "),
         ([0.5 * BUDGET] * 30, True, "with room left"),
         ([1.15 * BUDGET] * 30, True, "the coefficient ended at"),
-        ([1.3 * BUDGET] * 10, False, "had not settled; train longer, or begin with replay_coef"),
+        ([*[0.0] * 4, *[9 * BUDGET / n for n in range(1, 7)]], False, "train longer, or begin with replay_coef"),
+        ([*[0.0] * 80, *[1.5 * BUDGET] * 20], False, "had not settled; train longer"),
+        ([1.5 * BUDGET] * 50, False, "use more replay rows per step or a lower learning rate"),
+        ([BUDGET * (3.2 - n / 10) for n in range(16)], False, "without bringing ref_kl to the budget: use more"),
+        ([BUDGET * (1.2 + n / 50) for n in range(24)], False, "without bringing ref_kl to the budget: use more"),
         ([0.0] * 3, True, "kept as far as so few steps can tell: ref_kl 0 over the last 1 steps"),
     ],
 )
@@ -441,6 +455,7 @@ def test_the_verdict_says_what_it_saw(kls, kept, words):
     assert verdict.kept is kept
     assert words in verdict.text
     assert "the run ended" not in verdict.text
+    assert ("begin with" in verdict.text) == ("begin with" in words)
     assert verdict.coef == fed(kls).coef
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import retain.losses
+from retain.budget import OPENING
 from retain.heads import HeadForm, at_head, find_head_form
 from retain.losses import (
     Head,
@@ -25,7 +26,7 @@ from retain.losses import (
     next_token_loss,
     topk_kl_divergence,
 )
-from retain.objective import ReplayTerm
+from retain.objective import ReplayTerm, in_opening
 from retain.reference import Reference
 
 POSITIONS, SIZE, VOCAB = 37, 16, 211
@@ -69,8 +70,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("scale", "softcap"), FORMS)
 def test_chunked_kl_is_the_naive_one(scale: float, softcap: float | None) -> None:
     ref_hidden, ref_head, hidden, head = parts(1, scale, softcap)
-    naive = kl_divergence(ref_head.logits(ref_hidden), head.logits(hidden)).sum()
-    assert_same(naive, chunked_kl_divergence(ref_hidden, ref_head, hidden, head), hidden, head)
+    every, values = kl_divergence(ref_head.logits(ref_hidden), head.logits(hidden)), torch.zeros(POSITIONS)
+    assert_same(every.sum(), chunked_kl_divergence(ref_hidden, ref_head, hidden, head, values), hidden, head)
+    torch.testing.assert_close(values, every.detach(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("scale", "softcap"), FORMS)
@@ -79,9 +81,10 @@ def test_chunked_topk_kl_is_the_naive_one(scale: float, softcap: float | None, k
     """Pitfall 11: the rest is one bucket, neither dropped nor spread over the k."""
     ref_hidden, ref_head, hidden, head = parts(2, scale, softcap)
     log_probs, tokens = torch.log_softmax(ref_head.logits(ref_hidden), -1).topk(k)
-    naive = topk_kl_divergence(log_probs, tokens, head.logits(hidden)).sum()
-    chunked = chunked_topk_kl_divergence(log_probs, tokens, hidden, head)
-    assert_same(naive, chunked, hidden, head)
+    every, values = topk_kl_divergence(log_probs, tokens, head.logits(hidden)), torch.zeros(POSITIONS)
+    chunked = chunked_topk_kl_divergence(log_probs, tokens, hidden, head, values)
+    assert_same(every.sum(), chunked, hidden, head)
+    torch.testing.assert_close(values, every.detach(), rtol=1e-4, atol=1e-6)
     full = float(kl_divergence(ref_head.logits(ref_hidden), head.logits(hidden)).detach().sum())
     value = float(chunked.detach())
     assert value == pytest.approx(full, rel=1e-4) if k == VOCAB else 0 < value < full
@@ -300,7 +303,9 @@ def test_the_term_at_the_head_is_the_term_of_the_logits(name: str) -> None:
     assert form is not None
     for used in (form, None):
         term = ReplayTerm(used, reference)
-        kl = term.kl(model, model, {"input_ids": tokens}, mask)
+        values = torch.zeros(int(mask.sum()))
+        kl = term.kl(model, model, {"input_ids": tokens}, mask, values=values)
+        assert float(values.sum()) == pytest.approx(float(kl.detach()), rel=1e-5)
         labels = torch.cat([tokens[:, :1], tokens[:, 1:].masked_fill(~mask, -100)], dim=1)
         loss = term.next_token_loss(model, model, {"input_ids": tokens}, labels)
         model.zero_grad()
@@ -314,6 +319,19 @@ def test_the_term_at_the_head_is_the_term_of_the_logits(name: str) -> None:
         assert (one is None) == (other is None)
         if one is not None:
             assert float((one - other).abs().max()) <= 2e-3 * float(other.abs().max()) + 1e-6
+
+
+def test_the_opening_of_a_row_is_its_first_predictions_and_at_most_half_of_them() -> None:
+    """Given tokens count as context: a row that continues a prompt has no opening."""
+    lengths, width = (0, 1, 2, 3, 2 * OPENING - 1, 2 * OPENING, 30), 40
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    found = in_opening(mask)
+    assert found.sum(-1).tolist() == [0, 0, 1, 1, OPENING - 1, OPENING, OPENING]
+    assert all(bool(row[:count].all()) for row, count in zip(found, found.sum(-1).tolist(), strict=True))
+    prompted = mask & (torch.arange(width) >= 3)
+    assert in_opening(prompted)[-1].nonzero().flatten().tolist() == list(range(3, OPENING))
+    prompted = mask & (torch.arange(width) >= 20)
+    assert not in_opening(prompted).any()
 
 
 def test_the_head_itself_does_one_position_only() -> None:

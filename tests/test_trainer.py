@@ -30,6 +30,7 @@ from trl import (
 )
 
 from retain import ReplayConfig, ReplayMixin, ReplaySFTTrainer, ReplayTrainer
+from retain.budget import OPENING
 from retain.files import read_jsonl
 from retain.losses import kl_divergence
 from retain.models import model_fingerprint, tokenizer_fingerprint
@@ -311,7 +312,7 @@ def test_kl_term_has_the_value_and_gradient_of_its_naive_twin(tmp_path: Path, ra
     from retain.replay import replay_indices
 
     for step in range(2):
-        new, total, count = batches[step], torch.zeros((), dtype=torch.float64), 0
+        new, total, count, parts = batches[step], torch.zeros((), dtype=torch.float64), 0, ([], [])
         labels = new["labels"][:, 1:]
         logits = model(input_ids=new["input_ids"], attention_mask=new["attention_mask"]).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
@@ -319,9 +320,15 @@ def test_kl_term_has_the_value_and_gradient_of_its_naive_twin(tmp_path: Path, ra
             ids = torch.tensor(ragged[index].tolist())[None]
             log_p = torch.log_softmax(base(ids).logits[0, :-1], -1)
             log_q = torch.log_softmax(model(ids).logits[0, :-1], -1)
-            total, count = total + (log_p.exp() * (log_p - log_q)).sum(), count + len(log_p)
+            values = (log_p.exp() * (log_p - log_q)).sum(-1)
+            total, count = total + values.sum(), count + len(log_p)
+            opening = min(OPENING, len(log_p) // 2)
+            parts[0].extend(values[:opening].tolist())
+            parts[1].extend(values[opening:].tolist())
         (loss + 3.0 * total / count).backward()
         assert logged(trainer, "replay/kl")[step] == pytest.approx(float(total.detach() / count), rel=1e-4, abs=1e-7)
+        for name, part in zip(("opening", "rest"), parts, strict=True):
+            assert logged(trainer, f"replay/kl_{name}")[step] == pytest.approx(np.mean(part), rel=1e-4, abs=1e-7)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= 0.2 * parameter.grad
@@ -957,6 +964,21 @@ def test_a_budget_moves_the_coefficient(tmp_path: Path, replay: ReplayDataset) -
     tight, loose = (budgeted(tmp_path / str(budget), replay, budget) for budget in (0.005, 10.0))
     assert logged(tight, "replay/coef")[-1] > 2.0 > 1.0 > logged(loose, "replay/coef")[-1]
     assert logged(tight, "replay/kl")[-1] < 0.5 * logged(loose, "replay/kl")[-1]
+
+
+def test_a_budget_holds_the_kl_behind_the_openings(tmp_path: Path, ragged: ReplayDataset) -> None:
+    """Over micro-batches, and rows of any length; the objective itself is the mean over all tokens."""
+    found = []
+    for batch, steps in ((4, 1), (1, 4)):
+        changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_steps": 6}
+        replay_config = ReplayConfig(forgetting_budget=0.01, per_device_replay_batch_size=batch)
+        trainer = train(tmp_path / str(batch), ragged, replay_config=replay_config, changes=changes)
+        rest = logged(trainer, "replay/kl_rest")
+        assert sum(trainer.budget.state_dict()["sums"]) == pytest.approx(sum(rest), rel=1e-5)
+        assert rest[-1] != pytest.approx(logged(trainer, "replay/kl")[-1], rel=0.02)
+        found.append(rest)
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
+    assert "behind the first" in str(trainer.budget.verdict())
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -102,8 +102,9 @@ class ReplayConfig:
     forgetting_budget: float | None = field(
         default=None,
         metadata=_say(
-            "Hold KL(base || model) on replay rows at so many nats per token: the coefficient moves during training, "
-            "from replay_coef on. With replay_objective kl."
+            "Nats per token at which KL(base || model) on replay rows is to end, behind their first five tokens: the "
+            "coefficient moves during training, from replay_coef on, and the run says at its end whether it was kept. "
+            "With replay_objective kl."
         ),
     )
     allow_off_policy_replay: bool = field(

@@ -102,12 +102,14 @@ def chunked_kl_divergence(
     ref_head: Head,
     hidden: Float[Tensor, "positions hidden"],
     head: Head,
+    values: Float[Tensor, " positions"] | None = None,
 ) -> Float[Tensor, ""]:
     """Σ over positions of KL(π ‖ θ), nats, without ever holding the logits of either model.
 
     The sum of `kl_divergence(ref_head.logits(ref_hidden), head.logits(hidden))`, in value and gradient. The gradient
     is made in the forward pass, so nothing is computed twice, and the head's only where it is trained. Reduced, for
-    a gradient made early must know the weights of the positions: they are equal.
+    a gradient made early must know the weights of the positions: they are equal. `values` is filled with the terms of
+    the sum.
     """
     ref_weight = _multiplier(ref_head.weight.detach(), ref_hidden.dtype)
 
@@ -116,7 +118,7 @@ def chunked_kl_divergence(
         probs = ref.exp()
         return expectation(probs, ref.sub_(log_probs)), probs
 
-    return _ChunkedDivergence.apply(hidden, *head, target)
+    return _ChunkedDivergence.apply(hidden, *head, _filling(values, target))
 
 
 def chunked_topk_kl_divergence(
@@ -124,11 +126,13 @@ def chunked_topk_kl_divergence(
     ref_tokens: Int[Tensor, "positions k"],
     hidden: Float[Tensor, "positions hidden"],
     head: Head,
+    values: Float[Tensor, " positions"] | None = None,
 ) -> Float[Tensor, ""]:
     """Σ over positions of KL between the base's k likeliest tokens and *the rest as one*, and the same of θ; nats.
 
     Never more than the KL over the full vocabulary (the rest's own shape is lost), and 0 only where it agrees on
-    these k and on the mass of the rest, which is kept: dropping or renormalising it would bias the target.
+    these k and on the mass of the rest, which is kept: dropping or renormalising it would bias the target. `values` is
+    filled with the terms of the sum.
     """
 
     def target(part: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +140,19 @@ def chunked_topk_kl_divergence(
         pull = (log_probs + log_ratio.unsqueeze(-1)).exp_()  # the rest, scaled to the mass that the base gives it
         return value, pull.scatter_(-1, ref_tokens[part], ref_log_probs[part].float().exp())
 
-    return _ChunkedDivergence.apply(hidden, *head, target)
+    return _ChunkedDivergence.apply(hidden, *head, _filling(values, target))
+
+
+def _filling(values: Tensor | None, target: Target) -> Target:
+    """The same target, whose divergences are kept."""
+
+    def filling(part: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        value, wanted = target(part, log_probs)
+        if values is not None:
+            values[part] = value
+        return value, wanted
+
+    return filling
 
 
 def chunked_next_token_loss(

@@ -11,8 +11,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
+from retain.budget import OPENING
 from retain.heads import HeadForm, at_head, find_head_form
 from retain.losses import (
     Head,
@@ -69,20 +71,29 @@ class ReplayTerm:
         return at_head(model, unwrapped, inputs, compute)
 
     def kl(
-        self, model: Any, unwrapped: Any, inputs: Inputs, mask: Tensor, stored: dict[str, Tensor] | None = None
+        self,
+        model: Any,
+        unwrapped: Any,
+        inputs: Inputs,
+        mask: Tensor,
+        stored: dict[str, Tensor] | None = None,
+        values: Tensor | None = None,
     ) -> Tensor:
         """Σ KL(base ‖ θ) over the predictions in `mask`, of shape (rows, length − 1).
 
         Args:
             stored: the base's predictions there, as `ReferenceCache.batch` gives them; else the reference is asked.
+            values: filled with the terms of the sum, row by row.
         """
         if stored is not None and "tokens" in stored:
-            return self._of_topk(model, unwrapped, inputs, mask, stored)
+            return self._of_topk(model, unwrapped, inputs, mask, stored, values)
         if self.form is None:
             assert stored is None, "hidden states say nothing without a plain head"
             ref_logits = self._ref(model, unwrapped, lambda base: logits_at(base, inputs))
-            values = kl_divergence(ref_logits[:, :-1], logits_at(model, inputs)[:, :-1])
-            return values.masked_fill(~mask, 0.0).sum()
+            found = kl_divergence(ref_logits[:, :-1], logits_at(model, inputs)[:, :-1])
+            if values is not None:
+                values.copy_(found.detach()[mask])
+            return found.masked_fill(~mask, 0.0).sum()
         form, ref_head = self.form, self.ref_head
         if stored is not None:
             ref_hidden = stored["hidden"]
@@ -100,18 +111,29 @@ class ReplayTerm:
 
         def compute(hidden: Tensor, module: nn.Linear) -> Tensor:
             head = form.head(module)  # with an adapter's reference the base's too: it is frozen
-            return chunked_kl_divergence(ref_hidden, ref_head or head, hidden[:, :-1][mask], head)
+            return chunked_kl_divergence(ref_hidden, ref_head or head, hidden[:, :-1][mask], head, values)
 
         return at_head(model, unwrapped, inputs, compute)
 
-    def _of_topk(self, model: Any, unwrapped: Any, inputs: Inputs, mask: Tensor, stored: dict[str, Tensor]) -> Tensor:
+    def _of_topk(
+        self,
+        model: Any,
+        unwrapped: Any,
+        inputs: Inputs,
+        mask: Tensor,
+        stored: dict[str, Tensor],
+        values: Tensor | None,
+    ) -> Tensor:
         log_probs, tokens = stored["log_probs"], stored["tokens"].long()
         if self.form is None:
-            return topk_kl_divergence(log_probs, tokens, logits_at(model, inputs)[:, :-1][mask]).sum()
+            found = topk_kl_divergence(log_probs, tokens, logits_at(model, inputs)[:, :-1][mask])
+            if values is not None:
+                values.copy_(found.detach())
+            return found.sum()
         form = self.form
 
         def compute(hidden: Tensor, module: nn.Linear) -> Tensor:
-            return chunked_topk_kl_divergence(log_probs, tokens, hidden[:, :-1][mask], form.head(module))
+            return chunked_topk_kl_divergence(log_probs, tokens, hidden[:, :-1][mask], form.head(module), values)
 
         return at_head(model, unwrapped, inputs, compute)
 
@@ -119,6 +141,12 @@ class ReplayTerm:
         assert self.reference is not None
         with self.reference.base(model, unwrapped, self.autocast) as base:
             return ask(base)
+
+
+def in_opening(mask: Bool[Tensor, "rows predictions"]) -> Bool[Tensor, "rows predictions"]:
+    """Which of the predictions in `mask` are made with fewer than `OPENING` tokens before; at most half of a row's."""
+    early = torch.arange(mask.shape[1], device=mask.device) < OPENING
+    return mask & early & (mask.cumsum(-1) <= mask.sum(-1, keepdim=True) // 2)
 
 
 @torch.no_grad()

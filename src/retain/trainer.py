@@ -25,6 +25,7 @@ from retain.config import ReplayConfig
 from retain.files import write_json, write_text
 from retain.heads import reshard
 from retain.inputs import ProtectedInputs, load_for_training
+from retain.objective import in_opening
 from retain.protection import check_noise, check_replay_every, check_weights, zero_kl_error
 from retain.replay import ReplayDataset, replace_rows, replay_indices
 from retain.trajectory import check_best_metric, logged_names
@@ -79,6 +80,8 @@ class ReplayMixin(ProtectedInputs):
         self._ready_for = -1  # the step for which replay was last drawn
         self._replay_tokens = 0
         self._step_term = torch.zeros(())
+        self._step_parts = torch.zeros(2, 2, device=self.accelerator.device)  # (opening, rest): Σ KL and predictions
+        self._logged_parts = torch.zeros_like(self._step_parts)
         self._logged: list[Tensor] = []
         self._logged_steps = 0
         self._new_task_losses: dict[int, Any] = {}  # step → the host's own part of its loss
@@ -125,6 +128,7 @@ class ReplayMixin(ProtectedInputs):
         if config.adds_replay_term:
             self._queue = [None] * len(samples)
             self._step_term = torch.zeros((), device=self.accelerator.device)
+            self._step_parts = torch.zeros_like(self._step_parts)
             self._logged_steps += 1
         if config.draws_replay:
             batches = self._draw(len(samples))
@@ -181,7 +185,12 @@ class ReplayMixin(ProtectedInputs):
         labels, stored = batch.pop("labels"), batch.pop("stored", None)
         unwrapped, term = self.accelerator.unwrap_model(model), self.replay_term
         if self.replay_config.uses_reference:
-            total = term.kl(model, unwrapped, batch, labels[:, 1:] != -100, stored)
+            mask = labels[:, 1:] != -100
+            values = torch.zeros(int(mask.sum()), device=mask.device)
+            total = term.kl(model, unwrapped, batch, mask, stored, values)
+            opens = in_opening(mask)[mask]
+            parts = torch.stack([torch.stack([values[part].sum(), part.sum()]) for part in (opens, ~opens)])
+            self._step_parts, self._logged_parts = self._step_parts + parts, self._logged_parts + parts
         else:
             total = term.next_token_loss(model, unwrapped, batch, labels)
         # This micro-batch's part of the step's mean; DDP averages gradients, hence the processes.
@@ -229,7 +238,8 @@ class ReplayMixin(ProtectedInputs):
             )
         if self._replay_is_due and not self._queue:
             if self.replay_config.uses_reference and self._is_the_base and self.state.global_step == 0:
-                check_noise(float(self._step_term), self.replay_config.forgetting_budget)
+                kl = float(self._step_term) if self.budget is None else self._held_kl()
+                check_noise(kl, self.replay_config.forgetting_budget)
             self._is_the_base = False
             if self.budget is not None:
                 self._follow_budget()
@@ -289,10 +299,15 @@ class ReplayMixin(ProtectedInputs):
             found.load_state_dict(self.state.stateful_callbacks[BUDGET_STATE]["attributes"])
         return found
 
+    def _held_kl(self) -> float:
+        """Mean KL of the step behind the rows' openings, over micro-batches and processes; nats per token."""
+        total, count = self.accelerator.reduce(self._step_parts, reduction="sum")[1].tolist()
+        return total / max(count, 1.0)
+
     def _follow_budget(self) -> None:
         """After a step's last micro-batch: its KL moves the coefficient; the next checkpoint keeps the state."""
         assert self.budget is not None
-        self.budget.update(float(self.accelerator.reduce(self._step_term, reduction="mean")))
+        self.budget.update(self._held_kl())
         self.state.stateful_callbacks[BUDGET_STATE] = {"args": {}, "attributes": self.budget.state_dict()}
 
     # What is measured and kept
@@ -309,7 +324,8 @@ class ReplayMixin(ProtectedInputs):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Split `loss` in the training logs, the sum, into `new_task/loss` and `replay/coef` · `replay/loss`.
 
-        All are means over the logged steps and processes; a KL is logged as `replay/kl`, too.
+        All are means over the logged steps and processes. A KL is logged as `replay/kl`, too, and apart over the first
+        predictions of the rows (`replay/kl_opening`) and all others (`replay/kl_rest`, which a budget holds).
         """
         if "loss" in logs and self._new_task_losses:
             made = [loss for step, loss in self._new_task_losses.items() if step < self.state.global_step]
@@ -321,6 +337,11 @@ class ReplayMixin(ProtectedInputs):
             logs["replay/loss"] = mean
             if self.replay_config.uses_reference:
                 logs["replay/kl"] = mean
+                parts = self.accelerator.reduce(self._logged_parts, reduction="sum").tolist()
+                for name, (kl, count) in zip(("opening", "rest"), parts, strict=True):
+                    if count:
+                        logs[f"replay/kl_{name}"] = kl / count
+                self._logged_parts = torch.zeros_like(self._logged_parts)
             logs["replay/coef"] = self.replay_coef
             self._logged, self._logged_steps = [], 0
         super().log(logs, start_time)
