@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from test_models import ADAPTERS, NEEDED, QV, gguf_file, write_gguf  # noqa: F401
 from trl import SFTConfig
 
-from retain import ReplayConfig, ReplaySFTTrainer
+from retain import ReplayConfig, ReplaySFTTrainer, measure
+from retain.cli import main
 from retain.config import MeasureConfig
 from retain.loading import load_model, load_tokenizer, tokenizer_of_tuned
 from retain.measure_verb import load_both, load_judge, other_base
@@ -81,6 +82,10 @@ DAMAGED = {
         lambda found: found | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)},
         ["would be ignored: model.layers.0.self_attn.q_proj.bias"],
     ),
+    "an adapter that was not merged": (
+        lambda found: found | {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)},
+        ["would be ignored: model.layers.0.self_attn.q_proj.lora_A.weight"],
+    ),
 }
 
 
@@ -92,6 +97,20 @@ def test_a_model_whose_weights_are_not_found_is_refused(case, tmp_path):
     assert message.startswith("model: ")
     for part in expected:
         assert part in message
+
+
+def test_the_verbs_name_their_flag(tmp_path, capsys):
+    name = saved(tmp_path / "m", without("lm_head"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the quick brown fox"}\n' * 8)
+    out = ["--output_dir", str(tmp_path / "out")]
+    for verb, field, arguments in (
+        ("sample", "model_name_or_path", ["--num_rows", "2", "--max_length", "8"]),
+        ("finetune", "model_name_or_path", ["--dataset_name", str(rows), "--replay_coef", "0"]),
+        ("measure", "base", ["--model", name, "--retention", f"rows={rows}"]),
+    ):
+        assert main([verb, f"--{field}", name, *arguments, *out]) == 1
+        assert f"{field}: {name!r} lacks 1 of its weights" in capsys.readouterr().err
 
 
 def test_a_lost_shard_is_refused(tmp_path):
@@ -381,6 +400,13 @@ def test_an_adapter_names_its_package_and_so_does_the_card(gguf_file, tmp_path, 
     assert settings["base_model_name_or_path"] == "package:fake_llm_package"
     assert "fine-tuned version of `package:fake_llm_package`" in (tmp_path / "out" / "README.md").read_text()
     assert torch.equal(load_model(str(tmp_path / "out"))(IDS).logits, make_model()(IDS).logits)
+
+
+def test_vocabularies_of_two_sizes_are_refused_with_a_remedy():
+    tuned = make_model(vocab_size=322)
+    message = refusal(measure, make_model(), tuned, {"w": ["the quick"]}, tokenizer=make_tokenizer(), max_length=16)
+    for part in ("vocabulary: base has 320, model has 322", "resize_token_embeddings"):
+        assert part in message
 
 
 # What the user set is what is named

@@ -189,10 +189,11 @@ def _load_weights(path: str, field: str, **options: Any) -> Any:
 
 
 def _computes(model: Any, key: str) -> bool:
-    """Whether the module to which a weight belongs is there and has weights: a bias that the model has no place for."""
-    modules = dict(model.named_modules())
-    module = modules.get(key.rpartition(".")[0])
-    return module is not None and next(module.parameters(recurse=False), None) is not None
+    """Whether a weight lies in a module with weights of its own: a bias without a place, a LoRA beside its layer."""
+    modules, name = dict(model.named_modules()), key
+    while name not in modules:
+        name = name.rpartition(".")[0]
+    return next(modules[name].parameters(recurse=False), None) is not None
 
 
 def _some(names: Collection[str], most: int = 3) -> str:

@@ -157,9 +157,10 @@ def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
     if runs_through(base, tuned):  # trained or merged in place, or copied after a trainer had patched the forward
         raise ValueError("base: a forward pass of it runs the tuned model, so nothing would differ; load the base anew")
     for what, of_base, of_tuned in unlike(base, tuned):
-        raise ValueError(
-            f"{what}: base has {of_base}, model has {of_tuned}; load both alike, or the difference is the result"
-        )
+        remedy = "load both alike, or the difference is the result"
+        if what == "vocabulary":
+            remedy = "give a copy of the base with the model's tokens (add_tokens, resize_token_embeddings) as base"
+        raise ValueError(f"{what}: base has {of_base}, model has {of_tuned}; {remedy}")
 
 
 def _header(cache: BaseCache, tuned: PreTrainedModel, name: str, settings: dict[str, Any]) -> dict[str, Any]:
