@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from retain.cli import main
 from retain.config import MeasureConfig
 from retain.data import NEW_TASK, Reading, prompt_text, read_rows, read_text, read_texts, row_text, tokenize_documents
-from retain.measure_verb import default_prompts
+from retain.measure_verb import default_prompts, new_task_reading
 from retain.measuring import measure
 from retain.replay import load_replay_dataset, load_texts
 
@@ -63,6 +63,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "conversations": [{"conversations": [{"from": "human", "value": "fox"}, {"from": "gpt", "value": "towns"}]}],
 }
+
+GIVEN = MeasureConfig(base="a", model="b", output_dir="c", max_new_tokens=0, retention=["wiki=w"])
 
 
 def make_chat_tokenizer(template: str = TOOLS_CHATML) -> Any:
@@ -153,6 +155,14 @@ def test_which_tokens_count_may_be_said(changes: dict, tmp_path: Path) -> None:
         **changes,
     )
     assert report.data["new_task"]["task"]["loss"]["value"] == pytest.approx(evaluated, rel=2e-5)
+
+
+def test_a_text_may_be_in_another_column(tmp_path: Path) -> None:
+    rows = [{"text": "a summary", "content": text} for text in make_texts(2, words=9)]
+    tokenizer, source = make_chat_tokenizer(), written(tmp_path, rows)
+    trained = host(tmp_path, source, tokenizer, dataset_text_field="content").train_dataset
+    read = read_texts(source, tokenizer, None, new_task_reading(GIVEN, {"dataset_text_field": "content"}))
+    assert [text.ids for text in read] == list(trained["input_ids"])
 
 
 def test_a_long_row_is_measured_as_the_host_cuts_it_and_beyond(tmp_path: Path) -> None:
@@ -279,6 +289,9 @@ def test_a_run_is_measured_on_the_tokens_of_its_own_loss(
     assert data["retention"]["wiki"]["ref_kl"]["value"] == pytest.approx(last["retention/wiki/ref_kl"], rel=1e-4)
     assert data["settings"]["loss_tokens"] == {"task": counted, "wiki": "all"}
     assert data["training"]["loss_tokens"] == counted
+    told = (tmp_path / "report" / "report.md").read_text()
+    assert f"task: {len(ROWS['messages'])} documents" in told
+    assert (f"tokens of {counted}" in told) == (counted != "all")
     assert data["training"]["retention_windows"] == 1
     assert data["generations"] == [], "max_new_tokens 0 writes nothing"
 
@@ -303,7 +316,6 @@ def test_a_chat_is_continued_where_its_answer_begins() -> None:
 
 def test_nothing_is_written_only_where_nothing_is_asked() -> None:
     given: dict[str, Any] = {"base": "a", "model": "b", "output_dir": "c", "max_new_tokens": 0}
-    MeasureConfig(**given, retention=["wiki=w"])
     for asked in ({"prompts": "p"}, {"refusals": ["r=r"]}, {"harmless": ["h=h"]}):
         with pytest.raises(
             ValueError, match="max_new_tokens: 0 writes nothing, and .* are to be answered; use at least 1"

@@ -37,7 +37,7 @@ from retain.files import (
 METRICS_FILE = "metrics.jsonl"
 DOCUMENTS_FILE = "documents.jsonl"
 BUDGET_FILE = "budget.json"
-OF_LOSS = ("completion_only_loss", "assistant_only_loss")  # of TRL's SFTConfig
+OF_LOSS = ("completion_only_loss", "assistant_only_loss", "dataset_text_field")  # of TRL's SFTConfig
 OF_ROWS = {"loss_tokens": str, "retention_windows": int}  # what was counted of rows, and of retention texts
 OF_TRAINING = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "seed")
 # Shapes of these files, for `check_shape`.

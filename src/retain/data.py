@@ -6,10 +6,7 @@ context only. Documents never share a window, so none attends to another.
 
 from __future__ import annotations
 
-import copy
 import itertools
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -18,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from retain.chats import apply_template, chat_of, marks_turns, messages_of, rendered, template_of_turns
 from retain.row_files import SUFFIXES, read_file
 from retain.text import first_line
 
@@ -100,11 +98,13 @@ class Reading:
     `completion_only_loss`, `assistant_only_loss`: as in TRL's `SFTConfig`, but for None, which is: the completion of
     rows with a prompt, and the assistant's turns where the chat template marks them.
     `as_trained`: opened and ended by the special tokens that `SFTTrainer` puts there; else by the document start.
+    `dataset_text_field`: the column of rows that are a text, as there.
     """
 
     completion_only_loss: bool | None = None
     assistant_only_loss: bool | None = None
     as_trained: bool = False
+    dataset_text_field: str = "text"
 
 
 OLD_TEXT, WHOLE = Reading(), Reading(completion_only_loss=False, assistant_only_loss=False)
@@ -140,33 +140,42 @@ def read_text(
     Raises:
         ValueError: as `row_text`.
     """
+    if reading.dataset_text_field in row:
+        row = {**row, "text": row[reading.dataset_text_field]}
     content, given = _content(row, where)
     chat, pair = isinstance(content, list), given is not None
     completions = pair and reading.completion_only_loss is not False
     turns = chat and reading.assistant_only_loss
     if chat and reading.assistant_only_loss is None and not pair:
-        turns = _marks_turns(tokenizer)
-    row = {**row, "chat_template_kwargs": {**_template(tokenizer, turns), **(row.get("chat_template_kwargs") or {})}}
-    words = _rendered(content, row, tokenizer)
+        turns = marks_turns(tokenizer)
+    settings = {**template_of_turns(tokenizer, turns), **(row.get("chat_template_kwargs") or {})}
+    row = {**row, "chat_template_kwargs": settings}
+    words = rendered(content, row, tokenizer)
     if reading.as_trained and not chat and not (pair and "text" in row):  # of such rows TRL ends the unused text
         words = words.removesuffix(tokenizer.eos_token or "") + (tokenizer.eos_token or "")
     special = {"add_special_tokens": reading.as_trained and not chat, "verbose": False}
     ids: list[int] = tokenizer(words, **special)["input_ids"]
     predicted = [True] * len(ids)
     if completions:  # from where the prompt alone reads otherwise: not always its end
-        alone = _rendered(given, row, tokenizer, **({"add_generation_prompt": True} if chat else {}))
+        alone = rendered(given, row, tokenizer, **({"add_generation_prompt": True} if chat else {}))
         opening = takewhile(
             lambda pair: pair[0] == pair[1], zip(ids, tokenizer(alone, **special)["input_ids"], strict=False)
         )
         length = sum(1 for _ in opening)
         predicted = [at >= length for at in range(len(ids))]
     if turns:
-        of_turns = _apply(content, row, tokenizer, return_dict=True, return_assistant_tokens_mask=True)[
+        of_turns = apply_template(content, row, tokenizer, return_dict=True, return_assistant_tokens_mask=True)[
             "assistant_masks"
         ]
         predicted = [one and bool(other) for one, other in zip(predicted, of_turns, strict=True)]
     name = "assistant turns" if turns else "completions" if completions else "all"
     return Text(row, words, ids, predicted, name, reading.as_trained)
+
+
+def row_texts(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The words of every row of a file or Hub dataset; a bad row is named in its error."""
+    for at, row in enumerate(read_rows(source), start=1):
+        yield row_text(row, tokenizer, f"row {at} of {source!r}")
 
 
 def row_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
@@ -177,7 +186,7 @@ def row_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: 
     Raises:
         ValueError: if the row has none of these, or they are of the wrong type.
     """
-    return _rendered(_content(row, where)[0], row, tokenizer)
+    return rendered(_content(row, where)[0], row, tokenizer)
 
 
 def _content(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
@@ -187,28 +196,13 @@ def _content(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
         return prompt + completion, prompt
     if isinstance(prompt, list) and isinstance(completion, list):
         return prompt + completion, prompt
-    if (turns := _messages(row)) is not None:
+    if (turns := messages_of(row)) is not None:
         return turns, None
     if isinstance(row.get("text"), str):
         return row["text"], None
     if isinstance(prompt, str) and "completion" not in row:
         return prompt, None
     raise ValueError(f"data: {where} has {sorted(row)}; it needs text, messages, or prompt and completion, as words")
-
-
-def _messages(row: Mapping[str, Any]) -> list[Any] | None:
-    """The turns of a row of messages, also where it has them in the form of `conversations`."""
-    if not isinstance(row.get("messages"), list) and isinstance(row.get("conversations"), list):
-        from trl import maybe_convert_to_chatml
-
-        turns = copy.deepcopy(row["conversations"])  # which TRL changes in place
-        return list(maybe_convert_to_chatml({"conversations": turns})["messages"])
-    return row["messages"] if isinstance(row.get("messages"), list) else None
-
-
-def chat_of(row: Mapping[str, Any]) -> list[Any] | None:
-    """The turns that a row has, or that its prompt is; None where it has none."""
-    return _messages(row) or (row["prompt"] if isinstance(row.get("prompt"), list) else None)
 
 
 def prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
@@ -219,44 +213,13 @@ def prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, wher
     """
     if (messages := chat_of(row)) is not None:
         answered = messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
-        return _rendered(messages[:-1] if answered else messages, row, tokenizer, add_generation_prompt=True)
+        return rendered(messages[:-1] if answered else messages, row, tokenizer, add_generation_prompt=True)
     return row["prompt"] if isinstance(row.get("prompt"), str) else row_text(row, tokenizer, where)
 
 
 def user_turn_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """A text as a user's turn of the chat template, with the answer's turn opened."""
-    return _rendered([{"role": "user", "content": text}], {}, tokenizer, add_generation_prompt=True)
-
-
-def _rendered(content: Any, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    return content if isinstance(content, str) else str(_apply(content, row, tokenizer, tokenize=False, **options))
-
-
-def _apply(turns: list[Any], row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
-    """The chat template on turns, with what else of the row TRL hands to it."""
-    if not (turns and all(isinstance(turn, dict) and "role" in turn for turn in turns)):
-        raise ValueError(f"data: messages {turns!r} are not turns; write [{{role: user, content: …}}, …]")
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("data: rows of messages need a chat template and this tokenizer has none; give text rows")
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return tokenizer.apply_chat_template(turns, tools=tools, **options, **(row.get("chat_template_kwargs") or {}))
-
-
-def _marks_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template says which tokens the assistant wrote."""
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, turns: bool | None) -> dict[str, str]:
-    """TRL's own template where only the assistant's turns count and the tokenizer's does not mark them."""
-    if not turns or _marks_turns(tokenizer):
-        return {}
-    from trl import get_training_chat_template
-
-    template = get_training_chat_template(tokenizer)
-    return {} if template is None else {"chat_template": template}
+    return rendered([{"role": "user", "content": text}], {}, tokenizer, add_generation_prompt=True)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from retain.capabilities.choices import load_questions
 from retain.capabilities.generations import Prompt, as_prompt
 from retain.capabilities.harness import measure_with_lm_eval
 from retain.capabilities.refusals import Judge, load_requests
-from retain.data import OLD_TEXT, Document, Reading, Text, chat_of, named_sources, prompt_text, read_rows, read_texts
+from retain.chats import chat_of
+from retain.data import OLD_TEXT, Document, Reading, Text, named_sources, prompt_text, read_rows, row_texts
 from retain.files import read_settings
 from retain.loading import load_model, load_tokenizer, tokenizer_of_tuned
 from retain.measuring import measure
@@ -95,7 +96,7 @@ def trained_rows(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> d
     """Texts that the model was trained on: the given rows, and the replay rows that the run itself names."""
     found: dict[str, Iterable[str]] = {}
     for source in config.train_dataset:
-        found[f"the training rows of {source!r}"] = (text.words for text in read_texts(source, tokenizer))
+        found[f"the training rows of {source!r}"] = row_texts(source, tokenizer)
     replay = replay_folder(Path(str(config.model)))
     if replay is not None:
         found["the replay rows"] = (as_text(row, tokenizer) for row in load_texts(replay, tokenizer))
@@ -165,9 +166,10 @@ def load_sources(
 
 def new_task_reading(config: MeasureConfig, training: Mapping[str, Any]) -> Reading:
     """Which tokens of the new task count: as the flags say, else as the run's own loss did, else as TRL's would."""
-    asked = {name: getattr(config, name) for name in OF_LOSS}
+    asked = {name: getattr(config, name, None) for name in OF_LOSS}
     told = {name: training.get(name) if value is None else value for name, value in asked.items()}
-    return Reading(told["completion_only_loss"], bool(told["assistant_only_loss"]), as_trained=True)
+    told |= {"assistant_only_loss": bool(told["assistant_only_loss"])}
+    return Reading(as_trained=True, **{name: value for name, value in told.items() if value is not None})
 
 
 def default_prompts(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, room: int) -> list[Prompt]:

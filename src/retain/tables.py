@@ -79,10 +79,12 @@ def _plain(value: float | None, form: str) -> dict[str, str]:
 def sizes(runs: list[dict]) -> list[str]:
     """How much text stands behind each row."""
     found = {}
-    for text, metrics in [item for run in runs for kind in MAIN for item in (run.get(kind) or {}).items()]:
+    for of, text, metrics in [(run, *item) for run in runs for kind in MAIN for item in (run.get(kind) or {}).items()]:
+        counted = ((of.get("settings") or {}).get("loss_tokens") or {}).get(text, "all")
         entry = next((m for m in metrics.values() if is_number((m or {}).get("num_documents"))), None)
         if entry:
             found[text] = f"{text}: {entry['num_documents']:,} documents, {entry.get('num_tokens') or 0:,} tokens"
+            found[text] += "" if counted == "all" else f" of {counted}"
     return list(found.values())
 
 

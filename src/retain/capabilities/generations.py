@@ -18,7 +18,8 @@ import torch
 
 from retain.base_cache import BaseCache
 from retain.capabilities.drift import MARKERS, drift, fate, knowledge
-from retain.data import chat_of, prompt_text, user_turn_text
+from retain.chats import chat_of
+from retain.data import prompt_text, user_turn_text
 from retain.metrics import not_finite
 from retain.models import max_positions, with_least_room
 

@@ -1,0 +1,65 @@
+"""Turns through a tokenizer's chat template, with what else of a row TRL's `SFTTrainer` hands to it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def messages_of(row: Mapping[str, Any]) -> list[Any] | None:
+    """The turns of a row of messages, also where it has them in the form of `conversations`."""
+    if not isinstance(row.get("messages"), list) and isinstance(row.get("conversations"), list):
+        from trl import maybe_convert_to_chatml
+
+        turns = copy.deepcopy(row["conversations"])  # which TRL changes in place
+        return list(maybe_convert_to_chatml({"conversations": turns})["messages"])
+    return row["messages"] if isinstance(row.get("messages"), list) else None
+
+
+def chat_of(row: Mapping[str, Any]) -> list[Any] | None:
+    """The turns that a row has, or that its prompt is; None where it has none."""
+    return messages_of(row) or (row["prompt"] if isinstance(row.get("prompt"), list) else None)
+
+
+def rendered(content: Any, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    """Words as they are, turns through the chat template."""
+    if isinstance(content, str):
+        return content
+    return str(apply_template(content, row, tokenizer, tokenize=False, **options))
+
+
+def apply_template(turns: list[Any], row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+    """The chat template on turns, with what else of the row TRL hands to it."""
+    if not (turns and all(isinstance(turn, dict) and "role" in turn for turn in turns)):
+        raise ValueError(f"data: messages {turns!r} are not turns; write [{{role: user, content: …}}, …]")
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("data: rows of messages need a chat template and this tokenizer has none; give text rows")
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"data: tools {tools!r:.80} are not JSON; write a list of them") from error
+    return tokenizer.apply_chat_template(turns, tools=tools, **options, **(row.get("chat_template_kwargs") or {}))
+
+
+def marks_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template says which tokens the assistant wrote."""
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+
+def template_of_turns(tokenizer: PreTrainedTokenizerBase, turns: bool | None) -> dict[str, str]:
+    """TRL's own template where only the assistant's turns count and the tokenizer's does not mark them."""
+    if not turns or marks_turns(tokenizer):
+        return {}
+    from trl import get_training_chat_template
+
+    template = get_training_chat_template(tokenizer)
+    return {} if template is None else {"chat_template": template}
