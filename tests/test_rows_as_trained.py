@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,25 @@ def test_a_run_is_measured_on_the_tokens_of_its_own_loss(
     assert (f"tokens of {counted}" in told) == (counted != "all")
     assert data["training"]["retention_windows"] == 1
     assert data["generations"] == [], "max_new_tokens 0 writes nothing"
+
+
+def test_the_new_tasks_chats_go_through_the_template_of_the_tuned_model(world: Path, tmp_path: Path) -> None:
+    """TRL's `chat_template_path` and `eos_token` change it; what is old stays in the base's form."""
+    tokenizer = make_chat_tokenizer(CHATML.replace("message['content']", "'so: ' + message['content']"))
+    shutil.copytree(world / "llama", tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    source = str(world / "mess" / "rows.jsonl")
+    evaluated = host(tmp_path, source, tokenizer).evaluate()["eval_loss"]
+    given: dict[str, Any] = {
+        "base": world / "llama",
+        "model": tmp_path / "tuned",
+        "max_new_tokens": 0,
+        "max_length": 512,
+    }
+    run(world, "measure", **given, output_dir=tmp_path / "r", new_task=f"task={source}", retention=f"old={source}")
+    data = json.loads((tmp_path / "r" / "report.json").read_text())
+    assert data["new_task"]["task"]["loss"]["value"] == pytest.approx(evaluated, rel=2e-5)
+    assert data["settings"]["loss_tokens"] == {"task": "all", "old": "assistant turns"}
 
 
 def test_a_chat_is_continued_where_its_answer_begins() -> None:

@@ -323,18 +323,21 @@ def load_tokenizer(
     return _load(AutoTokenizer, resolve_model_path(name, field), "the tokenizer", field, **options)
 
 
-def tokenizer_of_tuned(name: str, base_tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False) -> None:
-    """Check that a tuned model, where it brings a tokenizer, reads text as its base does.
+def tokenizer_of_tuned(
+    name: str, base_tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """A tuned model's own tokenizer, whose chat template may be another, or the base's where it brings none.
 
     Raises:
         ValueError: if the two cut text into different tokens, so that divergences mean nothing.
     """
     path = resolve_model_path(name)
     if not any(find_file(path, file) for file in TOKENIZER_FILES):
-        return
+        return base_tokenizer
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(base_tokenizer):
         raise ValueError(f"model: the tokenizer in {name!r} {_difference(tokenizer.get_vocab(), base_tokenizer)}")
+    return tokenizer
 
 
 def _difference(own: dict[str, int], base_tokenizer: PreTrainedTokenizerBase) -> str:

@@ -51,8 +51,8 @@ def run_measure(config: MeasureConfig, say: Callable[[str], object]) -> Forgetti
     }
     tokenizer = load_tokenizer(config.base, revision=config.model_revision, trust_remote_code=trust, field="base")
     run = read_run(Path(config.model))
-    sources = load_sources(config, named, tokenizer, run.get("training") or {})
-    tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=trust)
+    own = tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=trust)
+    sources = load_sources(config, named, tokenizer, own, run.get("training") or {})
     base, tuned = load_both(config)
     texts = (sources["new_task"] | sources["retention"]).values()
     if texts and config.max_new_tokens and not config.prompts:
@@ -137,18 +137,20 @@ def load_sources(
     config: MeasureConfig,
     named: dict[str, dict[str, str]],
     tokenizer: PreTrainedTokenizerBase,
+    trained: PreTrainedTokenizerBase,
     training: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that is put to the models, by the name of `measure`'s argument, each by the user's own names.
 
     Args:
+        trained: the tokenizer of the tuned model, by which the new task's rows are read.
         training: what the run tells of its training.
     """
     drawn: dict[str, Any] = {"seed": config.seed}
-    count, readings = config.max_documents, {"retention": OLD_TEXT, "new_task": new_task_reading(config, training)}
+    of_new_task = new_task_reading(config, training)
     texts = {
-        name: {text: load_texts(source, tokenizer, count, reading) for text, source in named[name].items()}
-        for name, reading in readings.items()
+        name: {text: load_texts(source, reader, config.max_documents, how) for text, source in named[name].items()}
+        for name, reader, how in (("retention", tokenizer, OLD_TEXT), ("new_task", trained, of_new_task))
     }
     questions = {
         name: load_questions(source, max_questions=config.max_questions, **drawn)
