@@ -251,7 +251,7 @@ def test_full_finetuning_keeps_no_second_model_and_asks_no_base(
     model.register_forward_pre_hook(lambda *args: passes.append(1))
     trainer = run(tmp_path, datasets[kind], "cache", model=model, changes={"max_steps": 3})
     assert trainer.reference is None
-    before = 1 + 1  # finding the head, proving the store
+    before = 2 + 1 + 1  # the model as it came and as it is trained, finding the head, proving the store
     assert len(passes) == before + 3 * 2
 
 
