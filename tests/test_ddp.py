@@ -165,11 +165,13 @@ def test_zero3_from_the_command_line_sees_the_base_whole(folder: Path) -> None:
     assert max(float((found["one"][key] - found["zero3"][key]).abs().max()) for key in found["one"]) < 5e-6
 
 
-def test_weights_that_zero3_has_shared_out_are_refused() -> None:
+@pytest.mark.parametrize(("mark", "says"), [("ds_id", "by name"), ("device_mesh", "over a device mesh.*load it whole")])
+def test_weights_that_are_shared_out_already_are_refused(mark: str, says: str) -> None:
+    """By ZeRO-3, or as a `DTensor` by `tp_plan` and `distributed_config`."""
     model = make_model()
     check_whole(model)
-    next(model.parameters()).ds_id = 0
-    with pytest.raises(ValueError, match="by name"):
+    setattr(next(model.parameters()), mark, 0)
+    with pytest.raises(ValueError, match=says):
         check_whole(model)
 
 

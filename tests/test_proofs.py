@@ -19,10 +19,11 @@ from test_trainer import LORA, ROWS, TOKENIZER, config, logged, train
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, TrainerCallback
 from trl import RewardConfig, RewardTrainer, SFTTrainer
 
-from retain import ForgettingCallback, ReplayConfig, ReplayMixin, ReplaySFTTrainer, ReplayTrainer
+from retain import ForgettingCallback, ReplayConfig, ReplayMixin, ReplaySFTTrainer, ReplayTrainer, measure
 from retain.protection import check_devices, expected_steps
 from retain.reference import Reference
 from retain.replay import ReplayDataset
+from retain.sampling import sample_replay
 
 TEXTS = {"words": make_texts(3, seed=9)}
 
@@ -191,6 +192,10 @@ def test_a_model_without_a_token_head_is_refused(tmp_path: Path, replay: ReplayD
     with pytest.raises(ValueError, match="model: Llama.*Classification has no head"):
         ReplayTrainer(model=model, args=args, processing_class=TOKENIZER, replay_config=ReplayConfig(replay_coef=0.0),
                       retention_datasets=TEXTS)  # fmt: skip
+    with pytest.raises(ValueError, match="model: Llama.*Classification has no head"):
+        measure(make_model(), model, TEXTS, tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match="model: Llama.*Classification has no head"):
+        sample_replay(model, TOKENIZER, tmp_path / "rows", num_rows=2)
 
 
 @pytest.mark.parametrize("by_name", [False, True])

@@ -30,11 +30,10 @@ from retain.data import Document
 from retain.files import read_settings
 from retain.heads import HeadForm, at_head, find_head_form, reshard
 from retain.metrics import Forward, batches, logits_at, padded
-from retain.models import choose_start_token, max_positions, model_fingerprint, num_tuned, unlike
+from retain.models import check_predicts_tokens, choose_start_token, max_positions, model_fingerprint, num_tuned, unlike
 from retain.protection import (
     check_base_is_frozen,
     check_forward_passes,
-    check_predicts_tokens,
     see_the_base_everywhere,
 )
 from retain.reference import Reference, evaluation_mode, probe

@@ -13,14 +13,20 @@ from retain.data import as_documents, without_copies
 from retain.heads import find_head_form, reshard
 from retain.loading import load_model, load_tokenizer
 from retain.losses import Head
-from retain.models import choose_start_token, length_that_fits, model_fingerprint, num_tuned, tokenizer_fingerprint
+from retain.models import (
+    check_predicts_tokens,
+    choose_start_token,
+    length_that_fits,
+    model_fingerprint,
+    num_tuned,
+    tokenizer_fingerprint,
+)
 from retain.objective import ReplayTerm, stored_error
 from retain.protection import (
     check_base_is_frozen,
     check_devices,
     check_forward_passes,
     check_held_out,
-    check_predicts_tokens,
     check_rows_fit,
     check_whole,
     expected_steps,

@@ -16,6 +16,7 @@ from retain.capabilities.refusals import Judge, measure_refusals
 from retain.data import OLD_TEXT, Document, Reading, Text, as_documents, without_copies
 from retain.measured_texts import TextOptions, measure_texts
 from retain.models import (
+    check_predicts_tokens,
     choose_start_token,
     length_that_fits,
     model_fingerprint,
@@ -154,6 +155,8 @@ def _check_texts(retention: Mapping[str, Any], new_task: Mapping[str, Any]) -> N
 
 
 def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
+    for model in (base, tuned):
+        check_predicts_tokens(model)
     if runs_through(base, tuned):  # trained or merged in place, or copied after a trainer had patched the forward
         raise ValueError("base: a forward pass of it runs the tuned model, so nothing would differ; load the base anew")
     for what, of_base, of_tuned in unlike(base, tuned):

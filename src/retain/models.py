@@ -171,6 +171,19 @@ def unlike(base: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
             yield what, of_base, of_other
 
 
+def check_predicts_tokens(model: Any) -> None:
+    """Refuse a model whose logits are not of shape (rows, length, vocabulary), each from what came before.
+
+    Raises:
+        ValueError: naming the model.
+    """
+    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise ValueError(
+            f"model: {type(model).__name__} has no head that predicts each next token; replay and retention need a "
+            "causal language model (AutoModelForCausalLM)"
+        )
+
+
 def num_parameters(model: nn.Module) -> int:
     """Number of parameters, shared ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())

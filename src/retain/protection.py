@@ -54,19 +54,6 @@ def check_devices(trainer: Any) -> None:
         raise ValueError("devices: FSDP1 and XLA's FSDP were never tried with replay; set fsdp_version 2")
 
 
-def check_predicts_tokens(model: Any) -> None:
-    """Refuse a model whose logits are not of shape (rows, length, vocabulary), each from what came before.
-
-    Raises:
-        ValueError: naming the model.
-    """
-    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
-        raise ValueError(
-            f"model: {type(model).__name__} has no head that predicts each next token; replay and retention need a "
-            "causal language model (AutoModelForCausalLM)"
-        )
-
-
 def check_forward_passes(model: Any, args: Any) -> None:
     """Refuse activated LoRA with checkpointing: PEFT then takes one forward pass for each backward pass.
 

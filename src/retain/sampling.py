@@ -22,6 +22,7 @@ from retain.engine import Engine, Work, choose_batch_size, draw_rows, in_batches
 from retain.files import exclusive, write_json
 from retain.models import (
     StartToken,
+    check_predicts_tokens,
     choose_start_token,
     length_that_fits,
     model_fingerprint,
@@ -94,6 +95,7 @@ def sample_replay(
     folder = Path(output_dir)
     if hasattr(model, "peft_config"):  # the fingerprint is the base's, so its rows would pass for the base's own
         raise ValueError("model: it has an adapter; sample from its base, or merge the adapter and sample from that")
+    check_predicts_tokens(model)
     start_token = start_token or choose_start_token(tokenizer)
     starts = starts or document_starts(start_token)
     max_length = length_that_fits(model, max_length)
