@@ -50,7 +50,7 @@ def held_out(problem: Problem, best: Draws, robust: bool) -> dict[str, dict[str,
     observed = np.tile(problem.observed, (len(groups), 1))
     start = np.repeat(best.exponents, len(groups), axis=0)
     fits, _ = problem.fit(observed, weight, start, robust=robust, tolerance=1e-7)
-    error = problem.predict(fits) - problem.observed.reshape(problem.num_outputs, -1)
+    error = problem.predict(fits) - problem.in_nats(problem.observed.reshape(problem.num_outputs, -1))
     return {
         name: {output: _rms(error[index, at, rows]) for at, output in enumerate(problem.form.outputs)}
         for index, (name, rows) in enumerate(groups.items())

@@ -149,7 +149,7 @@ def jacobian_of(problem: Problem, best: Draws) -> Array:
     width = np.concatenate([1e-6 * (problem.high - problem.low), 1e-4 * np.abs(center[len(problem.low) :]) + 1e-9])
     width[: len(problem.low)] *= np.where(best.exponents[0] + width[: len(problem.low)] > problem.high, -1, 1)
     moved = center + np.diag(width)
-    change = problem.predict(Draws(*np.split(moved, [len(problem.low)], axis=1))) - problem.predict(best)
+    change = problem.fitted(Draws(*np.split(moved, [len(problem.low)], axis=1))) - problem.fitted(best)
     return change.reshape(len(width), -1).T / width / problem.scale[:, None]
 
 
@@ -163,8 +163,8 @@ def condition_number(jacobian: Array) -> float:
 
 
 def enlarged(problem: Problem, best: Draws, jacobian: Array, power: float) -> Array:
-    """Residuals in nats, those of each run times (1 - leverage)^-power: 1/2 for their true size, 1 as if left out."""
-    residuals = (problem.observed - problem.predict(best).reshape(-1)) / problem.scale
+    """Residuals, those of each run times (1 - leverage)^-power: 1/2 for their true size, 1 as if left out."""
+    residuals = (problem.observed - problem.fitted(best).reshape(-1)) / problem.scale
     length = np.linalg.norm(jacobian, axis=0)
     basis, values, _ = np.linalg.svd(jacobian / np.where(length > 0, length, 1.0), full_matrices=False)
     basis = basis[:, values > 1e-7 * values[0]]
@@ -181,7 +181,7 @@ def _bootstrap(problem: Problem, best: Draws, residuals: Array, count: int, robu
     """Refits to the fitted curves plus each run's residuals times a random weight of its own."""
     rng = np.random.default_rng(seed + 1)
     codes = np.tile(problem.runs.codes(problem.runs.keys, problem.runs.names), problem.num_outputs)
-    fitted = problem.predict(best).reshape(-1)
+    fitted = problem.fitted(best).reshape(-1)
     parts = [best[:0]]
     for begin in range(0, count, BLOCK):
         size = (min(BLOCK, count - begin), len(problem.runs.names))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from retain.law_solving import Solution
 
 LEVEL = 0.95
+LOSSES = ("finetuning_loss", "forgetting_loss")
 Interval = tuple[Any, Any]
 
 
@@ -35,6 +36,7 @@ class Prediction:
     curve_ci: dict[str, Interval]
     level: float
     extrapolates: list[str]  # a sentence for each input that lies beyond the data
+    cut: list[str]  # a sentence for each output whose curve or interval reached below 0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: output → value, ci and curve_ci (null where there is none), and whether it extrapolates."""
@@ -42,7 +44,11 @@ class Prediction:
             name: {"value": plain(value), "ci": plain(self.ci[name]), "curve_ci": plain(self.curve_ci[name])}
             for name, value in self.value.items()
         }
-        return found | {"level": self.level, "extrapolates": bool(self.extrapolates), "notes": self.extrapolates}
+        return found | {
+            "level": self.level,
+            "extrapolates": bool(self.extrapolates),
+            "notes": self.extrapolates + self.cut,
+        }
 
 
 @dataclass
@@ -51,7 +57,7 @@ class ForgettingLaw:
 
     Args:
         estimate: the fit; draws: its bootstrap refits over runs.
-        spread: residuals of each output, enlarged to their true size, nats, shape (outputs, points).
+        spread: residuals of each output, enlarged to their true size, nats (or in logs), shape (outputs, points).
         held_out: root mean squared error on rows that a refit did not see: group → output → nats.
         condition: condition number of the derivatives by exponents and coefficients.
         warnings: what the runs cannot say.
@@ -107,10 +113,17 @@ class ForgettingLaw:
                 found[name] = (float(low), float(high))
         return found
 
-    def stretch(self, level: float) -> float:
+    def stretch(self, level: float, degrees: float | None = None) -> float:
+        """Student's t over the normal quantile, of runs - 1 degrees of freedom unless told otherwise."""
         _check_level(level)
         upper = (1 + level) / 2
-        return float(stdtrit(max(len(self.runs.names) - 1, 1), upper) / ndtri(upper))
+        degrees = len(self.runs.names) - 1 if degrees is None else degrees
+        return float(stdtrit(max(degrees, 1), upper) / ndtri(upper))
+
+    def curves(self, points: Mapping[str, Array], codes: np.ndarray, level: float) -> tuple[Array, Array]:
+        """The fit (1, outputs, points) and its draws, stretched about it, in the units of the fit."""
+        value = self.problem.fitted(self.estimate, points, codes)
+        return value, value + self.stretch(level) * (self.problem.fitted(self.draws, points, codes) - value)
 
     def _spread_out(self, draws: Array, value: Array, level: float) -> Array:
         stretched = value + self.stretch(level) * (draws - value)
@@ -143,25 +156,27 @@ class ForgettingLaw:
     ) -> Prediction:
         """Outputs of a run not yet made; inputs are numbers or arrays that broadcast.
 
-        The interval of a new measurement adds residuals, drawn by point, to the bootstrap over runs.
+        The interval of a new measurement adds residuals, drawn by point, to the bootstrap over runs, enlarged by
+        Student's t of the points that the form leaves over. A loss that no run had below 0 is cut there, and `cut`
+        says so; an interval covers no less without values that a loss does not have.
 
         Raises:
             ValueError: for inputs that the form does not have, that cannot be, or that the runs say nothing about.
         """
         points, shape = self.points(inputs)
         codes = np.full(len(next(iter(points.values()))), self.code(dataset))
-        value = self.problem.predict(self.estimate, points, codes)[0]
-        none = (np.full_like(value, np.nan),) * 2
-        curve, new = none, none
+        value, curves = self.curves(points, codes, level)
+        found = np.concatenate([value, np.full((4, *value.shape[1:]), np.nan)])
         if len(self.draws):
-            curves = self.problem.predict(self.draws, points, codes)
-            curve = tuple(self._spread_out(curves, value, level))
             pool = self.spread[:, self.problem.set_codes == codes[0]]
+            left_over = pool.shape[1] - self.problem.num_free / self.problem.num_outputs / len(self.problem.datasets)
             rng = np.random.default_rng(seed)
             picked = pool[:, rng.integers(pool.shape[1], size=len(curves))].T * rng.choice([-1, 1], (len(curves), 1))
-            stretched = value + self.stretch(level) * (curves - value) + picked[..., None]
-            new = tuple(np.quantile(stretched, [(1 - level) / 2, (1 + level) / 2], axis=0))
-        shaped = [array.reshape(-1, *shape) for array in (value, *new, *curve)]
+            new = curves + self.stretch(level, left_over) * picked[..., None]
+            ends = [(1 - level) / 2, (1 + level) / 2]
+            found[1:] = np.concatenate([np.quantile(of, ends, axis=0) for of in (new, curves)])
+        found, cut = self._cut(self.problem.in_nats(found))
+        shaped = [array.reshape(-1, *shape) for array in found]
         of_output = {name: [_number(array[at]) for array in shaped] for at, name in enumerate(self.form.outputs)}
         return Prediction(
             value={name: found[0] for name, found in of_output.items()},
@@ -169,7 +184,20 @@ class ForgettingLaw:
             curve_ci={name: (found[3], found[4]) for name, found in of_output.items()},
             level=level,
             extrapolates=self.extrapolates(points),
+            cut=cut,
         )
+
+    def _cut(self, found: Array) -> tuple[Array, list[str]]:
+        """Outputs (value, four ends; outputs; points) at 0 or above where every run's are, and what that changed."""
+        notes = []
+        for at, name in enumerate(self.form.outputs):
+            of = found[:, at]
+            if name not in LOSSES or self.runs.columns[name].min() < 0 or not (of < 0).any():
+                continue
+            what = "the law falls below 0 and does not hold" if (of[0] < 0).any() else "the interval reaches below 0"
+            notes.append(f"{name}: {what} here; no run had so little, and it is cut at 0")
+            of[of < 0] = 0.0
+        return found, notes
 
     def points(self, inputs: Mapping[str, ArrayLike]) -> tuple[dict[str, Array], tuple[int, ...]]:
         """Inputs as arrays of one length, and the shape that the user gave them."""

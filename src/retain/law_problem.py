@@ -35,7 +35,8 @@ class Problem:
         self.set_codes = runs.codes(runs.dataset, self.datasets)
         self.centres = {name: float(np.exp(np.log(runs.columns[name]).mean())) for name in form.centred}
         self.inputs = self.centre({name: runs.columns[name] for name in form.inputs})
-        self.observed = np.concatenate([runs.columns[name] for name in form.outputs])
+        columns = [self._checked(name) if form.logs else runs.columns[name] for name in form.outputs]
+        self.observed = np.concatenate(columns)
         self.num_points, self.num_outputs = len(runs), len(form.outputs)
         copies = {name: len(self.datasets) if name in form.local else 1 for name in form.exponents}
         self.slots = [(name, copy) for name, count in copies.items() for copy in range(count)]
@@ -43,12 +44,18 @@ class Problem:
         bounds = np.array([form.exponents[name] for name, _ in self.slots]).reshape(-1, 2)
         self.logged = bounds[:, 0] > 0
         self.low, self.high = np.where(self.logged, np.log(np.where(self.logged, bounds.T, 1.0)), bounds.T)
-        self.scale = np.repeat([runs.columns[name].std() for name in form.outputs], self.num_points)
+        self.scale = np.repeat([column.std() for column in columns], self.num_points)
 
     @property
     def num_free(self) -> int:
         """How many numbers the fit is free to choose."""
         return len(self.slots) + len(self.form.coefficients) * len(self.datasets)
+
+    def _checked(self, name: str) -> Array:
+        low = self.runs.columns[name].min()
+        if low <= 0:
+            raise ValueError(f"{name}: {low:g} has no logarithm, which the form {self.form.name!r} fits; drop the row")
+        return np.log(self.runs.columns[name])
 
     def centre(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Inputs in units of their centres."""
@@ -89,6 +96,14 @@ class Problem:
         self, draws: Draws, inputs: Mapping[str, Array] | None = None, codes: np.ndarray | None = None
     ) -> Array:
         """Each fit's outputs, shape (fits, outputs, points), at the runs' own points or at others."""
+        return self.in_nats(self.fitted(draws, inputs, codes))
+
+    def in_nats(self, fitted: Array) -> Array:
+        """Outputs from what is fitted: the outputs themselves or their logarithms."""
+        return np.exp(fitted) if self.form.logs else fitted
+
+    def fitted(self, draws: Draws, inputs: Mapping[str, Array] | None = None, codes: np.ndarray | None = None) -> Array:
+        """`predict` in the units of `observed`."""
         centred = self.inputs if inputs is None else self.centre(inputs)
         codes = self.set_codes if codes is None else codes
         found = self.values(draws, codes)
@@ -99,7 +114,7 @@ class Problem:
         return np.stack([np.broadcast_to(part, (len(draws), len(codes))) for part in parts], axis=1)
 
     def fit(self, observed: Array, weight: Array, start: Array, **options: float) -> tuple[Draws, Array]:
-        """Fit every row of `observed` (fits, rows), in nats, from `start`; the fits and their losses."""
+        """Fit every row of `observed` (fits, rows) from `start`; the fits and their losses."""
         fits = fit_many(
             lambda exponents, _: self.design(exponents),
             start,
@@ -113,7 +128,7 @@ class Problem:
 
     def set_noise(self, best: Draws) -> None:
         """Take the size of the residuals as the unit of each output, so that they weigh alike and Huber's k fits."""
-        residuals = self.observed - self.predict(best).reshape(-1)
+        residuals = self.observed - self.fitted(best).reshape(-1)
         spread = [1.4826 * np.median(np.abs(part)) for part in np.split(residuals, self.num_outputs)]
-        floor = [1e-7 * self.runs.columns[name].std() for name in self.form.outputs]
+        floor = [1e-7 * part.std() for part in np.split(self.observed, self.num_outputs)]
         self.scale = np.repeat(np.maximum(spread, floor), self.num_points)

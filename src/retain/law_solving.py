@@ -33,8 +33,8 @@ def solve(
     grid = np.geomspace(max(column.min(), 1e-9) / 10, column.max() * 10, GRID)
     points, _ = law.points({name: grid, **others})
     codes, at = np.full(GRID, law.code(dataset)), law.form.outputs.index(output)
-    value = law.problem.predict(law.estimate, points, codes)[0, at]
-    curves = value + law.stretch(level) * (law.problem.predict(law.draws, points, codes)[:, at] - value)
+    value, curves = (law.problem.in_nats(found[:, at]) for found in law.curves(points, codes, level))
+    value = value[0]
     if sure:
         value = _upper_end(law, output, points, level=level, dataset=dataset)
     found = float(crossing(grid, value[None], target)[0])

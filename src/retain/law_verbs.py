@@ -97,5 +97,5 @@ def as_text(answer: dict[str, Any]) -> str:
         if isinstance(found, dict) and "ci" in found:
             low, high = (f"{end:.5g}" if end is not None else "?" for end in found["ci"])
             lines.append(f"{name:<18}{found['value']:.5g}   {answer['level']:.0%} interval [{low}, {high}]")
-    lines += [f"! extrapolates: {note}" for note in answer["notes"]]
+    lines += [f"! {note}" for note in answer["notes"]]
     return "\n".join(lines)

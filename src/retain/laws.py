@@ -103,9 +103,10 @@ def quadratic(K: Number, *, c: Number, q: Number, s: Number) -> Array:
 class Form:
     """A law as the fit sees it: each output is a sum of coefficients times terms.
 
-    `terms(inputs, exponents)` gives, for each output, one array per coefficient. Inputs are of shape (points,),
-    exponents broadcast against them with fits in front. The fit solves for the coefficients exactly and searches
-    the exponents between their bounds (`local` ones for each data set where exponents are shared).
+    `terms(inputs, exponents)` gives, for each output (or its logarithm, with `logs`), one array per coefficient.
+    Inputs are of shape (points,), exponents broadcast against them with fits in front. The fit solves for the
+    coefficients exactly and searches the exponents between their bounds (`local` ones for each data set where
+    exponents are shared).
 
     Args:
         name: how it is called, in files too.
@@ -113,6 +114,7 @@ class Form:
         inputs, outputs: columns of the runs.
         exponents: name → bounds; searched on a log scale where the lower bound is positive.
         coefficients: names, in the order of the terms.
+        logs: fit the logarithms of the outputs: errors are shares of them, and predictions stay above 0.
         levels: input → how many different values of it the form's numbers need; fewer are refused, unless it is the
             same in every row, where other values are.
         centred: divide these inputs by their geometric mean before `terms` sees them.
@@ -126,6 +128,7 @@ class Form:
     exponents: Mapping[str, tuple[float, float]]
     coefficients: tuple[str, ...]
     terms: Callable[[Values, Values], Sequence[Sequence[Number]]]
+    logs: bool = False
     levels: Mapping[str, int] = field(default_factory=dict)
     local: tuple[str, ...] = ()
     centred: tuple[str, ...] = ()
@@ -152,7 +155,7 @@ def _published(values: Values, centres: Centres, of: str, scale: Number) -> dict
     """a, α, b, β and the slopes, for a bracket that is `scale` at the centre."""
     rho, share = values["rho"], values[f"share{of}"]
     alpha, beta = values[f"reach_params{of}"] / rho, values[f"reach_steps{of}"] / rho
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return {
             f"a{of}": centres["num_params"] * (scale * share) ** (1 / alpha),
             f"alpha{of}": alpha,
@@ -262,13 +265,14 @@ SIZE = Form(
     equation="L_f = c·P^-α",
     inputs=("num_params",),
     outputs=("forgetting_loss",),
-    exponents={"alpha": (1e-2, 10.0)},
-    coefficients=("c",),
-    terms=lambda x, values: [[x["num_params"] ** -values["alpha"]]],
+    exponents={},
+    coefficients=("log_c", "alpha"),
+    terms=lambda x, _: [[1.0, -np.log(x["num_params"])]],
+    logs=True,
     levels={"num_params": 2},
     centred=("num_params",),
     report=lambda values, centres: {
-        "c": values["c"] * centres["num_params"] ** values["alpha"],
+        "c": np.exp(values["log_c"]) * centres["num_params"] ** values["alpha"],
         "alpha": values["alpha"],
     },
 )
