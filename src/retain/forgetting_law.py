@@ -107,7 +107,8 @@ class ForgettingLaw:
                 found[name] = (math.nan, math.nan)
             elif value > 0 and (draws > 0).all():  # on a log scale, so that what is positive stays so
                 low, high = self._spread_out(np.log(draws[np.isfinite(draws)]), np.asarray(np.log(value)), level)
-                found[name] = (float(np.exp(low)), float(np.exp(high)))
+                with np.errstate(over="ignore"):
+                    found[name] = (float(np.exp(low)), float(np.exp(high)))
             else:
                 low, high = self._spread_out(draws[np.isfinite(draws)], np.asarray(value), level)
                 found[name] = (float(low), float(high))

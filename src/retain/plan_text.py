@@ -19,14 +19,18 @@ def verdict(plan: Plan) -> str:
             f"No setting keeps forgetting within {plan.budget:g} nats per token with {plan.level:.0%} certainty; train "
             "with --forgetting_budget, which moves the coefficient until it is kept, or says that it cannot be"
         )
+    why = plan.distrusted.get(plan.chosen.replay_coef)
+    if why:
+        return f"Recommended: {plan.chosen.words}, the best that a pilot measured; the law is not followed, since {why}"
     return f"Recommended: {plan.chosen.words}"
 
 
 def told_of(one: Setting, level: float) -> list[str]:
     """What is predicted of a setting."""
+    learned, lost = (f"; its pilot measured {value:.4g}" for value in one.measured) if one.measured else ("", "")
     return [
-        f"new-task loss    {one.finetuning_loss}",
-        f"forgetting       {one.forgetting_loss}   ({level:.0%} intervals, nats per token)",
+        f"new-task loss    {one.finetuning_loss}{learned}",
+        f"forgetting       {one.forgetting_loss}{lost}   (predicted, {level:.0%} intervals, nats per token)",
     ]
 
 
@@ -50,18 +54,32 @@ def summary(plan: Plan, told: Mapping[str, Any], folder: Path) -> str:
 
 def markdown(plan: Plan, told: Mapping[str, Any]) -> str:
     """The plan as a page."""
-    rows = ["| replay coefficient | best within the budget | new-task loss | forgetting |", "| --- | --- | --- | --- |"]
+    heads = (
+        "replay coefficient",
+        "best within the budget",
+        "by",
+        "new-task loss",
+        "measured",
+        "forgetting",
+        "measured",
+    )
+    rows = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for coef, one in plan.best.items():
-        cells = [one.words, str(one.finetuning_loss), str(one.forgetting_loss)] if one else ["none", "", ""]
-        rows.append("| " + " | ".join([f"{coef:g}", *cells]) + " |")
+        cells = [f"{coef:g}", "none", *[""] * 5]
+        if one:
+            learned, lost = (f"{value:.4g}" for value in one.measured) if one.measured else ("–", "–")
+            by = "its pilot" if coef in plan.distrusted else "the law"
+            cells[1:] = [one.words, by, str(one.finetuning_loss), learned, str(one.forgetting_loss), lost]
+        rows.append("| " + " | ".join(cells) + " |")
     settings, share = told["settings"], told["replay_share"]
     return "\n".join(
         [
             f"# Plan: {settings['model']} on {settings['dataset_name']}\n",
             f"**{verdict(plan)}.**\n",
             f"Budget: KL(base ‖ model) on {told['retention']!r} at most {plan.budget:g} nats per token, by the upper "
-            f"end of the {plan.level:.0%} interval of a new measurement. Replay share, where there is replay: "
-            f"{share:.3g} of the rows of a step.\n",
+            f"end of the {plan.level:.0%} interval of a new measurement; as measured once where the law is not "
+            "followed. Values with an interval are predicted; beside them is what a pilot with this very setting "
+            f"measured. Replay share, where there is replay: {share:.3g} of the rows of a step.\n",
             *rows,
             f"\nCost: {cost_line(told['cost'])}. Seed {settings['seed']}.\n",
             "![Pilots, predictions and the budget](plan.png)\n",
@@ -128,4 +146,7 @@ def _chosen(axes: Any, one: Setting) -> None:
     learned, lost = one.finetuning_loss, one.forgetting_loss
     bars = [[[of.value - max(of.low, 1e-6)], [of.high - of.value]] for of in (learned, lost)]
     axes.errorbar([learned.value], [lost.value], xerr=bars[0], yerr=bars[1], color=INK, marker="*", markersize=11,
-                  linewidth=1.2, capsize=3, label="recommended, interval", zorder=5)  # fmt: skip
+                  linewidth=1.2, capsize=3, label="recommended: predicted, interval", zorder=5)  # fmt: skip
+    if one.measured:
+        axes.plot(*one.measured, marker="o", markersize=9, markerfacecolor="none", markeredgecolor=INK,
+                  linestyle="none", label="recommended: measured", zorder=6)  # fmt: skip
