@@ -421,6 +421,16 @@ def test_no_interval_of_a_loss_reaches_below_0_and_the_cut_is_said():
     assert np.min(at.ci["forgetting_loss"]) < 0
 
 
+def test_the_published_table_of_sizes_is_fitted_as_the_page_says():
+    """2605.26097: forgetting at equal learning over five model sizes; docs/laws.md has these numbers."""
+    P, L_f = [5.8e6, 12.2e6, 21e6, 32e6, 46e6], [0.264, 0.045, 0.018, 0.0066, 0.0058]
+    law = quiet_fit({"run": range(5), "num_params": P, "forgetting_loss": L_f}, "size")
+    low, high = law.conf_int()["alpha"]
+    assert f"{law.params['alpha']:.1f} [{low:.1f}, {high:.1f}]" == "1.9 [1.1, 2.8]"
+    assert law.r_squared["forgetting_loss"] == pytest.approx(0.961, abs=5e-4)
+    assert law.predict(num_params=[5.8e6, 46e6]).value["forgetting_loss"] == pytest.approx([0.221, 0.0043], rel=0.01)
+
+
 def test_the_form_size_is_of_relative_errors():
     """The smallest model alone decided the fit, since its error in nats is the largest."""
     P = np.geomspace(5e6, 5e7, 6)

@@ -146,7 +146,7 @@ def _chosen(axes: Any, one: Setting) -> None:
     learned, lost = one.finetuning_loss, one.forgetting_loss
     bars = [[[of.value - max(of.low, 1e-6)], [of.high - of.value]] for of in (learned, lost)]
     axes.errorbar([learned.value], [lost.value], xerr=bars[0], yerr=bars[1], color=INK, marker="*", markersize=11,
-                  linewidth=1.2, capsize=3, label="recommended: predicted, interval", zorder=5)  # fmt: skip
+                  linewidth=1.2, capsize=3, label="predicted of it, interval", zorder=5)  # fmt: skip
     if one.measured:
         axes.plot(*one.measured, marker="o", markersize=9, markerfacecolor="none", markeredgecolor=INK,
                   linestyle="none", label="recommended: measured", zorder=6)  # fmt: skip
