@@ -183,6 +183,8 @@ def test_a_setting_that_its_own_pilot_contradicts_is_not_recommended():
 def test_no_pilot_measured_better_within_what_the_law_allows(budget):
     laws = fit_pilots(measured(3), num_resamples=100)
     plan = recommend(laws, SIZES, budget=budget, coefs=(0.0, 1.0, 10.0))
+    within = [learned for learned, lost in laws.measured.values() if lost <= budget]
+    assert (min(within) < plan.chosen.learned) == plan.doubts[0].startswith("measured: rank ")
     for coef in (0.0, 1.0, 10.0):
         for one in predicted(laws, SIZES, coef, range(10, 61, 5), 0.9):
             if one.measured and one.forgetting_loss.high <= budget and not one.contradicted:

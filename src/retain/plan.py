@@ -251,12 +251,10 @@ def recommend(
     plan = Plan(budget, level, chosen, fallback, best, distrusted=distrusted)
     plan.doubts = _doubts(laws, plan, sizes)
     once = _best([one for settings in every.values() for one in settings], budget, True)
-    if once and not chosen:
-        plan.doubts.insert(
-            0,
-            f"measured: {once.words} had {once.measured[0]:.4g} and a forgetting of "
-            f"{once.measured[1]:.3g}, once; the law's interval leaves the budget",
-        )
+    if once and once.measured and (not chosen or once.learned < chosen.learned):
+        learned, lost = (f"{value:.4g}" for value in once.measured)
+        told = f"measured: {once.words} had {learned} and forgetting {lost}, once; its interval leaves the budget"
+        plan.doubts.insert(0, told)
     return plan
 
 
