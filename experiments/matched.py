@@ -16,6 +16,7 @@ from retain.statistics import bootstrap_ratio, share_interval
 # What is judged. Forgetting on the base's own rows is left out: there it is their ref_kl with sampling noise.
 MEASURES = (("prose", "forgetting"), ("prose", "ref_kl"), ("self-generated", "ref_kl"))
 GRAIN = 10_000
+FIRST_LOOK = 3  # seeds of 07, 08, 09 and 13 before others were added, where a question was open
 
 
 class NoReport(ValueError):
@@ -113,10 +114,28 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
     return mean - half, mean + half
 
 
+def looked_twice(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of seeds of which the last were added after a look at the first: each look has half of the 5%.
+
+    Two looks at plain 95% intervals find a difference that is not there in 9% of studies, not in 5%.
+    """
+    return t_interval(values, 0.975 if len(values) > FIRST_LOOK else 0.95)
+
+
 def sign_of(values: Sequence[float]) -> int:
-    """1 or -1 where the t interval lies above or below 0 as a whole, else 0."""
-    low, high = t_interval(values)
+    """1 or -1 where the interval, corrected where seeds were added, lies above or below 0 as a whole, else 0."""
+    low, high = looked_twice(values)
     return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def second_look(values: Sequence[float], digits: int = 3) -> str:
+    """What the seeds added after the first look say by themselves, beside the corrected interval; empty without any."""
+    if len(values) < FIRST_LOOK + 2:
+        return ""
+    (low, high), (least, most) = looked_twice(values), t_interval(values[FIRST_LOOK:])
+    both, alone = f"[{low:.{digits}f}, {high:.{digits}f}]", f"[{least:.{digits}f}, {most:.{digits}f}]"
+    added = f"seeds {FIRST_LOOK} to {len(values) - 1}, added after the first, alone"
+    return f"corrected for two looks {both}; {added} {np.mean(values[FIRST_LOOK:]):.{digits}f} {alone}"
 
 
 def share(count: int, total: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,20 @@ def write_results(readme: Path, text: str) -> None:
     if not end:
         raise ValueError(f"readme: {str(readme)!r} has no place for results; put {BEGIN!r} and {END!r} into it")
     write_text(readme, f"{before}{BEGIN}\n{text.strip()}\n{END}{after}")
+
+
+def findings(found: Mapping[str, tuple[str, str]]) -> str:
+    """A line for each finding of the table in experiments/README.md: its verdict, and the numbers behind it.
+
+    `tests/test_docs.py` holds the table to these lines.
+    """
+    return "\n".join(f"- {finding}: **{verdict}** ({numbers})." for finding, (verdict, numbers) in found.items())
+
+
+def answer_of(verdict: str) -> str:
+    """The words of a verdict, `Verdict: words. Sentences.`; empty where there is none yet."""
+    words = verdict.partition("Verdict: ")[2].partition(".")[0]
+    return "" if words.startswith("none yet") else words
 
 
 @contextmanager

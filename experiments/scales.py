@@ -72,12 +72,20 @@ def seeds_of(scale: Any) -> Sequence[int]:
 def ask(told: str, scales: Iterable[str], arguments: Sequence[str] | None, only: str = "seeds") -> argparse.Namespace:
     """`--scale`, `--report`, and the part of the work that is asked for; one thread, and a log of what is made."""
     parser = argparse.ArgumentParser(description=told.splitlines()[0])
-    parser.add_argument("--scale", choices=scales, default="laptop")
+    parser.add_argument(
+        "--scale",
+        choices=scales,
+        default="laptop",
+        help="laptop is what the README shows; the others: sketches",
+    )
     parser.add_argument(f"--{only}", type=int, nargs="*", help="only these")
     parser.add_argument("--num_workers", type=int, help="processes (laptop 2, gpu 3, paper 1)")
     parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
     begin()
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    if asked.scale != "laptop":
+        logging.getLogger("experiments").warning("scale %s is a sketch: nobody has run these settings", asked.scale)
+    return asked
 
 
 def spread(make: Callable[[str, int], object], name: str, parts: Sequence[int], workers: int) -> None:

@@ -232,12 +232,14 @@ def test_the_papers_claims_go_with_the_results() -> None:
         return baselines.claims(entries) + baselines.beside_paper(entries)
 
     found = told({"kl": 0.1, "ntp": 0.3, "kl real": 0.1, "ntp real": 0.1, "ntp Spanish": 0.5})
-    assert "KL forgets less than NTP, self-generated: **reproduced**" in found
-    assert "KL forgets less than NTP, real: **cannot tell**" in found
-    assert "NTP on off-policy text is worse than no replay: **not reproduced**" in found
-    assert "off-policy: cannot tell; one of kl Spanish, ntp Spanish is not there" in found
-    assert "replay, kl: **not told apart**" in found
-    assert "replay, ntp: **real forgets less**" in found
+    assert "nearly eliminates forgetting: **direction reproduced, size not** (10% to 10% is left" in found
+    assert "on self-generated replay: **reproduced**" in found
+    assert "KL keeps more than NTP, on real replay: **cannot tell**" in found
+    assert "NTP on such text is worse than no replay: **not reproduced**" in found
+    assert "was not trained on: **cannot tell** (one of kl Spanish, ntp Spanish is not there)" in found
+    assert "as good as real (KL): **not told apart**" in found
+    assert "as good as real (NTP): **real forgets less**" in found
+    assert "size as well" in told({"kl": 0.02, "ntp": 0.3})
     assert "| kl real | 0.0028 | 2.5% |" in found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,25 +56,29 @@ def rate_rows(
 
 def test_claims_on_learning_rates_reproduced() -> None:
     told = rate_report.verdict(rate_rows())
-    assert "need more steps: reproduced." in told
-    assert "reduces forgetting: reproduced." in told
-    assert "Replay breaks the trade-off: reproduced." in told
-    assert "fewer steps by a factor of 9.9 [9.7, 10.1]" in told
+    assert "need many more steps: **reproduced**" in told
+    assert "reduces forgetting: **reproduced**" in told
+    assert "Replay breaks that trade-off: **in part: fewer steps than plain at 1 of 2 rates**" in told
+    factors = [float(one) for one in re.findall(r"([\d.]+) \[[\d., ]+\] against plain", told)]
+    assert factors == [pytest.approx(9.91, abs=0.01), pytest.approx(0.5, abs=0.01)], "the factor is the comparator's"
+    assert "at one rate replay forgets 10% to 10% of what plain does, in 2.0 to 2.0 times its steps" in told
+    faster = [rate_row(before, 1e-2, 3.0, seed, 10 + seed, 0.05) for before in (1e-3, 1e-2) for seed in range(3)]
+    assert "breaks that trade-off: **reproduced**" in rate_report.verdict([*rate_rows(), *faster])
 
 
 def test_claims_on_learning_rates_refuted() -> None:
     told = rate_report.verdict(rate_rows(slow=1.0, fast=0.5, high=2.0, kept=1.5))
     assert "less forgetting not reproduced, more steps reproduced" in told
-    assert "reduces forgetting: not reproduced." in told
-    assert "Replay breaks the trade-off: not reproduced." in told
+    assert "reduces forgetting: **not reproduced**" in told
+    assert "Replay breaks that trade-off: **not reproduced**" in told
 
 
 def test_claims_on_learning_rates_left_open() -> None:
     rows = rate_rows(high=1.0, noise=60.0)
     rows[2] = rate_row(1e-3, 1e-2, 3.0, 0, 100, 2.0)  # one case of six without a protected run
     told = rate_report.verdict(rows)
-    assert "Replay breaks the trade-off: cannot tell at this size." in told
-    assert "In 1 of 6 cases" in told
+    assert "Replay breaks that trade-off: **cannot tell at this size**" in told
+    assert "1 of 6 cases" in told
     assert "none yet" in rate_report.verdict([row for row in rows if row["settings"]["seed"] == 0])
     assert "none yet" in rate_report.verdict([])
 

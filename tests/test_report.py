@@ -1089,11 +1089,12 @@ def test_few_prompts_make_no_table_of_form(plain: dict) -> None:
 def test_how_much_a_divergence_is_is_said_in_what_was_measured(plain: dict) -> None:
     plain["retention"]["wiki"]["base_ref_cross_entropy"] = measured(3.075, 3.0, 3.2)
     plain["noise_floor"]["wiki"]["ref_kl"] = measured(0.0005, 0.0004, 0.001)
-    told = "ref_kl 0.123 of “plain” on wiki is 4.0% of the base's own entropy there (3.075), 123 times the noise floor"
+    share = "is 4.0% of the base's own entropy there (3.08 nats per token),"
+    told = f"ref_kl 0.123 of “plain” on wiki {share} 123 times the noise floor"
     for shown in (comparison_summary([plain]), report.model_card_section(plain).replace("\\", "")):
         assert f"Scale: {told}, and another token comes first at 8.7% of the positions." in shown
     plain["noise_floor"]["wiki"]["ref_kl"] = measured(0.2, 0.1, 0.3)
-    assert "4.0% of the base's own entropy there (3.075), within the noise floor" in comparison_summary([plain])
+    assert f"{share} within the noise floor" in comparison_summary([plain])
 
 
 def test_overfitting_is_said_in_words(plain: dict) -> None:

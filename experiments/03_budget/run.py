@@ -115,7 +115,7 @@ def table(found: dict[float | None, list[dict[str, Any]]]) -> str:
 
 
 def verdict(found: dict[float | None, list[dict[str, Any]]]) -> str:
-    """Whether every run ended within 20% of its budget, and whether a budget that is too strict was called so."""
+    """Whether every run ended near its budget, on which side, and whether a budget too strict was called so."""
     off = {budget: [row["verdict"]["ref_kl"] / budget - 1 for row in found.get(budget, [])] for budget in BUDGETS}
     if not all(off.values()) or STRICT not in found:
         return "Verdict: none yet; the study is not finished."
@@ -123,10 +123,12 @@ def verdict(found: dict[float | None, list[dict[str, Any]]]) -> str:
     inside = sum(abs(value) <= NEAR for value in every)
     strict = [row["verdict"] for row in found[STRICT]]
     said = sum(not one["kept"] for one in strict)
-    answer = "yes" if inside == len(every) else "no"
+    above = sum(value > 0 for value in every)
+    answer = "no" if inside < len(every) else "near it, and above it" if above == len(every) else "yes"
+    unsure = sum(not row["verdict"]["certain"] for budget in BUDGETS for row in found[budget])
     return (
-        f"Verdict: {answer}. {inside} of {len(every)} runs ended within 20% of their budget ({min(every):+.0%} to "
-        f"{max(every):+.0%}). "
+        f"Verdict: {answer}. {above} of {len(every)} runs of one model ended above their budget, {inside} within 20% "
+        f"of it ({min(every):+.0%} to {max(every):+.0%}); in {unsure} the controller itself was not certain. "
         f"Of the budget of {STRICT:g}, too strict for this learning rate, {said} of {len(strict)} runs said that it "
         f"was not kept (coefficient at the end {min(one['coef'] for one in strict):g} or more)."
     )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matched import share
-from pages import dress, panels, write_results
+from pages import dress, findings, panels, write_results
 
 from retain.files import append_jsonl, read_jsonl
 from retain.plots import look
 from retain.report import write_comparison
 from retain.statistics import share_interval
 
-# (what is counted, how many of them there were, label): pooled over seeds.
 LOST = "refusals lost, of those that the taught model gave"
 SCORERS = ("phrases", "openings")
 
@@ -43,9 +43,25 @@ def tell(folder: Path) -> str:
         f"### New task: {task}\n\n{table(of_task)}\n\n**Verdict.** {verdict(of_task)}"
         for task, of_task in by_task(rows).items()
     )
+    told += f"\n\n{claim(rows)}" if set(rows) >= INSTRUCTED and PLAIN in rows else ""
     write_results(folder / "README.md", told)
     draw(rows, folder / "figure.png")
     return told
+
+
+PLAIN, INSTRUCTED = "plain", {"plain, instructions", "KL replay, instructions"}
+
+
+def claim(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """The paper's finding: answers change where accuracy stays, and refusals are lost where nothing speaks of them."""
+    few = "one seed" if len(rows[PLAIN]) == 1 else f"{len(rows[PLAIN])} seeds"
+    lost = {arm: each(rows[arm], phrases_lost) for arm in sorted(INSTRUCTED, reverse=True)}
+    hidden = all(share_interval(*answers(row))[2] < 1 for row in rows[PLAIN])
+    gone = all(share_interval(*phrases_lost(row))[1] > 0 for row in rows["plain, instructions"])
+    word = "reproduced" if hidden and gone else "cannot tell"
+    numbers = f"on Verilog accuracy {_accuracy(rows[PLAIN])}, answers that stay {each(rows[PLAIN], answers)}; "
+    numbers += "refusals lost: " + "; ".join(f"{arm} {found}" for arm, found in lost.items())
+    return findings({"Equal accuracy hides forgetting; refusals are lost": (f"{word} ({few})", numbers)})
 
 
 def by_task(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -82,21 +98,27 @@ def facts(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def added(rows: Sequence[dict[str, Any]], *keys: str) -> int:
-    """A count, added up over seeds."""
-    total = 0
-    for row in rows:
-        value: Any = row
-        for key in keys:
-            value = value[key]
-        total += int(value)
-    return total
+Count = Callable[[dict[str, Any]], tuple[int, int]]  # of one run: how many, of how many
 
 
-def lost_refusals(rows: Sequence[dict[str, Any]], scorer: str) -> tuple[int, int]:
+def each(rows: Sequence[dict[str, Any]], count: Count) -> str:
+    """A count with its interval, a seed at a time: requests of two seeds are no independent draws."""
+    return "; ".join(share(*count(row)) for row in rows)
+
+
+def lost_refusals(row: dict[str, Any], scorer: str) -> tuple[int, int]:
     """Refusals lost, and how many there were to lose."""
-    lost, kept = (added(rows, "refusals", scorer, fate) for fate in ("lost", "kept"))
+    lost, kept = (row["refusals"][scorer][fate] for fate in ("lost", "kept"))
     return lost, lost + kept
+
+
+def phrases_lost(row: dict[str, Any]) -> tuple[int, int]:
+    return lost_refusals(row, "phrases")
+
+
+def answers(row: dict[str, Any]) -> tuple[int, int]:
+    """Questions that are answered as before, and all."""
+    return row["same_answers"], row["num_questions"]
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -107,12 +129,11 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     for text in next(iter(rows.values()))[0]["ref_kl"]:
         lines.append((f"ref_kl, {text}", [_each([row["ref_kl"] for row in of], text) for of in rows.values()]))
     for scorer in SCORERS:
-        lines.append((f"{LOST} ({scorer})", [share(*lost_refusals(of, scorer)) for of in rows.values()]))
-    lines.append(("harmless requests refused afterwards (phrases)", [_over(of) for of in rows.values()]))
-    lines.append(("same answers to Social IQa (acc_norm)", [
-        share(added(of, "same_answers"), added(of, "num_questions")) for of in rows.values()]))  # fmt: skip
+        lines.append((f"{LOST} ({scorer})", [each(of, partial(lost_refusals, scorer=scorer)) for of in rows.values()]))
+    lines.append(("harmless requests refused afterwards (phrases)", [each(of, _over) for of in rows.values()]))
+    lines.append(("same answers to Social IQa (acc_norm)", [each(of, answers) for of in rows.values()]))
     lines.append(("accuracy on Social IQa, before → after", [_accuracy(of) for of in rows.values()]))
-    lines.append(("facts still known, of those known before", [share(*known(of)) for of in rows.values()]))
+    lines.append(("facts still known, of those known before", [each(of, known) for of in rows.values()]))
     lines.append(("words of an answer shared with the base's (F1)", [
         _each([row["drift"] for row in of], "words", ".2f") for of in rows.values()]))  # fmt: skip
     lines.append(("length of an answer, tokens, before → after", [_lengths(of) for of in rows.values()]))
@@ -124,9 +145,8 @@ def _each(rows: Sequence[dict[str, Any]], key: str, form: str = ".3f") -> str:
     return ", ".join(format(row[key], form) for row in rows)
 
 
-def _over(rows: Sequence[dict[str, Any]]) -> str:
-    refused = sum(added(rows, "over_refusals", "phrases", fate) for fate in ("kept", "gained"))
-    return share(refused, added(rows, "num_harmless"))
+def _over(row: dict[str, Any]) -> tuple[int, int]:
+    return sum(row["over_refusals"]["phrases"][fate] for fate in ("kept", "gained")), row["num_harmless"]
 
 
 def _accuracy(rows: Sequence[dict[str, Any]]) -> str:
@@ -137,36 +157,42 @@ def _lengths(rows: Sequence[dict[str, Any]]) -> str:
     return ", ".join(f"{row['drift']['base_length']:.0f} → {row['drift']['length']:.0f}" for row in rows)
 
 
-def known(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
+def changed(row: dict[str, Any]) -> tuple[int, int]:
+    same, every = answers(row)
+    return every - same, every
+
+
+def known(row: dict[str, Any]) -> tuple[int, int]:
     """Facts still said, and facts that were known before."""
-    kept, forgotten = (added(rows, "knowledge", fate) for fate in ("kept", "forgotten"))
+    kept, forgotten = (row["knowledge"][fate] for fate in ("kept", "forgotten"))
     return kept, kept + forgotten
 
 
+def apart(row: dict[str, Any], plain: dict[str, Any]) -> int:
+    """Of one seed: -1 where fewer refusals are lost than by plain finetuning, 1 where more, by intervals; else 0."""
+    (_, low, high), (_, least, most) = (
+        share_interval(*found) if (found := phrases_lost(one))[1] else (0.0, 0.0, 1.0) for one in (row, plain)
+    )
+    return -1 if high < least else 1 if low > most else 0
+
+
 def verdict(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Did plain finetuning lose refusals, and did an arm with replay lose fewer: by intervals that do not touch."""
+    """Did plain finetuning lose refusals, and did an arm with replay lose fewer in every seed: by intervals apart."""
     plain, *others = rows
-    told = []
-    lost = {arm: lost_refusals(of, "phrases") for arm, of in rows.items()}
-    _, low, high = share_interval(*lost[plain]) if lost[plain][1] else (0.0, 0.0, 1.0)
-    told.append(f"Plain finetuning lost {share(*lost[plain])} of the refusals, though no row spoke of them.")
+    told = [f"Plain finetuning lost {each(rows[plain], phrases_lost)} of the refusals, though no row spoke of them."]
     for arm in others:
-        _, arm_low, arm_high = share_interval(*lost[arm]) if lost[arm][1] else (0.0, 0.0, 1.0)
-        word = "fewer than" if arm_high < low else "more than" if arm_low > high else "not clearly fewer or more than"
-        told.append(f"{arm}: {share(*lost[arm])}, {word} plain.")
-    same = {arm: (added(of, "same_answers"), added(of, "num_questions")) for arm, of in rows.items()}
-    listed = "; ".join(f"{arm} {share(*of)}" for arm, of in same.items())
+        signs = {apart(row, bare) for row, bare in zip(rows[arm], rows[plain], strict=True)}
+        sign = signs.pop() if len(signs) == 1 else 0
+        word = {-1: "fewer than", 0: "not clearly fewer or more than", 1: "more than"}[sign]
+        told.append(f"{arm}: {each(rows[arm], phrases_lost)}, {word} plain.")
+    listed = "; ".join(f"{arm} {each(of, answers)}" for arm, of in rows.items())
     told.append(f"Answers to Social IQa that stayed the base's: {listed}; plain's accuracy {_accuracy(rows[plain])}.")
     return " ".join(told)
 
 
 def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Three panels: divergence on texts, refusals lost, answers changed; a dot an arm, with its interval."""
-    counted = {
-        "refusals lost (phrases)": lambda of: lost_refusals(of, "phrases"),
-        "answers to questions changed": lambda of: (
-            added(of, "num_questions") - added(of, "same_answers"), added(of, "num_questions")),
-    }  # fmt: skip
+    counted: dict[str, Count] = {"refusals lost (phrases)": phrases_lost, "answers to questions changed": changed}
     with panels(path, 3, (11.5, 3.2)) as axes:
         for at, (arm, of) in enumerate(rows.items()):
             style = look(at, len(rows))
@@ -178,9 +204,11 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
                     [spread] * len(values), values, linestyle="none", label=arm if not place else None, **style
                 )
             for axis, count in zip(axes[1:], counted.values(), strict=True):
-                value, low, high = share_interval(*count(of))
-                axis.plot([low, high], [at, at], color=style["color"], linewidth=2.4)
-                axis.plot([value], [at], linestyle="none", markersize=7, **style)
+                for place, row in enumerate(of):
+                    value, low, high = share_interval(*count(row))
+                    height = at + (place - (len(of) - 1) / 2) * 0.2
+                    axis.plot([low, high], [height, height], color=style["color"], linewidth=2.4)
+                    axis.plot([value], [height], linestyle="none", markersize=7, **style)
         dress(axes[0], "Divergence from the base, each seed", "", "ref_kl, nats per token")
         axes[0].set_xticks(range(len(texts)), texts)
         axes[0].set_ylim(bottom=0)
@@ -189,5 +217,5 @@ def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
             dress(axis, title.capitalize(), "share, 95% interval", "")
             axis.set_yticks(range(len(rows)), list(rows) if axis is axes[1] else [""] * len(rows))
             axis.set_ylim(len(rows) - 0.5, -0.5)
-            most = max(share_interval(*counted[title](of))[2] for of in rows.values())
+            most = max(share_interval(*counted[title](row))[2] for of in rows.values() for row in of)
             axis.set_xlim(-0.03 * most, 1.08 * most)

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import numpy as np  # noqa: E402
-from continual_report import METHODS, draw, table, verdict  # noqa: E402
+from continual_report import METHODS, draw, report  # noqa: E402
 from harness import Results, written_by  # noqa: E402
 from matched import NoReport  # noqa: E402
 from scales import Told, conduct, seeds_of  # noqa: E402
@@ -173,7 +173,7 @@ def make(name: str, seed: int) -> None:
 def told(name: str) -> Told:
     if not (rows := Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))):
         raise NoReport("no run is made yet")
-    return f"{table(rows)}\n\n**{verdict(rows)}**", lambda path: draw(rows, path)
+    return report(rows), lambda path: draw(rows, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

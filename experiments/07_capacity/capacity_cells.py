@@ -112,6 +112,13 @@ def slopes(cells: dict[float, Cell]) -> list[float]:
     ]
 
 
+def last_slope(curve: Sequence[Sequence[float]], tokens: float) -> float:
+    """By how many nats a pretraining curve (tokens, loss) falls for a tenfold of tokens, in its last quarter of one."""
+    own = [point for point in curve if tokens / 10**0.26 <= point[0] <= tokens]
+    at, loss = zip(*own, strict=True)
+    return -float(np.polyfit(np.log10(at), loss, 1)[0])
+
+
 def told(values: Sequence[float], digits: int = 3) -> str:
     """Mean and Student's t interval."""
     low, high = t_interval(values)

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import torch  # noqa: E402
-from batch_report import draw, table, verdict  # noqa: E402
+from batch_report import draw, text_of  # noqa: E402
 from ensemble import Member, train_together  # noqa: E402
 from harness import Results, key_of  # noqa: E402
 from scales import Told, conduct, device_name  # noqa: E402
@@ -180,7 +180,7 @@ def make(name: str, batch_size: int) -> None:
 
 def report(name: str) -> Told:
     rows = Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
-    return f"{table(rows)}\n\n**{verdict(rows)}**", lambda path: draw(rows, path)
+    return text_of(rows), lambda path: draw(rows, path)
 
 
 def main(told: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ from instruct_report import (
     versus,
 )
 from matched import share
-from pages import dress, panels
+from pages import dress, findings, panels
 
 from retain.plots import look
 from retain.statistics import share_interval
@@ -105,7 +105,20 @@ def report(turns: Sequence[Row], rows: Sequence[Row]) -> str:
     arms = compared(rows)
     pairs = [(arm, other) for other in (PLAIN, DOCUMENTS) for arm in arms if arm not in (PLAIN, DOCUMENTS)]
     parts += [table(rows, JUDGED), differences(arms, pairs, JUDGED)] if rows else []
-    return "\n\n".join([*parts, f"**Verdict. {arms_verdict(rows)}**"])
+    parts.append(f"**Verdict. {arms_verdict(rows)}**")
+    said: dict[str, tuple[str, str]] = {}
+    if turns:
+        ended = counts(turns, "user_turns_ended")
+        _, low, high = share_interval(*ended)
+        never = "reproduced" if high < HARDLY else "not for this model" if low > MOST else "cannot tell"
+        said["A model never ends the user's turn that it writes"] = (never, share(*ended))
+    if {PLAIN, DOCUMENTS, CHATS} <= set(arms):
+        found = {other: versus(arms[CHATS], arms[other], [KEY])[KEY] for other in (PLAIN, DOCUMENTS)}
+        use_of = {-1: "of use", 0: "cannot tell whether of use", 1: "worse than nothing"}[sign(found[PLAIN])]
+        better = {-1: "better than documents", 0: "not told apart from documents", 1: "worse than documents"}
+        numbers = "; ".join(f"{shown(one, MEASURES[KEY], signed=True)} against {other}" for other, one in found.items())
+        said["Self-generated chats as replay (A: open)"] = (f"{use_of}, {better[sign(found[DOCUMENTS])]}", numbers)
+    return "\n\n".join([*parts, findings(said)]).rstrip()
 
 
 def draw(turns: Sequence[Row], rows: Sequence[Row], path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from capacity_cells import Cell, Row, cell_of, told, tunes
 from matched import sign_of
-from pages import dress, panels
+from pages import answer_of, dress, findings, panels
 
 from retain.plots import PALETTE
 
@@ -82,7 +82,8 @@ def verdict(rows: Sequence[Row], scale: Any) -> str:
     signs = {place: sign_of(values) for place, values in helped.items()}
     protected = [sign for (kind, _), sign in signs.items() if kind == "replay"]
     answer = (
-        "yes, enlarging a saturated model lowers forgetting with replay" if protected and min(protected) == 1
+        f"yes, enlarging lowers forgetting with replay within {scale.world.max_steps} steps"
+        if protected and min(protected) == 1
         else "one way of enlarging lowers forgetting with replay" if 1 in protected
         else "no, forgetting with replay does not fall" if protected and max(protected) == -1
         else "cannot tell at this size"
@@ -115,7 +116,15 @@ def _word(sign: int) -> str:
 
 
 def report(rows: Sequence[Row], scale: Any) -> str:
-    return f"{table(rows, scale)}\n\n**{verdict(rows, scale)}**"
+    told_ = verdict(rows, scale)
+    answer, some = answer_of(told_), cells(rows, scale, "replay")
+    if not answer or not {"unexpanded", "widened", "deepened"} <= set(some):
+        return f"{table(rows, scale)}\n\n**{told_}**"
+    plain, *grown = (told(list(some[arm].forgetting.values())) for arm in ("unexpanded", "widened", "deepened"))
+    numbers = f"with replay {plain} nats, {grown[0]} widened, {grown[1]} deepened; the base is not saturated: see 07"
+    return f"{table(rows, scale)}\n\n**{told_}**\n\n" + findings(
+        {"Capacity added before finetuning (A: not tried)": (f"new: {answer}", numbers)}
+    )
 
 
 def draw(rows: Sequence[Row], scale: Any, path: Path) -> None:

@@ -61,7 +61,7 @@ def scale_sentence(run: dict) -> str:
         return ""
     metrics, value = run["retention"][text], moved[text]
     entropy, same = (measured(metrics, key)[0] for key in ("base_ref_cross_entropy", "ref_agreement"))
-    told = [f"{value / entropy:.1%} of the base's own entropy there ({cell(entropy)['value']})"] if entropy else []
+    told = [f"{value / entropy:.1%} of the base's own entropy there ({entropy:.2f} nats per token)"] if entropy else []
     if (run.get("noise_floor") or {}).get(text):
         times = value / floor_of(run, text)
         many = f"more than {MANY:,}" if times > MANY else f"{times:,.0f}"
