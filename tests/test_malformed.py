@@ -79,7 +79,7 @@ def world(tmp_path_factory) -> Path:
     for name, kind in (("replay", None), ("stored", "hidden")):
         settings = {"num_rows": 8, "max_length": 24, "rows_per_shard": 4, "batch_size": 4, "store_reference": kind}
         model = make_model()
-        model.config._name_or_path = str(root / "model")
+        model.name_or_path = str(root / "model")
         sample_replay(model, make_tokenizer(), root / name, **settings)
     fit = f"fit {root}/runs.jsonl --form linear --num_resamples 9 --num_starts 1 --output {root}/law.json"
     assert main(shlex.split(fit)) == 0

@@ -357,6 +357,7 @@ class ReplaySFTTrainer(ReplayMixin, SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As TRL does; but a base that is no Hub id is named, where TRL writes None."""
         super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            card, base = Path(self.args.output_dir, "README.md"), Path(self.model.name_or_path).name
-            write_text(card, card.read_text().replace("[None](https://huggingface.co/None)", f"`{base}`"))
+        card, base = Path(self.args.output_dir, "README.md"), Path(self.model.name_or_path).name
+        if self.is_world_process_zero() and base:
+            text = card.read_text(encoding="utf-8")
+            write_text(card, text.replace("[None](https://huggingface.co/None)", f"`{base}`"))
