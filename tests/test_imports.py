@@ -81,7 +81,7 @@ MAY_IMPORT = {
     | {"cells", "files", "text", "model_card", "capabilities.answers", "__init__"},
     "model_card": {"report", "tables", "cells", "text", "capabilities.answers", "__init__"},
     "demo_data": ROOMS,
-    "own_rows": ROOMS,
+    "own_rows": ROOMS | {"replay"},
     "engine": ROOMS | {"heads", "own_rows"},
     "starts": ROOMS,
     "sampling": ROOMS | {"replay", "reference_cache", "engine", "starts", "__init__"},
@@ -105,6 +105,7 @@ MAY_IMPORT = {
     | {"trajectory", "replay", "report", "sampling", "metrics", "measuring", "callbacks", "__init__"},
 }
 MAY_IMPORT["inputs"] = MAY_IMPORT["retention"] | {"retention", "protection", "heads", "objective", "remembered"}
+MAY_IMPORT["inputs"] |= {"own_rows"}
 MAY_IMPORT["trainer"] = MAY_IMPORT["inputs"] | {"inputs", "budget"}
 MAY_IMPORT["finetune"] = MAY_IMPORT["trainer"] | {"trainer", "sample", "half_life", "stop_at_loss"}
 MAY_IMPORT["demo"] = MAY_IMPORT["finetune"] | {"finetune", "demo_data"}

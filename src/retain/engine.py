@@ -265,7 +265,7 @@ def draw_rows(
         raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
     if PROVEN_LENGTHS.get(model, 0) < max_length:
         with evaluation_mode(model):
-            check_draws(model, tokens[:SHOWN], given[:SHOWN], torch.stack(shown, dim=1))
+            check_draws(model, tokens[:SHOWN], given[:SHOWN].tolist(), torch.stack(shown, dim=1))
         PROVEN_LENGTHS[model] = max_length
     sums = logprobs.cpu().numpy(), entropies.cpu().numpy()
     return Drawn(tokens.cpu().numpy().astype(np.int32), given, *sums, _row_after_row(kept, given))

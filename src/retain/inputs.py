@@ -22,6 +22,7 @@ from retain.models import (
     tokenizer_fingerprint,
 )
 from retain.objective import ReplayTerm, stored_error
+from retain.own_rows import check_pool
 from retain.protection import (
     check_base_is_frozen,
     check_devices,
@@ -71,13 +72,13 @@ class ProtectedInputs(RetentionMixin):
             check_predicts_tokens(model)
         self.replay_dataset, self.retention_documents, self.reference = None, {}, None
         self._row_edges: set[int] = set()  # tokens that open or close rows
-        own_rows = True
+        self._own_rows = True
         if replay is not None or retention:
             tokenizer = _tokenizer(kwargs.get("processing_class"), model)
-            own_rows = self._load_rows(model, tokenizer, replay, retention, args, start_token)
+            self._own_rows = self._load_rows(model, tokenizer, replay, retention, args, start_token)
         self._check_rows(model)
         has_adapter = kwargs.get("peft_config") is not None or hasattr(model, "disable_adapter")
-        self.uses_cache = takes_cache(config, self.replay_dataset, own_rows=own_rows)
+        self.uses_cache = takes_cache(config, self.replay_dataset, own_rows=self._own_rows)
         if config.uses_reference or self.retention_documents:
             self._base_probe = probe(model)
         measured = bool(self.retention_documents)
@@ -126,6 +127,8 @@ class ProtectedInputs(RetentionMixin):
         if self.uses_cache:
             self._prove_stored()
             self.replay_term.to(self.accelerator.device)
+        else:
+            self._prove_rows()
 
     def prove_reference_again(self) -> None:
         """Show that the reference still gives what it gave when training began.
@@ -145,12 +148,35 @@ class ProtectedInputs(RetentionMixin):
         with self.accelerator.autocast():
             return Reference(RememberedBase(self.model, head, windows))
 
+    def _prove_rows(self) -> None:
+        """Hold rows that the model is said to have drawn against what it predicts, in the precision of training."""
+        rows, model, config = self.replay_dataset, self.model, self.replay_config
+        if rows is None or rows.log_probs is None or not (self._own_rows and config.draws_replay):
+            return
+        as_handed_over = self.reference is not None and self.reference.kind == "copy"
+        adapter_off = hasattr(model, "disable_adapter") and not as_handed_over
+        base = Reference().base(model, model) if adapter_off else evaluation_mode(model)
+        try:
+            with base, self.accelerator.autocast():
+                check_pool(model, rows, half=self._half)
+        except ValueError as error:
+            if not config.allow_off_policy_replay:
+                raise
+            logger.warning("off-policy replay: %s", error)
+
+    @property
+    def _half(self) -> bool:
+        """Whether the replay rows were drawn, or the model is trained, in half precision."""
+        assert self.replay_dataset is not None
+        manifest = self.replay_dataset.manifest or {}
+        dtypes = {manifest.get("sampler", {}).get("dtype"), str(self.model.dtype).removeprefix("torch.")}
+        return bool({"bfloat16", "float16"} & dtypes) or self.accelerator.mixed_precision != "no"
+
     def _prove_stored(self) -> None:
         """Where the model is now: a host that shards it moves it to the device of training only later."""
         rows, device = self.replay_dataset, self.model.device
         assert rows is not None
         assert rows.cache is not None
-        assert rows.manifest is not None
         indices = range(min(2, len(rows)))
         batch = self.replay_batch(indices)
         stored = {name: value.to(device) for name, value in batch.pop("stored").items()}
@@ -158,9 +184,7 @@ class ProtectedInputs(RetentionMixin):
         labels = batch.pop("labels")
         with evaluation_mode(self.model), self.accelerator.autocast():
             error = stored_error(self.replay_term, self.model, batch, labels[:, 1:] != -100, stored)
-        halves = {"bfloat16", "float16"} & {rows.manifest["sampler"]["dtype"], str(self.model.dtype)[6:]}
-        half = bool(halves) or self.accelerator.mixed_precision != "no"
-        if not error <= (STORED_TOLERANCE_HALF if half else STORED_TOLERANCE):
+        if not error <= (STORED_TOLERANCE_HALF if self._half else STORED_TOLERANCE):
             raise ValueError(
                 f"replay_reference: the predictions stored in {rows.source!r} are not this model's (KL {error:.2g} nats"
                 " per token before training); sample again, or set replay_reference to adapter or copy"

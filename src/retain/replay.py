@@ -40,6 +40,7 @@ class ReplayDataset:
 
     `prefix_lengths`, shape (rows,): how many tokens of each row were given rather than drawn; the start token at
     least. `manifest` is None for real text. `cache`: the base's predictions, where they were kept when it sampled.
+    `log_probs`, shape (rows,): of the drawn tokens of each row, summed, nats, where the sampler told.
     """
 
     tokens: np.ndarray
@@ -48,6 +49,7 @@ class ReplayDataset:
     source: str
     manifest: dict[str, Any] | None = None
     cache: ReferenceCache | None = None
+    log_probs: np.ndarray | None = None
 
     @classmethod
     def from_rows(
@@ -168,22 +170,26 @@ def write_shard(folder: Path, shard: int, first_row: int, columns: dict[str, np.
         parquet.write_table(pa.table({"row": numbers, **arrays}), temporary)
 
 
-def read_shards(folder: Path, manifest: dict[str, Any], columns: Sequence[str]) -> dict[str, list[Any]]:
-    """The named columns of all shards there are, in the order of the rows.
+def read_shards(
+    folder: Path, manifest: dict[str, Any], columns: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, list[Any]]:
+    """The named columns of all shards there are, in the order of the rows; optional ones where a shard has them.
 
     Raises:
         ValueError: if a shard is damaged.
     """
     from pyarrow import parquet
 
-    found: dict[str, list[Any]] = {name: [] for name in columns}
+    found: dict[str, list[Any]] = {name: [] for name in (*columns, *optional)}
     for shard in range(-(-manifest["num_rows"] // manifest["rows_per_shard"])):
         path = shard_path(folder, shard)
         if not path.exists():
             continue
         try:
-            table = parquet.read_table(path, columns=list(columns))
-            for name in columns:
+            there = parquet.read_schema(path).names
+            names = [*columns, *(name for name in optional if name in there)]
+            table = parquet.read_table(path, columns=names)
+            for name in names:
                 found[name] += list(table[name].to_numpy())
         except Exception as error:  # pyarrow's many ways of saying that a file is not what it should be
             raise ValueError(
@@ -199,7 +205,7 @@ def load_self_generated(folder: Path) -> ReplayDataset:
         ValueError: if it is unfinished, damaged, or of another version.
     """
     manifest = read_manifest(folder)
-    columns = read_shards(folder, manifest, ("input_ids", "prefix_length"))
+    columns = read_shards(folder, manifest, ("input_ids", "prefix_length"), optional=("logprob",))
     rows = columns["input_ids"]
     if len(rows) != manifest["num_rows"]:
         raise ValueError(
@@ -210,7 +216,9 @@ def load_self_generated(folder: Path) -> ReplayDataset:
     if not all(map(_fits, rows, given)):
         raise ValueError(f"replay_dataset: {str(folder)!r} holds rows that are no token ids behind a prefix; {REMEDY}")
     found = ReplayDataset.from_rows(rows, str(folder), manifest, given)
-    return replace(found, cache=open_cache(folder, manifest, found.num_predictions))
+    told = columns["logprob"]
+    log_probs = np.array(told, dtype=np.float64) if len(told) == len(rows) else None
+    return replace(found, cache=open_cache(folder, manifest, found.num_predictions), log_probs=log_probs)
 
 
 def _fits(row: Any, given: Any) -> bool:
