@@ -34,6 +34,7 @@ CASES = {
     "llama-ntp": ("llama", None, "ntp"),
     "llama-new": ("llama", None, "kl_new"),
 }
+PARTS = ("replay/kl_opening", "replay/kl_rest")
 ADAM = {"optim": "adamw_torch", "learning_rate": 2e-3}  # torch loads no FSDP2 checkpoint of an optimizer without state
 # What takes longer than a fast test may, each with what is special about it:
 MORE: dict[str, tuple[str, dict[str, Any] | None, str, dict[str, Any]]] = {
@@ -143,7 +144,7 @@ def main(folder: Path, batch: int, way: str, cases: Sequence[str]) -> None:
         if trainer.is_world_process_zero():
             logged = {
                 key: [row[key] for row in trainer.state.log_history if key in row]
-                for key in ("loss", "replay/loss", "replay/coef")
+                for key in ("loss", "new_task/loss", "replay/loss", *PARTS, "replay/coef")
             }
             wrapped = [type(model).__name__ for model in (trainer.model, trainer.model_wrapped)]
             kept |= {"weights": weights, "wrapped": wrapped, "retention": retention, **logged}
