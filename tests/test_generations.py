@@ -161,9 +161,11 @@ def test_the_overlap_of_words_is_symmetric_and_a_share(one, other):
 
 def test_drift_by_hand():
     rows = [
-        {"base": "a b", "tuned": "a b", "num_tokens": {"base": 2, "tuned": 2}, "ended": {"base": True, "tuned": True},
+        {"answers": {"base": "a b", "tuned": "a b"},
+         "num_tokens": {"base": 2, "tuned": 2}, "ended": {"base": True, "tuned": True},
          "markers": {"base": False, "tuned": False}},
-        {"base": "a b", "tuned": "a c", "num_tokens": {"base": 2, "tuned": 6}, "ended": {"base": True, "tuned": False},
+        {"answers": {"base": "a b", "tuned": "a c"},
+         "num_tokens": {"base": 2, "tuned": 6}, "ended": {"base": True, "tuned": False},
          "markers": {"base": False, "tuned": True}},
     ]  # fmt: skip
     found = drift(rows)
@@ -177,7 +179,9 @@ def test_drift_by_hand():
     assert found["length_change"]["ci"] == pytest.approx([2 - half, 2 + half], rel=1e-3)
     low, high = found["ended_change"]["ci"]
     assert -1 <= low < -0.5 < 0 < high < 1
-    same = drift([row | {"tuned": row["base"], "ended": {"base": True, "tuned": True}} for row in rows * 6])
+    same = drift(
+        [row | {"answers": {"base": "a", "tuned": "a"}, "ended": {"base": True, "tuned": True}} for row in rows * 6]
+    )
     for key in ("identical", "words", "base_ended"):
         assert same[key]["ci"] == pytest.approx([0.7575, 1.0], abs=1e-4)
     assert same["ended_change"]["ci"] == pytest.approx([-0.2425, 0.2425], abs=1e-4)
@@ -232,4 +236,4 @@ def test_a_report_with_generations_is_written(tmp_path):
     report.write(tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
     assert {"generations", "drift", "knowledge"} <= set(data)
-    assert Written("a", 1, True, False).ended
+    assert Written("a", 1, True, False, "a").ended

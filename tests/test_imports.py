@@ -70,13 +70,14 @@ MAY_IMPORT = {
     "capabilities.harness": ROOMS | {"capabilities.samples"},
     "base_cache": ROOMS | {"heads", "metrics", "__init__"},
     "measured_texts": ROOMS | {"base_cache", "metrics"},
-    "capabilities.choices": ROOMS | {"base_cache", "metrics", "capabilities.answers"},
+    "capabilities.choices": ROOMS | {"base_cache", "metrics", "capabilities.answers", "capabilities.reasoning"},
     "capabilities.drift": {"statistics", "capabilities.answers"},
-    "capabilities.phrases": set(),
-    "capabilities.generations": ROOMS | {"base_cache", "metrics", "capabilities.drift"},
+    "capabilities.phrases": {"capabilities.reasoning"},
+    "capabilities.reasoning": {"data"},
+    "capabilities.generations": ROOMS | {"base_cache", "metrics", "capabilities.drift", "capabilities.reasoning"},
     "capabilities.refusals": ROOMS
     | {"base_cache", "metrics"}
-    | {f"capabilities.{name}" for name in ("answers", "choices", "generations", "phrases")},
+    | {f"capabilities.{name}" for name in ("answers", "choices", "generations", "phrases", "reasoning")},
     "report": {"comparison", "verdicts", "pareto", "panels", "plots", "interactive", "tables", "behaviour", "maps"}
     | {"cells", "files", "text", "model_card", "capabilities.answers", "__init__"},
     "model_card": {"report", "tables", "cells", "text", "capabilities.answers", "__init__"},

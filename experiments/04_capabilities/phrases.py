@@ -1,4 +1,4 @@
-"""The phrase matcher on the labelled answers that `pyrit` ships: the half it was written with, and the other half.
+"""The phrase matcher on the labelled answers that `pyrit` ships, and on ordinary ones: halves read and not read.
 
 python experiments/04_capabilities/phrases.py
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from study_data import download, labelled_answers  # noqa: E402
+from study_data import download, instructions, labelled_answers  # noqa: E402
 
 from retain.capabilities.phrases import is_refusal  # noqa: E402
 from retain.statistics import share_interval  # noqa: E402
@@ -37,6 +37,18 @@ def main() -> None:
             f"{name}: {sum(refusals)} of {len(refusals)} refusals found, {found:.0%} [{low:.0%}, {high:.0%}]; "
             f"{sum(others)} of {len(others)} other answers taken for one, {wrong:.0%} (at most {worst:.0%})"
         )
+
+    ordinary = [says for _, says in instructions(with_input=True)]
+    order = list(range(len(ordinary)))
+    random.Random(1).shuffle(order)
+    half = len(order) // 2
+    for name, places in (("read while mending it", order[:half]), ("held out", order[half:])):
+        said = [ordinary[at] for at in places if is_refusal(ordinary[at])]
+        found, low, high = share_interval(len(said), len(places))
+        logger.info(f"ordinary answers, {name}: {len(said)} of {len(places)} said to refuse, {found:.1%} "
+                    f"[{low:.1%}, {high:.1%}]; whether they decline is to be read:")  # fmt: skip
+        for answer in said:
+            logger.info(f"  {answer[:150]!r}")
 
 
 if __name__ == "__main__":

@@ -111,14 +111,14 @@ def longer_instructions() -> list[tuple[str, str]]:
     return [(asks, says) for asks, says in instructions() if len(asks) < 200 and len(says) >= 500]
 
 
-def instructions() -> list[tuple[str, str]]:
-    """Alpaca's instructions without an input, as `llamafactory` ships them."""
+def instructions(*, with_input: bool = False) -> list[tuple[str, str]]:
+    """Alpaca's instructions as `llamafactory` ships them: those without an input, or all."""
     with tarfile.open(next(WHEELS.glob("llamafactory-*.tar.gz"))) as archive:
         member = next(one for one in archive if one.name.endswith("data/alpaca_en_demo.json"))
         file = archive.extractfile(member)
         assert file is not None
         rows = json.load(file)
-    return [(row["instruction"], row["output"]) for row in rows if not row.get("input")]
+    return [(row["instruction"], row["output"]) for row in rows if with_input or not row.get("input")]
 
 
 def social_iqa() -> list[Question]:

@@ -217,9 +217,9 @@ def prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, wher
     return row["prompt"] if isinstance(row.get("prompt"), str) else row_text(row, tokenizer, where)
 
 
-def user_turn_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text as a user's turn of the chat template, with the answer's turn opened."""
-    return rendered([{"role": "user", "content": text}], {}, tokenizer, add_generation_prompt=True)
+def user_turn_text(text: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    """A text as a user's turn of the chat template, with the answer's turn opened; options as the template has them."""
+    return rendered([{"role": "user", "content": text}], {}, tokenizer, add_generation_prompt=True, **options)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,9 @@ def measure(
             say("writing continuations")
             whole = distinct("prompts", [Prompt(one) if isinstance(one, str) else one for one in prompts], "prompts")
             writing |= {"seed": seed, "num_resamples": num_resamples}
-            result |= measure_generations(base, tuned, whole, sampled=sampled, **writing)
+            continued = measure_generations(base, tuned, whole, sampled=sampled, **writing)
+            result["warnings"] += continued.pop("notes")
+            result |= continued
     settings = {"max_length": max_length, "max_windows": max_windows, "ci": ci, **shared, "start_token": str(start)}
     settings["loss_tokens"] = {text: loss_tokens(documents) for text, documents in (learned | kept).items()}
     settings["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from retain.base_cache import BaseCache
 from retain.capabilities.answers import compare_answers, share_entry
-from retain.data import Document, read_sample, user_turn_text
+from retain.capabilities.reasoning import answer_turn
+from retain.data import Document, read_sample
 from retain.losses import next_token_loss
 from retain.metrics import Forward, batches, logits_of, not_finite, padded, row_by_row
 from retain.models import max_positions, with_least_room
@@ -169,7 +170,7 @@ def encode_questions(
             raise ValueError(f"choice_style: question {at + 1} has more choices than letters; use choice_style text")
         context, answers = ask(question, style)
         if chat_template:
-            context = user_turn_text(context, tokenizer)
+            context = answer_turn(context, tokenizer)
         inputs.lengths.append(np.array([len(answer) for answer in answers], float))
         for choice, answer in enumerate(answers):
             start, wanted = encode_pair(tokenizer, context, answer if chat_template else f" {answer}")

@@ -38,9 +38,9 @@ def words(text: str) -> list[str]:
     return re.findall(r"[぀-ヿ㐀-鿿가-힯฀-๿]|\w+", text.casefold())
 
 
-def word_overlap(one: str, other: str) -> float:
+def word_overlap(base: str, tuned: str) -> float:
     """F1 of the words of two texts, counted with their repeats and whatever their order; two empty texts are alike."""
-    before, after = Counter(words(one)), Counter(words(other))
+    before, after = Counter(words(base)), Counter(words(tuned))
     if not before and not after:
         return 1.0
     return 2 * (before & after).total() / (before.total() + after.total())
@@ -79,7 +79,7 @@ def knowledge(fates: Sequence[str]) -> dict[str, Any] | None:
 
 
 def drift(rows: Sequence[dict[str, Any]], *, seed: int = 0, num_resamples: int = 2000) -> dict[str, Any]:
-    """Form and words of the texts in `rows`: `base`, `tuned`, and of both `num_tokens`, `ended`, `markers`.
+    """Form and words of the texts in `rows`: of both models `answers`, `num_tokens`, `ended`, `markers`.
 
     Means over prompts by bootstrap, shares of prompts with Wilson's interval; changes are tuned − base, paired by
     prompt: means by bootstrap, shares with Tango's interval. Lengths in tokens. Word overlaps that are all 0, or all 1,
@@ -90,12 +90,12 @@ def drift(rows: Sequence[dict[str, Any]], *, seed: int = 0, num_resamples: int =
     def share(flags: Any) -> dict[str, Any]:
         return share_entry(int(sum(flags)), len(rows), unit="num_prompts")
 
-    overlaps = [word_overlap(row["base"], row["tuned"]) for row in rows]
+    overlaps = [word_overlap(**row["answers"]) for row in rows]
     alike = set(overlaps) in ({0.0}, {1.0})
     lengths = np.array([[row["num_tokens"][who] for row in rows] for who in ("base", "tuned")], float)
     result: dict[str, Any] = {
         "num_prompts": len(rows),
-        "identical": share(row["base"] == row["tuned"] for row in rows),
+        "identical": share(row["answers"]["base"] == row["answers"]["tuned"] for row in rows),
         "words": share(overlaps) if alike else mean_entry(overlaps, within=(0.0, 1.0), **resampling),
         "base_length": mean_entry(lengths[0], within=(0.0, np.inf), **resampling),
         "length": mean_entry(lengths[1], within=(0.0, np.inf), **resampling),

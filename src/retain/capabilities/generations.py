@@ -18,6 +18,7 @@ import torch
 
 from retain.base_cache import BaseCache
 from retain.capabilities.drift import MARKERS, drift, fate, knowledge
+from retain.capabilities.reasoning import without_reasoning
 from retain.chats import chat_of
 from retain.data import prompt_text, user_turn_text
 from retain.metrics import not_finite
@@ -25,6 +26,9 @@ from retain.models import max_positions, with_least_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+WHO = ("base", "tuned model")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Written:
     num_tokens: int
     ended: bool
     markers: bool
+    answer: str
+    """The text without reasoning before it; empty where that did not end."""
 
 
 def as_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> Prompt:
@@ -141,7 +147,7 @@ def write(
                 given = torch.tensor([list(prompts[index]) for index in taken], device=model.device)
                 output = model.generate(input_ids=given, attention_mask=torch.ones_like(given), **options)
                 for index, row in zip(taken, output[:, length:].tolist(), strict=True):
-                    found[index] = _read(row, tokenizer, set(stop))
+                    found[index] = _read(row, tokenizer, set(stop), str(tokenizer.decode(prompts[index])))
     return [found[index] for index in range(len(prompts))]
 
 
@@ -166,17 +172,29 @@ def write_both(
     say("the base writes")
     parts = [[list(ids) for ids in prompts], sorted((name, value) for name, value in asked.items())]
     of_base = partial(write, cache.base, tokenizer, prompts, **asked)
-    rows = cache.recall("written", parts, lambda: [astuple(one) for one in of_base()])
+    rows = cache.recall("texts", parts, lambda: [astuple(one) for one in of_base()])
     say("the tuned model writes")
     return [Written(*row) for row in rows], write(tuned, tokenizer, prompts, **asked)
 
 
-def _read(row: list[int], tokenizer: PreTrainedTokenizerBase, stop: set[int]) -> Written:
+def _read(row: list[int], tokenizer: PreTrainedTokenizerBase, stop: set[int], prompt: str) -> Written:
     end = next((at for at, token in enumerate(row) if token in stop), None)
     kept = row[:end]
     text = str(tokenizer.decode(kept, skip_special_tokens=True))
     marks = bool(set(kept) & set(tokenizer.all_special_ids)) or bool(MARKERS.search(text))
-    return Written(text, len(kept), end is not None, marks)
+    raw = str(tokenizer.decode(kept))
+    if (answer := without_reasoning(raw, prompt)) == raw:
+        return Written(text, len(kept), end is not None, marks, text)
+    for mark in tokenizer.all_special_tokens:
+        answer = answer.replace(mark, "")
+    return Written(text, len(kept), end is not None, marks, answer.strip())
+
+
+def unanswered_note(where: str, written: Sequence[Written], who: str) -> list[str]:
+    """How many texts are reasoning that did not end: there is no answer in them to be judged."""
+    count = sum(bool(one.text.strip()) and not one.answer for one in written)
+    some = f"{where}: {count} of {len(written)} texts of the {who} are reasoning that did not end"
+    return [f"{some}, so nothing is known of those answers; raise max_new_tokens"] * bool(count)
 
 
 def measure_generations(
@@ -201,13 +219,17 @@ def measure_generations(
     asked: dict[str, Any] = {"stop": stop, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
     rows: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
+    notes: list[str] = []
     for how, draw in (("greedy", None), ("sampled", seed))[: 1 + sampled]:
         texts = write_both(tuned, cache or BaseCache(base, None), tokenizer, ids, progress, seed=draw, **asked)
         written = [_row(prompt, how, *both) for prompt, *both in zip(prompts, *texts, strict=True)]
         found[how] = drift(written, seed=seed, num_resamples=num_resamples)
         rows += written
+        notes += [
+            note for who, of in zip(WHO, texts, strict=True) for note in unanswered_note(f"prompts, {how}", of, who)
+        ]
     known = knowledge([row["fate"] for row in rows if row["fate"] is not None])
-    return {"generations": rows, "drift": found, **({"knowledge": known} if known else {})}
+    return {"generations": rows, "drift": found, "notes": notes, **({"knowledge": known} if known else {})}
 
 
 def check_room(
@@ -233,9 +255,10 @@ def _row(prompt: Prompt, how: str, base: Written, tuned: Written) -> dict[str, A
         "prompt": prompt.text,
         "base": base.text,
         "tuned": tuned.text,
+        "answers": {"base": base.answer, "tuned": tuned.answer},
         "how": how,
         **{name: {who: getattr(one, name) for who, one in both.items()} for name in ("num_tokens", "ended", "markers")},
         "expected": prompt.expected,
         "updated": prompt.updated,
-        "fate": fate(base.text, tuned.text, prompt.expected, prompt.updated) if how == "greedy" else None,
+        "fate": fate(base.answer, tuned.answer, prompt.expected, prompt.updated) if how == "greedy" else None,
     }
