@@ -15,6 +15,6 @@ report = measure(
     max_length=64,
 )
 report.write(out)  # report.json, report.md, report.html
-print(report.summary())
-forgetting = report.data["retention"]["wiki"]["forgetting"]
-print(f"forgetting {forgetting['value']:.3f} nats/token, 95% interval {forgetting['ci']}")
+print(report)
+forgetting = report["wiki"].forgetting
+print(f"forgetting {forgetting.value:.3f} nats/token, 95% interval {forgetting.ci}")

@@ -86,6 +86,7 @@ def test_a_scale_of_which_nothing_is_made_says_so(name: str) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert re.fullmatch(rf"{name}, scale paper: no \w+ is made yet", done.stderr.splitlines()[-1]), done.stderr
+    assert "scale paper is a sketch: nobody has run these settings" in done.stderr
 
 
 def test_rows_are_appended_and_a_torn_one_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
