@@ -147,7 +147,7 @@ def read_text(
     completions = pair and reading.completion_only_loss is not False
     turns = chat and reading.assistant_only_loss
     if chat and reading.assistant_only_loss is None and not pair:
-        turns = marks_turns(tokenizer)
+        turns = marks_turns(tokenizer) and tokenizer.is_fast  # others do not say where a token's characters stand
     settings = {**template_of_turns(tokenizer, turns), **(row.get("chat_template_kwargs") or {})}
     row = {**row, "chat_template_kwargs": settings}
     words = rendered(content, row, tokenizer)
@@ -158,16 +158,12 @@ def read_text(
     predicted = [True] * len(ids)
     if completions:  # from where the prompt alone reads otherwise: not always its end
         alone = rendered(given, row, tokenizer, **({"add_generation_prompt": True} if chat else {}))
-        opening = takewhile(
-            lambda pair: pair[0] == pair[1], zip(ids, tokenizer(alone, **special)["input_ids"], strict=False)
-        )
-        length = sum(1 for _ in opening)
+        both = zip(ids, tokenizer(alone, **special)["input_ids"], strict=False)
+        length = sum(1 for _ in takewhile(lambda one: one[0] == one[1], both))
         predicted = [at >= length for at in range(len(ids))]
     if turns:
-        of_turns = apply_template(content, row, tokenizer, return_dict=True, return_assistant_tokens_mask=True)[
-            "assistant_masks"
-        ]
-        predicted = [one and bool(other) for one, other in zip(predicted, of_turns, strict=True)]
+        masked = apply_template(content, row, tokenizer, return_dict=True, return_assistant_tokens_mask=True)
+        predicted = [one and bool(other) for one, other in zip(predicted, masked["assistant_masks"], strict=True)]
     name = "assistant turns" if turns else "completions" if completions else "all"
     return Text(row, words, ids, predicted, name, reading.as_trained)
 
