@@ -117,6 +117,9 @@ def test_a_lost_shard_is_refused(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    gone = shutil.copytree(tmp_path, tmp_path / "gone") / min(index["weight_map"].values())
+    gone.unlink()
+    assert gone.name in refusal(load_model, str(gone.parent))
     lost = min(file for name, file in index["weight_map"].items() if "layers.1" in name)
     index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != lost}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -344,6 +347,16 @@ def test_a_tuned_model_with_a_renumbered_tokenizer_is_refused(kind, hub, tmp_pat
     message = refusal(tokenizer_of_tuned, name, make_tokenizer())
     assert "'a' is" in message
     assert "measure" in message
+
+
+def test_a_gguf_file_may_pad_its_vocabulary_and_cut_by_other_rules(tmp_path, monkeypatch):
+    """llama.cpp fills the embedding with tokens of its own, and the rules before BPE are not in the file."""
+    monkeypatch.setenv("RETAIN_CACHE", str(tmp_path / "cache"))
+    padded = make_tokenizer()
+    padded.add_tokens(["[PAD320]", "[PAD321]"])
+    name = str(write_gguf(tmp_path / "padded.gguf", make_model(vocab_size=322), padded))
+    own = tokenizer_of_tuned(name, make_tokenizer())
+    assert own.get_vocab() == make_tokenizer().get_vocab()
 
 
 def test_an_adapter_of_another_base_warns_by_its_id_as_by_its_folder(hub, llama_folder, tmp_path):

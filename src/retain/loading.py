@@ -7,6 +7,7 @@ that ships one, or an adapter (folder or Hub id). GGUF weights are dequantised o
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -125,6 +126,10 @@ def dequantise_gguf(path: Path, field: str = "model") -> Path:
     return folder
 
 
+def _is_dequantised(path: str) -> bool:
+    return Path(path).parent == cache_dir() / "models"
+
+
 def default_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     """`auto` means the checkpoint's own dtype on an accelerator, and float32 on a CPU, where bf16 is no faster."""
     if isinstance(dtype, torch.dtype):
@@ -240,7 +245,7 @@ def load_model(
     model = _load_weights(path, field, **options, **kwargs)
     model.config.name_or_path = path  # where libraries look for the tokenizer
     # What an adapter calls its base: not a folder of this machine's cache.
-    model.name_or_path = name if Path(path).parent == cache_dir() / "models" else path
+    model.name_or_path = name if _is_dequantised(path) else path
     return model.to(device).eval() if device is not None else model.eval()
 
 
@@ -335,14 +340,19 @@ def tokenizer_of_tuned(
     if not any(find_file(path, file) for file in TOKENIZER_FILES):
         return base_tokenizer
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(base_tokenizer):
-        raise ValueError(f"model: the tokenizer in {name!r} {_difference(tokenizer.get_vocab(), base_tokenizer)}")
-    return tokenizer
+    if tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(base_tokenizer):
+        return tokenizer
+    own, base = tokenizer.get_vocab(), base_tokenizer.get_vocab()
+    if _is_dequantised(path) and all(own.get(token, at) == at for token, at in base.items()):
+        # A GGUF file pads its vocabulary, and lacks the rules by which text is cut before BPE.
+        template, tokenizer = tokenizer.chat_template, copy.deepcopy(base_tokenizer)
+        tokenizer.chat_template = template or tokenizer.chat_template
+        return tokenizer
+    raise ValueError(f"model: the tokenizer in {name!r} {_difference(own, base)}")
 
 
-def _difference(own: dict[str, int], base_tokenizer: PreTrainedTokenizerBase) -> str:
+def _difference(own: dict[str, int], base: dict[str, int]) -> str:
     """In what a vocabulary is not the base's, and what to do."""
-    base = base_tokenizer.get_vocab()
     moved = sorted(token for token in own.keys() & base.keys() if own[token] != base[token])
     if moved:
         token = moved[0]
