@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "budget": {"config"},
     "models": PURE,
     "loading": PURE | {"models"},
+    "tokenizer_identity": {"loading", "models"},
     "row_files": PURE,
     "chats": PURE,
     "data": PURE | {"chats", "row_files"},
@@ -96,7 +97,7 @@ MAY_IMPORT = {
     | {"base_cache", "measured_texts", "report", "__init__"}
     | {f"capabilities.{name}" for name in ("choices", "generations", "refusals")},
     "measure_verb": ROOMS
-    | {"measuring", "callbacks", "overlap", "replay", "report"}
+    | {"tokenizer_identity", "measuring", "callbacks", "overlap", "replay", "report"}
     | {f"capabilities.{name}" for name in ("choices", "generations", "refusals", "harness")},
     "callbacks": {"replay", "files"},
     "trajectory": ROOMS | {"metrics", "callbacks"},

@@ -7,7 +7,6 @@ that ships one, or an adapter (folder or Hub id). GGUF weights are dequantised o
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.util
 import json
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
-from retain.models import base_parameter_name, cache_dir, num_tuned, tokenizer_fingerprint
+from retain.models import base_parameter_name, cache_dir, num_tuned
 from retain.text import first_line
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 # What torch.compile, DDP, FSDP1 and activation checkpointing put into the names of weights.
 WRAPPER_NAMES = r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
-# Files of which a tokenizer is made; any of them shows that a model brings its own.
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -126,7 +123,8 @@ def dequantise_gguf(path: Path, field: str = "model") -> Path:
     return folder
 
 
-def _is_dequantised(path: str) -> bool:
+def is_dequantised(path: str) -> bool:
+    """Whether `resolve_model_path` made this folder of a GGUF file."""
     return Path(path).parent == cache_dir() / "models"
 
 
@@ -245,7 +243,7 @@ def load_model(
     model = _load_weights(path, field, **options, **kwargs)
     model.config.name_or_path = path  # where libraries look for the tokenizer
     # What an adapter calls its base: not a folder of this machine's cache.
-    model.name_or_path = name if _is_dequantised(path) else path
+    model.name_or_path = name if is_dequantised(path) else path
     return model.to(device).eval() if device is not None else model.eval()
 
 
@@ -326,51 +324,6 @@ def load_tokenizer(
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     return _load(AutoTokenizer, resolve_model_path(name, field), "the tokenizer", field, **options)
-
-
-def tokenizer_of_tuned(
-    name: str, base_tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """A tuned model's own tokenizer, whose chat template may be another, or the base's where it brings none.
-
-    Raises:
-        ValueError: if the two cut text into different tokens, so that divergences mean nothing.
-    """
-    path = resolve_model_path(name)
-    if not any(find_file(path, file) for file in TOKENIZER_FILES):
-        return base_tokenizer
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    if tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(base_tokenizer):
-        return tokenizer
-    own, base = tokenizer.get_vocab(), base_tokenizer.get_vocab()
-    if _is_dequantised(path) and all(own.get(token, at) == at for token, at in base.items()):
-        # A GGUF file pads its vocabulary, and lacks the rules by which text is cut before BPE.
-        template, tokenizer = tokenizer.chat_template, copy.deepcopy(base_tokenizer)
-        tokenizer.chat_template = template or tokenizer.chat_template
-        return tokenizer
-    raise ValueError(f"model: the tokenizer in {name!r} {_difference(own, base)}")
-
-
-def _difference(own: dict[str, int], base: dict[str, int]) -> str:
-    """In what a vocabulary is not the base's, and what to do."""
-    moved = sorted(token for token in own.keys() & base.keys() if own[token] != base[token])
-    if moved:
-        token = moved[0]
-        what = f"numbers {len(moved)} tokens otherwise ({token!r} is {own[token]}, in the base {base[token]})"
-    elif own.keys() - base.keys():
-        added = sorted(own.keys() - base.keys(), key=own.__getitem__)
-        names = ", ".join(map(repr, added[:3])) + (", …" if len(added) > 3 else "")
-        more = f"{len(added)} tokens" if len(added) > 1 else "1 token"
-        return (
-            f"has {more} more than the base's: {names}; give --base a copy of the base with the same tokens"
-            " (add_tokens, resize_token_embeddings, save_pretrained)"
-        )
-    elif lacking := sorted(base.keys() - own.keys()):
-        more = f"{len(lacking)} tokens" if len(lacking) > 1 else "1 token"
-        what = f"lacks {more} of the base's ({lacking[0]!r})"
-    else:
-        what = "has the base's tokens and cuts text into others"
-    return f"{what}: it was trained on another base; measure it against that one"
 
 
 def lora_num_params(

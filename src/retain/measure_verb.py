@@ -15,13 +15,14 @@ from retain.capabilities.refusals import Judge, load_requests
 from retain.chats import chat_of
 from retain.data import OLD_TEXT, Document, Reading, Text, named_sources, prompt_text, read_rows, row_texts
 from retain.files import read_settings
-from retain.loading import load_model, load_tokenizer, tokenizer_of_tuned
+from retain.loading import load_model, load_tokenizer
 from retain.measuring import measure
 from retain.models import cache_dir, default_device, length_that_fits, with_least_room
 from retain.overlap import find_overlap
 from retain.reference import Reference, probe
 from retain.replay import load_texts
 from retain.report import ForgettingReport
+from retain.tokenizer_identity import tokenizer_of_tuned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
