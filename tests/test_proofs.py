@@ -41,9 +41,9 @@ def test_a_long_warm_up_in_bf16_is_no_fault(tmp_path: Path, replay: ReplayDatase
     """Steps of 1e-7 are lost in the products of bf16 autocast until they have added up: no KL, and nothing wrong."""
     adapter = LoraConfig(**LORA) if lora else None
     changes = {"learning_rate": 1e-4 if lora else 1e-6, "lr_scheduler_type": "linear", "warmup_steps": 1000}
-    changes |= {"bf16": True, "max_steps": 40, "logging_steps": 4}
+    changes |= {"bf16": True, "max_steps": 24, "logging_steps": 4}
     kl = logged(train(tmp_path, replay, peft_config=adapter, changes=changes), "replay/kl")
-    assert len(kl) == 10
+    assert len(kl) == 6
     assert kl[-1] > 0
 
 
@@ -75,7 +75,7 @@ def test_a_base_that_an_adapter_was_merged_into_is_seen(
                 "save_steps": 2}, "end": {}}[at]  # fmt: skip
     more = {"eval_dataset": ROWS.select(range(4)), "peft_config": LoraConfig(**LORA), "changes": changes}
     train(tmp_path / "kept", replay, retention_datasets=TEXTS, **more)
-    says = rf"replay_reference: 'adapter' gives other predictions at step {5 if at == 'end' else 2} than .*merging"
+    says = rf"replay_reference: 'adapter' gives other predictions at step {5 if at == 'end' else 2} than .*a merge into"
     with pytest.raises(ValueError, match=says):
         train(tmp_path / "merged", replay, retention_datasets=TEXTS, callbacks=[Merge(2)], **more)
     assert "ref_kl" not in (tmp_path / "merged" / "metrics.jsonl").read_text()

@@ -151,10 +151,11 @@ class Reference:
             )
 
     def prove_again(self, model: Any, unwrapped: Any, step: int) -> None:
-        """Show that the reference gives what it gave when training began: the first call, in the same precision.
+        """Show that the reference gives what it gave at the first call, when training began, in the same precision.
 
         Args:
-            model: the model as the trainer calls it; unwrapped: the PEFT model inside.
+            model: the model as the trainer calls it.
+            unwrapped: the PEFT model inside.
             step: the optimizer step, for the message.
 
         Raises:
@@ -167,10 +168,14 @@ class Reference:
         kind, changed = model.device.type, float(kl_divergence(self._begun, found).mean())
         half = torch.is_autocast_enabled(kind) or model.dtype != torch.float32
         if not changed <= (MAX_DRIFT_HALF if half else MAX_DRIFT) or self.moves_with(model):
+            cause = {
+                "adapter": "a merge into the base? use replay_reference copy",
+                "copy": "a callback that renews it?",
+            }
             raise ValueError(
                 f"replay_reference: {self.kind!r} gives other predictions at step {step} than when training began (KL "
-                f"{changed:.2g} nats per token), so it is not the base: its weights were changed, as by merging the "
-                "adapter into them; leave them as they are, or use replay_reference copy"
+                f"{changed:.2g} nats per token), so it is not the base: its weights were changed ({cause[self.kind]}), "
+                "so leave them as they are"
             )
 
 
