@@ -967,8 +967,9 @@ def test_tables_keep_rows_below_one_step_and_say_what_was_left_out(tmp_path, end
         (parquet.write_table if ending == "parquet" else csv.write_csv)(Table.from_pydict(table), path)
     runs = read_runs([path], list(table)[1:])
     assert len(runs) == 30
-    law = quiet_fit(runs, num_resamples=0, num_starts=2)
-    assert law.warnings[0] == "runs: 6 rows at step 0 left out; nothing was trained there"
+    assert runs.left_out == ("runs: 6 rows at step 0 left out; nothing was trained there",)
+    if ending == "csv":
+        assert quiet_fit(runs, num_resamples=0, num_starts=2).warnings[:1] == list(runs.left_out)
     late = read_runs([path], list(table)[1:], min_steps=170 * scale)
     assert len(late) == 18
     assert late.left_out[1] == f"runs: 12 rows before step {170 * scale:g} left out, as min_steps says"
