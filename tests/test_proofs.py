@@ -234,6 +234,14 @@ def test_parallelism_that_replay_does_not_know_is_refused() -> None:
     check_devices(fsdp1)
 
 
+def test_what_a_copy_costs_under_fsdp2_is_said_before_the_run(tmp_path: Path, replay: ReplayDataset) -> None:
+    host: dict[str, Any] = {"train_dataset": ROWS, "processing_class": TOKENIZER, "replay_dataset": replay}
+    trainer = ReplaySFTTrainer(make_model(), config(tmp_path), **host)
+    assert len(trainer.protection()) == 3
+    trainer.is_fsdp_enabled = True
+    assert trainer.protection()[1].startswith("reference: a copy on every device, 0.0 GB, which FSDP leaves whole;")
+
+
 @pytest.mark.parametrize("measured", [False, True], ids=["replay", "callback"])
 def test_activated_lora_with_checkpointing_is_refused(tmp_path: Path, replay: ReplayDataset, measured: bool) -> None:
     """PEFT takes one forward pass a backward pass there; replay and the reference need more."""
