@@ -200,7 +200,7 @@ def made_grid(slope: float, rise: float, spread: float = 0.003) -> tuple[Any, li
 )
 def test_the_verdict_of_the_grid_follows_its_intervals(slope, rise, spread, answer):
     scale, rows = made_grid(slope, rise, spread)
-    assert grid_report.verdict(rows, scale).startswith(f"Verdict: {answer}; not to be held against the paper")
+    assert grid_report.verdict(rows, scale).startswith(f"Verdict: {answer}; not comparable with the paper")
 
 
 def test_the_grid_says_what_a_share_of_the_known_was_lost():

@@ -17,7 +17,7 @@ from retain.plots import INK
 Place = tuple[str, float]  # size, tokens per parameter
 # The paper's: without replay the delta falls with tokens per parameter in small models (5.77M: .354 to .122), and with
 # the KL on real rows at coefficient 10 it is at most .005 everywhere.
-NO_CELL = "not to be held against the paper: no cell of its grid"
+NO_CELL = "not comparable with the paper: no cell of its grid"
 
 
 def cells(rows: Sequence[Row], scale: Any) -> dict[Place, Cell]:
