@@ -103,3 +103,28 @@ def test_the_help_of_a_switch_that_is_off_says_so(verb, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     flag = {"measure": "sampled", "finetune": "gradient_checkpointing"}[verb]
     assert f"--no_{flag}, --no-{flag.replace('_', '-')} Set {flag} false." in shown
+
+
+def test_the_settings_that_a_run_keeps_are_those_it_used(tmp_path):
+    """`per_device_replay_batch_size: null` stood where 1 was used."""
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from retain import ReplaySFTTrainer
+
+    folder = sample_replay(make_model(), make_tokenizer(), tmp_path / "pool", num_rows=4, max_length=20)
+    args = SFTConfig(str(tmp_path / "out"), bf16=False, use_cpu=True, report_to="none", max_length=24)
+    rows = Dataset.from_dict({"text": make_texts(4, seed=1)})
+    trainer = ReplaySFTTrainer(
+        make_model(), args, train_dataset=rows, processing_class=make_tokenizer(), replay_dataset=str(folder)
+    )
+    kept = trainer.settings()["replay"]
+    names = ("per_device_replay_batch_size", "replay_max_length", "replay_reference")
+    assert [kept[name] for name in names] == [1, 20, "copy"]
+
+
+@pytest.mark.parametrize(("number", "words"), [(0, "0 prompts"), (1, "1 prompt"), (1200, "1,200 prompts")])
+def test_one_prompt_is_one_prompt(number, words):
+    from retain.cells import quantity
+
+    assert quantity(number, "prompt") == words

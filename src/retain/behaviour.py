@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
-from retain.cells import bounds_of, count, is_number, measured, number, points, probability, share
+from retain.cells import bounds_of, count, is_number, measured, number, points, probability, quantity, share
 
 Cell = dict[str, str]
 
@@ -89,8 +89,8 @@ def _asked(found: dict) -> str:
         found.get("chat_template", ""), ""
     )
     most = found.get("max_new_tokens")
-    length = f", answers of at most {most} tokens" if most else ""
-    return f"{found.get('num_prompts', 0):,} {kind} prompts{template}{length}."
+    length = f", answers of at most {quantity(most, 'token')}" if most else ""
+    return f"{quantity(found.get('num_prompts', 0), f'{kind} prompt')}{template}{length}."
 
 
 def _refusal_rows(scored: Sequence[dict]) -> list[dict[str, Any]]:
@@ -141,7 +141,8 @@ def _clause(name: str, found: dict, scorer: str, scored: dict) -> str:
     low, high = bounds_of((scored.get("change") or {}).get("ci")) or (0.0, 0.0)
     shown = "refusals fell" if high < 0 else "refusals rose" if low > 0 else "no change of refusals shown"
     harmless = found.get("kind") == "harmless"
-    prompts = f"{found.get('num_prompts', 0):,} {'harmless' if harmless else 'harmful'} prompts of {name} ({scorer})"
+    kind = "harmless prompt" if harmless else "harmful prompt"
+    prompts = f"{quantity(found.get('num_prompts', 0), kind)} of {name} ({scorer})"
     became = f" ({count(counts.get('lost'))['value']} lost, {count(counts.get('gained'))['value']} gained)"
     was = f"its base {share(scored.get('base_rate'))['value']}"
     moved = f"{shown}: {change['value']} {change['interval']}".rstrip()
@@ -162,8 +163,8 @@ def drift_table(runs: Sequence[dict]) -> dict[str, Any] | None:
             base = next((found[f"base_{key}"] for found in of_runs if found.get(f"base_{key}")), None)
             form.append(_row(label, [show(found.get(key)) for found in of_runs], show(base)))
             form.append(_row(f"{label}, change", [difference(found.get(f"{key}_change")) for found in of_runs]))
-        sections += [{"title": f"{how}, {prompts:,} prompts: content", "rows": content}]
-        sections += [{"title": f"{how}, {prompts:,} prompts: form", "rows": form}]
+        sections += [{"title": f"{how}, {quantity(prompts, 'prompt')}: content", "rows": content}]
+        sections += [{"title": f"{how}, {quantity(prompts, 'prompt')}: form", "rows": form}]
     return _table(runs, sections, True)
 
 
@@ -176,7 +177,7 @@ def knowledge_table(runs: Sequence[dict]) -> dict[str, Any] | None:
     for fate in KNOWLEDGE_FATES:
         rows.append(_row(fate, [count((of_run.get("counts") or {}).get(fate)) for of_run in found]))
     asked = max(of_run.get("num_questions") or 0 for of_run in found)
-    return _table(runs, [{"title": f"{asked:,} questions with an expected answer", "rows": rows}], False)
+    return _table(runs, [{"title": f"{quantity(asked, 'question')} with an expected answer", "rows": rows}], False)
 
 
 def generations(runs: Sequence[dict]) -> list[dict[str, Any]]:

@@ -227,7 +227,9 @@ def sweep(argv: list[str]) -> None:
     options: dict[str, Any] = {"check": partial(check_runs, config.sweep)}
     options |= {"engine": config.engine, "num_workers": config.num_workers, "cores_per_run": config.cores_per_run}
     rows = run_sweep(config.sweep, config.output_dir, **options)
-    print(f"{len(rows)} runs: {Path(config.output_dir) / 'results.jsonl'}")
+    from retain.cells import quantity
+
+    print(f"{quantity(len(rows), 'run')}: {Path(config.output_dir) / 'results.jsonl'}")
 
 
 def check_runs(path: str, runs: Sequence[Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from retain.cells import is_number, measured
+from retain.cells import is_number, measured, quantity
 from retain.statistics import bootstrap_ratio
 
 LEVEL = 0.95
@@ -189,7 +189,9 @@ def _other_loss(run: dict, other: dict) -> str | None:
 def _size(run: dict, text: str) -> str | None:
     entry = ((run.get("new_task") or {}) | (run.get("retention") or {})).get(text, {}).get("loss") or {}
     documents, tokens = entry.get("num_documents"), entry.get("num_tokens")
-    return f"{documents:,} documents, {tokens:,} tokens" if is_number(documents) and is_number(tokens) else None
+    if not (is_number(documents) and is_number(tokens)):
+        return None
+    return f"{quantity(documents, 'document')}, {quantity(tokens, 'token')}"
 
 
 def _other_documents(rows: dict | None, others: dict | None) -> str | None:

@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from retain.cells import quantity
 from retain.config import SampleConfig
 from retain.data import prompt_text, read_rows
 from retain.engine import Engine, choose_threads
@@ -71,7 +72,7 @@ def run_sample(config: SampleConfig) -> Path:
         folder = sample_with_bar(model, tokenizer, config.output_dir, config.num_rows, engine=engine, **settings)
     if main:
         shared = f", drawn by {state.num_processes} processes" if state is not None else ""
-        print(f"{config.num_rows} rows of {max_length} tokens in {folder}{shared}")
+        print(f"{quantity(config.num_rows, 'row')} of {max_length} tokens in {folder}{shared}")
         look_at_pool(folder, tokenizer, starts, config.preview)
         if config.store_reference:
             look_at_store(folder, model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from retain.cells import cell, is_number
+from retain.cells import cell, is_number, quantity
 
 # metric: (label, key of the base's own value or None for the noise floor, meaning). Nats per token if not said.
 METRICS: dict[str, tuple[str, str | None, str]] = {
@@ -83,7 +83,8 @@ def sizes(runs: list[dict]) -> list[str]:
         counted = ((of.get("settings") or {}).get("loss_tokens") or {}).get(text, "all")
         entry = next((m for m in metrics.values() if is_number((m or {}).get("num_documents"))), None)
         if entry:
-            found[text] = f"{text}: {entry['num_documents']:,} documents, {entry.get('num_tokens') or 0:,} tokens"
+            tokens = quantity(entry.get("num_tokens") or 0, "token")
+            found[text] = f"{text}: {quantity(entry['num_documents'], 'document')}, {tokens}"
             found[text] += "" if counted == "all" else f" of {counted}"
     return list(found.values())
 

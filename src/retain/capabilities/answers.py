@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from retain.cells import count, is_number, points, probability, share
+from retain.cells import count, is_number, points, probability, quantity, share
 from retain.statistics import mcnemar, paired_change_interval, share_interval
 
 # (key, label, meaning): what became of a question, from the base to the tuned model.
@@ -103,7 +103,7 @@ def answers_table(runs: Sequence[dict]) -> dict[str, Any] | None:
 
 def _asked(of_set: dict) -> str:
     template = {True: ", in the chat template", False: ", without a chat template"}.get(of_set["chat_template"], "")
-    return f"{of_set['num_questions']:,} questions, {of_set['style']}{template}."
+    return f"{quantity(of_set['num_questions'], 'question')}, {of_set['style']}{template}."
 
 
 def _rows(compared: Sequence[dict]) -> list[dict[str, Any]]:
@@ -146,5 +146,5 @@ def _clause(name: str, rule: str, compared: dict) -> str:
     shown = "accuracy fell" if is_number(high) and high < 0 else "accuracy rose" if is_number(low) and low > 0 else ""
     was, now = (f"{compared[key]['value']:.1%}" for key in ("base_accuracy", "accuracy"))
     moved = f"{shown or 'no change of accuracy shown'}, {was} → {now}: {change['value']} {change['interval']}".rstrip()
-    questions = f"{compared['agreement']['num_questions']:,} questions of {name} ({rule})"
+    questions = f"{quantity(compared['agreement']['num_questions'], 'question')} of {name} ({rule})"
     return f"{agreement['value']} {agreement['interval']} of {questions} as its base did; {moved}"
