@@ -167,7 +167,7 @@ def test_accumulation_changes_nothing_with_an_adapter(tmp_path: Path, ragged: Re
     found = []
     for batch, steps in ((4, 1), (1, 4)):
         changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "optim": "sgd"}
-        changes |= {"learning_rate": 0.3, "max_grad_norm": 0.0, "max_steps": 4}
+        changes |= {"learning_rate": 0.6, "max_grad_norm": 0.0, "max_steps": 4}
         replay_config = ReplayConfig(replay_objective=objective, replay_coef=2.0, per_device_replay_batch_size=batch)
         lora = LoraConfig(**LORA)
         trainer = train(tmp_path, ragged, replay_config=replay_config, changes=changes, peft_config=lora)
