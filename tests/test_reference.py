@@ -139,6 +139,20 @@ def test_one_changed_weight_matrix_is_seen():
         Reference.copy_of(model).prove(model, base_probe)
 
 
+@pytest.mark.parametrize("unused", [-torch.inf, torch.nan])
+def test_vocabulary_at_minus_infinity_hides_nothing_and_nan_proves_nothing(unused):
+    model = make_model()
+    mask = torch.zeros(model.config.vocab_size).index_fill(0, torch.tensor([5, 9]), unused)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + mask)
+    reference, base_probe = Reference.copy_of(model), probe(model)
+    if unused == -torch.inf:
+        reference.prove(model, base_probe)
+        with torch.no_grad():
+            reference.ref_model.model.norm.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="is not the base"):
+        reference.prove(model, base_probe)
+
+
 def test_a_vocabulary_that_grew_is_refused():
     model = make_model()
     base_probe = probe(model)

@@ -515,6 +515,15 @@ def test_an_adapter_trained_before_is_refused_and_copied_when_asked(tmp_path: Pa
     assert abs(logged(trainer, "replay/kl")[0]) < 1e-6
 
 
+def test_rows_that_leave_no_room_for_a_prompt_are_refused(tmp_path: Path, replay: ReplayDataset) -> None:
+    """Not an IndexError of the position embedding in the middle of training."""
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = make_model("gpt2", n_positions=int(np.diff(replay.offsets).max()) + 2)
+    real = ReplayDataset.from_rows([replay[at] for at in range(len(replay))], "real")
+    with pytest.raises(ValueError, match=r"replay_max_length: rows of 24 tokens, but .* has 23 positions for them"):
+        train(tmp_path, real, model=model, peft_config=prompt)
+
+
 @pytest.mark.parametrize(
     "peft_config",
     [

@@ -31,6 +31,7 @@ from retain.protection import (
     check_devices,
     check_forward_passes,
     check_held_out,
+    check_positions,
     check_rows_fit,
     check_whole,
     expected_steps,
@@ -96,6 +97,10 @@ class ProtectedInputs(RetentionMixin):
         """
         config, model, rows = self.replay_config, self.model, self.replay_dataset
         check_devices(self)
+        texts = self.retention_documents.values()
+        windows = [len(window) for documents in texts for document in documents for window in document.windows]
+        drawn = rows.num_predictions + rows.prefix_lengths if rows is not None and config.draws_replay else []
+        check_positions(model, [*windows, *drawn])
         if self.retention_documents:  # the rows are tokenised by now
             trained_on = training_rows(getattr(self, "train_dataset", None))
             check_held_out(trained_on, self.retention_documents, "training rows", self._row_edges)

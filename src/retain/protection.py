@@ -70,6 +70,20 @@ def check_forward_passes(model: Any, args: Any) -> None:
         )
 
 
+def check_positions(model: Any, lengths: Iterable[int]) -> None:
+    """Rows must fit the model as it is trained, whose prompt may take positions.
+
+    Raises:
+        ValueError: if one does not.
+    """
+    longest, limit = max(lengths, default=0), max_positions(model)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"replay_max_length: rows of {longest} tokens, but this model, as it is trained, has {limit} positions for "
+            f"them; use at most {limit}, for max_length too"
+        )
+
+
 def check_rows_fit(rows: ReplayDataset, model: Any) -> None:
     """Rows must have something to predict, fit the model's positions, and use its tokens.
 

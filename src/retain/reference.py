@@ -204,8 +204,11 @@ def check_same_model(model: Any, base_probe: Float[Tensor, "rows length vocab"])
 
 
 def _difference(found: Tensor, base_probe: Tensor) -> float:
-    """Largest difference of log-probabilities, relative to their spread."""
-    return float((found - base_probe).abs().max() / base_probe.std())
+    """Largest difference of log-probabilities in units of their spread; infinite for NaN or other tokens at −∞."""
+    said = base_probe.isfinite()
+    if bool(base_probe.isnan().any() or found.isnan().any()) or not torch.equal(said, found.isfinite()):
+        return torch.inf
+    return float((found[said] - base_probe[said]).abs().max() / base_probe[said].std())
 
 
 def _tolerance(model: Any) -> float:
