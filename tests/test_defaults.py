@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,3 +129,13 @@ def test_one_prompt_is_one_prompt(number, words):
     from retain.cells import quantity
 
     assert quantity(number, "prompt") == words
+
+
+def test_a_large_vocabulary_takes_fewer_tokens_a_pass_unless_they_were_chosen():
+    """2048 tokens of 262k logits of two models are 4.3 GB."""
+    from retain.measuring import tokens_that_fit
+    from retain.value_types import Unchosen
+
+    large = SimpleNamespace(get_output_embeddings=lambda: SimpleNamespace(weight=torch.empty(262144, 1)))
+    assert [tokens_that_fit(large, tokens) for tokens in (Unchosen(2048), 2048)] == [512, 2048]
+    assert tokens_that_fit(make_model(), Unchosen(2048)) == 2048

@@ -485,7 +485,10 @@ class MeasureConfig(ModelLoadConfig):
         default=True,
         metadata=_say("Keep the base's results in ~/.cache/retain for the next tuned model, which then costs less."),
     )
-    batch_tokens: int = field(default=2048, metadata=_say("Tokens per forward pass."))
+    batch_tokens: int = field(
+        default=Unchosen(2048),
+        metadata=_say("Tokens per forward pass; by default fewer where the vocabulary is above 65k."),
+    )
     num_resamples: int = field(default=2000, metadata=_say("Bootstrap resamples over documents."))
 
     def __post_init__(self) -> None:

@@ -29,6 +29,8 @@ from retain.reference import evaluation_mode, runs_through
 from retain.report import ForgettingReport
 from retain.value_types import Unchosen
 
+MOST_LOGITS = 1 << 27  # of a forward pass, 0.5 GB in float32; 2048 tokens of a vocabulary of 65k
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,7 +60,7 @@ def measure(
     max_length: int = Unchosen(512),
     max_windows: int | None = None,
     ci: float | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: int = Unchosen(2048),
     max_new_tokens: int = 48,
     num_resamples: int = 2000,
     seed: int = 0,
@@ -99,6 +101,7 @@ def measure(
     if retention or new_task:  # questions and requests have lengths of their own
         max_length = length_that_fits(with_least_room(base, tuned), max_length)
     start, say = choose_start_token(tokenizer, start_token), progress or (lambda stage: None)
+    batch_tokens = tokens_that_fit(base, batch_tokens)
     shared: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed, "num_resamples": num_resamples}
     cut = partial(as_documents, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=max_windows)
     trained = Reading(completion_only_loss, assistant_only_loss, as_trained=True)
@@ -149,6 +152,14 @@ def measure(
 def loss_tokens(documents: Sequence[Document]) -> str:
     """Which tokens of a text's documents are predicted."""
     return " and ".join(sorted({document.loss_tokens for document in documents}))
+
+
+def tokens_that_fit(model: PreTrainedModel, batch_tokens: int) -> int:
+    """Tokens per forward pass: a default is fewer where the vocabulary is large, for two models hold logits."""
+    if isinstance(batch_tokens, Unchosen):
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        return min(int(batch_tokens), max(1, MOST_LOGITS // vocabulary))
+    return batch_tokens
 
 
 def _check_texts(retention: Mapping[str, Any], new_task: Mapping[str, Any]) -> None:
