@@ -42,7 +42,7 @@ def points(entry: dict | None) -> dict[str, str]:
     return {"value": f"{words[0]} points", "interval": f"[{', '.join(words[1:])}]" if ends else ""}
 
 
-def quantity(number: int, noun: str) -> str:
+def quantity(number: Any, noun: str) -> str:
     """A number and its noun, of which one is one: "1 prompt", "1,200 prompts"."""
     return f"{number:,} {noun if number == 1 else f'{noun}s'}"
 
