@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from retain import load_model, versions
-from retain.base_cache import BaseCache
-from retain.data import Document
-from retain.metrics import batches, document_sums, logits_of, padded
+from retain.data.rows import Document
+from retain.measuring.base_cache import BaseCache
+from retain.measuring.tokens import batches, document_sums, logits_of, padded
 
 DOCUMENTS, LENGTH, BATCH_TOKENS = 4, 512, 2048
 

@@ -34,9 +34,9 @@ from retain import ReplayConfig, ReplayDataset, ReplayTrainer, load_model, load_
 from retain.lab.corpora import Stream, collate
 from retain.lab.models import make_config, make_model
 from retain.lab.tokenizers import word_tokenizer
-from retain.models import num_parameters
-from retain.replay import load_self_generated
-from retain.sampling import sample_replay
+from retain.models.description import num_parameters
+from retain.replay.dataset import load_self_generated
+from retain.sampling.write import sample_replay
 
 SIZE, VOCAB, WARM = "5.8M", 4096, 2
 SHARES = (2, 4, 8, 16, 32, 64)  # one replay token to so many new ones

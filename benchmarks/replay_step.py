@@ -29,12 +29,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from retain import load_model, versions
-from retain.heads import find_head_form
 from retain.losses import Head, chunked_kl_divergence, kl_divergence, next_token_loss
-from retain.metrics import logits_at
-from retain.models import num_parameters
-from retain.objective import ReplayTerm
-from retain.reference import Reference
+from retain.measuring.tokens import logits_at
+from retain.models.description import num_parameters
+from retain.models.head import find_head_form
+from retain.models.reference import Reference
+from retain.training.objective import ReplayTerm
 
 POSITIONS, HIDDEN, VOCAB = 1024, 576, 49_152
 ROWS, LENGTH = 8, 128

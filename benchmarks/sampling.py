@@ -28,8 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingCon
 from transformers.utils import logging
 
 from retain import load_model, versions
-from retain.engine import Drawn, draw_rows
-from retain.models import num_parameters
+from retain.models.description import num_parameters
+from retain.sampling.engine import Drawn, draw_rows
 
 
 def small_model() -> Any:

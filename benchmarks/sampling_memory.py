@@ -29,7 +29,7 @@ def make_model(folder: Path) -> int:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from retain.models import num_parameters
+    from retain.models.description import num_parameters
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<|endoftext|>", *alphabet])}

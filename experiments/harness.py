@@ -30,14 +30,13 @@ from transformers import TrainerCallback, TrainingArguments, default_data_collat
 from transformers.trainer_callback import PrinterCallback
 
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, versions
-from retain.callbacks import read_run
-from retain.data import Document, token_documents, tokenize_documents
-from retain.demo_data import packed_rows
-from retain.engine import choose_batch_size, draw_rows
+from retain.data.rows import Document, packed_rows, token_documents, tokenize_documents
 from retain.files import append_jsonl, read_jsonl
-from retain.models import default_device, model_fingerprint
-from retain.replay import load_self_generated
-from retain.sampling import sample_replay
+from retain.models.description import default_device, model_fingerprint
+from retain.replay.dataset import load_self_generated
+from retain.sampling.engine import choose_batch_size, draw_rows
+from retain.sampling.write import sample_replay
+from retain.training.run_files import read_run
 
 DRAWN_TOGETHER = 2048  # rows, on a CPU
 

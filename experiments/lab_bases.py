@@ -20,15 +20,15 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from retain import ReplayDataset, load_model, load_tokenizer
-from retain.data import token_documents
+from retain.data.rows import token_documents
 from retain.files import write_json
-from retain.finetune import checkpoint_to_resume
 from retain.lab.config import PretrainConfig
 from retain.lab.corpora import Rows as RowsByNumber
 from retain.lab.corpora import Stream, mixture
 from retain.lab.models import counted_size_of, make_config, make_model
 from retain.lab.pretrain import Corpus, PretrainArguments, make_trainer, open_corpus, step_tokens
-from retain.models import default_device, model_fingerprint
+from retain.models.description import default_device, model_fingerprint
+from retain.training.resume import checkpoint_to_resume
 
 LAB = CACHE / "lab"
 FACTS = "lab_base.json"  # written last into a base's folder

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from retain.comparison import crossing, series
+from retain.report.comparison import crossing, series
 from retain.statistics import bootstrap_ratio, share_interval
 
 # What is judged. Forgetting on the base's own rows is left out: there it is their ref_kl with sampling noise.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retain.files import write_text
-from retain.plots import INK, STYLE, save_png
+from retain.report.style import INK, STYLE, save_png
 
 BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 

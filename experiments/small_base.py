@@ -38,10 +38,11 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from retain import choose_start_token, versions
-from retain.callbacks import RunFilesCallback
-from retain.demo_data import packed_rows, read_wheel
+from retain.cli.demo_data import read_wheel
+from retain.data.rows import packed_rows
 from retain.files import write_json
-from retain.models import num_parameters
+from retain.models.description import num_parameters
+from retain.training.run_files import RunFilesCallback
 
 logger = logging.getLogger("experiments")
 ROOT = Path(__file__).resolve().parents[1]

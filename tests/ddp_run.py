@@ -22,8 +22,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from retain import ReplayConfig, ReplayDataset, ReplaySFTTrainer, losses
-from retain.replay import load_self_generated
-from retain.sampling import sample_rows
+from retain.replay.dataset import load_self_generated
+from retain.sampling.write import sample_rows
 
 CASES = {
     "llama-copy": ("llama", None, "kl"),

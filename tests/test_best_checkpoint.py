@@ -14,12 +14,12 @@ from transformers.trainer_utils import default_compute_objective
 from trl import SFTConfig, SFTTrainer
 
 from retain import ForgettingCallback, ReplayConfig, ReplaySFTTrainer, ReplayTrainer
-from retain.callbacks import read_run
-from retain.capabilities.choices import Question
-from retain.cli import main
+from retain.cli.main import main
 from retain.files import read_jsonl
-from retain.replay import ReplayDataset
-from retain.sampling import sample_rows
+from retain.measuring.choices import Question
+from retain.replay.dataset import ReplayDataset
+from retain.sampling.write import sample_rows
+from retain.training.run_files import read_run
 
 TOKENIZER = make_tokenizer()
 TEXTS = {"words": make_texts(6, seed=9)}

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retain.budget import ForgettingBudget
+from retain.training.budget import ForgettingBudget
 
 BUDGET = 0.02
 

@@ -15,9 +15,9 @@ import torch
 from conftest import ARCHITECTURES, CHATML, make_model, make_texts, make_tokenizer, save_model
 from tokenizers.processors import TemplateProcessing
 
-from retain.base_cache import BaseCache
-from retain.capabilities.answers import answers_sentence, answers_table, compare_answers
-from retain.capabilities.choices import (
+from retain.cli.main import main
+from retain.measuring.base_cache import BaseCache
+from retain.measuring.choices import (
     Inputs,
     Question,
     as_question,
@@ -29,11 +29,11 @@ from retain.capabilities.choices import (
     load_questions,
     measure_choices,
 )
-from retain.capabilities.samples import pair, paired_report, task_of
-from retain.cli import main
-from retain.measuring import measure
-from retain.metrics import logits_of
-from retain.report import ForgettingReport
+from retain.measuring.lm_eval_files import pair, paired_report, task_of
+from retain.measuring.measure import measure
+from retain.measuring.tokens import logits_of
+from retain.report.answers import answers_sentence, answers_table, compare_answers
+from retain.report.report import ForgettingReport
 
 TOKENIZER = make_tokenizer()
 HOSTILE = "</li><script>alert(1)</script><img src=x> \x1b[31m \u202eevil | `x` \x00"
@@ -186,7 +186,7 @@ def test_no_style_is_advised_that_would_not_help(monkeypatch):
         def pair(tokenizer, context, answer, words=words):
             return [1, 2], [] if answer in words else [3]
 
-        monkeypatch.setattr("retain.capabilities.choices.encode_pair", pair)
+        monkeypatch.setattr("retain.measuring.choices.encode_pair", pair)
         advice = f"leave the question out{f', or use choice_style {other}' if other else ''}"
         with pytest.raises(ValueError, match=f"choice 1 of question 1 has 0 tokens of its own; {advice}$"):
             encode_questions([question], TOKENIZER, style=style, chat_template=False, limit=None)

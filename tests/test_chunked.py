@@ -15,8 +15,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import retain.losses
-from retain.budget import OPENING
-from retain.heads import HeadForm, at_head, find_head_form
 from retain.losses import (
     Head,
     chunked_kl_divergence,
@@ -26,8 +24,10 @@ from retain.losses import (
     next_token_loss,
     topk_kl_divergence,
 )
-from retain.objective import ReplayTerm, in_opening
-from retain.reference import Reference
+from retain.models.head import HeadForm, at_head, find_head_form
+from retain.models.reference import Reference
+from retain.training.budget import OPENING
+from retain.training.objective import ReplayTerm, in_opening
 
 POSITIONS, SIZE, VOCAB = 37, 16, 211
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, CHATML, make_texts, make_tokenizer, save_model
 
-from retain.cli import main
-from retain.loading import load_model
-from retain.models import model_fingerprint
-from retain.replay import MANIFEST, load_self_generated
-from retain.text import one_line
+from retain.cli.main import main
+from retain.files import one_line
+from retain.models.description import model_fingerprint
+from retain.models.loading import load_model
+from retain.replay.dataset import MANIFEST, load_self_generated
 
 TRAIN = [
     *("--max_steps", "3", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3", "--max_length", "24"),
@@ -312,7 +312,7 @@ def test_hostile_text_cannot_drive_the_terminal(world, tmp_path, capsys):
 
 
 def test_a_card_that_cannot_be_written_is_known_before_measuring(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("retain.measure_verb.run_measure", None)
+    monkeypatch.setattr("retain.cli.measure.run_measure", None)
     arguments = MEASURE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()
     (tmp_path / "bad.md").write_text("---\na: [\n---\n")
     (tmp_path / "bytes.md").write_bytes(b"\xff\xfe\x00")
@@ -364,12 +364,12 @@ def test_every_flag_has_help(verb, capsys):
 
 
 def test_an_interrupted_verb_says_how_to_go_on(world, tmp_path, capsys, monkeypatch):
-    import retain.sampling
+    import retain.sampling.write
 
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(retain.sampling, "draw_rows", interrupt)
+    monkeypatch.setattr(retain.sampling.write, "draw_rows", interrupt)
     arguments = SAMPLE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()
     assert main(arguments) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -389,7 +389,7 @@ def test_a_full_disk_is_named_whoever_meets_it(error):
 
 
 def test_the_last_whole_checkpoint_is_resumed(tmp_path):
-    from retain.finetune import checkpoint_to_resume
+    from retain.training.resume import checkpoint_to_resume
 
     for step, state in {2: '{"global_step": 2}', 10: '{"global_step": 10}', 12: '{"global_st', 14: None}.items():
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -403,12 +403,12 @@ def test_the_last_whole_checkpoint_is_resumed(tmp_path):
 
 
 def test_a_bug_is_named_by_its_type_and_shown_where_when_asked(world, tmp_path, capsys, monkeypatch):
-    import retain.sampling
+    import retain.sampling.write
 
     def bug(*args, **kwargs):
         raise ZeroDivisionError("one\ntwo")
 
-    monkeypatch.setattr(retain.sampling, "draw_rows", bug)
+    monkeypatch.setattr(retain.sampling.write, "draw_rows", bug)
     arguments = SAMPLE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()
     assert main(arguments) == 1
     expected = "retain sample: ZeroDivisionError: one (RETAIN_DEBUG=1 shows where)"
@@ -421,7 +421,7 @@ def test_a_bug_is_named_by_its_type_and_shown_where_when_asked(world, tmp_path, 
 @pytest.mark.parametrize("flag", ["--new_task", "--new-task"])
 @pytest.mark.parametrize("joined", [True, False])
 def test_a_flag_of_several_values_may_be_repeated(flag, joined):
-    from retain.flags import parse
+    from retain.cli.flags import parse
 
     def given(name: str, value: str) -> list[str]:
         return [f"{name}={value}"] if joined else [name, value]

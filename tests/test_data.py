@@ -11,7 +11,7 @@ from conftest import CHATML, make_model, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retain.data import (
+from retain.data.rows import (
     Document,
     named_sources,
     prompt_text,

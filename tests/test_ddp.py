@@ -16,8 +16,8 @@ from conftest import make_model, make_texts, make_tokenizer
 from ddp_run import CASES, MORE, PARTS
 from safetensors.torch import load_file
 
-from retain.protection import check_whole
-from retain.sampling import sample_replay
+from retain.sampling.write import sample_replay
+from retain.training.protection import check_whole
 
 HERE = Path(__file__).parent
 DEEPSPEED = HERE.parent / ".cache" / "deepspeed"  # no part of the environment: others would import it at every start

@@ -11,10 +11,10 @@ import torch
 from conftest import SMALL, make_model, make_texts, make_tokenizer, random_model
 from transformers import AutoConfig
 
-from retain.cli import main
-from retain.measuring import measure
-from retain.replay import read_manifest
-from retain.sampling import sample_replay
+from retain.cli.main import main
+from retain.measuring.measure import measure
+from retain.replay.dataset import read_manifest
+from retain.sampling.write import sample_replay
 
 HEADS = {"num_key_value_heads": 2, "head_dim": 8}
 OF_README = {"gpt_neox": {}, "olmo2": {}, "gemma3_text": {**HEADS, "sliding_window": 16}, "mistral": HEADS}
@@ -64,7 +64,7 @@ def test_the_three_steps_of_the_readme_run_with_its_flags(architecture, tmp_path
 
 @pytest.mark.usefixtures("no_accelerator")
 def test_what_is_asked_for_is_not_a_default(tmp_path):
-    from retain.flags import parse
+    from retain.cli.flags import parse
 
     argv = ["--output_dir", str(tmp_path), "--bf16", "true", "--max_length", "1024"]
     asked = parse(argv, "finetune")[1]
@@ -126,15 +126,15 @@ def test_the_settings_that_a_run_keeps_are_those_it_used(tmp_path):
 
 @pytest.mark.parametrize(("number", "words"), [(0, "0 prompts"), (1, "1 prompt"), (1200, "1,200 prompts")])
 def test_one_prompt_is_one_prompt(number, words):
-    from retain.cells import quantity
+    from retain.report.numbers import quantity
 
     assert quantity(number, "prompt") == words
 
 
 def test_a_large_vocabulary_takes_fewer_tokens_a_pass_unless_they_were_chosen():
     """2048 tokens of 262k logits of two models are 4.3 GB."""
-    from retain.measuring import tokens_that_fit
-    from retain.value_types import Unchosen
+    from retain.checks import Unchosen
+    from retain.measuring.measure import tokens_that_fit
 
     large = SimpleNamespace(get_output_embeddings=lambda: SimpleNamespace(weight=torch.empty(262144, 1)))
     assert [tokens_that_fit(large, tokens) for tokens in (Unchosen(2048), 2048)] == [512, 2048]

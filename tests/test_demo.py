@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import make_texts, save_model
 
-from retain import demo
-from retain.config import DemoConfig
+from retain.cli import demo
+from retain.cli.config import DemoConfig
 
 TINY = demo.Size(
     max_length=16,

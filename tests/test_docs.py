@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
-import retain.cli
-import retain.flags
+import retain.cli.flags
+import retain.cli.main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -145,7 +145,7 @@ def test_paths_in_examples_are_there(path):
 @functools.cache
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """The verb's own parser, to which nothing is required."""
-    parser = retain.flags.parser_of(verb)
+    parser = retain.cli.flags.parser_of(verb)
     parser.add_argument("--config")
     for action in parser._actions:
         action.required = False
@@ -168,13 +168,13 @@ def wrong_command(words: list[str]) -> str | None:
     verb, argv = (words[1] if len(words) > 1 else "--help"), words[2:]
     if verb.startswith("-") or verb == "VERB":
         return None
-    if verb not in retain.cli.VERBS:
+    if verb not in retain.cli.main.VERBS:
         return f"no verb {verb!r}"
     try:
-        words = retain.flags.words_of(argv, verb)
+        words = retain.cli.flags.words_of(argv, verb)
         unknown = argparse.ArgumentParser.parse_known_args(parser_of(verb), words)[1]
         if unknown and verb == "finetune":
-            retain.flags.launcher_arguments(unknown)
+            retain.cli.flags.launcher_arguments(unknown)
             unknown = []
     except ValueError as error:
         return str(error)
@@ -234,7 +234,7 @@ def test_commands_could_be_typed(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=ids)
 def test_flags_in_prose_exist(page):
-    known = OTHERS | flags_of(launcher()).union(*(flags_of(parser_of(verb)) for verb in retain.cli.VERBS))
+    known = OTHERS | flags_of(launcher()).union(*(flags_of(parser_of(verb)) for verb in retain.cli.main.VERBS))
     named = {flag for code in inline_of(page.read_text()) for flag in re.findall(r"(?<![\w-])--[a-z]\w*", code)}
     assert named - known == set()
 

@@ -26,12 +26,12 @@ import torch
 from conftest import CHATML, make_model, make_tokenizer, save_model
 from pyarrow import parquet
 
-from retain.cli import main
-from retain.config import SampleConfig
-from retain.engine import Work
-from retain.loading import load_model, load_tokenizer
-from retain.replay import load_self_generated, read_manifest
-from retain.sampling import sample_replay
+from retain.cli.config import SampleConfig
+from retain.cli.main import main
+from retain.models.loading import load_model, load_tokenizer
+from retain.replay.dataset import load_self_generated, read_manifest
+from retain.sampling.engine import Work
+from retain.sampling.write import sample_replay
 
 FLAGS = ["--num_rows", "22", "--max_length", "64", "--rows_per_shard", "4", "--per_device_batch_size", "4"]
 SETTINGS = {"num_rows": 22, "max_length": 64, "rows_per_shard": 4, "batch_size": 4}
@@ -124,11 +124,11 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "fake_vllm"))
     yield importlib.import_module("vllm")
     sys.modules.pop("vllm")
-    sys.modules.pop("retain.vllm_engine", None)
+    sys.modules.pop("retain.sampling.vllm_engine", None)
 
 
 def draw(folder: Path, prefixes: list[list[int]], rows: list[int], max_length: int = 20, seed: int = 3) -> Any:
-    from retain.vllm_engine import vllm_engine
+    from retain.sampling.vllm_engine import vllm_engine
 
     with vllm_engine(str(folder), dtype=torch.float32, max_length=max_length, seed=seed) as engine:
         [(_, drawn)] = engine([Work(0, rows, prefixes)], 3, lambda rows: None)
@@ -138,7 +138,7 @@ def draw(folder: Path, prefixes: list[list[int]], rows: list[int], max_length: i
 def test_every_setting_of_vllm_is_stated(vllm, llama_folder):
     prefixes = [[3], [3, 9, 14, 200, 7], [5, 6], [3]]
     draw(llama_folder, prefixes, [7, 8, 9, 2**40])
-    from retain.vllm_engine import row_seed
+    from retain.sampling.vllm_engine import row_seed
 
     [llm] = vllm.LLM.made[-1:]
     assert llm.arguments == {
@@ -169,14 +169,14 @@ def test_a_rows_seed_is_its_own_and_fits_vllm():
 
 
 def row_seed_of(seed: int, row: int) -> int:
-    """As retain.vllm_engine.row_seed, which cannot be imported without the extra."""
+    """As retain.sampling.vllm_engine.row_seed, which cannot be imported without the extra."""
     return int(np.random.Philox(key=[seed, row]).random_raw()) >> 1
 
 
 def test_vllm_rows_begin_as_given_and_say_their_log_probability(vllm, llama_folder):
     prefixes = [[3], [3, 9, 14, 200, 7], [5, 6], [3, 9, 14, 200, 7, 8, 30, 31, 32]]
     drawn = draw(llama_folder, prefixes, [4, 5, 6, 7])
-    from retain.vllm_engine import row_seed
+    from retain.sampling.vllm_engine import row_seed
 
     assert row_seed(3, 4) == row_seed_of(3, 4)
     assert drawn.tokens.shape == (4, 20)
@@ -289,7 +289,7 @@ def test_vllm_refuses_an_adapter(vllm, llama_folder, tmp_path, capsys):
 
 @pytest.mark.program
 def test_replicas_share_the_shards_and_one_that_dies_is_said(vllm, llama_folder, tmp_path, monkeypatch):
-    from retain.vllm_engine import vllm_engine
+    from retain.sampling.vllm_engine import vllm_engine
 
     (tmp_path / "devices").mkdir()
     monkeypatch.setenv("FAKE_VLLM_DEVICES", str(tmp_path / "devices"))
@@ -315,7 +315,7 @@ def test_replicas_share_the_shards_and_one_that_dies_is_said(vllm, llama_folder,
 
 
 def test_what_fails_in_a_replica_is_said_by_the_driver(vllm, monkeypatch):
-    from retain import vllm_engine
+    from retain.sampling import vllm_engine
 
     class Broken:
         def draw(self, prefixes: Any, rows: Any) -> Any:
@@ -336,7 +336,7 @@ def test_what_fails_in_a_replica_is_said_by_the_driver(vllm, monkeypatch):
 
 
 def test_each_replica_has_its_own_gpus(vllm, monkeypatch):
-    from retain.vllm_engine import devices_of_replicas
+    from retain.sampling.vllm_engine import devices_of_replicas
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,GPU-5ab")
     assert devices_of_replicas(3, 1) == ["0", "3", "GPU-5ab"]
@@ -375,7 +375,7 @@ def cluster() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def workers(cluster, llama_folder) -> Iterator[Any]:
     """An engine of two workers, which the tests share, for they load the model in seconds."""
-    from retain.ray_engine import ray_engine
+    from retain.sampling.ray_engine import ray_engine
 
     load = partial(load_model, str(llama_folder), dtype=torch.float32)
     with ray_engine(load, max_length=64, seed=0, num_workers=2) as engine:
@@ -468,7 +468,7 @@ def test_ray_on_the_command_line(cluster, llama_folder, tmp_path, capsys):
 STOPPED = """
 import sys, threading, os, signal, time
 from pathlib import Path
-from retain.cli import main
+from retain.cli.main import main
 def interrupt():
     while not list(Path(sys.argv[2]).glob("shard-*")):
         time.sleep(0.01)

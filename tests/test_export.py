@@ -12,11 +12,11 @@ from datasets import load_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retain.cli import main
-from retain.export import chat_frame, read_chat
+from retain.cli.export import chat_frame, read_chat
+from retain.cli.main import main
 from retain.files import write_json
-from retain.models import tokenizer_fingerprint
-from retain.replay import MANIFEST, SCHEMA, load_self_generated, write_shard
+from retain.models.description import tokenizer_fingerprint
+from retain.replay.dataset import MANIFEST, SCHEMA, load_self_generated, write_shard
 
 
 def chat_tokenizer():

@@ -28,14 +28,14 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from retain import ReplayConfig, ReplaySFTTrainer, load_model, measure
-from retain.cli import main
-from retain.data import row_text, tokenize_documents
+from retain.cli.main import main
+from retain.data.rows import row_text, tokenize_documents
 from retain.losses import kl_divergence
-from retain.models import model_fingerprint, tokenizer_fingerprint
-from retain.protection import check_base_is_frozen
-from retain.reference import Reference, probe
-from retain.replay import ReplayDataset, replay_indices, token_documents
-from retain.sampling import sample_rows
+from retain.models.description import model_fingerprint, tokenizer_fingerprint
+from retain.models.reference import Reference, probe
+from retain.replay.dataset import ReplayDataset, replay_indices, token_documents
+from retain.sampling.write import sample_rows
+from retain.training.protection import check_base_is_frozen
 
 IDS = torch.arange(5, 25).reshape(2, 10)
 QV = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -441,7 +441,7 @@ def test_a_model_that_was_trained_in_place_is_not_its_own_base(tmp_path: Path, h
 
 
 def test_a_copy_that_still_runs_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retain.reference.runs_through", lambda copied, model: True)
+    monkeypatch.setattr("retain.models.reference.runs_through", lambda copied, model: True)
     with pytest.raises(ValueError, match="a copy of this model still runs the model itself; load it anew"):
         Reference.copy_of(make_model())
 

@@ -18,11 +18,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from retain import ForgettingCallback, measure
-from retain.callbacks import OF_TRAINING, read_run
-from retain.capabilities.choices import Question
 from retain.files import read_jsonl
-from retain.law_runs import read_runs
-from retain.trajectory import take_documents
+from retain.laws.runs import read_runs
+from retain.measuring.choices import Question
+from retain.training.evaluation import take_documents
+from retain.training.run_files import OF_TRAINING, read_run
 
 TOKENIZER = make_tokenizer()
 ROWS = Dataset.from_list([{"text": text} for text in make_texts(48, seed=1)])

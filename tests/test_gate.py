@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import make_model, make_texts, save_model
 
-from retain.capabilities.answers import compare_answers
-from retain.capabilities.gate import BEYOND, UNDECIDED, WITHIN, Check, judge
-from retain.cli import main
-from retain.report import ForgettingReport, comparison_html, comparison_markdown
+from retain.cli.main import main
+from retain.report.answers import compare_answers
+from retain.report.gate import BEYOND, UNDECIDED, WITHIN, Check, judge
+from retain.report.report import ForgettingReport, comparison_html, comparison_markdown
 from retain.statistics import bootstrap_ratio
 
 

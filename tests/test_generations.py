@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from retain.base_cache import BaseCache
-from retain.capabilities.drift import FATES, MARKERS, drift, fate, knowledge, says, word_overlap
-from retain.capabilities.generations import Prompt, Written, as_prompt, measure_generations, stop_tokens, write
-from retain.measuring import measure
+from retain.measuring.base_cache import BaseCache
+from retain.measuring.drift import FATES, MARKERS, drift, fate, knowledge, says, word_overlap
+from retain.measuring.generations import Prompt, Written, as_prompt, measure_generations, stop_tokens, write
+from retain.measuring.measure import measure
 
 TOKENIZER = make_tokenizer()
 START = 3

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retain.half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2, tokens_per_step
+from retain.training.half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2, tokens_per_step
 
 
 def arguments(**changes) -> SimpleNamespace:

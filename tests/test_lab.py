@@ -21,15 +21,15 @@ from conftest import make_texts
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
-from retain.cli import main
+from retain.cli.main import main
 from retain.lab.config import PretrainConfig
 from retain.lab.corpora import Language, Stream, mixture, passages, read_problems, shuffled, split_documents
 from retain.lab.models import SIZES, counted_size, counted_size_of, expand, make_config, make_model, shape_of
 from retain.lab.pretrain import open_corpus
 from retain.lab.tasks import EOS, TASKS, DigitTask, digit_tokenizer, exact_match
 from retain.lab.tokenizers import train_tokenizer, word_tokenizer
-from retain.loading import load_model, load_tokenizer
-from retain.models import num_parameters
+from retain.models.description import num_parameters
+from retain.models.loading import load_model, load_tokenizer
 
 # Sizes
 

@@ -30,7 +30,7 @@ from law_verdict import (  # noqa: E402
 )
 from test_experiments import SHORT, TINY, small_texts  # noqa: E402
 
-from retain.laws import joint_forgetting, shifted_power  # noqa: E402
+from retain.laws.forms import joint_forgetting, shifted_power  # noqa: E402
 
 LAW = {"a": 2e3, "alpha": 0.25, "rho": 1.5, "c": 3.2, "s": 2.0}
 STEPS = range(0, 201, 10)

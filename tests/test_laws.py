@@ -16,13 +16,9 @@ from safetensors.torch import load_file
 from scipy import optimize, stats
 
 from retain import fit_forgetting_law
-from retain.cli import main
-from retain.doubts import LawWarning, rivalry
-from retain.forgetting_law import ForgettingLaw
-from retain.law_plots import bands, contours, residuals, trajectories
-from retain.law_runs import as_runs, read_runs, tuned_params
-from retain.law_solving import crossing
-from retain.laws import (
+from retain.cli.main import main
+from retain.laws.diagnostics import LawWarning, rivalry
+from retain.laws.forms import (
     FORMS,
     Form,
     injection,
@@ -33,9 +29,13 @@ from retain.laws import (
     shifted_power,
     size,
 )
-from retain.loading import lora_num_params
-from retain.models import num_tuned
-from retain.projection import HUBER, fit_many
+from retain.laws.law import ForgettingLaw
+from retain.laws.plots import bands, contours, residuals, trajectories
+from retain.laws.runs import as_runs, read_runs, tuned_params
+from retain.laws.solve import crossing
+from retain.laws.variable_projection import HUBER, fit_many
+from retain.models.description import num_tuned
+from retain.models.loading import lora_num_params
 
 # Published coefficients (papers.md, C). P per LoRA rank of Llama 2 7B.
 PER_RANK = 2_498_560

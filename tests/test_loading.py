@@ -22,11 +22,11 @@ from test_models import ADAPTERS, NEEDED, QV, gguf_file, write_gguf  # noqa: F40
 from trl import SFTConfig
 
 from retain import ReplayConfig, ReplaySFTTrainer, measure
-from retain.cli import main
-from retain.config import MeasureConfig
-from retain.loading import load_model, load_tokenizer
-from retain.measure_verb import load_both, load_judge, other_base
-from retain.tokenizer_identity import tokenizer_of_tuned
+from retain.cli.config import MeasureConfig
+from retain.cli.main import main
+from retain.cli.measure import load_both, load_judge, other_base
+from retain.models.loading import load_model, load_tokenizer
+from retain.models.tokenizer_identity import tokenizer_of_tuned
 
 IDS = torch.arange(5, 25)[None]
 Weights = dict[str, torch.Tensor]

@@ -16,14 +16,14 @@ import pytest
 from conftest import make_model, make_texts, make_tokenizer, save_model
 from safetensors.numpy import save_file
 
-import retain.config as config
-from retain.callbacks import read_run
-from retain.cli import main
+import retain.cli.config as config
+from retain.cli.main import main
 from retain.files import read_jsonl
 from retain.lab.config import PretrainConfig
-from retain.reference_cache import cache_path
-from retain.replay import shard_path
-from retain.sampling import sample_replay
+from retain.replay.dataset import shard_path
+from retain.replay.predictions import cache_path
+from retain.sampling.write import sample_replay
+from retain.training.run_files import read_run
 
 VERBS = {
     "sample": config.SampleConfig,

@@ -11,16 +11,16 @@ import torch
 from conftest import make_model, make_texts, make_tokenizer
 from peft import LoraConfig, get_peft_model
 
-import retain.base_cache
-from retain.base_cache import BaseCache
-from retain.capabilities.choices import Question
-from retain.capabilities.gate import UNDECIDED, judge
-from retain.cli import main
-from retain.data import tokenize_documents
+import retain.measuring.base_cache
+from retain.cli.main import main
+from retain.data.rows import tokenize_documents
 from retain.losses import agreement, argmax_cross_entropy, cross_entropy, kl_divergence, next_token_loss
-from retain.measured_texts import PILOT, half_width
-from retain.measuring import measure
-from retain.metrics import document_sums, logits_of, token_values
+from retain.measuring.base_cache import BaseCache
+from retain.measuring.choices import Question
+from retain.measuring.measure import measure
+from retain.measuring.texts import PILOT, half_width
+from retain.measuring.tokens import document_sums, logits_of, token_values
+from retain.report.gate import UNDECIDED, judge
 
 TOKENIZER = make_tokenizer()
 
@@ -140,7 +140,7 @@ def test_the_oldest_entries_go_when_the_folder_is_full(tmp_path, monkeypatch):
     remember([3, 4])
     size = sum(file.stat().st_size for file in tmp_path.glob("states-*/*"))
     (first,) = tmp_path.glob("states-*")
-    monkeypatch.setattr(retain.base_cache, "MOST_BYTES_IN_ALL", int(2.5 * size))
+    monkeypatch.setattr(retain.measuring.base_cache, "MOST_BYTES_IN_ALL", int(2.5 * size))
     for token in (5, 6):
         remember([3, token])
     assert len(list(tmp_path.glob("states-*"))) == 2
@@ -148,7 +148,7 @@ def test_the_oldest_entries_go_when_the_folder_is_full(tmp_path, monkeypatch):
 
 
 def test_a_text_too_large_to_keep_is_measured_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(retain.base_cache, "MOST_BYTES", 10)
+    monkeypatch.setattr(retain.measuring.base_cache, "MOST_BYTES", 10)
     base, tuned = make_model().eval(), make_model(seed=1).eval()
     assert measured(tuned, tmp_path, base).data["retention"] == measured(tuned, None, base).data["retention"]
     assert not list(tmp_path.glob("states-*"))
@@ -215,12 +215,12 @@ def test_where_the_text_does_not_suffice_the_report_says_how_much_would():
 @pytest.mark.slow
 def test_stopping_by_the_width_leaves_the_value_unbiased_and_the_interval_honest():
     """200 synthetic texts of known value, drawn until ± `ci`: 95% intervals cover it 90 to 98% of the time."""
-    from retain.measured_texts import TextOptions, _enough
-    from retain.metrics import DocumentSums
+    from retain.measuring.texts import TextOptions, _enough
+    from retain.measuring.tokens import DocumentSums
 
     rng, covered, values = np.random.default_rng(0), 0, []
     options = TextOptions(None, batch_tokens=1, seed=0, num_resamples=300, ci=0.05)
-    import retain.measured_texts as module
+    import retain.measuring.texts as module
 
     truth = 0.2
     documents = tokenize_documents(["x"] * 400, TOKENIZER, 3, 4)

@@ -11,9 +11,9 @@ import torch
 from conftest import ARCHITECTURES, make_model, make_texts, make_tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
-from retain.data import Document, tokenize_documents
-from retain.measuring import measure
-from retain.metrics import SUMS, DocumentSums, batches, document_sums, logits_of, summarize, token_values
+from retain.data.rows import Document, tokenize_documents
+from retain.measuring.measure import measure
+from retain.measuring.tokens import SUMS, DocumentSums, batches, document_sums, logits_of, summarize, token_values
 from retain.statistics import bootstrap_ratio, share_interval
 
 TOKENIZER = make_tokenizer()

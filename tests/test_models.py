@@ -16,8 +16,7 @@ from conftest import CHATML, make_model, make_tokenizer, save_model
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftType, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from retain.loading import load_model, load_tokenizer
-from retain.models import (
+from retain.models.description import (
     StartToken,
     base_parameter_name,
     choose_start_token,
@@ -27,7 +26,8 @@ from retain.models import (
     tokenizer_fingerprint,
     with_least_room,
 )
-from retain.tokenizer_identity import tokenizer_of_tuned
+from retain.models.loading import load_model, load_tokenizer
+from retain.models.tokenizer_identity import tokenizer_of_tuned
 
 IDS = torch.arange(5, 25)[None]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retain.overlap import find_overlap
+from retain.data.overlap import find_overlap
 
 WORDS = [f"{a}{b}" for a in ("red", "blue", "Green", "ÉTÉ", "straße") for b in ("fox", "dog", "bird", "stone")]
 texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=30)

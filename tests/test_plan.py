@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from conftest import make_texts, save_model
 
-from retain import plan_verb
-from retain.cli import main
-from retain.config import PlanConfig
-from retain.forgetting_law import ForgettingLaw
-from retain.laws import joint_forgetting, shifted_power
-from retain.plan import (
+from retain.cli import plan as plan_verb
+from retain.cli.config import PlanConfig
+from retain.cli.main import main
+from retain.laws.forms import joint_forgetting, shifted_power
+from retain.laws.law import ForgettingLaw
+from retain.laws.plan import (
     Pilot,
     _doubts,
     design,
@@ -27,7 +27,7 @@ from retain.plan import (
     predicted,
     recommend,
 )
-from retain.plan_text import draw, told_of, verdict
+from retain.laws.plan_page import draw, told_of, verdict
 
 PER_RANK = 5472  # a LoRA on the small base of the experiments
 SIZES = {rank: PER_RANK * rank for rank in (1, 2, 4, 8, 16, 32)}

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retain import pool
-from retain.pool import distinct_share, guess_language, is_repeating, near_duplicates, pool_statistics
-from retain.preview import preview_html, preview_text
+from retain.sampling import quality as pool
+from retain.sampling.preview import preview_html, preview_text
+from retain.sampling.quality import distinct_share, guess_language, is_repeating, near_duplicates, pool_statistics
 
 PROSE = """The harbour was quiet when the first boat came in. Its crew had been out for nine days and nobody on the quay
 knew what they would say about the storm. An old man put down his net, looked at the sky, and asked whether the others

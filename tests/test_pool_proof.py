@@ -14,10 +14,10 @@ from transformers import AutoConfig
 from trl import SFTConfig
 
 from retain import ReplayConfig, ReplaySFTTrainer
-from retain.cli import main
-from retain.models import model_fingerprint
-from retain.replay import read_manifest, read_shards, shard_path
-from retain.sampling import sample_replay
+from retain.cli.main import main
+from retain.models.description import model_fingerprint
+from retain.replay.dataset import read_manifest, read_shards, shard_path
+from retain.sampling.write import sample_replay
 
 LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}
 LORA = LoraConfig(r=4, target_modules=["q_proj"])

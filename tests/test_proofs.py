@@ -20,10 +20,10 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from trl import RewardConfig, RewardTrainer, SFTTrainer
 
 from retain import ForgettingCallback, ReplayConfig, ReplayMixin, ReplaySFTTrainer, ReplayTrainer, measure
-from retain.protection import check_devices, expected_steps
-from retain.reference import Reference
-from retain.replay import ReplayDataset
-from retain.sampling import sample_replay
+from retain.models.reference import Reference
+from retain.replay.dataset import ReplayDataset
+from retain.sampling.write import sample_replay
+from retain.training.protection import check_devices, expected_steps
 
 TEXTS = {"words": make_texts(3, seed=9)}
 

@@ -33,7 +33,7 @@ COMMON = {
 OF_ITS_DAY = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "eval_runtime"}
 OF_ITS_DAY |= {"eval_samples_per_second", "eval_steps_per_second", "seconds"}  # of the clock
 OF_ITS_DAY |= {"train_loss"}  # transformers' mean over the steps since a run went on
-DRIVER = "import sys; from retain.cli import main; sys.exit(main(sys.argv[1:]))"
+DRIVER = "import sys; from retain.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 
 from retain import ReplayConfig, ReplayDataset, ReplayMixin, ReplaySFTTrainer, load_model
-from retain.cli import main
-from retain.sampling import sample_rows
+from retain.cli.main import main
+from retain.sampling.write import sample_rows
 
 RECIPES = Path(__file__).parents[1] / "docs" / "recipes.md"
 TOKENIZER = make_tokenizer()

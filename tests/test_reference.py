@@ -7,7 +7,7 @@ import torch
 from conftest import ARCHITECTURES, make_model
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
-from retain.reference import Reference, check_same_model, evaluation_mode, probe, probe_tokens
+from retain.models.reference import Reference, check_same_model, evaluation_mode, probe, probe_tokens
 
 IDS = torch.arange(5, 25).reshape(2, 10)
 QUIET = [

@@ -16,15 +16,15 @@ from test_cli import TRAIN, write_rows
 from test_trainer import LORA, ROWS, TOKENIZER, Unscaled, budgeted, config, difference, logged, train, weights
 
 from retain import ReplayConfig, ReplaySFTTrainer
-from retain.cli import main
-from retain.engine import TOP_K, draw_rows
-from retain.metrics import logits_at
-from retain.objective import describe_store
-from retain.reference import Reference
-from retain.reference_cache import bytes_per_token, cache_path
-from retain.replay import ReplayDataset, load_self_generated
-from retain.sampling import sample_replay
-from retain.starts import Mode, Starts
+from retain.cli.main import main
+from retain.measuring.tokens import logits_at
+from retain.models.reference import Reference
+from retain.replay.dataset import ReplayDataset, load_self_generated
+from retain.replay.predictions import bytes_per_token, cache_path
+from retain.sampling.engine import TOP_K, draw_rows
+from retain.sampling.starts import Mode, Starts
+from retain.sampling.write import sample_replay
+from retain.training.objective import describe_store
 
 KINDS = ("hidden", "topk")
 

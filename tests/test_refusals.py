@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import CHATML, make_model, make_tokenizer
 
-from retain.base_cache import BaseCache
-from retain.capabilities.generations import Written, user_turn
-from retain.capabilities.phrases import is_refusal
-from retain.capabilities.reasoning import answer_turn, without_reasoning
-from retain.capabilities.refusals import (
+from retain.cli.main import main
+from retain.measuring.base_cache import BaseCache
+from retain.measuring.generations import Written, user_turn
+from retain.measuring.phrases import is_refusal
+from retain.measuring.reasoning import answer_turn, without_reasoning
+from retain.measuring.refusals import (
     COMPLYING,
     REFUSING,
     Judge,
@@ -25,7 +26,6 @@ from retain.capabilities.refusals import (
     load_requests,
     measure_refusals,
 )
-from retain.cli import main
 
 TOKENIZER = make_tokenizer()
 CHAT = make_tokenizer()
@@ -113,8 +113,8 @@ def test_openings_by_hand():
         whole = CHAT(prompt.text + opening, add_special_tokens=False)["input_ids"]
         log_probs = torch.log_softmax(model(torch.tensor([whole])).logits[0].detach().double(), -1)
         expected[opening] = sum(float(log_probs[at - 1, whole[at]]) for at in range(len(context), len(whole)))
-    from retain.capabilities.choices import choice_scores
-    from retain.metrics import logits_of
+    from retain.measuring.choices import choice_scores
+    from retain.measuring.tokens import logits_of
 
     (scores,) = choice_scores([logits_of(model)], inputs, batch_tokens=256, device="cpu")
     assert scores[0] == pytest.approx(list(expected.values()), abs=1e-4)
@@ -321,7 +321,7 @@ def test_openings_and_judges_begin_where_the_answer_does(opening, expected):
 def test_reasoning_that_did_not_end_is_no_answer_and_is_said(monkeypatch):
     base, tuned = make_model().eval(), make_model(seed=1).eval()
     written = [Written("Hm. I can't help.", 5, False, False, ""), Written("Hm. No. Yes.", 5, True, False, "Yes.")]
-    monkeypatch.setattr("retain.capabilities.refusals.write_both", lambda *rest, **asked: ([written[0]], [written[1]]))
+    monkeypatch.setattr("retain.measuring.refusals.write_both", lambda *rest, **asked: ([written[0]], [written[1]]))
     found = measure_refusals(base, tuned, ["the fox?"], tokenizer=CHAT, **ASKED)
     assert found["scorers"]["phrases"]["base_rate"]["value"] == found["scorers"]["phrases"]["rate"]["value"] == 0
     assert found["notes"][-1] == (

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retain.files import append_jsonl, atomic_path, read_jsonl, write_json
-from retain.replay import (
+from retain.replay.dataset import (
     MANIFEST,
     SCHEMA,
     ReplayDataset,

@@ -17,18 +17,20 @@ import numpy as np
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from retain import files, plots, report
-from retain.behaviour import differences
-from retain.callbacks import RunFilesCallback, read_run
-from retain.capabilities.answers import compare_answers, share_entry
-from retain.comparison import compare_at_matched_loss, crossing
-from retain.maps import heat_map, worst_documents
-from retain.model_card import card_with_forgetting, model_index
-from retain.panels import panels
-from retain.pareto import dominators, frontier, frontier_sentences
-from retain.report import ForgettingReport, comparison_html, comparison_markdown, comparison_summary
+from retain import files
+from retain.report import report
+from retain.report import style as plots
+from retain.report.answers import compare_answers, share_entry
+from retain.report.behaviour_tables import differences
+from retain.report.comparison import compare_at_matched_loss, crossing
+from retain.report.figures import panels
+from retain.report.frontier import dominators, frontier, frontier_sentences
+from retain.report.heat_map import heat_map, worst_documents
+from retain.report.model_card import card_with_forgetting, model_index
+from retain.report.report import ForgettingReport, comparison_html, comparison_markdown, comparison_summary
+from retain.report.sentences import budget_sentence, run_verdict
 from retain.text import visible
-from retain.verdicts import budget_sentence, run_verdict
+from retain.training.run_files import RunFilesCallback, read_run
 
 TOKENS = [100, 200, 100, 200]
 

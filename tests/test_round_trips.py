@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retain import fit_forgetting_law
+from retain.cli.flags import parse
 from retain.files import exclusive, write_json
-from retain.flags import parse
-from retain.forgetting_law import ForgettingLaw
 from retain.lab.sweep_file import read_sweep
-from retain.replay import MANIFEST, SCHEMA, load_self_generated, write_shard
+from retain.laws.law import ForgettingLaw
+from retain.replay.dataset import MANIFEST, SCHEMA, load_self_generated, write_shard
 
 # What YAML and a command line can hold; text that begins with a dash is a flag to any parser.
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12).filter(

@@ -11,12 +11,21 @@ import pytest
 from conftest import CHATML, make_model, make_texts, make_tokenizer
 from trl import SFTConfig, SFTTrainer
 
-from retain.cli import main
-from retain.config import MeasureConfig
-from retain.data import NEW_TASK, Reading, prompt_text, read_rows, read_text, read_texts, row_text, tokenize_documents
-from retain.measure_verb import default_prompts, new_task_reading
-from retain.measuring import measure
-from retain.replay import load_replay_dataset, load_texts
+from retain.cli.config import MeasureConfig
+from retain.cli.main import main
+from retain.cli.measure import default_prompts, new_task_reading
+from retain.data.rows import (
+    NEW_TASK,
+    Reading,
+    prompt_text,
+    read_rows,
+    read_text,
+    read_texts,
+    row_text,
+    tokenize_documents,
+)
+from retain.measuring.measure import measure
+from retain.replay.dataset import load_replay_dataset, load_texts
 
 TOOLS_CHATML = (
     "{% if tools %}<|im_start|>tools\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"

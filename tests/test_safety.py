@@ -54,7 +54,7 @@ def test_the_check_can_fail(tmp_path):
 
 def test_remote_code_is_run_only_where_asked(tmp_path, capsys):
     """A checkpoint that names code of its own is refused in one line; its code does not run."""
-    from retain.cli import main
+    from retain.cli.main import main
 
     folder = save_model(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -86,7 +86,7 @@ def test_a_pickled_checkpoint_with_code_in_it_does_not_run(tmp_path, capsys):
     """`pytorch_model.bin` is a pickle: transformers reads it with weights only, or not at all."""
     import pickle
 
-    from retain.cli import main
+    from retain.cli.main import main
 
     folder = save_model(tmp_path / "model")
     (folder / "model.safetensors").unlink()
@@ -102,7 +102,7 @@ def test_a_run_that_goes_on_runs_no_code_of_its_checkpoint(tmp_path, capsys, nam
     """What the trainer itself keeps beside the weights is pickled by torch; it is read as data, or not at all."""
     import torch
 
-    from retain.cli import main
+    from retain.cli.main import main
 
     folder = save_model(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(8)))
@@ -136,7 +136,7 @@ socket.socket.connect = socket.socket.connect_ex = socket.create_connection = so
 """
 EVERY_LINE = """
 import sys
-from retain.cli import main
+from retain.cli.main import main
 
 for line in sys.argv[1:]:
     code = main(line.split("|"))

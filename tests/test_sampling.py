@@ -20,13 +20,13 @@ from conftest import ARCHITECTURES, CHATML, make_model, make_tokenizer, random_m
 from scipy.stats import chisquare
 from transformers import AutoConfig, PreTrainedModel
 
-from retain.engine import choose_batch_size, choose_threads, draw_rows, draw_tokens, row_uniforms
 from retain.files import exclusive
-from retain.loading import load_model, load_tokenizer
-from retain.models import choose_start_token, model_fingerprint, tokenizer_fingerprint
-from retain.replay import MANIFEST, load_self_generated, load_texts, read_manifest
-from retain.sampling import sample_replay, sample_rows
-from retain.starts import Starts, chat_prefix, plan_starts
+from retain.models.description import choose_start_token, model_fingerprint, tokenizer_fingerprint
+from retain.models.loading import load_model, load_tokenizer
+from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
+from retain.sampling.engine import choose_batch_size, choose_threads, draw_rows, draw_tokens, row_uniforms
+from retain.sampling.starts import Starts, chat_prefix, plan_starts
+from retain.sampling.write import sample_replay, sample_rows
 
 START = 3
 
@@ -263,7 +263,7 @@ def test_every_token_of_a_long_row_is_drawn_from_what_the_tokens_before_it_predi
 
 def test_rows_are_proven_at_their_own_length(monkeypatch):
     """Eight tokens do not show what a cache does from the seventeenth on."""
-    monkeypatch.setattr("retain.engine.rope_switch", lambda model: None)
+    monkeypatch.setattr("retain.sampling.engine.rope_switch", lambda model: None)
     model = make_changing("phi3")
     draw_rows(model, [[3]], [0], 16, 0)
     with pytest.raises(ValueError, match=r"^max_length: within 40 tokens 'phi3' predicts otherwise with its cache"):
@@ -369,9 +369,9 @@ def test_an_interrupted_dataset_goes_on_and_ends_the_same(tmp_path):
 
 SLOW_JOB = """
 import sys, time
-from retain.loading import load_model, load_tokenizer
-from retain.models import choose_start_token
-from retain.sampling import sample_replay
+from retain.models.loading import load_model, load_tokenizer
+from retain.models.description import choose_start_token
+from retain.sampling.write import sample_replay
 model, tokenizer = load_model(sys.argv[1]), load_tokenizer(sys.argv[1])
 settings = {"num_rows": 40, "max_length": 8, "rows_per_shard": 4, "batch_size": 2}
 sample_replay(model, tokenizer, sys.argv[2], progress=lambda rows: time.sleep(0.05), **settings)
@@ -471,7 +471,7 @@ def test_rows_longer_than_the_model_can_take_are_refused(tmp_path):
 
 
 def test_the_start_token_may_be_named(tmp_path, tokenizer):
-    from retain.models import choose_start_token
+    from retain.models.description import choose_start_token
 
     sample(tmp_path, start_token=choose_start_token(tokenizer, "<|endoftext|>"))
     assert all(load_self_generated(tmp_path)[i][0] == 0 for i in range(10))

@@ -17,9 +17,9 @@ import psutil
 import pytest
 from conftest import save_model
 
-import retain.cli
+import retain.cli.main
 import retain.lab.sweep as module
-from retain.cli import main
+from retain.cli.main import main
 from retain.files import exclusive, read_jsonl
 from retain.lab.sweep import collect, run_sweep
 from retain.lab.sweep_file import SweepRun, read_sweep
@@ -152,7 +152,7 @@ def test_the_last_value_of_everything_is_collected(tmp_path):
 DRIVER = """
 import sys
 sys.path.insert(0, {source!r})
-import retain.cli
+import retain.cli.main
 import retain.lab.sweep as module
 module.CHILD = {child!r}
 module.run_sweep({path!r}, {out!r}, num_workers=2)
@@ -182,7 +182,7 @@ def test_a_sweep_killed_at_ten_random_moments_ends_as_one_undisturbed(tmp_path, 
 def test_no_process_outlives_a_killed_sweep(tmp_path):
     """Else the next sweep would write into the same folder beside it."""
     child = module.CHILD.replace(
-        "from retain.cli import main\nsys.exit(main(arguments))", "import time; time.sleep(60)"
+        "from retain.cli.main import main\nsys.exit(main(arguments))", "import time; time.sleep(60)"
     )
     path = write(tmp_path / "s.yaml", grid={"x": [1]})
     source = str(Path(module.__file__).parents[2])
@@ -253,7 +253,7 @@ def test_no_run_begins_where_the_flags_of_one_are_wrong(tmp_path, capsys, fake, 
 def test_flags_of_accelerate_may_be_swept(tmp_path, capsys, fake):
     flags = {"model_name_or_path": "m", "dataset_name": "d", "num_processes": 2, "learning_rate": 1e-5, "bf16": False}
     path = write(tmp_path / "s.yaml", common=flags, grid={"lora_target_modules": [["q_proj", "v_proj"], "all-linear"]})
-    retain.cli.check_runs(path, read_sweep(path))
+    retain.cli.main.check_runs(path, read_sweep(path))
 
 
 def test_a_second_sweep_in_one_folder_is_refused(tmp_path, fake):

@@ -30,12 +30,15 @@ from trl import (
 )
 
 from retain import ReplayConfig, ReplayMixin, ReplaySFTTrainer, ReplayTrainer
-from retain.budget import OPENING
+from retain.data.overlap import find_rows
 from retain.files import read_jsonl
 from retain.losses import kl_divergence
-from retain.models import model_fingerprint, tokenizer_fingerprint
-from retain.overlap import find_rows
-from retain.protection import (
+from retain.models.description import model_fingerprint, tokenizer_fingerprint
+from retain.models.reference import Reference
+from retain.replay.dataset import ReplayDataset, replace_rows, token_documents, tokenize_documents
+from retain.sampling.write import sample_rows
+from retain.training.budget import OPENING
+from retain.training.protection import (
     LOADS_EMPTY,
     check_devices,
     check_held_out,
@@ -43,9 +46,6 @@ from retain.protection import (
     see_the_base_everywhere,
     training_rows,
 )
-from retain.reference import Reference
-from retain.replay import ReplayDataset, replace_rows, token_documents, tokenize_documents
-from retain.sampling import sample_rows
 
 TOKENIZER = make_tokenizer()
 ROWS = Dataset.from_list([{"text": text} for text in make_texts(48, seed=1)])
@@ -309,7 +309,7 @@ def test_kl_term_has_the_value_and_gradient_of_its_naive_twin(tmp_path: Path, ra
     trainer = train(tmp_path, ragged, **settings)
     base, model = make_model().double(), make_model().double()
     batches = [next(iter(trainer.get_train_dataloader()))] * 2  # four rows: every step sees them all
-    from retain.replay import replay_indices
+    from retain.replay.dataset import replay_indices
 
     for step in range(2):
         new, total, count, parts = batches[step], torch.zeros((), dtype=torch.float64), 0, ([], [])

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import pytest
 
 from retain import ReplayConfig
-from retain.cli import main
-from retain.config import MeasureConfig, SampleConfig
-from retain.flags import parser_of, types_of
-from retain.value_types import fits, hints_of, words_of
+from retain.checks import fits, hints_of, words_of
+from retain.cli.config import MeasureConfig, SampleConfig
+from retain.cli.flags import parser_of, types_of
+from retain.cli.main import main
 
 VERBS = ("sample", "export", "finetune", "measure", "report", "fit", "predict", "plan", "sweep", "pretrain", "demo")
 

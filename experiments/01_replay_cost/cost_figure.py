@@ -10,7 +10,7 @@ from cost_report import GOAL, LIMIT, Cell, cost_of, time_of
 from matplotlib.ticker import FuncFormatter
 from pages import dress, goal_line, panels
 
-from retain.plots import INK, MARKS, PALETTE
+from retain.report.style import INK, MARKS, PALETTE
 
 MEASURE = ("prose", "ref_kl")
 COEF = 1.0  # the coefficient of the panel of prices

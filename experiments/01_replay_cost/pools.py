@@ -22,8 +22,8 @@ from pages import dress, panels, write_results  # noqa: E402
 from small_base import CACHE, BaseSettings, load_texts, make_base  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
-from retain.comparison import series  # noqa: E402
-from retain.plots import MARKS, PALETTE  # noqa: E402
+from retain.report.comparison import series  # noqa: E402
+from retain.report.style import MARKS, PALETTE  # noqa: E402
 
 STEPS, ROWS, LENGTH, GAIN = 1024, 32, 32, 0.95
 DRAWN = STEPS * ROWS

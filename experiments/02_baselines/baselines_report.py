@@ -13,8 +13,8 @@ from matched import MEASURES, Estimate, NoReport, Reading, mean_of, prevented, r
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from pages import dress, findings, goal_line, panels
 
-from retain.comparison import series
-from retain.plots import PALETTE
+from retain.report.comparison import series
+from retain.report.style import PALETTE
 
 GAIN = 0.75  # of plain finetuning's: as much as LoRA learns in as many steps
 KNOBS = {"learning_rate": "lr", "coef": "coef", "share": "share", "lora_rank": "rank", "strength": "strength"}

@@ -11,7 +11,7 @@ from harness import BenchSettings, Run
 from methods import REAL
 from small_base import Texts, load_texts
 
-from retain.data import read_rows
+from retain.data.rows import read_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,9 @@ from peft.tuners.lora.corda import preprocess_corda
 from small_base import CACHE, Texts, logger
 
 from retain import ReplayDataset, ReplayTrainer, choose_start_token
-from retain.data import Document
-from retain.demo_data import packed_rows
+from retain.data.rows import Document, packed_rows
 from retain.lab.corpora import read_spanish
-from retain.metrics import document_sums, logits_of
+from retain.measuring.tokens import document_sums, logits_of
 
 # Documents of real replay by what they are called: those of pretraining in its shares, and ones the base never saw.
 REAL: dict[str, Callable[[Texts], list[str]]] = {

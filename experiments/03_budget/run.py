@@ -26,7 +26,7 @@ from small_base import CACHE, BaseSettings, load_texts, make_base  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 from retain import ReplayConfig  # noqa: E402
-from retain.callbacks import read_run  # noqa: E402
+from retain.training.run_files import read_run  # noqa: E402
 
 logger = logging.getLogger("experiments")
 BUDGETS = (0.05, 0.1, 0.2)

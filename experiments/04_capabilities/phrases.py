@@ -15,7 +15,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from study_data import download, instructions, labelled_answers  # noqa: E402
 
-from retain.capabilities.phrases import is_refusal  # noqa: E402
+from retain.measuring.phrases import is_refusal  # noqa: E402
 from retain.statistics import share_interval  # noqa: E402
 
 logger = logging.getLogger("experiments")

@@ -27,16 +27,16 @@ from transformers import set_seed  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from retain import ReplayConfig, ReplaySFTTrainer, choose_start_token, load_model, load_tokenizer, measure  # noqa: E402
-from retain.callbacks import read_run  # noqa: E402
-from retain.capabilities.generations import Prompt, user_turn  # noqa: E402
-from retain.data import Document, token_documents  # noqa: E402
-from retain.demo import MODEL  # noqa: E402
-from retain.demo_data import load_demo_data  # noqa: E402
+from retain.cli.demo import MODEL  # noqa: E402
+from retain.cli.demo_data import load_demo_data  # noqa: E402
+from retain.cli.sample import sample_with_bar  # noqa: E402
+from retain.data.rows import Document, token_documents  # noqa: E402
 from retain.files import write_json  # noqa: E402
-from retain.replay import load_self_generated  # noqa: E402
-from retain.report import ForgettingReport  # noqa: E402
-from retain.sample import sample_with_bar  # noqa: E402
-from retain.starts import plan_starts  # noqa: E402
+from retain.measuring.generations import Prompt, user_turn  # noqa: E402
+from retain.replay.dataset import load_self_generated  # noqa: E402
+from retain.report.report import ForgettingReport  # noqa: E402
+from retain.sampling.starts import plan_starts  # noqa: E402
+from retain.training.run_files import read_run  # noqa: E402
 
 logger = logging.getLogger("experiments")
 CACHE = HERE.parents[1] / ".cache" / "experiments" / "capabilities"

@@ -14,8 +14,8 @@ import yaml
 from small_base import VERILOG, WHEELS
 from small_base import download as bring
 
-from retain.capabilities.choices import Question
-from retain.demo_data import read_wheel
+from retain.cli.demo_data import read_wheel
+from retain.measuring.choices import Question
 
 PACKAGES = ("pyrit==1.1.0", "evals==3.0.1.post1", VERILOG)
 SOURCES = ("llamafactory==0.9.5",)

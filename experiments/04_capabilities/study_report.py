@@ -11,8 +11,8 @@ from matched import share
 from pages import dress, findings, panels, write_results
 
 from retain.files import append_jsonl, read_jsonl
-from retain.plots import look
-from retain.report import write_comparison
+from retain.report.report import write_comparison
+from retain.report.style import look
 from retain.statistics import share_interval
 
 LOST = "refusals lost, of those that the taught model gave"

@@ -9,7 +9,7 @@ import numpy as np
 from law_report import Rows, Study, curve, line_of, points, studies
 from pages import dress
 
-from retain.plots import INK, MARKS, PALETTE, STYLE, save_png
+from retain.report.style import INK, MARKS, PALETTE, STYLE, save_png
 
 NAMES = {"verilog": "Verilog", "cpp": "C++"}
 

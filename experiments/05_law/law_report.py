@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import ttest_ind
 
 from retain import fit_forgetting_law
-from retain.forgetting_law import ForgettingLaw
+from retain.laws.law import ForgettingLaw
 
 MIN_STEPS = 50  # as in the paper: earlier measurements are left out
 READINGS = ("soft", "hard")

@@ -25,7 +25,7 @@ from law_report import (
 )
 from pages import findings
 
-from retain.forgetting_law import ForgettingLaw
+from retain.laws.law import ForgettingLaw
 
 NONE = "none yet; the study is not finished"
 LAWS = {"linear": "Forgetting is linear in the finetuning loss", "joint": "The joint law in parameters and steps"}

@@ -13,8 +13,8 @@ from harness import Results
 from small_base import Texts, passages
 from study_runs import now
 
-from retain.callbacks import read_run
-from retain.cli import main
+from retain.cli.main import main
+from retain.training.run_files import read_run
 
 BUDGETS = (0.1, 0.3, 0.04)
 SEEDS = (0, 3, 4)  # 0 is the pilots' own; with 1 and 2 an earlier form of the surfaces was tried

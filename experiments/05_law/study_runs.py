@@ -18,9 +18,9 @@ from small_base import Texts
 from transformers import TrainerCallback
 
 from retain import ReplayConfig
-from retain.callbacks import read_run
-from retain.metrics import document_sums, logits_of
-from retain.models import num_tuned
+from retain.measuring.tokens import document_sums, logits_of
+from retain.models.description import num_tuned
+from retain.training.run_files import read_run
 
 RANKS = (1, 2, 4, 8, 16, 32)
 LARGEST = max(RANKS)

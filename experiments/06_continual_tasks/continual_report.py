@@ -11,7 +11,7 @@ from matched import t_interval
 from pages import answer_of, dress, findings, panels
 
 from retain.lab.tasks import TASKS
-from retain.plots import INK, PALETTE
+from retain.report.style import INK, PALETTE
 
 METHODS = {"none": "Without replay", "ntp": "Self-generated replay, NTP", "kl": "Self-generated replay, KL"}
 SHORT = {"none": "without replay", "ntp": "with NTP replay", "kl": "with KL replay"}

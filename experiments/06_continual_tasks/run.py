@@ -29,7 +29,7 @@ from retain import ReplayConfig, ReplayDataset, ReplayTrainer  # noqa: E402
 from retain.lab.corpora import Stream, collate  # noqa: E402
 from retain.lab.models import make_config, make_model  # noqa: E402
 from retain.lab.tasks import EOS, PAD, TASKS, VOCABULARY, DigitTask, digit_tokenizer, exact_match  # noqa: E402
-from retain.models import default_device  # noqa: E402
+from retain.models.description import default_device  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)

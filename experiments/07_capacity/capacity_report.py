@@ -11,7 +11,7 @@ from capacity_cells import Cell, Row, cell_of, last_slope, nearest_to_loss, slop
 from matched import second_look, sign_of
 from pages import answer_of, dress, findings, panels
 
-from retain.plots import INK, PALETTE
+from retain.report.style import INK, PALETTE
 
 FORGETS = 0.02  # nats per token: less is the noise of held-out rows
 SATURATED = 0.1  # nats for a tenfold of tokens: the paper's 5.8M model falls by .07 at 10,000 tokens per parameter

@@ -12,7 +12,7 @@ from capacity_cells import Cell, Row, cell_of, compute_multiplier, slopes, told,
 from matched import second_look, sign_of
 from pages import answer_of, findings, panels
 
-from retain.plots import INK
+from retain.report.style import INK
 
 Place = tuple[str, float]  # size, tokens per parameter
 # The paper's: without replay the delta falls with tokens per parameter in small models (5.77M: .354 to .122), and with

@@ -13,8 +13,8 @@ from matched import NoReport, looked_twice, second_look, t_interval
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from pages import dress, findings, panels
 
-from retain.comparison import crossing, series
-from retain.plots import MARKS, PALETTE
+from retain.report.comparison import crossing, series
+from retain.report.style import MARKS, PALETTE
 
 OLD = "old"
 LEAST = 1e-3  # nats: forgetting below it, or negative, is drawn here

@@ -17,11 +17,11 @@ from small_base import download as bring
 from study_data import download, instructions, social_iqa
 
 from retain import ReplayDataset, load_questions
-from retain.capabilities.choices import HUB, Question
-from retain.data import Document, read_rows, token_documents, tokenize_documents
-from retain.demo_data import load_demo_data, read_wheel
-from retain.models import StartToken
-from retain.starts import chat_prefix, plan_starts
+from retain.cli.demo_data import load_demo_data, read_wheel
+from retain.data.rows import Document, read_rows, token_documents, tokenize_documents
+from retain.measuring.choices import HUB, Question
+from retain.models.description import StartToken
+from retain.sampling.starts import chat_prefix, plan_starts
 
 BIGBENCH = "bigbench==1.0.0"
 SCIENCE = "subtask047_misc_answering_science_questions/task.json"  # evaluation only: it carries a canary

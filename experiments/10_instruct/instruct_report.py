@@ -10,7 +10,7 @@ import numpy as np
 from matched import t_interval
 from pages import dress, findings, panels
 
-from retain.plots import INK, look
+from retain.report.style import INK, look
 from retain.statistics import bootstrap_ratio
 
 Row = dict[str, Any]

@@ -22,9 +22,9 @@ from transformers import TrainerCallback, TrainingArguments, default_data_collat
 from transformers.trainer_callback import PrinterCallback
 
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, measure
-from retain.callbacks import read_run
 from retain.files import write_json
-from retain.models import default_device
+from retain.models.description import default_device
+from retain.training.run_files import read_run
 
 logger = logging.getLogger("experiments")
 NEAR = 0.7  # of the gain

@@ -14,7 +14,7 @@ from matched import t_interval
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from pages import answer_of, dress, findings, panels
 
-from retain.plots import MARKS, PALETTE
+from retain.report.style import MARKS, PALETTE
 
 Row = dict[str, Any]
 Reading = Callable[[Sequence["Cell"], int, int], float]  # cells, batch size, seed -> a half-life

@@ -25,9 +25,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import Trainer, get_scheduler
 
 from retain.files import atomic_path
-from retain.half_life import beta2_of_half_life
 from retain.lab.models import make_config, make_model
 from retain.lab.pretrain import Corpus, PretrainArguments
+from retain.training.half_life import beta2_of_half_life
 
 CHUNK = 8192  # rows that are drawn at once
 SAVE_SECONDS = 60

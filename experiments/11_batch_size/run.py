@@ -26,11 +26,11 @@ from scales import Told, conduct, device_name  # noqa: E402
 from small_base import CACHE  # noqa: E402
 from transformers.trainer_callback import PrinterCallback  # noqa: E402
 
-from retain.half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2  # noqa: E402
 from retain.lab.config import PretrainConfig  # noqa: E402
 from retain.lab.models import make_config, make_model  # noqa: E402
 from retain.lab.pretrain import PretrainArguments, make_trainer, open_corpus  # noqa: E402
-from retain.models import default_device  # noqa: E402
+from retain.models.description import default_device  # noqa: E402
+from retain.training.half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2  # noqa: E402
 
 SEEDS_TOGETHER = 3
 LONGEST_STEP = 8  # half-lives: beta2 is .004 there

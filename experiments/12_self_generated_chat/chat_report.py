@@ -22,7 +22,7 @@ from instruct_report import (
 from matched import share
 from pages import dress, findings, panels
 
-from retain.plots import look
+from retain.report.style import look
 from retain.statistics import share_interval
 
 Row = dict[str, Any]

@@ -25,7 +25,7 @@ from matched import NoReport  # noqa: E402
 from scales import Told, conduct  # noqa: E402
 
 from retain import ReplayDataset, choose_start_token  # noqa: E402
-from retain.starts import CONTENT, chat_prefix  # noqa: E402
+from retain.sampling.starts import CONTENT, chat_prefix  # noqa: E402
 
 EXAMPLES, SHOWN = 3, 420  # rows shown, and characters of each
 

@@ -11,7 +11,7 @@ from capacity_cells import Cell, Row, cell_of, told, tunes
 from matched import sign_of
 from pages import answer_of, dress, findings, panels
 
-from retain.plots import PALETTE
+from retain.report.style import PALETTE
 
 ARMS = {
     "unexpanded": "Unexpanded",

@@ -2,7 +2,7 @@
 
 import sys
 
-from retain.cli import main
+from retain.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

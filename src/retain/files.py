@@ -229,3 +229,17 @@ def remove_parts(folder: Path) -> None:
             shutil.rmtree(part, ignore_errors=True)
         else:
             part.unlink(missing_ok=True)
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line: its message's first line that says something, and its type where that is not ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[0] if lines else "no message"
+    if isinstance(error, ValueError):
+        return message
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename!r}" if error.filename else ""
+        return f"{error.strerror}{where}; check the path, its permissions and the space left"
+    if any(sign in message for sign in DISK_FULL):
+        return "a file could not be written, probably No space left on device; free some and go on"
+    return f"{type(error).__name__}: {message} (RETAIN_DEBUG=1 shows where)"

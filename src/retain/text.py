@@ -35,19 +35,3 @@ def _visible_char(char: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def one_line(error: BaseException) -> str:
-    """An error in one line: its message's first line that says something, and its type where that is not ours."""
-    from retain.files import DISK_FULL
-
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = lines[0] if lines else "no message"
-    if isinstance(error, ValueError):
-        return message
-    if isinstance(error, OSError) and error.strerror:
-        where = f": {error.filename!r}" if error.filename else ""
-        return f"{error.strerror}{where}; check the path, its permissions and the space left"
-    if any(sign in message for sign in DISK_FULL):
-        return "a file could not be written, probably No space left on device; free some and go on"
-    return f"{type(error).__name__}: {message} (RETAIN_DEBUG=1 shows where)"

@@ -45,7 +45,7 @@ def run(job: dict[str, Any], told: int) -> int:
     os.environ.update(job.get("environment", {}))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     count_events(job["folder"], job.get("event"), job.get("after", 0.0), told)
-    from retain.cli import main
+    from retain.cli.main import main
 
     code = main(job["argv"])
     sys.stdout.flush()
@@ -57,12 +57,10 @@ def serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import retain.finetune
-    import retain.lab.pretrain
-    import retain.lab.sweep
-    import retain.measure_verb
-    import retain.plan_verb
-    import retain.sample  # noqa: F401
+    import retain.cli.finetune
+    import retain.cli.measure
+    import retain.cli.plan
+    import retain.cli.sample  # noqa: F401
 
     print("ready", flush=True)
     for line in sys.stdin:

@@ -13,7 +13,7 @@ import pytest
 from killing import TRAIN, differences, flags, make_kinds, make_world, snapshot
 from test_kill import server, world  # noqa: F401
 
-from retain.cli import main
+from retain.cli.main import main
 from retain.files import exclusive
 
 

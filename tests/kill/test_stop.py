@@ -15,12 +15,12 @@ import pytest
 from killing import TRAIN, differences, flags, make_kinds, make_world, run_fresh, snapshot
 from test_kill import server, world  # noqa: F401
 
-import retain.cli
+import retain.cli.main
 import retain.lab.sweep
-import retain.measuring
-import retain.sampling
-from retain.cli import main
-from retain.trainer import ReplaySFTTrainer
+import retain.measuring.measure
+import retain.sampling.write
+from retain.cli.main import main
+from retain.training.trainer import ReplaySFTTrainer
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
@@ -53,7 +53,10 @@ def last_line(capsys) -> str:
 def test_sampling_stops_and_goes_on(here, tmp_path, capsys, monkeypatch, number):
     argv = ["sample", *flags(model_name_or_path=here / "model", num_rows=16, rows_per_shard=4, max_length=16)]
     assert main([*argv, "--output_dir", str(tmp_path / "whole")]) == 0
-    write, before = retain.sampling.write_shard, signal.getsignal(signal.SIGTERM)  # Ray's, where it was begun here
+    write, before = (
+        retain.sampling.write.write_shard,
+        signal.getsignal(signal.SIGTERM),
+    )  # Ray's, where it was begun here
 
     def stop(folder, shard, *rest):
         write(folder, shard, *rest)
@@ -61,7 +64,7 @@ def test_sampling_stops_and_goes_on(here, tmp_path, capsys, monkeypatch, number)
             signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(retain.sampling, "write_shard", stop)
+        patch.setattr(retain.sampling.write, "write_shard", stop)
         assert main([*argv, "--output_dir", str(tmp_path / "out")]) == CODES[number]
     assert last_line(capsys) == f"retain sample: {WORDS[number]}; the same command goes on where it stopped"
     assert files(tmp_path / "out") == ["manifest.json", "shard-00000.parquet", "shard-00001.parquet"]
@@ -136,7 +139,7 @@ def test_a_signal_that_python_drops_is_sent_again(capsys, monkeypatch, number):
         for _ in range(100):
             time.sleep(0.1)
 
-    monkeypatch.setitem(retain.cli.VERBS, "sample", work)
+    monkeypatch.setitem(retain.cli.main.VERBS, "sample", work)
     assert main(["sample"]) == CODES[number]
     assert last_line(capsys).startswith(f"retain sample: {WORDS[number]}; ")
 
@@ -153,7 +156,9 @@ def test_measuring_stops_and_leaves_nothing(here, tmp_path, capsys, monkeypatch,
     argv = ["measure", *flags(base=here / "model", model=here / "tuned", retention=f"wiki={here}/wiki.txt")]
     argv += flags(max_length=32, max_new_tokens=4, output_dir=tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(retain.measuring, "measure_generations", lambda *args, **kwargs: signal.raise_signal(number))
+        patch.setattr(
+            retain.measuring.measure, "measure_generations", lambda *args, **kwargs: signal.raise_signal(number)
+        )
         assert main(argv) == CODES[number]
     assert last_line(capsys) == f"retain measure: {WORDS[number]}; nothing was written; run it again"
     assert not (tmp_path / "out").exists()
@@ -195,7 +200,7 @@ def test_a_run_whose_sweep_died_before_it_could_listen_does_nothing(tmp_path, mo
     import subprocess
     import sys
 
-    script = retain.lab.sweep.CHILD.replace("from retain.cli import main", "").replace("main(arguments)", "77")
+    script = retain.lab.sweep.CHILD.replace("from retain.cli.main import main", "").replace("main(arguments)", "77")
     for parent, code in ((os.getpid(), 77), (os.getppid(), 1)):
         done = subprocess.run([sys.executable, "-c", script, ""], env={**os.environ, "RETAIN_SWEEP": str(parent)})
         assert done.returncode == code

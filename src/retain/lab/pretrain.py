@@ -19,11 +19,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from retain import choose_start_token, versions
-from retain.callbacks import RunFilesCallback
-from retain.data import is_local_file, read_rows, row_text
-from retain.demo_data import packed_rows
+from retain.data.rows import is_local_file, packed_rows, read_rows, row_text
 from retain.files import read_settings, write_json
-from retain.half_life import apply_half_life, check_half_life, tokens_per_step
 from retain.lab.config import PretrainConfig
 from retain.lab.corpora import (
     GYM,
@@ -40,8 +37,10 @@ from retain.lab.corpora import (
 from retain.lab.models import counted_size_of, make_config, make_model
 from retain.lab.tasks import TASKS, DigitTask, digit_tokenizer
 from retain.lab.tokenizers import train_tokenizer, word_tokenizer
-from retain.models import cache_dir, num_parameters
-from retain.stop_at_loss import StopAtLoss, check_stop_at_loss
+from retain.models.description import cache_dir, num_parameters
+from retain.training.half_life import apply_half_life, check_half_life, tokens_per_step
+from retain.training.run_files import RunFilesCallback
+from retain.training.stop_at_loss import StopAtLoss, check_stop_at_loss
 
 PRETRAIN_FILE = "pretrain.json"  # what was made, written last
 DECIDES = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
@@ -99,7 +98,8 @@ def run_pretrain(args: PretrainArguments, config: PretrainConfig) -> Trainer:
     Raises:
         ValueError: one line, before anything is written, for input that cannot work.
     """
-    from retain.finetune import check_arguments, checkpoint_to_resume  # which loads TRL
+    from retain.training.config import check_arguments
+    from retain.training.resume import checkpoint_to_resume
 
     check_arguments(args)
     checkpoint = checkpoint_to_resume(args)
@@ -154,7 +154,7 @@ def make_trainer(args: Any, config: PretrainConfig, corpus: Corpus, model: Any, 
 def _train(
     trainer: Trainer, args: Any, config: PretrainConfig, corpus: Corpus, size: int, checkpoint: str | None, say: Any
 ) -> Trainer:
-    from retain.finetune import train
+    from retain.training.resume import train
 
     began = time.monotonic()
     if checkpoint is not None:

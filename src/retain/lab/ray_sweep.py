@@ -15,7 +15,7 @@ import ray
 from retain.lab import sweep
 from retain.lab.sweep import Process
 from retain.lab.sweep_file import SweepRun
-from retain.ray_engine import cluster
+from retain.sampling.ray_engine import cluster
 from retain.text import first_line
 
 RETRIES = 10  # of one run whose worker was lost

@@ -21,9 +21,9 @@ import psutil
 from tqdm import tqdm
 
 from retain import versions
-from retain.cells import is_number
 from retain.files import append_jsonl, exclusive, read_jsonl, write_text
 from retain.lab.sweep_file import SweepRun, read_sweep
+from retain.report.numbers import is_number
 
 RESULTS = "results.jsonl"
 GATED = (0, 2, 3)  # exit codes of `measure` that are results
@@ -40,7 +40,7 @@ if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != int(os.environ["RETAIN_SWEEP"]):  # it died before it could be asked
         sys.exit(1)
-from retain.cli import main
+from retain.cli.main import main
 sys.exit(main(arguments))
 """
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from retain.engine import row_uniforms
+from retain.sampling.engine import row_uniforms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

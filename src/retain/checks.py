@@ -1,0 +1,105 @@
+"""Checks of values that enter from outside: types of settings, from YAML or from Python, numbers and choices.
+
+The standard library only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin
+
+WORDS = {
+    bool: "true or false; use one of them",
+    int: "a whole number; use one",
+    float: "a number; use one",
+    str: "text; write it in quotes",
+    dict: "a mapping; write {a: b}",
+    list: "a list; write [a, b]",
+}
+
+
+class Unchosen(int):
+    """A default that was left as it is; a number that somebody gave is a plain `int`."""
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value may stand where `hint` is annotated; hints that say nothing about it let it pass."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin in (list, tuple, set):
+        return isinstance(value, (list, tuple)) and all(fits(item, inner[0]) for item in value if inner)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    found = origin or hint
+    return found is Any or not isinstance(found, type) or isinstance(value, found)
+
+
+def words_of(hint: Any) -> str:
+    """What the value should be, and what to do; of several kinds the first."""
+    inner = [one for one in get_args(hint) if one is not type(None)]
+    if get_origin(hint) in (Union, types.UnionType):
+        return words_of(inner[0])
+    return WORDS.get(get_origin(hint) or hint, "of a kind known here; see --help")
+
+
+@cache
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The annotated type of every field of a dataclass, given as its class."""
+    found = typing.get_type_hints(kind)
+    return {field.name: found[field.name] for field in dataclasses.fields(kind)}
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Raise a `ValueError` unless the value fits."""
+    if not fits(value, hint):
+        raise ValueError(f"{name}: {value!r} is not {words_of(hint)}")
+
+
+def check_types(config: Any) -> None:
+    """Raise a `ValueError` for the first field of a dataclass that has a value of another type.
+
+    Numbers and choices aside, whose limits are checked with them; a missing value, too, unless a list is asked for.
+    """
+    kind: Any = type(config)
+    for name, hint in hints_of(kind).items():
+        kinds = {hint, *get_args(hint)} if get_origin(hint) in (Union, types.UnionType) else {hint}
+        if not ({int, float} & kinds or any(get_origin(kind) is Literal for kind in kinds)):
+            value = getattr(config, name)
+            if value is not None or get_origin(hint) is list:
+                check_type(name, value, hint)
+
+
+def described(text: str) -> dict[str, Any]:
+    """A field's metadata: its help on the command line."""
+    return {"help": text}
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raise a `ValueError` unless `value` is one of the values of the `Literal` type `choices`."""
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r} is not known; use one of {', '.join(map(repr, allowed))}")
+
+
+def check_number(name: str, value: object, *, low: float, high: float = math.inf, integer: bool = False) -> None:
+    """Raise a `ValueError` unless `low` ≤ `value` ≤ `high`, finite, and whole where `integer`."""
+    kind = "a whole number" if integer else "a number"
+    good = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type,operator]
+        limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+        raise ValueError(f"{name}: {value!r} does not fit; use {kind} {limits}")
+
+
+def check_name(name: str, value: object) -> None:
+    """Raise a `ValueError` where nothing is named; `check_types` sees to it that it is a text."""
+    if value is None or value == "":
+        raise ValueError(f"{name}: missing; give --{name}")

@@ -1,0 +1,141 @@
+"""Replay rows as JSONL for trainers that are not ours: text, chats, or the very tokens.
+
+What such a trainer does with them is next-token training beside its own rows: there is no base and no KL in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retain.cli.config import ExportConfig
+from retain.files import check_shape, check_writable, write_text
+from retain.models.description import tokenizer_fingerprint
+from retain.models.loading import load_tokenizer
+from retain.replay.dataset import MANIFEST, REMEDY, ReplayDataset, load_self_generated
+from retain.text import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NEEDED = {"model": str, "tokenizer_fingerprint": str, "start_token": {"id": int}}  # of a manifest
+MARKS = ("RETAINFIRST", "RETAINSECOND", "RETAINTHIRD")
+
+
+def run_export(config: ExportConfig) -> str:
+    """Write the rows of a replay dataset as `config.format`; returns what to tell the user.
+
+    Raises:
+        ValueError: one line, before anything is written, for a dataset or tokenizer that cannot be exported so.
+    """
+    assert config.replay_dataset is not None
+    assert config.output is not None
+    folder, output = Path(config.replay_dataset).expanduser(), Path(config.output)
+    check_writable(output, "output")
+    if output.resolve().parent == folder.resolve():
+        raise ValueError(f"output: {str(output)!r} would lie among the files of replay_dataset; choose another folder")
+    rows = load_self_generated(folder)
+    check_shape(rows.manifest, NEEDED, f"replay_dataset: {str(folder / MANIFEST)!r} is damaged", REMEDY)
+    assert rows.manifest is not None
+    name = config.model_name_or_path or rows.manifest["model"]
+    tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code, field="model_name_or_path")
+    if tokenizer_fingerprint(tokenizer) != rows.manifest["tokenizer_fingerprint"]:
+        raise ValueError(f"model_name_or_path: {name!r} has another tokenizer than the one that wrote these rows")
+    written: Sequence[dict[str, Any]]
+    if config.format == "tokens":
+        written, note = [token_row(rows, index) for index in range(len(rows))], "the very tokens"
+    elif config.format == "text":
+        written, note = text_rows(rows, tokenizer)
+    else:
+        written, note = message_rows(rows, tokenizer)
+    write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
+    return f"{len(written)} of {len(rows)} rows as {config.format} in {output}: {note}"
+
+
+def token_row(rows: ReplayDataset, index: int) -> dict[str, list[int]]:
+    """A row as it was drawn: `input_ids`, `attention_mask`, and `labels` of −100 on tokens that were given."""
+    ids, given = rows[index].tolist(), int(rows.prefix_lengths[index])
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * given + ids[given:]}
+
+
+def text_rows(rows: ReplayDataset, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, str]], str]:
+    """Each row as the text behind its start token, special tokens written out; and how many survive a round trip."""
+    assert rows.manifest is not None
+    start, same = rows.manifest["start_token"]["id"], 0
+    found = []
+    for index in range(len(rows)):
+        ids = rows[index].tolist()
+        ids = ids[1:] if ids[0] == start else ids  # a tokenizer that adds its own BOS would double it
+        text = decoded(tokenizer, ids)
+        same += tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+        found.append({"text": text})
+    return found, f"{same} of them are cut into the same tokens again"
+
+
+def message_rows(rows: ReplayDataset, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], str]:
+    """The whole turns of rows that begin in a user's turn and were answered; other rows are left out.
+
+    Raises:
+        ValueError: if no row holds a chat.
+    """
+    frame = chat_frame(tokenizer)
+    chats = [read_chat(decoded(tokenizer, rows[index].tolist()), frame) for index in range(len(rows))]
+    found = [{"messages": chat} for chat in chats if chat]
+    if not found:
+        raise ValueError(
+            f"format: 'messages', but no row of {rows.source!r} holds a question and a whole answer; sample longer "
+            "rows with --start chat, or use text"
+        )
+    return found, f"{len(rows) - len(found)} hold no question with a whole answer"
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text with nothing left out and nothing tidied."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str, str]:
+    """What the chat template writes before a first question, before its answer, behind it, and before the next one.
+
+    Raises:
+        ValueError: if there is no template, or it does not write such turns.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("format: 'messages' needs a chat template and this tokenizer has none; use text")
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": mark} for role, mark in zip(roles, MARKS, strict=True)]
+    try:
+        asked = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        answered = str(tokenizer.apply_chat_template(turns[:2], tokenize=False))
+    except Exception as error:  # a template is the checkpoint's own program and may fail in any way
+        raise ValueError(f"format: the chat template cannot write a chat; use text: {first_line(error)}") from error
+    before, _, rest = asked.partition(MARKS[0])
+    answer, _, rest = rest.partition(MARKS[1])
+    question, found, _ = rest.partition(MARKS[2])
+    end = answered.partition(MARKS[1])[2].strip()
+    if not (found and answer.strip() and end):
+        raise ValueError("format: the chat template marks no turns; use text")
+    return before, answer, end, question
+
+
+def read_chat(text: str, frame: tuple[str, str, str, str]) -> list[dict[str, str]]:
+    """The whole turns of a row, or nothing where a question or the end of its answer is missing."""
+    before, answer, end, question = frame
+    if not text.startswith(before):
+        return []
+    return list(_turns(text[len(before) :], answer, end, question))
+
+
+def _turns(text: str, answer: str, end: str, question: str) -> Iterator[dict[str, str]]:
+    while True:
+        asked, answered, text = text.partition(answer)
+        said, ended, rest = text.partition(end)
+        if not (answered and ended and asked.strip() and said.strip()) or end in asked:
+            return
+        yield {"role": "user", "content": asked}
+        yield {"role": "assistant", "content": said}
+        if not (end + rest).startswith(question):
+            return
+        text = (end + rest)[len(question) :]

@@ -1,0 +1,225 @@
+"""`retain finetune`: what `trl sft` does, with replay. A config written for `trl sft` works unchanged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback
+from trl import get_dataset, get_peft_config, get_quantization_config
+
+from retain.checks import Unchosen, check_number
+from retain.cli.config import FinetuneConfig
+from retain.cli.sample import sample_with_bar
+from retain.data.rows import hub_name, is_local_file, named_sources, read_rows
+from retain.models.description import choose_start_token, default_device, length_that_fits
+from retain.models.loading import load_tokenizer
+from retain.replay.dataset import load_texts
+from retain.text import first_line, visible
+from retain.training.config import check_arguments
+from retain.training.evaluation import check_best_metric, logged_names
+from retain.training.half_life import apply_half_life, check_half_life
+from retain.training.inputs import load_for_training
+from retain.training.protection import check_replay_every, expected_steps
+from retain.training.resume import checkpoint_to_resume, train
+from retain.training.run_files import keep_once
+from retain.training.stop_at_loss import StopAtLoss, check_early_stopping, check_stop_at_loss
+from retain.training.trainer import ReplaySFTTrainer
+
+
+def run_finetune(
+    script_args: Any,
+    training_args: Any,
+    model_args: Any,
+    dataset_args: Any,
+    config: FinetuneConfig,
+) -> ReplaySFTTrainer:
+    """Finetune and save; the dataclasses are TRL's, and `config` is ours.
+
+    Raises:
+        ValueError: one line, before anything is written, for input that cannot work.
+    """
+    if not model_args.model_name_or_path:
+        raise ValueError("model_name_or_path: missing; give --model_name_or_path")
+    check_arguments(training_args, config.replay_objective)
+    if model_args.use_peft:
+        check_number("lora_r", model_args.lora_r, low=1, integer=True)
+    checkpoint = checkpoint_to_resume(training_args)
+    check_half_life(training_args, config.adam_beta2_half_life_tokens)
+    check_stop_at_loss(training_args, config.stop_at_loss)
+    check_early_stopping(training_args, config.early_stopping_patience)
+    sources = named_sources(config.retention, "retention")
+    check_best_metric(training_args, logged_names(sources))
+    train_dataset, eval_dataset = new_rows(script_args, dataset_args, training_args, config)
+    name = model_args.model_name_or_path
+    options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    options["field"] = "model_name_or_path"
+    tokenizer = load_tokenizer(name, **options)
+    retention = {text: load_texts(path, tokenizer, config.retention_max_documents) for text, path in sources.items()}
+    say = _say if training_args.process_index == 0 else lambda line: None
+    if default_device() == "cpu":
+        say(f"no accelerator: training on the CPU in {'bfloat16' if training_args.bf16 else 'float32'}")
+    say(f"document start: {choose_start_token(tokenizer, config.start_token)}")
+    replay = config.replay_dataset
+    quantization, adapter = get_quantization_config(model_args), get_peft_config(model_args)
+    check_replay_every(config, expected_steps(training_args, train_dataset))  # before rows are drawn for it
+    of_model = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
+    training_args.model_init_kwargs = {**options, **of_model, **(training_args.model_init_kwargs or {})}
+    model = load_for_training(name, training_args, {"quantization_config": quantization, "processing_class": tokenizer})
+    if isinstance(training_args.max_length, Unchosen):  # TRL's default, which the model may have no room for
+        training_args.max_length = length_that_fits(model, training_args.max_length)
+    if replay == "self":
+        with training_args.main_process_first(local=False, desc="sampling replay"):
+            replay = _sample_own(model, tokenizer, training_args, config, adapter)
+    trainer = ReplaySFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=adapter,
+        replay_config=config,
+        replay_dataset=replay,
+        retention_datasets=retention,
+        start_token=config.start_token,
+    )
+    check_replay_every(config, expected_steps(training_args, trainer.train_dataset))  # packed
+    watch = None if config.stop_at_loss is None else StopAtLoss(config.stop_at_loss)
+    if watch is not None:
+        trainer.add_callback(watch)
+    if config.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
+    if config.adam_beta2_half_life_tokens is not None:  # the optimizer is made when training begins
+        say(apply_half_life(training_args, config.adam_beta2_half_life_tokens, mean_row_length(trainer)))
+    for line in trainer.protection():
+        say(line)
+    if training_args.resume_from_checkpoint and checkpoint is None:
+        say(f"no whole checkpoint in {training_args.output_dir}: beginning anew")
+    train(trainer, checkpoint)
+    trainer.evaluate_retention()
+    if training_args.process_index == 0:
+        keep_once(Path(training_args.output_dir))
+    trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=script_args.dataset_name)
+    say(f"model: {training_args.output_dir}")
+    if watch is not None:
+        say(watch)
+    for line in trainer.retention_lines():
+        say(line)
+    if trainer.budget is not None:
+        say(trainer.budget.verdict())
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+    return trainer
+
+
+def _say(line: Any) -> None:
+    """Print a line; what a manifest or file says in it reaches the terminal as text only."""
+    print(visible(str(line)))
+
+
+def _check_targets(model: Any, adapter: Any) -> None:
+    """PEFT would refuse an adapter without a place in the model, but only after the rows are drawn."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if adapter is None or adapter.target_modules in (None, "all-linear"):
+        return
+    if not any(check_target_module_exists(adapter, name) for name, _ in model.named_modules()):
+        wanted = adapter.target_modules  # TRL makes a text of a single one, and PEFT takes a text for a pattern
+        named, remedy = (
+            (wanted, f"'.*{wanted}', say") if isinstance(wanted, str) else (", ".join(sorted(wanted)), "q_proj")
+        )
+        raise ValueError(f"lora_target_modules: {named!r} is no module of this model; use {remedy}, or all-linear")
+
+
+def mean_row_length(trainer: Any, most: int = 4096) -> float:
+    """Tokens of a training row, without padding: the mean over all rows, or evenly over so many of them.
+
+    Raises:
+        ValueError: for a stream, whose rows are not known beforehand.
+    """
+    rows, longest = trainer.train_dataset, trainer.args.max_length or 2**62
+    if not hasattr(rows, "__len__"):
+        raise ValueError("adam_beta2_half_life_tokens: a stream's rows are not known; give adam_beta2, or stream not")
+    chosen = range(0, len(rows), -(-len(rows) // most))
+    return sum(min(len(rows[at]["input_ids"]), longest) for at in chosen) / len(chosen)
+
+
+def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: FinetuneConfig) -> tuple[Any, Any]:
+    """Training and evaluation rows of the new task: as `trl sft` reads them, or from a local file."""
+    name, evaluate = script_args.dataset_name, training_args.eval_strategy != "no"
+    if dataset_args.datasets:
+        dataset = get_dataset(dataset_args)
+    elif not name:
+        raise ValueError("dataset_name: missing; give --dataset_name FILE or a Hub id")
+    elif is_local_file(name):
+        dataset = {script_args.dataset_train_split: read_rows(name)}
+    else:
+        dataset = _from_hub(script_args)
+    split = script_args.dataset_train_split
+    if split not in dataset:
+        raise ValueError(f"dataset_train_split: {split!r} is not in {name!r}, which has {', '.join(dataset)}")
+    _check_columns(name, dataset[split], training_args.dataset_text_field)
+    if config.eval_dataset_name:
+        return dataset[split], read_rows(config.eval_dataset_name, split=script_args.dataset_test_split)
+    if evaluate and script_args.dataset_test_split not in dataset:
+        raise ValueError(
+            f"eval_strategy: {str(training_args.eval_strategy.value)!r}, but {name!r} has no split "
+            f"{script_args.dataset_test_split!r}; give --eval_dataset_name FILE, or eval_strategy no"
+        )
+    return dataset[split], dataset[script_args.dataset_test_split] if evaluate else None
+
+
+def _check_columns(name: str, rows: Any, text_field: str) -> None:
+    """Refuse rows on which TRL would stumble later, or worse, not."""
+    from datasets import Value
+
+    columns = rows.column_names
+    if columns is None:  # a stream that does not say
+        return
+    forms = (("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"), (text_field,))
+    form = next((form for form in forms if set(form) <= set(columns)), None)
+    if form is None:
+        raise ValueError(
+            f"dataset_name: {name!r} has columns {', '.join(columns)}; it needs {text_field}, messages, or prompt and "
+            "completion"
+        )
+    for column in form:
+        kind = rows.features[column]
+        may_be_text = column in (text_field, "prompt", "completion")
+        if isinstance(kind, Value) and not (may_be_text and kind.dtype in ("string", "large_string")):
+            raise ValueError(f"dataset_name: {name!r} has {kind.dtype} in {column!r}; give text, or lists of messages")
+        if is_local_file(name or "") and rows.data.column(column).null_count:
+            raise ValueError(f"dataset_name: {name!r} has rows without {column!r}; give every row one")
+
+
+def _from_hub(script_args: Any) -> Any:
+    from datasets import load_dataset
+
+    name, configuration = hub_name(script_args.dataset_name)
+    try:
+        return load_dataset(name, configuration or script_args.dataset_config, streaming=script_args.dataset_streaming)
+    except Exception as error:  # the Hub's client raises many kinds
+        raise ValueError(f"dataset_name: cannot load {name!r}; check the path or id: {first_line(error)}") from error
+
+
+def _sample_own(model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, adapter: Any) -> str:
+    """Rows of the very model that will be trained, drawn on the device of training; it comes back to where it was."""
+    folder = Path(training_args.output_dir) / "replay"
+    if training_args.process_index == 0:
+        _check_targets(model, adapter)
+        found = model.device
+        if not (getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")):  # these stay where they are
+            model.to(training_args.device)
+        sample_with_bar(
+            model,
+            tokenizer,
+            str(folder),
+            config.replay_num_rows,
+            max_length=config.replay_max_length or training_args.max_length or Unchosen(512),
+            seed=training_args.seed,
+            start_token=choose_start_token(tokenizer, config.start_token),
+        )
+        if model.device != found:
+            model.to(found)
+    return str(folder)

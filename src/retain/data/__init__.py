@@ -1,0 +1,1 @@
+"""Rows in, documents of tokens out; text that stands in two data sets."""

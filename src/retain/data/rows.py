@@ -1,0 +1,370 @@
+"""Rows in, token windows out: text, messages or prompt/completion rows from a file or the Hub.
+
+A document is cut into windows of at most `max_length` tokens, each opened by the document start token, which is
+context only. Documents never share a window, so none attends to another.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from retain.data.chats import apply_template, chat_of, marks_turns, messages_of, rendered, template_of_turns
+from retain.data.row_files import SUFFIXES, read_file
+from retain.text import first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from retain.models.description import StartToken
+
+
+def is_local_file(source: str) -> bool:
+    """Whether `source` names an existing file rather than a folder or a Hub id."""
+    return Path(source).expanduser().is_file()
+
+
+def read_rows(source: str, split: str = "train") -> Dataset:
+    """Read rows from a JSONL, JSON, Parquet, CSV or text file, or from the Hub.
+
+    In a text file, blank lines separate documents. JSONL and Parquet rows carry `text`, `messages`, or `prompt`
+    and `completion`. A configuration of a data set on the Hub is named as `owner/name:configuration`.
+
+    Raises:
+        ValueError: one line naming the file and, for JSONL, the line.
+    """
+    from datasets import load_dataset
+
+    path = Path(source).expanduser()
+    if path.is_file():
+        return read_file(path)
+    if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.endswith("/"):
+        raise ValueError(f"data: no file {source!r}; check the path")
+    name, configuration = hub_name(source)
+    try:
+        return load_dataset(name, configuration, split=split)
+    except Exception as error:  # the Hub's client raises many kinds
+        raise ValueError(f"data: cannot load {source!r} from the Hub; {first_line(error)}") from error
+
+
+def hub_name(source: str) -> tuple[str, str | None]:
+    """A data set on the Hub, and its configuration where one is named: `owner/name:configuration`."""
+    name, _, configuration = source.partition(":")
+    return name, configuration or None
+
+
+def read_sample(
+    source: str,
+    known: Mapping[str, tuple[str, str | None, str]],
+    field: str,
+    *,
+    split: str,
+    most: int | None,
+    seed: int,
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Rows with their names for errors: of a name in `known`, a file or a Hub dataset; drawn where there are too many.
+
+    Args:
+        known: name → (Hub id, configuration, split).
+        field: the setting that an error is about.
+        most: draw only so many rows, with `seed`; their order stays.
+    """
+    if source in known:
+        from datasets import load_dataset
+
+        path, configuration, split = known[source]
+        try:
+            rows = load_dataset(path, configuration, split=split)
+        except Exception as error:  # the Hub's client raises many kinds
+            raise ValueError(f"{field}: cannot load {path!r} from the Hub; {first_line(error)}") from error
+    else:
+        rows = read_rows(source, split=split)
+    places = np.arange(rows.num_rows)
+    if most is not None and most < len(places):
+        places = np.sort(np.random.default_rng(seed).choice(len(places), most, replace=False))
+    for at in places.tolist():
+        yield rows[at], f"row {at + 1} of {source!r}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a row becomes tokens, and which of them are predicted; the others are given, and only context.
+
+    `completion_only_loss`, `assistant_only_loss`: as in TRL's `SFTConfig`, but for None, which is: the completion of
+    rows with a prompt, and the assistant's turns where the chat template marks them.
+    `as_trained`: opened and ended by the special tokens that `SFTTrainer` puts there; else by the document start.
+    `dataset_text_field`: the column of rows that are a text, as there.
+    """
+
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool | None = None
+    as_trained: bool = False
+    dataset_text_field: str = "text"
+
+
+OLD_TEXT, WHOLE = Reading(), Reading(completion_only_loss=False, assistant_only_loss=False)
+NEW_TASK = Reading(assistant_only_loss=False, as_trained=True)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A row that was read: its words, its tokens, which of them are predicted, and their name."""
+
+    row: Mapping[str, Any]
+    words: str
+    ids: list[int]
+    predicted: list[bool]
+    loss_tokens: str
+    as_trained: bool
+
+
+def read_texts(
+    source: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, reading: Reading = OLD_TEXT
+) -> Iterator[Text]:
+    """The rows of a file or Hub dataset, or the first so many; a bad row is named in its error."""
+    rows = read_rows(source)
+    for at in range(rows.num_rows if limit is None else min(limit, rows.num_rows)):
+        yield read_text(rows[at], tokenizer, f"row {at + 1} of {source!r}", reading)
+
+
+def read_text(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row", reading: Reading = OLD_TEXT
+) -> Text:
+    """Read a row as `SFTTrainer` of TRL 1.16 does before training (`_prepare_dataset`).
+
+    Raises:
+        ValueError: as `row_text`.
+    """
+    if reading.dataset_text_field in row:
+        row = {**row, "text": row[reading.dataset_text_field]}
+    content, given = _content(row, where)
+    chat, pair = isinstance(content, list), given is not None
+    completions = pair and reading.completion_only_loss is not False
+    turns = chat and reading.assistant_only_loss
+    if chat and reading.assistant_only_loss is None and not pair:
+        turns = marks_turns(tokenizer) and tokenizer.is_fast  # others do not say where a token's characters stand
+    settings = {**template_of_turns(tokenizer, turns), **(row.get("chat_template_kwargs") or {})}
+    row = {**row, "chat_template_kwargs": settings}
+    words = rendered(content, row, tokenizer)
+    if reading.as_trained and not chat and not (pair and "text" in row):  # of such rows TRL ends the unused text
+        words = words.removesuffix(tokenizer.eos_token or "") + (tokenizer.eos_token or "")
+    special = {"add_special_tokens": reading.as_trained and not chat, "verbose": False}
+    ids: list[int] = tokenizer(words, **special)["input_ids"]
+    predicted = [True] * len(ids)
+    if completions:  # from where the prompt alone reads otherwise: not always its end
+        alone = rendered(given, row, tokenizer, **({"add_generation_prompt": True} if chat else {}))
+        both = zip(ids, tokenizer(alone, **special)["input_ids"], strict=False)
+        length = sum(1 for _ in takewhile(lambda one: one[0] == one[1], both))
+        predicted = [at >= length for at in range(len(ids))]
+    if turns:
+        masked = apply_template(content, row, tokenizer, return_dict=True, return_assistant_tokens_mask=True)
+        predicted = [one and bool(other) for one, other in zip(predicted, masked["assistant_masks"], strict=True)]
+    name = "assistant turns" if turns else "completions" if completions else "all"
+    return Text(row, words, ids, predicted, name, reading.as_trained)
+
+
+def row_texts(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The words of every row of a file or Hub dataset; a bad row is named in its error."""
+    for at, row in enumerate(read_rows(source), start=1):
+        yield row_text(row, tokenizer, f"row {at} of {source!r}")
+
+
+def row_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
+    """The text of a row: `prompt` and `completion`, `messages` through the chat template, or `text`.
+
+    Of a row that has several, in TRL's order: what it trains on. Chats with their `tools` and `chat_template_kwargs`.
+
+    Raises:
+        ValueError: if the row has none of these, or they are of the wrong type.
+    """
+    return rendered(_content(row, where)[0], row, tokenizer)
+
+
+def _content(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
+    """What a row is read for, words or turns, and what of it was given: the prompt of a prompt and completion."""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt + completion, prompt
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return prompt + completion, prompt
+    if (turns := messages_of(row)) is not None:
+        return turns, None
+    if isinstance(row.get("text"), str):
+        return row["text"], None
+    if isinstance(prompt, str) and "completion" not in row:
+        return prompt, None
+    raise ValueError(f"data: {where} has {sorted(row)}; it needs text, messages, or prompt and completion, as words")
+
+
+def prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
+    """What a model is to continue: `text`, `prompt`, or `messages` up to the answer, with the answer's turn opened.
+
+    Raises:
+        ValueError: as `row_text`.
+    """
+    if (messages := chat_of(row)) is not None:
+        answered = messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
+        return rendered(messages[:-1] if answered else messages, row, tokenizer, add_generation_prompt=True)
+    return row["prompt"] if isinstance(row.get("prompt"), str) else row_text(row, tokenizer, where)
+
+
+def user_turn_text(text: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
+    """A text as a user's turn of the chat template, with the answer's turn opened; options as the template has them."""
+    return rendered([{"role": "user", "content": text}], {}, tokenizer, add_generation_prompt=True, **options)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document as token windows, and the bytes of what is predicted in them.
+
+    `masks`: which tokens of each window are predicted, the others being context; None: all but the first of each, the
+    start token. `loss_tokens` names them: all, completions or assistant turns.
+    """
+
+    windows: list[list[int]]
+    num_bytes: int
+    masks: list[list[bool]] | None = None
+    loss_tokens: str = "all"
+
+    @property
+    def num_tokens(self) -> int:
+        """Predicted tokens."""
+        return sum(sum(self.mask_of(window)) for window in self.windows)
+
+    def mask_of(self, window: list[int]) -> list[bool]:
+        """Which tokens of one of its windows are predicted."""
+        if self.masks is None:
+            return [at > 0 for at in range(len(window))]
+        return next(mask for one, mask in zip(self.windows, self.masks, strict=True) if one is window)
+
+
+def tokenize_documents(
+    texts: Iterable[str | Mapping[str, Any] | Text],
+    tokenizer: PreTrainedTokenizerBase,
+    start_id: int,
+    max_length: int,
+    *,
+    max_windows: int | None = None,
+    reading: Reading = OLD_TEXT,
+) -> list[Document]:
+    """Cut each text into windows of at most `max_length` tokens, start token included.
+
+    Texts of no token are left out, and windows without a predicted one; windows of a lone token are kept (one
+    prediction).
+
+    Args:
+        texts: words, rows, or rows that were read.
+        max_windows: keep only so many windows of each document, from its beginning.
+        reading: of words and rows.
+    """
+    documents = []
+    for text in texts:
+        if not isinstance(text, Text):
+            text = read_text({"text": text} if isinstance(text, str) else text, tokenizer, reading=reading)
+        document = _cut(text, tokenizer, start_id, max_length, max_windows)
+        if document is not None:
+            documents.append(document)
+    return documents
+
+
+def _cut(
+    text: Text, tokenizer: PreTrainedTokenizerBase, start_id: int, max_length: int, max_windows: int | None
+) -> Document | None:
+    ids, predicted, words = text.ids, text.predicted, text.words
+    if text.as_trained:
+        predicted = [False, *predicted[1:]]  # nothing stands before the first
+    else:
+        if ids[:1] == [start_id]:  # as chat templates write it; once is enough
+            ids, predicted, words = ids[1:], predicted[1:], words.removeprefix(str(tokenizer.decode([start_id])))
+        ids, predicted = [start_id, *ids], [False, *predicted]
+    ends = list(range(max_length, len(ids) + max_length - 1, max_length - 1))[:max_windows]
+    windows = [ids[:end] if at == 0 else [start_id, *ids[ends[at - 1] : end]] for at, end in enumerate(ends)]
+    masks = [predicted[:end] if at == 0 else [False, *predicted[ends[at - 1] : end]] for at, end in enumerate(ends)]
+    kept = [at for at, mask in enumerate(masks) if any(mask)]
+    if not kept:
+        return None
+    counted = [token for at in kept for token, mask in zip(windows[at], masks[at], strict=True) if mask]
+    plain = len(counted) == sum(len(windows[at]) - 1 for at in kept)
+    whole = not text.as_trained and len(counted) == len(ids) - 1
+    num_bytes = len((words if whole else str(tokenizer.decode(counted))).encode("utf-8", "replace"))
+    masks_kept = None if plain else [masks[at] for at in kept]
+    return Document([windows[at] for at in kept], num_bytes, masks_kept, text.loss_tokens)
+
+
+def as_documents(
+    name: str,
+    source: Iterable[str | Mapping[str, Any] | Text] | Sequence[Document],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    start_id: int,
+    max_length: int,
+    max_windows: int | None,
+    reading: Reading = OLD_TEXT,
+) -> list[Document]:
+    """Texts cut into windows, or documents as they are.
+
+    Raises:
+        ValueError: if nothing is left to measure.
+    """
+    items: list[Any] = list(source)
+    documents = items
+    if not (items and isinstance(items[0], Document)):
+        documents = tokenize_documents(items, tokenizer, start_id, max_length, max_windows=max_windows, reading=reading)
+    if not documents:
+        raise ValueError(f"retention: {name!r} has no text to measure; give documents of at least one token")
+    return documents
+
+
+Item = TypeVar("Item")
+
+
+def without_copies(name: str, items: Sequence[Item], unit: str) -> tuple[list[Item], list[str]]:
+    """The first of each set of equal items, and a sentence that counts the others: a copy is no second observation."""
+    distinct = list({repr(item): item for item in reversed(items)}.values())[::-1]
+    copies, some = len(items) - len(distinct), f"{name}: {len(items):,} {unit} hold"
+    return distinct, [f"{some} {copies:,} {'copies' if copies > 1 else 'copy'}, left out"] if copies else []
+
+
+def token_documents(
+    rows: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase, given: Iterable[int] | None = None
+) -> list[Document]:
+    """Rows of token ids that already begin with their start token, one document each.
+
+    Args:
+        given: how many tokens of each row are context only; None: the start token alone.
+    """
+    documents = []
+    for row, first in zip(rows, itertools.repeat(1) if given is None else map(int, given), strict=False):
+        masks = [[at >= first for at in range(len(row))]] if first > 1 else None
+        documents.append(Document([list(row)], len(tokenizer.decode(row[first:]).encode("utf-8", "replace")), masks))
+    return documents
+
+
+def named_sources(specs: Iterable[str], field: str) -> dict[str, str]:
+    """Parse `name=path` specifications.
+
+    Raises:
+        ValueError: if one has no name or path, or a name comes twice.
+    """
+    sources: dict[str, str] = {}
+    for spec in specs:
+        name, found, path = spec.partition("=")
+        if not (found and name.strip() and path.strip()):
+            raise ValueError(f"{field}: {spec!r} is not name=file; write e.g. {field}=wiki=wiki.txt")
+        if name in sources:
+            raise ValueError(f"{field}: the name {name!r} comes twice; give each text its own name")
+        sources[name] = path
+    return sources
+
+
+def packed_rows(texts: list[str], tokenizer: Any, start: StartToken, length: int) -> list[list[int]]:
+    """Texts one after the other, each behind a document start, cut into whole rows (TRL's `wrapped` packing)."""
+    stream = [token for text in texts for token in (start.id, *tokenizer(text, add_special_tokens=False)["input_ids"])]
+    return [stream[at : at + length] for at in range(0, len(stream) - length + 1, length)]

@@ -1,0 +1,1 @@
+"""Laws of forgetting: forms, fits, predictions, and plans from pilot runs. No models here."""

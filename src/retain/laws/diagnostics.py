@@ -1,0 +1,114 @@
+"""What a fitted law cannot say: held-out error, designs that identify too little, forms that fit equally well."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.special import stdtrit
+
+from retain.laws.forms import Array
+from retain.laws.problem import Draws, Problem
+
+if TYPE_CHECKING:
+    from retain.laws.law import ForgettingLaw
+
+FEW_RUNS = 6
+ILL_CONDITIONED = 1e6
+LOOSE = 10.0  # an interval whose ends differ by more than this factor pins nothing down
+
+
+class LawWarning(UserWarning):
+    """What the runs cannot say about a law."""
+
+
+def groups_of(problem: Problem) -> dict[str, np.ndarray]:
+    """Rows to hold out, by the question that they answer: unseen runs, the largest size, the longest training."""
+    runs = problem.runs
+    codes = runs.codes(runs.keys, runs.names)
+    groups = {f"run {name}": codes == index for index, name in enumerate(runs.names)}
+    sizes = runs.columns.get("num_params") if "num_params" in problem.form.inputs else None
+    if sizes is not None and len(np.unique(sizes)) > 2:
+        groups["largest num_params"] = sizes == sizes.max()
+    steps = runs.columns.get("num_steps")
+    if steps is not None and len(np.unique(steps)) > 3:
+        longest = np.array([steps[codes == index].max() for index in range(len(runs.names))])
+        if longest.max() > longest.min():
+            groups["longest runs"] = (longest == longest.max())[codes]
+        else:
+            groups["last third of the steps"] = steps > np.quantile(np.unique(steps), 2 / 3)
+    return {name: rows for name, rows in groups.items() if (~rows).sum() * problem.num_outputs > problem.num_free}
+
+
+def held_out(problem: Problem, best: Draws, robust: bool) -> dict[str, dict[str, float]]:
+    """Root mean squared error on rows that a refit did not see: group → output → nats."""
+    groups = groups_of(problem)
+    if len(problem.runs.names) < 2 or not groups:
+        return {}
+    left_out = np.array(list(groups.values()))
+    weight = np.tile(~left_out, (1, problem.num_outputs)).astype(float)
+    observed = np.tile(problem.observed, (len(groups), 1))
+    start = np.repeat(best.exponents, len(groups), axis=0)
+    fits, _ = problem.fit(observed, weight, start, robust=robust, tolerance=1e-7)
+    error = problem.predict(fits) - problem.in_nats(problem.observed.reshape(problem.num_outputs, -1))
+    return {
+        name: {output: _rms(error[index, at, rows]) for at, output in enumerate(problem.form.outputs)}
+        for index, (name, rows) in enumerate(groups.items())
+    }
+
+
+def _rms(error: Array) -> float:
+    return float(np.sqrt(np.mean(error**2)))
+
+
+def doubts_of_design(problem: Problem) -> list[str]:
+    """What no data of this design could tell."""
+    runs, found = problem.runs, []
+    for name in problem.form.inputs:
+        values = np.unique(runs.columns[name])
+        if len(values) == 1:
+            found.append(f"{name}: {values[0]:g} in every row; how losses change with it is not identified")
+        elif len(values) == 2:
+            found.append(f"{name}: two values only; the shape of the law between and beyond them is assumed, not seen")
+    count = len(runs.names)
+    if count < 3:
+        found.append(f"run: {count} of them; intervals need at least 3 runs, so there are none")
+    elif count < FEW_RUNS:
+        found.append(f"run: {count} of them; intervals from fewer than {FEW_RUNS} runs are rough")
+    return found
+
+
+def doubts_of_fit(law: ForgettingLaw) -> list[str]:
+    """What these data left open."""
+    problem, found = law.problem, []
+    room = 1e-6 * (problem.high - problem.low)
+    at_bound = (law.estimate.exponents[0] <= problem.low + room) | (law.estimate.exponents[0] >= problem.high - room)
+    names = dict.fromkeys(name for (name, _), stuck in zip(problem.slots, at_bound, strict=True) if stuck)
+    if names:
+        found.append(f"exponents: {', '.join(names)} at a bound; the data do not show the shape that the form has")
+    loose = law.loose()
+    if loose:
+        found.append(f"parameters: {', '.join(loose)} not identified (intervals span a factor above {LOOSE:g}); "
+                     "predictions within the data may still be good")  # fmt: skip
+    if law.condition > ILL_CONDITIONED:
+        found.append(f"condition: {law.condition:.1g}; changes of some parameters cancel, read predictions instead")
+    return found
+
+
+def rivalry(law: ForgettingLaw, other: ForgettingLaw) -> list[str]:
+    """A warning where another form predicts held-out runs as well: within 5%, or the 95% interval over runs (t)."""
+    found = []
+    for output in set(law.form.outputs) & set(other.form.outputs):
+        runs = [name for name in law.held_out if name.startswith("run ") and name in other.held_out]
+        if len(runs) < 3:
+            continue
+        mine, theirs = (np.array([of.held_out[name][output] ** 2 for name in runs]) for of in (law, other))
+        gain = theirs - mine
+        errors = np.sqrt(theirs.mean()), np.sqrt(mine.mean())
+        margin = stdtrit(len(runs) - 1, 0.975) * gain.std(ddof=1) / np.sqrt(len(runs))
+        if gain.mean() <= margin or errors[0] <= 1.05 * errors[1]:
+            found.append(
+                f"form: {other.form.name!r} predicts {output} of held-out runs as well as {law.form.name!r} (root mean "
+                f"squared error {errors[0]:.4f} and {errors[1]:.4f}); the runs do not decide"
+            )
+    return found

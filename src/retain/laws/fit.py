@@ -1,0 +1,193 @@
+"""Fitting a law of forgetting: exponents from many starts, and a bootstrap over runs.
+
+**Why runs.** Points of one run move together, so resampling points makes intervals far too narrow. Here each resample
+gives every run its fitted curve plus its own residuals, all multiplied by one random weight (wild bootstrap over runs,
+Webb's six weights). Residuals are first enlarged by (1 - leverage of the run)^-1, to what they would be had the run
+been left out (CR3), and deviations from the fit by the ratio of Student's t (runs - 1 degrees of freedom) to the normal
+quantile. Drawing whole runs with replacement instead drops ranks from the design, and covers less.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from retain import versions
+from retain.laws.diagnostics import LawWarning, doubts_of_design, doubts_of_fit, held_out, rivalry
+from retain.laws.forms import Array, Form, form_of
+from retain.laws.law import ForgettingLaw
+from retain.laws.problem import Draws, Problem
+from retain.laws.runs import Runs, as_runs
+
+WEBB = np.sqrt([1.5, 1.0, 0.5])
+MIN_RUNS = 3  # below this there is nothing to resample
+BLOCK = 100  # resamples that are fitted together: some ten megabytes of terms
+Rows = Runs | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
+
+
+def fit_forgetting_law(
+    runs: Rows,
+    form: str | Form = "joint",
+    *,
+    shared_exponents: bool = False,
+    rivals: Sequence[str | Form] = (),
+    num_starts: int = 32,
+    num_resamples: int = 1000,
+    robust: bool = True,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    seed: int = 0,
+) -> ForgettingLaw:
+    """Fit a law to measurements of runs. What the runs cannot say comes as `LawWarning` and in `law.warnings`.
+
+    Args:
+        runs: rows, or a mapping of columns: `run`, the columns of the form, and `dataset` where there are several.
+        form: a name of `retain.laws.forms.FORMS`, or a `Form` of one's own.
+        shared_exponents: one set of exponents for all data sets; coefficients and `local` exponents for each.
+        rivals: other forms; a warning names those that fit equally well by held-out error.
+        num_starts: random starts of the exponents within their bounds.
+        num_resamples: bootstrap resamples over runs; 0 for no intervals. Seeded by `seed`, as the starts are.
+        robust: Huber's loss in place of squares.
+        bounds: bounds of exponents in place of the form's.
+
+    Raises:
+        ValueError: for runs that do not fit the form.
+    """
+    settings = {
+        "shared_exponents": shared_exponents,
+        "num_starts": num_starts,
+        "num_resamples": num_resamples,
+        "robust": robust,
+        "seed": seed,
+    }
+    law = _fit(runs, form_of(form, bounds), settings)
+    for rival in rivals:
+        law.warnings += rivalry(law, _fit(runs, form_of(rival), settings | {"num_resamples": 0}))
+    for text in law.warnings:
+        warnings.warn(text, LawWarning, stacklevel=2)
+    return law
+
+
+def _fit(runs: Rows, form: Form, settings: dict[str, Any]) -> ForgettingLaw:
+    table = as_runs(runs, form.columns)
+    problem = Problem(form, table)
+    _check(problem, settings["shared_exponents"])
+    robust, seed = settings["robust"], settings["seed"]
+    best = _search(problem, settings["num_starts"], robust, seed)
+    jacobian = jacobian_of(problem, best)
+    resamples = settings["num_resamples"] if len(table.names) >= MIN_RUNS else 0
+    law = ForgettingLaw(
+        form=form,
+        runs=table,
+        estimate=best,
+        draws=_bootstrap(problem, best, enlarged(problem, best, jacobian, 1.0), resamples, robust, seed),
+        spread=enlarged(problem, best, jacobian, 0.5).reshape(problem.num_outputs, -1),
+        held_out=held_out(problem, best, robust),
+        condition=condition_number(jacobian),
+        warnings=[*table.left_out, *doubts_of_design(problem)],
+        settings=settings | {"versions": versions()},
+    )
+    law.warnings += doubts_of_fit(law)
+    return law
+
+
+def _check(problem: Problem, shared_exponents: bool) -> None:
+    runs, form = problem.runs, problem.form
+    if len(problem.datasets) > 1 and not shared_exponents:
+        raise ValueError(f"dataset: {len(problem.datasets)} data sets; fit each alone, or set shared_exponents")
+    _check_levels(form, runs)
+    if len(problem.observed) <= problem.num_free:
+        raise ValueError(
+            f"runs: {len(runs)} rows for the {problem.num_free} free numbers of the form {form.name!r}; give more "
+            "rows, or a simpler form"
+        )
+    for name in form.outputs:
+        if runs.columns[name].std() <= 1e-12 * np.abs(runs.columns[name]).max():
+            raise ValueError(f"{name}: the same in every row; there is nothing to fit")
+
+
+def _check_levels(form: Form, runs: Runs) -> None:
+    """Refuse too few different values of an input, and too few runs where only runs differ in it."""
+    keys, remedy, between = np.array(runs.keys), f"the form {form.name!r} needs", {}
+    for name, need in form.levels.items():
+        column = runs.columns[name]
+        seen = len(np.unique(column))
+        if 1 < seen < need:
+            raise ValueError(f"{name}: {seen} different values, and {remedy} {need}; give runs that differ in it more")
+        if seen > 1 and all(np.ptp(column[keys == run]) == 0 for run in runs.names):
+            between[name] = need - 1
+    needed = 2 + sum(between.values())  # a level, what each input adds, and one run to judge them by
+    if between and len(runs.names) < needed:
+        raise ValueError(
+            f"runs: {len(runs.names)} of them, and {remedy} {needed} that differ in {' and '.join(between)}; points of "
+            "one run do not stand in for runs"
+        )
+
+
+def _search(problem: Problem, num_starts: int, robust: bool, seed: int) -> Draws:
+    """The best of many starts, by squares first, then robustly in units of the noise, polished."""
+    rng = np.random.default_rng(seed)
+    starts = rng.uniform(problem.low, problem.high, size=(max(num_starts, 1), len(problem.low)))
+    fits, loss = _fit_copies(problem, starts, robust=False, tolerance=1e-8)
+    for tolerance in (1e-8, 1e-13):
+        problem.set_noise(fits[[int(loss.argmin())]])
+        best = fits.exponents[np.argsort(loss)[:6]]
+        fits, loss = _fit_copies(problem, best, robust=robust, tolerance=tolerance, max_iterations=400)
+    return fits[[int(loss.argmin())]]
+
+
+def _fit_copies(problem: Problem, starts: Array, **options: float) -> tuple[Draws, Array]:
+    observed = np.tile(problem.observed, (len(starts), 1))
+    return problem.fit(observed, np.ones_like(observed), starts.copy(), **options)
+
+
+def jacobian_of(problem: Problem, best: Draws) -> Array:
+    """Derivative of every row, in units of the noise, by every exponent and coefficient: shape (rows, numbers)."""
+    center = np.concatenate([best.exponents, best.coefficients], axis=1)[0]
+    width = np.concatenate([1e-6 * (problem.high - problem.low), 1e-4 * np.abs(center[len(problem.low) :]) + 1e-9])
+    width[: len(problem.low)] *= np.where(best.exponents[0] + width[: len(problem.low)] > problem.high, -1, 1)
+    moved = center + np.diag(width)
+    change = problem.fitted(Draws(*np.split(moved, [len(problem.low)], axis=1))) - problem.fitted(best)
+    return change.reshape(len(width), -1).T / width / problem.scale[:, None]
+
+
+def condition_number(jacobian: Array) -> float:
+    """Of the columns at unit length: how far changes of some numbers can cancel each other's effect; at most 1e16."""
+    length = np.linalg.norm(jacobian, axis=0)
+    if not length.all():
+        return 1e16
+    values = np.linalg.svd(jacobian / length, compute_uv=False)
+    return float(min(values[0] / max(values[-1], 1e-300), 1e16))
+
+
+def enlarged(problem: Problem, best: Draws, jacobian: Array, power: float) -> Array:
+    """Residuals, those of each run times (1 - leverage)^-power: 1/2 for their true size, 1 as if left out."""
+    residuals = (problem.observed - problem.fitted(best).reshape(-1)) / problem.scale
+    length = np.linalg.norm(jacobian, axis=0)
+    basis, values, _ = np.linalg.svd(jacobian / np.where(length > 0, length, 1.0), full_matrices=False)
+    basis = basis[:, values > 1e-7 * values[0]]
+    codes = np.tile(problem.runs.codes(problem.runs.keys, problem.runs.names), problem.num_outputs)
+    for code in range(len(problem.runs.names)):
+        rows = codes == code
+        left, sizes, _ = np.linalg.svd(basis[rows], full_matrices=False)
+        kept = np.maximum(1 - sizes**2, 0.01)  # a run that decides a coefficient alone would be enlarged without end
+        residuals[rows] += left @ ((kept**-power - 1) * (left.T @ residuals[rows]))
+    return residuals * problem.scale
+
+
+def _bootstrap(problem: Problem, best: Draws, residuals: Array, count: int, robust: bool, seed: int) -> Draws:
+    """Refits to the fitted curves plus each run's residuals times a random weight of its own."""
+    rng = np.random.default_rng(seed + 1)
+    codes = np.tile(problem.runs.codes(problem.runs.keys, problem.runs.names), problem.num_outputs)
+    fitted = problem.fitted(best).reshape(-1)
+    parts = [best[:0]]
+    for begin in range(0, count, BLOCK):
+        size = (min(BLOCK, count - begin), len(problem.runs.names))
+        weights = rng.choice([*WEBB, *-WEBB], size=size)
+        observed = fitted + weights[:, codes] * residuals
+        start = np.repeat(best.exponents, size[0], axis=0)
+        options = {"robust": robust, "tolerance": 1e-5, "max_iterations": 40}
+        parts.append(problem.fit(observed, np.ones_like(observed), start, **options)[0])
+    return Draws(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(best)))

@@ -1,0 +1,341 @@
+"""Planning a finetune: which pilot runs identify a law, what they predict, and the setting that keeps a budget.
+
+Runs without replay follow the joint law (`retain.laws.forms`). For runs with replay no law is known; each coefficient κ
+that was tried has surfaces of its own, in n = log N and p = log P (steps, tuned parameters), with the curvature shared:
+
+    L_ft(κ) - L_ft(0) = level_κ + slope_κ·n + size_κ·p + curve·n²        log L_f(κ) = the same with other numbers
+
+L_ft(0) is the joint law's: replay changes little of what is learned, and all of what is forgotten. A description,
+not a law: it is asked only about coefficients, sizes and steps that the pilots span. Of nine such forms it had the
+least error on held-out pilots of a real case (experiments/05_law): .05 nats of L_ft and 17% of L_f; the joint law with
+a factor for L_f in place of log L_f's own surface had 31%.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from retain.laws.fit import fit_forgetting_law
+from retain.laws.forms import P_N, Form, Number, Values
+from retain.laws.law import ForgettingLaw
+
+EVALUATIONS = 12  # of each pilot
+WORSE = 1.25  # a law that misses held-out pilots by this factor more than copies of pilots do is not followed
+SHOWN = 2  # evaluations that are left out: the warm-up still shows
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """One short run: LoRA rank, replay coefficient, optimizer steps."""
+
+    rank: int
+    coef: float
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"r{self.rank}-coef{self.coef:g}-{self.steps}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Nats per token, with the interval of a new measurement."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A finetune not yet made, with what the pilots predict of it."""
+
+    rank: int
+    num_params: int
+    num_steps: int
+    replay_coef: float
+    finetuning_loss: Estimate
+    forgetting_loss: Estimate
+    measured: tuple[float, float] | None = None  # new-task loss and forgetting of a pilot with this very setting
+
+    @property
+    def learned(self) -> float:
+        """The new-task loss: measured where a pilot did, predicted elsewhere."""
+        return self.measured[0] if self.measured else self.finetuning_loss.value
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether its own pilot measured something outside an interval."""
+        said = (self.finetuning_loss, self.forgetting_loss)
+        return any(not of.low <= value <= of.high for of, value in zip(said, self.measured or (), strict=False))
+
+    @property
+    def words(self) -> str:
+        replay = f"replay coefficient {self.replay_coef:g}" if self.replay_coef else "no replay"
+        return f"rank {self.rank}, {self.num_steps} steps, {replay}"
+
+
+@dataclass
+class PilotLaws:
+    """What was fitted to the pilots: the law without replay, and the surfaces of the coefficients, where tried."""
+
+    plain: ForgettingLaw
+    replay: ForgettingLaw | None
+    measured: dict[tuple[int, int, float], tuple[float, float]]  # num_params, step, coefficient → both losses
+
+    def of(self, coef: float) -> ForgettingLaw:
+        """The law that speaks of a coefficient."""
+        law = self.replay if coef else self.plain
+        assert law is not None
+        return law
+
+
+@dataclass
+class Plan:
+    """A recommendation, or none; `best` holds the setting of each coefficient that learns most within the budget.
+
+    `distrusted` says why the law of a coefficient is not followed; its best setting is then the best that was measured.
+    """
+
+    budget: float
+    level: float
+    chosen: Setting | None
+    fallback: Setting
+    best: dict[float, Setting | None] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
+    distrusted: dict[float, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        best = [{"replay_coef": coef, "setting": one and asdict(one)} for coef, one in self.best.items()]
+        chosen = asdict(self.chosen) if self.chosen else None
+        return {"budget": self.budget, "level": self.level, "feasible": self.chosen is not None,
+                "recommendation": chosen, "best_of_each_coefficient": best, "not_identified": self.doubts,
+                "law_not_followed": [{"replay_coef": coef, "why": why} for coef, why in self.distrusted.items()],
+                }  # fmt: skip
+
+
+def design(ranks: Sequence[int], coefs: Sequence[float], steps: int) -> list[Pilot]:
+    """Every rank without replay; each coefficient above 0 with the least, the middle and the largest rank."""
+    ordered = sorted(set(ranks))
+    some = sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})
+    replay = [Pilot(rank, coef, steps) for coef in sorted(set(coefs) - {0}) for rank in some]
+    return [Pilot(rank, 0.0, steps) for rank in ordered] + replay
+
+
+def eval_steps(steps: int) -> int:
+    """Steps between two measurements of a pilot."""
+    return max(1, steps // EVALUATIONS)
+
+
+def first_step(steps: int) -> int:
+    """The first measurement that is fitted."""
+    return SHOWN * eval_steps(steps)
+
+
+def replay_form(coefs: Sequence[float]) -> Form:
+    """The surfaces of the module's docstring, for these coefficients."""
+    names = (*(f"{name}_{coef:g}" for name in ("level", "slope", "size") for coef in coefs), "curve")
+
+    def terms(x: Values, _: Values) -> Sequence[Sequence[Number]]:
+        n, p = np.log(x["num_steps"]), np.log(x["num_params"])
+        of = [(x["replay_coef"] == coef).astype(float) for coef in coefs]
+        one = [*of, *(which * n for which in of), *(which * p for which in of), n**2]
+        none = [0.0] * len(names)
+        return [[*one, *none], [*none, *one]]
+
+    return Form(
+        name="replay",
+        equation="L_ft - L_ft(0), log L_f = level_κ + slope_κ·log N + size_κ·log P + curve·(log N)²",
+        inputs=(*P_N, "replay_coef"),
+        outputs=("loss_change", "log_forgetting"),
+        exponents={},
+        coefficients=tuple(f"{name}{of}" for of in ("_ft", "_f") for name in names),
+        terms=terms,
+        centred=P_N,
+    )
+
+
+def fit_pilots(rows: Sequence[Mapping[str, Any]], *, num_resamples: int = 1000, seed: int = 0) -> PilotLaws:
+    """The laws of measured pilots; each row has `replay_coef` beside the columns of `fit_forgetting_law`.
+
+    Raises:
+        ValueError: for pilots that have forgotten nothing, or are too few.
+    """
+    plain = [row for row in rows if not row["replay_coef"]]
+    replay = [row for row in rows if row["replay_coef"]]
+    lost = next((row for row in rows if row["forgetting_loss"] <= 0), None)
+    if lost is not None:
+        raise ValueError(f"run: {lost['run']!r} has forgotten nothing; raise learning_rate or pilot_steps")
+    how = {"num_resamples": num_resamples, "seed": seed}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # kept in the laws' `warnings`
+        law = fit_forgetting_law(plain, "joint", **how)  # type: ignore[arg-type]
+        measured = {
+            (row["num_params"], row["num_steps"], row["replay_coef"]): (row["finetuning_loss"], row["forgetting_loss"])
+            for row in rows
+        }
+        if not replay:
+            return PilotLaws(law, None, measured)
+        P, N = ([float(row[name]) for row in replay] for name in P_N)
+        plain_loss = law.predict(num_params=P, num_steps=N).value["finetuning_loss"]
+        changes = [
+            {**row, "loss_change": row["finetuning_loss"] - loss, "log_forgetting": np.log(row["forgetting_loss"])}
+            for row, loss in zip(replay, plain_loss, strict=True)
+        ]
+        form = replay_form(sorted({row["replay_coef"] for row in replay}))
+        return PilotLaws(law, fit_forgetting_law(changes, form, **how), measured)  # type: ignore[arg-type]
+
+
+def predicted(
+    laws: PilotLaws, sizes: Mapping[int, int], coef: float, steps: Sequence[int], level: float
+) -> list[Setting]:
+    """Every rank and number of steps with one coefficient; with replay only steps that the pilots span."""
+    law = laws.of(coef)
+    if coef:
+        seen = law.runs.columns["num_steps"]
+        steps = [at for at in steps if seen.min() <= at <= seen.max()]
+    pairs = [(rank, at) for rank in sizes for at in steps]
+    P, N = [float(sizes[rank]) for rank, _ in pairs], [float(at) for _, at in pairs]
+    more = {"replay_coef": [coef] * len(pairs)} if coef else {}
+    at = law.predict(level=level, num_params=P, num_steps=N, **more)  # type: ignore[arg-type]
+    learned, lost = (np.stack([at.value[name], *at.ci[name]]) for name in law.form.outputs)
+    if coef:
+        base = laws.plain.predict(num_params=P, num_steps=N).value["finetuning_loss"]
+        learned, lost = np.maximum(base + learned, 0.0), np.exp(lost)
+    return [
+        Setting(rank, sizes[rank], num_steps, coef, Estimate(*map(float, new)), Estimate(*map(float, old)),
+                laws.measured.get((sizes[rank], num_steps, coef)))
+        for (rank, num_steps), new, old in zip(pairs, learned.T, lost.T, strict=True)
+    ]  # fmt: skip
+
+
+def recommend(
+    laws: PilotLaws,
+    sizes: Mapping[int, int],
+    *,
+    budget: float,
+    coefs: Sequence[float] = (0.0,),
+    max_steps: int | None = None,
+    level: float = 0.9,
+) -> Plan:
+    """The setting with the lowest new-task loss of those whose forgetting stays within the budget.
+
+    Within: the upper end of the `level` interval of a new measurement is at most the budget, nats per token, and a
+    pilot with this very setting measured what the interval says. Settings are compared by what pilots measured, where
+    they did. Where a law is worse than its pilots (`distrust`), the best setting that was measured within the budget.
+
+    Args:
+        sizes: LoRA rank → parameters that it tunes; the ranks to choose from.
+        coefs: replay coefficients to choose from, each among the pilots.
+        max_steps: the longest run without replay; the pilots' own length by default.
+    """
+    seen = np.unique(laws.plain.runs.columns["num_steps"]).astype(int)
+    grain = int(np.diff(seen).min()) if len(seen) > 1 else 1
+    steps = range(int(seen[0]), (max_steps or int(seen[-1])) + 1, grain)
+    every = {coef: predicted(laws, sizes, coef, steps, level) for coef in sorted(set(coefs))}
+    distrusted = {coef: why for coef, settings in every.items() if (why := distrust(laws, settings))}
+    best = {coef: _best(settings, budget, coef in distrusted) for coef, settings in every.items()}
+    chosen = min((one for one in best.values() if one), key=_order, default=None)
+    strongest = every[max(every)]
+    last = max(one.num_steps for one in strongest)
+    fallback = min((one for one in strongest if one.num_steps == last), key=lambda one: one.forgetting_loss.value)
+    plan = Plan(budget, level, chosen, fallback, best, distrusted=distrusted)
+    plan.doubts = _doubts(laws, plan, sizes)
+    once = _best([one for settings in every.values() for one in settings], budget, True)
+    if once and once.measured and (not chosen or once.learned < chosen.learned):
+        learned, lost = (f"{value:.4g}" for value in once.measured)
+        told = f"measured: {once.words} had {learned} and forgetting {lost}, once; its interval leaves the budget"
+        plan.doubts.insert(0, told)
+    return plan
+
+
+def _best(settings: Sequence[Setting], budget: float, as_measured: bool) -> Setting | None:
+    if as_measured:
+        within = [one for one in settings if one.measured and one.measured[1] <= budget]
+    else:
+        within = [one for one in settings if one.forgetting_loss.high <= budget and not one.contradicted]
+    return min(within, key=_order, default=None)
+
+
+def _order(one: Setting) -> tuple[float, int, int]:
+    return one.learned, one.num_steps, one.rank
+
+
+def distrust(laws: PilotLaws, settings: Sequence[Setting]) -> str | None:
+    """Why the law of these settings is not followed: worse than its pilots, or too vague to tell settings apart."""
+    coef = settings[0].replay_coef
+    for at, name in enumerate(("new-task loss", "forgetting" + " in logarithms" * bool(coef))):
+        law, copied = held_out_error(laws.of(coef), at), neighbour_error(laws, coef, at)
+        if law > WORSE * copied:
+            return f"it misses the {name} of held-out pilots by {law:.3g}, a copy of the nearest pilot by {copied:.3g}"
+    losses = [learned for learned, _ in laws.measured.values()]
+    width = np.median([one.finetuning_loss.high - one.finetuning_loss.low for one in settings])
+    if width > max(losses) - min(losses):
+        return (
+            f"its intervals of the new-task loss, {width:.3g} wide at the median, are wider than all gains: pilots "
+            f"measured {min(losses):.4g} to {max(losses):.4g}"
+        )
+    return None
+
+
+def held_out_error(law: ForgettingLaw, at: int) -> float:
+    """Root mean squared error of a law's output over runs that a refit did not see."""
+    name = law.form.outputs[at]
+    return float(np.sqrt(np.mean([of[name] ** 2 for group, of in law.held_out.items() if group.startswith("run ")])))
+
+
+def neighbour_error(laws: PilotLaws, coef: float, at: int) -> float:
+    """The same of taking, at each step, what the pilot of the nearest size with the same coefficient measured."""
+    law, errors = laws.of(coef), []
+    columns, codes = law.runs.columns, law.runs.codes(law.runs.keys, law.runs.names)
+    sizes, coefs = np.log(columns["num_params"]), columns.get("replay_coef", np.zeros(len(codes)))
+    rows = zip(columns["num_params"], columns["num_steps"], coefs, strict=True)
+    values = np.array([laws.measured[row][at] for row in rows])
+    values = np.log(values) if law is laws.replay and at else values
+    for code in range(len(law.runs.names)):
+        own = codes == code
+        far = np.where(~own & (coefs == coefs[own][0]), np.abs(sizes - sizes[own][0]), np.inf)
+        nearest = codes == codes[far.argmin()]
+        there = dict(zip(columns["num_steps"][nearest], values[nearest], strict=True))
+        pairs = zip(columns["num_steps"][own], values[own], strict=True)
+        errors.append(np.mean([(value - there[step]) ** 2 for step, value in pairs if step in there]))
+    return float(np.sqrt(np.mean(errors)))
+
+
+def _doubts(laws: PilotLaws, plan: Plan, sizes: Mapping[int, int]) -> list[str]:
+    """What the pilots cannot say, in words."""
+    found = [
+        f"{f'replay coefficient {coef:g}' if coef else 'no replay'}: the law is not followed; {why}"
+        for coef, why in plan.distrusted.items()
+    ]
+    if plan.chosen and not plan.chosen.measured:
+        found.append(f"recommended: no pilot had {plan.chosen.words}; what is said of it is a prediction")
+    found += [f"law without replay: {text}" for text in laws.plain.warnings]
+    if laws.replay is None:
+        found.append("replay: no pilot had any, so what it would do is not known; add a coefficient above 0")
+    else:
+        coefs = ", ".join(f"{coef:g}" for coef in np.unique(laws.replay.runs.columns["replay_coef"]))
+        found += [f"runs with replay: {text}" for text in laws.replay.warnings if not text.startswith("replay_coef")]
+        found.append(f"replay: only the coefficients {coefs} and one share of replay rows were tried, none between")
+    chosen = plan.chosen
+    if chosen is not None:
+        if chosen.rank in (min(sizes), max(sizes)):
+            found.append(f"rank: {chosen.rank} is at the edge of the ranks tried; beyond it may be better")
+        law = laws.of(chosen.replay_coef)
+        if chosen.num_steps == law.runs.columns["num_steps"].min():
+            found.append(f"steps: {chosen.num_steps} is the first measurement of the pilots; fewer may do as well")
+        elif chosen.num_steps > law.runs.columns["num_steps"].max():
+            found.append(f"steps: {chosen.num_steps} is beyond the pilots; the interval trusts the form of the law")
+        elif chosen.num_steps == law.runs.columns["num_steps"].max():
+            found.append(f"steps: {chosen.num_steps} are as many as the pilots had; more may learn more within budget")
+    found.append("recipe: learning rate, batch, data and length of rows are the pilots' own; for others plan again")
+    return found

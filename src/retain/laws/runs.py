@@ -1,0 +1,303 @@
+"""Runs to fit a law to: one row per measurement, checked; from rows, from tables on disk, from `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from retain.files import read_jsonl, read_settings
+from retain.laws.forms import Array
+from retain.text import first_line
+
+POSITIVE = ("num_params", "num_steps", "num_tokens", "tokens_per_param")
+NOT_NEGATIVE = ("finetuning_loss", "ref_kl", "replay_share")
+RECIPE = {  # what a law cannot see, by where `retain_config.json` has it
+    "replay_objective": "replay", "replay_coef": "replay", "learning_rate": "training_arguments",
+    "lr_scheduler_type": "training_arguments", "per_device_train_batch_size": "training_arguments",
+    "gradient_accumulation_steps": "training_arguments",
+}  # fmt: skip
+NO_NAME = (None, "")
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+OF_A_RUN = ("num_params", "tokens_per_param", "replay_share")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Measurements of runs: the run and the data set of each row, and columns of numbers."""
+
+    run: tuple[str, ...]
+    dataset: tuple[str, ...]
+    columns: dict[str, Array]
+    left_out: tuple[str, ...] = ()  # which measurements were, and why: a sentence for each reason
+
+    def __len__(self) -> int:
+        return len(self.run)
+
+    @property
+    def names(self) -> list[str]:
+        """Each run once, in order; the same run on two data sets is two runs."""
+        return list(dict.fromkeys(self.keys))
+
+    @property
+    def keys(self) -> list[str]:
+        """The run of each row, with its data set where there are several."""
+        several = len(set(self.dataset)) > 1
+        return [f"{data}/{run}" if several else run for run, data in zip(self.run, self.dataset, strict=True)]
+
+    @property
+    def datasets(self) -> list[str]:
+        """Each data set once, in order."""
+        return list(dict.fromkeys(self.dataset))
+
+    def codes(self, of: Sequence[str], names: Sequence[str]) -> np.ndarray:
+        """The place of each row's name among `names`."""
+        place = {name: index for index, name in enumerate(names)}
+        return np.array([place[name] for name in of])
+
+
+def as_runs(rows: Runs | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], columns: Sequence[str]) -> Runs:
+    """Check rows (mappings, or a mapping of columns) and keep `columns`, `run` and `dataset`.
+
+    Raises:
+        ValueError: for a column that is missing or holds what is no number, for values that cannot be, and for rows
+            or runs that occur twice.
+    """
+    table = _table(rows)
+    missing = [name for name in ("run", *columns) if name not in table]
+    if missing:
+        found = ", ".join(map(str, table)) or "none"
+        raise ValueError(f"runs: no column {missing[0]!r}; needs {', '.join(('run', *columns))}, has {found}")
+    length = {len(values) for values in table.values()}
+    if length == {0} or len(length) > 1:
+        raise ValueError(
+            f"runs: columns of {', '.join(map(str, sorted(length)))} rows; give as many in each, at least 1"
+        )
+    labels, sets = _names("run", table["run"]), [""] * len(table["run"])
+    if any(name not in NO_NAME for name in table.get("dataset", [])):
+        sets = _names("dataset", table["dataset"])
+    kept = dict.fromkeys((*columns, *(["num_steps"] if "num_steps" in table else [])))
+    numbers = {name: _numbers(name, table[name], labels) for name in kept}
+    runs = Runs(tuple(labels), tuple(sets), numbers, rows.left_out if isinstance(rows, Runs) else ())
+    _check_runs(runs)
+    return runs
+
+
+def _table(rows: Any) -> dict[str, Sequence[Any]]:
+    if isinstance(rows, Runs):
+        return {"run": rows.run, "dataset": rows.dataset} | {
+            name: list(column) for name, column in rows.columns.items()
+        }
+    if isinstance(rows, Mapping):
+        return {name: list(values) for name, values in rows.items()}
+    if not (isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows)):
+        raise ValueError(f"runs: {type(rows).__name__} is no table; give a list of rows or a mapping of columns")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _names(column: str, values: Sequence[Any]) -> list[str]:
+    for index, value in enumerate(values, start=1):
+        if value in NO_NAME or value != value:  # NaN, as pandas has it
+            raise ValueError(f"{column}: missing in row {index}; name it in every row")
+    return [str(value) for value in values]
+
+
+def _numbers(name: str, values: Sequence[Any], labels: Sequence[str]) -> Array:
+    numbers = np.empty(len(values))
+    for index, (value, label) in enumerate(zip(values, labels, strict=True)):
+        try:
+            numbers[index] = math.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}: {value!r} in run {label!r} is not a number; correct or drop the row") from None
+        low = 0.0 if name in NOT_NEGATIVE or name in POSITIVE else -math.inf
+        if not math.isfinite(numbers[index]) or numbers[index] < low or (name in POSITIVE and numbers[index] == 0):
+            raise ValueError(f"{name}: {value!r} in run {label!r} cannot be; correct or drop the row")
+    return numbers
+
+
+def _check_runs(runs: Runs) -> None:
+    rows: dict[tuple, None] = {}
+    content: dict[str, list[tuple]] = {}
+    for index, key in enumerate(runs.keys):
+        values = {name: float(column[index]) for name, column in runs.columns.items()}
+        at = ("num_steps", values["num_steps"]) if "num_steps" in values else tuple(values.items())
+        if (key, at) in rows:
+            raise ValueError(f"run: {key!r} has the same step or row twice; name every run (and seed) differently")
+        rows[key, at] = None
+        content.setdefault(key, []).append(tuple(values.items()))
+    for name in set(OF_A_RUN) & set(runs.columns):
+        for key, of_run in content.items():
+            if len({dict(values)[name] for values in of_run}) > 1:
+                raise ValueError(f"{name}: run {key!r} has several values; name every run differently")
+    seen: dict[tuple, str] = {}
+    for key, of_run in content.items():
+        twin = seen.setdefault(tuple(sorted(of_run)), key)
+        if twin != key:
+            raise ValueError(f"run: {key!r} is a copy of {twin!r}; give it once, or intervals are too narrow")
+
+
+def read_runs(
+    paths: Sequence[str | Path],
+    columns: Sequence[str],
+    *,
+    retention: str | None = None,
+    metric: str = "ref_kl",
+    min_steps: float = 0,
+) -> Runs:
+    """Read the `metrics.jsonl` of finetunes, or tables (CSV, Parquet, JSONL) that have the columns already.
+
+    Measurements at step 0, where nothing was trained, are left out; `left_out` says how many.
+
+    Args:
+        columns: what the form needs.
+        retention: which retention text is `forgetting_loss`, where runs measured several.
+        metric: which of its metrics: ref_kl, forgetting or loss.
+        min_steps: leave out earlier measurements, in which the warm-up still shows.
+    """
+    rows: list[dict[str, Any]] = []
+    partial = 0
+    names = _short_names([Path(path) for path in paths])
+    for path, name in zip(map(Path, paths), names, strict=True):
+        if path.is_dir():
+            path = path / "metrics.jsonl"
+        if not path.is_file():
+            raise ValueError(f"runs: no file {str(path)!r}; give metrics.jsonl files of finetunes, or tables")
+        if path.name == "metrics.jsonl":
+            table, lacking = read_metrics(path, name, columns, retention, metric)
+            partial += lacking
+        else:
+            table = _read_table(path)
+            if absent := [column for column in ("run", *columns) if not any(column in row for row in table)]:
+                found = ", ".join(dict.fromkeys(str(name) for row in table for name in row)) or "none"
+                needed = ", ".join(("run", *columns))
+                raise ValueError(f"runs: {path.name!r} has no column {absent[0]!r}; needs {needed}, has {found:.200}")
+        if twice := {str(row.get("run")) for row in table} & {str(row.get("run")) for row in rows}:
+            raise ValueError(
+                f"run: {min(twice)!r} is in {path.name!r} and in a file before it; name every run differently"
+            )
+        rows += table
+    steps = [at if isinstance(at := row.get("num_steps"), int | float) else math.nan for row in rows]
+    reasons = {
+        "at step 0 left out; nothing was trained there": sum(at == 0 for at in steps),
+        f"before step {min_steps:g} left out, as min_steps says": sum(0 != at < min_steps for at in steps),
+        "left out; they have one of the two losses only": partial,
+    }
+    kept = [row for row, at in zip(rows, steps, strict=True) if not (at == 0 or at < min_steps)]
+    left_out = (f"runs: {_rows(count)} {reason}" for reason, count in reasons.items() if count)
+    return replace(as_runs(kept, columns), left_out=tuple(left_out))
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
+
+
+def unlike_recipes(sources: Sequence[str]) -> list[str]:
+    """In what the recipes of finetunes differ, a sentence each; a law is of runs that differ in its columns alone."""
+    folders = [Path(source).parent for source in sources if Path(source).name == "metrics.jsonl"]
+    told = [read_settings(folder, {"replay?": dict, "training_arguments?": dict}) for folder in folders]
+    notes = []
+    for name, part in RECIPE.items():
+        values = sorted({str(settings[part][name]) for settings in told if name in settings.get(part, {})})
+        if len(values) > 1:
+            notes.append(f"{name}: the runs have {', '.join(values)}; a law is of one recipe: fit those of one value")
+    return notes
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """Runs by their folder, by the whole path where folders share a name."""
+    folders = [(path if path.is_dir() else path.parent).name for path in paths]
+    return folders if len(set(folders)) == len(paths) else [str(path) for path in paths]
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    if path.suffix.lower() == ".jsonl":
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"runs: {path.name!r} is not JSONL; write one JSON object a line") from error
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"runs: {path.name!r} has lines that are no objects; write one JSON object a line")
+        return rows
+    if path.suffix.lower() not in (".csv", ".parquet"):
+        raise ValueError(f"runs: {path.name!r} has an unknown ending; use metrics.jsonl, .csv, .parquet or .jsonl")
+    from pyarrow import ArrowException, csv, parquet, string
+
+    names = csv.ConvertOptions(column_types={"run": string(), "dataset": string()})  # the run 01 is not the run 1
+    try:
+        is_csv = path.suffix.lower() == ".csv"
+        table = csv.read_csv(path, convert_options=names) if is_csv else parquet.read_table(path)
+    except ArrowException as error:
+        raise ValueError(f"runs: cannot read {path.name!r}; check the file: {first_line(error)}") from error
+    if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
+        raise ValueError(f"runs: {path.name!r} has several columns {twice[0]!r}; keep one")
+    return table.to_pylist()
+
+
+def read_metrics(
+    path: Path, run: str, columns: Sequence[str], retention: str | None, metric: str
+) -> tuple[list[dict[str, Any]], int]:
+    """Evaluations of one finetune with the size of what was tuned; and how many more lack a loss that others have."""
+    steps: dict[int, dict[str, Any]] = {}
+    for row in read_jsonl(path, {"step": int}):  # one row a step: the logs of an evaluation come in two parts
+        steps.setdefault(row["step"], {}).update(row)
+    names = sorted({key.split("/", 1)[1].rpartition("/")[0] for row in steps.values() for key in row
+                    if key.startswith("retention/") and key.endswith(f"/{metric}")})  # fmt: skip
+    if retention is None and len(names) > 1:
+        raise ValueError(f"retention: {path} has {', '.join(names)}; choose one with --retention_name NAME")
+    key = f"retention/{retention or ''.join(names)}/{metric}"
+    wanted = {"finetuning_loss": "eval_loss", "forgetting_loss": key}
+    wanted = {column: logged for column, logged in wanted.items() if column in columns}
+    found = [step for step, row in steps.items() if all(name in row for name in wanted.values())]
+    partial = sum(any(name in row for name in wanted.values()) for row in steps.values()) - len(found)
+    if not any(found):
+        lacking = next((name for name in wanted.values() if not any(name in row for row in steps.values())), "step")
+        remedy = "finetune with --eval_strategy steps, --eval_dataset_name and --retention"
+        if lacking == key and names:
+            remedy = f"choose one of {', '.join(names)} with --retention_name"
+        raise ValueError(f"runs: {path} has no evaluation with {lacking!r} after step 0; {remedy}")
+    size = {"num_params": tuned_params(path.parent)} if "num_params" in columns else {}
+    rows = [
+        {"run": run, "num_steps": step, **size, **{column: steps[step][name] for column, name in wanted.items()}}
+        for step in sorted(found)
+    ]
+    return rows, partial
+
+
+def tuned_params(folder: Path) -> int:
+    """How many parameters a finetune tuned: as its `retain_config.json` says, else those of its adapter or model."""
+    told = read_settings(folder, {"num_params?": int}).get("num_params")
+    if told is not None:
+        return int(told)
+    files = sorted(folder.glob("adapter_model.safetensors")) or sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"num_params: {folder} holds no adapter and no model; keep it there, or give a table")
+    frozen = _frozen_beside_adapter(folder) if files[0].name.startswith("adapter") else lambda name: False
+    count = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="np") as weights:
+                tuned = [name for name in weights.keys() if not frozen(name)]  # noqa: SIM118
+                count += sum(math.prod(weights.get_slice(name).get_shape()) for name in tuned)
+        except SafetensorError as error:
+            raise ValueError(f"num_params: {str(file)!r} is damaged ({error}); finetune again") from error
+    return count
+
+
+def _frozen_beside_adapter(folder: Path) -> Callable[[str], bool]:
+    """Says which of an adapter's file are its base's weights: PEFT saves embeddings that it wrapped, or that grew."""
+    settings = read_settings(folder, file="adapter_config.json")
+    tuned = tuple(settings.get("modules_to_save") or ())
+
+    def frozen(name: str) -> bool:
+        module, _, kind = name.rpartition(".")
+        embedding = kind == "weight" and module.endswith(EMBEDDINGS)
+        return module.endswith(".base_layer") or (embedding and not module.endswith(tuned))
+
+    return frozen

@@ -1,0 +1,1 @@
+"""How much a tuned model forgot of its base: texts, choices, refusals, generations."""

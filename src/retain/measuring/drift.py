@@ -1,0 +1,108 @@
+"""What became of the texts that a model writes: form, words, and knowledge. Plain data in, plain data out.
+
+A tuned model may say the same in another form (shorter, without ending its turn, with a template's marks written out)
+or something else in the same form. The two are counted apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from retain.report.answers import change_entry, share_entry
+from retain.statistics import bootstrap_ratio
+
+FATES = ("kept", "updated", "forgotten", "learned", "unknown")
+KNOWN_BEFORE = ("kept", "updated", "forgotten")
+# A chat template's marks written out as ordinary text, whichever template they come from.
+MARKERS = re.compile(
+    r"<\|?/?(im_start|im_end|user|assistant|system|end|eot_id|start_header_id|end_header_id|start_of_turn|end_of_turn)\|?>"
+    r"|\[/?INST\]|<</?SYS>>|^ *#+ *(Instruction|Response|Input)s? *:? *$|^ *(User|Human|Assistant) *:",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def mean_entry(values: Sequence[float] | np.ndarray, **options: Any) -> dict[str, Any]:
+    """A mean over prompts with its 95% interval by bootstrap over prompts; options as of `bootstrap_ratio`."""
+    numbers = np.asarray(values, float)
+    value, low, high = bootstrap_ratio(numbers, np.ones(len(numbers)), **options)
+    return {"value": value, "ci": [low, high] if np.isfinite(low) else [None, None], "num_prompts": len(numbers)}
+
+
+def words(text: str) -> list[str]:
+    """Words in lower case; in scripts that put no space between them, characters."""
+    return re.findall(r"[぀-ヿ㐀-鿿가-힯฀-๿]|\w+", text.casefold())
+
+
+def word_overlap(base: str, tuned: str) -> float:
+    """F1 of the words of two texts, counted with their repeats and whatever their order; two empty texts are alike."""
+    before, after = Counter(words(base)), Counter(words(tuned))
+    if not before and not after:
+        return 1.0
+    return 2 * (before & after).total() / (before.total() + after.total())
+
+
+def says(text: str, wanted: str) -> bool:
+    """Whether a text holds an expected answer, as whole words, whatever the case and punctuation."""
+    answer, found = words(wanted), words(text)
+    return bool(answer) and any(found[at : at + len(answer)] == answer for at in range(len(found)))
+
+
+def fate(base: str, tuned: str, expected: str | None, updated: str | None) -> str | None:
+    """What became of a piece of knowledge, from the texts of base and tuned model; one of `FATES`.
+
+    kept: both give the expected answer. updated: the tuned model gives the new one. forgotten: the base gave the
+    expected one, the tuned model neither. learned: only the tuned model gives the expected one. unknown: no one.
+    """
+    if expected is None and updated is None:
+        return None
+    before, after = (expected is not None and says(text, expected) for text in (base, tuned))
+    if updated is not None and says(tuned, updated):
+        return "updated"
+    if before:
+        return "kept" if after else "forgotten"
+    return "learned" if after else "unknown"
+
+
+def knowledge(fates: Sequence[str]) -> dict[str, Any] | None:
+    """Counts of `FATES`, and of what the base knew the share that was not forgotten; None without expected answers."""
+    if not fates:
+        return None
+    counts = {name: fates.count(name) for name in FATES}
+    known = sum(counts[name] for name in KNOWN_BEFORE)
+    share = share_entry(known - counts["forgotten"], known) if known else None
+    return {"num_questions": len(fates), "counts": counts, "kept_share": share}
+
+
+def drift(rows: Sequence[dict[str, Any]], *, seed: int = 0, num_resamples: int = 2000) -> dict[str, Any]:
+    """Form and words of the texts in `rows`: of both models `answers`, `num_tokens`, `ended`, `markers`.
+
+    Means over prompts by bootstrap, shares of prompts with Wilson's interval; changes are tuned − base, paired by
+    prompt: means by bootstrap, shares with Tango's interval. Lengths in tokens. Word overlaps that are all 0, or all 1,
+    have the interval of a share, which holds for anything between.
+    """
+    resampling: dict[str, Any] = {"seed": seed, "num_resamples": num_resamples}
+
+    def share(flags: Any) -> dict[str, Any]:
+        return share_entry(int(sum(flags)), len(rows), unit="num_prompts")
+
+    overlaps = [word_overlap(**row["answers"]) for row in rows]
+    alike = set(overlaps) in ({0.0}, {1.0})
+    lengths = np.array([[row["num_tokens"][who] for row in rows] for who in ("base", "tuned")], float)
+    result: dict[str, Any] = {
+        "num_prompts": len(rows),
+        "identical": share(row["answers"]["base"] == row["answers"]["tuned"] for row in rows),
+        "words": share(overlaps) if alike else mean_entry(overlaps, within=(0.0, 1.0), **resampling),
+        "base_length": mean_entry(lengths[0], within=(0.0, np.inf), **resampling),
+        "length": mean_entry(lengths[1], within=(0.0, np.inf), **resampling),
+        "length_change": mean_entry(lengths[1] - lengths[0], **resampling),
+    }
+    for key in ("ended", "markers"):
+        before, after = (np.array([row[key][who] for row in rows], bool) for who in ("base", "tuned"))
+        change = change_entry(before, after, unit="num_prompts")
+        result |= {f"base_{key}": share(before), key: share(after), f"{key}_change": change}
+    return result

@@ -1,0 +1,48 @@
+"""What a model thinks before it answers, in the marks that models on the Hub use, is not its answer."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from retain.data.rows import user_turn_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# DeepSeek-R1 and Qwen3, and names like theirs; Magistral; Command A; Kimi; Seed-OSS.
+_NAMES = r"think|thinking|thought|reasoning|analysis|seed:think"
+_OPEN = rf"<(?:{_NAMES})>|\[THINK\]|<\|START_THINKING\|>|◁think▷"
+_CLOSE = rf"</(?:{_NAMES})>|\[/THINK\]|<\|END_THINKING\|>|◁/think▷"
+_CLOSED = re.compile(rf"\A.*(?:{_CLOSE})", re.DOTALL)  # with what opened it, or with an opening that was in the prompt
+_OPENED = re.compile(rf"(?:{_OPEN}).*\Z", re.DOTALL)
+_OPENED_LAST = re.compile(rf"(?:{_OPEN})\s*\Z")
+# gpt-oss: channels, of which `final` is the answer.
+_FINAL = "<|channel|>final<|message|>"
+_CHANNEL = "<|channel|>"
+
+
+def without_reasoning(text: str, prompt: str = "") -> str:
+    """The answer in what a model wrote: what stands behind its reasoning, nothing where that did not end.
+
+    Args:
+        text: with the tokenizer's special tokens, which may be the marks.
+        prompt: what it continues; chat templates of models that always reason end in the opening mark.
+    """
+    if _CHANNEL in text:
+        return text.partition(_FINAL)[2]
+    if _OPENED_LAST.search(prompt) and not _CLOSED.match(text):
+        return ""
+    return _OPENED.sub("", _CLOSED.sub("", text))
+
+
+def answer_turn(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text as a user's turn of the chat template, up to where the answer itself begins, no reasoning before it."""
+    template = str(tokenizer.chat_template)
+    switch = {"enable_thinking": False} if "enable_thinking" in template else {}
+    prompt = user_turn_text(text, tokenizer, **switch)
+    if opened := _OPENED_LAST.search(prompt):
+        mark = opened[0].strip()
+        ends = {"[THINK]": "[/THINK]", "<|START_THINKING|>": "<|END_THINKING|>", "◁think▷": "◁/think▷"}
+        return f"{prompt}\n{ends.get(mark, mark.replace('<', '</'))}\n\n"
+    return prompt + _FINAL if _FINAL in template else prompt

@@ -1,0 +1,190 @@
+"""Token-level forgetting on named texts: as much text as an interval needs, noise floor, worst documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from retain.data.rows import Document, without_copies
+from retain.losses import shifted
+from retain.measuring.base_cache import BaseCache
+from retain.measuring.tokens import (
+    KEPT,
+    DocumentSums,
+    Forward,
+    document_sums,
+    joined,
+    logits_of,
+    padded,
+    row_by_row,
+    summarize,
+    token_values,
+)
+from retain.text import visible
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NOISE_DOCUMENTS = 4  # documents of each text on which the base is measured against itself
+PILOT = 32  # documents measured before anyone can say how many an interval needs
+MARGIN = 1.1  # times as many as the pilot says: its own width is an estimate
+FASTEST = 4  # times as many documents at most from one look to the next
+WORST = 2  # documents of each text that are shown token by token
+SHOWN_TOKENS = 240  # of each of them
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What is the same for every text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    batch_tokens: int
+    seed: int
+    num_resamples: int
+    ci: float | None = None
+    bars: bool = False
+
+
+def measure_texts(
+    tuned: PreTrainedModel,
+    cache: BaseCache,
+    new_task: dict[str, list[Document]],
+    retention: dict[str, list[Document]],
+    options: TextOptions,
+) -> dict[str, Any]:
+    """The parts of a report that token-level losses fill; the base is the cache's."""
+    result: dict[str, Any] = {name: {} for name in ("retention", "new_task", "noise_floor", "per_document", "worst")}
+    result["warnings"] = []
+    for text, given in (new_task | retention).items():
+        documents, said = without_copies(text, given, "documents")
+        result["warnings"] += said
+        used, sums = _enough(text, documents, tuned, cache, options)
+        metrics = _summary(sums, options)
+        result["per_document"][text] = sums.kept()
+        result["warnings"] += _interval_notes(text, metrics["forgetting"], len(used), len(documents), options.ci)
+        if text in new_task:
+            result["new_task"][text] = metrics | {"gain": negated(metrics["forgetting"])}
+            continue
+        result["retention"][text] = metrics
+        result["noise_floor"][text] = _noise_floor(cache, used[:NOISE_DOCUMENTS], options)
+        places = {id(document): at for at, document in enumerate(given)}  # in the text's own order
+        worst = _worst(tuned, cache.base, used, sums, options.tokenizer)
+        result["worst"][text] = [row | {"document": places[id(used[row["document"]])]} for row in worst]
+    return result
+
+
+def _summary(sums: DocumentSums, options: TextOptions) -> dict[str, Any]:
+    return summarize(sums, seed=options.seed, num_resamples=options.num_resamples)
+
+
+def _measure(
+    text: str, documents: Sequence[Document], tuned: PreTrainedModel, cache: BaseCache, options: TextOptions
+) -> DocumentSums:
+    windows = [window for document in documents for window in document.windows]
+    sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": tuned.device}
+    total, name = sum(map(len, windows)), visible(text)
+    with (
+        cache.forward(windows, options.batch_tokens) as ref_forward,
+        tqdm(total=total, desc=name, unit="tok", unit_scale=True, disable=not options.bars) as bar,
+    ):
+        return document_sums(ref_forward, logits_of(tuned), documents, progress=bar.update, text=text, **sizes)
+
+
+def _enough(
+    text: str, documents: list[Document], tuned: PreTrainedModel, cache: BaseCache, options: TextOptions
+) -> tuple[list[Document], DocumentSums]:
+    """All documents, or with a wished interval as many as it takes, drawn in a seeded order.
+
+    What decides to go on is the width of the interval, never the value: that leaves the value unbiased.
+    """
+    if options.ci is None or len(documents) <= PILOT:
+        return documents, _measure(text, documents, tuned, cache, options)
+    order = np.random.default_rng(options.seed).permutation(len(documents)).tolist()
+    shuffled, count = [documents[at] for at in order], PILOT
+    sums = _measure(text, shuffled[:count], tuned, cache, options)
+    while count < len(documents) and half_width(found := _summary(sums, options)["forgetting"]) > options.ci:
+        times = MARGIN * (half_width(found) / options.ci) ** 2
+        wished = min(math.ceil(count * min(times, FASTEST)), len(documents))
+        sums = joined(sums, _measure(text, shuffled[count:wished], tuned, cache, options))
+        count = wished
+    return shuffled[:count], sums
+
+
+def half_width(entry: dict[str, Any]) -> float:
+    """Half the width of an entry's interval; infinite where it has none."""
+    low, high = entry["ci"]
+    return math.inf if low is None else (high - low) / 2
+
+
+def _interval_notes(text: str, entry: dict[str, Any], used: int, total: int, ci: float | None) -> list[str]:
+    width = half_width(entry)
+    if ci is None or width <= ci:
+        return []
+    needed = f"about {math.ceil(used * (width / ci) ** 2):,} would give it" if math.isfinite(width) else "give more"
+    given = f"all {total:,} documents give ±{width:.2g}"
+    return [f"{text}: the interval wished for, ±{ci:g}, was not reached: {given}; {needed}"]
+
+
+def _noise_floor(cache: BaseCache, documents: Sequence[Document], options: TextOptions) -> dict[str, Any]:
+    def make() -> dict[str, Any]:
+        base = cache.base
+        forwards: tuple[Forward, Forward] = (logits_of(base), row_by_row(base))
+        return _summary(
+            document_sums(*forwards, documents, batch_tokens=options.batch_tokens, device=base.device), options
+        )
+
+    windows = [[list(window) for window in document.windows] for document in documents]
+    sizes = [(document.num_bytes, document.masks) for document in documents]
+    found: dict[str, Any] = cache.recall(
+        "noise", [windows, sizes, options.batch_tokens, options.seed, options.num_resamples], make
+    )
+    return found
+
+
+def _worst(
+    tuned: PreTrainedModel,
+    base: PreTrainedModel,
+    documents: Sequence[Document],
+    sums: DocumentSums,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[dict[str, Any]]:
+    """The documents that moved most per token, and what changed at each of their first tokens."""
+    per_token = sums.values["ref_kl"] / sums.num_tokens
+    forgetting = (sums.values["loss"] - sums.values["base_loss"]) / sums.num_tokens
+    rows = []
+    for at in np.argsort(-per_token, kind="stable")[:WORST].tolist():
+        facts = {"document": at, "num_tokens": int(sums.num_tokens[at])}
+        facts |= {"ref_kl": float(per_token[at]), "forgetting": float(forgetting[at])}
+        rows.append(facts | {"tokens": token_table(base, tuned, documents[at].windows[0], tokenizer)})
+    return rows
+
+
+@torch.no_grad()
+def token_table(
+    base: PreTrainedModel, tuned: PreTrainedModel, window: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """Token by token of a window: losses of both (nats), ref_kl, and what each puts first."""
+    inputs = {name: value.to(base.device) for name, value in padded([window[: SHOWN_TOKENS + 1]]).items()}
+    targets, _ = shifted(inputs["input_ids"])
+    before, after = (logits_of(model)(**inputs)[:, :-1] for model in (base, tuned))
+    values = {name: value[0].tolist() for name, value in token_values(before, after, targets).items()}
+    tops = [one.argmax(-1)[0].tolist() for one in (before, after)]
+    rows = []
+    for at, token in enumerate(targets[0].tolist()):
+        ids = {"text": token, "base_top": tops[0][at], "tuned_top": tops[1][at]}
+        words = {name: str(tokenizer.decode([one])) for name, one in ids.items()}
+        rows.append(words | {name: round(values[name][at], 5) for name in KEPT})
+    return rows
+
+
+def negated(metric: dict[str, Any]) -> dict[str, Any]:
+    """A metric with the other sign, its interval turned round."""
+    low, high = metric["ci"]
+    interval = [None, None] if low is None else [-high, -low]
+    return {**metric, "value": -metric["value"], "ci": interval}

@@ -1,0 +1,226 @@
+"""Token-level forgetting of a model against its base, with intervals over documents.
+
+Everything is summed per document first: documents, not tokens, are what is resampled. All sums are in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retain.data.rows import Document
+from retain.losses import expectation, shifted
+from retain.statistics import bootstrap_ratio, resample_counts, share_interval
+
+Forward = Callable[..., Float[Tensor, "rows length vocab"]]
+CHUNK = 1 << 22  # float32 logits held at once: 16 MiB, which the allocator takes from its heap again and again
+KEPT = ("ref_kl", "loss", "base_loss")  # of these, sums that files keep of every document
+SUMS = ("loss", "base_loss", "ref_kl", "entropy", "argmax_loss", "base_argmax_loss", "agreement")
+
+
+@dataclass(frozen=True)
+class DocumentSums:
+    """Per-document sums, each of shape (documents,); nats but for counts. `SUMS` names the keys of `values`."""
+
+    values: dict[str, np.ndarray]
+    num_tokens: np.ndarray
+    num_bytes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.num_tokens)
+
+    def kept(self) -> dict[str, list[float]]:
+        """What files keep of every document, for paired intervals: sums in nats to six places, and tokens."""
+        sums = {name: self.values[name].round(6).tolist() for name in KEPT}
+        return sums | {"num_tokens": self.num_tokens.tolist()}
+
+
+def joined(one: DocumentSums, other: DocumentSums) -> DocumentSums:
+    """The sums of two lists of documents as of one."""
+    values = {name: np.concatenate([one.values[name], other.values[name]]) for name in one.values}
+    counts = (np.concatenate(pair) for pair in ((one.num_tokens, other.num_tokens), (one.num_bytes, other.num_bytes)))
+    return DocumentSums(values, *counts)
+
+
+def batches(documents: Sequence[Document], batch_tokens: int) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Windows of like length together, at most `batch_tokens` padded tokens each: (document indices, windows)."""
+    windows = [(index, window) for index, document in enumerate(documents) for window in document.windows]
+    windows.sort(key=lambda pair: -len(pair[1]))
+    while windows:
+        rows = max(1, batch_tokens // len(windows[0][1]))
+        taken, windows = windows[:rows], windows[rows:]
+        yield [index for index, _ in taken], [window for _, window in taken]
+
+
+def padded(windows: Sequence[Sequence[int]]) -> dict[str, Int[Tensor, "rows length"]]:
+    """`input_ids` and `attention_mask`, padded at the right with id 0 and masked there."""
+    width = max(map(len, windows))
+    input_ids = torch.tensor([[*window, *[0] * (width - len(window))] for window in windows])
+    mask = torch.tensor([[1] * len(window) + [0] * (width - len(window)) for window in windows])
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def token_sums(
+    ref_logits: Float[Tensor, "rows length vocab"],
+    logits: Float[Tensor, "rows length vocab"],
+    targets: Int[Tensor, "rows length"],
+    mask: Tensor,
+) -> dict[str, Float[Tensor, rows]]:
+    """Sums over the masked positions of each row of every quantity in `SUMS`; float32, a few positions at a time."""
+    totals = {name: torch.zeros(len(logits), dtype=torch.float64) for name in SUMS}
+    positions = max(1, CHUNK // (logits.shape[0] * logits.shape[2]))
+    for at in range(0, logits.shape[1], positions):
+        part = slice(at, at + positions)
+        for name, value in token_values(ref_logits[:, part], logits[:, part], targets[:, part]).items():
+            totals[name] += value.masked_fill(~mask[:, part], 0.0).double().sum(-1).cpu()
+    return totals
+
+
+def token_values(
+    ref_logits: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]
+) -> dict[str, Float[Tensor, "*batch"]]:
+    """Every quantity in `SUMS` at every position; the functions of `losses` with each softmax taken once."""
+    ref_top, top = ref_logits.argmax(-1), logits.argmax(-1)
+    ref, live = (torch.log_softmax(one.float(), dim=-1) for one in (ref_logits, logits))
+    probs = ref.exp()
+
+    def at(log_probs: Tensor, tokens: Tensor) -> Tensor:
+        return -log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+    found = {
+        "loss": at(live, targets),
+        "base_loss": at(ref, targets),
+        "entropy": -expectation(probs, ref),
+        "argmax_loss": at(live, ref_top),
+        "base_argmax_loss": at(ref, ref_top),
+        "agreement": (ref_top == top).float(),
+    }
+    return found | {"ref_kl": expectation(probs, ref.sub_(live))}
+
+
+@torch.no_grad()
+def document_sums(
+    ref_forward: Forward,
+    forward: Forward,
+    documents: Sequence[Document],
+    *,
+    batch_tokens: int,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], object] | None = None,
+    text: str = "text",
+) -> DocumentSums:
+    """Measure `forward` against `ref_forward` on documents; both see the same batches in the same order.
+
+    Args:
+        ref_forward, forward: `input_ids`, `attention_mask` → logits.
+        batch_tokens: padded tokens per forward pass.
+        progress: called with the number of tokens just measured.
+        text: the name of these documents, for errors.
+
+    Raises:
+        ValueError: for a number that is not finite, naming the model, the document and what to do.
+    """
+    values = {name: np.zeros(len(documents)) for name in SUMS}
+    for indices, windows in batches(documents, batch_tokens):
+        inputs = {name: value.to(device) for name, value in padded(windows).items()}
+        targets, mask = shifted(inputs["input_ids"], inputs["attention_mask"])
+        for row, (index, window) in enumerate(zip(indices, windows, strict=True)):
+            if documents[index].masks is not None:
+                mask[row, : len(window) - 1] = torch.tensor(documents[index].mask_of(window)[1:])
+        ref_logits, logits = ref_forward(**inputs)[:, :-1], forward(**inputs)[:, :-1]
+        for name, sums in token_sums(ref_logits, logits, targets, mask).items():
+            np.add.at(values[name], indices, sums.numpy())
+        if progress is not None:
+            progress(sum(map(len, windows)))
+    _check_finite(values, text)
+    num_tokens = np.array([document.num_tokens for document in documents])
+    return DocumentSums(values, num_tokens, np.array([document.num_bytes for document in documents]))
+
+
+def _check_finite(values: Mapping[str, np.ndarray], text: str) -> None:
+    """The base's own numbers first: with them goes what compares both."""
+    for name in sorted(
+        SUMS, key=lambda name: (name not in ("base_loss", "entropy", "base_argmax_loss"), name != "loss")
+    ):
+        for at in np.flatnonzero(~np.isfinite(values[name]))[:1].tolist():
+            who, value = "base" if name in ("base_loss", "entropy", "base_argmax_loss") else "model", values[name][at]
+            what = f"{who}: its {name.removeprefix('base_')} on document {at + 1} of {text!r} is {value:g}"
+            raise ValueError(f"{what}; {not_finite(value)}")
+
+
+def not_finite(value: float) -> str:
+    """Why a loss is not finite, and what to do."""
+    if math.isnan(value):
+        return "its weights or its dtype give no numbers: check how it was trained and saved, and load it in float32"
+    return "it gives a token there no probability at all: leave the text out, or unmask its vocabulary"
+
+
+def summarize(sums: DocumentSums, *, seed: int = 0, num_resamples: int = 2000) -> dict[str, dict[str, Any]]:
+    """Every metric by name, each with value, 95% interval over documents, and sample sizes.
+
+    Nats per token, but `ref_agreement` (share of tokens) and the bits per byte. The base's own value stands beside
+    each cross-entropy, for comparison: `ref_cross_entropy` = entropy of the base + `ref_kl`. The interval of
+    `ref_agreement` is never narrower than Wilson's of its tokens, which has a width at 100%, too.
+    """
+    values, tokens = sums.values, sums.num_tokens
+    num_bytes = np.maximum(sums.num_bytes, 1) * np.log(2)
+    ratios = {
+        "forgetting": (values["loss"] - values["base_loss"], tokens),
+        "loss": (values["loss"], tokens),
+        "base_loss": (values["base_loss"], tokens),
+        "ref_kl": (values["ref_kl"], tokens),
+        "ref_cross_entropy": (values["entropy"] + values["ref_kl"], tokens),
+        "base_ref_cross_entropy": (values["entropy"], tokens),
+        "ref_argmax_cross_entropy": (values["argmax_loss"], tokens),
+        "base_ref_argmax_cross_entropy": (values["base_argmax_loss"], tokens),
+        "ref_agreement": (values["agreement"], tokens),
+        "bits_per_byte": (values["loss"], num_bytes),
+        "base_bits_per_byte": (values["base_loss"], num_bytes),
+    }
+    result = {}
+    counts = resample_counts(len(sums), num_resamples, seed)
+    for name, (numerator, denominator) in ratios.items():
+        within = (-np.inf if name == "forgetting" else 0.0, 1.0 if name == "ref_agreement" else np.inf)
+        value, low, high = bootstrap_ratio(numerator, denominator, counts=counts, within=within)
+        if name == "ref_agreement":
+            _, *ends = share_interval(round(numerator.sum()), int(denominator.sum()))
+            low, high = min(low, ends[0]), max(high, ends[1])  # NaN stays
+        interval = [low, high] if np.isfinite(low) else [None, None]
+        result[name] = {
+            "value": value,
+            "ci": interval,
+            "num_documents": len(sums),
+            "num_tokens": int(tokens.sum()),
+        }
+    return result
+
+
+def logits_at(model: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "rows length vocab"]:
+    """Logits at the input's own positions: prompt tuning puts virtual tokens before them."""
+    return model(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :]
+
+
+def logits_of(model: Any) -> Forward:
+    """A model as a function from `input_ids` and `attention_mask` to logits."""
+    return lambda **inputs: logits_at(model, inputs)
+
+
+def row_by_row(model: Any) -> Forward:
+    """The same model, one unpadded row at a time: against the batched pass it shows the noise of the kernels."""
+
+    def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        width = input_ids.shape[1]
+        rows = []
+        for ids, length in zip(input_ids, attention_mask.sum(-1).tolist(), strict=True):
+            logits = model(input_ids=ids[None, :length], use_cache=False).logits
+            rows.append(torch.nn.functional.pad(logits, (0, 0, 0, width - length)) if length < width else logits)
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    return forward

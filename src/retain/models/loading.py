@@ -1,0 +1,359 @@
+"""Loading a model, an adapter or a tokenizer, strictly: nothing is left random, and nothing left out in silence.
+
+A name may be a Hub id, a folder, a GGUF file, a folder that holds one, `package:NAME` for an installed package
+that ships one, or an adapter (folder or Hub id). GGUF weights are dequantised once and kept as safetensors in a cache
+(`RETAIN_CACHE`, default `~/.cache/retain`). `field` is the setting that errors name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+
+from retain.models.description import base_parameter_name, cache_dir, num_tuned
+from retain.text import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# What torch.compile, DDP, FSDP1 and activation checkpointing put into the names of weights.
+WRAPPER_NAMES = r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def resolve_model_path(name: str, field: str = "model") -> str:
+    """Return what `from_pretrained` can load: `name` itself, or the cached folder of a dequantised GGUF file.
+
+    Raises:
+        ValueError: if `name` is a path or package that does not hold exactly one model.
+    """
+    if name.startswith("package:"):
+        try:
+            spec = importlib.util.find_spec(name.removeprefix("package:"))
+        except (ImportError, ValueError):
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            package = name.removeprefix("package:")
+            raise ValueError(f"{field}: package {package!r} is not installed; pip install it first")
+        return _from_gguf_folder(Path(spec.submodule_search_locations[0]), name, field)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{field}: {name!r} is a file but not a .gguf; give a folder, a GGUF file or a Hub id")
+        return str(dequantise_gguf(path, field))
+    if name and path.is_dir():
+        if (path / "config.json").exists() or (path / "adapter_config.json").exists():
+            return str(path)
+        return _from_gguf_folder(path, name, field)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/") or not name:
+        raise ValueError(f"{field}: no folder or file {name!r}; give a folder, a GGUF file or a Hub id")
+    return name
+
+
+def _from_gguf_folder(folder: Path, name: str, field: str) -> str:
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(f"{field}: {name!r} holds no config.json and {len(files)} .gguf files; name one model")
+    return str(dequantise_gguf(files[0], field))
+
+
+def find_file(path: str, file: str, revision: str = "main", field: str = "model") -> Path | None:
+    """A file of a model, in its folder or on the Hub (its local cache where that is offline); None if it has none.
+
+    Raises:
+        ValueError: if the Hub does not answer, or knows no such model.
+    """
+    if Path(path).is_dir():
+        return Path(path, file) if Path(path, file).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(path, file, revision=revision))
+    except EntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # the Hub client's own are of these kinds
+        raise ValueError(f"{field}: cannot load {file} of {path!r}; check the name: {first_line(error)}") from error
+
+
+def dequantise_gguf(path: Path, field: str = "model") -> Path:
+    """Dequantise a GGUF file to float32 safetensors in the cache, once, and return the folder."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"{field}: {path.name} needs the package gguf; pip install 'retain[demo]'")
+    from transformers import AutoTokenizer, GgufConfig
+
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_dir() / "models" / f"{path.stem}-{key}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    model = _load_weights(str(path.parent), field, gguf_file=path.name, **settings)
+    model.hf_quantizer = None  # else save_pretrained takes the dequantised weights for quantised ones and refuses
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    tokenizer = _load(AutoTokenizer, str(path.parent), "the tokenizer", field, gguf_file=path.name)
+    temporary = Path(tempfile.mkdtemp(prefix=".dequantising-", dir=folder.parent))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        size = sum(file.stat().st_size for file in temporary.iterdir())
+        temporary.rename(folder)  # whole or not at all
+        logger.warning("%s: %.1f GB of dequantised weights are kept in %s", path.name, size / 1e9, folder)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not (
+            isinstance(error, OSError) and folder.exists()
+        ):  # else another process was faster: its folder holds the same weights
+            raise
+    return folder
+
+
+def is_dequantised(path: str) -> bool:
+    """Whether `resolve_model_path` made this folder of a GGUF file."""
+    return Path(path).parent == cache_dir() / "models"
+
+
+def default_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """`auto` means the checkpoint's own dtype on an accelerator, and float32 on a CPU, where bf16 is no faster."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return "auto" if torch.accelerator.is_available() else torch.float32
+    return getattr(torch, dtype)
+
+
+def _load(loader: Any, path: str, what: str, field: str, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(None if "state_dict" in options else path, **options)
+    except Exception as error:  # damaged files raise whatever their reader raises: SafetensorError, struct.error, …
+        if "trust_remote_code" in str(error):
+            asked = "brings code of its own; read it, and give --trust_remote_code true if you trust it"
+            raise ValueError(f"{field}: {path!r} {asked}") from error
+        name, why = str(Path(path, options.get("gguf_file") or "")), first_line(error)
+        if (revision := options.get("revision") or "main") != "main":
+            why = f"{why} (revision {revision!r})"
+        raise ValueError(f"{field}: cannot load {what} of {name!r}; check the name, or the files: {why}") from error
+
+
+def _load_weights(path: str, field: str, **options: Any) -> Any:
+    """A causal language model of which every weight was found; names that differ by a wrapper's prefix are read.
+
+    Raises:
+        ValueError: if a weight was not found, has another shape, or would be ignored where the model computes.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # else they raise, without saying which
+    model, found = _load(AutoModelForCausalLM, path, "the weights", field, **options)
+    name = str(Path(path, options.get("gguf_file") or ""))
+    if found["missing_keys"] and any(re.search(WRAPPER_NAMES, key) for key in found["unexpected_keys"]):
+        # Not by key_mapping: the model would keep it, and write its weights by the pattern's own text.
+        weights = _unwrapped(_read_safetensors(path, options.get("revision") or "main", field), name)
+        options |= {"config": model.config, "state_dict": weights, "generation_config": model.generation_config}
+        model, found = _load(type(model), path, "the weights", field, **options)
+    odd = set(found["unexpected_keys"])
+    lost = set(found["missing_keys"])
+    if lost:
+        holds = f" (it holds {_some(odd)})" if odd else ""
+        raise ValueError(
+            f"{field}: {name!r} lacks {len(lost)} of its weights, which would be random: {_some(lost)}{holds}; save the"
+            " whole model again, output head and all shards"
+        )
+    if found["mismatched_keys"]:
+        key, there, here = min(found["mismatched_keys"])
+        raise ValueError(
+            f"{field}: {name!r} does not hold the model that its config.json describes: {key} is {list(there)} in the "
+            f"file and {list(here)} by config.json; take both from one checkpoint"
+        )
+    used = set() if hasattr(model.config, "quantization_config") else {key for key in odd if _computes(model, key)}
+    if used:
+        raise ValueError(
+            f"{field}: {name!r} holds weights for which its config.json has no place, and which would be ignored: "
+            f"{_some(used)}; take both from one checkpoint"
+        )
+    if odd:
+        logger.warning("%s: %d weights in %r are no part of this model: %s", field, len(odd), name, _some(odd))
+    return model
+
+
+def _computes(model: Any, key: str) -> bool:
+    """Whether a weight lies in a module with weights of its own: a bias without a place, a LoRA beside its layer."""
+    modules, name = dict(model.named_modules()), key
+    while name not in modules:
+        name = name.rpartition(".")[0]
+    return next(modules[name].parameters(recurse=False), None) is not None
+
+
+def _some(names: Collection[str], most: int = 3) -> str:
+    return ", ".join(sorted(names)[:most]) + (", …" if len(names) > most else "")
+
+
+def _read_safetensors(path: str, revision: str, field: str) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint by the names in its files; none where it is of another format."""
+    index = find_file(path, "model.safetensors.index.json", revision, field)
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index else {"model.safetensors"}
+    places = [find_file(path, file, revision, field) for file in sorted(files)]
+    return {name: value for place in places if place for name, value in load_file(place).items()}
+
+
+def _unwrapped(weights: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """The same weights without a wrapper's prefixes in their names; says so where there were any."""
+    found = {re.sub(WRAPPER_NAMES, r"\1", name): value for name, value in weights.items()}
+    if found.keys() != weights.keys():
+        logger.warning("%s: weights saved from inside a wrapper (_orig_mod., module., …) are read without it", source)
+    return found
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+    field: str = "model",
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a causal language model, or a base with its adapter, in eval mode.
+
+    Raises:
+        ValueError: one line saying which model could not be loaded and why.
+    """
+    path = resolve_model_path(name, field)
+    options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    if find_file(path, "adapter_config.json", revision, field):
+        return _load_adapter(path, revision, field, dtype=dtype, device=device, **options).eval()
+    options |= {"dtype": default_dtype(dtype), "revision": revision}
+    model = _load_weights(path, field, **options, **kwargs)
+    model.config.name_or_path = path  # where libraries look for the tokenizer
+    # What an adapter calls its base: not a folder of this machine's cache.
+    model.name_or_path = name if is_dequantised(path) else path
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def _load_adapter(path: str, revision: str, field: str, **options: Any) -> Any:
+    """A base with the adapter in `path`, of which every weight was found.
+
+    Raises:
+        ValueError: if one was not found, does not fit, or would be ignored.
+    """
+    from peft import PeftConfig, PeftModelForCausalLM, set_peft_model_state_dict
+
+    config = _load(PeftConfig, path, "the adapter", field, revision=revision)
+    base = config.base_model_name_or_path
+    remedy = "name the base it was trained on as base_model_name_or_path in its adapter_config.json"
+    if not base:
+        raise ValueError(f"{field}: the adapter in {path!r} does not name its base; merge it into its base first")
+    file, weights = _adapter_weights(path, revision, field)
+    of_base = f"{field}: the base of the adapter {path!r} (base_model_name_or_path in its adapter_config.json)"
+    model = load_model(base, revision=config.revision or "main", field=of_base, **options)
+    if not any(re.search(WRAPPER_NAMES, parameter) for parameter, _ in model.named_parameters()):
+        weights = _unwrapped(weights, file)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    config.inference_mode = True
+    model = PeftModelForCausalLM(model, config)
+    try:
+        found = set_peft_model_state_dict(model, weights)
+    except KeyError as error:
+        raise ValueError(f"{field}: {file!r} lacks {error.args[0]}; save the adapter again, whole") from error
+    except RuntimeError as error:  # torch's, of shapes
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        why = re.sub(r"torch\.Size\((.*?)\)", r"\1", lines[0].rstrip(".")) if lines else first_line(error)
+        if f"[{vocabulary}" in why:
+            remedy = (
+                f"was its vocabulary grown, add the tokens to the base (resize_token_embeddings), save it, and {remedy}"
+            )
+        raise ValueError(f"{field}: {file!r} does not fit its base {base!r}: {why}; {remedy}") from error
+    if not config.is_prompt_learning:  # a prompt's one tensor is read or raises
+        lost = _adapter_weights_lost(model, set(found.missing_keys))
+        if lost:
+            raise ValueError(
+                f"{field}: {file!r} lacks {len(lost)} of its weights, without which the adapter does not do what it "
+                f"learned: {_some(lost)}; save it again, whole"
+            )
+        if odd := found.unexpected_keys:
+            raise ValueError(
+                f"{field}: weights in {file!r} would be ignored by its base {base!r}: {_some(odd)}; {remedy}"
+            )
+    return model
+
+
+def _adapter_weights(path: str, revision: str, field: str) -> tuple[str, dict[str, torch.Tensor]]:
+    from peft import load_peft_weights
+
+    file = next(filter(None, (find_file(path, name, revision, field) for name in ADAPTER_FILES)), None)
+    if file is None:
+        raise ValueError(f"{field}: the adapter {path!r} holds no {ADAPTER_FILES[0]}; copy it there, or save it again")
+    try:
+        return str(file), load_peft_weights(str(file.parent), device="cpu")
+    except Exception as error:  # whatever the reader of a damaged file raises
+        why = first_line(error)
+        raise ValueError(
+            f"{field}: {str(file)!r} is damaged; copy it again, or save the adapter again: {why}"
+        ) from error
+
+
+def _adapter_weights_lost(model: Any, missing: set[str]) -> set[str]:
+    """The adapter's own weights among those not found, but for those that share what was (and AdaLoRA's counters)."""
+    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if base_parameter_name(name) is None}
+    found = {id(value) for name, value in own.items() if name not in missing}
+    return {name for name in own.keys() & missing if id(own[name]) not in found and ".ranknum." not in name}
+
+
+def load_tokenizer(
+    name: str, *, revision: str = "main", trust_remote_code: bool = False, field: str = "model"
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to a model, or a `ValueError` of one line."""
+    from transformers import AutoTokenizer
+
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return _load(AutoTokenizer, resolve_model_path(name, field), "the tokenizer", field, **options)
+
+
+def lora_num_params(
+    model: str,
+    rank: int,
+    target_modules: list[str] | None = None,
+    *,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> int:
+    """How many parameters a LoRA of this rank tunes in `model`, from its configuration alone: no weights are read."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = resolve_model_path(model)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model: cannot read the configuration of {model!r}; check the name: {first_line(error)}"
+        ) from error
+    modules: Any = target_modules
+    if target_modules == ["all-linear"]:
+        modules = "all-linear"
+    try:
+        tuned = get_peft_model(empty, LoraConfig(r=rank, target_modules=modules, task_type="CAUSAL_LM"))
+    except ValueError as error:
+        raise ValueError(
+            f"lora_target_modules: {target_modules!r} does not fit {model!r}; {first_line(error)}"
+        ) from error
+    return num_tuned(tuned)

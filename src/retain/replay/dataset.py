@@ -1,0 +1,292 @@
+"""The replay dataset: Parquet shards of token ids and a manifest that says which model wrote them, and how.
+
+Shards and manifest are written whole or not at all, so a killed job resumes without repeating or losing a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from retain.data.rows import OLD_TEXT, WHOLE, Document, Reading, Text, read_texts, token_documents, tokenize_documents
+from retain.files import atomic_path, check_shape
+from retain.replay.predictions import ReferenceCache, open_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MANIFEST = "manifest.json"
+SCHEMA = "retain.replay/1"
+REMEDY = "sample again, into another folder"
+# What a manifest must tell, what it may, and what it must where the rows are to be a model's own.
+SHAPE: dict[str, Any] = {"num_rows": int, "rows_per_shard": int, "batch_size?": int, "model?": str}
+SHAPE |= {"tokenizer_fingerprint?": str, "start_token?": {"id": int}, "sampler?": {"dtype?": str, "engine?": str}}
+SHAPE |= {"model_fingerprint?": str, "store_reference?": str}
+OWN = {"model": str, "model_fingerprint": str, "tokenizer_fingerprint": str}
+# What may differ between the run that began a dataset and the one that resumes it.
+NOT_COMPARED = ("created", "versions", "batch_size")
+
+
+@dataclass(frozen=True)
+class ReplayDataset:
+    """Replay rows in memory: token ids of all rows in one array, `offsets` of shape (rows + 1,).
+
+    `prefix_lengths`, shape (rows,): how many tokens of each row were given rather than drawn; the start token at
+    least. `manifest` is None for real text. `cache`: the base's predictions, where they were kept when it sampled.
+    `log_probs`, shape (rows,): of the drawn tokens of each row, summed, nats, where the sampler told.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    prefix_lengths: np.ndarray
+    source: str
+    manifest: dict[str, Any] | None = None
+    cache: ReferenceCache | None = None
+    log_probs: np.ndarray | None = None
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Sequence[Any],
+        source: str,
+        manifest: dict[str, Any] | None = None,
+        prefix_lengths: Sequence[int] | None = None,
+    ) -> ReplayDataset:
+        """Gather rows of token ids, each beginning with its start token, or with as many given tokens as said."""
+        lengths = [len(row) for row in rows]
+        tokens = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
+        given = np.ones(len(rows), dtype=np.int64) if prefix_lengths is None else np.asarray(prefix_lengths)
+        return cls(tokens, np.concatenate([[0], np.cumsum(lengths)]), given, source, manifest)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def num_predictions(self) -> np.ndarray:
+        """Predicted tokens of each row, shape (rows,): all but those that were given."""
+        return np.diff(self.offsets) - self.prefix_lengths
+
+    def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`input_ids` and `labels` of the named rows, shape (rows, longest row), padded at the right.
+
+        Labels are −100 where nothing is predicted: on given tokens and padding. An `attention_mask` is there where
+        lengths differ.
+        """
+        rows = [self[int(index)] for index in indices]
+        width = max(len(row) for row in rows)
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        labels = torch.full_like(input_ids, -100)
+        mask = torch.zeros_like(input_ids)
+        for at, (row, index) in enumerate(zip(rows, indices, strict=True)):
+            given = int(self.prefix_lengths[index])
+            input_ids[at, : len(row)] = torch.from_numpy(row.astype(np.int64))
+            labels[at, given : len(row)] = input_ids[at, given : len(row)]
+            mask[at, : len(row)] = 1
+        batch = {"input_ids": input_ids, "labels": labels}
+        return batch if bool(mask.all()) else {**batch, "attention_mask": mask}
+
+
+def replay_indices(step: int, rows_per_step: int, num_rows: int, seed: int) -> np.ndarray:
+    """Rows of optimizer step `step`: a fresh permutation each pass, a pure function of its arguments.
+
+    So a resumed run continues the stream where it stopped, however the step is split over micro-batches.
+    """
+    positions = np.arange(step * rows_per_step, (step + 1) * rows_per_step)
+    return np.array([_permutation(num_rows, seed, p // num_rows)[p % num_rows] for p in positions], dtype=np.int64)
+
+
+def replace_rows(new: dict[str, Any], replay: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The batch with its last rows replaced by replay rows, padded to the longer of the two; labels mask padding."""
+    if "labels" not in new or "attention_mask" not in new:
+        raise ValueError(
+            "replay_objective: 'replace' needs padded batches with labels and attention_mask; set packing false, or "
+            "use 'kl' or 'ntp'"
+        )
+    count = min(len(replay["input_ids"]), len(new["input_ids"]) - 1)
+    width = max(new["input_ids"].shape[1], replay["input_ids"].shape[1])
+
+    def joined(name: str, old: torch.Tensor, fill: int) -> torch.Tensor:
+        parts = [new[name][: len(new[name]) - count], old[:count].to(new[name].device)]
+        return torch.cat([torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts])
+
+    mask = replay.get("attention_mask", torch.ones_like(replay["input_ids"]))
+    return {
+        "input_ids": joined("input_ids", replay["input_ids"], 0),
+        "attention_mask": joined("attention_mask", mask, 0),
+        "labels": joined("labels", replay["labels"], -100),
+    }
+
+
+@lru_cache(maxsize=4)
+def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check a replay dataset's manifest.
+
+    Raises:
+        ValueError: if it is missing, malformed, or of another version.
+    """
+    where = f"replay_dataset: {str(folder / MANIFEST)!r} is damaged"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"replay_dataset: {str(folder)!r} has no {MANIFEST}; make it with `retain sample`") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{where}; sample again: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ValueError(f"replay_dataset: {str(folder)!r} has schema {found!r}, not {SCHEMA!r}; sample again")
+    check_shape(manifest, SHAPE, where, REMEDY)
+    for name in ("num_rows", "rows_per_shard"):
+        if manifest[name] < 1:
+            raise ValueError(f"{where}: {name!r} is {manifest[name]}, not 1 or more; {REMEDY}")
+    return manifest
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.parquet"
+
+
+def write_shard(folder: Path, shard: int, first_row: int, columns: dict[str, np.ndarray]) -> None:
+    """Write rows as one Parquet file: `row`, their numbers, and the columns, one value or list of values a row."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    numbers = np.arange(first_row, first_row + len(columns["input_ids"]))
+    arrays = {name: pa.array(list(column) if column.ndim > 1 else column) for name, column in columns.items()}
+    with atomic_path(shard_path(folder, shard)) as temporary:
+        parquet.write_table(pa.table({"row": numbers, **arrays}), temporary)
+
+
+def read_shards(
+    folder: Path, manifest: dict[str, Any], columns: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, list[Any]]:
+    """The named columns of all shards there are, in the order of the rows; optional ones where a shard has them.
+
+    Raises:
+        ValueError: if a shard is damaged.
+    """
+    from pyarrow import parquet
+
+    found: dict[str, list[Any]] = {name: [] for name in (*columns, *optional)}
+    for shard in range(-(-manifest["num_rows"] // manifest["rows_per_shard"])):
+        path = shard_path(folder, shard)
+        if not path.exists():
+            continue
+        try:
+            there = parquet.read_schema(path).names
+            names = [*columns, *(name for name in optional if name in there)]
+            table = parquet.read_table(path, columns=names)
+            for name in names:
+                found[name] += list(table[name].to_numpy())
+        except Exception as error:  # pyarrow's many ways of saying that a file is not what it should be
+            raise ValueError(
+                f"replay_dataset: {str(path)!r} is damaged; delete it and run the same `retain sample`"
+            ) from error
+    return found
+
+
+def load_self_generated(folder: Path) -> ReplayDataset:
+    """Load a folder that `retain sample` finished.
+
+    Raises:
+        ValueError: if it is unfinished, damaged, or of another version.
+    """
+    manifest = read_manifest(folder)
+    columns = read_shards(folder, manifest, ("input_ids", "prefix_length"), optional=("logprob",))
+    rows = columns["input_ids"]
+    if len(rows) != manifest["num_rows"]:
+        raise ValueError(
+            f"replay_dataset: {str(folder)!r} holds {len(rows)} of {manifest['num_rows']} rows; "
+            "finish it with the same `retain sample` command"
+        )
+    given = columns["prefix_length"]
+    if not all(map(_fits, rows, given)):
+        raise ValueError(f"replay_dataset: {str(folder)!r} holds rows that are no token ids behind a prefix; {REMEDY}")
+    found = ReplayDataset.from_rows(rows, str(folder), manifest, given)
+    told = columns["logprob"]
+    log_probs = np.array(told, dtype=np.float64) if len(told) == len(rows) else None
+    return replace(found, cache=open_cache(folder, manifest, found.num_predictions), log_probs=log_probs)
+
+
+def _fits(row: Any, given: Any) -> bool:
+    """Whether a row is token ids, of which so many may have been given."""
+    ids = isinstance(row, np.ndarray) and row.dtype.kind in "iu"
+    return ids and isinstance(given, np.integer) and 0 <= int(given) <= len(row)
+
+
+def load_replay_dataset(
+    source: str, tokenizer: PreTrainedTokenizerBase, start_id: int, max_length: int
+) -> ReplayDataset:
+    """Load self-generated rows from a folder, or real text from a file or the Hub, cut into rows of `max_length`.
+
+    Raises:
+        ValueError: one line naming the source and what is wrong with it.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        found = load_self_generated(folder)
+        check_shape(found.manifest, OWN, f"replay_dataset: {str(folder / MANIFEST)!r} is damaged", REMEDY)
+        return found
+    documents = tokenize_documents(read_texts(source, tokenizer, None, WHOLE), tokenizer, start_id, max_length)
+    if not documents:
+        raise ValueError(f"replay_dataset: {source!r} has no text; give rows with at least one token")
+    return ReplayDataset.from_rows([window for document in documents for window in document.windows], source)
+
+
+def load_texts(
+    source: str, tokenizer: PreTrainedTokenizerBase, max_documents: int | None = None, reading: Reading = OLD_TEXT
+) -> list[Text] | list[Document]:
+    """Texts of a file or Hub dataset, or the rows of a folder that `retain sample` wrote, one document each.
+
+    Raises:
+        ValueError: one line naming the source and what is wrong with it.
+    """
+    folder = Path(source).expanduser()
+    if (folder / MANIFEST).is_file():
+        rows = load_self_generated(folder)
+        count = len(rows) if max_documents is None else min(max_documents, len(rows))
+        given = rows.prefix_lengths[:count].tolist()
+        return token_documents([rows[index].tolist() for index in range(count)], tokenizer, given)
+    return list(read_texts(source, tokenizer, max_documents, reading))
+
+
+def verify_replay(
+    manifest: dict[str, Any], *, model_fingerprint: str, tokenizer_fingerprint: str, allow_off_policy: bool
+) -> str | None:
+    """Refuse replay rows that another model or tokenizer wrote.
+
+    Returns:
+        None when the rows are the base's own; a warning when they are not and `allow_off_policy` accepts that.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if manifest["tokenizer_fingerprint"] != tokenizer_fingerprint:
+        what = (
+            f"it was written with the tokenizer of {manifest['model']!r} (fingerprint "
+            f"{manifest['tokenizer_fingerprint']}), this model's is {tokenizer_fingerprint}: the token ids may mean "
+            "other text"
+        )
+    elif manifest["model_fingerprint"] != model_fingerprint:
+        what = (
+            f"it was sampled from {manifest['model']!r} (weights {manifest['model_fingerprint']}), "
+            f"not from this model (weights {model_fingerprint})"
+        )
+    else:
+        return None
+    if not allow_off_policy:
+        raise ValueError(f"replay_dataset: {what}; sample from this model, or set allow_off_policy_replay")
+    return f"off-policy replay: {what}"

@@ -1,0 +1,1 @@
+"""Results shown to people: tables, sentences, figures, pages. No models here."""

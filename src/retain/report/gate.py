@@ -1,0 +1,125 @@
+"""A report as a gate: is forgetting within a budget, beyond it, or is that more than the evidence can say?
+
+An interval decides, never a value alone: within where the whole 95% interval is, beyond where the whole interval is,
+and neither where it straddles the limit. The worst decides for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from retain.report.answers import rules_of
+from retain.report.numbers import cell, is_number
+
+WITHIN, BEYOND, UNDECIDED = 0, 2, 3
+WORDS = {WITHIN: "within", BEYOND: "beyond", UNDECIDED: "not enough evidence"}
+WHY = {
+    WITHIN: "the whole interval keeps to it",
+    BEYOND: "the whole interval is beyond it",
+    UNDECIDED: "the interval does not decide",
+}
+SEVERITY = (WITHIN, UNDECIDED, BEYOND)
+FEWEST = 10  # documents or questions below which the coverage of an interval is not known: nothing is decided
+HOPELESS = 1000  # times as much text: then the value lies on the limit, as far as anyone can tell
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number held against its limit."""
+
+    name: str
+    what: str
+    entry: dict[str, Any]
+    limit: float
+    sign: int
+    """+1 where more than the limit is bad, −1 where less is."""
+    unit: str
+    """What is resampled: documents or questions."""
+
+    @property
+    def size(self) -> int:
+        return int(self.entry.get(f"num_{self.unit}") or 0)
+
+    @property
+    def excess(self) -> tuple[float, float, float] | None:
+        """(value, low, high) beyond the limit: positive is bad. None where there is no interval to go by."""
+        numbers = [self.entry.get("value"), *(self.entry.get("ci") or [])]
+        if len(numbers) != 3 or not all(map(is_number, numbers)):
+            return None
+        value, low, high = (self.sign * (number - self.limit) for number in numbers)
+        return value, min(low, high), max(low, high)
+
+    @property
+    def code(self) -> int:
+        if self.excess is None or self.size < FEWEST:
+            return UNDECIDED
+        _, low, high = self.excess
+        return WITHIN if high <= 0 else BEYOND if low > 0 else UNDECIDED
+
+    @property
+    def needed(self) -> int | None:
+        """Documents that would decide if the value stays: an interval's width falls as 1/sqrt(documents).
+
+        None where no affordable number would.
+        """
+        if self.excess is None or self.size < FEWEST:
+            return FEWEST
+        value, low, high = self.excess
+        side = high - value if value <= 0 else value - low
+        times = (side / value) ** 2 if value else math.inf
+        return max(self.size + 1, math.ceil(self.size * times)) if times <= HOPELESS else None
+
+    def __str__(self) -> str:
+        percent = self.what != "forgetting"
+        words = cell(self.entry.get("value"), self.entry.get("ci"), percent=percent)
+        limit = f"at least {self.limit:.1%}" if percent else f"a budget of {self.limit:g} nats/token"
+        number = f"{words['value']} {words['interval'] or '(no interval)'}"
+        return f"{self.name}, {self.what} {number} on {self.size:,} {self.unit}, against {limit}: {WHY[self.code]}"
+
+    @property
+    def advice(self) -> str:
+        """How much more text would decide."""
+        if self.needed is None:
+            return f"the value lies so near the limit that more {self.unit} would hardly decide"
+        if self.size < FEWEST:
+            return (
+                f"at least {FEWEST} {self.unit} are needed for an interval that can decide, {self.size} were measured"
+            )
+        return (f"about {self.needed:,} {self.unit} of this kind, {self.needed - self.size:,} more, would decide "
+                "if the value stays")  # fmt: skip
+
+
+def checks_of(data: dict[str, Any], budget: float | None, min_agreement: float | None) -> Iterator[Check]:
+    """Everything in a report that a limit is set on."""
+    for text, metrics in (data.get("retention") or {}).items():
+        if budget is not None:
+            yield Check(text, "forgetting", metrics["forgetting"], budget, 1, "documents")
+        if min_agreement is not None:
+            yield Check(text, "same top token", metrics["ref_agreement"], min_agreement, -1, "documents")
+    for name, rule, compared in rules_of(data):
+        if min_agreement is not None:
+            yield Check(f"{name} ({rule})", "same answer", compared["agreement"], min_agreement, -1, "questions")
+
+
+def judge(data: dict[str, Any], *, budget: float | None, min_agreement: float | None) -> dict[str, Any]:
+    """`code` (0 within, 2 beyond, 3 not enough evidence), `verdict` in one line, and a line for every number judged.
+
+    Args:
+        budget: most forgetting (nats per token) of any retention text.
+        min_agreement: least share of the base's own top tokens and answers.
+    """
+    checks = list(checks_of(data, budget, min_agreement))
+    assert checks, "a limit on nothing"
+    worst = max(SEVERITY.index(check.code) for check in checks)
+    guilty = [check for check in checks if SEVERITY.index(check.code) == worst]
+    decided = max(guilty, key=lambda check: (check.what == "forgetting", (check.excess or (0.0,))[0]))
+    code = SEVERITY[worst]
+    more = f" ({len(guilty) - 1} more like it)" if len(guilty) > 1 and code != WITHIN else ""
+    hint = f"; {decided.advice}" if code == UNDECIDED else ""
+    return {
+        "budget": budget, "min_agreement": min_agreement, "code": code, "checks": list(map(str, checks)),
+        "verdict": f"gate: {WORDS[code]} (exit code {code}), decided by {decided}{hint}{more}",
+    }  # fmt: skip

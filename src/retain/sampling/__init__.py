@@ -1,0 +1,1 @@
+"""A model writes its own replay rows."""

@@ -1,0 +1,312 @@
+"""The sampling engine: whole batches in lockstep through any Hugging Face decoder, one uniform a token.
+
+Replay is a special case that general generation does not exploit: every row has the same length, none stops early,
+nothing processes the logits. Rows need no padding mask even where their given beginnings differ in length, for a
+given token simply takes the place of a drawn one.
+
+Each row has its own stream of uniforms, a pure function of (seed, row), and each token is the inverse of the
+cumulative distribution at one of them. So a row depends neither on the rows beside it, nor on where a job was
+killed, nor on `generation_config`: with batches of one size it is the same to the last bit. Between batch sizes the
+rounding of logits shifts the cumulative distribution a little, which moves one draw in some hundreds at a vocabulary
+of 49k (where many tokens share a small mass); the row then goes another way, as good a draw as the first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import psutil
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from retain.models.head import seen_by_head
+from retain.models.reference import evaluation_mode, probe_tokens
+from retain.replay.own_rows import check_draws, rope_switch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MOST_ROWS = {"cpu": 64}  # on a CPU larger batches gain nothing: 64 rows already fill the matrix products
+MOST_ROWS_ELSEWHERE = 512
+SHARE_OF_FREE_MEMORY = 0.5
+NARROW = 512  # hidden size up to which a second CPU thread waits for the first longer than it helps
+TOP_K = 64  # likeliest tokens that a reference cache of kind "topk" keeps of each prediction
+CACHES = ("past_key_values", "cache_params", "state")  # what decoders call the cache that they return, and take again
+SHOWN = 2  # rows of a model's first batch that are held against passes without a cache
+PROBED = 8  # tokens that are predicted with the cache and without, before anything is drawn
+MOST_OTHERWISE = 0.1  # share of draws that a cache may change: bf16 changes under 0.5 % (SmolLM2), one unused 77 %
+TAKES_OURS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # models that were shown to predict with a cache
+PROVEN_LENGTHS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # the longest rows of a model that were shown right
+RECURRENT = 256  # numbers of state per hidden unit and layer, where no `state_size` says it: an xLSTM's, the largest
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A cache layer that writes into a buffer of the final length and hands out views of what is filled.
+
+    `DynamicLayer` copies all it holds at every token.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append states of shape (rows, heads, new tokens, head size) and return all so far."""
+        if self.length == 0:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.key_buffer, self.value_buffer = (
+                states.new_empty(*states.shape[:2], self.max_length, states.shape[3])
+                for states in (key_states, value_states)
+            )
+            self.is_initialized = True
+        begin, self.length = self.length, self.length + key_states.shape[2]
+        self.key_buffer[:, :, begin : self.length] = key_states
+        self.value_buffer[:, :, begin : self.length] = value_states
+        self.keys, self.values = self.key_buffer[:, :, : self.length], self.value_buffer[:, :, : self.length]
+        return self.keys, self.values
+
+
+def cached_pass(
+    model: PreTrainedModel, input_ids: Int[Tensor, "rows new"], cache: dict[str, Any], **options: Any
+) -> tuple[Float[Tensor, "rows new vocab"], dict[str, Any]]:
+    """Logits of the new tokens, and the cache that now holds them, by the name under which the model takes it."""
+    output = model(input_ids=input_ids, use_cache=True, **cache, **options)
+    return output.logits, cache | {name: output[name] for name in CACHES if output.get(name) is not None}
+
+
+def new_cache(model: PreTrainedModel, max_length: int) -> dict[str, Any]:
+    """An empty cache by its name, its plain layers preallocated; sliding and recurrent layers stay as they are."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [PreallocatedLayer(max_length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return {"past_key_values": cache}
+
+
+def proven_cache(model: PreTrainedModel, max_length: int) -> dict[str, Any]:
+    """An empty cache, of a model that was shown to predict with one as without; nothing where it makes its own.
+
+    Raises:
+        ValueError: if it does not, as where the model makes nothing of it and sees the last token alone.
+    """
+    if model not in TAKES_OURS:
+        TAKES_OURS[model] = takes_our_cache(model, min(PROBED, max_length))
+    # This empties the states that RecurrentGemma keeps in its modules.
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    return new_cache(model, max_length) if TAKES_OURS[model] else {}
+
+
+def takes_our_cache(model: PreTrainedModel, length: int) -> bool:
+    """Whether the model takes a cache that we make, once it predicted a few tokens with a cache as without.
+
+    One that returns a cache of another name or kind, as Mamba and RWKV do, shall make it again.
+    """
+    tokens = probe_tokens(model.get_input_embeddings().weight.shape[0])[:, :length].to(model.device)
+    _, own = cached_pass(model, tokens[:, : length // 2], {})
+    ours = not own or type(own.get("past_key_values")) is DynamicCache
+    _, cache = cached_pass(model, tokens[:, : length // 2], new_cache(model, length) if ours else {})
+    steps = []
+    for at in range(length // 2, length):
+        logits, cache = cached_pass(model, tokens[:, at : at + 1], cache)
+        steps.append(logits[:, -1])
+    whole = model(input_ids=tokens, use_cache=False).logits[:, length // 2 :]
+    with_cache, without = (torch.softmax(logits.float(), dim=-1) for logits in (torch.stack(steps, dim=1), whole))
+    otherwise = float((with_cache - without).abs().sum(-1).mean() / 2)
+    if otherwise > MOST_OTHERWISE:
+        raise ValueError(
+            f"model: {model.config.model_type!r} does not go on from its cache as transformers' causal models do "
+            f"({otherwise:.0%} of draws would come out otherwise), so its rows would not be its own; sample with "
+            "--engine vllm, or replay real text"
+        )
+    return ours
+
+
+def row_uniforms(seed: int, row: int, num_draws: int) -> np.ndarray:
+    """Uniforms in [0, 1) of one row, shape (num_draws,), float64, from the counter-based generator Philox."""
+    raw = np.random.Philox(key=[seed, row]).random_raw(num_draws)
+    return (raw >> np.uint64(11)) * 2.0**-53
+
+
+def draw_tokens(probabilities: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, rows]) -> Int[Tensor, rows]:
+    """One draw per row: the inverse of the cumulative distribution, summed in float64.
+
+    A token of probability zero is never drawn. Where a row is no distribution (NaN), any token may come out.
+    """
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    place = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))  # rounding may reach it
+    drawn = torch.searchsorted(cumulative, place.unsqueeze(-1), right=True).squeeze(-1)
+    return drawn.clamp_(max=probabilities.shape[-1] - 1)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Rows as they were drawn.
+
+    tokens: (rows, length). prefix_lengths: (rows,), the tokens that were given. logprobs: (rows,), log-probability of
+    the drawn tokens, summed, nats. entropies: (rows,), entropy of the distributions they were drawn from, summed, nats;
+    None where the engine does not say.
+    reference: what the model predicted at each drawn token, where it was to be kept; row after row, on the CPU:
+    `hidden` (drawn tokens, hidden size), or `log_probs` and `tokens` (drawn tokens, TOP_K).
+    """
+
+    tokens: np.ndarray
+    prefix_lengths: np.ndarray
+    logprobs: np.ndarray
+    entropies: np.ndarray | None
+    reference: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Drawn]) -> Drawn:
+        """Batches of rows one after the other."""
+        names = ("tokens", "prefix_lengths", "logprobs")
+        said = [part.entropies for part in parts if part.entropies is not None]
+        reference = {name: torch.cat([part.reference[name] for part in parts]) for name in parts[0].reference}
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return cls(**columns, entropies=np.concatenate(said) if said else None, reference=reference)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """As columns of a shard; `logprob` and `entropy` are summed over the drawn tokens of a row, in nats."""
+        given, logprob = self.prefix_lengths.astype(np.int32), self.logprobs.astype(np.float32)
+        columns = {"input_ids": self.tokens, "prefix_length": given, "logprob": logprob}
+        return columns if self.entropies is None else {**columns, "entropy": self.entropies.astype(np.float32)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """The rows of a shard that is still to be drawn: their numbers, and the token ids that each begins with."""
+
+    shard: int
+    rows: Sequence[int]
+    prefixes: Sequence[Sequence[int]]
+
+
+# (beginnings, row numbers) -> rows.
+Draw = Callable[[Sequence[Sequence[int]], Sequence[int]], Drawn]
+# (shards, batch size, progress) -> each shard with its rows, in any order; progress is told of rows as they are done.
+Engine = Callable[[Sequence[Work], int, Callable[[int], object]], Iterator[tuple[Work, Drawn]]]
+
+
+def in_batches(draw: Draw) -> Engine:
+    """The engine that draws one shard after the other in this process, each in batches of one size."""
+
+    def engine(
+        shards: Sequence[Work], batch_size: int, progress: Callable[[int], object]
+    ) -> Iterator[tuple[Work, Drawn]]:
+        for work in shards:
+            parts = []
+            for at in range(0, len(work.rows), batch_size):
+                batch = slice(at, at + batch_size)
+                parts.append(draw(work.prefixes[batch], work.rows[batch]))
+                progress(len(work.rows[batch]))
+            yield work, Drawn.joined(parts)
+
+    return engine
+
+
+@torch.inference_mode()
+def draw_rows(
+    model: PreTrainedModel,
+    prefixes: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    max_length: int,
+    seed: int,
+    store: str | None = None,
+) -> Drawn:
+    """Draw the rows with these numbers, each of `max_length` tokens, behind its given beginning.
+
+    Args:
+        prefixes: token ids that each row begins with; at least one, fewer than `max_length`.
+        rows: number of each row, which names its stream of uniforms.
+        store: what to keep of the model's predictions: "hidden", "topk", or nothing.
+
+    Raises:
+        ValueError: if the model's predictions are not finite, as where half precision overflows, or its cache does
+            not carry the context.
+    """
+    given = np.array([len(prefix) for prefix in prefixes])
+    assert given.min() >= 1 and given.max() < max_length, (given.min(), given.max(), max_length)  # noqa: PT018
+    device = model.device
+    uniforms = torch.from_numpy(np.stack([row_uniforms(seed, row, max_length) for row in rows])).to(device)
+    tokens = torch.zeros(len(rows), max_length, dtype=torch.long)
+    for at, prefix in enumerate(prefixes):
+        tokens[at, : len(prefix)] = torch.tensor(prefix)
+    tokens, lengths = tokens.to(device), torch.from_numpy(given).to(device)
+    logprobs, entropies = torch.zeros(2, len(rows), dtype=torch.float64, device=device)
+    done, kept, shown, switch = 0, [], [], rope_switch(model)
+    with evaluation_mode(model), seen_by_head(model) as hidden:  # with dropout it is not the model's own distribution
+        cache = proven_cache(model, max_length)
+        for at in range(int(given.min()), max_length):
+            last_only = {}
+            if switch is not None and 0 < done <= switch < at:  # what the cache holds was encoded otherwise
+                done, cache, last_only = 0, proven_cache(model, max_length), {"logits_to_keep": 1}
+            logits, cache = cached_pass(model, tokens[:, done:at], cache, **last_only)
+            done = at
+            log_probs = torch.log_softmax(logits[:, -1].float(), dim=-1)
+            probabilities = log_probs.exp()
+            drawn = draw_tokens(probabilities, uniforms[:, at])
+            free = lengths <= at
+            tokens[:, at] = torch.where(free, drawn, tokens[:, at])
+            chosen = log_probs.gather(-1, tokens[:, at : at + 1]).squeeze(-1)
+            logprobs += torch.where(free, chosen, 0.0)
+            shown.append(chosen[:SHOWN])
+            entropies += torch.where(free, torch.special.entr(probabilities).sum(-1), 0.0)
+            if store is not None:
+                kept.append(_prediction(store, hidden[-1], log_probs))
+            hidden.clear()
+    if not bool(entropies.isfinite().all()):
+        raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
+    if PROVEN_LENGTHS.get(model, 0) < max_length:
+        with evaluation_mode(model):
+            check_draws(model, tokens[:SHOWN], given[:SHOWN].tolist(), torch.stack(shown, dim=1))
+        PROVEN_LENGTHS[model] = max_length
+    sums = logprobs.cpu().numpy(), entropies.cpu().numpy()
+    return Drawn(tokens.cpu().numpy().astype(np.int32), given, *sums, _row_after_row(kept, given))
+
+
+def _prediction(store: str, hidden: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
+    if store == "hidden":
+        return {"hidden": hidden[:, -1].cpu()}
+    found = log_probs.topk(min(TOP_K, log_probs.shape[-1]), dim=-1)
+    return {"log_probs": found.values.cpu(), "tokens": found.indices.to(torch.int32).cpu()}
+
+
+def _row_after_row(kept: list[dict[str, Tensor]], given: np.ndarray) -> dict[str, Tensor]:
+    """Predictions by position, each of shape (rows, size), as one array over the drawn tokens of all rows."""
+    if not kept:
+        return {}
+    positions = torch.arange(len(kept)) + int(given.min())
+    drawn = positions >= torch.from_numpy(given).unsqueeze(-1)
+    return {name: torch.stack([part[name] for part in kept], dim=1)[drawn] for name in kept[0]}
+
+
+def choose_threads(model: PreTrainedModel) -> int:
+    """CPU threads for drawing: one for a narrow model, else what torch or OMP_NUM_THREADS says.
+
+    A rule rather than a trial: the number of threads may change how sums are rounded, and with it the rows.
+    """
+    narrow = model.config.get_text_config().hidden_size <= NARROW
+    return 1 if narrow and "OMP_NUM_THREADS" not in os.environ else torch.get_num_threads()
+
+
+def choose_batch_size(model: PreTrainedModel, max_length: int) -> int:
+    """Rows that fit into half of the free memory with their cache and predictions: a power of two."""
+    config, device = model.config.get_text_config(), model.device
+    if attending := getattr(config, "num_attention_heads", None):
+        heads = getattr(config, "num_key_value_heads", None) or attending
+        size = getattr(config, "head_dim", None) or config.hidden_size // attending
+        of_cache = 2 * config.num_hidden_layers * heads * size * max_length * model.dtype.itemsize
+    else:  # a state of one size whatever the length, in float32
+        of_cache = 8 * config.num_hidden_layers * config.hidden_size * getattr(config, "state_size", RECURRENT)
+    of_predictions = 32 * config.vocab_size  # logits, log-probabilities, probabilities in float32; sums in float64
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    most = MOST_ROWS.get(device.type, MOST_ROWS_ELSEWHERE)
+    rows = int(SHARE_OF_FREE_MEMORY * free / (of_cache + of_predictions))
+    return 1 << (max(1, min(rows, most)).bit_length() - 1)

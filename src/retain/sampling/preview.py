@@ -1,0 +1,53 @@
+"""Rows of a pool to read, with their statistics, in a terminal or on a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from retain.sampling.quality import PoolStatistics, shown
+from retain.text import visible_text
+
+
+def describe(statistics: PoolStatistics) -> list[tuple[str, str]]:
+    """The summary as lines of (label, value) to read; what was not measured is left out."""
+    return [(_label(key), shown(value)) for key, value in statistics.summary.items() if value not in (None, {})]
+
+
+def preview_text(texts: Sequence[str], statistics: PoolStatistics, count: int = 20, max_chars: int = 1200) -> str:
+    """`count` rows spread over the pool, to read in a terminal: no character of a row acts on it."""
+    parts: list[str] = []
+    for notes, text in _samples(texts, statistics, count):
+        cut = text if len(text) <= max_chars else text[:max_chars] + " …"
+        parts += ["", " · ".join(notes), *(f"  {line}" for line in cut.split("\n"))]
+    return "\n".join(parts) + "\n"
+
+
+def preview_html(texts: Sequence[str], statistics: PoolStatistics, count: int = 20, title: str = "Replay rows") -> str:
+    """One self-contained page: summary, warnings, and the same rows uncut with their statistics in the margin."""
+    import jinja2
+
+    from retain.report.report import TEMPLATES
+
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    samples = list(_samples(texts, statistics, count))
+    lines, warnings, entropy = describe(statistics), statistics.warnings, statistics.summary["entropy"] is not None
+    return page.get_template("preview.html").render(
+        title=title, lines=lines, warnings=warnings, samples=samples, entropy=entropy
+    )
+
+
+def _samples(texts: Sequence[str], statistics: PoolStatistics, count: int) -> Iterator[tuple[list[str], str]]:
+    """The notes and the harmless text of rows evenly spread over the pool."""
+    assert len(texts) == len(statistics.rows["num_tokens"]), "a text for each row"
+    for i in np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int)).tolist():
+        notes = [f"row {i}"] + ["repeating"] * bool(statistics.rows["repeating"][i])
+        known = ((key, column[i]) for key, column in statistics.rows.items() if key != "repeating")
+        notes += [f"{_label(key)} {shown(value)}" for key, value in known if value is not None]
+        yield notes, visible_text(texts[i])
+
+
+def _label(key: str) -> str:
+    return key.replace("num_", "").replace("_minus_", " − ").replace("_", " ")

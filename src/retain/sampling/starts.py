@@ -1,0 +1,137 @@
+"""How replay rows begin: from the document start, inside a chat turn, behind the user's prompts, or a mix of these.
+
+Which beginning a row gets is a function of its number alone, so a resumed or distributed job gives the same rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from retain.models.description import StartToken
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MODES = ("document", "chat", "prompts")
+GOLDEN = 0.6180339887498949  # fractional parts of its multiples fill [0, 1) evenly, so every stretch keeps the shares
+CONTENT = "RETAINCONTENT"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to begin: the token ids that may be given, and the share of rows that begin so."""
+
+    name: str
+    share: float
+    prefixes: list[list[int]]
+    end_of_turn: int | None = None
+
+
+@dataclass(frozen=True)
+class Starts:
+    """The beginnings of all rows."""
+
+    modes: tuple[Mode, ...]
+
+    def of_row(self, row: int) -> tuple[Mode, list[int]]:
+        """The mode of a row and the token ids it begins with."""
+        place, reached = ((row + 0.5) * GOLDEN) % 1.0, 0.0
+        for mode in self.modes:
+            reached += mode.share
+            if place < reached:
+                return mode, mode.prefixes[row % len(mode.prefixes)]
+        return self.modes[-1], self.modes[-1].prefixes[row % len(self.modes[-1].prefixes)]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What a manifest keeps: each mode's share, how many beginnings it has, and their fingerprint."""
+        return [
+            {
+                "mode": mode.name,
+                "share": mode.share,
+                "num_prefixes": len(mode.prefixes),
+                "fingerprint": hashlib.sha256(json.dumps(mode.prefixes).encode()).hexdigest()[:16],
+            }
+            for mode in self.modes
+        ]
+
+
+def document_starts(start: StartToken) -> Starts:
+    """Every row begins with the document start alone."""
+    return Starts((Mode("document", 1.0, [[start.id]]),))
+
+
+def plan_starts(
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    start: StartToken,
+    *,
+    chat_turn: str = "user",
+    prompts: Sequence[str] = (),
+) -> Starts:
+    """Read `document`, `chat`, `prompts`, or a mix such as `document=0.7,chat=0.3`.
+
+    Args:
+        chat_turn: role whose turn a chat row begins inside; the model writes that turn and what follows.
+        prompts: texts that rows of mode `prompts` continue, behind the document start.
+
+    Raises:
+        ValueError: if the specification, the chat template or the prompts do not fit.
+    """
+    modes = []
+    for name, share in _shares(spec).items():
+        if name == "document":
+            modes.append(Mode(name, share, [[start.id]]))
+        elif name == "chat":
+            ids, end = chat_prefix(tokenizer, chat_turn)
+            modes.append(Mode(name, share, [ids], end))
+        else:
+            cut = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+            if not any(cut):
+                what = f"all {len(cut)} rows are empty; give texts" if cut else "missing; give --prompts FILE"
+                raise ValueError(f"prompts: {what} for rows that begin with prompts")
+            modes.append(Mode(name, share, [[start.id, *ids] for ids in cut if ids]))
+    return Starts(tuple(modes))
+
+
+def _shares(spec: str) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for part in spec.split(","):
+        name, found, share = part.strip().partition("=")
+        try:
+            value = float(share) if found else 1.0
+        except ValueError:
+            value = -1.0
+        if name not in MODES or not 0 < value <= 1 or name in shares:
+            raise ValueError(
+                f"start: {spec!r} does not fit; use one of {', '.join(MODES)}, or a mix like document=0.7,chat=0.3"
+            )
+        shares[name] = value
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise ValueError(f"start: the shares in {spec!r} add up to {sum(shares.values()):g}; make them add up to 1")
+    return shares
+
+
+def chat_prefix(tokenizer: PreTrainedTokenizerBase, turn: str) -> tuple[list[int], int]:
+    """What the chat template writes before the content of a first turn, and the token it ends that turn with.
+
+    Raises:
+        ValueError: if there is no template, or it cannot open a conversation with this role.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("start: 'chat' needs a chat template and this tokenizer has none; use document or prompts")
+    try:
+        text = str(tokenizer.apply_chat_template([{"role": turn, "content": CONTENT}], tokenize=False))
+    except Exception as error:  # a template is the checkpoint's own program and may fail in any way
+        raise ValueError(f"chat_turn: the chat template cannot begin with {turn!r}; use user: {error}") from error
+    before, found, after = text.partition(CONTENT)
+    if not found:
+        raise ValueError(f"chat_turn: the chat template does not write the content of {turn!r}; use user or assistant")
+    prefix = tokenizer(before, add_special_tokens=False)["input_ids"]
+    end = tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
+    if not prefix or not (end or tokenizer.eos_token_id is not None):
+        raise ValueError("start: the chat template marks no turns; use document or prompts")
+    return prefix, int(end[0] if end else tokenizer.eos_token_id)

@@ -1,0 +1,221 @@
+"""Sampling a replay dataset: a model's own rows into Parquet shards, by one process or many, to the end or in pieces.
+
+The start token or another given beginning, temperature 1, no truncation, past end-of-document tokens.
+Source: Marek et al., self-generated replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from retain.checks import Unchosen
+from retain.files import exclusive, write_json
+from retain.models.description import (
+    StartToken,
+    check_predicts_tokens,
+    choose_start_token,
+    length_that_fits,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
+from retain.replay.dataset import MANIFEST, NOT_COMPARED, SCHEMA, read_manifest, shard_path, write_shard
+from retain.replay.predictions import write_predictions
+from retain.sampling.engine import Engine, Work, choose_batch_size, draw_rows, in_batches
+from retain.sampling.starts import Starts, document_starts
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SAMPLER = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
+ROWS_PER_SHARD = 64
+
+
+def sample_rows(
+    model: PreTrainedModel, start_id: int, rows: Sequence[int], max_length: int, seed: int
+) -> Int[Tensor, "rows length"]:
+    """Draw the rows with these numbers from the document start, each of `max_length` tokens, the start token first."""
+    drawn = draw_rows(model, [[start_id]] * len(rows), rows, max_length, seed)
+    return torch.from_numpy(drawn.tokens.astype(np.int64))
+
+
+def sample_replay(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str | Path,
+    *,
+    num_rows: int = 256,
+    max_length: int = Unchosen(512),
+    seed: int = 0,
+    start_token: StartToken | None = None,
+    starts: Starts | None = None,
+    min_ended_turns: float = 0.0,
+    store_reference: str | None = None,
+    batch_size: int | None = None,
+    rows_per_shard: int = ROWS_PER_SHARD,
+    overwrite: bool = False,
+    engine: Engine | None = None,
+    engine_name: str = "torch",
+    state: PartialState | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Path:
+    """Sample a replay dataset into a folder, or finish one that was interrupted.
+
+    Args:
+        max_length: tokens per row, what is given included; by default at most the model's positions.
+        start_token: the document start; chosen from the tokenizer by default.
+        starts: how rows begin; the document start alone by default.
+        min_ended_turns: the share of the first chat rows that must end their turn, or sampling stops.
+        store_reference: keep the model's predictions too: "hidden" or "topk" (see `reference_cache`).
+        batch_size: rows drawn together; by default what fits the memory, or what began the dataset.
+        rows_per_shard: rows of a file, the unit of work of a process and the most that a killed one loses.
+        engine: what draws the shards; this process, batch by batch, by default.
+        engine_name: what the manifest calls it; engines of one name give the same rows.
+        state: processes that share the work; each draws whole shards.
+        progress: called with 0 when drawing begins, then with the number of rows just finished by this process.
+
+    Returns:
+        The folder: Parquet shards (columns `row`, `input_ids`, `prefix_length`, `logprob`, and `entropy` where the
+        engine says it), `manifest.json`.
+
+    Raises:
+        ValueError: if the folder holds another dataset, rows are longer than the model can take, the model has an
+            adapter, or chat rows do not end their turns.
+    """
+    folder = Path(output_dir)
+    if hasattr(model, "peft_config"):  # the fingerprint is the base's, so its rows would pass for the base's own
+        raise ValueError("model: it has an adapter; sample from its base, or merge the adapter and sample from that")
+    check_predicts_tokens(model)
+    start_token = start_token or choose_start_token(tokenizer)
+    starts = starts or document_starts(start_token)
+    max_length = length_that_fits(model, max_length)
+    _check_beginnings(starts, max_length)
+    manifest = _manifest(model, tokenizer, start_token, engine_name) | {
+        "start": starts.describe(),
+        "num_rows": num_rows,
+    }
+    manifest |= {"max_length": max_length, "seed": seed, "rows_per_shard": rows_per_shard}
+    manifest["store_reference"] = store_reference
+    manifest["batch_size"] = batch_size or _begun_with(folder, overwrite) or choose_batch_size(model, max_length)
+    engine = engine or in_batches(partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference))
+    _refuse_foreign(folder)
+    main = state is None or state.is_main_process
+    with exclusive(folder) if main else nullcontext():
+        if main:
+            if min_ended_turns and (overwrite or not (folder / MANIFEST).exists()):
+                _check_turns(engine, starts, num_rows, manifest["batch_size"], min_ended_turns)
+            _begin(folder, manifest, overwrite)
+        if state is not None:
+            state.wait_for_everyone()
+            manifest = read_manifest(folder)  # the main process's: batches of one size give the same rows
+        if progress is not None:
+            progress(0)
+        _draw_shards(folder, manifest, starts, engine, state, progress or (lambda rows: None))
+        if state is not None:
+            state.wait_for_everyone()
+    return folder
+
+
+def _draw_shards(
+    folder: Path,
+    manifest: dict[str, Any],
+    starts: Starts,
+    engine: Engine,
+    state: PartialState | None,
+    progress: Callable[[int], object],
+) -> None:
+    mine, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
+    todo = []
+    for shard, first in enumerate(range(0, manifest["num_rows"], manifest["rows_per_shard"])):
+        rows = range(first, min(first + manifest["rows_per_shard"], manifest["num_rows"]))
+        if shard % processes != mine:
+            continue
+        if shard_path(folder, shard).exists():
+            progress(len(rows))
+        else:
+            todo.append(Work(shard, rows, [starts.of_row(row)[1] for row in rows]))
+    for work, drawn in engine(todo, manifest["batch_size"], progress):
+        if drawn.reference:
+            write_predictions(folder, work.shard, drawn.reference)
+        write_shard(folder, work.shard, work.rows[0], drawn.columns())
+
+
+def _check_beginnings(starts: Starts, max_length: int) -> None:
+    longest = max(len(prefix) for mode in starts.modes for prefix in mode.prefixes)
+    if longest >= max_length:
+        raise ValueError(f"max_length: {max_length} leaves no room behind a beginning of {longest} tokens; use more")
+
+
+def _begun_with(folder: Path, overwrite: bool) -> int | None:
+    """The batch size that a dataset was begun with: the same batches give the same rows to the last bit."""
+    return read_manifest(folder).get("batch_size") if (folder / MANIFEST).exists() and not overwrite else None
+
+
+def _check_turns(engine: Engine, starts: Starts, num_rows: int, batch_size: int, least: float) -> None:
+    """Stop before useless rows are written: some models open a user turn and never end it."""
+    chat = [row for row in range(num_rows) if starts.of_row(row)[0].name == "chat"][: max(16, batch_size)]
+    if not chat:
+        return
+    end = starts.of_row(chat[0])[0].end_of_turn
+    work = Work(0, chat, [starts.of_row(row)[1] for row in chat])
+    [(_, drawn)] = engine([work], batch_size, lambda rows: None)
+    ended = sum(end in row[given:] for row, given in zip(drawn.tokens, drawn.prefix_lengths, strict=True))
+    if ended < least * len(chat):
+        raise ValueError(
+            f"start: only {ended} of {len(chat)} chat rows ended their turn (min_ended_turns {least:g}): this model "
+            "does not write whole turns of this role, or max_length is too short; use start document or prompts, a "
+            "longer max_length, or min_ended_turns 0"
+        )
+
+
+def _manifest(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: StartToken, engine: str
+) -> dict[str, Any]:
+    from retain import versions
+
+    return {
+        "schema": SCHEMA,
+        "model": model.name_or_path,
+        "model_fingerprint": model_fingerprint(model),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "start_token": {"id": start.id, "token": start.token, "reason": start.reason},
+        "sampler": {"engine": engine, **SAMPLER, "dtype": str(model.dtype).removeprefix("torch.")},
+        "versions": versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.is_dir() and not (folder / MANIFEST).exists():
+        foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if foreign:
+            raise ValueError(f"output_dir: {str(folder)!r} holds other files ({foreign[0]}, …); choose an empty folder")
+
+
+def _begin(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
+    """Write the manifest into an empty folder, or check that the dataset there is this one."""
+    if not (folder / MANIFEST).exists():
+        write_json(folder / MANIFEST, manifest)
+        return
+    if overwrite:
+        for path in (*folder.glob("shard-*.parquet"), *folder.glob("reference-*.safetensors")):
+            path.unlink()
+        write_json(folder / MANIFEST, manifest)
+        return
+    found = read_manifest(folder)
+    for key, value in manifest.items():
+        if key not in NOT_COMPARED and found.get(key) != value:
+            raise ValueError(
+                f"output_dir: {str(folder)!r} holds rows with {key} {found.get(key)!r}, asked {value!r}; "
+                "choose another folder, or set overwrite_output_dir"
+            )

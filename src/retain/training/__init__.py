@@ -1,0 +1,1 @@
+"""Replay and retention inside the user's own trainer."""

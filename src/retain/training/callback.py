@@ -1,0 +1,333 @@
+"""Forgetting measured inside any transformers or TRL trainer, by a plain callback: no replay, nothing else changes.
+
+    callback = ForgettingCallback({"wiki": texts}, choices={"arc": questions}, tokenizer=tokenizer)
+    trainer = SFTTrainer(..., callbacks=[callback])
+    callback.trainer = trainer  # so that the values go through the trainer's own log, to W&B and the like
+
+Each evaluation is a point of the path: learning against forgetting, in the files that `retain report` and
+`retain fit` read. With `eval_on_start` the first point is the base itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import default_compute_objective
+
+from retain import versions
+from retain.data.rows import Document
+from retain.files import read_settings
+from retain.measuring.choices import Inputs, Question, choice_scores, chosen, encode_questions
+from retain.measuring.tokens import Forward, batches, logits_at, padded
+from retain.models.description import (
+    check_predicts_tokens,
+    choose_start_token,
+    max_positions,
+    model_fingerprint,
+    num_tuned,
+    unlike,
+)
+from retain.models.head import HeadForm, at_head, find_head_form, reshard
+from retain.models.reference import Reference, evaluation_mode, probe
+from retain.models.stored_base import RememberedBase
+from retain.training.evaluation import (
+    Sets,
+    Tables,
+    add_to_metrics,
+    batch_tokens,
+    check_best_metric,
+    evaluated_set,
+    logged,
+    logged_names,
+    measure_texts,
+    take_documents,
+)
+from retain.training.protection import (
+    check_base_is_frozen,
+    check_forward_passes,
+    see_the_base_everywhere,
+)
+from retain.training.run_files import RunFilesCallback, weights_step
+
+GIVE_BASE = "give base=the model before finetuning, as a second copy"
+
+
+class ForgettingCallback(RunFilesCallback):
+    """Measure forgetting, `ref_kl` and `ref_agreement`, and agreement with the base's own answers, at evaluations.
+
+    The base is the model as the trainer gets it: its adapter switched off, else its hidden states on these texts and
+    a copy of its output head. That it is the base is shown, or refused. Not for a trainer with `ReplayMixin`, which
+    measures by itself.
+
+    Args:
+        retention: name → texts (or documents of tokens) on which forgetting is measured.
+        choices: name → multiple-choice questions.
+        base: the base, where the model that the trainer gets is not, as when its adapter was trained before.
+        tokenizer: by default the trainer's `processing_class`.
+        max_tokens: tokens of each text: whole documents in an order drawn with `seed`, the same at every evaluation.
+            None for all.
+        max_length: longest window in tokens; longer documents are cut into several.
+        choices_every: questions are asked at every so many evaluations.
+        choice_style, choice_chat_template: as of `measure`.
+        start_token: the document start; chosen from the tokenizer by default.
+
+    Raises:
+        ValueError: one line, in the trainer's constructor or at the start of training, if the base cannot be had.
+    """
+
+    trainer: Any = None
+    """Set it, and the values go through `trainer.log`; else to the files, `log_history` and what `evaluate` returns."""
+
+    def __init__(
+        self,
+        retention: Mapping[str, Iterable[str] | Sequence[Document]] | None = None,
+        *,
+        choices: Mapping[str, Sequence[Question]] | None = None,
+        base: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_tokens: int | None = 16_384,
+        max_length: int = 512,
+        choices_every: int = 1,
+        choice_style: str = "text",
+        choice_chat_template: bool = False,
+        start_token: str | int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not retention and not choices:
+            raise ValueError("retention: nothing to measure; give texts, or choices")
+        if choices_every < 1:
+            raise ValueError(f"choices_every: {choices_every}; use at least 1")
+        super().__init__({})
+        self.retention, self.choices, self.base = dict(retention or {}), dict(choices or {}), base
+        self.tokenizer, self.start_token, self.seed = tokenizer, start_token, seed
+        self.max_tokens, self.max_length, self.choices_every = max_tokens, max_length, choices_every
+        self.asked: dict[str, Any] = {"style": choice_style, "chat_template": choice_chat_template}
+        self.reference: Reference | None = None
+        self.documents: dict[str, list[Document]] = {}
+        self.tables: dict[int, Tables] = {}
+        """By the optimizer step whose weights were measured: what `measure` finds, with intervals."""
+        self._values: dict[int, dict[str, float]] = {}  # of the same, as they are logged
+        self._sets: Sets = {}
+        self._is_logged = True
+        self._inputs: dict[str, Inputs] = {}
+        self._base_answers: dict[str, list[int]] = {}
+        self._is_in_train = self._begun = False
+
+    # What the trainer calls
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """The model as it was handed over, before any checkpoint is loaded into it: the base."""
+        self._take_base(args, model, kwargs.get("processing_class"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._make_sure_of_base(args, state, kwargs["model"], kwargs.get("processing_class"))
+        assert self.reference is not None
+        if state.global_step and self.reference.kind == "copy" and self.base is None:
+            self._check_resumed(Path(args.output_dir), state.global_step)
+        self.reference.to(args.device)
+        self.tables, self._sets, self._is_in_train = {}, {}, True
+        super().on_train_begin(args, state, control)
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any, **kwargs: Any) -> None:
+        if not self._begun:
+            self._prove_again(model, state)
+        self._begun = True
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._is_in_train = False
+        super().on_train_end(*args, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
+        """An evaluation's values are joined by ours as they are logged: other callbacks may read them before us."""
+        super().on_log(args, state, control, logs)
+        if logs and evaluated_set(logs) is not None:
+            self._add_values(logs, args, state, model, kwargs.get("processing_class"))
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Once a step, measure and log."""
+        step = self._add_values(metrics or {}, args, state, model, kwargs.get("processing_class"))
+        if not self._is_logged and step == state.global_step:  # logs belong to the step that the host is at
+            self._log(dict(self._values[step]), args, state, control)
+        self._is_logged = True
+
+    def _add_values(self, metrics: dict[str, float], args: Any, state: Any, model: Any, processing_class: Any) -> int:
+        """The step whose weights the model holds; what is measured of them, once, is added to a host's metrics."""
+        self._make_sure_of_base(args, state, model, processing_class)
+        step = weights_step(args, state, is_in_train=self._is_in_train)
+        if step not in self.tables:
+            self._measure(step, args, state, model)
+        objective = getattr(self.trainer, "compute_objective", default_compute_objective)
+        if not state.is_hyper_param_search or objective is not default_compute_objective:  # which adds up all it finds
+            add_to_metrics(metrics, self._values[step], step, self._sets)
+        return step
+
+    def _measure(self, step: int, args: Any, state: Any, model: Any) -> None:
+        assert self.reference is not None
+        self.reference.to(args.device)
+        self._prove_again(model, state)
+        asks = len(self.tables) % self.choices_every == 0
+        ref_forward, forward = self._forwards(model)
+        with evaluation_mode(model):
+            self.tables[step] = measure_texts(ref_forward, forward, self.documents, args=args, state=state, step=step)
+            answers = self._answers(forward, args, args.device) if asks else {}
+        self._values[step] = logged(self.tables[step])
+        for name, found in answers.items():
+            agreement = float(np.mean(np.array(found) == self._base_answers[name]))
+            self._values[step][f"choices/{name}/agreement"] = agreement
+        self._is_logged = False
+
+    def _log(self, logs: dict[str, float], args: Any, state: Any, control: Any) -> None:
+        if self.trainer is not None:
+            self.trainer.log(logs)
+            return
+        state.log_history.append({**logs, "epoch": state.epoch, "step": state.global_step})
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        self.on_log(args, state, control, logs)
+
+    # The base
+
+    def _make_sure_of_base(self, args: Any, state: TrainerState, model: Any, processing_class: Any) -> None:
+        """A callback that was added later sees the model only now, which is the base only before the first step."""
+        if self.reference is None and state.global_step and self.base is None:
+            raise ValueError(
+                f"base: the model has made {state.global_step} steps before this callback saw it; give the callback to "
+                f"the trainer's constructor (callbacks=[...]), or {GIVE_BASE}"
+            )
+        if self.reference is None:
+            self._take_base(args, model, processing_class)
+
+    def _take_base(self, args: TrainingArguments, model: Any, processing_class: Any) -> None:
+        see_the_base_everywhere(may_change=False)
+        check_predicts_tokens(model)
+        check_forward_passes(model, args)
+        asked = [f"choices/{name}/agreement" for name in self.choices] if self.choices_every == 1 else []
+        check_best_metric(args, [*logged_names(self.retention), *asked])
+        tokenizer = self.tokenizer or getattr(processing_class, "tokenizer", processing_class)
+        if tokenizer is None:
+            raise ValueError("tokenizer: missing, and the trainer has no processing_class; give one to the callback")
+        limit, start = max_positions(model), choose_start_token(tokenizer, self.start_token)
+        cut = {"tokenizer": tokenizer, "start_id": start.id, "max_windows": None}
+        cut["max_length"] = min(self.max_length, limit or self.max_length)
+        for name, source in self.retention.items():
+            self.documents[name] = take_documents(name, source, self.max_tokens, self.seed, **cut)
+        for name, questions in self.choices.items():
+            self._inputs[name] = encode_questions(questions, tokenizer, limit=limit, **self.asked)
+        self.reference = self._base_given(model) if self.base is not None else self._base_shown(model, args)
+        fingerprint = model_fingerprint(model) if self.base is None and self.reference.kind == "copy" else None
+        self.settings = {
+            "replay": {},
+            "reference": "given" if self.base is not None else self.reference.kind,
+            "base_fingerprint": fingerprint,
+            "num_params": num_tuned(model),
+            "retention": {name: len(documents) for name, documents in self.documents.items()},
+            "versions": versions(),
+        }
+        device = model.device
+        self.reference.to(device)
+        base = model if fingerprint else None  # the remembered base knows the texts only, and the model is still it
+        forward = self._forwards(model)[0] if base is None else self._forwards(model)[1]
+        with evaluation_mode(model):
+            self._base_answers = self._answers(forward, args, device)
+
+    def _base_given(self, model: Any) -> Reference:
+        base: Any = self.base
+        if Reference(base).moves_with(model):
+            raise ValueError(f"base: it shares its weights with the model being trained, and moves along; {GIVE_BASE}")
+        for what, of_base, of_model in unlike(base, model):
+            raise ValueError(f"base: its {what} is {of_base}, the model's {of_model}; load both alike")
+        return Reference(base.eval())
+
+    def _base_shown(self, model: Any, args: TrainingArguments) -> Reference:
+        """The model's own base, shown to give what the model gives now."""
+        with self._autocast(model.device):
+            reference = Reference(None if hasattr(model, "disable_adapter") else self._remember(model, args))
+            try:
+                reference.prove(model, probe(model))
+                if reference.kind == "adapter":
+                    check_base_is_frozen(model)
+            except ValueError as error:
+                why = "it is trained too, or its adapter holds something already"
+                raise ValueError(f"base: the model as the trainer got it does not show its base ({why}); {GIVE_BASE}") \
+                    from error  # fmt: skip
+        return reference
+
+    def _prove_again(self, model: Any, state: TrainerState) -> None:
+        assert self.reference is not None
+        try:
+            with self._autocast(model.device):
+                self.reference.prove_again(model, extract_model_from_parallel(model), state.global_step)
+            reshard(model)
+        except ValueError as error:
+            what = f"it gives other predictions at step {state.global_step} than when training began"
+            raise ValueError(f"base: {what} (an adapter merged into it?), so it is none; {GIVE_BASE}") from error
+
+    def _remember(self, model: Any, args: TrainingArguments) -> RememberedBase:
+        """The base's hidden states, made in the batches in which they will be compared, so that the start is exact."""
+        from transformers.integrations import is_deepspeed_zero3_enabled
+
+        form: HeadForm | None = None if is_deepspeed_zero3_enabled() else find_head_form(model)
+        if form is None:
+            raise ValueError(f"base: hidden states need a plain output head, and no DeepSpeed ZeRO-3; {GIVE_BASE}")
+        remembered = RememberedBase(model, form.frozen(model.get_output_embeddings()))
+        with evaluation_mode(model), torch.no_grad():
+            for documents in self.documents.values():
+                for _, windows in batches(documents, batch_tokens(args, documents)):
+                    inputs = {name: value.to(model.device) for name, value in padded(windows).items()}
+                    hidden = at_head(model, model, inputs, lambda hidden, module: hidden).cpu()
+                    for window, row in zip(windows, hidden, strict=True):
+                        remembered.states[tuple(window)] = row[: len(window)].clone()
+        return remembered
+
+    def _check_resumed(self, folder: Path, step: int) -> None:
+        """What the run began with is in its files; a model loaded from the checkpoint is not that."""
+        if read_settings(folder).get("base_fingerprint") != self.settings["base_fingerprint"]:
+            raise ValueError(
+                f"base: training goes on from step {step}, and nothing shows that the trainer got the model with which "
+                f"it began; {GIVE_BASE}"
+            )
+
+    # Forward passes
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The dtype of training, even where the host has not wrapped the model yet."""
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = dtypes.get(AcceleratorState().mixed_precision)
+        return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _forwards(self, model: Any) -> tuple[Forward, Forward]:
+        """The base and the model as functions from `input_ids` and `attention_mask` to logits."""
+        unwrapped = extract_model_from_parallel(model)
+
+        def ref_forward(**batch: Tensor) -> Tensor:
+            assert self.reference is not None
+            with self._autocast(model.device), self.reference.base(model, unwrapped) as base:
+                return logits_at(base, batch)
+
+        def forward(**batch: Tensor) -> Tensor:
+            with self._autocast(model.device):
+                return logits_at(model, batch)
+
+        return ref_forward, forward
+
+    def _answers(self, forward: Forward, args: TrainingArguments, device: torch.device) -> dict[str, list[int]]:
+        """What a model chooses: per character where choices are written out, as letters are all of one length."""
+        rule, tokens = "acc_norm" if self.asked["style"] == "text" else "acc", args.per_device_eval_batch_size
+        found = {}
+        for name, inputs in self._inputs.items():
+            longest = max(map(len, inputs.rows))
+            (scores,) = choice_scores([forward], inputs, batch_tokens=tokens * longest, device=device)
+            found[name] = chosen(scores, inputs.lengths, rule)
+        return found

@@ -1,0 +1,130 @@
+"""How replay protects a finetune: every setting, described and checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from retain.checks import check_choice, check_number, check_types, described
+
+ReplayObjective = Literal["kl", "ntp", "replace", "kl_new"]
+ReplayReference = Literal["auto", "adapter", "copy", "cache"]
+
+
+@dataclass(kw_only=True)
+class ReplayConfig:
+    """How replay protects a finetune: Marek et al., arXiv 2605.26097; docs/replay.md has the formulas."""
+
+    replay_objective: ReplayObjective = field(
+        default="kl",
+        metadata=described(
+            "kl: KL(base || model) on replay rows. ntp: next-token loss on replay rows. replace: a share of each "
+            "batch is replay rows, no extra term. kl_new: KL(base || model) on the new rows, needs no replay rows."
+        ),
+    )
+    replay_coef: float = field(
+        default=1.0,
+        metadata=described("Weight of the replay term beside the new-task loss. 0 switches protection off."),
+    )
+    per_device_replay_batch_size: int | None = field(
+        default=None,
+        metadata=described(
+            "Replay rows per device and micro-batch. Default: an eighth of per_device_train_batch_size, at least 1."
+        ),
+    )
+    replay_every: int = field(
+        default=1,
+        metadata=described(
+            "Replay on every k-th optimizer step, its term weighted by k: cheaper, the same pull in the long run."
+        ),
+    )
+    replay_share: float = field(
+        default=0.25,
+        metadata=described("For replay_objective replace: the share of each batch that becomes replay rows."),
+    )
+    replay_max_length: int | None = field(
+        default=None,
+        metadata=described(
+            "Tokens per replay row where rows are still to be made (replay_dataset self, or real text). "
+            "Default: the trainer's max_length, or 512, or the model's positions if fewer. Rows sampled earlier keep "
+            "their length."
+        ),
+    )
+    replay_reference: ReplayReference = field(
+        default="auto",
+        metadata=described(
+            "Where the base's predictions come from. adapter: the model with its adapter switched off. "
+            "copy: a frozen copy. cache: what `retain sample --store_reference` kept beside the rows. "
+            "auto: cache where the rows have one, else adapter where there is one, else copy."
+        ),
+    )
+    forgetting_budget: float | None = field(
+        default=None,
+        metadata=described(
+            "Nats per token at which KL(base || model) on replay rows is to end, behind their first five tokens: the "
+            "coefficient moves during training, from replay_coef on, and the run says at its end whether it was kept. "
+            "With replay_objective kl."
+        ),
+    )
+    allow_off_policy_replay: bool = field(
+        default=False,
+        metadata=described("Accept replay rows that another model or tokenizer wrote; the log then says so."),
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_choice("replay_objective", self.replay_objective, ReplayObjective)
+        check_choice("replay_reference", self.replay_reference, ReplayReference)
+        check_number("replay_coef", self.replay_coef, low=0)
+        check_number("replay_every", self.replay_every, low=1, integer=True)
+        check_number("replay_share", self.replay_share, low=0, high=1)
+        if self.forgetting_budget is not None:
+            check_number("forgetting_budget", self.forgetting_budget, low=1e-9)
+            if not (self.uses_reference and self.replay_objective == "kl"):
+                raise ValueError(
+                    f"forgetting_budget: {self.forgetting_budget} needs replay_objective kl and a replay_coef above 0, "
+                    f"not {self.replay_objective!r} and {self.replay_coef:g}"
+                )
+            check_number("replay_coef", self.replay_coef, low=1e-3, high=1e3)  # the bounds within which it may move
+        for name in ("per_device_replay_batch_size", "replay_max_length"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low=1 if "batch" in name else 2, integer=True)
+        if self.replay_objective == "replace" and not 0 < self.replay_share < 1:
+            raise ValueError(
+                f"replay_share: {self.replay_share} leaves a batch with no replay or no new rows; use a share above 0 "
+                "and below 1"
+            )
+
+    @property
+    def adds_replay_term(self) -> bool:
+        """Whether a replay term is added to the loss."""
+        return self.replay_objective != "replace" and self.replay_coef > 0
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the base's predictions are part of the loss."""
+        return self.adds_replay_term and self.replay_objective in ("kl", "kl_new")
+
+    @property
+    def draws_replay(self) -> bool:
+        """Whether replay rows are trained on."""
+        return self.replay_objective == "replace" or (self.adds_replay_term and self.replay_objective != "kl_new")
+
+
+def check_arguments(args: Any, replay_objective: str | None = None) -> None:
+    """Refuse training arguments on which torch or transformers would stumble late, or not.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        check_number(name, getattr(args, name), low=1, integer=True)
+    for name in ("learning_rate", "weight_decay"):
+        check_number(name, getattr(args, name), low=0)
+    check_number("seed", args.seed, low=0, high=2**32 - 1, integer=True)
+    if replay_objective == "replace" and getattr(args, "packing", False):
+        raise ValueError("replay_objective: 'replace' needs padded batches; set packing false, or use 'kl' or 'ntp'")
+    if (length := getattr(args, "max_length", None)) is not None:  # pretraining has its own
+        check_number("max_length", length, low=2, integer=True)
+    if args.neftune_noise_alpha is not None:
+        check_number("neftune_noise_alpha", args.neftune_noise_alpha, low=0)

@@ -1,0 +1,363 @@
+"""Replay inside the user's own trainer: a mixin over `compute_loss`, the seam that TRL documents.
+
+    loss = host's loss on the new rows + replay_coef · R,     R = mean over replay tokens of the objective
+
+R is normalised by the replay tokens of the whole optimizer step, over micro-batches and processes, so splitting a
+step differently changes nothing. Source: Marek et al., section "Method".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+from trl import RewardTrainer, SFTTrainer
+
+from retain.files import write_json, write_text
+from retain.models.head import reshard
+from retain.replay.dataset import ReplayDataset, replace_rows, replay_indices
+from retain.training.budget import ForgettingBudget
+from retain.training.config import ReplayConfig
+from retain.training.evaluation import check_best_metric, logged_names
+from retain.training.inputs import ProtectedInputs, load_for_training
+from retain.training.objective import in_opening
+from retain.training.protection import check_noise, check_replay_every, check_weights, zero_kl_error
+from retain.training.run_files import BUDGET_FILE, ProtectionChecks, RunFilesCallback
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 3  # optimizer steps behind the warm-up after which a KL that is still exactly 0 at the end is a fault
+BUDGET_STATE = "ForgettingBudget"  # its place in a checkpoint's trainer_state.json
+
+
+class ReplayMixin(ProtectedInputs):
+    """Add replay to a `transformers.Trainer` class: `class ReplayDPOTrainer(ReplayMixin, DPOTrainer): ...`
+
+    Args:
+        model, args: as for the host trainer; a model name is loaded here, so that the base is seen first.
+        replay_config: objective, coefficient, batch size and reference of the replay.
+        replay_dataset: a `ReplayDataset`, a folder that `retain sample` wrote, or a file of real text.
+        retention_datasets: name → texts (or documents of tokens) measured at every evaluation, never replayed.
+        start_token: the document start; chosen from the tokenizer by default.
+        kwargs: everything else that the host trainer takes.
+
+    Raises:
+        ValueError: whenever protection could not do what was asked.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *,
+        replay_config: ReplayConfig | None = None,
+        replay_dataset: ReplayDataset | str | Path | None = None,
+        retention_datasets: dict[str, Any] | None = None,
+        start_token: str | int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.replay_config = replay_config or ReplayConfig()
+        if model is None:
+            raise ValueError("model: missing; give a model or its name (not model_init: the base must be seen first)")
+        if isinstance(self, RewardTrainer):
+            raise ValueError("model: RewardTrainer trains a score of rows, and replay needs predictions of tokens")
+        if isinstance(model, str):
+            model = load_for_training(model, args, kwargs)
+        self.take_inputs(model, args, replay_dataset, retention_datasets or {}, start_token, kwargs)
+        if args is not None and args.ddp_broadcast_buffers is None:
+            # Two forwards before one backward: a broadcast between them would overwrite what autograd saved.
+            args.ddp_broadcast_buffers = False
+
+        super().__init__(model=model, args=args, **kwargs)
+
+        self._queue: list[dict[str, Tensor] | None] = []
+        self._ready_for = -1  # the step for which replay was last drawn
+        self._replay_tokens = 0
+        self._step_term = torch.zeros(())
+        self._step_parts = torch.zeros(2, 2, device=self.accelerator.device)  # (opening, rest): Σ KL and predictions
+        self._logged_parts = torch.zeros_like(self._step_parts)
+        self._logged: list[Tensor] = []
+        self._logged_steps = 0
+        self._new_task_losses: dict[int, Any] = {}  # step → the host's own part of its loss
+        self._is_the_base = True  # until its first step; a try that ran out of memory leaves it moved
+        self._largest_kl, self._kl_is_zero = torch.zeros(()), self.replay_config.uses_reference
+        self.budget: ForgettingBudget | None = None
+        self.prove_reference()
+        check_best_metric(self.args, logged_names(self.retention_documents))
+        self.add_callback(RunFilesCallback(self.settings()))
+        checks = (self._stop_if_passed_by, self.prove_reference_again, self._stop_if_kl_ended_zero)
+        self.add_callback(ProtectionChecks(*checks))
+
+    # The stream of replay rows
+
+    @property
+    def replay_batch_size(self) -> int:
+        """Replay rows per device and micro-batch."""
+        config, batch = self.replay_config, self._train_batch_size  # which auto_find_batch_size makes smaller
+        if config.replay_objective != "replace":
+            return config.per_device_replay_batch_size or max(1, batch // 8)  # experiments/01_replay_cost
+        rows = round(config.replay_share * batch)
+        if not 0 < rows < batch:
+            raise ValueError(
+                f"replay_share: {config.replay_share} of per_device_train_batch_size {batch} is {rows} rows; "
+                "use a share that leaves both replay and new rows"
+            )
+        return rows
+
+    @property
+    def _replay_is_due(self) -> bool:
+        return self.state.global_step % self.replay_config.replay_every == 0
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """Draw the replay rows of an optimizer step together with its new rows."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        config = self.replay_config
+        self._new_task_losses.pop(self.state.global_step, None)  # of a try that ran out of memory
+        if config.forgetting_budget is not None and (self.budget is None or self.state.global_step == 0):
+            self.budget = self._begin_budget(config.forgetting_budget)
+        if not (self._replay_is_due and samples):
+            return samples, num_items
+        self._stop_if_unprotected()
+        self._ready_for = self.state.global_step
+        if config.adds_replay_term:
+            self._queue = [None] * len(samples)
+            self._step_term = torch.zeros((), device=self.accelerator.device)
+            self._step_parts = torch.zeros_like(self._step_parts)
+            self._logged_steps += 1
+        if config.draws_replay:
+            batches = self._draw(len(samples))
+            if config.adds_replay_term:
+                self._queue = list(batches)
+            else:
+                samples = [replace_rows(new, old) for new, old in zip(samples, batches, strict=True)]
+                num_items = self._get_num_items_in_batch(samples, device)
+        return samples, num_items
+
+    def _draw(self, num_micro_batches: int) -> list[dict[str, Any]]:
+        """Replay batches of this process for the micro-batches of the coming step; a function of the step alone."""
+        assert self.replay_dataset is not None
+        rows, world = self.replay_batch_size, self.accelerator.num_processes
+        per_step = rows * world * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        step = self.state.global_step // self.replay_config.replay_every
+        drawn = replay_indices(step, per_step, len(self.replay_dataset), seed)
+        drawn = drawn[: rows * world * num_micro_batches].reshape(num_micro_batches, world, rows)
+        self._replay_tokens = max(1, int(self.replay_dataset.num_predictions[drawn].sum()))
+        mine = drawn[:, self.accelerator.process_index]
+        return [self.replay_batch(indices) for indices in mine]
+
+    # The loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The host's loss and, in training, the replay term."""
+        new = dict(inputs)
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if not (self.model.training and self.replay_config.adds_replay_term):
+            return result
+        scale = 1.0 if self._host_scales(num_items_in_batch) else self.current_gradient_accumulation_steps
+        step, own = self.state.global_step, result[0] if return_outputs else result
+        self._new_task_losses[step] = self._new_task_losses.get(step, 0.0) + own.detach() / scale
+        if not self._replay_is_due:
+            return result
+        if not self._queue:
+            raise ValueError(
+                f"replay: {type(self).__name__} asked for a loss without drawing rows; nothing protects it"
+            )
+        batch = self._queue.pop(0)
+        if batch is None:
+            term = self._term_on_new_rows(model, new, num_items_in_batch)
+        else:
+            term = self._term_on_replay(model, batch)
+        added = self.replay_coef * self.replay_config.replay_every * scale * term
+        return (result[0] + added, result[1]) if return_outputs else result + added
+
+    def _term_on_replay(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        labels, stored = batch.pop("labels"), batch.pop("stored", None)
+        unwrapped, term = self.accelerator.unwrap_model(model), self.replay_term
+        if self.replay_config.uses_reference:
+            mask = labels[:, 1:] != -100
+            values = torch.zeros(int(mask.sum()), device=mask.device)
+            total = term.kl(model, unwrapped, batch, mask, stored, values)
+            opens = in_opening(mask)[mask]
+            parts = torch.stack([torch.stack([values[part].sum(), part.sum()]) for part in (opens, ~opens)])
+            self._step_parts, self._logged_parts = self._step_parts + parts, self._logged_parts + parts
+        else:
+            total = term.next_token_loss(model, unwrapped, batch, labels)
+        # This micro-batch's part of the step's mean; DDP averages gradients, hence the processes.
+        return self._note(total / self._replay_tokens * self.accelerator.num_processes)
+
+    def _term_on_new_rows(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
+        if "labels" not in inputs:
+            raise ValueError("replay_objective: 'kl_new' needs batches with labels; use 'kl' with this trainer")
+        mask = inputs.pop("labels")[:, 1:] != -100
+        inputs.pop("use_cache", None)
+        total = self.replay_term.kl(model, self.accelerator.unwrap_model(model), inputs, mask)
+        if num_items is None:
+            return self._note(total / mask.sum().clamp(min=1) / self.current_gradient_accumulation_steps)
+        world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return self._note(total / num_items * world)
+
+    def _note(self, term: Tensor) -> Tensor:
+        """Keep a micro-batch's part of the step's mean for the log and the budget."""
+        self._logged.append(term.detach())
+        self._step_term = self._step_term.to(term.device) + term.detach()
+        if self.replay_config.uses_reference:
+            self._largest_kl = torch.maximum(self._largest_kl.to(term.device), term.detach().abs())
+        return term
+
+    def _host_scales(self, num_items: Any) -> bool:
+        """Whether the host's loss is already divided by the step's micro-batches; as in `Trainer.training_step`."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The host's step; a loss that is not finite stops the run before the weights are touched."""
+        reshard(self.model)
+        labels = inputs.get("labels") if isinstance(inputs, Mapping) else None  # prompts come as a list
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not bool(torch.isfinite(loss).all()):
+            if labels is not None and not bool((labels[..., 1:] != -100).any()):
+                raise ValueError(
+                    f"loss: {loss.item()} at step {self.state.global_step + 1}: every label of its new rows is masked "
+                    "(-100), so nothing is to be learned; drop them, or raise max_length if it cuts answers off"
+                )
+            raise ValueError(
+                f"loss: {loss.item()} at step {self.state.global_step + 1}; lower learning_rate or replay_coef, or "
+                f"use bf16 instead of fp16; checkpoints in {self.args.output_dir!r} are kept"
+            )
+        if self._replay_is_due and not self._queue:
+            if self.replay_config.uses_reference and self._is_the_base and self.state.global_step == 0:
+                kl = float(self._step_term) if self.budget is None else self._held_kl()
+                check_noise(kl, self.replay_config.forgetting_budget)
+            self._is_the_base = False
+            if self.budget is not None:
+                self._follow_budget()
+        return loss
+
+    def _stop_if_passed_by(self) -> None:
+        """A step of the host must have met all the replay that was drawn for it, before the weights are touched."""
+        config = self.replay_config
+        met = self._ready_for == self.state.global_step and not self._queue
+        if not met and self._replay_is_due and (config.draws_replay or config.adds_replay_term):
+            raise ValueError(
+                f"replay: {type(self).__name__} made step {self.state.global_step + 1} without it, so nothing protects "
+                "the model; leave get_batch_samples and compute_loss to ReplayMixin, and the model in training mode"
+            )
+
+    def _stop_if_unprotected(self) -> None:
+        """While the KL is exactly 0, either no weight has moved measurably, or the reference moves along."""
+        check_replay_every(self.replay_config, self.state.max_steps)
+        if self._ready_for >= 0 and self._kl_stayed_zero():
+            self.prove_reference_again()
+
+    def _stop_if_kl_ended_zero(self) -> None:
+        """Behind a warm-up, what was trained must have moved what the base says of replay rows."""
+        tried = self._ready_for >= self.args.get_warmup_steps(self.state.max_steps) + PATIENCE
+        if tried and self._kl_stayed_zero():
+            raise zero_kl_error(self.state.global_step)
+
+    def _kl_stayed_zero(self) -> bool:
+        """Whether no process has met a KL above 0; asked of all until one has."""
+        if self._kl_is_zero:
+            self._kl_is_zero = float(self.accelerator.reduce(self._largest_kl, reduction="sum")) == 0.0
+        return self._kl_is_zero
+
+    # The budget
+
+    @property
+    def replay_coef(self) -> float:
+        """The coefficient of the coming step."""
+        return self.replay_config.replay_coef if self.budget is None else self.budget.coef
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's training; a budget begins anew, or where the checkpoint left it, and its verdict is kept."""
+        self.budget = None
+        result = super().train(*args, **kwargs)
+        budget = self.replay_config.forgetting_budget
+        if budget is not None and self.budget is None:  # it went on from its last step, and made no other
+            self.budget = self._begin_budget(budget)
+        if self.budget is not None and self.budget.step and self.is_world_process_zero():
+            verdict = {"budget": self.budget.budget, **dataclasses.asdict(self.budget.verdict())}
+            write_json(Path(self.args.output_dir) / BUDGET_FILE, verdict)
+        return result
+
+    def _begin_budget(self, budget: float) -> ForgettingBudget:
+        steps = -(-self.state.max_steps // self.replay_config.replay_every)
+        found = ForgettingBudget(budget, num_steps=steps, coef=self.replay_config.replay_coef)
+        if self.state.global_step and BUDGET_STATE in self.state.stateful_callbacks:
+            found.load_state_dict(self.state.stateful_callbacks[BUDGET_STATE]["attributes"])
+        return found
+
+    def _held_kl(self) -> float:
+        """Mean KL of the step behind the rows' openings, over micro-batches and processes; nats per token."""
+        total, count = self.accelerator.reduce(self._step_parts, reduction="sum")[1].tolist()
+        return total / max(count, 1.0)
+
+    def _follow_budget(self) -> None:
+        """After a step's last micro-batch: its KL moves the coefficient; the next checkpoint keeps the state."""
+        assert self.budget is not None
+        self.budget.update(self._held_kl())
+        self.state.stateful_callbacks[BUDGET_STATE] = {"args": {}, "attributes": self.budget.state_dict()}
+
+    # What is measured and kept
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The host's, for weights that are finite."""
+        check_weights(self.model, self.accelerator, output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        check_weights(self.model, self.accelerator, self.args.output_dir)  # before a host writes its model card
+        super()._save_checkpoint(model, trial)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Split `loss` in the training logs, the sum, into `new_task/loss` and `replay/coef` · `replay/loss`.
+
+        All are means over the logged steps and processes. A KL is logged as `replay/kl`, too, and apart over the first
+        predictions of the rows (`replay/kl_opening`) and all others (`replay/kl_rest`, which a budget holds).
+        """
+        if "loss" in logs and self._new_task_losses:
+            made = [loss for step, loss in self._new_task_losses.items() if step < self.state.global_step]
+            logs["new_task/loss"] = self.accelerator.reduce(torch.stack(made).mean(), reduction="mean").item()
+            self._new_task_losses = {}
+        if "loss" in logs and self._logged:
+            total = torch.stack(self._logged).sum() / self._logged_steps
+            mean = self.accelerator.reduce(total, reduction="mean").item()
+            logs["replay/loss"] = mean
+            if self.replay_config.uses_reference:
+                logs["replay/kl"] = mean
+                parts = self.accelerator.reduce(self._logged_parts, reduction="sum").tolist()
+                for name, (kl, count) in zip(("opening", "rest"), parts, strict=True):
+                    if count:
+                        logs[f"replay/kl_{name}"] = kl / count
+                self._logged_parts = torch.zeros_like(self._logged_parts)
+            logs["replay/coef"] = self.replay_coef
+            self._logged, self._logged_steps = [], 0
+        super().log(logs, start_time)
+
+
+class ReplayTrainer(ReplayMixin, Trainer):
+    """`transformers.Trainer` with replay."""
+
+
+class ReplaySFTTrainer(ReplayMixin, SFTTrainer):
+    """`trl.SFTTrainer` with replay."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As TRL does; but a base that is no Hub id is named, where TRL writes None."""
+        super().create_model_card(*args, **kwargs)
+        card, base = Path(self.args.output_dir, "README.md"), Path(self.model.name_or_path).name
+        if self.is_world_process_zero() and base:
+            text = card.read_text(encoding="utf-8")
+            write_text(card, text.replace("[None](https://huggingface.co/None)", f"`{base}`"))
