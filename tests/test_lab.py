@@ -322,7 +322,8 @@ def test_every_kind_of_corpus(tmp_path, capsys, flags, said):
 
 
 def test_a_dataset_of_the_hub_is_a_corpus(tmp_path, capsys, monkeypatch):
-    def load(name: str, split: str) -> datasets.Dataset:
+    def load(name: str, configuration: str | None, split: str) -> datasets.Dataset:
+        assert configuration is None
         if name != "owner/texts":
             raise FileNotFoundError(f"no {name} on the Hub")
         assert split == "train"
