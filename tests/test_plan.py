@@ -235,6 +235,19 @@ def arguments(world: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def test_rows_are_no_longer_than_the_model_takes(world, monkeypatch, capsys):
+    """A model of 128 positions: 256 tokens that nobody chose become 128, and 200 that somebody chose are refused."""
+    seen = []
+    monkeypatch.setattr(plan_verb, "prepare_rows", lambda config, folder: seen.append(int(config.max_length)) or 1 / 0)
+    at, asked = FLAGS.index("--max_length"), arguments(world, "--budget", "5")
+    begin = asked.index(FLAGS[at])
+    assert main(asked[:begin] + asked[begin + 2 :]) == 1
+    assert seen == [128]
+    capsys.readouterr()
+    assert main([*asked, "--max_length", "200"]) == 1
+    assert "max_length: 200 is more than this model's 128 positions; use at most 128" in capsys.readouterr().err
+
+
 @pytest.mark.program
 def test_plan_on_the_command_line(world, capsys, monkeypatch):
     """Stopped in the middle, taken up, and asked again with a budget that nothing keeps."""

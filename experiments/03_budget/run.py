@@ -65,7 +65,9 @@ def finetune(run: BudgetRun, bench: Bench, folder: Path) -> dict[str, Any]:
 
     def watch() -> None:
         follow()
-        steps.append((float(trainer._step_term), trainer.budget.coef))
+        steps.append(
+            (trainer._held_kl(), trainer.budget.coef)
+        )  # committed runs: the mean over all positions, which was held
 
     trainer._follow_budget = watch
     trainer.train()

@@ -669,7 +669,9 @@ class PlanConfig:
     )
     per_device_train_batch_size: int = field(default=8, metadata=described("New rows a step."))
     learning_rate: float = field(default=2e-4, metadata=described("Constant after the warm-up, for every pilot."))
-    max_length: int = field(default=256, metadata=described("Tokens per row."))
+    max_length: int = field(
+        default=Unchosen(256), metadata=described("Tokens per row; by default at most the model's positions.")
+    )
     lora_alpha: int = field(
         default=16, metadata=described("The LoRA's scale is lora_alpha / sqrt(rank) (rank-stabilised), for every rank.")
     )

@@ -21,8 +21,8 @@ from retain.files import read_jsonl, write_json, write_text
 from retain.laws.plan import EVALUATIONS, Pilot, Plan, design, eval_steps, first_step, fit_pilots, recommend
 from retain.laws.plan_page import draw, markdown, summary
 from retain.laws.runs import read_metrics, tuned_params
-from retain.models.description import default_device
-from retain.models.loading import lora_num_params
+from retain.models.description import default_device, length_that_fits
+from retain.models.loading import empty_model, lora_num_params
 from retain.replay.dataset import load_self_generated
 
 SCHEMA = "retain.plan/1"
@@ -50,6 +50,8 @@ def run_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say)
         config.lora_target_modules,
         trust_remote_code=config.trust_remote_code,
     )
+    model = empty_model(str(config.model), trust_remote_code=config.trust_remote_code)
+    config.max_length = length_that_fits(model, config.max_length)
     check_sources(config)
     data = prepare_rows(config, folder)
     replay = prepare_replay(config, folder)

@@ -326,6 +326,21 @@ def load_tokenizer(
     return _load(AutoTokenizer, resolve_model_path(name, field), "the tokenizer", field, **options)
 
 
+def empty_model(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model on the device `meta`, from its configuration alone: it has shapes, and no weights are read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = resolve_model_path(name)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model: cannot read the configuration of {name!r}; check the name: {first_line(error)}"
+        ) from error
+
+
 def lora_num_params(
     model: str,
     rank: int,
@@ -336,17 +351,8 @@ def lora_num_params(
 ) -> int:
     """How many parameters a LoRA of this rank tunes in `model`, from its configuration alone: no weights are read."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = resolve_model_path(model)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model: cannot read the configuration of {model!r}; check the name: {first_line(error)}"
-        ) from error
+    empty = empty_model(model, revision=revision, trust_remote_code=trust_remote_code)
     modules: Any = target_modules
     if target_modules == ["all-linear"]:
         modules = "all-linear"
