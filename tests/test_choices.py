@@ -506,6 +506,9 @@ def test_questions_alone_are_measured_and_hostile_ones_harm_nobody(models, tmp_p
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\ud800-\udfff]", page)
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "## The same questions to both" in text
+    for shown in (page, text):
+        assert "Tango's for the change of accuracy" in shown
+        assert "paired bootstrap" not in shown
     assert "\x1b" not in text
     assert not re.search(r"<(?!br>)", text)
 
@@ -645,6 +648,9 @@ def test_answers_that_contradict_the_files_own_metric_are_left_out(tmp_path):
     found = paired(tmp_path, BASE, wrong)
     assert list(found["rules"]) == ["acc"]
     assert found["notes"] == ["acc_norm is left out: the answers behind it do not follow from the file."]
+    parts = [[row | {"acc": 0.25, "acc_norm": 0.5} for row in rows] for rows in (BASE, TUNED)]  # as truthfulqa_mc2
+    with pytest.raises(ValueError, match="do not tell the answers behind acc, acc_norm; give a task whose answers are"):
+        paired(tmp_path, *parts)
 
 
 def test_generated_answers_are_paired_by_their_text_and_filter(tmp_path):

@@ -71,6 +71,9 @@ def test_too_few_documents_decide_nothing():
     found = judged({"wiki": text(0.0, 0.0, 0.0, count=9)})
     assert found["code"] == UNDECIDED
     assert "at least 10 documents are needed for an interval that can decide, 9 were measured" in found["verdict"]
+    lone = judged({"wiki": text(0.0, 0.0, 0.0, count=1)})["verdict"]
+    assert "on 1 document, against" in lone
+    assert lone.endswith("1 was measured")
 
 
 @pytest.mark.parametrize(("value", "low", "high"), [(0.010, 0.000, 0.025), (0.030, 0.015, 0.045)])

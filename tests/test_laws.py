@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_model, save_model
-from peft import LoraConfig, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftType, get_peft_model
 from safetensors.torch import load_file
 from scipy import optimize, stats
+from test_models import ADAPTERS, NEEDED, QV
 
 from retain import fit_forgetting_law
 from retain.cli.main import main
@@ -31,7 +32,7 @@ from retain.laws.forms import (
 )
 from retain.laws.law import ForgettingLaw
 from retain.laws.plots import bands, contours, residuals, trajectories
-from retain.laws.runs import as_runs, read_runs, tuned_params
+from retain.laws.runs import NOT_AS_TRAINED, as_runs, read_runs, tuned_params
 from retain.laws.solve import crossing
 from retain.laws.variable_projection import HUBER, fit_many
 from retain.models.description import num_tuned
@@ -970,6 +971,8 @@ def test_tables_keep_rows_below_one_step_and_say_what_was_left_out(tmp_path, end
     assert runs.left_out == ("runs: 6 rows at step 0 left out; nothing was trained there",)
     if ending == "csv":
         assert quiet_fit(runs, num_resamples=0, num_starts=2).warnings[:1] == list(runs.left_out)
+    with pytest.raises(ValueError, match="runs: 30 rows before step 200 left out, .*; no row remains"):
+        read_runs([path], list(table)[1:], min_steps=200)
     late = read_runs([path], list(table)[1:], min_steps=170 * scale)
     assert len(late) == 18
     assert late.left_out[1] == f"runs: 12 rows before step {170 * scale:g} left out, as min_steps says"
@@ -1133,6 +1136,20 @@ def test_the_embeddings_of_a_grown_vocabulary_are_not_counted(tmp_path):
     adapted.save_pretrained(tmp_path, save_embedding_layers=True)
     assert "base_model.model.lm_head.weight" in load_file(tmp_path / "adapter_model.safetensors")
     assert tuned_params(tmp_path) == num_tuned(adapted)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what each thinks of a tiny model
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_parameters_of_an_adapter_of_any_kind_are_counted_or_asked_for(kind, tmp_path):
+    """Files of VeRA hold its frozen projections: 17,504 were counted for 1,120."""
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](task_type="CAUSAL_LM", **NEEDED.get(kind, QV))
+    adapted = get_peft_model(make_model(), config)
+    adapted.save_pretrained(tmp_path)
+    if kind in NOT_AS_TRAINED:
+        with pytest.raises(ValueError, match=f"of {kind}, whose file does not tell how much was trained; give a table"):
+            tuned_params(tmp_path)
+    else:
+        assert tuned_params(tmp_path) == num_tuned(adapted)
 
 
 def test_a_run_says_itself_how_many_parameters_it_tuned(tmp_path):

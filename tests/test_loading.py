@@ -24,7 +24,7 @@ from trl import SFTConfig
 from retain import ReplayConfig, ReplaySFTTrainer, measure
 from retain.cli.config import MeasureConfig
 from retain.cli.main import main
-from retain.cli.measure import load_both, load_judge, other_base
+from retain.cli.measure import load_both, load_judge, other_base, replay_folder, settings_of_run
 from retain.models.loading import load_model, load_tokenizer
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 
@@ -368,6 +368,20 @@ def test_an_adapter_of_another_base_warns_by_its_id_as_by_its_folder(hub, llama_
         base, tuned = load_both(config)
         assert isinstance(tuned, PeftModel)
         assert "it was trained on another base" in "".join(other_base(config, base, tuned))
+
+
+def test_what_a_run_was_set_to_is_found_by_its_id_and_above_its_checkpoints(hub, tmp_path):
+    """Else the same weights are measured on other tokens of the new task, and their replay rows are not looked at."""
+    folder = tmp_path / "run"
+    settings = {"training_arguments": {"completion_only_loss": False}, "replay_dataset": {"source": str(tmp_path)}}
+    for part in (".", "checkpoint-2", "other"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / "config.json").write_text("{}")
+    (folder / "retain_config.json").write_text(json.dumps(settings))
+    for name in (str(folder), str(folder / "checkpoint-2"), hub(folder)):
+        assert settings_of_run(name) == settings
+        assert replay_folder(name) == str(tmp_path)
+    assert settings_of_run(str(folder / "other")) == {}
 
 
 def test_an_adapter_may_name_a_revision_of_its_base(hub, llama_folder, tmp_path):

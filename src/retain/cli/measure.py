@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from retain.data.chats import chat_of
 from retain.data.overlap import find_overlap
 from retain.data.rows import OLD_TEXT, Document, Reading, Text, named_sources, prompt_text, read_rows, row_texts
-from retain.files import read_settings
+from retain.files import CONFIG_FILE, read_settings
 from retain.measuring.choices import load_questions
 from retain.measuring.generations import Prompt, as_prompt
 from retain.measuring.lm_eval import measure_with_lm_eval
 from retain.measuring.measure import measure
 from retain.measuring.refusals import Judge, load_requests
 from retain.models.description import cache_dir, default_device, length_that_fits, with_least_room
-from retain.models.loading import load_model, load_tokenizer
+from retain.models.loading import find_file, load_model, load_tokenizer, resolve_model_path
 from retain.models.reference import Reference, probe
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.replay.dataset import load_texts
@@ -53,7 +53,8 @@ def run_measure(config: MeasureConfig, say: Callable[[str], object]) -> Forgetti
     tokenizer = load_tokenizer(config.base, revision=config.model_revision, trust_remote_code=trust, field="base")
     run = read_run(Path(config.model))
     own = tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=trust)
-    sources = load_sources(config, named, tokenizer, own, run.get("training") or {})
+    training = settings_of_run(config.model).get("training_arguments") or {}
+    sources = load_sources(config, named, tokenizer, own, training)
     base, tuned = load_both(config)
     texts = (sources["new_task"] | sources["retention"]).values()
     if texts and config.max_new_tokens and not config.prompts:
@@ -98,16 +99,24 @@ def trained_rows(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> d
     found: dict[str, Iterable[str]] = {}
     for source in config.train_dataset:
         found[f"the training rows of {source!r}"] = row_texts(source, tokenizer)
-    replay = replay_folder(Path(str(config.model)))
+    replay = replay_folder(str(config.model))
     if replay is not None:
         found["the replay rows"] = (as_text(row, tokenizer) for row in load_texts(replay, tokenizer))
     return found
 
 
-def replay_folder(model: Path) -> str | None:
+def settings_of_run(model: str) -> dict[str, Any]:
+    """What the run that made a model was set to: told beside it, on the Hub too, or above one of its checkpoints."""
+    path = resolve_model_path(model)
+    beside, above = find_file(path, CONFIG_FILE), Path(path).resolve().parent
+    of_checkpoint = beside is None and Path(path).is_dir() and Path(path).resolve().name.startswith("checkpoint-")
+    folder = above if of_checkpoint else Path(path) if beside is None else beside.parent
+    return read_settings(folder, {"training_arguments?": dict, "replay_dataset?": {"source?": str}})
+
+
+def replay_folder(model: str) -> str | None:
     """Where the replay rows of a run lie, if it tells and they are still there."""
-    settings = read_settings(model, {"replay_dataset?": {"source?": str}})
-    source = (settings.get("replay_dataset") or {}).get("source")
+    source = (settings_of_run(model).get("replay_dataset") or {}).get("source")
     return source if source and Path(source).exists() else None
 
 
@@ -145,7 +154,7 @@ def load_sources(
 
     Args:
         trained: the tokenizer of the tuned model, by which the new task's rows are read.
-        training: what the run tells of its training.
+        training: the arguments that the run was trained with, as far as it tells.
     """
     drawn: dict[str, Any] = {"seed": config.seed}
     of_new_task = new_task_reading(config, training)

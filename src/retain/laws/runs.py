@@ -25,6 +25,11 @@ RECIPE = {  # what a law cannot see, by where `retain_config.json` has it
 }  # fmt: skip
 NO_NAME = (None, "")
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+# Methods of PEFT whose files hold frozen weights, too, or not those that were trained.
+NOT_AS_TRAINED = (
+    *("CARTRIDGE", "DELORA", "FROD", "GLORA", "LILY", "P_TUNING", "PVERA", "RANDLORA", "SHIRA", "SUPERTUNING"),
+    *("TINYLORA", "VERA"),
+)
 OF_A_RUN = ("num_params", "tokens_per_param", "replay_share")
 
 
@@ -190,8 +195,10 @@ def read_runs(
         "left out; they have one of the two losses only": partial,
     }
     kept = [row for row, at in zip(rows, steps, strict=True) if not (at == 0 or at < min_steps)]
-    left_out = (f"runs: {_rows(count)} {reason}" for reason, count in reasons.items() if count)
-    return replace(as_runs(kept, columns), left_out=tuple(left_out))
+    left_out = tuple(f"runs: {_rows(count)} {reason}" for reason, count in reasons.items() if count)
+    if left_out and not kept:
+        raise ValueError(f"{'; '.join(left_out)}; no row remains: give measurements of later steps")
+    return replace(as_runs(kept, columns), left_out=left_out)
 
 
 def _rows(count: int) -> str:
@@ -291,8 +298,17 @@ def tuned_params(folder: Path) -> int:
 
 
 def _frozen_beside_adapter(folder: Path) -> Callable[[str], bool]:
-    """Says which of an adapter's file are its base's weights: PEFT saves embeddings that it wrapped, or that grew."""
+    """Says which of an adapter's file are its base's weights: PEFT saves embeddings that it wrapped, or that grew.
+
+    Raises:
+        ValueError: for a method whose file does not tell.
+    """
     settings = read_settings(folder, file="adapter_config.json")
+    if (method := settings.get("peft_type")) in NOT_AS_TRAINED:
+        raise ValueError(
+            f"num_params: {folder} holds an adapter of {method}, whose file does not tell how much was trained; "
+            "give a table with num_params"
+        )
     tuned = tuple(settings.get("modules_to_save") or ())
 
     def frozen(name: str) -> bool:

@@ -115,6 +115,7 @@ def pair_samples(base: Samples, tuned: Samples, *, names: tuple[str, str], style
     """
     rules: dict[str, Any] = {}
     notes: dict[str, None] = {}
+    untold: dict[str, None] = {}
     for name in base:
         before, after = (side.get(name, {}) for side in (base, tuned))
         both = [number for number in before if number in after]
@@ -132,13 +133,16 @@ def pair_samples(base: Samples, tuned: Samples, *, names: tuple[str, str], style
             found = [[answer_of(row, metric) for row in of_file] for of_file in rows]
             if None in found[0] + found[1]:
                 notes[f"{metric} is left out: the answers behind it do not follow from the file."] = None
+                untold[metric] = None
                 continue
             right = [[row[metric] == 1 for row in of_file] for of_file in rows]
             rule = metric if name == "none" else f"{metric} ({name})"
             rules[rule] = compare_answers(found[0], found[1], *right)
     if not rules:
-        raise ValueError(f"pair: {names[0]} and {names[1]} share no question with {', '.join(METRICS)}; "
-                         "give two of the same task")  # fmt: skip
+        why = f"share no question with {', '.join(METRICS)}; give two of the same task"
+        if untold:
+            why = f"do not tell the answers behind {', '.join(untold)}; give a task whose answers are right or wrong"
+        raise ValueError(f"pair: {names[0]} and {names[1]} {why}")
     most = max(compared["agreement"]["num_questions"] for compared in rules.values())
     return {"style": style, "chat_template": None, "num_questions": most, "rules": rules,
             "notes": list(notes), "answers": {}, "lost": []}  # fmt: skip

@@ -187,7 +187,7 @@ def _load_weights(path: str, field: str, **options: Any) -> Any:
             f"{_some(used)}; take both from one checkpoint"
         )
     if odd:
-        logger.warning("%s: %d weights in %r are no part of this model: %s", field, len(odd), name, _some(odd))
+        logger.warning("%s: %r holds weights that are no part of this model: %s", field, name, _some(odd))
     return model
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retain.report.answers import rules_of
-from retain.report.numbers import cell, is_number
+from retain.report.numbers import cell, is_number, quantity
 
 WITHIN, BEYOND, UNDECIDED = 0, 2, 3
 WORDS = {WITHIN: "within", BEYOND: "beyond", UNDECIDED: "not enough evidence"}
@@ -77,7 +77,8 @@ class Check:
         words = cell(self.entry.get("value"), self.entry.get("ci"), percent=percent)
         limit = f"at least {self.limit:.1%}" if percent else f"a budget of {self.limit:g} nats/token"
         number = f"{words['value']} {words['interval'] or '(no interval)'}"
-        return f"{self.name}, {self.what} {number} on {self.size:,} {self.unit}, against {limit}: {WHY[self.code]}"
+        size = quantity(self.size, self.unit.removesuffix("s"))
+        return f"{self.name}, {self.what} {number} on {size}, against {limit}: {WHY[self.code]}"
 
     @property
     def advice(self) -> str:
@@ -85,9 +86,8 @@ class Check:
         if self.needed is None:
             return f"the value lies so near the limit that more {self.unit} would hardly decide"
         if self.size < FEWEST:
-            return (
-                f"at least {FEWEST} {self.unit} are needed for an interval that can decide, {self.size} were measured"
-            )
+            were = "1 was" if self.size == 1 else f"{self.size} were"
+            return f"at least {FEWEST} {self.unit} are needed for an interval that can decide, {were} measured"
         return (f"about {self.needed:,} {self.unit} of this kind, {self.needed - self.size:,} more, would decide "
                 "if the value stays")  # fmt: skip
 
