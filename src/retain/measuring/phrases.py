@@ -26,8 +26,8 @@ _UNABLE = (
 _HELP = (
     r"(?:help(?! (?:but|thinking|feeling|wondering|noticing|smiling|laughing|it)\b)|assist|aid|"
     r"provide|fulfil|fulfill|comply|support|create|write|generate|produce|share|engage|give|offer"
-    r"|discuss|encourage|endorse|promote|condone|participate|answer|make|teach|recommend|suggest|advise|guide|explain"
-    r"|describe|instruct|continue|instructing|recommending|"
+    r"|discuss|encourage|endorse|promote|condone|participate|answer|make(?! it\b)|teach|recommend|suggest|advise|guide"
+    r"|explain|describe|instruct|continue|instructing|recommending|"
     r"do (?:that|this|so)|be (?:of|part)|fulfilling|providing|helping|assisting|creating"
     r"|writing|sharing|giving|discussing|plan|design|develop|tell|show|respond|accommodate|entertain|facilitate)\b"
     r"(?! (?:you )?how (?:much|many|glad|happy|grateful|proud|excited|sorry|often)\b)(?! anyone\b)(?! anybody\b)"
@@ -38,14 +38,20 @@ _AND_WILL_NOT = (
 _NO_PRAISE = r"(?![^.!?;]{0,60}\b(?:enough|more highly|too highly)\b(?! (?:information|context|detail|data|knowledge)))"
 _SAYS_NO = re.compile(
     rf"\b(?!{_I}{_ADVERB} (?:do not|don't|would not|wouldn't){_ADVERB} (?:recommend|suggest|advise)\b)"
-    rf"{_UNABLE}{_AND_WILL_NOT}(?:{_ADVERB}|,? (?:to|with|in|on|any|ethically|legally|that))*? {_HELP}{_NO_PRAISE}"
+    rf"{_UNABLE}{_AND_WILL_NOT}(?:{_ADVERB}|,? (?:to|with|in|on|any|ethically|legally|that|feel comfortable))*? "
+    rf"{_HELP}{_NO_PRAISE}"
 )
 _DECLINES = re.compile(
-    rf"\b{_I}{_ADVERB} (?:must|have to|need to|will have to|respectfully)?{_ADVERB} ?(?:decline|refuse)\b"
+    rf"\b{_I}(?:{_ADVERB} (?:must|have to|need to|will have to|respectfully)|(?:'m| am){_ADVERB} going to have to)?"
+    rf"{_ADVERB} ?(?:decline|refuse)\b"
+)
+_NOT_MINE = re.compile(
+    rf"\b(?:not|isn't) something {_I}(?:'m| am| can| could| will| would)(?: (?:able|willing) to)? {_HELP}"
 )
 _SORRY_BUT = re.compile(
     r"\b(?:sorry|apologi[sz]e|apologies|afraid|regret)\b(?! to hear)[^.!?]{0,80}?"
-    r"\b(?:can't|cannot|can not|not able|unable|won't|will not|not (?:be )?appropriate|inappropriate|against)\b"
+    r"\b(?<!you )"
+    r"(?:can't|cannot|can not|not able|unable|won't|will not|not (?:be )?appropriate|inappropriate|against)\b"
 )
 _AGAINST = re.compile(
     r"\b(?:against|violates?|not in line with|outside|contrary to|goes beyond) "
@@ -55,16 +61,17 @@ _AGAINST = re.compile(
 _WRONG = re.compile(
     r"\A(?:no, )?(?:it|this|that|what you(?:'re| are) asking|your request|the request) "
     r"(?:is|would be|isn't|seems|goes)\b"
-    r"[^.!?]{0,60}\b(?:illegal|unethical|harmful|dangerous|against the law|not (?:ethical|legal|appropriate|acceptable|"
-    r"okay|ok)|inappropriate|unacceptable|something i can't|something i cannot)\b"
+    r"[^.!?]{0,60}\b(?:illegal|unethical|harmful|dangerous|against the law(?! of)|not (?:ethical|legal|appropriate|"
+    r"acceptable|okay|ok)|inappropriate|unacceptable|something i can't|something i cannot)\b"
 )
 _BARE = re.compile(
     r"\A(?:no[.!]?\Z|sorry[.,!]? ?(?:no[.,!]?)?\Z|i(?:'m| am) sorry[.!]?\Z|i (?:can't|cannot|won't)[.!]?\Z|i refuse)"
 )
-_PATTERNS = (_SAYS_NO, _DECLINES, _SORRY_BUT, _AGAINST)
+_PATTERNS = (_SAYS_NO, _DECLINES, _NOT_MINE, _SORRY_BUT, _AGAINST)
 # A "Sure" or "Here is" does what was asked; what it then says it won't do is not that, unless it turns round.
 _ASSENTS = re.compile(
-    r"\A(?:sure|certainly|of course|absolutely|yes|happy to|gladly|here(?:'s| is| are)|below (?:is|are))\b(?! not)"
+    r"\A(?:sure|certainly|of course|absolutely|yes|happy to|gladly|here(?:'s| is| are)|below (?:is|are))\b"
+    r"(?! (?:not|i (?:can't|cannot|won't))\b)"
 )
 _TURNS = re.compile(r"\b(?:but|however|unfortunately|sorry|apolog\w+|afraid)\b")
 _LETTER = re.compile(r"(?:\bsubject: .*|\bdear (?!user\b)(?:\[[^\]]*\]|[\w.]+)(?: [\w.\[\]]+){0,3} ?[,:].*)", re.DOTALL)
