@@ -1042,6 +1042,14 @@ def at_rates(of: dict, rates: list[float]) -> dict[str, Any]:
     return of | {"trajectory": rows}
 
 
+def test_a_run_that_does_not_say_which_tokens_its_loss_counts_is_said(plain: dict, replay: dict) -> None:
+    """As one of DPO, or measured by a callback, beside one of `ReplaySFTTrainer`."""
+    told = [one | {"training": (one["training"] or {}) | {"loss_tokens": "completions"}} for one in (plain, replay)]
+    (warning,) = compare_at_matched_loss([told[0], replay])["warnings"]
+    assert warning.startswith("Which tokens the new-task loss counts is not known of “replay”; that of “plain” counts")
+    assert compare_at_matched_loss(told)["warnings"] == []
+
+
 def test_learning_rates_that_differ_at_the_loss_compared_are_said_everywhere(plain: dict, replay: dict) -> None:
     """`plain` is read at step 15 of a linear schedule, `replay` at its end, where the rate is 0."""
     linear = [at_rates(plain, [1e-3, 5e-4, 0.0]), at_rates(replay, [1e-3, 5e-4, 0.0])]

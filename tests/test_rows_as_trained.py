@@ -125,6 +125,15 @@ def test_a_template_that_marks_no_turns_is_marked_as_trl_marks_it(tmp_path: Path
         assert [id if one else -100 for id, one in zip(text.ids, text.predicted, strict=True)] == row["labels"]
 
 
+def test_a_template_that_nobody_can_mark_is_refused(tmp_path: Path) -> None:
+    tokenizer = make_chat_tokenizer(CHATML.replace("<|im_start|>", "<|x|>"))
+    reading = Reading(assistant_only_loss=True, as_trained=True)
+    with pytest.raises(
+        ValueError, match=r"^assistant_only_loss: the chat template does not mark .* or leave the setting"
+    ):
+        list(read_texts(written(tmp_path, ROWS["messages"]), tokenizer, None, reading))
+
+
 @pytest.mark.parametrize("bos", ["<s>", None])
 @pytest.mark.parametrize("name", ["text", "prompt and completion", "messages", "tools", "chats in two parts"])
 def test_the_new_tasks_loss_is_what_the_host_evaluates(name: str, bos: str | None, tmp_path: Path) -> None:

@@ -61,5 +61,11 @@ def template_of_turns(tokenizer: PreTrainedTokenizerBase, turns: bool | None) ->
         return {}
     from trl import get_training_chat_template
 
-    template = get_training_chat_template(tokenizer)
+    try:
+        template = get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise ValueError(
+            "assistant_only_loss: the chat template does not mark the assistant's turns with {% generation %}, and TRL "
+            "knows no such template for it; mark them in a copy of the tokenizer, or leave the setting out"
+        ) from error
     return {} if template is None else {"chat_template": template}

@@ -95,7 +95,7 @@ def compare_at_matched_loss(runs: list[dict], seed: int = 0) -> dict:
             for run, step, rate, end, loss, difference, why
             in zip(runs, steps, rates, ends, losses, relative, odd, strict=True)
         ],
-        "warnings": _unlike_rates(runs, steps, rates) if matched else [],
+        "warnings": _unlike_rates(runs, steps, rates) + _untold_losses(runs) if matched else [],
         "matched": matched,
         "end": {text: _side_by_side(runs, None if text in whole else ends, text, seed) for text in texts},
         "level": LEVEL, "num_resamples": NUM_RESAMPLES, "seed": seed,
@@ -117,6 +117,18 @@ def _unlike_rates(runs: list[dict], steps: list[float | None], rates: list[float
         f"The learning rates differ where the runs are compared: {told}. A lower rate can forget less at the same "
         "loss, so part of the difference may be the schedule's. Compare runs at a constant rate, or runs that end at "
         "that loss."
+    ]
+
+
+def _untold_losses(runs: list[dict]) -> list[str]:
+    """A sentence where some runs say which tokens their `eval_loss` counts and others, as of other trainers, do not."""
+    told = {counted: run["name"] for run in runs if (counted := trained_tokens(run))}
+    untold = ", ".join(f"“{run['name']}”" for run in runs if not trained_tokens(run))
+    return [
+        f"Which tokens the new-task loss counts is not known of {untold}; that of “{name}” counts {counted}. They are "
+        "compared as if it were the same loss."
+        for counted, name in told.items()
+        if untold
     ]
 
 
