@@ -15,12 +15,14 @@ import torch
 from conftest import ARCHITECTURES, CHATML, make_model, make_texts, make_tokenizer, save_model
 from tokenizers.processors import TemplateProcessing
 
+from retain import ForgettingCallback
 from retain.cli.main import main
 from retain.measuring.base_cache import BaseCache
 from retain.measuring.choices import (
     Inputs,
     Question,
     as_question,
+    as_questions,
     ask,
     choice_scores,
     chosen,
@@ -298,6 +300,8 @@ def test_rows_of_every_known_form(row, tmp_path):
 
     expected = [Question("Why?", ("rain", "stone", "fox"), 1)]
     assert as_question(row, "row 1") == expected[0]
+    assert as_questions("mine", [row, expected[0]]) == 2 * expected
+    assert ForgettingCallback(choices={"mine": [row]}).choices == {"mine": expected}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     assert load_questions(str(tmp_path / "rows.jsonl")) == expected
     Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
@@ -442,7 +446,7 @@ def test_choices_in_a_report_of_a_chat_model(tmp_path):
         make_model(seed=1),
         {},
         tokenizer=chat_tokenizer(),
-        choices={"arc": make_questions(9)},
+        choices={"arc": [{"question": q.text, "choices": [*q.choices], "answer": q.answer} for q in make_questions(9)]},
         choice_style="letter",
         choice_chat_template=True,
         num_resamples=200,

@@ -519,6 +519,7 @@ def test_sample_finetune_measure(architecture, world, tmp_path, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "## Forgetting" in card
     assert "| **wiki** |" in card
+    assert "huggingface.co/datasets" not in card, "a file has no page on the Hub"
     assert model_fingerprint(load_model(out)) != model_fingerprint(load_model(model))
 
     arguments = ["--base", model, "--model", out, "--retention", wiki, "--new_task", f"new={held}"]

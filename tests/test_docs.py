@@ -8,6 +8,9 @@ import functools
 import importlib
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -319,6 +322,22 @@ def strangers(row: str) -> list[str]:
     return [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", study)]
 
 
+def turned(row: str) -> list[str]:
+    """Intervals of a finding that its study's results do not hold, not even as the negative ("more" for "less")."""
+    *_, ours, _, link = row.strip("| ").split(" | ")
+    written = intervals_of(results_of(ROOT / "experiments" / re.search(r"\(([^)]+)\)", link)[1])).values()
+    known = [[float(number) for number in numbers] for numbers in written]
+    known += [[-value, -high, -low] for value, low, high in known]
+    asked = {told: numbers for told, numbers in intervals_of(ours).items() if told not in EARLIER}
+    return [told for told, numbers in asked.items() if not any(rounds_to(numbers, one) for one in known)]
+
+
+def results_of(study: Path) -> str:
+    """What the code of a study wrote into its pages."""
+    text = "".join(path.read_text() for path in sorted(study.glob("*.md")))
+    return "".join(re.findall(r"<!-- results.*?<!-- end", text, re.DOTALL))
+
+
 def is_the_studys(row: str) -> bool:
     """Whether the study's own code says this verdict of this finding, in the list that it writes."""
     finding, *_, verdict, link = row.strip("| ").split(" | ")
@@ -333,8 +352,10 @@ def test_findings_are_those_of_the_studies():
     findings = [row for row in rows if row.count(" | ") == 4 and "](" in row and not row.startswith("| [")]
     assert len(findings) > 15
     assert [(row, wrong) for row in findings if (wrong := strangers(row))] == []
+    assert [(row, wrong) for row in findings if (wrong := turned(row))] == []
     assert [row for row in findings if not is_the_studys(row)] == []
     assert not is_the_studys(findings[0].replace("reproduced", "eliminated"))
+    assert turned("| a | b | 0.201 [-0.215, -0.186] nats | c | [08](08_size_tokens_grid) |")
     assert strangers("| a | b | 0.384 and 77.123 of 12 | c | [02](02_baselines) |") == ["77.123"]
 
 
@@ -343,6 +364,10 @@ ELSEWHERE = {  # what no study says: `make demo` with seeds 0 and 1, samples of 
     "0.611 [0.501, 0.718]", "0.065 [0.042, 0.092]", "89% [86%, 92%]", "0.262 [0.224, 0.299]", "0.013 [0.012, 0.014]",
     "95% [95%, 96%]", "0.541 [0.495, 0.588]", "0.099 [0.088, 0.112]", "82% [80%, 83%]", "84% [81%, 88%]",
     "91% [89%, 92%]", "77% [76%, 79%]", "0.0317 [0.02019, 0.04925]", "1.9 [1.1, 2.8]",
+}  # fmt: skip
+EARLIER = {  # of draws and of fewer seeds before those in the results, told as such
+    "0.099 [-0.044, 0.241]", "0.085 [-0.038, 0.208]", "0.520 [-0.263, 1.303]", "-0.059 [-0.069, -0.049]",
+    "-0.031 [-0.035, -0.026]", "+0.015 [+0.010, +0.023]", "-0.004 [-0.007, -0.002]",
 }  # fmt: skip
 
 
@@ -369,6 +394,32 @@ def test_intervals_are_those_of_the_studies(page):
     asked = {told: numbers for told, numbers in intervals_of(page.read_text()).items() if told not in ELSEWHERE}
     assert [told for told, numbers in asked.items() if not any(rounds_to(numbers, one) for one in known)] == []
     assert not any(rounds_to(["12.3", "11.1", "14.9"], one) for one in known), "it can fail"
+
+
+STUDIES = sorted(path.parent for path in (ROOT / "experiments").glob("*/run.py"))
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=ids)
+def test_intervals_in_the_prose_of_a_study_are_its_own(study):
+    results = results_of(study)
+    known = [[float(number) for number in numbers] for numbers in intervals_of(results).values()]
+    pages = "".join(path.read_text() for path in sorted(study.glob("*.md")))
+    prose = intervals_of(re.sub(r"<!-- results.*?<!-- end", "", pages, flags=re.DOTALL))
+    asked = {told: numbers for told, numbers in prose.items() if told not in EARLIER}
+    assert [told for told, numbers in asked.items() if not any(rounds_to(numbers, one) for one in known)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES, ids=ids)
+def test_a_studys_code_writes_its_page_again(study, tmp_path):
+    """So a word or number that was changed by hand, in the page and in the table, is found."""
+    shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
+    copy = tmp_path / "experiments" / study.name
+    for program in ("run.py", "pools.py"):
+        if (copy / program).exists():
+            subprocess.run([sys.executable, copy / program, "--report"], check=True, capture_output=True)
+    for page in study.glob("*.md"):
+        assert (copy / page.name).read_text() == page.read_text()
 
 
 # The checks can fail

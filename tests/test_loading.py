@@ -426,7 +426,9 @@ def test_an_adapter_names_its_package_and_so_does_the_card(gguf_file, tmp_path, 
     trainer.create_model_card()
     settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "package:fake_llm_package"
-    assert "fine-tuned version of `package:fake_llm_package`" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "fine-tuned version of `package:fake_llm_package`" in card
+    assert 'pipeline("text-generation", model="out"' in card
     assert torch.equal(load_model(str(tmp_path / "out"))(IDS).logits, make_model()(IDS).logits)
 
 

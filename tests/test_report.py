@@ -27,6 +27,7 @@ from retain.report.figures import panels
 from retain.report.frontier import dominators, frontier, frontier_sentences
 from retain.report.heat_map import heat_map, worst_documents
 from retain.report.model_card import card_with_forgetting, model_index
+from retain.report.numbers import cell
 from retain.report.report import ForgettingReport, comparison_html, comparison_markdown, comparison_summary
 from retain.report.sentences import budget_sentence, run_verdict
 from retain.text import visible
@@ -1007,6 +1008,10 @@ def test_a_budget_is_told_with_its_price_beside_a_plain_run():
     assert 0.045 <= low <= 0.05 <= high <= 0.055
     assert low < high
     assert budget_sentence(kept) == "budget 0.02 kept: KL 0.019."
+    kept["retention"] = {"wiki": {"ref_kl": {"value": 0.08, "ci": [0.07, 0.09]}}}
+    kept["retention"] |= {"code": {"ref_kl": {"value": 0.03, "ci": [0.01, 0.05]}}}
+    kept["training"]["forgetting_budget"] = 0.02
+    assert budget_sentence(kept).endswith(": KL 0.019; on wiki, which it did not hold, ref_kl is above 0.02.")
     assert budget_sentence(plain, plain) == ""
     kept["per_document"] = {}
     assert "(no interval) nats/token more" in budget_sentence(kept, plain)
@@ -1131,3 +1136,9 @@ def test_a_report_prints_its_summary_and_gives_its_numbers(plain: dict) -> None:
     frame = found._repr_html_()
     assert frame.startswith("<iframe sandbox srcdoc=")
     assert "<main>" not in frame, "escaped: its style does not reach the notebook"
+
+
+def test_what_is_nothing_but_rounding_is_written_as_nothing():
+    assert cell(4e-8, (-1.2e-6, 4e-7)) == cell(1e-8) == {"value": "≈ 0", "interval": ""}
+    assert cell(2e-6, (1e-6, 3e-6))["value"] == "0.000002"
+    assert cell(1e-7, (-3e-5, 3e-5)) == {"value": "0.000000", "interval": "[-0.000030, 0.000030]"}

@@ -99,7 +99,9 @@ def run_finetune(
     trainer.evaluate_retention()
     if training_args.process_index == 0:
         keep_once(Path(training_args.output_dir))
-    trainer.create_model_card(model_name=Path(training_args.output_dir).name, dataset_name=script_args.dataset_name)
+    file = is_local_file(script_args.dataset_name or "")  # which is no data set of the Hub, and has no page there
+    named = {"dataset_name": None if file else script_args.dataset_name}
+    trainer.create_model_card(model_name=Path(training_args.output_dir).name, **named)
     say(f"model: {training_args.output_dir}")
     if watch is not None:
         say(watch)
@@ -108,7 +110,7 @@ def run_finetune(
     if trainer.budget is not None:
         say(trainer.budget.verdict())
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(**named)
     trainer.end()
     return trainer
 

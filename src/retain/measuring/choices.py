@@ -68,6 +68,13 @@ def load_questions(source: str, *, max_questions: int | None = None, seed: int =
     return [as_question(row, where) for row, where in rows]
 
 
+def as_questions(name: str, rows: Sequence[Question | Mapping[str, Any]]) -> list[Question]:
+    """Questions as they are, and rows as `load_questions` reads them from a file."""
+    return [
+        row if isinstance(row, Question) else as_question(row, f"{name}, row {at + 1}") for at, row in enumerate(rows)
+    ]
+
+
 def as_question(row: Mapping[str, Any], where: str) -> Question:
     """A row in any of the known forms as a `Question`; a `ValueError` of one line where it has none of them."""
     text, given = row.get("question"), row.get("choices")

@@ -12,7 +12,7 @@ from retain import versions
 from retain.checks import Unchosen
 from retain.data.rows import OLD_TEXT, Document, Reading, Text, as_documents, without_copies
 from retain.measuring.base_cache import BaseCache
-from retain.measuring.choices import Question, measure_choices
+from retain.measuring.choices import Question, as_questions, measure_choices
 from retain.measuring.generations import Prompt, measure_generations
 from retain.measuring.refusals import Judge, measure_refusals
 from retain.measuring.texts import TextOptions, measure_texts
@@ -47,7 +47,7 @@ def measure(
     new_task: Mapping[str, Texts] | None = None,
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
-    choices: Mapping[str, Sequence[Question]] | None = None,
+    choices: Mapping[str, Sequence[Question | Mapping[str, Any]]] | None = None,
     choice_style: str = "text",
     choice_chat_template: bool = False,
     refusals: Mapping[str, Sequence[str]] | None = None,
@@ -73,7 +73,7 @@ def measure(
         retention: name → texts (words, rows, or documents of tokens) on which forgetting is measured; never replayed.
         new_task: name → held-out texts of the new task, for the gain; read as TRL's `SFTTrainer` reads training rows.
         completion_only_loss, assistant_only_loss: which tokens of the new task's rows count, as in `SFTConfig`.
-        choices: name → multiple-choice questions that both models answer.
+        choices: name → multiple-choice questions that both models answer: of `load_questions`, or rows as in its files.
         choice_style: `text` scores each choice's words, `letter` the letters of choices listed in the question.
         choice_chat_template: put each question as a user's turn.
         refusals: name → harmful requests that both models answer.
@@ -127,7 +127,7 @@ def measure(
             asking: dict[str, Any] = {"style": choice_style, "chat_template": choice_chat_template, "cache": cache}
             asking |= {"tokenizer": tokenizer, "batch_tokens": batch_tokens}
             asking |= {"description": name_of if progress else None}
-            own = distinct(name_of, questions, "questions")
+            own = distinct(name_of, as_questions(name_of, questions), "questions")
             result["choices"][name_of] = measure_choices(base, tuned, own, **asking)
         writing: dict[str, Any] = {"tokenizer": tokenizer, "start_id": start.id, "max_new_tokens": max_new_tokens}
         writing |= {"cache": cache, "progress": say, "batch_tokens": batch_tokens}

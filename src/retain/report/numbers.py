@@ -17,7 +17,7 @@ def cell(value: Any, ci: Sequence[Any] | None = None, percent: bool = False) -> 
         return {"value": "–", "interval": ""}
     ends = bounds_of(ci) or ()
     largest = max(map(abs, (value, *ends)))
-    if 0 < largest < 5e-7:
+    if 0 < largest < 5e-6 and abs(value) < 5e-7:  # all noise: 0.000000 [-0.000001, 0.000000] says no more
         return {"value": "≈ 0", "interval": ""}
     places = next((places for places, least in ((3, 0.02), (4, 0.001), (5, 1e-4)) if largest >= least), 6)
     digits = 3 if percent or not largest else places

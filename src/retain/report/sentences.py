@@ -88,17 +88,24 @@ def overfit_sentence(run: dict) -> str:
 
 
 def budget_sentence(run: dict, plain: dict | None = None) -> str:
-    """Whether a run kept its forgetting budget, and beside a plain run its price in new-task loss; or nothing."""
-    told = (run.get("training") or {}).get("budget")
+    """Whether a run kept its forgetting budget, and beside a plain run its price in new-task loss; or nothing.
+
+    The budget is of replay rows, which were trained on; texts that moved further are named.
+    """
+    training = run.get("training") or {}
+    told, limit = (training.get("budget") or "").rstrip("."), training.get("forgetting_budget")
     if not told:
         return ""
+    ends = {text: measured(of, "ref_kl")[1] for text, of in (run.get("retention") or {}).items()}
+    if limit and (above := [text for text, bounds in ends.items() if bounds and bounds[0] > limit]):
+        told += f"; on {listed(above)}, which it did not hold, ref_kl is above {limit:g}"
     text = next(iter(run.get("new_task") or {}), None)
     found = loss_difference(run, plain, text) if plain is not None and text is not None else None
     if plain is None or found is None:
-        return f"{told.rstrip('.')}."
+        return f"{told}."
     words, (own, other) = cell(found["value"], found["ci"]), found["losses"]
     cost = f"{words['value']} {words['interval'] or '(no interval)'} nats/token more than “{plain['name']}”"
-    return f"{told.rstrip('.')}. Its new-task loss on {text} is {own:.3f} against {other:.3f}: {cost}."
+    return f"{told}. Its new-task loss on {text} is {own:.3f} against {other:.3f}: {cost}."
 
 
 def _learned(metrics: dict) -> str:

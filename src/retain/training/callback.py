@@ -26,7 +26,7 @@ from transformers.trainer_utils import default_compute_objective
 from retain import versions
 from retain.data.rows import Document
 from retain.files import read_settings
-from retain.measuring.choices import Inputs, Question, choice_scores, chosen, encode_questions
+from retain.measuring.choices import Inputs, Question, as_questions, choice_scores, chosen, encode_questions
 from retain.measuring.tokens import Forward, batches, logits_at, padded
 from retain.models.description import (
     check_predicts_tokens,
@@ -70,7 +70,7 @@ class ForgettingCallback(RunFilesCallback):
 
     Args:
         retention: name → texts (or documents of tokens) on which forgetting is measured.
-        choices: name → multiple-choice questions.
+        choices: name → multiple-choice questions: of `load_questions`, or rows as in its files.
         base: the base, where the model that the trainer gets is not, as when its adapter was trained before.
         tokenizer: by default the trainer's `processing_class`.
         max_tokens: tokens of each text: whole documents in an order drawn with `seed`, the same at every evaluation.
@@ -91,7 +91,7 @@ class ForgettingCallback(RunFilesCallback):
         self,
         retention: Mapping[str, Iterable[str] | Sequence[Document]] | None = None,
         *,
-        choices: Mapping[str, Sequence[Question]] | None = None,
+        choices: Mapping[str, Sequence[Question | Mapping[str, Any]]] | None = None,
         base: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         max_tokens: int | None = 16_384,
@@ -107,7 +107,8 @@ class ForgettingCallback(RunFilesCallback):
         if choices_every < 1:
             raise ValueError(f"choices_every: {choices_every}; use at least 1")
         super().__init__({})
-        self.retention, self.choices, self.base = dict(retention or {}), dict(choices or {}), base
+        self.retention, self.base = dict(retention or {}), base
+        self.choices = {name: as_questions(name, rows) for name, rows in (choices or {}).items()}
         self.tokenizer, self.start_token, self.seed = tokenizer, start_token, seed
         self.max_tokens, self.max_length, self.choices_every = max_tokens, max_length, choices_every
         self.asked: dict[str, Any] = {"style": choice_style, "chat_template": choice_chat_template}

@@ -355,9 +355,10 @@ class ReplaySFTTrainer(ReplayMixin, SFTTrainer):
     """`trl.SFTTrainer` with replay."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As TRL does; but a base that is no Hub id is named, where TRL writes None."""
+        """As TRL does; but a base or model that is not on the Hub is named, where TRL writes None."""
         super().create_model_card(*args, **kwargs)
         card, base = Path(self.args.output_dir, "README.md"), Path(self.model.name_or_path).name
         if self.is_world_process_zero() and base:
             text = card.read_text(encoding="utf-8")
-            write_text(card, text.replace("[None](https://huggingface.co/None)", f"`{base}`"))
+            text = text.replace("[None](https://huggingface.co/None)", f"`{base}`")
+            write_text(card, text.replace('model="None"', f'model="{card.parent.name}"'))
