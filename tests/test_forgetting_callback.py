@@ -370,6 +370,8 @@ def test_documents_are_whole_bounded_and_always_the_same():
     assert len(take_documents("a", texts, 1, 0, **cut)) == 1
     with pytest.raises(ValueError, match="'a' has no text to measure"):
         take_documents("a", ["", ""], 10, 0, **cut)
+    with pytest.raises(ValueError, match="texts: 'a' is a str, not several texts; give a list"):
+        take_documents("a", "wiki.txt", 10, 0, **cut)
 
 
 def test_letters_in_the_chat_template(tmp_path):

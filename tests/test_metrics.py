@@ -310,6 +310,27 @@ def test_a_text_of_nothing_is_refused(texts):
         measure(make_model(), make_model(), {"a": texts}, tokenizer=TOKENIZER, max_length=20)
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"retention": {"a": "the quick brown fox"}}, "texts: 'a' is a str, not several texts; give a list"),
+        (
+            {"retention": {"a": {"train": ["fox"], "test": ["dog"]}}},
+            "texts: 'a' is a dict, .*; give the rows of one split",
+        ),
+        ({"new_task": {"a": "wiki.txt"}}, "texts: 'a' is a str"),
+        ({"prompts": "the quick"}, "prompts: 'prompts' is a str, not several prompts"),
+        ({"refusals": {"a": "advbench"}}, "requests: 'a' is a str, not several requests"),
+        ({"choices": {"a": "arc_easy"}}, "questions: 'a' is a str, not several questions"),
+        ({"retention": ["fox"]}, "retention: a list names no texts; give a mapping such as {'wiki': texts}"),
+    ],
+)
+def test_one_text_is_not_read_as_many(given, why):
+    """Its characters were documents, and the keys of a `DatasetDict`: numbers that nothing gave away."""
+    with pytest.raises(ValueError, match=why):
+        measure(make_model(), make_model(), **{"retention": {}} | given, tokenizer=TOKENIZER, max_length=20)
+
+
 def test_windows_longer_than_the_model_can_take_are_refused():
     with pytest.raises(ValueError, match="max_length: 512 is more than this model's 128 positions; use at most 128"):
         measure(make_model("gpt2"), make_model("gpt2"), {"a": make_texts(1)}, tokenizer=TOKENIZER, max_length=512)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -56,6 +57,18 @@ def hints_of(kind: Any) -> dict[str, Any]:
     """The annotated type of every field of a dataclass, given as its class."""
     found = typing.get_type_hints(kind)
     return {field.name: found[field.name] for field in dataclasses.fields(kind)}
+
+
+def several(field: str, name: str, source: Any) -> list[Any]:
+    """The items of a source of several; of a lone text they would be its characters, of a mapping its keys.
+
+    Raises:
+        ValueError: for one of these.
+    """
+    if isinstance(source, (str, bytes, Mapping)):
+        remedy = "the rows of one split, or a list" if isinstance(source, Mapping) else "a list"
+        raise ValueError(f"{field}: {name!r} is a {type(source).__name__}, not several {field}; give {remedy}")
+    return list(source)
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:

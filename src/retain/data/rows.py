@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from retain.checks import several
 from retain.data.chats import apply_template, chat_of, marks_turns, messages_of, rendered, template_of_turns
 from retain.data.row_files import SUFFIXES, read_file
 from retain.text import first_line
@@ -313,8 +314,7 @@ def as_documents(
     Raises:
         ValueError: if nothing is left to measure.
     """
-    items: list[Any] = list(source)
-    documents = items
+    items = documents = several("texts", name, source)
     if not (items and isinstance(items[0], Document)):
         documents = tokenize_documents(items, tokenizer, start_id, max_length, max_windows=max_windows, reading=reading)
     if not documents:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain import versions
-from retain.checks import Unchosen
+from retain.checks import Unchosen, several
 from retain.data.rows import OLD_TEXT, Document, Reading, Text, as_documents, without_copies
 from retain.measuring.base_cache import BaseCache
 from retain.measuring.choices import Question, as_questions, measure_choices
@@ -118,7 +118,7 @@ def measure(
         result |= {"choices": {}, "refusals": {}, "generations": []}
 
         def distinct(name_of: str, items: Sequence[Any], unit: str) -> list[Any]:
-            found, said = without_copies(name_of, items, unit)
+            found, said = without_copies(name_of, several(unit, name_of, items), unit)
             result["warnings"] += said
             return found
 
@@ -138,7 +138,8 @@ def measure(
                 result["refusals"][name_of] = measure_refusals(base, tuned, asked, kind=kind, judge=judge, **writing)
         if prompts:
             say("writing continuations")
-            whole = distinct("prompts", [Prompt(one) if isinstance(one, str) else one for one in prompts], "prompts")
+            asked = [Prompt(one) if isinstance(one, str) else one for one in several("prompts", "prompts", prompts)]
+            whole = distinct("prompts", asked, "prompts")
             writing |= {"seed": seed, "num_resamples": num_resamples}
             continued = measure_generations(base, tuned, whole, sampled=sampled, **writing)
             result["warnings"] += continued.pop("notes")
@@ -163,6 +164,11 @@ def tokens_that_fit(model: PreTrainedModel, batch_tokens: int) -> int:
 
 
 def _check_texts(retention: Mapping[str, Any], new_task: Mapping[str, Any]) -> None:
+    for field, texts in (("retention", retention), ("new_task", new_task)):
+        if not isinstance(texts, Mapping):
+            raise ValueError(
+                f"{field}: a {type(texts).__name__} names no texts; give a mapping such as {{'wiki': texts}}"
+            )
     if twice := set(retention) & set(new_task):
         raise ValueError(f"new_task: {min(twice)!r} is a retention text, too; give each text its own name")
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import SchedulerType, TrainerState, TrainingArguments
 
+from retain.checks import several
 from retain.data.rows import Document, as_documents, without_copies
 from retain.files import append_jsonl
 from retain.measuring.tokens import Forward, document_sums, summarize
@@ -114,7 +115,7 @@ def take_documents(
     name: str, source: Iterable[str] | Sequence[Document], max_tokens: int | None, seed: int, **cut: Any
 ) -> list[Document]:
     """Whole documents in an order drawn with `seed`, until `max_tokens` are spent; at least one, in their own order."""
-    items: list[Any] = list(source)
+    items = several("texts", name, source)
     taken: dict[int, list[Document]] = {}
     left = max_tokens
     for at in np.random.default_rng(seed).permutation(len(items)).tolist():
