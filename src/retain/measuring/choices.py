@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from retain.checks import several
 from retain.data.rows import Document, read_sample
 from retain.losses import next_token_loss
 from retain.measuring.base_cache import BaseCache
@@ -71,7 +72,8 @@ def load_questions(source: str, *, max_questions: int | None = None, seed: int =
 def as_questions(name: str, rows: Sequence[Question | Mapping[str, Any]]) -> list[Question]:
     """Questions as they are, and rows as `load_questions` reads them from a file."""
     return [
-        row if isinstance(row, Question) else as_question(row, f"{name}, row {at + 1}") for at, row in enumerate(rows)
+        row if isinstance(row, Question) else as_question(row, f"{name}, row {at + 1}")
+        for at, row in enumerate(several("questions", name, rows))
     ]
 
 
