@@ -526,6 +526,29 @@ def test_verdict_is_held_against_the_noise_floor(plain: dict) -> None:
     assert run_verdict(plain).startswith("No change shown")
 
 
+def test_a_model_that_moved_in_every_document_has_moved(plain: dict) -> None:
+    """SmolLM2 after 8 steps, ten documents: ref_kl 0.018 [0.000, 0.089], and at least 0.003 in each of them."""
+    sums = [0.471, 1.052, 0.257, 0.859, 10.376, 1.899, 0.694, 0.785, 5.633, 0.559]
+    plain["retention"]["wiki"] |= {"forgetting": measured(0.0, -0.1, 0.1), "ref_kl": measured(0.018, 0.0, 0.089)}
+    plain["per_document"] = {"wiki": {"ref_kl": sums, "num_tokens": [87, 380, 91, 80, 96, 66, 142, 151, 107, 85]}}
+    assert run_verdict(plain).startswith("Changed, but no forgetting shown: ")
+    plain["per_document"]["wiki"]["ref_kl"][2] = 0.0
+    assert run_verdict(plain).startswith("No change shown: ")
+    plain["per_document"] = {"wiki": {"ref_kl": sums[:5], "num_tokens": [87, 380, 91, 80, 96]}}
+    assert run_verdict(plain).startswith("No change shown: ")
+
+
+def test_prompts_of_chats_are_told_apart_by_what_differs(plain: dict) -> None:
+    head = "<|system|>\nYou are helpful.\n<|user|>\n"
+    told = {"base": "b", "tuned": "t"}
+    plain["generations"] = [{"prompt": f"{head}{ask}", **told} for ask in ("Who sings?", "Who\nruns?")]
+    page = comparison_html([plain], title="page")
+    assert "<summary>Who sings?" in page
+    assert "You are helpful.\n&lt;|user|&gt;\nWho sings?</pre>" in page
+    plain["generations"] = plain["generations"][:1]
+    assert "<summary>&lt;|system|&gt;\nYou are helpful." in comparison_html([plain], title="page")
+
+
 def test_verdict_with_several_texts_and_with_none(plain: dict) -> None:
     plain["retention"]["code"] = {"forgetting": measured(0.0, -0.01, 0.01), "ref_kl": measured(0.0, 0.0, 0.0)}
     assert run_verdict(plain).startswith("Forgetting shown on wiki; no change shown on code: ")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
+from os.path import commonprefix
 from typing import Any
 
 from retain.report.numbers import bounds_of, count, is_number, measured, number, points, probability, quantity, share
@@ -181,7 +182,10 @@ def knowledge_table(runs: Sequence[dict]) -> dict[str, Any] | None:
 
 
 def generations(runs: Sequence[dict]) -> list[dict[str, Any]]:
-    """Per prompt and way of writing: the base's text and each run's, in pieces (differs from the base?, text)."""
+    """Per prompt and way of writing: the base's text and each run's, in pieces (differs from the base?, text).
+
+    A title is the prompt without the lines that open all of them, such as a chat template's system message.
+    """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for place, run in enumerate(runs):
         for row in run.get("generations") or []:
@@ -193,7 +197,12 @@ def generations(runs: Sequence[dict]) -> list[dict[str, Any]]:
                 "fate": row.get("fate"), "cut": ended.get("tuned") is False,
             }  # fmt: skip
     several = len({how for _, how in found}) > 1
-    return [{"prompt": prompt, "how": how if several else "", **entry} for (prompt, how), entry in found.items()]
+    prompts = {prompt for prompt, _ in found}
+    start = commonprefix([*prompts]).rfind("\n") + 1 if len(prompts) > 1 else 0  # noqa: RUF071 (of characters)
+    return [
+        {"prompt": prompt, "title": prompt[start:], "how": how if several else "", **entry}
+        for (prompt, how), entry in found.items()
+    ]
 
 
 def differences(base: str, tuned: str) -> list[tuple[bool, str]]:

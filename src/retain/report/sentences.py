@@ -6,6 +6,7 @@ from retain.report.comparison import end_of, floor_of, loss_difference, series, 
 from retain.report.numbers import cell, measured
 
 OVERFIT = 0.01  # of the lowest new-task loss: a rise that an evaluation's rounding does not make
+SIGNS = 6  # documents that all say the same, from which on the sign test says so at 95%
 MANY = 1000  # times the noise floor: from there on the factor says no more
 
 HEADS = {
@@ -31,9 +32,21 @@ def state(run: dict, text: str) -> str:
         return "forgot"
     if loss and loss[1] < min(low, 0.0):
         return "improved"
-    if moved and moved[0] > floor_of(run, text):
+    if moved and (moved[0] > floor_of(run, text) or _moved_everywhere(run, text)):
         return "moved"
     return "unmoved" if loss and moved else "undecided"
+
+
+def _moved_everywhere(run: dict, text: str) -> bool:
+    """Whether ref_kl, which is never below 0, is above the noise floor in every one of six documents or more.
+
+    By the sign test; the interval of so few skewed values may reach down to 0 (p = 1/32 at six).
+    """
+    of = (run.get("per_document") or {}).get(text) or {}
+    sums, sizes = of.get("ref_kl") or [], of.get("num_tokens") or []
+    return len(sums) >= SIGNS and all(
+        total > floor_of(run, text) * size for total, size in zip(sums, sizes, strict=True)
+    )
 
 
 def run_verdict(run: dict) -> str:
