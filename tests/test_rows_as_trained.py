@@ -22,6 +22,7 @@ from retain.data.rows import (
     read_text,
     read_texts,
     row_text,
+    row_texts,
     tokenize_documents,
 )
 from retain.measuring.measure import measure
@@ -236,6 +237,29 @@ def test_a_start_token_that_a_template_writes_is_no_text_to_predict() -> None:
     (document,) = tokenize_documents([{"messages": [FOX, TOWNS]}], tokenizer, 3, 64)
     assert document.windows[0][:2] != [3, 3]
     assert document.num_bytes == len(row_text({"messages": [FOX, TOWNS]}, tokenizer).removeprefix("<s>"))
+
+
+PREFERRED = [
+    {"prompt": "the fox", "chosen": " old towns", "rejected": " stone"},
+    {"prompt": [FOX], "chosen": [TOWNS], "rejected": [STONE]},
+    {"chosen": [FOX, TOWNS], "rejected": [FOX, STONE]},
+    {"chosen": "the fox, old towns", "rejected": "the fox, stone"},
+]
+
+
+@pytest.mark.parametrize("row", PREFERRED)
+def test_a_row_of_preferences_is_no_text_and_both_its_answers_were_trained_on(row: dict, tmp_path: Path) -> None:
+    """Its prompt alone was measured, as what was learned, and its answers were not looked for among the measured."""
+    tokenizer, source = make_chat_tokenizer(), written(tmp_path, [row])
+    with pytest.raises(
+        ValueError, match=r"row 1 of .* has \['chosen', .*'rejected'\]; it needs text, messages, or prompt"
+    ):
+        list(read_texts(source, tokenizer))
+    chosen, rejected = row_texts(source, tokenizer)
+    assert "old towns" in chosen
+    assert "stone" in rejected
+    assert "fox" in chosen
+    assert "fox" in rejected
 
 
 def test_prompts_see_the_tools_and_settings_of_their_chat() -> None:

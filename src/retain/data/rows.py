@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from retain.models.description import StartToken
 
 
+PREFERENCES = ("chosen", "rejected")  # columns of rows for DPO and its like
+
+
 def is_local_file(source: str) -> bool:
     """Whether `source` names an existing file rather than a folder or a Hub id."""
     return Path(source).expanduser().is_file()
@@ -172,9 +175,20 @@ def read_text(
 
 
 def row_texts(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The words of every row of a file or Hub dataset; a bad row is named in its error."""
+    """The words of every row of a file or Hub dataset, with each answer of preferences; an error names the row."""
     for at, row in enumerate(read_rows(source), start=1):
-        yield row_text(row, tokenizer, f"row {at} of {source!r}")
+        for answered in _answered(row):
+            yield row_text(answered, tokenizer, f"row {at} of {source!r}")
+
+
+def _answered(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A row of preferences with each of its answers, as a prompt and completion or a chat; other rows as they are."""
+    answers = [row[name] for name in PREFERENCES if row.get(name) is not None]
+    if not answers:
+        yield row
+    for answer in answers:
+        whole = "completion" if row.get("prompt") is not None else "text" if isinstance(answer, str) else "messages"
+        yield {**row, whole: answer}
 
 
 def row_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
@@ -199,7 +213,7 @@ def _content(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
         return turns, None
     if isinstance(row.get("text"), str):
         return row["text"], None
-    if isinstance(prompt, str) and "completion" not in row:
+    if isinstance(prompt, str) and not {"completion", *PREFERENCES} & row.keys():
         return prompt, None
     raise ValueError(f"data: {where} has {sorted(row)}; it needs text, messages, or prompt and completion, as words")
 
