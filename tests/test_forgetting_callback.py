@@ -356,6 +356,11 @@ def test_the_best_weights_and_several_evaluation_sets(tmp_path):
 # What is measured
 
 
+def test_a_text_that_is_trained_on_is_not_measured_as_remembered(tmp_path):
+    with pytest.raises(ValueError, match=r"^retention: 'words' shares \d+ rows with the training rows"):
+        sft(tmp_path, [callback(retention={"words": ROWS["text"][:4]})]).train()
+
+
 def test_documents_are_whole_bounded_and_always_the_same():
     cut = {"tokenizer": TOKENIZER, "start_id": 3, "max_length": 16, "max_windows": None}
     texts = ["", *make_texts(30, seed=4)]

@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import ParallelismConfig
-from conftest import CHATML, make_model, make_texts, make_tokenizer
+from conftest import CHATML, make_model, make_texts, make_tokenizer, random_model
 from datasets import Dataset
 from peft import LoraConfig
 from test_footguns import rows_of
 from test_trainer import LORA, ROWS, TOKENIZER, config, logged, train
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    TrainerCallback,
+)
 from trl import RewardConfig, RewardTrainer, SFTTrainer
 
 from retain import ForgettingCallback, ReplayConfig, ReplayMixin, ReplaySFTTrainer, ReplayTrainer, measure
@@ -26,6 +31,7 @@ from retain.sampling.write import sample_replay
 from retain.training.protection import check_devices, expected_steps
 
 TEXTS = {"words": make_texts(3, seed=9)}
+INVOKING = [[3, 7, 9, *range(10, 20)]] * 8  # rows with what switches an activated LoRA on
 
 
 @pytest.fixture(scope="module")
@@ -251,10 +257,47 @@ def test_activated_lora_with_checkpointing_is_refused(tmp_path: Path, replay: Re
     host = SFTTrainer if measured else ReplaySFTTrainer
     with pytest.raises(ValueError, match="gradient_checkpointing: .*aLoRA.*set it false"):
         host(make_model(), args, train_dataset=ROWS, processing_class=TOKENIZER, peft_config=alora, **more)
-    train(tmp_path, replay, peft_config=alora, changes={"max_steps": 2})
+    train(tmp_path, ReplayDataset.from_rows(INVOKING, "invoking"), peft_config=alora, changes={"max_steps": 2})
+
+
+def test_activated_lora_that_no_replay_row_switches_on_is_refused(tmp_path: Path, replay: ReplayDataset) -> None:
+    """Short runs were called protected, and longer ones ended in an error: a KL of exactly 0."""
+    alora = LoraConfig(**LORA, alora_invocation_tokens=[7, 9])
+    with pytest.raises(ValueError, match=r"^replay_dataset: no row holds the tokens \[7, 9\] that switch aLoRA on"):
+        train(tmp_path, replay, peft_config=alora)
+    rows, new = ReplayDataset.from_rows(INVOKING, "invoking"), Dataset.from_dict({"input_ids": INVOKING})
+    assert logged(train(tmp_path, rows, peft_config=alora, train_dataset=new), "replay/kl")[-1] > 0
+
+
+def test_a_model_that_is_frozen_is_not_trained(tmp_path: Path, replay: ReplayDataset) -> None:
+    """PEFT's merge_and_unload leaves it so, and a run trained nothing."""
+    with pytest.raises(ValueError, match=r"^model: all its parameters are frozen"):
+        train(tmp_path, replay, make_model().requires_grad_(False))
+
+
+def test_a_model_that_sees_the_tokens_it_predicts_is_refused(tmp_path: Path, replay: ReplayDataset) -> None:
+    """BERT has an output head, and says what each token is: its loss of the next one is no forgetting at all."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    model = random_model(BertConfig(vocab_size=320, **sizes), 0, 3.0)
+    with pytest.raises(ValueError, match=r"^model: \w+ has no head that predicts each next token"):
+        train(tmp_path, replay, model, ReplayTrainer)
+    with pytest.raises(ValueError, match=r"^model: \w+ has no head that predicts each next token"):
+        measure(model, model, TEXTS, tokenizer=TOKENIZER)
 
 
 # What is said
+
+
+def test_rows_in_another_form_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^replay_dataset: list is none; give a folder"):
+        train(tmp_path, [[3, 5, 6]])  # type: ignore[arg-type]
+
+
+def test_rows_that_nobody_looked_through_are_named(
+    tmp_path: Path, replay: ReplayDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path, replay, train_dataset=ROWS.to_iterable_dataset(), retention_datasets=TEXTS)
+    assert "retention: not looked for in the training rows, which are a stream" in caplog.text
 
 
 def test_a_step_without_a_label_is_said_to_be_one(tmp_path: Path, replay: ReplayDataset) -> None:

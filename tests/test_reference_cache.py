@@ -150,6 +150,17 @@ def test_training_from_hidden_states_is_training_with_the_base(
     assert difference(weights(live.model), weights(stored.model)) < 1e-5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_retention_beside_stored_predictions_is_measured_in_mixed_precision(
+    datasets: dict[str, ReplayDataset], tmp_path: Path, kind: str
+) -> None:
+    """The states were made in autocast and held against a probe in float32: refused as not the base."""
+    texts = {"words": make_texts(3, seed=9)}
+    trainer = run(tmp_path, datasets[kind], "auto", changes={"bf16": True}, retention_datasets=texts)
+    assert trainer.reference_kind == f"cache ({kind})"
+    assert trainer.evaluate_retention()["retention/words/ref_kl"] > 1e-3
+
+
 def test_training_from_topk_is_near_training_with_the_base(datasets: dict[str, ReplayDataset], tmp_path: Path) -> None:
     live, stored = (run(tmp_path / name, datasets["topk"], name, changes=SGD) for name in ("copy", "cache"))
     kl, of_topk = (logged(trainer, "replay/kl")[-1] for trainer in (live, stored))
@@ -251,7 +262,7 @@ def test_full_finetuning_keeps_no_second_model_and_asks_no_base(
     model.register_forward_pre_hook(lambda *args: passes.append(1))
     trainer = run(tmp_path, datasets[kind], "cache", model=model, changes={"max_steps": 3})
     assert trainer.reference is None
-    before = 2 + 1 + 1  # the model as it came and as it is trained, finding the head, proving the store
+    before = 1 + 2 + 1 + 1  # sees it ahead; as it came and as it is trained, finding the head, proving the store
     assert len(passes) == before + 3 * 2
 
 

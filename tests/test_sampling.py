@@ -270,6 +270,16 @@ def test_rows_are_proven_at_their_own_length(monkeypatch):
         draw_rows(model, [[3], [3]], [0, 1], 40, 0)
 
 
+def test_predictions_that_training_will_not_see_are_not_stored(tmp_path):
+    """LongRoPE: a row's first tokens were predicted while it was short, and training reads it whole."""
+    options = {"num_rows": 2, "store_reference": "hidden"}
+    sample_replay(make_changing("phi3"), make_tokenizer(), tmp_path / "short", max_length=16, **options)
+    with pytest.raises(
+        ValueError, match=r"^store_reference: beyond 16 tokens this model encodes a whole row otherwise"
+    ):
+        sample_replay(make_changing("phi3"), make_tokenizer(), tmp_path / "long", max_length=17, **options)
+
+
 def test_a_model_is_proven_once(model):
     passes: list[tuple[int, ...]] = []
     model.register_forward_pre_hook(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from retain.checks import Unchosen
+from retain.models.reference import sees_ahead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -177,7 +178,9 @@ def check_predicts_tokens(model: Any) -> None:
     Raises:
         ValueError: naming the model.
     """
-    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+    whole = all(parameter.numel() for parameter in model.parameters())  # not shared out by ZeRO-3
+    headless = model.config.is_encoder_decoder or model.get_output_embeddings() is None
+    if headless or (whole and sees_ahead(model)):
         raise ValueError(
             f"model: {type(model).__name__} has no head that predicts each next token; replay and retention need a "
             "causal language model (AutoModelForCausalLM)"

@@ -55,11 +55,22 @@ def probe_tokens(vocab_size: int) -> Int[Tensor, "rows length"]:
 
 
 @torch.no_grad()
-def probe(model: Any) -> Float[Tensor, "rows length vocab"]:
-    """A model's log-probabilities on the probe tokens, without dropout, on the CPU in float32."""
-    tokens = probe_tokens(model.config.get_text_config().vocab_size).to(model.device)  # a shard of weights has no size
+def probe(model: Any, tokens: Int[Tensor, "rows length"] | None = None) -> Float[Tensor, "rows length vocab"]:
+    """A model's log-probabilities on the probe tokens, or on others; without dropout, on the CPU in float32."""
+    if tokens is None:
+        tokens = probe_tokens(model.config.get_text_config().vocab_size)  # a shard of weights has no size
     with evaluation_mode(model):
-        return torch.log_softmax(model(input_ids=tokens, use_cache=False).logits.float(), dim=-1).cpu()
+        logits = model(input_ids=tokens.to(model.device), use_cache=False).logits
+        return torch.log_softmax(logits.float(), dim=-1).cpu()
+
+
+def sees_ahead(model: Any) -> bool:
+    """Whether what a model says of the first tokens depends on those behind them, as of BERT: it predicts none."""
+    tokens = probe_tokens(model.config.get_text_config().vocab_size)
+    half = tokens.shape[1] // 2
+    tokens[1, :half] = tokens[0, :half]
+    one, other = probe(model, tokens)[:, :half]
+    return _tolerance(model) < _difference(one, other) < torch.inf
 
 
 class Reference:

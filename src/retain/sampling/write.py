@@ -29,6 +29,7 @@ from retain.models.description import (
     tokenizer_fingerprint,
 )
 from retain.replay.dataset import MANIFEST, NOT_COMPARED, SCHEMA, read_manifest, shard_path, write_shard
+from retain.replay.own_rows import rope_switch
 from retain.replay.predictions import write_predictions
 from retain.sampling.engine import Engine, Work, choose_batch_size, draw_rows, in_batches
 from retain.sampling.starts import Starts, document_starts
@@ -100,6 +101,11 @@ def sample_replay(
     starts = starts or document_starts(start_token)
     max_length = length_that_fits(model, max_length)
     _check_beginnings(starts, max_length)
+    if store_reference and (switch := rope_switch(model)) is not None and max_length > switch:
+        raise ValueError(
+            f"store_reference: beyond {switch} tokens this model encodes a whole row otherwise (LongRoPE) than while "
+            f"it drew it, and training sees whole rows; use max_length {switch}, or store nothing"
+        )
     manifest = _manifest(model, tokenizer, start_token, engine_name) | {
         "start": starts.describe(),
         "num_rows": num_rows,

@@ -54,6 +54,8 @@ from retain.training.evaluation import (
 from retain.training.protection import (
     check_base_is_frozen,
     check_forward_passes,
+    check_not_trained_on,
+    row_edges,
     see_the_base_everywhere,
 )
 from retain.training.run_files import RunFilesCallback, weights_step
@@ -121,6 +123,7 @@ class ForgettingCallback(RunFilesCallback):
         self._is_logged = True
         self._inputs: dict[str, Inputs] = {}
         self._base_answers: dict[str, list[int]] = {}
+        self._row_edges: set[int] = set()
         self._is_in_train = self._begun = False
 
     # What the trainer calls
@@ -137,6 +140,8 @@ class ForgettingCallback(RunFilesCallback):
         if state.global_step and self.reference.kind == "copy" and self.base is None:
             self._check_resumed(Path(args.output_dir), state.global_step)
         self.reference.to(args.device)
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        check_not_trained_on(dataset, self.documents, self._row_edges)
         self.tables, self._sets, self._is_in_train = {}, {}, True
         super().on_train_begin(args, state, control)
 
@@ -220,6 +225,7 @@ class ForgettingCallback(RunFilesCallback):
         if tokenizer is None:
             raise ValueError("tokenizer: missing, and the trainer has no processing_class; give one to the callback")
         limit, start = max_positions(model), choose_start_token(tokenizer, self.start_token)
+        self._row_edges = row_edges(tokenizer, start.id)
         cut = {"tokenizer": tokenizer, "start_id": start.id, "max_windows": None}
         cut["max_length"] = min(self.max_length, limit or self.max_length)
         for name, source in self.retention.items():

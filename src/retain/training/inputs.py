@@ -35,12 +35,15 @@ from retain.training.protection import (
     check_devices,
     check_forward_passes,
     check_held_out,
+    check_invoked,
+    check_not_trained_on,
     check_positions,
     check_rows_fit,
     check_whole,
     expected_steps,
     loaded_whole,
     make_reference,
+    row_edges,
     see_the_base_everywhere,
     takes_cache,
     training_rows,
@@ -101,13 +104,14 @@ class ProtectedInputs(RetentionMixin):
         windows = [len(window) for documents in texts for document in documents for window in document.windows]
         drawn = rows.num_predictions + rows.prefix_lengths if rows is not None and config.draws_replay else []
         check_positions(model, [*windows, *drawn])
-        if self.retention_documents:  # the rows are tokenised by now
-            trained_on = training_rows(getattr(self, "train_dataset", None))
-            check_held_out(trained_on, self.retention_documents, "training rows", self._row_edges)
+        dataset = getattr(self, "train_dataset", None)  # its rows are tokenised by now
+        check_not_trained_on(dataset, self.retention_documents, self._row_edges)
         if config.uses_reference or self.retention_documents:
             check_same_model(model, self._base_probe)
         if config.adds_replay_term or self.retention_documents:
             check_forward_passes(model, self.args)
+        if rows is not None and config.draws_replay:
+            check_invoked(model, rows)
         form = find_head_form(model) if config.adds_replay_term else None
         module, ref_head = model.get_output_embeddings(), None
         if self.reference is None and self.retention_documents:
@@ -118,7 +122,7 @@ class ProtectedInputs(RetentionMixin):
                 )
             ref_head = form.frozen(module)
             self.reference = self._remember(ref_head)
-        if self.reference is not None:
+        elif self.reference is not None:
             self.reference.to(self.accelerator.device)
             self.reference.prove(model, self._base_probe)
             if self.reference.kind == "adapter":
@@ -153,8 +157,11 @@ class ProtectedInputs(RetentionMixin):
     def _remember(self, head: Head) -> Reference:
         texts = self.retention_documents.values()
         windows = [window for documents in texts for document in documents for window in document.windows]
-        with self.accelerator.autocast():
-            return Reference(RememberedBase(self.model, head, windows))
+        with self.accelerator.autocast():  # in the precision of its states, the model, which was shown to be the base
+            reference = Reference(RememberedBase(self.model, head, windows))
+            reference.to(self.accelerator.device)
+            reference.prove(self.model, probe(self.model))
+            return reference
 
     def _prove_rows(self) -> None:
         """Hold rows that the model is said to have drawn against what it predicts, in the precision of training."""
@@ -225,6 +232,11 @@ class ProtectedInputs(RetentionMixin):
         max_length = length_that_fits(model, asked, "replay_max_length")
         if isinstance(replay, (str, Path)):
             replay = load_replay_dataset(str(replay), tokenizer, start.id, max_length)
+        if not isinstance(replay, ReplayDataset | None):
+            raise ValueError(
+                f"replay_dataset: {type(replay).__name__} is none; give a folder of `retain sample`, a file of text, "
+                "or ReplayDataset.from_rows(token ids)"
+            )
         if replay is not None and replay.manifest is not None:
             warning = verify_replay(
                 replay.manifest,
@@ -236,7 +248,7 @@ class ProtectedInputs(RetentionMixin):
                 own_rows = False
                 logger.warning(warning)
         self.replay_dataset = replay
-        self._row_edges = {start.id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
+        self._row_edges = row_edges(tokenizer, start.id)
         for name, source in retention.items():
             cut: dict[str, Any] = {"start_id": start.id, "max_length": max_length, "max_windows": RETENTION_WINDOWS}
             documents = as_documents(name, source, tokenizer=tokenizer, **cut)

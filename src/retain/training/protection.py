@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
 from retain.data.overlap import find_rows
 from retain.data.rows import Document
@@ -68,6 +70,32 @@ def check_forward_passes(model: Any, args: Any) -> None:
             "gradient_checkpointing: true, and aLoRA (alora_invocation_tokens) allows only one forward pass a step "
             "then, without the base's and the replay rows'; set it false"
         )
+
+
+def check_invoked(model: Any, rows: ReplayDataset) -> None:
+    """Refuse replay rows on none of which an activated LoRA is on: they hold nothing.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    found = [getattr(one, "alora_invocation_tokens", None) for one in getattr(model, "peft_config", {}).values()]
+    for tokens in filter(None, found):
+        asked = np.asarray(tokens, dtype=rows.tokens.dtype).tobytes()
+        if not any(asked in rows[at].tobytes() for at in range(len(rows))):
+            raise ValueError(
+                f"replay_dataset: no row holds the tokens {tokens} that switch aLoRA on, so none would protect the "
+                "model, which stays its base without them; replay prompts that end with them, or set replay_coef 0"
+            )
+
+
+def check_trained(model: Any) -> None:
+    """Refuse to train nothing, as what PEFT's merge_and_unload leaves: all of it is frozen.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model: all its parameters are frozen; call requires_grad_(True) on it, or give a peft_config")
 
 
 def check_positions(model: Any, lengths: Iterable[int]) -> None:
@@ -128,13 +156,31 @@ def check_held_out(
             )
 
 
+def row_edges(tokenizer: Any, start_id: int) -> set[int]:
+    """Tokens that open or close rows."""
+    return {start_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
+
+
+def check_not_trained_on(dataset: Any, retention: Mapping[str, Sequence[Document]], edges: Collection[int]) -> None:
+    """What a host trains on must not be measured as what is remembered; where nobody can look, that is said.
+
+    Raises:
+        ValueError: as `check_held_out`.
+    """
+    rows = training_rows(dataset)
+    first = list(itertools.islice(rows, 1))
+    if retention and dataset is not None and not first:
+        logger.warning("retention: not looked for in the training rows, which are a stream, or no tokens yet")
+    check_held_out(itertools.chain(first, rows), retention, "training rows", edges)
+
+
 def training_rows(dataset: Any) -> Iterator[Any]:
     """Token ids of the rows that a host trainer will train on: see `row_columns`.
 
     Nothing for a stream, whose rows pass by only once, and for rows that are not tokenised when training begins
     (prompts of online methods).
     """
-    if dataset is None or not hasattr(dataset, "__len__") or not len(dataset):
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not len(dataset):
         return
     first = dataset[0]
     rows = row_columns(first) if isinstance(first, Mapping) else []

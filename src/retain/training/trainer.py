@@ -27,7 +27,7 @@ from retain.training.config import ReplayConfig
 from retain.training.evaluation import check_best_metric, logged_names
 from retain.training.inputs import ProtectedInputs, load_for_training
 from retain.training.objective import in_opening
-from retain.training.protection import check_noise, check_replay_every, check_weights, zero_kl_error
+from retain.training.protection import check_noise, check_replay_every, check_trained, check_weights, zero_kl_error
 from retain.training.run_files import BUDGET_FILE, ProtectionChecks, RunFilesCallback
 
 logger = logging.getLogger(__name__)
@@ -282,6 +282,7 @@ class ReplayMixin(ProtectedInputs):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The host's training; a budget begins anew, or where the checkpoint left it, and its verdict is kept."""
+        check_trained(self.model)
         self.budget = None
         result = super().train(*args, **kwargs)
         budget = self.replay_config.forgetting_budget
