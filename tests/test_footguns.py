@@ -259,6 +259,22 @@ def test_training_rows_without_the_document_start_are_said(tmp_path: Path, repla
     assert bool(told) == (not start)
 
 
+def test_rows_of_the_new_task_as_replay_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """KL on them is `kl_new` at best: it holds back what is to be learned, and was called protection."""
+    texts, other = make_texts(8, seed=4, words=8), make_texts(8, seed=14, words=8)
+    for given, told in (([*texts, *other[:4]], ["replay_dataset: 8 of 12 rows are rows of the new task"]), (other, [])):
+        caplog.clear()
+        (file := tmp_path / "replay.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in given))
+        with caplog.at_level("WARNING", "retain"):
+            train(
+                tmp_path, str(file), train_dataset=Dataset.from_dict({"text": texts}), replay_config=ReplayConfig(),
+                changes={"max_steps": 2},
+            )  # fmt: skip
+        assert [line.split(": they")[0] for line in caplog.messages if "new task" in line] == told
+    with pytest.raises(ValueError, match="replay_dataset: list is none; give a folder of `retain sample`, a file"):
+        train(tmp_path, other)
+
+
 def test_a_pool_that_is_far_too_small_shows_on_other_text(tmp_path: Path, replay: ReplayDataset) -> None:
     """Two rows are learned by heart: their KL is low, and that of other rows of the same base is not."""
     held_out = [row.tolist() for row in sample_rows(make_model(), 3, range(100, 108), 24, seed=5).numpy()]

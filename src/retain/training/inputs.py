@@ -12,6 +12,7 @@ import numpy as np
 
 from retain import versions
 from retain.checks import Unchosen
+from retain.data.overlap import find_rows
 from retain.data.rows import as_documents, without_copies
 from retain.losses import Head
 from retain.models.description import (
@@ -106,6 +107,13 @@ class ProtectedInputs(RetentionMixin):
         check_positions(model, [*windows, *drawn])
         dataset = getattr(self, "train_dataset", None)  # its rows are tokenised by now
         check_not_trained_on(dataset, self.retention_documents, self._row_edges)
+        if rows is not None and rows.manifest is None and config.draws_replay:  # real text
+            new = find_rows([rows[at] for at in range(len(rows))], training_rows(dataset), self._row_edges)
+            if 2 * len(new) > len(rows):
+                logger.warning(
+                    "replay_dataset: %d of %s are rows of the new task: they hold the model back there and protect "
+                    "nothing else; give text that it should keep", len(new), quantity(len(rows), "row"),
+                )  # fmt: skip
         if config.uses_reference or self.retention_documents:
             check_same_model(model, self._base_probe)
         if config.adds_replay_term or self.retention_documents:
