@@ -70,7 +70,8 @@ def sees_ahead(model: Any) -> bool:
     half = tokens.shape[1] // 2
     tokens[1, :half] = tokens[0, :half]
     one, other = probe(model, tokens)[:, :half]
-    return _tolerance(model) < _difference(one, other) < torch.inf
+    # at every one of them: rounding may send a token to another expert here and there
+    return _tolerance(model) < min(map(_difference, one, other)) < torch.inf
 
 
 class Reference:

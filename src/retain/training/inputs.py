@@ -80,7 +80,7 @@ class ProtectedInputs(RetentionMixin):
             check_predicts_tokens(model)
         self.replay_dataset, self.retention_documents, self.reference = None, {}, None
         self._row_edges: set[int] = set()  # tokens that open or close rows
-        self._own_rows = True
+        self._own_rows, self._start_token = True, ""
         if replay is not None or retention:
             tokenizer = _tokenizer(kwargs.get("processing_class"), model)
             self._own_rows = self._load_rows(model, tokenizer, replay, retention, args, start_token)
@@ -263,6 +263,7 @@ class ProtectedInputs(RetentionMixin):
             self.retention_documents[name], said = without_copies(f"retention/{name}", documents, "documents")
             for sentence in said:
                 logger.warning(sentence)
+        self._start_token = start.token
         logger.info("document start: %s", start)
         return own_rows
 
@@ -303,6 +304,7 @@ class ProtectedInputs(RetentionMixin):
         if rows is None or not config.draws_replay:
             return {}
         resolved: dict[str, Any] = {"replay_max_length": int(np.diff(rows.offsets).max())}
+        resolved["start_token"] = self._start_token
         if config.replay_objective != "replace":
             resolved["per_device_replay_batch_size"] = self.replay_batch_size
         if config.uses_reference:

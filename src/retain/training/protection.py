@@ -95,7 +95,10 @@ def check_trained(model: Any) -> None:
         ValueError: with what to do instead.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("model: all its parameters are frozen; call requires_grad_(True) on it, or give a peft_config")
+        raise ValueError(
+            "model: all its parameters are frozen; call requires_grad_(True) on it, or give it a new adapter "
+            "(peft_config, --use_peft), and merge one that it has"
+        )
 
 
 def check_positions(model: Any, lengths: Iterable[int]) -> None:

@@ -12,6 +12,7 @@ from retain import versions
 from retain.data.rows import Document
 from retain.measuring.tokens import logits_at
 from retain.models.reference import Reference
+from retain.report.numbers import number
 from retain.report.report import ForgettingReport
 from retain.training.config import ReplayConfig
 from retain.training.evaluation import Sets, Tables, add_to_metrics, evaluated_set, logged, measure_texts
@@ -133,6 +134,5 @@ class RetentionMixin(Host):
 
 
 def _with_interval(name: str, metric: dict[str, Any]) -> str:
-    low, high = metric["ci"]
-    interval = f" [{low:.4f}, {high:.4f}]" if low is not None else ""
-    return f"{name} {metric['value']:.4f}{interval}"
+    shown = number(metric)
+    return f"{name} {shown['value']} {shown['interval']}".rstrip()
