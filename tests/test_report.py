@@ -18,6 +18,7 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from retain import files
+from retain.cli.main import main
 from retain.report import report
 from retain.report import style as plots
 from retain.report.answers import compare_answers, share_entry
@@ -883,7 +884,8 @@ def test_a_megabyte_on_one_line_is_cut_and_says_so(plain: dict) -> None:
 def test_old_and_half_filled_reports_are_shown(plain: dict) -> None:
     plain |= {"refusals": {"a": {}, "b": {"scorers": {"judge": {}}}}, "drift": {"greedy": {}}, "knowledge": {}}
     plain |= {"generations": [{"prompt": "p", "base": "b", "tuned": "t"}], "worst": {}, "per_document": {}}
-    for shown in formats([plain, {key: value for key, value in plain.items() if key != "refusals"}]).values():
+    older = {key: value for key, value in plain.items() if key != "refusals"} | {"name": "older"}
+    for shown in formats([plain, older]).values():
         assert "plain" in shown
 
 
@@ -1068,6 +1070,19 @@ def at_rates(of: dict, rates: list[float]) -> dict[str, Any]:
     """A run that logged these learning rates at steps 0, 10, 20 ..."""
     rows = [row | {"learning_rate": rates[row["step"] // 10]} for row in of["trajectory"] if not row["step"] % 10]
     return of | {"trajectory": rows}
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(plain: dict, replay: dict, tmp_path: Path) -> None:
+    """As two models in folders called out/; and bases that differ were not seen, since names were keys."""
+    folders = []
+    for name, run in (("a", plain), ("b", replay)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(run | {"name": "out"}))
+        folders.append(str(tmp_path / name))
+    assert main(["report", "--runs", *folders, "--output_dir", str(tmp_path / "both")]) == 0
+    assert [run["name"] for run in json.loads((tmp_path / "both" / "report.json").read_text())["runs"]] == ["a", "b"]
+    with pytest.raises(ValueError, match="runs: two are named 'plain'; give each run once, and a name of its own"):
+        compare_at_matched_loss([plain, replay | {"name": "plain"}])
 
 
 def test_a_run_that_does_not_say_which_tokens_its_loss_counts_is_said(plain: dict, replay: dict) -> None:

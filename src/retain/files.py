@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,12 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
         raise ValueError(f"{what}: cannot read {str(path)!r} ({error.strerror}); {remedy}") from error
     except (ValueError, RecursionError) as error:  # of which UnicodeDecodeError is one
         raise ValueError(f"{what}: cannot read {str(path)!r} (not JSON: {str(error)[:80]}); {remedy}") from error
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Runs by their folder, by the whole path where folders share a name."""
+    folders = [(path if path.is_dir() else path.parent).name for path in paths]
+    return folders if len(set(folders)) == len(paths) else [str(path) for path in paths]
 
 
 def read_settings(folder: Path, shape: Any = MAPPING, file: str = CONFIG_FILE) -> dict[str, Any]:

@@ -184,10 +184,14 @@ def _finish(write: Callable[[str], object], output_dir: str, summary: str) -> No
 def report(argv: list[str]) -> None:
     """`retain report`: several measured runs → one page, compared at matched new-task loss."""
     (config,) = parse(argv, "report")
+    from retain.files import short_names
     from retain.report.report import ForgettingReport, comparison_summary, write_comparison
 
     paths = [Path(folder) / "report.json" if Path(folder).is_dir() else Path(folder) for folder in config.runs]
     runs = [ForgettingReport.from_json(path).data for path in paths]
+    if len({run["name"] for run in runs}) < len(runs):  # as of two folders that are called out/
+        for run, name in zip(runs, short_names([Path(given) for given in config.runs]), strict=True):
+            run["name"] = name
     write = partial(write_comparison, reports=runs, title=config.title, interactive=config.interactive)
     _finish(write, config.output_dir, comparison_summary(runs))
 

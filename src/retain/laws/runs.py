@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from retain.files import read_jsonl, read_settings
+from retain.files import read_jsonl, read_settings, short_names
 from retain.laws.forms import Array
 from retain.text import first_line
 
@@ -168,7 +168,7 @@ def read_runs(
     """
     rows: list[dict[str, Any]] = []
     partial = 0
-    names = _short_names([Path(path) for path in paths])
+    names = short_names([Path(path) for path in paths])
     for path, name in zip(map(Path, paths), names, strict=True):
         if path.is_dir():
             path = path / "metrics.jsonl"
@@ -215,12 +215,6 @@ def unlike_recipes(sources: Sequence[str]) -> list[str]:
         if len(values) > 1:
             notes.append(f"{name}: the runs have {', '.join(values)}; a law is of one recipe: fit those of one value")
     return notes
-
-
-def _short_names(paths: Sequence[Path]) -> list[str]:
-    """Runs by their folder, by the whole path where folders share a name."""
-    folders = [(path if path.is_dir() else path.parent).name for path in paths]
-    return folders if len(set(folders)) == len(paths) else [str(path) for path in paths]
 
 
 def _read_table(path: Path) -> list[dict[str, Any]]:

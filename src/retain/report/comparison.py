@@ -133,6 +133,9 @@ def _untold_losses(runs: list[dict]) -> list[str]:
 
 
 def _check_same_base(runs: list[dict]) -> None:
+    names = [run["name"] for run in runs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"runs: two are named {twice[0]!r}; give each run once, and a name of its own")
     fingerprints = {run["name"]: (run.get("base") or {}).get("fingerprint") for run in runs}
     if len({fingerprint for fingerprint in fingerprints.values() if fingerprint}) > 1:
         raise ValueError(f"base.fingerprint differs between runs: {fingerprints}. Compare runs of one base.")
