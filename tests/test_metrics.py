@@ -331,6 +331,13 @@ def test_one_text_is_not_read_as_many(given, why):
         measure(make_model(), make_model(), **{"retention": {}} | given, tokenizer=TOKENIZER, max_length=20)
 
 
+def test_tokens_that_the_models_do_not_have_are_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    with pytest.raises(ValueError, match="tokenizer: '<tool>' is token 320, and the models have 320; give their own"):
+        measure(make_model(), make_model(), {"a": ["a <tool>"]}, tokenizer=tokenizer, max_length=20)
+
+
 def test_windows_longer_than_the_model_can_take_are_refused():
     with pytest.raises(ValueError, match="max_length: 512 is more than this model's 128 positions; use at most 128"):
         measure(make_model("gpt2"), make_model("gpt2"), {"a": make_texts(1)}, tokenizer=TOKENIZER, max_length=512)

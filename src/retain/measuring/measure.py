@@ -109,6 +109,7 @@ def measure(
         {text: cut(text, of, reading=reading) for text, of in group.items()}
         for group, reading in ((new_task or {}, trained), (retention, OLD_TEXT))
     )
+    _check_tokens(base, tokenizer, [document for text in (learned | kept).values() for document in text])
     with evaluation_mode(base), evaluation_mode(tuned):
         cache = BaseCache(base, base_cache)
         if learned or kept:
@@ -171,6 +172,14 @@ def _check_texts(retention: Mapping[str, Any], new_task: Mapping[str, Any]) -> N
             )
     if twice := set(retention) & set(new_task):
         raise ValueError(f"new_task: {min(twice)!r} is a retention text, too; give each text its own name")
+
+
+def _check_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]) -> None:
+    most = max((max(window) for document in documents for window in document.windows), default=0)
+    known = base.get_input_embeddings().weight.shape[0]
+    if most >= known:
+        token = tokenizer.convert_ids_to_tokens(most)
+        raise ValueError(f"tokenizer: {token!r} is token {most}, and the models have {known}; give their own tokenizer")
 
 
 def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
