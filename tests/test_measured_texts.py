@@ -206,9 +206,7 @@ def test_where_the_text_does_not_suffice_the_report_says_how_much_would():
     report = measure(make_model(), make_model(seed=1), texts, tokenizer=TOKENIZER, max_length=24, ci=1e-4).data
     (warning,) = report["warnings"]
     width = half_width(report["retention"]["a"]["forgetting"])
-    assert warning.startswith(
-        f"a: the interval wished for, ±0.0001, was not reached: all 40 documents give ±{width:.2g}"
-    )
+    assert warning.startswith(f"a: the target of ±0.0001 was not reached: all 40 documents give ±{width:.2g}")
     assert f"about {math.ceil(40 * (width / 1e-4) ** 2):,} would give it" in warning
 
 

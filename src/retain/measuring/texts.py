@@ -128,7 +128,7 @@ def _interval_notes(text: str, entry: dict[str, Any], used: int, total: int, ci:
         return []
     needed = f"about {math.ceil(used * (width / ci) ** 2):,} would give it" if math.isfinite(width) else "give more"
     given = f"all {total:,} documents give ±{width:.2g}"
-    return [f"{text}: the interval wished for, ±{ci:g}, was not reached: {given}; {needed}"]
+    return [f"{text}: the target of ±{ci:g} was not reached: {given}; {needed}"]
 
 
 def _noise_floor(cache: BaseCache, documents: Sequence[Document], options: TextOptions) -> dict[str, Any]:
