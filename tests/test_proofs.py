@@ -288,6 +288,13 @@ def test_a_model_that_sees_the_tokens_it_predicts_is_refused(tmp_path: Path, rep
 # What is said
 
 
+def test_rows_that_are_all_dropped_are_named(tmp_path: Path, replay: ReplayDataset) -> None:
+    """TRL drops rows whose completions are cut off; torch then said "num_samples=0"."""
+    rows = Dataset.from_list([{"prompt": text, "completion": " x"} for text in make_texts(4, seed=1)])
+    with pytest.raises(ValueError, match=r"^train_dataset: no row is left"):
+        train(tmp_path, replay, train_dataset=rows, changes={"max_length": 16})
+
+
 def test_rows_in_another_form_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^replay_dataset: list is none; give a folder"):
         train(tmp_path, [[3, 5, 6]])  # type: ignore[arg-type]

@@ -88,8 +88,8 @@ def check_invoked(model: Any, rows: ReplayDataset) -> None:
             )
 
 
-def check_trained(model: Any) -> None:
-    """Refuse to train nothing, as what PEFT's merge_and_unload leaves: all of it is frozen.
+def check_trained(model: Any, dataset: Any) -> None:
+    """Refuse to train nothing, as what PEFT's merge_and_unload leaves: all of it is frozen; or on nothing.
 
     Raises:
         ValueError: with what to do instead.
@@ -98,6 +98,11 @@ def check_trained(model: Any) -> None:
         raise ValueError(
             "model: all its parameters are frozen; call requires_grad_(True) on it, or give it a new adapter "
             "(peft_config, --use_peft), and merge one that it has"
+        )
+    if hasattr(dataset, "__len__") and not len(dataset):
+        raise ValueError(
+            "train_dataset: no row is left; SFTTrainer drops those whose completions max_length cuts off: raise it, or "
+            "give shorter prompts"
         )
 
 

@@ -282,7 +282,7 @@ class ReplayMixin(ProtectedInputs):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The host's training; a budget begins anew, or where the checkpoint left it, and its verdict is kept."""
-        check_trained(self.model)
+        check_trained(self.model, getattr(self, "train_dataset", None))
         self.budget = None
         result = super().train(*args, **kwargs)
         budget = self.replay_config.forgetting_budget
