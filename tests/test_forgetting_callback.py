@@ -396,6 +396,7 @@ def test_letters_in_the_chat_template(tmp_path):
     ("bad", "why"),
     [
         ({"retention": {}, "choices": {}}, "^retention: nothing to measure; give texts, or choices$"),
+        ({"retention": ["a"]}, "^retention: a list names no texts; give a mapping such as"),
         ({"choices_every": 0}, "^choices_every: 0; use at least 1$"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -319,6 +320,7 @@ def test_a_text_of_nothing_is_refused(texts):
             "texts: 'a' is a dict, .*; give the rows of one split",
         ),
         ({"new_task": {"a": "wiki.txt"}}, "texts: 'a' is a str"),
+        ({"new_task": {"a": Path("wiki.txt")}}, r"texts: 'a' is a \w+Path, not several texts; give a list"),
         ({"prompts": "the quick"}, "prompts: 'prompts' is a str, not several prompts"),
         ({"refusals": {"a": "advbench"}}, "requests: 'a' is a str, not several requests"),
         ({"choices": {"a": "arc_easy"}}, "questions: 'a' is a str, not several questions"),

@@ -145,6 +145,14 @@ def test_coefficient_zero_is_the_host_trainer_bit_for_bit(tmp_path: Path, replay
     assert logged(ours, "loss") == logged(host, "loss")
 
 
+def test_retention_texts_without_names_are_refused(tmp_path: Path, replay: ReplayDataset) -> None:
+    with pytest.raises(ValueError, match="retention_datasets: a list names no texts; give a mapping such as"):
+        ReplaySFTTrainer(
+            make_model(), config(tmp_path), train_dataset=ROWS, processing_class=TOKENIZER, replay_dataset=replay,
+            retention_datasets=make_texts(2),
+        )  # fmt: skip
+
+
 def test_coefficient_zero_is_the_transformers_trainer_bit_for_bit(tmp_path: Path, replay: ReplayDataset) -> None:
     rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in [replay[i].tolist() for i in range(20)]])
 

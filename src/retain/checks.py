@@ -9,7 +9,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -65,10 +65,16 @@ def several(field: str, name: str, source: Any) -> list[Any]:
     Raises:
         ValueError: for one of these.
     """
-    if isinstance(source, (str, bytes, Mapping)):
+    if isinstance(source, (str, bytes, Mapping)) or not isinstance(source, Iterable):
         remedy = "the rows of one split, or a list" if isinstance(source, Mapping) else "a list"
         raise ValueError(f"{field}: {name!r} is a {type(source).__name__}, not several {field}; give {remedy}")
     return list(source)
+
+
+def check_named(field: str, texts: Any) -> None:
+    """Raise a `ValueError` unless texts come by their names."""
+    if not isinstance(texts, Mapping):
+        raise ValueError(f"{field}: a {type(texts).__name__} names no texts; give a mapping such as {{'wiki': texts}}")
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain import versions
-from retain.checks import Unchosen, several
+from retain.checks import Unchosen, check_named, several
 from retain.data.rows import OLD_TEXT, Document, Reading, Text, as_documents, without_copies
 from retain.measuring.base_cache import BaseCache
 from retain.measuring.choices import Question, as_questions, measure_choices
@@ -166,10 +166,7 @@ def tokens_that_fit(model: PreTrainedModel, batch_tokens: int) -> int:
 
 def _check_texts(retention: Mapping[str, Any], new_task: Mapping[str, Any]) -> None:
     for field, texts in (("retention", retention), ("new_task", new_task)):
-        if not isinstance(texts, Mapping):
-            raise ValueError(
-                f"{field}: a {type(texts).__name__} names no texts; give a mapping such as {{'wiki': texts}}"
-            )
+        check_named(field, texts)
     if twice := set(retention) & set(new_task):
         raise ValueError(f"new_task: {min(twice)!r} is a retention text, too; give each text its own name")
 

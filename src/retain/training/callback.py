@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerContro
 from transformers.trainer_utils import default_compute_objective
 
 from retain import versions
+from retain.checks import check_named
 from retain.data.rows import Document
 from retain.files import read_settings
 from retain.measuring.choices import Inputs, Question, as_questions, choice_scores, chosen, encode_questions
@@ -108,6 +109,7 @@ class ForgettingCallback(RunFilesCallback):
             raise ValueError("retention: nothing to measure; give texts, or choices")
         if choices_every < 1:
             raise ValueError(f"choices_every: {choices_every}; use at least 1")
+        check_named("retention", retention or {})
         super().__init__({})
         self.retention, self.base = dict(retention or {}), base
         self.choices = {name: as_questions(name, rows) for name, rows in (choices or {}).items()}

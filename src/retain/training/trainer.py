@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import Trainer
 from trl import RewardTrainer, SFTTrainer
 
+from retain.checks import check_named
 from retain.files import write_json, write_text
 from retain.models.head import reshard
 from retain.replay.dataset import ReplayDataset, replace_rows, replay_indices
@@ -69,6 +70,7 @@ class ReplayMixin(ProtectedInputs):
             raise ValueError("model: RewardTrainer trains a score of rows, and replay needs predictions of tokens")
         if isinstance(model, str):
             model = load_for_training(model, args, kwargs)
+        check_named("retention_datasets", retention_datasets or {})
         self.take_inputs(model, args, replay_dataset, retention_datasets or {}, start_token, kwargs)
         if args is not None and args.ddp_broadcast_buffers is None:
             # Two forwards before one backward: a broadcast between them would overwrite what autograd saved.
