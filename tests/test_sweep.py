@@ -312,4 +312,4 @@ def test_a_sweep_on_the_command_line(tmp_path, capsys):
     assert failed["error"].startswith("retain sample: seed: -1")
     (tmp_path / "s.yaml").write_text(json.dumps({"verb": "sample", "common": shared, "grid": {"seed": [0]}}))
     assert main(arguments) == 0
-    assert "1 runs: " in capsys.readouterr().out
+    assert "1 run: " in capsys.readouterr().out
