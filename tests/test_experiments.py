@@ -88,6 +88,7 @@ def test_base_is_an_ordinary_folder_and_is_made_once(bench: harness.Bench) -> No
         small_base.make_base(bench.folder, small_texts(), replace(TINY, seed=1))
 
 
+@pytest.mark.program
 def test_first_study_runs_resumes_and_reports(
     bench: harness.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

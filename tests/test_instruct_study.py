@@ -129,6 +129,7 @@ def test_figures(modules: dict[str, ModuleType], tmp_path: Path) -> None:
     assert min(path.stat().st_size for path in tmp_path.iterdir()) > 10_000
 
 
+@pytest.mark.program
 def test_an_arm_from_end_to_end(
     modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

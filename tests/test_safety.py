@@ -149,6 +149,7 @@ def run_python(code: str, environment: dict[str, str]) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stderr
 
 
+@pytest.mark.program
 def test_local_work_asks_for_no_network(tmp_path):
     """Every verb but `demo` and `plan`, on local files, with every way out closed and no HF_HUB_OFFLINE."""
     folder = save_model(tmp_path / "model")

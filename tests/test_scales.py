@@ -78,7 +78,13 @@ def test_no_part_outlives_a_killed_study(tmp_path: Path) -> None:
     assert not psutil.wait_procs(parts, timeout=10)[1]
 
 
-@pytest.mark.parametrize("name", ["02_baselines", "06_continual_tasks", "09_learning_rate"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "02_baselines",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("06_continual_tasks", "09_learning_rate")),
+    ],
+)
 def test_a_scale_of_which_nothing_is_made_says_so(name: str) -> None:
     done = subprocess.run(
         [sys.executable, str(EXPERIMENTS / name / "run.py"), "--scale", "paper", "--report"],
