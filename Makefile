@@ -70,9 +70,9 @@ test-lowest test-newest: test-%:
 test-extras:
 	$(PYTHON) -m venv .cache/extras
 	.cache/extras/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,eval,gym]'
-	OMP_NUM_THREADS=1 .cache/extras/bin/python -m pytest -m 'slow or not slow' -rs tests/test_harness.py \
-		tests/test_choices.py::test_lm_evaluation_harness_answers_alike_question_by_question \
-		tests/test_lab.py::test_reasoning_gym_itself
+	OMP_NUM_THREADS=1 .cache/extras/bin/python -m pytest -m 'slow or not slow' -rs tests/measuring/test_harness.py \
+		tests/measuring/test_choices.py::test_lm_evaluation_harness_answers_alike_question_by_question \
+		tests/lab/test_lab.py::test_reasoning_gym_itself
 
 # Every figure, table and verdict of experiments/ from the committed results; nothing is trained.
 figures: $(VENV)/.done

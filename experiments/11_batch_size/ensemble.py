@@ -2,7 +2,8 @@
 
 A step of a tiny model costs more in Python than in arithmetic, so models that differ in learning rate, beta2 and seed
 alone are stacked and take every step together. What a member sees and does is what its run by `transformers.Trainer`
-sees and does: model, rows, loss, clipping, schedule and AdamW (`tests/test_rate_studies.py` holds the two together).
+sees and does: model, rows, loss, clipping, schedule and AdamW; `tests/experiments/test_rate_studies.py` holds the two
+together.
 """
 
 from __future__ import annotations

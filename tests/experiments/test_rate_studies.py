@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import load_study
 
-ROOT = Path(__file__).parents[1] / "experiments"
+ROOT = Path(__file__).parents[2] / "experiments"
 for folder in (ROOT, ROOT / "09_learning_rate", ROOT / "11_batch_size"):
     sys.path.insert(0, str(folder))
 

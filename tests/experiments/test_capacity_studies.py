@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import load_study
 
-ROOT = Path(__file__).parents[1] / "experiments"
+ROOT = Path(__file__).parents[2] / "experiments"
 NAMES = ("07_capacity", "08_size_tokens_grid", "13_expansion")
 for folder in (ROOT, *(ROOT / name for name in NAMES)):
     sys.path.insert(0, str(folder))

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STUDY = f"""
 '''A study of nothing.'''
 import os, signal, sys, time

@@ -20,7 +20,7 @@ from retain import ReplayConfig, ReplayDataset, ReplayMixin, ReplaySFTTrainer, l
 from retain.cli.main import main
 from retain.sampling.write import sample_rows
 
-RECIPES = Path(__file__).parents[1] / "docs" / "recipes.md"
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
 TOKENIZER = make_tokenizer()
 TEXTS = make_texts(24)
 COMMON: dict[str, Any] = {

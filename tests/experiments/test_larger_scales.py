@@ -21,7 +21,7 @@ from retain.lab.config import PretrainConfig
 from retain.lab.corpora import Language
 from retain.lab.models import counted_size_of, make_config
 
-ROOT = Path(__file__).parents[1] / "experiments"
+ROOT = Path(__file__).parents[2] / "experiments"
 STUDIES = (
     "06_continual_tasks",
     "07_capacity",

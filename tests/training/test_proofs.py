@@ -325,7 +325,7 @@ def test_steps_are_counted_as_the_host_makes_them(
 
 
 def test_no_message_sends_the_reader_to_a_folder_that_a_wheel_does_not_have() -> None:
-    for path in (Path(__file__).parents[1] / "src" / "retain").rglob("*.py"):
+    for path in (Path(__file__).parents[2] / "src" / "retain").rglob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
         for node in nodes:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1] / "experiments"
+ROOT = Path(__file__).parents[2] / "experiments"
 for folder in (ROOT, ROOT / "05_law"):
     sys.path.insert(0, str(folder))
 

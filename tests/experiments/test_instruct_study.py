@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import CHATML, make_model, make_texts, make_tokenizer
 
-ROOT = Path(__file__).parents[1] / "experiments"
+ROOT = Path(__file__).parents[2] / "experiments"
 FOLDERS = ["", "10_instruct", "12_self_generated_chat", "04_capabilities"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import load_study
 
-ROOT = Path(__file__).parents[1] / "experiments"
+ROOT = Path(__file__).parents[2] / "experiments"
 for folder in (ROOT, ROOT / "01_replay_cost", ROOT / "02_baselines"):
     sys.path.insert(0, str(folder))
 

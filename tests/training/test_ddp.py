@@ -20,7 +20,9 @@ from retain.sampling.write import sample_replay
 from retain.training.protection import check_whole
 
 HERE = Path(__file__).parent
-DEEPSPEED = HERE.parent / ".cache" / "deepspeed"  # no part of the environment: others would import it at every start
+DEEPSPEED = (
+    HERE.parents[1] / ".cache" / "deepspeed"
+)  # no part of the environment: others would import it at every start
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -38,7 +40,12 @@ def launch(
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(HERE / "ddp_run.py"), str(folder), str(batch), way, *names]
-    around = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    around = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     done = subprocess.run(command, env=around | environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in names}
@@ -122,7 +129,7 @@ brought = pytest.mark.skipif(not DEEPSPEED.is_dir(), reason="DeepSpeed is brough
 
 
 def zero(stage: int) -> dict[str, str]:
-    path = os.pathsep.join((str(HERE), str(DEEPSPEED)))
+    path = os.pathsep.join((str(HERE), str(HERE.parent), str(DEEPSPEED)))
     found = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage), "PYTHONPATH": path}
     return found | {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true", "DS_ACCELERATOR": "cpu"}
 
