@@ -291,4 +291,4 @@ def test_copies_of_a_document_a_question_and_a_prompt_count_once():
         "harm: 2 requests hold 1 copy, left out",
         "prompts: 3 prompts hold 1 copy, left out",
     ]
-    assert judge(data, budget=0.0, min_agreement=None)["code"] == UNDECIDED
+    assert judge(data, max_forgetting=0.0)["code"] == UNDECIDED

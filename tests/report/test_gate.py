@@ -27,8 +27,8 @@ def text(value: float, low: float | None, high: float | None, agreement: float =
     }
 
 
-def judged(texts: dict[str, dict], budget: float | None = 0.02, least: float | None = None, **more: Any) -> dict:
-    return judge({"retention": texts, **more}, budget=budget, min_agreement=least)
+def judged(texts: dict[str, dict], limit: float | None = 0.02, least: float | None = None, **more: Any) -> dict:
+    return judge({"retention": texts, **more}, max_forgetting=limit, min_agreement=least)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_interval_decides(measured, code, words):
     found = judged({"wiki": text(*measured)})
     assert found["code"] == code
     assert words in found["verdict"]
-    assert "a budget of 0.02 nats/token" in found["verdict"]
+    assert "against at most 0.02 nats per token" in found["verdict"]
 
 
 def test_the_worst_text_decides():
@@ -111,7 +111,17 @@ def test_agreement_is_a_limit_of_its_own():
     found = judged({"wiki": text(0.01, 0.0, 0.015, agreement=0.8)}, least=0.9)
     assert found["code"] == BEYOND
     assert "wiki, same top token 80.0% [78.0%, 82.0%] on 40 documents, against at least 90.0%" in found["verdict"]
-    assert judged({"wiki": text(0.5, 0.4, 0.6, agreement=0.95)}, budget=None, least=0.9)["code"] == WITHIN
+    assert judged({"wiki": text(0.5, 0.4, 0.6, agreement=0.95)}, limit=None, least=0.9)["code"] == WITHIN
+
+
+def test_divergence_is_a_limit_of_its_own():
+    """Of a text whose loss fell: forgetting is within its limit, ref_kl beyond it."""
+    ref_kl = {"value": 0.3, "ci": [0.25, 0.35], "num_documents": 40}
+    report = {"retention": {"wiki": text(-0.05, -0.06, -0.04) | {"ref_kl": ref_kl}}}
+    assert judge(report, max_forgetting=0.02, max_ref_kl=0.4)["code"] == WITHIN
+    found = judge(report, max_forgetting=0.02, max_ref_kl=0.2)
+    assert (found["code"], found["max_ref_kl"]) == (BEYOND, 0.2)
+    assert "wiki, ref_kl 0.300 [0.250, 0.350] on 40 documents, against at most 0.2 nats per token" in found["verdict"]
 
 
 def test_answers_to_questions_are_held_to_it_too():
@@ -136,7 +146,7 @@ def test_the_report_shows_the_verdict_and_hostile_names_harm_nobody():
         "base": {"model": "m"},
         "retention": {"</p><script>alert(1)</script>\x1b[31m\u202e": text(0.05, 0.04, 0.06)},
     }
-    data["gate"] = judge(data, budget=0.02, min_agreement=None)
+    data["gate"] = judge(data, max_forgetting=0.02)
     page = comparison_html([data], title="t")
     assert "gate: beyond (exit code 2)" in page
     assert '<p class="note gate-2">' in page
@@ -183,7 +193,7 @@ def test_exit_codes(world, tmp_path, capsys):
     assert gate(world, tmp_path / "2", "off", "--budget", "0.02") == 2
     assert last().startswith("gate: beyond (exit code 2), decided by wiki, forgetting ")
     data = json.loads((tmp_path / "2" / "report.json").read_text())
-    assert (data["gate"]["code"], data["gate"]["budget"], data["gate"]["min_agreement"]) == (2, 0.02, None)
+    assert (data["gate"]["code"], data["gate"]["max_forgetting"], data["gate"]["min_agreement"]) == (2, 0.02, None)
     assert "gate: beyond" in (tmp_path / "2" / "report.html").read_text()
     assert ForgettingReport(data).summary()
     forgetting = data["retention"]["wiki"]["forgetting"]["value"]

@@ -162,7 +162,7 @@ def measure(argv: list[str]) -> int:
             result = ForgettingReport(data)
         else:
             result = run_measure(config, say=lambda stage: print(f"{visible(stage)} …", flush=True))
-        limits = {"budget": config.budget, "min_agreement": config.min_agreement}
+        limits = {"max_forgetting": config.budget, "min_agreement": config.min_agreement}
         if set(limits.values()) != {None}:
             result.data["gate"] = judge(result.data, **limits)
         _finish(result.write, config.output_dir, result.summary())

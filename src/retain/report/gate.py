@@ -1,4 +1,4 @@
-"""A report as a gate: is forgetting within a budget, beyond it, or is that more than the evidence can say?
+"""A report as a gate: is forgetting within a limit, beyond it, or is that more than the evidence can say?
 
 An interval decides, never a value alone: within where the whole 95% interval is, beyond where the whole interval is,
 and neither where it straddles the limit. The worst decides for all.
@@ -73,9 +73,9 @@ class Check:
         return max(self.size + 1, math.ceil(self.size * times)) if times <= HOPELESS else None
 
     def __str__(self) -> str:
-        percent = self.what != "forgetting"
+        percent = self.sign < 0
         words = cell(self.entry.get("value"), self.entry.get("ci"), percent=percent)
-        limit = f"at least {self.limit:.1%}" if percent else f"a budget of {self.limit:g} nats/token"
+        limit = f"at least {self.limit:.1%}" if percent else f"at most {self.limit:g} nats per token"
         number = f"{words['value']} {words['interval'] or '(no interval)'}"
         size = quantity(self.size, self.unit.removesuffix("s"))
         return f"{self.name}, {self.what} {number} on {size}, against {limit}: {WHY[self.code]}"
@@ -92,26 +92,40 @@ class Check:
                 "if the value stays")  # fmt: skip
 
 
-def checks_of(data: dict[str, Any], budget: float | None, min_agreement: float | None) -> Iterator[Check]:
+def checks_of(
+    data: dict[str, Any], max_forgetting: float | None, max_ref_kl: float | None, min_agreement: float | None
+) -> Iterator[Check]:
     """Everything in a report that a limit is set on."""
+    limits = (
+        ("forgetting", "forgetting", max_forgetting, 1),
+        ("ref_kl", "ref_kl", max_ref_kl, 1),
+        ("ref_agreement", "same top token", min_agreement, -1),
+    )
     for text, metrics in (data.get("retention") or {}).items():
-        if budget is not None:
-            yield Check(text, "forgetting", metrics["forgetting"], budget, 1, "documents")
-        if min_agreement is not None:
-            yield Check(text, "same top token", metrics["ref_agreement"], min_agreement, -1, "documents")
+        for metric, label, limit, sign in limits:
+            if limit is not None:
+                yield Check(text, label, metrics[metric], limit, sign, "documents")
     for name, rule, compared in rules_of(data):
         if min_agreement is not None:
             yield Check(f"{name} ({rule})", "same answer", compared["agreement"], min_agreement, -1, "questions")
 
 
-def judge(data: dict[str, Any], *, budget: float | None, min_agreement: float | None) -> dict[str, Any]:
+def judge(
+    data: dict[str, Any],
+    *,
+    max_forgetting: float | None = None,
+    max_ref_kl: float | None = None,
+    min_agreement: float | None = None,
+) -> dict[str, Any]:
     """`code` (0 within, 2 beyond, 3 not enough evidence), `verdict` in one line, and a line for every number judged.
 
     Args:
-        budget: most forgetting (nats per token) of any retention text.
+        max_forgetting: most forgetting of any retention text, in nats per token.
+        max_ref_kl: most divergence from the base on any retention text, in nats per token.
         min_agreement: least share of the base's own top tokens and answers.
     """
-    checks = list(checks_of(data, budget, min_agreement))
+    limits = {"max_forgetting": max_forgetting, "max_ref_kl": max_ref_kl, "min_agreement": min_agreement}
+    checks = list(checks_of(data, **limits))
     assert checks, "a limit on nothing"
     worst = max(SEVERITY.index(check.code) for check in checks)
     guilty = [check for check in checks if SEVERITY.index(check.code) == worst]
@@ -120,6 +134,6 @@ def judge(data: dict[str, Any], *, budget: float | None, min_agreement: float | 
     more = f" ({len(guilty) - 1} more like it)" if len(guilty) > 1 and code != WITHIN else ""
     hint = f"; {decided.advice}" if code == UNDECIDED else ""
     return {
-        "budget": budget, "min_agreement": min_agreement, "code": code, "checks": list(map(str, checks)),
+        **limits, "code": code, "checks": list(map(str, checks)),
         "verdict": f"gate: {WORDS[code]} (exit code {code}), decided by {decided}{hint}{more}",
     }  # fmt: skip
