@@ -137,7 +137,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "packing": lambda folder: losses(
         folder, args=SFTConfig(str(folder / "run"), **SFT, packing=True, packing_strategy="wrapped")
     ),
-    "budget": lambda folder: losses(folder, replay={"forgetting_budget": 0.01}),
+    "budget": lambda folder: losses(folder, replay={"max_ref_kl": 0.01}),
     "cache": lambda folder: losses(folder, pool=pool(folder / "pool", store_reference="hidden")),
     "ntp": lambda folder: losses(folder, replay={"replay_objective": "ntp"}),
     "pool_llama": lambda folder: rows_of(pool(folder)),

@@ -46,7 +46,7 @@ class BudgetRun(Run):
         """The same as `retain`'s own settings."""
         if self.budget is None:
             return ReplayConfig(replay_coef=0.0)
-        return ReplayConfig(forgetting_budget=self.budget, per_device_replay_batch_size=self.replay_rows)
+        return ReplayConfig(max_ref_kl=self.budget, per_device_replay_batch_size=self.replay_rows)
 
 
 def runs() -> list[BudgetRun]:

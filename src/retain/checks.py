@@ -1,4 +1,4 @@
-"""Checks of values that enter from outside: types of settings, from YAML or from Python, numbers and choices.
+"""Settings declared once, each with its help and its limits, and checks of values that enter from outside.
 
 The standard library only.
 """
@@ -25,6 +25,60 @@ WORDS = {
 
 class Unchosen(int):
     """A default that was left as it is; a number that somebody gave is a plain `int`."""
+
+
+class Description(str):
+    """A setting's help on the command line, with its limits: `HfArgumentParser` takes no other metadata than help."""
+
+    low: float
+    high: float
+    remedy: str
+    """What to do where the setting is missing; empty where it may be."""
+
+
+def setting(default: Any, text: str, *, low: float = 0, high: float = math.inf, required: bool | str = False) -> Any:
+    """A field of `Settings`.
+
+    Args:
+        default: its value, or a function that makes it.
+        text: one sentence of help.
+        low: least number, also of the items of a list.
+        required: refuse None, an empty text and an empty list; a text says what to give in their place.
+    """
+    about = Description(text)
+    about.low, about.high = low, high
+    about.remedy = required if isinstance(required, str) else "give --{name}" if required else ""
+    options = {"default_factory": default} if callable(default) else {"default": default}
+    return dataclasses.field(**options, metadata={"help": about})
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings:
+    """Base of all settings: each field is checked against its type and its limits, whichever way its value came in."""
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        hints = hints_of(kind)
+        for field in dataclasses.fields(kind):
+            check_setting(field.name, getattr(self, field.name), hints[field.name], field.metadata["help"])
+
+
+def check_setting(name: str, value: Any, hint: Any, about: Description) -> None:
+    """Raise a `ValueError` unless `value` is of the type and within the limits."""
+    if about.remedy and value in (None, "", []):
+        raise ValueError(f"{name}: missing; {about.remedy.format(name=name)}")
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return
+    kind = kinds[0]
+    if get_origin(kind) is Literal:
+        check_choice(name, value, kind)
+    elif kind in (int, float):
+        check_number(name, value, low=about.low, high=about.high, integer=kind is int)
+    else:
+        check_type(name, value, hint)
+        for item in value if kind in (list[int], list[float]) else ():
+            check_setting(name, item, get_args(kind)[0], about)
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -612,7 +612,7 @@ YAMLS: list[tuple[str, dict[str, Any], str]] = [
     ("finetune", {"replay_objective": 3}, "replay_objective"),
     ("finetune", {"replay_objective": None}, "replay_objective"),
     ("finetune", {"per_device_replay_batch_size": 1.5}, "per_device_replay_batch_size"),
-    ("finetune", {"forgetting_budget": {"w": 1}}, "forgetting_budget"),
+    ("finetune", {"max_ref_kl": {"w": 1}}, "max_ref_kl"),
     ("finetune", {"stop_at_loss": "x"}, "stop_at_loss"),
     ("finetune", {"learning_rate": [1e-3]}, "learning_rate"),
     ("finetune", {"learning_rate": "fast"}, "learning_rate"),

@@ -284,7 +284,7 @@ def test_plan_on_the_command_line(world, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.count("(found)") == 7
     assert "No setting keeps forgetting within 1e-07" in out
-    assert "--forgetting_budget 1e-07" in out.strip().splitlines()[-1]
+    assert "--max_ref_kl 1e-07" in out.strip().splitlines()[-1]
 
 
 def test_held_out_rows_are_kept_apart_where_none_are_given(world, tmp_path):

@@ -377,7 +377,7 @@ def test_stored_predictions_and_a_budget_on_the_command_line(
     assert told["stored_kl"] == pytest.approx(told["exact_kl"], rel=1e-3)
 
     arguments = ["--model_name_or_path", model, "--dataset_name", new, "--output_dir", out, "--replay_dataset", replay]
-    arguments += ["--forgetting_budget", "0.01", "--retention", f"old={old}"]
+    arguments += ["--max_ref_kl", "0.01", "--retention", f"old={old}"]
     assert main(["finetune", *arguments, *TRAIN]) == 0
     output = capsys.readouterr().out
     wanted = "protection: kl, budget 0.01 nats per token (coefficient from 1), reference cache (hidden)"
@@ -395,13 +395,13 @@ def test_a_budget_that_cannot_be_followed_is_refused(tmp_path: Path, capsys: pyt
     base = ["finetune", "--model_name_or_path", "x", "--dataset_name", new, "--output_dir", str(tmp_path / "out")]
     base += TRAIN
     for more, line in (
-        (["--forgetting_budget", "0"], "forgetting_budget: 0.0 does not fit"),
+        (["--max_ref_kl", "0"], "max_ref_kl: 0.0 does not fit"),
         (
-            ["--forgetting_budget", "0.1", "--replay_objective", "ntp"],
-            "forgetting_budget: 0.1 needs replay_objective kl",
+            ["--max_ref_kl", "0.1", "--replay_objective", "ntp"],
+            "max_ref_kl: 0.1 needs replay_objective kl",
         ),
-        (["--forgetting_budget", "0.1", "--replay_coef", "0"], "forgetting_budget: 0.1 needs replay_objective kl"),
-        (["--forgetting_budget", "0.1", "--replay_coef", "2000"], "replay_coef: 2000.0 does not fit"),
+        (["--max_ref_kl", "0.1", "--replay_coef", "0"], "max_ref_kl: 0.1 needs replay_objective kl"),
+        (["--max_ref_kl", "0.1", "--replay_coef", "2000"], "replay_coef: 2000.0 does not fit"),
         (["--replay_every", "0"], "replay_every: 0 does not fit"),
     ):
         assert main([*base, *more]) == 1

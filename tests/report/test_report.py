@@ -1035,7 +1035,7 @@ def test_a_budget_is_told_with_its_price_beside_a_plain_run():
     assert budget_sentence(kept) == "budget 0.02 kept: KL 0.019."
     kept["retention"] = {"wiki": {"ref_kl": {"value": 0.08, "ci": [0.07, 0.09]}}}
     kept["retention"] |= {"code": {"ref_kl": {"value": 0.03, "ci": [0.01, 0.05]}}}
-    kept["training"]["forgetting_budget"] = 0.02
+    kept["training"]["max_ref_kl"] = 0.02
     assert budget_sentence(kept).endswith(": KL 0.019; on wiki, which it did not hold, ref_kl is above 0.02.")
     assert budget_sentence(plain, plain) == ""
     kept["per_document"] = {}

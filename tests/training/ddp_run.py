@@ -113,7 +113,7 @@ def make_trainer(folder: Path, name: str, batch: int, where: dict[str, Any]) -> 
     settings = {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 0.3, "max_steps": 4}
     settings |= special
     share: dict[str, Any] = {"per_device_replay_batch_size": batch} if objective != "replace" else {"replay_share": 0.5}
-    share |= {"forgetting_budget": 0.01} if "budget" in name else {}
+    share |= {"max_ref_kl": 0.01} if "budget" in name else {}
     return ReplaySFTTrainer(
         model=make_model(architecture),
         args=config(folder / name, **settings, **where),

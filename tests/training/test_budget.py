@@ -365,10 +365,10 @@ def test_a_kl_below_0_by_rounding_counts_as_0():
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        ({"budget": 0.0}, "forgetting_budget"),
-        ({"budget": -1.0}, "forgetting_budget"),
-        ({"budget": math.nan}, "forgetting_budget"),
-        ({"budget": "0.02"}, "forgetting_budget"),
+        ({"budget": 0.0}, "max_ref_kl"),
+        ({"budget": -1.0}, "max_ref_kl"),
+        ({"budget": math.nan}, "max_ref_kl"),
+        ({"budget": "0.02"}, "max_ref_kl"),
         ({"num_steps": 0}, "num_steps"),
         ({"num_steps": 10.5}, "num_steps"),
         ({"coef": 0.0}, "replay_coef"),

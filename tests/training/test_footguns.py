@@ -187,7 +187,7 @@ def test_weights_that_do_not_move_stop_the_run(tmp_path: Path, replay: ReplayDat
 
 
 def test_a_learning_rate_too_high_for_any_replay_breaks_its_budget(tmp_path: Path, replay: ReplayDataset) -> None:
-    settings = ReplayConfig(forgetting_budget=0.001, replay_coef=500.0, per_device_replay_batch_size=4)
+    settings = ReplayConfig(max_ref_kl=0.001, replay_coef=500.0, per_device_replay_batch_size=4)
     changes = {"max_steps": 15, "learning_rate": 0.3}
     trainer = train(tmp_path, replay, replay_config=settings, changes=changes)
     verdict = trainer.budget.verdict()
@@ -204,8 +204,8 @@ def test_a_budget_is_not_held_against_noise_of_the_forward_pass(
     dropout = {"attn_pdrop": drop, "resid_pdrop": drop, "embd_pdrop": drop}
     changes = {} if drop else {"neftune_noise_alpha": 15.0}
     rows = rows_of(make_model("gpt2").eval())
-    settings = ReplayConfig(forgetting_budget=0.002, per_device_replay_batch_size=4)
-    with pytest.raises(ValueError, match="forgetting_budget: 0.002, but before any step the KL is 0.*switch it off"):
+    settings = ReplayConfig(max_ref_kl=0.002, per_device_replay_batch_size=4)
+    with pytest.raises(ValueError, match="max_ref_kl: 0.002, but before any step the KL is 0.*switch it off"):
         train(tmp_path, rows, make_model("gpt2", **dropout), replay_config=settings, changes=changes)
     train(tmp_path, rows, make_model("gpt2", **dropout), changes=changes)
     assert "replay/kl: before any step the KL is 0." in caplog.text
@@ -232,7 +232,7 @@ def test_a_batch_that_is_made_smaller_on_the_way_is_protected_as_a_smaller_one(
     tmp_path: Path, replay: ReplayDataset, objective: str
 ) -> None:
     """`auto_find_batch_size`: the share was of the batch that did not fit, and a budget went on from the failed try."""
-    budget = {"forgetting_budget": 0.02} if objective == "kl" else {"replay_share": 0.5}
+    budget = {"max_ref_kl": 0.02} if objective == "kl" else {"replay_share": 0.5}
     trainer = ReplaySFTTrainer(
         model=make_model(),
         args=config(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=16, max_steps=5),
@@ -388,7 +388,7 @@ def test_full_finetuning_stops_at_ctrl_c_and_goes_on_to_the_bit(
     command += (
         " --report_to none --disable_tqdm true --gradient_checkpointing false --eval_strategy no --save_total_limit 1"
     )
-    command += " --forgetting_budget 0.01" if budget else ""
+    command += " --max_ref_kl 0.01" if budget else ""
     sample = f"sample --model_name_or_path {tmp_path}/model --output_dir {tmp_path}/replay --num_rows 6 --max_length 16"
     assert main(sample.split()) == 0
     assert main([*command.split(), "--output_dir", str(tmp_path / "whole")]) == 0

@@ -971,7 +971,7 @@ def test_replay_every_k_steps_weighs_by_k(tmp_path: Path, replay: ReplayDataset)
 
 
 def budgeted(folder: Path, replay: ReplayDataset, budget: float, **changes: Any) -> ReplaySFTTrainer:
-    config = ReplayConfig(forgetting_budget=budget, per_device_replay_batch_size=4, replay_coef=1.0)
+    config = ReplayConfig(max_ref_kl=budget, per_device_replay_batch_size=4, replay_coef=1.0)
     settings = {"max_steps": 60, **changes.pop("changes", {})}
     trainer: ReplaySFTTrainer = train(folder, replay, replay_config=config, changes=settings, **changes)
     return trainer
@@ -988,7 +988,7 @@ def test_a_budget_holds_the_kl_behind_the_openings(tmp_path: Path, ragged: Repla
     found = []
     for batch, steps in ((4, 1), (1, 4)):
         changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_steps": 6}
-        replay_config = ReplayConfig(forgetting_budget=0.01, per_device_replay_batch_size=batch)
+        replay_config = ReplayConfig(max_ref_kl=0.01, per_device_replay_batch_size=batch)
         trainer = train(tmp_path / str(batch), ragged, replay_config=replay_config, changes=changes)
         rest = logged(trainer, "replay/kl_rest")
         assert sum(trainer.budget.state_dict()["sums"]) == pytest.approx(sum(rest), rel=1e-5)

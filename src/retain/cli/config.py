@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from retain.checks import Unchosen, check_choice, check_name, check_number, check_types, described
+from retain.checks import Unchosen, check_choice, check_name, check_number, check_types, described, setting
 from retain.training.config import ReplayConfig
 
 StoreReference = Literal["hidden", "topk"]
@@ -29,64 +29,39 @@ ForgettingMetric = Literal["ref_kl", "forgetting", "loss"]
 class FinetuneConfig(ReplayConfig):
     """What `retain finetune` takes beside the flags of `trl sft`."""
 
-    replay_dataset: str | None = field(
-        default=None,
-        metadata=described(
-            "Replay rows: a folder that `retain sample` wrote, a JSONL, text or Parquet file of real text, or "
-            "'self' to sample from the model first."
-        ),
+    replay_dataset: str | None = setting(
+        None,
+        "Replay rows: a folder that `retain sample` wrote, a JSONL, text or Parquet file of real text, or 'self' to "
+        "sample from the model first.",
     )
-    replay_num_rows: int = field(
-        default=256, metadata=described("With replay_dataset self: how many rows to sample before training.")
+    replay_num_rows: int = setting(256, "Rows to sample before training, with replay_dataset self.", low=1)
+    start_token: str | None = setting(
+        None, "The token that starts a document in pretraining, as text or id. Default: chosen and shown."
     )
-    start_token: str | None = field(
-        default=None,
-        metadata=described(
-            "The token that starts a document in pretraining, as text or id. Default: chosen and shown."
-        ),
+    eval_dataset_name: str | None = setting(
+        None, "Held-out rows of the new task: a file or Hub id. Default: the dataset's test split."
     )
-    eval_dataset_name: str | None = field(
-        default=None,
-        metadata=described("Held-out rows of the new task: a file or Hub id. Default: the dataset's test split."),
+    retention: list[str] = setting(list, "Texts on which forgetting is measured, each as name=file; repeatable.")
+    retention_max_documents: int = setting(
+        64,
+        "Documents of each retention text that are measured during training, the first max_length tokens of each; "
+        "`retain measure` reads whole documents unless --max_windows is 1.",
+        low=1,
     )
-    retention: list[str] = field(
-        default_factory=list,
-        metadata=described("Texts on which forgetting is measured, each as name=file; may be given several times."),
+    adam_beta2_half_life_tokens: float | None = setting(
+        None,
+        "Tokens of new rows after which Adam's second moment halves, in place of adam_beta2; e.g. 10e6.",
+        low=1e-6,
     )
-    retention_max_documents: int = field(
-        default=64,
-        metadata=described(
-            "Documents of each retention text that are measured during training, the first max_length tokens of each; "
-            "`retain measure` reads whole documents unless --max_windows is 1."
-        ),
+    stop_at_loss: float | None = setting(
+        None, "End at the first evaluation with a new-task loss this low, in nats per token.", low=1e-6
     )
-    adam_beta2_half_life_tokens: float | None = field(
-        default=None,
-        metadata=described(
-            "Tokens of new rows after which Adam's second moment halves, in the place of adam_beta2; e.g. 10e6."
-        ),
+    early_stopping_patience: int | None = setting(
+        None,
+        "End after this many evaluations without a better metric_for_best_model, e.g. retention/wiki/ref_kl. A resumed "
+        "run counts from 0.",
+        low=1,
     )
-    stop_at_loss: float | None = field(
-        default=None,
-        metadata=described("End at the first evaluation with a new-task loss this low, in nats per token."),
-    )
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata=described(
-            "End after this many evaluations without a better metric_for_best_model, e.g. retention/wiki/ref_kl. A "
-            "resumed run counts from 0."
-        ),
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.early_stopping_patience is not None:
-            check_number("early_stopping_patience", self.early_stopping_patience, low=1, integer=True)
-        for name in ("adam_beta2_half_life_tokens", "stop_at_loss"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), low=1e-6)
-        check_number("replay_num_rows", self.replay_num_rows, low=1, integer=True)
-        check_number("retention_max_documents", self.retention_max_documents, low=1, integer=True)
 
 
 @dataclass(kw_only=True)

@@ -182,7 +182,7 @@ def recommended_command(config: PlanConfig, plan: Plan, data: Sequence[str], rep
     one = plan.chosen or plan.fallback
     coef = one.replay_coef if plan.chosen else one.replay_coef or 1.0
     flags = flags_of(config, one.rank, coef, one.num_steps, data, replay)
-    controller = [] if plan.chosen else ["--forgetting_budget", f"{plan.budget:g}"]
+    controller = [] if plan.chosen else ["--max_ref_kl", f"{plan.budget:g}"]
     return ["retain", "finetune", *flags, *controller, "--output_dir", str(Path(str(config.output_dir)) / "run")]
 
 

@@ -17,7 +17,7 @@ def verdict(plan: Plan) -> str:
     if plan.chosen is None:
         return (
             f"No setting keeps forgetting within {plan.budget:g} nats per token with {plan.level:.0%} certainty; train "
-            "with --forgetting_budget, which moves the coefficient until it is kept, or says that it cannot be"
+            "with --max_ref_kl, which moves the coefficient until it is kept, or says that it cannot be"
         )
     why = plan.distrusted.get(plan.chosen.replay_coef)
     if why:

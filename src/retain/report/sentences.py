@@ -106,7 +106,7 @@ def budget_sentence(run: dict, plain: dict | None = None) -> str:
     The budget is of replay rows, which were trained on; texts that moved further are named.
     """
     training = run.get("training") or {}
-    told, limit = (training.get("budget") or "").rstrip("."), training.get("forgetting_budget")
+    told, limit = (training.get("budget") or "").rstrip("."), training.get("max_ref_kl")
     if not told:
         return ""
     ends = {text: measured(of, "ref_kl")[1] for text, of in (run.get("retention") or {}).items()}

@@ -91,7 +91,7 @@ class ForgettingBudget:
     def __init__(
         self, budget: float, *, num_steps: int, coef: float = 1.0, bounds: tuple[float, float] = (1e-3, 1e3)
     ) -> None:
-        check_number("forgetting_budget", budget, low=1e-9)
+        check_number("max_ref_kl", budget, low=1e-9)
         check_number("num_steps", num_steps, low=1, integer=True)
         for bound in bounds:
             check_number("bounds", bound, low=1e-9)
@@ -225,7 +225,7 @@ class ForgettingBudget:
         for name, mine in (("version", VERSION), ("budget", self.budget), ("bounds", list(self.bounds))):
             if state.get(name) != mine:
                 raise ValueError(
-                    f"forgetting_budget: the checkpoint's {name} is {state.get(name)}, not {mine}; "
+                    f"max_ref_kl: the checkpoint's {name} is {state.get(name)}, not {mine}; "
                     "go on with what it was trained with, or start anew"
                 )
         self.coef, self.smoothed, self.step = state["coef"], state["smoothed"], state["step"]

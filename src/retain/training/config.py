@@ -2,93 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from retain.checks import check_choice, check_number, check_types, described
+from retain.checks import Settings, check_number, setting
 
 ReplayObjective = Literal["kl", "ntp", "replace", "kl_new"]
 ReplayReference = Literal["auto", "adapter", "copy", "cache"]
 
 
 @dataclass(kw_only=True)
-class ReplayConfig:
+class ReplayConfig(Settings):
     """How replay protects a finetune: Marek et al., arXiv 2605.26097; docs/replay.md has the formulas."""
 
-    replay_objective: ReplayObjective = field(
-        default="kl",
-        metadata=described(
-            "kl: KL(base || model) on replay rows. ntp: next-token loss on replay rows. replace: a share of each "
-            "batch is replay rows, no extra term. kl_new: KL(base || model) on the new rows, needs no replay rows."
-        ),
+    replay_objective: ReplayObjective = setting(
+        "kl",
+        "kl: KL(base || model) on replay rows. ntp: next-token loss on replay rows. replace: a share of each batch is "
+        "replay rows, no extra term. kl_new: KL(base || model) on the new rows, needs no replay rows.",
     )
-    replay_coef: float = field(
-        default=1.0,
-        metadata=described("Weight of the replay term beside the new-task loss. 0 switches protection off."),
+    replay_coef: float = setting(1.0, "Weight of the replay term beside the new-task loss. 0 switches protection off.")
+    per_device_replay_batch_size: int | None = setting(
+        None,
+        "Replay rows per device and micro-batch. Default: an eighth of per_device_train_batch_size, at least 1.",
+        low=1,
     )
-    per_device_replay_batch_size: int | None = field(
-        default=None,
-        metadata=described(
-            "Replay rows per device and micro-batch. Default: an eighth of per_device_train_batch_size, at least 1."
-        ),
+    replay_every: int = setting(
+        1, "Replay on every k-th optimizer step, its term weighted by k: cheaper, the same pull in the long run.", low=1
     )
-    replay_every: int = field(
-        default=1,
-        metadata=described(
-            "Replay on every k-th optimizer step, its term weighted by k: cheaper, the same pull in the long run."
-        ),
+    replay_share: float = setting(
+        0.25, "Share of each batch that becomes replay rows, with replay_objective replace.", high=1
     )
-    replay_share: float = field(
-        default=0.25,
-        metadata=described("For replay_objective replace: the share of each batch that becomes replay rows."),
+    replay_max_length: int | None = setting(
+        None,
+        "Tokens per replay row where rows are still to be made (replay_dataset self, or real text). Default: the "
+        "trainer's max_length, or 512, or the model's positions if fewer. Rows sampled earlier keep their length.",
+        low=2,
     )
-    replay_max_length: int | None = field(
-        default=None,
-        metadata=described(
-            "Tokens per replay row where rows are still to be made (replay_dataset self, or real text). "
-            "Default: the trainer's max_length, or 512, or the model's positions if fewer. Rows sampled earlier keep "
-            "their length."
-        ),
+    replay_reference: ReplayReference = setting(
+        "auto",
+        "Where the base's predictions come from. adapter: the model with its adapter switched off. copy: a frozen "
+        "copy. cache: what `retain sample --store_reference` kept beside the rows. auto: cache where the rows have "
+        "one, else adapter where there is one, else copy.",
     )
-    replay_reference: ReplayReference = field(
-        default="auto",
-        metadata=described(
-            "Where the base's predictions come from. adapter: the model with its adapter switched off. "
-            "copy: a frozen copy. cache: what `retain sample --store_reference` kept beside the rows. "
-            "auto: cache where the rows have one, else adapter where there is one, else copy."
-        ),
+    max_ref_kl: float | None = setting(
+        None,
+        "KL(base || model) on replay rows at which training is to end, in nats per token behind their first five "
+        "tokens: the coefficient moves from replay_coef on, and the run says at its end whether the limit was kept. "
+        "With replay_objective kl.",
+        low=1e-9,
     )
-    forgetting_budget: float | None = field(
-        default=None,
-        metadata=described(
-            "Nats per token at which KL(base || model) on replay rows is to end, behind their first five tokens: the "
-            "coefficient moves during training, from replay_coef on, and the run says at its end whether it was kept. "
-            "With replay_objective kl."
-        ),
-    )
-    allow_off_policy_replay: bool = field(
-        default=False,
-        metadata=described("Accept replay rows that another model or tokenizer wrote; the log then says so."),
+    allow_off_policy_replay: bool = setting(
+        False, "Accept replay rows that another model or tokenizer wrote; the log says so."
     )
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_choice("replay_objective", self.replay_objective, ReplayObjective)
-        check_choice("replay_reference", self.replay_reference, ReplayReference)
-        check_number("replay_coef", self.replay_coef, low=0)
-        check_number("replay_every", self.replay_every, low=1, integer=True)
-        check_number("replay_share", self.replay_share, low=0, high=1)
-        if self.forgetting_budget is not None:
-            check_number("forgetting_budget", self.forgetting_budget, low=1e-9)
+        super().__post_init__()
+        if self.max_ref_kl is not None:
             if not (self.uses_reference and self.replay_objective == "kl"):
                 raise ValueError(
-                    f"forgetting_budget: {self.forgetting_budget} needs replay_objective kl and a replay_coef above 0, "
+                    f"max_ref_kl: {self.max_ref_kl} needs replay_objective kl and a replay_coef above 0, "
                     f"not {self.replay_objective!r} and {self.replay_coef:g}"
                 )
             check_number("replay_coef", self.replay_coef, low=1e-3, high=1e3)  # the bounds within which it may move
-        for name in ("per_device_replay_batch_size", "replay_max_length"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), low=1 if "batch" in name else 2, integer=True)
         if self.replay_objective == "replace" and not 0 < self.replay_share < 1:
             raise ValueError(
                 f"replay_share: {self.replay_share} leaves a batch with no replay or no new rows; use a share above 0 "

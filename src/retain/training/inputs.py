@@ -362,8 +362,8 @@ class ProtectedInputs(RetentionMixin):
             given = config.per_device_replay_batch_size
             ignored = "" if given is None else f" (per_device_replay_batch_size {given} is not used: replay_share is)"
             return f"share {config.replay_share:g} of each batch{ignored}"
-        if config.forgetting_budget is not None:
-            return f"budget {config.forgetting_budget:g} nats per token (coefficient from {config.replay_coef:g})"
+        if config.max_ref_kl is not None:
+            return f"budget {config.max_ref_kl:g} nats per token (coefficient from {config.replay_coef:g})"
         return f"coefficient {config.replay_coef:g}"
 
     @property

@@ -272,7 +272,7 @@ def check_noise(kl: float, budget: float | None) -> None:
         return
     what = f"before any step the KL is {kl:.2g} nats per token: noise of dropout, NEFTune or half precision"
     if budget is not None and kl > budget / 2:
-        raise ValueError(f"forgetting_budget: {budget:g}, but {what}; switch it off, or ask for more than twice that")
+        raise ValueError(f"max_ref_kl: {budget:g}, but {what}; switch it off, or ask for more than twice that")
     logger.warning("replay/kl: %s; switch it off, or the penalty is held against noise, too", what)
 
 

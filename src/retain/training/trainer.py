@@ -121,8 +121,8 @@ class ReplayMixin(ProtectedInputs):
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         config = self.replay_config
         self._new_task_losses.pop(self.state.global_step, None)  # of a try that ran out of memory
-        if config.forgetting_budget is not None and (self.budget is None or self.state.global_step == 0):
-            self.budget = self._begin_budget(config.forgetting_budget)
+        if config.max_ref_kl is not None and (self.budget is None or self.state.global_step == 0):
+            self.budget = self._begin_budget(config.max_ref_kl)
         if not (self._replay_is_due and samples):
             return samples, num_items
         self._stop_if_unprotected()
@@ -241,7 +241,7 @@ class ReplayMixin(ProtectedInputs):
         if self._replay_is_due and not self._queue:
             if self.replay_config.uses_reference and self._is_the_base and self.state.global_step == 0:
                 kl = float(self._step_term) if self.budget is None else self._held_kl()
-                check_noise(kl, self.replay_config.forgetting_budget)
+                check_noise(kl, self.replay_config.max_ref_kl)
             self._is_the_base = False
             if self.budget is not None:
                 self._follow_budget()
@@ -287,7 +287,7 @@ class ReplayMixin(ProtectedInputs):
         check_trained(self.model, getattr(self, "train_dataset", None))
         self.budget = None
         result = super().train(*args, **kwargs)
-        budget = self.replay_config.forgetting_budget
+        budget = self.replay_config.max_ref_kl
         if budget is not None and self.budget is None:  # it went on from its last step, and made no other
             self.budget = self._begin_budget(budget)
         if self.budget is not None and self.budget.step and self.is_world_process_zero():
