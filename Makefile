@@ -25,7 +25,7 @@ $(WHEELS)/.done: $(VENV)/.done
 # The main job on a real model, in under ten minutes on two slow cores. SIZE=medium or large on better machines.
 SIZE ?= small
 demo: $(VENV)/.done $(WHEELS)/.done
-	$(BIN)/retain demo --size $(SIZE) --data_dir $(WHEELS) --output_dir demo
+	$(BIN)/python examples/demo.py --size $(SIZE) --data_dir $(WHEELS) --output_dir demo
 
 test: $(VENV)/.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from corpora import read_wheel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import (
@@ -38,7 +39,6 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from retain import choose_start_token, versions
-from retain.cli.demo_data import read_wheel
 from retain.data.rows import packed_rows
 from retain.files import write_json
 from retain.models.description import num_parameters

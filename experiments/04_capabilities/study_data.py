@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from corpora import read_wheel
 from small_base import VERILOG, WHEELS
 from small_base import download as bring
 
-from retain.cli.demo_data import read_wheel
 from retain.measuring.choices import Question
 
 PACKAGES = ("pyrit==1.1.0", "evals==3.0.1.post1", VERILOG)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from corpora import load_demo_data, read_wheel
 from harness import sampled_once
 from small_base import CACHE, WHEELS
 from small_base import download as bring
 from study_data import download, instructions, social_iqa
 
 from retain import ReplayDataset, load_questions
-from retain.cli.demo_data import load_demo_data, read_wheel
 from retain.data.rows import Document, read_rows, token_documents, tokenize_documents
 from retain.measuring.choices import HUB, Question
 from retain.models.description import StartToken

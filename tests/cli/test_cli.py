@@ -349,11 +349,11 @@ def test_verbs_and_version(capsys):
     assert output.out.endswith(f"{retain.__version__}\n")
     assert output.err == ""
     assert main(["forget"]) == 1
-    verbs = "sample, export, finetune, measure, report, fit, predict, plan, sweep, pretrain, demo"
+    verbs = "sample, export, finetune, measure, report, fit, predict, plan, sweep, pretrain"
     assert capsys.readouterr().err == f"retain: no verb 'forget'; use one of {verbs}\n"
 
 
-@pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "report", "fit", "predict", "demo"])
+@pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "report", "fit", "predict"])
 def test_every_flag_has_help(verb, capsys):
     with pytest.raises(SystemExit) as caught:
         main([verb, "--help"])

@@ -32,7 +32,6 @@ VERBS = {
     "fit": config.FitConfig,
     "predict": config.PredictConfig,
     "sweep": config.SweepConfig,
-    "demo": config.DemoConfig,
     "export": config.ExportConfig,
     "finetune": config.FinetuneConfig,
     "plan": config.PlanConfig,
@@ -97,7 +96,6 @@ def good(verb: str, world: Path, out: Path) -> dict[str, str]:
         "fit": {"runs": world / "runs.jsonl", "output": out / "law.json"},
         "predict": {"law": world / "law.json", "num_params": "1e6", "num_steps": "10"},
         "sweep": {"sweep": world / "sweep.yaml", "output_dir": out},
-        "demo": {"output_dir": out},
         "export": {"replay_dataset": world / "replay", "output": out.with_suffix(".jsonl")},
         "finetune": {
             "model_name_or_path": world / "model", "dataset_name": world / "wiki.jsonl", "max_length": 24,

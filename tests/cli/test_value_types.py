@@ -13,7 +13,7 @@ from retain.cli.config import MeasureConfig, SampleConfig
 from retain.cli.flags import parser_of, types_of
 from retain.cli.main import main
 
-VERBS = ("sample", "export", "finetune", "measure", "report", "fit", "predict", "plan", "sweep", "pretrain", "demo")
+VERBS = ("sample", "export", "finetune", "measure", "report", "fit", "predict", "plan", "sweep", "pretrain")
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,6 @@ def commands(w: Path) -> dict[str, list[str]]:
         "pretrain": ["pretrain", *pretrain, *flags(max_steps=8, use_cpu=True, disable_tqdm=True, eval_rows=4)],
         "sweep": ["sweep", str(w / "sweep.yaml")],
         "plan": ["plan", *plan],
-        "demo": ["demo", *flags(data_dir=w)],
     }  # fmt: skip
 
 
@@ -126,14 +125,14 @@ def test_what_was_there_before_a_full_disk_stays(here, tmp_path, capsys):
     assert snapshot(tmp_path / "out" / "checkpoint-4") == before
 
 
-@pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "pretrain", "sweep", "plan", "demo"])
+@pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "pretrain", "sweep", "plan"])
 def test_a_file_in_the_place_of_the_folder(here, tmp_path, capsys, verb):
     (tmp_path / "out").write_text("mine")
     assert str(tmp_path / "out") in complaint([*commands(here)[verb], "--output_dir", str(tmp_path / "out")], capsys)
     assert (tmp_path / "out").read_text() == "mine"
 
 
-@pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "pretrain", "sweep", "plan", "demo"])
+@pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "pretrain", "sweep", "plan"])
 def test_a_second_command_in_one_folder_is_refused(here, tmp_path, capsys, verb):
     with exclusive(tmp_path / "out"):
         line = complaint([*commands(here)[verb], "--output_dir", str(tmp_path / "out")], capsys)
@@ -196,7 +195,7 @@ def test_a_small_disk_fills(server, world, disk, tmp_path, at, size):  # noqa: F
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "pretrain", "sweep", "plan", "demo"])
+@pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "pretrain", "sweep", "plan"])
 def test_a_disk_that_is_for_reading_only(here, disk, capsys, verb):
     remount(disk, "ro")
     line = complaint([*commands(here)[verb], "--output_dir", str(disk / "out")], capsys)

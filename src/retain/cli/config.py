@@ -20,7 +20,6 @@ SweepEngine = Literal["local", "ray"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ChatTurn = Literal["user", "assistant", "system"]
 ChoiceStyle = Literal["text", "letter"]
-DemoSize = Literal["small", "medium", "large"]
 ExportFormat = Literal["text", "messages", "tokens"]
 ForgettingMetric = Literal["ref_kl", "forgetting", "loss"]
 
@@ -462,25 +461,6 @@ class SweepConfig:
         check_number("cores_per_run", self.cores_per_run, low=1, integer=True)
         if self.num_workers is not None:
             check_number("num_workers", self.num_workers, low=1, integer=True)
-
-
-@dataclass(kw_only=True)
-class DemoConfig:
-    """`retain demo`: the whole story on a packaged model and real Verilog."""
-
-    output_dir: str = field(default="demo", metadata=described("Folder for everything the demo makes."))
-    data_dir: str = field(
-        default=".cache/wheels", metadata=described("Folder with the downloaded packages (make demo).")
-    )
-    size: DemoSize = field(
-        default="small", metadata=described("small: minutes on two cores. medium, large: for a GPU.")
-    )
-    seed: int = field(default=0, metadata=described("Seed of everything random here."))
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_choice("size", self.size, DemoSize)
-        check_number("seed", self.seed, low=0, high=2**63 - 1, integer=True)
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""The command line: one verb each for sampling, finetuning, measuring, reporting, and the demo.
+"""The command line: one verb each for sampling, finetuning, measuring, reporting and the laws.
 
 Flags and YAML are read by `trl.TrlParser` from the dataclasses in `retain.cli.config`, beside TRL's own for `finetune`.
 Bad input ends in one line and exit code 1; set RETAIN_DEBUG=1 for the traceback.
@@ -44,8 +44,6 @@ Finetune a language model without it forgetting, and say how much it forgets.
              retain sweep sweep.yaml --output_dir sweep/
   pretrain   a small model from nothing: on text, a language of known entropy, or a digit task
              retain pretrain --corpus english --model_size 430k --tokens_per_param 10 --output_dir base/
-  demo       the whole story on a small packaged model
-             make demo
 
 `retain VERB --help` lists a verb's flags; `retain --version` prints the version.
 """
@@ -262,17 +260,6 @@ def pretrain(argv: list[str]) -> None:
         run_pretrain(args, config)
 
 
-def demo(argv: list[str]) -> None:
-    """`retain demo`: sample, finetune plain and with replay, measure, report."""
-    (config,) = parse(argv, "demo")
-    quiet_libraries()
-    from retain.cli.demo import run_demo
-    from retain.files import exclusive
-
-    with exclusive(Path(config.output_dir)):
-        run_demo(config)
-
-
 VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "sample": sample,
     "export": export,
@@ -284,7 +271,6 @@ VERBS: dict[str, Callable[[list[str]], int | None]] = {
     "plan": plan,
     "sweep": sweep,
     "pretrain": pretrain,
-    "demo": demo,
 }
 RESUME = {
     "sample": "the same command goes on where it stopped",
@@ -297,5 +283,4 @@ RESUME = {
     "plan": "finished pilots are kept; run it again",
     "sweep": "finished runs are kept, others go on from their last checkpoint; run it again",
     "pretrain": "the same command with --resume_from_checkpoint true goes on from the last checkpoint",
-    "demo": "finished stages are kept; run it again",
 }

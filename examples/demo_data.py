@@ -1,4 +1,4 @@
-"""Real texts for the demo, from packages on disk: Verilog, web prose, and the source code of the standard library."""
+"""Real texts from packages on disk: Verilog, web prose, and the source code of the standard library."""
 
 from __future__ import annotations
 

