@@ -101,7 +101,7 @@ def test_the_pure_modules_stand_on_torch_numpy_and_scipy(module):
 
 @pytest.mark.parametrize("module", sorted(LIGHT))
 def test_settings_and_files_stand_on_the_standard_library(module):
-    assert libraries(module) == set()
+    assert libraries(module) <= ({"filelock"} if module == "files" else set())
 
 
 def test_trl_is_imported_where_training_is():

@@ -1,9 +1,8 @@
-"""Files of our own, written whole or not at all; the standard library only."""
+"""Files of our own, written whole or not at all; locks are filelock's, all else the standard library's."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -177,47 +176,44 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the folder for one writer, and make it where it is not; the lock goes with the process, however it ends.
+    """Hold the folder for one writer, and make it where it is missing; the system frees the lock with the process.
 
     What a killed writer left half-written is removed. A folder that was made here goes if the work fails with nothing
     in it.
+
+    Raises:
+        ValueError: if another process, or this one, is writing there already.
     """
+    from filelock import FileLock, Timeout
+
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _take(folder)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"output_dir: another process is writing to {str(folder)!r}; wait for it, or choose another folder"
+        ) from None
+    failed = True
     try:
         remove_parts(folder)
         with naming(folder):
             yield
-    except BaseException:
-        if new and os.listdir(folder) == [LOCK]:
-            (folder / LOCK).unlink()
-            folder.rmdir()
-        raise
+        failed = False
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        os.close(lock)
-
-
-def _take(folder: Path) -> int:
-    """A handle that holds the folder's lock."""
-    while True:
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise ValueError(
-                f"output_dir: another process is writing to {str(folder)!r}; wait for it, or choose another folder"
-            ) from None
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):
-                return handle
-        os.close(handle)  # that of a writer which ended in between, and took it away
+        with suppress(OSError):  # Windows removes no open file; there filelock does when it lets go
+            (folder / LOCK).unlink()
+        lock.release()
+        if new and failed:
+            with suppress(OSError):  # where something was written
+                folder.rmdir()
 
 
 def hold_together(folder: Path) -> int:
     """Hold the folder beside other writers; the first removes what killed ones left. Returns a handle to be closed."""
+    import fcntl
+
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     with suppress(BlockingIOError):
