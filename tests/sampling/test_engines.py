@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator
 from functools import partial
-from multiprocessing import Pipe
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,11 +88,10 @@ def test_an_engine_that_is_not_installed_is_one_line(engine, llama_folder, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("engine", ["vllm", "ray"])
-def test_launched_processes_are_refused(engine, llama_folder, tmp_path, monkeypatch, capsys):
+def test_ray_refuses_launched_processes(llama_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert sample(llama_folder, tmp_path / "out", "--engine", engine) == 1
-    says = f"retain sample: engine: '{engine}' starts its own workers; run it without accelerate or torchrun"
+    assert sample(llama_folder, tmp_path / "out", "--engine", "ray") == 1
+    says = "retain sample: engine: 'ray' starts its own workers; run it without accelerate or torchrun"
     assert capsys.readouterr().err.splitlines() == [says]
 
 
@@ -104,8 +102,7 @@ def test_launched_processes_are_refused(engine, llama_folder, tmp_path, monkeypa
         ({"num_workers": 2}, "num_workers: 2 needs engine ray, not 'torch'"),
         ({"num_workers": 0, "engine": "ray"}, "num_workers: 0 does not fit"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 needs engine vllm, not 'torch'"),
-        ({"data_parallel_size": 2, "engine": "ray"}, "data_parallel_size: 2 needs engine vllm, not 'ray'"),
-        ({"data_parallel_size": 0, "engine": "vllm"}, "data_parallel_size: 0 does not fit"),
+        ({"tensor_parallel_size": 0, "engine": "vllm"}, "tensor_parallel_size: 0 does not fit"),
         ({"store_reference": "topk", "engine": "vllm"}, "store_reference: 'topk' is not for engine vllm"),
         ({"attn_implementation": "eager", "engine": "vllm"}, "attn_implementation: 'eager' is not for engine vllm"),
     ],
@@ -287,71 +284,25 @@ def test_vllm_refuses_an_adapter(vllm, llama_folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.program
-def test_replicas_share_the_shards_and_one_that_dies_is_said(vllm, llama_folder, tmp_path, monkeypatch):
-    from retain.sampling.vllm_engine import vllm_engine
-
-    (tmp_path / "devices").mkdir()
-    monkeypatch.setenv("FAKE_VLLM_DEVICES", str(tmp_path / "devices"))
-    monkeypatch.setenv("FAKE_VLLM_DIES", str(tmp_path / "dies"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    settings = {"num_rows": 24, "max_length": 12, "rows_per_shard": 2, "batch_size": 2, "engine_name": "vllm"}
-    options = {"dtype": torch.float32, "max_length": 12, "seed": 0}
-    with vllm_engine(str(llama_folder), **options) as engine:
-        sample_on(engine, llama_folder, tmp_path / "one", **settings)
-    with vllm_engine(str(llama_folder), **options, data_parallel_size=2, tensor_parallel_size=2) as engine:
-        sample_on(engine, llama_folder, tmp_path / "two", **settings)
-        settings["progress"] = lambda rows: (tmp_path / "dies").touch() if rows else None
-        with pytest.raises(RuntimeError, match="engine: a vLLM replica ended with exit code -9; finished shards are"):
-            sample_on(engine, llama_folder, tmp_path / "cut", **settings)
-    assert sorted(path.name for path in (tmp_path / "devices").iterdir()) == ["4,5", "4,5,6,7", "6,7"]
-    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
-    assert 1 <= len(contents(tmp_path / "cut")) < 12
-    (tmp_path / "dies").unlink()
-    with vllm_engine(str(llama_folder), **options) as engine:
-        sample_on(engine, llama_folder, tmp_path / "cut", **{**settings, "progress": None})
-    assert contents(tmp_path / "cut") == contents(tmp_path / "one")
-
-
-def test_what_fails_in_a_replica_is_said_by_the_driver(vllm, monkeypatch):
-    from retain.sampling import vllm_engine
-
-    class Broken:
-        def draw(self, prefixes: Any, rows: Any) -> Any:
-            raise [ValueError("dtype: not finite"), OverflowError("CUDA out of memory")][rows[0]]
-
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    ours, theirs = Pipe()
-    thread = threading.Thread(target=vllm_engine.serve, args=(theirs, Broken(), "1"))
-    thread.start()
-    replicas = vllm_engine.Replicas(Broken(), ["1"])
-    replicas.processes[ours] = None
-    for row, kind, message in [(0, ValueError, "dtype: not"), (1, RuntimeError, "OverflowError: CUDA out of memory")]:
-        with pytest.raises(kind, match=message):
-            list(replicas.draw([Work(0, [row], [[3]])], 1, lambda rows: None))
-    ours.close()
-    thread.join(5)
-    assert not thread.is_alive(), "it goes when nobody asks any more"
-
-
-def test_each_replica_has_its_own_gpus(vllm, monkeypatch):
-    from retain.sampling.vllm_engine import devices_of_replicas
+def test_launched_processes_have_their_own_gpus(vllm, monkeypatch):
+    from retain.sampling.vllm_engine import gpus_of_process
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,GPU-5ab")
-    assert devices_of_replicas(3, 1) == ["0", "3", "GPU-5ab"]
-    with pytest.raises(ValueError, match="2 copies of tensor_parallel_size 2 need 4 GPUs and 3 are visible; use fewer"):
-        devices_of_replicas(2, 2)
+    assert gpus_of_process(1) is None, "no launcher: vLLM takes what it needs"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert gpus_of_process(1) == "GPU-5ab"
+    with pytest.raises(ValueError, match="3 processes with 2 GPUs each need 6 GPUs and 3 are visible; launch fewer"):
+        gpus_of_process(2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert devices_of_replicas(2, 2) == ["0,1", "2,3"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 6)
+    assert gpus_of_process(2) == "4,5"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert gpus_of_process(2) is None
 
 
-def test_the_command_line_hands_parallelism_to_vllm(vllm, llama_folder, tmp_path, capsys):
+def test_the_command_line_hands_tensor_parallelism_to_vllm(vllm, llama_folder, tmp_path):
     flags = ["--engine", "vllm", "--num_rows", "2", "--max_length", "8", "--tensor_parallel_size", "2"]
-    assert sample(llama_folder, tmp_path / "out", *flags, "--data_parallel_size", "2") == 1
-    assert "2 copies of tensor_parallel_size 2 need 4 GPUs and 0 are visible" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
     assert sample(llama_folder, tmp_path / "out", *flags) == 0
     assert vllm.LLM.made[-1].arguments["tensor_parallel_size"] == 2
 

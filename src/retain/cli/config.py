@@ -134,12 +134,11 @@ class SampleConfig(ModelLoadConfig):
     engine: SampleEngine = field(
         default="torch",
         metadata=described(
-            "What draws. torch: this process, or those of accelerate launch. vllm: vLLM, for GPUs and large models. "
-            "ray: the workers of a Ray cluster (of RAY_ADDRESS, else one of this machine)."
+            "What draws. torch: this process, or those of accelerate launch or torchrun. vllm: likewise, by vLLM, for "
+            "GPUs and large models. ray: the workers of a Ray cluster (of RAY_ADDRESS, else one of this machine)."
         ),
     )
-    tensor_parallel_size: int = field(default=1, metadata=described("With engine vllm: GPUs that share one copy."))
-    data_parallel_size: int = field(default=1, metadata=described("With engine vllm: copies, each on GPUs of its own."))
+    tensor_parallel_size: int = field(default=1, metadata=described("With engine vllm: GPUs of each process."))
     num_workers: int | None = field(
         default=None,
         metadata=described(
@@ -167,10 +166,10 @@ class SampleConfig(ModelLoadConfig):
         self._check_engine()
 
     def _check_engine(self) -> None:
-        for name in ("tensor_parallel_size", "data_parallel_size"):
-            check_number(name, getattr(self, name), low=1, integer=True)
-            if getattr(self, name) > 1 and self.engine != "vllm":
-                raise ValueError(f"{name}: {getattr(self, name)} needs engine vllm, not {self.engine!r}; set --engine")
+        size = self.tensor_parallel_size
+        check_number("tensor_parallel_size", size, low=1, integer=True)
+        if size > 1 and self.engine != "vllm":
+            raise ValueError(f"tensor_parallel_size: {size} needs engine vllm, not {self.engine!r}; set --engine")
         if self.num_workers is not None:
             check_number("num_workers", self.num_workers, low=1, integer=True)
             if self.engine != "ray":

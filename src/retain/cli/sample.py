@@ -41,8 +41,9 @@ def run_sample(config: SampleConfig) -> Path:
         ValueError: one line, before anything is written, for input that cannot work.
     """
     open_engine = engine_of(config)
-    state = PartialState(cpu=default_device() == "cpu") if launched() else None
-    device = state.device if state is not None else default_device() if config.engine == "torch" else "cpu"
+    on_cpu = config.engine != "torch" or default_device() == "cpu"  # other engines hold the model that draws
+    state = PartialState(cpu=on_cpu) if launched() else None
+    device = state.device if state is not None else "cpu" if on_cpu else default_device()
     assert config.model_name_or_path is not None
     assert config.output_dir is not None
     options: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
@@ -88,12 +89,12 @@ def engine_of(config: SampleConfig) -> Callable[[Any, int], AbstractContextManag
     """What opens the engine that was asked for, given the model and tokens per row; None is the engine of this process.
 
     Raises:
-        ValueError: if it is not installed, or other processes were launched beside this one.
+        ValueError: if it is not installed, or is Ray's and other processes were launched beside this one.
     """
     if config.engine == "torch":
         return lambda model, length: nullcontext()
-    if launched():
-        raise ValueError(f"engine: {config.engine!r} starts its own workers; run it without accelerate or torchrun")
+    if config.engine == "ray" and launched():
+        raise ValueError("engine: 'ray' starts its own workers; run it without accelerate or torchrun")
     assert config.model_name_or_path is not None
     path = Path(config.model_name_or_path).expanduser()
     name = str(path.resolve()) if path.exists() else config.model_name_or_path  # workers have their own folder
@@ -102,7 +103,7 @@ def engine_of(config: SampleConfig) -> Callable[[Any, int], AbstractContextManag
     if config.engine == "vllm":
         from retain.sampling.vllm_engine import vllm_engine
 
-        settings |= {size: getattr(config, size) for size in ("tensor_parallel_size", "data_parallel_size")}
+        settings["tensor_parallel_size"] = config.tensor_parallel_size
         return lambda model, length: vllm_engine(name, dtype=model.dtype, max_length=length, **settings, **options)
     from retain.sampling.ray_engine import ray_engine
 

@@ -8,29 +8,26 @@ so many tokens are there, `ignore_eos` or not); `ignore_eos` alone makes every r
 A row's seed is a pure function of (seed, row), but vLLM's rounding depends on which rows run together: rows are as good
 a draw each time, not the same to the last bit. It reports no entropy, so these datasets have no such column.
 
-Weights are shared by nobody. `sample_replay` fingerprints the transformers model, which lies in host memory (the
-weights once more, read and hashed once); vLLM, and each replica of it, loads its own from the same files.
+One process has one engine. Under `torchrun` or `accelerate launch` each process draws whole shards with an engine and
+GPUs of its own. `sample_replay` fingerprints the transformers model, which lies in host memory (the weights once more,
+read and hashed once); vLLM loads its own from the same files.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
 import torch
 
 from retain.models.loading import resolve_model_path
-from retain.sampling.engine import Drawn, Engine, Work, in_batches
+from retain.sampling.engine import Drawn, Engine, in_batches
 
 if find_spec("vllm") is None:
     raise ValueError("engine: 'vllm' needs the extra; pip install 'retain[vllm]'")
@@ -52,7 +49,8 @@ SAMPLING = {
     "logprobs": 0,  # of the drawn token alone
     "flat_logprobs": True,
 }
-PATIENCE = 20.0  # seconds that a replica has to leave, then to heed an interrupt
+# What torchrun and accelerate tell their processes, which an engine would take for its own process group.
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 
 
 def row_seed(seed: int, row: int) -> int:
@@ -61,12 +59,13 @@ def row_seed(seed: int, row: int) -> int:
 
 
 @dataclass(frozen=True)
-class Replica:
-    """One copy of the model in vLLM, loaded when it first draws. `arguments`: those of `vllm.LLM`."""
+class VllmSampler:
+    """vLLM, loaded when it first draws. `arguments`: those of `vllm.LLM`; `devices`: its GPUs, None for all."""
 
     arguments: dict[str, Any]
     max_length: int
     seed: int
+    devices: str | None = None
 
     @cached_property
     def llm(self) -> Any:
@@ -74,7 +73,13 @@ class Replica:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would inherit the dataset's lock
         from vllm import LLM
 
-        return LLM(**self.arguments)
+        launcher = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
+        if self.devices is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.devices
+        try:
+            return LLM(**self.arguments)
+        finally:
+            os.environ |= launcher
 
     def draw(self, prefixes: Sequence[Sequence[int]], rows: Sequence[int]) -> Drawn:
         """Draw the rows with these numbers behind their given beginnings; see `retain.sampling.engine.draw_rows`."""
@@ -108,7 +113,6 @@ def vllm_engine(
     revision: str = "main",
     trust_remote_code: bool = False,
     tensor_parallel_size: int = 1,
-    data_parallel_size: int = 1,
 ) -> Iterator[Engine]:
     """An engine for `sample_replay(..., engine=engine, engine_name="vllm")`; vLLM gets `batch_size` rows at once.
 
@@ -118,9 +122,7 @@ def vllm_engine(
         name: the model as `load_model` takes it; no adapter.
         dtype: of the transformers model that `sample_replay` gets: the manifest says so.
         max_length, seed: as for `sample_replay`.
-        tensor_parallel_size: GPUs that share one copy.
-        data_parallel_size: copies, each a process of its own with its own GPUs of this machine, for that is how vLLM
-            runs dense models side by side offline (`LLM` refuses its own data_parallel_size).
+        tensor_parallel_size: GPUs of this process's engine.
 
     Raises:
         ValueError: if there are too few GPUs.
@@ -136,105 +138,25 @@ def vllm_engine(
         "generation_config": "vllm",  # not the checkpoint's
         "logprobs_mode": "raw_logprobs",  # of the model's own distribution
     }
-    replica = Replica(arguments, max_length, seed)
-    if data_parallel_size == 1:
-        yield in_batches(replica.draw)
-        return
-    replicas = Replicas(replica, devices_of_replicas(data_parallel_size, tensor_parallel_size))
-    try:
-        yield replicas.draw
-    finally:
-        replicas.close()
+    devices = gpus_of_process(tensor_parallel_size)
+    yield in_batches(VllmSampler(arguments, max_length, seed, devices).draw)
 
 
-def devices_of_replicas(count: int, size: int) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each replica: the next `size` of the GPUs that this process may see."""
+def gpus_of_process(size: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES of this process among those of its launch; None without a launcher, or without GPUs.
+
+    Raises:
+        ValueError: if the processes of this machine need more GPUs than are visible.
+    """
+    count, rank = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = [str(index) for index in range(torch.cuda.device_count())] if named is None else named.split(",")
-    gpus = [gpu for gpu in found if gpu.strip()]
+    visible = map(str, range(torch.cuda.device_count())) if named is None else named.split(",")
+    gpus = [gpu for gpu in visible if gpu.strip()]
+    if count < 2 or not gpus:
+        return None
     if len(gpus) < count * size:
         raise ValueError(
-            f"data_parallel_size: {count} copies of tensor_parallel_size {size} need {count * size} GPUs and "
-            f"{len(gpus)} are visible; use fewer copies"
+            f"tensor_parallel_size: {count} processes with {size} GPUs each need {count * size} GPUs and {len(gpus)} "
+            "are visible; launch fewer processes"
         )
-    return [",".join(gpus[at : at + size]) for at in range(0, count * size, size)]
-
-
-class Replicas:
-    """Replica processes that draw whole shards, started when they are first needed; this process writes the files."""
-
-    def __init__(self, replica: Replica, devices: Sequence[str]) -> None:
-        self.replica, self.devices = replica, devices
-        self.processes: dict[Any, Any] = {}  # by this process's end of the pipe to each
-
-    def start(self) -> None:
-        context = get_context("spawn")
-        for devices in self.devices:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, self.replica, devices))
-            process.start()
-            theirs.close()  # so that its end is seen here
-            self.processes[ours] = process
-
-    def draw(
-        self, shards: Sequence[Work], batch_size: int, progress: Callable[[int], object]
-    ) -> Iterator[tuple[Work, Drawn]]:
-        """An engine: each replica gets its next shard when it is done with the last."""
-        if shards and not self.processes:
-            self.start()
-        todo, idle, busy = deque(shards), list(self.processes), dict[Any, Work]()
-        while todo or busy:
-            while todo and idle:
-                replica, work = idle.pop(), todo.popleft()
-                with suppress(BrokenPipeError):  # it is gone: its answer will say so
-                    replica.send((work, batch_size))
-                busy[replica] = work
-            for replica in wait(list(busy)):
-                drawn, work = self.answer(replica), busy.pop(replica)
-                idle.append(replica)
-                progress(len(work.rows))
-                yield work, drawn
-
-    def answer(self, replica: Any) -> Drawn:
-        """What a replica drew, or an error that says why it did not."""
-        try:
-            answer = replica.recv()
-        except (EOFError, OSError) as error:
-            self.processes[replica].join(PATIENCE)
-            code = self.processes[replica].exitcode
-            raise RuntimeError(
-                f"engine: a vLLM replica ended with exit code {code}; finished shards are kept, run the same again"
-            ) from error
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def close(self) -> None:
-        """Let the replicas go: the idle ones see that nobody asks any more, the others are interrupted."""
-        for replica in self.processes:
-            replica.close()
-        for process in self.processes.values():
-            process.join(PATIENCE)
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGINT)
-                process.join(PATIENCE)
-            process.kill()
-            process.join()
-
-
-def serve(driver: Connection, replica: Replica, devices: str) -> None:
-    """What a replica process does: draw the shards that come, until nobody asks any more."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices  # before CUDA is first used
-    engine = in_batches(replica.draw)
-    try:
-        while True:
-            work, batch_size = driver.recv()
-            try:
-                [(_, drawn)] = engine([work], batch_size, lambda rows: None)
-            except Exception as error:  # whatever it is, the driver should say it
-                kind = ValueError if isinstance(error, ValueError) else RuntimeError
-                driver.send(kind(str(error) if kind is ValueError else f"{type(error).__name__}: {error}"))
-            else:
-                driver.send(drawn)
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        pass
+    return ",".join(gpus[rank * size : (rank + 1) * size])

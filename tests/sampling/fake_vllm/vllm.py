@@ -2,15 +2,14 @@
 
 It draws with transformers. Arguments that vLLM does not know are TypeErrors; end-of-document tokens stop a row unless
 `ignore_eos`, and are forbidden until `min_tokens`, `ignore_eos` or not; the checkpoint's generation_config is taken
-over where nobody says otherwise. `FAKE_VLLM_DIES`: a file; where it is, a process that should draw kills
-itself. `FAKE_VLLM_DEVICES`: a folder where each process leaves the name of its devices.
+over where nobody says otherwise. A launcher's process group would be taken for its own. `FAKE_VLLM_DEVICES`: a folder
+where each process leaves the name of its devices.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 # What `LLM(**kwargs)` hands to EngineArgs, as far as anybody here might want it.
 ENGINE_ARGS = {
     "max_model_len", "generation_config", "override_generation_config", "logprobs_mode", "max_logprobs",
-    "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "enable_lora", "data_parallel_size",
+    "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "enable_lora",
     "distributed_executor_backend", "disable_log_stats", "pipeline_parallel_size", "load_format",
 }  # fmt: skip
 
@@ -148,8 +147,7 @@ class LLM:
         unknown = set(kwargs) - ENGINE_ARGS
         if unknown:
             raise TypeError(f"EngineArgs.__init__() got an unexpected keyword argument {min(unknown)!r}")
-        if kwargs.get("data_parallel_size", 1) > 1:
-            raise ValueError("LLM(data_parallel_size=2) is not supported for single-process usage and may hang.")
+        assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE"} & os.environ.keys()
         self.arguments = {"model": model, "trust_remote_code": trust_remote_code, "dtype": dtype, "revision": revision}
         self.arguments |= {"tokenizer_revision": tokenizer_revision, "tensor_parallel_size": tensor_parallel_size}
         self.arguments |= kwargs
@@ -190,8 +188,6 @@ class LLM:
         found = []
         for prompt, asked in zip(prompts, params, strict=True):
             self.asked.append(asked)
-            if os.path.exists(os.environ.get("FAKE_VLLM_DIES", "")):
-                os.kill(os.getpid(), signal.SIGKILL)
             ids = prompt["prompt_token_ids"]
             found.append(RequestOutput(str(len(self.asked)), None, ids, None, [self.complete(ids, asked)]))
         return found
