@@ -20,6 +20,7 @@ from retain.measuring.choices import Question
 from retain.measuring.measure import measure
 from retain.measuring.texts import PILOT, half_width
 from retain.measuring.tokens import document_sums, logits_of, token_values
+from retain.metrics import SUMS
 from retain.report.gate import UNDECIDED, judge
 
 TOKENIZER = make_tokenizer()
@@ -40,10 +41,10 @@ def test_every_value_of_a_token_is_that_of_its_own_function():
         "loss": next_token_loss(live, targets),
         "base_loss": next_token_loss(ref, targets),
         "ref_kl": kl_divergence(ref, live),
-        "entropy": cross_entropy(ref, ref),
-        "argmax_loss": argmax_cross_entropy(ref, live),
-        "base_argmax_loss": argmax_cross_entropy(ref, ref),
-        "agreement": agreement(ref, live).float(),
+        "base_ref_cross_entropy": cross_entropy(ref, ref),
+        "ref_argmax_cross_entropy": argmax_cross_entropy(ref, live),
+        "base_ref_argmax_cross_entropy": argmax_cross_entropy(ref, ref),
+        "ref_agreement": agreement(ref, live).float(),
     }
     assert set(found) == set(expected)
     for name, value in expected.items():
@@ -228,8 +229,7 @@ def test_stopping_by_the_width_leaves_the_value_unbiased_and_the_interval_honest
             tokens = rng.integers(5, 40, len(some))
             loss = tokens * (truth + 0.25 * rng.standard_normal(len(some)))
             zeros = np.zeros(len(some))
-            names = ("loss", "base_loss", "ref_kl", "entropy", "argmax_loss", "base_argmax_loss", "agreement")
-            return DocumentSums({name: loss if name == "loss" else zeros for name in names}, tokens, tokens)
+            return DocumentSums({name: loss if name == "loss" else zeros for name in SUMS}, tokens, tokens)
 
         saved, module._measure = module._measure, fake
         try:

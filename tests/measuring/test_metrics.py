@@ -14,7 +14,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from retain.data.rows import Document, tokenize_documents
 from retain.measuring.measure import measure
-from retain.measuring.tokens import SUMS, DocumentSums, batches, document_sums, logits_of, summarize, token_values
+from retain.measuring.tokens import DocumentSums, batches, document_sums, logits_of, summarize, token_values
+from retain.metrics import GAIN, METRICS, SUMS
 from retain.statistics import bootstrap_ratio, share_interval
 
 TOKENIZER = make_tokenizer()
@@ -50,13 +51,13 @@ def test_every_metric_by_hand():
         "base_loss": [2 + 2, 2],
         "loss": [1 + 2, 2],
         "ref_kl": [0.5 * 1 - 0.25 * 1 + 0, 0.25],
-        "entropy": [1.5 + 1.5, 1.5],
-        "argmax_loss": [2 + 1, 2],
-        "base_argmax_loss": [1 + 1, 1],
+        "base_ref_cross_entropy": [1.5 + 1.5, 1.5],
+        "ref_argmax_cross_entropy": [2 + 1, 2],
+        "base_ref_argmax_cross_entropy": [1 + 1, 1],
     }
     for name, expected in by_hand.items():
         np.testing.assert_allclose(sums.values[name] / LN2, expected, atol=1e-6, err_msg=name)
-    assert sums.values["agreement"].tolist() == [1, 0]
+    assert sums.values["ref_agreement"].tolist() == [1, 0]
     assert sums.num_tokens.tolist() == [2, 1]
 
     metrics = summarize(sums)
@@ -80,6 +81,13 @@ def test_every_metric_by_hand():
     assert metrics["forgetting"]["ci"] == pytest.approx([LN2 * (-1 / 3 - half), LN2 * (-1 / 3 + half)], rel=1e-4)
     assert metrics["ref_kl"]["ci"][0] == metrics["loss"]["ci"][0] == 0.0  # they cannot be less
     assert metrics["ref_agreement"]["ci"] == [0.0, 1.0]
+
+
+def test_a_metric_has_one_numerator_and_a_line_in_the_docs():
+    docs = (Path(__file__).parents[2] / "docs" / "measuring.md").read_text()
+    for metric in METRICS.values():
+        assert (metric.per_token is None) != (metric.total is None), metric.name
+    assert [name for name in (GAIN.name, *METRICS) if f"`{name}`" not in docs] == ["base_ref_argmax_cross_entropy"]
 
 
 def test_agreement_on_every_token_has_the_interval_of_a_share():
@@ -157,10 +165,10 @@ def naive_sums(base, tuned, documents: list[Document]) -> dict[str, list[float]]
                     "loss": -q[target],
                     "base_loss": -p[target],
                     "ref_kl": sum(p.exp() * (p - q)),
-                    "entropy": -sum(p.exp() * p),
-                    "argmax_loss": -q[p.argmax()],
-                    "base_argmax_loss": -p[p.argmax()],
-                    "agreement": float(p.argmax() == q.argmax()),
+                    "base_ref_cross_entropy": -sum(p.exp() * p),
+                    "ref_argmax_cross_entropy": -q[p.argmax()],
+                    "base_ref_argmax_cross_entropy": -p[p.argmax()],
+                    "ref_agreement": float(p.argmax() == q.argmax()),
                 }
                 for name, value in found.items():
                     result[name][index] += float(value)

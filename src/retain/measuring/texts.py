@@ -15,7 +15,6 @@ from retain.data.rows import Document, without_copies
 from retain.losses import shifted
 from retain.measuring.base_cache import BaseCache
 from retain.measuring.tokens import (
-    KEPT,
     DocumentSums,
     Forward,
     document_sums,
@@ -26,6 +25,7 @@ from retain.measuring.tokens import (
     summarize,
     token_values,
 )
+from retain.metrics import GAIN, KEPT_SUMS
 from retain.text import visible
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def measure_texts(
         result["per_document"][text] = sums.kept()
         result["warnings"] += _interval_notes(text, metrics["forgetting"], len(used), len(documents), options.ci)
         if text in new_task:
-            result["new_task"][text] = metrics | {"gain": negated(metrics["forgetting"])}
+            result["new_task"][text] = metrics | {GAIN.name: negated(metrics["forgetting"])}
             continue
         result["retention"][text] = metrics
         result["noise_floor"][text] = _noise_floor(cache, used[:NOISE_DOCUMENTS], options)
@@ -179,7 +179,7 @@ def token_table(
     for at, token in enumerate(targets[0].tolist()):
         ids = {"text": token, "base_top": tops[0][at], "tuned_top": tops[1][at]}
         words = {name: str(tokenizer.decode([one])) for name, one in ids.items()}
-        rows.append(words | {name: round(values[name][at], 5) for name in KEPT})
+        rows.append(words | {name: round(values[name][at], 5) for name in KEPT_SUMS})
     return rows
 
 

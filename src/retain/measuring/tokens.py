@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,11 @@ from torch import Tensor
 
 from retain.data.rows import Document
 from retain.losses import expectation, shifted
+from retain.metrics import BITS_PER_BYTE, KEPT_SUMS, METRICS, SUMS
 from retain.statistics import bootstrap_ratio, resample_counts, share_interval
 
 Forward = Callable[..., Float[Tensor, "rows length vocab"]]
 CHUNK = 1 << 22  # float32 logits held at once: 16 MiB, which the allocator takes from its heap again and again
-KEPT = ("ref_kl", "loss", "base_loss")  # of these, sums that files keep of every document
-SUMS = ("loss", "base_loss", "ref_kl", "entropy", "argmax_loss", "base_argmax_loss", "agreement")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class DocumentSums:
 
     def kept(self) -> dict[str, list[float]]:
         """What files keep of every document, for paired intervals: sums in nats to six places, and tokens."""
-        sums = {name: self.values[name].round(6).tolist() for name in KEPT}
+        sums = {name: self.values[name].round(6).tolist() for name in KEPT_SUMS}
         return sums | {"num_tokens": self.num_tokens.tolist()}
 
 
@@ -83,26 +83,37 @@ def token_sums(
     return totals
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts at each position: log-probabilities in float32, and the likeliest token."""
+
+    log_probs: Float[Tensor, "*batch vocab"]
+    top: Int[Tensor, "*batch"]
+
+    @classmethod
+    def of(cls, logits: Float[Tensor, "*batch vocab"]) -> Predictions:
+        return cls(torch.log_softmax(logits.float(), dim=-1), logits.argmax(-1))
+
+    @cached_property
+    def probs(self) -> Float[Tensor, "*batch vocab"]:
+        return self.log_probs.exp()
+
+    def loss(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """−log p(token), nats."""
+        return -self.log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+    def expectation(self, values: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
+        """Mean of `values` under the model's distribution."""
+        return expectation(self.probs, values)
+
+
 def token_values(
     ref_logits: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]
 ) -> dict[str, Float[Tensor, "*batch"]]:
-    """Every quantity in `SUMS` at every position; the functions of `losses` with each softmax taken once."""
-    ref_top, top = ref_logits.argmax(-1), logits.argmax(-1)
-    ref, live = (torch.log_softmax(one.float(), dim=-1) for one in (ref_logits, logits))
-    probs = ref.exp()
-
-    def at(log_probs: Tensor, tokens: Tensor) -> Tensor:
-        return -log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-    found = {
-        "loss": at(live, targets),
-        "base_loss": at(ref, targets),
-        "entropy": -expectation(probs, ref),
-        "argmax_loss": at(live, ref_top),
-        "base_argmax_loss": at(ref, ref_top),
-        "agreement": (ref_top == top).float(),
-    }
-    return found | {"ref_kl": expectation(probs, ref.sub_(live))}
+    """Every quantity in `SUMS` at every position, with each softmax taken once."""
+    base, model = Predictions.of(ref_logits), Predictions.of(logits)
+    rows = ((name, METRICS[name].per_token) for name in SUMS)
+    return {name: per_token(base, model, targets) for name, per_token in rows if per_token}
 
 
 @torch.no_grad()
@@ -146,11 +157,9 @@ def document_sums(
 
 def _check_finite(values: Mapping[str, np.ndarray], text: str) -> None:
     """The base's own numbers first: with them goes what compares both."""
-    for name in sorted(
-        SUMS, key=lambda name: (name not in ("base_loss", "entropy", "base_argmax_loss"), name != "loss")
-    ):
+    for name in sorted(SUMS, key=lambda name: (not name.startswith("base_"), name != "loss")):
         for at in np.flatnonzero(~np.isfinite(values[name]))[:1].tolist():
-            who, value = "base" if name in ("base_loss", "entropy", "base_argmax_loss") else "model", values[name][at]
+            who, value = "base" if name.startswith("base_") else "model", values[name][at]
             what = f"{who}: its {name.removeprefix('base_')} on document {at + 1} of {text!r} is {value:g}"
             raise ValueError(f"{what}; {not_finite(value)}")
 
@@ -163,41 +172,26 @@ def not_finite(value: float) -> str:
 
 
 def summarize(sums: DocumentSums, *, seed: int = 0, num_resamples: int = 2000) -> dict[str, dict[str, Any]]:
-    """Every metric by name, each with value, 95% interval over documents, and sample sizes.
+    """Every metric of `METRICS` by name, each with value, 95% interval over documents, and sample sizes.
 
-    Nats per token, but `ref_agreement` (share of tokens) and the bits per byte. The base's own value stands beside
-    each cross-entropy, for comparison: `ref_cross_entropy` = entropy of the base + `ref_kl`. The interval of
-    `ref_agreement` is never narrower than Wilson's of its tokens, which has a width at 100%, too.
+    The interval of a share is never narrower than Wilson's of its tokens, which has a width at 100%, too.
     """
-    values, tokens = sums.values, sums.num_tokens
     num_bytes = np.maximum(sums.num_bytes, 1) * np.log(2)
-    ratios = {
-        "forgetting": (values["loss"] - values["base_loss"], tokens),
-        "loss": (values["loss"], tokens),
-        "base_loss": (values["base_loss"], tokens),
-        "ref_kl": (values["ref_kl"], tokens),
-        "ref_cross_entropy": (values["entropy"] + values["ref_kl"], tokens),
-        "base_ref_cross_entropy": (values["entropy"], tokens),
-        "ref_argmax_cross_entropy": (values["argmax_loss"], tokens),
-        "base_ref_argmax_cross_entropy": (values["base_argmax_loss"], tokens),
-        "ref_agreement": (values["agreement"], tokens),
-        "bits_per_byte": (values["loss"], num_bytes),
-        "base_bits_per_byte": (values["base_loss"], num_bytes),
-    }
     result = {}
     counts = resample_counts(len(sums), num_resamples, seed)
-    for name, (numerator, denominator) in ratios.items():
-        within = (-np.inf if name == "forgetting" else 0.0, 1.0 if name == "ref_agreement" else np.inf)
+    for name, metric in METRICS.items():
+        numerator = metric.total(sums.values) if metric.total else sums.values[name]
+        denominator = num_bytes if metric.unit == BITS_PER_BYTE else sums.num_tokens
+        within = (metric.least, metric.most)
         value, low, high = bootstrap_ratio(numerator, denominator, counts=counts, within=within)
-        if name == "ref_agreement":
+        if metric.is_share:
             _, *ends = share_interval(round(numerator.sum()), int(denominator.sum()))
             low, high = min(low, ends[0]), max(high, ends[1])  # NaN stays
-        interval = [low, high] if np.isfinite(low) else [None, None]
         result[name] = {
             "value": value,
-            "ci": interval,
+            "ci": [low, high] if np.isfinite(low) else [None, None],
             "num_documents": len(sums),
-            "num_tokens": int(tokens.sum()),
+            "num_tokens": int(sums.num_tokens.sum()),
         }
     return result
 

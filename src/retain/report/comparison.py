@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from retain.metrics import KEPT_SUMS, METRICS
 from retain.report.numbers import is_number, measured, quantity
 from retain.statistics import bootstrap_ratio
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2000
 MOVES = ("ref_kl", "forgetting")  # what moved away from the base, nats per token
-LEAST = {"ref_kl": 0.0, "forgetting": -math.inf}  # that each of them can be
 # Settings of `retain measure` that decide a number; the device and `batch_tokens` only round it.
 DECIDING = ("max_length", "max_windows", "start_token", "tokenizer_fingerprint", "dtype", "attn_implementation")
 ROUNDING = 0.25  # nats per square root of a document's tokens: what bfloat16 and kernels may move the base's own loss
@@ -260,7 +260,7 @@ def _side_by_side(runs: list[dict], steps: list | None, text: str, seed: int) ->
             ci = (
                 list(bounds)
                 if bounds
-                else _interval(found[metric], found["num_tokens"], seed, LEAST[metric])
+                else _interval(found[metric], found["num_tokens"], seed, METRICS[metric].least)
                 if found
                 else None
             )
@@ -321,7 +321,7 @@ def _documents_at(run: dict, text: str, step: float | None) -> dict[str, np.ndar
         return (1 - share) * np.asarray(before[key], float) + share * np.asarray(after[key], float)
 
     tokens = np.asarray(before["num_tokens"], float)  # not mixed: rounding would make equal documents differ
-    sums = {key: mix(key) for key in ("ref_kl", "loss", "base_loss")}
+    sums = {key: mix(key) for key in KEPT_SUMS}
     return sums | {"forgetting": sums["loss"] - sums["base_loss"], "num_tokens": tokens}
 
 
@@ -330,7 +330,7 @@ def _documents_measured(run: dict, text: str) -> dict[str, np.ndarray] | None:
     row = (run.get("per_document") or {}).get(text)
     if not row:
         return None
-    sums = {key: np.asarray(row[key], float) for key in ("ref_kl", "loss", "base_loss", "num_tokens")}
+    sums = {key: np.asarray(row[key], float) for key in (*KEPT_SUMS, "num_tokens")}
     return sums | {"forgetting": sums["loss"] - sums["base_loss"]}
 
 

@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from retain.metrics import SHOWN
 from retain.report import tables
 from retain.report.answers import rules_of
 from retain.report.numbers import bounds_of, is_number
 from retain.report.report import model_card_section, shortened
 from retain.text import visible
 
-INDEXED = ("gain", "forgetting", "ref_kl", "ref_agreement")
 BEGIN, END = "<!-- retain: forgetting -->", "<!-- end of forgetting -->"
 
 
@@ -58,14 +58,19 @@ def check_card(path: str) -> None:
 def model_index(data: dict) -> list[dict[str, Any]]:
     """The numbers of a report as Hugging Face's `model-index`, the value of that key in a model card's metadata.
 
-    Per text gain, forgetting, ref_kl and ref_agreement; per set of questions agreement and accuracy. Intervals are
+    Per text the metrics that are `indexed`; per set of questions agreement and accuracy. Intervals are
     arguments of each metric: the format has no place of its own for them.
     """
     from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
     data = visible(shortened(data))
-    texts = [(name, metrics) for kind in tables.MAIN for name, metrics in (data.get(kind) or {}).items()]
-    found = [(name, key, key, metrics[key]) for name, metrics in texts for key in INDEXED if metrics.get(key)]
+    texts = [(name, metrics) for kind in tables.KINDS for name, metrics in (data.get(kind) or {}).items()]
+    found = [
+        (name, key, key, metrics[key])
+        for name, metrics in texts
+        for key, metric in SHOWN.items()
+        if metric.indexed and metrics.get(key)
+    ]
     found += [(name, key, f"{key} ({rule})", asked[key]) for name, rule, asked in rules_of(data)
               for key in ("agreement", "accuracy") if asked.get(key)]  # fmt: skip
     results = [

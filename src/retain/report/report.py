@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain.files import MAPPING, NUMBER, atomic_path, check_shape, read_json, write_text
+from retain.metrics import GAIN, KEPT_SUMS, METRICS, SHOWN
 from retain.report import style as plots
 from retain.report import tables
 from retain.report.answers import MEANINGS, answers_sentence, answers_table
@@ -54,7 +55,7 @@ MOST_CHARS, MOST_NAME = 20_000, 200  # of one string, of a run's name: what is l
 # The shape of `data`, for `check_shape`: what every report tells, and what it may.
 ENTRY = {"value?": NUMBER, "ci?": [(*NUMBER, type(None))] * 2, "num_documents?": int, "num_tokens?": int}
 TEXTS = {str: {str: ENTRY}}
-SUMS = {key: [NUMBER] for key in ("ref_kl", "loss", "base_loss", "num_tokens")}
+SUMS = {key: [NUMBER] for key in (*KEPT_SUMS, "num_tokens")}
 CHOICES = {"num_questions": int, "style": str, "notes": [str], "rules": {str: MAPPING}}
 CHOICES |= {"chat_template": (bool, type(None))}
 SHAPE = {
@@ -83,20 +84,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class TextResult:
-    """What was measured on one text: `tables.METRICS` says what each is. Nats per token, shares for `ref_agreement`."""
+    """What was measured on one text: for each name in `retain.metrics.METRICS` (and `gain`) an `Estimate`, or None."""
 
-    loss: Estimate | None = None
-    base_loss: Estimate | None = None
-    forgetting: Estimate | None = None  # of retention texts
-    gain: Estimate | None = None  # of the new task
-    ref_kl: Estimate | None = None
-    ref_agreement: Estimate | None = None
-    ref_cross_entropy: Estimate | None = None
-    base_ref_cross_entropy: Estimate | None = None
-    ref_argmax_cross_entropy: Estimate | None = None
-    base_ref_argmax_cross_entropy: Estimate | None = None
-    bits_per_byte: Estimate | None = None
-    base_bits_per_byte: Estimate | None = None
+    estimates: dict[str, Estimate]
+
+    def __getattr__(self, name: str) -> Estimate:
+        if name not in METRICS and name != GAIN.name:
+            raise AttributeError(f"no metric {name!r}; there are {', '.join((GAIN.name, *METRICS))}")
+        return self.estimates.get(name)  # type: ignore[return-value]  # None where it was not measured
 
 
 @dataclass(repr=False)
@@ -117,10 +112,10 @@ class ForgettingReport:
         texts = {**(self.data.get("new_task") or {}), **(self.data.get("retention") or {})}
         if text not in texts:
             raise KeyError(f"{text!r} was not measured; there are {', '.join(map(repr, texts)) or 'no texts'}")
-        found = {name: texts[text].get(name) or {} for name in TextResult.__dataclass_fields__}
-        return TextResult(**{
+        found = {name: of for name in (GAIN.name, *METRICS) if (of := texts[text].get(name))}
+        return TextResult({
             name: Estimate(of["value"], bounds_of(of.get("ci")), of["num_documents"], of["num_tokens"])
-            for name, of in found.items() if of
+            for name, of in found.items()
         })  # fmt: skip
 
     def __str__(self) -> str:
@@ -262,7 +257,7 @@ def _view(reports: list[dict], title: str, notes: Sequence[str]) -> dict[str, An
     """Everything the templates show, as plain strings and numbers."""
     runs: list[dict] = visible(shortened(reports))
     compared = compare_at_matched_loss(runs) if len(runs) > 1 else None
-    main = tables.metric_table(runs, lambda kind, metric: metric in tables.MAIN[kind])
+    main = tables.metric_table(runs, main=True)
     warnings = _warnings(runs) + list(filter(None, map(overfit_sentence, runs)))
     warnings += [*compared["warnings"], *unlike_sentences(compared)] if compared else []
     end, ends = (tables.comparison_table(compared, "end"), end_sentences(compared)) if compared else (None, [])
@@ -273,13 +268,13 @@ def _view(reports: list[dict], title: str, notes: Sequence[str]) -> dict[str, An
         "verdicts": [told(run, runs[0] if at else None) for at, run in enumerate(runs)] if compared else [],
         "pareto": frontier_sentences(compared) if compared else [],
         "table": main | {"notes": [*filter(None, map(scale_sentence, runs)), *base_sentences(runs)]},
-        "rest": tables.metric_table(runs, lambda kind, metric: metric not in tables.MAIN[kind]),
+        "rest": tables.metric_table(runs, main=False),
         "matched": tables.comparison_table(compared, "matched") if compared and compared["matched"] else None,
         "end": end | {"notes": ends + end["notes"]} if end else None, "ends": ends,
         "heat": heat_map(runs),
         "answers": answers_table(runs), "refusals": refusals_table(runs), "drift": drift_table(runs),
         "knowledge": knowledge_table(runs), "sizes": tables.sizes(runs), "facts": tables.facts(runs),
-        "metrics": tables.METRICS, "asked": MEANINGS, "scorers": SCORERS, "fates": KNOWLEDGE_FATES,
+        "metrics": SHOWN, "asked": MEANINGS, "scorers": SCORERS, "fates": KNOWLEDGE_FATES,
     }  # fmt: skip
 
 

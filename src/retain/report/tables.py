@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from retain.metrics import METRICS, SHOWN, Metric
 from retain.report.numbers import cell, is_number, quantity
 
-# metric: (label, key of the base's own value or None for the noise floor, meaning). Nats per token if not said.
-METRICS: dict[str, tuple[str, str | None, str]] = {
-    "gain": ("gain", "", "new-task loss of the base minus that of the tuned model; positive is learning"),
-    "forgetting": ("forgetting", None, "loss on the text after tuning minus before; positive is bad"),
-    "ref_kl": ("divergence (ref_kl)", None, "KL(base ‖ tuned): how far the next-token distribution moved from the "
-               "base, 0 is not at all; sees change that averages out in the loss"),
-    "ref_agreement": ("same top token", None, "share of positions where both models put the same token first"),
-    "loss": ("loss", "base_loss", "next-token loss on the text"),
-    "bits_per_byte": ("bits per byte", "base_bits_per_byte", "loss per byte of text, comparable across tokenizers"),
-    "ref_cross_entropy": ("cross-entropy to base, soft", "base_ref_cross_entropy",
-                          "targets are the base's next-token distributions (Kalajdzievski 2024)"),
-    "ref_argmax_cross_entropy": ("cross-entropy to base, hard", "base_ref_argmax_cross_entropy",
-                                 "targets are the base's most likely tokens (Kalajdzievski 2024)"),
-}  # fmt: skip
-MAIN = {"new_task": ("gain", "loss"), "retention": ("forgetting", "ref_kl", "ref_agreement", "loss")}
+KINDS = ("new_task", "retention")  # of texts
 
 
-def metric_table(runs: list[dict], wanted: Callable[[str, str], bool]) -> dict[str, Any]:
-    """Metrics down, runs across; the column `base` is the base's own value, or base against base: the noise floor."""
+def metric_table(runs: list[dict], *, main: bool) -> dict[str, Any]:
+    """Metrics down, runs across: the main ones, or the others.
+
+    The column `base` is the base's own value, or base against base: the noise floor.
+    """
     sections = []
     for kind, suffix in (("new_task", " (new task)"), ("retention", "")):
         for text in dict.fromkeys(text for run in runs for text in run.get(kind) or {}):
             measured = [(run.get(kind) or {}).get(text) or {} for run in runs]
             floor: dict = next(filter(None, ((run.get("noise_floor") or {}).get(text) for run in runs)), {})
             rows = []
-            for metric, (name, base_key, _) in METRICS.items():
-                if wanted(kind, metric) and any(metric in metrics for metrics in measured):
-                    bases = [floor.get(metric)] if base_key is None else [m.get(base_key) for m in measured]
-                    base = next((value for value in bases if value), None)
-                    cells = [_cell(metrics.get(metric), metric) for metrics in measured]
-                    rows.append({"label": name, "base": _cell(base, metric), "cells": cells})
+            for name, metric in SHOWN.items():
+                if (kind in metric.main) == main and any(name in metrics for metrics in measured):
+                    own = f"base_{name}"
+                    bases = [m.get(own) for m in measured] if own in METRICS else [floor.get(name)]
+                    base = next(filter(None, bases), None)
+                    cells = [_cell(metrics.get(name), metric) for metrics in measured]
+                    rows.append({"label": metric.label, "base": _cell(base, metric), "cells": cells})
             sections += [{"title": text + suffix, "rows": rows}] if rows else []
     return {"columns": [run["name"] for run in runs], "has_base": True, "sections": sections, "notes": []}
 
 
-def _cell(entry: dict | None, metric: str) -> dict[str, str]:
-    return cell((entry or {}).get("value"), (entry or {}).get("ci"), percent=metric == "ref_agreement")
+def _cell(entry: dict | None, metric: Metric) -> dict[str, str]:
+    return cell((entry or {}).get("value"), (entry or {}).get("ci"), percent=metric.is_share)
 
 
 def comparison_table(compared: dict, place: str) -> dict[str, Any]:
@@ -61,7 +51,7 @@ def comparison_table(compared: dict, place: str) -> dict[str, Any]:
         head = [("loss", [cell(run["final_loss"]) for run in runs]), ("against the first", relative)]
     sections = [("new task", head)]
     for text, entries in compared[place].items():
-        keys = (("ref_kl", METRICS["ref_kl"][0]), ("forgetting", "forgetting"), ("prevented", "prevented"))
+        keys = (("ref_kl", METRICS["ref_kl"].label), ("forgetting", "forgetting"), ("prevented", "prevented"))
         rows = [(name, [cell(e[key], e[f"{key}_ci"], key == "prevented") for e in entries]) for key, name in keys]
         sections.append((text, rows))
         notes += [f"{text}, {entry['name']}: {entry['note']}" for entry in entries if entry["note"]]
@@ -79,7 +69,7 @@ def _plain(value: float | None, form: str) -> dict[str, str]:
 def sizes(runs: list[dict]) -> list[str]:
     """How much text stands behind each row."""
     found = {}
-    for of, text, metrics in [(run, *item) for run in runs for kind in MAIN for item in (run.get(kind) or {}).items()]:
+    for of, text, metrics in [(run, *item) for run in runs for kind in KINDS for item in (run.get(kind) or {}).items()]:
         counted = ((of.get("settings") or {}).get("loss_tokens") or {}).get(text, "all")
         entry = next((m for m in metrics.values() if is_number((m or {}).get("num_documents"))), None)
         if entry:

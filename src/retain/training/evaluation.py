@@ -15,12 +15,12 @@ from retain.checks import several
 from retain.data.rows import Document, as_documents, without_copies
 from retain.files import append_jsonl
 from retain.measuring.tokens import Forward, document_sums, summarize
+from retain.metrics import LOGGED, METRICS
 from retain.training.run_files import DOCUMENTS_FILE
 
 logger = logging.getLogger(__name__)
 
-LOGGED_METRICS = ("loss", "forgetting", "ref_kl", "ref_agreement")
-OWN_METRICS = LOGGED_METRICS[1:]  # no metric of a host has such a name
+OWN_METRICS = tuple(name for name in LOGGED if name != "loss")  # no metric of a host has such a name
 Tables = dict[str, dict[str, dict[str, Any]]]  # name of the text → metric → value, interval and sizes
 Sets = dict[tuple[int, str], str]  # step and prefix of an evaluation → prefix of one of its sets
 
@@ -57,12 +57,12 @@ def measure_texts(
 
 def logged_names(texts: Iterable[str]) -> list[str]:
     """What the values of these texts are called: `retention/<name>/<metric>`."""
-    return [f"retention/{name}/{metric}" for name in texts for metric in LOGGED_METRICS]
+    return [f"retention/{name}/{metric}" for name in texts for metric in LOGGED]
 
 
 def logged(tables: Tables) -> dict[str, float]:
-    """What goes into the log, by its name; nats per token but for the agreement."""
-    values = [table[metric]["value"] for table in tables.values() for metric in LOGGED_METRICS]
+    """What goes into the log, by its name; in the units of `METRICS`."""
+    values = [table[metric]["value"] for table in tables.values() for metric in LOGGED]
     return dict(zip(logged_names(tables), values, strict=True))
 
 
@@ -86,7 +86,7 @@ def add_to_metrics(metrics: dict[str, float], values: Mapping[str, float], step:
 
 
 def check_best_metric(args: TrainingArguments, names: Sequence[str]) -> bool:
-    """Whether `metric_for_best_model` is one of `names`; forgetting is then better when lower.
+    """Whether `metric_for_best_model` is one of `names`; `greater_is_better` then follows from the metric.
 
     transformers takes the larger value for better where a name does not end in "loss".
 
@@ -101,11 +101,12 @@ def check_best_metric(args: TrainingArguments, names: Sequence[str]) -> bool:
         raise ValueError(f"metric_for_best_model: {args.metric_for_best_model!r} is not measured {when}; {remedy}")
     if name not in names:
         return False
-    if name.endswith(("/forgetting", "/ref_kl")) and args.greater_is_better:
+    rises = name.startswith("choices/") or METRICS[name.rpartition("/")[2]].higher_is_better
+    if not rises and args.greater_is_better:
         logger.warning("greater_is_better: set to False, since a lower %s is better", name)
         args.greater_is_better = False
     follows = args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
-    if follows and name.endswith("agreement") and dict(args.lr_scheduler_kwargs or {}).get("mode") != "max":
+    if follows and rises and dict(args.lr_scheduler_kwargs or {}).get("mode") != "max":
         raise ValueError(f"lr_scheduler_kwargs: a higher {name} is better, and the scheduler waits for a lower one; "
                          "give mode: max")  # fmt: skip
     return True
