@@ -8,7 +8,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -18,12 +18,23 @@ from retain import versions
 from retain.cli.config import PlanConfig, SampleConfig
 from retain.data.rows import named_sources, read_rows
 from retain.files import read_jsonl, write_json, write_text
-from retain.laws.plan import EVALUATIONS, Pilot, Plan, design, eval_steps, first_step, fit_pilots, recommend
-from retain.laws.plan_page import draw, markdown, summary
+from retain.laws.plan import (
+    EVALUATIONS,
+    Pilot,
+    PilotRun,
+    Plan,
+    eval_steps,
+    first_step,
+    fit_pilots,
+    pilot_grid,
+    recommend,
+)
+from retain.laws.plan_page import PlanReport, plan_figure
 from retain.laws.runs import read_metrics, tuned_params
 from retain.models.description import default_device, length_that_fits
 from retain.models.loading import empty_model, lora_num_params
 from retain.replay.dataset import load_self_generated
+from retain.report.style import save_png
 
 SCHEMA = "retain.plan/1"
 DONE = "pilot.json"  # written last: a pilot that has it is finished
@@ -55,7 +66,7 @@ def run_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say)
     check_sources(config)
     data = prepare_rows(config, folder)
     replay = prepare_replay(config, folder)
-    pilots = design(config.lora_ranks, config.replay_coefs, config.pilot_steps)
+    pilots = pilot_grid(config.lora_ranks, config.replay_coefs, config.pilot_steps)
     rows, made = [], []
     for number, pilot in enumerate(pilots, start=1):
         flags = flags_of(config, pilot.rank, pilot.coef, pilot.steps, data, replay)
@@ -65,19 +76,23 @@ def run_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say)
         rows += read_pilot(place, pilot, retention)
     say("fitting")
     laws = fit_pilots(rows, num_resamples=config.num_resamples, seed=config.seed)
-    sizes = {pilot.rank: one["num_params"] for pilot, one in zip(pilots, made, strict=True) if not pilot.coef}
-    more: dict[str, Any] = {"coefs": config.replay_coefs, "max_steps": config.max_steps, "level": config.level}
-    plan = recommend(laws, sizes, budget=config.budget, **more)
-    told = plan.to_dict() | {
-        "schema": SCHEMA, "command": shlex.join(recommended_command(config, plan, data, replay)),
-        "cost": cost_of(made), "pilots": made, "settings": asdict(config), "replay_share": replay_share(config),
-        "retention": retention, "versions": versions(),
-    }  # fmt: skip
-    laws.plain.to_json(folder / "law.json")
-    draw(rows, laws, plan, folder / "plan.png")
-    write_text(folder / "plan.md", markdown(plan, told))
-    write_json(folder / "plan.json", told)
-    return summary(plan, told, folder)
+    sizes = {one.pilot.rank: one.num_params for one in made if not one.pilot.coef}
+    plan = recommend(
+        laws, sizes, max_ref_kl=config.budget, coefs=config.replay_coefs, max_steps=config.max_steps, level=config.level
+    )
+    report = PlanReport(
+        plan,
+        command=shlex.join(recommended_command(config, plan, data, replay)),
+        pilots=made,
+        settings=asdict(config),
+        replay_share=replay_share(config),
+        retention=retention,
+    )
+    laws.no_replay.to_json(folder / "law.json")
+    save_png(plan_figure(laws, plan), folder / "plan.png")
+    write_text(folder / "plan.md", report.page())
+    write_json(folder / "plan.json", {"schema": SCHEMA, **report.to_dict(), "versions": versions()})
+    return report.summary(folder)
 
 
 def retention_of(config: PlanConfig) -> str:
@@ -182,7 +197,7 @@ def recommended_command(config: PlanConfig, plan: Plan, data: Sequence[str], rep
     one = plan.chosen or plan.fallback
     coef = one.replay_coef if plan.chosen else one.replay_coef or 1.0
     flags = flags_of(config, one.rank, coef, one.num_steps, data, replay)
-    controller = [] if plan.chosen else ["--max_ref_kl", f"{plan.budget:g}"]
+    controller = [] if plan.chosen else ["--max_ref_kl", f"{plan.max_ref_kl:g}"]
     return ["retain", "finetune", *flags, *controller, "--output_dir", str(Path(str(config.output_dir)) / "run")]
 
 
@@ -206,10 +221,11 @@ def _content(path: Path) -> list[Any] | str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def make_pilot(pilot: Pilot, flags: Sequence[str], place: Path, finetune: Callable[[list[str]], Any]) -> dict[str, Any]:
+def make_pilot(pilot: Pilot, flags: Sequence[str], place: Path, finetune: Callable[[list[str]], Any]) -> PilotRun:
     """Run a pilot unless it is finished; what it cost, and how many parameters it tuned."""
     if (place / DONE).exists():
-        return json.loads((place / DONE).read_text(encoding="utf-8"))
+        found = json.loads((place / DONE).read_text(encoding="utf-8"))
+        return PilotRun(**found | {"pilot": Pilot(**found["pilot"])})
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     began, log = time.monotonic(), io.StringIO()
@@ -218,12 +234,16 @@ def make_pilot(pilot: Pilot, flags: Sequence[str], place: Path, finetune: Callab
         finetune([*flags, "--output_dir", str(place), "--disable_tqdm", "true", "--logging_steps", every])
     write_text(place / "log.txt", log.getvalue())
     told = [row["num_tokens"] for row in read_jsonl(place / "metrics.jsonl") if "num_tokens" in row]
-    found = {
-        "pilot": asdict(pilot), "folder": place.name, "num_params": tuned_params(place), "steps": pilot.steps,
-        "tokens": int(max(told, default=0)), "seconds": round(time.monotonic() - began, 1),
-    }  # fmt: skip
-    write_json(place / DONE, found)
-    return found
+    made = PilotRun(
+        pilot,
+        folder=place.name,
+        num_params=tuned_params(place),
+        steps=pilot.steps,
+        tokens=int(max(told, default=0)),
+        seconds=round(time.monotonic() - began, 1),
+    )
+    write_json(place / DONE, asdict(made))
+    return made
 
 
 def read_pilot(place: Path, pilot: Pilot, retention: str) -> list[dict[str, Any]]:
@@ -232,9 +252,3 @@ def read_pilot(place: Path, pilot: Pilot, retention: str) -> list[dict[str, Any]
     kept = [row for row in rows if row["num_steps"] >= first_step(pilot.steps)]
     assert len(kept) <= 2 * EVALUATIONS
     return [row | {"replay_coef": pilot.coef} for row in kept]
-
-
-def cost_of(made: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What all pilots cost together, those of an earlier call included; tokens of new rows."""
-    total = {name: sum(one[name] for one in made) for name in ("steps", "tokens", "seconds")}
-    return {"pilots": len(made), **total, "seconds": round(total["seconds"], 1)}

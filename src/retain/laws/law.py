@@ -1,4 +1,4 @@
-"""A fitted law: parameters with intervals, predictions, the longest run within a budget, and a file."""
+"""A fitted law: parameters with intervals, predictions, the longest run within a limit, and a file."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Planning a finetune: which pilot runs identify a law, what they predict, and the setting that keeps a budget.
+"""Planning a finetune: which pilot runs identify a law, what they predict, and the setting that keeps within a limit.
 
 Runs without replay follow the joint law (`retain.laws.forms`). For runs with replay no law is known; each coefficient κ
 that was tried has surfaces of its own, in n = log N and p = log P (steps, tuned parameters), with the curvature shared:
 
     L_ft(κ) - L_ft(0) = level_κ + slope_κ·n + size_κ·p + curve·n²        log L_f(κ) = the same with other numbers
 
-L_ft(0) is the joint law's: replay changes little of what is learned, and all of what is forgotten. A description,
-not a law: it is asked only about coefficients, sizes and steps that the pilots span. Of nine such forms it had the
+L_ft(0) is the joint law's: replay changes little of what is learned, and all of what is forgotten. This describes and
+explains nothing: it predicts only for coefficients, sizes and steps that the pilots span. Of nine such forms it had the
 least error on held-out pilots of a real case (experiments/05_law): .05 nats of L_ft and 17% of L_f; the joint law with
 a factor for L_f in place of log L_f's own surface had 31%.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,8 @@ from retain.laws.forms import P_N, Form, Number, Values
 from retain.laws.law import ForgettingLaw
 
 EVALUATIONS = 12  # of each pilot
-WORSE = 1.25  # a law that misses held-out pilots by this factor more than copies of pilots do is not followed
-SHOWN = 2  # evaluations that are left out: the warm-up still shows
+SKIPPED_EVALUATIONS = 2  # the first ones, in which the warm-up still shows
+MAX_ERROR_RATIO = 1.25  # of a law's held-out error to that of copying the nearest pilot; above it the law is rejected
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,25 @@ class Pilot:
 
 
 @dataclass(frozen=True)
+class PilotRun:
+    """A pilot that was made, and what it cost: tokens of new rows, seconds."""
+
+    pilot: Pilot
+    folder: str
+    num_params: int
+    steps: int
+    tokens: int
+    seconds: float
+
+
+class Losses(NamedTuple):
+    """Loss on the new task, and forgetting as KL(base ‖ model), nats per token."""
+
+    finetuning_loss: float
+    forgetting_loss: float
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Nats per token, with the interval of a new measurement."""
 
@@ -56,7 +75,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Setting:
-    """A finetune not yet made, with what the pilots predict of it."""
+    """A finetune not yet made, with what the pilots predict of it, and what a pilot with this very setting measured."""
 
     rank: int
     num_params: int
@@ -64,67 +83,85 @@ class Setting:
     replay_coef: float
     finetuning_loss: Estimate
     forgetting_loss: Estimate
-    measured: tuple[float, float] | None = None  # new-task loss and forgetting of a pilot with this very setting
+    measured: Losses | None = None
 
     @property
-    def learned(self) -> float:
+    def best_known_loss(self) -> float:
         """The new-task loss: measured where a pilot did, predicted elsewhere."""
-        return self.measured[0] if self.measured else self.finetuning_loss.value
+        return self.measured.finetuning_loss if self.measured else self.finetuning_loss.value
 
     @property
     def contradicted(self) -> bool:
         """Whether its own pilot measured something outside an interval."""
-        said = (self.finetuning_loss, self.forgetting_loss)
-        return any(not of.low <= value <= of.high for of, value in zip(said, self.measured or (), strict=False))
+        intervals = (self.finetuning_loss, self.forgetting_loss)
+        return any(not of.low <= at <= of.high for of, at in zip(intervals, self.measured or (), strict=False))
 
-    @property
-    def words(self) -> str:
-        replay = f"replay coefficient {self.replay_coef:g}" if self.replay_coef else "no replay"
-        return f"rank {self.rank}, {self.num_steps} steps, {replay}"
+    def __str__(self) -> str:
+        return f"rank {self.rank}, {self.num_steps} steps, {replay_phrase(self.replay_coef)}"
+
+
+def replay_phrase(coef: float) -> str:
+    """A replay coefficient in words."""
+    return f"replay coefficient {coef:g}" if coef else "no replay"
 
 
 @dataclass
 class PilotLaws:
     """What was fitted to the pilots: the law without replay, and the surfaces of the coefficients, where tried."""
 
-    plain: ForgettingLaw
+    no_replay: ForgettingLaw
     replay: ForgettingLaw | None
-    measured: dict[tuple[int, int, float], tuple[float, float]]  # num_params, step, coefficient → both losses
+    measured: dict[tuple[int, int, float], Losses]  # num_params, num_steps, replay_coef → both losses
 
     def of(self, coef: float) -> ForgettingLaw:
-        """The law that speaks of a coefficient."""
-        law = self.replay if coef else self.plain
+        """The law of a coefficient."""
+        law = self.replay if coef else self.no_replay
         assert law is not None
         return law
 
 
 @dataclass
 class Plan:
-    """A recommendation, or none; `best` holds the setting of each coefficient that learns most within the budget.
+    """A recommendation, or none.
 
-    `distrusted` says why the law of a coefficient is not followed; its best setting is then the best that was measured.
+    Args:
+        max_ref_kl: limit of forgetting, KL(base ‖ model), nats per token; level: of the intervals held to it.
+        chosen: the setting that learns most within the limit; fallback: the one that forgets least, to train under the
+            controller of the limit where none is chosen.
+        best: replay coefficient → its setting that learns most within the limit.
+        rejected_laws: replay coefficient → why its law is not followed; its best setting is then the best measured one.
+        caveats: what the pilots cannot say.
     """
 
-    budget: float
+    max_ref_kl: float
     level: float
     chosen: Setting | None
     fallback: Setting
     best: dict[float, Setting | None] = field(default_factory=dict)
-    doubts: list[str] = field(default_factory=list)
-    distrusted: dict[float, str] = field(default_factory=dict)
+    caveats: list[str] = field(default_factory=list)
+    rejected_laws: dict[float, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        best = [{"replay_coef": coef, "setting": one and asdict(one)} for coef, one in self.best.items()]
-        chosen = asdict(self.chosen) if self.chosen else None
-        return {"budget": self.budget, "level": self.level, "feasible": self.chosen is not None,
-                "recommendation": chosen, "best_of_each_coefficient": best, "not_identified": self.doubts,
-                "law_not_followed": [{"replay_coef": coef, "why": why} for coef, why in self.distrusted.items()],
-                }  # fmt: skip
+        return {
+            "max_ref_kl": self.max_ref_kl,
+            "level": self.level,
+            "feasible": self.chosen is not None,
+            "recommendation": self.chosen and asdict(self.chosen),
+            "best_of_each_coefficient": [
+                {"replay_coef": coef, "setting": one and asdict(one)} for coef, one in self.best.items()
+            ],
+            "not_identified": self.caveats,
+            "law_not_followed": [{"replay_coef": coef, "why": why} for coef, why in self.rejected_laws.items()],
+        }
 
 
-def design(ranks: Sequence[int], coefs: Sequence[float], steps: int) -> list[Pilot]:
-    """Every rank without replay; each coefficient above 0 with the least, the middle and the largest rank."""
+def pilot_grid(ranks: Sequence[int], coefs: Sequence[float], steps: int) -> list[Pilot]:
+    """Every rank without replay; each coefficient above 0 with the least, the middle and the largest rank.
+
+    >>> [pilot.name for pilot in pilot_grid([1, 2, 4], [0, 10], steps=60)]
+    ['r1-coef0-60', 'r2-coef0-60', 'r4-coef0-60', 'r1-coef10-60', 'r2-coef10-60', 'r4-coef10-60']
+    """
     ordered = sorted(set(ranks))
     some = sorted({ordered[0], ordered[len(ordered) // 2], ordered[-1]})
     replay = [Pilot(rank, coef, steps) for coef in sorted(set(coefs) - {0}) for rank in some]
@@ -138,7 +175,7 @@ def eval_steps(steps: int) -> int:
 
 def first_step(steps: int) -> int:
     """The first measurement that is fitted."""
-    return SHOWN * eval_steps(steps)
+    return SKIPPED_EVALUATIONS * eval_steps(steps)
 
 
 def replay_form(coefs: Sequence[float]) -> Form:
@@ -165,37 +202,41 @@ def replay_form(coefs: Sequence[float]) -> Form:
 
 
 def fit_pilots(rows: Sequence[Mapping[str, Any]], *, num_resamples: int = 1000, seed: int = 0) -> PilotLaws:
-    """The laws of measured pilots; each row has `replay_coef` beside the columns of `fit_forgetting_law`.
+    """The laws of measured pilots.
+
+    Args:
+        rows: one per measurement: run, num_params, num_steps, replay_coef, finetuning_loss, forgetting_loss.
 
     Raises:
         ValueError: for pilots that have forgotten nothing, or are too few.
     """
-    plain = [row for row in rows if not row["replay_coef"]]
+    for row in rows:
+        if row["forgetting_loss"] <= 0:
+            raise ValueError(f"run: {row['run']!r} has forgotten nothing; raise learning_rate or pilot_steps")
+    measured = {
+        (row["num_params"], row["num_steps"], row["replay_coef"]): Losses(
+            row["finetuning_loss"], row["forgetting_loss"]
+        )
+        for row in rows
+    }
     replay = [row for row in rows if row["replay_coef"]]
-    lost = next((row for row in rows if row["forgetting_loss"] <= 0), None)
-    if lost is not None:
-        raise ValueError(f"run: {lost['run']!r} has forgotten nothing; raise learning_rate or pilot_steps")
-    how = {"num_resamples": num_resamples, "seed": seed}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # kept in the laws' `warnings`
-        law = fit_forgetting_law(plain, "joint", **how)  # type: ignore[arg-type]
-        measured = {
-            (row["num_params"], row["num_steps"], row["replay_coef"]): (row["finetuning_loss"], row["forgetting_loss"])
-            for row in rows
-        }
+        alone = [row for row in rows if not row["replay_coef"]]
+        law = fit_forgetting_law(alone, "joint", num_resamples=num_resamples, seed=seed)
         if not replay:
             return PilotLaws(law, None, measured)
         P, N = ([float(row[name]) for row in replay] for name in P_N)
-        plain_loss = law.predict(num_params=P, num_steps=N).value["finetuning_loss"]
+        losses = law.predict(num_params=P, num_steps=N).value["finetuning_loss"]
         changes = [
             {**row, "loss_change": row["finetuning_loss"] - loss, "log_forgetting": np.log(row["forgetting_loss"])}
-            for row, loss in zip(replay, plain_loss, strict=True)
+            for row, loss in zip(replay, losses, strict=True)
         ]
         form = replay_form(sorted({row["replay_coef"] for row in replay}))
-        return PilotLaws(law, fit_forgetting_law(changes, form, **how), measured)  # type: ignore[arg-type]
+        return PilotLaws(law, fit_forgetting_law(changes, form, num_resamples=num_resamples, seed=seed), measured)
 
 
-def predicted(
+def predicted_settings(
     laws: PilotLaws, sizes: Mapping[int, int], coef: float, steps: Sequence[int], level: float
 ) -> list[Setting]:
     """Every rank and number of steps with one coefficient; with replay only steps that the pilots span."""
@@ -209,7 +250,7 @@ def predicted(
     at = law.predict(level=level, num_params=P, num_steps=N, **more)  # type: ignore[arg-type]
     learned, lost = (np.stack([at.value[name], *at.ci[name]]) for name in law.form.outputs)
     if coef:
-        base = laws.plain.predict(num_params=P, num_steps=N).value["finetuning_loss"]
+        base = laws.no_replay.predict(num_params=P, num_steps=N).value["finetuning_loss"]
         learned, lost = np.maximum(base + learned, 0.0), np.exp(lost)
     return [
         Setting(rank, sizes[rank], num_steps, coef, Estimate(*map(float, new)), Estimate(*map(float, old)),
@@ -222,62 +263,67 @@ def recommend(
     laws: PilotLaws,
     sizes: Mapping[int, int],
     *,
-    budget: float,
+    max_ref_kl: float,
     coefs: Sequence[float] = (0.0,),
     max_steps: int | None = None,
     level: float = 0.9,
 ) -> Plan:
-    """The setting with the lowest new-task loss of those whose forgetting stays within the budget.
+    """The setting with the lowest new-task loss of those whose forgetting stays within `max_ref_kl`.
 
-    Within: the upper end of the `level` interval of a new measurement is at most the budget, nats per token, and a
-    pilot with this very setting measured what the interval says. Settings are compared by what pilots measured, where
-    they did. Where a law is worse than its pilots (`distrust`), the best setting that was measured within the budget.
+    Within: the upper end of the `level` interval of a new measurement is at most the limit, nats per token, and a pilot
+    with this very setting measured what the interval says. Settings are compared by what pilots measured, where they
+    did. Where a law is worse than its pilots (`rejection_reason`), the best setting that was measured within the limit.
 
     Args:
         sizes: LoRA rank → parameters that it tunes; the ranks to choose from.
         coefs: replay coefficients to choose from, each among the pilots.
         max_steps: the longest run without replay; the pilots' own length by default.
     """
-    seen = np.unique(laws.plain.runs.columns["num_steps"]).astype(int)
+    seen = np.unique(laws.no_replay.runs.columns["num_steps"]).astype(int)
     grain = int(np.diff(seen).min()) if len(seen) > 1 else 1
     steps = range(int(seen[0]), (max_steps or int(seen[-1])) + 1, grain)
-    every = {coef: predicted(laws, sizes, coef, steps, level) for coef in sorted(set(coefs))}
-    distrusted = {coef: why for coef, settings in every.items() if (why := distrust(laws, settings))}
-    best = {coef: _best(settings, budget, coef in distrusted) for coef, settings in every.items()}
-    chosen = min((one for one in best.values() if one), key=_order, default=None)
-    strongest = every[max(every)]
-    last = max(one.num_steps for one in strongest)
-    fallback = min((one for one in strongest if one.num_steps == last), key=lambda one: one.forgetting_loss.value)
-    plan = Plan(budget, level, chosen, fallback, best, distrusted=distrusted)
-    plan.doubts = _doubts(laws, plan, sizes)
-    once = _best([one for settings in every.values() for one in settings], budget, True)
-    if once and once.measured and (not chosen or once.learned < chosen.learned):
+    settings = {coef: predicted_settings(laws, sizes, coef, steps, level) for coef in sorted(set(coefs))}
+    rejected = {coef: why for coef, of in settings.items() if (why := rejection_reason(laws, of))}
+    best = {
+        coef: (_best_measured if coef in rejected else _best_predicted)(of, max_ref_kl) for coef, of in settings.items()
+    }
+    chosen = min((one for one in best.values() if one), key=_preference, default=None)
+    strongest = settings[max(settings)]
+    longest = [one for one in strongest if one.num_steps == max(one.num_steps for one in strongest)]
+    fallback = min(longest, key=lambda one: one.forgetting_loss.value)
+    plan = Plan(max_ref_kl, level, chosen, fallback, best, rejected_laws=rejected)
+    once = _best_measured([one for of in settings.values() for one in of], max_ref_kl)
+    if once and once.measured and (not chosen or once.best_known_loss < chosen.best_known_loss):
         learned, lost = (f"{value:.4g}" for value in once.measured)
-        told = f"measured: {once.words} had {learned} and forgetting {lost}, once; its interval leaves the budget"
-        plan.doubts.insert(0, told)
+        plan.caveats.append(
+            f"measured: {once} had {learned} and forgetting {lost}, once; its interval reaches above the limit"
+        )
+    plan.caveats += plan_caveats(laws, plan, sizes)
     return plan
 
 
-def _best(settings: Sequence[Setting], budget: float, as_measured: bool) -> Setting | None:
-    if as_measured:
-        within = [one for one in settings if one.measured and one.measured[1] <= budget]
-    else:
-        within = [one for one in settings if one.forgetting_loss.high <= budget and not one.contradicted]
-    return min(within, key=_order, default=None)
+def _best_predicted(settings: Sequence[Setting], max_ref_kl: float) -> Setting | None:
+    within = [one for one in settings if one.forgetting_loss.high <= max_ref_kl and not one.contradicted]
+    return min(within, key=_preference, default=None)
 
 
-def _order(one: Setting) -> tuple[float, int, int]:
-    return one.learned, one.num_steps, one.rank
+def _best_measured(settings: Sequence[Setting], max_ref_kl: float) -> Setting | None:
+    within = [one for one in settings if one.measured and one.measured.forgetting_loss <= max_ref_kl]
+    return min(within, key=_preference, default=None)
 
 
-def distrust(laws: PilotLaws, settings: Sequence[Setting]) -> str | None:
+def _preference(one: Setting) -> tuple[float, int, int]:
+    return one.best_known_loss, one.num_steps, one.rank
+
+
+def rejection_reason(laws: PilotLaws, settings: Sequence[Setting]) -> str | None:
     """Why the law of these settings is not followed: worse than its pilots, or too vague to tell settings apart."""
     coef = settings[0].replay_coef
     for at, name in enumerate(("new-task loss", "forgetting" + " in logarithms" * bool(coef))):
         law, copied = held_out_error(laws.of(coef), at), neighbour_error(laws, coef, at)
-        if law > WORSE * copied:
+        if law > MAX_ERROR_RATIO * copied:
             return f"it misses the {name} of held-out pilots by {law:.3g}, a copy of the nearest pilot by {copied:.3g}"
-    losses = [learned for learned, _ in laws.measured.values()]
+    losses = [of.finetuning_loss for of in laws.measured.values()]
     width = np.median([one.finetuning_loss.high - one.finetuning_loss.low for one in settings])
     if width > max(losses) - min(losses):
         return (
@@ -311,31 +357,27 @@ def neighbour_error(laws: PilotLaws, coef: float, at: int) -> float:
     return float(np.sqrt(np.mean(errors)))
 
 
-def _doubts(laws: PilotLaws, plan: Plan, sizes: Mapping[int, int]) -> list[str]:
-    """What the pilots cannot say, in words."""
-    found = [
-        f"{f'replay coefficient {coef:g}' if coef else 'no replay'}: the law is not followed; {why}"
-        for coef, why in plan.distrusted.items()
-    ]
-    if plan.chosen and not plan.chosen.measured:
-        found.append(f"recommended: no pilot had {plan.chosen.words}; what is said of it is a prediction")
-    found += [f"law without replay: {text}" for text in laws.plain.warnings]
+def plan_caveats(laws: PilotLaws, plan: Plan, sizes: Mapping[int, int]) -> list[str]:
+    """What the pilots cannot say, a sentence each."""
+    found = [f"{replay_phrase(coef)}: the law is not followed; {why}" for coef, why in plan.rejected_laws.items()]
+    chosen = plan.chosen
+    if chosen and not chosen.measured:
+        found.append(f"recommended: no pilot had {chosen}; its losses are predictions")
+    found += [f"law without replay: {text}" for text in laws.no_replay.warnings]
     if laws.replay is None:
-        found.append("replay: no pilot had any, so what it would do is not known; add a coefficient above 0")
+        found.append("replay: no pilot had any, so its effect is not known; add a coefficient above 0")
     else:
         coefs = ", ".join(f"{coef:g}" for coef in np.unique(laws.replay.runs.columns["replay_coef"]))
         found += [f"runs with replay: {text}" for text in laws.replay.warnings if not text.startswith("replay_coef")]
         found.append(f"replay: only the coefficients {coefs} and one share of replay rows were tried, none between")
-    chosen = plan.chosen
-    if chosen is not None:
+    if chosen:
         if chosen.rank in (min(sizes), max(sizes)):
             found.append(f"rank: {chosen.rank} is at the edge of the ranks tried; beyond it may be better")
-        law = laws.of(chosen.replay_coef)
-        if chosen.num_steps == law.runs.columns["num_steps"].min():
-            found.append(f"steps: {chosen.num_steps} is the first measurement of the pilots; fewer may do as well")
-        elif chosen.num_steps > law.runs.columns["num_steps"].max():
-            found.append(f"steps: {chosen.num_steps} is beyond the pilots; the interval trusts the form of the law")
-        elif chosen.num_steps == law.runs.columns["num_steps"].max():
-            found.append(f"steps: {chosen.num_steps} are as many as the pilots had; more may learn more within budget")
-    found.append("recipe: learning rate, batch, data and length of rows are the pilots' own; for others plan again")
-    return found
+        steps, tried = chosen.num_steps, laws.of(chosen.replay_coef).runs.columns["num_steps"]
+        if steps == tried.min():
+            found.append(f"steps: {steps} is the first measurement of the pilots; fewer may do as well")
+        elif steps > tried.max():
+            found.append(f"steps: {steps} is beyond the pilots; the interval trusts the form of the law")
+        elif steps == tried.max():
+            found.append(f"steps: {steps} is the pilots' own length; more may learn more within the limit")
+    return [*found, "recipe: learning rate, batch, data and length of rows are the pilots' own; for others plan again"]

@@ -3,30 +3,124 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from retain.laws.plan import Losses, PilotLaws, PilotRun, Plan, Setting, predicted_settings, replay_phrase
+from retain.report.style import INK, MARKS, PALETTE, _styled
 
-from retain.laws.plan import PilotLaws, Plan, Setting, predicted
-from retain.report.style import INK, MARKS, PALETTE, _styled, save_png
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+HEADS = ("replay coefficient", "best within the limit", "by", "new-task loss", "measured", "forgetting", "measured")
 
 
-def verdict(plan: Plan) -> str:
-    """The recommendation, or why there is none, in a sentence."""
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan with what it rests on and the command that follows from it.
+
+    Args:
+        command: the recommended run, to paste into a shell; settings: the flags of `retain plan`.
+        replay_share: of the rows of a step; retention: name of the text that the limit is for.
+    """
+
+    plan: Plan
+    command: str
+    pilots: Sequence[PilotRun]
+    settings: Mapping[str, Any]
+    replay_share: float
+    retention: str
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """Of all pilots together, those of an earlier call included; tokens of new rows."""
+        total = {name: sum(getattr(one, name) for one in self.pilots) for name in ("steps", "tokens", "seconds")}
+        return {"pilots": len(self.pilots), **total, "seconds": round(total["seconds"], 1)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **self.plan.to_dict(),
+            "command": self.command,
+            "cost": self.cost,
+            "pilots": [asdict(one) for one in self.pilots],
+            "settings": dict(self.settings),
+            "replay_share": self.replay_share,
+            "retention": self.retention,
+        }
+
+    @property
+    def cost_line(self) -> str:
+        return "{pilots} pilots: {steps} steps, {tokens} tokens, {seconds:.0f} seconds".format(**self.cost)
+
+    def summary(self, folder: Path) -> str:
+        """A few lines that end in the command to run."""
+        plan = self.plan
+        lines = [recommendation(plan)]
+        if plan.chosen:
+            lines += loss_lines(plan.chosen, plan.level)
+            if plan.chosen.replay_coef:
+                lines.append(f"replay share     {self.replay_share:.3g} of the rows of a step")
+        caveats = f"{len(plan.caveats)} things the pilots cannot say"
+        return "\n".join([*lines, self.cost_line, f"plan: {folder / 'plan.md'} ({caveats})", "", self.command])
+
+    def page(self) -> str:
+        """The plan in Markdown."""
+        plan, settings = self.plan, self.settings
+        rows = [HEADS, ["---"] * len(HEADS)]
+        for coef, one in plan.best.items():
+            cells = [f"{coef:g}", "none", *[""] * 5]
+            if one:
+                learned, lost = (f"{value:.4g}" for value in one.measured) if one.measured else ("–", "–")
+                by = "its pilot" if coef in plan.rejected_laws else "the law"
+                cells[1:] = [str(one), by, str(one.finetuning_loss), learned, str(one.forgetting_loss), lost]
+            rows.append(cells)
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+        caveats = "\n".join(f"- {text}" for text in plan.caveats)
+        return f"""# Plan: {settings["model"]} on {settings["dataset_name"]}
+
+**{recommendation(plan)}.**
+
+Limit: KL(base ‖ model) on {self.retention!r} at most {plan.max_ref_kl:g} nats per token, by the upper end of the \
+{plan.level:.0%} interval of a new measurement; as measured once where the law is not followed. Values with an \
+interval are predicted; beside them is what a pilot with this very setting measured. Replay share, where there is \
+replay: {self.replay_share:.3g} of the rows of a step.
+
+{table}
+
+Cost: {self.cost_line}. Seed {settings["seed"]}.
+
+![Pilots, predictions and the limit](plan.png)
+
+## What the pilots cannot say
+
+{caveats}
+
+## Run it
+
+```bash
+{self.command}
+```
+"""
+
+
+def recommendation(plan: Plan) -> str:
+    """The recommended setting, or why there is none, in a sentence."""
     if plan.chosen is None:
         return (
-            f"No setting keeps forgetting within {plan.budget:g} nats per token with {plan.level:.0%} certainty; train "
-            "with --max_ref_kl, which moves the coefficient until it is kept, or says that it cannot be"
+            f"No setting keeps forgetting within {plan.max_ref_kl:g} nats per token with {plan.level:.0%} certainty; "
+            "train with --max_ref_kl, which adapts the coefficient and warns if the limit is not kept"
         )
-    why = plan.distrusted.get(plan.chosen.replay_coef)
-    if why:
-        return f"Recommended: {plan.chosen.words}, the best that a pilot measured; the law is not followed, since {why}"
-    return f"Recommended: {plan.chosen.words}"
+    why = plan.rejected_laws.get(plan.chosen.replay_coef)
+    return f"Recommended: {plan.chosen}" + (
+        f", the best that a pilot measured; the law is not followed, since {why}" if why else ""
+    )
 
 
-def told_of(one: Setting, level: float) -> list[str]:
-    """What is predicted of a setting."""
+def loss_lines(one: Setting, level: float) -> list[str]:
+    """What is predicted and measured of a setting."""
     learned, lost = (f"; its pilot measured {value:.4g}" for value in one.measured) if one.measured else ("", "")
     return [
         f"new-task loss    {one.finetuning_loss}{learned}",
@@ -34,119 +128,61 @@ def told_of(one: Setting, level: float) -> list[str]:
     ]
 
 
-def cost_line(cost: Mapping[str, float]) -> str:
-    return (
-        f"{cost['pilots']:.0f} pilots: {cost['steps']:.0f} steps, {cost['tokens']:.0f} tokens, "
-        f"{cost['seconds']:.0f} seconds"
-    )
-
-
-def summary(plan: Plan, told: Mapping[str, Any], folder: Path) -> str:
-    """A few lines that end in the command to run."""
-    lines = [verdict(plan)]
-    if plan.chosen is not None:
-        lines += told_of(plan.chosen, plan.level)
-        if plan.chosen.replay_coef:
-            lines.append(f"replay share     {told['replay_share']:.3g} of the rows of a step")
-    lines += [cost_line(told["cost"]), f"plan: {folder / 'plan.md'} ({len(plan.doubts)} things the pilots cannot say)"]
-    return "\n".join([*lines, "", told["command"]])
-
-
-def markdown(plan: Plan, told: Mapping[str, Any]) -> str:
-    """The plan as a page."""
-    heads = (
-        "replay coefficient",
-        "best within the budget",
-        "by",
-        "new-task loss",
-        "measured",
-        "forgetting",
-        "measured",
-    )
-    rows = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
-    for coef, one in plan.best.items():
-        cells = [f"{coef:g}", "none", *[""] * 5]
-        if one:
-            learned, lost = (f"{value:.4g}" for value in one.measured) if one.measured else ("–", "–")
-            by = "its pilot" if coef in plan.distrusted else "the law"
-            cells[1:] = [one.words, by, str(one.finetuning_loss), learned, str(one.forgetting_loss), lost]
-        rows.append("| " + " | ".join(cells) + " |")
-    settings, share = told["settings"], told["replay_share"]
-    return "\n".join(
-        [
-            f"# Plan: {settings['model']} on {settings['dataset_name']}\n",
-            f"**{verdict(plan)}.**\n",
-            f"Budget: KL(base ‖ model) on {told['retention']!r} at most {plan.budget:g} nats per token, by the upper "
-            f"end of the {plan.level:.0%} interval of a new measurement; as measured once where the law is not "
-            "followed. Values with an interval are predicted; beside them is what a pilot with this very setting "
-            f"measured. Replay share, where there is replay: {share:.3g} of the rows of a step.\n",
-            *rows,
-            f"\nCost: {cost_line(told['cost'])}. Seed {settings['seed']}.\n",
-            "![Pilots, predictions and the budget](plan.png)\n",
-            "## What the pilots cannot say\n",
-            *(f"- {text}" for text in plan.doubts),
-            f"\n## Run it\n\n```bash\n{told['command']}\n```\n",
-        ]
-    )
-
-
 @_styled
-def draw(rows: Sequence[Mapping[str, Any]], laws: PilotLaws, plan: Plan, path: Path) -> None:
-    """Forgetting over new-task loss: pilots as points, the recommended setting with its intervals, the budget."""
+def plan_figure(laws: PilotLaws, plan: Plan) -> Figure:
+    """Forgetting over new-task loss: pilots as points, the recommended setting with its intervals, the limit."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.2))
     axes = figure.add_subplot()
-    for at, coef in enumerate(sorted({row["replay_coef"] for row in rows})):
-        look: dict[str, Any] = {"color": PALETTE[at % len(PALETTE)], "marker": MARKS[at % len(MARKS)]}
-        of = [row for row in rows if row["replay_coef"] == coef]
-        learned, lost = ([row[name] for row in of] for name in ("finetuning_loss", "forgetting_loss"))
-        words = f"replay coefficient {coef:g}" if coef else "no replay"
-        axes.plot(learned, lost, linestyle="none", markersize=4, alpha=0.6, markeredgewidth=0, label=words, **look)
-        _curve(axes, laws, plan, coef, of, look["color"])
-    axes.axhline(plan.budget, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.annotate("budget", (0.005, plan.budget), (0, 3), xycoords=("axes fraction", "data"),
+    for at, coef in enumerate(sorted({coef for _, _, coef in laws.measured})):
+        color, marker = PALETTE[at % len(PALETTE)], MARKS[at % len(MARKS)]
+        points = [losses for (_, _, of), losses in laws.measured.items() if of == coef]
+        look: dict[str, Any] = {"markersize": 4, "alpha": 0.6, "markeredgewidth": 0, "marker": marker, "color": color}
+        axes.plot(*zip(*points, strict=True), linestyle="none", label=replay_phrase(coef), **look)
+        curve = [one for one in predicted_curve(laws, plan, coef) if one.forgetting_loss > 0]
+        axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.3)
+    axes.axhline(plan.max_ref_kl, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.annotate("limit", (0.005, plan.max_ref_kl), (0, 3), xycoords=("axes fraction", "data"),
                   textcoords="offset points", fontsize=8)  # fmt: skip
-    if plan.chosen is not None:
-        _chosen(axes, plan.chosen)
-    _frame(axes, rows, plan)
-    axes.set_title("Pilots, what they predict, and the budget")
+    if plan.chosen:
+        _mark_chosen(axes, plan.chosen)
+    _frame_points(axes, list(laws.measured.values()), plan.max_ref_kl)
+    axes.set_title("Pilots, predictions and the limit")
     axes.set_xlabel("new-task loss, nats per token (learning →)")
     axes.set_ylabel("forgetting: KL(base ‖ model), nats per token")
     axes.legend(fontsize=8, loc="best")
-    save_png(figure, path)
+    return figure
 
 
-def _frame(axes: Any, rows: Sequence[Mapping[str, Any]], plan: Plan) -> None:
-    """Around the pilots and the budget; an interval may leave it."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def predicted_curve(laws: PilotLaws, plan: Plan, coef: float) -> list[Losses]:
+    """Predicted losses over the pilots' steps for the size whose setting is best, or the largest."""
+    one = plan.best.get(coef)
+    tried = [(size, step) for size, step, of in laws.measured if of == coef]
+    size = one.num_params if one else max(size for size, _ in tried)
+    settings = predicted_settings(laws, {0: size}, coef, sorted({step for _, step in tried}), plan.level)
+    return [Losses(one.finetuning_loss.value, one.forgetting_loss.value) for one in settings]
 
-    learned, lost = ([row[name] for row in rows] for name in ("finetuning_loss", "forgetting_loss"))
+
+def _frame_points(axes: Axes, points: Sequence[Losses], limit: float) -> None:
+    """Around the pilots and the limit; an interval may leave it."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    learned, lost = zip(*points, strict=True)
     margin = 0.06 * (max(learned) - min(learned)) + 1e-9
     axes.set_xlim(max(learned) + margin, min(learned) - margin)
     axes.set_yscale("log")
-    axes.set_ylim(min(*lost, plan.budget) / 1.4, max(*lost, plan.budget) * 1.4)
+    axes.set_ylim(min(*lost, limit) / 1.4, max(*lost, limit) * 1.4)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _curve(axes: Any, laws: PilotLaws, plan: Plan, coef: float, rows: Sequence[Any], color: str) -> None:
-    """What is predicted over the steps for the rank whose setting is best, or the largest."""
-    one = plan.best.get(coef)
-    size = one.num_params if one else max(row["num_params"] for row in rows)
-    steps = np.unique([row["num_steps"] for row in rows]).tolist()
-    line = predicted(laws, {0: size}, coef, steps, plan.level)
-    kept = [at for at in line if at.forgetting_loss.value > 0]
-    axes.plot([at.finetuning_loss.value for at in kept], [at.forgetting_loss.value for at in kept], color=color,
-              linewidth=1.3)  # fmt: skip
-
-
-def _chosen(axes: Any, one: Setting) -> None:
+def _mark_chosen(axes: Axes, one: Setting) -> None:
     learned, lost = one.finetuning_loss, one.forgetting_loss
     bars = [[[of.value - max(of.low, 1e-6)], [of.high - of.value]] for of in (learned, lost)]
     axes.errorbar([learned.value], [lost.value], xerr=bars[0], yerr=bars[1], color=INK, marker="*", markersize=11,
-                  linewidth=1.2, capsize=3, label="predicted of it, interval", zorder=5)  # fmt: skip
+                  linewidth=1.2, capsize=3, label="recommended: predicted", zorder=5)  # fmt: skip
     if one.measured:
         axes.plot(*one.measured, marker="o", markersize=9, markerfacecolor="none", markeredgecolor=INK,
                   linestyle="none", label="recommended: measured", zorder=6)  # fmt: skip

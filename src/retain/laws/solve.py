@@ -1,4 +1,4 @@
-"""The input at which a law's output reaches a target: the longest run within a budget of forgetting."""
+"""The input at which a law's output reaches a target: the longest run within a limit of forgetting."""
 
 from __future__ import annotations
 
