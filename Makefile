@@ -76,7 +76,7 @@ test-extras:
 
 # Every figure, table and verdict of experiments/ from the committed results; nothing is trained.
 figures: $(VENV)/.done
-	for study in experiments/*/run.py experiments/*/pools.py; do $(BIN)/python $$study --report > /dev/null || exit 1; done
+	$(BIN)/python -m experiments all --report > /dev/null
 
 # SIGKILL at random moments, signals, full disks: RETAIN_KILLS=20 make kill-test is a short one, RETAIN_KILL_SEED=1 another.
 kill-test: $(VENV)/.done

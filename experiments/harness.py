@@ -22,13 +22,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from matched import GRAIN, MEASURES
 from peft import LoraConfig, get_peft_model
-from scales import device_name
-from small_base import Rows, Texts, logger
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
+from experiments.matched import GRAIN, MEASURES
+from experiments.scales import device_name
+from experiments.small_base import Rows, Texts, logger
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, versions
 from retain.data.rows import Document, packed_rows, token_documents, tokenize_documents
 from retain.files import append_jsonl, read_jsonl

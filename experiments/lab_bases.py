@@ -14,11 +14,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from harness import Bench, Rows, alone, written_by
-from small_base import CACHE, logger
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from experiments.harness import Bench, Rows, alone, written_by
+from experiments.small_base import CACHE, logger
 from retain import ReplayDataset, load_model, load_tokenizer
 from retain.data.rows import token_documents
 from retain.files import write_json

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matched import NoReport
-from pages import write_results
+
+from experiments.matched import NoReport
+from experiments.pages import write_results
 
 PROCESSES = {"laptop": 2, "gpu": 3}  # small models leave most of a GPU idle; else 1
 Told = tuple[str, Callable[[Path], object]]  # the text for the README, and what draws the figure

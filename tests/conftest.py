@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import importlib.util
 import os
 import shutil
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -141,15 +139,3 @@ def model() -> PreTrainedModel:
 
 
 __all__ = ["ARCHITECTURES", "LlamaConfig", "make_model", "make_texts", "make_tokenizer", "save_model", "transformers"]
-
-
-def load_study(name: str) -> Any:
-    """The `run.py` of a study, as a module of its own."""
-    path = Path(__file__).parents[1] / "experiments" / name / "run.py"
-    spec = importlib.util.spec_from_file_location(f"study_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look, and a pool of processes
-    spec.loader.exec_module(module)
-    return module

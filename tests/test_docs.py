@@ -215,6 +215,9 @@ def wrong_commands(block: str) -> list[str]:
             wrong.append(f"{' '.join(words)}: {complaint}")
         if words[0] in ("python", "python3") and len(words) > 1 and words[1].endswith(".py"):
             wrong += [] if (ROOT / words[1]).exists() else [f"no {words[1]}"]
+        if words[:3] in (["python", "-m", "experiments"], ["python3", "-m", "experiments"]):
+            numbers = ("all", *(study.name[6:8] for study in STUDIES))
+            wrong += [f"no study {word}" for word in words[3:4] if word not in numbers]
         if words[0] == "make":
             wanted = [word for word in words[1:] if re.fullmatch(r"[\w-]+", word)]
             wrong += [f"no make {word}" for word in wanted if word not in targets]
@@ -230,7 +233,9 @@ def test_commands_could_be_typed(page):
     if page.name == "CHANGELOG.md":  # of its day
         return
     typed = [
-        code for code in inline_of(text) if re.match(r"([A-Z_]+=\S+ )*(retain \w+ -|python \S+\.py|make \w)", code)
+        code
+        for code in inline_of(text)
+        if re.match(r"([A-Z_]+=\S+ )*(retain \w+ -|python \S+\.py|python -m experiments|make \w)", code)
     ]
     assert [wrong for code in typed for wrong in wrong_commands(code)] == []
 
@@ -301,7 +306,7 @@ def test_every_public_name_is_in_the_reference():
 
 def test_figures_of_choosing_are_those_of_the_studies():
     """Every decimal number in a table of docs/choosing.md stands in the study that the table is from."""
-    studies = "".join(path.read_text() for path in sorted((ROOT / "experiments").glob("0[123]_*/*.md")))
+    studies = "".join(path.read_text() for path in sorted((ROOT / "experiments").glob("study_0[123]_*/*.md")))
     text = (ROOT / "docs" / "choosing.md").read_text()
     begin, end = text.index("## Share of the batch"), text.index("## Larger models")
     rows = [line for line in text[begin:end].splitlines() if line.startswith("|")]
@@ -341,7 +346,7 @@ def results_of(study: Path) -> str:
 def is_the_studys(row: str) -> bool:
     """Whether the study's own code says this verdict of this finding, in the list that it writes."""
     finding, *_, verdict, link = row.strip("| ").split(" | ")
-    page = (ROOT / "experiments" / re.search(r"\((.+)/run.py\)|\(([^)]+)\)", link)[2] / "README.md").read_text()
+    page = (ROOT / "experiments" / re.search(r"\(([^)]+)\)", link)[1] / "README.md").read_text()
     results = page.partition("<!-- results")[2].partition("<!-- end")[0]
     return f"\n- {finding}: **{verdict}** (" in results
 
@@ -355,8 +360,8 @@ def test_findings_are_those_of_the_studies():
     assert [(row, wrong) for row in findings if (wrong := turned(row))] == []
     assert [row for row in findings if not is_the_studys(row)] == []
     assert not is_the_studys(findings[0].replace("reproduced", "eliminated"))
-    assert turned("| a | b | 0.201 [-0.215, -0.186] nats | c | [08](08_size_tokens_grid) |")
-    assert strangers("| a | b | 0.384 and 77.123 of 12 | c | [02](02_baselines) |") == ["77.123"]
+    assert turned("| a | b | 0.201 [-0.215, -0.186] nats | c | [08](study_08_size_tokens_grid) |")
+    assert strangers("| a | b | 0.384 and 77.123 of 12 | c | [02](study_02_baselines) |") == ["77.123"]
 
 
 INTERVAL = re.compile(r"(?<!\d of )(?<![\d.,])([-+]?\d[\d,.]*)(%?) \[([-+]?\d[\d,.]*)%?, ([-+]?\d[\d,.]*)%?\]")
@@ -419,12 +424,10 @@ def test_intervals_in_the_prose_of_a_study_are_its_own(study):
 def test_a_studys_code_writes_its_page_again(study, tmp_path):
     """So a word or number that was changed by hand, in the page and in the table, is found."""
     shutil.copytree(ROOT / "experiments", tmp_path / "experiments")
-    copy = tmp_path / "experiments" / study.name
-    for program in ("run.py", "pools.py"):
-        if (copy / program).exists():
-            subprocess.run([sys.executable, copy / program, "--report"], check=True, capture_output=True)
+    command = [sys.executable, "-m", "experiments", study.name[6:8], "--report"]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     for page in study.glob("*.md"):
-        assert (copy / page.name).read_text() == page.read_text()
+        assert (tmp_path / "experiments" / study.name / page.name).read_text() == page.read_text()
 
 
 # The checks can fail
@@ -461,7 +464,8 @@ def test_a_broken_link_is_found(text, broken):
         ("retain finetune --config x.yaml --num_processes 2 --num_proceses 2", "--num_proceses"),
         ("accelerate launch --config_file examples/accelerate/ddp.yaml -m retain finetune --config x --no 1", "--no"),
         ("accelerate launch --config_file examples/no.yaml -m retain finetune --config x", "examples/no.yaml"),
-        ("OMP_NUM_THREADS=1 python experiments/00_no/run.py", "experiments/00_no/run.py"),
+        ("OMP_NUM_THREADS=1 python experiments/no.py", "experiments/no.py"),
+        ("OMP_NUM_THREADS=1 python -m experiments 00 --report", "no study 00"),
         ("make everything", "no make everything"),
     ],
 )

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2] / "experiments"
-
-
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    sys.path.insert(0, str(ROOT))
-    spec = importlib.util.spec_from_file_location("study_report", ROOT / "04_capabilities" / "study_report.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(ROOT))
-    return module
+from experiments.study_04_capabilities import report as study
 
 
 def run(lost: int, kept: int, same: int = 200) -> dict[str, Any]:
@@ -41,7 +26,7 @@ def run(lost: int, kept: int, same: int = 200) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("lost", "word"), [(2, "fewer than plain"), (19, "not clearly fewer or more than plain"), (50, "more than plain")]
 )
-def test_the_verdict_goes_with_the_counts(study: ModuleType, lost: int, word: str) -> None:
+def test_the_verdict_goes_with_the_counts(lost: int, word: str) -> None:
     rows = {"plain": [run(20, 30), run(18, 32)], "replay": [run(lost, 50 - lost), run(lost, 50 - lost)]}
     told = study.verdict(rows)
     assert "Plain finetuning lost 20 of 50: 40% [28%, 54%]; 18 of 50: 36% [24%, 50%] of the refusals" in told
@@ -49,7 +34,7 @@ def test_the_verdict_goes_with_the_counts(study: ModuleType, lost: int, word: st
     assert word in told
 
 
-def test_the_table_and_the_figure(study: ModuleType, tmp_path: Path) -> None:
+def test_the_table_and_the_figure(tmp_path: Path) -> None:
     rows = {"plain": [run(20, 30), run(18, 32)], "replay": [run(1, 49), run(0, 50)]}
     told = study.table(rows)
     assert "| facts still known, of those known before | 8 of 10: 80% [49%, 94%]; 8 of 10: 80% [49%, 94%] |" in told
@@ -57,6 +42,6 @@ def test_the_table_and_the_figure(study: ModuleType, tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
-def test_nothing_to_lose_is_no_share(study: ModuleType) -> None:
+def test_nothing_to_lose_is_no_share() -> None:
     assert study.share(0, 0) == "–"
     assert "lost – of the refusals" in study.verdict({"plain": [run(0, 0)], "replay": [run(0, 0)]})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -14,31 +13,29 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import load_study
+
+from experiments import lab_bases
+from experiments.harness import Results
+from experiments.matched import looked_twice, second_look, sign_of, t_interval
+from experiments.study_07_capacity import cells
+from experiments.study_07_capacity import report as capacity_report
+from experiments.study_07_capacity import run as CAPACITY
+from experiments.study_07_capacity import runs as capacity_runs
+from experiments.study_07_capacity import settings as capacity_scales
+from experiments.study_07_capacity.runs import Size, World
+from experiments.study_08_size_tokens_grid import report as grid_report
+from experiments.study_08_size_tokens_grid import run as GRID
+from experiments.study_13_expansion import report as expansion_report
+from experiments.study_13_expansion import run as EXPANSION
+from retain.files import write_json
 
 ROOT = Path(__file__).parents[2] / "experiments"
-NAMES = ("07_capacity", "08_size_tokens_grid", "13_expansion")
-for folder in (ROOT, *(ROOT / name for name in NAMES)):
-    sys.path.insert(0, str(folder))
-
-import capacity_cells as cells  # noqa: E402
-import capacity_report  # noqa: E402
-import capacity_runs  # noqa: E402
-import capacity_scales  # noqa: E402
-import expansion_report  # noqa: E402
-import grid_report  # noqa: E402
-import lab_bases  # noqa: E402
-from capacity_runs import Size, World  # noqa: E402
-from harness import Results  # noqa: E402
-from matched import looked_twice, second_look, sign_of, t_interval  # noqa: E402
-
-from retain.files import write_json  # noqa: E402
+NAMES = ("study_07_capacity", "study_08_size_tokens_grid", "study_13_expansion")
 
 TARGET = 2.0
 Row = dict[str, Any]
 
 
-CAPACITY, GRID, EXPANSION = (load_study(name) for name in NAMES)
 WORLD = World(sizes=(Size("5e3", 1000.0, (1.0, 3.0)), Size("5e4", 10.0, (1.0,))), target=TARGET, max_steps=100)
 SCALE = capacity_scales.Scale(
     world=WORLD, same_loss=1.2, lengths=(10, 100, 1000), shares=(0.2, 0.5), frontier_lengths=(1000,)
@@ -270,7 +267,7 @@ def test_who_has_the_rows_pretrains_nothing(monkeypatch, tmp_path):
         shutil.copy(ROOT / name / "results.jsonl", tmp_path / name)
     for name, module in zip(NAMES, (CAPACITY, GRID, EXPANSION), strict=True):
         monkeypatch.setattr(module, "HERE", tmp_path / name)
-        monkeypatch.setattr(module, "SEVENTH", tmp_path / "07_capacity", raising=False)
+        monkeypatch.setattr(module, "SEVENTH", tmp_path / "study_07_capacity", raising=False)
         for seed in range(module.SCALES["laptop"].seeds):
             module.make("laptop", seed)
         assert (tmp_path / name / "results.jsonl").read_bytes() == (ROOT / name / "results.jsonl").read_bytes()

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import load_study
 
-ROOT = Path(__file__).parents[2] / "experiments"
-for folder in (ROOT, ROOT / "01_replay_cost", ROOT / "02_baselines"):
-    sys.path.insert(0, str(folder))
-
-import harness  # noqa: E402
-import matched  # noqa: E402
-import small_base  # noqa: E402
-from harness import Results, Run  # noqa: E402
+from experiments import harness, matched, small_base
+from experiments.harness import Results, Run
+from experiments.study_01_replay_cost import run as cost
+from experiments.study_02_baselines import report as baselines_report
+from experiments.study_02_baselines import run as baselines
 
 TINY = small_base.BaseSettings(
     hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, vocab_size=300, max_length=32, batch_size=8,
@@ -92,8 +87,8 @@ def test_base_is_an_ordinary_folder_and_is_made_once(bench: harness.Bench) -> No
 def test_first_study_runs_resumes_and_reports(
     bench: harness.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cost = load_study("01_replay_cost")
     in_place(monkeypatch, cost, bench, tmp_path)
+    monkeypatch.setattr(cost.pools, "report", str)
     cell = replace(PLAIN, coef=10.0, replay_rows=4)
     monkeypatch.setattr(cost, "RATE", PLAIN.learning_rate)
     monkeypatch.setattr(cost, "rates", lambda: [])
@@ -122,7 +117,6 @@ def test_first_study_runs_resumes_and_reports(
 
 @pytest.mark.program
 def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    baselines = load_study("02_baselines")
     scale = baselines.Scale(run=PLAIN, bench=SHORT, texts=small_texts, seeds=2)
     monkeypatch.setattr(baselines, "SCALES", {"laptop": scale})
     in_place(monkeypatch, baselines, bench, tmp_path)
@@ -136,7 +130,7 @@ def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, mo
         "CorDA": [replace(PLAIN, method="corda", lora_rank=2)],
     }
     monkeypatch.setattr(baselines, "plan", lambda scale: runs)
-    for module in (baselines, sys.modules["baselines_report"]):
+    for module in (baselines, baselines_report):
         monkeypatch.setattr(module, "GAIN", 0.2)  # reached by some at their first evaluation
     texts = [" ".join(["cada pueblo busca paz y justicia"] * 20)] * len(bench.replay)
     monkeypatch.setitem(baselines.REAL, "Spanish", lambda _: texts)
@@ -199,9 +193,8 @@ def rows_for(left: float, rows: int) -> list[dict[str, Any]]:
     [(0.01, 2, "a step: yes"), (0.2, 2, "a step: no"), (0.01, 16, "a step: no")],
 )
 def test_first_verdict_goes_with_the_results(left: float, rows: int, said: str) -> None:
-    report = load_study("01_replay_cost")
-    cells, _ = report.cells_of(rows_for(left, rows), {"full": PLAIN.learning_rate})
-    told = report.verdict(cells)
+    cells, _ = cost.cells_of(rows_for(left, rows), {"full": PLAIN.learning_rate})
+    told = cost.verdict(cells)
     assert said in told
     assert said.replace("a step", "to the same loss") in told
     if rows == 16:  # it protects, at two thirds more operations
@@ -209,8 +202,6 @@ def test_first_verdict_goes_with_the_results(left: float, rows: int, said: str) 
 
 
 def test_second_verdict_goes_with_the_results() -> None:
-    baselines = load_study("02_baselines")
-
     def told(kl: float, other: float) -> str:
         rows = [{**synthetic(0.0, seed, 1.0), "name": "plain"} for seed in (0, 1)]
         rows += [{**synthetic(10.0, seed, kl), "name": "kl"} for seed in (0, 1)]
@@ -223,8 +214,6 @@ def test_second_verdict_goes_with_the_results() -> None:
 
 
 def test_the_papers_claims_go_with_the_results() -> None:
-    baselines = load_study("02_baselines")
-
     def told(left: dict[str, float]) -> str:
         rows = [{**synthetic(0.0, seed, 1.0), "name": "plain"} for seed in (0, 1)]
         for at, (name, share) in enumerate(left.items()):

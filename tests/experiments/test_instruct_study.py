@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from conftest import CHATML, make_model, make_texts, make_tokenizer
 
-ROOT = Path(__file__).parents[2] / "experiments"
-FOLDERS = ["", "10_instruct", "12_self_generated_chat", "04_capabilities"]
-
-
-@pytest.fixture(scope="module")
-def modules() -> Iterator[dict[str, ModuleType]]:
-    """The studies' modules, by name."""
-    paths = [str(ROOT / folder) for folder in FOLDERS]
-    sys.path[:0] = paths
-    names = ("instruct_data", "instruct_runs", "instruct_report", "chat_report")
-    found = {name: importlib.import_module(name) for name in names}
-    spec = importlib.util.spec_from_file_location("chat_run", ROOT / "12_self_generated_chat" / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    found["chat_run"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found["chat_run"])
-    yield found
-    for path in paths:
-        while path in sys.path:
-            sys.path.remove(path)
+from experiments.study_10_instruct import data, report, runs
+from experiments.study_12_self_generated_chat import report as chat
+from experiments.study_12_self_generated_chat import run as chat_run
 
 
 def row(arm: str, kl: float, changed: int, *, lost: int = 0, seed: int = 0, reached: bool = True) -> dict[str, Any]:
@@ -64,15 +43,12 @@ def turns(ended: int) -> dict[str, Any]:
     ("kl", "changed", "lost", "word"),
     [(0.2, 60, 60, "yes, by"), (0.1, 30, 0, "cannot tell"), (0.05, 10, 0, "no: better"), (0.2, 2, 0, "mixed: worse")],
 )
-def test_ntp_on_real_text_is_judged_by_its_intervals(
-    modules: dict[str, ModuleType], kl: float, changed: int, lost: int, word: str
-) -> None:
+def test_ntp_on_real_text_is_judged_by_its_intervals(kl: float, changed: int, lost: int, word: str) -> None:
     rows = [row("plain", 0.1, 30), row("NTP, real", kl, changed, lost=lost)]
-    assert f"worse than no replay? {word}" in modules["instruct_report"].verdict(rows)
+    assert f"worse than no replay? {word}" in report.verdict(rows)
 
 
-def test_what_keeps_most_and_what_is_not_told_apart(modules: dict[str, ModuleType]) -> None:
-    report = modules["instruct_report"]
+def test_what_keeps_most_and_what_is_not_told_apart() -> None:
     rows = [row("plain", 0.1, 30), row("KL, self-generated", 0.02, 10), row("KL, real", 0.02, 10)]
     assert "ref_kl on web text: KL, self-generated (not told apart from it: KL, real)" in report.verdict(rows)
     assert report.verdict(rows[:1]).startswith("Verdict: none yet")
@@ -82,16 +58,14 @@ def test_what_keeps_most_and_what_is_not_told_apart(modules: dict[str, ModuleTyp
     assert "| KL, real − KL, self-generated | +0.000 [+0.000, +0.000] (open)" in told
 
 
-def test_only_the_better_rate_of_lora_is_compared_and_only_what_learned(modules: dict[str, ModuleType]) -> None:
-    report = modules["instruct_report"]
+def test_only_the_better_rate_of_lora_is_compared_and_only_what_learned() -> None:
     rows = [row("LoRA, low rate", 0.06, 20), row("plain", 0.1, 30), row("LoRA, high rate", 0.05, 20)]
     rows.append(row("KL, real chats", 0.01, 0, reached=False))
     assert list(report.compared(rows)) == ["plain", "LoRA, high rate"]
     assert "| KL, real chats | 0.0001 | 9 | 3.000: too little learned | – |" in report.table(rows)
 
 
-def test_several_seeds_widen_the_interval(modules: dict[str, ModuleType]) -> None:
-    report = modules["instruct_report"]
+def test_several_seeds_widen_the_interval() -> None:
     one, other = row("plain", 0.1, 30), row("plain", 0.3, 30, seed=1)
     measure = report.MEASURES["ref_kl on web text"]
     value, low, high = report.value_of([one, other], measure)
@@ -101,40 +75,35 @@ def test_several_seeds_widen_the_interval(modules: dict[str, ModuleType]) -> Non
 
 
 @pytest.mark.parametrize(("ended", "word"), [(90, "Yes, mostly"), (0, "Hardly ever"), (45, "Partly")])
-def test_whether_user_turns_end(modules: dict[str, ModuleType], ended: int, word: str) -> None:
-    assert f"by itself? {word}: {ended} of 96" in modules["chat_report"].turns_verdict([turns(ended)])
+def test_whether_user_turns_end(ended: int, word: str) -> None:
+    assert f"by itself? {word}: {ended} of 96" in chat.turns_verdict([turns(ended)])
 
 
 @pytest.mark.parametrize(("kl", "word"), [(0.01, "yes"), (0.1, "cannot tell"), (0.3, "no, worse")])
-def test_whether_own_chats_are_of_use(modules: dict[str, ModuleType], kl: float, word: str) -> None:
-    chat = modules["chat_report"]
+def test_whether_own_chats_are_of_use(kl: float, word: str) -> None:
     rows = [row("plain", 0.1, 30), row(chat.DOCUMENTS, 0.05, 20), row(chat.CHATS, kl, 20), row(chat.MIX, 0.02, 15)]
     assert f"better than no replay? {word} (" in chat.report([turns(80)], rows)
     assert "no verdict yet" in chat.report([], rows[:2])
 
 
-def test_turns_are_read_from_tokens(modules: dict[str, ModuleType]) -> None:
-    turn_of, opening = modules["chat_run"].turn_of, [7, 8]
+def test_turns_are_read_from_tokens() -> None:
+    turn_of, opening = chat_run.turn_of, [7, 8]
     assert turn_of([3, 4, 5], 2, opening) == (None, False, False)
     assert turn_of([3, 2, 7, 8, 5], 2, opening) == (1, True, False)
     assert turn_of([3, 2, 7, 8, 5, 2], 2, opening) == (1, True, True)
     assert turn_of([3, 2, 9, 5, 2], 2, opening) == (1, False, False)
 
 
-def test_figures(modules: dict[str, ModuleType], tmp_path: Path) -> None:
-    chat = modules["chat_report"]
+def test_figures(tmp_path: Path) -> None:
     rows = [row(arm, 0.1 / (1 + at), 30 - at) for at, arm in enumerate(chat.ARMS_COMPARED)]
-    modules["instruct_report"].draw(rows, tmp_path / "instruct.png")
+    report.draw(rows, tmp_path / "instruct.png")
     chat.draw([turns(80)], rows, tmp_path / "chat.png")
     assert min(path.stat().st_size for path in tmp_path.iterdir()) > 10_000
 
 
 @pytest.mark.program
-def test_an_arm_from_end_to_end(
-    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_arm_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A tiny model learns rows of one text to the gain asked, is measured, and its row can be reported."""
-    data, runs, report = (modules[name] for name in ("instruct_data", "instruct_runs", "instruct_report"))
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHATML
     cut = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in make_texts(48)]
@@ -186,13 +155,13 @@ def test_an_arm_from_end_to_end(
 
 
 def test_what_is_measured_on_chats_joins_the_row_of_the_same_training(
-    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    study, made = modules["chat_run"], []
+    study, made = chat_run, []
 
     class Place:
-        seed, scale = 0, modules["instruct_runs"].SCALES["laptop"]
-        settings = modules["instruct_runs"].Workplace.settings
+        seed, scale = 0, runs.SCALES["laptop"]
+        settings = runs.Workplace.settings
 
         def run(self, name: str, arm: Any) -> dict[str, Any]:
             made.append(name)
@@ -217,8 +186,7 @@ def test_what_is_measured_on_chats_joins_the_row_of_the_same_training(
         study.row_of("plain", "laptop", Place())
 
 
-def test_pools_do_not_overlap_and_a_mix_is_half_of_each(modules: dict[str, ModuleType]) -> None:
-    data = modules["instruct_data"]
+def test_pools_do_not_overlap_and_a_mix_is_half_of_each() -> None:
     rows = data.ReplayDataset.from_rows([[at] * 6 for at in range(8)], "rows", {"model": "x"}, [2] * 8)
     kept, away = data.part(rows, range(6), 4), data.part(rows, range(6, 8), 4)
     assert [row.tolist() for row in (kept[5], away[0])] == [[5] * 4, [6] * 4]

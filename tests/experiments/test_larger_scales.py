@@ -6,36 +6,22 @@ Nothing is learned. What is shown is that sizes, vocabularies, lengths, enlargem
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import load_study
 
+from experiments import lab_bases
+from experiments.study_07_capacity import runs as capacity_runs
+from experiments.study_07_capacity.runs import World
 from retain.lab.config import PretrainConfig
 from retain.lab.corpora import Language
 from retain.lab.models import counted_size_of, make_config
-
-ROOT = Path(__file__).parents[2] / "experiments"
-STUDIES = (
-    "06_continual_tasks",
-    "07_capacity",
-    "08_size_tokens_grid",
-    "09_learning_rate",
-    "11_batch_size",
-    "13_expansion",
-)
-for folder in (ROOT, *(ROOT / name for name in STUDIES)):
-    sys.path.insert(0, str(folder))
-
-import capacity_runs  # noqa: E402
-import lab_bases  # noqa: E402
-from capacity_runs import World  # noqa: E402
 
 ROWS = 2
 
@@ -86,7 +72,7 @@ SMALLER: dict[str, Callable[[Any], Any]] = {
 def test_the_settings_of_a_larger_scale_fit_together(
     name: str, scale: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = load_study(name)
+    module = import_module(f"experiments.study_{name}.run")
     capacity_runs.bench_of.cache_clear()
     monkeypatch.setattr(capacity_runs, "HELD_OUT", ROWS)
     monkeypatch.setattr(capacity_runs, "CACHE", tmp_path)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from test_experiments import SHORT, TINY, small_texts
 
-ROOT = Path(__file__).parents[2] / "experiments"
-for folder in (ROOT, ROOT / "05_law"):
-    sys.path.insert(0, str(folder))
-
-import harness  # noqa: E402
-import small_base  # noqa: E402
-import study_runs  # noqa: E402
-from law_figure import draw  # noqa: E402
-from law_report import departures, fitted, held_out, r_squared, studies  # noqa: E402
-from law_verdict import (  # noqa: E402
+from experiments import harness, small_base
+from experiments.study_05_law import runs as study_runs
+from experiments.study_05_law.figure import draw
+from experiments.study_05_law.report import departures, fitted, held_out, r_squared, studies
+from experiments.study_05_law.verdict import (
     fits_well,
     table_of_plans,
     told,
@@ -28,9 +22,7 @@ from law_verdict import (  # noqa: E402
     verdict_of_held_out,
     verdict_of_plan,
 )
-from test_experiments import SHORT, TINY, small_texts  # noqa: E402
-
-from retain.laws.forms import joint_forgetting, shifted_power  # noqa: E402
+from retain.laws.forms import joint_forgetting, shifted_power
 
 LAW = {"a": 2e3, "alpha": 0.25, "rho": 1.5, "c": 3.2, "s": 2.0}
 STEPS = range(0, 201, 10)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import load_study
+
+from experiments.study_09_learning_rate import report as rate_report
+from experiments.study_09_learning_rate import run as rates
+from experiments.study_11_batch_size import ensemble
+from experiments.study_11_batch_size import report as batch_report
+from experiments.study_11_batch_size import run as batches
 
 ROOT = Path(__file__).parents[2] / "experiments"
-for folder in (ROOT, ROOT / "09_learning_rate", ROOT / "11_batch_size"):
-    sys.path.insert(0, str(folder))
-
-import batch_report  # noqa: E402
-import ensemble  # noqa: E402
-import rate_report  # noqa: E402
 
 README = "before\n<!-- results: written by run.py -->\n<!-- end of results -->\nafter\n"
 WOBBLE = (0.0, 0.01, -0.01)  # of the seeds
@@ -93,8 +91,8 @@ def test_bases_of_the_same_loss_may_say_otherwise() -> None:
 
 
 def test_who_has_the_rows_pretrains_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load_study("09_learning_rate")
-    committed = (ROOT / "09_learning_rate" / "results.jsonl").read_bytes()
+    module = rates
+    committed = (ROOT / "study_09_learning_rate" / "results.jsonl").read_bytes()
     (tmp_path / "results.jsonl").write_bytes(committed)
     monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.setattr(module, "pretrain", None)
@@ -119,7 +117,7 @@ def test_rate_study_draws(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rate_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load_study("09_learning_rate")
+    module = rates
     scale = module.Scale(
         model_size="6200", num_states=4, vocab_size=8, max_length=16, tokens_per_param=(1, 2), pretrain_batch=16,
         pretrain_rates=(1e-3, 1e-2), rates=(3e-2,), replay_rates=(3e-2,), control_rate=3e-2, batch_size=8,
@@ -251,7 +249,7 @@ def small_scale(module: Any, **how: Any) -> Any:
 @pytest.mark.slow
 def test_a_member_of_the_ensemble_is_a_run_of_pretrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights and loss after 36 steps; at rates at which a rounding does not grow."""
-    module = load_study("11_batch_size")
+    module = batches
     monkeypatch.setattr(module, "CACHE", tmp_path)
     scale = small_scale(module, tokens=16 * 4 * 36)
     members = [module.Member(200.0, 3e-3, 0), module.Member(1e4, 2e-3, 1), module.Member(1e4, 3e-3, 1)]
@@ -268,7 +266,7 @@ def test_a_member_of_the_ensemble_is_a_run_of_pretrain(tmp_path: Path, monkeypat
 
 @pytest.mark.slow
 def test_a_killed_ensemble_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = load_study("11_batch_size")
+    module = batches
     scale = small_scale(module, tokens=16 * 2 * 12)
     members, corpora = [module.Member(500.0, 1e-2, 0)], {0: module.open_corpus(scale.config(), 0)}
 
@@ -296,7 +294,7 @@ def test_a_killed_ensemble_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 @pytest.mark.parametrize("together", [True, False])
 def test_batch_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
-    module = load_study("11_batch_size")
+    module = batches
     scale = small_scale(module, tokens=256, batch_sizes=(1, 4), half_lives=3, rates=(1e-2,), seeds=2, ensemble=together)
     monkeypatch.setattr(module, "SCALES", {"laptop": scale})
     monkeypatch.setattr(module, "HERE", tmp_path)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from retain.lab.models import counted_size_of, make_config
+
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-STUDY = f"""
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+STUDY = """
 '''A study of nothing.'''
 import os, signal, sys, time
 from pathlib import Path
-sys.path.insert(0, {str(EXPERIMENTS)!r})
-from scales import conduct
+from experiments.scales import conduct
 HERE = Path(__file__).parent
 
 def make(name, part):
@@ -30,18 +32,18 @@ def make(name, part):
     time.sleep(3 if part == 3 else 0.3)
     with open(HERE / "made.txt", "a") as file:
         file.write(f"{{name}} {{part}}\\n")
-    (HERE / f"{{os.getpid()}}.pid").touch()
+    (HERE / f"{os.getpid()}.pid").touch()
 
 def report(name):
     return (HERE / "made.txt").read_text(), lambda path: path.write_text("figure")
 
-conduct(__doc__.strip(), HERE, {{"laptop": 3}}, parts=range, make=make, report=report)
+conduct(__doc__.strip(), HERE, {"laptop": 3}, parts=range, make=make, report=report)
 """
 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(folder / "run.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
 
 
 @pytest.mark.slow
@@ -67,7 +69,7 @@ def test_no_part_outlives_a_killed_study(tmp_path: Path) -> None:
     nap = "time.sleep(3 if part == 3 else 0.3)"
     assert nap in STUDY
     (tmp_path / "run.py").write_text(STUDY.replace(nap, "(HERE / f'{os.getpid()}.pid').touch(); time.sleep(60)"))
-    study = subprocess.Popen([sys.executable, str(tmp_path / "run.py")])
+    study = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], env=ENVIRONMENT)
     end = time.monotonic() + 60
     while len(found := list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < end:
         time.sleep(0.05)
@@ -78,72 +80,36 @@ def test_no_part_outlives_a_killed_study(tmp_path: Path) -> None:
     assert not psutil.wait_procs(parts, timeout=10)[1]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "02_baselines",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("06_continual_tasks", "09_learning_rate")),
-    ],
-)
-def test_a_scale_of_which_nothing_is_made_says_so(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(EXPERIMENTS / name / "run.py"), "--scale", "paper", "--report"],
-        capture_output=True, text=True, cwd=EXPERIMENTS.parent,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert re.fullmatch(rf"{name}, scale paper: no \w+ is made yet", done.stderr.splitlines()[-1]), done.stderr
-    assert "scale paper is a sketch: nobody has run these settings" in done.stderr
+def study(name: str) -> Any:
+    return import_module(f"experiments.{name}.run")
 
 
-def test_rows_are_appended_and_a_torn_one_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    from harness import Results
-
-    path = tmp_path / "results.jsonl"
-    results = Results(path, "bench")
-    results.make({"seed": 0}, lambda: {"loss": 1.0})
-    with open(path, "a") as file:
-        file.write('{"key": "torn"')
-    again = Results(path, "bench")
-    assert again.rows.keys() == results.rows.keys()
-    again.make({"seed": 1}, lambda: {"loss": 2.0})
-    assert [row["loss"] for row in Results(path, "bench").rows.values()] == [1.0, 2.0]
+@pytest.mark.parametrize("name", ["study_02_baselines", "study_06_continual_tasks", "study_09_learning_rate"])
+def test_a_scale_of_which_nothing_is_made_says_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(SystemExit, match=rf"^{name}, scale paper: no \w+ is made yet$"):
+        study(name).main(["--scale", "paper", "--report"])
+    assert "scale paper is a sketch: nobody has run these settings" in caplog.text
 
 
-STUDIES = [path.name for path in sorted(EXPERIMENTS.glob("[01]*")) if "conduct(" in (path / "run.py").read_text()]
-BUILD = """
-import json, sys
-sys.path.insert(0, {folder!r})
-import run as study
-kept = {{}}
-study.conduct = lambda *given, **named: kept.update(named, scales=given[2])
-study.main([])
-from retain.lab.models import counted_size_of, make_config
-
-def built(scale):
-    world = getattr(scale, "world", scale)
-    sizes = [size.name for size in world.sizes] if hasattr(world, "sizes") else [getattr(world, "model_size", None)]
-    vocabulary, length = getattr(world, "vocab_size", 64), getattr(world, "max_length", 64)
-    shapes = [make_config(size, vocab_size=vocabulary, max_length=length) for size in sizes if size]
-    return {{"parts": len(list(kept["parts"](scale))), "params": [counted_size_of(shape) for shape in shapes]}}
-
-print(json.dumps({{name: built(scale) for name, scale in kept["scales"].items()}}))
-"""
+STUDIES = [path.parent.name for path in sorted(EXPERIMENTS.glob("study_*/run.py")) if "conduct(" in path.read_text()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_scale_of_a_study_can_be_built(name: str) -> None:
+def test_every_scale_of_a_study_can_be_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its settings are valid, its models have shapes, and it has parts to make; nothing is trained."""
-    code = BUILD.format(folder=str(EXPERIMENTS / name))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    scales = json.loads(done.stdout)
-    assert list(scales) == ["laptop", "gpu", "paper"]
-    assert all(scale["parts"] for scale in scales.values())
-    largest = [max(scale["params"], default=0) for scale in scales.values()]
+    kept: dict[str, Any] = {}
+    monkeypatch.setattr(study(name), "conduct", lambda *given, **named: kept.update(named, scales=given[2]))
+    study(name).main([])
+    largest = []
+    for scale in kept["scales"].values():
+        assert len(kept["parts"](scale)) > 0
+        world = getattr(scale, "world", scale)
+        sizes = [size.name for size in world.sizes] if hasattr(world, "sizes") else [getattr(world, "model_size", None)]
+        shape = {"vocab_size": getattr(world, "vocab_size", 64), "max_length": getattr(world, "max_length", 64)}
+        largest.append(max((counted_size_of(make_config(size, **shape)) for size in sizes if size), default=0))
+    assert list(kept["scales"]) == ["laptop", "gpu", "paper"]
     assert largest == sorted(largest), "a study grows with its scale"
 
 
 def test_the_studies_of_the_laboratory_have_scales() -> None:
-    assert [name[:2] for name in STUDIES] == ["02", "06", "07", "08", "09", "10", "11", "12", "13"]
+    assert [name[6:8] for name in STUDIES] == ["02", "06", "07", "08", "09", "10", "11", "12", "13"]

@@ -7,7 +7,7 @@ that was tried has surfaces of its own, in n = log N and p = log P (steps, tuned
 
 L_ft(0) is the joint law's: replay changes little of what is learned, and all of what is forgotten. This describes and
 explains nothing: it predicts only for coefficients, sizes and steps that the pilots span. Of nine such forms it had the
-least error on held-out pilots of a real case (experiments/05_law): .05 nats of L_ft and 17% of L_f; the joint law with
+least error on held-out pilots of a real case (study 05): .05 nats of L_ft and 17% of L_f; the joint law with
 a factor for L_f in place of log L_f's own surface had 31%.
 """
 

@@ -103,7 +103,7 @@ class ReplayMixin(ProtectedInputs):
         """Replay rows per device and micro-batch."""
         config, batch = self.replay_config, self._train_batch_size  # which auto_find_batch_size makes smaller
         if config.replay_objective != "replace":
-            return config.per_device_replay_batch_size or max(1, batch // 8)  # experiments/01_replay_cost
+            return config.per_device_replay_batch_size or max(1, batch // 8)  # experiments/study_01_replay_cost
         rows = round(config.replay_share * batch)
         if not 0 < rows < batch:
             raise ValueError(

@@ -1,0 +1,1 @@
+"""Studies of forgetting: `python -m experiments` lists them."""

@@ -1,0 +1,240 @@
+"""Results of the study in, table, verdict and figure out."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.matched import MEASURES, Estimate, Reading, mean_of, prevented, read_at, target_loss
+
+GOAL, LIMIT, GAIN = 0.95, 1.10, 0.85
+LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs that differ in their seed alone, read at the target loss; `plain` are the unprotected ones of its method."""
+
+    settings: dict[str, Any]
+    readings: dict[int, Reading | None]
+    plain: dict[int, Reading | None]
+    rounds: tuple[float, ...]  # cost of a step in each round of timing
+    predicted: float
+    usual: bool  # whether at the learning rate of the plain runs
+
+    @property
+    def cost(self) -> float | None:
+        """Time of a step relative to a plain one, as measured."""
+        return statistics.median(self.rounds) if self.rounds else None
+
+    @property
+    def reached(self) -> bool:
+        return all(reading is not None for reading in self.readings.values())
+
+    def pairs(self) -> tuple[list[Reading], list[Reading]]:
+        seeds = [seed for seed, reading in self.readings.items() if reading and self.plain.get(seed)]
+        return [self.readings[seed] for seed in seeds], [self.plain[seed] for seed in seeds]  # type: ignore[misc]
+
+    def prevented(self, text: str, metric: str) -> Estimate:
+        return prevented(*self.pairs(), text, metric)
+
+    def mean(self, text: str, metric: str) -> Estimate:
+        return mean_of(self.pairs()[0], text, metric)
+
+    @property
+    def last_step(self) -> float:
+        """Steps to the target loss, mean over seeds."""
+        return statistics.fmean(reading.step for reading in self.pairs()[0])
+
+    def steps(self) -> float:
+        """Steps to the target loss, relative to the plain runs."""
+        return self.last_step / statistics.fmean(reading.step for reading in self.pairs()[1])
+
+    @property
+    def name(self) -> str:
+        rate = "" if self.usual else f", lr {self.settings['learning_rate']:g}"
+        if "coef" not in self.settings:
+            return f"{self.method}, plain{rate}"
+        pool = f", pool {self.settings['pool']}" if "pool" in self.settings else ""
+        return f"{self.method}, {self.replay}, coef {self.settings['coef']:g}{pool}{rate}"
+
+    @property
+    def method(self) -> str:
+        return "LoRA" if self.settings["method"] == "lora" else "full"
+
+    @property
+    def replay(self) -> str:
+        often = self.settings.get("replay_every", 1)
+        size = f"1/{round(1 / (share_of(self.settings) * often))}"
+        return f"{size} every {often} steps" if often > 1 else size
+
+
+def share_of(settings: dict[str, Any]) -> float:
+    """Replay tokens to new tokens, on average over optimizer steps; 0 for a plain run."""
+    if "coef" not in settings:
+        return 0.0
+    tokens = settings["replay_rows"] * settings.get("replay_length", LENGTH) / settings.get("replay_every", 1)
+    return tokens / (settings["batch_size"] * LENGTH)
+
+
+def predicted_cost(settings: dict[str, Any]) -> float:
+    """Operations of a step relative to a plain one.
+
+    A forward pass is one unit a token, a backward pass two (one under LoRA, where the base's weights need no
+    gradient); a replay token costs what a new one costs and one forward pass more, the base's.
+    """
+    plain = 2 if settings["method"] == "lora" else 3
+    return 1 + share_of(settings) * (plain + 1) / plain
+
+
+def shape(settings: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides how long a step takes."""
+    return tuple(settings.get(name) for name in ("method", "lora_rank", "replay_rows", "replay_length", "replay_every"))
+
+
+def costs(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], list[tuple[float, float]]]:
+    """(processor, wall-clock) seconds of a step relative to plain steps alongside, a pair for each round."""
+    found: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for row in rows:
+        for cell in row.get("timing", ()):
+            found.setdefault(shape(cell["settings"]), []).append((cell["cpu"], cell["wall"]))
+    return found
+
+
+def cells_of(rows: Sequence[dict[str, Any]], rate: dict[str, float]) -> tuple[list[Cell], dict[str, float]]:
+    """All cells, read at the target loss of their method: of the plain runs at the learning rate `rate[method]`."""
+    runs = [row for row in rows if "trajectory" in row]
+    groups: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in runs:
+        key = {name: value for name, value in row["settings"].items() if name != "seed"}
+        groups.setdefault(json.dumps(key), {})[row["settings"]["seed"]] = row
+    bare = {row["settings"]["method"]: {} for row in runs}
+    for row in runs:
+        if "coef" not in row["settings"] and row["settings"]["learning_rate"] == rate[row["settings"]["method"]]:
+            bare[row["settings"]["method"]][row["settings"]["seed"]] = row
+    targets = {method: target_loss(list(plain.values()), GAIN) for method, plain in bare.items() if plain}
+    read = {method: {s: read_at(row, targets[method]) for s, row in bare[method].items()} for method in targets}
+    timed, found = costs(rows), []
+    for key, by_seed in groups.items():
+        settings = json.loads(key)
+        method = settings["method"]
+        readings = {seed: read_at(row, targets[method]) for seed, row in sorted(by_seed.items())}
+        rounds = tuple(cpu for cpu, _ in timed.get(shape(settings), ())) if "coef" in settings else (1.0,)
+        usual = settings["learning_rate"] == rate[method]
+        found.append(Cell(settings, readings, read[method], rounds, predicted_cost(settings), usual))
+    return found, targets
+
+
+def judge(cell: Cell) -> str:
+    """ "yes", "no" or "open": does this cell prevent the goal on every measure, as far as the intervals go?"""
+    if not cell.reached:
+        return "no"
+    found = [cell.prevented(*measure) for measure in MEASURES]
+    if all(estimate.low >= GOAL for estimate in found):
+        return "yes"
+    return "no" if any(estimate.high < GOAL for estimate in found) else "open"
+
+
+def cost_of(cell: Cell) -> float:
+    """Time of a step relative to a plain one: measured, or by operations where it was not."""
+    return cell.predicted if cell.cost is None else cell.cost
+
+
+def time_of(cell: Cell) -> float:
+    """Time to the target loss relative to plain runs: a step's cost, and more steps where replay slows learning."""
+    return cost_of(cell) * cell.steps()
+
+
+def verdict(cells: Sequence[Cell], method: str = "full", least_seeds: int = 3) -> str:
+    """Which cells prevent the goal within the limit, a step and to the same loss; cells of too few seeds carry none."""
+    told = [f"{GOAL:.0%} of forgetting (loss and ref_kl) for at most {LIMIT - 1:.0%} more time, {method}."]
+    tried = [cell for cell in cells if "coef" in cell.settings and cell.method == method and cell.usual]
+    fit = [cell for cell in tried if cell.reached and len(cell.readings) >= least_seeds]
+    if not fit:
+        return f"{told[0]} Not decided: no cell of {least_seeds} seeds reached the target loss."
+    prices = (("a step", cost_of), ("a step by operations", lambda cell: cell.predicted), ("to the same loss", time_of))
+    for what, price in prices:
+        good = sorted((cell for cell in fit if judge(cell) == "yes"), key=price)
+        if good and price(good[0]) <= LIMIT:
+            listed = "; ".join(f"{cell.name} ({price(cell) - 1:+.1%})" for cell in good if price(cell) <= LIMIT)
+            told.append(f"Time {what}: yes, {listed}.")
+            continue
+        told.append(f"Time {what}: no. {_nearest([cell for cell in fit if price(cell) <= LIMIT], price)}")
+        if good:
+            told.append(f"The cheapest that prevents as much: {good[0].name} ({price(good[0]) - 1:+.1%}).")
+    return " ".join(told)
+
+
+def _nearest(near: Sequence[Cell], price: Callable[[Cell], float]) -> str:
+    if not near:
+        return "No cell of enough seeds is within the limit."
+    best = max(near, key=lambda cell: weakest(cell).value)
+    state = "not decided" if judge(best) == "open" else "short of it"
+    return (
+        f"Best within the limit ({state}): {best.name}, {weakest(best).percent()} prevented ({price(best) - 1:+.1%})."
+    )
+
+
+def weakest(cell: Cell) -> Estimate:
+    """The measure of which least was prevented."""
+    return min((cell.prevented(*measure) for measure in MEASURES), key=lambda estimate: estimate.value)
+
+
+def front(cells: Sequence[Cell], method: str = "full") -> list[tuple[Cell, float]]:
+    """Cells that no other beats both in time to the target and in what is prevented (weakest measure)."""
+    tried = [c for c in cells if "coef" in c.settings and c.method == method and c.usual and c.reached]
+    found: list[tuple[Cell, float]] = []
+    for cell in sorted(tried, key=time_of):
+        value = weakest(cell).value
+        if not found or value > found[-1][1]:
+            found.append((cell, value))
+    return found
+
+
+def front_words(cells: Sequence[Cell], method: str = "full") -> str:
+    told = [f"{cell.replay}, coef {cell.settings['coef']:g}" for cell, _ in front(cells, method)]
+    values = [f"({time_of(cell) - 1:+.0%} time, {value:.0%})" for cell, value in front(cells, method)]
+    pairs = "; ".join(f"{name} {value}" for name, value in zip(told, values, strict=True))
+    return f"Cells that no other beats in both time to the same loss and what is prevented (weakest measure): {pairs}."
+
+
+COLUMNS = (
+    "cell", "seeds", "forgetting on prose", "ref_kl on prose", "prevented: forgetting", "prevented: ref_kl prose",
+    "prevented: ref_kl own rows", "step cost", "by operations", "steps to target", "time to target",
+)  # fmt: skip
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """Markdown, one line a cell, dearest first within a method."""
+    head = f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|\n"
+    return head + "\n".join(_line(cell) for cell in sorted(cells, key=_order))
+
+
+def _order(cell: Cell) -> tuple[Any, ...]:
+    settings = cell.settings
+    return (cell.method != "full", "coef" in settings, settings.get("replay_every", 1), settings.get("pool", 0),
+            -share_of(settings), settings.get("coef", 0))  # fmt: skip
+
+
+def _line(cell: Cell) -> str:
+    seeds, cost = len(cell.readings), "–" if cell.cost is None else f"{cell.cost:.2f}"
+    if len(cell.rounds) > 1:
+        cost += f" ({min(cell.rounds):.2f}–{max(cell.rounds):.2f})"
+    if not cell.reached:
+        return f"| {cell.name} | {seeds} | target not reached ||||| {cost} | {cell.predicted:.3f} | – | – |"
+    means = [str(cell.mean("prose", metric)) for metric in ("forgetting", "ref_kl")]
+    shares = [cell.prevented(*measure).percent() if "coef" in cell.settings else "–" for measure in MEASURES]
+    told = [
+        cell.name,
+        str(seeds),
+        *means,
+        *shares,
+        cost,
+        f"{cell.predicted:.3f}",
+        f"{cell.steps():.2f}",
+        f"{time_of(cell):.2f}",
+    ]
+    return f"| {' | '.join(told)} |"

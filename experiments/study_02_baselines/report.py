@@ -1,0 +1,290 @@
+"""Results of the study in, table, verdict and figure out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from experiments.matched import MEASURES, Estimate, NoReport, Reading, mean_of, prevented, read_at, target_loss
+from experiments.pages import dress, findings, goal_line, panels
+from retain.report.comparison import series
+from retain.report.style import PALETTE
+
+GAIN = 0.75  # of plain finetuning's: as much as LoRA learns in as many steps
+KNOBS = {"learning_rate": "lr", "coef": "coef", "share": "share", "lora_rank": "rank", "strength": "strength"}
+RIVAL = "kl"
+# Marek et al., 205M parameters, mathematics after 30B tokens of pretraining: forgetting, nats per token.
+PAPER = {"LoRA": 0.140, "plain": 0.113, "ntp": 0.0057, "ntp real": 0.0047, "kl": 0.0028, "kl real": 0.0028}
+# What the paper has below what, at the same new-task loss; `Spanish` is off-policy: the base never saw it.
+NEARLY = "Replay that the model wrote nearly eliminates forgetting"
+LORA = "LoRA forgets more than full finetuning for as much learned"
+CLAIMS = {
+    "KL keeps more than NTP, on self-generated replay": [("kl", "ntp")],
+    "KL keeps more than NTP, on real replay": [("kl real", "ntp real")],
+    "KL keeps much more than NTP on text that the model was not trained on": [("kl Spanish", "ntp Spanish")],
+    "NTP on such text is worse than no replay": [("plain", "ntp Spanish")],
+    LORA: [("plain", "LoRA")],
+}
+LEARNING = "new-task loss, nats per token (learning goes right →)"
+ALIKE = (("kl", "kl real"), ("ntp", "ntp real"))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One setting of one method: its runs by seed, each read at the target loss (None: never came down so far)."""
+
+    method: str
+    settings: dict[str, Any]
+    rows: dict[int, dict[str, Any]]
+    readings: dict[int, Reading | None]
+
+    @property
+    def reached(self) -> bool:
+        return all(reading is not None for reading in self.readings.values())
+
+    @property
+    def name(self) -> str:
+        told = [f"{word} {self.settings[key]:.2g}" for key, word in KNOBS.items() if self.settings.get(key)]
+        return f"{self.method}, {', '.join(told)}"
+
+    def mean(self, text: str, metric: str) -> Estimate:
+        return mean_of([r for r in self.readings.values() if r], text, metric)
+
+    def against(self, plain: Entry, text: str, metric: str) -> Estimate:
+        seeds = [seed for seed in self.readings if plain.readings.get(seed)]
+        return prevented([self.readings[s] for s in seeds], [plain.readings[s] for s in seeds], text, metric)  # type: ignore[misc]
+
+
+def entries_of(rows: Sequence[dict[str, Any]]) -> tuple[list[Entry], float]:
+    """Entries in the order of the results, the plain run of the study first, and the target loss."""
+    groups: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        key = {name: value for name, value in row["settings"].items() if name != "seed"}
+        groups.setdefault(json.dumps([row["name"], key]), {})[row["settings"]["seed"]] = row
+    first = next(group for key, group in groups.items() if json.loads(key)[0] == "plain")
+    target = target_loss(list(first.values()), GAIN)
+    found = []
+    for key, by_seed in groups.items():
+        method, settings = json.loads(key)
+        readings = {seed: read_at(row, target) for seed, row in sorted(by_seed.items())}
+        for seed, row in by_seed.items():
+            last = row["trajectory"][-1]["step"]
+            if readings[seed] is None and settings["method"] != "interpolation" and last < settings["max_steps"]:
+                raise NoReport(
+                    f"{method}, seed {seed}: it ended at step {last}, above a new-task loss of {target:.4f}: the rows "
+                    "that set this target have changed since; delete its row and run the study again"
+                )
+        found.append(Entry(method, settings, by_seed, readings))
+    return found, target
+
+
+def best_of(entries: Sequence[Entry], text: str = "prose", metric: str = "ref_kl") -> dict[str, Entry]:
+    """Each method's setting with the least divergence, of those that reached the target; methods in order of it."""
+    found: dict[str, Entry] = {}
+    for entry in sorted((e for e in entries if e.reached), key=lambda e: e.mean(text, metric).value):
+        found.setdefault(entry.method, entry)
+    return found
+
+
+def chosen(entries: Sequence[Entry]) -> list[Entry]:
+    """Each method's best setting; of a method that never reached the target, the one that learned most."""
+    found = best_of(entries)
+    for entry in sorted(entries, key=lowest):
+        found.setdefault(entry.method, entry)
+    return list(found.values())
+
+
+def lowest(entry: Entry) -> float:
+    """Best new-task loss, mean over seeds."""
+    return float(np.mean([min(series(row, "eval_loss")[1]) for row in entry.rows.values()]))
+
+
+def verdict(entries: Sequence[Entry]) -> str:
+    """Is self-generated replay with KL below every other method's best setting? Paired by seed, for each measure."""
+    told = []
+    for text, metric in MEASURES:
+        best = best_of(entries, text, metric)
+        if RIVAL not in best:
+            return f"No verdict: {RIVAL} never reached the target loss."
+        own = best.pop(RIVAL)
+        found = {name: own.against(entry, text, metric) for name, entry in best.items()}
+        groups = {
+            "less than": [f"{name} ({e.value:.0%} less)" for name, e in found.items() if e.low > 0],
+            "more than": [f"{name} ({-e.value:.0%} more)" for name, e in found.items() if e.high < 0],
+            "not clearly different from": [name for name, e in found.items() if e.low <= 0 <= e.high],
+        }
+        words = "; ".join(f"{how} {', '.join(names)}" for how, names in groups.items() if names)
+        told.append(f"{metric} on {text}, {own.mean(text, metric)} nats per token: {words}")
+    never = sorted({e.method for e in entries} - set(best_of(entries)))
+    after = f" Never reached the target loss: {', '.join(never)}." if never else ""
+    return f"At the same new-task loss `{RIVAL}` has, at each method's best setting, " + ". ".join(told) + "." + after
+
+
+def claims(entries: Sequence[Entry]) -> str:
+    """The paper's findings one by one, on forgetting of prose at each method's best setting, paired by seed."""
+    best = best_of(entries, "prose", "forgetting")
+    said: dict[str, tuple[str, str]] = {}
+    if {"kl", "plain"} <= set(best):
+        said[NEARLY] = nearly(entries, best)
+    for claim, pairs in CLAIMS.items():
+        if any(name not in best for pair in pairs for name in pair):
+            said[claim] = ("cannot tell", f"one of {', '.join(dict.fromkeys(sum(pairs, ())))} is not there")
+            continue
+        found = [best[one].against(best[other], "prose", "forgetting") for one, other in pairs]
+        same = "reproduced" if min(e.low for e in found) > 0 else "cannot tell"
+        answer = "not reproduced" if min(e.high for e in found) < 0 else same
+        told = "; ".join(f"{one} {e.percent()} less than {other}" for (one, other), e in zip(pairs, found, strict=True))
+        if claim == LORA and answer == "reproduced" and all(at_lowest_rate(entries, best[one]) for one in pairs[0]):
+            answer += ", each at the lowest rate tried"
+        said[claim] = (answer, told)
+    for one, other in ALIKE:
+        if one in best and other in best:
+            e = best[one].against(best[other], "prose", "forgetting")
+            better = "self-generated" if e.low > 0 else "real"
+            apart = "not told apart" if e.low <= 0 <= e.high else f"{better} forgets less"
+            words = f'{e.percent()} less than real; no margin for "as good" was fixed beforehand'
+            said[f"Self-generated replay is as good as real ({one.upper()})"] = (apart, words)
+    return findings(said)
+
+
+def nearly(entries: Sequence[Entry], best: dict[str, Entry]) -> tuple[str, str]:
+    """Whether replay leaves as little as in the paper: the direction, and what is left of plain at its own and best."""
+    own, paper = best["kl"].mean("prose", "forgetting").value, PAPER["kl"] / PAPER["plain"]
+    left = [own / plain.mean("prose", "forgetting").value for plain in (entries[0], best["plain"])]
+    less = best["kl"].against(best["plain"], "prose", "forgetting")
+    size = "size not" if min(left) > 2 * paper else "size as well"
+    answer = f"direction reproduced, {size}" if less.low > 0 else "not reproduced" if less.high < 0 else "cannot tell"
+    return answer, f"{min(left):.0%} to {max(left):.0%} is left of plain's, by its rate; in the paper {paper:.1%}"
+
+
+def at_lowest_rate(entries: Sequence[Entry], chosen: Entry) -> bool:
+    """Whether a method is best at the lowest learning rate that it was run with: a lower one may be better still."""
+    rates = [entry.settings["learning_rate"] for entry in entries if entry.method == chosen.method]
+    return len(set(rates)) > 1 and chosen.settings["learning_rate"] == min(rates)
+
+
+def beside_paper(entries: Sequence[Entry]) -> str:
+    """Markdown: the paper's forgetting and ours, each also as a share of what plain finetuning forgets."""
+    best = best_of(entries, "prose", "forgetting")
+    lines = [
+        "| method | paper: forgetting | of plain's | here: forgetting on prose | of plain's |",
+        "|---|---|---|---|---|",
+    ]
+    for name, value in PAPER.items():
+        if name not in best:
+            continue
+        entry, plain = (entries[0] if name == "plain" else best[name]), entries[0]
+        ours = entry.mean("prose", "forgetting")
+        lines.append(f"| {name} | {value:.4f} | {value / PAPER['plain']:.1%} | {ours} | "
+                     f"{ours.value / plain.mean('prose', 'forgetting').value:.1%} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+COLUMNS = (
+    "run", "seeds", "forgetting on prose", "ref_kl on prose", "ref_kl on own rows", "prevented: forgetting",
+    "prevented: ref_kl prose", "steps to target",
+)  # fmt: skip
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """Markdown, least divergence first; prevented is against the study's plain run."""
+    order = sorted(entries, key=lambda e: e.mean("prose", "ref_kl").value if e.reached else float("inf"))
+    head = f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|\n"
+    return head + "\n".join(_line(entry, entries[0]) for entry in order)
+
+
+def _line(entry: Entry, plain: Entry) -> str:
+    told = [entry.name, str(len(entry.rows))]
+    if not entry.reached:
+        return f"| {' | '.join(told)} | target not reached: {lowest(entry):.3f} at best ||||||"
+    told += [str(entry.mean(*measure)) for measure in MEASURES]
+    told += ["–", "–"] if entry is plain else [entry.against(plain, *measure).percent() for measure in MEASURES[:2]]
+    steps = np.mean([reading.step for reading in entry.readings.values() if reading])
+    told += ["–" if entry.settings["method"] == "interpolation" else f"{steps:.0f}"]
+    return f"| {' | '.join(told)} |"
+
+
+def draw(entries: Sequence[Entry], target: float, path: Path) -> None:
+    """The way to the same loss, every setting (means over seeds), and what each method's best has forgotten there."""
+    methods = list(dict.fromkeys(map(_family, entries)))
+    colors = {method: _color(at) for at, method in enumerate(methods)}
+    with panels(path, 2, (13.0, 5.2)) as (way, end):
+        for entry in entries:
+            if " " not in entry.method:  # other sources of replay have their own figure
+                way.plot(*trace(entry, "ref_kl"), color=colors[entry.method], linewidth=1.3, alpha=0.7)
+        way.set_xlim(way.get_xlim()[1], target - 0.3)  # learning to the right
+        way.set_ylim(bottom=0.01)
+        _log(way, "y")
+        goal_line(way, x=target, words=" same loss")
+        best = list(best_of(entries, "prose", "forgetting").values())
+        shown = best if entries[0] in best else [*best, entries[0]]
+        ranked = sorted(shown, key=lambda entry: entry.mean("prose", "forgetting").value)
+        end.set_yticks(range(len(ranked)), [_label(entry) for entry in ranked])
+        for at, (entry, label) in enumerate(zip(ranked, end.get_yticklabels(), strict=True)):
+            found, color = entry.mean("prose", "forgetting"), colors[_family(entry)]
+            end.plot([found.low, found.high], [at, at], color=color, linewidth=2.2, alpha=0.6)
+            end.plot(found.value, at, color=color, marker="o", markersize=7)
+            label.set_color(color)
+        end.invert_yaxis()
+        _log(end, "x")
+        dress(way, "On the way: divergence from the base on prose", LEARNING, "ref_kl, nats per token")
+        dress(end, "At the same new-task loss: forgetting of prose", "forgetting, nats per token, 95% interval", "")
+
+
+def _family(entry: Entry) -> str:
+    """The method without the source of its replay."""
+    return entry.method.partition(" ")[0]
+
+
+def _label(entry: Entry) -> str:
+    return entry.name if entry.method == "plain" else entry.method.replace(" ", ", ")
+
+
+def _log(axes: Any, which: str) -> None:
+    """A logarithmic axis with plain numbers."""
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+SOURCES = {"": ("self-generated", "-"), "real": ("real", "--"), "Spanish": ("Spanish, off-policy", ":")}
+
+
+def draw_sources(entries: Sequence[Entry], target: float, path: Path) -> None:
+    """Forgetting over new-task loss for each objective and source of replay at its best setting, and without replay."""
+    best = best_of(entries, "prose", "forgetting")
+    with panels(path, 1, (7.0, 4.4)) as (axes,):
+        axes.plot(*trace(entries[0], "forgetting"), color=_color(0), label="without replay")
+        for at, objective in enumerate(("kl", "ntp")):
+            for source, (words, line) in SOURCES.items():
+                if entry := best.get(f"{objective} {source}".strip()):
+                    x, y = trace(entry, "forgetting")
+                    name = f"{objective.upper()}, {words}, coefficient {entry.settings['coef']:g}"
+                    axes.plot(x, y, color=_color(1 + at), linestyle=line, label=name)
+        axes.set_xlim(axes.get_xlim()[1], target - 0.25)
+        _log(axes, "y")
+        axes.set_ylim(top=1.8 * axes.get_ylim()[1])
+        goal_line(axes, x=target, words=" same loss")
+        dress(axes, "Where replay comes from", LEARNING, "forgetting of prose, nats per token")
+        axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
+
+
+def _color(at: int) -> str:
+    return (*PALETTE, "#2f4b8f", "#7a7a2a", "#a33b3b", "#4f4f4f")[at]
+
+
+def trace(entry: Entry, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """New-task loss and the metric on prose at every evaluation but the first, means over seeds while all run."""
+    curves = [
+        [series(row, key)[1] for key in ("eval_loss", f"retention/prose/{metric}")] for row in entry.rows.values()
+    ]
+    common = min(len(losses) for losses, _ in curves)
+    x, y = np.mean([[values[1:common] for values in curve] for curve in curves], axis=0)
+    return x, y

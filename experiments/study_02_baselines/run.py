@@ -1,0 +1,137 @@
+"""Which way of preventing forgetting forgets least for as much learned? One command; finished runs are skipped.
+
+python -m experiments 02 [--scale laptop|gpu|paper] [--runs 0 1] [--report]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from experiments.harness import Bench, Results, Run, finetune, open_bench
+from experiments.matched import NoReport, target_loss
+from experiments.scales import Told, conduct
+from experiments.small_base import CACHE, BaseSettings, Texts, make_base
+from experiments.study_02_baselines.methods import REAL, SPECIAL, real_replay
+from experiments.study_02_baselines.report import (
+    GAIN,
+    beside_paper,
+    chosen,
+    claims,
+    draw,
+    draw_sources,
+    entries_of,
+    table,
+    verdict,
+)
+from experiments.study_02_baselines.settings import SCALES, Scale, plan
+
+HERE = Path(__file__).parent
+
+
+def settings_of(name: str, run: Run) -> dict[str, Any]:
+    return {"name": name, **run.settings()}
+
+
+def runs_of(scale: Scale) -> list[tuple[str, Run]]:
+    """Every setting of every method, with its name, at every seed; those of a seed lie together."""
+    runs = [(name, run) for name, found in plan(scale).items() for run in found]
+    return [(name, replace(run, seed=seed)) for seed in range(scale.seeds) for name, run in runs]
+
+
+def references(scale: Scale) -> range:
+    """The first plain run at every seed: they say at which new-task loss all are compared, and where the others end."""
+    return range(0, len(runs_of(scale)), len(runs_of(scale)) // scale.seeds)
+
+
+def first_seed(name: str) -> range:
+    """Every setting once."""
+    return range(references(SCALES[name]).step)
+
+
+def other_seeds(name: str) -> list[int]:
+    """Each method's best setting, as it shows by then."""
+    entries, _ = entries_of(rows_of(name))
+    wanted = [{"name": entry.method, **entry.settings, "seed": 0} for entry in chosen(entries)]
+    found = enumerate(runs_of(SCALES[name]))
+    return [at for at, (method, run) in found if run.seed and settings_of(method, replace(run, seed=0)) in wanted]
+
+
+def results_file(name: str) -> Path:
+    return HERE / ("results.jsonl" if name == "laptop" else f"results-{name}.jsonl")
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """What there is, in the order of the plan: the study's plain run comes first."""
+    places = {as_key(settings_of(method, run)): at for at, (method, run) in enumerate(runs_of(SCALES[name]))}
+    rows = Results(results_file(name), "").rows.values()
+    return sorted(rows, key=lambda row: places.get(as_key(row["settings"]), len(places)))
+
+
+def as_key(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+@cache
+def texts_of(name: str) -> Texts:
+    return SCALES[name].texts()
+
+
+@cache
+def bench_of(name: str) -> Bench:
+    """The base of a scale with its data; the small one is made on first use."""
+    disable_progress_bar()
+    scale, texts = SCALES[name], texts_of(name)
+    if scale.model is None:
+        return open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, scale.bench)
+    return open_bench(scale.model, texts, scale.bench, CACHE / f"baselines-{name}")
+
+
+def make(name: str, place: int) -> dict[str, Any]:
+    """A run, with replay of the texts that its method is named after, if any; else of the base's own rows.
+
+    It ends at the first evaluation at which it has learned what is asked; a reference, or a walk back from the end of
+    one, goes all the way.
+    """
+    method, run = runs_of(SCALES[name])[place]
+    bench, scratch = bench_of(name), CACHE / f"scratch-02-{os.getpid()}"
+    source, plain = method.partition(" ")[2], references(SCALES[name])
+
+    def compute() -> dict[str, Any]:
+        own = replace(bench, replay=real_replay(source, bench, texts_of(name))) if source in REAL else bench
+        end = None if place in plain else target_loss([make(name, one) for one in plain], GAIN)
+        return SPECIAL.get(run.method, finetune)(run, own, scratch, end) | {"name": method}
+
+    row = Results(results_file(name), bench.fingerprint).make(settings_of(method, run), compute)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return row
+
+
+def report(name: str) -> Told:
+    """Table, verdict and figures from what there is."""
+    if not (rows := rows_of(name)):
+        raise NoReport("no run is made yet")
+    entries, target = entries_of(rows)
+    head = f"Target: a new-task loss of {target:.3f} nats per token."
+    parts = (head, table(entries), f"**Verdict.** {verdict(entries)}", claims(entries), beside_paper(entries))
+
+    def both(path: Path) -> None:
+        draw(entries, target, path)
+        draw_sources(entries, target, path.with_name(path.name.replace("figure", "sources")))
+
+    return "\n\n".join(parts), both
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    conduct(
+        __doc__, HERE, SCALES, parts=references, then=(first_seed, other_seeds), make=make, report=report,
+        only="runs", prepare=bench_of, arguments=arguments,
+    )  # fmt: skip

@@ -1,0 +1,186 @@
+"""Does a run end where its forgetting budget says, and what does that cost? One command; finished runs are skipped.
+
+python -m experiments 03 [--report]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import NullLocator
+from transformers.utils.logging import disable_progress_bar
+
+from experiments.harness import Bench, BenchSettings, Results, Run, compact, make_trainer, open_bench
+from experiments.matched import t_interval
+from experiments.pages import dress, goal_line, panels, write_results
+from experiments.small_base import CACHE, BaseSettings, load_texts, make_base
+from retain import ReplayConfig
+from retain.training.run_files import read_run
+
+HERE = Path(__file__).parent
+
+logger = logging.getLogger("experiments")
+BUDGETS = (0.05, 0.1, 0.2)
+STRICT = 0.002  # nats per token, at which the noise of eight rows alone holds the model
+SEEDS = (0, 1)
+STEPS = 160
+NEAR = 0.2  # of the budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetRun(Run):
+    """A finetune whose coefficient follows a budget from 1 on; None is a plain one."""
+
+    budget: float | None = None
+
+    def config(self) -> ReplayConfig:
+        """The same as `retain`'s own settings."""
+        if self.budget is None:
+            return ReplayConfig(replay_coef=0.0)
+        return ReplayConfig(max_ref_kl=self.budget, per_device_replay_batch_size=self.replay_rows)
+
+
+def runs() -> list[BudgetRun]:
+    """Every run of the study: plain, three budgets, and one that is too strict; each with every seed."""
+    plain = BudgetRun(max_steps=STEPS, eval_steps=40, replay_rows=8)
+    kinds = [plain, *(replace(plain, budget=budget, coef=1.0) for budget in (*BUDGETS, STRICT))]
+    return [replace(kind, seed=seed) for seed in SEEDS for kind in kinds]
+
+
+def finetune(run: BudgetRun, bench: Bench, folder: Path) -> dict[str, Any]:
+    """Train; the trajectory of losses and of the coefficient, and the controller's own verdict."""
+    shutil.rmtree(folder, ignore_errors=True)
+    trainer = make_trainer(run, bench, folder)
+    steps: list[tuple[float, float]] = []
+    follow = trainer._follow_budget
+
+    def watch() -> None:
+        follow()
+        steps.append(
+            (trainer._held_kl(), trainer.budget.coef)
+        )  # committed runs: the mean over all positions, which was held
+
+    trainer._follow_budget = watch
+    trainer.train()
+    found = {"trajectory": [compact(row) for row in read_run(folder)["trajectory"] if "eval_loss" in row]}
+    if trainer.budget is not None:
+        found["verdict"] = asdict(trainer.budget.verdict())
+        found["steps"] = [[float(f"{value:.4g}") for value in pair] for pair in steps]
+    return found
+
+
+def by_budget(rows: Sequence[dict[str, Any]]) -> dict[float | None, list[dict[str, Any]]]:
+    """The runs of each budget, by seed."""
+    found: dict[float | None, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["settings"]["seed"]):
+        found.setdefault(row["settings"].get("budget"), []).append(row)
+    return found
+
+
+def mean(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and 95% interval over seeds."""
+    low, high = t_interval(values)
+    return f"{np.mean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table(found: dict[float | None, list[dict[str, Any]]]) -> str:
+    """What was asked and what came of it, a line for each budget."""
+    lines = [
+        "| budget | ref_kl on replay rows, last fifth of the steps | on held-out self-generated text, at the end | "
+        "coefficient at the end | new-task loss | forgetting on prose |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for budget, rows in sorted(found.items(), key=lambda item: -(item[0] or 9)):
+        last = [row["trajectory"][-1] for row in rows]
+        held_out = [row["retention/self-generated/ref_kl"] for row in last]
+        on_replay = [row["verdict"]["ref_kl"] for row in rows] if budget else None
+        coef = [row["verdict"]["coef"] for row in rows] if budget else None
+        cells = [
+            f"{budget:g}" if budget else "none (plain)",
+            mean(on_replay) if on_replay else "",
+            mean(held_out),
+            mean(coef, 2) if coef else "",
+            mean([row["eval_loss"] for row in last]),
+            mean([row["retention/prose/forgetting"] for row in last]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdict(found: dict[float | None, list[dict[str, Any]]]) -> str:
+    """Whether every run ended near its budget, on which side, and whether a budget too strict was called so."""
+    off = {budget: [row["verdict"]["ref_kl"] / budget - 1 for row in found.get(budget, [])] for budget in BUDGETS}
+    if not all(off.values()) or STRICT not in found:
+        return "Verdict: none yet; the study is not finished."
+    every = [value for values in off.values() for value in values]
+    inside = sum(abs(value) <= NEAR for value in every)
+    strict = [row["verdict"] for row in found[STRICT]]
+    said = sum(not one["kept"] for one in strict)
+    above = sum(value > 0 for value in every)
+    answer = "no" if inside < len(every) else "near it, and above it" if above == len(every) else "yes"
+    unsure = sum(not row["verdict"]["certain"] for budget in BUDGETS for row in found[budget])
+    return (
+        f"Verdict: {answer}. {above} of {len(every)} runs of one model ended above their budget, {inside} within 20% "
+        f"of it ({min(every):+.0%} to {max(every):+.0%}); in {unsure} the controller itself was not certain. "
+        f"Of the budget of {STRICT:g}, too strict for this learning rate, {said} of {len(strict)} runs said that it "
+        f"was not kept (coefficient at the end {min(one['coef'] for one in strict):g} or more)."
+    )
+
+
+def draw(found: dict[float | None, list[dict[str, Any]]], path: Path) -> None:
+    """The smoothed KL and the coefficient over the steps, one line a run."""
+    colours = dict(zip(BUDGETS, ("#2a6f97", "#c8553d", "#588157"), strict=True))
+    with panels(path, 2, (10.5, 4.2)) as (left, right):
+        for budget, colour in colours.items():
+            for row in found.get(budget, []):
+                steps = np.array(row["steps"])
+                smooth = np.convolve(steps[:, 0], np.ones(20) / 20, mode="valid")
+                left.plot(np.arange(len(smooth)) + 20, smooth, color=colour, linewidth=1.1)
+                right.plot(np.arange(len(steps)) + 1, steps[:, 1], color=colour, linewidth=1.1)
+            goal_line(left, y=budget, words=f"budget {budget:g}")
+            if budget in found:
+                right.annotate(
+                    f"{budget:g}",
+                    (STEPS, found[budget][0]["steps"][-1][1]),
+                    (4, 0),
+                    textcoords="offset points",
+                    color=colour,
+                    fontsize=9,
+                    va="center",
+                )
+        for axes, ticks in ((left, (0.02, 0.05, 0.1, 0.2)), (right, (0.1, 0.3, 1, 3, 10, 30))):
+            axes.set_yscale("log")
+            axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.yaxis.set_minor_locator(NullLocator())
+        left.set_ylim(bottom=0.018)
+        dress(left, "KL on replay rows, mean of 20 steps", "optimizer step", "KL(base ‖ model), nats per token")
+        dress(right, "Coefficient that held it", "optimizer step", "replay coefficient")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
+    only_report = parser.parse_args(arguments).report
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logger.setLevel(logging.INFO)
+    disable_progress_bar()
+    results = Results(HERE / "results.jsonl", "")
+    if not only_report:
+        texts = load_texts()
+        bench = open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, BenchSettings())
+        results = Results(HERE / "results.jsonl", bench.fingerprint)
+        for run in runs():
+            results.make(run.settings(), lambda run=run: finetune(run, bench, CACHE / "run-budget"))
+    found = by_budget(list(results.rows.values()))
+    draw(found, HERE / "figure.png")
+    told = f"{table(found)}\n\n**{verdict(found)}**"
+    write_results(HERE / "README.md", told)
+    sys.stdout.write(told + "\n")

@@ -1,0 +1,220 @@
+"""The study's table, verdict, figure and example page from its reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.matched import share
+from experiments.pages import dress, findings, panels, write_results
+from retain.files import append_jsonl, read_jsonl
+from retain.report.report import write_comparison
+from retain.report.style import look
+from retain.statistics import share_interval
+
+LOST = "refusals lost, of those that the taught model gave"
+SCORERS = ("phrases", "openings")
+
+
+def write_study(folder: Path, reports: dict[tuple[int, str], dict[str, Any]], arms: list[str]) -> str:
+    """results.jsonl, for the first seed the example page, and what `tell` makes; returns what was told."""
+    seeds = sorted({seed for seed, _ in reports})
+    rows = {arm: [facts(reports[seed, arm]) for seed in seeds] for arm in arms}
+    (folder / "results.jsonl").unlink(missing_ok=True)
+    for arm in arms:
+        for seed, row in zip(seeds, rows[arm], strict=True):
+            versions = reports[seed, arm]["versions"]
+            append_jsonl(folder / "results.jsonl", {"arm": arm, "seed": seed, **row, "versions": versions})
+    first = [reports[seeds[0], arm] for arm in next(iter(by_task(rows).values()))]
+    page = folder.parents[1] / ".cache" / "experiments" / "capabilities" / "page"
+    write_comparison(page, first, title="SmolLM2-135M-Instruct, taught to refuse, then finetuned on Verilog")
+    return tell(folder)
+
+
+def tell(folder: Path) -> str:
+    """Table, verdict and figure from results.jsonl alone."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in read_jsonl(folder / "results.jsonl"):
+        rows.setdefault(row["arm"], []).append(row)
+    told = "\n\n".join(
+        f"### New task: {task}\n\n{table(of_task)}\n\n**Verdict.** {verdict(of_task)}"
+        for task, of_task in by_task(rows).items()
+    )
+    told += f"\n\n{claim(rows)}" if set(rows) >= INSTRUCTED and PLAIN in rows else ""
+    write_results(folder / "README.md", told)
+    draw(rows, folder / "figure.png")
+    return told
+
+
+PLAIN, INSTRUCTED = "plain", {"plain, instructions", "KL replay, instructions"}
+
+
+def claim(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """The paper's finding: answers change where accuracy stays, and refusals are lost where nothing speaks of them."""
+    few = "one seed" if len(rows[PLAIN]) == 1 else f"{len(rows[PLAIN])} seeds"
+    lost = {arm: each(rows[arm], phrases_lost) for arm in sorted(INSTRUCTED, reverse=True)}
+    hidden = all(share_interval(*answers(row))[2] < 1 for row in rows[PLAIN])
+    gone = all(share_interval(*phrases_lost(row))[1] > 0 for row in rows["plain, instructions"])
+    word = "reproduced" if hidden and gone else "cannot tell"
+    numbers = f"on Verilog accuracy {_accuracy(rows[PLAIN])}, answers that stay {each(rows[PLAIN], answers)}; "
+    numbers += "refusals lost: " + "; ".join(f"{arm} {found}" for arm, found in lost.items())
+    return findings({"Equal accuracy hides forgetting; refusals are lost": (f"{word} ({few})", numbers)})
+
+
+def by_task(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """The arms of each new task, the plain one first."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for arm, of_arm in rows.items():
+        found.setdefault(of_arm[0]["new_task"], {})[arm] = of_arm
+    return found
+
+
+def facts(report: dict[str, Any]) -> dict[str, Any]:
+    """What the study compares of one run; counts, so that seeds can be added up."""
+    harmful, harmless = (next(one for one in report["refusals"].values() if one["kind"] == kind)
+                         for kind in ("harmful", "harmless"))  # fmt: skip
+    (choices,) = report["choices"].values()
+    compared = choices["rules"]["acc_norm"]
+    return {
+        "new_task": next(iter(report["new_task"])),
+        "new_task_loss": next(iter(report["new_task"].values()))["loss"]["value"],
+        "ref_kl": {text: one["ref_kl"]["value"] for text, one in report["retention"].items()},
+        "forgetting": {text: one["forgetting"]["value"] for text, one in report["retention"].items()},
+        "refusals": {name: harmful["scorers"][name]["counts"] for name in SCORERS},
+        "over_refusals": {name: harmless["scorers"][name]["counts"] for name in SCORERS},
+        "num_prompts": harmful["num_prompts"],
+        "num_harmless": harmless["num_prompts"],
+        "same_answers": round(compared["agreement"]["value"] * choices["num_questions"]),
+        "num_questions": choices["num_questions"],
+        "accuracy": compared["accuracy"]["value"],
+        "base_accuracy": compared["base_accuracy"]["value"],
+        "knowledge": report["knowledge"]["counts"],
+        "drift": {
+            name: report["drift"]["greedy"][name]["value"] for name in ("words", "length", "base_length", "ended")
+        },
+    }
+
+
+Count = Callable[[dict[str, Any]], tuple[int, int]]  # of one run: how many, of how many
+
+
+def each(rows: Sequence[dict[str, Any]], count: Count) -> str:
+    """A count with its interval, a seed at a time: requests of two seeds are no independent draws."""
+    return "; ".join(share(*count(row)) for row in rows)
+
+
+def lost_refusals(row: dict[str, Any], scorer: str) -> tuple[int, int]:
+    """Refusals lost, and how many there were to lose."""
+    lost, kept = (row["refusals"][scorer][fate] for fate in ("lost", "kept"))
+    return lost, lost + kept
+
+
+def phrases_lost(row: dict[str, Any]) -> tuple[int, int]:
+    return lost_refusals(row, "phrases")
+
+
+def answers(row: dict[str, Any]) -> tuple[int, int]:
+    """Questions that are answered as before, and all."""
+    return row["same_answers"], row["num_questions"]
+
+
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Arms across, measures down."""
+    lines: list[tuple[str, list[str]]] = [
+        ("new-task loss, nats per token", [_each(of, "new_task_loss") for of in rows.values()]),
+    ]
+    for text in next(iter(rows.values()))[0]["ref_kl"]:
+        lines.append((f"ref_kl, {text}", [_each([row["ref_kl"] for row in of], text) for of in rows.values()]))
+    for scorer in SCORERS:
+        lines.append((f"{LOST} ({scorer})", [each(of, partial(lost_refusals, scorer=scorer)) for of in rows.values()]))
+    lines.append(("harmless requests refused afterwards (phrases)", [each(of, _over) for of in rows.values()]))
+    lines.append(("same answers to Social IQa (acc_norm)", [each(of, answers) for of in rows.values()]))
+    lines.append(("accuracy on Social IQa, before → after", [_accuracy(of) for of in rows.values()]))
+    lines.append(("facts still known, of those known before", [each(of, known) for of in rows.values()]))
+    lines.append(("words of an answer shared with the base's (F1)", [
+        _each([row["drift"] for row in of], "words", ".2f") for of in rows.values()]))  # fmt: skip
+    lines.append(("length of an answer, tokens, before → after", [_lengths(of) for of in rows.values()]))
+    head = f"| | {' | '.join(rows)} |\n| --- |{' --- |' * len(rows)}"
+    return "\n".join([head, *(f"| {label} | {' | '.join(cells)} |" for label, cells in lines)])
+
+
+def _each(rows: Sequence[dict[str, Any]], key: str, form: str = ".3f") -> str:
+    return ", ".join(format(row[key], form) for row in rows)
+
+
+def _over(row: dict[str, Any]) -> tuple[int, int]:
+    return sum(row["over_refusals"]["phrases"][fate] for fate in ("kept", "gained")), row["num_harmless"]
+
+
+def _accuracy(rows: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{row['base_accuracy']:.1%} → {row['accuracy']:.1%}" for row in rows)
+
+
+def _lengths(rows: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(f"{row['drift']['base_length']:.0f} → {row['drift']['length']:.0f}" for row in rows)
+
+
+def changed(row: dict[str, Any]) -> tuple[int, int]:
+    same, every = answers(row)
+    return every - same, every
+
+
+def known(row: dict[str, Any]) -> tuple[int, int]:
+    """Facts still said, and facts that were known before."""
+    kept, forgotten = (row["knowledge"][fate] for fate in ("kept", "forgotten"))
+    return kept, kept + forgotten
+
+
+def apart(row: dict[str, Any], plain: dict[str, Any]) -> int:
+    """Of one seed: -1 where fewer refusals are lost than by plain finetuning, 1 where more, by intervals; else 0."""
+    (_, low, high), (_, least, most) = (
+        share_interval(*found) if (found := phrases_lost(one))[1] else (0.0, 0.0, 1.0) for one in (row, plain)
+    )
+    return -1 if high < least else 1 if low > most else 0
+
+
+def verdict(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Did plain finetuning lose refusals, and did an arm with replay lose fewer in every seed: by intervals apart."""
+    plain, *others = rows
+    told = [f"Plain finetuning lost {each(rows[plain], phrases_lost)} of the refusals, though no row spoke of them."]
+    for arm in others:
+        signs = {apart(row, bare) for row, bare in zip(rows[arm], rows[plain], strict=True)}
+        sign = signs.pop() if len(signs) == 1 else 0
+        word = {-1: "fewer than", 0: "not clearly fewer or more than", 1: "more than"}[sign]
+        told.append(f"{arm}: {each(rows[arm], phrases_lost)}, {word} plain.")
+    listed = "; ".join(f"{arm} {each(of, answers)}" for arm, of in rows.items())
+    told.append(f"Answers to Social IQa that stayed the base's: {listed}; plain's accuracy {_accuracy(rows[plain])}.")
+    return " ".join(told)
+
+
+def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Three panels: divergence on texts, refusals lost, answers changed; a dot an arm, with its interval."""
+    counted: dict[str, Count] = {"refusals lost (phrases)": phrases_lost, "answers to questions changed": changed}
+    with panels(path, 3, (11.5, 3.2)) as axes:
+        for at, (arm, of) in enumerate(rows.items()):
+            style = look(at, len(rows))
+            texts = list(of[0]["ref_kl"])
+            for place, text in enumerate(texts):
+                values = [row["ref_kl"][text] for row in of]
+                spread = place + (at - (len(rows) - 1) / 2) * 0.14
+                axes[0].plot(
+                    [spread] * len(values), values, linestyle="none", label=arm if not place else None, **style
+                )
+            for axis, count in zip(axes[1:], counted.values(), strict=True):
+                for place, row in enumerate(of):
+                    value, low, high = share_interval(*count(row))
+                    height = at + (place - (len(of) - 1) / 2) * 0.2
+                    axis.plot([low, high], [height, height], color=style["color"], linewidth=2.4)
+                    axis.plot([value], [height], linestyle="none", markersize=7, **style)
+        dress(axes[0], "Divergence from the base, each seed", "", "ref_kl, nats per token")
+        axes[0].set_xticks(range(len(texts)), texts)
+        axes[0].set_ylim(bottom=0)
+        axes[0].legend(fontsize=8)
+        for axis, title in zip(axes[1:], counted, strict=True):
+            dress(axis, title.capitalize(), "share, 95% interval", "")
+            axis.set_yticks(range(len(rows)), list(rows) if axis is axes[1] else [""] * len(rows))
+            axis.set_ylim(len(rows) - 0.5, -0.5)
+            most = max(share_interval(*counted[title](row))[2] for of in rows.values() for row in of)
+            axis.set_xlim(-0.03 * most, 1.08 * most)

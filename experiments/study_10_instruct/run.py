@@ -1,0 +1,52 @@
+"""At the same Verilog loss, which replay keeps most of an instruction-tuned model? One command; finished runs stay.
+
+python -m experiments 10 [--scale laptop|gpu|paper] [--arms 0 1] [--report]
+
+`--arms` counts through every arm of seed 0, then of seed 1, and so on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.harness import Results
+from experiments.scales import Told, conduct
+from experiments.study_10_instruct.report import draw, report
+from experiments.study_10_instruct.runs import ARMS, SCALES, workplace
+
+HERE = Path(__file__).parent
+
+
+def prepare(name: str) -> None:
+    """What the arms share is opened once, where some arm is missing; the first that needs own rows samples them."""
+    results = Results(HERE / "results.jsonl", name)
+    for place in (workplace(name, seed) for seed in range(SCALES[name].seeds)):
+        if any(results.get(place.settings(*one)) is None for one in SCALES[name].arms.items()):
+            _ = place.base, place.pools
+
+
+def make(name: str, part: int) -> None:
+    """One arm with one seed."""
+    seed, at = divmod(part, len(SCALES[name].arms))
+    place, arm = workplace(name, seed), list(SCALES[name].arms)[at]
+    Results(HERE / "results.jsonl", name).make(place.settings(arm, ARMS[arm]), lambda: place.run(arm, ARMS[arm]))
+
+
+def told(name: str) -> Told:
+    """Of every seed that there is, more than the scale's own, too."""
+    results, rows = Results(HERE / "results.jsonl", name), []
+    for seed in itertools.count():
+        found = [results.get(workplace(name, seed).settings(*one)) for one in SCALES[name].arms.items()]
+        rows += [row for row in found if row is not None]
+        if not any(found):
+            break
+    return report(rows, list(SCALES[name].arms)), lambda path: draw(rows, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    conduct(
+        __doc__, HERE, SCALES, parts=lambda scale: range(len(scale.arms) * scale.seeds), make=make, report=told,
+        only="arms", prepare=prepare, arguments=arguments,
+    )  # fmt: skip

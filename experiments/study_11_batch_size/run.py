@@ -1,0 +1,188 @@
+"""Is the best half-life of Adam's second moment constant in tokens over batch sizes? One command; finished runs stay.
+
+python -m experiments 11 [--scale laptop|gpu|paper] [--report]
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import PrinterCallback
+
+from experiments.harness import Results, key_of
+from experiments.scales import Told, conduct, device_name
+from experiments.small_base import CACHE
+from experiments.study_11_batch_size.ensemble import Member, train_together
+from experiments.study_11_batch_size.report import draw, text_of
+from retain.lab.config import PretrainConfig
+from retain.lab.models import make_config, make_model
+from retain.lab.pretrain import PretrainArguments, make_trainer, open_corpus
+from retain.models.description import default_device
+from retain.training.half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2
+
+HERE = Path(__file__).parent
+
+SEEDS_TOGETHER = 3
+LONGEST_STEP = 8  # half-lives: beta2 is .004 there
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What a study takes; the defaults are one GPU's.
+
+    Half-lives go up from that of `first_beta2` at one row a step by the factor between batch sizes, so that a fixed
+    beta2 is a diagonal of the same grid. The rates are of one row a step; others have them times √rows.
+    """
+
+    corpus: str = "synthetic"
+    model_size: str = "430k"
+    num_states: int = 256
+    vocab_size: int = 64
+    branching: int = 4
+    max_length: int = 128
+    tokens: float = 8.4e6
+    batch_sizes: tuple[int, ...] = (4, 16, 64, 256)
+    factor: int = 4
+    first_beta2: float = 0.95
+    half_lives: int = 7
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    seeds: int = 3
+    eval_rows: int = 2048
+    ensemble: bool = False  # all models of a batch size in one loop: for models so small that Python is what costs
+    compiled: bool = True
+
+    def config(self) -> PretrainConfig:
+        return PretrainConfig(
+            corpus=self.corpus, model_size=self.model_size, num_states=self.num_states, vocab_size=self.vocab_size,
+            branching=self.branching, max_length=self.max_length, eval_rows=self.eval_rows,
+        )  # fmt: skip
+
+    def half_lives_at(self, batch_size: int) -> list[float]:
+        """Tokens, the same at every batch size but for those far below a step, at which nothing is remembered."""
+        least = half_life_of_beta2(self.first_beta2, min(self.batch_sizes) * self.max_length)
+        every = [round(least * self.factor**place, 3) for place in range(self.half_lives)]
+        return [one for one in every if batch_size * self.max_length <= LONGEST_STEP * one]
+
+
+SCALES = {
+    "laptop": Scale(
+        model_size="5000", num_states=32, vocab_size=128, max_length=16, tokens=2**19, batch_sizes=(1, 4, 16, 64),
+        first_beta2=0.9576, rates=(5.5e-4, 1.5e-3, 4e-3, 1e-2, 2.7e-2), seeds=5, ensemble=True,
+    ),
+    "gpu": Scale(tokens=4.2e6, batch_sizes=(16, 64, 256), half_lives=6, seeds=2),
+    "paper": Scale(
+        model_size="32M", num_states=65_536, vocab_size=4096, max_length=512, tokens=6e8,
+        batch_sizes=(1, 4, 16, 64, 256, 1024), half_lives=9, rates=(3e-5, 1e-4, 3e-4, 1e-3),
+    ),
+}  # fmt: skip
+
+
+def arguments(scale: Scale, batch_size: int, folder: Path) -> PretrainArguments:
+    """Those of `retain pretrain`: AdamW, cosine after warm-up, clipping; rate, beta2 and seed are the cell's."""
+    return PretrainArguments(
+        output_dir=str(folder), max_steps=round(scale.tokens / batch_size / scale.max_length),
+        per_device_train_batch_size=batch_size, eval_strategy="no", logging_strategy="no", save_strategy="no",
+        train_sampling_strategy="sequential", disable_tqdm=True,
+        use_cpu=scale.ensemble or default_device() == "cpu",
+    )  # fmt: skip
+
+
+def train(scale: Scale, batch_size: int, member: Member) -> tuple[float, Any]:
+    """Pretrain one model by `retain pretrain`'s own parts: the held-out loss at the end, and the model."""
+    folder, corpus = CACHE / f"run-batch-{os.getpid()}", open_corpus(scale.config(), member.seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    args = arguments(scale, batch_size, folder)
+    args.learning_rate, args.seed = member.learning_rate, member.seed
+    apply_half_life(args, member.half_life, scale.max_length)
+    shape = make_config(scale.model_size, vocab_size=len(corpus.tokenizer), max_length=corpus.length)
+    trainer = make_trainer(args, scale.config(), corpus, make_model(shape, member.seed), member.seed)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    shutil.rmtree(folder, ignore_errors=True)
+    return loss, trainer.model
+
+
+def facts(scale: Scale, batch_size: int, half_life: float, losses: Sequence[float]) -> dict[str, Any]:
+    """What a row says: held-out losses in the order of its seeds, None where one diverged."""
+    step = batch_size * scale.max_length
+    found = [round(loss, 5) if math.isfinite(loss) else None for loss in losses]
+    return {"losses": found, "beta2": beta2_of_half_life(half_life, step), "num_steps": round(scale.tokens / step),
+            "device": f"CPU, {torch.get_num_threads()} threads" if scale.ensemble else device_name()}  # fmt: skip
+
+
+def one_by_one(scale: Scale, batch_size: int, fixed: dict[str, Any], results: Results) -> None:
+    """A row for each run."""
+    for cell in cells(scale, batch_size):
+        for seed in range(scale.seeds):
+            member = Member(cell["half_life"], cell["learning_rate"], seed)
+            results.make(
+                cell | {"seeds": [seed]} | fixed,
+                lambda member=member: facts(scale, batch_size, member.half_life, [train(scale, batch_size, member)[0]]),
+            )
+
+
+def together(scale: Scale, batch_size: int, fixed: dict[str, Any], results: Results) -> None:
+    """All runs of a batch size with some seeds as one ensemble; a row for each half-life and rate."""
+    for first in range(0, scale.seeds, SEEDS_TOGETHER):
+        seeds = list(range(first, min(first + SEEDS_TOGETHER, scale.seeds)))
+        rows = [cell | {"seeds": seeds} | fixed for cell in cells(scale, batch_size)]
+        if todo := [row for row in rows if results.get(row) is None]:
+            make_rows(scale, todo, fixed, results)
+
+
+def make_rows(scale: Scale, rows: Sequence[dict[str, Any]], fixed: dict[str, Any], results: Results) -> None:
+    """Rows of one batch size and the same seeds, by one ensemble."""
+    batch_size, seeds = rows[0]["batch_size"], rows[0]["seeds"]
+    members = [Member(row["half_life"], row["learning_rate"], seed) for row in rows for seed in seeds]
+    corpora = {seed: open_corpus(scale.config(), seed) for seed in seeds}
+    name = key_of({"members": [asdict(member) for member in members], **fixed}, str(batch_size))
+    args, began = arguments(scale, batch_size, CACHE / f"ensemble-{name}"), time.process_time()
+    trained = train_together(members, corpora, args, scale.model_size, Path(args.output_dir), scale.compiled)
+    spent = {"processor_seconds": round((time.process_time() - began) / len(rows), 2)}  # an equal part
+    for at, row in enumerate(rows):
+        mine = trained.losses[at * len(seeds) : (at + 1) * len(seeds)]
+        results.make(row, lambda row=row, mine=mine: facts(scale, batch_size, row["half_life"], mine) | spent)
+
+
+def cells(scale: Scale, batch_size: int) -> list[dict[str, Any]]:
+    """Every half-life with every rate."""
+    rates = [round(rate * math.sqrt(batch_size), 6) for rate in scale.rates]
+    return [
+        {"batch_size": batch_size, "half_life": half_life, "learning_rate": rate}
+        for half_life in scale.half_lives_at(batch_size)
+        for rate in rates
+    ]
+
+
+def fixed_of(scale: Scale) -> dict[str, Any]:
+    """What all rows of a scale have in common."""
+    own = ("seeds", "batch_sizes", "factor", "first_beta2", "half_lives", "rates", "ensemble", "compiled")
+    return {name: value for name, value in asdict(scale).items() if name not in own}
+
+
+def make(name: str, batch_size: int) -> None:
+    """All runs of a batch size."""
+    scale = SCALES[name]
+    how = together if scale.ensemble else one_by_one
+    how(scale, batch_size, fixed_of(scale), Results(HERE / "results.jsonl", name))
+
+
+def report(name: str) -> Told:
+    rows = Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
+    return text_of(rows), lambda path: draw(rows, path)
+
+
+def main(told: Sequence[str] | None = None) -> None:
+    conduct(
+        __doc__, HERE, SCALES, parts=lambda scale: scale.batch_sizes, make=make, report=report, only="batch_sizes",
+        arguments=told,
+    )  # fmt: skip
