@@ -34,7 +34,7 @@ from retain.measuring.tokens import logits_at
 from retain.models.description import num_parameters
 from retain.models.head import find_head_form
 from retain.models.reference import Reference
-from retain.training.objective import ReplayTerm
+from retain.training.replay_term import ReplayTerm
 
 POSITIONS, HIDDEN, VOCAB = 1024, 576, 49_152
 ROWS, LENGTH = 8, 128

@@ -252,7 +252,7 @@ def make_trainer(run: Run, bench: Bench, folder: Path, kind: type = ReplayTraine
         data_collator=default_data_collator,
         processing_class=bench.tokenizer,
         replay_config=config,
-        replay_dataset=replay_of(run, bench.replay) if config.draws_replay else None,
+        replay_dataset=replay_of(run, bench.replay) if config.objective.draws_rows else None,
         retention_datasets=bench.retention if run.eval_steps else None,
     )
     trainer.remove_callback(PrinterCallback)

@@ -24,7 +24,7 @@ from retain.replay.predictions import bytes_per_token, cache_path
 from retain.sampling.engine import TOP_K, draw_rows
 from retain.sampling.starts import Mode, Starts
 from retain.sampling.write import sample_replay
-from retain.training.objective import describe_store
+from retain.training.replay_term import describe_store
 
 KINDS = ("hidden", "topk")
 
@@ -293,7 +293,7 @@ def test_a_store_that_is_not_there_or_of_no_use_is_refused(datasets: dict[str, R
     with pytest.raises(ValueError, match="replay_reference: 'cache', but nothing fit is stored"):
         run(tmp_path / "a", plain, "cache")
     settings = ReplayConfig(replay_objective="kl_new", replay_reference="cache")
-    with pytest.raises(ValueError, match="'kl_new' needs predictions on new rows"):
+    with pytest.raises(ValueError, match="'kl_new' needs other predictions"):
         train(tmp_path / "b", datasets["hidden"], replay_config=settings)
 
 

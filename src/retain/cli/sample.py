@@ -28,7 +28,7 @@ from retain.sampling.preview import describe, preview_html, preview_text
 from retain.sampling.quality import pool_statistics
 from retain.sampling.starts import Starts, plan_starts
 from retain.sampling.write import sample_replay
-from retain.training.objective import describe_store
+from retain.training.replay_term import describe_store
 
 STATISTICS = "statistics.json"
 PREVIEW = "preview.html"

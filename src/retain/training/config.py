@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from retain.checks import Settings, check_number, setting
+from retain.training.objectives import NONE, OBJECTIVES, Objective
 
-ReplayObjective = Literal["kl", "ntp", "replace", "kl_new"]
+if TYPE_CHECKING:
+    ReplayObjective = str
+else:
+    ReplayObjective = Literal[tuple(OBJECTIVES)]
 ReplayReference = Literal["auto", "adapter", "copy", "cache"]
 
 
@@ -16,9 +20,7 @@ class ReplayConfig(Settings):
     """How replay protects a finetune: Marek et al., arXiv 2605.26097; docs/replay.md has the formulas."""
 
     replay_objective: ReplayObjective = setting(
-        "kl",
-        "kl: KL(base || model) on replay rows. ntp: next-token loss on replay rows. replace: a share of each batch is "
-        "replay rows, no extra term. kl_new: KL(base || model) on the new rows, needs no replay rows.",
+        "kl", " ".join(f"{name}: {objective.meaning}" for name, objective in OBJECTIVES.items())
     )
     replay_coef: float = setting(1.0, "Weight of the replay term beside the new-task loss. 0 switches protection off.")
     per_device_replay_batch_size: int | None = setting(
@@ -58,32 +60,19 @@ class ReplayConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_ref_kl is not None:
-            if not (self.uses_reference and self.replay_objective == "kl"):
+            if not (self.objective.uses_reference and self.objective.draws_rows):
                 raise ValueError(
                     f"max_ref_kl: {self.max_ref_kl} needs replay_objective kl and a replay_coef above 0, "
                     f"not {self.replay_objective!r} and {self.replay_coef:g}"
                 )
             check_number("replay_coef", self.replay_coef, low=1e-3, high=1e3)  # the bounds within which it may move
-        if self.replay_objective == "replace" and not 0 < self.replay_share < 1:
-            raise ValueError(
-                f"replay_share: {self.replay_share} leaves a batch with no replay or no new rows; use a share above 0 "
-                "and below 1"
-            )
+        self.objective.check_settings(self)
 
     @property
-    def adds_replay_term(self) -> bool:
-        """Whether a replay term is added to the loss."""
-        return self.replay_objective != "replace" and self.replay_coef > 0
-
-    @property
-    def uses_reference(self) -> bool:
-        """Whether the base's predictions are part of the loss."""
-        return self.adds_replay_term and self.replay_objective in ("kl", "kl_new")
-
-    @property
-    def draws_replay(self) -> bool:
-        """Whether replay rows are trained on."""
-        return self.replay_objective == "replace" or (self.adds_replay_term and self.replay_objective != "kl_new")
+    def objective(self) -> Objective:
+        """What protects; nothing where the term that would be added weighs 0."""
+        chosen = OBJECTIVES[self.replay_objective]
+        return NONE if chosen.adds_term and not self.replay_coef else chosen
 
 
 def check_arguments(args: Any, replay_objective: str | None = None) -> None:
@@ -97,8 +86,8 @@ def check_arguments(args: Any, replay_objective: str | None = None) -> None:
     for name in ("learning_rate", "weight_decay"):
         check_number(name, getattr(args, name), low=0)
     check_number("seed", args.seed, low=0, high=2**32 - 1, integer=True)
-    if replay_objective == "replace" and getattr(args, "packing", False):
-        raise ValueError("replay_objective: 'replace' needs padded batches; set packing false, or use 'kl' or 'ntp'")
+    if replay_objective is not None:
+        OBJECTIVES[replay_objective].check_arguments(args)
     if (length := getattr(args, "max_length", None)) is not None:  # pretraining has its own
         check_number("max_length", length, low=2, integer=True)
     if args.neftune_noise_alpha is not None:

@@ -30,7 +30,7 @@ from retain.models.stored_base import RememberedBase
 from retain.replay.dataset import ReplayDataset, load_replay_dataset, verify_replay
 from retain.replay.own_rows import check_pool
 from retain.report.numbers import quantity
-from retain.training.objective import ReplayTerm, stored_error
+from retain.training.objectives import NONE
 from retain.training.protection import (
     check_base_is_frozen,
     check_devices,
@@ -49,6 +49,7 @@ from retain.training.protection import (
     takes_cache,
     training_rows,
 )
+from retain.training.replay_term import ReplayTerm, stored_error
 from retain.training.retention import RetentionMixin
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class ProtectedInputs(RetentionMixin):
         config = self.replay_config
         see_the_base_everywhere(may_change=False)
         check_whole(model)
-        if config.draws_replay or config.adds_replay_term or retention:
+        if config.objective is not NONE or retention:
             check_predicts_tokens(model)
         self.replay_dataset, self.retention_documents, self.reference = None, {}, None
         self._row_edges: set[int] = set()  # tokens that open or close rows
@@ -87,10 +88,10 @@ class ProtectedInputs(RetentionMixin):
         self._check_rows(model)
         has_adapter = kwargs.get("peft_config") is not None or hasattr(model, "disable_adapter")
         self.uses_cache = takes_cache(config, self.replay_dataset, own_rows=self._own_rows)
-        if config.uses_reference or self.retention_documents:
+        if config.objective.uses_reference or self.retention_documents:
             self._base_probe = probe(model)
         measured = bool(self.retention_documents)
-        if (measured and has_adapter) or ((measured or config.uses_reference) and not self.uses_cache):
+        if (measured and has_adapter) or ((measured or config.objective.uses_reference) and not self.uses_cache):
             self.reference = make_reference(config, model, has_adapter=has_adapter)
 
     def prove_reference(self) -> None:
@@ -103,24 +104,24 @@ class ProtectedInputs(RetentionMixin):
         check_devices(self)
         texts = self.retention_documents.values()
         windows = [len(window) for documents in texts for document in documents for window in document.windows]
-        drawn = rows.num_predictions + rows.prefix_lengths if rows is not None and config.draws_replay else []
+        drawn = rows.num_predictions + rows.prefix_lengths if rows is not None and config.objective.draws_rows else []
         check_positions(model, [*windows, *drawn])
         dataset = getattr(self, "train_dataset", None)  # its rows are tokenised by now
         check_not_trained_on(dataset, self.retention_documents, self._row_edges)
-        if rows is not None and rows.manifest is None and config.draws_replay:  # real text
+        if rows is not None and rows.manifest is None and config.objective.draws_rows:  # real text
             new = find_rows([rows[at] for at in range(len(rows))], training_rows(dataset), self._row_edges)
             if 2 * len(new) > len(rows):
                 logger.warning(
                     "replay_dataset: %d of %s are rows of the new task: they hold the model back there and protect "
                     "nothing else; give text that it should keep", len(new), quantity(len(rows), "row"),
                 )  # fmt: skip
-        if config.uses_reference or self.retention_documents:
+        if config.objective.uses_reference or self.retention_documents:
             check_same_model(model, self._base_probe)
-        if config.adds_replay_term or self.retention_documents:
+        if config.objective.adds_term or self.retention_documents:
             check_forward_passes(model, self.args)
-        if rows is not None and config.draws_replay:
+        if rows is not None and config.objective.draws_rows:
             check_invoked(model, rows)
-        form = find_head_form(model) if config.adds_replay_term else None
+        form = find_head_form(model) if config.objective.adds_term else None
         module, ref_head = model.get_output_embeddings(), None
         if self.reference is None and self.retention_documents:
             if form is None:
@@ -174,7 +175,7 @@ class ProtectedInputs(RetentionMixin):
     def _prove_rows(self) -> None:
         """Hold rows that the model is said to have drawn against what it predicts, in the precision of training."""
         rows, model, config = self.replay_dataset, self.model, self.replay_config
-        if rows is None or rows.log_probs is None or not (self._own_rows and config.draws_replay):
+        if rows is None or rows.log_probs is None or not (self._own_rows and config.objective.draws_rows):
             return
         as_handed_over = self.reference is not None and self.reference.kind == "copy"
         adapter_off = hasattr(model, "disable_adapter") and not as_handed_over
@@ -269,14 +270,14 @@ class ProtectedInputs(RetentionMixin):
 
     def _check_rows(self, model: Any) -> None:
         config, rows = self.replay_config, self.replay_dataset
-        if self.replay_config.draws_replay and rows is None:
+        if config.objective.draws_rows and rows is None:
             raise ValueError(
                 f"replay_dataset: missing, and replay_objective {config.replay_objective!r} needs it; give rows, or "
                 "set replay_coef 0 to finetune without protection"
             )
-        if not self.replay_config.draws_replay and not self.replay_config.adds_replay_term:
+        if config.objective is NONE:
             logger.warning("replay_coef is 0: this run is not protected against forgetting")
-        if rows is None or not self.replay_config.draws_replay:
+        if rows is None or not config.objective.draws_rows:
             return
         check_rows_fit(rows, model)
         check_held_out(
@@ -301,13 +302,13 @@ class ProtectedInputs(RetentionMixin):
     def _resolved(self) -> dict[str, Any]:
         """What was used where a setting was left to its default."""
         rows, config = self.replay_dataset, self.replay_config
-        if rows is None or not config.draws_replay:
+        if rows is None or not config.objective.draws_rows:
             return {}
         resolved: dict[str, Any] = {"replay_max_length": int(np.diff(rows.offsets).max())}
         resolved["start_token"] = self._start_token
-        if config.replay_objective != "replace":
+        if config.objective.adds_term:
             resolved["per_device_replay_batch_size"] = self.replay_batch_size
-        if config.uses_reference:
+        if config.objective.uses_reference:
             resolved["replay_reference"] = str(self.reference_kind).split()[0]  # without the cache's kind
         return resolved
 
@@ -322,19 +323,19 @@ class ProtectedInputs(RetentionMixin):
         """What protects this run, a line each, for people to read before it starts."""
         config, rows = self.replay_config, self.replay_dataset
         unused = [f"replay: {quantity(len(rows), 'row')} given, and not used"] if rows is not None else []
-        if not self.replay_config.draws_replay and not self.replay_config.adds_replay_term:
+        if config.objective is NONE:
             return ["protection: none (replay_coef 0)", *unused]
-        if config.uses_reference and expected_steps(self.args, getattr(self, "train_dataset", None)) == 1:
+        if config.objective.uses_reference and expected_steps(self.args, getattr(self, "train_dataset", None)) == 1:
             return ["protection: none (a run of one step: there the model is its base, and KL has no gradient)"]
-        lines = [f"protection: {config.replay_objective}, {self._strength()}"]
-        if self.replay_config.uses_reference:
+        lines = [f"protection: {config.replay_objective}, {config.objective.strength(config)}"]
+        if config.objective.uses_reference:
             lines[0] += f", reference {self.reference_kind} (proven to be the base)"
         if self.is_fsdp_enabled and self.reference is not None and self.reference.kind == "copy":
             lines.append(
                 f"reference: a copy on every device, {self.reference.num_bytes / 1e9:.1f} GB, which FSDP leaves whole; "
                 "an adapter, or rows sampled with --store_reference hidden, need none"
             )
-        if not config.draws_replay:
+        if not config.objective.draws_rows:
             lines += [f"{line} by replay_objective {config.replay_objective}" for line in unused]
         elif rows is not None:
             kind = "real text" if rows.manifest is None else f"self-generated by {rows.manifest['model']}"
@@ -355,16 +356,6 @@ class ProtectedInputs(RetentionMixin):
         opening = {int(rows[at][0]) for at in range(min(most, len(rows)))}
         new = [int(row[0]) for row in itertools.islice(training_rows(getattr(self, "train_dataset", None)), most)]
         return bool(new) and not opening & set(new)
-
-    def _strength(self) -> str:
-        config = self.replay_config
-        if config.replay_objective == "replace":
-            given = config.per_device_replay_batch_size
-            ignored = "" if given is None else f" (per_device_replay_batch_size {given} is not used: replay_share is)"
-            return f"share {config.replay_share:g} of each batch{ignored}"
-        if config.max_ref_kl is not None:
-            return f"budget {config.max_ref_kl:g} nats per token (coefficient from {config.replay_coef:g})"
-        return f"coefficient {config.replay_coef:g}"
 
     @property
     def reference_kind(self) -> str | None:

@@ -243,7 +243,7 @@ def check_replay_every(config: ReplayConfig, steps: int) -> None:
     Raises:
         ValueError: with what to do instead.
     """
-    if config.uses_reference and 1 < config.replay_every >= steps:
+    if config.objective.uses_reference and 1 < config.replay_every >= steps:
         raise ValueError(
             f"replay_every: {config.replay_every} of {steps} steps is the first one only, where the model is its "
             "base and KL has no gradient; use a smaller one"
@@ -368,13 +368,14 @@ def takes_cache(config: ReplayConfig, rows: ReplayDataset | None, *, own_rows: b
     Raises:
         ValueError: if that was asked for and cannot be had.
     """
-    if not config.uses_reference or config.replay_reference not in ("auto", "cache"):
+    objective = config.objective
+    if not objective.uses_reference or config.replay_reference not in ("auto", "cache"):
         return False
-    if config.replay_objective == "kl" and rows is not None and rows.cache is not None and own_rows:
+    if objective.takes_stored and rows is not None and rows.cache is not None and own_rows:
         return True
     if config.replay_reference == "auto":
         return False
-    why = "'kl_new' needs predictions on new rows" if config.replay_objective == "kl_new" else "nothing fit is stored"
+    why = "nothing fit is stored" if objective.takes_stored else f"{objective.name!r} needs other predictions"
     raise ValueError(
         f"replay_reference: 'cache', but {why}; use auto, or rows that this model drew with "
         "`retain sample --store_reference hidden`"

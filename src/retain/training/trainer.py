@@ -27,8 +27,9 @@ from retain.training.budget import ForgettingBudget
 from retain.training.config import ReplayConfig
 from retain.training.evaluation import check_best_metric, logged_names
 from retain.training.inputs import ProtectedInputs, load_for_training
-from retain.training.objective import in_opening
+from retain.training.objectives import NONE, Batch, Objective
 from retain.training.protection import check_noise, check_replay_every, check_trained, check_weights, zero_kl_error
+from retain.training.replay_term import in_opening
 from retain.training.run_files import BUDGET_FILE, ProtectionChecks, RunFilesCallback
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class ReplayMixin(ProtectedInputs):
         self._logged_steps = 0
         self._new_task_losses: dict[int, Any] = {}  # step → the host's own part of its loss
         self._is_the_base = True  # until its first step; a try that ran out of memory leaves it moved
-        self._largest_kl, self._kl_is_zero = torch.zeros(()), self.replay_config.uses_reference
+        self._largest_kl, self._kl_is_zero = torch.zeros(()), self.objective.uses_reference
         self.budget: ForgettingBudget | None = None
         self.prove_reference()
         check_best_metric(self.args, logged_names(self.retention_documents))
@@ -101,16 +102,13 @@ class ReplayMixin(ProtectedInputs):
     @property
     def replay_batch_size(self) -> int:
         """Replay rows per device and micro-batch."""
-        config, batch = self.replay_config, self._train_batch_size  # which auto_find_batch_size makes smaller
-        if config.replay_objective != "replace":
-            return config.per_device_replay_batch_size or max(1, batch // 8)  # experiments/study_01_replay_cost
-        rows = round(config.replay_share * batch)
-        if not 0 < rows < batch:
-            raise ValueError(
-                f"replay_share: {config.replay_share} of per_device_train_batch_size {batch} is {rows} rows; "
-                "use a share that leaves both replay and new rows"
-            )
-        return rows
+        config = self.replay_config
+        return config.objective.batch_rows(config, self._train_batch_size)  # auto_find_batch_size makes it smaller
+
+    @property
+    def objective(self) -> Objective:
+        """What protects this run."""
+        return self.replay_config.objective
 
     @property
     def _replay_is_due(self) -> bool:
@@ -127,14 +125,14 @@ class ReplayMixin(ProtectedInputs):
             return samples, num_items
         self._stop_if_unprotected()
         self._ready_for = self.state.global_step
-        if config.adds_replay_term:
+        if self.objective.adds_term:
             self._queue = [None] * len(samples)
             self._step_term = torch.zeros((), device=self.accelerator.device)
             self._step_parts = torch.zeros_like(self._step_parts)
             self._logged_steps += 1
-        if config.draws_replay:
+        if self.objective.draws_rows:
             batches = self._draw(len(samples))
-            if config.adds_replay_term:
+            if self.objective.adds_term:
                 self._queue = list(batches)
             else:
                 samples = [replace_rows(new, old) for new, old in zip(samples, batches, strict=True)]
@@ -164,7 +162,7 @@ class ReplayMixin(ProtectedInputs):
         result = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
-        if not (self.model.training and self.replay_config.adds_replay_term):
+        if not (self.model.training and self.objective.adds_term):
             return result
         scale = 1.0 if self._host_scales(num_items_in_batch) else self.current_gradient_accumulation_steps
         step, own = self.state.global_step, result[0] if return_outputs else result
@@ -185,27 +183,29 @@ class ReplayMixin(ProtectedInputs):
 
     def _term_on_replay(self, model: Any, batch: dict[str, Any]) -> Tensor:
         labels, stored = batch.pop("labels"), batch.pop("stored", None)
-        unwrapped, term = self.accelerator.unwrap_model(model), self.replay_term
-        if self.replay_config.uses_reference:
-            mask = labels[:, 1:] != -100
-            values = torch.zeros(int(mask.sum()), device=mask.device)
-            total = term.kl(model, unwrapped, batch, mask, stored, values)
+        mask = labels[:, 1:] != -100
+        values = torch.zeros(int(mask.sum()), device=mask.device)
+        rows = Batch(model, self.accelerator.unwrap_model(model), batch, labels, stored, values)
+        total = self.objective.total(self.replay_term, rows)
+        if self.objective.uses_reference:
             opens = in_opening(mask)[mask]
             parts = torch.stack([torch.stack([values[part].sum(), part.sum()]) for part in (opens, ~opens)])
             self._step_parts, self._logged_parts = self._step_parts + parts, self._logged_parts + parts
-        else:
-            total = term.next_token_loss(model, unwrapped, batch, labels)
         # This micro-batch's part of the step's mean; DDP averages gradients, hence the processes.
         return self._note(total / self._replay_tokens * self.accelerator.num_processes)
 
     def _term_on_new_rows(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
         if "labels" not in inputs:
-            raise ValueError("replay_objective: 'kl_new' needs batches with labels; use 'kl' with this trainer")
-        mask = inputs.pop("labels")[:, 1:] != -100
+            raise ValueError(
+                f"replay_objective: {self.objective.name!r} needs batches with labels; use 'kl' with this trainer"
+            )
+        labels = inputs.pop("labels")
         inputs.pop("use_cache", None)
-        total = self.replay_term.kl(model, self.accelerator.unwrap_model(model), inputs, mask)
+        rows = Batch(model, self.accelerator.unwrap_model(model), inputs, labels)
+        total = self.objective.total(self.replay_term, rows)
         if num_items is None:
-            return self._note(total / mask.sum().clamp(min=1) / self.current_gradient_accumulation_steps)
+            count = (labels[:, 1:] != -100).sum().clamp(min=1)
+            return self._note(total / count / self.current_gradient_accumulation_steps)
         world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return self._note(total / num_items * world)
 
@@ -213,7 +213,7 @@ class ReplayMixin(ProtectedInputs):
         """Keep a micro-batch's part of the step's mean for the log and the budget."""
         self._logged.append(term.detach())
         self._step_term = self._step_term.to(term.device) + term.detach()
-        if self.replay_config.uses_reference:
+        if self.objective.uses_reference:
             self._largest_kl = torch.maximum(self._largest_kl.to(term.device), term.detach().abs())
         return term
 
@@ -239,7 +239,7 @@ class ReplayMixin(ProtectedInputs):
                 f"use bf16 instead of fp16; checkpoints in {self.args.output_dir!r} are kept"
             )
         if self._replay_is_due and not self._queue:
-            if self.replay_config.uses_reference and self._is_the_base and self.state.global_step == 0:
+            if self.objective.uses_reference and self._is_the_base and self.state.global_step == 0:
                 kl = float(self._step_term) if self.budget is None else self._held_kl()
                 check_noise(kl, self.replay_config.max_ref_kl)
             self._is_the_base = False
@@ -249,9 +249,8 @@ class ReplayMixin(ProtectedInputs):
 
     def _stop_if_passed_by(self) -> None:
         """A step of the host must have met all the replay that was drawn for it, before the weights are touched."""
-        config = self.replay_config
         met = self._ready_for == self.state.global_step and not self._queue
-        if not met and self._replay_is_due and (config.draws_replay or config.adds_replay_term):
+        if not met and self._replay_is_due and self.objective is not NONE:
             raise ValueError(
                 f"replay: {type(self).__name__} made step {self.state.global_step + 1} without it, so nothing protects "
                 "the model; leave get_batch_samples and compute_loss to ReplayMixin, and the model in training mode"
@@ -338,7 +337,7 @@ class ReplayMixin(ProtectedInputs):
             total = torch.stack(self._logged).sum() / self._logged_steps
             mean = self.accelerator.reduce(total, reduction="mean").item()
             logs["replay/loss"] = mean
-            if self.replay_config.uses_reference:
+            if self.objective.uses_reference:
                 logs["replay/kl"] = mean
                 parts = self.accelerator.reduce(self._logged_parts, reduction="sum").tolist()
                 for name, (kl, count) in zip(("opening", "rest"), parts, strict=True):

@@ -89,11 +89,7 @@ class ReplayTerm:
             return self._of_topk(model, unwrapped, inputs, mask, stored, values)
         if self.form is None:
             assert stored is None, "hidden states say nothing without a plain head"
-            ref_logits = self._ref(model, unwrapped, lambda base: logits_at(base, inputs))
-            found = kl_divergence(ref_logits[:, :-1], logits_at(model, inputs)[:, :-1])
-            if values is not None:
-                values.copy_(found.detach()[mask])
-            return found.masked_fill(~mask, 0.0).sum()
+            return self.on_logits(kl_divergence, model, unwrapped, inputs, mask, values)
         form, ref_head = self.form, self.ref_head
         if stored is not None:
             ref_hidden = stored["hidden"]
@@ -114,6 +110,22 @@ class ReplayTerm:
             return chunked_kl_divergence(ref_hidden, ref_head or head, hidden[:, :-1][mask], head, values)
 
         return at_head(model, unwrapped, inputs, compute)
+
+    def on_logits(
+        self,
+        divergence: Callable[[Tensor, Tensor], Tensor],
+        model: Any,
+        unwrapped: Any,
+        inputs: Inputs,
+        mask: Tensor,
+        values: Tensor | None = None,
+    ) -> Tensor:
+        """Σ divergence(base's logits, model's logits) over the predictions in `mask`: any function of whole logits."""
+        ref_logits = self._ref(model, unwrapped, lambda base: logits_at(base, inputs))
+        found = divergence(ref_logits[:, :-1], logits_at(model, inputs)[:, :-1])
+        if values is not None:
+            values.copy_(found.detach()[mask])
+        return found.masked_fill(~mask, 0.0).sum()
 
     def _of_topk(
         self,

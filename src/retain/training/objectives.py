@@ -1,0 +1,130 @@
+"""The replay objectives: what each trains on, and what it adds to the loss.
+
+To add one: a class here, and its place in `OBJECTIVES`; flags, checks, logs and `protection()` follow from it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from retain.training.config import ReplayConfig
+    from retain.training.replay_term import ReplayTerm
+
+
+class Batch(NamedTuple):
+    """Rows on which a term is taken, and the model that reads them.
+
+    Args:
+        model, unwrapped: the model as the trainer calls it, and the one inside.
+        inputs: what the model takes.
+        labels: token ids of shape (rows, length), −100 where nothing is predicted.
+        stored: what was stored of the base's predictions at these labels.
+        values: filled with the terms of the sum, shape (predictions,), where the base is compared.
+    """
+
+    model: Any
+    unwrapped: Any
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    stored: dict[str, Tensor] | None = None
+    values: Tensor | None = None
+
+
+class Objective:
+    """What one value of `replay_objective` does; as it stands here, nothing: no protection."""
+
+    name = "none"
+    meaning = ""  # a sentence or two for the flag's help
+    draws_rows = False  # trains on replay rows
+    adds_term = False  # adds `replay_coef` times its mean to the host's loss
+    uses_reference = False  # compares the model with its frozen base
+    takes_stored = False  # can read what was stored of the base's predictions beside the rows
+
+    def check_settings(self, config: ReplayConfig) -> None:
+        """Raise a `ValueError` for settings with which this objective could not work."""
+
+    def check_arguments(self, args: Any) -> None:
+        """Raise a `ValueError` for training arguments with which it could not work."""
+
+    def batch_rows(self, config: ReplayConfig, batch: int) -> int:
+        """Replay rows beside `batch` new rows, per device and micro-batch."""
+        return config.per_device_replay_batch_size or max(1, batch // 8)  # experiments/study_01_replay_cost
+
+    def strength(self, config: ReplayConfig) -> str:
+        """How strongly it pulls, for people to read."""
+        if config.max_ref_kl is not None:
+            return f"budget {config.max_ref_kl:g} nats per token (coefficient from {config.replay_coef:g})"
+        return f"coefficient {config.replay_coef:g}"
+
+    def total(self, term: ReplayTerm, batch: Batch) -> Tensor:
+        """Σ over the predicted tokens of a batch, in nats; the trainer divides by the tokens of the step."""
+        raise NotImplementedError
+
+
+class KL(Objective):
+    """KL to the base on replay rows: Marek et al., arXiv 2605.26097."""
+
+    name, meaning = "kl", "KL(base || model) on replay rows."
+    draws_rows = adds_term = uses_reference = takes_stored = True
+
+    def total(self, term: ReplayTerm, batch: Batch) -> Tensor:
+        mask = batch.labels[:, 1:] != -100
+        return term.kl(batch.model, batch.unwrapped, batch.inputs, mask, batch.stored, batch.values)
+
+
+class NextToken(Objective):
+    """Training on replay rows as on any others."""
+
+    name, meaning = "ntp", "next-token loss on replay rows."
+    draws_rows = adds_term = True
+
+    def total(self, term: ReplayTerm, batch: Batch) -> Tensor:
+        return term.next_token_loss(batch.model, batch.unwrapped, batch.inputs, batch.labels)
+
+
+class Replace(Objective):
+    """Replay rows in the place of new ones: the host's loss on a mixed batch."""
+
+    name, meaning = "replace", "a share of each batch is replay rows, no extra term."
+    draws_rows = True
+
+    def check_settings(self, config: ReplayConfig) -> None:
+        if not 0 < config.replay_share < 1:
+            raise ValueError(
+                f"replay_share: {config.replay_share} leaves a batch with no replay or no new rows; use a share above "
+                "0 and below 1"
+            )
+
+    def check_arguments(self, args: Any) -> None:
+        if getattr(args, "packing", False):
+            raise ValueError(
+                "replay_objective: 'replace' needs padded batches; set packing false, or use 'kl' or 'ntp'"
+            )
+
+    def batch_rows(self, config: ReplayConfig, batch: int) -> int:
+        rows = round(config.replay_share * batch)
+        if not 0 < rows < batch:
+            raise ValueError(
+                f"replay_share: {config.replay_share} of per_device_train_batch_size {batch} is {rows} rows; "
+                "use a share that leaves both replay and new rows"
+            )
+        return rows
+
+    def strength(self, config: ReplayConfig) -> str:
+        rows = config.per_device_replay_batch_size
+        unused = "" if rows is None else f" (per_device_replay_batch_size {rows} is not used: replay_share is)"
+        return f"share {config.replay_share:g} of each batch{unused}"
+
+
+class KLOnNewRows(KL):
+    """KL to the base on the new rows themselves: no replay rows."""
+
+    name, meaning = "kl_new", "KL(base || model) on the new rows, needs no replay rows."
+    draws_rows = takes_stored = False
+
+
+NONE = Objective()
+OBJECTIVES = {objective.name: objective for objective in (KL(), NextToken(), Replace(), KLOnNewRows())}
