@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from retain import fit_forgetting_law
 from retain.cli.flags import parse
 from retain.files import exclusive, write_json
-from retain.lab.sweep_file import read_sweep
+from retain.lab.sweep import read_sweep
 from retain.laws.law import ForgettingLaw
 from retain.replay.dataset import MANIFEST, SCHEMA, load_self_generated, write_shard
 

@@ -211,7 +211,7 @@ def plain(value: Any) -> Any:
 
 def timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        told = {"created", "seconds", "peak_bytes", "resumed", *OF_COMMAND}
+        told = {"created", "seconds", "resumed", *OF_COMMAND}
         kept = {name: timeless(entry) for name, entry in value.items() if not NOT_COMPARED.search(name)}
         anew = {name for name, entry in kept.items() if name.endswith("num_tokens") and isinstance(entry, float)}
         return {name: entry for name, entry in kept.items() if name not in told | anew}  # TRL counts a process's tokens

@@ -16,7 +16,7 @@ from killing import TRAIN, differences, flags, make_kinds, make_world, run_fresh
 from test_kill import server, world  # noqa: F401
 
 import retain.cli.main
-import retain.lab.sweep
+import retain.lab.runner
 import retain.measuring.measure
 import retain.sampling.write
 from retain.cli.main import main
@@ -171,7 +171,7 @@ import signal, sys, time
 from pathlib import Path
 folder = Path(sys.argv[sys.argv.index("--output_dir") + 1]); folder.mkdir(parents=True)
 def stop(*args): (folder / "stopped").write_text("x"); sys.exit(130)
-signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGTERM, stop)
 (folder / "begun").write_text("x")
 time.sleep(60)
 """
@@ -179,7 +179,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize("number", CODES)
 def test_a_stopped_sweep_asks_its_runs_to_stop(tmp_path, capsys, monkeypatch, number):
-    monkeypatch.setattr(retain.lab.sweep, "CHILD", POLITE)
+    monkeypatch.setattr(retain.lab.runner, "PROGRAM", POLITE)
     (tmp_path / "s.yaml").write_text(json.dumps({"verb": "finetune", "grid": {"max_steps": [1]}}))
 
     def stop_when_begun() -> None:
@@ -193,17 +193,6 @@ def test_a_stopped_sweep_asks_its_runs_to_stop(tmp_path, capsys, monkeypatch, nu
         f"retain sweep: {WORDS[number]}; finished runs are kept, others go on from their last checkpoint; run it again"
     )
     assert list((tmp_path / "out").glob("runs/*/stopped"))
-
-
-def test_a_run_whose_sweep_died_before_it_could_listen_does_nothing(tmp_path, monkeypatch):
-    """Between a process's start and its wish to die with its parent there is a moment."""
-    import subprocess
-    import sys
-
-    script = retain.lab.sweep.CHILD.replace("from retain.cli.main import main", "").replace("main(arguments)", "77")
-    for parent, code in ((os.getpid(), 77), (os.getppid(), 1)):
-        done = subprocess.run([sys.executable, "-c", script, ""], env={**os.environ, "RETAIN_SWEEP": str(parent)})
-        assert done.returncode == code
 
 
 def test_a_new_run_is_not_begun_over_old_checkpoints(tune, undisturbed, capsys):

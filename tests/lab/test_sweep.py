@@ -18,17 +18,17 @@ import pytest
 from conftest import save_model
 
 import retain.cli.main
-import retain.lab.sweep as module
 from retain.cli.main import main
 from retain.files import exclusive, read_jsonl
-from retain.lab.sweep import collect, run_sweep
-from retain.lab.sweep_file import SweepRun, read_sweep
+from retain.lab import runner
+from retain.lab.runner import VerbRun
+from retain.lab.sweep import collect, read_sweep, run_sweep
 
 # Stands for a run of `finetune`: logs a number, takes a while, writes its result at the end.
 FAKE = """
 import json, sys, time
 from pathlib import Path
-flags = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 folder = Path(flags["--output_dir"]); folder.mkdir(parents=True, exist_ok=True)
 with open(folder / "begun", "a") as file: file.write("x")
 time.sleep(float(flags.get("--sleep", 0.05)))
@@ -39,7 +39,7 @@ if flags.get("--fail"): sys.exit(f"retain finetune: {flags['--fail']}")
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(module, "CHILD", FAKE)
+    monkeypatch.setattr(runner, "PROGRAM", FAKE)
 
 
 def write(path: Path, **sweep) -> str:
@@ -63,18 +63,18 @@ def test_a_grid_times_a_list(tmp_path):
         for entry in ({"replay_coef": 0}, {"replay_coef": 1, "replay_dataset": "r"})
     ]
     assert len({run.key for run in runs}) == 4
-    assert runs[0].key == SweepRun("finetune", dict(reversed(runs[0].flags.items()))).key, "order is no setting"
-    assert runs[0].key != SweepRun("pretrain", runs[0].flags).key
+    assert runs[0].key == VerbRun("finetune", dict(reversed(runs[0].flags.items()))).key, "order is no setting"
+    assert runs[0].key != VerbRun("pretrain", runs[0].flags).key
 
 
 def test_a_run_as_a_command(tmp_path):
-    run = SweepRun("finetune", {"a": True, "retention": ["x=1", "y=2"], "k": {"b": 1}})
+    run = VerbRun("finetune", {"a": True, "retention": ["x=1", "y=2"], "k": {"b": 1}})
     assert run.arguments(tmp_path) == [
         "finetune", "--a", "true", "--retention", "x=1", "y=2", "--k", '{"b": 1}', "--output_dir", str(tmp_path),
     ]  # fmt: skip
     (tmp_path / "checkpoint-5").mkdir()
     assert run.arguments(tmp_path)[-2:] == ["--resume_from_checkpoint", "true"]
-    assert "--resume_from_checkpoint" not in SweepRun("sample", {}).arguments(tmp_path)
+    assert "--resume_from_checkpoint" not in VerbRun("sample", {}).arguments(tmp_path)
 
 
 def test_finished_runs_are_skipped_and_broken_ones_made_again(tmp_path, fake):
@@ -89,56 +89,30 @@ def test_finished_runs_are_skipped_and_broken_ones_made_again(tmp_path, fake):
     broken = write(tmp_path / "s.yaml", grid={"x": [1]}, list=[{"fail": "rank: 0 does not fit"}, {}])
     for _ in range(2):
         with pytest.raises(
-            ValueError, match=r"^sweep: 1 of 2 runs failed, .*: retain finetune: rank: 0 does not fit; mend"
+            ValueError, match=r"^sweep: 1 of 2 runs failed, .*: retain finetune: rank: 0 does not fit; correct"
         ):
             run_sweep(broken, str(tmp_path / "out"))
     rows = read_jsonl(tmp_path / "out" / "results.jsonl")
     assert [row["status"] for row in rows] == ["done"] * 4 + ["failed"] * 2, "a broken run is tried again"
 
 
-def test_cores_are_given_and_memory_is_kept(tmp_path, monkeypatch):
-    show = "import json,os,sys,time;from pathlib import Path;f=Path(sys.argv[-1]);f.mkdir(parents=True);" \
-           "(f/'metrics.jsonl').write_text(json.dumps({'step':1,'cores':len(sys.argv[1].split(',')),'threads':" \
-           "int(os.environ['OMP_NUM_THREADS'])}));time.sleep(0.5)"  # fmt: skip
-    monkeypatch.setattr(module, "CHILD", show)
-    (row,) = run_sweep(write(tmp_path / "s.yaml"), str(tmp_path / "out"), num_workers=1)
-    assert row["result"] == {"step": 1, "cores": 1, "threads": 1}
-    assert row["peak_bytes"] > 0
-    available = psutil.virtual_memory().available
-
-    class Running:
-        def memory(self):
-            return available // 4
-
-    assert not module._has_room([Running()], 0), "beside a first run nobody knows what another would take"
-    assert not module._has_room([Running()], available)
-    assert module._has_room([Running()], available // 4)
-    assert module._has_room([], 10 * available), "alone always"
-
-
-TIMED = """
-import json, sys, time
+def test_runs_are_given_threads_and_no_more_run_together_than_there_are_workers(tmp_path, monkeypatch):
+    timed = """
+import json, os, sys, time
 from pathlib import Path
 folder, began = Path(sys.argv[-1]), time.time()
 folder.mkdir(parents=True)
-time.sleep(1)
-(folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "began": began, "ended": time.time()}))
+time.sleep(0.5)
+row = {"step": 1, "began": began, "ended": time.time(), "threads": int(os.environ["OMP_NUM_THREADS"])}
+(folder / "metrics.jsonl").write_text(json.dumps(row))
 """
-
-
-def test_the_first_run_is_alone_until_its_memory_is_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CHILD", TIMED)
-    rows = run_sweep(write(tmp_path / "s.yaml", grid={"x": [1, 2, 3]}), str(tmp_path / "out"), num_workers=2)
+    monkeypatch.setattr(runner, "PROGRAM", timed)
+    path = write(tmp_path / "s.yaml", grid={"x": [1, 2, 3]})
+    rows = run_sweep(path, str(tmp_path / "out"), num_workers=2, cores_per_run=3)
     first, second, third = sorted((row["result"] for row in rows), key=lambda result: result["began"])
-    assert second["began"] > first["ended"]
-    assert third["began"] < second["ended"]
-    more = write(tmp_path / "s.yaml", grid={"x": [1, 2, 3, 4, 5]})
-    *_, fourth, fifth = (row["result"] for row in run_sweep(more, str(tmp_path / "out"), num_workers=2))
-    assert max(fourth["began"], fifth["began"]) < min(fourth["ended"], fifth["ended"]), "known from the others"
-    monkeypatch.setattr(module, "SETTLED", 0.2)
-    rows = run_sweep(write(tmp_path / "t.yaml", grid={"x": [1, 2]}), str(tmp_path / "other"), num_workers=2)
-    first, second = sorted((row["result"] for row in rows), key=lambda result: result["began"])
-    assert first["began"] + 0.2 < second["began"] < first["ended"]
+    assert second["began"] < first["ended"]
+    assert third["began"] > min(first["ended"], second["ended"])
+    assert {row["result"]["threads"] for row in rows} == {3}
 
 
 def test_the_last_value_of_everything_is_collected(tmp_path):
@@ -149,13 +123,13 @@ def test_the_last_value_of_everything_is_collected(tmp_path):
     assert collect(tmp_path) == {"step": 2, "loss": 2.0, "eval_loss": 2.5, "retention/a/ref_kl": 0.5}
 
 
+WAITING = "from retain.cli.main import main\nsys.exit(main(sys.argv[1:]))", "import time; time.sleep(60)"
 DRIVER = """
 import sys
 sys.path.insert(0, {source!r})
-import retain.cli.main
-import retain.lab.sweep as module
-module.CHILD = {child!r}
-module.run_sweep({path!r}, {out!r}, num_workers=2)
+from retain.lab import runner, sweep
+runner.PROGRAM = {program!r}
+sweep.run_sweep({path!r}, {out!r}, num_workers=2)
 """
 
 
@@ -163,8 +137,8 @@ module.run_sweep({path!r}, {out!r}, num_workers=2)
 def test_a_sweep_killed_at_ten_random_moments_ends_as_one_undisturbed(tmp_path, fake):
     path = write(tmp_path / "s.yaml", common={"sleep": 0.5}, grid={"x": list(range(60))})
     undisturbed = run_sweep(path, str(tmp_path / "whole"), num_workers=4)
-    source = str(Path(module.__file__).parents[2])
-    driver = DRIVER.format(source=source, child=FAKE, path=path, out=str(tmp_path / "out"))
+    source = str(Path(runner.__file__).parents[2])
+    driver = DRIVER.format(source=source, program=FAKE, path=path, out=str(tmp_path / "out"))
     rng, kills = np.random.default_rng(0), 0
     while kills < 10:
         process = subprocess.Popen([sys.executable, "-c", driver], stderr=subprocess.DEVNULL)
@@ -181,25 +155,21 @@ def test_a_sweep_killed_at_ten_random_moments_ends_as_one_undisturbed(tmp_path, 
 
 def test_no_process_outlives_a_killed_sweep(tmp_path):
     """Else the next sweep would write into the same folder beside it."""
-    child = module.CHILD.replace(
-        "from retain.cli.main import main\nsys.exit(main(arguments))", "import time; time.sleep(60)"
-    )
+    program = runner.PROGRAM.replace(*WAITING)
     path = write(tmp_path / "s.yaml", grid={"x": [1]})
-    source = str(Path(module.__file__).parents[2])
-    driver = DRIVER.format(source=source, child=child, path=path, out=str(tmp_path / "out"))
+    source = str(Path(runner.__file__).parents[2])
+    driver = DRIVER.format(source=source, program=program, path=path, out=str(tmp_path / "out"))
     process = subprocess.Popen([sys.executable, "-c", driver], stderr=subprocess.DEVNULL)
-    children = []
-    for _ in range(200):
-        children = psutil.Process(process.pid).children()
-        if children and "sleep" in children[0].cmdline()[2]:
-            break
+    while not (children := psutil.Process(process.pid).children()):
         time.sleep(0.05)
-    time.sleep(0.5)  # until it has asked to die with its parent
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=5)
-    assert children
-    assert not alive
+    assert not psutil.wait_procs(children, timeout=5)[1]
+
+
+def test_a_run_whose_sweep_died_before_it_began_does_nothing():
+    done = subprocess.run([sys.executable, "-c", runner.PROGRAM.replace(*WAITING)], stdin=subprocess.DEVNULL, timeout=9)
+    assert done.returncode == 1
 
 
 @pytest.mark.parametrize(

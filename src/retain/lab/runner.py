@@ -1,0 +1,209 @@
+"""Runs that are made once each, named by a hash of their settings; nothing is lost to a kill but what was under way.
+
+`Results` keeps a row of each in a file: of a study, a plan's pilots, a sweep. `run_here` and `run_on_ray` make runs of
+a verb, each in a process and a folder of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from retain.files import append_jsonl, read_jsonl
+from retain.text import first_line
+
+RESUMABLE = ("finetune", "pretrain")  # from a checkpoint, by a flag; other verbs resume or begin again by themselves
+PATIENCE = 30.0  # seconds in which a run that is stopped may write a checkpoint
+MAX_RETRIES = 10  # of a run whose Ray worker was lost
+# The program of a run. It ends with the process that began it, however that ends: nobody then holds the other end of
+# its standard input.
+PROGRAM = """
+import os, sys, threading
+threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
+from retain.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run_key(*settings: Any) -> str:
+    """The name of a run: a hash of everything that was set, in JSON; the order of keys is no setting.
+
+    >>> run_key("finetune", {"seed": 0, "lora_r": 4}) == run_key("finetune", {"lora_r": 4, "seed": 0})
+    True
+    """
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a path against other processes, which wait; the lock goes with the process, however it ends."""
+    lock = path.parent / f".{path.name}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+class Results:
+    """Rows by key in a JSON Lines file that only grows, and that several processes may share.
+
+    A row whose `status` is "failed" stands in the file for its error; its run counts as not made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Read the file again, for rows that other processes have appended."""
+        self.rows = {row["key"]: row for row in read_jsonl(self.path) if row.get("status") != "failed"}
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Append a row that names its `key`; a line that a killed process left half-written goes first."""
+        with locked(self.path):
+            if self.path.exists():
+                with open(self.path, "rb+") as file:
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            append_jsonl(self.path, row)
+        if row.get("status") != "failed":
+            self.rows[row["key"]] = row
+
+    def make(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of this key, computed and appended unless it is there; of several processes one computes it."""
+        if key not in self.rows:
+            with locked(self.path.with_name(f"{self.path.name}.{key}")):
+                self.read()
+                if key not in self.rows:
+                    self.append({"key": key, **compute()})
+        return self.rows[key]
+
+
+@dataclass(frozen=True)
+class VerbRun:
+    """A run of one of retain's verbs: its resolved flags, without `output_dir`."""
+
+    verb: str
+    flags: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        return run_key(self.verb, self.flags)
+
+    def arguments(self, folder: Path) -> list[str]:
+        """The command line of this run, writing into `folder`.
+
+        >>> VerbRun("fit", {"runs": ["a", "b"], "ci": True}).arguments(Path("out"))
+        ['fit', '--runs', 'a', 'b', '--ci', 'true', '--output_dir', 'out']
+        """
+        words = [self.verb]
+        for name, value in {**self.flags, "output_dir": str(folder)}.items():
+            words += [f"--{name}", *map(_word, value if isinstance(value, list) else [value])]
+        if self.verb in RESUMABLE and list(folder.glob("checkpoint-*")):
+            words += ["--resume_from_checkpoint", "true"]
+        return words
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+class VerbProcess:
+    """A run in a process of its own, its output in `logs/KEY.txt`, its results in `runs/KEY`."""
+
+    def __init__(self, run: VerbRun, root: Path, threads: int, program: str) -> None:
+        self.run, self.folder, self.log = run, root / "runs" / run.key, root / "logs" / f"{run.key}.txt"
+        for folder in (self.folder.parent, self.log.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-c", program, *run.arguments(self.folder)]
+        self.began = time.monotonic()
+        with open(self.log, "wb") as log:
+            # In a group of its own: Ctrl-C reaches the sweep alone, which stops each run once.
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, process_group=0,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            )  # fmt: skip
+
+    def outcome(self) -> dict[str, Any]:
+        """Exit code, seconds and the last line of the output of a process that has ended."""
+        self.process.communicate()
+        lines = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
+        return {
+            "exit_code": self.process.returncode,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "last_line": (lines or [""])[-1],
+        }
+
+
+Record = Callable[[VerbRun, dict[str, Any]], object]  # what is done with a run and its outcome
+
+
+def run_here(runs: Sequence[VerbRun], root: Path, record: Record, *, num_workers: int, threads: int) -> None:
+    """Make the runs on this machine, `num_workers` at a time; an exception, Ctrl-C say, stops those under way."""
+    todo, running = deque(runs), list[VerbProcess]()
+    try:
+        while todo or running:
+            while todo and len(running) < num_workers:
+                running.append(VerbProcess(todo.popleft(), root, threads, PROGRAM))
+            time.sleep(0.1)
+            for ended in [one for one in running if one.process.poll() is not None]:
+                running.remove(ended)
+                record(ended.run, ended.outcome())
+    finally:
+        for one in running:
+            one.process.terminate()  # it may write a checkpoint
+        for one in running:
+            with suppress(subprocess.TimeoutExpired):
+                one.process.wait(PATIENCE)
+            one.process.kill()
+            one.process.communicate()
+
+
+def run_on_ray(runs: Sequence[VerbRun], root: Path, record: Record, *, num_workers: int | None, threads: int) -> None:
+    """Make the runs on the Ray cluster of RAY_ADDRESS, or one begun here; a lost worker costs its run only.
+
+    All machines of the cluster share the folder `root`.
+    """
+    import ray
+
+    from retain.sampling.ray_engine import cluster
+
+    def outcome(run: VerbRun, program: str) -> dict[str, Any]:
+        one = VerbProcess(run, root, threads, program)
+        one.process.wait()
+        return one.outcome()
+
+    todo, running = deque(runs), dict[Any, VerbRun]()
+    with cluster():
+        gpus = min(1.0, ray.cluster_resources().get("GPU", 0))
+        task = ray.remote(outcome).options(num_cpus=threads, num_gpus=gpus, max_retries=MAX_RETRIES)
+        try:
+            while todo or running:
+                while todo and (num_workers is None or len(running) < num_workers):
+                    run = todo.popleft()
+                    running[task.remote(run, PROGRAM)] = run
+                [done], _ = ray.wait(list(running))
+                run = running.pop(done)
+                try:
+                    record(run, ray.get(done))
+                except ray.exceptions.RayError as error:  # lost too often, or no machine can begin it
+                    record(run, {"exit_code": None, "seconds": 0.0, "last_line": first_line(error)})
+        finally:
+            for left in running:
+                ray.cancel(left, force=True)
