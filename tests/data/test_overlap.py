@@ -84,13 +84,6 @@ def test_scripts_without_spaces_are_compared_by_characters():
         assert found([text], [common]).near == {}
 
 
-def test_token_ids():
-    result = found([[1, 12, 3, 4, 5], [2, 3], list(range(40))], [[9, 1, 12, 3, 4, 5], list(range(30))], length=4)
-    assert result.exact == (0, 1)
-    assert result.near == {2: 27 / 37}
-    assert found([[1, 2]], [[11, 2], [1, 22]]).exact == ()
-
-
 def test_rows_are_walked_once_for_all_texts():
     walked = []
 
@@ -117,12 +110,12 @@ def test_the_warning_is_one_line():
     near = document.replace(document.split()[30], "changed")
     result = found([document, words(60, 2), words(9, 3)], [near, words(9, 3)])
     assert result.warning("wiki") == (
-        "wiki: 2 of 3 documents are also in the training rows (1 word for word, 1 at 0.85 of its 8-word runs): "
+        "wiki: 2 of 3 documents are also in the training rows (1 word for word, 1 at 0.85 of its 8-grams): "
         "forgetting on them is not of old knowledge; leave them out"
     )
     several = found([document, words(60, 2)], [document.replace(document.split()[30], "x"), words(60, 2)[:400]])
     assert "2 of 2 documents are also in the replay rows (2 at" in str(several.warning("wiki", "the replay rows"))
-    assert " of their 8-word runs)" in str(several.warning("wiki"))
+    assert " of their 8-grams)" in str(several.warning("wiki"))
     assert found([document], [document]).warning("a", "b") == (
         "a: 1 of 1 documents is also in b (1 word for word): forgetting on them is not of old knowledge; leave them out"
     )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from retain.sampling import quality as pool
 from retain.sampling.preview import preview_html, preview_text
-from retain.sampling.quality import distinct_share, guess_language, is_repeating, near_duplicates, pool_statistics
+from retain.sampling.quality import distinct_share, is_repeating, pool_statistics
 
 PROSE = """The harbour was quiet when the first boat came in. Its crew had been out for nine days and nobody on the quay
 knew what they would say about the storm. An old man put down his net, looked at the sky, and asked whether the others
@@ -38,23 +38,11 @@ TABLE = "| city | year | people | area |\n|------|------|--------|------|\n" + "
     f"| {city} | {1990 + 3 * i} | {12345 + 6789 * i % 9973} | {0.5 + 7 * i % 11:.1f} |\n"
     for i, city in enumerate(CITIES)
 )
-LANGUAGES = {
-    "en": PROSE,
-    "de": "Der Fuchs springt über den faulen Hund, und die Katze sieht ihm dabei zu, als ob das nicht neu wäre.",
-    "fr": "Le renard saute par-dessus le chien et la police est dans la rue avec les enfants du village qui rient.",
-    "es": "El zorro salta por encima del perro y los niños juegan en el parque con la pelota de su padre.",
-    "it": "La volpe salta sopra il cane pigro e i bambini giocano nel parco con la palla che è di suo padre.",
-    "pt": "A raposa pula sobre o cão preguiçoso e as crianças não brincam mais no parque com a bola do pai.",
-    "nl": "De vos springt over de hond en het kind speelt in het park met een bal van zijn vader.",
-    "Cyrillic": "Лиса прыгает через собаку, а дети играют в парке.",
-    "Greek": "Η αλεπού πηδάει πάνω από τον σκύλο.",
-    "Arabic": "الثعلب يقفز فوق الكلب والأطفال يلعبون في الحديقة",
-    "Japanese": "狐が犬を飛び越えて、子供たちは公園で遊んでいます。",
-    "Han": "狐狸跳过了狗孩子们在公园里玩球他们很高兴",
-    "Hangul": "여우가 개를 뛰어넘고 아이들은 공원에서 놀고 있다",
-    "code": CODE,
-    "unknown": "1999 2001 17 3.5 12",
-}
+OTHER_TEXTS = (
+    "Лиса прыгает через собаку, а дети играют в парке.",
+    "狐狸跳过了狗孩子们在公园里玩球",
+    "1999 2001 17 3.5 12",
+)
 
 
 def tokens(text: str) -> np.ndarray:
@@ -77,15 +65,15 @@ def drawn_pool(temperature: float, num_rows: int = 200, length: int = 40, seed: 
     rows = rng.choice(50, (num_rows, length), p=drawn_from)
     entropy = -(np.exp(logprobs) * logprobs).sum()
     return pool_statistics(
-        rows, prefix_lengths=0, logprob_sums=logprobs[rows].sum(1), mean_entropies=[entropy] * num_rows
+        rows, prefix_lengths=0, logprob_sums=logprobs[rows].sum(1), entropy_sums=[length * entropy] * num_rows
     )
 
 
 def test_the_numbers_of_a_small_pool_by_hand():
     rows = [[9, 1, 2, 3, 0, 1], [9, 8, 0, 4], [9, 1, 2, 3, 0, 1], [9]]
     found = pool_statistics(
-        rows, prefix_lengths=[1, 2, 1, 1], logprob_sums=[-10.0, -3.0, -6.0, 0.0], mean_entropies=[2.0, 1.0, 1.0, 0.0],
-        end_ids={0}, num_forward_tokens=15, num_asked=4,
+        rows, prefix_lengths=[1, 2, 1, 1], logprob_sums=[-10.0, -3.0, -6.0, 0.0], entropy_sums=[10.0, 2.0, 5.0, 0.0],
+        end_ids={0}, num_requested=4,
     )  # fmt: skip
     assert found.rows["num_tokens"] == [5, 2, 5, 0]
     assert found.rows["loss"] == [2.0, 1.5, 1.2, 0.0]
@@ -93,7 +81,7 @@ def test_the_numbers_of_a_small_pool_by_hand():
     assert found.rows["first_end"] == [3, 0, 3, None]
     assert found.rows["distinct_2"] == [1.0, 1.0, 1.0, None]
     assert found.rows["duplicate_of"] == [None, None, 0, None]
-    assert found.rows["near_duplicate_of"] == found.rows["repeating"] == found.rows["language"] == [None] * 4
+    assert found.rows["repeating"] == [None] * 4
     summary = found.summary
     assert (summary["num_rows"], summary["num_tokens"], summary["num_distinct_rows"]) == (4, 12, 3)
     assert summary["loss"]["value"] == pytest.approx(19 / 12)
@@ -109,9 +97,17 @@ def test_the_numbers_of_a_small_pool_by_hand():
 
 def test_what_was_not_given_is_none_and_all_is_json():
     found = pool_statistics([[5, 1, 2, 3]])
-    for key in ("loss", "entropy", "loss_minus_entropy", "reached_end", "median_first_end", "num_asked", "repeating"):
+    for key in (
+        "loss",
+        "entropy",
+        "loss_minus_entropy",
+        "reached_end",
+        "median_first_end",
+        "num_requested",
+        "repeating",
+    ):
         assert found.summary[key] is None
-    one = pool_statistics([np.array([5, 1, 2])], logprob_sums=[-3.0], mean_entropies=[1.0], texts=["a b"], end_ids=[2])
+    one = pool_statistics([np.array([5, 1, 2])], logprob_sums=[-3.0], entropy_sums=[2.0], end_ids=[2])
     assert one.summary["loss"] == {"value": 1.5, "ci": None}
     assert one.warnings == []
     assert json.loads(json.dumps(dataclasses.asdict(one), allow_nan=False)) == dataclasses.asdict(one)
@@ -125,7 +121,7 @@ def test_half_of_the_rows_that_reach_no_end_make_no_median():
 def test_an_empty_pool_is_refused_and_rows_of_nothing_drawn_are_not():
     with pytest.raises(ValueError, match="rows: the pool is empty"):
         pool_statistics([])
-    found = pool_statistics([[1], [1]], logprob_sums=[0, 0], mean_entropies=[0, 0])
+    found = pool_statistics([[1], [1]], logprob_sums=[0, 0], entropy_sums=[0, 0])
     assert found.summary["loss"] is None
     assert found.summary["distinct_1"] is None
 
@@ -172,7 +168,7 @@ def test_more_kinds_of_repeating():
     assert is_repeating(np.concatenate([loop, text]))  # and finds out of it at the next document
 
 
-@pytest.mark.parametrize("text", [PROSE, CODE, TABLE, ", ".join(CITIES), *LANGUAGES.values()])
+@pytest.mark.parametrize("text", [PROSE, CODE, TABLE, ", ".join(CITIES), *OTHER_TEXTS])
 @pytest.mark.parametrize("length", [24, 64, 512])
 def test_natural_text_code_and_tables_are_not_repeating(text, length):
     assert not is_repeating(tokens(text)[:length])
@@ -181,51 +177,6 @@ def test_natural_text_code_and_tables_are_not_repeating(text, length):
 def test_a_row_too_short_to_judge_is_neither():
     assert is_repeating(np.zeros(15, dtype=int)) is None
     assert is_repeating(np.zeros(16, dtype=int)) is True
-
-
-def test_near_duplicates_are_found_and_others_are_not():
-    """A Jaccard index of 503/513 and of 488/528 is near, one of 380/636 is not."""
-    rows = random_rows(40, 512)
-    changed = [rows[3].copy() for _ in range(3)]
-    changed[0][100] += 1
-    for place in range(50, 450, 100):
-        changed[1][place] += 1
-    changed[2][384:] += 1
-    found = near_duplicates([*rows, *changed], range(43))
-    assert found[:40] == [None] * 40
-    assert found[40:] == [3, 3, None] or found[40:] == [3, 40, None]
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_near_duplicates_are_those_of_the_naive_twin(data):
-    """Everything said to be a near duplicate is one, and what is one clearly enough is found."""
-    length = data.draw(st.integers(1, 60))
-    rows = random_rows(6, length, data.draw(st.integers(0, 99)), vocab=data.draw(st.sampled_from([1, 2, 500])))
-    for _ in range(data.draw(st.integers(0, 6))):
-        row = rows[data.draw(st.integers(0, len(rows) - 1))].copy()
-        row[data.draw(st.integers(0, len(row) - 1))] = 600
-        rows.append(row[: data.draw(st.integers(1, len(row)))])
-    sets = [{tuple(row[i : i + min(5, len(row))]) for i in range(max(len(row) - 4, 1))} for row in rows]
-
-    def jaccard(i: int, j: int) -> float:
-        return len(sets[i] & sets[j]) / len(sets[i] | sets[j])
-
-    for i, earlier in enumerate(near_duplicates(rows, range(len(rows)))):
-        if earlier is None:
-            assert all(jaccard(i, j) < 0.9 for j in range(i))
-        else:
-            assert earlier < i
-            assert jaccard(i, earlier) >= 0.8
-
-
-def test_a_collapsed_pool_costs_no_more_candidates():
-    rows = [np.concatenate([np.arange(60), [1000 + i]]) for i in range(500)]
-    signatures = np.tile(np.arange(64, dtype=np.uint32), (500, 1))
-    assert len(pool._candidates(signatures)) <= 2 * 500
-    found = pool_statistics(rows)
-    assert found.summary["near_duplicates"] == 499 / 500
-    assert "99.8% of the rows are exact or near duplicates (many is 5%)." in found.warnings
 
 
 @settings(max_examples=50, deadline=None)
@@ -241,27 +192,14 @@ def test_distinct_n_and_exact_duplicates_equal_their_naive_twins(rows, n):
 def test_distinct_n_of_a_large_pool_is_close(monkeypatch):
     rows = random_rows(400, 256, vocab=20000)
     exact = [distinct_share(rows, n) for n in (1, 2)]
-    monkeypatch.setattr(pool, "COUNTED", 20000)
+    monkeypatch.setattr(pool, "MAX_COUNTED", 20000)
     assert [distinct_share(rows, n) for n in (1, 2)] == pytest.approx(exact, rel=0.05)
-
-
-@pytest.mark.parametrize("language", LANGUAGES)
-def test_languages(language):
-    assert guess_language(LANGUAGES[language]) == language
-
-
-def test_languages_of_a_pool_are_shares():
-    texts = [*LANGUAGES.values(), PROSE]
-    found = pool_statistics(random_rows(len(texts)), texts=texts).summary["languages"]
-    assert sum(found.values()) == pytest.approx(1)
-    assert found["en"] == 2 / len(texts)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters()))
-def test_any_text_has_a_guess_and_a_preview(text):
-    assert isinstance(guess_language(text), str)
-    found = pool_statistics([[1, 2]], texts=[text])
+def test_any_text_has_a_preview(text):
+    found = pool_statistics([[1, 2]])
     shown = preview_text([text], found)
     assert set(shown).isdisjoint(map(chr, [*range(10), *range(11, 32), 127, 0x9B, 0x202E, 0x2066])) or "\t" in text
     shown.encode()
@@ -271,18 +209,17 @@ def test_any_text_has_a_guess_and_a_preview(text):
 def test_warnings_are_sentences_of_a_degenerate_pool():
     loop = np.arange(64) % 3
     rows = [*random_rows(15), loop, loop]
-    found = pool_statistics(rows, logprob_sums=[-6.0] * 17, num_asked=20)
-    asked, exact, copies, repeating, low = found.warnings
-    assert asked == "20 rows were asked for and the pool has 16 distinct ones."
+    found = pool_statistics(rows, logprob_sums=[-6.0] * 17, num_requested=20)
+    few, exact, repeating, low = found.warnings
+    assert few == "20 rows were requested and the pool has 16 distinct ones."
     assert exact == "5.9% of the rows are exact duplicates of earlier ones (many is 1%)."
-    assert copies == "5.9% of the rows are exact or near duplicates (many is 5%)."
     assert repeating == "11.8% of the rows repeat themselves (many is 5%)."
     assert low.startswith("The model's loss on its own rows is 0.095 [0.095, 0.095] nats per token (low is 0.5)")
 
 
 def test_a_sound_pool_has_no_warnings():
     rows = random_rows(64)
-    found = pool_statistics(rows, logprob_sums=[-63 * 3.0] * 64, mean_entropies=[3.0] * 64, num_asked=64)
+    found = pool_statistics(rows, logprob_sums=[-63 * 3.0] * 64, entropy_sums=[63 * 3.0] * 64, num_requested=64)
     assert found.warnings == []
 
 
@@ -292,7 +229,7 @@ HOSTILE = "\x1b[2J\x1b]0;owned\x07</pre><script>alert(1)</script> \u202egnp.exe 
 def sample_pool() -> tuple[list[str], pool.PoolStatistics]:
     texts = [HOSTILE, "two\n\tlines", *(f"row {i}" for i in range(8))]
     rows: list[Any] = [*random_rows(9), np.arange(64) % 2]
-    return texts, pool_statistics(rows, texts=texts, logprob_sums=[-150.0] * 10, mean_entropies=[2.4] * 10, end_ids=[7])
+    return texts, pool_statistics(rows, logprob_sums=[-150.0] * 10, entropy_sums=[151.2] * 10, end_ids=[7])
 
 
 def test_no_text_acts_on_the_terminal():

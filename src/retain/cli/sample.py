@@ -141,19 +141,14 @@ def look_at_pool(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> 
     says_entropy = ("entropy",) if manifest["sampler"]["engine"] != "vllm" else ()
     columns = read_shards(folder, manifest, ("input_ids", "prefix_length", "logprob", *says_entropy))
     rows, given = columns["input_ids"], [int(length) for length in columns["prefix_length"]]
-    drawn = [len(row) - length for row, length in zip(rows, given, strict=True)]
-    entropies = None
-    if says_entropy:
-        entropies = [float(total) / count for total, count in zip(columns["entropy"], drawn, strict=True)]
     texts = [tokenizer.decode(row[length:]) for row, length in zip(rows, given, strict=True)]
     statistics = pool_statistics(
         rows,
         prefix_lengths=given,
         logprob_sums=columns["logprob"],
-        mean_entropies=entropies,
+        entropy_sums=columns.get("entropy"),
         end_ids=end_ids(tokenizer, manifest["start_token"]["id"], starts),
-        texts=texts,
-        num_asked=manifest["num_rows"],
+        num_requested=manifest["num_rows"],
     )
     write_json(folder / STATISTICS, asdict(statistics))
     for name, value in describe(statistics):

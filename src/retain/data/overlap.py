@@ -1,8 +1,8 @@
 """Is what is measured also trained on? Documents found again in a stream of rows, word for word or nearly.
 
-A run is n consecutive words. Runs of 8 are long enough not to recur by chance, and short enough that a changed word
-here and there leaves some: PaLM (arXiv 2204.02311) looks for runs of 8, GPT-3 (2005.14165) for 13, which edited text
-escapes. Memory is bounded by the documents; the rows only pass by.
+Both searches compare n-grams. Those of 8 words are long enough not to recur by chance, and short enough that a changed
+word here and there leaves some: PaLM (arXiv 2204.02311) looks for 8-grams, GPT-3 (2005.14165) for 13-grams, which
+edited text escapes. Memory is bounded by the documents; the rows are walked once.
 """
 
 from __future__ import annotations
@@ -11,27 +11,47 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
-Text = str | Sequence[int]  # or token ids; documents and rows must be of one kind
-
 # Thai to Tibetan, Burmese, Khmer, kana, CJK: scripts without spaces, in which every character counts as a word.
 UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORDS = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
-CHARACTERS_PER_WORD = 3  # by which a run is longer where most words are characters
+CHARACTERS_PER_WORD = 3  # by which an n-gram is longer where most words are characters
 
 # Of `find_rows`, in tokens
-ALIGNED = 32  # rows that agree so far are compared to the end of the shorter one; shorter rows must be the same
-RUN = 16  # rows that begin elsewhere are found by runs of so many
-MANY = 4  # places beyond which a run is a licence's or a template's, and tells nothing of its row
-LEAST_RUNS = 4  # on end that must be found again, and half of those that tell
-BLOCK = 1 << 16  # tokens that are looked through at a time
-REMEMBERED = 1 << 22  # distinct rows that are known again, some 70 bytes each
-FACTORS = np.random.default_rng(0).integers(1, 2**63, RUN, dtype=np.uint64)
+ALIGNED = 32  # rows that agree so far are compared to the end of the shorter one; shorter rows must be equal
+NGRAM = 16  # rows that begin elsewhere are found by n-grams of this length
+MAX_PLACES = 4  # beyond which an n-gram is a licence's or a template's, and says nothing about its row
+MIN_CONSECUTIVE = 4  # n-grams that must be found again one after the other, and half of those that count
+BLOCK = 1 << 16  # tokens that are searched at a time
+MAX_REMEMBERED = 1 << 22  # distinct rows that are recognised when they come again, some 70 bytes each
+
+
+def ngram_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
+    """A uniform 64-bit hash of each n-gram, shape (max(length − n + 1, 0),), uint64; finished as in SplitMix64.
+
+    >>> hashes = ngram_hashes(np.array([5, 6, 7, 5, 6]), 2)
+    >>> len(hashes), len(set(hashes.tolist()))
+    (4, 3)
+    """
+    count = max(len(tokens) - n + 1, 0)
+    ids = tokens.astype(np.uint64) + np.uint64(1)  # so that a token 0 counts too
+    mixed = np.zeros(count, dtype=np.uint64)
+    for place, factor in enumerate(_odd_factors(n)):
+        mixed += ids[place : place + count] * factor
+    for shift, multiplier in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(multiplier)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+@lru_cache
+def _odd_factors(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 1 << 63, count, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
 
 @dataclass(frozen=True)
@@ -40,9 +60,9 @@ class Overlap:
 
     num_documents: int
     exact: tuple[int, ...]
-    """Documents that stand in a row whole, whatever the spaces, capitals and line breaks."""
+    """Documents that stand in a row whole, regardless of spaces, capitals and line breaks."""
     near: dict[int, float]
-    """Other documents → share of their runs that occur in the rows, where it reaches the threshold."""
+    """Other documents → share of their n-grams that occur in the rows, where it reaches the threshold."""
     length: int
 
     def warning(
@@ -55,7 +75,7 @@ class Overlap:
             return None
         kinds = [f"{len(self.exact)} word for word"] * bool(self.exact)
         spread, whose = " to ".join(dict.fromkeys(shares[:: max(1, len(shares) - 1)])), "their" if shares[1:] else "its"
-        kinds += [f"{len(shares)} at {spread} of {whose} {self.length}-word runs"] * bool(shares)
+        kinds += [f"{len(shares)} at {spread} of {whose} {self.length}-grams"] * bool(shares)
         return (
             f"{name}: {found} of {self.num_documents} documents {'is' if found == 1 else 'are'} also in {where} "
             f"({', '.join(kinds)}): {meaning}; leave them out"
@@ -63,143 +83,121 @@ class Overlap:
 
 
 @dataclass
-class _Searched:
-    """A document that is looked for."""
+class _Sought:
+    """A document that is searched for; one without a word has no n-grams."""
 
     squeezed: str
-    runs: list[int]
-    is_short: bool  # of fewer words than a run: found whole or not at all
+    size: int
+    ngrams: list[int]
+    is_short: bool  # of fewer words than an n-gram: found whole or not at all
     is_exact: bool = False
 
 
-@dataclass
-class _Index:
-    """Documents by their runs of one length."""
-
-    wanted: set[int] = field(default_factory=set)
-    found: set[int] = field(default_factory=set)
-    by_anchor: dict[int, list[_Searched]] = field(default_factory=dict)
-    """The run of a document that fewest documents have → documents; a row that holds one whole has its anchor."""
-
-
 def find_overlap(
-    texts: Mapping[str, Sequence[Text]], rows: Iterable[Text], *, length: int = 8, threshold: float = 0.5
+    texts: Mapping[str, Sequence[str]], rows: Iterable[str], *, length: int = 8, threshold: float = 0.5
 ) -> dict[str, Overlap]:
-    """Look for the documents of every text in the rows, which are walked once and may be a generator of millions.
+    """Search for the documents of every text in the rows, which may be a generator of millions.
 
-    Documents of fewer words than a run are only found whole; those without a word, never. Where most words are
-    characters of a script without spaces, a run is `CHARACTERS_PER_WORD` times as long.
+    Documents of fewer words than an n-gram are only found whole; those without a word, never. Where most words are
+    characters of a script without spaces, an n-gram is `CHARACTERS_PER_WORD` times as long.
 
     Args:
         texts: name → documents, whole rather than cut into windows.
         rows: what is trained on or replayed.
-        length: words (or tokens) in a run.
-        threshold: share of a document's runs that must occur in the rows for it to count as near, above 0 to 1.
+        length: words in an n-gram.
+        threshold: share of a document's n-grams that must occur in the rows for it to count as near, above 0 to 1.
 
     Returns:
         By name what was found; the places of documents are those in `texts[name]`.
+
+    >>> find_overlap({"poem": ["Roses are red", "Violets are blue"]}, ["He wrote: roses  are red."])["poem"].exact
+    (0,)
     """
     if length < 1 or not 0 < threshold <= 1:
         raise ValueError(f"overlap: length {length}, threshold {threshold}; use at least 1, and a share above 0 to 1")
-    indexes: dict[int, _Index] = {}
-    searched = {name: [_search(document, length, indexes) for document in texts[name]] for name in texts}
-    _anchor(searched, indexes)
+    sought = {name: [_sought(document, length) for document in texts[name]] for name in texts}
+    documents = [document for of_text in sought.values() for document in of_text if document.ngrams]
+    frequency = Counter(ngram for document in documents for ngram in set(document.ngrams))
+    anchored: dict[int, dict[int, list[_Sought]]] = {}  # size → n-gram → documents whose rarest it is: its row has it
+    for document in documents:
+        of_size = anchored.setdefault(document.size, {})
+        for ngram in document.ngrams:
+            of_size.setdefault(ngram, [])
+        of_size[min(document.ngrams, key=frequency.__getitem__)].append(document)
+    found: set[int] = set()
     for row in rows:
-        _look(row, indexes)
-    found = set().union(*(index.found for index in indexes.values()))
-    return {name: _overlap(documents, found, length, threshold) for name, documents in searched.items()}
+        words = WORDS.findall(_normal(row))
+        for size, of_size in anchored.items():
+            hits = of_size.keys() & _word_ngrams(words, size)
+            found |= hits
+            anchors = [ngram for ngram in hits if of_size[ngram]]
+            squeezed = _squeezed(row) if anchors else ""
+            for anchor in anchors:
+                for document in of_size[anchor]:
+                    document.is_exact = document.squeezed in squeezed
+                of_size[anchor] = [document for document in of_size[anchor] if not document.is_exact]
+    return {name: _overlap(of_text, found, length, threshold) for name, of_text in sought.items()}
 
 
-def _search(document: Text, length: int, indexes: dict[int, _Index]) -> _Searched | None:
-    words = _words(document)
-    if not words:
-        return None
-    unspaced = isinstance(document, str) and 2 * len(re.findall(f"[{UNSPACED}]", document)) > len(words)
+def _sought(document: str, length: int) -> _Sought:
+    words = WORDS.findall(_normal(document))
+    unspaced = 2 * len(re.findall(f"[{UNSPACED}]", document)) > len(words)
     wanted = length * CHARACTERS_PER_WORD if unspaced else length
     size = min(wanted, len(words))
-    runs = list(_runs(words, size))
-    indexes.setdefault(size, _Index()).wanted.update(runs)
-    return _Searched(_squeezed(document), runs, len(words) < wanted)
+    return _Sought(_squeezed(document), size, _word_ngrams(words, size) if words else [], len(words) < wanted)
 
 
-def _anchor(searched: Mapping[str, Sequence[_Searched | None]], indexes: dict[int, _Index]) -> None:
-    documents = [document for of_text in searched.values() for document in of_text if document is not None]
-    common = Counter(run for document in documents for run in set(document.runs))
-    for document in documents:
-        anchor = min(document.runs, key=common.__getitem__)
-        for index in indexes.values():
-            if anchor in index.wanted:
-                index.by_anchor.setdefault(anchor, []).append(document)
-
-
-def _look(row: Text, indexes: dict[int, _Index]) -> None:
-    words, squeezed = _words(row), ""
-    for size, index in indexes.items():
-        hits = index.wanted.intersection(_runs(words, size))
-        index.found |= hits
-        for anchor in hits & index.by_anchor.keys():
-            squeezed = squeezed or _squeezed(row)
-            for document in index.by_anchor[anchor]:
-                document.is_exact = document.is_exact or document.squeezed in squeezed
-            index.by_anchor[anchor] = [document for document in index.by_anchor[anchor] if not document.is_exact]
-
-
-def _overlap(documents: Sequence[_Searched | None], found: set[int], length: int, threshold: float) -> Overlap:
-    exact, near = [], {}
-    for at, document in enumerate(documents):
-        if document is None:
-            continue
-        share = sum(run in found for run in document.runs) / len(document.runs)
-        if document.is_exact:
-            exact.append(at)
-        elif share >= threshold and not document.is_short:
-            near[at] = share
-    return Overlap(len(documents), tuple(exact), near, length)
+def _overlap(documents: Sequence[_Sought], found: set[int], length: int, threshold: float) -> Overlap:
+    exact = tuple(at for at, document in enumerate(documents) if document.is_exact)
+    shares = {
+        at: sum(ngram in found for ngram in document.ngrams) / len(document.ngrams)
+        for at, document in enumerate(documents)
+        if not (document.is_exact or document.is_short)
+    }
+    return Overlap(len(documents), exact, {at: share for at, share in shares.items() if share >= threshold}, length)
 
 
 def _normal(text: str) -> str:
     return unicodedata.normalize("NFKC", text).casefold()
 
 
-def _words(text: Text) -> list[str] | list[int]:
-    return WORDS.findall(_normal(text)) if isinstance(text, str) else list(text)
+def _word_ngrams(words: list[str], size: int) -> list[int]:
+    ngrams: list[int] = ngram_hashes(np.fromiter(map(hash, words), np.int64, len(words)), size).tolist()
+    return ngrams
 
 
-def _runs(words: list[str] | list[int], size: int) -> Iterator[int]:
-    """Hashes of every `size` consecutive words; 64 bits, so that chance plays no part."""
-    return map(hash, zip(*(words[at:] for at in range(size)), strict=False))
-
-
-def _squeezed(text: Text) -> str:
+def _squeezed(text: str) -> str:
     """A text without its spaces, in which a document without its spaces can be found."""
-    return "".join(_normal(text).split()) if isinstance(text, str) else f",{','.join(map(str, text))},"
+    return "".join(_normal(text).split())
 
 
 def find_rows(windows: Sequence[Any], rows: Iterable[Any], edges: Collection[int] = ()) -> set[int]:
     """Which windows of token ids stand in rows of token ids, also where the rows were cut elsewhere.
 
-    A window is there if it is a row, or agrees with one to the end of the shorter, or if half of it stands in the rows
-    on end. What stands in several windows, or in many places of the rows (a licence's header, a chat template's
-    opening), does not count for that half. The rows are walked once; memory is bounded by the windows,
-    `BLOCK` and `REMEMBERED`.
+    A window is there if it is a row, or agrees with one to the end of the shorter, or if half of its n-grams stand in
+    the rows one after the other. N-grams of several windows, or in many places of the rows (a licence's header, a chat
+    template's opening), do not count for that half. Memory is bounded by the windows, `BLOCK` and `MAX_REMEMBERED`.
 
     Args:
         edges: tokens that are no part of a text where they begin or end it: those of start and end.
 
     Returns:
         The places of the windows found.
+
+    >>> find_rows([[0, 7, 8, 9], [0, 4, 5]], [[7, 8, 9], [4, 5, 6]], edges={0})
+    {0}
     """
-    same: dict[bytes, list[int]] = {}  # windows given twice are one
+    places: dict[bytes, list[int]] = {}  # windows given twice are one
     for at, window in enumerate(windows):
-        core = _core(window, edges)
+        core = _without_edges(window, edges)
         if len(core):
-            same.setdefault(core.tobytes(), []).append(at)
-    cores = [np.frombuffer(core, np.int64) for core in same]
+            places.setdefault(core.tobytes(), []).append(at)
+    cores = [np.frombuffer(core, np.int64) for core in places]
     by_beginning: dict[bytes, list[int]] = {}
     for at, core in enumerate(cores):
         by_beginning.setdefault(core[:ALIGNED].tobytes(), []).append(at)
-    runs = [_run_hashes(core) for core in cores]
-    wanted, of_windows = np.unique(np.concatenate([*runs, np.zeros(0, np.uint64)]), return_counts=True)
+    hashes = [ngram_hashes(core, NGRAM) for core in cores]
+    wanted, of_windows = np.unique(np.concatenate([*hashes, np.zeros(0, np.uint64)]), return_counts=True)
     of_rows, found = np.zeros(len(wanted), np.int64), set()
     for block in _blocks(rows, edges):
         for row in block:
@@ -207,30 +205,30 @@ def find_rows(windows: Sequence[Any], rows: Iterable[Any], edges: Collection[int
                 shorter = min(len(row), len(cores[at]))
                 if np.array_equal(row[:shorter], cores[at][:shorter]):
                     found.add(at)
-        of_rows += _counts(_run_hashes(np.concatenate(block)), wanted)
-    tells = (of_windows == 1) & (of_rows <= MANY)
-    for at, of_window in enumerate(runs):
-        places = np.searchsorted(wanted, of_window)
-        if _is_half_there(of_rows[places][tells[places]] > 0):
+        of_rows += _counts(ngram_hashes(np.concatenate(block), NGRAM), wanted)
+    counts_for = (of_windows == 1) & (of_rows <= MAX_PLACES)
+    for at, of_window in enumerate(hashes):
+        indices = np.searchsorted(wanted, of_window)
+        if _is_half_found(of_rows[indices][counts_for[indices]] > 0):
             found.add(at)
-    originals = list(same.values())
+    originals = list(places.values())
     return {at for index in found for at in originals[index]}
 
 
 def _counts(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """How often each of the sorted `wanted` is among the hashes."""
-    places = np.minimum(np.searchsorted(wanted, hashes), max(0, len(wanted) - 1))
-    hits = places[wanted[places] == hashes] if len(wanted) else places[:0]
+    indices = np.minimum(np.searchsorted(wanted, hashes), max(0, len(wanted) - 1))
+    hits = indices[wanted[indices] == hashes] if len(wanted) else indices[:0]
     return np.bincount(hits, minlength=len(wanted))
 
 
-def _is_half_there(again: np.ndarray) -> bool:
-    """Whether half of a window's telling runs were found again on end."""
+def _is_half_found(again: np.ndarray) -> bool:
+    """Whether half of a window's n-grams were found again one after the other."""
     longest = max((len(list(group)) for hit, group in groupby(again) if hit), default=0)
-    return longest >= max(LEAST_RUNS, len(again) / 2)
+    return longest >= max(MIN_CONSECUTIVE, len(again) / 2)
 
 
-def _core(row: Any, edges: Collection[int]) -> np.ndarray:
+def _without_edges(row: Any, edges: Collection[int]) -> np.ndarray:
     """A row without what only opens and closes it."""
     tokens = np.asarray(row, dtype=np.int64)
     first, last = 0, len(tokens)
@@ -247,11 +245,11 @@ def _blocks(rows: Iterable[Any], edges: Collection[int]) -> Iterator[list[np.nda
     seen: set[int] = set()
     size = 0
     for row in rows:
-        core = _core(row, edges)
+        core = _without_edges(row, edges)
         mark = hash(core.tobytes())
         if not len(core) or mark in seen:
             continue
-        if len(seen) == REMEMBERED:
+        if len(seen) == MAX_REMEMBERED:
             seen.clear()
         seen.add(mark)
         block.append(core)
@@ -261,12 +259,3 @@ def _blocks(rows: Iterable[Any], edges: Collection[int]) -> Iterator[list[np.nda
             block, size = [], 0
     if block:
         yield block
-
-
-def _run_hashes(tokens: np.ndarray) -> np.ndarray:
-    """A hash of every `RUN` tokens on end; 64 bits, so that chance plays no part."""
-    count, tokens = max(0, len(tokens) - RUN + 1), tokens.astype(np.uint64)
-    hashes = np.zeros(count, np.uint64)
-    for at, factor in enumerate(FACTORS):
-        hashes += tokens[at : at + count] * factor
-    return hashes ^ (hashes >> np.uint64(32))  # so that every bit depends on all
