@@ -592,7 +592,7 @@ class PlanConfig:
         metadata=described("Forgetting to stay within: KL(base || model) on the retention text, nats per token."),
     )
     output_dir: str | None = field(
-        default=None, metadata=described("Folder for pilots/, plan.json, plan.md, plan.png and law.json.")
+        default=None, metadata=described("Folder for pilots/, pilots.jsonl, plan.json, plan.md, plan.png and law.json.")
     )
     lora_ranks: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8, 16, 32],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import shlex
 import shutil
 import time
@@ -18,6 +17,7 @@ from retain import versions
 from retain.cli.config import PlanConfig, SampleConfig
 from retain.data.rows import named_sources, read_rows
 from retain.files import read_jsonl, write_json, write_text
+from retain.lab.runner import Results, run_key
 from retain.laws.plan import (
     EVALUATIONS,
     Pilot,
@@ -37,7 +37,7 @@ from retain.replay.dataset import load_self_generated
 from retain.report.style import save_png
 
 SCHEMA = "retain.plan/1"
-DONE = "pilot.json"  # written last: a pilot that has it is finished
+PILOTS = "pilots.jsonl"  # a row of each finished pilot
 COLUMNS = ("num_params", "num_steps", "finetuning_loss", "forgetting_loss")
 Say = Callable[[str], None]
 
@@ -67,12 +67,14 @@ def run_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say)
     data = prepare_rows(config, folder)
     replay = prepare_replay(config, folder)
     pilots = pilot_grid(config.lora_ranks, config.replay_coefs, config.pilot_steps)
-    rows, made = [], []
+    rows, made, results = [], [], Results(folder / PILOTS)
     for number, pilot in enumerate(pilots, start=1):
         flags = flags_of(config, pilot.rank, pilot.coef, pilot.steps, data, replay)
-        place = folder / "pilots" / f"{pilot.name}-{key_of(flags, sources_of(config, data))}"
-        say(f"pilot {number}/{len(pilots)}: {pilot.name}{' (found)' if (place / DONE).exists() else ''}")
-        made.append(make_pilot(pilot, flags, place, finetune))
+        key = run_key(flags, contents_of(sources_of(config, data)))[:10]
+        place = folder / "pilots" / f"{pilot.name}-{key}"
+        say(f"pilot {number}/{len(pilots)}: {pilot.name}{' (found)' if key in results.rows else ''}")
+        row = results.make(key, lambda: {"run": asdict(make_pilot(pilot, flags, place, finetune))})  # noqa: B023
+        made.append(PilotRun(**row["run"] | {"pilot": pilot}))
         rows += read_pilot(place, pilot, retention)
     say("fitting")
     laws = fit_pilots(rows, num_resamples=config.num_resamples, seed=config.seed)
@@ -208,10 +210,9 @@ def replay_share(config: PlanConfig) -> float:
     return rows / (rows + batch)
 
 
-def key_of(flags: Sequence[str], sources: Sequence[str | None]) -> str:
-    """Hash of the flags and of the files they name: a pilot of other rows or another model is another pilot."""
-    found = [[str(path), _content(Path(path))] for path in sources if path and Path(path).exists()]
-    return hashlib.sha256(json.dumps([list(flags), found]).encode()).hexdigest()[:10]
+def contents_of(sources: Sequence[str | None]) -> list[Any]:
+    """What tells the files that flags name from others: a pilot of other rows or another model is another pilot."""
+    return [[str(path), _content(Path(path))] for path in sources if path and Path(path).exists()]
 
 
 def _content(path: Path) -> list[Any] | str:
@@ -222,10 +223,7 @@ def _content(path: Path) -> list[Any] | str:
 
 
 def make_pilot(pilot: Pilot, flags: Sequence[str], place: Path, finetune: Callable[[list[str]], Any]) -> PilotRun:
-    """Run a pilot unless it is finished; what it cost, and how many parameters it tuned."""
-    if (place / DONE).exists():
-        found = json.loads((place / DONE).read_text(encoding="utf-8"))
-        return PilotRun(**found | {"pilot": Pilot(**found["pilot"])})
+    """Run a pilot; what it cost, and how many parameters it tuned."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     began, log = time.monotonic(), io.StringIO()
@@ -234,7 +232,7 @@ def make_pilot(pilot: Pilot, flags: Sequence[str], place: Path, finetune: Callab
         finetune([*flags, "--output_dir", str(place), "--disable_tqdm", "true", "--logging_steps", every])
     write_text(place / "log.txt", log.getvalue())
     told = [row["num_tokens"] for row in read_jsonl(place / "metrics.jsonl") if "num_tokens" in row]
-    made = PilotRun(
+    return PilotRun(
         pilot,
         folder=place.name,
         num_params=tuned_params(place),
@@ -242,8 +240,6 @@ def make_pilot(pilot: Pilot, flags: Sequence[str], place: Path, finetune: Callab
         tokens=int(max(told, default=0)),
         seconds=round(time.monotonic() - began, 1),
     )
-    write_json(place / DONE, asdict(made))
-    return made
 
 
 def read_pilot(place: Path, pilot: Pilot, retention: str) -> list[dict[str, Any]]:

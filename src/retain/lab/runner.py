@@ -55,7 +55,8 @@ def locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows removes no open file
+                lock.unlink()
 
 
 class Results:
