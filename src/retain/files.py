@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -120,6 +121,17 @@ def read_jsonl(path: Path, shape: Any = MAPPING) -> list[dict[str, Any]]:
             check_shape(row, shape, where, remedy)
             rows.append(row)
     return rows
+
+
+def is_finite(value: Any) -> bool:
+    """Whether no number in a value read from JSON is NaN or infinite, which Python reads and JSON does not know.
+
+    >>> is_finite({"loss": [1.5, None]}), is_finite({"loss": [1.5, float("nan")]})
+    (True, False)
+    """
+    if isinstance(value, dict | list):
+        return all(map(is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def check_shape(value: Any, shape: Any, where: str, remedy: str) -> None:

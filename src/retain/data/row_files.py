@@ -1,10 +1,10 @@
-"""Rows of local files: JSON, tables and texts, as they stand there."""
+"""Rows of local files that others wrote: JSON, tables and texts, as they stand there."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,12 @@ from retain.text import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import Table
 
 JSON_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json"), (".parquet", ".csv"), (".txt", ".text", ".md")
 SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, *TEXT_SUFFIXES)
-SPACE = re.compile(r"[ \t\r\n]*")  # JSON's own, which is less than Python's
+TEXT_COLUMNS = ("text", "prompt", "completion", "question")
+JSON_SPACE = re.compile(r"[ \t\r\n]*")  # which is less than Python's
 
 
 def read_file(path: Path) -> Dataset:
@@ -24,28 +26,78 @@ def read_file(path: Path) -> Dataset:
     Raises:
         ValueError: one line naming the file and, for JSON, the line.
     """
+    from datasets import Dataset
+
     suffix, name = path.suffix.lower(), repr(str(path))
     if suffix in TABLE_SUFFIXES:
-        return _read_table(path, suffix)
-    if suffix not in SUFFIXES:
+        table = read_table(path, "data", TEXT_COLUMNS)
+        if table.num_rows:
+            return Dataset(table)
+    elif suffix in SUFFIXES:
+        rows = [row for _, row in json_rows(path, "data")] if suffix in JSON_SUFFIXES else list(_read_text(path))
+        if any(rows):
+            return _as_dataset(rows, name)
+    else:
         raise ValueError(f"data: {name} has an unknown ending; use .jsonl, .json, .parquet, .csv or .txt")
-    rows = list(_read_json(path, suffix) if suffix in JSON_SUFFIXES else _read_text(path))
-    if not any(rows):
-        raise ValueError(f"data: {name} is empty; give a file with at least one row")
-    return _as_dataset(rows, name)
+    raise ValueError(f"data: {name} is empty; give a file with at least one row")
+
+
+def json_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON file with their places for errors: of one list, or one after another as in JSONL.
+
+    An object may be printed over several lines.
+
+    Args:
+        field: the setting that named the file.
+
+    Raises:
+        ValueError: one line naming the field, the file and the line.
+    """
+    text, name = _decoded(path, field), f"{field}: {str(path)!r}"
+    found = _json_values(text, name)
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        found = ((f"{name} item {at}", row) for _, rows in found for at, row in enumerate(rows, start=1))
+    for where, row in found:
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is not an object; write every row as {{...}}")
+        yield where, row
+
+
+def read_table(path: Path, field: str, text_columns: Collection[str]) -> Table:
+    """A CSV or Parquet file.
+
+    Args:
+        field: the setting that named the file.
+        text_columns: of a CSV file, columns in which "04" and "true" are text.
+
+    Raises:
+        ValueError: one line naming the field and the file.
+    """
+    from pyarrow import csv, parquet
+
+    options = {
+        "parse_options": csv.ParseOptions(newlines_in_values=True),  # also where pyarrow's blocks end
+        "convert_options": csv.ConvertOptions(column_types=dict.fromkeys(text_columns, "string")),
+    }
+    try:
+        table = csv.read_csv(path, **options) if path.suffix.lower() == ".csv" else parquet.read_table(path)
+    except Exception as error:  # pyarrow raises ArrowInvalid, OSError and others on broken files
+        raise ValueError(f"{field}: cannot read {str(path)!r}; {first_line(error)}") from error
+    if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
+        raise ValueError(f"{field}: {str(path)!r} has several columns {twice[0]!r}; keep one")
+    return table
 
 
 def _as_dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
     from datasets import Dataset, Json
 
     columns = dict.fromkeys(key for row in rows for key in row)  # `from_list` would keep the first row's only
-    # what TRL takes for a mapping in every row
-    empty: dict[str, Any] = {"chat_template_kwargs": {}}
+    empty: dict[str, Any] = {"chat_template_kwargs": {}}  # which TRL takes for a mapping in every row
     values = {column: [row.get(column, empty.get(column)) for row in rows] for column in columns}
     refusal = f"data: the rows of {name} do not share one schema"
     try:  # without "use_json", the arguments of one row's tool call would be keys of nulls in every other
         found = Dataset.from_dict(values, on_mixed_types="use_json")
-    except Exception as error:  # pyarrow has many ways of saying so
+    except Exception as error:  # pyarrow raises many kinds
         raise ValueError(f"{refusal}; {first_line(error)}") from error
     for column, kind in found.features.items():
         kinds = sorted({type(value).__name__ for value in values[column] if value is not None})
@@ -54,17 +106,20 @@ def _as_dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
     return found
 
 
-def _decoded(path: Path) -> str:
+def _decoded(path: Path, field: str) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"data: {str(path)!r} is not UTF-8 at byte {error.start}; convert it") from error
+        raise ValueError(f"{field}: {str(path)!r} is not UTF-8 at byte {error.start}; convert it") from error
+    except OSError as error:
+        raise ValueError(f"{field}: cannot read {str(path)!r}: {error.strerror}; check the path") from error
 
 
 def _read_text(path: Path) -> Iterator[dict[str, str]]:
+    """Paragraphs between blank lines."""
     lines: list[str] = []
     # Not splitlines: form feeds and U+2028 are part of the text.
-    for line in [*re.split(r"\r\n?|\n", _decoded(path)), ""]:
+    for line in [*re.split(r"\r\n?|\n", _decoded(path, "data")), ""]:
         if line.strip():
             lines.append(line)
         elif lines:
@@ -72,22 +127,10 @@ def _read_text(path: Path) -> Iterator[dict[str, str]]:
             lines = []
 
 
-def _read_json(path: Path, suffix: str) -> Iterator[dict[str, Any]]:
-    """The rows of a list, or objects one after another: JSONL, also where one is printed over several lines."""
-    text, name = _decoded(path), f"data: {str(path)!r}"
-    found = _values(text, name)
-    if suffix == ".json" and text.lstrip().startswith("["):
-        found = ((f"{name} item {at}", row) for _, rows in found for at, row in enumerate(rows, start=1))
-    for where, row in found:
-        if not isinstance(row, dict):
-            raise ValueError(f"{where} is not an object; write every row as {{...}}")
-        yield row
-
-
-def _values(text: str, name: str) -> Iterator[tuple[str, Any]]:
+def _json_values(text: str, name: str) -> Iterator[tuple[str, Any]]:
     """JSON values one after another, each with the line that it begins in."""
     decoder, at, line = json.JSONDecoder(), 0, 1
-    while (begin := SPACE.match(text, at).end()) < len(text):  # type: ignore[union-attr]
+    while (begin := JSON_SPACE.match(text, at).end()) < len(text):  # type: ignore[union-attr]
         line += text.count("\n", at, begin)
         where = f"{name} line {line}"
         try:
@@ -96,25 +139,3 @@ def _values(text: str, name: str) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{where} is not JSON; {first_line(error)}") from error
         yield where, value
         line += text.count("\n", begin, at)
-
-
-def _read_table(path: Path, suffix: str) -> Dataset:
-    from datasets import Dataset
-    from pyarrow import csv, parquet
-
-    try:
-        table = parquet.read_table(path) if suffix == ".parquet" else csv.read_csv(path, **_as_text(csv))
-    except Exception as error:  # pyarrow raises ArrowInvalid, OSError and others on broken files
-        raise ValueError(f"data: cannot read {str(path)!r}; {first_line(error)}") from error
-    if not table.num_rows:
-        raise ValueError(f"data: {str(path)!r} is empty; give a file with at least one row")
-    return Dataset(table)
-
-
-def _as_text(csv: Any) -> dict[str, Any]:
-    """Texts may have line breaks, also where pyarrow's blocks end, and "04" or "true" in their columns is text."""
-    texts = dict.fromkeys(("text", "prompt", "completion", "question"), "string")
-    return {
-        "parse_options": csv.ParseOptions(newlines_in_values=True),
-        "convert_options": csv.ConvertOptions(column_types=texts),
-    }

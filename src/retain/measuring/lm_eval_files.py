@@ -7,8 +7,6 @@ is `[log-likelihood, is_greedy]` per choice; any other is text.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Hashable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from retain.data.row_files import json_rows
 from retain.report.answers import compare_answers
 
 METRICS = ("acc", "acc_norm", "acc_bytes", "exact_match")
@@ -29,21 +28,8 @@ def read_samples(path: str | Path) -> Samples:
         ValueError: one line naming the file and the line, for what is not such a file or holds a question twice.
     """
     samples: Samples = {}
-    try:
-        lines = Path(path).read_bytes().decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"pair: {str(path)!r} is not UTF-8 at byte {error.start}; give a samples_….jsonl") from error
-    except OSError as error:
-        raise ValueError(f"pair: cannot read {str(path)!r}: {error.strerror}; check the path") from error
-    for number, line in enumerate(lines, start=1):
-        where = f"pair: {str(path)!r} line {number}"
-        try:
-            row = json.loads(line) if line.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON; give a file that lm_eval --log_samples wrote whole") from error
-        if row is None:
-            continue
-        if not isinstance(row, dict) or not {"doc_id", "target", "filtered_resps"} <= set(row):
+    for where, row in json_rows(Path(path), "pair"):
+        if not {"doc_id", "target", "filtered_resps"} <= set(row):
             raise ValueError(f"{where} is not a sample of lm-eval; give a file that lm_eval --log_samples wrote")
         add_sample(samples, row, where)
     if not samples:
@@ -59,16 +45,9 @@ def add_sample(samples: Samples, row: dict[str, Any], where: str) -> None:
     responses = row["filtered_resps"] if isinstance(row["filtered_resps"], list) else []
     numbers = [one[0] for one in responses if isinstance(one, (list, tuple)) and one]  # log-likelihoods; else texts
     for number in (*numbers, *(row[name] for name in METRICS if name in row)):
-        if not _is_finite(number):
+        if str(number).lower().lstrip("-") in ("nan", "inf", "infinity"):  # also where they were written as text
             raise ValueError(f"{where} has {number}, which is no result; evaluate that model again, in float32")
     of_filter[row["doc_id"]] = row
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError):  # no number at all
-        return True
 
 
 def paired_report(paths: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ And what a run that is asked to stop leaves: a checkpoint.
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import threading
@@ -27,6 +26,7 @@ from retain.files import (
     NUMBER,
     append_jsonl,
     check_shape,
+    is_finite,
     read_json,
     read_jsonl,
     read_settings,
@@ -86,7 +86,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     documents = read_jsonl(folder / DOCUMENTS_FILE, DOCUMENTS)
     measured = [{key: row[key] for key in row if key == "eval_loss" or key.startswith("retention/")} for row in rows]
     for name, of_file in ((METRICS_FILE, measured), (DOCUMENTS_FILE, documents)):
-        if not all(_is_finite(value) for row in of_file for value in row.values()):
+        if not is_finite(of_file):
             raise ValueError(
                 f"model: {str(folder / name)!r} holds a loss that is not finite, which is no result; finetune again "
                 "with a lower learning_rate or rows that leave something to predict, or delete the line"
@@ -96,11 +96,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         "trajectory": [steps[step] for step in sorted(steps)],
         "documents": documents,
     }
-
-
-def _is_finite(value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return not any(isinstance(one, float) and not math.isfinite(one) for one in values)
 
 
 def _told(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
