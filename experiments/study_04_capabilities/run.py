@@ -21,7 +21,7 @@ from peft import LoraConfig
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from experiments.corpora import load_demo_data
+from examples.demo_data import load_demo_data
 from experiments.study_04_capabilities.data import (
     FACTS,
     WHEELS,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.corpora import Texts, passages
 from experiments.harness import Results
-from experiments.small_base import Texts, passages
 from experiments.study_05_law.runs import now
 from retain.cli.main import main
 from retain.training.run_files import read_run
