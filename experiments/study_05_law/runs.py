@@ -100,8 +100,8 @@ class BothReadings(TrainerCallback):
         sums = document_sums(self.base, logits_of(model), self.bench.retention["prose"], batch_tokens=2048)
         each = {name: float(value.sum() / sums.num_tokens.sum()) for name, value in sums.values.items()}
         self.found[state.global_step] = {
-            "soft": each["entropy"] + each["ref_kl"],
-            "hard": each["argmax_loss"],
+            "soft": each["base_ref_cross_entropy"] + each["ref_kl"],
+            "hard": each["ref_argmax_cross_entropy"],
             "forgetting": each["loss"] - each["base_loss"],
         }
 
