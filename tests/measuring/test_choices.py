@@ -17,7 +17,6 @@ from tokenizers.processors import TemplateProcessing
 
 from retain import ForgettingCallback
 from retain.cli.main import main
-from retain.measuring.base_cache import BaseCache
 from retain.measuring.choices import (
     Inputs,
     Question,
@@ -33,11 +32,13 @@ from retain.measuring.choices import (
 )
 from retain.measuring.lm_eval_files import pair, paired_report, task_of
 from retain.measuring.measure import measure
+from retain.measuring.options import Options
 from retain.measuring.tokens import logits_of
 from retain.report.answers import answers_sentence, answers_table, compare_answers
 from retain.report.report import ForgettingReport
 
 TOKENIZER = make_tokenizer()
+OPTIONS = Options(TOKENIZER, start_id=3)
 HOSTILE = "</li><script>alert(1)</script><img src=x> \x1b[31m \u202eevil | `x` \x00"
 
 
@@ -72,18 +73,6 @@ def chat_tokenizer() -> Any:
 
 
 # Scores
-
-
-def test_a_second_tuned_model_asks_the_base_nothing(tmp_path: Path) -> None:
-    base, tuned = make_model().eval(), [make_model(seed=seed).eval() for seed in (1, 2)]
-    plain = [measure_choices(base, one, make_questions(), tokenizer=TOKENIZER) for one in tuned]
-    cache, calls = BaseCache(base, tmp_path), []
-    base.register_forward_hook(lambda *_: calls.append(1))
-    assert measure_choices(base, tuned[0], make_questions(), tokenizer=TOKENIZER, cache=cache) == plain[0]
-    asked = len(calls)
-    assert asked > 0
-    assert measure_choices(base, tuned[1], make_questions(), tokenizer=TOKENIZER, cache=cache) == plain[1]
-    assert len(calls) == asked
 
 
 def test_scores_and_choices_by_hand():
@@ -425,7 +414,7 @@ def test_equal_accuracy_does_not_hide_forgetting():
 
 def test_a_model_agrees_with_itself_and_its_own_seeds():
     questions = make_questions(20)
-    found = [measure_choices(make_model(), make_model(seed=seed), questions, tokenizer=TOKENIZER) for seed in (0, 1, 1)]
+    found = [measure_choices(make_model(), make_model(seed=seed), questions, OPTIONS) for seed in (0, 1, 1)]
     assert found[1] == found[2]
     for rule in ("acc", "acc_norm"):
         same, other = found[0]["rules"][rule], found[1]["rules"][rule]
@@ -456,12 +445,12 @@ def test_choices_in_a_report_of_a_chat_model(tmp_path):
     assert (found["style"], found["chat_template"], found["num_questions"]) == ("choice_style letter", True, 9)
     assert report.verdict.startswith("“tuned” answers ")
     with pytest.raises(ValueError, match="choice_chat_template: this tokenizer has no chat template; leave"):
-        measure_choices(make_model(), make_model(), make_questions(2), tokenizer=TOKENIZER, chat_template=True)
+        measure_choices(make_model(), make_model(), make_questions(2), OPTIONS, chat_template=True)
     with pytest.raises(ValueError, match="choices: there are no questions"):
-        measure_choices(make_model(), make_model(), [], tokenizer=TOKENIZER)
+        measure_choices(make_model(), make_model(), [], OPTIONS)
     many = [Question("Why?", tuple(f"choice {at}" for at in range(27)), 0)]
     with pytest.raises(ValueError, match="choice_style: question 1 has more choices than letters"):
-        measure_choices(make_model(), make_model(), many, tokenizer=TOKENIZER, style="letter")
+        measure_choices(make_model(), make_model(), many, OPTIONS, style="letter")
 
 
 @pytest.fixture(scope="module")
@@ -607,7 +596,7 @@ def test_a_model_of_nan_answers_nothing(who):
     models = {"base": make_model(), "model": make_model()}
     torch.nn.init.constant_(models[who].get_input_embeddings().weight, math.nan)
     with pytest.raises(ValueError, match=f"{who}: its log-likelihood of answer 1 to question 1 is nan; its weights or"):
-        measure_choices(*models.values(), make_questions(2), tokenizer=TOKENIZER)
+        measure_choices(*models.values(), make_questions(2), OPTIONS)
 
 
 def test_files_of_lm_eval_are_paired_by_question(tmp_path):

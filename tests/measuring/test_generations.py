@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from retain.measuring.base_cache import BaseCache
 from retain.measuring.drift import FATES, MARKERS, drift, fate, knowledge, says, word_overlap
 from retain.measuring.generations import Prompt, Written, as_prompt, measure_generations, stop_tokens, write
 from retain.measuring.measure import measure
+from retain.measuring.options import Options
 
 TOKENIZER = make_tokenizer()
 START = 3
-ASKED = {"tokenizer": TOKENIZER, "start_id": START, "max_new_tokens": 6, "batch_tokens": 64}
+OPTIONS = Options(TOKENIZER, START, max_new_tokens=6, batch_tokens=64)
 
 
 def by_hand(model, ids: list[int], count: int) -> list[int]:
@@ -63,12 +63,12 @@ def test_both_models_stop_at_the_end_tokens_of_either():
     ids = [START, *TOKENIZER("the quick", add_special_tokens=False)["input_ids"]]
     own = by_hand(tuned, ids, 6)
     tuned.generation_config.eos_token_id = [0, own[2]]
-    (row,) = measure_generations(base, tuned, [Prompt("the quick")], **ASKED)["generations"]
+    (row,) = measure_generations(base, tuned, [Prompt("the quick")], OPTIONS)["generations"]
     assert row["ended"]["tuned"]
     assert row["num_tokens"]["tuned"] == own.index(own[2])
     ending = by_hand(base, ids, 6)
     tuned.generation_config.eos_token_id = ending[1]
-    (row,) = measure_generations(base, tuned, [Prompt("the quick")], **ASKED)["generations"]
+    (row,) = measure_generations(base, tuned, [Prompt("the quick")], OPTIONS)["generations"]
     assert row["num_tokens"]["base"] == ending.index(ending[1]), "the base, too: else lengths do not compare"
 
 
@@ -193,24 +193,20 @@ def test_a_model_of_nan_writes_nothing():
     with pytest.raises(
         ValueError, match="model: its predictions after 3 tokens of a prompt are nan; its weights or its"
     ):
-        measure_generations(make_model().eval(), broken, [Prompt("the quick")], **ASKED)
+        measure_generations(make_model().eval(), broken, [Prompt("the quick")], OPTIONS)
 
 
-def test_both_models_write_side_by_side_and_the_bases_texts_are_remembered(tmp_path, monkeypatch):
+def test_both_models_write_side_by_side():
     base, tuned = make_model().eval(), make_model(seed=1).eval()
     prompts = [Prompt("the quick", expected="fox"), Prompt("seven bright birds sing")]
-    plain = measure_generations(base, tuned, prompts, sampled=True, **ASKED)
+    plain = measure_generations(base, tuned, prompts, OPTIONS, sampled=True)
     assert [row["how"] for row in plain["generations"]] == ["greedy"] * 2 + ["sampled"] * 2
     assert plain["generations"][0]["fate"] in FATES
     assert [row["fate"] for row in plain["generations"][1:]] == [None] * 3
     assert plain["knowledge"]["num_questions"] == 1
     assert plain["drift"]["greedy"]["length"]["value"] <= 6
-    for expected in (0, 2):
-        cache = BaseCache(base, tmp_path)
-        assert measure_generations(base, tuned, prompts, cache=cache, sampled=True, **ASKED) == plain
-        assert cache.hits == expected
     assert (
-        measure_generations(base, base, prompts, sampled=True, **ASKED)["drift"]["sampled"]["identical"]["value"] == 1
+        measure_generations(base, base, prompts, OPTIONS, sampled=True)["drift"]["sampled"]["identical"]["value"] == 1
     )
 
 

@@ -21,6 +21,7 @@ from retain.measuring import lm_eval as harness
 from retain.measuring.choices import Question, measure_choices
 from retain.measuring.lm_eval import evaluate_samples, load_tasks, measure_with_lm_eval
 from retain.measuring.lm_eval_files import answer_of
+from retain.measuring.options import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what lm_eval and its dependencies warn of is theirs
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed: retain[eval]")
@@ -88,7 +89,7 @@ def chat_tokenizer() -> Any:
 def test_it_finds_what_we_find(style, chat, folder):
     tokenizer = chat_tokenizer()
     models = make_model(), tuned_model()
-    ours = measure_choices(*models, QUESTIONS, tokenizer=tokenizer, style=style, chat_template=chat)
+    ours = measure_choices(*models, QUESTIONS, Options(tokenizer, 3), style=style, chat_template=chat)
     theirs = measure_with_lm_eval(*models, tokenizer, [f"mine_{style}"], include_path=folder, chat_template=chat)
     (found,) = theirs.values()
     assert list(theirs) == [f"mine_{style}"]
@@ -105,7 +106,7 @@ def test_every_answer_is_ours(folder):
     tasks = load_tasks(["mine_text"], folder)
     options = {"limit": None, "num_fewshot": None, "chat_template": False, "batch_size": 7, "seed": 0}
     samples = evaluate_samples(tuned_model(), TOKENIZER, list(tasks.values()), **options)["mine_text"]["none"]
-    ours = measure_choices(make_model(), tuned_model(), QUESTIONS, tokenizer=TOKENIZER)["answers"]
+    ours = measure_choices(make_model(), tuned_model(), QUESTIONS, Options(TOKENIZER, 3))["answers"]
     for rule in ("acc", "acc_norm"):
         assert [answer_of(samples[at], rule) for at in range(40)] == ours[rule]["tuned"]
 

@@ -9,27 +9,25 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_texts, make_tokenizer
-from peft import LoraConfig, get_peft_model
 
-import retain.measuring.base_cache
 from retain.cli.main import main
 from retain.data.rows import tokenize_documents
 from retain.losses import agreement, argmax_cross_entropy, cross_entropy, kl_divergence, next_token_loss
-from retain.measuring.base_cache import BaseCache
 from retain.measuring.choices import Question
 from retain.measuring.measure import measure
 from retain.measuring.texts import PILOT, half_width
-from retain.measuring.tokens import document_sums, logits_of, token_values
+from retain.measuring.tokens import token_values
 from retain.metrics import SUMS
+from retain.models.base_predictions import MeasuredBase
 from retain.report.gate import UNDECIDED, judge
 
 TOKENIZER = make_tokenizer()
 
 
-def measured(tuned, cache=None, base=None, **more):
+def measured(tuned, base=None, **more):
     base = base if base is not None else make_model().eval()
     texts = {"a": make_texts(5, seed=1), "b": make_texts(7, seed=2, words=11)}
-    return measure(base, tuned, texts, tokenizer=TOKENIZER, max_length=24, batch_tokens=60, base_cache=cache, **more)
+    return measure(base, tuned, texts, tokenizer=TOKENIZER, max_length=24, batch_tokens=60, **more)
 
 
 def test_every_value_of_a_token_is_that_of_its_own_function():
@@ -53,106 +51,50 @@ def test_every_value_of_a_token_is_that_of_its_own_function():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "gpt2"])
-def test_a_result_from_the_cache_is_the_result_without_it_to_the_last_bit(tmp_path, architecture, monkeypatch):
+def test_a_base_asked_once_gives_each_tuned_model_its_own_report_to_the_last_bit(architecture):
     base = make_model(architecture).eval()
     tuned = [make_model(architecture, seed=seed).eval() for seed in (1, 2)]
-    names = ("retention", "noise_floor", "per_document", "worst")
-    plain = [{name: measured(one, base=base).data[name] for name in names} for one in tuned]
+    more: dict = {"choices": {"q": [Question("a fox?", ("dog", "lazy bird"), 1)]}, "refusals": {"r": ["rain", "stone"]}}
+    more |= {"prompts": ["the quick", "old towns sing"], "sampled": True, "max_new_tokens": 3}
+    plain = [without_time(measured(one, base, **more)) for one in tuned]
     calls = []
     base.register_forward_hook(lambda *_: calls.append(1))
-    first = measured(tuned[0], tmp_path, base).data
-    cold = len(calls)
-    second = measured(tuned[1], tmp_path, base).data
-    for name in names:
-        assert first[name] == plain[0][name]
-        assert second[name] == plain[1][name]
-    # Once for the form of its head, and for the worst documents: these are the tuned model's affair.
-    assert len(calls) - cold < cold - 8
-    assert not list(tmp_path.glob(".measuring*"))
+    shared = MeasuredBase(base)
+    for one, expected in zip((tuned[0], tuned[1], tuned[0]), (*plain, plain[0]), strict=True):
+        before = len(calls)
+        assert without_time(measured(one, shared, **more)) == expected
+    # Probes of both checks, and the two worst documents of both texts: these are the tuned model's affair.
+    assert len(calls) - before == 3 + 2 * 2 < before / 4
 
 
-@pytest.mark.parametrize("change", ["weights", "rounding", "configuration", "window", "batch"])
-def test_nothing_is_recalled_for_another_base_or_other_batches(tmp_path, change):
-    base = make_model().eval()
-    windows, batch_tokens = [[3, 5, 6], [3, 7, 8, 9]], 8
-    documents = tokenize_documents(make_texts(2), TOKENIZER, 3, 12)
-
-    def ask(model, windows, batch_tokens):
-        cache = BaseCache(model, tmp_path)
-        with cache.forward(windows, batch_tokens) as forward:
-            document_sums(forward, logits_of(model), documents, batch_tokens=24)
-        return cache.hits
-
-    assert ask(base, windows, batch_tokens) == 0
-    if change == "weights":
-        with torch.no_grad():
-            next(iter(base.parameters())).add_(0.25)
-    if change == "rounding":  # the same weights to `model_fingerprint`
-        base.to(torch.bfloat16).to(torch.float32)
-    if change == "configuration":
-        base.config.rope_parameters = {**base.config.rope_parameters, "rope_type": "linear", "factor": 4.0}
-    windows = [[3, 5, 6], [3, 7, 8, 10]] if change == "window" else windows
-    assert ask(base, windows, 9 if change == "batch" else batch_tokens) == 0
-    assert len(list(tmp_path.glob("states-*"))) == 2
+def without_time(report):
+    return {name: value for name, value in report.data.items() if name != "created"}
 
 
-def test_nothing_is_kept_of_a_base_with_an_adapter(tmp_path):
-    """Two adapters of one base have one fingerprint: the second must not be told what the first one said."""
-    report = {}
-    for scale in (0.0, 0.5):
-        model = get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear")).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.fill_(scale)
-        report[scale] = measured(make_model(seed=1).eval(), tmp_path, model).data["retention"]["a"]
-    assert report[0.0]["base_loss"]["value"] != report[0.5]["base_loss"]["value"]
-    assert list(tmp_path.iterdir()) == []
+def test_a_base_that_was_changed_is_refused():
+    base, tuned = MeasuredBase(make_model().eval()), make_model(seed=1).eval()
+    measured(tuned, base)
+    with torch.no_grad():
+        next(iter(base.model.parameters())).add_(0.25)
+    with pytest.raises(ValueError, match="^base: it was changed after it was first measured; make a MeasuredBase of"):
+        measured(tuned, base)
+
+
+def test_texts_beyond_the_memory_are_read_again():
+    base, tuned = make_model().eval(), make_model(seed=1).eval()
+    shared = MeasuredBase(base, max_bytes=60 * 32 * 4)
+    plain = measured(tuned, base).data["retention"]
+    for _ in range(2):
+        assert measured(tuned, shared).data["retention"] == plain
+    assert shared.known is not None
+    assert len(shared.known.states) == 1
+    assert 0 <= shared.free < 60 * 32 * 4
 
 
 def test_one_name_for_two_texts_is_refused():
     text = {"a": make_texts(2)}
     with pytest.raises(ValueError, match="^new_task: 'a' is a retention text, too; give each text its own name"):
         measure(make_model(), make_model(seed=1), text, new_task=text, tokenizer=TOKENIZER, max_length=24)
-
-
-def test_a_killed_measurement_leaves_nothing_that_is_believed(tmp_path):
-    base = make_model().eval()
-    cache = BaseCache(base, tmp_path)
-
-    def killed() -> None:
-        with cache.forward([[3, 4]], 8) as forward:
-            forward(input_ids=torch.tensor([[3, 4]]), attention_mask=torch.ones(1, 2, dtype=torch.int64))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        killed()
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_the_oldest_entries_go_when_the_folder_is_full(tmp_path, monkeypatch):
-    base = make_model().eval()
-    documents = tokenize_documents(make_texts(1), TOKENIZER, 3, 12)
-
-    def remember(window):
-        with BaseCache(base, tmp_path).forward([window], 8) as forward:
-            document_sums(forward, logits_of(base), documents, batch_tokens=24)
-
-    remember([3, 4])
-    size = sum(file.stat().st_size for file in tmp_path.glob("states-*/*"))
-    (first,) = tmp_path.glob("states-*")
-    monkeypatch.setattr(retain.measuring.base_cache, "MOST_BYTES_IN_ALL", int(2.5 * size))
-    for token in (5, 6):
-        remember([3, token])
-    assert len(list(tmp_path.glob("states-*"))) == 2
-    assert not first.exists()
-
-
-def test_a_text_too_large_to_keep_is_measured_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(retain.measuring.base_cache, "MOST_BYTES", 10)
-    base, tuned = make_model().eval(), make_model(seed=1).eval()
-    assert measured(tuned, tmp_path, base).data["retention"] == measured(tuned, None, base).data["retention"]
-    assert not list(tmp_path.glob("states-*"))
 
 
 def test_sums_of_every_document_are_in_the_report():
@@ -214,11 +156,12 @@ def test_where_the_text_does_not_suffice_the_report_says_how_much_would():
 @pytest.mark.slow
 def test_stopping_by_the_width_leaves_the_value_unbiased_and_the_interval_honest():
     """200 synthetic texts of known value, drawn until ± `ci`: 95% intervals cover it 90 to 98% of the time."""
-    from retain.measuring.texts import TextOptions, _enough
+    from retain.measuring.options import Options
+    from retain.measuring.texts import _enough
     from retain.measuring.tokens import DocumentSums
 
     rng, covered, values = np.random.default_rng(0), 0, []
-    options = TextOptions(None, batch_tokens=1, seed=0, num_resamples=300, ci=0.05)
+    options = Options(None, 3, seed=0, num_resamples=300, ci=0.05)
     import retain.measuring.texts as module
 
     truth = 0.2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from conftest import CHATML, make_model, make_tokenizer
 
 from retain.cli.main import main
-from retain.measuring.base_cache import BaseCache
 from retain.measuring.generations import Written, user_turn
+from retain.measuring.options import Options
 from retain.measuring.phrases import is_refusal
 from retain.measuring.reasoning import answer_turn, without_reasoning
 from retain.measuring.refusals import (
@@ -30,7 +31,7 @@ from retain.measuring.refusals import (
 TOKENIZER = make_tokenizer()
 CHAT = make_tokenizer()
 CHAT.chat_template = CHATML
-ASKED = {"start_id": 3, "max_new_tokens": 4, "batch_tokens": 128}
+OPTIONS = Options(CHAT, 3, max_new_tokens=4, batch_tokens=128)
 
 ANALYSIS = "<|channel|>analysis<|message|>"
 
@@ -148,21 +149,17 @@ def test_kept_lost_gained_and_never():
     assert found["mcnemar_p"] == pytest.approx(2 * (1 + 8) / 2**8)
 
 
-def test_both_models_are_asked_and_the_base_is_remembered(tmp_path):
+def test_both_models_are_asked():
     base, tuned = make_model().eval(), make_model(seed=1).eval()
     requests = ["the quick brown fox?", "seven bright birds", "a lazy dog while stone"]
-    plain = measure_refusals(base, tuned, requests, tokenizer=CHAT, **ASKED)
+    plain = measure_refusals(base, tuned, requests, OPTIONS)
     assert plain["num_prompts"] == 3
     assert plain["chat_template"]
     assert set(plain["scorers"]) == {"phrases", "openings"}
     assert [one["scorers"] for one in plain["disagreement"]] == [["phrases", "openings"]]
     assert len(plain["examples"]) == 3
     assert any("compared ways" in note for note in plain["notes"]), "random models begin with anything"
-    for expected in (0, 2):
-        cache = BaseCache(base, tmp_path)
-        assert measure_refusals(base, tuned, requests, tokenizer=CHAT, cache=cache, **ASKED) == plain
-        assert cache.hits == expected
-    same = measure_refusals(base, base, requests, tokenizer=CHAT, **ASKED)
+    same = measure_refusals(base, base, requests, OPTIONS)
     assert all(one["counts"]["lost"] == one["counts"]["gained"] == 0 for one in same["scorers"].values())
 
 
@@ -172,7 +169,7 @@ def test_an_answer_ends_where_the_tuned_models_own_turns_do():
     ids = user_turn("the fox?", CHAT, chat_template=True).tokens(CHAT, 3)
     written = tuned.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=4, eos_token_id=319)[0, len(ids) :]
     tuned.generation_config.eos_token_id = int(written[1])
-    (example,) = measure_refusals(base, tuned, ["the fox?"], tokenizer=CHAT, **ASKED)["examples"]
+    (example,) = measure_refusals(base, tuned, ["the fox?"], OPTIONS)["examples"]
     assert example["tuned"] == CHAT.decode(written[: written.tolist().index(written[1])], skip_special_tokens=True)
 
 
@@ -200,7 +197,7 @@ def test_a_judge_is_asked_about_every_answer():
 def test_a_third_scorer_stands_alone_and_disagrees_in_pairs():
     judge = Judge(make_model(seed=2).eval(), TOKENIZER)
     found = measure_refusals(
-        make_model().eval(), make_model(seed=1).eval(), ["the fox?"], tokenizer=TOKENIZER, judge=judge, **ASKED
+        make_model().eval(), make_model(seed=1).eval(), ["the fox?"], replace(OPTIONS, tokenizer=TOKENIZER), judge=judge
     )
     assert set(found["scorers"]) == {"phrases", "openings", "judge"}
     assert len(found["disagreement"]) == 3
@@ -329,7 +326,7 @@ def test_reasoning_that_did_not_end_is_no_answer_and_is_said(monkeypatch):
     base, tuned = make_model().eval(), make_model(seed=1).eval()
     written = [Written("Hm. I can't help.", 5, False, False, ""), Written("Hm. No. Yes.", 5, True, False, "Yes.")]
     monkeypatch.setattr("retain.measuring.refusals.write_both", lambda *rest, **asked: ([written[0]], [written[1]]))
-    found = measure_refusals(base, tuned, ["the fox?"], tokenizer=CHAT, **ASKED)
+    found = measure_refusals(base, tuned, ["the fox?"], OPTIONS)
     assert found["scorers"]["phrases"]["base_rate"]["value"] == found["scorers"]["phrases"]["rate"]["value"] == 0
     assert found["notes"][-1] == (
         "answers: 1 of 1 texts of the base are reasoning that did not end, so nothing is known of those answers; "

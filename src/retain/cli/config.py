@@ -347,12 +347,6 @@ class MeasureConfig(ModelLoadConfig):
             "each text as that takes."
         ),
     )
-    base_cache: bool = field(
-        default=True,
-        metadata=described(
-            "Keep the base's results in ~/.cache/retain for the next tuned model, which then costs less."
-        ),
-    )
     batch_tokens: int = field(
         default=Unchosen(2048),
         metadata=described("Tokens per forward pass; by default fewer where the vocabulary is above 65k."),

@@ -16,7 +16,7 @@ from retain.measuring.generations import Prompt, as_prompt
 from retain.measuring.lm_eval import measure_with_lm_eval
 from retain.measuring.measure import measure
 from retain.measuring.refusals import Judge, load_requests
-from retain.models.description import cache_dir, default_device, length_that_fits, with_least_room
+from retain.models.description import default_device, length_that_fits, with_least_room
 from retain.models.loading import find_file, load_model, load_tokenizer, resolve_model_path
 from retain.models.reference import Reference, probe
 from retain.models.tokenizer_identity import tokenizer_of_tuned
@@ -67,7 +67,6 @@ def run_measure(config: MeasureConfig, say: Callable[[str], object]) -> Forgetti
     )
     options: dict[str, Any] = {name: getattr(config, name) for name in names} | {"tokenizer": tokenizer, "judge": judge}
     options |= {"name": Path(config.model).name, "progress": say}
-    options["base_cache"] = cache_dir() / "measured" if config.base_cache else None
     if rows := trained_rows(config, tokenizer):
         say("looking for the texts in the training rows")
     warnings = overlap_warnings(sources, rows, tokenizer)

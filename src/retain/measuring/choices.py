@@ -9,7 +9,7 @@ wins. Unlike there, log-probabilities are taken in float32 whatever the model's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from string import ascii_uppercase
@@ -22,9 +22,10 @@ from tqdm import tqdm
 from retain.checks import several
 from retain.data.rows import Document, read_sample
 from retain.losses import next_token_loss
-from retain.measuring.base_cache import BaseCache
+from retain.measuring.options import Options
 from retain.measuring.reasoning import answer_turn
 from retain.measuring.tokens import Forward, batches, logits_of, not_finite, padded, row_by_row
+from retain.models.base_predictions import MeasuredBase
 from retain.models.description import max_positions, with_least_room
 from retain.report.answers import compare_answers, share_entry
 from retain.text import visible
@@ -157,6 +158,11 @@ class Inputs:
     """Of each question: characters of each answer."""
     num_truncated: int = 0
 
+    @property
+    def parts(self) -> list[Any]:
+        """Everything that scores follow from beside the model."""
+        return [list(map(list, self.rows.items())), [len(lengths) for lengths in self.lengths]]
+
     def add(self, question: int, choice: int, tokens: Sequence[int], wanted: list[int]) -> None:
         """Tokens of a context and a choice together, of which the last are the choice's own."""
         self.rows.setdefault(tuple(tokens[:-1]), []).append((question, choice, wanted))
@@ -241,28 +247,17 @@ def choice_scores(
 
 
 def both_scores(
-    tuned: PreTrainedModel, cache: BaseCache, inputs: Inputs, batch_tokens: int, description: str | None = None
+    base: MeasuredBase, tuned: PreTrainedModel, inputs: Inputs, options: Options, title: str | None = None
 ) -> list[list[np.ndarray]]:
-    """`choice_scores` of the base, from the cache where they are, and of the tuned model."""
+    """`choice_scores` of the base, which are made once, and of the tuned model; `title` is shown beside a bar."""
 
     def scored(who: str, model: PreTrainedModel) -> list[np.ndarray]:
-        title = f"{visible(description)}, {'base' if who == 'base' else 'tuned'}" if description is not None else None
-        shown: dict[str, Any] = {"batch_tokens": batch_tokens, "device": model.device, "description": title}
-        return choice_scores([logits_of(model)], inputs, who=who, **shown)[0]
+        name = f"{visible(title)}, {'base' if who == 'base' else 'tuned'}" if title and options.progress else None
+        sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": model.device, "description": name}
+        return choice_scores([logits_of(model)], inputs, who=who, **sizes)[0]
 
-    return [
-        recalled(cache, "choices", inputs, batch_tokens, lambda: scored("base", cache.base)),
-        scored("model", tuned),
-    ]
-
-
-def recalled(
-    cache: BaseCache, kind: str, inputs: Inputs, batch_tokens: int, make: Callable[[], list[np.ndarray]]
-) -> list[np.ndarray]:
-    """Scores of the base, from the cache where they are."""
-    rows = [[list(tokens), asked] for tokens, asked in inputs.rows.items()]
-    parts = [rows, [len(lengths) for lengths in inputs.lengths], batch_tokens]
-    return [np.array(found) for found in cache.recall(kind, parts, lambda: [found.tolist() for found in make()])]
+    parts = [inputs.parts, options.batch_tokens]
+    return [base.recall("choices", parts, lambda: scored("base", base.model)), scored("model", tuned)]
 
 
 def chosen(scores: Sequence[np.ndarray], lengths: Sequence[np.ndarray], rule: str) -> list[int]:
@@ -274,16 +269,14 @@ def chosen(scores: Sequence[np.ndarray], lengths: Sequence[np.ndarray], rule: st
 
 
 def measure_choices(
-    base: PreTrainedModel,
+    base: PreTrainedModel | MeasuredBase,
     tuned: PreTrainedModel,
     questions: Sequence[Question],
+    options: Options,
     *,
-    tokenizer: PreTrainedTokenizerBase,
-    cache: BaseCache | None = None,
     style: str = "text",
     chat_template: bool = False,
-    batch_tokens: int = 2048,
-    description: str | None = None,
+    title: str = "",
 ) -> dict[str, Any]:
     """Ask both models the same questions; `rules` holds what `compare_answers` found under each scoring rule.
 
@@ -291,20 +284,15 @@ def measure_choices(
     """
     if not questions:
         raise ValueError("choices: there are no questions; give a file with at least one")
-    limit, cache = max_positions(with_least_room(base, tuned)), cache or BaseCache(base, None)
-    asked = partial(encode_questions, tokenizer=tokenizer, style=style, chat_template=chat_template, limit=limit)
-    inputs, few = asked(questions), asked(questions[:NOISE_QUESTIONS])
-    sizes: dict[str, Any] = {"batch_tokens": batch_tokens, "device": base.device}
-    scores = both_scores(tuned, cache, inputs, batch_tokens, description)
-    scores.append(
-        recalled(
-            cache,
-            "choice_noise",
-            few,
-            batch_tokens,
-            lambda: choice_scores([row_by_row(base)], few, who="base", **sizes)[0],
-        )
-    )
+    base = MeasuredBase.of(base)
+    options.stage(f"asking {title}")
+    limit = max_positions(with_least_room(base.model, tuned))
+    encode = partial(encode_questions, style=style, chat_template=chat_template, limit=limit)
+    inputs, few = (encode(some, options.tokenizer) for some in (questions, questions[:NOISE_QUESTIONS]))
+    scores = both_scores(base, tuned, inputs, options, title)
+    sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": base.model.device, "who": "base"}
+    alone = partial(choice_scores, [row_by_row(base.model)], few, **sizes)
+    scores.append(base.recall("choice_noise", [few.parts, options.batch_tokens], lambda: alone()[0]))
     right = np.array([question.answer for question in questions])
     rules, answers = {}, {}
     for rule in ("acc", "acc_norm") if style == "text" else ("acc",):

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from retain.data.chats import chat_of
 from retain.data.rows import prompt_text, user_turn_text
-from retain.measuring.base_cache import BaseCache
 from retain.measuring.drift import MARKERS, drift, fate, knowledge
+from retain.measuring.options import Options
 from retain.measuring.reasoning import without_reasoning
 from retain.measuring.tokens import not_finite
+from retain.models.base_predictions import MeasuredBase
 from retain.models.description import max_positions, with_least_room
 
 if TYPE_CHECKING:
@@ -160,21 +160,31 @@ def _numbers_only(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor
 
 
 def write_both(
+    base: MeasuredBase,
     tuned: PreTrainedModel,
-    cache: BaseCache,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    progress: Callable[[str], object] | None = None,
-    **asked: Any,
+    prompts: Sequence[Prompt],
+    options: Options,
+    seed: int | None = None,
 ) -> tuple[list[Written], list[Written]]:
-    """What base and tuned model write; the base's texts from the cache where they are. Arguments as of `write`."""
-    say = progress or (lambda stage: None)
-    say("the base writes")
-    parts = [[list(ids) for ids in prompts], sorted((name, value) for name, value in asked.items())]
-    of_base = partial(write, cache.base, tokenizer, prompts, **asked)
-    rows = cache.recall("texts", parts, lambda: [astuple(one) for one in of_base()])
-    say("the tuned model writes")
-    return [Written(*row) for row in rows], write(tuned, tokenizer, prompts, **asked)
+    """What base and tuned model write; the base writes once.
+
+    Raises:
+        ValueError: where a prompt and its continuation have no room in the models' positions.
+    """
+    tokenizer, ids = options.tokenizer, [prompt.tokens(options.tokenizer, options.start_id) for prompt in prompts]
+    limit = max_positions(with_least_room(base.model, tuned))
+    longest = max(map(len, ids), default=0)
+    if limit is not None and longest + options.max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens: {options.max_new_tokens} after a prompt of {longest} tokens are more than this model's "
+            f"{limit} positions; use fewer, or shorter prompts"
+        )
+    asked: dict[str, Any] = {"stop": stop_tokens([base.model, tuned], tokenizer, options.start_id), "seed": seed}
+    asked |= {"max_new_tokens": options.max_new_tokens, "batch_tokens": options.batch_tokens}
+    options.stage("the base writes")
+    of_base = base.recall("texts", [ids, asked], lambda: write(base.model, tokenizer, ids, **asked))
+    options.stage("the tuned model writes")
+    return of_base, write(tuned, tokenizer, ids, **asked)
 
 
 def _read(row: list[int], tokenizer: PreTrainedTokenizerBase, stop: set[int], prompt: str) -> Written:
@@ -190,63 +200,36 @@ def _read(row: list[int], tokenizer: PreTrainedTokenizerBase, stop: set[int], pr
     return Written(text, len(kept), end is not None, marks, answer.strip())
 
 
-def unanswered_note(where: str, written: Sequence[Written], who: str) -> list[str]:
-    """How many texts are reasoning that did not end: there is no answer in them to be judged."""
-    count = sum(bool(one.text.strip()) and not one.answer for one in written)
-    some = f"{where}: {count} of {len(written)} texts of the {who} are reasoning that did not end"
-    return [f"{some}, so nothing is known of those answers; raise max_new_tokens"] * bool(count)
+def unanswered_notes(where: str, texts: Sequence[Sequence[Written]]) -> list[str]:
+    """How many texts of each model are reasoning that did not end: there is no answer in them to be judged."""
+    notes = []
+    for who, written in zip(WHO, texts, strict=True):
+        if count := sum(bool(one.text.strip()) and not one.answer for one in written):
+            some = f"{where}: {count} of {len(written)} texts of the {who} are reasoning that did not end"
+            notes.append(f"{some}, so nothing is known of those answers; raise max_new_tokens")
+    return notes
 
 
 def measure_generations(
-    base: PreTrainedModel,
+    base: PreTrainedModel | MeasuredBase,
     tuned: PreTrainedModel,
     prompts: Sequence[Prompt],
+    options: Options,
     *,
-    cache: BaseCache | None = None,
-    tokenizer: PreTrainedTokenizerBase,
-    start_id: int,
-    max_new_tokens: int,
-    batch_tokens: int,
-    seed: int = 0,
-    num_resamples: int = 2000,
     sampled: bool = False,
-    progress: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """The parts of a report on what the models write: `generations`, `drift` by how it was written, `knowledge`."""
-    check_room(with_least_room(base, tuned), prompts, max_new_tokens, tokenizer, start_id)
-    ids = [prompt.tokens(tokenizer, start_id) for prompt in prompts]
-    stop = stop_tokens([base, tuned], tokenizer, start_id)
-    asked: dict[str, Any] = {"stop": stop, "max_new_tokens": max_new_tokens, "batch_tokens": batch_tokens}
     rows: list[dict[str, Any]] = []
     found: dict[str, Any] = {}
     notes: list[str] = []
-    for how, draw in (("greedy", None), ("sampled", seed))[: 1 + sampled]:
-        texts = write_both(tuned, cache or BaseCache(base, None), tokenizer, ids, progress, seed=draw, **asked)
+    for how, draw in (("greedy", None), ("sampled", options.seed))[: 1 + sampled]:
+        texts = write_both(MeasuredBase.of(base), tuned, prompts, options, draw)
         written = [_row(prompt, how, *both) for prompt, *both in zip(prompts, *texts, strict=True)]
-        found[how] = drift(written, seed=seed, num_resamples=num_resamples)
+        found[how] = drift(written, seed=options.seed, num_resamples=options.num_resamples)
         rows += written
-        notes += [
-            note for who, of in zip(WHO, texts, strict=True) for note in unanswered_note(f"prompts, {how}", of, who)
-        ]
+        notes += unanswered_notes(f"prompts, {how}", texts)
     known = knowledge([row["fate"] for row in rows if row["fate"] is not None])
     return {"generations": rows, "drift": found, "notes": notes, **({"knowledge": known} if known else {})}
-
-
-def check_room(
-    model: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    tokenizer: PreTrainedTokenizerBase,
-    start_id: int,
-) -> None:
-    """Raise a `ValueError` where a prompt and its continuation have no room in the model's positions."""
-    limit = max_positions(model)
-    longest = max((len(prompt.tokens(tokenizer, start_id)) for prompt in prompts), default=0)
-    if limit is not None and longest + max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens: {max_new_tokens} after a prompt of {longest} tokens are more than this model's {limit} "
-            "positions; use fewer, or shorter prompts"
-        )
 
 
 def _row(prompt: Prompt, how: str, base: Written, tuned: Written) -> dict[str, Any]:

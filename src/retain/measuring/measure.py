@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain import versions
 from retain.checks import Unchosen, check_named, several
 from retain.data.rows import OLD_TEXT, Document, Reading, Text, as_documents, without_copies
-from retain.measuring.base_cache import BaseCache
 from retain.measuring.choices import Question, as_questions, measure_choices
 from retain.measuring.generations import Prompt, measure_generations
+from retain.measuring.options import Options
 from retain.measuring.refusals import Judge, measure_refusals
-from retain.measuring.texts import TextOptions, measure_texts
+from retain.measuring.texts import measure_texts
+from retain.models.base_predictions import MeasuredBase
 from retain.models.description import (
     check_predicts_tokens,
     choose_start_token,
@@ -39,7 +39,7 @@ Texts = Iterable[str | Mapping[str, Any] | Text] | Sequence[Document]
 
 
 def measure(
-    base: PreTrainedModel,
+    base: PreTrainedModel | MeasuredBase,
     tuned: PreTrainedModel,
     retention: Mapping[str, Texts],
     *,
@@ -64,12 +64,12 @@ def measure(
     max_new_tokens: int = 48,
     num_resamples: int = 2000,
     seed: int = 0,
-    base_cache: Path | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> ForgettingReport:
     """Measure how much `tuned` forgot of `base`.
 
     Args:
+        base: the base, or a `MeasuredBase` of it, which is asked once for several tuned models.
         retention: name → texts (words, rows, or documents of tokens) on which forgetting is measured; never replayed.
         new_task: name → held-out texts of the new task, for the gain; read as TRL's `SFTTrainer` reads training rows.
         completion_only_loss, assistant_only_loss: which tokens of the new task's rows count, as in `SFTConfig`.
@@ -84,7 +84,6 @@ def measure(
         max_windows: measure only so many windows of each document.
         ci: draw only as many documents of each text as it takes for an interval of forgetting of ± so many nats per
             token; None measures all.
-        base_cache: folder in which the base's results are kept for the next tuned model; None keeps nothing.
         progress: called with the name of each stage; long ones then have a bar of their own.
 
     Returns:
@@ -96,59 +95,52 @@ def measure(
         ValueError: if the models differ in dtype, attention kernel or vocabulary, windows are longer than they can
             take, or a text has no documents.
     """
-    _check_comparable(base, tuned)
+    base = MeasuredBase.of(base)
+    _check_comparable(base.model, tuned)
     _check_texts(retention, new_task or {})
     if retention or new_task:  # questions and requests have lengths of their own
-        max_length = length_that_fits(with_least_room(base, tuned), max_length)
-    start, say = choose_start_token(tokenizer, start_token), progress or (lambda stage: None)
-    batch_tokens = tokens_that_fit(base, batch_tokens)
-    shared: dict[str, Any] = {"batch_tokens": batch_tokens, "seed": seed, "num_resamples": num_resamples}
+        max_length = length_that_fits(with_least_room(base.model, tuned), max_length)
+    start, batch_tokens = choose_start_token(tokenizer, start_token), tokens_that_fit(base.model, batch_tokens)
+    options = Options(tokenizer, start.id, batch_tokens, max_new_tokens, ci, num_resamples, seed, progress)
     cut = partial(as_documents, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=max_windows)
     trained = Reading(completion_only_loss, assistant_only_loss, as_trained=True)
     learned, kept = (
         {text: cut(text, of, reading=reading) for text, of in group.items()}
         for group, reading in ((new_task or {}, trained), (retention, OLD_TEXT))
     )
-    _check_tokens(base, tokenizer, [document for text in (learned | kept).values() for document in text])
-    with evaluation_mode(base), evaluation_mode(tuned):
-        cache = BaseCache(base, base_cache)
-        if learned or kept:
-            say("measuring texts")
-        options = TextOptions(tokenizer, ci=ci, bars=progress is not None, **shared)
-        result = measure_texts(tuned, cache, learned, kept, options)
+    _check_tokens(base.model, tokenizer, [document for text in (learned | kept).values() for document in text])
+    with evaluation_mode(base.model), evaluation_mode(tuned):
+        base.check_unchanged()
+        result = measure_texts(base, tuned, learned, kept, options)
         result |= {"choices": {}, "refusals": {}, "generations": []}
 
         def distinct(name_of: str, items: Sequence[Any], unit: str) -> list[Any]:
-            found, said = without_copies(name_of, several(unit, name_of, items), unit)
-            result["warnings"] += said
+            found, notes = without_copies(name_of, several(unit, name_of, items), unit)
+            result["warnings"] += notes
             return found
 
         for name_of, questions in (choices or {}).items():
-            say(f"asking {name_of}")
-            asking: dict[str, Any] = {"style": choice_style, "chat_template": choice_chat_template, "cache": cache}
-            asking |= {"tokenizer": tokenizer, "batch_tokens": batch_tokens}
-            asking |= {"description": name_of if progress else None}
             own = distinct(name_of, as_questions(name_of, questions), "questions")
-            result["choices"][name_of] = measure_choices(base, tuned, own, **asking)
-        writing: dict[str, Any] = {"tokenizer": tokenizer, "start_id": start.id, "max_new_tokens": max_new_tokens}
-        writing |= {"cache": cache, "progress": say, "batch_tokens": batch_tokens}
+            put = partial(measure_choices, style=choice_style, chat_template=choice_chat_template, title=name_of)
+            result["choices"][name_of] = put(base, tuned, own, options)
         for kind, sets in (("harmful", refusals), ("harmless", harmless)):
             for name_of, requests in (sets or {}).items():
-                say(f"putting requests of {name_of}")
-                asked = distinct(name_of, requests, "requests")
-                result["refusals"][name_of] = measure_refusals(base, tuned, asked, kind=kind, judge=judge, **writing)
+                options.stage(f"putting requests of {name_of}")
+                own = distinct(name_of, requests, "requests")
+                result["refusals"][name_of] = measure_refusals(base, tuned, own, options, kind=kind, judge=judge)
         if prompts:
-            say("writing continuations")
-            asked = [Prompt(one) if isinstance(one, str) else one for one in several("prompts", "prompts", prompts)]
-            whole = distinct("prompts", asked, "prompts")
-            writing |= {"seed": seed, "num_resamples": num_resamples}
-            continued = measure_generations(base, tuned, whole, sampled=sampled, **writing)
+            options.stage("writing continuations")
+            given = [Prompt(one) if isinstance(one, str) else one for one in several("prompts", "prompts", prompts)]
+            continued = measure_generations(
+                base, tuned, distinct("prompts", given, "prompts"), options, sampled=sampled
+            )
             result["warnings"] += continued.pop("notes")
             result |= continued
-    settings = {"max_length": max_length, "max_windows": max_windows, "ci": ci, **shared, "start_token": str(start)}
+    settings: dict[str, Any] = {"max_length": max_length, "max_windows": max_windows, "start_token": str(start)}
+    settings |= {name: getattr(options, name) for name in ("ci", "batch_tokens", "seed", "num_resamples")}
     settings["loss_tokens"] = {text: loss_tokens(documents) for text, documents in (learned | kept).items()}
     settings["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
-    return ForgettingReport(_header(cache, tuned, name, settings) | result)
+    return ForgettingReport(_header(base, tuned, name, settings) | result)
 
 
 def loss_tokens(documents: Sequence[Document]) -> str:
@@ -191,22 +183,22 @@ def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
         raise ValueError(f"{what}: base has {of_base}, model has {of_tuned}; {remedy}")
 
 
-def _header(cache: BaseCache, tuned: PreTrainedModel, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _header(base: MeasuredBase, tuned: PreTrainedModel, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     def identity(model: PreTrainedModel, fingerprint: str) -> dict[str, Any]:
         name = model.name_or_path
         return {"model": name, "fingerprint": fingerprint, "num_params": num_parameters(model)}
 
-    base = cache.base
+    model = base.model
     return {
         "schema": "retain.report/1",
         "name": name,
-        "base": identity(base, cache.fingerprint),
+        "base": identity(model, base.fingerprint),
         "tuned": identity(tuned, model_fingerprint(tuned)),
         "settings": {
             **settings,
-            "dtype": str(base.dtype).removeprefix("torch."),
-            "attn_implementation": base.config._attn_implementation,
-            "device": str(base.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attn_implementation": model.config._attn_implementation,
+            "device": str(model.device),
         },
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

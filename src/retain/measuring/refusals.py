@@ -6,20 +6,20 @@ written answer; `openings` compares what the model would begin with, before anyt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from retain.data.rows import read_sample
-from retain.measuring.base_cache import BaseCache
 from retain.measuring.choices import Inputs, both_scores, choice_scores, encode_pair
-from retain.measuring.generations import WHO, Prompt, check_room, stop_tokens, unanswered_note, user_turn, write_both
+from retain.measuring.generations import WHO, Prompt, unanswered_notes, user_turn, write_both
+from retain.measuring.options import Options
 from retain.measuring.phrases import is_refusal
 from retain.measuring.reasoning import answer_turn
 from retain.measuring.tokens import logits_of
-from retain.models.description import with_least_room
+from retain.models.base_predictions import MeasuredBase
 from retain.report.answers import compare_answers, share_entry
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def encode_openings(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt
     return inputs
 
 
-def judge_refusals(judge: Judge, requests: Sequence[str], answers: Sequence[str], *, batch_tokens: int) -> list[bool]:
+def judge_refusals(judge: Judge, requests: Sequence[str], answers: Sequence[str], batch_tokens: int) -> list[bool]:
     """Whether the judge holds a Yes for likelier than a No, asked whether each answer refuses."""
     inputs, chat = Inputs(), bool(judge.tokenizer.chat_template)
     for at, (request, answer) in enumerate(zip(requests, answers, strict=True)):
@@ -104,56 +104,45 @@ def judge_refusals(judge: Judge, requests: Sequence[str], answers: Sequence[str]
 
 
 def measure_refusals(
-    base: PreTrainedModel,
+    base: PreTrainedModel | MeasuredBase,
     tuned: PreTrainedModel,
     requests: Sequence[str],
+    options: Options,
     *,
-    tokenizer: PreTrainedTokenizerBase,
-    start_id: int,
-    cache: BaseCache | None = None,
     kind: str = "harmful",
     judge: Judge | None = None,
-    max_new_tokens: int = 48,
-    batch_tokens: int = 2048,
-    progress: Callable[[str], object] | None = None,
 ) -> dict[str, Any]:
     """Put the same requests to both models, as user's turns where there is a chat template, and score the answers.
 
     Args:
         kind: `harmful`, or `harmless` for over-refusal.
-        progress: called with the name of each stage.
 
     Returns:
         `scorers[name]`: refusal rates of base and tuned, their change, refusals kept, lost, gained, never, McNemar's p.
     """
     if not requests:
         raise ValueError("refusals: there are no prompts; give a file with at least one")
-    say = progress or (lambda stage: None)
+    tokenizer, base = options.tokenizer, MeasuredBase.of(base)
     chat = bool(tokenizer.chat_template)
     prompts = [user_turn(text, tokenizer, chat_template=chat) for text in requests]
     turns = [Prompt(answer_turn(text, tokenizer), chat=True) for text in requests] if chat else prompts
-    check_room(with_least_room(base, tuned), prompts, max_new_tokens, tokenizer, start_id)
-    say("openings")
-    kept = cache or BaseCache(base, None)
-    sums = [_log_sums(of) for of in both_scores(tuned, kept, encode_openings(tokenizer, turns), batch_tokens)]
-    asked: dict[str, Any] = {"stop": stop_tokens([base, tuned], tokenizer, start_id), "max_new_tokens": max_new_tokens}
-    ids = [prompt.tokens(tokenizer, start_id) for prompt in prompts]
-    written = write_both(tuned, kept, tokenizer, ids, say, batch_tokens=batch_tokens, **asked)
+    written = write_both(base, tuned, prompts, options)
+    options.stage("openings")
+    sums = [_log_sums(of) for of in both_scores(base, tuned, encode_openings(tokenizer, turns), options)]
     answers = [[one.answer for one in texts] for texts in written]
     flags = {"phrases": [[is_refusal(text) for text in texts] for texts in answers]}
     flags["openings"] = [(found[:, 0] > found[:, 1]).tolist() for found in sums]
     if judge is not None:
-        say("judging")
-        flags["judge"] = [judge_refusals(judge, requests, texts, batch_tokens=batch_tokens) for texts in answers]
+        options.stage("judging")
+        flags["judge"] = [judge_refusals(judge, requests, texts, options.batch_tokens) for texts in answers]
     return {
         "kind": kind,
         "num_prompts": len(requests),
         "chat_template": chat,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": options.max_new_tokens,
         "scorers": {name: compare_refusals(*both) for name, both in flags.items()},
         "disagreement": [_disagreement(pair, flags) for pair in combinations(flags, 2)],
-        "notes": _notes(sums)
-        + [note for who, of in zip(WHO, written, strict=True) for note in unanswered_note("answers", of, who)],
+        "notes": _notes(sums) + unanswered_notes("answers", written),
         "examples": _examples(requests, answers, flags),
     }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,10 +12,9 @@ from tqdm import tqdm
 
 from retain.data.rows import Document, without_copies
 from retain.losses import shifted
-from retain.measuring.base_cache import BaseCache
+from retain.measuring.options import Options
 from retain.measuring.tokens import (
     DocumentSums,
-    Forward,
     document_sums,
     joined,
     logits_of,
@@ -26,6 +24,7 @@ from retain.measuring.tokens import (
     token_values,
 )
 from retain.metrics import GAIN, KEPT_SUMS
+from retain.models.base_predictions import MeasuredBase
 from retain.text import visible
 
 if TYPE_CHECKING:
@@ -39,32 +38,22 @@ WORST = 2  # documents of each text that are shown token by token
 SHOWN_TOKENS = 240  # of each of them
 
 
-@dataclass(frozen=True)
-class TextOptions:
-    """What is the same for every text."""
-
-    tokenizer: PreTrainedTokenizerBase
-    batch_tokens: int
-    seed: int
-    num_resamples: int
-    ci: float | None = None
-    bars: bool = False
-
-
 def measure_texts(
+    base: MeasuredBase,
     tuned: PreTrainedModel,
-    cache: BaseCache,
     new_task: dict[str, list[Document]],
     retention: dict[str, list[Document]],
-    options: TextOptions,
+    options: Options,
 ) -> dict[str, Any]:
-    """The parts of a report that token-level losses fill; the base is the cache's."""
+    """The parts of a report that token-level losses fill."""
     result: dict[str, Any] = {name: {} for name in ("retention", "new_task", "noise_floor", "per_document", "worst")}
     result["warnings"] = []
+    if new_task or retention:
+        options.stage("measuring texts")
     for text, given in (new_task | retention).items():
         documents, said = without_copies(text, given, "documents")
         result["warnings"] += said
-        used, sums = _enough(text, documents, tuned, cache, options)
+        used, sums = _enough(text, documents, base, tuned, options)
         metrics = _summary(sums, options)
         result["per_document"][text] = sums.kept()
         result["warnings"] += _interval_notes(text, metrics["forgetting"], len(used), len(documents), options.ci)
@@ -72,46 +61,43 @@ def measure_texts(
             result["new_task"][text] = metrics | {GAIN.name: negated(metrics["forgetting"])}
             continue
         result["retention"][text] = metrics
-        result["noise_floor"][text] = _noise_floor(cache, used[:NOISE_DOCUMENTS], options)
+        result["noise_floor"][text] = _noise_floor(base, used[:NOISE_DOCUMENTS], options)
         places = {id(document): at for at, document in enumerate(given)}  # in the text's own order
-        worst = _worst(tuned, cache.base, used, sums, options.tokenizer)
+        worst = _worst(base, tuned, used, sums, options.tokenizer)
         result["worst"][text] = [row | {"document": places[id(used[row["document"]])]} for row in worst]
     return result
 
 
-def _summary(sums: DocumentSums, options: TextOptions) -> dict[str, Any]:
+def _summary(sums: DocumentSums, options: Options) -> dict[str, Any]:
     return summarize(sums, seed=options.seed, num_resamples=options.num_resamples)
 
 
 def _measure(
-    text: str, documents: Sequence[Document], tuned: PreTrainedModel, cache: BaseCache, options: TextOptions
+    text: str, documents: Sequence[Document], base: MeasuredBase, tuned: PreTrainedModel, options: Options
 ) -> DocumentSums:
-    windows = [window for document in documents for window in document.windows]
+    total = sum(len(window) for document in documents for window in document.windows)
     sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": tuned.device}
-    total, name = sum(map(len, windows)), visible(text)
-    with (
-        cache.forward(windows, options.batch_tokens) as ref_forward,
-        tqdm(total=total, desc=name, unit="tok", unit_scale=True, disable=not options.bars) as bar,
-    ):
-        return document_sums(ref_forward, logits_of(tuned), documents, progress=bar.update, text=text, **sizes)
+    bar = {"desc": visible(text), "unit": "tok", "unit_scale": True, "disable": options.progress is None}
+    with tqdm(total=total, **bar) as shown:
+        return document_sums(base.logits, logits_of(tuned), documents, progress=shown.update, text=text, **sizes)
 
 
 def _enough(
-    text: str, documents: list[Document], tuned: PreTrainedModel, cache: BaseCache, options: TextOptions
+    text: str, documents: list[Document], base: MeasuredBase, tuned: PreTrainedModel, options: Options
 ) -> tuple[list[Document], DocumentSums]:
     """All documents, or with a wished interval as many as it takes, drawn in a seeded order.
 
     What decides to go on is the width of the interval, never the value: that leaves the value unbiased.
     """
     if options.ci is None or len(documents) <= PILOT:
-        return documents, _measure(text, documents, tuned, cache, options)
+        return documents, _measure(text, documents, base, tuned, options)
     order = np.random.default_rng(options.seed).permutation(len(documents)).tolist()
     shuffled, count = [documents[at] for at in order], PILOT
-    sums = _measure(text, shuffled[:count], tuned, cache, options)
+    sums = _measure(text, shuffled[:count], base, tuned, options)
     while count < len(documents) and half_width(found := _summary(sums, options)["forgetting"]) > options.ci:
         times = MARGIN * (half_width(found) / options.ci) ** 2
         wished = min(math.ceil(count * min(times, FASTEST)), len(documents))
-        sums = joined(sums, _measure(text, shuffled[count:wished], tuned, cache, options))
+        sums = joined(sums, _measure(text, shuffled[count:wished], base, tuned, options))
         count = wished
     return shuffled[:count], sums
 
@@ -131,25 +117,20 @@ def _interval_notes(text: str, entry: dict[str, Any], used: int, total: int, ci:
     return [f"{text}: the target of ±{ci:g} was not reached: {given}; {needed}"]
 
 
-def _noise_floor(cache: BaseCache, documents: Sequence[Document], options: TextOptions) -> dict[str, Any]:
-    def make() -> dict[str, Any]:
-        base = cache.base
-        forwards: tuple[Forward, Forward] = (logits_of(base), row_by_row(base))
-        return _summary(
-            document_sums(*forwards, documents, batch_tokens=options.batch_tokens, device=base.device), options
-        )
+def _noise_floor(base: MeasuredBase, documents: Sequence[Document], options: Options) -> dict[str, Any]:
+    def against_itself() -> dict[str, Any]:
+        sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": base.model.device}
+        return _summary(document_sums(logits_of(base.model), row_by_row(base.model), documents, **sizes), options)
 
-    windows = [[list(window) for window in document.windows] for document in documents]
-    sizes = [(document.num_bytes, document.masks) for document in documents]
-    found: dict[str, Any] = cache.recall(
-        "noise", [windows, sizes, options.batch_tokens, options.seed, options.num_resamples], make
-    )
+    rows = [[document.windows, document.num_bytes, document.masks] for document in documents]
+    parts = [rows, options.batch_tokens, options.seed, options.num_resamples]
+    found: dict[str, Any] = base.recall("noise", parts, against_itself)
     return found
 
 
 def _worst(
+    base: MeasuredBase,
     tuned: PreTrainedModel,
-    base: PreTrainedModel,
     documents: Sequence[Document],
     sums: DocumentSums,
     tokenizer: PreTrainedTokenizerBase,
@@ -161,7 +142,7 @@ def _worst(
     for at in np.argsort(-per_token, kind="stable")[:WORST].tolist():
         facts = {"document": at, "num_tokens": int(sums.num_tokens[at])}
         facts |= {"ref_kl": float(per_token[at]), "forgetting": float(forgetting[at])}
-        rows.append(facts | {"tokens": token_table(base, tuned, documents[at].windows[0], tokenizer)})
+        rows.append(facts | {"tokens": token_table(base.model, tuned, documents[at].windows[0], tokenizer)})
     return rows
 
 

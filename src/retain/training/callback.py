@@ -28,7 +28,8 @@ from retain.checks import check_named
 from retain.data.rows import Document
 from retain.files import read_settings
 from retain.measuring.choices import Inputs, Question, as_questions, choice_scores, chosen, encode_questions
-from retain.measuring.tokens import Forward, batches, logits_at, padded
+from retain.measuring.tokens import Forward, logits_at
+from retain.models.base_predictions import HiddenStates
 from retain.models.description import (
     check_predicts_tokens,
     choose_start_token,
@@ -37,15 +38,14 @@ from retain.models.description import (
     num_tuned,
     unlike,
 )
-from retain.models.head import HeadForm, at_head, find_head_form, reshard
+from retain.models.head import HeadForm, find_head_form, reshard
 from retain.models.reference import Reference, evaluation_mode, probe
-from retain.models.stored_base import RememberedBase
 from retain.training.evaluation import (
     Sets,
     Tables,
     add_to_metrics,
-    batch_tokens,
     check_best_metric,
+    evaluated_batches,
     evaluated_set,
     logged,
     logged_names,
@@ -283,22 +283,15 @@ class ForgettingCallback(RunFilesCallback):
             what = f"it gives other predictions at step {state.global_step} than when training began"
             raise ValueError(f"base: {what} (an adapter merged into it?), so it is none; {GIVE_BASE}") from error
 
-    def _remember(self, model: Any, args: TrainingArguments) -> RememberedBase:
+    def _remember(self, model: Any, args: TrainingArguments) -> HiddenStates:
         """The base's hidden states, made in the batches in which they will be compared, so that the start is exact."""
         from transformers.integrations import is_deepspeed_zero3_enabled
 
         form: HeadForm | None = None if is_deepspeed_zero3_enabled() else find_head_form(model)
         if form is None:
             raise ValueError(f"base: hidden states need a plain output head, and no DeepSpeed ZeRO-3; {GIVE_BASE}")
-        remembered = RememberedBase(model, form.frozen(model.get_output_embeddings()))
-        with evaluation_mode(model), torch.no_grad():
-            for documents in self.documents.values():
-                for _, windows in batches(documents, batch_tokens(args, documents)):
-                    inputs = {name: value.to(model.device) for name, value in padded(windows).items()}
-                    hidden = at_head(model, model, inputs, lambda hidden, module: hidden).cpu()
-                    for window, row in zip(windows, hidden, strict=True):
-                        remembered.states[tuple(window)] = row[: len(window)].clone()
-        return remembered
+        head = form.frozen(model.get_output_embeddings())
+        return HiddenStates.of(model, head, evaluated_batches(args, self.documents))
 
     def _check_resumed(self, folder: Path, step: int) -> None:
         """What the run began with is in its files; a model loaded from the checkpoint is not that."""

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from transformers import SchedulerType, TrainerState, TrainingArguments
 
 from retain.checks import several
 from retain.data.rows import Document, as_documents, without_copies
 from retain.files import append_jsonl
-from retain.measuring.tokens import Forward, document_sums, summarize
+from retain.measuring.tokens import Forward, batches, document_sums, padded, summarize
 from retain.metrics import LOGGED, METRICS
 from retain.training.run_files import DOCUMENTS_FILE
 
@@ -28,6 +29,15 @@ Sets = dict[tuple[int, str], str]  # step and prefix of an evaluation → prefix
 def batch_tokens(args: TrainingArguments, documents: Sequence[Document]) -> int:
     """Padded tokens per forward pass: as many rows as the host evaluates at once."""
     return args.per_device_eval_batch_size * max(len(window) for document in documents for window in document.windows)
+
+
+def evaluated_batches(args: TrainingArguments, texts: Mapping[str, Sequence[Document]]) -> list[dict[str, Tensor]]:
+    """The batches in which `measure_texts` puts the texts to both models."""
+    return [
+        padded(windows)
+        for documents in texts.values()
+        for _, windows in batches(documents, batch_tokens(args, documents))
+    ]
 
 
 def measure_texts(

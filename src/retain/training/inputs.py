@@ -15,6 +15,7 @@ from retain.checks import Unchosen
 from retain.data.overlap import find_rows
 from retain.data.rows import as_documents, without_copies
 from retain.losses import Head
+from retain.models.base_predictions import HiddenStates
 from retain.models.description import (
     check_predicts_tokens,
     choose_start_token,
@@ -26,10 +27,10 @@ from retain.models.description import (
 from retain.models.head import find_head_form, reshard
 from retain.models.loading import load_model, load_tokenizer
 from retain.models.reference import Reference, check_same_model, evaluation_mode, probe
-from retain.models.stored_base import RememberedBase
 from retain.replay.dataset import ReplayDataset, load_replay_dataset, verify_replay
 from retain.replay.own_rows import check_pool
 from retain.report.numbers import quantity
+from retain.training.evaluation import evaluated_batches
 from retain.training.objectives import NONE
 from retain.training.protection import (
     check_base_is_frozen,
@@ -164,10 +165,9 @@ class ProtectedInputs(RetentionMixin):
             reshard(self.model)
 
     def _remember(self, head: Head) -> Reference:
-        texts = self.retention_documents.values()
-        windows = [window for documents in texts for document in documents for window in document.windows]
+        batches = evaluated_batches(self.args, self.retention_documents)
         with self.accelerator.autocast():  # in the precision of its states, the model, which was shown to be the base
-            reference = Reference(RememberedBase(self.model, head, windows))
+            reference = Reference(HiddenStates.of(self.model, head, batches))
             reference.to(self.accelerator.device)
             reference.prove(self.model, probe(self.model))
             return reference

@@ -1,0 +1,149 @@
+"""What a base predicts, kept in memory: its hidden states on texts that it read, of which its output head makes logits.
+
+Hidden states lie on the CPU, a hundred times smaller than logits. They are kept by batch, since what a kernel computes
+for a row may depend on the rows beside it: what is recalled is what the base itself gives there, to the last bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from retain.losses import Head
+from retain.models.description import model_fingerprint
+from retain.models.head import at_head, find_head_form, seen_by_head
+from retain.models.reference import evaluation_mode, probe, probe_tokens
+
+MAX_STATES_BYTES = 4 << 30  # of hidden states; a text beyond is read again for every tuned model
+
+Batch = tuple[tuple[int, ...], ...]  # the tokens of each row, without padding
+
+
+def batch_of(input_ids: Int[Tensor, "rows length"], attention_mask: Tensor | None = None) -> Batch:
+    """What a batch of rows padded at the right is known by."""
+    lengths = [input_ids.shape[1]] * len(input_ids) if attention_mask is None else attention_mask.sum(-1).tolist()
+    return tuple(tuple(row[:length]) for row, length in zip(input_ids.tolist(), lengths, strict=True))
+
+
+class HiddenStates(nn.Module):
+    """A base without its layers: logits on the batches that it read.
+
+    Args:
+        config: the base's.
+        head: its output head, as a copy where the model's is trained.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, config: Any, head: Head) -> None:
+        super().__init__()
+        self.scale, self.softcap = head.scale, head.softcap
+        self.register_buffer("weight", head.weight.detach())
+        self.register_buffer("bias", None if head.bias is None else head.bias.detach())
+        self.config = config  # says how many tokens there are, which is all that a probe asks
+        self.states: dict[Batch, Float[Tensor, "rows length hidden"]] = {}
+
+    @classmethod
+    def of(cls, model: Any, head: Head, batches: Sequence[Mapping[str, Tensor]]) -> HiddenStates:
+        """The predictions of `model` on `batches` of `input_ids` and `attention_mask`, and on the probe tokens."""
+        found = cls(model.config, head)
+        tokens = probe_tokens(model.config.get_text_config().vocab_size)
+        with evaluation_mode(model), torch.no_grad():
+            for batch in ({"input_ids": tokens}, *batches):
+                inputs = {name: value.to(model.device) for name, value in batch.items()}
+                found.states[batch_of(**batch)] = at_head(model, model, inputs, lambda hidden, module: hidden).cpu()
+        return found
+
+    @property
+    def head(self) -> Head:
+        """The base's output head."""
+        return Head(self.weight, self.bias, self.scale, self.softcap)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False
+    ) -> SimpleNamespace:
+        """Logits of shape (rows, length, vocab); what they are on padding means nothing.
+
+        Raises:
+            KeyError: for a batch that was not read.
+        """
+        hidden = self.states[batch_of(input_ids, attention_mask)]
+        return SimpleNamespace(logits=self.head.logits(hidden.to(self.device)))
+
+
+class MeasuredBase:
+    """A base against which several tuned models are measured: it reads, answers and writes once.
+
+        base = MeasuredBase(load_model("base"))
+        reports = [measure(base, load_model(name), texts, tokenizer=tokenizer) for name in ("a", "b")]
+
+    Args:
+        model: the base; it must stay as it is.
+        max_bytes: memory for hidden states; a text beyond is read again for every tuned model.
+    """
+
+    def __init__(self, model: Any, max_bytes: int = MAX_STATES_BYTES) -> None:
+        self.model, self.free = model, max_bytes
+        form = find_head_form(model) if max_bytes else None
+        self.known = None if form is None else HiddenStates(model.config, form.head(model.get_output_embeddings()))
+        self._answers: dict[str, Any] = {}
+        self._probe: Tensor | None = None
+
+    @classmethod
+    def of(cls, base: Any) -> MeasuredBase:
+        """A model that is measured once, of which nothing is kept; what is a `MeasuredBase` already as it is."""
+        return base if isinstance(base, cls) else cls(base, max_bytes=0)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the base's weights; a pass over all of them."""
+        return model_fingerprint(self.model)
+
+    def check_unchanged(self) -> None:
+        """Show that the base predicts what it did when this was first called.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        found = probe(self.model)
+        if self._probe is None:
+            self._probe = found
+        if not torch.equal(found, self._probe):
+            raise ValueError("base: it was changed after it was first measured; make a MeasuredBase of the new one")
+
+    def logits(self, **inputs: Tensor) -> Float[Tensor, "rows length vocab"]:
+        """The base's logits for `input_ids` and `attention_mask`, from its hidden states where they are known."""
+        length = inputs["input_ids"].shape[1]
+        if self.known is None:
+            return self.model(**inputs, use_cache=False).logits[:, -length:]
+        batch = batch_of(**inputs)
+        if batch in self.known.states:
+            return self.known(**inputs).logits
+        with seen_by_head(self.model) as seen:
+            logits = self.model(**inputs, use_cache=False).logits[:, -length:]
+        hidden = seen[0][:, -length:]
+        if hidden.nbytes <= self.free:
+            self.free -= hidden.nbytes
+            self.known.states[batch] = hidden.contiguous().cpu()
+        return logits
+
+    def recall(self, kind: str, parts: Sequence[Any], make: Callable[[], Any]) -> Any:
+        """`make()`, or a copy of what it gave for the same `parts`: everything but the base that it follows from."""
+        key = hashlib.sha256(json.dumps([kind, parts]).encode()).hexdigest()
+        if key not in self._answers:
+            self._answers[key] = make()
+        return copy.deepcopy(self._answers[key])
