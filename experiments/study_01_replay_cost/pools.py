@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments.claim import Interval
 from experiments.harness import BenchSettings, Results, Run, make_all, open_bench
-from experiments.matched import Estimate, Reading, mean_of, prevented, read_at, target_loss
+from experiments.matched import Reading, mean_of, prevented, read_at, target_loss
 from experiments.pages import dress, panels, write_results
 from experiments.small_base import CACHE, BaseSettings, load_texts, make_base
 from retain.report.comparison import series
@@ -58,7 +59,7 @@ def readings(rows: Sequence[dict[str, Any]]) -> tuple[float, dict[int, list[tupl
     return target, found
 
 
-def kept(found: dict[int, list[tuple[Reading, Reading]]], pool: int, when: int, text: str) -> Estimate:
+def kept(found: dict[int, list[tuple[Reading, Reading]]], pool: int, when: int, text: str) -> Interval:
     """The share of the plain runs' ref_kl that a pool prevented, at the target (0) or at the end (1)."""
     return prevented([pair[when] for pair in found[pool]], [pair[when] for pair in found[0]], text, "ref_kl")
 

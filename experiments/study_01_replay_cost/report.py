@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.matched import MEASURES, Estimate, Reading, mean_of, prevented, read_at, target_loss
+from experiments.claim import Interval
+from experiments.matched import MEASURES, Reading, mean_of, prevented, read_at, target_loss
 
 GOAL, LIMIT, GAIN = 0.95, 1.10, 0.85
 LENGTH = 64
@@ -38,10 +39,10 @@ class Cell:
         seeds = [seed for seed, reading in self.readings.items() if reading and self.plain.get(seed)]
         return [self.readings[seed] for seed in seeds], [self.plain[seed] for seed in seeds]  # type: ignore[misc]
 
-    def prevented(self, text: str, metric: str) -> Estimate:
+    def prevented(self, text: str, metric: str) -> Interval:
         return prevented(*self.pairs(), text, metric)
 
-    def mean(self, text: str, metric: str) -> Estimate:
+    def mean(self, text: str, metric: str) -> Interval:
         return mean_of(self.pairs()[0], text, metric)
 
     @property
@@ -178,7 +179,7 @@ def _nearest(near: Sequence[Cell], price: Callable[[Cell], float]) -> str:
     )
 
 
-def weakest(cell: Cell) -> Estimate:
+def weakest(cell: Cell) -> Interval:
     """The measure of which least was prevented."""
     return min((cell.prevented(*measure) for measure in MEASURES), key=lambda estimate: estimate.value)
 

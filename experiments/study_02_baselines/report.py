@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from experiments.matched import MEASURES, Estimate, NoReport, Reading, mean_of, prevented, read_at, target_loss
+from experiments.claim import Interval
+from experiments.matched import MEASURES, NoReport, Reading, mean_of, prevented, read_at, target_loss
 from experiments.pages import dress, findings, goal_line, panels
 from retain.report.comparison import series
 from retain.report.style import PALETTE
@@ -25,11 +26,11 @@ PAPER = {"LoRA": 0.140, "plain": 0.113, "ntp": 0.0057, "ntp real": 0.0047, "kl":
 NEARLY = "Replay that the model wrote nearly eliminates forgetting"
 LORA = "LoRA forgets more than full finetuning for as much learned"
 CLAIMS = {
-    "KL keeps more than NTP, on self-generated replay": [("kl", "ntp")],
-    "KL keeps more than NTP, on real replay": [("kl real", "ntp real")],
-    "KL keeps much more than NTP on text that the model was not trained on": [("kl Spanish", "ntp Spanish")],
-    "NTP on such text is worse than no replay": [("plain", "ntp Spanish")],
-    LORA: [("plain", "LoRA")],
+    "KL keeps more than NTP, on self-generated replay": ("kl", "ntp"),
+    "KL keeps more than NTP, on real replay": ("kl real", "ntp real"),
+    "KL keeps much more than NTP on text that the model was not trained on": ("kl Spanish", "ntp Spanish"),
+    "NTP on such text is worse than no replay": ("plain", "ntp Spanish"),
+    LORA: ("plain", "LoRA"),
 }
 LEARNING = "new-task loss, nats per token (learning goes right →)"
 ALIKE = (("kl", "kl real"), ("ntp", "ntp real"))
@@ -53,10 +54,10 @@ class Entry:
         told = [f"{word} {self.settings[key]:.2g}" for key, word in KNOBS.items() if self.settings.get(key)]
         return f"{self.method}, {', '.join(told)}"
 
-    def mean(self, text: str, metric: str) -> Estimate:
+    def mean(self, text: str, metric: str) -> Interval:
         return mean_of([r for r in self.readings.values() if r], text, metric)
 
-    def against(self, plain: Entry, text: str, metric: str) -> Estimate:
+    def against(self, plain: Entry, text: str, metric: str) -> Interval:
         seeds = [seed for seed in self.readings if plain.readings.get(seed)]
         return prevented([self.readings[s] for s in seeds], [plain.readings[s] for s in seeds], text, metric)  # type: ignore[misc]
 
@@ -115,9 +116,9 @@ def verdict(entries: Sequence[Entry]) -> str:
         own = best.pop(RIVAL)
         found = {name: own.against(entry, text, metric) for name, entry in best.items()}
         groups = {
-            "less than": [f"{name} ({e.value:.0%} less)" for name, e in found.items() if e.low > 0],
-            "more than": [f"{name} ({-e.value:.0%} more)" for name, e in found.items() if e.high < 0],
-            "not clearly different from": [name for name, e in found.items() if e.low <= 0 <= e.high],
+            "less than": [f"{name} ({e.value:.0%} less)" for name, e in found.items() if e.sign > 0],
+            "more than": [f"{name} ({-e.value:.0%} more)" for name, e in found.items() if e.sign < 0],
+            "not clearly different from": [name for name, e in found.items() if not e.sign],
         }
         words = "; ".join(f"{how} {', '.join(names)}" for how, names in groups.items() if names)
         told.append(f"{metric} on {text}, {own.mean(text, metric)} nats per token: {words}")
@@ -132,22 +133,19 @@ def claims(entries: Sequence[Entry]) -> str:
     said: dict[str, tuple[str, str]] = {}
     if {"kl", "plain"} <= set(best):
         said[NEARLY] = nearly(entries, best)
-    for claim, pairs in CLAIMS.items():
-        if any(name not in best for pair in pairs for name in pair):
-            said[claim] = ("cannot tell", f"one of {', '.join(dict.fromkeys(sum(pairs, ())))} is not there")
+    for claim, (one, other) in CLAIMS.items():
+        if not {one, other} <= set(best):
+            said[claim] = ("cannot tell", f"one of {one}, {other} is not there")
             continue
-        found = [best[one].against(best[other], "prose", "forgetting") for one, other in pairs]
-        same = "reproduced" if min(e.low for e in found) > 0 else "cannot tell"
-        answer = "not reproduced" if min(e.high for e in found) < 0 else same
-        told = "; ".join(f"{one} {e.percent()} less than {other}" for (one, other), e in zip(pairs, found, strict=True))
-        if claim == LORA and answer == "reproduced" and all(at_lowest_rate(entries, best[one]) for one in pairs[0]):
+        found = best[one].against(best[other], "prose", "forgetting")
+        answer = {1: "reproduced", 0: "cannot tell", -1: "not reproduced"}[found.sign]
+        if claim == LORA and answer == "reproduced" and all(at_lowest_rate(entries, best[x]) for x in (one, other)):
             answer += ", each at the lowest rate tried"
-        said[claim] = (answer, told)
+        said[claim] = (answer, f"{one} {found.percent()} less than {other}")
     for one, other in ALIKE:
         if one in best and other in best:
             e = best[one].against(best[other], "prose", "forgetting")
-            better = "self-generated" if e.low > 0 else "real"
-            apart = "not told apart" if e.low <= 0 <= e.high else f"{better} forgets less"
+            apart = {1: "self-generated forgets less", 0: "not told apart", -1: "real forgets less"}[e.sign]
             words = f'{e.percent()} less than real; no margin for "as good" was fixed beforehand'
             said[f"Self-generated replay is as good as real ({one.upper()})"] = (apart, words)
     return findings(said)
@@ -159,7 +157,7 @@ def nearly(entries: Sequence[Entry], best: dict[str, Entry]) -> tuple[str, str]:
     left = [own / plain.mean("prose", "forgetting").value for plain in (entries[0], best["plain"])]
     less = best["kl"].against(best["plain"], "prose", "forgetting")
     size = "size not" if min(left) > 2 * paper else "size as well"
-    answer = f"direction reproduced, {size}" if less.low > 0 else "not reproduced" if less.high < 0 else "cannot tell"
+    answer = {1: f"direction reproduced, {size}", 0: "cannot tell", -1: "not reproduced"}[less.sign]
     return answer, f"{min(left):.0%} to {max(left):.0%} is left of plain's, by its rate; in the paper {paper:.1%}"
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from matplotlib.ticker import NullLocator
 from transformers.utils.logging import disable_progress_bar
 
+from experiments.claim import over_seeds
 from experiments.harness import Bench, BenchSettings, Results, Run, compact, make_trainer, open_bench
-from experiments.matched import t_interval
 from experiments.pages import dress, goal_line, panels, write_results
 from experiments.small_base import CACHE, BaseSettings, load_texts, make_base
 from retain import ReplayConfig
@@ -85,12 +85,6 @@ def by_budget(rows: Sequence[dict[str, Any]]) -> dict[float | None, list[dict[st
     return found
 
 
-def mean(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and 95% interval over seeds."""
-    low, high = t_interval(values)
-    return f"{np.mean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
 def table(found: dict[float | None, list[dict[str, Any]]]) -> str:
     """What was asked and what came of it, a line for each budget."""
     lines = [
@@ -105,11 +99,11 @@ def table(found: dict[float | None, list[dict[str, Any]]]) -> str:
         coef = [row["verdict"]["coef"] for row in rows] if budget else None
         cells = [
             f"{budget:g}" if budget else "none (plain)",
-            mean(on_replay) if on_replay else "",
-            mean(held_out),
-            mean(coef, 2) if coef else "",
-            mean([row["eval_loss"] for row in last]),
-            mean([row["retention/prose/forgetting"] for row in last]),
+            str(over_seeds(on_replay)) if on_replay else "",
+            str(over_seeds(held_out)),
+            over_seeds(coef).text(".2f") if coef else "",
+            str(over_seeds([row["eval_loss"] for row in last])),
+            str(over_seeds([row["retention/prose/forgetting"] for row in last])),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

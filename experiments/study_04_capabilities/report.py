@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.matched import share
+from experiments.claim import share_text
 from experiments.pages import dress, findings, panels, write_results
 from retain.files import append_jsonl, read_jsonl
 from retain.report.report import write_comparison
@@ -102,7 +102,7 @@ Count = Callable[[dict[str, Any]], tuple[int, int]]  # of one run: how many, of 
 
 def each(rows: Sequence[dict[str, Any]], count: Count) -> str:
     """A count with its interval, a seed at a time: requests of two seeds are no independent draws."""
-    return "; ".join(share(*count(row)) for row in rows)
+    return "; ".join(share_text(*count(row)) for row in rows)
 
 
 def lost_refusals(row: dict[str, Any], scorer: str) -> tuple[int, int]:

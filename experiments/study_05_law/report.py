@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import ttest_ind
 
+from experiments.claim import Interval
 from retain import fit_forgetting_law
 from retain.laws.law import ForgettingLaw
 
@@ -80,7 +81,7 @@ def studies(rows: Rows) -> dict[str, Study]:
 # Fits
 
 
-def r_squared(law: ForgettingLaw, num_resamples: int = 2000) -> tuple[float, float, float]:
+def r_squared(law: ForgettingLaw, num_resamples: int = 2000) -> Interval:
     """R² of L_f, with the 95% interval over runs (drawn with replacement, the law kept as it is)."""
     fit = law.problem.predict(law.estimate)[0][law.form.outputs.index("forgetting_loss")]
     measured, names = law.runs.columns["forgetting_loss"], law.runs.names
@@ -94,7 +95,7 @@ def r_squared(law: ForgettingLaw, num_resamples: int = 2000) -> tuple[float, flo
     spread = drawn @ square - (drawn @ level) ** 2 / (drawn @ number)
     values = 1 - (drawn @ left) / spread
     low, high = np.quantile(values[1:], [0.025, 0.975])
-    return float(values[0]), float(low), float(high)
+    return Interval(float(values[0]), float(low), float(high))
 
 
 def by_rank(rows: Rows, reading: str) -> float:
@@ -108,11 +109,6 @@ def by_rank(rows: Rows, reading: str) -> float:
     return float(1 - (left**2).sum() / ((lost - lost.mean()) ** 2).sum())
 
 
-def cell(estimate: Sequence[float], digits: int = 3) -> str:
-    value, low, high = (f"{number:.{digits}f}" for number in estimate)
-    return f"{value} [{low}, {high}]"
-
-
 def table_of_fits(laws: dict[tuple[str, str], dict[str, ForgettingLaw]], found: dict[str, Study]) -> str:
     """R² of both laws and the slope of the line, beside the paper's."""
     lines = [
@@ -121,9 +117,9 @@ def table_of_fits(laws: dict[tuple[str, str], dict[str, ForgettingLaw]], found: 
     ]
     for (name, reading), of in laws.items():
         line = of["linear"]
-        slope = (line.params["c_fft"], *line.conf_int()["c_fft"])
+        slope = Interval(line.params["c_fft"], *line.conf_int()["c_fft"])
         own = f"{by_rank(found[name].plain, reading):.3f}"
-        cells = [name, reading, cell(r_squared(line)), own, cell(r_squared(of["joint"])), cell(slope)]
+        cells = [name, reading, str(r_squared(line)), own, str(r_squared(of["joint"])), str(slope)]
         lines.append("| " + " | ".join(cells) + " |")
     for name, (linear, joint) in PAPER.items():
         slope = {"OpenOrca": "1.733", "News": "1.062"}[name]
@@ -207,7 +203,7 @@ def line_of(rows: Rows, reading: str) -> np.ndarray:
     return np.polyfit([at["finetuning_loss"] for at in found], [at["forgetting_loss"] for at in found], 1)
 
 
-def departure(plain: Rows, others: Rows, reading: str) -> tuple[float, float, float]:
+def departure(plain: Rows, others: Rows, reading: str) -> Interval:
     """How far runs lie from the plain runs' line, beyond what plain runs do; Welch's 95% interval over runs.
 
     Each plain run is held against the line of the others, so that both are runs that the line has not seen.
@@ -217,7 +213,7 @@ def departure(plain: Rows, others: Rows, reading: str) -> tuple[float, float, fl
     ]
     theirs = residuals(others, reading, line_of(plain, reading))
     interval = ttest_ind(theirs, own, equal_var=False).confidence_interval(0.95)
-    return float(np.mean(theirs) - np.mean(own)), float(interval.low), float(interval.high)
+    return Interval(float(np.mean(theirs) - np.mean(own)), float(interval.low), float(interval.high))
 
 
 def across(study: Study, reading: str) -> float:
@@ -229,7 +225,7 @@ def across(study: Study, reading: str) -> float:
     return float(1 - ((lost - fit) ** 2).sum() / ((lost - lost.mean()) ** 2).sum())
 
 
-Departures = dict[tuple[str, str], dict[str, tuple[float, float, float]]]
+Departures = dict[tuple[str, str], dict[str, Interval]]
 
 
 def departures(found: dict[str, Study]) -> Departures:
@@ -250,6 +246,6 @@ def table_of_departures(found: dict[str, Study], gone: Departures) -> str:
     lines = [f"| data | L_f read | {' | '.join(heads)} | R² of one line through plain and replay |"]
     lines.append("| " + " | ".join(["---"] * (len(kinds) + 3)) + " |")
     for (name, reading), of in gone.items():
-        cells = [cell(of[kind]) if kind in of else "" for kind in kinds]
+        cells = [str(of[kind]) if kind in of else "" for kind in kinds]
         lines.append("| " + " | ".join([name, reading, *cells, f"{across(found[name], reading):.3f}"]) + " |")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.claim import Interval
 from experiments.pages import findings
 from experiments.study_05_law.report import (
     ACROSS,
@@ -14,7 +15,6 @@ from experiments.study_05_law.report import (
     HeldOut,
     Rows,
     across,
-    cell,
     departures,
     fitted,
     held_out,
@@ -41,16 +41,16 @@ def verdict_of_fits(laws: dict[tuple[str, str], dict[str, ForgettingLaw]]) -> st
     found = {form: [r_squared(of[form]) for of in laws.values()] for form in ("linear", "joint")}
     claims = {}
     for form, values in found.items():
-        low = [one for _, one, _ in values]
+        low = [one.low for one in values]
         under = f"below {WELL} in {sum(one < WELL for one in low)} of {len(low)} cases"
-        said = f"R² {spread([value for value, *_ in values])}, the low end of its interval {spread(low)}, {under}"
+        said = f"R² {spread([one.value for one in values])}, the low end of its interval {spread(low)}, {under}"
         claims[LAWS[form]] = (fits_well(values), said)
     return f"{findings(claims)}\n\nJudged by R² of {WELL} or more, by its whole interval, in every case. {NOT_RUN}"
 
 
-def fits_well(values: Sequence[tuple[float, float, float]]) -> str:
+def fits_well(values: Sequence[Interval]) -> str:
     """What R² and its intervals, one of each case, say of the paper's finding."""
-    if min(low for _, low, _ in values) >= WELL:
+    if min(one.low for one in values) >= WELL:
         return "reproduced"
     return "not reproduced" if min(high for *_, high in values) < WELL else "cannot tell at this size"
 
@@ -82,12 +82,12 @@ def verdict_of_break(gone: Departures, shares: list[float]) -> str:
     found = [value for of in gone.values() for kind, value in of.items() if kind != "full"]
     if not found:
         return f"Verdict: {NONE}."
-    below, above = (sum(test) for test in zip(*((high < 0, low > 0) for _, low, high in found), strict=True))
+    below, above = (sum(one.sign == way for one in found) for way in (-1, 1))
     answer = "yes" if below + above == len(found) else "no" if not below + above else "in part"
-    far = max(found, key=lambda one: abs(one[0]))
+    far = max(found, key=lambda one: abs(one.value))
     return (
         f"Does the line break under KL replay? Verdict: {answer}. In {below} of {len(found)} cases replay runs lie "
-        f"below the line of the plain runs, in {above} above, with the whole interval; farthest {cell(far)} nats. One "
+        f"below the line of the plain runs, in {above} above, with the whole interval; farthest {far} nats. One "
         f"line through plain and replay runs has R² {min(shares):.3f} to {max(shares):.3f} (the paper's, across "
         f"methods: {ACROSS})."
     )
@@ -131,7 +131,7 @@ def table_of_plans(rows: Rows) -> str:
         pair = [
             text
             for name in ("finetuning_loss", "forgetting_loss")
-            for text in (cell([plan[name][end] for end in ("value", "low", "high")]), f"{row['measured'][name]:.3f}")
+            for text in (str(Interval(**plan[name])), f"{row['measured'][name]:.3f}")
         ]
         own = f"{seed}, the pilots' own" if seed == plan["seed"] else str(seed)
         lines.append("| " + " | ".join([f"{plan['budget']:g}", plan["words"], own, *pair]) + " |")

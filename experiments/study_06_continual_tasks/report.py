@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.matched import t_interval
+from experiments.claim import Interval, over_seeds
 from experiments.pages import answer_of, dress, findings, panels
 from retain.lab.tasks import TASKS
 from retain.report.style import INK, PALETTE
@@ -65,23 +65,24 @@ def verdict(rows: Sequence[Row]) -> str:
     number = min(map(len, found.values()))
     if number < 2 or len(set(map(len, found.values()))) > 1:
         return "Verdict: none yet; the study is not finished."
-    limits = {method: t_interval(values) for method, values in found.items()}
-    lost, kept = limits["none"][1] <= FORGOTTEN, min(limits["ntp"][0], limits["kl"][0])
-    better = t_interval([kl - none for kl, none in zip(found["kl"], found["none"], strict=True)])
-    worse = t_interval([ntp - none for ntp, none in zip(found["ntp"], found["none"], strict=True)])
-    last = last_learned(rows)
-    if lost and kept >= KEPT:
+
+    def more(one: str, other: str) -> Interval:
+        return over_seeds([a - b for a, b in zip(found[one], found[other], strict=True)])
+
+    limits = {method: over_seeds(values) for method, values in found.items()}
+    better, last = [more("kl", "none"), more("ntp", "none")], last_learned(rows)
+    if limits["none"].high <= FORGOTTEN and min(limits["ntp"].low, limits["kl"].low) >= KEPT:
         answer = "reproduced" if last["none"] == number else "reproduced, but for the last task without replay"
-    elif min(better[0], worse[0]) > 0:
+    elif all(one.sign > 0 for one in better):
         answer = "reproduced in kind: replay keeps more, though the paper's levels (20% and 90%) are not certain"
     else:
-        answer = "cannot tell at this size" if max(better[1], worse[1]) > 0 else "not reproduced"
-    low, high = t_interval([kl - ntp for kl, ntp in zip(found["kl"], found["ntp"], strict=True)])
-    which = "KL keeps more than NTP" if low > 0 else "NTP keeps more" if high < 0 else "Whether KL keeps more is open"
+        answer = "cannot tell at this size" if max(one.high for one in better) > 0 else "not reproduced"
+    gain, low, high = between = more("kl", "ntp")
+    which = {1: "KL keeps more than NTP", 0: "Whether KL keeps more is open", -1: "NTP keeps more"}[between.sign]
     means = ", ".join(f"{percent(found[method])} {words}" for method, words in SHORT.items())
     return (
         f"Verdict: {answer}. The three earlier tasks end at {means} (the paper: 0 to 20%, near 100% with NTP). "
-        f"{which}: {100 * (np.mean(found['kl']) - np.mean(found['ntp'])):+.0f} points [{100 * low:+.0f}, "
+        f"{which}: {100 * gain:+.0f} points [{100 * low:+.0f}, "
         f"{100 * high:+.0f}]. The last task is learned (90% or more) by {last['none']} of {number} seeds without "
         f"replay (the paper: about 100%), {last['ntp']} with NTP, {last['kl']} with KL, at settings that were tuned "
         f"with replay. {number} seeds, each in brackets; intervals by Student's t."

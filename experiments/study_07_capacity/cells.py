@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.matched import t_interval
+from experiments.claim import Interval, over_seeds
 
 Row = dict[str, Any]
 
@@ -29,8 +29,8 @@ class Cell:
         return float(np.mean(list(self.forgetting.values())))
 
     @property
-    def interval(self) -> tuple[float, float]:
-        return t_interval(list(self.forgetting.values()))
+    def interval(self) -> Interval:
+        return over_seeds(list(self.forgetting.values()))
 
 
 def reading(row: Row, target: float) -> tuple[float, float] | None:
@@ -118,12 +118,6 @@ def last_slope(curve: Sequence[Sequence[float]], tokens: float) -> float:
     own = [point for point in curve if tokens / 10**0.26 <= point[0] <= tokens]
     at, loss = zip(*own, strict=True)
     return -float(np.polyfit(np.log10(at), loss, 1)[0])
-
-
-def told(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and Student's t interval."""
-    low, high = t_interval(values)
-    return f"{np.mean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def reached_at(curve: Sequence[Sequence[float]], loss: float) -> float | None:

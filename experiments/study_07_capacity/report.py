@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.matched import second_look, sign_of
+from experiments.claim import FIRST_LOOK, Claim, over_seeds
 from experiments.pages import answer_of, dress, findings, panels
-from experiments.study_07_capacity.cells import Cell, Row, cell_of, last_slope, nearest_to_loss, slopes, told, tunes
+from experiments.study_07_capacity.cells import Cell, Row, cell_of, last_slope, nearest_to_loss, slopes, tunes
 from retain.report.style import INK, PALETTE
 
 FORGETS = 0.02  # nats per token: less is the noise of held-out rows
@@ -52,7 +52,7 @@ def cell_line(first: str, cell: Cell) -> str:
     tokens = np.mean([row["settings"]["tokens_per_param"] for row in cell.rows.values()])
     return (
         f"| {first} | {tokens:.0f} | {mean_of(cell, 'base_loss'):.3f} | {cell.coef:.2g} | "
-        f"{np.mean(list(cell.steps.values())):.0f} | {told(list(cell.forgetting.values()))} | {len(cell.forgetting)} |"
+        f"{np.mean(list(cell.steps.values())):.0f} | {cell.interval} | {len(cell.forgetting)} |"
     )
 
 
@@ -121,7 +121,10 @@ def frontier_table(rows: Sequence[Row], scale: Any) -> str:
             ends = [row["trajectory"][-1] for row in mine]
             new = np.mean([end[1] for end in ends])
             old = np.mean([row["base_loss"] + end[2] for row, end in zip(mine, ends, strict=True)])
-            lost, over = told([end[2] for end in ends]), told(far[coef]) if coef in far else "beyond the mixtures"
+            lost, over = (
+                over_seeds([end[2] for end in ends]),
+                over_seeds(far[coef]) if coef in far else "beyond the mixtures",
+            )
             lines.append(f"| {length:.0f} | {coef:g} | {new:.3f} | {old:.3f} | {lost} | {over} | {len(mine)} |")
     return "\n".join(lines)
 
@@ -141,10 +144,10 @@ def verdict(rows: Sequence[Row], scale: Any) -> str:
     seeds = min(len(cell.forgetting) for cell in (*sizes.values(), *lengths.values()))
     if seeds < 2:
         return "Verdict: none yet; one seed has no interval."
-    low, high = lengths[longest].interval
-    kept = "forgets" if low > FORGETS else "does not forget" if high < FORGETS else "may forget or not"
-    by_size, by_length = slopes(sizes), slopes(lengths)
-    falls, rises = -sign_of(by_size), sign_of(by_length)
+    lost = lengths[longest].interval
+    kept = "forgets" if lost.low > FORGETS else "does not forget" if lost.high < FORGETS else "may forget or not"
+    by_size, by_length = shrinks(sizes), grows(lengths)
+    falls, rises = by_size.agrees, by_length.agrees
     bound, sentence = bounded(rows, scale)
     right = [{"forgets": 1, "does not forget": -1}.get(kept, 0), falls, rises]
     answer = "not reproduced" if -1 in [*right, bound] else "cannot tell at this size" if 0 in right else within(scale)
@@ -154,11 +157,10 @@ def verdict(rows: Sequence[Row], scale: Any) -> str:
     saturation = f", by {min(fall):.2f} to {max(fall):.2f} for a tenfold of tokens at its end" if fall else ""
     return (
         f"Verdict: {answer}. With the best coefficient a model of {min(sizes):.0f} parameters at {longest:.0f} tokens "
-        f"per parameter, whose loss still falls{saturation}, {kept}: "
-        f"{told(list(lengths[longest].forgetting.values()))} nats. For each tenfold of size "
-        f"forgetting changes by {told(by_size)} ({words(falls, 'falls', 'rises')}), for each tenfold of tokens per "
-        f"parameter by {told(by_length)} ({words(rises, 'rises', 'falls')}{_and(second_look(by_length))}). {sentence} "
-        f"{seeds} seeds; 95% intervals by Student's t."
+        f"per parameter, whose loss still falls{saturation}, {kept}: {lost} nats. For each tenfold of size "
+        f"forgetting changes by {by_size.estimate} ({words(falls, 'falls', 'rises')}), for each tenfold of tokens per "
+        f"parameter by {by_length.estimate} ({words(rises, 'rises', 'falls')}{_and(by_length.later_seeds)}). "
+        f"{sentence} {seeds} seeds; 95% intervals by Student's t."
     )
 
 
@@ -167,15 +169,25 @@ def found(rows: Sequence[Row], scale: Any) -> str:
     if not answer_of(verdict(rows, scale)):
         return ""
     sizes, lengths = cells_by_size(rows, scale), cells_by_length(rows, scale)
-    by_length = slopes(lengths)
-    with_tokens = f"{told(by_length)} nats for each tenfold{_and(second_look(by_length))}"
+    by_size, by_length = shrinks(sizes), grows(lengths)
+    with_tokens = f"{by_length.estimate} nats for each tenfold{_and(by_length.later_seeds)}"
     bound, sentence = bounded(rows, scale)
     return findings({
         "At the same base loss larger models forget less":
-            (judged(-sign_of(slopes(sizes)), scale), f"{told(slopes(sizes))} nats for each tenfold of size"),
-        "More tokens per parameter, more forgetting": (judged(sign_of(by_length), scale), with_tokens),
+            (judged(by_size.agrees, scale), f"{by_size.estimate} nats for each tenfold of size"),
+        "More tokens per parameter, more forgetting": (judged(by_length.agrees, scale), with_tokens),
         "The two-corpus frontier bounds the finetuned models": (judged(bound, scale), sentence.rstrip(".")),
     })  # fmt: skip
+
+
+def shrinks(sizes: dict[float, Cell]) -> Claim:
+    """Forgetting falls with size: its change for each tenfold."""
+    return Claim(slopes(sizes), direction=-1, first_look=FIRST_LOOK)
+
+
+def grows(lengths: dict[float, Cell]) -> Claim:
+    """Forgetting rises with tokens per parameter: its change for each tenfold."""
+    return Claim(slopes(lengths), first_look=FIRST_LOOK)
 
 
 def within(scale: Any) -> str:
@@ -220,7 +232,7 @@ def bounded(rows: Sequence[Row], scale: Any) -> tuple[int, str]:
     }
     if not far:
         return 0, "Where the finetuned models lie to the frontier is not known."
-    signs = {place: sign_of(values) for place, values in far.items()}
+    signs = {place: Claim(values, first_look=FIRST_LOOK).agrees for place, values in far.items()}
     every = [value for values in far.values() for value in values]
     found = -1 if -1 in signs.values() else 1 if set(signs.values()) == {1} and min(every) > 0 else 0
     means = [float(np.mean(values)) for values in far.values()]

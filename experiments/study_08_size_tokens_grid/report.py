@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.matched import second_look, sign_of
+from experiments.claim import FIRST_LOOK, Claim, over_seeds
 from experiments.pages import answer_of, findings, panels
-from experiments.study_07_capacity.cells import Cell, Row, cell_of, compute_multiplier, slopes, told, tunes
+from experiments.study_07_capacity.cells import Cell, Row, cell_of, compute_multiplier, slopes, tunes
 from retain.report.style import INK
 
 Place = tuple[str, float]  # size, tokens per parameter
@@ -52,7 +52,7 @@ def table(rows: Sequence[Row], scale: Any) -> str:
     ]
     for place, cell in cells(rows, scale).items():
         before = np.mean([row["base_loss"] for row in cell.rows.values()])
-        lost, share = told(list(cell.forgetting.values())), told(multipliers(rows, place, cell), 2)
+        lost, share = cell.interval, over_seeds(multipliers(rows, place, cell)).text(".2f")
         lines.append(
             f"| {named(cell)} | {place[1]:.0f} | {before:.3f} | {cell.coef:.2g} | {lost} | "
             f"{np.mean(shares_lost(cell, scale)):.0%} | {share} | {len(cell.forgetting)} |"
@@ -72,17 +72,19 @@ def rises_by_size(found: dict[Place, Cell]) -> str:
     for size in dict.fromkeys(size for size, _ in found):
         mine = {length: cell for (one, length), cell in found.items() if one == size}
         if len(mine) > 1:
-            told_.append(f"{told(slopes(mine))} with {named(next(iter(mine.values())))} parameters")
+            told_.append(f"{over_seeds(slopes(mine))} with {named(next(iter(mine.values())))} parameters")
     return ", ".join(told_)
 
 
-def plane(found: dict[Place, Cell], values: dict[Place, dict[int, float]]) -> list[tuple[float, float]]:
-    """By seed: change for each tenfold of size and of tokens per parameter, least squares over the whole grid."""
-    seeds = set.intersection(*(set(one) for one in values.values()))
-    sizes = [float(next(iter(found[place].rows.values()))["num_params"]) for place in values]
-    design = np.column_stack([np.ones(len(values)), np.log10(sizes), np.log10([length for _, length in values])])
-    fits = [np.linalg.lstsq(design, [one[seed] for one in values.values()], rcond=None)[0] for seed in sorted(seeds)]
-    return [(float(fit[1]), float(fit[2])) for fit in fits]
+def plane(found: dict[Place, Cell]) -> tuple[Claim, Claim]:
+    """Forgetting falls with size and rises with tokens: changes for each tenfold, least squares over the whole grid."""
+    seeds = set.intersection(*(set(cell.forgetting) for cell in found.values()))
+    sizes = [float(next(iter(cell.rows.values()))["num_params"]) for cell in found.values()]
+    design = np.column_stack([np.ones(len(found)), np.log10(sizes), np.log10([length for _, length in found])])
+    fits = [np.linalg.lstsq(design, [cell.forgetting[seed] for cell in found.values()], rcond=None)[0]
+            for seed in sorted(seeds)]  # fmt: skip
+    by_size, by_length = ([float(fit[at]) for fit in fits] for at in (1, 2))
+    return Claim(by_size, direction=-1, first_look=FIRST_LOOK), Claim(by_length, first_look=FIRST_LOOK)
 
 
 def verdict(rows: Sequence[Row], scale: Any) -> str:
@@ -96,20 +98,21 @@ def verdict(rows: Sequence[Row], scale: Any) -> str:
     seeds = min(len(cell.forgetting) for cell in found.values())
     if seeds < 2:
         return "Verdict: none yet; one seed has no interval."
-    by_size, by_length = zip(*plane(found, {place: cell.forgetting for place, cell in found.items()}), strict=True)
-    falls, rises = -sign_of(by_size), sign_of(by_length)
+    by_size, by_length = plane(found)
+    falls, rises = by_size.agrees, by_length.agrees
     shares = {place: multipliers(rows, place, cell) for place, cell in found.items()}
     worst, best = (pick(shares, key=lambda place: float(np.mean(shares[place]))) for pick in (min, max))
     answer = "falls with size, rises with tokens per parameter" if (falls, rises) == (1, 1) else None
     answer = "the other way than in 07" if -1 in (falls, rises) else answer
     ends = " and ".join(
-        f"{told(shares[place], 2)} with {named(found[place])} parameters at {place[1]:.0f} tokens per parameter"
+        f"{over_seeds(shares[place]).text('.2f')} with {named(found[place])} parameters at {place[1]:.0f} tokens per "
+        "parameter"
         for place in (worst, best)
     )
     return (
         f"Verdict: {answer or 'cannot tell at this size'}; {NO_CELL}. For each tenfold of size the loss delta changes "
-        f"by {told(by_size)}, for each tenfold of tokens per parameter by {told(by_length)} nats per token"
-        f"{_and(second_look(by_length))}. By size: {rises_by_size(found)}. Of what the base knew "
+        f"by {by_size.estimate}, for each tenfold of tokens per parameter by {by_length.estimate} nats per token"
+        f"{_and(by_length.later_seeds)}. By size: {rises_by_size(found)}. Of what the base knew "
         f"{lost_between(found, scale)}. The compute multiplier is least and greatest, {ends}. {len(found)} of "
         f"{len(scale.cells)} cells reach the target of {scale.world.target}; {seeds} seeds; 95% intervals by Student's "
         "t."
@@ -134,8 +137,8 @@ def report(rows: Sequence[Row], scale: Any) -> str:
     if not answer_of(told_):
         return f"{table(rows, scale)}\n\n**{told_}**"
     found = cells(rows, scale)
-    by_size, by_length = zip(*plane(found, {place: cell.forgetting for place, cell in found.items()}), strict=True)
-    numbers = f"loss delta {told(by_size)} nats for each tenfold of size, {told(by_length)} of tokens"
+    by_size, by_length = (claim.estimate for claim in plane(found))
+    numbers = f"loss delta {by_size} nats for each tenfold of size, {by_length} of tokens"
     numbers += f"; of tokens by size: {rises_by_size(found)}"
     finding = "Size and tokens per parameter together: loss delta and compute multiplier"
     return f"{table(rows, scale)}\n\n**{told_}**\n\n" + findings({finding: (NO_CELL, numbers)})

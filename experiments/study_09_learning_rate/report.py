@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from experiments.matched import NoReport, looked_twice, second_look, t_interval
+from experiments.claim import FIRST_LOOK, Claim, over_seeds, ratio_over_seeds
+from experiments.matched import NoReport
 from experiments.pages import dress, findings, panels
 from retain.report.comparison import crossing, series
 from retain.report.style import MARKS, PALETTE
@@ -77,22 +78,9 @@ def values_of(readings: Sequence[Reading], name: str) -> list[Any]:
     return sorted({getattr(one, name) for one in readings})
 
 
-def interval(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and 95% interval over seeds."""
-    low, high = t_interval(values)
-    return f"{np.mean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def after_looks(values: Sequence[float]) -> str:
-    """The same, with what seeds added after a look say."""
-    second = second_look(values)
-    return interval(values) + (f" nats, {second}" if second else " nats")
-
-
-def ratio(values: Sequence[float], digits: int = 1) -> str:
-    """Geometric mean of ratios and 95% interval over seeds."""
-    low, high = np.exp(t_interval(np.log(values)))
-    return f"{np.exp(np.mean(np.log(values))):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def after_looks(claim: Claim) -> str:
+    """Mean and interval over seeds, with what seeds added after a look say."""
+    return f"{claim.estimate} nats" + (f", {claim.later_seeds}" if claim.later_seeds else "")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -102,13 +90,13 @@ def table(rows: Sequence[Row]) -> str:
     lines = [f"Target: {target_of(rows):.3f} nats per token on the new language.", "", f"| {' | '.join(head)} |",
              "| --- " * len(head) + "|"]  # fmt: skip
     for before in values_of(readings, "pretrain_rate"):
-        base = interval([row["base"]["loss"] for row in bases(rows, before)])
+        base = str(over_seeds([row["base"]["loss"] for row in bases(rows, before)]))
         for coef in values_of(readings, "coef"):
             for rate in values_of(of(readings, pretrain_rate=before, coef=coef), "rate"):
                 cell = of(readings, pretrain_rate=before, coef=coef, rate=rate)
                 words = f"KL, coefficient {coef:g}" if coef else "none"
-                told = [f"{before:g}", base, f"{rate:g}", words, interval([one.forgetting for one in cell])]
-                told += [ratio([one.steps for one in cell], 0), str(len(cell))]
+                told = [f"{before:g}", base, f"{rate:g}", words, str(over_seeds([one.forgetting for one in cell]))]
+                told += [ratio_over_seeds([one.steps for one in cell]).text(".0f"), str(len(cell))]
                 lines.append(f"| {' | '.join(told)} |")
     return "\n".join(lines)
 
@@ -134,15 +122,19 @@ def verdict(rows: Sequence[Row]) -> str:
     return findings({claim: (answer, numbers) for claim, answer, numbers in claims}) + f"\n\n{end}"
 
 
-Claim = tuple[str, str, str]  # a finding of the table, its verdict, the numbers behind it
+Finding = tuple[str, str, str]  # a finding of the table, its verdict, the numbers behind it
 
 
-def judged(low: float, high: float) -> str:
-    """What an interval says of a difference that the paper has below zero."""
-    return "reproduced" if high < 0 else "not reproduced" if low > 0 else "cannot tell at this size"
+def falls(differences: Sequence[float]) -> Claim:
+    """The paper's claims say of each of these differences that it lies below 0."""
+    return Claim(differences, direction=-1, first_look=FIRST_LOOK)
 
 
-def slow_forgets_less(readings: Sequence[Reading]) -> Claim:
+def verdict_of(claim: Claim) -> str:
+    return claim.verdict + (" at this size" if claim.verdict == "cannot tell" else "")
+
+
+def slow_forgets_less(readings: Sequence[Reading]) -> Finding:
     """Lowest against highest finetuning rate without replay; the mean over pretraining rates, paired by seed."""
     plain = of(readings, coef=0.0)
     slow, fast = (pick(values_of(plain, "rate")) for pick in (min, max))
@@ -151,7 +143,7 @@ def slow_forgets_less(readings: Sequence[Reading]) -> Claim:
         low, high = of(plain, seed=seed, rate=slow), of(plain, seed=seed, rate=fast)
         less.append(mean(low, "forgetting") - mean(high, "forgetting"))
         steps.append(math.exp(mean(low, "log_steps") - mean(high, "log_steps")))
-    forgets, needs = judged(*looked_twice(less)), judged(*sorted(-limit for limit in looked_twice(np.log(steps))))
+    forgets, needs = verdict_of(falls(less)), verdict_of(falls(-np.log(steps)))
     answer = forgets if forgets == needs else f"less forgetting {forgets}, more steps {needs}"
     best = min(values_of(plain, "rate"), key=lambda rate: mean(of(plain, rate=rate), "forgetting"))
     most = mean(of(plain, rate=fast), "forgetting")
@@ -159,8 +151,8 @@ def slow_forgets_less(readings: Sequence[Reading]) -> Claim:
         "Low finetuning rates forget less and need many more steps",
         answer,
         (
-            f"{slow:g} against {fast:g}, without replay: forgetting {interval(less)} nats of {most:.2f}, steps times "
-            f"{ratio(steps)}; {best:g} forgets least"
+            f"{slow:g} against {fast:g}, without replay: forgetting {over_seeds(less)} nats of {most:.2f}, steps times "
+            f"{ratio_over_seeds(steps).text('.1f')}; {best:g} forgets least"
         ),
     )
 
@@ -170,7 +162,7 @@ def mean(readings: Sequence[Reading], name: str) -> float:
     return float(np.mean([math.log(one.steps) if name == "log_steps" else getattr(one, name) for one in readings]))
 
 
-def high_pretraining(rows: Sequence[Row]) -> Claim:
+def high_pretraining(rows: Sequence[Row]) -> Finding:
     """Highest against lowest pretraining rate, without replay: at the same tokens, and at the same loss of the base."""
     every = readings_of(rows)
     low, high = (pick(values_of(every, "pretrain_rate")) for pick in (min, max))
@@ -179,20 +171,23 @@ def high_pretraining(rows: Sequence[Row]) -> Claim:
          - mean(of(part, pretrain_rate=low, seed=seed), "forgetting") for seed in values_of(part, "seed")]
         for part in ([one for one in every if not one.coef], [one for one in every if one.coef])
     )  # fmt: skip
-    first = judged(*looked_twice(same_tokens))
-    losses = [interval([row["base"]["loss"] for row in bases(rows, rate)]) for rate in (low, high)]
+    first = verdict_of(falls(same_tokens))
+    losses = [over_seeds([row["base"]["loss"] for row in bases(rows, rate)]) for rate in (low, high)]
     told = (
         f"{high:g} against {low:g} in pretraining, without replay, mean over finetuning rates: at the same tokens "
-        f"{after_looks(same_tokens)} ({first}; the bases' own losses are {losses[1]} and {losses[0]})"
+        f"{after_looks(falls(same_tokens))} ({first}; the bases' own losses are {losses[1]} and {losses[0]})"
     )
     same_loss, between = matched_bases(rows, low, high)
     if len(same_loss) < 2:
         answer, after = first, "; no bases of the same loss were compared"
     else:
-        second = judged(*looked_twice(same_loss))
+        second = verdict_of(falls(same_loss))
         answer = first if first == second else f"{first} at the same tokens, {second} at the same loss of the base"
-        after = f"; between bases of the same loss (apart by {interval(between)}) {interval(same_loss)} nats ({second})"
-    replay = f"; with replay, at the same tokens {interval(with_replay)} nats ({judged(*looked_twice(with_replay))})"
+        after = (
+            f"; between bases of the same loss (apart by {over_seeds(between)}) {over_seeds(same_loss)} nats ({second})"
+        )
+    protected = falls(with_replay)
+    replay = f"; with replay, at the same tokens {protected.estimate} nats ({verdict_of(protected)})"
     return "A high pretraining rate reduces forgetting", answer, f"{told}{after}{replay}"
 
 
@@ -225,7 +220,7 @@ def speed_ups(readings: Sequence[Reading], rate: float) -> dict[tuple[float, int
     return found
 
 
-def over_seeds(found: dict[tuple[float, int], float | None]) -> list[float] | None:
+def by_seed(found: dict[tuple[float, int], float | None]) -> list[float] | None:
     """Geometric mean over pretraining rates, a value a seed; None where some case has none."""
     if not all(found.values()):
         return None
@@ -235,7 +230,7 @@ def over_seeds(found: dict[tuple[float, int], float | None]) -> list[float] | No
     ]
 
 
-def replay_breaks_it(readings: Sequence[Reading]) -> Claim:
+def replay_breaks_it(readings: Sequence[Reading]) -> Finding:
     """Replay against plain at every rate that was tried: the factor of steps is that of the comparator.
 
     The paper's factor of 38 is at equal forgetting; here replay forgets less than every plain run, so that the slowest
@@ -246,15 +241,15 @@ def replay_breaks_it(readings: Sequence[Reading]) -> Claim:
     found = {rate: speed_ups(readings, rate) for rate in rates}
     if not any(value for of_rate in found.values() for value in of_rate.values()):
         return claim, "not reproduced", "no run with replay forgot as little as one without"
-    factors = {rate: over_seeds(of_rate) for rate, of_rate in found.items()}
-    faster = [rate for rate, values in factors.items() if values and looked_twice(np.log(values))[0] > 0]
+    factors = {rate: by_seed(of_rate) for rate, of_rate in found.items()}
+    faster = [rate for rate, values in factors.items() if values and falls(-np.log(values)).agrees > 0]
     answer = f"in part: fewer steps than plain at {len(faster)} of {len(rates)} rates"
     answer = "reproduced" if len(faster) == len(rates) else answer if faster else "cannot tell at this size"
     parts = []
     for rate, values in factors.items():
         none = sum(value is None for value in found[rate].values())
         lost = f"{none} of {len(found[rate])} cases without a protected run that forgot as little"
-        parts.append(f"{ratio(values, 2) if values else lost} against plain at {rate:g}")
+        parts.append(f"{ratio_over_seeds(values).text('.2f') if values else lost} against plain at {rate:g}")
     numbers = f"steps of plain over the fewest of replay that forgets no more: {'; '.join(parts)}"
     return claim, answer, f"{numbers}{at_one_rate(readings)}"
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from experiments.matched import t_interval
+from experiments.claim import Interval, over_seeds
 from experiments.pages import dress, findings, panels
 from retain.report.style import INK, look
 from retain.statistics import bootstrap_ratio
 
 Row = dict[str, Any]
-Estimate = tuple[float, float, float]
 ANSWERS = "answers"
 # Name → (text or answers, metric); of each, less is better.
 MEASURES = {
@@ -54,37 +53,28 @@ def pieces(row: Row, measure: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
     return counted.astype(float), np.ones(len(right))
 
 
-def estimate(found: Sequence[tuple[np.ndarray, np.ndarray]]) -> Estimate:
+def estimate(found: Sequence[tuple[np.ndarray, np.ndarray]]) -> Interval:
     """A ratio of sums over all seeds; the wider of the bootstrap over documents and Student's t over seeds."""
     sums, sizes = (np.concatenate(part) for part in zip(*found, strict=True))
-    value, low, high = bootstrap_ratio(sums, sizes)
-    if len(found) > 1:
-        of_seeds = t_interval([float(one.sum() / size.sum()) for one, size in found])
-        low, high = min(low, of_seeds[0]), max(high, of_seeds[1])
-    return value, low, high
+    of_seeds = over_seeds([float(one.sum() / size.sum()) for one, size in found])
+    return Interval(*bootstrap_ratio(sums, sizes)).widened(of_seeds)
 
 
-def value_of(runs: Sequence[Row], measure: tuple[str, str]) -> Estimate:
+def value_of(runs: Sequence[Row], measure: tuple[str, str]) -> Interval:
     """A measure of an arm."""
     return estimate([pieces(row, measure) for row in runs])
 
 
-def difference(runs: Sequence[Row], others: Sequence[Row], measure: tuple[str, str]) -> Estimate:
+def difference(runs: Sequence[Row], others: Sequence[Row], measure: tuple[str, str]) -> Interval:
     """A measure of an arm minus that of another, paired by seed and by document or question."""
     pairs = [(pieces(row, measure), pieces(other, measure)) for row, other in zip(runs, others, strict=True)]
     return estimate([(one - other, sizes) for (one, sizes), (other, _) in pairs])
 
 
-def sign(found: Estimate) -> int:
-    """-1 where the whole interval is below 0, 1 where it is above, else 0."""
-    return (found[1] > 0) - (found[2] < 0)
-
-
-def shown(found: Estimate, measure: tuple[str, str], *, signed: bool = False) -> str:
+def shown(found: Interval, measure: tuple[str, str], *, signed: bool = False) -> str:
     """With its interval: points of a hundred for answers, nats per token for texts."""
     scale, form = (100, ".1f") if measure[0] == ANSWERS else (1, ".3f")
-    value, low, high = (format(scale * number, ("+" if signed else "") + form) for number in found)
-    return f"{value} [{low}, {high}]"
+    return Interval(*(scale * number for number in found)).text(("+" if signed else "") + form)
 
 
 def final_loss(runs: Sequence[Row]) -> float:
@@ -132,7 +122,7 @@ def table(rows: Sequence[Row], names: Sequence[str] = JUDGED) -> str:
     return "\n".join(lines)
 
 
-def versus(runs: list[Row], others: list[Row], names: Sequence[str] = JUDGED) -> dict[str, Estimate]:
+def versus(runs: list[Row], others: list[Row], names: Sequence[str] = JUDGED) -> dict[str, Interval]:
     """Every measure's paired difference."""
     return {name: difference(runs, others, MEASURES[name]) for name in names}
 
@@ -143,15 +133,15 @@ def differences(arms: dict[str, list[Row]], pairs: Sequence[tuple[str, str]], na
     for one, other in pairs:
         if one in arms and other in arms:
             found = versus(arms[one], arms[other], names).items()
-            cells = [f"{shown(value, MEASURES[name], signed=True)} {WORDS[sign(value)]}" for name, value in found]
+            cells = [f"{shown(value, MEASURES[name], signed=True)} {WORDS[value.sign]}" for name, value in found]
             lines.append(f"| {one} − {other} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def answer(found: dict[str, Estimate]) -> str:
+def answer(found: dict[str, Interval]) -> str:
     """Whether an arm forgot more than plain: by the measures whose interval leaves out 0."""
-    more = [name for name, one in found.items() if sign(one) > 0]
-    less = [name for name, one in found.items() if sign(one) < 0]
+    more = [name for name, one in found.items() if one.sign > 0]
+    less = [name for name, one in found.items() if one.sign < 0]
     if more and less:
         return f"mixed: worse by {', '.join(more)}, better by {', '.join(less)}"
     if more:
@@ -163,7 +153,7 @@ def keeps_most(arms: dict[str, list[Row]], name: str) -> str:
     """The arm with the least of a measure, and those that cannot be told apart from it."""
     measure = MEASURES[name]
     best = min(arms, key=lambda arm: value_of(arms[arm], measure)[0])
-    alike = [arm for arm in arms if arm != best and sign(difference(arms[arm], arms[best], measure)) == 0]
+    alike = [arm for arm in arms if arm != best and difference(arms[arm], arms[best], measure).sign == 0]
     others = f" (not told apart from it: {'; '.join(alike)})" if alike else " (told apart from all others)"
     return f"{name}: {best}{others}"
 
@@ -192,11 +182,11 @@ def claims(arms: dict[str, list[Row]]) -> str:
     ):
         if arm in arms:
             found = difference(arms[arm], arms[PLAIN], MEASURES[own])
-            verdict = {1: "reproduced in divergence", 0: "cannot tell", -1: "not reproduced"}[right * sign(found)]
+            verdict = {1: "reproduced in divergence", 0: "cannot tell", -1: "not reproduced"}[right * found.sign]
             seeds = f"{len(arms[arm])} seeds" if len(arms[arm]) > 1 else "one seed"
             said[finding] = (verdict, f"{own} {shown(found, MEASURES[own], signed=True)} against none, {seeds}")
     if {NTP_REAL, KL_SELF} <= set(arms):
-        signs = [sign(difference(arms[arm], arms[PLAIN], MEASURES[accuracy])) for arm in (NTP_REAL, KL_SELF)]
+        signs = [difference(arms[arm], arms[PLAIN], MEASURES[accuracy]).sign for arm in (NTP_REAL, KL_SELF)]
         word = "cannot tell" if 0 in signs else "reproduced" if signs == [1, -1] else "not reproduced"
         questions = len(pieces(arms[PLAIN][0], MEASURES[accuracy])[0])
         points = f"{questions} questions; the paper's 4.7 points would take 280 to 530"
@@ -234,13 +224,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for axis, name in zip(axes, chosen, strict=True):
             measure = MEASURES[name]
             factor, unit = (100, "% of questions") if measure[0] == ANSWERS else (1, "nats per token")
-            dots(axis, {arm: tuple(factor * x for x in value_of(runs, measure)) for arm, runs in arms.items()})
+            dots(axis, {arm: Interval(*(factor * x for x in value_of(runs, measure))) for arm, runs in arms.items()})
             dress(axis, name, unit, "")
             if axis is not axes[0]:
                 axis.set_yticklabels([])
 
 
-def dots(axis: Any, found: dict[str, Estimate]) -> None:
+def dots(axis: Any, found: dict[str, Interval]) -> None:
     """A dot with its interval for each name, from above; 0 as a line."""
     for at, (value, low, high) in enumerate(found.values()):
         style = look(0 if at == 0 else 1, 2)

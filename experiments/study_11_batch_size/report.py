@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from experiments.matched import t_interval
+from experiments.claim import over_seeds, ratio_over_seeds
 from experiments.pages import answer_of, dress, findings, panels
 from retain.report.style import MARKS, PALETTE
 
@@ -109,10 +109,10 @@ def table(rows: Sequence[Row]) -> str:
         mine = {cell.half_life: cell for cell in curve(cells, batch_size)}
         told = [_cell(mine[value]) if value in mine else "–" for value in half_lives]
         least = [best_half_life(cells, batch_size, seed) for seed in range(num_seeds(cells))]
-        told += [spread(least, ",.0f") + (" (edge)" if at_edge(cells, batch_size) else "")]
+        told += [ratio_over_seeds(least).text(",.0f") + (" (edge)" if at_edge(cells, batch_size) else "")]
         told += [f"{0.5 ** (_step_tokens(cells, batch_size) / math.exp(np.mean(np.log(least)))):.4g}"]
         knees = [shortest(cells, batch_size, seed) for seed in range(num_seeds(cells))]
-        told += [spread(knees, ",.0f") + (" (edge)" if min(knees) == min(mine) else "")]
+        told += [ratio_over_seeds(knees).text(",.0f") + (" (edge)" if min(knees) == min(mine) else "")]
         lines.append(f"| {batch_size} | {' | '.join(told)} |")
     ends = sum(cell.at_edge for cell in cells)
     after = f"\n\n† The best rate is at the end of those tried: {ends} of {len(cells)} cells." if ends else ""
@@ -134,12 +134,6 @@ def _cell(cell: Cell) -> str:
 
 def num_seeds(cells: Sequence[Cell]) -> int:
     return min((len(cell.losses) for cell in cells), default=0)
-
-
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Geometric mean and 95% interval over seeds."""
-    low, high = np.exp(t_interval(np.log(values)))
-    return f"{np.exp(np.mean(np.log(values))):{form}} [{low:{form}}, {high:{form}}]"
 
 
 def shortest(cells: Sequence[Cell], batch_size: int, seed: int, cost: float = COST) -> float:
@@ -196,8 +190,7 @@ def verdict(rows: Sequence[Row]) -> str:
     number, sizes = num_seeds(cells), batch_sizes(cells)
     if number < 2 or len(sizes) < 2:
         return "Verdict: none yet; the study is not finished."
-    found = slopes(cells)
-    low, high = t_interval(found)
+    found = over_seeds(slopes(cells))
     edges = [size for size in sizes if at_edge(cells, size)]
     apart = max(sizes) / min(sizes)
     after = f" At {', '.join(map(str, edges))} rows some seed is best at the end of the half-lives." if edges else ""
@@ -205,8 +198,8 @@ def verdict(rows: Sequence[Row]) -> str:
         after += f" At {', '.join(map(str, flat))} rows the shortest or longest half-life does not clearly cost more."
     return (
         f"Verdict: {conclusion(cells)}. From {min(sizes)} to {max(sizes)} rows a step the best "
-        f"half-life goes with the batch size to the power {np.mean(found):.2f} [{low:.2f}, {high:.2f}] (0: constant in "
-        f"tokens, as in the paper; 1: beta2 is constant), which is a factor of {apart ** np.mean(found):.2g} over "
+        f"half-life goes with the batch size to the power {found.text('.2f')} (0: constant in "
+        f"tokens, as in the paper; 1: beta2 is constant), which is a factor of {apart**found.value:.2g} over "
         f"batch sizes {apart:g} times apart.{after} The shortest half-life that is still good goes with the power "
         f"{powers(cells)}.{below(cells)} {compared(cells)} {number} seeds; 95% intervals by Student's t."
     )
@@ -215,7 +208,7 @@ def verdict(rows: Sequence[Row]) -> str:
 def powers(cells: Sequence[Cell]) -> str:
     """Of the shortest good half-life, by what counts as good."""
     found = by_cost(cells).items()
-    return "; ".join(f"{_interval(values, '.2f')} where {cost:g} nats more are good" for cost, values in found)
+    return "; ".join(f"{over_seeds(values).text('.2f')} where {cost:g} nats more are good" for cost, values in found)
 
 
 def text_of(rows: Sequence[Row]) -> str:
@@ -239,12 +232,12 @@ def compared(cells: Sequence[Cell]) -> str:
     """One half-life for all batch sizes against one beta2 for all."""
     (half_life, one), (beta2, other) = regrets(cells, "half_life"), regrets(cells, "beta2")
     less = [mine - others for mine, others in zip(one, other, strict=True)]
-    low, high = t_interval(less)
-    cheaper = "costs less" if high < 0 else "costs more" if low > 0 else "does not cost clearly less or more"
+    apart = over_seeds(less)
+    cheaper = {-1: "costs less", 0: "does not cost clearly less or more", 1: "costs more"}[apart.sign]
     return (
         f"One half-life for all batch sizes ({half_life:,.0f} tokens) {cheaper} than one beta2 ({beta2:.4g}): "
-        f"{_interval(one)} against {_interval(other)} nats above each batch size's best, "
-        f"{np.mean(less):+.4f} [{low:+.4f}, {high:+.4f}]."
+        f"{over_seeds(one).text('.4f')} against {over_seeds(other).text('.4f')} nats above each batch size's best, "
+        f"{apart.text('+.4f')}."
     )
 
 
@@ -255,11 +248,11 @@ def conclusion(cells: Sequence[Cell]) -> str:
     """
     sizes = batch_sizes(cells)
     if not any(at_edge(cells, size) for size in sizes) and all(bounded(cells, size) for size in sizes):
-        return answered(*t_interval(slopes(cells)))
-    low, high = t_interval(slopes(cells, shortest))
+        return answered(*over_seeds(slopes(cells))[1:])
+    _, low, high = over_seeds(slopes(cells, shortest))
     flat = all(shortest(cells, size, seed) < curve(cells, size)[-2].half_life
                for size in sizes for seed in range(num_seeds(cells)))  # fmt: skip
-    if flat and all(low <= 0 <= high < 1 for low, high in map(t_interval, by_cost(cells).values())):
+    if flat and all(low <= 0 <= high < 1 for _, low, high in map(over_seeds, by_cost(cells).values())):
         return "in part: the shortest good half-life is constant in tokens and not in beta2, the best cannot be told"
     if flat and low <= 0 <= high < 1:
         return "cannot tell: whether the shortest good half-life is constant in tokens depends on what counts as good"
@@ -271,7 +264,7 @@ def bounded(cells: Sequence[Cell], batch_size: int) -> bool:
     mine = curve(cells, batch_size)
     least = min((cell.losses for cell in mine), key=np.mean)
     ends = [[min(SHOWN, loss - best) for loss, best in zip(mine[at].losses, least, strict=True)] for at in (0, -1)]
-    return all(t_interval(costs)[0] > 0 for costs in ends)  # a run that diverged would widen it without end
+    return all(over_seeds(costs).low > 0 for costs in ends)  # a run that diverged would widen it without end
 
 
 def answered(low: float, high: float) -> str:
@@ -281,11 +274,6 @@ def answered(low: float, high: float) -> str:
     if low <= 0 <= high:
         return "reproduced"
     return "not reproduced" if high >= 1 or low > 0.5 or high < 0 else "in between: nearer to constant in tokens"
-
-
-def _interval(values: Sequence[float], form: str = ".4f") -> str:
-    low, high = t_interval(values)
-    return f"{np.mean(values):{form}} [{low:{form}}, {high:{form}}]"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.matched import share
+from experiments.claim import share_text
 from experiments.pages import dress, findings, panels
 from experiments.study_10_instruct.report import (
     MEASURES,
     PLAIN,
-    Estimate,
     compared,
     differences,
     footnote,
     shown,
-    sign,
     table,
     value_of,
     versus,
@@ -54,7 +52,7 @@ def turns_text(turns: Sequence[Row]) -> str:
     """How sampled chats go on, and a few to read."""
     length = turns[0]["settings"]["length"]
     lines = [f"| of rows of {length} tokens | share, 95% interval |", "| --- | --- |"]
-    lines += [f"| {words} | {share(*counts(turns, name))} |" for name, words in COUNTED.items()]
+    lines += [f"| {words} | {share_text(*counts(turns, name))} |" for name, words in COUNTED.items()]
     tokens = sorted(number for row in turns for number in row["user_turn_tokens"])
     middle = f"Median length of an ended user turn: {tokens[len(tokens) // 2]} tokens.\n\n" if tokens else ""
     examples = "\n\n".join("\n".join(f"> {line}" for line in quoted(text)) for text in turns[0]["examples"])
@@ -72,7 +70,7 @@ def turns_verdict(turns: Sequence[Row]) -> str:
     _, low, high = share_interval(*found)
     word = "yes, mostly" if low > MOST else "hardly ever" if high < HARDLY else "partly"
     return (
-        f"Does the model end a user's turn by itself? {word[0].upper()}{word[1:]}: {share(*found)} (the paper's "
+        f"Does the model end a user's turn by itself? {word[0].upper()}{word[1:]}: {share_text(*found)} (the paper's "
         f"Llama-3.2-1B-Instruct: never)."
     )
 
@@ -80,8 +78,8 @@ def turns_verdict(turns: Sequence[Row]) -> str:
 def use(arms: dict[str, list[Row]], one: str, other: str) -> str:
     """Whether an arm forgets less than another on real chats, and what else differs."""
     found = versus(arms[one], arms[other], JUDGED)
-    less, more = ([name for name in JUDGED if sign(found[name]) == way and name != KEY] for way in (-1, 1))
-    word = {-1: "yes", 0: "cannot tell", 1: "no, worse"}[sign(found[KEY])]
+    less, more = ([name for name in JUDGED if found[name].sign == way and name != KEY] for way in (-1, 1))
+    word = {-1: "yes", 0: "cannot tell", 1: "no, worse"}[found[KEY].sign]
     others = [f"{way} of {', '.join(names)}" for way, names in (("less", less), ("more", more)) if names]
     return f"{word} ({shown(found[KEY], MEASURES[KEY], signed=True)}{''.join(f'; {one}' for one in others)})."
 
@@ -110,13 +108,13 @@ def report(turns: Sequence[Row], rows: Sequence[Row]) -> str:
         ended = counts(turns, "user_turns_ended")
         _, low, high = share_interval(*ended)
         never = "reproduced" if high < HARDLY else "not for this model" if low > MOST else "cannot tell"
-        said["A model never ends the user's turn that it writes"] = (never, share(*ended))
+        said["A model never ends the user's turn that it writes"] = (never, share_text(*ended))
     if {PLAIN, DOCUMENTS, CHATS} <= set(arms):
         found = {other: versus(arms[CHATS], arms[other], [KEY])[KEY] for other in (PLAIN, DOCUMENTS)}
-        use_of = {-1: "of use", 0: "cannot tell whether of use", 1: "worse than nothing"}[sign(found[PLAIN])]
+        use_of = {-1: "of use", 0: "cannot tell whether of use", 1: "worse than nothing"}[found[PLAIN].sign]
         better = {-1: "better than documents", 0: "not told apart from documents", 1: "worse than documents"}
         numbers = "; ".join(f"{shown(one, MEASURES[KEY], signed=True)} against {other}" for other, one in found.items())
-        said["Self-generated chats as replay (A: open)"] = (f"{use_of}, {better[sign(found[DOCUMENTS])]}", numbers)
+        said["Self-generated chats as replay (A: open)"] = (f"{use_of}, {better[found[DOCUMENTS].sign]}", numbers)
     return "\n\n".join([*parts, findings(said)]).rstrip()
 
 
@@ -136,7 +134,7 @@ def draw(turns: Sequence[Row], rows: Sequence[Row], path: Path) -> None:
         dress(axes[0], "How chats go on that the model writes itself", "% of rows, 95% interval", "")
         names = [name for name in MEASURES if name.startswith("ref_kl")]
         for at, (arm, runs) in enumerate(arms.items()):
-            found: list[Estimate] = [value_of(runs, MEASURES[name]) for name in names]
+            found = [value_of(runs, MEASURES[name]) for name in names]
             style, shift = look(at, len(arms)), (at - (len(arms) - 1) / 2) * 0.14
             for place, (value, low, high) in enumerate(found):
                 axes[1].plot([place + shift] * 2, [low, high], color=style["color"], linewidth=1.6)

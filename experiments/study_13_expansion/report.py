@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.matched import sign_of
+from experiments.claim import FIRST_LOOK, Claim, over_seeds
 from experiments.pages import answer_of, dress, findings, panels
-from experiments.study_07_capacity.cells import Cell, Row, cell_of, told, tunes
+from experiments.study_07_capacity.cells import Cell, Row, cell_of, tunes
 from retain.report.style import PALETTE
 
 ARMS = {
@@ -56,10 +56,12 @@ def table(rows: Sequence[Row], scale: Any) -> str:
         found = cells(rows, scale, kind)
         for arm, cell in found.items():
             row = next(iter(cell.rows.values()))
-            gained = "–" if arm == "unexpanded" or "unexpanded" not in found else told(less(cell, found["unexpanded"]))
+            gained = (
+                "–" if arm == "unexpanded" or "unexpanded" not in found else over_seeds(less(cell, found["unexpanded"]))
+            )
             lines.append(
                 f"| {ARMS[arm]} | {row['all_params']:,} | {row['num_params']:,} | {words} | {cell.coef:.2g} | "
-                f"{np.mean(list(cell.steps.values())):.0f} | {told(list(cell.forgetting.values()))} | {gained} | "
+                f"{np.mean(list(cell.steps.values())):.0f} | {cell.interval} | {gained} | "
                 f"{len(cell.forgetting)} |"
             )
     return "\n".join(lines)
@@ -79,7 +81,7 @@ def verdict(rows: Sequence[Row], scale: Any) -> str:
         for arm in ("widened", "deepened")
         if arm in some
     }
-    signs = {place: sign_of(values) for place, values in helped.items()}
+    signs = {place: Claim(values, first_look=FIRST_LOOK).agrees for place, values in helped.items()}
     protected = [sign for (kind, _), sign in signs.items() if kind == "replay"]
     answer = (
         f"yes, enlarging lowers forgetting with replay within {scale.world.max_steps} steps"
@@ -89,7 +91,7 @@ def verdict(rows: Sequence[Row], scale: Any) -> str:
         else "cannot tell at this size"
     )  # fmt: skip
     each = "; ".join(
-        f"{arm}, {KINDS[kind]}: {told(values)} nats less ({_word(signs[kind, arm])})"
+        f"{arm}, {KINDS[kind]}: {over_seeds(values)} nats less ({_word(signs[kind, arm])})"
         for (kind, arm), values in helped.items()
     )
     gaps = [row["function_gap"] for row in rows if "function_gap" in row]
@@ -107,8 +109,8 @@ def _control(some: dict[str, Cell], rows: Sequence[Row], scale: Any) -> str:
         return "The larger model from the start did not reach the target."
     runs = [runs_of(rows, scale, arm)[0] for arm in ("control", "unexpanded")]
     tokens, fewer = (run["num_params"] * run["settings"]["tokens_per_param"] for run in runs)
-    told_ = told(less(some["control"], some["unexpanded"]))
-    return f"A larger model from the start, on {tokens / fewer:.2g} times the tokens, forgets {told_} less with replay."
+    gain = over_seeds(less(some["control"], some["unexpanded"]))
+    return f"A larger model from the start, on {tokens / fewer:.2g} times the tokens, forgets {gain} less with replay."
 
 
 def _word(sign: int) -> str:
@@ -120,7 +122,7 @@ def report(rows: Sequence[Row], scale: Any) -> str:
     answer, some = answer_of(told_), cells(rows, scale, "replay")
     if not answer or not {"unexpanded", "widened", "deepened"} <= set(some):
         return f"{table(rows, scale)}\n\n**{told_}**"
-    plain, *grown = (told(list(some[arm].forgetting.values())) for arm in ("unexpanded", "widened", "deepened"))
+    plain, *grown = (some[arm].interval for arm in ("unexpanded", "widened", "deepened"))
     numbers = f"with replay {plain} nats, {grown[0]} widened, {grown[1]} deepened; the base is not saturated: see 07"
     return f"{table(rows, scale)}\n\n**{told_}**\n\n" + findings(
         {"Capacity added before finetuning (A: not tried)": (f"new: {answer}", numbers)}

@@ -43,5 +43,4 @@ def test_the_table_and_the_figure(tmp_path: Path) -> None:
 
 
 def test_nothing_to_lose_is_no_share() -> None:
-    assert study.share(0, 0) == "–"
     assert "lost – of the refusals" in study.verdict({"plain": [run(0, 0)], "replay": [run(0, 0)]})

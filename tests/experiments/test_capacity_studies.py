@@ -16,7 +16,6 @@ import pytest
 
 from experiments import lab_bases
 from experiments.harness import Results
-from experiments.matched import looked_twice, second_look, sign_of, t_interval
 from experiments.study_07_capacity import cells
 from experiments.study_07_capacity import report as capacity_report
 from experiments.study_07_capacity import run as CAPACITY
@@ -129,15 +128,6 @@ def test_a_base_that_still_learns_is_not_called_saturated():
     assert "no test of capacity: the base is not saturated. With" in said
     assert "falls, by 0.30 to 0.30 for a tenfold of tokens at its end" in said
     assert "not saturated" not in capacity_report.verdict(made_study([0.2, 0.01], [0.02, 0.1, 0.2]), SCALE)
-
-
-def test_seeds_added_after_a_look_pay_for_it():
-    values = [-0.1, 0.1, 0.6, 0.5, 0.6, 0.5]
-    assert t_interval(values)[0] > 0 > looked_twice(values)[0]
-    assert (sign_of(values), sign_of([0.4, 0.5, 0.6])) == (0, 1)
-    said = second_look(values)
-    assert "seeds 3 to 5, added after the first, alone 0.533 [0.390, 0.677]" in said
-    assert second_look(values[:3]) == ""
 
 
 def test_no_verdict_from_one_seed_or_from_half_a_study():

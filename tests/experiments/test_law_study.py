@@ -10,6 +10,7 @@ import pytest
 from test_experiments import SHORT, TINY, small_texts
 
 from experiments import harness, small_base
+from experiments.claim import Interval
 from experiments.study_05_law import runs as study_runs
 from experiments.study_05_law.figure import draw
 from experiments.study_05_law.report import departures, fitted, held_out, r_squared, studies
@@ -73,7 +74,9 @@ def laws_of(rows: list[dict[str, Any]]) -> dict:
 def test_the_laws_fit_where_they_hold_and_not_where_noise_hides_them():
     good = laws_of(study_rows())
     assert verdict_of_fits(good).count("**reproduced** (R² 0.9") == 2
-    assert fits_well([(0.93, 0.88, 0.95), (0.95, 0.92, 0.97)]) == "cannot tell at this size", "its low end is below"
+    assert fits_well([Interval(0.93, 0.88, 0.95), Interval(0.95, 0.92, 0.97)]) == "cannot tell at this size", (
+        "its low end is below"
+    )
     value, low, high = r_squared(good["verilog", "soft"]["joint"])
     assert low < value < high
     assert value == pytest.approx(good["verilog", "soft"]["joint"].r_squared["forgetting_loss"])
