@@ -85,7 +85,7 @@ def r_squared(law: ForgettingLaw, num_resamples: int = 2000) -> Interval:
     """R² of L_f, with the 95% interval over runs (drawn with replacement, the law kept as it is)."""
     fit = law.problem.predict(law.estimate)[0][law.form.outputs.index("forgetting_loss")]
     measured, names = law.runs.columns["forgetting_loss"], law.runs.names
-    codes = law.runs.codes(law.runs.keys, names)
+    codes = law.runs.run_codes
     left, level, square, number = (
         np.bincount(codes, weights=value)
         for value in ((measured - fit) ** 2, measured, measured**2, np.ones(len(codes)))

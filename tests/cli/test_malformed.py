@@ -368,7 +368,7 @@ FILES: list[tuple[str, dict[str, Any], str, str]] = [
         ("with another coding", [STEP, b'{"step": 3, "x": "caf\xe9"}', STEP], "line 2 is damaged (not JSON: "),
         ("with a deep line", [b"[" * 3000, STEP], "line 1 is damaged (not JSON: "),
         ("of several texts", [STEP | {"retention/v/ref_kl": 0.1}], "has v, w; choose one with --retention_name NAME"),
-        ("with a loss of text", [STEP | {"eval_loss": "x"}], "finetuning_loss: 'x' in run 'm' is not a number"),
+        ("with a loss of text", [STEP | {"eval_loss": "x"}], "finetuning_loss: 'x' in run 'm' is not a finite number"),
         ("of no evaluation", [{"step": 3}], "has no evaluation"),
     ]),
     ("log of other texts", {"m/metrics.jsonl": [STEP]}, f"{LINEAR} --retention_name v", "choose one of w"),

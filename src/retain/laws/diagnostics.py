@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from scipy.special import stdtrit
 
-from retain.laws.forms import Array
-from retain.laws.problem import Draws, Problem
-
-if TYPE_CHECKING:
-    from retain.laws.law import ForgettingLaw
+from retain.laws.fitted import MAX_INTERVAL_RATIO, FittedLaw
+from retain.laws.problem import Problem
+from retain.laws.variable_projection import Fits
 
 FEW_RUNS = 6
 ILL_CONDITIONED = 1e6
-LOOSE = 10.0  # an interval whose ends differ by more than this factor pins nothing down
 
 
 class LawWarning(UserWarning):
     """What the runs cannot say about a law."""
 
 
-def groups_of(problem: Problem) -> dict[str, np.ndarray]:
+def held_out_groups(problem: Problem) -> dict[str, np.ndarray]:
     """Rows to hold out, by the question that they answer: unseen runs, the largest size, the longest training."""
-    runs = problem.runs
-    codes = runs.codes(runs.keys, runs.names)
+    runs, codes = problem.runs, problem.runs.run_codes
     groups = {f"run {name}": codes == index for index, name in enumerate(runs.names)}
     sizes = runs.columns.get("num_params") if "num_params" in problem.form.inputs else None
     if sizes is not None and len(np.unique(sizes)) > 2:
@@ -40,28 +34,26 @@ def groups_of(problem: Problem) -> dict[str, np.ndarray]:
     return {name: rows for name, rows in groups.items() if (~rows).sum() * problem.num_outputs > problem.num_free}
 
 
-def held_out(problem: Problem, best: Draws, robust: bool) -> dict[str, dict[str, float]]:
+def held_out(problem: Problem, best: Fits, robust: bool) -> dict[str, dict[str, float]]:
     """Root mean squared error on rows that a refit did not see: group → output → nats."""
-    groups = groups_of(problem)
+    groups = held_out_groups(problem)
     if len(problem.runs.names) < 2 or not groups:
         return {}
     left_out = np.array(list(groups.values()))
     weight = np.tile(~left_out, (1, problem.num_outputs)).astype(float)
-    observed = np.tile(problem.observed, (len(groups), 1))
     start = np.repeat(best.exponents, len(groups), axis=0)
-    fits, _ = problem.fit(observed, weight, start, robust=robust, tolerance=1e-7)
+    fits, _ = problem.fit(start, weight=weight, robust=robust, tolerance=1e-7)
     error = problem.predict(fits) - problem.in_nats(problem.observed.reshape(problem.num_outputs, -1))
     return {
-        name: {output: _rms(error[index, at, rows]) for at, output in enumerate(problem.form.outputs)}
+        name: {
+            output: float(np.sqrt(np.mean(error[index, at, rows] ** 2)))
+            for at, output in enumerate(problem.form.outputs)
+        }
         for index, (name, rows) in enumerate(groups.items())
     }
 
 
-def _rms(error: Array) -> float:
-    return float(np.sqrt(np.mean(error**2)))
-
-
-def doubts_of_design(problem: Problem) -> list[str]:
+def design_warnings(problem: Problem) -> list[str]:
     """What no data of this design could tell."""
     runs, found = problem.runs, []
     for name in problem.form.inputs:
@@ -78,24 +70,26 @@ def doubts_of_design(problem: Problem) -> list[str]:
     return found
 
 
-def doubts_of_fit(law: ForgettingLaw) -> list[str]:
+def fit_warnings(law: FittedLaw) -> list[str]:
     """What these data left open."""
     problem, found = law.problem, []
     room = 1e-6 * (problem.high - problem.low)
     at_bound = (law.estimate.exponents[0] <= problem.low + room) | (law.estimate.exponents[0] >= problem.high - room)
-    names = dict.fromkeys(name for (name, _), stuck in zip(problem.slots, at_bound, strict=True) if stuck)
+    names = dict.fromkeys(name for name, stuck in zip(problem.slots, at_bound, strict=True) if stuck)
     if names:
         found.append(f"exponents: {', '.join(names)} at a bound; the data do not show the shape that the form has")
-    loose = law.loose()
-    if loose:
-        found.append(f"parameters: {', '.join(loose)} not identified (intervals span a factor above {LOOSE:g}); "
-                     "predictions within the data may still be good")  # fmt: skip
+    if unidentified := law.unidentified():
+        open_ones = ", ".join(unidentified)
+        found.append(
+            f"parameters: {open_ones} not identified (intervals span a factor above {MAX_INTERVAL_RATIO:g}); "
+            "predictions within the data may still be good"
+        )
     if law.condition > ILL_CONDITIONED:
         found.append(f"condition: {law.condition:.1g}; changes of some parameters cancel, read predictions instead")
     return found
 
 
-def rivalry(law: ForgettingLaw, other: ForgettingLaw) -> list[str]:
+def rival_warnings(law: FittedLaw, other: FittedLaw) -> list[str]:
     """A warning where another form predicts held-out runs as well: within 5%, or the 95% interval over runs (t)."""
     found = []
     for output in set(law.form.outputs) & set(other.form.outputs):

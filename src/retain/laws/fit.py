@@ -11,25 +11,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from retain import versions
-from retain.laws.diagnostics import LawWarning, doubts_of_design, doubts_of_fit, held_out, rivalry
+from retain.laws.diagnostics import LawWarning, design_warnings, fit_warnings, held_out, rival_warnings
 from retain.laws.forms import Array, Form, form_of
 from retain.laws.law import ForgettingLaw
-from retain.laws.problem import Draws, Problem
-from retain.laws.runs import Runs, as_runs
+from retain.laws.problem import Problem
+from retain.laws.runs import Rows, Runs, as_runs
+from retain.laws.variable_projection import Fits
 
 WEBB = np.sqrt([1.5, 1.0, 0.5])
 MIN_RUNS = 3  # below this there is nothing to resample
 BLOCK = 100  # resamples that are fitted together: some ten megabytes of terms
-Rows = Runs | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 
 
 def fit_forgetting_law(
-    runs: Rows,
+    runs: Runs | Rows,
     form: str | Form = "joint",
     *,
     shared_exponents: bool = False,
@@ -54,30 +54,41 @@ def fit_forgetting_law(
 
     Raises:
         ValueError: for runs that do not fit the form.
+
+    >>> learned = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
+    >>> runs = {"run": range(6), "finetuning_loss": learned, "forgetting_loss": [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]}
+    >>> law = fit_forgetting_law(runs, "linear", num_resamples=0)
+    >>> {name: round(value, 3) for name, value in law.params.items()}
+    {'c_fft': 2.0, 's_fft': 2.0}
     """
-    settings = {
-        "shared_exponents": shared_exponents,
-        "num_starts": num_starts,
-        "num_resamples": num_resamples,
-        "robust": robust,
-        "seed": seed,
-    }
+    settings = FitSettings(shared_exponents, num_starts, num_resamples, robust, seed)
     law = _fit(runs, form_of(form, bounds), settings)
     for rival in rivals:
-        law.warnings += rivalry(law, _fit(runs, form_of(rival), settings | {"num_resamples": 0}))
+        law.warnings += rival_warnings(law, _fit(runs, form_of(rival), replace(settings, num_resamples=0)))
     for text in law.warnings:
         warnings.warn(text, LawWarning, stacklevel=2)
     return law
 
 
-def _fit(runs: Rows, form: Form, settings: dict[str, Any]) -> ForgettingLaw:
+@dataclass(frozen=True)
+class FitSettings:
+    """How a law was fitted, as `fit_forgetting_law` describes it."""
+
+    shared_exponents: bool
+    num_starts: int
+    num_resamples: int
+    robust: bool
+    seed: int
+
+
+def _fit(runs: Runs | Rows, form: Form, settings: FitSettings) -> ForgettingLaw:
     table = as_runs(runs, form.columns)
     problem = Problem(form, table)
-    _check(problem, settings["shared_exponents"])
-    robust, seed = settings["robust"], settings["seed"]
-    best = _search(problem, settings["num_starts"], robust, seed)
+    _check(problem, settings.shared_exponents)
+    robust, seed = settings.robust, settings.seed
+    best = _search(problem, settings.num_starts, robust, seed)
     jacobian = jacobian_of(problem, best)
-    resamples = settings["num_resamples"] if len(table.names) >= MIN_RUNS else 0
+    resamples = settings.num_resamples if len(table.names) >= MIN_RUNS else 0
     law = ForgettingLaw(
         form=form,
         runs=table,
@@ -86,17 +97,17 @@ def _fit(runs: Rows, form: Form, settings: dict[str, Any]) -> ForgettingLaw:
         spread=enlarged(problem, best, jacobian, 0.5).reshape(problem.num_outputs, -1),
         held_out=held_out(problem, best, robust),
         condition=condition_number(jacobian),
-        warnings=[*table.left_out, *doubts_of_design(problem)],
-        settings=settings | {"versions": versions()},
+        warnings=[*table.left_out, *design_warnings(problem)],
+        settings=asdict(settings) | {"versions": versions()},
     )
-    law.warnings += doubts_of_fit(law)
+    law.warnings += fit_warnings(law)
     return law
 
 
 def _check(problem: Problem, shared_exponents: bool) -> None:
     runs, form = problem.runs, problem.form
-    if len(problem.datasets) > 1 and not shared_exponents:
-        raise ValueError(f"dataset: {len(problem.datasets)} data sets; fit each alone, or set shared_exponents")
+    if problem.num_datasets > 1 and not shared_exponents:
+        raise ValueError(f"dataset: {problem.num_datasets} data sets; fit each alone, or set shared_exponents")
     _check_levels(form, runs)
     if len(problem.observed) <= problem.num_free:
         raise ValueError(
@@ -126,30 +137,25 @@ def _check_levels(form: Form, runs: Runs) -> None:
         )
 
 
-def _search(problem: Problem, num_starts: int, robust: bool, seed: int) -> Draws:
+def _search(problem: Problem, num_starts: int, robust: bool, seed: int) -> Fits:
     """The best of many starts, by squares first, then robustly in units of the noise, polished."""
     rng = np.random.default_rng(seed)
     starts = rng.uniform(problem.low, problem.high, size=(max(num_starts, 1), len(problem.low)))
-    fits, loss = _fit_copies(problem, starts, robust=False, tolerance=1e-8)
+    fits, loss = problem.fit(starts, robust=False, tolerance=1e-8)
     for tolerance in (1e-8, 1e-13):
         problem.set_noise(fits[[int(loss.argmin())]])
         best = fits.exponents[np.argsort(loss)[:6]]
-        fits, loss = _fit_copies(problem, best, robust=robust, tolerance=tolerance, max_iterations=400)
+        fits, loss = problem.fit(best, robust=robust, tolerance=tolerance, max_iterations=400)
     return fits[[int(loss.argmin())]]
 
 
-def _fit_copies(problem: Problem, starts: Array, **options: float) -> tuple[Draws, Array]:
-    observed = np.tile(problem.observed, (len(starts), 1))
-    return problem.fit(observed, np.ones_like(observed), starts.copy(), **options)
-
-
-def jacobian_of(problem: Problem, best: Draws) -> Array:
+def jacobian_of(problem: Problem, best: Fits) -> Array:
     """Derivative of every row, in units of the noise, by every exponent and coefficient: shape (rows, numbers)."""
     center = np.concatenate([best.exponents, best.coefficients], axis=1)[0]
     width = np.concatenate([1e-6 * (problem.high - problem.low), 1e-4 * np.abs(center[len(problem.low) :]) + 1e-9])
     width[: len(problem.low)] *= np.where(best.exponents[0] + width[: len(problem.low)] > problem.high, -1, 1)
     moved = center + np.diag(width)
-    change = problem.fitted(Draws(*np.split(moved, [len(problem.low)], axis=1))) - problem.fitted(best)
+    change = problem.fitted(Fits(*np.split(moved, [len(problem.low)], axis=1))) - problem.fitted(best)
     return change.reshape(len(width), -1).T / width / problem.scale[:, None]
 
 
@@ -162,13 +168,13 @@ def condition_number(jacobian: Array) -> float:
     return float(min(values[0] / max(values[-1], 1e-300), 1e16))
 
 
-def enlarged(problem: Problem, best: Draws, jacobian: Array, power: float) -> Array:
+def enlarged(problem: Problem, best: Fits, jacobian: Array, power: float) -> Array:
     """Residuals, those of each run times (1 - leverage)^-power: 1/2 for their true size, 1 as if left out."""
     residuals = (problem.observed - problem.fitted(best).reshape(-1)) / problem.scale
     length = np.linalg.norm(jacobian, axis=0)
     basis, values, _ = np.linalg.svd(jacobian / np.where(length > 0, length, 1.0), full_matrices=False)
     basis = basis[:, values > 1e-7 * values[0]]
-    codes = np.tile(problem.runs.codes(problem.runs.keys, problem.runs.names), problem.num_outputs)
+    codes = problem.run_codes
     for code in range(len(problem.runs.names)):
         rows = codes == code
         left, sizes, _ = np.linalg.svd(basis[rows], full_matrices=False)
@@ -177,17 +183,14 @@ def enlarged(problem: Problem, best: Draws, jacobian: Array, power: float) -> Ar
     return residuals * problem.scale
 
 
-def _bootstrap(problem: Problem, best: Draws, residuals: Array, count: int, robust: bool, seed: int) -> Draws:
+def _bootstrap(problem: Problem, best: Fits, residuals: Array, count: int, robust: bool, seed: int) -> Fits:
     """Refits to the fitted curves plus each run's residuals times a random weight of its own."""
     rng = np.random.default_rng(seed + 1)
-    codes = np.tile(problem.runs.codes(problem.runs.keys, problem.runs.names), problem.num_outputs)
     fitted = problem.fitted(best).reshape(-1)
     parts = [best[:0]]
     for begin in range(0, count, BLOCK):
         size = (min(BLOCK, count - begin), len(problem.runs.names))
-        weights = rng.choice([*WEBB, *-WEBB], size=size)
-        observed = fitted + weights[:, codes] * residuals
+        observed = fitted + rng.choice([*WEBB, *-WEBB], size=size)[:, problem.run_codes] * residuals
         start = np.repeat(best.exponents, size[0], axis=0)
-        options = {"robust": robust, "tolerance": 1e-5, "max_iterations": 40}
-        parts.append(problem.fit(observed, np.ones_like(observed), start, **options)[0])
-    return Draws(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(best)))
+        parts.append(problem.fit(start, observed=observed, robust=robust, tolerance=1e-5, max_iterations=40)[0])
+    return Fits(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(best)))

@@ -1,15 +1,9 @@
 """Forms of the laws of forgetting: pure functions, and the same as sums of terms for the fit. Nats per token.
 
-    P      num_params        parameters that are tuned (LoRA laws), or of the whole model (size, injection)
-    N      num_steps         update steps
-    D      num_tokens        tokens of finetuning
-    T      tokens_per_param  pretraining tokens per parameter
-    p      replay_share      share of old data mixed into finetuning
-    K      ref_kl            KL(base ‖ model) on the new task
-    L_ft   finetuning_loss   loss on the new task
-    L_f    forgetting_loss   loss on the old data: to the base's predictions, or true-label, or its rise
-    a, b, α, β, ρ            of the shifted power laws; c, s: an amplitude and the loss in the limit
-    _ft, _f, _fft            of L_ft, of L_f, and of the line L_f(L_ft)
+    P, N, D, T, p, K, L_ft, L_f   columns of the runs: `COLUMNS`; P of LoRA laws counts the tuned parameters, P of size
+                                  and injection the whole model's
+    a, b, α, β, ρ                 of the shifted power laws; c, s: an amplitude and the loss in the limit
+    _ft, _f, _fft                 of L_ft, of L_f, and of the line L_f(L_ft)
 
 Sources: [K] Kalajdzievski, arXiv 2401.05605; [B] Bethune et al., arXiv 2502.06042; [M] Marek et al., arXiv
 2605.26097; [R] RL's Razor, arXiv 2509.04259.
@@ -24,6 +18,8 @@ The joint law adds a freedom: another c_fft, with s_fft, a_f and b_f to match, i
 distance from its limit (c_fft times its bracket) and that limit (s_fft - c_fft·s_ft) are fitted, together with L_ft.
 c_fft is reported as the slope of L_f over L_ft along a run at the centre, -(dL_f/dN) / (dL_ft/dN): the slope of the
 line wherever the two brackets are equal.
+
+A form is one entry of `FORMS`, a column one of `COLUMNS`; nothing else names them.
 """
 
 from __future__ import annotations
@@ -40,22 +36,60 @@ Values = Mapping[str, Array]
 Centres = Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of runs: its symbol in equations, its name on axes, and the values that it may have.
+
+    Args:
+        low: least value; positive: refuse `low` itself, too.
+        per_run: one value for all rows of a run.
+    """
+
+    symbol: str
+    label: str
+    low: float = -np.inf
+    positive: bool = False
+    per_run: bool = False
+
+    def allows(self, values: Number) -> np.ndarray:
+        """Which values the column may have."""
+        return np.isfinite(values) & (values > self.low if self.positive else values >= self.low)
+
+    @property
+    def range(self) -> str:
+        """What `allows` allows, in words."""
+        low = f" {'above' if self.positive else 'of at least'} {self.low:g}" if np.isfinite(self.low) else ""
+        return f"a finite number{low}"
+
+
+COLUMNS = {
+    "num_params": Column("P", "parameters", 0, positive=True, per_run=True),
+    "num_steps": Column("N", "steps", 0, positive=True),
+    "num_tokens": Column("D", "tokens", 0, positive=True),
+    "tokens_per_param": Column("T", "pretraining tokens per parameter", 0, positive=True, per_run=True),
+    "replay_share": Column("p", "share of old data", 0, per_run=True),
+    "ref_kl": Column("K", "ref_kl on the new task, nats per token", 0),
+    "finetuning_loss": Column("L_ft", "new-task loss, nats per token", 0),
+    "forgetting_loss": Column("L_f", "forgetting loss, nats per token"),  # or its rise, which may be negative
+}
+
+
+def column_of(name: str) -> Column:
+    """A column by its name; columns of a user's own form take any finite number."""
+    return COLUMNS.get(name) or Column(name, name)
+
+
 def linear_forgetting(L_ft: Number, *, c_fft: Number, s_fft: Number) -> Array:
-    """L_f = -c_fft·L_ft + s_fft: the more learned, the more forgotten [K]."""
+    """L_f = -c_fft·L_ft + s_fft: the more learned, the more forgotten [K].
+
+    >>> float(linear_forgetting(0.5, c_fft=2.0, s_fft=3.0))
+    2.0
+    """
     return s_fft - c_fft * np.asarray(L_ft)
 
 
 def shifted_power(
-    P: Number,
-    N: Number,
-    *,
-    a: Number,
-    alpha: Number,
-    b: Number,
-    beta: Number,
-    rho: Number,
-    c: Number,
-    s: Number,
+    P: Number, N: Number, *, a: Number, alpha: Number, b: Number, beta: Number, rho: Number, c: Number, s: Number
 ) -> Array:
     """L_ft = c·[(a/P)^α + (b/N)^β]^ρ + s: new-task loss over tuned parameters and steps [K]."""
     P, N = np.asarray(P, dtype=np.float64), np.asarray(N, dtype=np.float64)
@@ -68,15 +102,7 @@ def joint_forgetting(P: Number, N: Number, *, c_fft: Number, s_fft: Number, **of
 
 
 def injection(
-    P: Number,
-    D: Number,
-    p: Number,
-    *,
-    A: Number,
-    B: Number,
-    alpha: Number,
-    beta: Number,
-    s: Number,
+    P: Number, D: Number, p: Number, *, A: Number, B: Number, alpha: Number, beta: Number, s: Number
 ) -> Array:
     """L_f = s + A·D^β / ((1 + B·p)·P)^α: a share p of old data acts like (1 + B·p) times the parameters [B]."""
     D, P, p = (np.asarray(value, dtype=np.float64) for value in (D, P, p))
@@ -94,7 +120,11 @@ def saturation(T: Number, *, c: Number, gamma: Number, s: Number) -> Array:
 
 
 def quadratic(K: Number, *, c: Number, q: Number, s: Number) -> Array:
-    """L_f = s + c·K + q·K²: forgetting over the divergence on the new task [R]."""
+    """L_f = s + c·K + q·K²: forgetting over the divergence on the new task [R].
+
+    >>> float(quadratic(3.0, c=2.0, q=0.5, s=1.0))
+    11.5
+    """
     K = np.asarray(K, dtype=np.float64)
     return s + c * K + q * K**2
 
@@ -110,7 +140,7 @@ class Form:
 
     Args:
         name: how it is called, in files too.
-        equation: for people.
+        equation: for people; in the symbols of `legend`.
         inputs, outputs: columns of the runs.
         exponents: name → bounds; searched on a log scale where the lower bound is positive.
         coefficients: names, in the order of the terms.
@@ -125,19 +155,28 @@ class Form:
     equation: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    exponents: Mapping[str, tuple[float, float]]
     coefficients: tuple[str, ...]
     terms: Callable[[Values, Values], Sequence[Sequence[Number]]]
+    exponents: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     logs: bool = False
     levels: Mapping[str, int] = field(default_factory=dict)
     local: tuple[str, ...] = ()
     centred: tuple[str, ...] = ()
-    report: Callable[[Values, Centres], dict[str, Array]] | None = None
+    report: Callable[[Values, Centres], dict[str, Array]] = lambda values, _: dict(values)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Every column that the fit reads."""
         return tuple(dict.fromkeys((*self.inputs, *self.outputs)))
+
+    @property
+    def legend(self) -> dict[str, str]:
+        """Symbols of the equation → columns.
+
+        >>> FORMS["quadratic"].legend
+        {'K': 'ref_kl', 'L_f': 'forgetting_loss'}
+        """
+        return {column_of(name).symbol: name for name in self.columns}
 
 
 def _bracket(inputs: Values, values: Values, of: str = "") -> Array:
@@ -167,8 +206,7 @@ def _published(values: Values, centres: Centres, of: str, scale: Number) -> dict
 
 
 def _report_power(values: Values, centres: Centres) -> dict[str, Array]:
-    named = {"c": values["c"], "s": values["s"], "rho": values["rho"]}
-    return named | _published(values, centres, "", 1.0)
+    return {name: values[name] for name in ("c", "s", "rho")} | _published(values, centres, "", 1.0)
 
 
 def _report_joint(values: Values, centres: Centres) -> dict[str, Array]:
@@ -196,32 +234,13 @@ def _report_injection(values: Values, centres: Centres) -> dict[str, Array]:
     return {"A": values["A"] / unit, **{name: values[name] for name in ("B", "alpha", "beta", "s")}}
 
 
+def _report_size(values: Values, centres: Centres) -> dict[str, Array]:
+    c = np.exp(values["log_c"]) * centres["num_params"] ** values["alpha"]
+    return {"c": c, "alpha": values["alpha"]}
+
+
 P_N, RHO = ("num_params", "num_steps"), {"rho": (0.3, 30.0)}
 OF_P_N = {"num_params": 3, "num_steps": 4}  # a level, α and w; then β, ρ and c
-LINEAR = Form(
-    name="linear",
-    equation="L_f = -c_fft·L_ft + s_fft",
-    inputs=("finetuning_loss",),
-    outputs=("forgetting_loss",),
-    exponents={},
-    coefficients=("c_fft", "s_fft"),
-    terms=lambda x, _: [[-x["finetuning_loss"], 1.0]],
-    levels={"finetuning_loss": 2},
-)
-JOINT = Form(
-    name="joint",
-    equation="L_ft = c_ft·[(a_ft/P)^α_ft + (b_ft/N)^β_ft]^ρ + s_ft;  "
-    "L_f = -c_fft·(c_ft·[(a_f/P)^α_f + (b_f/N)^β_f]^ρ + s_ft) + s_fft",
-    inputs=P_N,
-    outputs=("finetuning_loss", "forgetting_loss"),
-    exponents=_power_exponents("_ft") | _power_exponents("_f") | RHO,
-    coefficients=("c_ft", "s_ft", "amplitude_f", "limit_f"),
-    terms=_joint_terms,
-    levels=OF_P_N,
-    local=("share_ft", "share_f"),
-    centred=P_N,
-    report=_report_joint,
-)
 FINETUNING = Form(
     name="finetuning",
     equation="L_ft = c·[(a/P)^α + (b/N)^β]^ρ + s",
@@ -235,72 +254,92 @@ FINETUNING = Form(
     centred=P_N,
     report=_report_power,
 )
-FORGETTING = Form(
-    name="forgetting",
-    equation="L_f = c·[(a/P)^α + (b/N)^β]^ρ + s, with c below zero where forgetting grows",
-    inputs=P_N,
-    outputs=("forgetting_loss",),
-    exponents=FINETUNING.exponents,
-    coefficients=("c", "s"),
-    terms=FINETUNING.terms,
-    levels=OF_P_N,
-    local=("share",),
-    centred=P_N,
-    report=_report_power,
-)
-INJECTION = Form(
-    name="injection",
-    equation="L_f = A·D^β / ((1 + B·p)·P)^α + s",
-    inputs=("num_params", "num_tokens", "replay_share"),
-    outputs=("forgetting_loss",),
-    exponents={"alpha": (1e-2, 3.0), "beta": (1e-2, 3.0), "B": (1e-2, 1e6)},
-    coefficients=("A", "s"),
-    terms=_injection_terms,
-    levels={"num_params": 2, "num_tokens": 2, "replay_share": 2},
-    centred=("num_params", "num_tokens"),
-    report=_report_injection,
-)
-SIZE = Form(
-    name="size",
-    equation="L_f = c·P^-α",
-    inputs=("num_params",),
-    outputs=("forgetting_loss",),
-    exponents={},
-    coefficients=("log_c", "alpha"),
-    terms=lambda x, _: [[1.0, -np.log(x["num_params"])]],
-    logs=True,
-    levels={"num_params": 2},
-    centred=("num_params",),
-    report=lambda values, centres: {
-        "c": np.exp(values["log_c"]) * centres["num_params"] ** values["alpha"],
-        "alpha": values["alpha"],
-    },
-)
-SATURATION = Form(
-    name="saturation",
-    equation="L_f = s - c·T^-γ",
-    inputs=("tokens_per_param",),
-    outputs=("forgetting_loss",),
-    exponents={"gamma": (1e-2, 5.0)},
-    coefficients=("c", "s"),
-    terms=lambda x, values: [[-(x["tokens_per_param"] ** -values["gamma"]), 1.0]],
-    levels={"tokens_per_param": 3},
-)
-QUADRATIC = Form(
-    name="quadratic",
-    equation="L_f = s + c·K + q·K²",
-    inputs=("ref_kl",),
-    outputs=("forgetting_loss",),
-    exponents={},
-    coefficients=("c", "q", "s"),
-    terms=lambda x, _: [[x["ref_kl"], x["ref_kl"] ** 2, 1.0]],
-    levels={"ref_kl": 3},
-)
-FORMS = {form.name: form for form in (LINEAR, JOINT, FINETUNING, FORGETTING, INJECTION, SIZE, SATURATION, QUADRATIC)}
+FORMS = {
+    form.name: form
+    for form in (
+        Form(
+            name="linear",
+            equation="L_f = -c_fft·L_ft + s_fft",
+            inputs=("finetuning_loss",),
+            outputs=("forgetting_loss",),
+            coefficients=("c_fft", "s_fft"),
+            terms=lambda x, _: [[-x["finetuning_loss"], 1.0]],
+            levels={"finetuning_loss": 2},
+        ),
+        Form(
+            name="joint",
+            equation="L_ft = c_ft·[(a_ft/P)^α_ft + (b_ft/N)^β_ft]^ρ + s_ft;  "
+            "L_f = -c_fft·(c_ft·[(a_f/P)^α_f + (b_f/N)^β_f]^ρ + s_ft) + s_fft",
+            inputs=P_N,
+            outputs=("finetuning_loss", "forgetting_loss"),
+            exponents=_power_exponents("_ft") | _power_exponents("_f") | RHO,
+            coefficients=("c_ft", "s_ft", "amplitude_f", "limit_f"),
+            terms=_joint_terms,
+            levels=OF_P_N,
+            local=("share_ft", "share_f"),
+            centred=P_N,
+            report=_report_joint,
+        ),
+        FINETUNING,
+        replace(
+            FINETUNING,
+            name="forgetting",
+            equation="L_f = c·[(a/P)^α + (b/N)^β]^ρ + s, with c below zero where forgetting grows",
+            outputs=("forgetting_loss",),
+        ),
+        Form(
+            name="injection",
+            equation="L_f = A·D^β / ((1 + B·p)·P)^α + s",
+            inputs=("num_params", "num_tokens", "replay_share"),
+            outputs=("forgetting_loss",),
+            exponents={"alpha": (1e-2, 3.0), "beta": (1e-2, 3.0), "B": (1e-2, 1e6)},
+            coefficients=("A", "s"),
+            terms=_injection_terms,
+            levels={"num_params": 2, "num_tokens": 2, "replay_share": 2},
+            centred=("num_params", "num_tokens"),
+            report=_report_injection,
+        ),
+        Form(
+            name="size",
+            equation="L_f = c·P^-α",
+            inputs=("num_params",),
+            outputs=("forgetting_loss",),
+            coefficients=("log_c", "alpha"),
+            terms=lambda x, _: [[1.0, -np.log(x["num_params"])]],
+            logs=True,
+            levels={"num_params": 2},
+            centred=("num_params",),
+            report=_report_size,
+        ),
+        Form(
+            name="saturation",
+            equation="L_f = s - c·T^-γ",
+            inputs=("tokens_per_param",),
+            outputs=("forgetting_loss",),
+            exponents={"gamma": (1e-2, 5.0)},
+            coefficients=("c", "s"),
+            terms=lambda x, values: [[-(x["tokens_per_param"] ** -values["gamma"]), 1.0]],
+            levels={"tokens_per_param": 3},
+        ),
+        Form(
+            name="quadratic",
+            equation="L_f = s + c·K + q·K²",
+            inputs=("ref_kl",),
+            outputs=("forgetting_loss",),
+            coefficients=("c", "q", "s"),
+            terms=lambda x, _: [[x["ref_kl"], x["ref_kl"] ** 2, 1.0]],
+            levels={"ref_kl": 3},
+        ),
+    )
+}
 
 
 def form_of(form: str | Form, bounds: Mapping[str, tuple[float, float]] | None = None) -> Form:
-    """A form by its name, or one of the user's own; with other bounds of its exponents where they are given."""
+    """A form by its name, or one of the user's own; with other bounds of its exponents where they are given.
+
+    Raises:
+        ValueError: for a name that is not among `FORMS`, and for bounds of no exponent.
+    """
     if not isinstance(form, Form):
         if form not in FORMS:
             raise ValueError(f"form: {form!r} is not known; use one of {', '.join(FORMS)}")
@@ -310,5 +349,5 @@ def form_of(form: str | Form, bounds: Mapping[str, tuple[float, float]] | None =
             known = ", ".join(form.exponents) or "none"
             raise ValueError(f"bounds: {name!r} is no exponent of the form {form.name!r}; it has {known}")
         if not 0 <= low < high < np.inf:
-            raise ValueError(f"bounds: {name} from {low:g} to {high:g} cannot be; use 0 <= low < high")
+            raise ValueError(f"bounds: {name} from {low:g} to {high:g} is no interval; use 0 <= low < high")
     return replace(form, exponents={**form.exponents, **(bounds or {})})

@@ -342,7 +342,7 @@ def held_out_error(law: ForgettingLaw, at: int) -> float:
 def neighbour_error(laws: PilotLaws, coef: float, at: int) -> float:
     """The same of taking, at each step, what the pilot of the nearest size with the same coefficient measured."""
     law, errors = laws.of(coef), []
-    columns, codes = law.runs.columns, law.runs.codes(law.runs.keys, law.runs.names)
+    columns, codes = law.runs.columns, law.runs.run_codes
     sizes, coefs = np.log(columns["num_params"]), columns.get("replay_coef", np.zeros(len(codes)))
     rows = zip(columns["num_params"], columns["num_steps"], coefs, strict=True)
     values = np.array([laws.measured[row][at] for row in rows])

@@ -7,30 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retain.laws.forms import Array
-from retain.laws.law import ForgettingLaw
+from retain.laws.fitted import FittedLaw
+from retain.laws.forms import Array, column_of
 from retain.report.style import INK, MARKS, SIZE, _styled, label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NAMES = {
-    "finetuning_loss": "new-task loss, nats per token",
-    "forgetting_loss": "forgetting loss, nats per token",
-    "num_params": "parameters",
-    "num_steps": "steps",
-    "num_tokens": "tokens",
-    "tokens_per_param": "pretraining tokens per parameter",
-    "replay_share": "share of old data",
-    "ref_kl": "ref_kl on the new task, nats per token",
-}
 LEARNING = "new-task loss, nats per token (learning →)"
 SHORT = {"finetuning_loss": "New-task loss", "forgetting_loss": "Forgetting"}
 
 
 @_styled
-def overview(law: ForgettingLaw) -> Figure:
+def overview(law: FittedLaw) -> Figure:
     """Measurements with fitted curves of each output, forgetting over learning where both are there, and residuals."""
     panels: list[Any] = [lambda axes, name=name: _over_input(axes, law, name) for name in law.form.outputs]
     if len(law.form.outputs) == 2:
@@ -44,7 +34,7 @@ def overview(law: ForgettingLaw) -> Figure:
 
 
 @_styled
-def trajectories(law: ForgettingLaw) -> Figure:
+def trajectories(law: FittedLaw) -> Figure:
     """Forgetting over new-task loss by number of parameters, with the law's curves and its line."""
     figure = _figure(1)
     _trajectories(figure.add_subplot(), law)
@@ -53,7 +43,7 @@ def trajectories(law: ForgettingLaw) -> Figure:
 
 
 @_styled
-def residuals(law: ForgettingLaw) -> Figure:
+def residuals(law: FittedLaw) -> Figure:
     """Measured minus fitted over fitted, by number of parameters: what is left should have no shape."""
     figure = _figure(len(law.form.outputs))
     for at, name in enumerate(law.form.outputs, start=1):
@@ -63,7 +53,7 @@ def residuals(law: ForgettingLaw) -> Figure:
 
 
 @_styled
-def bands(law: ForgettingLaw, output: str = "forgetting_loss", level: float = 0.95, **fixed: float) -> Figure:
+def bands(law: FittedLaw, output: str = "forgetting_loss", level: float = 0.95, **fixed: float) -> Figure:
     """The curve of an output over the input that is not `fixed`, with its interval and that of a new measurement."""
     free = [name for name in law.form.inputs if name not in fixed]
     if len(free) != 1:
@@ -81,14 +71,14 @@ def bands(law: ForgettingLaw, output: str = "forgetting_loss", level: float = 0.
     axes.plot(column[near], law.runs.columns[output][near], ".", color=INK, markersize=5, label="measured")
     _end_of_data(axes, float(column.max()))
     _words(
-        axes, ", ".join(f"{NAMES.get(k, k)} {_count(v)}" for k, v in fixed.items()), NAMES.get(free[0], free[0]), output
+        axes, ", ".join(f"{column_of(k).label} {_count(v)}" for k, v in fixed.items()), column_of(free[0]).label, output
     )
     axes.legend(loc="best", fontsize=8)
     return figure
 
 
 @_styled
-def contours(law: ForgettingLaw, output: str = "forgetting_loss") -> Figure:
+def contours(law: FittedLaw, output: str = "forgetting_loss") -> Figure:
     """Lines of equal forgetting over parameters and steps; what lies outside the runs is shaded."""
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
@@ -126,7 +116,7 @@ def _figure(panels: int) -> Figure:
 def _words(axes: Axes, title: str, xlabel: str, output: str) -> None:
     axes.set_title(label(title, 60))
     axes.set_xlabel(label(xlabel, 80))
-    axes.set_ylabel(label(NAMES.get(output, output), 80))
+    axes.set_ylabel(label(column_of(output).label, 80))
 
 
 def _colors(count: int) -> list[Any]:
@@ -135,7 +125,7 @@ def _colors(count: int) -> list[Any]:
     return [matplotlib.colormaps["viridis"](share) for share in np.linspace(0.1, 0.85, max(count, 1))]
 
 
-def _groups(law: ForgettingLaw) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
+def _groups(law: FittedLaw) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
     """Rows by number of parameters where the form has it and the runs several, else all: name, rows, look."""
     sizes = law.runs.columns.get("num_params") if len(law.form.inputs) > 1 else None
     if sizes is None:
@@ -154,11 +144,11 @@ def _count(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _fitted(law: ForgettingLaw) -> dict[str, Array]:
+def _fitted(law: FittedLaw) -> dict[str, Array]:
     return dict(zip(law.form.outputs, law.problem.predict(law.estimate)[0], strict=True))
 
 
-def _over_input(axes: Axes, law: ForgettingLaw, output: str) -> None:
+def _over_input(axes: Axes, law: FittedLaw, output: str) -> None:
     """Measurements of an output over the last input of the form, and the fitted curves."""
     over = "num_steps" if "num_steps" in law.form.inputs else law.form.inputs[-1]
     x, y, fitted = law.runs.columns[over], law.runs.columns[output], _fitted(law)[output]
@@ -170,10 +160,10 @@ def _over_input(axes: Axes, law: ForgettingLaw, output: str) -> None:
             axes.plot(x[of_set][order], fitted[of_set][order], color=look["color"], linewidth=1.4)
     if x.min() > 0 and x.max() > 30 * x.min():
         axes.set_xscale("log")
-    _words(axes, SHORT.get(output, output), NAMES.get(over, over), output)
+    _words(axes, SHORT.get(output, output), column_of(over).label, output)
 
 
-def _trajectories(axes: Axes, law: ForgettingLaw) -> None:
+def _trajectories(axes: Axes, law: FittedLaw) -> None:
     if not {"finetuning_loss", "forgetting_loss"} <= set(law.form.outputs):
         raise ValueError(f"trajectories: the form {law.form.name!r} has one output; use joint")
     x, y = (law.runs.columns[name] for name in ("finetuning_loss", "forgetting_loss"))
@@ -194,7 +184,7 @@ def _trajectories(axes: Axes, law: ForgettingLaw) -> None:
     _words(axes, "Forgetting over learning (dashed: the line)", LEARNING, "forgetting_loss")
 
 
-def _residuals(axes: Axes, law: ForgettingLaw, outputs: Sequence[str] = ()) -> None:
+def _residuals(axes: Axes, law: FittedLaw, outputs: Sequence[str] = ()) -> None:
     """Residuals of the last output unless told otherwise, over its fitted values, joined within a run."""
     name = (outputs or law.form.outputs)[-1]
     fitted = _fitted(law)[name]
@@ -211,7 +201,7 @@ def _residuals(axes: Axes, law: ForgettingLaw, outputs: Sequence[str] = ()) -> N
     axes.set_ylabel("measured - fitted, nats")
 
 
-def _matching(law: ForgettingLaw, fixed: dict[str, float]) -> np.ndarray:
+def _matching(law: FittedLaw, fixed: dict[str, float]) -> np.ndarray:
     """Rows whose inputs are the fixed ones, within a percent."""
     close = [np.isclose(law.runs.columns[name], value, rtol=0.01) for name, value in fixed.items()]
     return np.all(close, axis=0) if close else np.ones(len(law.runs), dtype=bool)
@@ -233,7 +223,7 @@ def _plain_ticks(axes: Axes) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def _size_legend(figure: Figure, law: ForgettingLaw) -> None:
+def _size_legend(figure: Figure, law: FittedLaw) -> None:
     from matplotlib.lines import Line2D
 
     groups, wide = _groups(law), figure.get_figwidth() > SIZE[0]

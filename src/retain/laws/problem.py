@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 
-from retain.laws.forms import Array, Form, Number
+from retain.laws.forms import Array, Form
 from retain.laws.runs import Runs
-from retain.laws.variable_projection import fit_many
-
-
-@dataclass
-class Draws:
-    """Fits of one form: exponents as searched (fits, k), coefficients (fits, c)."""
-
-    exponents: Array
-    coefficients: Array
-
-    def __len__(self) -> int:
-        return len(self.exponents)
-
-    def __getitem__(self, which: slice | np.ndarray | list[int]) -> Draws:
-        return Draws(self.exponents[which], self.coefficients[which])
+from retain.laws.variable_projection import Fits, fit_many
 
 
 class Problem:
@@ -31,27 +16,30 @@ class Problem:
 
     def __init__(self, form: Form, runs: Runs) -> None:
         self.form, self.runs = form, runs
-        self.datasets = runs.datasets
-        self.set_codes = runs.codes(runs.dataset, self.datasets)
+        self.num_points, self.num_outputs, self.num_datasets = len(runs), len(form.outputs), len(runs.datasets)
+        self.run_codes = np.tile(runs.run_codes, self.num_outputs)  # of each row
         self.centres = {name: float(np.exp(np.log(runs.columns[name]).mean())) for name in form.centred}
         self.inputs = self.centre({name: runs.columns[name] for name in form.inputs})
-        columns = [self._checked(name) if form.logs else runs.columns[name] for name in form.outputs]
+        columns = [self._logarithm(name) if form.logs else runs.columns[name] for name in form.outputs]
         self.observed = np.concatenate(columns)
-        self.num_points, self.num_outputs = len(runs), len(form.outputs)
-        copies = {name: len(self.datasets) if name in form.local else 1 for name in form.exponents}
-        self.slots = [(name, copy) for name, count in copies.items() for copy in range(count)]
-        self.copies = copies
-        bounds = np.array([form.exponents[name] for name, _ in self.slots]).reshape(-1, 2)
+        self.scale = np.repeat([column.std() for column in columns], self.num_points)
+        self.copies = {name: self.num_datasets if name in form.local else 1 for name in form.exponents}
+        self.slots = [name for name, count in self.copies.items() for _ in range(count)]  # exponents as searched
+        bounds = np.array([form.exponents[name] for name in self.slots]).reshape(-1, 2)
         self.logged = bounds[:, 0] > 0
         self.low, self.high = np.where(self.logged, np.log(np.where(self.logged, bounds.T, 1.0)), bounds.T)
-        self.scale = np.repeat([column.std() for column in columns], self.num_points)
+
+    @property
+    def num_coefficients(self) -> int:
+        """Of all data sets."""
+        return len(self.form.coefficients) * self.num_datasets
 
     @property
     def num_free(self) -> int:
         """How many numbers the fit is free to choose."""
-        return len(self.slots) + len(self.form.coefficients) * len(self.datasets)
+        return len(self.slots) + self.num_coefficients
 
-    def _checked(self, name: str) -> Array:
+    def _logarithm(self, name: str) -> Array:
         low = self.runs.columns[name].min()
         if low <= 0:
             raise ValueError(f"{name}: {low:g} has no logarithm, which the form {self.form.name!r} fits; drop the row")
@@ -61,12 +49,11 @@ class Problem:
         """Inputs in units of their centres."""
         return {name: value / self.centres.get(name, 1.0) for name, value in inputs.items()}
 
-    def values(self, draws: Draws, codes: np.ndarray) -> dict[str, Array]:
+    def values(self, fits: Fits, codes: np.ndarray) -> dict[str, Array]:
         """Exponents and coefficients by name for points of data sets `codes`; shape (fits, 1) or (fits, points)."""
-        found = self._exponents(draws.exponents, codes)
         count = len(self.form.coefficients)
-        return found | {
-            name: draws.coefficients[:, codes * count + at] for at, name in enumerate(self.form.coefficients)
+        return self._exponents(fits.exponents, codes) | {
+            name: fits.coefficients[:, codes * count + at] for at, name in enumerate(self.form.coefficients)
         }
 
     def _exponents(self, exponents: Array, codes: np.ndarray) -> dict[str, Array]:
@@ -79,54 +66,58 @@ class Problem:
 
     def design(self, exponents: Array) -> Array:
         """Terms of every row, shape (fits, rows, coefficients of all data sets), in units of the noise."""
-        found = self._exponents(exponents, self.set_codes)
-        terms = self._stack(self.form.terms(self.inputs, found), len(exponents), self.set_codes)
-        return terms / self.scale[:, None]
-
-    def _stack(self, terms: Sequence[Sequence[Number]], fits: int, codes: np.ndarray) -> Array:
-        points, count = len(codes), len(terms[0])
-        stacked = np.zeros((fits, len(terms) * points, count * len(self.datasets)))
-        rows = np.arange(points)
+        codes, rows, count = self.runs.dataset_codes, np.arange(self.num_points), len(self.form.coefficients)
+        terms = self.form.terms(self.inputs, self._exponents(exponents, codes))
+        stacked = np.zeros((len(exponents), len(terms) * self.num_points, self.num_coefficients))
         for output, row in enumerate(terms):
             for at, term in enumerate(row):
-                stacked[:, output * points + rows, codes * count + at] = np.broadcast_to(term, (fits, points))
-        return stacked
+                stacked[:, output * self.num_points + rows, codes * count + at] = term
+        return stacked / self.scale[:, None]
 
-    def predict(
-        self, draws: Draws, inputs: Mapping[str, Array] | None = None, codes: np.ndarray | None = None
-    ) -> Array:
-        """Each fit's outputs, shape (fits, outputs, points), at the runs' own points or at others."""
-        return self.in_nats(self.fitted(draws, inputs, codes))
+    def predict(self, fits: Fits) -> Array:
+        """Each fit's outputs at the runs' own points, shape (fits, outputs, points)."""
+        return self.in_nats(self.fitted(fits))
 
     def in_nats(self, fitted: Array) -> Array:
         """Outputs from what is fitted: the outputs themselves or their logarithms."""
         return np.exp(fitted) if self.form.logs else fitted
 
-    def fitted(self, draws: Draws, inputs: Mapping[str, Array] | None = None, codes: np.ndarray | None = None) -> Array:
-        """`predict` in the units of `observed`."""
+    def fitted(self, fits: Fits, inputs: Mapping[str, Array] | None = None, codes: np.ndarray | None = None) -> Array:
+        """Each fit's outputs in the units of `observed`, at the runs' own points or at others."""
         centred = self.inputs if inputs is None else self.centre(inputs)
-        codes = self.set_codes if codes is None else codes
-        found = self.values(draws, codes)
-        rows = self.form.terms(centred, found)
+        codes = self.runs.dataset_codes if codes is None else codes
+        values = self.values(fits, codes)
         parts = [
-            sum(found[name] * term for name, term in zip(self.form.coefficients, row, strict=True)) for row in rows
+            sum(values[name] * term for name, term in zip(self.form.coefficients, row, strict=True))
+            for row in self.form.terms(centred, values)
         ]
-        return np.stack([np.broadcast_to(part, (len(draws), len(codes))) for part in parts], axis=1)
+        return np.stack([np.broadcast_to(part, (len(fits), len(codes))) for part in parts], axis=1)
 
-    def fit(self, observed: Array, weight: Array, start: Array, **options: float) -> tuple[Draws, Array]:
-        """Fit every row of `observed` (fits, rows) from `start`; the fits and their losses."""
-        fits = fit_many(
-            lambda exponents, _: self.design(exponents),
+    def fit(
+        self,
+        start: Array,
+        *,
+        robust: bool,
+        tolerance: float,
+        observed: Array | None = None,
+        weight: Array | None = None,
+        max_iterations: int = 100,
+    ) -> tuple[Fits, Array]:
+        """Fit from each `start` (fits, k), to the runs' own outputs or to `observed` (fits, rows); fits and losses."""
+        shape = (len(start), len(self.observed))
+        return fit_many(
+            self.design,
             start,
-            observed / self.scale,
-            weight,
+            np.broadcast_to(self.observed if observed is None else observed, shape) / self.scale,
+            np.ones(shape) if weight is None else weight,
             low=self.low,
             high=self.high,
-            **options,  # type: ignore[arg-type]
+            robust=robust,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
         )
-        return Draws(fits.exponents, fits.coefficients), fits.loss
 
-    def set_noise(self, best: Draws) -> None:
+    def set_noise(self, best: Fits) -> None:
         """Take the size of the residuals as the unit of each output, so that they weigh alike and Huber's k fits."""
         residuals = self.observed - self.fitted(best).reshape(-1)
         spread = [1.4826 * np.median(np.abs(part)) for part in np.split(residuals, self.num_outputs)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from retain.files import read_jsonl, read_settings, short_names
-from retain.laws.forms import Array
+from retain.laws.forms import Array, column_of
 from retain.text import first_line
 
-POSITIVE = ("num_params", "num_steps", "num_tokens", "tokens_per_param")
-NOT_NEGATIVE = ("finetuning_loss", "ref_kl", "replay_share")
-RECIPE = {  # what a law cannot see, by where `retain_config.json` has it
+RECIPE = {  # settings that a law does not have, by where `retain_config.json` has them
     "replay_objective": "replay", "replay_coef": "replay", "learning_rate": "training_arguments",
     "lr_scheduler_type": "training_arguments", "per_device_train_batch_size": "training_arguments",
     "gradient_accumulation_steps": "training_arguments",
@@ -30,12 +30,12 @@ NOT_AS_TRAINED = (
     *("CARTRIDGE", "DELORA", "FROD", "GLORA", "LILY", "P_TUNING", "PVERA", "RANDLORA", "SHIRA", "SUPERTUNING"),
     *("TINYLORA", "VERA"),
 )
-OF_A_RUN = ("num_params", "tokens_per_param", "replay_share")
+Rows = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Measurements of runs: the run and the data set of each row, and columns of numbers."""
+    """Measurements of runs: the run and the data set of each row, and columns of numbers, shape (rows,)."""
 
     run: tuple[str, ...]
     dataset: tuple[str, ...]
@@ -45,45 +45,48 @@ class Runs:
     def __len__(self) -> int:
         return len(self.run)
 
-    @property
+    @cached_property
+    def keys(self) -> list[str]:
+        """The run of each row, with its data set where there are several."""
+        several = len(self.datasets) > 1
+        return [f"{data}/{run}" if several else run for run, data in zip(self.run, self.dataset, strict=True)]
+
+    @cached_property
     def names(self) -> list[str]:
         """Each run once, in order; the same run on two data sets is two runs."""
         return list(dict.fromkeys(self.keys))
 
-    @property
-    def keys(self) -> list[str]:
-        """The run of each row, with its data set where there are several."""
-        several = len(set(self.dataset)) > 1
-        return [f"{data}/{run}" if several else run for run, data in zip(self.run, self.dataset, strict=True)]
-
-    @property
+    @cached_property
     def datasets(self) -> list[str]:
         """Each data set once, in order."""
         return list(dict.fromkeys(self.dataset))
 
-    def codes(self, of: Sequence[str], names: Sequence[str]) -> np.ndarray:
-        """The place of each row's name among `names`."""
-        place = {name: index for index, name in enumerate(names)}
-        return np.array([place[name] for name in of])
+    @cached_property
+    def run_codes(self) -> np.ndarray:
+        """The place of each row's run among `names`."""
+        return np.array([self.names.index(key) for key in self.keys])
+
+    @cached_property
+    def dataset_codes(self) -> np.ndarray:
+        """The place of each row's data set among `datasets`."""
+        return np.array([self.datasets.index(name) for name in self.dataset])
 
 
-def as_runs(rows: Runs | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]], columns: Sequence[str]) -> Runs:
+def as_runs(rows: Runs | Rows, columns: Sequence[str]) -> Runs:
     """Check rows (mappings, or a mapping of columns) and keep `columns`, `run` and `dataset`.
 
     Raises:
-        ValueError: for a column that is missing or holds what is no number, for values that cannot be, and for rows
-            or runs that occur twice.
+        ValueError: for a column that is missing or holds what is no number, for values out of range, and for rows or
+            runs that occur twice.
     """
     table = _table(rows)
-    missing = [name for name in ("run", *columns) if name not in table]
-    if missing:
+    if missing := [name for name in ("run", *columns) if name not in table]:
         found = ", ".join(map(str, table)) or "none"
         raise ValueError(f"runs: no column {missing[0]!r}; needs {', '.join(('run', *columns))}, has {found}")
     length = {len(values) for values in table.values()}
     if length == {0} or len(length) > 1:
-        raise ValueError(
-            f"runs: columns of {', '.join(map(str, sorted(length)))} rows; give as many in each, at least 1"
-        )
+        counts = ", ".join(map(str, sorted(length)))
+        raise ValueError(f"runs: columns of {counts} rows; give as many in each, at least 1")
     labels, sets = _names("run", table["run"]), [""] * len(table["run"])
     if any(name not in NO_NAME for name in table.get("dataset", [])):
         sets = _names("dataset", table["dataset"])
@@ -96,9 +99,7 @@ def as_runs(rows: Runs | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any
 
 def _table(rows: Any) -> dict[str, Sequence[Any]]:
     if isinstance(rows, Runs):
-        return {"run": rows.run, "dataset": rows.dataset} | {
-            name: list(column) for name, column in rows.columns.items()
-        }
+        rows = {"run": rows.run, "dataset": rows.dataset, **rows.columns}
     if isinstance(rows, Mapping):
         return {name: list(values) for name, values in rows.items()}
     if not (isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows)):
@@ -115,35 +116,28 @@ def _names(column: str, values: Sequence[Any]) -> list[str]:
 
 
 def _numbers(name: str, values: Sequence[Any], labels: Sequence[str]) -> Array:
-    numbers = np.empty(len(values))
+    numbers, column = np.full(len(values), np.nan), column_of(name)
     for index, (value, label) in enumerate(zip(values, labels, strict=True)):
-        try:
-            numbers[index] = math.nan if value is None else float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{name}: {value!r} in run {label!r} is not a number; correct or drop the row") from None
-        low = 0.0 if name in NOT_NEGATIVE or name in POSITIVE else -math.inf
-        if not math.isfinite(numbers[index]) or numbers[index] < low or (name in POSITIVE and numbers[index] == 0):
-            raise ValueError(f"{name}: {value!r} in run {label!r} cannot be; correct or drop the row")
+        with suppress(TypeError, ValueError):
+            numbers[index] = value  # None is NaN
+        if not column.allows(numbers[index]):
+            raise ValueError(f"{name}: {value!r} in run {label!r} is not {column.range}; correct or drop the row")
     return numbers
 
 
 def _check_runs(runs: Runs) -> None:
-    rows: dict[tuple, None] = {}
-    content: dict[str, list[tuple]] = {}
-    for index, key in enumerate(runs.keys):
-        values = {name: float(column[index]) for name, column in runs.columns.items()}
-        at = ("num_steps", values["num_steps"]) if "num_steps" in values else tuple(values.items())
-        if (key, at) in rows:
+    content: dict[str, list[tuple[float, ...]]] = {}
+    for key, row in zip(runs.keys, zip(*runs.columns.values(), strict=True), strict=True):
+        content.setdefault(key, []).append(row)
+    names, twins = list(runs.columns), dict[tuple, str]()
+    for key, rows in content.items():
+        places = [row[names.index("num_steps")] for row in rows] if "num_steps" in names else rows
+        if len(set(places)) < len(rows):
             raise ValueError(f"run: {key!r} has the same step or row twice; name every run (and seed) differently")
-        rows[key, at] = None
-        content.setdefault(key, []).append(tuple(values.items()))
-    for name in set(OF_A_RUN) & set(runs.columns):
-        for key, of_run in content.items():
-            if len({dict(values)[name] for values in of_run}) > 1:
+        for name, values in zip(names, zip(*rows, strict=True), strict=True):
+            if column_of(name).per_run and len(set(values)) > 1:
                 raise ValueError(f"{name}: run {key!r} has several values; name every run differently")
-    seen: dict[tuple, str] = {}
-    for key, of_run in content.items():
-        twin = seen.setdefault(tuple(sorted(of_run)), key)
+        twin = twins.setdefault(tuple(sorted(rows)), key)
         if twin != key:
             raise ValueError(f"run: {key!r} is a copy of {twin!r}; give it once, or intervals are too narrow")
 
@@ -165,28 +159,24 @@ def read_runs(
         retention: which retention text is `forgetting_loss`, where runs measured several.
         metric: which of its metrics: ref_kl, forgetting or loss.
         min_steps: leave out earlier measurements, in which the warm-up still shows.
+
+    Raises:
+        ValueError: for files that cannot be read or have none of the measurements, and as `as_runs`.
     """
     rows: list[dict[str, Any]] = []
     partial = 0
-    names = short_names([Path(path) for path in paths])
-    for path, name in zip(map(Path, paths), names, strict=True):
-        if path.is_dir():
-            path = path / "metrics.jsonl"
-        if not path.is_file():
-            raise ValueError(f"runs: no file {str(path)!r}; give metrics.jsonl files of finetunes, or tables")
-        if path.name == "metrics.jsonl":
-            table, lacking = read_metrics(path, name, columns, retention, metric)
+    for path, name in zip(map(Path, paths), short_names([Path(path) for path in paths]), strict=True):
+        file = path / "metrics.jsonl" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"runs: no file {str(file)!r}; give metrics.jsonl files of finetunes, or tables")
+        if file.name == "metrics.jsonl":
+            table, lacking = read_metrics(file, name, columns, retention, metric)
             partial += lacking
         else:
-            table = _read_table(path)
-            if absent := [column for column in ("run", *columns) if not any(column in row for row in table)]:
-                found = ", ".join(dict.fromkeys(str(name) for row in table for name in row)) or "none"
-                needed = ", ".join(("run", *columns))
-                raise ValueError(f"runs: {path.name!r} has no column {absent[0]!r}; needs {needed}, has {found:.200}")
+            table = _read_table(file, columns)
         if twice := {str(row.get("run")) for row in table} & {str(row.get("run")) for row in rows}:
-            raise ValueError(
-                f"run: {min(twice)!r} is in {path.name!r} and in a file before it; name every run differently"
-            )
+            found = f"run: {min(twice)!r} is in {file.name!r} and in a file before it"
+            raise ValueError(f"{found}; name every run differently")
         rows += table
     steps = [at if isinstance(at := row.get("num_steps"), int | float) else math.nan for row in rows]
     reasons = {
@@ -195,50 +185,53 @@ def read_runs(
         "left out; they have one of the two losses only": partial,
     }
     kept = [row for row, at in zip(rows, steps, strict=True) if not (at == 0 or at < min_steps)]
-    left_out = tuple(f"runs: {_rows(count)} {reason}" for reason, count in reasons.items() if count)
+    left_out = tuple(f"runs: {n} {'row' if n == 1 else 'rows'} {reason}" for reason, n in reasons.items() if n)
     if left_out and not kept:
         raise ValueError(f"{'; '.join(left_out)}; no row remains: give measurements of later steps")
     return replace(as_runs(kept, columns), left_out=left_out)
 
 
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count} rows"
-
-
 def unlike_recipes(sources: Sequence[str]) -> list[str]:
     """In what the recipes of finetunes differ, a sentence each; a law is of runs that differ in its columns alone."""
     folders = [Path(source).parent for source in sources if Path(source).name == "metrics.jsonl"]
-    told = [read_settings(folder, {"replay?": dict, "training_arguments?": dict}) for folder in folders]
+    recipes = [read_settings(folder, {"replay?": dict, "training_arguments?": dict}) for folder in folders]
     notes = []
     for name, part in RECIPE.items():
-        values = sorted({str(settings[part][name]) for settings in told if name in settings.get(part, {})})
+        values = sorted({str(recipe[part][name]) for recipe in recipes if name in recipe.get(part, {})})
         if len(values) > 1:
             notes.append(f"{name}: the runs have {', '.join(values)}; a law is of one recipe: fit those of one value")
     return notes
 
 
-def _read_table(path: Path) -> list[dict[str, Any]]:
-    if path.suffix.lower() == ".jsonl":
+def _read_table(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a table that has a name of the run and `columns`."""
+    ending, needed = path.suffix.lower(), ("run", *columns)
+    if ending == ".jsonl":
         try:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (ValueError, RecursionError) as error:
             raise ValueError(f"runs: {path.name!r} is not JSONL; write one JSON object a line") from error
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"runs: {path.name!r} has lines that are no objects; write one JSON object a line")
-        return rows
-    if path.suffix.lower() not in (".csv", ".parquet"):
-        raise ValueError(f"runs: {path.name!r} has an unknown ending; use metrics.jsonl, .csv, .parquet or .jsonl")
-    from pyarrow import ArrowException, csv, parquet, string
+    elif ending in (".csv", ".parquet"):
+        from pyarrow import ArrowException, csv, parquet, string
 
-    names = csv.ConvertOptions(column_types={"run": string(), "dataset": string()})  # the run 01 is not the run 1
-    try:
-        is_csv = path.suffix.lower() == ".csv"
-        table = csv.read_csv(path, convert_options=names) if is_csv else parquet.read_table(path)
-    except ArrowException as error:
-        raise ValueError(f"runs: cannot read {path.name!r}; check the file: {first_line(error)}") from error
-    if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
-        raise ValueError(f"runs: {path.name!r} has several columns {twice[0]!r}; keep one")
-    return table.to_pylist()
+        names = csv.ConvertOptions(column_types={"run": string(), "dataset": string()})  # the run 01 is not the run 1
+        try:
+            table = csv.read_csv(path, convert_options=names) if ending == ".csv" else parquet.read_table(path)
+        except ArrowException as error:
+            raise ValueError(f"runs: cannot read {path.name!r}; check the file: {first_line(error)}") from error
+        if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
+            raise ValueError(f"runs: {path.name!r} has several columns {twice[0]!r}; keep one")
+        rows = table.to_pylist()
+    else:
+        raise ValueError(f"runs: {path.name!r} has an unknown ending; use metrics.jsonl, .csv, .parquet or .jsonl")
+    if absent := [name for name in needed if not any(name in row for row in rows)]:
+        found = ", ".join(dict.fromkeys(str(name) for row in rows for name in row)) or "none"
+        raise ValueError(
+            f"runs: {path.name!r} has no column {absent[0]!r}; needs {', '.join(needed)}, has {found:.200}"
+        )
+    return rows
 
 
 def read_metrics(
@@ -273,9 +266,9 @@ def read_metrics(
 
 def tuned_params(folder: Path) -> int:
     """How many parameters a finetune tuned: as its `retain_config.json` says, else those of its adapter or model."""
-    told = read_settings(folder, {"num_params?": int}).get("num_params")
-    if told is not None:
-        return int(told)
+    known = read_settings(folder, {"num_params?": int}).get("num_params")
+    if known is not None:
+        return int(known)
     files = sorted(folder.glob("adapter_model.safetensors")) or sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"num_params: {folder} holds no adapter and no model; keep it there, or give a table")

@@ -14,21 +14,42 @@ import numpy as np
 from retain.laws.forms import Array
 
 HUBER = 1.345  # 95% as good as least squares where errors are normal
-# Exponents (fits, k) and which fits they belong to → terms (fits, points, coefficients).
-Design = Callable[[Array, np.ndarray], Array]
+# Exponents (fits, k) → terms (fits, points, coefficients).
+Design = Callable[[Array], Array]
 
 
 @dataclass
 class Fits:
-    """Many fits: exponents (fits, k), coefficients (fits, c), residuals (fits, points), loss (fits,)."""
+    """Fits of one form: exponents as searched (fits, k), coefficients (fits, c)."""
+
+    exponents: Array
+    coefficients: Array
+
+    def __len__(self) -> int:
+        return len(self.exponents)
+
+    def __getitem__(self, which: slice | np.ndarray | list[int]) -> Fits:
+        return Fits(self.exponents[which], self.coefficients[which])
+
+
+@dataclass
+class _Search:
+    """Where many fits stand: `Fits`, residuals (fits, points), weighted squares (fits,)."""
 
     exponents: Array
     coefficients: Array
     residuals: Array
-    loss: Array
+    squares: Array
+
+    def __getitem__(self, which: np.ndarray) -> _Search:
+        return _Search(*(array[which] for array in vars(self).values()))
+
+    def take(self, which: np.ndarray, other: _Search) -> None:
+        for name, array in vars(other).items():
+            getattr(self, name)[which] = array
 
 
-def solve(terms: Array, target: Array, weight: Array) -> Array:
+def least_squares(terms: Array, target: Array, weight: Array) -> Array:
     """Weighted least squares: coefficients (fits, c, targets) for `target` (fits, points, targets)."""
     weighted = np.swapaxes(terms * weight[..., None], 1, 2)
     gram = weighted @ terms
@@ -60,57 +81,49 @@ def fit_many(
     robust: bool = True,
     max_iterations: int = 100,
     tolerance: float = 1e-10,
-) -> Fits:
+) -> tuple[Fits, Array]:
     """Fit `target` (fits, points), in units of its noise, with `weight` for each point, from `start` (fits, k).
 
     Exponents stay between `low` and `high` (k,). A fit ends when a step lowers its loss by a share below `tolerance`,
     or when none lowers it.
+
+    Returns:
+        The fits, and the loss of each, shape (fits,).
     """
-    fits = _begin(design, np.clip(start, low, high), target, weight)
+    found = _project(design, np.clip(start, low, high), target, weight)
     active, damping = np.arange(len(start)), np.full(len(start), 1e-3)
     for _ in range(max_iterations):
-        residuals, exponents = fits.residuals[active], fits.exponents[active]
-        w = weight[active] * (huber_weight(residuals) if robust else 1.0)
-        terms = design(exponents, active)
-        now = Fits(exponents, fits.coefficients[active], residuals, (w * residuals**2).sum(1))
-        step = _step(design, now, terms, w, damping[active], active, low, high)
-        new = _begin(design, np.clip(exponents + step, low, high), target[active], w, active)
-        better = new.loss <= now.loss
-        taken = active[better]
-        for name in ("exponents", "coefficients", "residuals"):
-            getattr(fits, name)[taken] = getattr(new, name)[better]
+        now = found[active]
+        w = weight[active] * (huber_weight(now.residuals) if robust else 1.0)
+        now.squares = (w * now.residuals**2).sum(1)
+        step = _step(design, now, w, damping[active], low, high)
+        new = _project(design, np.clip(now.exponents + step, low, high), target[active], w)
+        better = new.squares <= now.squares
+        found.take(active[better], new[better])
         damping[active] = np.where(better, damping[active] * 0.2, damping[active] * 6).clip(1e-12)
-        done = np.where(better, now.loss - new.loss <= tolerance * now.loss, damping[active] > 1e8)
+        done = np.where(better, now.squares - new.squares <= tolerance * now.squares, damping[active] > 1e8)
         active = active[~done]
         if not len(active):
             break
-    fits.loss = (weight * (huber_loss(fits.residuals) if robust else fits.residuals**2 / 2)).sum(1)
-    return fits
+    loss = (weight * (huber_loss(found.residuals) if robust else found.residuals**2 / 2)).sum(1)
+    return Fits(found.exponents, found.coefficients), loss
 
 
-def _begin(design: Design, exponents: Array, target: Array, weight: Array, which: np.ndarray | None = None) -> Fits:
-    """Coefficients, residuals and weighted squares at given exponents."""
-    terms = design(exponents, np.arange(len(exponents)) if which is None else which)
-    coefficients = solve(terms, target[..., None], weight)
+def _project(design: Design, exponents: Array, target: Array, weight: Array) -> _Search:
+    """The best coefficients at given exponents."""
+    terms = design(exponents)
+    coefficients = least_squares(terms, target[..., None], weight)
     residuals = target - (terms @ coefficients)[..., 0]
-    return Fits(exponents, coefficients[..., 0], residuals, (weight * residuals**2).sum(1))
+    return _Search(exponents, coefficients[..., 0], residuals, (weight * residuals**2).sum(1))
 
 
-def _step(
-    design: Design,
-    now: Fits,
-    terms: Array,
-    weight: Array,
-    damping: Array,
-    which: np.ndarray,
-    low: Array,
-    high: Array,
-) -> Array:
+def _step(design: Design, now: _Search, weight: Array, damping: Array, low: Array, high: Array) -> Array:
     """A damped Gauss-Newton step of the projected problem (Kaufman's approximation) that leaves no bound."""
     if not now.exponents.shape[1]:
         return np.zeros_like(now.exponents)
-    jacobian = slopes(design, now, terms, which, low, high)
-    jacobian = jacobian - terms @ solve(terms, jacobian, weight)
+    terms = design(now.exponents)
+    jacobian = _slopes(design, now, terms, low, high)
+    jacobian = jacobian - terms @ least_squares(terms, jacobian, weight)
     weighted = np.swapaxes(jacobian * weight[..., None], 1, 2)
     right = (weighted @ now.residuals[..., None])[..., 0]
     stuck = (now.exponents <= low) & (right < 0) | (now.exponents >= high) & (right > 0)
@@ -122,13 +135,12 @@ def _step(
     return np.clip(step, 0.5 * (low - high), 0.5 * (high - low))
 
 
-def slopes(design: Design, fits: Fits, terms: Array, which: np.ndarray, low: Array, high: Array) -> Array:
+def _slopes(design: Design, now: _Search, terms: Array, low: Array, high: Array) -> Array:
     """Derivative of the predictions by each exponent at fixed coefficients, shape (fits, points, k)."""
     columns = []
-    for index in range(fits.exponents.shape[1]):
-        width = 1e-6 * (high[index] - low[index])
-        moved = fits.exponents.copy()
+    for index, width in enumerate(1e-6 * (high - low)):
+        moved = now.exponents.copy()
         moved[:, index] += np.where(moved[:, index] + width > high[index], -width, width)
-        change = (moved[:, index] - fits.exponents[:, index])[:, None]
-        columns.append(((design(moved, which) - terms) @ fits.coefficients[..., None])[..., 0] / change)
-    return np.stack(columns, axis=-1) if columns else np.empty((*terms.shape[:2], 0))
+        change = (moved[:, index] - now.exponents[:, index])[:, None]
+        columns.append(((design(moved) - terms) @ now.coefficients[..., None])[..., 0] / change)
+    return np.stack(columns, axis=-1)
