@@ -30,7 +30,7 @@ from retain.measuring.choices import (
     load_questions,
     measure_choices,
 )
-from retain.measuring.lm_eval_files import pair, paired_report, task_of
+from retain.measuring.lm_eval import pair_files, paired_report, task_of
 from retain.measuring.measure import measure
 from retain.measuring.options import Options
 from retain.measuring.tokens import logits_of
@@ -568,7 +568,7 @@ def write_samples(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def paired(folder: Path, base: list[dict[str, Any]], tuned: list[dict[str, Any]]) -> dict[str, Any]:
-    return pair(write_samples(folder / "a.jsonl", base), write_samples(folder / "b.jsonl", tuned))
+    return pair_files(write_samples(folder / "a.jsonl", base), write_samples(folder / "b.jsonl", tuned))
 
 
 @pytest.mark.parametrize("number", ["nan", "-inf", float("nan")])
@@ -628,11 +628,11 @@ def test_what_cannot_be_paired_is_counted_or_refused(tmp_path):
             paired(tmp_path, BASE, bad)
     (tmp_path / "torn.jsonl").write_text(json.dumps(BASE[0]) + '\n{"doc_id": 1, "tar')
     with pytest.raises(ValueError, match=r"torn.jsonl' line 2 is not JSON; "):
-        pair(tmp_path / "torn.jsonl", tmp_path / "a.jsonl")
+        pair_files(tmp_path / "torn.jsonl", tmp_path / "a.jsonl")
     with pytest.raises(
         ValueError, match=r"pair: cannot read '.*none.jsonl': No such file or directory; check the path"
     ):
-        pair(tmp_path / "none.jsonl", tmp_path / "a.jsonl")
+        pair_files(tmp_path / "none.jsonl", tmp_path / "a.jsonl")
 
 
 def test_answers_that_contradict_the_files_own_metric_are_left_out(tmp_path):

@@ -19,8 +19,7 @@ from peft import LoraConfig, get_peft_model
 
 from retain.measuring import lm_eval as harness
 from retain.measuring.choices import Question, measure_choices
-from retain.measuring.lm_eval import evaluate_samples, load_tasks, measure_with_lm_eval
-from retain.measuring.lm_eval_files import answer_of
+from retain.measuring.lm_eval import answer_of, evaluate_samples, load_tasks, measure_with_lm_eval
 from retain.measuring.options import Options
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what lm_eval and its dependencies warn of is theirs
@@ -170,7 +169,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(folder, tmp_path, monkey
 
 @needs_lm_eval
 def test_a_task_without_answers_is_left_out_aloud(folder, monkeypatch, caplog):
-    monkeypatch.setattr("retain.measuring.lm_eval_files.answer_of", lambda row, metric: None)
+    monkeypatch.setattr("retain.measuring.lm_eval.answer_of", lambda row, metric: None)
     with pytest.raises(ValueError, match="^lm_eval: no answers of mine_text can be compared"):
         measure_with_lm_eval(make_model(), make_model(), TOKENIZER, ["mine_text"], include_path=folder, limit=2)
     assert "lm_eval: mine_text is left out; pair: base and tuned model share no question with acc" in caplog.text

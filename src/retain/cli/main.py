@@ -146,7 +146,7 @@ def measure(argv: list[str]) -> int:
     quiet_libraries()
     from retain.cli.measure import run_measure
     from retain.files import exclusive
-    from retain.measuring.lm_eval_files import paired_report
+    from retain.measuring.lm_eval import paired_report
     from retain.report.gate import judge
     from retain.report.model_card import check_card
     from retain.report.report import ForgettingReport
