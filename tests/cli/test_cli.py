@@ -185,7 +185,7 @@ BAD_INPUT = {
     "other files there": (SAMPLE.replace("{t}/out", "{t}/notes"), "holds other files (mine.txt, …); choose an empty"),
     "another dataset there": (
         SAMPLE.replace("{t}/out", "{t}/unfinished"),
-        "num_rows 8, asked 2; choose another folder, or set overwrite_output_dir",
+        "num_rows 8, not 2; choose another folder, or set overwrite_output_dir",
     ),
     "missing YAML": (SAMPLE + " --config {t}/no.yaml", "No such file or directory: '{t}/no.yaml'; check the path"),
     "no YAML": (SAMPLE + " --config", "config: --config needs a file"),

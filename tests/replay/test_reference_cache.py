@@ -98,7 +98,7 @@ def test_a_resumed_job_stores_what_a_single_one_does(datasets: dict[str, ReplayD
 
 def test_another_kind_of_storage_is_another_dataset(tmp_path: Path) -> None:
     folder = sample(tmp_path / "rows", "topk")
-    with pytest.raises(ValueError, match="store_reference 'topk', asked 'hidden'"):
+    with pytest.raises(ValueError, match="store_reference 'topk', not 'hidden'"):
         sample(folder, "hidden")
     sample(folder, "hidden", overwrite=True)
     assert load_self_generated(folder).cache.batch([0])["hidden"].shape == (23, 32)  # type: ignore[union-attr]

@@ -29,7 +29,7 @@ from retain.cli.config import SampleConfig
 from retain.cli.main import main
 from retain.models.loading import load_model, load_tokenizer
 from retain.replay.dataset import load_self_generated, read_manifest
-from retain.sampling.engine import Work
+from retain.sampling.engine import Shard
 from retain.sampling.write import sample_replay
 
 FLAGS = ["--num_rows", "22", "--max_length", "64", "--rows_per_shard", "4", "--per_device_batch_size", "4"]
@@ -128,7 +128,7 @@ def draw(folder: Path, prefixes: list[list[int]], rows: list[int], max_length: i
     from retain.sampling.vllm_engine import vllm_engine
 
     with vllm_engine(str(folder), dtype=torch.float32, max_length=max_length, seed=seed) as engine:
-        [(_, drawn)] = engine([Work(0, rows, prefixes)], 3, lambda rows: None)
+        [(_, drawn)] = engine([Shard(0, rows, prefixes)], 3, lambda rows: None)
     return drawn
 
 
@@ -363,7 +363,7 @@ def ray_workers() -> list[psutil.Process]:
 @needs_ray
 def test_a_killed_ray_worker_loses_no_rows(workers, llama_folder, whole, tmp_path):
     killed: list[int] = []
-    list(workers([Work(0, [0], [[1]])], 1, lambda rows: None))  # until they are up
+    list(workers([Shard(0, [0], [[1]])], 1, lambda rows: None))  # until they are up
     before = {process.pid for process in ray_workers()}
     assert len(before) == 2
 
@@ -388,7 +388,7 @@ def test_a_killed_ray_worker_loses_no_rows(workers, llama_folder, whole, tmp_pat
 @needs_ray
 def test_what_fails_in_a_ray_worker_is_said_by_the_driver(workers):
     with pytest.raises(IndexError, match="^index out of range in self$"):
-        list(workers([Work(0, [0], [[999]])], 1, lambda rows: None))
+        list(workers([Shard(0, [0], [[999]])], 1, lambda rows: None))
 
 
 def indented(text: str) -> list[str]:

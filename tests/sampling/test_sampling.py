@@ -219,7 +219,7 @@ def test_rows_of_a_model_whose_cache_fails_are_refused_or_right(kind):
         try:
             right = drawn_in_context(model)
         except ValueError as error:
-            assert str(error).startswith(f"model: '{kind}' does not go on from its cache")  # noqa: PT017
+            assert str(error).startswith(f"model: '{kind}' does not continue from its cache")  # noqa: PT017
         else:
             assert right
 
@@ -266,7 +266,7 @@ def test_rows_are_proven_at_their_own_length(monkeypatch):
     monkeypatch.setattr("retain.sampling.engine.rope_switch", lambda model: None)
     model = make_changing("phi3")
     draw_rows(model, [[3]], [0], 16, 0)
-    with pytest.raises(ValueError, match=r"^max_length: within 40 tokens 'phi3' predicts otherwise with its cache"):
+    with pytest.raises(ValueError, match=r"^max_length: within 40 tokens 'phi3' predicts differently with its cache"):
         draw_rows(model, [[3], [3]], [0, 1], 40, 0)
 
 
@@ -311,7 +311,7 @@ def test_a_cache_that_carries_nothing_is_said_before_the_first_row_is_drawn(tmp_
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", forgetful)
-    with pytest.raises(ValueError, match=r"^model: 'llama' does not go on from its cache .* --engine vllm") as error:
+    with pytest.raises(ValueError, match=r"^model: 'llama' does not continue from its cache .* --engine vllm") as error:
         sample(tmp_path, model)
     assert "\n" not in str(error.value)
     assert not contents(tmp_path)

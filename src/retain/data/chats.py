@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from retain.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +49,29 @@ def apply_template(turns: list[Any], row: Mapping[str, Any], tokenizer: PreTrain
         except ValueError as error:
             raise ValueError(f"data: tools {tools!r:.80} are not JSON; write a list of them") from error
     return tokenizer.apply_chat_template(turns, tools=tools, **options, **(row.get("chat_template_kwargs") or {}))
+
+
+def template_frame(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> list[str]:
+    """What the chat template writes before the content of each turn of a chat with these roles, and behind the last.
+
+    Raises:
+        ValueError: if there is no template, or it does not write such a chat; without the setting's name.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("it needs a chat template and this tokenizer has none")
+    marks = [f"RETAIN{at}MARK" for at in range(len(roles))]
+    turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    try:
+        rest = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception as error:  # a template is the checkpoint's own program and may fail in any way
+        raise ValueError(f"the chat template fails on a chat of {', '.join(roles)} ({first_line(error)})") from error
+    frame = []
+    for mark in marks:
+        before, found, rest = rest.partition(mark)
+        if not found:
+            raise ValueError(f"the chat template does not write every turn of a chat of {', '.join(roles)}")
+        frame.append(before)
+    return [*frame, rest]
 
 
 def marks_turns(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -28,7 +28,7 @@ def rope_switch(model: Any) -> int | None:
 
 
 def passes(model: Any, length: int) -> Iterator[tuple[int, int]]:
-    """Passes that predict a row as its tokens were drawn: each over the first `end` tokens says tokens begin+1 to end.
+    """(begin, end) of passes that predict a row as it was drawn: over `end` tokens each, for tokens begin+1 to end.
 
     One pass, but for LongRoPE: there a short sequence predicts its next token otherwise than as a part of a long one.
     """
@@ -52,8 +52,8 @@ def row_log_probs(model: Any, row: Int[Tensor, " length"]) -> Float[Tensor, " pr
 
 # Share of draws that a cache may change, on average over `CHUNK` positions. Rounding changes 2e-6 in float32 (25 tiny
 # architectures) and 2 % in bfloat16 (SmolLM2-135M); a cache that is kept where LongRoPE switches, 5 to 13 %.
-MOST_CHANGED = {torch.float32: 1e-2}
-MOST_CHANGED_HALF = 0.1
+MAX_CACHE_DRIFT = {torch.float32: 1e-2}
+MAX_CACHE_DRIFT_HALF = 0.1
 
 
 def check_draws(
@@ -62,7 +62,7 @@ def check_draws(
     given: Sequence[int],
     log_probs: Float[Tensor, "rows predicted"],
 ) -> None:
-    """Refuse rows that a pass without a cache would have drawn otherwise.
+    """Refuse rows that a pass without a cache would have drawn differently.
 
     The share is ½ E|1 − q/p| over draws from p: the total variation distance between the two distributions.
 
@@ -71,7 +71,7 @@ def check_draws(
         log_probs: with which the last tokens of each were drawn; of given ones anything.
 
     Raises:
-        ValueError: with the share of draws that would come out otherwise.
+        ValueError: with the share of draws that would differ.
     """
     num_predicted = log_probs.shape[1]
     found = torch.stack([row_log_probs(model, row) for row in rows])[:, -num_predicted:]
@@ -82,19 +82,19 @@ def check_draws(
     for part, counted in zip(changed.tensor_split(parts, 1), drawn.tensor_split(parts, 1), strict=True):
         if counted.any():
             share = max(share, float(part[counted].mean()))
-    if share > MOST_CHANGED.get(model.dtype, MOST_CHANGED_HALF):
+    if share > MAX_CACHE_DRIFT.get(model.dtype, MAX_CACHE_DRIFT_HALF):
         raise ValueError(
-            f"max_length: within {rows.shape[1]} tokens {model.config.model_type!r} predicts otherwise with its cache "
-            f"than without ({share:.0%} of draws would come out otherwise), so its rows would not be its own; use a "
-            "shorter max_length, sample with --engine vllm, or replay real text"
+            f"max_length: within {rows.shape[1]} tokens {model.config.model_type!r} predicts differently with its "
+            f"cache than without ({share:.0%} of draws would differ), so its rows would not be its own; use a shorter "
+            "max_length, sample with --engine vllm, or replay real text"
         )
 
 
-# Most nats per token by which a pool's log-probabilities may be off a model's own, on average over `TOKENS` tokens.
+# Nats per token by which a pool's log-probabilities may be off a model's own, on average over `CHECKED_TOKENS` tokens.
 # Measured on 12 rows of 96 tokens of SmolLM2-135M, by the dtypes of sampler and model: 2e-6 where both are float32; in
 # bfloat16 or autocast .0001 to .005, from bfloat16 to float32 .013, where one token is off by .19 (standard deviation).
-MOST_OFF, MOST_OFF_HALF, TOKEN_NOISE_HALF = 1e-3, 0.05, 0.5
-TOKENS = 1000
+MAX_POOL_DRIFT, MAX_POOL_DRIFT_HALF, TOKEN_NOISE_HALF = 1e-3, 0.05, 0.5
+CHECKED_TOKENS = 1000
 
 
 def check_pool(model: Any, rows: ReplayDataset, *, half: bool) -> None:
@@ -111,18 +111,18 @@ def check_pool(model: Any, rows: ReplayDataset, *, half: bool) -> None:
         ValueError: with the difference.
     """
     assert rows.log_probs is not None
-    enough = max(2, math.ceil(TOKENS / max(1.0, rows.num_predictions.mean())))
+    enough = max(2, math.ceil(CHECKED_TOKENS / max(1.0, rows.num_predictions.mean())))
     chosen = np.unique(np.linspace(0, len(rows) - 1, enough).astype(int)).tolist()
     off, count = 0.0, max(1, int(rows.num_predictions[chosen].sum()))
     for at in chosen:
         row = torch.from_numpy(rows[at].astype(np.int64)).to(model.device)
         found = row_log_probs(model, row)[max(0, int(rows.prefix_lengths[at]) - 1) :]
         off += float(rows.log_probs[at]) - float(found.double().sum())
-    most = MOST_OFF_HALF + TOKEN_NOISE_HALF / math.sqrt(count) if half else MOST_OFF
-    if not abs(off) <= most * count:
+    limit = MAX_POOL_DRIFT_HALF + TOKEN_NOISE_HALF / math.sqrt(count) if half else MAX_POOL_DRIFT
+    if not abs(off) <= limit * count:
         raise ValueError(
             f"replay_dataset: the rows in {rows.source!r} are not this model's own: their log-probabilities are off by "
-            f"{off / count:.2g} nats per token on {len(chosen)} rows, and rounding makes less than {most:.2g}; the "
+            f"{off / count:.2g} nats per token on {len(chosen)} rows, and rounding makes less than {limit:.2g}; the "
             "configuration differs (rope_parameters, windows, soft caps, attention) or the precision; sample from the "
             "model as it is trained, or set allow_off_policy_replay"
         )

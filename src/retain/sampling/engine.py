@@ -34,18 +34,18 @@ from retain.replay.own_rows import check_draws, rope_switch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MOST_ROWS = {"cpu": 64}  # on a CPU larger batches gain nothing: 64 rows already fill the matrix products
-MOST_ROWS_ELSEWHERE = 512
+MAX_ROWS = {"cpu": 64}  # of a batch; on a CPU 64 rows already fill the matrix products
+MAX_ROWS_ELSEWHERE = 512
 SHARE_OF_FREE_MEMORY = 0.5
-NARROW = 512  # hidden size up to which a second CPU thread waits for the first longer than it helps
-TOP_K = 64  # likeliest tokens that a reference cache of kind "topk" keeps of each prediction
-CACHES = ("past_key_values", "cache_params", "state")  # what decoders call the cache that they return, and take again
-SHOWN = 2  # rows of a model's first batch that are held against passes without a cache
-PROBED = 8  # tokens that are predicted with the cache and without, before anything is drawn
-MOST_OTHERWISE = 0.1  # share of draws that a cache may change: bf16 changes under 0.5 % (SmolLM2), one unused 77 %
-TAKES_OURS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # models that were shown to predict with a cache
-PROVEN_LENGTHS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # the longest rows of a model that were shown right
-RECURRENT = 256  # numbers of state per hidden unit and layer, where no `state_size` says it: an xLSTM's, the largest
+MAX_NARROW = 512  # hidden size up to which a second CPU thread waits for the first longer than it helps
+TOP_K = 64  # likeliest tokens that a store of kind "topk" keeps of each prediction
+CACHE_NAMES = ("past_key_values", "cache_params", "state")  # of the cache that decoders return, and take again
+CHECKED_ROWS = 2  # of a model's first batch that are compared with passes without a cache
+PROBE_LENGTH = 8  # tokens that are predicted with the cache and without, before anything is drawn
+MAX_PROBE_DRIFT = 0.1  # share of draws that a cache may change: bf16 changes under 0.5 % (SmolLM2), one unused 77 %
+STATE_SIZE = 256  # numbers of state per hidden unit and layer, where no `state_size` says it: an xLSTM's, the largest
+takes_cache: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # proven models → whether they take a cache of ours
+proven_lengths: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # models → the longest rows that were proven
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -80,7 +80,7 @@ def cached_pass(
 ) -> tuple[Float[Tensor, "rows new vocab"], dict[str, Any]]:
     """Logits of the new tokens, and the cache that now holds them, by the name under which the model takes it."""
     output = model(input_ids=input_ids, use_cache=True, **cache, **options)
-    return output.logits, cache | {name: output[name] for name in CACHES if output.get(name) is not None}
+    return output.logits, cache | {name: output[name] for name in CACHE_NAMES if output.get(name) is not None}
 
 
 def new_cache(model: PreTrainedModel, max_length: int) -> dict[str, Any]:
@@ -91,22 +91,22 @@ def new_cache(model: PreTrainedModel, max_length: int) -> dict[str, Any]:
 
 
 def proven_cache(model: PreTrainedModel, max_length: int) -> dict[str, Any]:
-    """An empty cache, of a model that was shown to predict with one as without; nothing where it makes its own.
+    """An empty cache of a model that is proven to predict with one as without; nothing where it makes its own.
 
     Raises:
-        ValueError: if it does not, as where the model makes nothing of it and sees the last token alone.
+        ValueError: if it does not, as where the model ignores the cache and sees the last token alone.
     """
-    if model not in TAKES_OURS:
-        TAKES_OURS[model] = takes_our_cache(model, min(PROBED, max_length))
+    if model not in takes_cache:
+        takes_cache[model] = prove_cache(model, min(PROBE_LENGTH, max_length))
     # This empties the states that RecurrentGemma keeps in its modules.
     model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-    return new_cache(model, max_length) if TAKES_OURS[model] else {}
+    return new_cache(model, max_length) if takes_cache[model] else {}
 
 
-def takes_our_cache(model: PreTrainedModel, length: int) -> bool:
-    """Whether the model takes a cache that we make, once it predicted a few tokens with a cache as without.
+def prove_cache(model: PreTrainedModel, length: int) -> bool:
+    """Prove that the model predicts a few tokens with a cache as without; whether it takes a cache that we make.
 
-    One that returns a cache of another name or kind, as Mamba and RWKV do, shall make it again.
+    One that returns a cache of another name or kind, as Mamba and RWKV do, makes its own.
     """
     tokens = probe_tokens(model.get_input_embeddings().weight.shape[0])[:, :length].to(model.device)
     _, own = cached_pass(model, tokens[:, : length // 2], {})
@@ -118,18 +118,22 @@ def takes_our_cache(model: PreTrainedModel, length: int) -> bool:
         steps.append(logits[:, -1])
     whole = model(input_ids=tokens, use_cache=False).logits[:, length // 2 :]
     with_cache, without = (torch.softmax(logits.float(), dim=-1) for logits in (torch.stack(steps, dim=1), whole))
-    otherwise = float((with_cache - without).abs().sum(-1).mean() / 2)
-    if otherwise > MOST_OTHERWISE:
+    drift = float((with_cache - without).abs().sum(-1).mean() / 2)
+    if drift > MAX_PROBE_DRIFT:
         raise ValueError(
-            f"model: {model.config.model_type!r} does not go on from its cache as transformers' causal models do "
-            f"({otherwise:.0%} of draws would come out otherwise), so its rows would not be its own; sample with "
-            "--engine vllm, or replay real text"
+            f"model: {model.config.model_type!r} does not continue from its cache as transformers' causal models do "
+            f"({drift:.0%} of draws would differ), so its rows would not be its own; sample with --engine vllm, or "
+            "replay real text"
         )
     return ours
 
 
 def row_uniforms(seed: int, row: int, num_draws: int) -> np.ndarray:
-    """Uniforms in [0, 1) of one row, shape (num_draws,), float64, from the counter-based generator Philox."""
+    """Uniforms in [0, 1) of one row, shape (num_draws,), float64, from the counter-based generator Philox.
+
+    >>> (row_uniforms(0, 7, 2) == row_uniforms(0, 7, 3)[:2]).all()
+    True
+    """
     raw = np.random.Philox(key=[seed, row]).random_raw(num_draws)
     return (raw >> np.uint64(11)) * 2.0**-53
 
@@ -138,6 +142,9 @@ def draw_tokens(probabilities: Float[Tensor, "rows vocab"], uniforms: Float[Tens
     """One draw per row: the inverse of the cumulative distribution, summed in float64.
 
     A token of probability zero is never drawn. Where a row is no distribution (NaN), any token may come out.
+
+    >>> draw_tokens(torch.tensor([[0.2, 0.0, 0.8]] * 2), torch.tensor([0.1, 0.3])).tolist()
+    [0, 2]
     """
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1]
@@ -147,30 +154,32 @@ def draw_tokens(probabilities: Float[Tensor, "rows vocab"], uniforms: Float[Tens
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnRows:
     """Rows as they were drawn.
 
-    tokens: (rows, length). prefix_lengths: (rows,), the tokens that were given. logprobs: (rows,), log-probability of
-    the drawn tokens, summed, nats. entropies: (rows,), entropy of the distributions they were drawn from, summed, nats;
-    None where the engine does not say.
-    reference: what the model predicted at each drawn token, where it was to be kept; row after row, on the CPU:
-    `hidden` (drawn tokens, hidden size), or `log_probs` and `tokens` (drawn tokens, TOP_K).
+    logprobs: log-probability of the drawn tokens, summed, nats. entropies: of the distributions they were drawn from,
+    summed, nats; None from an engine without them. reference: what the model predicted at each drawn token, where it
+    is stored; row after row, on the CPU: `hidden` (drawn tokens, hidden size), or `log_probs` and `tokens` (drawn
+    tokens, TOP_K).
     """
 
-    tokens: np.ndarray
-    prefix_lengths: np.ndarray
-    logprobs: np.ndarray
-    entropies: np.ndarray | None
+    tokens: Int[np.ndarray, "rows length"]
+    prefix_lengths: Int[np.ndarray, " rows"]
+    logprobs: Float[np.ndarray, " rows"]
+    entropies: Float[np.ndarray, " rows"] | None
     reference: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def joined(cls, parts: Sequence[Drawn]) -> Drawn:
+    def joined(cls, parts: Sequence[DrawnRows]) -> DrawnRows:
         """Batches of rows one after the other."""
-        names = ("tokens", "prefix_lengths", "logprobs")
-        said = [part.entropies for part in parts if part.entropies is not None]
-        reference = {name: torch.cat([part.reference[name] for part in parts]) for name in parts[0].reference}
-        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        return cls(**columns, entropies=np.concatenate(said) if said else None, reference=reference)
+        entropies = [part.entropies for part in parts if part.entropies is not None]
+        return cls(
+            tokens=np.concatenate([part.tokens for part in parts]),
+            prefix_lengths=np.concatenate([part.prefix_lengths for part in parts]),
+            logprobs=np.concatenate([part.logprobs for part in parts]),
+            entropies=np.concatenate(entropies) if entropies else None,
+            reference={name: torch.cat([part.reference[name] for part in parts]) for name in parts[0].reference},
+        )
 
     def columns(self) -> dict[str, np.ndarray]:
         """As columns of a shard; `logprob` and `entropy` are summed over the drawn tokens of a row, in nats."""
@@ -180,33 +189,32 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Work:
-    """The rows of a shard that is still to be drawn: their numbers, and the token ids that each begins with."""
+class Shard:
+    """A shard that is to be drawn: the numbers of its rows, and the token ids that each begins with."""
 
-    shard: int
+    number: int
     rows: Sequence[int]
     prefixes: Sequence[Sequence[int]]
 
 
+Progress = Callable[[int], object]  # called with the number of rows just drawn
 # (beginnings, row numbers) -> rows.
-Draw = Callable[[Sequence[Sequence[int]], Sequence[int]], Drawn]
-# (shards, batch size, progress) -> each shard with its rows, in any order; progress is told of rows as they are done.
-Engine = Callable[[Sequence[Work], int, Callable[[int], object]], Iterator[tuple[Work, Drawn]]]
+Draw = Callable[[Sequence[Sequence[int]], Sequence[int]], DrawnRows]
+# (shards, batch size, progress) -> each shard with its rows, in any order.
+Engine = Callable[[Sequence[Shard], int, Progress], Iterator[tuple[Shard, DrawnRows]]]
 
 
-def in_batches(draw: Draw) -> Engine:
+def batch_engine(draw: Draw) -> Engine:
     """The engine that draws one shard after the other in this process, each in batches of one size."""
 
-    def engine(
-        shards: Sequence[Work], batch_size: int, progress: Callable[[int], object]
-    ) -> Iterator[tuple[Work, Drawn]]:
-        for work in shards:
+    def engine(shards: Sequence[Shard], batch_size: int, progress: Progress) -> Iterator[tuple[Shard, DrawnRows]]:
+        for shard in shards:
             parts = []
-            for at in range(0, len(work.rows), batch_size):
+            for at in range(0, len(shard.rows), batch_size):
                 batch = slice(at, at + batch_size)
-                parts.append(draw(work.prefixes[batch], work.rows[batch]))
-                progress(len(work.rows[batch]))
-            yield work, Drawn.joined(parts)
+                parts.append(draw(shard.prefixes[batch], shard.rows[batch]))
+                progress(len(shard.rows[batch]))
+            yield shard, DrawnRows.joined(parts)
 
     return engine
 
@@ -219,7 +227,7 @@ def draw_rows(
     max_length: int,
     seed: int,
     store: str | None = None,
-) -> Drawn:
+) -> DrawnRows:
     """Draw the rows with these numbers, each of `max_length` tokens, behind its given beginning.
 
     Args:
@@ -240,12 +248,12 @@ def draw_rows(
         tokens[at, : len(prefix)] = torch.tensor(prefix)
     tokens, lengths = tokens.to(device), torch.from_numpy(given).to(device)
     logprobs, entropies = torch.zeros(2, len(rows), dtype=torch.float64, device=device)
-    done, kept, shown, switch = 0, [], [], rope_switch(model)
+    done, kept, first_log_probs, switch = 0, [], [], rope_switch(model)
     with evaluation_mode(model), seen_by_head(model) as hidden:  # with dropout it is not the model's own distribution
         cache = proven_cache(model, max_length)
         for at in range(int(given.min()), max_length):
             last_only = {}
-            if switch is not None and 0 < done <= switch < at:  # what the cache holds was encoded otherwise
+            if switch is not None and 0 < done <= switch < at:  # the cache was encoded otherwise
                 done, cache, last_only = 0, proven_cache(model, max_length), {"logits_to_keep": 1}
             logits, cache = cached_pass(model, tokens[:, done:at], cache, **last_only)
             done = at
@@ -256,19 +264,20 @@ def draw_rows(
             tokens[:, at] = torch.where(free, drawn, tokens[:, at])
             chosen = log_probs.gather(-1, tokens[:, at : at + 1]).squeeze(-1)
             logprobs += torch.where(free, chosen, 0.0)
-            shown.append(chosen[:SHOWN])
+            first_log_probs.append(chosen[:CHECKED_ROWS])
             entropies += torch.where(free, torch.special.entr(probabilities).sum(-1), 0.0)
             if store is not None:
                 kept.append(_prediction(store, hidden[-1], log_probs))
             hidden.clear()
     if not bool(entropies.isfinite().all()):
         raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
-    if PROVEN_LENGTHS.get(model, 0) < max_length:
+    if proven_lengths.get(model, 0) < max_length:
+        first, first_given = tokens[:CHECKED_ROWS], given[:CHECKED_ROWS].tolist()
         with evaluation_mode(model):
-            check_draws(model, tokens[:SHOWN], given[:SHOWN].tolist(), torch.stack(shown, dim=1))
-        PROVEN_LENGTHS[model] = max_length
+            check_draws(model, first, first_given, torch.stack(first_log_probs, dim=1))
+        proven_lengths[model] = max_length
     sums = logprobs.cpu().numpy(), entropies.cpu().numpy()
-    return Drawn(tokens.cpu().numpy().astype(np.int32), given, *sums, _row_after_row(kept, given))
+    return DrawnRows(tokens.cpu().numpy().astype(np.int32), given, *sums, _row_after_row(kept, given))
 
 
 def _prediction(store: str, hidden: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
@@ -292,7 +301,7 @@ def choose_threads(model: PreTrainedModel) -> int:
 
     A rule rather than a trial: the number of threads may change how sums are rounded, and with it the rows.
     """
-    narrow = model.config.get_text_config().hidden_size <= NARROW
+    narrow = model.config.get_text_config().hidden_size <= MAX_NARROW
     return 1 if narrow and "OMP_NUM_THREADS" not in os.environ else torch.get_num_threads()
 
 
@@ -304,9 +313,9 @@ def choose_batch_size(model: PreTrainedModel, max_length: int) -> int:
         size = getattr(config, "head_dim", None) or config.hidden_size // attending
         of_cache = 2 * config.num_hidden_layers * heads * size * max_length * model.dtype.itemsize
     else:  # a state of one size whatever the length, in float32
-        of_cache = 8 * config.num_hidden_layers * config.hidden_size * getattr(config, "state_size", RECURRENT)
+        of_cache = 8 * config.num_hidden_layers * config.hidden_size * getattr(config, "state_size", STATE_SIZE)
     of_predictions = 32 * config.vocab_size  # logits, log-probabilities, probabilities in float32; sums in float64
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    most = MOST_ROWS.get(device.type, MOST_ROWS_ELSEWHERE)
+    most = MAX_ROWS.get(device.type, MAX_ROWS_ELSEWHERE)
     rows = int(SHARE_OF_FREE_MEMORY * free / (of_cache + of_predictions))
     return 1 << (max(1, min(rows, most)).bit_length() - 1)

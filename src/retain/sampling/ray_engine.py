@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from retain.models.description import default_device
-from retain.sampling.engine import Drawn, Engine, Work, draw_rows, in_batches
+from retain.sampling.engine import DrawnRows, Engine, Progress, Shard, batch_engine, draw_rows
 
 if find_spec("ray") is None:
     raise ValueError("engine: 'ray' needs the extra; pip install 'retain[ray]'")
@@ -28,7 +28,7 @@ from ray.exceptions import RayError, RayTaskError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RESTARTS = 10  # of one worker: machines come and go, but a worker that dies each time should not be started for ever
+MAX_RESTARTS = 10  # of one worker: machines come and go, but one that dies each time is given up
 
 
 @contextmanager
@@ -59,12 +59,12 @@ class Worker:
         if self.engine is None:
             torch.set_num_threads(1)
             model = self.load_model()
-            self.engine = in_batches(partial(draw_rows, model.to(default_device()), **self.settings))
+            self.engine = batch_engine(partial(draw_rows, model.to(default_device()), **self.settings))
 
-    def draw(self, work: Work, batch_size: int) -> Drawn:
+    def draw(self, shard: Shard, batch_size: int) -> DrawnRows:
         """The rows of one shard."""
         assert self.engine is not None, "loaded first"
-        [(_, drawn)] = self.engine([work], batch_size, lambda rows: None)
+        [(_, drawn)] = self.engine([shard], batch_size, lambda rows: None)
         return drawn
 
 
@@ -83,7 +83,7 @@ def ray_engine(
         load: loads the model in a worker, in the dtype that `sample_replay` gets: say, a `functools.partial` of
             `load_model`. The name must mean the same model on every machine.
         max_length, seed, store_reference: as for `sample_replay`.
-        num_workers: each has a GPU, or a CPU where the cluster has no GPUs; as many as there are by default.
+        num_workers: each has a GPU, or a CPU where the cluster has no GPUs; by default one for each of them.
 
     Raises:
         ValueError: if the cluster has too few GPUs or CPUs.
@@ -91,8 +91,8 @@ def ray_engine(
     workers: list[Any] = []
     with cluster():
         try:
-            kind, count = _room(num_workers)
-            actor = ray.remote(Worker).options(num_cpus=1, num_gpus=int(kind == "GPU"), max_restarts=RESTARTS)
+            kind, count = _placement(num_workers)
+            actor = ray.remote(Worker).options(num_cpus=1, num_gpus=int(kind == "GPU"), max_restarts=MAX_RESTARTS)
             workers += [actor.remote(load, max_length, seed, store_reference) for _ in range(count)]
             yield partial(_draw, workers)
         finally:
@@ -100,8 +100,8 @@ def ray_engine(
                 ray.kill(worker)
 
 
-def _room(num_workers: int | None) -> tuple[str, int]:
-    """What a worker occupies, and how many workers there shall be."""
+def _placement(num_workers: int | None) -> tuple[str, int]:
+    """What a worker occupies, and the number of workers."""
     resources = ray.cluster_resources()
     kind = "GPU" if resources.get("GPU", 0) >= 1 else "CPU"
     most = int(resources.get(kind, 0))
@@ -111,35 +111,35 @@ def _room(num_workers: int | None) -> tuple[str, int]:
 
 
 def _draw(
-    workers: Sequence[Any], shards: Sequence[Work], batch_size: int, progress: Callable[[int], object]
-) -> Iterator[tuple[Work, Drawn]]:
-    """Each worker gets its next shard when it is done with the last; those that are still to come do not hold it up."""
+    workers: Sequence[Any], shards: Sequence[Shard], batch_size: int, progress: Progress
+) -> Iterator[tuple[Shard, DrawnRows]]:
+    """Each worker gets its next shard when it is done with the last, without waiting for workers that still load."""
     todo, idle, left = deque(shards), list[Any](), len(shards)
-    running: dict[Any, tuple[Any, Work | None]] = {_loading(worker): (worker, None) for worker in workers}
+    running: dict[Any, tuple[Any, Shard | None]] = {_loading(worker): (worker, None) for worker in workers}
     while left:
         while todo and idle:
-            worker, following = idle.pop(), todo.popleft()
-            running[worker.draw.remote(following, batch_size)] = worker, following
+            worker, next_shard = idle.pop(), todo.popleft()
+            running[worker.draw.remote(next_shard, batch_size)] = worker, next_shard
         if not running:
             raise RuntimeError("engine: every Ray worker was lost; finished shards are kept, run the same again")
         [done], _ = ray.wait(list(running))
-        worker, work = running.pop(done)
+        worker, shard = running.pop(done)
         try:
             drawn = ray.get(done)
         except RayTaskError as error:
             raise error.cause from error  # what was raised in the worker
         except RayError:
-            if work is not None:  # else it could not be started again
-                todo.appendleft(work)
+            if shard is not None:  # else it could not be started again
+                todo.appendleft(shard)
                 running[_loading(worker)] = worker, None
             continue
         idle.append(worker)
-        if work is not None:
+        if shard is not None:
             left -= 1
-            progress(len(work.rows))
-            yield work, drawn
+            progress(len(shard.rows))
+            yield shard, drawn
 
 
 def _loading(worker: Any) -> Any:
-    """A worker that is started again has to load again; this waits for it for as long as Ray would start it."""
+    """The task of loading the model; a worker that Ray starts again loads again."""
     return worker.load.options(max_task_retries=-1).remote()

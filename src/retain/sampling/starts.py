@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from retain.data.chats import template_frame
 from retain.models.description import StartToken
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 MODES = ("document", "chat", "prompts")
 GOLDEN = 0.6180339887498949  # fractional parts of its multiples fill [0, 1) evenly, so every stretch keeps the shares
-CONTENT = "RETAINCONTENT"
 
 
 @dataclass(frozen=True)
@@ -119,19 +119,14 @@ def chat_prefix(tokenizer: PreTrainedTokenizerBase, turn: str) -> tuple[list[int
     """What the chat template writes before the content of a first turn, and the token it ends that turn with.
 
     Raises:
-        ValueError: if there is no template, or it cannot open a conversation with this role.
+        ValueError: if there is no template, or it marks no turn of this role.
     """
-    if not tokenizer.chat_template:
-        raise ValueError("start: 'chat' needs a chat template and this tokenizer has none; use document or prompts")
     try:
-        text = str(tokenizer.apply_chat_template([{"role": turn, "content": CONTENT}], tokenize=False))
-    except Exception as error:  # a template is the checkpoint's own program and may fail in any way
-        raise ValueError(f"chat_turn: the chat template cannot begin with {turn!r}; use user: {error}") from error
-    before, found, after = text.partition(CONTENT)
-    if not found:
-        raise ValueError(f"chat_turn: the chat template does not write the content of {turn!r}; use user or assistant")
+        before, after = template_frame(tokenizer, [turn])
+    except ValueError as error:
+        raise ValueError(f"start: 'chat' with chat_turn {turn!r}: {error}; use document or prompts") from error
     prefix = tokenizer(before, add_special_tokens=False)["input_ids"]
-    end = tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
-    if not prefix or not (end or tokenizer.eos_token_id is not None):
+    end = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    if not prefix or end[0] is None:
         raise ValueError("start: the chat template marks no turns; use document or prompts")
-    return prefix, int(end[0] if end else tokenizer.eos_token_id)
+    return prefix, int(end[0])

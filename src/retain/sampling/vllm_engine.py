@@ -1,9 +1,9 @@
 """Sampling with vLLM, for GPUs and large models: `retain sample --engine vllm`.
 
 Every setting is stated: left alone, vLLM takes over what the checkpoint's generation_config says. Two are traps.
-`min_tokens` would not make rows long, it would forbid their end-of-document tokens (vLLM sets those to −inf until
-so many tokens are there, `ignore_eos` or not); `ignore_eos` alone makes every row as long as it may be. And a dtype of
-`auto` loads a float32 checkpoint in half precision.
+`min_tokens` would not make rows long, it would forbid their end-of-document tokens (vLLM sets those to −inf up to that
+length, `ignore_eos` or not); `ignore_eos` alone makes every row as long as it may be. And a dtype of `auto` loads a
+float32 checkpoint in half precision.
 
 A row's seed is a pure function of (seed, row), but vLLM's rounding depends on which rows run together: rows are as good
 a draw each time, not the same to the last bit. It reports no entropy, so these datasets have no such column.
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from retain.models.loading import resolve_model_path
-from retain.sampling.engine import Drawn, Engine, in_batches
+from retain.sampling.engine import DrawnRows, Engine, batch_engine
 
 if find_spec("vllm") is None:
     raise ValueError("engine: 'vllm' needs the extra; pip install 'retain[vllm]'")
@@ -81,7 +81,7 @@ class VllmSampler:
         finally:
             os.environ |= launcher
 
-    def draw(self, prefixes: Sequence[Sequence[int]], rows: Sequence[int]) -> Drawn:
+    def draw(self, prefixes: Sequence[Sequence[int]], rows: Sequence[int]) -> DrawnRows:
         """Draw the rows with these numbers behind their given beginnings; see `retain.sampling.engine.draw_rows`."""
         from vllm import SamplingParams, TokensPrompt
 
@@ -92,15 +92,17 @@ class VllmSampler:
         prompts = [TokensPrompt(prompt_token_ids=list(prefix)) for prefix in prefixes]
         answers = self.llm.generate(prompts, params, use_tqdm=False)
         completions = [answer.outputs[0] for answer in answers]
-        for row, asked, found in zip(rows, params, completions, strict=True):
-            if len(found.token_ids) != asked.max_tokens:
-                count = f"{len(found.token_ids)} of {asked.max_tokens} tokens"
+        for row, wanted, found in zip(rows, params, completions, strict=True):
+            if len(found.token_ids) != wanted.max_tokens:
+                count = f"{len(found.token_ids)} of {wanted.max_tokens} tokens"
                 raise RuntimeError(f"engine: vLLM ended row {row} after {count} ({found.finish_reason})")
         logprobs = np.array([found.cumulative_logprob for found in completions])
         if not np.isfinite(logprobs).all():
             raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
         tokens = [[*prefix, *found.token_ids] for prefix, found in zip(prefixes, completions, strict=True)]
-        return Drawn(np.array(tokens, dtype=np.int32), np.array([len(prefix) for prefix in prefixes]), logprobs, None)
+        return DrawnRows(
+            np.array(tokens, dtype=np.int32), np.array([len(prefix) for prefix in prefixes]), logprobs, None
+        )
 
 
 @contextmanager
@@ -139,7 +141,7 @@ def vllm_engine(
         "logprobs_mode": "raw_logprobs",  # of the model's own distribution
     }
     devices = gpus_of_process(tensor_parallel_size)
-    yield in_batches(VllmSampler(arguments, max_length, seed, devices).draw)
+    yield batch_engine(VllmSampler(arguments, max_length, seed, devices).draw)
 
 
 def gpus_of_process(size: int) -> str | None:

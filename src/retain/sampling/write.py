@@ -6,7 +6,7 @@ Source: Marek et al., self-generated replay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -31,7 +31,7 @@ from retain.models.description import (
 from retain.replay.dataset import MANIFEST, NOT_COMPARED, SCHEMA, read_manifest, shard_path, write_shard
 from retain.replay.own_rows import rope_switch
 from retain.replay.predictions import write_predictions
-from retain.sampling.engine import Engine, Work, choose_batch_size, draw_rows, in_batches
+from retain.sampling.engine import Engine, Progress, Shard, batch_engine, choose_batch_size, draw_rows
 from retain.sampling.starts import Starts, document_starts
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def sample_replay(
     engine: Engine | None = None,
     engine_name: str = "torch",
     state: PartialState | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Sample a replay dataset into a folder, or finish one that was interrupted.
 
@@ -81,7 +81,7 @@ def sample_replay(
         batch_size: rows drawn together; by default what fits the memory, or what began the dataset.
         rows_per_shard: rows of a file, the unit of work of a process and the most that a killed one loses.
         engine: what draws the shards; this process, batch by batch, by default.
-        engine_name: what the manifest calls it; engines of one name give the same rows.
+        engine_name: its name in the manifest; engines of one name give the same rows.
         state: processes that share the work; each draws whole shards.
         progress: called with 0 when drawing begins, then with the number of rows just finished by this process.
 
@@ -94,26 +94,22 @@ def sample_replay(
             adapter, or chat rows do not end their turns.
     """
     folder = Path(output_dir)
-    if hasattr(model, "peft_config"):  # the fingerprint is the base's, so its rows would pass for the base's own
-        raise ValueError("model: it has an adapter; sample from its base, or merge the adapter and sample from that")
-    check_predicts_tokens(model)
     start_token = start_token or choose_start_token(tokenizer)
     starts = starts or document_starts(start_token)
     max_length = length_that_fits(model, max_length)
+    _check_model(model, max_length, store_reference)
     _check_beginnings(starts, max_length)
-    if store_reference and (switch := rope_switch(model)) is not None and max_length > switch:
-        raise ValueError(
-            f"store_reference: beyond {switch} tokens this model encodes a whole row otherwise (LongRoPE) than while "
-            f"it drew it, and training sees whole rows; use max_length {switch}, or store nothing"
-        )
-    manifest = _manifest(model, tokenizer, start_token, engine_name) | {
+    manifest = {
+        **_origin(model, tokenizer, start_token, engine_name),
         "start": starts.describe(),
         "num_rows": num_rows,
+        "max_length": max_length,
+        "seed": seed,
+        "rows_per_shard": rows_per_shard,
+        "store_reference": store_reference,
+        "batch_size": batch_size or _begun_with(folder, overwrite) or choose_batch_size(model, max_length),
     }
-    manifest |= {"max_length": max_length, "seed": seed, "rows_per_shard": rows_per_shard}
-    manifest["store_reference"] = store_reference
-    manifest["batch_size"] = batch_size or _begun_with(folder, overwrite) or choose_batch_size(model, max_length)
-    engine = engine or in_batches(partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference))
+    engine = engine or batch_engine(partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference))
     _refuse_foreign(folder)
     main = state is None or state.is_main_process
     with exclusive(folder) if main else nullcontext():
@@ -132,28 +128,40 @@ def sample_replay(
     return folder
 
 
+def _check_model(model: PreTrainedModel, max_length: int, store_reference: str | None) -> None:
+    if hasattr(model, "peft_config"):  # the fingerprint is the base's, so its rows would pass for the base's own
+        raise ValueError("model: it has an adapter; sample from its base, or merge the adapter and sample from that")
+    check_predicts_tokens(model)
+    switch = rope_switch(model)
+    if store_reference and switch is not None and max_length > switch:
+        raise ValueError(
+            f"store_reference: beyond {switch} tokens this model encodes a whole row otherwise (LongRoPE) than while "
+            f"it drew it, and training sees whole rows; use max_length {switch}, or store nothing"
+        )
+
+
 def _draw_shards(
     folder: Path,
     manifest: dict[str, Any],
     starts: Starts,
     engine: Engine,
     state: PartialState | None,
-    progress: Callable[[int], object],
+    progress: Progress,
 ) -> None:
     mine, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
     todo = []
-    for shard, first in enumerate(range(0, manifest["num_rows"], manifest["rows_per_shard"])):
+    for number, first in enumerate(range(0, manifest["num_rows"], manifest["rows_per_shard"])):
         rows = range(first, min(first + manifest["rows_per_shard"], manifest["num_rows"]))
-        if shard % processes != mine:
+        if number % processes != mine:
             continue
-        if shard_path(folder, shard).exists():
+        if shard_path(folder, number).exists():
             progress(len(rows))
         else:
-            todo.append(Work(shard, rows, [starts.of_row(row)[1] for row in rows]))
-    for work, drawn in engine(todo, manifest["batch_size"], progress):
+            todo.append(Shard(number, rows, [starts.of_row(row)[1] for row in rows]))
+    for shard, drawn in engine(todo, manifest["batch_size"], progress):
         if drawn.reference:
-            write_predictions(folder, work.shard, drawn.reference)
-        write_shard(folder, work.shard, work.rows[0], drawn.columns())
+            write_predictions(folder, shard.number, drawn.reference)
+        write_shard(folder, shard.number, shard.rows[0], drawn.columns())
 
 
 def _check_beginnings(starts: Starts, max_length: int) -> None:
@@ -167,26 +175,27 @@ def _begun_with(folder: Path, overwrite: bool) -> int | None:
     return read_manifest(folder).get("batch_size") if (folder / MANIFEST).exists() and not overwrite else None
 
 
-def _check_turns(engine: Engine, starts: Starts, num_rows: int, batch_size: int, least: float) -> None:
+def _check_turns(engine: Engine, starts: Starts, num_rows: int, batch_size: int, min_ended: float) -> None:
     """Stop before useless rows are written: some models open a user turn and never end it."""
     chat = [row for row in range(num_rows) if starts.of_row(row)[0].name == "chat"][: max(16, batch_size)]
     if not chat:
         return
     end = starts.of_row(chat[0])[0].end_of_turn
-    work = Work(0, chat, [starts.of_row(row)[1] for row in chat])
-    [(_, drawn)] = engine([work], batch_size, lambda rows: None)
+    shard = Shard(0, chat, [starts.of_row(row)[1] for row in chat])
+    [(_, drawn)] = engine([shard], batch_size, lambda rows: None)
     ended = sum(end in row[given:] for row, given in zip(drawn.tokens, drawn.prefix_lengths, strict=True))
-    if ended < least * len(chat):
+    if ended < min_ended * len(chat):
         raise ValueError(
-            f"start: only {ended} of {len(chat)} chat rows ended their turn (min_ended_turns {least:g}): this model "
-            "does not write whole turns of this role, or max_length is too short; use start document or prompts, a "
-            "longer max_length, or min_ended_turns 0"
+            f"start: only {ended} of {len(chat)} chat rows ended their turn (min_ended_turns {min_ended:g}): this "
+            "model does not write whole turns of this role, or max_length is too short; use start document or prompts, "
+            "a longer max_length, or min_ended_turns 0"
         )
 
 
-def _manifest(
+def _origin(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: StartToken, engine: str
 ) -> dict[str, Any]:
+    """What a manifest says about where its rows come from."""
     from retain import versions
 
     return {
@@ -222,6 +231,6 @@ def _begin(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
     for key, value in manifest.items():
         if key not in NOT_COMPARED and found.get(key) != value:
             raise ValueError(
-                f"output_dir: {str(folder)!r} holds rows with {key} {found.get(key)!r}, asked {value!r}; "
+                f"output_dir: {str(folder)!r} holds rows with {key} {found.get(key)!r}, not {value!r}; "
                 "choose another folder, or set overwrite_output_dir"
             )
