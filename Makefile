@@ -66,13 +66,12 @@ test-lowest test-newest: test-%:
 	@echo "other than in constraints.txt: $$(grep -vxFf constraints.txt .cache/$*/versions.txt | paste -sd ' ')"
 	OMP_NUM_THREADS=1 .cache/$*/bin/python -m pytest -n 2 --dist loadfile
 
-# What needs packages that few have, lm-eval and reasoning-gym, in an environment of its own.
+# What needs lm-eval, a package that few have, in an environment of its own.
 test-extras:
 	$(PYTHON) -m venv .cache/extras
-	.cache/extras/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,eval,gym]'
+	.cache/extras/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,eval]'
 	OMP_NUM_THREADS=1 .cache/extras/bin/python -m pytest -m 'slow or not slow' -rs tests/measuring/test_harness.py \
-		tests/measuring/test_choices.py::test_lm_evaluation_harness_answers_alike_question_by_question \
-		tests/lab/test_lab.py::test_reasoning_gym_itself
+		tests/measuring/test_choices.py::test_lm_evaluation_harness_answers_alike_question_by_question
 
 # Every figure, table and verdict of experiments/ from the committed results; nothing is trained.
 figures: $(VENV)/.done

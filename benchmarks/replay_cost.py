@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from retain.lab.corpora import Stream, collate
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, load_model, load_tokenizer, versions
-from retain.lab.corpora import Stream, collate
 from retain.lab.models import make_config, make_model
 from retain.lab.tokenizers import word_tokenizer
 from retain.models.description import num_parameters

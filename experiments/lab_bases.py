@@ -22,11 +22,9 @@ from experiments.small_base import CACHE, logger
 from retain import ReplayDataset, load_model, load_tokenizer
 from retain.data.rows import token_documents
 from retain.files import write_json
-from retain.lab.config import PretrainConfig
-from retain.lab.corpora import Rows as RowsByNumber
-from retain.lab.corpora import Stream, mixture
 from retain.lab.models import counted_size_of, make_config, make_model
-from retain.lab.pretrain import Corpus, PretrainArguments, make_trainer, open_corpus, step_tokens
+from retain.lab.pretrain import Corpus, PretrainArguments, PretrainConfig, make_trainer, open_corpus, step_tokens
+from retain.lab.streams import RowFunction, Stream, mixture
 from retain.models.description import default_device, model_fingerprint
 from retain.training.resume import checkpoint_to_resume
 
@@ -124,7 +122,7 @@ def open_lab_bench(
     """
     tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder), dtype="float32", device=default_device())
     drawn = written_by(model, [tokenizer.bos_token_id] * num_replay, new.length, 7_000 + seed)
-    stream: RowsByNumber = new.stream(num_train, 1_000 + seed)
+    stream: RowFunction = new.stream(num_train, 1_000 + seed)
     documents = token_documents([row.tolist() for row in old.held_out[:held_out]], tokenizer)
     return Bench(
         folder=folder,

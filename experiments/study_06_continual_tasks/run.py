@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
 from experiments.harness import Results, written_by
@@ -22,8 +22,8 @@ from experiments.scales import Told, conduct, seeds_of
 from experiments.small_base import CACHE
 from experiments.study_06_continual_tasks.report import METHODS, draw, report
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer
-from retain.lab.corpora import Stream, collate
 from retain.lab.models import make_config, make_model
+from retain.lab.streams import Stream
 from retain.lab.tasks import EOS, PAD, TASKS, VOCABULARY, DigitTask, digit_tokenizer, exact_match
 from retain.models.description import default_device
 
@@ -123,7 +123,7 @@ def learn(model: Any, task: int, method: str, tasks: Sequence[DigitTask], scale:
         model=model,
         args=arguments(scale, steps, folder, seed),
         train_dataset=Stream(lambda numbers: tasks[task].training_rows(numbers, stream + 1), steps * scale.batch_size),
-        data_collator=collate,
+        data_collator=default_data_collator,
         processing_class=digit_tokenizer(tasks[0].name),
         replay_config=ReplayConfig(
             replay_objective=method if protected else "kl",  # type: ignore[arg-type]

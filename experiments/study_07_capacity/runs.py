@@ -20,9 +20,8 @@ from experiments.harness import Bench, Results, Run, finetune
 from experiments.lab_bases import open_lab_bench, pretrain
 from experiments.small_base import CACHE
 from retain import load_model
-from retain.lab.config import PretrainConfig
 from retain.lab.models import counted_size_of, expand, make_config
-from retain.lab.pretrain import open_corpus
+from retain.lab.pretrain import PretrainConfig, open_corpus
 
 logger = logging.getLogger("experiments")
 A_DECADE = 16  # checkpoints for each tenfold of pretraining

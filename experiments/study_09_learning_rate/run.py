@@ -21,8 +21,7 @@ from experiments.matched import NoReport
 from experiments.scales import Told, conduct
 from experiments.small_base import CACHE
 from experiments.study_09_learning_rate.report import OLD, draw, nearest, table, verdict
-from retain.lab.config import PretrainConfig
-from retain.lab.pretrain import open_corpus
+from retain.lab.pretrain import PretrainConfig, open_corpus
 
 HERE = Path(__file__).parent
 

@@ -22,9 +22,8 @@ from experiments.scales import Told, conduct, device_name
 from experiments.small_base import CACHE
 from experiments.study_11_batch_size.ensemble import Member, train_together
 from experiments.study_11_batch_size.report import draw, text_of
-from retain.lab.config import PretrainConfig
 from retain.lab.models import make_config, make_model
-from retain.lab.pretrain import PretrainArguments, make_trainer, open_corpus
+from retain.lab.pretrain import PretrainArguments, PretrainConfig, make_trainer, open_corpus
 from retain.models.description import default_device
 from retain.training.half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2
 

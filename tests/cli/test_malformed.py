@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 import retain.cli.config as config
 from retain.cli.main import main
 from retain.files import read_jsonl
-from retain.lab.config import PretrainConfig
+from retain.lab.pretrain import PretrainConfig
 from retain.replay.dataset import shard_path
 from retain.replay.predictions import cache_path
 from retain.sampling.write import sample_replay

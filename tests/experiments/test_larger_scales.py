@@ -19,9 +19,9 @@ import pytest
 from experiments import lab_bases
 from experiments.study_07_capacity import runs as capacity_runs
 from experiments.study_07_capacity.runs import World
-from retain.lab.config import PretrainConfig
-from retain.lab.corpora import Language
+from retain.lab.languages import Language
 from retain.lab.models import counted_size_of, make_config
+from retain.lab.pretrain import PretrainConfig
 
 ROWS = 2
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -22,10 +20,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from retain.cli.main import main
-from retain.lab.config import PretrainConfig
-from retain.lab.corpora import Language, Stream, mixture, passages, read_problems, shuffled, split_documents
+from retain.lab.languages import Language
 from retain.lab.models import SIZES, counted_size, counted_size_of, expand, make_config, make_model, shape_of
-from retain.lab.pretrain import open_corpus
+from retain.lab.pretrain import PretrainConfig, open_corpus, split_documents
+from retain.lab.streams import Stream, mixture, shuffled
 from retain.lab.tasks import EOS, TASKS, DigitTask, digit_tokenizer, exact_match
 from retain.lab.tokenizers import train_tokenizer, word_tokenizer
 from retain.models.description import num_parameters
@@ -250,14 +248,15 @@ def test_every_row_once_a_pass_and_a_mixture_by_its_shares():
     assert len(stream) == 4000
 
 
-def test_texts_are_cut_and_held_out_by_what_they_are():
+def test_texts_are_held_out_by_what_they_are(tmp_path):
     texts = make_texts(200)
-    train, away = split_documents(texts + texts[:50])
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts + texts[:50]))
+    train, away = split_documents(str(tmp_path / "texts.txt"))
     assert not set(train) & set(away)
     assert 2 <= len(set(away)) <= 25
+    (tmp_path / "few.txt").write_text("\n\n".join(texts[:2]))
     with pytest.raises(ValueError, match="too few to hold some out"):
-        split_documents(texts[:2])
-    assert all(len(passage) >= 700 for passage in passages("A sentence of some words. " * 200))
+        split_documents(str(tmp_path / "few.txt"))
 
 
 def test_a_tokenizer_made_on_the_spot_writes_anything():
@@ -356,42 +355,6 @@ def test_texts_share_a_tokenizer_whichever_of_them_is_learned(tmp_path):
     assert alone.get_vocab() != one.get_vocab()
 
 
-def test_reasoning_gym_itself(tmp_path, monkeypatch):
-    """Its real generators, where `make test-extras` brings them."""
-    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed: retain[gym]")
-    monkeypatch.setattr("retain.lab.corpora.NUM_PROBLEMS", 200)
-    problems = read_problems("gsm_symbolic")
-    assert problems == read_problems("gsm_symbolic")
-    assert len(problems) > 150
-    assert all(re.fullmatch(r"-?[\d.,/]+", problem.rpartition("\n")[2]) for problem in problems), "answers are numbers"
-    argv = ["pretrain", *SMALL[2:], "--max_steps", "2", "--vocab_size", "270", "--corpus", "reasoning-gym:gsm_symbolic"]
-    assert main([*argv, "--output_dir", str(tmp_path / "out")]) == 0
-    with pytest.raises(ValueError, match="corpus: reasoning-gym:nothing is not there; "):
-        read_problems("nothing")
-
-
-def test_problems_of_reasoning_gym_are_a_text(tmp_path, monkeypatch, capsys):
-    """The package is no dependency of the tests; what is asked of it, and what is made of its items, is here."""
-    asked = []
-
-    def create_dataset(name: str, size: int, seed: int) -> list[dict]:
-        asked.append((name, size, seed))
-        if name != "sums":
-            raise ValueError(f"Dataset {name!r} not registered")
-        return [
-            {"question": f"{at % 90} + {at % 7}?", "answer": str(at % 90 + at % 7), "metadata": {}} for at in range(999)
-        ]
-
-    monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=create_dataset))
-    argv = ["pretrain", *SMALL[2:], "--max_steps", "2", "--vocab_size", "270", "--output_dir"]
-    assert main([*argv, str(tmp_path / "out"), "--corpus", "reasoning-gym:sums"]) == 0
-    assert asked == [("sums", 10_000, 0)]
-    assert len(read_problems("sums")) == 90 * 7  # each once
-    assert read_problems("sums")[3] == "3 + 3?\n6"
-    assert main([*argv, str(tmp_path / "none"), "--corpus", "reasoning-gym:nothing"]) == 1
-    assert "corpus: reasoning-gym:nothing is not there" in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_pretraining_to_a_target_loss(tmp_path, capsys):
     rest = [*SMALL, "--max_steps", "200", "--eval_steps", "5", "--save_strategy", "no"]
     assert main(["pretrain", *rest, "--stop_at_loss", "2.0", "--output_dir", str(tmp_path / "hit")]) == 0
@@ -418,12 +381,11 @@ def test_pretraining_to_a_target_loss(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--corpus", "reasoning-gym:sums", "--max_steps", "2"], "corpus: reasoning-gym:sums needs a package; pip"),
         (["--corpus", "nothing", "--max_steps", "2"], "corpus: 'nothing' is neither a file nor known; use"),
         (["--max_steps", "2"], "corpus: missing; give --corpus"),
         (["--corpus", "synthetic"], "max_steps: the length is missing; give one of"),
         (["--corpus", "synthetic", "--max_steps", "2", "--max_tokens", "9"], "max_steps: the length is given twice"),
-        (["--corpus", "english=none", "--max_steps", "2"], "corpus: 'english=none' has no share above 0"),
+        (["--corpus", "a.txt=none", "--max_steps", "2"], "corpus: 'a.txt=none' has no share above 0"),
         (["--corpus", "synthetic", "--max_steps", "2", "--model_size", "huge"], "model_size: 'huge' is not known"),
         (
             ["--corpus", "add", "--max_steps", "2", "--adam_beta2_half_life_tokens", "1e6", "--adam_beta2", ".9"],

@@ -27,8 +27,7 @@ def types_of(verb: str) -> tuple[Any, ...]:
 
         return ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, config.FinetuneConfig
     if verb == "pretrain":
-        from retain.lab.config import PretrainConfig
-        from retain.lab.pretrain import PretrainArguments
+        from retain.lab.pretrain import PretrainArguments, PretrainConfig
 
         return PretrainArguments, PretrainConfig
     return (getattr(config, f"{verb.capitalize()}Config"),)

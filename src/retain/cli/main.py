@@ -43,7 +43,7 @@ Finetune a language model without it forgetting, and say how much it forgets.
   sweep      many runs of one verb: a grid of flags, each run made once, whatever kills it
              retain sweep sweep.yaml --output_dir sweep/
   pretrain   a small model from nothing: on text, a language of known entropy, or a digit task
-             retain pretrain --corpus english --model_size 430k --tokens_per_param 10 --output_dir base/
+             retain pretrain --corpus texts.jsonl --model_size 430k --tokens_per_param 10 --output_dir base/
 
 `retain VERB --help` lists a verb's flags; `retain --version` prints the version.
 """

@@ -1,11 +1,12 @@
 """The verb `pretrain`: a small model from nothing by `transformers.Trainer`, into an ordinary Hugging Face folder.
 
 By steps, tokens, tokens per parameter, or to a target loss. Rows come in the order of their numbers, so a killed run
-that goes on from its last checkpoint ends with the weights of one that was not disturbed.
+that resumes from its last checkpoint ends with the weights of an undisturbed one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import time
@@ -16,35 +17,71 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from retain import choose_start_token, versions
+from retain.checks import Settings, setting
 from retain.data.rows import is_local_file, packed_rows, read_rows, row_text
 from retain.files import read_settings, write_json
-from retain.lab.config import PretrainConfig
-from retain.lab.corpora import (
-    GYM,
-    TEXTS,
-    Language,
-    Rows,
-    Stream,
-    collate,
-    mixture,
-    read_problems,
-    shuffled,
-    split_documents,
-)
+from retain.lab.languages import Language
 from retain.lab.models import counted_size_of, make_config, make_model
+from retain.lab.streams import RowFunction, Stream, mixture, shuffled
 from retain.lab.tasks import TASKS, DigitTask, digit_tokenizer
 from retain.lab.tokenizers import train_tokenizer, word_tokenizer
-from retain.models.description import cache_dir, num_parameters
+from retain.models.description import num_parameters
+from retain.training.config import check_arguments
 from retain.training.half_life import apply_half_life, check_half_life, tokens_per_step
+from retain.training.resume import checkpoint_to_resume, train
 from retain.training.run_files import RunFilesCallback
 from retain.training.stop_at_loss import StopAtLoss, check_stop_at_loss
 
 PRETRAIN_FILE = "pretrain.json"  # what was made, written last
-DECIDES = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
+RESUMED_WITH = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
 EVAL_SEED = 2**32  # beyond every seed of training rows
+HELD_OUT_EVERY = 20  # one document in 20, chosen by its hash
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(Settings):
+    """A small model from nothing, on a text, a synthetic language or a digit task."""
+
+    corpus: str | None = setting(
+        None,
+        "Text: a file of rows, a Hub dataset (OWNER/NAME), or several with shares, old.jsonl=0.7,new.jsonl=0.3. Or "
+        "synthetic, a language of known entropy. Or a digit task: add, reversal, sort, modadd.",
+        required=True,
+    )
+    model_size: str = setting(
+        "430k", "30k, 134k, 430k, 2M, 5.8M, 12M, 21M, 32M, 46M, 100M, 200M, or a number of parameters."
+    )
+    vocab_size: int | None = setting(
+        None, "Tokens. Default: 1024 for text, 64 for a synthetic language; digit tasks have 19.", low=4
+    )
+    tokenizer_corpus: str | None = setting(
+        None, "Texts that the tokenizer is trained on, separated by commas. Default: those of the corpus."
+    )
+    max_length: int = setting(128, "Tokens per row; digit tasks have rows of their own length.", low=8)
+    max_tokens: float | None = setting(None, "Tokens to train on, rounded up to whole steps.", low=1e-6)
+    tokens_per_param: float | None = setting(
+        None, "Tokens to train on per parameter, counted as 12 L D^2 + D V.", low=1e-6
+    )
+    stop_at_loss: float | None = setting(
+        None, "End at the first evaluation with a loss this low, in nats per token.", low=1e-6
+    )
+    adam_beta2_half_life_tokens: float | None = setting(
+        None, "Tokens after which Adam's second moment halves, in place of adam_beta2; e.g. 10e6.", low=1e-6
+    )
+    eval_rows: int = setting(256, "Held-out rows of each evaluation.", low=1)
+    num_states: int = setting(256, "With corpus synthetic: hidden states, what is to be learned.")
+    branching: int = setting(4, "With corpus synthetic: tokens that may follow in a state.")
+    language_seed: int = setting(0, "With corpus synthetic: which language.")
+    digits: int = setting(3, "With a digit task: digits of a number.", low=1)
+
+    def __post_init__(self) -> None:
+        self.model_size = str(self.model_size)  # YAML brings numbers
+        super().__post_init__()
+        if self.max_tokens is not None and self.tokens_per_param is not None:
+            raise ValueError(f"max_tokens: {self.max_tokens:g} and tokens_per_param exclude each other; leave one out")
 
 
 @dataclass
@@ -76,10 +113,10 @@ class Corpus:
     length: int
     held_out: np.ndarray
     facts: dict[str, Any]
-    rows: Rows | None = None
+    rows: RowFunction | None = None
     parts: tuple[tuple[float, np.ndarray], ...] = ()
 
-    def stream(self, num_rows: int, seed: int) -> Rows:
+    def stream(self, num_rows: int, seed: int) -> RowFunction:
         """The training rows, in the order of a seed."""
         if self.rows is not None:
             return self.rows
@@ -98,9 +135,6 @@ def run_pretrain(args: PretrainArguments, config: PretrainConfig) -> Trainer:
     Raises:
         ValueError: one line, before anything is written, for input that cannot work.
     """
-    from retain.training.config import check_arguments
-    from retain.training.resume import checkpoint_to_resume
-
     check_arguments(args)
     checkpoint = checkpoint_to_resume(args)
     check_stop_at_loss(args, config.stop_at_loss)
@@ -141,7 +175,7 @@ def make_trainer(args: Any, config: PretrainConfig, corpus: Corpus, model: Any, 
         args=args,
         train_dataset=Stream(corpus.stream(num_rows, seed), num_rows),
         eval_dataset=Stream(lambda numbers: held_out[numbers], len(held_out)),
-        data_collator=collate,
+        data_collator=default_data_collator,
         processing_class=corpus.tokenizer,
     )
     facts = {"num_params": counted_size_of(model.config), "corpus": corpus.facts, "versions": versions()}
@@ -154,8 +188,6 @@ def make_trainer(args: Any, config: PretrainConfig, corpus: Corpus, model: Any, 
 def _train(
     trainer: Trainer, args: Any, config: PretrainConfig, corpus: Corpus, size: int, checkpoint: str | None, say: Any
 ) -> Trainer:
-    from retain.training.resume import train
-
     began = time.monotonic()
     if checkpoint is not None:
         check_same_run(args, config)
@@ -212,7 +244,7 @@ def check_same_run(args: Any, config: PretrainConfig) -> None:
     folder = args.output_dir
     known = read_settings(Path(folder), {"pretrain?": {}, "training_arguments?": {}})
     began = (known.get("training_arguments") or {}) | (known.get("pretrain") or {})
-    for name, value in ({name: getattr(args, name) for name in DECIDES} | asdict(config)).items():
+    for name, value in ({name: getattr(args, name) for name in RESUMED_WITH} | asdict(config)).items():
         if name in began and began[name] != value:
             raise ValueError(
                 f"{name}: {value!r}, but the run in {folder!r} began with {began[name]!r}; use that, or another folder"
@@ -254,49 +286,59 @@ def _synthetic(config: PretrainConfig, seed: int) -> Corpus:
 
 def _texts(config: PretrainConfig, corpus: str) -> Corpus:
     shares = shares_of(corpus)
-    folder = Path(config.data_dir or cache_dir() / "texts").expanduser()
-    made_for = shares_of(config.tokenizer_corpus) if config.tokenizer_corpus else shares
-    split = {name: split_documents(read_documents(name, folder)) for name in dict.fromkeys((*made_for, *shares))}
-    tokenizer = train_tokenizer([text for name in made_for for text in split[name][0]], config.vocab_size or 1024)
+    trained_on = shares_of(config.tokenizer_corpus) if config.tokenizer_corpus else shares
+    split = {source: split_documents(source) for source in dict.fromkeys((*trained_on, *shares))}
+    tokenizer = train_tokenizer([text for source in trained_on for text in split[source][0]], config.vocab_size or 1024)
     start, parts, held_out = choose_start_token(tokenizer), [], []
-    for name in shares:
-        train, away = split[name]
-        random.Random(0).shuffle(train)
-        rows, held = (packed_rows(texts, tokenizer, start, config.max_length) for texts in (train, away))
+    for source, share in shares.items():
+        texts, held_out_texts = split[source]
+        random.Random(0).shuffle(texts)
+        rows, held = (packed_rows(part, tokenizer, start, config.max_length) for part in (texts, held_out_texts))
         if not rows or not held:
-            raise ValueError(f"corpus: {name!r} is shorter than a row of {config.max_length}; lower max_length")
-        parts.append((shares[name], np.array(rows)))
-        held_out += held[: max(1, round(config.eval_rows * shares[name] / sum(shares.values())))]
+            raise ValueError(f"corpus: {source!r} is shorter than a row of {config.max_length}; lower max_length")
+        parts.append((share, np.array(rows)))
+        held_out += held[: max(1, round(config.eval_rows * share / sum(shares.values())))]
     return Corpus(tokenizer, config.max_length, np.array(held_out), {"corpus": corpus}, parts=tuple(parts))
 
 
 def shares_of(corpus: str) -> dict[str, float]:
-    """Names and shares of `english=0.7,spanish=0.3`; a name without a share has 1.
+    """Files or Hub datasets with their shares; one without a share has 1.
+
+    >>> shares_of("wiki.jsonl=0.7,owner/code")
+    {'wiki.jsonl': 0.7, 'owner/code': 1.0}
 
     Raises:
-        ValueError: for a text that is not known, or a share that is no number above 0.
+        ValueError: for a source that is neither, or a share that is no number above 0.
     """
     found: dict[str, float] = {}
     for part in corpus.split(","):
-        name, _, share = part.strip().partition("=")
-        if name not in TEXTS and not name.startswith(GYM) and not is_local_file(name) and "/" not in name:
-            known = ", ".join((*TEXTS, f"{GYM}NAME", "synthetic", *TASKS))
+        source, _, share = part.strip().partition("=")
+        if not is_local_file(source) and "/" not in source and not Path(source).suffix:
+            known = ", ".join(("synthetic", *TASKS))
             raise ValueError(
-                f"corpus: {name!r} is neither a file nor known; use a file, OWNER/NAME of the Hub, or one of {known}"
+                f"corpus: {source!r} is neither a file nor known; use a file, OWNER/NAME of the Hub, or one of {known}"
             )
         try:
-            found[name] = float(share or 1)
+            found[source] = float(share or 1)
         except ValueError:
-            found[name] = 0.0
-        if not 0 < found[name] < math.inf:
-            raise ValueError(f"corpus: {part.strip()!r} has no share above 0; write {name}=0.5")
+            found[source] = 0.0
+        if not 0 < found[source] < math.inf:
+            raise ValueError(f"corpus: {part.strip()!r} has no share above 0; write {source}=0.5")
     return found
 
 
-def read_documents(name: str, folder: Path) -> list[str]:
-    """Documents of a text by name, or of rows: a file's, or a Hub dataset's."""
-    if name in TEXTS:
-        return TEXTS[name](folder)
-    if name.startswith(GYM):
-        return read_problems(name.removeprefix(GYM))
-    return [row_text(row, None) for row in read_rows(name)]
+def split_documents(source: str) -> tuple[list[str], list[str]]:
+    """Documents of a file or Hub dataset for training, and held-out ones: by their hash, so copies stay together.
+
+    Raises:
+        ValueError: if there are too few.
+    """
+    texts = [row_text(row, None) for row in read_rows(source)]
+    hashes = [int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8], 16) for text in texts]
+    training, held_out = (
+        [text for text, number in zip(texts, hashes, strict=True) if (number % HELD_OUT_EVERY == 0) is kept]
+        for kept in (False, True)
+    )
+    if not training or not held_out:
+        raise ValueError(f"corpus: {len(texts)} documents are too few to hold some out; give some dozens")
+    return training, held_out
