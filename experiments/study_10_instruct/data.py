@@ -19,7 +19,7 @@ from experiments.harness import sampled_once
 from experiments.study_04_capabilities.data import download, instructions, social_iqa
 from retain import ReplayDataset, load_questions
 from retain.data.rows import Document, read_rows, token_documents, tokenize_documents
-from retain.measuring.choices import HUB, Question
+from retain.measuring.choices import QUESTION_SETS, Question
 from retain.models.description import StartToken
 from retain.sampling.starts import chat_prefix, plan_starts
 
@@ -139,7 +139,7 @@ def questions_of(names: tuple[str, ...], most: int, rng: random.Random) -> dict[
     local = {"Social IQa": social_iqa, "science": science}
     found = {}
     for name in names:
-        asked = load_questions(name) if name in HUB else local[name]()
+        asked = load_questions(name) if name in QUESTION_SETS else local[name]()
         found[name] = rng.sample(asked, min(most, len(asked)))
     return found
 

@@ -109,4 +109,6 @@ METRICS = {metric.name: metric for metric in (
 # fmt: on
 SUMS = tuple(name for name, metric in METRICS.items() if metric.per_token)
 LOGGED = tuple(name for name, metric in METRICS.items() if metric.logged)
-SHOWN = {metric.name: metric for metric in (GAIN, *METRICS.values()) if metric.label}  # in the order of the tables
+TABLE_METRICS = {
+    metric.name: metric for metric in (GAIN, *METRICS.values()) if metric.label
+}  # in the order of the tables

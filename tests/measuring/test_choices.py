@@ -22,11 +22,11 @@ from retain.measuring.choices import (
     Question,
     as_question,
     as_questions,
-    ask,
     choice_scores,
-    chosen,
+    context_and_answers,
     encode_pair,
     encode_questions,
+    likeliest_choices,
     load_questions,
     measure_choices,
 )
@@ -95,14 +95,14 @@ def test_scores_and_choices_by_hand():
         )
         np.testing.assert_allclose(scores[0], np.log([1 / 4, 1 / 8]), atol=1e-6)
         np.testing.assert_allclose(scores[1], np.log([1 / 4, 1 / 2]), atol=1e-6)
-        assert chosen(scores, inputs.lengths, "acc") == [0, 1]
-        assert chosen(scores, inputs.lengths, "acc_norm") == [1, 1]  # log(8)/4 < log(4)
-    assert chosen([np.array([-1.0, -1.0])], [np.ones(2)], "acc") == [0], "the first of equals"
+        assert likeliest_choices(scores, inputs.lengths, "acc") == [0, 1]
+        assert likeliest_choices(scores, inputs.lengths, "acc_norm") == [1, 1]  # log(8)/4 < log(4)
+    assert likeliest_choices([np.array([-1.0, -1.0])], [np.ones(2)], "acc") == [0], "the first of equals"
 
 
 def naive_scores(model: Any, tokenizer: Any, question: Question, style: str, chat: bool) -> list[float]:
     """Choice by choice, without padding, in float64."""
-    context, answers = ask(question, style)
+    context, answers = context_and_answers(question, style)
     if chat:
         turns = [{"role": "user", "content": context}]
         context = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -197,8 +197,8 @@ def test_what_is_too_long_loses_its_beginning_and_is_counted():
 
 def test_the_two_styles_ask_as_the_harness_does():
     question = Question(" Why? ", ("rain", "stone"), 1)
-    assert ask(question, "text") == ("Question:  Why? \nAnswer:", ("rain", "stone"))
-    assert ask(question, "letter") == ("Question: Why?\nA. rain\nB. stone\nAnswer:", ("A", "B"))
+    assert context_and_answers(question, "text") == ("Question:  Why? \nAnswer:", ("rain", "stone"))
+    assert context_and_answers(question, "letter") == ("Question: Why?\nA. rain\nB. stone\nAnswer:", ("A", "B"))
 
 
 @pytest.mark.slow
@@ -244,7 +244,7 @@ def test_lm_evaluation_harness_answers_alike_question_by_question(style, chat, t
     for found, sample in zip(scores, samples, strict=True):
         np.testing.assert_allclose(found, [response[0] for response in sample["filtered_resps"]], atol=1e-4)
     for rule in ("acc", "acc_norm"):
-        answers = chosen(scores, inputs.lengths, rule)
+        answers = likeliest_choices(scores, inputs.lengths, rule)
         right = [float(answer == question.answer) for answer, question in zip(answers, questions, strict=True)]
         assert right == [sample[rule] for sample in samples]
 

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from retain.measuring.drift import FATES, MARKERS, drift, fate, knowledge, says, word_overlap
-from retain.measuring.generations import Prompt, Written, as_prompt, measure_generations, stop_tokens, write
+from retain.measuring.drift import MARKERS, drift, holds_answer, knowledge, knowledge_fate, word_overlap
+from retain.measuring.generations import Prompt, Written, as_prompt, continue_prompts, measure_generations, stop_tokens
 from retain.measuring.measure import measure
 from retain.measuring.options import Options
+from retain.report.behaviour_tables import KNOWLEDGE_FATES
 
 TOKENIZER = make_tokenizer()
 START = 3
@@ -37,7 +38,7 @@ def test_greedy_texts_are_those_of_one_row_whatever_the_checkpoint_says():
     )
     before = model.generation_config
     prompts = [[START, *TOKENIZER(text)["input_ids"]] for text in ("the quick brown", "old towns", "a lazy dog")]
-    written = write(model, TOKENIZER, prompts, stop=[319], max_new_tokens=6, batch_tokens=64)
+    written = continue_prompts(model, TOKENIZER, prompts, stop=[319], max_new_tokens=6, batch_tokens=64)
     for ids, found in zip(prompts, written, strict=True):
         expected = by_hand(model, ids, 6)
         assert found.text == TOKENIZER.decode(expected, skip_special_tokens=True)
@@ -49,7 +50,7 @@ def test_a_text_ends_at_any_of_the_stop_tokens():
     model = make_model()
     ids = [START, *TOKENIZER("the quick brown")["input_ids"]]
     expected = by_hand(model, ids, 6)
-    (found,) = write(model, TOKENIZER, [ids], stop=[expected[2]], max_new_tokens=6, batch_tokens=64)
+    (found,) = continue_prompts(model, TOKENIZER, [ids], stop=[expected[2]], max_new_tokens=6, batch_tokens=64)
     assert found.ended
     assert found.num_tokens == expected.index(expected[2])
     model.generation_config.eos_token_id = [7, 9]
@@ -82,7 +83,7 @@ def test_recurrent_models_write_the_same_in_a_batch_as_without_a_cache(kind):
         for parameter in model.parameters():
             parameter.mul_(6.0 if parameter.ndim == 2 else 1.0)
     prompts = [[START, 50, 60], [START, 9, 14], [START, 100, 101]]
-    written = write(model, TOKENIZER, prompts, stop=[319], max_new_tokens=6, batch_tokens=64)
+    written = continue_prompts(model, TOKENIZER, prompts, stop=[319], max_new_tokens=6, batch_tokens=64)
     expected = [by_hand(model, ids, 6) for ids in prompts]
     assert [one.text for one in written] == [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in expected]
 
@@ -94,9 +95,10 @@ def test_samples_are_draws_of_the_whole_distribution_and_leave_the_random_state_
     prompts = [[START, 40, 41]] * 3000
     torch.manual_seed(11)
     state = torch.get_rng_state()
-    written = write(model, TOKENIZER, prompts, stop=[319], max_new_tokens=1, batch_tokens=4000, seed=5)
+    how = {"stop": [319], "max_new_tokens": 1, "batch_tokens": 4000, "seed": 5}
+    written = continue_prompts(model, TOKENIZER, prompts, **how)
     assert torch.equal(torch.get_rng_state(), state)
-    assert written == write(model, TOKENIZER, prompts, stop=[319], max_new_tokens=1, batch_tokens=4000, seed=5)
+    assert written == continue_prompts(model, TOKENIZER, prompts, **how)
     probs = torch.softmax(model(torch.tensor([[START, 40, 41]])).logits[0, -1].detach(), -1)
     top = int(probs.argmax())
     text = TOKENIZER.decode([top], skip_special_tokens=True)
@@ -126,7 +128,7 @@ def test_a_chat_opens_its_own_document_and_a_text_is_opened_by_the_start_token()
     ],
 )
 def test_what_became_of_a_piece_of_knowledge(base, tuned, expected, updated, found):
-    assert fate(base, tuned, expected, updated) == found
+    assert knowledge_fate(base, tuned, expected, updated) == found
 
 
 def test_knowledge_counts_and_the_share_kept_of_what_was_known():
@@ -136,7 +138,7 @@ def test_knowledge_counts_and_the_share_kept_of_what_was_known():
     assert found["kept_share"]["num_questions"] == 10
     assert knowledge([]) is None
     assert knowledge(["unknown"])["kept_share"] is None
-    assert set(found["counts"]) == set(FATES)
+    assert set(found["counts"]) == set(KNOWLEDGE_FATES)
 
 
 def test_words_and_marks():
@@ -145,8 +147,8 @@ def test_words_and_marks():
     assert word_overlap("", "") == 1
     assert word_overlap("a", "") == 0
     assert word_overlap("日本の首都", "日本の都") == pytest.approx(8 / 9)
-    assert says("The answer: carbon dioxide (CO2).", "Carbon Dioxide")
-    assert not says("carbonated dioxide", "carbon dioxide")
+    assert holds_answer("The answer: carbon dioxide (CO2).", "Carbon Dioxide")
+    assert not holds_answer("carbonated dioxide", "carbon dioxide")
     for text in ("a <|im_start|>user", "[INST] do", "fine\nUser: and", "### Response", "<start_of_turn>"):
         assert MARKERS.search(text), text
     for text in ("the user: writes", "# Response times", "a < b | c", "install [INSTALL]"):
@@ -201,7 +203,7 @@ def test_both_models_write_side_by_side():
     prompts = [Prompt("the quick", expected="fox"), Prompt("seven bright birds sing")]
     plain = measure_generations(base, tuned, prompts, OPTIONS, sampled=True)
     assert [row["how"] for row in plain["generations"]] == ["greedy"] * 2 + ["sampled"] * 2
-    assert plain["generations"][0]["fate"] in FATES
+    assert plain["generations"][0]["fate"] in KNOWLEDGE_FATES
     assert [row["fate"] for row in plain["generations"][1:]] == [None] * 3
     assert plain["knowledge"]["num_questions"] == 1
     assert plain["drift"]["greedy"]["length"]["value"] <= 6

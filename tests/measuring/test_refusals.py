@@ -325,7 +325,7 @@ def test_openings_and_judges_begin_where_the_answer_does(opening, expected):
 def test_reasoning_that_did_not_end_is_no_answer_and_is_said(monkeypatch):
     base, tuned = make_model().eval(), make_model(seed=1).eval()
     written = [Written("Hm. I can't help.", 5, False, False, ""), Written("Hm. No. Yes.", 5, True, False, "Yes.")]
-    monkeypatch.setattr("retain.measuring.refusals.write_both", lambda *rest, **asked: ([written[0]], [written[1]]))
+    monkeypatch.setattr("retain.measuring.refusals.both_texts", lambda *rest, **asked: ([written[0]], [written[1]]))
     found = measure_refusals(base, tuned, ["the fox?"], OPTIONS)
     assert found["scorers"]["phrases"]["base_rate"]["value"] == found["scorers"]["phrases"]["rate"]["value"] == 0
     assert found["notes"][-1] == (

@@ -24,7 +24,7 @@ from retain.data.rows import Document, read_sample
 from retain.losses import next_token_loss
 from retain.measuring.options import Options
 from retain.measuring.reasoning import answer_turn
-from retain.measuring.tokens import Forward, batches, logits_of, not_finite, padded, row_by_row
+from retain.measuring.tokens import Forward, batches, check_finite, logits_of, padded, row_by_row
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import max_positions, with_least_room
 from retain.report.answers import compare_answers, share_entry
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Name in lm-evaluation-harness: (Hub id, configuration, the split that it scores).
-HUB = {
+QUESTION_SETS = {
     "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test"),
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
     "mmlu": ("cais/mmlu", "all", "test"),
     "commonsense_qa": ("tau/commonsense_qa", None, "validation"),
 }
 NOISE_QUESTIONS = 8  # of each set, on which the base is measured against itself
-SHOWN = 10  # lost questions of each set that the page shows
-SHOWN_CHARACTERS = 2000  # of each of their texts
+MAX_LOST = 10  # lost questions of each set that a report keeps
+MAX_CHARACTERS = 2000  # of a text that a report keeps as an example
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ class Question:
 
 
 def load_questions(source: str, *, max_questions: int | None = None, seed: int = 0) -> list[Question]:
-    """Questions of a JSONL, JSON or Parquet file, of a name in `HUB`, or of the test split of a Hub dataset.
+    """Questions of a JSONL, JSON or Parquet file, of a name in `QUESTION_SETS`, or of the test split of a Hub dataset.
 
     Rows carry `question`, `choices` (a list, or `text` and `label` as in ARC) and `answer` or `answerKey`: an index
     from 0, a letter or label, or the text of the right choice.
 
     Args:
-        max_questions: draw only so many, with `seed`; their order stays.
+        max_questions: how many to draw with `seed`, in their own order; None for all.
 
     Raises:
         ValueError: one line naming the source, the row, and what is wrong.
     """
-    rows = read_sample(source, HUB, "choices", split="test", most=max_questions, seed=seed)
+    rows = read_sample(source, QUESTION_SETS, "choices", split="test", most=max_questions, seed=seed)
     return [as_question(row, where) for row, where in rows]
 
 
@@ -114,8 +114,8 @@ def _answer_index(name: str, answer: Any, choices: list[str], labels: list[Any] 
     return found.pop()
 
 
-def ask(question: Question, style: str) -> tuple[str, tuple[str, ...]]:
-    """What is put to the model and the answers it chooses from, without the space between.
+def context_and_answers(question: Question, style: str) -> tuple[str, tuple[str, ...]]:
+    """The context of a question and the answers to choose from, without the space between.
 
     text: as arc_challenge in the harness. letter: as commonsense_qa there, and mmlu but for its first line.
     """
@@ -126,7 +126,7 @@ def ask(question: Question, style: str) -> tuple[str, tuple[str, ...]]:
     return "\n".join([f"Question: {question.text.strip()}", *listed, "Answer:"]), letters
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a text behind what the tokenizer itself puts first, which a text that begins with BOS already has.
 
     What it puts last, as an EOS, is left out: it is no part of a continuation, and a context does not end there.
@@ -144,7 +144,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Tokens of the context and of the continuation, cut where the context's own tokens end."""
     kept = context.rstrip()
-    whole, start = encode(tokenizer, context + continuation), encode(tokenizer, kept)
+    whole, start = encode_text(tokenizer, context + continuation), encode_text(tokenizer, kept)
     return start, whole[len(start) :]
 
 
@@ -183,7 +183,7 @@ def encode_questions(
     for at, question in enumerate(questions):
         if style == "letter" and len(question.choices) > len(ascii_uppercase):
             raise ValueError(f"choice_style: question {at + 1} has more choices than letters; use choice_style text")
-        context, answers = ask(question, style)
+        context, answers = context_and_answers(question, style)
         if chat_template:
             context = answer_turn(context, tokenizer)
         inputs.lengths.append(np.array([len(answer) for answer in answers], float))
@@ -191,7 +191,7 @@ def encode_questions(
             start, wanted = encode_pair(tokenizer, context, answer if chat_template else f" {answer}")
             if not 0 < len(wanted) <= (limit or len(wanted)):
                 other = {"text": "letter", "letter": "text"}[style]
-                context, answers = ask(question, other)
+                context, answers = context_and_answers(question, other)
                 apart = all(encode_pair(tokenizer, context, f" {answer}")[1] for answer in answers)
                 raise ValueError(
                     f"choices: choice {choice + 1} of question {at + 1} has {len(wanted)} tokens of its own; "
@@ -238,11 +238,10 @@ def choice_scores(
                         losses = next_token_loss(own, torch.tensor(wanted, device=own.device))
                         of_model[question][choice] = -float(losses.double().sum())
             bar.update(sum(map(len, windows)))
-    for at, found in ((at, found) for of_model in scores for at, found in enumerate(of_model)):
-        if not np.isfinite(found).all():
-            choice = int(np.flatnonzero(~np.isfinite(found))[0])
-            what = f"{who}: its log-likelihood of answer {choice + 1} to question {at + 1} is {found[choice]:g}"
-            raise ValueError(f"{what}; {not_finite(found[choice])}")
+    for of_model in scores:
+        for at, found in enumerate(of_model, start=1):
+            for choice, value in enumerate(found, start=1):
+                check_finite(value, f"{who}: its log-likelihood of answer {choice} to question {at} is")
     return scores
 
 
@@ -260,8 +259,8 @@ def both_scores(
     return [base.recall("choices", parts, lambda: scored("base", base.model)), scored("model", tuned)]
 
 
-def chosen(scores: Sequence[np.ndarray], lengths: Sequence[np.ndarray], rule: str) -> list[int]:
-    """The choice with the highest log-likelihood (`acc`), or the highest per character (`acc_norm`)."""
+def likeliest_choices(scores: Sequence[np.ndarray], lengths: Sequence[np.ndarray], rule: str) -> list[int]:
+    """The index of the choice with the highest log-likelihood (`acc`), or the highest per character (`acc_norm`)."""
     return [
         int((found / length if rule == "acc_norm" else found).argmax())
         for found, length in zip(scores, lengths, strict=False)  # of the noise floor there are fewer scores
@@ -296,7 +295,7 @@ def measure_choices(
     right = np.array([question.answer for question in questions])
     rules, answers = {}, {}
     for rule in ("acc", "acc_norm") if style == "text" else ("acc",):
-        before, after, again = (np.array(chosen(found, inputs.lengths, rule)) for found in scores)
+        before, after, again = (np.array(likeliest_choices(found, inputs.lengths, rule)) for found in scores)
         flags = (before == right).tolist(), (after == right).tolist()
         same = int((before[: len(again)] == again).sum())
         rules[rule] = {
@@ -319,9 +318,9 @@ def measure_choices(
 def _lost(questions: Sequence[Question], base: list[int], tuned: list[int]) -> list[dict[str, Any]]:
     """The first few questions that the base answered rightly and the tuned model does not."""
     found = [
-        {"prompt": question.text[:SHOWN_CHARACTERS], "base": before, "tuned": after}
-        | {"choices": [choice[:SHOWN_CHARACTERS] for choice in question.choices]}
+        {"prompt": question.text[:MAX_CHARACTERS], "base": before, "tuned": after}
+        | {"choices": [choice[:MAX_CHARACTERS] for choice in question.choices]}
         for question, before, after in zip(questions, base, tuned, strict=True)
         if before == question.answer != after
     ]
-    return found[:SHOWN]
+    return found[:MAX_LOST]

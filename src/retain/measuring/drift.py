@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from retain.report.answers import change_entry, share_entry
+from retain.report.behaviour_tables import KNOWLEDGE_FATES
 from retain.statistics import bootstrap_ratio
 
-FATES = ("kept", "updated", "forgotten", "learned", "unknown")
 KNOWN_BEFORE = ("kept", "updated", "forgotten")
 # A chat template's marks written out as ordinary text, whichever template they come from.
 MARKERS = re.compile(
@@ -33,35 +33,35 @@ def mean_entry(values: Sequence[float] | np.ndarray, **options: Any) -> dict[str
     return {"value": value, "ci": [low, high] if np.isfinite(low) else [None, None], "num_prompts": len(numbers)}
 
 
-def words(text: str) -> list[str]:
+def words_in(text: str) -> list[str]:
     """Words in lower case; in scripts that put no space between them, characters."""
     return re.findall(r"[぀-ヿ㐀-鿿가-힯฀-๿]|\w+", text.casefold())
 
 
 def word_overlap(base: str, tuned: str) -> float:
     """F1 of the words of two texts, counted with their repeats and whatever their order; two empty texts are alike."""
-    before, after = Counter(words(base)), Counter(words(tuned))
+    before, after = Counter(words_in(base)), Counter(words_in(tuned))
     if not before and not after:
         return 1.0
     return 2 * (before & after).total() / (before.total() + after.total())
 
 
-def says(text: str, wanted: str) -> bool:
+def holds_answer(text: str, wanted: str) -> bool:
     """Whether a text holds an expected answer, as whole words, whatever the case and punctuation."""
-    answer, found = words(wanted), words(text)
+    answer, found = words_in(wanted), words_in(text)
     return bool(answer) and any(found[at : at + len(answer)] == answer for at in range(len(found)))
 
 
-def fate(base: str, tuned: str, expected: str | None, updated: str | None) -> str | None:
-    """What became of a piece of knowledge, from the texts of base and tuned model; one of `FATES`.
+def knowledge_fate(base: str, tuned: str, expected: str | None, updated: str | None) -> str | None:
+    """What became of a piece of knowledge, from the texts of base and tuned model; one of `KNOWLEDGE_FATES`.
 
     kept: both give the expected answer. updated: the tuned model gives the new one. forgotten: the base gave the
     expected one, the tuned model neither. learned: only the tuned model gives the expected one. unknown: no one.
     """
     if expected is None and updated is None:
         return None
-    before, after = (expected is not None and says(text, expected) for text in (base, tuned))
-    if updated is not None and says(tuned, updated):
+    before, after = (expected is not None and holds_answer(text, expected) for text in (base, tuned))
+    if updated is not None and holds_answer(tuned, updated):
         return "updated"
     if before:
         return "kept" if after else "forgotten"
@@ -69,10 +69,10 @@ def fate(base: str, tuned: str, expected: str | None, updated: str | None) -> st
 
 
 def knowledge(fates: Sequence[str]) -> dict[str, Any] | None:
-    """Counts of `FATES`, and of what the base knew the share that was not forgotten; None without expected answers."""
+    """Counts of `KNOWLEDGE_FATES`, and the share of what the base knew that was not forgotten; None without any."""
     if not fates:
         return None
-    counts = {name: fates.count(name) for name in FATES}
+    counts = {name: fates.count(name) for name in KNOWLEDGE_FATES}
     known = sum(counts[name] for name in KNOWN_BEFORE)
     share = share_entry(known - counts["forgotten"], known) if known else None
     return {"num_questions": len(fates), "counts": counts, "kept_share": share}

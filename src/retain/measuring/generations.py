@@ -17,10 +17,10 @@ import torch
 
 from retain.data.chats import chat_of
 from retain.data.rows import prompt_text, user_turn_text
-from retain.measuring.drift import MARKERS, drift, fate, knowledge
+from retain.measuring.drift import MARKERS, drift, knowledge, knowledge_fate
 from retain.measuring.options import Options
 from retain.measuring.reasoning import without_reasoning
-from retain.measuring.tokens import not_finite
+from retain.measuring.tokens import check_finite
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import max_positions, with_least_room
 
@@ -92,7 +92,7 @@ def stop_tokens(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenize
 
 @contextmanager
 def own_settings_aside(model: Any) -> Iterator[None]:
-    """The model's own `generation_config` set aside: `generate` fills from it whatever was not asked for."""
+    """The model's own `generation_config` set aside: `generate` fills every option that is not given from it."""
     from transformers import GenerationConfig
 
     holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
@@ -107,7 +107,7 @@ def own_settings_aside(model: Any) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def write(
+def continue_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
@@ -153,20 +153,18 @@ def write(
 
 def _numbers_only(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     if bool(scores.isnan().any()):
-        raise ValueError(
-            f"model: its predictions after {input_ids.shape[1]} tokens of a prompt are nan; {not_finite(math.nan)}"
-        )
+        check_finite(math.nan, f"model: its predictions after {input_ids.shape[1]} tokens of a prompt are")
     return scores
 
 
-def write_both(
+def both_texts(
     base: MeasuredBase,
     tuned: PreTrainedModel,
     prompts: Sequence[Prompt],
     options: Options,
     seed: int | None = None,
 ) -> tuple[list[Written], list[Written]]:
-    """What base and tuned model write; the base writes once.
+    """Continuations of base and tuned model; the base writes once.
 
     Raises:
         ValueError: where a prompt and its continuation have no room in the models' positions.
@@ -179,12 +177,12 @@ def write_both(
             f"max_new_tokens: {options.max_new_tokens} after a prompt of {longest} tokens are more than this model's "
             f"{limit} positions; use fewer, or shorter prompts"
         )
-    asked: dict[str, Any] = {"stop": stop_tokens([base.model, tuned], tokenizer, options.start_id), "seed": seed}
-    asked |= {"max_new_tokens": options.max_new_tokens, "batch_tokens": options.batch_tokens}
+    how: dict[str, Any] = {"stop": stop_tokens([base.model, tuned], tokenizer, options.start_id), "seed": seed}
+    how |= {"max_new_tokens": options.max_new_tokens, "batch_tokens": options.batch_tokens}
     options.stage("the base writes")
-    of_base = base.recall("texts", [ids, asked], lambda: write(base.model, tokenizer, ids, **asked))
+    of_base = base.recall("texts", [ids, how], lambda: continue_prompts(base.model, tokenizer, ids, **how))
     options.stage("the tuned model writes")
-    return of_base, write(tuned, tokenizer, ids, **asked)
+    return of_base, continue_prompts(tuned, tokenizer, ids, **how)
 
 
 def _read(row: list[int], tokenizer: PreTrainedTokenizerBase, stop: set[int], prompt: str) -> Written:
@@ -223,7 +221,7 @@ def measure_generations(
     found: dict[str, Any] = {}
     notes: list[str] = []
     for how, draw in (("greedy", None), ("sampled", options.seed))[: 1 + sampled]:
-        texts = write_both(MeasuredBase.of(base), tuned, prompts, options, draw)
+        texts = both_texts(MeasuredBase.of(base), tuned, prompts, options, draw)
         written = [_row(prompt, how, *both) for prompt, *both in zip(prompts, *texts, strict=True)]
         found[how] = drift(written, seed=options.seed, num_resamples=options.num_resamples)
         rows += written
@@ -243,5 +241,5 @@ def _row(prompt: Prompt, how: str, base: Written, tuned: Written) -> dict[str, A
         **{name: {who: getattr(one, name) for who, one in both.items()} for name in ("num_tokens", "ended", "markers")},
         "expected": prompt.expected,
         "updated": prompt.updated,
-        "fate": fate(base.answer, tuned.answer, prompt.expected, prompt.updated) if how == "greedy" else None,
+        "fate": knowledge_fate(base.answer, tuned.answer, prompt.expected, prompt.updated) if how == "greedy" else None,
     }

@@ -53,8 +53,8 @@ def measure_with_lm_eval(
 
     Args:
         tasks: names of tasks, groups or tags, or YAML files.
-        include_path: a folder with tasks of one's own.
-        limit: only so many questions of each task, from its beginning.
+        include_path: folder with your own tasks.
+        limit: number of questions of each task, from its beginning; None for all.
         num_fewshot: examples before each question; None for what each task says.
         batch_size: rows per forward pass.
 
@@ -269,7 +269,8 @@ def pair_samples(base: Samples, tuned: Samples, *, names: tuple[str, str], style
                 unclear[metric] = None
                 continue
             right = [[row[metric] == 1 for row in rows] for rows in sides]
-            rules[metric if name == "none" else f"{metric} ({name})"] = compare_answers(*answers, *right)
+            compared = compare_answers(answers[0], answers[1], right[0], right[1])
+            rules[metric if name == "none" else f"{metric} ({name})"] = compared
     if not rules:
         why = f"share no question with {', '.join(ANSWER_METRICS)}; give two of the same task"
         if unclear:

@@ -14,7 +14,7 @@ from retain.measuring.choices import Question, as_questions, measure_choices
 from retain.measuring.generations import Prompt, measure_generations
 from retain.measuring.options import Options
 from retain.measuring.refusals import Judge, measure_refusals
-from retain.measuring.texts import measure_texts
+from retain.measuring.texts import text_results
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import (
     check_predicts_tokens,
@@ -111,7 +111,7 @@ def measure(
     _check_tokens(base.model, tokenizer, [document for text in (learned | kept).values() for document in text])
     with evaluation_mode(base.model), evaluation_mode(tuned):
         base.check_unchanged()
-        result = measure_texts(base, tuned, learned, kept, options)
+        result = text_results(base, tuned, learned, kept, options)
         result |= {"choices": {}, "refusals": {}, "generations": []}
 
         def distinct(name_of: str, items: Sequence[Any], unit: str) -> list[Any]:

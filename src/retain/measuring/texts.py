@@ -38,7 +38,7 @@ WORST = 2  # documents of each text that are shown token by token
 SHOWN_TOKENS = 240  # of each of them
 
 
-def measure_texts(
+def text_results(
     base: MeasuredBase,
     tuned: PreTrainedModel,
     new_task: dict[str, list[Document]],

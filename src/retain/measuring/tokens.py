@@ -150,25 +150,22 @@ def document_sums(
             np.add.at(values[name], indices, sums.numpy())
         if progress is not None:
             progress(sum(map(len, windows)))
-    _check_finite(values, text)
+    for name in sorted(SUMS, key=lambda name: (not name.startswith("base_"), name != "loss")):  # what both share last
+        who = "base" if name.startswith("base_") else "model"
+        for at, value in enumerate(values[name], start=1):
+            check_finite(value, f"{who}: its {name.removeprefix('base_')} on document {at} of {text!r} is")
     num_tokens = np.array([document.num_tokens for document in documents])
     return DocumentSums(values, num_tokens, np.array([document.num_bytes for document in documents]))
 
 
-def _check_finite(values: Mapping[str, np.ndarray], text: str) -> None:
-    """The base's own numbers first: with them goes what compares both."""
-    for name in sorted(SUMS, key=lambda name: (not name.startswith("base_"), name != "loss")):
-        for at in np.flatnonzero(~np.isfinite(values[name]))[:1].tolist():
-            who, value = "base" if name.startswith("base_") else "model", values[name][at]
-            what = f"{who}: its {name.removeprefix('base_')} on document {at + 1} of {text!r} is {value:g}"
-            raise ValueError(f"{what}; {not_finite(value)}")
-
-
-def not_finite(value: float) -> str:
-    """Why a loss is not finite, and what to do."""
+def check_finite(value: float, what: str) -> None:
+    """Raise a `ValueError` that begins with `what` for a loss that is not finite, with cause and remedy."""
+    if math.isfinite(value):
+        return
+    remedy = "it gives a token there no probability at all: leave the text out, or unmask its vocabulary"
     if math.isnan(value):
-        return "its weights or its dtype give no numbers: check how it was trained and saved, and load it in float32"
-    return "it gives a token there no probability at all: leave the text out, or unmask its vocabulary"
+        remedy = "its weights or its dtype give no numbers: check how it was trained and saved, and load it in float32"
+    raise ValueError(f"{what} {value:g}; {remedy}")
 
 
 def summarize(sums: DocumentSums, *, seed: int = 0, num_resamples: int = 2000) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from retain.metrics import SHOWN
+from retain.metrics import TABLE_METRICS
 from retain.report import tables
 from retain.report.answers import rules_of
 from retain.report.numbers import bounds_of, is_number
@@ -68,7 +68,7 @@ def model_index(data: dict) -> list[dict[str, Any]]:
     found = [
         (name, key, key, metrics[key])
         for name, metrics in texts
-        for key, metric in SHOWN.items()
+        for key, metric in TABLE_METRICS.items()
         if metric.indexed and metrics.get(key)
     ]
     found += [(name, key, f"{key} ({rule})", asked[key]) for name, rule, asked in rules_of(data)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain.files import MAPPING, NUMBER, atomic_path, check_shape, read_json, write_text
-from retain.metrics import GAIN, KEPT_SUMS, METRICS, SHOWN
+from retain.metrics import GAIN, KEPT_SUMS, METRICS, TABLE_METRICS
 from retain.report import style as plots
 from retain.report import tables
 from retain.report.answers import MEANINGS, answers_sentence, answers_table
@@ -274,7 +274,7 @@ def _view(reports: list[dict], title: str, notes: Sequence[str]) -> dict[str, An
         "heat": heat_map(runs),
         "answers": answers_table(runs), "refusals": refusals_table(runs), "drift": drift_table(runs),
         "knowledge": knowledge_table(runs), "sizes": tables.sizes(runs), "facts": tables.facts(runs),
-        "metrics": SHOWN, "asked": MEANINGS, "scorers": SCORERS, "fates": KNOWLEDGE_FATES,
+        "metrics": TABLE_METRICS, "asked": MEANINGS, "scorers": SCORERS, "fates": KNOWLEDGE_FATES,
     }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from retain.metrics import METRICS, SHOWN, Metric
+from retain.metrics import METRICS, TABLE_METRICS, Metric
 from retain.report.numbers import cell, is_number, quantity
 
 KINDS = ("new_task", "retention")  # of texts
@@ -21,7 +21,7 @@ def metric_table(runs: list[dict], *, main: bool) -> dict[str, Any]:
             measured = [(run.get(kind) or {}).get(text) or {} for run in runs]
             floor: dict = next(filter(None, ((run.get("noise_floor") or {}).get(text) for run in runs)), {})
             rows = []
-            for name, metric in SHOWN.items():
+            for name, metric in TABLE_METRICS.items():
                 if (kind in metric.main) == main and any(name in metrics for metrics in measured):
                     own = f"base_{name}"
                     bases = [m.get(own) for m in measured] if own in METRICS else [floor.get(name)]

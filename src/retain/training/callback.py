@@ -27,7 +27,7 @@ from retain import versions
 from retain.checks import check_named
 from retain.data.rows import Document
 from retain.files import read_settings
-from retain.measuring.choices import Inputs, Question, as_questions, choice_scores, chosen, encode_questions
+from retain.measuring.choices import Inputs, Question, as_questions, choice_scores, encode_questions, likeliest_choices
 from retain.measuring.tokens import Forward, logits_at
 from retain.models.base_predictions import HiddenStates
 from retain.models.description import (
@@ -331,5 +331,5 @@ class ForgettingCallback(RunFilesCallback):
         for name, inputs in self._inputs.items():
             longest = max(map(len, inputs.rows))
             (scores,) = choice_scores([forward], inputs, batch_tokens=tokens * longest, device=device)
-            found[name] = chosen(scores, inputs.lengths, rule)
+            found[name] = likeliest_choices(scores, inputs.lengths, rule)
         return found
