@@ -19,7 +19,8 @@ from experiments.study_10_instruct.data import sampled
 from experiments.study_10_instruct.runs import ARMS, CHAT_ARMS, SCALES, Scale, Workplace, workplace
 from experiments.study_12_self_generated_chat.report import ARMS_COMPARED, draw, report
 from retain import ReplayDataset, choose_start_token
-from retain.sampling.starts import CONTENT, chat_prefix
+from retain.data.rows import user_turn_text
+from retain.sampling.starts import chat_prefix
 
 HERE = Path(__file__).parent
 INSTRUCT = HERE.parent / "study_10_instruct"
@@ -38,9 +39,9 @@ def turn_of(own: list[int], end: int, opening: list[int]) -> tuple[int | None, b
 
 def answer_opening(tokenizer: Any, end: int) -> list[int]:
     """What the chat template writes between the end of a user's turn and the answer."""
-    turns = [{"role": "user", "content": CONTENT}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    tokens = tokenizer(text.partition(CONTENT)[2], add_special_tokens=False)["input_ids"]
+    _, found, behind = user_turn_text("QUESTION", tokenizer).partition("QUESTION")
+    assert found
+    tokens = tokenizer(behind, add_special_tokens=False)["input_ids"]
     return tokens[tokens.index(end) + 1 :]
 
 
