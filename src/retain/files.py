@@ -17,23 +17,25 @@ CONFIG_FILE = "retain_config.json"  # of a run, beside its metrics.jsonl
 LOCK = ".lock"
 PART = ".retain-part"  # ends the name of a file that is being written
 SAFETENSORS_PART = ".tmp" + "[0-9A-Za-z]" * 6  # of weights that safetensors is writing
-# What torch and safetensors say of a full disk, which is not an OSError; 122 is a quota, 27 a limit on a file's size.
-DISK_FULL = ("inline_container.cc", "os error 28", "os error 122", "os error 27")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The same in the words of torch and safetensors, who raise no OSError; 122 is a quota, 27 a limit on a file's size.
+DISK_FULL_WORDS = ("inline_container.cc", "os error 28", "os error 122", "os error 27")
 # Shapes of what is read from JSON, for `check_shape`.
 MAPPING: dict[Any, Any] = {}
 NUMBER = (float, int)
-KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "a yes or no"}
+JSON_TYPES = {
+    dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "true or false"
+}  # fmt: skip
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """A write that fails for want of space says where: libraries do not, and some do not say why either."""
+def _full_disk_named(path: Path) -> Iterator[None]:
+    """Errors of a full disk with the path, which libraries leave out; some leave out the reason, too."""
     try:
         yield
     except Exception as error:
         number = error.errno if isinstance(error, OSError) and not error.filename else None
-        if number not in FULL and not any(sign in str(error) for sign in DISK_FULL):
+        if number not in DISK_FULL and not any(words in str(error) for words in DISK_FULL_WORDS):
             raise
         number = number or errno.ENOSPC
         raise OSError(number, os.strerror(number), str(path)) from error
@@ -46,7 +48,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        with naming(path):
+        with _full_disk_named(path):
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -68,24 +70,32 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, what: str, remedy: str) -> Any:
-    """What a JSON file holds, or a `ValueError` of one line: what could not be read, why, and the remedy."""
+def read_json(path: Path, field: str, remedy: str) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        ValueError: one line naming the field and the file, the reason and the remedy.
+    """
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
-        raise ValueError(f"{what}: cannot read {str(path)!r} ({error.strerror}); {remedy}") from error
+        raise ValueError(f"{field}: cannot read {str(path)!r} ({error.strerror}); {remedy}") from error
     except (ValueError, RecursionError) as error:  # of which UnicodeDecodeError is one
-        raise ValueError(f"{what}: cannot read {str(path)!r} (not JSON: {str(error)[:80]}); {remedy}") from error
+        raise ValueError(f"{field}: cannot read {str(path)!r} (not JSON: {str(error)[:80]}); {remedy}") from error
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Runs by their folder, by the whole path where folders share a name."""
+    """Names of runs: their folders, or the whole paths where folders share a name.
+
+    >>> short_names([Path("runs/a/report.json"), Path("runs/b/report.json")])
+    ['a', 'b']
+    """
     folders = [(path if path.is_dir() else path.parent).name for path in paths]
     return folders if len(set(folders)) == len(paths) else [str(path) for path in paths]
 
 
 def read_settings(folder: Path, shape: Any = MAPPING, file: str = CONFIG_FILE) -> dict[str, Any]:
-    """What a run keeps in its `retain_config.json` (or another `file`); nothing where there is none.
+    """A run's `retain_config.json` (or another `file`); nothing where there is none.
 
     Raises:
         ValueError: for a file that is damaged.
@@ -139,8 +149,12 @@ def check_shape(value: Any, shape: Any, where: str, remedy: str) -> None:
 
     Args:
         shape: a type, or a tuple of several; `[shape]` for a list of such, `[shape, shape]` for a pair; a dict of keys
-            and their shapes, where a key that ends in "?" may be missing or null, others may be there, and `str`
+            and their shapes, where a key that ends in "?" may be missing or null, other keys are ignored, and `str`
             stands for every key.
+
+    >>> check_shape({"num_rows": "12"}, {"num_rows": int, "model?": str}, "manifest", "sample again")
+    Traceback (most recent call last):
+    ValueError: manifest: 'num_rows' is "12", not a whole number; sample again
     """
     if found := _misfit(value, shape, ""):
         raise ValueError(f"{where}: {found}; {remedy}")
@@ -148,13 +162,13 @@ def check_shape(value: Any, shape: Any, where: str, remedy: str) -> None:
 
 def _misfit(value: Any, shape: Any, name: str) -> str | None:
     """The first place where a value has another shape, in words."""
-    kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
-    said = f"{name[1:]!r} is " if name else "it is "
-    if type(value) not in kinds:
-        return f"{said}{json.dumps(value)[:40]}, not {KINDS[kinds[0]]}"
+    types = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
+    place = f"{name[1:]!r} is " if name else "it is "
+    if type(value) not in types:
+        return f"{place}{json.dumps(value)[:40]}, not {JSON_TYPES[types[0]]}"
     if isinstance(shape, list):
         if len(shape) > 1 and len(value) != len(shape):
-            return f"{said}{json.dumps(value)[:40]}, not {len(shape)} values"
+            return f"{place}{json.dumps(value)[:40]}, not {len(shape)} values"
         parts = [(f".{at}", item, shape[0]) for at, item in enumerate(value)]
     elif isinstance(shape, dict) and str in shape:
         parts = [(f".{key}", item, shape[str]) for key, item in value.items()]
@@ -169,7 +183,7 @@ def _misfit(value: Any, shape: Any, name: str) -> str | None:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Refuse a file that could not be written, before the work whose result it is to hold.
+    """Refuse a file that nothing could be written to, before the work whose result it is to hold.
 
     Raises:
         ValueError: naming the flag and the path.
@@ -182,7 +196,7 @@ def check_writable(path: Path, flag: str) -> None:
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
     """Append one row and close the file, so that it outlives the process."""
-    with naming(path), open(path, "a", encoding="utf-8") as file:
+    with _full_disk_named(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -210,7 +224,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     failed = True
     try:
         remove_parts(folder)
-        with naming(folder):
+        with _full_disk_named(folder):
             yield
         failed = False
     finally:
@@ -222,21 +236,8 @@ def exclusive(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def hold_together(folder: Path) -> int:
-    """Hold the folder beside other writers; the first removes what killed ones left. Returns a handle to be closed."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    with suppress(BlockingIOError):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_parts(folder)
-    fcntl.flock(handle, fcntl.LOCK_SH)
-    return handle
-
-
 def remove_parts(folder: Path) -> None:
-    """Remove files and folders that were being written when their process was killed; none may be at it now."""
+    """Remove files and folders that a killed process was writing; no process may be writing there now."""
     patterns = (f".*{PART}", SAFETENSORS_PART, f"checkpoint-*/{SAFETENSORS_PART}")
     for part in [part for pattern in patterns for part in folder.glob(pattern)]:
         if part.is_dir():
@@ -246,7 +247,11 @@ def remove_parts(folder: Path) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line: its message's first line that says something, and its type where that is not ours."""
+    """An error in one line: the first line of its message that is not empty, and its type where that is not ours.
+
+    >>> one_line(KeyError("step"))
+    "KeyError: 'step' (RETAIN_DEBUG=1 shows where)"
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = lines[0] if lines else "no message"
     if isinstance(error, ValueError):
@@ -254,6 +259,6 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename!r}" if error.filename else ""
         return f"{error.strerror}{where}; check the path, its permissions and the space left"
-    if any(sign in message for sign in DISK_FULL):
-        return "a file could not be written, probably No space left on device; free some and go on"
+    if any(words in message for words in DISK_FULL_WORDS):
+        return "a file could not be written, probably No space left on device; free some space and run it again"
     return f"{type(error).__name__}: {message} (RETAIN_DEBUG=1 shows where)"

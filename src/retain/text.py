@@ -10,6 +10,9 @@ def visible(value: Any) -> Any:
     """The same data with every control, bidi-override, surrogate or unassigned character written out as an escape.
 
     Line breaks and tabs stay in generated text and prompts only; a name is one line.
+
+    >>> print(visible("exe\\u202egnp"))
+    exe\\u202egnp
     """
     if isinstance(value, str):
         return "".join(map(_visible_char, value))

@@ -385,7 +385,10 @@ def test_an_interrupted_verb_says_how_to_go_on(world, tmp_path, capsys, monkeypa
     ],
 )
 def test_a_full_disk_is_named_whoever_meets_it(error):
-    assert one_line(error) == "a file could not be written, probably No space left on device; free some and go on"
+    assert (
+        one_line(error)
+        == "a file could not be written, probably No space left on device; free some space and run it again"
+    )
 
 
 def test_the_last_whole_checkpoint_is_resumed(tmp_path):

@@ -131,7 +131,7 @@ def prove_cache(model: PreTrainedModel, length: int) -> bool:
 def row_uniforms(seed: int, row: int, num_draws: int) -> np.ndarray:
     """Uniforms in [0, 1) of one row, shape (num_draws,), float64, from the counter-based generator Philox.
 
-    >>> (row_uniforms(0, 7, 2) == row_uniforms(0, 7, 3)[:2]).all()
+    >>> bool((row_uniforms(0, 7, 2) == row_uniforms(0, 7, 3)[:2]).all())
     True
     """
     raw = np.random.Philox(key=[seed, row]).random_raw(num_draws)
