@@ -119,18 +119,18 @@ def test_the_settings_that_a_run_keeps_are_those_it_used(tmp_path):
     trainer = ReplaySFTTrainer(
         make_model(), args, train_dataset=rows, processing_class=make_tokenizer(), replay_dataset=str(folder)
     )
-    kept = trainer.settings()["replay"]
+    kept = trainer.measurer.settings["replay"]
     names = ("per_device_replay_batch_size", "replay_max_length", "replay_reference", "start_token")
     assert [kept[name] for name in names] == [1, 20, "copy", "<s>"]
 
 
 def test_a_small_divergence_is_not_shown_as_none():
     """The end of a run said `ref_kl 0.0000 [0.0000, 0.0000]`."""
-    from retain.training.retention import _with_interval
+    from retain.training.trainer import with_interval
 
     table = {"value": 1.8e-5, "ci": [1.2e-5, 2.9e-5]}
-    assert _with_interval("ref_kl", table) == "ref_kl 0.000018 [0.000012, 0.000029]"
-    assert _with_interval("ref_kl", {"value": 0.25, "ci": [None, None]}) == "ref_kl 0.250"
+    assert with_interval("ref_kl", table) == "ref_kl 0.000018 [0.000012, 0.000029]"
+    assert with_interval("ref_kl", {"value": 0.25, "ci": [None, None]}) == "ref_kl 0.250"
 
 
 @pytest.mark.parametrize(("number", "words"), [(0, "0 prompts"), (1, "1 prompt"), (1200, "1,200 prompts")])

@@ -144,7 +144,7 @@ def test_training_from_hidden_states_is_training_with_the_base(
     peft = {"peft_config": LoraConfig(**LORA, exclude_modules=["lm_head"])} if adapter else {}
     live = run(tmp_path / "a", datasets["hidden"], "adapter" if adapter else "copy", changes=SGD, **peft)
     stored = run(tmp_path / "b", datasets["hidden"], "auto", changes=SGD, **peft)
-    assert stored.reference_kind == "cache (hidden)"
+    assert stored.replay.reference_kind == "cache (hidden)"
     assert logged(stored, "replay/kl") == pytest.approx(logged(live, "replay/kl"), rel=1e-3, abs=1e-6)
     assert logged(stored, "replay/kl")[-1] > 1e-3
     assert difference(weights(live.model), weights(stored.model)) < 1e-5
@@ -157,7 +157,7 @@ def test_retention_beside_stored_predictions_is_measured_in_mixed_precision(
     """The states were made in autocast and held against a probe in float32: refused as not the base."""
     texts = {"words": make_texts(3, seed=9)}
     trainer = run(tmp_path, datasets[kind], "auto", changes={"bf16": True}, retention_datasets=texts)
-    assert trainer.reference_kind == f"cache ({kind})"
+    assert trainer.replay.reference_kind == f"cache ({kind})"
     assert trainer.evaluate_retention()["retention/words/ref_kl"] > 1e-3
 
 
@@ -181,7 +181,7 @@ def test_accumulation_changes_nothing_with_stored_predictions(
         settings: dict[str, Any] = {"trainer_class": ReplaySFTTrainer if scaled else Unscaled, **of_lora(adapter, 0.0)}
         settings["replay_config"] = ReplayConfig(replay_coef=2.0, per_device_replay_batch_size=batch)
         trainer = train(tmp_path, datasets["hidden"], changes={**SGD, **changes}, **settings)
-        assert trainer.reference_kind == "cache (hidden)"
+        assert trainer.replay.reference_kind == "cache (hidden)"
         found.append(weights(trainer.model))
     assert difference(*found) < 2e-6
 
@@ -261,7 +261,7 @@ def test_full_finetuning_keeps_no_second_model_and_asks_no_base(
     model, passes = make_model(), []
     model.register_forward_pre_hook(lambda *args: passes.append(1))
     trainer = run(tmp_path, datasets[kind], "cache", model=model, changes={"max_steps": 3})
-    assert trainer.reference is None
+    assert trainer.replay.reference is None
     before = 1 + 2 + 1 + 1  # sees it ahead; as it came and as it is trained, finding the head, proving the store
     assert len(passes) == before + 3 * 2
 
@@ -274,12 +274,12 @@ def test_retention_is_measured_without_a_second_model(
     changes = {"retention_datasets": texts, "changes": {"max_steps": 3}}
     live = run(tmp_path / "live", datasets[kind], "copy", **changes)
     stored = run(tmp_path / "stored", datasets[kind], "cache", **changes)
-    assert stored.reference is not None
-    memory = sum(value.numel() for value in stored.reference.ref_model.buffers())  # type: ignore[union-attr]
+    assert stored.replay.reference is not None
+    memory = sum(value.numel() for value in stored.replay.reference.ref_model.buffers())  # type: ignore[union-attr]
     assert memory == stored.model.get_output_embeddings().weight.numel()
     # The same model against the copy and against what is remembered of the base:
     live.model.load_state_dict(stored.model.state_dict())
-    live._retention_tables = stored._retention_tables = {}
+    live.measurer.tables, stored.measurer.tables = {}, {}
     found, wanted = stored.evaluate_retention(), live.evaluate_retention()
     assert wanted["retention/old/ref_kl"] > 1e-3
     assert found == pytest.approx(wanted, rel=1e-3, abs=1e-5)
@@ -303,7 +303,7 @@ def test_another_models_predictions_are_not_the_base(datasets: dict[str, ReplayD
     with pytest.raises(ValueError, match="nothing fit is stored"):
         train(tmp_path, datasets["hidden"], other, replay_config=settings)
     settings = ReplayConfig(allow_off_policy_replay=True)
-    assert train(tmp_path, datasets["hidden"], other, replay_config=settings).reference_kind == "copy"
+    assert train(tmp_path, datasets["hidden"], other, replay_config=settings).replay.reference_kind == "copy"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -90,10 +90,10 @@ def count_gathers(trainer: Any) -> list[int]:
     """All-gathers of one replay term with its gradient: in one chunk, and in chunks of two predictions."""
     found, whole = [], losses.CHUNK_BYTES
     for losses.CHUNK_BYTES in (whole, 4 * 320 * 2):
-        batch = trainer.replay_batch(range(4))
+        batch = trainer.replay.batch(range(4), trainer.accelerator.device)
         mask = batch.pop("labels")[:, 1:] != -100
         with CommDebugMode() as seen:
-            trainer.replay_term.kl(trainer.model_wrapped, trainer.model, batch, mask).backward()
+            trainer.replay.term.kl(trainer.model_wrapped, trainer.model, batch, mask).backward()
         found.append(sum(count for kind, count in seen.get_comm_counts().items() if "gather" in str(kind)))
         trainer.model.zero_grad()
     losses.CHUNK_BYTES = whole

@@ -17,7 +17,7 @@ from ddp_run import CASES, MORE, PARTS
 from safetensors.torch import load_file
 
 from retain.sampling.write import sample_replay
-from retain.training.protection import check_whole
+from retain.training.host_checks import check_whole
 
 HERE = Path(__file__).parent
 DEEPSPEED = (

@@ -21,7 +21,7 @@ from retain import ForgettingCallback, measure
 from retain.files import read_jsonl
 from retain.laws.runs import read_runs
 from retain.measuring.choices import Question
-from retain.training.evaluation import take_documents
+from retain.training.retention import retention_documents
 from retain.training.run_files import OF_TRAINING, read_run
 
 TOKENIZER = make_tokenizer()
@@ -364,19 +364,19 @@ def test_a_text_that_is_trained_on_is_not_measured_as_remembered(tmp_path):
 def test_documents_are_whole_bounded_and_always_the_same():
     cut = {"tokenizer": TOKENIZER, "start_id": 3, "max_length": 16, "max_windows": None}
     texts = ["", *make_texts(30, seed=4)]
-    every = take_documents("a", texts, None, 0, **cut)
-    some = take_documents("a", texts, 300, 0, **cut)
+    every = retention_documents("a", texts, None, 0, **cut)
+    some = retention_documents("a", texts, 300, 0, **cut)
     assert len(every) == 30
     assert sum(document.num_tokens for document in some) <= 300
     assert 1 < len(some) < 30
     assert [document for document in every if document in some] == some, "whole, and in their own order"
-    assert take_documents("a", every, 300, 0, **cut) != take_documents("a", every, 300, 1, **cut)
-    assert some == take_documents("a", iter(texts), 300, 0, **cut)
-    assert len(take_documents("a", texts, 1, 0, **cut)) == 1
+    assert retention_documents("a", every, 300, 0, **cut) != retention_documents("a", every, 300, 1, **cut)
+    assert some == retention_documents("a", iter(texts), 300, 0, **cut)
+    assert len(retention_documents("a", texts, 1, 0, **cut)) == 1
     with pytest.raises(ValueError, match="'a' has no text to measure"):
-        take_documents("a", ["", ""], 10, 0, **cut)
+        retention_documents("a", ["", ""], 10, 0, **cut)
     with pytest.raises(ValueError, match="texts: 'a' is a str, not several texts; give a list"):
-        take_documents("a", "wiki.txt", 10, 0, **cut)
+        retention_documents("a", "wiki.txt", 10, 0, **cut)
 
 
 def test_letters_in_the_chat_template(tmp_path):

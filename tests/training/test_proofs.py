@@ -28,7 +28,7 @@ from retain import ForgettingCallback, ReplayConfig, ReplayMixin, ReplaySFTTrain
 from retain.models.reference import Reference
 from retain.replay.dataset import ReplayDataset
 from retain.sampling.write import sample_replay
-from retain.training.protection import check_devices, expected_steps
+from retain.training.host_checks import check_devices, expected_steps
 
 TEXTS = {"words": make_texts(3, seed=9)}
 INVOKING = [[3, 7, 9, *range(10, 20)]] * 8  # rows with what switches an activated LoRA on
@@ -109,7 +109,7 @@ class Follow(TrainerCallback):
     trainer: Any = None
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.reference.ref_model.load_state_dict(self.trainer.model.state_dict())
+        self.trainer.replay.reference.ref_model.load_state_dict(self.trainer.model.state_dict())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

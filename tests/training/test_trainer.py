@@ -38,14 +38,8 @@ from retain.models.reference import Reference
 from retain.replay.dataset import ReplayDataset, replace_rows, token_documents, tokenize_documents
 from retain.sampling.write import sample_rows
 from retain.training.budget import OPENING
-from retain.training.protection import (
-    LOADS_EMPTY,
-    check_devices,
-    check_held_out,
-    row_columns,
-    see_the_base_everywhere,
-    training_rows,
-)
+from retain.training.host_checks import LOADS_EMPTY, check_devices, see_the_base_everywhere
+from retain.training.row_checks import check_held_out, row_columns, training_rows
 
 TOKENIZER = make_tokenizer()
 ROWS = Dataset.from_list([{"text": text} for text in make_texts(48, seed=1)])
@@ -355,7 +349,7 @@ def test_kl_is_zero_at_first_and_positive_after(
     kl = logged(trainer, "replay/kl")
     assert abs(kl[0]) < 1e-7
     assert all(value > 1e-7 for value in kl[1:])
-    assert trainer.reference.kind == ("adapter" if lora else "copy")
+    assert trainer.replay.reference.kind == ("adapter" if lora else "copy")
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -420,7 +414,7 @@ def test_replace_puts_replay_rows_into_the_batch(replay: ReplayDataset, tmp_path
     assert joined["labels"][:2, 10:].eq(-100).all()
     assert torch.equal(joined["labels"][2:, 1:], batch["input_ids"][:, 1:])
     trainer = train(tmp_path, replay, replay_config=ReplayConfig(replay_objective="replace", replay_share=0.5))
-    assert trainer.reference is None
+    assert trainer.replay.reference is None
     assert "replay/kl" not in trainer.state.log_history[0]
     assert trainer.replay_batch_size == 2
 
@@ -548,7 +542,8 @@ def test_adapters_that_keep_the_base_intact(tmp_path: Path, replay: ReplayDatase
     batch = replay.batch([0, 1])
     with torch.no_grad():
         expected = make_model()(**batch).logits
-        assert torch.allclose(trainer.ref_logits(trainer.model, batch), expected, atol=1e-5)
+        with trainer.replay.reference.base(trainer.model, trainer.model) as base:
+            assert torch.allclose(base(**batch).logits, expected, atol=1e-5)
 
 
 def test_what_the_user_froze_in_an_adapter_stays_frozen(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -866,7 +861,7 @@ def test_the_best_weights_are_the_ones_reported(tmp_path: Path, replay: ReplayDa
     )
     assert trainer.state.best_global_step == 2
     reported = trainer.evaluate_retention()
-    trainer._retention_tables.clear()
+    trainer.measurer.tables.clear()
     assert reported == trainer.evaluate_retention()
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if "retention/words/loss" in row] == [2, 4, 6]
@@ -942,10 +937,9 @@ def test_replay_every_k_steps(tmp_path: Path, replay: ReplayDataset, objective: 
     drawn: list[int] = []
 
     class Watching(ReplaySFTTrainer):
-        def replay_batch(self, indices: Any) -> Any:
-            if hasattr(self, "_queue"):
-                drawn.append(self.state.global_step)
-            return super().replay_batch(indices)
+        def _draw(self, num_micro_batches: int) -> Any:
+            drawn.append(self.state.global_step)
+            return super()._draw(num_micro_batches)
 
     config = ReplayConfig(replay_every=3, **settings)
     trainer = train(tmp_path, replay, trainer_class=Watching, replay_config=config, changes={"max_steps": 7})

@@ -17,11 +17,11 @@ from retain.models.loading import load_tokenizer
 from retain.replay.dataset import load_texts
 from retain.text import first_line, visible
 from retain.training.config import check_arguments
-from retain.training.evaluation import check_best_metric, logged_names
 from retain.training.half_life import apply_half_life, check_half_life
-from retain.training.inputs import load_for_training
-from retain.training.protection import check_replay_every, expected_steps
+from retain.training.host_checks import expected_steps, load_for_training
+from retain.training.protection import check_replay_every
 from retain.training.resume import checkpoint_to_resume, train
+from retain.training.retention import check_best_metric, retention_names
 from retain.training.run_files import keep_once
 from retain.training.stop_at_loss import StopAtLoss, check_early_stopping, check_stop_at_loss
 from retain.training.trainer import ReplaySFTTrainer
@@ -49,7 +49,7 @@ def run_finetune(
     check_stop_at_loss(training_args, config.stop_at_loss)
     check_early_stopping(training_args, config.early_stopping_patience)
     sources = named_sources(config.retention, "retention")
-    check_best_metric(training_args, logged_names(sources))
+    check_best_metric(training_args, retention_names(sources))
     train_dataset, eval_dataset = new_rows(script_args, dataset_args, training_args, config)
     name = model_args.model_name_or_path
     options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}

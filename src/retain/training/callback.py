@@ -11,24 +11,19 @@ Each evaluation is a point of the path: learning against forgetting, in the file
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import extract_model_from_parallel
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import default_compute_objective
 
 from retain import versions
 from retain.checks import check_named
 from retain.data.rows import Document
 from retain.files import read_settings
 from retain.measuring.choices import Inputs, Question, as_questions, choice_scores, encode_questions, likeliest_choices
-from retain.measuring.tokens import Forward, logits_at
+from retain.measuring.tokens import Forward
 from retain.models.base_predictions import HiddenStates
 from retain.models.description import (
     check_predicts_tokens,
@@ -38,33 +33,22 @@ from retain.models.description import (
     num_tuned,
     unlike,
 )
-from retain.models.head import HeadForm, find_head_form, reshard
+from retain.models.head import HeadForm, find_head_form
 from retain.models.reference import Reference, evaluation_mode, probe
-from retain.training.evaluation import (
-    Sets,
-    Tables,
-    add_to_metrics,
+from retain.training.host_checks import check_base_is_frozen, check_forward_passes, see_the_base_everywhere
+from retain.training.retention import (
+    RetentionMeasurer,
     check_best_metric,
     evaluated_batches,
-    evaluated_set,
-    logged,
-    logged_names,
-    measure_texts,
-    take_documents,
+    retention_documents,
+    retention_names,
 )
-from retain.training.protection import (
-    check_base_is_frozen,
-    check_forward_passes,
-    check_not_trained_on,
-    row_edges,
-    see_the_base_everywhere,
-)
-from retain.training.run_files import RunFilesCallback, weights_step
+from retain.training.row_checks import check_not_trained_on, row_edges
 
 GIVE_BASE = "give base=the model before finetuning, as a second copy"
 
 
-class ForgettingCallback(RunFilesCallback):
+class ForgettingCallback(RetentionMeasurer):
     """Measure forgetting, `ref_kl` and `ref_agreement`, and agreement with the base's own answers, at evaluations.
 
     The base is the model as the trainer gets it: its adapter switched off, else its hidden states on these texts and
@@ -79,16 +63,18 @@ class ForgettingCallback(RunFilesCallback):
         max_tokens: tokens of each text: whole documents in an order drawn with `seed`, the same at every evaluation.
             None for all.
         max_length: longest window in tokens; longer documents are cut into several.
-        choices_every: questions are asked at every so many evaluations.
+        choices_every: every how many evaluations questions are asked.
         choice_style, choice_chat_template: as of `measure`.
         start_token: the document start; chosen from the tokenizer by default.
+
+    Attributes:
+        trainer: set it, and the values go through `trainer.log`; else to the files, `log_history` and what `evaluate`
+            returns.
+        tables: optimizer step whose weights were measured → text → metric → what `measure` finds, with intervals.
 
     Raises:
         ValueError: one line, in the trainer's constructor or at the start of training, if the base cannot be had.
     """
-
-    trainer: Any = None
-    """Set it, and the values go through `trainer.log`; else to the files, `log_history` and what `evaluate` returns."""
 
     def __init__(
         self,
@@ -110,23 +96,15 @@ class ForgettingCallback(RunFilesCallback):
         if choices_every < 1:
             raise ValueError(f"choices_every: {choices_every}; use at least 1")
         check_named("retention", retention or {})
-        super().__init__({})
+        super().__init__()
         self.retention, self.base = dict(retention or {}), base
         self.choices = {name: as_questions(name, rows) for name, rows in (choices or {}).items()}
         self.tokenizer, self.start_token, self.seed = tokenizer, start_token, seed
         self.max_tokens, self.max_length, self.choices_every = max_tokens, max_length, choices_every
-        self.asked: dict[str, Any] = {"style": choice_style, "chat_template": choice_chat_template}
-        self.reference: Reference | None = None
-        self.documents: dict[str, list[Document]] = {}
-        self.tables: dict[int, Tables] = {}
-        """By the optimizer step whose weights were measured: what `measure` finds, with intervals."""
-        self._values: dict[int, dict[str, float]] = {}  # of the same, as they are logged
-        self._sets: Sets = {}
-        self._is_logged = True
+        self.choice_form: dict[str, Any] = {"style": choice_style, "chat_template": choice_chat_template}
         self._inputs: dict[str, Inputs] = {}
         self._base_answers: dict[str, list[int]] = {}
         self._row_edges: set[int] = set()
-        self._is_in_train = self._begun = False
 
     # What the trainer calls
 
@@ -137,77 +115,26 @@ class ForgettingCallback(RunFilesCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._make_sure_of_base(args, state, kwargs["model"], kwargs.get("processing_class"))
+        self.prepare(args, state, kwargs["model"], kwargs.get("processing_class"))
         assert self.reference is not None
         if state.global_step and self.reference.kind == "copy" and self.base is None:
             self._check_resumed(Path(args.output_dir), state.global_step)
         self.reference.to(args.device)
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
         check_not_trained_on(dataset, self.documents, self._row_edges)
-        self.tables, self._sets, self._is_in_train = {}, {}, True
-        super().on_train_begin(args, state, control)
+        super().on_train_begin(args, state, control, **kwargs)
 
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any, **kwargs: Any) -> None:
-        if not self._begun:
-            self._prove_again(model, state)
-        self._begun = True
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self._is_in_train = False
-        super().on_train_end(*args, **kwargs)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
-        """An evaluation's values are joined by ours as they are logged: other callbacks may read them before us."""
-        super().on_log(args, state, control, logs)
-        if logs and evaluated_set(logs) is not None:
-            self._add_values(logs, args, state, model, kwargs.get("processing_class"))
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any
-    ) -> None:
-        """Once a step, measure and log."""
-        step = self._add_values(metrics or {}, args, state, model, kwargs.get("processing_class"))
-        if not self._is_logged and step == state.global_step:  # logs belong to the step that the host is at
-            self._log(dict(self._values[step]), args, state, control)
-        self._is_logged = True
-
-    def _add_values(self, metrics: dict[str, float], args: Any, state: Any, model: Any, processing_class: Any) -> int:
-        """The step whose weights the model holds; what is measured of them, once, is added to a host's metrics."""
-        self._make_sure_of_base(args, state, model, processing_class)
-        step = weights_step(args, state, is_in_train=self._is_in_train)
-        if step not in self.tables:
-            self._measure(step, args, state, model)
-        objective = getattr(self.trainer, "compute_objective", default_compute_objective)
-        if not state.is_hyper_param_search or objective is not default_compute_objective:  # which adds up all it finds
-            add_to_metrics(metrics, self._values[step], step, self._sets)
-        return step
-
-    def _measure(self, step: int, args: Any, state: Any, model: Any) -> None:
-        assert self.reference is not None
-        self.reference.to(args.device)
-        self._prove_again(model, state)
+    def _measure(self, step: int, args: Any, state: TrainerState, model: Any) -> dict[str, float]:
         asks = len(self.tables) % self.choices_every == 0
-        ref_forward, forward = self._forwards(model)
-        with evaluation_mode(model):
-            self.tables[step] = measure_texts(ref_forward, forward, self.documents, args=args, state=state, step=step)
-            answers = self._answers(forward, args, args.device) if asks else {}
-        self._values[step] = logged(self.tables[step])
+        values = super()._measure(step, args, state, model)
+        answers = self._answers(self._forwards(model)[1], args, args.device) if asks else {}
         for name, found in answers.items():
-            agreement = float(np.mean(np.array(found) == self._base_answers[name]))
-            self._values[step][f"choices/{name}/agreement"] = agreement
-        self._is_logged = False
-
-    def _log(self, logs: dict[str, float], args: Any, state: Any, control: Any) -> None:
-        if self.trainer is not None:
-            self.trainer.log(logs)
-            return
-        state.log_history.append({**logs, "epoch": state.epoch, "step": state.global_step})
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        self.on_log(args, state, control, logs)
+            values[f"choices/{name}/agreement"] = float(np.mean(np.array(found) == self._base_answers[name]))
+        return values
 
     # The base
 
-    def _make_sure_of_base(self, args: Any, state: TrainerState, model: Any, processing_class: Any) -> None:
+    def prepare(self, args: TrainingArguments, state: TrainerState, model: Any, processing_class: Any) -> None:
         """A callback that was added later sees the model only now, which is the base only before the first step."""
         if self.reference is None and state.global_step and self.base is None:
             raise ValueError(
@@ -221,8 +148,8 @@ class ForgettingCallback(RunFilesCallback):
         see_the_base_everywhere(may_change=False)
         check_predicts_tokens(model)
         check_forward_passes(model, args)
-        asked = [f"choices/{name}/agreement" for name in self.choices] if self.choices_every == 1 else []
-        check_best_metric(args, [*logged_names(self.retention), *asked])
+        agreements = [f"choices/{name}/agreement" for name in self.choices] if self.choices_every == 1 else []
+        check_best_metric(args, [*retention_names(self.retention), *agreements])
         tokenizer = self.tokenizer or getattr(processing_class, "tokenizer", processing_class)
         if tokenizer is None:
             raise ValueError("tokenizer: missing, and the trainer has no processing_class; give one to the callback")
@@ -231,9 +158,9 @@ class ForgettingCallback(RunFilesCallback):
         cut = {"tokenizer": tokenizer, "start_id": start.id, "max_windows": None}
         cut["max_length"] = min(self.max_length, limit or self.max_length)
         for name, source in self.retention.items():
-            self.documents[name] = take_documents(name, source, self.max_tokens, self.seed, **cut)
+            self.documents[name] = retention_documents(name, source, self.max_tokens, self.seed, **cut)
         for name, questions in self.choices.items():
-            self._inputs[name] = encode_questions(questions, tokenizer, limit=limit, **self.asked)
+            self._inputs[name] = encode_questions(questions, tokenizer, limit=limit, **self.choice_form)
         self.reference = self._base_given(model) if self.base is not None else self._base_shown(model, args)
         fingerprint = model_fingerprint(model) if self.base is None and self.reference.kind == "copy" else None
         self.settings = {
@@ -246,8 +173,7 @@ class ForgettingCallback(RunFilesCallback):
         }
         device = model.device
         self.reference.to(device)
-        base = model if fingerprint else None  # the remembered base knows the texts only, and the model is still it
-        forward = self._forwards(model)[0] if base is None else self._forwards(model)[1]
+        forward = self._forwards(model)[1 if fingerprint else 0]  # a remembered base knows the texts only
         with evaluation_mode(model):
             self._base_answers = self._answers(forward, args, device)
 
@@ -273,12 +199,9 @@ class ForgettingCallback(RunFilesCallback):
                     from error  # fmt: skip
         return reference
 
-    def _prove_again(self, model: Any, state: TrainerState) -> None:
-        assert self.reference is not None
+    def prove_reference(self, model: Any, state: TrainerState) -> None:
         try:
-            with self._autocast(model.device):
-                self.reference.prove_again(model, extract_model_from_parallel(model), state.global_step)
-            reshard(model)
+            super().prove_reference(model, state)
         except ValueError as error:
             what = f"it gives other predictions at step {state.global_step} than when training began"
             raise ValueError(f"base: {what} (an adapter merged into it?), so it is none; {GIVE_BASE}") from error
@@ -301,32 +224,9 @@ class ForgettingCallback(RunFilesCallback):
                 f"it began; {GIVE_BASE}"
             )
 
-    # Forward passes
-
-    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The dtype of training, even where the host has not wrapped the model yet."""
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = dtypes.get(AcceleratorState().mixed_precision)
-        return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-    def _forwards(self, model: Any) -> tuple[Forward, Forward]:
-        """The base and the model as functions from `input_ids` and `attention_mask` to logits."""
-        unwrapped = extract_model_from_parallel(model)
-
-        def ref_forward(**batch: Tensor) -> Tensor:
-            assert self.reference is not None
-            with self._autocast(model.device), self.reference.base(model, unwrapped) as base:
-                return logits_at(base, batch)
-
-        def forward(**batch: Tensor) -> Tensor:
-            with self._autocast(model.device):
-                return logits_at(model, batch)
-
-        return ref_forward, forward
-
     def _answers(self, forward: Forward, args: TrainingArguments, device: torch.device) -> dict[str, list[int]]:
         """What a model chooses: per character where choices are written out, as letters are all of one length."""
-        rule, tokens = "acc_norm" if self.asked["style"] == "text" else "acc", args.per_device_eval_batch_size
+        rule, tokens = "acc_norm" if self.choice_form["style"] == "text" else "acc", args.per_device_eval_batch_size
         found = {}
         for name, inputs in self._inputs.items():
             longest = max(map(len, inputs.rows))

@@ -1,401 +1,353 @@
-"""What must hold before a run is called protected; each check refuses in one line with the remedy."""
+"""What protects a run: replay rows, the frozen base or what was stored of it, and the proof that they do."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
-import math
-import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 
+from retain import versions
+from retain.checks import Unchosen
 from retain.data.overlap import find_rows
 from retain.data.rows import Document
-from retain.models.description import max_positions
-from retain.models.reference import Reference
-from retain.replay.dataset import ReplayDataset
+from retain.models.base_predictions import HiddenStates
+from retain.models.description import (
+    check_predicts_tokens,
+    choose_start_token,
+    length_that_fits,
+    model_fingerprint,
+    num_tuned,
+    tokenizer_fingerprint,
+)
+from retain.models.head import HeadForm, find_head_form
+from retain.models.loading import load_tokenizer
+from retain.models.reference import Reference, check_same_model, evaluation_mode, probe
+from retain.replay.dataset import ReplayDataset, load_replay_dataset, verify_replay
+from retain.replay.own_rows import check_pool
+from retain.report.numbers import quantity
 from retain.training.config import ReplayConfig
+from retain.training.host_checks import (
+    check_base_is_frozen,
+    check_devices,
+    check_forward_passes,
+    check_whole,
+    expected_steps,
+    see_the_base_everywhere,
+)
+from retain.training.objectives import NONE
+from retain.training.replay_term import ReplayTerm, stored_error
+from retain.training.retention import evaluated_batches, retention_documents
+from retain.training.row_checks import (
+    check_held_out,
+    check_invoked,
+    check_not_trained_on,
+    check_positions,
+    check_rows_fit,
+    row_edges,
+    training_rows,
+)
 
-LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 logger = logging.getLogger(__name__)
-NOISE = 5e-3  # nats per token at the untouched model; half precision makes less
-SHORT = 16  # tokens below which a row may be another's by chance
-NO_TOKENS = ("type_ids", "position_ids")  # columns of integers that are no tokens end so
+
+RETENTION_WINDOWS = 1  # of each retention text's documents, measured at every evaluation: many documents, at their cost
+# Most nats per token by which stored predictions may differ from the model's own before training.
+MAX_STORED_ERROR, MAX_STORED_ERROR_HALF = 1e-4, 2e-2
+MAX_NOISE = 5e-3  # nats per token at the untouched model; half precision makes less
 
 
-def check_devices(trainer: Any) -> None:
-    """Refuse devices, and ways to share a model over them, on which replay would be wrong, or end in torch's error.
+class Protection:
+    """Rows, texts and reference of a run: checked before the host trainer is built, and proven on it.
 
     Args:
-        trainer: the host, once it is built: it counts a model that is spread over GPUs as on one.
+        model: as it was handed over: the base.
+        args: the host's training arguments.
+        rows: a `ReplayDataset`, the path of one or of real text, or None.
+        retention: name → texts, or documents of tokens.
+        host: what the host trainer gets beside; its `processing_class` and `peft_config` are read.
+
+    Attributes:
+        documents: retention documents by the name of their text.
+        reference: the frozen base; None where nothing is compared with it, or all of it was stored.
+        term: the sums that the objective is made of, once the reference is proven.
 
     Raises:
-        ValueError: with what to do instead.
+        ValueError: whenever protection could not do what was asked.
     """
-    args = trainer.args
-    if args.n_gpu > 1:  # nn.DataParallel gives each copy a part of the rows, and the whole mask
-        raise ValueError(
-            f"devices: {args.n_gpu} GPUs and one process; start it with accelerate launch --num_processes "
-            f"{args.n_gpu}, or use one of them: CUDA_VISIBLE_DEVICES=0"
-        )
-    if args.device.type == "mps":
-        raise ValueError("devices: mps has no float64, in which sums are held; set use_cpu true")
-    sizes = {"tp_size": trainer.get_tp_size(), "cp_size": trainer.get_cp_size(), "sp_size": trainer.get_sp_size()}
-    for name, size in sizes.items():
-        if size > 1:  # replay rows are drawn by process
+
+    term: ReplayTerm
+
+    def __init__(
+        self,
+        config: ReplayConfig,
+        model: Any,
+        args: Any,
+        rows: Any,
+        retention: Mapping[str, Any],
+        start_token: str | int | None,
+        host: Mapping[str, Any],
+    ) -> None:
+        self.config, self.objective = config, config.objective
+        see_the_base_everywhere(may_change=False)
+        check_whole(model)
+        if self.objective is not NONE or retention:
+            check_predicts_tokens(model)
+        self.rows: ReplayDataset | None = None
+        self.documents: dict[str, list[Document]] = {}
+        self.reference: Reference | None = None
+        self._row_edges: set[int] = set()  # tokens that open or close rows
+        self._own_rows, self._start_token = True, ""  # whether the model itself wrote the rows
+        if rows is not None or retention:
+            self._load(model, _tokenizer(host.get("processing_class"), model), rows, retention, args, start_token)
+        self._check_rows(model)
+        has_adapter = host.get("peft_config") is not None or hasattr(model, "disable_adapter")
+        self.uses_cache = self._takes_cache()
+        measured, compared = bool(self.documents), self.objective.uses_reference
+        if compared or measured:
+            self._base_probe = probe(model)
+        if (measured and has_adapter) or ((measured or compared) and not self.uses_cache):
+            self.reference = make_reference(config, model, has_adapter=has_adapter)
+
+    def _load(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: Any,
+        retention: Mapping[str, Any],
+        args: Any,
+        start_token: str | int | None,
+    ) -> None:
+        start = choose_start_token(tokenizer, start_token)
+        asked = self.config.replay_max_length or Unchosen(getattr(args, "max_length", None) or 512)
+        max_length = length_that_fits(model, asked, "replay_max_length")
+        if isinstance(rows, (str, Path)):
+            rows = load_replay_dataset(str(rows), tokenizer, start.id, max_length)
+        if not isinstance(rows, ReplayDataset | None):
             raise ValueError(
-                f"devices: {name} {size} gives the processes that share one model different replay rows; set it 1, "
-                "and use data parallelism (DDP, FSDP2 or DeepSpeed ZeRO)"
+                f"replay_dataset: {type(rows).__name__} is none; give a folder of `retain sample`, a file of text, "
+                "or ReplayDataset.from_rows(token ids)"
             )
-    if trainer.is_fsdp_xla_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
-        raise ValueError("devices: FSDP1 and XLA's FSDP were never tried with replay; set fsdp_version 2")
+        if rows is not None and rows.manifest is not None:
+            warning = verify_replay(
+                rows.manifest,
+                model_fingerprint=model_fingerprint(model),
+                tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+                allow_off_policy=self.config.allow_off_policy_replay,
+            )
+            if warning:
+                self._own_rows = False
+                logger.warning(warning)
+        self.rows, self._row_edges, self._start_token = rows, row_edges(tokenizer, start.id), start.token
+        for name, source in retention.items():
+            cut: dict[str, Any] = {"start_id": start.id, "max_length": max_length, "max_windows": RETENTION_WINDOWS}
+            self.documents[name] = retention_documents(name, source, tokenizer=tokenizer, **cut)
+        logger.info("document start: %s", start)
 
-
-def check_forward_passes(model: Any, args: Any) -> None:
-    """Refuse activated LoRA with checkpointing: PEFT then takes one forward pass for each backward pass.
-
-    Raises:
-        ValueError: with what to do instead.
-    """
-    adapters = getattr(model, "peft_config", {}).values()
-    activated = any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters)
-    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
-    if activated and (args.gradient_checkpointing or layers):
-        raise ValueError(
-            "gradient_checkpointing: true, and aLoRA (alora_invocation_tokens) allows only one forward pass a step "
-            "then, without the base's and the replay rows'; set it false"
-        )
-
-
-def check_invoked(model: Any, rows: ReplayDataset) -> None:
-    """Refuse replay rows on none of which an activated LoRA is on: they hold nothing.
-
-    Raises:
-        ValueError: with what to do instead.
-    """
-    found = [getattr(one, "alora_invocation_tokens", None) for one in getattr(model, "peft_config", {}).values()]
-    for tokens in filter(None, found):
-        asked = np.asarray(tokens, dtype=rows.tokens.dtype).tobytes()
-        if not any(asked in rows[at].tobytes() for at in range(len(rows))):
+    def _check_rows(self, model: Any) -> None:
+        if self.objective is NONE:
+            logger.warning("replay_coef is 0: this run is not protected against forgetting")
+        if not self.objective.draws_rows:
+            return
+        if self.rows is None:
             raise ValueError(
-                f"replay_dataset: no row holds the tokens {tokens} that switch aLoRA on, so none would protect the "
-                "model, which stays its base without them; replay prompts that end with them, or set replay_coef 0"
+                f"replay_dataset: missing, and replay_objective {self.objective.name!r} needs it; give rows, or set "
+                "replay_coef 0 to finetune without protection"
             )
+        check_rows_fit(self.rows, model)
+        rows = (self.rows[at] for at in range(len(self.rows)))
+        check_held_out(rows, self.documents, "replay dataset", self._row_edges)
 
-
-def check_trained(model: Any, dataset: Any) -> None:
-    """Refuse to train nothing, as what PEFT's merge_and_unload leaves: all of it is frozen; or on nothing.
-
-    Raises:
-        ValueError: with what to do instead.
-    """
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    def _takes_cache(self) -> bool:
+        """Whether the base's predictions are those stored beside the replay rows: never another model's."""
+        objective, source = self.objective, self.config.replay_reference
+        if not objective.uses_reference or source not in ("auto", "cache"):
+            return False
+        if objective.takes_stored and self.rows is not None and self.rows.cache is not None and self._own_rows:
+            return True
+        if source == "auto":
+            return False
+        why = "nothing fit is stored" if objective.takes_stored else f"{objective.name!r} needs other predictions"
         raise ValueError(
-            "model: all its parameters are frozen; call requires_grad_(True) on it, or give it a new adapter "
-            "(peft_config, --use_peft), and merge one that it has"
-        )
-    if hasattr(dataset, "__len__") and not len(dataset):
-        raise ValueError(
-            "train_dataset: no row is left; SFTTrainer drops those whose completions max_length cuts off: raise it, or "
-            "give shorter prompts"
-        )
-
-
-def check_positions(model: Any, lengths: Iterable[int]) -> None:
-    """Rows must fit the model as it is trained, whose prompt may take positions.
-
-    Raises:
-        ValueError: if one does not.
-    """
-    longest, limit = max(lengths, default=0), max_positions(model)
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"replay_max_length: rows of {longest} tokens, but this model, as it is trained, has {limit} positions for "
-            f"them; use at most {limit}, for max_length too"
+            f"replay_reference: 'cache', but {why}; use auto, or rows that this model drew with "
+            "`retain sample --store_reference hidden`"
         )
 
+    # Proofs, once the host trainer is built
 
-def check_rows_fit(rows: ReplayDataset, model: Any) -> None:
-    """Rows must have something to predict, fit the model's positions, and use its tokens.
+    def prove(self, trainer: Any) -> None:
+        """Show that the reference, or what was stored of it, is the base, now that the host trainer is built.
 
-    Raises:
-        ValueError: naming what does not fit.
-    """
-    if not rows.num_predictions.sum():
-        raise ValueError(f"replay_dataset: {rows.source!r} has no row of two tokens or more; give longer rows")
-    longest, limit = int(np.diff(rows.offsets).max()), max_positions(model)
-    if limit is not None and longest > limit:
-        raise ValueError(f"replay_dataset: rows of {longest} tokens, but this model has {limit} positions; cut them")
-    largest, vocabulary = int(rows.tokens.max()), model.get_input_embeddings().weight.shape[0]
-    if largest >= vocabulary:
-        raise ValueError(
-            f"replay_dataset: token id {largest}, but this model has {vocabulary} tokens; sample from this model"
-        )
+        Raises:
+            ValueError: if it is not, or the host trains in a way that protection does not know.
+        """
+        model, rows, config = trainer.model, self.rows, self.config
+        self._check_host(trainer)
+        form = find_head_form(model) if self.objective.adds_term else None
+        module, ref_head = model.get_output_embeddings(), None
+        if self.reference is None and self.documents:
+            if form is None:
+                raise ValueError(
+                    "replay_reference: 'cache' with retention texts needs a plain output head on the model; use adapter"
+                    " or copy"
+                )
+            ref_head = form.frozen(module)
+            with trainer.accelerator.autocast():  # in its precision the model, which was shown to be the base
+                texts = evaluated_batches(trainer.args, self.documents)
+                self.reference = Reference(HiddenStates.of(model, ref_head, texts))
+                self.reference.to(trainer.accelerator.device)
+                self.reference.prove(model, probe(model))
+        elif self.reference is not None:
+            self.reference.to(trainer.accelerator.device)
+            self.reference.prove(model, self._base_probe)
+            if self.reference.kind == "adapter":
+                check_base_is_frozen(model)
+        if self.uses_cache and rows is not None and rows.cache is not None and rows.cache.kind == "hidden":
+            ref_head = ref_head or self._stored_head(form, module)
+        self.term = ReplayTerm(form, self.reference, ref_head, trainer.accelerator.autocast)
+        if self.uses_cache:
+            self._prove_stored(model, trainer.accelerator)
+            self.term.to(trainer.accelerator.device)
+        elif rows is not None and rows.log_probs is not None and self._own_rows and self.objective.draws_rows:
+            self._prove_rows(rows, model, trainer.accelerator, warn=config.allow_off_policy_replay)
 
+    def _check_host(self, trainer: Any) -> None:
+        model, rows, objective = trainer.model, self.rows, self.objective
+        check_devices(trainer)
+        drawn = rows.num_predictions + rows.prefix_lengths if rows is not None and objective.draws_rows else []
+        texts = self.documents.values()
+        windows = [len(window) for documents in texts for document in documents for window in document.windows]
+        check_positions(model, [*windows, *drawn])
+        dataset = getattr(trainer, "train_dataset", None)  # its rows are tokenised by now
+        check_not_trained_on(dataset, self.documents, self._row_edges)
+        if rows is not None and rows.manifest is None and objective.draws_rows:  # real text
+            new = find_rows([rows[at] for at in range(len(rows))], training_rows(dataset), self._row_edges)
+            if 2 * len(new) > len(rows):
+                logger.warning(
+                    "replay_dataset: %d of %s are rows of the new task: they hold the model back there and protect "
+                    "nothing else; give text that it should keep", len(new), quantity(len(rows), "row"),
+                )  # fmt: skip
+        if objective.uses_reference or self.documents:
+            check_same_model(model, self._base_probe)
+        if objective.adds_term or self.documents:
+            check_forward_passes(model, trainer.args)
+        if rows is not None and objective.draws_rows:
+            check_invoked(model, rows)
 
-def check_held_out(
-    rows: Iterable[Any], retention: Mapping[str, Sequence[Document]], where: str, edges: Collection[int] = ()
-) -> None:
-    """What is replayed or trained on must not be measured as what is remembered: see `find_rows`.
-
-    Single short rows may be the same by chance (a heading, a greeting): they count from a tenth of a text on.
-
-    Args:
-        where: whose rows these are, for the message.
-        edges: tokens that open or close a row and are no part of its text.
-
-    Raises:
-        ValueError: naming the text and how many rows it shares.
-    """
-    windows = [(name, window) for name in retention for document in retention[name] for window in document.windows]
-    found = [windows[at] for at in find_rows([window for _, window in windows], rows, edges)] if windows else []
-    for name in retention:
-        shared = [len(window) for text, window in found if text == name]
-        count = sum(text == name for text, _ in windows)
-        if shared and (max(shared) >= SHORT or 10 * len(shared) >= count):
+    def _stored_head(self, form: HeadForm | None, module: Any) -> Any:
+        """The base's head, which makes distributions of hidden states; None while the model's own stays the base's."""
+        if form is None:
             raise ValueError(
-                f"retention: {name!r} shares {len(shared)} rows with the {where}; measure on rows never "
-                f"{'replayed' if 'replay' in where else 'trained on'}"
+                "replay_reference: stored hidden states need the model's plain output head, and an adapter or another "
+                "form sits there; use adapter or copy, or sample with --store_reference topk"
             )
+        return form.frozen(module) if module.weight.requires_grad else None
 
+    def _prove_rows(self, rows: ReplayDataset, model: Any, accelerator: Any, *, warn: bool) -> None:
+        """Hold rows that the model is said to have drawn against what it predicts, in the precision of training."""
+        as_handed_over = self.reference is not None and self.reference.kind == "copy"
+        adapter_off = hasattr(model, "disable_adapter") and not as_handed_over
+        base = Reference().base(model, model) if adapter_off else evaluation_mode(model)
+        try:
+            with base, accelerator.autocast():
+                check_pool(model, rows, half=_is_half(rows, model, accelerator))
+        except ValueError as error:
+            if not warn:
+                raise
+            logger.warning("off-policy replay: %s", error)
 
-def row_edges(tokenizer: Any, start_id: int) -> set[int]:
-    """Tokens that open or close rows."""
-    return {start_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
-
-
-def check_not_trained_on(dataset: Any, retention: Mapping[str, Sequence[Document]], edges: Collection[int]) -> None:
-    """What a host trains on must not be measured as what is remembered; where nobody can look, that is said.
-
-    Raises:
-        ValueError: as `check_held_out`.
-    """
-    rows = training_rows(dataset)
-    first = list(itertools.islice(rows, 1))
-    if retention and dataset is not None and not first:
-        logger.warning("retention: not looked for in the training rows, which are a stream, or no tokens yet")
-    check_held_out(itertools.chain(first, rows), retention, "training rows", edges)
-
-
-def training_rows(dataset: Any) -> Iterator[Any]:
-    """Token ids of the rows that a host trainer will train on: see `row_columns`.
-
-    Nothing for a stream, whose rows pass by only once, and for rows that are not tokenised when training begins
-    (prompts of online methods).
-    """
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not len(dataset):
-        return
-    first = dataset[0]
-    rows = row_columns(first) if isinstance(first, Mapping) else []
-    named = list(dict.fromkeys(name for row in rows for name in row))
-    for at in range(0, len(dataset) if rows else 0, 1000):
-        places = list(range(at, min(at + 1000, len(dataset))))
-        if getattr(dataset, "column_names", None) is None:
-            fetch = getattr(dataset, "__getitems__", None)  # torch's name for rows that are made faster together
-            batch: Any = fetch(places) if fetch else None
-            if not isinstance(batch, list):  # a batch in one mapping
-                batch = [dataset[index] for index in places]
-        else:
-            columns = dataset.select_columns(named).with_format("numpy")[at : at + 1000]
-            batch = [dict(zip(named, row, strict=True)) for row in zip(*(columns[name] for name in named), strict=True)]
-        for example in batch:
-            for row in rows:
-                yield np.concatenate([np.asarray(example[name], dtype=np.int64) for name in row])
-
-
-def row_columns(example: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The columns of token ids that make up each row of a trainer's example, in TRL's names.
-
-    `input_ids` of supervised training, and whatever ends so, are whole rows; answers (`chosen_ids` and `rejected_ids`
-    of DPO and reward models, `completion_ids` of KTO) follow `prompt_ids` where there are some.
-    """
-    arrays = {name: np.asarray(value) for name, value in example.items() if name.endswith("_ids")}
-    tokens = [
-        name
-        for name, array in arrays.items()
-        if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size) and not name.endswith(NO_TOKENS)
-    ]
-    whole = [(name,) for name in tokens if name.endswith("input_ids")]
-    prompt = ("prompt_ids",) if "prompt_ids" in tokens else ()
-    # KTO's other completions of a prompt, KL_completion_ids, are the completions of its neighbours
-    taken = {*prompt, *(name for (name,) in whole), *(f"KL_{name}" for name in tokens)}
-    answers = [(*prompt, name) for name in tokens if name not in taken]
-    return whole + answers or [prompt] * bool(prompt)
-
-
-def expected_steps(args: Any, rows: Any) -> int:
-    """Optimizer steps of a run over these rows; for a stream what `max_steps` says."""
-    if args.max_steps > 0 or not hasattr(rows, "__len__"):
-        return int(args.max_steps)
-    size = args.train_batch_size * args.world_size
-    batches = len(rows) // size if args.dataloader_drop_last else -(-len(rows) // size)
-    return math.ceil(args.num_train_epochs * max(1, -(-batches // args.gradient_accumulation_steps)))
-
-
-def check_replay_every(config: ReplayConfig, steps: int) -> None:
-    """Refuse replay on the first step alone, where the model is its base.
-
-    Raises:
-        ValueError: with what to do instead.
-    """
-    if config.objective.uses_reference and 1 < config.replay_every >= steps:
-        raise ValueError(
-            f"replay_every: {config.replay_every} of {steps} steps is the first one only, where the model is its "
-            "base and KL has no gradient; use a smaller one"
-        )
-
-
-def zero_kl_error(steps: int) -> ValueError:
-    """What a KL that was exactly 0 to the end of a run can come from; that the reference stays was shown."""
-    return ValueError(
-        f"replay/kl: exactly 0 after {steps} steps: either the weights do not move at this learning_rate and dtype, or "
-        "only tokens are trained that no replay row holds (TrainableTokensConfig: give rows that do), so nothing "
-        "protects the model; check these"
-    )
-
-
-def check_noise(kl: float, budget: float | None) -> None:
-    """Before its first step a model is its base: what the KL shows there is noise of the forward pass.
-
-    Args:
-        kl: of the first step, nats per token.
-
-    Raises:
-        ValueError: if a budget is hardly above it, which no coefficient could hold.
-    """
-    if kl < NOISE:
-        return
-    what = f"before any step the KL is {kl:.2g} nats per token: noise of dropout, NEFTune or half precision"
-    if budget is not None and kl > budget / 2:
-        raise ValueError(f"max_ref_kl: {budget:g}, but {what}; switch it off, or ask for more than twice that")
-    logger.warning("replay/kl: %s; switch it off, or the penalty is held against noise, too", what)
-
-
-def check_weights(model: Any, accelerator: Any, where: str) -> None:
-    """Refuse to keep trained weights that are not finite: the loss shows it only a step later.
-
-    Under FSDP2 each process sees its shards and all say the same; elsewhere each looks at what it holds.
-
-    Raises:
-        ValueError: before anything of them is written.
-    """
-    trained = [value.detach() for value in model.parameters() if value.requires_grad and value.is_floating_point()]
-    shards = [value.to_local() if hasattr(value, "to_local") else value for value in trained]
-    bad = torch.zeros((), device=accelerator.device)
-    for shard in shards:
-        bad += (~shard.isfinite().all()).to(bad)
-    if any(hasattr(value, "to_local") for value in trained):  # all processes save together
-        bad = accelerator.reduce(bad, reduction="sum")
-    if bool(bad):
-        raise ValueError(
-            f"model: weights that are not finite, so nothing was saved to {where!r}; lower learning_rate or "
-            "replay_coef, check weight_decay, or use bf16 instead of fp16"
-        )
-
-
-def see_the_base_everywhere(*, may_change: bool) -> None:
-    """FSDP may leave the weights of all processes but one empty until they are sharded; the base must be seen first.
-
-    Args:
-        may_change: whether the model is still to be loaded, so that the setting can be switched off.
-
-    Raises:
-        ValueError: if the model was loaded so already.
-    """
-    empty = [os.environ.get(name, "").lower() in ("1", "true") for name in ("ACCELERATE_USE_FSDP", LOADS_EMPTY)]
-    if not all(empty) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    if not may_change:
-        raise ValueError(
-            "fsdp_cpu_ram_efficient_loading: true leaves the weights of this process empty, and the base must be seen "
-            "on every process; set it false, or give the model by name"
-        )
-    os.environ[LOADS_EMPTY] = "false"
-
-
-@contextmanager
-def loaded_whole(args: Any) -> Iterator[None]:
-    """Load weights that DeepSpeed's ZeRO-3 would take apart at once: the base must be seen on every process first.
-
-    They are shared out when training begins.
-    """
-    from transformers.integrations import (
-        is_deepspeed_zero3_enabled,
-        set_hf_deepspeed_config,
-        unset_hf_deepspeed_config,
-    )
-
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    plugin = args.deepspeed_plugin
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:  # what accelerate's settings made, or the file of --deepspeed
-        set_hf_deepspeed_config(getattr(plugin, "dschf", None) or plugin.hf_ds_config)
-
-
-def check_whole(model: Any) -> None:
-    """Refuse a model whose weights are shared out already, by DeepSpeed's ZeRO-3 or over a device mesh.
-
-    Raises:
-        ValueError: with what to do instead.
-    """
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        raise ValueError(
-            "model: its weights were shared out by ZeRO-3 when it was loaded; the base must be seen on every process: "
-            "give the model by name, or load it before the training arguments are made"
-        )
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):  # torch's DTensor
-        raise ValueError(
-            "model: its weights were shared out over a device mesh when it was loaded (tp_plan, distributed_config); "
-            "the base must be seen on every process: load it whole, and let the trainer share it (FSDP2)"
-        )
-
-
-def takes_cache(config: ReplayConfig, rows: ReplayDataset | None, *, own_rows: bool) -> bool:
-    """Whether the base's predictions come from what was stored beside the replay rows.
-
-    Args:
-        own_rows: whether the rows are the model's own; another model's predictions are not the base's.
-
-    Raises:
-        ValueError: if that was asked for and cannot be had.
-    """
-    objective = config.objective
-    if not objective.uses_reference or config.replay_reference not in ("auto", "cache"):
-        return False
-    if objective.takes_stored and rows is not None and rows.cache is not None and own_rows:
-        return True
-    if config.replay_reference == "auto":
-        return False
-    why = "nothing fit is stored" if objective.takes_stored else f"{objective.name!r} needs other predictions"
-    raise ValueError(
-        f"replay_reference: 'cache', but {why}; use auto, or rows that this model drew with "
-        "`retain sample --store_reference hidden`"
-    )
-
-
-def check_base_is_frozen(model: Any) -> None:
-    """An adapter switched off shows the base only while nothing but the adapter is trained.
-
-    Raises:
-        ValueError: naming a weight of the base that would be trained.
-    """
-    prefix = getattr(model.base_model, "prefix", None) or "prompt_encoder"
-    own = (prefix, "modules_to_save", "prompt_encoder", "token_adapter", "trainable_tokens")
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not any(part in name for part in own):
+    def _prove_stored(self, model: Any, accelerator: Any) -> None:
+        """Where the model is now: a host that shards it moves it to the device of training only later."""
+        rows = self.rows
+        assert rows is not None
+        batch = self.batch(range(min(2, len(rows))), model.device)
+        stored, mask = batch.pop("stored"), batch.pop("labels")[:, 1:] != -100
+        with evaluation_mode(model), accelerator.autocast():
+            error = stored_error(self.term, model, batch, mask, stored)
+        if not error <= (MAX_STORED_ERROR_HALF if _is_half(rows, model, accelerator) else MAX_STORED_ERROR):
             raise ValueError(
-                f"replay_reference: 'adapter', but the base's own {name!r} is trained too, so switching the adapter "
-                "off does not give the base; use replay_reference copy, or freeze it"
+                f"replay_reference: the predictions stored in {rows.source!r} are not this model's (KL {error:.2g} nats"
+                " per token before training); sample again, or set replay_reference to adapter or copy"
             )
+
+    # What the trainer takes of it
+
+    def batch(self, indices: Any, device: torch.device) -> dict[str, Any]:
+        """Rows as tensors: `input_ids`, `labels`, and what is `stored` of the base's predictions."""
+        assert self.rows is not None
+        batch: dict[str, Any] = {name: value.to(device) for name, value in self.rows.batch(indices).items()}
+        if self.uses_cache:
+            assert self.rows.cache is not None
+            batch["stored"] = {name: value.to(device) for name, value in self.rows.cache.batch(indices).items()}
+        return batch
+
+    @property
+    def reference_kind(self) -> str | None:
+        """Where the base's predictions on replay rows come from: adapter, copy or cache."""
+        if self.uses_cache:
+            assert self.rows is not None
+            assert self.rows.cache is not None
+            return f"cache ({self.rows.cache.kind})"
+        return self.reference.kind if self.reference is not None else None
+
+    # What people and files are told
+
+    def settings(self, trainer: Any) -> dict[str, Any]:
+        """What `retain_config.json` keeps beside the training arguments."""
+        rows, resolved = self.rows, {}
+        if rows is not None and self.objective.draws_rows:  # what was used where a setting was left to its default
+            resolved = {"replay_max_length": int(np.diff(rows.offsets).max()), "start_token": self._start_token}
+            if self.objective.adds_term:
+                resolved["per_device_replay_batch_size"] = trainer.replay_batch_size
+            if self.objective.uses_reference:
+                resolved["replay_reference"] = str(self.reference_kind).split()[0]  # without the cache's kind
+        return {
+            "replay": dataclasses.asdict(self.config) | resolved,
+            "replay_dataset": None
+            if rows is None
+            else {"source": rows.source, "num_rows": len(rows), "manifest": rows.manifest},
+            "reference": self.reference_kind,
+            "num_params": num_tuned(trainer.model),
+            "loss_tokens": _loss_tokens(trainer),
+            "retention_windows": RETENTION_WINDOWS,
+            "retention": {name: len(documents) for name, documents in self.documents.items()},
+            "versions": versions(),
+        }
+
+    def lines(self, trainer: Any) -> list[str]:
+        """What protects the run, a line each, for people to read before it starts."""
+        rows, objective, config = self.rows, self.objective, self.config
+        unused = [f"replay: {quantity(len(rows), 'row')} given, and not used"] if rows is not None else []
+        dataset = getattr(trainer, "train_dataset", None)
+        if objective is NONE:
+            return ["protection: none (replay_coef 0)", *unused]
+        if objective.uses_reference and expected_steps(trainer.args, dataset) == 1:
+            return ["protection: none (a run of one step: there the model is its base, and KL has no gradient)"]
+        lines = [f"protection: {objective.name}, {objective.strength(config)}"]
+        if objective.uses_reference:
+            lines[0] += f", reference {self.reference_kind} (proven to be the base)"
+        if trainer.is_fsdp_enabled and self.reference is not None and self.reference.kind == "copy":
+            lines.append(
+                f"reference: a copy on every device, {self.reference.num_bytes / 1e9:.1f} GB, which FSDP leaves whole; "
+                "an adapter, or rows sampled with --store_reference hidden, need none"
+            )
+        if not objective.draws_rows:
+            return [*lines, *(f"{line} by replay_objective {objective.name}" for line in unused)]
+        assert rows is not None
+        kind = "real text" if rows.manifest is None else f"self-generated by {rows.manifest['model']}"
+        often = f", every {config.replay_every} steps" if config.replay_every > 1 else ""
+        share = f"{trainer.replay_batch_size} per device and micro-batch{often}"
+        lines.append(f"replay: {quantity(len(rows), 'row')}, {kind}; {share}")
+        if _open_otherwise(dataset, rows):
+            lines.append(
+                "new rows do not open with the document start, and replay rows do: measure forgetting on answers to "
+                "prompts, too (retain measure --prompts)"
+            )
+        return lines
 
 
 def make_reference(config: ReplayConfig, model: Any, *, has_adapter: bool) -> Reference:
@@ -413,3 +365,65 @@ def make_reference(config: ReplayConfig, model: Any, *, has_adapter: bool) -> Re
     if is_deepspeed_zero3_enabled():
         raise ValueError("replay_reference: a copy under DeepSpeed ZeRO-3 is not supported; use an adapter or FSDP2")
     return Reference.copy_of(model)
+
+
+def check_replay_every(config: ReplayConfig, steps: int) -> None:
+    """Raise a `ValueError` where replay comes on the first step alone, at which the model is its base."""
+    if config.objective.uses_reference and 1 < config.replay_every >= steps:
+        raise ValueError(
+            f"replay_every: {config.replay_every} of {steps} steps is the first one only, where the model is its "
+            "base and KL has no gradient; use a smaller one"
+        )
+
+
+def check_noise(kl: float, max_ref_kl: float | None) -> None:
+    """Before its first step a model is its base: a KL there, in nats per token, is noise of the forward pass.
+
+    Raises:
+        ValueError: if a limit is hardly above it, which no coefficient could hold.
+    """
+    if kl < MAX_NOISE:
+        return
+    what = f"before any step the KL is {kl:.2g} nats per token: noise of dropout, NEFTune or half precision"
+    if max_ref_kl is not None and kl > max_ref_kl / 2:
+        raise ValueError(f"max_ref_kl: {max_ref_kl:g}, but {what}; switch it off, or ask for more than twice that")
+    logger.warning("replay/kl: %s; switch it off, or the penalty is held against noise, too", what)
+
+
+def zero_kl_error(steps: int) -> ValueError:
+    """What a KL that was exactly 0 to the end of a run can come from; that the reference stays was shown."""
+    return ValueError(
+        f"replay/kl: exactly 0 after {steps} steps: either the weights do not move at this learning_rate and dtype, or "
+        "only tokens are trained that no replay row holds (TrainableTokensConfig: give rows that do), so nothing "
+        "protects the model; check these"
+    )
+
+
+def _is_half(rows: ReplayDataset, model: Any, accelerator: Any) -> bool:
+    """Whether the replay rows were drawn, or the model is trained, in half precision."""
+    dtypes = {(rows.manifest or {}).get("sampler", {}).get("dtype"), str(model.dtype).removeprefix("torch.")}
+    return bool({"bfloat16", "float16"} & dtypes) or accelerator.mixed_precision != "no"
+
+
+def _open_otherwise(dataset: Any, rows: ReplayDataset, most: int = 16) -> bool:
+    """Whether no training row opens as replay rows do: the model can tell the two apart by their first token."""
+    opening = {int(rows[at][0]) for at in range(min(most, len(rows)))}
+    new = [int(row[0]) for row in itertools.islice(training_rows(dataset), most)]
+    return bool(new) and not opening & set(new)
+
+
+def _loss_tokens(trainer: Any) -> str | None:
+    """Which tokens of a row the loss of TRL's `SFTTrainer` counts; None for hosts with another loss."""
+    completions = getattr(trainer, "completion_only_loss", None)
+    if completions is None:
+        return None
+    return "assistant turns" if trainer.args.assistant_only_loss else "completions" if completions else "all"
+
+
+def _tokenizer(processing_class: Any, model: Any) -> Any:
+    if processing_class is not None:
+        return getattr(processing_class, "tokenizer", processing_class)
+    name = model.config._name_or_path
+    if not name:
+        raise ValueError("processing_class: missing, and the model has no name to load a tokenizer by; pass one")
+    return load_tokenizer(name)

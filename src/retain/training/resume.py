@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from retain.training.run_files import StopWithCheckpoint
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
 from retain.training.stop_at_loss import StopAtLoss
 
 
@@ -68,3 +74,49 @@ def _state(checkpoint: Path) -> dict[str, Any]:
         return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+class StopWithCheckpoint(TrainerCallback):
+    """SIGINT or SIGTERM ends training after the step that is being made, with a checkpoint; a second one at once.
+
+    For one process: several would stop at different steps, and wait for one another.
+    """
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.before: dict[int, Any] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, a signal waits for the end of a step; it is raised when leaving at the latest."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+            self._stop_if_asked()
+        finally:
+            self._listen_no_more()
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = number
+        self._listen_no_more()
+        os.write(2, b"\nretain: stopping after this step, with a checkpoint; once more to stop at once\n")
+
+    def _listen_no_more(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def _stop_if_asked(self) -> None:
+        if self.asked is not None:
+            signal.raise_signal(self.asked)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.asked is not None and args.save_strategy == "no":
+            self._stop_if_asked()
+        control.should_save |= self.asked is not None
+
+    on_evaluate = on_step_end  # which may have taken long
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._stop_if_asked()

@@ -1,138 +1,295 @@
-"""Retention metrics inside a trainer: forgetting on held-out texts at every evaluation, and in the model card."""
+"""Forgetting measured inside a trainer: held-out texts against the base, at every evaluation."""
 
 from __future__ import annotations
 
-import dataclasses
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
+from transformers import SchedulerType, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import default_compute_objective
 
-from retain import versions
-from retain.data.rows import Document
-from retain.measuring.tokens import logits_at
-from retain.models.reference import Reference
-from retain.report.numbers import number
-from retain.report.report import ForgettingReport
-from retain.training.config import ReplayConfig
-from retain.training.evaluation import Sets, Tables, add_to_metrics, evaluated_set, logged, measure_texts
-from retain.training.run_files import weights_step
+from retain.checks import several
+from retain.data.rows import Document, as_documents, without_copies
+from retain.files import append_jsonl
+from retain.measuring.tokens import Forward, batches, document_sums, logits_at, padded, summarize
+from retain.metrics import LOGGED, METRICS
+from retain.models.head import reshard
+from retain.models.reference import Reference, evaluation_mode
+from retain.training.run_files import DOCUMENTS_FILE, RunFilesCallback, weights_step
 
-if TYPE_CHECKING:  # what the mixin stands on; at run time the host class comes after it
-    from transformers import Trainer as Host
-else:
-    Host = object
+logger = logging.getLogger(__name__)
+
+OWN_METRICS = tuple(name for name in LOGGED if name != "loss")  # no metric of a host has such a name
+Tables = dict[str, dict[str, dict[str, Any]]]  # name of the text → metric → value, interval and sizes
 
 
-class RetentionMixin(Host):
-    """Measure the model being trained against its frozen base on named texts.
+class RetentionMeasurer(RunFilesCallback):
+    """Measures the model being trained against its frozen base on named texts, once per optimizer step.
 
-    `retention_documents` (name → documents) and `reference` are set by the class that mixes this in.
+    The values go into the trainer's log, into the metrics of its evaluation, where early stopping and the best
+    checkpoint look, and with per-document sums into files. What is measured, and the reference, are set by its owner.
+
+    Attributes:
+        documents: of each text.
+        reference: the frozen base; None where nothing is compared with it.
+        tables: optimizer step whose weights were measured → text → metric → value and interval.
+        trainer: whose log takes the values; None: the files, `log_history` and the evaluation's metrics alone do.
     """
 
-    replay_config: ReplayConfig
-    reference: Reference | None
-    retention_documents: dict[str, list[Document]]
+    trainer: Any = None
 
-    def __init__(self, **kwargs: Any) -> None:
-        self._retention_tables: dict[int, Tables] = {}  # by the optimizer step whose weights were measured
-        self._retention_sets: Sets = {}
-        self._retention_is_logged = True
-        super().__init__(**kwargs)
+    def __init__(self) -> None:
+        super().__init__({})
+        self.documents: dict[str, list[Document]] = {}
+        self.reference: Reference | None = None
+        self.tables: dict[int, Tables] = {}
+        self._values: dict[int, dict[str, float]] = {}  # of the same steps, as they are logged
+        self._measured_with: dict[tuple[int, str], str] = {}  # step, prefix → the evaluation set that got the values
+        self._is_logged = True
+        self._is_in_train = self._is_proven = False
 
-    def prove_reference_again(self) -> None:
-        """Show that the reference still gives what it gave when training began."""
-        raise NotImplementedError
+    # What the trainer calls
 
-    def ref_logits(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """The base's logits, without gradient or dropout, shape (rows, length, vocab)."""
-        assert self.reference is not None
-        unwrapped = self.accelerator.unwrap_model(model)
-        with self.reference.base(model, unwrapped, self.accelerator.autocast) as base:
-            return logits_at(base, inputs)
+    def prepare(self, args: TrainingArguments, state: TrainerState, model: Any, processing_class: Any) -> None:
+        """Before anything is measured: for a subclass that takes the base by itself."""
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's training; what was measured before it is of other weights."""
-        self._retention_tables, self._retention_sets = {}, {}
-        return super().train(*args, **kwargs)
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What was measured before is of other weights."""
+        self.prepare(args, state, kwargs["model"], kwargs.get("processing_class"))
+        self.tables, self._measured_with, self._is_in_train = {}, {}, True
+        super().on_train_begin(args, state, control)
 
-    @property
-    def weights_step(self) -> int:
-        """The optimizer step whose weights the model holds: the best one where `load_best_model_at_end` restored it."""
-        return weights_step(self.args, self.state, is_in_train=self.is_in_train)
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any, **kwargs: Any) -> None:
+        if not self._is_proven:  # not earlier: FSDP2 takes the dtypes of what its first forward pass trains
+            self.prove_reference(model, state)
+        self._is_proven = True
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The host's evaluation and, once a step, forgetting on every retention text, with the host's prefix, too."""
-        metrics = super().evaluate(*args, **kwargs)
-        return {**metrics, **self.evaluate_retention()}
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._is_in_train = False
+        super().on_train_end(args, state, control)
 
-    def evaluate_retention(self) -> dict[str, float]:
-        """Measure every retention text against the base, log it, and keep the per-document sums.
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
+        """An evaluation's values are joined by ours as they are logged: other callbacks may read them before us."""
+        super().on_log(args, state, control, logs)
+        if logs and evaluation_prefix(logs) is not None:
+            self.prepare(args, state, model, kwargs.get("processing_class"))
+            self._join(logs, args, state, model)
 
-        Returns:
-            `retention/<name>/loss`, `/forgetting` and `/ref_kl` in nats per token, `/ref_agreement` as a share.
-        """
-        logs = self._retention_values()
-        if not self._retention_is_logged and self.weights_step == self.state.global_step:
-            self.log(dict(logs))  # logs belong to the step that the host is at
-        self._retention_is_logged = True
-        return logs
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        self.prepare(args, state, model, kwargs.get("processing_class"))
+        self._join(metrics or {}, args, state, model)
+        self.measure_and_log(args, state, control, model)
 
-    def _retention_values(self) -> dict[str, float]:
-        step = self.weights_step
-        if step not in self._retention_tables and self.retention_documents:
-            self._retention_tables[step] = self._measure_all(step)
-            self._retention_is_logged = False
-        return logged(self._retention_tables.get(step, {}))
+    # Measuring
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The host's; an evaluation's values are then joined by those of retention, before any callback reads them."""
-        super().log(logs, start_time)
-        if self.retention_documents and evaluated_set(logs) is not None:
-            add_to_metrics(logs, self._retention_values(), self.weights_step, self._retention_sets)
+    def measure_and_log(self, args: Any, state: Any, control: Any, model: Any) -> dict[str, float]:
+        """Measure the weights that the model holds, unless that was done, and log the values once."""
+        step = self._measure_once(args, state, model)
+        if not self._is_logged and step == state.global_step:  # logs belong to the step that the host is at
+            self._log(dict(self._values[step]), args, state, control)
+        self._is_logged = True
+        return self._values[step]
 
-    def _measure_all(self, step: int) -> Tables:
-        self.prove_reference_again()
-        self.model.eval()  # as the host's evaluation leaves it
-        texts, point = self.retention_documents, {"args": self.args, "state": self.state, "step": step}
-        return measure_texts(lambda **batch: self.ref_logits(self.model, batch), self._logits, texts, **point)
-
-    def _logits(self, **batch: Tensor) -> Tensor:
-        with self.accelerator.autocast():  # the dtype of training, even where the host has not wrapped the model yet
-            return logits_at(self.model, batch)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The host's model card and a table of forgetting, where it was measured."""
-        super().create_model_card(*args, **kwargs)
-        path = Path(self.args.output_dir) / "README.md"
-        table = self._retention_table()
-        if not (self.is_world_process_zero() and table and path.exists()):
+    def _log(self, logs: dict[str, float], args: Any, state: Any, control: Any) -> None:
+        if self.trainer is not None:
+            self.trainer.log(logs)
             return
-        name = self.model.name_or_path or type(self.model).__name__
-        data = {
-            "name": path.parent.name,
-            "base": {"model": name},
-            "retention": table,
-            "training": {"step": self.weights_step, **dataclasses.asdict(self.replay_config)},
-            "settings": {"seed": self.args.seed},
-            "versions": versions(),
-        }
-        ForgettingReport(data).to_model_card(path)
+        state.log_history.append({**logs, "epoch": state.epoch, "step": state.global_step})
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        self.on_log(args, state, control, logs)
 
-    def _retention_table(self) -> dict[str, Any]:
-        """The newest measurement, or that of the weights which the model holds now."""
-        newest: dict[str, Any] = next(reversed(self._retention_tables.values()), {})
-        return self._retention_tables.get(self.weights_step, newest)
+    def _measure_once(self, args: Any, state: TrainerState, model: Any) -> int:
+        """The step whose weights the model holds; now they are measured."""
+        step = weights_step(args, state, is_in_train=self._is_in_train)
+        if step not in self.tables:
+            if self.reference is not None:
+                self.reference.to(args.device)
+            self.prove_reference(model, state)
+            with evaluation_mode(model):
+                self._values[step] = self._measure(step, args, state, model)
+            self._is_logged = not self._values[step]
+        return step
 
-    def retention_lines(self) -> list[str]:
-        """What was forgotten, a line for each retention text, with 95% intervals over documents."""
-        return [
-            f"retention/{name}: "
-            + ", ".join(_with_interval(metric, table[metric]) for metric in ("forgetting", "ref_kl"))
-            for name, table in self._retention_table().items()
-        ]
+    def _measure(self, step: int, args: Any, state: TrainerState, model: Any) -> dict[str, float]:
+        """Values by the names that they have in logs; the tables of the step are kept."""
+        self.tables[step] = {}
+        ref_forward, forward = self._forwards(model)
+        for name, documents in self.documents.items():  # on every process, which so stay in step under sharding
+            tokens = batch_tokens(args, documents)
+            sums = document_sums(ref_forward, forward, documents, batch_tokens=tokens, device=args.device, text=name)
+            self.tables[step][name] = summarize(sums, seed=args.seed)
+            if state.is_world_process_zero:
+                row: dict[str, Any] = {"step": step, "name": name, **sums.kept()}
+                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+                append_jsonl(Path(args.output_dir) / DOCUMENTS_FILE, row)
+        values = [table[metric]["value"] for table in self.tables[step].values() for metric in LOGGED]
+        return dict(zip(retention_names(self.documents), values, strict=True))
+
+    def _join(self, metrics: dict[str, float], args: Any, state: TrainerState, model: Any) -> None:
+        """Add to a host's evaluation what is measured at its step; of several sets the first gets it.
+
+        So patience counts evaluations.
+        """
+        step, evaluated = self._measure_once(args, state, model), evaluation_prefix(metrics) or ""
+        objective = getattr(self.trainer, "compute_objective", default_compute_objective)
+        if state.is_hyper_param_search and objective is default_compute_objective:  # which adds up all it finds
+            return
+        prefix = "eval" if evaluated.startswith("eval_") else evaluated
+        if evaluated and self._measured_with.setdefault((step, prefix), evaluated) == evaluated:
+            metrics.update({f"{prefix}_{name}": value for name, value in self._values[step].items()})
+
+    def table(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        """The measurement of the weights that the model holds now, or the newest: text → metric → value, interval."""
+        newest = next(reversed(self.tables.values()), {})
+        return self.tables.get(weights_step(args, state, is_in_train=self._is_in_train), newest)
+
+    # Forward passes
+
+    def prove_reference(self, model: Any, state: TrainerState) -> None:
+        """Show that the reference gives what it gave when training began.
+
+        Raises:
+            ValueError: if it was changed since, or follows the model.
+        """
+        if self.reference is not None:
+            with self._autocast(model.device):
+                self.reference.prove_again(model, extract_model_from_parallel(model), state.global_step)
+            reshard(model)
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The dtype of training, even where the host has not wrapped the model yet."""
+        if self.trainer is not None:
+            return self.trainer.accelerator.autocast()
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = dtypes.get(AcceleratorState().mixed_precision)
+        return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _forwards(self, model: Any) -> tuple[Forward, Forward]:
+        """The base and the model as functions from `input_ids` and `attention_mask` to logits."""
+        unwrapped = extract_model_from_parallel(model)
+
+        def ref_forward(**batch: Tensor) -> Tensor:
+            assert self.reference is not None
+            with self._autocast(model.device), self.reference.base(model, unwrapped) as base:
+                return logits_at(base, batch)
+
+        def forward(**batch: Tensor) -> Tensor:
+            with self._autocast(model.device):
+                return logits_at(model, batch)
+
+        return ref_forward, forward
 
 
-def _with_interval(name: str, metric: dict[str, Any]) -> str:
-    shown = number(metric)
-    return f"{name} {shown['value']} {shown['interval']}".rstrip()
+def batch_tokens(args: TrainingArguments, documents: Sequence[Document]) -> int:
+    """Padded tokens per forward pass: as many rows as the host evaluates at once."""
+    return args.per_device_eval_batch_size * max(len(window) for document in documents for window in document.windows)
+
+
+def evaluated_batches(args: TrainingArguments, texts: Mapping[str, Sequence[Document]]) -> list[dict[str, Tensor]]:
+    """The batches in which the texts are put to both models."""
+    return [
+        padded(windows)
+        for documents in texts.values()
+        for _, windows in batches(documents, batch_tokens(args, documents))
+    ]
+
+
+def retention_names(texts: Iterable[str]) -> list[str]:
+    """What the values of these texts are called in logs.
+
+    >>> retention_names(["wiki"])
+    ['retention/wiki/loss', 'retention/wiki/forgetting', 'retention/wiki/ref_kl', 'retention/wiki/ref_agreement']
+    """
+    return [f"retention/{name}/{metric}" for name in texts for metric in LOGGED]
+
+
+def evaluation_prefix(logs: Mapping[str, Any]) -> str | None:
+    """The prefix of a host's evaluation: `eval`, or `eval_<name>` of one of several sets; None for other logs.
+
+    >>> evaluation_prefix({"eval_news_loss": 2.5, "eval_news_runtime": 1.0})
+    'eval_news'
+    """
+    return next(
+        (key.removesuffix("_runtime") for key in logs if key.endswith("_runtime") and key != "train_runtime"), None
+    )
+
+
+def check_best_metric(args: TrainingArguments, names: Sequence[str]) -> bool:
+    """Whether `metric_for_best_model` is one of `names`; `greater_is_better` then follows from the metric.
+
+    transformers takes the larger value for better where a name does not end in "loss".
+
+    Raises:
+        ValueError: where it is meant to be one of them, and is not measured at every evaluation.
+    """
+    name = (args.metric_for_best_model or "").removeprefix("eval_")
+    ours = name.startswith(("retention/", "choices/")) or name.endswith(OWN_METRICS)
+    if name not in names and (ours or ("/" in name and get_close_matches(name, names, cutoff=0.8))):
+        remedy = f"use one of {', '.join(names)}" if names else "nothing is measured; give retention texts"
+        when = "at every evaluation (choices_every 1 would)" if name.startswith("choices/") else "at evaluations"
+        raise ValueError(f"metric_for_best_model: {args.metric_for_best_model!r} is not measured {when}; {remedy}")
+    if name not in names:
+        return False
+    rises = name.startswith("choices/") or METRICS[name.rpartition("/")[2]].higher_is_better
+    if not rises and args.greater_is_better:
+        logger.warning("greater_is_better: set to False, since a lower %s is better", name)
+        args.greater_is_better = False
+    follows = args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+    if follows and rises and dict(args.lr_scheduler_kwargs or {}).get("mode") != "max":
+        raise ValueError(f"lr_scheduler_kwargs: a higher {name} is better, and the scheduler waits for a lower one; "
+                         "give mode: max")  # fmt: skip
+    return True
+
+
+def retention_documents(
+    name: str,
+    source: Iterable[str] | Sequence[Document],
+    max_tokens: int | None = None,
+    seed: int = 0,
+    **cut: Any,
+) -> list[Document]:
+    """Documents of a text, without copies; `cut` as of `as_documents`.
+
+    Args:
+        max_tokens: whole documents in an order drawn with `seed`, until these are spent; at least one, in their own
+            order. None for all.
+    """
+    items = several("texts", name, source)
+    whole = as_documents(name, items, **cut) if max_tokens is None else _bounded(name, items, max_tokens, seed, cut)
+    documents, warnings = without_copies(f"retention/{name}", whole, "documents")
+    for warning in warnings:
+        logger.warning(warning)
+    tokens = sum(document.num_tokens for document in documents)
+    logger.info("retention/%s: %d of %d documents, %d tokens", name, len(documents), len(items), tokens)
+    return documents
+
+
+def _bounded(name: str, items: Sequence[Any], max_tokens: int, seed: int, cut: dict[str, Any]) -> list[Document]:
+    taken: dict[int, list[Document]] = {}
+    left = max_tokens
+    for at in np.random.default_rng(seed).permutation(len(items)).tolist():
+        try:
+            found = as_documents(name, [items[at]], **cut)
+        except ValueError:  # a text of no token
+            continue
+        size = sum(document.num_tokens for document in found)
+        if size > left and taken:
+            break
+        taken[at] = found
+        left -= size
+    if not taken:
+        return as_documents(name, [], **cut)  # which says so
+    return [document for at in sorted(taken) for document in taken[at]]

@@ -3,18 +3,11 @@
 `metrics.jsonl`: every log, one object a line. `documents.jsonl`: per-document sums of each retention text at each
 evaluation, for paired intervals. `retain_config.json`: everything that was set, resolved. `budget.json`: whether a
 forgetting budget was kept.
-
-And what a run that is asked to stop leaves: a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,80 +167,3 @@ class RunFilesCallback(TrainerCallback):
         self.kept = weights_step(args, state, is_in_train=False)
         if state.is_world_process_zero and self.kept != state.global_step:
             append_jsonl(Path(args.output_dir) / METRICS_FILE, {"step": state.global_step, "kept_step": self.kept})
-
-
-class ProtectionChecks(TrainerCallback):
-    """Run the checks of a protected run where the host gets to, whatever it trains with.
-
-    Args:
-        of_step: when a step's gradients are made, before the weights move.
-        of_reference: before the weights first move, at evaluations and checkpoints, and at the end.
-        of_run: at the end.
-    """
-
-    def __init__(
-        self, of_step: Callable[[], None], of_reference: Callable[[], None], of_run: Callable[[], None]
-    ) -> None:
-        self.of_step, self.of_reference, self.of_run = of_step, of_reference, of_run
-        self.begun = False
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.of_step()
-        if not self.begun:  # not earlier: FSDP2 takes the dtypes of what its first forward pass trains
-            self.of_reference()
-        self.begun = True
-
-    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self.of_reference()
-
-    on_save = on_evaluate
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.of_reference()
-        self.of_run()
-
-
-class StopWithCheckpoint(TrainerCallback):
-    """SIGINT or SIGTERM ends training after the step that is being made, with a checkpoint; a second one at once.
-
-    For one process: several would stop at different steps, and wait for one another.
-    """
-
-    def __init__(self) -> None:
-        self.asked: int | None = None
-        self.before: dict[int, Any] = {}
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within, a signal waits for the end of a step; it is raised when leaving at the latest."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-            self._stop_if_asked()
-        finally:
-            self._listen_no_more()
-
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = number
-        self._listen_no_more()
-        os.write(2, b"\nretain: stopping after this step, with a checkpoint; once more to stop at once\n")
-
-    def _listen_no_more(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
-
-    def _stop_if_asked(self) -> None:
-        if self.asked is not None:
-            signal.raise_signal(self.asked)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.asked is not None and args.save_strategy == "no":
-            self._stop_if_asked()
-        control.should_save |= self.asked is not None
-
-    on_evaluate = on_step_end  # which may have taken long
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._stop_if_asked()

@@ -9,36 +9,41 @@ step differently changes nothing. Source: Marek et al., section "Method".
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
 from trl import RewardTrainer, SFTTrainer
 
+from retain import versions
 from retain.checks import check_named
 from retain.files import write_json, write_text
 from retain.models.head import reshard
 from retain.replay.dataset import ReplayDataset, replace_rows, replay_indices
+from retain.report.numbers import number
+from retain.report.report import ForgettingReport
 from retain.training.budget import ForgettingBudget
 from retain.training.config import ReplayConfig
-from retain.training.evaluation import check_best_metric, logged_names
-from retain.training.inputs import ProtectedInputs, load_for_training
+from retain.training.host_checks import check_trained, check_weights, load_for_training
 from retain.training.objectives import NONE, Batch, Objective
-from retain.training.protection import check_noise, check_replay_every, check_trained, check_weights, zero_kl_error
+from retain.training.protection import Protection, check_noise, check_replay_every, zero_kl_error
 from retain.training.replay_term import in_opening
-from retain.training.run_files import BUDGET_FILE, ProtectionChecks, RunFilesCallback
+from retain.training.retention import RetentionMeasurer, check_best_metric, retention_names
+from retain.training.run_files import BUDGET_FILE, weights_step
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:  # what the mixin stands on; at run time the host class comes after it
+    from transformers import Trainer as Host
+else:
+    Host = object
 
 PATIENCE = 3  # optimizer steps behind the warm-up after which a KL that is still exactly 0 at the end is a fault
 BUDGET_STATE = "ForgettingBudget"  # its place in a checkpoint's trainer_state.json
 
 
-class ReplayMixin(ProtectedInputs):
+class ReplayMixin(Host):
     """Add replay to a `transformers.Trainer` class: `class ReplayDPOTrainer(ReplayMixin, DPOTrainer): ...`
 
     Args:
@@ -72,7 +77,9 @@ class ReplayMixin(ProtectedInputs):
         if isinstance(model, str):
             model = load_for_training(model, args, kwargs)
         check_named("retention_datasets", retention_datasets or {})
-        self.take_inputs(model, args, replay_dataset, retention_datasets or {}, start_token, kwargs)
+        self.replay = Protection(
+            self.replay_config, model, args, replay_dataset, retention_datasets or {}, start_token, kwargs
+        )
         if args is not None and args.ddp_broadcast_buffers is None:
             # Two forwards before one backward: a broadcast between them would overwrite what autograd saved.
             args.ddp_broadcast_buffers = False
@@ -91,11 +98,10 @@ class ReplayMixin(ProtectedInputs):
         self._is_the_base = True  # until its first step; a try that ran out of memory leaves it moved
         self._largest_kl, self._kl_is_zero = torch.zeros(()), self.objective.uses_reference
         self.budget: ForgettingBudget | None = None
-        self.prove_reference()
-        check_best_metric(self.args, logged_names(self.retention_documents))
-        self.add_callback(RunFilesCallback(self.settings()))
-        checks = (self._stop_if_passed_by, self.prove_reference_again, self._stop_if_kl_ended_zero)
-        self.add_callback(ProtectionChecks(*checks))
+        self.replay.prove(self)
+        self.measurer = ProtectedRun(self)
+        check_best_metric(self.args, retention_names(self.replay.documents))
+        self.add_callback(self.measurer)
 
     # The stream of replay rows
 
@@ -141,16 +147,17 @@ class ReplayMixin(ProtectedInputs):
 
     def _draw(self, num_micro_batches: int) -> list[dict[str, Any]]:
         """Replay batches of this process for the micro-batches of the coming step; a function of the step alone."""
-        assert self.replay_dataset is not None
+        dataset = self.replay.rows
+        assert dataset is not None
         rows, world = self.replay_batch_size, self.accelerator.num_processes
         per_step = rows * world * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         step = self.state.global_step // self.replay_config.replay_every
-        drawn = replay_indices(step, per_step, len(self.replay_dataset), seed)
+        drawn = replay_indices(step, per_step, len(dataset), seed)
         drawn = drawn[: rows * world * num_micro_batches].reshape(num_micro_batches, world, rows)
-        self._replay_tokens = max(1, int(self.replay_dataset.num_predictions[drawn].sum()))
+        self._replay_tokens = max(1, int(dataset.num_predictions[drawn].sum()))
         mine = drawn[:, self.accelerator.process_index]
-        return [self.replay_batch(indices) for indices in mine]
+        return [self.replay.batch(indices, self.accelerator.device) for indices in mine]
 
     # The loss
 
@@ -186,7 +193,7 @@ class ReplayMixin(ProtectedInputs):
         mask = labels[:, 1:] != -100
         values = torch.zeros(int(mask.sum()), device=mask.device)
         rows = Batch(model, self.accelerator.unwrap_model(model), batch, labels, stored, values)
-        total = self.objective.total(self.replay_term, rows)
+        total = self.objective.total(self.replay.term, rows)
         if self.objective.uses_reference:
             opens = in_opening(mask)[mask]
             parts = torch.stack([torch.stack([values[part].sum(), part.sum()]) for part in (opens, ~opens)])
@@ -202,7 +209,7 @@ class ReplayMixin(ProtectedInputs):
         labels = inputs.pop("labels")
         inputs.pop("use_cache", None)
         rows = Batch(model, self.accelerator.unwrap_model(model), inputs, labels)
-        total = self.objective.total(self.replay_term, rows)
+        total = self.objective.total(self.replay.term, rows)
         if num_items is None:
             count = (labels[:, 1:] != -100).sum().clamp(min=1)
             return self._note(total / count / self.current_gradient_accumulation_steps)
@@ -247,7 +254,7 @@ class ReplayMixin(ProtectedInputs):
                 self._follow_budget()
         return loss
 
-    def _stop_if_passed_by(self) -> None:
+    def stop_if_passed_by(self) -> None:
         """A step of the host must have met all the replay that was drawn for it, before the weights are touched."""
         met = self._ready_for == self.state.global_step and not self._queue
         if not met and self._replay_is_due and self.objective is not NONE:
@@ -260,9 +267,9 @@ class ReplayMixin(ProtectedInputs):
         """While the KL is exactly 0, either no weight has moved measurably, or the reference moves along."""
         check_replay_every(self.replay_config, self.state.max_steps)
         if self._ready_for >= 0 and self._kl_stayed_zero():
-            self.prove_reference_again()
+            self.measurer.prove_reference(self.model, self.state)
 
-    def _stop_if_kl_ended_zero(self) -> None:
+    def stop_if_kl_ended_zero(self) -> None:
         """Behind a warm-up, what was trained must have moved what the base says of replay rows."""
         tried = self._ready_for >= self.args.get_warmup_steps(self.state.max_steps) + PATIENCE
         if tried and self._kl_stayed_zero():
@@ -312,7 +319,44 @@ class ReplayMixin(ProtectedInputs):
         self.budget.update(self._held_kl())
         self.state.stateful_callbacks[BUDGET_STATE] = {"args": {}, "attributes": self.budget.state_dict()}
 
-    # What is measured and kept
+    # What is measured, kept and told
+
+    def evaluate_retention(self) -> dict[str, float]:
+        """Measure every retention text against the base, log it, and keep the per-document sums.
+
+        Returns:
+            `retention/<name>/loss`, `/forgetting` and `/ref_kl` in nats per token, `/ref_agreement` as a share.
+        """
+        return self.measurer.measure_and_log(self.args, self.state, self.control, self.model)
+
+    def retention_lines(self) -> list[str]:
+        """What was forgotten, a line for each retention text, with 95% intervals over documents."""
+        return [
+            f"retention/{name}: "
+            + ", ".join(with_interval(metric, table[metric]) for metric in ("forgetting", "ref_kl"))
+            for name, table in self.measurer.table(self.args, self.state).items()
+        ]
+
+    def protection(self) -> list[str]:
+        """What protects this run, a line each, for people to read before it starts."""
+        return self.replay.lines(self)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The host's model card and a table of forgetting, where it was measured."""
+        super().create_model_card(*args, **kwargs)
+        path, table = Path(self.args.output_dir) / "README.md", self.measurer.table(self.args, self.state)
+        if not (self.is_world_process_zero() and table and path.exists()):
+            return
+        step = weights_step(self.args, self.state, is_in_train=self.is_in_train)
+        data = {
+            "name": path.parent.name,
+            "base": {"model": self.model.name_or_path or type(self.model).__name__},
+            "retention": table,
+            "training": {"step": step, **dataclasses.asdict(self.replay_config)},
+            "settings": {"seed": self.args.seed},
+            "versions": versions(),
+        }
+        ForgettingReport(data).to_model_card(path)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The host's, for weights that are finite."""
@@ -347,6 +391,43 @@ class ReplayMixin(ProtectedInputs):
             logs["replay/coef"] = self.replay_coef
             self._logged, self._logged_steps = [], 0
         super().log(logs, start_time)
+
+
+class ProtectedRun(RetentionMeasurer):
+    """The measurer of a protected run, which checks it where the host gets to, whatever it trains with."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__()
+        self.trainer, self.settings = trainer, trainer.replay.settings(trainer)
+        self.documents, self.reference = trainer.replay.documents, trainer.replay.reference
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        self.trainer.stop_if_passed_by()
+        super().on_pre_optimizer_step(args, state, control, model, **kwargs)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        self.prove_reference(model, state)
+        super().on_evaluate(args, state, control, model, metrics, **kwargs)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.prove_reference(model, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        super().on_train_end(args, state, control)
+        self.prove_reference(model, state)
+        self.trainer.stop_if_kl_ended_zero()
+
+
+def with_interval(name: str, metric: dict[str, Any]) -> str:
+    """A metric in a line.
+
+    >>> with_interval("ref_kl", {"value": 1.8e-5, "ci": [1.2e-5, 2.9e-5]})
+    'ref_kl 0.000018 [0.000012, 0.000029]'
+    """
+    shown = number(metric)
+    return f"{name} {shown['value']} {shown['interval']}".rstrip()
 
 
 class ReplayTrainer(ReplayMixin, Trainer):

@@ -1,0 +1,207 @@
+"""What must hold of a host trainer, its model and its devices; each check refuses in one line with the remedy."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from retain.models.loading import load_model, load_tokenizer
+
+LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+def check_devices(trainer: Any) -> None:
+    """Refuse devices, and ways to share a model over them, on which replay would be wrong, or end in torch's error.
+
+    Args:
+        trainer: the host, once it is built: it counts a model that is spread over GPUs as on one.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    args = trainer.args
+    if args.n_gpu > 1:  # nn.DataParallel gives each copy a part of the rows, and the whole mask
+        raise ValueError(
+            f"devices: {args.n_gpu} GPUs and one process; start it with accelerate launch --num_processes "
+            f"{args.n_gpu}, or use one of them: CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.device.type == "mps":
+        raise ValueError("devices: mps has no float64, in which sums are held; set use_cpu true")
+    sizes = {"tp_size": trainer.get_tp_size(), "cp_size": trainer.get_cp_size(), "sp_size": trainer.get_sp_size()}
+    for name, size in sizes.items():
+        if size > 1:  # replay rows are drawn by process
+            raise ValueError(
+                f"devices: {name} {size} gives the processes that share one model different replay rows; set it 1, "
+                "and use data parallelism (DDP, FSDP2 or DeepSpeed ZeRO)"
+            )
+    if trainer.is_fsdp_xla_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
+        raise ValueError("devices: FSDP1 and XLA's FSDP were never tried with replay; set fsdp_version 2")
+
+
+def check_forward_passes(model: Any, args: Any) -> None:
+    """Refuse activated LoRA with checkpointing: PEFT then takes one forward pass for each backward pass.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    adapters = getattr(model, "peft_config", {}).values()
+    activated = any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters)
+    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+    if activated and (args.gradient_checkpointing or layers):
+        raise ValueError(
+            "gradient_checkpointing: true, and aLoRA (alora_invocation_tokens) allows only one forward pass a step "
+            "then, without the base's and the replay rows'; set it false"
+        )
+
+
+def check_trained(model: Any, dataset: Any) -> None:
+    """Refuse to train nothing, as what PEFT's merge_and_unload leaves: all of it is frozen; or on nothing.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "model: all its parameters are frozen; call requires_grad_(True) on it, or give it a new adapter "
+            "(peft_config, --use_peft), and merge one that it has"
+        )
+    if hasattr(dataset, "__len__") and not len(dataset):
+        raise ValueError(
+            "train_dataset: no row is left; SFTTrainer drops those whose completions max_length cuts off: raise it, or "
+            "give shorter prompts"
+        )
+
+
+def check_base_is_frozen(model: Any) -> None:
+    """An adapter switched off shows the base only while nothing but the adapter is trained.
+
+    Raises:
+        ValueError: naming a weight of the base that would be trained.
+    """
+    prefix = getattr(model.base_model, "prefix", None) or "prompt_encoder"
+    own = (prefix, "modules_to_save", "prompt_encoder", "token_adapter", "trainable_tokens")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not any(part in name for part in own):
+            raise ValueError(
+                f"replay_reference: 'adapter', but the base's own {name!r} is trained too, so switching the adapter "
+                "off does not give the base; use replay_reference copy, or freeze it"
+            )
+
+
+def check_weights(model: Any, accelerator: Any, where: str) -> None:
+    """Refuse to keep trained weights that are not finite: the loss shows it only a step later.
+
+    Under FSDP2 each process sees its shards and all say the same; elsewhere each looks at what it holds.
+
+    Raises:
+        ValueError: before anything of them is written.
+    """
+    trained = [value.detach() for value in model.parameters() if value.requires_grad and value.is_floating_point()]
+    shards = [value.to_local() if hasattr(value, "to_local") else value for value in trained]
+    bad = torch.zeros((), device=accelerator.device)
+    for shard in shards:
+        bad += (~shard.isfinite().all()).to(bad)
+    if any(hasattr(value, "to_local") for value in trained):  # all processes save together
+        bad = accelerator.reduce(bad, reduction="sum")
+    if bool(bad):
+        raise ValueError(
+            f"model: weights that are not finite, so nothing was saved to {where!r}; lower learning_rate or "
+            "replay_coef, check weight_decay, or use bf16 instead of fp16"
+        )
+
+
+def expected_steps(args: Any, rows: Any) -> int:
+    """Optimizer steps of a run over these rows; for a stream what `max_steps` says."""
+    if args.max_steps > 0 or not hasattr(rows, "__len__"):
+        return int(args.max_steps)
+    size = args.train_batch_size * args.world_size
+    batches = len(rows) // size if args.dataloader_drop_last else -(-len(rows) // size)
+    return math.ceil(args.num_train_epochs * max(1, -(-batches // args.gradient_accumulation_steps)))
+
+
+# Loading, so that the base is seen whole before any framework takes it apart
+
+
+def see_the_base_everywhere(*, may_change: bool) -> None:
+    """FSDP may leave the weights of all processes but one empty until they are sharded; the base must be seen first.
+
+    Args:
+        may_change: whether the model is still to be loaded, so that the setting can be switched off.
+
+    Raises:
+        ValueError: if the model was loaded so already.
+    """
+    empty = [os.environ.get(name, "").lower() in ("1", "true") for name in ("ACCELERATE_USE_FSDP", LOADS_EMPTY)]
+    if not all(empty) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if not may_change:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: true leaves the weights of this process empty, and the base must be seen "
+            "on every process; set it false, or give the model by name"
+        )
+    os.environ[LOADS_EMPTY] = "false"
+
+
+@contextmanager
+def loaded_whole(args: Any) -> Iterator[None]:
+    """Load weights that DeepSpeed's ZeRO-3 would take apart at once: the base must be seen on every process first.
+
+    They are shared out when training begins.
+    """
+    from transformers.integrations import (
+        is_deepspeed_zero3_enabled,
+        set_hf_deepspeed_config,
+        unset_hf_deepspeed_config,
+    )
+
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    plugin = args.deepspeed_plugin
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:  # what accelerate's settings made, or the file of --deepspeed
+        set_hf_deepspeed_config(getattr(plugin, "dschf", None) or plugin.hf_ds_config)
+
+
+def check_whole(model: Any) -> None:
+    """Refuse a model whose weights are shared out already, by DeepSpeed's ZeRO-3 or over a device mesh.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "model: its weights were shared out by ZeRO-3 when it was loaded; the base must be seen on every process: "
+            "give the model by name, or load it before the training arguments are made"
+        )
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):  # torch's DTensor
+        raise ValueError(
+            "model: its weights were shared out over a device mesh when it was loaded (tp_plan, distributed_config); "
+            "the base must be seen on every process: load it whole, and let the trainer share it (FSDP2)"
+        )
+
+
+def load_for_training(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Load a model by name as TRL does: float32 unless `model_init_kwargs` says otherwise."""
+    see_the_base_everywhere(may_change=True)
+    settings = dict(getattr(args, "model_init_kwargs", None) or {})
+    quantization = kwargs.pop("quantization_config", None)
+    if quantization is not None:
+        settings["quantization_config"] = quantization
+    if args is not None and hasattr(args, "model_init_kwargs"):
+        args.model_init_kwargs = None  # they have done their work
+    settings.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
+    settings["revision"] = settings.get("revision") or "main"
+    settings["dtype"] = settings.get("dtype") or "float32"
+    if kwargs.get("processing_class") is None:  # from the same revision as the weights
+        of_tokenizer = {key: settings[key] for key in ("revision", "trust_remote_code")}
+        kwargs["processing_class"] = load_tokenizer(name, **of_tokenizer)
+    with loaded_whole(args):
+        return load_model(name, **settings)

@@ -1,0 +1,158 @@
+"""What must hold of the rows of a run: those replayed, trained on, and measured; each check refuses in one line."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from retain.data.overlap import find_rows
+from retain.data.rows import Document
+from retain.models.description import max_positions
+from retain.replay.dataset import ReplayDataset
+
+logger = logging.getLogger(__name__)
+SHORT = 16  # tokens below which a row may be another's by chance
+NO_TOKENS = ("type_ids", "position_ids")  # columns of integers that are no tokens end so
+
+
+def check_rows_fit(rows: ReplayDataset, model: Any) -> None:
+    """Rows must have something to predict, fit the model's positions, and use its tokens.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    if not rows.num_predictions.sum():
+        raise ValueError(f"replay_dataset: {rows.source!r} has no row of two tokens or more; give longer rows")
+    longest, limit = int(np.diff(rows.offsets).max()), max_positions(model)
+    if limit is not None and longest > limit:
+        raise ValueError(f"replay_dataset: rows of {longest} tokens, but this model has {limit} positions; cut them")
+    largest, vocabulary = int(rows.tokens.max()), model.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
+        raise ValueError(
+            f"replay_dataset: token id {largest}, but this model has {vocabulary} tokens; sample from this model"
+        )
+
+
+def check_positions(model: Any, lengths: Iterable[int]) -> None:
+    """Rows must fit the model as it is trained, whose prompt may take positions.
+
+    Raises:
+        ValueError: if one does not.
+    """
+    longest, limit = max(lengths, default=0), max_positions(model)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"replay_max_length: rows of {longest} tokens, but this model, as it is trained, has {limit} positions for "
+            f"them; use at most {limit}, for max_length too"
+        )
+
+
+def check_invoked(model: Any, rows: ReplayDataset) -> None:
+    """Refuse replay rows on none of which an activated LoRA is on: they hold nothing.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    found = [getattr(one, "alora_invocation_tokens", None) for one in getattr(model, "peft_config", {}).values()]
+    for tokens in filter(None, found):
+        asked = np.asarray(tokens, dtype=rows.tokens.dtype).tobytes()
+        if not any(asked in rows[at].tobytes() for at in range(len(rows))):
+            raise ValueError(
+                f"replay_dataset: no row holds the tokens {tokens} that switch aLoRA on, so none would protect the "
+                "model, which stays its base without them; replay prompts that end with them, or set replay_coef 0"
+            )
+
+
+def check_held_out(
+    rows: Iterable[Any], retention: Mapping[str, Sequence[Document]], where: str, edges: Collection[int] = ()
+) -> None:
+    """What is replayed or trained on must not be measured as what is remembered: see `find_rows`.
+
+    Single short rows may be the same by chance (a heading, a greeting): they count from a tenth of a text on.
+
+    Args:
+        where: whose rows these are, for the message.
+        edges: tokens that open or close a row and are no part of its text.
+
+    Raises:
+        ValueError: naming the text and how many rows it shares.
+    """
+    windows = [(name, window) for name in retention for document in retention[name] for window in document.windows]
+    found = [windows[at] for at in find_rows([window for _, window in windows], rows, edges)] if windows else []
+    for name in retention:
+        shared = [len(window) for text, window in found if text == name]
+        count = sum(text == name for text, _ in windows)
+        if shared and (max(shared) >= SHORT or 10 * len(shared) >= count):
+            raise ValueError(
+                f"retention: {name!r} shares {len(shared)} rows with the {where}; measure on rows never "
+                f"{'replayed' if 'replay' in where else 'trained on'}"
+            )
+
+
+def check_not_trained_on(dataset: Any, retention: Mapping[str, Sequence[Document]], edges: Collection[int]) -> None:
+    """What a host trains on must not be measured as what is remembered; where nobody can look, that is said.
+
+    Raises:
+        ValueError: as `check_held_out`.
+    """
+    rows = training_rows(dataset)
+    first = list(itertools.islice(rows, 1))
+    if retention and dataset is not None and not first:
+        logger.warning("retention: not looked for in the training rows, which are a stream, or no tokens yet")
+    check_held_out(itertools.chain(first, rows), retention, "training rows", edges)
+
+
+def row_edges(tokenizer: Any, start_id: int) -> set[int]:
+    """Tokens that open or close rows."""
+    return {start_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}
+
+
+def training_rows(dataset: Any) -> Iterator[Any]:
+    """Token ids of the rows that a host trainer will train on: see `row_columns`.
+
+    Nothing for a stream, whose rows pass by only once, and for rows that are not tokenised when training begins
+    (prompts of online methods).
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not len(dataset):
+        return
+    first = dataset[0]
+    rows = row_columns(first) if isinstance(first, Mapping) else []
+    named = list(dict.fromkeys(name for row in rows for name in row))
+    for at in range(0, len(dataset) if rows else 0, 1000):
+        places = list(range(at, min(at + 1000, len(dataset))))
+        if getattr(dataset, "column_names", None) is None:
+            fetch = getattr(dataset, "__getitems__", None)  # torch's name for rows that are made faster together
+            batch: Any = fetch(places) if fetch else None
+            if not isinstance(batch, list):  # a batch in one mapping
+                batch = [dataset[index] for index in places]
+        else:
+            columns = dataset.select_columns(named).with_format("numpy")[at : at + 1000]
+            batch = [dict(zip(named, row, strict=True)) for row in zip(*(columns[name] for name in named), strict=True)]
+        for example in batch:
+            for row in rows:
+                yield np.concatenate([np.asarray(example[name], dtype=np.int64) for name in row])
+
+
+def row_columns(example: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The columns of token ids that make up each row of a trainer's example, in TRL's names.
+
+    `input_ids` of supervised training, and whatever ends so, are whole rows; answers (`chosen_ids` and `rejected_ids`
+    of DPO and reward models, `completion_ids` of KTO) follow `prompt_ids` where there are some.
+    """
+    arrays = {name: np.asarray(value) for name, value in example.items() if name.endswith("_ids")}
+    tokens = [
+        name
+        for name, array in arrays.items()
+        if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size) and not name.endswith(NO_TOKENS)
+    ]
+    whole = [(name,) for name in tokens if name.endswith("input_ids")]
+    prompt = ("prompt_ids",) if "prompt_ids" in tokens else ()
+    # KTO's other completions of a prompt, KL_completion_ids, are the completions of its neighbours
+    taken = {*prompt, *(name for (name,) in whole), *(f"KL_{name}" for name in tokens)}
+    answers = [(*prompt, name) for name in tokens if name not in taken]
+    return whole + answers or [prompt] * bool(prompt)
