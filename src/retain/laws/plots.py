@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retain.laws.fitted import FittedLaw
-from retain.laws.forms import Array, column_of
+from retain.laws.fitted import LOSSES, FittedLaw
+from retain.laws.forms import P_N, Array, column_of
 from retain.report.style import INK, MARKS, SIZE, _styled, label
 
 if TYPE_CHECKING:
@@ -16,19 +15,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEARNING = "new-task loss, nats per token (learning →)"
-SHORT = {"finetuning_loss": "New-task loss", "forgetting_loss": "Forgetting"}
+TITLES = {"finetuning_loss": "New-task loss", "forgetting_loss": "Forgetting"}
+DASHED: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 3))}
+POINTS: dict[str, Any] = {"linestyle": "none", "markersize": 3, "alpha": 0.55, "markeredgewidth": 0}
 
 
 @_styled
 def overview(law: FittedLaw) -> Figure:
     """Measurements with fitted curves of each output, forgetting over learning where both are there, and residuals."""
-    panels: list[Any] = [lambda axes, name=name: _over_input(axes, law, name) for name in law.form.outputs]
-    if len(law.form.outputs) == 2:
-        panels.append(lambda axes: _trajectories(axes, law))
-    panels.append(lambda axes: _residuals(axes, law))
-    figure = _figure(len(panels))
-    for at, draw in enumerate(panels, start=1):
-        draw(figure.add_subplot(-(-len(panels) // 2), 2, at))
+    outputs = law.form.outputs
+    figure, axes = _figure(4 if len(outputs) == 2 else len(outputs) + 1)
+    for at, name in zip(axes, outputs, strict=False):
+        _over_input(at, law, name)
+    if len(outputs) == 2:
+        _trajectories(axes[2], law)
+    _residuals(axes[-1], law, outputs[-1])
     _size_legend(figure, law)
     return figure
 
@@ -36,8 +37,8 @@ def overview(law: FittedLaw) -> Figure:
 @_styled
 def trajectories(law: FittedLaw) -> Figure:
     """Forgetting over new-task loss by number of parameters, with the law's curves and its line."""
-    figure = _figure(1)
-    _trajectories(figure.add_subplot(), law)
+    figure, [axes] = _figure(1)
+    _trajectories(axes, law)
     _size_legend(figure, law)
     return figure
 
@@ -45,9 +46,9 @@ def trajectories(law: FittedLaw) -> Figure:
 @_styled
 def residuals(law: FittedLaw) -> Figure:
     """Measured minus fitted over fitted, by number of parameters: what is left should have no shape."""
-    figure = _figure(len(law.form.outputs))
-    for at, name in enumerate(law.form.outputs, start=1):
-        _residuals(figure.add_subplot(1, len(law.form.outputs), at), law, [name])
+    figure, axes = _figure(len(law.form.outputs))
+    for at, name in zip(axes, law.form.outputs, strict=True):
+        _residuals(at, law, name)
     _size_legend(figure, law)
     return figure
 
@@ -58,21 +59,23 @@ def bands(law: FittedLaw, output: str = "forgetting_loss", level: float = 0.95, 
     free = [name for name in law.form.inputs if name not in fixed]
     if len(free) != 1:
         raise ValueError(f"bands: {', '.join(free) or 'no input'} left free; fix all inputs but one")
-    figure = _figure(1)
-    axes = figure.add_subplot()
-    column = law.runs.columns[free[0]]
+    figure, [axes] = _figure(1)
+    columns, color = law.runs.columns, _colors(1)[0]
+    column = columns[free[0]]
     grid = np.geomspace(max(column.min(), 1e-9), column.max() * 2, 200)
     found = law.predict(level=level, **{free[0]: grid, **fixed})  # type: ignore[arg-type]
-    color, words = _colors(1)[0], f"{level:.0%}"
-    axes.fill_between(grid, *found.ci[output], color=color, alpha=0.14, linewidth=0, label=f"{words}, new measurement")
-    axes.fill_between(grid, *found.curve_ci[output], color=color, alpha=0.3, linewidth=0, label=f"{words}, curve")
+    for of, alpha, words in ((found.ci, 0.14, "new measurement"), (found.curve_ci, 0.3, "curve")):
+        axes.fill_between(grid, *of[output], color=color, alpha=alpha, linewidth=0, label=f"{level:.0%}, {words}")
     axes.plot(grid, found.value[output], color=color, label="law")
-    near = _matching(law, fixed)
-    axes.plot(column[near], law.runs.columns[output][near], ".", color=INK, markersize=5, label="measured")
-    _end_of_data(axes, float(column.max()))
-    _words(
-        axes, ", ".join(f"{column_of(k).label} {_count(v)}" for k, v in fixed.items()), column_of(free[0]).label, output
-    )
+    near = np.ones(len(law.runs), dtype=bool)
+    for name, value in fixed.items():
+        near &= np.isclose(columns[name], value, rtol=0.01)
+    axes.plot(column[near], columns[output][near], ".", color=INK, markersize=5, label="measured")
+    axes.axvline(column.max(), linewidth=0.9, **DASHED)
+    axes.annotate("end of the runs ", (column.max(), 0.01), xycoords=("data", "axes fraction"), ha="right", va="bottom",
+                  fontsize=8)  # fmt: skip
+    title = ", ".join(f"{column_of(name).label} {_count(value)}" for name, value in fixed.items())
+    _label(axes, title, column_of(free[0]).label, column_of(output).label)
     axes.legend(loc="best", fontsize=8)
     return figure
 
@@ -81,42 +84,41 @@ def bands(law: FittedLaw, output: str = "forgetting_loss", level: float = 0.95, 
 def contours(law: FittedLaw, output: str = "forgetting_loss") -> Figure:
     """Lines of equal forgetting over parameters and steps; what lies outside the runs is shaded."""
     from matplotlib.patches import Rectangle
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    if not {"num_params", "num_steps"} == set(law.form.inputs):
+    if set(law.form.inputs) != set(P_N):
         raise ValueError(f"contours: the form {law.form.name!r} is not one of num_params and num_steps; use bands")
-    figure = _figure(1)
-    axes = figure.add_subplot()
-    columns = [law.runs.columns[name] for name in ("num_params", "num_steps")]
-    grids = [np.geomspace(column.min() / 2, column.max() * 2, 80) for column in columns]
-    P, N = np.meshgrid(*grids)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    figure, [axes] = _figure(1)
+    columns = [law.runs.columns[name] for name in P_N]
+    P, N = np.meshgrid(*(np.geomspace(column.min() / 2, column.max() * 2, 80) for column in columns))
     values = law.predict(num_params=P, num_steps=N).value[output]
+    axes.set(xscale="log", yscale="log")
     drawn = axes.contour(P, N, values, levels=MaxNLocator(14).tick_values(values.min(), values.max()), cmap="viridis")
     axes.clabel(drawn, fontsize=8, fmt="%.3g")
-    corner = (columns[0].min(), columns[1].min())
-    extent = [column.max() - column.min() for column in columns]
-    style: dict[str, Any] = {"fill": False, "edgecolor": INK, "linestyle": (0, (4, 3)), "linewidth": 0.9}
-    axes.add_patch(Rectangle(corner, *extent, **style))
+    low, extent = zip(*((column.min(), np.ptp(column)) for column in columns), strict=True)
+    axes.add_patch(Rectangle(low, *extent, fill=False, linewidth=0.9, **DASHED))
     axes.plot(*columns, ".", color=INK, markersize=2.5, alpha=0.6)
-    _words(axes, f"{SHORT.get(output, output)}, nats per token; dashed: the runs", "parameters that are tuned", output)
-    axes.set_ylabel("steps")
-    _plain_ticks(axes)
+    _label(axes, f"{TITLES.get(output, output)}, nats per token; dashed: the runs", *(column_of(n).label for n in P_N))
+    for axis in (axes.xaxis, axes.yaxis):  # 20M rather than a power of ten, and few of them
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda value, _: _count(value))
+        axis.set_minor_formatter(NullFormatter())
     return figure
 
 
-def _figure(panels: int) -> Figure:
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     wide = min(panels, 2)
-    return Figure(figsize=(SIZE[0] * wide * (1.0 if wide == 1 else 0.9), 0.5 + (SIZE[1] - 0.2) * -(-panels // wide)))
+    tall = -(-panels // wide)
+    figure = Figure(figsize=(SIZE[0] * (1.0 if wide == 1 else 0.9 * wide), 0.5 + (SIZE[1] - 0.2) * tall))
+    return figure, [figure.add_subplot(tall, wide, at + 1) for at in range(panels)]
 
 
-def _words(axes: Axes, title: str, xlabel: str, output: str) -> None:
+def _label(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(label(title, 60))
     axes.set_xlabel(label(xlabel, 80))
-    axes.set_ylabel(label(column_of(output).label, 80))
+    axes.set_ylabel(label(ylabel, 80))
 
 
 def _colors(count: int) -> list[Any]:
@@ -127,10 +129,8 @@ def _colors(count: int) -> list[Any]:
 
 def _groups(law: FittedLaw) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
     """Rows by number of parameters where the form has it and the runs several, else all: name, rows, look."""
-    sizes = law.runs.columns.get("num_params") if len(law.form.inputs) > 1 else None
-    if sizes is None:
-        rows = np.ones(len(law.runs), dtype=bool)
-        return [("measured", rows, {"color": _colors(1)[0], "marker": "o"})]
+    by_size = len(law.form.inputs) > 1 and "num_params" in law.form.inputs
+    sizes = law.runs.columns["num_params"] if by_size else np.zeros(len(law.runs))
     found = np.unique(sizes)
     looks = [{"color": color, "marker": MARKS[at % len(MARKS)]} for at, color in enumerate(_colors(len(found)))]
     return [(_count(size), sizes == size, look) for size, look in zip(found, looks, strict=True)]
@@ -148,88 +148,60 @@ def _fitted(law: FittedLaw) -> dict[str, Array]:
     return dict(zip(law.form.outputs, law.problem.predict(law.estimate)[0], strict=True))
 
 
+def _curves(axes: Axes, law: FittedLaw, x: Array, y: Array, curve: tuple[Array, Array], order: Array) -> None:
+    """Measurements, and by size and data set the fitted curve through its points in an order."""
+    for _, rows, look in _groups(law):
+        axes.plot(x[rows], y[rows], **POINTS, **look)
+        for code in range(len(law.runs.datasets)):
+            at = np.flatnonzero(rows & (law.runs.dataset_codes == code))
+            at = at[np.argsort(order[at])]
+            axes.plot(curve[0][at], curve[1][at], color=look["color"], linewidth=1.2)
+
+
 def _over_input(axes: Axes, law: FittedLaw, output: str) -> None:
     """Measurements of an output over the last input of the form, and the fitted curves."""
     over = "num_steps" if "num_steps" in law.form.inputs else law.form.inputs[-1]
-    x, y, fitted = law.runs.columns[over], law.runs.columns[output], _fitted(law)[output]
-    for _, rows, look in _groups(law):
-        axes.plot(x[rows], y[rows], linestyle="none", markersize=3, alpha=0.55, markeredgewidth=0, **look)
-        for dataset in law.runs.datasets:
-            of_set = rows & (np.array(law.runs.dataset) == dataset)
-            order = np.argsort(x[of_set])
-            axes.plot(x[of_set][order], fitted[of_set][order], color=look["color"], linewidth=1.4)
+    x = law.runs.columns[over]
+    _curves(axes, law, x, law.runs.columns[output], (x, _fitted(law)[output]), x)
     if x.min() > 0 and x.max() > 30 * x.min():
         axes.set_xscale("log")
-    _words(axes, SHORT.get(output, output), column_of(over).label, output)
+    _label(axes, TITLES.get(output, output), column_of(over).label, column_of(output).label)
 
 
 def _trajectories(axes: Axes, law: FittedLaw) -> None:
-    if not {"finetuning_loss", "forgetting_loss"} <= set(law.form.outputs):
+    if not set(LOSSES) <= set(law.form.outputs):
         raise ValueError(f"trajectories: the form {law.form.name!r} has one output; use joint")
-    x, y = (law.runs.columns[name] for name in ("finetuning_loss", "forgetting_loss"))
-    fitted, sets = _fitted(law), np.array(law.runs.dataset)
-    for _, rows, look in _groups(law):
-        axes.plot(x[rows], y[rows], linestyle="none", markersize=3, alpha=0.55, markeredgewidth=0, **look)
-        for dataset in law.runs.datasets:
-            of_set = rows & (sets == dataset)
-            order = np.argsort(law.runs.columns["num_steps"][of_set])
-            curve = (fitted[name][of_set][order] for name in ("finetuning_loss", "forgetting_loss"))
-            axes.plot(*curve, color=look["color"], linewidth=1.0)
-    for dataset in law.runs.datasets:
-        of_set = sets == dataset
-        ends = np.array([x[of_set].min(), x[of_set].max()])
-        line = np.polyval(np.polyfit(x[of_set], y[of_set], 1), ends)
-        axes.plot(ends, line, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+    (x, y), fitted = (law.runs.columns[name] for name in LOSSES), _fitted(law)
+    _curves(axes, law, x, y, (fitted[LOSSES[0]], fitted[LOSSES[1]]), law.runs.columns["num_steps"])
+    for code in range(len(law.runs.datasets)):
+        rows = law.runs.dataset_codes == code
+        ends = np.array([x[rows].min(), x[rows].max()])
+        axes.plot(ends, np.polyval(np.polyfit(x[rows], y[rows], 1), ends), linewidth=1.2, **DASHED)
     axes.invert_xaxis()
-    _words(axes, "Forgetting over learning (dashed: the line)", LEARNING, "forgetting_loss")
+    _label(axes, "Forgetting over learning (dashed: the line)", LEARNING, column_of("forgetting_loss").label)
 
 
-def _residuals(axes: Axes, law: FittedLaw, outputs: Sequence[str] = ()) -> None:
-    """Residuals of the last output unless told otherwise, over its fitted values, joined within a run."""
-    name = (outputs or law.form.outputs)[-1]
-    fitted = _fitted(law)[name]
-    left = law.runs.columns[name] - fitted
-    keys = np.array(law.runs.keys)
+def _residuals(axes: Axes, law: FittedLaw, output: str) -> None:
+    """Residuals of an output over its fitted values, joined within a run."""
+    fitted = _fitted(law)[output]
+    left = law.runs.columns[output] - fitted
     for _, rows, look in _groups(law):
-        for run in np.unique(keys[rows]):
-            of_run = rows & (keys == run)
-            order = np.argsort(fitted[of_run])
-            axes.plot(fitted[of_run][order], left[of_run][order], markersize=3, linewidth=0.8, alpha=0.8, **look)
+        for code in np.unique(law.runs.run_codes[rows]):
+            at = np.flatnonzero(rows & (law.runs.run_codes == code))
+            at = at[np.argsort(fitted[at])]
+            axes.plot(fitted[at], left[at], markersize=3, linewidth=0.8, alpha=0.8, **look)
     axes.axhline(0, color=INK, linewidth=0.9)
     axes.locator_params(nbins=6)
-    _words(axes, f"Residuals of {SHORT.get(name, name).lower()}", "fitted, nats per token", name)
-    axes.set_ylabel("measured - fitted, nats")
-
-
-def _matching(law: FittedLaw, fixed: dict[str, float]) -> np.ndarray:
-    """Rows whose inputs are the fixed ones, within a percent."""
-    close = [np.isclose(law.runs.columns[name], value, rtol=0.01) for name, value in fixed.items()]
-    return np.all(close, axis=0) if close else np.ones(len(law.runs), dtype=bool)
-
-
-def _end_of_data(axes: Axes, at: float) -> None:
-    axes.axvline(at, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom", "fontsize": 8}
-    axes.annotate("end of the runs ", (at, 0.01), **above)
-
-
-def _plain_ticks(axes: Axes) -> None:
-    """Numbers such as 20M rather than powers of ten, and few of them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
-        axis.set_minor_formatter(NullFormatter())
+    title = f"Residuals of {TITLES.get(output, output).lower()}"
+    _label(axes, title, "fitted, nats per token", "measured - fitted, nats")
 
 
 def _size_legend(figure: Figure, law: FittedLaw) -> None:
     from matplotlib.lines import Line2D
 
-    groups, wide = _groups(law), figure.get_figwidth() > SIZE[0]
+    groups, columns = _groups(law), 6 if figure.get_figwidth() > SIZE[0] else 3
     if len(groups) > 1:
         handles = [Line2D([], [], linestyle="none", markersize=5, **look) for _, _, look in groups]
         names = [name for name, _, _ in groups]
-        figure.legend(
-            handles, names, title="parameters that are tuned", loc="outside lower center", ncols=6 if wide else 3
-        )
+        title = "parameters that are tuned"
+        figure.legend(handles, names, title=title, loc="outside lower center", ncols=columns)

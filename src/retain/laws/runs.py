@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from retain.data.row_files import JSON_SUFFIXES, TABLE_SUFFIXES, json_rows, read_table
 from retain.files import read_jsonl, read_settings, short_names
 from retain.laws.forms import Array, column_of
-from retain.text import first_line
 
 RECIPE = {  # settings that a law does not have, by where `retain_config.json` has them
     "replay_objective": "replay", "replay_coef": "replay", "learning_rate": "training_arguments",
@@ -205,25 +204,11 @@ def unlike_recipes(sources: Sequence[str]) -> list[str]:
 
 def _read_table(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of a table that has a name of the run and `columns`."""
-    ending, needed = path.suffix.lower(), ("run", *columns)
-    if ending == ".jsonl":
-        try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"runs: {path.name!r} is not JSONL; write one JSON object a line") from error
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"runs: {path.name!r} has lines that are no objects; write one JSON object a line")
-    elif ending in (".csv", ".parquet"):
-        from pyarrow import ArrowException, csv, parquet, string
-
-        names = csv.ConvertOptions(column_types={"run": string(), "dataset": string()})  # the run 01 is not the run 1
-        try:
-            table = csv.read_csv(path, convert_options=names) if ending == ".csv" else parquet.read_table(path)
-        except ArrowException as error:
-            raise ValueError(f"runs: cannot read {path.name!r}; check the file: {first_line(error)}") from error
-        if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
-            raise ValueError(f"runs: {path.name!r} has several columns {twice[0]!r}; keep one")
-        rows = table.to_pylist()
+    needed = ("run", *columns)
+    if path.suffix.lower() in JSON_SUFFIXES:
+        rows = [row for _, row in json_rows(path, "runs")]
+    elif path.suffix.lower() in TABLE_SUFFIXES:
+        rows = read_table(path, "runs", text_columns=("run", "dataset")).to_pylist()  # the run 01 is not the run 1
     else:
         raise ValueError(f"runs: {path.name!r} has an unknown ending; use metrics.jsonl, .csv, .parquet or .jsonl")
     if absent := [name for name in needed if not any(name in row for row in rows)]:
