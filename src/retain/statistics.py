@@ -10,10 +10,10 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import stdtrit
+from scipy.special import bdtr, stdtrit
 
-WIDEST = 3.0  # times Student's t on a side: few documents with an outlier can ask for hundreds
-ROUNDING = 1e-9  # of a resample's sum of squares; a spread below it is none
+MAX_WIDENING = 3.0  # of a side, times Student's t: few documents with an outlier would widen it hundredfold
+MIN_SPREAD = 1e-9  # of a resample's sum of squares; less is rounding
 
 
 def bootstrap_ratio(
@@ -30,8 +30,8 @@ def bootstrap_ratio(
 
     What is resampled is the ratio's error in units of its own linearised standard error; the sample's standard error
     leaves one document out at a time. Each side is widened by √(n/(n−1)), is never narrower than Student's t of n−1
-    degrees of freedom, and never wider than `WIDEST` times that. A percentile interval is too narrow for few documents,
-    unequal lengths and skewed values: docs/measuring.md has the coverage of both.
+    degrees of freedom, and never wider than `MAX_WIDENING` times that. A percentile interval is too narrow for few
+    documents, unequal lengths and skewed values: docs/measuring.md has the coverage of both.
 
     Args:
         numerator: per-document sums, shape (documents,), e.g. nats.
@@ -46,6 +46,9 @@ def bootstrap_ratio(
     Returns:
         (value, low, high), low ≤ value ≤ high. Where fewer than two documents have a size, low and high are NaN, and
         without any size the value is, too.
+
+    >>> [round(number, 2) for number in bootstrap_ratio([3.0, 5.0, 1.0, 8.0], [2, 4, 1, 5])]
+    [1.42, 0.36, 2.17]
     """
     num, den = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
     assert num.shape == den.shape == (len(num),), (num.shape, den.shape)
@@ -61,10 +64,11 @@ def bootstrap_ratio(
         error = (counts @ rest) / (counts @ den)
         square = counts @ rest**2
         spread = square - 2 * error * (counts @ (rest * den)) + error**2 * (counts @ den**2)
-        spread[spread < ROUNDING * square] = 0.0
+        spread[spread < MIN_SPREAD * square] = 0.0
         studentized = error * (counts @ den) / np.sqrt(spread * size / (size - 1))
     studentized[np.isnan(studentized) | (counts.max(axis=1) == size)] = 0.0  # one document alone has no spread
-    low, high = np.quantile(studentized.clip(-WIDEST * student, WIDEST * student), [(1 - level) / 2, (1 + level) / 2])
+    limit = MAX_WIDENING * student
+    low, high = np.quantile(studentized.clip(-limit, limit), [(1 - level) / 2, (1 + level) / 2])
     widened = math.sqrt(size / (size - 1))
     below, above = (max(widened * float(end), student) * leave_one_out for end in (high, -low))
     return value, min(value, max(value - below, within[0])), max(value, min(value + above, within[1]))
@@ -81,6 +85,9 @@ def share_interval(count: int, total: int, *, level: float = 0.95) -> tuple[floa
     """A share of independent questions with Wilson's score interval (Wilson 1927): (value, low, high).
 
     A bootstrap of answers that are all alike has no width, as if nothing were left to learn; this one has.
+
+    >>> [round(number, 2) for number in share_interval(10, 10)]
+    [1.0, 0.72, 1.0]
     """
     assert 0 <= count <= total > 0, (count, total)
     z = NormalDist().inv_cdf((1 + level) / 2)
@@ -122,10 +129,8 @@ def mcnemar(lost: int, won: int) -> float:
 
     Args:
         lost, won: questions right before and wrong after, and the reverse; the others say nothing of a change.
+
+    >>> round(mcnemar(lost=9, won=1), 4)
+    0.0215
     """
-    total, fewer = lost + won, min(lost, won)
-    ways = tail = 1  # ways of choosing k of `total`, and their sum up to `fewer`: whole numbers, so exact
-    for k in range(fewer):
-        ways = ways * (total - k) // (k + 1)
-        tail += ways
-    return min(1.0, 2 * tail / 2**total)
+    return min(1.0, 2 * float(bdtr(min(lost, won), lost + won, 0.5)))
