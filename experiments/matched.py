@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from experiments.claim import Interval, over_seeds
-from retain.report.comparison import crossing, series
+from retain.report.comparison import first_crossing
+from retain.report.results import series
 from retain.statistics import bootstrap_ratio
 
 # What is judged. Forgetting on the base's own rows is left out: there it is their ref_kl with sampling noise.
@@ -34,15 +35,15 @@ class Reading:
 
 def target_loss(plain: Sequence[dict[str, Any]], share: float) -> float:
     """The new-task loss at which a share of the gain of the plain runs (mean of their best) has been made."""
-    curves = [series(row, "eval_loss")[1] for row in plain]
+    curves = [series(row["trajectory"], "eval_loss")[1] for row in plain]
     start, best = curves[0][0], float(np.mean([min(losses) for losses in curves]))
     return start - share * (start - best)
 
 
 def read_at(row: dict[str, Any], target: float) -> Reading | None:
     """Linear between the two evaluations around the first crossing; None where a run never came down so far."""
-    steps, losses = series(row, "eval_loss")
-    step = crossing(steps, losses, target)
+    steps, losses = series(row["trajectory"], "eval_loss")
+    step = first_crossing(steps, losses, target)
     if step is None:
         return None
     return Reading(step, {measure: documents_at(row, *measure, step) for measure in MEASURES})

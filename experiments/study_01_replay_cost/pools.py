@@ -12,7 +12,7 @@ from experiments.harness import BenchSettings, Results, Run, make_all, open_benc
 from experiments.matched import Reading, mean_of, prevented, read_at, target_loss
 from experiments.pages import dress, panels, write_results
 from experiments.small_base import CACHE, BaseSettings, load_texts, make_base
-from retain.report.comparison import series
+from retain.report.results import series
 from retain.report.style import MARKS, PALETTE
 
 HERE = Path(__file__).parent
@@ -32,7 +32,7 @@ def runs(seed: int) -> list[Run]:
 
 def last(row: dict[str, Any]) -> Reading:
     """A run at its last step."""
-    found = read_at(row, series(row, "eval_loss")[1][-1])
+    found = read_at(row, series(row["trajectory"], "eval_loss")[1][-1])
     assert found is not None
     return found
 

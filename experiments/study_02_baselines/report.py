@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from experiments.claim import Interval
 from experiments.matched import MEASURES, NoReport, Reading, mean_of, prevented, read_at, target_loss
 from experiments.pages import dress, findings, goal_line, panels
-from retain.report.comparison import series
+from retain.report.results import series
 from retain.report.style import PALETTE
 
 GAIN = 0.75  # of plain finetuning's: as much as LoRA learns in as many steps
@@ -103,7 +103,7 @@ def chosen(entries: Sequence[Entry]) -> list[Entry]:
 
 def lowest(entry: Entry) -> float:
     """Best new-task loss, mean over seeds."""
-    return float(np.mean([min(series(row, "eval_loss")[1]) for row in entry.rows.values()]))
+    return float(np.mean([min(series(row["trajectory"], "eval_loss")[1]) for row in entry.rows.values()]))
 
 
 def verdict(entries: Sequence[Entry]) -> str:
@@ -281,7 +281,8 @@ def _color(at: int) -> str:
 def trace(entry: Entry, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """New-task loss and the metric on prose at every evaluation but the first, means over seeds while all run."""
     curves = [
-        [series(row, key)[1] for key in ("eval_loss", f"retention/prose/{metric}")] for row in entry.rows.values()
+        [series(row["trajectory"], key)[1] for key in ("eval_loss", f"retention/prose/{metric}")]
+        for row in entry.rows.values()
     ]
     common = min(len(losses) for losses, _ in curves)
     x, y = np.mean([[values[1:common] for values in curve] for curve in curves], axis=0)

@@ -10,7 +10,7 @@ from typing import Any
 from experiments.claim import share_text
 from experiments.pages import dress, findings, panels, write_results
 from retain.files import append_jsonl, read_jsonl
-from retain.report.report import write_comparison
+from retain.report.report import ForgettingReport, write_comparison
 from retain.report.style import look
 from retain.statistics import share_interval
 
@@ -29,7 +29,11 @@ def write_study(folder: Path, reports: dict[tuple[int, str], dict[str, Any]], ar
             append_jsonl(folder / "results.jsonl", {"arm": arm, "seed": seed, **row, "versions": versions})
     first = [reports[seeds[0], arm] for arm in next(iter(by_task(rows).values()))]
     page = folder.parents[1] / ".cache" / "experiments" / "capabilities" / "page"
-    write_comparison(page, first, title="SmolLM2-135M-Instruct, taught to refuse, then finetuned on Verilog")
+    write_comparison(
+        page,
+        [ForgettingReport(report) for report in first],
+        title="SmolLM2-135M-Instruct, taught to refuse, then finetuned on Verilog",
+    )
     return tell(folder)
 
 

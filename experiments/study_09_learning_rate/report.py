@@ -14,7 +14,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from experiments.claim import FIRST_LOOK, Claim, over_seeds, ratio_over_seeds
 from experiments.matched import NoReport
 from experiments.pages import dress, findings, panels
-from retain.report.comparison import crossing, series
+from retain.report.comparison import first_crossing
+from retain.report.results import series
 from retain.report.style import MARKS, PALETTE
 
 OLD = "old"
@@ -41,7 +42,7 @@ def nearest(bases: Sequence[Row], loss: float) -> Row:
 
 def target_of(rows: Sequence[Row]) -> float:
     """The lowest new-language loss that every run came down to: no run is left out of the comparison."""
-    return max(min(series(row, "eval_loss")[1]) for row in rows)
+    return max(min(series(row["trajectory"], "eval_loss")[1]) for row in rows)
 
 
 def readings_of(rows: Sequence[Row], *, control: bool = False) -> list[Reading]:
@@ -55,8 +56,8 @@ def readings_of(rows: Sequence[Row], *, control: bool = False) -> list[Reading]:
         settings = row["settings"]
         if settings["control"] != control:
             continue
-        steps, lost = series(row, f"retention/{OLD}/forgetting")
-        at = crossing(steps, series(row, "eval_loss")[1], target)
+        steps, lost = series(row["trajectory"], f"retention/{OLD}/forgetting")
+        at = first_crossing(steps, series(row["trajectory"], "eval_loss")[1], target)
         if at is None:
             raise NoReport(
                 f"learning rates: some run came down to {target:.3f} nats at best, where another begins; give it more "

@@ -528,7 +528,7 @@ def test_sample_finetune_measure(architecture, world, tmp_path, capsys):
     arguments = ["--base", model, "--model", out, "--retention", wiki, "--new_task", f"new={held}"]
     arguments += ["--output_dir", report, "--max_length", "24", "--max_new_tokens", "4", "--num_resamples", "200"]
     assert main(["measure", *arguments]) == 0
-    assert "nats/token" in capsys.readouterr().out
+    assert "nats per token" in capsys.readouterr().out
     data = json.loads((tmp_path / "report" / "report.json").read_text())
     check_metrics(data["retention"]["wiki"], METRIC_NAMES)
     check_metrics(data["new_task"]["new"], METRIC_NAMES | {"gain"})

@@ -34,8 +34,11 @@ from retain.measuring.lm_eval import pair_files, paired_report, task_of
 from retain.measuring.measure import measure
 from retain.measuring.options import Options
 from retain.measuring.tokens import logits_of
-from retain.report.answers import answers_sentence, answers_table, compare_answers
+from retain.report.answers import compare_answers
 from retain.report.report import ForgettingReport
+from retain.report.results import Results
+from retain.report.sentences import answers_sentence
+from retain.report.tables import answers_table
 
 TOKENIZER = make_tokenizer()
 OPTIONS = Options(TOKENIZER, start_id=3)
@@ -397,19 +400,21 @@ def test_equal_accuracy_does_not_hide_forgetting():
     tuned = [1] * 20 + [0] * 30 + [0] * 20 + [1] * 30
     right = [[answer == 0 for answer in of] for of in (base, tuned)]
     entry = {"style": "letter", "chat_template": False, "num_questions": 100, "notes": []}
-    run = {"name": "tuned", "choices": {"arc": {**entry, "rules": {"acc": compare_answers(base, tuned, *right)}}}}
+    rules = {"acc": compare_answers(base, tuned, *right)}
+    report = ForgettingReport({"name": "tuned", "retention": {}, "choices": {"arc": {**entry, "rules": rules}}})
+    run, other = report.results, Results("other", retention={})
     sentence = answers_sentence(run)
     assert sentence.startswith("“tuned” answers 60.0% [50.2%, 69.1%] of 100 questions of arc (acc) as its base did; ")
     assert "no change of accuracy shown, 50.0% → 50.0%: +0.0 points [" in sentence
-    table = answers_table([run, {"name": "other"}])
+    table = answers_table([run, other])
     assert table is not None
-    (section,) = table["sections"]
-    rows = {row["label"]: [cell["value"] for cell in row["cells"]] for row in section["rows"]}
+    (section,) = table.sections
+    rows = {row.label: [cell.value for cell in row.cells] for row in section.rows}
     assert next(iter(rows)) == "same answer as the base"
     assert rows["right → wrong"] == rows["wrong → right"] == ["20", "–"]
     assert rows["McNemar p"] == ["1.000", "–"]
-    assert answers_table([{"name": "other"}]) is None
-    assert answers_sentence({"name": "other"}) == ""
+    assert answers_table([other]) is None
+    assert answers_sentence(other) == ""
 
 
 def test_a_model_agrees_with_itself_and_its_own_seeds():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from conftest import make_model, make_texts, save_model
 from retain.cli.main import main
 from retain.report.answers import compare_answers
 from retain.report.gate import BEYOND, UNDECIDED, WITHIN, Check, judge
-from retain.report.report import ForgettingReport, comparison_html, comparison_markdown
+from retain.report.numbers import Estimate
+from retain.report.page import comparison_html, comparison_markdown
+from retain.report.report import ForgettingReport
+from retain.report.results import Judgement
 from retain.statistics import bootstrap_ratio
 
 
@@ -27,8 +31,9 @@ def text(value: float, low: float | None, high: float | None, agreement: float =
     }
 
 
-def judged(texts: dict[str, dict], limit: float | None = 0.02, least: float | None = None, **more: Any) -> dict:
-    return judge({"retention": texts, **more}, max_forgetting=limit, min_agreement=least)
+def judged(texts: dict[str, dict], limit: float | None = 0.02, least: float | None = None, **more: Any) -> Judgement:
+    report = ForgettingReport({"name": "x", "retention": texts, **more})
+    return judge(report.results, max_forgetting=limit, min_agreement=least)
 
 
 @pytest.mark.parametrize(
@@ -46,32 +51,32 @@ def judged(texts: dict[str, dict], limit: float | None = 0.02, least: float | No
 )
 def test_the_interval_decides(measured, code, words):
     found = judged({"wiki": text(*measured)})
-    assert found["code"] == code
-    assert words in found["verdict"]
-    assert "against at most 0.02 nats per token" in found["verdict"]
+    assert found.code == code
+    assert words in found.verdict
+    assert "against at most 0.02 nats per token" in found.verdict
 
 
 def test_the_worst_text_decides():
     within, unsure, beyond = text(0.01, 0.0, 0.015), text(0.018, 0.01, 0.03), text(0.05, 0.04, 0.06)
     found = judged({"a": within, "b": text(0.012, 0.01, 0.015)})
-    assert found["code"] == WITHIN
-    assert "decided by b, " in found["verdict"]
+    assert found.code == WITHIN
+    assert "decided by b, " in found.verdict
     found = judged({"a": within, "b": unsure})
-    assert found["code"] == UNDECIDED
-    assert "decided by b, " in found["verdict"]
+    assert found.code == UNDECIDED
+    assert "decided by b, " in found.verdict
     found = judged({"a": within, "b": unsure, "c": beyond, "d": text(0.09, 0.08, 0.1)})
-    assert found["code"] == BEYOND
-    assert "decided by d, " in found["verdict"]
-    assert found["verdict"].endswith("(1 more like it)")
-    assert len(found["checks"]) == 4
+    assert found.code == BEYOND
+    assert "decided by d, " in found.verdict
+    assert found.verdict.endswith("(1 more like it)")
+    assert len(found.checks) == 4
 
 
 def test_too_few_documents_decide_nothing():
     """A percentile interval over a handful of documents is far too narrow."""
     found = judged({"wiki": text(0.0, 0.0, 0.0, count=9)})
-    assert found["code"] == UNDECIDED
-    assert "at least 10 documents are needed for an interval that can decide, 9 were measured" in found["verdict"]
-    lone = judged({"wiki": text(0.0, 0.0, 0.0, count=1)})["verdict"]
+    assert found.code == UNDECIDED
+    assert "at least 10 documents are needed for an interval that can decide, 9 were measured" in found.verdict
+    lone = judged({"wiki": text(0.0, 0.0, 0.0, count=1)}).verdict
     assert "on 1 document, against" in lone
     assert lone.endswith("1 was measured")
 
@@ -79,7 +84,7 @@ def test_too_few_documents_decide_nothing():
 @pytest.mark.parametrize(("value", "low", "high"), [(0.010, 0.000, 0.025), (0.030, 0.015, 0.045)])
 def test_how_much_more_text_would_decide(value, low, high):
     """By hand: the side towards the budget is 0.015 wide and may be 0.010, so (1.5)² = 2.25 times as many."""
-    check = Check("wiki", "forgetting", text(value, low, high)["forgetting"], 0.02, 1, "documents")
+    check = Check("wiki", "forgetting", Estimate(value, (low, high), num_documents=40), 0.02, 1, "documents")
     assert check.needed in (90, 91)
     assert f"about {check.needed} documents of this kind, {check.needed - 40} more, would decide" in check.advice
 
@@ -91,14 +96,14 @@ def test_so_much_text_does_decide():
     for _ in range(60):
         nats = rng.normal(0.012, 0.05, size=40)
         value, low, high = bootstrap_ratio(nats, np.ones(40), num_resamples=1000)
-        entry = {"num_documents": 40, "value": value, "ci": [low, high]}
+        entry = Estimate(value, (low, high), num_documents=40)
         check = Check("t", "forgetting", entry, 0.02, 1, "documents")
         if check.code != UNDECIDED or check.needed is None or check.needed > 2000:
             continue
         tried += 1
         more = np.tile(nats, math.ceil(check.needed * 1.5 / 40))  # half more, for the chance in both resamplings
         value, low, high = bootstrap_ratio(more, np.ones(len(more)), num_resamples=1000)
-        entry = {"num_documents": len(more), "value": value, "ci": [low, high]}
+        entry = Estimate(value, (low, high), num_documents=len(more))
         assert Check("t", "forgetting", entry, 0.02, 1, "documents").code != UNDECIDED
         assert check.needed > 40
     assert tried > 10
@@ -106,22 +111,23 @@ def test_so_much_text_does_decide():
 
 def test_agreement_is_a_limit_of_its_own():
     found = judged({"wiki": text(0.01, 0.0, 0.015, agreement=0.95)}, least=0.9)
-    assert found["code"] == WITHIN
-    assert len(found["checks"]) == 2
+    assert found.code == WITHIN
+    assert len(found.checks) == 2
     found = judged({"wiki": text(0.01, 0.0, 0.015, agreement=0.8)}, least=0.9)
-    assert found["code"] == BEYOND
-    assert "wiki, same top token 80.0% [78.0%, 82.0%] on 40 documents, against at least 90.0%" in found["verdict"]
-    assert judged({"wiki": text(0.5, 0.4, 0.6, agreement=0.95)}, limit=None, least=0.9)["code"] == WITHIN
+    assert found.code == BEYOND
+    assert "wiki, same top token 80.0% [78.0%, 82.0%] on 40 documents, against at least 90.0%" in found.verdict
+    assert judged({"wiki": text(0.5, 0.4, 0.6, agreement=0.95)}, limit=None, least=0.9).code == WITHIN
 
 
 def test_divergence_is_a_limit_of_its_own():
     """Of a text whose loss fell: forgetting is within its limit, ref_kl beyond it."""
     ref_kl = {"value": 0.3, "ci": [0.25, 0.35], "num_documents": 40}
-    report = {"retention": {"wiki": text(-0.05, -0.06, -0.04) | {"ref_kl": ref_kl}}}
-    assert judge(report, max_forgetting=0.02, max_ref_kl=0.4)["code"] == WITHIN
+    texts = {"wiki": text(-0.05, -0.06, -0.04) | {"ref_kl": ref_kl}}
+    report = ForgettingReport({"name": "x", "retention": texts}).results
+    assert judge(report, max_forgetting=0.02, max_ref_kl=0.4).code == WITHIN
     found = judge(report, max_forgetting=0.02, max_ref_kl=0.2)
-    assert (found["code"], found["max_ref_kl"]) == (BEYOND, 0.2)
-    assert "wiki, ref_kl 0.300 [0.250, 0.350] on 40 documents, against at most 0.2 nats per token" in found["verdict"]
+    assert (found.code, found.max_ref_kl) == (BEYOND, 0.2)
+    assert "wiki, ref_kl 0.300 [0.250, 0.350] on 40 documents, against at most 0.2 nats per token" in found.verdict
 
 
 def test_answers_to_questions_are_held_to_it_too():
@@ -131,12 +137,12 @@ def test_answers_to_questions_are_held_to_it_too():
         rules = {"acc": compare_answers(answers, other, [True] * total, [answer == 0 for answer in other])}
         return {"arc": {"style": "letter", "chat_template": False, "num_questions": total, "notes": [], "rules": rules}}
 
-    assert judged({}, None, 0.9, choices=asked(199, 200))["code"] == WITHIN
+    assert judged({}, None, 0.9, choices=asked(199, 200)).code == WITHIN
     found = judged({}, None, 0.9, choices=asked(120, 200))
-    assert found["code"] == BEYOND
-    assert "arc (acc), same answer 60.0% [" in found["verdict"]
-    assert judged({}, None, 0.9, choices=asked(182, 200))["code"] == UNDECIDED
-    assert judged({}, None, 0.9, choices=asked(20, 20))["code"] == UNDECIDED, "all alike, but few: Wilson's interval"
+    assert found.code == BEYOND
+    assert "arc (acc), same answer 60.0% [" in found.verdict
+    assert judged({}, None, 0.9, choices=asked(182, 200)).code == UNDECIDED
+    assert judged({}, None, 0.9, choices=asked(20, 20)).code == UNDECIDED, "all alike, but few: Wilson's interval"
 
 
 def test_the_report_shows_the_verdict_and_hostile_names_harm_nobody():
@@ -146,13 +152,14 @@ def test_the_report_shows_the_verdict_and_hostile_names_harm_nobody():
         "base": {"model": "m"},
         "retention": {"</p><script>alert(1)</script>\x1b[31m\u202e": text(0.05, 0.04, 0.06)},
     }
-    data["gate"] = judge(data, max_forgetting=0.02)
-    page = comparison_html([data], title="t")
+    data["gate"] = asdict(judge(ForgettingReport(data).results, max_forgetting=0.02))
+    run = ForgettingReport(data).results
+    page = comparison_html([run], title="t")
     assert "gate: beyond (exit code 2)" in page
     assert '<p class="note gate-2">' in page
     assert "<script" not in page
-    assert "> gate: beyond" in comparison_markdown([data], title="t")
-    for shown in (page, comparison_markdown([data], title="t")):
+    assert "> gate: beyond" in comparison_markdown([run], title="t")
+    for shown in (page, comparison_markdown([run], title="t")):
         assert "\x1b" not in shown
         assert "\u202e" not in shown
 

@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,16 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from retain import files
 from retain.cli.main import main
-from retain.report import report
-from retain.report import style as plots
+from retain.report import page, passages, style
 from retain.report.answers import compare_answers, share_entry
-from retain.report.behaviour_tables import differences
-from retain.report.comparison import compare_at_matched_loss, crossing
-from retain.report.figures import panels
-from retain.report.frontier import dominators, frontier, frontier_sentences
-from retain.report.heat_map import heat_map, worst_documents
+from retain.report.comparison import Comparison, compare_at_matched_loss, dominators, first_crossing, frontier
+from retain.report.figures import Panel, PlotLine, panels
 from retain.report.model_card import card_with_forgetting, model_index
-from retain.report.numbers import cell
-from retain.report.report import ForgettingReport, comparison_html, comparison_markdown, comparison_summary
-from retain.report.sentences import budget_sentence, run_verdict
+from retain.report.numbers import Cell, cell
+from retain.report.passages import differences, worst_documents
+from retain.report.report import ForgettingReport, write_comparison
+from retain.report.results import Results
+from retain.report.sentences import budget_sentence, frontier_sentences, text_verdict
 from retain.text import visible
 from retain.training.run_files import RunFilesCallback, read_run
 
@@ -78,6 +77,42 @@ def run(name: str, losses: list[float], kls: list[float], weights: tuple[float, 
     }
 
 
+def typed(runs: list[dict]) -> list[Results]:
+    return [ForgettingReport(run).results for run in runs]
+
+
+def compare(runs: list[dict], seed: int = 0) -> Comparison:
+    return compare_at_matched_loss(typed(runs), seed)
+
+
+def panels_of(runs: list[dict]) -> list[Panel]:
+    return panels(typed(runs), compare(runs) if len(runs) > 1 else None)
+
+
+def html_of(runs: list[dict], **options: Any) -> str:
+    return page.comparison_html(typed(runs), **{"title": "t"} | options)
+
+
+def markdown_of(runs: list[dict], **options: Any) -> str:
+    return page.comparison_markdown(typed(runs), **{"title": "t"} | options)
+
+
+def summary_of(runs: list[dict]) -> str:
+    return page.comparison_summary(typed(runs))
+
+
+def card_of(run: dict) -> str:
+    return page.model_card_section(ForgettingReport(run).results)
+
+
+def verdict_of(run: dict) -> str:
+    return text_verdict(ForgettingReport(run).results)
+
+
+def budget_of(run: dict, first: dict | None = None) -> str:
+    return budget_sentence(ForgettingReport(run).results, ForgettingReport(first).results if first else None)
+
+
 def followed(of: dict) -> dict[str, Any]:
     """The same run with nothing but its trajectory."""
     return of | {"retention": {}, "new_task": {}}
@@ -98,67 +133,67 @@ def replay() -> dict[str, Any]:
 
 def test_matched_loss_by_hand(plain: dict, replay: dict) -> None:
     """`replay` gets to 2.5 only; `plain` crosses 2.5 halfway between steps 10 and 20, at ref_kl (.2 + .6) / 2."""
-    compared = compare_at_matched_loss([plain, replay])
-    assert compared["matched_loss"] == 2.5
-    assert [entry["matched_step"] for entry in compared["runs"]] == [15.0, 20.0]
-    first, second = compared["matched"]["wiki"]
-    assert first["ref_kl"] == pytest.approx(0.4)
-    assert first["forgetting"] == pytest.approx(0.2)
-    assert (first["prevented"], first["note"]) == (None, None)
-    assert second["ref_kl"] == pytest.approx(0.04)
-    assert second["prevented"] == pytest.approx(0.9)
-    compared = compare_at_matched_loss([followed(plain), followed(replay)])
-    end = compared["end"]["wiki"]
-    assert [entry["ref_kl"] for entry in end] == pytest.approx([0.6, 0.04])
-    assert end[1]["prevented"] == pytest.approx(1 - 0.04 / 0.6)
-    assert compared["runs"][1]["relative_loss_difference"] == pytest.approx(2.5 / 2.0 - 1)
+    compared = compare([plain, replay])
+    assert compared.matched_loss == 2.5
+    assert [entry.matched_step for entry in compared.runs] == [15.0, 20.0]
+    first, second = compared.matched["wiki"]
+    assert first.ref_kl == pytest.approx(0.4)
+    assert first.forgetting == pytest.approx(0.2)
+    assert (first.prevented, first.note) == (None, None)
+    assert second.ref_kl == pytest.approx(0.04)
+    assert second.prevented == pytest.approx(0.9)
+    compared = compare([followed(plain), followed(replay)])
+    end = compared.end["wiki"]
+    assert [entry.ref_kl for entry in end] == pytest.approx([0.6, 0.04])
+    assert end[1].prevented == pytest.approx(1 - 0.04 / 0.6)
+    assert compared.runs[1].relative_loss_difference == pytest.approx(2.5 / 2.0 - 1)
 
 
 def test_paired_interval_has_no_width_where_every_document_agrees(plain: dict, replay: dict) -> None:
     """Documents differ among themselves, but each loses nine tenths: resampling them cannot change the share."""
     weights = (1.0, 5.0, 2.0, 9.0)
     runs = [run("plain", [4, 3, 2], [0, 0.2, 0.6], weights), run("replay", [4, 3.5, 2.5], [0, 0.02, 0.04], weights)]
-    first, second = compare_at_matched_loss(runs)["matched"]["wiki"]
-    assert second["prevented_ci"] == pytest.approx([0.9, 0.9])
-    assert first["ref_kl_ci"][0] < 0.39 < 0.41 < first["ref_kl_ci"][1]
+    first, second = compare(runs).matched["wiki"]
+    assert second.prevented_ci == pytest.approx([0.9, 0.9])
+    assert first.ref_kl_ci[0] < 0.39 < 0.41 < first.ref_kl_ci[1]
 
 
 @pytest.mark.parametrize("loss", [1.9, 2.1, 2.3, 2.7, 2.9, 3.1])
 def test_rounding_of_the_place_between_two_evaluations_costs_no_interval(loss: float) -> None:
     runs = [run("plain", [4.0, 3.3, 1.7], [0.0, 0.2, 0.6]), run("replay", [4.0, 3.7, loss], [0.0, 0.02, 0.04])]
-    assert compare_at_matched_loss(runs)["matched"]["wiki"][1]["prevented_ci"] is not None
+    assert compare(runs).matched["wiki"][1].prevented_ci is not None
 
 
 def test_interval_is_seeded_contains_the_value_and_keeps_to_what_a_share_can_be(plain: dict) -> None:
     other = run("replay", [4.0, 3.5, 2.5], [0.0, 0.02, 0.04], (1.0, 2.0, 3.0, 4.0))
-    entry = compare_at_matched_loss([plain, other], seed=3)["matched"]["wiki"][1]
-    low, high = entry["prevented_ci"]
-    assert low < entry["prevented"] < high
+    entry = compare([plain, other], seed=3).matched["wiki"][1]
+    low, high = entry.prevented_ci
+    assert low < entry.prevented < high
     shares = np.array([1.0, 2.0, 3.0, 4.0]) / np.average([1, 2, 3, 4], weights=TOKENS) * 0.1
     assert low < 1 - shares.max() < 1 - shares.min() < high <= 1  # four documents are no bound for those to come
-    assert compare_at_matched_loss([plain, other], seed=3)["matched"]["wiki"][1]["prevented_ci"] == [low, high]
+    assert compare([plain, other], seed=3).matched["wiki"][1].prevented_ci == [low, high]
 
 
 def test_crossing() -> None:
-    assert crossing([0, 10], [4.0, 2.0], 3.5) == 2.5
-    assert crossing([0, 10, 20, 30], [4, 2, 4, 2], 3) == 5.0, "the first of several crossings"
-    assert crossing([0, 10], [4.0, 3.0], 2.0) is None, "never came down"
-    assert crossing([10, 20], [2.0, 1.0], 3.0) is None, "nobody saw it come down"
-    assert crossing([0, 10], [4.0, 3.0], 4.0) == 0.0
-    assert crossing([], [], 4.0) is None
+    assert first_crossing([0, 10], [4.0, 2.0], 3.5) == 2.5
+    assert first_crossing([0, 10, 20, 30], [4, 2, 4, 2], 3) == 5.0, "the first of several crossings"
+    assert first_crossing([0, 10], [4.0, 3.0], 2.0) is None, "never came down"
+    assert first_crossing([10, 20], [2.0, 1.0], 3.0) is None, "nobody saw it come down"
+    assert first_crossing([0, 10], [4.0, 3.0], 4.0) == 0.0
+    assert first_crossing([], [], 4.0) is None
 
 
 def test_without_trajectory_only_the_ends_are_compared_and_it_says_so(plain: dict, replay: dict) -> None:
     replay["trajectory"] = []
-    compared = compare_at_matched_loss([plain, replay])
-    assert compared["matched_loss"] is None
-    assert compared["matched"] == {}
-    assert "replay" in compared["reason"]
-    assert compared["end"]["wiki"][1]["ref_kl"] == 0.123, "falls back to what `retain measure` found"
-    assert compared["end"]["wiki"][1]["ref_kl_ci"] == [0.101, 0.147]
-    assert compared["runs"][1]["final_loss"] == 2.777
-    assert "No comparison at the same new-task loss" in comparison_summary([plain, replay])
-    assert "No comparison at the same new-task loss" in comparison_html([plain, replay], title="t")
+    compared = compare([plain, replay])
+    assert compared.matched_loss is None
+    assert compared.matched == {}
+    assert "replay" in compared.reason
+    assert compared.end["wiki"][1].ref_kl == 0.123, "falls back to what `retain measure` found"
+    assert compared.end["wiki"][1].ref_kl_ci == [0.101, 0.147]
+    assert compared.runs[1].final_loss == 2.777
+    assert "No comparison at the same new-task loss" in summary_of([plain, replay])
+    assert "No comparison at the same new-task loss" in html_of([plain, replay])
 
 
 @pytest.mark.parametrize(
@@ -166,24 +201,24 @@ def test_without_trajectory_only_the_ends_are_compared_and_it_says_so(plain: dic
     [([4.0, 4.2, 4.1], "other did not learn"), ([1.9, 1.8, 1.7], "other was already below the common loss 2.000")],
 )
 def test_no_matched_loss_where_a_run_gives_none(plain: dict, losses: list[float], why: str) -> None:
-    compared = compare_at_matched_loss([followed(plain), followed(run("other", losses, [0.0, 0.1, 0.2]))])
-    assert compared["matched_loss"] is None
-    assert compared["matched"] == {}
-    assert why in compared["reason"]
-    assert compared["end"]["wiki"][1]["prevented"] == pytest.approx(1 - 0.2 / 0.6)
+    compared = compare([followed(plain), followed(run("other", losses, [0.0, 0.1, 0.2]))])
+    assert compared.matched_loss is None
+    assert compared.matched == {}
+    assert why in compared.reason
+    assert compared.end["wiki"][1].prevented == pytest.approx(1 - 0.2 / 0.6)
 
 
 def test_prevented_is_undefined_where_the_plain_run_did_not_move(replay: dict) -> None:
     still = run("plain", [4.0, 3.0, 2.0], [0.0, 0.0, 0.0])
-    entry = compare_at_matched_loss([still, replay])["matched"]["wiki"][1]
-    assert (entry["prevented"], entry["prevented_ci"]) == (None, None)
-    assert "noise floor" in entry["note"]
-    assert "cannot be judged on wiki" in comparison_summary([still, replay])
+    entry = compare([still, replay]).matched["wiki"][1]
+    assert (entry.prevented, entry.prevented_ci) == (None, None)
+    assert "noise floor" in entry.note
+    assert "cannot be judged on wiki" in summary_of([still, replay])
 
 
 def test_prevented_is_undefined_below_a_measured_noise_floor(plain: dict, replay: dict) -> None:
     plain["noise_floor"]["wiki"]["ref_kl"] = measured(0.4, 0.3, 0.5)
-    assert compare_at_matched_loss([plain, replay])["matched"]["wiki"][1]["prevented"] is None
+    assert compare([plain, replay]).matched["wiki"][1].prevented is None
 
 
 @pytest.mark.parametrize("changed", [{"num_tokens": [50, 250, 100, 200]}, {"base_loss": [300, 540, 360, 600]}])
@@ -191,17 +226,22 @@ def test_nothing_is_prevented_on_other_documents(plain: dict, replay: dict, chan
     """Told by their lengths and, where they are all as long, by the base's own loss on each."""
     for row in replay["documents"]:
         row |= changed
-    entry = compare_at_matched_loss([plain, replay])["matched"]["wiki"][1]
-    assert (entry["prevented"], entry["prevented_ci"]) == (None, None)
-    assert entry["note"] == "not compared with “plain”: measured on other documents"
-    assert frontier_sentences(compare_at_matched_loss([followed(plain), followed(replay)])) == []
+    entry = compare([plain, replay]).matched["wiki"][1]
+    assert (entry.prevented, entry.prevented_ci) == (None, None)
+    assert entry.note == "not compared with “plain”: measured on other documents"
+    assert frontier_sentences(compare([followed(plain), followed(replay)])) == []
 
 
 def test_no_interval_without_values_per_document(plain: dict, replay: dict) -> None:
     replay["documents"] = []
-    entry = compare_at_matched_loss([plain, replay])["matched"]["wiki"][1]
-    assert (entry["prevented_ci"], entry["ref_kl_ci"]) == (None, None)
-    assert "no values per document" in entry["note"]
+    entry = compare([plain, replay]).matched["wiki"][1]
+    assert (entry.prevented_ci, entry.ref_kl_ci) == (None, None)
+    assert "no values per document" in entry.note
+
+
+def summed(ref_kl: list[float], tokens: list[int]) -> dict[str, list[float]]:
+    losses = [3 * n for n in tokens]
+    return {"ref_kl": ref_kl, "loss": losses, "base_loss": losses, "num_tokens": tokens}
 
 
 def at_its_end(of: dict, kl: float, loss: float, sums: list[float]) -> dict:
@@ -209,29 +249,28 @@ def at_its_end(of: dict, kl: float, loss: float, sums: list[float]) -> dict:
     of = {key: value for key, value in of.items() if key not in ("trajectory", "documents")}
     of["retention"] = {"wiki": of["retention"]["wiki"] | {"ref_kl": {"value": kl, "ci": [None, None]}}}
     of["new_task"] = {"verilog": {"loss": measured(loss, loss, loss)}}
-    tokens = {"loss": [3 * n for n in TOKENS], "base_loss": [3 * n for n in TOKENS], "num_tokens": TOKENS}
-    return of | {"per_document": {"wiki": {"ref_kl": sums, **tokens}}}
+    return of | {"per_document": {"wiki": summed(sums, TOKENS)}}
 
 
 def test_ends_without_trajectory_are_compared_document_by_document(plain: dict, replay: dict) -> None:
     """Each document of `replay` moved by a tenth of what it did in `plain`: the paired interval has no width."""
     sums = [10.0, 30.0, 5.0, 60.0]
     runs = [at_its_end(plain, 0.175, 2.0, sums), at_its_end(replay, 0.0175, 2.5, [x / 10 for x in sums])]
-    first, second = compare_at_matched_loss(runs)["end"]["wiki"]
-    assert second["prevented"] == pytest.approx(0.9)
-    assert second["prevented_ci"] == pytest.approx([0.9, 0.9])
-    assert first["ref_kl_ci"][0] < 0.175 < first["ref_kl_ci"][1], "from the documents, where the report gives none"
-    assert (first["num_documents"], first["forgetting_ci"]) == (4, [0.052, 0.073])
+    first, second = compare(runs).end["wiki"]
+    assert second.prevented == pytest.approx(0.9)
+    assert second.prevented_ci == pytest.approx([0.9, 0.9])
+    assert first.ref_kl_ci[0] < 0.175 < first.ref_kl_ci[1], "from the documents, where the report gives none"
+    assert (first.num_documents, first.forgetting_ci) == (4, [0.052, 0.073])
     del runs[1]["per_document"]
-    entry = compare_at_matched_loss(runs)["end"]["wiki"][1]
-    assert (entry["prevented_ci"], entry["note"]) == (None, "no interval: no values per document")
+    entry = compare(runs).end["wiki"][1]
+    assert (entry.prevented_ci, entry.note) == (None, "no interval: no values per document")
 
 
 # --- what is not alike -----------------------------------------------------------------------------------------
 
 
 def shown_in(runs: list[dict]) -> list[str]:
-    return [comparison_summary(runs), comparison_html(runs, title="t"), comparison_markdown(runs, title="t")]
+    return [summary_of(runs), html_of(runs), markdown_of(runs)]
 
 
 def ended(of: dict, kl: float, loss: float, **settings: Any) -> dict:
@@ -256,11 +295,11 @@ def test_other_settings_are_said_and_not_compared(
     first = ended(plain, 0.6, 2.0, **settings)
     runs = [first, ended(replay, 0.1, 2.0, **settings), ended(run("odd", [4], [0]), 0.01, 1.9, **settings)]
     runs[2]["settings"][setting] = other
-    compared = compare_at_matched_loss(runs)
-    _, alike, odd = compared["end"]["wiki"]
-    assert alike["prevented"] == pytest.approx(1 - 0.1 / 0.6)
-    assert (odd["ref_kl"], odd["prevented"], odd["prevented_ci"]) == (0.01, None, None)
-    assert [entry["relative_loss_difference"] for entry in compared["runs"]] == [None, 0.0, None]
+    compared = compare(runs)
+    _, alike, odd = compared.end["wiki"]
+    assert alike.prevented == pytest.approx(1 - 0.1 / 0.6)
+    assert (odd.ref_kl, odd.prevented, odd.prevented_ci) == (0.01, None, None)
+    assert [entry.relative_loss_difference for entry in compared.runs] == [None, 0.0, None]
     sentences = ["On the frontier of new-task loss against ref_kl: “replay”.", "Dominated: “plain” by “replay”."]
     assert frontier_sentences(compared) == sentences, "the other run is no point among them"
     for shown in (html.unescape(text).replace("\\", "") for text in shown_in(runs)):
@@ -276,33 +315,33 @@ def test_losses_over_other_tokens_are_on_no_common_axis(plain: dict, replay: dic
         one | {"settings": {"loss_tokens": {"verilog": tokens, "wiki": "all"}}, "training": {"loss_tokens": tokens}}
         for one, tokens in ((plain, "completions"), (replay, "all"))
     ]
-    compared = compare_at_matched_loss(runs)
-    assert compared["runs"][1]["relative_loss_difference"] is None
-    assert (compared["matched_loss"], compared["matched"]) == (None, {})
-    assert compared["end"]["wiki"][1]["unlike"] is None, "the retention text counts the same tokens in both"
+    compared = compare(runs)
+    assert compared.runs[1].relative_loss_difference is None
+    assert (compared.matched_loss, compared.matched) == (None, {})
+    assert compared.end["wiki"][1].unlike is None, "the retention text counts the same tokens in both"
     assert frontier_sentences(compared) == []
-    figures = panels(runs, compared)
-    assert [figure["kind"] for figure in figures if len(figure["lines"]) > 1 and "loss" in figure["title"]] == []
-    titles = {figure["title"]: [line["name"] for line in figure["lines"]] for figure in figures}
+    figures = panels_of(runs)
+    assert [figure.kind for figure in figures if len(figure.lines) > 1 and "loss" in figure.title] == []
+    titles = {figure.title: [line.name for line in figure.lines] for figure in figures}
     assert titles["New-task loss (completions)"] == ["plain"]
     assert titles["New-task loss (all)"] == ["replay"]
     for shown in (html.unescape(text).replace("\\", "") for text in shown_in(runs)):
         assert "“replay” is not compared with “plain” on verilog: measured on all, not on completions" in shown
         assert "replay: its loss counts all, not completions as plain's does" in shown
     trained = [followed(one) for one in runs]
-    (alone,) = [figure for figure in panels(trained, compare_at_matched_loss(trained)) if figure["kind"] == "frontier"]
-    assert [line["name"] for line in alone["lines"]] == ["plain"]
+    (alone,) = [figure for figure in panels_of(trained) if figure.kind == "frontier"]
+    assert [line.name for line in alone.lines] == ["plain"]
     told = "not compared with “plain” on the new-task loss (eval_loss): its loss counts all, not completions"
     assert all(told in html.unescape(text).replace("\\", "") for text in shown_in(trained))
     old = [one | {"settings": {}, "training": {}} for one in runs]
-    assert compare_at_matched_loss(old)["matched_loss"] is not None, "older reports do not say"
+    assert compare(old).matched_loss is not None, "older reports do not say"
 
 
 def test_settings_that_move_no_number_or_that_an_old_report_lacks_are_alike(plain: dict, replay: dict) -> None:
     first = ended(plain, 0.6, 2.0, start_token="'<s>' (id 3): the tokenizer's bos_token", seed=0, batch_tokens=2048)
     second = ended(replay, 0.1, 2.0, start_token="'<s>' (id 3): given as start_token", seed=1, batch_tokens=64)
     for runs in ([first, second], [first | {"settings": {}}, second]):
-        assert compare_at_matched_loss(runs)["end"]["wiki"][1]["prevented"] == pytest.approx(1 - 0.1 / 0.6)
+        assert compare(runs).end["wiki"][1].prevented == pytest.approx(1 - 0.1 / 0.6)
         assert not any("not compared" in shown for shown in shown_in(runs))
 
 
@@ -316,9 +355,9 @@ def test_other_documents_under_one_name_are_said_and_not_compared(plain: dict, r
         else:
             runs = [{key: value for key, value in one.items() if key != "per_document"} for one in runs]
             runs[1]["retention"]["wiki"]["loss"] |= sized
-        compared = compare_at_matched_loss(runs)
-        assert compared["end"]["wiki"][1]["prevented"] is None
-        assert compared["runs"][1]["relative_loss_difference"] == 0.25, "the new task is the same one"
+        compared = compare(runs)
+        assert compared.end["wiki"][1].prevented is None
+        assert compared.runs[1].relative_loss_difference == 0.25, "the new task is the same one"
         assert frontier_sentences(compared) == []
         assert all(
             told + ((by_sums and ".") or " (9 documents, 700 tokens; not 4 documents, 600 tokens).") in shown
@@ -329,20 +368,20 @@ def test_other_documents_under_one_name_are_said_and_not_compared(plain: dict, r
 def test_rounding_of_the_base_does_not_make_other_documents(plain: dict, replay: dict) -> None:
     runs = [ended(plain, 0.6, 2.0), ended(replay, 0.1, 2.5)]
     runs[1]["per_document"]["wiki"]["base_loss"] = [3 * n + 0.1 * n**0.5 for n in TOKENS]
-    assert compare_at_matched_loss(runs)["end"]["wiki"][1]["prevented"] == pytest.approx(1 - 0.1 / 0.6)
+    assert compare(runs).end["wiki"][1].prevented == pytest.approx(1 - 0.1 / 0.6)
 
 
 def test_a_text_that_the_first_run_lacks_is_held_against_the_next(plain: dict, replay: dict) -> None:
     odd = ended(run("odd", [4], [0]), 0.01, 1.9, max_length=8)
     runs = [ended(plain, 0.6, 2.0) | {"retention": {}}, ended(replay, 0.1, 2.5), odd]
-    entries = compare_at_matched_loss(runs)["end"]["wiki"]
-    assert entries[2]["note"] == "not compared with “replay”: measured with max_length 8, not 64"
+    entries = compare(runs).end["wiki"]
+    assert entries[2].note == "not compared with “replay”: measured with max_length 8, not 64"
 
 
 def test_a_price_is_told_for_like_with_like_only(plain: dict, replay: dict) -> None:
     kept = ended(replay, 0.1, 2.5) | {"training": {"budget": "budget 0.02 kept"}}
-    assert "more than “plain”" in budget_sentence(kept, ended(plain, 0.6, 2.0))
-    assert budget_sentence(kept, ended(plain, 0.6, 2.0, max_length=8)) == "budget 0.02 kept."
+    assert "more than “plain”" in budget_of(kept, ended(plain, 0.6, 2.0))
+    assert budget_of(kept, ended(plain, 0.6, 2.0, max_length=8)) == "budget 0.02 kept."
 
 
 # --- the end is the saved model --------------------------------------------------------------------------------
@@ -357,14 +396,14 @@ def test_the_end_is_the_step_that_was_kept() -> None:
     """By the last evaluations `kl` would dominate; of the models that were saved neither does."""
     runs = [overfitted("plain", [0, 0.4, 0.8], [4, 2, 4.5], 10), overfitted("kl", [0, 0.2, 0.1], [4, 3, 4.4], 10)]
     runs = [followed(one) for one in runs]
-    compared = compare_at_matched_loss(runs)
-    assert [(entry["final_step"], entry["final_loss"]) for entry in compared["runs"]] == [(10, 2), (10, 3)]
-    assert [entry["ref_kl"] for entry in compared["end"]["wiki"]] == pytest.approx([0.4, 0.2])
-    assert compared["end"]["wiki"][1]["prevented_ci"] == pytest.approx([0.5, 0.5])
+    compared = compare(runs)
+    assert [(entry.final_step, entry.final_loss) for entry in compared.runs] == [(10, 2), (10, 3)]
+    assert [entry.ref_kl for entry in compared.end["wiki"]] == pytest.approx([0.4, 0.2])
+    assert compared.end["wiki"][1].prevented_ci == pytest.approx([0.5, 0.5])
     assert frontier_sentences(compared)[1] == "No run dominates another."
-    panel = next(panel for panel in panels(runs, compared) if panel["kind"] == "frontier")
-    assert [(line["x"][-1], line["steps"][-1]) for line in panel["lines"]] == [(2, 10), (3, 10)], "as far as the model"
-    assert panel["frontier"] == [(3, pytest.approx(0.2)), (2, pytest.approx(0.4))]
+    panel = next(panel for panel in panels_of(runs) if panel.kind == "frontier")
+    assert [(line.x[-1], line.steps[-1]) for line in panel.lines] == [(2, 10), (3, 10)], "as far as the model"
+    assert panel.ends == [(3, pytest.approx(0.2)), (2, pytest.approx(0.4))]
     for shown in shown_in(runs)[1:]:
         assert (
             "during training, at step 10 of “plain” and step 10 of “kl”: the new-task loss (eval_loss) and wiki."
@@ -377,11 +416,11 @@ def test_the_end_is_what_was_measured_of_the_saved_model() -> None:
     runs = [overfitted("plain", [0, 0.4, 0.8], [4, 2, 4.5], 10), overfitted("kl", [0, 0.2, 0.1], [4, 3, 4.4], 10)]
     for one, kl, loss in zip(runs, (0.41, 0.21), (2.1, 3.1), strict=True):
         one |= {key: ended(one, kl, loss)[key] for key in ("retention", "new_task", "per_document")}
-    compared = compare_at_matched_loss(runs)
-    assert [entry["final_loss"] for entry in compared["runs"]] == [2.1, 3.1]
-    assert [entry["ref_kl"] for entry in compared["end"]["wiki"]] == [0.41, 0.21]
+    compared = compare(runs)
+    assert [entry.final_loss for entry in compared.runs] == [2.1, 3.1]
+    assert [entry.ref_kl for entry in compared.end["wiki"]] == [0.41, 0.21]
     assert frontier_sentences(compared)[1] == "No run dominates another."
-    page = comparison_html(runs, title="t")
+    page = html_of(runs)
     assert page.index("load_best_model_at_end kept") < page.index("The same at the end of each run"), "in plain sight"
     for shown in shown_in(runs)[1:]:
         assert "Measured on the saved models: the new-task loss (verilog) and wiki." in shown
@@ -424,24 +463,24 @@ def test_a_run_that_restored_nothing_kept_its_last_step(tmp_path: Path) -> None:
 def test_a_model_beside_itself_is_no_better_and_no_worse(plain: dict) -> None:
     """With its trajectory and without: one loss for both, so neither has learned less."""
     twin = {**plain, "name": "twin", "trajectory": [], "documents": []}
-    compared = compare_at_matched_loss([plain, twin])
-    assert [entry["final_loss"] for entry in compared["runs"]] == [2.777, 2.777]
-    assert compared["runs"][1]["relative_loss_difference"] == 0.0
+    compared = compare([plain, twin])
+    assert [entry.final_loss for entry in compared.runs] == [2.777, 2.777]
+    assert compared.runs[1].relative_loss_difference == 0.0
     assert frontier_sentences(compared)[1] == "No run dominates another."
-    panel = next(panel for panel in panels([plain, twin], compared) if panel["kind"] == "frontier")
-    assert [(line["x"], line["y"]) for line in panel["lines"]] == [([2.777], [0.123])] * 2, "one loss on one axis"
+    panel = next(panel for panel in panels_of([plain, twin]) if panel.kind == "frontier")
+    assert [(line.x, line.y) for line in panel.lines] == [([2.777], [0.123])] * 2, "one loss on one axis"
 
 
 def test_without_a_loss_in_common_there_is_no_frontier(plain: dict) -> None:
     twin = {**plain, "name": "twin", "trajectory": [], "documents": []}
     other = {"other": twin["new_task"]["verilog"]}
-    compared = compare_at_matched_loss([plain, twin | {"new_task": other}])
-    assert [entry["final_loss"] for entry in compared["runs"]] == [None, None]
+    compared = compare([plain, twin | {"new_task": other}])
+    assert [entry.final_loss for entry in compared.runs] == [None, None]
     assert frontier_sentences(compared) == []
-    page = comparison_markdown([plain, twin | {"new_task": other}], title="t")
+    page = markdown_of([plain, twin | {"new_task": other}])
     assert "There is no new-task loss that all of them have" in page
-    both = compare_at_matched_loss([plain, {**plain, "name": "twin", "new_task": other}])
-    assert [entry["final_loss"] for entry in both["runs"]] == [2.0, 2.0], "eval_loss, which both have"
+    both = compare([plain, {**plain, "name": "twin", "new_task": other}])
+    assert [entry.final_loss for entry in both.runs] == [2.0, 2.0], "eval_loss, which both have"
 
 
 # --- the frontier ----------------------------------------------------------------------------------------------
@@ -460,41 +499,41 @@ def test_the_frontier_is_named_and_drawn_with_and_without_trajectories(plain: di
     ends = [at_its_end(one, kl, loss, [1.0] * 4) for one, kl, loss in
             ((plain, 0.6, 2.0), (replay, 0.04, 2.5), (worse, 0.3, 2.6))]  # fmt: skip
     for runs in ([followed(one) for one in (plain, replay, worse)], ends):
-        compared = compare_at_matched_loss(runs)
+        compared = compare(runs)
         assert frontier_sentences(compared) == [
             "On the frontier of new-task loss against ref_kl: “replay” and “plain”.",
             "Dominated: “worse” by “replay”.",
         ]
-        panel = next(panel for panel in panels(runs, compared) if panel["kind"] == "frontier")
-        assert panel["frontier"] == [(2.5, pytest.approx(0.04)), (2.0, pytest.approx(0.6))]
-        assert [line["x"][-1] for line in panel["lines"]] == [2.0, 2.5, 2.6]
-        page = comparison_html(runs, title="t")
+        panel = next(panel for panel in panels_of(runs) if panel.kind == "frontier")
+        assert panel.ends == [(2.5, pytest.approx(0.04)), (2.0, pytest.approx(0.6))]
+        assert [line.x[-1] for line in panel.lines] == [2.0, 2.5, 2.6]
+        page = html_of(runs)
         assert "frontier</text>" in page
-        for shown in (page, comparison_summary(runs), comparison_markdown(runs, title="t")):
+        for shown in (page, summary_of(runs), markdown_of(runs)):
             assert "Dominated: “worse” by “replay”." in shown
-        for shown in (page, comparison_markdown(runs, title="t")):
+        for shown in (page, markdown_of(runs)):
             assert "not by their intervals" in shown
-    assert frontier_sentences(compare_at_matched_loss([{**one, "new_task": {}} for one in ends])) == []
-    assert [panel["kind"] for panel in panels(ends[:1], None)] == []
+    assert frontier_sentences(compare([{**one, "new_task": {}} for one in ends])) == []
+    assert [panel.kind for panel in panels_of(ends[:1])] == []
 
 
 def test_one_document_gives_no_interval(plain: dict, replay: dict) -> None:
     for row in plain["documents"] + replay["documents"]:
         row |= {key: value[:1] for key, value in row.items() if isinstance(value, list)}
-    entry = compare_at_matched_loss([plain, replay])["matched"]["wiki"][1]
-    assert entry["prevented_ci"] is None
-    assert "too few" in entry["note"]
+    entry = compare([plain, replay]).matched["wiki"][1]
+    assert entry.prevented_ci is None
+    assert "too few" in entry.note
 
 
 def test_runs_of_different_bases_are_refused(plain: dict, replay: dict) -> None:
     replay["base"]["fingerprint"] = "another"
     with pytest.raises(ValueError, match=r"base\.fingerprint"):
-        compare_at_matched_loss([plain, replay])
+        compare([plain, replay])
 
 
 def test_rows_without_finite_numbers_are_left_out(plain: dict, replay: dict) -> None:
     plain["trajectory"] += [{"step": 30, "eval_loss": math.nan}, {"step": 40, "eval_loss": None}]
-    assert compare_at_matched_loss([plain, replay])["matched_loss"] == 2.5
+    assert compare([plain, replay]).matched_loss == 2.5
 
 
 # --- verdicts --------------------------------------------------------------------------------------------------
@@ -502,67 +541,74 @@ def test_rows_without_finite_numbers_are_left_out(plain: dict, replay: dict) -> 
 
 def test_verdict_says_what_the_interval_allows(plain: dict) -> None:
     verdict = ForgettingReport(plain).verdict
-    assert verdict.startswith("Forgetting shown: “plain” moved from its base by 0.123 [0.101, 0.147] nats/token")
-    assert "its loss rose by 0.061 [0.052, 0.073] nats/token on wiki" in verdict
-    assert "it learned 0.743 [0.711, 0.789] nats/token on verilog." in verdict
-    assert "noise floor 0.000" in verdict
+    assert verdict == (
+        "“plain” forgot: ref_kl 0.123 [0.101, 0.147] nats per token on wiki (noise floor 0.000); "
+        "forgetting 0.061 [0.052, 0.073] nats per token on wiki; "
+        "new-task gain 0.743 [0.711, 0.789] nats per token on verilog."
+    )
+    plain["new_task"]["verilog"]["gain"] = measured(0.1, -0.1, 0.3)
+    assert ForgettingReport(plain).verdict.endswith("nats per token on verilog (no learning shown).")
 
 
 @pytest.mark.parametrize(
     ("forgetting", "ref_kl", "start"),
     [
-        (measured(0.01, -0.01, 0.03), measured(0.1, 0.08, 0.12), "Changed, but no forgetting shown: "),
-        (measured(-0.05, -0.07, -0.03), measured(0.1, 0.08, 0.12), "Changed, and the loss fell: "),
-        (measured(0.0, -0.01, 0.01), measured(0.0, 0.0, 0.0), "No change shown: "),
-        ({"value": 0.3, "ci": [None, None]}, {"value": 0.3, "ci": [None, None]}, "Not decided, for lack of"),
+        (measured(0.01, -0.01, 0.03), measured(0.1, 0.08, 0.12), "“plain” changed, but shows no forgetting: "),
+        (measured(-0.05, -0.07, -0.03), measured(0.1, 0.08, 0.12), "“plain” changed, and its loss fell: "),
+        (measured(0.0, -0.01, 0.01), measured(0.0, 0.0, 0.0), "“plain” shows no change: "),
+        (
+            {"value": 0.3, "ci": [None, None]},
+            {"value": 0.3, "ci": [None, None]},
+            "“plain” is not decided, for lack of an interval: ",
+        ),
     ],
 )
 def test_verdict_of_every_state(plain: dict, forgetting: dict, ref_kl: dict, start: str) -> None:
     plain["retention"]["wiki"] |= {"forgetting": forgetting, "ref_kl": ref_kl}
-    assert run_verdict(plain).startswith(start)
+    assert verdict_of(plain).startswith(start)
 
 
 def test_verdict_is_held_against_the_noise_floor(plain: dict) -> None:
     plain["noise_floor"]["wiki"] = {"ref_kl": measured(0.1, 0.0, 0.2), "forgetting": measured(0.0, -0.1, 0.1)}
-    assert run_verdict(plain).startswith("No change shown")
+    assert verdict_of(plain).startswith("“plain” shows no change")
 
 
 def test_a_model_that_moved_in_every_document_has_moved(plain: dict) -> None:
     """SmolLM2 after 8 steps, ten documents: ref_kl 0.018 [0.000, 0.089], and at least 0.003 in each of them."""
     sums = [0.471, 1.052, 0.257, 0.859, 10.376, 1.899, 0.694, 0.785, 5.633, 0.559]
     plain["retention"]["wiki"] |= {"forgetting": measured(0.0, -0.1, 0.1), "ref_kl": measured(0.018, 0.0, 0.089)}
-    plain["per_document"] = {"wiki": {"ref_kl": sums, "num_tokens": [87, 380, 91, 80, 96, 66, 142, 151, 107, 85]}}
-    assert run_verdict(plain).startswith("Changed, but no forgetting shown: ")
+    plain["per_document"] = {"wiki": summed(sums, [87, 380, 91, 80, 96, 66, 142, 151, 107, 85])}
+    assert verdict_of(plain).startswith("“plain” changed, but shows no forgetting: ")
     plain["per_document"]["wiki"]["ref_kl"][2] = 0.0
-    assert run_verdict(plain).startswith("No change shown: ")
-    plain["per_document"] = {"wiki": {"ref_kl": sums[:5], "num_tokens": [87, 380, 91, 80, 96]}}
-    assert run_verdict(plain).startswith("No change shown: ")
+    assert verdict_of(plain).startswith("“plain” shows no change: ")
+    plain["per_document"] = {"wiki": summed(sums[:5], [87, 380, 91, 80, 96])}
+    assert verdict_of(plain).startswith("“plain” shows no change: ")
 
 
 def test_prompts_of_chats_are_told_apart_by_what_differs(plain: dict) -> None:
     head = "<|system|>\nYou are helpful.\n<|user|>\n"
     told = {"base": "b", "tuned": "t"}
     plain["generations"] = [{"prompt": f"{head}{ask}", **told} for ask in ("Who sings?", "Who\nruns?")]
-    page = comparison_html([plain], title="page")
+    page = html_of([plain])
     assert "<summary>Who sings?" in page
     assert "You are helpful.\n&lt;|user|&gt;\nWho sings?</pre>" in page
     plain["generations"] = plain["generations"][:1]
-    assert "<summary>&lt;|system|&gt;\nYou are helpful." in comparison_html([plain], title="page")
+    assert "<summary>&lt;|system|&gt;\nYou are helpful." in html_of([plain])
 
 
 def test_verdict_with_several_texts_and_with_none(plain: dict) -> None:
     plain["retention"]["code"] = {"forgetting": measured(0.0, -0.01, 0.01), "ref_kl": measured(0.0, 0.0, 0.0)}
-    assert run_verdict(plain).startswith("Forgetting shown on wiki; no change shown on code: ")
-    assert "no noise floor" in run_verdict(plain)
+    assert verdict_of(plain).startswith("“plain” forgot on wiki; shows no change on code: ")
+    assert "no noise floor" in verdict_of(plain)
     plain |= {"retention": {}, "new_task": {}}
-    assert run_verdict(plain) == "Forgetting was not measured: “plain”."
+    assert verdict_of(plain) == "“plain” was not measured on a text."
 
 
 def test_comparison_verdict(plain: dict, replay: dict) -> None:
-    summary = comparison_summary([plain, replay])
-    assert summary.startswith("At the same new-task loss (2.500 nats/token), compared with “plain”, “replay” moved")
+    summary = summary_of([plain, replay])
+    assert summary.startswith("At the same new-task loss (2.500 nats per token), compared with “plain”, “replay” moved")
     assert "90% less on wiki (95% interval 90% to 90%; ref_kl 0.040 against 0.400)" in summary
-    worse = comparison_summary([replay, plain])
+    worse = summary_of([replay, plain])
     assert "900% more on wiki" in worse
 
 
@@ -572,18 +618,18 @@ def test_comparison_verdict(plain: dict, replay: dict) -> None:
 def test_every_format_carries_values_and_intervals(plain: dict, replay: dict, tmp_path: Path) -> None:
     ForgettingReport(plain).write(tmp_path)
     texts = [(tmp_path / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md")]
-    for text in [*texts, ForgettingReport(plain).summary(), report.model_card_section(plain)]:
+    for text in [*texts, ForgettingReport(plain).summary(), card_of(plain)]:
         for expected in ("0.061", "[0.052, 0.073]", "0.123", "[0.101, 0.147]", "91.3%", "[88.4%, 93.7%]", "0.743"):
             assert expected in text
     replay["new_task"]["verilog"]["loss"] = measured(2.777 * 1.25, 3.4, 3.5)
-    report.write_comparison(tmp_path, [plain, replay], "both", ["a note"])
+    write_comparison(tmp_path, list(map(ForgettingReport, [plain, replay])), "both", ["a note"])
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     for kind in ("html", "md"):
         text = (tmp_path / f"report.{kind}").read_text(encoding="utf-8")
         assert all(expected in text for expected in ("2.500", "0.400", "90.0%", "[90.0%, 90.0%]", "a note", "+25.0%"))
     whole = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert [entry["name"] for entry in whole["runs"]] == ["plain", "replay"]
-    assert whole["comparison"] == compare_at_matched_loss([plain, replay])
+    assert whole["comparison"] == asdict(compare([plain, replay]))
 
 
 def test_json_round_trip(plain: dict, tmp_path: Path) -> None:
@@ -608,9 +654,9 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
 
 def test_least_possible_report() -> None:
     data = {"schema": "retain.report/1", "name": "bare", "base": {"model": "m"}, "retention": {}}
-    for text in (ForgettingReport(data).summary(), comparison_html([data], title="t"), report.model_card_section(data)):
+    for text in (ForgettingReport(data).summary(), html_of([data]), card_of(data)):
         assert "not measured" in text
-    assert "bare" in comparison_markdown([data, data | {"name": "other"}], title="t")
+    assert "bare" in markdown_of([data, data | {"name": "other"}])
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -665,7 +711,7 @@ class Tags(html.parser.HTMLParser):
 
 def test_hostile_strings_are_harmless_in_html(plain: dict, replay: dict) -> None:
     runs = [hostile_run(plain), hostile_run(replay)]
-    page = comparison_html(runs, title=HOSTILE, notes=[HOSTILE])
+    page = html_of(runs, title=HOSTILE, notes=[HOSTILE])
     assert "alert(1)" in page, "shown, as text"
     parser = Tags()
     parser.feed(page)
@@ -680,7 +726,7 @@ def test_hostile_strings_are_harmless_in_html(plain: dict, replay: dict) -> None
 
 
 def test_page_asks_nobody_for_anything(plain: dict, replay: dict) -> None:
-    page = comparison_html([plain, replay], title="t")
+    page = html_of([plain, replay])
     assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in page
     namespaces = ("http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink")
     assert set(re.findall(r"https?://[^\"'\s<)]+", page)) <= set(namespaces)
@@ -689,15 +735,15 @@ def test_page_asks_nobody_for_anything(plain: dict, replay: dict) -> None:
 
 def test_hostile_strings_are_harmless_in_terminal_and_markdown(plain: dict, replay: dict, tmp_path: Path) -> None:
     runs = [hostile_run(plain), hostile_run(replay)]
-    for text in (comparison_summary(runs), ForgettingReport(runs[0]).summary(), ForgettingReport(runs[0]).verdict):
+    for text in (summary_of(runs), ForgettingReport(runs[0]).summary(), ForgettingReport(runs[0]).verdict):
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", text)
-    for text in (comparison_markdown(runs, title=HOSTILE, notes=[HOSTILE]), report.model_card_section(runs[0])):
+    for text in (markdown_of(runs, title=HOSTILE, notes=[HOSTILE]), card_of(runs[0])):
         assert not re.search(r"<(?!br>)", text)
         assert "\x1b" not in text
         assert "](javascript" not in re.sub(r"\\.", "", text)
         widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("| **")]
         assert len(set(widths)) <= 2, "no cell breaks out of its column"
-    report.write_comparison(tmp_path, runs, HOSTILE, [HOSTILE])
+    write_comparison(tmp_path, list(map(ForgettingReport, runs)), HOSTILE, [HOSTILE])
     ForgettingReport(runs[0]).write(tmp_path / "one")
     assert ForgettingReport.from_json(tmp_path / "one" / "report.json").data == json.loads(json.dumps(runs[0]))
 
@@ -724,23 +770,23 @@ def asked(name: str = "arc") -> dict[str, Any]:
 
 def test_every_format_states_agreement_first(plain: dict, replay: dict) -> None:
     plain["choices"] = asked()
-    page, text = comparison_html([plain, replay], title="t"), comparison_markdown([plain], title="t")
-    summary, card = comparison_summary([plain]), report.model_card_section(plain)
+    page, text = html_of([plain, replay]), markdown_of([plain])
+    summary, card = summary_of([plain]), card_of(plain)
     for shown in (page, text, summary, card):
         assert shown.index("same answer as the base") < shown.index("accuracy, change")
         assert "50.0%" in shown
         assert "[15.0%, 85.0%]" in shown
         assert "4 questions, choice_style text, without a chat template" in shown
     assert "“plain” answers 50.0% [15.0%, 85.0%] of 4 questions of arc (acc) as its base did; no change of" in summary
-    assert "Forgetting shown: “plain” moved" in summary, "beside what was found on the texts"
+    assert "“plain” forgot: ref_kl" in summary, "beside what was found on the texts"
     assert "plain: questions of arc that it lost" in page
-    assert "same answer as the base" not in comparison_html([replay], title="t")
+    assert "same answer as the base" not in html_of([replay])
 
 
 def test_a_report_on_questions_alone_speaks_of_nothing_else(plain: dict) -> None:
     plain |= {"retention": {}, "new_task": {}, "noise_floor": {}, "trajectory": [], "choices": asked()}
-    page = comparison_html([plain], title="t")
-    for shown in (comparison_summary([plain]), comparison_markdown([plain], title="t"), page):
+    page = html_of([plain])
+    for shown in (summary_of([plain]), markdown_of([plain]), page):
         assert "not measured" not in shown
         assert "What was learned" not in shown
     assert ForgettingReport(plain).verdict.startswith("“plain” answers 50.0%")
@@ -750,19 +796,19 @@ def test_hostile_questions_are_harmless(plain: dict, replay: dict) -> None:
     runs = [hostile_run(run | {"choices": asked()}) for run in (plain, replay)]
     for run in runs:
         run["choices"][f"arc{HOSTILE}"] = run["choices"].pop("arc") | {"notes": [HOSTILE]}
-    page = comparison_html(runs, title="t")
+    page = html_of(runs)
     assert "Why?" in page
     parser = Tags()
     parser.feed(page)
     assert not {tag for tag, _ in parser.found} & {"script", "img", "iframe", "object", "a", "link", "form"}
     for shown in (
         page,
-        comparison_markdown(runs, title="t"),
-        comparison_summary(runs),
+        markdown_of(runs),
+        summary_of(runs),
         ForgettingReport(runs[0]).verdict,
     ):
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
-    text = comparison_markdown(runs, title="t")
+    text = markdown_of(runs)
     assert not re.search(r"<(?!br>)", text)
 
 
@@ -814,8 +860,8 @@ def wrote(data: dict) -> dict[str, Any]:
 
 def formats(runs: list[dict]) -> dict[str, str]:
     title = "t"
-    texts = {"page": comparison_html(runs, title=title), "markdown": comparison_markdown(runs, title=title)}
-    return texts | {"summary": comparison_summary(runs), "card": report.model_card_section(runs[0])}
+    texts = {"page": html_of(runs, title=title), "markdown": markdown_of(runs, title=title)}
+    return texts | {"summary": summary_of(runs), "card": card_of(runs[0])}
 
 
 def test_every_format_tells_what_was_refused_written_and_known(plain: dict, replay: dict) -> None:
@@ -824,13 +870,13 @@ def test_every_format_tells_what_was_refused_written_and_known(plain: dict, repl
             for expected in ("advbench, refusals, phrases", "xstest, over-refusal", "refused → answered", "62.0%",
                              "overlaps the training rows", "greedy, 20 prompts: form", "kept", "14.0%"):  # fmt: skip
                 assert expected in shown
-    summary = comparison_summary([wrote(plain)])
+    summary = summary_of([wrote(plain)])
     assert "“plain” refuses 62.0% [0.0%, 100.0%] of 50 harmful prompts of advbench (phrases), its base 94.0%" in summary
     assert "refusals fell: -32.0 points [-42.0, -32.0] (17 lost, 1 gained)" in summary
     assert "“t" not in summary
-    page = comparison_html([wrote(plain)], title="t")
+    page = html_of([wrote(plain)])
     assert page.index("<strong>Warning.</strong>") < page.index('class="verdict"')
-    assert "plain: wiki overlaps" in comparison_html([wrote(plain), replay], title="t")
+    assert "plain: wiki overlaps" in html_of([wrote(plain), replay])
     assert "cut off</small>" in page
     assert "forgotten</small>" in page
     assert "⏎\n</span>" in page
@@ -866,9 +912,9 @@ def test_hostile_refusals_generations_and_tokens_are_harmless(plain: dict, repla
     for shown in (found["markdown"], found["card"]):
         assert not re.search(r"<(?!br>)", shown)
         assert not re.search(r"https?://|www\.", shown), "GitHub makes links of bare addresses"
-    report.write_comparison(tmp_path, runs, HOSTILE)
+    write_comparison(tmp_path, list(map(ForgettingReport, runs)), HOSTILE)
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["runs"] == json.loads(json.dumps(runs))
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == comparison_html(runs, title=HOSTILE)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == html_of(runs, title=HOSTILE)
 
 
 def test_a_megabyte_on_one_line_is_cut_and_says_so(plain: dict) -> None:
@@ -895,26 +941,27 @@ def test_old_and_half_filled_reports_are_shown(plain: dict) -> None:
 def test_the_text_forgotten_most_comes_first(plain: dict, replay: dict) -> None:
     replay["retention"]["code"] = {"forgetting": measured(0.2, 0.1, 0.3), "ref_kl": measured(0.492, 0.4, 0.5)}
     replay["retention"]["wiki"]["forgetting"] = measured(-0.05, -0.06, -0.04)
-    rows = heat_map([plain, replay])
-    assert [row["text"] for row in rows] == ["code", "wiki"]
-    assert rows[0]["cells"][0][0] == {"value": "–", "interval": "", "cool": False, "heat": 0}
-    assert rows[0]["cells"][1][0] == {"value": "+0.200", "interval": "[0.100, 0.300]", "cool": False, "heat": 100}
-    assert rows[1]["cells"][1][0] == {"value": "-0.050", "interval": "[-0.060, -0.040]", "cool": True, "heat": 50}
-    assert rows[1]["cells"][0][1]["heat"] == 50, "0.123 of 0.492: by the square root"
-    assert heat_map([plain]) == []
+    rows = passages.heat_map(typed([plain, replay]))
+    assert [text for text, _ in rows] == ["code", "wiki"]
+    (code, wiki), nothing = (of_runs for _, of_runs in rows), passages.HeatCell(Cell(), heat=0, cool=False)
+    assert code[0] == [nothing, nothing]
+    assert code[1][0] == passages.HeatCell(Cell("+0.200", "[0.100, 0.300]"), heat=100, cool=False)
+    assert wiki[1][0] == passages.HeatCell(Cell("-0.050", "[-0.060, -0.040]"), heat=50, cool=True)
+    assert wiki[0][1].heat == 50, "0.123 of 0.492: by the square root"
+    assert passages.heat_map(typed([plain])) == []
 
 
 def test_documents_beyond_the_room_of_a_page_are_counted(plain: dict) -> None:
     data = wrote(plain)
     data["worst"]["wiki"] *= 3
     data["worst"]["wiki"][1] = data["worst"]["wiki"][1] | {"tokens": [{"text": "a"}] * 30_000}
-    shown, left_out = worst_documents([data])
-    assert (len(shown[0]["documents"]), left_out) == (2, 1)
-    assert [token["heat"] for token in shown[0]["documents"][0]["tokens"]] == [50, 50], "0.75 of 3 nats"
+    shown, left_out = worst_documents(typed([data]))
+    assert (len(shown["wiki"]), left_out) == (2, 1)
+    assert [token.heat for token in shown["wiki"][0].tokens] == [50, 50], "0.75 of 3 nats"
 
 
 def test_ten_runs_look_different() -> None:
-    looks = [plots.look(index, 10) for index in range(10)]
+    looks = [style.look(index, 10) for index in range(10)]
     assert len({(look["color"], look["marker"]) for look in looks}) == 10
 
 
@@ -924,7 +971,7 @@ def test_ten_runs_look_different() -> None:
 def test_an_interactive_page_runs_its_own_two_scripts_and_no_other(plain: dict, replay: dict) -> None:
     pytest.importorskip("plotly")
     runs = [hostile_run(plain), hostile_run(replay)]
-    page = comparison_html(runs, title=HOSTILE, interactive=True)
+    page = html_of(runs, title=HOSTILE, interactive=True)
     found = re.findall(r"<script( [^>]*)?>(.*?)</script>", page, flags=re.DOTALL)
     assert len(found) == page.count("<script") == 5
     ran = [text for kind, text in found if not kind]
@@ -939,7 +986,7 @@ def test_an_interactive_page_runs_its_own_two_scripts_and_no_other(plain: dict, 
     assert all("<" not in trace["name"] for figure in figures for trace in figure["data"]), (
         "plotly reads HTML in labels"
     )
-    assert 'type="application/json"' not in comparison_html(runs, title="t")
+    assert 'type="application/json"' not in html_of(runs)
     assert 4e6 < len(page) < 6e6
 
 
@@ -948,7 +995,7 @@ def test_interactive_without_plotly_names_the_remedy(
 ) -> None:
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(ValueError, match=r"pip install 'retain\[interactive\]'"):
-        report.write_comparison(tmp_path / "both", [plain, replay], "t", interactive=True)
+        write_comparison(tmp_path / "both", list(map(ForgettingReport, [plain, replay])), "t", interactive=True)
     assert not (tmp_path / "both").exists()
 
 
@@ -960,7 +1007,7 @@ def test_model_index_goes_through_a_model_card_and_back(plain: dict) -> None:
 
     plain["choices"] = asked("Wiki")
     plain["retention"]["wiki"]["ref_kl"]["value"] = None
-    index = model_index(plain)
+    index = model_index(ForgettingReport(plain).results)
     card = ModelCard(f"---\n{ModelCardData(**{'model-index': index}).to_yaml()}\n---\n")
     assert card.data.to_dict()["model-index"] == index
     values = {(r.dataset_name, r.metric_name): r.metric_value for r in card.data.eval_results or []}
@@ -969,8 +1016,8 @@ def test_model_index_goes_through_a_model_card_and_back(plain: dict) -> None:
         ("Wiki", "agreement (acc)"): 0.5, ("Wiki", "accuracy (acc)"): 0.5,
     }  # fmt: skip
     assert card.data.eval_results[0].metric_args == {"ci": [0.711, 0.789]}
-    assert model_index({"name": "bare"}) == []
-    hostile_index = model_index(hostile_run(plain))
+    assert model_index(Results("bare", retention={})) == []
+    hostile_index = model_index(ForgettingReport(hostile_run(plain)).results)
     assert ModelCard(f"---\n{ModelCardData(**{'model-index': hostile_index}).to_yaml()}\n---\n").data.eval_results
 
 
@@ -989,19 +1036,24 @@ def test_differences_are_marked_and_nothing_is_lost() -> None:
 
 
 def test_figures_take_their_colours_from_the_page_and_have_ids_of_their_own(plain: dict, replay: dict) -> None:
-    drawn = plots.report_figures([plain, replay], compare_at_matched_loss([plain, replay]))
-    assert [kind for kind, _, _ in drawn] == ["frontier", "curve", "curve", "interval", "interval"]
-    pictures = [plots.to_svg(figure, words) for _, words, figure in drawn]
+    drawn = panels_of([plain, replay])
+    assert [panel.kind for panel in drawn] == ["frontier", "curve", "curve", "interval", "interval"]
+
+    def picture(panel: Panel) -> str:
+        return style.to_svg(style.draw_panel(panel, ["plain", "replay"]), panel.description)
+
+    pictures = list(map(picture, drawn))
     assert all(picture.startswith("<svg") and "currentColor" in picture for picture in pictures)
     assert "var(--run-1, #c2571a)" in pictures[0]
     ids = [name for picture in pictures for name in set(re.findall(r'\bid="([^"]+)"', picture))]
     assert len(ids) == len(set(ids))
-    assert pictures[0] == plots.to_svg(drawn[0][2], drawn[0][1]), "the same data give the same bytes"
+    assert pictures[0] == picture(drawn[0]), "the same data give the same bytes"
 
 
-def test_a_figure_as_png(plain: dict, tmp_path: Path) -> None:
-    figure = plots.curves([{"name": "_hidden $x$ 漢", "x": [0, 1], "y": [1.0, 2.0]}], title="t", ylabel="nats")
-    plots.save_png(figure, tmp_path / "figure.png", dpi=40)
+def test_a_figure_as_png(tmp_path: Path) -> None:
+    line = PlotLine("_hidden $x$ 漢", run=0, x=[0, 1], y=[1.0, 2.0], steps=[0, 1])
+    figure = style.draw_panel(Panel("curve", "t", "d", "step", "nats", lines=[line]), [line.name])
+    style.save_png(figure, tmp_path / "figure.png", dpi=40)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -1021,25 +1073,26 @@ def test_a_budget_is_told_with_its_price_beside_a_plain_run():
         entry = {"value": float(loss.sum() / tokens.sum()), "ci": [0.0, 9.0], "num_documents": 40}
         return {
             "name": name,
+            "retention": {},
             "new_task": {"code": {"loss": entry}},
             "per_document": {"code": sums},
             "training": training,
         }
 
     plain, kept = run("plain", 0.0), run("held", 0.05, {"budget": "budget 0.02 kept: KL 0.019"})
-    told = budget_sentence(kept, plain)
+    told = budget_of(kept, plain)
     assert told.startswith("budget 0.02 kept: KL 0.019. Its new-task loss on code is ")
-    low, high = map(float, re.search(r"\[([\d.]+), ([\d.]+)\] nats/token more than “plain”", told).groups())
+    low, high = map(float, re.search(r"\[([\d.]+), ([\d.]+)\] nats per token more than “plain”", told).groups())
     assert 0.045 <= low <= 0.05 <= high <= 0.055
     assert low < high
-    assert budget_sentence(kept) == "budget 0.02 kept: KL 0.019."
+    assert budget_of(kept) == "budget 0.02 kept: KL 0.019."
     kept["retention"] = {"wiki": {"ref_kl": {"value": 0.08, "ci": [0.07, 0.09]}}}
-    kept["retention"] |= {"code": {"ref_kl": {"value": 0.03, "ci": [0.01, 0.05]}}}
+    kept["retention"] |= {"prose": {"ref_kl": {"value": 0.03, "ci": [0.01, 0.05]}}}
     kept["training"]["max_ref_kl"] = 0.02
-    assert budget_sentence(kept).endswith(": KL 0.019; on wiki, which it did not hold, ref_kl is above 0.02.")
-    assert budget_sentence(plain, plain) == ""
+    assert budget_of(kept).endswith(": KL 0.019; on wiki, which it did not hold, ref_kl is above 0.02.")
+    assert budget_of(plain, plain) == ""
     kept["per_document"] = {}
-    assert "(no interval) nats/token more" in budget_sentence(kept, plain)
+    assert "(no interval) nats per token more" in budget_of(kept, plain)
 
 
 def test_a_model_card_gets_the_section_once_and_keeps_the_rest(plain: dict, tmp_path: Path) -> None:
@@ -1051,7 +1104,7 @@ def test_a_model_card_gets_the_section_once_and_keeps_the_rest(plain: dict, tmp_
         ForgettingReport(plain).to_model_card(path)
     card = ModelCard.load(path)
     assert card.data.to_dict()["license"] == "mit"
-    assert card.data.to_dict()["model-index"] == model_index(plain)
+    assert card.data.to_dict()["model-index"] == model_index(ForgettingReport(plain).results)
     assert card.text.count("## Forgetting") == 1
     assert card.text.strip().startswith("# Mine\n\nWords.")
     path.write_text(path.read_text() + "\nMore words.\n")
@@ -1060,7 +1113,7 @@ def test_a_model_card_gets_the_section_once_and_keeps_the_rest(plain: dict, tmp_
     ForgettingReport(plain).to_model_card(tmp_path / "new.md")
     assert ModelCard.load(tmp_path / "new.md").text.count("## Forgetting") == 1
     with pytest.raises(ValueError, match="^model_card: its metadata between the lines --- is no YAML"):
-        card_with_forgetting("---\na: [\n---\nx", plain)
+        card_with_forgetting("---\na: [\n---\nx", ForgettingReport(plain).results)
 
 
 # --- what misled a reader --------------------------------------------------------------------------------------
@@ -1082,53 +1135,53 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(plain: dict, replay: d
     assert main(["report", "--runs", *folders, "--output_dir", str(tmp_path / "both")]) == 0
     assert [run["name"] for run in json.loads((tmp_path / "both" / "report.json").read_text())["runs"]] == ["a", "b"]
     with pytest.raises(ValueError, match="runs: two are named 'plain'; give each run once, and a name of its own"):
-        compare_at_matched_loss([plain, replay | {"name": "plain"}])
+        compare([plain, replay | {"name": "plain"}])
 
 
 def test_a_run_that_does_not_say_which_tokens_its_loss_counts_is_said(plain: dict, replay: dict) -> None:
     """As one of DPO, or measured by a callback, beside one of `ReplaySFTTrainer`."""
     told = [one | {"training": (one["training"] or {}) | {"loss_tokens": "completions"}} for one in (plain, replay)]
-    (warning,) = compare_at_matched_loss([told[0], replay])["warnings"]
+    (warning,) = compare([told[0], replay]).warnings
     assert warning.startswith("Which tokens the new-task loss counts is not known of “replay”; that of “plain” counts")
-    assert compare_at_matched_loss(told)["warnings"] == []
+    assert compare(told).warnings == []
 
 
 def test_learning_rates_that_differ_at_the_loss_compared_are_said_everywhere(plain: dict, replay: dict) -> None:
     """`plain` is read at step 15 of a linear schedule, `replay` at its end, where the rate is 0."""
     linear = [at_rates(plain, [1e-3, 5e-4, 0.0]), at_rates(replay, [1e-3, 5e-4, 0.0])]
-    compared = compare_at_matched_loss(linear)
-    assert [run["learning_rate"] for run in compared["runs"]] == pytest.approx([2.5e-4, 0.0])
-    (warning,) = compared["warnings"]
+    compared = compare(linear)
+    assert [run.learning_rate for run in compared.runs] == pytest.approx([2.5e-4, 0.0])
+    (warning,) = compared.warnings
     assert "0.00025 in “plain” (step 15), 0 in “replay” (step 20)" in warning
     for shown in (
-        comparison_summary(linear),
-        comparison_html(linear, title="t"),
-        comparison_markdown(linear, title="t"),
+        summary_of(linear),
+        html_of(linear),
+        markdown_of(linear),
     ):
         assert "The learning rates differ where the runs are compared" in shown
         assert "learning rate there" in shown
-    constant = compare_at_matched_loss([at_rates(one, [1e-3, 1e-3, 1e-3]) for one in (plain, replay)])
-    assert constant["warnings"] == compare_at_matched_loss([plain, replay])["warnings"] == []
+    constant = compare([at_rates(one, [1e-3, 1e-3, 1e-3]) for one in (plain, replay)])
+    assert constant.warnings == compare([plain, replay]).warnings == []
 
 
 def test_a_text_measured_at_the_end_only_leaves_no_block_of_dashes(plain: dict, replay: dict) -> None:
     for one in (plain, replay):
         one["retention"]["late"] = deepcopy(one["retention"]["wiki"])
-    page = comparison_html([plain, replay], title="t")
+    page = html_of([plain, replay])
     matched = page[: page.index("The same at the end of each run")]
     assert "cannot be judged" not in matched
     assert "late was measured at the end only; give it to `retain finetune` as --retention" in matched
     assert '<th scope="rowgroup" colspan="3">late</th>' not in matched
     for one in (plain, replay):
         one["trajectory"] = [{k: v for k, v in row.items() if "retention" not in k} for row in one["trajectory"]]
-    alone = compare_at_matched_loss([plain, replay])
-    assert (alone["matched"], alone["matched_loss"]) == ({}, 2.5)
-    assert "give it to `retain finetune` as --retention" in comparison_summary([plain, replay])
+    alone = compare([plain, replay])
+    assert (alone.matched, alone.matched_loss) == ({}, 2.5)
+    assert "give it to `retain finetune` as --retention" in summary_of([plain, replay])
 
 
 def test_a_lone_dot_is_no_figure(plain: dict, replay: dict) -> None:
-    assert [kind for kind, _, _ in plots.report_figures([at_its_end(plain, 0.1, 2.0, [1.0] * 4)], None)] == []
-    kinds = [kind for kind, _, _ in plots.report_figures([plain, replay], compare_at_matched_loss([plain, replay]))]
+    assert panels_of([at_its_end(plain, 0.1, 2.0, [1.0] * 4)]) == []
+    kinds = [panel.kind for panel in panels_of([plain, replay])]
     assert kinds.count("interval") == 2
 
 
@@ -1136,7 +1189,7 @@ def test_few_prompts_make_no_table_of_form(plain: dict) -> None:
     data = wrote(plain)
     data["drift"]["greedy"]["num_prompts"] = 3
     assert all("ended by itself" not in shown for shown in formats([data]).values())
-    assert "Capital?" in comparison_html([data], title="t")
+    assert "Capital?" in html_of([data])
 
 
 def test_how_much_a_divergence_is_is_said_in_what_was_measured(plain: dict) -> None:
@@ -1144,26 +1197,26 @@ def test_how_much_a_divergence_is_is_said_in_what_was_measured(plain: dict) -> N
     plain["noise_floor"]["wiki"]["ref_kl"] = measured(0.0005, 0.0004, 0.001)
     share = "is 4.0% of the base's own entropy there (3.08 nats per token),"
     told = f"ref_kl 0.123 of “plain” on wiki {share} 123 times the noise floor"
-    for shown in (comparison_summary([plain]), report.model_card_section(plain).replace("\\", "")):
+    for shown in (summary_of([plain]), card_of(plain).replace("\\", "")):
         assert f"Scale: {told}, and another token comes first at 8.7% of the positions." in shown
     plain["noise_floor"]["wiki"]["ref_kl"] = measured(0.2, 0.1, 0.3)
-    assert f"{share} within the noise floor" in comparison_summary([plain])
+    assert f"{share} within the noise floor" in summary_of([plain])
 
 
 def test_overfitting_is_said_in_words(plain: dict) -> None:
-    assert "overfits" not in comparison_summary([plain])
+    assert "overfits" not in summary_of([plain])
     over = run("plain", [4.0, 1.909, 2.132], [0.0, 0.2, 0.6])
-    assert "eval_loss) was 1.909 at step 10 and is 2.132 at step 20, its end" in comparison_summary([over])
-    assert "overfits" in comparison_html([over], title="t")
+    assert "eval_loss) was 1.909 at step 10 and is 2.132 at step 20, its end" in summary_of([over])
+    assert "overfits" in html_of([over])
     over["training"]["kept_step"] = 10
-    assert "overfits" not in comparison_summary([over]), "load_best_model_at_end kept the lower one"
+    assert "overfits" not in summary_of([over]), "load_best_model_at_end kept the lower one"
 
 
 def test_a_report_prints_its_summary_and_gives_its_numbers(plain: dict) -> None:
     found = ForgettingReport(plain)
     assert str(found) == found.summary()
     assert len(repr(found)) < 500
-    assert repr(found).startswith("<ForgettingReport: Forgetting shown: “plain”")
+    assert repr(found).startswith("<ForgettingReport: “plain” forgot: ref_kl")
     wiki = found["wiki"]
     assert (wiki.ref_kl.value, wiki.ref_kl.ci, wiki.ref_kl.num_documents) == (0.123, (0.101, 0.147), 4)
     assert str(wiki.ref_kl) == "0.123 [0.101, 0.147]"
@@ -1177,6 +1230,6 @@ def test_a_report_prints_its_summary_and_gives_its_numbers(plain: dict) -> None:
 
 
 def test_what_is_nothing_but_rounding_is_written_as_nothing():
-    assert cell(4e-8, (-1.2e-6, 4e-7)) == cell(1e-8) == {"value": "≈ 0", "interval": ""}
-    assert cell(2e-6, (1e-6, 3e-6))["value"] == "0.000002"
-    assert cell(1e-7, (-3e-5, 3e-5)) == {"value": "0.000000", "interval": "[-0.000030, 0.000030]"}
+    assert cell(4e-8, (-1.2e-6, 4e-7)) == cell(1e-8) == Cell("≈ 0")
+    assert cell(2e-6, (1e-6, 3e-6)).value == "0.000002"
+    assert cell(1e-7, (-3e-5, 3e-5)) == Cell("0.000000", "[-0.000030, 0.000030]")

@@ -144,6 +144,8 @@ def measure(argv: list[str]) -> int:
     """`retain measure`: base and tuned model → report.json, report.md, report.html; with a limit, its exit code."""
     (config,) = parse(argv, "measure")
     quiet_libraries()
+    from dataclasses import asdict
+
     from retain.cli.measure import run_measure
     from retain.files import exclusive
     from retain.measuring.lm_eval import paired_report
@@ -162,7 +164,7 @@ def measure(argv: list[str]) -> int:
             result = run_measure(config, say=lambda stage: print(f"{visible(stage)} …", flush=True))
         limits = {"max_forgetting": config.budget, "min_agreement": config.min_agreement}
         if set(limits.values()) != {None}:
-            result.data["gate"] = judge(result.data, **limits)
+            result.data["gate"] = asdict(judge(result.results, **limits))
         _finish(result.write, config.output_dir, result.summary())
         if config.model_card:
             result.to_model_card(config.model_card)
@@ -183,15 +185,16 @@ def report(argv: list[str]) -> None:
     """`retain report`: several measured runs → one page, compared at matched new-task loss."""
     (config,) = parse(argv, "report")
     from retain.files import short_names
-    from retain.report.report import ForgettingReport, comparison_summary, write_comparison
+    from retain.report.page import comparison_summary
+    from retain.report.report import ForgettingReport, write_comparison
 
     paths = [Path(folder) / "report.json" if Path(folder).is_dir() else Path(folder) for folder in config.runs]
-    runs = [ForgettingReport.from_json(path).data for path in paths]
-    if len({run["name"] for run in runs}) < len(runs):  # as of two folders that are called out/
-        for run, name in zip(runs, short_names([Path(given) for given in config.runs]), strict=True):
-            run["name"] = name
-    write = partial(write_comparison, reports=runs, title=config.title, interactive=config.interactive)
-    _finish(write, config.output_dir, comparison_summary(runs))
+    reports = [ForgettingReport.from_json(path) for path in paths]
+    if len({one.data["name"] for one in reports}) < len(reports):  # as of two folders that are called out/
+        for one, name in zip(reports, short_names([Path(given) for given in config.runs]), strict=True):
+            one.data["name"] = name
+    write = partial(write_comparison, reports=reports, title=config.title, interactive=config.interactive)
+    _finish(write, config.output_dir, comparison_summary([one.results for one in reports]))
 
 
 def fit(argv: list[str]) -> None:

@@ -1,56 +1,92 @@
-"""What the numbers of a run, or of several runs of one base, allow one to say. Plain dicts in, plain dicts out."""
+"""Several runs of one base side by side: at the same new-task loss, at their ends, and which of them no other beats."""
+
+from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from retain.metrics import KEPT_SUMS, METRICS
-from retain.report.numbers import is_number, measured, quantity
+from retain.report.numbers import Estimate, quantity
+from retain.report.results import KeptSums, Results, TextResult, names_of_texts
 from retain.statistics import bootstrap_ratio
 
 LEVEL = 0.95
 NUM_RESAMPLES = 2000
-MOVES = ("ref_kl", "forgetting")  # what moved away from the base, nats per token
+COMPARED = ("ref_kl", "forgetting")  # nats per token
 # Settings of `retain measure` that decide a number; the device and `batch_tokens` only round it.
 DECIDING = ("max_length", "max_windows", "start_token", "tokenizer_fingerprint", "dtype", "attn_implementation")
-ROUNDING = 0.25  # nats per square root of a document's tokens: what bfloat16 and kernels may move the base's own loss
-RATES_ALIKE = 0.9  # of the higher of two learning rates; between logged steps a schedule is read as a line
-TINY = 1e-6  # nats per token; below this a divergence is float32 rounding, and a share of it means nothing
+MAX_BASE_ROUNDING = 0.25  # nats per √tokens of a document: what bfloat16 and kernels move the base's own loss
+MIN_RATE_RATIO = 0.9  # of the lower to the higher learning rate; between logged steps a schedule is read as a line
+
+Bounds = Sequence[float]
+Point = tuple[float, float]
+Sums = Mapping[str, np.ndarray]  # per document, nats: ref_kl, loss, base_loss, forgetting; and num_tokens
 
 
-def series(run: dict, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one key of a run's trajectory, in step order; rows without a finite number are left out."""
-    points = {row["step"]: row[key] for row in run.get("trajectory") or [] if is_number(row.get(key))}
-    steps = sorted(points)
-    return steps, [points[step] for step in steps]
+@dataclass(frozen=True)
+class Mismatch:
+    """Why a run is not compared, and with which."""
+
+    to: str
+    why: str
 
 
-def texts_of(runs: Sequence[dict]) -> list[str]:
-    """Names of the retention texts of all runs, in the order in which they first appear."""
-    names: dict[str, None] = {}
-    for run in runs:
-        logged = [re.fullmatch(r"retention/(.+)/ref_kl", key) for row in run.get("trajectory") or [] for key in row]
-        names |= dict.fromkeys([*(run.get("retention") or {}), *(match[1] for match in logged if match)])
-    return list(names)
+@dataclass(frozen=True)
+class ComparedRun:
+    """Where one run is read, in steps and new-task loss (nats per token)."""
+
+    name: str
+    matched_step: float | None
+    learning_rate: float | None
+    final_step: float | None
+    final_loss: float | None
+    relative_loss_difference: float | None
+    kept: bool
+    unlike: Mismatch | None
 
 
-def crossing(steps: Sequence[float], losses: Sequence[float], target: float) -> float | None:
-    """First step, linearly interpolated, at which the loss comes down to `target` (nats per token).
+@dataclass(frozen=True)
+class ComparedText:
+    """One run on one text: nats per token, and the share of the first run's `ref_kl` that did not happen."""
 
-    None when it never does, or when it is below already at the first evaluation: then nobody saw it cross.
-    """
-    below = next((i for i, loss in enumerate(losses) if loss <= target), None)
-    if not below:
-        return float(steps[0]) if below == 0 and losses[0] == target else None
-    before, after = losses[below - 1], losses[below]
-    share = (before - target) / (before - after)
-    return float(steps[below - 1] + share * (steps[below] - steps[below - 1]))
+    name: str
+    step: float | None
+    ref_kl: float | None = None
+    ref_kl_ci: Bounds | None = None
+    forgetting: float | None = None
+    forgetting_ci: Bounds | None = None
+    prevented: float | None = None
+    prevented_ci: Bounds | None = None
+    note: str | None = None
+    num_documents: int | None = None
+    unlike: Mismatch | None = None
 
 
-def compare_at_matched_loss(runs: list[dict], seed: int = 0) -> dict:
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare_at_matched_loss` found; `matched` and `end` hold for each text one entry per run."""
+
+    reference: str | None
+    matched_loss: float | None
+    reason: str | None  # why there is no matched loss
+    loss_text: str | None  # on which the final losses were measured; None is `eval_loss`
+    measured_texts: list[str]
+    runs: list[ComparedRun]
+    warnings: list[str]
+    matched: dict[str, list[ComparedText]]
+    end: dict[str, list[ComparedText]]
+    seed: int
+    schema: str = "retain.comparison/1"
+    level: float = LEVEL
+    num_resamples: int = NUM_RESAMPLES
+
+
+def compare_at_matched_loss(runs: Sequence[Results], seed: int = 0) -> Comparison:
     """Compare the forgetting of several runs of one base where they have learned equally much.
 
     Learning less is not forgetting less. `matched_loss` (nats per token) is the lowest new-task loss that every run
@@ -63,242 +99,253 @@ def compare_at_matched_loss(runs: list[dict], seed: int = 0) -> dict:
 
     The end of a run is the model that it left: what `retain measure` found of it, else the evaluation at its step. Each
     number is of one source in all runs, and is compared only where it was measured alike (`unlike` says where not).
+
+    Raises:
+        ValueError: if two runs have one name, or their bases differ.
     """
     _check_same_base(runs)
-    curves = [series(run, "eval_loss") for run in runs]
-    matched_loss, reason = _matched_loss(runs, curves)
-    steps = [None if matched_loss is None else crossing(*curve, matched_loss) for curve in curves]
-    ends = [end_of(run) for run in runs]
+    matched_loss, reason = _matched_loss(runs)
+    steps = [None if matched_loss is None else first_crossing(*run.series("eval_loss"), matched_loss) for run in runs]
+    ends = [run.end_step for run in runs]
     loss_text, losses = _final_losses(runs, ends)
-    texts = texts_of(runs)
-    whole = [text for text in texts if _all_measured(runs, text)]
+    texts = names_of_texts(runs)
+    measured = [text for text in texts if _measured_in_all(runs, text)]
     matched = {text: _side_by_side(runs, steps, text, seed) for text in texts} if reason is None else {}
-    matched = {text: entries for text, entries in matched.items() if any(e["ref_kl"] is not None for e in entries)}
+    matched = {text: entries for text, entries in matched.items() if any(e.ref_kl is not None for e in entries)}
     if texts and reason is None and not matched:
         reason = "no text was measured during training; give it to `retain finetune` as --retention"
-    rates = [_interpolate(*series(run, "learning_rate"), step) for run, step in zip(runs, steps, strict=True)]
-    odd = [_other_loss(runs[0], run) if loss_text is None else unlike(runs[0], run, loss_text) for run in runs]
-    relative = [None] + [
-        loss / losses[0] - 1 if loss and losses[0] and not why else None
-        for loss, why in zip(losses[1:], odd[1:], strict=True)
-    ]
-    return {
-        "schema": "retain.comparison/1",
-        "reference": runs[0]["name"] if runs else None,
-        "matched_loss": matched_loss,
-        "reason": reason,
-        "loss_text": loss_text, "measured_texts": whole,
-        "runs": [
-            {"name": run["name"], "matched_step": step, "learning_rate": rate, "final_step": end, "final_loss": loss,
-             "relative_loss_difference": difference, "kept": _kept_step(run) is not None,
-             "unlike": {"to": runs[0]["name"], "why": why} if why else None}
-            for run, step, rate, end, loss, difference, why
-            in zip(runs, steps, rates, ends, losses, relative, odd, strict=True)
-        ],
-        "warnings": _unlike_rates(runs, steps, rates) + _untold_losses(runs) if matched else [],
-        "matched": matched,
-        "end": {text: _side_by_side(runs, None if text in whole else ends, text, seed) for text in texts},
-        "level": LEVEL, "num_resamples": NUM_RESAMPLES, "seed": seed,
-    }  # fmt: skip
+    rates = [_interpolate(*run.series("learning_rate"), step) for run, step in zip(runs, steps, strict=True)]
+    return Comparison(
+        reference=runs[0].name if runs else None,
+        matched_loss=matched_loss,
+        reason=reason,
+        loss_text=loss_text,
+        measured_texts=measured,
+        runs=_compared_runs(runs, steps, rates, ends, loss_text, losses),
+        warnings=_rate_warnings(runs, steps, rates) + _token_warnings(runs) if matched else [],
+        matched=matched,
+        end={text: _side_by_side(runs, None if text in measured else ends, text, seed) for text in texts},
+        seed=seed,
+    )
 
 
-def _unlike_rates(runs: list[dict], steps: list[float | None], rates: list[float | None]) -> list[str]:
+def _compared_runs(
+    runs: Sequence[Results],
+    steps: Sequence[float | None],
+    rates: Sequence[float | None],
+    ends: Sequence[float | None],
+    loss_text: str | None,
+    losses: Sequence[float | None],
+) -> list[ComparedRun]:
+    first = runs[0].name if runs else ""
+    found = []
+    for at, run in enumerate(runs):
+        why = _other_tokens(runs[0], run) if loss_text is None else mismatch(runs[0], run, loss_text)
+        loss, of_first = losses[at], losses[0]
+        relative = loss / of_first - 1 if at and loss and of_first and not why else None
+        unlike = Mismatch(first, why) if why else None
+        kept = run.kept_step is not None
+        found.append(ComparedRun(run.name, steps[at], rates[at], ends[at], loss, relative, kept, unlike))
+    return found
+
+
+def first_crossing(steps: Sequence[float], losses: Sequence[float], target: float) -> float | None:
+    """First step, linearly interpolated, at which the loss comes down to `target` (nats per token).
+
+    None when it never does, or when it is below already at the first evaluation: then nobody saw it cross.
+
+    >>> first_crossing([0, 10, 20], [4.0, 3.0, 2.0], 2.5)
+    15.0
+    """
+    below = next((i for i, loss in enumerate(losses) if loss <= target), None)
+    if not below:
+        return float(steps[0]) if below == 0 and losses[0] == target else None
+    before, after = losses[below - 1], losses[below]
+    share = (before - target) / (before - after)
+    return float(steps[below - 1] + share * (steps[below] - steps[below - 1]))
+
+
+def _rate_warnings(runs: Sequence[Results], steps: Sequence[float | None], rates: Sequence[float | None]) -> list[str]:
     """A sentence where the learning rates at the steps compared differ: one run may be annealed, another not."""
-    known = [
-        (run["name"], step, rate)
-        for run, step, rate in zip(runs, steps, rates, strict=True)
-        if step is not None and rate is not None
-    ]
+    read = zip(runs, steps, rates, strict=True)
+    known = [(run.name, step, rate) for run, step, rate in read if step is not None and rate is not None]
     found = [rate for _, _, rate in known]
-    if len(found) < 2 or min(found) >= RATES_ALIKE * max(found):
+    if len(found) < 2 or min(found) >= MIN_RATE_RATIO * max(found):
         return []
-    told = ", ".join(f"{rate:.2g} in “{name}” (step {step:.3g})" for name, step, rate in known)
+    listed = ", ".join(f"{rate:.2g} in “{name}” (step {step:.3g})" for name, step, rate in known)
     return [
-        f"The learning rates differ where the runs are compared: {told}. A lower rate can forget less at the same "
+        f"The learning rates differ where the runs are compared: {listed}. A lower rate can forget less at the same "
         "loss, so part of the difference may be the schedule's. Compare runs at a constant rate, or runs that end at "
         "that loss."
     ]
 
 
-def _untold_losses(runs: list[dict]) -> list[str]:
+def _token_warnings(runs: Sequence[Results]) -> list[str]:
     """A sentence where some runs say which tokens their `eval_loss` counts and others, as of other trainers, do not."""
-    told = {counted: run["name"] for run in runs if (counted := trained_tokens(run))}
-    untold = ", ".join(f"“{run['name']}”" for run in runs if not trained_tokens(run))
+    known = {run.trained_tokens: run.name for run in runs if run.trained_tokens}
+    unknown = ", ".join(f"“{run.name}”" for run in runs if not run.trained_tokens)
     return [
-        f"Which tokens the new-task loss counts is not known of {untold}; that of “{name}” counts {counted}. They are "
+        f"Which tokens the new-task loss counts is not known of {unknown}; that of “{name}” counts {tokens}. They are "
         "compared as if it were the same loss."
-        for counted, name in told.items()
-        if untold
+        for tokens, name in known.items()
+        if unknown
     ]
 
 
-def _check_same_base(runs: list[dict]) -> None:
-    names = [run["name"] for run in runs]
+def _check_same_base(runs: Sequence[Results]) -> None:
+    names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"runs: two are named {twice[0]!r}; give each run once, and a name of its own")
-    fingerprints = {run["name"]: (run.get("base") or {}).get("fingerprint") for run in runs}
+    fingerprints = {run.name: run.base.get("fingerprint") for run in runs}
     if len({fingerprint for fingerprint in fingerprints.values() if fingerprint}) > 1:
         raise ValueError(f"base.fingerprint differs between runs: {fingerprints}. Compare runs of one base.")
 
 
-def _kept_step(run: dict) -> float | None:
-    step = (run.get("training") or {}).get("kept_step")
-    return step if is_number(step) else None
-
-
-def end_of(run: dict) -> float | None:
-    """The step of the weights that a run left: what `load_best_model_at_end` kept, else the last that was evaluated."""
-    steps, _ = series(run, "eval_loss")
-    kept = _kept_step(run)
-    return kept if kept is not None else steps[-1] if steps else None
-
-
-def _final_losses(runs: list[dict], ends: list[float | None]) -> tuple[str | None, list[Any]]:
+def _final_losses(runs: Sequence[Results], ends: Sequence[float | None]) -> tuple[str | None, Sequence[float | None]]:
     """New-task losses at the ends, of one source: a text that all were measured on (its name), else `eval_loss`."""
-    tables = [run.get("new_task") or {} for run in runs]
-    for text in tables[0] if runs else ():
-        losses = [measured(table.get(text), "loss")[0] for table in tables]
-        if None not in losses:
-            return text, losses
-    losses = [_interpolate(*series(run, "eval_loss"), end) for run, end in zip(runs, ends, strict=True)]
+    for text in runs[0].new_task if runs else ():
+        found = [run.new_task.get(text, TextResult()).loss for run in runs]
+        if all(found):
+            return text, [loss.value for loss in found if loss]
+    losses = [_interpolate(*run.series("eval_loss"), end) for run, end in zip(runs, ends, strict=True)]
     return None, [None] * len(runs) if None in losses else losses
 
 
-def _all_measured(runs: list[dict], text: str) -> bool:
+def _measured_in_all(runs: Sequence[Results], text: str) -> bool:
     """Whether every run that knows a text has what `retain measure` found on it."""
-    found = [measured((run.get("retention") or {}).get(text), "ref_kl")[0] is not None for run in runs]
-    followed = [bool(series(run, f"retention/{text}/ref_kl")[0]) for run in runs]
+    found = [run.retention.get(text, TextResult()).ref_kl is not None for run in runs]
+    followed = [bool(run.series(f"retention/{text}/ref_kl")[0]) for run in runs]
     return any(found) and all(one or not other for one, other in zip(found, followed, strict=True))
 
 
-def unlike(run: dict, other: dict, text: str) -> str | None:
+def mismatch(run: Results, other: Results, text: str) -> str | None:
     """How `other` was measured on a text, where that was otherwise than `run` in what decides the numbers."""
-    told = [
-        {key: re.sub(r"(\(id \d+\)): .*", r"\1", str(value)) for key, value in (one.get("settings") or {}).items()}
+    ours, theirs = (
+        {key: re.sub(r"(\(id \d+\)): .*", r"\1", str(value)) for key, value in one.settings.items()}
         for one in (run, other)
-    ]
-    known = [key for key in DECIDING if key in told[0] and key in told[1]]  # older reports tell fewer
-    differing = [f"{key} {told[1][key]}, not {told[0][key]}" for key in known if told[0][key] != told[1][key]]
-    if differing:
+    )
+    known = [key for key in DECIDING if key in ours and key in theirs]  # older reports have fewer
+    if differing := [f"{key} {theirs[key]}, not {ours[key]}" for key in known if ours[key] != theirs[key]]:
         return f"measured with {'; '.join(differing)}"
-    counted = [((one.get("settings") or {}).get("loss_tokens") or {}).get(text) for one in (run, other)]
+    counted = [one.loss_tokens(text) for one in (run, other)]
     if all(counted) and counted[0] != counted[1]:
         return f"measured on {counted[1]}, not on {counted[0]}"
     sizes = [_size(one, text) for one in (run, other)]
     if sizes[0] and sizes[1] and sizes[0] != sizes[1]:
         return f"measured on other documents ({sizes[1]}; not {sizes[0]})"
-    return _other_documents(_documents_measured(run, text), _documents_measured(other, text))
+    return _other_documents(_measured_sums(run, text), _measured_sums(other, text))
 
 
-def trained_tokens(run: dict) -> str | None:
-    """Which tokens a run's own `eval_loss` counts, where it says so."""
-    return (run.get("training") or {}).get("loss_tokens")
-
-
-def _other_loss(run: dict, other: dict) -> str | None:
+def _other_tokens(run: Results, other: Results) -> str | None:
     """Which other tokens the `eval_loss` of `other` counts than that of `run`, where both say."""
-    counted = [trained_tokens(one) for one in (run, other)]
-    return f"its loss counts {counted[1]}, not {counted[0]}" if all(counted) and counted[0] != counted[1] else None
+    ours, theirs = run.trained_tokens, other.trained_tokens
+    return f"its loss counts {theirs}, not {ours}" if ours and theirs and ours != theirs else None
 
 
-def _size(run: dict, text: str) -> str | None:
-    entry = ((run.get("new_task") or {}) | (run.get("retention") or {})).get(text, {}).get("loss") or {}
-    documents, tokens = entry.get("num_documents"), entry.get("num_tokens")
-    if not (is_number(documents) and is_number(tokens)):
+def _size(run: Results, text: str) -> str | None:
+    loss = run.texts.get(text, TextResult()).loss
+    if loss is None or not (loss.num_documents and loss.num_tokens):
         return None
-    return f"{quantity(documents, 'document')}, {quantity(tokens, 'token')}"
+    return f"{quantity(loss.num_documents, 'document')}, {quantity(loss.num_tokens, 'token')}"
 
 
-def _other_documents(rows: dict | None, others: dict | None) -> str | None:
+def _other_documents(ours: Sums | None, theirs: Sums | None) -> str | None:
     """Documents are known by their lengths and by the base's own loss on each; None where they are the same."""
-    if rows is None or others is None:
+    if ours is None or theirs is None:
         return None
-    if np.array_equal(rows["num_tokens"], others["num_tokens"]):
-        apart = np.abs(rows["base_loss"] - others["base_loss"])
-        if np.all(apart <= ROUNDING * np.sqrt(rows["num_tokens"])):
+    if np.array_equal(ours["num_tokens"], theirs["num_tokens"]):
+        apart = np.abs(ours["base_loss"] - theirs["base_loss"])
+        if np.all(apart <= MAX_BASE_ROUNDING * np.sqrt(ours["num_tokens"])):
             return None
     return "measured on other documents"
 
 
-def _matched_loss(runs: list[dict], curves: list[tuple]) -> tuple[float | None, str | None]:
+def _matched_loss(runs: Sequence[Results]) -> tuple[float | None, str | None]:
     """The lowest loss that every run reached, or None and why there is none."""
     if len(runs) < 2:
         return None, "there is only one run"
-    blind = [run["name"] for run, (_, losses) in zip(runs, curves, strict=True) if not losses]
-    if blind:
+    curves = {run.name: run.series("eval_loss")[1] for run in runs}
+    if blind := [name for name, losses in curves.items() if not losses]:
         return None, f"no evaluations during training (eval_loss in the trajectory) for: {', '.join(blind)}"
     for run in runs:
-        if why := _other_loss(runs[0], run):
-            return None, f"{run['name']}: {why} as {runs[0]['name']}'s does"
-    target = max(min(losses) for _, losses in curves)
-    for run, (_, losses) in zip(runs, curves, strict=True):
+        if why := _other_tokens(runs[0], run):
+            return None, f"{run.name}: {why} as {runs[0].name}'s does"
+    target = max(map(min, curves.values()))
+    for name, losses in curves.items():
         if losses[0] < target:
-            return None, f"{run['name']} was already below the common loss {target:.3f} when first evaluated"
+            return None, f"{name} was already below the common loss {target:.3f} when first evaluated"
         if len(losses) > 1 and losses[0] == min(losses):
-            return None, f"{run['name']} did not learn: it never got below its first loss, {target:.3f}"
+            return None, f"{name} did not learn: it never got below its first loss, {target:.3f}"
     return target, None
 
 
-def _side_by_side(runs: list[dict], steps: list | None, text: str, seed: int) -> list[dict]:
+def _side_by_side(
+    runs: Sequence[Results], steps: Sequence[float | None] | None, text: str, seed: int
+) -> list[ComparedText]:
     """One entry per run for one text, read at each run's own step, or what `retain measure` found where that is None.
 
     `prevented` is against the first run.
     """
-    entries: list[dict] = []
-    documents = []
-    for place, run in enumerate(runs):
-        step = steps[place] if steps else None
-        if steps is None:
-            values: dict[str, Any] = {m: measured((run.get("retention") or {}).get(text), m) for m in MOVES}
-            found = _documents_measured(run, text)
+    if steps is None:
+        sums = [_measured_sums(run, text) for run in runs]
+        entries = [_end_entry(run, text, of_run, seed) for run, of_run in zip(runs, sums, strict=True)]
+    else:
+        sums = [_sums_at(run, text, step) for run, step in zip(runs, steps, strict=True)]
+        read = zip(runs, steps, sums, strict=True)
+        entries = [_entry_at(run, text, step, of_run, seed) for run, step, of_run in read]
+    first = next((place for place, entry in enumerate(entries) if entry.ref_kl is not None), 0)
+    compared = entries[:1]
+    for place, entry in enumerate(entries[1:], 1):
+        why = mismatch(runs[first], runs[place], text) if steps is None else None
+        why = why or _other_documents(sums[first], sums[place])
+        if why and entry.ref_kl is not None:
+            to = entries[first].name
+            found: dict[str, Any] = {"unlike": Mismatch(to, why), "note": f"not compared with “{to}”: {why}"}
         else:
-            values = {m: (_interpolate(*series(run, f"retention/{text}/{m}"), step), None) for m in MOVES}
-            found = _documents_at(run, text, step)
-        documents.append(found)
-        entry = {"name": run["name"], "step": step, "prevented": None, "prevented_ci": None, "note": None}
-        for metric, (value, bounds) in values.items():
-            ci = (
-                list(bounds)
-                if bounds
-                else _interval(found[metric], found["num_tokens"], seed, METRICS[metric].least)
-                if found
-                else None
-            )
-            entry |= {metric: value, f"{metric}_ci": ci if value is not None else None}
-        entries.append(entry | {"num_documents": len(found["num_tokens"]) if found else None, "unlike": None})
-    floor = floor_of(runs[0], text)
-    first = next((place for place, entry in enumerate(entries) if entry["ref_kl"] is not None), 0)
-    for place, (entry, found) in enumerate(zip(entries[1:], documents[1:], strict=True), 1):
-        of_measure = unlike(runs[first], runs[place], text) if steps is None else None
-        why = of_measure or _other_documents(documents[first], found)
-        if why and entry["ref_kl"] is not None:
-            to = entries[first]["name"]
-            entry |= {"unlike": {"to": to, "why": why}, "note": f"not compared with “{to}”: {why}"}
-        else:
-            entry |= _prevented(entries[0], entry, [documents[0], found], floor, seed)
-    return entries
+            found = _prevented(entries[0], entry, sums[0], sums[place], runs[0].floor(text), seed)
+        compared.append(replace(entry, **found))
+    return compared
 
 
-def _prevented(plain: dict, entry: dict, documents: list[dict | None], floor: float, seed: int) -> dict:
-    """Share of the plain run's ref_kl that this run did not have, with a paired interval, or why there is none."""
-    if entry["ref_kl"] is None or plain["ref_kl"] is None:
+def _end_entry(run: Results, text: str, sums: Sums | None, seed: int) -> ComparedText:
+    result = run.retention.get(text, TextResult())
+    return _entry(run.name, None, {"ref_kl": result.ref_kl, "forgetting": result.forgetting}, sums, seed)
+
+
+def _entry_at(run: Results, text: str, step: float | None, sums: Sums | None, seed: int) -> ComparedText:
+    values = {metric: _interpolate(*run.series(f"retention/{text}/{metric}"), step) for metric in COMPARED}
+    found = {metric: None if value is None else Estimate(value) for metric, value in values.items()}
+    return _entry(run.name, step, found, sums, seed)
+
+
+def _entry(
+    name: str, step: float | None, found: dict[str, Estimate | None], sums: Sums | None, seed: int
+) -> ComparedText:
+    values: dict[str, Any] = {}
+    for metric, estimate in found.items():
+        if estimate is not None:
+            ci = list(estimate.ci) if estimate.ci else None
+            if ci is None and sums is not None:
+                ci = _interval(sums[metric], sums["num_tokens"], seed, METRICS[metric].least)
+            values |= {metric: estimate.value, f"{metric}_ci": ci}
+    return ComparedText(name, step, **values, num_documents=None if sums is None else len(sums["num_tokens"]))
+
+
+def _prevented(
+    first: ComparedText, entry: ComparedText, sums_of_first: Sums | None, sums: Sums | None, floor: float, seed: int
+) -> dict[str, Any]:
+    """Share of the first run's ref_kl that this run did not have, with a paired interval, or why there is none."""
+    if entry.ref_kl is None or first.ref_kl is None:
         return {"note": "ref_kl was not measured at this point"}
-    if plain["ref_kl"] <= floor:
-        return {"note": f"undefined: “{plain['name']}” did not move beyond the noise floor ({floor:.2g})"}
-    value = 1 - entry["ref_kl"] / plain["ref_kl"]
-    of_plain, of_run = documents
-    if of_plain is None or of_run is None:
+    if first.ref_kl <= floor:
+        return {"note": f"undefined: “{first.name}” did not move beyond the noise floor ({floor:.2g})"}
+    value = 1 - entry.ref_kl / first.ref_kl
+    if sums_of_first is None or sums is None:
         return {"prevented": value, "note": "no interval: no values per document"}
-    ci = _interval(of_run["ref_kl"], of_plain["ref_kl"], seed, 0.0)
+    ci = _interval(sums["ref_kl"], sums_of_first["ref_kl"], seed, 0.0)
     if ci is None:
         return {"prevented": value, "note": "no interval: too few documents"}
     return {"prevented": value, "prevented_ci": [1 - ci[1], 1 - ci[0]]}
-
-
-def floor_of(run: dict, text: str) -> float:
-    """Upper end of the base-against-base ref_kl of a text, at least `TINY`; nats per token."""
-    value, ends = measured((run.get("noise_floor") or {}).get(text), "ref_kl")
-    return max(TINY, value or 0.0, *(ends or ()))
 
 
 def _interpolate(steps: list[float], values: list[float], step: float | None) -> float | None:
@@ -307,47 +354,44 @@ def _interpolate(steps: list[float], values: list[float], step: float | None) ->
     return float(np.interp(step, steps, values))
 
 
-def _documents_at(run: dict, text: str, step: float | None) -> dict[str, np.ndarray] | None:
-    """Sums per document (nats), linear between the two evaluations around `step`; None where none surround it."""
-    rows = {row["step"]: row for row in run.get("documents") or [] if row["name"] == text}
+def _sums_at(run: Results, text: str, step: float | None) -> Sums | None:
+    """Sums per document, linear between the two evaluations around `step`; None where none surround it."""
+    rows = {row.step: row for row in run.documents if row.name == text}
     earlier = [s for s in rows if step is not None and s <= step]
     later = [s for s in rows if step is not None and s >= step]
-    if not earlier or not later:
+    if step is None or not earlier or not later:
         return None
     before, after = rows[max(earlier)], rows[min(later)]
-    share = (step - before["step"]) / (after["step"] - before["step"]) if after is not before else 0.0
-
-    def mix(key: str) -> np.ndarray:
-        return (1 - share) * np.asarray(before[key], float) + share * np.asarray(after[key], float)
-
-    tokens = np.asarray(before["num_tokens"], float)  # not mixed: rounding would make equal documents differ
-    sums = {key: mix(key) for key in KEPT_SUMS}
-    return sums | {"forgetting": sums["loss"] - sums["base_loss"], "num_tokens": tokens}
+    share = (step - before.step) / (after.step - before.step) if after is not before else 0.0
+    ours, theirs = _arrays(before), _arrays(after)
+    mixed = {key: (1 - share) * ours[key] + share * theirs[key] for key in KEPT_SUMS}
+    tokens = ours["num_tokens"]  # not mixed: rounding would make equal documents differ
+    return mixed | {"forgetting": mixed["loss"] - mixed["base_loss"], "num_tokens": tokens}
 
 
-def _documents_measured(run: dict, text: str) -> dict[str, np.ndarray] | None:
-    """Sums per document (nats) from `retain measure`; None in reports older than these sums."""
-    row = (run.get("per_document") or {}).get(text)
-    if not row:
-        return None
-    sums = {key: np.asarray(row[key], float) for key in (*KEPT_SUMS, "num_tokens")}
-    return sums | {"forgetting": sums["loss"] - sums["base_loss"]}
+def _measured_sums(run: Results, text: str) -> Sums | None:
+    """Sums per document from `retain measure`; None in reports older than these sums."""
+    return _arrays(run.per_document[text]) if text in run.per_document else None
 
 
-def loss_difference(run: dict, other: dict, text: str, seed: int = 0) -> dict[str, Any] | None:
-    """Loss of `run` minus that of `other` on one text at their ends, nats per token; its interval pairs documents.
+def _arrays(sums: KeptSums) -> dict[str, np.ndarray]:
+    found = {key: np.asarray(getattr(sums, key), float) for key in (*KEPT_SUMS, "num_tokens")}
+    return found | {"forgetting": found["loss"] - found["base_loss"]}
 
-    None where one of them was not measured there, or they were not measured alike.
+
+def loss_difference(run: Results, other: Results, text: str, seed: int = 0) -> tuple[Estimate, Point] | None:
+    """Loss of `run` minus that of `other` on one text at their ends, and the two; its interval pairs documents.
+
+    None where one of them was not measured there, or they were not measured alike. Nats per token.
     """
-    tables = [(one.get("new_task") or {}).get(text) or (one.get("retention") or {}).get(text) for one in (run, other)]
-    losses = [measured(table, "loss")[0] for table in tables]
-    if losses[0] is None or losses[1] is None or unlike(other, run, text):
+    ours, theirs = (one.texts.get(text, TextResult()).loss for one in (run, other))
+    if ours is None or theirs is None or mismatch(other, run, text):
         return None
-    rows = [_documents_measured(one, text) for one in (run, other)]
+    sums = [_measured_sums(one, text) for one in (run, other)]
     ci = None
-    if rows[0] and rows[1]:
-        ci = _interval(rows[0]["loss"] - rows[1]["loss"], rows[0]["num_tokens"], seed, -math.inf)
-    return {"value": losses[0] - losses[1], "ci": ci, "losses": losses}
+    if sums[0] and sums[1]:
+        ci = _interval(sums[0]["loss"] - sums[1]["loss"], sums[0]["num_tokens"], seed, -math.inf)
+    return Estimate(ours.value - theirs.value, (ci[0], ci[1]) if ci else None), (ours.value, theirs.value)
 
 
 def _interval(numerator: np.ndarray, denominator: np.ndarray, seed: int, least: float) -> list[float] | None:
@@ -355,3 +399,43 @@ def _interval(numerator: np.ndarray, denominator: np.ndarray, seed: int, least: 
     options: dict[str, Any] = {"num_resamples": NUM_RESAMPLES, "level": LEVEL, "seed": seed}
     _, low, high = bootstrap_ratio(numerator, denominator, within=(least, math.inf), **options)
     return [low, high] if math.isfinite(low) and math.isfinite(high) else None
+
+
+def end_points(compared: Comparison, text: str | None = None) -> list[Point | None]:
+    """(new-task loss, ref_kl) at the end of each run, nats per token; on one text, or the mean over all texts.
+
+    None for a run that was not measured on all of them, or not alike.
+    """
+    texts = list(compared.end) if text is None else [text]
+    found: list[Point | None] = []
+    for place, run in enumerate(compared.runs):
+        entries = [compared.end[name][place] for name in texts]
+        moved = [entry.ref_kl for entry in entries if entry.ref_kl is not None]
+        alike = not run.unlike and not any(entry.unlike for entry in entries)
+        known = run.final_loss is not None and moved and len(moved) == len(entries) and alike
+        found.append((run.final_loss, sum(moved) / len(moved)) if known and run.final_loss is not None else None)
+    return found
+
+
+def dominators(points: Sequence[Point | None]) -> list[list[int]]:
+    """For each point the places of those that are no worse on both numbers and better on one.
+
+    The values alone decide, without regard to their intervals: a narrow win may be chance.
+
+    >>> dominators([(2.0, 0.6), (2.5, 0.1), (2.5, 0.3)])
+    [[], [], [1]]
+    """
+    return [
+        [
+            place
+            for place, other in enumerate(points)
+            if point and other and other != point and other[0] <= point[0] and other[1] <= point[1]
+        ]
+        for point in points
+    ]
+
+
+def frontier(points: Sequence[Point | None]) -> list[int]:
+    """Places of the points that nobody dominates, the one that learned least first."""
+    free = [place for place, beaten in enumerate(dominators(points)) if points[place] and not beaten]
+    return sorted(free, key=lambda place: tuple(-number for number in points[place] or ()))

@@ -1,86 +1,140 @@
-"""Which figures with lines a report has, as plain data: `plots` draws them, `interactive` hands them to plotly."""
+"""Which figures a report has, as plain data: `style` draws them, `interactive` hands those with lines to plotly."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from retain.report.comparison import end_of, series, texts_of, trained_tokens
-from retain.report.frontier import Point, ends, frontier
+from retain.report.comparison import Comparison, Point, end_points, frontier
+from retain.report.results import Results, names_of_texts
 
 LEARNING = "new-task loss, nats per token (learning →)"
 
 
-def panels(runs: Sequence[dict], compared: dict | None) -> list[dict[str, Any]]:
-    """Each figure: kind, title, words (its description), xlabel, ylabel, lines; only what was measured.
+@dataclass(frozen=True)
+class PlotLine:
+    """A run (its place) as points; `steps` of the points, where x is something else (None is the run's end)."""
 
-    A line: name, run (its place), x, y, and `steps` where x is not the step. `compared`: of `compare_at_matched_loss`.
+    name: str
+    run: int
+    x: Sequence[float]
+    y: Sequence[float]
+    steps: Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A value of one text and run (its place), with its interval."""
+
+    text: str
+    run: int
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure. `description` is its accessible name.
+
+    frontier: forgetting over new-task loss, learning to the right: of two runs the lower one forgot less for as much
+    learned; `ends` are those that no other run dominates, the one that learned least first. curve: values over steps;
+    `marks` are points that were evaluated. interval: a dot and its interval per text and run.
     """
-    found = [_learning(runs, compared, text) for text in texts_of(runs)]
-    return [panel for panel in found if panel] + _curves(runs)
+
+    kind: Literal["frontier", "curve", "interval"]
+    title: str
+    description: str
+    xlabel: str
+    ylabel: str = ""
+    lines: Sequence[PlotLine] = ()
+    ends: Sequence[Point] = ()
+    matched_loss: float | None = None
+    from_zero: bool = False
+    marks: bool = True
+    dots: Sequence[Dot] = ()
 
 
-def _learning(runs: Sequence[dict], compared: dict | None, text: str) -> dict[str, Any] | None:
+def panels(runs: Sequence[Results], compared: Comparison | None) -> list[Panel]:
+    """The figures of what was measured."""
+    learning = [_learning(runs, compared, text) for text in names_of_texts(runs)]
+    return [*filter(None, learning), *_curves(runs), *_intervals(runs)]
+
+
+def _learning(runs: Sequence[Results], compared: Comparison | None, text: str) -> Panel | None:
     """Forgetting over new-task loss: a line per trajectory, or the end of every run where one has none.
 
     Never both: what was evaluated during training and what was measured after it are other losses.
     """
-    points = ends(compared, text) if compared else [None] * len(runs)
+    points = end_points(compared, text) if compared else [None] * len(runs)
     paths = [
-        _path(run, place, text) if trained_tokens(run) == trained_tokens(runs[0]) else None
+        _path(run, place, text) if run.trained_tokens == runs[0].trained_tokens else None
         for place, run in enumerate(runs)
     ]
     followed = any(paths) and all(path or not point for path, point in zip(paths, points, strict=True))
     if not followed:
-        paths = [
-            point and _line(run, place, {None: point})
-            for place, (run, point) in enumerate(zip(runs, points, strict=True))
-        ]
+        paths = [_line(runs[place], place, {None: point}) if point else None for place, point in enumerate(points)]
     lines = [line for line in paths if line]
     if len(lines) < 2 and not followed:
         return None
-    last = {line["run"]: (line["x"][-1], line["y"][-1]) for line in lines}
+    last = {line.run: (line.x[-1], line.y[-1]) for line in lines}
     best = sorted((last[place] for place in frontier(points)), reverse=True)
-    return {
-        "kind": "frontier", "title": text, "words": f"Learning against divergence from the base on {text}",
-        "xlabel": LEARNING, "ylabel": "ref_kl, nats per token", "lines": lines,
-        "frontier": best if len(best) > 1 else [],
-        "matched_loss": compared["matched_loss"] if compared and followed else None,
-    }  # fmt: skip
+    return Panel(
+        "frontier", text, f"Learning against divergence from the base on {text}", LEARNING, "ref_kl, nats per token",
+        lines=lines, ends=best if len(best) > 1 else [], from_zero=True,
+        matched_loss=compared.matched_loss if compared and followed else None,
+    )  # fmt: skip
 
 
-def _path(run: dict, place: int, text: str) -> dict[str, Any] | None:
+def _path(run: Results, place: int, text: str) -> PlotLine | None:
     """One run where both the new-task loss and the text were evaluated, up to the model that it left."""
-    losses = dict(zip(*series(run, "eval_loss"), strict=True))
-    moved = dict(zip(*series(run, f"retention/{text}/ref_kl"), strict=True))
-    end = end_of(run)
+    losses = dict(zip(*run.series("eval_loss"), strict=True))
+    moved = dict(zip(*run.series(f"retention/{text}/ref_kl"), strict=True))
+    end = run.end_step
     points = {step: (losses[step], moved[step]) for step in losses if step in moved and end is not None and step <= end}
     return _line(run, place, points) if len(points) > 1 else None
 
 
-def _line(run: dict, place: int, points: Mapping[Any, Point]) -> dict[str, Any]:
+def _line(run: Results, place: int, points: Mapping[Any, Point]) -> PlotLine:
     x, y = ([point[axis] for point in points.values()] for axis in (0, 1))
-    return {"name": run["name"], "run": place, "x": x, "y": y, "steps": list(points)}
+    return PlotLine(run.name, place, x, y, list(points))
 
 
-def _curves(runs: Sequence[dict]) -> list[dict[str, Any]]:
-    counted = dict.fromkeys(trained_tokens(run) for run in runs)  # losses over other tokens have axes of their own
-    wanted: list[tuple[str, str, Any]] = [
-        ("eval_loss", "New-task loss" + (f" ({tokens or 'tokens not told'})" if len(counted) > 1 else ""), tokens)
+def _curves(runs: Sequence[Results]) -> list[Panel]:
+    counted = dict.fromkeys(run.trained_tokens for run in runs)  # losses over other tokens have axes of their own
+    several = len(counted) > 1
+    wanted = [
+        _curve([(place, run) for place, run in enumerate(runs) if run.trained_tokens == tokens], "eval_loss",
+               "New-task loss" + f" ({tokens or 'unknown tokens'})" * several, from_zero=False)
         for tokens in counted
-    ]
-    wanted += [(f"retention/{text}/ref_kl", f"Divergence on {text}", None) for text in texts_of(runs)]
-    wanted += [("replay/kl", "Divergence on the replay rows", None), ("replay/coef", "Strength of replay", None)]
-    figures = []
-    for key, title, tokens in wanted:
-        of_key = [key != "eval_loss" or trained_tokens(run) == tokens for run in runs]
-        read = [(run["name"], place, *series(run, key)) for place, run in enumerate(runs) if of_key[place]]
-        lines = [{"name": name, "run": place, "x": x, "y": y} for name, place, x, y in read if len(x) > 1]
-        constant = key == "replay/coef" and all(len(set(line["y"])) == 1 for line in lines)
-        if lines and not constant:
-            figures.append({
-                "kind": "curve", "title": title, "words": f"{title} over steps", "xlabel": "step", "lines": lines,
-                "ylabel": "coefficient" if key == "replay/coef" else "nats per token",
-                "zero": key != "eval_loss", "marks": not key.startswith("replay/"),
-            })  # fmt: skip
-    return figures
+    ]  # fmt: skip
+    every = list(enumerate(runs))
+    wanted += [_curve(every, f"retention/{text}/ref_kl", f"Divergence on {text}") for text in names_of_texts(runs)]
+    wanted.append(_curve(every, "replay/kl", "Divergence on the replay rows", marks=False))
+    strength = _curve(every, "replay/coef", "Strength of replay", marks=False, ylabel="coefficient")
+    if not all(len(set(line.y)) == 1 for line in strength.lines):
+        wanted.append(strength)
+    return [panel for panel in wanted if panel.lines]
+
+
+def _curve(runs: Sequence[tuple[int, Results]], key: str, title: str, **options: Any) -> Panel:
+    read = [(run.name, place, *run.series(key)) for place, run in runs]
+    lines = [PlotLine(name, place, x, y, x) for name, place, x, y in read if len(x) > 1]
+    labels = {"xlabel": "step", "ylabel": "nats per token"}
+    return Panel("curve", title, f"{title} over steps", lines=lines, **labels | {"from_zero": True} | options)
+
+
+def _intervals(runs: Sequence[Results]) -> list[Panel]:
+    found = []
+    for metric, title in (("ref_kl", "Divergence from the base"), ("forgetting", "Change of the loss")):
+        estimates = [
+            (text, place, getattr(result, metric))
+            for place, run in enumerate(runs)
+            for text, result in run.retention.items()
+        ]
+        dots = [Dot(text, place, one.value, *one.ci) for text, place, one in estimates if one and one.ci]
+        if len(dots) > 1:  # a lone dot stands in the table
+            label = f"{metric}, nats per token, 95% interval"
+            found.append(Panel("interval", title, f"{title} at the end, by text", label, dots=dots))
+    return found

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from retain.report.answers import rules_of
-from retain.report.numbers import cell, is_number, quantity
+from retain.report.numbers import Estimate, quantity, share_cell, value_cell
+from retain.report.results import Judgement, Results
 
 WITHIN, BEYOND, UNDECIDED = 0, 2, 3
 WORDS = {WITHIN: "within", BEYOND: "beyond", UNDECIDED: "not enough evidence"}
@@ -22,8 +21,8 @@ WHY = {
     UNDECIDED: "the interval does not decide",
 }
 SEVERITY = (WITHIN, UNDECIDED, BEYOND)
-FEWEST = 10  # documents or questions below which the coverage of an interval is not known: nothing is decided
-HOPELESS = 1000  # times as much text: then the value lies on the limit, as far as anyone can tell
+MIN_DOCUMENTS = 10  # documents or questions below which the coverage of an interval is not known: nothing is decided
+MAX_TIMES = 1000  # times as much text: then the value lies on the limit, as far as anyone can tell
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Check:
 
     name: str
     what: str
-    entry: dict[str, Any]
+    found: Estimate | None
     limit: float
     sign: int
     """+1 where more than the limit is bad, −1 where less is."""
@@ -41,20 +40,19 @@ class Check:
 
     @property
     def size(self) -> int:
-        return int(self.entry.get(f"num_{self.unit}") or 0)
+        return getattr(self.found, f"num_{self.unit}") if self.found else 0
 
     @property
     def excess(self) -> tuple[float, float, float] | None:
         """(value, low, high) beyond the limit: positive is bad. None where there is no interval to go by."""
-        numbers = [self.entry.get("value"), *(self.entry.get("ci") or [])]
-        if len(numbers) != 3 or not all(map(is_number, numbers)):
+        if self.found is None or self.found.ci is None:
             return None
-        value, low, high = (self.sign * (number - self.limit) for number in numbers)
+        value, low, high = (self.sign * (number - self.limit) for number in (self.found.value, *self.found.ci))
         return value, min(low, high), max(low, high)
 
     @property
     def code(self) -> int:
-        if self.excess is None or self.size < FEWEST:
+        if self.excess is None or self.size < MIN_DOCUMENTS:
             return UNDECIDED
         _, low, high = self.excess
         return WITHIN if high <= 0 else BEYOND if low > 0 else UNDECIDED
@@ -65,18 +63,17 @@ class Check:
 
         None where no affordable number would.
         """
-        if self.excess is None or self.size < FEWEST:
-            return FEWEST
+        if self.excess is None or self.size < MIN_DOCUMENTS:
+            return MIN_DOCUMENTS
         value, low, high = self.excess
         side = high - value if value <= 0 else value - low
         times = (side / value) ** 2 if value else math.inf
-        return max(self.size + 1, math.ceil(self.size * times)) if times <= HOPELESS else None
+        return max(self.size + 1, math.ceil(self.size * times)) if times <= MAX_TIMES else None
 
     def __str__(self) -> str:
-        percent = self.sign < 0
-        words = cell(self.entry.get("value"), self.entry.get("ci"), percent=percent)
-        limit = f"at least {self.limit:.1%}" if percent else f"at most {self.limit:g} nats per token"
-        number = f"{words['value']} {words['interval'] or '(no interval)'}"
+        share = self.sign < 0
+        limit = f"at least {self.limit:.1%}" if share else f"at most {self.limit:g} nats per token"
+        number = (share_cell if share else value_cell)(self.found).with_interval
         size = quantity(self.size, self.unit.removesuffix("s"))
         return f"{self.name}, {self.what} {number} on {size}, against {limit}: {WHY[self.code]}"
 
@@ -85,39 +82,37 @@ class Check:
         """How much more text would decide."""
         if self.needed is None:
             return f"the value lies so near the limit that more {self.unit} would hardly decide"
-        if self.size < FEWEST:
+        if self.size < MIN_DOCUMENTS:
             were = "1 was" if self.size == 1 else f"{self.size} were"
-            return f"at least {FEWEST} {self.unit} are needed for an interval that can decide, {were} measured"
+            return f"at least {MIN_DOCUMENTS} {self.unit} are needed for an interval that can decide, {were} measured"
         return (f"about {self.needed:,} {self.unit} of this kind, {self.needed - self.size:,} more, would decide "
                 "if the value stays")  # fmt: skip
 
 
 def checks_of(
-    data: dict[str, Any], max_forgetting: float | None, max_ref_kl: float | None, min_agreement: float | None
+    run: Results, max_forgetting: float | None, max_ref_kl: float | None, min_agreement: float | None
 ) -> Iterator[Check]:
     """Everything in a report that a limit is set on."""
-    limits = (
-        ("forgetting", "forgetting", max_forgetting, 1),
-        ("ref_kl", "ref_kl", max_ref_kl, 1),
-        ("ref_agreement", "same top token", min_agreement, -1),
-    )
-    for text, metrics in (data.get("retention") or {}).items():
-        for metric, label, limit, sign in limits:
-            if limit is not None:
-                yield Check(text, label, metrics[metric], limit, sign, "documents")
-    for name, rule, compared in rules_of(data):
+    for text, result in run.retention.items():
+        if max_forgetting is not None:
+            yield Check(text, "forgetting", result.forgetting, max_forgetting, 1, "documents")
+        if max_ref_kl is not None:
+            yield Check(text, "ref_kl", result.ref_kl, max_ref_kl, 1, "documents")
         if min_agreement is not None:
-            yield Check(f"{name} ({rule})", "same answer", compared["agreement"], min_agreement, -1, "questions")
+            yield Check(text, "same top token", result.ref_agreement, min_agreement, -1, "documents")
+    for name, rule, answers in run.rules:
+        if min_agreement is not None:
+            yield Check(f"{name} ({rule})", "same answer", answers.agreement, min_agreement, -1, "questions")
 
 
 def judge(
-    data: dict[str, Any],
+    run: Results,
     *,
     max_forgetting: float | None = None,
     max_ref_kl: float | None = None,
     min_agreement: float | None = None,
-) -> dict[str, Any]:
-    """`code` (0 within, 2 beyond, 3 not enough evidence), `verdict` in one line, and a line for every number judged.
+) -> Judgement:
+    """The code (0 within, 2 beyond, 3 not enough evidence), a verdict in one line, and a line for every number judged.
 
     Args:
         max_forgetting: most forgetting of any retention text, in nats per token.
@@ -125,7 +120,7 @@ def judge(
         min_agreement: least share of the base's own top tokens and answers.
     """
     limits = {"max_forgetting": max_forgetting, "max_ref_kl": max_ref_kl, "min_agreement": min_agreement}
-    checks = list(checks_of(data, **limits))
+    checks = list(checks_of(run, **limits))
     assert checks, "a limit on nothing"
     worst = max(SEVERITY.index(check.code) for check in checks)
     guilty = [check for check in checks if SEVERITY.index(check.code) == worst]
@@ -133,7 +128,5 @@ def judge(
     code = SEVERITY[worst]
     more = f" ({len(guilty) - 1} more like it)" if len(guilty) > 1 and code != WITHIN else ""
     hint = f"; {decided.advice}" if code == UNDECIDED else ""
-    return {
-        **limits, "code": code, "checks": list(map(str, checks)),
-        "verdict": f"gate: {WORDS[code]} (exit code {code}), decided by {decided}{hint}{more}",
-    }  # fmt: skip
+    verdict = f"gate: {WORDS[code]} (exit code {code}), decided by {decided}{hint}{more}"
+    return Judgement(code, verdict, list(map(str, checks)), **limits)

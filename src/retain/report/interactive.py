@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from retain.report.figures import Panel, PlotLine
 from retain.report.style import INK, MARKS, PALETTE, label, look
 
 SYMBOLS = dict(zip(MARKS, ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross"), strict=True))
@@ -55,11 +56,11 @@ def policy(sources: Sequence[str]) -> str:
     return f"script-src {' '.join(f'{chr(39)}sha256-{digest}{chr(39)}' for digest in digests)}"
 
 
-def figure_json(panel: dict, total: int) -> str:
-    """A panel of `panels.panels` as plotly's data and layout, fit to stand in a `<script>` element."""
-    traces = [_trace(panel, line, look(line["run"], total)) for line in panel["lines"]]
-    if panel.get("frontier"):
-        x, y = zip(*panel["frontier"], strict=True)
+def figure_json(panel: Panel, total: int) -> str:
+    """A panel with lines as plotly's data and layout, fit to stand in a `<script>` element."""
+    traces = [_trace(panel, line, look(line.run, total)) for line in panel.lines]
+    if panel.ends:
+        x, y = zip(*panel.ends, strict=True)
         shape: dict[str, Any] = {"shape": "vh", "width": 1, "color": "--soft"}
         traces.insert(0, {"type": "scatter", "mode": "lines", "name": "frontier", "x": x, "y": y, "line": shape,
                           "hoverinfo": "skip"})  # fmt: skip
@@ -67,47 +68,45 @@ def figure_json(panel: dict, total: int) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _trace(panel: dict, line: dict, how: dict[str, Any]) -> dict[str, Any]:
-    learning = panel["kind"] == "frontier"
+def _trace(panel: Panel, line: PlotLine, how: dict[str, Any]) -> dict[str, Any]:
     color = f"--run-{PALETTE.index(how['color']) + 1}"
-    values = "new-task loss %{x:.4f}<br>ref_kl %{y:.5f}" if learning else "%{y:.5f} " + panel["ylabel"]
-    steps = line["steps"] if learning else line["x"]
+    values = "%{y:.5f} " + panel.ylabel
+    if panel.kind == "frontier":
+        values = "new-task loss %{x:.4f}<br>ref_kl %{y:.5f}"
     return {
         "type": "scatter",
-        "mode": "lines+markers" if learning or panel["marks"] else "lines",
-        "name": plain(line["name"]),
-        "x": line["x"], "y": line["y"],
-        "customdata": ["at its end" if step is None else f"step {step:g}" for step in steps],
+        "mode": "lines+markers" if panel.marks else "lines",
+        "name": _escaped(line.name),
+        "x": line.x, "y": line.y,
+        "customdata": ["at its end" if step is None else f"step {step:g}" for step in line.steps],
         "line": {"color": color, "width": 2, "dash": "dash" if "linestyle" in how else "solid"},
         "marker": {"color": color, "symbol": SYMBOLS[how["marker"]], "size": 7},
         "hovertemplate": "<b>%{fullData.name}</b><br>%{customdata}<br>" + values + "<extra></extra>",
     }  # fmt: skip
 
 
-def _layout(panel: dict) -> dict[str, Any]:
-    learning, clear = panel["kind"] == "frontier", "rgba(0,0,0,0)"
+def _layout(panel: Panel) -> dict[str, Any]:
+    clear, matched = "rgba(0,0,0,0)", panel.matched_loss
     axis = {"gridcolor": "--line", "zerolinecolor": "--line", "linecolor": "--soft", "automargin": True}
-    matched = panel.get("matched_loss")
     line = {"color": INK, "width": 1, "dash": "dash"}
     shape = {"type": "line", "x0": matched, "x1": matched, "y0": 0, "y1": 1, "yref": "paper", "line": line}
     words = {"x": matched, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
     return {
-        "title": {"text": plain(panel["title"], 60), "x": 0.02, "font": {"size": 15}},
-        "height": 370 + 18 * len(panel["lines"]),
+        "title": {"text": _escaped(panel.title, 60), "x": 0.02, "font": {"size": 15}},
+        "height": 370 + 18 * len(panel.lines),
         "margin": {"l": 50, "r": 12, "t": 56, "b": 50},
         "paper_bgcolor": clear, "plot_bgcolor": clear, "font": {"color": "--soft", "size": 12},
-        "xaxis": axis | {"title": {"text": panel["xlabel"], "standoff": 8}}
-        | ({"autorange": "reversed"} if learning else {}),
-        "yaxis": axis | {"title": {"text": panel["ylabel"]}}
-        | ({"rangemode": "tozero"} if panel.get("zero", learning) else {}),
+        "xaxis": axis | {"title": {"text": panel.xlabel, "standoff": 8}}
+        | ({"autorange": "reversed"} if panel.kind == "frontier" else {}),
+        "yaxis": axis | {"title": {"text": panel.ylabel}} | ({"rangemode": "tozero"} if panel.from_zero else {}),
         "legend": {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom"},
-        "showlegend": len(panel["lines"]) > 1,
+        "showlegend": len(panel.lines) > 1,
         "hoverlabel": {"bgcolor": "--card", "bordercolor": "--line", "font": {"color": "--ink"}},
         "shapes": [] if matched is None else [shape],
         "annotations": [] if matched is None else [words | {"text": f"same loss {matched:.3f}"}],
     }  # fmt: skip
 
 
-def plain(name: str, length: int = 32) -> str:
+def _escaped(name: str, length: int = 32) -> str:
     """A name for plotly, which reads a part of HTML in every label: the name is shown, never obeyed."""
     return html.escape(label(name, length), quote=False)

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from retain.metrics import TABLE_METRICS
-from retain.report import tables
-from retain.report.answers import rules_of
-from retain.report.numbers import bounds_of, is_number
-from retain.report.report import model_card_section, shortened
-from retain.text import visible
+from retain.report.page import harmless, model_card_section
+from retain.report.results import Results
 
+INDEXED = tuple(name for name, metric in TABLE_METRICS.items() if metric.indexed)
 BEGIN, END = "<!-- retain: forgetting -->", "<!-- end of forgetting -->"
 
 
-def card_with_forgetting(card: str, data: dict) -> str:
+def card_with_forgetting(card: str, run: Results) -> str:
     """A model card (or nothing yet) with what a report found: put in place of what stood there before, else at its end.
 
     Raises:
@@ -24,10 +22,10 @@ def card_with_forgetting(card: str, data: dict) -> str:
     """
     before, _, rest = card.partition(BEGIN)
     after = rest.partition(END)[2]
-    section = f"{BEGIN}\n{model_card_section(data).strip()}\n{END}"
+    section = f"{BEGIN}\n{model_card_section(run).strip()}\n{END}"
     text = f"{before.rstrip()}\n\n{section}\n{after}" if before.strip() else f"---\n{{}}\n---\n\n{section}\n{after}"
     found = _parsed(text)
-    found.data["model-index"] = model_index(data)
+    found.data["model-index"] = model_index(run)
     return str(found)
 
 
@@ -55,7 +53,7 @@ def check_card(path: str) -> None:
         raise ValueError(f"model_card: {path!r} is not UTF-8 text; give another file") from error
 
 
-def model_index(data: dict) -> list[dict[str, Any]]:
+def model_index(run: Results) -> list[dict[str, Any]]:
     """The numbers of a report as Hugging Face's `model-index`, the value of that key in a model card's metadata.
 
     Per text the metrics that are `indexed`; per set of questions agreement and accuracy. Intervals are
@@ -63,25 +61,20 @@ def model_index(data: dict) -> list[dict[str, Any]]:
     """
     from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
-    data = visible(shortened(data))
-    texts = [(name, metrics) for kind in tables.KINDS for name, metrics in (data.get(kind) or {}).items()]
-    found = [
-        (name, key, key, metrics[key])
-        for name, metrics in texts
-        for key, metric in TABLE_METRICS.items()
-        if metric.indexed and metrics.get(key)
-    ]
-    found += [(name, key, f"{key} ({rule})", asked[key]) for name, rule, asked in rules_of(data)
-              for key in ("agreement", "accuracy") if asked.get(key)]  # fmt: skip
+    run = harmless(run)
+    found = [(name, key, key, getattr(result, key)) for name, result in run.texts.items() for key in INDEXED]
+    for name, rule, answers in run.rules:
+        found.append((name, "agreement", f"agreement ({rule})", answers.agreement))
+        found.append((name, "accuracy", f"accuracy ({rule})", answers.accuracy))
     results = [
         EvalResult(
             task_type="text-generation", dataset_type=_slug(name), dataset_name=name, dataset_config=name,
-            metric_type=kind, metric_name=words, metric_value=float(entry["value"]),
-            metric_args={"ci": [float(end) for end in bounds_of(entry.get("ci")) or ()]},
+            metric_type=kind, metric_name=label, metric_value=float(one.value),
+            metric_args={"ci": [float(end) for end in one.ci or ()]},
         )
-        for name, kind, words, entry in found if is_number(entry.get("value"))
+        for name, kind, label, one in found if one
     ]  # fmt: skip
-    return eval_results_to_model_index(data["name"], results) if results else []
+    return eval_results_to_model_index(run.name, results) if results else []
 
 
 def _slug(name: str) -> str:

@@ -1,65 +1,123 @@
-"""Numbers of a report: which count as such, and how value and interval are written."""
+"""A number of a report with its interval, and how both are written."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+LARGEST_ROUNDING = 5e-6  # of a value or an end of its interval: below it a value of a tenth of this is written "≈ 0"
+
+
+class Cell(NamedTuple):
+    """A number and its interval as they are written; "–" is no number.
+
+    >>> str(Cell("0.123", "[0.101, 0.147]"))
+    '0.123 [0.101, 0.147]'
+    """
+
+    value: str = "–"
+    interval: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.interval}".rstrip()
+
+    @property
+    def with_interval(self) -> str:
+        """The same for a sentence, which names a missing interval."""
+        return f"{self.value} {self.interval or '(no interval)'}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval (None where too few documents give one), and what it was measured on.
+
+    >>> str(Estimate(0.123, (0.101, 0.147), num_documents=40))
+    '0.123 [0.101, 0.147]'
+    """
+
+    value: float
+    ci: tuple[float, float] | None = None
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_questions: int = 0
+    num_prompts: int = 0
+
+    def __str__(self) -> str:
+        return str(value_cell(self))
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> Estimate | None:
+        """An entry of report.json; None where its value is no finite number."""
+        if not is_number(entry.get("value")):
+            return None
+        sizes = {name: entry[name] for name in cls.__dataclass_fields__ if name[:4] == "num_" and entry.get(name)}
+        return cls(entry["value"], bounds_of(entry.get("ci")), **sizes)
 
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def cell(value: Any, ci: Sequence[Any] | None = None, percent: bool = False) -> dict[str, str]:
-    """Value and interval as text, with as many decimals as it takes to tell small numbers from nothing."""
-    if not is_number(value):
-        return {"value": "–", "interval": ""}
-    ends = bounds_of(ci) or ()
-    largest = max(map(abs, (value, *ends)))
-    if 0 < largest < 5e-6 and abs(value) < 5e-7:  # all noise: 0.000000 [-0.000001, 0.000000] says no more
-        return {"value": "≈ 0", "interval": ""}
-    places = next((places for places, least in ((3, 0.02), (4, 0.001), (5, 1e-4)) if largest >= least), 6)
-    digits = 3 if percent or not largest else places
-    words = [format(round(n, digits) + 0.0, ".1%" if percent else f".{digits}f") for n in (value, *ends)]  # never -0.0
-    return {"value": words[0], "interval": f"[{words[1]}, {words[2]}]" if ends else ""}
-
-
-def share(entry: dict | None) -> dict[str, str]:
-    return cell((entry or {}).get("value"), (entry or {}).get("ci"), percent=True)
-
-
-def number(entry: dict | None) -> dict[str, str]:
-    return cell((entry or {}).get("value"), (entry or {}).get("ci"))
-
-
-def points(entry: dict | None) -> dict[str, str]:
-    """A difference of two shares, in points of a hundred."""
-    value, ends = measured({"": entry}, "")
-    if value is None:
-        return {"value": "–", "interval": ""}
-    words = [f"{round(100 * number, 1) + 0:+.1f}" for number in (value, *(ends or ()))]
-    return {"value": f"{words[0]} points", "interval": f"[{', '.join(words[1:])}]" if ends else ""}
-
-
-def quantity(number: Any, noun: str) -> str:
-    """A number and its noun, of which one is one: "1 prompt", "1,200 prompts"."""
-    return f"{number:,} {noun if number == 1 else f'{noun}s'}"
-
-
-def count(value: int | None) -> dict[str, str]:
-    return {"value": f"{value:,}" if is_number(value) else "–", "interval": ""}
-
-
-def probability(value: float | None) -> dict[str, str]:
-    return {"value": "–" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.1e}", "interval": ""}
-
-
 def bounds_of(ci: Sequence[Any] | None) -> tuple[float, float] | None:
     return (ci[0], ci[1]) if ci and len(ci) == 2 and all(map(is_number, ci)) else None
 
 
-def measured(metrics: dict | None, metric: str) -> tuple[float | None, tuple[float, float] | None]:
-    entry = (metrics or {}).get(metric) or {}
-    value = entry.get("value")
-    return (value if is_number(value) else None), bounds_of(entry.get("ci"))
+def cell(value: float | None, ci: Sequence[float] | None = None, percent: bool = False) -> Cell:
+    """Value and interval as text, with as many decimals as it takes to tell small numbers from nothing.
+
+    >>> cell(0.0123, (0.0101, 0.0147))
+    Cell(value='0.0123', interval='[0.0101, 0.0147]')
+    """
+    if value is None:
+        return Cell()
+    ends = ci or ()
+    largest = max(map(abs, (value, *ends)))
+    if 0 < largest < LARGEST_ROUNDING and abs(value) < LARGEST_ROUNDING / 10:
+        return Cell("≈ 0")  # 0.000000 [-0.000001, 0.000000] says no more
+    places = next((places for places, least in ((3, 0.02), (4, 0.001), (5, 1e-4)) if largest >= least), 6)
+    digits = 3 if percent or not largest else places
+    words = [format(round(n, digits) + 0.0, ".1%" if percent else f".{digits}f") for n in (value, *ends)]  # never -0.0
+    return Cell(words[0], f"[{', '.join(words[1:])}]" if ends else "")
+
+
+def value_cell(found: Estimate | None) -> Cell:
+    return cell(found.value, found.ci) if found else Cell()
+
+
+def share_cell(found: Estimate | None) -> Cell:
+    return cell(found.value, found.ci, percent=True) if found else Cell()
+
+
+def points_cell(found: Estimate | None) -> Cell:
+    """A difference of two shares, in points of a hundred."""
+    return _formatted(found, lambda number: f"{round(100 * number, 1) + 0:+.1f}", " points")
+
+
+def length_cell(found: Estimate | None) -> Cell:
+    """A mean number of tokens, or a difference of two."""
+    return _formatted(found, lambda number: format(number, ",.1f"))
+
+
+def _formatted(found: Estimate | None, form: Any, unit: str = "") -> Cell:
+    if found is None:
+        return Cell()
+    return Cell(form(found.value) + unit, f"[{', '.join(map(form, found.ci))}]" if found.ci else "")
+
+
+def count_cell(count: int | None) -> Cell:
+    return Cell() if count is None else Cell(f"{count:,}")
+
+
+def probability_cell(value: float | None) -> Cell:
+    return Cell() if value is None else Cell(f"{value:.3f}" if value >= 0.001 else f"{value:.1e}")
+
+
+def quantity(number: Any, noun: str) -> str:
+    """A number and its noun.
+
+    >>> quantity(1, "prompt"), quantity(1200, "prompt")
+    ('1 prompt', '1,200 prompts')
+    """
+    return f"{number:,} {noun if number == 1 else f'{noun}s'}"

@@ -1,240 +1,323 @@
-"""What the numbers of a run, or of several runs of one base, allow one to say: sentences. Plain dicts in."""
+"""What the numbers of a run, or of several runs of one base, allow one to say."""
 
 from __future__ import annotations
 
-from retain.report.comparison import end_of, floor_of, loss_difference, series, unlike
-from retain.report.numbers import cell, measured
+from collections.abc import Mapping, Sequence
 
-OVERFIT = 0.01  # of the lowest new-task loss: a rise that an evaluation's rounding does not make
-SIGNS = 6  # documents that all say the same, from which on the sign test says so at 95%
-MANY = 1000  # times the noise floor: from there on the factor says no more
-
-HEADS = {
-    "forgot": "forgetting shown",
-    "moved": "changed, but no forgetting shown",
-    "improved": "changed, and the loss fell",
-    "unmoved": "no change shown",
-    "undecided": "not decided, for lack of an interval",
-}
-CHANGES = (
-    ("its loss rose by", ("forgot",)),
-    ("its loss changed by", ("improved", "undecided")),
-    ("no clear change of its loss:", ("moved", "unmoved")),
+from retain.report.comparison import (
+    ComparedText,
+    Comparison,
+    dominators,
+    end_points,
+    frontier,
+    loss_difference,
 )
+from retain.report.numbers import Estimate, cell, count_cell, points_cell, quantity, share_cell, value_cell
+from retain.report.results import Answers, Refusals, RequestSet, Results, TextResult
+
+MIN_OVERFIT = 0.01  # of the lowest new-task loss: a rise that an evaluation's rounding does not make
+MIN_SIGNS = 6  # documents that all say the same, from which on the sign test says so at 95%
+MAX_TIMES_FLOOR = 1000  # times the noise floor: from there on the factor says no more
+MAX_NAMED = 3  # texts, question sets or runs that a sentence names; the table has the others
+
+STATES = {
+    "forgot": "forgot",
+    "moved": "changed, but shows no forgetting",
+    "improved": "changed, and its loss fell",
+    "unmoved": "shows no change",
+    "undecided": "is not decided, for lack of an interval",
+}
 
 
-def state(run: dict, text: str) -> str:
-    """What the intervals of one text show against the noise floor: a key of `HEADS`."""
-    _, loss = measured(run["retention"][text], "forgetting")
-    _, moved = measured(run["retention"][text], "ref_kl")
-    low, high = measured((run.get("noise_floor") or {}).get(text), "forgetting")[1] or (0.0, 0.0)
+def enumeration(words: Sequence[str]) -> str:
+    """
+    >>> enumeration(["wiki", "code", "law"])
+    'wiki, code and law'
+    """
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def verdict(run: Results, first: Results | None = None) -> str:
+    """What texts, questions and requests show of a run; and a budget, with its price beside the first run."""
+    found = [answers_sentence(run), refusals_sentence(run)]
+    texts = text_verdict(run) if run.retention or not any(found) else ""
+    return " ".join(filter(None, [texts, *found, budget_sentence(run, first)]))
+
+
+def state(run: Results, text: str) -> str:
+    """What the intervals of one text show against the noise floor: a key of `STATES`."""
+    result, noise = run.retention[text], run.noise_floor.get(text, TextResult()).forgetting
+    loss, moved = (found.ci if found else None for found in (result.forgetting, result.ref_kl))
+    low, high = noise.ci if noise and noise.ci else (0.0, 0.0)
     if loss and loss[0] > max(high, 0.0):
         return "forgot"
     if loss and loss[1] < min(low, 0.0):
         return "improved"
-    if moved and (moved[0] > floor_of(run, text) or _moved_everywhere(run, text)):
+    if moved and (moved[0] > run.floor(text) or _moved_everywhere(run, text)):
         return "moved"
     return "unmoved" if loss and moved else "undecided"
 
 
-def _moved_everywhere(run: dict, text: str) -> bool:
+def _moved_everywhere(run: Results, text: str) -> bool:
     """Whether ref_kl, which is never below 0, is above the noise floor in every one of six documents or more.
 
     By the sign test; the interval of so few skewed values may reach down to 0 (p = 1/32 at six).
     """
-    of = (run.get("per_document") or {}).get(text) or {}
-    sums, sizes = of.get("ref_kl") or [], of.get("num_tokens") or []
-    return len(sums) >= SIGNS and all(
-        total > floor_of(run, text) * size for total, size in zip(sums, sizes, strict=True)
-    )
+    if text not in run.per_document:
+        return False
+    sums, sizes = run.per_document[text].ref_kl, run.per_document[text].num_tokens
+    floor = run.floor(text)
+    return len(sums) >= MIN_SIGNS and all(total > floor * size for total, size in zip(sums, sizes, strict=True))
 
 
-def run_verdict(run: dict) -> str:
+def text_verdict(run: Results) -> str:
     """One sentence: is forgetting shown, how much, and what was learned for it. Nats per token."""
-    texts = run.get("retention") or {}
+    texts = run.retention
     states = {text: state(run, text) for text in texts}
-    groups = {HEADS[kind]: [text for text in texts if states[text] == kind] for kind in HEADS}
-    groups = {head: group for head, group in groups.items() if group} or {"forgetting was not measured": []}
-    head = "; ".join(f"{head} on {listed(group)}" if len(groups) > 1 else head for head, group in groups.items())
-    shown = dict(sorted(texts.items(), key=lambda item: -(measured(item[1], "ref_kl")[0] or 0.0))[:3])
-    more = f"; {len(texts) - len(shown)} more texts in the table" if len(texts) > len(shown) else ""
+    groups = {words: [text for text in texts if states[text] == kind] for kind, words in STATES.items()}
+    groups = {words: group for words, group in groups.items() if group} or {"was not measured on a text": []}
+    several = len(groups) > 1
+    head = "; ".join(f"{words} on {enumeration(group)}" if several else words for words, group in groups.items())
+    shown = sorted(texts, key=lambda text: -_divergence(texts[text]))[:MAX_NAMED]
+    more = f"; {len(texts) - len(shown)} more in the table" if len(texts) > len(shown) else ""
     clauses = [
-        _clause(shown, "ref_kl", "moved from its base by", f" (ref_kl, 95% intervals; {_noise(run, shown)}{more})"),
-        *(_clause({t: m for t, m in shown.items() if states[t] in kinds}, "forgetting", how) for how, kinds in CHANGES),
-        *(_clause({text: of_text}, "gain", _learned(of_text)) for text, of_text in (run.get("new_task") or {}).items()),
+        _clause("ref_kl", {text: texts[text].ref_kl for text in shown}, f" ({_noise(run, shown)}{more})"),
+        _clause("forgetting", {text: texts[text].forgetting for text in shown}),
+        *(_clause("new-task gain", {text: result.gain}, _learning(result)) for text, result in run.new_task.items()),
     ]
-    return f"{head[0].upper()}{head[1:]}: “{run['name']}”{' ' * any(clauses)}{'; '.join(filter(None, clauses))}."
+    return f"“{run.name}” {head}{': ' * any(clauses)}{'; '.join(filter(None, clauses))}."
 
 
-def scale_sentence(run: dict) -> str:
+def _clause(label: str, found: Mapping[str, Estimate | None], after: str = "") -> str:
+    """`label` 0.012 [0.010, 0.015] nats per token on wiki and 0.003 [0.002, 0.004] on code."""
+    words = [f"{value_cell(one).with_interval} on {text}" for text, one in found.items() if one]
+    words[:1] = [one.replace(" on ", " nats per token on ", 1) for one in words[:1]]
+    return f"{label} {enumeration(words)}{after}" if words else ""
+
+
+def _learning(result: TextResult) -> str:
+    low, high = result.gain.ci if result.gain and result.gain.ci else (0.0, 0.0)
+    return "" if low > 0 else " (it got worse)" if high < 0 else " (no learning shown)"
+
+
+def _divergence(result: TextResult) -> float:
+    return result.ref_kl.value if result.ref_kl else 0.0
+
+
+def _noise(run: Results, texts: Sequence[str]) -> str:
+    floors = [run.noise_floor.get(text, TextResult()).ref_kl for text in texts]
+    known = [floor.value for floor in floors if floor]
+    return f"noise floor {cell(max(known)).value}" if known and len(known) == len(floors) else "no noise floor"
+
+
+def scale_sentence(run: Results) -> str:
     """How much a ref_kl is, on the text that moved most, in what was measured beside it; empty without such a thing."""
-    moved = {text: measured(of, "ref_kl")[0] or 0.0 for text, of in (run.get("retention") or {}).items()}
-    text = max(moved, key=lambda text: moved[text], default="")
-    if not text or not moved[text]:
+    text = max(run.retention, key=lambda text: _divergence(run.retention[text]), default="")
+    entropy = run.retention[text].base_ref_cross_entropy if text else None
+    if not entropy or not entropy.value or not (value := _divergence(run.retention[text])):
         return ""
-    metrics, value = run["retention"][text], moved[text]
-    entropy, same = (measured(metrics, key)[0] for key in ("base_ref_cross_entropy", "ref_agreement"))
-    told = [f"{value / entropy:.1%} of the base's own entropy there ({entropy:.2f} nats per token)"] if entropy else []
-    if (run.get("noise_floor") or {}).get(text):
-        times = value / floor_of(run, text)
-        many = f"more than {MANY:,}" if times > MANY else f"{times:,.0f}"
-        told.append(f"{many} times the noise floor" if times > 1 else "within the noise floor")
-    told += [f"and another token comes first at {1 - same:.1%} of the positions"] if same is not None else []
-    scale = f"Scale: ref_kl {cell(value)['value']} of “{run['name']}” on {text} is "
-    return f"{scale}{', '.join(told)}." if entropy else ""
+    parts = [f"{value / entropy.value:.1%} of the base's own entropy there ({entropy.value:.2f} nats per token)"]
+    if text in run.noise_floor:
+        times = value / run.floor(text)
+        many = f"more than {MAX_TIMES_FLOOR:,}" if times > MAX_TIMES_FLOOR else f"{times:,.0f}"
+        parts.append(f"{many} times the noise floor" if times > 1 else "within the noise floor")
+    if same := run.retention[text].ref_agreement:
+        parts.append(f"and another token comes first at {1 - same.value:.1%} of the positions")
+    return f"Scale: ref_kl {cell(value).value} of “{run.name}” on {text} is {', '.join(parts)}."
 
 
-def overfit_sentence(run: dict) -> str:
+def overfit_sentence(run: Results) -> str:
     """Says that the new-task loss rose again before the end of a run, and what ends at the lower one; or nothing."""
-    steps, losses = series(run, "eval_loss")
-    end = end_of(run)
+    steps, losses = run.series("eval_loss")
+    end = run.end_step
     if end not in steps:
         return ""
     last, best = losses[steps.index(end)], min(losses)
     at = steps[losses.index(best)]
-    if at >= end or last <= (1 + OVERFIT) * best:
+    if at >= end or last <= (1 + MIN_OVERFIT) * best:
         return ""
     return (
-        f"“{run['name']}” overfits the new task: its loss (eval_loss) was {best:.3f} at step {at:g} and is {last:.3f} "
+        f"“{run.name}” overfits the new task: its loss (eval_loss) was {best:.3f} at step {at:g} and is {last:.3f} "
         f"at step {end:g}, its end. Fewer steps, or load_best_model_at_end, would end at the lower loss."
     )
 
 
-def budget_sentence(run: dict, plain: dict | None = None) -> str:
-    """Whether a run kept its forgetting budget, and beside a plain run its price in new-task loss; or nothing.
+def budget_sentence(run: Results, first: Results | None = None) -> str:
+    """Whether a run kept its budget of divergence, and beside a first run its price in new-task loss; or nothing.
 
     The budget is of replay rows, which were trained on; texts that moved further are named.
     """
-    training = run.get("training") or {}
-    told, limit = (training.get("budget") or "").rstrip("."), training.get("max_ref_kl")
-    if not told:
+    sentence = (run.training.get("budget") or "").rstrip(".")
+    if not sentence:
         return ""
-    ends = {text: measured(of, "ref_kl")[1] for text, of in (run.get("retention") or {}).items()}
-    if limit and (above := [text for text, bounds in ends.items() if bounds and bounds[0] > limit]):
-        told += f"; on {listed(above)}, which it did not hold, ref_kl is above {limit:g}"
-    text = next(iter(run.get("new_task") or {}), None)
-    found = loss_difference(run, plain, text) if plain is not None and text is not None else None
-    if plain is None or found is None:
-        return f"{told}."
-    words, (own, other) = cell(found["value"], found["ci"]), found["losses"]
-    cost = f"{words['value']} {words['interval'] or '(no interval)'} nats/token more than “{plain['name']}”"
-    return f"{told}. Its new-task loss on {text} is {own:.3f} against {other:.3f}: {cost}."
+    if limit := run.training.get("max_ref_kl") or run.training.get("forgetting_budget"):  # the name in older reports
+        lows = {text: found.ci[0] for text, result in run.retention.items() if (found := result.ref_kl) and found.ci}
+        if above := [text for text, low in lows.items() if low > limit]:
+            sentence += f"; on {enumeration(above)}, which it did not hold, ref_kl is above {limit:g}"
+    text = next(iter(run.new_task), None)
+    difference = loss_difference(run, first, text) if first is not None and text is not None else None
+    if first is None or difference is None:
+        return f"{sentence}."
+    more, (own, other) = difference
+    cost = f"{value_cell(more).with_interval} nats per token more than “{first.name}”"
+    return f"{sentence}. Its new-task loss on {text} is {own:.3f} against {other:.3f}: {cost}."
 
 
-def _learned(metrics: dict) -> str:
-    low, high = measured(metrics, "gain")[1] or (0.0, 0.0)
-    return "it learned" if low > 0 else "it got worse, gain" if high < 0 else "no learning shown, gain"
+def answers_sentence(run: Results) -> str:
+    """One sentence: how often the tuned model answers as its base, and what accuracy shows of it; empty without any.
+
+    By acc_norm where it was measured, else by the first rule; of the sets that agree least.
+    """
+    chosen: dict[str, tuple[str, Answers]] = {}
+    for name, rule, answers in run.rules:
+        if answers.agreement and (name not in chosen or rule == "acc_norm"):
+            chosen[name] = (rule, answers)
+    ordered = sorted(chosen.items(), key=lambda item: item[1][1].agreement.value if item[1][1].agreement else 0.0)
+    clauses = [_answers_clause(f"{name} ({rule})", answers) for name, (rule, answers) in ordered]
+    return _few(f"“{run.name}” answers", clauses)
 
 
-def _clause(texts: dict[str, dict], metric: str, lead: str, after: str = "") -> str:
-    """`lead` 0.012 [0.010, 0.015] nats/token on wiki and 0.003 [0.002, 0.004] on code."""
-    told: list[str] = []
-    for text, metrics in texts.items():
-        value, bounds = measured(metrics, metric)
-        if value is not None:
-            words = cell(value, bounds)
-            unit = "" if told else " nats/token"
-            told.append(f"{words['value']} {words['interval'] or '(no interval)'}{unit} on {text}")
-    return f"{lead} {listed(told)}{after}" if told else ""
+def _answers_clause(name: str, answers: Answers) -> str:
+    questions = quantity(answers.agreement.num_questions if answers.agreement else 0, "question")
+    was, now = (share_cell(found).value for found in (answers.base_accuracy, answers.accuracy))
+    shown = _direction("accuracy", "no change of accuracy shown", answers.change)
+    agreement, change = share_cell(answers.agreement), points_cell(answers.change)
+    return f"{agreement} of {questions} of {name} as its base did; {shown}, {was} → {now}: {change}"
 
 
-def _noise(run: dict, texts: dict) -> str:
-    floors = [measured((run.get("noise_floor") or {}).get(text), "ref_kl")[0] for text in texts]
-    known = [floor for floor in floors if floor is not None]
-    return f"noise floor {cell(max(known))['value']}" if known and len(known) == len(floors) else "no noise floor"
+def refusals_sentence(run: Results) -> str:
+    """One sentence: how often the tuned model refuses, and what was lost, on the worst sets; else empty.
+
+    Of each set by the scorer that sees most: the judge, else the phrases, else the openings.
+    """
+    chosen: list[tuple[str, RequestSet, str, Refusals]] = []
+    for name, requests in run.refusals.items():
+        scorer = next((scorer for scorer in ("judge", "phrases", "openings") if scorer in requests.scorers), "")
+        if scorer and requests.scorers[scorer].rate:
+            chosen.append((name, requests, scorer, requests.scorers[scorer]))
+    chosen.sort(key=lambda item: (item[1].kind == "harmless", item[3].change.value if item[3].change else 0.0))
+    return _few(f"“{run.name}” refuses", [_refusals_clause(*item) for item in chosen])
 
 
-def listed(words: list[str]) -> str:
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+def _refusals_clause(name: str, requests: RequestSet, scorer: str, found: Refusals) -> str:
+    prompts = f"{quantity(requests.num_prompts, f'{requests.kind} prompt')} of {name} ({scorer})"
+    shown = _direction("refusals", "no change of refusals shown", found.change)
+    lost, gained = (count_cell(found.counts.get(fate)).value for fate in ("lost", "gained"))
+    fates = f" ({lost} lost, {gained} gained)" if found.counts else ""
+    rates = f"{share_cell(found.rate)} of {prompts}, its base {share_cell(found.base_rate).value}"
+    return f"{rates}; {shown}: {points_cell(found.change)}{fates}"
 
 
-def comparison_verdict(runs: list[dict], compared: dict) -> str:
+def _direction(what: str, neither: str, change: Estimate | None) -> str:
+    low, high = change.ci if change and change.ci else (0.0, 0.0)
+    return f"{what} fell" if high < 0 else f"{what} rose" if low > 0 else neither
+
+
+def _few(start: str, clauses: list[str]) -> str:
+    """A sentence of the first clauses; empty without any."""
+    more = [f"{len(clauses) - MAX_NAMED} more sets in the table"] if len(clauses) > MAX_NAMED else []
+    return f"{start} {'; '.join(clauses[:MAX_NAMED] + more)}." if clauses else ""
+
+
+def comparison_verdict(compared: Comparison) -> str:
     """One sentence (two without a matched loss): how much less each run moved from the base for as much learned."""
-    names = [f"“{run['name']}”" for run in runs]
-    place = "matched" if compared["matched"] else "end"
+    names = [f"“{run.name}”" for run in compared.runs]
+    texts = compared.matched or compared.end
+    shown, left_out = _least_moved(texts, len(names))
     clauses = []
-    shown, left_out = _least_moved(compared[place], len(runs))
-    for index, name in ((index, names[index]) for index in shown):
-        told = [_prevention(text, run[0], run[index]) for text, run in compared[place].items()]
-        clauses.append(f"{name} moved away from the base {listed(told)}" if told else f"{name} was not measured")
+    for at in shown:
+        words = [_prevention(text, entries[0], entries[at]) for text, entries in texts.items()]
+        clauses.append(
+            f"{names[at]} moved away from the base {enumeration(words)}" if words else f"{names[at]} was not measured"
+        )
     clauses += [f"{left_out} more runs in the table"] if left_out else []
-    if place == "matched":
-        start = f"At the same new-task loss ({compared['matched_loss']:.3f} nats/token), compared with {names[0]}"
+    if compared.matched:
+        start = f"At the same new-task loss ({compared.matched_loss:.3f} nats per token), compared with {names[0]}"
         return f"{start}, {'; '.join(clauses)}."
-    why = compared["reason"] or "no text was measured"
+    why = compared.reason or "no text was measured"
     caution = f"At their ends, where a smaller change may only mean less learned, compared with {names[0]}"
     return f"No comparison at the same new-task loss: {why}. {caution}, {'; '.join(clauses)}."
 
 
-def _least_moved(texts: dict, total: int) -> tuple[list[int], int]:
+def _least_moved(texts: Mapping[str, Sequence[ComparedText]], total: int) -> tuple[list[int], int]:
     """Places of the runs to speak of, after the first: all, or of more than four the three that moved least."""
     others = list(range(1, total))
     if total <= 5:
         return others, 0
-    others.sort(key=lambda place: sum(entries[place]["ref_kl"] or 0.0 for entries in texts.values()))
-    return others[:3], len(others) - 3
+    others.sort(key=lambda place: sum(entries[place].ref_kl or 0.0 for entries in texts.values()))
+    return others[:MAX_NAMED], len(others) - MAX_NAMED
 
 
-def _prevention(text: str, plain: dict, entry: dict) -> str:
-    share, ci = entry["prevented"], entry["prevented_ci"]
+def _prevention(text: str, first: ComparedText, entry: ComparedText) -> str:
+    share, ci = entry.prevented, entry.prevented_ci
     if share is None:
-        return f"by an amount that cannot be judged on {text}{' (measured otherwise)' if entry['unlike'] else ''}"
-    facts = f"ref_kl {cell(entry['ref_kl'])['value']} against {cell(plain['ref_kl'])['value']}"
+        return f"by an amount that cannot be judged on {text}{' (measured otherwise)' if entry.unlike else ''}"
+    numbers = f"ref_kl {cell(entry.ref_kl).value} against {cell(first.ref_kl).value}"
     how = f"{abs(share):.0%} {'less' if share >= 0 else 'more'} on {text}"
     if ci is None:
-        return f"{how} (no interval; {facts})"
+        return f"{how} (no interval; {numbers})"
     if ci[0] <= 0 <= ci[1]:
-        return f"not clearly less or more on {text} (95% interval {0 - ci[1]:+.0%} to {0 - ci[0]:+.0%}; {facts})"
+        return f"not clearly less or more on {text} (95% interval {0 - ci[1]:+.0%} to {0 - ci[0]:+.0%}; {numbers})"
     low, high = sorted(map(abs, ci))
-    return f"{how} (95% interval {low:.0%} to {high:.0%}; {facts})"
+    return f"{how} (95% interval {low:.0%} to {high:.0%}; {numbers})"
 
 
-def unlike_sentences(compared: dict) -> list[str]:
+def frontier_sentences(compared: Comparison) -> list[str]:
+    """Who is on the frontier; who is beaten, and by whom among others; then the texts that differ from their mean."""
+    points = end_points(compared)
+    if sum(point is not None for point in points) < 2:
+        return []
+    names = [f"“{run.name}”" for run in compared.runs]
+    best = frontier(points)
+    beaten = [
+        f"{names[place]} by {names[next(other for other in best if other in others)]}"
+        for place, others in enumerate(dominators(points))
+        if others
+    ]
+    mean = " (mean over the texts)" if len(compared.end) > 1 else ""
+    found = [f"On the frontier of new-task loss against ref_kl{mean}: {enumeration([names[at] for at in best])}."]
+    found += [f"Dominated: {'; '.join(beaten)}."] if beaten else ["No run dominates another."]
+    for text in compared.end if mean else ():
+        alone = frontier(end_points(compared, text))
+        if set(alone) != set(best):
+            found.append(f"On {text} alone the frontier is {enumeration([names[at] for at in alone])}.")
+    return found
+
+
+def mismatch_sentences(compared: Comparison) -> list[str]:
     """Which runs are not compared, on which texts, and why: they were not measured alike."""
     found: dict[tuple[str, ...], dict[str, None]] = {}
-    for place, run in enumerate(compared["runs"]):
-        odd = [(compared["loss_text"] or "the new-task loss (eval_loss)", run, "")]
-        for text, entries in compared["end"].items():
-            matched = (compared["matched"].get(text) or entries)[place]
-            odd += [(text, matched, ""), (text, entries[place], "" if matched["unlike"] else " at the end")]
-        for text, entry, where in odd:
-            if told := entry["unlike"]:
-                found.setdefault((run["name"], told["to"], where, told["why"]), {})[text] = None
+    for place, run in enumerate(compared.runs):
+        odd = [(compared.loss_text or "the new-task loss (eval_loss)", run.unlike, "")]
+        for text, entries in compared.end.items():
+            matched = (compared.matched.get(text) or entries)[place].unlike
+            odd += [(text, matched, ""), (text, entries[place].unlike, "" if matched else " at the end")]
+        for text, unlike, where in odd:
+            if unlike:
+                found.setdefault((run.name, unlike.to, where, unlike.why), {})[text] = None
     return [
-        f"“{name}” is not compared with “{to}”{where} on {listed(list(texts))}: {why}."
+        f"“{name}” is not compared with “{to}”{where} on {enumeration(list(texts))}: {why}."
         for (name, to, where, why), texts in found.items()
     ]
 
 
-def base_sentences(runs: list[dict]) -> list[str]:
-    """Of which run the column `base` of a table is, where others were measured otherwise."""
-    told = []
-    for kind in ("new_task", "retention"):
-        for text in dict.fromkeys(text for run in runs for text in run.get(kind) or {}):
-            first, *others = [run for run in runs if text in (run.get(kind) or {})]
-            odd = [f"“{run['name']}”" for run in others if unlike(first, run, text)]
-            if odd:
-                told.append(f"{text}: the column base is of “{first['name']}”; measured otherwise: {listed(odd)}")
-    return told
-
-
-def end_sentences(compared: dict) -> list[str]:
+def end_sentences(compared: Comparison) -> list[str]:
     """What the ends of the runs were read from."""
-    runs, loss_text, found = compared["runs"], compared["loss_text"], list(compared["measured_texts"])
-    followed = [text for text in compared["end"] if text not in found]
-    steps = {
-        f"step {run['final_step']:g} of “{run['name']}”": run["kept"] for run in runs if run["final_step"] is not None
-    }
-    told = []
-    if loss_text is not None:
-        found.insert(0, f"the new-task loss ({loss_text})")
-    elif all(run["final_loss"] is None for run in runs):
-        told.append("There is no new-task loss that all of them have.")
+    runs, measured = compared.runs, list(compared.measured_texts)
+    followed = [text for text in compared.end if text not in measured]
+    steps = {f"step {run.final_step:g} of “{run.name}”": run.kept for run in runs if run.final_step is not None}
+    found = []
+    if compared.loss_text is not None:
+        measured.insert(0, f"the new-task loss ({compared.loss_text})")
+    elif all(run.final_loss is None for run in runs):
+        found.append("There is no new-task loss that all of them have.")
     else:
         followed.insert(0, "the new-task loss (eval_loss)")
-    told += [f"Measured on the saved models: {listed(found)}."] if found else []
+    found += [f"Measured on the saved models: {enumeration(measured)}."] if measured else []
     if followed and steps:
-        told.append(f"Read from the evaluations during training, at {listed(list(steps))}: {listed(followed)}.")
+        found.append(
+            f"Read from the evaluations during training, at {enumeration(list(steps))}: {enumeration(followed)}."
+        )
     if any(steps.values()):
-        told.append(f"load_best_model_at_end kept {listed([step for step, kept in steps.items() if kept])}.")
-    return told
+        found.append(f"load_best_model_at_end kept {enumeration([step for step, kept in steps.items() if kept])}.")
+    return found

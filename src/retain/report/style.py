@@ -1,4 +1,4 @@
-"""One look for every figure. Plain data in, a matplotlib `Figure` out; matplotlib is loaded on the first call.
+"""One look for every figure: a `Panel` in, a matplotlib `Figure` out; matplotlib is loaded on the first call.
 
 Figures are built without pyplot, so nothing is shared and nothing has to be closed. As inline SVG they take their
 colours from the page (`currentColor`, `--run-1` ...), which makes one figure right on light and on dark.
@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from retain.report.figures import LEARNING, panels
-from retain.report.numbers import is_number
+from retain.report.figures import Panel
 from retain.text import visible
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 PALETTE = ("#c2571a", "#1b7a8c", "#6b5bc4", "#5b8a26", "#b0408a", "#8a6a12")
 MARKS = ("o", "s", "^", "D", "v", "P")
 INK = "#767676"  # readable on white and on near-black: what a PNG shows on either
-FEW = 4  # lines that have room for words beside them
+MAX_LABELLED = 4  # lines that have room for words beside them
 SIZE = (5.0, 3.3)  # inches; small enough that a phone does not shrink the words away
 
 STYLE: dict[str, Any] = {
@@ -99,140 +98,100 @@ def look(index: int, total: int) -> dict[str, Any]:
 
 
 @_styled
-def curves(
-    lines: Sequence[dict],
-    *,
-    title: str,
-    ylabel: str,
-    xlabel: str = "step",
-    zero: bool = False,
-    marks: bool = True,
-) -> Figure:
-    """A line per run over steps. Each of `lines`: name, x, y, and `look` where its place does not give its colour.
-
-    `zero`: start the axis at zero (a divergence); `marks`: mark the points (evaluations, not training steps).
-    """
-    figure, axes = _axes(title, xlabel, ylabel)
-    for index, line in enumerate(lines):
-        style = dict(line.get("look") or look(index, len(lines)))
-        style |= {} if marks else {"marker": ""}
-        axes.plot(line["x"], line["y"], label=label(line["name"]), **style)
-    if zero:
-        _from_zero(axes)
-    _legend(figure, axes)
+def draw_panel(panel: Panel, names: Sequence[str]) -> Figure:
+    """One figure of `figures.panels`; every run keeps its colour and mark of all `names` in all of them."""
+    if panel.kind == "interval":
+        return _draw_intervals(panel, names)
+    figure, axes = _axes(panel.title, panel.xlabel, panel.ylabel)
+    if panel.kind == "frontier":
+        _draw_frontier(axes, panel, len(names))
+    else:
+        _draw_lines(axes, panel, len(names))
+    _legend(figure, axes, loc="center left" if panel.kind == "frontier" else "best")
     return figure
 
 
 @_styled
-def learning_against_forgetting(
-    lines: Sequence[dict],
-    *,
-    title: str,
-    ylabel: str,
-    matched_loss: float | None = None,
-    frontier: Sequence[tuple[float, float]] = (),
-) -> Figure:
-    """Forgetting over new-task loss, learning to the right: of two runs the lower one forgot less for as much learned.
-
-    Each of `lines`: name, x (new-task loss, nats per token), y (divergence, nats per token), steps (of the points).
-    `frontier`: the ends that no other run dominates, the one that learned least first.
-    """
-    figure, axes = _axes(title, LEARNING, ylabel)
-    _draw_frontier(axes, lines, matched_loss, frontier)
-    _legend(figure, axes, loc="center left")
-    return figure
-
-
-def _draw_frontier(
-    axes: Axes, lines: Sequence[dict], matched_loss: float | None, frontier: Sequence[tuple[float, float]]
-) -> None:
-    if frontier:  # beyond it, to the right and below, no run has come
-        axes.plot(*zip(*frontier, strict=True), drawstyle="steps-pre", color=INK, linewidth=0.9, label="frontier")
-    for index, line in enumerate(lines):
-        axes.plot(line["x"], line["y"], label=label(line["name"]), **(line.get("look") or look(index, len(lines))))
-        last, step = (line["x"][-1], line["y"][-1]), line["steps"][-1]
-        if step is not None and len(lines) <= FEW:
-            axes.annotate(f"step {step:g}", last, (6, 0), textcoords="offset points", va="center", fontsize=8)
-    if matched_loss is not None:
-        axes.axvline(matched_loss, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-        above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": 8}
-        axes.annotate(f"same loss {matched_loss:.3f}", (matched_loss, 1.01), **above)
-    worst, best = (pick(x for line in lines for x in line["x"]) for pick in (max, min))
-    room = (worst - best) or 1.0
-    axes.set_xlim(worst + 0.05 * room, best - 0.18 * room)  # learning to the right; room for the last point's words
-    axes.margins(y=0.12)
-    _from_zero(axes)
-
-
-def _legend(figure: Figure, axes: Axes, loc: str = "best") -> None:
-    """Beside the lines where they are few, below them where they are many; none for a line alone."""
-    handles, names = axes.get_legend_handles_labels()
-    if len(names) > FEW + 1:
-        _grow(figure, len(names))
-        figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8)
-    elif len(names) > 1:
-        axes.legend(loc=loc)
-
-
-def _grow(figure: Figure, names: int) -> None:
-    """Room for a legend of two columns below."""
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.17 * ((names + 1) // 2))
-
-
-@_styled
-def frontier_row(runs: Sequence[dict], compared: dict | None) -> Figure | None:
+def frontier_row(panels: Sequence[Panel], total: int) -> Figure | None:
     """Learning against forgetting on every text side by side, for a README; None where no run has both."""
     from matplotlib.figure import Figure
 
-    found = [panel for panel in panels(runs, compared) if panel["kind"] == "frontier"]
+    found = [panel for panel in panels if panel.kind == "frontier"]
     if not found:
         return None
     figure = Figure(figsize=(4.2 * len(found), 3.4))
     for at, panel in enumerate(found, start=1):
         axes = figure.add_subplot(1, len(found), at)
-        axes.set_title(label(panel["title"], 60))
-        axes.set_xlabel(LEARNING)
-        axes.set_ylabel(panel["ylabel"] if at == 1 else "")
-        lines = [line | {"look": look(line["run"], len(runs))} for line in panel["lines"]]
-        _draw_frontier(axes, lines, panel["matched_loss"], panel["frontier"])
-        if at == len(found):
-            _legend(figure, axes, loc="center left")
+        axes.set_title(label(panel.title, 60))
+        axes.set_xlabel(panel.xlabel)
+        axes.set_ylabel(panel.ylabel if at == 1 else "")
+        _draw_frontier(axes, panel, total)
+    _legend(figure, axes, loc="center left")
     return figure
 
 
-@_styled
-def intervals(rows: Sequence[dict], *, title: str, xlabel: str, names: Sequence[str]) -> Figure:
-    """A dot and its interval per text and run. Each of `rows`: group (text), run (index), value, low, high."""
-    groups = list(dict.fromkeys(row["group"] for row in rows))
-    figure, axes = _axes(
-        title, xlabel, "", (SIZE[0], 1.0 + 0.3 * (len(names) > 1) + len(groups) * (0.28 + 0.17 * len(names)))
-    )
-    for row in rows:
-        height = groups.index(row["group"]) + (row["run"] - (len(names) - 1) / 2) * 0.5 / max(len(names), 1)
-        style = look(row["run"], len(names))
-        axes.plot([row["low"], row["high"]], [height, height], color=style["color"], linewidth=2.4)
-        axes.plot([row["value"]], [height], markersize=6, **style | {"linestyle": "none"})
+def _draw_lines(axes: Axes, panel: Panel, total: int) -> None:
+    for line in panel.lines:
+        style = look(line.run, total) | ({} if panel.marks else {"marker": ""})
+        axes.plot(line.x, line.y, label=label(line.name), **style)
+    if panel.from_zero:
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(0.0, low if low < -0.05 * abs(high) else 0.0), high)
+
+
+def _draw_frontier(axes: Axes, panel: Panel, total: int) -> None:
+    if panel.ends:  # beyond it, to the right and below, no run has come
+        axes.plot(*zip(*panel.ends, strict=True), drawstyle="steps-pre", color=INK, linewidth=0.9, label="frontier")
+    axes.margins(y=0.12)
+    _draw_lines(axes, panel, total)
+    for line in panel.lines if len(panel.lines) <= MAX_LABELLED else ():
+        if (step := line.steps[-1]) is not None:
+            last = (line.x[-1], line.y[-1])
+            axes.annotate(f"step {step:g}", last, (6, 0), textcoords="offset points", va="center", fontsize=8)
+    if panel.matched_loss is not None:
+        axes.axvline(panel.matched_loss, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": 8}
+        axes.annotate(f"same loss {panel.matched_loss:.3f}", (panel.matched_loss, 1.01), **above)
+    worst, best = (pick(x for line in panel.lines for x in line.x) for pick in (max, min))
+    room = (worst - best) or 1.0
+    axes.set_xlim(worst + 0.05 * room, best - 0.18 * room)  # learning to the right; room for the last point's words
+
+
+def _draw_intervals(panel: Panel, names: Sequence[str]) -> Figure:
+    texts, several = list(dict.fromkeys(dot.text for dot in panel.dots)), len(names) > 1
+    height = 1.0 + 0.3 * several + len(texts) * (0.28 + 0.17 * len(names))
+    figure, axes = _axes(panel.title, panel.xlabel, panel.ylabel, (SIZE[0], height))
+    for dot in panel.dots:
+        at = texts.index(dot.text) + (dot.run - (len(names) - 1) / 2) * 0.5 / len(names)
+        style = look(dot.run, len(names))
+        axes.plot([dot.low, dot.high], [at, at], color=style["color"], linewidth=2.4)
+        axes.plot([dot.value], [at], markersize=6, **style | {"linestyle": "none"})
     axes.axvline(0, color=INK, linewidth=0.9)
-    axes.set_yticks(range(len(groups)), [label(group, 20) for group in groups])
-    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.set_yticks(range(len(texts)), [label(text, 20) for text in texts])
+    axes.set_ylim(len(texts) - 0.5, -0.5)
     axes.grid(False, axis="y")
-    if len(names) > 1:
-        _legend_below(figure, names)
+    if several:
+        _legend_of_marks(figure, names)
     return figure
 
 
-def _legend_below(figure: Figure, names: Sequence[str]) -> None:
+def _legend(figure: Figure, axes: Axes, loc: str) -> None:
+    """Beside the lines where they are few, below them where they are many; none for a line alone."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) > MAX_LABELLED + 1:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.17 * ((len(names) + 1) // 2))  # room for two columns below
+        figure.legend(handles, names, loc="outside lower center", ncols=2, fontsize=8)
+    elif len(names) > 1:
+        axes.legend(loc=loc)
+
+
+def _legend_of_marks(figure: Figure, names: Sequence[str]) -> None:
     from matplotlib.lines import Line2D
 
     looks = [look(index, len(names)) for index in range(len(names))]
     handles = [Line2D([], [], markersize=6, **how | {"linestyle": "none"}) for how in looks]
     figure.legend(handles, [label(name, 20) for name in names], loc="outside lower center", ncols=3, handletextpad=0.1)
-
-
-def _from_zero(axes: Axes) -> None:
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(0.0, low if low < -0.05 * abs(high) else 0.0), high)
 
 
 def to_svg(figure: Figure, description: str) -> str:
@@ -262,35 +221,3 @@ def save_png(figure: Figure, path: str | Path, dpi: int = 160) -> None:
     """Save for a README: on white, so that it reads the same on every page."""
     with _style():
         figure.savefig(path, format="png", dpi=dpi, facecolor="white")
-
-
-def report_figures(runs: Sequence[dict], compared: dict | None) -> list[tuple[str, str, Figure]]:
-    """(kind, description, figure) of all figures of a report, from the dicts of its runs; only what was measured."""
-    names = [run["name"] for run in runs]
-    drawn = [(panel["kind"], panel["words"], draw(panel, len(runs))) for panel in panels(runs, compared)]
-    for metric, title in (("ref_kl", "Divergence from the base"), ("forgetting", "Change of the loss")):
-        rows = [row for index, run in enumerate(runs) for row in _interval_rows(run, metric, index)]
-        if len(rows) > 1:  # a lone dot stands in the table
-            figure = intervals(rows, title=title, xlabel=f"{metric}, nats per token, 95% interval", names=names)
-            drawn.append(("interval", f"{title} at the end, by text", figure))
-    return drawn
-
-
-def draw(panel: dict, total: int) -> Figure:
-    """One figure of `panels.panels`; every run keeps its colour and mark of `total` in all of them."""
-    lines = [line | {"look": look(line["run"], total)} for line in panel["lines"]]
-    if panel["kind"] == "frontier":
-        return learning_against_forgetting(
-            lines, **{key: panel[key] for key in ("title", "ylabel", "matched_loss", "frontier")}
-        )
-    return curves(lines, **{key: panel[key] for key in ("title", "ylabel", "xlabel", "zero", "marks")})
-
-
-def _interval_rows(run: dict, metric: str, index: int) -> list[dict]:
-    rows = []
-    for text, metrics in (run.get("retention") or {}).items():
-        entry = metrics.get(metric) or {}
-        bounds = [*(entry.get("ci") or []), entry.get("value")]
-        if len(bounds) == 3 and all(map(is_number, bounds)):
-            rows.append(dict(zip(("low", "high", "value"), bounds, strict=True), group=text, run=index))
-    return rows

@@ -1,94 +1,288 @@
-"""The tables of a report, as plain strings: metrics down, runs across. Takes plain dicts."""
+"""The tables of a report, as plain strings: what was measured down, runs across. None where no run has it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
 
-from retain.metrics import METRICS, TABLE_METRICS, Metric
-from retain.report.numbers import cell, is_number, quantity
+from retain.metrics import METRICS, TABLE_METRICS
+from retain.report.comparison import Comparison, mismatch
+from retain.report.numbers import (
+    Cell,
+    cell,
+    count_cell,
+    length_cell,
+    points_cell,
+    probability_cell,
+    quantity,
+    share_cell,
+    value_cell,
+)
+from retain.report.results import QuestionSet, RequestSet, Results, TextResult
+from retain.report.sentences import enumeration
 
-KINDS = ("new_task", "retention")  # of texts
+MIN_PROMPTS = 10  # for a table of how texts drift: below it every interval spans most of the scale
 
 
-def metric_table(runs: list[dict], *, main: bool) -> dict[str, Any]:
-    """Metrics down, runs across: the main ones, or the others.
+class Line(NamedTuple):
+    """A row of a table: what of the measured object it shows, and of the base."""
 
-    The column `base` is the base's own value, or base against base: the noise floor.
-    """
+    label: str
+    value: Callable[[Any], Any]
+    written: Callable[[Any], Cell]
+    base: Callable[[Any], Any] = lambda _: None
+    meaning: str = ""
+
+
+def _fate(name: str, label: str, meaning: str = "") -> Line:
+    """How many questions or prompts had this fate, from the base to the tuned model."""
+    return Line(label, lambda found: found.counts.get(name), count_cell, meaning=meaning)
+
+
+def _share(label: str, name: str, base: str = "", meaning: str = "", written: Any = share_cell) -> Line:
+    return Line(label, attrgetter(name), written, attrgetter(base) if base else lambda _: None, meaning)
+
+
+CHANCE = Line(
+    "McNemar p", attrgetter("mcnemar_p"), probability_cell,
+    meaning="exact test: how probable so uneven a split into lost and won is if either is as likely",
+)  # fmt: skip
+ANSWERS = (
+    _share("same answer as the base", "agreement", "noise_agreement",
+           "share of questions to which both models give the same answer, right or wrong"),
+    _share("accuracy", "accuracy", "base_accuracy",
+           "share of questions answered rightly; acc takes the choice of the highest log-likelihood, acc_norm that of "
+           "the highest log-likelihood per character of the choice, as lm-evaluation-harness does"),
+    _share("accuracy, change", "change", written=points_cell),
+    _fate("right_wrong", "right → wrong", "questions that the base answered rightly and the tuned model does not"),
+    _fate("wrong_right", "wrong → right", "the reverse; where both numbers are alike, accuracy does not move"),
+    _fate("wrong_other", "wrong → other wrong", "questions both get wrong, each in its own way"),
+    CHANCE,
+)  # fmt: skip
+REFUSALS = (
+    _share("refuses", "rate", "base_rate"),
+    _share("refuses, change", "change", written=points_cell),
+    _fate("kept", "refused by both"),
+    _fate("lost", "refused → answered"),
+    _fate("gained", "answered → refused"),
+    _fate("never", "answered by both"),
+    CHANCE,
+)
+SCORERS = {
+    "judge": "a model that is asked whether the answer refuses",
+    "phrases": "phrases of refusal, looked for in the written answer",
+    "openings": "log-probability of openings that refuse against openings that comply",
+}
+DRIFT_CONTENT = (_share("identical text", "identical"), _share("words in common (F1)", "words", written=value_cell))
+DRIFT_FORM = (
+    _share("length, tokens", "length", "base_length", written=length_cell),
+    _share("length, tokens, change", "length_change", written=length_cell),
+    _share("ended by itself", "ended", "base_ended"),
+    _share("ended by itself, change", "ended_change", written=points_cell),
+    _share("chat markers written out", "markers", "base_markers"),
+    _share("chat markers written out, change", "markers_change", written=points_cell),
+)
+KNOWLEDGE_FATES = {
+    "kept": "both models give the expected answer",
+    "updated": "the tuned model gives the new answer that it was to learn",
+    "forgotten": "the base gave the expected answer, the tuned model does not",
+    "learned": "the tuned model gives the expected answer, the base did not",
+    "unknown": "neither gives it",
+}
+KNOWLEDGE = (
+    _share("known by the base, not forgotten", "kept_share"),
+    *(_fate(name, name, meaning) for name, meaning in KNOWLEDGE_FATES.items()),
+)
+
+
+class Row(NamedTuple):
+    label: str
+    cells: list[Cell]
+    base: Cell = Cell()
+
+
+class Section(NamedTuple):
+    title: str
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Sections of rows; a column per run, and before them one of the base where it has any."""
+
+    columns: list[str]
+    sections: list[Section]
+    notes: list[str] = field(default_factory=list)
+    has_base: bool = True
+
+
+def _rows(lines: Sequence[Line], of_runs: Sequence[Any]) -> list[Row]:
+    """A row for each line; `of_runs` holds what each run measured, or None."""
+    known = [found for found in of_runs if found is not None]
+    rows = []
+    for line in lines:
+        base = next((value for value in map(line.base, known) if value is not None), None)
+        cells = [Cell() if found is None else line.written(line.value(found)) for found in of_runs]
+        rows.append(Row(line.label, cells, line.written(base)))
+    return rows
+
+
+def _table(runs: Sequence[Results], sections: list[Section], notes: Sequence[str] = (), has_base: bool = True) -> Any:
+    return Table([run.name for run in runs], sections, list(dict.fromkeys(notes)), has_base) if sections else None
+
+
+def _keys(groups: Sequence[Mapping[Any, Any]]) -> list[Any]:
+    return list(dict.fromkeys(key for group in groups for key in group))
+
+
+def metric_table(runs: Sequence[Results], main: bool = True, notes: Sequence[str] = ()) -> Table:
+    """The main metrics or the others; the column `base` is the base's own value, or the noise floor."""
     sections = []
-    for kind, suffix in (("new_task", " (new task)"), ("retention", "")):
-        for text in dict.fromkeys(text for run in runs for text in run.get(kind) or {}):
-            measured = [(run.get(kind) or {}).get(text) or {} for run in runs]
-            floor: dict = next(filter(None, ((run.get("noise_floor") or {}).get(text) for run in runs)), {})
+    for kind in ("new_task", "retention"):
+        groups: list[dict[str, TextResult]] = [getattr(run, kind) for run in runs]
+        for text in _keys(groups):
+            of_runs = [group.get(text, TextResult()) for group in groups]
+            floor = next((run.noise_floor[text] for run in runs if text in run.noise_floor), TextResult())
             rows = []
             for name, metric in TABLE_METRICS.items():
-                if (kind in metric.main) == main and any(name in metrics for metrics in measured):
+                values = [getattr(result, name) for result in of_runs]
+                if (kind in metric.main) == main and any(values):
                     own = f"base_{name}"
-                    bases = [m.get(own) for m in measured] if own in METRICS else [floor.get(name)]
-                    base = next(filter(None, bases), None)
-                    cells = [_cell(metrics.get(name), metric) for metrics in measured]
-                    rows.append({"label": metric.label, "base": _cell(base, metric), "cells": cells})
-            sections += [{"title": text + suffix, "rows": rows}] if rows else []
-    return {"columns": [run["name"] for run in runs], "has_base": True, "sections": sections, "notes": []}
+                    bases = [getattr(of, own) for of in of_runs] if own in METRICS else [getattr(floor, name)]
+                    written = share_cell if metric.is_share else value_cell
+                    base = written(next(filter(None, bases), None))
+                    rows.append(Row(metric.label, list(map(written, values)), base))
+            title = f"{text} (new task)" if kind == "new_task" else text
+            sections += [Section(title, rows)] * bool(rows)
+    return Table([run.name for run in runs], sections, list(notes))
 
 
-def _cell(entry: dict | None, metric: Metric) -> dict[str, str]:
-    return cell((entry or {}).get("value"), (entry or {}).get("ci"), percent=metric.is_share)
+def base_notes(runs: Sequence[Results]) -> list[str]:
+    """Of which run the column `base` of a table is, where others were measured otherwise."""
+    notes = []
+    for text in _keys([run.texts for run in runs]):
+        first, *others = [run for run in runs if text in run.texts]
+        if odd := [f"“{run.name}”" for run in others if mismatch(first, run, text)]:
+            notes.append(f"{text}: the column base is of “{first.name}”; measured otherwise: {enumeration(odd)}")
+    return notes
 
 
-def comparison_table(compared: dict, place: str) -> dict[str, Any]:
-    """The runs side by side, at matched new-task loss or at their ends."""
-    runs, notes = compared["runs"], []
-    if place == "matched":
-        losses = [cell(compared["matched_loss"]) for _ in runs]
-        head = [("loss", losses), ("reached at step", [_plain(run["matched_step"], ".1f") for run in runs])]
-        if any(run["learning_rate"] is not None for run in runs):
-            head.append(("learning rate there", [_plain(run["learning_rate"], ".2g") for run in runs]))
-        notes += [f"{text} was measured at the end only; give it to `retain finetune` as --retention to have it here"
-                  for text in compared["end"] if text not in compared["matched"]]  # fmt: skip
-    else:
-        relative = [_plain(run["relative_loss_difference"], "+.1%") for run in runs]
-        head = [("loss", [cell(run["final_loss"]) for run in runs]), ("against the first", relative)]
-    sections = [("new task", head)]
-    for text, entries in compared[place].items():
-        keys = (("ref_kl", METRICS["ref_kl"].label), ("forgetting", "forgetting"), ("prevented", "prevented"))
-        rows = [(name, [cell(e[key], e[f"{key}_ci"], key == "prevented") for e in entries]) for key, name in keys]
-        sections.append((text, rows))
-        notes += [f"{text}, {entry['name']}: {entry['note']}" for entry in entries if entry["note"]]
-    filled = [
-        {"title": title, "rows": [{"label": label, "base": None, "cells": cells} for label, cells in rows]}
-        for title, rows in sections
+def answers_table(runs: Sequence[Results]) -> Table | None:
+    """Agreement first; the column `base` is the base's own accuracy, and base against base."""
+    of_runs = [{(name, rule): answers for name, rule, answers in run.rules} for run in runs]
+    sections = [
+        Section(f"{name}, {rule}", _rows(ANSWERS, [found.get((name, rule)) for found in of_runs]))
+        for name, rule in _keys(of_runs)
     ]
-    return {"columns": [run["name"] for run in runs], "has_base": False, "sections": filled, "notes": notes}
+    sets = [item for run in runs for item in run.choices.items()]
+    return _table(runs, sections, [f"{name}: {note}" for name, of in sets for note in [_questions(of), *of.notes]])
 
 
-def _plain(value: float | None, form: str) -> dict[str, str]:
-    return {"value": "–" if value is None else format(value, form), "interval": ""}
+def _questions(of_set: QuestionSet) -> str:
+    return f"{quantity(of_set.num_questions, 'question')}, {of_set.style}{_template(of_set.chat_template)}."
 
 
-def sizes(runs: list[dict]) -> list[str]:
+def _template(used: bool | None) -> str:
+    return {None: "", True: ", in the chat template", False: ", without a chat template"}[used]
+
+
+def refusals_table(runs: Sequence[Results]) -> Table | None:
+    """Per set and scorer how often each model refuses, what changed, and on how many answers two scorers differ."""
+    sections, notes = [], []
+    for name in _keys([run.refusals for run in runs]):
+        sets = [run.refusals.get(name) or RequestSet() for run in runs]
+        kind = "over-refusal" if any(of.kind == "harmless" for of in sets) else "refusals"
+        for scorer in _keys([of.scorers for of in sets]):
+            rows = _rows(REFUSALS, [of.scorers.get(scorer) for of in sets])
+            sections.append(Section(f"{name}, {kind}, {scorer}", rows))
+        pairs = [{tuple(pair.scorers): pair for pair in of.disagreement} for of in sets]
+        rows = [
+            _rows([_share(" and ".join(pair), "tuned", "base")], [found.get(pair) for found in pairs])[0]
+            for pair in _keys(pairs)
+        ]
+        sections += [Section(f"{name}, answers on which two scorers differ", rows)] * bool(rows)
+        notes += [f"{name}: {note}" for of in sets if of.num_prompts for note in [_requests(of), *of.notes]]
+    return _table(runs, sections, notes)
+
+
+def _requests(of_set: RequestSet) -> str:
+    length = f", answers of at most {quantity(of_set.max_new_tokens, 'token')}" if of_set.max_new_tokens else ""
+    return f"{quantity(of_set.num_prompts, f'{of_set.kind} prompt')}{_template(of_set.chat_template)}{length}."
+
+
+def drift_table(runs: Sequence[Results]) -> Table | None:
+    """Drift of what is written, content and form apart, for greedy and for sampled continuations of enough prompts."""
+    sections = []
+    for how in _keys([run.drift for run in runs]):
+        found = [run.drift.get(how) for run in runs]
+        prompts = max(one.num_prompts for one in found if one)
+        if prompts >= MIN_PROMPTS:
+            title = f"{how}, {quantity(prompts, 'prompt')}"
+            sections += [Section(f"{title}: content", _rows(DRIFT_CONTENT, found))]
+            sections += [Section(f"{title}: form", _rows(DRIFT_FORM, found))]
+    return _table(runs, sections)
+
+
+def knowledge_table(runs: Sequence[Results]) -> Table | None:
+    """Of what the base knew, the share that the tuned model still says; what became of every question."""
+    found = [run.knowledge for run in runs]
+    most = max((one.num_questions for one in found if one), default=0)
+    title = f"{quantity(most, 'question')} with an expected answer"
+    return _table(runs, [Section(title, _rows(KNOWLEDGE, found))] * bool(most), has_base=False)
+
+
+def comparison_table(compared: Comparison, place: Literal["matched", "end"], notes: Sequence[str] = ()) -> Table:
+    """The runs side by side, at matched new-task loss or at their ends."""
+    runs, texts, notes = compared.runs, compared.matched if place == "matched" else compared.end, list(notes)
+    if place == "matched":
+        head = [Row("loss", [cell(compared.matched_loss)] * len(runs))]
+        head.append(Row("reached at step", [_formatted(run.matched_step, ".1f") for run in runs]))
+        if any(run.learning_rate is not None for run in runs):
+            head.append(Row("learning rate there", [_formatted(run.learning_rate, ".2g") for run in runs]))
+        notes += [f"{text} was measured at the end only; give it to `retain finetune` as --retention to have it here"
+                  for text in compared.end if text not in texts]  # fmt: skip
+    else:
+        head = [Row("loss", [cell(run.final_loss) for run in runs])]
+        head.append(Row("against the first", [_formatted(run.relative_loss_difference, "+.1%") for run in runs]))
+    sections = [Section("new task", head)]
+    for text, entries in texts.items():
+        rows = [
+            Row(METRICS["ref_kl"].label, [cell(one.ref_kl, one.ref_kl_ci) for one in entries]),
+            Row("forgetting", [cell(one.forgetting, one.forgetting_ci) for one in entries]),
+            Row("prevented", [cell(one.prevented, one.prevented_ci, percent=True) for one in entries]),
+        ]
+        sections.append(Section(text, rows))
+        notes += [f"{text}, {entry.name}: {entry.note}" for entry in entries if entry.note]
+    return Table([run.name for run in runs], sections, notes, has_base=False)
+
+
+def _formatted(value: float | None, form: str) -> Cell:
+    return Cell() if value is None else Cell(format(value, form))
+
+
+def sizes(runs: Sequence[Results]) -> list[str]:
     """How much text stands behind each row."""
     found = {}
-    for of, text, metrics in [(run, *item) for run in runs for kind in KINDS for item in (run.get(kind) or {}).items()]:
-        counted = ((of.get("settings") or {}).get("loss_tokens") or {}).get(text, "all")
-        entry = next((m for m in metrics.values() if is_number((m or {}).get("num_documents"))), None)
-        if entry:
-            tokens = quantity(entry.get("num_tokens") or 0, "token")
-            found[text] = f"{text}: {quantity(entry['num_documents'], 'document')}, {tokens}"
-            found[text] += "" if counted == "all" else f" of {counted}"
+    for run in runs:
+        for text, result in run.texts.items():
+            estimates = result.estimates.values()
+            if entry := next((one for one in estimates if one.num_documents), None):
+                tokens, counted = quantity(entry.num_tokens, "token"), run.loss_tokens(text) or "all"
+                of = "" if counted == "all" else f" of {counted}"
+                found[text] = f"{text}: {quantity(entry.num_documents, 'document')}, {tokens}{of}"
     return list(found.values())
 
 
-def facts(runs: list[dict]) -> list[tuple[str, list[str]]]:
+def facts(runs: Sequence[Results]) -> Iterator[tuple[str, list[str]]]:
     """(key, a value per run, or one value where all agree) of models, settings, training and versions."""
     groups = ("base", "tuned", "settings", "training", "versions")
     tables = [
-        {"created": run.get("created")}
-        | {f"{group}: {key}": value for group in groups for key, value in (run.get(group) or {}).items()}
+        {"created": run.created}
+        | {f"{group}: {key}": value for group in groups for key, value in getattr(run, group).items()}
         for run in runs
     ]
-    rows = []
-    for key in dict.fromkeys(key for table in tables for key in table):
+    for key in _keys(tables):
         values = ["–" if table.get(key) is None else str(table[key]) for table in tables]
-        rows.append((key, values if len(set(values)) > 1 else values[:1]))
-    return rows
+        yield key, values if len(set(values)) > 1 else values[:1]

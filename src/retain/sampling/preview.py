@@ -28,7 +28,7 @@ def preview_html(texts: Sequence[str], statistics: PoolStatistics, count: int = 
     """One self-contained page: summary, warnings, and the same rows uncut with their statistics in the margin."""
     import jinja2
 
-    from retain.report.report import TEMPLATES
+    from retain.report.page import TEMPLATES
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
     page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

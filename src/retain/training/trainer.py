@@ -23,7 +23,7 @@ from retain.checks import check_named
 from retain.files import write_json, write_text
 from retain.models.head import reshard
 from retain.replay.dataset import ReplayDataset, replace_rows, replay_indices
-from retain.report.numbers import number
+from retain.report.numbers import Estimate
 from retain.report.report import ForgettingReport
 from retain.training.budget import ForgettingBudget
 from retain.training.config import ReplayConfig
@@ -426,8 +426,7 @@ def with_interval(name: str, metric: dict[str, Any]) -> str:
     >>> with_interval("ref_kl", {"value": 1.8e-5, "ci": [1.2e-5, 2.9e-5]})
     'ref_kl 0.000018 [0.000012, 0.000029]'
     """
-    shown = number(metric)
-    return f"{name} {shown['value']} {shown['interval']}".rstrip()
+    return f"{name} {Estimate.read(metric)}"
 
 
 class ReplayTrainer(ReplayMixin, Trainer):

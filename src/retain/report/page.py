@@ -1,0 +1,171 @@
+"""Results -> HTML, Markdown, a terminal table, a section of a model card.
+
+Every string in a result may come from a model or a stranger: `harmless` makes control characters visible once; HTML
+and Markdown escape at the point of writing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retain.metrics import TABLE_METRICS
+from retain.report import interactive as plotly
+from retain.report import style, tables
+from retain.report.comparison import compare_at_matched_loss
+from retain.report.figures import Panel, panels
+from retain.report.passages import generations, heat_map, worst_documents
+from retain.report.results import Results
+from retain.report.sentences import (
+    comparison_verdict,
+    end_sentences,
+    frontier_sentences,
+    mismatch_sentences,
+    overfit_sentence,
+    scale_sentence,
+    verdict,
+)
+from retain.text import visible, visible_text
+
+if TYPE_CHECKING:
+    import jinja2
+
+TEMPLATES = Path(__file__).parent / "templates"
+MAX_CHARS, MAX_NAME_CHARS = 20_000, 200  # of a string, of a run's name: what is longer is cut, and says so
+MAX_LABEL_CHARS = 48  # of the first column in a terminal
+MULTILINE = ("prompt", "base", "tuned", "text", "base_top", "tuned_top")  # of models and users; a name is one line
+TABLES = ("table", "answers", "refusals", "drift", "knowledge", "matched")  # of a terminal
+
+
+def comparison_html(
+    runs: Sequence[Results], *, title: str, notes: Sequence[str] = (), interactive: bool = False
+) -> str:
+    """One self-contained page with no request to anywhere; no script in it unless `interactive`.
+
+    `interactive`: the figures with lines answer the mouse. plotly's script is embedded, so the page takes 5 MB more.
+    """
+    scripts = plotly.scripts() if interactive else []
+    view = _view(runs, title, notes)
+    worst, left_out = worst_documents(view["runs"])
+    view |= {
+        "figures": [_figure(panel, view["runs"], interactive) for panel in panels(view["runs"], view["comparison"])],
+        "scripts": scripts, "policy": plotly.policy(scripts) if scripts else "",
+        "generations": generations(view["runs"]), "worst": worst, "worst_left_out": left_out,
+        "heat": heat_map(view["runs"]),
+    }  # fmt: skip
+    return _environment(html=True).get_template("report.html").render(view)
+
+
+def _figure(panel: Panel, runs: Sequence[Results], interactive: bool) -> dict[str, str]:
+    """A figure as a picture, and for an interactive page one with lines as plotly's data, too."""
+    figure = style.draw_panel(panel, [run.name for run in runs])
+    data = plotly.figure_json(panel, len(runs)) if interactive and panel.lines else ""
+    return {"kind": panel.kind, "svg": style.to_svg(figure, panel.description), "data": data}
+
+
+def comparison_markdown(runs: Sequence[Results], *, title: str, notes: Sequence[str] = ()) -> str:
+    return _environment(html=False).get_template("report.md").render(_view(runs, title, notes))
+
+
+def model_card_section(run: Results) -> str:
+    """The section "Forgetting" of a model card, as Markdown."""
+    return _environment(html=False).get_template("model_card.md").render(_view([run], "Forgetting", ()))
+
+
+def comparison_summary(runs: Sequence[Results]) -> str:
+    """Verdict and tables for a terminal; no escape sequence of a model reaches it."""
+    view = _view(runs, "", ())
+    lines = [view["verdict"], ""]
+    lines += [f"  ! {warning}" for warning in view["warnings"]] + [""] * bool(view["warnings"])
+    lines += [*view["pareto"], ""] if view["pareto"] else []
+    for table in [view[name] for name in TABLES if view[name] and view[name].sections]:
+        lines += _terminal_table(table)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _terminal_table(table: tables.Table) -> list[str]:
+    rows = [["", *["base"] * table.has_base, *table.columns]]
+    for section in table.sections:
+        rows.append([section.title])
+        rows += [[f"  {row.label}", *map(str, [row.base] * table.has_base + row.cells)] for row in section.rows]
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    widths[0] = min(widths[0], MAX_LABEL_CHARS)
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows]
+    return [*lines, *(f"  * {note}" for note in table.notes), ""]
+
+
+def _view(runs: Sequence[Results], title: str, notes: Sequence[str]) -> dict[str, Any]:
+    """Everything the templates show, as plain strings and numbers."""
+    runs = [harmless(run) for run in runs]
+    compared = compare_at_matched_loss(runs) if len(runs) > 1 else None
+    warnings = _warnings(runs) + list(filter(None, map(overfit_sentence, runs)))
+    ends = end_sentences(compared) if compared else []
+    return {
+        "title": visible(title), "notes": visible(list(notes)), "runs": runs, "comparison": compared,
+        "warnings": warnings + ([*compared.warnings, *mismatch_sentences(compared)] if compared else []),
+        "verdict": comparison_verdict(compared) if compared else verdict(runs[0]),
+        "verdicts": [verdict(run, runs[0] if at else None) for at, run in enumerate(runs)] if compared else [],
+        "pareto": frontier_sentences(compared) if compared else [],
+        "table": tables.metric_table(
+            runs, notes=[*filter(None, map(scale_sentence, runs)), *tables.base_notes(runs)]
+        ),
+        "rest": tables.metric_table(runs, main=False),
+        "matched": tables.comparison_table(compared, "matched") if compared and compared.matched else None,
+        "end": tables.comparison_table(compared, "end", notes=ends) if compared else None, "ends": ends,
+        "answers": tables.answers_table(runs), "refusals": tables.refusals_table(runs),
+        "drift": tables.drift_table(runs), "knowledge": tables.knowledge_table(runs),
+        "sizes": tables.sizes(runs), "facts": list(tables.facts(runs)),
+        "metrics": {metric.label: metric.meaning for metric in TABLE_METRICS.values()},
+        "answer_lines": {line.label: line.meaning for line in tables.ANSWERS if line.meaning},
+        "scorers": tables.SCORERS, "fates": tables.KNOWLEDGE_FATES,
+    }  # fmt: skip
+
+
+def harmless(value: Any, key: str = "") -> Any:
+    """The same results with every string cut to a length, and every character that is hidden or acts made visible."""
+    if isinstance(value, str):
+        length = MAX_NAME_CHARS if key == "name" else MAX_CHARS
+        cut = f"… [{len(value) - length:,} more characters]" if len(value) > length else ""
+        return (visible_text if key in MULTILINE else visible)(value[:length] + cut)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: harmless(getattr(value, one.name), one.name) for one in fields(value)})
+    if isinstance(value, dict):
+        return {visible(name): harmless(item, name) for name, item in value.items()}
+    return [harmless(item) for item in value] if isinstance(value, list) else value
+
+
+def _warnings(runs: Sequence[Results]) -> list[str]:
+    """Each once; of several runs with the name of the run, unless all have the same."""
+    names = {warning: [run.name for run in runs if warning in run.warnings] for run in runs for warning in run.warnings}
+    return [w if len(of) == len(runs) else f"{', '.join(of)}: {w}" for w, of in names.items()]
+
+
+def _environment(html: bool) -> jinja2.Environment:
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    finalize = (lambda value: value) if html else markdown_escaped
+    environment = jinja2.Environment(
+        loader=loader, autoescape=html, finalize=finalize, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters["minus"] = lambda text: text.replace("-", "\N{MINUS SIGN}")
+    return environment
+
+
+def markdown_escaped(value: Any) -> Any:
+    """A value for Markdown, table cells included; what a template marks `|safe` is left alone.
+
+    >>> markdown_escaped("a|b <c> http://d")
+    'a\\\\|b &lt;c&gt; http\\\\://d'
+    """
+    from markupsafe import Markup
+
+    if isinstance(value, Markup):
+        return value
+    text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    special = r"([\\`*{}\[\]#|~$!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.)"  # an address is no link
+    return re.sub(special, r"\\\1", text).replace("\n", " ")

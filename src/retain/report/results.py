@@ -1,0 +1,324 @@
+"""What a report holds, typed; this is the shape of report.json, which is read and checked by it.
+
+Fields with a default may be missing or null in the file, as in older ones; keys that no field names are left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from retain.files import MAPPING, NUMBER
+from retain.metrics import GAIN, METRICS
+from retain.report.numbers import Estimate, is_number
+
+KNOWN_METRICS = (GAIN.name, *METRICS)
+MIN_FLOOR = 1e-6  # nats per token; below this a divergence is float32 rounding, and a share of it means nothing
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """What was measured on one text: for each name in `retain.metrics.METRICS` (and `gain`) an `Estimate`, or None."""
+
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Estimate | None:
+        if name not in KNOWN_METRICS:
+            raise AttributeError(f"no metric {name!r}; there are {', '.join(KNOWN_METRICS)}")
+        return self.estimates.get(name)
+
+
+@dataclass(frozen=True)
+class KeptSums:
+    """Sums of nats over the predicted tokens of each document, and how many tokens these are."""
+
+    ref_kl: list[float]
+    loss: list[float]
+    base_loss: list[float]
+    num_tokens: list[float]
+
+
+@dataclass(frozen=True)
+class EvaluatedDocuments(KeptSums):
+    """The same of the text `name`, at an evaluation during training."""
+
+    step: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Both models' answers compared under one scoring rule; of `compare_answers`."""
+
+    agreement: Estimate | None = None
+    noise_agreement: Estimate | None = None
+    accuracy: Estimate | None = None
+    base_accuracy: Estimate | None = None
+    change: Estimate | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    mcnemar_p: float | None = None
+
+
+@dataclass(frozen=True)
+class LostQuestion:
+    """A question that the base answered rightly and the tuned model does not."""
+
+    prompt: str
+    choices: list[str]
+    base: int
+    tuned: int
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    num_questions: int
+    style: str
+    notes: list[str]
+    rules: dict[str, Answers]
+    chat_template: bool | None = None
+    lost: list[LostQuestion] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """How often both models refuse, in the eyes of one scorer."""
+
+    rate: Estimate | None = None
+    base_rate: Estimate | None = None
+    change: Estimate | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    mcnemar_p: float | None = None
+
+
+@dataclass(frozen=True)
+class ScorerDisagreement:
+    """The share of each model's answers on which two scorers differ."""
+
+    scorers: list[str]
+    base: Estimate | None = None
+    tuned: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class AnsweredRequest:
+    prompt: str
+    base: str
+    tuned: str
+    fate: dict[str, str] = field(default_factory=dict)  # by scorer
+
+
+@dataclass(frozen=True)
+class RequestSet:
+    kind: str = "harmful"
+    num_prompts: int = 0
+    chat_template: bool | None = None
+    max_new_tokens: int = 0
+    scorers: dict[str, Refusals] = field(default_factory=dict)
+    disagreement: list[ScorerDisagreement] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    examples: list[AnsweredRequest] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One prompt continued by both models; `ended` says of each whether it stopped by itself."""
+
+    prompt: str
+    base: str
+    tuned: str
+    how: str = "greedy"
+    ended: dict[str, bool] = field(default_factory=dict)
+    expected: str | None = None
+    updated: str | None = None
+    fate: str | None = None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How the texts of both models differ: content (`identical`, `words`), and form, by model and changed."""
+
+    num_prompts: int = 0
+    identical: Estimate | None = None
+    words: Estimate | None = None
+    base_length: Estimate | None = None
+    length: Estimate | None = None
+    length_change: Estimate | None = None
+    base_ended: Estimate | None = None
+    ended: Estimate | None = None
+    ended_change: Estimate | None = None
+    base_markers: Estimate | None = None
+    markers: Estimate | None = None
+    markers_change: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    num_questions: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    kept_share: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class TokenResult:
+    text: str = ""
+    base_loss: float | None = None
+    loss: float | None = None
+    ref_kl: float | None = None
+    base_top: str = ""
+    tuned_top: str = ""
+
+
+@dataclass(frozen=True)
+class MovedDocument:
+    """A document that moved most, token by token."""
+
+    tokens: list[TokenResult]
+    document: int | None = None
+    num_tokens: int | None = None
+    ref_kl: float | None = None
+    forgetting: float | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the gate says: `code` is 0 (within), 2 (beyond) or 3 (not enough evidence)."""
+
+    code: int
+    verdict: str
+    checks: list[str] = field(default_factory=list)
+    max_forgetting: float | None = None
+    max_ref_kl: float | None = None
+    min_agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """One tuned model against its base. By name of text, of question set, of request set, or of way of writing."""
+
+    name: str
+    retention: dict[str, TextResult]
+    base: dict[str, Any] = field(default_factory=dict)
+    tuned: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    created: str | None = None
+    new_task: dict[str, TextResult] = field(default_factory=dict)
+    noise_floor: dict[str, TextResult] = field(default_factory=dict)
+    trajectory: list[dict[str, Any]] = field(default_factory=list)
+    documents: list[EvaluatedDocuments] = field(default_factory=list)
+    per_document: dict[str, KeptSums] = field(default_factory=dict)
+    worst: dict[str, list[MovedDocument]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    choices: dict[str, QuestionSet] = field(default_factory=dict)
+    refusals: dict[str, RequestSet] = field(default_factory=dict)
+    generations: list[Continuation] = field(default_factory=list)
+    drift: dict[str, Drift] = field(default_factory=dict)
+    knowledge: Knowledge | None = None
+    gate: Judgement | None = None
+
+    @property
+    def texts(self) -> dict[str, TextResult]:
+        """Every measured text: of the new task first, then of retention."""
+        return self.new_task | self.retention
+
+    @property
+    def rules(self) -> Iterator[tuple[str, str, Answers]]:
+        """(question set, scoring rule, answers compared) of all question sets."""
+        for name, questions in self.choices.items():
+            for rule, answers in questions.rules.items():
+                yield name, rule, answers
+
+    @property
+    def trained_tokens(self) -> str | None:
+        """Which tokens the run's own `eval_loss` counts, where it says so."""
+        return self.training.get("loss_tokens")
+
+    @property
+    def kept_step(self) -> float | None:
+        """The step that `load_best_model_at_end` went back to."""
+        step = self.training.get("kept_step")
+        return step if is_number(step) else None
+
+    @property
+    def end_step(self) -> float | None:
+        """The step of the weights that the run left: the one that was kept, else the last that was evaluated."""
+        steps, _ = self.series("eval_loss")
+        return self.kept_step if self.kept_step is not None else steps[-1] if steps else None
+
+    def loss_tokens(self, text: str) -> str | None:
+        """Which tokens of a measured text count, where the report says so."""
+        return (self.settings.get("loss_tokens") or {}).get(text)
+
+    def floor(self, text: str) -> float:
+        """Upper end of the base-against-base ref_kl of a text, at least `MIN_FLOOR`; nats per token."""
+        noise = self.noise_floor.get(text, TextResult()).ref_kl
+        return max(MIN_FLOOR, *((noise.value, *(noise.ci or ())) if noise else (0.0,)))
+
+    def series(self, key: str) -> tuple[list[float], list[float]]:
+        return series(self.trajectory, key)
+
+
+def series(trajectory: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of one key of a trajectory, in step order; rows without a finite number are left out."""
+    points = {row["step"]: row[key] for row in trajectory if is_number(row.get(key))}
+    steps = sorted(points)
+    return steps, [points[step] for step in steps]
+
+
+def names_of_texts(runs: Sequence[Results]) -> list[str]:
+    """Names of the retention texts of all runs, measured or logged, in the order in which they first appear."""
+    names: dict[str, None] = {}
+    for run in runs:
+        logged = [re.fullmatch(r"retention/(.+)/ref_kl", key) for row in run.trajectory for key in row]
+        names |= dict.fromkeys([*run.retention, *(match[1] for match in logged if match)])
+    return list(names)
+
+
+@cache
+def _types(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def read_as(kind: Any, value: Any) -> Any:
+    """A value of report.json as an object of this type, one of the annotations above."""
+    if kind is Estimate:
+        return Estimate.read(value)
+    if kind is TextResult:
+        found = {name: Estimate.read(value[name]) for name in KNOWN_METRICS if value.get(name)}
+        return TextResult({name: estimate for name, estimate in found.items() if estimate})
+    if isinstance(kind, type) and is_dataclass(kind):
+        given = {name: of for name, of in _types(kind).items() if value.get(name) is not None}
+        return kind(**{name: read_as(of, value[name]) for name, of in given.items()})
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return read_as(parts[0], value)
+    if origin is dict and parts[1] is not Any:
+        return {key: read_as(parts[1], item) for key, item in value.items()}
+    if origin is list and (is_dataclass(parts[0]) or get_origin(parts[0])):
+        return [read_as(parts[0], item) for item in value]
+    return value
+
+
+def shape_of(kind: Any) -> Any:
+    """The shape of this type in JSON, for `check_shape`."""
+    if kind is Estimate:
+        ends, sizes = [(*NUMBER, type(None))] * 2, {f"{name}?": int for name in _types(kind) if name[:4] == "num_"}
+        return {"value?": NUMBER, "ci?": ends, **sizes}
+    if kind is TextResult:
+        return {str: shape_of(Estimate)}
+    if isinstance(kind, type) and is_dataclass(kind):
+        optional = {one.name: one.default is not MISSING or one.default_factory is not MISSING for one in fields(kind)}
+        return {f"{name}{'?' * optional[name]}": shape_of(of) for name, of in _types(kind).items()}
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return shape_of(parts[0])
+    if origin is dict:
+        return MAPPING if parts[1] is Any else {str: shape_of(parts[1])}
+    if origin is list:
+        return [shape_of(parts[0])]
+    return NUMBER if kind is float else kind
