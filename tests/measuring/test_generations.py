@@ -16,7 +16,7 @@ from retain.measuring.drift import MARKERS, drift, holds_answer, knowledge, know
 from retain.measuring.generations import Prompt, Written, as_prompt, continue_prompts, measure_generations, stop_tokens
 from retain.measuring.measure import measure
 from retain.measuring.options import Options
-from retain.report.behaviour_tables import KNOWLEDGE_FATES
+from retain.report.tables import KNOWLEDGE_FATES
 
 TOKENIZER = make_tokenizer()
 START = 3
