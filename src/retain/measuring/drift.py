@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from retain.report.answers import change_entry, share_entry
-from retain.report.behaviour_tables import KNOWLEDGE_FATES
+from retain.report.tables import KNOWLEDGE_FATES
 from retain.statistics import bootstrap_ratio
 
 KNOWN_BEFORE = ("kept", "updated", "forgotten")
