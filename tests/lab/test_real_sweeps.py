@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
+from retain.files import read_jsonl
 from retain.lab.sweep import run_sweep
 
 pytestmark = pytest.mark.slow
@@ -95,6 +96,8 @@ def test_ten_kills_change_nothing(sweep: Path, undisturbed: dict[str, Any], tmp_
         assert not psutil.wait_procs(children, timeout=10)[1], "a run outlives its sweep"
     rows = run_sweep(str(sweep), str(tmp_path), num_workers=2)
     assert {row["key"]: ends(row) for row in rows} == undisturbed
+    kept = read_jsonl(tmp_path / "results.jsonl")
+    assert len(kept) == len({row["key"] for row in kept}) == len(undisturbed)
     assert any(told(row)["resumed"] for row in rows)
 
 

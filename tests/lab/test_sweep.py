@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 from conftest import save_model
@@ -22,7 +19,7 @@ from retain.cli.main import main
 from retain.files import exclusive, read_jsonl
 from retain.lab import runner
 from retain.lab.runner import VerbRun
-from retain.lab.sweep import collect, read_sweep, run_sweep
+from retain.lab.sweep import last_values, read_sweep, run_sweep
 
 # Stands for a run of `finetune`: logs a number, takes a while, writes its result at the end.
 FAKE = """
@@ -120,7 +117,7 @@ def test_the_last_value_of_everything_is_collected(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = {"retention": {"a": {"ref_kl": {"value": 0.5, "ci": [0, 1]}}}, "new_task": {}}
     (tmp_path / "report.json").write_text(json.dumps(report))
-    assert collect(tmp_path) == {"step": 2, "loss": 2.0, "eval_loss": 2.5, "retention/a/ref_kl": 0.5}
+    assert last_values(tmp_path) == {"step": 2, "loss": 2.0, "eval_loss": 2.5, "retention/a/ref_kl": 0.5}
 
 
 WAITING = "from retain.cli.main import main\nsys.exit(main(sys.argv[1:]))", "import time; time.sleep(60)"
@@ -131,26 +128,6 @@ from retain.lab import runner, sweep
 runner.PROGRAM = {program!r}
 sweep.run_sweep({path!r}, {out!r}, num_workers=2)
 """
-
-
-@pytest.mark.slow
-def test_a_sweep_killed_at_ten_random_moments_ends_as_one_undisturbed(tmp_path, fake):
-    path = write(tmp_path / "s.yaml", common={"sleep": 0.5}, grid={"x": list(range(60))})
-    undisturbed = run_sweep(path, str(tmp_path / "whole"), num_workers=4)
-    source = str(Path(runner.__file__).parents[2])
-    driver = DRIVER.format(source=source, program=FAKE, path=path, out=str(tmp_path / "out"))
-    rng, kills = np.random.default_rng(0), 0
-    while kills < 10:
-        process = subprocess.Popen([sys.executable, "-c", driver], stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.6, 1.8))
-        assert process.poll() is None, "it ended before it was killed ten times"
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-    rows = run_sweep(path, str(tmp_path / "out"), num_workers=4)
-    assert [row["result"] for row in rows] == [row["result"] for row in undisturbed]
-    kept = read_jsonl(tmp_path / "out" / "results.jsonl")
-    assert len(kept) == len({row["key"] for row in kept}) == 60
 
 
 def test_no_process_outlives_a_killed_sweep(tmp_path):
@@ -230,41 +207,6 @@ def test_a_second_sweep_in_one_folder_is_refused(tmp_path, fake):
     (tmp_path / "out").mkdir()
     with exclusive(tmp_path / "out"), pytest.raises(ValueError, match="another process is writing"):
         run_sweep(write(tmp_path / "s.yaml", grid={"x": [1]}), str(tmp_path / "out"))
-
-
-@pytest.mark.slow
-def test_a_lost_ray_worker_loses_its_run_only(tmp_path, fake, monkeypatch):
-    """The process of one run's worker is killed; that run alone is begun again."""
-    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'retain[ray]'")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    path = write(tmp_path / "s.yaml", common={"sleep": 1.5}, grid={"x": [1, 2, 3, 4]})
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        killed: list[str] = []
-
-        def kill_one() -> None:
-            for _ in range(600):
-                for process in psutil.Process().children(recursive=True):
-                    with contextlib.suppress(psutil.Error):
-                        command = process.cmdline()
-                        if FAKE in command and "--x" in command and command[command.index("--x") + 1] == "2":
-                            folder = Path(command[command.index("--output_dir") + 1])
-                            if (folder / "begun").exists():
-                                killed.append(folder.name)
-                                process.parent().kill()
-                                return
-                time.sleep(0.05)
-
-        killer = threading.Thread(target=kill_one)
-        killer.start()
-        rows = run_sweep(path, str(tmp_path / "out"), engine="ray")
-        killer.join()
-    finally:
-        ray.shutdown()
-    assert [row["result"]["eval_loss"] for row in rows] == [2, 4, 6, 8]
-    begun = {row["key"]: len((Path(row["folder"]) / "begun").read_text()) for row in rows}
-    assert len(killed) == 1
-    assert begun == {row["key"]: 2 if row["key"] in killed else 1 for row in rows}
 
 
 @pytest.mark.program

@@ -25,6 +25,12 @@ class Language:
         branching: tokens that may follow in a state.
         concentration: of the Dirichlet distribution that their probabilities are drawn from; small is predictable.
         seed: a language of its own for every seed.
+
+    >>> language = Language(num_states=16, vocab_size=16, branching=3)
+    >>> round(language.entropy_rate, 4), round(language.ideal_loss(length=128), 4)
+    (0.7662, 0.7664)
+    >>> language.rows([1000, 1001], length=8, seed=0).shape
+    (2, 8)
     """
 
     num_states: int = 256
@@ -80,11 +86,11 @@ class Language:
 
     @property
     def entropy_rate(self) -> float:
-        """Nats per token that no model can do without, in the long run."""
+        """The least loss of any model in the long run, nats per token."""
         return float(self.stationary @ self.entropies)
 
     def ideal_loss(self, length: int) -> float:
-        """Mean loss of a model that knows the language, on rows of so many tokens, the start included: nats per token.
+        """Mean loss of a model that knows the language, on rows of `length` tokens, the start included: nats per token.
 
         Rows begin in the first state, so this is exact for them, and tends to the entropy rate.
         """

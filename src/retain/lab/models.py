@@ -1,4 +1,4 @@
-"""Small decoders as ordinary transformers configurations, by name or budget, and expansion that keeps the function.
+"""Small decoders as ordinary transformers configurations, by name or size, and expansion that keeps the function.
 
 The family is Qwen3: RMSNorm before each sublayer, QK-norm, RoPE, a gated MLP. The MLP is 8/3·D wide, so that its three
 matrices hold what two of 4D hold, and a model is as large as Marek et al. (arXiv 2605.26097) count: 12·L·D² + D·V.
@@ -7,6 +7,7 @@ matrices hold what two of 4D hold, and a model is as large as Marek et al. (arXi
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FAMILIES = ("qwen3", "llama")
-SMALLEST, LARGEST = 4_000, 300_000_000
+MIN_SIZE, MAX_SIZE = 4_000, 300_000_000  # parameters
 WIDTHS = (*range(16, 256, 16), *range(256, 1537, 64))  # whole numbers of heads
-NEAR = 0.1  # how far the size may lie from the budget, as a share of it
+SIZE_TOLERANCE = 0.1  # how far a model's size may be from the number given, as a share of it
 # Matrices that read the residual stream, and those that write to it.
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
 WRITERS = ("o_proj", "down_proj")
@@ -54,14 +55,17 @@ SIZES: dict[str, Shape] = {
 def counted_size(hidden_size: int, num_layers: int, vocab_size: int, mlp_ratio: float = 8 / 3) -> int:
     """Parameters of the blocks' matrices and of one embedding: 12·L·D² + D·V where the MLP is 8/3·D wide.
 
-    As Marek et al. count; norms and, in an untied model, the second embedding are left out.
+    As Marek et al. count (arXiv 2605.26097); norms and, in an untied model, the second embedding are left out.
+
+    >>> counted_size(hidden_size=256, num_layers=6, vocab_size=4096)
+    5754880
     """
     attention, mlp = 4 * hidden_size**2, 3 * hidden_size * _mlp_width(hidden_size, mlp_ratio)
     return num_layers * (attention + mlp) + hidden_size * vocab_size
 
 
 def counted_size_of(config: Any) -> int:
-    """The same of a configuration of this family, from its own widths."""
+    """`counted_size` of a configuration of this family, from its own widths."""
     width, heads, head = config.hidden_size, config.num_attention_heads, config.head_dim
     attention = 2 * width * head * (heads + config.num_key_value_heads)
     return config.num_hidden_layers * (attention + 3 * width * config.intermediate_size) + width * config.vocab_size
@@ -72,39 +76,39 @@ def _mlp_width(hidden_size: int, ratio: float) -> int:
 
 
 def shape_of(size: str | float, vocab_size: int) -> Shape:
-    """The shape of a size: a name of `SIZES`, or a number of parameters (`counted_size`) that one comes near to.
+    """The shape of a size: a name of `SIZES`, or a number of parameters as `counted_size` counts.
+
+    >>> shape_of("430k", vocab_size=1024)
+    Shape(hidden_size=96, num_layers=3, mlp_ratio=2.6666666666666665)
+    >>> shape_of(1e6, vocab_size=1024).hidden_size
+    112
 
     Raises:
-        ValueError: for an unknown name, or a number that no shape comes near to at this vocabulary.
+        ValueError: for an unknown name, or a number that no shape is near at this vocabulary.
     """
     if str(size) in SIZES:
         return SIZES[str(size)]
     try:
-        budget = float(size)
+        wanted = float(size)
     except ValueError:
         raise ValueError(
             f"model_size: {size!r} is not known; use one of {', '.join(SIZES)}, or a number of parameters"
         ) from None
-    if not SMALLEST <= budget <= LARGEST:
-        raise ValueError(f"model_size: {budget:g} does not fit; use {SMALLEST:g} to {LARGEST:g} parameters")
-    shapes = [Shape(width, layers) for width in WIDTHS for layers in range(1, 25)]
-
-    def size_of(shape: Shape) -> int:
-        return counted_size(shape.hidden_size, shape.num_layers, vocab_size)
-
-    near = [shape for shape in shapes if abs(size_of(shape) - budget) <= NEAR * budget]
-    if not near:
-        least = counted_size(16, 1, vocab_size)
+    if not MIN_SIZE <= wanted <= MAX_SIZE:
+        raise ValueError(f"model_size: {wanted:g} does not fit; use {MIN_SIZE:g} to {MAX_SIZE:g} parameters")
+    found: list[tuple[float, Shape]] = []
+    for width, layers in itertools.product(WIDTHS, range(1, 25)):
+        ratio = counted_size(width, layers, vocab_size) / wanted
+        if abs(ratio - 1) <= SIZE_TOLERANCE:  # usual proportions: a layer per 50 units of width, at least two
+            oddness = abs(math.log(layers / max(2.0, width / 50)))
+            found.append((oddness + 20 * abs(math.log(ratio)), Shape(width, layers)))
+    if not found:
+        smallest = counted_size(WIDTHS[0], 1, vocab_size)
         raise ValueError(
-            f"model_size: a vocabulary of {vocab_size} leaves no model of {budget:g} parameters; use {2 * least:g} or "
-            "more, or a smaller vocab_size"
+            f"model_size: a vocabulary of {vocab_size} leaves no model of {wanted:g} parameters; use "
+            f"{2 * smallest:g} or more, or a smaller vocab_size"
         )
-    return min(near, key=lambda shape: _oddness(shape) + 20 * abs(math.log(size_of(shape) / budget)))
-
-
-def _oddness(shape: Shape) -> float:
-    """How far a shape is from the usual proportions: a layer for every 50 units of width, at least two."""
-    return abs(math.log(shape.num_layers / max(2.0, shape.hidden_size / 50)))
+    return min(found, key=lambda pair: pair[0])[1]
 
 
 def make_config(
@@ -166,21 +170,19 @@ def expand(
     Raises:
         ValueError: for a smaller size, one that is no multiple, or a model of another family.
     """
-    config = _expanded_config(model.config, hidden_size, intermediate_size, num_heads, num_layers)
+    old = model.config
+    config = _expanded_config(
+        old, hidden_size=hidden_size, intermediate_size=intermediate_size, num_attention_heads=num_heads,
+        num_hidden_layers=num_layers,
+    )  # fmt: skip
     larger = make_model(config, seed).to(dtype=model.dtype, device=model.device)
-    copies, old, depth = (
-        config.hidden_size // model.config.hidden_size,
-        model.state_dict(),
-        model.config.num_hidden_layers,
-    )
+    copies, weights = config.hidden_size // old.hidden_size, model.state_dict()
     with torch.no_grad():
         for name, parameter in larger.named_parameters():
-            layer = int(name.split(".")[2]) if ".layers." in name else 0
-            if layer >= depth:
-                if name.split(".")[-2] in WRITERS:
-                    parameter.zero_()
-            else:
-                _fill(name, parameter, old[name], copies, tied=config.tie_word_embeddings)
+            if name in weights:
+                _fill(name, parameter, weights[name], copies, tied=config.tie_word_embeddings)
+            elif name.split(".")[-2] in WRITERS:  # of a new layer
+                parameter.zero_()
     return larger.train(model.training)
 
 
@@ -200,22 +202,19 @@ def _fill(name: str, new: Tensor, old: Tensor, copies: int, *, tied: bool) -> No
         new.copy_(old.repeat(*[1] * (old.ndim - 1), copies) / share)
 
 
-def _expanded_config(old: Any, hidden: int | None, mlp: int | None, heads: int | None, layers: int | None) -> Any:
+def _expanded_config(old: Any, **sizes: int | None) -> Any:
     if old.model_type not in FAMILIES:
         raise ValueError(f"model: {old.model_type!r} cannot be expanded; use one of {', '.join(FAMILIES)}")
-    if (old.model_type == "llama" and (old.attention_bias or old.mlp_bias)) or old.attention_bias:
+    if old.attention_bias or getattr(old, "mlp_bias", False):
         raise ValueError("model: one with biases cannot be expanded; use one without")
     config = copy.deepcopy(old)
-    asked = {
-        "hidden_size": hidden, "intermediate_size": mlp, "num_attention_heads": heads, "num_hidden_layers": layers
-    }  # fmt: skip
-    for name, value in asked.items():
+    for name, value in sizes.items():
         if value is None:
             continue
-        now = getattr(old, name)
-        if value < now or (name in ("hidden_size", "num_attention_heads") and value % now):
-            least = f"a whole multiple of {now}" if name in ("hidden_size", "num_attention_heads") else f"{now} or more"
-            raise ValueError(f"{name}: {value} cannot hold what is there; use {least}")
+        now, multiple = getattr(old, name), name in ("hidden_size", "num_attention_heads")
+        if value < now or (multiple and value % now):
+            remedy = f"a whole multiple of {now}" if multiple else f"{now} or more"
+            raise ValueError(f"{name}: {value} cannot hold what is there; use {remedy}")
         setattr(config, name, value)
     config.head_dim = getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads
     config.num_key_value_heads = old.num_key_value_heads * config.num_attention_heads // old.num_attention_heads

@@ -192,7 +192,7 @@ def _train(
     if checkpoint is not None:
         check_same_run(args, config)
     elif args.resume_from_checkpoint:
-        say(f"no whole checkpoint in {args.output_dir}: beginning anew")
+        say(f"no whole checkpoint in {args.output_dir}: starting from step 0")
     train(trainer, checkpoint)
     loss, steps = trainer.evaluate()["eval_loss"], trainer.state.global_step
     if not math.isfinite(loss):
@@ -216,7 +216,7 @@ def _train(
 
 
 def steps_of(args: Any, config: PretrainConfig, length: int, size: int) -> int:
-    """Optimizer steps of a run: as given, or the least that see so many tokens.
+    """Optimizer steps of a run: `max_steps`, or the fewest that reach the tokens set.
 
     Raises:
         ValueError: if the length is not given, or given twice.
@@ -231,12 +231,12 @@ def steps_of(args: Any, config: PretrainConfig, length: int, size: int) -> int:
 
 
 def step_tokens(args: Any, length: int) -> float:
-    """Tokens of an optimizer step with rows of so many tokens."""
+    """Tokens of an optimizer step with rows of `length` tokens."""
     return tokens_per_step(args.train_batch_size, length, args.gradient_accumulation_steps, args.world_size)
 
 
 def check_same_run(args: Any, config: PretrainConfig) -> None:
-    """Refuse to go on from a checkpoint of other settings, whose rows, shape or steps are others.
+    """Refuse to resume from a checkpoint of other settings, which had other rows, another shape or other steps.
 
     Raises:
         ValueError: naming the first that differs.
@@ -252,10 +252,10 @@ def check_same_run(args: Any, config: PretrainConfig) -> None:
 
 
 def open_corpus(config: PretrainConfig, seed: int) -> Corpus:
-    """The corpus that was asked for.
+    """The corpus that the settings name.
 
     Raises:
-        ValueError: if it is not known, cannot be had, or is too short.
+        ValueError: if it is unknown, unreadable or too short.
     """
     assert config.corpus is not None
     if config.corpus == "synthetic":

@@ -25,21 +25,19 @@ def read_sweep(path: str | Path) -> list[VerbRun]:
     """The runs of a YAML file: `verb`, `common` flags, a `grid` of lists, and a `list` of flags that go together.
 
     Every combination of the grid is made with every entry of the list. `config` among the flags names a YAML file
-    whose keys are flags, too; what the sweep says wins.
+    whose keys are flags too; the sweep's own flags win.
 
     Raises:
         ValueError: one line naming the file, the key, and what is wrong.
     """
-    asked = _read_yaml(path, "sweep")
-    known = {"verb", "common", "grid", "list"}
-    if unknown := set(asked) - known:
-        raise ValueError(f"sweep: {path} has {min(unknown)!r}; use {', '.join(sorted(known))}")
-    verb = asked.get("verb")
+    sweep, keys = _read_yaml(path, "sweep"), {"verb", "common", "grid", "list"}
+    if unknown := set(sweep) - keys:
+        raise ValueError(f"sweep: {path} has {min(unknown)!r}; use {', '.join(sorted(keys))}")
+    verb = sweep.get("verb")
     if not isinstance(verb, str):
         raise ValueError(f"sweep: {path} has verb {verb!r}; name one of retain's, say finetune")
-    common, grid, entries = asked.get("common") or {}, asked.get("grid") or {}, asked.get("list") or [{}]
-    good = isinstance(common, dict) and isinstance(grid, dict) and isinstance(entries, list)
-    if not good or not all(isinstance(entry, dict) for entry in entries):
+    common, grid, entries = sweep.get("common") or {}, sweep.get("grid") or {}, sweep.get("list") or [{}]
+    if not isinstance(entries, list) or not all(isinstance(one, dict) for one in (common, grid, *entries)):
         raise ValueError(
             f"sweep: {path} needs flags under common, lists of values under grid, flags in every list entry"
         )
@@ -51,8 +49,8 @@ def read_sweep(path: str | Path) -> list[VerbRun]:
         for cell in itertools.product(*grid.values())
         for entry in entries
     ]
-    keys = [run.key for run in runs]
-    if twice := next((run for at, run in enumerate(runs) if run.key in keys[:at]), None):
+    if len({run.key for run in runs}) < len(runs):
+        twice = next(run for at, run in enumerate(runs) if run in runs[:at])
         raise ValueError(f"sweep: {path} has a run twice: {dict(twice.flags)}; leave one out")
     return runs
 
@@ -79,23 +77,23 @@ def _read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{what}: {str(path)!r} holds {type(found).__name__}, not keys with values; check the file")
     for name, value in found.items():
-        if not _plain({name: value}):
+        if not _fits_command_line({name: value}):
             raise ValueError(
                 f"{what}: {str(path)!r} has {name!r}: {value!r}; give text (dates in quotes), numbers, or lists of them"
             )
     return found
 
 
-def _plain(value: Any) -> bool:
-    """Whether it can be written on a command line: YAML also knows dates, sets and keys that are no text."""
+def _fits_command_line(value: Any) -> bool:
+    """Whether a value can be written on a command line: YAML also has dates, sets and keys that are no text."""
     if isinstance(value, dict):
-        return all(isinstance(name, str) and _plain(inner) for name, inner in value.items())
+        return all(isinstance(name, str) and _fits_command_line(inner) for name, inner in value.items())
     if isinstance(value, list):
-        return all(map(_plain, value))
+        return all(map(_fits_command_line, value))
     return value is None or isinstance(value, (str, int, float))
 
 
-def collect(folder: Path) -> dict[str, float]:
+def last_values(folder: Path) -> dict[str, float]:
     """The last value of everything a run logged, and of everything a report says of its texts."""
     found: dict[str, float] = {}
     for row in read_jsonl(folder / "metrics.jsonl"):
@@ -115,7 +113,7 @@ def sweep_row(run: VerbRun, folder: Path, outcome: dict[str, Any]) -> dict[str, 
     return {
         "key": run.key, "verb": run.verb, "flags": dict(run.flags), "status": "done" if done else "failed",
         "exit_code": code, "error": None if done else outcome["last_line"], "seconds": outcome["seconds"],
-        "folder": str(folder), "result": collect(folder) if done else {}, "versions": versions(),
+        "folder": str(folder), "result": last_values(folder) if done else {}, "versions": versions(),
     }  # fmt: skip
 
 

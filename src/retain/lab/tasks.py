@@ -35,7 +35,12 @@ PAIRS = ("add", "modadd")
 
 @dataclass(frozen=True)
 class DigitTask:
-    """One task on n-digit numbers. `held_out`: share of its items that training never draws; `seed`: of that split."""
+    """One task on n-digit numbers. `held_out`: share of its items that training never draws; `seed`: of that split.
+
+    >>> task = DigitTask("add", digits=1)
+    >>> digit_tokenizer("add").decode(task.rows(np.array([34]))[0])
+    '<add> 3 + 4 = 0 7 <eos>'
+    """
 
     name: str
     digits: int = 3
@@ -67,7 +72,7 @@ class DigitTask:
 
     @property
     def num_items(self) -> int:
-        """Different questions there are: 10^n, or 10^2n for those with two numbers."""
+        """Number of different questions: 10^n, or 10^2n for those with two numbers."""
         return 10 ** (self.digits * (2 if self.name in PAIRS else 1))
 
     @cached_property
@@ -109,11 +114,12 @@ class DigitTask:
         """Training rows by number, a pure function of it and the seed; shape (rows, length)."""
         return self.rows(self.training_items(rows, seed))
 
-    def held_out_rows(self, most: int | None = None) -> np.ndarray:
-        """Rows of the held-out items, at most so many, the same ones always."""
+    def held_out_rows(self, max_rows: int | None = None) -> np.ndarray:
+        """Rows of the held-out items, at most `max_rows`, always the same ones."""
         items = self.held_out_items
-        return self.rows(items if most is None or most >= len(items)
-                         else np.random.default_rng(self.seed).choice(items, most, replace=False))  # fmt: skip
+        if max_rows is not None and max_rows < len(items):
+            items = np.random.default_rng(self.seed).choice(items, max_rows, replace=False)
+        return self.rows(items)
 
 
 def _digits(values: np.ndarray, width: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot: byte-level BPE trained on a text, and one whose words are the tokens of a language."""
+"""Tokenizers made on the spot: byte-level BPE trained on texts, and one whose words are the tokens of a language."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 START = "<|endoftext|>"  # id 0; begins a document
-LEAST = 257  # the bytes and the document start
-CHUNK = 2000  # characters of a training string
+MIN_VOCAB_SIZE = 257  # the bytes and the document start
+CHUNK_CHARS = 2000  # of a training string
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int, most: int = 4_000_000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE from at most so many characters, evenly from all texts; any text can be written in it.
+def train_tokenizer(texts: Sequence[str], vocab_size: int, max_chars: int = 4_000_000) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, which can write any text, trained on at most `max_chars` characters, evenly from all texts.
 
     Raises:
         ValueError: for a vocabulary smaller than the bytes.
@@ -22,8 +22,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, most: int = 4_000_000
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < LEAST:
-        raise ValueError(f"vocab_size: {vocab_size} does not hold the bytes; use {LEAST} or more")
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(f"vocab_size: {vocab_size} does not hold the bytes; use {MIN_VOCAB_SIZE} or more")
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -33,18 +33,22 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, most: int = 4_000_000
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    every = max(1, -(-sum(map(len, texts)) // most))
+    every = max(1, -(-sum(map(len, texts)) // max_chars))
     raw.train_from_iterator(_chunks(texts[::every]), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=START, eos_token=START, pad_token=START)
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[str]:
     for text in texts:
-        yield from (text[at : at + CHUNK] for at in range(0, len(text), CHUNK))
+        yield from (text[at : at + CHUNK_CHARS] for at in range(0, len(text), CHUNK_CHARS))
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Tokens `w1`, `w2`, … with spaces between them, after the document start: for a synthetic language."""
+    """Tokens `w1`, `w2`, … with spaces between them, after the document start: for a synthetic language.
+
+    >>> word_tokenizer(64)("w3 w1")["input_ids"]
+    [3, 1]
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
