@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from retain.lab.corpora import Stream, collate
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, load_model, load_tokenizer, versions
 from retain.lab.models import make_config, make_model
+from retain.lab.streams import Stream
 from retain.lab.tokenizers import word_tokenizer
 from retain.models.description import num_parameters
 from retain.replay.dataset import load_self_generated
@@ -128,7 +128,7 @@ class Bench:
             model=model,
             args=self.arguments(number + WARM),
             train_dataset=Stream(lambda numbers: tokens[numbers], most),
-            data_collator=collate,
+            data_collator=default_data_collator,
             processing_class=self.tokenizer,
             replay_config=ReplayConfig(
                 replay_coef=1.0 if cell.rows else 0.0,

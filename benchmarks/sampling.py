@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from retain import load_model, versions
 from retain.models.description import num_parameters
-from retain.sampling.engine import Drawn, draw_rows
+from retain.sampling.engine import DrawnRows, draw_rows
 
 
 def small_model() -> Any:
@@ -96,7 +96,7 @@ def differing(model: Any, rows: int, length: int) -> dict[str, Any]:
     whole = draw_rows(model, [[0]] * rows, range(rows), length, 0).tokens
     quarter = rows // 4
     parts = [draw_rows(model, [[0]] * quarter, range(at, at + quarter), length, 0) for at in range(0, rows, quarter)]
-    same = (whole == Drawn.joined(parts).tokens).cumprod(axis=1).sum(axis=1)
+    same = (whole == DrawnRows.joined(parts).tokens).cumprod(axis=1).sum(axis=1)
     differ = int((same < length).sum())
     draws = int(np.minimum(same, length - 1).sum())
     interval = beta.ppf([0.025, 0.975], [differ, differ + 1], [draws - differ + 1, draws - differ])
