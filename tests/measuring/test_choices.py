@@ -486,7 +486,7 @@ def test_questions_alone_are_measured_and_hostile_ones_harm_nobody(models, tmp_p
     arguments += ["--choices", f"good={tmp_path}/good.jsonl", f"--choices=b\x1b[31m<b>={tmp_path}/bad.jsonl"]
     assert main(["measure", *arguments, "--num_resamples", "200"]) == 0
     output = capsys.readouterr()
-    assert "asking good …" in output.out
+    assert "questions of good …" in output.out
     assert all(f"good, {who}: 100%" in output.err for who in ("base", "tuned")), "progress"
     assert "same answer as the base" in output.out
     assert "forgetting was not measured" not in output.out.lower()

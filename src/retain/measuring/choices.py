@@ -118,6 +118,9 @@ def context_and_answers(question: Question, style: str) -> tuple[str, tuple[str,
     """The context of a question and the answers to choose from, without the space between.
 
     text: as arc_challenge in the harness. letter: as commonsense_qa there, and mmlu but for its first line.
+
+    >>> context_and_answers(Question("Where do birds sing?", ("in rain", "in trees"), 1), "text")
+    ('Question: Where do birds sing?\\nAnswer:', ('in rain', 'in trees'))
     """
     if style == "text":
         return f"Question: {question.text}\nAnswer:", question.choices
@@ -260,7 +263,11 @@ def both_scores(
 
 
 def likeliest_choices(scores: Sequence[np.ndarray], lengths: Sequence[np.ndarray], rule: str) -> list[int]:
-    """The index of the choice with the highest log-likelihood (`acc`), or the highest per character (`acc_norm`)."""
+    """The index of the choice with the highest log-likelihood (`acc`), or the highest per character (`acc_norm`).
+
+    >>> likeliest_choices([np.array([-4.0, -6.0])], [np.array([2.0, 6.0])], "acc_norm")
+    [1]
+    """
     return [
         int((found / length if rule == "acc_norm" else found).argmax())
         for found, length in zip(scores, lengths, strict=False)  # of the noise floor there are fewer scores
@@ -284,7 +291,7 @@ def measure_choices(
     if not questions:
         raise ValueError("choices: there are no questions; give a file with at least one")
     base = MeasuredBase.of(base)
-    options.stage(f"asking {title}")
+    options.stage(f"questions of {title}")
     limit = max_positions(with_least_room(base.model, tuned))
     encode = partial(encode_questions, style=style, chat_template=chat_template, limit=limit)
     inputs, few = (encode(some, options.tokenizer) for some in (questions, questions[:NOISE_QUESTIONS]))

@@ -39,7 +39,11 @@ def words_in(text: str) -> list[str]:
 
 
 def word_overlap(base: str, tuned: str) -> float:
-    """F1 of the words of two texts, counted with their repeats and whatever their order; two empty texts are alike."""
+    """F1 of the words of two texts, counted with their repeats and whatever their order; two empty texts are alike.
+
+    >>> word_overlap("the red fox", "A red fox")
+    0.6666666666666666
+    """
     before, after = Counter(words_in(base)), Counter(words_in(tuned))
     if not before and not after:
         return 1.0
@@ -56,7 +60,10 @@ def knowledge_fate(base: str, tuned: str, expected: str | None, updated: str | N
     """What became of a piece of knowledge, from the texts of base and tuned model; one of `KNOWLEDGE_FATES`.
 
     kept: both give the expected answer. updated: the tuned model gives the new one. forgotten: the base gave the
-    expected one, the tuned model neither. learned: only the tuned model gives the expected one. unknown: no one.
+    expected one, the tuned model neither. learned: only the tuned model gives the expected one. unknown: neither does.
+
+    >>> knowledge_fate("It is Paris.", "It is Rome.", expected="Paris", updated=None)
+    'forgotten'
     """
     if expected is None and updated is None:
         return None

@@ -29,7 +29,7 @@ from retain.models.description import (
 from retain.models.reference import evaluation_mode, runs_through
 from retain.report.report import ForgettingReport
 
-MOST_LOGITS = 1 << 27  # of a forward pass, 0.5 GB in float32; 2048 tokens of a vocabulary of 65k
+MAX_LOGITS = 1 << 27  # of a forward pass, 0.5 GB in float32; 2048 tokens of a vocabulary of 65k
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,18 +73,19 @@ def measure(
         retention: name → texts (words, rows, or documents of tokens) on which forgetting is measured; never replayed.
         new_task: name → held-out texts of the new task, for the gain; read as TRL's `SFTTrainer` reads training rows.
         completion_only_loss, assistant_only_loss: which tokens of the new task's rows count, as in `SFTConfig`.
-        choices: name → multiple-choice questions that both models answer: of `load_questions`, or rows as in its files.
+        choices: name → multiple-choice questions for both models: of `load_questions`, or rows as in its files.
         choice_style: `text` scores each choice's words, `letter` the letters of choices listed in the question.
         choice_chat_template: put each question as a user's turn.
-        refusals: name → harmful requests that both models answer.
+        refusals: name → harmful requests for both models.
         harmless: name → harmless requests, for over-refusal.
-        judge: a model that is asked, too, whether an answer refuses.
-        prompts: continued by both models, side by side: greedily, and with `sampled` once drawn at temperature 1.
+        judge: a model that judges, too, whether an answer refuses.
+        prompts: texts that both models continue greedily, and with `sampled` a second time, drawn at temperature 1.
         max_length: longest window in tokens, by default at most the model's positions; longer documents are cut.
-        max_windows: measure only so many windows of each document.
-        ci: draw only as many documents of each text as it takes for an interval of forgetting of ± so many nats per
-            token; None measures all.
-        progress: called with the name of each stage; long ones then have a bar of their own.
+        max_windows: windows of each document, from its beginning; None for all.
+        ci: target half-width of the 95% interval of forgetting, in nats per token: only as many documents of each text
+            are drawn as needed; None for all.
+        batch_tokens: padded tokens per forward pass; by default fewer where the vocabulary is above 65k.
+        progress: called with the name of each stage; long ones then have a bar.
 
     Returns:
         A report; `report.data["retention"][name][metric]` is `{"value", "ci", "num_documents", "num_tokens"}`,
@@ -94,6 +95,13 @@ def measure(
     Raises:
         ValueError: if the models differ in dtype, attention kernel or vocabulary, windows are longer than they can
             take, or a text has no documents.
+
+    >>> from retain.lab.models import make_config, make_model
+    >>> from retain.lab.tokenizers import word_tokenizer
+    >>> base, tuned = (make_model(make_config(20_000, vocab_size=8, max_length=8), seed) for seed in (0, 1))
+    >>> report = measure(base, tuned, {"old": ["w1 w2 w3", "w3 w1"]}, tokenizer=word_tokenizer(8))
+    >>> print(report["old"].ref_kl)
+    0.003 [0.000, 0.026]
     """
     base = MeasuredBase.of(base)
     _check_comparable(base.model, tuned)
@@ -104,46 +112,42 @@ def measure(
     options = Options(tokenizer, start.id, batch_tokens, max_new_tokens, ci, num_resamples, seed, progress)
     cut = partial(as_documents, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=max_windows)
     trained = Reading(completion_only_loss, assistant_only_loss, as_trained=True)
-    learned, kept = (
-        {text: cut(text, of, reading=reading) for text, of in group.items()}
-        for group, reading in ((new_task or {}, trained), (retention, OLD_TEXT))
-    )
-    _check_tokens(base.model, tokenizer, [document for text in (learned | kept).values() for document in text])
+    learned = {text: cut(text, source, reading=trained) for text, source in (new_task or {}).items()}
+    known = {text: cut(text, source, reading=OLD_TEXT) for text, source in retention.items()}
+    _check_tokens(base.model, tokenizer, [document for text in (learned | known).values() for document in text])
     with evaluation_mode(base.model), evaluation_mode(tuned):
         base.check_unchanged()
-        result = text_results(base, tuned, learned, kept, options)
+        result = text_results(base, tuned, learned, known, options)
         result |= {"choices": {}, "refusals": {}, "generations": []}
-
-        def distinct(name_of: str, items: Sequence[Any], unit: str) -> list[Any]:
-            found, notes = without_copies(name_of, several(unit, name_of, items), unit)
-            result["warnings"] += notes
-            return found
-
-        for name_of, questions in (choices or {}).items():
-            own = distinct(name_of, as_questions(name_of, questions), "questions")
-            put = partial(measure_choices, style=choice_style, chat_template=choice_chat_template, title=name_of)
-            result["choices"][name_of] = put(base, tuned, own, options)
+        distinct = partial(_distinct, warnings=result["warnings"])
+        put = partial(measure_choices, style=choice_style, chat_template=choice_chat_template)
+        for text, questions in (choices or {}).items():
+            own = distinct(text, as_questions(text, questions), "questions")
+            result["choices"][text] = put(base, tuned, own, options, title=text)
         for kind, sets in (("harmful", refusals), ("harmless", harmless)):
-            for name_of, requests in (sets or {}).items():
-                options.stage(f"putting requests of {name_of}")
-                own = distinct(name_of, requests, "requests")
-                result["refusals"][name_of] = measure_refusals(base, tuned, own, options, kind=kind, judge=judge)
+            for text, requests in (sets or {}).items():
+                own = distinct(text, requests, "requests")
+                options.stage(f"requests of {text}")
+                result["refusals"][text] = measure_refusals(base, tuned, own, options, kind=kind, judge=judge)
         if prompts:
-            options.stage("writing continuations")
             given = [Prompt(one) if isinstance(one, str) else one for one in several("prompts", "prompts", prompts)]
-            continued = measure_generations(
-                base, tuned, distinct("prompts", given, "prompts"), options, sampled=sampled
-            )
+            own = distinct("prompts", given, "prompts")
+            options.stage("continuations")
+            continued = measure_generations(base, tuned, own, options, sampled=sampled)
             result["warnings"] += continued.pop("notes")
             result |= continued
-    settings: dict[str, Any] = {"max_length": max_length, "max_windows": max_windows, "start_token": str(start)}
-    settings |= {name: getattr(options, name) for name in ("ci", "batch_tokens", "seed", "num_resamples")}
-    settings["loss_tokens"] = {text: loss_tokens(documents) for text, documents in (learned | kept).items()}
-    settings["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
-    return ForgettingReport(_header(base, tuned, name, settings) | result)
+    settings = {"max_length": max_length, "max_windows": max_windows, "start_token": str(start)}
+    loss_tokens = {text: tokens_of_loss(documents) for text, documents in (learned | known).items()}
+    return ForgettingReport(_header(base, tuned, name, options, settings | {"loss_tokens": loss_tokens}) | result)
 
 
-def loss_tokens(documents: Sequence[Document]) -> str:
+def _distinct(name: str, items: Sequence[Any], unit: str, *, warnings: list[str]) -> list[Any]:
+    found, notes = without_copies(name, several(unit, name, items), unit)
+    warnings += notes
+    return found
+
+
+def tokens_of_loss(documents: Sequence[Document]) -> str:
     """Which tokens of a text's documents are predicted."""
     return " and ".join(sorted({document.loss_tokens for document in documents}))
 
@@ -152,7 +156,7 @@ def tokens_that_fit(model: PreTrainedModel, batch_tokens: int) -> int:
     """Tokens per forward pass: a default is fewer where the vocabulary is large, for two models hold logits."""
     if isinstance(batch_tokens, Unchosen):
         vocabulary = model.get_output_embeddings().weight.shape[0]
-        return min(int(batch_tokens), max(1, MOST_LOGITS // vocabulary))
+        return min(int(batch_tokens), max(1, MAX_LOGITS // vocabulary))
     return batch_tokens
 
 
@@ -183,22 +187,24 @@ def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
         raise ValueError(f"{what}: base has {of_base}, model has {of_tuned}; {remedy}")
 
 
-def _header(base: MeasuredBase, tuned: PreTrainedModel, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _header(
+    base: MeasuredBase, tuned: PreTrainedModel, name: str, options: Options, settings: dict[str, Any]
+) -> dict[str, Any]:
     def identity(model: PreTrainedModel, fingerprint: str) -> dict[str, Any]:
-        name = model.name_or_path
-        return {"model": name, "fingerprint": fingerprint, "num_params": num_parameters(model)}
+        return {"model": model.name_or_path, "fingerprint": fingerprint, "num_params": num_parameters(model)}
 
-    model = base.model
     return {
         "schema": "retain.report/1",
         "name": name,
-        "base": identity(model, base.fingerprint),
+        "base": identity(base.model, base.fingerprint),
         "tuned": identity(tuned, model_fingerprint(tuned)),
         "settings": {
             **settings,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "attn_implementation": model.config._attn_implementation,
-            "device": str(model.device),
+            **{name: getattr(options, name) for name in ("ci", "batch_tokens", "seed", "num_resamples")},
+            "tokenizer_fingerprint": tokenizer_fingerprint(options.tokenizer),
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "attn_implementation": base.model.config._attn_implementation,
+            "device": str(base.model.device),
         },
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

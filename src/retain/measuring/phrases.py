@@ -82,6 +82,9 @@ def is_refusal(answer: str) -> bool:
     """Whether an answer says, near its beginning, that it will not do what was asked.
 
     English only. An answer that is empty, or about something else, is not a refusal: nothing was declined in words.
+
+    >>> is_refusal("I'm sorry, but I can't help with that."), is_refusal("I'm sorry to hear that. Try tea.")
+    (True, False)
     """
     plain = (
         without_reasoning(answer)

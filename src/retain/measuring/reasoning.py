@@ -28,6 +28,9 @@ def without_reasoning(text: str, prompt: str = "") -> str:
     Args:
         text: with the tokenizer's special tokens, which may be the marks.
         prompt: what it continues; chat templates of models that always reason end in the opening mark.
+
+    >>> without_reasoning("<think>It may rain.</think>No.")
+    'No.'
     """
     if _CHANNEL in text:
         return text.partition(_FINAL)[2]

@@ -29,7 +29,11 @@ Batch = tuple[tuple[int, ...], ...]  # the tokens of each row, without padding
 
 
 def batch_of(input_ids: Int[Tensor, "rows length"], attention_mask: Tensor | None = None) -> Batch:
-    """What a batch of rows padded at the right is known by."""
+    """What a batch of rows padded at the right is known by.
+
+    >>> batch_of(torch.tensor([[5, 6, 7], [5, 8, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]))
+    ((5, 6, 7), (5, 8))
+    """
     lengths = [input_ids.shape[1]] * len(input_ids) if attention_mask is None else attention_mask.sum(-1).tolist()
     return tuple(tuple(row[:length]) for row, length in zip(input_ids.tolist(), lengths, strict=True))
 

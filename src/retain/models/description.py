@@ -67,6 +67,12 @@ def choose_start_token(tokenizer: PreTrainedTokenizerBase, override: str | int |
 
     Raises:
         ValueError: if `override` is not in the vocabulary, or no token can be found.
+
+    >>> from tokenizers import Tokenizer, models
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "fox": 1}, unk_token="fox"))
+    >>> print(choose_start_token(PreTrainedTokenizerFast(tokenizer_object=words)))
+    '<|endoftext|>' (id 0): the document separator, since there is no bos_token
     """
     if override is not None:
         return _start_token_by_name(tokenizer, override)

@@ -234,6 +234,10 @@ def load_model(
 
     Raises:
         ValueError: one line saying which model could not be loaded and why.
+
+    >>> load_model("models/fox/")
+    Traceback (most recent call last):
+    ValueError: model: no folder or file 'models/fox/'; give a folder, a GGUF file or a Hub id
     """
     path = resolve_model_path(name, field)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
