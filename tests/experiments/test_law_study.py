@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from published_laws import joint_forgetting, shifted_power
 from test_experiments import SHORT, TINY, small_texts
 
 from experiments import harness, small_base
@@ -23,7 +24,6 @@ from experiments.study_05_law.verdict import (
     verdict_of_held_out,
     verdict_of_plan,
 )
-from retain.laws.forms import joint_forgetting, shifted_power
 
 LAW = {"a": 2e3, "alpha": 0.25, "rho": 1.5, "c": 3.2, "s": 2.0}
 STEPS = range(0, 201, 10)

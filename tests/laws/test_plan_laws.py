@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from published_laws import joint_forgetting, shifted_power
 
-from retain.laws.forms import joint_forgetting, shifted_power
 from retain.laws.plan import (
     Pilot,
     PilotRun,

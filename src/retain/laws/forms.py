@@ -1,12 +1,15 @@
-"""Forms of the laws of forgetting: pure functions, and the same as sums of terms for the fit. Nats per token.
+"""Forms of the laws of forgetting, as sums of terms for the fit. Nats per token.
 
     P, N, D, T, p, K, L_ft, L_f   columns of the runs: `COLUMNS`; P of LoRA laws counts the tuned parameters, P of size
                                   and injection the whole model's
     a, b, α, β, ρ                 of the shifted power laws; c, s: an amplitude and the loss in the limit
     _ft, _f, _fft                 of L_ft, of L_f, and of the line L_f(L_ft)
 
-Sources: [K] Kalajdzievski, arXiv 2401.05605; [B] Bethune et al., arXiv 2502.06042; [M] Marek et al., arXiv
-2605.26097; [R] RL's Razor, arXiv 2509.04259.
+Sources: linear, joint, finetuning and forgetting are of Kalajdzievski, arXiv 2401.05605: the more learned, the more
+forgotten. injection is of Bethune et al., arXiv 2502.06042: a share p of old data acts like (1 + B·p) times the
+parameters. size and saturation describe tables of Marek et al., arXiv 2605.26097: forgetting at equal learning over
+model size, and over pretraining tokens per parameter. quadratic is of RL's Razor, arXiv 2509.04259: forgetting over the
+divergence on the new task.
 
 **What data identify.** c·[(a/P)^α + (b/N)^β]^ρ is unchanged by a → a·k^(1/α), b → b·k^(1/β), c → c·k^-ρ. The fit
 removes this freedom: the bracket is 1 at the centre of the data (geometric means P₀, N₀), so that c is the distance to
@@ -77,56 +80,6 @@ COLUMNS = {
 def column_of(name: str) -> Column:
     """A column by its name; columns of a user's own form take any finite number."""
     return COLUMNS.get(name) or Column(name, name)
-
-
-def linear_forgetting(L_ft: Number, *, c_fft: Number, s_fft: Number) -> Array:
-    """L_f = -c_fft·L_ft + s_fft: the more learned, the more forgotten [K].
-
-    >>> float(linear_forgetting(0.5, c_fft=2.0, s_fft=3.0))
-    2.0
-    """
-    return s_fft - c_fft * np.asarray(L_ft)
-
-
-def shifted_power(
-    P: Number, N: Number, *, a: Number, alpha: Number, b: Number, beta: Number, rho: Number, c: Number, s: Number
-) -> Array:
-    """L_ft = c·[(a/P)^α + (b/N)^β]^ρ + s: new-task loss over tuned parameters and steps [K]."""
-    P, N = np.asarray(P, dtype=np.float64), np.asarray(N, dtype=np.float64)
-    return c * ((a / P) ** alpha + (b / N) ** beta) ** rho + s
-
-
-def joint_forgetting(P: Number, N: Number, *, c_fft: Number, s_fft: Number, **of_power: Number) -> Array:
-    """L_f = -c_fft·(c_ft·[(a_f/P)^α_f + (b_f/N)^β_f]^ρ + s_ft) + s_fft, c_ft, s_ft and ρ being those of L_ft [K]."""
-    return linear_forgetting(shifted_power(P, N, **of_power), c_fft=c_fft, s_fft=s_fft)
-
-
-def injection(
-    P: Number, D: Number, p: Number, *, A: Number, B: Number, alpha: Number, beta: Number, s: Number
-) -> Array:
-    """L_f = s + A·D^β / ((1 + B·p)·P)^α: a share p of old data acts like (1 + B·p) times the parameters [B]."""
-    D, P, p = (np.asarray(value, dtype=np.float64) for value in (D, P, p))
-    return s + A * D**beta / ((1 + B * p) * P) ** alpha
-
-
-def size(P: Number, *, c: Number, alpha: Number) -> Array:
-    """L_f = c·P^-α: forgetting at equal learning over model size, a description of the table in [M]."""
-    return c * np.asarray(P, dtype=np.float64) ** -alpha
-
-
-def saturation(T: Number, *, c: Number, gamma: Number, s: Number) -> Array:
-    """L_f = s - c·T^-γ: forgetting over pretraining tokens per parameter, a description of the table in [M]."""
-    return s - c * np.asarray(T, dtype=np.float64) ** -gamma
-
-
-def quadratic(K: Number, *, c: Number, q: Number, s: Number) -> Array:
-    """L_f = s + c·K + q·K²: forgetting over the divergence on the new task [R].
-
-    >>> float(quadratic(3.0, c=2.0, q=0.5, s=1.0))
-    11.5
-    """
-    K = np.asarray(K, dtype=np.float64)
-    return s + c * K + q * K**2
 
 
 @dataclass(frozen=True)

@@ -41,15 +41,8 @@ class PlanReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            **self.plan.to_dict(),
-            "command": self.command,
-            "cost": self.cost,
-            "pilots": [asdict(one) for one in self.pilots],
-            "settings": dict(self.settings),
-            "replay_share": self.replay_share,
-            "retention": self.retention,
-        }
+        own = asdict(self)
+        return self.plan.to_dict() | {name: own[name] for name in own if name != "plan"} | {"cost": self.cost}
 
     @property
     def cost_line(self) -> str:
