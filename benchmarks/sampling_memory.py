@@ -90,7 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         num_params = make_model(Path(folder) / "model")
         rows_to = Path(folder) / "rows"
-        command = [sys.executable, "-m", "retain", "sample", "--model_name_or_path", f"{folder}/model"]
+        command = [sys.executable, "-m", "retain", "sample", "--model", f"{folder}/model"]
         command += ["--output_dir", str(rows_to), "--num_rows", str(rows), "--max_length", str(LENGTH)]
         command += ["--rows_per_shard", str(ROWS_PER_SHARD)]
         begin = time.perf_counter()

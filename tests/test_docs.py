@@ -148,7 +148,7 @@ def test_paths_in_examples_are_there(path):
 @functools.cache
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """The verb's own parser, to which nothing is required."""
-    parser = retain.cli.flags.parser_of(verb)
+    parser = retain.cli.main.load_verb(verb).parser()
     parser.add_argument("--config")
     for action in parser._actions:
         action.required = False
@@ -174,7 +174,7 @@ def wrong_command(words: list[str]) -> str | None:
     if verb not in retain.cli.main.VERBS:
         return f"no verb {verb!r}"
     try:
-        words = retain.cli.flags.words_of(argv, verb)
+        words = retain.cli.main.load_verb(verb).words(argv)
         unknown = argparse.ArgumentParser.parse_known_args(parser_of(verb), words)[1]
         if unknown and verb == "finetune":
             retain.cli.flags.launcher_arguments(unknown)
@@ -453,7 +453,7 @@ def test_a_broken_link_is_found(text, broken):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("retain sample --model_name_or_path M --out replay/", "unknown ['--out', 'replay/']"),
+        ("retain sample --model M --out replay/", "unknown ['--out', 'replay/']"),
         ("retain sampel --output_dir replay/", "no verb 'sampel'"),
         ("retain sample --num_rows many", "invalid int value: 'many'"),
         (
@@ -479,7 +479,7 @@ def test_a_wrong_command_is_found(command, words):
         "retain predict law.json --num_params 4e6 --num_steps 400   # a comment",
         "retain measure --base M --model out/ --retention a=b --retention c=d e=f --output_dir report/",
         "retain finetune --config sft.yaml --num_processes 2 --accelerate_config fsdp2",
-        "torchrun --nproc_per_node 8 -m retain sample --model_name_or_path M --output_dir replay/ …",
+        "torchrun --nproc_per_node 8 -m retain sample --model M --output_dir replay/ …",
         "make demo SIZE=medium",
     ],
 )

@@ -64,7 +64,7 @@ def test_remote_code_is_run_only_where_asked(tmp_path, capsys):
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    arguments = ["--model_name_or_path", str(folder), "--num_rows", "2", "--output_dir", str(tmp_path / "out")]
+    arguments = ["--model", str(folder), "--num_rows", "2", "--output_dir", str(tmp_path / "out")]
     assert main(["sample", *arguments]) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
@@ -91,7 +91,7 @@ def test_a_pickled_checkpoint_with_code_in_it_does_not_run(tmp_path, capsys):
     folder = save_model(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Makes(tmp_path / "ran")}))
-    arguments = ["--model_name_or_path", str(folder), "--num_rows", "2", "--output_dir", str(tmp_path / "out")]
+    arguments = ["--model", str(folder), "--num_rows", "2", "--output_dir", str(tmp_path / "out")]
     assert main(["sample", *arguments]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "ran").exists()
@@ -161,8 +161,8 @@ def test_local_work_asks_for_no_network(tmp_path):
     train = "|".join(f"--{name}|{value}" for name, value in flags.items())
     work = tmp_path
     lines = [
-        f"sample|--model_name_or_path|{folder}|--num_rows|4|--max_length|32|--output_dir|{work}/replay",
-        f"finetune|--model_name_or_path|{folder}|--dataset_name|{work}/train.jsonl|--output_dir|{work}/out|{train}"
+        f"sample|--model|{folder}|--num_rows|4|--max_length|32|--output_dir|{work}/replay",
+        f"finetune|--model|{folder}|--dataset_name|{work}/train.jsonl|--output_dir|{work}/out|{train}"
         f"|--replay_dataset|{work}/replay|--retention|wiki={work}/wiki.jsonl|--eval_dataset_name|{work}/wiki.jsonl",
         f"measure|--base|{folder}|--model|{work}/out|--retention|wiki={work}/wiki.jsonl|--output_dir|{work}/report"
         "|--max_length|32|--max_new_tokens|4",

@@ -12,11 +12,11 @@ from pathlib import Path
 
 PRETRAIN = "--corpus synthetic --num_states 16 --vocab_size 16 --branching 3 --max_length 64 --model_size 20000"
 TRAIN = "--max_length 24 --bf16 false --use_cpu true --report_to none --per_device_train_batch_size 4"
-RUN = "--model_name_or_path base --dataset_name new.jsonl --replay_dataset replay --eval_dataset_name held.jsonl "
+RUN = "--model base --dataset_name new.jsonl --replay_dataset replay --eval_dataset_name held.jsonl "
 RUN += f"--retention old=old.txt --eval_strategy steps --eval_steps 4 --use_peft true {TRAIN}"
 VERBS = {
     "pretrain": f"{PRETRAIN} --max_steps 30 --output_dir base",
-    "sample": "--model_name_or_path base --num_rows 32 --max_length 24 --output_dir replay",
+    "sample": "--model base --num_rows 32 --max_length 24 --output_dir replay",
     "export": "replay --output replay.jsonl",
     "finetune": f"{RUN} --lora_r 2 --max_steps 24 --output_dir runs/two",
     "measure": "--base base --model runs/two --retention old=old.txt --new_task new=held.jsonl "
@@ -26,7 +26,7 @@ VERBS = {
     "fit": "runs/two/metrics.jsonl sweep/runs/*/metrics.jsonl --form linear --output law.json --num_resamples 50",
     "predict": "law.json --finetuning_loss 2.5",
     "plan": "--model base --dataset_name new.jsonl --eval_dataset_name held.jsonl --retention old=old.txt "
-    "--replay_dataset replay --budget 0.5 --pilot_steps 12 --max_length 24 --per_device_train_batch_size 4 "
+    "--replay_dataset replay --max_ref_kl 0.5 --pilot_steps 12 --max_length 24 --per_device_train_batch_size 4 "
     "--output_dir plan",
 }  # fmt: skip
 

@@ -50,7 +50,7 @@ def planned(base: Path, files: Files, folder: Path, budget: float) -> dict[str, 
     """What `retain plan` says; a second budget finds the pilots made."""
     told = ["--model", str(base), "--dataset_name", str(files.train), "--eval_dataset_name", str(files.held_out),
             "--retention", f"prose={files.prose}", "--replay_dataset", str(base / "replay-2560x64-0"),
-            "--output_dir", str(folder), "--budget", f"{budget:g}", *PLAN]  # fmt: skip
+            "--output_dir", str(folder), "--max_ref_kl", f"{budget:g}", *PLAN]  # fmt: skip
     if main(["plan", *told]):
         raise ValueError("plan: failed; see the line above")
     found = json.loads((folder / "plan.json").read_text())

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
-WORDS = {
+EXPECTED = {
     bool: "true or false; use one of them",
     int: "a whole number; use one",
     float: "a number; use one",
@@ -67,10 +67,9 @@ def check_setting(name: str, value: Any, hint: Any, about: Description) -> None:
     """Raise a `ValueError` unless `value` is of the type and within the limits."""
     if about.remedy and value in (None, "", []):
         raise ValueError(f"{name}: missing; {about.remedy.format(name=name)}")
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
+    if value is None and type(None) in get_args(hint):
         return
-    kind = kinds[0]
+    kind = kinds_of(hint)[0]
     if get_origin(kind) is Literal:
         check_choice(name, value, kind)
     elif kind in (int, float):
@@ -85,7 +84,7 @@ def fits(value: Any, hint: Any) -> bool:
     """Whether a value may stand where `hint` is annotated; hints that say nothing about it let it pass."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(fits(value, one) for one in inner)
+        return any(fits(value, kind) for kind in inner)
     if origin is Literal:
         return value in inner
     if origin in (list, tuple, set):
@@ -98,12 +97,21 @@ def fits(value: Any, hint: Any) -> bool:
     return found is Any or not isinstance(found, type) or isinstance(value, found)
 
 
-def words_of(hint: Any) -> str:
-    """What the value should be, and what to do; of several kinds the first."""
-    inner = [one for one in get_args(hint) if one is not type(None)]
-    if get_origin(hint) in (Union, types.UnionType):
-        return words_of(inner[0])
-    return WORDS.get(get_origin(hint) or hint, "of a kind known here; see --help")
+def kinds_of(hint: Any) -> tuple[Any, ...]:
+    """The types of a union without None, or the type itself.
+
+    >>> kinds_of(int | None), kinds_of(list[str])
+    ((<class 'int'>,), (list[str],))
+    """
+    if get_origin(hint) not in (Union, types.UnionType):
+        return (hint,)
+    return tuple(kind for kind in get_args(hint) if kind is not type(None))
+
+
+def expected_value(hint: Any) -> str:
+    """What the value should be, and what to do; of a union the first type."""
+    kind = kinds_of(hint)[0]
+    return EXPECTED.get(get_origin(kind) or kind, "of a kind known here; see --help")
 
 
 @cache
@@ -134,26 +142,7 @@ def check_named(field: str, texts: Any) -> None:
 def check_type(name: str, value: Any, hint: Any) -> None:
     """Raise a `ValueError` unless the value fits."""
     if not fits(value, hint):
-        raise ValueError(f"{name}: {value!r} is not {words_of(hint)}")
-
-
-def check_types(config: Any) -> None:
-    """Raise a `ValueError` for the first field of a dataclass that has a value of another type.
-
-    Numbers and choices aside, whose limits are checked with them; a missing value, too, unless a list is asked for.
-    """
-    kind: Any = type(config)
-    for name, hint in hints_of(kind).items():
-        kinds = {hint, *get_args(hint)} if get_origin(hint) in (Union, types.UnionType) else {hint}
-        if not ({int, float} & kinds or any(get_origin(kind) is Literal for kind in kinds)):
-            value = getattr(config, name)
-            if value is not None or get_origin(hint) is list:
-                check_type(name, value, hint)
-
-
-def described(text: str) -> dict[str, Any]:
-    """A field's metadata: its help on the command line."""
-    return {"help": text}
+        raise ValueError(f"{name}: {value!r} is not {expected_value(hint)}")
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -170,9 +159,3 @@ def check_number(name: str, value: object, *, low: float, high: float = math.inf
     if not good or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type,operator]
         limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
         raise ValueError(f"{name}: {value!r} does not fit; use {kind} {limits}")
-
-
-def check_name(name: str, value: object) -> None:
-    """Raise a `ValueError` where nothing is named; `check_types` sees to it that it is a text."""
-    if value is None or value == "":
-        raise ValueError(f"{name}: missing; give --{name}")

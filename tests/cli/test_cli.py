@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +17,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, CHATML, make_texts, make_tokenizer, save_model
 
-from retain.cli.main import main
+from retain.cli.main import VERBS, load_verb, main
 from retain.files import one_line
 from retain.models.description import model_fingerprint
 from retain.models.loading import load_model
@@ -55,15 +58,15 @@ def world(tmp_path_factory) -> Path:
     write_rows(folder / "new.jsonl", seed=1)
     write_rows(folder / "held.jsonl", seed=2, count=6)
     (folder / "wiki.txt").write_text("\n\n".join(make_texts(6, seed=3)))
-    arguments = ["--model_name_or_path", str(folder / "llama"), "--output_dir", str(folder / "replay")]
+    arguments = ["--model", str(folder / "llama"), "--output_dir", str(folder / "replay")]
     assert main(["sample", *arguments, "--num_rows", "8", "--max_length", "24"]) == 0
     return folder
 
 
 # Bad input: (verb, arguments with {w} for the world and {t} for a scratch folder, what the line must say)
 
-SAMPLE = "sample --model_name_or_path {w}/llama --output_dir {t}/out --num_rows 2 --max_length 8"
-FINETUNE = "finetune --model_name_or_path {w}/llama --dataset_name {w}/new.jsonl --output_dir {t}/out"
+SAMPLE = "sample --model {w}/llama --output_dir {t}/out --num_rows 2 --max_length 8"
+FINETUNE = "finetune --model {w}/llama --dataset_name {w}/new.jsonl --output_dir {t}/out"
 REPLAY = FINETUNE + " --replay_dataset {w}/replay"
 MEASURE = (
     "measure --base {w}/llama --model {w}/llama --output_dir {t}/out --retention wiki={w}/wiki.txt --max_length 24"
@@ -72,10 +75,10 @@ MEASURE = (
 BAD_INPUT = {
     "windows too long": (MEASURE.replace("--max_length 24", "--max_length 999"), "max_length: 999 is more than this"),
     # the model
-    "missing model": (SAMPLE.replace("{w}/llama", "{t}/nothing"), "model_name_or_path: no folder or file"),
-    "unknown Hub id": (SAMPLE.replace("{w}/llama", "nobody/nothing"), "model_name_or_path: cannot load"),
-    "no model": ("sample --output_dir {t}/out", "model_name_or_path: missing; give --model_name_or_path"),
-    "no model to finetune": (REPLAY.replace("--model_name_or_path {w}/llama", ""), "model_name_or_path: missing; give"),
+    "missing model": (SAMPLE.replace("{w}/llama", "{t}/nothing"), "model: no folder or file"),
+    "unknown Hub id": (SAMPLE.replace("{w}/llama", "nobody/nothing"), "model: cannot load"),
+    "no model": ("sample --output_dir {t}/out", "model: missing; give --model"),
+    "no model to finetune": (REPLAY.replace("--model {w}/llama", ""), "model: missing; give"),
     "missing tuned model": (MEASURE.replace("--model {w}/llama", "--model {t}/nothing"), "model: no folder or file"),
     "start token": (SAMPLE + " --start_token <nothing>", "start_token: '<nothing>' is not in the vocabulary; give"),
     "too long": (SAMPLE.replace("--max_length 8", "--max_length 999"), "max_length: 999 is more than this model's 128"),
@@ -170,7 +173,7 @@ BAD_INPUT = {
     ),
     "no model folder": (
         SAMPLE.replace("{w}/llama", "nowhere/"),
-        "model_name_or_path: no folder or file 'nowhere/'; give a folder, a GGUF file or a Hub id",
+        "model: no folder or file 'nowhere/'; give a folder, a GGUF file or a Hub id",
     ),
     "no replay folder": (REPLAY.replace("{w}/replay", "nowhere/"), "data: no file 'nowhere/'; check the path"),
     "a word of no flag": (REPLAY + " --report_to none wandb", "wandb: belongs to no flag"),
@@ -305,14 +308,14 @@ def test_hostile_text_cannot_drive_the_terminal(world, tmp_path, capsys):
     arguments = REPLAY.replace("{w}/new.jsonl", str(rows)).replace("{w}", str(world)).replace("{t}", str(tmp_path))
     capsys.readouterr()
     assert main([*arguments.split(), *TRAIN]) == 1
-    assert main(["sample", "--model_name_or_path", "\x1b[2Jno", "--output_dir", str(tmp_path / "out")]) == 1
+    assert main(["sample", "--model", "\x1b[2Jno", "--output_dir", str(tmp_path / "out")]) == 1
     told = capsys.readouterr().err
     assert "owned" in told
     assert not {"\x1b", "\x07", "\u202e"} & set(told)
 
 
 def test_a_card_that_cannot_be_written_is_known_before_measuring(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("retain.cli.measure.run_measure", None)
+    monkeypatch.setattr("retain.cli.measure.measure_models", None)
     arguments = MEASURE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()
     (tmp_path / "bad.md").write_text("---\na: [\n---\n")
     (tmp_path / "bytes.md").write_bytes(b"\xff\xfe\x00")
@@ -353,14 +356,32 @@ def test_verbs_and_version(capsys):
     assert capsys.readouterr().err == f"retain: no verb 'forget'; use one of {verbs}\n"
 
 
-@pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "report", "fit", "predict"])
-def test_every_flag_has_help(verb, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([verb, "--help"])
-    assert caught.value.code == 0
-    output = capsys.readouterr().out
-    assert f"usage: retain {verb}" in output
-    assert "--output" in output or verb == "predict"  # which prints
+@pytest.mark.parametrize("name", VERBS)
+def test_the_help_opens_with_an_example_and_explains_every_flag_of_ours(name, capsys):
+    verb = load_verb(name)
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{VERBS[name]}\n\n  {verb.example}\n\nFlags:\n")
+    for field in dataclasses.fields(verb.settings[-1]):
+        assert f"  --{field.name} " in shown
+        assert field.metadata["help"].strip().endswith((".", "]")), "a sentence"
+    assert not re.search("--no_|--[a-z]+-", shown), "no second names"
+    assert main([name, "--help_all"]) == 0
+    assert ("--num_train_epochs" in capsys.readouterr().out) == (len(verb.settings) > 1)
+    assert main([name]) == 1
+    assert f"retain {name}: give --{verb.required[0]}" in capsys.readouterr().err
+
+
+def test_what_a_verb_says_of_its_flags_is_so():
+    for name in VERBS:
+        verb = load_verb(name)
+        words = shlex.split(verb.example)
+        assert words[:2] == ["retain", name]
+        verb.check([[word for word in words[2:] if word not in ("--config", "sft.yaml")]])
+        ours = {field.name for field in dataclasses.fields(verb.settings[-1])}
+        assert {*verb.groups, verb.positional} <= ours | {""}
+        known = ours.union(*({field.name for field in dataclasses.fields(kind)} for kind in verb.settings))
+        assert {verb.known_name(given) for given in {*verb.aliases, *verb.borrowed}} <= known
 
 
 def test_an_interrupted_verb_says_how_to_go_on(world, tmp_path, capsys, monkeypatch):
@@ -373,7 +394,7 @@ def test_an_interrupted_verb_says_how_to_go_on(world, tmp_path, capsys, monkeypa
     arguments = SAMPLE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()
     assert main(arguments) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "retain sample: interrupted; the same command goes on where it stopped"
+        "retain sample: interrupted; run the same command again to resume"
     )
 
 
@@ -424,17 +445,15 @@ def test_a_bug_is_named_by_its_type_and_shown_where_when_asked(world, tmp_path, 
 @pytest.mark.parametrize("flag", ["--new_task", "--new-task"])
 @pytest.mark.parametrize("joined", [True, False])
 def test_a_flag_of_several_values_may_be_repeated(flag, joined):
-    from retain.cli.flags import parse
-
     def given(name: str, value: str) -> list[str]:
         return [f"{name}={value}"] if joined else [name, value]
 
     arguments = [*given(flag, "a=x"), "--base", "b", *given("--retention", "w=y"), *given(flag, "c=z")]
     arguments += [*given("--choices", "arc=q"), *given("--choices", "mmlu=r"), "--choice_style", "letter"]
-    (config,) = parse([*arguments, "--model", "m", "--output_dir", "o"], "measure")
+    (config,) = load_verb("measure").parse([*arguments, "--model", "m", "--output_dir", "o"])
     assert (config.new_task, config.retention, config.base) == (["a=x", "c=z"], ["w=y"], "b")
     assert (config.choices, config.choice_style) == (["arc=q", "mmlu=r"], "letter")
-    (config,) = parse(["--pair", "a", "--pair", "b", "--output_dir", "o"], "measure")
+    (config,) = load_verb("measure").parse(["--pair", "a", "--pair", "b", "--output_dir", "o"])
     assert config.pair == ["a", "b"]
 
 
@@ -494,10 +513,10 @@ def test_sample_finetune_measure(architecture, world, tmp_path, capsys):
     save_model(Path(model), architecture, **no_dropout)
     wiki, held = f"wiki={world}/wiki.txt", f"{world}/held.jsonl"
     arguments = ["--num_rows", "6", "--max_length", "24", "--per_device_batch_size", "4"]
-    assert main(["sample", "--model_name_or_path", model, "--output_dir", replay, *arguments]) == 0
+    assert main(["sample", "--model", model, "--output_dir", replay, *arguments]) == 0
     assert "document start: '<s>' (id 3)" in capsys.readouterr().out
 
-    arguments = ["--model_name_or_path", model, "--dataset_name", f"{world}/new.jsonl", "--eval_dataset_name", held]
+    arguments = ["--model", model, "--dataset_name", f"{world}/new.jsonl", "--eval_dataset_name", held]
     arguments += ["--output_dir", out, "--replay_dataset", replay, "--retention", wiki, "--eval_strategy", "steps"]
     assert main(["finetune", *arguments, "--eval_steps", "2", *TRAIN]) == 0
     output = capsys.readouterr().out

@@ -29,7 +29,7 @@ def chat_tokenizer():
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     save_model(folder / "model")
-    sample = f"sample --model_name_or_path {folder}/model --output_dir {folder}/replay --num_rows 5 --max_length 24"
+    sample = f"sample --model {folder}/model --output_dir {folder}/replay --num_rows 5 --max_length 24"
     assert main([*sample.split(), "--per_device_batch_size", "5"]) == 0
     return folder
 
@@ -124,7 +124,7 @@ def test_documents_are_no_chats(world, tmp_path, capsys):
         ("{w}/replay --output {t}/no/rows.jsonl", "make it first"),
         ("{w}/replay --output {t}/rows.jsonl --format parquet", "'parquet'"),
         ("{w}/model --output {t}/rows.jsonl", "make it with `retain sample`"),
-        ("{w}/replay --output {t}/rows.jsonl --model_name_or_path {t}/other", "has another tokenizer"),
+        ("{w}/replay --output {t}/rows.jsonl --model {t}/other", "has another tokenizer"),
     ],
 )
 def test_bad_input_ends_in_one_line(arguments, said, world, tmp_path, capsys):

@@ -16,27 +16,13 @@ import pytest
 from conftest import make_model, make_texts, make_tokenizer, save_model
 from safetensors.numpy import save_file
 
-import retain.cli.config as config
-from retain.cli.main import main
+from retain.cli.main import VERBS, load_verb, main
 from retain.files import read_jsonl
-from retain.lab.pretrain import PretrainConfig
 from retain.replay.dataset import shard_path
 from retain.replay.predictions import cache_path
 from retain.sampling.write import sample_replay
 from retain.training.run_files import read_run
 
-VERBS = {
-    "sample": config.SampleConfig,
-    "measure": config.MeasureConfig,
-    "report": config.ReportConfig,
-    "fit": config.FitConfig,
-    "predict": config.PredictConfig,
-    "sweep": config.SweepConfig,
-    "export": config.ExportConfig,
-    "finetune": config.FinetuneConfig,
-    "plan": config.PlanConfig,
-    "pretrain": PretrainConfig,
-}
 BAD = {
     int: ("abc", "1.5", "nan", "-7"),
     float: ("abc", "nan", "inf", "-7.5"),
@@ -55,7 +41,8 @@ def kind_of(hint: Any) -> Any:
 
 def bad_flags() -> list[tuple[str, str, str]]:
     found = []
-    for verb, settings in VERBS.items():
+    for verb in VERBS:
+        settings = load_verb(verb).settings[-1]
         hints = get_type_hints(settings)
         for field in dataclasses.fields(settings):
             kind = kind_of(hints[field.name])
@@ -88,7 +75,7 @@ def world(tmp_path_factory) -> Path:
 def good(verb: str, world: Path, out: Path) -> dict[str, str]:
     """Flags with which a verb would begin to work."""
     return {
-        "sample": {"model_name_or_path": world / "model", "output_dir": out},
+        "sample": {"model": world / "model", "output_dir": out},
         "measure": {
             "base": world / "model", "model": world / "tuned", "retention": f"w={world}/wiki.jsonl", "output_dir": out,
         },
@@ -98,12 +85,12 @@ def good(verb: str, world: Path, out: Path) -> dict[str, str]:
         "sweep": {"sweep": world / "sweep.yaml", "output_dir": out},
         "export": {"replay_dataset": world / "replay", "output": out.with_suffix(".jsonl")},
         "finetune": {
-            "model_name_or_path": world / "model", "dataset_name": world / "wiki.jsonl", "max_length": 24,
+            "model": world / "model", "dataset_name": world / "wiki.jsonl", "max_length": 24,
             "replay_dataset": world / "replay", "max_steps": 2, **TRAINER, "output_dir": out,
         },
         "plan": {
             "model": world / "model", "dataset_name": world / "wiki.jsonl", "retention": f"w={world}/wiki.jsonl",
-            "budget": 0.1, "max_length": 24, "output_dir": out,
+            "max_ref_kl": 0.1, "max_length": 24, "output_dir": out,
         },
         "pretrain": {
             "corpus": "synthetic", "num_states": 16, "vocab_size": 16, "branching": 3, "max_length": 16,
@@ -196,7 +183,7 @@ def test_a_damaged_checkpoint(world, tmp_path, capsys, verb, name, junk):
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[: len(whole) // 2] if junk == "half" else JUNK[junk])
     flags = good(verb, world, tmp_path / "out")
-    flags["model_name_or_path" if verb == "sample" else "base"] = str(folder)
+    flags["model" if verb == "sample" else "base"] = str(folder)
     line = refused([verb, *(word for key, value in flags.items() for word in (f"--{key}", str(value)))], capsys)
     assert "damaged" in line, line
     assert not list((tmp_path / "out").glob("*"))
@@ -490,7 +477,7 @@ ROWS: dict[str, list[Any]] = {
     "other.jsonl": [{"a": 1}],
 }
 FLAGS: list[tuple[str, dict[str, Any], str]] = [
-    ("sample", {"model_name_or_path": "{t}/no"}, "no folder or file"),
+    ("sample", {"model": "{t}/no"}, "no folder or file"),
     ("sample", {"start": "document=0.7,chat=x"}, "start: 'document=0.7,chat=x' does not fit"),
     ("sample", {"start": "document=0.5,document=0.5"}, "start: "),
     ("sample", {"start": "document=0.5"}, "add up to 0.5"),
@@ -509,7 +496,7 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("export", {"output": "{w}/replay/../replay/manifest.json"}, "would lie among the files of replay_dataset"),
     ("export", {"output": "{w}/model"}, "is a folder; name a file"),
     ("export", {"output": "{t}/no/rows.jsonl"}, "make it first"),
-    ("export", {"model_name_or_path": "{t}/no"}, "no folder or file"),
+    ("export", {"model": "{t}/no"}, "no folder or file"),
     ("export", {"format": "messages"}, "needs a chat template"),
     ("fit", {"output": "{w}"}, "output: "),
     ("fit", {"output": "{t}/no/law.json"}, "output: no folder"),
@@ -520,7 +507,7 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("fit", {"output": "{t}/l.json", "rivals": "nope"}, "form: 'nope' is not known"),
     ("fit", {"output": "{t}/l.json", "runs": "{t}/other.jsonl"}, "no column 'run'"),
     ("fit", {"output": "{t}/l.json", "runs": "{t}/no"}, "no file"),
-    ("finetune", {"model_name_or_path": "{t}/no"}, "no folder or file"),
+    ("finetune", {"model": "{t}/no"}, "no folder or file"),
     ("finetune", {"dataset_name": "{t}/no.jsonl"}, "no.jsonl"),
     ("finetune", {"dataset_name": "{t}/other.jsonl"}, "other.jsonl"),
     ("finetune", {"dataset_name": "{t}/chat.jsonl"}, "chat template"),
@@ -634,10 +621,10 @@ YAMLS: list[tuple[str, dict[str, Any], str]] = [
     ("export", {"format": ["text"]}, "format"),
     ("measure", {"retention": 3}, "retention"),
     ("measure", {"max_length": "long"}, "max_length"),
-    ("measure", {"budget": [1]}, "budget"),
+    ("measure", {"max_forgetting": [1]}, "max_forgetting"),
     ("plan", {"model": 5}, "model"),
     ("plan", {"retention": "w=x"}, "retention"),
-    ("plan", {"budget": "small"}, "budget"),
+    ("plan", {"max_ref_kl": "small"}, "max_ref_kl"),
     ("plan", {"lora_ranks": ["a"]}, "lora_ranks"),
     ("pretrain", {"corpus": 3}, "corpus"),
     ("pretrain", {"model_size": [1]}, "model_size"),

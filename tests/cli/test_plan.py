@@ -10,8 +10,8 @@ import pytest
 from conftest import make_texts, save_model
 
 from retain.cli import plan as plan_verb
-from retain.cli.config import PlanConfig
 from retain.cli.main import main
+from retain.cli.plan import PlanConfig
 from retain.laws.law import ForgettingLaw
 
 FLAGS = [
@@ -44,7 +44,7 @@ def test_rows_are_no_longer_than_the_model_takes(world, monkeypatch, capsys):
     """A model of 128 positions: 256 tokens that nobody chose become 128, and 200 that somebody chose are refused."""
     seen = []
     monkeypatch.setattr(plan_verb, "prepare_rows", lambda config, folder: seen.append(int(config.max_length)) or 1 / 0)
-    at, asked = FLAGS.index("--max_length"), arguments(world, "--budget", "5")
+    at, asked = FLAGS.index("--max_length"), arguments(world, "--max_ref_kl", "5")
     begin = asked.index(FLAGS[at])
     assert main(asked[:begin] + asked[begin + 2 :]) == 1
     assert seen == [128]
@@ -65,10 +65,10 @@ def test_plan_on_the_command_line(world, capsys, monkeypatch):
         return make(pilot, *rest)
 
     monkeypatch.setattr(plan_verb, "make_pilot", stopped)
-    assert main(arguments(world, "--budget", "5")) == 130
+    assert main(arguments(world, "--max_ref_kl", "5")) == 130
     assert "finished pilots are kept" in capsys.readouterr().err
     monkeypatch.setattr(plan_verb, "make_pilot", make)
-    assert main(arguments(world, "--budget", "5")) == 0
+    assert main(arguments(world, "--max_ref_kl", "5")) == 0
     out = capsys.readouterr().out
     assert out.count("(found)") == 3
     told = json.loads((world / "plan" / "plan.json").read_text())
@@ -85,7 +85,7 @@ def test_plan_on_the_command_line(world, capsys, monkeypatch):
     assert ForgettingLaw.from_json(world / "plan" / "law.json").form.name == "joint"
     assert (world / "plan" / "plan.png").stat().st_size > 10_000
     assert "What the pilots cannot say" in (world / "plan" / "plan.md").read_text()
-    assert main(arguments(world, "--budget", "1e-7")) == 0
+    assert main(arguments(world, "--max_ref_kl", "1e-7")) == 0
     out = capsys.readouterr().out
     assert out.count("(found)") == 7
     assert "No setting keeps forgetting within 1e-07" in out
@@ -93,7 +93,7 @@ def test_plan_on_the_command_line(world, capsys, monkeypatch):
 
 
 def test_held_out_rows_are_kept_apart_where_none_are_given(world, tmp_path):
-    given = {"model": "M", "retention": ["wiki=wiki.txt"], "budget": 1.0, "output_dir": str(tmp_path)}
+    given = {"model": "M", "retention": ["wiki=wiki.txt"], "max_ref_kl": 1.0, "output_dir": str(tmp_path)}
     rows = make_texts(40, seed=5, words=12)
     (tmp_path / "many.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
     config = PlanConfig(dataset_name=str(tmp_path / "many.jsonl"), **given)
@@ -110,19 +110,22 @@ def test_held_out_rows_are_kept_apart_where_none_are_given(world, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--budget", "0"], "budget: 0.0 does not fit; use a number of at least 1e-09"),
-        ([], "budget: missing; give --budget"),
-        (["--budget", "1", "--lora_ranks", "1", "2", "4"], "lora_ranks: [1, 2, 4] cannot tell what the rank does"),
-        (["--budget", "1", "--replay_coefs", "1"], "replay_coefs: [1.0] has no 0"),
-        (["--budget", "1", "--retention", "a=b"], "retention: no file 'b'; check the path"),
-        (["--budget", "1", "--retention", f"a={__file__}"], "retention_name: choose one of wiki, a"),
-        (["--budget", "1", "--retention_name", "b"], "retention_name: choose one of wiki"),
-        (["--budget", "1", "--dataset_name", "no.jsonl"], "data: no file 'no.jsonl'; check the path"),
-        (["--budget", "1", "--model", "./nothing"], "model: no folder or file"),
-        (["--budget", "1", "--unknown", "1"], "--unknown: not known here"),
-        (["--budget", "1", "--finetune_config", "no.yaml"], "finetune_config: no file 'no.yaml'; check the path"),
-        (["--budget", "1", "--replay_dataset", "nofolder/"], "data: no file 'nofolder/'; check the path"),
-        (["--budget", "1", "--replay_dataset", str(Path(__file__).parent)], "replay_dataset: "),
+        (["--max_ref_kl", "0"], "max_ref_kl: 0.0 does not fit; use a number of at least 1e-09"),
+        ([], "max_ref_kl: missing; give --max_ref_kl"),
+        (
+            ["--max_ref_kl", "1", "--lora_ranks", "1", "2", "4"],
+            "lora_ranks: [1, 2, 4] are too few",
+        ),
+        (["--max_ref_kl", "1", "--replay_coefs", "1"], "replay_coefs: [1.0] has no 0"),
+        (["--max_ref_kl", "1", "--retention", "a=b"], "retention: no file 'b'; check the path"),
+        (["--max_ref_kl", "1", "--retention", f"a={__file__}"], "retention_name: choose one of wiki, a"),
+        (["--max_ref_kl", "1", "--retention_name", "b"], "retention_name: choose one of wiki"),
+        (["--max_ref_kl", "1", "--dataset_name", "no.jsonl"], "data: no file 'no.jsonl'; check the path"),
+        (["--max_ref_kl", "1", "--model", "./nothing"], "model: no folder or file"),
+        (["--max_ref_kl", "1", "--unknown", "1"], "--unknown: not known here"),
+        (["--max_ref_kl", "1", "--finetune_config", "no.yaml"], "finetune_config: no file 'no.yaml'; check the path"),
+        (["--max_ref_kl", "1", "--replay_dataset", "nofolder/"], "data: no file 'nofolder/'; check the path"),
+        (["--max_ref_kl", "1", "--replay_dataset", str(Path(__file__).parent)], "replay_dataset: "),
     ],
 )
 def test_bad_input_ends_in_one_line(world, capsys, more, message):

@@ -17,7 +17,7 @@ from conftest import make_texts, save_model
 def test_two_processes_sample_the_rows_of_one(engine: str, tmp_path: Path) -> None:
     """Each process draws its share of the shards; with vLLM, here a stand-in, on GPUs of its own."""
     save_model(tmp_path / "model")
-    flags = ["--model_name_or_path", "model", "--num_rows", "22", "--max_length", "12", "--rows_per_shard", "4"]
+    flags = ["--model", "model", "--num_rows", "22", "--max_length", "12", "--rows_per_shard", "4"]
     flags += ["--per_device_batch_size", "4", "--engine", engine]
     flags += ["--tensor_parallel_size", "2"] if engine == "vllm" else []
     (tmp_path / "devices").mkdir()

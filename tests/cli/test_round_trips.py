@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retain import fit_forgetting_law
-from retain.cli.flags import parse
+from retain.cli.main import load_verb
 from retain.files import exclusive, write_json
 from retain.lab.sweep import read_sweep
 from retain.laws.law import ForgettingLaw
@@ -30,7 +30,7 @@ WORDS |= st.sampled_from(["runs", "pair", "retention=x"])  # names of flags, as 
 NAMES = WORDS.filter(lambda text: "=" not in text)
 COUNTS, SHARES = st.integers(1, 10**9), st.floats(0, 1)
 SAMPLE = st.fixed_dictionaries(
-    {"model_name_or_path": WORDS, "output_dir": WORDS},
+    {"model": WORDS, "output_dir": WORDS},
     optional={
         "num_rows": COUNTS, "max_length": st.integers(2, 10**6), "min_ended_turns": SHARES, "rows_per_shard": COUNTS,
         "seed": st.integers(0, 2**31), "chat_turn": st.sampled_from(["user", "assistant"]), "preview": COUNTS,
@@ -46,7 +46,7 @@ MEASURE = st.fixed_dictionaries(
     },
     optional={
         "max_documents": COUNTS, "num_resamples": st.integers(100, 10**5), "seed": st.integers(0, 2**31),
-        "budget": st.floats(1e-9, 1e3),
+        "max_forgetting": st.floats(1e-9, 1e3),
     },
 )  # fmt: skip
 
@@ -59,11 +59,11 @@ def test_settings_mean_the_same_as_flags_and_as_yaml(verb, given_settings):
         flags = []
         for name, value in wanted.items():
             flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        (of_flags,) = parse(flags, verb)
+        (of_flags,) = load_verb(verb).parse(flags)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "settings.yaml"
             file.write_text(yaml.safe_dump(wanted, allow_unicode=True), encoding="utf-8")
-            (of_yaml,) = parse(["--config", str(file)], verb)
+            (of_yaml,) = load_verb(verb).parse(["--config", str(file)])
         found = dataclasses.asdict(of_flags)
         assert {name: found[name] for name in wanted} == wanted
         assert dataclasses.asdict(of_yaml) == found

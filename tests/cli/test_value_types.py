@@ -8,12 +8,10 @@ from typing import Any, Literal
 import pytest
 
 from retain import ReplayConfig
-from retain.checks import fits, hints_of, words_of
-from retain.cli.config import MeasureConfig, SampleConfig
-from retain.cli.flags import parser_of, types_of
-from retain.cli.main import main
-
-VERBS = ("sample", "export", "finetune", "measure", "report", "fit", "predict", "plan", "sweep", "pretrain")
+from retain.checks import expected_value, fits, hints_of
+from retain.cli.main import VERBS, load_verb, main
+from retain.cli.measure import MeasureConfig
+from retain.cli.sample import SampleConfig
 
 
 @pytest.mark.parametrize(
@@ -31,16 +29,16 @@ def test_fits(value: Any, hint: Any, good: bool) -> None:
 
 
 def test_what_to_give_is_said_in_words() -> None:
-    assert words_of(bool) == "true or false; use one of them"
-    assert words_of(int | None) == "a whole number; use one"
-    assert words_of(list[str] | str) == "a list; write [a, b]"
+    assert expected_value(bool) == "true or false; use one of them"
+    assert expected_value(int | None) == "a whole number; use one"
+    assert expected_value(list[str] | str) == "a list; write [a, b]"
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_default_fits_its_own_field(verb: str) -> None:
     """Else a YAML file that states a default would be refused."""
-    parser = parser_of(verb)
-    hints = {name: hint for kind in types_of(verb) for name, hint in hints_of(kind).items()}
+    parser = load_verb(verb).parser()
+    hints = {name: hint for kind in load_verb(verb).settings for name, hint in hints_of(kind).items()}
     defaults = {name: parser.get_default(name) for name in hints}
     assert {
         n: v for n, v in defaults.items() if v is not None and not isinstance(v, str) and not fits(v, hints[n])
@@ -56,11 +54,11 @@ def test_every_default_fits_its_own_field(verb: str) -> None:
         ),
         (lambda: ReplayConfig(replay_coef="1"), "replay_coef: '1' does not fit; use a number"),
         (
-            lambda: SampleConfig(model_name_or_path="m", output_dir="o", trust_remote_code="false"),
+            lambda: SampleConfig(model="m", output_dir="o", trust_remote_code="false"),
             "trust_remote_code: 'false' is not true or false",
         ),
         (
-            lambda: SampleConfig(model_name_or_path="m", output_dir="o", start_token=[3]),
+            lambda: SampleConfig(model="m", output_dir="o", start_token=[3]),
             r"start_token: \[3\] is not text",
         ),
         (lambda: MeasureConfig(base="m", model="m", output_dir="o", retention=None), "retention: None is not a list"),
@@ -72,6 +70,7 @@ def test_python_is_checked_like_yaml(make: Any, message: str) -> None:
         make()
 
 
+PLAN = "retention: [a=b]\nmodel: m\ndataset_name: d\nmax_ref_kl: 1\n"
 YAML = [
     ("finetune", "replay_dataset: 5", "replay_dataset: 5 is not text; write it in quotes"),
     ("finetune", "replay_dataset: true", "replay_dataset: True is not"),
@@ -91,7 +90,7 @@ YAML = [
     ("measure", "retention: [1]", "retention: [1] is not"),
     ("measure", "model: 2026-11-22", "model: datetime.date(2026, 11, 22) is not"),
     ("plan", "lora_ranks: [a, 2]", "lora_ranks: ['a', 2] is not"),
-    ("plan", 'lora_ranks: "4"', "lora_ranks: 4 is not a list; write [a, b]"),
+    ("plan", f'{PLAN}lora_ranks: "4"', "lora_ranks: 4 is not a list; write [a, b]"),
     ("pretrain", "corpus: 5", "corpus: 5 is not"),
     ("sweep", "cores_per_run: 1.5", "cores_per_run: 1.5 is not"),
 ]

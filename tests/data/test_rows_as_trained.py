@@ -11,9 +11,8 @@ import pytest
 from conftest import CHATML, make_model, make_texts, make_tokenizer
 from trl import SFTConfig, SFTTrainer
 
-from retain.cli.config import MeasureConfig
 from retain.cli.main import main
-from retain.cli.measure import default_prompts, new_task_reading
+from retain.cli.measure import MeasureConfig, default_prompts, new_task_reading
 from retain.data.rows import (
     NEW_TASK,
     Reading,

@@ -44,7 +44,7 @@ def commands(w: Path) -> dict[str, list[str]]:
         **TRAIN,
     )
     pretrain = flags(corpus="synthetic", num_states=16, vocab_size=16, branching=3, max_length=16, model_size=20000)
-    plan = flags(model=w / "model", dataset_name=w / "rows.jsonl", retention=f"wiki={w}/wiki.txt", budget=0.01)
+    plan = flags(model=w / "model", dataset_name=w / "rows.jsonl", retention=f"wiki={w}/wiki.txt", max_ref_kl=0.01)
     sample = flags(model_name_or_path=w / "model", num_rows=8, rows_per_shard=4, max_length=32)
     return {
         "sample": ["sample", *sample],

@@ -26,7 +26,7 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, server) -> Path:
     root = make_world(tmp_path_factory.mktemp("world"))
-    argv = ["sample", "--model_name_or_path", str(root / "model"), "--num_rows", "24", "--max_length", "24"]
+    argv = ["sample", "--model", str(root / "model"), "--num_rows", "24", "--max_length", "24"]
     done = server.run([*argv, "--store_reference", "hidden", "--output_dir", str(root / "stored")], root)
     assert done["code"] == 0, done["said"]
     return root

@@ -15,11 +15,11 @@ import pytest
 from killing import TRAIN, differences, flags, make_kinds, make_world, run_fresh, snapshot
 from test_kill import server, world  # noqa: F401
 
-import retain.cli.main
+import retain.cli.flags
 import retain.lab.runner
 import retain.measuring.measure
 import retain.sampling.write
-from retain.cli.main import main
+from retain.cli.main import load_verb, main
 from retain.training.trainer import ReplaySFTTrainer
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -66,7 +66,7 @@ def test_sampling_stops_and_goes_on(here, tmp_path, capsys, monkeypatch, number)
     with monkeypatch.context() as patch:
         patch.setattr(retain.sampling.write, "write_shard", stop)
         assert main([*argv, "--output_dir", str(tmp_path / "out")]) == CODES[number]
-    assert last_line(capsys) == f"retain sample: {WORDS[number]}; the same command goes on where it stopped"
+    assert last_line(capsys) == f"retain sample: {WORDS[number]}; run the same command again to resume"
     assert files(tmp_path / "out") == ["manifest.json", "shard-00000.parquet", "shard-00001.parquet"]
     assert signal.getsignal(signal.SIGTERM) == before
     assert main([*argv, "--output_dir", str(tmp_path / "out")]) == 0
@@ -108,10 +108,7 @@ def test_finetuning_stops_with_a_checkpoint_and_goes_on_to_the_bit(
     with monkeypatch.context() as patch:
         raising(patch, [number])
         assert main([*tune, "--output_dir", str(tmp_path / "out")]) == CODES[number]
-    assert last_line(capsys) == (
-        f"retain finetune: {WORDS[number]}; the same command with --resume_from_checkpoint true goes on from the last "
-        "checkpoint"
-    )
+    assert last_line(capsys) == f"retain finetune: {WORDS[number]}; {load_verb('finetune').resume}"
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3, "the step that was being made is kept; checkpoints are due at 2 and 4"
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists(), "half a run does not pass for a whole one"
@@ -134,13 +131,13 @@ def test_a_signal_that_python_drops_is_sent_again(capsys, monkeypatch, number):
         def __del__(self):
             signal.raise_signal(number)
 
-    def work(argv):
+    def work(self, argv):
         Unlucky()
         for _ in range(100):
             time.sleep(0.1)
 
-    monkeypatch.setitem(retain.cli.main.VERBS, "sample", work)
-    assert main(["sample"]) == CODES[number]
+    monkeypatch.setattr(retain.cli.flags.Verb, "__call__", work)
+    assert main(["sample", "--num_rows", "1"]) == CODES[number]
     assert last_line(capsys).startswith(f"retain sample: {WORDS[number]}; ")
 
 
@@ -189,9 +186,7 @@ def test_a_stopped_sweep_asks_its_runs_to_stop(tmp_path, capsys, monkeypatch, nu
 
     threading.Thread(target=stop_when_begun, daemon=True).start()
     assert main(["sweep", str(tmp_path / "s.yaml"), "--output_dir", str(tmp_path / "out")]) == CODES[number]
-    assert last_line(capsys) == (
-        f"retain sweep: {WORDS[number]}; finished runs are kept, others go on from their last checkpoint; run it again"
-    )
+    assert last_line(capsys) == f"retain sweep: {WORDS[number]}; {load_verb('sweep').resume}"
     assert list((tmp_path / "out").glob("runs/*/stopped"))
 
 

@@ -299,7 +299,7 @@ def test_pretraining_makes_an_ordinary_folder(tmp_path, capsys):
     model, tokenizer = load_model(str(tmp_path / "base")), load_tokenizer(str(tmp_path / "base"))
     assert model.config.model_type == "qwen3"
     assert tokenizer.bos_token_id == model.config.bos_token_id == 0
-    sample = ["--model_name_or_path", str(tmp_path / "base"), "--output_dir", str(tmp_path / "replay")]
+    sample = ["--model", str(tmp_path / "base"), "--output_dir", str(tmp_path / "replay")]
     assert main(["sample", *sample, "--num_rows", "4", "--max_length", "16"]) == 0
 
 
@@ -446,7 +446,7 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path, capsys):
 def test_finetuning_by_half_life_and_to_a_target_loss(tmp_path, capsys, llama_folder_with_rows):
     model, rows, held = llama_folder_with_rows
     command = [
-        *("finetune", "--model_name_or_path", model, "--dataset_name", rows, "--eval_dataset_name", held),
+        *("finetune", "--model", model, "--dataset_name", rows, "--eval_dataset_name", held),
         *("--replay_coef", "0", "--max_steps", "40", "--per_device_train_batch_size", "2", "--max_length", "24"),
         *("--use_cpu", "--bf16", "False", "--report_to", "none", "--save_strategy", "no", "--learning_rate", "1e-2"),
         *("--eval_strategy", "steps", "--eval_steps", "4", "--gradient_checkpointing", "False"),

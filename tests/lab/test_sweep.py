@@ -200,7 +200,7 @@ def test_no_run_begins_where_the_flags_of_one_are_wrong(tmp_path, capsys, fake, 
 def test_flags_of_accelerate_may_be_swept(tmp_path, capsys, fake):
     flags = {"model_name_or_path": "m", "dataset_name": "d", "num_processes": 2, "learning_rate": 1e-5, "bf16": False}
     path = write(tmp_path / "s.yaml", common=flags, grid={"lora_target_modules": [["q_proj", "v_proj"], "all-linear"]})
-    retain.cli.main.check_runs(path, read_sweep(path))
+    retain.cli.sweep.check_runs(path, read_sweep(path))
 
 
 def test_a_second_sweep_in_one_folder_is_refused(tmp_path, fake):

@@ -22,9 +22,8 @@ from test_models import ADAPTERS, NEEDED, QV, gguf_file, write_gguf  # noqa: F40
 from trl import SFTConfig
 
 from retain import ReplayConfig, ReplaySFTTrainer, measure
-from retain.cli.config import MeasureConfig
 from retain.cli.main import main
-from retain.cli.measure import load_both, load_judge, other_base, replay_folder, settings_of_run
+from retain.cli.measure import MeasureConfig, load_both, load_judge, other_base, replay_folder, settings_of_run
 from retain.models.loading import load_model, load_tokenizer
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 
@@ -106,8 +105,8 @@ def test_the_verbs_name_their_flag(tmp_path, capsys):
     rows.write_text('{"text": "the quick brown fox"}\n' * 8)
     out = ["--output_dir", str(tmp_path / "out")]
     for verb, field, arguments in (
-        ("sample", "model_name_or_path", ["--num_rows", "2", "--max_length", "8"]),
-        ("finetune", "model_name_or_path", ["--dataset_name", str(rows), "--replay_coef", "0"]),
+        ("sample", "model", ["--num_rows", "2", "--max_length", "8"]),
+        ("finetune", "model", ["--dataset_name", str(rows), "--replay_coef", "0"]),
         ("measure", "base", ["--model", name, "--retention", f"rows={rows}"]),
     ):
         assert main([verb, f"--{field}", name, *arguments, *out]) == 1

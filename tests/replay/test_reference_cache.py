@@ -370,13 +370,13 @@ def test_stored_predictions_and_a_budget_on_the_command_line(
     save_model(tmp_path / "base")
     new, old = write_rows(tmp_path / "new.jsonl", seed=1), write_rows(tmp_path / "old.jsonl", seed=3)
     arguments = ["--num_rows", "6", "--max_length", "24", "--store_reference", "hidden"]
-    assert main(["sample", "--model_name_or_path", model, "--output_dir", replay, *arguments]) == 0
+    assert main(["sample", "--model", model, "--output_dir", replay, *arguments]) == 0
     output = capsys.readouterr().out
     assert "stored predictions: hidden, 128." in output
     told = json.loads((tmp_path / "replay" / "statistics.json").read_text())["stored"]
     assert told["stored_kl"] == pytest.approx(told["exact_kl"], rel=1e-3)
 
-    arguments = ["--model_name_or_path", model, "--dataset_name", new, "--output_dir", out, "--replay_dataset", replay]
+    arguments = ["--model", model, "--dataset_name", new, "--output_dir", out, "--replay_dataset", replay]
     arguments += ["--max_ref_kl", "0.01", "--retention", f"old={old}"]
     assert main(["finetune", *arguments, *TRAIN]) == 0
     output = capsys.readouterr().out
@@ -392,7 +392,7 @@ def test_stored_predictions_and_a_budget_on_the_command_line(
 
 def test_a_budget_that_cannot_be_followed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new = write_rows(tmp_path / "new.jsonl", seed=1)
-    base = ["finetune", "--model_name_or_path", "x", "--dataset_name", new, "--output_dir", str(tmp_path / "out")]
+    base = ["finetune", "--model", "x", "--dataset_name", new, "--output_dir", str(tmp_path / "out")]
     base += TRAIN
     for more, line in (
         (["--max_ref_kl", "0"], "max_ref_kl: 0.0 does not fit"),

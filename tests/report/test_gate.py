@@ -195,18 +195,18 @@ def test_exit_codes(world, tmp_path, capsys):
     def last() -> str:
         return capsys.readouterr().out.splitlines()[-1]
 
-    assert gate(world, tmp_path / "0", "copy", "--budget", "0.02", "--min_agreement", "0.9") == 0
+    assert gate(world, tmp_path / "0", "copy", "--max_forgetting", "0.02", "--min_agreement", "0.9") == 0
     assert last().startswith("gate: within (exit code 0), decided by wiki, forgetting 0.000 [0.000, 0.000] on 12 docu")
-    assert gate(world, tmp_path / "2", "off", "--budget", "0.02") == 2
+    assert gate(world, tmp_path / "2", "off", "--max_forgetting", "0.02") == 2
     assert last().startswith("gate: beyond (exit code 2), decided by wiki, forgetting ")
     data = json.loads((tmp_path / "2" / "report.json").read_text())
     assert (data["gate"]["code"], data["gate"]["max_forgetting"], data["gate"]["min_agreement"]) == (2, 0.02, None)
     assert "gate: beyond" in (tmp_path / "2" / "report.html").read_text()
     assert ForgettingReport(data).summary()
     forgetting = data["retention"]["wiki"]["forgetting"]["value"]
-    assert gate(world, tmp_path / "3", "off", "--budget", str(forgetting * 1.001)) == 3
+    assert gate(world, tmp_path / "3", "off", "--max_forgetting", str(forgetting * 1.001)) == 3
     assert "not enough evidence (exit code 3)" in last()
-    assert gate(world, tmp_path / "few", "copy", "--budget", "0.02", texts="few") == 3
+    assert gate(world, tmp_path / "few", "copy", "--max_forgetting", "0.02", texts="few") == 3
     assert "3 were measured" in last()
     assert gate(world, tmp_path / "none", "off") == 0
     assert "gate" not in json.loads((tmp_path / "none" / "report.json").read_text())
@@ -239,8 +239,8 @@ def test_the_gate_of_paired_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--budget", "-1"], "budget: -1.0 does not fit; use a number of at least 0"),
-        (["--budget", "nan"], "budget: nan does not fit; use a number of at least 0"),
+        (["--max_forgetting", "-1"], "max_forgetting: -1.0 does not fit; use a number of at least 0"),
+        (["--max_forgetting", "nan"], "max_forgetting: nan does not fit; use a number of at least 0"),
         (["--min_agreement", "90"], "min_agreement: 90.0 does not fit; use a number from 0 to 1"),
     ],
 )
@@ -252,5 +252,5 @@ def test_limits_that_do_not_fit_are_errors(arguments, expected, world, tmp_path,
 def test_a_budget_needs_a_text(tmp_path, capsys):
     (tmp_path / "a.jsonl").touch()
     arguments = ["--pair", str(tmp_path / "a.jsonl"), str(tmp_path / "a.jsonl"), "--output_dir", str(tmp_path / "out")]
-    assert main(["measure", *arguments, "--budget", "0.02"]) == 1
-    assert "budget: 0.02 is on forgetting, which needs a text; give --retention name=file" in capsys.readouterr().err
+    assert main(["measure", *arguments, "--max_forgetting", "0.02"]) == 1
+    assert "max_forgetting: 0.02 is about texts, and there are none; give --retention" in capsys.readouterr().err

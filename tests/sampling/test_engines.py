@@ -25,8 +25,8 @@ import torch
 from conftest import CHATML, make_model, make_tokenizer, save_model
 from pyarrow import parquet
 
-from retain.cli.config import SampleConfig
 from retain.cli.main import main
+from retain.cli.sample import SampleConfig
 from retain.models.loading import load_model, load_tokenizer
 from retain.replay.dataset import load_self_generated, read_manifest
 from retain.sampling.engine import Shard
@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def sample(model: Path, output_dir: Path, *flags: str) -> int:
-    return main(["sample", "--model_name_or_path", str(model), "--output_dir", str(output_dir), *flags])
+    return main(["sample", "--model", str(model), "--output_dir", str(output_dir), *flags])
 
 
 def sample_on(engine: Any, model: Path, folder: Path, **settings: Any) -> Path:
@@ -110,7 +110,7 @@ def test_ray_refuses_launched_processes(llama_folder, tmp_path, monkeypatch, cap
 )
 def test_flags_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        SampleConfig(model_name_or_path="m", output_dir="o", **settings)
+        SampleConfig(model="m", output_dir="o", **settings)
 
 
 # vLLM
@@ -425,7 +425,7 @@ def interrupt():
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGINT)
 threading.Thread(target=interrupt, daemon=True).start()
-sys.exit(main(["sample", "--model_name_or_path", sys.argv[1], "--output_dir", sys.argv[2], *sys.argv[3:]]))
+sys.exit(main(["sample", "--model", sys.argv[1], "--output_dir", sys.argv[2], *sys.argv[3:]]))
 """
 
 

@@ -157,7 +157,7 @@ def test_zero3_from_the_command_line_sees_the_base_whole(folder: Path) -> None:
     found = {}
     for way, processes, around in (("one", 1, {}), ("zero3", 2, zero(3))):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += ["-m", "retain", "finetune", "--model_name_or_path", "model", "--dataset_name", "rows.jsonl"]
+        command += ["-m", "retain", "finetune", "--model", "model", "--dataset_name", "rows.jsonl"]
         command += ["--replay_dataset", "stored", "--output_dir", f"out-{way}", "--max_steps", "3", "--optim", "sgd"]
         command += ["--learning_rate", "0.3", "--max_length", "24", "--bf16", "false", "--eval_strategy", "no"]
         command += ["--per_device_train_batch_size", str(4 // processes), "--lr_scheduler_type", "constant"]

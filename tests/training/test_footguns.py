@@ -381,7 +381,7 @@ def test_full_finetuning_stops_at_ctrl_c_and_goes_on_to_the_bit(
     """As tests/kill/test_stop.py does it with an adapter."""
     save_model(tmp_path / "model")
     rows = write_rows(tmp_path / "new.jsonl", seed=1)
-    command = f"finetune --model_name_or_path {tmp_path}/model --dataset_name {rows} --replay_dataset {tmp_path}/replay"
+    command = f"finetune --model {tmp_path}/model --dataset_name {rows} --replay_dataset {tmp_path}/replay"
     command += (
         " --max_steps 5 --save_steps 2 --per_device_train_batch_size 2 --max_length 24 --use_cpu true --bf16 false"
     )
@@ -389,7 +389,7 @@ def test_full_finetuning_stops_at_ctrl_c_and_goes_on_to_the_bit(
         " --report_to none --disable_tqdm true --gradient_checkpointing false --eval_strategy no --save_total_limit 1"
     )
     command += " --max_ref_kl 0.01" if budget else ""
-    sample = f"sample --model_name_or_path {tmp_path}/model --output_dir {tmp_path}/replay --num_rows 6 --max_length 16"
+    sample = f"sample --model {tmp_path}/model --output_dir {tmp_path}/replay --num_rows 6 --max_length 16"
     assert main(sample.split()) == 0
     assert main([*command.split(), "--output_dir", str(tmp_path / "whole")]) == 0
     training_step = ReplaySFTTrainer.training_step
@@ -576,7 +576,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     save_model(folder / "model")
     write_rows(folder / "new.jsonl", seed=1)
-    sample = f"sample --model_name_or_path {folder}/model --output_dir {folder}/replay --num_rows 6 --max_length 16"
+    sample = f"sample --model {folder}/model --output_dir {folder}/replay --num_rows 6 --max_length 16"
     assert main(sample.split()) == 0
     return folder
 
@@ -601,7 +601,7 @@ BAD_FLAGS = {
 
 
 def finetune(small: Path, output: Path, *more: str) -> list[str]:
-    command = f"finetune --model_name_or_path {small}/model --dataset_name {small}/new.jsonl --output_dir {output}"
+    command = f"finetune --model {small}/model --dataset_name {small}/new.jsonl --output_dir {output}"
     command += f" --replay_dataset {small}/replay --max_steps 3 --max_length 24 --use_cpu true --bf16 false"
     command += " --report_to none --gradient_checkpointing false --per_device_train_batch_size 2 --logging_steps 1"
     return [*command.split(), *more]

@@ -54,7 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     save_model(folder / "model", scale=2.0)
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    sample = f"sample --model_name_or_path {folder}/model --output_dir {folder}/replay --num_rows 4 --max_length 24"
+    sample = f"sample --model {folder}/model --output_dir {folder}/replay --num_rows 4 --max_length 24"
     assert main(sample.split()) == 0
     return folder
 
@@ -83,7 +83,7 @@ def test_one_file_for_trl_sft_and_for_us(world, tmp_path, capsys):
 
 
 def test_a_run_without_protection_says_so(world, tmp_path, capsys):
-    command = f"finetune --model_name_or_path {world}/model --dataset_name {world}/rows.jsonl --output_dir {tmp_path}/o"
+    command = f"finetune --model {world}/model --dataset_name {world}/rows.jsonl --output_dir {tmp_path}/o"
     plain = "--max_steps 1 --use_cpu true --bf16 false --report_to none --save_strategy no --max_length 24"
     assert main([*command.split(), *plain.split(), "--replay_coef", "0"]) == 0
     assert "protection: none (replay_coef 0)" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Replay rows as JSONL for trainers that are not ours: text, chats, or the very tokens.
+"""`retain export`: replay rows as JSONL for trainers that are not ours: text, chats, or the tokens.
 
 What such a trainer does with them is next-token training beside its own rows: there is no base and no KL in it.
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from retain.cli.config import ExportConfig
+from retain.checks import setting
+from retain.cli.flags import Verb
+from retain.cli.settings import RemoteCodeSettings
 from retain.files import check_shape, check_writable, write_text
 from retain.models.description import tokenizer_fingerprint
 from retain.models.loading import load_tokenizer
@@ -24,14 +27,26 @@ NEEDED = {"model": str, "tokenizer_fingerprint": str, "start_token": {"id": int}
 MARKS = ("RETAINFIRST", "RETAINSECOND", "RETAINTHIRD")
 
 
-def run_export(config: ExportConfig) -> str:
-    """Write the rows of a replay dataset as `config.format`; returns what to tell the user.
+@dataclass(kw_only=True)
+class ExportConfig(RemoteCodeSettings):
+    """`retain export`: replay rows as JSONL for other trainers; the folder comes first, without a flag."""
+
+    replay_dataset: str = setting("", "Folder that `retain sample` wrote.", required=True)
+    output: str = setting("", "File for the rows, .jsonl.", required=True)
+    format: Literal["text", "messages", "tokens"] = setting(
+        "text",
+        "text: what follows the start token. messages: the whole turns of rows sampled with --start chat. tokens: "
+        "input_ids, attention_mask and labels, exactly as drawn.",
+    )
+    model: str | None = setting(None, "Model whose tokenizer is used. Default: the one that wrote the rows.")
+
+
+def run_export(config: ExportConfig) -> None:
+    """Write the rows of a replay dataset as `config.format`, and print how many.
 
     Raises:
         ValueError: one line, before anything is written, for a dataset or tokenizer that cannot be exported so.
     """
-    assert config.replay_dataset is not None
-    assert config.output is not None
     folder, output = Path(config.replay_dataset).expanduser(), Path(config.output)
     check_writable(output, "output")
     if output.resolve().parent == folder.resolve():
@@ -39,10 +54,10 @@ def run_export(config: ExportConfig) -> str:
     rows = load_self_generated(folder)
     check_shape(rows.manifest, NEEDED, f"replay_dataset: {str(folder / MANIFEST)!r} is damaged", REMEDY)
     assert rows.manifest is not None
-    name = config.model_name_or_path or rows.manifest["model"]
-    tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code, field="model_name_or_path")
+    name = config.model or rows.manifest["model"]
+    tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     if tokenizer_fingerprint(tokenizer) != rows.manifest["tokenizer_fingerprint"]:
-        raise ValueError(f"model_name_or_path: {name!r} has another tokenizer than the one that wrote these rows")
+        raise ValueError(f"model: {name!r} has another tokenizer than the one that wrote these rows")
     written: Sequence[dict[str, Any]]
     if config.format == "tokens":
         written, note = [token_row(rows, index) for index in range(len(rows))], "the very tokens"
@@ -51,7 +66,7 @@ def run_export(config: ExportConfig) -> str:
     else:
         written, note = message_rows(rows, tokenizer)
     write_text(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written))
-    return f"{len(written)} of {len(rows)} rows as {config.format} in {output}: {note}"
+    print(f"{len(written)} of {len(rows)} rows as {config.format} in {output}: {note}")
 
 
 def token_row(rows: ReplayDataset, index: int) -> dict[str, list[int]]:
@@ -139,3 +154,13 @@ def _turns(text: str, answer: str, end: str, question: str) -> Iterator[dict[str
         if not (end + rest).startswith(question):
             return
         text = (end + rest)[len(question) :]
+
+
+VERB = Verb(
+    name="export",
+    example="retain export replay/ --output replay.jsonl",
+    settings=(ExportConfig,),
+    run=run_export,
+    positional="replay_dataset",
+    aliases={"model_name_or_path": "model"},
+)

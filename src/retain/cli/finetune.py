@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback
-from trl import get_dataset, get_peft_config, get_quantization_config
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
 
-from retain.checks import Unchosen, check_number
-from retain.cli.config import FinetuneConfig
+from retain.checks import Unchosen, check_number, setting
+from retain.cli.flags import Verb
 from retain.cli.sample import sample_with_bar
+from retain.cli.settings import RetentionSettings, StartTokenSettings
 from retain.data.rows import hub_name, is_local_file, named_sources, read_rows
+from retain.files import exclusive
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.models.loading import load_tokenizer
 from retain.replay.dataset import load_texts
 from retain.text import first_line, visible
-from retain.training.config import check_arguments
+from retain.training.config import ReplayConfig, StoppingConfig, check_arguments
 from retain.training.half_life import apply_half_life, check_half_life
 from retain.training.host_checks import expected_steps, load_for_training
 from retain.training.protection import check_replay_every
@@ -27,12 +39,51 @@ from retain.training.stop_at_loss import StopAtLoss, check_early_stopping, check
 from retain.training.trainer import ReplaySFTTrainer
 
 
+@dataclass(kw_only=True)
+class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings, RetentionSettings):
+    """What `retain finetune` takes beside the flags of `trl sft`."""
+
+    replay_dataset: str | None = setting(
+        None,
+        "Replay rows: a folder that `retain sample` wrote, a JSONL, text or Parquet file of real text, or 'self' to "
+        "sample from the model first. [required, unless replay_objective is kl_new or replay_coef 0]",
+    )
+    replay_num_rows: int = setting(256, "Rows to sample before training, with replay_dataset self.", low=1)
+    eval_dataset_name: str | None = setting(
+        None, "Held-out rows of the new task: a file or Hub id. Default: the dataset's test split."
+    )
+    retention: list[str] = setting(list, "Text on which forgetting is measured, as name=file; repeatable.")
+    retention_max_documents: int = setting(
+        64,
+        "Documents of each retention text that are measured during training, the first max_length tokens of each; "
+        "`retain measure` reads whole documents unless --max_windows is 1.",
+        low=1,
+    )
+    early_stopping_patience: int | None = setting(
+        None,
+        "End after this many evaluations without a better metric_for_best_model, e.g. retention/wiki/ref_kl. A resumed "
+        "run counts from 0.",
+        low=1,
+    )
+
+
+def set_defaults_of_machine(parser: Any) -> None:
+    """TRL's defaults are for a GPU, and a row of 1024 tokens for a model that has room for it."""
+    parser.set_defaults(max_length=Unchosen(parser.get_default("max_length")))
+    if default_device() == "cpu":
+        parser.set_defaults(use_cpu=True, bf16=False)
+
+
 def run_finetune(
-    script_args: Any,
-    training_args: Any,
-    model_args: Any,
-    dataset_args: Any,
-    config: FinetuneConfig,
+    script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, config: FinetuneConfig
+) -> None:
+    """`finetune`, alone in its folder."""
+    with exclusive(Path(training_args.output_dir)) if training_args.process_index == 0 else nullcontext():
+        finetune(script_args, training_args, model_args, dataset_args, config)
+
+
+def finetune(
+    script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, config: FinetuneConfig
 ) -> ReplaySFTTrainer:
     """Finetune and save; the dataclasses are TRL's, and `config` is ours.
 
@@ -40,7 +91,7 @@ def run_finetune(
         ValueError: one line, before anything is written, for input that cannot work.
     """
     if not model_args.model_name_or_path:
-        raise ValueError("model_name_or_path: missing; give --model_name_or_path")
+        raise ValueError("model: missing; give --model")
     check_arguments(training_args, config.replay_objective)
     if model_args.use_peft:
         check_number("lora_r", model_args.lora_r, low=1, integer=True)
@@ -53,7 +104,6 @@ def run_finetune(
     train_dataset, eval_dataset = new_rows(script_args, dataset_args, training_args, config)
     name = model_args.model_name_or_path
     options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    options["field"] = "model_name_or_path"
     tokenizer = load_tokenizer(name, **options)
     retention = {text: load_texts(path, tokenizer, config.retention_max_documents) for text, path in sources.items()}
     say = _say if training_args.process_index == 0 else lambda line: None
@@ -225,3 +275,29 @@ def _sample_own(model: Any, tokenizer: Any, training_args: Any, config: Finetune
         if model.device != found:
             model.to(found)
     return str(folder)
+
+
+VERB = Verb(
+    name="finetune",
+    example="retain finetune --config sft.yaml --replay_dataset replay/",
+    settings=(ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, FinetuneConfig),
+    run=run_finetune,
+    resume="run the same command with --resume_from_checkpoint true to resume from the last checkpoint",
+    groups={
+        "eval_dataset_name": "What is measured, and when the run ends",
+        "replay_objective": "How replay protects",
+        "adam_beta2_half_life_tokens": "Further settings",
+    },
+    borrowed={
+        "model": "Hub id or folder of the model to finetune, TRL's --model_name_or_path. [required]",
+        "dataset_name": "Rows of the new task: a file or Hub id. [required]",
+        "output_dir": "Folder for the model or adapter, metrics.jsonl and retain_config.json.",
+        "use_peft": "Train a LoRA (true) in place of all weights; --lora_r sets its rank.",
+        "learning_rate": "Peak learning rate.",
+        "max_steps": "Optimizer steps; --num_train_epochs counts passes over the rows instead.",
+    },
+    aliases={"model": "model_name_or_path"},
+    renamed={"forgetting_budget": "--max_ref_kl"},
+    set_defaults=set_defaults_of_machine,
+    launches=True,
+)

@@ -1,124 +1,253 @@
-"""Flags and YAML of the verbs, read by `trl.TrlParser` from dataclasses; what only accelerate knows goes to it."""
+"""A verb of the command line: its settings from flags and YAML, through `trl.TrlParser`, and its help."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import inspect
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin
 
-from retain.checks import Unchosen, check_type, hints_of
+from retain.checks import check_type, hints_of, kinds_of
 
-# Flags that take several values and may be given several times.
-LISTS = {"retention", "new_task", "choices", "refusals", "harmless", "train_dataset", "pair", "runs"}
-# What stands in front of a verb's first flag belongs to this one.
-FIRST = {"export": "--replay_dataset", "fit": "--runs", "predict": "--law", "sweep": "--sweep"}
+CONFIG_HELP = "YAML file with any of these settings; flags win."
+METAVARS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT"}
+HELP_WIDTH = 26  # columns of the flags, left of their help
 
 
 class Launched(Exception):
     """The work was done, or failed, in processes that `accelerate launch` started."""
 
 
-def types_of(verb: str) -> tuple[Any, ...]:
-    """The dataclasses of a verb: its own, and for training those of TRL or transformers before it."""
-    from retain.cli import config
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """What `retain NAME` takes and does."""
 
-    if verb == "finetune":
-        from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+    name: str
+    example: str
+    settings: tuple[Any, ...]
+    """Dataclasses of flags: those of TRL or transformers first, ours last."""
+    run: Callable[..., int | None]
+    """Takes an object of each of `settings`; returns the exit code, or None for 0."""
+    resume: str = "nothing was written; run it again"
+    """What to do after an interruption."""
+    positional: str = ""
+    """The setting that words before the first flag belong to."""
+    groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The titles of the help: first setting of a group -> title."""
+    borrowed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Flags of TRL or transformers that the help shows among ours, with their help."""
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Another name that is accepted -> the setting."""
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """A name that is refused -> the flag in its place."""
+    set_defaults: Callable[[Any], None] = lambda parser: None
+    """Changes the parser's defaults to those of this machine."""
+    launches: bool = False
+    """Whether flags that only accelerate knows start `accelerate launch`."""
 
-        return ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, config.FinetuneConfig
-    if verb == "pretrain":
-        from retain.lab.pretrain import PretrainArguments, PretrainConfig
+    def __call__(self, argv: list[str]) -> int | None:
+        """Parse and run.
 
-        return PretrainArguments, PretrainConfig
-    return (getattr(config, f"{verb.capitalize()}Config"),)
+        Raises:
+            ValueError: one line, for input that cannot work.
+        """
+        configs = self.parse(argv)
+        quiet_libraries()
+        return self.run(*configs)
+
+    def parse(self, argv: list[str]) -> tuple[Any, ...]:
+        """Read flags and `--config` into the dataclasses.
+
+        Raises:
+            ValueError: for an unknown flag or key, or a value that does not fit.
+        """
+        import yaml
+
+        try:
+            *configs, of_config, of_flags = self.parser().parse_args_and_config(
+                self.words(argv), return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except yaml.YAMLError as error:
+            mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+            where = f" at line {mark.line + 1}" if mark else ""
+            raise ValueError(f"config: not YAML{where}; {problem or 'check the file'}") from error
+        except IndexError as error:
+            raise ValueError("config: --config needs a file") from error
+        if unknown := of_config + of_flags:
+            launch(self.words(argv), unknown, of_flags)
+        return tuple(configs)
+
+    def check(self, commands: Iterable[list[str]]) -> None:
+        """Refuse unknown flags, and values of another type, without making anything of them.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        parser = self.parser()
+        for argv in commands:
+            self.refuse_unknown(parser.parse_known_args(self.words(argv))[1])
+
+    def refuse_unknown(self, unknown: list[str]) -> None:
+        """Refuse flags that neither the verb nor, where it launches, accelerate knows.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        if unknown and self.launches:
+            launcher_arguments(unknown)
+        elif unknown:
+            raise ValueError(f"{unknown[0]}: not known here; `retain {self.name} --help` lists what is")
+
+    def known_name(self, name: str) -> str:
+        """The setting behind a name.
+
+        Raises:
+            ValueError: for the name of an earlier version.
+        """
+        if name in self.renamed:
+            raise ValueError(f"--{name}: no longer known; use {self.renamed[name]}")
+        return self.aliases.get(name, name)
+
+    def parser(self) -> Any:
+        """A parser that raises where argparse would end the process, and names unknown flags before all else."""
+        from trl import TrlParser
+
+        verb = self
+
+        class Parser(TrlParser):
+            of_config: list[str]
+
+            def error(self, message: str) -> None:
+                raise ValueError(message)
+
+            def set_defaults_with_config(self, **values: Any) -> list[str]:
+                values = {verb.known_name(name): value for name, value in values.items()}
+                hints = {name: hint for kind in reversed(verb.settings) for name, hint in hints_of(kind).items()}
+                for name, value in values.items():
+                    if value is not None and not isinstance(value, str) and name != "model_size":  # text: as a flag's
+                        check_type(name, value, hints.get(name, Any))
+                self.of_config = super().set_defaults_with_config(**values)
+                return self.of_config
+
+            def parse_args_into_dataclasses(self, args: list[str], **options: Any) -> tuple[Any, ...]:
+                verb.refuse_unknown([*self.of_config, *self.parse_known_args(args)[1]])
+                return super().parse_args_into_dataclasses(args, **options)
+
+        parser = Parser(self.settings, prog=f"retain {self.name}", allow_abbrev=False, add_help=False)
+        parser.of_config = []
+        self.set_defaults(parser)
+        return parser
+
+    def words(self, argv: list[str]) -> list[str]:
+        """A command line as argparse takes it: positional words under their flag, repeated lists of texts in one.
+
+        Of `--retention a=x --retention b=y` argparse would keep only the last.
+        """
+        lists = {name for name, hint in hints_of(self.settings[-1]).items() if list[str] in kinds_of(hint)}
+        gathered: dict[str, list[str]] = {}
+        rest: list[str] = []
+        left = iter([f"--{self.positional}", *argv] if self.positional and argv and argv[0][:1] != "-" else argv)
+        values = rest
+        for word in left:
+            if not word.startswith("--"):
+                values.append(word)
+                continue
+            flag, equals, value = word.partition("=")
+            name = self.known_name(flag.removeprefix("--").replace("-", "_"))
+            if name in lists:
+                values = gathered.setdefault(name, [])
+            else:
+                values = rest
+                rest.append(f"--{name}")
+                if name != "config" and equals:
+                    rest[-1] += f"={value}"
+                    continue
+            values += [value] if equals else []
+        return rest + [word for name, values in gathered.items() for word in (f"--{name}", *values)]
+
+    @property
+    def required(self) -> list[str]:
+        """The names of the settings without which it refuses to begin."""
+        shown = {**self.borrowed} | {field.name: help_of(field) for field, _ in fields_of(self.settings[-1])}
+        return [name for name, text in shown.items() if "[required" in text]
+
+    def missing(self) -> str:
+        """What to give, for a command line that is empty."""
+        flags = [f"--{name}" for name in self.required]
+        return f"give {', '.join(flags)}; for example `{self.example}`; see `retain {self.name} --help`"
+
+    def help(self, sentence: str, *, everything: bool = False) -> str:
+        """The help: a sentence, an example, and the flags in groups; `everything` adds those of TRL or transformers."""
+        shown = argparse.ArgumentParser(
+            usage=argparse.SUPPRESS, add_help=False, description=f"{sentence}\n\n  {self.example}",
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=HELP_WIDTH),
+        )  # fmt: skip
+        group = shown.add_argument_group("Flags")
+        group.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+        *theirs, ours = self.settings
+        hints = {name: hint for kind in theirs for name, hint in hints_of(kind).items()}
+        for name, text in self.borrowed.items():
+            group.add_argument(f"--{name}", metavar=metavar_of(hints[self.known_name(name)]), help=text)
+        for field, hint in fields_of(ours):
+            if field.name in self.groups:
+                group = shown.add_argument_group(self.groups[field.name])
+            group.add_argument(f"--{field.name}", metavar=metavar_of(hint), help=help_of(field))
+        for kind in theirs if everything else ():
+            group = shown.add_argument_group(f"{kind.__module__.split('.')[0]}'s {kind.__name__}")
+            for field, hint in fields_of(kind):
+                if field.name not in self.borrowed:
+                    group.add_argument(f"--{field.name}", metavar=metavar_of(hint), help=help_of(field))
+        if len(self.settings) > 1 and not everything:
+            shown.epilog = f"`retain {self.name} --help_all` also lists the flags of the libraries behind it."
+        return shown.format_help()
 
 
-def parser_of(verb: str) -> Any:
-    """A verb's parser, which raises where argparse would end the process, and names unknown flags before all else."""
-    from trl import TrlParser
-
-    class Parser(TrlParser):
-        of_config: list[str]
-
-        def error(self, message: str) -> None:
-            raise ValueError(message)
-
-        def set_defaults_with_config(self, **values: Any) -> list[str]:
-            for name, value in values.items():
-                hint = next((hints_of(kind)[name] for kind in types_of(verb) if name in hints_of(kind)), Any)
-                if value is not None and not isinstance(value, str) and name != "model_size":  # text: like a flag's
-                    check_type(name, value, hint)
-            self.of_config = super().set_defaults_with_config(**values)
-            return self.of_config
-
-        def parse_args_into_dataclasses(self, args: list[str], **options: Any) -> tuple[Any, ...]:
-            refuse_unknown([*self.of_config, *self.parse_known_args(args)[1]], verb)
-            return super().parse_args_into_dataclasses(args, **options)
-
-    parser = Parser(types_of(verb), prog=f"retain {verb}", allow_abbrev=False)
-    parser.of_config = []
-    for action in parser._actions:
-        if action.nargs == 0 and action.const is False:  # --no_x, which has the help of --x
-            action.help = f"Set {action.dest} false."
-    if verb == "finetune":
-        set_defaults_for_here(parser)
-    return parser
+def fields_of(kind: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    """The fields of a dataclass with their types, its own before those that it inherits."""
+    names = dict.fromkeys(name for one in kind.__mro__ for name in inspect.get_annotations(one))
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    yield from ((fields[name], hints_of(kind)[name]) for name in names if name in fields)
 
 
-def set_defaults_for_here(parser: Any) -> None:
-    """TRL's defaults are for a GPU, and a row of 1024 tokens for a model that has room for it."""
-    from retain.models.description import default_device
-
-    parser.set_defaults(max_length=Unchosen(parser.get_default("max_length")))
-    if default_device() == "cpu":
-        parser.set_defaults(use_cpu=True, bf16=False)
-
-
-def check(commands: Iterable[list[str]], verb: str) -> None:
-    """Refuse flags that the verb does not know, or whose values have another type, without making anything of them.
-
-    Raises:
-        ValueError: naming the first.
-    """
-    parser = parser_of(verb)
-    for argv in commands:
-        refuse_unknown(parser.parse_known_args(words_of(argv, verb))[1], verb)
+def metavar_of(hint: Any) -> str:
+    """How the help writes a value of this type."""
+    kind = kinds_of(hint)[0]
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) is list:
+        return f"{metavar_of(get_args(kind)[0])} ..."
+    return METAVARS.get(kind, "VALUE")
 
 
-def refuse_unknown(unknown: list[str], verb: str) -> None:
-    """Refuse flags of which neither the verb nor, in training, accelerate's launcher knows anything.
-
-    Raises:
-        ValueError: naming the first.
-    """
-    if unknown and verb == "finetune":
-        launcher_arguments(unknown)
-    elif unknown:
-        raise ValueError(f"{unknown[0]}: not known here; `retain {verb} --help` lists what is")
+def _remedy(field: dataclasses.Field[Any]) -> str:
+    return getattr(field.metadata.get("help"), "remedy", "")
 
 
-def parse(argv: list[str], verb: str) -> tuple[Any, ...]:
-    """Read a verb's flags and `--config` into its dataclasses.
+def help_of(field: dataclasses.Field[Any]) -> str:
+    """A field's help with its default, or that it is required."""
+    text = str(field.metadata.get("help", ""))
+    if _remedy(field):
+        return f"{text} [required]"
+    value = field.default_factory() if callable(field.default_factory) else field.default
+    if value in (None, "", [], dataclasses.MISSING):
+        return text
+    words = map(str, value) if isinstance(value, list) else [str(value).lower() if value in (True, False) else value]
+    return f"{text} [default: {' '.join(map(str, words))}]".replace("%", "%%")
 
-    Raises:
-        ValueError: for an unknown flag or key, or a value that does not fit.
-    """
-    import yaml
 
-    parser = parser_of(verb)
-    try:
-        *configs, of_config, of_flags = parser.parse_args_and_config(
-            words_of(argv, verb), return_remaining_strings=True, separate_remaining_strings=True
-        )
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise ValueError(f"config: not YAML{where}; {getattr(error, 'problem', None) or 'check the file'}") from error
-    except IndexError as error:
-        raise ValueError("config: --config needs a file") from error
-    if unknown := of_config + of_flags:
-        launch_if_asked(argv, unknown, of_flags)
-    return tuple(configs)
+def quiet_libraries() -> None:
+    """Keep what neighbours say about themselves out of the way of what the user asked for."""
+    import warnings
+
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", "Could not find a config file in")  # PEFT, of an adapter whose base is a package
 
 
 def launcher_arguments(unknown: list[str], rest: Sequence[str] = ()) -> Any:
@@ -131,23 +260,23 @@ def launcher_arguments(unknown: list[str], rest: Sequence[str] = ()) -> Any:
 
     from accelerate.commands.launch import launch_command_parser
 
-    parser, launch = launch_command_parser(), list(unknown)
-    if "--accelerate_config" in launch:  # a file, or the name of one that TRL ships
-        at = launch.index("--accelerate_config")
-        shipped = files("trl.accelerate_configs").joinpath(f"{launch[at + 1]}.yaml")
-        launch[at : at + 2] = ["--config_file", str(shipped) if shipped.is_file() else launch[at + 1]]
+    parser, given = launch_command_parser(), list(unknown)
+    if "--accelerate_config" in given:  # a file, or the name of one that TRL ships
+        at = given.index("--accelerate_config")
+        shipped = files("trl.accelerate_configs").joinpath(f"{given[at + 1]}.yaml")
+        given[at : at + 2] = ["--config_file", str(shipped) if shipped.is_file() else given[at + 1]]
 
     def fail(message: str) -> None:
-        raise ValueError(f"{unknown[0]}: not known here nor to accelerate; `retain finetune --help` lists what is")
+        raise ValueError(f"{unknown[0]}: not known here nor to accelerate; `retain finetune --help_all` lists what is")
 
     parser.error = fail
-    arguments = parser.parse_args([*launch, "-m", "retain", "finetune", *rest])
+    arguments = parser.parse_args([*given, "-m", "retain", "finetune", *rest])
     if arguments.training_script != "retain":  # a word that belongs to no flag
-        raise ValueError(f"{arguments.training_script}: belongs to no flag; `retain finetune --help` lists them")
+        raise ValueError(f"{arguments.training_script}: belongs to no flag; `retain finetune --help_all` lists them")
     return arguments
 
 
-def launch_if_asked(argv: list[str], unknown: list[str], of_flags: list[str]) -> None:
+def launch(argv: list[str], unknown: list[str], of_flags: list[str]) -> None:
     """Hand what only accelerate knows (`num_processes`, `accelerate_config`, …) to its launcher, as `trl sft` does.
 
     In a process that was launched they have done their work.
@@ -174,36 +303,3 @@ def launch_if_asked(argv: list[str], unknown: list[str], of_flags: list[str]) ->
         finally:
             del os.environ["RETAIN_LAUNCHED"]
         raise Launched
-
-
-def repeated_lists(argv: list[str]) -> list[str]:
-    """Gather `--retention a=x --retention b=y` into `--retention a=x b=y`; argparse would keep only the last."""
-    gathered: dict[str, list[str]] = {}
-    rest: list[str] = []
-    at = 0
-    while at < len(argv):
-        flag, _, value = argv[at].partition("=")
-        at += 1
-        if flag == "--config" and value:  # which TrlParser would not see
-            rest += [flag, value]
-            continue
-        if not flag.startswith("--") or flag.replace("-", "_").lstrip("_") not in LISTS:
-            rest.append(argv[at - 1])
-            continue
-        flag = "--" + flag.lstrip("-").replace("-", "_")  # argparse takes either
-        values = gathered.setdefault(flag, [])
-        if value:
-            values.append(value)
-            continue
-        while at < len(argv) and not argv[at].startswith("--"):
-            values.append(argv[at])
-            at += 1
-    for flag, values in gathered.items():
-        rest += [flag, *values]
-    return rest
-
-
-def words_of(argv: list[str], verb: str) -> list[str]:
-    """A command line as argparse takes it."""
-    unnamed = verb in FIRST and argv and not argv[0].startswith("-")
-    return repeated_lists([FIRST[verb], *argv] if unnamed else argv)

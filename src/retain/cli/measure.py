@@ -1,19 +1,23 @@
-"""`retain measure`: load texts, questions, requests and both models, and measure; then hold it against the limits."""
+"""`retain measure`: load texts, questions, requests and both models, and measure; then judge by the limits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from retain.checks import Unchosen, setting
+from retain.cli.flags import Verb
+from retain.cli.settings import ModelLoadSettings, RetentionSettings
 from retain.data.chats import chat_of
 from retain.data.overlap import find_overlap
 from retain.data.rows import OLD_TEXT, Document, Reading, Text, named_sources, prompt_text, read_rows, row_texts
-from retain.files import CONFIG_FILE, read_settings
+from retain.files import CONFIG_FILE, exclusive, read_settings
 from retain.measuring.choices import load_questions
 from retain.measuring.generations import Prompt, as_prompt
-from retain.measuring.lm_eval import measure_with_lm_eval
+from retain.measuring.lm_eval import measure_with_lm_eval, paired_report
 from retain.measuring.measure import measure
 from retain.measuring.refusals import Judge, load_requests
 from retain.models.description import default_device, length_that_fits, with_least_room
@@ -21,13 +25,14 @@ from retain.models.loading import find_file, load_model, load_tokenizer, resolve
 from retain.models.reference import Reference, probe
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.replay.dataset import load_texts
+from retain.report.gate import judge
+from retain.report.model_card import check_card
 from retain.report.report import ForgettingReport
+from retain.text import visible
 from retain.training.run_files import OF_LOSS, read_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from retain.cli.config import MeasureConfig
 
 # What it means that a measured text was trained on.
 MEANING = {
@@ -37,14 +42,177 @@ MEANING = {
 PROMPT_TOKENS = 16  # of the first document of each text, continued where no prompts are given
 
 
-def run_measure(config: MeasureConfig, say: Callable[[str], object]) -> ForgettingReport:
+@dataclass(kw_only=True)
+class MeasureConfig(ModelLoadSettings, RetentionSettings):
+    """`retain measure`: how much a tuned model forgot of its base."""
+
+    base: str = setting("", "Model before finetuning: a Hub id or folder. [required, unless --pair]")
+    model: str = setting("", "Model after finetuning: a model or an adapter folder. [required, unless --pair]")
+    output_dir: str = setting("", "Folder for report.json, report.md and report.html.", required=True)
+    model_card: str | None = setting(
+        None, "Model card (README.md) that receives the section Forgetting and the model-index."
+    )
+    retention: list[str] = setting(list, "Text on which forgetting is measured, as name=file; repeatable.")
+    new_task: list[str] = setting(
+        list, "Held-out text of the new task, as name=file, for the gain on what training predicts; repeatable."
+    )
+    completion_only_loss: bool | None = setting(
+        None,
+        "Of the new task's rows with a prompt, count the completion alone (true) or all tokens (false), as in TRL. "
+        "Default: as the run was trained, else true.",
+    )
+    assistant_only_loss: bool | None = setting(
+        None,
+        "Of the new task's chats, count the assistant's turns alone, as in TRL. Default: as the run was trained, else "
+        "false.",
+    )
+    max_documents: int | None = setting(None, "Read only the first N documents of each text. Default: all.", low=1)
+    max_windows: int | None = setting(
+        None,
+        "Measure only the first N windows of each document. Default: all; retention during training is measured on 1.",
+        low=1,
+    )
+    ci: float | None = setting(
+        None,
+        "Target half-width of the interval of forgetting, in nats per token; reads only as many documents of each text "
+        "as needed.",
+        low=1e-6,
+    )
+    train_dataset: list[str] = setting(
+        list, "Rows that the model was trained on: warns of measured texts among them; repeatable."
+    )
+    choices: list[str] = setting(
+        list,
+        "Multiple-choice questions, as name=file with question, choices and answer, or name=arc_challenge, arc_easy, "
+        "mmlu or commonsense_qa from the Hub; repeatable.",
+    )
+    choice_style: Literal["text", "letter"] = setting(
+        "text",
+        "What is scored after the question. text: each choice's own words. letter: the choices are listed first, and "
+        "the letters A, B, … are scored.",
+    )
+    choice_chat_template: bool = setting(False, "Put each question as a user's turn of the chat template.")
+    max_questions: int | None = setting(None, "Draw only N questions of each set, with the seed. Default: all.", low=1)
+    lm_eval: str | None = setting(
+        None,
+        "Tasks of lm-evaluation-harness, separated by commas, run on both models and paired question by question; "
+        "needs pip install 'retain[eval]'.",
+    )
+    pair: list[str] = setting(
+        list,
+        "Two per-sample files of lm-eval (--log_samples) on one task, the base's first, to compare question by "
+        "question in place of models.",
+    )
+    prompts: str | None = setting(
+        None,
+        "File of prompts (rows as in training data) to continue with both models; with expected and updated answers in "
+        "the rows, shows what was kept, updated and forgotten.",
+    )
+    sampled: bool = setting(True, "Continue every prompt a second time, drawn at temperature 1.")
+    max_new_tokens: int = setting(48, "Tokens of each continuation and answer; 0 for no continuations.")
+    refusals: list[str] = setting(
+        list,
+        "Harmful requests that both models answer, as name=file (a column prompt, text or goal), or name=advbench or "
+        "jailbreakbench from the Hub; repeatable.",
+    )
+    harmless: list[str] = setting(
+        list,
+        "Harmless requests, for over-refusal, as name=file, or name=jailbreakbench_harmless from the Hub; repeatable.",
+    )
+    max_prompts: int | None = setting(None, "Draw only N requests of each set, with the seed. Default: all.", low=1)
+    judge: str | None = setting(None, "Chat model that also judges whether each answer refuses.")
+    max_forgetting: float | None = setting(
+        None,
+        "Most forgetting (rise of the loss) of any retention text, in nats per token. Exit code 0: within; 2: beyond; "
+        "3: not enough evidence, the interval straddles the limit.",
+    )
+    max_ref_kl: float | None = setting(
+        None, "Most KL(base || model) on any retention text, in nats per token; exit codes as for max_forgetting."
+    )
+    min_agreement: float | None = setting(
+        None,
+        "Least share of the base's own top tokens, and of its answers to the questions; exit codes as for "
+        "max_forgetting.",
+        high=1,
+    )
+    max_length: int = setting(
+        Unchosen(512), "Longest window in tokens, the start token included; at most the model's positions.", low=2
+    )
+    batch_tokens: int = setting(
+        Unchosen(2048), "Tokens per forward pass; by default fewer where the vocabulary is above 65k.", low=1
+    )
+    num_resamples: int = setting(2000, "Bootstrap resamples over documents.", low=100)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in () if self.pair else ("base", "model"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: missing; give --{name}")
+        self._check_sources()
+        self._check_limits()
+
+    def _check_sources(self) -> None:
+        sources = [name for name in ("retention", "choices", "lm_eval", "refusals", "harmless") if getattr(self, name)]
+        models = [name for name in ("base", "model", "new_task") if getattr(self, name)] + sources
+        if self.pair and models:
+            raise ValueError(f"{models[0]}: {getattr(self, models[0])!r} does not go with pair; leave one of them out")
+        if self.pair and len(self.pair) != 2:
+            raise ValueError(f"pair: {len(self.pair)} files are not a pair; give two, the base's first")
+        if not (sources or self.prompts or self.pair):
+            raise ValueError(
+                "retention: missing; give at least one text as --retention name=file, or questions as "
+                "--choices name=file, or requests as --refusals name=file, or --prompts file"
+            )
+        for name in ("prompts", "refusals", "harmless") if not self.max_new_tokens else ():
+            if getattr(self, name):
+                raise ValueError(f"max_new_tokens: 0 writes nothing, and {name} are to be answered; use at least 1")
+        if self.judge is not None and not (self.refusals or self.harmless):
+            raise ValueError(f"judge: {self.judge!r} has nothing to judge; give --refusals name=file")
+
+    def _check_limits(self) -> None:
+        for name, other in (("max_forgetting", ", or use min_agreement"), ("max_ref_kl", ""), ("ci", "")):
+            if getattr(self, name) is not None and not self.retention:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} is about texts, and there are none; give --retention name=file"
+                    f"{other}"
+                )
+        if self.min_agreement is not None and not (self.retention or self.choices or self.lm_eval or self.pair):
+            raise ValueError(
+                f"min_agreement: {self.min_agreement} is about texts and questions, and there are none; give "
+                "--retention or --choices"
+            )
+
+
+def run_measure(config: MeasureConfig) -> int:
+    """Write a report; with a limit, print and return the exit code of the gate."""
+    if config.model_card:
+        check_card(config.model_card)
+    with exclusive(Path(config.output_dir)):  # made before long work, so that one that cannot be made is known
+        if config.pair:
+            result = ForgettingReport(paired_report(config.pair))
+        else:
+            result = measure_models(config, say=lambda stage: print(f"{visible(stage)} …", flush=True))
+        limits = {name: getattr(config, name) for name in ("max_forgetting", "max_ref_kl", "min_agreement")}
+        if set(limits.values()) != {None}:
+            result.data["gate"] = asdict(judge(result.results, **limits))
+        result.write(config.output_dir)
+        print(f"{result.summary()}\n\nreport: {Path(config.output_dir) / 'report.html'}")
+        if config.model_card:
+            result.to_model_card(config.model_card)
+    gate = result.data.get("gate")
+    if gate is None:
+        return 0
+    checks = gate["checks"] if len(gate["checks"]) > 1 else []
+    print(*map(visible, ["", *checks, gate["verdict"]]), sep="\n")
+    return gate["code"]
+
+
+def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> ForgettingReport:
     """Measure what `config` names.
 
     Raises:
         ValueError: one line naming the field, the value, and what to do.
     """
-    assert config.base is not None
-    assert config.model is not None
     trust = config.trust_remote_code
     named = {
         name: named_sources(getattr(config, name), name)
@@ -245,3 +413,21 @@ def load_judge(config: MeasureConfig, base: PreTrainedModel) -> Judge:
     of_judge: dict[str, Any] = {"trust_remote_code": trust, "field": "judge"}
     model = load_model(name, dtype=config.dtype, device=base.device, **of_judge)
     return Judge(model, load_tokenizer(name, **of_judge))
+
+
+VERB = Verb(
+    name="measure",
+    example="retain measure --base M --model out/ --retention wiki=wiki.txt --output_dir report/ --max_forgetting 0.02",
+    settings=(MeasureConfig,),
+    run=run_measure,
+    groups={
+        "retention": "Texts",
+        "choices": "Questions",
+        "prompts": "Continuations",
+        "refusals": "Refusals",
+        "max_forgetting": "Gate: limits that the whole interval must keep",
+        "max_length": "How it is measured",
+        "dtype": "How models are loaded",
+    },
+    renamed={"budget": "--max_forgetting (rise of the loss) or --max_ref_kl (divergence from the base)"},
+)

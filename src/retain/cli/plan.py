@@ -1,4 +1,4 @@
-"""`retain plan`: make the pilots, fit them, recommend; everything is kept, so the same command goes on after a stop."""
+"""`retain plan`: make the pilots, fit them, recommend; all is kept, so the same command resumes after a stop."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from retain import versions
-from retain.cli.config import PlanConfig, SampleConfig
+from retain.checks import Unchosen, check_number, setting
+from retain.cli import finetune
+from retain.cli.flags import Verb
+from retain.cli.sample import SampleConfig, run_sample
+from retain.cli.settings import RemoteCodeSettings, RetentionSettings, SeedSettings
 from retain.data.rows import named_sources, read_rows
-from retain.files import read_jsonl, write_json, write_text
+from retain.files import exclusive, read_jsonl, write_json, write_text
 from retain.lab.runner import Results, run_key
 from retain.laws.plan import (
     EVALUATIONS,
@@ -42,7 +47,76 @@ COLUMNS = ("num_params", "num_steps", "finetuning_loss", "forgetting_loss")
 Say = Callable[[str], None]
 
 
-def run_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say) -> str:
+@dataclass(kw_only=True)
+class PlanConfig(RetentionSettings, RemoteCodeSettings, SeedSettings):
+    """`retain plan`: short pilot runs, a law of them, and a setting whose forgetting stays within a limit."""
+
+    model: str = setting("", "Hub id or folder of the model to finetune.", required=True)
+    dataset_name: str = setting("", "Rows of the new task: a file or Hub id.", required=True)
+    retention: list[str] = setting(
+        list, "Text on which forgetting is measured, as name=file; repeatable.",
+        required="give the text on which forgetting is measured as --retention name=file",
+    )  # fmt: skip
+    max_ref_kl: float | None = setting(
+        None, "Limit of KL(base || model) on the retention text, in nats per token.",
+        low=1e-9, required="give --max_ref_kl, in nats per token, such as 0.02",
+    )  # fmt: skip
+    output_dir: str = setting("", "Folder for pilots/, pilots.jsonl, plan.* and law.json.", required=True)
+    eval_dataset_name: str | None = setting(
+        None, "Held-out rows of the new task: a file or Hub id. Default: a tenth of dataset_name, kept apart."
+    )
+    retention_name: str | None = setting(None, "Retention text that the limit is for, where there are several.")
+    lora_ranks: list[int] = setting(
+        lambda: [1, 2, 4, 8, 16, 32],
+        "Ranks of the pilots: at least 4, better 6; the recommended rank is one of them.",
+        low=1,
+    )
+    replay_coefs: list[float] = setting(
+        lambda: [0.0, 1.0, 10.0],
+        "Replay coefficients of the pilots: 0 with every rank, others with the least, middle and most.",
+    )
+    pilot_steps: int = setting(60, "Steps of each pilot, measured twelve times on the way.", low=12)
+    max_steps: int | None = setting(
+        None,
+        "Longest run without replay to consider. Default: pilot_steps; beyond, predictions extrapolate.",
+        low=1,
+    )
+    level: float = setting(0.9, "Coverage of the intervals; the upper end must keep the limit.", low=0.5, high=0.999)
+    num_resamples: int = setting(1000, "Bootstrap resamples over pilots.", low=100)
+    replay_dataset: str = setting(
+        "self", "Replay rows: a folder that `retain sample` wrote, a file of real text, or 'self' to sample."
+    )
+    replay_num_rows: int = setting(256, "Rows to sample, with replay_dataset self.", low=1)
+    per_device_replay_batch_size: int | None = setting(
+        None, "Replay rows per step. Default: an eighth of the batch, at least 1.", low=1
+    )
+    per_device_train_batch_size: int = setting(8, "New rows per step.", low=1)
+    learning_rate: float = setting(2e-4, "Learning rate of every pilot, constant after the warm-up.", low=1e-12)
+    max_length: int = setting(Unchosen(256), "Tokens per row; by default at most the model's positions.", low=2)
+    lora_alpha: int = setting(16, "The LoRA's scale is lora_alpha / sqrt(rank) (rank-stabilised).", low=1)
+    lora_target_modules: list[str] = setting(lambda: ["all-linear"], "Modules with LoRA, or all-linear.")
+    eval_rows: int = setting(64, "Held-out rows of the new task that are measured.", low=1)
+    retention_max_documents: int = setting(64, "Documents of each retention text that are measured.", low=1)
+    finetune_config: str | None = setting(
+        None, "YAML file of `retain finetune` for what is not set here, e.g. dtype or packing."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("seed", self.seed, low=0, high=2**32 - 1, integer=True)  # the trainer's limit
+        if len(set(self.lora_ranks)) < 4:
+            raise ValueError(f"lora_ranks: {self.lora_ranks} are too few to tell what the rank does; give at least 4")
+        if 0 not in self.replay_coefs:
+            raise ValueError(f"replay_coefs: {self.replay_coefs} has no 0; the law is of runs without replay, add it")
+
+
+def run_plan(config: PlanConfig) -> None:
+    """Make a plan, alone in its folder, and print its summary."""
+    with exclusive(Path(config.output_dir)):
+        print(make_plan(config, finetune.VERB, say=partial(print, flush=True)))
+
+
+def make_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say) -> str:
     """Pilots, laws and a recommendation in `config.output_dir`; returns the summary.
 
     Args:
@@ -52,16 +126,15 @@ def run_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say)
     Raises:
         ValueError: one line, before any pilot, for input that cannot work.
     """
-    assert config.output_dir is not None
-    assert config.budget is not None
+    assert config.max_ref_kl is not None
     folder, retention = Path(config.output_dir), retention_of(config)
     lora_num_params(  # names a model or modules that do not fit, before anything is sampled
-        str(config.model),
+        config.model,
         min(config.lora_ranks),
         config.lora_target_modules,
         trust_remote_code=config.trust_remote_code,
     )
-    model = empty_model(str(config.model), trust_remote_code=config.trust_remote_code)
+    model = empty_model(config.model, trust_remote_code=config.trust_remote_code)
     config.max_length = length_that_fits(model, config.max_length)
     check_sources(config)
     data = prepare_rows(config, folder)
@@ -79,9 +152,8 @@ def run_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say)
     say("fitting")
     laws = fit_pilots(rows, num_resamples=config.num_resamples, seed=config.seed)
     sizes = {one.pilot.rank: one.num_params for one in made if not one.pilot.coef}
-    plan = recommend(
-        laws, sizes, max_ref_kl=config.budget, coefs=config.replay_coefs, max_steps=config.max_steps, level=config.level
-    )
+    options: dict[str, Any] = {"coefs": config.replay_coefs, "max_steps": config.max_steps, "level": config.level}
+    plan = recommend(laws, sizes, max_ref_kl=config.max_ref_kl, **options)
     report = PlanReport(
         plan,
         command=shlex.join(recommended_command(config, plan, data, replay)),
@@ -98,14 +170,14 @@ def run_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say)
 
 
 def retention_of(config: PlanConfig) -> str:
-    """The name of the text that the budget is for."""
+    """The name of the text that the limit is for."""
     sources = named_sources(config.retention, "retention")
     for path in sources.values():
         if not Path(path).exists():
             raise ValueError(f"retention: no file {path!r}; check the path")
     name = config.retention_name or next(iter(sources))
     if name not in sources or (len(sources) > 1 and config.retention_name is None):
-        raise ValueError(f"retention_name: choose one of {', '.join(sources)}; the budget is for one text")
+        raise ValueError(f"retention_name: choose one of {', '.join(sources)}; the limit is for one text")
     return name
 
 
@@ -113,15 +185,15 @@ def check_sources(config: PlanConfig) -> None:
     """Refuse a recipe or replay rows that cannot be read."""
     if config.finetune_config and not Path(config.finetune_config).is_file():
         raise ValueError(f"finetune_config: no file {config.finetune_config!r}; check the path")
-    source = Path(str(config.replay_dataset)).expanduser()
+    source = Path(config.replay_dataset).expanduser()
     if source.is_dir():
         load_self_generated(source)
     elif config.replay_dataset not in (None, "self"):
-        read_rows(str(config.replay_dataset))
+        read_rows(config.replay_dataset)
 
 
 def sources_of(config: PlanConfig, data: Sequence[str]) -> list[str | None]:
-    """Whatever files decide a pilot beside its flags."""
+    """The files that decide a pilot beside its flags."""
     texts = named_sources(config.retention, "retention").values()
     return [config.model, *data, *texts, config.replay_dataset, config.finetune_config]
 
@@ -131,7 +203,6 @@ def prepare_rows(config: PlanConfig, folder: Path) -> tuple[str, str]:
 
     The rows depend on the seed alone, so that the recommended run is measured on the pilots' own.
     """
-    assert config.dataset_name is not None
     rows = read_rows(config.dataset_name)
     training = config.dataset_name
     if config.eval_dataset_name:
@@ -155,12 +226,10 @@ def prepare_replay(config: PlanConfig, folder: Path) -> str | None:
     """Replay rows for every pilot that wants them: the given ones, or some that the model writes first."""
     if config.replay_dataset != "self" or not any(config.replay_coefs):
         return config.replay_dataset if any(config.replay_coefs) else None
-    from retain.cli.sample import run_sample
-
     place = folder / "replay"
     run_sample(
         SampleConfig(
-            model_name_or_path=config.model, output_dir=str(place), num_rows=config.replay_num_rows,
+            model=config.model, output_dir=str(place), num_rows=config.replay_num_rows,
             max_length=config.max_length, seed=config.seed, trust_remote_code=config.trust_remote_code,
         )
     )  # fmt: skip
@@ -173,7 +242,7 @@ def flags_of(
     """`retain finetune` of one setting, but for its folder: the pilots' recipe, and that of what is recommended."""
     batch = str(config.per_device_train_batch_size)
     flags = ["--config", config.finetune_config] if config.finetune_config else []
-    flags += ["--model_name_or_path", str(config.model), "--dataset_name", data[0], "--eval_dataset_name", data[1]]
+    flags += ["--model", config.model, "--dataset_name", data[0], "--eval_dataset_name", data[1]]
     flags += [part for text in config.retention for part in ("--retention", text)]
     flags += ["--retention_max_documents", str(config.retention_max_documents), "--max_length", str(config.max_length)]
     flags += ["--use_peft", "--lora_r", str(rank), "--lora_alpha", str(config.lora_alpha), "--use_rslora", "true"]
@@ -195,12 +264,12 @@ def flags_of(
 
 
 def recommended_command(config: PlanConfig, plan: Plan, data: Sequence[str], replay: str | None) -> list[str]:
-    """The recommended run; where no setting keeps the budget, the strongest replay with the budget's controller."""
+    """The recommended run; where no setting keeps the limit, the strongest replay with the controller of max_ref_kl."""
     one = plan.chosen or plan.fallback
     coef = one.replay_coef if plan.chosen else one.replay_coef or 1.0
     flags = flags_of(config, one.rank, coef, one.num_steps, data, replay)
     controller = [] if plan.chosen else ["--max_ref_kl", f"{plan.max_ref_kl:g}"]
-    return ["retain", "finetune", *flags, *controller, "--output_dir", str(Path(str(config.output_dir)) / "run")]
+    return ["retain", "finetune", *flags, *controller, "--output_dir", str(Path(config.output_dir) / "run")]
 
 
 def replay_share(config: PlanConfig) -> float:
@@ -248,3 +317,15 @@ def read_pilot(place: Path, pilot: Pilot, retention: str) -> list[dict[str, Any]
     kept = [row for row in rows if row["num_steps"] >= first_step(pilot.steps)]
     assert len(kept) <= 2 * EVALUATIONS
     return [row | {"replay_coef": pilot.coef} for row in kept]
+
+
+VERB = Verb(
+    name="plan",
+    example="retain plan --model M --dataset_name new.jsonl --retention wiki=wiki.txt --max_ref_kl 0.02 "
+    "--output_dir plan/",
+    settings=(PlanConfig,),
+    run=run_plan,
+    resume="finished pilots are kept; run the same command again to resume",
+    groups={"lora_ranks": "Pilots", "replay_dataset": "The recipe of every pilot", "seed": "Further settings"},
+    renamed={"budget": "--max_ref_kl"},
+)

@@ -1,4 +1,4 @@
-"""The verb `sample`: a model → a replay dataset, by one process or by several, with a look at what was drawn."""
+"""`retain sample`: a model → a replay dataset, by one process or by several, with a look at what was drawn."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from retain.cli.config import SampleConfig
+from retain.checks import Unchosen, setting
+from retain.cli.flags import Verb
+from retain.cli.settings import ModelLoadSettings
 from retain.data.rows import prompt_text, read_rows
 from retain.files import write_json, write_text
 from retain.models.description import choose_start_token, default_device, length_that_fits
@@ -34,7 +36,66 @@ STATISTICS = "statistics.json"
 PREVIEW = "preview.html"
 
 
-def run_sample(config: SampleConfig) -> Path:
+@dataclass(kw_only=True)
+class SampleConfig(ModelLoadSettings):
+    """`retain sample`: draw replay rows from a model's own distribution."""
+
+    model: str = setting(
+        "", "Hub id, folder, GGUF file, or package:NAME for a package that ships a GGUF file.", required=True
+    )
+    output_dir: str = setting("", "Folder for the replay dataset.", required=True)
+    num_rows: int = setting(256, "Rows to draw.", low=1)
+    max_length: int = setting(
+        Unchosen(512), "Tokens per row, the start token included; at most the model's positions.", low=2
+    )
+    overwrite_output_dir: bool = setting(False, "Delete another dataset found in output_dir.")
+    preview: int = setting(0, "Print this many rows and write preview.html.")
+    start: str = setting(
+        "document",
+        "How rows begin. document: the start token alone. chat: inside a turn of the chat template. prompts: the texts "
+        "of --prompts. Or a mix with shares: document=0.7,chat=0.3.",
+    )
+    chat_turn: Literal["user", "assistant", "system"] = setting(
+        "user", "Role whose turn the model writes, with start chat."
+    )
+    min_ended_turns: float = setting(
+        0.1, "Stop if a smaller share of the first rows ends its turn, with start chat.", high=1
+    )
+    prompts: str | None = setting(None, "File of texts to continue, with start prompts; rows as in training data.")
+    store_reference: Literal["hidden", "topk"] | None = setting(
+        None,
+        "Keep the model's predictions beside the rows, so that training needs no reference forward. hidden: the last "
+        "hidden state, exact. topk: the 64 likeliest tokens and the mass of the rest, small.",
+    )
+    engine: Literal["torch", "vllm", "ray"] = setting(
+        "torch",
+        "What draws. torch: this process, or those of accelerate launch or torchrun. vllm: likewise, by vLLM, for GPUs "
+        "and large models. ray: the workers of a Ray cluster (of RAY_ADDRESS, else one of this machine).",
+    )
+    per_device_batch_size: int | None = setting(
+        None, "Rows drawn together. Default: what fits into half of the free memory.", low=1
+    )
+    rows_per_shard: int = setting(
+        64, "Rows per Parquet file: what a process draws at a time, and the most that a kill loses.", low=1
+    )
+    tensor_parallel_size: int = setting(1, "GPUs of each process, with engine vllm.", low=1)
+    num_workers: int | None = setting(
+        None, "Workers that each hold the model, with engine ray. Default: one per GPU, else one per CPU.", low=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size, workers = self.tensor_parallel_size, self.num_workers
+        if size > 1 and self.engine != "vllm":
+            raise ValueError(f"tensor_parallel_size: {size} needs engine vllm, not {self.engine!r}; set --engine")
+        if workers is not None and self.engine != "ray":
+            raise ValueError(f"num_workers: {workers} needs engine ray, not {self.engine!r}; set --engine")
+        for name in ("store_reference", "attn_implementation") if self.engine == "vllm" else ():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not for engine vllm; leave it out, or use torch")
+
+
+def run_sample(config: SampleConfig) -> None:
     """Sample as configured; under `accelerate launch` every process draws its share of the shards.
 
     Raises:
@@ -44,19 +105,14 @@ def run_sample(config: SampleConfig) -> Path:
     on_cpu = config.engine != "torch" or default_device() == "cpu"  # other engines hold the model that draws
     state = PartialState(cpu=on_cpu) if launched() else None
     device = state.device if state is not None else "cpu" if on_cpu else default_device()
-    assert config.model_name_or_path is not None
-    assert config.output_dir is not None
     options: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
-    options["field"] = "model_name_or_path"
-    tokenizer = load_tokenizer(config.model_name_or_path, **options)
+    tokenizer = load_tokenizer(config.model, **options)
     start = choose_start_token(tokenizer, config.start_token)
     rows = enumerate(read_rows(config.prompts), start=1) if config.prompts else ()
     prompts = [prompt_text(row, tokenizer, f"row {at} of {config.prompts!r}") for at, row in rows]
     starts = plan_starts(config.start, tokenizer, start, chat_turn=config.chat_turn, prompts=prompts)
     attention = config.attn_implementation
-    model = load_model(
-        config.model_name_or_path, dtype=config.dtype, attn_implementation=attention, device=device, **options
-    )
+    model = load_model(config.model, dtype=config.dtype, attn_implementation=attention, device=device, **options)
     if model.device.type == "cpu":
         torch.set_num_threads(choose_threads(model))
     main = state is None or state.is_main_process
@@ -77,7 +133,6 @@ def run_sample(config: SampleConfig) -> Path:
         look_at_pool(folder, tokenizer, starts, config.preview)
         if config.store_reference:
             look_at_store(folder, model)
-    return folder
 
 
 def launched() -> bool:
@@ -95,9 +150,8 @@ def engine_of(config: SampleConfig) -> Callable[[Any, int], AbstractContextManag
         return lambda model, length: nullcontext()
     if config.engine == "ray" and launched():
         raise ValueError("engine: 'ray' starts its own workers; run it without accelerate or torchrun")
-    assert config.model_name_or_path is not None
-    path = Path(config.model_name_or_path).expanduser()
-    name = str(path.resolve()) if path.exists() else config.model_name_or_path  # workers have their own folder
+    path = Path(config.model).expanduser()
+    name = str(path.resolve()) if path.exists() else config.model  # workers have their own folder
     options: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
     settings: dict[str, Any] = {"seed": config.seed}
     if config.engine == "vllm":
@@ -182,3 +236,14 @@ def end_ids(tokenizer: Any, start_id: int, starts: Starts) -> Sequence[int]:
     separator = {start_id} if start_id != tokenizer.bos_token_id else set()
     ends = {tokenizer.eos_token_id, *separator, *(mode.end_of_turn for mode in starts.modes)}
     return sorted(token for token in ends if token is not None)
+
+
+VERB = Verb(
+    name="sample",
+    example="retain sample --model M --output_dir replay/",
+    settings=(SampleConfig,),
+    run=run_sample,
+    resume="run the same command again to resume",
+    groups={"start": "How rows begin", "store_reference": "How rows are drawn", "dtype": "How the model is loaded"},
+    aliases={"model_name_or_path": "model"},
+)

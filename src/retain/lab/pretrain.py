@@ -20,7 +20,7 @@ import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from retain import choose_start_token, versions
-from retain.checks import Settings, setting
+from retain.checks import setting
 from retain.data.rows import is_local_file, packed_rows, read_rows, row_text
 from retain.files import read_settings, write_json
 from retain.lab.languages import Language
@@ -29,7 +29,7 @@ from retain.lab.streams import RowFunction, Stream, mixture, shuffled
 from retain.lab.tasks import TASKS, DigitTask, digit_tokenizer
 from retain.lab.tokenizers import train_tokenizer, word_tokenizer
 from retain.models.description import num_parameters
-from retain.training.config import check_arguments
+from retain.training.config import StoppingConfig, check_arguments
 from retain.training.half_life import apply_half_life, check_half_life, tokens_per_step
 from retain.training.resume import checkpoint_to_resume, train
 from retain.training.run_files import RunFilesCallback
@@ -42,11 +42,11 @@ HELD_OUT_EVERY = 20  # one document in 20, chosen by its hash
 
 
 @dataclass(kw_only=True)
-class PretrainConfig(Settings):
+class PretrainConfig(StoppingConfig):
     """A small model from nothing, on a text, a synthetic language or a digit task."""
 
-    corpus: str | None = setting(
-        None,
+    corpus: str = setting(
+        "",
         "Text: a file of rows, a Hub dataset (OWNER/NAME), or several with shares, old.jsonl=0.7,new.jsonl=0.3. Or "
         "synthetic, a language of known entropy. Or a digit task: add, reversal, sort, modadd.",
         required=True,
@@ -64,12 +64,6 @@ class PretrainConfig(Settings):
     max_tokens: float | None = setting(None, "Tokens to train on, rounded up to whole steps.", low=1e-6)
     tokens_per_param: float | None = setting(
         None, "Tokens to train on per parameter, counted as 12 L D^2 + D V.", low=1e-6
-    )
-    stop_at_loss: float | None = setting(
-        None, "End at the first evaluation with a loss this low, in nats per token.", low=1e-6
-    )
-    adam_beta2_half_life_tokens: float | None = setting(
-        None, "Tokens after which Adam's second moment halves, in place of adam_beta2; e.g. 10e6.", low=1e-6
     )
     eval_rows: int = setting(256, "Held-out rows of each evaluation.", low=1)
     num_states: int = setting(256, "With corpus synthetic: hidden states, what is to be learned.")
@@ -257,7 +251,6 @@ def open_corpus(config: PretrainConfig, seed: int) -> Corpus:
     Raises:
         ValueError: if it is unknown, unreadable or too short.
     """
-    assert config.corpus is not None
     if config.corpus == "synthetic":
         return _synthetic(config, seed)
     if config.corpus in TASKS:

@@ -75,6 +75,20 @@ class ReplayConfig(Settings):
         return NONE if chosen.adds_term and not self.replay_coef else chosen
 
 
+@dataclass(kw_only=True)
+class StoppingConfig(Settings):
+    """Settings of a run, with replay or without, that transformers does not have."""
+
+    adam_beta2_half_life_tokens: float | None = setting(
+        None,
+        "Tokens (without replay rows) after which Adam's second moment halves, in place of adam_beta2; e.g. 10e6.",
+        low=1e-6,
+    )
+    stop_at_loss: float | None = setting(
+        None, "End at the first evaluation with a new-task loss this low, in nats per token.", low=1e-6
+    )
+
+
 def check_arguments(args: Any, replay_objective: str | None = None) -> None:
     """Refuse training arguments on which torch or transformers would stumble late, or not.
 

@@ -1,0 +1,117 @@
+"""`retain predict`: a law → the losses of a run not yet made, or the most steps within a limit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from retain.checks import setting
+from retain.cli.flags import Verb
+from retain.cli.settings import RevisionSettings
+from retain.laws.law import ForgettingLaw
+
+INPUTS = ("num_params", "num_steps", "num_tokens", "replay_share", "tokens_per_param", "finetuning_loss", "ref_kl")
+
+
+@dataclass(kw_only=True)
+class PredictConfig(RevisionSettings):
+    """`retain predict`: what a law says of a run not yet made; the law's file comes first, without a flag."""
+
+    law: str = setting("", "File that `retain fit` wrote.", required=True)
+    dataset: str | None = setting(None, "Data set, where the law was fitted to several.")
+    level: float = setting(0.95, "Coverage of the intervals.", low=1e-6, high=1 - 1e-6)
+    json: bool = setting(False, "Print JSON.")
+    num_params: float | None = setting(None, "Parameters that will be tuned.")
+    num_steps: float | None = setting(None, "Update steps.")
+    num_tokens: float | None = setting(None, "Tokens of finetuning.")
+    replay_share: float | None = setting(None, "Share of old data mixed in.", high=1)
+    tokens_per_param: float | None = setting(None, "Pretraining tokens per parameter.")
+    finetuning_loss: float | None = setting(None, "Loss on the new task, in nats per token, for the form linear.")
+    ref_kl: float | None = setting(None, "KL(base || model) on the new task, in nats per token.")
+    max_forgetting: float | None = setting(
+        None, "Solve for the largest num_steps whose predicted forgetting stays below this, in nats per token."
+    )
+    max_ref_kl: float | None = setting(
+        None, "Likewise for a law of KL(base || model), as `retain fit` fits by default."
+    )
+    model: str | None = setting(
+        None, "Model whose tuned parameters are counted in place of num_params; only its configuration is read."
+    )
+    lora_r: int | None = setting(None, "Rank of the LoRA that will be tuned, with model.", low=1)
+    lora_target_modules: list[str] | None = setting(
+        None, "Modules with LoRA, or all-linear. Default: PEFT's for this architecture."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.model is None) != (self.lora_r is None):
+            missing = "lora_r" if self.lora_r is None else "model"
+            raise ValueError(f"{missing}: missing; --model and --lora_r go together, in place of --num_params")
+        for name, others in (("num_params", ("lora_r",)), ("num_steps", LIMITS), ("max_forgetting", ("max_ref_kl",))):
+            for other in others:
+                if getattr(self, name) is not None and getattr(self, other) is not None:
+                    raise ValueError(f"{name}: {getattr(self, name):g} does not go with {other}; leave one out")
+
+
+LIMITS = ("max_forgetting", "max_ref_kl")
+
+
+def run_predict(config: PredictConfig) -> None:
+    """Print what a law says of a run, or of the most steps within a limit, as text or JSON."""
+    law = ForgettingLaw.from_json(config.law)
+    known: dict[str, Any] = {name: getattr(config, name) for name in INPUTS if getattr(config, name) is not None}
+    if config.model is not None and config.lora_r is not None:
+        from retain.models.loading import lora_num_params  # with torch, which nothing else here needs
+
+        known["num_params"] = lora_num_params(
+            config.model,
+            config.lora_r,
+            config.lora_target_modules,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    if config.max_forgetting is not None:
+        answer = _most_steps(law, config, known)
+    else:
+        answer = law.predict(level=config.level, dataset=config.dataset, **known).to_dict()
+    answer = {"inputs": known, **answer}
+    print(json.dumps(answer, indent=2) if config.json else as_text(answer))
+
+
+def _most_steps(law: ForgettingLaw, config: PredictConfig, known: dict[str, Any]) -> dict[str, Any]:
+    options: dict[str, Any] = {"level": config.level, "dataset": config.dataset, **known}
+    options["forgetting_loss"] = config.max_forgetting
+    found = law.solve("num_steps", **options)
+    low, high = (value if 0 < value < float("inf") else None for value in found.ci)
+    return {
+        "num_steps": {"value": found.value, "ci": [low, high]},
+        "max_forgetting": config.max_forgetting,
+        "level": config.level,
+        "extrapolates": bool(found.extrapolates),
+        "notes": found.extrapolates,
+    }
+
+
+def as_text(answer: dict[str, Any]) -> str:
+    """An answer for people: a line for each number, and what it rests on."""
+    given = ", ".join(f"{name} {value:g}" for name, value in answer["inputs"].items())
+    lines = [f"for {given}:"]
+    for name, found in answer.items():
+        if isinstance(found, dict) and "ci" in found:
+            low, high = (f"{end:.5g}" if end is not None else "?" for end in found["ci"])
+            lines.append(f"{name:<18}{found['value']:.5g}   {answer['level']:.0%} interval [{low}, {high}]")
+    lines += [f"! {note}" for note in answer["notes"]]
+    return "\n".join(lines)
+
+
+VERB = Verb(
+    name="predict",
+    example="retain predict law.json --num_params 5e6 --num_steps 260",
+    settings=(PredictConfig,),
+    run=run_predict,
+    resume="run it again",
+    positional="law",
+    groups={"num_params": "The run", "max_forgetting": "A limit in place of num_steps",
+            "model": "A LoRA in place of num_params"},
+)  # fmt: skip

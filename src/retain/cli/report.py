@@ -1,0 +1,49 @@
+"""`retain report`: several measured runs → one page, compared at matched new-task loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from retain.checks import Settings, setting
+from retain.cli.flags import Verb
+from retain.files import short_names
+from retain.report.page import comparison_summary
+from retain.report.report import ForgettingReport, write_comparison
+
+
+@dataclass(kw_only=True)
+class ReportConfig(Settings):
+    """`retain report`: one page for several runs of the same base."""
+
+    runs: list[str] = setting(
+        list, "Folders that `retain measure` wrote, the unprotected run first.",
+        required="give at least one folder as --runs DIR",
+    )  # fmt: skip
+    output_dir: str = setting("", "Folder for report.json, report.md and report.html.", required=True)
+    title: str = setting("Forgetting report", "Title of the page.")
+    interactive: bool = setting(
+        False,
+        "Draw figures that answer to the pointer; the page carries plotly and grows by 5 MB. Needs "
+        "pip install 'retain[interactive]'.",
+    )
+
+
+def run_report(config: ReportConfig) -> None:
+    """Read the reports, write the page, print its summary."""
+    paths = [Path(folder) / "report.json" if Path(folder).is_dir() else Path(folder) for folder in config.runs]
+    reports = [ForgettingReport.from_json(path) for path in paths]
+    if len({one.data["name"] for one in reports}) < len(reports):  # as of two folders that are called out/
+        for one, name in zip(reports, short_names([Path(given) for given in config.runs]), strict=True):
+            one.data["name"] = name
+    write_comparison(config.output_dir, reports=reports, title=config.title, interactive=config.interactive)
+    summary = comparison_summary([one.results for one in reports])
+    print(f"{summary}\n\nreport: {Path(config.output_dir) / 'report.html'}")
+
+
+VERB = Verb(
+    name="report",
+    example="retain report --runs report-plain/ report-replay/ --output_dir both/",
+    settings=(ReportConfig,),
+    run=run_report,
+)

@@ -1,0 +1,55 @@
+"""Settings that several verbs share, each described once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from retain.checks import Settings, setting
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(kw_only=True)
+class SeedSettings(Settings):
+    """Randomness."""
+
+    seed: int = setting(0, "Seed of everything random.", high=2**63 - 1)
+
+
+@dataclass(kw_only=True)
+class RemoteCodeSettings(Settings):
+    """Trust in a checkpoint's own code."""
+
+    trust_remote_code: bool = setting(False, "Allow code of the checkpoint, from the Hub or a folder, to run.")
+
+
+@dataclass(kw_only=True)
+class RevisionSettings(RemoteCodeSettings):
+    """Which version of a model, and trust in its code."""
+
+    model_revision: str = setting("main", "Branch, tag or commit on the Hub.")
+
+
+@dataclass(kw_only=True)
+class StartTokenSettings(Settings):
+    """How documents begin."""
+
+    start_token: str | None = setting(
+        None, "Token that starts a document in pretraining, as text or id. Default: chosen and shown."
+    )
+
+
+@dataclass(kw_only=True)
+class RetentionSettings(Settings):
+    """Where forgetting is measured."""
+
+    retention: list[str] = setting(list, "Text on which forgetting is measured, as name=file; repeatable.")
+
+
+@dataclass(kw_only=True)
+class ModelLoadSettings(RevisionSettings, StartTokenSettings, SeedSettings):
+    """How a model is loaded; the names are TRL's."""
+
+    dtype: Dtype = setting("auto", "Dtype of the weights. auto: the checkpoint's own on a GPU, float32 on a CPU.")
+    attn_implementation: str | None = setting(None, "Attention kernel, e.g. sdpa or eager. Default: transformers'.")
