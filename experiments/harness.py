@@ -1,24 +1,24 @@
-"""Finetunes of the small base as one table: settings in, a row of results out, each run made once.
+"""Finetunes as one table: settings in, a row of results out, each run made once.
 
-`results.jsonl` is append-only and keyed by a hash of everything that was set; a row is written when its run has
-finished, so a study may be killed at any moment and started again.
+A row is written when its run has finished, so a study may be killed at any moment and started again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import logging
 import random
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,18 +26,20 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
+from experiments.corpora import CACHE, Texts, load_texts
 from experiments.matched import GRAIN, MEASURES
-from experiments.scales import device_name
-from experiments.small_base import Rows, Texts, logger
+from experiments.program import device_name
+from experiments.small_base import BaseSettings, Rows, make_base
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, versions
 from retain.data.rows import Document, packed_rows, token_documents, tokenize_documents
-from retain.files import append_jsonl, read_jsonl
+from retain.lab.runner import Results, locked, run_key
 from retain.models.description import default_device, model_fingerprint
 from retain.replay.dataset import load_self_generated
 from retain.sampling.engine import choose_batch_size, draw_rows
 from retain.sampling.write import sample_replay
 from retain.training.run_files import read_run
 
+logger = logging.getLogger("experiments")
 DRAWN_TOGETHER = 2048  # rows, on a CPU
 
 
@@ -114,11 +116,6 @@ class Run:
         )
 
 
-def key_of(settings: dict[str, Any], fingerprint: str) -> str:
-    """Hash of resolved settings on one bench."""
-    return hashlib.sha256(json.dumps([settings, fingerprint], sort_keys=True).encode()).hexdigest()[:16]
-
-
 def open_bench(base: Path | str, texts: Texts, settings: BenchSettings, cache: Path | None = None) -> Bench:
     """Rows of the new task, held-out documents, and replay that the base wrote: sampled on first use.
 
@@ -152,6 +149,13 @@ def open_bench(base: Path | str, texts: Texts, settings: BenchSettings, cache: P
     )
 
 
+@cache
+def small_bench(settings: BenchSettings = BenchSettings()) -> Bench:
+    """The small base, made on first use, with prose, Verilog and its own replay."""
+    texts = load_texts()
+    return open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, settings)
+
+
 def rows_of(base: Path | str, folder: Path, tokenizer: Any, number: int, length: int, seed: int) -> ReplayDataset:
     """Rows that the base wrote at temperature 1 from its document start."""
     model = load_model(str(base), dtype="float32", device=default_device())
@@ -160,7 +164,7 @@ def rows_of(base: Path | str, folder: Path, tokenizer: Any, number: int, length:
 
 def sampled_once(model: Any, tokenizer: Any, folder: Path, **how: Any) -> ReplayDataset:
     """What `sample_replay` writes into the folder: by the process that asks first, the others wait for it."""
-    with alone(Path(f"{folder}.lock")):
+    with locked(folder):
         sample_replay(model, tokenizer, folder, **how)
     return load_self_generated(folder)
 
@@ -181,6 +185,13 @@ def replay_of(run: Run, replay: ReplayDataset) -> ReplayDataset:
     """The pool of a run: its first rows, cut to its length."""
     rows = [replay[index][: run.replay_length] for index in range(run.pool or len(replay))]
     return ReplayDataset.from_rows(rows, replay.source, replay.manifest)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for what a run writes, which goes when it ends."""
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 class StepClock(TrainerCallback):
@@ -261,14 +272,14 @@ def make_trainer(run: Run, bench: Bench, folder: Path, kind: type = ReplayTraine
     return trainer
 
 
-def finetune(run: Run, bench: Bench, folder: Path, stop_below: float | None = None, **how: Any) -> dict[str, Any]:
+def finetune(run: Run, bench: Bench, stop_below: float | None = None, **how: Any) -> dict[str, Any]:
     """Train and measure: `trajectory`, `documents` and the processor's seconds of a step (median)."""
-    shutil.rmtree(folder, ignore_errors=True)
-    trainer = make_trainer(run, bench, folder, **how)
-    if stop_below is not None:
-        trainer.add_callback(StopBelow(stop_below))
-    trainer.train()
-    found, seconds = read_run(folder), [cpu for _, cpu in trainer.clock.seconds]
+    with scratch() as folder:
+        trainer = make_trainer(run, bench, folder, **how)
+        if stop_below is not None:
+            trainer.add_callback(StopBelow(stop_below))
+        trainer.train()
+        found, seconds = read_run(folder), [cpu for _, cpu in trainer.clock.seconds]
     return {
         "trajectory": [compact(row) for row in found["trajectory"] if "eval_loss" in row],
         "documents": [compact_documents(row) for row in found["documents"]],
@@ -295,53 +306,39 @@ def compact_documents(row: dict[str, Any]) -> dict[str, Any]:
     return {"step": row["step"], "name": row["name"], **means}
 
 
-@contextmanager
-def alone(path: Path) -> Iterator[BinaryIO]:
-    """The file, from its beginning, while no other process of a study touches it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        yield file
+class StudyResults:
+    """Rows of a study by their settings, on one bench; `results.jsonl` only grows, and several processes share it."""
 
+    def __init__(self, path: Path, bench: str) -> None:
+        self.kept, self.bench = Results(path), bench
 
-class Results:
-    """Rows of a study on one bench, by key; what a killed process left half-written is cut off."""
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path, self.fingerprint = path, fingerprint
-        if path.exists():
-            with alone(path) as file:
-                text = file.read()
-                file.truncate(text.rfind(b"\n") + 1)
-        self.rows = {row["key"]: row for row in read_jsonl(path)}
+    @property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        return self.kept.rows
 
     def rows_with(self, settings: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """The rows of this bench that have these settings, whatever else they have."""
         wanted = (settings or {}).items()
-        return [
-            row for row in self.rows.values() if row["bench"] == self.fingerprint and wanted <= row["settings"].items()
-        ]
+        return [row for row in self.rows.values() if row["bench"] == self.bench and wanted <= row["settings"].items()]
 
     def get(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        return self.rows.get(key_of(settings, self.fingerprint))
+        return self.rows.get(run_key(settings, self.bench))
 
     def make(self, settings: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The row of these settings, computed and appended unless it is there."""
-        if (found := self.get(settings)) is not None:
-            return found
-        began = time.monotonic()
-        row = {"key": key_of(settings, self.fingerprint), "settings": settings, "device": device_name(), **compute()}
-        row |= {"seconds": round(time.monotonic() - began, 1), "bench": self.fingerprint, "versions": versions()}
-        with alone(self.path):
-            append_jsonl(self.path, row)
-        self.rows[row["key"]] = row
-        logger.info("%5.1f s  %s", row["seconds"], settings)
-        return row
+
+        def timed() -> dict[str, Any]:
+            began = time.monotonic()
+            row = {"settings": settings, "device": device_name(), **compute()}
+            row |= {"seconds": round(time.monotonic() - began, 1), "bench": self.bench, "versions": versions()}
+            logger.info("%5.1f s  %s", row["seconds"], settings)
+            return row
+
+        return self.kept.make(run_key(settings, self.bench), timed)
 
 
 def make_all(
-    runs: Iterable[Run], bench: Bench, results: Results, scratch: Path, stop_below: float | None = None
+    runs: Iterable[Run], bench: Bench, results: StudyResults, stop_below: float | None = None
 ) -> list[dict[str, Any]]:
     """Every run of a plan, made once; `stop_below`: the new-task loss at which a run may end."""
-    return [results.make(run.settings(), lambda run=run: finetune(run, bench, scratch, stop_below)) for run in runs]
+    return [results.make(run.settings(), lambda run=run: finetune(run, bench, stop_below)) for run in runs]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,17 +18,19 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from experiments.harness import Bench, Rows, alone, written_by
-from experiments.small_base import CACHE, logger
+from experiments.corpora import CACHE
+from experiments.harness import Bench, Rows, written_by
 from retain import ReplayDataset, load_model, load_tokenizer
 from retain.data.rows import token_documents
 from retain.files import write_json
 from retain.lab.models import counted_size_of, make_config, make_model
 from retain.lab.pretrain import Corpus, PretrainArguments, PretrainConfig, make_trainer, open_corpus, step_tokens
+from retain.lab.runner import locked
 from retain.lab.streams import RowFunction, Stream, mixture
 from retain.models.description import default_device, model_fingerprint
 from retain.training.resume import checkpoint_to_resume
 
+logger = logging.getLogger("experiments")
 LAB = CACHE / "lab"
 FACTS = "lab_base.json"  # written last into a base's folder
 SAVE_STEPS = 5000  # between checkpoints: of runs of hours, not of minutes
@@ -69,7 +72,7 @@ def pretrain(
         told.append([mixed_with[0], asdict(mixed_with[1])])
     key = json.dumps(told, sort_keys=True, default=str)
     root = LAB / hashlib.sha256(key.encode()).hexdigest()[:12]
-    with alone(Path(f"{root}.lock")):  # the process that asks first makes it, the others wait
+    with locked(root):  # the process that comes first makes it, the others wait
         if not (root / FACTS).exists():
             _pretrain(config, sorted(tokens_per_param), seed, root, arguments, mixed_with)
     found = json.loads((root / FACTS).read_text())

@@ -18,10 +18,6 @@ MEASURES = (("prose", "forgetting"), ("prose", "ref_kl"), ("self-generated", "re
 GRAIN = 10_000
 
 
-class NoReport(ValueError):
-    """Nothing can be told: of no run, of one that learned too little, of rows that do not belong together."""
-
-
 @dataclass(frozen=True)
 class Reading:
     """A run where its new-task loss crosses the target: the step, and means per document of every text and metric."""

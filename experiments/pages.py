@@ -13,6 +13,10 @@ from retain.report.style import INK, STYLE, save_png
 BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 
 
+class NoReport(ValueError):
+    """Nothing can be reported: of no run, of one that learned too little, of rows that do not belong together."""
+
+
 def write_results(readme: Path, text: str) -> None:
     """Put the computed results between the marks of a README; the rest stays."""
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)

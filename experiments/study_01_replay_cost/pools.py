@@ -1,4 +1,4 @@
-"""How many distinct replay rows does a long run need? `python -m experiments 01 --only pools`."""
+"""How many distinct replay rows does a long run need? `python -m experiments 01 --parts pools`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.claim import Interval
-from experiments.harness import BenchSettings, Results, Run, make_all, open_bench
+from experiments.harness import BenchSettings, Run, StudyResults, make_all, small_bench
 from experiments.matched import Reading, mean_of, prevented, read_at, target_loss
 from experiments.pages import dress, panels, write_results
-from experiments.small_base import CACHE, BaseSettings, load_texts, make_base
 from retain.report.results import series
 from retain.report.style import MARKS, PALETTE
 
@@ -123,16 +122,14 @@ def draw(found: dict[int, list[tuple[Reading, Reading]]], path: Path) -> None:
 
 
 def make_runs(seeds: Sequence[int] = (0,)) -> None:
-    texts = load_texts()
-    bench = open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, BenchSettings(replay_rows=DRAWN))
-    results = Results(HERE / "results-pools.jsonl", bench.fingerprint)
-    make_all([run for seed in seeds for run in runs(seed)], bench, results, CACHE / "scratch-01-pools")
+    bench = small_bench(BenchSettings(replay_rows=DRAWN))
+    results = StudyResults(HERE / "results-pools.jsonl", bench.fingerprint)
+    make_all([run for seed in seeds for run in runs(seed)], bench, results)
 
 
-def report() -> str:
-    """Table, verdict and figure from what there is; written into this folder, returned."""
-    target, found = readings(list(Results(HERE / "results-pools.jsonl", "").rows.values()))
+def write_report() -> None:
+    """Table, verdict and figure from what there is."""
+    target, found = readings(list(StudyResults(HERE / "results-pools.jsonl", "").rows.values()))
     draw(found, HERE / "figure-pools.png")
-    told = f"Target new-task loss: {target:.3f} nats per token.\n\n{table(found)}\n\n{verdict(found)}"
-    write_results(HERE / "pools.md", told)
-    return told
+    head = f"Target new-task loss: {target:.3f} nats per token."
+    write_results(HERE / "pools.md", f"{head}\n\n{table(found)}\n\n{verdict(found)}")

@@ -1,4 +1,4 @@
-"""Results of the study in, table, verdict and figure out."""
+"""StudyResults of the study in, table, verdict and figure out."""
 
 from __future__ import annotations
 

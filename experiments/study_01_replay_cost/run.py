@@ -1,32 +1,25 @@
 """How much replay prevents 95% of forgetting for at most 10% more time? One command; finished runs are skipped.
 
-python -m experiments 01 [--only rates|cells|timing|pools] [--report]
+python -m experiments 01 [--parts rates full lora timing pools] [--report]
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
-
-from experiments.harness import Bench, BenchSettings, Results, Run, make_all, make_trainer, open_bench
+from experiments.harness import Bench, Run, StudyResults, make_all, make_trainer, scratch, small_bench
 from experiments.matched import target_loss
-from experiments.pages import write_results
-from experiments.small_base import CACHE, BaseSettings, load_texts, make_base
+from experiments.program import LAPTOP, Report, conduct
 from experiments.study_01_replay_cost import pools
 from experiments.study_01_replay_cost.figure import draw
 from experiments.study_01_replay_cost.report import GAIN, cells_of, front_words, table, verdict
 
 HERE = Path(__file__).parent
 
-logger = logging.getLogger("experiments")
 RATE, FAST, LORA_RATE, LORA_RANK = 1e-3, 3e-3, 3e-3, 16
 RATES = (3e-4, 1e-3, 3e-3)
 # (rows, tokens a row) of a replay batch beside 32 rows of 64 tokens: shares 1/2, 1/4, 1/8, 1/16, 1/32, 1/64.
@@ -81,74 +74,59 @@ def timed() -> list[Run]:
     return [*full, *every, *(replace(lora, coef=1.0, replay_rows=rows) for rows in (8, 2))]
 
 
-def time_steps(run: Run, bench: Bench, scratch: Path, steps: int) -> list[float]:
+def time_steps(run: Run, bench: Bench, steps: int) -> list[float]:
     """Mean wall-clock and processor seconds of `steps` optimizer steps after eight to warm up."""
-    trainer = make_trainer(replace(run, max_steps=steps + 8), bench, scratch)
-    trainer.train()
+    with scratch() as folder:
+        trainer = make_trainer(replace(run, max_steps=steps + 8), bench, folder)
+        trainer.train()
     return [statistics.fmean(column) for column in zip(*trainer.clock.seconds[-steps:], strict=True)]
 
 
-def time_round(runs: Sequence[Run], bench: Bench, scratch: Path, steps: int) -> dict[str, Any]:
+def time_round(runs: Sequence[Run], bench: Bench, steps: int) -> dict[str, Any]:
     """Plain and protected steps in turn: plain, cell, plain, cell, …, plain; each cell against its two neighbours."""
     rows, before = [], None
     for run in runs:
         bare = replace(run, coef=0.0)
         if before is None or before[0] != bare.settings():
-            before = bare.settings(), time_steps(bare, bench, scratch, steps)
-        own, after = time_steps(run, bench, scratch, steps), time_steps(bare, bench, scratch, steps)
+            before = bare.settings(), time_steps(bare, bench, steps)
+        own, after = time_steps(run, bench, steps), time_steps(bare, bench, steps)
         ratios = [round(2 * mine / (b + a), 4) for mine, b, a in zip(own, before[1], after, strict=True)]
         rows.append({"settings": run.settings(), "wall": ratios[0], "cpu": ratios[1], "seconds": round(own[1], 4)})
         before = bare.settings(), after
     return {"timing": rows, "steps": steps}
 
 
-def report(results: Results, folder: Path) -> str:
-    """Table, verdict and figure from what there is; written into the folder, returned."""
-    found, targets = cells_of(list(results.rows.values()), {"full": RATE, "lora": LORA_RATE})
-    draw(found, folder / "figure.png")
+def make(name: str, part: str) -> None:
+    """The sweep of learning rates, the cells of a method, the timing, or long runs on few distinct rows."""
+    if part == "pools":
+        pools.make_runs()
+        return
+    bench = small_bench()
+    results = StudyResults(HERE / "results.jsonl", bench.fingerprint)
+    if part == "rates":
+        make_all(rates(), bench, results)
+    if part == "timing":
+        for number in range(TIMING_ROUNDS):
+            results.make({"timing": number}, lambda: time_round(timed(), bench, TIMED_STEPS))
+    for plain in (one for one in unprotected() if one.method == part):
+        bare = make_all(seeds(plain), bench, results)
+        own = [run for run in cells() if run.method == plain.method]
+        make_all(own, bench, results, target_loss(bare, GAIN))
+
+
+def report(name: str) -> Report:
+    """Table, verdict and figure from what there is."""
+    rows = list(StudyResults(HERE / "results.jsonl", "").rows.values())
+    found, targets = cells_of(rows, {"full": RATE, "lora": LORA_RATE})
     goals = ", ".join(f"{loss:.3f} ({method})" for method, loss in targets.items())
-    told = [
-        f"Target new-task loss, nats per token: {goals}.",
-        table(found),
-        *(f"**{verdict(found, m)}**" for m in METHODS),
-    ]
-    told.append(front_words(found))
-    write_results(folder / "README.md", "\n\n".join(told))
-    return "\n\n".join(told)
+    parts = [f"Target new-task loss, nats per token: {goals}.", table(found)]
+    parts += [*(f"**{verdict(found, method)}**" for method in METHODS), front_words(found)]
+    return "\n\n".join(parts), lambda path: draw(found, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("rates", "cells", "timing", "pools"))
-    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
-    asked = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logger.setLevel(logging.INFO)
-    disable_progress_bar()
-    if not asked.report:
-        make_runs(asked.only)
-    if asked.only is None:
-        sys.stdout.write(report(Results(HERE / "results.jsonl", ""), HERE) + "\n")
-    if asked.only in (None, "pools"):
-        sys.stdout.write(pools.report() + "\n")
-
-
-def make_runs(only: str | None) -> None:
-    """Everything that is trained or timed, or one part of it; long runs on few rows only where they are asked for."""
-    if only == "pools":
-        return pools.make_runs()
-    texts = load_texts()
-    bench = open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, BenchSettings())
-    results, scratch = Results(HERE / "results.jsonl", bench.fingerprint), CACHE / "scratch-01"
-    if only in (None, "rates"):
-        make_all(rates(), bench, results, scratch)
-    if only in (None, "cells"):
-        for plain in unprotected():
-            bare = make_all(seeds(plain), bench, results, scratch)
-            own = [run for run in cells() if run.method == plain.method]
-            make_all(own, bench, results, scratch, target_loss(bare, GAIN))
-    if only in (None, "timing"):
-        for number in range(TIMING_ROUNDS):
-            results.make(
-                {"timing": number}, lambda: time_round(timed(), bench, CACHE / "scratch-01-timing", TIMED_STEPS)
-            )
+    conduct(
+        __doc__, HERE, LAPTOP, parts=lambda scale: ("rates", "full", "lora"), make=make, report=report, only="parts",
+        prepare=lambda name: small_bench(), then=(lambda name: ["timing"], lambda name: ["pools"]), arguments=arguments,
+    )  # fmt: skip
+    pools.write_report()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +15,12 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 
 from experiments.corpora import Texts, read_spanish
-from experiments.harness import Bench, Run, compact_documents, finetune, make_trainer
-from experiments.small_base import logger
+from experiments.harness import Bench, Run, compact_documents, finetune, make_trainer, scratch
 from retain import ReplayDataset, ReplayTrainer, choose_start_token
 from retain.data.rows import Document, packed_rows
 from retain.measuring.tokens import document_sums, logits_of
 
+logger = logging.getLogger("experiments")
 # Documents of real replay by what they are called: those of pretraining in its shares, and ones the base never saw.
 REAL: dict[str, Callable[[Texts], list[str]]] = {
     "real": lambda texts: [*texts.prose, *texts.code],
@@ -56,9 +56,9 @@ class L2Trainer(ReplayTrainer):
         return result + self.strength * sum(((weight - base) ** 2).sum() for weight, base in pairs)
 
 
-def l2_sp(run: Run, bench: Bench, folder: Path, stop_below: float | None) -> dict[str, Any]:
+def l2_sp(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
     kind = type("L2Trainer", (L2Trainer,), {"strength": run.strength})
-    return finetune(run, bench, folder, stop_below, kind=kind)
+    return finetune(run, bench, stop_below, kind=kind)
 
 
 @torch.no_grad()
@@ -79,10 +79,11 @@ def measured(base: Any, model: Any, bench: Bench, step: float) -> tuple[dict[str
     return found, documents
 
 
-def interpolation(run: Run, bench: Bench, folder: Path, stop_below: float | None) -> dict[str, Any]:
+def interpolation(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
     """Finetune plainly to the end, then walk from the base's weights to the tuned ones; `step`: how far."""
-    trainer = make_trainer(replace(run, method="full", eval_steps=0), bench, folder)
-    trainer.train()
+    with scratch() as folder:
+        trainer = make_trainer(replace(run, method="full", eval_steps=0), bench, folder)
+        trainer.train()
     base, model = (bench.base().to(trainer.model.device) for _ in range(2))
     tuned = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trajectory, documents = [], []
@@ -95,13 +96,13 @@ def interpolation(run: Run, bench: Bench, folder: Path, stop_below: float | None
     return {"trajectory": trajectory, "documents": documents}
 
 
-def osf(run: Run, bench: Bench, folder: Path, stop_below: float | None) -> dict[str, Any]:
+def osf(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
     """PEFT's OSF: the upper half of each matrix's singular directions is frozen, the rest is trained."""
     model = get_peft_model(bench.base(), OSFConfig(target_modules="all-linear"))
-    return finetune(run, bench, folder, stop_below, model=identical(model, bench))
+    return finetune(run, bench, stop_below, model=identical(model, bench))
 
 
-def corda(run: Run, bench: Bench, folder: Path, stop_below: float | None) -> dict[str, Any]:
+def corda(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
     """PEFT's CorDA, knowledge-preserved: LoRA on the directions that matter least on 128 self-generated rows."""
     torch.manual_seed(run.seed)
     base, rows = bench.base(), bench.replay.batch(range(min(128, len(bench.replay))))["input_ids"]
@@ -119,7 +120,7 @@ def corda(run: Run, bench: Bench, folder: Path, stop_below: float | None) -> dic
             base(input_ids=part)
 
     preprocess_corda(base, config, run_model=look)
-    return finetune(run, bench, folder, stop_below, model=identical(get_peft_model(base, config), bench))
+    return finetune(run, bench, stop_below, model=identical(get_peft_model(base, config), bench))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Results of the study in, table, verdict and figure out."""
+"""StudyResults of the study in, table, verdict and figure out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.claim import Interval
-from experiments.matched import MEASURES, NoReport, Reading, mean_of, prevented, read_at, target_loss
-from experiments.pages import dress, findings, goal_line, panels
+from experiments.matched import MEASURES, Reading, mean_of, prevented, read_at, target_loss
+from experiments.pages import NoReport, dress, findings, goal_line, panels
 from retain.report.results import series
 from retain.report.style import PALETTE
 

@@ -6,20 +6,18 @@ python -m experiments 02 [--scale laptop|gpu|paper] [--runs 0 1] [--report]
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
-
-from experiments.harness import Bench, Results, Run, finetune, open_bench
-from experiments.matched import NoReport, target_loss
-from experiments.scales import Told, conduct
-from experiments.small_base import CACHE, BaseSettings, Texts, make_base
+from experiments.corpora import CACHE, Texts
+from experiments.harness import Bench, Run, StudyResults, finetune, open_bench
+from experiments.matched import target_loss
+from experiments.pages import NoReport
+from experiments.program import Report, conduct
+from experiments.small_base import BaseSettings, make_base
 from experiments.study_02_baselines.methods import REAL, SPECIAL, real_replay
 from experiments.study_02_baselines.report import (
     GAIN,
@@ -72,7 +70,7 @@ def results_file(name: str) -> Path:
 def rows_of(name: str) -> list[dict[str, Any]]:
     """What there is, in the order of the plan: the study's plain run comes first."""
     places = {as_key(settings_of(method, run)): at for at, (method, run) in enumerate(runs_of(SCALES[name]))}
-    rows = Results(results_file(name), "").rows.values()
+    rows = StudyResults(results_file(name), "").rows.values()
     return sorted(rows, key=lambda row: places.get(as_key(row["settings"]), len(places)))
 
 
@@ -88,7 +86,6 @@ def texts_of(name: str) -> Texts:
 @cache
 def bench_of(name: str) -> Bench:
     """The base of a scale with its data; the small one is made on first use."""
-    disable_progress_bar()
     scale, texts = SCALES[name], texts_of(name)
     if scale.model is None:
         return open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, scale.bench)
@@ -102,20 +99,17 @@ def make(name: str, place: int) -> dict[str, Any]:
     one, goes all the way.
     """
     method, run = runs_of(SCALES[name])[place]
-    bench, scratch = bench_of(name), CACHE / f"scratch-02-{os.getpid()}"
-    source, plain = method.partition(" ")[2], references(SCALES[name])
+    bench, source, plain = bench_of(name), method.partition(" ")[2], references(SCALES[name])
 
     def compute() -> dict[str, Any]:
         own = replace(bench, replay=real_replay(source, bench, texts_of(name))) if source in REAL else bench
         end = None if place in plain else target_loss([make(name, one) for one in plain], GAIN)
-        return SPECIAL.get(run.method, finetune)(run, own, scratch, end) | {"name": method}
+        return SPECIAL.get(run.method, finetune)(run, own, end) | {"name": method}
 
-    row = Results(results_file(name), bench.fingerprint).make(settings_of(method, run), compute)
-    shutil.rmtree(scratch, ignore_errors=True)
-    return row
+    return StudyResults(results_file(name), bench.fingerprint).make(settings_of(method, run), compute)
 
 
-def report(name: str) -> Told:
+def report(name: str) -> Report:
     """Table, verdict and figures from what there is."""
     if not (rows := rows_of(name)):
         raise NoReport("no run is made yet")

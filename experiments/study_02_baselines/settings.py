@@ -7,8 +7,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from experiments.corpora import Texts, load_texts
 from experiments.harness import BenchSettings, Run
-from experiments.small_base import Texts, load_texts
 from experiments.study_02_baselines.methods import REAL
 from retain.data.rows import read_rows
 

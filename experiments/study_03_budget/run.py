@@ -1,14 +1,10 @@
 """Does a run end where its forgetting budget says, and what does that cost? One command; finished runs are skipped.
 
-python -m experiments 03 [--report]
+python -m experiments 03 [--runs 0 1] [--report]
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,18 +12,16 @@ from typing import Any
 
 import numpy as np
 from matplotlib.ticker import NullLocator
-from transformers.utils.logging import disable_progress_bar
 
 from experiments.claim import over_seeds
-from experiments.harness import Bench, BenchSettings, Results, Run, compact, make_trainer, open_bench
-from experiments.pages import dress, goal_line, panels, write_results
-from experiments.small_base import CACHE, BaseSettings, load_texts, make_base
+from experiments.harness import Bench, Run, StudyResults, compact, make_trainer, scratch, small_bench
+from experiments.pages import dress, goal_line, panels
+from experiments.program import LAPTOP, Report, conduct
 from retain import ReplayConfig
 from retain.training.run_files import read_run
 
 HERE = Path(__file__).parent
 
-logger = logging.getLogger("experiments")
 BUDGETS = (0.05, 0.1, 0.2)
 STRICT = 0.002  # nats per token, at which the noise of eight rows alone holds the model
 SEEDS = (0, 1)
@@ -55,22 +49,21 @@ def runs() -> list[BudgetRun]:
     return [replace(kind, seed=seed) for seed in SEEDS for kind in kinds]
 
 
-def finetune(run: BudgetRun, bench: Bench, folder: Path) -> dict[str, Any]:
+def finetune(run: BudgetRun, bench: Bench) -> dict[str, Any]:
     """Train; the trajectory of losses and of the coefficient, and the controller's own verdict."""
-    shutil.rmtree(folder, ignore_errors=True)
-    trainer = make_trainer(run, bench, folder)
     steps: list[tuple[float, float]] = []
-    follow = trainer._follow_budget
+    with scratch() as folder:
+        trainer = make_trainer(run, bench, folder)
+        follow = trainer._follow_budget
 
-    def watch() -> None:
-        follow()
-        steps.append(
-            (trainer._held_kl(), trainer.budget.coef)
-        )  # committed runs: the mean over all positions, which was held
+        def watch() -> None:
+            follow()
+            # Committed runs: the mean over all positions, which was held.
+            steps.append((trainer._held_kl(), trainer.budget.coef))
 
-    trainer._follow_budget = watch
-    trainer.train()
-    found = {"trajectory": [compact(row) for row in read_run(folder)["trajectory"] if "eval_loss" in row]}
+        trainer._follow_budget = watch
+        trainer.train()
+        found = {"trajectory": [compact(row) for row in read_run(folder)["trajectory"] if "eval_loss" in row]}
     if trainer.budget is not None:
         found["verdict"] = asdict(trainer.budget.verdict())
         found["steps"] = [[float(f"{value:.4g}") for value in pair] for pair in steps]
@@ -159,22 +152,18 @@ def draw(found: dict[float | None, list[dict[str, Any]]], path: Path) -> None:
         dress(right, "Coefficient that held it", "optimizer step", "replay coefficient")
 
 
+def make(name: str, part: int) -> None:
+    bench, run = small_bench(), runs()[part]
+    StudyResults(HERE / "results.jsonl", bench.fingerprint).make(run.settings(), lambda: finetune(run, bench))
+
+
+def report(name: str) -> Report:
+    found = by_budget(list(StudyResults(HERE / "results.jsonl", "").rows.values()))
+    return f"{table(found)}\n\n**{verdict(found)}**", lambda path: draw(found, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
-    only_report = parser.parse_args(arguments).report
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logger.setLevel(logging.INFO)
-    disable_progress_bar()
-    results = Results(HERE / "results.jsonl", "")
-    if not only_report:
-        texts = load_texts()
-        bench = open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, BenchSettings())
-        results = Results(HERE / "results.jsonl", bench.fingerprint)
-        for run in runs():
-            results.make(run.settings(), lambda run=run: finetune(run, bench, CACHE / "run-budget"))
-    found = by_budget(list(results.rows.values()))
-    draw(found, HERE / "figure.png")
-    told = f"{table(found)}\n\n**{verdict(found)}**"
-    write_results(HERE / "README.md", told)
-    sys.stdout.write(told + "\n")
+    conduct(
+        __doc__, HERE, LAPTOP, parts=lambda scale: range(len(runs())), make=make, report=report, only="runs",
+        prepare=lambda name: small_bench(), arguments=arguments,
+    )  # fmt: skip

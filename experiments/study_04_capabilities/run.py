@@ -22,6 +22,7 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from examples.demo_data import load_demo_data
+from experiments.program import start_process
 from experiments.study_04_capabilities.data import (
     FACTS,
     WHEELS,
@@ -228,8 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logger.setLevel(logging.INFO)
+    start_process()
     if options.report:
         sys.stdout.write(tell(HERE) + "\n")
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.corpora import Texts, passages
-from experiments.harness import Results
+from experiments.harness import StudyResults
 from experiments.study_05_law.runs import now
 from retain.cli.main import main
 from retain.training.run_files import read_run
@@ -77,7 +77,7 @@ def made(plan: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def plan_and_run(base: Path, texts: Texts, results: Results, cache: Path) -> None:
+def plan_and_run(base: Path, texts: Texts, results: StudyResults, cache: Path) -> None:
     """Every budget is planned, then its recommendation is run, with the pilots' seed and with others."""
     files = write_files(texts, cache / "plan-law" / "texts")
     for budget in BUDGETS:

@@ -1,32 +1,27 @@
 """Do the laws of forgetting hold on a small real model, and where do they break? Finished runs are skipped.
 
-python -m experiments 05 [--only runs|plan] [--report]
+python -m experiments 05 [--parts verilog cpp plan] [--report]
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
-
-from experiments.harness import Bench, BenchSettings, Results, open_bench
-from experiments.pages import write_results
-from experiments.small_base import CACHE, BaseSettings, load_texts, make_base
+from experiments.corpora import CACHE, load_texts
+from experiments.harness import Bench, BenchSettings, StudyResults, open_bench, small_bench
+from experiments.program import LAPTOP, Report, conduct
+from experiments.small_base import BaseSettings, make_base
 from experiments.study_05_law.figure import draw
 from experiments.study_05_law.plan_case import plan_and_run
 from experiments.study_05_law.report import MIN_STEPS, READINGS, fitted
 from experiments.study_05_law.runs import LARGEST, RANKS, STEPS, finetune, now, other_runs, plain_runs, texts_of
-from experiments.study_05_law.verdict import told
+from experiments.study_05_law.verdict import report_text
 
 HERE = Path(__file__).parent
 
-logger = logging.getLogger("experiments")
 DATASETS = ("verilog", "cpp")
 
 
@@ -43,11 +38,11 @@ def prediction(rows: Sequence[dict[str, Any]], num_params: int) -> dict[str, Any
     return found
 
 
-def make_runs(dataset: str, bench: Bench, results: Results, scratch: Path) -> None:
+def make_runs(dataset: str, bench: Bench, results: StudyResults) -> None:
     """The smaller ranks; the prediction of the largest, written before it is made; the largest; what should break."""
 
     def make(runs: Sequence[Any]) -> list[dict[str, Any]]:
-        return [results.make(run.settings(), lambda run=run: finetune(run, bench, scratch)) for run in runs]
+        return [results.make(run.settings(), lambda run=run: finetune(run, bench)) for run in runs]
 
     rows = make(plain_runs(dataset, RANKS[:-1]))
     size = rows[0]["num_params"] // rows[0]["settings"]["lora_rank"] * LARGEST
@@ -55,27 +50,25 @@ def make_runs(dataset: str, bench: Bench, results: Results, scratch: Path) -> No
     make([*plain_runs(dataset, RANKS[-1:]), *other_runs(dataset)])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("runs", "plan"))
-    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
-    asked = parser.parse_args(arguments)
-    only = "report" if asked.report else asked.only
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logger.setLevel(logging.INFO)
-    disable_progress_bar()
+def make(name: str, part: str) -> None:
+    """The runs on a data set, or the plans with theirs."""
+    texts = load_texts()
+    base = make_base(CACHE / "base", texts, BaseSettings())
     warnings.filterwarnings("ignore", category=FutureWarning)
-    if only != "report":
-        texts = load_texts()
-        base = make_base(CACHE / "base", texts, BaseSettings())
-    for dataset in DATASETS if only in (None, "runs") else ():
-        bench = open_bench(base, texts_of(dataset, texts), BenchSettings())
-        make_runs(dataset, bench, Results(HERE / "results.jsonl", bench.fingerprint), CACHE / "run-law")
-    if only in (None, "plan"):
-        plan_and_run(base, texts, Results(HERE / "results.jsonl", texts.fingerprint), CACHE)
-    rows = list(Results(HERE / "results.jsonl", "").rows.values())
-    if only in (None, "report"):
-        draw(rows, HERE / "figure.png")
-        text = told(rows)
-        write_results(HERE / "README.md", text)
-        sys.stdout.write(text + "\n")
+    if part == "plan":
+        plan_and_run(base, texts, StudyResults(HERE / "results.jsonl", texts.fingerprint), CACHE)
+    else:
+        bench = open_bench(base, texts_of(part, texts), BenchSettings())
+        make_runs(part, bench, StudyResults(HERE / "results.jsonl", bench.fingerprint))
+
+
+def report(name: str) -> Report:
+    rows = list(StudyResults(HERE / "results.jsonl", "").rows.values())
+    return report_text(rows), lambda path: draw(rows, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    conduct(
+        __doc__, HERE, LAPTOP, parts=lambda scale: (*DATASETS, "plan"), make=make, report=report, only="parts",
+        prepare=lambda name: small_bench(), arguments=arguments,
+    )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import re
-import shutil
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from experiments.harness import Bench, Run, make_trainer
-from experiments.small_base import Texts
+from experiments.corpora import Texts
+from experiments.harness import Bench, Run, make_trainer, scratch
 from retain import ReplayConfig
 from retain.measuring.tokens import document_sums, logits_of
 from retain.models.description import num_tuned
@@ -106,18 +105,17 @@ class BothReadings(TrainerCallback):
         }
 
 
-def finetune(run: LawRun, bench: Bench, folder: Path) -> dict[str, Any]:
+def finetune(run: LawRun, bench: Bench) -> dict[str, Any]:
     """Train; new-task loss and L_f in both readings at every evaluation, nats per token."""
-    shutil.rmtree(folder, ignore_errors=True)
-    alone = replace(bench, retention={})
-    trainer = make_trainer(replace(run, method="ready"), alone, folder, model=tuned(run, bench))
-    readings = BothReadings(bench.base(), bench)
-    trainer.add_callback(readings)
-    size, began = num_tuned(trainer.model), now()
-    trainer.train()
-    rows = [row for row in read_run(folder)["trajectory"] if "eval_loss" in row]
-    told = [{"step": row["step"], "eval_loss": row["eval_loss"], **readings.found[row["step"]]} for row in rows]
-    short = [{name: round(value, 6) for name, value in row.items()} for row in told]
+    unwatched, readings = replace(bench, retention={}), BothReadings(bench.base(), bench)
+    with scratch() as folder:
+        trainer = make_trainer(replace(run, method="ready"), unwatched, folder, model=tuned(run, bench))
+        trainer.add_callback(readings)
+        size, began = num_tuned(trainer.model), now()
+        trainer.train()
+        rows = [row for row in read_run(folder)["trajectory"] if "eval_loss" in row]
+    every = [{"step": row["step"], "eval_loss": row["eval_loss"], **readings.found[row["step"]]} for row in rows]
+    short = [{name: round(value, 6) for name, value in row.items()} for row in every]
     assert all(math.isfinite(value) for row in short for value in row.values())
     return {"began": began, "num_params": size, "trajectory": short}
 

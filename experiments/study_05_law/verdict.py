@@ -138,7 +138,7 @@ def table_of_plans(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def told(rows: Rows) -> str:
+def report_text(rows: Rows) -> str:
     """All tables and verdicts, for the README."""
     found = {name: study for name, study in studies(rows).items() if len(study.plain) > 5}
     cases = [(name, reading) for name in found for reading in READINGS]

@@ -5,8 +5,6 @@ python -m experiments 06 [--scale laptop|gpu|paper] [--report]
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +14,9 @@ import numpy as np
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from experiments.harness import Results, written_by
-from experiments.matched import NoReport
-from experiments.scales import Told, conduct, seeds_of
-from experiments.small_base import CACHE
+from experiments.harness import StudyResults, scratch, written_by
+from experiments.pages import NoReport
+from experiments.program import Report, conduct, seeds_of
 from experiments.study_06_continual_tasks.report import METHODS, draw, report
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer
 from retain.lab.models import make_config, make_model
@@ -117,26 +114,27 @@ def learn(model: Any, task: int, method: str, tasks: Sequence[DigitTask], scale:
     steps, before = (scale.steps, scale.first_steps + (task - 1) * scale.steps) if task else (scale.first_steps, 0)
     tests = {one.name: test_rows(one, scale.held_out_rows) for one in tasks}
     watch = Accuracies(tests, scale.eval_steps, tasks[0].answer_length, before)
-    folder, stream = CACHE / f"run-continual-{os.getpid()}", 1000 * seed + 10 * task
-    shutil.rmtree(folder, ignore_errors=True)
-    trainer = ReplayTrainer(
-        model=model,
-        args=arguments(scale, steps, folder, seed),
-        train_dataset=Stream(lambda numbers: tasks[task].training_rows(numbers, stream + 1), steps * scale.batch_size),
-        data_collator=default_data_collator,
-        processing_class=digit_tokenizer(tasks[0].name),
-        replay_config=ReplayConfig(
-            replay_objective=method if protected else "kl",  # type: ignore[arg-type]
-            replay_coef=scale.coef if protected else 0.0,
-            per_device_replay_batch_size=scale.replay_rows,
-        ),
-        replay_dataset=replay_of(model, tasks[:task], scale, stream + 2) if protected else None,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(watch)
-    watch.measure(trainer.model, 0)
-    trainer.train()
-    shutil.rmtree(folder, ignore_errors=True)
+    stream = 1000 * seed + 10 * task
+    with scratch() as folder:
+        trainer = ReplayTrainer(
+            model=model,
+            args=arguments(scale, steps, folder, seed),
+            train_dataset=Stream(
+                lambda numbers: tasks[task].training_rows(numbers, stream + 1), steps * scale.batch_size
+            ),
+            data_collator=default_data_collator,
+            processing_class=digit_tokenizer(tasks[0].name),
+            replay_config=ReplayConfig(
+                replay_objective=method if protected else "kl",  # type: ignore[arg-type]
+                replay_coef=scale.coef if protected else 0.0,
+                per_device_replay_batch_size=scale.replay_rows,
+            ),
+            replay_dataset=replay_of(model, tasks[:task], scale, stream + 2) if protected else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(watch)
+        watch.measure(trainer.model, 0)
+        trainer.train()
     return watch.found
 
 
@@ -162,14 +160,14 @@ def fixed_of(scale: Scale) -> dict[str, Any]:
 
 
 def make(name: str, seed: int) -> None:
-    scale, results, first = SCALES[name], Results(HERE / "results.jsonl", name), {}
+    scale, results, first = SCALES[name], StudyResults(HERE / "results.jsonl", name), {}
     for method in METHODS:
         settings = {"method": method, "seed": seed, **fixed_of(scale)}
         results.make(settings, lambda method=method: run_sequence(method, seed, scale, first))
 
 
-def told(name: str) -> Told:
-    if not (rows := Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))):
+def told(name: str) -> Report:
+    if not (rows := StudyResults(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))):
         raise NoReport("no run is made yet")
     return report(rows), lambda path: draw(rows, path)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.harness import Results
-from experiments.scales import Told, conduct, seeds_of
+from experiments.harness import StudyResults
+from experiments.program import Report, conduct, seeds_of
 from experiments.study_07_capacity.report import draw, report
 from experiments.study_07_capacity.runs import at_length, at_loss, curve_row, mixture_row, tune, tune_all
 from experiments.study_07_capacity.settings import SCALES, Scale
@@ -17,7 +17,7 @@ from experiments.study_07_capacity.settings import SCALES, Scale
 HERE = Path(__file__).parent
 
 
-def run_seed(scale: Scale, seed: int, results: Results) -> None:
+def run_seed(scale: Scale, seed: int, results: StudyResults) -> None:
     """Lengths of the smallest, then the other sizes, then the frontier."""
     world, smallest = scale.world, scale.smallest
     curve_row(world, smallest, seed, results)
@@ -34,11 +34,11 @@ def run_seed(scale: Scale, seed: int, results: Results) -> None:
 
 
 def make(name: str, seed: int) -> None:
-    run_seed(SCALES[name], seed, Results(HERE / "results.jsonl", name))
+    run_seed(SCALES[name], seed, StudyResults(HERE / "results.jsonl", name))
 
 
-def told(name: str) -> Told:
-    rows = Results(HERE / "results.jsonl", name).rows_with()
+def told(name: str) -> Report:
+    rows = StudyResults(HERE / "results.jsonl", name).rows_with()
     return report(rows, SCALES[name]), lambda path: draw(rows, SCALES[name], path)
 
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from experiments.harness import Bench, Results, Run, finetune
+from experiments.harness import Bench, Run, StudyResults, finetune
 from experiments.lab_bases import open_lab_bench, pretrain
-from experiments.small_base import CACHE
 from retain import load_model
 from retain.lab.models import counted_size_of, expand, make_config
 from retain.lab.pretrain import PretrainConfig, open_corpus
@@ -111,7 +109,7 @@ def at_loss(world: World, size: str, curve: Row, loss: float) -> float:
     return min(found, key=lambda length: abs(found[length] - loss))
 
 
-def curve_row(world: World, size: str, seed: int, results: Results) -> Row:
+def curve_row(world: World, size: str, seed: int, results: StudyResults) -> Row:
     """Tokens per parameter and held-out loss along a base's pretraining, as a row."""
     settings = {"kind": "base", "size": size, "seed": seed, "most": world.size(size).most,
                 **{name: value for name, value in world.facts().items() if name in world.language(size, 0).__dict__},
@@ -137,8 +135,8 @@ def bench_of(world: World, folder: Path, size: str, seed: int) -> Bench:
 
 
 def tune(
-    world: World, size: str, length: float, coef: float, seed: int, results: Results, shared: Results | None = None,
-    grown: Row | None = None,
+    world: World, size: str, length: float, coef: float, seed: int, results: StudyResults,
+    shared: StudyResults | None = None, grown: Row | None = None,
 ) -> Row:  # fmt: skip
     """One finetune as a row, made once; taken from another study's results where it is there.
 
@@ -173,7 +171,7 @@ def tune_now(world: World, base: Row, size: str, coef: float, seed: int, grown: 
         larger = expand(model, seed=seed, **grown)
         gap, model = {"function_gap": function_gap(model, larger, bench)}, larger
     stop = world.target if coef < 1 else None
-    found = finetune(run, bench, CACHE / f"run-capacity-{os.getpid()}", stop, model=model)
+    found = finetune(run, bench, stop, model=model)
     trajectory = [
         [row["step"], *(round(row[name], 4) for name in ("eval_loss", "retention/old/forgetting"))]
         for row in found["trajectory"]
@@ -200,7 +198,7 @@ def tune_all(
     size: str,
     length: float,
     seed: int,
-    results: Results,
+    results: StudyResults,
     coefs: tuple[float, ...] | None = None,
     **how: Any,
 ) -> list[Row]:
@@ -224,7 +222,7 @@ def loss_on(folder: Path, world: World, size: str, seed: int) -> float:
         return float(load_model(str(folder), dtype="float32").eval()(input_ids=tokens, labels=tokens).loss)
 
 
-def mixture_row(world: World, size: str, share: float, seed: int, results: Results) -> Row:
+def mixture_row(world: World, size: str, share: float, seed: int, results: StudyResults) -> Row:
     """A point of the two-language frontier as a row."""
     settings = {"kind": "mixture", "size": size, "share": share, "seed": seed, "most": world.size(size).most,
                 **world.facts()}  # fmt: skip

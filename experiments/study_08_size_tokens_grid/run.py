@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.harness import Results
-from experiments.scales import Told, conduct, seeds_of
+from experiments.harness import StudyResults
+from experiments.program import Report, conduct, seeds_of
 from experiments.study_07_capacity.runs import World, at_length, curve_row, tune_all
 from experiments.study_07_capacity.settings import SCALES as CAPACITY
 from experiments.study_08_size_tokens_grid.report import draw, report
@@ -40,18 +40,20 @@ SCALES = {
 }
 
 
-def run_seed(scale: Scale, seed: int, results: Results, shared: Results) -> None:
+def run_seed(scale: Scale, seed: int, results: StudyResults, shared: StudyResults) -> None:
     for size, length in scale.cells:
         curve_row(scale.world, size, seed, results)
         tune_all(scale.world, size, at_length(scale.world, size, length), seed, results, shared=shared)
 
 
 def make(name: str, seed: int) -> None:
-    run_seed(SCALES[name], seed, Results(HERE / "results.jsonl", name), Results(SEVENTH / "results.jsonl", name))
+    run_seed(
+        SCALES[name], seed, StudyResults(HERE / "results.jsonl", name), StudyResults(SEVENTH / "results.jsonl", name)
+    )
 
 
-def told(name: str) -> Told:
-    rows = Results(HERE / "results.jsonl", name).rows_with()
+def told(name: str) -> Report:
+    rows = StudyResults(HERE / "results.jsonl", name).rows_with()
     return report(rows, SCALES[name]), lambda path: draw(rows, SCALES[name], path)
 
 

@@ -12,8 +12,7 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.claim import FIRST_LOOK, Claim, over_seeds, ratio_over_seeds
-from experiments.matched import NoReport
-from experiments.pages import dress, findings, panels
+from experiments.pages import NoReport, dress, findings, panels
 from retain.report.comparison import first_crossing
 from retain.report.results import series
 from retain.report.style import MARKS, PALETTE

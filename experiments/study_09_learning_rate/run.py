@@ -7,19 +7,15 @@ python -m experiments 09 [--scale laptop|gpu|paper] [--parts 0 1] [--report]
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
-
-from experiments.harness import Bench, Results, Run, finetune
+from experiments.harness import Bench, Run, StudyResults, finetune
 from experiments.lab_bases import open_lab_bench, pretrain
-from experiments.matched import NoReport
-from experiments.scales import Told, conduct
-from experiments.small_base import CACHE
+from experiments.pages import NoReport
+from experiments.program import Report, conduct
 from experiments.study_09_learning_rate.report import OLD, draw, nearest, table, verdict
 from retain.lab.pretrain import PretrainConfig, open_corpus
 
@@ -85,7 +81,7 @@ def bases_of(scale: Scale, rate: float, seed: int) -> dict[float, dict[str, Any]
     return pretrain(corpus_config(scale, scale.corpus, 0), scale.tokens_per_param, seed=seed, **how)
 
 
-def base_row(scale: Scale, rate: float, seed: int, results: Results) -> list[dict[str, Any]]:
+def base_row(scale: Scale, rate: float, seed: int, results: StudyResults) -> list[dict[str, Any]]:
     """The bases as a row, so that who has the rows needs no base: tokens per parameter, losses, size."""
     names = ("tokens_per_param", "loss", "ideal_loss", "num_params")
     settings = {"kind": "base", "pretrain_rate": rate, "seed": seed, **fixed_of(scale)}
@@ -121,7 +117,7 @@ def run_of(scale: Scale, rate: float, coef: float, seed: int) -> Run:
 
 
 def make_base_runs(
-    scale: Scale, base: dict[str, Any], known: dict[str, Any], results: Results, *, control: bool = False
+    scale: Scale, base: dict[str, Any], known: dict[str, Any], results: StudyResults, *, control: bool = False
 ) -> None:
     """Every finetune of one base; where a run is missing the base is pretrained, unless it is there, and opened."""
     bench: Bench | None = None
@@ -136,7 +132,7 @@ def make_base_runs(
                 found["folder"], new, old, seed=known["seed"], num_replay=0 if control else scale.replay_pool,
                 num_train=scale.batch_size * max(scale.least_steps, round(scale.steps_times_rate / min(scale.rates))),
             )  # fmt: skip
-        tuned = finetune(run, bench, CACHE / f"run-rate-{os.getpid()}", scale.stop_loss)
+        tuned = finetune(run, bench, scale.stop_loss)
         facts = {name: base[name] for name in ("loss", "ideal_loss", "num_params") if name in base}
         return {"base": facts, "trajectory": [compact(row) for row in tuned["trajectory"]]}
 
@@ -152,7 +148,7 @@ def compact(row: dict[str, Any]) -> dict[str, float]:
     return {name: round(row[name], 5) for name in ("step", "eval_loss", f"retention/{OLD}/forgetting")}
 
 
-def make_runs(scale: Scale, rate: float, seed: int, results: Results) -> None:
+def make_runs(scale: Scale, rate: float, seed: int, results: StudyResults) -> None:
     """Of one pretraining rate: the base of most tokens, then the control: as good as the worst of those of the seed."""
     bases = {one: base_row(scale, one, seed, results) for one in scale.pretrain_rates}
     longest = {one: max(found, key=lambda base: base["tokens_per_param"]) for one, found in bases.items()}
@@ -179,15 +175,16 @@ def finetuned(name: str) -> range:
 
 
 def make(name: str, part: int) -> None:
-    disable_progress_bar()
     scale = SCALES[name]
     finetunes, base = divmod(part, len(pretrained(scale)))
     seed, at = divmod(base, len(scale.pretrain_rates))
-    (make_runs if finetunes else base_row)(scale, scale.pretrain_rates[at], seed, Results(HERE / "results.jsonl", name))
+    (make_runs if finetunes else base_row)(
+        scale, scale.pretrain_rates[at], seed, StudyResults(HERE / "results.jsonl", name)
+    )
 
 
-def told(name: str) -> Told:
-    found = Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
+def told(name: str) -> Report:
+    found = StudyResults(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
     if not (rows := [row for row in found if "trajectory" in row]):
         raise NoReport("no finetune is made yet")
     return f"{table(rows)}\n\n{verdict(rows)}", lambda path: draw(rows, path)

@@ -11,8 +11,8 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.harness import Results
-from experiments.scales import Told, conduct
+from experiments.harness import StudyResults
+from experiments.program import Report, conduct
 from experiments.study_10_instruct.report import draw, report
 from experiments.study_10_instruct.runs import ARMS, SCALES, workplace
 
@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 def prepare(name: str) -> None:
     """What the arms share is opened once, where some arm is missing; the first that needs own rows samples them."""
-    results = Results(HERE / "results.jsonl", name)
+    results = StudyResults(HERE / "results.jsonl", name)
     for place in (workplace(name, seed) for seed in range(SCALES[name].seeds)):
         if any(results.get(place.settings(*one)) is None for one in SCALES[name].arms.items()):
             _ = place.base, place.pools
@@ -31,12 +31,12 @@ def make(name: str, part: int) -> None:
     """One arm with one seed."""
     seed, at = divmod(part, len(SCALES[name].arms))
     place, arm = workplace(name, seed), list(SCALES[name].arms)[at]
-    Results(HERE / "results.jsonl", name).make(place.settings(arm, ARMS[arm]), lambda: place.run(arm, ARMS[arm]))
+    StudyResults(HERE / "results.jsonl", name).make(place.settings(arm, ARMS[arm]), lambda: place.run(arm, ARMS[arm]))
 
 
-def told(name: str) -> Told:
+def told(name: str) -> Report:
     """Of every seed that there is, more than the scale's own, too."""
-    results, rows = Results(HERE / "results.jsonl", name), []
+    results, rows = StudyResults(HERE / "results.jsonl", name), []
     for seed in itertools.count():
         found = [results.get(workplace(name, seed).settings(*one)) for one in SCALES[name].arms.items()]
         rows += [row for row in found if row is not None]

@@ -18,11 +18,13 @@ from transformers import TrainerCallback, TrainingArguments, default_data_collat
 from transformers.trainer_callback import PrinterCallback
 
 from experiments import harness
-from experiments.harness import Run, key_of
-from experiments.small_base import CACHE, Rows
+from experiments.corpora import CACHE
+from experiments.harness import Run
+from experiments.small_base import Rows
 from experiments.study_10_instruct.data import Pools, Written, open_chats, open_own, open_pools
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, measure
 from retain.files import write_json
+from retain.lab.runner import run_key
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import default_device
 from retain.training.run_files import read_run
@@ -208,7 +210,7 @@ class Workplace:
         return learned | self._measured(model, self.chats.documents)
 
     def _folder(self, name: str, arm: Arm) -> Path:
-        return CACHE / "instruct" / f"tuned-{key_of(self.settings(name, arm), '')}"
+        return CACHE / "instruct" / f"tuned-{run_key(self.settings(name, arm), '')}"
 
     def _train(self, name: str, arm: Arm) -> tuple[Any, dict[str, Any]]:
         """The finetuned model, and how it learned; those that study 12 measures, too, are kept."""

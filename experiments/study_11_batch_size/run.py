@@ -6,8 +6,6 @@ python -m experiments 11 [--scale laptop|gpu|paper] [--report]
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,13 +15,14 @@ from typing import Any
 import torch
 from transformers.trainer_callback import PrinterCallback
 
-from experiments.harness import Results, key_of
-from experiments.scales import Told, conduct, device_name
-from experiments.small_base import CACHE
+from experiments.corpora import CACHE
+from experiments.harness import StudyResults, scratch
+from experiments.program import Report, conduct, device_name
 from experiments.study_11_batch_size.ensemble import Member, train_together
 from experiments.study_11_batch_size.report import draw, text_of
 from retain.lab.models import make_config, make_model
 from retain.lab.pretrain import PretrainArguments, PretrainConfig, make_trainer, open_corpus
+from retain.lab.runner import run_key
 from retain.models.description import default_device
 from retain.training.half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2
 
@@ -96,18 +95,16 @@ def arguments(scale: Scale, batch_size: int, folder: Path) -> PretrainArguments:
 
 def train(scale: Scale, batch_size: int, member: Member) -> tuple[float, Any]:
     """Pretrain one model by `retain pretrain`'s own parts: the held-out loss at the end, and the model."""
-    folder, corpus = CACHE / f"run-batch-{os.getpid()}", open_corpus(scale.config(), member.seed)
-    shutil.rmtree(folder, ignore_errors=True)
-    args = arguments(scale, batch_size, folder)
-    args.learning_rate, args.seed = member.learning_rate, member.seed
-    apply_half_life(args, member.half_life, scale.max_length)
-    shape = make_config(scale.model_size, vocab_size=len(corpus.tokenizer), max_length=corpus.length)
-    trainer = make_trainer(args, scale.config(), corpus, make_model(shape, member.seed), member.seed)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    loss = trainer.evaluate()["eval_loss"]
-    shutil.rmtree(folder, ignore_errors=True)
-    return loss, trainer.model
+    corpus = open_corpus(scale.config(), member.seed)
+    with scratch() as folder:
+        args = arguments(scale, batch_size, folder)
+        args.learning_rate, args.seed = member.learning_rate, member.seed
+        apply_half_life(args, member.half_life, scale.max_length)
+        shape = make_config(scale.model_size, vocab_size=len(corpus.tokenizer), max_length=corpus.length)
+        trainer = make_trainer(args, scale.config(), corpus, make_model(shape, member.seed), member.seed)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return trainer.evaluate()["eval_loss"], trainer.model
 
 
 def facts(scale: Scale, batch_size: int, half_life: float, losses: Sequence[float]) -> dict[str, Any]:
@@ -118,7 +115,7 @@ def facts(scale: Scale, batch_size: int, half_life: float, losses: Sequence[floa
             "device": f"CPU, {torch.get_num_threads()} threads" if scale.ensemble else device_name()}  # fmt: skip
 
 
-def one_by_one(scale: Scale, batch_size: int, fixed: dict[str, Any], results: Results) -> None:
+def one_by_one(scale: Scale, batch_size: int, fixed: dict[str, Any], results: StudyResults) -> None:
     """A row for each run."""
     for cell in cells(scale, batch_size):
         for seed in range(scale.seeds):
@@ -129,7 +126,7 @@ def one_by_one(scale: Scale, batch_size: int, fixed: dict[str, Any], results: Re
             )
 
 
-def together(scale: Scale, batch_size: int, fixed: dict[str, Any], results: Results) -> None:
+def together(scale: Scale, batch_size: int, fixed: dict[str, Any], results: StudyResults) -> None:
     """All runs of a batch size with some seeds as one ensemble; a row for each half-life and rate."""
     for first in range(0, scale.seeds, SEEDS_TOGETHER):
         seeds = list(range(first, min(first + SEEDS_TOGETHER, scale.seeds)))
@@ -138,12 +135,12 @@ def together(scale: Scale, batch_size: int, fixed: dict[str, Any], results: Resu
             make_rows(scale, todo, fixed, results)
 
 
-def make_rows(scale: Scale, rows: Sequence[dict[str, Any]], fixed: dict[str, Any], results: Results) -> None:
+def make_rows(scale: Scale, rows: Sequence[dict[str, Any]], fixed: dict[str, Any], results: StudyResults) -> None:
     """Rows of one batch size and the same seeds, by one ensemble."""
     batch_size, seeds = rows[0]["batch_size"], rows[0]["seeds"]
     members = [Member(row["half_life"], row["learning_rate"], seed) for row in rows for seed in seeds]
     corpora = {seed: open_corpus(scale.config(), seed) for seed in seeds}
-    name = key_of({"members": [asdict(member) for member in members], **fixed}, str(batch_size))
+    name = run_key({"members": [asdict(member) for member in members], **fixed}, str(batch_size))
     args, began = arguments(scale, batch_size, CACHE / f"ensemble-{name}"), time.process_time()
     trained = train_together(members, corpora, args, scale.model_size, Path(args.output_dir), scale.compiled)
     spent = {"processor_seconds": round((time.process_time() - began) / len(rows), 2)}  # an equal part
@@ -172,11 +169,11 @@ def make(name: str, batch_size: int) -> None:
     """All runs of a batch size."""
     scale = SCALES[name]
     how = together if scale.ensemble else one_by_one
-    how(scale, batch_size, fixed_of(scale), Results(HERE / "results.jsonl", name))
+    how(scale, batch_size, fixed_of(scale), StudyResults(HERE / "results.jsonl", name))
 
 
-def report(name: str) -> Told:
-    rows = Results(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
+def report(name: str) -> Report:
+    rows = StudyResults(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
     return text_of(rows), lambda path: draw(rows, path)
 
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import Results
-from experiments.matched import NoReport
-from experiments.scales import Told, conduct
+from experiments.harness import StudyResults
+from experiments.pages import NoReport
+from experiments.program import Report, conduct
 from experiments.study_10_instruct.data import sampled
 from experiments.study_10_instruct.runs import ARMS, CHAT_ARMS, SCALES, Scale, Workplace, workplace
 from experiments.study_12_self_generated_chat.report import ARMS_COMPARED, draw, report
@@ -75,11 +75,11 @@ def sampling_of(scale: Scale, seed: int) -> dict[str, Any]:
 
 def row_of(arm: str, name: str, place: Workplace) -> dict[str, Any] | None:
     """An arm's row; one without chats of the model's own is study 10's, with what is measured on chats here."""
-    own = Results(HERE / "results.jsonl", name)
+    own = StudyResults(HERE / "results.jsonl", name)
     if arm in CHAT_ARMS:
         return own.get(place.settings(arm, CHAT_ARMS[arm]))
     settings = place.settings(arm, ARMS[arm])
-    row, chats = Results(INSTRUCT / "results.jsonl", name).get(settings), own.get(on_chats(settings))
+    row, chats = StudyResults(INSTRUCT / "results.jsonl", name).get(settings), own.get(on_chats(settings))
     if row is None or chats is None:
         return None
     if row["trajectory"] != chats["trajectory"]:
@@ -99,13 +99,13 @@ def make(name: str, part: int) -> None:
     seed, at = divmod(part, len(ARMS_COMPARED))
     place, arm = workplace(name, seed), ARMS_COMPARED[at]
     shape = (ARMS | CHAT_ARMS)[arm]
-    settings, own = place.settings(arm, shape), Results(HERE / "results.jsonl", name)
+    settings, own = place.settings(arm, shape), StudyResults(HERE / "results.jsonl", name)
     if at == 0:
         own.make(sampling_of(SCALES[name], seed), lambda: turns_row(place))
     if arm in CHAT_ARMS:
         own.make(settings, lambda: place.run(arm, shape))
     else:
-        Results(INSTRUCT / "results.jsonl", name).make(settings, lambda: place.run(arm, shape))
+        StudyResults(INSTRUCT / "results.jsonl", name).make(settings, lambda: place.run(arm, shape))
         own.make(on_chats(settings), lambda: place.on_chats(arm, shape))
 
 
@@ -116,13 +116,13 @@ def prepare(name: str) -> None:
             _ = place.base, place.pools
 
 
-def told(name: str) -> Told:
+def told(name: str) -> Report:
     """Of every seed that there is, more than the scale's own, too."""
     turns, rows = [], []
     for seed in itertools.count():
         place = workplace(name, seed)
         found = [row_of(arm, name, place) for arm in ARMS_COMPARED]
-        counted = Results(HERE / "results.jsonl", name).get(sampling_of(SCALES[name], seed))
+        counted = StudyResults(HERE / "results.jsonl", name).get(sampling_of(SCALES[name], seed))
         turns, rows = [*turns, counted], [*rows, *found]
         if counted is None and not any(found):
             break

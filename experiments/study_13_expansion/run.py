@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import Results
-from experiments.scales import Told, conduct, seeds_of
+from experiments.harness import StudyResults
+from experiments.program import Report, conduct, seeds_of
 from experiments.study_07_capacity.runs import World, at_length, tune, tune_all
 from experiments.study_07_capacity.settings import SCALES as CAPACITY
 from experiments.study_13_expansion.report import draw, report
@@ -66,7 +66,7 @@ SCALES = {
 }  # fmt: skip
 
 
-def run_seed(scale: Scale, seed: int, results: Results, shared: Results) -> None:
+def run_seed(scale: Scale, seed: int, results: StudyResults, shared: StudyResults) -> None:
     for size, length, grown in scale.arms.values():
         base = (scale.world, size, at_length(scale.world, size, length))
         how: dict[str, Any] = {"shared": shared, "grown": grown}
@@ -75,11 +75,13 @@ def run_seed(scale: Scale, seed: int, results: Results, shared: Results) -> None
 
 
 def make(name: str, seed: int) -> None:
-    run_seed(SCALES[name], seed, Results(HERE / "results.jsonl", name), Results(SEVENTH / "results.jsonl", name))
+    run_seed(
+        SCALES[name], seed, StudyResults(HERE / "results.jsonl", name), StudyResults(SEVENTH / "results.jsonl", name)
+    )
 
 
-def told(name: str) -> Told:
-    rows = Results(HERE / "results.jsonl", name).rows_with()
+def told(name: str) -> Report:
+    rows = StudyResults(HERE / "results.jsonl", name).rows_with()
     return report(rows, SCALES[name]), lambda path: draw(rows, SCALES[name], path)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from experiments import lab_bases
-from experiments.harness import Results
+from experiments.harness import StudyResults
 from experiments.study_07_capacity import cells
 from experiments.study_07_capacity import report as capacity_report
 from experiments.study_07_capacity import run as CAPACITY
@@ -266,7 +266,6 @@ def test_who_has_the_rows_pretrains_nothing(monkeypatch, tmp_path):
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(lab_bases, "LAB", tmp_path / "lab")
-    monkeypatch.setattr(capacity_runs, "CACHE", tmp_path)
     capacity_runs.bench_of.cache_clear()
     return World(
         num_states=4, vocab_size=8, branching=2, max_length=16, batch_size=16, warmup_steps=2,
@@ -323,7 +322,7 @@ def test_a_base_that_several_ask_for_is_made_once(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_studies_run_share_their_rows_and_make_each_once(tiny, tmp_path):
-    seventh, grid, expansion = (Results(tmp_path / f"{name}.jsonl", "tiny") for name in ("7", "8", "13"))
+    seventh, grid, expansion = (StudyResults(tmp_path / f"{name}.jsonl", "tiny") for name in ("7", "8", "13"))
     scale = capacity_scales.Scale(
         world=tiny, same_loss=0.0, lengths=(0.5623,), shares=(0.5,), frontier_lengths=(0.5623,), frontier_coefs=(1.8,)
     )  # fmt: skip

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from experiments import harness, matched, small_base
-from experiments.harness import Results, Run
+from experiments.harness import Run, StudyResults
 from experiments.study_01_replay_cost import run as cost
 from experiments.study_02_baselines import report as baselines_report
 from experiments.study_02_baselines import run as baselines
+from retain.lab.runner import run_key
 
 TINY = small_base.BaseSettings(
     hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, vocab_size=300, max_length=32, batch_size=8,
@@ -64,10 +65,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> harness.Bench:
 
 def in_place(monkeypatch: pytest.MonkeyPatch, module: Any, bench: harness.Bench, folder: Path) -> None:
     """The study as it is, on the tiny bench and in another folder."""
-    monkeypatch.setattr(module, "load_texts", lambda: None, raising=False)
-    monkeypatch.setattr(module, "make_base", lambda *_: None)
-    monkeypatch.setattr(module, "open_bench", lambda *_: bench)
-    monkeypatch.setattr(module, "CACHE", folder)
+    monkeypatch.setattr(module, "small_bench", lambda: bench, raising=False)
+    monkeypatch.setattr(module, "bench_of", lambda name: bench, raising=False)
     monkeypatch.setattr(module, "HERE", folder)
     (folder / "README.md").write_text("before\n<!-- results: written by run.py -->\n<!-- end of results -->\nafter\n")
 
@@ -88,7 +87,8 @@ def test_first_study_runs_resumes_and_reports(
     bench: harness.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_place(monkeypatch, cost, bench, tmp_path)
-    monkeypatch.setattr(cost.pools, "report", str)
+    monkeypatch.setattr(cost.pools, "write_report", bool)
+    monkeypatch.setattr(cost.pools, "make_runs", bool)
     cell = replace(PLAIN, coef=10.0, replay_rows=4)
     monkeypatch.setattr(cost, "RATE", PLAIN.learning_rate)
     monkeypatch.setattr(cost, "rates", lambda: [])
@@ -98,16 +98,15 @@ def test_first_study_runs_resumes_and_reports(
     monkeypatch.setattr(cost, "timed", lambda: [replace(cell, eval_steps=0)])
     monkeypatch.setattr(cost, "TIMING_ROUNDS", 1)
     monkeypatch.setattr(cost, "TIMED_STEPS", 2)
-    cost.main([])
+    cost.main(["--num_workers", "1"])
     first = (tmp_path / "results.jsonl").read_text()
     assert len(first.splitlines()) == 3
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"key": "torn')  # killed while it wrote
     monkeypatch.setattr(cost, "make_trainer", None)  # nor is anything trained again
     monkeypatch.setattr(harness, "make_trainer", None)
-    for part in ("rates", "cells", "timing"):
-        cost.main(["--only", part])
-    assert (tmp_path / "results.jsonl").read_text() == first
+    cost.main(["--parts", "full", "timing", "--num_workers", "1"])
+    assert (tmp_path / "results.jsonl").read_text() == first + '{"key": "torn'
     page = (tmp_path / "README.md").read_text()
     assert page.startswith("before\n")
     assert page.endswith("after\n")
@@ -160,10 +159,10 @@ def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, mo
 
 
 def test_a_key_follows_what_decides_the_result(bench: harness.Bench) -> None:
-    plain = harness.key_of(PLAIN.settings(), bench.fingerprint)
-    assert plain == harness.key_of(replace(PLAIN, replay_rows=7).settings(), bench.fingerprint)  # plays no part
-    assert plain != harness.key_of(replace(PLAIN, seed=1).settings(), bench.fingerprint)
-    assert plain != harness.key_of(PLAIN.settings(), "another bench")
+    plain = run_key(PLAIN.settings(), bench.fingerprint)
+    assert plain == run_key(replace(PLAIN, replay_rows=7).settings(), bench.fingerprint)  # plays no part
+    assert plain != run_key(replace(PLAIN, seed=1).settings(), bench.fingerprint)
+    assert plain != run_key(PLAIN.settings(), "another bench")
 
 
 def synthetic(coef: float, seed: int, left: float, method: str = "full", rows: int = 2) -> dict[str, Any]:
@@ -250,10 +249,10 @@ def test_interval_is_the_wider_of_seeds_and_documents() -> None:
 
 def test_results_survive_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    first = Results(path, "bench")
+    first = StudyResults(path, "bench")
     first.make({"a": 1}, lambda: {"value": 2})
     with open(path, "a") as file:
         file.write('{"key"')
-    again = Results(path, "bench")
+    again = StudyResults(path, "bench")
     again.make({"a": 2}, lambda: {"value": 3})
-    assert [row["value"] for row in Results(path, "bench").rows.values()] == [2, 3]
+    assert [row["value"] for row in StudyResults(path, "bench").rows.values()] == [2, 3]

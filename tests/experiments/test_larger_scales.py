@@ -75,7 +75,6 @@ def test_the_settings_of_a_larger_scale_fit_together(
     module = import_module(f"experiments.study_{name}.run")
     capacity_runs.bench_of.cache_clear()
     monkeypatch.setattr(capacity_runs, "HELD_OUT", ROWS)
-    monkeypatch.setattr(capacity_runs, "CACHE", tmp_path)
     monkeypatch.setattr(lab_bases, "LAB", tmp_path / "lab")
     monkeypatch.setattr(Language, "stationary", property(lambda self: np.full(self.num_states, 1 / self.num_states)))
     for place in (capacity_runs, module):  # few held-out rows

@@ -17,13 +17,14 @@ from experiments.study_05_law.figure import draw
 from experiments.study_05_law.report import departures, fitted, held_out, r_squared, studies
 from experiments.study_05_law.verdict import (
     fits_well,
+    report_text,
     table_of_plans,
-    told,
     verdict_of_break,
     verdict_of_fits,
     verdict_of_held_out,
     verdict_of_plan,
 )
+from retain.lab.runner import run_key
 
 LAW = {"a": 2e3, "alpha": 0.25, "rho": 1.5, "c": 3.2, "s": 2.0}
 STEPS = range(0, 201, 10)
@@ -126,7 +127,7 @@ def test_a_plan_is_judged_by_seeds_that_no_pilot_had():
 
 
 def test_the_whole_report_and_its_figure(tmp_path):
-    text = told([*study_rows(), plan_row(1)])
+    text = report_text([*study_rows(), plan_row(1)])
     assert (text.count("Verdict: yes"), text.count("**reproduced**")) == (3, 2)
     assert "paper: OpenOrca" in text
     draw(study_rows(), tmp_path / "figure.png")
@@ -141,7 +142,7 @@ def test_headers_are_held_out_as_wholes():
 
 def test_every_run_of_the_study_is_another():
     runs = [run for name in ("verilog", "cpp") for run in (*study_runs.plain_runs(name), *study_runs.other_runs(name))]
-    assert len({harness.key_of(run.settings(), "") for run in runs}) == len(runs)
+    assert len({run_key(run.settings(), "") for run in runs}) == len(runs)
 
 
 def test_both_readings_begin_at_the_bases_own_values(tmp_path):
@@ -149,11 +150,8 @@ def test_both_readings_begin_at_the_bases_own_values(tmp_path):
     base = small_base.make_base(tmp_path / "tiny", texts, TINY)
     bench = harness.open_bench(base, texts, SHORT)
     run = study_runs.LawRun(lora_rank=2, max_steps=4, eval_steps=2, batch_size=4, warmup_steps=1, coef=1.0)
-    row = study_runs.finetune(run, bench, tmp_path / "run")
+    row = study_runs.finetune(run, bench)
     first, *_, last = row["trajectory"]
     assert first["forgetting"] == pytest.approx(0, abs=1e-6)
     assert last["soft"] > first["soft"]
-    assert (
-        row["num_params"]
-        == 2 * study_runs.finetune(replace(run, lora_rank=1, coef=0.0), bench, tmp_path / "run")["num_params"]
-    )
+    assert row["num_params"] == 2 * study_runs.finetune(replace(run, lora_rank=1, coef=0.0), bench)["num_params"]

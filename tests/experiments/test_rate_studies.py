@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from experiments import lab_bases
 from experiments.study_09_learning_rate import report as rate_report
 from experiments.study_09_learning_rate import run as rates
 from experiments.study_11_batch_size import ensemble
@@ -125,8 +126,7 @@ def test_rate_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )  # fmt: skip
     monkeypatch.setattr(module, "SCALES", {"laptop": scale})
     monkeypatch.setattr(module, "HERE", tmp_path)
-    monkeypatch.setattr(module, "CACHE", tmp_path)
-    monkeypatch.setattr("lab_bases.LAB", tmp_path / "lab")
+    monkeypatch.setattr(lab_bases, "LAB", tmp_path / "lab")
     (tmp_path / "README.md").write_text(README)
     module.main(["--num_workers", "1"])
     rows = (tmp_path / "results.jsonl").read_text()

@@ -1,0 +1,148 @@
+"""The program that every study is: its command line, its parts in several processes, its text and figure."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from experiments.pages import NoReport, write_results
+
+logger = logging.getLogger("experiments")
+LAPTOP: dict[str, Any] = {"laptop": None}  # the scales of a study that has one
+WORKERS = {"laptop": 2, "gpu": 3}  # small models leave most of a GPU idle; else 1
+Part = int | str
+Report = tuple[str, Callable[[Path], object]]  # the text for the README, and what draws the figure
+
+
+def conduct(
+    doc: str,
+    folder: Path,
+    scales: Mapping[str, Any],
+    *,
+    parts: Callable[[Any], Sequence[Part]],
+    make: Callable[[str, Any], object],
+    report: Callable[[str], Report],
+    only: str = "seeds",
+    prepare: Callable[[str], object] = lambda name: None,
+    then: Sequence[Callable[[str], Sequence[Part]]] = (),
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Run a study from its command line: make each of its parts once, then its text and figure.
+
+    Args:
+        doc: the docstring of the study's module; its first line is the help.
+        parts: of a scale, what can be made apart from each other, e.g. its seeds.
+        make: makes the runs of one part, by name of the scale; finished ones are skipped.
+        report: of the name of the scale.
+        only: what the parts are called on the command line.
+        prepare: what all parts need, made before they are spread over processes.
+        then: later parts, by name of the scale; each call may read what the parts before it made.
+    """
+    options = parse_arguments(doc, scales, arguments, only)
+    name, chosen = options.scale, getattr(options, only)
+    workers = options.num_workers or WORKERS.get(name, 1)
+    try:
+        if not options.report:
+            prepare(name)
+            make_parts(make, name, parts(scales[name]) if chosen is None else chosen, workers)
+            for later in then if chosen is None else ():
+                make_parts(make, name, later(name), workers)
+        text, draw = report(name)
+    except NoReport as error:
+        raise SystemExit(f"{folder.name}, scale {name}: {error}") from error
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    write_report(folder, name, text, draw)
+
+
+def seeds_of(scale: Any) -> Sequence[int]:
+    return range(scale.seeds)
+
+
+def parse_arguments(doc: str, scales: Mapping[str, Any], arguments: Sequence[str] | None, only: str) -> Any:
+    """`--scale`, `--report`, and which parts; one thread, and a log of what is made."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.set_defaults(scale="laptop")
+    if len(scales) > 1:
+        parser.add_argument("--scale", choices=scales, help="laptop is what the README shows; the others: sketches")
+    parser.add_argument(f"--{only}", type=lambda word: int(word) if word.isdigit() else word, nargs="*",
+                        help="only these")  # fmt: skip
+    parser.add_argument("--num_workers", type=int, help="processes (laptop 2, gpu 3, paper 1)")
+    parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
+    start_process()
+    options = parser.parse_args(arguments)
+    if options.scale != "laptop":
+        logger.warning("scale %s is a sketch: nobody has run these settings", options.scale)
+    return options
+
+
+def make_parts(make: Callable[[str, Any], object], name: str, parts: Sequence[Part], workers: int) -> None:
+    """Make the parts in a pool of processes; the first that fails ends them all.
+
+    Processes are forks where there is no GPU, so that what is open is opened once.
+    """
+    if min(workers, len(parts)) < 2:
+        for part in parts:
+            make(name, part)
+        return
+    context = get_context("spawn" if torch.cuda.is_available() else "fork")
+    pool = ProcessPoolExecutor(min(workers, len(parts)), mp_context=context, initializer=start_worker)
+    try:
+        for made in as_completed([pool.submit(make, name, part) for part in parts]):
+            made.result()
+    except BrokenProcessPool as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise SystemExit(f"a process was killed{cause}; finished runs are kept: run it again") from error
+    finally:
+        for process in active_children():
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def start_process() -> None:
+    """A process of a study: one thread, one GPU, a log."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with more, a trainer would share rows out among them
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logger.setLevel(logging.INFO)
+    disable_progress_bar()
+    torch.set_num_threads(1)
+
+
+def start_worker() -> None:
+    """A process of the pool: it ends with the one that began it, which alone hears Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    start_process()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def write_report(folder: Path, scale: str, text: str, draw: Callable[[Path], object]) -> None:
+    """Draw the figure and print the text; laptop scale is what the README shows."""
+    draw(folder / ("figure.png" if scale == "laptop" else f"figure-{scale}.png"))
+    if scale == "laptop":
+        write_results(folder / "README.md", text)
+    sys.stdout.write(text + "\n")
+
+
+def device_name() -> str:
+    """What it ran on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
