@@ -35,11 +35,14 @@ def is_local_file(source: str) -> bool:
     return Path(source).expanduser().is_file()
 
 
-def read_rows(source: str, split: str = "train") -> Dataset:
+def read_rows(source: str, split: str = "train", field: str = "data") -> Dataset:
     """Read rows from a JSONL, JSON, Parquet, CSV or text file, or from the Hub.
 
     In a text file, blank lines separate documents. JSONL and Parquet rows carry `text`, `messages`, or `prompt`
     and `completion`. A configuration of a data set on the Hub is named as `owner/name:configuration`.
+
+    Args:
+        field: the setting that named a data set on the Hub, for errors.
 
     Raises:
         ValueError: one line naming the file and, for JSONL, the line.
@@ -55,11 +58,15 @@ def read_rows(source: str, split: str = "train") -> Dataset:
     try:
         return load_dataset(name, configuration, split=split)
     except Exception as error:  # the Hub's client raises many kinds
-        raise ValueError(f"data: cannot load {source!r} from the Hub; {first_line(error)}") from error
+        raise ValueError(f"{field}: cannot load {name!r} from the Hub; {first_line(error)}") from error
 
 
 def hub_name(source: str) -> tuple[str, str | None]:
-    """A data set on the Hub, and its configuration where one is named: `owner/name:configuration`."""
+    """A data set on the Hub, and its configuration where one is named.
+
+    >>> hub_name("Salesforce/wikitext:wikitext-2-raw-v1"), hub_name("owner/name")
+    (('Salesforce/wikitext', 'wikitext-2-raw-v1'), ('owner/name', None))
+    """
     name, _, configuration = source.partition(":")
     return name, configuration or None
 
@@ -70,29 +77,21 @@ def read_sample(
     field: str,
     *,
     split: str,
-    most: int | None,
+    max_rows: int | None,
     seed: int,
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Rows with their names for errors: of a name in `known`, a file or a Hub dataset; drawn where there are too many.
+    """Rows with their names for errors: of a name in `known`, a file or a Hub dataset.
 
     Args:
         known: name → (Hub id, configuration, split).
         field: the setting that an error is about.
-        most: draw only so many rows, with `seed`; their order stays.
+        max_rows: draw this many of more rows, with `seed`; their order stays.
     """
-    if source in known:
-        from datasets import load_dataset
-
-        path, configuration, split = known[source]
-        try:
-            rows = load_dataset(path, configuration, split=split)
-        except Exception as error:  # the Hub's client raises many kinds
-            raise ValueError(f"{field}: cannot load {path!r} from the Hub; {first_line(error)}") from error
-    else:
-        rows = read_rows(source, split=split)
+    path, configuration, split = known.get(source, (source, None, split))
+    rows = read_rows(f"{path}:{configuration}" if configuration else path, split, field)
     places = np.arange(rows.num_rows)
-    if most is not None and most < len(places):
-        places = np.sort(np.random.default_rng(seed).choice(len(places), most, replace=False))
+    if max_rows is not None and max_rows < len(places):
+        places = np.sort(np.random.default_rng(seed).choice(len(places), max_rows, replace=False))
     for at in places.tolist():
         yield rows[at], f"row {at + 1} of {source!r}"
 
@@ -119,7 +118,7 @@ NEW_TASK = Reading(assistant_only_loss=False, as_trained=True)
 
 @dataclass(frozen=True)
 class Text:
-    """A row that was read: its words, its tokens, which of them are predicted, and their name."""
+    """A row that was read: its words, its tokens, which of them are predicted, and a name for those."""
 
     row: Mapping[str, Any]
     words: str
@@ -132,7 +131,7 @@ class Text:
 def read_texts(
     source: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, reading: Reading = OLD_TEXT
 ) -> Iterator[Text]:
-    """The rows of a file or Hub dataset, or the first so many; a bad row is named in its error."""
+    """The rows of a file or Hub dataset, at most `limit`; errors name the row."""
     rows = read_rows(source)
     for at in range(rows.num_rows if limit is None else min(limit, rows.num_rows)):
         yield read_text(rows[at], tokenizer, f"row {at + 1} of {source!r}", reading)
@@ -175,7 +174,7 @@ def read_text(
 
 
 def row_texts(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The words of every row of a file or Hub dataset, with each answer of preferences; an error names the row."""
+    """The words of every row of a file or Hub dataset, with each answer of preferences; errors name the row."""
     for at, row in enumerate(read_rows(source), start=1):
         for answered in _answered(row):
             yield row_text(answered, tokenizer, f"row {at} of {source!r}")
@@ -194,7 +193,7 @@ def _answered(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def row_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
     """The text of a row: `prompt` and `completion`, `messages` through the chat template, or `text`.
 
-    Of a row that has several, in TRL's order: what it trains on. Chats with their `tools` and `chat_template_kwargs`.
+    A row that has several is read as TRL would train on it. Chats come with their `tools` and `chat_template_kwargs`.
 
     Raises:
         ValueError: if the row has none of these, or they are of the wrong type.
@@ -203,7 +202,7 @@ def row_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: 
 
 
 def _content(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
-    """What a row is read for, words or turns, and what of it was given: the prompt of a prompt and completion."""
+    """The words or turns of a row, and those that were given: the prompt of a prompt and completion."""
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt + completion, prompt
@@ -231,7 +230,7 @@ def prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, wher
 
 
 def user_turn_text(text: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    """A text as a user's turn of the chat template, with the answer's turn opened; options as the template has them."""
+    """A text as a user's turn of the chat template, with the answer's turn opened; options are the template's."""
     return rendered([{"role": "user", "content": text}], {}, tokenizer, add_generation_prompt=True, **options)
 
 
@@ -250,7 +249,11 @@ class Document:
 
     @property
     def num_tokens(self) -> int:
-        """Predicted tokens."""
+        """Predicted tokens.
+
+        >>> Document([[0, 5, 6], [0, 7]], num_bytes=9).num_tokens
+        3
+        """
         return sum(sum(self.mask_of(window)) for window in self.windows)
 
     def mask_of(self, window: list[int]) -> list[bool]:
@@ -271,12 +274,12 @@ def tokenize_documents(
 ) -> list[Document]:
     """Cut each text into windows of at most `max_length` tokens, start token included.
 
-    Texts of no token are left out, and windows without a predicted one; windows of a lone token are kept (one
+    Texts without a token are left out, and windows without a predicted one; windows of a single token are kept (one
     prediction).
 
     Args:
         texts: words, rows, or rows that were read.
-        max_windows: keep only so many windows of each document, from its beginning.
+        max_windows: the most windows of a document, from its beginning.
         reading: of words and rows.
     """
     documents = []
@@ -340,8 +343,15 @@ Item = TypeVar("Item")
 
 
 def without_copies(name: str, items: Sequence[Item], unit: str) -> tuple[list[Item], list[str]]:
-    """The first of each set of equal items, and a sentence that counts the others: a copy is no second observation."""
-    distinct = list({repr(item): item for item in reversed(items)}.values())[::-1]
+    """The first of each set of equal items, and a sentence that counts the others: a copy is no second observation.
+
+    >>> without_copies("wiki", [[5, 6], [7], [5, 6]], "documents")
+    ([[5, 6], [7]], ['wiki: 3 documents hold 1 copy, left out'])
+    """
+    first: dict[str, Item] = {}
+    for item in items:
+        first.setdefault(repr(item), item)
+    distinct = list(first.values())
     copies, some = len(items) - len(distinct), f"{name}: {len(items):,} {unit} hold"
     return distinct, [f"{some} {copies:,} {'copies' if copies > 1 else 'copy'}, left out"] if copies else []
 
@@ -352,7 +362,7 @@ def token_documents(
     """Rows of token ids that already begin with their start token, one document each.
 
     Args:
-        given: how many tokens of each row are context only; None: the start token alone.
+        given: the number of tokens of each row that are context only; None: the start token alone.
     """
     documents = []
     for row, first in zip(rows, itertools.repeat(1) if given is None else map(int, given), strict=False):
@@ -366,6 +376,9 @@ def named_sources(specs: Iterable[str], field: str) -> dict[str, str]:
 
     Raises:
         ValueError: if one has no name or path, or a name comes twice.
+
+    >>> named_sources(["wiki=wiki.txt", "code=owner/code"], "retention")
+    {'wiki': 'wiki.txt', 'code': 'owner/code'}
     """
     sources: dict[str, str] = {}
     for spec in specs:

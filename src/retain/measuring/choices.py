@@ -66,7 +66,7 @@ def load_questions(source: str, *, max_questions: int | None = None, seed: int =
     Raises:
         ValueError: one line naming the source, the row, and what is wrong.
     """
-    rows = read_sample(source, QUESTION_SETS, "choices", split="test", most=max_questions, seed=seed)
+    rows = read_sample(source, QUESTION_SETS, "choices", split="test", max_rows=max_questions, seed=seed)
     return [as_question(row, where) for row, where in rows]
 
 

@@ -55,7 +55,7 @@ def load_requests(source: str, *, max_prompts: int | None = None, seed: int = 0)
         ValueError: one line naming the source, the row, and what is wrong.
     """
     texts = []
-    for row, where in read_sample(source, REQUEST_SETS, "refusals", split="train", most=max_prompts, seed=seed):
+    for row, where in read_sample(source, REQUEST_SETS, "refusals", split="train", max_rows=max_prompts, seed=seed):
         column = next((name for name in COLUMNS if name in row), None)
         if column is None:
             raise ValueError(f"refusals: {where} has no column of {', '.join(COLUMNS)}; it has {', '.join(row)}")

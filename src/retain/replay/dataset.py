@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 SCHEMA = "retain.replay/1"
 REMEDY = "sample again, into another folder"
-# What a manifest must tell, what it may, and what it must where the rows are to be a model's own.
+# What a manifest must hold, what it may, and what it must where the rows are to be a model's own.
 SHAPE: dict[str, Any] = {"num_rows": int, "rows_per_shard": int, "batch_size?": int, "model?": str}
 SHAPE |= {"tokenizer_fingerprint?": str, "start_token?": {"id": int}, "sampler?": {"dtype?": str, "engine?": str}}
 SHAPE |= {"model_fingerprint?": str, "store_reference?": str}
@@ -38,9 +38,13 @@ NOT_COMPARED = ("created", "versions", "batch_size")
 class ReplayDataset:
     """Replay rows in memory: token ids of all rows in one array, `offsets` of shape (rows + 1,).
 
-    `prefix_lengths`, shape (rows,): how many tokens of each row were given rather than drawn; the start token at
-    least. `manifest` is None for real text. `cache`: the base's predictions, where they were kept when it sampled.
-    `log_probs`, shape (rows,): of the drawn tokens of each row, summed, nats, where the sampler told.
+    `prefix_lengths`, shape (rows,): tokens of each row that were given rather than drawn; the start token at least.
+    `manifest` is None for real text. `cache`: the base's predictions, where they were stored when it sampled.
+    `log_probs`, shape (rows,): of the drawn tokens of each row, summed, nats, where the sampler wrote them.
+
+    >>> rows = ReplayDataset.from_rows([[0, 5, 6], [0, 7]], "two rows")
+    >>> rows.batch([1, 0])["labels"].tolist()
+    [[-100, 7, -100], [-100, 5, 6]]
     """
 
     tokens: np.ndarray
@@ -59,7 +63,7 @@ class ReplayDataset:
         manifest: dict[str, Any] | None = None,
         prefix_lengths: Sequence[int] | None = None,
     ) -> ReplayDataset:
-        """Gather rows of token ids, each beginning with its start token, or with as many given tokens as said."""
+        """Gather rows of token ids that begin with their start token, or with `prefix_lengths` given tokens."""
         lengths = [len(row) for row in rows]
         tokens = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
         given = np.ones(len(rows), dtype=np.int64) if prefix_lengths is None else np.asarray(prefix_lengths)
@@ -100,6 +104,9 @@ def replay_indices(step: int, rows_per_step: int, num_rows: int, seed: int) -> n
     """Rows of optimizer step `step`: a fresh permutation each pass, a pure function of its arguments.
 
     So a resumed run continues the stream where it stopped, however the step is split over micro-batches.
+
+    >>> sorted([*replay_indices(0, 2, 4, seed=0), *replay_indices(1, 2, 4, seed=0)]) == [0, 1, 2, 3]
+    True
     """
     positions = np.arange(step * rows_per_step, (step + 1) * rows_per_step)
     return np.array([_permutation(num_rows, seed, p // num_rows)[p % num_rows] for p in positions], dtype=np.int64)
@@ -173,7 +180,7 @@ def write_shard(folder: Path, shard: int, first_row: int, columns: dict[str, np.
 def read_shards(
     folder: Path, manifest: dict[str, Any], columns: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, list[Any]]:
-    """The named columns of all shards there are, in the order of the rows; optional ones where a shard has them.
+    """The named columns of all shards on disk, in the order of the rows; optional ones where a shard has them.
 
     Raises:
         ValueError: if a shard is damaged.
@@ -186,12 +193,12 @@ def read_shards(
         if not path.exists():
             continue
         try:
-            there = parquet.read_schema(path).names
-            names = [*columns, *(name for name in optional if name in there)]
+            stored = parquet.read_schema(path).names
+            names = [*columns, *(name for name in optional if name in stored)]
             table = parquet.read_table(path, columns=names)
             for name in names:
                 found[name] += list(table[name].to_numpy())
-        except Exception as error:  # pyarrow's many ways of saying that a file is not what it should be
+        except Exception as error:  # pyarrow raises many kinds
             raise ValueError(
                 f"replay_dataset: {str(path)!r} is damaged; delete it and run the same `retain sample`"
             ) from error
@@ -216,13 +223,13 @@ def load_self_generated(folder: Path) -> ReplayDataset:
     if not all(map(_fits, rows, given)):
         raise ValueError(f"replay_dataset: {str(folder)!r} holds rows that are no token ids behind a prefix; {REMEDY}")
     found = ReplayDataset.from_rows(rows, str(folder), manifest, given)
-    told = columns["logprob"]
-    log_probs = np.array(told, dtype=np.float64) if len(told) == len(rows) else None
+    sums = columns["logprob"]
+    log_probs = np.array(sums, dtype=np.float64) if len(sums) == len(rows) else None
     return replace(found, cache=open_cache(folder, manifest, found.num_predictions), log_probs=log_probs)
 
 
 def _fits(row: Any, given: Any) -> bool:
-    """Whether a row is token ids, of which so many may have been given."""
+    """Whether a row is token ids, at least `given` of them."""
     ids = isinstance(row, np.ndarray) and row.dtype.kind in "iu"
     return ids and isinstance(given, np.integer) and 0 <= int(given) <= len(row)
 
