@@ -234,4 +234,4 @@ def test_copies_of_a_document_a_question_and_a_prompt_count_once():
         "harm: 2 requests hold 1 copy, left out",
         "prompts: 3 prompts hold 1 copy, left out",
     ]
-    assert judge(data, max_forgetting=0.0)["code"] == UNDECIDED
+    assert judge(report.results, max_forgetting=0.0).code == UNDECIDED
