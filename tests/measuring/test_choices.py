@@ -682,7 +682,7 @@ def test_pairing_from_the_command_line(tmp_path, capsys):
     assert main(["measure", "--pair", *files, "--output_dir", out]) == 0
     assert "arc_easy, acc_norm" in capsys.readouterr().out
     data = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert data == json.loads(json.dumps(paired_report(files) | {"created": data["created"]}))
+    assert data == json.loads(json.dumps(paired_report(files).data | {"created": data["created"]}))
     assert set(data["choices"]) == {"arc_easy"}
     assert data["settings"] == {}  # nothing is drawn: the intervals are closed forms
     assert "retain" in data["versions"]

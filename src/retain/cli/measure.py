@@ -189,7 +189,7 @@ def run_measure(config: MeasureConfig) -> int:
         check_card(config.model_card)
     with exclusive(Path(config.output_dir)):  # made before long work, so that one that cannot be made is known
         if config.pair:
-            result = ForgettingReport(paired_report(config.pair))
+            result = paired_report(config.pair)
         else:
             result = measure_models(config, say=lambda stage: print(f"{visible(stage)} …", flush=True))
         limits = {name: getattr(config, name) for name in ("max_forgetting", "max_ref_kl", "min_agreement")}

@@ -11,16 +11,15 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Hashable, Iterator, Sequence
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retain import versions
 from retain.data.row_files import json_rows
 from retain.report.answers import compare_answers
+from retain.report.report import ForgettingReport
 from retain.text import first_line
 
 if TYPE_CHECKING:
@@ -204,20 +203,15 @@ def _add_sample(samples: Samples, row: dict[str, Any], where: str) -> None:
     of_filter[row["doc_id"]] = row
 
 
-def paired_report(paths: Sequence[str]) -> dict[str, Any]:
-    """The data of a report on two per-sample files of one task, the base's first."""
+def paired_report(paths: Sequence[str]) -> ForgettingReport:
+    """A report on two per-sample files of one task, the base's first."""
     base, tuned = (Path(path) for path in paths)
-    return {
-        "schema": "retain.report/1",
-        "name": tuned.parent.name or tuned.stem,
-        "base": {"model": str(base)},
-        "tuned": {"model": str(tuned)},
-        "settings": {},
-        "versions": versions(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "retention": {},
-        "choices": {task_of(tuned): pair_files(base, tuned)},
-    }
+    return ForgettingReport.new(
+        tuned.parent.name or tuned.stem,
+        base={"model": str(base)},
+        tuned={"model": str(tuned)},
+        choices={task_of(tuned): pair_files(base, tuned)},
+    )
 
 
 def task_of(path: Path) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from retain import versions
 from retain.checks import Unchosen, check_named, several
 from retain.data.rows import OLD_TEXT, Document, Reading, Text, as_documents, without_copies
 from retain.measuring.choices import Question, as_questions, measure_choices
@@ -138,7 +136,8 @@ def measure(
             result |= continued
     settings = {"max_length": max_length, "max_windows": max_windows, "start_token": str(start)}
     loss_tokens = {text: tokens_of_loss(documents) for text, documents in (learned | known).items()}
-    return ForgettingReport(_header(base, tuned, name, options, settings | {"loss_tokens": loss_tokens}) | result)
+    models = _models(base, tuned, options, settings | {"loss_tokens": loss_tokens})
+    return ForgettingReport.new(name, **models, **result)
 
 
 def _distinct(name: str, items: Sequence[Any], unit: str, *, warnings: list[str]) -> list[Any]:
@@ -187,15 +186,15 @@ def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
         raise ValueError(f"{what}: base has {of_base}, model has {of_tuned}; {remedy}")
 
 
-def _header(
-    base: MeasuredBase, tuned: PreTrainedModel, name: str, options: Options, settings: dict[str, Any]
-) -> dict[str, Any]:
+def _models(
+    base: MeasuredBase, tuned: PreTrainedModel, options: Options, settings: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The parts of a report that name both models, and how they were measured."""
+
     def identity(model: PreTrainedModel, fingerprint: str) -> dict[str, Any]:
         return {"model": model.name_or_path, "fingerprint": fingerprint, "num_params": num_parameters(model)}
 
     return {
-        "schema": "retain.report/1",
-        "name": name,
         "base": identity(base.model, base.fingerprint),
         "tuned": identity(tuned, model_fingerprint(tuned)),
         "settings": {
@@ -206,9 +205,4 @@ def _header(
             "attn_implementation": base.model.config._attn_implementation,
             "device": str(base.model.device),
         },
-        "versions": versions(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "training": None,
-        "trajectory": [],
-        "documents": [],
     }

@@ -6,10 +6,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from retain import versions
 from retain.files import NUMBER, atomic_path, check_shape, read_json, write_text
 from retain.report import page, style
 from retain.report.comparison import compare_at_matched_loss
@@ -30,6 +32,13 @@ class ForgettingReport:
     """
 
     data: dict[str, Any]
+
+    @classmethod
+    def new(cls, name: str, **parts: Any) -> ForgettingReport:
+        """A report of now, of the parts that were measured; those that are not given are empty."""
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        head = {"schema": SCHEMA, "name": name, "versions": versions(), "created": created, "settings": {}}
+        return cls({**head, "retention": {}, **parts})
 
     @property
     def results(self) -> Results:

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import Trainer
 from trl import RewardTrainer, SFTTrainer
 
-from retain import versions
 from retain.checks import check_named
 from retain.files import write_json, write_text
 from retain.models.head import reshard
@@ -348,15 +347,13 @@ class ReplayMixin(Host):
         if not (self.is_world_process_zero() and table and path.exists()):
             return
         step = weights_step(self.args, self.state, is_in_train=self.is_in_train)
-        data = {
-            "name": path.parent.name,
-            "base": {"model": self.model.name_or_path or type(self.model).__name__},
-            "retention": table,
-            "training": {"step": step, **dataclasses.asdict(self.replay_config)},
-            "settings": {"seed": self.args.seed},
-            "versions": versions(),
-        }
-        ForgettingReport(data).to_model_card(path)
+        ForgettingReport.new(
+            path.parent.name,
+            base={"model": self.model.name_or_path or type(self.model).__name__},
+            retention=table,
+            training={"step": step, **dataclasses.asdict(self.replay_config)},
+            settings={"seed": self.args.seed},
+        ).to_model_card(path)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The host's, for weights that are finite."""
