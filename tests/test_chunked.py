@@ -27,7 +27,8 @@ from retain.losses import (
 from retain.models.head import HeadForm, at_head, find_head_form
 from retain.models.reference import Reference
 from retain.training.budget import OPENING
-from retain.training.replay_term import ReplayTerm, in_opening
+from retain.training.meter import in_opening
+from retain.training.replay_term import ReplayTerm
 
 POSITIONS, SIZE, VOCAB = 37, 16, 211
 

@@ -59,7 +59,7 @@ def finetune(run: BudgetRun, bench: Bench) -> dict[str, Any]:
         def watch() -> None:
             follow()
             # Committed runs: the mean over all positions, which was held.
-            steps.append((trainer._held_kl(), trainer.budget.coef))
+            steps.append((trainer._meter.held_kl(), trainer.budget.coef))
 
         trainer._follow_budget = watch
         trainer.train()

@@ -194,7 +194,7 @@ def test_a_new_run_is_not_begun_over_old_checkpoints(tune, undisturbed, capsys):
     """Were it killed before its first checkpoint, it would go on from the other run's."""
     before = snapshot(undisturbed)
     assert main([*tune, "--learning_rate", "1", "--output_dir", str(undisturbed / "out")]) == 1
-    assert "of an earlier run; go on from it with --resume_from_checkpoint true, or choose another" in last_line(capsys)
+    assert "of an earlier run; resume it with --resume_from_checkpoint true, or choose another" in last_line(capsys)
     assert snapshot(undisturbed) == before
 
 

@@ -34,7 +34,6 @@ from retain.training.host_checks import expected_steps, load_for_training
 from retain.training.protection import check_replay_every
 from retain.training.resume import checkpoint_to_resume, train
 from retain.training.retention import check_best_metric, retention_names
-from retain.training.run_files import keep_once
 from retain.training.stop_at_loss import StopAtLoss, check_early_stopping, check_stop_at_loss
 from retain.training.trainer import ReplaySFTTrainer
 
@@ -147,8 +146,6 @@ def finetune(
         say(f"no whole checkpoint in {training_args.output_dir}: beginning anew")
     train(trainer, checkpoint)
     trainer.evaluate_retention()
-    if training_args.process_index == 0:
-        keep_once(Path(training_args.output_dir))
     file = is_local_file(script_args.dataset_name or "")  # which is no data set of the Hub, and has no page there
     named = {"dataset_name": None if file else script_args.dataset_name}
     trainer.create_model_card(model_name=Path(training_args.output_dir).name, **named)

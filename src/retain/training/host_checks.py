@@ -1,4 +1,7 @@
-"""What must hold of a host trainer, its model and its devices; each check refuses in one line with the remedy."""
+"""What must hold of a host trainer, its model and its devices.
+
+Every check raises a `ValueError` of one line, which names the setting, its value and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,6 @@ def check_devices(trainer: Any) -> None:
 
     Args:
         trainer: the host, once it is built: it counts a model that is spread over GPUs as on one.
-
-    Raises:
-        ValueError: with what to do instead.
     """
     args = trainer.args
     if args.n_gpu > 1:  # nn.DataParallel gives each copy a part of the rows, and the whole mask
@@ -44,27 +44,23 @@ def check_devices(trainer: Any) -> None:
 
 
 def check_forward_passes(model: Any, args: Any) -> None:
-    """Refuse activated LoRA with checkpointing: PEFT then takes one forward pass for each backward pass.
-
-    Raises:
-        ValueError: with what to do instead.
-    """
-    adapters = getattr(model, "peft_config", {}).values()
-    activated = any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters)
+    """Refuse activated LoRA with checkpointing: PEFT then takes one forward pass for each backward pass."""
     layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
-    if activated and (args.gradient_checkpointing or layers):
+    if invocation_tokens(model) and (args.gradient_checkpointing or layers):
         raise ValueError(
             "gradient_checkpointing: true, and aLoRA (alora_invocation_tokens) allows only one forward pass a step "
             "then, without the base's and the replay rows'; set it false"
         )
 
 
-def check_trained(model: Any, dataset: Any) -> None:
-    """Refuse to train nothing, as what PEFT's merge_and_unload leaves: all of it is frozen; or on nothing.
+def invocation_tokens(model: Any) -> list[list[int]]:
+    """Token ids that switch each activated LoRA of a model on; empty for other models."""
+    adapters = getattr(model, "peft_config", {}).values()
+    return [tokens for one in adapters if (tokens := getattr(one, "alora_invocation_tokens", None))]
 
-    Raises:
-        ValueError: with what to do instead.
-    """
+
+def check_trained(model: Any, dataset: Any) -> None:
+    """Refuse to train nothing, as what PEFT's merge_and_unload leaves: all of it is frozen; or on nothing."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "model: all its parameters are frozen; call requires_grad_(True) on it, or give it a new adapter "
@@ -78,11 +74,7 @@ def check_trained(model: Any, dataset: Any) -> None:
 
 
 def check_base_is_frozen(model: Any) -> None:
-    """An adapter switched off shows the base only while nothing but the adapter is trained.
-
-    Raises:
-        ValueError: naming a weight of the base that would be trained.
-    """
+    """An adapter switched off shows the base only while nothing but the adapter is trained."""
     prefix = getattr(model.base_model, "prefix", None) or "prompt_encoder"
     own = (prefix, "modules_to_save", "prompt_encoder", "token_adapter", "trainable_tokens")
     for name, parameter in model.named_parameters():
@@ -97,9 +89,6 @@ def check_weights(model: Any, accelerator: Any, where: str) -> None:
     """Refuse to keep trained weights that are not finite: the loss shows it only a step later.
 
     Under FSDP2 each process sees its shards and all say the same; elsewhere each looks at what it holds.
-
-    Raises:
-        ValueError: before anything of them is written.
     """
     trained = [value.detach() for value in model.parameters() if value.requires_grad and value.is_floating_point()]
     shards = [value.to_local() if hasattr(value, "to_local") else value for value in trained]
@@ -132,9 +121,6 @@ def see_the_base_everywhere(*, may_change: bool) -> None:
 
     Args:
         may_change: whether the model is still to be loaded, so that the setting can be switched off.
-
-    Raises:
-        ValueError: if the model was loaded so already.
     """
     empty = [os.environ.get(name, "").lower() in ("1", "true") for name in ("ACCELERATE_USE_FSDP", LOADS_EMPTY)]
     if not all(empty) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -171,11 +157,7 @@ def loaded_whole(args: Any) -> Iterator[None]:
 
 
 def check_whole(model: Any) -> None:
-    """Refuse a model whose weights are shared out already, by DeepSpeed's ZeRO-3 or over a device mesh.
-
-    Raises:
-        ValueError: with what to do instead.
-    """
+    """Refuse a model whose weights are shared out already, by DeepSpeed's ZeRO-3 or over a device mesh."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
             "model: its weights were shared out by ZeRO-3 when it was loaded; the base must be seen on every process: "

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from retain.losses import (
@@ -27,7 +26,6 @@ from retain.measuring.tokens import logits_at
 from retain.models.head import HeadForm, at_head, find_head_form
 from retain.models.reference import Reference, evaluation_mode
 from retain.replay.dataset import ReplayDataset
-from retain.training.budget import OPENING
 
 Inputs = dict[str, Tensor]
 
@@ -153,12 +151,6 @@ class ReplayTerm:
         assert self.reference is not None
         with self.reference.base(model, unwrapped, self.autocast) as base:
             return ask(base)
-
-
-def in_opening(mask: Bool[Tensor, "rows predictions"]) -> Bool[Tensor, "rows predictions"]:
-    """Which of the predictions in `mask` are made with fewer than `OPENING` tokens before; at most half of a row's."""
-    early = torch.arange(mask.shape[1], device=mask.device) < OPENING
-    return mask & early & (mask.cumsum(-1) <= mask.sum(-1, keepdim=True) // 2)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ def train(trainer: Any, checkpoint: str | None) -> None:
     A run that was killed after its last step is at its end: transformers would make one step more.
     """
     args = trainer.args
-    if checkpoint is not None and _has_ended(trainer, _state(Path(checkpoint))):
+    if checkpoint is not None and _has_ended(trainer, _trainer_state(Path(checkpoint))):
         trainer.get_batch_samples = lambda *rest: ([], None)
     stopping = StopWithCheckpoint()
     trainer.add_callback(stopping)
@@ -44,32 +44,28 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     A killed process may leave a checkpoint half-written; `trainer_state.json` is the last file to be written.
 
     Raises:
-        ValueError: for a checkpoint that is not whole, and for a folder with checkpoints from which nobody wants to go
-            on: they would be written over, and a run that is killed in between would go on from what is left of them.
+        ValueError: for a checkpoint that is not whole, and for a folder with checkpoints that are not to be resumed:
+            the run would write over them, and a run killed in between would resume from a mixture.
     """
-    asked, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
-    if not asked or str(asked).lower() == "false":
+    given, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
+    if not given or str(given).lower() == "false":
         if old := [path.name for path in folder.glob("checkpoint-*") if path.is_dir()]:
             raise ValueError(
-                f"output_dir: {str(folder)!r} holds {min(old)} of an earlier run; go on from it with "
+                f"output_dir: {str(folder)!r} holds {min(old)} of an earlier run; resume it with "
                 "--resume_from_checkpoint true, or choose another folder"
             )
         return None
-    if str(asked).lower() != "true":
-        if not _is_whole(Path(asked)):
-            raise ValueError(f"resume_from_checkpoint: {asked!r} is not a whole checkpoint; give a checkpoint-N folder")
-        return str(asked)
+    if str(given).lower() != "true":
+        if not _trainer_state(Path(given)):
+            raise ValueError(f"resume_from_checkpoint: {given!r} is not a whole checkpoint; give a checkpoint-N folder")
+        return str(given)
     found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    whole = [path for path in found if _is_whole(path)]
+    whole = [path for path in found if _trainer_state(path)]
     return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    return bool(_state(checkpoint))
-
-
-def _state(checkpoint: Path) -> dict[str, Any]:
-    """What `trainer_state.json` says; nothing where it is not there, or cut off."""
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """What `trainer_state.json` holds; nothing where it is missing, or cut off: the checkpoint is not whole."""
     try:
         return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -77,46 +73,47 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 
 
 class StopWithCheckpoint(TrainerCallback):
-    """SIGINT or SIGTERM ends training after the step that is being made, with a checkpoint; a second one at once.
+    """SIGINT or SIGTERM ends training after the current step, with a checkpoint; a second one ends it at once.
 
-    For one process: several would stop at different steps, and wait for one another.
+    The signal is raised again then, so what it means is for the handlers that were there before (`cli.signals`) to say.
+    In one process alone: several would stop at different steps, and wait for one another.
     """
 
     def __init__(self) -> None:
-        self.asked: int | None = None
-        self.before: dict[int, Any] = {}
+        self.received: int | None = None
+        self.handlers: dict[int, Any] = {}
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, a signal waits for the end of a step; it is raised when leaving at the latest."""
+        """In this context a signal waits for the end of a step, or of the context."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
-            self._stop_if_asked()
+            self._raise_received()
         finally:
-            self._listen_no_more()
+            self._restore_handlers()
 
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = number
-        self._listen_no_more()
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = number
+        self._restore_handlers()
         os.write(2, b"\nretain: stopping after this step, with a checkpoint; once more to stop at once\n")
 
-    def _listen_no_more(self) -> None:
-        for number, handler in self.before.items():
+    def _restore_handlers(self) -> None:
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.before = {}
+        self.handlers = {}
 
-    def _stop_if_asked(self) -> None:
-        if self.asked is not None:
-            signal.raise_signal(self.asked)
+    def _raise_received(self) -> None:
+        if self.received is not None:
+            signal.raise_signal(self.received)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.asked is not None and args.save_strategy == "no":
-            self._stop_if_asked()
-        control.should_save |= self.asked is not None
+        if args.save_strategy == "no":
+            self._raise_received()
+        control.should_save |= self.received is not None
 
     on_evaluate = on_step_end  # which may have taken long
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._stop_if_asked()
+        self._raise_received()

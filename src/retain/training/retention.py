@@ -19,12 +19,11 @@ from transformers.trainer_utils import default_compute_objective
 
 from retain.checks import several
 from retain.data.rows import Document, as_documents, without_copies
-from retain.files import append_jsonl
 from retain.measuring.tokens import Forward, batches, document_sums, logits_at, padded, summarize
 from retain.metrics import LOGGED, METRICS
 from retain.models.head import reshard
 from retain.models.reference import Reference, evaluation_mode
-from retain.training.run_files import DOCUMENTS_FILE, RunFilesCallback, weights_step
+from retain.training.run_files import RunFilesCallback, weights_step
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +130,7 @@ class RetentionMeasurer(RunFilesCallback):
             tokens = batch_tokens(args, documents)
             sums = document_sums(ref_forward, forward, documents, batch_tokens=tokens, device=args.device, text=name)
             self.tables[step][name] = summarize(sums, seed=args.seed)
-            if state.is_world_process_zero:
-                row: dict[str, Any] = {"step": step, "name": name, **sums.kept()}
-                Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-                append_jsonl(Path(args.output_dir) / DOCUMENTS_FILE, row)
+            self.append_documents(args, state, {"step": step, "name": name, **sums.kept()})
         values = [table[metric]["value"] for table in self.tables[step].values() for metric in LOGGED]
         return dict(zip(retention_names(self.documents), values, strict=True))
 
@@ -211,7 +207,7 @@ def retention_names(texts: Iterable[str]) -> list[str]:
     """What the values of these texts are called in logs.
 
     >>> retention_names(["wiki"])
-    ['retention/wiki/loss', 'retention/wiki/forgetting', 'retention/wiki/ref_kl', 'retention/wiki/ref_agreement']
+    ['retention/wiki/forgetting', 'retention/wiki/ref_kl', 'retention/wiki/ref_agreement', 'retention/wiki/loss']
     """
     return [f"retention/{name}/{metric}" for name in texts for metric in LOGGED]
 

@@ -1,4 +1,7 @@
-"""What must hold of the rows of a run: those replayed, trained on, and measured; each check refuses in one line."""
+"""What must hold of the rows of a run: those replayed, trained on, and measured.
+
+Every check raises a `ValueError` of one line, which names the setting, its value and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,15 @@ from retain.data.overlap import find_rows
 from retain.data.rows import Document
 from retain.models.description import max_positions
 from retain.replay.dataset import ReplayDataset
+from retain.training.host_checks import invocation_tokens
 
 logger = logging.getLogger(__name__)
-SHORT = 16  # tokens below which a row may be another's by chance
-NO_TOKENS = ("type_ids", "position_ids")  # columns of integers that are no tokens end so
+MAX_CHANCE_LENGTH = 16  # tokens below which two rows may be the same by chance
+NOT_TOKENS = ("type_ids", "position_ids")  # ends of the names of columns that hold integers, but no tokens
 
 
 def check_rows_fit(rows: ReplayDataset, model: Any) -> None:
-    """Rows must have something to predict, fit the model's positions, and use its tokens.
-
-    Raises:
-        ValueError: naming what does not fit.
-    """
+    """Rows must have something to predict, fit the model's positions, and use its tokens."""
     if not rows.num_predictions.sum():
         raise ValueError(f"replay_dataset: {rows.source!r} has no row of two tokens or more; give longer rows")
     longest, limit = int(np.diff(rows.offsets).max()), max_positions(model)
@@ -39,11 +39,7 @@ def check_rows_fit(rows: ReplayDataset, model: Any) -> None:
 
 
 def check_positions(model: Any, lengths: Iterable[int]) -> None:
-    """Rows must fit the model as it is trained, whose prompt may take positions.
-
-    Raises:
-        ValueError: if one does not.
-    """
+    """Rows must fit the model as it is trained, whose prompt may take positions."""
     longest, limit = max(lengths, default=0), max_positions(model)
     if limit is not None and longest > limit:
         raise ValueError(
@@ -53,15 +49,10 @@ def check_positions(model: Any, lengths: Iterable[int]) -> None:
 
 
 def check_invoked(model: Any, rows: ReplayDataset) -> None:
-    """Refuse replay rows on none of which an activated LoRA is on: they hold nothing.
-
-    Raises:
-        ValueError: with what to do instead.
-    """
-    found = [getattr(one, "alora_invocation_tokens", None) for one in getattr(model, "peft_config", {}).values()]
-    for tokens in filter(None, found):
-        asked = np.asarray(tokens, dtype=rows.tokens.dtype).tobytes()
-        if not any(asked in rows[at].tobytes() for at in range(len(rows))):
+    """Refuse replay rows on none of which an activated LoRA is on: they hold nothing."""
+    for tokens in invocation_tokens(model):
+        wanted = np.asarray(tokens, dtype=rows.tokens.dtype).tobytes()
+        if not any(wanted in rows[at].tobytes() for at in range(len(rows))):
             raise ValueError(
                 f"replay_dataset: no row holds the tokens {tokens} that switch aLoRA on, so none would protect the "
                 "model, which stays its base without them; replay prompts that end with them, or set replay_coef 0"
@@ -78,16 +69,13 @@ def check_held_out(
     Args:
         where: whose rows these are, for the message.
         edges: tokens that open or close a row and are no part of its text.
-
-    Raises:
-        ValueError: naming the text and how many rows it shares.
     """
     windows = [(name, window) for name in retention for document in retention[name] for window in document.windows]
     found = [windows[at] for at in find_rows([window for _, window in windows], rows, edges)] if windows else []
     for name in retention:
         shared = [len(window) for text, window in found if text == name]
         count = sum(text == name for text, _ in windows)
-        if shared and (max(shared) >= SHORT or 10 * len(shared) >= count):
+        if shared and (max(shared) >= MAX_CHANCE_LENGTH or 10 * len(shared) >= count):
             raise ValueError(
                 f"retention: {name!r} shares {len(shared)} rows with the {where}; measure on rows never "
                 f"{'replayed' if 'replay' in where else 'trained on'}"
@@ -95,11 +83,7 @@ def check_held_out(
 
 
 def check_not_trained_on(dataset: Any, retention: Mapping[str, Sequence[Document]], edges: Collection[int]) -> None:
-    """What a host trains on must not be measured as what is remembered; where nobody can look, that is said.
-
-    Raises:
-        ValueError: as `check_held_out`.
-    """
+    """What a host trains on must not be measured as what is remembered; where nobody can look, that is said."""
     rows = training_rows(dataset)
     first = list(itertools.islice(rows, 1))
     if retention and dataset is not None and not first:
@@ -141,14 +125,17 @@ def training_rows(dataset: Any) -> Iterator[Any]:
 def row_columns(example: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The columns of token ids that make up each row of a trainer's example, in TRL's names.
 
-    `input_ids` of supervised training, and whatever ends so, are whole rows; answers (`chosen_ids` and `rejected_ids`
+    `input_ids` of supervised training, and names that end so, are whole rows; answers (`chosen_ids` and `rejected_ids`
     of DPO and reward models, `completion_ids` of KTO) follow `prompt_ids` where there are some.
+
+    >>> row_columns({"prompt_ids": [3, 7], "chosen_ids": [9], "rejected_ids": [8], "position_ids": [0, 1]})
+    [('prompt_ids', 'chosen_ids'), ('prompt_ids', 'rejected_ids')]
     """
     arrays = {name: np.asarray(value) for name, value in example.items() if name.endswith("_ids")}
     tokens = [
         name
         for name, array in arrays.items()
-        if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size) and not name.endswith(NO_TOKENS)
+        if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size) and not name.endswith(NOT_TOKENS)
     ]
     whole = [(name,) for name in tokens if name.endswith("input_ids")]
     prompt = ("prompt_ids",) if "prompt_ids" in tokens else ()

@@ -53,7 +53,7 @@ def weights_step(args: TrainingArguments, state: TrainerState, *, is_in_train: b
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What a finetuned model's folder tells of its run: `training`, `trajectory` and `documents` of a report.
+    """What a finetuned model's folder holds of its run: `training`, `trajectory` and `documents` of a report.
 
     Empty where the model was not trained with `retain`.
     """
@@ -68,8 +68,11 @@ def read_run(folder: Path) -> dict[str, Any]:
         **{name: arguments[name] for name in OF_LOSS if name in arguments},
         **{name: settings[name] for name in OF_ROWS if settings.get(name) is not None},
     }
-    if (folder / BUDGET_FILE).is_file():
-        training["budget"] = _told(folder / BUDGET_FILE, {"text": str})["text"]
+    if (path := folder / BUDGET_FILE).is_file():
+        remedy = "delete it to go without, or finetune again"
+        verdict: dict[str, Any] = read_json(path, "model", remedy)
+        check_shape(verdict, {"text": str}, f"model: {str(path)!r} is damaged", remedy)
+        training["budget"] = verdict["text"]
     steps: dict[int, dict[str, Any]] = {}
     rows = read_jsonl(folder / METRICS_FILE, METRICS)
     for row in rows:  # one row a step: the logs of an evaluation come in two parts
@@ -84,26 +87,7 @@ def read_run(folder: Path) -> dict[str, Any]:
                 f"model: {str(folder / name)!r} holds a loss that is not finite, which is no result; finetune again "
                 "with a lower learning_rate or rows that leave something to predict, or delete the line"
             )
-    return {
-        "training": training,
-        "trajectory": [steps[step] for step in sorted(steps)],
-        "documents": documents,
-    }
-
-
-def _told(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
-    remedy = "delete it to go without, or finetune again"
-    found: dict[str, Any] = read_json(path, "model", remedy)
-    check_shape(found, shape, f"model: {str(path)!r} is damaged", remedy)
-    return found
-
-
-def keep_once(folder: Path) -> None:
-    """Keep the last measurement of each text at each step: a run that went on from its last step measured it again."""
-    rows = read_jsonl(folder / DOCUMENTS_FILE, DOCUMENTS)
-    last = {(row["step"], row["name"]): row for row in rows}
-    if len(last) < len(rows):
-        _rewrite(folder / DOCUMENTS_FILE, list(last.values()))
+    return {"training": training, "trajectory": [steps[step] for step in sorted(steps)], "documents": documents}
 
 
 def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -111,7 +95,7 @@ def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 class RunFilesCallback(TrainerCallback):
-    """Write `metrics.jsonl` and `retain_config.json`; a resumed run drops the rows it is about to make again.
+    """Write `metrics.jsonl` and `retain_config.json`; a resumed run drops the rows that it makes again.
 
     Args:
         settings: what to keep in `retain_config.json` beside the training arguments.
@@ -119,8 +103,9 @@ class RunFilesCallback(TrainerCallback):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
-        self.logged: list[Any] = []  # names in the rows of the step that a resumed run begins with
-        self.began = 0
+        self.began = 0  # the step that a resumed run begins with ...
+        self.logged: list[Any] = []  # ... the names in its rows, and the texts measured at it
+        self.documented: set[str] = set()
         self.kept: int | None = None  # the step whose weights the model holds, once training has ended
 
     def on_train_begin(
@@ -131,7 +116,7 @@ class RunFilesCallback(TrainerCallback):
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        step, again = state.global_step, int(args.eval_on_start)  # which measures the step it goes on from once more
+        step, again = state.global_step, int(args.eval_on_start)  # which measures the resumed step once more
         rows = [row for row in read_jsonl(folder / METRICS_FILE, METRICS) if step]
         # At the step of the checkpoint, what the checkpoint knows of: a run may be killed after its last one.
         known = [entry.items() for entry in state.log_history if entry["step"] == step]
@@ -139,10 +124,19 @@ class RunFilesCallback(TrainerCallback):
         self.logged, self.began = [row.keys() for row in kept if row["step"] == step], step
         _rewrite(folder / METRICS_FILE, kept)
         documents = read_jsonl(folder / DOCUMENTS_FILE, DOCUMENTS)
-        _rewrite(folder / DOCUMENTS_FILE, [row for row in documents if step and row["step"] <= step - again])
+        documents = [row for row in documents if step and row["step"] <= step - again]
+        self.documented = {row["name"] for row in documents if row["step"] == step}
+        _rewrite(folder / DOCUMENTS_FILE, documents)
         if step < state.max_steps:
             (folder / BUDGET_FILE).unlink(missing_ok=True)
         write_json(folder / CONFIG_FILE, {**self.settings, "training_arguments": args.to_dict()})
+
+    def append_documents(self, args: TrainingArguments, state: TrainerState, row: dict[str, Any]) -> None:
+        """Add the per-document sums of a text at a step, unless they were kept before the run was resumed."""
+        kept = row["step"] == self.began and row["name"] in self.documented
+        if state.is_world_process_zero and not kept:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            append_jsonl(Path(args.output_dir) / DOCUMENTS_FILE, row)
 
     def on_log(
         self,
@@ -163,7 +157,7 @@ class RunFilesCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell which step's weights the model holds, where they are not the last."""
+        """Record which step's weights the model holds, where they are not the last."""
         self.kept = weights_step(args, state, is_in_train=False)
         if state.is_world_process_zero and self.kept != state.global_step:
             append_jsonl(Path(args.output_dir) / METRICS_FILE, {"step": state.global_step, "kept_step": self.kept})

@@ -28,12 +28,12 @@ class StopAtLoss(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """What an earlier process measured counts, where its checkpoint is gone on from."""
+        """What was measured before the run was resumed counts, too."""
         self.loss, self.step = None, None
         for row in state.log_history:
-            self._look(row, row["step"])
+            self._read(row, row["step"])
 
-    def _look(self, measured: dict[str, Any], step: int) -> None:
+    def _read(self, measured: dict[str, Any], step: int) -> None:
         if self.metric in measured and not self.reached:
             self.loss = measured[self.metric]
             self.step = step if self.loss <= self.target else None
@@ -46,18 +46,18 @@ class StopAtLoss(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        self._look(metrics or {}, state.global_step)
+        self._read(metrics or {}, state.global_step)
         control.should_training_stop |= self.reached
 
     def was_reached(self, log_history: list[dict[str, Any]]) -> bool:
-        """Whether a run with these rows has come to its end."""
+        """Whether a run with this history has ended."""
         return any(row.get(self.metric, math.inf) <= self.target for row in log_history)
 
     def __str__(self) -> str:
         if self.reached:
-            return f"target loss: reached {self.loss:.4f} (asked {self.target:g}) at step {self.step}"
+            return f"target loss: reached {self.loss:.4f} (target {self.target:g}) at step {self.step}"
         found = "never evaluated" if self.loss is None else f"the loss is {self.loss:.4f}"
-        return f"target loss: not reached; {found}, asked {self.target:g}; give it more steps"
+        return f"target loss: not reached; {found}, target {self.target:g}; give it more steps"
 
 
 def check_early_stopping(args: Any, patience: int | None) -> None:
@@ -79,5 +79,5 @@ def check_stop_at_loss(args: Any, target: float | None) -> None:
     Raises:
         ValueError: naming the missing setting.
     """
-    if target is not None and str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
+    if target is not None and args.eval_strategy == IntervalStrategy.NO:
         raise ValueError(f"stop_at_loss: {target:g} needs evaluations; set eval_strategy steps, and eval_steps")

@@ -27,9 +27,9 @@ from retain.report.report import ForgettingReport
 from retain.training.budget import ForgettingBudget
 from retain.training.config import ReplayConfig
 from retain.training.host_checks import check_trained, check_weights, load_for_training
+from retain.training.meter import LossMeter
 from retain.training.objectives import NONE, Batch, Objective
 from retain.training.protection import Protection, check_noise, check_replay_every, zero_kl_error
-from retain.training.replay_term import in_opening
 from retain.training.retention import RetentionMeasurer, check_best_metric, retention_names
 from retain.training.run_files import BUDGET_FILE, weights_step
 
@@ -88,14 +88,8 @@ class ReplayMixin(Host):
         self._queue: list[dict[str, Tensor] | None] = []
         self._ready_for = -1  # the step for which replay was last drawn
         self._replay_tokens = 0
-        self._step_term = torch.zeros(())
-        self._step_parts = torch.zeros(2, 2, device=self.accelerator.device)  # (opening, rest): Σ KL and predictions
-        self._logged_parts = torch.zeros_like(self._step_parts)
-        self._logged: list[Tensor] = []
-        self._logged_steps = 0
-        self._new_task_losses: dict[int, Any] = {}  # step → the host's own part of its loss
         self._is_the_base = True  # until its first step; a try that ran out of memory leaves it moved
-        self._largest_kl, self._kl_is_zero = torch.zeros(()), self.objective.uses_reference
+        self._meter = LossMeter(self.accelerator, compared=self.objective.uses_reference)
         self.budget: ForgettingBudget | None = None
         self.replay.prove(self)
         self.measurer = ProtectedRun(self)
@@ -123,7 +117,7 @@ class ReplayMixin(Host):
         """Draw the replay rows of an optimizer step together with its new rows."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         config = self.replay_config
-        self._new_task_losses.pop(self.state.global_step, None)  # of a try that ran out of memory
+        self._meter.forget(self.state.global_step)
         if config.max_ref_kl is not None and (self.budget is None or self.state.global_step == 0):
             self.budget = self._begin_budget(config.max_ref_kl)
         if not (self._replay_is_due and samples):
@@ -132,9 +126,7 @@ class ReplayMixin(Host):
         self._ready_for = self.state.global_step
         if self.objective.adds_term:
             self._queue = [None] * len(samples)
-            self._step_term = torch.zeros((), device=self.accelerator.device)
-            self._step_parts = torch.zeros_like(self._step_parts)
-            self._logged_steps += 1
+            self._meter.begin_step()
         if self.objective.draws_rows:
             batches = self._draw(len(samples))
             if self.objective.adds_term:
@@ -171,8 +163,8 @@ class ReplayMixin(Host):
         if not (self.model.training and self.objective.adds_term):
             return result
         scale = 1.0 if self._host_scales(num_items_in_batch) else self.current_gradient_accumulation_steps
-        step, own = self.state.global_step, result[0] if return_outputs else result
-        self._new_task_losses[step] = self._new_task_losses.get(step, 0.0) + own.detach() / scale
+        own = result[0] if return_outputs else result
+        self._meter.add_new_task(self.state.global_step, own.detach() / scale)
         if not self._replay_is_due:
             return result
         if not self._queue:
@@ -184,6 +176,7 @@ class ReplayMixin(Host):
             term = self._term_on_new_rows(model, new, num_items_in_batch)
         else:
             term = self._term_on_replay(model, batch)
+        self._meter.add_term(term)
         added = self.replay_coef * self.replay_config.replay_every * scale * term
         return (result[0] + added, result[1]) if return_outputs else result + added
 
@@ -194,11 +187,9 @@ class ReplayMixin(Host):
         rows = Batch(model, self.accelerator.unwrap_model(model), batch, labels, stored, values)
         total = self.objective.total(self.replay.term, rows)
         if self.objective.uses_reference:
-            opens = in_opening(mask)[mask]
-            parts = torch.stack([torch.stack([values[part].sum(), part.sum()]) for part in (opens, ~opens)])
-            self._step_parts, self._logged_parts = self._step_parts + parts, self._logged_parts + parts
+            self._meter.add_values(values, mask)
         # This micro-batch's part of the step's mean; DDP averages gradients, hence the processes.
-        return self._note(total / self._replay_tokens * self.accelerator.num_processes)
+        return total / self._replay_tokens * self.accelerator.num_processes
 
     def _term_on_new_rows(self, model: Any, inputs: dict[str, Any], num_items: Any) -> Tensor:
         if "labels" not in inputs:
@@ -211,17 +202,9 @@ class ReplayMixin(Host):
         total = self.objective.total(self.replay.term, rows)
         if num_items is None:
             count = (labels[:, 1:] != -100).sum().clamp(min=1)
-            return self._note(total / count / self.current_gradient_accumulation_steps)
+            return total / count / self.current_gradient_accumulation_steps
         world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return self._note(total / num_items * world)
-
-    def _note(self, term: Tensor) -> Tensor:
-        """Keep a micro-batch's part of the step's mean for the log and the budget."""
-        self._logged.append(term.detach())
-        self._step_term = self._step_term.to(term.device) + term.detach()
-        if self.objective.uses_reference:
-            self._largest_kl = torch.maximum(self._largest_kl.to(term.device), term.detach().abs())
-        return term
+        return total / num_items * world
 
     def _host_scales(self, num_items: Any) -> bool:
         """Whether the host's loss is already divided by the step's micro-batches; as in `Trainer.training_step`."""
@@ -246,7 +229,7 @@ class ReplayMixin(Host):
             )
         if self._replay_is_due and not self._queue:
             if self.objective.uses_reference and self._is_the_base and self.state.global_step == 0:
-                kl = float(self._step_term) if self.budget is None else self._held_kl()
+                kl = float(self._meter.step_term) if self.budget is None else self._meter.held_kl()
                 check_noise(kl, self.replay_config.max_ref_kl)
             self._is_the_base = False
             if self.budget is not None:
@@ -265,20 +248,14 @@ class ReplayMixin(Host):
     def _stop_if_unprotected(self) -> None:
         """While the KL is exactly 0, either no weight has moved measurably, or the reference moves along."""
         check_replay_every(self.replay_config, self.state.max_steps)
-        if self._ready_for >= 0 and self._kl_stayed_zero():
+        if self._ready_for >= 0 and self._meter.kl_stayed_zero():
             self.measurer.prove_reference(self.model, self.state)
 
     def stop_if_kl_ended_zero(self) -> None:
         """Behind a warm-up, what was trained must have moved what the base says of replay rows."""
         tried = self._ready_for >= self.args.get_warmup_steps(self.state.max_steps) + PATIENCE
-        if tried and self._kl_stayed_zero():
+        if tried and self._meter.kl_stayed_zero():
             raise zero_kl_error(self.state.global_step)
-
-    def _kl_stayed_zero(self) -> bool:
-        """Whether no process has met a KL above 0; asked of all until one has."""
-        if self._kl_is_zero:
-            self._kl_is_zero = float(self.accelerator.reduce(self._largest_kl, reduction="sum")) == 0.0
-        return self._kl_is_zero
 
     # The budget
 
@@ -307,15 +284,10 @@ class ReplayMixin(Host):
             found.load_state_dict(self.state.stateful_callbacks[BUDGET_STATE]["attributes"])
         return found
 
-    def _held_kl(self) -> float:
-        """Mean KL of the step behind the rows' openings, over micro-batches and processes; nats per token."""
-        total, count = self.accelerator.reduce(self._step_parts, reduction="sum")[1].tolist()
-        return total / max(count, 1.0)
-
     def _follow_budget(self) -> None:
         """After a step's last micro-batch: its KL moves the coefficient; the next checkpoint keeps the state."""
         assert self.budget is not None
-        self.budget.update(self._held_kl())
+        self.budget.update(self._meter.held_kl())
         self.state.stateful_callbacks[BUDGET_STATE] = {"args": {}, "attributes": self.budget.state_dict()}
 
     # What is measured, kept and told
@@ -370,23 +342,8 @@ class ReplayMixin(Host):
         All are means over the logged steps and processes. A KL is logged as `replay/kl`, too, and apart over the first
         predictions of the rows (`replay/kl_opening`) and all others (`replay/kl_rest`, which a budget holds).
         """
-        if "loss" in logs and self._new_task_losses:
-            made = [loss for step, loss in self._new_task_losses.items() if step < self.state.global_step]
-            logs["new_task/loss"] = self.accelerator.reduce(torch.stack(made).mean(), reduction="mean").item()
-            self._new_task_losses = {}
-        if "loss" in logs and self._logged:
-            total = torch.stack(self._logged).sum() / self._logged_steps
-            mean = self.accelerator.reduce(total, reduction="mean").item()
-            logs["replay/loss"] = mean
-            if self.objective.uses_reference:
-                logs["replay/kl"] = mean
-                parts = self.accelerator.reduce(self._logged_parts, reduction="sum").tolist()
-                for name, (kl, count) in zip(("opening", "rest"), parts, strict=True):
-                    if count:
-                        logs[f"replay/kl_{name}"] = kl / count
-                self._logged_parts = torch.zeros_like(self._logged_parts)
-            logs["replay/coef"] = self.replay_coef
-            self._logged, self._logged_steps = [], 0
+        if "loss" in logs:
+            logs.update(self._meter.logs(self.state.global_step, self.replay_coef))
         super().log(logs, start_time)
 
 

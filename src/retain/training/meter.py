@@ -1,0 +1,96 @@
+"""The parts of a protected run's loss, over micro-batches, steps and processes: for its logs, budget and checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from retain.training.budget import OPENING
+
+
+class LossMeter:
+    """Keeps the parts of the loss of a run, until they are logged.
+
+    Args:
+        accelerator: of the host trainer; sums over processes are its.
+        compared: whether the replay term is a KL to the base.
+    """
+
+    def __init__(self, accelerator: Any, *, compared: bool) -> None:
+        self.accelerator, self.compared = accelerator, compared
+        self.step_term = torch.zeros((), device=accelerator.device)  # mean of the current step, on this process
+        self._step_parts = torch.zeros(2, 2, device=accelerator.device)  # (opening, rest): Σ KL and predictions
+        self._parts = torch.zeros_like(self._step_parts)  # since the last log
+        self._terms: list[Tensor] = []
+        self._num_steps = 0  # with replay
+        self._new_task: dict[int, Any] = {}  # step → the host's own part of its loss
+        self._largest_kl, self._kl_is_zero = torch.zeros(()), compared
+
+    def begin_step(self) -> None:
+        """A step with replay begins."""
+        self.step_term, self._step_parts = torch.zeros_like(self.step_term), torch.zeros_like(self._step_parts)
+        self._num_steps += 1
+
+    def forget(self, step: int) -> None:
+        """Drop the new task's loss of a step that is made again: of a try that ran out of memory."""
+        self._new_task.pop(step, None)
+
+    def add_new_task(self, step: int, loss: Tensor) -> None:
+        """Take a micro-batch's part of the host's own loss."""
+        self._new_task[step] = self._new_task.get(step, 0.0) + loss
+
+    def add_term(self, term: Tensor) -> None:
+        """Take a micro-batch's part of the step's replay term."""
+        self._terms.append(term.detach())
+        self.step_term = self.step_term.to(term.device) + term.detach()
+        if self.compared:
+            self._largest_kl = torch.maximum(self._largest_kl.to(term.device), term.detach().abs())
+
+    def add_values(self, values: Float[Tensor, n], mask: Bool[Tensor, "rows predictions"]) -> None:
+        """Take the KL of a micro-batch's predictions, those in `mask`, in nats."""
+        opens = in_opening(mask)[mask]
+        parts = torch.stack([torch.stack([values[part].sum(), part.sum()]) for part in (opens, ~opens)])
+        self._step_parts, self._parts = self._step_parts + parts, self._parts + parts
+
+    def held_kl(self) -> float:
+        """Mean KL of the step behind the rows' openings, over micro-batches and processes; nats per token."""
+        total, count = self.accelerator.reduce(self._step_parts, reduction="sum")[1].tolist()
+        return total / max(count, 1.0)
+
+    def kl_stayed_zero(self) -> bool:
+        """Whether no process has met a KL above 0; all of them compare theirs until one has."""
+        if self._kl_is_zero:
+            self._kl_is_zero = float(self.accelerator.reduce(self._largest_kl, reduction="sum")) == 0.0
+        return self._kl_is_zero
+
+    def logs(self, step: int, coef: float) -> dict[str, float]:
+        """What `loss`, the sum, is made of, as means over the steps before `step` since the last call."""
+        logs: dict[str, float] = {}
+        if self._new_task:
+            made = [loss for at, loss in self._new_task.items() if at < step]
+            logs["new_task/loss"] = self.accelerator.reduce(torch.stack(made).mean(), reduction="mean").item()
+            self._new_task = {}
+        if not self._terms:
+            return logs
+        mean = self.accelerator.reduce(torch.stack(self._terms).sum() / self._num_steps, reduction="mean").item()
+        logs["replay/loss"] = mean
+        if self.compared:
+            logs["replay/kl"] = mean
+            parts = self.accelerator.reduce(self._parts, reduction="sum").tolist()
+            logs |= {f"replay/kl_{name}": kl / n for name, (kl, n) in zip(("opening", "rest"), parts, strict=True) if n}
+            self._parts = torch.zeros_like(self._parts)
+        self._terms, self._num_steps = [], 0
+        return {**logs, "replay/coef": coef}
+
+
+def in_opening(mask: Bool[Tensor, "rows predictions"]) -> Bool[Tensor, "rows predictions"]:
+    """Which of the predictions in `mask` are made with fewer than `OPENING` tokens before; at most half of a row's.
+
+    >>> in_opening(torch.ones(1, 6, dtype=torch.bool))
+    tensor([[ True,  True,  True, False, False, False]])
+    """
+    early = torch.arange(mask.shape[1], device=mask.device) < OPENING
+    return mask & early & (mask.cumsum(-1) <= mask.sum(-1, keepdim=True) // 2)
