@@ -29,10 +29,10 @@ from scipy import optimize, stats
 
 from retain import fit_forgetting_law
 from retain.laws.diagnostics import LawWarning, rival_warnings
+from retain.laws.fitted import first_crossings
 from retain.laws.forms import FORMS, Form
 from retain.laws.law import ForgettingLaw
 from retain.laws.plots import bands, contours, residuals, trajectories
-from retain.laws.solve import first_crossings
 from retain.laws.variable_projection import HUBER, fit_many
 
 

@@ -19,6 +19,7 @@ from retain.laws.variable_projection import Fits
 LEVEL = 0.95
 MAX_INTERVAL_RATIO = 10.0  # of the ends of an interval that still identifies its parameter
 Scalar = Any  # a float where inputs are numbers, an array of their shape where they are arrays
+NUM_GRID_POINTS = 2000  # on a log scale, between which a crossing is interpolated
 LOSSES = ("finetuning_loss", "forgetting_loss")
 
 
@@ -41,6 +42,15 @@ class Prediction:
         }
         notes = self.extrapolates + self.cut
         return found | {"level": self.level, "extrapolates": bool(self.extrapolates), "notes": notes}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The value of the input at which the target is reached, with the interval of the curve."""
+
+    value: float
+    ci: tuple[float, float]
+    extrapolates: list[str]
 
 
 @dataclass
@@ -171,6 +181,47 @@ class FittedLaw:
             cut=cut,
         )
 
+    def solve(
+        self, name: str, *, level: float = LEVEL, dataset: str | None = None, sure: bool = False, **known: float
+    ) -> Solution:
+        """The value of the input `name` at which an output first reaches its target.
+
+        `law.solve("num_steps", forgetting_loss=0.02, num_params=5e6)` are the most steps whose forgetting stays within
+        0.02. Searched from a tenth of the runs' smallest value to ten times their largest.
+
+        Args:
+            known: the output's target, and every other input.
+            sure: hold the upper end of a new measurement's interval to the target rather than the curve, so that the
+                output is within it whether it rises or falls with the input.
+
+        Raises:
+            ValueError: where the target is not reached, or the question is not one.
+        """
+        targets = {key: value for key, value in known.items() if key in self.form.outputs}
+        others = {key: value for key, value in known.items() if key not in targets}
+        if len(targets) != 1 or name not in self.form.inputs or name in known:
+            outputs, inputs = ", ".join(self.form.outputs), ", ".join(self.form.inputs)
+            raise ValueError(f"solve: give one of {outputs} and, of {inputs}, all but the one to solve for")
+        [(output, target)] = targets.items()
+        column, at = self.runs.columns[name], self.form.outputs.index(output)
+        grid = np.geomspace(max(column.min(), 1e-9) / 10, column.max() * 10, NUM_GRID_POINTS)
+        points, _ = self.points({name: grid, **others})
+        fitted = self.curves(points, np.full(NUM_GRID_POINTS, self.dataset_code(dataset)), level)
+        value, curves = (self.problem.in_nats(of[:, at]) for of in fitted)
+        if sure:  # outputs are losses, and a target is the most that is allowed: the upper end of a new measurement
+            if not len(self.draws):
+                raise ValueError("sure: this law has no intervals; fit it to at least 3 runs, with num_resamples")
+            value = np.asarray(self.predict(level=level, dataset=dataset, **points).ci[output][1])[None]  # type: ignore[arg-type]
+        found = float(first_crossings(grid, value, target)[0])
+        if not 0 < found < math.inf:
+            ends = f"{value[0, 0]:.4g} to {value[0, -1]:.4g} for {name} from {grid[0]:.4g} to {grid[-1]:.4g}"
+            raise ValueError(f"{output}: {target:g} is not reached; the law has {ends}")
+        low, high = math.nan, math.nan
+        if len(curves):
+            quantiles = [(1 - level) / 2, (1 + level) / 2]
+            low, high = map(float, np.quantile(first_crossings(grid, curves, target), quantiles, method="nearest"))
+        return Solution(found, (low, high), self.extrapolates({name: found, **others}))
+
     def _bands(self, points: Mapping[str, Array], code: int, level: float, seed: int) -> Array:
         """The curve, and the ends of the intervals of a new measurement and of the curve: (5, outputs, points)."""
         value, curves = self.curves(points, np.full(len(next(iter(points.values()))), code), level)
@@ -238,6 +289,22 @@ class FittedLaw:
 
 def _number(array: Array) -> Scalar:
     return float(array) if np.ndim(array) == 0 else array
+
+
+def first_crossings(grid: Array, curves: Array, target: float) -> Array:
+    """Where each curve (curves, grid) first crosses the target, linear in log: 0 where it begins beyond it, else inf.
+
+    >>> first_crossings(np.array([1.0, 10.0]), np.array([[0.0, 2.0], [2.0, 3.0], [0.0, 0.5]]), 1.0).round(2).tolist()
+    [3.16, 0.0, inf]
+    """
+    rises = curves[:, -1] >= curves[:, 0]
+    passed = (curves >= target) == rises[:, None]
+    found = np.where(passed[:, 0], 0.0, np.inf)
+    inside = np.flatnonzero(passed.any(axis=1) & ~passed[:, 0])
+    after = passed[inside].argmax(axis=1)
+    low, high, logs = curves[inside, after - 1], curves[inside, after], np.log(grid)
+    found[inside] = np.exp(logs[after - 1] + (target - low) / (high - low) * (logs[after] - logs[after - 1]))
+    return found
 
 
 def finite_or_none(value: Any) -> Any:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from retain.files import MAPPING, NUMBER, check_shape, read_json, write_json
 from retain.laws import plots
 from retain.laws.fitted import LEVEL, FittedLaw, finite_or_none
 from retain.laws.forms import Array, Form, form_of
 from retain.laws.runs import as_runs
-from retain.laws.solve import Solution, solve_input
-from retain.laws.text import law_table
 from retain.laws.variable_projection import Fits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+WIDTH = 78  # of the summary
 SCHEMA = "retain.law/2"
 REMEDY = "fit it again"
 FITS = {"exponents": list, "coefficients": list}
@@ -31,24 +33,6 @@ SHAPE = {
 
 class ForgettingLaw(FittedLaw):
     """What `fit_forgetting_law` returns: parameters with intervals, predictions, text, figure and file."""
-
-    def solve(
-        self, name: str, *, level: float = LEVEL, dataset: str | None = None, sure: bool = False, **known: float
-    ) -> Solution:
-        """The value of the input `name` at which an output first reaches its target.
-
-        `law.solve("num_steps", forgetting_loss=0.02, num_params=5e6)` are the most steps whose forgetting stays within
-        0.02. Searched from a tenth of the runs' smallest value to ten times their largest.
-
-        Args:
-            known: the output's target, and every other input.
-            sure: hold the upper end of a new measurement's interval to the target rather than the curve, so that the
-                output is within it whether it rises or falls with the input.
-
-        Raises:
-            ValueError: where the target is not reached, or the question is not one.
-        """
-        return solve_input(self, name, known, level=level, dataset=dataset, sure=sure)
 
     def summary(self) -> str:
         """The fit as a table for people."""
@@ -141,3 +125,60 @@ def _checked(law: ForgettingLaw) -> ForgettingLaw:
     if shapes != expected or law.spread.shape != (problem.num_outputs, problem.num_points):
         raise ValueError("'estimate', 'draws' or 'spread' does not fit the runs")
     return law
+
+
+def law_table(law: FittedLaw) -> str:
+    """What was fitted to what, how well, the parameters with intervals, and what not to believe."""
+    runs, sets = law.runs, len(law.runs.datasets)
+    resampling = f"{len(law.draws)} resamples over runs, seed {law.settings['seed']}" if len(law.draws) else "none"
+    head = [
+        ("Form", law.form.name),
+        ("Runs, points", f"{len(runs.names)}, {len(runs)}" + (f" ({sets} data sets)" if sets > 1 else "")),
+        *((f"{symbol}: {name}", _span(runs.columns[name])) for symbol, name in law.form.legend.items()),
+        *((f"R² {name}", f"{value:.4f}") for name, value in law.r_squared.items()),
+        ("Condition number", f"{law.condition:.3g}"),
+        ("Intervals", resampling),
+    ]
+    lines = ["Law of forgetting".center(WIDTH), "=" * WIDTH, *law.form.equation.split(";  ")]
+    lines += ["-" * WIDTH, *(f"{name:<24}{value}" for name, value in head)]
+    lines += ["-" * WIDTH, *_parameters(law), "-" * WIDTH, *_errors(law)]
+    lines += [line for text in law.warnings for line in wrap(f"! {text}", WIDTH, subsequent_indent="  ")]
+    return "\n".join([*lines, "=" * WIDTH])
+
+
+def _span(column: np.ndarray) -> str:
+    return f"{column.min():.6g} to {column.max():.6g}, {len(np.unique(column))} values"
+
+
+def _parameters(law: FittedLaw) -> Sequence[str]:
+    stderr, unidentified = law.stderr, law.unidentified()
+    rows = [f"{'':<20}{'estimate':>12}{'std err':>12}{f'{LEVEL:.0%} interval':>25}"]
+    for name, (low, high) in law.conf_int().items():
+        mark = "  ~" if name in unidentified else ""
+        error = _cell(math.nan if mark else stderr[name], 12)
+        rows.append(f"{name:<20}{law.params[name]:>12.4g}{error}   [{_cell(low, 9)}, {_cell(high, 9)}]{mark}")
+    return [*rows, "~ not identified by these runs"] if unidentified else rows
+
+
+def _cell(value: float, width: int) -> str:
+    return f"{value:>{width}.4g}" if math.isfinite(value) else f"{'-':>{width}}"
+
+
+def _errors(law: FittedLaw) -> Sequence[str]:
+    """Root mean squared errors: in the fit, on runs that a refit did not see, and beyond the data."""
+    outputs = law.form.outputs
+    columns = [law.runs.columns[name] for name in outputs]
+    residuals = zip(law.problem.predict(law.estimate)[0], columns, strict=True)
+    rows = {"in the fit": [_rms(fit - column) for fit, column in residuals]}
+    runs = [errors for group, errors in law.held_out.items() if group.startswith("run ")]
+    if runs:
+        rows["each run held out"] = [_rms([errors[name] for errors in runs]) for name in outputs]
+    for group, errors in law.held_out.items():
+        if not group.startswith("run "):
+            rows[f"{group} out"] = [errors[name] for name in outputs]
+    head = f"{'RMS error, nats':<26}" + "".join(f"{name:>20}" for name in outputs)
+    return [head, *(f"{name:<26}" + "".join(f"{value:>20.5f}" for value in of) for name, of in rows.items())]
+
+
+def _rms(errors: ArrayLike) -> float:
+    return float(np.sqrt(np.mean(np.square(errors))))

@@ -341,19 +341,15 @@ def held_out_error(law: ForgettingLaw, at: int) -> float:
 
 def neighbour_error(laws: PilotLaws, coef: float, at: int) -> float:
     """The same of taking, at each step, what the pilot of the nearest size with the same coefficient measured."""
-    law, errors = laws.of(coef), []
-    columns, codes = law.runs.columns, law.runs.run_codes
-    sizes, coefs = np.log(columns["num_params"]), columns.get("replay_coef", np.zeros(len(codes)))
-    rows = zip(columns["num_params"], columns["num_steps"], coefs, strict=True)
-    values = np.array([laws.measured[row][at] for row in rows])
-    values = np.log(values) if law is laws.replay and at else values
-    for code in range(len(law.runs.names)):
-        own = codes == code
-        far = np.where(~own & (coefs == coefs[own][0]), np.abs(sizes - sizes[own][0]), np.inf)
-        nearest = codes == codes[far.argmin()]
-        there = dict(zip(columns["num_steps"][nearest], values[nearest], strict=True))
-        pairs = zip(columns["num_steps"][own], values[own], strict=True)
-        errors.append(np.mean([(value - there[step]) ** 2 for step, value in pairs if step in there]))
+    curves: dict[tuple[float, int], dict[int, float]] = {}  # coefficient, num_params → step → value
+    for (size, step, of), losses in laws.measured.items():
+        if bool(of) == bool(coef):
+            curves.setdefault((of, size), {})[step] = np.log(losses[at]) if coef and at else losses[at]
+    errors = []
+    for (of, size), own in curves.items():
+        distance = {other: abs(np.log(other / size)) for same, other in curves if same == of and other != size}
+        nearest = curves[of, min(distance, key=lambda other: distance[other])]
+        errors.append(np.mean([(value - nearest[step]) ** 2 for step, value in own.items() if step in nearest]))
     return float(np.sqrt(np.mean(errors)))
 
 
