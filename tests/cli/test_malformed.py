@@ -365,9 +365,6 @@ FILES: list[tuple[str, dict[str, Any], str, str]] = [
         ("of a list", [1], "retain_config.json' is damaged: it is [1], not an object"),
         ("of counts of text", {"num_params": "many"}, "damaged: 'num_params' is \"many\", not a whole number"),
     ]),
-    *((f"weights {label}", {"m/metrics.jsonl": [STEP], "m/model.safetensors": data}, JOINT, "safetensors' is damaged")
-      for label, data in [("empty", b""), ("cut off", b"\x05"), ("of a long head", bytes(6) + b"\x7f" + bytes(9)),
-                          ("of junk", b"\x02" + bytes(7) + b"{]"), ("of a head of lists", b"\x02" + bytes(7) + b"[]")]),
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from retain.data.row_files import JSON_SUFFIXES, TABLE_SUFFIXES, json_rows, read_table
 from retain.files import read_jsonl, read_settings, short_names
@@ -23,12 +22,6 @@ RECIPE = {  # settings that a law does not have, by where `retain_config.json` h
     "gradient_accumulation_steps": "training_arguments",
 }  # fmt: skip
 NO_NAME = (None, "")
-EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
-# Methods of PEFT whose files hold frozen weights, too, or not those that were trained.
-NOT_AS_TRAINED = (
-    *("CARTRIDGE", "DELORA", "FROD", "GLORA", "LILY", "P_TUNING", "PVERA", "RANDLORA", "SHIRA", "SUPERTUNING"),
-    *("TINYLORA", "VERA"),
-)
 Rows = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 
 
@@ -250,42 +243,8 @@ def read_metrics(
 
 
 def tuned_params(folder: Path) -> int:
-    """How many parameters a finetune tuned: as its `retain_config.json` says, else those of its adapter or model."""
-    known = read_settings(folder, {"num_params?": int}).get("num_params")
-    if known is not None:
-        return int(known)
-    files = sorted(folder.glob("adapter_model.safetensors")) or sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise ValueError(f"num_params: {folder} holds no adapter and no model; keep it there, or give a table")
-    frozen = _frozen_beside_adapter(folder) if files[0].name.startswith("adapter") else lambda name: False
-    count = 0
-    for file in files:
-        try:
-            with safe_open(file, framework="np") as weights:
-                tuned = [name for name in weights.keys() if not frozen(name)]  # noqa: SIM118
-                count += sum(math.prod(weights.get_slice(name).get_shape()) for name in tuned)
-        except SafetensorError as error:
-            raise ValueError(f"num_params: {str(file)!r} is damaged ({error}); finetune again") from error
-    return count
-
-
-def _frozen_beside_adapter(folder: Path) -> Callable[[str], bool]:
-    """Says which of an adapter's file are its base's weights: PEFT saves embeddings that it wrapped, or that grew.
-
-    Raises:
-        ValueError: for a method whose file does not tell.
-    """
-    settings = read_settings(folder, file="adapter_config.json")
-    if (method := settings.get("peft_type")) in NOT_AS_TRAINED:
-        raise ValueError(
-            f"num_params: {folder} holds an adapter of {method}, whose file does not tell how much was trained; "
-            "give a table with num_params"
-        )
-    tuned = tuple(settings.get("modules_to_save") or ())
-
-    def frozen(name: str) -> bool:
-        module, _, kind = name.rpartition(".")
-        embedding = kind == "weight" and module.endswith(EMBEDDINGS)
-        return module.endswith(".base_layer") or (embedding and not module.endswith(tuned))
-
-    return frozen
+    """How many parameters a finetune tuned, as its `retain_config.json` says."""
+    count = read_settings(folder, {"num_params?": int}).get("num_params")
+    if count is None:
+        raise ValueError(f"num_params: no retain_config.json in {str(folder)!r} has it; restore it, or give a table")
+    return int(count)
