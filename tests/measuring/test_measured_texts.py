@@ -15,8 +15,9 @@ from retain.data.rows import tokenize_documents
 from retain.losses import agreement, argmax_cross_entropy, cross_entropy, kl_divergence, next_token_loss
 from retain.measuring.choices import Question
 from retain.measuring.measure import measure
-from retain.measuring.texts import PILOT, half_width
-from retain.measuring.tokens import token_values
+from retain.measuring.options import Options
+from retain.measuring.texts import PILOT_DOCUMENTS, enough_documents, half_width
+from retain.measuring.tokens import DocumentSums, summarize, token_values
 from retain.metrics import SUMS
 from retain.models.base_predictions import MeasuredBase
 from retain.report.gate import UNDECIDED, judge
@@ -132,14 +133,14 @@ def test_as_much_text_is_drawn_as_the_interval_needs():
     report = measure(base, tuned, texts, ci=wished, **options).data
     found = report["retention"]["a"]["forgetting"]
     assert half_width(found) <= wished
-    assert PILOT < found["num_documents"] < 300
+    assert PILOT_DOCUMENTS < found["num_documents"] < 300
     assert report["warnings"] == []
     assert len(report["per_document"]["a"]["loss"]) == found["num_documents"]
     (worst, *_) = report["worst"]["a"]
     pieces = "".join(token["text"] for token in worst["tokens"])
     assert texts["a"][worst["document"]].startswith(pieces[:20]), "its place in the text, not in the draw"
     wide = measure(base, tuned, texts, ci=10.0, **options).data["retention"]["a"]["forgetting"]
-    assert wide["num_documents"] == PILOT
+    assert wide["num_documents"] == PILOT_DOCUMENTS
     again = measure(base, tuned, texts, ci=wished, **options).data["retention"]["a"]
     assert again == report["retention"]["a"], "seeded"
 
@@ -156,30 +157,18 @@ def test_where_the_text_does_not_suffice_the_report_says_how_much_would():
 @pytest.mark.slow
 def test_stopping_by_the_width_leaves_the_value_unbiased_and_the_interval_honest():
     """200 synthetic texts of known value, drawn until ± `ci`: 95% intervals cover it 90 to 98% of the time."""
-    from retain.measuring.options import Options
-    from retain.measuring.texts import _enough
-    from retain.measuring.tokens import DocumentSums
-
-    rng, covered, values = np.random.default_rng(0), 0, []
-    options = Options(None, 3, seed=0, num_resamples=300, ci=0.05)
-    import retain.measuring.texts as module
-
-    truth = 0.2
+    rng, covered, values, truth = np.random.default_rng(0), 0, [], 0.2
+    options = Options(TOKENIZER, 3, seed=0, num_resamples=300, ci=0.05)
     documents = tokenize_documents(["x"] * 400, TOKENIZER, 3, 4)
+
+    def sums_of(some):
+        tokens = rng.integers(5, 40, len(some))
+        loss = tokens * (truth + 0.25 * rng.standard_normal(len(some)))
+        return DocumentSums({name: loss * (name == "loss") for name in SUMS}, tokens, tokens)
+
     for _ in range(200):
-
-        def fake(text, some, *rest, rng=rng):
-            tokens = rng.integers(5, 40, len(some))
-            loss = tokens * (truth + 0.25 * rng.standard_normal(len(some)))
-            zeros = np.zeros(len(some))
-            return DocumentSums({name: loss if name == "loss" else zeros for name in SUMS}, tokens, tokens)
-
-        saved, module._measure = module._measure, fake
-        try:
-            used, sums = _enough("a", documents, None, None, options)
-        finally:
-            module._measure = saved
-        entry = module._summary(sums, options)["forgetting"]
+        used, sums = enough_documents(documents, sums_of, options)
+        entry = summarize(sums, seed=0, num_resamples=300)["forgetting"]
         assert half_width(entry) <= 0.05 or len(used) == 400
         covered += entry["ci"][0] <= truth <= entry["ci"][1]
         values.append(entry["value"])

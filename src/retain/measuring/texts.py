@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NOISE_DOCUMENTS = 4  # documents of each text on which the base is measured against itself
-PILOT = 32  # documents measured before anyone can say how many an interval needs
-MARGIN = 1.1  # times as many as the pilot says: its own width is an estimate
-FASTEST = 4  # times as many documents at most from one look to the next
-WORST = 2  # documents of each text that are shown token by token
-SHOWN_TOKENS = 240  # of each of them
+PILOT_DOCUMENTS = 32  # measured before the number that an interval needs is estimated
+MARGIN = 1.1  # times the estimated number of documents: the pilot's width is itself an estimate
+MAX_GROWTH = 4  # times as many documents at most from one look to the next
+WORST_DOCUMENTS = 2  # of each text, shown token by token
+MAX_TABLE_TOKENS = 240  # of each of them
 
 
 def text_results(
@@ -51,9 +52,9 @@ def text_results(
     if new_task or retention:
         options.stage("measuring texts")
     for text, given in (new_task | retention).items():
-        documents, said = without_copies(text, given, "documents")
-        result["warnings"] += said
-        used, sums = _enough(text, documents, base, tuned, options)
+        documents, notes = without_copies(text, given, "documents")
+        result["warnings"] += notes
+        used, sums = enough_documents(documents, partial(_sums, base, tuned, options, text), options)
         metrics = _summary(sums, options)
         result["per_document"][text] = sums.kept()
         result["warnings"] += _interval_notes(text, metrics["forgetting"], len(used), len(documents), options.ci)
@@ -72,8 +73,8 @@ def _summary(sums: DocumentSums, options: Options) -> dict[str, Any]:
     return summarize(sums, seed=options.seed, num_resamples=options.num_resamples)
 
 
-def _measure(
-    text: str, documents: Sequence[Document], base: MeasuredBase, tuned: PreTrainedModel, options: Options
+def _sums(
+    base: MeasuredBase, tuned: PreTrainedModel, options: Options, text: str, documents: Sequence[Document]
 ) -> DocumentSums:
     total = sum(len(window) for document in documents for window in document.windows)
     sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": tuned.device}
@@ -82,23 +83,23 @@ def _measure(
         return document_sums(base.logits, logits_of(tuned), documents, progress=shown.update, text=text, **sizes)
 
 
-def _enough(
-    text: str, documents: list[Document], base: MeasuredBase, tuned: PreTrainedModel, options: Options
+def enough_documents(
+    documents: list[Document], sums_of: Callable[[Sequence[Document]], DocumentSums], options: Options
 ) -> tuple[list[Document], DocumentSums]:
-    """All documents, or with a wished interval as many as it takes, drawn in a seeded order.
+    """The documents that were measured, and their sums: with a target width as many as it takes, in a seeded order.
 
-    What decides to go on is the width of the interval, never the value: that leaves the value unbiased.
+    The width of the interval decides on more documents, never the value: so the value stays unbiased.
     """
-    if options.ci is None or len(documents) <= PILOT:
-        return documents, _measure(text, documents, base, tuned, options)
+    if options.ci is None or len(documents) <= PILOT_DOCUMENTS:
+        return documents, sums_of(documents)
     order = np.random.default_rng(options.seed).permutation(len(documents)).tolist()
-    shuffled, count = [documents[at] for at in order], PILOT
-    sums = _measure(text, shuffled[:count], base, tuned, options)
-    while count < len(documents) and half_width(found := _summary(sums, options)["forgetting"]) > options.ci:
-        times = MARGIN * (half_width(found) / options.ci) ** 2
-        wished = min(math.ceil(count * min(times, FASTEST)), len(documents))
-        sums = joined(sums, _measure(text, shuffled[count:wished], base, tuned, options))
-        count = wished
+    shuffled, count = [documents[at] for at in order], PILOT_DOCUMENTS
+    sums = sums_of(shuffled[:count])
+    while count < len(documents) and (width := half_width(_summary(sums, options)["forgetting"])) > options.ci:
+        times = MARGIN * (width / options.ci) ** 2
+        needed = min(math.ceil(count * min(times, MAX_GROWTH)), len(documents))
+        sums = joined(sums, sums_of(shuffled[count:needed]))
+        count = needed
     return shuffled[:count], sums
 
 
@@ -139,7 +140,7 @@ def _worst(
     per_token = sums.values["ref_kl"] / sums.num_tokens
     forgetting = (sums.values["loss"] - sums.values["base_loss"]) / sums.num_tokens
     rows = []
-    for at in np.argsort(-per_token, kind="stable")[:WORST].tolist():
+    for at in np.argsort(-per_token, kind="stable")[:WORST_DOCUMENTS].tolist():
         facts = {"document": at, "num_tokens": int(sums.num_tokens[at])}
         facts |= {"ref_kl": float(per_token[at]), "forgetting": float(forgetting[at])}
         rows.append(facts | {"tokens": token_table(base.model, tuned, documents[at].windows[0], tokenizer)})
@@ -151,7 +152,7 @@ def token_table(
     base: PreTrainedModel, tuned: PreTrainedModel, window: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     """Token by token of a window: losses of both (nats), ref_kl, and what each puts first."""
-    inputs = {name: value.to(base.device) for name, value in padded([window[: SHOWN_TOKENS + 1]]).items()}
+    inputs = {name: value.to(base.device) for name, value in padded([window[: MAX_TABLE_TOKENS + 1]]).items()}
     targets, _ = shifted(inputs["input_ids"])
     before, after = (logits_of(model)(**inputs)[:, :-1] for model in (base, tuned))
     values = {name: value[0].tolist() for name, value in token_values(before, after, targets).items()}

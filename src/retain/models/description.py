@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,11 +32,6 @@ DOCUMENT_SEPARATORS = (
 OF_ADAPTERS = (".modules_to_save.", "prompt_encoder.", ".ranknum.", ".adaption_")
 WRAPPED = ("base_model.model.", ".token_adapter", ".base_layer", ".original_module")
 PROBE_TEXT = "The naïve fox — 3.14% of 日本 — jumps\n\tover it's lazy(dog); // ok?"
-
-
-def cache_dir() -> Path:
-    """Folder where dequantised models are kept."""
-    return Path(os.environ.get("RETAIN_CACHE", Path.home() / ".cache" / "retain"))
 
 
 def default_device() -> str:
@@ -138,18 +131,6 @@ def base_parameter_name(name: str) -> str | None:
     return name.replace("attn.model.", "attn.")  # adaption prompts wrap whole attention modules
 
 
-def sums_of_bits(tensor: torch.Tensor, as_integers: Callable[[torch.Tensor], torch.Tensor]) -> tuple[int, int]:
-    """Sums over a tensor's values as integers: plain, and weighted by place. Made where the tensor lies, in parts."""
-    total = weighted = 0
-    values = tensor.detach().reshape(-1)
-    for start in range(0, values.numel(), 1 << 24):
-        bits = as_integers(values[start : start + (1 << 24)]).to(torch.int64)
-        position = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
-        total += int(bits.sum())
-        weighted += int((bits * position).sum()) + start % 65521
-    return total, weighted
-
-
 @torch.no_grad()
 def model_fingerprint(model: Any) -> str:
     """Hash over names, shapes and every weight rounded to bfloat16, so the same for a float32 and a bfloat16 load.
@@ -162,13 +143,18 @@ def model_fingerprint(model: Any) -> str:
         base_name = base_parameter_name(name)
         if base_name is None:
             continue
-        total, weighted = sums_of_bits(parameter, lambda values: values.to(torch.bfloat16).view(torch.int16))
+        values, total, weighted = parameter.detach().reshape(-1), 0, 0
+        for start in range(0, values.numel(), 1 << 24):  # where the weights lie, in parts
+            bits = values[start : start + (1 << 24)].to(torch.bfloat16).view(torch.int16).to(torch.int64)
+            place = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
+            total += int(bits.sum())
+            weighted += int((bits * place).sum()) + start % 65521
         digest.update(f"{base_name}:{tuple(parameter.shape)}:{total}:{weighted}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def unlike(base: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
-    """In what two models differ that would make a difference of their predictions: (what, the base's, the other's)."""
+    """Differences of two models that would change their predictions: (what, the base's, the other's)."""
     for what, of_base, of_other in (
         ("dtype", base.dtype, other.dtype),
         ("attn_implementation", base.config._attn_implementation, other.config._attn_implementation),
@@ -229,7 +215,7 @@ def length_that_fits(model: Any, length: int, name: str = "max_length") -> int:
     """Tokens per row: a default is the model's positions where those are fewer.
 
     Raises:
-        ValueError: if a length that somebody chose is more than the model can take.
+        ValueError: if a chosen length is more than the model's positions.
     """
     limit = max_positions(model)
     if limit is None or length <= limit:

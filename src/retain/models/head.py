@@ -1,7 +1,7 @@
 """Where the hidden states meet the output head: seen from outside, through a hook, in any Hugging Face decoder.
 
 What is computed there needs no logits. The head's own work shrinks to one position, and its weights are at hand
-whatever wraps the model: FSDP2 has gathered them just then.
+in any wrapper of the model: FSDP2 has gathered them just then.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def reshard(model: nn.Module) -> None:
 def find_head_form(model: Any) -> HeadForm | None:
     """How a model's logits follow from its head's weights, by trial on probe tokens; None where no form fits.
 
-    None, too, where an adapter sits on the head: its weights alone do not say what it does.
+    None, too, where an adapter sits on the head: its weights alone do not tell what it does.
     """
     module = model.get_output_embeddings()
     if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():

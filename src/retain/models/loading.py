@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
-from retain.models.description import base_parameter_name, cache_dir, num_tuned
+from retain.models.description import base_parameter_name, num_tuned
 from retain.text import first_line
 
 if TYPE_CHECKING:
@@ -89,6 +90,11 @@ def find_file(path: str, file: str, revision: str = "main", field: str = "model"
         raise ValueError(f"{field}: cannot load {file} of {path!r}; check the name: {first_line(error)}") from error
 
 
+def gguf_cache() -> Path:
+    """Folder where dequantised models are kept."""
+    return Path(os.environ.get("RETAIN_CACHE", Path.home() / ".cache" / "retain")) / "models"
+
+
 def dequantise_gguf(path: Path, field: str = "model") -> Path:
     """Dequantise a GGUF file to float32 safetensors in the cache, once, and return the folder."""
     if importlib.util.find_spec("gguf") is None:
@@ -97,7 +103,7 @@ def dequantise_gguf(path: Path, field: str = "model") -> Path:
 
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache_dir() / "models" / f"{path.stem}-{key}"
+    folder = gguf_cache() / f"{path.stem}-{key}"
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +131,7 @@ def dequantise_gguf(path: Path, field: str = "model") -> Path:
 
 def is_dequantised(path: str) -> bool:
     """Whether `resolve_model_path` made this folder of a GGUF file."""
-    return Path(path).parent == cache_dir() / "models"
+    return Path(path).parent == gguf_cache()
 
 
 def default_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -140,10 +146,10 @@ def default_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def _load(loader: Any, path: str, what: str, field: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(None if "state_dict" in options else path, **options)
-    except Exception as error:  # damaged files raise whatever their reader raises: SafetensorError, struct.error, …
+    except Exception as error:  # readers of damaged files raise many kinds: SafetensorError, struct.error, …
         if "trust_remote_code" in str(error):
-            asked = "brings code of its own; read it, and give --trust_remote_code true if you trust it"
-            raise ValueError(f"{field}: {path!r} {asked}") from error
+            remedy = "read it, and give --trust_remote_code true if you trust it"
+            raise ValueError(f"{field}: {path!r} brings code of its own; {remedy}") from error
         name, why = str(Path(path, options.get("gguf_file") or "")), first_line(error)
         if (revision := options.get("revision") or "main") != "main":
             why = f"{why} (revision {revision!r})"
@@ -306,7 +312,7 @@ def _adapter_weights(path: str, revision: str, field: str) -> tuple[str, dict[st
         raise ValueError(f"{field}: the adapter {path!r} holds no {ADAPTER_FILES[0]}; copy it there, or save it again")
     try:
         return str(file), load_peft_weights(str(file.parent), device="cpu")
-    except Exception as error:  # whatever the reader of a damaged file raises
+    except Exception as error:  # readers of damaged files raise many kinds
         why = first_line(error)
         raise ValueError(
             f"{field}: {str(file)!r} is damaged; copy it again, or save the adapter again: {why}"

@@ -21,7 +21,7 @@ from retain.losses import kl_divergence
 PROBE_SHAPE = (2, 16)
 # Largest difference of log-probabilities, relative to their spread, that kernels and devices may cause.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-# Largest KL, nats per token, between what one reference says at two moments of a run: in float32, and in less.
+# Largest KL, nats per token, between predictions of one reference at two moments of a run: in float32, and in less.
 MAX_DRIFT, MAX_DRIFT_HALF = 1e-5, 1e-3
 
 
@@ -65,7 +65,7 @@ def probe(model: Any, tokens: Int[Tensor, "rows length"] | None = None) -> Float
 
 
 def sees_ahead(model: Any) -> bool:
-    """Whether what a model says of the first tokens depends on those behind them, as of BERT: it predicts none."""
+    """Whether predictions after the first tokens depend on those behind them, as BERT's do: it predicts none."""
     tokens = probe_tokens(model.config.get_text_config().vocab_size)
     half = tokens.shape[1] // 2
     tokens[1, :half] = tokens[0, :half]
@@ -217,10 +217,10 @@ def check_same_model(model: Any, base_probe: Float[Tensor, "rows length vocab"])
 
 def _difference(found: Tensor, base_probe: Tensor) -> float:
     """Largest difference of log-probabilities in units of their spread; infinite for NaN or other tokens at −∞."""
-    said = base_probe.isfinite()
-    if bool(base_probe.isnan().any() or found.isnan().any()) or not torch.equal(said, found.isfinite()):
+    finite = base_probe.isfinite()
+    if bool(base_probe.isnan().any() or found.isnan().any()) or not torch.equal(finite, found.isfinite()):
         return torch.inf
-    return float((found[said] - base_probe[said]).abs().max() / base_probe[said].std())
+    return float((found[finite] - base_probe[finite]).abs().max() / base_probe[finite].std())
 
 
 def _tolerance(model: Any) -> float:
