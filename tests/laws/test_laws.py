@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from published_laws import (
 from scipy import optimize, stats
 
 from retain import fit_forgetting_law
+from retain.cli.fit import FitConfig
 from retain.laws.diagnostics import LawWarning, rival_warnings
 from retain.laws.fitted import first_crossings
 from retain.laws.forms import FORMS, Form
@@ -103,6 +105,14 @@ def test_each_form_recovers_the_parameters_of_its_pure_function(name):
     table = {"run": range(len(next(iter(grid.values())))), **grid, "forgetting_loss": function(grid, **params)}
     law = quiet_fit(table, name, num_resamples=0)
     assert law.params == pytest.approx(params, rel=1e-4)
+
+
+def test_every_form_is_named_in_the_help_and_on_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "laws.md").read_text(encoding="utf-8")
+    [form] = [one for one in fields(FitConfig) if one.name == "form"]
+    for name in FORMS:
+        assert name in form.metadata["help"]
+        assert f"`{name}`" in page
 
 
 @pytest.mark.parametrize("name", ["finetuning", "forgetting"])
@@ -227,7 +237,7 @@ def test_fits_made_together_are_those_made_alone():
         assert law.problem.predict(alone) == pytest.approx(law.problem.predict(together[[at]]), rel=1e-9)
 
 
-def test_bounds_hold_and_are_told():
+def test_bounds_hold_and_the_law_warns_of_them():
     with pytest.warns(LawWarning, match="exponents: rho at a bound"):
         law = fit_forgetting_law(paper_design(noise=0), "forgetting", bounds={"rho": (0.5, 2.0)}, num_resamples=0)
     assert law.params["rho"] == pytest.approx(2.0)
@@ -345,7 +355,7 @@ def test_coverage_of_six_runs_of_one_point_is_near_nominal(form):
     assert found.min() >= 0.84
 
 
-def test_no_interval_of_a_loss_reaches_below_0_and_the_cut_is_said():
+def test_no_interval_of_a_loss_reaches_below_0_and_the_cut_is_noted():
     """A KL of 0.041 [-2.74, 2.76] was printed without a word."""
     table = paper_design(noise=1.0, steps=6)
     table["forgetting_loss"] = np.maximum(table["forgetting_loss"] - 0.7, 0.001)
@@ -353,9 +363,9 @@ def test_no_interval_of_a_loss_reaches_below_0_and_the_cut_is_said():
     ask = {"num_params": 8 * PER_RANK, "num_steps": [5.0, 20.0, 50.0]}
     at = law.predict(**ask)
     assert min(np.min(end) for name in BOTH for end in (*at.ci[name], *at.curve_ci[name], at.value[name])) == 0
-    said = [text for text in at.to_dict()["notes"] if text.startswith("forgetting_loss: ")]
-    assert len(said) == 1
-    assert said[0].endswith("here; no run had so little, and it is cut at 0")
+    notes = [text for text in at.to_dict()["notes"] if text.startswith("forgetting_loss: ")]
+    assert len(notes) == 1
+    assert notes[0].endswith("here; no run had so little, and it is cut at 0")
     table["forgetting_loss"] -= 0.01  # a rise of the loss may be negative, as some are
     at = quiet_fit(table, num_resamples=60, num_starts=4).predict(**ask)
     assert np.min(at.ci["forgetting_loss"]) < 0
@@ -434,10 +444,10 @@ def test_the_same_seed_gives_the_same_law_and_another_does_not():
 def test_one_rank_cannot_say_how_forgetting_changes_with_size():
     with pytest.warns(LawWarning) as caught:
         law = fit_forgetting_law(paper_design(ranks=(8,)), "forgetting", num_resamples=10)
-    said = [str(one.message) for one in caught]
-    assert said == law.warnings
-    assert said[0] == "num_params: 1.99885e+07 in every row; how losses change with it is not identified"
-    assert said[1] == "run: 1 of them; intervals need at least 3 runs, so there are none"
+    texts = [str(one.message) for one in caught]
+    assert texts == law.warnings
+    assert texts[0] == "num_params: 1.99885e+07 in every row; how losses change with it is not identified"
+    assert texts[1] == "run: 1 of them; intervals need at least 3 runs, so there are none"
     at = law.predict(num_params=8 * PER_RANK, num_steps=200)
     assert math.isnan(at.ci["forgetting_loss"][0])
     assert at.value["forgetting_loss"] == pytest.approx(truth(OPENORCA, 8 * PER_RANK, 200)[1], rel=0.03)
@@ -472,7 +482,7 @@ def test_fewer_runs_than_a_form_needs_are_refused(name):
     assert str(caught.value).startswith(message), caught.value
 
 
-def test_seeds_of_three_ranks_are_enough_runs_and_few_are_told():
+def test_seeds_of_three_ranks_are_enough_runs_and_few_are_warned_of():
     tables = [paper_design(ranks=RANKS[:3], seed=seed) for seed in (0, 1)]
     both = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     both["run"] = [f"{run}-{seed}" for seed in (0, 1) for run in tables[0]["run"]]
@@ -492,16 +502,16 @@ def test_parameters_that_noisy_runs_leave_open_are_named_and_the_line_is_not(noi
     assert exact.condition > 30
 
 
-def test_forms_that_fit_equally_well_are_told_and_bad_ones_are_not():
+def test_forms_that_fit_equally_well_are_named_and_bad_ones_are_not():
     flat = Form(
         name="flat", equation="L_f = s", inputs=("num_steps",), outputs=("forgetting_loss",), exponents={},
         coefficients=("s",), terms=lambda x, _: [[1.0]],
     )  # fmt: skip
     near = replace(FORMS["forgetting"], name="near", exponents={**FORMS["forgetting"].exponents, "rho": (0.3, 20.0)})
     law = quiet_fit(paper_design(), "forgetting", rivals=[near, flat], num_resamples=0)
-    said = [text for text in law.warnings if text.startswith("form: ")]
-    assert len(said) == 1
-    assert "'near' predicts forgetting_loss of held-out runs as well as 'forgetting'" in said[0]
+    notes = [text for text in law.warnings if text.startswith("form: ")]
+    assert len(notes) == 1
+    assert "'near' predicts forgetting_loss of held-out runs as well as 'forgetting'" in notes[0]
 
 
 def test_three_held_out_runs_are_judged_by_students_t(noisy_law):
@@ -518,7 +528,7 @@ def test_three_held_out_runs_are_judged_by_students_t(noisy_law):
     assert len(rival_warnings(mine, other)) == 2
 
 
-def test_extrapolation_is_said(noisy_law):
+def test_extrapolation_is_reported(noisy_law):
     inside = noisy_law.predict(num_params=1e8, num_steps=100)
     assert inside.extrapolates == []
     outside = noisy_law.predict(num_params=1e8, num_steps=400)
@@ -602,7 +612,7 @@ def test_to_be_sure_that_enough_was_learned_takes_more_steps(noisy_law):
     assert sure > plain
 
 
-def test_to_be_sure_of_a_budget_takes_fewer_steps(noisy_law):
+def test_to_be_sure_of_a_limit_takes_fewer_steps(noisy_law):
     plain, sure = (
         noisy_law.solve("num_steps", num_params=1e8, forgetting_loss=0.85, sure=sure) for sure in (False, True)
     )
@@ -669,7 +679,7 @@ def damage(data: dict, kind: str) -> object:
         "a number for a table": lambda: data | {"runs": 3},
         "rows gone": lambda: data | {"runs": {name: column[:-1] for name, column in data["runs"].items()}},
         "no bounds": lambda: data | {"bounds": None},
-        "bounds that cannot be": lambda: data | {"bounds": {"rho": [3, 1]}},
+        "bounds in the wrong order": lambda: data | {"bounds": {"rho": [3, 1]}},
         "an unknown form": lambda: data | {"form": "best"},
         "nothing known": lambda: data | {"spread": None},
         "negative steps": lambda: (
@@ -683,7 +693,7 @@ def damage(data: dict, kind: str) -> object:
 @pytest.mark.parametrize(
     "kind",
     ["not a law", "a list", "no draws", "draws of another shape", "ragged", "text for numbers", "a number for a table",
-     "rows gone", "no bounds", "bounds that cannot be", "an unknown form", "nothing known", "negative steps",
+     "rows gone", "no bounds", "bounds in the wrong order", "an unknown form", "nothing known", "negative steps",
      "settings that are a text"],
 )  # fmt: skip
 def test_a_damaged_law_is_refused_in_one_line(noisy_law, tmp_path, kind):

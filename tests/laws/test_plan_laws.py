@@ -114,13 +114,13 @@ def test_a_limit_that_no_setting_keeps_is_called_so():
     assert plan.to_dict()["feasible"] is False
 
 
-def test_what_the_pilots_cannot_say_is_said():
+def test_what_the_pilots_cannot_say_is_listed():
     laws = fit_pilots([row for row in measured(0) if not row["replay_coef"]], num_resamples=100)
     plan = recommend(laws, SIZES, max_ref_kl=3.0, max_steps=120)
-    said = " ".join(plan.caveats)
+    caveats = " ".join(plan.caveats)
     assert plan.chosen.num_steps == 120
     for words in ("no pilot had any", "120 is beyond the pilots", "rank: 32 is at the edge", "recipe: learning rate"):
-        assert words in said
+        assert words in caveats
     with pytest.raises(ValueError, match="has forgotten nothing; raise learning_rate"):
         fit_pilots([{**row, "forgetting_loss": 0.0} for row in measured(0)])
 
@@ -189,7 +189,7 @@ def test_no_pilot_measured_better_within_what_the_law_allows(laws, limit):
                 assert plan.chosen.best_known_loss <= one.measured[0]
 
 
-def test_an_interval_wider_than_all_gains_and_steps_at_the_edge_are_said(laws):
+def test_an_interval_wider_than_all_gains_and_steps_at_the_edge_are_caveats(laws):
     settings = predicted_settings(laws, SIZES, 0.0, range(10, 61, 5), 0.9)
     assert rejection_reason(laws, settings) is None
     vague = [replace(one, finetuning_loss=replace(one.finetuning_loss, high=20.0)) for one in settings]

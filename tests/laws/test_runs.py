@@ -126,17 +126,17 @@ def test_runs_of_finetunes_are_read_with_the_size_of_what_was_tuned(tmp_path):
 def test_runs_of_several_recipes_are_told_apart(tmp_path, capsys):
     """One law over runs with and without replay, and of two rates, was fitted without a word."""
     files = [write_finetune(tmp_path, name, shift) for name, shift in (("r2", 1e-4), ("r4", 2e-4), ("r8", 3e-4))]
-    told = [(0.0, 1e-4), (1.0, 1e-4), (1.0, 2e-4)]
-    for file, (coef, rate) in zip(files, told, strict=True):
+    recipes = [(0.0, 1e-4), (1.0, 1e-4), (1.0, 2e-4)]
+    for file, (coef, rate) in zip(files, recipes, strict=True):
         training = {"learning_rate": rate, "lr_scheduler_type": "linear", "per_device_train_batch_size": 8}
         settings = {"replay": {"replay_coef": coef}, "training_arguments": training, "num_params": 9}
         (file.parent / "retain_config.json").write_text(json.dumps(settings))
     options = ["--form", "linear", "--output", str(tmp_path / "law.json"), "--num_resamples", "9", "--num_starts", "1"]
     assert main(["fit", *map(str, files), *options]) == 0
-    said = capsys.readouterr().out
-    assert "! replay_coef: the runs have 0.0, 1.0; a law is of one recipe: fit those of one value" in said
-    assert "! learning_rate: the runs have 0.0001, 0.0002; " in said
-    assert "lr_scheduler_type: the" not in said
+    output = capsys.readouterr().out
+    assert "! replay_coef: the runs have 0.0, 1.0; a law is of one recipe: fit those of one value" in output
+    assert "! learning_rate: the runs have 0.0001, 0.0002; " in output
+    assert "lr_scheduler_type: the" not in output
     (files[2].parent / "retain_config.json").unlink()
     assert main(["fit", *map(str, files), *options]) == 0
     assert "learning_rate: the" not in capsys.readouterr().out
@@ -296,6 +296,6 @@ def test_bad_commands_end_in_one_line(tmp_path, capsys, arguments, message):
     (tmp_path / "c.jsonl").write_text("{")
     (tmp_path / "d.txt").write_text("x")
     assert main(arguments.format(t=tmp_path).split()) == 1
-    said = capsys.readouterr().err.strip()
-    assert said.count("\n") == 0
-    assert said.split(": ", 1)[1].startswith(message.format(t=tmp_path)), said
+    error = capsys.readouterr().err.strip()
+    assert error.count("\n") == 0
+    assert error.split(": ", 1)[1].startswith(message.format(t=tmp_path)), error

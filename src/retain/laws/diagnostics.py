@@ -9,8 +9,9 @@ from retain.laws.fitted import MAX_INTERVAL_RATIO, FittedLaw
 from retain.laws.problem import Problem
 from retain.laws.variable_projection import Fits
 
-FEW_RUNS = 6
-ILL_CONDITIONED = 1e6
+MIN_RUNS = 3  # for intervals
+ENOUGH_RUNS = 6  # for good ones
+MAX_CONDITION = 1e6
 
 
 class LawWarning(UserWarning):
@@ -63,10 +64,10 @@ def design_warnings(problem: Problem) -> list[str]:
         elif len(values) == 2:
             found.append(f"{name}: two values only; the shape of the law between and beyond them is assumed, not seen")
     count = len(runs.names)
-    if count < 3:
-        found.append(f"run: {count} of them; intervals need at least 3 runs, so there are none")
-    elif count < FEW_RUNS:
-        found.append(f"run: {count} of them; intervals from fewer than {FEW_RUNS} runs are rough")
+    if count < MIN_RUNS:
+        found.append(f"run: {count} of them; intervals need at least {MIN_RUNS} runs, so there are none")
+    elif count < ENOUGH_RUNS:
+        found.append(f"run: {count} of them; intervals from fewer than {ENOUGH_RUNS} runs are rough")
     return found
 
 
@@ -84,7 +85,7 @@ def fit_warnings(law: FittedLaw) -> list[str]:
             f"parameters: {open_ones} not identified (intervals span a factor above {MAX_INTERVAL_RATIO:g}); "
             "predictions within the data may still be good"
         )
-    if law.condition > ILL_CONDITIONED:
+    if law.condition > MAX_CONDITION:
         found.append(f"condition: {law.condition:.1g}; changes of some parameters cancel, read predictions instead")
     return found
 
@@ -93,8 +94,8 @@ def rival_warnings(law: FittedLaw, other: FittedLaw) -> list[str]:
     """A warning where another form predicts held-out runs as well: within 5%, or the 95% interval over runs (t)."""
     found = []
     for output in set(law.form.outputs) & set(other.form.outputs):
-        runs = [name for name in law.held_out if name.startswith("run ") and name in other.held_out]
-        if len(runs) < 3:
+        runs = [name for name in law.held_out_runs if name in other.held_out]
+        if len(runs) < MIN_RUNS:
             continue
         mine, theirs = (np.array([of.held_out[name][output] ** 2 for name in runs]) for of in (law, other))
         gain = theirs - mine

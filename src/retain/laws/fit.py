@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from retain import versions
-from retain.laws.diagnostics import LawWarning, design_warnings, fit_warnings, held_out, rival_warnings
+from retain.laws.diagnostics import MIN_RUNS, LawWarning, design_warnings, fit_warnings, held_out, rival_warnings
 from retain.laws.forms import Array, Form, form_of
 from retain.laws.law import ForgettingLaw
 from retain.laws.problem import Problem
@@ -24,7 +24,6 @@ from retain.laws.runs import Rows, Runs, as_runs
 from retain.laws.variable_projection import Fits
 
 WEBB = np.sqrt([1.5, 1.0, 0.5])
-MIN_RUNS = 3  # below this there is nothing to resample
 BLOCK = 100  # resamples that are fitted together: some ten megabytes of terms
 
 

@@ -107,7 +107,7 @@ class FittedLaw:
             if math.isfinite(value) and len(finite) > 0.5 * len(draws):
                 positive = value > 0 and (draws > 0).all()  # on a log scale, so that it stays so
                 centre, drawn = (np.log(value), np.log(finite)) if positive else (value, finite)
-                ends = np.quantile(centre + self.stretch(level) * (drawn - centre), [(1 - level) / 2, (1 + level) / 2])
+                ends = np.quantile(centre + self.stretch(level) * (drawn - centre), _ends(level))
                 with np.errstate(over="ignore"):
                     low, high = np.exp(ends) if positive else ends
                 found[name] = (float(low), float(high))
@@ -135,6 +135,16 @@ class FittedLaw:
             if not (one_sign or high - low < 0.1 * abs(self.params[name])):
                 found.append(name)
         return found
+
+    @property
+    def held_out_runs(self) -> dict[str, dict[str, float]]:
+        """Of `held_out`, the groups that are a run each."""
+        return {group: errors for group, errors in self.held_out.items() if group.startswith("run ")}
+
+    def run_error(self, output: str) -> float:
+        """Root mean squared error of an output over runs that a refit did not see; NaN where there are none."""
+        errors = [of[output] ** 2 for of in self.held_out_runs.values()]
+        return float(np.sqrt(np.mean(errors))) if errors else math.nan
 
     @property
     def r_squared(self) -> dict[str, float]:
@@ -218,8 +228,8 @@ class FittedLaw:
             raise ValueError(f"{output}: {target:g} is not reached; the law has {ends}")
         low, high = math.nan, math.nan
         if len(curves):
-            quantiles = [(1 - level) / 2, (1 + level) / 2]
-            low, high = map(float, np.quantile(first_crossings(grid, curves, target), quantiles, method="nearest"))
+            crossings = first_crossings(grid, curves, target)
+            low, high = map(float, np.quantile(crossings, _ends(level), method="nearest"))
         return Solution(found, (low, high), self.extrapolates({name: found, **others}))
 
     def _bands(self, points: Mapping[str, Array], code: int, level: float, seed: int) -> Array:
@@ -232,8 +242,7 @@ class FittedLaw:
             rng = np.random.default_rng(seed)
             picked = pool[:, rng.integers(pool.shape[1], size=len(curves))].T * rng.choice([-1, 1], (len(curves), 1))
             new = curves + self.stretch(level, left_over) * picked[..., None]
-            ends = [(1 - level) / 2, (1 + level) / 2]
-            bands[1:] = np.concatenate([np.quantile(of, ends, axis=0) for of in (new, curves)])
+            bands[1:] = np.concatenate([np.quantile(of, _ends(level), axis=0) for of in (new, curves)])
         return bands
 
     def _cut(self, bands: Array) -> tuple[Array, list[str]]:
@@ -285,6 +294,11 @@ class FittedLaw:
                 worst = high if high > column.max() else low
                 found.append(f"{name} {worst:.6g} is outside the runs' {column.min():.6g} to {column.max():.6g}")
         return found
+
+
+def _ends(level: float) -> tuple[float, float]:
+    """The quantiles between which an interval lies."""
+    return (1 - level) / 2, (1 + level) / 2
 
 
 def _number(array: Array) -> Scalar:

@@ -9,7 +9,6 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from retain.files import MAPPING, NUMBER, check_shape, read_json, write_json
 from retain.laws import plots
@@ -168,17 +167,11 @@ def _errors(law: FittedLaw) -> Sequence[str]:
     """Root mean squared errors: in the fit, on runs that a refit did not see, and beyond the data."""
     outputs = law.form.outputs
     columns = [law.runs.columns[name] for name in outputs]
-    residuals = zip(law.problem.predict(law.estimate)[0], columns, strict=True)
-    rows = {"in the fit": [_rms(fit - column) for fit, column in residuals]}
-    runs = [errors for group, errors in law.held_out.items() if group.startswith("run ")]
-    if runs:
-        rows["each run held out"] = [_rms([errors[name] for errors in runs]) for name in outputs]
-    for group, errors in law.held_out.items():
-        if not group.startswith("run "):
-            rows[f"{group} out"] = [errors[name] for name in outputs]
+    residuals = law.problem.predict(law.estimate)[0] - np.stack(columns)
+    rows = {"in the fit": np.sqrt(np.mean(residuals**2, axis=1)).tolist()}
+    if law.held_out_runs:
+        rows["each run held out"] = [law.run_error(name) for name in outputs]
+    for group in [group for group in law.held_out if group not in law.held_out_runs]:
+        rows[f"{group} out"] = [law.held_out[group][name] for name in outputs]
     head = f"{'RMS error, nats':<26}" + "".join(f"{name:>20}" for name in outputs)
     return [head, *(f"{name:<26}" + "".join(f"{value:>20.5f}" for value in of) for name, of in rows.items())]
-
-
-def _rms(errors: ArrayLike) -> float:
-    return float(np.sqrt(np.mean(np.square(errors))))

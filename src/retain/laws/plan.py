@@ -320,9 +320,12 @@ def rejection_reason(laws: PilotLaws, settings: Sequence[Setting]) -> str | None
     """Why the law of these settings is not followed: worse than its pilots, or too vague to tell settings apart."""
     coef = settings[0].replay_coef
     for at, name in enumerate(("new-task loss", "forgetting" + " in logarithms" * bool(coef))):
-        law, copied = held_out_error(laws.of(coef), at), neighbour_error(laws, coef, at)
-        if law > MAX_ERROR_RATIO * copied:
-            return f"it misses the {name} of held-out pilots by {law:.3g}, a copy of the nearest pilot by {copied:.3g}"
+        law = laws.of(coef)
+        error, copied = law.run_error(law.form.outputs[at]), neighbour_error(laws, coef, at)
+        if error > MAX_ERROR_RATIO * copied:
+            return (
+                f"it misses the {name} of held-out pilots by {error:.3g}, a copy of the nearest pilot by {copied:.3g}"
+            )
     losses = [of.finetuning_loss for of in laws.measured.values()]
     width = np.median([one.finetuning_loss.high - one.finetuning_loss.low for one in settings])
     if width > max(losses) - min(losses):
@@ -333,14 +336,8 @@ def rejection_reason(laws: PilotLaws, settings: Sequence[Setting]) -> str | None
     return None
 
 
-def held_out_error(law: ForgettingLaw, at: int) -> float:
-    """Root mean squared error of a law's output over runs that a refit did not see."""
-    name = law.form.outputs[at]
-    return float(np.sqrt(np.mean([of[name] ** 2 for group, of in law.held_out.items() if group.startswith("run ")])))
-
-
 def neighbour_error(laws: PilotLaws, coef: float, at: int) -> float:
-    """The same of taking, at each step, what the pilot of the nearest size with the same coefficient measured."""
+    """Root mean squared error of copying, at each step, the pilot of the nearest size with the same coefficient."""
     curves: dict[tuple[float, int], dict[int, float]] = {}  # coefficient, num_params → step → value
     for (size, step, of), losses in laws.measured.items():
         if bool(of) == bool(coef):
