@@ -942,13 +942,13 @@ def test_the_text_forgotten_most_comes_first(plain: dict, replay: dict) -> None:
     replay["retention"]["code"] = {"forgetting": measured(0.2, 0.1, 0.3), "ref_kl": measured(0.492, 0.4, 0.5)}
     replay["retention"]["wiki"]["forgetting"] = measured(-0.05, -0.06, -0.04)
     rows = passages.heat_map(typed([plain, replay]))
-    assert [text for text, _ in rows] == ["code", "wiki"]
-    (code, wiki), nothing = (of_runs for _, of_runs in rows), passages.HeatCell(Cell(), heat=0, cool=False)
+    assert list(rows) == ["code", "wiki"]
+    (code, wiki), nothing = rows.values(), passages.HeatCell(Cell(), heat=0, cool=False)
     assert code[0] == [nothing, nothing]
     assert code[1][0] == passages.HeatCell(Cell("+0.200", "[0.100, 0.300]"), heat=100, cool=False)
     assert wiki[1][0] == passages.HeatCell(Cell("-0.050", "[-0.060, -0.040]"), heat=50, cool=True)
     assert wiki[0][1].heat == 50, "0.123 of 0.492: by the square root"
-    assert passages.heat_map(typed([plain])) == []
+    assert passages.heat_map(typed([plain])) == {}
 
 
 def test_documents_beyond_the_room_of_a_page_are_counted(plain: dict) -> None:
@@ -957,7 +957,7 @@ def test_documents_beyond_the_room_of_a_page_are_counted(plain: dict) -> None:
     data["worst"]["wiki"][1] = data["worst"]["wiki"][1] | {"tokens": [{"text": "a"}] * 30_000}
     shown, left_out = worst_documents(typed([data]))
     assert (len(shown["wiki"]), left_out) == (2, 1)
-    assert [token.heat for token in shown["wiki"][0].tokens] == [50, 50], "0.75 of 3 nats"
+    assert [passages.shown_token(token).heat for token in shown["wiki"][0][1].tokens] == [50, 50], "0.75 of 3 nats"
 
 
 def test_ten_runs_look_different() -> None:

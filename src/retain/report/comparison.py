@@ -115,13 +115,24 @@ def compare_at_matched_loss(runs: Sequence[Results], seed: int = 0) -> Compariso
     if texts and reason is None and not matched:
         reason = "no text was measured during training; give it to `retain finetune` as --retention"
     rates = [_interpolate(*run.series("learning_rate"), step) for run, step in zip(runs, steps, strict=True)]
+    why = [_other_tokens(runs[0], run) if loss_text is None else mismatch(runs[0], run, loss_text) for run in runs]
+    relative = [
+        loss / losses[0] - 1 if at and loss and losses[0] and not why[at] else None for at, loss in enumerate(losses)
+    ]
+    compared = [
+        ComparedRun(
+            run.name, steps[at], rates[at], ends[at], losses[at], relative[at], run.kept_step is not None,
+            unlike=_mismatch_with(runs[0], why[at]),
+        )
+        for at, run in enumerate(runs)
+    ]  # fmt: skip
     return Comparison(
         reference=runs[0].name if runs else None,
         matched_loss=matched_loss,
         reason=reason,
         loss_text=loss_text,
         measured_texts=measured,
-        runs=_compared_runs(runs, steps, rates, ends, loss_text, losses),
+        runs=compared,
         warnings=_rate_warnings(runs, steps, rates) + _token_warnings(runs) if matched else [],
         matched=matched,
         end={text: _side_by_side(runs, None if text in measured else ends, text, seed) for text in texts},
@@ -129,24 +140,8 @@ def compare_at_matched_loss(runs: Sequence[Results], seed: int = 0) -> Compariso
     )
 
 
-def _compared_runs(
-    runs: Sequence[Results],
-    steps: Sequence[float | None],
-    rates: Sequence[float | None],
-    ends: Sequence[float | None],
-    loss_text: str | None,
-    losses: Sequence[float | None],
-) -> list[ComparedRun]:
-    first = runs[0].name if runs else ""
-    found = []
-    for at, run in enumerate(runs):
-        why = _other_tokens(runs[0], run) if loss_text is None else mismatch(runs[0], run, loss_text)
-        loss, of_first = losses[at], losses[0]
-        relative = loss / of_first - 1 if at and loss and of_first and not why else None
-        unlike = Mismatch(first, why) if why else None
-        kept = run.kept_step is not None
-        found.append(ComparedRun(run.name, steps[at], rates[at], ends[at], loss, relative, kept, unlike))
-    return found
+def _mismatch_with(run: Results, why: str | None) -> Mismatch | None:
+    return Mismatch(run.name, why) if why else None
 
 
 def first_crossing(steps: Sequence[float], losses: Sequence[float], target: float) -> float | None:
@@ -288,47 +283,44 @@ def _side_by_side(
     """
     if steps is None:
         sums = [_measured_sums(run, text) for run in runs]
-        entries = [_end_entry(run, text, of_run, seed) for run, of_run in zip(runs, sums, strict=True)]
     else:
         sums = [_sums_at(run, text, step) for run, step in zip(runs, steps, strict=True)]
-        read = zip(runs, steps, sums, strict=True)
-        entries = [_entry_at(run, text, step, of_run, seed) for run, step, of_run in read]
-    first = next((place for place, entry in enumerate(entries) if entry.ref_kl is not None), 0)
-    compared = entries[:1]
-    for place, entry in enumerate(entries[1:], 1):
-        why = mismatch(runs[first], runs[place], text) if steps is None else None
-        why = why or _other_documents(sums[first], sums[place])
+    entries = []
+    for at, run in enumerate(runs):
+        found = _estimates(run, text) if steps is None else _estimates_at(run, text, steps[at])
+        numbers: dict[str, Any] = {metric: one.value for metric, one in found.items()}
+        numbers |= {f"{metric}_ci": _bounds(metric, one, sums[at], seed) for metric, one in found.items()}
+        size = len(of_run["num_tokens"]) if (of_run := sums[at]) else None
+        entries.append(ComparedText(run.name, steps[at] if steps else None, **numbers, num_documents=size))
+    first = next((at for at, entry in enumerate(entries) if entry.ref_kl is not None), 0)
+    for at, entry in enumerate(entries[1:], 1):
+        why = mismatch(runs[first], runs[at], text) if steps is None else None
+        why = why or _other_documents(sums[first], sums[at])
         if why and entry.ref_kl is not None:
-            to = entries[first].name
-            found: dict[str, Any] = {"unlike": Mismatch(to, why), "note": f"not compared with “{to}”: {why}"}
+            note: dict[str, Any] = {"unlike": _mismatch_with(runs[first], why)}
+            note |= {"note": f"not compared with “{runs[first].name}”: {why}"}
         else:
-            found = _prevented(entries[0], entry, sums[0], sums[place], runs[0].floor(text), seed)
-        compared.append(replace(entry, **found))
-    return compared
+            note = _prevented(entries[0], entry, sums[0], sums[at], runs[0].floor(text), seed)
+        entries[at] = replace(entry, **note)
+    return entries
 
 
-def _end_entry(run: Results, text: str, sums: Sums | None, seed: int) -> ComparedText:
-    result = run.retention.get(text, TextResult())
-    return _entry(run.name, None, {"ref_kl": result.ref_kl, "forgetting": result.forgetting}, sums, seed)
+def _estimates(run: Results, text: str) -> dict[str, Estimate]:
+    """What `retain measure` found."""
+    found = run.retention.get(text, TextResult()).estimates
+    return {metric: found[metric] for metric in COMPARED if metric in found}
 
 
-def _entry_at(run: Results, text: str, step: float | None, sums: Sums | None, seed: int) -> ComparedText:
+def _estimates_at(run: Results, text: str, step: float | None) -> dict[str, Estimate]:
+    """The evaluations around a step."""
     values = {metric: _interpolate(*run.series(f"retention/{text}/{metric}"), step) for metric in COMPARED}
-    found = {metric: None if value is None else Estimate(value) for metric, value in values.items()}
-    return _entry(run.name, step, found, sums, seed)
+    return {metric: Estimate(value) for metric, value in values.items() if value is not None}
 
 
-def _entry(
-    name: str, step: float | None, found: dict[str, Estimate | None], sums: Sums | None, seed: int
-) -> ComparedText:
-    values: dict[str, Any] = {}
-    for metric, estimate in found.items():
-        if estimate is not None:
-            ci = list(estimate.ci) if estimate.ci else None
-            if ci is None and sums is not None:
-                ci = _interval(sums[metric], sums["num_tokens"], seed, METRICS[metric].least)
-            values |= {metric: estimate.value, f"{metric}_ci": ci}
-    return ComparedText(name, step, **values, num_documents=None if sums is None else len(sums["num_tokens"]))
+def _bounds(metric: str, found: Estimate, sums: Sums | None, seed: int) -> list[float] | None:
+    if found.ci or sums is None:
+        return list(found.ci) if found.ci else None
+    return _interval(sums[metric], sums["num_tokens"], seed, METRICS[metric].least)
 
 
 def _prevented(
@@ -408,12 +400,13 @@ def end_points(compared: Comparison, text: str | None = None) -> list[Point | No
     """
     texts = list(compared.end) if text is None else [text]
     found: list[Point | None] = []
-    for place, run in enumerate(compared.runs):
-        entries = [compared.end[name][place] for name in texts]
-        moved = [entry.ref_kl for entry in entries if entry.ref_kl is not None]
-        alike = not run.unlike and not any(entry.unlike for entry in entries)
-        known = run.final_loss is not None and moved and len(moved) == len(entries) and alike
-        found.append((run.final_loss, sum(moved) / len(moved)) if known and run.final_loss is not None else None)
+    for at, run in enumerate(compared.runs):
+        entries = [compared.end[name][at] for name in texts]
+        moved = [entry.ref_kl for entry in entries if entry.ref_kl is not None and not entry.unlike]
+        if run.final_loss is None or run.unlike or not moved or len(moved) < len(texts):
+            found.append(None)
+        else:
+            found.append((run.final_loss, sum(moved) / len(moved)))
     return found
 
 

@@ -17,7 +17,8 @@ from retain.report import interactive as plotly
 from retain.report import style, tables
 from retain.report.comparison import compare_at_matched_loss
 from retain.report.figures import Panel, panels
-from retain.report.passages import generations, heat_map, worst_documents
+from retain.report.numbers import cell
+from retain.report.passages import differences, generations, heat_map, shown_token, worst_documents
 from retain.report.results import Results
 from retain.report.sentences import (
     comparison_verdict,
@@ -54,7 +55,7 @@ def comparison_html(
         "figures": [_figure(panel, view["runs"], interactive) for panel in panels(view["runs"], view["comparison"])],
         "scripts": scripts, "policy": plotly.policy(scripts) if scripts else "",
         "generations": generations(view["runs"]), "worst": worst, "worst_left_out": left_out,
-        "heat": heat_map(view["runs"]),
+        "heat_map": heat_map(view["runs"]),
     }  # fmt: skip
     return _environment(html=True).get_template("report.html").render(view)
 
@@ -152,7 +153,8 @@ def _environment(html: bool) -> jinja2.Environment:
         loader=loader, autoescape=html, finalize=finalize, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    environment.filters["minus"] = lambda text: text.replace("-", "\N{MINUS SIGN}")
+    environment.filters |= {"minus": lambda text: text.replace("-", "\N{MINUS SIGN}"), "shown_token": shown_token}
+    environment.globals |= {"cell": cell, "differences": differences}
     return environment
 
 

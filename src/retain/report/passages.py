@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from os.path import commonprefix
+from typing import NamedTuple
 
 from retain.report.numbers import Cell, Estimate, cell, value_cell
 from retain.report.results import Continuation, MovedDocument, Results, TextResult, TokenResult
@@ -21,27 +21,25 @@ MAX_TOKENS = 20_000  # on a page; a token costs some 150 bytes of it
 MAX_TOKEN_CHARS, MAX_TOP_CHARS = 200, 40
 
 
-@dataclass(frozen=True)
-class HeatCell:
+class HeatCell(NamedTuple):
     number: Cell
     heat: int
     cool: bool
 
 
-def heat_map(runs: Sequence[Results]) -> list[tuple[str, list[list[HeatCell]]]]:
-    """Texts, the one that some run forgot most first; per run forgetting and ref_kl, each with its heat."""
+def heat_map(runs: Sequence[Results]) -> dict[str, list[list[HeatCell]]]:
+    """By text, the one that some run forgot most first: per run forgetting and ref_kl, each with its heat."""
     texts = list(dict.fromkeys(text for run in runs for text in run.retention))
-    if len(runs) < 2 and len(texts) < 3:
-        return []
+    if not texts or (len(runs) < 2 and len(texts) < 3):
+        return {}
     of_text = {text: [run.retention.get(text, TextResult()) for run in runs] for text in texts}
     results = [result for of_runs in of_text.values() for result in of_runs]
-    most_lost = max((abs(_value(result.forgetting)) for result in results), default=0.0)
-    most_moved = max((_value(result.ref_kl) for result in results), default=0.0)
+    most_lost, most_moved = (max(abs(_value(getattr(r, m))) for r in results) for m in ("forgetting", "ref_kl"))
     texts.sort(key=lambda text: -max(_value(result.forgetting) for result in of_text[text]))
-    return [
-        (text, [[_hot(one.forgetting, most_lost, signed=True), _hot(one.ref_kl, most_moved)] for one in of_text[text]])
+    return {
+        text: [[_hot(one.forgetting, most_lost, signed=True), _hot(one.ref_kl, most_moved)] for one in of_text[text]]
         for text in texts
-    ]
+    }
 
 
 def _value(found: Estimate | None) -> float:
@@ -63,8 +61,7 @@ def heat(value: float, full: float) -> int:
     return round(100 * math.sqrt(min(abs(value) / full, 1.0))) if full else 0
 
 
-@dataclass(frozen=True)
-class ShownToken:
+class ShownToken(NamedTuple):
     """A token to write out, its heat, whether the two models put different tokens first, and its numbers."""
 
     piece: str
@@ -73,34 +70,22 @@ class ShownToken:
     numbers: str
 
 
-@dataclass(frozen=True)
-class ShownDocument:
-    run: int
-    document: MovedDocument
-    ref_kl: str
-    forgetting: str
-    tokens: list[ShownToken]
-
-
-def worst_documents(runs: Sequence[Results]) -> tuple[dict[str, list[ShownDocument]], int]:
-    """The documents that moved most, by text and run, as tokens to write out; and how many were left out for room."""
-    shown: dict[str, list[ShownDocument]] = {}
+def worst_documents(runs: Sequence[Results]) -> tuple[dict[str, list[tuple[int, MovedDocument]]], int]:
+    """By text the documents that moved most, each with the place of its run; and how many were left out for room."""
+    shown: dict[str, list[tuple[int, MovedDocument]]] = {}
     room, left_out = MAX_TOKENS, 0
     for text in dict.fromkeys(text for run in runs for text in run.worst):
         for place, run in enumerate(runs):
-            for row in run.worst.get(text, []):
-                if len(row.tokens) > room:
+            for document in run.worst.get(text, []):
+                if len(document.tokens) > room:
                     left_out += 1
                 else:
-                    room -= len(row.tokens)
-                    numbers = cell(row.ref_kl).value, cell(row.forgetting).value
-                    shown.setdefault(text, []).append(
-                        ShownDocument(place, row, *numbers, list(map(_token, row.tokens)))
-                    )
+                    room -= len(document.tokens)
+                    shown.setdefault(text, []).append((place, document))
     return shown, left_out
 
 
-def _token(token: TokenResult) -> ShownToken:
+def shown_token(token: TokenResult) -> ShownToken:
     before, after, moved = (cell(value).value for value in (token.base_loss, token.loss, token.ref_kl))
     base, tuned = (top[:MAX_TOP_CHARS].replace("\n", "⏎") for top in (token.base_top, token.tuned_top))
     numbers = f"loss {before} → {after}, ref_kl {moved}; first for the base: “{base}”, tuned: “{tuned}”"
@@ -108,51 +93,28 @@ def _token(token: TokenResult) -> ShownToken:
     return ShownToken(piece, heat(token.ref_kl or 0.0, FULL_HEAT), base != tuned, numbers)
 
 
-@dataclass(frozen=True)
-class ShownText:
-    """What a run wrote, in pieces (differs from the base?, text)."""
+class ShownPrompt(NamedTuple):
+    """A prompt, in `title` without the lines that open all of them, and what followed, by the place of the run."""
 
-    run: int
-    pieces: list[tuple[bool, str]]
-    same: bool
-    fate: str | None
-    cut: bool
-
-
-@dataclass(frozen=True)
-class ShownPrompt:
-    """A prompt, in `title` without the lines that open all of them, and what the models wrote after it."""
-
-    prompt: str
     title: str
     how: str
-    first: Continuation
-    cut: bool
-    texts: list[ShownText]
+    texts: dict[int, Continuation]
+
+    @property
+    def first(self) -> Continuation:
+        return next(iter(self.texts.values()))
 
 
 def generations(runs: Sequence[Results]) -> list[ShownPrompt]:
-    """Per prompt and way of writing: the base's text and each run's; `how` is empty where there is one way only."""
-    found: dict[tuple[str, str], list[tuple[int, Continuation]]] = {}
+    """Per prompt and way of writing what the models wrote; `how` is empty where there is one way only."""
+    found: dict[tuple[str, str], dict[int, Continuation]] = {}
     for place, run in enumerate(runs):
         for row in run.generations:
-            found.setdefault((row.prompt, row.how), []).append((place, row))
+            found.setdefault((row.prompt, row.how), {})[place] = row
     several = len({how for _, how in found}) > 1
     prompts = {prompt for prompt, _ in found}
     start = commonprefix([*prompts]).rfind("\n") + 1 if len(prompts) > 1 else 0  # noqa: RUF071 (of characters)
-    shown = []
-    for (prompt, how), rows in found.items():
-        first = rows[0][1]
-        texts = [
-            ShownText(place, differences(first.base, row.tuned), row.tuned == first.base, row.fate, _cut(row, "tuned"))
-            for place, row in rows
-        ]
-        shown.append(ShownPrompt(prompt, prompt[start:], how * several, first, _cut(first, "base"), texts))
-    return shown
-
-
-def _cut(row: Continuation, who: str) -> bool:
-    return row.ended.get(who) is False
+    return [ShownPrompt(prompt[start:], how * several, texts) for (prompt, how), texts in found.items()]
 
 
 def differences(base: str, tuned: str) -> list[tuple[bool, str]]:
