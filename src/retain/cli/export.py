@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from retain.checks import setting
 from retain.cli.flags import Verb
 from retain.cli.settings import RemoteCodeSettings
+from retain.data.chats import template_frame
 from retain.files import check_shape, check_writable, write_text
 from retain.models.description import tokenizer_fingerprint
 from retain.models.loading import load_tokenizer
 from retain.replay.dataset import MANIFEST, REMEDY, ReplayDataset, load_self_generated
-from retain.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NEEDED = {"model": str, "tokenizer_fingerprint": str, "start_token": {"id": int}}  # of a manifest
-MARKS = ("RETAINFIRST", "RETAINSECOND", "RETAINTHIRD")
 
 
 @dataclass(kw_only=True)
@@ -117,20 +116,13 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str, str]:
     Raises:
         ValueError: if there is no template, or it does not write such turns.
     """
-    if not tokenizer.chat_template:
-        raise ValueError("format: 'messages' needs a chat template and this tokenizer has none; use text")
     roles = ("user", "assistant", "user")
-    turns = [{"role": role, "content": mark} for role, mark in zip(roles, MARKS, strict=True)]
     try:
-        asked = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        answered = str(tokenizer.apply_chat_template(turns[:2], tokenize=False))
-    except Exception as error:  # a template is the checkpoint's own program and may fail in any way
-        raise ValueError(f"format: the chat template cannot write a chat; use text: {first_line(error)}") from error
-    before, _, rest = asked.partition(MARKS[0])
-    answer, _, rest = rest.partition(MARKS[1])
-    question, found, _ = rest.partition(MARKS[2])
-    end = answered.partition(MARKS[1])[2].strip()
-    if not (found and answer.strip() and end):
+        before, answer, question, _ = template_frame(tokenizer, roles)
+        end = template_frame(tokenizer, roles[:2])[-1].strip()
+    except ValueError as error:
+        raise ValueError(f"format: 'messages': {error}; use text") from error
+    if not (answer.strip() and end):
         raise ValueError("format: the chat template marks no turns; use text")
     return before, answer, end, question
 
