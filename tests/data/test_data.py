@@ -265,14 +265,13 @@ def test_rows_of_tokens_are_documents_as_they_are(tokenizer):
 # Names
 
 
-def test_named_sources():
-    assert named_sources(["wiki=a.txt", "code=b=c.txt"], "retention") == {"wiki": "a.txt", "code": "b=c.txt"}
-    assert named_sources([], "retention") == {}
+def test_a_path_may_hold_an_equals_sign():
+    assert named_sources(["code=b=c.txt"], "retention") == {"code": "b=c.txt"}
 
 
 @pytest.mark.parametrize("spec", ["wiki.txt", "=wiki.txt", "wiki=", " = "])
 def test_a_source_without_name_or_file_is_refused(spec):
-    with pytest.raises(ValueError, match=r"retention: .* is not name=file; write e\.g\. retention=wiki=wiki\.txt|"):
+    with pytest.raises(ValueError, match=r"retention: .* is not name=file; write e\.g\. retention=wiki=wiki\.txt"):
         named_sources([spec], "retention")
 
 

@@ -7,13 +7,12 @@ edited text escapes. Memory is bounded by the documents; the rows are walked onc
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ class Overlap:
 
     num_documents: int
     exact: tuple[int, ...]
-    """Documents that stand in a row whole, regardless of spaces, capitals and line breaks."""
+    """Documents that are found whole, regardless of spaces, capitals and punctuation."""
     near: dict[int, float]
     """Other documents → share of their n-grams that occur in the rows, where it reaches the threshold."""
     length: int
@@ -82,15 +81,21 @@ class Overlap:
         )
 
 
-@dataclass
-class _Sought:
-    """A document that is searched for; one without a word has no n-grams."""
+@dataclass(frozen=True)
+class _Document:
+    """The n-grams of a document that is searched for, and their length in words."""
 
-    squeezed: str
-    size: int
     ngrams: list[int]
+    length: int
     is_short: bool  # of fewer words than an n-gram: found whole or not at all
-    is_exact: bool = False
+
+    @classmethod
+    def of(cls, text: str, length: int) -> _Document:
+        words = _words(text)
+        unspaced = 2 * len(re.findall(f"[{UNSPACED}]", text)) > len(words)
+        wanted = length * CHARACTERS_PER_WORD if unspaced else length
+        size = min(wanted, len(words))
+        return cls(_word_ngrams(words, size) if words else [], size, len(words) < wanted)
 
 
 def find_overlap(
@@ -98,8 +103,9 @@ def find_overlap(
 ) -> dict[str, Overlap]:
     """Search for the documents of every text in the rows, which may be a generator of millions.
 
-    Documents of fewer words than an n-gram are only found whole; those without a word, never. Where most words are
-    characters of a script without spaces, an n-gram is `CHARACTERS_PER_WORD` times as long.
+    A document whose every n-gram occurs is found whole. Those of fewer words than an n-gram are found whole or not at
+    all; those without a word, never. Where most words are characters of a script without spaces, an n-gram is
+    `CHARACTERS_PER_WORD` times as long.
 
     Args:
         texts: name → documents, whole rather than cut into windows.
@@ -115,60 +121,36 @@ def find_overlap(
     """
     if length < 1 or not 0 < threshold <= 1:
         raise ValueError(f"overlap: length {length}, threshold {threshold}; use at least 1, and a share above 0 to 1")
-    sought = {name: [_sought(document, length) for document in texts[name]] for name in texts}
-    documents = [document for of_text in sought.values() for document in of_text if document.ngrams]
-    frequency = Counter(ngram for document in documents for ngram in set(document.ngrams))
-    anchored: dict[int, dict[int, list[_Sought]]] = {}  # size → n-gram → documents whose rarest it is: its row has it
-    for document in documents:
-        of_size = anchored.setdefault(document.size, {})
-        for ngram in document.ngrams:
-            of_size.setdefault(ngram, [])
-        of_size[min(document.ngrams, key=frequency.__getitem__)].append(document)
+    documents = {name: [_Document.of(text, length) for text in texts[name]] for name in texts}
+    wanted: dict[int, set[int]] = {}  # by length
+    for document in itertools.chain(*documents.values()):
+        wanted.setdefault(document.length, set()).update(document.ngrams)
     found: set[int] = set()
     for row in rows:
-        words = WORDS.findall(_normal(row))
-        for size, of_size in anchored.items():
-            hits = of_size.keys() & _word_ngrams(words, size)
-            found |= hits
-            anchors = [ngram for ngram in hits if of_size[ngram]]
-            squeezed = _squeezed(row) if anchors else ""
-            for anchor in anchors:
-                for document in of_size[anchor]:
-                    document.is_exact = document.squeezed in squeezed
-                of_size[anchor] = [document for document in of_size[anchor] if not document.is_exact]
-    return {name: _overlap(of_text, found, length, threshold) for name, of_text in sought.items()}
+        words = _words(row)
+        for size, ngrams in wanted.items():
+            found |= ngrams.intersection(_word_ngrams(words, size)) if ngrams else set()
+    return {name: _overlap(of_text, found, length, threshold) for name, of_text in documents.items()}
 
 
-def _sought(document: str, length: int) -> _Sought:
-    words = WORDS.findall(_normal(document))
-    unspaced = 2 * len(re.findall(f"[{UNSPACED}]", document)) > len(words)
-    wanted = length * CHARACTERS_PER_WORD if unspaced else length
-    size = min(wanted, len(words))
-    return _Sought(_squeezed(document), size, _word_ngrams(words, size) if words else [], len(words) < wanted)
+def _overlap(documents: Sequence[_Document], found: set[int], length: int, threshold: float) -> Overlap:
+    exact, near = [], {}
+    for at, document in enumerate(documents):
+        share = sum(ngram in found for ngram in document.ngrams) / max(1, len(document.ngrams))
+        if share == 1:
+            exact.append(at)
+        elif share >= threshold and not document.is_short:
+            near[at] = share
+    return Overlap(len(documents), tuple(exact), near, length)
 
 
-def _overlap(documents: Sequence[_Sought], found: set[int], length: int, threshold: float) -> Overlap:
-    exact = tuple(at for at, document in enumerate(documents) if document.is_exact)
-    shares = {
-        at: sum(ngram in found for ngram in document.ngrams) / len(document.ngrams)
-        for at, document in enumerate(documents)
-        if not (document.is_exact or document.is_short)
-    }
-    return Overlap(len(documents), exact, {at: share for at, share in shares.items() if share >= threshold}, length)
-
-
-def _normal(text: str) -> str:
-    return unicodedata.normalize("NFKC", text).casefold()
+def _words(text: str) -> list[str]:
+    return WORDS.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def _word_ngrams(words: list[str], size: int) -> list[int]:
     ngrams: list[int] = ngram_hashes(np.fromiter(map(hash, words), np.int64, len(words)), size).tolist()
     return ngrams
-
-
-def _squeezed(text: str) -> str:
-    """A text without its spaces, in which a document without its spaces can be found."""
-    return "".join(_normal(text).split())
 
 
 def find_rows(windows: Sequence[Any], rows: Iterable[Any], edges: Collection[int] = ()) -> set[int]:
@@ -224,7 +206,7 @@ def _counts(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 def _is_half_found(again: np.ndarray) -> bool:
     """Whether half of a window's n-grams were found again one after the other."""
-    longest = max((len(list(group)) for hit, group in groupby(again) if hit), default=0)
+    longest = max((len(list(group)) for hit, group in itertools.groupby(again) if hit), default=0)
     return longest >= max(MIN_CONSECUTIVE, len(again) / 2)
 
 
