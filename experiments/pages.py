@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from retain.files import write_text
-from retain.report.style import INK, STYLE, save_png
+from retain.report.style import INK, STYLE, look, save_png
 
 BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 
@@ -24,6 +24,18 @@ def write_results(readme: Path, text: str) -> None:
     if not end:
         raise ValueError(f"readme: {str(readme)!r} has no place for results; put {BEGIN!r} and {END!r} into it")
     write_text(readme, f"{before}{BEGIN}\n{text.strip()}\n{END}{after}")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], rule: str = " --- ") -> str:
+    """A Markdown table.
+
+    >>> print(table(["run", "loss"], [["plain", 0.5]]))
+    | run | loss |
+    | --- | --- |
+    | plain | 0.5 |
+    """
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], f"|{rule}" * len(head) + "|", *lines[1:]])
 
 
 def findings(found: Mapping[str, tuple[str, str]]) -> str:
@@ -78,3 +90,14 @@ def goal_line(axes: Any, *, x: float | None = None, y: float | None = None, word
             fontsize=8,
             va="top",
         )
+
+
+def dots(axis: Any, found: Mapping[str, tuple[float, float, float]]) -> None:
+    """A dot with its interval for each name, from above; 0 as a line."""
+    for at, (value, low, high) in enumerate(found.values()):
+        style = look(0 if at == 0 else 1, 2)
+        axis.plot([low, high], [at, at], color=style["color"], linewidth=2.2)
+        axis.plot([value], [at], linestyle="none", markersize=6, **style)
+    axis.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    axis.set_yticks(range(len(found)), list(found))
+    axis.set_ylim(len(found) - 0.5, -0.5)

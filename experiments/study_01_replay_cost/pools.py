@@ -10,7 +10,7 @@ from typing import Any
 from experiments.claim import Interval
 from experiments.harness import BenchSettings, Run, StudyResults, make_all, small_bench
 from experiments.matched import Reading, mean_of, prevented, read_at, target_loss
-from experiments.pages import dress, panels, write_results
+from experiments.pages import dress, panels, table, write_results
 from retain.report.results import series
 from retain.report.style import MARKS, PALETTE
 
@@ -63,12 +63,14 @@ def kept(found: dict[int, list[tuple[Reading, Reading]]], pool: int, when: int, 
     return prevented([pair[when] for pair in found[pool]], [pair[when] for pair in found[0]], text, "ref_kl")
 
 
-def table(found: dict[int, list[tuple[Reading, Reading]]]) -> str:
-    head = (
-        "| rows in the pool | each drawn | at the same loss: ref_kl prose | prevented | steps "
-        "| at the end: ref_kl prose | prevented | prevented, own rows |"
-    )
-    lines = [head, "|---" * 8 + "|"]
+HEAD = (
+    "rows in the pool", "each drawn", "at the same loss: ref_kl prose", "prevented", "steps",
+    "at the end: ref_kl prose", "prevented", "prevented, own rows",
+)  # fmt: skip
+
+
+def table_of_pools(found: dict[int, list[tuple[Reading, Reading]]]) -> str:
+    lines = []
     for pool, pairs in found.items():
         starts, ends = ([pair[when] for pair in pairs] for when in (0, 1))
         steps = sum(reading.step for reading in starts) / len(starts)
@@ -76,9 +78,9 @@ def table(found: dict[int, list[tuple[Reading, Reading]]]) -> str:
         if pool:
             cells[1] = kept(found, pool, 0, "prose").percent()
         more = [kept(found, pool, 1, text).percent() for text in TEXTS] if pool else ["–", "–"]
-        name = f"{pool} | {DRAWN / pool:g} times" if pool else "none (plain) | "
-        lines.append(f"| {name} | {' | '.join([*cells, *more])} |")
-    return "\n".join(lines)
+        name = [pool, f"{DRAWN / pool:g} times"] if pool else ["none (plain)", ""]
+        lines.append([*name, *cells, *more])
+    return table(HEAD, lines, "---")
 
 
 def verdict(found: dict[int, list[tuple[Reading, Reading]]]) -> str:
@@ -132,4 +134,4 @@ def write_report() -> None:
     target, found = readings(list(StudyResults(HERE / "results-pools.jsonl", "").rows.values()))
     draw(found, HERE / "figure-pools.png")
     head = f"Target new-task loss: {target:.3f} nats per token."
-    write_results(HERE / "pools.md", f"{head}\n\n{table(found)}\n\n{verdict(found)}")
+    write_results(HERE / "pools.md", f"{head}\n\n{table_of_pools(found)}\n\n{verdict(found)}")

@@ -10,6 +10,7 @@ from typing import Any
 
 from experiments.claim import Interval
 from experiments.matched import MEASURES, Reading, mean_of, prevented, read_at, target_loss
+from experiments.pages import table
 
 GOAL, LIMIT, GAIN = 0.95, 1.10, 0.85
 LENGTH = 64
@@ -208,10 +209,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def table(cells: Sequence[Cell]) -> str:
-    """Markdown, one line a cell, dearest first within a method."""
-    head = f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|\n"
-    return head + "\n".join(_line(cell) for cell in sorted(cells, key=_order))
+def table_of_cells(cells: Sequence[Cell]) -> str:
+    """One line a cell, dearest first within a method."""
+    return table(COLUMNS, map(_line, sorted(cells, key=_order)), "---")
 
 
 def _order(cell: Cell) -> tuple[Any, ...]:
@@ -220,22 +220,13 @@ def _order(cell: Cell) -> tuple[Any, ...]:
             -share_of(settings), settings.get("coef", 0))  # fmt: skip
 
 
-def _line(cell: Cell) -> str:
-    seeds, cost = len(cell.readings), "–" if cell.cost is None else f"{cell.cost:.2f}"
+def _line(cell: Cell) -> list[str]:
+    name, cost = [cell.name, str(len(cell.readings))], "–" if cell.cost is None else f"{cell.cost:.2f}"
     if len(cell.rounds) > 1:
         cost += f" ({min(cell.rounds):.2f}–{max(cell.rounds):.2f})"
     if not cell.reached:
-        return f"| {cell.name} | {seeds} | target not reached ||||| {cost} | {cell.predicted:.3f} | – | – |"
+        return [*name, f"target not reached ||||| {cost}", f"{cell.predicted:.3f}", "–", "–"]
     means = [str(cell.mean("prose", metric)) for metric in ("forgetting", "ref_kl")]
     shares = [cell.prevented(*measure).percent() if "coef" in cell.settings else "–" for measure in MEASURES]
-    told = [
-        cell.name,
-        str(seeds),
-        *means,
-        *shares,
-        cost,
-        f"{cell.predicted:.3f}",
-        f"{cell.steps():.2f}",
-        f"{time_of(cell):.2f}",
-    ]
-    return f"| {' | '.join(told)} |"
+    times = [f"{cell.predicted:.3f}", f"{cell.steps():.2f}", f"{time_of(cell):.2f}"]
+    return [*name, *means, *shares, cost, *times]

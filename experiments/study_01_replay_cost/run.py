@@ -16,7 +16,7 @@ from experiments.matched import target_loss
 from experiments.program import LAPTOP, Report, conduct
 from experiments.study_01_replay_cost import pools
 from experiments.study_01_replay_cost.figure import draw
-from experiments.study_01_replay_cost.report import GAIN, cells_of, front_words, table, verdict
+from experiments.study_01_replay_cost.report import GAIN, cells_of, front_words, table_of_cells, verdict
 
 HERE = Path(__file__).parent
 
@@ -119,7 +119,7 @@ def report(name: str) -> Report:
     rows = list(StudyResults(HERE / "results.jsonl", "").rows.values())
     found, targets = cells_of(rows, {"full": RATE, "lora": LORA_RATE})
     goals = ", ".join(f"{loss:.3f} ({method})" for method, loss in targets.items())
-    parts = [f"Target new-task loss, nats per token: {goals}.", table(found)]
+    parts = [f"Target new-task loss, nats per token: {goals}.", table_of_cells(found)]
     parts += [*(f"**{verdict(found, method)}**" for method in METHODS), front_words(found)]
     return "\n\n".join(parts), lambda path: draw(found, path)
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.claim import Interval
 from experiments.matched import MEASURES, Reading, mean_of, prevented, read_at, target_loss
-from experiments.pages import NoReport, dress, findings, goal_line, panels
+from experiments.pages import NoReport, dress, findings, goal_line, panels, table
 from retain.report.results import series
 from retain.report.style import PALETTE
 
@@ -168,20 +168,15 @@ def at_lowest_rate(entries: Sequence[Entry], chosen: Entry) -> bool:
 
 
 def beside_paper(entries: Sequence[Entry]) -> str:
-    """Markdown: the paper's forgetting and ours, each also as a share of what plain finetuning forgets."""
-    best = best_of(entries, "prose", "forgetting")
-    lines = [
-        "| method | paper: forgetting | of plain's | here: forgetting on prose | of plain's |",
-        "|---|---|---|---|---|",
-    ]
+    """The paper's forgetting and ours, each also as a share of what plain finetuning forgets."""
+    best, plain, lines = best_of(entries, "prose", "forgetting"), entries[0], []
     for name, value in PAPER.items():
-        if name not in best:
-            continue
-        entry, plain = (entries[0] if name == "plain" else best[name]), entries[0]
-        ours = entry.mean("prose", "forgetting")
-        lines.append(f"| {name} | {value:.4f} | {value / PAPER['plain']:.1%} | {ours} | "
-                     f"{ours.value / plain.mean('prose', 'forgetting').value:.1%} |")  # fmt: skip
-    return "\n".join(lines)
+        if name in best:
+            ours = (plain if name == "plain" else best[name]).mean("prose", "forgetting")
+            share = ours.value / plain.mean("prose", "forgetting").value
+            lines.append([name, f"{value:.4f}", f"{value / PAPER['plain']:.1%}", ours, f"{share:.1%}"])
+    head = ("method", "paper: forgetting", "of plain's", "here: forgetting on prose", "of plain's")
+    return table(head, lines, "---")
 
 
 COLUMNS = (
@@ -190,22 +185,21 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def table(entries: Sequence[Entry]) -> str:
-    """Markdown, least divergence first; prevented is against the study's plain run."""
+def table_of_entries(entries: Sequence[Entry]) -> str:
+    """Least divergence first; prevented is against the study's plain run."""
     order = sorted(entries, key=lambda e: e.mean("prose", "ref_kl").value if e.reached else float("inf"))
-    head = f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|\n"
-    return head + "\n".join(_line(entry, entries[0]) for entry in order)
+    return "\n".join([table(COLUMNS, [], "---"), *(_line(entry, entries[0]) for entry in order)])
 
 
 def _line(entry: Entry, plain: Entry) -> str:
-    told = [entry.name, str(len(entry.rows))]
+    cells = [entry.name, str(len(entry.rows))]
     if not entry.reached:
-        return f"| {' | '.join(told)} | target not reached: {lowest(entry):.3f} at best ||||||"
-    told += [str(entry.mean(*measure)) for measure in MEASURES]
-    told += ["–", "–"] if entry is plain else [entry.against(plain, *measure).percent() for measure in MEASURES[:2]]
+        return f"| {' | '.join(cells)} | target not reached: {lowest(entry):.3f} at best ||||||"
+    cells += [str(entry.mean(*measure)) for measure in MEASURES]
+    cells += ["–", "–"] if entry is plain else [entry.against(plain, *measure).percent() for measure in MEASURES[:2]]
     steps = np.mean([reading.step for reading in entry.readings.values() if reading])
-    told += ["–" if entry.settings["method"] == "interpolation" else f"{steps:.0f}"]
-    return f"| {' | '.join(told)} |"
+    cells.append("–" if entry.settings["method"] == "interpolation" else f"{steps:.0f}")
+    return f"| {' | '.join(cells)} |"
 
 
 def draw(entries: Sequence[Entry], target: float, path: Path) -> None:

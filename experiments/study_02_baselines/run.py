@@ -27,7 +27,7 @@ from experiments.study_02_baselines.report import (
     draw,
     draw_sources,
     entries_of,
-    table,
+    table_of_entries,
     verdict,
 )
 from experiments.study_02_baselines.settings import SCALES, Scale, plan
@@ -115,7 +115,13 @@ def report(name: str) -> Report:
         raise NoReport("no run is made yet")
     entries, target = entries_of(rows)
     head = f"Target: a new-task loss of {target:.3f} nats per token."
-    parts = (head, table(entries), f"**Verdict.** {verdict(entries)}", claims(entries), beside_paper(entries))
+    parts = (
+        head,
+        table_of_entries(entries),
+        f"**Verdict.** {verdict(entries)}",
+        claims(entries),
+        beside_paper(entries),
+    )
 
     def both(path: Path) -> None:
         draw(entries, target, path)

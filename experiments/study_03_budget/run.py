@@ -15,7 +15,7 @@ from matplotlib.ticker import NullLocator
 
 from experiments.claim import over_seeds
 from experiments.harness import Bench, Run, StudyResults, compact, make_trainer, scratch, small_bench
-from experiments.pages import dress, goal_line, panels
+from experiments.pages import dress, goal_line, panels, table
 from experiments.program import LAPTOP, Report, conduct
 from retain import ReplayConfig
 from retain.training.run_files import read_run
@@ -78,28 +78,24 @@ def by_budget(rows: Sequence[dict[str, Any]]) -> dict[float | None, list[dict[st
     return found
 
 
-def table(found: dict[float | None, list[dict[str, Any]]]) -> str:
-    """What was asked and what came of it, a line for each budget."""
-    lines = [
-        "| budget | ref_kl on replay rows, last fifth of the steps | on held-out self-generated text, at the end | "
-        "coefficient at the end | new-task loss | forgetting on prose |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+HEAD = (
+    "budget", "ref_kl on replay rows, last fifth of the steps", "on held-out self-generated text, at the end",
+    "coefficient at the end", "new-task loss", "forgetting on prose",
+)  # fmt: skip
+
+
+def table_of_budgets(found: dict[float | None, list[dict[str, Any]]]) -> str:
+    """What was set and what came of it, a line for each budget."""
+    lines = []
     for budget, rows in sorted(found.items(), key=lambda item: -(item[0] or 9)):
-        last = [row["trajectory"][-1] for row in rows]
-        held_out = [row["retention/self-generated/ref_kl"] for row in last]
-        on_replay = [row["verdict"]["ref_kl"] for row in rows] if budget else None
-        coef = [row["verdict"]["coef"] for row in rows] if budget else None
-        cells = [
-            f"{budget:g}" if budget else "none (plain)",
-            str(over_seeds(on_replay)) if on_replay else "",
-            str(over_seeds(held_out)),
-            over_seeds(coef).text(".2f") if coef else "",
-            str(over_seeds([row["eval_loss"] for row in last])),
-            str(over_seeds([row["retention/prose/forgetting"] for row in last])),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        ends = ("retention/self-generated/ref_kl", "eval_loss", "retention/prose/forgetting")
+        held_out, new_loss, lost = (over_seeds([row["trajectory"][-1][name] for row in rows]) for name in ends)
+        if budget:
+            on_replay, coef = (over_seeds([row["verdict"][name] for row in rows]) for name in ("ref_kl", "coef"))
+            lines.append([f"{budget:g}", on_replay, held_out, coef.text(".2f"), new_loss, lost])
+        else:
+            lines.append(["none (plain)", "", held_out, "", new_loss, lost])
+    return table(HEAD, lines)
 
 
 def verdict(found: dict[float | None, list[dict[str, Any]]]) -> str:
@@ -159,7 +155,7 @@ def make(name: str, part: int) -> None:
 
 def report(name: str) -> Report:
     found = by_budget(list(StudyResults(HERE / "results.jsonl", "").rows.values()))
-    return f"{table(found)}\n\n**{verdict(found)}**", lambda path: draw(found, path)
+    return f"{table_of_budgets(found)}\n\n**{verdict(found)}**", lambda path: draw(found, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.stats import ttest_ind
 
 from experiments.claim import Interval
+from experiments.pages import table
 from retain import fit_forgetting_law
 from retain.laws.law import ForgettingLaw
 
@@ -111,20 +112,23 @@ def by_rank(rows: Rows, reading: str) -> float:
 
 def table_of_fits(laws: dict[tuple[str, str], dict[str, ForgettingLaw]], found: dict[str, Study]) -> str:
     """R² of both laws and the slope of the line, beside the paper's."""
-    lines = [
-        "| data | L_f read | R² of L_f(L_ft) | the line with a level for each rank | R² of L_f(P, N) | slope c_fft |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    head = (
+        "data",
+        "L_f read",
+        "R² of L_f(L_ft)",
+        "the line with a level for each rank",
+        "R² of L_f(P, N)",
+        "slope c_fft",
+    )
+    lines: list[list[object]] = []
     for (name, reading), of in laws.items():
-        line = of["linear"]
-        slope = Interval(line.params["c_fft"], *line.conf_int()["c_fft"])
+        slope = Interval(of["linear"].params["c_fft"], *of["linear"].conf_int()["c_fft"])
         own = f"{by_rank(found[name].plain, reading):.3f}"
-        cells = [name, reading, str(r_squared(line)), own, str(r_squared(of["joint"])), str(slope)]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append([name, reading, r_squared(of["linear"]), own, r_squared(of["joint"]), slope])
     for name, (linear, joint) in PAPER.items():
-        slope = {"OpenOrca": "1.733", "News": "1.062"}[name]
-        lines.append(f"| paper: {name}, Llama 2 7B |  | {linear:.4f} |  | {joint:.4f} | {slope} |")
-    return "\n".join(lines)
+        slope_there = {"OpenOrca": "1.733", "News": "1.062"}[name]
+        lines.append([f"paper: {name}, Llama 2 7B", "", f"{linear:.4f}", "", f"{joint:.4f}", slope_there])
+    return table(head, lines)
 
 
 # The held-out rank
@@ -171,18 +175,15 @@ def share_inside(values: np.ndarray, ci: Sequence[Sequence[float]]) -> float:
 
 
 def table_of_held_out(found: dict[tuple[str, str], HeldOut | None]) -> str:
-    lines = [
-        "| data | L_f read | error of the law, nats (RMS) | error of the next smaller rank's curve | points of L_f "
-        "within the 95% interval | points of L_ft | written before the run |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for (name, reading), one in found.items():
-        if one is None:
-            continue
-        cells = [name, reading, f"{one.error:.3f}", f"{one.naive:.3f}", f"{one.inside:.0%}",
-                 f"{one.inside_new_task:.0%}", "yes" if one.before else "no"]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    head = (
+        "data", "L_f read", "error of the law, nats (RMS)", "error of the next smaller rank's curve",
+        "points of L_f within the 95% interval", "points of L_ft", "written before the run",
+    )  # fmt: skip
+    return table(head, [
+        [*case, f"{one.error:.3f}", f"{one.naive:.3f}", f"{one.inside:.0%}", f"{one.inside_new_task:.0%}",
+         "yes" if one.before else "no"]
+        for case, one in found.items() if one is not None
+    ])  # fmt: skip
 
 
 # Where the line breaks
@@ -242,10 +243,9 @@ def departures(found: dict[str, Study]) -> Departures:
 
 def table_of_departures(found: dict[str, Study], gone: Departures) -> str:
     kinds = list(dict.fromkeys(kind for of in gone.values() for kind in of))
-    heads = [f"{kind}" if kind == "full" else f"KL {kind}" for kind in kinds]
-    lines = [f"| data | L_f read | {' | '.join(heads)} | R² of one line through plain and replay |"]
-    lines.append("| " + " | ".join(["---"] * (len(kinds) + 3)) + " |")
-    for (name, reading), of in gone.items():
-        cells = [str(of[kind]) if kind in of else "" for kind in kinds]
-        lines.append("| " + " | ".join([name, reading, *cells, f"{across(found[name], reading):.3f}"]) + " |")
-    return "\n".join(lines)
+    names = [kind if kind == "full" else f"KL {kind}" for kind in kinds]
+    head = ("data", "L_f read", *names, "R² of one line through plain and replay")
+    return table(head, [
+        [name, reading, *(of.get(kind, "") for kind in kinds), f"{across(found[name], reading):.3f}"]
+        for (name, reading), of in gone.items()
+    ])  # fmt: skip

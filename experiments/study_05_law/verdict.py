@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.claim import Interval
-from experiments.pages import findings
+from experiments.pages import findings, table
 from experiments.study_05_law.report import (
     ACROSS,
     READINGS,
@@ -122,20 +122,23 @@ def is_inside(row: dict[str, Any], name: str) -> bool:
 
 def table_of_plans(rows: Rows) -> str:
     """What was planned and what came of it, a line for each run."""
-    lines = [
-        "| budget | recommended | seed | new-task loss, predicted | measured | forgetting, predicted | measured |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = (
+        "budget",
+        "recommended",
+        "seed",
+        "new-task loss, predicted",
+        "measured",
+        "forgetting, predicted",
+        "measured",
+    )
+    lines: list[list[object]] = []
     for row in (row for row in rows if "planned" in row):
         plan, seed = row["planned"], row["settings"]["seed"]
-        pair = [
-            text
-            for name in ("finetuning_loss", "forgetting_loss")
-            for text in (str(Interval(**plan[name])), f"{row['measured'][name]:.3f}")
-        ]
-        own = f"{seed}, the pilots' own" if seed == plan["seed"] else str(seed)
-        lines.append("| " + " | ".join([f"{plan['budget']:g}", plan["words"], own, *pair]) + " |")
-    return "\n".join(lines)
+        own = f"{seed}, the pilots' own" if seed == plan["seed"] else seed
+        pair = [cell for name in ("finetuning_loss", "forgetting_loss")
+                for cell in (Interval(**plan[name]), f"{row['measured'][name]:.3f}")]  # fmt: skip
+        lines.append([f"{plan['budget']:g}", plan["words"], own, *pair])
+    return table(head, lines)
 
 
 def report_text(rows: Rows) -> str:
@@ -155,4 +158,4 @@ def report_text(rows: Rows) -> str:
         ("Where the line breaks", table_of_departures(found, gone), f"**{verdict_of_break(gone, shares)}**"),
         ("A plan and its runs", table_of_plans(rows), f"**{verdict_of_plan(rows)}**"),
     ]
-    return "\n\n".join(f"### {head}\n\n{table}\n\n{verdict}" for head, table, verdict in parts)
+    return "\n\n".join(f"### {head}\n\n{rows_of}\n\n{verdict}" for head, rows_of, verdict in parts)

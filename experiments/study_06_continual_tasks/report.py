@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.claim import Interval, over_seeds
-from experiments.pages import answer_of, dress, findings, panels
+from experiments.pages import answer_of, dress, findings, panels, table
 from retain.lab.tasks import TASKS
 from retain.report.style import INK, PALETTE
 
@@ -43,20 +43,16 @@ def percent(values: Sequence[float]) -> str:
     return f"{100 * np.mean(values):.0f}% ({', '.join(f'{100 * value:.0f}' for value in values)})"
 
 
-def table(rows: Sequence[Row]) -> str:
+def table_of_methods(rows: Sequence[Row]) -> str:
     """Exact match at the end of the sequence, a line for each method."""
-    lines = [
-        f"| method | {' | '.join(TASKS)} | the three earlier tasks | each task when it was learned | seeds |",
-        "| --- |" + " --- |" * (len(TASKS) + 3),
-    ]
+    head = ("method", *TASKS, "the three earlier tasks", "each task when it was learned", "seeds")
+    lines = []
     for method, title in METHODS.items():
-        runs = of_method(rows, method)
-        if runs:
-            cells = [percent([at_end(row, [task]) for row in runs]) for task in TASKS]
-            cells.append(percent([at_end(row, EARLIER) for row in runs]))
-            cells.append(percent([float(np.mean([when_learned(row, task) for task in TASKS])) for row in runs]))
-            lines.append(f"| {title} | {' | '.join(cells)} | {len(runs)} |")
-    return "\n".join(lines)
+        if runs := of_method(rows, method):
+            ends = [percent([at_end(row, tasks) for row in runs]) for tasks in (*([task] for task in TASKS), EARLIER)]
+            learned = percent([float(np.mean([when_learned(row, task) for task in TASKS])) for row in runs])
+            lines.append([title, *ends, learned, len(runs)])
+    return table(head, lines)
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -98,12 +94,12 @@ def report(rows: Sequence[Row]) -> str:
     """Everything between the marks of the README."""
     said = verdict(rows)
     if not (answer := answer_of(said)):
-        return f"{table(rows)}\n\n**{said}**"
+        return f"{table_of_methods(rows)}\n\n**{said}**"
     ends = ", ".join(f"{percent([at_end(row, EARLIER) for row in of_method(rows, method)])} {words}"
                      for method, words in SHORT.items())  # fmt: skip
     last = f"the last task learned by {last_learned(rows)['none']} of {len(of_method(rows, 'none'))} seeds without it"
     claim = {"Four tasks in sequence: lost without replay, kept with it": (answer, f"{ends}; {last}")}
-    return f"{table(rows)}\n\n**{said}**\n\n{findings(claim)}"
+    return f"{table_of_methods(rows)}\n\n**{said}**\n\n{findings(claim)}"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.claim import FIRST_LOOK, Claim, over_seeds
-from experiments.pages import answer_of, dress, findings, panels
+from experiments.pages import answer_of, dress, findings, panels, table
 from experiments.study_07_capacity.cells import Cell, Row, cell_of, last_slope, nearest_to_loss, slopes, tunes
 from retain.report.style import INK, PALETTE
 
@@ -48,24 +48,24 @@ def mean_of(cell: Cell, name: str) -> float:
     return float(np.mean([row[name] for row in cell.rows.values()]))
 
 
-def cell_line(first: str, cell: Cell) -> str:
+HEAD = (SIZE, LENGTH, "old loss before", "best coefficient", "steps", "forgetting", "seeds")
+
+
+def cell_line(first: str, cell: Cell) -> list[object]:
     tokens = np.mean([row["settings"]["tokens_per_param"] for row in cell.rows.values()])
-    return (
-        f"| {first} | {tokens:.0f} | {mean_of(cell, 'base_loss'):.3f} | {cell.coef:.2g} | "
-        f"{np.mean(list(cell.steps.values())):.0f} | {cell.interval} | {len(cell.forgetting)} |"
-    )
+    steps = np.mean(list(cell.steps.values()))
+    return [first, f"{tokens:.0f}", f"{mean_of(cell, 'base_loss'):.3f}", f"{cell.coef:.2g}", f"{steps:.0f}",
+            cell.interval, len(cell.forgetting)]  # fmt: skip
 
 
 def tables(rows: Sequence[Row], scale: Any) -> str:
     """Sizes at one loss, and lengths of the smallest: a line for each."""
-    head = "| {} | tokens per parameter | old loss before | best coefficient | steps | forgetting | seeds |\n" + (
-        "| --- |" * 1 + " --- |" * 6
+    sizes = [cell_line(f"{size:.0f}", cell) for size, cell in cells_by_size(rows, scale).items()]
+    lengths = [cell_line(scale.smallest, cell) for cell in cells_by_length(rows, scale).values()]
+    return (
+        f"Sizes, pretrained to {scale.same_loss} (nearest checkpoint):\n\n{table(HEAD, sizes)}\n\n"
+        f"Lengths of pretraining of the smallest:\n\n{table(HEAD, lengths)}"
     )
-    lines = [f"Sizes, pretrained to {scale.same_loss} (nearest checkpoint):\n", head.format("parameters")]
-    lines += [cell_line(f"{size:.0f}", cell) for size, cell in cells_by_size(rows, scale).items()]
-    lines += ["\nLengths of pretraining of the smallest:\n", head.format("parameters")]
-    lines += [cell_line(scale.smallest, cell) for cell in cells_by_length(rows, scale).values()]
-    return "\n".join(lines)
 
 
 # The frontier
@@ -110,23 +110,19 @@ def distances(rows: Sequence[Row], scale: Any, length: float) -> dict[float, lis
 
 def frontier_table(rows: Sequence[Row], scale: Any) -> str:
     """Where finetunes of a saturated and an unsaturated base end, against the frontier."""
-    lines = [
-        f"Finetuned models after {scale.world.max_steps} steps, and how far their old loss lies above the frontier:\n",
-        "| tokens per parameter | coefficient | new loss | old loss | forgetting | above the frontier | seeds |",
-        "| --- |" + " --- |" * 6,
-    ]
+    lines = []
     for length in scale.frontier_lengths:
         far = distances(rows, scale, length)
         for coef, mine in whole(rows, scale, length).items():
             ends = [row["trajectory"][-1] for row in mine]
             new = np.mean([end[1] for end in ends])
             old = np.mean([row["base_loss"] + end[2] for row, end in zip(mine, ends, strict=True)])
-            lost, over = (
-                over_seeds([end[2] for end in ends]),
-                over_seeds(far[coef]) if coef in far else "beyond the mixtures",
-            )
-            lines.append(f"| {length:.0f} | {coef:g} | {new:.3f} | {old:.3f} | {lost} | {over} | {len(mine)} |")
-    return "\n".join(lines)
+            over = over_seeds(far[coef]) if coef in far else "beyond the mixtures"
+            lost = over_seeds([end[2] for end in ends])
+            lines.append([f"{length:.0f}", f"{coef:g}", f"{new:.3f}", f"{old:.3f}", lost, over, len(mine)])
+    head = (LENGTH, "coefficient", "new loss", "old loss", "forgetting", "above the frontier", "seeds")
+    above_them = "and how far their old loss lies above the frontier"
+    return f"Finetuned models after {scale.world.max_steps} steps, {above_them}:\n\n{table(head, lines)}"
 
 
 # The verdict

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.claim import FIRST_LOOK, Claim, over_seeds
-from experiments.pages import answer_of, findings, panels
+from experiments.pages import answer_of, findings, panels, table
 from experiments.study_07_capacity.cells import Cell, Row, cell_of, compute_multiplier, slopes, tunes
 from retain.report.style import INK
 
@@ -44,20 +44,22 @@ def multipliers(rows: Sequence[Row], place: Place, cell: Cell) -> list[float]:
     ]
 
 
-def table(rows: Sequence[Row], scale: Any) -> str:
+HEAD = (
+    "parameters", "tokens per parameter", "old loss before", "best coefficient", "loss delta",
+    "share of what was known", "compute multiplier", "seeds",
+)  # fmt: skip
+
+
+def table_of_cells(rows: Sequence[Row], scale: Any) -> str:
     """A line for each cell of the grid."""
-    lines = [
-        "| parameters | tokens per parameter | old loss before | best coefficient | loss delta | "
-        "share of what was known | compute multiplier | seeds |\n" + "| --- |" * 1 + " --- |" * 7
-    ]
+    lines = []
     for place, cell in cells(rows, scale).items():
         before = np.mean([row["base_loss"] for row in cell.rows.values()])
-        lost, share = cell.interval, over_seeds(multipliers(rows, place, cell)).text(".2f")
-        lines.append(
-            f"| {named(cell)} | {place[1]:.0f} | {before:.3f} | {cell.coef:.2g} | {lost} | "
-            f"{np.mean(shares_lost(cell, scale)):.0%} | {share} | {len(cell.forgetting)} |"
-        )
-    return "\n".join(lines)
+        share = over_seeds(multipliers(rows, place, cell)).text(".2f")
+        known = f"{np.mean(shares_lost(cell, scale)):.0%}"
+        lines.append([named(cell), f"{place[1]:.0f}", f"{before:.3f}", f"{cell.coef:.2g}", cell.interval, known, share,
+                      len(cell.forgetting)])  # fmt: skip
+    return table(HEAD, lines)
 
 
 def shares_lost(cell: Cell, scale: Any) -> list[float]:
@@ -135,13 +137,13 @@ def lost_between(found: dict[Place, Cell], scale: Any) -> str:
 def report(rows: Sequence[Row], scale: Any) -> str:
     told_ = verdict(rows, scale)
     if not answer_of(told_):
-        return f"{table(rows, scale)}\n\n**{told_}**"
+        return f"{table_of_cells(rows, scale)}\n\n**{told_}**"
     found = cells(rows, scale)
     by_size, by_length = (claim.estimate for claim in plane(found))
     numbers = f"loss delta {by_size} nats for each tenfold of size, {by_length} of tokens"
     numbers += f"; of tokens by size: {rises_by_size(found)}"
     finding = "Size and tokens per parameter together: loss delta and compute multiplier"
-    return f"{table(rows, scale)}\n\n**{told_}**\n\n" + findings({finding: (NO_CELL, numbers)})
+    return f"{table_of_cells(rows, scale)}\n\n**{told_}**\n\n" + findings({finding: (NO_CELL, numbers)})
 
 
 def draw(rows: Sequence[Row], scale: Any, path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.claim import FIRST_LOOK, Claim, over_seeds, ratio_over_seeds
-from experiments.pages import NoReport, dress, findings, panels
+from experiments.pages import NoReport, dress, findings, panels, table
 from retain.report.comparison import first_crossing
 from retain.report.results import series
 from retain.report.style import MARKS, PALETTE
@@ -83,22 +83,22 @@ def after_looks(claim: Claim) -> str:
     return f"{claim.estimate} nats" + (f", {claim.later_seeds}" if claim.later_seeds else "")
 
 
-def table(rows: Sequence[Row]) -> str:
+HEAD = ("pretraining rate", "old loss of the base", "finetuning rate", "replay", "forgetting", "steps", "seeds")
+
+
+def table_of_rates(rows: Sequence[Row]) -> str:
     """A line for each pretraining rate, finetuning rate and coefficient."""
-    readings = readings_of(rows)
-    head = ("pretraining rate", "old loss of the base", "finetuning rate", "replay", "forgetting", "steps", "seeds")
-    lines = [f"Target: {target_of(rows):.3f} nats per token on the new language.", "", f"| {' | '.join(head)} |",
-             "| --- " * len(head) + "|"]  # fmt: skip
+    readings, lines = readings_of(rows), []
     for before in values_of(readings, "pretrain_rate"):
-        base = str(over_seeds([row["base"]["loss"] for row in bases(rows, before)]))
+        base = over_seeds([row["base"]["loss"] for row in bases(rows, before)])
         for coef in values_of(readings, "coef"):
             for rate in values_of(of(readings, pretrain_rate=before, coef=coef), "rate"):
                 cell = of(readings, pretrain_rate=before, coef=coef, rate=rate)
-                words = f"KL, coefficient {coef:g}" if coef else "none"
-                told = [f"{before:g}", base, f"{rate:g}", words, str(over_seeds([one.forgetting for one in cell]))]
-                told += [ratio_over_seeds([one.steps for one in cell]).text(".0f"), str(len(cell))]
-                lines.append(f"| {' | '.join(told)} |")
-    return "\n".join(lines)
+                replay = f"KL, coefficient {coef:g}" if coef else "none"
+                lost = over_seeds([one.forgetting for one in cell])
+                steps = ratio_over_seeds([one.steps for one in cell]).text(".0f")
+                lines.append([f"{before:g}", base, f"{rate:g}", replay, lost, steps, len(cell)])
+    return f"Target: {target_of(rows):.3f} nats per token on the new language.\n\n{table(HEAD, lines)}"
 
 
 def bases(rows: Sequence[Row], before: float, *, control: bool = False) -> list[Row]:

@@ -16,7 +16,7 @@ from experiments.harness import Bench, Run, StudyResults, finetune
 from experiments.lab_bases import open_lab_bench, pretrain
 from experiments.pages import NoReport
 from experiments.program import Report, conduct
-from experiments.study_09_learning_rate.report import OLD, draw, nearest, table, verdict
+from experiments.study_09_learning_rate.report import OLD, draw, nearest, table_of_rates, verdict
 from retain.lab.pretrain import PretrainConfig, open_corpus
 
 HERE = Path(__file__).parent
@@ -187,7 +187,7 @@ def told(name: str) -> Report:
     found = StudyResults(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
     if not (rows := [row for row in found if "trajectory" in row]):
         raise NoReport("no finetune is made yet")
-    return f"{table(rows)}\n\n{verdict(rows)}", lambda path: draw(rows, path)
+    return f"{table_of_rates(rows)}\n\n{verdict(rows)}", lambda path: draw(rows, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.claim import Interval, over_seeds
-from experiments.pages import dress, findings, panels
-from retain.report.style import INK, look
+from experiments.pages import dots, dress, findings, panels, table
 from retain.statistics import bootstrap_ratio
 
 Row = dict[str, Any]
@@ -100,26 +99,20 @@ def compared(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {arm: runs for arm, runs in found.items() if arm not in loras or arm == best}
 
 
-def table(rows: Sequence[Row], names: Sequence[str] = JUDGED) -> str:
+def table_of_arms(rows: Sequence[Row], names: Sequence[str] = JUDGED) -> str:
     """A line an arm: where it ended, and each measure with its interval; also of arms that did not get there."""
-    arms = list(dict.fromkeys(row["settings"]["arm"] for row in rows))
-    measures = {name: MEASURES[name] for name in names}
+    measures, lines = {name: MEASURES[name] for name in names}, []
     head = [f"{name}, {'points' if measure[0] == ANSWERS else 'nats'}" for name, measure in measures.items()]
-    lines = [
-        f"| arm | learning rate | steps | Verilog loss at the end | {' | '.join(head)} |",
-        "| --- |" + " --- |" * (3 + len(head)),
-    ]
-    for arm in arms:
-        runs = of_arm(rows, arm)
-        rate = f"{next(row for row in rows if row['settings']['arm'] == arm)['settings']['learning_rate']:g}"
+    for arm in dict.fromkeys(row["settings"]["arm"] for row in rows):
+        runs, every = of_arm(rows, arm), [row for row in rows if row["settings"]["arm"] == arm]
+        ended = runs or every
+        cells = [arm, f"{every[0]['settings']['learning_rate']:g}", steps_of(ended), f"{final_loss(ended):.3f}"]
         if runs:
-            cells = [rate, steps_of(runs), f"{final_loss(runs):.3f}"]
             cells += [shown(value_of(runs, measure), measure) for measure in measures.values()]
         else:
-            missed = [row for row in rows if row["settings"]["arm"] == arm]
-            cells = [rate, steps_of(missed), f"{final_loss(missed):.3f}: too little learned", *["–"] * len(head)]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cells = [*cells[:-1], f"{cells[-1]}: too little learned", *["–"] * len(head)]
+        lines.append(cells)
+    return table(("arm", "learning rate", "steps", "Verilog loss at the end", *head), lines)
 
 
 def versus(runs: list[Row], others: list[Row], names: Sequence[str] = JUDGED) -> dict[str, Interval]:
@@ -129,13 +122,12 @@ def versus(runs: list[Row], others: list[Row], names: Sequence[str] = JUDGED) ->
 
 def differences(arms: dict[str, list[Row]], pairs: Sequence[tuple[str, str]], names: Sequence[str] = JUDGED) -> str:
     """A line a pair of arms: each measure of the one minus that of the other, and which way it is told apart."""
-    lines = [f"| one minus the other | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
-    for one, other in pairs:
-        if one in arms and other in arms:
-            found = versus(arms[one], arms[other], names).items()
-            cells = [f"{shown(value, MEASURES[name], signed=True)} {WORDS[value.sign]}" for name, value in found]
-            lines.append(f"| {one} − {other} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = []
+    for one, other in (pair for pair in pairs if {*pair} <= set(arms)):
+        found = versus(arms[one], arms[other], names).items()
+        signs = [f"{shown(value, MEASURES[name], signed=True)} {WORDS[value.sign]}" for name, value in found]
+        lines.append([f"{one} − {other}", *signs])
+    return table(["one minus the other", *names], lines)
 
 
 def answer(found: dict[str, Interval]) -> str:
@@ -201,7 +193,7 @@ def report(rows: Sequence[Row], planned: Sequence[str]) -> str:
     unfinished = [f"Not run yet: {'; '.join(missing)}."] if missing else []
     pairs = [(arm, PLAIN) for arm in arms if arm != PLAIN]
     pairs += [(arm, KL_SELF) for arm in arms if arm not in (PLAIN, KL_SELF)]
-    parts = [table(rows), differences(arms, pairs), *unfinished, f"**{verdict(rows)}**", claims(arms)]
+    parts = [table_of_arms(rows), differences(arms, pairs), *unfinished, f"**{verdict(rows)}**", claims(arms)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -228,14 +220,3 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             dress(axis, name, unit, "")
             if axis is not axes[0]:
                 axis.set_yticklabels([])
-
-
-def dots(axis: Any, found: dict[str, Interval]) -> None:
-    """A dot with its interval for each name, from above; 0 as a line."""
-    for at, (value, low, high) in enumerate(found.values()):
-        style = look(0 if at == 0 else 1, 2)
-        axis.plot([low, high], [at, at], color=style["color"], linewidth=2.2)
-        axis.plot([value], [at], linestyle="none", markersize=6, **style)
-    axis.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    axis.set_yticks(range(len(found)), list(found))
-    axis.set_ylim(len(found) - 0.5, -0.5)

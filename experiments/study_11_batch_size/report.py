@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.claim import over_seeds, ratio_over_seeds
-from experiments.pages import answer_of, dress, findings, panels
+from experiments.pages import answer_of, dress, findings, panels, table
 from retain.report.style import MARKS, PALETTE
 
 Row = dict[str, Any]
@@ -96,29 +96,27 @@ def at_edge(cells: Sequence[Cell], batch_size: int) -> bool:
                for losses in zip(*(cell.losses for cell in mine), strict=True))  # fmt: skip
 
 
-def table(rows: Sequence[Row]) -> str:
+def table_of_losses(rows: Sequence[Row]) -> str:
     """Losses by batch size and half-life, and the best half-life of each batch size."""
-    every = cells_of(rows)
+    every, lines = cells_of(rows), []
     cells = finished(every)
     half_lives = sorted({cell.half_life for cell in cells})
-    head = [f"{value:,.0f}" for value in half_lives]
-    lines = [f"| rows a step | half-life {' | '.join(head)} | best half-life, tokens | best beta2 | "
-             "shortest good half-life |",
-             "| --- " * (len(half_lives) + 4) + "|"]  # fmt: skip
     for batch_size in batch_sizes(cells):
         mine = {cell.half_life: cell for cell in curve(cells, batch_size)}
-        told = [_cell(mine[value]) if value in mine else "–" for value in half_lives]
-        least = [best_half_life(cells, batch_size, seed) for seed in range(num_seeds(cells))]
-        told += [ratio_over_seeds(least).text(",.0f") + (" (edge)" if at_edge(cells, batch_size) else "")]
-        told += [f"{0.5 ** (_step_tokens(cells, batch_size) / math.exp(np.mean(np.log(least)))):.4g}"]
-        knees = [shortest(cells, batch_size, seed) for seed in range(num_seeds(cells))]
-        told += [ratio_over_seeds(knees).text(",.0f") + (" (edge)" if min(knees) == min(mine) else "")]
-        lines.append(f"| {batch_size} | {' | '.join(told)} |")
+        losses = [_cell(mine[value]) if value in mine else "–" for value in half_lives]
+        best, knees = ([read(cells, batch_size, seed) for seed in range(num_seeds(cells))]
+                       for read in (best_half_life, shortest))  # fmt: skip
+        beta2 = 0.5 ** (_step_tokens(cells, batch_size) / math.exp(np.mean(np.log(best))))
+        ends = [" (edge)" if edge else "" for edge in (at_edge(cells, batch_size), min(knees) == min(mine))]
+        half, knee = (ratio_over_seeds(some).text(",.0f") + end for some, end in zip((best, knees), ends, strict=True))
+        lines.append([batch_size, *losses, half, f"{beta2:.4g}", knee])
+    first, *others = [f"{value:,.0f}" for value in half_lives] or [""]
+    head = ["rows a step", f"half-life {first}", *others, "best half-life, tokens", "best beta2"]
     ends = sum(cell.at_edge for cell in cells)
     after = f"\n\n† The best rate is at the end of those tried: {ends} of {len(cells)} cells." if ends else ""
     missing = [str(size) for size in batch_sizes(every) if size not in batch_sizes(cells)]
     after += f"\n\nNot finished, and left out: {', '.join(missing)} row(s) a step." if missing else ""
-    return "\n".join(lines) + after
+    return table([*head, "shortest good half-life"], lines) + after
 
 
 def _step_tokens(cells: Sequence[Cell], batch_size: int) -> float:
@@ -215,10 +213,10 @@ def text_of(rows: Sequence[Row]) -> str:
     """Everything between the marks of the README."""
     said = verdict(rows)
     if not (answer := answer_of(said)):
-        return f"{table(rows)}\n\n**{said}**"
+        return f"{table_of_losses(rows)}\n\n**{said}**"
     numbers = f"shortest good half-life, power of the batch size: {powers(finished(cells_of(rows)))}"
     claim = {"The best half-life of Adam's second moment is constant in tokens": (answer, numbers)}
-    return f"{table(rows)}\n\n**{said}**\n\n{findings(claim)}"
+    return f"{table_of_losses(rows)}\n\n**{said}**\n\n{findings(claim)}"
 
 
 def below(cells: Sequence[Cell]) -> str:

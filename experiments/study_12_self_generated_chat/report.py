@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.claim import share_text
-from experiments.pages import dress, findings, panels
+from experiments.pages import dress, findings, panels, table
 from experiments.study_10_instruct.report import (
     MEASURES,
     PLAIN,
@@ -15,7 +15,7 @@ from experiments.study_10_instruct.report import (
     differences,
     footnote,
     shown,
-    table,
+    table_of_arms,
     value_of,
     versus,
 )
@@ -51,12 +51,12 @@ def counts(turns: Sequence[Row], name: str) -> tuple[int, int]:
 def turns_text(turns: Sequence[Row]) -> str:
     """How sampled chats go on, and a few to read."""
     length = turns[0]["settings"]["length"]
-    lines = [f"| of rows of {length} tokens | share, 95% interval |", "| --- | --- |"]
-    lines += [f"| {words} | {share_text(*counts(turns, name))} |" for name, words in COUNTED.items()]
+    lines = [[words, share_text(*counts(turns, name))] for name, words in COUNTED.items()]
+    shares = table([f"of rows of {length} tokens", "share, 95% interval"], lines)
     tokens = sorted(number for row in turns for number in row["user_turn_tokens"])
     middle = f"Median length of an ended user turn: {tokens[len(tokens) // 2]} tokens.\n\n" if tokens else ""
     examples = "\n\n".join("\n".join(f"> {line}" for line in quoted(text)) for text in turns[0]["examples"])
-    return "\n".join(lines) + f"\n\n{middle}The first rows, from the opening of the user's turn on, cut:\n\n{examples}"
+    return f"{shares}\n\n{middle}The first rows, from the opening of the user's turn on, cut:\n\n{examples}"
 
 
 def quoted(text: str) -> list[str]:
@@ -101,7 +101,7 @@ def report(turns: Sequence[Row], rows: Sequence[Row]) -> str:
     parts = [turns_text(turns), f"**{turns_verdict(turns)}**"] if turns else []
     arms = compared(rows)
     pairs = [(arm, other) for other in (PLAIN, DOCUMENTS) for arm in arms if arm not in (PLAIN, DOCUMENTS)]
-    parts += [table(rows, JUDGED), differences(arms, pairs, JUDGED)] if rows else []
+    parts += [table_of_arms(rows, JUDGED), differences(arms, pairs, JUDGED)] if rows else []
     parts.append(f"**Verdict. {arms_verdict(rows)}**")
     said: dict[str, tuple[str, str]] = {}
     if turns:

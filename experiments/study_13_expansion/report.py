@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.claim import FIRST_LOOK, Claim, over_seeds
-from experiments.pages import answer_of, dress, findings, panels
+from experiments.pages import answer_of, dress, findings, panels, table
 from experiments.study_07_capacity.cells import Cell, Row, cell_of, tunes
 from retain.report.style import PALETTE
 
@@ -46,25 +46,25 @@ def less(cell: Cell, than: Cell) -> list[float]:
     return [than.forgetting[seed] - lost for seed, lost in cell.forgetting.items() if seed in than.forgetting]
 
 
-def table(rows: Sequence[Row], scale: Any) -> str:
+HEAD = (
+    "model", "trained parameters", "counted size", "finetuned", "coefficient", "steps", "forgetting",
+    "less than unexpanded", "seeds",
+)  # fmt: skip
+
+
+def table_of_models(rows: Sequence[Row], scale: Any) -> str:
     """A line for each arm and kind of finetuning."""
-    lines = [
-        "| model | trained parameters | counted size | finetuned | coefficient | steps | forgetting | "
-        "less than unexpanded | seeds |\n| --- |" + " --- |" * 8
-    ]
+    lines = []
     for kind, words in KINDS.items():
         found = cells(rows, scale, kind)
         for arm, cell in found.items():
-            row = next(iter(cell.rows.values()))
-            gained = (
-                "–" if arm == "unexpanded" or "unexpanded" not in found else over_seeds(less(cell, found["unexpanded"]))
-            )
-            lines.append(
-                f"| {ARMS[arm]} | {row['all_params']:,} | {row['num_params']:,} | {words} | {cell.coef:.2g} | "
-                f"{np.mean(list(cell.steps.values())):.0f} | {cell.interval} | {gained} | "
-                f"{len(cell.forgetting)} |"
-            )
-    return "\n".join(lines)
+            row, steps = next(iter(cell.rows.values())), np.mean(list(cell.steps.values()))
+            bare = None if arm == "unexpanded" else found.get("unexpanded")
+            lines.append([
+                ARMS[arm], f"{row['all_params']:,}", f"{row['num_params']:,}", words, f"{cell.coef:.2g}",
+                f"{steps:.0f}", cell.interval, over_seeds(less(cell, bare)) if bare else "–", len(cell.forgetting),
+            ])  # fmt: skip
+    return table(HEAD, lines)
 
 
 def verdict(rows: Sequence[Row], scale: Any) -> str:
@@ -121,10 +121,10 @@ def report(rows: Sequence[Row], scale: Any) -> str:
     told_ = verdict(rows, scale)
     answer, some = answer_of(told_), cells(rows, scale, "replay")
     if not answer or not {"unexpanded", "widened", "deepened"} <= set(some):
-        return f"{table(rows, scale)}\n\n**{told_}**"
+        return f"{table_of_models(rows, scale)}\n\n**{told_}**"
     plain, *grown = (some[arm].interval for arm in ("unexpanded", "widened", "deepened"))
     numbers = f"with replay {plain} nats, {grown[0]} widened, {grown[1]} deepened; the base is not saturated: see 07"
-    return f"{table(rows, scale)}\n\n**{told_}**\n\n" + findings(
+    return f"{table_of_models(rows, scale)}\n\n**{told_}**\n\n" + findings(
         {"Capacity added before finetuning (A: not tried)": (f"new: {answer}", numbers)}
     )
 

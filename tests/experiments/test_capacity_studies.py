@@ -234,7 +234,7 @@ def test_the_verdict_of_expansion_follows_its_intervals(widened, deepened, sprea
     told = expansion_report.verdict(rows, scale)
     assert told.startswith(f"Verdict: {answer}")
     assert "are the same function" in told
-    assert "| 10,000 |" in expansion_report.table(rows, scale)
+    assert "| 10,000 |" in expansion_report.table_of_models(rows, scale)
 
 
 def test_the_figures_are_drawn(tmp_path):

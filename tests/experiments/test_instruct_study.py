@@ -62,7 +62,7 @@ def test_only_the_better_rate_of_lora_is_compared_and_only_what_learned() -> Non
     rows = [row("LoRA, low rate", 0.06, 20), row("plain", 0.1, 30), row("LoRA, high rate", 0.05, 20)]
     rows.append(row("KL, real chats", 0.01, 0, reached=False))
     assert list(report.compared(rows)) == ["plain", "LoRA, high rate"]
-    assert "| KL, real chats | 0.0001 | 9 | 3.000: too little learned | – |" in report.table(rows)
+    assert "| KL, real chats | 0.0001 | 9 | 3.000: too little learned | – |" in report.table_of_arms(rows)
 
 
 def test_several_seeds_widen_the_interval() -> None:
@@ -141,7 +141,7 @@ def test_an_arm_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert last[0] < scale.max_steps
     assert len(found[1]["choices"]["animals"]["tuned"]) == 2
     assert list(found[0]["texts"]) == ["Verilog", data.WEB, data.DOCUMENTS]
-    assert "| plain | 0.003 |" in report.table(found)
+    assert "| plain | 0.003 |" in report.table_of_arms(found)
     assert not list((tmp_path / "instruct").glob("run-*"))
 
     plain = runs.ARMS["plain"]

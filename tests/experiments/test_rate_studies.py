@@ -113,7 +113,7 @@ def test_a_run_that_learned_nothing_is_named() -> None:
 def test_rate_study_draws(tmp_path: Path) -> None:
     rate_report.draw(rate_rows(kept=-0.1), tmp_path / "figure.png")  # negative forgetting has a place, too
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-    assert rate_report.table(rate_rows()).count("KL, coefficient 3") == 2
+    assert rate_report.table_of_rates(rate_rows()).count("KL, coefficient 3") == 2
 
 
 @pytest.mark.slow
