@@ -9,6 +9,7 @@ import pytest
 from published_laws import joint_forgetting, shifted_power
 
 from retain.laws.plan import (
+    Measurement,
     Pilot,
     PilotRun,
     eval_steps,
@@ -53,8 +54,7 @@ def measured(seed: int, pilots=PILOTS, noise: float = 0.04):
                 slow[step] = 0.8 * slow[step - 1] + 0.6 * rng.normal()
             values[at][:] = value * np.exp((noise if at else noise / 4) * np.sqrt(0.5) * (slow + rng.normal()))
         rows += [
-            {"run": pilot.name, "num_params": SIZES[pilot.rank], "num_steps": int(step), "replay_coef": pilot.coef,
-             "finetuning_loss": learned, "forgetting_loss": lost}
+            Measurement(pilot.name, SIZES[pilot.rank], int(step), pilot.coef, learned, lost)
             for step, learned, lost in zip(steps, *values, strict=True)
         ]  # fmt: skip
     return rows
@@ -115,14 +115,14 @@ def test_a_limit_that_no_setting_keeps_is_called_so():
 
 
 def test_what_the_pilots_cannot_say_is_listed():
-    laws = fit_pilots([row for row in measured(0) if not row["replay_coef"]], num_resamples=100)
+    laws = fit_pilots([row for row in measured(0) if not row.replay_coef], num_resamples=100)
     plan = recommend(laws, SIZES, max_ref_kl=3.0, max_steps=120)
     caveats = " ".join(plan.caveats)
     assert plan.chosen.num_steps == 120
     for words in ("no pilot had any", "120 is beyond the pilots", "rank: 32 is at the edge", "recipe: learning rate"):
         assert words in caveats
     with pytest.raises(ValueError, match="has forgotten nothing; raise learning_rate"):
-        fit_pilots([{**row, "forgetting_loss": 0.0} for row in measured(0)])
+        fit_pilots([replace(row, forgetting_loss=0.0) for row in measured(0)])
 
 
 def overfitted(seed: int = 0):
@@ -134,8 +134,7 @@ def overfitted(seed: int = 0):
         for step in range(first_step(12), 13):
             learned = 1.33 + 0.004 * (step - lowest) ** 2 + 0.01 * rng.normal()
             lost = 0.002 * step * (1 + 0.2 * rng.normal()) * {1: 1, 2: 3, 4: 2, 8: 5}[pilot.rank]
-            rows.append({"run": pilot.name, "num_params": SIZES[pilot.rank], "num_steps": step, "replay_coef": 0.0,
-                         "finetuning_loss": learned, "forgetting_loss": abs(lost) + 1e-4})  # fmt: skip
+            rows.append(Measurement(pilot.name, SIZES[pilot.rank], step, 0.0, learned, abs(lost) + 1e-4))
     return rows
 
 
@@ -144,7 +143,7 @@ def test_where_the_law_is_worse_than_its_pilots_the_best_measured_setting_is_rec
     rows = overfitted()
     laws = fit_pilots(rows, num_resamples=100)
     plan = recommend(laws, {rank: SIZES[rank] for rank in (1, 2, 4, 8)}, max_ref_kl=0.02)
-    within = [row["finetuning_loss"] for row in rows if row["forgetting_loss"] <= 0.02]
+    within = [row.finetuning_loss for row in rows if row.forgetting_loss <= 0.02]
     assert plan.chosen.measured[0] == min(within)
     assert plan.chosen.measured[1] <= 0.02
     assert "the best that a pilot measured; the law is not followed, since it" in recommendation(plan)
@@ -160,11 +159,9 @@ def test_a_setting_that_its_own_pilot_contradicts_is_not_recommended():
     before = recommend(fit_pilots(rows, num_resamples=100), SIZES, max_ref_kl=0.3, coefs=(0.0, 1.0, 10.0)).chosen
     assert not before.contradicted
     for column, value in (("finetuning_loss", 4.9), ("forgetting_loss", 0.29)):
+        own = (before.num_params, before.num_steps, before.replay_coef)
         changed = [
-            {**row, column: value}
-            if (row["num_params"], row["num_steps"], row["replay_coef"])
-            == (before.num_params, before.num_steps, before.replay_coef)
-            else row
+            replace(row, **{column: value}) if (row.num_params, row.num_steps, row.replay_coef) == own else row
             for row in rows
         ]
         laws = fit_pilots(changed, num_resamples=100)

@@ -24,18 +24,17 @@ from retain.data.rows import named_sources, read_rows
 from retain.files import exclusive, read_jsonl, write_json, write_text
 from retain.lab.runner import Results, run_key
 from retain.laws.plan import (
-    EVALUATIONS,
     Pilot,
     PilotRun,
     Plan,
     eval_steps,
-    first_step,
     fit_pilots,
     pilot_grid,
+    read_pilot,
     recommend,
 )
 from retain.laws.plan_page import PlanReport, plan_figure
-from retain.laws.runs import read_metrics, tuned_params
+from retain.laws.runs import tuned_params
 from retain.models.description import default_device, length_that_fits
 from retain.models.loading import empty_model, lora_num_params
 from retain.replay.dataset import load_self_generated
@@ -43,7 +42,6 @@ from retain.report.style import save_png
 
 SCHEMA = "retain.plan/1"
 PILOTS = "pilots.jsonl"  # a row of each finished pilot
-COLUMNS = ("num_params", "num_steps", "finetuning_loss", "forgetting_loss")
 Say = Callable[[str], None]
 
 
@@ -309,14 +307,6 @@ def make_pilot(pilot: Pilot, flags: Sequence[str], place: Path, finetune: Callab
         tokens=int(max(told, default=0)),
         seconds=round(time.monotonic() - began, 1),
     )
-
-
-def read_pilot(place: Path, pilot: Pilot, retention: str) -> list[dict[str, Any]]:
-    """Measurements of a pilot after its first ones."""
-    rows, _ = read_metrics(place / "metrics.jsonl", place.name, COLUMNS, retention, "ref_kl")
-    kept = [row for row in rows if row["num_steps"] >= first_step(pilot.steps)]
-    assert len(kept) <= 2 * EVALUATIONS
-    return [row | {"replay_coef": pilot.coef} for row in kept]
 
 
 VERB = Verb(

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ import numpy as np
 from retain.laws.fit import fit_forgetting_law
 from retain.laws.forms import P_N, Form, Number, Values
 from retain.laws.law import ForgettingLaw
+from retain.laws.runs import read_metrics
 
 EVALUATIONS = 12  # of each pilot
 SKIPPED_EVALUATIONS = 2  # the first ones, in which the warm-up still shows
@@ -52,6 +54,18 @@ class PilotRun:
     steps: int
     tokens: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One evaluation of a pilot; losses as in `Losses`."""
+
+    run: str
+    num_params: int
+    num_steps: int
+    replay_coef: float
+    finetuning_loss: float
+    forgetting_loss: float
 
 
 class Losses(NamedTuple):
@@ -178,6 +192,13 @@ def first_step(steps: int) -> int:
     return SKIPPED_EVALUATIONS * eval_steps(steps)
 
 
+def read_pilot(folder: Path, pilot: Pilot, retention: str) -> list[Measurement]:
+    """Measurements of a pilot after its first ones; `retention` names the text of `forgetting_loss`."""
+    columns = [one.name for one in fields(Measurement)]
+    rows, _ = read_metrics(folder / "metrics.jsonl", folder.name, columns, retention, "ref_kl")
+    return [Measurement(**row, replay_coef=pilot.coef) for row in rows if row["num_steps"] >= first_step(pilot.steps)]
+
+
 def replay_form(coefs: Sequence[float]) -> Form:
     """The surfaces of the module's docstring, for these coefficients."""
     names = (*(f"{name}_{coef:g}" for name in ("level", "slope", "size") for coef in coefs), "curve")
@@ -201,39 +222,34 @@ def replay_form(coefs: Sequence[float]) -> Form:
     )
 
 
-def fit_pilots(rows: Sequence[Mapping[str, Any]], *, num_resamples: int = 1000, seed: int = 0) -> PilotLaws:
+def fit_pilots(measurements: Sequence[Measurement], *, num_resamples: int = 1000, seed: int = 0) -> PilotLaws:
     """The laws of measured pilots.
-
-    Args:
-        rows: one per measurement: run, num_params, num_steps, replay_coef, finetuning_loss, forgetting_loss.
 
     Raises:
         ValueError: for pilots that have forgotten nothing, or are too few.
     """
-    for row in rows:
-        if row["forgetting_loss"] <= 0:
-            raise ValueError(f"run: {row['run']!r} has forgotten nothing; raise learning_rate or pilot_steps")
+    for one in measurements:
+        if one.forgetting_loss <= 0:
+            raise ValueError(f"run: {one.run!r} has forgotten nothing; raise learning_rate or pilot_steps")
     measured = {
-        (row["num_params"], row["num_steps"], row["replay_coef"]): Losses(
-            row["finetuning_loss"], row["forgetting_loss"]
-        )
-        for row in rows
+        (one.num_params, one.num_steps, one.replay_coef): Losses(one.finetuning_loss, one.forgetting_loss)
+        for one in measurements
     }
-    replay = [row for row in rows if row["replay_coef"]]
+    with_replay = [one for one in measurements if one.replay_coef]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # kept in the laws' `warnings`
-        alone = [row for row in rows if not row["replay_coef"]]
-        law = fit_forgetting_law(alone, "joint", num_resamples=num_resamples, seed=seed)
-        if not replay:
+        rows = [asdict(one) for one in measurements if not one.replay_coef]
+        law = fit_forgetting_law(rows, "joint", num_resamples=num_resamples, seed=seed)
+        if not with_replay:
             return PilotLaws(law, None, measured)
-        P, N = ([float(row[name]) for row in replay] for name in P_N)
+        P, N = ([float(getattr(one, name)) for one in with_replay] for name in P_N)
         losses = law.predict(num_params=P, num_steps=N).value["finetuning_loss"]
-        changes = [
-            {**row, "loss_change": row["finetuning_loss"] - loss, "log_forgetting": np.log(row["forgetting_loss"])}
-            for row, loss in zip(replay, losses, strict=True)
+        rows = [
+            {**asdict(one), "loss_change": one.finetuning_loss - loss, "log_forgetting": np.log(one.forgetting_loss)}
+            for one, loss in zip(with_replay, losses, strict=True)
         ]
-        form = replay_form(sorted({row["replay_coef"] for row in replay}))
-        return PilotLaws(law, fit_forgetting_law(changes, form, num_resamples=num_resamples, seed=seed), measured)
+        form = replay_form(sorted({one.replay_coef for one in with_replay}))
+        return PilotLaws(law, fit_forgetting_law(rows, form, num_resamples=num_resamples, seed=seed), measured)
 
 
 def predicted_settings(
