@@ -1,13 +1,8 @@
-"""The laboratory: sizes, expansion, digit tasks, languages of known entropy, and pretraining that survives a kill."""
+"""The laboratory: sizes, expansion, digit tasks, languages of known entropy, and pretraining."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import datasets
@@ -414,29 +409,11 @@ def test_bad_input_is_one_line(tmp_path, capsys, flags, line):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_weights(tmp_path, capsys):
-    """kill -9 in the middle, then the same command: to the last bit."""
-    command = ["pretrain", *SMALL, "--max_steps", "60", "--save_steps", "10", "--eval_steps", "20"]
-    assert main([*command, "--output_dir", str(tmp_path / "whole")]) == 0
-    cut = tmp_path / "cut"
-    retain = [sys.executable, "-m", "retain", *command, "--output_dir", str(cut)]
-    process = subprocess.Popen(retain, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (cut / "checkpoint-10" / "trainer_state.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (cut / "pretrain.json").exists()
-    assert main([*command, "--resume_from_checkpoint", "true", "--output_dir", str(cut)]) == 0
-    assert made(cut)["resumed"]
-    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", cut))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert made(cut)["eval_loss"] == made(tmp_path / "whole")["eval_loss"]
+def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
+    command = ["pretrain", *SMALL, "--max_steps", "4", "--save_steps", "2", "--output_dir", str(tmp_path)]
+    assert main(command) == 0
     for name, value in (("language_seed", 1), ("seed", 7), ("per_device_train_batch_size", 5), ("learning_rate", 0.5)):
-        other = [f"--{name}", str(value), "--resume_from_checkpoint", "true", "--output_dir", str(cut)]
-        assert main([*command, *other]) == 1
+        assert main([*command, f"--{name}", str(value), "--resume_from_checkpoint", "true"]) == 1
         assert f"{name}: {value}, but the run in" in capsys.readouterr().err
 
 
