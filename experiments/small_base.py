@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -35,11 +33,12 @@ from experiments.corpora import CACHE, Texts, load_texts
 from retain import choose_start_token, versions
 from retain.data.rows import packed_rows
 from retain.files import write_json
+from retain.lab.models import make_model
+from retain.lab.tokenizers import train_tokenizer
 from retain.models.description import num_parameters
 from retain.training.run_files import RunFilesCallback
 
 logger = logging.getLogger("experiments")
-START = "<|endoftext|>"
 MANIFEST = "base.json"  # written last: a folder that has it is finished
 
 
@@ -60,26 +59,15 @@ class BaseSettings:
     seed: int = 0
 
 
-def train_tokenizer(texts: Texts, vocab_size: int) -> PreTrainedTokenizerFast:
+def tokenizer_of(texts: Texts, vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE from as many characters of prose as of Verilog; `<|endoftext|>` begins a document."""
     prose, verilog = "\n".join(texts.prose), "\n".join(texts.verilog)
     share = min(len(prose), len(verilog), 2_000_000)
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[START],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    chunk = 2000  # iterators of moderate strings: a word is never cut but at such a border
-    raw.train_from_iterator((t[at : at + chunk] for t in (prose, verilog) for at in range(0, share, chunk)), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=START, eos_token=START, pad_token=START)
+    return train_tokenizer([prose[:share], verilog[:share]], vocab_size)
 
 
-def new_model(settings: BaseSettings) -> Any:
-    """The decoder with fresh weights."""
+def config_of(settings: BaseSettings) -> Any:
+    """The decoder's configuration."""
     config = AutoConfig.for_model(
         settings.architecture,
         hidden_size=settings.hidden_size,
@@ -93,8 +81,7 @@ def new_model(settings: BaseSettings) -> Any:
         tie_word_embeddings=True,
     )
     config.bos_token_id = config.eos_token_id = config.pad_token_id = 0
-    torch.manual_seed(settings.seed)
-    return AutoModelForCausalLM.from_config(config)
+    return config
 
 
 class Rows(Dataset):
@@ -126,11 +113,11 @@ def make_base(folder: Path, texts: Texts, settings: BaseSettings) -> Path:
             )
         return folder
     began, worked = time.monotonic(), time.process_time()
-    tokenizer = train_tokenizer(texts, settings.vocab_size)
+    tokenizer = tokenizer_of(texts, settings.vocab_size)
     start = choose_start_token(tokenizer)
     documents = [*texts.prose, *texts.code]
     random.Random(settings.seed).shuffle(documents)
-    model = new_model(settings)
+    model = make_model(config_of(settings), settings.seed)
     trainer = pretrain(
         model, Rows(packed_rows(documents, tokenizer, start, settings.max_length)),
         Rows(packed_rows(texts.held_out_prose, tokenizer, start, settings.max_length)[:64]), folder, settings,
