@@ -709,43 +709,12 @@ class Tags(html.parser.HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def test_hostile_strings_are_harmless_in_html(plain: dict, replay: dict) -> None:
-    runs = [hostile_run(plain), hostile_run(replay)]
-    page = html_of(runs, title=HOSTILE, notes=[HOSTILE])
-    assert "alert(1)" in page, "shown, as text"
-    parser = Tags()
-    parser.feed(page)
-    tags = {tag for tag, _ in parser.found}
-    assert "svg" in tags
-    assert not tags & {"script", "img", "iframe", "object", "a", "link", "form"}
-    for _, attributes in parser.found:
-        assert not [name for name in attributes if name.startswith("on")]
-        assert all(value is None or value.startswith("#") for name, value in attributes.items() if "href" in name)
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", page)
-    assert "\\u202e" in page, "an override is seen, not obeyed"
-
-
 def test_page_asks_nobody_for_anything(plain: dict, replay: dict) -> None:
     page = html_of([plain, replay])
     assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in page
     namespaces = ("http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink")
     assert set(re.findall(r"https?://[^\"'\s<)]+", page)) <= set(namespaces)
     assert "@import" not in page
-
-
-def test_hostile_strings_are_harmless_in_terminal_and_markdown(plain: dict, replay: dict, tmp_path: Path) -> None:
-    runs = [hostile_run(plain), hostile_run(replay)]
-    for text in (summary_of(runs), ForgettingReport(runs[0]).summary(), ForgettingReport(runs[0]).verdict):
-        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", text)
-    for text in (markdown_of(runs, title=HOSTILE, notes=[HOSTILE]), card_of(runs[0])):
-        assert not re.search(r"<(?!br>)", text)
-        assert "\x1b" not in text
-        assert "](javascript" not in re.sub(r"\\.", "", text)
-        widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("| **")]
-        assert len(set(widths)) <= 2, "no cell breaks out of its column"
-    write_comparison(tmp_path, list(map(ForgettingReport, runs)), HOSTILE, [HOSTILE])
-    ForgettingReport(runs[0]).write(tmp_path / "one")
-    assert ForgettingReport.from_json(tmp_path / "one" / "report.json").data == json.loads(json.dumps(runs[0]))
 
 
 def test_visible_keeps_what_is_ordinary() -> None:
@@ -790,26 +759,6 @@ def test_a_report_on_questions_alone_speaks_of_nothing_else(plain: dict) -> None
         assert "not measured" not in shown
         assert "What was learned" not in shown
     assert ForgettingReport(plain).verdict.startswith("“plain” answers 50.0%")
-
-
-def test_hostile_questions_are_harmless(plain: dict, replay: dict) -> None:
-    runs = [hostile_run(run | {"choices": asked()}) for run in (plain, replay)]
-    for run in runs:
-        run["choices"][f"arc{HOSTILE}"] = run["choices"].pop("arc") | {"notes": [HOSTILE]}
-    page = html_of(runs)
-    assert "Why?" in page
-    parser = Tags()
-    parser.feed(page)
-    assert not {tag for tag, _ in parser.found} & {"script", "img", "iframe", "object", "a", "link", "form"}
-    for shown in (
-        page,
-        markdown_of(runs),
-        summary_of(runs),
-        ForgettingReport(runs[0]).verdict,
-    ):
-        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
-    text = markdown_of(runs)
-    assert not re.search(r"<(?!br>)", text)
 
 
 # --- what the models write, refuse and know --------------------------------------------------------------------
@@ -858,25 +807,24 @@ def wrote(data: dict) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def formats(runs: list[dict]) -> dict[str, str]:
-    title = "t"
-    texts = {"page": html_of(runs, title=title), "markdown": markdown_of(runs, title=title)}
-    return texts | {"summary": summary_of(runs), "card": card_of(runs[0])}
+def formats(runs: list[dict], **options: Any) -> dict[str, str]:
+    texts = {"page": html_of(runs, **options), "markdown": markdown_of(runs, **options), "card": card_of(runs[0])}
+    return texts | {"summary": summary_of(runs)}
 
 
 def test_every_format_tells_what_was_refused_written_and_known(plain: dict, replay: dict) -> None:
-    for runs in ([wrote(plain)], [wrote(plain), replay]):
-        for shown in formats(runs).values():
+    alone, both = formats([wrote(plain)]), formats([wrote(plain), replay])
+    for found in (alone, both):
+        for shown in found.values():
             for expected in ("advbench, refusals, phrases", "xstest, over-refusal", "refused → answered", "62.0%",
                              "overlaps the training rows", "greedy, 20 prompts: form", "kept", "14.0%"):  # fmt: skip
                 assert expected in shown
-    summary = summary_of([wrote(plain)])
+    page, summary = alone["page"], alone["summary"]
     assert "“plain” refuses 62.0% [0.0%, 100.0%] of 50 harmful prompts of advbench (phrases), its base 94.0%" in summary
     assert "refusals fell: -32.0 points [-42.0, -32.0] (17 lost, 1 gained)" in summary
     assert "“t" not in summary
-    page = html_of([wrote(plain)])
     assert page.index("<strong>Warning.</strong>") < page.index('class="verdict"')
-    assert "plain: wiki overlaps" in html_of([wrote(plain), replay])
+    assert "plain: wiki overlaps" in both["page"]
     assert "cut off</small>" in page
     assert "forgotten</small>" in page
     assert "⏎\n</span>" in page
@@ -896,25 +844,37 @@ def test_harmful_text_is_folded_away_on_the_page_and_nowhere_else(plain: dict) -
         assert "I cannot" not in shown
 
 
-def test_hostile_refusals_generations_and_tokens_are_harmless(plain: dict, replay: dict, tmp_path: Path) -> None:
-    runs = [hostile_run(wrote(plain)), hostile_run(wrote(replay))]
+def test_hostile_strings_are_harmless_in_every_format(plain: dict, replay: dict, tmp_path: Path) -> None:
+    runs = [hostile_run(wrote(one) | {"choices": asked()}) for one in (plain, replay)]
     for one in runs:
-        one["refusals"] = {f"{name}{HOSTILE}": found for name, found in one["refusals"].items()}
-        one["drift"] = {f"{how}{HOSTILE}": found for how, found in one["drift"].items()}
-        one["worst"] = {f"{text}{HOSTILE}": found for text, found in one["worst"].items()}
-    found = formats(runs)
+        for part in ("choices", "refusals", "drift", "worst"):
+            one[part] = {f"{name}{HOSTILE}": found for name, found in one[part].items()}
+    page, *texts = formats(runs, title=HOSTILE, notes=[HOSTILE]).values()
+    assert "alert(1)" in page, "shown, as text"
+    assert "\\u202e" in page, "an override is seen, not obeyed"
     parser = Tags()
-    parser.feed(found["page"])
+    parser.feed(page)
+    assert "svg" in {tag for tag, _ in parser.found}
     assert not {tag for tag, _ in parser.found} & {"script", "img", "iframe", "object", "a", "link", "form"}
-    assert not [name for _, attributes in parser.found for name in attributes if name.startswith("on")]
-    for shown in found.values():
+    for _, attributes in parser.found:
+        assert not [name for name in attributes if name.startswith("on")]
+        assert all(value is None or value.startswith("#") for name, value in attributes.items() if "href" in name)
+    texts += [ForgettingReport(runs[0]).verdict]
+    for shown in (page, *texts):
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
-    for shown in (found["markdown"], found["card"]):
+    markdown, card, *terminal = texts
+    assert not any(re.search(r"[\t\x80-\x9f]", shown) for shown in terminal)
+    for shown in (markdown, card):
         assert not re.search(r"<(?!br>)", shown)
         assert not re.search(r"https?://|www\.", shown), "GitHub makes links of bare addresses"
-    write_comparison(tmp_path, list(map(ForgettingReport, runs)), HOSTILE)
+        assert "](javascript" not in re.sub(r"\\.", "", shown)
+        widths = [len(re.findall(r"(?<!\\)\|", line)) for line in shown.splitlines() if line.startswith("| **")]
+        assert len(set(widths)) <= 2, "no cell breaks out of its column"
+    write_comparison(tmp_path, list(map(ForgettingReport, runs)), HOSTILE, [HOSTILE])
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["runs"] == json.loads(json.dumps(runs))
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == html_of(runs, title=HOSTILE)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
+    ForgettingReport(runs[0]).to_json(tmp_path / "one.json")
+    assert ForgettingReport.from_json(tmp_path / "one.json").data == json.loads(json.dumps(runs[0]))
 
 
 def test_a_megabyte_on_one_line_is_cut_and_says_so(plain: dict) -> None:
