@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 
 from retain import ForgettingCallback
 from retain.cli.main import main
+from retain.measuring.answers import compare_answers
 from retain.measuring.choices import (
     Inputs,
     Question,
@@ -34,7 +35,6 @@ from retain.measuring.lm_eval import pair_files, paired_report, task_of
 from retain.measuring.measure import measure
 from retain.measuring.options import Options
 from retain.measuring.tokens import logits_of
-from retain.report.answers import compare_answers
 from retain.report.report import ForgettingReport
 from retain.report.results import Results
 from retain.report.sentences import answers_sentence

@@ -14,7 +14,7 @@ import torch
 from conftest import make_model, make_texts, save_model
 
 from retain.cli.main import main
-from retain.report.answers import compare_answers
+from retain.measuring.answers import compare_answers
 from retain.report.gate import BEYOND, UNDECIDED, WITHIN, Check, judge
 from retain.report.numbers import Estimate
 from retain.report.page import comparison_html, comparison_markdown

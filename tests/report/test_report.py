@@ -20,8 +20,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from retain import files
 from retain.cli.main import main
+from retain.measuring.answers import compare_answers, share_entry
 from retain.report import page, passages, style
-from retain.report.answers import compare_answers, share_entry
 from retain.report.comparison import Comparison, compare_at_matched_loss, dominators, first_crossing, frontier
 from retain.report.figures import Panel, PlotLine, panels
 from retain.report.model_card import card_with_forgetting, model_index

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retain.data.row_files import json_rows
-from retain.report.answers import compare_answers
+from retain.measuring.answers import compare_answers
 from retain.report.report import ForgettingReport
 from retain.text import first_line
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from retain.data.rows import read_sample
+from retain.measuring.answers import compare_answers, share_entry
 from retain.measuring.choices import MAX_CHARACTERS, Inputs, both_scores, choice_scores, encode_pair
 from retain.measuring.generations import WHO, Prompt, both_texts, unanswered_notes, user_turn
 from retain.measuring.options import Options
@@ -20,7 +21,6 @@ from retain.measuring.phrases import is_refusal
 from retain.measuring.reasoning import answer_turn
 from retain.measuring.tokens import logits_of
 from retain.models.base_predictions import MeasuredBase
-from retain.report.answers import compare_answers, share_entry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
