@@ -605,20 +605,18 @@ def test_to_be_sure_is_the_safe_end_where_the_output_falls():
     assert law.predict(num_params=sure).ci["forgetting_loss"][1] == pytest.approx(0.01, rel=1e-3)
 
 
-def test_to_be_sure_that_enough_was_learned_takes_more_steps(noisy_law):
+@pytest.mark.parametrize(
+    ("output", "target", "steps"), [("finetuning_loss", 0.7, "more"), ("forgetting_loss", 0.85, "fewer")]
+)
+def test_to_be_sure_of_a_loss_takes_more_steps_where_it_falls_and_fewer_where_it_rises(
+    noisy_law, output, target, steps
+):
     plain, sure = (
-        noisy_law.solve("num_steps", num_params=1e8, finetuning_loss=0.7, sure=sure).value for sure in (False, True)
+        noisy_law.solve("num_steps", num_params=1e8, **{output: target}, sure=sure).value for sure in (False, True)
     )
-    assert sure > plain
-
-
-def test_to_be_sure_of_a_limit_takes_fewer_steps(noisy_law):
-    plain, sure = (
-        noisy_law.solve("num_steps", num_params=1e8, forgetting_loss=0.85, sure=sure) for sure in (False, True)
-    )
-    assert sure.value < plain.value
-    upper = noisy_law.predict(num_params=1e8, num_steps=sure.value).ci["forgetting_loss"][1]
-    assert upper == pytest.approx(0.85, abs=1e-3)
+    assert (sure > plain) == (steps == "more")
+    upper = noisy_law.predict(num_params=1e8, num_steps=sure).ci[output][1]
+    assert upper == pytest.approx(target, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -668,38 +666,29 @@ def test_a_form_of_ones_own_comes_back_with_the_form(tmp_path):
     assert ForgettingLaw.from_json(tmp_path / "law.json", form=mine).params == law.params
 
 
-def damage(data: dict, kind: str) -> object:
-    change = {
-        "not a law": lambda: {"schema": "retain.report/1"},
-        "a list": lambda: [1, 2],
-        "no draws": lambda: {name: value for name, value in data.items() if name != "draws"},
-        "draws of another shape": lambda: data | {"draws": {**data["draws"], "exponents": [[1.0]]}},
-        "ragged": lambda: data | {"spread": [[1.0], [1.0, 2.0]]},
-        "text for numbers": lambda: data | {"estimate": {**data["estimate"], "coefficients": "x"}},
-        "a number for a table": lambda: data | {"runs": 3},
-        "rows gone": lambda: data | {"runs": {name: column[:-1] for name, column in data["runs"].items()}},
-        "no bounds": lambda: data | {"bounds": None},
-        "bounds in the wrong order": lambda: data | {"bounds": {"rho": [3, 1]}},
-        "an unknown form": lambda: data | {"form": "best"},
-        "nothing known": lambda: data | {"spread": None},
-        "negative steps": lambda: (
-            data | {"runs": {**data["runs"], "num_steps": [-1.0] * len(data["runs"]["num_steps"])}}
-        ),
-        "settings that are a text": lambda: data | {"settings": "seed"},
-    }
-    return change[kind]()
+DAMAGES = {
+    "not a law": lambda data: {"schema": "retain.report/1"},
+    "a list": lambda data: [1, 2],
+    "no draws": lambda data: {name: value for name, value in data.items() if name != "draws"},
+    "draws of another shape": lambda data: data | {"draws": {**data["draws"], "exponents": [[1.0]]}},
+    "ragged": lambda data: data | {"spread": [[1.0], [1.0, 2.0]]},
+    "text for numbers": lambda data: data | {"estimate": {**data["estimate"], "coefficients": "x"}},
+    "a number for a table": lambda data: data | {"runs": 3},
+    "rows gone": lambda data: data | {"runs": {name: column[:-1] for name, column in data["runs"].items()}},
+    "no bounds": lambda data: data | {"bounds": None},
+    "bounds in the wrong order": lambda data: data | {"bounds": {"rho": [3, 1]}},
+    "an unknown form": lambda data: data | {"form": "best"},
+    "nothing known": lambda data: data | {"spread": None},
+    "negative steps": lambda data: data | {"runs": {**data["runs"], "num_steps": [-1.0] * 132}},
+    "settings that are a text": lambda data: data | {"settings": "seed"},
+}
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["not a law", "a list", "no draws", "draws of another shape", "ragged", "text for numbers", "a number for a table",
-     "rows gone", "no bounds", "bounds in the wrong order", "an unknown form", "nothing known", "negative steps",
-     "settings that are a text"],
-)  # fmt: skip
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_law_is_refused_in_one_line(noisy_law, tmp_path, kind):
     noisy_law.to_json(tmp_path / "law.json")
     data = json.loads((tmp_path / "law.json").read_text())
-    (tmp_path / "bad.json").write_text(json.dumps(damage(data, kind)))
+    (tmp_path / "bad.json").write_text(json.dumps(DAMAGES[kind](data)))
     with pytest.raises(ValueError, match=".+") as caught:
         ForgettingLaw.from_json(tmp_path / "bad.json")
     assert "\n" not in str(caught.value)

@@ -132,7 +132,7 @@ def test_runs_of_several_recipes_are_told_apart(tmp_path, capsys):
         settings = {"replay": {"replay_coef": coef}, "training_arguments": training, "num_params": 9}
         (file.parent / "retain_config.json").write_text(json.dumps(settings))
     options = ["--form", "linear", "--output", str(tmp_path / "law.json"), "--num_resamples", "9", "--num_starts", "1"]
-    assert main(["fit", *map(str, files), *options]) == 0
+    assert main(["fit", *(str(file.parent) for file in files), *options]) == 0  # folders mean their metrics.jsonl
     output = capsys.readouterr().out
     assert "! replay_coef: the runs have 0.0, 1.0; a law is of one recipe: fit those of one value" in output
     assert "! learning_rate: the runs have 0.0001, 0.0002; " in output

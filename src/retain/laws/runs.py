@@ -21,6 +21,7 @@ RECIPE = {  # settings that a law does not have, by where `retain_config.json` h
     "lr_scheduler_type": "training_arguments", "per_device_train_batch_size": "training_arguments",
     "gradient_accumulation_steps": "training_arguments",
 }  # fmt: skip
+METRICS_FILE = "metrics.jsonl"  # of a finetune
 NO_NAME = (None, "")
 Rows = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 
@@ -158,10 +159,10 @@ def read_runs(
     rows: list[dict[str, Any]] = []
     partial = 0
     for path, name in zip(map(Path, paths), short_names([Path(path) for path in paths]), strict=True):
-        file = path / "metrics.jsonl" if path.is_dir() else path
+        file = _file_of(path)
         if not file.is_file():
             raise ValueError(f"runs: no file {str(file)!r}; give metrics.jsonl files of finetunes, or tables")
-        if file.name == "metrics.jsonl":
+        if file.name == METRICS_FILE:
             table, lacking = read_metrics(file, name, columns, retention, metric)
             partial += lacking
         else:
@@ -185,7 +186,7 @@ def read_runs(
 
 def unlike_recipes(sources: Sequence[str]) -> list[str]:
     """In what the recipes of finetunes differ, a sentence each; a law is of runs that differ in its columns alone."""
-    folders = [Path(source).parent for source in sources if Path(source).name == "metrics.jsonl"]
+    folders = [file.parent for file in map(_file_of, map(Path, sources)) if file.name == METRICS_FILE]
     recipes = [read_settings(folder, {"replay?": dict, "training_arguments?": dict}) for folder in folders]
     notes = []
     for name, part in RECIPE.items():
@@ -193,6 +194,10 @@ def unlike_recipes(sources: Sequence[str]) -> list[str]:
         if len(values) > 1:
             notes.append(f"{name}: the runs have {', '.join(values)}; a law is of one recipe: fit those of one value")
     return notes
+
+
+def _file_of(path: Path) -> Path:
+    return path / METRICS_FILE if path.is_dir() else path
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
