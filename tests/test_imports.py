@@ -148,6 +148,14 @@ def test_help_loads_nothing_heavy(arguments):
                         f"    retain.cli.main.main({arguments})").isdisjoint(HEAVY)  # fmt: skip
 
 
+def test_every_module_imports_on_windows():
+    """Where these modules of POSIX are missing; psutil, which has a file for each system, is loaded before."""
+    code = "import importlib, psutil, sys, warnings\nwarnings.simplefilter('ignore')  # of filelock\n"
+    code += "sys.modules |= dict.fromkeys(('fcntl', 'grp', 'pwd', 'resource'))\n"
+    names = [f"retain.{name.removesuffix('.__init__')}" for name in MODULES if name not in ("__init__", "__main__")]
+    assert set(names) <= loaded_after(f"{code}for name in {names}: importlib.import_module(name)")
+
+
 def test_public_names_resolve_and_others_do_not():
     import retain
 

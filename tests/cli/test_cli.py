@@ -204,7 +204,6 @@ BAD_INPUT = {
         MEASURE.split(" --ret")[0] + " --config {t}/mapping.yaml",
         "retention: {'wiki': 'a.txt'} is not",
     ),
-    "text for list in YAML": (MEASURE.split(" --ret")[0] + " --config {t}/text.yaml", "retention: 'wiki=a.txt' is not"),
     "number for a path": (SAMPLE.split(" --output_dir")[0] + " --config {t}/path.yaml", "output_dir: 5 is not"),
     "checkpoint": (
         REPLAY + " --resume_from_checkpoint {t}/no",
@@ -242,7 +241,6 @@ def bad_files(world, tmp_path_factory) -> Path:
         "choice": "replay_objective: l2\n",
         "type": "replay_coef: much\n",
         "mapping": "retention:\n  wiki: a.txt\n",
-        "text": "retention: wiki=a.txt\n",
         "path": "output_dir: 5\n",
     }.items():
         (folder / f"{name}.yaml").write_text(text)
@@ -444,7 +442,7 @@ def test_a_bug_is_named_by_its_type_and_shown_where_when_asked(world, tmp_path, 
 
 @pytest.mark.parametrize("flag", ["--new_task", "--new-task"])
 @pytest.mark.parametrize("joined", [True, False])
-def test_a_flag_of_several_values_may_be_repeated(flag, joined):
+def test_a_flag_of_several_values_is_repeatable(flag, joined, tmp_path):
     def given(name: str, value: str) -> list[str]:
         return [f"{name}={value}"] if joined else [name, value]
 
@@ -455,6 +453,9 @@ def test_a_flag_of_several_values_may_be_repeated(flag, joined):
     assert (config.choices, config.choice_style) == (["arc=q", "mmlu=r"], "letter")
     (config,) = load_verb("measure").parse(["--pair", "a", "--pair", "b", "--output_dir", "o"])
     assert config.pair == ["a", "b"]
+    (tmp_path / "one.yaml").write_text("model: out\nbase: m\nretention: w=y\noutput_dir: o\n")
+    (config,) = load_verb("measure").parse(["--config", str(tmp_path / "one.yaml")])
+    assert (config.model, config.retention) == (["out"], ["w=y"])
 
 
 # As a process
@@ -581,6 +582,33 @@ def test_an_adapter_is_measured_from_its_folder(world, tmp_path, capsys):
     assert data["base"]["fingerprint"] == data["tuned"]["fingerprint"]  # the weights below the adapter
     assert data["retention"]["wiki"]["ref_kl"]["value"] > 1e-7
     assert data["training"]["reference"] == "adapter"
+
+
+KEPT = ("retention", "generations", "noise_floor", "gate")
+
+
+def test_several_models_of_one_base_are_measured_and_judged_together(world, tmp_path, capsys):
+    """Each has the report that it has alone; the base's answers are taken once, and the worst decides."""
+    save_model(tmp_path / "moved" / "final", seed=1)
+    shutil.copytree(world / "llama", tmp_path / "same" / "final")
+    models = [str(tmp_path / name / "final") for name in ("same", "moved")]
+    shared = ["measure", "--base", str(world / "llama"), "--retention", f"wiki={world}/wiki.txt", "--max_length", "24"]
+    shared += ["--max_new_tokens", "2", "--num_resamples", "100", "--max_ref_kl", "0.01"]
+    codes = [main([*shared, "--model", model, "--output_dir", str(tmp_path / name)])
+             for model, name in zip(models, "ab", strict=True)]  # fmt: skip
+    capsys.readouterr()
+    assert main([*shared, "--model", *models, "--output_dir", str(tmp_path / "both")]) == 3
+    shown = capsys.readouterr().out
+    assert codes == [3, 3], "six documents are too few to decide"
+    assert shown.count("gate: not enough evidence") == 2
+    for name, alone in (("same_final", "a"), ("moved_final", "b")):
+        files = (tmp_path / folder / "report.json" for folder in (f"both/{name}", alone))
+        together, apart = ({key: json.loads(file.read_text())[key] for key in KEPT} for file in files)
+        assert together == apart
+    runs = json.loads((tmp_path / "both" / "report.json").read_text())["runs"]
+    assert [run["name"] for run in runs] == ["same_final", "moved_final"]
+    assert main([*shared, "--model", models[0], "--model", models[0], "--output_dir", str(tmp_path / "c")]) == 1
+    assert "is given twice; leave one of them out" in capsys.readouterr().err
 
 
 def test_replay_may_be_sampled_on_the_way(world, tmp_path, capsys):

@@ -39,7 +39,7 @@ SAMPLE = st.fixed_dictionaries(
 )  # fmt: skip
 MEASURE = st.fixed_dictionaries(
     {
-        "base": WORDS, "model": WORDS, "output_dir": WORDS,
+        "base": WORDS, "model": st.lists(WORDS, min_size=1, max_size=2, unique=True), "output_dir": WORDS,
         "retention": st.lists(st.tuples(NAMES, WORDS), min_size=1, max_size=3, unique_by=lambda pair: pair[0]).map(
             lambda pairs: ["=".join(pair) for pair in pairs]
         ),

@@ -61,8 +61,11 @@ def test_every_default_fits_its_own_field(verb: str) -> None:
             lambda: SampleConfig(model="m", output_dir="o", start_token=[3]),
             r"start_token: \[3\] is not text",
         ),
-        (lambda: MeasureConfig(base="m", model="m", output_dir="o", retention=None), "retention: None is not a list"),
-        (lambda: MeasureConfig(base="m", model="m", output_dir="o", retention="a=b"), "retention: 'a=b' is not a list"),
+        (lambda: MeasureConfig(base="m", model=["m"], output_dir="o", retention=None), "retention: None is not a list"),
+        (
+            lambda: MeasureConfig(base="m", model=["m"], output_dir="o", retention="a=b"),
+            "retention: 'a=b' is not a list",
+        ),
     ],
 )
 def test_python_is_checked_like_yaml(make: Any, message: str) -> None:

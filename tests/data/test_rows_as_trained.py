@@ -12,7 +12,7 @@ from conftest import CHATML, make_model, make_texts, make_tokenizer
 from trl import SFTConfig, SFTTrainer
 
 from retain.cli.main import main
-from retain.cli.measure import MeasureConfig, default_prompts, new_task_reading
+from retain.cli.measure import MeasureConfig, new_task_reading
 from retain.data.rows import (
     NEW_TASK,
     Reading,
@@ -25,6 +25,7 @@ from retain.data.rows import (
     tokenize_documents,
 )
 from retain.measuring.measure import measure
+from retain.measuring.sources import default_prompts
 from retain.replay.dataset import load_replay_dataset, load_texts
 
 TOOLS_CHATML = (
@@ -74,7 +75,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "conversations": [{"conversations": [{"from": "human", "value": "fox"}, {"from": "gpt", "value": "towns"}]}],
 }
 
-GIVEN = MeasureConfig(base="a", model="b", output_dir="c", max_new_tokens=0, retention=["wiki=w"])
+GIVEN = MeasureConfig(base="a", model=["b"], output_dir="c", max_new_tokens=0, retention=["wiki=w"])
 
 
 def make_chat_tokenizer(template: str = TOOLS_CHATML) -> Any:
@@ -376,7 +377,7 @@ def test_a_chat_is_continued_where_its_answer_begins() -> None:
 
 
 def test_nothing_is_written_only_where_nothing_is_asked() -> None:
-    given: dict[str, Any] = {"base": "a", "model": "b", "output_dir": "c", "max_new_tokens": 0}
+    given: dict[str, Any] = {"base": "a", "model": ["b"], "output_dir": "c", "max_new_tokens": 0}
     for asked in ({"prompts": "p"}, {"refusals": ["r=r"]}, {"harmless": ["h=h"]}):
         with pytest.raises(
             ValueError, match="max_new_tokens: 0 writes nothing, and .* are to be answered; use at least 1"

@@ -261,7 +261,10 @@ def test_fit_and_predict_on_the_command_line(tmp_path, capsys):
     by_rank = json.loads(capsys.readouterr().out)
     assert by_rank["inputs"]["num_params"] == lora(8)
     assert by_rank["extrapolates"] is True
-    assert main(["predict", law, "--num_params", str(lora(8)), "--max_forgetting", "0.03", "--json"]) == 0
+    limit = ["predict", law, "--num_params", str(lora(8)), "--json"]
+    assert main([*limit, "--max_forgetting", "0.03"]) == 1
+    assert "max_forgetting: 0.03 is no limit for a law of ref_kl; give --max_ref_kl" in capsys.readouterr().err
+    assert main([*limit, "--max_ref_kl", "0.03"]) == 0
     most = json.loads(capsys.readouterr().out)["num_steps"]["value"]
     at = ForgettingLaw.from_json(law).predict(num_params=lora(8), num_steps=most)
     assert at.value["forgetting_loss"] == pytest.approx(0.03, rel=1e-3)
@@ -284,6 +287,8 @@ def test_fit_and_predict_on_the_command_line(tmp_path, capsys):
             "argument --forgetting_metric/--forgetting-metric: invalid choice: 'x'",
         ),
         ("predict", "give --law; for example `retain predict law.json"),
+        ("predict --level 0.9", "law: missing; give --law"),
+        ("predict {t}/a.csv --max_forgetting 0.1 --max_ref_kl 0.1", "max_forgetting: 0.1 does not go with max_ref_kl"),
         ("predict {t}/a.csv --num_steps 3", "law: cannot read"),
         ("predict {t}/a.csv --model M", "lora_r: missing; --model and --lora_r go together"),
         ("predict {t}/a.csv --model M --lora_r 4 --num_params 5", "num_params: 5 does not go with lora_r"),

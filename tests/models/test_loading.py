@@ -23,7 +23,15 @@ from trl import SFTConfig
 
 from retain import ReplayConfig, ReplaySFTTrainer, measure
 from retain.cli.main import main
-from retain.cli.measure import MeasureConfig, load_both, load_judge, other_base, replay_folder, settings_of_run
+from retain.cli.measure import (
+    MeasureConfig,
+    load_base,
+    load_judge,
+    load_tuned,
+    other_base,
+    replay_folder,
+    settings_of_run,
+)
 from retain.models.loading import load_model, load_tokenizer
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 
@@ -363,10 +371,11 @@ def test_an_adapter_of_another_base_warns_by_its_id_as_by_its_folder(hub, llama_
     other = save_model(tmp_path / "other", seed=3)
     saved_adapter(tmp_path / "adapter", other)
     for name in (str(tmp_path / "adapter"), hub(tmp_path / "adapter")):
-        config = MeasureConfig(base=str(llama_folder), model=name, retention=["wiki=x"], output_dir="x")
-        base, tuned = load_both(config)
+        config = MeasureConfig(base=str(llama_folder), model=[name], retention=["wiki=x"], output_dir="x")
+        base = load_base(config)
+        tuned = load_tuned(config, name, base)
         assert isinstance(tuned, PeftModel)
-        assert "it was trained on another base" in "".join(other_base(config, base, tuned))
+        assert "it was trained on another base" in "".join(other_base(config, name, base, tuned))
 
 
 def test_what_a_run_was_set_to_is_found_by_its_id_and_above_its_checkpoints(hub, tmp_path):
@@ -442,12 +451,14 @@ def test_vocabularies_of_two_sizes_are_refused_with_a_remedy():
 
 
 def test_errors_name_the_field_that_was_set(llama_folder):
-    good: dict[str, Any] = dict.fromkeys(("base", "model", "judge"), str(llama_folder)) | {"output_dir": "x"}
-    good["refusals"] = ["w=x"]
-    for field in ("base", "model", "judge"):
+    good: dict[str, Any] = {"base": str(llama_folder), "judge": str(llama_folder), "model": ["x"]}
+    good |= {"refusals": ["w=x"], "output_dir": "x"}
+    for field in ("base", "judge"):
         config = MeasureConfig(**good | {field: "nope/nope/nope"})
         with pytest.raises(ValueError, match=rf"^{field}: no folder or file 'nope/nope/nope'"):
-            load_judge(config, load_both(config)[0])
+            load_judge(config, load_base(config))
+    with pytest.raises(ValueError, match="^model: no folder or file 'nope/nope/nope'"):
+        load_tuned(config, "nope/nope/nope", make_model())
     with pytest.raises(ValueError, match=r"^model_name_or_path: no folder or file 'nope/nope/nope'"):
         load_tokenizer("nope/nope/nope", field="model_name_or_path")
 

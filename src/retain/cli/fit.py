@@ -73,6 +73,8 @@ def run_fit(config: FitConfig) -> None:
             num_resamples=config.num_resamples,
             seed=config.seed,
         )
+    if all(Path(run).is_dir() or Path(run).name == "metrics.jsonl" for run in config.runs):  # tables do not say
+        law.settings["forgetting_metric"] = config.forgetting_metric
     law.to_json(config.output)
     lines = [law.summary(), *(f"! {note}" for note in unlike_recipes(config.runs)), "", f"law: {config.output}"]
     if config.plot:

@@ -126,6 +126,8 @@ class Verb:
                 values = {verb.known_name(name): value for name, value in values.items()}
                 hints = {name: hint for kind in reversed(verb.settings) for name, hint in hints_of(kind).items()}
                 for name, value in values.items():
+                    if name in verb.lists and isinstance(value, str):
+                        values[name] = [value]
                     if value is not None and not isinstance(value, str) and name != "model_size":  # text: as a flag's
                         check_type(name, value, hints.get(name, Any))
                 self.of_config = super().set_defaults_with_config(**values)
@@ -140,12 +142,16 @@ class Verb:
         self.set_defaults(parser)
         return parser
 
+    @property
+    def lists(self) -> set[str]:
+        """Our settings that hold several texts: their flags are repeatable, and in YAML a lone text is one of them."""
+        return {name for name, hint in hints_of(self.settings[-1]).items() if list[str] in kinds_of(hint)}
+
     def words(self, argv: list[str]) -> list[str]:
         """A command line as argparse takes it: positional words under their flag, repeated lists of texts in one.
 
         Of `--retention a=x --retention b=y` argparse would keep only the last.
         """
-        lists = {name for name, hint in hints_of(self.settings[-1]).items() if list[str] in kinds_of(hint)}
         gathered: dict[str, list[str]] = {}
         rest: list[str] = []
         left = iter([f"--{self.positional}", *argv] if self.positional and argv and argv[0][:1] != "-" else argv)
@@ -156,7 +162,7 @@ class Verb:
                 continue
             flag, equals, value = word.partition("=")
             name = self.known_name(flag.removeprefix("--").replace("-", "_"))
-            if name in lists:
+            if name in self.lists:
                 values = gathered.setdefault(name, [])
             else:
                 values = rest

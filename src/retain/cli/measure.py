@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
 from retain.cli.settings import ModelLoadSettings, RetentionSettings
-from retain.data.chats import chat_of
-from retain.data.overlap import find_overlap
-from retain.data.rows import OLD_TEXT, Document, Reading, Text, named_sources, prompt_text, read_rows, row_texts
+from retain.data.rows import OLD_TEXT, Reading, named_sources, read_rows, row_texts
 from retain.files import CONFIG_FILE, exclusive, read_settings
 from retain.measuring.choices import load_questions
-from retain.measuring.generations import Prompt, as_prompt
+from retain.measuring.generations import as_prompt
 from retain.measuring.lm_eval import measure_with_lm_eval, paired_report
 from retain.measuring.measure import measure
 from retain.measuring.refusals import Judge, load_requests
+from retain.measuring.sources import default_prompts, document_text, overlap_warnings
+from retain.models.base_predictions import MeasuredBase
 from retain.models.description import default_device, length_that_fits, with_least_room
 from retain.models.loading import find_file, load_model, load_tokenizer, resolve_model_path
 from retain.models.reference import Reference, probe
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.replay.dataset import load_texts
-from retain.report.gate import judge
+from retain.report.gate import SEVERITY, Judgement, judge
 from retain.report.model_card import check_card
-from retain.report.report import ForgettingReport
+from retain.report.page import comparison_summary
+from retain.report.report import ForgettingReport, write_comparison
 from retain.text import visible
 from retain.training.run_files import OF_LOSS, read_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What it means that a measured text was trained on.
-MEANING = {
-    "new_task": "the gain on them is memory, not learning",
-    "retention": "forgetting on them is not of old knowledge",
-}
-PROMPT_TOKENS = 16  # of the first document of each text, continued where no prompts are given
+
+OPTIONS = (
+    *("choice_style", "choice_chat_template", "start_token", "max_length", "max_windows", "batch_tokens"),
+    *("max_new_tokens", "num_resamples", "seed", "ci", "sampled"),
+)  # of `measure`, by the same name here
 
 
 @dataclass(kw_only=True)
@@ -47,8 +46,12 @@ class MeasureConfig(ModelLoadSettings, RetentionSettings):
     """`retain measure`: how much a tuned model forgot of its base."""
 
     base: str = setting("", "Model before finetuning: a Hub id or folder. [required, unless --pair]")
-    model: str = setting("", "Model after finetuning: a model or an adapter folder. [required, unless --pair]")
-    output_dir: str = setting("", "Folder for report.json, report.md and report.html.", required=True)
+    model: list[str] = setting(
+        list, "Model after finetuning: a model or an adapter folder; repeatable, to compare. [required, unless --pair]"
+    )
+    output_dir: str = setting(
+        "", "Folder for report.json, report.md and report.html, and of several models a folder for each.", required=True
+    )
     model_card: str | None = setting(
         None, "Model card (README.md) that receives the section Forgetting and the model-index."
     )
@@ -148,6 +151,8 @@ class MeasureConfig(ModelLoadSettings, RetentionSettings):
         for name in () if self.pair else ("base", "model"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing; give --{name}")
+        if self.model_card and len(self.model) > 1:
+            raise ValueError(f"model_card: {self.model_card!r} is of one model; give one --model")
         self._check_sources()
         self._check_limits()
 
@@ -184,71 +189,110 @@ class MeasureConfig(ModelLoadSettings, RetentionSettings):
 
 
 def run_measure(config: MeasureConfig) -> int:
-    """Write a report; with a limit, print and return the exit code of the gate."""
+    """Write a report, of several models one for each and one that compares them; return the exit code of the gate."""
     if config.model_card:
         check_card(config.model_card)
-    with exclusive(Path(config.output_dir)):  # made before long work, so that one that cannot be made is known
+    folder = Path(config.output_dir)
+    with exclusive(folder):  # made before long work, so that one that cannot be made is known
         if config.pair:
-            result = paired_report(config.pair)
+            reports = [paired_report(config.pair)]
         else:
-            result = measure_models(config, say=lambda stage: print(f"{visible(stage)} …", flush=True))
-        limits = {name: getattr(config, name) for name in ("max_forgetting", "max_ref_kl", "min_agreement")}
-        if set(limits.values()) != {None}:
-            result.data["gate"] = asdict(judge(result.results, **limits))
-        result.write(config.output_dir)
-        print(f"{result.summary()}\n\nreport: {Path(config.output_dir) / 'report.html'}")
+            reports = measure_models(config, say=lambda stage: print(f"{visible(stage)} …", flush=True))
+        gates = judge_all(config, reports)
+        if len(reports) == 1:
+            reports[0].write(folder)
+            summary = reports[0].summary()
+        else:
+            for report in reports:
+                report.write(folder / report.data["name"])
+            write_comparison(folder, reports, title="Forgetting report")
+            summary = comparison_summary([report.results for report in reports])
+        print(f"{summary}\n\nreport: {folder / 'report.html'}")
         if config.model_card:
-            result.to_model_card(config.model_card)
-    gate = result.data.get("gate")
-    if gate is None:
-        return 0
-    checks = gate["checks"] if len(gate["checks"]) > 1 else []
-    print(*map(visible, ["", *checks, gate["verdict"]]), sep="\n")
-    return gate["code"]
+            reports[0].to_model_card(config.model_card)
+    for name, gate in gates.items():
+        checks = gate.checks if len(gate.checks) > 1 else []
+        print(*map(visible, ["", *[name] * (len(gates) > 1), *checks, gate.verdict]), sep="\n")
+    return max((gate.code for gate in gates.values()), key=SEVERITY.index, default=0)
 
 
-def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> ForgettingReport:
-    """Measure what `config` names.
+def judge_all(config: MeasureConfig, reports: Sequence[ForgettingReport]) -> dict[str, Judgement]:
+    """The gate's judgement of each report, by its name, also kept in it; none without a limit."""
+    limits = {name: getattr(config, name) for name in ("max_forgetting", "max_ref_kl", "min_agreement")}
+    if set(limits.values()) == {None}:
+        return {}
+    gates = {report.data["name"]: judge(report.results, **limits) for report in reports}
+    for report in reports:
+        report.data["gate"] = asdict(gates[report.data["name"]])
+    return gates
+
+
+def names_of(models: Sequence[str]) -> list[str]:
+    """A name for each model, also of its folder: as many last parts of its path as tell them apart.
+
+    Raises:
+        ValueError: for a model that is given twice.
+
+    >>> names_of(["runs/a", "runs/b"]), names_of(["a/final", "../b/final"])
+    (['a', 'b'], ['a_final', 'b_final'])
+    """
+    parts = [[part for part in Path(model).parts if part.strip("./")] for model in models]
+    for count in range(1, 1 + max(map(len, parts))):
+        names = ["_".join(of_model[-count:]) for of_model in parts]
+        if len(set(names)) == len(models):
+            return names
+    twice = next(model for model, name in zip(models, names, strict=True) if names.count(name) > 1)
+    raise ValueError(f"model: {twice!r} is given twice; leave one of them out")
+
+
+def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> list[ForgettingReport]:
+    """A report of each model that `config` names; the base reads, answers and writes once.
 
     Raises:
         ValueError: one line naming the field, the value, and what to do.
     """
     trust = config.trust_remote_code
-    named = {
-        name: named_sources(getattr(config, name), name)
-        for name in ("retention", "new_task", "choices", "refusals", "harmless")
-    }
     tokenizer = load_tokenizer(config.base, revision=config.model_revision, trust_remote_code=trust, field="base")
-    run = read_run(Path(config.model))
-    own = tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=trust)
-    training = settings_of_run(config.model).get("training_arguments") or {}
-    sources = load_sources(config, named, tokenizer, own, training)
-    base, tuned = load_both(config)
+    names, runs = names_of(config.model), [read_run(Path(model)) for model in config.model]
+    sources = load_sources(config, tokenizer)
+    new_tasks = [load_new_task(config, model, tokenizer) for model in config.model]
+    loaded = load_base(config)
+    base = MeasuredBase(loaded) if len(config.model) > 1 else MeasuredBase.of(loaded)
+    options: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS} | {"tokenizer": tokenizer}
+    options |= {"judge": load_judge(config, loaded) if config.judge else None, "progress": say}
+    reports = []
+    for model, name, run, new_task in zip(config.model, names, runs, new_tasks, strict=True):
+        if len(config.model) > 1:
+            say(f"model {name}")
+        report = measure_model(config, model, base, sources | {"new_task": new_task}, options | {"name": name})
+        report.data.update(run)
+        reports.append(report)
+    return reports
+
+
+def measure_model(
+    config: MeasureConfig, model: str, base: MeasuredBase, sources: dict[str, Any], options: dict[str, Any]
+) -> ForgettingReport:
+    """The report of one model, which is freed afterwards."""
+    tokenizer, say = options["tokenizer"], options["progress"]
+    tuned = load_tuned(config, model, base.model)
     texts = (sources["new_task"] | sources["retention"]).values()
     if texts and config.max_new_tokens and not config.prompts:
-        room = length_that_fits(with_least_room(base, tuned), config.max_length) - config.max_new_tokens
+        room = length_that_fits(with_least_room(base.model, tuned), config.max_length) - config.max_new_tokens
         sources["prompts"] = default_prompts(texts, tokenizer, room)
-    judge = load_judge(config, base) if config.judge else None
-    names = (
-        *("choice_style", "choice_chat_template", "start_token", "max_length", "max_windows", "batch_tokens"),
-        *("max_new_tokens", "num_resamples", "seed", "ci", "sampled"),
-    )
-    options: dict[str, Any] = {name: getattr(config, name) for name in names} | {"tokenizer": tokenizer, "judge": judge}
-    options |= {"name": Path(config.model).name, "progress": say}
-    if rows := trained_rows(config, tokenizer):
+    if rows := trained_rows(config, model, tokenizer):
         say("looking for the texts in the training rows")
-    warnings = overlap_warnings(sources, rows, tokenizer)
+    warnings = other_base(config, model, base.model, tuned) + overlap_warnings(sources, rows, tokenizer)
     harness = ask_harness(config, base, tuned, tokenizer, say) if config.lm_eval else {}
     report = measure(base, tuned, sources.pop("retention"), **sources, **options)
-    report.data.update(run)
     report.data["choices"] |= harness
-    report.data["warnings"] = other_base(config, base, tuned) + warnings + report.data["warnings"]
+    report.data["warnings"] = warnings + report.data["warnings"]
     return report
 
 
 def ask_harness(
     config: MeasureConfig,
-    base: PreTrainedModel,
+    base: MeasuredBase,
     tuned: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], object],
@@ -261,19 +305,19 @@ def ask_harness(
     return measure_with_lm_eval(base, tuned, tokenizer, tasks, batch_size=batch_size, seed=config.seed, **options)
 
 
-def trained_rows(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Iterable[str]]:
-    """Texts that the model was trained on: the given rows, and the replay rows that the run itself names."""
+def trained_rows(config: MeasureConfig, model: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Iterable[str]]:
+    """Texts that a model was trained on: the given rows, and the replay rows that its run names."""
     found: dict[str, Iterable[str]] = {}
     for source in config.train_dataset:
         found[f"the training rows of {source!r}"] = row_texts(source, tokenizer)
-    replay = replay_folder(str(config.model))
+    replay = replay_folder(model)
     if replay is not None:
-        found["the replay rows"] = (as_text(row, tokenizer) for row in load_texts(replay, tokenizer))
+        found["the replay rows"] = (document_text(row, tokenizer) for row in load_texts(replay, tokenizer))
     return found
 
 
 def settings_of_run(model: str) -> dict[str, Any]:
-    """What the run that made a model was set to: told beside it, on the Hub too, or above one of its checkpoints."""
+    """The settings of the run that made a model, found beside it, on the Hub too, or above one of its checkpoints."""
     path = resolve_model_path(model)
     beside, above = find_file(path, CONFIG_FILE), Path(path).resolve().parent
     of_checkpoint = beside is None and Path(path).is_dir() and Path(path).resolve().name.startswith("checkpoint-")
@@ -282,52 +326,19 @@ def settings_of_run(model: str) -> dict[str, Any]:
 
 
 def replay_folder(model: str) -> str | None:
-    """Where the replay rows of a run lie, if it tells and they are still there."""
+    """Where the replay rows of a run lie, if its settings name them and they are still there."""
     source = (settings_of_run(model).get("replay_dataset") or {}).get("source")
     return source if source and Path(source).exists() else None
 
 
-def as_text(document: Document | Text, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A document's text, whole."""
-    if isinstance(document, Text):
-        return document.words
-    return "".join(str(tokenizer.decode(window[1:])) for window in document.windows)
-
-
-def overlap_warnings(
-    sources: dict[str, Any], rows: dict[str, Iterable[str]], tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """A line for every measured text that is also among the rows that the model was trained on."""
-    texts = {
-        name: [as_text(document, tokenizer) for document in source]
-        for kind in MEANING
-        for name, source in (sources[kind] if rows else {}).items()
-    }
-    lines = []
-    for where, of_where in rows.items():
-        found = find_overlap(texts, of_where)
-        lines += [found[name].warning(name, where, MEANING[kind]) for kind in MEANING for name in sources[kind]]
-    return [line for line in lines if line]
-
-
-def load_sources(
-    config: MeasureConfig,
-    named: dict[str, dict[str, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    trained: PreTrainedTokenizerBase,
-    training: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Everything that is put to the models, by the name of `measure`'s argument, each by the user's own names.
-
-    Args:
-        trained: the tokenizer of the tuned model, by which the new task's rows are read.
-        training: the arguments that the run was trained with, as far as it tells.
-    """
+def load_sources(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What is put to every model, by the name of `measure`'s argument, each by the user's own names."""
+    kinds = ("retention", "choices", "refusals", "harmless")
+    named = {kind: named_sources(getattr(config, kind), kind) for kind in kinds}
     drawn: dict[str, Any] = {"seed": config.seed}
-    of_new_task = new_task_reading(config, training)
     texts = {
-        name: {text: load_texts(source, reader, config.max_documents, how) for text, source in named[name].items()}
-        for name, reader, how in (("retention", tokenizer, OLD_TEXT), ("new_task", trained, of_new_task))
+        text: load_texts(source, tokenizer, config.max_documents, OLD_TEXT)
+        for text, source in named["retention"].items()
     }
     questions = {
         name: load_questions(source, max_questions=config.max_questions, **drawn)
@@ -340,42 +351,29 @@ def load_sources(
     }
     rows = read_rows(config.prompts) if config.prompts else ()
     prompts = [as_prompt(row, tokenizer, f"row {at} of {config.prompts!r}") for at, row in enumerate(rows, start=1)]
-    return {**texts, "choices": questions, **requests, "prompts": prompts}
+    return {"retention": texts, "choices": questions, **requests, "prompts": prompts}
+
+
+def load_new_task(config: MeasureConfig, model: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The texts of the new task, read by the tokenizer of the tuned model and as its run trained on them."""
+    own = tokenizer_of_tuned(model, tokenizer, trust_remote_code=config.trust_remote_code)
+    reading = new_task_reading(config, settings_of_run(model).get("training_arguments") or {})
+    named = named_sources(config.new_task, "new_task")
+    return {text: load_texts(source, own, config.max_documents, reading) for text, source in named.items()}
 
 
 def new_task_reading(config: MeasureConfig, training: Mapping[str, Any]) -> Reading:
     """Which tokens of the new task count: as the flags say, else as the run's own loss did, else as TRL's would."""
-    asked = {name: getattr(config, name, None) for name in OF_LOSS}
-    told = {name: training.get(name) if value is None else value for name, value in asked.items()}
-    told |= {"assistant_only_loss": bool(told["assistant_only_loss"])}
-    return Reading(as_trained=True, **{name: value for name, value in told.items() if value is not None})
+    flags = {name: getattr(config, name, None) for name in OF_LOSS}
+    chosen = {name: training.get(name) if value is None else value for name, value in flags.items()}
+    chosen |= {"assistant_only_loss": bool(chosen["assistant_only_loss"])}
+    return Reading(as_trained=True, **{name: value for name, value in chosen.items() if value is not None})
 
 
-def default_prompts(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, room: int) -> list[Prompt]:
-    """What both models continue of each text where no prompts are given: of the first document a few first tokens.
-
-    A chat is continued where its first answer begins, if that is within `room` tokens.
-    """
-    prompts = []
-    for source in texts:
-        document, chat = source[0], False
-        if isinstance(document, Document):
-            ids = document.windows[0][1:]
-        elif chat := (turns := chat_of(document.row)) is not None:
-            asked = list(takewhile(lambda turn: turn["role"] != "assistant", turns))
-            text = prompt_text({**document.row, "messages": asked or turns}, tokenizer)
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        else:
-            ids = tokenizer(document.words, add_special_tokens=False, verbose=False)["input_ids"]
-        if not chat or len(ids) <= room:
-            prompts.append(Prompt(text if chat else str(tokenizer.decode(ids[:PROMPT_TOKENS])), chat))
-    return prompts
-
-
-def load_both(config: MeasureConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The base as asked for, and the tuned model with the same dtype, kernel and device."""
-    base = load_model(
-        str(config.base),
+def load_base(config: MeasureConfig) -> PreTrainedModel:
+    """The base, as the flags say."""
+    return load_model(
+        config.base,
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         revision=config.model_revision,
@@ -383,25 +381,28 @@ def load_both(config: MeasureConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
         device=default_device(),
         field="base",
     )
-    tuned = load_model(
-        str(config.model),
+
+
+def load_tuned(config: MeasureConfig, model: str, base: PreTrainedModel) -> PreTrainedModel:
+    """A tuned model with the base's dtype, kernel and device."""
+    return load_model(
+        model,
         dtype=base.dtype,
         attn_implementation=base.config._attn_implementation,
         trust_remote_code=config.trust_remote_code,
         device=base.device,
     )
-    return base, tuned
 
 
-def other_base(config: MeasureConfig, base: PreTrainedModel, tuned: Any) -> list[str]:
-    """Says so where an adapter, switched off, leaves another model than the base."""
+def other_base(config: MeasureConfig, model: str, base: PreTrainedModel, tuned: Any) -> list[str]:
+    """A warning where an adapter, switched off, leaves another model than the base."""
     if not hasattr(tuned, "disable_adapter"):
         return []
     try:
         Reference().prove(tuned, probe(base))
     except ValueError:
         return [
-            f"the adapter {config.model!r} switched off is not {config.base!r}: it was trained on another base, or "
+            f"the adapter {model!r} switched off is not {config.base!r}: it was trained on another base, or "
             "rewrites its own; what is measured is that difference, too"
         ]
     return []

@@ -160,6 +160,7 @@ def make_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say
         replay_share=replay_share(config),
         retention=retention,
     )
+    laws.no_replay.settings["forgetting_metric"] = "ref_kl"
     laws.no_replay.to_json(folder / "law.json")
     save_png(plan_figure(laws, plan), folder / "plan.png")
     write_text(folder / "plan.md", report.page())

@@ -14,6 +14,9 @@ from retain.laws.law import ForgettingLaw
 INPUTS = ("num_params", "num_steps", "num_tokens", "replay_share", "tokens_per_param", "finetuning_loss", "ref_kl")
 
 
+LIMITS = {"max_forgetting": "forgetting", "max_ref_kl": "ref_kl"}  # the metric that a law must be of
+
+
 @dataclass(kw_only=True)
 class PredictConfig(RevisionSettings):
     """`retain predict`: what a law says of a run not yet made; the law's file comes first, without a flag."""
@@ -33,7 +36,7 @@ class PredictConfig(RevisionSettings):
         None, "Solve for the largest num_steps whose predicted forgetting stays below this, in nats per token."
     )
     max_ref_kl: float | None = setting(
-        None, "Likewise for a law of KL(base || model), as `retain fit` fits by default."
+        None, "Likewise of a law of KL(base || model), which `retain fit` fits unless told otherwise."
     )
     model: str | None = setting(
         None, "Model whose tuned parameters are counted in place of num_params; only its configuration is read."
@@ -48,13 +51,9 @@ class PredictConfig(RevisionSettings):
         if (self.model is None) != (self.lora_r is None):
             missing = "lora_r" if self.lora_r is None else "model"
             raise ValueError(f"{missing}: missing; --model and --lora_r go together, in place of --num_params")
-        for name, others in (("num_params", ("lora_r",)), ("num_steps", LIMITS), ("max_forgetting", ("max_ref_kl",))):
-            for other in others:
-                if getattr(self, name) is not None and getattr(self, other) is not None:
-                    raise ValueError(f"{name}: {getattr(self, name):g} does not go with {other}; leave one out")
-
-
-LIMITS = ("max_forgetting", "max_ref_kl")
+        for name, other in (("num_params", "lora_r"), *(("num_steps", limit) for limit in LIMITS), tuple(LIMITS)):
+            if getattr(self, name) is not None and getattr(self, other) is not None:
+                raise ValueError(f"{name}: {getattr(self, name):g} does not go with {other}; leave one out")
 
 
 def run_predict(config: PredictConfig) -> None:
@@ -71,22 +70,38 @@ def run_predict(config: PredictConfig) -> None:
             revision=config.model_revision,
             trust_remote_code=config.trust_remote_code,
         )
-    if config.max_forgetting is not None:
-        answer = _most_steps(law, config, known)
-    else:
+    limit = limit_of(config, law)
+    if limit is None:
         answer = law.predict(level=config.level, dataset=config.dataset, **known).to_dict()
+    else:
+        answer = largest_num_steps(law, config, known, limit)
     answer = {"inputs": known, **answer}
     print(json.dumps(answer, indent=2) if config.json else as_text(answer))
 
 
-def _most_steps(law: ForgettingLaw, config: PredictConfig, known: dict[str, Any]) -> dict[str, Any]:
+def limit_of(config: PredictConfig, law: ForgettingLaw) -> str | None:
+    """The name of the limit that was given.
+
+    Raises:
+        ValueError: if the law is known to be of another metric.
+    """
+    name = next((name for name in LIMITS if getattr(config, name) is not None), None)
+    metric = law.settings.get("forgetting_metric")
+    if name is not None and metric not in (None, LIMITS[name]):
+        remedy = {"forgetting": "give --max_forgetting", "ref_kl": "give --max_ref_kl"}.get(metric, "fit one of ref_kl")
+        raise ValueError(f"{name}: {getattr(config, name):g} is no limit for a law of {metric}; {remedy}")
+    return name
+
+
+def largest_num_steps(law: ForgettingLaw, config: PredictConfig, known: dict[str, Any], limit: str) -> dict[str, Any]:
+    """The longest run whose predicted forgetting loss stays within the limit."""
     options: dict[str, Any] = {"level": config.level, "dataset": config.dataset, **known}
-    options["forgetting_loss"] = config.max_forgetting
+    options["forgetting_loss"] = getattr(config, limit)
     found = law.solve("num_steps", **options)
     low, high = (value if 0 < value < float("inf") else None for value in found.ci)
     return {
         "num_steps": {"value": found.value, "ci": [low, high]},
-        "max_forgetting": config.max_forgetting,
+        limit: getattr(config, limit),
         "level": config.level,
         "extrapolates": bool(found.extrapolates),
         "notes": found.extrapolates,
