@@ -36,7 +36,7 @@ from retain.measuring.measure import measure
 from retain.measuring.options import Options
 from retain.measuring.tokens import logits_of
 from retain.report.report import ForgettingReport
-from retain.report.results import Results
+from retain.report.results import RunResults
 from retain.report.sentences import answers_sentence
 from retain.report.tables import answers_table
 
@@ -402,7 +402,7 @@ def test_equal_accuracy_does_not_hide_forgetting():
     entry = {"style": "letter", "chat_template": False, "num_questions": 100, "notes": []}
     rules = {"acc": compare_answers(base, tuned, *right)}
     report = ForgettingReport({"name": "tuned", "retention": {}, "choices": {"arc": {**entry, "rules": rules}}})
-    run, other = report.results, Results("other", retention={})
+    run, other = report.results, RunResults("other", retention={})
     sentence = answers_sentence(run)
     assert sentence.startswith("“tuned” answers 60.0% [50.2%, 69.1%] of 100 questions of arc (acc) as its base did; ")
     assert "no change of accuracy shown, 50.0% → 50.0%: +0.0 points [" in sentence

@@ -28,7 +28,7 @@ from retain.report.model_card import card_with_forgetting, model_index
 from retain.report.numbers import Cell, cell
 from retain.report.passages import differences, worst_documents
 from retain.report.report import ForgettingReport, write_comparison
-from retain.report.results import Results
+from retain.report.results import RunResults
 from retain.report.sentences import budget_sentence, frontier_sentences, text_verdict
 from retain.text import visible
 from retain.training.run_files import RunFilesCallback, read_run
@@ -77,7 +77,7 @@ def run(name: str, losses: list[float], kls: list[float], weights: tuple[float, 
     }
 
 
-def typed(runs: list[dict]) -> list[Results]:
+def typed(runs: list[dict]) -> list[RunResults]:
     return [ForgettingReport(run).results for run in runs]
 
 
@@ -976,7 +976,7 @@ def test_model_index_goes_through_a_model_card_and_back(plain: dict) -> None:
         ("Wiki", "agreement (acc)"): 0.5, ("Wiki", "accuracy (acc)"): 0.5,
     }  # fmt: skip
     assert card.data.eval_results[0].metric_args == {"ci": [0.711, 0.789]}
-    assert model_index(Results("bare", retention={})) == []
+    assert model_index(RunResults("bare", retention={})) == []
     hostile_index = model_index(ForgettingReport(hostile_run(plain)).results)
     assert ModelCard(f"---\n{ModelCardData(**{'model-index': hostile_index}).to_yaml()}\n---\n").data.eval_results
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain.laws.plan import Losses, PilotLaws, PilotRun, Plan, Setting, predicted_settings, replay_phrase
-from retain.report.style import INK, MARKS, PALETTE, _styled
+from retain.report.style import INK, MARKS, PALETTE, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +121,7 @@ def loss_lines(one: Setting, level: float) -> list[str]:
     ]
 
 
-@_styled
+@styled
 def plan_figure(laws: PilotLaws, plan: Plan) -> Figure:
     """Forgetting over new-task loss: pilots as points, the recommended setting with its intervals, the limit."""
     from matplotlib.figure import Figure

@@ -8,7 +8,7 @@ import numpy as np
 
 from retain.laws.fitted import LOSSES, FittedLaw
 from retain.laws.forms import P_N, Array, column_of
-from retain.report.style import INK, MARKS, SIZE, _styled, label
+from retain.report.style import INK, MARKS, SIZE, label, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,7 @@ DASHED: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 3))}
 POINTS: dict[str, Any] = {"linestyle": "none", "markersize": 3, "alpha": 0.55, "markeredgewidth": 0}
 
 
-@_styled
+@styled
 def overview(law: FittedLaw) -> Figure:
     """Measurements with fitted curves of each output, forgetting over learning where both are there, and residuals."""
     outputs = law.form.outputs
@@ -34,7 +34,7 @@ def overview(law: FittedLaw) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def trajectories(law: FittedLaw) -> Figure:
     """Forgetting over new-task loss by number of parameters, with the law's curves and its line."""
     figure, [axes] = _figure(1)
@@ -43,7 +43,7 @@ def trajectories(law: FittedLaw) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def residuals(law: FittedLaw) -> Figure:
     """Measured minus fitted over fitted, by number of parameters: what is left should have no shape."""
     figure, axes = _figure(len(law.form.outputs))
@@ -53,7 +53,7 @@ def residuals(law: FittedLaw) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def bands(law: FittedLaw, output: str = "forgetting_loss", level: float = 0.95, **fixed: float) -> Figure:
     """The curve of an output over the input that is not `fixed`, with its interval and that of a new measurement."""
     free = [name for name in law.form.inputs if name not in fixed]
@@ -80,7 +80,7 @@ def bands(law: FittedLaw, output: str = "forgetting_loss", level: float = 0.95, 
     return figure
 
 
-@_styled
+@styled
 def contours(law: FittedLaw, output: str = "forgetting_loss") -> Figure:
     """Lines of equal forgetting over parameters and steps; what lies outside the runs is shaded."""
     from matplotlib.patches import Rectangle

@@ -12,10 +12,10 @@ import numpy as np
 
 from retain.metrics import KEPT_SUMS, METRICS
 from retain.report.numbers import Estimate, quantity
-from retain.report.results import KeptSums, Results, TextResult, names_of_texts
+from retain.report.results import KeptSums, RunResults, Runs, TextResult, names_of_texts
 from retain.statistics import bootstrap_ratio
 
-LEVEL = 0.95
+INTERVAL_LEVEL = 0.95
 NUM_RESAMPLES = 2000
 COMPARED = ("ref_kl", "forgetting")  # nats per token
 # Settings of `retain measure` that decide a number; the device and `batch_tokens` only round it.
@@ -82,11 +82,11 @@ class Comparison:
     end: dict[str, list[ComparedText]]
     seed: int
     schema: str = "retain.comparison/1"
-    level: float = LEVEL
+    level: float = INTERVAL_LEVEL
     num_resamples: int = NUM_RESAMPLES
 
 
-def compare_at_matched_loss(runs: Sequence[Results], seed: int = 0) -> Comparison:
+def compare_at_matched_loss(runs: Runs, seed: int = 0) -> Comparison:
     """Compare the forgetting of several runs of one base where they have learned equally much.
 
     Learning less is not forgetting less. `matched_loss` (nats per token) is the lowest new-task loss that every run
@@ -140,7 +140,7 @@ def compare_at_matched_loss(runs: Sequence[Results], seed: int = 0) -> Compariso
     )
 
 
-def _mismatch_with(run: Results, why: str | None) -> Mismatch | None:
+def _mismatch_with(run: RunResults, why: str | None) -> Mismatch | None:
     return Mismatch(run.name, why) if why else None
 
 
@@ -160,7 +160,7 @@ def first_crossing(steps: Sequence[float], losses: Sequence[float], target: floa
     return float(steps[below - 1] + share * (steps[below] - steps[below - 1]))
 
 
-def _rate_warnings(runs: Sequence[Results], steps: Sequence[float | None], rates: Sequence[float | None]) -> list[str]:
+def _rate_warnings(runs: Runs, steps: Sequence[float | None], rates: Sequence[float | None]) -> list[str]:
     """A sentence where the learning rates at the steps compared differ: one run may be annealed, another not."""
     read = zip(runs, steps, rates, strict=True)
     known = [(run.name, step, rate) for run, step, rate in read if step is not None and rate is not None]
@@ -175,7 +175,7 @@ def _rate_warnings(runs: Sequence[Results], steps: Sequence[float | None], rates
     ]
 
 
-def _token_warnings(runs: Sequence[Results]) -> list[str]:
+def _token_warnings(runs: Runs) -> list[str]:
     """A sentence where some runs say which tokens their `eval_loss` counts and others, as of other trainers, do not."""
     known = {run.trained_tokens: run.name for run in runs if run.trained_tokens}
     unknown = ", ".join(f"“{run.name}”" for run in runs if not run.trained_tokens)
@@ -187,7 +187,7 @@ def _token_warnings(runs: Sequence[Results]) -> list[str]:
     ]
 
 
-def _check_same_base(runs: Sequence[Results]) -> None:
+def _check_same_base(runs: Runs) -> None:
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"runs: two are named {twice[0]!r}; give each run once, and a name of its own")
@@ -196,7 +196,7 @@ def _check_same_base(runs: Sequence[Results]) -> None:
         raise ValueError(f"base.fingerprint differs between runs: {fingerprints}. Compare runs of one base.")
 
 
-def _final_losses(runs: Sequence[Results], ends: Sequence[float | None]) -> tuple[str | None, Sequence[float | None]]:
+def _final_losses(runs: Runs, ends: Sequence[float | None]) -> tuple[str | None, Sequence[float | None]]:
     """New-task losses at the ends, of one source: a text that all were measured on (its name), else `eval_loss`."""
     for text in runs[0].new_task if runs else ():
         found = [run.new_task.get(text, TextResult()).loss for run in runs]
@@ -206,14 +206,14 @@ def _final_losses(runs: Sequence[Results], ends: Sequence[float | None]) -> tupl
     return None, [None] * len(runs) if None in losses else losses
 
 
-def _measured_in_all(runs: Sequence[Results], text: str) -> bool:
+def _measured_in_all(runs: Runs, text: str) -> bool:
     """Whether every run that knows a text has what `retain measure` found on it."""
     found = [run.retention.get(text, TextResult()).ref_kl is not None for run in runs]
     followed = [bool(run.series(f"retention/{text}/ref_kl")[0]) for run in runs]
     return any(found) and all(one or not other for one, other in zip(found, followed, strict=True))
 
 
-def mismatch(run: Results, other: Results, text: str) -> str | None:
+def mismatch(run: RunResults, other: RunResults, text: str) -> str | None:
     """How `other` was measured on a text, where that was otherwise than `run` in what decides the numbers."""
     ours, theirs = (
         {key: re.sub(r"(\(id \d+\)): .*", r"\1", str(value)) for key, value in one.settings.items()}
@@ -231,13 +231,13 @@ def mismatch(run: Results, other: Results, text: str) -> str | None:
     return _other_documents(_measured_sums(run, text), _measured_sums(other, text))
 
 
-def _other_tokens(run: Results, other: Results) -> str | None:
+def _other_tokens(run: RunResults, other: RunResults) -> str | None:
     """Which other tokens the `eval_loss` of `other` counts than that of `run`, where both say."""
     ours, theirs = run.trained_tokens, other.trained_tokens
     return f"its loss counts {theirs}, not {ours}" if ours and theirs and ours != theirs else None
 
 
-def _size(run: Results, text: str) -> str | None:
+def _size(run: RunResults, text: str) -> str | None:
     loss = run.texts.get(text, TextResult()).loss
     if loss is None or not (loss.num_documents and loss.num_tokens):
         return None
@@ -255,7 +255,7 @@ def _other_documents(ours: Sums | None, theirs: Sums | None) -> str | None:
     return "measured on other documents"
 
 
-def _matched_loss(runs: Sequence[Results]) -> tuple[float | None, str | None]:
+def _matched_loss(runs: Runs) -> tuple[float | None, str | None]:
     """The lowest loss that every run reached, or None and why there is none."""
     if len(runs) < 2:
         return None, "there is only one run"
@@ -274,9 +274,7 @@ def _matched_loss(runs: Sequence[Results]) -> tuple[float | None, str | None]:
     return target, None
 
 
-def _side_by_side(
-    runs: Sequence[Results], steps: Sequence[float | None] | None, text: str, seed: int
-) -> list[ComparedText]:
+def _side_by_side(runs: Runs, steps: Sequence[float | None] | None, text: str, seed: int) -> list[ComparedText]:
     """One entry per run for one text, read at each run's own step, or what `retain measure` found where that is None.
 
     `prevented` is against the first run.
@@ -305,13 +303,13 @@ def _side_by_side(
     return entries
 
 
-def _estimates(run: Results, text: str) -> dict[str, Estimate]:
+def _estimates(run: RunResults, text: str) -> dict[str, Estimate]:
     """What `retain measure` found."""
     found = run.retention.get(text, TextResult()).estimates
     return {metric: found[metric] for metric in COMPARED if metric in found}
 
 
-def _estimates_at(run: Results, text: str, step: float | None) -> dict[str, Estimate]:
+def _estimates_at(run: RunResults, text: str, step: float | None) -> dict[str, Estimate]:
     """The evaluations around a step."""
     values = {metric: _interpolate(*run.series(f"retention/{text}/{metric}"), step) for metric in COMPARED}
     return {metric: Estimate(value) for metric, value in values.items() if value is not None}
@@ -346,7 +344,7 @@ def _interpolate(steps: list[float], values: list[float], step: float | None) ->
     return float(np.interp(step, steps, values))
 
 
-def _sums_at(run: Results, text: str, step: float | None) -> Sums | None:
+def _sums_at(run: RunResults, text: str, step: float | None) -> Sums | None:
     """Sums per document, linear between the two evaluations around `step`; None where none surround it."""
     rows = {row.step: row for row in run.documents if row.name == text}
     earlier = [s for s in rows if step is not None and s <= step]
@@ -361,7 +359,7 @@ def _sums_at(run: Results, text: str, step: float | None) -> Sums | None:
     return mixed | {"forgetting": mixed["loss"] - mixed["base_loss"], "num_tokens": tokens}
 
 
-def _measured_sums(run: Results, text: str) -> Sums | None:
+def _measured_sums(run: RunResults, text: str) -> Sums | None:
     """Sums per document from `retain measure`; None in reports older than these sums."""
     return _arrays(run.per_document[text]) if text in run.per_document else None
 
@@ -371,7 +369,7 @@ def _arrays(sums: KeptSums) -> dict[str, np.ndarray]:
     return found | {"forgetting": found["loss"] - found["base_loss"]}
 
 
-def loss_difference(run: Results, other: Results, text: str, seed: int = 0) -> tuple[Estimate, Point] | None:
+def loss_difference(run: RunResults, other: RunResults, text: str, seed: int = 0) -> tuple[Estimate, Point] | None:
     """Loss of `run` minus that of `other` on one text at their ends, and the two; its interval pairs documents.
 
     None where one of them was not measured there, or they were not measured alike. Nats per token.
@@ -388,7 +386,7 @@ def loss_difference(run: Results, other: Results, text: str, seed: int = 0) -> t
 
 def _interval(numerator: np.ndarray, denominator: np.ndarray, seed: int, least: float) -> list[float] | None:
     """95% interval of a ratio of sums that is at least `least`; None where the documents are too few to give one."""
-    options: dict[str, Any] = {"num_resamples": NUM_RESAMPLES, "level": LEVEL, "seed": seed}
+    options: dict[str, Any] = {"num_resamples": NUM_RESAMPLES, "level": INTERVAL_LEVEL, "seed": seed}
     _, low, high = bootstrap_ratio(numerator, denominator, within=(least, math.inf), **options)
     return [low, high] if math.isfinite(low) and math.isfinite(high) else None
 

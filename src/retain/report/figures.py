@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from retain.report.comparison import Comparison, Point, end_points, frontier
-from retain.report.results import Results, names_of_texts
-
-LEARNING = "new-task loss, nats per token (learning →)"
+from retain.report.results import RunResults, Runs, names_of_texts
 
 
 @dataclass(frozen=True)
@@ -56,13 +54,13 @@ class Panel:
     dots: Sequence[Dot] = ()
 
 
-def panels(runs: Sequence[Results], compared: Comparison | None) -> list[Panel]:
+def panels(runs: Runs, compared: Comparison | None) -> list[Panel]:
     """The figures of what was measured."""
     learning = [_learning(runs, compared, text) for text in names_of_texts(runs)]
     return [*filter(None, learning), *_curves(runs), *_intervals(runs)]
 
 
-def _learning(runs: Sequence[Results], compared: Comparison | None, text: str) -> Panel | None:
+def _learning(runs: Runs, compared: Comparison | None, text: str) -> Panel | None:
     """Forgetting over new-task loss: a line per trajectory, or the end of every run where one has none.
 
     Never both: what was evaluated during training and what was measured after it are other losses.
@@ -80,14 +78,18 @@ def _learning(runs: Sequence[Results], compared: Comparison | None, text: str) -
         return None
     last = {line.run: (line.x[-1], line.y[-1]) for line in lines}
     best = sorted((last[place] for place in frontier(points)), reverse=True)
+    labels: dict[str, Any] = {
+        "xlabel": "new-task loss, nats per token (learning →)",
+        "ylabel": "ref_kl, nats per token",
+    }
     return Panel(
-        "frontier", text, f"Learning against divergence from the base on {text}", LEARNING, "ref_kl, nats per token",
+        "frontier", text, f"Learning against divergence from the base on {text}", **labels,
         lines=lines, ends=best if len(best) > 1 else [], from_zero=True,
         matched_loss=compared.matched_loss if compared and followed else None,
     )  # fmt: skip
 
 
-def _path(run: Results, place: int, text: str) -> PlotLine | None:
+def _path(run: RunResults, place: int, text: str) -> PlotLine | None:
     """One run where both the new-task loss and the text were evaluated, up to the model that it left."""
     losses = dict(zip(*run.series("eval_loss"), strict=True))
     moved = dict(zip(*run.series(f"retention/{text}/ref_kl"), strict=True))
@@ -96,12 +98,12 @@ def _path(run: Results, place: int, text: str) -> PlotLine | None:
     return _line(run, place, points) if len(points) > 1 else None
 
 
-def _line(run: Results, place: int, points: Mapping[Any, Point]) -> PlotLine:
+def _line(run: RunResults, place: int, points: Mapping[Any, Point]) -> PlotLine:
     x, y = ([point[axis] for point in points.values()] for axis in (0, 1))
     return PlotLine(run.name, place, x, y, list(points))
 
 
-def _curves(runs: Sequence[Results]) -> list[Panel]:
+def _curves(runs: Runs) -> list[Panel]:
     counted = dict.fromkeys(run.trained_tokens for run in runs)  # losses over other tokens have axes of their own
     several = len(counted) > 1
     wanted = [
@@ -118,14 +120,14 @@ def _curves(runs: Sequence[Results]) -> list[Panel]:
     return [panel for panel in wanted if panel.lines]
 
 
-def _curve(runs: Sequence[tuple[int, Results]], key: str, title: str, **options: Any) -> Panel:
+def _curve(runs: Sequence[tuple[int, RunResults]], key: str, title: str, **options: Any) -> Panel:
     read = [(run.name, place, *run.series(key)) for place, run in runs]
     lines = [PlotLine(name, place, x, y, x) for name, place, x, y in read if len(x) > 1]
     labels = {"xlabel": "step", "ylabel": "nats per token"}
     return Panel("curve", title, f"{title} over steps", lines=lines, **labels | {"from_zero": True} | options)
 
 
-def _intervals(runs: Sequence[Results]) -> list[Panel]:
+def _intervals(runs: Runs) -> list[Panel]:
     found = []
     for metric, title in (("ref_kl", "Divergence from the base"), ("forgetting", "Change of the loss")):
         estimates = [

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from retain.report.numbers import Estimate, quantity, share_cell, value_cell
-from retain.report.results import Judgement, Results
+from retain.report.results import Judgement, RunResults
 
 WITHIN, BEYOND, UNDECIDED = 0, 2, 3
-WORDS = {WITHIN: "within", BEYOND: "beyond", UNDECIDED: "not enough evidence"}
+CODE_WORDS = {WITHIN: "within", BEYOND: "beyond", UNDECIDED: "not enough evidence"}
 WHY = {
     WITHIN: "the whole interval keeps to it",
     BEYOND: "the whole interval is beyond it",
@@ -90,7 +90,7 @@ class Check:
 
 
 def checks_of(
-    run: Results, max_forgetting: float | None, max_ref_kl: float | None, min_agreement: float | None
+    run: RunResults, max_forgetting: float | None, max_ref_kl: float | None, min_agreement: float | None
 ) -> Iterator[Check]:
     """Everything in a report that a limit is set on."""
     for text, result in run.retention.items():
@@ -106,7 +106,7 @@ def checks_of(
 
 
 def judge(
-    run: Results,
+    run: RunResults,
     *,
     max_forgetting: float | None = None,
     max_ref_kl: float | None = None,
@@ -128,5 +128,5 @@ def judge(
     code = SEVERITY[worst]
     more = f" ({len(guilty) - 1} more like it)" if len(guilty) > 1 and code != WITHIN else ""
     hint = f"; {decided.advice}" if code == UNDECIDED else ""
-    verdict = f"gate: {WORDS[code]} (exit code {code}), decided by {decided}{hint}{more}"
+    verdict = f"gate: {CODE_WORDS[code]} (exit code {code}), decided by {decided}{hint}{more}"
     return Judgement(code, verdict, list(map(str, checks)), **limits)

@@ -8,13 +8,13 @@ from typing import Any
 
 from retain.metrics import TABLE_METRICS
 from retain.report.page import harmless, model_card_section
-from retain.report.results import Results
+from retain.report.results import RunResults
 
 INDEXED = tuple(name for name, metric in TABLE_METRICS.items() if metric.indexed)
 BEGIN, END = "<!-- retain: forgetting -->", "<!-- end of forgetting -->"
 
 
-def card_with_forgetting(card: str, run: Results) -> str:
+def card_with_forgetting(card: str, run: RunResults) -> str:
     """A model card (or nothing yet) with what a report found: put in place of what stood there before, else at its end.
 
     Raises:
@@ -53,7 +53,7 @@ def check_card(path: str) -> None:
         raise ValueError(f"model_card: {path!r} is not UTF-8 text; give another file") from error
 
 
-def model_index(run: Results) -> list[dict[str, Any]]:
+def model_index(run: RunResults) -> list[dict[str, Any]]:
     """The numbers of a report as Hugging Face's `model-index`, the value of that key in a model card's metadata.
 
     Per text the metrics that are `indexed`; per set of questions agreement and accuracy. Intervals are

@@ -121,3 +121,11 @@ def quantity(number: Any, noun: str) -> str:
     ('1 prompt', '1,200 prompts')
     """
     return f"{number:,} {noun if number == 1 else f'{noun}s'}"
+
+
+def enumeration(words: Sequence[str]) -> str:
+    """
+    >>> enumeration(["wiki", "code", "law"])
+    'wiki, code and law'
+    """
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -17,10 +17,10 @@ from retain.report import page, style
 from retain.report.comparison import compare_at_matched_loss
 from retain.report.figures import panels
 from retain.report.model_card import card_with_forgetting
-from retain.report.results import Results, TextResult, read_as, shape_of
+from retain.report.results import RunResults, TextResult, json_shape, read_as
 from retain.report.sentences import verdict
 
-SCHEMA = "retain.report/1"
+REPORT_SCHEMA = "retain.report/1"
 
 
 @dataclass(repr=False)
@@ -37,13 +37,13 @@ class ForgettingReport:
     def new(cls, name: str, **parts: Any) -> ForgettingReport:
         """A report of now, of the parts that were measured; those that are not given are empty."""
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        head = {"schema": SCHEMA, "name": name, "versions": versions(), "created": created, "settings": {}}
+        head = {"schema": REPORT_SCHEMA, "name": name, "versions": versions(), "created": created, "settings": {}}
         return cls({**head, "retention": {}, **parts})
 
     @property
-    def results(self) -> Results:
+    def results(self) -> RunResults:
         """What `data` holds now, typed."""
-        return read_as(Results, self.data)
+        return read_as(RunResults, self.data)
 
     def __getitem__(self, text: str) -> TextResult:
         """What was measured on a retention text, or on one of the new task.
@@ -75,10 +75,12 @@ class ForgettingReport:
             ValueError: one line, for a file that is something else or damaged.
         """
         data = read_json(Path(path), "runs", "give what `retain measure` wrote")
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        if not isinstance(data, dict) or data.get("schema") != REPORT_SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"schema of {path} is {found!r}, expected {SCHEMA!r}; make it with `retain measure`")
-        shape = shape_of(Results) | {"trajectory?": [{"step": NUMBER}]}
+            raise ValueError(
+                f"schema of {path} is {found!r}, expected {REPORT_SCHEMA!r}; make it with `retain measure`"
+            )
+        shape = json_shape(RunResults) | {"trajectory?": [{"step": NUMBER}]}
         check_shape(data, shape, f"runs: {str(path)!r} is damaged", "measure again")
         if _finite(data) != data:
             raise ValueError(

@@ -196,7 +196,7 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Results:
+class RunResults:
     """One tuned model against its base. By name of text, of question set, of request set, or of way of writing."""
 
     name: str
@@ -263,6 +263,9 @@ class Results:
         return series(self.trajectory, key)
 
 
+Runs = Sequence[RunResults]
+
+
 def series(trajectory: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of one key of a trajectory, in step order; rows without a finite number are left out."""
     points = {row["step"]: row[key] for row in trajectory if is_number(row.get(key))}
@@ -270,7 +273,7 @@ def series(trajectory: Sequence[Mapping[str, Any]], key: str) -> tuple[list[floa
     return steps, [points[step] for step in steps]
 
 
-def names_of_texts(runs: Sequence[Results]) -> list[str]:
+def names_of_texts(runs: Runs) -> list[str]:
     """Names of the retention texts of all runs, measured or logged, in the order in which they first appear."""
     names: dict[str, None] = {}
     for run in runs:
@@ -304,21 +307,21 @@ def read_as(kind: Any, value: Any) -> Any:
     return value
 
 
-def shape_of(kind: Any) -> Any:
+def json_shape(kind: Any) -> Any:
     """The shape of this type in JSON, for `check_shape`."""
     if kind is Estimate:
         ends, sizes = [(*NUMBER, type(None))] * 2, {f"{name}?": int for name in _types(kind) if name[:4] == "num_"}
         return {"value?": NUMBER, "ci?": ends, **sizes}
     if kind is TextResult:
-        return {str: shape_of(Estimate)}
+        return {str: json_shape(Estimate)}
     if isinstance(kind, type) and is_dataclass(kind):
         optional = {one.name: one.default is not MISSING or one.default_factory is not MISSING for one in fields(kind)}
-        return {f"{name}{'?' * optional[name]}": shape_of(of) for name, of in _types(kind).items()}
+        return {f"{name}{'?' * optional[name]}": json_shape(of) for name, of in _types(kind).items()}
     origin, parts = get_origin(kind), get_args(kind)
     if origin is UnionType:
-        return shape_of(parts[0])
+        return json_shape(parts[0])
     if origin is dict:
-        return MAPPING if parts[1] is Any else {str: shape_of(parts[1])}
+        return MAPPING if parts[1] is Any else {str: json_shape(parts[1])}
     if origin is list:
-        return [shape_of(parts[0])]
+        return [json_shape(parts[0])]
     return NUMBER if kind is float else kind

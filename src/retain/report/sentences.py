@@ -12,8 +12,9 @@ from retain.report.comparison import (
     frontier,
     loss_difference,
 )
-from retain.report.numbers import Estimate, cell, count_cell, points_cell, quantity, share_cell, value_cell
-from retain.report.results import Answers, Refusals, RequestSet, Results, TextResult
+from retain.report.numbers import Estimate, cell, count_cell, enumeration, points_cell, quantity, share_cell, value_cell
+from retain.report.results import Answers, Refusals, RequestSet, RunResults, TextResult
+from retain.report.tables import SCORERS
 
 MIN_OVERFIT = 0.01  # of the lowest new-task loss: a rise that an evaluation's rounding does not make
 MIN_SIGNS = 6  # documents that all say the same, from which on the sign test says so at 95%
@@ -29,22 +30,14 @@ STATES = {
 }
 
 
-def enumeration(words: Sequence[str]) -> str:
-    """
-    >>> enumeration(["wiki", "code", "law"])
-    'wiki, code and law'
-    """
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def verdict(run: Results, first: Results | None = None) -> str:
+def verdict(run: RunResults, first: RunResults | None = None) -> str:
     """What texts, questions and requests show of a run; and a budget, with its price beside the first run."""
     found = [answers_sentence(run), refusals_sentence(run)]
     texts = text_verdict(run) if run.retention or not any(found) else ""
     return " ".join(filter(None, [texts, *found, budget_sentence(run, first)]))
 
 
-def state(run: Results, text: str) -> str:
+def state(run: RunResults, text: str) -> str:
     """What the intervals of one text show against the noise floor: a key of `STATES`."""
     result, noise = run.retention[text], run.noise_floor.get(text, TextResult()).forgetting
     loss, moved = (found.ci if found else None for found in (result.forgetting, result.ref_kl))
@@ -58,7 +51,7 @@ def state(run: Results, text: str) -> str:
     return "unmoved" if loss and moved else "undecided"
 
 
-def _moved_everywhere(run: Results, text: str) -> bool:
+def _moved_everywhere(run: RunResults, text: str) -> bool:
     """Whether ref_kl, which is never below 0, is above the noise floor in every one of six documents or more.
 
     By the sign test; the interval of so few skewed values may reach down to 0 (p = 1/32 at six).
@@ -70,7 +63,7 @@ def _moved_everywhere(run: Results, text: str) -> bool:
     return len(sums) >= MIN_SIGNS and all(total > floor * size for total, size in zip(sums, sizes, strict=True))
 
 
-def text_verdict(run: Results) -> str:
+def text_verdict(run: RunResults) -> str:
     """One sentence: is forgetting shown, how much, and what was learned for it. Nats per token."""
     texts = run.retention
     states = {text: state(run, text) for text in texts}
@@ -104,13 +97,13 @@ def _divergence(result: TextResult) -> float:
     return result.ref_kl.value if result.ref_kl else 0.0
 
 
-def _noise(run: Results, texts: Sequence[str]) -> str:
+def _noise(run: RunResults, texts: Sequence[str]) -> str:
     floors = [run.noise_floor.get(text, TextResult()).ref_kl for text in texts]
     known = [floor.value for floor in floors if floor]
     return f"noise floor {cell(max(known)).value}" if known and len(known) == len(floors) else "no noise floor"
 
 
-def scale_sentence(run: Results) -> str:
+def scale_sentence(run: RunResults) -> str:
     """How much a ref_kl is, on the text that moved most, in what was measured beside it; empty without such a thing."""
     text = max(run.retention, key=lambda text: _divergence(run.retention[text]), default="")
     entropy = run.retention[text].base_ref_cross_entropy if text else None
@@ -126,7 +119,7 @@ def scale_sentence(run: Results) -> str:
     return f"Scale: ref_kl {cell(value).value} of “{run.name}” on {text} is {', '.join(parts)}."
 
 
-def overfit_sentence(run: Results) -> str:
+def overfit_sentence(run: RunResults) -> str:
     """Says that the new-task loss rose again before the end of a run, and what ends at the lower one; or nothing."""
     steps, losses = run.series("eval_loss")
     end = run.end_step
@@ -142,7 +135,7 @@ def overfit_sentence(run: Results) -> str:
     )
 
 
-def budget_sentence(run: Results, first: Results | None = None) -> str:
+def budget_sentence(run: RunResults, first: RunResults | None = None) -> str:
     """Whether a run kept its budget of divergence, and beside a first run its price in new-task loss; or nothing.
 
     The budget is of replay rows, which were trained on; texts that moved further are named.
@@ -163,7 +156,7 @@ def budget_sentence(run: Results, first: Results | None = None) -> str:
     return f"{sentence}. Its new-task loss on {text} is {own:.3f} against {other:.3f}: {cost}."
 
 
-def answers_sentence(run: Results) -> str:
+def answers_sentence(run: RunResults) -> str:
     """One sentence: how often the tuned model answers as its base, and what accuracy shows of it; empty without any.
 
     By acc_norm where it was measured, else by the first rule; of the sets that agree least.
@@ -185,14 +178,14 @@ def _answers_clause(name: str, answers: Answers) -> str:
     return f"{agreement} of {questions} of {name} as its base did; {shown}, {was} → {now}: {change}"
 
 
-def refusals_sentence(run: Results) -> str:
+def refusals_sentence(run: RunResults) -> str:
     """One sentence: how often the tuned model refuses, and what was lost, on the worst sets; else empty.
 
     Of each set by the scorer that sees most: the judge, else the phrases, else the openings.
     """
     chosen: list[tuple[str, RequestSet, str, Refusals]] = []
     for name, requests in run.refusals.items():
-        scorer = next((scorer for scorer in ("judge", "phrases", "openings") if scorer in requests.scorers), "")
+        scorer = next((scorer for scorer in SCORERS if scorer in requests.scorers), "")
         if scorer and requests.scorers[scorer].rate:
             chosen.append((name, requests, scorer, requests.scorers[scorer]))
     chosen.sort(key=lambda item: (item[1].kind == "harmless", item[3].change.value if item[3].change else 0.0))

@@ -59,7 +59,7 @@ def _style(**more: Any) -> Iterator[None]:
         yield
 
 
-def _styled(draw: Callable[P, R]) -> Callable[P, R]:
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> R:
         with _style():
@@ -97,7 +97,7 @@ def look(index: int, total: int) -> dict[str, Any]:
     return style | ({"linestyle": (0, (4, 1.5))} if again else {})
 
 
-@_styled
+@styled
 def draw_panel(panel: Panel, names: Sequence[str]) -> Figure:
     """One figure of `figures.panels`; every run keeps its colour and mark of all `names` in all of them."""
     if panel.kind == "interval":
@@ -111,7 +111,7 @@ def draw_panel(panel: Panel, names: Sequence[str]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def frontier_row(panels: Sequence[Panel], total: int) -> Figure | None:
     """Learning against forgetting on every text side by side, for a README; None where no run has both."""
     from matplotlib.figure import Figure
