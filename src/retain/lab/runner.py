@@ -25,7 +25,7 @@ from retain.files import append_jsonl, read_jsonl
 from retain.text import first_line
 
 RESUMABLE = ("finetune", "pretrain")  # from a checkpoint, by a flag; other verbs resume or begin again by themselves
-PATIENCE = 30.0  # seconds in which a run that is stopped may write a checkpoint
+SECONDS_TO_STOP = 30.0  # in which a run may write a checkpoint
 MAX_RETRIES = 10  # of a run whose Ray worker was lost
 # The program of a run. It ends with the process that began it, however that ends: nobody then holds the other end of
 # its standard input.
@@ -171,7 +171,7 @@ def run_here(runs: Sequence[VerbRun], root: Path, record: Record, *, num_workers
             one.process.terminate()  # it may write a checkpoint
         for one in running:
             with suppress(subprocess.TimeoutExpired):
-                one.process.wait(PATIENCE)
+                one.process.wait(SECONDS_TO_STOP)
             one.process.kill()
             one.process.communicate()
 
