@@ -60,12 +60,12 @@ def conduct(
             make_parts(make, name, parts(scales[name]) if chosen is None else chosen, workers)
             for later in then if chosen is None else ():
                 make_parts(make, name, later(name), workers)
-        text, draw = report(name)
+        found = report(name)
     except NoReport as error:
         raise SystemExit(f"{folder.name}, scale {name}: {error}") from error
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    write_report(folder, name, text, draw)
+    write_report(folder, name, found)
 
 
 def seeds_of(scale: Any) -> Sequence[int]:
@@ -135,11 +135,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def write_report(folder: Path, scale: str, text: str, draw: Callable[[Path], object]) -> None:
-    """Draw the figure and print the text; laptop scale is what the README shows."""
-    draw(folder / ("figure.png" if scale == "laptop" else f"figure-{scale}.png"))
+def write_report(folder: Path, scale: str, report: Report, page: str = "README.md", figure: str = "figure") -> None:
+    """Draw the figure and print the text; laptop scale is what the page shows."""
+    text, draw = report
+    draw(folder / (f"{figure}.png" if scale == "laptop" else f"{figure}-{scale}.png"))
     if scale == "laptop":
-        write_results(folder / "README.md", text)
+        write_results(folder / page, text)
     sys.stdout.write(text + "\n")
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from experiments.claim import Interval
 from experiments.harness import BenchSettings, Run, StudyResults, make_all, small_bench
 from experiments.matched import Reading, mean_of, prevented, read_at, target_loss
-from experiments.pages import dress, panels, table, write_results
+from experiments.pages import dress, panels, table
+from experiments.program import Report
 from retain.report.results import series
 from retain.report.style import MARKS, PALETTE
 
@@ -129,9 +130,8 @@ def make_runs(seeds: Sequence[int] = (0,)) -> None:
     make_all([run for seed in seeds for run in runs(seed)], bench, results)
 
 
-def write_report() -> None:
+def report() -> Report:
     """Table, verdict and figure from what there is."""
     target, found = readings(list(StudyResults(HERE / "results-pools.jsonl", "").rows.values()))
-    draw(found, HERE / "figure-pools.png")
     head = f"Target new-task loss: {target:.3f} nats per token."
-    write_results(HERE / "pools.md", f"{head}\n\n{table_of_pools(found)}\n\n{verdict(found)}")
+    return f"{head}\n\n{table_of_pools(found)}\n\n{verdict(found)}", lambda path: draw(found, path)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from experiments import program
 from experiments.harness import Bench, Run, StudyResults, make_all, make_trainer, scratch, small_bench
 from experiments.matched import target_loss
 from experiments.program import LAPTOP, Report, conduct
@@ -129,4 +130,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         __doc__, HERE, LAPTOP, parts=lambda scale: ("rates", "full", "lora"), make=make, report=report, only="parts",
         prepare=lambda name: small_bench(), then=(lambda name: ["timing"], lambda name: ["pools"]), arguments=arguments,
     )  # fmt: skip
-    pools.write_report()
+    program.write_report(HERE, "laptop", pools.report(), "pools.md", "figure-pools")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.claim import share_text
-from experiments.pages import dress, findings, panels, write_results
+from experiments.pages import dress, findings, panels
+from experiments.program import Report
 from retain.files import append_jsonl, read_jsonl
 from retain.report.report import ForgettingReport, write_comparison
 from retain.report.style import look
@@ -18,8 +19,8 @@ LOST = "refusals lost, of those that the taught model gave"
 SCORERS = ("phrases", "openings")
 
 
-def write_study(folder: Path, reports: dict[tuple[int, str], dict[str, Any]], arms: list[str]) -> str:
-    """results.jsonl, for the first seed the example page, and what `tell` makes; returns what was told."""
+def write_study(folder: Path, reports: dict[tuple[int, str], dict[str, Any]], arms: list[str]) -> None:
+    """results.jsonl and, for the first seed, the example page."""
     seeds = sorted({seed for seed, _ in reports})
     rows = {arm: [facts(reports[seed, arm]) for seed in seeds] for arm in arms}
     (folder / "results.jsonl").unlink(missing_ok=True)
@@ -34,22 +35,19 @@ def write_study(folder: Path, reports: dict[tuple[int, str], dict[str, Any]], ar
         [ForgettingReport(report) for report in first],
         title="SmolLM2-135M-Instruct, taught to refuse, then finetuned on Verilog",
     )
-    return tell(folder)
 
 
-def tell(folder: Path) -> str:
+def report_of(folder: Path) -> Report:
     """Table, verdict and figure from results.jsonl alone."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in read_jsonl(folder / "results.jsonl"):
         rows.setdefault(row["arm"], []).append(row)
-    told = "\n\n".join(
-        f"### New task: {task}\n\n{table(of_task)}\n\n**Verdict.** {verdict(of_task)}"
+    parts = [
+        f"### New task: {task}\n\n{table_of_arms(of_task)}\n\n**Verdict.** {verdict(of_task)}"
         for task, of_task in by_task(rows).items()
-    )
-    told += f"\n\n{claim(rows)}" if set(rows) >= INSTRUCTED and PLAIN in rows else ""
-    write_results(folder / "README.md", told)
-    draw(rows, folder / "figure.png")
-    return told
+    ]
+    parts += [claim(rows)] if set(rows) >= INSTRUCTED and PLAIN in rows else []
+    return "\n\n".join(parts), lambda path: draw(rows, path)
 
 
 PLAIN, INSTRUCTED = "plain", {"plain, instructions", "KL replay, instructions"}
@@ -124,7 +122,7 @@ def answers(row: dict[str, Any]) -> tuple[int, int]:
     return row["same_answers"], row["num_questions"]
 
 
-def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+def table_of_arms(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Arms across, measures down."""
     lines: list[tuple[str, list[str]]] = [
         ("new-task loss, nats per token", [_each(of, "new_task_loss") for of in rows.values()]),

@@ -10,7 +10,6 @@ import json
 import logging
 import random
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from examples.demo_data import load_demo_data
-from experiments.program import start_process
+from experiments import program
 from experiments.study_04_capabilities.data import (
     FACTS,
     WHEELS,
@@ -31,7 +30,7 @@ from experiments.study_04_capabilities.data import (
     load_study_data,
     longer_instructions,
 )
-from experiments.study_04_capabilities.report import tell, write_study
+from experiments.study_04_capabilities.report import report_of, write_study
 from retain import ReplayConfig, ReplaySFTTrainer, choose_start_token, load_model, load_tokenizer, measure
 from retain.cli.sample import sample_with_bar
 from retain.data.rows import Document, token_documents
@@ -229,10 +228,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args(arguments)
-    start_process()
-    if options.report:
-        sys.stdout.write(tell(HERE) + "\n")
-        return
+    program.start_process()
+    if not options.report:
+        make_arms(options)
+    if not options.teach:
+        program.write_report(HERE, "laptop", report_of(HERE))
+
+
+def make_arms(options: argparse.Namespace) -> None:
+    """Every arm that is wanted with every seed; the model that all arms begin from is taught first."""
     study, reports = Study(), {}
     download()
     for seed in options.seeds:
@@ -245,4 +249,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
             logger.info("seed %d: %s", seed, arm)
             reports[seed, arm] = make(arm, study, data, folder, seed)
     if reports:
-        logger.info("%s", write_study(HERE, reports, options.arms))
+        write_study(HERE, reports, options.arms)

@@ -36,7 +36,7 @@ def test_the_verdict_goes_with_the_counts(lost: int, word: str) -> None:
 
 def test_the_table_and_the_figure(tmp_path: Path) -> None:
     rows = {"plain": [run(20, 30), run(18, 32)], "replay": [run(1, 49), run(0, 50)]}
-    told = study.table(rows)
+    told = study.table_of_arms(rows)
     assert "| facts still known, of those known before | 8 of 10: 80% [49%, 94%]; 8 of 10: 80% [49%, 94%] |" in told
     study.draw(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
