@@ -307,16 +307,6 @@ def test_resuming_gives_exactly_the_same_future(plant, noise, num_steps, share, 
     assert resumed.verdict() == whole.verdict()
 
 
-def test_a_state_of_an_earlier_version_goes_on():
-    """It did not keep the coefficient's path."""
-    control, other = simulate(Plant(), 40).control, ForgettingBudget(BUDGET, num_steps=40)
-    state = control.state_dict()
-    del state["log_coefs"]
-    other.load_state_dict(state)
-    assert other.update(0.1) == control.update(0.1)
-    assert other.verdict().ref_kl == control.verdict().ref_kl
-
-
 def test_a_state_is_a_copy():
     control = simulate(Plant(), 40).control
     state = control.state_dict()
@@ -447,7 +437,7 @@ def test_the_standard_error_counts_autocorrelation():
         ([1.5 * BUDGET] * 50, False, "use more replay rows per step or a lower learning rate"),
         ([BUDGET * (3.2 - n / 10) for n in range(16)], False, "without bringing ref_kl to the budget: use more"),
         ([BUDGET * (1.2 + n / 50) for n in range(24)], False, "without bringing ref_kl to the budget: use more"),
-        ([0.0] * 3, True, "kept as far as so few steps can tell: ref_kl 0 over the last 1 steps"),
+        ([0.0] * 3, True, "kept as far as this many steps can tell: ref_kl 0 over the last 1 steps"),
     ],
 )
 def test_the_verdict_says_what_it_saw(kls, kept, words):

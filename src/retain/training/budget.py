@@ -37,7 +37,7 @@ TOLERANCE = 0.2  # a budget is kept by a mean KL up to 20% above it
 ROSE, FELL = 1.5, 0.9  # a coefficient that rose by this factor should have brought KL down to this share ...
 RUNAWAY = 100.0  # ... and one that rose by this factor to the budget, before a larger one is advised
 NEAR = 1.25  # a coefficient within this factor of a bound is at it: noise lifts it off
-ROUNDING = 1e-6  # nats per token by which a KL may fall below 0
+MAX_ROUNDING = 1e-6  # nats per token by which a KL may fall below 0
 END = 0.2  # share of the steps taken that counts as the end of the run
 MAX_BATCHES = 50  # of equal length, in which the run's KL is kept; full, they are merged in pairs
 VERSION = 1
@@ -46,7 +46,7 @@ Bound = Literal["low", "high"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the end of a run says about its budget; nats per token.
+    """Whether the end of a run kept its budget; nats per token.
 
     Attributes:
         kept: whether `ref_kl` is at most 20% above the budget.
@@ -55,7 +55,7 @@ class Verdict:
             their openings.
         standard_error: of that mean, by batch means, so that autocorrelation counts; None up to 5 steps.
         coef, at_bound: the coefficient at the end.
-        text: all this in a sentence, with what to do.
+        text: all this in one sentence, with the remedy.
     """
 
     kept: bool
@@ -86,6 +86,10 @@ class ForgettingBudget:
 
     Raises:
         ValueError: for an argument that does not fit.
+
+    >>> budget = ForgettingBudget(0.02, num_steps=100)
+    >>> budget.update(0.04) > 1.0  # too much KL raises the coefficient of the next step
+    True
     """
 
     def __init__(
@@ -120,7 +124,7 @@ class ForgettingBudget:
         Raises:
             ValueError: for a KL that is not finite, or below 0 by more than rounding.
         """
-        check_number("replay/kl", kl, low=-ROUNDING)
+        check_number("replay/kl", kl, low=-MAX_ROUNDING)
         kl = max(kl, 0.0)
         self.step += 1
         self._keep(kl)
@@ -154,7 +158,7 @@ class ForgettingBudget:
         measured = f"ref_kl {mean:.3g}" + (f" ± {error:.2g}" if error is not None else "")
         text = (
             f"budget {self.budget:g} nats per token {'kept' if kept else 'not kept'}"
-            f"{'' if certain else ' as far as so few steps can tell'}: {measured} over the last {num_steps} steps, "
+            f"{'' if certain else ' as far as this many steps can tell'}: {measured} over the last {num_steps} steps, "
             f"behind the first {OPENING} tokens of replay rows; {self._meaning(kept, mean)}"
         )
         if self.step < self.num_steps:
@@ -217,7 +221,7 @@ class ForgettingBudget:
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a run of the same budget was.
+        """Resume a run of the same budget.
 
         Raises:
             ValueError: for the state of another version, budget or bounds.
@@ -226,9 +230,8 @@ class ForgettingBudget:
             if state.get(name) != mine:
                 raise ValueError(
                     f"max_ref_kl: the checkpoint's {name} is {state.get(name)}, not {mine}; "
-                    "go on with what it was trained with, or start anew"
+                    "resume it with the settings it was trained with, or start a new run"
                 )
         self.coef, self.smoothed, self.step = state["coef"], state["smoothed"], state["step"]
         self._error, self._batch_size, self._sums = state["error"], state["batch_size"], list(state["sums"])
-        older = [math.log(self.coef) * self._batch_size] * len(self._sums)  # a checkpoint that did not keep them
-        self._log_coefs = list(state.get("log_coefs", older))
+        self._log_coefs = list(state["log_coefs"])

@@ -11,14 +11,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-ADAM_BETA2 = 0.999  # the default of transformers' TrainingArguments: anything else was asked for
+DEFAULT_ADAM_BETA2 = 0.999  # of transformers' TrainingArguments: another value is the user's own
 
 
 def beta2_of_half_life(half_life_tokens: float, tokens_per_step: float) -> float:
-    """Adam's beta2 whose memory of a squared gradient halves after so many tokens.
+    """Adam's beta2 with which the weight of a squared gradient halves every `half_life_tokens` tokens.
+
+    >>> round(beta2_of_half_life(10e6, 16_384), 6)
+    0.998865
 
     Raises:
-        ValueError: if either is not a number above 0, or a step is so long that nothing is remembered.
+        ValueError: if either is not a number above 0, or a step is far longer than the half-life.
     """
     for name, value in (("half_life_tokens", half_life_tokens), ("tokens_per_step", tokens_per_step)):
         if not (math.isfinite(value) and value > 0):
@@ -33,7 +36,7 @@ def beta2_of_half_life(half_life_tokens: float, tokens_per_step: float) -> float
 
 
 def half_life_of_beta2(beta2: float, tokens_per_step: float) -> float:
-    """The half-life in tokens of a beta2 between 0 and 1: the inverse."""
+    """The half-life in tokens of a beta2 between 0 and 1: the inverse of `beta2_of_half_life`."""
     return tokens_per_step * math.log(0.5) / math.log(beta2)
 
 
@@ -50,7 +53,7 @@ def apply_half_life(args: Any, half_life_tokens: float | None, tokens_per_row: f
     """Set `adam_beta2` of a trainer's arguments before its optimizer is made; None leaves it as it is.
 
     Returns:
-        A line that says what came of it.
+        A line for people to read: the beta2, and what it follows from.
 
     Raises:
         ValueError: if `adam_beta2` was set too, or the optimizer has no second moment by that name.
@@ -71,7 +74,7 @@ def check_half_life(args: Any, half_life_tokens: float | None) -> None:
     name = "adam_beta2_half_life_tokens"
     if half_life_tokens is None:
         return
-    if args.adam_beta2 != ADAM_BETA2:
+    if args.adam_beta2 != DEFAULT_ADAM_BETA2:
         raise ValueError(
             f"{name}: {half_life_tokens:g} and adam_beta2 {args.adam_beta2:g} exclude each other; drop one"
         )
