@@ -13,7 +13,8 @@ import torch
 from conftest import ARCHITECTURES, make_model, make_texts, save_model
 from peft import LoraConfig
 from test_cli import TRAIN, write_rows
-from test_trainer import LORA, ROWS, TOKENIZER, Unscaled, budgeted, config, difference, logged, train, weights
+from test_trainer import Unscaled, budgeted
+from training_runs import LORA, ROWS, TOKENIZER, config, difference, logged, train, weights
 
 from retain import ReplayConfig, ReplaySFTTrainer
 from retain.cli.main import main

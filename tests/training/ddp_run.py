@@ -16,9 +16,9 @@ from accelerate.utils import DistributedType
 from conftest import make_model, make_texts, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
-from test_trainer import LORA, config
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from training_runs import LORA, config
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from retain import ReplayConfig, ReplayDataset, ReplaySFTTrainer, losses

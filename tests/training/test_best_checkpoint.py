@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_texts, make_tokenizer, save_model
-from datasets import Dataset
+from conftest import make_model, make_texts, save_model
+from training_runs import SETTINGS, TOKENIZER, TOKENS, points
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import default_compute_objective
 from trl import SFTConfig, SFTTrainer
@@ -21,9 +21,7 @@ from retain.replay.dataset import ReplayDataset
 from retain.sampling.write import sample_rows
 from retain.training.run_files import read_run
 
-TOKENIZER = make_tokenizer()
 TEXTS = {"words": make_texts(6, seed=9)}
-TOKENS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in ([*range(5, 21)], [*range(30, 46)]) * 16])
 QUESTIONS = [
     Question(text, tuple(make_texts(3, seed=at, words=2)), 0) for at, text in enumerate(make_texts(4, words=3))
 ]
@@ -38,16 +36,15 @@ def replay() -> ReplayDataset:
 
 def build(host: str, folder: Path, replay: ReplayDataset, callbacks: tuple[TrainerCallback, ...] = (), **changes: Any):
     settings: dict[str, Any] = {
-        "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4,
-        "learning_rate": 5e-3, "bf16": False, "use_cpu": True, "logging_steps": 2, "report_to": "none",
-        "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "disable_tqdm": True,
-        "metric_for_best_model": KL, "load_best_model_at_end": True, "seed": 7,
+        **SETTINGS, "output_dir": str(folder), "max_steps": 6, "per_device_eval_batch_size": 4, "learning_rate": 5e-3,
+        "lr_scheduler_type": "linear", "logging_steps": 2, "save_strategy": "steps", "save_steps": 2,
+        "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": KL, "load_best_model_at_end": True,
     }  # fmt: skip
     evaluated = changes.pop("eval_dataset", TOKENS.select(range(4)))
     measured = {"retention": TEXTS} | changes.pop("measured", {})
     sft = host.endswith("sft")
     if sft:
-        settings |= {"max_length": 24, "gradient_checkpointing": False}
+        settings["max_length"] = 24
     given: dict[str, Any] = {"train_dataset": TOKENS, "eval_dataset": evaluated, "processing_class": TOKENIZER}
     args = (SFTConfig if sft else TrainingArguments)(**settings | changes)
     if host.startswith("replay"):
@@ -56,10 +53,6 @@ def build(host: str, folder: Path, replay: ReplayDataset, callbacks: tuple[Train
         return (ReplaySFTTrainer if sft else ReplayTrainer)(model=make_model(), args=args, **given)
     found = ForgettingCallback(**measured, max_length=32)
     return (SFTTrainer if sft else Trainer)(make_model(), args, callbacks=[*callbacks, found], **given)
-
-
-def points(folder: Path, key: str = KL) -> dict[int, float]:
-    return {row["step"]: row[key] for row in read_jsonl(folder / "metrics.jsonl") if key in row}
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model, preprocess_loraga
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from test_cli import write_rows
-from test_trainer import LORA, ROWS, TOKENIZER, config, difference, logged, train, weights
+from training_runs import LORA, ROWS, TOKENIZER, config, difference, logged, rows_of, train, weights
 from transformers import Trainer
 from trl import SFTTrainer
 
@@ -31,7 +31,6 @@ from retain import ReplayConfig, ReplaySFTTrainer, load_model, measure
 from retain.cli.main import main
 from retain.data.rows import row_text, tokenize_documents
 from retain.losses import kl_divergence
-from retain.models.description import model_fingerprint, tokenizer_fingerprint
 from retain.models.reference import Reference, probe
 from retain.replay.dataset import ReplayDataset, replay_indices, token_documents
 from retain.sampling.write import sample_rows
@@ -39,16 +38,6 @@ from retain.training.host_checks import check_base_is_frozen
 
 IDS = torch.arange(5, 25).reshape(2, 10)
 QV = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-
-
-def rows_of(model: Any, count: int = 20) -> ReplayDataset:
-    """Rows that a model wrote, with the manifest that says so."""
-    manifest = {
-        "model": "tiny",
-        "model_fingerprint": model_fingerprint(model),
-        "tokenizer_fingerprint": tokenizer_fingerprint(TOKENIZER),
-    }
-    return ReplayDataset.from_rows(list(sample_rows(model, 3, range(count), 24, seed=5).numpy()), "own", manifest)
 
 
 @pytest.fixture(scope="module")
@@ -271,8 +260,6 @@ def test_rows_of_the_new_task_as_replay_are_said(tmp_path: Path, caplog: pytest.
                 changes={"max_steps": 2},
             )  # fmt: skip
         assert [line.split(": they")[0] for line in caplog.messages if "new task" in line] == told
-    with pytest.raises(ValueError, match="replay_dataset: list is none; give a folder of `retain sample`, a file"):
-        train(tmp_path, other)
 
 
 def test_a_pool_that_is_far_too_small_shows_on_other_text(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -528,12 +515,6 @@ def test_a_reference_that_moves_is_seen_through_dropout(tmp_path: Path, monkeypa
     monkeypatch.setattr(Reference, "copy_of", classmethod(lambda cls, model: cls(model)))
     with pytest.raises(ValueError, match="the reference moves with the model"):
         train(tmp_path, rows, model=make_model("gpt2", **noisy))
-
-
-def test_replay_on_the_first_step_alone_is_refused(tmp_path: Path, replay: ReplayDataset) -> None:
-    """There, the model is its base: the KL is 0, and so is its gradient."""
-    with pytest.raises(ValueError, match="replay_every: 5 of 5 steps is the first one only"):
-        train(tmp_path, replay, replay_config=ReplayConfig(replay_every=5))
 
 
 def test_one_step_is_not_called_protected(tmp_path: Path, replay: ReplayDataset) -> None:

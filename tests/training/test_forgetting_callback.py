@@ -14,6 +14,8 @@ import torch
 from conftest import CHATML, make_model, make_texts, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from training_runs import LORA as PLAIN_LORA
+from training_runs import ROWS, SETTINGS, TOKENIZER, TOKENS, points, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -24,36 +26,17 @@ from retain.measuring.choices import Question
 from retain.training.retention import retention_documents
 from retain.training.run_files import OF_TRAINING, read_run
 
-TOKENIZER = make_tokenizer()
-ROWS = Dataset.from_list([{"text": text} for text in make_texts(48, seed=1)])
-TOKENS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in ([*range(5, 21)], [*range(30, 46)]) * 16])
 TEXTS = {"words": make_texts(9, seed=9), "few": [text[: 20 + 30 * at] for at, text in enumerate(make_texts(4, seed=8))]}
 QUESTIONS = [
     Question(text, tuple(make_texts(4, seed=at, words=3)), 0) for at, text in enumerate(make_texts(24, seed=3, words=6))
 ]
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_dropout": 0.1}
+LORA = {**PLAIN_LORA, "lora_dropout": 0.1}
 METRICS = ("forgetting", "loss", "ref_kl", "ref_agreement")
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
-        "bf16": False,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "eval_on_start": True,
-        "disable_tqdm": True,
-        "seed": 7,
-    } | changes
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "per_device_eval_batch_size": 4}
+    return {**SETTINGS, **evaluated, "output_dir": str(folder), "max_steps": 4, "learning_rate": 5e-3, **changes}
 
 
 def callback(**changes: Any) -> ForgettingCallback:
@@ -82,14 +65,6 @@ def plain(folder: Path, callbacks: list[TrainerCallback], model: Any = None, **c
         processing_class=TOKENIZER,
         callbacks=callbacks,
     )
-
-
-def points(folder: Path, key: str = "retention/words/ref_kl") -> dict[int, float]:
-    return {row["step"]: row[key] for row in read_jsonl(folder / "metrics.jsonl") if key in row}
-
-
-def weights(trainer: Any) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
 
 
 def make(kind: str, folder: Path, found: ForgettingCallback | None, **changes: Any) -> Any:
@@ -144,7 +119,7 @@ def test_training_is_bit_identical_with_and_without_it(kind, tmp_path):
         runs[-1].train()
         drawn.append((random.random(), np.random.rand(), float(torch.rand(()))))
     assert drawn[0] == drawn[1], "the random states too"
-    one, other = map(weights, runs)
+    one, other = (weights(run.model) for run in runs)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert [row["loss"] for row in runs[0].state.log_history if "loss" in row] == [
         row["loss"] for row in runs[1].state.log_history if "loss" in row

@@ -5,17 +5,14 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import ParallelismConfig
 from conftest import CHATML, make_model, make_texts, make_tokenizer, random_model
 from datasets import Dataset
 from peft import LoraConfig
-from test_footguns import rows_of
-from test_trainer import LORA, ROWS, TOKENIZER, config, logged, train
+from training_runs import LORA, ROWS, TOKENIZER, config, logged, rows_of, train
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -28,10 +25,8 @@ from retain import ForgettingCallback, ReplayConfig, ReplayMixin, ReplaySFTTrain
 from retain.models.reference import Reference
 from retain.replay.dataset import ReplayDataset
 from retain.sampling.write import sample_replay
-from retain.training.host_checks import check_devices, expected_steps
 
 TEXTS = {"words": make_texts(3, seed=9)}
-INVOKING = [[3, 7, 9, *range(10, 20)]] * 8  # rows with what switches an activated LoRA on
 
 
 @pytest.fixture(scope="module")
@@ -219,60 +214,12 @@ def test_a_reward_model_is_refused(tmp_path: Path, replay: ReplayDataset, llama_
              replay_dataset=ReplayDataset.from_rows(list(replay), "rows"))  # fmt: skip
 
 
-def test_parallelism_that_replay_does_not_know_is_refused() -> None:
-    """Replay rows are drawn by process; the ranks of one model must see the same rows."""
-
-    def trainer(**sizes: int) -> Any:
-        parallel = ParallelismConfig(**sizes)
-        args = SimpleNamespace(n_gpu=1, device=torch.device("cpu"))
-        sized = {f"get_{name}_size": lambda name=name: getattr(parallel, f"{name}_size") for name in ("tp", "cp", "sp")}
-        return SimpleNamespace(args=args, is_fsdp_enabled=False, is_fsdp_xla_enabled=False, **sized)
-
-    check_devices(trainer())
-    for name in ("tp", "cp"):
-        with pytest.raises(ValueError, match=f"devices: {name}_size 2 .* set it 1"):
-            check_devices(trainer(**{f"{name}_size": 2}))
-    fsdp1 = trainer()
-    fsdp1.is_fsdp_enabled, fsdp1.accelerator = True, SimpleNamespace(is_fsdp2=False)
-    with pytest.raises(ValueError, match="devices: FSDP1.*fsdp_version 2"):
-        check_devices(fsdp1)
-    fsdp1.accelerator.is_fsdp2 = True
-    check_devices(fsdp1)
-
-
 def test_what_a_copy_costs_under_fsdp2_is_said_before_the_run(tmp_path: Path, replay: ReplayDataset) -> None:
     host: dict[str, Any] = {"train_dataset": ROWS, "processing_class": TOKENIZER, "replay_dataset": replay}
     trainer = ReplaySFTTrainer(make_model(), config(tmp_path), **host)
     assert len(trainer.protection()) == 3
     trainer.is_fsdp_enabled = True
     assert trainer.protection()[1].startswith("reference: a copy on every device, 0.0 GB, which FSDP leaves whole;")
-
-
-@pytest.mark.parametrize("measured", [False, True], ids=["replay", "callback"])
-def test_activated_lora_with_checkpointing_is_refused(tmp_path: Path, replay: ReplayDataset, measured: bool) -> None:
-    """PEFT takes one forward pass a backward pass there; replay and the reference need more."""
-    alora = LoraConfig(**LORA, alora_invocation_tokens=[7, 9])
-    args = config(tmp_path, gradient_checkpointing=True, max_steps=2)
-    more: dict[str, Any] = {"callbacks": [ForgettingCallback(TEXTS)]} if measured else {"replay_dataset": replay}
-    host = SFTTrainer if measured else ReplaySFTTrainer
-    with pytest.raises(ValueError, match="gradient_checkpointing: .*aLoRA.*set it false"):
-        host(make_model(), args, train_dataset=ROWS, processing_class=TOKENIZER, peft_config=alora, **more)
-    train(tmp_path, ReplayDataset.from_rows(INVOKING, "invoking"), peft_config=alora, changes={"max_steps": 2})
-
-
-def test_activated_lora_that_no_replay_row_switches_on_is_refused(tmp_path: Path, replay: ReplayDataset) -> None:
-    """Short runs were called protected, and longer ones ended in an error: a KL of exactly 0."""
-    alora = LoraConfig(**LORA, alora_invocation_tokens=[7, 9])
-    with pytest.raises(ValueError, match=r"^replay_dataset: no row holds the tokens \[7, 9\] that switch aLoRA on"):
-        train(tmp_path, replay, peft_config=alora)
-    rows, new = ReplayDataset.from_rows(INVOKING, "invoking"), Dataset.from_dict({"input_ids": INVOKING})
-    assert logged(train(tmp_path, rows, peft_config=alora, train_dataset=new), "replay/kl")[-1] > 0
-
-
-def test_a_model_that_is_frozen_is_not_trained(tmp_path: Path, replay: ReplayDataset) -> None:
-    """PEFT's merge_and_unload leaves it so, and a run trained nothing."""
-    with pytest.raises(ValueError, match=r"^model: all its parameters are frozen"):
-        train(tmp_path, replay, make_model().requires_grad_(False))
 
 
 def test_a_model_that_sees_the_tokens_it_predicts_is_refused(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -295,33 +242,10 @@ def test_rows_that_are_all_dropped_are_named(tmp_path: Path, replay: ReplayDatas
         train(tmp_path, replay, train_dataset=rows, changes={"max_length": 16})
 
 
-def test_rows_in_another_form_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^replay_dataset: list is none; give a folder"):
-        train(tmp_path, [[3, 5, 6]])  # type: ignore[arg-type]
-
-
-def test_rows_that_nobody_looked_through_are_named(
-    tmp_path: Path, replay: ReplayDataset, caplog: pytest.LogCaptureFixture
-) -> None:
-    train(tmp_path, replay, train_dataset=ROWS.to_iterable_dataset(), retention_datasets=TEXTS)
-    assert "retention: not looked for in the training rows, which are a stream" in caplog.text
-
-
 def test_a_step_without_a_label_is_said_to_be_one(tmp_path: Path, replay: ReplayDataset) -> None:
     rows = Dataset.from_list([{"input_ids": [3, 7, 9, 11], "labels": [-100] * 4}] * 8)
     with pytest.raises(ValueError, match="loss: nan at step 1: every label of its new rows is masked .-100."):
         train(tmp_path, replay, trainer_class=ReplayTrainer, train_dataset=rows)
-
-
-@pytest.mark.parametrize(("rows", "drop", "accumulate"), [(7, True, 1), (7, False, 1), (11, True, 2), (9, False, 2)])
-def test_steps_are_counted_as_the_host_makes_them(
-    tmp_path: Path, replay: ReplayDataset, rows: int, drop: bool, accumulate: int
-) -> None:
-    """Rows that fill no batch are dropped: a run of one step was called protected."""
-    changes = {"max_steps": -1, "num_train_epochs": 1, "dataloader_drop_last": drop}
-    changes["gradient_accumulation_steps"] = accumulate
-    trainer = train(tmp_path, replay, train_dataset=ROWS.select(range(rows)), changes=changes)
-    assert trainer.state.global_step == expected_steps(trainer.args, trainer.train_dataset)
 
 
 def test_no_message_sends_the_reader_to_a_folder_that_a_wheel_does_not_have() -> None:

@@ -13,6 +13,7 @@ import trl
 import yaml
 from conftest import CHATML, make_model, make_texts, make_tokenizer, save_model
 from datasets import Dataset
+from training_runs import SETTINGS, TOKENIZER, logged
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 
@@ -21,21 +22,12 @@ from retain.cli.main import main
 from retain.sampling.write import sample_rows
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
-TOKENIZER = make_tokenizer()
 TEXTS = make_texts(24)
-COMMON: dict[str, Any] = {
-    "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 2e-3, "bf16": False, "use_cpu": True,
-    "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": 1,
-    "gradient_checkpointing": False,
-}  # fmt: skip
+COMMON = {**SETTINGS, "max_steps": 3, "lr_scheduler_type": "linear", "seed": 1}
 
 
 def rows_of(model: Any, count: int = 12) -> ReplayDataset:
     return ReplayDataset.from_rows(list(sample_rows(model, 3, range(count), 24, seed=5).numpy()), "own")
-
-
-def logged(trainer: Any, key: str) -> list[float]:
-    return [row[key] for row in trainer.state.log_history if key in row]
 
 
 def sft(folder: Path, model: Any, *, rows: Any = None, tokenizer: Any = TOKENIZER, **changes: Any) -> ReplaySFTTrainer:
