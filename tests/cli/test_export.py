@@ -16,7 +16,7 @@ from retain.cli.export import chat_frame, read_chat
 from retain.cli.main import main
 from retain.files import write_json
 from retain.models.description import tokenizer_fingerprint
-from retain.replay.dataset import MANIFEST, SCHEMA, load_self_generated, write_shard
+from retain.replay.dataset import MANIFEST, MANIFEST_SCHEMA, load_self_generated, write_shard
 
 
 def chat_tokenizer():
@@ -48,7 +48,8 @@ def pool(folder: Path, texts: list[str]) -> Path:
     data = folder / "chat"
     data.mkdir()
     write_json(data / MANIFEST, {
-        "schema": SCHEMA, "model": str(folder / "model"), "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "schema": MANIFEST_SCHEMA, "model": str(folder / "model"),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "start_token": {"id": 0}, "num_rows": len(ids), "rows_per_shard": 64, "store_reference": None,
     })  # fmt: skip
     column = np.empty(len(ids), dtype=object)

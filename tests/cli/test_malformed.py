@@ -221,7 +221,7 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, the verbs 
     "no rows_per_shard": ({"rows_per_shard": GONE}, "export finetune measure", "'rows_per_shard' is missing"),
     "empty shards": ({"rows_per_shard": 0}, "export finetune measure sample", "'rows_per_shard' is 0, not 1 or more"),
     "null shards": ({"rows_per_shard": None}, "export finetune measure", "'rows_per_shard' is null"),
-    "no schema": ({"schema": GONE}, "export finetune measure sample", "schema None"),
+    "no schema": ({"schema": GONE}, "export finetune measure sample", "'schema' is missing"),
     "schema of a law": ({"schema": "retain.law/2"}, "export finetune measure", "retain.law/2"),
     "no model": ({"model": GONE}, "export finetune", "'model' is missing"),
     "model of number": ({"model": 5}, "export finetune measure", "'model' is 5, not text"),

@@ -20,7 +20,7 @@ from retain.cli.main import load_verb
 from retain.files import exclusive, write_json
 from retain.lab.sweep import read_sweep
 from retain.laws.law import ForgettingLaw
-from retain.replay.dataset import MANIFEST, SCHEMA, load_self_generated, write_shard
+from retain.replay.dataset import MANIFEST, MANIFEST_SCHEMA, load_self_generated, write_shard
 
 # What YAML and a command line can hold; text that begins with a dash is a flag to any parser.
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12).filter(
@@ -81,7 +81,7 @@ def test_rows_and_manifest_come_back(rows, rows_per_shard, told):
     """Rows of any lengths, in shards of any size; whatever else the manifest tells."""
     tokens = [np.array([0] * given + drawn, dtype=np.int32) for drawn, given in rows]
     given = np.array([given for _, given in rows], dtype=np.int32)
-    manifest = {"told": told, "schema": SCHEMA, "num_rows": len(rows), "rows_per_shard": rows_per_shard}
+    manifest = {"told": told, "schema": MANIFEST_SCHEMA, "num_rows": len(rows), "rows_per_shard": rows_per_shard}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_json(folder / MANIFEST, manifest)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from retain.files import append_jsonl, atomic_path, read_jsonl, write_json
 from retain.replay.dataset import (
     MANIFEST,
-    SCHEMA,
+    MANIFEST_SCHEMA,
     ReplayDataset,
     load_replay_dataset,
     load_self_generated,
@@ -35,7 +35,7 @@ ROWS = np.arange(5 * 8, dtype=np.int32).reshape(5, 8)
 def folder(tmp_path) -> Path:
     """A finished dataset of five rows in shards of two."""
     manifest = {
-        "schema": SCHEMA,
+        "schema": MANIFEST_SCHEMA,
         "model": "tiny",
         "model_fingerprint": "m" * 16,
         "tokenizer_fingerprint": "t" * 16,
@@ -118,10 +118,13 @@ DAMAGE = {
     "missing shard": (lambda folder: shard_path(folder, 1).unlink(), "holds 3 of 5 rows; finish it with the same"),
     "no shards yet": (lambda folder: [path.unlink() for path in folder.glob("*.parquet")], "holds 0 of 5 rows"),
     "missing manifest": (lambda folder: (folder / MANIFEST).unlink(), "has no manifest.json; make it with"),
-    "torn manifest": (lambda folder: (folder / MANIFEST).write_text('{"sche'), "is damaged; sample again"),
-    "binary manifest": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "is damaged; sample again"),
+    "torn manifest": (lambda folder: (folder / MANIFEST).write_text('{"sche'), "manifest.json' (not JSON: Unterm"),
+    "binary manifest": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "manifest.json' (not JSON: 'utf"),
     "another schema": (lambda folder: change_manifest(folder, schema="retain.replay/9"), "schema 'retain.replay/9'"),
-    "not an object": (lambda folder: (folder / MANIFEST).write_text("[]"), "has schema 'list'"),
+    "not an object": (
+        lambda folder: (folder / MANIFEST).write_text("[]"),
+        "is damaged: it is [], not an object; sample again",
+    ),
 }
 
 

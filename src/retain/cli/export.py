@@ -18,7 +18,7 @@ from retain.data.chats import template_frame
 from retain.files import check_shape, check_writable, write_text
 from retain.models.description import tokenizer_fingerprint
 from retain.models.loading import load_tokenizer
-from retain.replay.dataset import MANIFEST, REMEDY, ReplayDataset, load_self_generated
+from retain.replay.dataset import MANIFEST, SAMPLE_AGAIN, ReplayDataset, load_self_generated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ def run_export(config: ExportConfig) -> None:
     if output.resolve().parent == folder.resolve():
         raise ValueError(f"output: {str(output)!r} would lie among the files of replay_dataset; choose another folder")
     rows = load_self_generated(folder)
-    check_shape(rows.manifest, NEEDED, f"replay_dataset: {str(folder / MANIFEST)!r} is damaged", REMEDY)
+    check_shape(rows.manifest, NEEDED, f"replay_dataset: {str(folder / MANIFEST)!r} is damaged", SAMPLE_AGAIN)
     assert rows.manifest is not None
     name = config.model or rows.manifest["model"]
     tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)

@@ -19,7 +19,7 @@ import numpy as np
 
 # Thai to Tibetan, Burmese, Khmer, kana, CJK: scripts without spaces, in which every character counts as a word.
 UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-WORDS = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 CHARACTERS_PER_WORD = 3  # by which an n-gram is longer where most words are characters
 
 # Of `find_rows`, in tokens
@@ -27,7 +27,7 @@ ALIGNED = 32  # rows that agree so far are compared to the end of the shorter on
 NGRAM = 16  # rows that begin elsewhere are found by n-grams of this length
 MAX_PLACES = 4  # beyond which an n-gram is a licence's or a template's, and says nothing about its row
 MIN_CONSECUTIVE = 4  # n-grams that must be found again one after the other, and half of those that count
-BLOCK = 1 << 16  # tokens that are searched at a time
+MAX_BLOCK = 1 << 16  # tokens that are searched at a time
 MAX_REMEMBERED = 1 << 22  # distinct rows that are recognised when they come again, some 70 bytes each
 
 
@@ -145,7 +145,7 @@ def _overlap(documents: Sequence[_Document], found: set[int], length: int, thres
 
 
 def _words(text: str) -> list[str]:
-    return WORDS.findall(unicodedata.normalize("NFKC", text).casefold())
+    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def _word_ngrams(words: list[str], size: int) -> list[int]:
@@ -158,7 +158,7 @@ def find_rows(windows: Sequence[Any], rows: Iterable[Any], edges: Collection[int
 
     A window is there if it is a row, or agrees with one to the end of the shorter, or if half of its n-grams stand in
     the rows one after the other. N-grams of several windows, or in many places of the rows (a licence's header, a chat
-    template's opening), do not count for that half. Memory is bounded by the windows, `BLOCK` and `MAX_REMEMBERED`.
+    template's opening), do not count for that half. Memory is bounded by the windows, `MAX_BLOCK` and `MAX_REMEMBERED`.
 
     Args:
         edges: tokens that are no part of a text where they begin or end it: those of start and end.
@@ -236,7 +236,7 @@ def _blocks(rows: Iterable[Any], edges: Collection[int]) -> Iterator[list[np.nda
         seen.add(mark)
         block.append(core)
         size += len(core)
-        if size >= BLOCK:
+        if size >= MAX_BLOCK:
             yield block
             block, size = [], 0
     if block:

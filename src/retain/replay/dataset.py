@@ -5,7 +5,6 @@ Shards and manifest are written whole or not at all, so a killed job resumes wit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,20 +15,22 @@ import numpy as np
 import torch
 
 from retain.data.rows import OLD_TEXT, WHOLE, Document, Reading, Text, read_texts, token_documents, tokenize_documents
-from retain.files import atomic_path, check_shape
+from retain.files import atomic_path, check_shape, read_json
 from retain.replay.predictions import ReferenceCache, open_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MANIFEST = "manifest.json"
-SCHEMA = "retain.replay/1"
-REMEDY = "sample again, into another folder"
+MANIFEST_SCHEMA = "retain.replay/1"
+SAMPLE_AGAIN = "sample again, into another folder"
 # What a manifest must hold, what it may, and what it must where the rows are to be a model's own.
-SHAPE: dict[str, Any] = {"num_rows": int, "rows_per_shard": int, "batch_size?": int, "model?": str}
-SHAPE |= {"tokenizer_fingerprint?": str, "start_token?": {"id": int}, "sampler?": {"dtype?": str, "engine?": str}}
-SHAPE |= {"model_fingerprint?": str, "store_reference?": str}
-OWN = {"model": str, "model_fingerprint": str, "tokenizer_fingerprint": str}
+MANIFEST_SHAPE = {
+    "num_rows": int, "rows_per_shard": int, "batch_size?": int, "model?": str, "tokenizer_fingerprint?": str,
+    "start_token?": {"id": int}, "sampler?": {"dtype?": str, "engine?": str}, "model_fingerprint?": str,
+    "store_reference?": str,
+}  # fmt: skip
+OWN_ROWS_SHAPE = {"model": str, "model_fingerprint": str, "tokenizer_fingerprint": str}
 # What may differ between the run that began a dataset and the one that resumes it.
 NOT_COMPARED = ("created", "versions", "batch_size")
 
@@ -145,20 +146,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is missing, malformed, or of another version.
     """
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"replay_dataset: {str(folder)!r} has no {MANIFEST}; make it with `retain sample`")
+    manifest: dict[str, Any] = read_json(folder / MANIFEST, "replay_dataset", SAMPLE_AGAIN)
     where = f"replay_dataset: {str(folder / MANIFEST)!r} is damaged"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"replay_dataset: {str(folder)!r} has no {MANIFEST}; make it with `retain sample`") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{where}; sample again: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise ValueError(f"replay_dataset: {str(folder)!r} has schema {found!r}, not {SCHEMA!r}; sample again")
-    check_shape(manifest, SHAPE, where, REMEDY)
+    check_shape(manifest, {"schema": str}, where, SAMPLE_AGAIN)
+    if (schema := manifest["schema"]) != MANIFEST_SCHEMA:
+        raise ValueError(
+            f"replay_dataset: {str(folder)!r} has schema {schema!r}, not {MANIFEST_SCHEMA!r}; sample again"
+        )
+    check_shape(manifest, MANIFEST_SHAPE, where, SAMPLE_AGAIN)
     for name in ("num_rows", "rows_per_shard"):
         if manifest[name] < 1:
-            raise ValueError(f"{where}: {name!r} is {manifest[name]}, not 1 or more; {REMEDY}")
+            raise ValueError(f"{where}: {name!r} is {manifest[name]}, not 1 or more; {SAMPLE_AGAIN}")
     return manifest
 
 
@@ -220,15 +220,17 @@ def load_self_generated(folder: Path) -> ReplayDataset:
             "finish it with the same `retain sample` command"
         )
     given = columns["prefix_length"]
-    if not all(map(_fits, rows, given)):
-        raise ValueError(f"replay_dataset: {str(folder)!r} holds rows that are no token ids behind a prefix; {REMEDY}")
+    if not all(map(_is_row, rows, given)):
+        raise ValueError(
+            f"replay_dataset: {str(folder)!r} holds rows that are no token ids behind a prefix; {SAMPLE_AGAIN}"
+        )
     found = ReplayDataset.from_rows(rows, str(folder), manifest, given)
     sums = columns["logprob"]
     log_probs = np.array(sums, dtype=np.float64) if len(sums) == len(rows) else None
     return replace(found, cache=open_cache(folder, manifest, found.num_predictions), log_probs=log_probs)
 
 
-def _fits(row: Any, given: Any) -> bool:
+def _is_row(row: Any, given: Any) -> bool:
     """Whether a row is token ids, at least `given` of them."""
     ids = isinstance(row, np.ndarray) and row.dtype.kind in "iu"
     return ids and isinstance(given, np.integer) and 0 <= int(given) <= len(row)
@@ -245,7 +247,9 @@ def load_replay_dataset(
     folder = Path(source).expanduser()
     if folder.is_dir():
         found = load_self_generated(folder)
-        check_shape(found.manifest, OWN, f"replay_dataset: {str(folder / MANIFEST)!r} is damaged", REMEDY)
+        check_shape(
+            found.manifest, OWN_ROWS_SHAPE, f"replay_dataset: {str(folder / MANIFEST)!r} is damaged", SAMPLE_AGAIN
+        )
         return found
     documents = tokenize_documents(read_texts(source, tokenizer, None, WHOLE), tokenizer, start_id, max_length)
     if not documents:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retain.replay.dataset import ReplayDataset
 
-CHUNK = 64  # positions whose float32 log-probabilities are held at once, and over which draws are compared
+COMPARED_POSITIONS = 64  # positions whose float32 log-probabilities are held at once, and over which draws are compared
 
 
 def rope_switch(model: Any) -> int | None:
@@ -43,15 +43,15 @@ def row_log_probs(model: Any, row: Int[Tensor, " length"]) -> Float[Tensor, " pr
     found = []
     for begin, end in passes(model, len(row)):
         logits = model(input_ids=row[None, :end], use_cache=False).logits[0, begin:]
-        for at in range(begin, end, CHUNK):
-            part = slice(at, min(at + CHUNK, end))
+        for at in range(begin, end, COMPARED_POSITIONS):
+            part = slice(at, min(at + COMPARED_POSITIONS, end))
             log_probs = torch.log_softmax(logits[at - begin : part.stop - begin].float(), dim=-1)
             found.append(log_probs.gather(-1, row[at + 1 : part.stop + 1, None]).squeeze(-1))
     return torch.cat(found)
 
 
-# Share of draws that a cache may change, on average over `CHUNK` positions. Rounding changes 2e-6 in float32 (25 tiny
-# architectures) and 2 % in bfloat16 (SmolLM2-135M); a cache that is kept where LongRoPE switches, 5 to 13 %.
+# Share of draws that a cache may change, on average over `COMPARED_POSITIONS`. Rounding changes 2e-6 in float32 (25
+# tiny architectures) and 2 % in bfloat16 (SmolLM2-135M); a cache that is kept where LongRoPE switches, 5 to 13 %.
 MAX_CACHE_DRIFT = {torch.float32: 1e-2}
 MAX_CACHE_DRIFT_HALF = 0.1
 
@@ -77,7 +77,7 @@ def check_draws(
     found = torch.stack([row_log_probs(model, row) for row in rows])[:, -num_predicted:]
     drawn = torch.arange(rows.shape[1])[-num_predicted:] >= torch.tensor(given).unsqueeze(-1)
     changed = (1 - (found - log_probs).double().exp()).abs().cpu() / 2
-    parts = max(1, changed.shape[1] // CHUNK)
+    parts = max(1, changed.shape[1] // COMPARED_POSITIONS)
     share = 0.0
     for part, counted in zip(changed.tensor_split(parts, 1), drawn.tensor_split(parts, 1), strict=True):
         if counted.any():

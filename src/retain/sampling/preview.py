@@ -12,7 +12,7 @@ from retain.text import visible_text
 
 def describe(statistics: PoolStatistics) -> list[tuple[str, str]]:
     """The summary as lines of (label, value) to read; what was not measured is left out."""
-    return [(_label(key), display(value)) for key, value in statistics.summary.items() if value is not None]
+    return [(_spaced(key), display(value)) for key, value in statistics.summary.items() if value is not None]
 
 
 def preview_text(texts: Sequence[str], statistics: PoolStatistics, count: int = 20, max_chars: int = 1200) -> str:
@@ -45,9 +45,9 @@ def _samples(texts: Sequence[str], statistics: PoolStatistics, count: int) -> It
     for i in np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int)).tolist():
         notes = [f"row {i}"] + ["repeating"] * bool(statistics.rows["repeating"][i])
         known = ((key, column[i]) for key, column in statistics.rows.items() if key != "repeating")
-        notes += [f"{_label(key)} {display(value)}" for key, value in known if value is not None]
+        notes += [f"{_spaced(key)} {display(value)}" for key, value in known if value is not None]
         yield notes, visible_text(texts[i])
 
 
-def _label(key: str) -> str:
+def _spaced(key: str) -> str:
     return key.replace("num_", "").replace("_minus_", " − ").replace("_", " ")

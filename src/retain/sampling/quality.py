@@ -93,11 +93,11 @@ def pool_statistics(
         "duplicate_of": exact_duplicates(drawn),
     }
     assert {len(column) for column in columns.values()} == {len(drawn)}, "one of each for each row"
-    summary = {"num_requested": num_requested} | _shares(columns, bool(end_ids))
+    summary = {"num_requested": num_requested} | _pool_shares(columns, bool(end_ids))
     means = {"loss": loss, "entropy": entropy, "loss_minus_entropy": gap}
-    summary |= {key: _mean(sums, tokens) for key, sums in means.items()}
+    summary |= {key: _pool_mean(sums, tokens) for key, sums in means.items()}
     summary |= {f"distinct_{n}": distinct_share(drawn, n) for n in (1, 2, 3)}
-    return PoolStatistics(summary, columns, _warnings(summary))
+    return PoolStatistics(summary, columns, _pool_warnings(summary))
 
 
 def distinct_share(rows: Sequence[np.ndarray], n: int) -> float | None:
@@ -129,7 +129,7 @@ def exact_duplicates(drawn: Sequence[np.ndarray]) -> list[int | None]:
     return [None if earlier == index else earlier for index, earlier in enumerate(earliest)]
 
 
-def _mean(sums: np.ndarray | None, tokens: np.ndarray) -> dict[str, Any] | None:
+def _pool_mean(sums: np.ndarray | None, tokens: np.ndarray) -> dict[str, Any] | None:
     """Σ sums / Σ tokens, shapes (rows,), with its interval."""
     if sums is None or not tokens.any():
         return None
@@ -139,7 +139,7 @@ def _mean(sums: np.ndarray | None, tokens: np.ndarray) -> dict[str, Any] | None:
     return {"value": value, "ci": ci if np.isfinite(ci).all() else None}
 
 
-def _shares(columns: dict[str, list[Any]], has_ends: bool) -> dict[str, Any]:
+def _pool_shares(columns: dict[str, list[Any]], has_ends: bool) -> dict[str, Any]:
     num_rows = len(columns["num_tokens"])
     some = {key: num_rows - column.count(None) for key, column in columns.items()}
     judged = [flag for flag in columns["repeating"] if flag is not None]
@@ -156,7 +156,7 @@ def _shares(columns: dict[str, list[Any]], has_ends: bool) -> dict[str, Any]:
     }
 
 
-def _warnings(summary: dict[str, Any]) -> list[str]:
+def _pool_warnings(summary: dict[str, Any]) -> list[str]:
     requested, distinct = summary["num_requested"], summary["num_distinct_rows"]
     duplicates, repeating = summary["exact_duplicates"], summary["repeating"] or 0.0
     loss, gap = summary["loss"], summary["loss_minus_entropy"]

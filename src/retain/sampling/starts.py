@@ -40,11 +40,11 @@ class Starts:
     def of_row(self, row: int) -> tuple[Mode, list[int]]:
         """The mode of a row and the token ids it begins with."""
         place, reached = ((row + 0.5) * GOLDEN) % 1.0, 0.0
-        for mode in self.modes:
+        for mode in self.modes:  # the last, where rounding leaves the shares a little below 1
             reached += mode.share
             if place < reached:
-                return mode, mode.prefixes[row % len(mode.prefixes)]
-        return self.modes[-1], self.modes[-1].prefixes[row % len(self.modes[-1].prefixes)]
+                break
+        return mode, mode.prefixes[row % len(mode.prefixes)]
 
     def describe(self) -> list[dict[str, Any]]:
         """What a manifest keeps: each mode's share, how many beginnings it has, and their fingerprint."""
@@ -82,7 +82,7 @@ def plan_starts(
         ValueError: if the specification, the chat template or the prompts do not fit.
     """
     modes = []
-    for name, share in _shares(spec).items():
+    for name, share in start_shares(spec).items():
         if name == "document":
             modes.append(Mode(name, share, [[start.id]]))
         elif name == "chat":
@@ -97,7 +97,15 @@ def plan_starts(
     return Starts(tuple(modes))
 
 
-def _shares(spec: str) -> dict[str, float]:
+def start_shares(spec: str) -> dict[str, float]:
+    """The share of rows that begin in each way.
+
+    Raises:
+        ValueError: for an unknown way, or shares that do not add up to 1.
+
+    >>> start_shares("document=0.7,chat=0.3")
+    {'document': 0.7, 'chat': 0.3}
+    """
     shares: dict[str, float] = {}
     for part in spec.split(","):
         name, found, share = part.strip().partition("=")

@@ -28,7 +28,7 @@ from retain.models.description import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
-from retain.replay.dataset import MANIFEST, NOT_COMPARED, SCHEMA, read_manifest, shard_path, write_shard
+from retain.replay.dataset import MANIFEST, MANIFEST_SCHEMA, NOT_COMPARED, read_manifest, shard_path, write_shard
 from retain.replay.own_rows import rope_switch
 from retain.replay.predictions import write_predictions
 from retain.sampling.engine import Engine, Progress, Shard, batch_engine, choose_batch_size, draw_rows
@@ -199,7 +199,7 @@ def _origin(
     from retain import versions
 
     return {
-        "schema": SCHEMA,
+        "schema": MANIFEST_SCHEMA,
         "model": model.name_or_path,
         "model_fingerprint": model_fingerprint(model),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
