@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-CONFIG_FILE = "retain_config.json"  # of a run, beside its metrics.jsonl
+METRICS_FILE = "metrics.jsonl"  # of a run: every log, one object a line
+CONFIG_FILE = "retain_config.json"  # beside it
 LOCK = ".lock"
 PART = ".retain-part"  # ends the name of a file that is being written
 SAFETENSORS_PART = ".tmp" + "[0-9A-Za-z]" * 6  # of weights that safetensors is writing

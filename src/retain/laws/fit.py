@@ -24,7 +24,7 @@ from retain.laws.runs import Rows, Runs, as_runs
 from retain.laws.variable_projection import Fits
 
 WEBB = np.sqrt([1.5, 1.0, 0.5])
-BLOCK = 100  # resamples that are fitted together: some ten megabytes of terms
+MAX_REFITS_AT_ONCE = 100  # resamples that are fitted together: some ten megabytes of terms
 
 
 def fit_forgetting_law(
@@ -187,8 +187,8 @@ def _bootstrap(problem: Problem, best: Fits, residuals: Array, count: int, robus
     rng = np.random.default_rng(seed + 1)
     fitted = problem.fitted(best).reshape(-1)
     parts = [best[:0]]
-    for begin in range(0, count, BLOCK):
-        size = (min(BLOCK, count - begin), len(problem.runs.names))
+    for begin in range(0, count, MAX_REFITS_AT_ONCE):
+        size = (min(MAX_REFITS_AT_ONCE, count - begin), len(problem.runs.names))
         observed = fitted + rng.choice([*WEBB, *-WEBB], size=size)[:, problem.run_codes] * residuals
         start = np.repeat(best.exponents, size[0], axis=0)
         parts.append(problem.fit(start, observed=observed, robust=robust, tolerance=1e-5, max_iterations=40)[0])

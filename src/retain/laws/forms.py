@@ -1,6 +1,6 @@
 """Forms of the laws of forgetting, as sums of terms for the fit. Nats per token.
 
-    P, N, D, T, p, K, L_ft, L_f   columns of the runs: `COLUMNS`; P of LoRA laws counts the tuned parameters, P of size
+    P, N, D, T, p, K, L_ft, L_f   columns of the runs: `RUN_COLUMNS`; P counts tuned parameters of LoRA laws, in size
                                   and injection the whole model's
     a, b, α, β, ρ                 of the shifted power laws; c, s: an amplitude and the loss in the limit
     _ft, _f, _fft                 of L_ft, of L_f, and of the line L_f(L_ft)
@@ -22,7 +22,7 @@ distance from its limit (c_fft times its bracket) and that limit (s_fft - c_fft�
 c_fft is reported as the slope of L_f over L_ft along a run at the centre, -(dL_f/dN) / (dL_ft/dN): the slope of the
 line wherever the two brackets are equal.
 
-A form is one entry of `FORMS`, a column one of `COLUMNS`; nothing else names them.
+A form is one entry of `FORMS`, a column one of `RUN_COLUMNS`; nothing else names them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Column:
         return f"a finite number{low}"
 
 
-COLUMNS = {
+RUN_COLUMNS = {
     "num_params": Column("P", "parameters", 0, positive=True, per_run=True),
     "num_steps": Column("N", "steps", 0, positive=True),
     "num_tokens": Column("D", "tokens", 0, positive=True),
@@ -79,7 +79,7 @@ COLUMNS = {
 
 def column_of(name: str) -> Column:
     """A column by its name; columns of a user's own form take any finite number."""
-    return COLUMNS.get(name) or Column(name, name)
+    return RUN_COLUMNS.get(name) or Column(name, name)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 78  # of the summary
-SCHEMA = "retain.law/2"
-REMEDY = "fit it again"
+LAW_SCHEMA = "retain.law/2"
 FITS = {"exponents": list, "coefficients": list}
 SHAPE = {
     "form": str, "bounds": {str: [NUMBER, NUMBER]}, "runs": {str: list}, "estimate": FITS, "draws": FITS,
@@ -48,7 +47,7 @@ class ForgettingLaw(FittedLaw):
         """
         fits = {"estimate": self.estimate, "draws": self.draws}
         content = {
-            "schema": SCHEMA,
+            "schema": LAW_SCHEMA,
             "form": self.form.name,
             "equation": self.form.equation,
             "params": {name: finite_or_none(value) for name, value in self.params.items()},
@@ -77,24 +76,24 @@ class ForgettingLaw(FittedLaw):
             ValueError: if the file is not one that `to_json` wrote.
         """
         data = read_json(Path(path), "law", "give a file that `retain fit` wrote")
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            raise ValueError(f"law: {str(path)!r} is not a {SCHEMA} file; give one that `retain fit` wrote")
-        check_shape(data, SHAPE, f"law: {str(path)!r} is damaged", REMEDY)
+        if not isinstance(data, dict) or data.get("schema") != LAW_SCHEMA:
+            raise ValueError(f"law: {str(path)!r} is not a {LAW_SCHEMA} file; give one that `retain fit` wrote")
+        check_shape(data, SHAPE, f"law: {str(path)!r} is damaged", "fit it again")
         found = form_of(form or data["form"], {name: tuple(pair) for name, pair in data["bounds"].items()})
         try:
             return _checked(_from_dict(data, found))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"law: {str(path)!r} is damaged ({error}); {REMEDY}") from error
+            raise ValueError(f"law: {str(path)!r} is damaged ({error}); fit it again") from error
 
 
 def _from_dict(data: Mapping[str, Any], found: Form) -> ForgettingLaw:
-    estimate = _fits(data["estimate"])
+    estimate = _read_fits(data["estimate"])
     return ForgettingLaw(
         form=found,
         runs=as_runs(data["runs"], found.columns),
         estimate=estimate,
-        draws=_fits(data["draws"]) if data["draws"]["coefficients"] else estimate[:0],
-        spread=_numbers(data, "spread"),
+        draws=_read_fits(data["draws"]) if data["draws"]["coefficients"] else estimate[:0],
+        spread=_read_array(data, "spread"),
         held_out=data["held_out"],
         condition=float(data["condition"]),
         warnings=data["warnings"],
@@ -102,11 +101,11 @@ def _from_dict(data: Mapping[str, Any], found: Form) -> ForgettingLaw:
     )
 
 
-def _fits(data: Mapping[str, Any]) -> Fits:
-    return Fits(**{name: _numbers(data, name) for name in FITS})
+def _read_fits(data: Mapping[str, Any]) -> Fits:
+    return Fits(**{name: _read_array(data, name) for name in FITS})
 
 
-def _numbers(data: Mapping[str, Any], name: str) -> Array:
+def _read_array(data: Mapping[str, Any], name: str) -> Array:
     try:
         array = np.asarray(data[name], dtype=np.float64)
     except ValueError:  # ragged, or text

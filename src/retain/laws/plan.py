@@ -76,7 +76,7 @@ class Losses(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Predicted:
     """Nats per token, with the interval of a new measurement."""
 
     value: float
@@ -95,8 +95,8 @@ class Setting:
     num_params: int
     num_steps: int
     replay_coef: float
-    finetuning_loss: Estimate
-    forgetting_loss: Estimate
+    finetuning_loss: Predicted
+    forgetting_loss: Predicted
     measured: Losses | None = None
 
     @property
@@ -269,7 +269,7 @@ def predicted_settings(
         base = laws.no_replay.predict(num_params=P, num_steps=N).value["finetuning_loss"]
         learned, lost = np.maximum(base + learned, 0.0), np.exp(lost)
     return [
-        Setting(rank, sizes[rank], num_steps, coef, Estimate(*map(float, new)), Estimate(*map(float, old)),
+        Setting(rank, sizes[rank], num_steps, coef, Predicted(*map(float, new)), Predicted(*map(float, old)),
                 laws.measured.get((sizes[rank], num_steps, coef)))
         for (rank, num_steps), new, old in zip(pairs, learned.T, lost.T, strict=True)
     ]  # fmt: skip

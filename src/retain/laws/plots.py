@@ -8,13 +8,13 @@ import numpy as np
 
 from retain.laws.fitted import LOSSES, FittedLaw
 from retain.laws.forms import P_N, Array, column_of
+from retain.report.figures import LEARNING
 from retain.report.style import INK, MARKS, SIZE, label, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEARNING = "new-task loss, nats per token (learning →)"
 TITLES = {"finetuning_loss": "New-task loss", "forgetting_loss": "Forgetting"}
 DASHED: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 3))}
 POINTS: dict[str, Any] = {"linestyle": "none", "markersize": 3, "alpha": 0.55, "markeredgewidth": 0}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from retain.data.row_files import JSON_SUFFIXES, TABLE_SUFFIXES, json_rows, read_table
-from retain.files import read_jsonl, read_settings, short_names
+from retain.files import METRICS_FILE, read_jsonl, read_settings, short_names
 from retain.laws.forms import Array, column_of
 
 RECIPE = {  # settings that a law does not have, by where `retain_config.json` has them
@@ -21,7 +21,6 @@ RECIPE = {  # settings that a law does not have, by where `retain_config.json` h
     "lr_scheduler_type": "training_arguments", "per_device_train_batch_size": "training_arguments",
     "gradient_accumulation_steps": "training_arguments",
 }  # fmt: skip
-METRICS_FILE = "metrics.jsonl"  # of a finetune
 NO_NAME = (None, "")
 Rows = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 

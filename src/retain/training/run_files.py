@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from retain.files import (
     CONFIG_FILE,
     MAPPING,
+    METRICS_FILE,
     NUMBER,
     append_jsonl,
     check_shape,
@@ -27,7 +28,6 @@ from retain.files import (
     write_text,
 )
 
-METRICS_FILE = "metrics.jsonl"
 DOCUMENTS_FILE = "documents.jsonl"
 BUDGET_FILE = "budget.json"
 OF_LOSS = ("completion_only_loss", "assistant_only_loss", "dataset_text_field")  # of TRL's SFTConfig
