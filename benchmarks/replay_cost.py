@@ -39,7 +39,7 @@ from retain.replay.dataset import load_self_generated
 from retain.sampling.write import sample_replay
 
 SIZE, VOCAB, WARM = "5.8M", 4096, 2
-SHARES = (2, 4, 8, 16, 32, 64)  # one replay token to so many new ones
+SHARES = (2, 4, 8, 16, 32, 64)  # new tokens per replay token
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Bench:
         return ReplayDataset.from_rows(cut, self.replay.source, self.replay.manifest)
 
     def steps(self, cell: Cell, number: int) -> float:
-        """Mean seconds of so many optimizer steps, after some to warm up."""
+        """Mean seconds of an optimizer step, over `number` steps after some to warm up."""
         rng, most = np.random.default_rng(0), self.rows * (number + WARM)
         tokens = rng.integers(3, self.vocab, (most, self.length))
         model = self.model()
@@ -187,28 +187,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each cell and round; a multiple of 8")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
-    asked = parser.parse_args(arguments)
-    torch.set_num_threads(asked.threads)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     disable_progress_bar()
     logging.getLogger("retain").setLevel(logging.ERROR)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(asked.model, asked.rows, asked.length, Path(folder), device, dtype)
-        rows = measure(bench, asked.rounds, asked.steps)
+        bench = Bench(options.model, options.rows, options.length, Path(folder), device, dtype)
+        rows = measure(bench, options.rounds, options.steps)
         facts = {
-            "model": asked.model or f"random, {SIZE}", "num_params": bench.num_params, "rows": asked.rows,
-            "length": asked.length, "rounds": asked.rounds, "steps": asked.steps, "seed": 0, "dtype": dtype,
+            "model": options.model or f"random, {SIZE}", "num_params": bench.num_params, "rows": options.rows,
+            "length": options.length, "rounds": options.rounds, "steps": options.steps, "seed": 0, "dtype": dtype,
             "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-            "threads": asked.threads, "clock": "wall" if device == "cuda" else "processor", "versions": versions(),
+            "threads": options.threads, "clock": "wall" if device == "cuda" else "processor", "versions": versions(),
         }  # fmt: skip
     for row in rows:
         low, high = row["range"]
         every = f" every {row['every']} steps" if row["every"] > 1 else ""
-        told = f"{row['method']:4} {row['reference']:7} {row['share']:>4}{every}"
-        print(f"{told:34} {row['time_ratio']:.3f} [{low:.3f}, {high:.3f}]  by operations {row['predicted']:.3f}")
-    if asked.output:
-        asked.output.write_text(json.dumps({**facts, "cells": rows}, indent=1) + "\n")
+        label = f"{row['method']:4} {row['reference']:7} {row['share']:>4}{every}"
+        print(f"{label:34} {row['time_ratio']:.3f} [{low:.3f}, {high:.3f}]  by operations {row['predicted']:.3f}")
+    if options.output:
+        options.output.write_text(json.dumps({**facts, "cells": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from retain import ReplayConfig, ReplayMixin, load_model, load_tokenizer, sample
 
 
 class ReplayDPOTrainer(ReplayMixin, DPOTrainer):
-    """The mixin comes first: it adds its term to whatever loss the host computes."""
+    """The mixin comes first: it adds its term to the host trainer's loss."""
 
 
 name, rows, out = sys.argv[1:]

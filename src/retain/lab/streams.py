@@ -32,7 +32,11 @@ class Stream(Dataset):
 
 
 def shuffled(rows: np.ndarray, seed: int) -> RowFunction:
-    """A stream of real rows, shape (rows, length): every row once a pass, each pass in an order of its own."""
+    """A stream of real rows, shape (rows, length): every row once a pass, each pass in an order of its own.
+
+    >>> shuffled(np.array([[1], [2], [3]]), seed=1)(np.arange(6)).ravel().tolist()
+    [1, 2, 3, 3, 1, 2]
+    """
     return lambda numbers: rows[[int(replay_indices(int(at), 1, len(rows), seed)[0]) for at in numbers]]
 
 
