@@ -44,7 +44,7 @@ def run_export(config: ExportConfig) -> None:
     """Write the rows of a replay dataset as `config.format`, and print how many.
 
     Raises:
-        ValueError: one line, before anything is written, for a dataset or tokenizer that cannot be exported so.
+        ValueError: one line, before anything is written, for a dataset or tokenizer that does not fit the format.
     """
     folder, output = Path(config.replay_dataset).expanduser(), Path(config.output)
     check_writable(output, "output")
@@ -59,7 +59,7 @@ def run_export(config: ExportConfig) -> None:
         raise ValueError(f"model: {name!r} has another tokenizer than the one that wrote these rows")
     written: Sequence[dict[str, Any]]
     if config.format == "tokens":
-        written, note = [token_row(rows, index) for index in range(len(rows))], "the very tokens"
+        written, note = [token_row(rows, index) for index in range(len(rows))], "the tokens as drawn"
     elif config.format == "text":
         written, note = text_rows(rows, tokenizer)
     else:
@@ -137,12 +137,12 @@ def read_chat(text: str, frame: tuple[str, str, str, str]) -> list[dict[str, str
 
 def _turns(text: str, answer: str, end: str, question: str) -> Iterator[dict[str, str]]:
     while True:
-        asked, answered, text = text.partition(answer)
-        said, ended, rest = text.partition(end)
-        if not (answered and ended and asked.strip() and said.strip()) or end in asked:
+        request, answered, text = text.partition(answer)
+        reply, ended, rest = text.partition(end)
+        if not (answered and ended and request.strip() and reply.strip()) or end in request:
             return
-        yield {"role": "user", "content": asked}
-        yield {"role": "assistant", "content": said}
+        yield {"role": "user", "content": request}
+        yield {"role": "assistant", "content": reply}
         if not (end + rest).startswith(question):
             return
         text = (end + rest)[len(question) :]

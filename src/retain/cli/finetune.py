@@ -163,7 +163,7 @@ def finetune(
 
 
 def _say(line: Any) -> None:
-    """Print a line; what a manifest or file says in it reaches the terminal as text only."""
+    """Print a line, with control characters of manifests and files made visible."""
     print(visible(str(line)))
 
 
@@ -182,14 +182,14 @@ def _check_targets(model: Any, adapter: Any) -> None:
 
 
 def mean_row_length(trainer: Any, most: int = 4096) -> float:
-    """Tokens of a training row, without padding: the mean over all rows, or evenly over so many of them.
+    """Tokens of a training row, without padding: the mean over all rows, or over `most` of them, evenly spaced.
 
     Raises:
         ValueError: for a stream, whose rows are not known beforehand.
     """
     rows, longest = trainer.train_dataset, trainer.args.max_length or 2**62
     if not hasattr(rows, "__len__"):
-        raise ValueError("adam_beta2_half_life_tokens: a stream's rows are not known; give adam_beta2, or stream not")
+        raise ValueError("adam_beta2_half_life_tokens: a stream has no known rows; give adam_beta2, or no stream")
     chosen = range(0, len(rows), -(-len(rows) // most))
     return sum(min(len(rows[at]["input_ids"]), longest) for at in chosen) / len(chosen)
 

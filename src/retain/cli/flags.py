@@ -244,7 +244,7 @@ def help_of(field: dataclasses.Field[Any]) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep what neighbours say about themselves out of the way of what the user asked for."""
+    """Silence the progress bars and notices of other libraries."""
     import warnings
 
     import datasets

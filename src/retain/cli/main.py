@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 
 from retain.cli.flags import Launched, Verb
-from retain.cli.signals import Terminated, heard
+from retain.cli.signals import Terminated, signals_as_exceptions
 
 # Each verb is the file of its name beside this one.
 VERBS = {
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch|peft")
     resume = "run it again"
     try:
-        with heard():
+        with signals_as_exceptions():
             verb = load_verb(name)
             resume = verb.resume
             if {"-h", "--help", "--help_all"} & set(rest):
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Launched:
         return 0
     except subprocess.CalledProcessError:
-        return 1  # a launched process failed, and said why
+        return 1  # a launched process failed, and printed why
     except KeyboardInterrupt as stop:
         word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         _complain(f"retain {name}: {word}; {resume}")

@@ -22,7 +22,7 @@ from retain.cli.sample import SampleConfig, run_sample
 from retain.cli.settings import RemoteCodeSettings, RetentionSettings, SeedSettings
 from retain.data.rows import named_sources, read_rows
 from retain.files import exclusive, read_jsonl, write_json, write_text
-from retain.lab.runner import Results, run_key
+from retain.lab.runner import Results, VerbRun, run_key
 from retain.laws.plan import (
     Pilot,
     PilotRun,
@@ -119,7 +119,7 @@ def make_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say
 
     Args:
         finetune: `retain finetune` as a function of its flags.
-        say: told what is being done.
+        say: called with a line for each stage.
 
     Raises:
         ValueError: one line, before any pilot, for input that cannot work.
@@ -140,11 +140,11 @@ def make_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say
     pilots = pilot_grid(config.lora_ranks, config.replay_coefs, config.pilot_steps)
     rows, made, results = [], [], Results(folder / PILOTS)
     for number, pilot in enumerate(pilots, start=1):
-        flags = flags_of(config, pilot.rank, pilot.coef, pilot.steps, data, replay)
-        key = run_key(flags, contents_of(sources_of(config, data)))[:10]
+        run = finetune_run(config, pilot.rank, pilot.coef, pilot.steps, data, replay)
+        key = run_key(run.flags, contents_of(config, data))[:10]
         place = folder / "pilots" / f"{pilot.name}-{key}"
         say(f"pilot {number}/{len(pilots)}: {pilot.name}{' (found)' if key in results.rows else ''}")
-        row = results.make(key, lambda: {"run": asdict(make_pilot(pilot, flags, place, finetune))})  # noqa: B023
+        row = results.make(key, lambda: {"run": asdict(make_pilot(pilot, run, place, finetune))})  # noqa: B023
         made.append(PilotRun(**row["run"] | {"pilot": pilot}))
         rows += read_pilot(place, pilot, retention)
     say("fitting")
@@ -181,7 +181,7 @@ def retention_of(config: PlanConfig) -> str:
 
 
 def check_sources(config: PlanConfig) -> None:
-    """Refuse a recipe or replay rows that cannot be read."""
+    """Refuse a recipe or replay rows that are unreadable."""
     if config.finetune_config and not Path(config.finetune_config).is_file():
         raise ValueError(f"finetune_config: no file {config.finetune_config!r}; check the path")
     source = Path(config.replay_dataset).expanduser()
@@ -189,12 +189,6 @@ def check_sources(config: PlanConfig) -> None:
         load_self_generated(source)
     elif config.replay_dataset not in (None, "self"):
         read_rows(config.replay_dataset)
-
-
-def sources_of(config: PlanConfig, data: Sequence[str]) -> list[str | None]:
-    """The files that decide a pilot beside its flags."""
-    texts = named_sources(config.retention, "retention").values()
-    return [config.model, *data, *texts, config.replay_dataset, config.finetune_config]
 
 
 def prepare_rows(config: PlanConfig, folder: Path) -> tuple[str, str]:
@@ -222,7 +216,7 @@ def prepare_rows(config: PlanConfig, folder: Path) -> tuple[str, str]:
 
 
 def prepare_replay(config: PlanConfig, folder: Path) -> str | None:
-    """Replay rows for every pilot that wants them: the given ones, or some that the model writes first."""
+    """Replay rows for every pilot with a coefficient: the given ones, or some that the model writes first."""
     if config.replay_dataset != "self" or not any(config.replay_coefs):
         return config.replay_dataset if any(config.replay_coefs) else None
     place = folder / "replay"
@@ -235,40 +229,36 @@ def prepare_replay(config: PlanConfig, folder: Path) -> str | None:
     return str(place)
 
 
-def flags_of(
+def finetune_run(
     config: PlanConfig, rank: int, coef: float, steps: int, data: Sequence[str], replay: str | None
-) -> list[str]:
-    """`retain finetune` of one setting, but for its folder: the pilots' recipe, and that of what is recommended."""
-    batch = str(config.per_device_train_batch_size)
-    flags = ["--config", config.finetune_config] if config.finetune_config else []
-    flags += ["--model", config.model, "--dataset_name", data[0], "--eval_dataset_name", data[1]]
-    flags += [part for text in config.retention for part in ("--retention", text)]
-    flags += ["--retention_max_documents", str(config.retention_max_documents), "--max_length", str(config.max_length)]
-    flags += ["--use_peft", "--lora_r", str(rank), "--lora_alpha", str(config.lora_alpha), "--use_rslora", "true"]
-    flags += ["--lora_dropout", "0", "--lora_target_modules", *config.lora_target_modules]
-    flags += ["--learning_rate", f"{config.learning_rate:g}", "--lr_scheduler_type", "constant_with_warmup"]
-    flags += ["--warmup_steps", str(eval_steps(config.pilot_steps)), "--max_steps", str(steps)]
-    flags += ["--per_device_train_batch_size", batch, "--per_device_eval_batch_size", batch, "--seed", str(config.seed)]
-    flags += ["--eval_strategy", "steps", "--eval_steps", str(eval_steps(config.pilot_steps))]
-    flags += ["--save_strategy", "no", "--report_to", "none", "--replay_coef", f"{coef:g}"]
-    if coef:
-        flags += ["--replay_dataset", str(replay or "self")]
-        if config.per_device_replay_batch_size:
-            flags += ["--per_device_replay_batch_size", str(config.per_device_replay_batch_size)]
-    if config.trust_remote_code:
-        flags += ["--trust_remote_code", "true"]
+) -> VerbRun:
+    """`retain finetune` of one setting: the pilots' recipe, and that of what is recommended."""
+    batch, every = config.per_device_train_batch_size, eval_steps(config.pilot_steps)
+    flags: dict[str, Any] = {
+        "config": config.finetune_config,
+        "model": config.model, "dataset_name": data[0], "eval_dataset_name": data[1], "retention": config.retention,
+        "retention_max_documents": config.retention_max_documents, "max_length": config.max_length,
+        "use_peft": True, "lora_r": rank, "lora_alpha": config.lora_alpha, "use_rslora": True, "lora_dropout": 0,
+        "lora_target_modules": config.lora_target_modules, "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup", "warmup_steps": every, "max_steps": steps,
+        "per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "seed": config.seed,
+        "eval_strategy": "steps", "eval_steps": every, "save_strategy": "no", "report_to": "none", "replay_coef": coef,
+        "replay_dataset": (replay or "self") if coef else None,
+        "per_device_replay_batch_size": config.per_device_replay_batch_size if coef else None,
+        "trust_remote_code": config.trust_remote_code or None,
+    }  # fmt: skip
     if default_device() == "cpu":  # TRL's defaults are for a GPU
-        flags += ["--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False"]
-    return flags
+        flags |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    return VerbRun("finetune", {name: value for name, value in flags.items() if value is not None})
 
 
 def recommended_command(config: PlanConfig, plan: Plan, data: Sequence[str], replay: str | None) -> list[str]:
     """The recommended run; where no setting keeps the limit, the strongest replay with the controller of max_ref_kl."""
     one = plan.chosen or plan.fallback
     coef = one.replay_coef if plan.chosen else one.replay_coef or 1.0
-    flags = flags_of(config, one.rank, coef, one.num_steps, data, replay)
-    controller = [] if plan.chosen else ["--max_ref_kl", f"{plan.max_ref_kl:g}"]
-    return ["retain", "finetune", *flags, *controller, "--output_dir", str(Path(config.output_dir) / "run")]
+    run = finetune_run(config, one.rank, coef, one.num_steps, data, replay)
+    controller = {} if plan.chosen else {"max_ref_kl": plan.max_ref_kl}
+    return ["retain", *VerbRun(run.verb, {**run.flags, **controller}).arguments(Path(config.output_dir) / "run")]
 
 
 def replay_share(config: PlanConfig) -> float:
@@ -278,9 +268,11 @@ def replay_share(config: PlanConfig) -> float:
     return rows / (rows + batch)
 
 
-def contents_of(sources: Sequence[str | None]) -> list[Any]:
-    """What tells the files that flags name from others: a pilot of other rows or another model is another pilot."""
-    return [[str(path), _content(Path(path))] for path in sources if path and Path(path).exists()]
+def contents_of(config: PlanConfig, data: Sequence[str]) -> list[Any]:
+    """What the files hold that decide a pilot beside its flags: other rows or another model make another pilot."""
+    texts = named_sources(config.retention, "retention").values()
+    files = [config.model, *data, *texts, config.replay_dataset, config.finetune_config]
+    return [[str(path), _content(Path(path))] for path in files if path and Path(path).exists()]
 
 
 def _content(path: Path) -> list[Any] | str:
@@ -290,22 +282,22 @@ def _content(path: Path) -> list[Any] | str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def make_pilot(pilot: Pilot, flags: Sequence[str], place: Path, finetune: Callable[[list[str]], Any]) -> PilotRun:
+def make_pilot(pilot: Pilot, run: VerbRun, place: Path, finetune: Callable[[list[str]], Any]) -> PilotRun:
     """Run a pilot; what it cost, and how many parameters it tuned."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     began, log = time.monotonic(), io.StringIO()
-    every = str(eval_steps(pilot.steps))
+    quiet = VerbRun(run.verb, {**run.flags, "disable_tqdm": True, "logging_steps": eval_steps(pilot.steps)})
     with redirect_stdout(log):
-        finetune([*flags, "--output_dir", str(place), "--disable_tqdm", "true", "--logging_steps", every])
+        finetune(quiet.arguments(place)[1:])
     write_text(place / "log.txt", log.getvalue())
-    told = [row["num_tokens"] for row in read_jsonl(place / "metrics.jsonl") if "num_tokens" in row]
+    tokens = [row["num_tokens"] for row in read_jsonl(place / "metrics.jsonl") if "num_tokens" in row]
     return PilotRun(
         pilot,
         folder=place.name,
         num_params=tuned_params(place),
         steps=pilot.steps,
-        tokens=int(max(told, default=0)),
+        tokens=int(max(tokens, default=0)),
         seconds=round(time.monotonic() - began, 1),
     )
 

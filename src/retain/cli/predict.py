@@ -19,7 +19,7 @@ LIMITS = {"max_forgetting": "forgetting", "max_ref_kl": "ref_kl"}  # the metric 
 
 @dataclass(kw_only=True)
 class PredictConfig(RevisionSettings):
-    """`retain predict`: what a law says of a run not yet made; the law's file comes first, without a flag."""
+    """`retain predict`: the losses of a run not yet made; the law's file comes first, without a flag."""
 
     law: str = setting("", "File that `retain fit` wrote.", required=True)
     dataset: str | None = setting(None, "Data set, where the law was fitted to several.")
@@ -35,9 +35,7 @@ class PredictConfig(RevisionSettings):
     max_forgetting: float | None = setting(
         None, "Solve for the largest num_steps whose predicted forgetting stays below this, in nats per token."
     )
-    max_ref_kl: float | None = setting(
-        None, "Likewise of a law of KL(base || model), which `retain fit` fits unless told otherwise."
-    )
+    max_ref_kl: float | None = setting(None, "Likewise of a law of KL(base || model), the default of `retain fit`.")
     model: str | None = setting(
         None, "Model whose tuned parameters are counted in place of num_params; only its configuration is read."
     )
@@ -57,7 +55,7 @@ class PredictConfig(RevisionSettings):
 
 
 def run_predict(config: PredictConfig) -> None:
-    """Print what a law says of a run, or of the most steps within a limit, as text or JSON."""
+    """Print the predicted losses of a run, or its largest num_steps within a limit, as text or JSON."""
     law = ForgettingLaw.from_json(config.law)
     known: dict[str, Any] = {name: getattr(config, name) for name in INPUTS if getattr(config, name) is not None}
     if config.model is not None and config.lora_r is not None:

@@ -130,9 +130,9 @@ def run_sample(config: SampleConfig) -> None:
     if main:
         shared = f", drawn by {state.num_processes} processes" if state is not None else ""
         print(f"{quantity(config.num_rows, 'row')} of {max_length} tokens in {folder}{shared}")
-        look_at_pool(folder, tokenizer, starts, config.preview)
+        report_pool(folder, tokenizer, starts, config.preview)
         if config.store_reference:
-            look_at_store(folder, model)
+            report_store(folder, model)
 
 
 def launched() -> bool:
@@ -141,7 +141,7 @@ def launched() -> bool:
 
 
 def engine_of(config: SampleConfig) -> Callable[[Any, int], AbstractContextManager[Engine | None]]:
-    """What opens the engine that was asked for, given the model and tokens per row; None is the engine of this process.
+    """A function of the model and the tokens per row that opens the chosen engine; None is the engine of this process.
 
     Raises:
         ValueError: if it is not installed, or is Ray's and other processes were launched beside this one.
@@ -189,11 +189,11 @@ def sample_with_bar(model: Any, tokenizer: Any, output_dir: str, num_rows: int, 
             bar.close()
 
 
-def look_at_pool(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> None:
-    """Write `statistics.json`, print its summary and warnings, and show rows to read where asked."""
+def report_pool(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> None:
+    """Write `statistics.json`, print its summary and warnings, and a preview of this many rows."""
     manifest = read_manifest(folder)
-    says_entropy = ("entropy",) if manifest["sampler"]["engine"] != "vllm" else ()
-    columns = read_shards(folder, manifest, ("input_ids", "prefix_length", "logprob", *says_entropy))
+    entropy = ("entropy",) if manifest["sampler"]["engine"] != "vllm" else ()
+    columns = read_shards(folder, manifest, ("input_ids", "prefix_length", "logprob", *entropy))
     rows, given = columns["input_ids"], [int(length) for length in columns["prefix_length"]]
     texts = [tokenizer.decode(row[length:]) for row, length in zip(rows, given, strict=True)]
     statistics = pool_statistics(
@@ -215,19 +215,19 @@ def look_at_pool(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> 
         print(f"preview: {folder / PREVIEW}")
 
 
-def look_at_store(folder: Path, model: Any) -> None:
-    """Say what the stored predictions cost on disk and keep of the model's own, here and in `statistics.json`."""
+def report_store(folder: Path, model: Any) -> None:
+    """Print what the stored predictions cost on disk and keep of the model's own, and add it to `statistics.json`."""
     rows = load_self_generated(folder)
     assert rows.cache is not None
-    told: dict[str, Any] = {"kind": rows.cache.kind, **describe_store(model, rows)}
-    told["bytes_per_token"] = round(bytes_per_token(folder, int(rows.num_predictions.sum())), 1)
+    stored: dict[str, Any] = {"kind": rows.cache.kind, **describe_store(model, rows)}
+    stored["bytes_per_token"] = round(bytes_per_token(folder, int(rows.num_predictions.sum())), 1)
     statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
-    write_json(folder / STATISTICS, {**statistics, "stored": told})
-    error = told["stored_kl"] - told["exact_kl"]
-    print(f"  stored predictions: {told['kind']}, {told['bytes_per_token']:g} bytes per token")
+    write_json(folder / STATISTICS, {**statistics, "stored": stored})
+    error = stored["stored_kl"] - stored["exact_kl"]
+    print(f"  stored predictions: {stored['kind']}, {stored['bytes_per_token']:g} bytes per token")
     print(
-        f"    KL to a probe, nats per token: {told['stored_kl']:.5f} from what is stored, {told['exact_kl']:.5f} exact "
-        f"(error {error:+.2g}, {told['num_tokens']} tokens); mass outside of the stored tokens {told['rest']:.2g}"
+        f"    KL to a probe, nats per token: {stored['stored_kl']:.5f} from the store, {stored['exact_kl']:.5f} exact "
+        f"(error {error:+.2g}, {stored['num_tokens']} tokens); mass outside of the stored tokens {stored['rest']:.2g}"
     )
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM ends a command as Ctrl-C does, and neither is lost."""
+"""SIGTERM ends a command as Ctrl-C does, and neither signal is lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SOON = 0.05  # seconds
+RESEND_DELAY = 0.05  # seconds
 
 
 class Terminated(KeyboardInterrupt):
@@ -22,10 +22,11 @@ def _terminate(signum: int, frame: Any) -> None:
 
 
 @contextmanager
-def heard() -> Iterator[None]:
+def signals_as_exceptions() -> Iterator[None]:
     """Within, SIGTERM raises `Terminated`. Python drops what is raised while an object is finalised: it is sent again.
 
-    One of several processes dies of SIGTERM at once, lest the others wait; a thread cannot listen.
+    One of several processes dies of SIGTERM at once, so that the others do not wait. Outside of the main thread Python
+    sets no handler.
     """
     if "WORLD_SIZE" in os.environ or threading.current_thread() is not threading.main_thread():
         yield
@@ -36,7 +37,7 @@ def heard() -> Iterator[None]:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             return hook(dropped)
         number = signal.SIGTERM if issubclass(dropped.exc_type, Terminated) else signal.SIGINT
-        threading.Timer(SOON, os.kill, (os.getpid(), number)).start()
+        threading.Timer(RESEND_DELAY, os.kill, (os.getpid(), number)).start()
 
     sys.unraisablehook = send_again
     try:
