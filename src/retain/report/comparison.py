@@ -115,17 +115,11 @@ def compare_at_matched_loss(runs: Runs, seed: int = 0) -> Comparison:
     if texts and reason is None and not matched:
         reason = "no text was measured during training; give it to `retain finetune` as --retention"
     rates = [_interpolate(*run.series("learning_rate"), step) for run, step in zip(runs, steps, strict=True)]
-    why = [_other_tokens(runs[0], run) if loss_text is None else mismatch(runs[0], run, loss_text) for run in runs]
-    relative = [
-        loss / losses[0] - 1 if at and loss and losses[0] and not why[at] else None for at, loss in enumerate(losses)
-    ]
-    compared = [
-        ComparedRun(
-            run.name, steps[at], rates[at], ends[at], losses[at], relative[at], run.kept_step is not None,
-            unlike=_mismatch_with(runs[0], why[at]),
-        )
-        for at, run in enumerate(runs)
-    ]  # fmt: skip
+    compared = []
+    for at, run in enumerate(runs):
+        relative, unlike = _loss_difference(runs, losses, at, loss_text)
+        kept = run.kept_step is not None
+        compared.append(ComparedRun(run.name, steps[at], rates[at], ends[at], losses[at], relative, kept, unlike))
     return Comparison(
         reference=runs[0].name if runs else None,
         matched_loss=matched_loss,
@@ -140,8 +134,15 @@ def compare_at_matched_loss(runs: Runs, seed: int = 0) -> Comparison:
     )
 
 
-def _mismatch_with(run: RunResults, why: str | None) -> Mismatch | None:
-    return Mismatch(run.name, why) if why else None
+def _loss_difference(
+    runs: Runs, losses: Sequence[float | None], at: int, loss_text: str | None
+) -> tuple[float | None, Mismatch | None]:
+    """The final loss of a run relative to that of the first, or why there is none."""
+    why = _other_tokens(runs[0], runs[at]) if loss_text is None else mismatch(runs[0], runs[at], loss_text)
+    if why:
+        return None, Mismatch(runs[0].name, why)
+    loss, of_first = losses[at], losses[0]
+    return loss / of_first - 1 if at and loss and of_first else None, None
 
 
 def first_crossing(steps: Sequence[float], losses: Sequence[float], target: float) -> float | None:
@@ -295,8 +296,8 @@ def _side_by_side(runs: Runs, steps: Sequence[float | None] | None, text: str, s
         why = mismatch(runs[first], runs[at], text) if steps is None else None
         why = why or _other_documents(sums[first], sums[at])
         if why and entry.ref_kl is not None:
-            note: dict[str, Any] = {"unlike": _mismatch_with(runs[first], why)}
-            note |= {"note": f"not compared with “{runs[first].name}”: {why}"}
+            to = runs[first].name
+            note: dict[str, Any] = {"unlike": Mismatch(to, why), "note": f"not compared with “{to}”: {why}"}
         else:
             note = _prevented(entries[0], entry, sums[0], sums[at], runs[0].floor(text), seed)
         entries[at] = replace(entry, **note)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from retain.report.comparison import Comparison, Point, end_points, frontier
 from retain.report.results import RunResults, Runs, names_of_texts
 
+LEARNING = "new-task loss, nats per token (learning →)"  # to the right, wherever it is drawn
+
 
 @dataclass(frozen=True)
 class PlotLine:
@@ -79,7 +81,7 @@ def _learning(runs: Runs, compared: Comparison | None, text: str) -> Panel | Non
     last = {line.run: (line.x[-1], line.y[-1]) for line in lines}
     best = sorted((last[place] for place in frontier(points)), reverse=True)
     labels: dict[str, Any] = {
-        "xlabel": "new-task loss, nats per token (learning →)",
+        "xlabel": LEARNING,
         "ylabel": "ref_kl, nats per token",
     }
     return Panel(
