@@ -32,7 +32,7 @@ from experiments.program import device_name
 from experiments.small_base import BaseSettings, Rows, make_base
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, versions
 from retain.data.rows import Document, packed_rows, token_documents, tokenize_documents
-from retain.lab.runner import Results, locked, run_key
+from retain.lab.runner import RunRows, locked, run_key
 from retain.models.description import default_device, model_fingerprint
 from retain.replay.dataset import load_self_generated
 from retain.sampling.engine import choose_batch_size, draw_rows
@@ -310,7 +310,7 @@ class StudyResults:
     """Rows of a study by their settings, on one bench; `results.jsonl` only grows, and several processes share it."""
 
     def __init__(self, path: Path, bench: str) -> None:
-        self.kept, self.bench = Results(path), bench
+        self.kept, self.bench = RunRows(path), bench
 
     @property
     def rows(self) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from retain.files import read_jsonl
-from retain.lab.runner import Results, run_key
+from retain.lab.runner import RunRows, run_key
 
 
 def test_a_key_is_that_of_the_settings_alone():
@@ -23,17 +23,17 @@ def test_a_row_is_made_once_and_outlives_a_half_written_line(tmp_path: Path):
         made.append(value)
         return {"value": value}
 
-    results = Results(path)
+    results = RunRows(path)
     assert [results.make("a", lambda: compute(1)), results.make("a", lambda: compute(2))] == 2 * [
         {"key": "a", "value": 1}
     ]
     with open(path, "a") as file:
         file.write('{"key": "b", "val')  # a killed process was writing it
-    again = Results(path)
+    again = RunRows(path)
     assert again.make("b", lambda: compute(3))["value"] == 3
     again.append({"key": "c", "status": "failed"})
     assert [row["key"] for row in read_jsonl(path)] == ["a", "b", "c"]
-    assert set(again.rows) == set(Results(path).rows) == {"a", "b"}, "a failed run is tried again"
+    assert set(again.rows) == set(RunRows(path).rows) == {"a", "b"}, "a failed run is tried again"
     assert made == [1, 3]
     assert [one.name for one in path.parent.iterdir()] == ["results.jsonl"], "no lock stays"
 
@@ -47,7 +47,7 @@ def make_rows(path: Path, counted: Path) -> None:
         time.sleep(0.002)
         return {"filler": "y" * 10_000}
 
-    results = Results(path)
+    results = RunRows(path)
     for at in range(40):
         results.make(f"{at}", compute)
 

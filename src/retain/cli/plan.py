@@ -22,7 +22,7 @@ from retain.cli.sample import SampleConfig, run_sample
 from retain.cli.settings import RemoteCodeSettings, RetentionSettings, SeedSettings
 from retain.data.rows import named_sources, read_rows
 from retain.files import exclusive, read_jsonl, write_json, write_text
-from retain.lab.runner import Results, VerbRun, run_key
+from retain.lab.runner import RunRows, VerbRun, run_key
 from retain.laws.plan import (
     Pilot,
     PilotRun,
@@ -138,7 +138,7 @@ def make_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say
     data = prepare_rows(config, folder)
     replay = prepare_replay(config, folder)
     pilots = pilot_grid(config.lora_ranks, config.replay_coefs, config.pilot_steps)
-    rows, made, results = [], [], Results(folder / PILOTS)
+    rows, made, results = [], [], RunRows(folder / PILOTS)
     for number, pilot in enumerate(pilots, start=1):
         run = finetune_run(config, pilot.rank, pilot.coef, pilot.steps, data, replay)
         key = run_key(run.flags, contents_of(config, data))[:10]

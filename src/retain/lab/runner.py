@@ -1,6 +1,6 @@
-"""Runs that are made once each, named by a hash of their settings; nothing is lost to a kill but what was under way.
+"""Runs, each made once and named by a hash of its settings; a kill loses no more than what was under way.
 
-`Results` keeps a row of each in a file: of a study, a plan's pilots, a sweep. `run_here` and `run_on_ray` make runs of
+`RunRows` keeps a row of each in a file: of a study, a plan's pilots, a sweep. `run_here` and `run_on_ray` make runs of
 a verb, each in a process and a folder of its own.
 """
 
@@ -59,7 +59,7 @@ def locked(path: Path) -> Iterator[None]:
                 lock.unlink()
 
 
-class Results:
+class RunRows:
     """Rows by key in a JSON Lines file that only grows, and that several processes may share.
 
     A row whose `status` is "failed" stands in the file for its error; its run counts as not made.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from retain import versions
 from retain.files import exclusive, read_jsonl
-from retain.lab.runner import Results, VerbRun, run_here, run_on_ray
+from retain.lab.runner import RunRows, VerbRun, run_here, run_on_ray
 from retain.report.numbers import is_number
 
 RESULTS = "results.jsonl"
@@ -144,7 +144,7 @@ def run_sweep(
     check(runs)
     failed: list[dict[str, Any]] = []
     with exclusive(root):
-        results = Results(root / RESULTS)
+        results = RunRows(root / RESULTS)
         todo = [run for run in runs if run.key not in results.rows]
         with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc="sweep") as bar:
 
