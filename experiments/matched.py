@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,3 +79,39 @@ def _estimate(values: Sequence[float], above: np.ndarray, below: np.ndarray, *, 
     _, low, high = bootstrap_ratio(above, below)
     found = over_seeds(values)
     return found.widened(Interval(found.value, 1 - high, 1 - low) if flip else Interval(found.value, low, high))
+
+
+def by_settings(rows: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[int, dict[str, Any]]]]:
+    """Runs that differ in their seed alone: their settings, and the rows by seed; in the order of the rows."""
+    groups: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        key = {"name": row.get("name"), **row["settings"], "seed": None}
+        groups.setdefault(json.dumps(key), {})[row["settings"]["seed"]] = row
+    settings = [{name: value for name, value in json.loads(key).items() if value is not None} for key in groups]
+    return [(one, dict(sorted(of.items()))) for one, of in zip(settings, groups.values(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Runs that differ in their seed alone, each read at the target loss (None: never came down so far)."""
+
+    settings: dict[str, Any]
+    readings: dict[int, Reading | None]
+
+    @property
+    def reached(self) -> bool:
+        return all(reading is not None for reading in self.readings.values())
+
+    def mean(self, text: str, metric: str) -> Interval:
+        return mean_of([reading for reading in self.readings.values() if reading], text, metric)
+
+    @property
+    def last_step(self) -> float:
+        """Steps to the target loss, mean over seeds."""
+        return float(np.mean([reading.step for reading in self.readings.values() if reading]))
+
+    def against(self, plain: Seeds, text: str, metric: str) -> Interval:
+        """What was prevented of that which the plain runs lost, paired by seed."""
+        pairs = [(one, plain.readings.get(seed)) for seed, one in self.readings.items()]
+        both = [(one, bare) for one, bare in pairs if one and bare]
+        return prevented([one for one, _ in both], [bare for _, bare in both], text, metric)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from experiments.claim import Interval
-from experiments.matched import MEASURES, Reading, mean_of, prevented, read_at, target_loss
+from experiments.matched import MEASURES, Reading, Seeds, by_settings, read_at, target_loss
 from experiments.pages import table
 
 GOAL, LIMIT, GAIN = 0.95, 1.10, 0.85
@@ -17,12 +16,10 @@ LENGTH = 64
 
 
 @dataclass(frozen=True)
-class Cell:
-    """Runs that differ in their seed alone, read at the target loss; `plain` are the unprotected ones of its method."""
+class Cell(Seeds):
+    """A setting with its price; `plain` are the unprotected runs of its method."""
 
-    settings: dict[str, Any]
-    readings: dict[int, Reading | None]
-    plain: dict[int, Reading | None]
+    plain: Seeds
     rounds: tuple[float, ...]  # cost of a step in each round of timing
     predicted: float
     usual: bool  # whether at the learning rate of the plain runs
@@ -32,28 +29,14 @@ class Cell:
         """Time of a step relative to a plain one, as measured."""
         return statistics.median(self.rounds) if self.rounds else None
 
-    @property
-    def reached(self) -> bool:
-        return all(reading is not None for reading in self.readings.values())
-
-    def pairs(self) -> tuple[list[Reading], list[Reading]]:
-        seeds = [seed for seed, reading in self.readings.items() if reading and self.plain.get(seed)]
-        return [self.readings[seed] for seed in seeds], [self.plain[seed] for seed in seeds]  # type: ignore[misc]
-
     def prevented(self, text: str, metric: str) -> Interval:
-        return prevented(*self.pairs(), text, metric)
-
-    def mean(self, text: str, metric: str) -> Interval:
-        return mean_of(self.pairs()[0], text, metric)
-
-    @property
-    def last_step(self) -> float:
-        """Steps to the target loss, mean over seeds."""
-        return statistics.fmean(reading.step for reading in self.pairs()[0])
+        return self.against(self.plain, text, metric)
 
     def steps(self) -> float:
-        """Steps to the target loss, relative to the plain runs."""
-        return self.last_step / statistics.fmean(reading.step for reading in self.pairs()[1])
+        """Steps to the target loss, relative to the plain runs of the same seeds."""
+        seeds = [seed for seed, reading in self.readings.items() if reading and self.plain.readings.get(seed)]
+        own, bare = (statistics.fmean(of.readings[seed].step for seed in seeds) for of in (self, self.plain))  # type: ignore[union-attr]
+        return own / bare
 
     @property
     def name(self) -> str:
@@ -108,25 +91,24 @@ def costs(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], list[tuple[fl
 
 def cells_of(rows: Sequence[dict[str, Any]], rate: dict[str, float]) -> tuple[list[Cell], dict[str, float]]:
     """All cells, read at the target loss of their method: of the plain runs at the learning rate `rate[method]`."""
-    runs = [row for row in rows if "trajectory" in row]
-    groups: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in runs:
-        key = {name: value for name, value in row["settings"].items() if name != "seed"}
-        groups.setdefault(json.dumps(key), {})[row["settings"]["seed"]] = row
-    bare = {row["settings"]["method"]: {} for row in runs}
-    for row in runs:
-        if "coef" not in row["settings"] and row["settings"]["learning_rate"] == rate[row["settings"]["method"]]:
-            bare[row["settings"]["method"]][row["settings"]["seed"]] = row
-    targets = {method: target_loss(list(plain.values()), GAIN) for method, plain in bare.items() if plain}
-    read = {method: {s: read_at(row, targets[method]) for s, row in bare[method].items()} for method in targets}
+    groups = by_settings(row for row in rows if "trajectory" in row)
+    bare = {
+        settings["method"]: (settings, of)
+        for settings, of in groups
+        if "coef" not in settings and settings["learning_rate"] == rate[settings["method"]]
+    }
+    targets = {method: target_loss(list(of.values()), GAIN) for method, (_, of) in bare.items()}
+
+    def read(settings: dict[str, Any], of: dict[int, dict[str, Any]]) -> dict[int, Reading | None]:
+        return {seed: read_at(row, targets[settings["method"]]) for seed, row in of.items()}
+
+    plain = {method: Seeds(settings, read(settings, of)) for method, (settings, of) in bare.items()}
     timed, found = costs(rows), []
-    for key, by_seed in groups.items():
-        settings = json.loads(key)
+    for settings, of in groups:
         method = settings["method"]
-        readings = {seed: read_at(row, targets[method]) for seed, row in sorted(by_seed.items())}
         rounds = tuple(cpu for cpu, _ in timed.get(shape(settings), ())) if "coef" in settings else (1.0,)
         usual = settings["learning_rate"] == rate[method]
-        found.append(Cell(settings, readings, read[method], rounds, predicted_cost(settings), usual))
+        found.append(Cell(settings, read(settings, of), plain[method], rounds, predicted_cost(settings), usual))
     return found, targets
 
 

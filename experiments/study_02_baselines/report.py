@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from experiments.claim import Interval
-from experiments.matched import MEASURES, Reading, mean_of, prevented, read_at, target_loss
+from experiments.matched import MEASURES, Seeds, by_settings, read_at, target_loss
 from experiments.pages import NoReport, dress, findings, goal_line, panels, table
 from retain.report.results import series
 from retain.report.style import PALETTE
@@ -37,43 +35,26 @@ ALIKE = (("kl", "kl real"), ("ntp", "ntp real"))
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One setting of one method: its runs by seed, each read at the target loss (None: never came down so far)."""
+class Entry(Seeds):
+    """One setting of one method."""
 
     method: str
-    settings: dict[str, Any]
     rows: dict[int, dict[str, Any]]
-    readings: dict[int, Reading | None]
-
-    @property
-    def reached(self) -> bool:
-        return all(reading is not None for reading in self.readings.values())
 
     @property
     def name(self) -> str:
-        told = [f"{word} {self.settings[key]:.2g}" for key, word in KNOBS.items() if self.settings.get(key)]
-        return f"{self.method}, {', '.join(told)}"
-
-    def mean(self, text: str, metric: str) -> Interval:
-        return mean_of([r for r in self.readings.values() if r], text, metric)
-
-    def against(self, plain: Entry, text: str, metric: str) -> Interval:
-        seeds = [seed for seed in self.readings if plain.readings.get(seed)]
-        return prevented([self.readings[s] for s in seeds], [plain.readings[s] for s in seeds], text, metric)  # type: ignore[misc]
+        knobs = [f"{word} {self.settings[key]:.2g}" for key, word in KNOBS.items() if self.settings.get(key)]
+        return f"{self.method}, {', '.join(knobs)}"
 
 
 def entries_of(rows: Sequence[dict[str, Any]]) -> tuple[list[Entry], float]:
     """Entries in the order of the results, the plain run of the study first, and the target loss."""
-    groups: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in rows:
-        key = {name: value for name, value in row["settings"].items() if name != "seed"}
-        groups.setdefault(json.dumps([row["name"], key]), {})[row["settings"]["seed"]] = row
-    first = next(group for key, group in groups.items() if json.loads(key)[0] == "plain")
-    target = target_loss(list(first.values()), GAIN)
+    groups = by_settings(rows)
+    target = target_loss(list(next(of for settings, of in groups if settings["name"] == "plain").values()), GAIN)
     found = []
-    for key, by_seed in groups.items():
-        method, settings = json.loads(key)
-        readings = {seed: read_at(row, target) for seed, row in sorted(by_seed.items())}
+    for settings, by_seed in groups:
+        method = settings.pop("name")
+        readings = {seed: read_at(row, target) for seed, row in by_seed.items()}
         for seed, row in by_seed.items():
             last = row["trajectory"][-1]["step"]
             if readings[seed] is None and settings["method"] != "interpolation" and last < settings["max_steps"]:
@@ -81,7 +62,7 @@ def entries_of(rows: Sequence[dict[str, Any]]) -> tuple[list[Entry], float]:
                     f"{method}, seed {seed}: it ended at step {last}, above a new-task loss of {target:.4f}: the rows "
                     "that set this target have changed since; delete its row and run the study again"
                 )
-        found.append(Entry(method, settings, by_seed, readings))
+        found.append(Entry(settings, readings, method, by_seed))
     return found, target
 
 
@@ -197,8 +178,7 @@ def _line(entry: Entry, plain: Entry) -> str:
         return f"| {' | '.join(cells)} | target not reached: {lowest(entry):.3f} at best ||||||"
     cells += [str(entry.mean(*measure)) for measure in MEASURES]
     cells += ["–", "–"] if entry is plain else [entry.against(plain, *measure).percent() for measure in MEASURES[:2]]
-    steps = np.mean([reading.step for reading in entry.readings.values() if reading])
-    cells.append("–" if entry.settings["method"] == "interpolation" else f"{steps:.0f}")
+    cells.append("–" if entry.settings["method"] == "interpolation" else f"{entry.last_step:.0f}")
     return f"| {' | '.join(cells)} |"
 
 

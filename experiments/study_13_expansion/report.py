@@ -37,10 +37,6 @@ def cells(rows: Sequence[Row], scale: Any, kind: str) -> dict[str, Cell]:
     return {arm: cell for arm, cell in found.items() if cell is not None}
 
 
-def same_coef(rows: Sequence[Row], scale: Any, arm: str, coef: float) -> Cell | None:
-    return cell_of(runs_of(rows, scale, arm), scale.world.target, [coef])
-
-
 def less(cell: Cell, than: Cell) -> list[float]:
     """How much less is forgotten, paired by seed."""
     return [than.forgetting[seed] - lost for seed, lost in cell.forgetting.items() if seed in than.forgetting]
