@@ -76,25 +76,44 @@ def set_defaults_of_machine(parser: Any) -> None:
 def run_finetune(
     script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, config: FinetuneConfig
 ) -> None:
-    """`finetune`, alone in its folder."""
-    with exclusive(Path(training_args.output_dir)) if training_args.process_index == 0 else nullcontext():
-        finetune(script_args, training_args, model_args, dataset_args, config)
-
-
-def finetune(
-    script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, config: FinetuneConfig
-) -> ReplaySFTTrainer:
-    """Finetune and save; the dataclasses are TRL's, and `config` is ours.
+    """Finetune and save, alone in the folder; the dataclasses are TRL's, and `config` is ours.
 
     Raises:
         ValueError: one line, before anything is written, for input that cannot work.
     """
-    if not model_args.model_name_or_path:
-        raise ValueError("model: missing; give --model")
-    check_arguments(training_args, config.replay_objective)
+    with exclusive(Path(training_args.output_dir)) if training_args.process_index == 0 else nullcontext():
+        if not model_args.model_name_or_path:
+            raise ValueError("model: missing; give --model")
+        check_arguments(training_args, config.replay_objective)
+        checkpoint = checkpoint_to_resume(training_args)
+        say = _say if training_args.process_index == 0 else lambda line: None
+        trainer = make_trainer(script_args, training_args, model_args, dataset_args, config, say)
+        watch = None if config.stop_at_loss is None else StopAtLoss(config.stop_at_loss)
+        if watch is not None:
+            trainer.add_callback(watch)
+        if config.early_stopping_patience is not None:
+            trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
+        if config.adam_beta2_half_life_tokens is not None:  # the optimizer is made when training begins
+            say(apply_half_life(training_args, config.adam_beta2_half_life_tokens, mean_row_length(trainer)))
+        for line in trainer.protection():
+            say(line)
+        if training_args.resume_from_checkpoint and checkpoint is None:
+            say(f"no whole checkpoint in {training_args.output_dir}: beginning anew")
+        train(trainer, checkpoint)
+        trainer.evaluate_retention()
+        save_card(trainer, script_args.dataset_name)
+        results = [watch, *trainer.retention_lines(), trainer.budget and trainer.budget.verdict()]
+        for result in (f"model: {training_args.output_dir}", *filter(None, results)):
+            say(result)
+        trainer.end()
+
+
+def make_trainer(
+    script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, config: FinetuneConfig, say: Any
+) -> ReplaySFTTrainer:
+    """The trainer with model, rows and texts; whatever is cheap to refuse is refused before the model is loaded."""
     if model_args.use_peft:
         check_number("lora_r", model_args.lora_r, low=1, integer=True)
-    checkpoint = checkpoint_to_resume(training_args)
     check_half_life(training_args, config.adam_beta2_half_life_tokens)
     check_stop_at_loss(training_args, config.stop_at_loss)
     check_early_stopping(training_args, config.early_stopping_patience)
@@ -105,11 +124,9 @@ def finetune(
     options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
     tokenizer = load_tokenizer(name, **options)
     retention = {text: load_texts(path, tokenizer, config.retention_max_documents) for text, path in sources.items()}
-    say = _say if training_args.process_index == 0 else lambda line: None
     if default_device() == "cpu":
         say(f"no accelerator: training on the CPU in {'bfloat16' if training_args.bf16 else 'float32'}")
     say(f"document start: {choose_start_token(tokenizer, config.start_token)}")
-    replay = config.replay_dataset
     quantization, adapter = get_quantization_config(model_args), get_peft_config(model_args)
     check_replay_every(config, expected_steps(training_args, train_dataset))  # before rows are drawn for it
     of_model = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
@@ -117,6 +134,7 @@ def finetune(
     model = load_for_training(name, training_args, {"quantization_config": quantization, "processing_class": tokenizer})
     if isinstance(training_args.max_length, Unchosen):  # TRL's default, which the model may have no room for
         training_args.max_length = length_that_fits(model, training_args.max_length)
+    replay = config.replay_dataset
     if replay == "self":
         with training_args.main_process_first(local=False, desc="sampling replay"):
             replay = _sample_own(model, tokenizer, training_args, config, adapter)
@@ -133,33 +151,15 @@ def finetune(
         start_token=config.start_token,
     )
     check_replay_every(config, expected_steps(training_args, trainer.train_dataset))  # packed
-    watch = None if config.stop_at_loss is None else StopAtLoss(config.stop_at_loss)
-    if watch is not None:
-        trainer.add_callback(watch)
-    if config.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
-    if config.adam_beta2_half_life_tokens is not None:  # the optimizer is made when training begins
-        say(apply_half_life(training_args, config.adam_beta2_half_life_tokens, mean_row_length(trainer)))
-    for line in trainer.protection():
-        say(line)
-    if training_args.resume_from_checkpoint and checkpoint is None:
-        say(f"no whole checkpoint in {training_args.output_dir}: beginning anew")
-    train(trainer, checkpoint)
-    trainer.evaluate_retention()
-    file = is_local_file(script_args.dataset_name or "")  # which is no data set of the Hub, and has no page there
-    named = {"dataset_name": None if file else script_args.dataset_name}
-    trainer.create_model_card(model_name=Path(training_args.output_dir).name, **named)
-    say(f"model: {training_args.output_dir}")
-    if watch is not None:
-        say(watch)
-    for line in trainer.retention_lines():
-        say(line)
-    if trainer.budget is not None:
-        say(trainer.budget.verdict())
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**named)
-    trainer.end()
     return trainer
+
+
+def save_card(trainer: ReplaySFTTrainer, dataset_name: str | None) -> None:
+    """Write the model card, and push to the Hub where the arguments say so; a file has no page on the Hub to name."""
+    named = {"dataset_name": None if is_local_file(dataset_name or "") else dataset_name}
+    trainer.create_model_card(model_name=Path(trainer.args.output_dir).name, **named)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**named)
 
 
 def _say(line: Any) -> None:

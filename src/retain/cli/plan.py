@@ -24,6 +24,7 @@ from retain.data.rows import named_sources, read_rows
 from retain.files import exclusive, read_jsonl, write_json, write_text
 from retain.lab.runner import RunRows, VerbRun, run_key
 from retain.laws.plan import (
+    Measurement,
     Pilot,
     PilotRun,
     Plan,
@@ -137,16 +138,7 @@ def make_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say
     check_sources(config)
     data = prepare_rows(config, folder)
     replay = prepare_replay(config, folder)
-    pilots = pilot_grid(config.lora_ranks, config.replay_coefs, config.pilot_steps)
-    rows, made, results = [], [], RunRows(folder / PILOTS)
-    for number, pilot in enumerate(pilots, start=1):
-        run = finetune_run(config, pilot.rank, pilot.coef, pilot.steps, data, replay)
-        key = run_key(run.flags, contents_of(config, data))[:10]
-        place = folder / "pilots" / f"{pilot.name}-{key}"
-        say(f"pilot {number}/{len(pilots)}: {pilot.name}{' (found)' if key in results.rows else ''}")
-        row = results.make(key, lambda: {"run": asdict(make_pilot(pilot, run, place, finetune))})  # noqa: B023
-        made.append(PilotRun(**row["run"] | {"pilot": pilot}))
-        rows += read_pilot(place, pilot, retention)
+    made, rows = make_pilots(config, data, replay, finetune, say)
     say("fitting")
     laws = fit_pilots(rows, num_resamples=config.num_resamples, seed=config.seed)
     sizes = {one.pilot.rank: one.num_params for one in made if not one.pilot.coef}
@@ -166,6 +158,26 @@ def make_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say
     write_text(folder / "plan.md", report.page())
     write_json(folder / "plan.json", {"schema": SCHEMA, **report.to_dict(), "versions": versions()})
     return report.summary(folder)
+
+
+def make_pilots(
+    config: PlanConfig, data: Sequence[str], replay: str | None, finetune: Callable[[list[str]], Any], say: Say
+) -> tuple[list[PilotRun], list[Measurement]]:
+    """The pilots, each made once, and their measurements."""
+    folder, retention = Path(config.output_dir), retention_of(config)
+    results = RunRows(folder / PILOTS)
+    pilots = pilot_grid(config.lora_ranks, config.replay_coefs, config.pilot_steps)
+    made: list[PilotRun] = []
+    rows: list[Measurement] = []
+    for number, pilot in enumerate(pilots, start=1):
+        run = finetune_run(config, pilot.rank, pilot.coef, pilot.steps, data, replay)
+        key = run_key(run.flags, contents_of(config, data))[:10]
+        place = folder / "pilots" / f"{pilot.name}-{key}"
+        say(f"pilot {number}/{len(pilots)}: {pilot.name}{' (found)' if key in results.rows else ''}")
+        row = results.make(key, lambda: {"run": asdict(make_pilot(pilot, run, place, finetune))})  # noqa: B023
+        made.append(PilotRun(**row["run"] | {"pilot": pilot}))
+        rows += read_pilot(place, pilot, retention)
+    return made, rows
 
 
 def retention_of(config: PlanConfig) -> str:
