@@ -90,8 +90,8 @@ def test_scores_and_choices_by_hand():
         lengths=[np.array([1.0, 4.0]), np.array([1.0, 2.0])],
     )
     for batch_tokens in (1, 100):
-        (scores,) = choice_scores(
-            [lambda input_ids, attention_mask: log_probs[input_ids] + 7],
+        scores = choice_scores(
+            lambda input_ids, attention_mask: log_probs[input_ids] + 7,
             inputs,
             batch_tokens=batch_tokens,
             device="cpu",
@@ -124,7 +124,7 @@ def test_scores_equal_a_naive_twin(architecture, style, chat):
     model, tokenizer = make_model(architecture), chat_tokenizer()
     questions = make_questions(6)
     inputs = encode_questions(questions, tokenizer, style=style, chat_template=chat, limit=128)
-    (scores,) = choice_scores([logits_of(model)], inputs, batch_tokens=300, device="cpu")
+    scores = choice_scores(logits_of(model), inputs, batch_tokens=300, device="cpu")
     assert inputs.num_truncated == 0
     assert len(inputs.rows) <= (6 if style == "letter" else sum(len(question.choices) for question in questions))
     for question, found in zip(questions, scores, strict=True):
@@ -135,7 +135,7 @@ def test_scores_equal_a_naive_twin(architecture, style, chat):
 def test_batches_play_no_part():
     inputs = encode_questions(make_questions(), TOKENIZER, style="text", chat_template=False, limit=None)
     whole, small = (
-        choice_scores([logits_of(make_model())], inputs, batch_tokens=tokens, device="cpu")[0] for tokens in (9999, 1)
+        choice_scores(logits_of(make_model()), inputs, batch_tokens=tokens, device="cpu") for tokens in (9999, 1)
     )
     for one, other in zip(whole, small, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
@@ -243,7 +243,7 @@ def test_lm_evaluation_harness_answers_alike_question_by_question(style, chat, t
         )
     samples = sorted(result["samples"]["mine"], key=lambda sample: sample["doc_id"])
     inputs = encode_questions(questions, tokenizer, style=style, chat_template=chat, limit=128)
-    (scores,) = choice_scores([logits_of(model)], inputs, batch_tokens=500, device="cpu")
+    scores = choice_scores(logits_of(model), inputs, batch_tokens=500, device="cpu")
     for found, sample in zip(scores, samples, strict=True):
         np.testing.assert_allclose(found, [response[0] for response in sample["filtered_resps"]], atol=1e-4)
     for rule in ("acc", "acc_norm"):

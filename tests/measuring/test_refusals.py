@@ -124,7 +124,7 @@ def test_openings_by_hand():
     from retain.measuring.choices import choice_scores
     from retain.measuring.tokens import logits_of
 
-    (scores,) = choice_scores([logits_of(model)], inputs, batch_tokens=256, device="cpu")
+    scores = choice_scores(logits_of(model), inputs, batch_tokens=256, device="cpu")
     assert scores[0] == pytest.approx(list(expected.values()), abs=1e-4)
     sums = _log_sums(scores)[0]
     assert np.exp(sums[0]) == pytest.approx(sum(np.exp(expected[one]) for one in REFUSING), rel=1e-3)
@@ -265,7 +265,10 @@ def test_the_command_line_asks_and_shows_no_harmful_text(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--judge", "x", "--retention", "a=b"], "judge: 'x' has nothing to judge"),
-        (["--ci", "0.1", "--refusals", "a=b"], "ci: 0.1 is on forgetting, which needs a text"),
+        (
+            ["--ci", "0.1", "--refusals", "a=b"],
+            "ci: 0.1 is about texts, and there are none; give --retention name=file",
+        ),
         (["--min_agreement", "0.5", "--refusals", "a=b"], "min_agreement: 0.5 is on texts and questions"),
         (["--refusals", "nothing"], "refusals: 'nothing' is not name=file"),
     ],

@@ -209,15 +209,15 @@ def encode_questions(
 
 @torch.no_grad()
 def choice_scores(
-    forwards: Sequence[Forward],
+    forward: Forward,
     inputs: Inputs,
     *,
     batch_tokens: int,
     device: torch.device | str,
     description: str | None = None,
     who: str = "model",
-) -> list[list[np.ndarray]]:
-    """Log-likelihood (nats) of every choice of every question under every model; all see the same batches.
+) -> list[np.ndarray]:
+    """Log-likelihood (nats) of every choice of every question.
 
     Args:
         batch_tokens: padded tokens per forward pass.
@@ -228,35 +228,32 @@ def choice_scores(
         ValueError: for a log-likelihood that is not finite.
     """
     rows = list(inputs.rows)
-    scores = [[np.zeros(len(lengths)) for lengths in inputs.lengths] for _ in forwards]
+    scores = [np.zeros(len(lengths)) for lengths in inputs.lengths]
     documents = [Document([list(row)], 0) for row in rows]
     with tqdm(total=sum(map(len, rows)), desc=description, disable=description is None, unit="tok") as bar:
         for indices, windows in batches(documents, batch_tokens):
-            batch = {name: value.to(device) for name, value in padded(windows).items()}
-            for forward, of_model in zip(forwards, scores, strict=True):
-                logits = forward(**batch)
-                for row, (index, window) in enumerate(zip(indices, windows, strict=True)):
-                    for question, choice, wanted in inputs.rows[rows[index]]:
-                        own = logits[row, len(window) - len(wanted) : len(window)]
-                        losses = next_token_loss(own, torch.tensor(wanted, device=own.device))
-                        of_model[question][choice] = -float(losses.double().sum())
+            logits = forward(**{name: value.to(device) for name, value in padded(windows).items()})
+            for row, (index, window) in enumerate(zip(indices, windows, strict=True)):
+                for question, choice, wanted in inputs.rows[rows[index]]:
+                    own = logits[row, len(window) - len(wanted) : len(window)]
+                    losses = next_token_loss(own, torch.tensor(wanted, device=own.device))
+                    scores[question][choice] = -float(losses.double().sum())
             bar.update(sum(map(len, windows)))
-    for of_model in scores:
-        for at, found in enumerate(of_model, start=1):
-            for choice, value in enumerate(found, start=1):
-                check_finite(value, f"{who}: its log-likelihood of answer {choice} to question {at} is")
+    for at, found in enumerate(scores, start=1):
+        for choice, value in enumerate(found, start=1):
+            check_finite(value, f"{who}: its log-likelihood of answer {choice} to question {at} is")
     return scores
 
 
 def both_scores(
-    base: MeasuredBase, tuned: PreTrainedModel, inputs: Inputs, options: Options, title: str | None = None
+    base: MeasuredBase, tuned: PreTrainedModel, inputs: Inputs, options: Options, title: str = ""
 ) -> list[list[np.ndarray]]:
-    """`choice_scores` of the base, which are made once, and of the tuned model; `title` is shown beside a bar."""
+    """`choice_scores` of the base, made once, and of the tuned model; a title has a progress bar beside it."""
 
     def scored(who: str, model: PreTrainedModel) -> list[np.ndarray]:
         name = f"{visible(title)}, {'base' if who == 'base' else 'tuned'}" if title and options.progress else None
         sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": model.device, "description": name}
-        return choice_scores([logits_of(model)], inputs, who=who, **sizes)[0]
+        return choice_scores(logits_of(model), inputs, who=who, **sizes)
 
     parts = [inputs.parts, options.batch_tokens]
     return [base.recall("choices", parts, lambda: scored("base", base.model)), scored("model", tuned)]
@@ -297,8 +294,8 @@ def measure_choices(
     inputs, few = (encode(some, options.tokenizer) for some in (questions, questions[:NOISE_QUESTIONS]))
     scores = both_scores(base, tuned, inputs, options, title)
     sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": base.model.device, "who": "base"}
-    alone = partial(choice_scores, [row_by_row(base.model)], few, **sizes)
-    scores.append(base.recall("choice_noise", [few.parts, options.batch_tokens], lambda: alone()[0]))
+    alone = partial(choice_scores, row_by_row(base.model), few, **sizes)
+    scores.append(base.recall("choice_noise", [few.parts, options.batch_tokens], alone))
     right = np.array([question.answer for question in questions])
     rules, answers = {}, {}
     for rule in ("acc", "acc_norm") if style == "text" else ("acc",):

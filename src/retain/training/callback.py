@@ -230,6 +230,6 @@ class ForgettingCallback(RetentionMeasurer):
         found = {}
         for name, inputs in self._inputs.items():
             longest = max(map(len, inputs.rows))
-            (scores,) = choice_scores([forward], inputs, batch_tokens=tokens * longest, device=device)
+            scores = choice_scores(forward, inputs, batch_tokens=tokens * longest, device=device)
             found[name] = likeliest_choices(scores, inputs.lengths, rule)
         return found
