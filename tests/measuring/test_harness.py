@@ -172,7 +172,9 @@ def test_a_task_without_answers_is_left_out_aloud(folder, monkeypatch, caplog):
     monkeypatch.setattr("retain.measuring.lm_eval.answer_of", lambda row, metric: None)
     with pytest.raises(ValueError, match="^lm_eval: no answers of mine_text can be compared"):
         measure_with_lm_eval(make_model(), make_model(), TOKENIZER, ["mine_text"], include_path=folder, limit=2)
-    assert "lm_eval: mine_text is left out; pair: base and tuned model share no question with acc" in caplog.text
+    assert (
+        "lm_eval: mine_text is left out; pair: base and tuned model do not tell the answers behind acc" in caplog.text
+    )
 
 
 def test_a_missing_package_is_named(monkeypatch):
