@@ -171,6 +171,8 @@ class MeasureConfig(ModelLoadSettings, RetentionSettings):
         for name in ("prompts", "refusals", "harmless") if not self.max_new_tokens else ():
             if getattr(self, name):
                 raise ValueError(f"max_new_tokens: 0 writes nothing, and {name} are to be answered; use at least 1")
+        for name in ("retention", "new_task", "choices", "refusals", "harmless"):
+            named_sources(getattr(self, name), name)  # which refuses a source without a name before a model is loaded
         if self.judge is not None and not (self.refusals or self.harmless):
             raise ValueError(f"judge: {self.judge!r} has nothing to judge; give --refusals name=file")
 
