@@ -34,7 +34,7 @@ from retain.measuring.tokens import logits_at
 from retain.models.description import num_parameters
 from retain.models.head import find_head_form
 from retain.models.reference import Reference
-from retain.training.replay_term import ReplayTerm
+from retain.training.replay_term import Batch, ReplayTerm
 
 POSITIONS, HIDDEN, VOCAB = 1024, 576, 49_152
 ROWS, LENGTH = 8, 128
@@ -135,7 +135,8 @@ def steps(rounds: int, device: str, dtype: torch.dtype, *, adapter: bool) -> dic
         model = get_peft_model(model, config)
     model.train()
     ids = torch.randint(3, VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
-    inputs, mask = {"input_ids": ids}, torch.ones(ROWS, LENGTH - 1, dtype=torch.bool, device=device)
+    inputs = {"input_ids": ids}
+    batch = Batch(model, model, inputs, ids)
     form = find_head_form(model)
     assert form is not None
     head = form.head(model.get_output_embeddings())
@@ -154,9 +155,9 @@ def steps(rounds: int, device: str, dtype: torch.dtype, *, adapter: bool) -> dic
 
     forms: dict[str, Callable[[], object]] = {
         "plain": lambda: back(plain()),
-        "kl, naive": lambda: back(naive.kl(model, model, inputs, mask)),
-        "kl, chunked": lambda: back(chunked.kl(model, model, inputs, mask)),
-        "kl, chunked, from cache": lambda: back(cached.kl(model, model, inputs, mask, stored)),
+        "kl, naive": lambda: back(naive.kl(batch)),
+        "kl, chunked": lambda: back(chunked.kl(batch)),
+        "kl, chunked, from cache": lambda: back(cached.kl(batch._replace(stored=stored))),
     }
     found = in_turns(forms, rounds, device, "plain")
     plain_units = 2.0 if adapter else 3.0

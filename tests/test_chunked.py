@@ -28,7 +28,7 @@ from retain.models.head import HeadForm, at_head, find_head_form
 from retain.models.reference import Reference
 from retain.training.budget import OPENING
 from retain.training.meter import in_opening
-from retain.training.replay_term import ReplayTerm
+from retain.training.replay_term import Batch, ReplayTerm
 
 POSITIONS, SIZE, VOCAB = 37, 16, 211
 
@@ -305,10 +305,11 @@ def test_the_term_at_the_head_is_the_term_of_the_logits(name: str) -> None:
     for used in (form, None):
         term = ReplayTerm(used, reference)
         values = torch.zeros(int(mask.sum()))
-        kl = term.kl(model, model, {"input_ids": tokens}, mask, values=values)
-        assert float(values.sum()) == pytest.approx(float(kl.detach()), rel=1e-5)
         labels = torch.cat([tokens[:, :1], tokens[:, 1:].masked_fill(~mask, -100)], dim=1)
-        loss = term.next_token_loss(model, model, {"input_ids": tokens}, labels)
+        batch = Batch(model, model, {"input_ids": tokens}, labels, values=values)
+        kl = term.kl(batch)
+        assert float(values.sum()) == pytest.approx(float(kl.detach()), rel=1e-5)
+        loss = term.next_token_loss(batch)
         model.zero_grad()
         (kl + 0.1 * loss).backward()
         found.append((float(kl.detach()), float(loss.detach()), [parameter.grad for parameter in model.parameters()]))

@@ -24,6 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from retain import ReplayConfig, ReplayDataset, ReplaySFTTrainer, losses
 from retain.replay.dataset import load_self_generated
 from retain.sampling.write import sample_rows
+from retain.training.replay_term import Batch
 
 CASES = {
     "llama-copy": ("llama", None, "kl"),
@@ -91,9 +92,9 @@ def count_gathers(trainer: Any) -> list[int]:
     found, whole = [], losses.CHUNK_BYTES
     for losses.CHUNK_BYTES in (whole, 4 * 320 * 2):
         batch = trainer.replay.batch(range(4), trainer.accelerator.device)
-        mask = batch.pop("labels")[:, 1:] != -100
+        labels = batch.pop("labels")
         with CommDebugMode() as seen:
-            trainer.replay.term.kl(trainer.model_wrapped, trainer.model, batch, mask).backward()
+            trainer.replay.term.kl(Batch(trainer.model_wrapped, trainer.model, batch, labels)).backward()
         found.append(sum(count for kind, count in seen.get_comm_counts().items() if "gather" in str(kind)))
         trainer.model.zero_grad()
     losses.CHUNK_BYTES = whole

@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from retain.sampling.write import sample_replay
 
 HERE = Path(__file__).parent
-DEEPSPEED = (
-    HERE.parents[1] / ".cache" / "deepspeed"
-)  # no part of the environment: others would import it at every start
+DEEPSPEED = HERE.parents[1] / ".cache" / "deepspeed"  # not in the environment: others would import it at every start
+PATHS = (HERE, HERE.parent, HERE.parents[1] / "src")
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -41,7 +40,7 @@ def launch(
     command += [str(HERE / "ddp_run.py"), str(folder), str(batch), way, *names]
     around = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent))),
+        "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
@@ -128,7 +127,7 @@ brought = pytest.mark.skipif(not DEEPSPEED.is_dir(), reason="DeepSpeed is brough
 
 
 def zero(stage: int) -> dict[str, str]:
-    path = os.pathsep.join((str(HERE), str(HERE.parent), str(DEEPSPEED)))
+    path = os.pathsep.join(map(str, (*PATHS, DEEPSPEED)))
     found = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage), "PYTHONPATH": path}
     return found | {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true", "DS_ACCELERATOR": "cpu"}
 

@@ -5,32 +5,13 @@ To add one: a class here, and its place in `OBJECTIVES`; flags, checks, logs and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from retain.training.config import ReplayConfig
-    from retain.training.replay_term import ReplayTerm
-
-
-class Batch(NamedTuple):
-    """Rows on which a term is taken, and the model that reads them.
-
-    Args:
-        model, unwrapped: the model as the trainer calls it, and the one inside.
-        inputs: what the model takes.
-        labels: token ids of shape (rows, length), −100 where nothing is predicted.
-        stored: what was stored of the base's predictions at these labels.
-        values: filled with the terms of the sum, shape (predictions,), where the base is compared.
-    """
-
-    model: Any
-    unwrapped: Any
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    stored: dict[str, Tensor] | None = None
-    values: Tensor | None = None
+    from retain.training.replay_term import Batch, ReplayTerm
 
 
 class Objective:
@@ -71,8 +52,7 @@ class KL(Objective):
     draws_rows = adds_term = uses_reference = takes_stored = True
 
     def total(self, term: ReplayTerm, batch: Batch) -> Tensor:
-        mask = batch.labels[:, 1:] != -100
-        return term.kl(batch.model, batch.unwrapped, batch.inputs, mask, batch.stored, batch.values)
+        return term.kl(batch)
 
 
 class NextToken(Objective):
@@ -82,7 +62,7 @@ class NextToken(Objective):
     draws_rows = adds_term = True
 
     def total(self, term: ReplayTerm, batch: Batch) -> Tensor:
-        return term.next_token_loss(batch.model, batch.unwrapped, batch.inputs, batch.labels)
+        return term.next_token_loss(batch)
 
 
 class Replace(Objective):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from retain.losses import (
@@ -27,15 +28,41 @@ from retain.models.head import HeadForm, at_head, find_head_form
 from retain.models.reference import Reference, evaluation_mode
 from retain.replay.dataset import ReplayDataset
 
-Inputs = dict[str, Tensor]
+
+class Batch(NamedTuple):
+    """Rows on which a term is taken, and the model that reads them.
+
+    Args:
+        model, unwrapped: the model as the trainer calls it, and the one inside.
+        inputs: what the model takes.
+        labels: token ids of shape (rows, length), −100 where nothing is predicted.
+        stored: the base's predictions at these labels, as `ReferenceCache.batch` gives them.
+        values: filled with the terms of a sum over the base's predictions, row by row, shape (predictions,).
+    """
+
+    model: Any
+    unwrapped: Any
+    inputs: dict[str, Tensor]
+    labels: Int[Tensor, "rows length"]
+    stored: dict[str, Tensor] | None = None
+    values: Float[Tensor, predictions] | None = None
+
+    @property
+    def mask(self) -> Bool[Tensor, "rows length-1"]:
+        """Which of the predictions count."""
+        return self.labels[:, 1:] != -100
+
+    def picked(self, hidden: Float[Tensor, "rows length size"]) -> Float[Tensor, "predictions size"]:
+        """What stands where a counted prediction is made."""
+        return hidden[:, :-1][self.mask]
 
 
 class ReplayTerm:
-    """Sums of an objective over the predicted tokens of a batch.
+    """Sums over the predicted tokens of a batch, in nats, of which objectives are made.
 
     Args:
         form: what the model does at its output head; None where it is not a plain one.
-        reference: the frozen base, where it is asked while training.
+        reference: the frozen base, where it takes part in training.
         ref_head: the base's own head, where hidden states were stored and the model's head is trained.
         autocast: makes the context in which a frozen copy must run to use the dtype of the model being trained.
     """
@@ -55,111 +82,78 @@ class ReplayTerm:
             bias = None if self.ref_head.bias is None else self.ref_head.bias.to(device)
             self.ref_head = self.ref_head._replace(weight=self.ref_head.weight.to(device), bias=bias)
 
-    def next_token_loss(self, model: Any, unwrapped: Any, inputs: Inputs, labels: Tensor) -> Tensor:
-        """Σ −log p_θ(label), over labels that are not −100."""
-        targets, mask = labels[:, 1:], labels[:, 1:] != -100
-        if self.form is None:
-            values = next_token_loss(logits_at(model, inputs)[:, :-1], targets.clamp(min=0))
+    def next_token_loss(self, batch: Batch) -> Tensor:
+        """Σ −log p_θ(label)."""
+        targets, mask, form = batch.labels[:, 1:], batch.mask, self.form
+        if form is None:
+            values = next_token_loss(logits_at(batch.model, batch.inputs)[:, :-1], targets.clamp(min=0))
             return values.masked_fill(~mask, 0.0).sum()
-        form = self.form
+        return self._at_head(
+            batch, lambda hidden, module: chunked_next_token_loss(targets[mask], hidden, form.head(module))
+        )
 
-        def compute(hidden: Tensor, module: nn.Linear) -> Tensor:
-            return chunked_next_token_loss(targets[mask], hidden[:, :-1][mask], form.head(module))
-
-        return at_head(model, unwrapped, inputs, compute)
-
-    def kl(
-        self,
-        model: Any,
-        unwrapped: Any,
-        inputs: Inputs,
-        mask: Tensor,
-        stored: dict[str, Tensor] | None = None,
-        values: Tensor | None = None,
-    ) -> Tensor:
-        """Σ KL(base ‖ θ) over the predictions in `mask`, of shape (rows, length − 1).
-
-        Args:
-            stored: the base's predictions there, as `ReferenceCache.batch` gives them; else the reference is asked.
-            values: filled with the terms of the sum, row by row.
-        """
+    def kl(self, batch: Batch) -> Tensor:
+        """Σ KL(base ‖ θ), from stored predictions where the batch has some, else from the reference."""
+        form, stored = self.form, batch.stored
         if stored is not None and "tokens" in stored:
-            return self._of_topk(model, unwrapped, inputs, mask, stored, values)
-        if self.form is None:
+            return self._of_topk(batch, stored["log_probs"], stored["tokens"].long())
+        if form is None:
             assert stored is None, "hidden states say nothing without a plain head"
-            return self.on_logits(kl_divergence, model, unwrapped, inputs, mask, values)
-        form, ref_head = self.form, self.ref_head
-        if stored is not None:
-            ref_hidden = stored["hidden"]
-        else:
+            return self.on_logits(kl_divergence, batch)
+        ref_head, ref_hidden = self.ref_head, None if stored is None else stored["hidden"]
+        if ref_hidden is None:
             assert self.reference is not None
-            copied = self.reference.ref_model is not None
-            inside: Any = self.reference.ref_model if copied else unwrapped
-            if copied:
+            copied = self.reference.ref_model
+            inside: Any = batch.unwrapped if copied is None else copied
+            if copied is not None:
                 ref_head = form.head(inside.get_output_embeddings())
-
-            def keep(hidden: Tensor, module: nn.Linear) -> Tensor:
-                return hidden[:, :-1][mask]
-
-            ref_hidden = self._ref(model, unwrapped, lambda base: at_head(base, inside, inputs, keep))
+            keep = lambda hidden, module: batch.picked(hidden)  # noqa: E731
+            ref_hidden = self._ref(batch, lambda base: at_head(base, inside, batch.inputs, keep))
 
         def compute(hidden: Tensor, module: nn.Linear) -> Tensor:
             head = form.head(module)  # with an adapter's reference the base's too: it is frozen
-            return chunked_kl_divergence(ref_hidden, ref_head or head, hidden[:, :-1][mask], head, values)
+            return chunked_kl_divergence(ref_hidden, ref_head or head, hidden, head, batch.values)
 
-        return at_head(model, unwrapped, inputs, compute)
+        return self._at_head(batch, compute)
 
-    def on_logits(
-        self,
-        divergence: Callable[[Tensor, Tensor], Tensor],
-        model: Any,
-        unwrapped: Any,
-        inputs: Inputs,
-        mask: Tensor,
-        values: Tensor | None = None,
-    ) -> Tensor:
-        """Σ divergence(base's logits, model's logits) over the predictions in `mask`: any function of whole logits."""
-        ref_logits = self._ref(model, unwrapped, lambda base: logits_at(base, inputs))
-        found = divergence(ref_logits[:, :-1], logits_at(model, inputs)[:, :-1])
-        if values is not None:
-            values.copy_(found.detach()[mask])
-        return found.masked_fill(~mask, 0.0).sum()
+    def on_logits(self, divergence: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Tensor:
+        """Σ divergence(base's logits, model's logits), of any function of whole logits."""
+        ref_logits = self._ref(batch, lambda base: logits_at(base, batch.inputs))
+        found = divergence(ref_logits[:, :-1], logits_at(batch.model, batch.inputs)[:, :-1])
+        if batch.values is not None:
+            batch.values.copy_(found.detach()[batch.mask])
+        return found.masked_fill(~batch.mask, 0.0).sum()
 
-    def _of_topk(
-        self,
-        model: Any,
-        unwrapped: Any,
-        inputs: Inputs,
-        mask: Tensor,
-        stored: dict[str, Tensor],
-        values: Tensor | None,
-    ) -> Tensor:
-        log_probs, tokens = stored["log_probs"], stored["tokens"].long()
-        if self.form is None:
-            found = topk_kl_divergence(log_probs, tokens, logits_at(model, inputs)[:, :-1][mask])
-            if values is not None:
-                values.copy_(found.detach())
-            return found.sum()
+    def _of_topk(self, batch: Batch, log_probs: Tensor, tokens: Tensor) -> Tensor:
         form = self.form
+        if form is None:
+            found = topk_kl_divergence(log_probs, tokens, batch.picked(logits_at(batch.model, batch.inputs)))
+            if batch.values is not None:
+                batch.values.copy_(found.detach())
+            return found.sum()
+        return self._at_head(
+            batch,
+            lambda hidden, module: chunked_topk_kl_divergence(
+                log_probs, tokens, hidden, form.head(module), batch.values
+            ),
+        )
 
-        def compute(hidden: Tensor, module: nn.Linear) -> Tensor:
-            return chunked_topk_kl_divergence(log_probs, tokens, hidden[:, :-1][mask], form.head(module), values)
+    def _at_head(self, batch: Batch, compute: Callable[[Tensor, nn.Linear], Tensor]) -> Tensor:
+        """`compute` of the hidden states at counted predictions, and the output head."""
+        return at_head(
+            batch.model, batch.unwrapped, batch.inputs, lambda hidden, module: compute(batch.picked(hidden), module)
+        )
 
-        return at_head(model, unwrapped, inputs, compute)
-
-    def _ref(self, model: Any, unwrapped: Any, ask: Callable[[Any], Tensor]) -> Tensor:
+    def _ref(self, batch: Batch, predict: Callable[[Any], Tensor]) -> Tensor:
         assert self.reference is not None
-        with self.reference.base(model, unwrapped, self.autocast) as base:
-            return ask(base)
+        with self.reference.base(batch.model, batch.unwrapped, self.autocast) as base:
+            return predict(base)
 
 
 @torch.no_grad()
-def stored_error(term: ReplayTerm, model: Any, inputs: Inputs, mask: Tensor, stored: dict[str, Tensor]) -> float:
-    """KL(stored ‖ model) per token, in nats, of a model that has not been trained yet: what storing cost.
-
-    0 but for rounding when the predictions are this model's.
-    """
-    return float(term.kl(model, model, inputs, mask, stored)) / int(mask.sum())
+def stored_error(term: ReplayTerm, batch: Batch) -> float:
+    """KL(stored ‖ model) per token, in nats, before training; 0 but for rounding when what is stored is the model's."""
+    return float(term.kl(batch)) / int(batch.mask.sum())
 
 
 PROBE_TEMPERATURE = 1.25  # a distribution that is off the base by a known amount

@@ -28,8 +28,9 @@ from retain.training.budget import ForgettingBudget
 from retain.training.config import ReplayConfig
 from retain.training.host_checks import check_trained, check_weights, load_for_training
 from retain.training.meter import LossMeter
-from retain.training.objectives import NONE, Batch, Objective
+from retain.training.objectives import NONE, Objective
 from retain.training.protection import Protection, check_noise, check_replay_every, zero_kl_error
+from retain.training.replay_term import Batch
 from retain.training.retention import RetentionMeasurer, check_best_metric, retention_names
 from retain.training.run_files import BUDGET_FILE, weights_step
 
@@ -182,12 +183,11 @@ class ReplayMixin(Host):
 
     def _term_on_replay(self, model: Any, batch: dict[str, Any]) -> Tensor:
         labels, stored = batch.pop("labels"), batch.pop("stored", None)
-        mask = labels[:, 1:] != -100
-        values = torch.zeros(int(mask.sum()), device=mask.device)
-        rows = Batch(model, self.accelerator.unwrap_model(model), batch, labels, stored, values)
-        total = self.objective.total(self.replay.term, rows)
+        rows = Batch(model, self.accelerator.unwrap_model(model), batch, labels, stored)
+        values = torch.zeros(int(rows.mask.sum()), device=labels.device)
+        total = self.objective.total(self.replay.term, rows._replace(values=values))
         if self.objective.uses_reference:
-            self._meter.add_values(values, mask)
+            self._meter.add_values(values, rows.mask)
         # This micro-batch's part of the step's mean; DDP averages gradients, hence the processes.
         return total / self._replay_tokens * self.accelerator.num_processes
 
@@ -196,13 +196,11 @@ class ReplayMixin(Host):
             raise ValueError(
                 f"replay_objective: {self.objective.name!r} needs batches with labels; use 'kl' with this trainer"
             )
-        labels = inputs.pop("labels")
         inputs.pop("use_cache", None)
-        rows = Batch(model, self.accelerator.unwrap_model(model), inputs, labels)
+        rows = Batch(model, self.accelerator.unwrap_model(model), inputs, inputs.pop("labels"))
         total = self.objective.total(self.replay.term, rows)
         if num_items is None:
-            count = (labels[:, 1:] != -100).sum().clamp(min=1)
-            return total / count / self.current_gradient_accumulation_steps
+            return total / rows.mask.sum().clamp(min=1) / self.current_gradient_accumulation_steps
         world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return total / num_items * world
 
