@@ -219,7 +219,7 @@ def test_a_model_that_is_not_the_base_is_refused_when_training_goes_on(tmp_path)
     kept = points(tmp_path)
     resumed = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
     halfway = type(make_model()).from_pretrained(tmp_path / "checkpoint-2")
-    with pytest.raises(ValueError, match=r"^base: training goes on from step 2, and nothing shows .*; give base=the"):
+    with pytest.raises(ValueError, match=r"^base: training resumes at step 2, and nothing shows .*; give base=the"):
         sft(tmp_path, [callback()], model=halfway, **saved).train(**resumed)
     assert points(tmp_path) == kept, "the files are untouched"
     late = sft(tmp_path, [], **saved)

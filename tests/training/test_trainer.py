@@ -374,7 +374,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"replay": ReplayDataset.from_rows([[3] * 200], "odd")}, "rows of 200 tokens, but this model has 128",
     ),
     "unknown tokens": ({"replay": ReplayDataset.from_rows([[3, 999]], "odd")}, "token id 999, but"),
-    "rows in another form": ({"replay": [[3, 5, 6]]}, "^replay_dataset: list is none; give a folder of"),
+    "rows in another form": ({"replay": [[3, 5, 6]]}, "^replay_dataset: got a list; give a folder of"),
     "no adapter": (
         {"replay_config": ReplayConfig(replay_reference="adapter")},
         "replay_reference: 'adapter', but there is no adapter",

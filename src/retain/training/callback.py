@@ -63,7 +63,7 @@ class ForgettingCallback(RetentionMeasurer):
         max_tokens: tokens of each text: whole documents in an order drawn with `seed`, the same at every evaluation.
             None for all.
         max_length: longest window in tokens; longer documents are cut into several.
-        choices_every: every how many evaluations questions are asked.
+        choices_every: evaluations from one round of questions to the next.
         choice_style, choice_chat_template: as of `measure`.
         start_token: the document start; chosen from the tokenizer by default.
 
@@ -73,7 +73,7 @@ class ForgettingCallback(RetentionMeasurer):
         tables: optimizer step whose weights were measured → text → metric → what `measure` finds, with intervals.
 
     Raises:
-        ValueError: one line, in the trainer's constructor or at the start of training, if the base cannot be had.
+        ValueError: in the trainer's constructor or at the start of training, if there is no base to compare with.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class ForgettingCallback(RetentionMeasurer):
         """What the run began with is in its files; a model loaded from the checkpoint is not that."""
         if read_settings(folder).get("base_fingerprint") != self.settings["base_fingerprint"]:
             raise ValueError(
-                f"base: training goes on from step {step}, and nothing shows that the trainer got the model with which "
+                f"base: training resumes at step {step}, and nothing shows that the trainer got the model with which "
                 f"it began; {GIVE_BASE}"
             )
 

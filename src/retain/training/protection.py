@@ -30,6 +30,7 @@ from retain.models.loading import load_tokenizer
 from retain.models.reference import Reference, check_same_model, evaluation_mode, probe
 from retain.replay.dataset import ReplayDataset, load_replay_dataset, verify_replay
 from retain.replay.own_rows import check_pool
+from retain.replay.predictions import ReferenceCache
 from retain.report.numbers import quantity
 from retain.training.config import ReplayConfig
 from retain.training.host_checks import (
@@ -74,10 +75,11 @@ class Protection:
     Attributes:
         documents: retention documents by the name of their text.
         reference: the frozen base; None where nothing is compared with it, or all of it was stored.
+        cache: the base's predictions stored beside the rows, where they take the place of the reference in training.
         term: the sums that the objective is made of, once the reference is proven.
 
     Raises:
-        ValueError: whenever protection could not do what was asked.
+        ValueError: whenever protection could not do what the settings say.
     """
 
     term: ReplayTerm
@@ -106,11 +108,11 @@ class Protection:
             self._load(model, _tokenizer(host.get("processing_class"), model), rows, retention, args, start_token)
         self._check_rows(model)
         has_adapter = host.get("peft_config") is not None or hasattr(model, "disable_adapter")
-        self.uses_cache = self._takes_cache()
+        self.cache = self._stored_predictions()
         measured, compared = bool(self.documents), self.objective.uses_reference
         if compared or measured:
             self._base_probe = probe(model)
-        if (measured and has_adapter) or ((measured or compared) and not self.uses_cache):
+        if (measured and has_adapter) or ((measured or compared) and self.cache is None):
             self.reference = make_reference(config, model, has_adapter=has_adapter)
 
     def _load(
@@ -123,13 +125,13 @@ class Protection:
         start_token: str | int | None,
     ) -> None:
         start = choose_start_token(tokenizer, start_token)
-        asked = self.config.replay_max_length or Unchosen(getattr(args, "max_length", None) or 512)
-        max_length = length_that_fits(model, asked, "replay_max_length")
+        wanted = self.config.replay_max_length or Unchosen(getattr(args, "max_length", None) or 512)
+        max_length = length_that_fits(model, wanted, "replay_max_length")
         if isinstance(rows, (str, Path)):
             rows = load_replay_dataset(str(rows), tokenizer, start.id, max_length)
         if not isinstance(rows, ReplayDataset | None):
             raise ValueError(
-                f"replay_dataset: {type(rows).__name__} is none; give a folder of `retain sample`, a file of text, "
+                f"replay_dataset: got a {type(rows).__name__}; give a folder of `retain sample`, a file of text, "
                 "or ReplayDataset.from_rows(token ids)"
             )
         if rows is not None and rows.manifest is not None:
@@ -162,15 +164,15 @@ class Protection:
         rows = (self.rows[at] for at in range(len(self.rows)))
         check_held_out(rows, self.documents, "replay dataset", self._row_edges)
 
-    def _takes_cache(self) -> bool:
-        """Whether the base's predictions are those stored beside the replay rows: never another model's."""
+    def _stored_predictions(self) -> ReferenceCache | None:
+        """What was stored of the base's predictions on the replay rows, where they take its place."""
         objective, source = self.objective, self.config.replay_reference
         if not objective.uses_reference or source not in ("auto", "cache"):
-            return False
+            return None
         if objective.takes_stored and self.rows is not None and self.rows.cache is not None and self._own_rows:
-            return True
+            return self.rows.cache
         if source == "auto":
-            return False
+            return None
         why = "nothing fit is stored" if objective.takes_stored else f"{objective.name!r} needs other predictions"
         raise ValueError(
             f"replay_reference: 'cache', but {why}; use auto, or rows that this model drew with "
@@ -206,10 +208,10 @@ class Protection:
             self.reference.prove(model, self._base_probe)
             if self.reference.kind == "adapter":
                 check_base_is_frozen(model)
-        if self.uses_cache and rows is not None and rows.cache is not None and rows.cache.kind == "hidden":
+        if self.cache is not None and self.cache.kind == "hidden":
             ref_head = ref_head or self._stored_head(form, module)
         self.term = ReplayTerm(form, self.reference, ref_head, trainer.accelerator.autocast)
-        if self.uses_cache:
+        if self.cache is not None:
             self._prove_stored(model, trainer.accelerator)
             self.term.to(trainer.accelerator.device)
         elif rows is not None and rows.log_probs is not None and self._own_rows and self.objective.draws_rows:
@@ -248,7 +250,7 @@ class Protection:
         return form.frozen(module) if module.weight.requires_grad else None
 
     def _prove_rows(self, rows: ReplayDataset, model: Any, accelerator: Any, *, warn: bool) -> None:
-        """Hold rows that the model is said to have drawn against what it predicts, in the precision of training."""
+        """Compare rows of the model's own with what it predicts, in the precision of training."""
         as_handed_over = self.reference is not None and self.reference.kind == "copy"
         adapter_off = hasattr(model, "disable_adapter") and not as_handed_over
         base = Reference().base(model, model) if adapter_off else evaluation_mode(model)
@@ -280,21 +282,18 @@ class Protection:
         """Rows as tensors: `input_ids`, `labels`, and what is `stored` of the base's predictions."""
         assert self.rows is not None
         batch: dict[str, Any] = {name: value.to(device) for name, value in self.rows.batch(indices).items()}
-        if self.uses_cache:
-            assert self.rows.cache is not None
-            batch["stored"] = {name: value.to(device) for name, value in self.rows.cache.batch(indices).items()}
+        if self.cache is not None:
+            batch["stored"] = {name: value.to(device) for name, value in self.cache.batch(indices).items()}
         return batch
 
     @property
     def reference_kind(self) -> str | None:
         """Where the base's predictions on replay rows come from: adapter, copy or cache."""
-        if self.uses_cache:
-            assert self.rows is not None
-            assert self.rows.cache is not None
-            return f"cache ({self.rows.cache.kind})"
+        if self.cache is not None:
+            return f"cache ({self.cache.kind})"
         return self.reference.kind if self.reference is not None else None
 
-    # What people and files are told
+    # Shown to people, kept in files
 
     def settings(self, trainer: Any) -> dict[str, Any]:
         """What `retain_config.json` keeps beside the training arguments."""
@@ -305,11 +304,12 @@ class Protection:
                 resolved["per_device_replay_batch_size"] = trainer.replay_batch_size
             if self.objective.uses_reference:
                 resolved["replay_reference"] = str(self.reference_kind).split()[0]  # without the cache's kind
+        described = None
+        if rows is not None:
+            described = {"source": rows.source, "num_rows": len(rows), "manifest": rows.manifest}
         return {
             "replay": dataclasses.asdict(self.config) | resolved,
-            "replay_dataset": None
-            if rows is None
-            else {"source": rows.source, "num_rows": len(rows), "manifest": rows.manifest},
+            "replay_dataset": described,
             "reference": self.reference_kind,
             "num_params": num_tuned(trainer.model),
             "loss_tokens": _loss_tokens(trainer),
@@ -342,7 +342,7 @@ class Protection:
         often = f", every {config.replay_every} steps" if config.replay_every > 1 else ""
         share = f"{trainer.replay_batch_size} per device and micro-batch{often}"
         lines.append(f"replay: {quantity(len(rows), 'row')}, {kind}; {share}")
-        if _open_otherwise(dataset, rows):
+        if _openings_differ(dataset, rows):
             lines.append(
                 "new rows do not open with the document start, and replay rows do: measure forgetting on answers to "
                 "prompts, too (retain measure --prompts)"
@@ -354,7 +354,7 @@ def make_reference(config: ReplayConfig, model: Any, *, has_adapter: bool) -> Re
     """The adapter switched off where there is or will be one, else a frozen copy of the model as it is now.
 
     Raises:
-        ValueError: if what was asked for cannot be had.
+        ValueError: if the chosen reference is not possible here.
     """
     if config.replay_reference == "adapter" and not has_adapter:
         raise ValueError("replay_reference: 'adapter', but there is no adapter; use copy, or --use_peft")
@@ -405,7 +405,7 @@ def _is_half(rows: ReplayDataset, model: Any, accelerator: Any) -> bool:
     return bool({"bfloat16", "float16"} & dtypes) or accelerator.mixed_precision != "no"
 
 
-def _open_otherwise(dataset: Any, rows: ReplayDataset, most: int = 16) -> bool:
+def _openings_differ(dataset: Any, rows: ReplayDataset, most: int = 16) -> bool:
     """Whether no training row opens as replay rows do: the model can tell the two apart by their first token."""
     opening = {int(rows[at][0]) for at in range(min(most, len(rows)))}
     new = [int(row[0]) for row in itertools.islice(training_rows(dataset), most)]

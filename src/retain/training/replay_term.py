@@ -176,13 +176,13 @@ def describe_store(model: Any, rows: ReplayDataset, num_rows: int = 8) -> dict[s
     with evaluation_mode(model):
         logits = logits_at(model, batch)[:, :-1][mask].float()
     probe = logits / PROBE_TEMPERATURE
-    told = {"num_tokens": int(mask.sum()), "exact_kl": float(kl_divergence(logits, probe).mean())}
+    kept = {"num_tokens": int(mask.sum()), "exact_kl": float(kl_divergence(logits, probe).mean())}
     if "tokens" in stored:
         of_stored = topk_kl_divergence(stored["log_probs"], stored["tokens"].long(), probe)
         rest = 1 - stored["log_probs"].exp().sum(-1)
-        return {**told, "stored_kl": float(of_stored.mean()), "rest": float(rest.mean())}
+        return {**kept, "stored_kl": float(of_stored.mean()), "rest": float(rest.mean())}
     form = find_head_form(model)
     head = model.get_output_embeddings() if form is None else form.head(model.get_output_embeddings()).logits
     found = head(stored["hidden"])
     error = float(kl_divergence(logits, found).mean())
-    return {**told, "stored_kl": float(kl_divergence(found, probe).mean()), "kl_error": error, "rest": 0.0}
+    return {**kept, "stored_kl": float(kl_divergence(found, probe).mean()), "kl_error": error, "rest": 0.0}

@@ -83,7 +83,7 @@ def check_held_out(
 
 
 def check_not_trained_on(dataset: Any, retention: Mapping[str, Sequence[Document]], edges: Collection[int]) -> None:
-    """What a host trains on must not be measured as what is remembered; where nobody can look, that is said."""
+    """What a host trains on must not be measured as what is remembered; a warning where its rows are unknown."""
     rows = training_rows(dataset)
     first = list(itertools.islice(rows, 1))
     if retention and dataset is not None and not first:

@@ -1,4 +1,4 @@
-"""What a run leaves behind as plain files, whatever tracker is used beside it.
+"""What a run leaves behind as plain files, beside any tracker.
 
 `metrics.jsonl`: every log, one object a line. `documents.jsonl`: per-document sums of each retention text at each
 evaluation, for paired intervals. `retain_config.json`: everything that was set, resolved. `budget.json`: whether a

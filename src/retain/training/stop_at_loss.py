@@ -1,4 +1,4 @@
-"""Training to a target loss: comparisons at the same new-task loss, bases of one quality whatever their size."""
+"""Training to a target loss: comparisons at the same new-task loss, bases of one quality at every size."""
 
 from __future__ import annotations
 

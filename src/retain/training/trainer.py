@@ -55,7 +55,7 @@ class ReplayMixin(Host):
         kwargs: everything else that the host trainer takes.
 
     Raises:
-        ValueError: whenever protection could not do what was asked.
+        ValueError: whenever protection could not do what the settings say.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class ReplayMixin(Host):
             return result
         if not self._queue:
             raise ValueError(
-                f"replay: {type(self).__name__} asked for a loss without drawing rows; nothing protects it"
+                f"replay: {type(self).__name__} computes a loss for which no rows were drawn; nothing protects it"
             )
         batch = self._queue.pop(0)
         if batch is None:
@@ -234,7 +234,7 @@ class ReplayMixin(Host):
                 self._follow_budget()
         return loss
 
-    def stop_if_passed_by(self) -> None:
+    def stop_if_bypassed(self) -> None:
         """A step of the host must have met all the replay that was drawn for it, before the weights are touched."""
         met = self._ready_for == self.state.global_step and not self._queue
         if not met and self._replay_is_due and self.objective is not NONE:
@@ -268,7 +268,7 @@ class ReplayMixin(Host):
         self.budget = None
         result = super().train(*args, **kwargs)
         budget = self.replay_config.max_ref_kl
-        if budget is not None and self.budget is None:  # it went on from its last step, and made no other
+        if budget is not None and self.budget is None:  # it resumed at its last step
             self.budget = self._begin_budget(budget)
         if self.budget is not None and self.budget.step and self.is_world_process_zero():
             verdict = {"budget": self.budget.budget, **dataclasses.asdict(self.budget.verdict())}
@@ -288,7 +288,7 @@ class ReplayMixin(Host):
         self.budget.update(self._meter.held_kl())
         self.state.stateful_callbacks[BUDGET_STATE] = {"args": {}, "attributes": self.budget.state_dict()}
 
-    # What is measured, kept and told
+    # What is measured, kept and shown
 
     def evaluate_retention(self) -> dict[str, float]:
         """Measure every retention text against the base, log it, and keep the per-document sums.
@@ -346,7 +346,7 @@ class ReplayMixin(Host):
 
 
 class ProtectedRun(RetentionMeasurer):
-    """The measurer of a protected run, which checks it where the host gets to, whatever it trains with."""
+    """The measurer of a protected run, which checks it at each point that the host passes."""
 
     def __init__(self, trainer: Any) -> None:
         super().__init__()
@@ -354,7 +354,7 @@ class ProtectedRun(RetentionMeasurer):
         self.documents, self.reference = trainer.replay.documents, trainer.replay.reference
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.trainer.stop_if_passed_by()
+        self.trainer.stop_if_bypassed()
         super().on_pre_optimizer_step(args, state, control, model, **kwargs)
 
     def on_evaluate(
