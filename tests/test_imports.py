@@ -104,12 +104,6 @@ def test_settings_and_files_stand_on_the_standard_library(module):
     assert libraries(module) <= ({"filelock"} if module == "files" else set())
 
 
-def test_nothing_needs_posix():
-    """`import retain` works on Windows."""
-    for module in MODULES:
-        assert {name for name, _ in imports(module)}.isdisjoint({"fcntl", "grp", "pwd", "pty", "resource", "termios"})
-
-
 def test_trl_is_imported_where_training_is():
     """Pitfall 29: and only names of `trl` itself, never of `trl.experimental`."""
     users = {module for module in MODULES if "trl" in libraries(module)}
