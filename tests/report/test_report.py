@@ -543,11 +543,10 @@ def test_verdict_says_what_the_interval_allows(plain: dict) -> None:
     verdict = ForgettingReport(plain).verdict
     assert verdict == (
         "“plain” forgot: ref_kl 0.123 [0.101, 0.147] nats per token on wiki (noise floor 0.000); "
-        "forgetting 0.061 [0.052, 0.073] nats per token on wiki; "
-        "new-task gain 0.743 [0.711, 0.789] nats per token on verilog."
+        "forgetting 0.061 [0.052, 0.073] on wiki; new-task gain 0.743 [0.711, 0.789] on verilog."
     )
     plain["new_task"]["verilog"]["gain"] = measured(0.1, -0.1, 0.3)
-    assert ForgettingReport(plain).verdict.endswith("nats per token on verilog (no learning shown).")
+    assert ForgettingReport(plain).verdict.endswith("] on verilog (no learning shown).")
 
 
 @pytest.mark.parametrize(

@@ -73,19 +73,21 @@ def text_verdict(run: RunResults) -> str:
     head = "; ".join(f"{words} on {enumeration(group)}" if several else words for words, group in groups.items())
     shown = sorted(texts, key=lambda text: -_divergence(texts[text]))[:MAX_NAMED]
     more = f"; {len(texts) - len(shown)} more in the table" if len(texts) > len(shown) else ""
-    clauses = [
-        _clause("ref_kl", {text: texts[text].ref_kl for text in shown}, f" ({_noise(run, shown)}{more})"),
-        _clause("forgetting", {text: texts[text].forgetting for text in shown}),
-        *(_clause("new-task gain", {text: result.gain}, _learning(result)) for text, result in run.new_task.items()),
+    facts = [
+        ("ref_kl", {text: texts[text].ref_kl for text in shown}, f" ({_noise(run, shown)}{more})"),
+        ("forgetting", {text: texts[text].forgetting for text in shown}, ""),
+        *(("new-task gain", {text: result.gain}, _learning(result)) for text, result in run.new_task.items()),
     ]
-    return f"“{run.name}” {head}{': ' * any(clauses)}{'; '.join(filter(None, clauses))}."
+    facts = [(label, found, after) for label, found, after in facts if any(found.values())]
+    clauses = [_clause(*fact, unit="" if at else " nats per token") for at, fact in enumerate(facts)]
+    return f"“{run.name}” {head}{': ' * bool(clauses)}{'; '.join(clauses)}."
 
 
-def _clause(label: str, found: Mapping[str, Estimate | None], after: str = "") -> str:
+def _clause(label: str, found: Mapping[str, Estimate | None], after: str, unit: str) -> str:
     """`label` 0.012 [0.010, 0.015] nats per token on wiki and 0.003 [0.002, 0.004] on code."""
-    words = [f"{value_cell(one).with_interval} on {text}" for text, one in found.items() if one]
-    words[:1] = [one.replace(" on ", " nats per token on ", 1) for one in words[:1]]
-    return f"{label} {enumeration(words)}{after}" if words else ""
+    (text, first), *others = ((text, value_cell(one).with_interval) for text, one in found.items() if one)
+    words = [f"{first}{unit} on {text}", *(f"{number} on {text}" for text, number in others)]
+    return f"{label} {enumeration(words)}{after}"
 
 
 def _learning(result: TextResult) -> str:
