@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain.laws.plan import Losses, PilotLaws, PilotRun, Plan, Setting, predicted_settings, replay_phrase
-from retain.laws.plots import NEW_TASK_LOSS
+from retain.report.figures import LEARNING
 from retain.report.style import INK, MARKS, PALETTE, styled
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def plan_figure(laws: PilotLaws, plan: Plan) -> Figure:
         _mark_chosen(axes, plan.chosen)
     _frame_points(axes, list(laws.measured.values()), plan.max_ref_kl)
     axes.set_title("Pilots, predictions and the limit")
-    axes.set_xlabel(NEW_TASK_LOSS)
+    axes.set_xlabel(LEARNING)
     axes.set_ylabel("forgetting: KL(base ‖ model), nats per token")
     axes.legend(fontsize=8, loc="best")
     return figure

@@ -8,13 +8,13 @@ import numpy as np
 
 from retain.laws.fitted import LOSSES, FittedLaw
 from retain.laws.forms import P_N, Array, column_of
+from retain.report.figures import LEARNING
 from retain.report.style import INK, MARKS, SIZE, label, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NEW_TASK_LOSS = "new-task loss, nats per token (learning →)"
 TITLES = {"finetuning_loss": "New-task loss", "forgetting_loss": "Forgetting"}
 DASHED: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 3))}
 POINTS: dict[str, Any] = {"linestyle": "none", "markersize": 3, "alpha": 0.55, "markeredgewidth": 0}
@@ -178,7 +178,7 @@ def _trajectories(axes: Axes, law: FittedLaw) -> None:
         ends = np.array([x[rows].min(), x[rows].max()])
         axes.plot(ends, np.polyval(np.polyfit(x[rows], y[rows], 1), ends), linewidth=1.2, **DASHED)
     axes.invert_xaxis()
-    _label(axes, "Forgetting over learning (dashed: the line)", NEW_TASK_LOSS, column_of("forgetting_loss").label)
+    _label(axes, "Forgetting over learning (dashed: the line)", LEARNING, column_of("forgetting_loss").label)
 
 
 def _residuals(axes: Axes, law: FittedLaw, output: str) -> None:
