@@ -86,9 +86,8 @@ def measure(
         progress: called with the name of each stage; long ones then have a bar.
 
     Returns:
-        A report; `report.data["retention"][name][metric]` is `{"value", "ci", "num_documents", "num_tokens"}`,
-        `report.data["choices"][name]["rules"][rule]` what `compare_answers` found, and
-        `report.data["refusals"][name]["scorers"][scorer]` what `compare_refusals` did.
+        A report: `report["wiki"].ref_kl.value`, of a text; `report.results.choices["arc"].rules["acc"].agreement`,
+        `report.results.refusals["advbench"].scorers["judge"].rate`; `report.data` is report.json.
 
     Raises:
         ValueError: if the models differ in dtype, attention kernel or vocabulary, windows are longer than they can
