@@ -19,8 +19,8 @@ STUDIES = {path.parent.name.split("_")[1]: path.parent for path in sorted(Path(_
 def main(arguments: Sequence[str]) -> None:
     number, *words = arguments or ["list"]
     if number in ("list", "-h", "--help"):
-        told = [f"  {one}  {folder.name[9:]}" for one, folder in STUDIES.items()]
-        sys.stdout.write("\n".join([__doc__ or "", *told, ""]))
+        listed = [f"  {one}  {folder.name[9:]}" for one, folder in STUDIES.items()]
+        sys.stdout.write("\n".join([__doc__ or "", *listed, ""]))
         return
     if number not in (*STUDIES, "all"):
         raise SystemExit(f"study: {number!r} is none of {', '.join(STUDIES)}, all")

@@ -42,7 +42,7 @@ class Texts:
 
 
 def load_texts(cache: Path = CACHE, wheels: Path = WHEELS, *, every: int = 20, seed: int = 0) -> Texts:
-    """Real texts from packages; every so many speeches and Verilog files, as wholes, are held out.
+    """Real texts from packages; one in `every` speeches and Verilog files is held out whole.
 
     Raises:
         ValueError: if a package cannot be had, with the command that brings it.
@@ -127,7 +127,7 @@ def read_verilog(wheels: Path, least: int = 600, most: int = 150_000) -> list[st
 
 
 def read_python(characters: int) -> list[str]:
-    """Passages of about so many characters in all, from the modules of Python's standard library in order of names."""
+    """Passages of about `characters` in all, from the modules of Python's standard library in order of names."""
     found: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
         found += passages(path.read_text(encoding="utf-8", errors="replace"), r"\n(?=\n)", "\n")
@@ -137,7 +137,7 @@ def read_python(characters: int) -> list[str]:
 
 
 def passages(text: str, border: str = r"(?<=[.?!])\s+", glue: str = " ", least: int = 700) -> list[str]:
-    """Whole sentences of a speech, at least so many characters together: the documents of pretraining."""
+    """Whole sentences of a speech, at least `least` characters together: the documents of pretraining."""
     found, now = [], ""
     for sentence in re.split(border, text):
         now = f"{now}{glue}{sentence}".strip()

@@ -301,8 +301,8 @@ def compact_documents(row: dict[str, Any]) -> dict[str, Any]:
     (tokens,) = set(row["num_tokens"])
     lost = [after - before for after, before in zip(row["loss"], row["base_loss"], strict=True)]
     sums = {"ref_kl": row["ref_kl"], "forgetting": lost}
-    asked = [metric for text, metric in MEASURES if text == row["name"]]
-    means = {metric: [round(GRAIN * value / tokens) for value in sums[metric]] for metric in asked}
+    metrics = [metric for text, metric in MEASURES if text == row["name"]]
+    means = {metric: [round(GRAIN * value / tokens) for value in sums[metric]] for metric in metrics}
     return {"step": row["step"], "name": row["name"], **means}
 
 
@@ -317,7 +317,7 @@ class StudyResults:
         return self.kept.rows
 
     def rows_with(self, settings: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """The rows of this bench that have these settings, whatever else they have."""
+        """The rows of this bench that have these settings among theirs."""
         wanted = (settings or {}).items()
         return [row for row in self.rows.values() if row["bench"] == self.bench and wanted <= row["settings"].items()]
 

@@ -60,17 +60,17 @@ def pretrain(
     mixed_with: tuple[float, PretrainConfig] | None = None,
     **arguments: Any,
 ) -> dict[float, dict[str, Any]]:
-    """A base after each of so many tokens per parameter, from one run: its `folder`, `loss`, `num_params`, `curve`.
+    """A base at each number of tokens per parameter, from one run: its `folder`, `loss`, `num_params`, `curve`.
 
     Args:
         config: corpus, size and rows; its own length is not read.
         mixed_with: the share of rows that come from another corpus of endless rows; held-out rows are the first's.
         arguments: of `PretrainArguments`; the learning rate is constant after warm-up unless they say otherwise.
     """
-    told = [asdict(config), sorted(tokens_per_param), seed, arguments]
+    settings = [asdict(config), sorted(tokens_per_param), seed, arguments]
     if mixed_with is not None:
-        told.append([mixed_with[0], asdict(mixed_with[1])])
-    key = json.dumps(told, sort_keys=True, default=str)
+        settings.append([mixed_with[0], asdict(mixed_with[1])])
+    key = json.dumps(settings, sort_keys=True, default=str)
     root = LAB / hashlib.sha256(key.encode()).hexdigest()[:12]
     with locked(root):  # the process that comes first makes it, the others wait
         if not (root / FACTS).exists():

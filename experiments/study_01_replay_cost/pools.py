@@ -86,17 +86,17 @@ def table_of_pools(found: dict[int, list[tuple[Reading, Reading]]]) -> str:
 
 def verdict(found: dict[int, list[tuple[Reading, Reading]]]) -> str:
     """The smallest pool whose share prevented at the end is no more than two points below that of fresh rows."""
-    told = []
+    sentences = []
     fresh = max(found)
     for when, words in ((0, "at the same new-task loss"), (1, f"after {STEPS} steps")):
         best = kept(found, fresh, when, "prose").value
         enough = [pool for pool in found if pool and best - kept(found, pool, when, "prose").value <= 0.02]
         lost = best - kept(found, min(pool for pool in found if pool), when, "prose").value
-        told.append(
+        sentences.append(
             f"{words} {min(enough)} rows prevent as much as {fresh} drawn once ({best:.1%}) to within two points, and "
             f"{min(pool for pool in found if pool)} rows lose {100 * lost:.1f} points"
         )
-    return f"**Verdict: {'; '.join(told)}. Seeds: {len(found[fresh])}.**"
+    return f"**Verdict: {'; '.join(sentences)}. Seeds: {len(found[fresh])}.**"
 
 
 def draw(found: dict[int, list[tuple[Reading, Reading]]], path: Path) -> None:

@@ -134,22 +134,22 @@ def time_of(cell: Cell) -> float:
 
 def verdict(cells: Sequence[Cell], method: str = "full", least_seeds: int = 3) -> str:
     """Which cells prevent the goal within the limit, a step and to the same loss; cells of too few seeds carry none."""
-    told = [f"{GOAL:.0%} of forgetting (loss and ref_kl) for at most {LIMIT - 1:.0%} more time, {method}."]
+    sentences = [f"{GOAL:.0%} of forgetting (loss and ref_kl) for at most {LIMIT - 1:.0%} more time, {method}."]
     tried = [cell for cell in cells if "coef" in cell.settings and cell.method == method and cell.usual]
     fit = [cell for cell in tried if cell.reached and len(cell.readings) >= least_seeds]
     if not fit:
-        return f"{told[0]} Not decided: no cell of {least_seeds} seeds reached the target loss."
+        return f"{sentences[0]} Not decided: no cell of {least_seeds} seeds reached the target loss."
     prices = (("a step", cost_of), ("a step by operations", lambda cell: cell.predicted), ("to the same loss", time_of))
     for what, price in prices:
         good = sorted((cell for cell in fit if judge(cell) == "yes"), key=price)
         if good and price(good[0]) <= LIMIT:
             listed = "; ".join(f"{cell.name} ({price(cell) - 1:+.1%})" for cell in good if price(cell) <= LIMIT)
-            told.append(f"Time {what}: yes, {listed}.")
+            sentences.append(f"Time {what}: yes, {listed}.")
             continue
-        told.append(f"Time {what}: no. {_nearest([cell for cell in fit if price(cell) <= LIMIT], price)}")
+        sentences.append(f"Time {what}: no. {_nearest([cell for cell in fit if price(cell) <= LIMIT], price)}")
         if good:
-            told.append(f"The cheapest that prevents as much: {good[0].name} ({price(good[0]) - 1:+.1%}).")
-    return " ".join(told)
+            sentences.append(f"The cheapest that prevents as much: {good[0].name} ({price(good[0]) - 1:+.1%}).")
+    return " ".join(sentences)
 
 
 def _nearest(near: Sequence[Cell], price: Callable[[Cell], float]) -> str:
@@ -179,9 +179,9 @@ def front(cells: Sequence[Cell], method: str = "full") -> list[tuple[Cell, float
 
 
 def front_words(cells: Sequence[Cell], method: str = "full") -> str:
-    told = [f"{cell.replay}, coef {cell.settings['coef']:g}" for cell, _ in front(cells, method)]
+    names = [f"{cell.replay}, coef {cell.settings['coef']:g}" for cell, _ in front(cells, method)]
     values = [f"({time_of(cell) - 1:+.0%} time, {value:.0%})" for cell, value in front(cells, method)]
-    pairs = "; ".join(f"{name} {value}" for name, value in zip(told, values, strict=True))
+    pairs = "; ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
     return f"Cells that no other beats in both time to the same loss and what is prevented (weakest measure): {pairs}."
 
 

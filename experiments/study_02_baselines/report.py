@@ -89,7 +89,7 @@ def lowest(entry: Entry) -> float:
 
 def verdict(entries: Sequence[Entry]) -> str:
     """Is self-generated replay with KL below every other method's best setting? Paired by seed, for each measure."""
-    told = []
+    parts = []
     for text, metric in MEASURES:
         best = best_of(entries, text, metric)
         if RIVAL not in best:
@@ -102,10 +102,10 @@ def verdict(entries: Sequence[Entry]) -> str:
             "not clearly different from": [name for name, e in found.items() if not e.sign],
         }
         words = "; ".join(f"{how} {', '.join(names)}" for how, names in groups.items() if names)
-        told.append(f"{metric} on {text}, {own.mean(text, metric)} nats per token: {words}")
+        parts.append(f"{metric} on {text}, {own.mean(text, metric)} nats per token: {words}")
     never = sorted({e.method for e in entries} - set(best_of(entries)))
     after = f" Never reached the target loss: {', '.join(never)}." if never else ""
-    return f"At the same new-task loss `{RIVAL}` has, at each method's best setting, " + ". ".join(told) + "." + after
+    return f"At the same new-task loss `{RIVAL}` has, at each method's best setting, " + ". ".join(parts) + "." + after
 
 
 def claims(entries: Sequence[Entry]) -> str:

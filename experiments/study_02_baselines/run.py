@@ -95,7 +95,7 @@ def bench_of(name: str) -> Bench:
 def make(name: str, place: int) -> dict[str, Any]:
     """A run, with replay of the texts that its method is named after, if any; else of the base's own rows.
 
-    It ends at the first evaluation at which it has learned what is asked; a reference, or a walk back from the end of
+    It ends at the first evaluation at which it has learned enough; a reference, or a walk back from the end of
     one, goes all the way.
     """
     method, run = runs_of(SCALES[name])[place]

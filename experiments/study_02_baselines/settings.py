@@ -31,14 +31,14 @@ class Scale:
 def pile_and_problems(documents: int = 10_000, problems: int = 100_000, together: int = 10) -> Texts:
     """Pythia's own pretraining text; word problems in mathematics to learn, ten a text, as one is short. Of the Hub."""
     pile = [row["text"] for row in itertools.islice(read_rows("NeelNanda/pile-10k"), documents)]
-    asked = read_rows("microsoft/orca-math-word-problems-200k")
-    told = [f"{row['question']}\n\n{row['answer']}" for row in itertools.islice(asked, problems)]
-    random.Random(0).shuffle(told)
-    told = ["\n\n".join(told[at : at + together]) for at in range(0, len(told), together)]
+    rows = read_rows("microsoft/orca-math-word-problems-200k")
+    texts = [f"{row['question']}\n\n{row['answer']}" for row in itertools.islice(rows, problems)]
+    random.Random(0).shuffle(texts)
+    texts = ["\n\n".join(texts[at : at + together]) for at in range(0, len(texts), together)]
     away, held_out = len(pile) // 10, 150
     return Texts(
-        prose=pile[away:], held_out_prose=pile[:away], code=[], verilog=told[held_out:],
-        held_out_verilog=told[:held_out],
+        prose=pile[away:], held_out_prose=pile[:away], code=[], verilog=texts[held_out:],
+        held_out_verilog=texts[:held_out],
         source={"prose": "NeelNanda/pile-10k", "verilog": "microsoft/orca-math-word-problems-200k"},
     )  # fmt: skip
 

@@ -51,7 +51,7 @@ FACTS = (
 
 @dataclass(frozen=True)
 class StudyData:
-    """Rows that teach refusals, and what is asked afterwards; none of it was taught."""
+    """Rows that teach refusals, and what the model is tested on; none of it was taught."""
 
     teaching: list[dict[str, Any]]
     harmful: list[str]
@@ -75,10 +75,10 @@ def load_study_data(*, num_taught: int, num_asked: int, num_questions: int, seed
         rng.shuffle(rows)
     refused = [(request, REFUSALS[at % len(REFUSALS)]) for at, request in enumerate(harmful[:num_taught])]
     taught = [row for pair in zip(refused, instructions[:num_taught], strict=True) for row in pair]
-    asked = slice(num_taught, num_taught + num_asked)
-    harmless = [request for request, _ in instructions[asked]]
+    held_out = slice(num_taught, num_taught + num_asked)
+    harmless = [request for request, _ in instructions[held_out]]
     rows = [{"prompt": _turn("user", asks), "completion": _turn("assistant", says)} for asks, says in taught]
-    return StudyData(rows, harmful[asked], harmless, questions[:num_questions])
+    return StudyData(rows, harmful[held_out], harmless, questions[:num_questions])
 
 
 def _turn(role: str, content: str) -> list[dict[str, str]]:
@@ -102,7 +102,7 @@ def labelled_answers() -> list[tuple[str, bool]]:
 
 
 def alpaca() -> list[tuple[str, str]]:
-    """Short instructions with short answers: taught beside refusals, and asked."""
+    """Short instructions with short answers: taught beside refusals, and tested."""
     return [(asks, says) for asks, says in instructions() if len(asks) < 200 and 0 < len(says) < 500]
 
 

@@ -180,15 +180,15 @@ def apart(row: dict[str, Any], plain: dict[str, Any]) -> int:
 def verdict(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Did plain finetuning lose refusals, and did an arm with replay lose fewer in every seed: by intervals apart."""
     plain, *others = rows
-    told = [f"Plain finetuning lost {each(rows[plain], phrases_lost)} of the refusals, though no row spoke of them."]
+    parts = [f"Plain finetuning lost {each(rows[plain], phrases_lost)} of the refusals, though no row spoke of them."]
     for arm in others:
         signs = {apart(row, bare) for row, bare in zip(rows[arm], rows[plain], strict=True)}
         sign = signs.pop() if len(signs) == 1 else 0
         word = {-1: "fewer than", 0: "not clearly fewer or more than", 1: "more than"}[sign]
-        told.append(f"{arm}: {each(rows[arm], phrases_lost)}, {word} plain.")
+        parts.append(f"{arm}: {each(rows[arm], phrases_lost)}, {word} plain.")
     listed = "; ".join(f"{arm} {each(of, answers)}" for arm, of in rows.items())
-    told.append(f"Answers to Social IQa that stayed the base's: {listed}; plain's accuracy {_accuracy(rows[plain])}.")
-    return " ".join(told)
+    parts.append(f"Answers to Social IQa that stayed the base's: {listed}; plain's accuracy {_accuracy(rows[plain])}.")
+    return " ".join(parts)
 
 
 def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -60,16 +60,16 @@ def scatter(axes: Any, rows: Rows, label: str, **look: Any) -> None:
 
 def largest(axes: Any, name: str, study: Study) -> None:
     """Both readings of the largest rank over the steps, with the prediction that was written first."""
-    told = study.prediction
-    if told is None:
+    prediction = study.prediction
+    if prediction is None:
         return
     for reading, color in (("soft", PALETTE[1]), ("hard", PALETTE[0])):
-        of, steps = told[reading]["forgetting_loss"], told["steps"]
+        of, steps = prediction[reading]["forgetting_loss"], prediction["steps"]
         axes.fill_between(steps, *of["ci"], color=color, alpha=0.18, linewidth=0)
         axes.plot(steps, of["value"], color=color, label=f"{reading}: predicted, 95% interval")
         for number, row in enumerate(study.largest):
             axes.plot(steps, curve(row, reading, steps), color=color, marker="o", markersize=3.2, linewidth=0.7,
                       label=f"{reading}: measured, each seed" if not number else None)  # fmt: skip
-    dress(axes, f"{name}: rank {told['settings']['predict']}, predicted from the smaller ones", "optimizer step",
+    dress(axes, f"{name}: rank {prediction['settings']['predict']}, predicted from the smaller ones", "optimizer step",
           "L_f, nats per token")  # fmt: skip
     axes.legend(fontsize=7.5, loc="best")

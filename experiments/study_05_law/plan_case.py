@@ -48,10 +48,10 @@ def write_files(texts: Texts, folder: Path) -> Files:
 
 def planned(base: Path, files: Files, folder: Path, budget: float) -> dict[str, Any]:
     """What `retain plan` says; a second budget finds the pilots made."""
-    told = ["--model", str(base), "--dataset_name", str(files.train), "--eval_dataset_name", str(files.held_out),
+    flags = ["--model", str(base), "--dataset_name", str(files.train), "--eval_dataset_name", str(files.held_out),
             "--retention", f"prose={files.prose}", "--replay_dataset", str(base / "replay-2560x64-0"),
             "--output_dir", str(folder), "--max_ref_kl", f"{budget:g}", *PLAN]  # fmt: skip
-    if main(["plan", *told]):
+    if main(["plan", *flags]):
         raise ValueError("plan: failed; see the line above")
     found = json.loads((folder / "plan.json").read_text())
     keep = ("feasible", "recommendation", "best_of_each_coefficient", "not_identified", "cost", "command", "level")

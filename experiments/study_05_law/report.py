@@ -69,12 +69,12 @@ def studies(rows: Rows) -> dict[str, Study]:
         mine = [row for row in runs if row["settings"]["dataset"] == name]
         lora = [row for row in mine if row["settings"]["method"] == "lora"]
         coefs = sorted({row["settings"].get("coef", 0.0) for row in lora} - {0.0})
-        told = [row for row in rows if "predicted" in row and row["settings"].get("dataset") == name]
+        predictions = [row for row in rows if "predicted" in row and row["settings"].get("dataset") == name]
         found[name] = Study(
             plain=[row for row in lora if not row["settings"].get("coef")],
             full=[row for row in mine if row["settings"]["method"] == "full"],
             replay={coef: [row for row in lora if row["settings"].get("coef") == coef] for coef in coefs},
-            prediction=told[0] if told else None,
+            prediction=predictions[0] if predictions else None,
         )
     return found
 
@@ -147,21 +147,21 @@ class HeldOut:
 
 def held_out(study: Study, reading: str) -> HeldOut | None:
     """Error of the law, and of taking the next smaller rank's mean curve instead."""
-    told, runs = study.prediction, study.largest
-    if told is None or not runs or runs[0]["num_params"] != told["num_params"]:
+    prediction, runs = study.prediction, study.largest
+    if prediction is None or not runs or runs[0]["num_params"] != prediction["num_params"]:
         return None
     ranks = sorted({row["settings"]["lora_rank"] for row in study.plain})
     smaller = [row for row in study.plain if row["settings"]["lora_rank"] == ranks[-2]]
-    naive = np.mean([curve(row, reading, told["steps"]) for row in smaller], axis=0)
-    measured = np.array([curve(row, reading, told["steps"]) for row in runs])
-    learned = np.array([curve(row, "eval_loss", told["steps"]) for row in runs])
-    of, new = told[reading]["forgetting_loss"], told[reading]["finetuning_loss"]
+    naive = np.mean([curve(row, reading, prediction["steps"]) for row in smaller], axis=0)
+    measured = np.array([curve(row, reading, prediction["steps"]) for row in runs])
+    learned = np.array([curve(row, "eval_loss", prediction["steps"]) for row in runs])
+    of, new = prediction[reading]["forgetting_loss"], prediction[reading]["finetuning_loss"]
     return HeldOut(
         error=float(np.sqrt(np.mean((measured - of["value"]) ** 2))),
         naive=float(np.sqrt(np.mean((measured - naive) ** 2))),
         inside=share_inside(measured, of["ci"]),
         inside_new_task=share_inside(learned, new["ci"]),
-        before=all(told["predicted"] <= row["began"] for row in runs),
+        before=all(prediction["predicted"] <= row["began"] for row in runs),
     )
 
 

@@ -166,11 +166,11 @@ def make(name: str, seed: int) -> None:
         results.make(settings, lambda method=method: run_sequence(method, seed, scale, first))
 
 
-def told(name: str) -> Report:
+def page(name: str) -> Report:
     if not (rows := StudyResults(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))):
         raise NoReport("no run is made yet")
     return report(rows), lambda path: draw(rows, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    conduct(__doc__, HERE, SCALES, parts=seeds_of, make=make, report=told, arguments=arguments)
+    conduct(__doc__, HERE, SCALES, parts=seeds_of, make=make, report=page, arguments=arguments)

@@ -189,8 +189,8 @@ def function_gap(model: Any, larger: Any, bench: Bench, rows: int = 64) -> float
     """Largest difference of log-probabilities on the replay rows: 0 to rounding where the function is the same."""
     tokens = torch.tensor([bench.replay[at].tolist() for at in range(rows)])
     with torch.no_grad():
-        told = [one.eval()(input_ids=tokens).logits.log_softmax(-1) for one in (model, larger)]
-    return float((told[0] - told[1]).abs().max())
+        log_probs = [one.eval()(input_ids=tokens).logits.log_softmax(-1) for one in (model, larger)]
+    return float((log_probs[0] - log_probs[1]).abs().max())
 
 
 def tune_all(

@@ -70,12 +70,12 @@ def shares_lost(cell: Cell, scale: Any) -> list[float]:
 
 def rises_by_size(found: dict[Place, Cell]) -> str:
     """Change of the loss delta for each tenfold of tokens per parameter, of each size that has two lengths or more."""
-    told_ = []
+    rises = []
     for size in dict.fromkeys(size for size, _ in found):
         mine = {length: cell for (one, length), cell in found.items() if one == size}
         if len(mine) > 1:
-            told_.append(f"{over_seeds(slopes(mine))} with {named(next(iter(mine.values())))} parameters")
-    return ", ".join(told_)
+            rises.append(f"{over_seeds(slopes(mine))} with {named(next(iter(mine.values())))} parameters")
+    return ", ".join(rises)
 
 
 def plane(found: dict[Place, Cell]) -> tuple[Claim, Claim]:
@@ -130,20 +130,20 @@ def lost_between(found: dict[Place, Cell], scale: Any) -> str:
     size = scale.world.sizes[0].name
     mine = {length: cell for (one, length), cell in sorted(found.items()) if one == size}
     ends = [(length, float(np.mean(shares_lost(mine[length], scale)))) for length in (min(mine), max(mine))]
-    told_ = " and ".join(f"{share:.0%} at {length:.0f} tokens per parameter" for length, share in ends)
-    return f"the smallest loses {told_}"
+    shares = " and ".join(f"{share:.0%} at {length:.0f} tokens per parameter" for length, share in ends)
+    return f"the smallest loses {shares}"
 
 
 def report(rows: Sequence[Row], scale: Any) -> str:
-    told_ = verdict(rows, scale)
-    if not answer_of(told_):
-        return f"{table_of_cells(rows, scale)}\n\n**{told_}**"
+    said = verdict(rows, scale)
+    if not answer_of(said):
+        return f"{table_of_cells(rows, scale)}\n\n**{said}**"
     found = cells(rows, scale)
     by_size, by_length = (claim.estimate for claim in plane(found))
     numbers = f"loss delta {by_size} nats for each tenfold of size, {by_length} of tokens"
     numbers += f"; of tokens by size: {rises_by_size(found)}"
     finding = "Size and tokens per parameter together: loss delta and compute multiplier"
-    return f"{table_of_cells(rows, scale)}\n\n**{told_}**\n\n" + findings({finding: (NO_CELL, numbers)})
+    return f"{table_of_cells(rows, scale)}\n\n**{said}**\n\n" + findings({finding: (NO_CELL, numbers)})
 
 
 def draw(rows: Sequence[Row], scale: Any, path: Path) -> None:

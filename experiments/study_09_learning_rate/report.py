@@ -173,7 +173,7 @@ def high_pretraining(rows: Sequence[Row]) -> Finding:
     )  # fmt: skip
     first = verdict_of(falls(same_tokens))
     losses = [over_seeds([row["base"]["loss"] for row in bases(rows, rate)]) for rate in (low, high)]
-    told = (
+    at_same_tokens = (
         f"{high:g} against {low:g} in pretraining, without replay, mean over finetuning rates: at the same tokens "
         f"{after_looks(falls(same_tokens))} ({first}; the bases' own losses are {losses[1]} and {losses[0]})"
     )
@@ -188,7 +188,7 @@ def high_pretraining(rows: Sequence[Row]) -> Finding:
         )
     protected = falls(with_replay)
     replay = f"; with replay, at the same tokens {protected.estimate} nats ({verdict_of(protected)})"
-    return "A high pretraining rate reduces forgetting", answer, f"{told}{after}{replay}"
+    return "A high pretraining rate reduces forgetting", answer, f"{at_same_tokens}{after}{replay}"
 
 
 def matched_bases(rows: Sequence[Row], low: float, high: float) -> tuple[list[float], list[float]]:

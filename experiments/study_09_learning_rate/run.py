@@ -183,7 +183,7 @@ def make(name: str, part: int) -> None:
     )
 
 
-def told(name: str) -> Report:
+def page(name: str) -> Report:
     found = StudyResults(HERE / "results.jsonl", name).rows_with(fixed_of(SCALES[name]))
     if not (rows := [row for row in found if "trajectory" in row]):
         raise NoReport("no finetune is made yet")
@@ -192,6 +192,6 @@ def told(name: str) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     conduct(
-        __doc__, HERE, SCALES, parts=pretrained, then=(finetuned,), make=make, report=told, only="parts",
+        __doc__, HERE, SCALES, parts=pretrained, then=(finetuned,), make=make, report=page, only="parts",
         arguments=arguments,
     )  # fmt: skip

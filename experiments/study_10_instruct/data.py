@@ -139,8 +139,8 @@ def questions_of(names: tuple[str, ...], most: int, rng: random.Random) -> dict[
     local = {"Social IQa": social_iqa, "science": science}
     found = {}
     for name in names:
-        asked = load_questions(name) if name in QUESTION_SETS else local[name]()
-        found[name] = rng.sample(asked, min(most, len(asked)))
+        questions = load_questions(name) if name in QUESTION_SETS else local[name]()
+        found[name] = rng.sample(questions, min(most, len(questions)))
     return found
 
 

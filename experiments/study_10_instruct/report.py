@@ -35,7 +35,7 @@ WORDS = {-1: "less", 0: "(open)", 1: "more"}
 
 
 def of_arm(rows: Sequence[Row], arm: str) -> list[Row]:
-    """The runs of an arm that learned what was asked, by seed."""
+    """The runs of an arm that learned enough, by seed."""
     found = [row for row in rows if row["settings"]["arm"] == arm and row["reached"]]
     return sorted(found, key=lambda row: row["settings"]["seed"])
 
@@ -86,7 +86,7 @@ def steps_of(runs: Sequence[Row]) -> str:
 
 
 def compared(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The arms that learned as much as was asked in as many seeds as plain, plain first; of LoRA the better rate."""
+    """The arms that learned enough in as many seeds as plain, plain first; of LoRA the better rate."""
     arms = list(dict.fromkeys(row["settings"]["arm"] for row in rows))
     found = {arm: of_arm(rows, arm) for arm in sorted(arms, key=lambda arm: arm != PLAIN)}
     if not found.get(PLAIN):

@@ -34,7 +34,7 @@ def make(name: str, part: int) -> None:
     StudyResults(HERE / "results.jsonl", name).make(place.settings(arm, ARMS[arm]), lambda: place.run(arm, ARMS[arm]))
 
 
-def told(name: str) -> Report:
+def page(name: str) -> Report:
     """Of every seed that there is, more than the scale's own, too."""
     results, rows = StudyResults(HERE / "results.jsonl", name), []
     for seed in itertools.count():
@@ -47,6 +47,6 @@ def told(name: str) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     conduct(
-        __doc__, HERE, SCALES, parts=lambda scale: range(len(scale.arms) * scale.seeds), make=make, report=told,
+        __doc__, HERE, SCALES, parts=lambda scale: range(len(scale.arms) * scale.seeds), make=make, report=page,
         only="arms", prepare=prepare, arguments=arguments,
     )  # fmt: skip

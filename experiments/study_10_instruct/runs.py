@@ -284,7 +284,7 @@ class Workplace:
 
 @cache
 def base_of(model: str) -> Any:
-    """The base, where it is asked: one for every seed."""
+    """The base, opened once for every seed."""
     return load_model(model, dtype="float32", device=default_device())
 
 

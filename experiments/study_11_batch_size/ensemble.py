@@ -74,11 +74,11 @@ class Flat:
         weights = {name: part.view(shape) for name, part, shape in zip(self.names, parts, shapes, strict=True)}
         length = tokens.shape[1]
         masked = torch.full((length, length), -torch.inf).triu(1)[None, None]  # made here: else it depends on data
-        told = {
+        inputs = {
             "input_ids": tokens, "attention_mask": {"full_attention": masked}, "use_cache": False,
             "position_ids": torch.arange(length)[None],
         }  # fmt: skip
-        logits = functional_call(self.model, weights, args=(), kwargs=told).logits
+        logits = functional_call(self.model, weights, args=(), kwargs=inputs).logits
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 

@@ -177,8 +177,8 @@ def report(name: str) -> Report:
     return text_of(rows), lambda path: draw(rows, path)
 
 
-def main(told: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     conduct(
         __doc__, HERE, SCALES, parts=lambda scale: scale.batch_sizes, make=make, report=report, only="batch_sizes",
-        arguments=told,
+        arguments=arguments,
     )  # fmt: skip

@@ -116,7 +116,7 @@ def prepare(name: str) -> None:
             _ = place.base, place.pools
 
 
-def told(name: str) -> Report:
+def page(name: str) -> Report:
     """Of every seed that there is, more than the scale's own, too."""
     turns, rows = [], []
     for seed in itertools.count():
@@ -132,6 +132,6 @@ def told(name: str) -> Report:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     conduct(
-        __doc__, HERE, SCALES, parts=lambda scale: range(len(ARMS_COMPARED) * scale.seeds), make=make, report=told,
+        __doc__, HERE, SCALES, parts=lambda scale: range(len(ARMS_COMPARED) * scale.seeds), make=make, report=page,
         only="arms", prepare=prepare, arguments=arguments,
     )  # fmt: skip

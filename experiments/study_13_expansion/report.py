@@ -114,13 +114,13 @@ def _word(sign: int) -> str:
 
 
 def report(rows: Sequence[Row], scale: Any) -> str:
-    told_ = verdict(rows, scale)
-    answer, some = answer_of(told_), cells(rows, scale, "replay")
+    said = verdict(rows, scale)
+    answer, some = answer_of(said), cells(rows, scale, "replay")
     if not answer or not {"unexpanded", "widened", "deepened"} <= set(some):
-        return f"{table_of_models(rows, scale)}\n\n**{told_}**"
+        return f"{table_of_models(rows, scale)}\n\n**{said}**"
     plain, *grown = (some[arm].interval for arm in ("unexpanded", "widened", "deepened"))
     numbers = f"with replay {plain} nats, {grown[0]} widened, {grown[1]} deepened; the base is not saturated: see 07"
-    return f"{table_of_models(rows, scale)}\n\n**{told_}**\n\n" + findings(
+    return f"{table_of_models(rows, scale)}\n\n**{said}**\n\n" + findings(
         {"Capacity added before finetuning (A: not tried)": (f"new: {answer}", numbers)}
     )
 

@@ -80,10 +80,10 @@ def make(name: str, seed: int) -> None:
     )
 
 
-def told(name: str) -> Report:
+def page(name: str) -> Report:
     rows = StudyResults(HERE / "results.jsonl", name).rows_with()
     return report(rows, SCALES[name]), lambda path: draw(rows, SCALES[name], path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    conduct(__doc__, HERE, SCALES, parts=seeds_of, make=make, report=told, arguments=arguments)
+    conduct(__doc__, HERE, SCALES, parts=seeds_of, make=make, report=page, arguments=arguments)

@@ -28,16 +28,16 @@ def run(lost: int, kept: int, same: int = 200) -> dict[str, Any]:
 )
 def test_the_verdict_goes_with_the_counts(lost: int, word: str) -> None:
     rows = {"plain": [run(20, 30), run(18, 32)], "replay": [run(lost, 50 - lost), run(lost, 50 - lost)]}
-    told = study.verdict(rows)
-    assert "Plain finetuning lost 20 of 50: 40% [28%, 54%]; 18 of 50: 36% [24%, 50%] of the refusals" in told
-    assert f"replay: {lost} of 50: " in told, "a seed at a time: requests of two seeds are no independent draws"
-    assert word in told
+    text = study.verdict(rows)
+    assert "Plain finetuning lost 20 of 50: 40% [28%, 54%]; 18 of 50: 36% [24%, 50%] of the refusals" in text
+    assert f"replay: {lost} of 50: " in text, "a seed at a time: requests of two seeds are no independent draws"
+    assert word in text
 
 
 def test_the_table_and_the_figure(tmp_path: Path) -> None:
     rows = {"plain": [run(20, 30), run(18, 32)], "replay": [run(1, 49), run(0, 50)]}
-    told = study.table_of_arms(rows)
-    assert "| facts still known, of those known before | 8 of 10: 80% [49%, 94%]; 8 of 10: 80% [49%, 94%] |" in told
+    text = study.table_of_arms(rows)
+    assert "| facts still known, of those known before | 8 of 10: 80% [49%, 94%]; 8 of 10: 80% [49%, 94%] |" in text
     study.draw(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 

@@ -231,9 +231,9 @@ def made_expansion(widened: float, deepened: float, spread: float) -> tuple[Any,
 )
 def test_the_verdict_of_expansion_follows_its_intervals(widened, deepened, spread, answer):
     scale, rows = made_expansion(widened, deepened, spread)
-    told = expansion_report.verdict(rows, scale)
-    assert told.startswith(f"Verdict: {answer}")
-    assert "are the same function" in told
+    text = expansion_report.verdict(rows, scale)
+    assert text.startswith(f"Verdict: {answer}")
+    assert "are the same function" in text
     assert "| 10,000 |" in expansion_report.table_of_models(rows, scale)
 
 

@@ -194,34 +194,34 @@ def rows_for(left: float, rows: int) -> list[dict[str, Any]]:
 )
 def test_first_verdict_goes_with_the_results(left: float, rows: int, said: str) -> None:
     cells, _ = cost.cells_of(rows_for(left, rows), {"full": PLAIN.learning_rate})
-    told = cost.verdict(cells)
-    assert said in told
-    assert said.replace("a step", "to the same loss") in told
+    text = cost.verdict(cells)
+    assert said in text
+    assert said.replace("a step", "to the same loss") in text
     if rows == 16:  # it protects, at two thirds more operations
-        assert "The cheapest that prevents as much: full, 1/2, coef 10" in told
+        assert "The cheapest that prevents as much: full, 1/2, coef 10" in text
 
 
 def test_second_verdict_goes_with_the_results() -> None:
-    def told(kl: float, other: float) -> str:
+    def verdict_of(kl: float, other: float) -> str:
         rows = [{**synthetic(0.0, seed, 1.0), "name": "plain"} for seed in (0, 1)]
         rows += [{**synthetic(10.0, seed, kl), "name": "kl"} for seed in (0, 1)]
         rows += [{**synthetic(1.0, seed, other), "name": "ntp"} for seed in (0, 1)]
         return baselines.verdict(baselines.entries_of(rows)[0])
 
-    assert "less than ntp (98% less), plain (99% less)" in told(0.01, 0.5)
-    assert "less than plain (50% less); more than ntp (4900% more)" in told(0.5, 0.01)
-    assert "not clearly different from ntp" in told(0.5, 0.5)
+    assert "less than ntp (98% less), plain (99% less)" in verdict_of(0.01, 0.5)
+    assert "less than plain (50% less); more than ntp (4900% more)" in verdict_of(0.5, 0.01)
+    assert "not clearly different from ntp" in verdict_of(0.5, 0.5)
 
 
 def test_the_papers_claims_go_with_the_results() -> None:
-    def told(left: dict[str, float]) -> str:
+    def claims_of(left: dict[str, float]) -> str:
         rows = [{**synthetic(0.0, seed, 1.0), "name": "plain"} for seed in (0, 1)]
         for at, (name, share) in enumerate(left.items()):
             rows += [{**synthetic(1.0 + at, seed, share), "name": name} for seed in (0, 1)]
         entries = baselines.entries_of(rows)[0]
         return baselines.claims(entries) + baselines.beside_paper(entries)
 
-    found = told({"kl": 0.1, "ntp": 0.3, "kl real": 0.1, "ntp real": 0.1, "ntp Spanish": 0.5})
+    found = claims_of({"kl": 0.1, "ntp": 0.3, "kl real": 0.1, "ntp real": 0.1, "ntp Spanish": 0.5})
     assert "nearly eliminates forgetting: **direction reproduced, size not** (10% to 10% is left" in found
     assert "on self-generated replay: **reproduced**" in found
     assert "KL keeps more than NTP, on real replay: **cannot tell**" in found
@@ -229,7 +229,7 @@ def test_the_papers_claims_go_with_the_results() -> None:
     assert "was not trained on: **cannot tell** (one of kl Spanish, ntp Spanish is not there)" in found
     assert "as good as real (KL): **not told apart**" in found
     assert "as good as real (NTP): **real forgets less**" in found
-    assert "size as well" in told({"kl": 0.02, "ntp": 0.3})
+    assert "size as well" in claims_of({"kl": 0.02, "ntp": 0.3})
     assert "| kl real | 0.0028 | 2.5% |" in found
 
 

@@ -53,9 +53,9 @@ def test_what_keeps_most_and_what_is_not_told_apart() -> None:
     assert "ref_kl on web text: KL, self-generated (not told apart from it: KL, real)" in report.verdict(rows)
     assert report.verdict(rows[:1]).startswith("Verdict: none yet")
     assert report.verdict([]).startswith("Verdict: none yet")
-    told = report.report(rows, ["plain", "KL, self-generated", "KL, real", "NTP, real"])
-    assert "Not run yet: NTP, real." in told
-    assert "| KL, real − KL, self-generated | +0.000 [+0.000, +0.000] (open)" in told
+    text = report.report(rows, ["plain", "KL, self-generated", "KL, real", "NTP, real"])
+    assert "Not run yet: NTP, real." in text
+    assert "| KL, real − KL, self-generated | +0.000 [+0.000, +0.000] (open)" in text
 
 
 def test_only_the_better_rate_of_lora_is_compared_and_only_what_learned() -> None:

@@ -52,13 +52,13 @@ def prediction(off: float = 0.0, when: str = "2026-01-01") -> dict[str, Any]:
     P, N = 5472.0 * 32, np.array(steps, dtype=float)
     learned = shifted_power(P, N, b=4.0, beta=0.4, **LAW)
     lost = joint_forgetting(P, N, c_fft=0.25, s_fft=5.0, b=4.0, beta=0.4, **LAW) + off
-    told: dict[str, Any] = {"predicted": when, "num_params": int(P), "steps": steps, "key": "predicted"}
+    written: dict[str, Any] = {"predicted": when, "num_params": int(P), "steps": steps, "key": "predicted"}
     for reading, scale in (("soft", 1.0), ("hard", 0.5)):
-        told[reading] = {
+        written[reading] = {
             name: {"value": value.tolist(), "ci": [(value - 0.05).tolist(), (value + 0.05).tolist()]}
             for name, value in (("finetuning_loss", learned), ("forgetting_loss", scale * lost))
         }
-    return told | {"settings": {"predict": 32, "dataset": "verilog"}}
+    return written | {"settings": {"predict": 32, "dataset": "verilog"}}
 
 
 def study_rows(off: float = -0.3, noise: float = 0.01, said: dict[str, Any] | None = None) -> list[dict[str, Any]]:

@@ -54,30 +54,30 @@ def rate_rows(
 
 
 def test_claims_on_learning_rates_reproduced() -> None:
-    told = rate_report.verdict(rate_rows())
-    assert "need many more steps: **reproduced**" in told
-    assert "reduces forgetting: **reproduced**" in told
-    assert "Replay breaks that trade-off: **in part: fewer steps than plain at 1 of 2 rates**" in told
-    factors = [float(one) for one in re.findall(r"([\d.]+) \[[\d., ]+\] against plain", told)]
+    text = rate_report.verdict(rate_rows())
+    assert "need many more steps: **reproduced**" in text
+    assert "reduces forgetting: **reproduced**" in text
+    assert "Replay breaks that trade-off: **in part: fewer steps than plain at 1 of 2 rates**" in text
+    factors = [float(one) for one in re.findall(r"([\d.]+) \[[\d., ]+\] against plain", text)]
     assert factors == [pytest.approx(9.91, abs=0.01), pytest.approx(0.5, abs=0.01)], "the factor is the comparator's"
-    assert "at one rate replay forgets 10% to 10% of what plain does, in 2.0 to 2.0 times its steps" in told
+    assert "at one rate replay forgets 10% to 10% of what plain does, in 2.0 to 2.0 times its steps" in text
     faster = [rate_row(before, 1e-2, 3.0, seed, 10 + seed, 0.05) for before in (1e-3, 1e-2) for seed in range(3)]
     assert "breaks that trade-off: **reproduced**" in rate_report.verdict([*rate_rows(), *faster])
 
 
 def test_claims_on_learning_rates_refuted() -> None:
-    told = rate_report.verdict(rate_rows(slow=1.0, fast=0.5, high=2.0, kept=1.5))
-    assert "less forgetting not reproduced, more steps reproduced" in told
-    assert "reduces forgetting: **not reproduced**" in told
-    assert "Replay breaks that trade-off: **not reproduced**" in told
+    text = rate_report.verdict(rate_rows(slow=1.0, fast=0.5, high=2.0, kept=1.5))
+    assert "less forgetting not reproduced, more steps reproduced" in text
+    assert "reduces forgetting: **not reproduced**" in text
+    assert "Replay breaks that trade-off: **not reproduced**" in text
 
 
 def test_claims_on_learning_rates_left_open() -> None:
     rows = rate_rows(high=1.0, noise=60.0)
     rows[2] = rate_row(1e-3, 1e-2, 3.0, 0, 100, 2.0)  # one case of six without a protected run
-    told = rate_report.verdict(rows)
-    assert "Replay breaks that trade-off: **cannot tell at this size**" in told
-    assert "1 of 6 cases" in told
+    text = rate_report.verdict(rows)
+    assert "Replay breaks that trade-off: **cannot tell at this size**" in text
+    assert "1 of 6 cases" in text
     assert "none yet" in rate_report.verdict([row for row in rows if row["settings"]["seed"] == 0])
     assert "none yet" in rate_report.verdict([])
 
@@ -86,9 +86,9 @@ def test_bases_of_the_same_loss_may_say_otherwise() -> None:
     rows = rate_rows()
     for seed, wobble in enumerate(WOBBLE):
         rows.append(rate_row(1e-2, 1e-2, 0.0, seed, 50, 1.4 + wobble, control=True, base=1.21))
-    told = rate_report.verdict(rows)
-    assert "reproduced at the same tokens, not reproduced at the same loss of the base" in told
-    assert "apart by 0.010 [0.010, 0.010]" in told
+    text = rate_report.verdict(rows)
+    assert "reproduced at the same tokens, not reproduced at the same loss of the base" in text
+    assert "apart by 0.010 [0.010, 0.010]" in text
 
 
 def test_who_has_the_rows_pretrains_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +172,9 @@ def batch_rows(power: float, noise: float = 0.0, shift: int = 0, places: int = 7
     ],
 )
 def test_verdict_on_batch_sizes_goes_with_the_results(rows: list[dict[str, Any]], said: str, costs: str) -> None:
-    told = batch_report.verdict(rows)
-    assert said in told
-    assert costs in told
+    text = batch_report.verdict(rows)
+    assert said in text
+    assert costs in text
 
 
 def test_best_half_life_is_read_between_the_grid() -> None:
