@@ -18,11 +18,12 @@ from retain.measuring.phrases import is_refusal
 from retain.measuring.reasoning import answer_turn, without_reasoning
 from retain.measuring.refusals import (
     COMPLYING,
+    OPENINGS,
     REFUSING,
     Judge,
     _log_sums,
     compare_refusals,
-    encode_openings,
+    encode_continuations,
     judge_refusals,
     load_requests,
     measure_refusals,
@@ -114,7 +115,7 @@ def test_openings_by_hand():
     """Each opening's probability is the product of its tokens'; none begins another, so they add."""
     model = make_model().eval()
     prompt = user_turn("the quick fox?", CHAT, chat_template=True)
-    inputs = encode_openings(CHAT, [prompt])
+    inputs = encode_continuations(CHAT, [prompt], OPENINGS)
     context = CHAT(prompt.text.rstrip(), add_special_tokens=False)["input_ids"]
     expected = {}
     for opening in (*REFUSING, *COMPLYING):
