@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if {"-h", "--help", "--help_all"} & set(rest):
                 print(verb.help(VERBS[name], everything="--help_all" in rest), end="")
                 return 0
-            if not rest:
+            if not rest and verb.required:
                 raise ValueError(verb.missing())
             return verb(rest) or 0
     except Launched:
