@@ -24,9 +24,8 @@ from retain.losses import (
     topk_kl_divergence,
 )
 from retain.measuring.tokens import logits_at
-from retain.models.head import HeadForm, at_head, find_head_form
-from retain.models.reference import Reference, evaluation_mode
-from retain.replay.dataset import ReplayDataset
+from retain.models.head import HeadForm, at_head
+from retain.models.reference import Reference
 
 
 class Batch(NamedTuple):
@@ -154,35 +153,3 @@ class ReplayTerm:
 def stored_error(term: ReplayTerm, batch: Batch) -> float:
     """KL(stored ‖ model) per token, in nats, before training; 0 but for rounding when what is stored is the model's."""
     return float(term.kl(batch)) / int(batch.mask.sum())
-
-
-PROBE_TEMPERATURE = 1.25  # a distribution that is off the base by a known amount
-
-
-@torch.no_grad()
-def describe_store(model: Any, rows: ReplayDataset, num_rows: int = 8) -> dict[str, Any]:
-    """What the stored predictions of a model keep, on its first rows; all but `num_tokens` per token.
-
-    Returns:
-        `exact_kl`: KL(base ‖ probe), nats, the probe being the model at a temperature of 1.25; `stored_kl`: the same
-        from what is stored. `kl_error`: KL(base ‖ stored), nats, for hidden states. `rest`: mass outside of the
-        tokens that are stored.
-    """
-    assert rows.cache is not None
-    indices = range(min(num_rows, len(rows)))
-    batch = {name: value.to(model.device) for name, value in rows.batch(indices).items()}
-    mask = batch.pop("labels")[:, 1:] != -100
-    stored = {name: value.to(model.device) for name, value in rows.cache.batch(indices).items()}
-    with evaluation_mode(model):
-        logits = logits_at(model, batch)[:, :-1][mask].float()
-    probe = logits / PROBE_TEMPERATURE
-    kept = {"num_tokens": int(mask.sum()), "exact_kl": float(kl_divergence(logits, probe).mean())}
-    if "tokens" in stored:
-        of_stored = topk_kl_divergence(stored["log_probs"], stored["tokens"].long(), probe)
-        rest = 1 - stored["log_probs"].exp().sum(-1)
-        return {**kept, "stored_kl": float(of_stored.mean()), "rest": float(rest.mean())}
-    form = find_head_form(model)
-    head = model.get_output_embeddings() if form is None else form.head(model.get_output_embeddings()).logits
-    found = head(stored["hidden"])
-    error = float(kl_divergence(logits, found).mean())
-    return {**kept, "stored_kl": float(kl_divergence(found, probe).mean()), "kl_error": error, "rest": 0.0}
