@@ -21,7 +21,7 @@ from trl import (
 from retain.checks import Unchosen, check_number, setting
 from retain.cli.flags import Verb
 from retain.cli.sample import sample_with_bar
-from retain.cli.settings import RetentionSettings, StartTokenSettings
+from retain.cli.settings import RETENTION_HELP, StartTokenSettings
 from retain.data.rows import hub_name, is_local_file, named_sources, read_rows
 from retain.files import exclusive
 from retain.models.description import choose_start_token, default_device, length_that_fits
@@ -39,7 +39,7 @@ from retain.training.trainer import ReplaySFTTrainer
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings, RetentionSettings):
+class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
     """What `retain finetune` takes beside the flags of `trl sft`."""
 
     replay_dataset: str | None = setting(
@@ -51,7 +51,7 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings, Retention
     eval_dataset_name: str | None = setting(
         None, "Held-out rows of the new task: a file or Hub id. Default: the dataset's test split."
     )
-    retention: list[str] = setting(list, "Text on which forgetting is measured, as name=file; repeatable.")
+    retention: list[str] = setting(list, RETENTION_HELP)
     retention_max_documents: int = setting(
         64,
         "Documents of each retention text that are measured during training, the first max_length tokens of each; "
@@ -111,7 +111,7 @@ def run_finetune(
 def make_trainer(
     script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, config: FinetuneConfig, say: Any
 ) -> ReplaySFTTrainer:
-    """The trainer with model, rows and texts; whatever is cheap to refuse is refused before the model is loaded."""
+    """The trainer with model, rows and texts; what is cheap to check is checked before the model is loaded."""
     if model_args.use_peft:
         check_number("lora_r", model_args.lora_r, low=1, integer=True)
     check_half_life(training_args, config.adam_beta2_half_life_tokens)

@@ -32,9 +32,9 @@ Finetune a language model without it forgetting, and measure and predict how muc
 {verbs}
 
 For example:
-  retain sample --model M --output_dir replay/
-  retain finetune --config sft.yaml --replay_dataset replay/
-  retain measure --base M --model out/ --retention wiki=wiki.txt --output_dir report/
+    retain sample --model M --output_dir replay/
+    retain finetune --config sft.yaml --replay_dataset replay/
+    retain measure --base M --model out/ --retention wiki=wiki.txt --output_dir report/
 
 `retain VERB --help` explains a verb's flags; `retain --version` prints the version.
 """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
-from retain.cli.settings import ModelLoadSettings, RetentionSettings
+from retain.cli.settings import RETENTION_HELP, ModelLoadSettings
 from retain.data.rows import OLD_TEXT, Reading, named_sources, read_rows, row_texts
 from retain.files import CONFIG_FILE, exclusive, read_settings
 from retain.measuring.choices import load_questions
@@ -42,7 +42,7 @@ OPTIONS = (
 
 
 @dataclass(kw_only=True)
-class MeasureConfig(ModelLoadSettings, RetentionSettings):
+class MeasureConfig(ModelLoadSettings):
     """`retain measure`: how much a tuned model forgot of its base."""
 
     base: str = setting("", "Model before finetuning: a Hub id or folder. [required, unless --pair]")
@@ -55,7 +55,7 @@ class MeasureConfig(ModelLoadSettings, RetentionSettings):
     model_card: str | None = setting(
         None, "Model card (README.md) that receives the section Forgetting and the model-index."
     )
-    retention: list[str] = setting(list, "Text on which forgetting is measured, as name=file; repeatable.")
+    retention: list[str] = setting(list, RETENTION_HELP)
     new_task: list[str] = setting(
         list, "Held-out text of the new task, as name=file, for the gain on what training predicts; repeatable."
     )

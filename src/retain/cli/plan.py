@@ -19,7 +19,7 @@ from retain.checks import Unchosen, check_number, setting
 from retain.cli import finetune
 from retain.cli.flags import Verb
 from retain.cli.sample import SampleConfig, run_sample
-from retain.cli.settings import RemoteCodeSettings, RetentionSettings, SeedSettings
+from retain.cli.settings import RETENTION_HELP, RemoteCodeSettings, SeedSettings
 from retain.data.rows import named_sources, read_rows
 from retain.files import exclusive, read_jsonl, write_json, write_text
 from retain.lab.runner import RunRows, VerbRun, run_key
@@ -47,13 +47,13 @@ Say = Callable[[str], None]
 
 
 @dataclass(kw_only=True)
-class PlanConfig(RetentionSettings, RemoteCodeSettings, SeedSettings):
+class PlanConfig(RemoteCodeSettings, SeedSettings):
     """`retain plan`: short pilot runs, a law of them, and a setting whose forgetting stays within a limit."""
 
     model: str = setting("", "Hub id or folder of the model to finetune.", required=True)
     dataset_name: str = setting("", "Rows of the new task: a file or Hub id.", required=True)
     retention: list[str] = setting(
-        list, "Text on which forgetting is measured, as name=file; repeatable.",
+        list, RETENTION_HELP,
         required="give the text on which forgetting is measured as --retention name=file",
     )  # fmt: skip
     max_ref_kl: float | None = setting(

@@ -7,6 +7,7 @@ from typing import Literal
 
 from retain.checks import Settings, setting
 
+RETENTION_HELP = "Text on which forgetting is measured, as name=file; repeatable."
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -38,13 +39,6 @@ class StartTokenSettings(Settings):
     start_token: str | None = setting(
         None, "Token that starts a document in pretraining, as text or id. Default: chosen and shown."
     )
-
-
-@dataclass(kw_only=True)
-class RetentionSettings(Settings):
-    """Where forgetting is measured."""
-
-    retention: list[str] = setting(list, "Text on which forgetting is measured, as name=file; repeatable.")
 
 
 @dataclass(kw_only=True)
