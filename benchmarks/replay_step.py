@@ -34,7 +34,7 @@ from retain.measuring.tokens import logits_at
 from retain.models.description import num_parameters
 from retain.models.head import find_head_form
 from retain.models.reference import Reference
-from retain.training.replay_term import Batch, ReplayTerm
+from retain.training.replay_term import ReplayTerm, TermBatch
 
 POSITIONS, HIDDEN, VOCAB = 1024, 576, 49_152
 ROWS, LENGTH = 8, 128
@@ -136,7 +136,7 @@ def steps(rounds: int, device: str, dtype: torch.dtype, *, adapter: bool) -> dic
     model.train()
     ids = torch.randint(3, VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
     inputs = {"input_ids": ids}
-    batch = Batch(model, model, inputs, ids)
+    batch = TermBatch(model, model, inputs, ids)
     form = find_head_form(model)
     assert form is not None
     head = form.head(model.get_output_embeddings())

@@ -26,9 +26,9 @@ from retain.losses import (
 )
 from retain.models.head import HeadForm, at_head, find_head_form
 from retain.models.reference import Reference
-from retain.training.budget import OPENING
+from retain.training.budget import OPENING_LENGTH
 from retain.training.meter import in_opening
-from retain.training.replay_term import Batch, ReplayTerm
+from retain.training.replay_term import ReplayTerm, TermBatch
 
 POSITIONS, SIZE, VOCAB = 37, 16, 211
 
@@ -306,7 +306,7 @@ def test_the_term_at_the_head_is_the_term_of_the_logits(name: str) -> None:
         term = ReplayTerm(used, reference)
         values = torch.zeros(int(mask.sum()))
         labels = torch.cat([tokens[:, :1], tokens[:, 1:].masked_fill(~mask, -100)], dim=1)
-        batch = Batch(model, model, {"input_ids": tokens}, labels, values=values)
+        batch = TermBatch(model, model, {"input_ids": tokens}, labels, values=values)
         kl = term.kl(batch)
         assert float(values.sum()) == pytest.approx(float(kl.detach()), rel=1e-5)
         loss = term.next_token_loss(batch)
@@ -325,13 +325,13 @@ def test_the_term_at_the_head_is_the_term_of_the_logits(name: str) -> None:
 
 def test_the_opening_of_a_row_is_its_first_predictions_and_at_most_half_of_them() -> None:
     """Given tokens count as context: a row that continues a prompt has no opening."""
-    lengths, width = (0, 1, 2, 3, 2 * OPENING - 1, 2 * OPENING, 30), 40
+    lengths, width = (0, 1, 2, 3, 2 * OPENING_LENGTH - 1, 2 * OPENING_LENGTH, 30), 40
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
     found = in_opening(mask)
-    assert found.sum(-1).tolist() == [0, 0, 1, 1, OPENING - 1, OPENING, OPENING]
+    assert found.sum(-1).tolist() == [0, 0, 1, 1, OPENING_LENGTH - 1, OPENING_LENGTH, OPENING_LENGTH]
     assert all(bool(row[:count].all()) for row, count in zip(found, found.sum(-1).tolist(), strict=True))
     prompted = mask & (torch.arange(width) >= 3)
-    assert in_opening(prompted)[-1].nonzero().flatten().tolist() == list(range(3, OPENING))
+    assert in_opening(prompted)[-1].nonzero().flatten().tolist() == list(range(3, OPENING_LENGTH))
     prompted = mask & (torch.arange(width) >= 20)
     assert not in_opening(prompted).any()
 

@@ -27,7 +27,7 @@ from retain.files import read_jsonl
 from retain.losses import kl_divergence
 from retain.replay.dataset import ReplayDataset, replace_rows, token_documents
 from retain.sampling.write import sample_rows
-from retain.training.budget import OPENING
+from retain.training.budget import OPENING_LENGTH
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_kl_term_has_the_value_and_gradient_of_its_naive_twin(tmp_path: Path, ra
             log_q = torch.log_softmax(model(ids).logits[0, :-1], -1)
             values = (log_p.exp() * (log_p - log_q)).sum(-1)
             total, count = total + values.sum(), count + len(log_p)
-            opening = min(OPENING, len(log_p) // 2)
+            opening = min(OPENING_LENGTH, len(log_p) // 2)
             parts[0].extend(values[:opening].tolist())
             parts[1].extend(values[opening:].tolist())
         (loss + 3.0 * total / count).backward()

@@ -2,7 +2,7 @@
 
 Dual ascent on the coefficient's logarithm. After every step, with s the smoothed ref_kl and e = log(s / budget),
 
-    log coef += GAIN · (max(e, FAR) − max(e, FAR) of the step before) + max(RATE / horizon · e, −fall)
+    log coef += KL_GAIN · (max(e, FAR) − max(e, FAR) of the step before) + max(RATE / horizon · e, −fall)
 
 A PI controller, chosen by simulation (2,400 plants with lags of 2–40 steps, warmup, decay and noise up to 60%). Its
 first term answers the lag of model and smoothing, and raises the coefficient while KL still rises towards the budget.
@@ -25,15 +25,15 @@ from retain.checks import check_number
 # Predictions with fewer tokens before are a row's opening (of a short row, at most its half). All rows share it and
 # new text opens otherwise, so the model learns to tell replay by it: on SmolLM2-135M KL was 0.39 nats in the first five
 # predictions of 48 and 0.007 behind them, which at few rows a step is noise that no coefficient brings down.
-OPENING = 5
-GAIN = 0.7  # e-folds of the coefficient, at once, per e-fold of KL; above 1, a second lag makes it ring
+OPENING_LENGTH = 5
+KL_GAIN = 0.7  # e-folds of the coefficient, at once, per e-fold of KL; above 1, a second lag makes it ring
 RATE = 0.35  # e-folds of the coefficient per horizon and e-fold of KL away from the budget
 FAR = -4.0  # log(KL / budget) from which on a rise of KL raises the coefficient: 2% of the budget
 FALL_PER_RUN = 10.0  # e-folds by which the second term lowers the coefficient over a run, at most ...
 FALL = (0.005, 0.1)  # ... within these per step
 HORIZON_SHARE = 1 / 20  # share of the steps taken over which KL is smoothed ...
 HORIZON = (2.0, 20.0)  # ... within these; at 20, noise of 50% swings the coefficient by less than a factor of 2
-TOLERANCE = 0.2  # a budget is kept by a mean KL up to 20% above it
+BUDGET_TOLERANCE = 0.2  # a budget is kept by a mean KL up to 20% above it
 ROSE, FELL = 1.5, 0.9  # a coefficient that rose by this factor should have brought KL down to this share ...
 RUNAWAY = 100.0  # ... and one that rose by this factor to the budget, before a larger one is advised
 NEAR = 1.25  # a coefficient within this factor of a bound is at it: noise lifts it off
@@ -74,8 +74,8 @@ class Verdict:
 class ForgettingBudget:
     """Moves the coefficient so that the mean KL(base ‖ model) on replay rows ends at the budget, or below it.
 
-    The KL behind the first `OPENING` predictions of each row is what is held: where rows are short, or few, these rule
-    the mean, and no coefficient brings them down.
+    What is held is the KL behind the first `OPENING_LENGTH` predictions of each row: where rows are short, or few,
+    these rule the mean, and no coefficient brings them down.
 
     Args:
         budget: nats per token.
@@ -133,7 +133,7 @@ class ForgettingBudget:
         self.smoothed = before + (kl - before) / horizon
         excess = math.log(self.smoothed) - math.log(self.budget) if self.smoothed > 0 else FAR
         error = max(excess, FAR)
-        move = GAIN * (error - self._error) + max(RATE / horizon * error, -self._fall)
+        move = KL_GAIN * (error - self._error) + max(RATE / horizon * error, -self._fall)
         self._error = error
         self.coef = min(max(self.coef * math.exp(move), self.bounds[0]), self.bounds[1])
         return self.coef
@@ -153,13 +153,13 @@ class ForgettingBudget:
     def verdict(self) -> Verdict:
         """Whether the end of the run, so far, kept the budget."""
         mean, error, num_steps = self._end()
-        limit = self.budget * (1 + TOLERANCE)
+        limit = self.budget * (1 + BUDGET_TOLERANCE)
         kept, certain = mean <= limit, error is not None and abs(mean - limit) >= 2 * error
         measured = f"ref_kl {mean:.3g}" + (f" ± {error:.2g}" if error is not None else "")
         text = (
             f"budget {self.budget:g} nats per token {'kept' if kept else 'not kept'}"
             f"{'' if certain else ' as far as this many steps can tell'}: {measured} over the last {num_steps} steps, "
-            f"behind the first {OPENING} tokens of replay rows; {self._meaning(kept, mean)}"
+            f"behind the first {OPENING_LENGTH} tokens of replay rows; {self._meaning(kept, mean)}"
         )
         if self.step < self.num_steps:
             text += f"; the run ended at step {self.step} of {self.num_steps}"
@@ -184,7 +184,7 @@ class ForgettingBudget:
         if kept and self.at_bound == "low":
             return f"{coef}, its lower bound: hardly any replay was needed"
         if kept:
-            return coef + (", with room left" if mean < self.budget * (1 - TOLERANCE) else "")
+            return coef + (", with room left" if mean < self.budget * (1 - BUDGET_TOLERANCE) else "")
         if self.at_bound == "high":
             return (
                 f"{coef}, its upper bound: this model has no room for both; raise the budget, lower the learning rate, "

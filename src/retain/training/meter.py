@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from retain.training.budget import OPENING
+from retain.training.budget import OPENING_LENGTH
 
 
 class LossMeter:
@@ -87,10 +87,10 @@ class LossMeter:
 
 
 def in_opening(mask: Bool[Tensor, "rows predictions"]) -> Bool[Tensor, "rows predictions"]:
-    """Which of the predictions in `mask` are made with fewer than `OPENING` tokens before; at most half of a row's.
+    """Which predictions in `mask` have fewer than `OPENING_LENGTH` tokens before them; at most half of a row's.
 
     >>> in_opening(torch.ones(1, 6, dtype=torch.bool))
     tensor([[ True,  True,  True, False, False, False]])
     """
-    early = torch.arange(mask.shape[1], device=mask.device) < OPENING
+    early = torch.arange(mask.shape[1], device=mask.device) < OPENING_LENGTH
     return mask & early & (mask.cumsum(-1) <= mask.sum(-1, keepdim=True) // 2)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from retain.training.config import ReplayConfig
-    from retain.training.replay_term import Batch, ReplayTerm
+    from retain.training.replay_term import ReplayTerm, TermBatch
 
 
 class Objective:
@@ -40,7 +40,7 @@ class Objective:
             return f"budget {config.max_ref_kl:g} nats per token (coefficient from {config.replay_coef:g})"
         return f"coefficient {config.replay_coef:g}"
 
-    def total(self, term: ReplayTerm, batch: Batch) -> Tensor:
+    def total(self, term: ReplayTerm, batch: TermBatch) -> Tensor:
         """Σ over the predicted tokens of a batch, in nats; the trainer divides by the tokens of the step."""
         raise NotImplementedError
 
@@ -51,7 +51,7 @@ class KL(Objective):
     name, meaning = "kl", "KL(base || model) on replay rows."
     draws_rows = adds_term = uses_reference = takes_stored = True
 
-    def total(self, term: ReplayTerm, batch: Batch) -> Tensor:
+    def total(self, term: ReplayTerm, batch: TermBatch) -> Tensor:
         return term.kl(batch)
 
 
@@ -61,7 +61,7 @@ class NextToken(Objective):
     name, meaning = "ntp", "next-token loss on replay rows."
     draws_rows = adds_term = True
 
-    def total(self, term: ReplayTerm, batch: Batch) -> Tensor:
+    def total(self, term: ReplayTerm, batch: TermBatch) -> Tensor:
         return term.next_token_loss(batch)
 
 

@@ -42,7 +42,7 @@ from retain.training.host_checks import (
     see_the_base_everywhere,
 )
 from retain.training.objectives import NONE
-from retain.training.replay_term import Batch, ReplayTerm, stored_error
+from retain.training.replay_term import ReplayTerm, TermBatch, stored_error
 from retain.training.retention import evaluated_batches, retention_documents
 from retain.training.row_checks import (
     check_held_out,
@@ -269,7 +269,7 @@ class Protection:
         batch = self.batch(range(min(2, len(rows))), model.device)
         stored, labels = batch.pop("stored"), batch.pop("labels")
         with evaluation_mode(model), accelerator.autocast():
-            error = stored_error(self.term, Batch(model, model, batch, labels, stored))
+            error = stored_error(self.term, TermBatch(model, model, batch, labels, stored))
         if not error <= (MAX_STORED_ERROR_HALF if _is_half(rows, model, accelerator) else MAX_STORED_ERROR):
             raise ValueError(
                 f"replay_reference: the predictions stored in {rows.source!r} are not this model's (KL {error:.2g} nats"

@@ -28,7 +28,7 @@ from retain.models.head import HeadForm, at_head
 from retain.models.reference import Reference
 
 
-class Batch(NamedTuple):
+class TermBatch(NamedTuple):
     """Rows on which a term is taken, and the model that reads them.
 
     Args:
@@ -81,7 +81,7 @@ class ReplayTerm:
             bias = None if self.ref_head.bias is None else self.ref_head.bias.to(device)
             self.ref_head = self.ref_head._replace(weight=self.ref_head.weight.to(device), bias=bias)
 
-    def next_token_loss(self, batch: Batch) -> Tensor:
+    def next_token_loss(self, batch: TermBatch) -> Tensor:
         """Σ −log p_θ(label)."""
         targets, mask, form = batch.labels[:, 1:], batch.mask, self.form
         if form is None:
@@ -91,7 +91,7 @@ class ReplayTerm:
             batch, lambda hidden, module: chunked_next_token_loss(targets[mask], hidden, form.head(module))
         )
 
-    def kl(self, batch: Batch) -> Tensor:
+    def kl(self, batch: TermBatch) -> Tensor:
         """Σ KL(base ‖ θ), from stored predictions where the batch has some, else from the reference."""
         form, stored = self.form, batch.stored
         if stored is not None and "tokens" in stored:
@@ -115,7 +115,7 @@ class ReplayTerm:
 
         return self._at_head(batch, compute)
 
-    def on_logits(self, divergence: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Tensor:
+    def on_logits(self, divergence: Callable[[Tensor, Tensor], Tensor], batch: TermBatch) -> Tensor:
         """Σ divergence(base's logits, model's logits), of any function of whole logits."""
         ref_logits = self._ref(batch, lambda base: logits_at(base, batch.inputs))
         found = divergence(ref_logits[:, :-1], logits_at(batch.model, batch.inputs)[:, :-1])
@@ -123,7 +123,7 @@ class ReplayTerm:
             batch.values.copy_(found.detach()[batch.mask])
         return found.masked_fill(~batch.mask, 0.0).sum()
 
-    def _of_topk(self, batch: Batch, log_probs: Tensor, tokens: Tensor) -> Tensor:
+    def _of_topk(self, batch: TermBatch, log_probs: Tensor, tokens: Tensor) -> Tensor:
         form = self.form
         if form is None:
             found = topk_kl_divergence(log_probs, tokens, batch.picked(logits_at(batch.model, batch.inputs)))
@@ -137,19 +137,19 @@ class ReplayTerm:
             ),
         )
 
-    def _at_head(self, batch: Batch, compute: Callable[[Tensor, nn.Linear], Tensor]) -> Tensor:
+    def _at_head(self, batch: TermBatch, compute: Callable[[Tensor, nn.Linear], Tensor]) -> Tensor:
         """`compute` of the hidden states at counted predictions, and the output head."""
         return at_head(
             batch.model, batch.unwrapped, batch.inputs, lambda hidden, module: compute(batch.picked(hidden), module)
         )
 
-    def _ref(self, batch: Batch, predict: Callable[[Any], Tensor]) -> Tensor:
+    def _ref(self, batch: TermBatch, predict: Callable[[Any], Tensor]) -> Tensor:
         assert self.reference is not None
         with self.reference.base(batch.model, batch.unwrapped, self.autocast) as base:
             return predict(base)
 
 
 @torch.no_grad()
-def stored_error(term: ReplayTerm, batch: Batch) -> float:
+def stored_error(term: ReplayTerm, batch: TermBatch) -> float:
     """KL(stored ‖ model) per token, in nats, before training; 0 but for rounding when what is stored is the model's."""
     return float(term.kl(batch)) / int(batch.mask.sum())

@@ -30,7 +30,7 @@ from retain.training.host_checks import check_trained, check_weights, load_for_t
 from retain.training.meter import LossMeter
 from retain.training.objectives import NONE, Objective
 from retain.training.protection import Protection, check_noise, check_replay_every, zero_kl_error
-from retain.training.replay_term import Batch
+from retain.training.replay_term import TermBatch
 from retain.training.retention import RetentionMeasurer, check_best_metric, retention_names
 from retain.training.run_files import BUDGET_FILE, weights_step
 
@@ -183,7 +183,7 @@ class ReplayMixin(Host):
 
     def _term_on_replay(self, model: Any, batch: dict[str, Any]) -> Tensor:
         labels, stored = batch.pop("labels"), batch.pop("stored", None)
-        rows = Batch(model, self.accelerator.unwrap_model(model), batch, labels, stored)
+        rows = TermBatch(model, self.accelerator.unwrap_model(model), batch, labels, stored)
         values = torch.zeros(int(rows.mask.sum()), device=labels.device)
         total = self.objective.total(self.replay.term, rows._replace(values=values))
         if self.objective.uses_reference:
@@ -197,7 +197,7 @@ class ReplayMixin(Host):
                 f"replay_objective: {self.objective.name!r} needs batches with labels; use 'kl' with this trainer"
             )
         inputs.pop("use_cache", None)
-        rows = Batch(model, self.accelerator.unwrap_model(model), inputs, inputs.pop("labels"))
+        rows = TermBatch(model, self.accelerator.unwrap_model(model), inputs, inputs.pop("labels"))
         total = self.objective.total(self.replay.term, rows)
         if num_items is None:
             return total / rows.mask.sum().clamp(min=1) / self.current_gradient_accumulation_steps
