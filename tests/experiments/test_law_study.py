@@ -17,7 +17,6 @@ from experiments.study_05_law.figure import draw
 from experiments.study_05_law.report import departures, fitted, held_out, r_squared, studies
 from experiments.study_05_law.verdict import (
     fits_well,
-    report_text,
     table_of_plans,
     verdict_of_break,
     verdict_of_fits,
@@ -126,10 +125,7 @@ def test_a_plan_is_judged_by_seeds_that_no_pilot_had():
     assert "0, the pilots' own" in table_of_plans([plan_row(0)])
 
 
-def test_the_whole_report_and_its_figure(tmp_path):
-    text = report_text([*study_rows(), plan_row(1)])
-    assert (text.count("Verdict: yes"), text.count("**reproduced**")) == (3, 2)
-    assert "paper: OpenOrca" in text
+def test_the_figure(tmp_path):
     draw(study_rows(), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 20_000
 
