@@ -76,7 +76,7 @@ def parse_arguments(doc: str, scales: Mapping[str, Any], arguments: Sequence[str
     """`--scale`, `--report`, and which parts; one thread, and a log of what is made."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.set_defaults(scale="laptop")
-    if len(scales) > 1:
+    if set(scales) != set(LAPTOP):
         parser.add_argument("--scale", choices=scales, help="laptop is what the README shows; the others: sketches")
     parser.add_argument(f"--{only}", type=lambda word: int(word) if word.isdigit() else word, nargs="*",
                         help="only these")  # fmt: skip
