@@ -12,7 +12,7 @@ from retain.cli.flags import Verb
 from retain.cli.settings import SeedSettings
 from retain.files import check_writable
 from retain.laws.fit import fit_forgetting_law
-from retain.laws.forms import form_of
+from retain.laws.forms import FORMS, form_of
 from retain.laws.runs import read_runs, unlike_recipes
 
 
@@ -27,9 +27,7 @@ class FitConfig(SeedSettings):
         required="name the files first: retain fit runs/*/metrics.jsonl --output law.json",
     )
     output: str = setting("", "File for the law, .json.", required=True)
-    form: str = setting(
-        "joint", "joint, linear, finetuning, forgetting, injection, size, saturation or quadratic.", required=True
-    )
+    form: str = setting("joint", f"Form of the law: {', '.join(FORMS)}.", required=True)
     rivals: list[str] = setting(list, "Other forms, to show which predict held-out runs equally well.")
     plot: str | None = setting(None, "File for a figure of runs, curves and residuals, .png.")
     retention_name: str | None = setting(

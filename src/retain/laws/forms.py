@@ -1,9 +1,9 @@
 """Forms of the laws of forgetting, as sums of terms for the fit. Nats per token.
 
-    P, N, D, T, p, K, L_ft, L_f   columns of the runs: `RUN_COLUMNS`; P counts tuned parameters of LoRA laws, in size
-                                  and injection the whole model's
-    a, b, α, β, ρ                 of the shifted power laws; c, s: an amplitude and the loss in the limit
-    _ft, _f, _fft                 of L_ft, of L_f, and of the line L_f(L_ft)
+- P, N, D, T, p, K, L_ft, L_f: columns of the runs, `RUN_COLUMNS`; P counts the tuned parameters in laws of LoRA, the
+  whole model's in size and injection
+- a, b, α, β, ρ: of the shifted power laws; c, s: an amplitude and the loss in the limit
+- _ft, _f, _fft: of L_ft, of L_f, and of the line L_f(L_ft)
 
 Sources: linear, joint, finetuning and forgetting are of Kalajdzievski, arXiv 2401.05605: the more learned, the more
 forgotten. injection is of Bethune et al., arXiv 2502.06042: a share p of old data acts like (1 + B·p) times the
