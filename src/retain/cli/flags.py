@@ -234,11 +234,9 @@ def _remedy(field: dataclasses.Field[Any]) -> str:
 def help_of(field: dataclasses.Field[Any]) -> str:
     """A field's help with its default, or that it is required."""
     text = str(field.metadata.get("help", ""))
-    if _remedy(field):
-        return f"{text} [required]"
     value = field.default_factory() if callable(field.default_factory) else field.default
     if value in (None, "", [], dataclasses.MISSING):
-        return text
+        return f"{text} [required]" if _remedy(field) else text
     words = map(str, value) if isinstance(value, list) else [str(value).lower() if value in (True, False) else value]
     return f"{text} [default: {' '.join(map(str, words))}]".replace("%", "%%")
 
