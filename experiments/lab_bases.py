@@ -24,11 +24,12 @@ from retain import ReplayDataset, load_model, load_tokenizer
 from retain.data.rows import token_documents
 from retain.files import write_json
 from retain.lab.models import counted_size_of, make_config, make_model
-from retain.lab.pretrain import Corpus, PretrainArguments, PretrainConfig, make_trainer, open_corpus, step_tokens
+from retain.lab.pretrain import Corpus, PretrainArguments, PretrainConfig, make_trainer, open_corpus
 from retain.lab.runner import locked
 from retain.lab.streams import RowFunction, Stream, mixture
 from retain.models.description import default_device, model_fingerprint
-from retain.training.resume import checkpoint_to_resume
+from retain.training.half_life import tokens_per_step
+from retain.training.stopping import checkpoint_to_resume
 
 logger = logging.getLogger("experiments")
 LAB = CACHE / "lab"
@@ -91,18 +92,18 @@ def _pretrain(
     kept = {"save_steps": SAVE_STEPS, "save_total_limit": 1, "resume_from_checkpoint": "true"}
     args = PretrainArguments(output_dir=str(root / "run"), seed=seed, **(how | kept | arguments))
     args.train_sampling_strategy = "sequential"
-    steps = {tpp: max(1, round(tpp * size / step_tokens(args, corpus.length))) for tpp in wanted}
+    steps = {tpp: max(1, round(tpp * size / tokens_per_step(args, corpus.length))) for tpp in wanted}
     args.max_steps = max(steps.values())
     if mixed_with is not None:
         share, other = mixed_with[0], open_corpus(mixed_with[1], seed)
         parts = [(1 - share, corpus.rows), (share, other.rows)]
-        corpus = replace(corpus, rows=mixture(parts, round(args.max_steps * step_tokens(args, 1)), seed))
+        corpus = replace(corpus, rows=mixture(parts, round(args.max_steps * tokens_per_step(args, 1)), seed))
     trainer = make_trainer(args, config, corpus, make_model(shape, seed), seed)
     trainer.add_callback(Snapshots({step: root / f"at-{step}" for step in steps.values()}, corpus.tokenizer))
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     losses = {row["step"]: round(row["eval_loss"], 6) for row in trainer.state.log_history if "eval_loss" in row}
-    per_param = step_tokens(args, corpus.length) / size
+    per_param = tokens_per_step(args, corpus.length) / size
     bases = [
         {"tokens_per_param": tpp, "folder": f"at-{step}", "loss": losses[step], "num_params": size,
          "num_steps": step, **corpus.facts}

@@ -410,7 +410,7 @@ def test_a_full_disk_is_named_whoever_meets_it(error):
 
 
 def test_the_last_whole_checkpoint_is_resumed(tmp_path):
-    from retain.training.resume import checkpoint_to_resume
+    from retain.training.stopping import checkpoint_to_resume
 
     for step, state in {2: '{"global_step": 2}', 10: '{"global_step": 10}', 12: '{"global_st', 14: None}.items():
         (tmp_path / f"checkpoint-{step}").mkdir()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retain.training.half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2, tokens_per_step
+from retain.training.half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2
 
 
 def arguments(**changes) -> SimpleNamespace:
@@ -42,13 +42,9 @@ def test_there_and_back(half_life, step):
     assert half_life_of_beta2(beta2_of_half_life(half_life, step), step) == pytest.approx(half_life, rel=1e-3)
 
 
-def test_tokens_of_a_step():
-    assert tokens_per_step(8, 100.5, accumulation_steps=4, num_processes=2) == 8 * 100.5 * 4 * 2
-
-
 def test_it_is_applied_and_said():
     args = arguments()
-    line = apply_half_life(args, 1e4, tokens_per_row=50.0)
+    line = apply_half_life(args, 1e4, row_length=50.0)
     assert args.adam_beta2 == pytest.approx(0.5 ** (4 * 2 * 3 * 50 / 1e4))
     assert line == "Adam: beta2 0.920188, a half-life of 10000 tokens at 1200 tokens per step (50 a row)"
     args = arguments(adam_beta2=0.95)

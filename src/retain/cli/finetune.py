@@ -32,9 +32,8 @@ from retain.training.config import ReplayConfig, StoppingConfig, check_arguments
 from retain.training.half_life import apply_half_life, check_half_life
 from retain.training.host_checks import expected_steps, load_for_training
 from retain.training.protection import check_replay_every
-from retain.training.resume import checkpoint_to_resume, train
 from retain.training.retention import check_best_metric, retention_names
-from retain.training.stop_at_loss import StopAtLoss, check_early_stopping, check_stop_at_loss
+from retain.training.stopping import StopAtLoss, check_stopping, checkpoint_to_resume, train
 from retain.training.trainer import ReplaySFTTrainer
 
 
@@ -115,8 +114,7 @@ def make_trainer(
     if model_args.use_peft:
         check_number("lora_r", model_args.lora_r, low=1, integer=True)
     check_half_life(training_args, config.adam_beta2_half_life_tokens)
-    check_stop_at_loss(training_args, config.stop_at_loss)
-    check_early_stopping(training_args, config.early_stopping_patience)
+    check_stopping(training_args, config.stop_at_loss, config.early_stopping_patience)
     sources = named_sources(config.retention, "retention")
     check_best_metric(training_args, retention_names(sources))
     train_dataset, eval_dataset = new_rows(script_args, dataset_args, training_args, config)

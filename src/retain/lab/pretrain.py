@@ -31,9 +31,8 @@ from retain.lab.tokenizers import train_tokenizer, word_tokenizer
 from retain.models.description import num_parameters
 from retain.training.config import StoppingConfig, check_arguments
 from retain.training.half_life import apply_half_life, check_half_life, tokens_per_step
-from retain.training.resume import checkpoint_to_resume, train
 from retain.training.run_files import RunFilesCallback
-from retain.training.stop_at_loss import StopAtLoss, check_stop_at_loss
+from retain.training.stopping import StopAtLoss, check_stopping, checkpoint_to_resume, train
 
 PRETRAIN_FILE = "pretrain.json"  # what was made, written last
 RESUMED_WITH = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
@@ -131,7 +130,7 @@ def run_pretrain(args: PretrainArguments, config: PretrainConfig) -> Trainer:
     """
     check_arguments(args)
     checkpoint = checkpoint_to_resume(args)
-    check_stop_at_loss(args, config.stop_at_loss)
+    check_stopping(args, config.stop_at_loss)
     check_half_life(args, config.adam_beta2_half_life_tokens)
     seed = args.seed if args.data_seed is None else args.data_seed
     corpus = open_corpus(config, seed)
@@ -162,7 +161,7 @@ def _source(corpus: Corpus, num_rows: int) -> str:
 
 def make_trainer(args: Any, config: PretrainConfig, corpus: Corpus, model: Any, seed: int) -> Trainer:
     """The trainer of a run of `args.max_steps` steps."""
-    num_rows = round(args.max_steps * step_tokens(args, 1))
+    num_rows = round(args.max_steps * tokens_per_step(args, 1))
     held_out = corpus.held_out
     trainer = Trainer(
         model=model,
@@ -191,7 +190,7 @@ def _train(
     loss, steps = trainer.evaluate()["eval_loss"], trainer.state.global_step
     if not math.isfinite(loss):
         raise ValueError(f"loss: {loss} after {steps} steps; lower learning_rate, or use bf16 instead of fp16")
-    tokens, every = steps * step_tokens(args, corpus.length), num_parameters(trainer.model)
+    tokens, every = steps * tokens_per_step(args, corpus.length), num_parameters(trainer.model)
     found = {
         "num_params": size, "all_params": every, "num_tokens": tokens, "tokens_per_param": tokens / size,
         "num_steps": steps,
@@ -221,12 +220,7 @@ def steps_of(args: Any, config: PretrainConfig, length: int, size: int) -> int:
         raise ValueError(f"max_steps: the length is {what}; give one of max_steps, max_tokens and tokens_per_param")
     if tokens is None:
         return args.max_steps
-    return math.ceil(tokens / step_tokens(args, length))
-
-
-def step_tokens(args: Any, length: int) -> float:
-    """Tokens of an optimizer step with rows of `length` tokens."""
-    return tokens_per_step(args.train_batch_size, length, args.gradient_accumulation_steps, args.world_size)
+    return math.ceil(tokens / tokens_per_step(args, length))
 
 
 def check_same_run(args: Any, config: PretrainConfig) -> None:

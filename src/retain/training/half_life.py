@@ -3,13 +3,15 @@
     beta2 = (1/2)^(tokens per step / half-life)
 
 Source: Marek et al., "Small Batch Size Training for Language Models", arXiv 2507.07101: for a 30M model about 10M
-tokens are best at every batch size. The standard library only.
+tokens are best at every batch size.
 """
 
 from __future__ import annotations
 
 import math
 from typing import Any
+
+from retain.checks import check_number
 
 DEFAULT_ADAM_BETA2 = 0.999  # of transformers' TrainingArguments: another value is the user's own
 
@@ -21,11 +23,10 @@ def beta2_of_half_life(half_life_tokens: float, tokens_per_step: float) -> float
     0.998865
 
     Raises:
-        ValueError: if either is not a number above 0, or a step is far longer than the half-life.
+        ValueError: if a step is far longer than the half-life.
     """
     for name, value in (("half_life_tokens", half_life_tokens), ("tokens_per_step", tokens_per_step)):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}: {value!r} does not fit; use a number above 0")
+        check_number(name, value, low=1e-6)
     beta2 = 0.5 ** (tokens_per_step / half_life_tokens)
     if beta2 < 1e-6:
         raise ValueError(
@@ -40,44 +41,39 @@ def half_life_of_beta2(beta2: float, tokens_per_step: float) -> float:
     return tokens_per_step * math.log(0.5) / math.log(beta2)
 
 
-def tokens_per_step(rows: int, tokens_per_row: float, accumulation_steps: int = 1, num_processes: int = 1) -> float:
-    """Tokens of an optimizer step: rows of a micro-batch and process · tokens of a row · micro-batches · processes.
+def tokens_per_step(args: Any, row_length: float) -> float:
+    """Tokens of an optimizer step, over micro-batches and processes.
 
     Args:
-        tokens_per_row: the mean over rows without padding, where rows differ in length.
+        row_length: tokens of a row without padding, the mean where rows differ.
     """
-    return rows * tokens_per_row * accumulation_steps * num_processes
+    return args.train_batch_size * row_length * args.gradient_accumulation_steps * args.world_size
 
 
-def apply_half_life(args: Any, half_life_tokens: float | None, tokens_per_row: float) -> str | None:
+def apply_half_life(args: Any, half_life_tokens: float | None, row_length: float) -> str | None:
     """Set `adam_beta2` of a trainer's arguments before its optimizer is made; None leaves it as it is.
 
     Returns:
         A line for people to read: the beta2, and what it follows from.
-
-    Raises:
-        ValueError: if `adam_beta2` was set too, or the optimizer has no second moment by that name.
     """
     if half_life_tokens is None:
         return None
     check_half_life(args, half_life_tokens)
-    step = tokens_per_step(args.train_batch_size, tokens_per_row, args.gradient_accumulation_steps, args.world_size)
+    step = tokens_per_step(args, row_length)
     args.adam_beta2 = beta2_of_half_life(half_life_tokens, step)
     return (
         f"Adam: beta2 {args.adam_beta2:.6g}, a half-life of {half_life_tokens:g} tokens at {step:g} tokens per step "
-        f"({tokens_per_row:.4g} a row)"
+        f"({row_length:.4g} a row)"
     )
 
 
 def check_half_life(args: Any, half_life_tokens: float | None) -> None:
-    """Refuse a half-life beside an `adam_beta2`, or with an optimizer that does not take it."""
-    name = "adam_beta2_half_life_tokens"
+    """Raise a `ValueError` for a half-life beside an `adam_beta2`, or with an optimizer that is not an Adam."""
     if half_life_tokens is None:
         return
+    setting = f"adam_beta2_half_life_tokens: {half_life_tokens:g}"
     if args.adam_beta2 != DEFAULT_ADAM_BETA2:
-        raise ValueError(
-            f"{name}: {half_life_tokens:g} and adam_beta2 {args.adam_beta2:g} exclude each other; drop one"
-        )
+        raise ValueError(f"{setting} and adam_beta2 {args.adam_beta2:g} exclude each other; drop one")
     optimizer = str(getattr(args.optim, "value", args.optim))
     if "adam" not in optimizer:
-        raise ValueError(f"{name}: optim {optimizer!r} is not an Adam; use optim adamw_torch, or leave it out")
+        raise ValueError(f"{setting}, but optim {optimizer!r} is not an Adam; use optim adamw_torch, or leave it out")

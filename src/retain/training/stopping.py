@@ -1,8 +1,9 @@
-"""Training that resumes from its last whole checkpoint, and leaves one when it is stopped."""
+"""How a run ends: at a target loss, or on a signal with a checkpoint, from which it resumes."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -11,9 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from retain.training.stop_at_loss import StopAtLoss
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 def train(trainer: Any, checkpoint: str | None) -> None:
@@ -32,10 +31,9 @@ def train(trainer: Any, checkpoint: str | None) -> None:
 
 
 def _has_ended(trainer: Any, state: dict[str, Any]) -> bool:
-    watches = [one for one in trainer.callback_handler.callbacks if isinstance(one, StopAtLoss)]
-    return 0 < trainer.args.max_steps <= state["global_step"] or any(
-        watch.was_reached(state["log_history"]) for watch in watches
-    )
+    targets = [one.target for one in trainer.callback_handler.callbacks if isinstance(one, StopAtLoss)]
+    least = min((row.get("eval_loss", math.inf) for row in state["log_history"]), default=math.inf)
+    return 0 < trainer.args.max_steps <= state["global_step"] or any(least <= target for target in targets)
 
 
 def checkpoint_to_resume(training_args: Any) -> str | None:
@@ -117,3 +115,51 @@ class StopWithCheckpoint(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._raise_received()
+
+
+class StopAtLoss(TrainerCallback):
+    """End training at the first evaluation whose loss is no higher than the target; nats per token."""
+
+    def __init__(self, target: float) -> None:
+        self.target = target
+        self.loss: float | None = None  # of the last evaluation
+        self.step: int | None = None  # at which the target was reached
+
+    @property
+    def reached(self) -> bool:
+        return self.step is not None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """What was measured before the run was resumed counts, too."""
+        self.loss, self.step = None, None
+        for row in state.log_history:
+            self._read(row, row["step"])
+
+    def _read(self, measured: dict[str, Any], step: int) -> None:
+        if "eval_loss" in measured and not self.reached:
+            self.loss = measured["eval_loss"]
+            self.step = step if self.loss <= self.target else None
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        self._read(metrics, state.global_step)
+        control.should_training_stop |= self.reached
+
+    def __str__(self) -> str:
+        if self.reached:
+            return f"target loss: reached {self.loss:.4f} (target {self.target:g}) at step {self.step}"
+        found = "never evaluated" if self.loss is None else f"the loss is {self.loss:.4f}"
+        return f"target loss: not reached; {found}, target {self.target:g}; give it more steps"
+
+
+def check_stopping(args: Any, target: float | None, patience: int | None = None) -> None:
+    """Raise a `ValueError` for a target loss or patience where nothing is evaluated, or nothing says what is better."""
+    evaluates = args.eval_strategy != IntervalStrategy.NO
+    if target is not None and not evaluates:
+        raise ValueError(f"stop_at_loss: {target:g} needs evaluations; set eval_strategy steps, and eval_steps")
+    if patience is not None and not (evaluates and args.metric_for_best_model):
+        raise ValueError(
+            f"early_stopping_patience: {patience} needs metric_for_best_model, e.g. retention/wiki/ref_kl, and "
+            "eval_strategy steps or epoch; set both"
+        )
