@@ -56,8 +56,10 @@ def test_the_digit_model_has_134k_parameters():
 def test_a_size_that_is_not_known_is_one_line(size):
     with pytest.raises(ValueError, match="^model_size: .*; use"):
         shape_of(size, 64)
-    with pytest.raises(ValueError, match="smaller vocab_size"):
-        shape_of(30000, 50000)
+    for wanted, vocab_size, nearest in ((30_000, 50_000, 802_944), (10_000, 8, 8_960)):
+        with pytest.raises(ValueError, match=f"no model of .* a vocabulary of {vocab_size}; use {nearest}, the nearest"):
+            shape_of(wanted, vocab_size)
+        assert shape_of(nearest, vocab_size).hidden_size == 16
 
 
 def test_fresh_weights_follow_the_seed_alone():

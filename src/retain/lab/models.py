@@ -84,7 +84,7 @@ def shape_of(size: str | float, vocab_size: int) -> Shape:
     112
 
     Raises:
-        ValueError: for an unknown name, or a number that no shape is near at this vocabulary.
+        ValueError: for an unknown name, or a number of which no shape is within 10% at this vocabulary.
     """
     if str(size) in SIZES:
         return SIZES[str(size)]
@@ -96,19 +96,24 @@ def shape_of(size: str | float, vocab_size: int) -> Shape:
         ) from None
     if not MIN_SIZE <= wanted <= MAX_SIZE:
         raise ValueError(f"model_size: {wanted:g} does not fit; use {MIN_SIZE:g} to {MAX_SIZE:g} parameters")
-    found: list[tuple[float, Shape]] = []
-    for width, layers in itertools.product(WIDTHS, range(1, 25)):
-        ratio = counted_size(width, layers, vocab_size) / wanted
-        if abs(ratio - 1) <= SIZE_TOLERANCE:  # usual proportions: a layer per 50 units of width, at least two
-            oddness = abs(math.log(layers / max(2.0, width / 50)))
-            found.append((oddness + 20 * abs(math.log(ratio)), Shape(width, layers)))
-    if not found:
-        smallest = counted_size(WIDTHS[0], 1, vocab_size)
+    sizes = {
+        (width, layers): counted_size(width, layers, vocab_size)
+        for width, layers in itertools.product(WIDTHS, range(1, 25))
+    }
+    near = [shape for shape, count in sizes.items() if abs(count / wanted - 1) <= SIZE_TOLERANCE]
+    if not near:
+        nearest = min(sizes.values(), key=lambda count: abs(count - wanted))
         raise ValueError(
-            f"model_size: a vocabulary of {vocab_size} leaves no model of {wanted:g} parameters; use "
-            f"{2 * smallest:g} or more, or a smaller vocab_size"
+            f"model_size: no model of {wanted:g} parameters has a vocabulary of {vocab_size}; use {nearest}, the "
+            "nearest, or another vocab_size"
         )
-    return min(found, key=lambda pair: pair[0])[1]
+
+    def oddness(shape: tuple[int, int]) -> float:
+        """Distance from usual proportions (a layer per 50 units of width, at least two) and from the size."""
+        width, layers = shape
+        return abs(math.log(layers / max(2.0, width / 50))) + 20 * abs(math.log(sizes[shape] / wanted))
+
+    return Shape(*min(near, key=oddness))
 
 
 def make_config(
