@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from retain import fit_forgetting_law
 from retain.cli.main import load_verb
+from retain.cli.sweep import read_sweep
 from retain.files import exclusive, write_json
-from retain.lab.sweep import read_sweep
 from retain.laws.law import ForgettingLaw
 from retain.replay.dataset import MANIFEST, MANIFEST_SCHEMA, load_self_generated, write_shard
 

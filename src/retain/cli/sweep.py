@@ -1,17 +1,27 @@
-"""`retain sweep`: a YAML file of runs of one verb → a row of results for each."""
+"""`retain sweep`: a YAML file of runs of one verb → a row of results for each, made once by `retain.lab.runner`."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+from tqdm import tqdm
+
+from retain import versions
 from retain.checks import Settings, setting
 from retain.cli.flags import Verb
-from retain.lab.sweep import run_sweep
-from retain.report.numbers import quantity
+from retain.files import exclusive, read_jsonl
+from retain.lab.runner import RunRows, VerbRun, run_here, run_on_ray
+from retain.report.numbers import is_number, quantity
+
+RESULTS = "results.jsonl"
+GATE_CODES = (0, 2, 3)  # exit codes of `measure` that are results
 
 
 @dataclass(kw_only=True)
@@ -29,15 +39,121 @@ class SweepConfig(Settings):
     cores_per_run: int = setting(1, "Cores of each run, and threads that it uses.", low=1)
 
 
-def run_sweep_file(config: SweepConfig) -> None:
-    """Make the runs, and print where their results are."""
-    options = {name: getattr(config, name) for name in ("engine", "num_workers", "cores_per_run")}
-    rows = run_sweep(config.sweep, config.output_dir, check=partial(check_runs, config.sweep), **options)
-    print(f"{quantity(len(rows), 'run')}: {Path(config.output_dir) / 'results.jsonl'}")
+def run_sweep(config: SweepConfig) -> None:
+    """Make the runs, and print where their results are.
+
+    Raises:
+        ValueError: for a sweep that is wrong, before its first run, and at the end if runs failed; the others are kept.
+    """
+    runs = read_sweep(config.sweep)
+    check_runs(config.sweep, runs)
+    rows = make_runs(config, runs)
+    print(f"{quantity(len(rows), 'run')}: {Path(config.output_dir) / RESULTS}")
 
 
-def check_runs(path: str, runs: Sequence[Any]) -> None:
-    """Refuse a sweep before its first run where a run's own command line would be refused.
+def read_sweep(path: str | Path) -> list[VerbRun]:
+    """The runs of a YAML file: `verb`, `common` flags, a `grid` of lists, and a `list` of flags that go together.
+
+    Every combination of the grid is made with every entry of the list. `config` among the flags names a YAML file
+    whose keys are flags too; the sweep's own flags win.
+
+    Raises:
+        ValueError: one line naming the file, the key, and what is wrong.
+    """
+    sweep, keys = _read_yaml(path, "sweep"), {"verb", "common", "grid", "list"}
+    if unknown := set(sweep) - keys:
+        raise ValueError(f"sweep: {path} has {min(unknown)!r}; use {', '.join(sorted(keys))}")
+    verb = sweep.get("verb")
+    if not isinstance(verb, str):
+        raise ValueError(f"sweep: {path} has verb {verb!r}; name one of retain's, say finetune")
+    common, grid, entries = sweep.get("common") or {}, sweep.get("grid") or {}, sweep.get("list") or [{}]
+    if not isinstance(entries, list) or not all(isinstance(one, dict) for one in (common, grid, *entries)):
+        raise ValueError(
+            f"sweep: {path} needs flags under common, lists of values under grid, flags in every list entry"
+        )
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"sweep: grid of {name!r} in {path} is {values!r}; give a list of values")
+    runs = [
+        VerbRun(verb, _resolved({**common, **dict(zip(grid, cell, strict=True)), **entry}, str(path)))
+        for cell in itertools.product(*grid.values())
+        for entry in entries
+    ]
+    if len({run.key for run in runs}) < len(runs):
+        twice = next(run for at, run in enumerate(runs) if run in runs[:at])
+        raise ValueError(f"sweep: {path} has a run twice: {dict(twice.flags)}; leave one out")
+    return runs
+
+
+def _resolved(flags: dict[str, Any], where: str) -> dict[str, Any]:
+    """Flags with those of their `config` file beneath, without empty ones."""
+    if "output_dir" in flags:
+        raise ValueError(f"sweep: output_dir in {where} is the sweep's own to choose; leave it out")
+    if "config" in flags:
+        if not isinstance(flags["config"], str):
+            raise ValueError(f"sweep: config in {where} is {flags['config']!r}; give the path of one YAML file")
+        flags = _read_yaml(flags["config"], "config") | {name: flags[name] for name in flags if name != "config"}
+        flags.pop("output_dir", None)
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _read_yaml(path: str | Path, what: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{what}: cannot read {str(path)!r}: {error.strerror}; check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{what}: {str(path)!r} is not YAML; check the file") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what}: {str(path)!r} holds {type(found).__name__}, not keys with values; check the file")
+    for name, value in found.items():
+        if not _fits_command_line({name: value}):
+            raise ValueError(
+                f"{what}: {str(path)!r} has {name!r}: {value!r}; give text (dates in quotes), numbers, or lists of them"
+            )
+    return found
+
+
+def _fits_command_line(value: Any) -> bool:
+    """Whether a value can be written on a command line: YAML also has dates, sets and keys that are no text."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _fits_command_line(inner) for name, inner in value.items())
+    if isinstance(value, list):
+        return all(map(_fits_command_line, value))
+    return value is None or isinstance(value, (str, int, float))
+
+
+def last_values(folder: Path) -> dict[str, float]:
+    """The last value of everything a run logged, and of everything a report says of its texts."""
+    found: dict[str, float] = {}
+    for row in read_jsonl(folder / "metrics.jsonl"):
+        found |= {name: value for name, value in row.items() if is_number(value)}
+    if (folder / "report.json").is_file():
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        for kind in ("new_task", "retention"):
+            for text, metrics in (report.get(kind) or {}).items():
+                found |= {f"{kind}/{text}/{name}": entry["value"] for name, entry in metrics.items()}
+    return found
+
+
+def sweep_row(run: VerbRun, folder: Path, outcome: dict[str, Any]) -> dict[str, Any]:
+    """A row of `results.jsonl`: how a run ended, and what it logged and measured."""
+    code = outcome["exit_code"]
+    done = code == 0 or (run.verb == "measure" and code in GATE_CODES)
+    return {
+        "key": run.key, "verb": run.verb, "flags": dict(run.flags), "status": "done" if done else "failed",
+        "exit_code": code, "error": None if done else outcome["last_line"], "seconds": outcome["seconds"],
+        "folder": str(folder), "result": last_values(folder) if done else {}, "versions": versions(),
+    }  # fmt: skip
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_runs(path: str, runs: Sequence[VerbRun]) -> None:
+    """Refuse runs whose own command line would be refused.
 
     Raises:
         ValueError: naming the run's flag.
@@ -53,11 +169,43 @@ def check_runs(path: str, runs: Sequence[Any]) -> None:
         raise ValueError(f"sweep: {path}: {error}") from error
 
 
+def make_runs(config: SweepConfig, runs: Sequence[VerbRun]) -> list[dict[str, Any]]:
+    """Make every run that is not done yet, and return the row of each.
+
+    Raises:
+        ValueError: at the end if runs failed; the others are kept.
+    """
+    root, threads = Path(config.output_dir).absolute(), config.cores_per_run
+    failed: list[dict[str, Any]] = []
+    with exclusive(root):
+        results = RunRows(root / RESULTS)
+        todo = [run for run in runs if run.key not in results.rows]
+        with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc="sweep") as bar:
+
+            def record(run: VerbRun, outcome: dict[str, Any]) -> None:
+                row = sweep_row(run, root / "runs" / run.key, outcome)
+                results.append(row)
+                failed.extend([row] if row["status"] == "failed" else [])
+                bar.update()
+
+            if config.engine == "ray":
+                run_on_ray(todo, root, record, num_workers=config.num_workers, threads=threads)
+            else:
+                workers = config.num_workers or max(1, num_cores() // threads)
+                run_here(todo, root, record, num_workers=workers, threads=threads)
+    if failed:
+        raise ValueError(
+            f"sweep: {len(failed)} of {len(runs)} runs failed, the others are kept; the first "
+            f"({failed[0]['key']}): {failed[0]['error']}; correct it and run the sweep again"
+        )
+    return [results.rows[run.key] for run in runs]
+
+
 VERB = Verb(
     name="sweep",
     example="retain sweep sweep.yaml --output_dir sweep/",
     settings=(SweepConfig,),
-    run=run_sweep_file,
+    run=run_sweep,
     resume="finished runs are kept; run the same command again to resume the others",
     positional="sweep",
 )

@@ -14,12 +14,11 @@ import psutil
 import pytest
 from conftest import save_model
 
-import retain.cli.main
 from retain.cli.main import main
+from retain.cli.sweep import SweepConfig, check_runs, last_values, make_runs, read_sweep
 from retain.files import exclusive, read_jsonl
 from retain.lab import runner
 from retain.lab.runner import VerbRun
-from retain.lab.sweep import last_values, read_sweep, run_sweep
 
 # Stands for a run of `finetune`: logs a number, takes a while, writes its result at the end.
 FAKE = """
@@ -42,6 +41,11 @@ def fake(monkeypatch):
 def write(path: Path, **sweep) -> str:
     path.write_text(json.dumps({"verb": "finetune", **sweep}))  # JSON is YAML
     return str(path)
+
+
+def make(path: str, folder: Path, **settings) -> list[dict]:
+    """The rows of a sweep whose flags no verb knows."""
+    return make_runs(SweepConfig(sweep=path, output_dir=str(folder), **settings), read_sweep(path))
 
 
 def test_a_grid_times_a_list(tmp_path):
@@ -76,11 +80,11 @@ def test_a_run_as_a_command(tmp_path):
 
 def test_finished_runs_are_skipped_and_broken_ones_made_again(tmp_path, fake):
     path = write(tmp_path / "s.yaml", grid={"x": [1, 2, 3]})
-    rows = run_sweep(path, str(tmp_path / "out"), num_workers=2)
+    rows = make(path, tmp_path / "out", num_workers=2)
     assert [row["result"]["eval_loss"] for row in rows] == [2, 4, 6]
     assert all(row["status"] == "done" and row["exit_code"] == 0 and row["versions"] for row in rows)
     wider = write(tmp_path / "s.yaml", grid={"x": [1, 2, 3, 4]})
-    assert len(run_sweep(wider, str(tmp_path / "out"))) == 4
+    assert len(make(wider, tmp_path / "out")) == 4
     begun = [len((Path(row["folder"]) / "begun").read_text()) for row in read_jsonl(tmp_path / "out" / "results.jsonl")]
     assert begun == [1, 1, 1, 1]
     broken = write(tmp_path / "s.yaml", grid={"x": [1]}, list=[{"fail": "rank: 0 does not fit"}, {}])
@@ -88,7 +92,7 @@ def test_finished_runs_are_skipped_and_broken_ones_made_again(tmp_path, fake):
         with pytest.raises(
             ValueError, match=r"^sweep: 1 of 2 runs failed, .*: retain finetune: rank: 0 does not fit; correct"
         ):
-            run_sweep(broken, str(tmp_path / "out"))
+            make(broken, tmp_path / "out")
     rows = read_jsonl(tmp_path / "out" / "results.jsonl")
     assert [row["status"] for row in rows] == ["done"] * 4 + ["failed"] * 2, "a broken run is tried again"
 
@@ -105,7 +109,7 @@ row = {"step": 1, "began": began, "ended": time.time(), "threads": int(os.enviro
 """
     monkeypatch.setattr(runner, "PROGRAM", timed)
     path = write(tmp_path / "s.yaml", grid={"x": [1, 2, 3]})
-    rows = run_sweep(path, str(tmp_path / "out"), num_workers=2, cores_per_run=3)
+    rows = make(path, tmp_path / "out", num_workers=2, cores_per_run=3)
     first, second, third = sorted((row["result"] for row in rows), key=lambda result: result["began"])
     assert second["began"] < first["ended"]
     assert third["began"] > min(first["ended"], second["ended"])
@@ -124,9 +128,10 @@ WAITING = "from retain.cli.main import main\nsys.exit(main(sys.argv[1:]))", "imp
 DRIVER = """
 import sys
 sys.path.insert(0, {source!r})
-from retain.lab import runner, sweep
+from retain.cli.sweep import SweepConfig, make_runs, read_sweep
+from retain.lab import runner
 runner.PROGRAM = {program!r}
-sweep.run_sweep({path!r}, {out!r}, num_workers=2)
+make_runs(SweepConfig(sweep={path!r}, output_dir={out!r}, num_workers=2), read_sweep({path!r}))
 """
 
 
@@ -200,13 +205,13 @@ def test_no_run_begins_where_the_flags_of_one_are_wrong(tmp_path, capsys, fake, 
 def test_flags_of_accelerate_may_be_swept(tmp_path, capsys, fake):
     flags = {"model_name_or_path": "m", "dataset_name": "d", "num_processes": 2, "learning_rate": 1e-5, "bf16": False}
     path = write(tmp_path / "s.yaml", common=flags, grid={"lora_target_modules": [["q_proj", "v_proj"], "all-linear"]})
-    retain.cli.sweep.check_runs(path, read_sweep(path))
+    check_runs(path, read_sweep(path))
 
 
 def test_a_second_sweep_in_one_folder_is_refused(tmp_path, fake):
     (tmp_path / "out").mkdir()
     with exclusive(tmp_path / "out"), pytest.raises(ValueError, match="another process is writing"):
-        run_sweep(write(tmp_path / "s.yaml", grid={"x": [1]}), str(tmp_path / "out"))
+        make(write(tmp_path / "s.yaml", grid={"x": [1]}), tmp_path / "out")
 
 
 @pytest.mark.program

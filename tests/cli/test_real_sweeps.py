@@ -19,8 +19,8 @@ import numpy as np
 import psutil
 import pytest
 
+from retain.cli.sweep import SweepConfig, make_runs, read_sweep
 from retain.files import read_jsonl
-from retain.lab.sweep import run_sweep
 
 pytestmark = pytest.mark.slow
 KILLS = 10
@@ -44,9 +44,13 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def make(sweep: Path, folder: Path, **settings: Any) -> list[dict[str, Any]]:
+    return make_runs(SweepConfig(sweep=str(sweep), output_dir=str(folder), **settings), read_sweep(sweep))
+
+
 @pytest.fixture(scope="module")
 def undisturbed(sweep: Path) -> dict[str, Any]:
-    rows = run_sweep(str(sweep), str(sweep.parent / "whole"), num_workers=2)
+    rows = make(sweep, sweep.parent / "whole", num_workers=2)
     assert not any(told(row)["resumed"] for row in rows)
     return {row["key"]: ends(row) for row in rows}
 
@@ -94,7 +98,7 @@ def test_ten_kills_change_nothing(sweep: Path, undisturbed: dict[str, Any], tmp_
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert not psutil.wait_procs(children, timeout=10)[1], "a run outlives its sweep"
-    rows = run_sweep(str(sweep), str(tmp_path), num_workers=2)
+    rows = make(sweep, tmp_path, num_workers=2)
     assert {row["key"]: ends(row) for row in rows} == undisturbed
     kept = read_jsonl(tmp_path / "results.jsonl")
     assert len(kept) == len({row["key"] for row in kept}) == len(undisturbed)
@@ -124,7 +128,7 @@ def test_a_lost_ray_worker_loses_its_run_only(
     try:
         killer = threading.Thread(target=kill_one, daemon=True)
         killer.start()
-        rows = run_sweep(str(sweep), str(tmp_path), engine="ray")
+        rows = make(sweep, tmp_path, engine="ray")
         killer.join()
     finally:
         ray.shutdown()
