@@ -7,10 +7,9 @@ import io
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,6 @@ from retain.report.style import save_png
 
 SCHEMA = "retain.plan/1"
 PILOTS = "pilots.jsonl"  # a row of each finished pilot
-Say = Callable[[str], None]
 
 
 @dataclass(kw_only=True)
@@ -112,15 +110,11 @@ class PlanConfig(RemoteCodeSettings, SeedSettings):
 def run_plan(config: PlanConfig) -> None:
     """Make a plan, alone in its folder, and print its summary."""
     with exclusive(Path(config.output_dir)):
-        print(make_plan(config, finetune.VERB, say=partial(print, flush=True)))
+        print(make_plan(config))
 
 
-def make_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say) -> str:
+def make_plan(config: PlanConfig) -> str:
     """Pilots, laws and a recommendation in `config.output_dir`; returns the summary.
-
-    Args:
-        finetune: `retain finetune` as a function of its flags.
-        say: called with a line for each stage.
 
     Raises:
         ValueError: one line, before any pilot, for input that cannot work.
@@ -135,15 +129,20 @@ def make_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say
     )
     model = empty_model(config.model, trust_remote_code=config.trust_remote_code)
     config.max_length = length_that_fits(model, config.max_length)
-    check_sources(config)
+    check_recipe(config)
     data = prepare_rows(config, folder)
     replay = prepare_replay(config, folder)
-    made, rows = make_pilots(config, data, replay, finetune, say)
-    say("fitting")
+    made, rows = make_pilots(config, data, replay, retention)
+    print("fitting", flush=True)
     laws = fit_pilots(rows, num_resamples=config.num_resamples, seed=config.seed)
-    sizes = {one.pilot.rank: one.num_params for one in made if not one.pilot.coef}
-    options: dict[str, Any] = {"coefs": config.replay_coefs, "max_steps": config.max_steps, "level": config.level}
-    plan = recommend(laws, sizes, max_ref_kl=config.max_ref_kl, **options)
+    plan = recommend(
+        laws,
+        {one.pilot.rank: one.num_params for one in made if not one.pilot.coef},
+        max_ref_kl=config.max_ref_kl,
+        coefs=config.replay_coefs,
+        max_steps=config.max_steps,
+        level=config.level,
+    )
     report = PlanReport(
         plan,
         command=shlex.join(recommended_command(config, plan, data, replay)),
@@ -161,10 +160,10 @@ def make_plan(config: PlanConfig, finetune: Callable[[list[str]], Any], say: Say
 
 
 def make_pilots(
-    config: PlanConfig, data: Sequence[str], replay: str | None, finetune: Callable[[list[str]], Any], say: Say
+    config: PlanConfig, data: Sequence[str], replay: str | None, retention: str
 ) -> tuple[list[PilotRun], list[Measurement]]:
     """The pilots, each made once, and their measurements."""
-    folder, retention = Path(config.output_dir), retention_of(config)
+    folder = Path(config.output_dir)
     results = RunRows(folder / PILOTS)
     pilots = pilot_grid(config.lora_ranks, config.replay_coefs, config.pilot_steps)
     made: list[PilotRun] = []
@@ -173,8 +172,9 @@ def make_pilots(
         run = finetune_run(config, pilot.rank, pilot.coef, pilot.steps, data, replay)
         key = run_key(run.flags, contents_of(config, data))[:10]
         place = folder / "pilots" / f"{pilot.name}-{key}"
-        say(f"pilot {number}/{len(pilots)}: {pilot.name}{' (found)' if key in results.rows else ''}")
-        row = results.make(key, lambda: {"run": asdict(make_pilot(pilot, run, place, finetune))})  # noqa: B023
+        found = " (found)" if key in results.rows else ""
+        print(f"pilot {number}/{len(pilots)}: {pilot.name}{found}", flush=True)
+        row = results.make(key, lambda: {"run": asdict(make_pilot(pilot, run, place))})  # noqa: B023
         made.append(PilotRun(**row["run"] | {"pilot": pilot}))
         rows += read_pilot(place, pilot, retention)
     return made, rows
@@ -192,14 +192,14 @@ def retention_of(config: PlanConfig) -> str:
     return name
 
 
-def check_sources(config: PlanConfig) -> None:
-    """Refuse a recipe or replay rows that are unreadable."""
+def check_recipe(config: PlanConfig) -> None:
+    """Refuse a recipe whose file or replay rows are unreadable."""
     if config.finetune_config and not Path(config.finetune_config).is_file():
         raise ValueError(f"finetune_config: no file {config.finetune_config!r}; check the path")
     source = Path(config.replay_dataset).expanduser()
     if source.is_dir():
         load_self_generated(source)
-    elif config.replay_dataset not in (None, "self"):
+    elif config.replay_dataset != "self":
         read_rows(config.replay_dataset)
 
 
@@ -229,8 +229,10 @@ def prepare_rows(config: PlanConfig, folder: Path) -> tuple[str, str]:
 
 def prepare_replay(config: PlanConfig, folder: Path) -> str | None:
     """Replay rows for every pilot with a coefficient: the given ones, or some that the model writes first."""
-    if config.replay_dataset != "self" or not any(config.replay_coefs):
-        return config.replay_dataset if any(config.replay_coefs) else None
+    if not any(config.replay_coefs):
+        return None
+    if config.replay_dataset != "self":
+        return config.replay_dataset
     place = folder / "replay"
     run_sample(
         SampleConfig(
@@ -255,7 +257,7 @@ def finetune_run(
         "lr_scheduler_type": "constant_with_warmup", "warmup_steps": every, "max_steps": steps,
         "per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "seed": config.seed,
         "eval_strategy": "steps", "eval_steps": every, "save_strategy": "no", "report_to": "none", "replay_coef": coef,
-        "replay_dataset": (replay or "self") if coef else None,
+        "replay_dataset": replay if coef else None,
         "per_device_replay_batch_size": config.per_device_replay_batch_size if coef else None,
         "trust_remote_code": config.trust_remote_code or None,
     }  # fmt: skip
@@ -268,7 +270,7 @@ def recommended_command(config: PlanConfig, plan: Plan, data: Sequence[str], rep
     """The recommended run; where no setting keeps the limit, the strongest replay with the controller of max_ref_kl."""
     one = plan.chosen or plan.fallback
     coef = one.replay_coef if plan.chosen else one.replay_coef or 1.0
-    run = finetune_run(config, one.rank, coef, one.num_steps, data, replay)
+    run = finetune_run(config, one.rank, coef, one.num_steps, data, replay or "self")
     controller = {} if plan.chosen else {"max_ref_kl": plan.max_ref_kl}
     return ["retain", *VerbRun(run.verb, {**run.flags, **controller}).arguments(Path(config.output_dir) / "run")]
 
@@ -284,24 +286,25 @@ def contents_of(config: PlanConfig, data: Sequence[str]) -> list[Any]:
     """What the files hold that decide a pilot beside its flags: other rows or another model make another pilot."""
     texts = named_sources(config.retention, "retention").values()
     files = [config.model, *data, *texts, config.replay_dataset, config.finetune_config]
-    return [[str(path), _content(Path(path))] for path in files if path and Path(path).exists()]
+    return [[str(path), content_of(Path(path))] for path in files if path and Path(path).exists()]
 
 
-def _content(path: Path) -> list[Any] | str:
-    if path.is_dir():  # a model: its files by name, size and time
+def content_of(path: Path) -> list[Any] | str:
+    """A file's hash; of a folder, a model's say, its files by name, size and time."""
+    if path.is_dir():
         return [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in sorted(path.iterdir())]
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def make_pilot(pilot: Pilot, run: VerbRun, place: Path, finetune: Callable[[list[str]], Any]) -> PilotRun:
+def make_pilot(pilot: Pilot, run: VerbRun, place: Path) -> PilotRun:
     """Run a pilot; what it cost, and how many parameters it tuned."""
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     began, log = time.monotonic(), io.StringIO()
     quiet = VerbRun(run.verb, {**run.flags, "disable_tqdm": True, "logging_steps": eval_steps(pilot.steps)})
     with redirect_stdout(log):
-        finetune(quiet.arguments(place)[1:])
+        finetune.VERB(quiet.arguments(place)[1:])
     write_text(place / "log.txt", log.getvalue())
     tokens = [row["num_tokens"] for row in read_jsonl(place / "metrics.jsonl") if "num_tokens" in row]
     return PilotRun(
