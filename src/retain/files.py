@@ -95,13 +95,13 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return folders if len(set(folders)) == len(paths) else [str(path) for path in paths]
 
 
-def read_settings(folder: Path, shape: Any = MAPPING, file: str = CONFIG_FILE) -> dict[str, Any]:
-    """A run's `retain_config.json` (or another `file`); nothing where there is none.
+def read_settings(folder: Path, shape: Any = MAPPING) -> dict[str, Any]:
+    """A run's `retain_config.json`; nothing where there is none.
 
     Raises:
         ValueError: for a file that is damaged.
     """
-    path, remedy = folder / file, "restore it, or make the run again"
+    path, remedy = folder / CONFIG_FILE, "restore it, or make the run again"
     if not path.is_file():
         return {}
     found: dict[str, Any] = read_json(path, "settings", remedy)
@@ -184,11 +184,7 @@ def _misfit(value: Any, shape: Any, name: str) -> str | None:
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Refuse a file that nothing could be written to, before the work whose result it is to hold.
-
-    Raises:
-        ValueError: naming the flag and the path.
-    """
+    """Refuse a file that cannot be written, before the work whose result it is to hold."""
     if path.is_dir():
         raise ValueError(f"{flag}: {str(path)!r} is a folder; name a file")
     if not path.absolute().parent.is_dir():
@@ -222,17 +218,16 @@ def exclusive(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"output_dir: another process is writing to {str(folder)!r}; wait for it, or choose another folder"
         ) from None
-    failed = True
     try:
         remove_parts(folder)
         with _full_disk_named(folder):
             yield
-        failed = False
+        new = False  # it stays
     finally:
         with suppress(OSError):  # Windows removes no open file; there filelock does when it lets go
             (folder / LOCK).unlink()
         lock.release()
-        if new and failed:
+        if new:
             with suppress(OSError):  # where something was written
                 folder.rmdir()
 

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.special import bdtr, stdtrit
 
 MAX_WIDENING = 3.0  # of a side, times Student's t: few documents with an outlier would widen it hundredfold
+Z = NormalDist().inv_cdf(0.975)  # of a 95% interval of answers
 MIN_SPREAD = 1e-9  # of a resample's sum of squares; less is rounding
 
 
@@ -81,8 +82,8 @@ def resample_counts(num_documents: int, num_resamples: int, seed: int) -> np.nda
     return rng.multinomial(num_documents, shares, size=num_resamples).astype(np.float64)
 
 
-def share_interval(count: int, total: int, *, level: float = 0.95) -> tuple[float, float, float]:
-    """A share of independent questions with Wilson's score interval (Wilson 1927): (value, low, high).
+def share_interval(count: int, total: int) -> tuple[float, float, float]:
+    """A share of independent questions with Wilson's 95% score interval (Wilson 1927): (value, low, high).
 
     A bootstrap of answers that are all alike has no width, as if nothing were left to learn; this one has.
 
@@ -90,15 +91,14 @@ def share_interval(count: int, total: int, *, level: float = 0.95) -> tuple[floa
     [1.0, 0.72, 1.0]
     """
     assert 0 <= count <= total > 0, (count, total)
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share, scale = count / total, 1 + z * z / total
-    middle = (share + z * z / (2 * total)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    share, scale = count / total, 1 + Z * Z / total
+    middle = (share + Z * Z / (2 * total)) / scale
+    half = Z / scale * math.sqrt(share * (1 - share) / total + Z * Z / (4 * total * total))
     return share, 0.0 if count == 0 else middle - half, 1.0 if count == total else middle + half
 
 
-def paired_change_interval(lost: int, won: int, total: int, *, level: float = 0.95) -> tuple[float, float, float]:
-    """The change of a share on the same questions, after − before: (value, low, high), Tango's score interval.
+def paired_change_interval(lost: int, won: int, total: int) -> tuple[float, float, float]:
+    """The change of a share on the same questions, after − before: (value, low, high), Tango's 95% score interval.
 
     Tango 1998, Statistics in Medicine 17:891: the changes that the score test does not reject, so it holds 0 where
     McNemar's statistic is below z². Where nothing changed it is as wide as Wilson's interval of none in `total`.
@@ -108,17 +108,15 @@ def paired_change_interval(lost: int, won: int, total: int, *, level: float = 0.
         total: all questions.
     """
     assert 0 <= lost + won <= total > 0, (lost, won, total)
-    z = NormalDist().inv_cdf((1 + level) / 2)
 
     def lower_end(fewer: int, more: int) -> float:
         low, high = -1.0, (more - fewer) / total
         while low < (change := (low + high) / 2) < high:
             linear = fewer + more - (2 * total - more + fewer) * change
+            # The share of `fewer` that is likeliest, given the change.
             share = (linear + math.sqrt(linear**2 + 8 * total * fewer * change * (1 - change))) / (4 * total)
-            variance = total * max(
-                2 * share + change * (1 - change), 0.0
-            )  # `share` of `fewer`: likeliest, given change
-            low, high = (change, high) if more - fewer - total * change > z * math.sqrt(variance) else (low, change)
+            variance = total * max(2 * share + change * (1 - change), 0.0)
+            low, high = (change, high) if more - fewer - total * change > Z * math.sqrt(variance) else (low, change)
         return high
 
     return (won - lost) / total, lower_end(lost, won), -lower_end(won, lost)

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import unicodedata
-from typing import Any
 
 
-def visible(value: Any) -> Any:
-    """The same data with every control, bidi-override, surrogate or unassigned character written out as an escape.
-
-    Line breaks and tabs stay in generated text and prompts only; a name is one line.
+def visible(text: str) -> str:
+    """The text in one line, every control, bidi-override, surrogate or unassigned character as an escape.
 
     >>> print(visible("exe\\u202egnp"))
     exe\\u202egnp
     """
-    if isinstance(value, str):
-        return "".join(map(_visible_char, value))
-    if isinstance(value, dict):
-        return {visible(k): visible_text(v) if k in ("prompt", "base", "tuned") else visible(v)
-                for k, v in value.items()}  # fmt: skip
-    return [visible(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return "".join(map(_visible_char, text))
 
 
-def visible_text(value: Any) -> Any:
+def visible_text(text: str) -> str:
     """The same for text of several lines: line breaks and tabs stay."""
-    if not isinstance(value, str):
-        return visible(value)
-    return "".join(char if char in "\n\t" else _visible_char(char) for char in value.replace("\r\n", "\n"))
+    return "".join(char if char in "\n\t" else _visible_char(char) for char in text.replace("\r\n", "\n"))
 
 
 def _visible_char(char: str) -> str:

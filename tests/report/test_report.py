@@ -30,7 +30,7 @@ from retain.report.passages import differences, worst_documents
 from retain.report.report import ForgettingReport, write_comparison
 from retain.report.results import RunResults
 from retain.report.sentences import budget_sentence, frontier_sentences, text_verdict
-from retain.text import visible
+from retain.text import visible, visible_text
 from retain.training.run_files import RunFilesCallback, read_run
 
 TOKENS = [100, 200, 100, 200]
@@ -720,7 +720,7 @@ def test_visible_keeps_what_is_ordinary() -> None:
     for text in ("naïve 漢字 🙂 “x” −1", "می\u200cخواهم", "👩\u200d🔬", "a\u00a0b"):
         assert visible(text) == text
     assert visible("a\nb") == "a\\nb", "a name is one line"
-    assert visible({"prompt": "a\n\tb\x1b"}) == {"prompt": "a\n\tb\\x1b"}
+    assert visible_text("a\n\tb\x1b") == "a\n\tb\\x1b"
 
 
 ANSWERS = compare_answers([0, 0, 1, 2], [0, 1, 1, 0], [True, True, False, False], [True, False, False, True])

@@ -78,8 +78,8 @@ def _sums(
 ) -> DocumentSums:
     total = sum(len(window) for document in documents for window in document.windows)
     sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": tuned.device}
-    bar = {"desc": visible(text), "unit": "tok", "unit_scale": True, "disable": options.progress is None}
-    with tqdm(total=total, **bar) as shown:
+    hidden = options.progress is None
+    with tqdm(total=total, desc=visible(text), unit="tok", unit_scale=True, disable=hidden) as shown:
         return document_sums(base.logits, logits_of(tuned), documents, progress=shown.update, text=text, **sizes)
 
 

@@ -103,7 +103,7 @@ def _view(runs: Runs, title: str, notes: Sequence[str]) -> dict[str, Any]:
     warnings = _warnings(runs) + list(filter(None, map(overfit_sentence, runs)))
     ends = end_sentences(compared) if compared else []
     return {
-        "title": visible(title), "notes": visible(list(notes)), "runs": runs, "comparison": compared,
+        "title": visible(title), "notes": [visible(note) for note in notes], "runs": runs, "comparison": compared,
         "warnings": warnings + ([*compared.warnings, *mismatch_sentences(compared)] if compared else []),
         "verdict": comparison_verdict(compared) if compared else verdict(runs[0]),
         "verdicts": [verdict(run, runs[0] if at else None) for at, run in enumerate(runs)] if compared else [],
