@@ -20,6 +20,9 @@ import numpy as np
 # Thai to Tibetan, Burmese, Khmer, kana, CJK: scripts without spaces, in which every character counts as a word.
 UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+# Of `find_overlap`
+WORDS_PER_NGRAM = 8
+MIN_NEAR = 0.5  # share of a document's n-grams that occur in the rows, from which it is near
 CHARACTERS_PER_WORD = 3  # by which an n-gram is longer where most words are characters
 
 # Of `find_rows`, in tokens
@@ -61,12 +64,9 @@ class Overlap:
     exact: tuple[int, ...]
     """Documents that are found whole, regardless of spaces, capitals and punctuation."""
     near: dict[int, float]
-    """Other documents → share of their n-grams that occur in the rows, where it reaches the threshold."""
-    length: int
+    """Other documents → share of their n-grams that occur in the rows, from `MIN_NEAR`."""
 
-    def warning(
-        self, name: str, where: str = "the training rows", meaning: str = "forgetting on them is not of old knowledge"
-    ) -> str | None:
+    def warning(self, name: str, where: str, meaning: str) -> str | None:
         """One line for people, with what the finding means; None where nothing was found."""
         shares = [f"{share:.2f}" for share in sorted(self.near.values())]
         found = len(self.exact) + len(shares)
@@ -74,7 +74,7 @@ class Overlap:
             return None
         kinds = [f"{len(self.exact)} word for word"] * bool(self.exact)
         spread, whose = " to ".join(dict.fromkeys(shares[:: max(1, len(shares) - 1)])), "their" if shares[1:] else "its"
-        kinds += [f"{len(shares)} at {spread} of {whose} {self.length}-grams"] * bool(shares)
+        kinds += [f"{len(shares)} at {spread} of {whose} {WORDS_PER_NGRAM}-grams"] * bool(shares)
         return (
             f"{name}: {found} of {self.num_documents} documents {'is' if found == 1 else 'are'} also in {where} "
             f"({', '.join(kinds)}): {meaning}; leave them out"
@@ -90,17 +90,15 @@ class _Document:
     is_short: bool  # of fewer words than an n-gram: found whole or not at all
 
     @classmethod
-    def of(cls, text: str, length: int) -> _Document:
+    def of(cls, text: str) -> _Document:
         words = _words(text)
         unspaced = 2 * len(re.findall(f"[{UNSPACED}]", text)) > len(words)
-        wanted = length * CHARACTERS_PER_WORD if unspaced else length
+        wanted = WORDS_PER_NGRAM * (CHARACTERS_PER_WORD if unspaced else 1)
         size = min(wanted, len(words))
         return cls(_word_ngrams(words, size) if words else [], size, len(words) < wanted)
 
 
-def find_overlap(
-    texts: Mapping[str, Sequence[str]], rows: Iterable[str], *, length: int = 8, threshold: float = 0.5
-) -> dict[str, Overlap]:
+def find_overlap(texts: Mapping[str, Sequence[str]], rows: Iterable[str]) -> dict[str, Overlap]:
     """Search for the documents of every text in the rows, which may be a generator of millions.
 
     A document whose every n-gram occurs is found whole. Those of fewer words than an n-gram are found whole or not at
@@ -110,8 +108,6 @@ def find_overlap(
     Args:
         texts: name → documents, whole rather than cut into windows.
         rows: what is trained on or replayed.
-        length: words in an n-gram.
-        threshold: share of a document's n-grams that must occur in the rows for it to count as near, above 0 to 1.
 
     Returns:
         By name what was found; the places of documents are those in `texts[name]`.
@@ -119,9 +115,7 @@ def find_overlap(
     >>> find_overlap({"poem": ["Roses are red", "Violets are blue"]}, ["He wrote: roses  are red."])["poem"].exact
     (0,)
     """
-    if length < 1 or not 0 < threshold <= 1:
-        raise ValueError(f"overlap: length {length}, threshold {threshold}; use at least 1, and a share above 0 to 1")
-    documents = {name: [_Document.of(text, length) for text in texts[name]] for name in texts}
+    documents = {name: [_Document.of(text) for text in of_name] for name, of_name in texts.items()}
     wanted: dict[int, set[int]] = {}  # by length
     for document in itertools.chain(*documents.values()):
         wanted.setdefault(document.length, set()).update(document.ngrams)
@@ -130,18 +124,18 @@ def find_overlap(
         words = _words(row)
         for size, ngrams in wanted.items():
             found |= ngrams.intersection(_word_ngrams(words, size)) if ngrams else set()
-    return {name: _overlap(of_text, found, length, threshold) for name, of_text in documents.items()}
+    return {name: _overlap(of_text, found) for name, of_text in documents.items()}
 
 
-def _overlap(documents: Sequence[_Document], found: set[int], length: int, threshold: float) -> Overlap:
+def _overlap(documents: Sequence[_Document], found: set[int]) -> Overlap:
     exact, near = [], {}
     for at, document in enumerate(documents):
         share = sum(ngram in found for ngram in document.ngrams) / max(1, len(document.ngrams))
         if share == 1:
             exact.append(at)
-        elif share >= threshold and not document.is_short:
+        elif share >= MIN_NEAR and not document.is_short:
             near[at] = share
-    return Overlap(len(documents), tuple(exact), near, length)
+    return Overlap(len(documents), tuple(exact), near)
 
 
 def _words(text: str) -> list[str]:
