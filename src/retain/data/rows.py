@@ -302,18 +302,17 @@ def _cut(
         if ids[:1] == [start_id]:  # as chat templates write it; once is enough
             ids, predicted, words = ids[1:], predicted[1:], words.removeprefix(str(tokenizer.decode([start_id])))
         ids, predicted = [start_id, *ids], [False, *predicted]
-    ends = list(range(max_length, len(ids) + max_length - 1, max_length - 1))[:max_windows]
-    windows = [ids[:end] if at == 0 else [start_id, *ids[ends[at - 1] : end]] for at, end in enumerate(ends)]
-    masks = [predicted[:end] if at == 0 else [False, *predicted[ends[at - 1] : end]] for at, end in enumerate(ends)]
-    kept = [at for at, mask in enumerate(masks) if any(mask)]
-    if not kept:
+    parts = [slice(at, at + max_length - 1) for at in range(1, len(ids), max_length - 1)][:max_windows]
+    parts = [part for part in parts if any(predicted[part])]
+    if not parts:
         return None
-    counted = [token for at in kept for token, mask in zip(windows[at], masks[at], strict=True) if mask]
-    plain = len(counted) == sum(len(windows[at]) - 1 for at in kept)
+    windows = [[ids[0] if part.start == 1 else start_id, *ids[part]] for part in parts]
+    masks = [[False, *predicted[part]] for part in parts]
+    counted = [token for part in parts for token, one in zip(ids[part], predicted[part], strict=True) if one]
     whole = not text.as_trained and len(counted) == len(ids) - 1
     num_bytes = len((words if whole else str(tokenizer.decode(counted))).encode("utf-8", "replace"))
-    masks_kept = None if plain else [masks[at] for at in kept]
-    return Document([windows[at] for at in kept], num_bytes, masks_kept, text.loss_tokens)
+    all_predicted = all(all(mask[1:]) for mask in masks)
+    return Document(windows, num_bytes, None if all_predicted else masks, text.loss_tokens)
 
 
 def as_documents(
