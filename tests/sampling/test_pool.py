@@ -64,16 +64,21 @@ def drawn_pool(temperature: float, num_rows: int = 200, length: int = 40, seed: 
     drawn_from = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
     rows = rng.choice(50, (num_rows, length), p=drawn_from)
     entropy = -(np.exp(logprobs) * logprobs).sum()
-    return pool_statistics(
-        rows, prefix_lengths=0, logprob_sums=logprobs[rows].sum(1), entropy_sums=[length * entropy] * num_rows
-    )
+    sums = {"logprob_sums": logprobs[rows].sum(1), "entropy_sums": [length * entropy] * num_rows}
+    return pool_statistics(rows, prefix_lengths=[0] * num_rows, **sums)
+
+
+def statistics_of(rows: list, logprob_sums: Any = None, **options: Any) -> pool.PoolStatistics:
+    """Of rows of which the first token is given."""
+    sums = [0.0] * len(rows) if logprob_sums is None else logprob_sums
+    return pool_statistics(rows, prefix_lengths=[1] * len(rows), logprob_sums=sums, **options)
 
 
 def test_the_numbers_of_a_small_pool_by_hand():
     rows = [[9, 1, 2, 3, 0, 1], [9, 8, 0, 4], [9, 1, 2, 3, 0, 1], [9]]
     found = pool_statistics(
         rows, prefix_lengths=[1, 2, 1, 1], logprob_sums=[-10.0, -3.0, -6.0, 0.0], entropy_sums=[10.0, 2.0, 5.0, 0.0],
-        end_ids={0}, num_requested=4,
+        end_ids={0},
     )  # fmt: skip
     assert found.rows["num_tokens"] == [5, 2, 5, 0]
     assert found.rows["loss"] == [2.0, 1.5, 1.2, 0.0]
@@ -96,32 +101,22 @@ def test_the_numbers_of_a_small_pool_by_hand():
 
 
 def test_what_was_not_given_is_none_and_all_is_json():
-    found = pool_statistics([[5, 1, 2, 3]])
-    for key in (
-        "loss",
-        "entropy",
-        "loss_minus_entropy",
-        "reached_end",
-        "median_first_end",
-        "num_requested",
-        "repeating",
-    ):
+    found = statistics_of([[5, 1, 2, 3]])
+    for key in ("entropy", "loss_minus_entropy", "reached_end", "median_first_end", "repeating"):
         assert found.summary[key] is None
-    one = pool_statistics([np.array([5, 1, 2])], logprob_sums=[-3.0], entropy_sums=[2.0], end_ids=[2])
+    one = statistics_of([np.array([5, 1, 2])], logprob_sums=[-3.0], entropy_sums=[2.0], end_ids=[2])
     assert one.summary["loss"] == {"value": 1.5, "ci": None}
     assert one.warnings == []
     assert json.loads(json.dumps(dataclasses.asdict(one), allow_nan=False)) == dataclasses.asdict(one)
 
 
 def test_half_of_the_rows_that_reach_no_end_make_no_median():
-    assert pool_statistics([[9, 0], [9, 1]], end_ids=[0]).summary["median_first_end"] is None
-    assert pool_statistics([[9, 0], [9, 1, 0], [9, 1]], end_ids=[0]).summary["median_first_end"] == 1
+    assert statistics_of([[9, 0], [9, 1]], end_ids=[0]).summary["median_first_end"] is None
+    assert statistics_of([[9, 0], [9, 1, 0], [9, 1]], end_ids=[0]).summary["median_first_end"] == 1
 
 
-def test_an_empty_pool_is_refused_and_rows_of_nothing_drawn_are_not():
-    with pytest.raises(ValueError, match="rows: the pool is empty"):
-        pool_statistics([])
-    found = pool_statistics([[1], [1]], logprob_sums=[0, 0], entropy_sums=[0, 0])
+def test_rows_of_nothing_drawn_have_no_mean():
+    found = statistics_of([[1], [1]], entropy_sums=[0, 0])
     assert found.summary["loss"] is None
     assert found.summary["distinct_1"] is None
 
@@ -199,27 +194,24 @@ def test_distinct_n_of_a_large_pool_is_close(monkeypatch):
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters()))
 def test_any_text_has_a_preview(text):
-    found = pool_statistics([[1, 2]])
-    shown = preview_text([text], found)
+    found = statistics_of([[1, 2]])
+    shown = preview_text([text], found, 1)
     assert set(shown).isdisjoint(map(chr, [*range(10), *range(11, 32), 127, 0x9B, 0x202E, 0x2066])) or "\t" in text
     shown.encode()
-    preview_html([text], found).encode()
+    preview_html([text], found, 1).encode()
 
 
 def test_warnings_are_sentences_of_a_degenerate_pool():
     loop = np.arange(64) % 3
     rows = [*random_rows(15), loop, loop]
-    found = pool_statistics(rows, logprob_sums=[-6.0] * 17, num_requested=20)
-    few, exact, repeating, low = found.warnings
-    assert few == "20 rows were requested and the pool has 16 distinct ones."
+    exact, repeating, low = statistics_of(rows, [-6.0] * 17).warnings
     assert exact == "5.9% of the rows are exact duplicates of earlier ones (many is 1%)."
     assert repeating == "11.8% of the rows repeat themselves (many is 5%)."
     assert low.startswith("The model's loss on its own rows is 0.095 [0.095, 0.095] nats per token (low is 0.5)")
 
 
 def test_a_sound_pool_has_no_warnings():
-    rows = random_rows(64)
-    found = pool_statistics(rows, logprob_sums=[-63 * 3.0] * 64, entropy_sums=[63 * 3.0] * 64, num_requested=64)
+    found = statistics_of(random_rows(64), [-63 * 3.0] * 64, entropy_sums=[63 * 3.0] * 64)
     assert found.warnings == []
 
 
@@ -229,7 +221,7 @@ HOSTILE = "\x1b[2J\x1b]0;owned\x07</pre><script>alert(1)</script> \u202egnp.exe 
 def sample_pool() -> tuple[list[str], pool.PoolStatistics]:
     texts = [HOSTILE, "two\n\tlines", *(f"row {i}" for i in range(8))]
     rows: list[Any] = [*random_rows(9), np.arange(64) % 2]
-    return texts, pool_statistics(rows, logprob_sums=[-150.0] * 10, entropy_sums=[151.2] * 10, end_ids=[7])
+    return texts, statistics_of(rows, [-150.0] * 10, entropy_sums=[151.2] * 10, end_ids=[7])
 
 
 def test_no_text_acts_on_the_terminal():
@@ -244,12 +236,12 @@ def test_no_text_acts_on_the_terminal():
     assert preview_text(texts, found, count=3).count("\nrow ") == 3
     assert preview_text(texts, found, count=0).count("\nrow ") == 0
     assert "<script" in shown
-    assert preview_text(texts, found, count=1, max_chars=6).count("\n  \\x1b[2 …\n") == 1
+    assert preview_text(["y" * 2000], statistics_of([[1, 2]]), 1).endswith("\n  " + "y" * 1200 + " …\n")
 
 
 def test_the_page_is_self_contained_and_no_text_acts_on_it():
     texts, found = sample_pool()
-    page = preview_html(texts, found, count=10, title="<b>a & b")
+    page = preview_html(texts, found, count=10)
     page.encode()
     tags: list[tuple[str, dict]] = []
 

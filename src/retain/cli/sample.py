@@ -201,7 +201,6 @@ def report_pool(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> N
         logprob_sums=columns["logprob"],
         entropy_sums=columns.get("entropy"),
         end_ids=end_ids(tokenizer, manifest["start_token"]["id"], starts),
-        num_requested=manifest["num_rows"],
     )
     write_json(folder / STATISTICS, asdict(statistics))
     for name, value in describe(statistics):

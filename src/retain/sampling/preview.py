@@ -9,22 +9,24 @@ import numpy as np
 from retain.sampling.quality import PoolStatistics, display
 from retain.text import visible_text
 
+MAX_CHARS = 1200  # of a row in a terminal
+
 
 def describe(statistics: PoolStatistics) -> list[tuple[str, str]]:
     """The summary as lines of (label, value) to read; what was not measured is left out."""
     return [(_spaced(key), display(value)) for key, value in statistics.summary.items() if value is not None]
 
 
-def preview_text(texts: Sequence[str], statistics: PoolStatistics, count: int = 20, max_chars: int = 1200) -> str:
+def preview_text(texts: Sequence[str], statistics: PoolStatistics, count: int) -> str:
     """`count` rows spread over the pool, to read in a terminal: no character of a row acts on it."""
     parts: list[str] = []
     for notes, text in _samples(texts, statistics, count):
-        cut = text if len(text) <= max_chars else text[:max_chars] + " …"
+        cut = text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " …"
         parts += ["", " · ".join(notes), *(f"  {line}" for line in cut.split("\n"))]
     return "\n".join(parts) + "\n"
 
 
-def preview_html(texts: Sequence[str], statistics: PoolStatistics, count: int = 20, title: str = "Replay rows") -> str:
+def preview_html(texts: Sequence[str], statistics: PoolStatistics, count: int) -> str:
     """One self-contained page: summary, warnings, and the same rows uncut with their statistics in the margin."""
     import jinja2
 
@@ -32,10 +34,11 @@ def preview_html(texts: Sequence[str], statistics: PoolStatistics, count: int = 
 
     loader = jinja2.FileSystemLoader(TEMPLATES)
     page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    samples = list(_samples(texts, statistics, count))
-    lines, warnings, entropy = describe(statistics), statistics.warnings, statistics.summary["entropy"] is not None
     return page.get_template("preview.html").render(
-        title=title, lines=lines, warnings=warnings, samples=samples, entropy=entropy
+        lines=describe(statistics),
+        warnings=statistics.warnings,
+        samples=list(_samples(texts, statistics, count)),
+        entropy=statistics.summary["entropy"] is not None,
     )
 
 

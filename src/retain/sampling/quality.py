@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from retain.data.overlap import ngram_hashes
 from retain.statistics import bootstrap_ratio
@@ -49,54 +50,47 @@ class PoolStatistics:
 def pool_statistics(
     rows: Sequence[Any],
     *,
-    prefix_lengths: int | Sequence[int] = 1,
-    logprob_sums: Sequence[float] | np.ndarray | None = None,
-    entropy_sums: Sequence[float] | np.ndarray | None = None,
+    prefix_lengths: Sequence[int],
+    logprob_sums: ArrayLike,
+    entropy_sums: ArrayLike | None = None,
     end_ids: Collection[int] = (),
-    num_requested: int | None = None,
 ) -> PoolStatistics:
     """Statistics of each row and of the pool.
 
     Args:
         rows: token ids of each row, shape (length,), its prefix first.
-        prefix_lengths: given tokens of each row, shape (rows,), or one number for all.
+        prefix_lengths: given tokens of each row, shape (rows,).
         logprob_sums: log-probability of the drawn tokens, summed, shape (rows,), nats; under the model's full
             distribution at temperature 1, even where another was drawn from.
         entropy_sums: entropy of that distribution at the drawn positions, summed, shape (rows,), nats.
         end_ids: tokens that end a document, or a turn.
-        num_requested: rows that were to be drawn.
 
-    Raises:
-        ValueError: if there are no rows.
-
-    >>> found = pool_statistics([[0, 5, 6], [0, 5, 6], [0, 7, 8]], logprob_sums=[-4.0, -4.0, -7.0])
+    >>> rows = [[0, 5, 6], [0, 5, 6], [0, 7, 8]]
+    >>> found = pool_statistics(rows, prefix_lengths=[1, 1, 1], logprob_sums=[-4.0, -4.0, -7.0])
     >>> found.summary["exact_duplicates"], found.summary["loss"]["value"]
     (0.3333333333333333, 2.5)
     """
-    if not len(rows):
-        raise ValueError("rows: the pool is empty; sample at least one row")
-    prefixes = np.broadcast_to(np.asarray(prefix_lengths), len(rows))
-    drawn = [np.asarray(rows[i])[prefixes[i] :] for i in range(len(rows))]
+    drawn = [np.asarray(row)[given:] for row, given in zip(rows, prefix_lengths, strict=True)]
     tokens = np.array([len(row) for row in drawn])
-    loss = None if logprob_sums is None else -np.asarray(logprob_sums, dtype=np.float64)
+    loss = -np.asarray(logprob_sums, dtype=np.float64)
     entropy = None if entropy_sums is None else np.asarray(entropy_sums, dtype=np.float64)
-    gap = None if loss is None or entropy is None else loss - entropy
     ends = [np.flatnonzero(np.isin(row, list(end_ids))) for row in drawn]
-    nothing = [None] * len(drawn)
     columns: dict[str, list[Any]] = {
         "num_tokens": tokens.tolist(),
-        "loss": nothing if loss is None else (loss / np.maximum(tokens, 1)).tolist(),
-        "entropy": nothing if entropy is None else (entropy / np.maximum(tokens, 1)).tolist(),
+        "loss": (loss / np.maximum(tokens, 1)).tolist(),
+        "entropy": [None] * len(drawn) if entropy is None else (entropy / np.maximum(tokens, 1)).tolist(),
         "first_end": [int(found[0]) if len(found) else None for found in ends],
         "repeating": [is_repeating(row) for row in drawn],
         "distinct_2": [distinct_share([row], 2) for row in drawn],
         "duplicate_of": exact_duplicates(drawn),
     }
     assert {len(column) for column in columns.values()} == {len(drawn)}, "one of each for each row"
-    summary = {"num_requested": num_requested} | _pool_shares(columns, bool(end_ids))
-    means = {"loss": loss, "entropy": entropy, "loss_minus_entropy": gap}
-    summary |= {key: _pool_mean(sums, tokens) for key, sums in means.items()}
-    summary |= {f"distinct_{n}": distinct_share(drawn, n) for n in (1, 2, 3)}
+    means = {"loss": loss, "entropy": entropy, "loss_minus_entropy": None if entropy is None else loss - entropy}
+    summary = {
+        **_pool_shares(columns, bool(end_ids)),
+        **{key: _pool_mean(sums, tokens) for key, sums in means.items()},
+        **{f"distinct_{n}": distinct_share(drawn, n) for n in (1, 2, 3)},
+    }
     return PoolStatistics(summary, columns, _pool_warnings(summary))
 
 
@@ -157,7 +151,6 @@ def _pool_shares(columns: dict[str, list[Any]], has_ends: bool) -> dict[str, Any
 
 
 def _pool_warnings(summary: dict[str, Any]) -> list[str]:
-    requested, distinct = summary["num_requested"], summary["num_distinct_rows"]
     duplicates, repeating = summary["exact_duplicates"], summary["repeating"] or 0.0
     loss, gap = summary["loss"], summary["loss_minus_entropy"]
     # Zero lies outside the interval stretched to twice its width, about four standard errors.
@@ -165,8 +158,6 @@ def _pool_warnings(summary: dict[str, Any]) -> list[str]:
     sure = sure and not 2 * gap["ci"][0] <= gap["value"] <= 2 * gap["ci"][1]
     kind = "sharper" if gap and gap["value"] < 0 else "flatter"
     checks = {
-        f"{requested} rows were requested and the pool has {distinct} distinct ones.":
-            requested is not None and distinct < (1 - MAX_DUPLICATES) * requested,
         f"{duplicates:.1%} of the rows are exact duplicates of earlier ones (many is {MAX_DUPLICATES:.0%}).":
             duplicates > MAX_DUPLICATES,
         f"{repeating:.1%} of the rows repeat themselves (many is {MAX_REPEATING:.0%}).": repeating > MAX_REPEATING,
