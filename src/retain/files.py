@@ -118,19 +118,20 @@ def read_jsonl(path: Path, shape: Any = MAPPING) -> list[dict[str, Any]]:
     Raises:
         ValueError: for any other line that is damaged, naming file and line.
     """
-    *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate((*lines, torn), start=1):
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         where, remedy = f"{str(path)!r}: line {number} is damaged", "correct or delete the line, or make the file again"
         try:
-            row: Any = json.loads(line.decode("utf-8")) if line.strip() else None
+            row: Any = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            if number > len(lines):  # it has no end: a killed process was writing it
+            if number == len(lines):  # it has no end: a killed process was writing it
                 break
             raise ValueError(f"{where} (not JSON: {str(error)[:80]}); {remedy}") from error
-        if line.strip():
-            check_shape(row, shape, where, remedy)
-            rows.append(row)
+        check_shape(row, shape, where, remedy)
+        rows.append(row)
     return rows
 
 
