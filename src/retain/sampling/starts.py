@@ -59,11 +59,6 @@ class Starts:
         ]
 
 
-def document_starts(start: StartToken) -> Starts:
-    """Every row begins with the document start alone."""
-    return Starts((Mode("document", 1.0, [[start.id]]),))
-
-
 def plan_starts(
     spec: str,
     tokenizer: PreTrainedTokenizerBase,

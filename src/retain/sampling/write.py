@@ -32,7 +32,7 @@ from retain.replay.dataset import MANIFEST, MANIFEST_SCHEMA, NOT_COMPARED, read_
 from retain.replay.own_rows import rope_switch
 from retain.replay.predictions import write_predictions
 from retain.sampling.engine import Engine, Progress, Shard, batch_engine, choose_batch_size, draw_rows
-from retain.sampling.starts import Starts, document_starts
+from retain.sampling.starts import Starts, plan_starts
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -95,10 +95,13 @@ def sample_replay(
     """
     folder = Path(output_dir)
     start_token = start_token or choose_start_token(tokenizer)
-    starts = starts or document_starts(start_token)
+    starts = starts or plan_starts("document", tokenizer, start_token)
     max_length = length_that_fits(model, max_length)
     _check_model(model, max_length, store_reference)
-    _check_beginnings(starts, max_length)
+    longest = max(len(prefix) for mode in starts.modes for prefix in mode.prefixes)
+    if longest >= max_length:
+        raise ValueError(f"max_length: {max_length} leaves no room behind a beginning of {longest} tokens; use more")
+    begun = read_manifest(folder) if (folder / MANIFEST).exists() and not overwrite else None
     manifest = {
         **_origin(model, tokenizer, start_token, engine_name),
         "start": starts.describe(),
@@ -107,14 +110,15 @@ def sample_replay(
         "seed": seed,
         "rows_per_shard": rows_per_shard,
         "store_reference": store_reference,
-        "batch_size": batch_size or _begun_with(folder, overwrite) or choose_batch_size(model, max_length),
+        # The same batches give the same rows to the last bit.
+        "batch_size": batch_size or (begun or {}).get("batch_size") or choose_batch_size(model, max_length),
     }
     engine = engine or batch_engine(partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference))
     _refuse_foreign(folder)
     main = state is None or state.is_main_process
     with exclusive(folder) if main else nullcontext():
         if main:
-            if min_ended_turns and (overwrite or not (folder / MANIFEST).exists()):
+            if min_ended_turns and begun is None:
                 _check_turns(engine, starts, num_rows, manifest["batch_size"], min_ended_turns)
             _begin(folder, manifest, overwrite)
         if state is not None:
@@ -164,17 +168,6 @@ def _draw_shards(
         write_shard(folder, shard.number, shard.rows[0], drawn.columns())
 
 
-def _check_beginnings(starts: Starts, max_length: int) -> None:
-    longest = max(len(prefix) for mode in starts.modes for prefix in mode.prefixes)
-    if longest >= max_length:
-        raise ValueError(f"max_length: {max_length} leaves no room behind a beginning of {longest} tokens; use more")
-
-
-def _begun_with(folder: Path, overwrite: bool) -> int | None:
-    """The batch size that a dataset was begun with: the same batches give the same rows to the last bit."""
-    return read_manifest(folder).get("batch_size") if (folder / MANIFEST).exists() and not overwrite else None
-
-
 def _check_turns(engine: Engine, starts: Starts, num_rows: int, batch_size: int, min_ended: float) -> None:
     """Stop before useless rows are written: some models open a user turn and never end it."""
     chat = [row for row in range(num_rows) if starts.of_row(row)[0].name == "chat"][: max(16, batch_size)]
@@ -218,11 +211,8 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _begin(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
-    """Write the manifest into an empty folder, or check that the dataset there is this one."""
-    if not (folder / MANIFEST).exists():
-        write_json(folder / MANIFEST, manifest)
-        return
-    if overwrite:
+    """Write the manifest of a new dataset, or check that the one in the folder is this one."""
+    if overwrite or not (folder / MANIFEST).exists():
         for path in (*folder.glob("shard-*.parquet"), *folder.glob("reference-*.safetensors")):
             path.unlink()
         write_json(folder / MANIFEST, manifest)
