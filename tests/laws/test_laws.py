@@ -31,9 +31,8 @@ from scipy import optimize, stats
 from retain import fit_forgetting_law
 from retain.cli.fit import FitConfig
 from retain.laws.diagnostics import LawWarning, rival_warnings
-from retain.laws.fitted import first_crossings
 from retain.laws.forms import FORMS, Form
-from retain.laws.law import ForgettingLaw
+from retain.laws.law import ForgettingLaw, first_crossings
 from retain.laws.plots import bands, contours, residuals, trajectories
 from retain.laws.variable_projection import HUBER, fit_many
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import stdtrit
 
-from retain.laws.fitted import MAX_INTERVAL_RATIO, FittedLaw
+from retain.laws.law import MAX_INTERVAL_RATIO, ForgettingLaw
 from retain.laws.problem import Problem
 from retain.laws.variable_projection import Fits
 
@@ -71,7 +71,7 @@ def design_warnings(problem: Problem) -> list[str]:
     return found
 
 
-def fit_warnings(law: FittedLaw) -> list[str]:
+def fit_warnings(law: ForgettingLaw) -> list[str]:
     """What these data left open."""
     problem, found = law.problem, []
     room = 1e-6 * (problem.high - problem.low)
@@ -90,7 +90,7 @@ def fit_warnings(law: FittedLaw) -> list[str]:
     return found
 
 
-def rival_warnings(law: FittedLaw, other: FittedLaw) -> list[str]:
+def rival_warnings(law: ForgettingLaw, other: ForgettingLaw) -> list[str]:
     """A warning where another form predicts held-out runs as well: within 5%, or the 95% interval over runs (t)."""
     found = []
     for output in set(law.form.outputs) & set(other.form.outputs):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -60,34 +60,27 @@ def fit_forgetting_law(
     >>> {name: round(value, 3) for name, value in law.params.items()}
     {'c_fft': 2.0, 's_fft': 2.0}
     """
-    settings = FitSettings(shared_exponents, num_starts, num_resamples, robust, seed)
+    settings = {
+        "shared_exponents": shared_exponents, "num_starts": num_starts, "num_resamples": num_resamples,
+        "robust": robust, "seed": seed,
+    }  # fmt: skip
     law = _fit(runs, form_of(form, bounds), settings)
     for rival in rivals:
-        law.warnings += rival_warnings(law, _fit(runs, form_of(rival), replace(settings, num_resamples=0)))
+        law.warnings += rival_warnings(law, _fit(runs, form_of(rival), settings | {"num_resamples": 0}))
     for text in law.warnings:
         warnings.warn(text, LawWarning, stacklevel=2)
     return law
 
 
-@dataclass(frozen=True)
-class FitSettings:
-    """How a law was fitted, as `fit_forgetting_law` describes it."""
-
-    shared_exponents: bool
-    num_starts: int
-    num_resamples: int
-    robust: bool
-    seed: int
-
-
-def _fit(runs: Runs | Rows, form: Form, settings: FitSettings) -> ForgettingLaw:
+def _fit(runs: Runs | Rows, form: Form, settings: dict[str, Any]) -> ForgettingLaw:
+    """`settings`: how, by the names of `fit_forgetting_law`'s parameters."""
     table = as_runs(runs, form.columns)
     problem = Problem(form, table)
-    _check(problem, settings.shared_exponents)
-    robust, seed = settings.robust, settings.seed
-    best = _search(problem, settings.num_starts, robust, seed)
+    _check(problem, settings["shared_exponents"])
+    robust, seed = settings["robust"], settings["seed"]
+    best = _search(problem, settings["num_starts"], robust, seed)
     jacobian = jacobian_of(problem, best)
-    resamples = settings.num_resamples if len(table.names) >= MIN_RUNS else 0
+    resamples = settings["num_resamples"] if len(table.names) >= MIN_RUNS else 0
     law = ForgettingLaw(
         form=form,
         runs=table,
@@ -97,7 +90,7 @@ def _fit(runs: Runs | Rows, form: Form, settings: FitSettings) -> ForgettingLaw:
         held_out=held_out(problem, best, robust),
         condition=condition_number(jacobian),
         warnings=[*table.left_out, *design_warnings(problem)],
-        settings=asdict(settings) | {"versions": versions()},
+        settings={**settings, "versions": versions()},
     )
     law.warnings += fit_warnings(law)
     return law

@@ -193,6 +193,7 @@ def _report_size(values: Values, centres: Centres) -> dict[str, Array]:
 
 
 P_N, RHO = ("num_params", "num_steps"), {"rho": (0.3, 30.0)}
+LOSSES = ("finetuning_loss", "forgetting_loss")
 OF_P_N = {"num_params": 3, "num_steps": 4}  # a level, α and w; then β, ρ and c
 FINETUNING = Form(
     name="finetuning",
@@ -224,7 +225,7 @@ FORMS = {
             equation="L_ft = c_ft·[(a_ft/P)^α_ft + (b_ft/N)^β_ft]^ρ + s_ft;  "
             "L_f = -c_fft·(c_ft·[(a_f/P)^α_f + (b_f/N)^β_f]^ρ + s_ft) + s_fft",
             inputs=P_N,
-            outputs=("finetuning_loss", "forgetting_loss"),
+            outputs=LOSSES,
             exponents=_power_exponents("_ft") | _power_exponents("_f") | RHO,
             coefficients=("c_ft", "s_ft", "amplitude_f", "limit_f"),
             terms=_joint_terms,

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retain.laws.fitted import LOSSES, FittedLaw
-from retain.laws.forms import P_N, Array, column_of
+from retain.laws.forms import LOSSES, P_N, Array, column_of
 from retain.report.figures import LEARNING
 from retain.report.style import INK, MARKS, SIZE, label, styled
 
@@ -15,13 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from retain.laws.law import ForgettingLaw
+
 TITLES = {"finetuning_loss": "New-task loss", "forgetting_loss": "Forgetting"}
 DASHED: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 3))}
 POINTS: dict[str, Any] = {"linestyle": "none", "markersize": 3, "alpha": 0.55, "markeredgewidth": 0}
 
 
 @styled
-def overview(law: FittedLaw) -> Figure:
+def overview(law: ForgettingLaw) -> Figure:
     """Measurements with fitted curves of each output, forgetting over learning where both are there, and residuals."""
     outputs = law.form.outputs
     figure, axes = _figure(4 if len(outputs) == 2 else len(outputs) + 1)
@@ -35,7 +36,7 @@ def overview(law: FittedLaw) -> Figure:
 
 
 @styled
-def trajectories(law: FittedLaw) -> Figure:
+def trajectories(law: ForgettingLaw) -> Figure:
     """Forgetting over new-task loss by number of parameters, with the law's curves and its line."""
     figure, [axes] = _figure(1)
     _trajectories(axes, law)
@@ -44,7 +45,7 @@ def trajectories(law: FittedLaw) -> Figure:
 
 
 @styled
-def residuals(law: FittedLaw) -> Figure:
+def residuals(law: ForgettingLaw) -> Figure:
     """Measured minus fitted over fitted, by number of parameters: what is left should have no shape."""
     figure, axes = _figure(len(law.form.outputs))
     for at, name in zip(axes, law.form.outputs, strict=True):
@@ -54,7 +55,7 @@ def residuals(law: FittedLaw) -> Figure:
 
 
 @styled
-def bands(law: FittedLaw, output: str = "forgetting_loss", level: float = 0.95, **fixed: float) -> Figure:
+def bands(law: ForgettingLaw, output: str = "forgetting_loss", level: float = 0.95, **fixed: float) -> Figure:
     """The curve of an output over the input that is not `fixed`, with its interval and that of a new measurement."""
     free = [name for name in law.form.inputs if name not in fixed]
     if len(free) != 1:
@@ -81,7 +82,7 @@ def bands(law: FittedLaw, output: str = "forgetting_loss", level: float = 0.95, 
 
 
 @styled
-def contours(law: FittedLaw, output: str = "forgetting_loss") -> Figure:
+def contours(law: ForgettingLaw, output: str = "forgetting_loss") -> Figure:
     """Lines of equal forgetting over parameters and steps; what lies outside the runs is shaded."""
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -127,7 +128,7 @@ def _colors(count: int) -> list[Any]:
     return [matplotlib.colormaps["viridis"](share) for share in np.linspace(0.1, 0.85, max(count, 1))]
 
 
-def _groups(law: FittedLaw) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
+def _groups(law: ForgettingLaw) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
     """Rows by number of parameters where the form has it and the runs several, else all: name, rows, look."""
     by_size = len(law.form.inputs) > 1 and "num_params" in law.form.inputs
     sizes = law.runs.columns["num_params"] if by_size else np.zeros(len(law.runs))
@@ -144,11 +145,11 @@ def _count(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _fitted(law: FittedLaw) -> dict[str, Array]:
+def _fitted(law: ForgettingLaw) -> dict[str, Array]:
     return dict(zip(law.form.outputs, law.problem.predict(law.estimate)[0], strict=True))
 
 
-def _curves(axes: Axes, law: FittedLaw, x: Array, y: Array, curve: tuple[Array, Array], order: Array) -> None:
+def _curves(axes: Axes, law: ForgettingLaw, x: Array, y: Array, curve: tuple[Array, Array], order: Array) -> None:
     """Measurements, and by size and data set the fitted curve through its points in an order."""
     for _, rows, look in _groups(law):
         axes.plot(x[rows], y[rows], **POINTS, **look)
@@ -158,7 +159,7 @@ def _curves(axes: Axes, law: FittedLaw, x: Array, y: Array, curve: tuple[Array, 
             axes.plot(curve[0][at], curve[1][at], color=look["color"], linewidth=1.2)
 
 
-def _over_input(axes: Axes, law: FittedLaw, output: str) -> None:
+def _over_input(axes: Axes, law: ForgettingLaw, output: str) -> None:
     """Measurements of an output over the last input of the form, and the fitted curves."""
     over = "num_steps" if "num_steps" in law.form.inputs else law.form.inputs[-1]
     x = law.runs.columns[over]
@@ -168,7 +169,7 @@ def _over_input(axes: Axes, law: FittedLaw, output: str) -> None:
     _label(axes, TITLES.get(output, output), column_of(over).label, column_of(output).label)
 
 
-def _trajectories(axes: Axes, law: FittedLaw) -> None:
+def _trajectories(axes: Axes, law: ForgettingLaw) -> None:
     if not set(LOSSES) <= set(law.form.outputs):
         raise ValueError(f"trajectories: the form {law.form.name!r} has one output; use joint")
     (x, y), fitted = (law.runs.columns[name] for name in LOSSES), _fitted(law)
@@ -181,7 +182,7 @@ def _trajectories(axes: Axes, law: FittedLaw) -> None:
     _label(axes, "Forgetting over learning (dashed: the line)", LEARNING, column_of("forgetting_loss").label)
 
 
-def _residuals(axes: Axes, law: FittedLaw, output: str) -> None:
+def _residuals(axes: Axes, law: ForgettingLaw, output: str) -> None:
     """Residuals of an output over its fitted values, joined within a run."""
     fitted = _fitted(law)[output]
     left = law.runs.columns[output] - fitted
@@ -196,7 +197,7 @@ def _residuals(axes: Axes, law: FittedLaw, output: str) -> None:
     _label(axes, title, "fitted, nats per token", "measured - fitted, nats")
 
 
-def _size_legend(figure: Figure, law: FittedLaw) -> None:
+def _size_legend(figure: Figure, law: ForgettingLaw) -> None:
     from matplotlib.lines import Line2D
 
     groups, columns = _groups(law), 6 if figure.get_figwidth() > SIZE[0] else 3
