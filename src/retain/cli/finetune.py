@@ -22,17 +22,18 @@ from retain.checks import Unchosen, check_number, setting
 from retain.cli.flags import Verb
 from retain.cli.sample import sample_with_bar
 from retain.cli.settings import RETENTION_HELP, StartTokenSettings
-from retain.data.rows import hub_name, is_local_file, named_sources, read_rows
+from retain.data.rows import is_local_file, load_from_hub, named_sources, read_rows
 from retain.files import exclusive
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.models.loading import load_tokenizer
 from retain.replay.dataset import load_texts
-from retain.text import first_line, visible
+from retain.text import visible
 from retain.training.config import ReplayConfig, StoppingConfig, check_arguments
-from retain.training.half_life import apply_half_life, check_half_life
-from retain.training.host_checks import expected_steps, load_for_training
+from retain.training.half_life import apply_half_life, check_half_life, mean_row_length
+from retain.training.host_checks import check_lora_targets, expected_steps, load_for_training
 from retain.training.protection import check_replay_every
 from retain.training.retention import check_best_metric, retention_names
+from retain.training.row_checks import check_columns
 from retain.training.stopping import StopAtLoss, check_stopping, checkpoint_to_resume, train
 from retain.training.trainer import ReplaySFTTrainer
 
@@ -93,7 +94,8 @@ def run_finetune(
         if config.early_stopping_patience is not None:
             trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
         if config.adam_beta2_half_life_tokens is not None:  # the optimizer is made when training begins
-            say(apply_half_life(training_args, config.adam_beta2_half_life_tokens, mean_row_length(trainer)))
+            length = mean_row_length(trainer.train_dataset, training_args.max_length)
+            say(apply_half_life(training_args, config.adam_beta2_half_life_tokens, length))
         for line in trainer.protection():
             say(line)
         if training_args.resume_from_checkpoint and checkpoint is None:
@@ -165,33 +167,6 @@ def _say(line: Any) -> None:
     print(visible(str(line)))
 
 
-def _check_targets(model: Any, adapter: Any) -> None:
-    """PEFT would refuse an adapter without a place in the model, but only after the rows are drawn."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    if adapter is None or adapter.target_modules in (None, "all-linear"):
-        return
-    if not any(check_target_module_exists(adapter, name) for name, _ in model.named_modules()):
-        wanted = adapter.target_modules  # TRL makes a text of a single one, and PEFT takes a text for a pattern
-        named, remedy = (
-            (wanted, f"'.*{wanted}', say") if isinstance(wanted, str) else (", ".join(sorted(wanted)), "q_proj")
-        )
-        raise ValueError(f"lora_target_modules: {named!r} is no module of this model; use {remedy}, or all-linear")
-
-
-def mean_row_length(trainer: Any, most: int = 4096) -> float:
-    """Tokens of a training row, without padding: the mean over all rows, or over `most` of them, evenly spaced.
-
-    Raises:
-        ValueError: for a stream, whose rows are not known beforehand.
-    """
-    rows, longest = trainer.train_dataset, trainer.args.max_length or 2**62
-    if not hasattr(rows, "__len__"):
-        raise ValueError("adam_beta2_half_life_tokens: a stream has no known rows; give adam_beta2, or no stream")
-    chosen = range(0, len(rows), -(-len(rows) // most))
-    return sum(min(len(rows[at]["input_ids"]), longest) for at in chosen) / len(chosen)
-
-
 def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: FinetuneConfig) -> tuple[Any, Any]:
     """Training and evaluation rows of the new task: as `trl sft` reads them, or from a local file."""
     name, evaluate = script_args.dataset_name, training_args.eval_strategy != "no"
@@ -202,11 +177,12 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
     elif is_local_file(name):
         dataset = {script_args.dataset_train_split: read_rows(name)}
     else:
-        dataset = _from_hub(script_args)
+        options = {"configuration": script_args.dataset_config, "streaming": script_args.dataset_streaming}
+        dataset = load_from_hub(name, "dataset_name", **options)
     split = script_args.dataset_train_split
     if split not in dataset:
         raise ValueError(f"dataset_train_split: {split!r} is not in {name!r}, which has {', '.join(dataset)}")
-    _check_columns(name, dataset[split], training_args.dataset_text_field)
+    check_columns(name, dataset[split], training_args.dataset_text_field)
     if config.eval_dataset_name:
         return dataset[split], read_rows(config.eval_dataset_name, split=script_args.dataset_test_split)
     if evaluate and script_args.dataset_test_split not in dataset:
@@ -217,44 +193,12 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
     return dataset[split], dataset[script_args.dataset_test_split] if evaluate else None
 
 
-def _check_columns(name: str, rows: Any, text_field: str) -> None:
-    """Refuse rows on which TRL would stumble later, or worse, not."""
-    from datasets import Value
-
-    columns = rows.column_names
-    if columns is None:  # a stream that does not say
-        return
-    forms = (("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"), (text_field,))
-    form = next((form for form in forms if set(form) <= set(columns)), None)
-    if form is None:
-        raise ValueError(
-            f"dataset_name: {name!r} has columns {', '.join(columns)}; it needs {text_field}, messages, or prompt and "
-            "completion"
-        )
-    for column in form:
-        kind = rows.features[column]
-        may_be_text = column in (text_field, "prompt", "completion")
-        if isinstance(kind, Value) and not (may_be_text and kind.dtype in ("string", "large_string")):
-            raise ValueError(f"dataset_name: {name!r} has {kind.dtype} in {column!r}; give text, or lists of messages")
-        if is_local_file(name or "") and rows.data.column(column).null_count:
-            raise ValueError(f"dataset_name: {name!r} has rows without {column!r}; give every row one")
-
-
-def _from_hub(script_args: Any) -> Any:
-    from datasets import load_dataset
-
-    name, configuration = hub_name(script_args.dataset_name)
-    try:
-        return load_dataset(name, configuration or script_args.dataset_config, streaming=script_args.dataset_streaming)
-    except Exception as error:  # the Hub's client raises many kinds
-        raise ValueError(f"dataset_name: cannot load {name!r}; check the path or id: {first_line(error)}") from error
-
-
 def _sample_own(model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, adapter: Any) -> str:
     """Rows of the very model that will be trained, drawn on the device of training; it comes back to where it was."""
     folder = Path(training_args.output_dir) / "replay"
     if training_args.process_index == 0:
-        _check_targets(model, adapter)
+        if adapter is not None:
+            check_lora_targets(model, adapter)
         found = model.device
         if not (getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")):  # these stay where they are
             model.to(training_args.device)

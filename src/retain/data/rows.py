@@ -47,28 +47,27 @@ def read_rows(source: str, split: str = "train", field: str = "data") -> Dataset
     Raises:
         ValueError: one line naming the file and, for JSONL, the line.
     """
-    from datasets import load_dataset
-
     path = Path(source).expanduser()
     if path.is_file():
         return read_file(path)
     if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.endswith("/"):
         raise ValueError(f"data: no file {source!r}; check the path")
-    name, configuration = hub_name(source)
+    return load_from_hub(source, field, split=split)
+
+
+def load_from_hub(source: str, field: str, configuration: str | None = None, **options: Any) -> Any:
+    """A data set on the Hub, by OWNER/NAME or OWNER/NAME:CONFIGURATION; the options are those of `load_dataset`.
+
+    Raises:
+        ValueError: one line, if it cannot be loaded.
+    """
+    from datasets import load_dataset
+
+    name, _, named = source.partition(":")
     try:
-        return load_dataset(name, configuration, split=split)
+        return load_dataset(name, named or configuration, **options)
     except Exception as error:  # the Hub's client raises many kinds
         raise ValueError(f"{field}: cannot load {name!r} from the Hub; {first_line(error)}") from error
-
-
-def hub_name(source: str) -> tuple[str, str | None]:
-    """A data set on the Hub, and its configuration where one is named.
-
-    >>> hub_name("Salesforce/wikitext:wikitext-2-raw-v1"), hub_name("owner/name")
-    (('Salesforce/wikitext', 'wikitext-2-raw-v1'), ('owner/name', None))
-    """
-    name, _, configuration = source.partition(":")
-    return name, configuration or None
 
 
 def read_sample(

@@ -13,6 +13,7 @@ from typing import Any
 
 from retain.checks import check_number
 
+MAX_ROWS_READ = 4096  # for the mean length of a row
 DEFAULT_ADAM_BETA2 = 0.999  # of transformers' TrainingArguments: another value is the user's own
 
 
@@ -48,6 +49,18 @@ def tokens_per_step(args: Any, row_length: float) -> float:
         row_length: tokens of a row without padding, the mean where rows differ.
     """
     return args.train_batch_size * row_length * args.gradient_accumulation_steps * args.world_size
+
+
+def mean_row_length(rows: Any, max_length: int | None) -> float:
+    """Tokens of a training row, cut to `max_length`: the mean over all rows, or of many over some, evenly spaced.
+
+    Raises:
+        ValueError: for a stream, whose rows are not known beforehand.
+    """
+    if not hasattr(rows, "__len__"):
+        raise ValueError("adam_beta2_half_life_tokens: a stream has no known rows; give adam_beta2, or no stream")
+    chosen = range(0, len(rows), -(-len(rows) // MAX_ROWS_READ))
+    return sum(len(rows[at]["input_ids"][:max_length]) for at in chosen) / len(chosen)
 
 
 def apply_half_life(args: Any, half_life_tokens: float | None, row_length: float) -> str | None:

@@ -59,6 +59,21 @@ def invocation_tokens(model: Any) -> list[list[int]]:
     return [tokens for one in adapters if (tokens := getattr(one, "alora_invocation_tokens", None))]
 
 
+def check_lora_targets(model: Any, adapter: Any) -> None:
+    """Refuse an adapter without a place in the model before rows are drawn for it; PEFT would only afterwards."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    wanted, names = adapter.target_modules, (name for name, _ in model.named_modules())
+    if wanted in (None, "all-linear") or any(check_target_module_exists(adapter, name) for name in names):
+        return
+    remedy = "q_proj"
+    if isinstance(wanted, str):  # TRL makes a text of a single one, and PEFT takes a text for a pattern
+        wanted, remedy = [wanted], f"'.*{wanted}', say"
+    raise ValueError(
+        f"lora_target_modules: {', '.join(sorted(wanted))!r} is no module of this model; use {remedy}, or all-linear"
+    )
+
+
 def check_trained(model: Any, dataset: Any) -> None:
     """Refuse to train nothing, as what PEFT's merge_and_unload leaves: all of it is frozen; or on nothing."""
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from retain.data.overlap import find_rows
-from retain.data.rows import Document
+from retain.data.rows import Document, is_local_file
 from retain.models.description import max_positions
 from retain.replay.dataset import ReplayDataset
 from retain.training.host_checks import invocation_tokens
@@ -22,6 +22,29 @@ from retain.training.host_checks import invocation_tokens
 logger = logging.getLogger(__name__)
 MAX_CHANCE_LENGTH = 16  # tokens below which two rows may be the same by chance
 NOT_TOKENS = ("type_ids", "position_ids")  # ends of the names of columns that hold integers, but no tokens
+
+
+def check_columns(name: str, rows: Any, text_field: str) -> None:
+    """Refuse rows on which TRL would stumble later, or worse, not."""
+    from datasets import Value
+
+    columns = rows.column_names
+    if columns is None:  # a stream that does not say
+        return
+    forms = (("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"), (text_field,))
+    form = next((form for form in forms if set(form) <= set(columns)), None)
+    if form is None:
+        raise ValueError(
+            f"dataset_name: {name!r} has columns {', '.join(columns)}; it needs {text_field}, messages, or prompt and "
+            "completion"
+        )
+    for column in form:
+        kind = rows.features[column]
+        may_be_text = column in (text_field, "prompt", "completion")
+        if isinstance(kind, Value) and not (may_be_text and kind.dtype in ("string", "large_string")):
+            raise ValueError(f"dataset_name: {name!r} has {kind.dtype} in {column!r}; give text, or lists of messages")
+        if is_local_file(name or "") and rows.data.column(column).null_count:
+            raise ValueError(f"dataset_name: {name!r} has rows without {column!r}; give every row one")
 
 
 def check_rows_fit(rows: ReplayDataset, model: Any) -> None:
