@@ -18,11 +18,11 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 
 # The root of the repository is the source, so that links between docs, studies and README mean the same everywhere.
 root_doc = "docs/index"
-include_patterns = ["docs/**", "experiments/README.md", "experiments/*/*.md", "benchmarks/README.md", "*.md"]
+include_patterns = ["docs/**", "experiments/README.md", "experiments/*/*.md", "*.md"]
 exclude_patterns = ["README.md", "docs/conf.py"]
 
 myst_heading_anchors = 4
-# Results are written by programs and begin a level deeper; nothing is lost by that.
+# Results are written by programs and begin a level deeper, which is harmless.
 suppress_warnings = ["myst.header"]
 default_role = "code"
 autodoc_member_order = "bysource"
@@ -41,7 +41,7 @@ html_copy_source = False
 
 
 def to_pages(app: Any, name: str, source: list[str]) -> None:
-    """A folder is shown by its README; one without has no page, and its link becomes plain text."""
+    """Link a folder to its README; without one it has no page, and its link becomes plain text."""
     here = ROOT / f"{name}.md"
 
     def linked(match: re.Match[str]) -> str:
@@ -55,8 +55,8 @@ def to_pages(app: Any, name: str, source: list[str]) -> None:
 
 
 def as_written(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are plain text with code in backticks: no line of theirs is markup by accident."""
-    if lines and lines[0].startswith("Alias for field number"):  # said by Python of a tuple's field, to nobody's use
+    """Keep docstrings plain text with code in backticks: escape what would be markup by accident."""
+    if lines and lines[0].startswith("Alias for field number"):  # Python's own docstring of a tuple's field
         lines.clear()
     for at, line in enumerate(lines):
         parts = re.split(r"(`[^`]*`)", line)
