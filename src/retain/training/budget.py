@@ -15,6 +15,7 @@ The coefficient itself is clipped, so nothing winds up behind a bound.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ MAX_ROUNDING = 1e-6  # nats per token by which a KL may fall below 0
 END = 0.2  # share of the steps taken that counts as the end of the run
 MAX_BATCHES = 50  # of equal length, in which the run's KL is kept; full, they are merged in pairs
 VERSION = 1
+STATE = ("coef", "smoothed", "step", "error", "batch_size", "sums", "log_coefs")  # all that the future depends on
 Bound = Literal["low", "high"]
 
 
@@ -84,9 +86,6 @@ class ForgettingBudget:
         coef: the first coefficient; that at the end of a similar run which kept its budget is a good one.
         bounds: the least and the largest coefficient.
 
-    Raises:
-        ValueError: for an argument that does not fit.
-
     >>> budget = ForgettingBudget(0.02, num_steps=100)
     >>> budget.update(0.04) > 1.0  # too much KL raises the coefficient of the next step
     True
@@ -107,10 +106,10 @@ class ForgettingBudget:
         self._fall = min(max(FALL_PER_RUN / num_steps, FALL[0]), FALL[1])
         self.smoothed: float | None = None
         self.step = 0
-        self._error = FAR
-        self._batch_size = 1
-        self._sums: list[float] = []
-        self._log_coefs: list[float] = []  # sums of the logarithm, in the same batches
+        self.error = FAR
+        self.batch_size = 1  # steps
+        self.sums: list[float] = []  # of KL, by batch
+        self.log_coefs: list[float] = []  # sums of the coefficient's logarithm, in the same batches
 
     @property
     def at_bound(self) -> Bound | None:
@@ -119,11 +118,7 @@ class ForgettingBudget:
         return "low" if self.coef <= low * NEAR else "high" if self.coef >= high / NEAR else None
 
     def update(self, kl: float) -> float:
-        """Take the KL measured in a step, in nats per token; return the coefficient of the next.
-
-        Raises:
-            ValueError: for a KL that is not finite, or below 0 by more than rounding.
-        """
+        """Take the KL measured in a step, in nats per token; return the coefficient of the next."""
         check_number("replay/kl", kl, low=-MAX_ROUNDING)
         kl = max(kl, 0.0)
         self.step += 1
@@ -133,22 +128,28 @@ class ForgettingBudget:
         self.smoothed = before + (kl - before) / horizon
         excess = math.log(self.smoothed) - math.log(self.budget) if self.smoothed > 0 else FAR
         error = max(excess, FAR)
-        move = KL_GAIN * (error - self._error) + max(RATE / horizon * error, -self._fall)
-        self._error = error
+        move = KL_GAIN * (error - self.error) + max(RATE / horizon * error, -self._fall)
+        self.error = error
         self.coef = min(max(self.coef * math.exp(move), self.bounds[0]), self.bounds[1])
         return self.coef
 
     def _keep(self, kl: float) -> None:
         """Add to the sum of the last batch; merge pairs when there are too many."""
-        if self.step > self._batch_size * len(self._sums):
-            if len(self._sums) == MAX_BATCHES:
-                for sums in (self._sums, self._log_coefs):
+        if self.step > self.batch_size * len(self.sums):
+            if len(self.sums) == MAX_BATCHES:
+                for sums in (self.sums, self.log_coefs):
                     sums[:] = [sum(sums[i : i + 2]) for i in range(0, MAX_BATCHES, 2)]
-                self._batch_size *= 2
-            self._sums.append(0.0)
-            self._log_coefs.append(0.0)
-        self._sums[-1] += kl
-        self._log_coefs[-1] += math.log(self.coef)
+                self.batch_size *= 2
+            self.sums.append(0.0)
+            self.log_coefs.append(0.0)
+        self.sums[-1] += kl
+        self.log_coefs[-1] += math.log(self.coef)
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Steps in each batch; only the last may have fewer."""
+        whole = len(self.sums) - 1
+        return [*[self.batch_size] * whole, self.step - self.batch_size * whole]
 
     def verdict(self) -> Verdict:
         """Whether the end of the run, so far, kept the budget."""
@@ -168,9 +169,8 @@ class ForgettingBudget:
     def _end(self) -> tuple[float, float | None, int]:
         """Mean KL of the run's end, its standard error and the number of steps."""
         assert self.step, "nothing was measured"
-        batches = math.ceil(END * len(self._sums))
-        sums, sizes = self._sums[-batches:], [self._batch_size] * batches
-        sizes[-1] = self.step - self._batch_size * (len(self._sums) - 1)
+        batches = math.ceil(END * len(self.sums))
+        sums, sizes = self.sums[-batches:], self._sizes[-batches:]
         num_steps = sum(sizes)
         mean = sum(sums) / num_steps
         if batches == 1:
@@ -201,37 +201,27 @@ class ForgettingBudget:
 
     def _response(self) -> tuple[float, float, float]:
         """Factors by which the coefficient rose from its start, and it and KL since the second and third fifth."""
-        num, last = len(self._sums), math.ceil(END * len(self._sums))
+        num, last = len(self.sums), math.ceil(END * len(self.sums))
         earlier = slice(num // 5, max(num // 5 + 1, num - 2 * last))
-        sizes = [self._batch_size] * num
-        sizes[-1] = self.step - self._batch_size * (num - 1)
         coefs, kls = (
-            [sum(sums[part]) / sum(sizes[part]) for part in (slice(0, 1), earlier, slice(num - last, num))]
-            for sums in (self._log_coefs, self._sums)
+            [sum(sums[part]) / sum(self._sizes[part]) for part in (slice(0, 1), earlier, slice(num - last, num))]
+            for sums in (self.log_coefs, self.sums)
         )
         fell = kls[2] / kls[1] if kls[1] else math.inf
         return self.coef / math.exp(coefs[0]), math.exp(coefs[2] - coefs[1]), fell
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the future depends on, as JSON takes it."""
-        return {
-            "version": VERSION, "budget": self.budget, "bounds": list(self.bounds), "coef": self.coef,
-            "smoothed": self.smoothed, "step": self.step, "error": self._error, "batch_size": self._batch_size,
-            "sums": list(self._sums), "log_coefs": list(self._log_coefs),
-        }  # fmt: skip
+        """What a checkpoint keeps, as JSON takes it."""
+        begun = {"version": VERSION, "budget": self.budget, "bounds": list(self.bounds)}
+        return begun | copy.deepcopy({name: getattr(self, name) for name in STATE})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume a run of the same budget.
-
-        Raises:
-            ValueError: for the state of another version, budget or bounds.
-        """
+        """Resume a run of the same version, budget and bounds; raise a `ValueError` for the state of another."""
         for name, mine in (("version", VERSION), ("budget", self.budget), ("bounds", list(self.bounds))):
             if state.get(name) != mine:
                 raise ValueError(
                     f"max_ref_kl: the checkpoint's {name} is {state.get(name)}, not {mine}; "
                     "resume it with the settings it was trained with, or start a new run"
                 )
-        self.coef, self.smoothed, self.step = state["coef"], state["smoothed"], state["step"]
-        self._error, self._batch_size, self._sums = state["error"], state["batch_size"], list(state["sums"])
-        self._log_coefs = list(state["log_coefs"])
+        for name in STATE:
+            setattr(self, name, copy.copy(state[name]))

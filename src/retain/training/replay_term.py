@@ -55,12 +55,22 @@ class TermBatch(NamedTuple):
         """What stands where a counted prediction is made."""
         return hidden[:, :-1][self.mask]
 
+    def logits(self, model: Any) -> Float[Tensor, "predictions vocab"]:
+        """A model's logits for the counted predictions."""
+        return self.picked(logits_at(model, self.inputs))
+
+    def summed(self, found: Float[Tensor, predictions]) -> Tensor:
+        """The sum of the terms, which `values` keeps."""
+        if self.values is not None:
+            self.values.copy_(found.detach())
+        return found.sum()
+
 
 class ReplayTerm:
     """Sums over the predicted tokens of a batch, in nats, of which objectives are made.
 
     Args:
-        form: what the model does at its output head; None where it is not a plain one.
+        form: of the model's output head; None where it is not a plain one.
         reference: the frozen base, where it takes part in training.
         ref_head: the base's own head, where hidden states were stored and the model's head is trained.
         autocast: makes the context in which a frozen copy must run to use the dtype of the model being trained.
@@ -83,22 +93,20 @@ class ReplayTerm:
 
     def next_token_loss(self, batch: TermBatch) -> Tensor:
         """Σ −log p_θ(label)."""
-        targets, mask, form = batch.labels[:, 1:], batch.mask, self.form
+        targets, form = batch.labels[:, 1:][batch.mask], self.form
         if form is None:
-            values = next_token_loss(logits_at(batch.model, batch.inputs)[:, :-1], targets.clamp(min=0))
-            return values.masked_fill(~mask, 0.0).sum()
-        return self._at_head(
-            batch, lambda hidden, module: chunked_next_token_loss(targets[mask], hidden, form.head(module))
-        )
+            return next_token_loss(batch.logits(batch.model), targets).sum()
+        return _at_head(batch, lambda hidden, module: chunked_next_token_loss(targets, hidden, form.head(module)))
 
     def kl(self, batch: TermBatch) -> Tensor:
         """Σ KL(base ‖ θ), from stored predictions where the batch has some, else from the reference."""
         form, stored = self.form, batch.stored
         if stored is not None and "tokens" in stored:
-            return self._of_topk(batch, stored["log_probs"], stored["tokens"].long())
+            return self._topk_kl(batch, stored["log_probs"], stored["tokens"].long())
         if form is None:
             assert stored is None, "hidden states say nothing without a plain head"
-            return self.on_logits(kl_divergence, batch)
+            ref_logits = self._ref(batch, batch.logits)
+            return batch.summed(kl_divergence(ref_logits, batch.logits(batch.model)))
         ref_head, ref_hidden = self.ref_head, None if stored is None else stored["hidden"]
         if ref_hidden is None:
             assert self.reference is not None
@@ -113,40 +121,28 @@ class ReplayTerm:
             head = form.head(module)  # with an adapter's reference the base's too: it is frozen
             return chunked_kl_divergence(ref_hidden, ref_head or head, hidden, head, batch.values)
 
-        return self._at_head(batch, compute)
+        return _at_head(batch, compute)
 
-    def on_logits(self, divergence: Callable[[Tensor, Tensor], Tensor], batch: TermBatch) -> Tensor:
-        """Σ divergence(base's logits, model's logits), of any function of whole logits."""
-        ref_logits = self._ref(batch, lambda base: logits_at(base, batch.inputs))
-        found = divergence(ref_logits[:, :-1], logits_at(batch.model, batch.inputs)[:, :-1])
-        if batch.values is not None:
-            batch.values.copy_(found.detach()[batch.mask])
-        return found.masked_fill(~batch.mask, 0.0).sum()
-
-    def _of_topk(self, batch: TermBatch, log_probs: Tensor, tokens: Tensor) -> Tensor:
+    def _topk_kl(self, batch: TermBatch, log_probs: Tensor, tokens: Tensor) -> Tensor:
         form = self.form
         if form is None:
-            found = topk_kl_divergence(log_probs, tokens, batch.picked(logits_at(batch.model, batch.inputs)))
-            if batch.values is not None:
-                batch.values.copy_(found.detach())
-            return found.sum()
-        return self._at_head(
-            batch,
-            lambda hidden, module: chunked_topk_kl_divergence(
-                log_probs, tokens, hidden, form.head(module), batch.values
-            ),
-        )
+            return batch.summed(topk_kl_divergence(log_probs, tokens, batch.logits(batch.model)))
 
-    def _at_head(self, batch: TermBatch, compute: Callable[[Tensor, nn.Linear], Tensor]) -> Tensor:
-        """`compute` of the hidden states at counted predictions, and the output head."""
-        return at_head(
-            batch.model, batch.unwrapped, batch.inputs, lambda hidden, module: compute(batch.picked(hidden), module)
-        )
+        def compute(hidden: Tensor, module: nn.Linear) -> Tensor:
+            return chunked_topk_kl_divergence(log_probs, tokens, hidden, form.head(module), batch.values)
+
+        return _at_head(batch, compute)
 
     def _ref(self, batch: TermBatch, predict: Callable[[Any], Tensor]) -> Tensor:
         assert self.reference is not None
         with self.reference.base(batch.model, batch.unwrapped, self.autocast) as base:
             return predict(base)
+
+
+def _at_head(batch: TermBatch, compute: Callable[[Tensor, nn.Linear], Tensor]) -> Tensor:
+    """`compute` of the hidden states at counted predictions, and the output head."""
+    at_counted = lambda hidden, module: compute(batch.picked(hidden), module)  # noqa: E731
+    return at_head(batch.model, batch.unwrapped, batch.inputs, at_counted)
 
 
 @torch.no_grad()
