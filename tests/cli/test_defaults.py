@@ -123,11 +123,10 @@ def test_the_settings_that_a_run_keeps_are_those_it_used(tmp_path):
 
 def test_a_small_divergence_is_not_shown_as_none():
     """The end of a run said `ref_kl 0.0000 [0.0000, 0.0000]`."""
-    from retain.training.trainer import with_interval
+    from retain.report.numbers import Estimate
 
-    table = {"value": 1.8e-5, "ci": [1.2e-5, 2.9e-5]}
-    assert with_interval("ref_kl", table) == "ref_kl 0.000018 [0.000012, 0.000029]"
-    assert with_interval("ref_kl", {"value": 0.25, "ci": [None, None]}) == "ref_kl 0.250"
+    assert str(Estimate.read({"value": 1.8e-5, "ci": [1.2e-5, 2.9e-5]})) == "0.000018 [0.000012, 0.000029]"
+    assert str(Estimate.read({"value": 0.25, "ci": [None, None]})) == "0.250"
 
 
 @pytest.mark.parametrize(("number", "words"), [(0, "0 prompts"), (1, "1 prompt"), (1200, "1,200 prompts")])

@@ -134,7 +134,7 @@ def test_dropout_is_off_and_every_mode_comes_back(tmp_path):
     trainer.model.get_input_embeddings().eval()
     modes = [module.training for module in trainer.model.modules()]
     tables, found.tables = found.tables, {}
-    found.on_evaluate(trainer.args, trainer.state, trainer.control, trainer.model)
+    found.on_evaluate(trainer.args, trainer.state, trainer.control, trainer.model, {})
     assert found.tables[4] == tables[4]
     assert [module.training for module in trainer.model.modules()] == modes
 
@@ -372,7 +372,7 @@ def test_letters_in_the_chat_template(tmp_path):
     [
         ({"retention": {}, "choices": {}}, "^retention: nothing to measure; give texts, or choices$"),
         ({"retention": ["a"]}, "^retention: a list names no texts; give a mapping such as"),
-        ({"choices_every": 0}, "^choices_every: 0; use at least 1$"),
+        ({"choices_every": 0}, "^choices_every: 0 does not fit; use a whole number of at least 1$"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(bad, why):

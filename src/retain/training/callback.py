@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from retain import versions
-from retain.checks import check_named
+from retain.checks import check_named, check_number
 from retain.data.rows import Document
 from retain.files import read_settings
 from retain.measuring.choices import Inputs, Question, as_questions, choice_scores, encode_questions, likeliest_choices
@@ -93,8 +94,7 @@ class ForgettingCallback(RetentionMeasurer):
     ) -> None:
         if not retention and not choices:
             raise ValueError("retention: nothing to measure; give texts, or choices")
-        if choices_every < 1:
-            raise ValueError(f"choices_every: {choices_every}; use at least 1")
+        check_number("choices_every", choices_every, low=1, integer=True)
         check_named("retention", retention or {})
         super().__init__()
         self.retention, self.base = dict(retention or {}), base
@@ -112,9 +112,7 @@ class ForgettingCallback(RetentionMeasurer):
         """The model as it was handed over, before any checkpoint is loaded into it: the base."""
         self._take_base(args, model, kwargs.get("processing_class"))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.prepare(args, state, kwargs["model"], kwargs.get("processing_class"))
         assert self.reference is not None
         if state.global_step and self.reference.kind == "copy" and self.base is None:
@@ -125,9 +123,9 @@ class ForgettingCallback(RetentionMeasurer):
         super().on_train_begin(args, state, control, **kwargs)
 
     def _measure(self, step: int, args: Any, state: TrainerState, model: Any) -> dict[str, float]:
-        asks = len(self.tables) % self.choices_every == 0
+        is_due = len(self.tables) % self.choices_every == 0
         values = super()._measure(step, args, state, model)
-        answers = self._answers(self._forwards(model)[1], args, args.device) if asks else {}
+        answers = self._answers(self._forwards(model)[1], args, args.device) if is_due else {}
         for name, found in answers.items():
             values[f"choices/{name}/agreement"] = float(np.mean(np.array(found) == self._base_answers[name]))
         return values
@@ -136,13 +134,14 @@ class ForgettingCallback(RetentionMeasurer):
 
     def prepare(self, args: TrainingArguments, state: TrainerState, model: Any, processing_class: Any) -> None:
         """A callback that was added later sees the model only now, which is the base only before the first step."""
-        if self.reference is None and state.global_step and self.base is None:
+        if self.reference is not None:
+            return
+        if state.global_step and self.base is None:
             raise ValueError(
                 f"base: the model has made {state.global_step} steps before this callback saw it; give the callback to "
                 f"the trainer's constructor (callbacks=[...]), or {GIVE_BASE}"
             )
-        if self.reference is None:
-            self._take_base(args, model, processing_class)
+        self._take_base(args, model, processing_class)
 
     def _take_base(self, args: TrainingArguments, model: Any, processing_class: Any) -> None:
         see_the_base_everywhere(may_change=False)
@@ -155,8 +154,8 @@ class ForgettingCallback(RetentionMeasurer):
             raise ValueError("tokenizer: missing, and the trainer has no processing_class; give one to the callback")
         limit, start = max_positions(model), choose_start_token(tokenizer, self.start_token)
         self._row_edges = row_edges(tokenizer, start.id)
-        cut = {"tokenizer": tokenizer, "start_id": start.id, "max_windows": None}
-        cut["max_length"] = min(self.max_length, limit or self.max_length)
+        max_length = min(self.max_length, limit or self.max_length)
+        cut = {"tokenizer": tokenizer, "start_id": start.id, "max_length": max_length, "max_windows": None}
         for name, source in self.retention.items():
             self.documents[name] = retention_documents(name, source, self.max_tokens, self.seed, **cut)
         for name, questions in self.choices.items():
@@ -194,22 +193,23 @@ class ForgettingCallback(RetentionMeasurer):
                 if reference.kind == "adapter":
                     check_base_is_frozen(model)
             except ValueError as error:
-                why = "it is trained too, or its adapter holds something already"
-                raise ValueError(f"base: the model as the trainer got it does not show its base ({why}); {GIVE_BASE}") \
-                    from error  # fmt: skip
+                raise ValueError(
+                    "base: the model as the trainer got it does not show its base (it is trained too, or its adapter "
+                    f"holds something already); {GIVE_BASE}"
+                ) from error
         return reference
 
     def prove_reference(self, model: Any, state: TrainerState) -> None:
         try:
             super().prove_reference(model, state)
         except ValueError as error:
-            what = f"it gives other predictions at step {state.global_step} than when training began"
-            raise ValueError(f"base: {what} (an adapter merged into it?), so it is none; {GIVE_BASE}") from error
+            raise ValueError(
+                f"base: it gives other predictions at step {state.global_step} than when training began (an adapter "
+                f"merged into it?), so it is none; {GIVE_BASE}"
+            ) from error
 
     def _remember(self, model: Any, args: TrainingArguments) -> HiddenStates:
         """The base's hidden states, made in the batches in which they will be compared, so that the start is exact."""
-        from transformers.integrations import is_deepspeed_zero3_enabled
-
         form: HeadForm | None = None if is_deepspeed_zero3_enabled() else find_head_form(model)
         if form is None:
             raise ValueError(f"base: hidden states need a plain output head, and no DeepSpeed ZeRO-3; {GIVE_BASE}")

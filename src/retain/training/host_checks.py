@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from retain.models.loading import load_model, load_tokenizer
 
@@ -45,8 +46,8 @@ def check_devices(trainer: Any) -> None:
 
 def check_forward_passes(model: Any, args: Any) -> None:
     """Refuse activated LoRA with checkpointing: PEFT then takes one forward pass for each backward pass."""
-    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
-    if invocation_tokens(model) and (args.gradient_checkpointing or layers):
+    checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in model.modules())
+    if invocation_tokens(model) and (args.gradient_checkpointing or checkpointed):
         raise ValueError(
             "gradient_checkpointing: true, and aLoRA (alora_invocation_tokens) allows only one forward pass a step "
             "then, without the base's and the replay rows'; set it false"
@@ -106,13 +107,12 @@ def check_weights(model: Any, accelerator: Any, where: str) -> None:
     Under FSDP2 each process sees its shards and all say the same; elsewhere each looks at what it holds.
     """
     trained = [value.detach() for value in model.parameters() if value.requires_grad and value.is_floating_point()]
+    is_shared = any(hasattr(value, "to_local") for value in trained)
     shards = [value.to_local() if hasattr(value, "to_local") else value for value in trained]
     bad = torch.zeros((), device=accelerator.device)
     for shard in shards:
         bad += (~shard.isfinite().all()).to(bad)
-    if any(hasattr(value, "to_local") for value in trained):  # all processes save together
-        bad = accelerator.reduce(bad, reduction="sum")
-    if bool(bad):
+    if bool(accelerator.reduce(bad, reduction="sum") if is_shared else bad):  # all processes save together
         raise ValueError(
             f"model: weights that are not finite, so nothing was saved to {where!r}; lower learning_rate or "
             "replay_coef, check weight_decay, or use bf16 instead of fp16"
@@ -137,8 +137,8 @@ def see_the_base_everywhere(*, may_change: bool) -> None:
     Args:
         may_change: whether the model is still to be loaded, so that the setting can be switched off.
     """
-    empty = [os.environ.get(name, "").lower() in ("1", "true") for name in ("ACCELERATE_USE_FSDP", LOADS_EMPTY)]
-    if not all(empty) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    is_set = [os.environ.get(name, "").lower() in ("1", "true") for name in ("ACCELERATE_USE_FSDP", LOADS_EMPTY)]
+    if not all(is_set) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     if not may_change:
         raise ValueError(
@@ -154,12 +154,6 @@ def loaded_whole(args: Any) -> Iterator[None]:
 
     They are shared out when training begins.
     """
-    from transformers.integrations import (
-        is_deepspeed_zero3_enabled,
-        set_hf_deepspeed_config,
-        unset_hf_deepspeed_config,
-    )
-
     if not is_deepspeed_zero3_enabled():
         yield
         return
@@ -188,15 +182,13 @@ def check_whole(model: Any) -> None:
 def load_for_training(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     """Load a model by name as TRL does: float32 unless `model_init_kwargs` says otherwise."""
     see_the_base_everywhere(may_change=True)
-    settings = dict(getattr(args, "model_init_kwargs", None) or {})
-    quantization = kwargs.pop("quantization_config", None)
-    if quantization is not None:
-        settings["quantization_config"] = quantization
-    if args is not None and hasattr(args, "model_init_kwargs"):
+    settings = {"trust_remote_code": getattr(args, "trust_remote_code", False)}
+    if given := getattr(args, "model_init_kwargs", None):
         args.model_init_kwargs = None  # they have done their work
-    settings.setdefault("trust_remote_code", getattr(args, "trust_remote_code", False))
-    settings["revision"] = settings.get("revision") or "main"
-    settings["dtype"] = settings.get("dtype") or "float32"
+        settings |= given
+    settings |= {"revision": settings.get("revision") or "main", "dtype": settings.get("dtype") or "float32"}
+    if quantization := kwargs.pop("quantization_config", None):
+        settings["quantization_config"] = quantization
     if kwargs.get("processing_class") is None:  # from the same revision as the weights
         of_tokenizer = {key: settings[key] for key in ("revision", "trust_remote_code")}
         kwargs["processing_class"] = load_tokenizer(name, **of_tokenizer)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from retain import versions
 from retain.checks import Unchosen
@@ -113,7 +114,7 @@ class Protection:
         if compared or measured:
             self._base_probe = probe(model)
         if (measured and has_adapter) or ((measured or compared) and self.cache is None):
-            self.reference = make_reference(config, model, has_adapter=has_adapter)
+            self.reference = self._make_reference(model, has_adapter=has_adapter)
 
     def _load(
         self,
@@ -145,8 +146,8 @@ class Protection:
                 self._own_rows = False
                 logger.warning(warning)
         self.rows, self._row_edges, self._start_token = rows, row_edges(tokenizer, start.id), start.token
+        cut = {"start_id": start.id, "max_length": max_length, "max_windows": RETENTION_WINDOWS}
         for name, source in retention.items():
-            cut: dict[str, Any] = {"start_id": start.id, "max_length": max_length, "max_windows": RETENTION_WINDOWS}
             self.documents[name] = retention_documents(name, source, tokenizer=tokenizer, **cut)
         logger.info("document start: %s", start)
 
@@ -179,15 +180,24 @@ class Protection:
             "`retain sample --store_reference hidden`"
         )
 
+    def _make_reference(self, model: Any, *, has_adapter: bool) -> Reference:
+        """The adapter switched off where there is or will be one, else a frozen copy of the model as it is now."""
+        chosen = self.config.replay_reference
+        if chosen == "adapter" and not has_adapter:
+            raise ValueError("replay_reference: 'adapter', but there is no adapter; use copy, or --use_peft")
+        if chosen != "copy" and has_adapter:
+            return Reference()
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "replay_reference: a copy under DeepSpeed ZeRO-3 is not supported; use an adapter or FSDP2"
+            )
+        return Reference.copy_of(model)
+
     # Proofs, once the host trainer is built
 
     def prove(self, trainer: Any) -> None:
-        """Show that the reference, or what was stored of it, is the base, now that the host trainer is built.
-
-        Raises:
-            ValueError: if it is not, or the host trains in a way that protection does not know.
-        """
-        model, rows, config = trainer.model, self.rows, self.config
+        """Show that the reference, or what was stored of it, is the base, now that the host trainer is built."""
+        model, rows, accelerator = trainer.model, self.rows, trainer.accelerator
         self._check_host(trainer)
         form = find_head_form(model) if self.objective.adds_term else None
         module, ref_head = model.get_output_embeddings(), None
@@ -198,24 +208,24 @@ class Protection:
                     " or copy"
                 )
             ref_head = form.frozen(module)
-            with trainer.accelerator.autocast():  # in its precision the model, which was shown to be the base
+            with accelerator.autocast():  # in its precision the model, which was shown to be the base
                 texts = evaluated_batches(trainer.args, self.documents)
                 self.reference = Reference(HiddenStates.of(model, ref_head, texts))
-                self.reference.to(trainer.accelerator.device)
+                self.reference.to(accelerator.device)
                 self.reference.prove(model, probe(model))
         elif self.reference is not None:
-            self.reference.to(trainer.accelerator.device)
+            self.reference.to(accelerator.device)
             self.reference.prove(model, self._base_probe)
             if self.reference.kind == "adapter":
                 check_base_is_frozen(model)
         if self.cache is not None and self.cache.kind == "hidden":
             ref_head = ref_head or self._stored_head(form, module)
-        self.term = ReplayTerm(form, self.reference, ref_head, trainer.accelerator.autocast)
+        self.term = ReplayTerm(form, self.reference, ref_head, accelerator.autocast)
         if self.cache is not None:
-            self._prove_stored(model, trainer.accelerator)
-            self.term.to(trainer.accelerator.device)
+            self._prove_stored(model, accelerator)
+            self.term.to(accelerator.device)
         elif rows is not None and rows.log_probs is not None and self._own_rows and self.objective.draws_rows:
-            self._prove_rows(rows, model, trainer.accelerator, warn=config.allow_off_policy_replay)
+            self._prove_rows(rows, model, accelerator)
 
     def _check_host(self, trainer: Any) -> None:
         model, rows, objective = trainer.model, self.rows, self.objective
@@ -249,7 +259,7 @@ class Protection:
             )
         return form.frozen(module) if module.weight.requires_grad else None
 
-    def _prove_rows(self, rows: ReplayDataset, model: Any, accelerator: Any, *, warn: bool) -> None:
+    def _prove_rows(self, rows: ReplayDataset, model: Any, accelerator: Any) -> None:
         """Compare rows of the model's own with what it predicts, in the precision of training."""
         as_handed_over = self.reference is not None and self.reference.kind == "copy"
         adapter_off = hasattr(model, "disable_adapter") and not as_handed_over
@@ -258,7 +268,7 @@ class Protection:
             with base, accelerator.autocast():
                 check_pool(model, rows, half=_is_half(rows, model, accelerator))
         except ValueError as error:
-            if not warn:
+            if not self.config.allow_off_policy_replay:
                 raise
             logger.warning("off-policy replay: %s", error)
 
@@ -348,23 +358,6 @@ class Protection:
                 "prompts, too (retain measure --prompts)"
             )
         return lines
-
-
-def make_reference(config: ReplayConfig, model: Any, *, has_adapter: bool) -> Reference:
-    """The adapter switched off where there is or will be one, else a frozen copy of the model as it is now.
-
-    Raises:
-        ValueError: if the chosen reference is not possible here.
-    """
-    if config.replay_reference == "adapter" and not has_adapter:
-        raise ValueError("replay_reference: 'adapter', but there is no adapter; use copy, or --use_peft")
-    if config.replay_reference != "copy" and has_adapter:
-        return Reference()
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    if is_deepspeed_zero3_enabled():
-        raise ValueError("replay_reference: a copy under DeepSpeed ZeRO-3 is not supported; use an adapter or FSDP2")
-    return Reference.copy_of(model)
 
 
 def check_replay_every(config: ReplayConfig, steps: int) -> None:

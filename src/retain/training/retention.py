@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
-from transformers import SchedulerType, TrainerControl, TrainerState, TrainingArguments
+from transformers import SchedulerType, TrainerState, TrainingArguments
 from transformers.trainer_utils import default_compute_objective
 
 from retain.checks import several
@@ -61,9 +61,7 @@ class RetentionMeasurer(RunFilesCallback):
     def prepare(self, args: TrainingArguments, state: TrainerState, model: Any, processing_class: Any) -> None:
         """Before anything is measured: for a subclass that takes the base by itself."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """What was measured before is of other weights."""
         self.prepare(args, state, kwargs["model"], kwargs.get("processing_class"))
         self.tables, self._measured_with, self._is_in_train = {}, {}, True
@@ -78,18 +76,18 @@ class RetentionMeasurer(RunFilesCallback):
         self._is_in_train = False
         super().on_train_end(args, state, control)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any = None, **kwargs: Any) -> None:
         """An evaluation's values are joined by ours as they are logged: other callbacks may read them before us."""
         super().on_log(args, state, control, logs)
-        if logs and evaluation_prefix(logs) is not None:
+        if evaluation_prefix(logs) is not None:
             self.prepare(args, state, model, kwargs.get("processing_class"))
             self._join(logs, args, state, model)
 
     def on_evaluate(
-        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any
+        self, args: Any, state: Any, control: Any, model: Any, metrics: dict[str, float], **kwargs: Any
     ) -> None:
         self.prepare(args, state, model, kwargs.get("processing_class"))
-        self._join(metrics or {}, args, state, model)
+        self._join(metrics, args, state, model)
         self.measure_and_log(args, state, control, model)
 
     # Measuring
@@ -155,11 +153,7 @@ class RetentionMeasurer(RunFilesCallback):
     # Forward passes
 
     def prove_reference(self, model: Any, state: TrainerState) -> None:
-        """Show that the reference gives what it gave when training began.
-
-        Raises:
-            ValueError: if it was changed since, or follows the model.
-        """
+        """Show that the reference gives what it gave when training began: see `Reference.prove_again`."""
         if self.reference is not None:
             with self._autocast(model.device):
                 self.reference.prove_again(model, extract_model_from_parallel(model), state.global_step)
@@ -218,18 +212,17 @@ def evaluation_prefix(logs: Mapping[str, Any]) -> str | None:
     >>> evaluation_prefix({"eval_news_loss": 2.5, "eval_news_runtime": 1.0})
     'eval_news'
     """
-    return next(
-        (key.removesuffix("_runtime") for key in logs if key.endswith("_runtime") and key != "train_runtime"), None
-    )
+    ends = [key for key in logs if key.endswith("_runtime") and key != "train_runtime"]
+    return ends[0].removesuffix("_runtime") if ends else None
 
 
-def check_best_metric(args: TrainingArguments, names: Sequence[str]) -> bool:
-    """Whether `metric_for_best_model` is one of `names`; `greater_is_better` then follows from the metric.
+def check_best_metric(args: TrainingArguments, names: Sequence[str]) -> None:
+    """Let `greater_is_better` follow from a `metric_for_best_model` of `names`, which are measured at evaluations.
 
     transformers takes the larger value for better where a name does not end in "loss".
 
     Raises:
-        ValueError: where it is meant to be one of them, and is not measured at every evaluation.
+        ValueError: where it is meant to be one of them, and is none.
     """
     name = (args.metric_for_best_model or "").removeprefix("eval_")
     ours = name.startswith(("retention/", "choices/")) or name.endswith(OWN_METRICS)
@@ -238,7 +231,7 @@ def check_best_metric(args: TrainingArguments, names: Sequence[str]) -> bool:
         when = "at every evaluation (choices_every 1 would)" if name.startswith("choices/") else "at evaluations"
         raise ValueError(f"metric_for_best_model: {args.metric_for_best_model!r} is not measured {when}; {remedy}")
     if name not in names:
-        return False
+        return
     rises = name.startswith("choices/") or METRICS[name.rpartition("/")[2]].higher_is_better
     if not rises and args.greater_is_better:
         logger.warning("greater_is_better: set to False, since a lower %s is better", name)
@@ -247,15 +240,10 @@ def check_best_metric(args: TrainingArguments, names: Sequence[str]) -> bool:
     if follows and rises and dict(args.lr_scheduler_kwargs or {}).get("mode") != "max":
         raise ValueError(f"lr_scheduler_kwargs: a higher {name} is better, and the scheduler waits for a lower one; "
                          "give mode: max")  # fmt: skip
-    return True
 
 
 def retention_documents(
-    name: str,
-    source: Iterable[str] | Sequence[Document],
-    max_tokens: int | None = None,
-    seed: int = 0,
-    **cut: Any,
+    name: str, source: Iterable[str | Document], max_tokens: int | None = None, seed: int = 0, **cut: Any
 ) -> list[Document]:
     """Documents of a text, without copies; `cut` as of `as_documents`.
 
@@ -274,18 +262,15 @@ def retention_documents(
 
 
 def _bounded(name: str, items: Sequence[Any], max_tokens: int, seed: int, cut: dict[str, Any]) -> list[Document]:
-    taken: dict[int, list[Document]] = {}
+    taken: dict[int, Document] = {}
     left = max_tokens
     for at in np.random.default_rng(seed).permutation(len(items)).tolist():
         try:
-            found = as_documents(name, [items[at]], **cut)
+            (document,) = as_documents(name, [items[at]], **cut)
         except ValueError:  # a text of no token
             continue
-        size = sum(document.num_tokens for document in found)
-        if size > left and taken:
+        if document.num_tokens > left and taken:
             break
-        taken[at] = found
-        left -= size
-    if not taken:
-        return as_documents(name, [], **cut)  # which says so
-    return [document for at in sorted(taken) for document in taken[at]]
+        taken[at] = document
+        left -= document.num_tokens
+    return as_documents(name, [taken[at] for at in sorted(taken)], **cut)  # which refuses none

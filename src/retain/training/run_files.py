@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from retain.files import (
     CONFIG_FILE,
@@ -90,10 +90,6 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {"training": training, "trajectory": [steps[step] for step in sorted(steps)], "documents": documents}
 
 
-def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 class RunFilesCallback(TrainerCallback):
     """Write `metrics.jsonl` and `retain_config.json`; a resumed run drops the rows that it makes again.
 
@@ -108,9 +104,7 @@ class RunFilesCallback(TrainerCallback):
         self.documented: set[str] = set()
         self.kept: int | None = None  # the step whose weights the model holds, once training has ended
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.kept = None
         if not state.is_world_process_zero:
             return
@@ -122,11 +116,11 @@ class RunFilesCallback(TrainerCallback):
         known = [entry.items() for entry in state.log_history if entry["step"] == step]
         kept = [row for row in rows if row["step"] < step or any(row.items() <= entry for entry in known)]
         self.logged, self.began = [row.keys() for row in kept if row["step"] == step], step
-        _rewrite(folder / METRICS_FILE, kept)
         documents = read_jsonl(folder / DOCUMENTS_FILE, DOCUMENTS)
         documents = [row for row in documents if step and row["step"] <= step - again]
         self.documented = {row["name"] for row in documents if row["step"] == step}
-        _rewrite(folder / DOCUMENTS_FILE, documents)
+        for name, rows in ((METRICS_FILE, kept), (DOCUMENTS_FILE, documents)):
+            write_text(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
         if step < state.max_steps:
             (folder / BUDGET_FILE).unlink(missing_ok=True)
         write_json(folder / CONFIG_FILE, {**self.settings, "training_arguments": args.to_dict()})
@@ -139,24 +133,16 @@ class RunFilesCallback(TrainerCallback):
             append_jsonl(Path(args.output_dir) / DOCUMENTS_FILE, row)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        measured = {name for name in logs or {} if name.startswith("retention/")}
-        again = measured and state.global_step == self.began and any(measured <= names for names in self.logged)
-        if again:  # it was measured before the run was killed
-            return
+        measured = {name for name in logs if name.startswith("retention/")}
+        if measured and state.global_step == self.began and any(measured <= names for names in self.logged):
+            return  # it was measured before the run was killed
         if state.is_world_process_zero and logs:
             step = state.global_step if self.kept is None else self.kept
             append_jsonl(Path(args.output_dir) / METRICS_FILE, {"step": step, **logs})
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Record which step's weights the model holds, where they are not the last."""
         self.kept = weights_step(args, state, is_in_train=False)
         if state.is_world_process_zero and self.kept != state.global_step:

@@ -112,15 +112,14 @@ class ReplayMixin(Host):
 
     @property
     def _replay_is_due(self) -> bool:
-        return self.state.global_step % self.replay_config.replay_every == 0
+        return self.objective is not NONE and self.state.global_step % self.replay_config.replay_every == 0
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Draw the replay rows of an optimizer step together with its new rows."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        config = self.replay_config
         self._meter.forget(self.state.global_step)
-        if config.max_ref_kl is not None and (self.budget is None or self.state.global_step == 0):
-            self.budget = self._begin_budget(config.max_ref_kl)
+        if self.budget is None or self.state.global_step == 0:
+            self.budget = self._begin_budget()
         if not (self._replay_is_due and samples):
             return samples, num_items
         self._stop_if_unprotected()
@@ -216,14 +215,15 @@ class ReplayMixin(Host):
         labels = inputs.get("labels") if isinstance(inputs, Mapping) else None  # prompts come as a list
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not bool(torch.isfinite(loss).all()):
+            step = f"loss: {loss.item()} at step {self.state.global_step + 1}"
             if labels is not None and not bool((labels[..., 1:] != -100).any()):
                 raise ValueError(
-                    f"loss: {loss.item()} at step {self.state.global_step + 1}: every label of its new rows is masked "
-                    "(-100), so nothing is to be learned; drop them, or raise max_length if it cuts answers off"
+                    f"{step}: every label of its new rows is masked (-100), so nothing is to be learned; drop them, or "
+                    "raise max_length if it cuts answers off"
                 )
             raise ValueError(
-                f"loss: {loss.item()} at step {self.state.global_step + 1}; lower learning_rate or replay_coef, or "
-                f"use bf16 instead of fp16; checkpoints in {self.args.output_dir!r} are kept"
+                f"{step}; lower learning_rate or replay_coef, or use bf16 instead of fp16; checkpoints in "
+                f"{self.args.output_dir!r} are kept"
             )
         if self._replay_is_due and not self._queue:
             if self.objective.uses_reference and self._is_the_base and self.state.global_step == 0:
@@ -237,7 +237,7 @@ class ReplayMixin(Host):
     def stop_if_bypassed(self) -> None:
         """A step of the host must have met all the replay that was drawn for it, before the weights are touched."""
         met = self._ready_for == self.state.global_step and not self._queue
-        if not met and self._replay_is_due and self.objective is not NONE:
+        if not met and self._replay_is_due:
             raise ValueError(
                 f"replay: {type(self).__name__} made step {self.state.global_step + 1} without it, so nothing protects "
                 "the model; leave get_batch_samples and compute_loss to ReplayMixin, and the model in training mode"
@@ -267,20 +267,22 @@ class ReplayMixin(Host):
         check_trained(self.model, getattr(self, "train_dataset", None))
         self.budget = None
         result = super().train(*args, **kwargs)
-        budget = self.replay_config.max_ref_kl
-        if budget is not None and self.budget is None:  # it resumed at its last step
-            self.budget = self._begin_budget(budget)
+        if self.budget is None:  # it resumed at its last step
+            self.budget = self._begin_budget()
         if self.budget is not None and self.budget.step and self.is_world_process_zero():
             verdict = {"budget": self.budget.budget, **dataclasses.asdict(self.budget.verdict())}
             write_json(Path(self.args.output_dir) / BUDGET_FILE, verdict)
         return result
 
-    def _begin_budget(self, budget: float) -> ForgettingBudget:
-        steps = -(-self.state.max_steps // self.replay_config.replay_every)
-        found = ForgettingBudget(budget, num_steps=steps, coef=self.replay_config.replay_coef)
-        if self.state.global_step and BUDGET_STATE in self.state.stateful_callbacks:
-            found.load_state_dict(self.state.stateful_callbacks[BUDGET_STATE]["attributes"])
-        return found
+    def _begin_budget(self) -> ForgettingBudget | None:
+        config, kept = self.replay_config, self.state.stateful_callbacks.get(BUDGET_STATE)
+        if config.max_ref_kl is None:
+            return None
+        steps = -(-self.state.max_steps // config.replay_every)
+        budget = ForgettingBudget(config.max_ref_kl, num_steps=steps, coef=config.replay_coef)
+        if self.state.global_step and kept is not None:
+            budget.load_state_dict(kept["attributes"])
+        return budget
 
     def _follow_budget(self) -> None:
         """After a step's last micro-batch: its KL moves the coefficient; the next checkpoint keeps the state."""
@@ -301,8 +303,7 @@ class ReplayMixin(Host):
     def retention_lines(self) -> list[str]:
         """What was forgotten, a line for each retention text, with 95% intervals over documents."""
         return [
-            f"retention/{name}: "
-            + ", ".join(with_interval(metric, table[metric]) for metric in ("forgetting", "ref_kl"))
+            f"retention/{name}: " + ", ".join(f"{key} {Estimate.read(table[key])}" for key in ("forgetting", "ref_kl"))
             for name, table in self.measurer.table(self.args, self.state).items()
         ]
 
@@ -357,11 +358,9 @@ class ProtectedRun(RetentionMeasurer):
         self.trainer.stop_if_bypassed()
         super().on_pre_optimizer_step(args, state, control, model, **kwargs)
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, model: Any = None, metrics: Any = None, **kwargs: Any
-    ) -> None:
-        self.prove_reference(model, state)
-        super().on_evaluate(args, state, control, model, metrics, **kwargs)
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.prove_reference(kwargs["model"], state)
+        super().on_evaluate(args, state, control, **kwargs)
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.prove_reference(model, state)
@@ -370,15 +369,6 @@ class ProtectedRun(RetentionMeasurer):
         super().on_train_end(args, state, control)
         self.prove_reference(model, state)
         self.trainer.stop_if_kl_ended_zero()
-
-
-def with_interval(name: str, metric: dict[str, Any]) -> str:
-    """A metric in a line.
-
-    >>> with_interval("ref_kl", {"value": 1.8e-5, "ci": [1.2e-5, 2.9e-5]})
-    'ref_kl 0.000018 [0.000012, 0.000029]'
-    """
-    return f"{name} {Estimate.read(metric)}"
 
 
 class ReplayTrainer(ReplayMixin, Trainer):
