@@ -136,7 +136,7 @@ def steps(rounds: int, device: str, dtype: torch.dtype, *, adapter: bool) -> dic
     model.train()
     ids = torch.randint(3, VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
     inputs = {"input_ids": ids}
-    batch = TermBatch(model, model, inputs, ids)
+    batch = TermBatch(model, inputs, ids)
     form = find_head_form(model)
     assert form is not None
     head = form.head(model.get_output_embeddings())

@@ -306,7 +306,7 @@ def test_the_term_at_the_head_is_the_term_of_the_logits(name: str) -> None:
         term = ReplayTerm(used, reference)
         values = torch.zeros(int(mask.sum()))
         labels = torch.cat([tokens[:, :1], tokens[:, 1:].masked_fill(~mask, -100)], dim=1)
-        batch = TermBatch(model, model, {"input_ids": tokens}, labels, values=values)
+        batch = TermBatch(model, {"input_ids": tokens}, labels, values=values)
         kl = term.kl(batch)
         assert float(values.sum()) == pytest.approx(float(kl.detach()), rel=1e-5)
         loss = term.next_token_loss(batch)
@@ -340,7 +340,7 @@ def test_the_head_itself_does_one_position_only() -> None:
     model, widths = make_model(), []
     handle = model.get_output_embeddings().register_forward_hook(lambda m, args, out: widths.append(args[0].shape[1]))
     tokens = torch.randint(5, 320, (2, 9))
-    shape = at_head(model, model, {"input_ids": tokens}, lambda hidden, module: torch.tensor(hidden.shape))
+    shape = at_head(model, {"input_ids": tokens}, lambda hidden, module: torch.tensor(hidden.shape))
     handle.remove()
     assert shape.tolist() == [2, 9, 32]
     assert widths == [1]

@@ -31,7 +31,7 @@ def move(model: torch.nn.Module) -> None:
 
 
 def logits_of(reference: Reference, model: torch.nn.Module) -> torch.Tensor:
-    with reference.base(model, model) as base:
+    with reference.base(model) as base:
         return base(input_ids=IDS).logits
 
 
@@ -186,7 +186,7 @@ def test_an_error_inside_leaves_modes_and_adapter_as_they_were():
     model = pretrained().train()
     expected = model.eval()(input_ids=IDS).logits
     model.train()
-    with pytest.raises(RuntimeError, match="out of memory"), Reference().base(model, model):
+    with pytest.raises(RuntimeError, match="out of memory"), Reference().base(model):
         raise RuntimeError("out of memory")
     assert model.training
     assert torch.equal(model.eval()(input_ids=IDS).logits, expected)

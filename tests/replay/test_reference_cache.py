@@ -331,7 +331,7 @@ def test_hidden_states_under_an_adapted_head_are_refused_and_topk_is_not(
 ) -> None:
     """Pitfall 3."""
     lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
-    with pytest.raises(ValueError, match="need the model's plain output head"):
+    with pytest.raises(ValueError, match="stored predictions need the model's plain output head"):
         run(tmp_path / "a", datasets["hidden"], "cache", peft_config=lora)
     trainer = run(tmp_path / "b", datasets["topk"], "cache", peft_config=lora)
     assert logged(trainer, "replay/kl")[-1] > 0

@@ -94,7 +94,7 @@ def count_gathers(trainer: Any) -> list[int]:
         batch = trainer.replay.batch(range(4), trainer.accelerator.device)
         labels = batch.pop("labels")
         with CommDebugMode() as seen:
-            trainer.replay.term.kl(TermBatch(trainer.model_wrapped, trainer.model, batch, labels)).backward()
+            trainer.replay.term.kl(TermBatch(trainer.model_wrapped, batch, labels)).backward()
         found.append(sum(count for kind, count in seen.get_comm_counts().items() if "gather" in str(kind)))
         trainer.model.zero_grad()
     losses.CHUNK_BYTES = whole

@@ -134,7 +134,7 @@ def test_dropout_is_off_and_every_mode_comes_back(tmp_path):
     trainer.model.get_input_embeddings().eval()
     modes = [module.training for module in trainer.model.modules()]
     tables, found.tables = found.tables, {}
-    found.on_evaluate(trainer.args, trainer.state, trainer.control, trainer.model, {})
+    found.on_evaluate(trainer.args, trainer.state, trainer.control, model=trainer.model, metrics={})
     assert found.tables[4] == tables[4]
     assert [module.training for module in trainer.model.modules()] == modes
 

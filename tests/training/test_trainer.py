@@ -461,7 +461,7 @@ def test_adapters_that_keep_the_base_intact(tmp_path: Path, replay: ReplayDatase
     batch = replay.batch([0, 1])
     with torch.no_grad():
         expected = make_model()(**batch).logits
-        with trainer.replay.reference.base(trainer.model, trainer.model) as base:
+        with trainer.replay.reference.base(trainer.model) as base:
             assert torch.allclose(base(**batch).logits, expected, atol=1e-5)
 
 

@@ -65,7 +65,7 @@ class HiddenStates(nn.Module):
         with evaluation_mode(model), torch.no_grad():
             for batch in ({"input_ids": tokens}, *batches):
                 inputs = {name: value.to(model.device) for name, value in batch.items()}
-                found.states[batch_of(**batch)] = at_head(model, model, inputs, lambda hidden, module: hidden).cpu()
+                found.states[batch_of(**batch)] = at_head(model, inputs, lambda hidden, module: hidden).cpu()
         return found
 
     @property

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from retain.losses import Head
@@ -47,14 +48,11 @@ def seen_by_head(model: Any) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def at_head(
-    model: Any, unwrapped: Any, inputs: Mapping[str, Any], compute: Callable[[Tensor, nn.Linear], Tensor]
-) -> Tensor:
+def at_head(model: Any, inputs: Mapping[str, Any], compute: Callable[[Tensor, nn.Linear], Tensor]) -> Tensor:
     """Run the model up to its output head, and there `compute(hidden states, head module)`, in place of the logits.
 
     Args:
         model: the model as the trainer calls it, wrapped or not.
-        unwrapped: the model inside.
         compute: of hidden states of shape (rows, length, hidden), at the input's own positions, in the dtype in
             which the model multiplies them by the head.
     """
@@ -68,7 +66,7 @@ def at_head(
         found.append(compute(hidden, module))
         return (args[0][:, :1], *args[1:])
 
-    handle = unwrapped.get_output_embeddings().register_forward_pre_hook(hook)
+    handle = extract_model_from_parallel(model).get_output_embeddings().register_forward_pre_hook(hook)
     try:
         logits = model(**inputs, use_cache=False).logits
     finally:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -115,12 +116,11 @@ class Reference:
             self.ref_model.to(device)
 
     @contextmanager
-    def base(self, model: Any, unwrapped: Any, autocast: Any = nullcontext) -> Iterator[Any]:
+    def base(self, model: Any, autocast: Any = nullcontext) -> Iterator[Any]:
         """The base as a callable, in evaluation mode and without gradient, while the context lasts.
 
         Args:
             model: the model as the trainer calls it, wrapped or not.
-            unwrapped: the PEFT model inside.
             autocast: makes the context in which a copy must run to use the dtype of the model being trained.
         """
         with torch.no_grad():
@@ -128,7 +128,8 @@ class Reference:
                 with autocast():
                     yield self.ref_model
                 return
-            with evaluation_mode(unwrapped), frozen_as_found(unwrapped), unwrapped.disable_adapter():
+            tuned = extract_model_from_parallel(model)  # the PEFT model inside
+            with evaluation_mode(tuned), frozen_as_found(tuned), tuned.disable_adapter():
                 yield model
 
     def moves_with(self, model: Any) -> bool:
@@ -149,7 +150,7 @@ class Reference:
                 "replay_reference: the reference moves with the model (they share weights or a forward pass), so "
                 "nothing protects it; load the model anew and give it to one trainer"
             )
-        with self.base(model, model) as base:
+        with self.base(model) as base:
             found = probe(base)
         if found.shape != base_probe.shape:  # virtual tokens of a prompt that was handed over
             raise ValueError(
@@ -162,18 +163,17 @@ class Reference:
                 f"their spread): {_why(model)}; use replay_reference copy, or an adapter that leaves the base as it is"
             )
 
-    def prove_again(self, model: Any, unwrapped: Any, step: int) -> None:
+    def prove_again(self, model: Any, step: int) -> None:
         """Show that the reference gives what it gave at the first call, when training began, in the same precision.
 
         Args:
             model: the model as the trainer calls it.
-            unwrapped: the PEFT model inside.
             step: the optimizer step, for the message.
 
         Raises:
             ValueError: if it was changed, or follows the model.
         """
-        with self.base(model, unwrapped) as base:
+        with self.base(model) as base:
             found = probe(base)
         if self._begun is None:
             self._begun = found

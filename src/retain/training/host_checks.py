@@ -182,7 +182,7 @@ def check_whole(model: Any) -> None:
 def load_for_training(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     """Load a model by name as TRL does: float32 unless `model_init_kwargs` says otherwise."""
     see_the_base_everywhere(may_change=True)
-    settings = {"trust_remote_code": getattr(args, "trust_remote_code", False)}
+    settings: dict[str, Any] = {"trust_remote_code": getattr(args, "trust_remote_code", False)}
     if given := getattr(args, "model_init_kwargs", None):
         args.model_init_kwargs = None  # they have done their work
         settings |= given

@@ -26,7 +26,7 @@ from retain.models.description import (
     num_tuned,
     tokenizer_fingerprint,
 )
-from retain.models.head import HeadForm, find_head_form
+from retain.models.head import find_head_form
 from retain.models.loading import load_tokenizer
 from retain.models.reference import Reference, check_same_model, evaluation_mode, probe
 from retain.replay.dataset import ReplayDataset, load_replay_dataset, verify_replay
@@ -200,16 +200,18 @@ class Protection:
         model, rows, accelerator = trainer.model, self.rows, trainer.accelerator
         self._check_host(trainer)
         form = find_head_form(model) if self.objective.adds_term else None
-        module, ref_head = model.get_output_embeddings(), None
-        if self.reference is None and self.documents:
+        ref_head, texts = None, evaluated_batches(trainer.args, self.documents) if self.reference is None else []
+        if texts or (self.cache is not None and self.cache.kind == "hidden"):
             if form is None:
                 raise ValueError(
-                    "replay_reference: 'cache' with retention texts needs a plain output head on the model; use adapter"
-                    " or copy"
+                    "replay_reference: stored predictions need the model's plain output head, and an adapter or another"
+                    " form sits there; use adapter or copy, or sample with --store_reference topk and measure no texts"
                 )
-            ref_head = form.frozen(module)
+            module = model.get_output_embeddings()
+            ref_head = form.frozen(module) if texts or module.weight.requires_grad else None
+        if texts:
+            assert ref_head is not None
             with accelerator.autocast():  # in its precision the model, which was shown to be the base
-                texts = evaluated_batches(trainer.args, self.documents)
                 self.reference = Reference(HiddenStates.of(model, ref_head, texts))
                 self.reference.to(accelerator.device)
                 self.reference.prove(model, probe(model))
@@ -218,8 +220,6 @@ class Protection:
             self.reference.prove(model, self._base_probe)
             if self.reference.kind == "adapter":
                 check_base_is_frozen(model)
-        if self.cache is not None and self.cache.kind == "hidden":
-            ref_head = ref_head or self._stored_head(form, module)
         self.term = ReplayTerm(form, self.reference, ref_head, accelerator.autocast)
         if self.cache is not None:
             self._prove_stored(model, accelerator)
@@ -250,20 +250,11 @@ class Protection:
         if rows is not None and objective.draws_rows:
             check_invoked(model, rows)
 
-    def _stored_head(self, form: HeadForm | None, module: Any) -> Any:
-        """The base's head, which makes distributions of hidden states; None while the model's own stays the base's."""
-        if form is None:
-            raise ValueError(
-                "replay_reference: stored hidden states need the model's plain output head, and an adapter or another "
-                "form sits there; use adapter or copy, or sample with --store_reference topk"
-            )
-        return form.frozen(module) if module.weight.requires_grad else None
-
     def _prove_rows(self, rows: ReplayDataset, model: Any, accelerator: Any) -> None:
         """Compare rows of the model's own with what it predicts, in the precision of training."""
         as_handed_over = self.reference is not None and self.reference.kind == "copy"
         adapter_off = hasattr(model, "disable_adapter") and not as_handed_over
-        base = Reference().base(model, model) if adapter_off else evaluation_mode(model)
+        base = Reference().base(model) if adapter_off else evaluation_mode(model)
         try:
             with base, accelerator.autocast():
                 check_pool(model, rows, half=_is_half(rows, model, accelerator))
@@ -279,7 +270,7 @@ class Protection:
         batch = self.batch(range(min(2, len(rows))), model.device)
         stored, labels = batch.pop("stored"), batch.pop("labels")
         with evaluation_mode(model), accelerator.autocast():
-            error = stored_error(self.term, TermBatch(model, model, batch, labels, stored))
+            error = stored_error(self.term, TermBatch(model, batch, labels, stored))
         if not error <= (MAX_STORED_ERROR_HALF if _is_half(rows, model, accelerator) else MAX_STORED_ERROR):
             raise ValueError(
                 f"replay_reference: the predictions stored in {rows.source!r} are not this model's (KL {error:.2g} nats"

@@ -32,7 +32,7 @@ class TermBatch(NamedTuple):
     """Rows on which a term is taken, and the model that reads them.
 
     Args:
-        model, unwrapped: the model as the trainer calls it, and the one inside.
+        model: as the trainer calls it, wrapped or not.
         inputs: what the model takes.
         labels: token ids of shape (rows, length), −100 where nothing is predicted.
         stored: the base's predictions at these labels, as `ReferenceCache.batch` gives them.
@@ -40,7 +40,6 @@ class TermBatch(NamedTuple):
     """
 
     model: Any
-    unwrapped: Any
     inputs: dict[str, Tensor]
     labels: Int[Tensor, "rows length"]
     stored: dict[str, Tensor] | None = None
@@ -58,6 +57,10 @@ class TermBatch(NamedTuple):
     def logits(self, model: Any) -> Float[Tensor, "predictions vocab"]:
         """A model's logits for the counted predictions."""
         return self.picked(logits_at(model, self.inputs))
+
+    def at_head(self, model: Any, compute: Callable[[Tensor, nn.Linear], Tensor]) -> Tensor:
+        """`compute` of a model's hidden states for the counted predictions, and its output head."""
+        return at_head(model, self.inputs, lambda hidden, module: compute(self.picked(hidden), module))
 
     def summed(self, found: Float[Tensor, predictions]) -> Tensor:
         """The sum of the terms, which `values` keeps."""
@@ -96,7 +99,8 @@ class ReplayTerm:
         targets, form = batch.labels[:, 1:][batch.mask], self.form
         if form is None:
             return next_token_loss(batch.logits(batch.model), targets).sum()
-        return _at_head(batch, lambda hidden, module: chunked_next_token_loss(targets, hidden, form.head(module)))
+        compute = lambda hidden, module: chunked_next_token_loss(targets, hidden, form.head(module))  # noqa: E731
+        return batch.at_head(batch.model, compute)
 
     def kl(self, batch: TermBatch) -> Tensor:
         """Σ KL(base ‖ θ), from stored predictions where the batch has some, else from the reference."""
@@ -110,18 +114,16 @@ class ReplayTerm:
         ref_head, ref_hidden = self.ref_head, None if stored is None else stored["hidden"]
         if ref_hidden is None:
             assert self.reference is not None
-            copied = self.reference.ref_model
-            inside: Any = batch.unwrapped if copied is None else copied
+            copied: Any = self.reference.ref_model
             if copied is not None:
-                ref_head = form.head(inside.get_output_embeddings())
-            keep = lambda hidden, module: batch.picked(hidden)  # noqa: E731
-            ref_hidden = self._ref(batch, lambda base: at_head(base, inside, batch.inputs, keep))
+                ref_head = form.head(copied.get_output_embeddings())
+            ref_hidden = self._ref(batch, lambda base: batch.at_head(base, lambda hidden, module: hidden))
 
         def compute(hidden: Tensor, module: nn.Linear) -> Tensor:
             head = form.head(module)  # with an adapter's reference the base's too: it is frozen
             return chunked_kl_divergence(ref_hidden, ref_head or head, hidden, head, batch.values)
 
-        return _at_head(batch, compute)
+        return batch.at_head(batch.model, compute)
 
     def _topk_kl(self, batch: TermBatch, log_probs: Tensor, tokens: Tensor) -> Tensor:
         form = self.form
@@ -131,18 +133,12 @@ class ReplayTerm:
         def compute(hidden: Tensor, module: nn.Linear) -> Tensor:
             return chunked_topk_kl_divergence(log_probs, tokens, hidden, form.head(module), batch.values)
 
-        return _at_head(batch, compute)
+        return batch.at_head(batch.model, compute)
 
     def _ref(self, batch: TermBatch, predict: Callable[[Any], Tensor]) -> Tensor:
         assert self.reference is not None
-        with self.reference.base(batch.model, batch.unwrapped, self.autocast) as base:
+        with self.reference.base(batch.model, self.autocast) as base:
             return predict(base)
-
-
-def _at_head(batch: TermBatch, compute: Callable[[Tensor, nn.Linear], Tensor]) -> Tensor:
-    """`compute` of the hidden states at counted predictions, and the output head."""
-    at_counted = lambda hidden, module: compute(batch.picked(hidden), module)  # noqa: E731
-    return at_head(batch.model, batch.unwrapped, batch.inputs, at_counted)
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import SchedulerType, TrainerState, TrainingArguments
 from transformers.trainer_utils import default_compute_objective
@@ -83,12 +82,10 @@ class RetentionMeasurer(RunFilesCallback):
             self.prepare(args, state, model, kwargs.get("processing_class"))
             self._join(logs, args, state, model)
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, model: Any, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
-        self.prepare(args, state, model, kwargs.get("processing_class"))
-        self._join(metrics, args, state, model)
-        self.measure_and_log(args, state, control, model)
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.prepare(args, state, kwargs["model"], kwargs.get("processing_class"))
+        self._join(kwargs["metrics"], args, state, kwargs["model"])
+        self.measure_and_log(args, state, control, kwargs["model"])
 
     # Measuring
 
@@ -156,7 +153,7 @@ class RetentionMeasurer(RunFilesCallback):
         """Show that the reference gives what it gave when training began: see `Reference.prove_again`."""
         if self.reference is not None:
             with self._autocast(model.device):
-                self.reference.prove_again(model, extract_model_from_parallel(model), state.global_step)
+                self.reference.prove_again(model, state.global_step)
             reshard(model)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
@@ -169,11 +166,10 @@ class RetentionMeasurer(RunFilesCallback):
 
     def _forwards(self, model: Any) -> tuple[Forward, Forward]:
         """The base and the model as functions from `input_ids` and `attention_mask` to logits."""
-        unwrapped = extract_model_from_parallel(model)
 
         def ref_forward(**batch: Tensor) -> Tensor:
             assert self.reference is not None
-            with self._autocast(model.device), self.reference.base(model, unwrapped) as base:
+            with self._autocast(model.device), self.reference.base(model) as base:
                 return logits_at(base, batch)
 
         def forward(**batch: Tensor) -> Tensor:

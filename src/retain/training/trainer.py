@@ -182,7 +182,7 @@ class ReplayMixin(Host):
 
     def _term_on_replay(self, model: Any, batch: dict[str, Any]) -> Tensor:
         labels, stored = batch.pop("labels"), batch.pop("stored", None)
-        rows = TermBatch(model, self.accelerator.unwrap_model(model), batch, labels, stored)
+        rows = TermBatch(model, batch, labels, stored)
         values = torch.zeros(int(rows.mask.sum()), device=labels.device)
         total = self.objective.total(self.replay.term, rows._replace(values=values))
         if self.objective.uses_reference:
@@ -196,7 +196,7 @@ class ReplayMixin(Host):
                 f"replay_objective: {self.objective.name!r} needs batches with labels; use 'kl' with this trainer"
             )
         inputs.pop("use_cache", None)
-        rows = TermBatch(model, self.accelerator.unwrap_model(model), inputs, inputs.pop("labels"))
+        rows = TermBatch(model, inputs, inputs.pop("labels"))
         total = self.objective.total(self.replay.term, rows)
         if num_items is None:
             return total / rows.mask.sum().clamp(min=1) / self.current_gradient_accumulation_steps
