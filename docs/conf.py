@@ -28,6 +28,7 @@ default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+autodoc_type_aliases = {"ArrayLike": "ArrayLike"}
 napoleon_numpy_docstring = False
 python_maximum_signature_line_length = 88
 
@@ -58,9 +59,22 @@ def as_written(app: Any, what: str, name: str, obj: Any, options: Any, lines: li
     """Keep docstrings plain text with code in backticks: escape what would be markup by accident."""
     if lines and lines[0].startswith("Alias for field number"):  # Python's own docstring of a tuple's field
         lines.clear()
+    in_example = False
     for at, line in enumerate(lines):
+        in_example = bool(line.strip()) and (in_example or line.lstrip().startswith(">>>"))
+        if in_example:
+            continue
         parts = re.split(r"(`[^`]*`)", line)
         lines[at] = "".join(part if part.startswith("`") else re.sub(r"[*|]", r"\\\g<0>", part) for part in parts)
+    if what == "property" and lines:
+        lines[0] = f": {lines[0]}"  # an empty type: napoleon takes the words before the first colon for one
+
+
+def plain_signature(
+    app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, annotation: str | None
+) -> tuple[str | None, str | None]:
+    """Show numbers and type aliases without the classes that mark them."""
+    return signature and re.sub(r"(?:Unchosen|TypeAliasForwardRef)\('?(\w+)'?\)", r"\1", signature), annotation
 
 
 def front_page(app: Any, error: Exception | None) -> None:
@@ -72,4 +86,5 @@ def front_page(app: Any, error: Exception | None) -> None:
 def setup(app: Any) -> None:
     app.connect("source-read", to_pages)
     app.connect("autodoc-process-docstring", as_written, priority=400)  # before napoleon makes markup of its own
+    app.connect("autodoc-process-signature", plain_signature)
     app.connect("build-finished", front_page)

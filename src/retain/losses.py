@@ -128,7 +128,7 @@ def chunked_topk_kl_divergence(
     head: Head,
     values: Float[Tensor, " positions"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Σ over positions of KL between the base's k likeliest tokens and *the rest as one*, and the same of θ; nats.
+    """Σ over positions of KL between the base's k likeliest tokens and the rest as one, and the same of θ; nats.
 
     Never more than the KL over the full vocabulary (the rest's own shape is lost), and 0 only where it agrees on
     these k and on the mass of the rest, which is kept: dropping or renormalising it would bias the target. `values` is

@@ -86,8 +86,8 @@ def measure(
         progress: called with the name of each stage; long ones then have a bar.
 
     Returns:
-        A report: `report["wiki"].ref_kl.value`, of a text; `report.results.choices["arc"].rules["acc"].agreement`,
-        `report.results.refusals["advbench"].scorers["judge"].rate`; `report.data` is report.json.
+        A report. `report["wiki"].ref_kl.value` is of a text, `report.results.choices["arc"].rules["acc"].agreement` of
+        questions, `report.results.refusals["advbench"].scorers["judge"].rate` of requests; `report.data` is report.json.
 
     Raises:
         ValueError: if the models differ in dtype, attention kernel or vocabulary, windows are longer than they can

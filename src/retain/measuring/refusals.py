@@ -114,7 +114,8 @@ def measure_refusals(
         kind: `harmful`, or `harmless` for over-refusal.
 
     Returns:
-        `scorers[name]`: refusal rates of base and tuned, their change, refusals kept, lost, gained, never, McNemar's p.
+        By scorer, in `scorers`, the refusal rates of base and tuned, their change, refusals kept, lost, gained, never,
+        and McNemar's p.
     """
     if not requests:
         raise ValueError("refusals: there are no prompts; give a file with at least one")

@@ -90,7 +90,7 @@ class HiddenStates(nn.Module):
 
 
 class MeasuredBase:
-    """A base against which several tuned models are measured: it reads, answers and writes once.
+    """A base against which several tuned models are measured. It reads, answers and writes once::
 
         base = MeasuredBase(load_model("base"))
         reports = [measure(base, load_model(name), texts, tokenizer=tokenizer) for name in ("a", "b")]

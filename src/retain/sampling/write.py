@@ -86,8 +86,8 @@ def sample_replay(
         progress: called with 0 when drawing begins, then with the number of rows just finished by this process.
 
     Returns:
-        The folder: Parquet shards (columns `row`, `input_ids`, `prefix_length`, `logprob`, and `entropy` where the
-        engine says it), `manifest.json`.
+        The folder with `manifest.json` and Parquet shards (columns `row`, `input_ids`, `prefix_length`, `logprob`, and
+        `entropy` if the engine has it).
 
     Raises:
         ValueError: if the folder holds another dataset, rows are longer than the model can take, the model has an
