@@ -87,7 +87,7 @@ def measure(
 
     Returns:
         A report. `report["wiki"].ref_kl.value` is of a text, `report.results.choices["arc"].rules["acc"].agreement` of
-        questions, `report.results.refusals["advbench"].scorers["judge"].rate` of requests; `report.data` is report.json.
+        questions, `report.results.refusals["advbench"].scorers["judge"].rate` of requests. `report.data` is the file.
 
     Raises:
         ValueError: if the models differ in dtype, attention kernel or vocabulary, windows are longer than they can
