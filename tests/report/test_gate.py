@@ -84,7 +84,7 @@ def test_too_few_documents_decide_nothing():
 @pytest.mark.parametrize(("value", "low", "high"), [(0.010, 0.000, 0.025), (0.030, 0.015, 0.045)])
 def test_how_much_more_text_would_decide(value, low, high):
     """By hand: the side towards the budget is 0.015 wide and may be 0.010, so (1.5)² = 2.25 times as many."""
-    check = Check("wiki", "forgetting", Estimate(value, (low, high), num_documents=40), 0.02, 1, "documents")
+    check = Check("wiki", "forgetting", Estimate(value, (low, high), num_documents=40), 0.02)
     assert check.needed in (90, 91)
     assert f"about {check.needed} documents of this kind, {check.needed - 40} more, would decide" in check.advice
 
@@ -97,14 +97,14 @@ def test_so_much_text_does_decide():
         nats = rng.normal(0.012, 0.05, size=40)
         value, low, high = bootstrap_ratio(nats, np.ones(40), num_resamples=1000)
         entry = Estimate(value, (low, high), num_documents=40)
-        check = Check("t", "forgetting", entry, 0.02, 1, "documents")
+        check = Check("t", "forgetting", entry, 0.02)
         if check.code != UNDECIDED or check.needed is None or check.needed > 2000:
             continue
         tried += 1
         more = np.tile(nats, math.ceil(check.needed * 1.5 / 40))  # half more, for the chance in both resamplings
         value, low, high = bootstrap_ratio(more, np.ones(len(more)), num_resamples=1000)
         entry = Estimate(value, (low, high), num_documents=len(more))
-        assert Check("t", "forgetting", entry, 0.02, 1, "documents").code != UNDECIDED
+        assert Check("t", "forgetting", entry, 0.02).code != UNDECIDED
         assert check.needed > 40
     assert tried > 10
 

@@ -6,6 +6,7 @@ not (Kalajdzievski, arXiv 2401.05605), so it comes first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -51,13 +52,17 @@ def compare_answers(
     }
 
 
+def report_entry(value: float, low: float, high: float, **sizes: int) -> dict[str, Any]:
+    """A number as report.json holds it: with its interval, null where it is NaN, and sample sizes."""
+    return {"value": value, "ci": [low, high] if math.isfinite(low) else [None, None], **sizes}
+
+
 def share_entry(count: int, total: int, unit: str = "num_questions") -> dict[str, Any]:
     """A share of questions with its 95% interval and sample size."""
-    value, *ci = share_interval(count, total)
-    return {"value": value, "ci": ci, unit: total}
+    return report_entry(*share_interval(count, total), **{unit: total})
 
 
 def change_entry(before: np.ndarray, after: np.ndarray, unit: str = "num_questions") -> dict[str, Any]:
     """The change of a share of the same questions, given as flags, with its 95% interval and sample size."""
-    value, *ci = paired_change_interval(int((before & ~after).sum()), int((after & ~before).sum()), len(before))
-    return {"value": value, "ci": ci, unit: len(before)}
+    lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+    return report_entry(*paired_change_interval(lost, won, len(before)), **{unit: len(before)})

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from retain.measuring.answers import change_entry, share_entry
+from retain.measuring.answers import change_entry, report_entry, share_entry
 from retain.report.tables import KNOWLEDGE_FATES
 from retain.statistics import bootstrap_ratio
 
@@ -29,8 +29,7 @@ MARKERS = re.compile(
 def mean_entry(values: Sequence[float] | np.ndarray, **options: Any) -> dict[str, Any]:
     """A mean over prompts with its 95% interval by bootstrap over prompts; options as of `bootstrap_ratio`."""
     numbers = np.asarray(values, float)
-    value, low, high = bootstrap_ratio(numbers, np.ones(len(numbers)), **options)
-    return {"value": value, "ci": [low, high] if np.isfinite(low) else [None, None], "num_prompts": len(numbers)}
+    return report_entry(*bootstrap_ratio(numbers, np.ones(len(numbers)), **options), num_prompts=len(numbers))
 
 
 def words_in(text: str) -> list[str]:

@@ -136,7 +136,7 @@ def continue_prompts(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": list(stop), "pad_token_id": stop[0]}
     options["logits_processor"] = LogitsProcessorList([_numbers_only])
     options |= {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0}
-    alone = model.config.model_type == "rwkv"  # in transformers a row goes on from the state of another in its batch
+    alone = model.config.model_type == "rwkv"  # in transformers a row continues from the state of another in its batch
     with own_settings_aside(model), torch.random.fork_rng():
         for length, indices in sorted(groups.items()):
             rows = 1 if alone else max(1, batch_tokens // (length + max_new_tokens))

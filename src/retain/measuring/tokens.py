@@ -18,6 +18,7 @@ from torch import Tensor
 
 from retain.data.rows import Document
 from retain.losses import expectation, shifted
+from retain.measuring.answers import report_entry
 from retain.metrics import BITS_PER_BYTE, KEPT_SUMS, METRICS, SUMS
 from retain.statistics import bootstrap_ratio, resample_counts, share_interval
 
@@ -184,12 +185,7 @@ def summarize(sums: DocumentSums, *, seed: int = 0, num_resamples: int = 2000) -
         if metric.is_share:
             _, *ends = share_interval(round(numerator.sum()), int(denominator.sum()))
             low, high = min(low, ends[0]), max(high, ends[1])  # NaN stays
-        result[name] = {
-            "value": value,
-            "ci": [low, high] if np.isfinite(low) else [None, None],
-            "num_documents": len(sums),
-            "num_tokens": int(sums.num_tokens.sum()),
-        }
+        result[name] = report_entry(value, low, high, num_documents=len(sums), num_tokens=int(sums.num_tokens.sum()))
     return result
 
 

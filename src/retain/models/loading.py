@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -113,19 +112,16 @@ def dequantise_gguf(path: Path, field: str = "model") -> Path:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     tokenizer = _load(AutoTokenizer, str(path.parent), "the tokenizer", field, gguf_file=path.name)
-    temporary = Path(tempfile.mkdtemp(prefix=".dequantising-", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=".dequantising-", dir=folder.parent) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        size = sum(file.stat().st_size for file in temporary.iterdir())
-        temporary.rename(folder)  # whole or not at all
-        logger.warning("%s: %.1f GB of dequantised weights are kept in %s", path.name, size / 1e9, folder)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not (
-            isinstance(error, OSError) and folder.exists()
-        ):  # else another process was faster: its folder holds the same weights
-            raise
+        try:
+            Path(temporary).rename(folder)  # whole or not at all
+        except OSError:
+            if not folder.exists():  # else another process was faster: its folder holds the same weights
+                raise
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    logger.warning("%s: %.1f GB of dequantised weights are kept in %s", path.name, size / 1e9, folder)
     return folder
 
 
@@ -173,8 +169,7 @@ def _load_weights(path: str, field: str, **options: Any) -> Any:
         options |= {"config": model.config, "state_dict": weights, "generation_config": model.generation_config}
         model, found = _load(type(model), path, "the weights", field, **options)
     odd = set(found["unexpected_keys"])
-    lost = set(found["missing_keys"])
-    if lost:
+    if lost := set(found["missing_keys"]):
         holds = f" (it holds {_some(odd)})" if odd else ""
         raise ValueError(
             f"{field}: {name!r} lacks {len(lost)} of its weights, which would be random: {_some(lost)}{holds}; save the"
@@ -186,8 +181,8 @@ def _load_weights(path: str, field: str, **options: Any) -> Any:
             f"{field}: {name!r} does not hold the model that its config.json describes: {key} is {list(there)} in the "
             f"file and {list(here)} by config.json; take both from one checkpoint"
         )
-    used = set() if hasattr(model.config, "quantization_config") else {key for key in odd if _computes(model, key)}
-    if used:
+    is_quantised = hasattr(model.config, "quantization_config")
+    if used := set() if is_quantised else {key for key in odd if _computes(model, key)}:
         raise ValueError(
             f"{field}: {name!r} holds weights for which its config.json has no place, and which would be ignored: "
             f"{_some(used)}; take both from one checkpoint"
@@ -205,8 +200,8 @@ def _computes(model: Any, key: str) -> bool:
     return next(modules[name].parameters(recurse=False), None) is not None
 
 
-def _some(names: Collection[str], most: int = 3) -> str:
-    return ", ".join(sorted(names)[:most]) + (", …" if len(names) > most else "")
+def _some(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _read_safetensors(path: str, revision: str, field: str) -> dict[str, torch.Tensor]:
@@ -291,8 +286,7 @@ def _load_adapter(path: str, revision: str, field: str, **options: Any) -> Any:
             )
         raise ValueError(f"{field}: {file!r} does not fit its base {base!r}: {why}; {remedy}") from error
     if not config.is_prompt_learning:  # a prompt's one tensor is read or raises
-        lost = _adapter_weights_lost(model, set(found.missing_keys))
-        if lost:
+        if lost := _adapter_weights_lost(model, set(found.missing_keys)):
             raise ValueError(
                 f"{field}: {file!r} lacks {len(lost)} of its weights, without which the adapter does not do what it "
                 f"learned: {_some(lost)}; save it again, whole"
@@ -363,9 +357,7 @@ def lora_num_params(
     from peft import LoraConfig, get_peft_model
 
     empty = empty_model(model, revision=revision, trust_remote_code=trust_remote_code)
-    modules: Any = target_modules
-    if target_modules == ["all-linear"]:
-        modules = "all-linear"
+    modules = "all-linear" if target_modules == ["all-linear"] else target_modules
     try:
         tuned = get_peft_model(empty, LoraConfig(r=rank, target_modules=modules, task_type="CAUSAL_LM"))
     except ValueError as error:

@@ -108,11 +108,12 @@ def open_cache(folder: Path, manifest: dict[str, Any], num_predictions: np.ndarr
     return ReferenceCache(folder, kind, manifest["rows_per_shard"], num_predictions)
 
 
+DESCRIBED_ROWS = 8
 PROBE_TEMPERATURE = 1.25  # a distribution that is off the base by a known amount
 
 
 @torch.no_grad()
-def describe_store(model: Any, rows: ReplayDataset, num_rows: int = 8) -> dict[str, Any]:
+def describe_store(model: Any, rows: ReplayDataset) -> dict[str, Any]:
     """What the stored predictions of a model keep, on its first rows; all but `num_tokens` per token.
 
     Returns:
@@ -121,7 +122,7 @@ def describe_store(model: Any, rows: ReplayDataset, num_rows: int = 8) -> dict[s
         tokens that are stored.
     """
     assert rows.cache is not None
-    indices = range(min(num_rows, len(rows)))
+    indices = range(min(DESCRIBED_ROWS, len(rows)))
     batch = {name: value.to(model.device) for name, value in rows.batch(indices).items()}
     mask = batch.pop("labels")[:, 1:] != -100
     stored = {name: value.to(model.device) for name, value in rows.cache.batch(indices).items()}

@@ -280,17 +280,14 @@ def _side_by_side(runs: Runs, steps: Sequence[float | None] | None, text: str, s
 
     `prevented` is against the first run.
     """
-    if steps is None:
-        sums = [_measured_sums(run, text) for run in runs]
-    else:
-        sums = [_sums_at(run, text, step) for run, step in zip(runs, steps, strict=True)]
-    entries = []
-    for at, run in enumerate(runs):
-        found = _estimates(run, text) if steps is None else _estimates_at(run, text, steps[at])
+    entries, sums = [], []
+    for run, step in zip(runs, steps or [None] * len(runs), strict=True):
+        found, of_run = _measured(run, text) if steps is None else _evaluated(run, text, step)
         numbers: dict[str, Any] = {metric: one.value for metric, one in found.items()}
-        numbers |= {f"{metric}_ci": _bounds(metric, one, sums[at], seed) for metric, one in found.items()}
-        size = len(of_run["num_tokens"]) if (of_run := sums[at]) else None
-        entries.append(ComparedText(run.name, steps[at] if steps else None, **numbers, num_documents=size))
+        numbers |= {f"{metric}_ci": _bounds(metric, one, of_run, seed) for metric, one in found.items()}
+        size = len(of_run["num_tokens"]) if of_run else None
+        entries.append(ComparedText(run.name, step, **numbers, num_documents=size))
+        sums.append(of_run)
     first = next((at for at, entry in enumerate(entries) if entry.ref_kl is not None), 0)
     for at, entry in enumerate(entries[1:], 1):
         why = mismatch(runs[first], runs[at], text) if steps is None else None
@@ -304,16 +301,17 @@ def _side_by_side(runs: Runs, steps: Sequence[float | None] | None, text: str, s
     return entries
 
 
-def _estimates(run: RunResults, text: str) -> dict[str, Estimate]:
-    """What `retain measure` found."""
+def _measured(run: RunResults, text: str) -> tuple[dict[str, Estimate], Sums | None]:
+    """What `retain measure` found of the metrics in `COMPARED`, and sums per document."""
     found = run.retention.get(text, TextResult()).estimates
-    return {metric: found[metric] for metric in COMPARED if metric in found}
+    return {metric: found[metric] for metric in COMPARED if metric in found}, _measured_sums(run, text)
 
 
-def _estimates_at(run: RunResults, text: str, step: float | None) -> dict[str, Estimate]:
-    """The evaluations around a step."""
+def _evaluated(run: RunResults, text: str, step: float | None) -> tuple[dict[str, Estimate], Sums | None]:
+    """The same from the evaluations around a step."""
     values = {metric: _interpolate(*run.series(f"retention/{text}/{metric}"), step) for metric in COMPARED}
-    return {metric: Estimate(value) for metric, value in values.items() if value is not None}
+    found = {metric: Estimate(value) for metric, value in values.items() if value is not None}
+    return found, _sums_at(run, text, step)
 
 
 def _bounds(metric: str, found: Estimate, sums: Sums | None, seed: int) -> list[float] | None:
@@ -370,7 +368,7 @@ def _arrays(sums: KeptSums) -> dict[str, np.ndarray]:
     return found | {"forgetting": found["loss"] - found["base_loss"]}
 
 
-def loss_difference(run: RunResults, other: RunResults, text: str, seed: int = 0) -> tuple[Estimate, Point] | None:
+def loss_difference(run: RunResults, other: RunResults, text: str) -> tuple[Estimate, Point] | None:
     """Loss of `run` minus that of `other` on one text at their ends, and the two; its interval pairs documents.
 
     None where one of them was not measured there, or they were not measured alike. Nats per token.
@@ -381,15 +379,16 @@ def loss_difference(run: RunResults, other: RunResults, text: str, seed: int = 0
     sums = [_measured_sums(one, text) for one in (run, other)]
     ci = None
     if sums[0] and sums[1]:
-        ci = _interval(sums[0]["loss"] - sums[1]["loss"], sums[0]["num_tokens"], seed, -math.inf)
+        ci = _interval(sums[0]["loss"] - sums[1]["loss"], sums[0]["num_tokens"], 0, -math.inf)
     return Estimate(ours.value - theirs.value, (ci[0], ci[1]) if ci else None), (ours.value, theirs.value)
 
 
 def _interval(numerator: np.ndarray, denominator: np.ndarray, seed: int, least: float) -> list[float] | None:
     """95% interval of a ratio of sums that is at least `least`; None where the documents are too few to give one."""
-    options: dict[str, Any] = {"num_resamples": NUM_RESAMPLES, "level": INTERVAL_LEVEL, "seed": seed}
-    _, low, high = bootstrap_ratio(numerator, denominator, within=(least, math.inf), **options)
-    return [low, high] if math.isfinite(low) and math.isfinite(high) else None
+    _, low, high = bootstrap_ratio(
+        numerator, denominator, num_resamples=NUM_RESAMPLES, level=INTERVAL_LEVEL, seed=seed, within=(least, math.inf)
+    )
+    return [low, high] if math.isfinite(low) else None
 
 
 def end_points(compared: Comparison, text: str | None = None) -> list[Point | None]:

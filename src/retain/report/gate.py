@@ -7,9 +7,10 @@ and neither where it straddles the limit. The worst decides for all.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from retain.metrics import METRICS
 from retain.report.numbers import Estimate, quantity, share_cell, value_cell
 from retain.report.results import Judgement, RunResults
 
@@ -21,22 +22,25 @@ WHY = {
     UNDECIDED: "the interval does not decide",
 }
 SEVERITY = (WITHIN, UNDECIDED, BEYOND)
+LIMITED = {"max_forgetting": "forgetting", "max_ref_kl": "ref_kl", "min_agreement": "ref_agreement"}  # of a text
 MIN_DOCUMENTS = 10  # documents or questions below which the coverage of an interval is not known: nothing is decided
 MAX_TIMES = 1000  # times as much text: then the value lies on the limit, as far as anyone can tell
 
 
 @dataclass(frozen=True)
 class Check:
-    """One number held against its limit."""
+    """One number held against its limit: a `share` against the least that it may be, nats against the most.
+
+    Args:
+        unit: what is resampled: documents or questions.
+    """
 
     name: str
     what: str
     found: Estimate | None
     limit: float
-    sign: int
-    """+1 where more than the limit is bad, −1 where less is."""
-    unit: str
-    """What is resampled: documents or questions."""
+    share: bool = False
+    unit: str = "documents"
 
     @property
     def size(self) -> int:
@@ -47,8 +51,8 @@ class Check:
         """(value, low, high) beyond the limit: positive is bad. None where there is no interval to go by."""
         if self.found is None or self.found.ci is None:
             return None
-        value, low, high = (self.sign * (number - self.limit) for number in (self.found.value, *self.found.ci))
-        return value, min(low, high), max(low, high)
+        value, low, high = (number - self.limit for number in (self.found.value, *self.found.ci))
+        return (-value, -high, -low) if self.share else (value, low, high)
 
     @property
     def code(self) -> int:
@@ -71,9 +75,8 @@ class Check:
         return max(self.size + 1, math.ceil(self.size * times)) if times <= MAX_TIMES else None
 
     def __str__(self) -> str:
-        share = self.sign < 0
-        limit = f"at least {self.limit:.1%}" if share else f"at most {self.limit:g} nats per token"
-        number = (share_cell if share else value_cell)(self.found).with_interval
+        limit = f"at least {self.limit:.1%}" if self.share else f"at most {self.limit:g} nats per token"
+        number = (share_cell if self.share else value_cell)(self.found).with_interval
         size = quantity(self.size, self.unit.removesuffix("s"))
         return f"{self.name}, {self.what} {number} on {size}, against {limit}: {WHY[self.code]}"
 
@@ -89,20 +92,17 @@ class Check:
                 "if the value stays")  # fmt: skip
 
 
-def checks_of(
-    run: RunResults, max_forgetting: float | None, max_ref_kl: float | None, min_agreement: float | None
-) -> Iterator[Check]:
+def checks_of(run: RunResults, limits: Mapping[str, float | None]) -> Iterator[Check]:
     """Everything in a report that a limit is set on."""
     for text, result in run.retention.items():
-        if max_forgetting is not None:
-            yield Check(text, "forgetting", result.forgetting, max_forgetting, 1, "documents")
-        if max_ref_kl is not None:
-            yield Check(text, "ref_kl", result.ref_kl, max_ref_kl, 1, "documents")
-        if min_agreement is not None:
-            yield Check(text, "same top token", result.ref_agreement, min_agreement, -1, "documents")
-    for name, rule, answers in run.rules:
-        if min_agreement is not None:
-            yield Check(f"{name} ({rule})", "same answer", answers.agreement, min_agreement, -1, "questions")
+        for name, metric in LIMITED.items():
+            if (limit := limits[name]) is not None:
+                share = METRICS[metric].is_share
+                what = METRICS[metric].label if share else metric
+                yield Check(text, what, getattr(result, metric), limit, share)
+    if (limit := limits["min_agreement"]) is not None:
+        for name, rule, answers in run.rules:
+            yield Check(f"{name} ({rule})", "same answer", answers.agreement, limit, True, "questions")
 
 
 def judge(
@@ -120,7 +120,7 @@ def judge(
         min_agreement: least share of the base's own top tokens and answers.
     """
     limits = {"max_forgetting": max_forgetting, "max_ref_kl": max_ref_kl, "min_agreement": min_agreement}
-    checks = list(checks_of(run, **limits))
+    checks = list(checks_of(run, limits))
     assert checks, "a limit on nothing"
     worst = max(SEVERITY.index(check.code) for check in checks)
     guilty = [check for check in checks if SEVERITY.index(check.code) == worst]

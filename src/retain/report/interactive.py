@@ -52,8 +52,8 @@ def scripts() -> list[str]:
 
 def policy(sources: Sequence[str]) -> str:
     """The page's content policy for exactly these scripts."""
-    digests = [base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() for source in sources]
-    return f"script-src {' '.join(f'{chr(39)}sha256-{digest}{chr(39)}' for digest in digests)}"
+    digests = (base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() for source in sources)
+    return " ".join(["script-src", *(f"'sha256-{digest}'" for digest in digests)])
 
 
 def figure_json(panel: Panel, total: int) -> str:

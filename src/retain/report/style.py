@@ -6,16 +6,15 @@ colours from the page (`currentColor`, `--run-1` ...), which makes one figure ri
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import html
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from retain.report.figures import Panel
 from retain.text import visible
@@ -45,9 +44,6 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none", "figure.constrained_layout.use": True,
 }  # fmt: skip
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 
 @contextmanager
 def _style(**more: Any) -> Iterator[None]:
@@ -59,13 +55,7 @@ def _style(**more: Any) -> Iterator[None]:
         yield
 
 
-def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> R:
-        with _style():
-            return draw(*args, **kwargs)
-
-    return styled
+styled = _style()  # decorates a function that draws
 
 
 def _axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
