@@ -280,11 +280,6 @@ def test_forgetting_is_the_tuned_loss_minus_the_bases():
     assert gain["num_tokens"] == sum(len(ids) for ids in TOKENIZER(texts)["input_ids"])
 
 
-def test_one_document_has_no_interval():
-    report = measure(make_model(), make_model(seed=1), {"a": make_texts(1)}, tokenizer=TOKENIZER, max_length=20)
-    assert report.data["retention"]["a"]["ref_kl"]["ci"] == [None, None]
-
-
 def test_a_report_says_what_was_measured_and_how():
     report = measure(make_model(), make_model(seed=1), {"a": make_texts(2)}, tokenizer=TOKENIZER, max_length=20, seed=4)
     data = report.data
@@ -302,7 +297,7 @@ def test_a_report_says_what_was_measured_and_how():
     [
         ({"dtype": torch.bfloat16}, "dtype: base has torch.float32, model has torch.bfloat16; load both alike"),
         ({"attn": "eager"}, "attn_implementation: base has sdpa, model has eager"),
-        ({"vocab_size": 321}, "vocabulary: base has 320, model has 321"),
+        ({"vocab_size": 321}, "vocabulary: base has 320, model has 321; .*resize_token_embeddings"),
     ],
 )
 def test_models_that_cannot_be_compared_are_refused(change, expected):

@@ -19,9 +19,11 @@ from datasets import Dataset
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel, PeftType, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_models import ADAPTERS, NEEDED, QV, gguf_file, write_gguf  # noqa: F401
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig
 
-from retain import ReplayConfig, ReplaySFTTrainer, measure
+from retain import ReplayConfig, ReplaySFTTrainer
 from retain.cli.main import main
 from retain.cli.measure import (
     MeasureConfig,
@@ -335,9 +337,6 @@ def renumbered() -> Any:
     raw = json.loads(make_tokenizer().backend_tokenizer.to_str())
     vocabulary = raw["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(raw)), eos_token="<|im_end|>")
 
 
@@ -403,17 +402,21 @@ def test_an_adapter_may_name_a_revision_of_its_base(hub, llama_folder, tmp_path)
     assert "older" in refusal(load_model, str(file.parent))
 
 
-def test_added_tokens_are_named_and_what_to_do(tmp_path):
-    tokenizer, other = make_tokenizer(), make_tokenizer()
-    other.add_tokens(["<tool>", "<step>"])
-    for folder, own in ((save_model(tmp_path / "more"), other), (save_model(tmp_path / "less"), tokenizer)):
-        own.save_pretrained(folder)
-    message = refusal(tokenizer_of_tuned, str(tmp_path / "more"), tokenizer)
-    for part in ("2 tokens", "'<tool>'", "'<step>'", "resize_token_embeddings", "--base"):
-        assert part in message
-    lacking = copy.deepcopy(tokenizer)
+def test_a_tuned_model_with_another_vocabulary_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    make_model().config.save_pretrained(tmp_path)
+    assert tokenizer_of_tuned(str(tmp_path), tokenizer) is tokenizer, "none there: nothing to compare"
+    save_model(tmp_path)
+    tokenizer_of_tuned(str(tmp_path), tokenizer)
+    lacking, other = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
     lacking.add_tokens(["<mine>"])
-    assert "lacks 1 token" in refusal(tokenizer_of_tuned, str(tmp_path / "less"), lacking)
+    assert "lacks 1 token" in refusal(tokenizer_of_tuned, str(tmp_path), lacking)
+    for token, named in (("<tool>", "has 1 token more than the base's: '<tool>'"), ("<step>", "'<tool>', '<step>'")):
+        other.add_tokens([token])
+        other.save_pretrained(tmp_path)
+        message = refusal(tokenizer_of_tuned, str(tmp_path), tokenizer)
+        for part in (named, "resize_token_embeddings", "--base"):
+            assert part in message
 
 
 # Bases that lie in a file or package
@@ -438,13 +441,6 @@ def test_an_adapter_names_its_package_and_so_does_the_card(gguf_file, tmp_path, 
     assert "fine-tuned version of `package:fake_llm_package`" in card
     assert 'pipeline("text-generation", model="out"' in card
     assert torch.equal(load_model(str(tmp_path / "out"))(IDS).logits, make_model()(IDS).logits)
-
-
-def test_vocabularies_of_two_sizes_are_refused_with_a_remedy():
-    tuned = make_model(vocab_size=322)
-    message = refusal(measure, make_model(), tuned, {"w": ["the quick"]}, tokenizer=make_tokenizer(), max_length=16)
-    for part in ("vocabulary: base has 320, model has 322", "resize_token_embeddings"):
-        assert part in message
 
 
 # What the user set is what is named

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from pathlib import Path
@@ -12,8 +11,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, make_model, make_tokenizer, save_model
+from conftest import CHATML, make_model, make_tokenizer
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftType, PromptTuningConfig, get_peft_model
+from tokenizers import Tokenizer, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from retain.models.description import (
@@ -27,32 +27,10 @@ from retain.models.description import (
     with_least_room,
 )
 from retain.models.loading import load_model, load_tokenizer
-from retain.models.tokenizer_identity import tokenizer_of_tuned
 
 IDS = torch.arange(5, 25)[None]
 
 # The document start (pitfall 15)
-
-
-def test_an_ordinary_bos_starts_a_document():
-    tokenizer = make_tokenizer(bos="<s>")
-    assert choose_start_token(tokenizer) == StartToken(3, "<s>", "the tokenizer's bos_token")
-
-
-def test_a_bos_that_opens_chat_turns_does_not():
-    """As in SmolLM2-Instruct."""
-    tokenizer = make_tokenizer(bos="<|im_start|>")
-    tokenizer.chat_template = CHATML
-    start = choose_start_token(tokenizer)
-    assert (start.id, start.token) == (0, "<|endoftext|>")
-    assert "'<|im_start|>' is a chat role marker" in start.reason
-
-
-def test_a_bos_that_opens_the_conversation_once_still_does():
-    """As in Llama 3: the template writes BOS once, before the first turn."""
-    tokenizer = make_tokenizer(bos="<s>")
-    tokenizer.chat_template = "{{ bos_token }}" + CHATML
-    assert choose_start_token(tokenizer).token == "<s>"
 
 
 # As in Llama-2-chat: every exchange is written as a document of its own.
@@ -61,69 +39,57 @@ EXCHANGES = (
     "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+OF_LLAMA_2 = {"eos": "</s>", "separator": "</s>", "template": EXCHANGES}
+REJECTING = "{{ raise_exception('only users') }}{% if x == '<|im_start|>' %}{% endif %}"
+IS_BOS = "the tokenizer's bos_token"
 
 
-@pytest.mark.parametrize("opens_plain_text", [True, False])
-def test_a_bos_that_opens_exchanges_is_no_role_marker(opens_plain_text):
-    """It stands at users' turns alone: fastchat#2736. Else documents would start with `</s>`, which ends them."""
-    raw = json.loads(make_tokenizer().backend_tokenizer.to_str().replace("<|endoftext|>", "</s>"))
-    from tokenizers import Tokenizer, processors
-
-    backend = Tokenizer.from_str(json.dumps(raw))
+def tokenizer_of(
+    bos: str | None = "<s>", eos: str = "<|im_end|>", template: str | None = None, separator: str = "<|endoftext|>",
+    opens_plain_text: bool = False,
+) -> PreTrainedTokenizerFast:  # fmt: skip
+    backend = Tokenizer.from_str(make_tokenizer().backend_tokenizer.to_str().replace("<|endoftext|>", separator))
     if opens_plain_text:
-        backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 3)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    tokenizer.chat_template = EXCHANGES
-    assert choose_start_token(tokenizer) == StartToken(3, "<s>", "the tokenizer's bos_token")
-
-
-def test_a_bos_that_the_tokenizer_puts_before_plain_text_starts_documents():
-    """Also where the chat template repeats it."""
-    from tokenizers import processors
-
-    tokenizer = make_tokenizer(bos="<|im_start|>")
-    opening = processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
-    tokenizer.backend_tokenizer.post_processor = opening
-    tokenizer.chat_template = CHATML
-    assert choose_start_token(tokenizer).token == "<|im_start|>"
-
-
-def test_a_template_that_rejects_the_probe_is_read_as_text():
-    tokenizer = make_tokenizer(bos="<|im_start|>")
-    tokenizer.chat_template = "{{ raise_exception('only users') }}{% if x == '<|im_start|>' %}{% endif %}"
-    assert choose_start_token(tokenizer).token == "<|endoftext|>"
-
-
-def test_without_bos_the_document_separator_is_taken():
-    """As in Qwen, whose eos_token is the end of a chat turn."""
-    tokenizer = make_tokenizer(bos=None)
-    tokenizer.chat_template = CHATML
-    start = choose_start_token(tokenizer)
-    assert (start.id, start.token) == (0, "<|endoftext|>")
-    assert "there is no bos_token" in start.reason
-
-
-def test_bos_and_eos_may_be_the_one_separator():
-    """As in GPT-2."""
-    tokenizer = make_tokenizer(bos="<|endoftext|>")
-    tokenizer.eos_token = "<|endoftext|>"
-    assert choose_start_token(tokenizer) == StartToken(0, "<|endoftext|>", "the tokenizer's bos_token")
-
-
-def without_separator() -> PreTrainedTokenizerFast:
-    raw = json.loads(make_tokenizer().backend_tokenizer.to_str())
-    text = json.dumps(raw).replace("<|endoftext|>", "<|unknown|>")
-    from tokenizers import Tokenizer
-
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), eos_token="<|im_end|>")
-    tokenizer.chat_template = CHATML
+        special = [(bos, backend.token_to_id(bos))]
+        backend.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+    tokenizer.chat_template = template
     return tokenizer
 
 
-def test_without_any_candidate_it_refuses_and_says_how_to_go_on():
+STARTS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "BOS": ({}, "<s>", IS_BOS),
+    "BOS opens chat turns, as in SmolLM2-Instruct": (
+        {"bos": "<|im_start|>", "template": CHATML}, "<|endoftext|>", "'<|im_start|>' is a chat role marker"),
+    "BOS opens the conversation once, as in Llama 3": ({"template": "{{ bos_token }}" + CHATML}, "<s>", IS_BOS),
+    # fastchat#2736: else documents would start with `</s>`, which ends them
+    "BOS opens users' turns alone, as in Llama-2-chat": (OF_LLAMA_2, "<s>", IS_BOS),
+    "and plain text, too": (OF_LLAMA_2 | {"opens_plain_text": True}, "<s>", IS_BOS),
+    "BOS opens plain text, though the template repeats it": (
+        {"bos": "<|im_start|>", "template": CHATML, "opens_plain_text": True}, "<|im_start|>", IS_BOS),
+    "a template that rejects the probe is read as text": (
+        {"bos": "<|im_start|>", "template": REJECTING}, "<|endoftext|>", "is a chat role marker"),
+    "no BOS, and EOS ends chat turns, as in Qwen": (
+        {"bos": None, "template": CHATML}, "<|endoftext|>", "there is no bos_token"),
+    "BOS and EOS are the separator, as in GPT-2": (
+        {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}, "<|endoftext|>", IS_BOS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_the_document_start_of_every_kind_of_tokenizer(case):
+    made, token, reason = STARTS[case]
+    tokenizer = tokenizer_of(**made)
+    start = choose_start_token(tokenizer)
+    assert (start.token, start.id) == (token, tokenizer.convert_tokens_to_ids(token))
+    assert reason in start.reason
+
+
+def test_without_any_candidate_it_refuses_and_says_what_to_give():
+    tokenizer = tokenizer_of(bos=None, separator="<|unknown|>", template=CHATML)
     with pytest.raises(ValueError, match="start_token: there is no bos_token and no .* give --start_token TOKEN"):
-        choose_start_token(without_separator())
-    assert choose_start_token(without_separator(), "<|unknown|>").id == 0
+        choose_start_token(tokenizer)
+    assert choose_start_token(tokenizer, "<|unknown|>").id == 0
 
 
 @pytest.mark.parametrize("given", ["<|im_end|>", "2", 2])
@@ -153,10 +119,6 @@ def test_float32_and_bfloat16_loads_are_the_same_model(tmp_path):
     assert model_fingerprint(one) == model_fingerprint(other) == model_fingerprint(rounded())
 
 
-def test_another_seed_is_another_model():
-    assert model_fingerprint(rounded(0)) != model_fingerprint(rounded(1))
-
-
 @pytest.mark.parametrize("at", [0, 1, -1])
 def test_one_changed_weight_is_another_model(at):
     model = rounded()
@@ -167,14 +129,8 @@ def test_one_changed_weight_is_another_model(at):
     assert model_fingerprint(model) != before
     weights[at] = kept
     assert model_fingerprint(model) == before
-
-
-def test_two_weights_that_change_places_are_another_model():
-    model = rounded()
-    before = model_fingerprint(model)
-    weights = model.model.layers[0].mlp.up_proj.weight.data.view(-1)
-    weights[[3, 4]] = weights[[4, 3]].clone()
-    assert model_fingerprint(model) != before
+    weights[[at, 3]] = weights[[3, at]].clone()
+    assert model_fingerprint(model) != before, "also where two change places"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "gemma3_text"])
@@ -261,8 +217,6 @@ def test_the_same_vocabulary_cut_differently_is_another_tokenizer():
     tokenizer = make_tokenizer()
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     raw["model"]["merges"] = []
-    from tokenizers import Tokenizer
-
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(raw)))
     assert other.get_vocab() == tokenizer.get_vocab()
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
@@ -398,62 +352,34 @@ def test_a_dequantisation_that_fails_leaves_nothing_in_the_cache(gguf_file, monk
 
 # Bad names, one line each
 
-
-def two_models(folder: Path) -> str:
-    for name in ("a.gguf", "b.gguf"):
-        (folder / name).write_bytes(b"GGUF")
-    return str(folder)
+LLAMA = json.dumps(make_model().config.to_dict()).encode()
 
 
-def broken_weights(folder: Path) -> str:
-    save_model(folder / "m")
-    (folder / "m" / "model.safetensors").write_bytes(b"not a tensor")
-    return str(folder / "m")
-
-
-def broken_gguf(folder: Path) -> str:
-    (folder / "broken.gguf").write_bytes(b"GGUF and no more")
-    return str(folder / "broken.gguf")
-
-
-def broken_config(folder: Path) -> str:
-    (folder / "config.json").write_text("{")
-    return str(folder)
-
-
-def plain_file(folder: Path) -> str:
-    (folder / "model.bin").write_bytes(b"")
-    return str(folder / "model.bin")
-
-
-def adapter_of_nothing(folder: Path) -> str:
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    return str(folder)
-
-
-BAD_MODELS = {
-    "missing folder": (lambda folder: str(folder / "missing"), "no folder or file"),
-    "missing relative folder": (lambda folder: "./missing", "no folder or file"),
-    "empty name": (lambda folder: "", "no folder or file"),
-    "unknown on the Hub": (lambda folder: "nobody/nothing", "cannot load .* check the name"),
-    "empty folder": (lambda folder: str(folder), "holds no config.json and 0 .gguf files"),
-    "two GGUF files": (two_models, "2 .gguf files; name one"),
-    "plain file": (plain_file, "is a file but not a .gguf"),
-    "missing package": (lambda folder: "package:no_such_package", "pip install it first"),
-    "module, not package": (lambda folder: "package:six", "pip install it first"),
-    "broken weights": (broken_weights, "cannot load the weights"),
-    "broken GGUF": (broken_gguf, "cannot load"),
-    "broken config": (broken_config, "cannot load"),
-    "adapter of nothing": (adapter_of_nothing, "does not name its base"),
+BAD_MODELS: dict[str, tuple[dict[str, bytes], str, str]] = {  # files in the folder, name, error
+    "missing folder": ({}, "{}/missing", "no folder or file"),
+    "missing relative folder": ({}, "./missing", "no folder or file"),
+    "empty name": ({}, "", "no folder or file"),
+    "unknown on the Hub": ({}, "nobody/nothing", "cannot load .* check the name"),
+    "empty folder": ({}, "{}", "holds no config.json and 0 .gguf files"),
+    "two GGUF files": ({"a.gguf": b"GGUF", "b.gguf": b"GGUF"}, "{}", "2 .gguf files; name one"),
+    "plain file": ({"model.bin": b""}, "{}/model.bin", "is a file but not a .gguf"),
+    "missing package": ({}, "package:no_such_package", "pip install it first"),
+    "module, not package": ({}, "package:six", "pip install it first"),
+    "broken weights": ({"config.json": LLAMA, "model.safetensors": b"no tensor"}, "{}", "cannot load the weights"),
+    "broken GGUF": ({"broken.gguf": b"GGUF and no more"}, "{}/broken.gguf", "cannot load"),
+    "broken config": ({"config.json": b"{"}, "{}", "cannot load"),
+    "adapter of nothing": ({"adapter_config.json": b'{"peft_type": "LORA"}'}, "{}", "does not name its base"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_MODELS)
 def test_a_bad_model_is_named_in_one_line(case, tmp_path, monkeypatch):
     monkeypatch.setenv("RETAIN_CACHE", str(tmp_path / "cache"))
-    make, expected = BAD_MODELS[case]
+    files, name, expected = BAD_MODELS[case]
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=expected) as caught:
-        load_model(make(tmp_path))
+        load_model(name.format(tmp_path))
     assert str(caught.value).startswith("model: ")
     assert "\n" not in str(caught.value)
 
@@ -463,16 +389,3 @@ def test_a_missing_tokenizer_is_named_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="model: cannot load the tokenizer of") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
-
-
-def test_a_tuned_model_with_another_tokenizer_is_refused(tmp_path):
-    tokenizer = make_tokenizer()
-    make_model().config.save_pretrained(tmp_path)
-    tokenizer_of_tuned(str(tmp_path), tokenizer)  # no tokenizer there: nothing to compare
-    other = copy.deepcopy(tokenizer)
-    save_model(tmp_path)
-    tokenizer_of_tuned(str(tmp_path), tokenizer)
-    other.add_tokens(["<new>"])
-    other.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the tokenizer in .* has 1 token more than the base's: '<new>'"):
-        tokenizer_of_tuned(str(tmp_path), tokenizer)
