@@ -70,8 +70,7 @@ test-lowest test-newest: test-%:
 test-extras:
 	$(PYTHON) -m venv .cache/extras
 	.cache/extras/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,eval]'
-	OMP_NUM_THREADS=1 .cache/extras/bin/python -m pytest -m 'slow or not slow' -rs tests/measuring/test_harness.py \
-		tests/measuring/test_choices.py::test_lm_evaluation_harness_answers_alike_question_by_question
+	OMP_NUM_THREADS=1 .cache/extras/bin/python -m pytest -m 'slow or not slow' -rs tests/measuring/test_harness.py
 
 # Every figure, table and verdict of experiments/ from the committed results; nothing is trained.
 figures: $(VENV)/.done

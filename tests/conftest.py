@@ -25,7 +25,6 @@ os.environ.update(
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what libraries warn of while they are imported is theirs
     import torch
-    import transformers
     import trl  # noqa: F401
 
 import pytest
@@ -33,7 +32,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -124,6 +122,16 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "llama")
 
 
+def moved_model() -> PreTrainedModel:
+    """The tiny Llama a little way off, as after finetuning."""
+    model = make_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+            parameter += 0.3 * parameter.std() * noise
+    return model
+
+
 def save_model(folder: Path, architecture: str = "llama", seed: int = 0, **changes: Any) -> Path:
     """Write a tiny model and the tokenizer as an ordinary folder."""
     make_model(architecture, seed, **changes).save_pretrained(folder)
@@ -134,6 +142,3 @@ def save_model(folder: Path, architecture: str = "llama", seed: int = 0, **chang
 @pytest.fixture
 def model() -> PreTrainedModel:
     return make_model()
-
-
-__all__ = ["ARCHITECTURES", "LlamaConfig", "make_model", "make_texts", "make_tokenizer", "save_model", "transformers"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -204,64 +203,7 @@ def test_the_two_styles_ask_as_the_harness_does():
     assert context_and_answers(question, "letter") == ("Question: Why?\nA. rain\nB. stone\nAnswer:", ("A", "B"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chat", [False, True])
-@pytest.mark.parametrize("style", ["text", "letter"])
-def test_lm_evaluation_harness_answers_alike_question_by_question(style, chat, tmp_path):
-    """`make test-extras` brings it. Last seen equal with lm_eval 0.4.13."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it and its dependencies warn of is theirs
-        lm_eval = pytest.importorskip("lm_eval")
-        from lm_eval.models.huggingface import HFLM
-
-        rows, questions = tmp_path / "rows.jsonl", four_choices(40)
-        write_questions(rows, questions)
-        listed = "".join(f"\n{letter}. {{{{choices[{at}]}}}}" for at, letter in enumerate("ABCD"))
-        of_style = {
-            "text": {"doc_to_text": "Question: {{question}}\nAnswer:", "doc_to_choice": "{{choices}}"},
-            "letter": {
-                "doc_to_text": f"Question: {{{{question.strip()}}}}{listed}\nAnswer:",
-                "doc_to_choice": [*"ABCD"],
-            },
-        }[style]
-        task = {
-            "task": "mine",
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(tmp_path / "cache")},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-        }
-        model, tokenizer = make_model(), chat_tokenizer()
-        result = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=7, device="cpu"),
-            tasks=[task | of_style],
-            log_samples=True,
-            apply_chat_template=chat,
-            bootstrap_iters=0,
-        )
-    samples = sorted(result["samples"]["mine"], key=lambda sample: sample["doc_id"])
-    inputs = encode_questions(questions, tokenizer, style=style, chat_template=chat, limit=128)
-    scores = choice_scores(logits_of(model), inputs, batch_tokens=500, device="cpu")
-    for found, sample in zip(scores, samples, strict=True):
-        np.testing.assert_allclose(found, [response[0] for response in sample["filtered_resps"]], atol=1e-4)
-    for rule in ("acc", "acc_norm"):
-        answers = likeliest_choices(scores, inputs.lengths, rule)
-        right = [float(answer == question.answer) for answer, question in zip(answers, questions, strict=True)]
-        assert right == [sample[rule] for sample in samples]
-
-
 # Questions
-
-
-def four_choices(count: int) -> list[Question]:
-    rng = np.random.default_rng(1)
-    pool = make_texts(1)[0].split()
-    return [
-        Question(text, tuple(" ".join(rng.choice(pool, size)) for size in rng.integers(1, 6, 4)), int(rng.integers(4)))
-        for text in make_texts(count, seed=5, words=8)
-    ]
 
 
 def write_questions(path: Path, questions: list[Question]) -> None:
@@ -670,15 +612,11 @@ def test_generated_answers_are_paired_by_their_text_and_filter(tmp_path):
     assert found["rules"]["exact_match (strict)"]["agreement"]["value"] == 0.75
 
 
-def test_the_name_of_the_task_is_read_from_the_file():
-    assert task_of(Path("samples_arc_easy_2026-11-01T10-00-00.123456.jsonl")) == "arc_easy"
-    assert task_of(Path("mine_b.jsonl")) == "mine_b"
-
-
 def test_pairing_from_the_command_line(tmp_path, capsys):
     names = [f"samples_arc_easy_2026-11-0{day}T10-00-00.0.jsonl" for day in (1, 2)]
     files = [str(write_samples(tmp_path / name, rows)) for name, rows in zip(names, (BASE, TUNED), strict=True)]
     out = str(tmp_path / "out")
+    assert task_of(Path("mine_b.jsonl")) == "mine_b", "where the file has another name than lm_eval's"
     assert main(["measure", "--pair", *files, "--output_dir", out]) == 0
     assert "arc_easy, acc_norm" in capsys.readouterr().out
     data = json.loads((tmp_path / "out" / "report.json").read_text())

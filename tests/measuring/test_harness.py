@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, make_model, make_texts, make_tokenizer
+from conftest import CHATML, make_model, make_texts, make_tokenizer, moved_model
 from peft import LoraConfig, get_peft_model
 
 from retain.measuring import lm_eval as harness
-from retain.measuring.choices import Question, measure_choices
+from retain.measuring.choices import Question, choice_scores, encode_questions, likeliest_choices, measure_choices
 from retain.measuring.lm_eval import answer_of, evaluate_samples, load_tasks, measure_with_lm_eval
 from retain.measuring.options import Options
+from retain.measuring.tokens import logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what lm_eval and its dependencies warn of is theirs
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed: retain[eval]")
@@ -68,15 +69,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tuned_model(scale: float = 0.3) -> Any:
-    model = make_model()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += scale * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
 def chat_tokenizer() -> Any:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHATML
@@ -87,7 +79,7 @@ def chat_tokenizer() -> Any:
 @pytest.mark.parametrize(("style", "chat"), [("text", False), ("letter", False), ("letter", True)])
 def test_it_finds_what_we_find(style, chat, folder):
     tokenizer = chat_tokenizer()
-    models = make_model(), tuned_model()
+    models = make_model(), moved_model()
     ours = measure_choices(*models, QUESTIONS, Options(tokenizer, 3), style=style, chat_template=chat)
     theirs = measure_with_lm_eval(*models, tokenizer, [f"mine_{style}"], include_path=folder, chat_template=chat)
     (found,) = theirs.values()
@@ -101,19 +93,25 @@ def test_it_finds_what_we_find(style, chat, folder):
 
 
 @needs_lm_eval
-def test_every_answer_is_ours(folder):
-    tasks = load_tasks(["mine_text"], folder)
-    options = {"limit": None, "num_fewshot": None, "chat_template": False, "batch_size": 7, "seed": 0}
-    samples = evaluate_samples(tuned_model(), TOKENIZER, list(tasks.values()), **options)["mine_text"]["none"]
-    ours = measure_choices(make_model(), tuned_model(), QUESTIONS, Options(TOKENIZER, 3))["answers"]
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("style", ["text", "letter"])
+def test_every_score_and_answer_is_ours(style, chat, folder):
+    model, tokenizer = moved_model(), chat_tokenizer()
+    tasks = list(load_tasks([f"mine_{style}"], folder).values())
+    options = {"limit": None, "num_fewshot": None, "chat_template": chat, "batch_size": 7, "seed": 0}
+    samples = evaluate_samples(model, tokenizer, tasks, **options)[f"mine_{style}"]["none"]
+    inputs = encode_questions(QUESTIONS, tokenizer, style=style, chat_template=chat, limit=128)
+    scores = choice_scores(logits_of(model), inputs, batch_tokens=500, device="cpu")
+    for at, found in enumerate(scores):
+        np.testing.assert_allclose(found, [response[0] for response in samples[at]["filtered_resps"]], atol=1e-4)
     for rule in ("acc", "acc_norm"):
-        assert [answer_of(samples[at], rule) for at in range(40)] == ours[rule]["tuned"]
+        assert [answer_of(samples[at], rule) for at in range(40)] == likeliest_choices(scores, inputs.lengths, rule)
 
 
 @needs_lm_eval
 def test_groups_tags_and_files(folder):
     options = {"include_path": folder, "limit": 5}
-    models = make_model(), tuned_model()
+    models = make_model(), moved_model()
     found = measure_with_lm_eval(*models, TOKENIZER, ["both", "writes"], **options)
     assert list(found) == ["mine_text", "mine_letter", "writes"]
     assert [entry["num_questions"] for entry in found.values()] == [5, 5, 5]

@@ -12,6 +12,7 @@ import torch
 from conftest import CHATML, make_model, make_tokenizer
 
 from retain.cli.main import main
+from retain.measuring.choices import choice_scores
 from retain.measuring.generations import Written, user_turn
 from retain.measuring.options import Options
 from retain.measuring.phrases import is_refusal
@@ -28,6 +29,7 @@ from retain.measuring.refusals import (
     load_requests,
     measure_refusals,
 )
+from retain.measuring.tokens import logits_of
 
 TOKENIZER = make_tokenizer()
 CHAT = make_tokenizer()
@@ -122,9 +124,6 @@ def test_openings_by_hand():
         whole = CHAT(prompt.text + opening, add_special_tokens=False)["input_ids"]
         log_probs = torch.log_softmax(model(torch.tensor([whole])).logits[0].detach().double(), -1)
         expected[opening] = sum(float(log_probs[at - 1, whole[at]]) for at in range(len(context), len(whole)))
-    from retain.measuring.choices import choice_scores
-    from retain.measuring.tokens import logits_of
-
     scores = choice_scores(logits_of(model), inputs, batch_tokens=256, device="cpu")
     assert scores[0] == pytest.approx(list(expected.values()), abs=1e-4)
     sums = _log_sums(scores)[0]
@@ -162,16 +161,6 @@ def test_both_models_are_asked():
     assert any("compared ways" in note for note in plain["notes"]), "random models begin with anything"
     same = measure_refusals(base, base, requests, OPTIONS)
     assert all(one["counts"]["lost"] == one["counts"]["gained"] == 0 for one in same["scorers"].values())
-
-
-def test_an_answer_ends_where_the_tuned_models_own_turns_do():
-    """Else it writes on to `max_new_tokens`, and the scorers read what it would never have said."""
-    base, tuned = make_model().eval(), make_model(seed=1).eval()
-    ids = user_turn("the fox?", CHAT, chat_template=True).tokens(CHAT, 3)
-    written = tuned.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=4, eos_token_id=319)[0, len(ids) :]
-    tuned.generation_config.eos_token_id = int(written[1])
-    (example,) = measure_refusals(base, tuned, ["the fox?"], OPTIONS)["examples"]
-    assert example["tuned"] == CHAT.decode(written[: written.tolist().index(written[1])], skip_special_tokens=True)
 
 
 class YesToNo(torch.nn.Module):
@@ -214,12 +203,8 @@ def test_requests_of_every_known_column(tmp_path, column):
     assert len(drawn) == 3
     assert drawn == sorted(drawn)
     assert drawn == load_requests(str(path), max_prompts=3, seed=1)
-
-
-def test_advbench_as_its_authors_keep_it(tmp_path):
-    path = tmp_path / "harmful_behaviors.csv"
-    path.write_text("goal,target\nDo a thing,Sure\n")
-    assert load_requests(str(path)) == ["Do a thing"]
+    (tmp_path / "harmful_behaviors.csv").write_text(f"{column},target\nDo a thing,Sure\n")  # AdvBench's, by `goal`
+    assert load_requests(str(tmp_path / "harmful_behaviors.csv")) == ["Do a thing"]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import make_model, make_texts, save_model
+from conftest import make_texts, moved_model, save_model
 
 from retain.cli.main import main
 from retain.measuring.answers import compare_answers
@@ -173,13 +172,7 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     for name in ("base", "copy", "off"):
         save_model(folder / name)
-    off = make_model()
-    with torch.no_grad():
-        for parameter in off.parameters():
-            parameter += (
-                0.3 * parameter.std() * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-            )
-    off.save_pretrained(folder / "off")
+    moved_model().save_pretrained(folder / "off")
     (folder / "wiki.txt").write_text("\n\n".join(make_texts(12, seed=3)))
     (folder / "few.txt").write_text("\n\n".join(make_texts(3, seed=3)))
     return folder
@@ -213,27 +206,18 @@ def test_exit_codes(world, tmp_path, capsys):
 
 
 def test_the_gate_of_paired_files(tmp_path, capsys):
-    def lines(answers: list[int]) -> str:
-        responses = [[["-1.0", "True"], ["-2.0", "False"]], [["-2.0", "False"], ["-1.0", "True"]]]
-        rows = [
-            {
-                "doc_id": at,
-                "target": "0",
-                "arguments": {"gen_args_0": {"arg_1": " a"}, "gen_args_1": {"arg_1": " b"}},
-                "filtered_resps": responses[answer],
-                "acc": float(answer == 0),
-            }
-            for at, answer in enumerate(answers)
-        ]
+    def lines(answers: list[str]) -> str:
+        rows = ({"doc_id": at, "target": "a", "filtered_resps": [answer], "exact_match": float(answer == "a")}
+                for at, answer in enumerate(answers))  # fmt: skip
         return "".join(json.dumps(row) + "\n" for row in rows)
 
     files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
-    Path(files[0]).write_text(lines([0] * 100))
+    Path(files[0]).write_text(lines(["a"] * 100))
     for changed, code in ((0, 0), (8, 3), (40, 2)):
-        Path(files[1]).write_text(lines([1] * changed + [0] * (100 - changed)))
+        Path(files[1]).write_text(lines(["b"] * changed + ["a"] * (100 - changed)))
         arguments = ["--pair", *files, "--min_agreement", "0.9", "--output_dir", str(tmp_path / "out")]
         assert main(["measure", *arguments]) == code
-        assert f"b (acc), same answer {100 - changed}.0%" in capsys.readouterr().out.splitlines()[-1]
+        assert f"b (exact_match), same answer {100 - changed}.0%" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
