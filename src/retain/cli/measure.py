@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
 from retain.cli.settings import RETENTION_HELP, ModelLoadSettings
-from retain.data.rows import OLD_TEXT, Reading, named_sources, read_rows, row_texts
+from retain.data.rows import Reading, named_sources, read_rows, row_texts
 from retain.files import CONFIG_FILE, exclusive, read_settings
 from retain.measuring.choices import load_questions
 from retain.measuring.generations import as_prompt
@@ -253,8 +254,7 @@ def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> list[
     Raises:
         ValueError: one line naming the field, the value, and what to do.
     """
-    trust = config.trust_remote_code
-    tokenizer = load_tokenizer(config.base, revision=config.model_revision, trust_remote_code=trust, field="base")
+    tokenizer = load_tokenizer(config.base, field="base", **config.checkpoint)
     names, runs = names_of(config.model), [read_run(Path(model)) for model in config.model]
     sources = load_sources(config, tokenizer)
     new_tasks = [load_new_task(config, model, tokenizer) for model in config.model]
@@ -335,25 +335,20 @@ def replay_folder(model: str) -> str | None:
 
 def load_sources(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What is put to every model, by the name of `measure`'s argument, each by the user's own names."""
-    kinds = ("retention", "choices", "refusals", "harmless")
-    named = {kind: named_sources(getattr(config, kind), kind) for kind in kinds}
-    drawn: dict[str, Any] = {"seed": config.seed}
-    texts = {
-        text: load_texts(source, tokenizer, config.max_documents, OLD_TEXT)
-        for text, source in named["retention"].items()
+    requests = partial(load_requests, max_prompts=config.max_prompts, seed=config.seed)
+    readers: dict[str, Callable[[str], Any]] = {
+        "retention": lambda source: load_texts(source, tokenizer, config.max_documents),
+        "choices": lambda source: load_questions(source, max_questions=config.max_questions, seed=config.seed),
+        "refusals": requests,
+        "harmless": requests,
     }
-    questions = {
-        name: load_questions(source, max_questions=config.max_questions, **drawn)
-        for name, source in named["choices"].items()
-    }
-    drawn["max_prompts"] = config.max_prompts
-    requests = {
-        kind: {name: load_requests(source, **drawn) for name, source in named[kind].items()}
-        for kind in ("refusals", "harmless")
+    sources: dict[str, Any] = {
+        kind: {name: read(source) for name, source in named_sources(getattr(config, kind), kind).items()}
+        for kind, read in readers.items()
     }
     rows = read_rows(config.prompts) if config.prompts else ()
     prompts = [as_prompt(row, tokenizer, f"row {at} of {config.prompts!r}") for at, row in enumerate(rows, start=1)]
-    return {"retention": texts, "choices": questions, **requests, "prompts": prompts}
+    return {**sources, "prompts": prompts}
 
 
 def load_new_task(config: MeasureConfig, model: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -378,10 +373,9 @@ def load_base(config: MeasureConfig) -> PreTrainedModel:
         config.base,
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
         device=default_device(),
         field="base",
+        **config.checkpoint,
     )
 
 
@@ -413,9 +407,8 @@ def other_base(config: MeasureConfig, model: str, base: PreTrainedModel, tuned: 
 def load_judge(config: MeasureConfig, base: PreTrainedModel) -> Judge:
     """The judge, on the device of the base."""
     name, trust = str(config.judge), config.trust_remote_code
-    of_judge: dict[str, Any] = {"trust_remote_code": trust, "field": "judge"}
-    model = load_model(name, dtype=config.dtype, device=base.device, **of_judge)
-    return Judge(model, load_tokenizer(name, **of_judge))
+    model = load_model(name, dtype=config.dtype, device=base.device, trust_remote_code=trust, field="judge")
+    return Judge(model, load_tokenizer(name, trust_remote_code=trust, field="judge"))
 
 
 VERB = Verb(

@@ -12,8 +12,6 @@ from retain.cli.settings import RevisionSettings
 from retain.laws.law import ForgettingLaw
 
 INPUTS = ("num_params", "num_steps", "num_tokens", "replay_share", "tokens_per_param", "finetuning_loss", "ref_kl")
-
-
 LIMITS = {"max_forgetting": "forgetting", "max_ref_kl": "ref_kl"}  # the metric that a law must be of
 
 
@@ -65,8 +63,7 @@ def run_predict(config: PredictConfig) -> None:
             config.model,
             config.lora_r,
             config.lora_target_modules,
-            revision=config.model_revision,
-            trust_remote_code=config.trust_remote_code,
+            **config.checkpoint,
         )
     limit = limit_of(config, law)
     if limit is None:

@@ -104,28 +104,34 @@ def run_sample(config: SampleConfig) -> None:
     on_cpu = config.engine != "torch" or default_device() == "cpu"  # other engines hold the model that draws
     state = PartialState(cpu=on_cpu) if launched() else None
     device = state.device if state is not None else "cpu" if on_cpu else default_device()
-    options: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
-    tokenizer = load_tokenizer(config.model, **options)
+    tokenizer = load_tokenizer(config.model, **config.checkpoint)
     start = choose_start_token(tokenizer, config.start_token)
     rows = enumerate(read_rows(config.prompts), start=1) if config.prompts else ()
     prompts = [prompt_text(row, tokenizer, f"row {at} of {config.prompts!r}") for at, row in rows]
     starts = plan_starts(config.start, tokenizer, start, chat_turn=config.chat_turn, prompts=prompts)
-    attention = config.attn_implementation
-    model = load_model(config.model, dtype=config.dtype, attn_implementation=attention, device=device, **options)
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        device=device,
+        **config.checkpoint,
+    )
     if model.device.type == "cpu":
         torch.set_num_threads(choose_threads(model))
     main = state is None or state.is_main_process
     if main:
         print(f"document start: {start}")
     max_length = length_that_fits(model, config.max_length)
-    names = ("seed", "min_ended_turns", "store_reference", "rows_per_shard")
-    settings = {"max_length": max_length} | {name: getattr(config, name) for name in names}
-    settings |= {"overwrite": config.overwrite_output_dir, "batch_size": config.per_device_batch_size}
-    if config.engine == "vllm":  # it schedules rows itself: it gets whole shards
-        settings |= {"engine_name": "vllm", "batch_size": config.per_device_batch_size or config.rows_per_shard}
-    settings |= {"start_token": start, "starts": starts, "state": state}
+    is_vllm = config.engine == "vllm"  # it schedules rows itself: it gets whole shards
     with open_engine(model, max_length) as engine:
-        folder = sample_with_bar(model, tokenizer, config.output_dir, config.num_rows, engine=engine, **settings)
+        folder = sample_with_bar(
+            model, tokenizer, config.output_dir, config.num_rows, max_length=max_length, seed=config.seed,
+            start_token=start, starts=starts, min_ended_turns=config.min_ended_turns,
+            store_reference=config.store_reference, rows_per_shard=config.rows_per_shard,
+            batch_size=config.per_device_batch_size or (config.rows_per_shard if is_vllm else None),
+            overwrite=config.overwrite_output_dir, engine=engine, engine_name="vllm" if is_vllm else "torch",
+            state=state,
+        )  # fmt: skip
     if main:
         shared = f", drawn by {state.num_processes} processes" if state is not None else ""
         print(f"{quantity(config.num_rows, 'row')} of {max_length} tokens in {folder}{shared}")
@@ -151,22 +157,21 @@ def engine_of(config: SampleConfig) -> Callable[[Any, int], AbstractContextManag
         raise ValueError("engine: 'ray' starts its own workers; run it without accelerate or torchrun")
     path = Path(config.model).expanduser()
     name = str(path.resolve()) if path.exists() else config.model  # workers have their own folder
-    options: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
-    settings: dict[str, Any] = {"seed": config.seed}
     if config.engine == "vllm":
         from retain.sampling.vllm_engine import vllm_engine
 
-        settings["tensor_parallel_size"] = config.tensor_parallel_size
-        return lambda model, length: vllm_engine(name, dtype=model.dtype, max_length=length, **settings, **options)
+        size: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel_size, **config.checkpoint}
+        return lambda model, length: vllm_engine(name, dtype=model.dtype, max_length=length, seed=config.seed, **size)
     from retain.sampling.ray_engine import ray_engine
 
-    options["attn_implementation"] = config.attn_implementation
-    settings |= {"store_reference": config.store_reference, "num_workers": config.num_workers}
-
-    def of_model(model: Any, length: int) -> AbstractContextManager[Engine]:
-        return ray_engine(partial(load_model, name, dtype=model.dtype, **options), max_length=length, **settings)
-
-    return of_model
+    load = partial(load_model, name, attn_implementation=config.attn_implementation, **config.checkpoint)
+    return lambda model, length: ray_engine(
+        partial(load, dtype=model.dtype),
+        max_length=length,
+        seed=config.seed,
+        store_reference=config.store_reference,
+        num_workers=config.num_workers,
+    )
 
 
 def sample_with_bar(model: Any, tokenizer: Any, output_dir: str, num_rows: int, **settings: Any) -> Path:

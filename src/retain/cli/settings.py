@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from retain.checks import Settings, setting
 
@@ -30,6 +30,11 @@ class RevisionSettings(RemoteCodeSettings):
     """Which version of a model, and trust in its code."""
 
     model_revision: str = setting("main", "Branch, tag or commit on the Hub.")
+
+    @property
+    def checkpoint(self) -> dict[str, Any]:
+        """The arguments of these names that functions of `models.loading` take."""
+        return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
 
 
 @dataclass(kw_only=True)
