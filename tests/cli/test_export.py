@@ -115,27 +115,3 @@ def test_documents_are_no_chats(world, tmp_path, capsys):
     assert main(["export", str(data), "--output", str(out), "--format", "messages"]) == 1
     assert "no row of" in capsys.readouterr().err
     assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("--output {t}/rows.jsonl", "replay_dataset: missing"),
-        ("{w}/replay", "output: missing"),
-        ("{w}/replay --output {t}/no/rows.jsonl", "make it first"),
-        ("{w}/replay --output {t}/rows.jsonl --format parquet", "'parquet'"),
-        ("{w}/model --output {t}/rows.jsonl", "make it with `retain sample`"),
-        ("{w}/replay --output {t}/rows.jsonl --model {t}/other", "has another tokenizer"),
-    ],
-)
-def test_bad_input_ends_in_one_line(arguments, said, world, tmp_path, capsys):
-    other = make_tokenizer()
-    other.add_tokens(["xyz"])
-    other.save_pretrained(tmp_path / "other")
-    (tmp_path / "other" / "config.json").write_text((world / "model" / "config.json").read_text())
-    assert main(["export", *arguments.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()]) == 1
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.count("\n") == 1
-    assert said in output.err
-    assert not (tmp_path / "rows.jsonl").exists()

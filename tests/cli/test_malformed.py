@@ -99,6 +99,14 @@ def good(verb: str, world: Path, out: Path) -> dict[str, str]:
     }[verb]  # type: ignore[return-value] # fmt: skip
 
 
+def command(verb: str, flags: dict[str, Any]) -> list[str]:
+    """A command line; a flag has its value, or those of a list, and one of None is left out."""
+    words = [verb]
+    for name, value in flags.items():
+        words += [] if value is None else [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line with which `arguments` are refused."""
     capsys.readouterr()
@@ -114,8 +122,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(("verb", "flag", "value"), bad_flags())
 def test_a_flag_with_a_bad_value(world, tmp_path, capsys, verb, flag, value):
     out = tmp_path / "out"
-    flags = {**good(verb, world, out), flag: value}
-    line = refused([verb, *(word for name, given in flags.items() for word in (f"--{name}", str(given)))], capsys)
+    line = refused(command(verb, {**good(verb, world, out), flag: value}), capsys)
     assert flag in line, line
     assert value == "" or value in line or str(float(value)) in line, line
     assert not out.exists()
@@ -151,9 +158,8 @@ def test_a_file_of_rows_that_holds_something_else(world, tmp_path, capsys, flag,
     path = tmp_path / "rows.jsonl"
     path.write_bytes(JUNK[junk])
     spec = str(path) if flag in ("prompts", "train_dataset") else f"x={path}"
-    flags = {**good("measure", world, tmp_path / "out")}
-    given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    line = refused(["measure", *given, f"--{flag}", spec, "--max_length", "32"], capsys)
+    given = command("measure", good("measure", world, tmp_path / "out"))
+    line = refused([*given, f"--{flag}", spec, "--max_length", "32"], capsys)
     assert "rows.jsonl" in line or "row 1" in line, line
     assert not (tmp_path / "out").exists()
 
@@ -170,7 +176,7 @@ def test_a_file_of_another_kind_that_holds_something_else(world, tmp_path, capsy
     flags = {**good(verb, world, tmp_path / "out"), flag: f"x={path}" if verb == "measure" else path}
     if verb == "fit":
         (tmp_path / "out").mkdir()
-    line = refused([verb, *(word for key, value in flags.items() for word in (f"--{key}", str(value)))], capsys)
+    line = refused(command(verb, flags), capsys)
     assert name in line, line
     assert not list((tmp_path / "out").glob("*"))
 
@@ -184,7 +190,7 @@ def test_a_damaged_checkpoint(world, tmp_path, capsys, verb, name, junk):
     (folder / name).write_bytes(whole[: len(whole) // 2] if junk == "half" else JUNK[junk])
     flags = good(verb, world, tmp_path / "out")
     flags["model" if verb == "sample" else "base"] = str(folder)
-    line = refused([verb, *(word for key, value in flags.items() for word in (f"--{key}", str(value)))], capsys)
+    line = refused(command(verb, flags), capsys)
     assert "damaged" in line, line
     assert not list((tmp_path / "out").glob("*"))
 
@@ -205,10 +211,6 @@ def refused_whole(arguments: list[str], folder: Path, capsys: pytest.CaptureFixt
     return line
 
 
-def command(verb: str, flags: dict[str, Any]) -> list[str]:
-    return [verb, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
-
-
 GONE = object()
 MANIFESTS: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, the verbs that need what is changed, what is said
     "no num_rows": ({"num_rows": GONE}, "export finetune measure sample", "'num_rows' is missing"),
@@ -217,7 +219,7 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, the verbs 
     "text rows": ({"num_rows": "8"}, "export finetune measure sample", "'num_rows' is \"8\", not a whole number"),
     "half a row": ({"num_rows": 7.5}, "export finetune measure", "'num_rows' is 7.5, not a whole number"),
     "a yes for rows": ({"num_rows": True}, "export finetune measure", "'num_rows' is true, not a whole number"),
-    "more rows": ({"num_rows": 12}, "export finetune measure", "8 of 12 rows"),
+    "more rows": ({"num_rows": 12}, "export finetune measure", "8 of 12 rows; finish it with the same"),
     "no rows_per_shard": ({"rows_per_shard": GONE}, "export finetune measure", "'rows_per_shard' is missing"),
     "empty shards": ({"rows_per_shard": 0}, "export finetune measure sample", "'rows_per_shard' is 0, not 1 or more"),
     "null shards": ({"rows_per_shard": None}, "export finetune measure", "'rows_per_shard' is null"),
@@ -227,6 +229,9 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, the verbs 
     "model of number": ({"model": 5}, "export finetune measure", "'model' is 5, not text"),
     "no weights": ({"model_fingerprint": GONE}, "finetune", "'model_fingerprint' is missing"),
     "no tokenizer": ({"tokenizer_fingerprint": GONE}, "export finetune", "'tokenizer_fingerprint' is missing"),
+    "another tokenizer": ({"tokenizer_fingerprint": "x"}, "finetune", "the token ids may mean other text; sample"),
+    "another to export": ({"tokenizer_fingerprint": "x"}, "export", "has another tokenizer than the one that wrote"),
+    "another model": ({"model_fingerprint": "x"}, "finetune", "sample from this model, or set allow_off_policy"),
     "no start": ({"start_token": GONE}, "export", "'start_token' is missing"),
     "start of text": ({"start_token": "<s>"}, "export finetune measure", "'start_token' is \"<s>\", not an object"),
     "start without id": ({"start_token": {}}, "export finetune measure", "'start_token.id' is missing"),
@@ -248,7 +253,7 @@ def test_a_damaged_manifest(world, tmp_path, capsys, label, verb):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     line = refused_whole(command(verb, good(verb, world, tmp_path / "out") | of_rows(verb, folder)), tmp_path, capsys)
     assert expected in line
-    assert str(folder) in line
+    assert str(folder) in line or label.startswith("another")  # then what is named is the model
 
 
 def of_rows(verb: str, folder: Path) -> dict[str, Any]:
@@ -465,8 +470,13 @@ def test_only_a_last_line_without_an_end_is_taken_for_torn(tmp_path):
         read_jsonl(path)
 
 
-# Files of rows for the flags below, by name.
-ROWS: dict[str, list[Any]] = {
+# Files for the flags below, by name.
+OTHERS: dict[str, Any] = {
+    "empty.jsonl": [],
+    "cut.jsonl": [{"text": "a"}, b'{"text": "b"'],
+    "latin.txt": b"caf\xe9",
+    "broken.yaml": b"seed: 1\nnum_rows: 2: 3\n",
+    "list.yaml": [1, 2],
     "none.jsonl": [{"text": ""}, {"text": ""}],
     "long.jsonl": [{"text": "fox " * 50}],
     "numbers.jsonl": [{"text": 3}],
@@ -475,6 +485,20 @@ ROWS: dict[str, list[Any]] = {
 }
 FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("sample", {"model": "{t}/no"}, "no folder or file"),
+    ("sample", {"model": "nowhere/"}, "model: no folder or file 'nowhere/'; give a folder, a GGUF file or a Hub id"),
+    ("sample", {"model": "nobody/nothing"}, "model: cannot load"),
+    ("sample", {"model": None}, "model: missing; give --model"),
+    ("sample", {"output_dir": None}, "output_dir: missing; give --output_dir"),
+    ("sample", {"output_dir": "{w}/wiki.jsonl"}, "File exists: '{w}/wiki.jsonl'; check the path"),
+    ("sample", {"output_dir": "{w}/replay", "max_length": 24}, "num_rows 8, not 256; choose another folder"),
+    ("sample", {"num_rows": 0}, "num_rows: 0 does not fit; use a whole number of at least 1"),
+    ("sample", {"num_row": 3}, "--num_row: not known here"),
+    ("sample", {"seed": []}, "argument --seed: expected one argument"),
+    ("sample", {"seed": "ten"}, "argument --seed: invalid int value: 'ten'"),
+    ("sample", {"config": []}, "config: --config needs a file"),
+    ("sample", {"config": "{t}/no.yaml"}, "No such file or directory: '{t}/no.yaml'; check the path"),
+    ("sample", {"config": "{t}/broken.yaml"}, "config: not YAML at line 2"),
+    ("sample", {"config": "{t}/list.yaml"}, "must contain a YAML mapping"),
     ("sample", {"start": "document=0.7,chat=x"}, "start: 'document=0.7,chat=x' does not fit"),
     ("sample", {"start": "document=0.5,document=0.5"}, "start: "),
     ("sample", {"start": "document=0.5"}, "add up to 0.5"),
@@ -488,6 +512,8 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("sample", {"output_dir": "{w}", "max_length": 24}, "holds other files"),
     ("export", {"replay_dataset": "{w}/model"}, "has no manifest.json"),
     ("export", {"replay_dataset": "{t}/no"}, "has no manifest.json"),
+    ("export", {"replay_dataset": None}, "replay_dataset: missing"),
+    ("export", {"output": None}, "output: missing"),
     ("export", {"output": "{w}/replay/shard-00000.parquet"}, "would lie among the files of replay_dataset"),
     ("export", {"output": "{w}/replay/rows.jsonl"}, "would lie among the files of replay_dataset"),
     ("export", {"output": "{w}/replay/../replay/manifest.json"}, "would lie among the files of replay_dataset"),
@@ -505,25 +531,44 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("fit", {"output": "{t}/l.json", "runs": "{t}/other.jsonl"}, "no column 'run'"),
     ("fit", {"output": "{t}/l.json", "runs": "{t}/no"}, "no file"),
     ("finetune", {"model": "{t}/no"}, "no folder or file"),
+    ("finetune", {"model": None}, "model: missing; give --model"),
+    ("finetune", {"dataset_name": None}, "dataset_name: missing; give --dataset_name"),
+    ("finetune", {"dataset_name": "nobody/nothing"}, "dataset_name: cannot load 'nobody/nothing'"),
     ("finetune", {"dataset_name": "{t}/no.jsonl"}, "no.jsonl"),
-    ("finetune", {"dataset_name": "{t}/other.jsonl"}, "other.jsonl"),
+    ("finetune", {"dataset_name": "{t}/empty.jsonl"}, "empty.jsonl' is empty; give a file"),
+    ("finetune", {"dataset_name": "{t}/cut.jsonl"}, "cut.jsonl' line 2 is not JSON"),
+    ("finetune", {"dataset_name": "{t}/other.jsonl"}, "other.jsonl' has columns a; it needs text, messages, or"),
     ("finetune", {"dataset_name": "{t}/chat.jsonl"}, "chat template"),
     ("finetune", {"eval_dataset_name": "{t}/no.jsonl"}, "no.jsonl"),
+    ("finetune", {"eval_strategy": "steps"}, "give --eval_dataset_name FILE, or eval_strategy no"),
+    ("finetune", {"eval_strategy": "epoch", "dataset_test_split": "x"}, "split 'x'"),
+    ("finetune", {"retention": "own={w}/replay"}, "retention: 'own' shares 8 rows with the replay"),
     ("finetune", {"retention": "wiki"}, "retention: 'wiki'"),
     ("finetune", {"retention": "w={t}/no.txt"}, "no.txt"),
     ("finetune", {"retention": "w={t}/none.jsonl"}, "retention: 'w' has no text to measure"),
     ("finetune", {"replay_dataset": "{w}/model"}, "'{w}/model' has no manifest.json"),
+    ("finetune", {"replay_dataset": None}, "replay_dataset: missing, and replay_objective 'kl' needs it; give rows"),
+    ("finetune", {"replay_dataset": "nowhere/"}, "data: no file 'nowhere/'; check the path"),
     ("finetune", {"replay_dataset": "{t}/no"}, "{t}/no"),
+    ("finetune", {"replay_dataset": "{t}/empty.jsonl"}, "empty.jsonl' is empty"),
     ("finetune", {"replay_dataset": "{t}/none.jsonl"}, "none.jsonl"),
+    ("finetune", {"replay_dataset": "{t}/other.jsonl"}, "it needs text, messages, or prompt"),
     ("finetune", {"replay_dataset": "{t}/numbers.jsonl"}, "numbers.jsonl"),
     ("finetune", {"replay_reference": "cache"}, "replay_reference: 'cache'"),
-    ("finetune", {"replay_reference": "adapter"}, "replay_reference: 'adapter'"),
+    ("finetune", {"replay_reference": "adapter"}, "but there is no adapter; use copy, or --use_peft"),
+    ("finetune", {"replay_objective": "replace", "replay_share": 1}, "use a share above 0 and below 1"),
+    (
+        "finetune",
+        {"replay_objective": "replace", "per_device_train_batch_size": 1},
+        "use a share that leaves both replay and new rows",
+    ),
+    ("finetune", {"report_to": ["none", "wandb"]}, "wandb: belongs to no flag"),
     ("finetune", {"start_token": "zzz"}, "start_token: 'zzz'"),
     ("finetune", {"max_length": 0}, "max_length: 0"),
     ("finetune", {"max_length": -5}, "max_length: -5"),
     ("finetune", {"learning_rate": "fast"}, "learning_rate"),
     ("finetune", {"learning_rate": "nan"}, "learning_rate"),
-    ("finetune", {"resume_from_checkpoint": "{t}/no"}, "resume_from_checkpoint"),
+    ("finetune", {"resume_from_checkpoint": "{t}/no"}, "is not a whole checkpoint; give a checkpoint-N folder"),
     ("finetune", {"use_peft": "true", "lora_target_modules": "nonsense"}, "nonsense"),
     ("finetune", {"lr_scheduler_type": "foo"}, "foo"),
     ("finetune", {"optim": "foo"}, "foo"),
@@ -531,7 +576,12 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("plan", {"model": "{t}/no"}, "no folder or file"),
     ("plan", {"dataset_name": "{t}/no.jsonl"}, "no.jsonl"),
     ("plan", {"eval_dataset_name": "{t}/no.jsonl"}, "no.jsonl"),
-    ("plan", {"retention": "w={t}/no.txt"}, "no.txt"),
+    ("plan", {"retention": "w={t}/no.txt"}, "retention: no file '{t}/no.txt'; check the path"),
+    ("plan", {"retention": ["w={w}/wiki.jsonl", "a={w}/wiki.jsonl"]}, "retention_name: choose one of w, a"),
+    ("plan", {"max_ref_kl": 0}, "max_ref_kl: 0.0 does not fit; use a number of at least 1e-09"),
+    ("plan", {"max_ref_kl": None}, "max_ref_kl: missing; give --max_ref_kl"),
+    ("plan", {"lora_ranks": [1, 2, 4]}, "lora_ranks: [1, 2, 4] are too few"),
+    ("plan", {"replay_coefs": 1}, "replay_coefs: [1.0] has no 0"),
     ("plan", {"retention": "w="}, "retention: 'w='"),
     ("plan", {"retention_name": "zz"}, "retention_name: choose one of w"),
     ("plan", {"replay_dataset": "{t}/no/"}, "{t}/no"),
@@ -540,24 +590,49 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("plan", {"lora_target_modules": "nonsense"}, "lora_target_modules: ['nonsense'] does not fit"),
     ("plan", {"replay_coefs": -1}, "replay_coefs"),
     ("plan", {"finetune_config": "{t}/no.yaml"}, "no.yaml"),
-    ("pretrain", {"corpus": "nonsense"}, "corpus: "),
+    ("pretrain", {"corpus": "nonsense"}, "corpus: 'nonsense' is neither a file nor known; use"),
+    ("pretrain", {"corpus": None}, "corpus: missing; give --corpus"),
+    ("pretrain", {"corpus": "a.txt=none"}, "corpus: 'a.txt=none' has no share above 0"),
+    ("pretrain", {"corpus": "{t}/chat.jsonl"}, "data: rows of messages need a chat template and this tokenizer"),
+    ("pretrain", {"max_steps": None}, "max_steps: the length is missing; give one of"),
+    ("pretrain", {"model_size": "huge"}, "model_size: 'huge' is not known"),
+    (
+        "pretrain",
+        {"adam_beta2_half_life_tokens": 1e6, "adam_beta2": 0.9},
+        "adam_beta2_half_life_tokens: 1e+06 and adam_beta2 0.9 exclude each other; drop one",
+    ),
+    *(
+        ("pretrain", {name: 0}, f"{name}: 0 does not fit; use a whole")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    ),
     ("pretrain", {"corpus": "{t}/no.jsonl"}, "no.jsonl"),
     ("pretrain", {"corpus": "synthetic=0.5"}, "corpus: "),
     ("pretrain", {"corpus": "add", "digits": 0}, "digits: 0"),
     ("pretrain", {"model_size": 3}, "model_size: 3"),
     ("pretrain", {"model_size": "1e30"}, "model_size: 1e+30"),
     ("pretrain", {"branching": 99}, "branching: 99"),
-    ("pretrain", {"max_tokens": 5}, "max_tokens"),
+    ("pretrain", {"max_tokens": 5}, "max_steps: the length is given twice"),
     ("pretrain", {"resume_from_checkpoint": "{t}/no"}, "resume_from_checkpoint"),
-    ("pretrain", {"stop_at_loss": 2, "eval_strategy": "no"}, "stop_at_loss: 2"),
+    ("pretrain", {"stop_at_loss": 2, "eval_strategy": "no"}, "stop_at_loss: 2 needs evaluations; set eval_strategy"),
     ("measure", {"retention": "w={w}/model"}, "{w}/model"),
+    ("measure", {"retention": None}, "retention: missing; give at least one text as --retention"),
+    ("measure", {"retention": "wiki.txt"}, "retention: 'wiki.txt' is not name=file; write e.g."),
+    ("measure", {"retention": ["w=a", "w=b"]}, "the name 'w' comes twice; give each text its own"),
+    ("measure", {"retention": "w={t}/no.txt"}, "no.txt'; check the path"),
+    ("measure", {"retention": "w={t}/latin.txt"}, "latin.txt' is not UTF-8 at byte 3; convert it"),
+    ("measure", {"retention": "w={t}/none.jsonl"}, "retention: 'w' has no text to measure; give documents"),
+    ("measure", {"new-task": "w={t}/no.txt"}, "no.txt'; check the path"),
+    ("measure", {"prompts": "{t}/no.txt"}, "no.txt'; check the path"),
+    ("measure", {"model": "{t}/no"}, "model: no folder or file"),
+    ("measure", {"output_dir": None}, "output_dir: missing; give --output_dir"),
     ("measure", {"max_length": 4096}, "max_length: 4096"),
     ("measure", {"start_token": "zzz", "max_length": 24}, "start_token: 'zzz'"),
     ("measure", {"base": "{w}/wiki.jsonl"}, "is a file but not a .gguf"),
     ("measure", {"judge": "{t}/no", "refusals": "x={w}/wiki.jsonl"}, "no folder or file"),
     ("measure", {"model_card": "{t}/no/README.md"}, "model_card: "),
-    ("report", {"runs": "{t}/no"}, "cannot read '{t}/no'"),
-    ("report", {"runs": "{w}/replay/manifest.json"}, "retain.replay/1"),
+    ("report", {"runs": None}, "runs: missing; give at least one folder as --runs"),
+    ("report", {"runs": "{t}/no"}, "runs: cannot read '{t}/no' (No such file or directory); give what"),
+    ("report", {"runs": "{w}/replay/manifest.json"}, "make it with `retain measure`"),
     ("predict", {"level": 1}, "level: 1"),
     ("predict", {"dataset": "zz", "finetuning_loss": 3}, "takes finetuning_loss"),
 ]
@@ -568,16 +643,33 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     [pytest.param(*row, id=f"{row[0]}-{'-'.join(row[1])}-{at}") for at, row in enumerate(FLAGS)],
 )
 def test_flags_that_cannot_be(world, tmp_path, capsys, verb, changes, expected):
-    for name, rows in ROWS.items():
-        write(tmp_path / name, rows)
-    (tmp_path / "list.yaml").write_text("[1, 2]")
+    for name, value in OTHERS.items():
+        write(tmp_path / name, value)
     flags = good(verb, world, tmp_path / "out") | changes
     before = contents(world)
-    line = refused_whole(
-        command(verb, {name: str(value).format(t=tmp_path, w=world) for name, value in flags.items()}), tmp_path, capsys
-    )
+    words = [word.format(t=tmp_path, w=world) for word in command(verb, flags)]
+    line = refused_whole(words, tmp_path, capsys)
     assert expected.format(t=tmp_path, w=world) in line, line
     assert contents(world) == before
+
+
+BAD_ROWS = [
+    [{"text": 3}],
+    [{"text": None}],
+    [{"text": "a"}, {"text": None}],
+    [{"text": "a"}, {"messages": [{"role": "user", "content": "a"}]}],
+    [{"messages": "hi"}],
+    [{"prompt": "a"}],
+    [{"prompt": "a", "completion": 1}],
+    [{"prompt": "a", "completion": "b"}, {"prompt": "a"}],
+]
+
+
+@pytest.mark.parametrize("rows", BAD_ROWS, ids=str)
+def test_training_rows_of_the_wrong_type(world, tmp_path, capsys, rows):
+    write(tmp_path / "rows.jsonl", rows)
+    flags = good("finetune", world, tmp_path / "out") | {"dataset_name": tmp_path / "rows.jsonl"}
+    assert "rows.jsonl" in refused_whole(command("finetune", flags), tmp_path, capsys)
 
 
 YAMLS: list[tuple[str, dict[str, Any], str]] = [

@@ -105,32 +105,3 @@ def test_held_out_rows_are_kept_apart_where_none_are_given(world, tmp_path):
     assert training | held_out == set(rows)
     with pytest.raises(ValueError, match="dataset_name: 12 rows are too few to keep some apart; give --eval_dataset"):
         plan_verb.prepare_rows(PlanConfig(dataset_name=f"{world}/new.jsonl", **given), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--max_ref_kl", "0"], "max_ref_kl: 0.0 does not fit; use a number of at least 1e-09"),
-        ([], "max_ref_kl: missing; give --max_ref_kl"),
-        (
-            ["--max_ref_kl", "1", "--lora_ranks", "1", "2", "4"],
-            "lora_ranks: [1, 2, 4] are too few",
-        ),
-        (["--max_ref_kl", "1", "--replay_coefs", "1"], "replay_coefs: [1.0] has no 0"),
-        (["--max_ref_kl", "1", "--retention", "a=b"], "retention: no file 'b'; check the path"),
-        (["--max_ref_kl", "1", "--retention", f"a={__file__}"], "retention_name: choose one of wiki, a"),
-        (["--max_ref_kl", "1", "--retention_name", "b"], "retention_name: choose one of wiki"),
-        (["--max_ref_kl", "1", "--dataset_name", "no.jsonl"], "data: no file 'no.jsonl'; check the path"),
-        (["--max_ref_kl", "1", "--model", "./nothing"], "model: no folder or file"),
-        (["--max_ref_kl", "1", "--unknown", "1"], "--unknown: not known here"),
-        (["--max_ref_kl", "1", "--finetune_config", "no.yaml"], "finetune_config: no file 'no.yaml'; check the path"),
-        (["--max_ref_kl", "1", "--replay_dataset", "nofolder/"], "data: no file 'nofolder/'; check the path"),
-        (["--max_ref_kl", "1", "--replay_dataset", str(Path(__file__).parent)], "replay_dataset: "),
-    ],
-)
-def test_bad_input_ends_in_one_line(world, capsys, more, message):
-    capsys.readouterr()
-    assert main(arguments(world, *more)) == 1
-    told = capsys.readouterr().err
-    assert told.startswith(f"retain plan: {message}")
-    assert told.count("\n") == 1

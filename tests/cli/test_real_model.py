@@ -43,7 +43,7 @@ def test_rows_of_one_batch_size_are_the_same_and_of_others_mostly(model: torch.n
 
 
 def test_the_model_writes_user_turns_and_ends_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {"model_name_or_path": MODEL, "num_rows": 16, "max_length": 80, "start": "chat", "preview": 2}
+    settings = {"model": MODEL, "num_rows": 16, "max_length": 80, "start": "chat", "preview": 2}
     run_sample(SampleConfig(output_dir=str(tmp_path), **settings))
     assert "<|im_end|>" in capsys.readouterr().out
     assert (tmp_path / "preview.html").exists()

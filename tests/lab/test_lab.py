@@ -375,42 +375,6 @@ def test_pretraining_to_a_target_loss(tmp_path, capsys):
     assert not made(tmp_path / "missed")["reached"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        (["--corpus", "nothing", "--max_steps", "2"], "corpus: 'nothing' is neither a file nor known; use"),
-        (["--max_steps", "2"], "corpus: missing; give --corpus"),
-        (["--corpus", "synthetic"], "max_steps: the length is missing; give one of"),
-        (["--corpus", "synthetic", "--max_steps", "2", "--max_tokens", "9"], "max_steps: the length is given twice"),
-        (["--corpus", "a.txt=none", "--max_steps", "2"], "corpus: 'a.txt=none' has no share above 0"),
-        (["--corpus", "synthetic", "--max_steps", "2", "--model_size", "huge"], "model_size: 'huge' is not known"),
-        (
-            ["--corpus", "add", "--max_steps", "2", "--adam_beta2_half_life_tokens", "1e6", "--adam_beta2", ".9"],
-            "adam_beta2_half_life_tokens: 1e+06 and adam_beta2 0.9 exclude each other; drop one",
-        ),
-        (
-            ["--corpus", "synthetic", "--max_steps", "2", "--stop_at_loss", "2", "--eval_strategy", "no"],
-            "stop_at_loss: 2 needs evaluations; set eval_strategy steps",
-        ),
-        (["--corpus", "synthetic", "--max_steps", "2", "--vocab_size", "4", "--branching", "3"], "branching: 3 does"),
-        *(
-            (["--corpus", "synthetic", "--max_steps", "2", f"--{name}", "0"], f"{name}: 0 does not fit; use a whole")
-            for name in
-            ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        ),
-        (["--corpus", "CHAT", "--max_steps", "2"], "data: rows of messages need a chat template and this tokenizer"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_one_line(tmp_path, capsys, flags, line):
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
-    flags = [str(tmp_path / "chat.jsonl") if word == "CHAT" else word for word in flags]
-    assert main(["pretrain", *flags, "--output_dir", str(tmp_path / "out")]) == 1
-    err = capsys.readouterr().err.strip()
-    assert err.startswith(f"retain pretrain: {line}")
-    assert "\n" not in err
-    assert not (tmp_path / "out").exists()
-
-
 def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
     command = ["pretrain", *SMALL, "--max_steps", "4", "--save_steps", "2", "--output_dir", str(tmp_path)]
     assert main(command) == 0
