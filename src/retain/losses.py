@@ -19,7 +19,11 @@ NO_REST = 1e-5  # mass outside of the k likeliest tokens that is rounding of the
 
 
 def next_token_loss(logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """−log p_θ(target), nats per position. Marek et al., `ntp_pre`."""
+    """−log p_θ(target), nats per position. Marek et al., `ntp_pre`.
+
+    >>> next_token_loss(torch.zeros(2, 4), torch.tensor([0, 3]))
+    tensor([1.3863, 1.3863])
+    """
     log_probs = torch.log_softmax(logits.float(), dim=-1)
     return -log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
@@ -38,6 +42,9 @@ def kl_divergence(
     """KL(π ‖ θ) = Σ_v p_π (log p_π − log p_θ), nats per position, full vocabulary. Marek et al., `kl_pre`.
 
     Forward KL: the base comes first, and `ref_logits` carries no gradient by the caller's doing.
+
+    >>> kl_divergence(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0]))
+    tensor(0.1201)
     """
     ref_log_probs = torch.log_softmax(ref_logits.float(), dim=-1)
     log_probs = torch.log_softmax(logits.float(), dim=-1)

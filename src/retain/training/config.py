@@ -17,7 +17,12 @@ ReplayReference = Literal["auto", "adapter", "copy", "cache"]
 
 @dataclass(kw_only=True)
 class ReplayConfig(Settings):
-    """How replay protects a finetune: Marek et al., arXiv 2605.26097; docs/replay.md has the formulas."""
+    """How replay protects a finetune: Marek et al., arXiv 2605.26097; docs/replay.md has the formulas.
+
+    >>> config = ReplayConfig(replay_objective="kl", replay_coef=2.0)
+    >>> config.objective.uses_reference, config.objective.draws_rows
+    (True, True)
+    """
 
     replay_objective: ReplayObjective = setting(
         "kl", " ".join(f"{name}: {objective.meaning}" for name, objective in OBJECTIVES.items())
