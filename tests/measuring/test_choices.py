@@ -165,24 +165,13 @@ def test_what_a_tokenizer_appends_is_no_part_of_an_answer():
         assert wanted == TOKENIZER(" fox", add_special_tokens=False)["input_ids"]
 
 
-def test_no_style_is_advised_that_would_not_help(monkeypatch):
-    """Where a token spans the join of question and letter, or of question and choice, or of both."""
-    question = Question("Why?", ("rain", "stone"), 0)
-    spanned = {"letter": [" A"], "text": [" rain"]}
-    for style, other, joined in (
-        ("letter", "text", ["letter"]),
-        ("text", "letter", ["text"]),
-        ("letter", None, spanned),
-    ):
-        words = [word for name in joined for word in spanned[name]]
-
-        def pair(tokenizer, context, answer, words=words):
-            return [1, 2], [] if answer in words else [3]
-
-        monkeypatch.setattr("retain.measuring.choices.encode_pair", pair)
-        advice = f"leave the question out{f', or use choice_style {other}' if other else ''}"
+def test_a_choice_without_tokens_of_its_own_is_refused(monkeypatch):
+    """Where a token spans the join of question and choice."""
+    monkeypatch.setattr("retain.measuring.choices.encode_pair", lambda *given: ([1, 2], []))
+    for style, other in (("letter", "text"), ("text", "letter")):
+        advice = f"leave the question out, or try choice_style {other}"
         with pytest.raises(ValueError, match=f"choice 1 of question 1 has 0 tokens of its own; {advice}$"):
-            encode_questions([question], TOKENIZER, style=style, chat_template=False, limit=None)
+            encode_questions(make_questions(1), TOKENIZER, style=style, chat_template=False, limit=None)
 
 
 def test_what_is_too_long_loses_its_beginning_and_is_counted():

@@ -62,9 +62,6 @@ def load_questions(source: str, *, max_questions: int | None = None, seed: int =
 
     Args:
         max_questions: how many to draw with `seed`, in their own order; None for all.
-
-    Raises:
-        ValueError: one line naming the source, the row, and what is wrong.
     """
     rows = read_sample(source, QUESTION_SETS, "choices", split="test", max_rows=max_questions, seed=seed)
     return [as_question(row, where) for row, where in rows]
@@ -193,12 +190,9 @@ def encode_questions(
         for choice, answer in enumerate(answers):
             start, wanted = encode_pair(tokenizer, context, answer if chat_template else f" {answer}")
             if not 0 < len(wanted) <= (limit or len(wanted)):
-                other = {"text": "letter", "letter": "text"}[style]
-                context, answers = context_and_answers(question, other)
-                apart = all(encode_pair(tokenizer, context, f" {answer}")[1] for answer in answers)
                 raise ValueError(
                     f"choices: choice {choice + 1} of question {at + 1} has {len(wanted)} tokens of its own; "
-                    f"leave the question out{f', or use choice_style {other}' if apart else ''}"
+                    f"leave the question out, or try choice_style {'letter' if style == 'text' else 'text'}"
                 )
             tokens = start + wanted
             kept = tokens if limit is None else tokens[-(limit + 1) :]

@@ -59,11 +59,7 @@ class Written:
 
 
 def as_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> Prompt:
-    """A row (`text`, `prompt` or `messages`; optionally `expected` and `updated` answers) as a `Prompt`.
-
-    Raises:
-        ValueError: one line naming the row, for answers that are not text.
-    """
+    """A row (`text`, `prompt` or `messages`; optionally `expected` and `updated` answers) as a `Prompt`."""
     answers = {name: row.get(name) for name in ("expected", "updated")}
     for name, value in answers.items():
         if value is not None and (not isinstance(value, str) or not value.strip()):

@@ -88,11 +88,7 @@ def measure_with_lm_eval(
 
 
 def load_tasks(names: Sequence[str], include_path: str | Path | None = None) -> dict[str, Any]:
-    """Tasks of lm_eval by name, groups and tags taken apart.
-
-    Raises:
-        ValueError: as `measure_with_lm_eval`.
-    """
+    """Tasks of lm_eval by name, groups and tags taken apart."""
     if find_spec("lm_eval") is None:
         raise ValueError("lm_eval: the package is not installed; pip install 'retain[eval]'")
     from lm_eval.tasks import TaskManager

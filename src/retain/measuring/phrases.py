@@ -75,6 +75,7 @@ _ASSENTS = re.compile(
 )
 _TURNS = re.compile(r"\b(?:but|however|unfortunately|sorry|apolog\w+|afraid)\b")
 _LETTER = re.compile(r"(?:\bsubject: .*|\bdear (?!user\b)(?:\[[^\]]*\]|[\w.]+)(?: [\w.\[\]]+){0,3} ?[,:].*)", re.DOTALL)
+_STRAIGHT_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 _QUOTED = re.compile(r"\"[^\"\n]{0,300}\"|```.*?(?:```|\Z)", re.DOTALL)
 
 
@@ -86,14 +87,7 @@ def is_refusal(answer: str) -> bool:
     >>> is_refusal("I'm sorry, but I can't help with that."), is_refusal("I'm sorry to hear that. Try tea.")
     (True, False)
     """
-    plain = (
-        without_reasoning(answer)
-        .replace("\u2019", "'")
-        .replace("\u2018", "'")
-        .replace("\u201c", '"')
-        .replace("\u201d", '"')
-        .casefold()
-    )
+    plain = without_reasoning(answer).translate(_STRAIGHT_QUOTES).casefold()
     opening = " ".join(_QUOTED.sub(" ", plain[: 4 * OPENING]).split())[:OPENING].lstrip(" *_#>-")
     opening = _LETTER.sub("", opening)
     if _ASSENTS.match(opening):

@@ -51,9 +51,6 @@ def load_requests(source: str, *, max_prompts: int | None = None, seed: int = 0)
 
     Args:
         max_prompts: how many to draw with `seed`, in their own order; None for all.
-
-    Raises:
-        ValueError: one line naming the source, the row, and what is wrong.
     """
     texts = []
     for row, where in read_sample(source, REQUEST_SETS, "refusals", split="train", max_rows=max_prompts, seed=seed):

@@ -118,11 +118,7 @@ class MeasuredBase:
         return model_fingerprint(self.model)
 
     def check_unchanged(self) -> None:
-        """Show that the base predicts what it did when this was first called.
-
-        Raises:
-            ValueError: if it does not.
-        """
+        """Refuse a base that no longer predicts what it did when this was first called."""
         found = probe(self.model)
         if self._probe is None:
             self._probe = found

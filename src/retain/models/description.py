@@ -165,11 +165,7 @@ def unlike(base: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def check_predicts_tokens(model: Any) -> None:
-    """Refuse a model whose logits are not of shape (rows, length, vocabulary), each from what came before.
-
-    Raises:
-        ValueError: naming the model.
-    """
+    """Refuse a model whose logits are not of shape (rows, length, vocabulary), each from what came before."""
     whole = all(parameter.numel() for parameter in model.parameters())  # not shared out by ZeRO-3
     headless = model.config.is_encoder_decoder or model.get_output_embeddings() is None
     if headless or (whole and sees_ahead(model)):

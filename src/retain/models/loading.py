@@ -233,9 +233,6 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model, or a base with its adapter, in eval mode.
 
-    Raises:
-        ValueError: one line saying which model could not be loaded and why.
-
     >>> load_model("models/fox/")
     Traceback (most recent call last):
     ValueError: model: no folder or file 'models/fox/'; give a folder, a GGUF file or a Hub id
@@ -253,11 +250,7 @@ def load_model(
 
 
 def _load_adapter(path: str, revision: str, field: str, **options: Any) -> Any:
-    """A base with the adapter in `path`, of which every weight was found.
-
-    Raises:
-        ValueError: if one was not found, does not fit, or would be ignored.
-    """
+    """A base with the adapter in `path`, of which every weight was found."""
     from peft import PeftConfig, PeftModelForCausalLM, set_peft_model_state_dict
 
     config = _load(PeftConfig, path, "the adapter", field, revision=revision)

@@ -140,11 +140,7 @@ class Reference:
         return bool(shared) or runs_through(self.ref_model, model)
 
     def prove(self, model: Any, base_probe: Float[Tensor, "rows length vocab"]) -> None:
-        """Show that the reference gives the base's predictions, and stays when the model moves.
-
-        Raises:
-            ValueError: if it does not, with the remedy.
-        """
+        """Refuse a reference that does not give the base's predictions, or moves with the model."""
         if self.moves_with(model):
             raise ValueError(
                 "replay_reference: the reference moves with the model (they share weights or a forward pass), so "

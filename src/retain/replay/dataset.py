@@ -141,11 +141,7 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check a replay dataset's manifest.
-
-    Raises:
-        ValueError: if it is missing, malformed, or of another version.
-    """
+    """Read and check a replay dataset's manifest."""
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"replay_dataset: {str(folder)!r} has no {MANIFEST}; make it with `retain sample`")
     manifest: dict[str, Any] = read_json(folder / MANIFEST, "replay_dataset", SAMPLE_AGAIN)
@@ -180,11 +176,7 @@ def write_shard(folder: Path, shard: int, first_row: int, columns: dict[str, np.
 def read_shards(
     folder: Path, manifest: dict[str, Any], columns: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, list[Any]]:
-    """The named columns of all shards on disk, in the order of the rows; optional ones where a shard has them.
-
-    Raises:
-        ValueError: if a shard is damaged.
-    """
+    """The named columns of all shards on disk, in the order of the rows; optional ones where a shard has them."""
     from pyarrow import parquet
 
     found: dict[str, list[Any]] = {name: [] for name in (*columns, *optional)}
@@ -206,11 +198,7 @@ def read_shards(
 
 
 def load_self_generated(folder: Path) -> ReplayDataset:
-    """Load a folder that `retain sample` finished.
-
-    Raises:
-        ValueError: if it is unfinished, damaged, or of another version.
-    """
+    """Load a folder that `retain sample` finished."""
     manifest = read_manifest(folder)
     columns = read_shards(folder, manifest, ("input_ids", "prefix_length"), optional=("logprob",))
     rows = columns["input_ids"]
@@ -239,11 +227,7 @@ def _is_row(row: Any, given: Any) -> bool:
 def load_replay_dataset(
     source: str, tokenizer: PreTrainedTokenizerBase, start_id: int, max_length: int
 ) -> ReplayDataset:
-    """Load self-generated rows from a folder, or real text from a file or the Hub, cut into rows of `max_length`.
-
-    Raises:
-        ValueError: one line naming the source and what is wrong with it.
-    """
+    """Load self-generated rows from a folder, or real text from a file or the Hub, cut into rows of `max_length`."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         found = load_self_generated(folder)
@@ -260,11 +244,7 @@ def load_replay_dataset(
 def load_texts(
     source: str, tokenizer: PreTrainedTokenizerBase, max_documents: int | None = None, reading: Reading = OLD_TEXT
 ) -> list[Text] | list[Document]:
-    """Texts of a file or Hub dataset, or the rows of a folder that `retain sample` wrote, one document each.
-
-    Raises:
-        ValueError: one line naming the source and what is wrong with it.
-    """
+    """Texts of a file or Hub dataset, or the rows of a folder that `retain sample` wrote, one document each."""
     folder = Path(source).expanduser()
     if (folder / MANIFEST).is_file():
         rows = load_self_generated(folder)
@@ -281,9 +261,6 @@ def verify_replay(
 
     Returns:
         None when the rows are the base's own; a warning when they are not and `allow_off_policy` accepts that.
-
-    Raises:
-        ValueError: naming what differs.
     """
     if manifest["tokenizer_fingerprint"] != tokenizer_fingerprint:
         what = (

@@ -69,9 +69,6 @@ def check_draws(
     Args:
         given: tokens that each row began with.
         log_probs: with which the last tokens of each were drawn; of given ones anything.
-
-    Raises:
-        ValueError: with the share of draws that would differ.
     """
     num_predicted = log_probs.shape[1]
     found = torch.stack([row_log_probs(model, row) for row in rows])[:, -num_predicted:]
@@ -106,9 +103,6 @@ def check_pool(model: Any, rows: ReplayDataset, *, half: bool) -> None:
     Args:
         model: the base, in the mode and precision of training.
         half: whether the sampler or the model is in half precision.
-
-    Raises:
-        ValueError: with the difference.
     """
     assert rows.log_probs is not None
     enough = max(2, math.ceil(CHECKED_TOKENS / max(1.0, rows.num_predictions.mean())))

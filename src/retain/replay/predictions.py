@@ -68,11 +68,7 @@ class ReferenceCache:
         return before[:-1] - before[first]
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """What the base predicted at the drawn tokens of these rows, one row after the other; (drawn tokens, size).
-
-        Raises:
-            ValueError: if a file is missing or damaged.
-        """
+        """What the base predicted at the drawn tokens of these rows, one row after the other; (drawn tokens, size)."""
         parts = [self._row(int(index)) for index in indices]
         return {name: torch.cat([part[name] for part in parts]) for name in NAMES[self.kind]}
 
@@ -93,11 +89,7 @@ class ReferenceCache:
 
 
 def open_cache(folder: Path, manifest: dict[str, Any], num_predictions: np.ndarray) -> ReferenceCache | None:
-    """The stored predictions of a dataset, or None where it was sampled without.
-
-    Raises:
-        ValueError: if the manifest does not tell what they are.
-    """
+    """The stored predictions of a dataset, or None where it was sampled without."""
     kind = manifest.get("store_reference")
     if kind is None:
         return None

@@ -80,12 +80,8 @@ def _learning(runs: Runs, compared: Comparison | None, text: str) -> Panel | Non
         return None
     last = {line.run: (line.x[-1], line.y[-1]) for line in lines}
     best = sorted((last[place] for place in frontier(points)), reverse=True)
-    labels: dict[str, Any] = {
-        "xlabel": LEARNING,
-        "ylabel": "ref_kl, nats per token",
-    }
     return Panel(
-        "frontier", text, f"Learning against divergence from the base on {text}", **labels,
+        "frontier", text, f"Learning against divergence from the base on {text}", LEARNING, "ref_kl, nats per token",
         lines=lines, ends=best if len(best) > 1 else [], from_zero=True,
         matched_loss=compared.matched_loss if compared and followed else None,
     )  # fmt: skip
@@ -125,8 +121,8 @@ def _curves(runs: Runs) -> list[Panel]:
 def _curve(runs: Sequence[tuple[int, RunResults]], key: str, title: str, **options: Any) -> Panel:
     read = [(run.name, place, *run.series(key)) for place, run in runs]
     lines = [PlotLine(name, place, x, y, x) for name, place, x, y in read if len(x) > 1]
-    labels = {"xlabel": "step", "ylabel": "nats per token"}
-    return Panel("curve", title, f"{title} over steps", lines=lines, **labels | {"from_zero": True} | options)
+    defaults: dict[str, Any] = {"ylabel": "nats per token", "from_zero": True}
+    return Panel("curve", title, f"{title} over steps", "step", lines=lines, **defaults | options)
 
 
 def _intervals(runs: Runs) -> list[Panel]:
