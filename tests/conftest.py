@@ -56,7 +56,7 @@ def make_texts(count: int, seed: int = 0, words: int = 40) -> list[str]:
     ]
 
 
-def make_tokenizer(bos: str | None = "<s>") -> PreTrainedTokenizerFast:
+def make_tokenizer(bos: str | None = "<s>", template: str | None = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 320 tokens; `<|endoftext|>` separates documents."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -69,7 +69,8 @@ def make_tokenizer(bos: str | None = "<s>") -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     raw.train_from_iterator(make_texts(50), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=bos, eos_token="<|im_end|>", pad_token="<pad>")
+    special_tokens = {"bos_token": bos, "eos_token": "<|im_end|>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **special_tokens)
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}

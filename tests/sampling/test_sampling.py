@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from conftest import ARCHITECTURES, CHATML, make_model, make_tokenizer, random_m
 from scipy.stats import chisquare
 from transformers import AutoConfig, PreTrainedModel
 
-from retain.files import exclusive
 from retain.models.description import choose_start_token, model_fingerprint, tokenizer_fingerprint
 from retain.models.loading import load_model, load_tokenizer
 from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
@@ -63,12 +63,8 @@ def test_the_extreme_uniforms_draw_possible_tokens(dtype):
     wide = torch.zeros(2, 50_000, dtype=dtype)
     wide[:, -100:] = -torch.inf
     assert draw_tokens(torch.softmax(wide.float(), -1), extremes).tolist() == [0, 49_899]
-
-
-def test_a_uniform_is_mapped_through_the_cumulative_distribution():
-    probabilities = torch.tensor([0.2, 0.3, 0.5]).expand(5, -1)
-    uniforms = torch.tensor([0.1, 0.19999, 0.20001, 0.49999, 0.50001], dtype=torch.float64)
-    assert draw_tokens(probabilities, uniforms).tolist() == [0, 0, 1, 1, 2]
+    between = torch.tensor([0.1, 0.19999, 0.20001, 0.49999, 0.50001], dtype=torch.float64)
+    assert draw_tokens(torch.tensor([0.2, 0.3, 0.5]).expand(5, -1), between).tolist() == [0, 0, 1, 1, 2]
 
 
 def test_rounding_at_the_upper_end_draws_no_impossible_token():
@@ -101,35 +97,22 @@ def test_uniforms_are_uniform_and_of_their_row_and_seed_alone():
 
 def hostile(model):
     """Generation settings as checkpoints bring them along (pitfall 14)."""
-    for name, value in {
-        "do_sample": True,
-        "top_k": 1,
-        "top_p": 0.1,
-        "temperature": 0.1,
-        "repetition_penalty": 2.0,
-        "eos_token_id": [0, 2],
-        "max_length": 3,
-    }.items():
-        setattr(model.generation_config, name, value)
+    model.generation_config.update(
+        do_sample=True, top_k=1, top_p=0.1, temperature=0.1, repetition_penalty=2.0, eos_token_id=[0, 2], max_length=3
+    )
     return model
 
 
-def test_the_first_token_is_the_models_own_whatever_its_generation_config_says():
+def test_the_first_tokens_are_the_models_own_whatever_its_generation_config_says():
+    """Given the likeliest first token, the second is as the model says: the cache carries the context."""
     model = make_model()
-    first = sample_rows(hostile(model), START, range(20_000), 2, seed=1)[:, 1]
-    probs = torch.softmax(model(torch.tensor([[START]])).logits[0, -1].double(), -1)
-    assert same_distribution(np.bincount(first.numpy(), minlength=320), probs.detach().numpy()) > 0.01
-
-
-def test_the_second_token_follows_from_the_first():
-    """The cache carries the context: given the likeliest first token, the second is as the model says."""
-    model = make_model()
-    rows = sample_rows(model, START, range(20_000), 3, seed=2)
+    rows = sample_rows(hostile(model), START, range(20_000), 3, seed=2)
     first = int(rows[:, 1].mode().values)
     second = rows[rows[:, 1] == first, 2]
     assert len(second) > 500
-    probs = torch.softmax(model(torch.tensor([[START, first]])).logits[0, -1].double(), -1)
-    assert same_distribution(np.bincount(second.numpy(), minlength=320), probs.detach().numpy()) > 0.01
+    for given, drawn in (([START], rows[:, 1]), ([START, first], second)):
+        probs = torch.softmax(model(torch.tensor([given])).logits[0, -1].double(), -1)
+        assert same_distribution(np.bincount(drawn.numpy(), minlength=320), probs.detach().numpy()) > 0.01
 
 
 def test_generation_settings_change_nothing():
@@ -162,19 +145,6 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(architecture):
     assert (whole[:, 0] == START).all()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_token_is_the_inverse_of_the_cumulative_distribution_in_its_context(architecture):
-    """One forward over the finished rows, without a cache, and the same uniforms give the same tokens."""
-    model = make_model(architecture)
-    rows = sample_rows(model, START, range(4), 24, seed=5)
-    with torch.no_grad():
-        logits = model(rows, use_cache=False).logits[:, :-1]
-    uniforms = torch.from_numpy(np.stack([row_uniforms(5, row, 24)[1:] for row in range(4)]))
-    probabilities = torch.softmax(logits, -1).reshape(-1, logits.shape[-1])
-    drawn = draw_tokens(probabilities, uniforms.reshape(-1)).reshape(4, 23)
-    assert torch.equal(drawn, rows[:, 1:])
-
-
 RECURRENT = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 320}
 MIXING = {**RECURRENT, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
 OTHER_CACHES = {
@@ -195,33 +165,19 @@ def make_recurrent(kind: str, scale: float = 6.0) -> PreTrainedModel:
 
 
 def drawn_in_context(model) -> bool:
-    """Whether the log-probabilities of drawn rows are those of one forward pass without a cache."""
-    drawn = draw_rows(model, [[3], [3, 9, 14]], range(2), 24, 4)
+    """Whether each token is what a pass without a cache over the tokens before it, and the row's uniform, say."""
+    drawn = draw_rows(model, [[3], [3, 9, 14]], range(2), 28, 4)
     ids = torch.from_numpy(drawn.tokens).long()
     with torch.no_grad():
-        log_probs = torch.log_softmax(model(ids, use_cache=False).logits[:, :-1].double(), -1)
-    chosen = log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
-    sums = [float(chosen[row, given - 1 :].sum()) for row, given in enumerate(drawn.prefix_lengths)]
-    return drawn.logprobs == pytest.approx(sums, rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba", "jamba"])
-def test_every_token_is_drawn_in_its_context_whatever_the_model_calls_its_cache(kind):
-    """Mamba swallows `past_key_values`: each token was drawn given the last alone, and nothing said so."""
-    assert drawn_in_context(make_recurrent(kind))
-
-
-@pytest.mark.parametrize("kind", ["rwkv", "recurrent_gemma"])
-def test_rows_of_a_model_whose_cache_fails_are_refused_or_right(kind):
-    """RWKV mixes the rows of a batch; RecurrentGemma has a state in its modules, and was wrong in transformers 5.19."""
-    model = make_recurrent(kind)
-    for _ in range(2):  # what the last batch left in the modules does not reach the next
-        try:
-            right = drawn_in_context(model)
-        except ValueError as error:
-            assert str(error).startswith(f"model: '{kind}' does not continue from its cache")  # noqa: PT017
-        else:
-            assert right
+        logits = torch.stack([model(ids[:, :at], use_cache=False).logits[:, -1] for at in range(1, 28)], dim=1)
+    log_probs = torch.log_softmax(logits.double(), -1)
+    chosen, entropies = log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1), -(log_probs.exp() * log_probs).sum(-1)
+    for found, each in ((drawn.logprobs, chosen), (drawn.entropies, entropies)):
+        sums = [float(each[row, given - 1 :].sum()) for row, given in enumerate(drawn.prefix_lengths)]
+        assert found == pytest.approx(sums, rel=1e-5)
+    uniforms = torch.from_numpy(np.stack([row_uniforms(4, row, 28) for row in range(2)]))[:, 3:]
+    again = draw_tokens(log_probs[:, 2:].exp().reshape(50, -1), uniforms.reshape(-1))
+    return torch.equal(again.reshape(2, 25), ids[:, 3:])
 
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
@@ -244,21 +200,29 @@ def make_changing(kind: str) -> PreTrainedModel:
     return random_model(config, 0, 6.0)
 
 
-@pytest.mark.parametrize("kind", CHANGES_WITH_LENGTH)
-def test_every_token_of_a_long_row_is_drawn_from_what_the_tokens_before_it_predict(kind):
-    """LongRoPE encodes all positions otherwise once a sequence is longer than 16: the cache must be made again."""
-    model = make_changing(kind)
-    drawn = draw_rows(model, [[3], [3, 9, 14]], range(2), 28, 4)
-    ids = torch.from_numpy(drawn.tokens).long()
-    with torch.no_grad():
-        logits = torch.stack([model(ids[:, :at], use_cache=False).logits[:, -1] for at in range(1, 28)], dim=1)
-    log_probs = torch.log_softmax(logits.double(), -1)
-    chosen = log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1)
-    sums = [float(chosen[row, given - 1 :].sum()) for row, given in enumerate(drawn.prefix_lengths)]
-    assert drawn.logprobs == pytest.approx(sums, rel=1e-5)
-    uniforms = torch.from_numpy(np.stack([row_uniforms(4, row, 28) for row in range(2)]))[:, 3:]
-    again = draw_tokens(log_probs[:, 2:].exp().reshape(50, -1), uniforms.reshape(-1))
-    assert torch.equal(again.reshape(2, 25), ids[:, 3:])
+IN_CONTEXT = {
+    **{kind: partial(make_model, kind) for kind in ARCHITECTURES},
+    **{kind: partial(make_recurrent, kind) for kind in ("mamba", "mamba2", "falcon_mamba", "jamba")},
+    **{f"{kind}, long": partial(make_changing, kind) for kind in CHANGES_WITH_LENGTH},
+}
+
+
+@pytest.mark.parametrize("kind", IN_CONTEXT)
+def test_every_token_is_drawn_in_its_context(kind):
+    """Mamba swallows `past_key_values`: each token was drawn given the last alone, and nothing said so. LongRoPE
+    encodes all positions otherwise once a sequence is longer than 16: the cache must be made again."""
+    assert drawn_in_context(IN_CONTEXT[kind]())
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "recurrent_gemma"])
+def test_rows_of_a_model_whose_cache_fails_are_refused_or_right(kind):
+    """RWKV mixes the rows of a batch; RecurrentGemma has a state in its modules, and was wrong in transformers 5.19."""
+    model = make_recurrent(kind)
+    for _ in range(2):  # what the last batch left in the modules does not reach the next
+        try:
+            assert drawn_in_context(model)
+        except ValueError as error:
+            assert str(error).startswith(f"model: '{kind}' does not continue from its cache")  # noqa: PT017
 
 
 def test_rows_are_proven_at_their_own_length(monkeypatch):
@@ -330,15 +294,8 @@ def test_a_dataset_says_where_it_is_from(tmp_path):
     assert manifest["model_fingerprint"] == model_fingerprint(model)
     assert manifest["tokenizer_fingerprint"] == tokenizer_fingerprint(make_tokenizer())
     assert manifest["start_token"] == {"id": 3, "token": "<s>", "reason": "the tokenizer's bos_token"}
-    sampler = {
-        "engine": "torch",
-        "temperature": 1.0,
-        "top_k": None,
-        "top_p": 1.0,
-        "repetition_penalty": 1.0,
-        "stop_at_eos": False,
-    }
-    assert manifest["sampler"] == sampler | {"dtype": "float32"}
+    sampler = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
+    assert manifest["sampler"] == {"engine": "torch", **sampler, "dtype": "float32"}
     assert manifest["seed"] == 9
     assert manifest["versions"]["torch"] == version("torch")
     assert sum(finished) == 10
@@ -355,26 +312,9 @@ def test_a_finished_dataset_is_left_as_it_is(tmp_path):
     assert sum(finished) == 10
 
 
-def test_an_interrupted_dataset_goes_on_and_ends_the_same(tmp_path):
-    whole = contents(sample(tmp_path / "whole"))
-    count = 0
-
-    def interrupt(rows: int) -> None:
-        nonlocal count
-        count += rows
-        if count >= 6:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sample(tmp_path / "cut", progress=interrupt)
-    assert list(contents(tmp_path / "cut")) == ["shard-00000.parquet"]
-    assert contents(sample(tmp_path / "cut")) == whole
-
-
 SLOW_JOB = """
 import sys, time
 from retain.models.loading import load_model, load_tokenizer
-from retain.models.description import choose_start_token
 from retain.sampling.write import sample_replay
 model, tokenizer = load_model(sys.argv[1]), load_tokenizer(sys.argv[1])
 settings = {"num_rows": 40, "max_length": 8, "rows_per_shard": 4, "batch_size": 2}
@@ -408,12 +348,6 @@ def test_a_killed_job_goes_on_and_ends_the_same(tmp_path, llama_folder):
     assert len(contents(folder)) == 10
     assert {path: path.stat().st_mtime_ns for path in first} == first  # nothing was drawn again
     assert not list(folder.glob(".*"))
-
-
-def test_a_second_writer_is_refused_and_the_lock_goes_with_the_first(tmp_path):
-    with exclusive(tmp_path), pytest.raises(ValueError, match="output_dir: another process is writing to"):
-        sample(tmp_path)
-    sample(tmp_path)
 
 
 def test_an_interrupted_job_goes_on_with_smaller_batches(tmp_path):
@@ -476,8 +410,6 @@ def test_rows_longer_than_the_model_can_take_are_refused(tmp_path):
 
 
 def test_the_start_token_may_be_named(tmp_path, tokenizer):
-    from retain.models.description import choose_start_token
-
     sample(tmp_path, start_token=choose_start_token(tokenizer, "<|endoftext|>"))
     assert all(load_self_generated(tmp_path)[i][0] == 0 for i in range(10))
 
@@ -512,10 +444,7 @@ def test_an_adapters_rows_cannot_pass_for_its_bases(tmp_path):
 # Beginnings
 
 
-def chat_tokenizer():
-    tokenizer = make_tokenizer(bos="<|im_start|>")
-    tokenizer.chat_template = CHATML
-    return tokenizer
+CHAT = make_tokenizer("<|im_start|>", CHATML)
 
 
 def test_rows_with_beginnings_of_different_lengths_are_those_drawn_alone():
@@ -531,18 +460,6 @@ def test_rows_with_beginnings_of_different_lengths_are_those_drawn_alone():
         assert together.entropies[row] == pytest.approx(alone.entropies[0], rel=1e-5)
 
 
-def test_log_probabilities_and_entropies_are_those_of_a_forward_pass():
-    model, prefixes = make_model("gemma3_text"), [[3], [3, 9, 14]]
-    drawn = draw_rows(model, prefixes, range(2), 16, 4)
-    with torch.no_grad():
-        log_probs = torch.log_softmax(model(torch.from_numpy(drawn.tokens).long()).logits[:, :-1].double(), -1)
-    for row, prefix in enumerate(prefixes):
-        later = log_probs[row, len(prefix) - 1 :]
-        chosen = later.gather(-1, torch.from_numpy(drawn.tokens[row, len(prefix) :]).long()[:, None]).sum()
-        assert drawn.logprobs[row] == pytest.approx(float(chosen), rel=1e-5)
-        assert drawn.entropies[row] == pytest.approx(float(-(later.exp() * later).sum()), rel=1e-5)
-
-
 def test_own_loss_is_the_entropy():
     """E[−log p(x)] over x ~ p is the entropy: a sampler that sharpens or truncates fails this."""
     drawn = draw_rows(make_model(scale=12.0), [[3]] * 1500, range(1500), 24, 0)
@@ -552,9 +469,7 @@ def test_own_loss_is_the_entropy():
 
 
 def test_starts_keep_their_shares_in_every_stretch():
-    tokenizer = chat_tokenizer()
-    start = choose_start_token(tokenizer)
-    starts = plan_starts("document=0.7,chat=0.3", tokenizer, start)
+    starts = plan_starts("document=0.7,chat=0.3", CHAT, choose_start_token(CHAT))
     for first in (0, 1000, 123_456):
         names = [starts.of_row(row)[0].name for row in range(first, first + 100)]
         assert 68 <= names.count("document") <= 72
@@ -563,10 +478,9 @@ def test_starts_keep_their_shares_in_every_stretch():
 
 
 def test_a_chat_row_begins_inside_the_turn():
-    tokenizer = chat_tokenizer()
-    ids, end = chat_prefix(tokenizer, "user")
-    assert tokenizer.decode(ids) == "<|im_start|>user\n"
-    assert tokenizer.convert_ids_to_tokens(end) == "<|im_end|>"
+    ids, end = chat_prefix(CHAT, "user")
+    assert CHAT.decode(ids) == "<|im_start|>user\n"
+    assert CHAT.convert_ids_to_tokens(end) == "<|im_end|>"
 
 
 def test_prompts_are_continued_behind_the_document_start(tmp_path):
@@ -602,7 +516,7 @@ def test_starts_that_do_not_fit_are_refused(spec, message):
 
 
 def test_turns_that_never_end_stop_the_job_before_anything_useless_is_written(tmp_path):
-    tokenizer, model = chat_tokenizer(), make_model()
+    tokenizer, model = CHAT, make_model()
     starts = plan_starts("chat", tokenizer, choose_start_token(tokenizer))
     (mode,) = starts.modes
     never = Starts((dataclasses.replace(mode, end_of_turn=10_000),))
