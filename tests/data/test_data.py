@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHATML, make_model, make_tokenizer
+from conftest import CHATML, make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,11 +31,9 @@ def jsonl(path: Path, *rows: object) -> str:
     return write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def chat_tokenizer():
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHATML
-    return tokenizer
+    return make_tokenizer(template=CHATML)
 
 
 TURNS = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "old towns"}]
@@ -53,23 +51,28 @@ def tool_chat(name: str, **arguments: object) -> dict[str, object]:
 # Rows
 
 
-def test_jsonl_rows_come_in_order(tmp_path):
-    source = write(tmp_path / "rows.jsonl", '\ufeff{"text": "one"}\r\n\r\n{"text": "two \u2028 lines"}')
-    assert read_rows(source)["text"] == ["one", "two \u2028 lines"]
+ONE_AND_TWO = "\n".join(json.dumps({"text": text}, indent=2) for text in ("one", "two"))
+FILES = {
+    "order.jsonl": ('\ufeff{"text": "one"}\r\n\r\n{"text": "two \u2028 lines"}', ["one", "two \u2028 lines"]),
+    "list.json": ('[{"text": "a"}, {"text": "b"}]', ["a", "b"]),
+    "printed.json": (json.dumps({"text": "one", "more": {"a": [1, 2]}}, indent=2), ["one"]),
+    "several.jsonl": (ONE_AND_TWO, ["one", "two"]),
+    "several.json": (ONE_AND_TWO + "\n", ["one", "two"]),
+    "blank lines.txt": (
+        "\n\n  first line\nsecond\n \t\n\nthird\u2028still third\fand here\n",
+        ["  first line\nsecond", "third\u2028still third\fand here"],
+    ),
+    "windows.txt": ("one\r\ntwo\r\n\r\nthree", ["one\ntwo", "three"]),
+    "numbers.csv": ("text,label\n04,04\n05,05\n", ["04", "05"]),
+    "choice.csv": ("text\ntrue\n", ["true"]),
+}
 
 
-def test_json_may_be_one_list(tmp_path):
-    assert read_rows(write(tmp_path / "rows.json", '[{"text": "a"}, {"text": "b"}]'))["text"] == ["a", "b"]
-
-
-def test_objects_of_a_json_file_may_stand_on_several_lines(tmp_path):
-    row = {"text": "one", "more": {"a": [1, 2]}}
-    assert read_rows(write(tmp_path / "one.json", json.dumps(row, indent=2)))["text"] == ["one"]
-    several = "\n".join(json.dumps({"text": text}, indent=2) for text in ("one", "two"))
-    assert read_rows(write(tmp_path / "two.jsonl", several))["text"] == ["one", "two"]
-    assert read_rows(write(tmp_path / "two.json", several + "\n"))["text"] == ["one", "two"]
-    with pytest.raises(ValueError, match="torn.json' line 4 is not JSON; Expecting value: line 5"):
-        read_rows(write(tmp_path / "torn.json", '{\n"text": "one"\n}\n{\n"text": }'))
+@pytest.mark.parametrize("name", FILES)
+def test_texts_are_read_as_they_stand_and_in_order(tmp_path, name):
+    """Numbers of a CSV lost their zeros, and "true" became a choice."""
+    content, texts = FILES[name]
+    assert read_rows(write(tmp_path / name, content))["text"] == texts
 
 
 @pytest.mark.parametrize("name", ["a.JSONL", "a.Json", "a.TXT", "a.CSV", "a.Parquet"])
@@ -100,54 +103,14 @@ def test_a_configuration_of_a_data_set_is_named_behind_a_colon(monkeypatch):
     ]
 
 
-def test_parquet_and_csv_rows(tmp_path):
-    from datasets import Dataset
-
-    Dataset.from_dict({"text": ["a", "b"]}).to_parquet(tmp_path / "rows.parquet")
-    assert read_rows(str(tmp_path / "rows.parquet"))["text"] == ["a", "b"]
+def test_texts_of_a_csv_may_be_quoted_and_long(tmp_path):
+    """Line breaks in quotes were cut where a block of a megabyte ended."""
     source = write(tmp_path / "rows.csv", 'prompt,completion\n"1, 2",3\n')
     assert dict(read_rows(source)[0]) == {"prompt": "1, 2", "completion": "3"}
-
-
-def test_texts_of_a_csv_are_read_as_they_stand(tmp_path):
-    """Line breaks in quotes were cut where a block of a megabyte ended; "04" became a number, "true" a choice."""
     texts = [f"first line of {at}\n{'word ' * 90}\nlast line of {at}" for at in range(4000)]
     source = write(tmp_path / "long.csv", "text\n" + "".join(f'"{text}"\n' for text in texts))
     assert (tmp_path / "long.csv").stat().st_size > 1 << 20
     assert read_rows(source)["text"] == texts
-    assert read_rows(write(tmp_path / "odd.csv", "text,label\n04,04\n05,05\n"))["text"] == ["04", "05"]
-    assert read_rows(write(tmp_path / "choice.csv", "text\ntrue\n"))["text"] == ["true"]
-
-
-def test_of_a_row_in_several_forms_that_is_read_on_which_trl_trains(tmp_path, chat_tokenizer):
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    tokenizer = chat_tokenizer
-    turns = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "old towns"}]
-    for row in (
-        {"text": "a summary", "messages": turns},
-        {"text": "a summary", "prompt": "the fox", "completion": " rain"},
-        {"text": "a summary", "prompt": turns[:1], "completion": turns[1:]},
-        {"text": "a summary", "label": "fox"},
-    ):
-        args = SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
-        rows = Dataset.from_list([row])
-        trainer = SFTTrainer(model=make_model(), args=args, train_dataset=rows, processing_class=tokenizer)
-        trained = tokenizer.decode(trainer.train_dataset[0]["input_ids"], skip_special_tokens=True)
-        read = tokenizer(row_text(row, tokenizer), add_special_tokens=False)["input_ids"]
-        assert tokenizer.decode(read, skip_special_tokens=True).strip() == trained.strip()
-    assert row_text({"text": "a", "prompt": "b"}, tokenizer) == "a"
-    assert row_text({"prompt": "b"}, tokenizer) == "b"
-
-
-def test_blank_lines_separate_documents_of_a_text_file(tmp_path):
-    source = write(tmp_path / "two.txt", "\n\n  first line\nsecond\n \t\n\nthird\u2028still third\fand here\n")
-    assert read_rows(source)["text"] == ["  first line\nsecond", "third\u2028still third\fand here"]
-
-
-def test_windows_line_ends_are_ordinary_line_ends(tmp_path):
-    assert read_rows(write(tmp_path / "a.txt", "one\r\ntwo\r\n\r\nthree"))["text"] == ["one\ntwo", "three"]
 
 
 def test_a_column_that_the_first_row_lacks_is_not_dropped(tmp_path, tokenizer):
@@ -166,6 +129,7 @@ def test_what_a_row_holds_does_not_depend_on_its_neighbours(tmp_path):
 BAD_FILES = {
     "malformed.jsonl": ('{"text": "a"}\n\n{"text": \n', "line 3 is not JSON"),
     "number.jsonl": ('{"text": "a"}\n3\n', "line 2 is not an object"),
+    "torn.json": ('{\n"text": "one"\n}\n{\n"text": }', "line 4 is not JSON; Expecting value: line 5"),
     "deep.jsonl": ("[" * 100_000, "line 1 is not JSON"),
     "deep.json": ("[" * 100_000, "is not JSON"),
     "list.json": ("[1, 2]", "is not an object"),
@@ -210,6 +174,7 @@ def test_row_text_of_every_form(chat_tokenizer):
     assert row_text({"prompt": messages[:1], "completion": messages[1:]}, chat_tokenizer) == chat
     assert row_text({"prompt": "1 + 1 =", "completion": " 2"}, chat_tokenizer) == "1 + 1 = 2"
     assert row_text({"prompt": "only"}, chat_tokenizer) == "only"
+    assert row_text({"text": "a", "prompt": "b"}, chat_tokenizer) == "a"
 
 
 @pytest.mark.parametrize(

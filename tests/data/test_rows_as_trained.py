@@ -72,16 +72,19 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"prompt": [FOX], "completion": [TOWNS], "tools": tools("a"), "chat_template_kwargs": {"mood": "glad"}},
         {"prompt": [FOX, TOWNS, RAIN], "completion": [call(b=[1, "x"]), STONE], "tools": tools("b")},
     ],
+    # Of a row in several forms, the one on which TRL trains.
+    "text beside a chat": [{"text": "a summary", "messages": [FOX, TOWNS]}],
+    "text beside a pair": [{"text": "a summary", "prompt": "the fox", "completion": " rain"}],
+    "text beside both": [{"text": "a summary", "prompt": [FOX], "completion": [TOWNS]}],
+    "text beside others": [{"text": "a summary", "label": "fox"}],
     "conversations": [{"conversations": [{"from": "human", "value": "fox"}, {"from": "gpt", "value": "towns"}]}],
 }
 
 GIVEN = MeasureConfig(base="a", model=["b"], output_dir="c", max_new_tokens=0, retention=["wiki=w"])
 
 
-def make_chat_tokenizer(template: str = TOOLS_CHATML) -> Any:
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = template
-    return tokenizer
+def make_chat_tokenizer(template: str = TOOLS_CHATML, bos: str | None = "<s>") -> Any:
+    return make_tokenizer(bos, template)
 
 
 def written(folder: Path, rows: list[dict[str, Any]]) -> str:
@@ -98,10 +101,16 @@ def host(folder: Path, source: str, tokenizer: Any, **changes: Any) -> SFTTraine
     )
 
 
+def measured(trainer: SFTTrainer, rows: Any, **options: Any) -> dict[str, Any]:
+    """The report on new-task rows, of the trainer's model."""
+    base, tokenizer = make_model(max_position_embeddings=512), trainer.processing_class
+    return measure(base, trainer.model, {}, tokenizer=tokenizer, new_task={"task": rows}, **options).data
+
+
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("changes", [{}, {"assistant_only_loss": True}, {"completion_only_loss": False}])
 def test_a_row_has_the_tokens_and_labels_that_trl_trains_on(name: str, changes: dict, tmp_path: Path) -> None:
-    if "assistant_only_loss" in changes and name in ("text", "prompt and completion", "conversations"):
+    if "assistant_only_loss" in changes and name.startswith(("text", "prompt and completion", "conversations")):
         return  # refused by TRL
     tokenizer = make_chat_tokenizer()
     source = written(tmp_path, ROWS[name])
@@ -129,9 +138,7 @@ def test_a_template_that_marks_no_turns_is_marked_as_trl_marks_it(tmp_path: Path
 def test_a_template_that_nobody_can_mark_is_refused(tmp_path: Path) -> None:
     tokenizer = make_chat_tokenizer(CHATML.replace("<|im_start|>", "<|x|>"))
     reading = Reading(assistant_only_loss=True, as_trained=True)
-    with pytest.raises(
-        ValueError, match=r"^assistant_only_loss: the chat template does not mark .* or leave the setting"
-    ):
+    with pytest.raises(ValueError, match=r"^assistant_only_loss: the chat template does not mark .* or leave the"):
         list(read_texts(written(tmp_path, ROWS["messages"]), tokenizer, None, reading))
 
 
@@ -139,24 +146,14 @@ def test_a_template_that_nobody_can_mark_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["text", "prompt and completion", "messages", "tools", "chats in two parts"])
 def test_the_new_tasks_loss_is_what_the_host_evaluates(name: str, bos: str | None, tmp_path: Path) -> None:
     """Prompts were counted, too: a run that had learned "got worse"."""
-    tokenizer = make_tokenizer(bos)
-    tokenizer.chat_template = TOOLS_CHATML
-    source = written(tmp_path, ROWS[name])
+    tokenizer, source = make_chat_tokenizer(bos=bos), written(tmp_path, ROWS[name])
     trainer = host(tmp_path, source, tokenizer)
     evaluated = trainer.evaluate()["eval_loss"]
-    start: dict[str, Any] = {"start_token": "<|endoftext|>", "max_length": 512}
     for texts in (load_texts(source, tokenizer, None, NEW_TASK), ROWS[name]):
-        report = measure(
-            make_model(max_position_embeddings=512),
-            trainer.model,
-            {},
-            tokenizer=tokenizer,
-            new_task={"task": texts},
-            **start,
-        )
-        assert report.data["new_task"]["task"]["loss"]["value"] == pytest.approx(evaluated, rel=2e-5)
+        data = measured(trainer, texts, start_token="<|endoftext|>", max_length=512)
+        assert data["new_task"]["task"]["loss"]["value"] == pytest.approx(evaluated, rel=2e-5)
     pairs = name in ("prompt and completion", "chats in two parts")
-    assert report.data["settings"]["loss_tokens"] == {"task": "completions" if pairs else "all"}
+    assert data["settings"]["loss_tokens"] == {"task": "completions" if pairs else "all"}
 
 
 @pytest.mark.parametrize("changes", [{"assistant_only_loss": True}, {"completion_only_loss": False}])
@@ -164,17 +161,8 @@ def test_which_tokens_count_may_be_said(changes: dict, tmp_path: Path) -> None:
     name = "messages" if "assistant_only_loss" in changes else "prompt and completion"
     tokenizer, source = make_chat_tokenizer(), written(tmp_path, ROWS[name])
     trainer = host(tmp_path, source, tokenizer, **changes)
-    evaluated = trainer.evaluate()["eval_loss"]
-    report = measure(
-        make_model(max_position_embeddings=512),
-        trainer.model,
-        {},
-        tokenizer=tokenizer,
-        new_task={"task": ROWS[name]},
-        max_length=512,
-        **changes,
-    )
-    assert report.data["new_task"]["task"]["loss"]["value"] == pytest.approx(evaluated, rel=2e-5)
+    found = measured(trainer, ROWS[name], max_length=512, **changes)["new_task"]["task"]["loss"]
+    assert found["value"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=2e-5)
 
 
 def test_a_text_may_be_in_another_column(tmp_path: Path) -> None:
@@ -189,14 +177,11 @@ def test_a_long_row_is_measured_as_the_host_cuts_it_and_beyond(tmp_path: Path) -
     row = {"prompt": "the fox jumps over", "completion": " " + make_texts(1, words=30)[0]}
     tokenizer, source = make_chat_tokenizer(), written(tmp_path, [row])
     trainer = host(tmp_path, source, tokenizer, max_length=16)
-    options: dict[str, Any] = {"tokenizer": tokenizer, "new_task": {"task": [row]}, "max_length": 16}
-    first = measure(make_model(max_position_embeddings=512), trainer.model, {}, max_windows=1, **options).data[
-        "new_task"
-    ]["task"]["loss"]
+    first, whole = (
+        measured(trainer, [row], max_length=16, max_windows=windows)["new_task"]["task"]["loss"]
+        for windows in (1, None)
+    )
     assert first["value"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=2e-5)
-    whole = measure(make_model(max_position_embeddings=512), trainer.model, {}, **options).data["new_task"]["task"][
-        "loss"
-    ]
     text = read_text(row, tokenizer, reading=NEW_TASK)
     assert whole["num_tokens"] == sum(text.predicted) > first["num_tokens"]
 
@@ -288,7 +273,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(world: Path, verb: str, **flags: Any) -> None:
+def run(verb: str, **flags: Any) -> None:
     words = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     assert main([verb, *words]) == 0
 
@@ -309,23 +294,12 @@ def test_a_run_is_measured_on_the_tokens_of_its_own_loss(
     source, base, text = world / rows / "rows.jsonl", world / "llama", f"wiki={world}/wiki.txt"
     common: dict[str, Any] = {"max_length": 32, "output_dir": tmp_path / "out"}
     evaluated: dict[str, Any] = {"eval_strategy": "steps", "eval_dataset_name": source, "per_device_eval_batch_size": 8}
-    step: dict[str, Any] = {
-        "max_steps": 2,
-        "learning_rate": 1e-3,
-        "bf16": "false",
-        "use_cpu": "true",
-        "report_to": "none",
-    }
-    step |= {
-        "replay_coef": 0,
-        "save_strategy": "no",
-        "dataset_name": source,
-        "model_name_or_path": base,
-        "retention": text,
-    }
-    run(world, "finetune", **common, **evaluated, **step, **flags)
+    step: dict[str, Any] = {"max_steps": 2, "learning_rate": 1e-3, "replay_coef": 0, "save_strategy": "no"}
+    step |= {"bf16": "false", "use_cpu": "true", "report_to": "none"}
+    step |= {"dataset_name": source, "model_name_or_path": base, "retention": text}
+    run("finetune", **common, **evaluated, **step, **flags)
     common |= {"output_dir": tmp_path / "report", "base": base, "model": tmp_path / "out", "max_windows": 1}
-    run(world, "measure", **common, retention=text, new_task=f"task={source}", max_new_tokens=0, num_resamples=100)
+    run("measure", **common, retention=text, new_task=f"task={source}", max_new_tokens=0, num_resamples=100)
     data = json.loads((tmp_path / "report" / "report.json").read_text())
     last = [row for row in data["trajectory"] if "eval_loss" in row][-1]
     assert data["new_task"]["task"]["loss"]["value"] == pytest.approx(last["eval_loss"], rel=2e-5)
@@ -346,13 +320,9 @@ def test_the_new_tasks_chats_go_through_the_template_of_the_tuned_model(world: P
     tokenizer.save_pretrained(tmp_path / "tuned")
     source = str(world / "mess" / "rows.jsonl")
     evaluated = host(tmp_path, source, tokenizer).evaluate()["eval_loss"]
-    given: dict[str, Any] = {
-        "base": world / "llama",
-        "model": tmp_path / "tuned",
-        "max_new_tokens": 0,
-        "max_length": 512,
-    }
-    run(world, "measure", **given, output_dir=tmp_path / "r", new_task=f"task={source}", retention=f"old={source}")
+    given: dict[str, Any] = {"base": world / "llama", "model": tmp_path / "tuned", "output_dir": tmp_path / "r"}
+    given |= {"new_task": f"task={source}", "retention": f"old={source}", "max_new_tokens": 0, "max_length": 512}
+    run("measure", **given)
     data = json.loads((tmp_path / "r" / "report.json").read_text())
     assert data["new_task"]["task"]["loss"]["value"] == pytest.approx(evaluated, rel=2e-5)
     assert data["settings"]["loss_tokens"] == {"task": "all", "old": "assistant turns"}
@@ -362,11 +332,8 @@ def test_a_chat_is_continued_where_its_answer_begins() -> None:
     """The default prompt was cut inside of the system message."""
     tokenizer = make_chat_tokenizer()
     system = {"role": "system", "content": make_texts(1, words=30)[0]}
-    rows = [
-        {"messages": [system, FOX, TOWNS, RAIN, STONE]},
-        {"text": make_texts(1, words=30)[0]},
-        ROWS["conversations"][0],
-    ]
+    chat_row = {"messages": [system, FOX, TOWNS, RAIN, STONE]}
+    rows = [chat_row, {"text": make_texts(1, words=30)[0]}, ROWS["conversations"][0]]
     texts = [[read_text(row, tokenizer)] for row in rows]
     chat, text, old_form = default_prompts(texts, tokenizer, 400)
     assert chat.text == row_text({"messages": [system, FOX]}, tokenizer) + "<|im_start|>assistant\n"
