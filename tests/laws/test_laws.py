@@ -36,6 +36,8 @@ from retain.laws.law import ForgettingLaw, first_crossings
 from retain.laws.plots import bands, contours, residuals, trajectories
 from retain.laws.variable_projection import HUBER, fit_many
 
+PUBLISHED = pytest.mark.parametrize("coefficients", [OPENORCA, NEWS], ids=["OpenOrca", "News"])
+
 
 def rows_of(table: dict, keep) -> dict:
     return {name: np.asarray(column)[keep] for name, column in table.items()}
@@ -60,48 +62,34 @@ def test_published_check_values():
     assert truth(NEWS, r256, 260) == pytest.approx([1.989, 1.017], abs=5e-4)
 
 
-def test_old_data_act_like_parameters_in_the_injection_law():
+def test_other_forms_by_hand():
     law = {"A": 2.0, "B": 50.0, "alpha": 0.4, "beta": 0.3, "s": 1.0}
-    assert injection(1e6, 1e7, 0.02, **law) == pytest.approx(injection(2e6, 1e7, 0.0, **law))
     assert injection(1e6, 1e7, 0.0, **law) == pytest.approx(1 + 2 * 1e7**0.3 / 1e6**0.4)
-
-
-def test_simple_forms_by_hand():
+    assert injection(1e6, 1e7, 0.02, **law) == pytest.approx(injection(2e6, 1e7, 0.0, **law)), "like parameters"
     assert size(100.0, c=5.0, alpha=0.5) == pytest.approx(0.5)
     assert saturation(100.0, c=5.0, gamma=0.5, s=2.0) == pytest.approx(1.5)
     assert quadratic(3.0, c=2.0, q=0.5, s=1.0) == pytest.approx(11.5)
 
 
-DESIGNS = {
+DESIGNS = {  # form: its pure function, parameters, columns in the function's order
     "injection": (
-        lambda x, **p: injection(x["num_params"], x["num_tokens"], x["replay_share"], **p),
+        injection,
         {"A": 2.0, "B": 80.0, "alpha": 0.4, "beta": 0.3, "s": 1.0},
         {"num_params": [1e6, 4e6, 2e7], "num_tokens": [1e6, 4e6, 1e7], "replay_share": [0, 0.01, 0.05]},
     ),
-    "size": (lambda x, **p: size(x["num_params"], **p), {"c": 5e3, "alpha": 0.7}, {"num_params": [1e6, 3e6, 1e7, 5e7]}),
-    "saturation": (
-        lambda x, **p: saturation(x["tokens_per_param"], **p),
-        {"c": 0.6, "gamma": 0.25, "s": 0.3},
-        {"tokens_per_param": [10, 32, 100, 316, 1000]},
-    ),
-    "quadratic": (
-        lambda x, **p: quadratic(x["ref_kl"], **p),
-        {"c": 0.2, "q": 0.7, "s": 0.05},
-        {"ref_kl": [0, 0.1, 0.3, 0.5, 0.9]},
-    ),
-    "linear": (
-        lambda x, **p: linear_forgetting(x["finetuning_loss"], **p),
-        {"c_fft": 1.7, "s_fft": 2.0},
-        {"finetuning_loss": [0.6, 0.65, 0.7, 0.8]},
-    ),
+    "size": (size, {"c": 5e3, "alpha": 0.7}, {"num_params": [1e6, 3e6, 1e7, 5e7]}),
+    "saturation": (saturation, {"c": 0.6, "gamma": 0.25, "s": 0.3}, {"tokens_per_param": [10, 32, 100, 316, 1000]}),
+    "quadratic": (quadratic, {"c": 0.2, "q": 0.7, "s": 0.05}, {"ref_kl": [0, 0.1, 0.3, 0.5, 0.9]}),
+    "linear": (linear_forgetting, {"c_fft": 1.7, "s_fft": 2.0}, {"finetuning_loss": [0.6, 0.65, 0.7, 0.8]}),
 }
 
 
 @pytest.mark.parametrize("name", DESIGNS)
 def test_each_form_recovers_the_parameters_of_its_pure_function(name):
     function, params, values = DESIGNS[name]
-    grid = dict(zip(values, map(np.ravel, np.meshgrid(*values.values())), strict=True))
-    table = {"run": range(len(next(iter(grid.values())))), **grid, "forgetting_loss": function(grid, **params)}
+    columns = [column.ravel() for column in np.meshgrid(*values.values())]
+    table = {"run": range(len(columns[0])), **dict(zip(values, columns, strict=True))}
+    table["forgetting_loss"] = function(*columns, **params)
     law = quiet_fit(table, name, num_resamples=0)
     assert law.params == pytest.approx(params, rel=1e-4)
 
@@ -115,7 +103,7 @@ def test_every_form_is_named_in_the_help_and_on_the_page():
 
 
 @pytest.mark.parametrize("name", ["finetuning", "forgetting"])
-@pytest.mark.parametrize("coefficients", [OPENORCA, NEWS], ids=["OpenOrca", "News"])
+@PUBLISHED
 def test_a_law_alone_is_recovered_from_noise_free_data(name, coefficients):
     """Exponents exactly; a, b and c up to the freedom of the form, so compared where the bracket is 1."""
     of = "ft" if name == "finetuning" else "f"
@@ -163,7 +151,7 @@ def test_exact_joint_data_are_recovered_with_any_brackets(kind):
         )
 
 
-@pytest.mark.parametrize("coefficients", [OPENORCA, NEWS], ids=["OpenOrca", "News"])
+@PUBLISHED
 def test_the_joint_law_is_recovered(coefficients):
     table = paper_design(coefficients, noise=0)
     law = quiet_fit(table, num_resamples=0)
@@ -175,7 +163,7 @@ def test_the_joint_law_is_recovered(coefficients):
     assert min(law.r_squared.values()) > 0.9999
 
 
-@pytest.mark.parametrize("coefficients", [OPENORCA, NEWS], ids=["OpenOrca", "News"])
+@PUBLISHED
 def test_predictions_from_noisy_runs_are_within_a_percent(coefficients):
     table = paper_design(coefficients, seed=3)
     law = quiet_fit(table, num_resamples=0)
@@ -672,14 +660,10 @@ DAMAGES = {
     "draws of another shape": lambda data: data | {"draws": {**data["draws"], "exponents": [[1.0]]}},
     "ragged": lambda data: data | {"spread": [[1.0], [1.0, 2.0]]},
     "text for numbers": lambda data: data | {"estimate": {**data["estimate"], "coefficients": "x"}},
-    "a number for a table": lambda data: data | {"runs": 3},
     "rows gone": lambda data: data | {"runs": {name: column[:-1] for name, column in data["runs"].items()}},
-    "no bounds": lambda data: data | {"bounds": None},
     "bounds in the wrong order": lambda data: data | {"bounds": {"rho": [3, 1]}},
     "an unknown form": lambda data: data | {"form": "best"},
-    "nothing known": lambda data: data | {"spread": None},
     "negative steps": lambda data: data | {"runs": {**data["runs"], "num_steps": [-1.0] * 132}},
-    "settings that are a text": lambda data: data | {"settings": "seed"},
 }
 
 

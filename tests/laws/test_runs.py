@@ -157,18 +157,21 @@ def test_the_size_of_a_lora_is_that_of_the_real_one(tmp_path):
         lora_num_params(str(folder), 4, ["nothing"])
 
 
-@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_tables_of_every_kind_give_the_same_runs(tmp_path, ending):
+def write_table(path: Path, table: dict) -> Path:
     from pyarrow import Table, csv, parquet
 
-    table = paper_design(steps=4)
-    path = tmp_path / f"runs.{ending}"
-    if ending == "jsonl":
-        columns = [column.tolist() for column in table.values()]
-        rows = [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = Table.from_pydict(table)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows.to_pylist()))
     else:
-        (csv.write_csv if ending == "csv" else parquet.write_table)(Table.from_pydict(table), path)
+        (parquet.write_table if path.suffix == ".parquet" else csv.write_csv)(rows, path)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_tables_of_every_kind_give_the_same_runs(tmp_path, ending):
+    table = paper_design(steps=4)
+    path = write_table(tmp_path / f"runs.{ending}", table)
     runs, exact = read_runs([path], list(table)[1:]), as_runs(table, list(table)[1:])
     assert runs.run == exact.run
     for name, column in exact.columns.items():
@@ -179,17 +182,9 @@ def test_tables_of_every_kind_give_the_same_runs(tmp_path, ending):
 @pytest.mark.parametrize("scale", [1e-3, 1e-5])
 def test_tables_keep_rows_below_one_step_and_say_what_was_left_out(tmp_path, ending, scale):
     """Epochs, or thousands of steps: rows with `num_steps` below 1 were dropped without a word."""
-    from pyarrow import Table, csv, parquet
-
     table = paper_design(steps=6)
     table["num_steps"] = np.where(table["num_steps"] == 50, 0, table["num_steps"] * scale)
-    path = tmp_path / f"runs.{ending}"
-    if ending == "jsonl":
-        columns = [column.tolist() for column in table.values()]
-        rows = [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        (parquet.write_table if ending == "parquet" else csv.write_csv)(Table.from_pydict(table), path)
+    path = write_table(tmp_path / f"runs.{ending}", table)
     runs = read_runs([path], list(table)[1:])
     assert len(runs) == 30
     assert runs.left_out == ("runs: 6 rows at step 0 left out; nothing was trained there",)
