@@ -72,11 +72,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, field: str, remedy: str) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        ValueError: one line naming the field and the file, the reason and the remedy.
-    """
+    """The value in a JSON file; an error is one line with the field, the file, the reason and the remedy."""
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
@@ -96,11 +92,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_settings(folder: Path, shape: Any = MAPPING) -> dict[str, Any]:
-    """A run's `retain_config.json`; nothing where there is none.
-
-    Raises:
-        ValueError: for a file that is damaged.
-    """
+    """A run's `retain_config.json`; nothing where there is none."""
     path, remedy = folder / CONFIG_FILE, "restore it, or make the run again"
     if not path.is_file():
         return {}
@@ -114,9 +106,6 @@ def read_jsonl(path: Path, shape: Any = MAPPING) -> list[dict[str, Any]]:
 
     Args:
         shape: of each row, as `check_shape` takes it.
-
-    Raises:
-        ValueError: for any other line that is damaged, naming file and line.
     """
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     rows: list[dict[str, Any]] = []
@@ -204,9 +193,6 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     What a killed writer left half-written is removed. A folder that was made here goes if the work fails with nothing
     in it.
-
-    Raises:
-        ValueError: if another process, or this one, is writing there already.
     """
     from filelock import FileLock, Timeout
 

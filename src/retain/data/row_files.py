@@ -1,4 +1,7 @@
-"""Rows of local files that others wrote: JSON, tables and texts, as they stand there."""
+"""Rows of local files that others wrote: JSON, tables and texts, as they stand there.
+
+Errors are one line that names the setting, the file and, for JSON, the line.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,7 @@ JSON_SPACE = re.compile(r"[ \t\r\n]*")  # which is less than Python's
 
 
 def read_file(path: Path) -> Dataset:
-    """Rows of a file; what a row of JSON holds does not depend on the others.
-
-    Raises:
-        ValueError: one line naming the file and, for JSON, the line.
-    """
+    """Rows of a file; what a row of JSON holds does not depend on the others."""
     from datasets import Dataset
 
     suffix, name = path.suffix.lower(), repr(str(path))
@@ -49,9 +48,6 @@ def json_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Args:
         field: the setting that named the file.
-
-    Raises:
-        ValueError: one line naming the field, the file and the line.
     """
     text, name = _decoded(path, field), f"{field}: {str(path)!r}"
     found = _json_values(text, name)
@@ -69,9 +65,6 @@ def read_table(path: Path, field: str, text_columns: Collection[str]) -> Table:
     Args:
         field: the setting that named the file.
         text_columns: of a CSV file, columns in which "04" and "true" are text.
-
-    Raises:
-        ValueError: one line naming the field and the file.
     """
     from pyarrow import csv, parquet
 

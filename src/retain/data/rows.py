@@ -43,9 +43,6 @@ def read_rows(source: str, split: str = "train", field: str = "data") -> Dataset
 
     Args:
         field: the setting that named a data set on the Hub, for errors.
-
-    Raises:
-        ValueError: one line naming the file and, for JSONL, the line.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -139,11 +136,7 @@ def read_texts(
 def read_text(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row", reading: Reading = OLD_TEXT
 ) -> Text:
-    """Read a row as `SFTTrainer` of TRL 1.16 does before training (`_prepare_dataset`).
-
-    Raises:
-        ValueError: as `row_text`.
-    """
+    """Read a row as `SFTTrainer` of TRL 1.16 does before training (`_prepare_dataset`)."""
     if reading.dataset_text_field in row:
         row = {**row, "text": row[reading.dataset_text_field]}
     content, given = _content(row, where)
@@ -193,9 +186,6 @@ def row_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: 
     """The text of a row: `prompt` and `completion`, `messages` through the chat template, or `text`.
 
     A row that has several is read as TRL would train on it. Chats come with their `tools` and `chat_template_kwargs`.
-
-    Raises:
-        ValueError: if the row has none of these, or they are of the wrong type.
     """
     return rendered(_content(row, where)[0], row, tokenizer)
 
@@ -217,11 +207,7 @@ def _content(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
 
 
 def prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
-    """What a model is to continue: `text`, `prompt`, or `messages` up to the answer, with the answer's turn opened.
-
-    Raises:
-        ValueError: as `row_text`.
-    """
+    """What a model is to continue: `text`, `prompt`, or `messages` up to the answer, with the answer's turn opened."""
     if (messages := chat_of(row)) is not None:
         answered = messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
         return rendered(messages[:-1] if answered else messages, row, tokenizer, add_generation_prompt=True)
@@ -324,11 +310,7 @@ def as_documents(
     max_windows: int | None,
     reading: Reading = OLD_TEXT,
 ) -> list[Document]:
-    """Texts cut into windows, or documents as they are.
-
-    Raises:
-        ValueError: if nothing is left to measure.
-    """
+    """Texts cut into windows, or documents as they are."""
     items = documents = several("texts", name, source)
     if not (items and isinstance(items[0], Document)):
         documents = tokenize_documents(items, tokenizer, start_id, max_length, max_windows=max_windows, reading=reading)
@@ -371,9 +353,6 @@ def token_documents(
 
 def named_sources(specs: Iterable[str], field: str) -> dict[str, str]:
     """Parse `name=path` specifications.
-
-    Raises:
-        ValueError: if one has no name or path, or a name comes twice.
 
     >>> named_sources(["wiki=wiki.txt", "code=owner/code"], "retention")
     {'wiki': 'wiki.txt', 'code': 'owner/code'}

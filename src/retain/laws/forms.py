@@ -289,11 +289,7 @@ FORMS = {
 
 
 def form_of(form: str | Form, bounds: Mapping[str, tuple[float, float]] | None = None) -> Form:
-    """A form by its name, or one of the user's own; with other bounds of its exponents where they are given.
-
-    Raises:
-        ValueError: for a name that is not among `FORMS`, and for bounds of no exponent.
-    """
+    """A form by its name, or one of the user's own; with other bounds of its exponents where they are given."""
     if not isinstance(form, Form):
         if form not in FORMS:
             raise ValueError(f"form: {form!r} is not known; use one of {', '.join(FORMS)}")

@@ -223,11 +223,7 @@ def replay_form(coefs: Sequence[float]) -> Form:
 
 
 def fit_pilots(measurements: Sequence[Measurement], *, num_resamples: int = 1000, seed: int = 0) -> PilotLaws:
-    """The laws of measured pilots.
-
-    Raises:
-        ValueError: for pilots that have forgotten nothing, or are too few.
-    """
+    """The laws of measured pilots."""
     for one in measurements:
         if one.forgetting_loss <= 0:
             raise ValueError(f"run: {one.run!r} has forgotten nothing; raise learning_rate or pilot_steps")

@@ -65,12 +65,7 @@ class Runs:
 
 
 def as_runs(rows: Runs | Rows, columns: Sequence[str]) -> Runs:
-    """Check rows (mappings, or a mapping of columns) and keep `columns`, `run` and `dataset`.
-
-    Raises:
-        ValueError: for a column that is missing or holds what is no number, for values out of range, and for rows or
-            runs that occur twice.
-    """
+    """Check rows (mappings, or a mapping of columns) and keep `columns`, `run` and `dataset`."""
     table = _table(rows)
     if missing := [name for name in ("run", *columns) if name not in table]:
         found = ", ".join(map(str, table)) or "none"
@@ -151,9 +146,6 @@ def read_runs(
         retention: which retention text is `forgetting_loss`, where runs measured several.
         metric: which of its metrics: ref_kl, forgetting or loss.
         min_steps: leave out earlier measurements, in which the warm-up still shows.
-
-    Raises:
-        ValueError: for files that cannot be read or have none of the measurements, and as `as_runs`.
     """
     rows: list[dict[str, Any]] = []
     partial = 0

@@ -84,9 +84,6 @@ def ray_engine(
             `load_model`. The name must mean the same model on every machine.
         max_length, seed, store_reference: as for `sample_replay`.
         num_workers: each has a GPU, or a CPU where the cluster has no GPUs; by default one for each of them.
-
-    Raises:
-        ValueError: if the cluster has too few GPUs or CPUs.
     """
     workers: list[Any] = []
     with cluster():

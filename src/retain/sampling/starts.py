@@ -72,9 +72,6 @@ def plan_starts(
     Args:
         chat_turn: role whose turn a chat row begins inside; the model writes that turn and what follows.
         prompts: texts that rows of mode `prompts` continue, behind the document start.
-
-    Raises:
-        ValueError: if the specification, the chat template or the prompts do not fit.
     """
     modes = []
     for name, share in start_shares(spec).items():
@@ -94,9 +91,6 @@ def plan_starts(
 
 def start_shares(spec: str) -> dict[str, float]:
     """The share of rows that begin in each way.
-
-    Raises:
-        ValueError: for an unknown way, or shares that do not add up to 1.
 
     >>> start_shares("document=0.7,chat=0.3")
     {'document': 0.7, 'chat': 0.3}
@@ -119,11 +113,7 @@ def start_shares(spec: str) -> dict[str, float]:
 
 
 def chat_prefix(tokenizer: PreTrainedTokenizerBase, turn: str) -> tuple[list[int], int]:
-    """What the chat template writes before the content of a first turn, and the token it ends that turn with.
-
-    Raises:
-        ValueError: if there is no template, or it marks no turn of this role.
-    """
+    """What the chat template writes before the content of a first turn, and the token it ends that turn with."""
     try:
         before, after = template_frame(tokenizer, [turn])
     except ValueError as error:

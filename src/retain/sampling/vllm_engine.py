@@ -125,9 +125,6 @@ def vllm_engine(
         dtype: of the transformers model that `sample_replay` gets: the manifest says so.
         max_length, seed: as for `sample_replay`.
         tensor_parallel_size: GPUs of this process's engine.
-
-    Raises:
-        ValueError: if there are too few GPUs.
     """
     arguments = {
         "model": resolve_model_path(name),
@@ -145,11 +142,7 @@ def vllm_engine(
 
 
 def gpus_of_process(size: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES of this process among those of its launch; None without a launcher, or without GPUs.
-
-    Raises:
-        ValueError: if the processes of this machine need more GPUs than are visible.
-    """
+    """CUDA_VISIBLE_DEVICES of this process among those of its launch; None without a launcher, or without GPUs."""
     count, rank = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = map(str, range(torch.cuda.device_count())) if named is None else named.split(",")
