@@ -72,15 +72,8 @@ def test_documents_without_a_size_give_no_warning():
     value, low, high = bootstrap_ratio([0.0, 1.0, 3.0, 0.0, 2.0], [0, 2, 2, 0, 3])
     assert value == 6 / 7
     assert low < value < high
-    for nats, tokens, expected in (([0.0, 1.0], [0, 2], 0.5), ([0.0, 0.0], [0, 0], math.nan)):
+    for nats, tokens, expected in (([6.0], [4], 1.5), ([0.0, 1.0], [0, 2], 0.5), ([0.0, 0.0], [0, 0], math.nan)):
         assert bootstrap_ratio(nats, tokens) == pytest.approx((expected, math.nan, math.nan), nan_ok=True)
-
-
-def test_one_document_has_a_value_and_no_interval():
-    value, low, high = bootstrap_ratio([6.0], [4])
-    assert value == 1.5
-    assert math.isnan(low)
-    assert math.isnan(high)
 
 
 def test_identical_documents_have_an_interval_of_no_width():
@@ -96,24 +89,6 @@ def test_the_same_seed_resamples_the_same_documents_whatever_is_measured():
     assert shifted == pytest.approx([value + 0.25 for value in first])
     assert bootstrap_ratio(nats, tokens, seed=6)[1:] != first[1:]
     np.testing.assert_array_equal(resample_counts(30, 10, 5), resample_counts(30, 10, 5))
-
-
-def test_interval_covers_the_truth_about_as_often_as_it_says():
-    """Documents of unequal length whose loss varies between documents: 40 documents, nominal 95%.
-
-    An interval over tokens covers far less.
-    """
-    rng, truth, trials = np.random.default_rng(7), 2.0, 300
-    hits = naive_hits = 0
-    for trial in range(trials):
-        tokens = rng.integers(20, 200, size=40)
-        nats = tokens * (truth + rng.normal(scale=0.5, size=40)) + rng.normal(size=40) * np.sqrt(tokens)
-        value, low, high = bootstrap_ratio(nats, tokens, num_resamples=400, seed=trial)
-        hits += low <= truth <= high
-        spread = 1.96 * math.sqrt(1.25 / tokens.sum())  # as if every token were independent
-        naive_hits += abs(value - truth) <= spread
-    assert 0.92 <= hits / trials <= 0.98
-    assert naive_hits / trials < 0.5
 
 
 # What is measured on a document of some tokens, nats (or agreeing tokens) per token, and its mean.
@@ -217,23 +192,9 @@ def test_mcnemar_equals_the_exact_binomial_test(lost, won):
     assert mcnemar(lost, won) == pytest.approx(expected, rel=1e-9)
 
 
-def test_mcnemar_rejects_about_as_often_as_it_says():
-    """Where nothing was lost on balance: at most 5%, since the test is exact and its steps are coarse."""
-    rng = np.random.default_rng(0)
-    rejected = np.mean([mcnemar(lost, 40 - lost) < 0.05 for lost in rng.binomial(40, 0.5, size=2000)])
-    assert 0.01 < rejected <= 0.05
-
-
 @pytest.mark.parametrize(("count", "total"), [(0, 5), (5, 5), (1, 1), (67, 100), (786, 1172)])
 def test_the_interval_of_a_share_is_wilsons(count, total):
     expected = stats.binomtest(count, total).proportion_ci(0.95, method="wilson")
     found = share_interval(count, total)
     assert found == pytest.approx((count / total, expected.low, expected.high), abs=1e-9)
     assert found[1] <= found[0] <= found[2]
-
-
-def test_the_interval_of_a_share_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(1)
-    for truth, size in ((0.67, 200), (0.97, 100)):
-        found = [share_interval(count, size) for count in rng.binomial(size, truth, size=1000).tolist()]
-        assert 0.92 <= np.mean([low <= truth <= high for _, low, high in found]) <= 0.98

@@ -125,8 +125,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def draw(folder: Path, prefixes: list[list[int]], rows: list[int], max_length: int = 20, seed: int = 3) -> Any:
     from retain.sampling.vllm_engine import vllm_engine
 
-    with vllm_engine(str(folder), dtype=torch.float32, max_length=max_length, seed=seed) as engine:
-        [(_, drawn)] = engine([Shard(0, rows, prefixes)], 3, lambda rows: None)
+    engine = vllm_engine(str(folder), dtype=torch.float32, max_length=max_length, seed=seed)
+    [(_, drawn)] = engine([Shard(0, rows, prefixes)], 3, lambda rows: None)
     return drawn
 
 

@@ -160,8 +160,9 @@ def engine_of(config: SampleConfig) -> Callable[[Any, int], AbstractContextManag
     if config.engine == "vllm":
         from retain.sampling.vllm_engine import vllm_engine
 
-        size: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel_size, **config.checkpoint}
-        return lambda model, length: vllm_engine(name, dtype=model.dtype, max_length=length, seed=config.seed, **size)
+        options: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel_size, **config.checkpoint}
+        options["seed"] = config.seed
+        return lambda model, length: nullcontext(vllm_engine(name, dtype=model.dtype, max_length=length, **options))
     from retain.sampling.ray_engine import ray_engine
 
     load = partial(load_model, name, attn_implementation=config.attn_implementation, **config.checkpoint)

@@ -34,8 +34,7 @@ from retain.replay.own_rows import check_draws, rope_switch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MAX_ROWS = {"cpu": 64}  # of a batch; on a CPU 64 rows already fill the matrix products
-MAX_ROWS_ELSEWHERE = 512
+MAX_ROWS, MAX_ROWS_ON_CPU = 512, 64  # of a batch; on a CPU 64 rows already fill the matrix products
 SHARE_OF_FREE_MEMORY = 0.5
 MAX_NARROW = 512  # hidden size up to which a second CPU thread waits for the first longer than it helps
 TOP_K = 64  # likeliest tokens that a store of kind "topk" keeps of each prediction
@@ -316,6 +315,6 @@ def choose_batch_size(model: PreTrainedModel, max_length: int) -> int:
         of_cache = 8 * config.num_hidden_layers * config.hidden_size * getattr(config, "state_size", STATE_SIZE)
     of_predictions = 32 * config.vocab_size  # logits, log-probabilities, probabilities in float32; sums in float64
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    most = MAX_ROWS.get(device.type, MAX_ROWS_ELSEWHERE)
     rows = int(SHARE_OF_FREE_MEMORY * free / (of_cache + of_predictions))
-    return 1 << (max(1, min(rows, most)).bit_length() - 1)
+    rows = min(rows, MAX_ROWS_ON_CPU if device.type == "cpu" else MAX_ROWS)
+    return 1 << (max(1, rows).bit_length() - 1)

@@ -16,8 +16,7 @@ read and hashed once); vLLM loads its own from the same files.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -105,7 +104,6 @@ class VllmSampler:
         )
 
 
-@contextmanager
 def vllm_engine(
     name: str,
     *,
@@ -115,7 +113,7 @@ def vllm_engine(
     revision: str = "main",
     trust_remote_code: bool = False,
     tensor_parallel_size: int = 1,
-) -> Iterator[Engine]:
+) -> Engine:
     """An engine for `sample_replay(..., engine=engine, engine_name="vllm")`; vLLM gets `batch_size` rows at once.
 
     Processes are spawned, so a script of your own needs its `if __name__ == "__main__":`.
@@ -138,7 +136,7 @@ def vllm_engine(
         "logprobs_mode": "raw_logprobs",  # of the model's own distribution
     }
     devices = gpus_of_process(tensor_parallel_size)
-    yield batch_engine(VllmSampler(arguments, max_length, seed, devices).draw)
+    return batch_engine(VllmSampler(arguments, max_length, seed, devices).draw)
 
 
 def gpus_of_process(size: int) -> str | None:
