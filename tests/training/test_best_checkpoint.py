@@ -19,6 +19,7 @@ from retain.files import read_jsonl
 from retain.measuring.choices import Question
 from retain.replay.dataset import ReplayDataset
 from retain.sampling.write import sample_rows
+from retain.training.retention import RetentionMeasurer
 from retain.training.run_files import read_run
 
 TEXTS = {"words": make_texts(6, seed=9)}
@@ -68,6 +69,15 @@ def test_the_checkpoint_that_forgot_least_is_kept(host: str, tmp_path: Path, rep
     assert points(tmp_path, "kept_step") == {6: 2}
     metrics = trainer.evaluate()
     assert metrics[f"eval_{KL}"] == found[2], "of the weights that were restored"
+    callbacks = trainer.callback_handler.callbacks
+    measurer = next(one for one in callbacks if isinstance(one, RetentionMeasurer))
+    table = measurer.tables[2]
+    assert trainer.evaluate()[f"eval_{KL}"] == found[2]
+    assert measurer.tables[2] is table, "measured already"
+    measurer.tables.clear()
+    trainer.evaluate()
+    assert measurer.tables == {2: table}
+    assert list(points(tmp_path)) == [2, 4, 6]
 
 
 class Seen(TrainerCallback):

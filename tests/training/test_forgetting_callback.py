@@ -43,37 +43,16 @@ def callback(**changes: Any) -> ForgettingCallback:
     return ForgettingCallback(**{"retention": TEXTS, "choices": {"arc": QUESTIONS}, "max_length": 32} | changes)
 
 
-def sft(folder: Path, callbacks: list[TrainerCallback], model: Any = None, lora: bool = False, **changes: Any) -> Any:
-    extra = {"max_length": 24, "gradient_checkpointing": False}
-    return SFTTrainer(
-        model if model is not None else make_model(attention_dropout=0.1),
-        SFTConfig(**settings(folder, **extra | changes)),
-        train_dataset=ROWS,
-        eval_dataset=ROWS.select(range(8)),
-        processing_class=TOKENIZER,
-        peft_config=LoraConfig(**LORA) if lora else None,
-        callbacks=callbacks,
-    )
-
-
-def plain(folder: Path, callbacks: list[TrainerCallback], model: Any = None, **changes: Any) -> Trainer:
-    return Trainer(
-        model if model is not None else make_model(attention_dropout=0.1),
-        TrainingArguments(**settings(folder, **changes)),
-        train_dataset=TOKENS,
-        eval_dataset=TOKENS.select(range(4)),
-        processing_class=TOKENIZER,
-        callbacks=callbacks,
-    )
-
-
-def make(kind: str, folder: Path, found: ForgettingCallback | None, **changes: Any) -> Any:
-    callbacks = [] if found is None else [found]
-    return (
-        plain(folder, callbacks, **changes)
-        if kind == "plain"
-        else sft(folder, callbacks, lora=kind == "lora", **changes)
-    )
+def host(kind: str, folder: Path, *callbacks: TrainerCallback, model: Any = None, **changes: Any) -> Any:
+    """transformers' own trainer, TRL's, or TRL's with an adapter."""
+    model = model if model is not None else make_model(attention_dropout=0.1)
+    given: dict[str, Any] = {"processing_class": TOKENIZER, "callbacks": [*callbacks]}
+    if kind == "plain":
+        args = TrainingArguments(**settings(folder, **changes))
+        return Trainer(model, args, train_dataset=TOKENS, eval_dataset=TOKENS.select(range(4)), **given)
+    args = SFTConfig(**settings(folder, **{"max_length": 24, **changes}))
+    lora = LoraConfig(**LORA) if kind == "lora" else None
+    return SFTTrainer(model, args, train_dataset=ROWS, eval_dataset=ROWS.select(range(8)), peft_config=lora, **given)
 
 
 KINDS = ("plain", "sft", "lora")
@@ -82,7 +61,7 @@ KINDS = ("plain", "sft", "lora")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_values_are_those_of_measure(kind, tmp_path):
     found = callback(choices_every=2)
-    trainer = make(kind, tmp_path, found, learning_rate=5e-2)
+    trainer = host(kind, tmp_path, found, learning_rate=5e-2)
     trainer.train()
     report = measure(
         make_model(), trainer.model, found.documents, tokenizer=TOKENIZER, choices={"arc": QUESTIONS}, max_length=32
@@ -112,10 +91,9 @@ def test_the_values_are_those_of_measure(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_is_bit_identical_with_and_without_it(kind, tmp_path):
-    found = callback()
     runs, drawn = [], []
-    for name, one in (("a", found), ("b", None)):
-        runs.append(make(kind, tmp_path / name, one))
+    for name, callbacks in (("a", [callback()]), ("b", [])):
+        runs.append(host(kind, tmp_path / name, *callbacks))
         runs[-1].train()
         drawn.append((random.random(), np.random.rand(), float(torch.rand(()))))
     assert drawn[0] == drawn[1], "the random states too"
@@ -128,7 +106,7 @@ def test_training_is_bit_identical_with_and_without_it(kind, tmp_path):
 
 def test_dropout_is_off_and_every_mode_comes_back(tmp_path):
     found = callback()
-    trainer = sft(tmp_path, [found], lora=True)
+    trainer = host("lora", tmp_path, found)
     trainer.train()
     trainer.model.train()
     trainer.model.get_input_embeddings().eval()
@@ -147,10 +125,10 @@ def test_values_go_through_the_trainers_log(tmp_path):
             seen.append(dict(logs))
 
     found, tracker = callback(), Tracker()
-    trainer = sft(tmp_path / "a", [tracker, found])
+    trainer = host("sft", tmp_path / "a", tracker, found)
     found.trainer = trainer
     trainer.train()
-    silent = sft(tmp_path / "b", [callback()])
+    silent = host("sft", tmp_path / "b", callback())
     silent.train()
     assert len([logs for logs in seen if "retention/words/ref_kl" in logs]) == 3
     histories = [[row for row in one.state.log_history if "retention/few/loss" in row] for one in (trainer, silent)]
@@ -161,7 +139,7 @@ def test_values_go_through_the_trainers_log(tmp_path):
 
 def test_the_files_are_those_of_a_run(tmp_path):
     """What `retain report` and `retain fit` read."""
-    sft(tmp_path, [callback()], max_steps=6).train()
+    host("sft", tmp_path, callback(), max_steps=6).train()
     run = read_run(tmp_path)
     assert [row["step"] for row in run["trajectory"] if "retention/words/ref_kl" in row and "eval_loss" in row] == [
         0, 2, 4, 6
@@ -191,42 +169,40 @@ def test_losses_that_are_not_finite_are_no_result(name, tmp_path):
 # Resumed
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_resumed_run_has_the_files_of_an_uninterrupted_one(lora, tmp_path):
+@pytest.mark.parametrize("kind", ["sft", "lora"])
+def test_a_resumed_run_has_the_files_of_an_uninterrupted_one(kind, tmp_path):
     saved = {"save_strategy": "steps", "save_steps": 2, "eval_on_start": False}
-    sft(tmp_path / "whole", [callback()], lora=lora, **saved).train()
-    sft(tmp_path / "cut", [callback()], lora=lora, **saved).train()
+    host(kind, tmp_path / "whole", callback(), **saved).train()
+    host(kind, tmp_path / "cut", callback(), **saved).train()
     for row in ({"step": 3, "retention/words/ref_kl": 9.0}, {"step": 4, "loss": 9.0}):
         with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-    sft(tmp_path / "cut", [callback()], lora=lora, **saved).train(
-        resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2")
-    )
+    host(kind, tmp_path / "cut", callback(), **saved).train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
     assert points(tmp_path / "cut") == points(tmp_path / "whole")
     assert list(points(tmp_path / "cut")) == [2, 4]
     files = [read_jsonl(tmp_path / name / "documents.jsonl") for name in ("cut", "whole")]
     assert files[0] == files[1]
     assert len(files[0]) == 4
-    again = sft(tmp_path / "cut", [callback()], lora=lora, **saved | {"eval_on_start": True})
+    again = host(kind, tmp_path / "cut", callback(), **saved | {"eval_on_start": True})
     again.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
     assert read_jsonl(tmp_path / "cut" / "documents.jsonl") == files[1], "no row twice"
 
 
 def test_a_model_that_is_not_the_base_is_refused_when_training_goes_on(tmp_path):
     saved = {"save_strategy": "steps", "save_steps": 2}
-    whole = sft(tmp_path, [callback()], **saved)
+    whole = host("sft", tmp_path, callback(), **saved)
     whole.train()
     kept = points(tmp_path)
     resumed = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
     halfway = type(make_model()).from_pretrained(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match=r"^base: training resumes at step 2, and nothing shows .*; give base=the"):
-        sft(tmp_path, [callback()], model=halfway, **saved).train(**resumed)
+        host("sft", tmp_path, callback(), model=halfway, **saved).train(**resumed)
     assert points(tmp_path) == kept, "the files are untouched"
-    late = sft(tmp_path, [], **saved)
+    late = host("sft", tmp_path, **saved)
     late.add_callback(callback())
     with pytest.raises(ValueError, match=r"^base: the model has made 2 steps before this callback saw it; give the"):
         late.train(**resumed)
-    given = sft(tmp_path, [callback(base=make_model())], model=halfway, **saved)
+    given = host("sft", tmp_path, callback(base=make_model()), model=halfway, **saved)
     given.train(**resumed)
     assert points(tmp_path) == pytest.approx(kept, abs=1e-7)
 
@@ -235,7 +211,7 @@ def test_a_model_that_is_not_the_base_is_refused_when_training_goes_on(tmp_path)
 
 
 def test_a_callback_added_later_or_a_second_training_has_the_same_base(tmp_path):
-    trainer = sft(tmp_path, [])
+    trainer = host("sft", tmp_path)
     found = callback()
     trainer.add_callback(found)
     trainer.evaluate()
@@ -249,7 +225,7 @@ def test_a_callback_added_later_or_a_second_training_has_the_same_base(tmp_path)
 
 def test_a_base_may_be_given(tmp_path):
     started = make_model(seed=1)
-    sft(tmp_path, [callback(base=make_model())], model=started).train()
+    host("sft", tmp_path, callback(base=make_model()), model=started).train()
     assert points(tmp_path)[0] > 0.1
 
 
@@ -277,15 +253,15 @@ def test_what_is_not_the_base_is_refused_in_one_line(bad, tmp_path):
             "dtype": r"^base: its dtype is torch.bfloat16, the model's torch.float32; load both alike",
         }[bad]
     with pytest.raises(ValueError, match=why) as error:
-        plain(tmp_path, [callback(**options)], model=model)
+        host("plain", tmp_path, callback(**options), model=model)
     assert "\n" not in str(error.value)
     if bad == "trained":
-        plain(tmp_path, [callback(base=make_model())], model=model)
+        host("plain", tmp_path, callback(base=make_model()), model=model)
 
 
 def test_mixed_precision_compares_like_with_like(tmp_path):
     for kind in KINDS:
-        trainer = make(kind, tmp_path / kind, callback(), bf16=True)
+        trainer = host(kind, tmp_path / kind, callback(), bf16=True)
         trainer.evaluate()  # before the host has wrapped the model
         assert points(tmp_path / kind) == {0: 0.0}
         trainer.train()
@@ -310,30 +286,12 @@ def test_other_trainers(tmp_path):
     assert (found[0], found[4] > 0) == (0.0, True)
 
 
-def test_the_best_weights_and_several_evaluation_sets(tmp_path):
-    best = {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True, "max_steps": 6}
-    best |= {"metric_for_best_model": "eval_one_loss", "greater_is_better": True, "eval_on_start": False}
-    found = callback()
-    trainer = plain(tmp_path, [found], **best)
-    trainer.eval_dataset = {"one": TOKENS.select(range(4)), "two": TOKENS.select(range(4, 8))}
-    trainer.train()
-    assert trainer.state.best_global_step == 2
-    table = found.tables[2]
-    trainer.evaluate()
-    assert found.tables[2] is table, "measured already"
-    found.tables.clear()
-    trainer.evaluate()
-    assert found.tables == {2: table}
-    assert [row["step"] for row in read_jsonl(tmp_path / "documents.jsonl") if row["name"] == "words"] == [2, 4, 6, 2]
-    assert list(points(tmp_path)) == [2, 4, 6]
-
-
 # What is measured
 
 
 def test_a_text_that_is_trained_on_is_not_measured_as_remembered(tmp_path):
     with pytest.raises(ValueError, match=r"^retention: 'words' shares \d+ rows with the training rows"):
-        sft(tmp_path, [callback(retention={"words": ROWS["text"][:4]})]).train()
+        host("sft", tmp_path, callback(retention={"words": ROWS["text"][:4]})).train()
 
 
 def test_documents_are_whole_bounded_and_always_the_same():
@@ -359,7 +317,7 @@ def test_letters_in_the_chat_template(tmp_path):
     tokenizer.chat_template = CHATML
     asked = {"choice_style": "letter", "choice_chat_template": True}
     found = ForgettingCallback(choices={"arc": QUESTIONS}, tokenizer=tokenizer, **asked)
-    trainer = plain(tmp_path, [found], learning_rate=5e-2)
+    trainer = host("plain", tmp_path, found, learning_rate=5e-2)
     trainer.train()
     expected = measure(make_model(), trainer.model, {}, tokenizer=tokenizer, choices={"arc": QUESTIONS}, **asked).data[
         "choices"

@@ -22,7 +22,6 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer, SFTTrainer
 
 from retain import ForgettingCallback, ReplayConfig, ReplayMixin, ReplaySFTTrainer, ReplayTrainer, measure
-from retain.models.reference import Reference
 from retain.replay.dataset import ReplayDataset
 from retain.sampling.write import sample_replay
 
@@ -119,16 +118,6 @@ def test_a_copy_that_follows_the_model_is_seen(tmp_path: Path, dropout: float) -
     says = f"'copy' gives other predictions at step {4 if dropout else 1} than"
     with pytest.raises(ValueError, match=says):
         follow.trainer.train()
-
-
-def test_a_copy_that_is_the_model_is_seen_before_the_first_step(
-    tmp_path: Path, replay: ReplayDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Reference, "copy_of", classmethod(lambda cls, model: cls(model)))
-    with pytest.raises(ValueError, match="replay_reference: the reference moves with the model"):
-        ReplaySFTTrainer(
-            make_model(), config(tmp_path), train_dataset=ROWS, processing_class=TOKENIZER, replay_dataset=replay
-        )
 
 
 # What the host changes

@@ -13,21 +13,16 @@ import trl
 import yaml
 from conftest import CHATML, make_model, make_texts, make_tokenizer, save_model
 from datasets import Dataset
-from training_runs import SETTINGS, TOKENIZER, logged
+from training_runs import SETTINGS, TOKENIZER, assert_kl_rises_from_zero, logged, rows_of
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 
-from retain import ReplayConfig, ReplayDataset, ReplayMixin, ReplaySFTTrainer, load_model
+from retain import ReplayConfig, ReplayMixin, ReplaySFTTrainer, load_model
 from retain.cli.main import main
-from retain.sampling.write import sample_rows
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
 TEXTS = make_texts(24)
 COMMON = {**SETTINGS, "max_steps": 3, "lr_scheduler_type": "linear", "seed": 1}
-
-
-def rows_of(model: Any, count: int = 12) -> ReplayDataset:
-    return ReplayDataset.from_rows(list(sample_rows(model, 3, range(count), 24, seed=5).numpy()), "own")
 
 
 def sft(folder: Path, model: Any, *, rows: Any = None, tokenizer: Any = TOKENIZER, **changes: Any) -> ReplaySFTTrainer:
@@ -114,9 +109,7 @@ def test_mixin_over_other_trainers(kind, world, tmp_path):
     model = named if kind == "GRPO" else load_model(named)
     trainer = trainer_of(kind, tmp_path, model, ReplayConfig(per_device_replay_batch_size=2))
     trainer.train()
-    kl = logged(trainer, "replay/kl")
-    assert abs(kl[0]) < 1e-7
-    assert all(value > 1e-7 for value in kl[1:])
+    assert_kl_rises_from_zero(trainer)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -149,9 +142,7 @@ def test_mixture_of_experts(tmp_path):
     torch.manual_seed(0)
     trainer = sft(tmp_path, AutoModelForCausalLM.from_config(config).eval())
     trainer.train()
-    kl = logged(trainer, "replay/kl")
-    assert abs(kl[0]) < 1e-7
-    assert kl[-1] > 1e-6
+    assert_kl_rises_from_zero(trainer, risen=1e-6)
 
 
 MARKED = CHATML.replace(

@@ -14,7 +14,19 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from training_runs import LORA, ROWS, SETTINGS, TOKENIZER, config, difference, logged, rows_of, train, weights
+from training_runs import (
+    LORA,
+    ROWS,
+    SETTINGS,
+    TOKENIZER,
+    assert_kl_rises_from_zero,
+    config,
+    difference,
+    logged,
+    rows_of,
+    train,
+    weights,
+)
 from transformers import Trainer, TrainingArguments
 from trl import (
     DPOConfig,
@@ -242,36 +254,24 @@ def test_kl_term_has_the_value_and_gradient_of_its_naive_twin(tmp_path: Path, ra
     assert difference(weights(trainer.model), expected) < 1e-5
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("lora", [False, True])
-def test_kl_is_zero_at_first_and_positive_after(
-    tmp_path: Path, replay: ReplayDataset, lora: bool, checkpointing: bool
-) -> None:
-    trainer = train(tmp_path, replay, changes={"gradient_checkpointing": checkpointing}, **adapter(lora))
-    kl = logged(trainer, "replay/kl")
-    assert abs(kl[0]) < 1e-7
-    assert all(value > 1e-7 for value in kl[1:])
-    assert trainer.replay.reference.kind == ("adapter" if lora else "copy")
-
-
 @pytest.mark.parametrize("lora", [False, True])
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
     """To the bit, an adapter's dropout included."""
-    found = [
-        train(tmp_path, replay, changes={"gradient_checkpointing": on}, **adapter(lora, lora_dropout=0.1)).model
-        for on in (False, True)
-    ]
-    assert difference(*map(weights, found)) == 0.0
+    found = []
+    for on in (False, True):
+        trainer = train(tmp_path, replay, changes={"gradient_checkpointing": on}, **adapter(lora, lora_dropout=0.1))
+        assert_kl_rises_from_zero(trainer)
+        assert trainer.replay.reference.kind == ("adapter" if lora else "copy")
+        found.append(weights(trainer.model))
+    assert difference(*found) == 0.0
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_mixed_precision_compares_like_with_like(tmp_path: Path, replay: ReplayDataset, dtype: str) -> None:
-    """Under autocast the reference runs in the same dtype, so the KL still begins at 0."""
-    for name, peft in (("copy", None), ("adapter", LoraConfig(**LORA))):
-        trainer = train(tmp_path / name, replay, peft_config=peft, changes={dtype: True})
-        kl = logged(trainer, "replay/kl")
-        assert abs(kl[0]) < 1e-6
-        assert kl[-1] > 1e-6
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "weights"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_mixed_precision_compares_like_with_like(tmp_path: Path, replay: ReplayDataset, dtype: str, lora: bool) -> None:
+    """Under autocast, or with weights in bfloat16, the reference runs in the same dtype: the KL still begins at 0."""
+    half = {"model": make_model().bfloat16()} if dtype == "weights" else {"changes": {dtype: True}}
+    assert_kl_rises_from_zero(train(tmp_path, replay, **half, **adapter(lora)), zero=1e-6, risen=1e-6)
 
 
 def test_replay_holds_the_model_to_its_base(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -298,8 +298,7 @@ def test_every_architecture_trains(tmp_path: Path, architecture: str) -> None:
     )
     rows = ReplayDataset.from_rows(list(sample_rows(model, 3, range(8), 16, seed=1).numpy()), "own")
     trainer = train(tmp_path, rows, model=model, changes={"max_steps": 3})
-    assert abs(logged(trainer, "replay/kl")[0]) < 1e-6
-    assert logged(trainer, "replay/kl")[-1] > 1e-7
+    assert_kl_rises_from_zero(trainer, zero=1e-6)
 
 
 # Objectives
@@ -336,9 +335,7 @@ def test_replace_equals_the_host_on_the_same_rows(tmp_path: Path, replay: Replay
 
 def test_kl_on_new_rows_needs_no_replay_rows(tmp_path: Path) -> None:
     trainer = train(tmp_path, None, replay_config=ReplayConfig(replay_objective="kl_new", replay_coef=1.0))
-    kl = logged(trainer, "replay/kl")
-    assert abs(kl[0]) < 1e-7
-    assert kl[-1] > 1e-6
+    assert_kl_rises_from_zero(trainer, risen=1e-6)
 
 
 def test_kl_on_new_rows_counts_only_labelled_tokens(tmp_path: Path) -> None:
@@ -416,8 +413,7 @@ def test_adapters_that_rewrite_the_base_are_refused_with_a_remedy(
         train(tmp_path, replay, peft_config=LoraConfig(**LORA, init_lora_weights=init))
     by_copy = ReplayConfig(replay_reference="copy")
     trainer = train(tmp_path, replay, peft_config=LoraConfig(**LORA, init_lora_weights=init), replay_config=by_copy)
-    assert abs(logged(trainer, "replay/kl")[0]) < 1e-6
-    assert logged(trainer, "replay/kl")[-1] > 1e-7
+    assert_kl_rises_from_zero(trainer, zero=1e-6)
 
 
 def test_an_adapter_trained_before_is_refused_and_copied_when_asked(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -481,15 +477,6 @@ def test_a_model_is_needed(tmp_path: Path, replay: ReplayDataset) -> None:
         ReplaySFTTrainer(args=config(tmp_path), train_dataset=ROWS, replay_dataset=replay)
 
 
-def test_a_trainer_that_draws_no_rows_stops(tmp_path: Path, replay: ReplayDataset) -> None:
-    class Odd(ReplaySFTTrainer):
-        def get_batch_samples(self, *args: Any) -> Any:
-            return Trainer.get_batch_samples(self, *args)
-
-    with pytest.raises(ValueError, match="nothing protects it"):
-        train(tmp_path, replay, trainer_class=Odd)
-
-
 def test_retention_windows_are_no_longer_than_the_model_can_take(tmp_path: Path, replay: ReplayDataset) -> None:
     model, long = make_model("gpt2"), make_texts(1, words=400)
     replay = ReplayDataset.from_rows([replay[0]], "short")
@@ -506,7 +493,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     changes = {"learning_rate": rate, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.0, "optim": optim}
     says = r"loss: (nan|inf) at step [23]; lower learning_rate|model: weights that are not finite, so nothing was saved"
     with pytest.raises(ValueError, match=says):
-        train(tmp_path, replay, changes=changes, peft_config=LoraConfig(**LORA) if lora else None)
+        train(tmp_path, replay, changes=changes, **adapter(lora))
     kept = list(tmp_path.glob("checkpoint-*"))
     assert bool(kept) == (optim == "sgd")
     for checkpoint in kept:
@@ -532,17 +519,7 @@ def test_packed_new_rows(tmp_path: Path, replay: ReplayDataset, strategy: str, o
     """Packing is the host's; what it hands over (`bfd`: one long row with positions) is protected all the same."""
     changes = {"packing": True, "packing_strategy": strategy}
     trainer = train(tmp_path, replay, changes=changes, replay_config=ReplayConfig(replay_objective=objective))
-    kl = logged(trainer, "replay/kl")
-    assert abs(kl[0]) < 1e-7
-    assert kl[-1] > 1e-7
-
-
-def test_weights_in_bfloat16(tmp_path: Path, replay: ReplayDataset) -> None:
-    for name, peft in (("copy", None), ("adapter", LoraConfig(**LORA))):
-        trainer = train(tmp_path / name, replay, model=make_model().bfloat16(), peft_config=peft)
-        kl = logged(trainer, "replay/kl")
-        assert abs(kl[0]) < 1e-6
-        assert kl[-1] > 1e-6
+    assert_kl_rises_from_zero(trainer)
 
 
 def test_mixin_over_dpo(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -565,27 +542,7 @@ def test_mixin_over_dpo(tmp_path: Path, replay: ReplayDataset) -> None:
         replay_config=ReplayConfig(replay_coef=1.0),
     )
     trainer.train()
-    kl = logged(trainer, "replay/kl")
-    assert abs(kl[0]) < 1e-7
-    assert kl[-1] > 1e-8
-
-
-def test_the_best_weights_are_the_ones_reported(tmp_path: Path, replay: ReplayDataset) -> None:
-    best = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-    best |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
-    trainer = train(
-        tmp_path,
-        replay,
-        eval_dataset=ROWS.select(range(8)),
-        retention_datasets={"words": make_texts(6, seed=9)},
-        changes=best,
-    )
-    assert trainer.state.best_global_step == 2
-    reported = trainer.evaluate_retention()
-    trainer.measurer.tables.clear()
-    assert reported == trainer.evaluate_retention()
-    rows = read_jsonl(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in rows if "retention/words/loss" in row] == [2, 4, 6]
+    assert_kl_rises_from_zero(trainer, risen=1e-8)
 
 
 def test_what_was_measured_before_training_is_measured_again_in_it(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -641,8 +598,7 @@ def test_a_run_leaves_plain_files(tmp_path: Path, replay: ReplayDataset) -> None
 def test_torch_compile_changes_nothing(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
     settings, found = {"optim": "sgd", "learning_rate": 0.3, "max_steps": 4}, []
     for on in (False, True):
-        peft = LoraConfig(**LORA) if lora else None
-        found.append(train(tmp_path / str(on), replay, peft_config=peft, changes={**settings, "torch_compile": on}))
+        found.append(train(tmp_path / str(on), replay, changes={**settings, "torch_compile": on}, **adapter(lora)))
     plain, compiled = found
     assert logged(compiled, "replay/kl") == pytest.approx(logged(plain, "replay/kl"), rel=1e-4, abs=1e-6)
     assert difference(weights(plain.model), weights(compiled.model)) < 1e-6
@@ -716,10 +672,9 @@ def test_a_budget_holds_the_kl_behind_the_openings(tmp_path: Path, ragged: Repla
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_resumed_budget_goes_on_where_it_was(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
     settings = {"changes": {"save_strategy": "steps", "save_steps": 10, "max_steps": 20}}
-    checkpoint, peft = str(tmp_path / "checkpoint-10"), {**LORA, "lora_dropout": 0.1}
     whole, resumed = (
-        budgeted(tmp_path, replay, 0.01, peft_config=LoraConfig(**peft) if lora else None, **more)
-        for more in (settings, {**settings, "resume": checkpoint})
+        budgeted(tmp_path, replay, 0.01, **settings, **adapter(lora, lora_dropout=0.1), resume=checkpoint)
+        for checkpoint in (None, str(tmp_path / "checkpoint-10"))
     )
     assert resumed.budget is not None
     assert whole.budget is not None

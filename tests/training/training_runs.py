@@ -68,6 +68,13 @@ def logged(trainer: Any, key: str) -> list[float]:
     return [row[key] for row in trainer.state.log_history if key in row]
 
 
+def assert_kl_rises_from_zero(trainer: Any, zero: float = 1e-7, risen: float = 1e-7) -> None:
+    """The model is its base at the first step, and is held to it when it has moved."""
+    kl = logged(trainer, "replay/kl")
+    assert abs(kl[0]) < zero
+    assert kl[-1] > risen
+
+
 def points(folder: Path, key: str = "retention/words/ref_kl") -> dict[int, float]:
     """A value of `metrics.jsonl` at each step that has it."""
     return {row["step"]: row[key] for row in read_jsonl(folder / "metrics.jsonl") if key in row}

@@ -19,6 +19,7 @@ from retain.data.overlap import find_rows
 from retain.data.rows import Document
 from retain.models.base_predictions import HiddenStates
 from retain.models.description import (
+    StartToken,
     check_predicts_tokens,
     choose_start_token,
     length_that_fits,
@@ -78,9 +79,6 @@ class Protection:
         reference: the frozen base; None where nothing is compared with it, or all of it was stored.
         cache: the base's predictions stored beside the rows, where they take the place of the reference in training.
         term: the sums that the objective is made of, once the reference is proven.
-
-    Raises:
-        ValueError: whenever protection could not do what the settings say.
     """
 
     term: ReplayTerm
@@ -106,7 +104,8 @@ class Protection:
         self._row_edges: set[int] = set()  # tokens that open or close rows
         self._own_rows, self._start_token = True, ""  # whether the model itself wrote the rows
         if rows is not None or retention:
-            self._load(model, _tokenizer(host.get("processing_class"), model), rows, retention, args, start_token)
+            tokenizer = _tokenizer(host.get("processing_class"), model)
+            self._load(model, args, rows, retention, tokenizer, choose_start_token(tokenizer, start_token))
         self._check_rows(model)
         has_adapter = host.get("peft_config") is not None or hasattr(model, "disable_adapter")
         self.cache = self._stored_predictions()
@@ -117,15 +116,8 @@ class Protection:
             self.reference = self._make_reference(model, has_adapter=has_adapter)
 
     def _load(
-        self,
-        model: Any,
-        tokenizer: Any,
-        rows: Any,
-        retention: Mapping[str, Any],
-        args: Any,
-        start_token: str | int | None,
+        self, model: Any, args: Any, rows: Any, retention: Mapping[str, Any], tokenizer: Any, start: StartToken
     ) -> None:
-        start = choose_start_token(tokenizer, start_token)
         wanted = self.config.replay_max_length or Unchosen(getattr(args, "max_length", None) or 512)
         max_length = length_that_fits(model, wanted, "replay_max_length")
         if isinstance(rows, (str, Path)):
@@ -361,10 +353,9 @@ def check_replay_every(config: ReplayConfig, steps: int) -> None:
 
 
 def check_noise(kl: float, max_ref_kl: float | None) -> None:
-    """Before its first step a model is its base: a KL there, in nats per token, is noise of the forward pass.
+    """Warn of a KL before the first step, in nats per token: noise of the forward pass, since the model is its base.
 
-    Raises:
-        ValueError: if a limit is hardly above it, which no coefficient could hold.
+    No coefficient could hold a limit that is hardly above it: that is a `ValueError`.
     """
     if kl < MAX_NOISE:
         return

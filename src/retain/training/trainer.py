@@ -86,7 +86,7 @@ class ReplayMixin(Host):
 
         super().__init__(model=model, args=args, **kwargs)
 
-        self._queue: list[dict[str, Tensor] | None] = []
+        self._queue: list[dict[str, Any] | None] = []  # replay batches of the step's micro-batches; None: on new rows
         self._ready_for = -1  # the step for which replay was last drawn
         self._replay_tokens = 0
         self._is_the_base = True  # until its first step; a try that ran out of memory leaves it moved
@@ -124,19 +124,15 @@ class ReplayMixin(Host):
             return samples, num_items
         self._stop_if_unprotected()
         self._ready_for = self.state.global_step
+        batches = self._draw(len(samples)) if self.objective.draws_rows else [None] * len(samples)
         if self.objective.adds_term:
-            self._queue = [None] * len(samples)
+            self._queue = batches
             self._meter.begin_step()
-        if self.objective.draws_rows:
-            batches = self._draw(len(samples))
-            if self.objective.adds_term:
-                self._queue = list(batches)
-            else:
-                samples = [replace_rows(new, old) for new, old in zip(samples, batches, strict=True)]
-                num_items = self._get_num_items_in_batch(samples, device)
-        return samples, num_items
+            return samples, num_items
+        samples = [replace_rows(new, old) for new, old in zip(samples, batches, strict=True)]
+        return samples, self._get_num_items_in_batch(samples, device)
 
-    def _draw(self, num_micro_batches: int) -> list[dict[str, Any]]:
+    def _draw(self, num_micro_batches: int) -> list[Any]:
         """Replay batches of this process for the micro-batches of the coming step; a function of the step alone."""
         dataset = self.replay.rows
         assert dataset is not None
@@ -171,11 +167,8 @@ class ReplayMixin(Host):
             raise ValueError(
                 f"replay: {type(self).__name__} computes a loss for which no rows were drawn; nothing protects it"
             )
-        batch = self._queue.pop(0)
-        if batch is None:
-            term = self._term_on_new_rows(model, new, num_items_in_batch)
-        else:
-            term = self._term_on_replay(model, batch)
+        old, num_items = self._queue.pop(0), num_items_in_batch
+        term = self._term_on_new_rows(model, new, num_items) if old is None else self._term_on_replay(model, old)
         self._meter.add_term(term)
         added = self.replay_coef * self.replay_config.replay_every * scale * term
         return (result[0] + added, result[1]) if return_outputs else result + added
@@ -230,8 +223,9 @@ class ReplayMixin(Host):
                 kl = float(self._meter.step_term) if self.budget is None else self._meter.held_kl()
                 check_noise(kl, self.replay_config.max_ref_kl)
             self._is_the_base = False
-            if self.budget is not None:
-                self._follow_budget()
+            if self.budget is not None:  # whose state the next checkpoint keeps
+                self.budget.update(self._meter.held_kl())
+                self.state.stateful_callbacks[BUDGET_STATE] = {"args": {}, "attributes": self.budget.state_dict()}
         return loss
 
     def stop_if_bypassed(self) -> None:
@@ -283,12 +277,6 @@ class ReplayMixin(Host):
         if self.state.global_step and kept is not None:
             budget.load_state_dict(kept["attributes"])
         return budget
-
-    def _follow_budget(self) -> None:
-        """After a step's last micro-batch: its KL moves the coefficient; the next checkpoint keeps the state."""
-        assert self.budget is not None
-        self.budget.update(self._meter.held_kl())
-        self.state.stateful_callbacks[BUDGET_STATE] = {"args": {}, "attributes": self.budget.state_dict()}
 
     # What is measured, kept and shown
 
