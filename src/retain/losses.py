@@ -258,7 +258,7 @@ def _multiplier(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _float32_product(left: Tensor, right: Tensor) -> Tensor:
-    """left · right, summed and returned in float32 whatever the dtype of the factors."""
+    """left · right, summed and returned in float32, for factors of any dtype."""
     if left.dtype == torch.float32:
         return left @ right.float()
     return torch.mm(left, right.to(left.dtype), out_dtype=torch.float32)

@@ -80,9 +80,9 @@ def test_hostile_text_cannot_drive_the_terminal(world, tmp_path, capsys):
     capsys.readouterr()
     assert main([*arguments.split(), *TRAIN]) == 1
     assert main(["sample", "--model", "\x1b[2Jno", "--output_dir", str(tmp_path / "out")]) == 1
-    told = capsys.readouterr().err
-    assert "owned" in told
-    assert not {"\x1b", "\x07", "\u202e"} & set(told)
+    error = capsys.readouterr().err
+    assert "owned" in error
+    assert not {"\x1b", "\x07", "\u202e"} & set(error)
 
 
 def test_a_card_that_cannot_be_written_is_known_before_measuring(world, tmp_path, capsys, monkeypatch):
@@ -90,16 +90,16 @@ def test_a_card_that_cannot_be_written_is_known_before_measuring(world, tmp_path
     arguments = MEASURE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()
     (tmp_path / "bad.md").write_text("---\na: [\n---\n")
     (tmp_path / "bytes.md").write_bytes(b"\xff\xfe\x00")
-    for card, said in (("no/README.md", "is not a file in a folder"), (".", "is not a file"),
+    for card, expected in (("no/README.md", "is not a file in a folder"), (".", "is not a file"),
                        ("bad.md", "is no YAML"), ("bytes.md", "is not UTF-8 text")):  # fmt: skip
         assert main([*arguments, "--model_card", str(tmp_path / card)]) == 1
-        told = capsys.readouterr().err
-        assert told.startswith("retain measure: model_card: ")
-        assert said in told
+        error = capsys.readouterr().err
+        assert error.startswith("retain measure: model_card: ")
+        assert expected in error
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_of_another_base_is_said(world, tmp_path, capsys):
+def test_an_adapter_of_another_base_is_warned_of(world, tmp_path, capsys):
     save_model(tmp_path / "other", seed=1)
     command = FINETUNE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()
     assert main([*command, *TRAIN, "--use_peft", "--lora_r", "2", "--replay_coef", "0"]) == 0
@@ -154,7 +154,7 @@ def test_what_a_verb_says_of_its_flags_is_so():
         assert {verb.known_name(given) for given in {*verb.aliases, *verb.borrowed}} <= known
 
 
-def test_an_interrupted_verb_says_how_to_go_on(world, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_verb_says_how_to_resume(world, tmp_path, capsys, monkeypatch):
     import retain.sampling.write
 
     def interrupt(*args, **kwargs):
@@ -189,14 +189,14 @@ def test_the_last_whole_checkpoint_is_resumed(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    asked = SimpleNamespace(resume_from_checkpoint="true", output_dir=str(tmp_path))
-    assert checkpoint_to_resume(asked) == str(tmp_path / "checkpoint-10")
-    asked.resume_from_checkpoint = str(tmp_path / "checkpoint-12")
+    args = SimpleNamespace(resume_from_checkpoint="true", output_dir=str(tmp_path))
+    assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")
+    args.resume_from_checkpoint = str(tmp_path / "checkpoint-12")
     with pytest.raises(ValueError, match="is not a whole checkpoint"):
-        checkpoint_to_resume(asked)
+        checkpoint_to_resume(args)
 
 
-def test_a_bug_is_named_by_its_type_and_shown_where_when_asked(world, tmp_path, capsys, monkeypatch):
+def test_a_bug_is_named_by_its_type_and_located_under_RETAIN_DEBUG(world, tmp_path, capsys, monkeypatch):
     import retain.sampling.write
 
     def bug(*args, **kwargs):
@@ -463,7 +463,7 @@ def test_sampled_rows_may_be_measured_on(world, tmp_path):
     assert metrics["loss"]["num_tokens"] == 8 * 23
 
 
-def test_seeds_are_heard(world, tmp_path):
+def test_another_seed_draws_other_rows(world, tmp_path):
     for seed in ("0", "1"):
         command = SAMPLE.replace("{w}", str(world)).replace("{t}", str(tmp_path / seed))
         assert main([*command.split(), "--seed", seed]) == 0

@@ -67,8 +67,8 @@ def test_what_is_asked_for_is_not_a_default(tmp_path):
     from retain.cli.main import load_verb
 
     argv = ["--output_dir", str(tmp_path), "--bf16", "true", "--max_length", "1024"]
-    asked = load_verb("finetune").parse(argv)[1]
-    assert (asked.bf16, type(asked.max_length)) == (True, int)
+    args = load_verb("finetune").parse(argv)[1]
+    assert (args.bf16, type(args.max_length)) == (True, int)
     with pytest.raises(ValueError, match="max_length: 200 is more than this model's 128 positions; use at most 128"):
         sample_replay(make_model(), make_tokenizer(), tmp_path / "rows", num_rows=1, max_length=200)
     with pytest.raises(ValueError, match="max_length: 200 is more than this model's 128 positions; use at most 128"):

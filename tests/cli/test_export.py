@@ -1,4 +1,4 @@
-"""Replay rows for other trainers: text that reads the same, chats of whole turns, and the very tokens."""
+"""Replay rows for other trainers: text that reads the same, chats of whole turns, and the tokens as drawn."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def pool(folder: Path, texts: list[str]) -> Path:
 
 def test_text_is_what_follows_the_start_token(world, tmp_path, capsys):
     assert main(["export", f"{world}/replay", "--output", str(tmp_path / "rows.jsonl")]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     rows, tokenizer = load_self_generated(world / "replay"), make_tokenizer()
     found = rows_of(tmp_path / "rows.jsonl")
     assert [row["text"] for row in found] == [tokenizer.decode(rows[index][1:]) for index in range(5)]
     same = sum(tokenizer(row["text"])["input_ids"] == rows[at][1:].tolist() for at, row in enumerate(found))
-    assert said.startswith("5 of 5 rows as text in ")
-    assert said.endswith(f"{same} of them are cut into the same tokens again\n")
+    assert output.startswith("5 of 5 rows as text in ")
+    assert output.endswith(f"{same} of them are cut into the same tokens again\n")
     assert load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")["text"][0] == found[0]["text"]
 
 
@@ -90,12 +90,12 @@ def test_messages_are_whole_turns(tmp_path, capsys):
         "<|im_start|>user\nthe fox<|im_end|>\n<|im_end|>\n<|im_start|>assistant\na dog<|im_end|>\n",
     ])  # fmt: skip
     assert main(["export", str(data), "--output", str(tmp_path / "rows.jsonl"), "--format", "messages"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     one = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a dog"}]
     two = [*one, {"role": "user", "content": "old stone"}, {"role": "assistant", "content": "rain"}]
     assert rows_of(tmp_path / "rows.jsonl") == [{"messages": one}, {"messages": two}, {"messages": one}]
-    assert said.endswith("3 hold no question with a whole answer\n")
-    assert said.startswith("3 of 6 rows as messages in ")
+    assert output.endswith("3 hold no question with a whole answer\n")
+    assert output.startswith("3 of 6 rows as messages in ")
 
 
 @given(st.lists(st.text(alphabet="ab c\n", min_size=1).filter(str.strip), min_size=2, max_size=6))

@@ -212,7 +212,7 @@ def refused_whole(arguments: list[str], folder: Path, capsys: pytest.CaptureFixt
 
 
 GONE = object()
-MANIFESTS: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, the verbs that need what is changed, what is said
+MANIFESTS: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, verbs that need what is changed, words of the error
     "no num_rows": ({"num_rows": GONE}, "export finetune measure sample", "'num_rows' is missing"),
     "no rows": ({"num_rows": 0}, "export finetune measure sample", "'num_rows' is 0, not 1 or more"),
     "fewer than no rows": ({"num_rows": -1}, "export finetune measure", "'num_rows' is -1"),
@@ -257,7 +257,7 @@ def test_a_damaged_manifest(world, tmp_path, capsys, label, verb):
 
 
 def of_rows(verb: str, folder: Path) -> dict[str, Any]:
-    """The flag by which a verb reads a replay dataset, or goes on with one."""
+    """The flag by which a verb reads a replay dataset, or resumes one."""
     settings = {"num_rows": 8, "max_length": 24, "rows_per_shard": 4}
     name = {"measure": "retention", "sample": "output_dir"}.get(verb, "replay_dataset")
     return {name: f"x={folder}" if verb == "measure" else folder} | (settings if verb == "sample" else {})
@@ -320,7 +320,7 @@ STEP = {"step": 5, "eval_loss": 1, "retention/w/ref_kl": 0.1}
 LINEAR = "fit {t}/m/metrics.jsonl --form linear --output {t}/law.json"
 JOINT = "fit {t}/m/metrics.jsonl --form joint --output {t}/law.json"
 PAGE = "report --runs {t}/report.json --output_dir {t}/out"
-# What a law, a report or a log is changed by, or is; a command; what is said.
+# What a law, a report or a log is changed by, or is; a command; words of the error.
 FILES: list[tuple[str, dict[str, Any], str, str]] = [
     *((f"report {label}", {"report.json": REPORT | change}, PAGE, expected) for label, change, expected in [
         ("without a name", {"name": None}, "'name' is null, not text"),

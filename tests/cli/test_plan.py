@@ -44,18 +44,18 @@ def test_rows_are_no_longer_than_the_model_takes(world, monkeypatch, capsys):
     """A model of 128 positions: 256 tokens that nobody chose become 128, and 200 that somebody chose are refused."""
     seen = []
     monkeypatch.setattr(plan_verb, "prepare_rows", lambda config, folder: seen.append(int(config.max_length)) or 1 / 0)
-    at, asked = FLAGS.index("--max_length"), arguments(world, "--max_ref_kl", "5")
-    begin = asked.index(FLAGS[at])
-    assert main(asked[:begin] + asked[begin + 2 :]) == 1
+    at, words = FLAGS.index("--max_length"), arguments(world, "--max_ref_kl", "5")
+    begin = words.index(FLAGS[at])
+    assert main(words[:begin] + words[begin + 2 :]) == 1
     assert seen == [128]
     capsys.readouterr()
-    assert main([*asked, "--max_length", "200"]) == 1
+    assert main([*words, "--max_length", "200"]) == 1
     assert "max_length: 200 is more than this model's 128 positions; use at most 128" in capsys.readouterr().err
 
 
 @pytest.mark.program
 def test_plan_on_the_command_line(world, capsys, monkeypatch):
-    """Stopped in the middle, taken up, and asked again with a budget that nothing keeps."""
+    """Stopped in the middle, resumed, and run again with a limit that nothing keeps."""
     made, make = [], plan_verb.make_pilot
 
     def stopped(pilot, *rest):
@@ -71,17 +71,17 @@ def test_plan_on_the_command_line(world, capsys, monkeypatch):
     assert main(arguments(world, "--max_ref_kl", "5")) == 0
     out = capsys.readouterr().out
     assert out.count("(found)") == 3
-    told = json.loads((world / "plan" / "plan.json").read_text())
+    plan = json.loads((world / "plan" / "plan.json").read_text())
     command = out.strip().splitlines()[-1]
-    assert command == told["command"]
+    assert command == plan["command"]
     flags = shlex.split(command)
     assert flags[:2] == ["retain", "finetune"]
-    chosen = told["recommendation"]
+    chosen = plan["recommendation"]
     assert flags[flags.index("--lora_r") + 1] == str(chosen["rank"])
     assert chosen["forgetting_loss"]["high"] <= 5
-    assert told["cost"]["pilots"] == 7
-    assert told["cost"]["steps"] == 84
-    assert told["cost"]["tokens"] > 84 * 2 * 2
+    assert plan["cost"]["pilots"] == 7
+    assert plan["cost"]["steps"] == 84
+    assert plan["cost"]["tokens"] > 84 * 2 * 2
     assert ForgettingLaw.from_json(world / "plan" / "law.json").form.name == "joint"
     assert (world / "plan" / "plan.png").stat().st_size > 10_000
     assert "What the pilots cannot say" in (world / "plan" / "plan.md").read_text()

@@ -1,4 +1,4 @@
-"""Sweeps of real pretraining runs, killed while they train: each goes on from its checkpoint to the same weights."""
+"""Sweeps of real pretraining runs, killed while they train: each resumes and ends with the same weights."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ def make(sweep: Path, folder: Path, **settings: Any) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def undisturbed(sweep: Path) -> dict[str, Any]:
     rows = make(sweep, sweep.parent / "whole", num_workers=2)
-    assert not any(told(row)["resumed"] for row in rows)
+    assert not any(pretrained(row)["resumed"] for row in rows)
     return {row["key"]: ends(row) for row in rows}
 
 
-def told(row: dict[str, Any]) -> dict[str, Any]:
+def pretrained(row: dict[str, Any]) -> dict[str, Any]:
     return json.loads((Path(row["folder"]) / "pretrain.json").read_text())
 
 
 def ends(row: dict[str, Any]) -> tuple[dict[str, float], str]:
     """What a run says in the end of more than its last stretch, and its weights' bits."""
     weights = (Path(row["folder"]) / "model.safetensors").read_bytes()
-    said = {name: value for name, value in row["result"].items() if name not in OF_ITS_DAY}
-    return said, hashlib.sha256(weights).hexdigest()
+    values = {name: value for name, value in row["result"].items() if name not in OF_ITS_DAY}
+    return values, hashlib.sha256(weights).hexdigest()
 
 
 def lines(folder: Path) -> dict[str, int]:
@@ -102,7 +102,7 @@ def test_ten_kills_change_nothing(sweep: Path, undisturbed: dict[str, Any], tmp_
     assert {row["key"]: ends(row) for row in rows} == undisturbed
     kept = read_jsonl(tmp_path / "results.jsonl")
     assert len(kept) == len({row["key"] for row in kept}) == len(undisturbed)
-    assert any(told(row)["resumed"] for row in rows)
+    assert any(pretrained(row)["resumed"] for row in rows)
 
 
 def test_a_lost_ray_worker_loses_its_run_only(
@@ -133,5 +133,5 @@ def test_a_lost_ray_worker_loses_its_run_only(
     finally:
         ray.shutdown()
     assert {row["key"]: ends(row) for row in rows} == undisturbed
-    assert [row["key"] for row in rows if told(row)["resumed"]] == lost
+    assert [row["key"] for row in rows if pretrained(row)["resumed"]] == lost
     assert len(lost) == 1

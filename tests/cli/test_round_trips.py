@@ -1,4 +1,4 @@
-"""What is written comes back as it was, whatever it holds: settings, replay folders, laws, sweeps."""
+"""What is written comes back as it was: settings, replay folders, laws, sweeps."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ def test_settings_mean_the_same_as_flags_and_as_yaml(verb, given_settings):
     st.integers(1, 5),
     st.dictionaries(st.text(max_size=5), st.one_of(st.none(), st.text(max_size=8), st.integers(), st.booleans())),
 )
-def test_rows_and_manifest_come_back(rows, rows_per_shard, told):
-    """Rows of any lengths, in shards of any size; whatever else the manifest tells."""
+def test_rows_and_manifest_come_back(rows, rows_per_shard, extra):
+    """Rows of any lengths, in shards of any size, under a manifest with further keys."""
     tokens = [np.array([0] * given + drawn, dtype=np.int32) for drawn, given in rows]
     given = np.array([given for _, given in rows], dtype=np.int32)
-    manifest = {"told": told, "schema": MANIFEST_SCHEMA, "num_rows": len(rows), "rows_per_shard": rows_per_shard}
+    manifest = {"extra": extra, "schema": MANIFEST_SCHEMA, "num_rows": len(rows), "rows_per_shard": rows_per_shard}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_json(folder / MANIFEST, manifest)
@@ -137,9 +137,9 @@ def test_a_sweep_has_every_combination_and_keys_that_do_not_depend_on_order(comm
         found = []
         for turn in (1, -1):
             flags, cells = (dict(list(one.items())[::turn]) for one in (common, grid))
-            asked = {"verb": "finetune", "common": flags, "grid": cells}
+            sweep = {"verb": "finetune", "common": flags, "grid": cells}
             file = Path(name) / "sweep.yaml"
-            file.write_text(yaml.safe_dump(asked, allow_unicode=True, sort_keys=False), encoding="utf-8")
+            file.write_text(yaml.safe_dump(sweep, allow_unicode=True, sort_keys=False), encoding="utf-8")
             found.append({run.key: dict(run.flags) for run in read_sweep(file)})
     assert found[0] == found[1]
     assert len(found[0]) == int(np.prod([len(values) for values in grid.values()], initial=1))

@@ -27,7 +27,7 @@ def test_fits(value: Any, hint: Any, good: bool) -> None:
     assert fits(value, hint) == good
 
 
-def test_what_to_give_is_said_in_words() -> None:
+def test_an_expected_value_has_words() -> None:
     assert expected_value(bool) == "true or false; use one of them"
     assert expected_value(int | None) == "a whole number; use one"
     assert expected_value(list[str] | str) == "a list; write [a, b]"

@@ -194,7 +194,7 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
 
 
 def _sample_own(model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, adapter: Any) -> str:
-    """Rows of the very model that will be trained, drawn on the device of training; it comes back to where it was."""
+    """Rows of the model that will be trained, drawn on the device of training; the model moves back afterwards."""
     folder = Path(training_args.output_dir) / "replay"
     if training_args.process_index == 0:
         if adapter is not None:

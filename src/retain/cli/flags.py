@@ -287,7 +287,7 @@ def launch(argv: list[str], unknown: list[str], of_flags: list[str]) -> None:
 
     Raises:
         ValueError: for what accelerate does not know either.
-        Launched: when the launched processes are through.
+        Launched: when the launched processes have ended.
     """
     from accelerate.commands.launch import launch_command
 

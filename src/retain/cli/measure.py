@@ -196,7 +196,7 @@ def run_measure(config: MeasureConfig) -> int:
     if config.model_card:
         check_card(config.model_card)
     folder = Path(config.output_dir)
-    with exclusive(folder):  # made before long work, so that one that cannot be made is known
+    with exclusive(folder):  # made first, so that a folder without permission is known before long work
         if config.pair:
             reports = [paired_report(config.pair)]
         else:

@@ -209,9 +209,9 @@ def _fill(name: str, new: Tensor, old: Tensor, copies: int, *, tied: bool) -> No
 
 def _expanded_config(old: Any, **sizes: int | None) -> Any:
     if old.model_type not in FAMILIES:
-        raise ValueError(f"model: {old.model_type!r} cannot be expanded; use one of {', '.join(FAMILIES)}")
+        raise ValueError(f"model: {old.model_type!r} has no expansion; use one of {', '.join(FAMILIES)}")
     if old.attention_bias or getattr(old, "mlp_bias", False):
-        raise ValueError("model: one with biases cannot be expanded; use one without")
+        raise ValueError("model: expansion knows no biases; use a model without")
     config = copy.deepcopy(old)
     for name, value in sizes.items():
         if value is None:

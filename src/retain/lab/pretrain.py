@@ -122,7 +122,7 @@ class Corpus:
         return max((num_rows * share / total / len(rows) for share, rows in self.parts), default=0.0)
 
 
-def run_pretrain(args: PretrainArguments, config: PretrainConfig) -> Trainer:
+def run_pretrain(args: PretrainArguments, config: PretrainConfig) -> None:
     """Pretrain and save; `args` are transformers', `config` is ours.
 
     Raises:
@@ -150,7 +150,7 @@ def run_pretrain(args: PretrainArguments, config: PretrainConfig) -> Trainer:
     tokens = num_rows * corpus.length
     say(f"model: {size} parameters (12 L D^2 + D V), {shape.num_hidden_layers} layers of width {shape.hidden_size}")
     say(f"tokens: {tokens} in {args.max_steps} steps, {tokens / size:.3g} per parameter; {_source(corpus, num_rows)}")
-    return _train(trainer, args, config, corpus, size, checkpoint, say)
+    _train(trainer, config, corpus, checkpoint, say)
 
 
 def _source(corpus: Corpus, num_rows: int) -> str:
@@ -178,10 +178,8 @@ def make_trainer(args: Any, config: PretrainConfig, corpus: Corpus, model: Any, 
     return trainer
 
 
-def _train(
-    trainer: Trainer, args: Any, config: PretrainConfig, corpus: Corpus, size: int, checkpoint: str | None, say: Any
-) -> Trainer:
-    began = time.monotonic()
+def _train(trainer: Trainer, config: PretrainConfig, corpus: Corpus, checkpoint: str | None, say: Any) -> None:
+    args, size, began = trainer.args, counted_size_of(trainer.model.config), time.monotonic()
     if checkpoint is not None:
         check_same_run(args, config)
     elif args.resume_from_checkpoint:
@@ -190,11 +188,11 @@ def _train(
     loss, steps = trainer.evaluate()["eval_loss"], trainer.state.global_step
     if not math.isfinite(loss):
         raise ValueError(f"loss: {loss} after {steps} steps; lower learning_rate, or use bf16 instead of fp16")
-    tokens, every = steps * tokens_per_step(args, corpus.length), num_parameters(trainer.model)
+    tokens = steps * tokens_per_step(args, corpus.length)
     found = {
-        "num_params": size, "all_params": every, "num_tokens": tokens, "tokens_per_param": tokens / size,
-        "num_steps": steps,
-        "eval_loss": loss, "adam_beta2": args.adam_beta2, "seed": args.seed, "seconds": time.monotonic() - began,
+        "num_params": size, "all_params": num_parameters(trainer.model), "num_tokens": tokens,
+        "tokens_per_param": tokens / size, "num_steps": steps, "eval_loss": loss,
+        "adam_beta2": args.adam_beta2, "seed": args.seed, "seconds": time.monotonic() - began,
         "resumed": checkpoint is not None, **corpus.facts,
     }  # fmt: skip
     watch = next((one for one in trainer.callback_handler.callbacks if isinstance(one, StopAtLoss)), None)
@@ -205,7 +203,6 @@ def _train(
         write_json(Path(args.output_dir) / PRETRAIN_FILE, {**found, "settings": asdict(config), "versions": versions()})
     say(f"held-out loss: {loss:.4f} nats per token after {tokens:g} tokens ({tokens / size:.3g} per parameter)")
     say(f"model: {args.output_dir}")
-    return trainer
 
 
 def steps_of(args: Any, config: PretrainConfig, length: int, size: int) -> int:
@@ -253,7 +250,7 @@ def open_corpus(config: PretrainConfig, seed: int) -> Corpus:
             digit_tokenizer(task.name), task.length, task.held_out_rows(config.eval_rows),
             {"corpus": config.corpus, "digits": config.digits}, rows=lambda numbers: task.training_rows(numbers, seed),
         )  # fmt: skip
-    return _texts(config, config.corpus)
+    return _texts(config)
 
 
 @lru_cache(maxsize=4)  # a large one takes seconds to make, and studies open it for every run
@@ -271,8 +268,8 @@ def _synthetic(config: PretrainConfig, seed: int) -> Corpus:
     )  # fmt: skip
 
 
-def _texts(config: PretrainConfig, corpus: str) -> Corpus:
-    shares = shares_of(corpus)
+def _texts(config: PretrainConfig) -> Corpus:
+    shares = shares_of(config.corpus)
     trained_on = shares_of(config.tokenizer_corpus) if config.tokenizer_corpus else shares
     split = {source: split_documents(source) for source in dict.fromkeys((*trained_on, *shares))}
     tokenizer = train_tokenizer([text for source in trained_on for text in split[source][0]], config.vocab_size or 1024)
@@ -285,7 +282,7 @@ def _texts(config: PretrainConfig, corpus: str) -> Corpus:
             raise ValueError(f"corpus: {source!r} is shorter than a row of {config.max_length}; lower max_length")
         parts.append((share, np.array(rows)))
         held_out += held[: max(1, round(config.eval_rows * share / sum(shares.values())))]
-    return Corpus(tokenizer, config.max_length, np.array(held_out), {"corpus": corpus}, parts=tuple(parts))
+    return Corpus(tokenizer, config.max_length, np.array(held_out), {"corpus": config.corpus}, parts=tuple(parts))
 
 
 def shares_of(corpus: str) -> dict[str, float]:
