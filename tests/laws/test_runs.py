@@ -194,7 +194,7 @@ def test_tables_keep_rows_below_one_step_and_say_what_was_left_out(tmp_path, end
         read_runs([path], list(table)[1:], min_steps=200)
     late = read_runs([path], list(table)[1:], min_steps=170 * scale)
     assert len(late) == 18
-    assert late.left_out[1] == f"runs: 12 rows before step {170 * scale:g} left out, as min_steps says"
+    assert late.left_out[1] == f"runs: 12 rows before step {170 * scale:g} left out, by min_steps"
 
 
 @pytest.mark.parametrize(

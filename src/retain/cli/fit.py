@@ -13,7 +13,7 @@ from retain.cli.settings import SeedSettings
 from retain.files import check_writable
 from retain.laws.fit import fit_forgetting_law
 from retain.laws.forms import FORMS, form_of
-from retain.laws.runs import read_runs, unlike_recipes
+from retain.laws.runs import read_runs, recipe_differences
 
 
 @dataclass(kw_only=True)
@@ -74,7 +74,7 @@ def run_fit(config: FitConfig) -> None:
     if all(Path(run).is_dir() or Path(run).name == "metrics.jsonl" for run in config.runs):  # tables do not say
         law.settings["forgetting_metric"] = config.forgetting_metric
     law.to_json(config.output)
-    lines = [law.summary(), *(f"! {note}" for note in unlike_recipes(config.runs)), "", f"law: {config.output}"]
+    lines = [law.summary(), *(f"! {note}" for note in recipe_differences(config.runs)), "", f"law: {config.output}"]
     if config.plot:
         from retain.report.style import save_png
 

@@ -25,7 +25,7 @@ POINTS: dict[str, Any] = {"linestyle": "none", "markersize": 3, "alpha": 0.55, "
 def overview(law: ForgettingLaw) -> Figure:
     """Measurements with fitted curves of each output, forgetting over learning where both are there, and residuals."""
     outputs = law.form.outputs
-    figure, axes = _figure(4 if len(outputs) == 2 else len(outputs) + 1)
+    figure, axes = _subplots(4 if len(outputs) == 2 else len(outputs) + 1)
     for at, name in zip(axes, outputs, strict=False):
         _over_input(at, law, name)
     if len(outputs) == 2:
@@ -38,7 +38,7 @@ def overview(law: ForgettingLaw) -> Figure:
 @styled
 def trajectories(law: ForgettingLaw) -> Figure:
     """Forgetting over new-task loss by number of parameters, with the law's curves and its line."""
-    figure, [axes] = _figure(1)
+    figure, [axes] = _subplots(1)
     _trajectories(axes, law)
     _size_legend(figure, law)
     return figure
@@ -47,7 +47,7 @@ def trajectories(law: ForgettingLaw) -> Figure:
 @styled
 def residuals(law: ForgettingLaw) -> Figure:
     """Measured minus fitted over fitted, by number of parameters: what is left should have no shape."""
-    figure, axes = _figure(len(law.form.outputs))
+    figure, axes = _subplots(len(law.form.outputs))
     for at, name in zip(axes, law.form.outputs, strict=True):
         _residuals(at, law, name)
     _size_legend(figure, law)
@@ -60,7 +60,7 @@ def bands(law: ForgettingLaw, output: str = "forgetting_loss", level: float = 0.
     free = [name for name in law.form.inputs if name not in fixed]
     if len(free) != 1:
         raise ValueError(f"bands: {', '.join(free) or 'no input'} left free; fix all inputs but one")
-    figure, [axes] = _figure(1)
+    figure, [axes] = _subplots(1)
     columns, color = law.runs.columns, _colors(1)[0]
     column = columns[free[0]]
     grid = np.geomspace(max(column.min(), 1e-9), column.max() * 2, 200)
@@ -89,7 +89,7 @@ def contours(law: ForgettingLaw, output: str = "forgetting_loss") -> Figure:
 
     if set(law.form.inputs) != set(P_N):
         raise ValueError(f"contours: the form {law.form.name!r} is not one of num_params and num_steps; use bands")
-    figure, [axes] = _figure(1)
+    figure, [axes] = _subplots(1)
     columns = [law.runs.columns[name] for name in P_N]
     P, N = np.meshgrid(*(np.geomspace(column.min() / 2, column.max() * 2, 80) for column in columns))
     values = law.predict(num_params=P, num_steps=N).value[output]
@@ -107,7 +107,7 @@ def contours(law: ForgettingLaw, output: str = "forgetting_loss") -> Figure:
     return figure
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+def _subplots(panels: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     wide = min(panels, 2)
@@ -149,7 +149,9 @@ def _fitted(law: ForgettingLaw) -> dict[str, Array]:
     return dict(zip(law.form.outputs, law.problem.predict(law.estimate)[0], strict=True))
 
 
-def _curves(axes: Axes, law: ForgettingLaw, x: Array, y: Array, curve: tuple[Array, Array], order: Array) -> None:
+def _points_and_curves(
+    axes: Axes, law: ForgettingLaw, x: Array, y: Array, curve: tuple[Array, Array], order: Array
+) -> None:
     """Measurements, and by size and data set the fitted curve through its points in an order."""
     for _, rows, look in _groups(law):
         axes.plot(x[rows], y[rows], **POINTS, **look)
@@ -163,7 +165,7 @@ def _over_input(axes: Axes, law: ForgettingLaw, output: str) -> None:
     """Measurements of an output over the last input of the form, and the fitted curves."""
     over = "num_steps" if "num_steps" in law.form.inputs else law.form.inputs[-1]
     x = law.runs.columns[over]
-    _curves(axes, law, x, law.runs.columns[output], (x, _fitted(law)[output]), x)
+    _points_and_curves(axes, law, x, law.runs.columns[output], (x, _fitted(law)[output]), x)
     if x.min() > 0 and x.max() > 30 * x.min():
         axes.set_xscale("log")
     _label(axes, TITLES.get(output, output), column_of(over).label, column_of(output).label)
@@ -173,7 +175,7 @@ def _trajectories(axes: Axes, law: ForgettingLaw) -> None:
     if not set(LOSSES) <= set(law.form.outputs):
         raise ValueError(f"trajectories: the form {law.form.name!r} has one output; use joint")
     (x, y), fitted = (law.runs.columns[name] for name in LOSSES), _fitted(law)
-    _curves(axes, law, x, y, (fitted[LOSSES[0]], fitted[LOSSES[1]]), law.runs.columns["num_steps"])
+    _points_and_curves(axes, law, x, y, (fitted[LOSSES[0]], fitted[LOSSES[1]]), law.runs.columns["num_steps"])
     for code in range(len(law.runs.datasets)):
         rows = law.runs.dataset_codes == code
         ends = np.array([x[rows].min(), x[rows].max()])

@@ -66,7 +66,7 @@ class Runs:
 
 def as_runs(rows: Runs | Rows, columns: Sequence[str]) -> Runs:
     """Check rows (mappings, or a mapping of columns) and keep `columns`, `run` and `dataset`."""
-    table = _table(rows)
+    table = _by_column(rows)
     if missing := [name for name in ("run", *columns) if name not in table]:
         found = ", ".join(map(str, table)) or "none"
         raise ValueError(f"runs: no column {missing[0]!r}; needs {', '.join(('run', *columns))}, has {found}")
@@ -84,7 +84,7 @@ def as_runs(rows: Runs | Rows, columns: Sequence[str]) -> Runs:
     return runs
 
 
-def _table(rows: Any) -> dict[str, Sequence[Any]]:
+def _by_column(rows: Any) -> dict[str, Sequence[Any]]:
     if isinstance(rows, Runs):
         rows = {"run": rows.run, "dataset": rows.dataset, **rows.columns}
     if isinstance(rows, Mapping):
@@ -139,7 +139,7 @@ def read_runs(
 ) -> Runs:
     """Read the `metrics.jsonl` of finetunes, or tables (CSV, Parquet, JSONL) that have the columns already.
 
-    Measurements at step 0, where nothing was trained, are left out; `left_out` says how many.
+    Measurements at step 0, where nothing was trained, are left out and counted in `left_out`.
 
     Args:
         columns: what the form needs.
@@ -165,7 +165,7 @@ def read_runs(
     steps = [at if isinstance(at := row.get("num_steps"), int | float) else math.nan for row in rows]
     reasons = {
         "at step 0 left out; nothing was trained there": sum(at == 0 for at in steps),
-        f"before step {min_steps:g} left out, as min_steps says": sum(0 != at < min_steps for at in steps),
+        f"before step {min_steps:g} left out, by min_steps": sum(0 != at < min_steps for at in steps),
         "left out; they have one of the two losses only": partial,
     }
     kept = [row for row, at in zip(rows, steps, strict=True) if not (at == 0 or at < min_steps)]
@@ -175,7 +175,7 @@ def read_runs(
     return replace(as_runs(kept, columns), left_out=left_out)
 
 
-def unlike_recipes(sources: Sequence[str]) -> list[str]:
+def recipe_differences(sources: Sequence[str]) -> list[str]:
     """In what the recipes of finetunes differ, a sentence each; a law is of runs that differ in its columns alone."""
     folders = [file.parent for file in map(_file_of, map(Path, sources)) if file.name == METRICS_FILE]
     recipes = [read_settings(folder, {"replay?": dict, "training_arguments?": dict}) for folder in folders]

@@ -311,7 +311,7 @@ def choose_batch_size(model: PreTrainedModel, max_length: int) -> int:
         heads = getattr(config, "num_key_value_heads", None) or attending
         size = getattr(config, "head_dim", None) or config.hidden_size // attending
         of_cache = 2 * config.num_hidden_layers * heads * size * max_length * model.dtype.itemsize
-    else:  # a state of one size whatever the length, in float32
+    else:  # a state of one size at any length, in float32
         of_cache = 8 * config.num_hidden_layers * config.hidden_size * getattr(config, "state_size", STATE_SIZE)
     of_predictions = 32 * config.vocab_size  # logits, log-probabilities, probabilities in float32; sums in float64
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
