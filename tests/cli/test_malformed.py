@@ -212,7 +212,7 @@ def refused_whole(arguments: list[str], folder: Path, capsys: pytest.CaptureFixt
 
 
 GONE = object()
-MANIFESTS: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, verbs that need what is changed, words of the error
+MANIFESTS: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, verbs that need them, words of the error
     "no num_rows": ({"num_rows": GONE}, "export finetune measure sample", "'num_rows' is missing"),
     "no rows": ({"num_rows": 0}, "export finetune measure sample", "'num_rows' is 0, not 1 or more"),
     "fewer than no rows": ({"num_rows": -1}, "export finetune measure", "'num_rows' is -1"),
