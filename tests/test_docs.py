@@ -167,7 +167,7 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def wrong_command(words: list[str]) -> str | None:
-    """What the parsers say against `retain VERB …`, or None."""
+    """The parsers' complaint about `retain VERB …`, or None."""
     verb, argv = (words[1] if len(words) > 1 else "--help"), words[2:]
     if verb.startswith("-") or verb == "VERB":
         return None
@@ -342,8 +342,8 @@ def turned(row: str) -> list[str]:
     written = intervals_of(results_of(ROOT / "experiments" / re.search(r"\(([^)]+)\)", link)[1])).values()
     known = [[float(number) for number in numbers] for numbers in written]
     known += [[-value, -high, -low] for value, low, high in known]
-    asked = {told: numbers for told, numbers in intervals_of(ours).items() if told not in EARLIER}
-    return [told for told, numbers in asked.items() if not any(rounds_to(numbers, one) for one in known)]
+    stated = {interval: numbers for interval, numbers in intervals_of(ours).items() if interval not in EARLIER}
+    return [interval for interval, numbers in stated.items() if not any(rounds_to(numbers, one) for one in known)]
 
 
 def results_of(study: Path) -> str:
@@ -374,7 +374,7 @@ def test_findings_are_those_of_the_studies():
 
 
 INTERVAL = re.compile(r"(?<!\d of )(?<![\d.,])([-+]?\d[\d,.]*)(%?) \[([-+]?\d[\d,.]*)%?, ([-+]?\d[\d,.]*)%?\]")
-ELSEWHERE = {  # what no study says: `make demo` with seeds 0, 1 and 2, samples of output, two published tables fitted
+ELSEWHERE = {  # in no study: `make demo` with seeds 0, 1 and 2, samples of output, two published tables fitted
     "0.655 [0.527, 0.781]", "0.092 [0.049, 0.159]", "86.0% [77.2%, 91.1%]", "0.523 [0.390, 0.752]",
     "0.089 [0.051, 0.148]", "82.9% [77.4%, 87.0%]", "0.541 [0.394, 0.840]", "0.093 [0.049, 0.188]",
     "82.8% [77.0%, 87.6%]", "0.298 [0.255, 0.349]", "0.023 [0.019, 0.030]", "92.2% [90.7%, 93.3%]",
@@ -384,7 +384,7 @@ ELSEWHERE = {  # what no study says: `make demo` with seeds 0, 1 and 2, samples 
     "0.782 [0.699, 0.902]", "0.141 [0.116, 0.166]", "82.0% [79.7%, 84.6%]", "0.0317 [0.02019, 0.04925]",
     "1.9 [1.1, 2.8]",
 }  # fmt: skip
-EARLIER = {  # of draws and of fewer seeds before those in the results, told as such
+EARLIER = {  # of draws and of fewer seeds before those in the results, and described as such
     "0.099 [-0.044, 0.241]", "0.085 [-0.038, 0.208]", "0.520 [-0.263, 1.303]", "-0.059 [-0.069, -0.049]",
     "-0.031 [-0.035, -0.026]", "+0.015 [+0.010, +0.023]", "-0.004 [-0.007, -0.002]",
 }  # fmt: skip
