@@ -17,11 +17,11 @@ from retain.models.base_predictions import MeasuredBase
 from retain.models.description import (
     check_predicts_tokens,
     choose_start_token,
+    differing_settings,
     length_that_fits,
     model_fingerprint,
     num_parameters,
     tokenizer_fingerprint,
-    unlike,
     with_least_room,
 )
 from retain.models.reference import evaluation_mode, runs_through
@@ -178,7 +178,7 @@ def _check_comparable(base: PreTrainedModel, tuned: PreTrainedModel) -> None:
         check_predicts_tokens(model)
     if runs_through(base, tuned):  # trained or merged in place, or copied after a trainer had patched the forward
         raise ValueError("base: a forward pass of it runs the tuned model, so nothing would differ; load the base anew")
-    for what, of_base, of_tuned in unlike(base, tuned):
+    for what, of_base, of_tuned in differing_settings(base, tuned):
         remedy = "load both alike, or the difference is the result"
         if what == "vocabulary":
             remedy = "give a copy of the base with the model's tokens (add_tokens, resize_token_embeddings) as base"

@@ -153,7 +153,7 @@ def model_fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def unlike(base: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+def differing_settings(base: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
     """Differences of two models that would change their predictions: (what, the base's, the other's)."""
     for what, of_base, of_other in (
         ("dtype", base.dtype, other.dtype),

@@ -35,10 +35,10 @@ def tokenizer_of_tuned(
         template, tokenizer = tokenizer.chat_template, copy.deepcopy(base_tokenizer)
         tokenizer.chat_template = template or tokenizer.chat_template
         return tokenizer
-    raise ValueError(f"model: the tokenizer in {name!r} {_difference(own, base)}")
+    raise ValueError(f"model: the tokenizer in {name!r} {_vocabulary_difference(own, base)}")
 
 
-def _difference(own: dict[str, int], base: dict[str, int]) -> str:
+def _vocabulary_difference(own: dict[str, int], base: dict[str, int]) -> str:
     """In what a vocabulary is not the base's, and what to do."""
     moved = sorted(token for token in own.keys() & base.keys() if own[token] != base[token])
     if moved:

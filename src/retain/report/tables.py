@@ -238,14 +238,14 @@ def comparison_table(compared: Comparison, place: Literal["matched", "end"], not
     runs, texts, notes = compared.runs, compared.matched if place == "matched" else compared.end, list(notes)
     if place == "matched":
         head = [Row("loss", [cell(compared.matched_loss)] * len(runs))]
-        head.append(Row("reached at step", [_formatted(run.matched_step, ".1f") for run in runs]))
+        head.append(Row("reached at step", [_cell_of(run.matched_step, ".1f") for run in runs]))
         if any(run.learning_rate is not None for run in runs):
-            head.append(Row("learning rate there", [_formatted(run.learning_rate, ".2g") for run in runs]))
+            head.append(Row("learning rate there", [_cell_of(run.learning_rate, ".2g") for run in runs]))
         notes += [f"{text} was measured at the end only; give it to `retain finetune` as --retention to have it here"
                   for text in compared.end if text not in texts]  # fmt: skip
     else:
         head = [Row("loss", [cell(run.final_loss) for run in runs])]
-        head.append(Row("against the first", [_formatted(run.relative_loss_difference, "+.1%") for run in runs]))
+        head.append(Row("against the first", [_cell_of(run.relative_loss_difference, "+.1%") for run in runs]))
     sections = [Section("new task", head)]
     for text, entries in texts.items():
         rows = [
@@ -258,7 +258,7 @@ def comparison_table(compared: Comparison, place: Literal["matched", "end"], not
     return Table([run.name for run in runs], sections, notes, has_base=False)
 
 
-def _formatted(value: float | None, form: str) -> Cell:
+def _cell_of(value: float | None, form: str) -> Cell:
     return Cell() if value is None else Cell(format(value, form))
 
 

@@ -29,10 +29,10 @@ from retain.models.base_predictions import HiddenStates
 from retain.models.description import (
     check_predicts_tokens,
     choose_start_token,
+    differing_settings,
     max_positions,
     model_fingerprint,
     num_tuned,
-    unlike,
 )
 from retain.models.head import HeadForm, find_head_form
 from retain.models.reference import Reference, evaluation_mode, probe
@@ -180,7 +180,7 @@ class ForgettingCallback(RetentionMeasurer):
         base: Any = self.base
         if Reference(base).moves_with(model):
             raise ValueError(f"base: it shares its weights with the model being trained, and moves along; {GIVE_BASE}")
-        for what, of_base, of_model in unlike(base, model):
+        for what, of_base, of_model in differing_settings(base, model):
             raise ValueError(f"base: its {what} is {of_base}, the model's {of_model}; load both alike")
         return Reference(base.eval())
 
