@@ -41,11 +41,7 @@ class ExportConfig(RemoteCodeSettings):
 
 
 def run_export(config: ExportConfig) -> None:
-    """Write the rows of a replay dataset as `config.format`, and print how many.
-
-    Raises:
-        ValueError: one line, before anything is written, for a dataset or tokenizer that does not fit the format.
-    """
+    """Write the rows of a replay dataset as `config.format`, and print how many."""
     folder, output = Path(config.replay_dataset).expanduser(), Path(config.output)
     check_writable(output, "output")
     if output.resolve().parent == folder.resolve():
@@ -89,11 +85,7 @@ def text_rows(rows: ReplayDataset, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def message_rows(rows: ReplayDataset, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], str]:
-    """The whole turns of rows that begin in a user's turn and were answered; other rows are left out.
-
-    Raises:
-        ValueError: if no row holds a chat.
-    """
+    """The whole turns of rows that begin in a user's turn and were answered; other rows are left out."""
     frame = chat_frame(tokenizer)
     chats = [read_chat(decoded(tokenizer, rows[index].tolist()), frame) for index in range(len(rows))]
     found = [{"messages": chat} for chat in chats if chat]
@@ -111,11 +103,7 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str, str]:
-    """What the chat template writes before a first question, before its answer, behind it, and before the next one.
-
-    Raises:
-        ValueError: if there is no template, or it does not write such turns.
-    """
+    """What the chat template writes before a first question, before its answer, behind it, and before the next one."""
     roles = ("user", "assistant", "user")
     try:
         before, answer, question, _ = template_frame(tokenizer, roles)

@@ -76,11 +76,7 @@ def set_defaults_of_machine(parser: Any) -> None:
 def run_finetune(
     script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, config: FinetuneConfig
 ) -> None:
-    """Finetune and save, alone in the folder; the dataclasses are TRL's, and `config` is ours.
-
-    Raises:
-        ValueError: one line, before anything is written, for input that cannot work.
-    """
+    """Finetune and save, alone in the folder; the dataclasses are TRL's, and `config` is ours."""
     with exclusive(Path(training_args.output_dir)) if training_args.process_index == 0 else nullcontext():
         if not model_args.model_name_or_path:
             raise ValueError("model: missing; give --model")

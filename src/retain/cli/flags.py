@@ -29,7 +29,10 @@ class Verb:
     settings: tuple[Any, ...]
     """Dataclasses of flags: those of TRL or transformers first, ours last."""
     run: Callable[..., int | None]
-    """Takes an object of each of `settings`; returns the exit code, or None for 0."""
+    """Takes an object of each of `settings`; returns the exit code, or None for 0.
+
+    Input that cannot work is a `ValueError` of one line, before anything is written.
+    """
     resume: str = "nothing was written; run it again"
     """What to do after an interruption."""
     positional: str = ""
@@ -48,21 +51,13 @@ class Verb:
     """Whether flags that only accelerate knows start `accelerate launch`."""
 
     def __call__(self, argv: list[str]) -> int | None:
-        """Parse and run.
-
-        Raises:
-            ValueError: one line, for input that cannot work.
-        """
+        """Parse and run."""
         configs = self.parse(argv)
         quiet_libraries()
         return self.run(*configs)
 
     def parse(self, argv: list[str]) -> tuple[Any, ...]:
-        """Read flags and `--config` into the dataclasses.
-
-        Raises:
-            ValueError: for an unknown flag or key, or a value that does not fit.
-        """
+        """Read flags and `--config` into the dataclasses."""
         import yaml
 
         try:
@@ -90,11 +85,7 @@ class Verb:
             self.refuse_unknown(parser.parse_known_args(self.words(argv))[1])
 
     def refuse_unknown(self, unknown: list[str]) -> None:
-        """Refuse flags that neither the verb nor, where it launches, accelerate knows.
-
-        Raises:
-            ValueError: naming the first.
-        """
+        """Refuse flags that neither the verb nor, where it launches, accelerate knows."""
         if unknown and self.launches:
             launcher_arguments(unknown)
         elif unknown:

@@ -249,11 +249,7 @@ def names_of(models: Sequence[str]) -> list[str]:
 
 
 def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> list[ForgettingReport]:
-    """A report of each model that `config` names; the base reads, answers and writes once.
-
-    Raises:
-        ValueError: one line naming the field, the value, and what to do.
-    """
+    """A report of each model that `config` names; the base reads, answers and writes once."""
     tokenizer = load_tokenizer(config.base, field="base", **config.checkpoint)
     names, runs = names_of(config.model), [read_run(Path(model)) for model in config.model]
     sources = load_sources(config, tokenizer)

@@ -114,11 +114,7 @@ def run_plan(config: PlanConfig) -> None:
 
 
 def make_plan(config: PlanConfig) -> str:
-    """Pilots, laws and a recommendation in `config.output_dir`; returns the summary.
-
-    Raises:
-        ValueError: one line, before any pilot, for input that cannot work.
-    """
+    """Pilots, laws and a recommendation in `config.output_dir`; returns the summary."""
     assert config.max_ref_kl is not None
     folder, retention = Path(config.output_dir), retention_of(config)
     lora_num_params(  # names a model or modules that do not fit, before anything is sampled

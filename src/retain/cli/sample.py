@@ -95,11 +95,7 @@ class SampleConfig(ModelLoadSettings):
 
 
 def run_sample(config: SampleConfig) -> None:
-    """Sample as configured; under `accelerate launch` every process draws its share of the shards.
-
-    Raises:
-        ValueError: one line, before anything is written, for input that cannot work.
-    """
+    """Sample as configured; under `accelerate launch` every process draws its share of the shards."""
     open_engine = engine_of(config)
     on_cpu = config.engine != "torch" or default_device() == "cpu"  # other engines hold the model that draws
     state = PartialState(cpu=on_cpu) if launched() else None

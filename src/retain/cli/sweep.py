@@ -56,9 +56,6 @@ def read_sweep(path: str | Path) -> list[VerbRun]:
 
     Every combination of the grid is made with every entry of the list. `config` among the flags names a YAML file
     whose keys are flags too; the sweep's own flags win.
-
-    Raises:
-        ValueError: one line naming the file, the key, and what is wrong.
     """
     sweep, keys = _read_yaml(path, "sweep"), {"verb", "common", "grid", "list"}
     if unknown := set(sweep) - keys:
@@ -153,11 +150,7 @@ def num_cores() -> int:
 
 
 def check_runs(path: str, runs: Sequence[VerbRun]) -> None:
-    """Refuse runs whose own command line would be refused.
-
-    Raises:
-        ValueError: naming the run's flag.
-    """
+    """Refuse runs whose own command line would be refused."""
     from retain.cli.main import VERBS, load_verb
 
     verb = runs[0].verb  # of all

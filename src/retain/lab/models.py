@@ -119,11 +119,7 @@ def shape_of(size: str | float, vocab_size: int) -> Shape:
 def make_config(
     size: str | float, *, vocab_size: int, max_length: int, bos_token_id: int = 0, tie_word_embeddings: bool = False
 ) -> Any:
-    """A Qwen3 configuration of this size; heads are 16 wide in narrow models, then 32 and 64.
-
-    Raises:
-        ValueError: as `shape_of`.
-    """
+    """A Qwen3 configuration of this size; heads are 16 wide in narrow models, then 32 and 64."""
     from transformers import Qwen3Config
 
     shape = shape_of(size, vocab_size)

@@ -123,11 +123,7 @@ class Corpus:
 
 
 def run_pretrain(args: PretrainArguments, config: PretrainConfig) -> None:
-    """Pretrain and save; `args` are transformers', `config` is ours.
-
-    Raises:
-        ValueError: one line, before anything is written, for input that cannot work.
-    """
+    """Pretrain and save; `args` are transformers', `config` is ours."""
     check_arguments(args)
     checkpoint = checkpoint_to_resume(args)
     check_stopping(args, config.stop_at_loss)
@@ -206,11 +202,7 @@ def _train(trainer: Trainer, config: PretrainConfig, corpus: Corpus, checkpoint:
 
 
 def steps_of(args: Any, config: PretrainConfig, length: int, size: int) -> int:
-    """Optimizer steps of a run: `max_steps`, or the fewest that reach the tokens set.
-
-    Raises:
-        ValueError: if the length is not given, or given twice.
-    """
+    """Optimizer steps of a run: `max_steps`, or the fewest that reach the tokens set."""
     tokens = config.max_tokens if config.tokens_per_param is None else config.tokens_per_param * size
     if (args.max_steps > 0) == (tokens is not None):
         what = "given twice" if tokens is not None else "missing"
@@ -221,11 +213,7 @@ def steps_of(args: Any, config: PretrainConfig, length: int, size: int) -> int:
 
 
 def check_same_run(args: Any, config: PretrainConfig) -> None:
-    """Refuse to resume from a checkpoint of other settings, which had other rows, another shape or other steps.
-
-    Raises:
-        ValueError: naming the first that differs.
-    """
+    """Refuse to resume from a checkpoint of other settings, which had other rows, another shape or other steps."""
     folder = args.output_dir
     known = read_settings(Path(folder), {"pretrain?": {}, "training_arguments?": {}})
     began = (known.get("training_arguments") or {}) | (known.get("pretrain") or {})
@@ -237,11 +225,7 @@ def check_same_run(args: Any, config: PretrainConfig) -> None:
 
 
 def open_corpus(config: PretrainConfig, seed: int) -> Corpus:
-    """The corpus that the settings name.
-
-    Raises:
-        ValueError: if it is unknown, unreadable or too short.
-    """
+    """The corpus that the settings name."""
     if config.corpus == "synthetic":
         return _synthetic(config, seed)
     if config.corpus in TASKS:
@@ -290,9 +274,6 @@ def shares_of(corpus: str) -> dict[str, float]:
 
     >>> shares_of("wiki.jsonl=0.7,owner/code")
     {'wiki.jsonl': 0.7, 'owner/code': 1.0}
-
-    Raises:
-        ValueError: for a source that is neither, or a share that is no number above 0.
     """
     found: dict[str, float] = {}
     for part in corpus.split(","):
@@ -312,11 +293,7 @@ def shares_of(corpus: str) -> dict[str, float]:
 
 
 def split_documents(source: str) -> tuple[list[str], list[str]]:
-    """Documents of a file or Hub dataset for training, and held-out ones: by their hash, so copies stay together.
-
-    Raises:
-        ValueError: if there are too few.
-    """
+    """Documents of a file or Hub dataset for training, and held-out ones: by their hash, so copies stay together."""
     texts = [row_text(row, None) for row in read_rows(source)]
     hashes = [int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8], 16) for text in texts]
     training, held_out = (
