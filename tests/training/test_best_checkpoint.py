@@ -168,7 +168,7 @@ def test_what_is_not_ours_is_left_to_the_host(tmp_path: Path, replay: ReplayData
         build("replay", tmp_path, replay, measured={"retention": {}})
 
 
-def test_answers_can_be_chosen_by_where_they_are_asked_every_time(tmp_path: Path, replay: ReplayDataset) -> None:
+def test_a_checkpoint_can_be_chosen_by_answers_at_every_evaluation(tmp_path: Path, replay: ReplayDataset) -> None:
     name, measured = "choices/arc/agreement", {"retention": {}, "choices": {"arc": QUESTIONS}}
     trainer = build("plain", tmp_path, replay, metric_for_best_model=name, measured=measured)
     trainer.train()

@@ -155,7 +155,7 @@ def test_adapters_of_every_kind_switched_off_are_the_base_while_they_move(name: 
 
 
 def test_a_finetuned_model_cannot_pass_for_its_base(tmp_path: Path, replay: ReplayDataset) -> None:
-    """Going on from a checkpoint by its name would take what was already forgotten for the base."""
+    """A checkpoint given by its name would pass for the base, and hide what was already forgotten."""
     save_model(tmp_path / "base")
     model = load_model(str(tmp_path / "base"))
     rows = rows_of(model)
@@ -213,7 +213,7 @@ def test_a_budget_is_not_held_against_noise_of_the_forward_pass(
 
 
 def out_of_memory_above(rows: int, after: int, trainer: Any) -> None:
-    """Let its losses fail for batches of more rows, once so many were made."""
+    """Let losses of larger batches fail, `after` this many."""
     ours, losses = trainer.compute_loss, []
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -253,14 +253,17 @@ def test_training_rows_without_the_document_start_are_said(tmp_path: Path, repla
     rows = Dataset.from_dict({"text": [start + text for text in make_texts(8, seed=4)]})
     trainer = train(tmp_path, replay, train_dataset=rows, changes={"max_steps": 1, "num_train_epochs": 1})
     trainer.args.max_steps = 9
-    told = [line for line in trainer.protection() if "do not open with the document start" in line]
-    assert bool(told) == (not start)
+    lines = [line for line in trainer.protection() if "do not open with the document start" in line]
+    assert bool(lines) == (not start)
 
 
 def test_rows_of_the_new_task_as_replay_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """KL on them is `kl_new` at best: it holds back what is to be learned, and was called protection."""
     texts, other = make_texts(8, seed=4, words=8), make_texts(8, seed=14, words=8)
-    for given, told in (([*texts, *other[:4]], ["replay_dataset: 8 of 12 rows are rows of the new task"]), (other, [])):
+    for given, shown in (
+        ([*texts, *other[:4]], ["replay_dataset: 8 of 12 rows are rows of the new task"]),
+        (other, []),
+    ):
         caplog.clear()
         (file := tmp_path / "replay.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in given))
         with caplog.at_level("WARNING", "retain"):
@@ -268,7 +271,7 @@ def test_rows_of_the_new_task_as_replay_are_said(tmp_path: Path, caplog: pytest.
                 tmp_path, str(file), train_dataset=Dataset.from_dict({"text": texts}), replay_config=ReplayConfig(),
                 changes={"max_steps": 2},
             )  # fmt: skip
-        assert [line.split(": they")[0] for line in caplog.messages if "new task" in line] == told
+        assert [line.split(": they")[0] for line in caplog.messages if "new task" in line] == shown
 
 
 def test_a_pool_that_is_far_too_small_shows_on_other_text(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -334,7 +337,7 @@ def test_packed_documents_do_not_see_each_other(tmp_path: Path) -> None:
 
 
 def test_the_adapter_begins_with_the_seed_of_the_run(tmp_path: Path, replay: ReplayDataset) -> None:
-    """Pitfall 21: not with whatever was drawn before."""
+    """Pitfall 21: not with the random state that it finds."""
     rows: dict[str, Any] = {"train_dataset": ROWS, "processing_class": TOKENIZER, "replay_dataset": replay}
 
     def begun(ambient: int) -> dict[str, torch.Tensor]:
@@ -358,7 +361,7 @@ def ctrl_c_is_heard() -> Iterator[None]:
 
 @pytest.mark.parametrize("budget", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("ctrl_c_is_heard")
-def test_full_finetuning_stops_at_ctrl_c_and_goes_on_to_the_bit(
+def test_full_finetuning_stops_at_ctrl_c_and_resumes_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: bool
 ) -> None:
     """As tests/kill/test_stop.py does it with an adapter."""
@@ -390,7 +393,7 @@ def test_full_finetuning_stops_at_ctrl_c_and_goes_on_to_the_bit(
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-# A model that a trainer had before: TRL patches its forward, and a deep copy would go on running the model itself
+# A model that a trainer had before: TRL patches its forward, and a deep copy would still run the model itself
 
 
 def trained_before(folder: Path) -> Any:
@@ -412,7 +415,7 @@ def test_a_model_that_was_in_a_trainer_before_has_a_copy_of_its_own(
 
 
 def test_forgetting_of_a_model_that_was_in_a_trainer_before_is_measured(tmp_path: Path) -> None:
-    """It was exactly 0, whatever was forgotten."""
+    """It was exactly 0."""
     texts, model = {"words": make_texts(4, seed=9)}, trained_before(tmp_path)
     plain = ReplayConfig(replay_coef=0.0)
     trainer = train(tmp_path, None, model=model, replay_config=plain, retention_datasets=texts)
@@ -423,7 +426,7 @@ def test_forgetting_of_a_model_that_was_in_a_trainer_before_is_measured(tmp_path
 
 @pytest.mark.parametrize("how", ["full", "merged"])
 def test_a_model_that_was_trained_in_place_is_not_its_own_base(tmp_path: Path, how: str) -> None:
-    """`measure(model, trainer.model)` compared an object with itself: no change shown, whatever was forgotten."""
+    """`measure(model, trainer.model)` compared an object with itself: no change was shown."""
     texts, model = {"words": make_texts(4, seed=9)}, make_model()
     peft: dict[str, Any] = {"peft_config": LoraConfig(**LORA)} if how == "merged" else {}
     tuned = train(tmp_path, None, model=model, replay_config=ReplayConfig(replay_coef=0.0), **peft).model

@@ -188,7 +188,7 @@ def test_a_resumed_run_has_the_files_of_an_uninterrupted_one(kind, tmp_path):
     assert read_jsonl(tmp_path / "cut" / "documents.jsonl") == files[1], "no row twice"
 
 
-def test_a_model_that_is_not_the_base_is_refused_when_training_goes_on(tmp_path):
+def test_a_model_that_is_not_the_base_is_refused_when_training_resumes(tmp_path):
     saved = {"save_strategy": "steps", "save_steps": 2}
     whole = host("sft", tmp_path, callback(), **saved)
     whole.train()
@@ -315,11 +315,11 @@ def test_documents_are_whole_bounded_and_always_the_same():
 def test_letters_in_the_chat_template(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHATML
-    asked = {"choice_style": "letter", "choice_chat_template": True}
-    found = ForgettingCallback(choices={"arc": QUESTIONS}, tokenizer=tokenizer, **asked)
+    form = {"choice_style": "letter", "choice_chat_template": True}
+    found = ForgettingCallback(choices={"arc": QUESTIONS}, tokenizer=tokenizer, **form)
     trainer = host("plain", tmp_path, found, learning_rate=5e-2)
     trainer.train()
-    expected = measure(make_model(), trainer.model, {}, tokenizer=tokenizer, choices={"arc": QUESTIONS}, **asked).data[
+    expected = measure(make_model(), trainer.model, {}, tokenizer=tokenizer, choices={"arc": QUESTIONS}, **form).data[
         "choices"
     ]["arc"]["rules"]["acc"]["agreement"]["value"]
     assert points(tmp_path, "choices/arc/agreement")[4] == expected
@@ -333,6 +333,6 @@ def test_letters_in_the_chat_template(tmp_path):
         ({"choices_every": 0}, "^choices_every: 0 does not fit; use a whole number of at least 1$"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(bad, why):
+def test_settings_that_do_not_fit_are_refused(bad, why):
     with pytest.raises(ValueError, match=why):
         callback(**bad)

@@ -62,6 +62,6 @@ def test_it_does_not_go_with_beta2_or_without_adam():
 
 
 @pytest.mark.parametrize(("half_life", "step"), [(0, 1), (-1, 1), (1e6, 0), (float("nan"), 1), (1, 100)])
-def test_what_cannot_be_is_refused(half_life, step):
+def test_numbers_that_do_not_fit_are_refused(half_life, step):
     with pytest.raises(ValueError, match="half_life_tokens|tokens_per_step"):
         beta2_of_half_life(half_life, step)

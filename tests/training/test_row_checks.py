@@ -102,9 +102,7 @@ HOSTS = {
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_whatever_text_a_host_of_trl_trains_on_is_no_retention_text(
-    name: str, tmp_path: Path, llama_folder: Path
-) -> None:
+def test_text_that_a_host_of_trl_trains_on_is_no_retention_text(name: str, tmp_path: Path, llama_folder: Path) -> None:
     """KTO's rows and the rejected answers of DPO passed: only two names of columns were known."""
     host, arguments, columns, trained_on = HOSTS[name]
     options = {"max_length": 512, "output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "bf16": False}
@@ -130,8 +128,8 @@ def test_columns_of_integers_that_are_no_tokens_make_no_rows() -> None:
     assert row_columns({"prompt_ids": [1], "text": "a", "image_ids": ["a"]}) == [("prompt_ids",)]
 
 
-def test_training_rows_that_are_made_when_asked_for_are_made_together() -> None:
-    asked: list[int] = []
+def test_training_rows_that_are_made_on_demand_are_made_together() -> None:
+    batches: list[int] = []
 
     class Made(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -141,12 +139,12 @@ def test_training_rows_that_are_made_when_asked_for_are_made_together() -> None:
             return self.__getitems__([index])[0]
 
         def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-            asked.append(len(indices))
+            batches.append(len(indices))
             return [{"input_ids": torch.tensor([index, 7])} for index in indices]
 
     assert [row.tolist() for row in training_rows(Made())] == [[index, 7] for index in range(2500)]
-    assert asked[-3:] == [1000, 1000, 500]
-    assert len(asked) < 10
+    assert batches[-3:] == [1000, 1000, 500]
+    assert len(batches) < 10
 
     class InOneMapping(Made):
         def __getitem__(self, index: int) -> dict[str, torch.Tensor]:

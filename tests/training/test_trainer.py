@@ -397,7 +397,7 @@ def test_settings_that_protect_nothing_are_refused(tmp_path: Path, replay: Repla
         train(tmp_path, **{"replay": replay, **settings})
 
 
-def test_rows_of_another_model_are_refused_unless_asked_for(tmp_path: Path, replay: ReplayDataset) -> None:
+def test_rows_of_another_model_are_refused_unless_allowed(tmp_path: Path, replay: ReplayDataset) -> None:
     with pytest.raises(ValueError, match="sampled from 'tiny'.*allow_off_policy_replay"):
         train(tmp_path, replay, model=make_model(seed=1))
     off_policy = ReplayConfig(allow_off_policy_replay=True)
@@ -416,7 +416,7 @@ def test_adapters_that_rewrite_the_base_are_refused_with_a_remedy(
     assert_kl_rises_from_zero(trainer, zero=1e-6)
 
 
-def test_an_adapter_trained_before_is_refused_and_copied_when_asked(tmp_path: Path, replay: ReplayDataset) -> None:
+def test_an_adapter_trained_before_is_refused_or_copied(tmp_path: Path, replay: ReplayDataset) -> None:
     def trained() -> Any:
         torch.manual_seed(0)
         model = get_peft_model(make_model(), LoraConfig(**LORA))
@@ -609,7 +609,7 @@ def test_torch_compile_changes_nothing(tmp_path: Path, replay: ReplayDataset, lo
 
 @pytest.mark.parametrize("objective", ["kl", "ntp", "kl_new", "replace"])
 def test_replay_every_k_steps(tmp_path: Path, replay: ReplayDataset, objective: str) -> None:
-    """Rows go on where they stopped, the log is of the steps that had replay, and the term is weighted by k."""
+    """Rows resume where they stopped, the log is of the steps that had replay, and the term is weighted by k."""
     settings = {"replay_objective": objective, "replay_coef": 2.0, "per_device_replay_batch_size": 4}
     drawn: list[int] = []
 
@@ -670,7 +670,7 @@ def test_a_budget_holds_the_kl_behind_the_openings(tmp_path: Path, ragged: Repla
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_resumed_budget_goes_on_where_it_was(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
+def test_a_resumed_budget_is_where_it_was(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
     settings = {"changes": {"save_strategy": "steps", "save_steps": 10, "max_steps": 20}}
     whole, resumed = (
         budgeted(tmp_path, replay, 0.01, **settings, **adapter(lora, lora_dropout=0.1), resume=checkpoint)

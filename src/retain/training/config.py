@@ -95,7 +95,7 @@ class StoppingConfig(Settings):
 
 
 def check_arguments(args: Any, replay_objective: str | None = None) -> None:
-    """Raise a `ValueError` for training arguments on which torch or transformers would stumble late, or not."""
+    """Raise a `ValueError` for training arguments that torch or transformers would refuse late, or not at all."""
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         check_number(name, getattr(args, name), low=1, integer=True)
     for name in ("learning_rate", "weight_decay"):

@@ -25,7 +25,7 @@ NOT_TOKENS = ("type_ids", "position_ids")  # ends of the names of columns that h
 
 
 def check_columns(name: str, rows: Any, text_field: str) -> None:
-    """Refuse rows on which TRL would stumble later, or worse, not."""
+    """Refuse rows that TRL would refuse later, or not at all."""
     from datasets import Value
 
     columns = rows.column_names
