@@ -13,7 +13,8 @@ import trl
 import yaml
 from conftest import CHATML, make_model, make_texts, make_tokenizer, save_model
 from datasets import Dataset
-from training_runs import SETTINGS, TOKENIZER, assert_kl_rises_from_zero, logged, rows_of
+from peft import LoraConfig
+from training_runs import LORA, SETTINGS, TOKENIZER, assert_kl_rises_from_zero, logged, rows_of
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 
@@ -89,6 +90,9 @@ def trainer_of(kind: str, folder: Path, model: Any, replay: ReplayConfig, **chan
         extra["reward_funcs"] = changes.pop(
             "reward", lambda completions, **_: [float(len(set(c))) for c in completions]
         )
+    elif kind == "DPO":
+        extra["peft_config"] = LoraConfig(**LORA)
+        rows = [{"prompt": text[:20], "chosen": text[20:60], "rejected": text[60:100]} for text in TEXTS]
     else:
         rows = [{"prompt": text[:20], "completion": text[20:40], "label": at % 2 == 0} for at, text in enumerate(TEXTS)]
     return type("Ours", (ReplayMixin, host), {})(
@@ -103,7 +107,7 @@ def trainer_of(kind: str, folder: Path, model: Any, replay: ReplayConfig, **chan
 
 
 @pytest.mark.filterwarnings("ignore")  # hosts speak of themselves
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO", "KTO"])
+@pytest.mark.parametrize("kind", ["DPO", "GRPO", "RLOO", "KTO"])
 def test_mixin_over_other_trainers(kind, world, tmp_path):
     named = str(world / "model")  # KTO and RLOO load their reference by it
     model = named if kind == "GRPO" else load_model(named)

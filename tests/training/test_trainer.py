@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from training_runs import (
     LORA,
     ROWS,
-    SETTINGS,
     TOKENIZER,
     assert_kl_rises_from_zero,
     config,
@@ -28,13 +27,9 @@ from training_runs import (
     weights,
 )
 from transformers import Trainer, TrainingArguments
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    SFTTrainer,
-)
+from trl import SFTTrainer
 
-from retain import ReplayConfig, ReplayMixin, ReplaySFTTrainer, ReplayTrainer
+from retain import ReplayConfig, ReplaySFTTrainer, ReplayTrainer
 from retain.files import read_jsonl
 from retain.losses import kl_divergence
 from retain.replay.dataset import ReplayDataset, replace_rows, token_documents
@@ -520,29 +515,6 @@ def test_packed_new_rows(tmp_path: Path, replay: ReplayDataset, strategy: str, o
     changes = {"packing": True, "packing_strategy": strategy}
     trainer = train(tmp_path, replay, changes=changes, replay_config=ReplayConfig(replay_objective=objective))
     assert_kl_rises_from_zero(trainer)
-
-
-def test_mixin_over_dpo(tmp_path: Path, replay: ReplayDataset) -> None:
-    class ReplayDPOTrainer(ReplayMixin, DPOTrainer):
-        pass
-
-    texts = make_texts(24, seed=4)
-    rows = [
-        {"prompt": a[:20], "chosen": a[20:60], "rejected": b[20:60]}
-        for a, b in zip(texts[:12], texts[12:], strict=True)
-    ]
-    args = DPOConfig(str(tmp_path), **{**SETTINGS, "max_steps": 3, "per_device_train_batch_size": 2})
-    trainer = ReplayDPOTrainer(
-        model=make_model(),
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=TOKENIZER,
-        peft_config=LoraConfig(**LORA),
-        replay_dataset=replay,
-        replay_config=ReplayConfig(replay_coef=1.0),
-    )
-    trainer.train()
-    assert_kl_rises_from_zero(trainer, risen=1e-8)
 
 
 def test_what_was_measured_before_training_is_measured_again_in_it(tmp_path: Path, replay: ReplayDataset) -> None:
