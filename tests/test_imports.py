@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "retain"
 # The rooms, floor by floor: a module may import what lies in its own room, or on a floor below.
 FLOORS = (
-    {"checks", "files", "losses", "metrics", "statistics", "text"},
+    {"checks", "files", "losses", "statistics"},
     {"models"},
     {"data"},
     {"replay", "report"},
@@ -26,7 +26,7 @@ FLOORS = (
 )
 LEAVES = FLOORS[0]
 PURE = {"losses", "statistics", "report.numbers", "report.comparison", "training.budget"}
-LIGHT = {"checks", "files", "text", "training.config", "cli.settings"}
+LIGHT = {"checks", "files", "training.config", "cli.settings"}
 
 LIBRARIES = {"torch", "numpy", "scipy", "jaxtyping"}
 PATHS = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in SOURCE.rglob("*.py")}

@@ -1,4 +1,7 @@
-"""Files of our own, written whole or not at all; locks are filelock's, all else the standard library's."""
+"""Files of our own, written whole or not at all, and text of others made harmless to look at.
+
+Locks are filelock's, all else the standard library's.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import math
 import os
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -245,3 +249,31 @@ def one_line(error: BaseException) -> str:
     if any(words in message for words in DISK_FULL_WORDS):
         return "a file could not be written, probably No space left on device; free some space and run it again"
     return f"{type(error).__name__}: {message} (RETAIN_DEBUG=1 shows where)"
+
+
+# Text that a model or a stranger wrote
+
+
+def visible(text: str) -> str:
+    """The text in one line, every control, bidi-override, surrogate or unassigned character as an escape.
+
+    >>> print(visible("exe\\u202egnp"))
+    exe\\u202egnp
+    """
+    return "".join(map(_visible_char, text))
+
+
+def visible_text(text: str) -> str:
+    """The same for text of several lines: line breaks and tabs stay."""
+    return "".join(char if char in "\n\t" else _visible_char(char) for char in text.replace("\r\n", "\n"))
+
+
+def _visible_char(char: str) -> str:
+    hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
+    joiner = char in "\u200c\u200d"  # part of ordinary Persian, Hindi and emoji
+    return char.encode("unicode_escape").decode("ascii") if hidden and not joiner else char
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,6 +20,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from retain import files
 from retain.cli.main import main
+from retain.files import visible, visible_text
 from retain.measuring.answers import compare_answers, share_entry
 from retain.report import page, passages, style
 from retain.report.comparison import Comparison, compare_at_matched_loss, dominators, first_crossing, frontier
@@ -30,7 +31,6 @@ from retain.report.passages import differences, worst_documents
 from retain.report.report import ForgettingReport, write_comparison
 from retain.report.results import RunResults
 from retain.report.sentences import budget_sentence, frontier_sentences, text_verdict
-from retain.text import visible, visible_text
 from retain.training.run_files import RunFilesCallback, read_run
 
 TOKENS = [100, 200, 100, 200]

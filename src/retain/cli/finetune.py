@@ -23,11 +23,10 @@ from retain.cli.flags import Verb
 from retain.cli.sample import sample_with_bar
 from retain.cli.settings import RETENTION_HELP, StartTokenSettings
 from retain.data.rows import is_local_file, load_from_hub, named_sources, read_rows
-from retain.files import exclusive
+from retain.files import exclusive, visible
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.models.loading import load_tokenizer
 from retain.replay.dataset import load_texts
-from retain.text import visible
 from retain.training.config import ReplayConfig, StoppingConfig, check_arguments
 from retain.training.half_life import apply_half_life, check_half_life, mean_row_length
 from retain.training.host_checks import check_lora_targets, expected_steps, load_for_training

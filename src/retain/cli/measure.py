@@ -12,7 +12,7 @@ from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
 from retain.cli.settings import RETENTION_HELP, ModelLoadSettings
 from retain.data.rows import Reading, named_sources, read_rows, row_texts
-from retain.files import CONFIG_FILE, exclusive, read_settings
+from retain.files import CONFIG_FILE, exclusive, read_settings, visible
 from retain.measuring.choices import load_questions
 from retain.measuring.generations import as_prompt
 from retain.measuring.lm_eval import measure_with_lm_eval, paired_report
@@ -29,7 +29,6 @@ from retain.report.gate import SEVERITY, Judgement, judge
 from retain.report.model_card import check_card
 from retain.report.page import comparison_summary
 from retain.report.report import ForgettingReport, write_comparison
-from retain.text import visible
 from retain.training.run_files import OF_LOSS, read_run
 
 if TYPE_CHECKING:

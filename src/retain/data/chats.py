@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from retain.text import first_line
+from retain.files import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

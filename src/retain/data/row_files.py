@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retain.text import first_line
+from retain.files import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -18,7 +18,7 @@ import numpy as np
 from retain.checks import several
 from retain.data.chats import apply_template, chat_of, marks_turns, messages_of, rendered, template_of_turns
 from retain.data.row_files import SUFFIXES, read_file
-from retain.text import first_line
+from retain.files import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset

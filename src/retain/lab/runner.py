@@ -21,8 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from retain.files import append_jsonl, read_jsonl
-from retain.text import first_line
+from retain.files import append_jsonl, first_line, read_jsonl
 
 RESUMABLE = ("finetune", "pretrain")  # from a checkpoint, by a flag; other verbs resume or begin again by themselves
 SECONDS_TO_STOP = 30.0  # in which a run may write a checkpoint

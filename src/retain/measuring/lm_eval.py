@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retain.data.row_files import json_rows
+from retain.files import first_line
 from retain.measuring.answers import compare_answers
 from retain.report.report import ForgettingReport
-from retain.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

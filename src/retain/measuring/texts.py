@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from retain.data.rows import Document, without_copies
+from retain.files import visible
 from retain.losses import shifted
 from retain.measuring.options import Options
 from retain.measuring.tokens import (
@@ -26,7 +27,6 @@ from retain.measuring.tokens import (
 )
 from retain.metrics import GAIN, KEPT_SUMS
 from retain.models.base_predictions import MeasuredBase
-from retain.text import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
+from retain.files import first_line
 from retain.models.description import base_parameter_name, num_tuned
-from retain.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

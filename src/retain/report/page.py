@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retain.files import visible, visible_text
 from retain.metrics import TABLE_METRICS
 from retain.report import interactive as plotly
 from retain.report import style, tables
@@ -29,7 +30,6 @@ from retain.report.sentences import (
     scale_sentence,
     verdict,
 )
-from retain.text import visible, visible_text
 
 if TYPE_CHECKING:
     import jinja2

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retain.files import visible
 from retain.report.figures import Panel
-from retain.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from retain.files import visible_text
 from retain.sampling.quality import PoolStatistics, display
-from retain.text import visible_text
 
 MAX_CHARS = 1200  # of a row in a terminal
 
