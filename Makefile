@@ -70,7 +70,7 @@ test-lowest test-newest: test-%:
 test-extras:
 	$(PYTHON) -m venv .cache/extras
 	.cache/extras/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,eval]'
-	OMP_NUM_THREADS=1 .cache/extras/bin/python -m pytest -m 'slow or not slow' -rs tests/measuring/test_harness.py
+	OMP_NUM_THREADS=1 .cache/extras/bin/python -m pytest -m 'slow or not slow' -rs tests/measuring/test_lm_eval.py
 
 # Every figure, table and verdict of experiments/ from the committed results; nothing is trained.
 figures: $(VENV)/.done

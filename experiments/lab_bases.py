@@ -1,7 +1,7 @@
 """Bases of the laboratory, pretrained once into the cache, and benches that finetune them on another language or text.
 
 A base is the result of `retain pretrain`'s own parts; checkpoints on the way stand for shorter runs where the learning
-rate is constant. A bench is what `harness.finetune` takes.
+rate is constant. A bench is what `finetunes.finetune` takes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from experiments.corpora import CACHE
-from experiments.harness import Bench, Rows, written_by
+from experiments.finetunes import Bench, Rows, written_by
 from retain import ReplayDataset, load_model, load_tokenizer
 from retain.data.rows import token_documents
 from retain.files import write_json
@@ -28,7 +28,7 @@ from retain.lab.pretrain import Corpus, PretrainArguments, PretrainConfig, make_
 from retain.lab.runner import locked
 from retain.lab.streams import RowFunction, Stream, mixture
 from retain.models.description import default_device, model_fingerprint
-from retain.training.half_life import tokens_per_step
+from retain.training.beta2_half_life import tokens_per_step
 from retain.training.stopping import checkpoint_to_resume
 
 logger = logging.getLogger("experiments")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.claim import Claim, over_seeds
-from experiments.harness import Run, StudyResults, finetune
+from experiments.finetunes import Run, StudyResults, finetune
 from experiments.lab_bases import open_lab_bench, pretrain
 from experiments.pages import NoReport, dots, findings, panels, table
 from experiments.program import Report, conduct, seeds_of

@@ -25,7 +25,7 @@ FLOORS = (
     {"__main__"},
 )
 LEAVES = FLOORS[0]
-PURE = {"losses", "statistics", "report.numbers", "report.comparison", "training.budget"}
+PURE = {"losses", "statistics", "report.numbers", "report.comparison", "report.metrics", "training.coef_controller"}
 LIGHT = {"checks", "files", "training.config", "cli.settings"}
 
 LIBRARIES = {"torch", "numpy", "scipy", "jaxtyping"}

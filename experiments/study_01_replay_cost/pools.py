@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.claim import Interval
-from experiments.harness import BenchSettings, Run, StudyResults, make_all, small_bench
-from experiments.matched import Reading, mean_of, prevented, read_at, target_loss
+from experiments.finetunes import BenchSettings, Run, StudyResults, make_all, small_bench
+from experiments.matched_loss import Reading, mean_of, prevented, read_at, target_loss
 from experiments.pages import dress, panels, table
 from experiments.program import Report
 from retain.report.results import series

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.claim import Interval
-from experiments.matched import MEASURES, Reading, Seeds, by_settings, read_at, target_loss
+from experiments.matched_loss import MEASURES, Reading, Seeds, by_settings, read_at, target_loss
 from experiments.pages import table
 
 GOAL, LIMIT, GAIN = 0.95, 1.10, 0.85

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import program
-from experiments.harness import Bench, Run, StudyResults, make_all, make_trainer, scratch, small_bench
-from experiments.matched import target_loss
+from experiments.finetunes import Bench, Run, StudyResults, make_all, make_trainer, scratch, small_bench
+from experiments.matched_loss import target_loss
 from experiments.program import LAPTOP, Report, conduct
 from experiments.study_01_replay_cost import pools
 from experiments.study_01_replay_cost.figure import draw

@@ -15,7 +15,7 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 
 from experiments.corpora import Texts, read_spanish
-from experiments.harness import Bench, Run, compact_documents, finetune, make_trainer, scratch
+from experiments.finetunes import Bench, Run, compact_documents, finetune, make_trainer, scratch
 from retain import ReplayDataset, ReplayTrainer, choose_start_token
 from retain.data.rows import Document, packed_rows
 from retain.measuring.tokens import document_sums, logits_of

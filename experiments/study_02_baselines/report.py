@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from experiments.matched import MEASURES, Seeds, by_settings, read_at, target_loss
+from experiments.matched_loss import MEASURES, Seeds, by_settings, read_at, target_loss
 from experiments.pages import NoReport, dress, findings, goal_line, panels, table
 from retain.report.results import series
 from retain.report.style import PALETTE

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.corpora import CACHE, Texts
-from experiments.harness import Bench, Run, StudyResults, finetune, open_bench
-from experiments.matched import target_loss
+from experiments.finetunes import Bench, Run, StudyResults, finetune, open_bench
+from experiments.matched_loss import target_loss
 from experiments.pages import NoReport
 from experiments.program import Report, conduct
 from experiments.small_base import BaseSettings, make_base

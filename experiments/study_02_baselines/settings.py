@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from experiments.corpora import Texts, load_texts
-from experiments.harness import BenchSettings, Run
+from experiments.finetunes import BenchSettings, Run
 from experiments.study_02_baselines.methods import REAL
 from retain.data.rows import read_rows
 

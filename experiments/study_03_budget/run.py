@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.ticker import NullLocator
 
 from experiments.claim import over_seeds
-from experiments.harness import Bench, Run, StudyResults, compact, make_trainer, scratch, small_bench
+from experiments.finetunes import Bench, Run, StudyResults, compact, make_trainer, scratch, small_bench
 from experiments.pages import dress, goal_line, panels, table
 from experiments.program import LAPTOP, Report, conduct
 from retain import ReplayConfig

@@ -9,7 +9,7 @@ import logging
 import random
 
 from experiments.study_04_capabilities.data import download, instructions, labelled_answers
-from retain.measuring.phrases import is_refusal
+from retain.measuring.refusal_phrases import is_refusal
 from retain.statistics import share_interval
 
 logger = logging.getLogger("experiments")

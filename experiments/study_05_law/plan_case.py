@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.corpora import Texts, passages
-from experiments.harness import StudyResults
+from experiments.finetunes import StudyResults
 from experiments.study_05_law.runs import now
 from retain.cli.main import main
 from retain.training.run_files import read_run

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.corpora import CACHE, load_texts
-from experiments.harness import Bench, BenchSettings, StudyResults, open_bench, small_bench
+from experiments.finetunes import Bench, BenchSettings, StudyResults, open_bench, small_bench
 from experiments.program import LAPTOP, Report, conduct
 from experiments.small_base import BaseSettings, make_base
 from experiments.study_05_law.figure import draw

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from experiments.corpora import Texts
-from experiments.harness import Bench, Run, make_trainer, scratch
+from experiments.finetunes import Bench, Run, make_trainer, scratch
 from retain import ReplayConfig
 from retain.measuring.tokens import document_sums, logits_of
 from retain.models.description import num_tuned

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from experiments.harness import StudyResults, scratch, written_by
+from experiments.finetunes import StudyResults, scratch, written_by
 from experiments.pages import NoReport
 from experiments.program import Report, conduct, seeds_of
 from experiments.study_06_continual_tasks.report import METHODS, draw, report

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.harness import StudyResults
+from experiments.finetunes import StudyResults
 from experiments.program import Report, conduct, seeds_of
 from experiments.study_07_capacity.report import draw, report
 from experiments.study_07_capacity.runs import at_length, at_loss, curve_row, mixture_row, tune, tune_all

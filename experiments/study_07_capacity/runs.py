@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from experiments.harness import Bench, Run, StudyResults, finetune
+from experiments.finetunes import Bench, Run, StudyResults, finetune
 from experiments.lab_bases import open_lab_bench, pretrain
 from retain import load_model
 from retain.lab.models import counted_size_of, expand, make_config

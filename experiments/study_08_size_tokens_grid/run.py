@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.harness import StudyResults
+from experiments.finetunes import StudyResults
 from experiments.program import Report, conduct, seeds_of
 from experiments.study_07_capacity.runs import World, at_length, curve_row, tune_all
 from experiments.study_07_capacity.settings import SCALES as CAPACITY

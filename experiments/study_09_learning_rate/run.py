@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import Bench, Run, StudyResults, finetune
+from experiments.finetunes import Bench, Run, StudyResults, finetune
 from experiments.lab_bases import open_lab_bench, pretrain
 from experiments.pages import NoReport
 from experiments.program import Report, conduct

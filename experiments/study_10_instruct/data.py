@@ -15,7 +15,7 @@ import numpy as np
 from examples.demo_data import load_demo_data, read_wheel
 from experiments.corpora import CACHE, WHEELS
 from experiments.corpora import download as bring
-from experiments.harness import sampled_once
+from experiments.finetunes import sampled_once
 from experiments.study_04_capabilities.data import download, instructions, social_iqa
 from retain import ReplayDataset, load_questions
 from retain.data.rows import Document, read_rows, token_documents, tokenize_documents

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.harness import StudyResults
+from experiments.finetunes import StudyResults
 from experiments.program import Report, conduct
 from experiments.study_10_instruct.report import draw, report
 from experiments.study_10_instruct.runs import ARMS, SCALES, workplace

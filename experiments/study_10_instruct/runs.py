@@ -17,9 +17,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from experiments import harness
+from experiments import finetunes
 from experiments.corpora import CACHE
-from experiments.harness import Run
+from experiments.finetunes import Run
 from experiments.small_base import Rows
 from experiments.study_10_instruct.data import Pools, Written, open_chats, open_own, open_pools
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, measure
@@ -134,7 +134,7 @@ class StopAtGain(TrainerCallback):
 
 
 def arguments(arm: Arm, scale: Scale, folder: Any, seed: int) -> TrainingArguments:
-    """Of `harness`, with this scale's numbers."""
+    """Of `finetunes`, with this scale's numbers."""
     run = Run(
         max_steps=scale.max_steps,
         batch_size=scale.batch_size,
@@ -143,7 +143,7 @@ def arguments(arm: Arm, scale: Scale, folder: Any, seed: int) -> TrainingArgumen
         eval_steps=scale.eval_steps,
         seed=seed,
     )
-    return harness.arguments(
+    return finetunes.arguments(
         run, folder, eval_batch_size=4 * scale.batch_size, gradient_accumulation_steps=scale.accumulation
     )
 

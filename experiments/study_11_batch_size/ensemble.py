@@ -28,7 +28,7 @@ from transformers import Trainer, get_scheduler
 from retain.files import atomic_path
 from retain.lab.models import make_config, make_model
 from retain.lab.pretrain import Corpus, PretrainArguments
-from retain.training.half_life import beta2_of_half_life
+from retain.training.beta2_half_life import beta2_of_half_life
 
 CHUNK = 8192  # rows that are drawn at once
 SAVE_SECONDS = 60

@@ -16,7 +16,7 @@ import torch
 from transformers.trainer_callback import PrinterCallback
 
 from experiments.corpora import CACHE
-from experiments.harness import StudyResults, scratch
+from experiments.finetunes import StudyResults, scratch
 from experiments.program import Report, conduct, device_name
 from experiments.study_11_batch_size.ensemble import Member, train_together
 from experiments.study_11_batch_size.report import draw, text_of
@@ -24,7 +24,7 @@ from retain.lab.models import make_config, make_model
 from retain.lab.pretrain import PretrainArguments, PretrainConfig, make_trainer, open_corpus
 from retain.lab.runner import run_key
 from retain.models.description import default_device
-from retain.training.half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2
+from retain.training.beta2_half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2
 
 HERE = Path(__file__).parent
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import StudyResults
+from experiments.finetunes import StudyResults
 from experiments.pages import NoReport
 from experiments.program import Report, conduct
 from experiments.study_10_instruct.data import sampled

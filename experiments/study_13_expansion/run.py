@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import StudyResults
+from experiments.finetunes import StudyResults
 from experiments.program import Report, conduct, seeds_of
 from experiments.study_07_capacity.runs import World, at_length, tune, tune_all
 from experiments.study_07_capacity.settings import SCALES as CAPACITY

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from retain.cli.main import VERBS, load_verb, main
 from retain.files import read_jsonl
 from retain.replay.dataset import shard_path
-from retain.replay.predictions import cache_path
+from retain.replay.stored_predictions import cache_path
 from retain.sampling.write import sample_replay
 from retain.training.run_files import read_run
 

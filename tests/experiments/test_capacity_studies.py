@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from experiments import lab_bases
-from experiments.harness import StudyResults
+from experiments.finetunes import StudyResults
 from experiments.study_07_capacity import cells
 from experiments.study_07_capacity import report as capacity_report
 from experiments.study_07_capacity import run as CAPACITY

@@ -1,4 +1,4 @@
-"""The studies' harness at miniature scale: a base of twenty steps, few cells, verdicts that can go either way."""
+"""The finetunes that studies share, at miniature scale: a base of twenty steps, few cells, verdicts of either kind."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from experiments import harness, matched, small_base
-from experiments.harness import Run, StudyResults
+from experiments import finetunes, matched_loss, small_base
+from experiments.finetunes import Run, StudyResults
 from experiments.study_01_replay_cost import run as cost
 from experiments.study_02_baselines import report as baselines_report
 from experiments.study_02_baselines import run as baselines
@@ -21,7 +21,7 @@ TINY = small_base.BaseSettings(
     hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, vocab_size=300, max_length=32, batch_size=8,
     max_steps=20,
 )  # fmt: skip
-SHORT = harness.BenchSettings(max_length=32, num_documents=6, new_task_rows=8, replay_rows=32)
+SHORT = finetunes.BenchSettings(max_length=32, num_documents=6, new_task_rows=8, replay_rows=32)
 STEPS = {"max_steps": 6, "batch_size": 8, "warmup_steps": 1, "eval_steps": 3, "learning_rate": 3e-3}
 PLAIN = Run(**STEPS)
 
@@ -57,13 +57,13 @@ def small_texts() -> small_base.Texts:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> harness.Bench:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> finetunes.Bench:
     texts = small_texts()
     folder = small_base.make_base(tmp_path_factory.mktemp("base") / "tiny", texts, TINY)
-    return harness.open_bench(folder, texts, SHORT)
+    return finetunes.open_bench(folder, texts, SHORT)
 
 
-def in_place(monkeypatch: pytest.MonkeyPatch, module: Any, bench: harness.Bench, folder: Path) -> None:
+def in_place(monkeypatch: pytest.MonkeyPatch, module: Any, bench: finetunes.Bench, folder: Path) -> None:
     """The study as it is, on the tiny bench and in another folder."""
     monkeypatch.setattr(module, "small_bench", lambda: bench, raising=False)
     monkeypatch.setattr(module, "bench_of", lambda name: bench, raising=False)
@@ -71,7 +71,7 @@ def in_place(monkeypatch: pytest.MonkeyPatch, module: Any, bench: harness.Bench,
     (folder / "README.md").write_text("before\n<!-- results: written by run.py -->\n<!-- end of results -->\nafter\n")
 
 
-def test_base_is_an_ordinary_folder_and_is_made_once(bench: harness.Bench) -> None:
+def test_base_is_an_ordinary_folder_and_is_made_once(bench: finetunes.Bench) -> None:
     facts = json.loads((bench.folder / "base.json").read_text())
     assert facts["held_out_loss"][-1] < facts["held_out_loss"][0]
     assert bench.tokenizer.bos_token == "<|endoftext|>"
@@ -84,7 +84,7 @@ def test_base_is_an_ordinary_folder_and_is_made_once(bench: harness.Bench) -> No
 
 @pytest.mark.program
 def test_first_study_runs_resumes_and_reports(
-    bench: harness.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: finetunes.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_place(monkeypatch, cost, bench, tmp_path)
     monkeypatch.setattr(cost.pools, "report", lambda: ("", lambda path: None))
@@ -105,7 +105,7 @@ def test_first_study_runs_resumes_and_reports(
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"key": "torn')  # killed while it wrote
     monkeypatch.setattr(cost, "make_trainer", None)  # nor is anything trained again
-    monkeypatch.setattr(harness, "make_trainer", None)
+    monkeypatch.setattr(finetunes, "make_trainer", None)
     cost.main(["--parts", "full", "timing", "--num_workers", "1"])
     assert (tmp_path / "results.jsonl").read_text() == first + '{"key": "torn'
     page = (tmp_path / "README.md").read_text()
@@ -116,7 +116,9 @@ def test_first_study_runs_resumes_and_reports(
 
 
 @pytest.mark.program
-def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_study_runs_every_method(
+    bench: finetunes.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scale = baselines.Scale(run=PLAIN, bench=SHORT, texts=small_texts, seeds=2)
     monkeypatch.setattr(baselines, "SCALES", {"laptop": scale})
     in_place(monkeypatch, baselines, bench, tmp_path)
@@ -159,7 +161,7 @@ def test_second_study_runs_every_method(bench: harness.Bench, tmp_path: Path, mo
         assert end["eval_loss"] < begin["eval_loss"]
 
 
-def test_a_key_follows_what_decides_the_result(bench: harness.Bench) -> None:
+def test_a_key_follows_what_decides_the_result(bench: finetunes.Bench) -> None:
     plain = run_key(PLAIN.settings(), bench.fingerprint)
     assert plain == run_key(replace(PLAIN, replay_rows=7).settings(), bench.fingerprint)  # plays no part
     assert plain != run_key(replace(PLAIN, seed=1).settings(), bench.fingerprint)
@@ -172,8 +174,8 @@ def synthetic(coef: float, seed: int, left: float, method: str = "full", rows: i
     steps, documents = (0, 5, 10), []
     moved = {step: [left * step * (1 + 0.1 * place + 0.01 * seed) for place in range(5)] for step in steps}
     for step in steps:
-        values = [round(matched.GRAIN * value) for value in moved[step]]
-        documents += [{"step": step, "name": text, metric: values} for text, metric in matched.MEASURES]
+        values = [round(matched_loss.GRAIN * value) for value in moved[step]]
+        documents += [{"step": step, "name": text, metric: values} for text, metric in matched_loss.MEASURES]
     trajectory = [{"step": step, "eval_loss": 5.0 - 0.1 * step} for step in steps]
     return {
         "key": f"{coef} {seed} {rows}",
@@ -234,16 +236,16 @@ def test_the_papers_claims_go_with_the_results() -> None:
 
 
 def test_a_run_that_never_learned_enough_is_not_read() -> None:
-    assert matched.read_at(synthetic(0.0, 0, 1.0), 3.9) is None
-    reading = matched.read_at(synthetic(0.0, 0, 1.0), 4.25)
+    assert matched_loss.read_at(synthetic(0.0, 0, 1.0), 3.9) is None
+    reading = matched_loss.read_at(synthetic(0.0, 0, 1.0), 4.25)
     assert reading.step == pytest.approx(7.5)
     assert reading.value("prose", "ref_kl") == pytest.approx(7.5 * 1.2)
 
 
 def test_interval_is_the_wider_of_seeds_and_documents() -> None:
-    cells = [matched.read_at(synthetic(1.0, seed, left), 4.1) for seed, left in enumerate((0.1, 0.3))]
-    plain = [matched.read_at(synthetic(0.0, seed, 1.0), 4.1) for seed in (0, 1)]
-    found = matched.prevented(cells, plain, "prose", "ref_kl")
+    cells = [matched_loss.read_at(synthetic(1.0, seed, left), 4.1) for seed, left in enumerate((0.1, 0.3))]
+    plain = [matched_loss.read_at(synthetic(0.0, seed, 1.0), 4.1) for seed in (0, 1)]
+    found = matched_loss.prevented(cells, plain, "prose", "ref_kl")
     assert found.value == pytest.approx(0.8)
     assert found.low == pytest.approx(0.8 - 12.706 * 0.1, abs=1e-2)  # t with one degree of freedom
 

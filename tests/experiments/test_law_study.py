@@ -10,7 +10,7 @@ import pytest
 from published_laws import joint_forgetting, shifted_power
 from test_experiments import SHORT, TINY, small_texts
 
-from experiments import harness, small_base
+from experiments import finetunes, small_base
 from experiments.claim import Interval
 from experiments.study_05_law import runs as study_runs
 from experiments.study_05_law.figure import draw
@@ -144,7 +144,7 @@ def test_every_run_of_the_study_is_another():
 def test_both_readings_begin_at_the_bases_own_values(tmp_path):
     texts = small_texts()
     base = small_base.make_base(tmp_path / "tiny", texts, TINY)
-    bench = harness.open_bench(base, texts, SHORT)
+    bench = finetunes.open_bench(base, texts, SHORT)
     run = study_runs.LawRun(lora_rank=2, max_steps=4, eval_steps=2, batch_size=4, warmup_steps=1, coef=1.0)
     row = study_runs.finetune(run, bench)
     first, *_, last = row["trajectory"]

@@ -14,7 +14,7 @@ from published_laws import BOTH, paper_design, quiet_fit
 from retain import fit_forgetting_law
 from retain.cli.main import main
 from retain.laws.law import ForgettingLaw
-from retain.laws.runs import as_runs, read_runs
+from retain.laws.run_tables import as_runs, read_runs
 from retain.models.loading import lora_num_params
 
 

@@ -16,7 +16,6 @@ from tokenizers.processors import TemplateProcessing
 
 from retain import ForgettingCallback
 from retain.cli.main import main
-from retain.measuring.answers import compare_answers
 from retain.measuring.choices import (
     Inputs,
     Question,
@@ -32,7 +31,8 @@ from retain.measuring.choices import (
 )
 from retain.measuring.lm_eval import pair_files, paired_report, task_of
 from retain.measuring.measure import measure
-from retain.measuring.options import Options
+from retain.measuring.measure_options import Options
+from retain.measuring.paired_answers import compare_answers
 from retain.measuring.tokens import logits_of
 from retain.report.report import ForgettingReport
 from retain.report.results import RunResults

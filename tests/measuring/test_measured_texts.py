@@ -15,12 +15,12 @@ from retain.data.rows import tokenize_documents
 from retain.losses import next_token_loss
 from retain.measuring.choices import Question
 from retain.measuring.measure import measure
-from retain.measuring.options import Options
+from retain.measuring.measure_options import Options
 from retain.measuring.texts import PILOT_DOCUMENTS, enough_documents, half_width
 from retain.measuring.tokens import DocumentSums, summarize
-from retain.metrics import SUMS
 from retain.models.base_predictions import MeasuredBase
 from retain.report.gate import UNDECIDED, judge
+from retain.report.metrics import SUMS
 
 TOKENIZER = make_tokenizer()
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from retain.data.rows import Document, tokenize_documents
 from retain.measuring.measure import measure
 from retain.measuring.tokens import DocumentSums, batches, document_sums, logits_of, summarize, token_values
-from retain.metrics import GAIN, METRICS, SUMS
+from retain.report.metrics import GAIN, METRICS, SUMS
 from retain.statistics import bootstrap_ratio, share_interval
 
 TOKENIZER = make_tokenizer()

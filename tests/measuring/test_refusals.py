@@ -14,9 +14,8 @@ from conftest import CHATML, make_model, make_tokenizer
 from retain.cli.main import main
 from retain.measuring.choices import choice_scores
 from retain.measuring.generations import Written, user_turn
-from retain.measuring.options import Options
-from retain.measuring.phrases import is_refusal
-from retain.measuring.reasoning import answer_turn, without_reasoning
+from retain.measuring.measure_options import Options
+from retain.measuring.refusal_phrases import is_refusal
 from retain.measuring.refusals import (
     COMPLYING,
     OPENINGS,
@@ -29,6 +28,7 @@ from retain.measuring.refusals import (
     load_requests,
     measure_refusals,
 )
+from retain.measuring.thinking import answer_turn, without_reasoning
 from retain.measuring.tokens import logits_of
 
 TOKENIZER = make_tokenizer()

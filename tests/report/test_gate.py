@@ -13,7 +13,7 @@ import pytest
 from conftest import make_texts, moved_model, save_model
 
 from retain.cli.main import main
-from retain.measuring.answers import compare_answers
+from retain.measuring.paired_answers import compare_answers
 from retain.report.gate import BEYOND, UNDECIDED, WITHIN, Check, judge
 from retain.report.numbers import Estimate
 from retain.report.page import comparison_html, comparison_markdown

@@ -21,16 +21,16 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from retain import files
 from retain.cli.main import main
 from retain.files import visible, visible_text
-from retain.measuring.answers import compare_answers, share_entry
-from retain.report import page, passages, style
+from retain.measuring.paired_answers import compare_answers, share_entry
+from retain.report import page, style, worst_passages
 from retain.report.comparison import Comparison, compare_at_matched_loss, dominators, first_crossing, frontier
 from retain.report.figures import Panel, PlotLine, panels
 from retain.report.model_card import card_with_forgetting, model_index
 from retain.report.numbers import Cell, cell
-from retain.report.passages import differences, worst_documents
 from retain.report.report import ForgettingReport, write_comparison
 from retain.report.results import RunResults
 from retain.report.sentences import budget_sentence, frontier_sentences, text_verdict
+from retain.report.worst_passages import differences, worst_documents
 from retain.training.run_files import RunFilesCallback, read_run
 
 TOKENS = [100, 200, 100, 200]
@@ -900,14 +900,14 @@ def test_old_and_half_filled_reports_are_shown(plain: dict) -> None:
 def test_the_text_forgotten_most_comes_first(plain: dict, replay: dict) -> None:
     replay["retention"]["code"] = {"forgetting": measured(0.2, 0.1, 0.3), "ref_kl": measured(0.492, 0.4, 0.5)}
     replay["retention"]["wiki"]["forgetting"] = measured(-0.05, -0.06, -0.04)
-    rows = passages.heat_map(typed([plain, replay]))
+    rows = worst_passages.heat_map(typed([plain, replay]))
     assert list(rows) == ["code", "wiki"]
-    (code, wiki), nothing = rows.values(), passages.HeatCell(Cell(), heat=0, cool=False)
+    (code, wiki), nothing = rows.values(), worst_passages.HeatCell(Cell(), heat=0, cool=False)
     assert code[0] == [nothing, nothing]
-    assert code[1][0] == passages.HeatCell(Cell("+0.200", "[0.100, 0.300]"), heat=100, cool=False)
-    assert wiki[1][0] == passages.HeatCell(Cell("-0.050", "[-0.060, -0.040]"), heat=50, cool=True)
+    assert code[1][0] == worst_passages.HeatCell(Cell("+0.200", "[0.100, 0.300]"), heat=100, cool=False)
+    assert wiki[1][0] == worst_passages.HeatCell(Cell("-0.050", "[-0.060, -0.040]"), heat=50, cool=True)
     assert wiki[0][1].heat == 50, "0.123 of 0.492: by the square root"
-    assert passages.heat_map(typed([plain])) == {}
+    assert worst_passages.heat_map(typed([plain])) == {}
 
 
 def test_documents_beyond_the_room_of_a_page_are_counted(plain: dict) -> None:
@@ -916,7 +916,8 @@ def test_documents_beyond_the_room_of_a_page_are_counted(plain: dict) -> None:
     data["worst"]["wiki"][1] = data["worst"]["wiki"][1] | {"tokens": [{"text": "a"}] * 30_000}
     shown, left_out = worst_documents(typed([data]))
     assert (len(shown["wiki"]), left_out) == (2, 1)
-    assert [passages.shown_token(token).heat for token in shown["wiki"][0][1].tokens] == [50, 50], "0.75 of 3 nats"
+    heats = [worst_passages.shown_token(token).heat for token in shown["wiki"][0][1].tokens]
+    assert heats == [50, 50], "0.75 of 3 nats"
 
 
 def test_ten_runs_look_different() -> None:

@@ -45,7 +45,7 @@ from retain.losses import kl_divergence
 from retain.models.reference import Reference, probe
 from retain.replay.dataset import ReplayDataset, replay_indices, token_documents
 from retain.sampling.write import sample_rows
-from retain.training.host_checks import check_base_is_frozen
+from retain.training.trainer_checks import check_base_is_frozen
 
 IDS = torch.arange(5, 25).reshape(2, 10)
 QV = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}

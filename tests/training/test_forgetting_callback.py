@@ -21,7 +21,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from retain import ForgettingCallback, measure
 from retain.files import read_jsonl
-from retain.laws.runs import read_runs
+from retain.laws.run_tables import read_runs
 from retain.measuring.choices import Question
 from retain.training.retention import retention_documents
 from retain.training.run_files import OF_TRAINING, read_run

@@ -18,7 +18,7 @@ from trl import SFTTrainer
 
 from retain import ForgettingCallback, ReplayConfig, ReplaySFTTrainer, ReplayTrainer
 from retain.replay.dataset import ReplayDataset
-from retain.training.host_checks import (
+from retain.training.trainer_checks import (
     LOADS_EMPTY,
     check_devices,
     check_whole,

@@ -34,7 +34,7 @@ from retain.files import read_jsonl
 from retain.losses import kl_divergence
 from retain.replay.dataset import ReplayDataset, replace_rows, token_documents
 from retain.sampling.write import sample_rows
-from retain.training.budget import OPENING_LENGTH
+from retain.training.coef_controller import OPENING_LENGTH
 
 
 @pytest.fixture(scope="module")

@@ -27,14 +27,14 @@ from retain.files import exclusive, visible
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.models.loading import load_tokenizer
 from retain.replay.dataset import load_texts
+from retain.training.beta2_half_life import apply_half_life, check_half_life, mean_row_length
 from retain.training.config import ReplayConfig, StoppingConfig, check_arguments
-from retain.training.half_life import apply_half_life, check_half_life, mean_row_length
-from retain.training.host_checks import check_lora_targets, expected_steps, load_for_training
 from retain.training.protection import check_replay_every
 from retain.training.retention import check_best_metric, retention_names
 from retain.training.row_checks import check_columns
 from retain.training.stopping import StopAtLoss, check_stopping, checkpoint_to_resume, train
 from retain.training.trainer import ReplaySFTTrainer
+from retain.training.trainer_checks import check_lora_targets, expected_steps, load_for_training
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from retain.cli.settings import SeedSettings
 from retain.files import check_writable
 from retain.laws.fit import fit_forgetting_law
 from retain.laws.forms import FORMS, form_of
-from retain.laws.runs import read_runs, recipe_differences
+from retain.laws.run_tables import read_runs, recipe_differences
 
 
 @dataclass(kw_only=True)

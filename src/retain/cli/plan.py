@@ -34,7 +34,7 @@ from retain.laws.plan import (
     recommend,
 )
 from retain.laws.plan_page import PlanReport, plan_figure
-from retain.laws.runs import tuned_params
+from retain.laws.run_tables import tuned_params
 from retain.models.description import default_device, length_that_fits
 from retain.models.loading import empty_model, lora_num_params
 from retain.replay.dataset import load_self_generated

@@ -23,7 +23,7 @@ from retain.files import write_json, write_text
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.models.loading import load_model, load_tokenizer
 from retain.replay.dataset import load_self_generated, read_manifest, read_shards
-from retain.replay.predictions import bytes_per_token, describe_store
+from retain.replay.stored_predictions import bytes_per_token, describe_store
 from retain.report.numbers import quantity
 from retain.sampling.engine import Engine, choose_threads
 from retain.sampling.preview import describe, preview_html, preview_text

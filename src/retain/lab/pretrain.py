@@ -29,8 +29,8 @@ from retain.lab.streams import RowFunction, Stream, mixture, shuffled
 from retain.lab.tasks import TASKS, DigitTask, digit_tokenizer
 from retain.lab.tokenizers import train_tokenizer, word_tokenizer
 from retain.models.description import num_parameters
+from retain.training.beta2_half_life import apply_half_life, check_half_life, tokens_per_step
 from retain.training.config import StoppingConfig, check_arguments
-from retain.training.half_life import apply_half_life, check_half_life, tokens_per_step
 from retain.training.run_files import RunFilesCallback
 from retain.training.stopping import StopAtLoss, check_stopping, checkpoint_to_resume, train
 

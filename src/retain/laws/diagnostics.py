@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import stdtrit
 
+from retain.laws.fit_problem import Problem
 from retain.laws.law import MAX_INTERVAL_RATIO, ForgettingLaw
-from retain.laws.problem import Problem
 from retain.laws.variable_projection import Fits
 
 MIN_RUNS = 3  # for intervals

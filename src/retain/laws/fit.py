@@ -17,10 +17,10 @@ import numpy as np
 
 from retain import versions
 from retain.laws.diagnostics import MIN_RUNS, LawWarning, design_warnings, fit_warnings, held_out, rival_warnings
+from retain.laws.fit_problem import Problem
 from retain.laws.forms import Array, Form, form_of
 from retain.laws.law import ForgettingLaw
-from retain.laws.problem import Problem
-from retain.laws.runs import Rows, Runs, as_runs
+from retain.laws.run_tables import Rows, Runs, as_runs
 from retain.laws.variable_projection import Fits
 
 WEBB = np.sqrt([1.5, 1.0, 0.5])

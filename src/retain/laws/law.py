@@ -14,9 +14,9 @@ from scipy.special import ndtri, stdtrit
 
 from retain.files import MAPPING, NUMBER, check_shape, read_json, write_json
 from retain.laws import plots
+from retain.laws.fit_problem import Problem
 from retain.laws.forms import LOSSES, Array, Form, column_of, form_of
-from retain.laws.problem import Problem
-from retain.laws.runs import Runs, as_runs
+from retain.laws.run_tables import Runs, as_runs
 from retain.laws.table import law_table
 from retain.laws.variable_projection import Fits
 

@@ -24,7 +24,7 @@ import numpy as np
 from retain.laws.fit import fit_forgetting_law
 from retain.laws.forms import P_N, Form, Number, Values
 from retain.laws.law import ForgettingLaw
-from retain.laws.runs import read_metrics
+from retain.laws.run_tables import read_metrics
 
 EVALUATIONS = 12  # of each pilot
 SKIPPED_EVALUATIONS = 2  # the first ones, in which the warm-up still shows

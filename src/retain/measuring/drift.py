@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from retain.measuring.answers import change_entry, report_entry, share_entry
+from retain.measuring.paired_answers import change_entry, report_entry, share_entry
 from retain.report.tables import KNOWLEDGE_FATES
 from retain.statistics import bootstrap_ratio
 

@@ -18,8 +18,8 @@ import torch
 from retain.data.chats import chat_of
 from retain.data.rows import prompt_text, user_turn_text
 from retain.measuring.drift import MARKERS, drift, knowledge, knowledge_fate
-from retain.measuring.options import Options
-from retain.measuring.reasoning import without_reasoning
+from retain.measuring.measure_options import Options
+from retain.measuring.thinking import without_reasoning
 from retain.measuring.tokens import check_finite
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import max_positions, with_least_room

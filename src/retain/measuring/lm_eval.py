@@ -19,7 +19,7 @@ import numpy as np
 
 from retain.data.row_files import json_rows
 from retain.files import first_line
-from retain.measuring.answers import compare_answers
+from retain.measuring.paired_answers import compare_answers
 from retain.report.report import ForgettingReport
 
 if TYPE_CHECKING:

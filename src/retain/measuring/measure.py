@@ -10,7 +10,7 @@ from retain.checks import Unchosen, check_named, several
 from retain.data.rows import OLD_TEXT, Document, Reading, Text, as_documents, without_copies
 from retain.measuring.choices import Question, as_questions, measure_choices
 from retain.measuring.generations import Prompt, measure_generations
-from retain.measuring.options import Options
+from retain.measuring.measure_options import Options
 from retain.measuring.refusals import Judge, measure_refusals
 from retain.measuring.texts import text_results
 from retain.models.base_predictions import MeasuredBase

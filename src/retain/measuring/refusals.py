@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from retain.data.rows import read_sample
-from retain.measuring.answers import compare_answers, share_entry
 from retain.measuring.choices import MAX_CHARACTERS, Inputs, both_scores, choice_scores, encode_pair
 from retain.measuring.generations import WHO, Prompt, both_texts, unanswered_notes, user_turn
-from retain.measuring.options import Options
-from retain.measuring.phrases import is_refusal
-from retain.measuring.reasoning import answer_turn
+from retain.measuring.measure_options import Options
+from retain.measuring.paired_answers import compare_answers, share_entry
+from retain.measuring.refusal_phrases import is_refusal
+from retain.measuring.thinking import answer_turn
 from retain.measuring.tokens import logits_of
 from retain.models.base_predictions import MeasuredBase
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from retain.data.rows import Document, without_copies
 from retain.files import visible
 from retain.losses import shifted
-from retain.measuring.options import Options
+from retain.measuring.measure_options import Options
 from retain.measuring.tokens import (
     DocumentSums,
     document_sums,
@@ -25,8 +25,8 @@ from retain.measuring.tokens import (
     summarize,
     token_values,
 )
-from retain.metrics import GAIN, KEPT_SUMS
 from retain.models.base_predictions import MeasuredBase
+from retain.report.metrics import GAIN, KEPT_SUMS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from retain.data.rows import Document
 from retain.losses import expectation, shifted
-from retain.measuring.answers import report_entry
-from retain.metrics import BITS_PER_BYTE, KEPT_SUMS, METRICS, SUMS
+from retain.measuring.paired_answers import report_entry
+from retain.report.metrics import BITS_PER_BYTE, KEPT_SUMS, METRICS, SUMS
 from retain.statistics import bootstrap_ratio, resample_counts, share_interval
 
 Forward = Callable[..., Float[Tensor, "rows length vocab"]]

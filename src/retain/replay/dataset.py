@@ -16,7 +16,7 @@ import torch
 
 from retain.data.rows import OLD_TEXT, WHOLE, Document, Reading, Text, read_texts, token_documents, tokenize_documents
 from retain.files import atomic_path, check_shape, read_json
-from retain.replay.predictions import ReferenceCache, open_cache
+from retain.replay.stored_predictions import ReferenceCache, open_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

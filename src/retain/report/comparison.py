@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from retain.metrics import KEPT_SUMS, METRICS
+from retain.report.metrics import KEPT_SUMS, METRICS
 from retain.report.numbers import Estimate, quantity
 from retain.report.results import KeptSums, RunResults, Runs, TextResult, names_of_texts
 from retain.statistics import bootstrap_ratio

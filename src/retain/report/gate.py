@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from retain.metrics import METRICS
+from retain.report.metrics import METRICS
 from retain.report.numbers import Estimate, quantity, share_cell, value_cell
 from retain.report.results import Judgement, RunResults
 

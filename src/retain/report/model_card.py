@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from retain.metrics import TABLE_METRICS
+from retain.report.metrics import TABLE_METRICS
 from retain.report.page import harmless, model_card_section
 from retain.report.results import RunResults
 

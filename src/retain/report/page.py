@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain.files import visible, visible_text
-from retain.metrics import TABLE_METRICS
 from retain.report import interactive as plotly
 from retain.report import style, tables
 from retain.report.comparison import compare_at_matched_loss
 from retain.report.figures import Panel, panels
+from retain.report.metrics import TABLE_METRICS
 from retain.report.numbers import cell
-from retain.report.passages import differences, generations, heat_map, shown_token, worst_documents
 from retain.report.results import RunResults, Runs
 from retain.report.sentences import (
     comparison_verdict,
@@ -30,6 +29,7 @@ from retain.report.sentences import (
     scale_sentence,
     verdict,
 )
+from retain.report.worst_passages import differences, generations, heat_map, shown_token, worst_documents
 
 if TYPE_CHECKING:
     import jinja2

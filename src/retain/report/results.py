@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from retain.files import MAPPING, NUMBER
-from retain.metrics import GAIN, METRICS
+from retain.report.metrics import GAIN, METRICS
 from retain.report.numbers import Estimate, is_number
 
 KNOWN_METRICS = (GAIN.name, *METRICS)

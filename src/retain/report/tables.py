@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
-from retain.metrics import METRICS, TABLE_METRICS
 from retain.report.comparison import Comparison, mismatch
+from retain.report.metrics import METRICS, TABLE_METRICS
 from retain.report.numbers import (
     Cell,
     cell,

@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer
 
 from retain.models.head import seen_by_head
 from retain.models.reference import evaluation_mode, probe_tokens
-from retain.replay.own_rows import check_draws, rope_switch
+from retain.replay.provenance import check_draws, rope_switch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,8 +29,8 @@ from retain.models.description import (
     tokenizer_fingerprint,
 )
 from retain.replay.dataset import MANIFEST, MANIFEST_SCHEMA, NOT_COMPARED, read_manifest, shard_path, write_shard
-from retain.replay.own_rows import rope_switch
-from retain.replay.predictions import write_predictions
+from retain.replay.provenance import rope_switch
+from retain.replay.stored_predictions import write_predictions
 from retain.sampling.engine import Engine, Progress, Shard, batch_engine, choose_batch_size, draw_rows
 from retain.sampling.starts import Starts, plan_starts
 

@@ -36,7 +36,6 @@ from retain.models.description import (
 )
 from retain.models.head import HeadForm, find_head_form
 from retain.models.reference import Reference, evaluation_mode, probe
-from retain.training.host_checks import check_base_is_frozen, check_forward_passes, see_the_base_everywhere
 from retain.training.retention import (
     RetentionMeasurer,
     check_best_metric,
@@ -45,6 +44,7 @@ from retain.training.retention import (
     retention_names,
 )
 from retain.training.row_checks import check_not_trained_on, row_edges
+from retain.training.trainer_checks import check_base_is_frozen, check_forward_passes, see_the_base_everywhere
 
 GIVE_BASE = "give base=the model before finetuning, as a second copy"
 

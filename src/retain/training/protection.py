@@ -31,18 +31,10 @@ from retain.models.head import find_head_form
 from retain.models.loading import load_tokenizer
 from retain.models.reference import Reference, check_same_model, evaluation_mode, probe
 from retain.replay.dataset import ReplayDataset, load_replay_dataset, verify_replay
-from retain.replay.own_rows import check_pool
-from retain.replay.predictions import ReferenceCache
+from retain.replay.provenance import check_pool
+from retain.replay.stored_predictions import ReferenceCache
 from retain.report.numbers import quantity
 from retain.training.config import ReplayConfig
-from retain.training.host_checks import (
-    check_base_is_frozen,
-    check_devices,
-    check_forward_passes,
-    check_whole,
-    expected_steps,
-    see_the_base_everywhere,
-)
 from retain.training.objectives import NONE
 from retain.training.replay_term import ReplayTerm, TermBatch, stored_error
 from retain.training.retention import evaluated_batches, retention_documents
@@ -54,6 +46,14 @@ from retain.training.row_checks import (
     check_rows_fit,
     row_edges,
     training_rows,
+)
+from retain.training.trainer_checks import (
+    check_base_is_frozen,
+    check_devices,
+    check_forward_passes,
+    check_whole,
+    expected_steps,
+    see_the_base_everywhere,
 )
 
 logger = logging.getLogger(__name__)

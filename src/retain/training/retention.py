@@ -19,9 +19,9 @@ from transformers.trainer_utils import default_compute_objective
 from retain.checks import several
 from retain.data.rows import Document, as_documents, without_copies
 from retain.measuring.tokens import Forward, batches, document_sums, logits_at, padded, summarize
-from retain.metrics import LOGGED, METRICS
 from retain.models.head import reshard
 from retain.models.reference import Reference, evaluation_mode
+from retain.report.metrics import LOGGED, METRICS
 from retain.training.run_files import RunFilesCallback, weights_step
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from retain.data.overlap import find_rows
 from retain.data.rows import Document, is_local_file
 from retain.models.description import max_positions
 from retain.replay.dataset import ReplayDataset
-from retain.training.host_checks import invocation_tokens
+from retain.training.trainer_checks import invocation_tokens
 
 logger = logging.getLogger(__name__)
 MAX_CHANCE_LENGTH = 16  # tokens below which two rows may be the same by chance

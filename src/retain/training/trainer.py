@@ -24,15 +24,15 @@ from retain.models.head import reshard
 from retain.replay.dataset import ReplayDataset, replace_rows, replay_indices
 from retain.report.numbers import Estimate
 from retain.report.report import ForgettingReport
-from retain.training.budget import ForgettingBudget
+from retain.training.coef_controller import CoefController
 from retain.training.config import ReplayConfig
-from retain.training.host_checks import check_trained, check_weights, load_for_training
-from retain.training.meter import LossMeter
+from retain.training.loss_meter import LossMeter
 from retain.training.objectives import NONE, Objective
 from retain.training.protection import Protection, check_noise, check_replay_every, zero_kl_error
 from retain.training.replay_term import TermBatch
 from retain.training.retention import RetentionMeasurer, check_best_metric, retention_names
 from retain.training.run_files import BUDGET_FILE, weights_step
+from retain.training.trainer_checks import check_trained, check_weights, load_for_training
 
 if TYPE_CHECKING:  # what the mixin stands on; at run time the host class comes after it
     from transformers import Trainer as Host
@@ -40,7 +40,7 @@ else:
     Host = object
 
 PATIENCE = 3  # optimizer steps behind the warm-up after which a KL that is still exactly 0 at the end is a fault
-BUDGET_STATE = "ForgettingBudget"  # its place in a checkpoint's trainer_state.json
+BUDGET_STATE = "CoefController"  # its place in a checkpoint's trainer_state.json
 
 
 class ReplayMixin(Host):
@@ -91,7 +91,7 @@ class ReplayMixin(Host):
         self._replay_tokens = 0
         self._is_the_base = True  # until its first step; a try that ran out of memory leaves it moved
         self._meter = LossMeter(self.accelerator, compared=self.objective.uses_reference)
-        self.budget: ForgettingBudget | None = None
+        self.budget: CoefController | None = None
         self.replay.prove(self)
         self.measurer = ProtectedRun(self)
         check_best_metric(self.args, retention_names(self.replay.documents))
@@ -268,12 +268,12 @@ class ReplayMixin(Host):
             write_json(Path(self.args.output_dir) / BUDGET_FILE, verdict)
         return result
 
-    def _begin_budget(self) -> ForgettingBudget | None:
+    def _begin_budget(self) -> CoefController | None:
         config, kept = self.replay_config, self.state.stateful_callbacks.get(BUDGET_STATE)
         if config.max_ref_kl is None:
             return None
         steps = -(-self.state.max_steps // config.replay_every)
-        budget = ForgettingBudget(config.max_ref_kl, num_steps=steps, coef=config.replay_coef)
+        budget = CoefController(config.max_ref_kl, num_steps=steps, coef=config.replay_coef)
         if self.state.global_step and kept is not None:
             budget.load_state_dict(kept["attributes"])
         return budget

@@ -21,7 +21,7 @@ from retain.cli.main import main
 from retain.measuring.tokens import logits_at
 from retain.models.reference import Reference
 from retain.replay.dataset import ReplayDataset, load_self_generated
-from retain.replay.predictions import bytes_per_token, cache_path, describe_store
+from retain.replay.stored_predictions import bytes_per_token, cache_path, describe_store
 from retain.sampling.engine import TOP_K, draw_rows
 from retain.sampling.starts import Mode, Starts
 from retain.sampling.write import sample_replay

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from retain.training.budget import OPENING_LENGTH
+from retain.training.coef_controller import OPENING_LENGTH
 
 
 class LossMeter:

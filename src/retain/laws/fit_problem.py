@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from retain.laws.forms import Array, Form
-from retain.laws.runs import Runs
+from retain.laws.run_tables import Runs
 from retain.laws.variable_projection import Fits, fit_many
 
 

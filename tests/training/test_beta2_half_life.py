@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retain.training.half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2
+from retain.training.beta2_half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2
 
 
 def arguments(**changes) -> SimpleNamespace:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from retain.measuring.reasoning import without_reasoning
+from retain.measuring.thinking import without_reasoning
 
 OPENING = 400  # characters in which a refusal must begin
 _I = r"(?:i|we)"

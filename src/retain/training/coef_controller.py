@@ -73,7 +73,7 @@ class Verdict:
         return self.text
 
 
-class ForgettingBudget:
+class CoefController:
     """Moves the coefficient so that the mean KL(base ‖ model) on replay rows ends at the budget, or below it.
 
     What is held is the KL behind the first `OPENING_LENGTH` predictions of each row: where rows are short, or few,
@@ -86,7 +86,7 @@ class ForgettingBudget:
         coef: the first coefficient; that at the end of a similar run which kept its budget is a good one.
         bounds: the least and the largest coefficient.
 
-    >>> budget = ForgettingBudget(0.02, num_steps=100)
+    >>> budget = CoefController(0.02, num_steps=100)
     >>> budget.update(0.04) > 1.0  # too much KL raises the coefficient of the next step
     True
     """

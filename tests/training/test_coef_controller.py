@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retain.training.budget import ForgettingBudget
+from retain.training.coef_controller import CoefController
 
 BUDGET = 0.02
 
@@ -56,7 +56,7 @@ class Plant:
 
 @dataclass
 class Run:
-    control: ForgettingBudget
+    control: CoefController
     kls: list[float]  # true, without the noise of measuring
     coefs: list[float]
 
@@ -82,7 +82,7 @@ class Run:
 
 def simulate(plant: Plant, num_steps: int, *, seed: int = 0, budget: float = BUDGET, **settings: float) -> Run:
     rng = random.Random(seed)
-    run = Run(ForgettingBudget(budget, num_steps=num_steps, **settings), [], [])
+    run = Run(CoefController(budget, num_steps=num_steps, **settings), [], [])
     weights = drive = 0.0  # roots of KL
     for step in range(num_steps):
         kl, coef, rate = weights**2, run.control.coef, plant.rate(step, num_steps)
@@ -216,7 +216,7 @@ def test_a_single_wild_measurement_moves_the_coefficient_little_and_not_for_long
     bounds=st.sampled_from([(1e-3, 1e3), (0.5, 2.0), (1.0, 1.1)]),
 )
 def test_bounds_are_never_left(kls, budget, num_steps, bounds):
-    control = ForgettingBudget(budget, num_steps=num_steps, coef=1.0, bounds=bounds)
+    control = CoefController(budget, num_steps=num_steps, coef=1.0, bounds=bounds)
     for kl in kls:
         assert bounds[0] <= control.update(kl) <= bounds[1]
         assert control.smoothed is not None
@@ -227,7 +227,7 @@ def test_bounds_are_never_left(kls, budget, num_steps, bounds):
 @pytest.mark.parametrize(("at", "then"), [("high", 0.3), ("low", 3.0)])
 def test_nothing_winds_up_at_a_bound(at, then):
     """After 2,000 steps at a bound the coefficient leaves it as soon as KL crosses the budget."""
-    control = ForgettingBudget(BUDGET, num_steps=4000)
+    control = CoefController(BUDGET, num_steps=4000)
     for _ in range(2000):
         control.update(5 * BUDGET if at == "high" else 0.2 * BUDGET)
     assert control.coef == control.bounds[at == "high"]
@@ -294,12 +294,12 @@ def test_what_short_runs_reach(num_steps, from_balance, least_within, most_beyon
 @given(plant=plants, noise=noises, num_steps=st.integers(2, 300), share=st.floats(0, 1), data=st.data())
 def test_resuming_gives_exactly_the_same_future(plant, noise, num_steps, share, data):
     kls = [max(0.0, kl) for kl in simulate(replace(plant, noise=noise), num_steps).kls]
-    whole = ForgettingBudget(BUDGET, num_steps=num_steps)
+    whole = CoefController(BUDGET, num_steps=num_steps)
     cut = int(share * num_steps)
     for kl in kls[:cut]:
         whole.update(kl)
     state = json.loads(json.dumps(whole.state_dict(), allow_nan=False))
-    resumed = ForgettingBudget(BUDGET, num_steps=num_steps, coef=7.0)
+    resumed = CoefController(BUDGET, num_steps=num_steps, coef=7.0)
     resumed.load_state_dict(state)
     for kl in kls[cut:]:
         assert resumed.update(kl) == whole.update(kl)
@@ -311,7 +311,7 @@ def test_a_state_is_a_copy():
     control = simulate(Plant(), 40).control
     state = control.state_dict()
     kept = json.dumps(state)
-    other = ForgettingBudget(BUDGET, num_steps=40)
+    other = CoefController(BUDGET, num_steps=40)
     other.load_state_dict(state)
     control.update(1.0)
     other.update(1.0)
@@ -329,9 +329,9 @@ def test_a_state_is_a_copy():
 def test_a_state_of_another_budget_is_refused(change, message):
     state = simulate(Plant(), 40).control.state_dict() | change
     with pytest.raises(ValueError, match=message):
-        ForgettingBudget(BUDGET, num_steps=40).load_state_dict(state)
+        CoefController(BUDGET, num_steps=40).load_state_dict(state)
     with pytest.raises(ValueError, match="version is None"):
-        ForgettingBudget(BUDGET, num_steps=40).load_state_dict({})
+        CoefController(BUDGET, num_steps=40).load_state_dict({})
 
 
 # What enters
@@ -347,7 +347,7 @@ def test_a_kl_that_is_none_is_refused_and_changes_nothing(kl):
 
 
 def test_a_kl_below_0_by_rounding_counts_as_0():
-    rounded, exact = (ForgettingBudget(BUDGET, num_steps=40) for _ in range(2))
+    rounded, exact = (CoefController(BUDGET, num_steps=40) for _ in range(2))
     assert [rounded.update(kl) for kl in (-1e-6, -1e-9, 0.1)] == [exact.update(kl) for kl in (0.0, 0.0, 0.1)]
     assert rounded.state_dict() == exact.state_dict()
 
@@ -366,14 +366,14 @@ def test_a_kl_below_0_by_rounding_counts_as_0():
 )
 def test_arguments_that_do_not_fit_are_named_in_one_line(arguments, field):
     with pytest.raises(ValueError, match=f"^{field}: .*; (use|put) [^\n]*$"):
-        ForgettingBudget(**{"budget": 0.02, "num_steps": 100} | arguments)
+        CoefController(**{"budget": 0.02, "num_steps": 100} | arguments)
 
 
 # The verdict
 
 
-def fed(kls: list[float], num_steps: int | None = None) -> ForgettingBudget:
-    control = ForgettingBudget(BUDGET, num_steps=num_steps or len(kls))
+def fed(kls: list[float], num_steps: int | None = None) -> CoefController:
+    control = CoefController(BUDGET, num_steps=num_steps or len(kls))
     for kl in kls:
         control.update(kl)
     return control

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from retain.measuring import lm_eval as harness
 from retain.measuring.choices import Question, choice_scores, encode_questions, likeliest_choices, measure_choices
 from retain.measuring.lm_eval import answer_of, evaluate_samples, load_tasks, measure_with_lm_eval
-from retain.measuring.options import Options
+from retain.measuring.measure_options import Options
 from retain.measuring.tokens import logits_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what lm_eval and its dependencies warn of is theirs

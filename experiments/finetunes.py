@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainingArguments, default_data_collat
 from transformers.trainer_callback import PrinterCallback
 
 from experiments.corpora import CACHE, Texts, load_texts
-from experiments.matched import GRAIN, MEASURES
+from experiments.matched_loss import GRAIN, MEASURES
 from experiments.program import device_name
 from experiments.small_base import BaseSettings, Rows, make_base
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, versions
@@ -294,7 +294,7 @@ def compact(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def compact_documents(row: dict[str, Any]) -> dict[str, Any]:
-    """Means per document of what `matched.MEASURES` asks, in whole 1/`GRAIN` nats per token: a small file.
+    """Means per document of what `matched_loss.MEASURES` asks, in whole 1/`GRAIN` nats per token: a small file.
 
     All documents have the same number of tokens.
     """

@@ -26,8 +26,8 @@ from retain.losses import (
 )
 from retain.models.head import HeadForm, at_head, find_head_form
 from retain.models.reference import Reference
-from retain.training.budget import OPENING_LENGTH
-from retain.training.meter import in_opening
+from retain.training.coef_controller import OPENING_LENGTH
+from retain.training.loss_meter import in_opening
 from retain.training.replay_term import ReplayTerm, TermBatch
 
 POSITIONS, SIZE, VOCAB = 37, 16, 211
