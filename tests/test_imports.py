@@ -94,6 +94,20 @@ def test_imports_go_down(module):
     assert not (other and room(module) in LEAVES)
 
 
+def test_a_name_stands_for_one_thing():
+    """Every function, class and constant of a module has a name that no other module's has."""
+    places: dict[str, set[str]] = {}
+    for module, path in PATHS.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                places.setdefault(node.name, set()).add(module)
+            elif isinstance(node, ast.Assign):
+                for target in node.targets:
+                    places.setdefault(ast.unparse(target), set()).add(module)
+    twice = {name: modules for name, modules in places.items() if len(modules) > 1}
+    assert set(twice) <= {"VERB", "logger"}, twice
+
+
 @pytest.mark.parametrize("module", sorted(PURE))
 def test_the_pure_modules_stand_on_torch_numpy_and_scipy(module):
     assert libraries(module) <= LIBRARIES

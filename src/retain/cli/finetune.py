@@ -82,7 +82,7 @@ def run_finetune(
         check_arguments(training_args, config.replay_objective)
         checkpoint = checkpoint_to_resume(training_args)
         say = _say if training_args.process_index == 0 else lambda line: None
-        trainer = make_trainer(script_args, training_args, model_args, dataset_args, config, say)
+        trainer = make_sft_trainer(script_args, training_args, model_args, dataset_args, config, say)
         watch = None if config.stop_at_loss is None else StopAtLoss(config.stop_at_loss)
         if watch is not None:
             trainer.add_callback(watch)
@@ -104,7 +104,7 @@ def run_finetune(
         trainer.end()
 
 
-def make_trainer(
+def make_sft_trainer(
     script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, config: FinetuneConfig, say: Any
 ) -> ReplaySFTTrainer:
     """The trainer with model, rows and texts; what is cheap to check is checked before the model is loaded."""

@@ -16,8 +16,8 @@ from retain.files import MAPPING, NUMBER, check_shape, read_json, write_json
 from retain.laws import plots
 from retain.laws.fit_problem import Problem
 from retain.laws.forms import LOSSES, Array, Form, column_of, form_of
-from retain.laws.run_tables import Runs, as_runs
 from retain.laws.law_table import law_table
+from retain.laws.run_tables import Runs, as_runs
 from retain.laws.variable_projection import Fits
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 
 from retain.report.metrics import KEPT_SUMS, METRICS
 from retain.report.numbers import Estimate, quantity
-from retain.report.results import KeptSums, RunResults, Runs, TextResult, names_of_texts
+from retain.report.results import KeptSums, ReportRuns, RunResults, TextResult, names_of_texts
 from retain.statistics import bootstrap_ratio
 
 INTERVAL_LEVEL = 0.95
@@ -86,7 +86,7 @@ class Comparison:
     num_resamples: int = NUM_RESAMPLES
 
 
-def compare_at_matched_loss(runs: Runs, seed: int = 0) -> Comparison:
+def compare_at_matched_loss(runs: ReportRuns, seed: int = 0) -> Comparison:
     """Compare the forgetting of several runs of one base where they have learned equally much.
 
     Learning less is not forgetting less. `matched_loss` (nats per token) is the lowest new-task loss that every run
@@ -135,7 +135,7 @@ def compare_at_matched_loss(runs: Runs, seed: int = 0) -> Comparison:
 
 
 def _loss_difference(
-    runs: Runs, losses: Sequence[float | None], at: int, loss_text: str | None
+    runs: ReportRuns, losses: Sequence[float | None], at: int, loss_text: str | None
 ) -> tuple[float | None, Mismatch | None]:
     """The final loss of a run relative to that of the first, or why there is none."""
     why = _other_tokens(runs[0], runs[at]) if loss_text is None else mismatch(runs[0], runs[at], loss_text)
@@ -161,7 +161,7 @@ def first_crossing(steps: Sequence[float], losses: Sequence[float], target: floa
     return float(steps[below - 1] + share * (steps[below] - steps[below - 1]))
 
 
-def _rate_warnings(runs: Runs, steps: Sequence[float | None], rates: Sequence[float | None]) -> list[str]:
+def _rate_warnings(runs: ReportRuns, steps: Sequence[float | None], rates: Sequence[float | None]) -> list[str]:
     """A sentence where the learning rates at the steps compared differ: one run may be annealed, another not."""
     read = zip(runs, steps, rates, strict=True)
     known = [(run.name, step, rate) for run, step, rate in read if step is not None and rate is not None]
@@ -176,7 +176,7 @@ def _rate_warnings(runs: Runs, steps: Sequence[float | None], rates: Sequence[fl
     ]
 
 
-def _token_warnings(runs: Runs) -> list[str]:
+def _token_warnings(runs: ReportRuns) -> list[str]:
     """A sentence where some runs say which tokens their `eval_loss` counts and others, as of other trainers, do not."""
     known = {run.trained_tokens: run.name for run in runs if run.trained_tokens}
     unknown = ", ".join(f"“{run.name}”" for run in runs if not run.trained_tokens)
@@ -188,7 +188,7 @@ def _token_warnings(runs: Runs) -> list[str]:
     ]
 
 
-def _check_same_base(runs: Runs) -> None:
+def _check_same_base(runs: ReportRuns) -> None:
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"runs: two are named {twice[0]!r}; give each run once, and a name of its own")
@@ -197,7 +197,7 @@ def _check_same_base(runs: Runs) -> None:
         raise ValueError(f"base.fingerprint differs between runs: {fingerprints}. Compare runs of one base.")
 
 
-def _final_losses(runs: Runs, ends: Sequence[float | None]) -> tuple[str | None, Sequence[float | None]]:
+def _final_losses(runs: ReportRuns, ends: Sequence[float | None]) -> tuple[str | None, Sequence[float | None]]:
     """New-task losses at the ends, of one source: a text that all were measured on (its name), else `eval_loss`."""
     for text in runs[0].new_task if runs else ():
         found = [run.new_task.get(text, TextResult()).loss for run in runs]
@@ -207,7 +207,7 @@ def _final_losses(runs: Runs, ends: Sequence[float | None]) -> tuple[str | None,
     return None, [None] * len(runs) if None in losses else losses
 
 
-def _measured_in_all(runs: Runs, text: str) -> bool:
+def _measured_in_all(runs: ReportRuns, text: str) -> bool:
     """Whether every run that knows a text has what `retain measure` found on it."""
     found = [run.retention.get(text, TextResult()).ref_kl is not None for run in runs]
     followed = [bool(run.series(f"retention/{text}/ref_kl")[0]) for run in runs]
@@ -256,7 +256,7 @@ def _other_documents(ours: Sums | None, theirs: Sums | None) -> str | None:
     return "measured on other documents"
 
 
-def _matched_loss(runs: Runs) -> tuple[float | None, str | None]:
+def _matched_loss(runs: ReportRuns) -> tuple[float | None, str | None]:
     """The lowest loss that every run reached, or None and why there is none."""
     if len(runs) < 2:
         return None, "there is only one run"
@@ -275,7 +275,7 @@ def _matched_loss(runs: Runs) -> tuple[float | None, str | None]:
     return target, None
 
 
-def _side_by_side(runs: Runs, steps: Sequence[float | None] | None, text: str, seed: int) -> list[ComparedText]:
+def _side_by_side(runs: ReportRuns, steps: Sequence[float | None] | None, text: str, seed: int) -> list[ComparedText]:
     """One entry per run for one text, read at each run's own step, or what `retain measure` found where that is None.
 
     `prevented` is against the first run.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from retain.report.comparison import Comparison, Point, end_points, frontier
-from retain.report.results import RunResults, Runs, names_of_texts
+from retain.report.results import ReportRuns, RunResults, names_of_texts
 
 LEARNING = "new-task loss, nats per token (learning →)"  # to the right, wherever it is drawn
 
@@ -56,13 +56,13 @@ class Panel:
     dots: Sequence[Dot] = ()
 
 
-def panels(runs: Runs, compared: Comparison | None) -> list[Panel]:
+def panels(runs: ReportRuns, compared: Comparison | None) -> list[Panel]:
     """The figures of what was measured."""
     learning = [_learning(runs, compared, text) for text in names_of_texts(runs)]
     return [*filter(None, learning), *_curves(runs), *_intervals(runs)]
 
 
-def _learning(runs: Runs, compared: Comparison | None, text: str) -> Panel | None:
+def _learning(runs: ReportRuns, compared: Comparison | None, text: str) -> Panel | None:
     """Forgetting over new-task loss: a line per trajectory, or the end of every run where one has none.
 
     Never both: what was evaluated during training and what was measured after it are other losses.
@@ -101,7 +101,7 @@ def _line(run: RunResults, place: int, points: Mapping[Any, Point]) -> PlotLine:
     return PlotLine(run.name, place, x, y, list(points))
 
 
-def _curves(runs: Runs) -> list[Panel]:
+def _curves(runs: ReportRuns) -> list[Panel]:
     counted = dict.fromkeys(run.trained_tokens for run in runs)  # losses over other tokens have axes of their own
     several = len(counted) > 1
     wanted = [
@@ -125,7 +125,7 @@ def _curve(runs: Sequence[tuple[int, RunResults]], key: str, title: str, **optio
     return Panel("curve", title, f"{title} over steps", "step", lines=lines, **defaults | options)
 
 
-def _intervals(runs: Runs) -> list[Panel]:
+def _intervals(runs: ReportRuns) -> list[Panel]:
     found = []
     for metric, title in (("ref_kl", "Divergence from the base"), ("forgetting", "Change of the loss")):
         estimates = [

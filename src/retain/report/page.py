@@ -19,7 +19,7 @@ from retain.report.comparison import compare_at_matched_loss
 from retain.report.figures import Panel, panels
 from retain.report.metrics import TABLE_METRICS
 from retain.report.numbers import cell
-from retain.report.results import RunResults, Runs
+from retain.report.results import ReportRuns, RunResults
 from retain.report.sentences import (
     comparison_verdict,
     end_sentences,
@@ -41,7 +41,7 @@ MULTILINE = ("prompt", "base", "tuned", "text", "base_top", "tuned_top")  # of m
 TABLES = ("table", "answers", "refusals", "drift", "knowledge", "matched")  # of a terminal
 
 
-def comparison_html(runs: Runs, *, title: str, notes: Sequence[str] = (), interactive: bool = False) -> str:
+def comparison_html(runs: ReportRuns, *, title: str, notes: Sequence[str] = (), interactive: bool = False) -> str:
     """One self-contained page with no request to anywhere; no script in it unless `interactive`.
 
     `interactive`: the figures with lines answer the mouse. plotly's script is embedded, so the page takes 5 MB more.
@@ -58,14 +58,14 @@ def comparison_html(runs: Runs, *, title: str, notes: Sequence[str] = (), intera
     return _environment(html=True).get_template("report.html").render(view)
 
 
-def _figure(panel: Panel, runs: Runs, interactive: bool) -> dict[str, str]:
+def _figure(panel: Panel, runs: ReportRuns, interactive: bool) -> dict[str, str]:
     """A figure as a picture, and for an interactive page one with lines as plotly's data, too."""
     figure = style.draw_panel(panel, [run.name for run in runs])
     data = plotly.figure_json(panel, len(runs)) if interactive and panel.lines else ""
     return {"kind": panel.kind, "svg": style.to_svg(figure, panel.description), "data": data}
 
 
-def comparison_markdown(runs: Runs, *, title: str, notes: Sequence[str] = ()) -> str:
+def comparison_markdown(runs: ReportRuns, *, title: str, notes: Sequence[str] = ()) -> str:
     return _environment(html=False).get_template("report.md").render(_view(runs, title, notes))
 
 
@@ -74,7 +74,7 @@ def model_card_section(run: RunResults) -> str:
     return _environment(html=False).get_template("model_card.md").render(_view([run], "Forgetting", ()))
 
 
-def comparison_summary(runs: Runs) -> str:
+def comparison_summary(runs: ReportRuns) -> str:
     """Verdict and tables for a terminal; no escape sequence of a model reaches it."""
     view = _view(runs, "", ())
     lines = [view["verdict"], ""]
@@ -96,7 +96,7 @@ def _terminal_table(table: tables.Table) -> list[str]:
     return [*lines, *(f"  * {note}" for note in table.notes), ""]
 
 
-def _view(runs: Runs, title: str, notes: Sequence[str]) -> dict[str, Any]:
+def _view(runs: ReportRuns, title: str, notes: Sequence[str]) -> dict[str, Any]:
     """Everything the templates show, as plain strings and numbers."""
     runs = [harmless(run) for run in runs]
     compared = compare_at_matched_loss(runs) if len(runs) > 1 else None
@@ -136,7 +136,7 @@ def harmless(value: Any, key: str = "") -> Any:
     return [harmless(item) for item in value] if isinstance(value, list) else value
 
 
-def _warnings(runs: Runs) -> list[str]:
+def _warnings(runs: ReportRuns) -> list[str]:
     """Each once; of several runs with the name of the run, unless all have the same."""
     names = {warning: [run.name for run in runs if warning in run.warnings] for run in runs for warning in run.warnings}
     return [w if len(of) == len(runs) else f"{', '.join(of)}: {w}" for w, of in names.items()]

@@ -263,7 +263,7 @@ class RunResults:
         return series(self.trajectory, key)
 
 
-Runs = Sequence[RunResults]
+ReportRuns = Sequence[RunResults]
 
 
 def series(trajectory: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -273,7 +273,7 @@ def series(trajectory: Sequence[Mapping[str, Any]], key: str) -> tuple[list[floa
     return steps, [points[step] for step in steps]
 
 
-def names_of_texts(runs: Runs) -> list[str]:
+def names_of_texts(runs: ReportRuns) -> list[str]:
     """Names of the retention texts of all runs, measured or logged, in the order in which they first appear."""
     names: dict[str, None] = {}
     for run in runs:

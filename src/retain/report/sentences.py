@@ -76,7 +76,7 @@ def text_verdict(run: RunResults) -> str:
     facts = [
         ("ref_kl", {text: texts[text].ref_kl for text in shown}, f" ({_noise(run, shown)}{more})"),
         ("forgetting", {text: texts[text].forgetting for text in shown}, ""),
-        *(("new-task gain", {text: result.gain}, _learning(result)) for text, result in run.new_task.items()),
+        *(("new-task gain", {text: result.gain}, _learning_words(result)) for text, result in run.new_task.items()),
     ]
     facts = [(label, found, after) for label, found, after in facts if any(found.values())]
     clauses = [_clause(*fact, unit="" if at else " nats per token") for at, fact in enumerate(facts)]
@@ -90,7 +90,7 @@ def _clause(label: str, found: Mapping[str, Estimate | None], after: str, unit: 
     return f"{label} {enumeration(words)}{after}"
 
 
-def _learning(result: TextResult) -> str:
+def _learning_words(result: TextResult) -> str:
     low, high = result.gain.ci if result.gain and result.gain.ci else (0.0, 0.0)
     return "" if low > 0 else " (it got worse)" if high < 0 else " (no learning shown)"
 

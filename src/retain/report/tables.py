@@ -21,7 +21,7 @@ from retain.report.numbers import (
     share_cell,
     value_cell,
 )
-from retain.report.results import QuestionSet, RequestSet, Runs, TextResult
+from retain.report.results import QuestionSet, ReportRuns, RequestSet, TextResult
 
 MIN_PROMPTS = 10  # for a table of how texts drift: below it every interval spans most of the scale
 
@@ -129,7 +129,7 @@ def _rows(lines: Sequence[Line], of_runs: Sequence[Any]) -> list[Row]:
     return rows
 
 
-def _table(runs: Runs, sections: list[Section], notes: Sequence[str] = (), has_base: bool = True) -> Any:
+def _table(runs: ReportRuns, sections: list[Section], notes: Sequence[str] = (), has_base: bool = True) -> Any:
     return Table([run.name for run in runs], sections, list(dict.fromkeys(notes)), has_base) if sections else None
 
 
@@ -137,7 +137,7 @@ def _keys(groups: Sequence[Mapping[Any, Any]]) -> list[Any]:
     return list(dict.fromkeys(key for group in groups for key in group))
 
 
-def metric_table(runs: Runs, main: bool = True, notes: Sequence[str] = ()) -> Table:
+def metric_table(runs: ReportRuns, main: bool = True, notes: Sequence[str] = ()) -> Table:
     """The main metrics or the others; the column `base` is the base's own value, or the noise floor."""
     sections = []
     for kind in ("new_task", "retention"):
@@ -159,7 +159,7 @@ def metric_table(runs: Runs, main: bool = True, notes: Sequence[str] = ()) -> Ta
     return Table([run.name for run in runs], sections, list(notes))
 
 
-def base_notes(runs: Runs) -> list[str]:
+def base_notes(runs: ReportRuns) -> list[str]:
     """Of which run the column `base` of a table is, where others were measured otherwise."""
     notes = []
     for text in _keys([run.texts for run in runs]):
@@ -169,7 +169,7 @@ def base_notes(runs: Runs) -> list[str]:
     return notes
 
 
-def answers_table(runs: Runs) -> Table | None:
+def answers_table(runs: ReportRuns) -> Table | None:
     """Agreement first; the column `base` is the base's own accuracy, and base against base."""
     of_runs = [{(name, rule): answers for name, rule, answers in run.rules} for run in runs]
     sections = [
@@ -188,7 +188,7 @@ def _template(used: bool | None) -> str:
     return {None: "", True: ", in the chat template", False: ", without a chat template"}[used]
 
 
-def refusals_table(runs: Runs) -> Table | None:
+def refusals_table(runs: ReportRuns) -> Table | None:
     """Per set and scorer how often each model refuses, what changed, and on how many answers two scorers differ."""
     sections, notes = [], []
     for name in _keys([run.refusals for run in runs]):
@@ -212,7 +212,7 @@ def _requests(of_set: RequestSet) -> str:
     return f"{quantity(of_set.num_prompts, f'{of_set.kind} prompt')}{_template(of_set.chat_template)}{length}."
 
 
-def drift_table(runs: Runs) -> Table | None:
+def drift_table(runs: ReportRuns) -> Table | None:
     """Drift of what is written, content and form apart, for greedy and for sampled continuations of enough prompts."""
     sections = []
     for how in _keys([run.drift for run in runs]):
@@ -225,7 +225,7 @@ def drift_table(runs: Runs) -> Table | None:
     return _table(runs, sections)
 
 
-def knowledge_table(runs: Runs) -> Table | None:
+def knowledge_table(runs: ReportRuns) -> Table | None:
     """Of what the base knew, the share that the tuned model still says; what became of every question."""
     found = [run.knowledge for run in runs]
     most = max((one.num_questions for one in found if one), default=0)
@@ -262,7 +262,7 @@ def _cell_of(value: float | None, form: str) -> Cell:
     return Cell() if value is None else Cell(format(value, form))
 
 
-def sizes(runs: Runs) -> list[str]:
+def sizes(runs: ReportRuns) -> list[str]:
     """How much text stands behind each row."""
     found = {}
     for run in runs:
@@ -275,7 +275,7 @@ def sizes(runs: Runs) -> list[str]:
     return list(found.values())
 
 
-def facts(runs: Runs) -> Iterator[tuple[str, list[str]]]:
+def facts(runs: ReportRuns) -> Iterator[tuple[str, list[str]]]:
     """(key, a value per run, or one value where all agree) of models, settings, training and versions."""
     groups = ("base", "tuned", "settings", "training", "versions")
     tables = [

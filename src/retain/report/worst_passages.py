@@ -12,7 +12,7 @@ from os.path import commonprefix
 from typing import NamedTuple
 
 from retain.report.numbers import Cell, Estimate, cell, value_cell
-from retain.report.results import Continuation, MovedDocument, Runs, TextResult, TokenResult
+from retain.report.results import Continuation, MovedDocument, ReportRuns, TextResult, TokenResult
 
 MAX_WORDS = 1500  # of a generation that is compared word by word: the comparison is quadratic
 FULL_HEAT = 3.0  # nats: a token's divergence from which its colour is full, the same in every report
@@ -26,7 +26,7 @@ class HeatCell(NamedTuple):
     cool: bool
 
 
-def heat_map(runs: Runs) -> dict[str, list[list[HeatCell]]]:
+def heat_map(runs: ReportRuns) -> dict[str, list[list[HeatCell]]]:
     """By text, the one that some run forgot most first: per run forgetting and ref_kl, each with its heat."""
     texts = list(dict.fromkeys(text for run in runs for text in run.retention))
     if not texts or (len(runs) < 2 and len(texts) < 3):
@@ -69,7 +69,7 @@ class ShownToken(NamedTuple):
     numbers: str
 
 
-def worst_documents(runs: Runs) -> tuple[dict[str, list[tuple[int, MovedDocument]]], int]:
+def worst_documents(runs: ReportRuns) -> tuple[dict[str, list[tuple[int, MovedDocument]]], int]:
     """By text the documents that moved most, each with the place of its run; and how many were left out for room."""
     shown: dict[str, list[tuple[int, MovedDocument]]] = {}
     room, left_out = MAX_TOKENS, 0
@@ -104,7 +104,7 @@ class ShownPrompt(NamedTuple):
         return next(iter(self.texts.values()))
 
 
-def generations(runs: Runs) -> list[ShownPrompt]:
+def generations(runs: ReportRuns) -> list[ShownPrompt]:
     """Per prompt and way of writing what the models wrote; `how` is empty where there is one way only."""
     found: dict[tuple[str, str], dict[int, Continuation]] = {}
     for place, run in enumerate(runs):
