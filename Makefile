@@ -49,7 +49,7 @@ test-wheel: $(VENV)/.done
 
 # Whole programs, which CI runs apart from the fast tests: notebook, examples, demo, plan, sweep, two processes, Ray.
 test-programs: $(VENV)/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m program
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m program
 
 # The fast tests with the lowest versions that pyproject.toml allows, and with the newest that there are, each in an
 # environment of its own. torch is the same in both, the one CPU build that pip finds here; where a CUDA build of gigabytes
