@@ -4,7 +4,7 @@ Conventions of lm-evaluation-harness 0.4.13 (`TemplateLM._encode_pair`, `HFLM._l
 `ConfigurableTask.process_results`): a continuation is what the tokens of context + continuation have beyond the
 context's own; spaces at the context's end belong to the continuation; special tokens are the tokenizer's own and are
 left out where the text already begins with BOS; what is too long loses tokens at its beginning; the first of equals
-wins. Unlike there, log-probabilities are taken in float32 whatever the model's dtype.
+wins. Unlike there, log-probabilities are taken in float32 at every dtype of the model.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def words_in(text: str) -> list[str]:
 
 
 def word_overlap(base: str, tuned: str) -> float:
-    """F1 of the words of two texts, counted with their repeats and whatever their order; two empty texts are alike.
+    """F1 of the words of two texts, counted with their repeats, in any order; two empty texts are alike.
 
     >>> word_overlap("the red fox", "A red fox")
     0.6666666666666666
@@ -50,7 +50,7 @@ def word_overlap(base: str, tuned: str) -> float:
 
 
 def holds_answer(text: str, wanted: str) -> bool:
-    """Whether a text holds an expected answer, as whole words, whatever the case and punctuation."""
+    """Whether a text holds an expected answer as whole words; case and punctuation do not count."""
     answer, found = words_in(wanted), words_in(text)
     return bool(answer) and any(found[at : at + len(answer)] == answer for at in range(len(found)))
 

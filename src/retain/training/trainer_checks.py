@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from retain.models.description import base_parameter_name
 from retain.models.loading import load_model, load_tokenizer
 
 LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -91,10 +92,8 @@ def check_trained(model: Any, dataset: Any) -> None:
 
 def check_base_is_frozen(model: Any) -> None:
     """An adapter switched off shows the base only while nothing but the adapter is trained."""
-    prefix = getattr(model.base_model, "prefix", None) or "prompt_encoder"
-    own = (prefix, "modules_to_save", "prompt_encoder", "token_adapter", "trainable_tokens")
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not any(part in name for part in own):
+        if parameter.requires_grad and base_parameter_name(name) is not None:
             raise ValueError(
                 f"replay_reference: 'adapter', but the base's own {name!r} is trained too, so switching the adapter "
                 "off does not give the base; use replay_reference copy, or freeze it"
