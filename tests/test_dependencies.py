@@ -26,7 +26,7 @@ def bounds() -> dict[str, Version]:
     """Package: its lower bound, of all that `make test-lowest` installs for users' sake."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = map(Requirement, project["dependencies"] + extras["gguf"] + extras["interactive"] + extras["ray"])
+    wanted = map(Requirement, project["dependencies"] + extras["gguf"] + extras["ray"])
     found = {}
     for requirement in wanted:
         assert [part.operator for part in requirement.specifier] == [">="], requirement

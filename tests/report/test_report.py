@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html.parser
 import json
 import math
 import re
-import sys
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -402,7 +399,7 @@ def test_the_end_is_the_step_that_was_kept() -> None:
     assert compared.end["wiki"][1].prevented_ci == pytest.approx([0.5, 0.5])
     assert frontier_sentences(compared)[1] == "No run dominates another."
     panel = next(panel for panel in panels_of(runs) if panel.kind == "frontier")
-    assert [(line.x[-1], line.steps[-1]) for line in panel.lines] == [(2, 10), (3, 10)], "as far as the model"
+    assert [(line.x[-1], line.end) for line in panel.lines] == [(2, 10), (3, 10)], "as far as the model"
     assert panel.ends == [(3, pytest.approx(0.2)), (2, pytest.approx(0.4))]
     for shown in shown_in(runs)[1:]:
         assert (
@@ -925,40 +922,6 @@ def test_ten_runs_look_different() -> None:
     assert len({(look["color"], look["marker"]) for look in looks}) == 10
 
 
-# --- figures that answer the mouse -----------------------------------------------------------------------------
-
-
-def test_an_interactive_page_runs_its_own_two_scripts_and_no_other(plain: dict, replay: dict) -> None:
-    pytest.importorskip("plotly")
-    runs = [hostile_run(plain), hostile_run(replay)]
-    page = html_of(runs, title=HOSTILE, interactive=True)
-    found = re.findall(r"<script( [^>]*)?>(.*?)</script>", page, flags=re.DOTALL)
-    assert len(found) == page.count("<script") == 5
-    ran = [text for kind, text in found if not kind]
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in ran]
-    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
-    assert policy
-    assert policy[1].endswith("script-src " + " ".join(f"&#39;sha256-{digest}&#39;" for digest in hashes))
-    assert len(ran) == 2
-    assert "unsafe-eval" not in policy[1]
-    figures = [json.loads(text) for kind, text in found if kind]
-    assert len(figures) == 3
-    assert all("<" not in trace["name"] for figure in figures for trace in figure["data"]), (
-        "plotly reads HTML in labels"
-    )
-    assert 'type="application/json"' not in html_of(runs)
-    assert 4e6 < len(page) < 6e6
-
-
-def test_interactive_without_plotly_names_the_remedy(
-    plain: dict, replay: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(ValueError, match=r"pip install 'retain\[interactive\]'"):
-        write_comparison(tmp_path / "both", list(map(ForgettingReport, [plain, replay])), "t", interactive=True)
-    assert not (tmp_path / "both").exists()
-
-
 # --- the model card's metadata ---------------------------------------------------------------------------------
 
 
@@ -1011,7 +974,7 @@ def test_figures_take_their_colours_from_the_page_and_have_ids_of_their_own(plai
 
 
 def test_a_figure_as_png(tmp_path: Path) -> None:
-    line = PlotLine("_hidden $x$ 漢", run=0, x=[0, 1], y=[1.0, 2.0], steps=[0, 1])
+    line = PlotLine("_hidden $x$ 漢", run=0, x=[0, 1], y=[1.0, 2.0])
     figure = style.draw_panel(Panel("curve", "t", "d", "step", "nats", lines=[line]), [line.name])
     style.save_png(figure, tmp_path / "figure.png", dpi=40)
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -22,11 +22,6 @@ class ReportConfig(Settings):
     )  # fmt: skip
     output_dir: str = setting("", "Folder for report.json, report.md and report.html.", required=True)
     title: str = setting("Forgetting report", "Title of the page.")
-    interactive: bool = setting(
-        False,
-        "Draw figures that answer to the pointer; the page carries plotly and grows by 5 MB. Needs "
-        "pip install 'retain[interactive]'.",
-    )
 
 
 def run_report(config: ReportConfig) -> None:
@@ -36,7 +31,7 @@ def run_report(config: ReportConfig) -> None:
     if len({one.data["name"] for one in reports}) < len(reports):  # as of two folders that are called out/
         for one, name in zip(reports, short_names([Path(given) for given in config.runs]), strict=True):
             one.data["name"] = name
-    write_comparison(config.output_dir, reports=reports, title=config.title, interactive=config.interactive)
+    write_comparison(config.output_dir, reports=reports, title=config.title)
     summary = comparison_summary([one.results for one in reports])
     print(f"{summary}\n\nreport: {Path(config.output_dir) / 'report.html'}")
 

@@ -1,4 +1,4 @@
-"""Which figures a report has, as plain data: `style` draws them, `interactive` hands those with lines to plotly."""
+"""Which figures a report has, as plain data; `style` draws them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LEARNING = "new-task loss, nats per token (learning →)"  # to the right, where
 
 @dataclass(frozen=True)
 class PlotLine:
-    """A run (its place) as points; `steps` of the points, where x is something else (None is the run's end)."""
+    """A run (its place) as points; `end` is the step of the last one, where x is something else."""
 
     name: str
     run: int
     x: Sequence[float]
     y: Sequence[float]
-    steps: Sequence[float | None]
+    end: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _path(run: RunResults, place: int, text: str) -> PlotLine | None:
 
 def _line(run: RunResults, place: int, points: Mapping[Any, Point]) -> PlotLine:
     x, y = ([point[axis] for point in points.values()] for axis in (0, 1))
-    return PlotLine(run.name, place, x, y, list(points))
+    return PlotLine(run.name, place, x, y, list(points)[-1])
 
 
 def _curves(runs: ReportRuns) -> list[Panel]:
@@ -120,7 +120,7 @@ def _curves(runs: ReportRuns) -> list[Panel]:
 
 def _curve(runs: Sequence[tuple[int, RunResults]], key: str, title: str, **options: Any) -> Panel:
     read = [(run.name, place, *run.series(key)) for place, run in runs]
-    lines = [PlotLine(name, place, x, y, x) for name, place, x, y in read if len(x) > 1]
+    lines = [PlotLine(name, place, x, y) for name, place, x, y in read if len(x) > 1]
     defaults: dict[str, Any] = {"ylabel": "nats per token", "from_zero": True}
     return Panel("curve", title, f"{title} over steps", "step", lines=lines, **defaults | options)
 

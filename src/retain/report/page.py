@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain.files import visible, visible_text
-from retain.report import interactive as plotly
 from retain.report import style, tables
 from retain.report.comparison import compare_at_matched_loss
-from retain.report.figures import Panel, panels
+from retain.report.figures import panels
 from retain.report.metrics import TABLE_METRICS
 from retain.report.numbers import cell
 from retain.report.results import ReportRuns, RunResults
@@ -41,28 +40,18 @@ MULTILINE = ("prompt", "base", "tuned", "text", "base_top", "tuned_top")  # of m
 TABLES = ("table", "answers", "refusals", "drift", "knowledge", "matched")  # of a terminal
 
 
-def comparison_html(runs: ReportRuns, *, title: str, notes: Sequence[str] = (), interactive: bool = False) -> str:
-    """One self-contained page with no request to anywhere; no script in it unless `interactive`.
-
-    `interactive`: the figures with lines answer the mouse. plotly's script is embedded, so the page takes 5 MB more.
-    """
-    scripts = plotly.scripts() if interactive else []
+def comparison_html(runs: ReportRuns, *, title: str, notes: Sequence[str] = ()) -> str:
+    """One self-contained page with no script in it and no request to anywhere."""
     view = _view(runs, title, notes)
     worst, left_out = worst_documents(view["runs"])
+    names = [run.name for run in view["runs"]]
+    drawn = [(panel, style.draw_panel(panel, names)) for panel in panels(view["runs"], view["comparison"])]
     view |= {
-        "figures": [_figure(panel, view["runs"], interactive) for panel in panels(view["runs"], view["comparison"])],
-        "scripts": scripts, "policy": plotly.policy(scripts) if scripts else "",
+        "figures": [{"kind": one.kind, "svg": style.to_svg(figure, one.description)} for one, figure in drawn],
         "generations": generations(view["runs"]), "worst": worst, "worst_left_out": left_out,
         "heat_map": heat_map(view["runs"]),
     }  # fmt: skip
     return _environment(html=True).get_template("report.html").render(view)
-
-
-def _figure(panel: Panel, runs: ReportRuns, interactive: bool) -> dict[str, str]:
-    """A figure as a picture, and for an interactive page one with lines as plotly's data, too."""
-    figure = style.draw_panel(panel, [run.name for run in runs])
-    data = plotly.figure_json(panel, len(runs)) if interactive and panel.lines else ""
-    return {"kind": panel.kind, "svg": style.to_svg(figure, panel.description), "data": data}
 
 
 def comparison_markdown(runs: ReportRuns, *, title: str, notes: Sequence[str] = ()) -> str:

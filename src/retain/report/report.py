@@ -124,18 +124,14 @@ class ForgettingReport:
 
 
 def write_comparison(
-    folder: str | Path,
-    reports: Sequence[ForgettingReport],
-    title: str,
-    notes: Sequence[str] = (),
-    interactive: bool = False,
+    folder: str | Path, reports: Sequence[ForgettingReport], title: str, notes: Sequence[str] = ()
 ) -> None:
     """Write report.json (`runs`, `comparison`), report.md, report.html and figure.png for several runs of one base.
 
-    figure.png, learning against forgetting, is written where both were measured. `interactive`: of report.html.
+    figure.png, learning against forgetting, is written where both were measured.
     """
     runs = [report.results for report in reports]
-    html = page.comparison_html(runs, title=title, notes=notes, interactive=interactive)
+    html = page.comparison_html(runs, title=title, notes=notes)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     compared = compare_at_matched_loss(runs)

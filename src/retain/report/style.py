@@ -135,9 +135,9 @@ def _draw_frontier(axes: Axes, panel: Panel, total: int) -> None:
     axes.margins(y=0.12)
     _draw_lines(axes, panel, total)
     for line in panel.lines if len(panel.lines) <= MAX_LABELLED else ():
-        if (step := line.steps[-1]) is not None:
+        if line.end is not None:
             last = (line.x[-1], line.y[-1])
-            axes.annotate(f"step {step:g}", last, (6, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.annotate(f"step {line.end:g}", last, (6, 0), textcoords="offset points", va="center", fontsize=8)
     if panel.matched_loss is not None:
         axes.axvline(panel.matched_loss, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": 8}
