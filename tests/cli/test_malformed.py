@@ -527,7 +527,6 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("fit", {"output": "{t}/l.json", "plot": "{w}"}, "plot: "),
     ("fit", {"output": "{t}/l.json", "plot": "{t}/f.pdf"}, "f.pdf' is no .png; figures are written as PNG"),
     ("fit", {"output": "{t}/l.json", "form": "nope"}, "form: 'nope' is not known"),
-    ("fit", {"output": "{t}/l.json", "rivals": "nope"}, "form: 'nope' is not known"),
     ("fit", {"output": "{t}/l.json", "runs": "{t}/other.jsonl"}, "no column 'run'"),
     ("fit", {"output": "{t}/l.json", "runs": "{t}/no"}, "no file"),
     ("finetune", {"model": "{t}/no"}, "no folder or file"),
@@ -726,7 +725,6 @@ YAMLS: list[tuple[str, dict[str, Any], str]] = [
     ("pretrain", {"model_size": [1]}, "model_size"),
     ("pretrain", {"num_states": "x"}, "num_states"),
     ("fit", {"runs": [3]}, "runs"),
-    ("fit", {"rivals": 3}, "rivals"),
     ("report", {"runs": 3}, "runs"),
     ("report", {"title": ["a"]}, "title"),
 ]

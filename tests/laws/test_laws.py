@@ -30,10 +30,9 @@ from scipy import optimize, stats
 
 from retain import fit_forgetting_law
 from retain.cli.fit import FitConfig
-from retain.laws.diagnostics import LawWarning, rival_warnings
+from retain.laws.diagnostics import LawWarning
 from retain.laws.forms import FORMS, Form
 from retain.laws.law import ForgettingLaw, first_crossings
-from retain.laws.plots import bands, contours, residuals, trajectories
 from retain.laws.variable_projection import HUBER, fit_many
 
 PUBLISHED = pytest.mark.parametrize("coefficients", [OPENORCA, NEWS], ids=["OpenOrca", "News"])
@@ -489,32 +488,6 @@ def test_parameters_that_noisy_runs_leave_open_are_named_and_the_line_is_not(noi
     assert exact.condition > 30
 
 
-def test_forms_that_fit_equally_well_are_named_and_bad_ones_are_not():
-    flat = Form(
-        name="flat", equation="L_f = s", inputs=("num_steps",), outputs=("forgetting_loss",), exponents={},
-        coefficients=("s",), terms=lambda x, _: [[1.0]],
-    )  # fmt: skip
-    near = replace(FORMS["forgetting"], name="near", exponents={**FORMS["forgetting"].exponents, "rho": (0.3, 20.0)})
-    law = quiet_fit(paper_design(), "forgetting", rivals=[near, flat], num_resamples=0)
-    notes = [text for text in law.warnings if text.startswith("form: ")]
-    assert len(notes) == 1
-    assert "'near' predicts forgetting_loss of held-out runs as well as 'forgetting'" in notes[0]
-
-
-def test_three_held_out_runs_are_judged_by_students_t(noisy_law):
-    """Two standard errors over three runs told a rival apart that t (4.3 of them) does not."""
-    runs = [name for name in noisy_law.held_out if name.startswith("run ")][:3]
-    mine, other = (
-        replace(
-            noisy_law, held_out={name: dict.fromkeys(BOTH, error) for name, error in zip(runs, errors, strict=True)}
-        )
-        for errors in ((0.1, 0.1, 0.1), (0.13, 0.2, 0.2))
-    )
-    gain = np.array([0.13, 0.2, 0.2]) ** 2 - 0.01
-    assert 2 < gain.mean() / stats.sem(gain) < stats.t.ppf(0.975, 2)
-    assert len(rival_warnings(mine, other)) == 2
-
-
 def test_extrapolation_is_reported(noisy_law):
     inside = noisy_law.predict(num_params=1e8, num_steps=100)
     assert inside.extrapolates == []
@@ -730,28 +703,12 @@ def test_figures_show_every_size_and_stand_apart(noisy_law):
     assert titles == ["New-task loss", "Forgetting", "Forgetting over learning (dashed: the line)",
                       "Residuals of forgetting"]  # fmt: skip
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["20M", "40M", "80M", "160M", "320M", "640M"]
-    residual = residuals(noisy_law).axes[1].lines[0].get_ydata()
+    residual = figure.axes[3].lines[0].get_ydata()
     assert np.abs(residual).max() < 0.05
-    assert trajectories(noisy_law).axes[0].xaxis_inverted()
-
-
-def test_bands_hold_the_curve_and_contours_the_runs(noisy_law):
-    axes = bands(noisy_law, num_params=32 * PER_RANK).axes[0]
-    curve = next(line for line in axes.lines if line.get_label() == "law")
-    exact = noisy_law.predict(num_params=32 * PER_RANK, num_steps=curve.get_xdata()).value["forgetting_loss"]
-    assert curve.get_ydata() == pytest.approx(exact)
-    measured = next(line for line in axes.lines if line.get_label() == "measured")
-    assert len(measured.get_xdata()) == 22
-    assert contours(noisy_law).axes[0].get_xscale() == "log"
-    with pytest.raises(ValueError, match="bands: num_params, num_steps left free"):
-        bands(noisy_law)
+    assert figure.axes[2].xaxis_inverted()
 
 
 def test_forms_of_one_output_have_figures_too():
     table = {"run": range(9), "ref_kl": np.arange(9) / 9, "forgetting_loss": (np.arange(9) / 9) ** 2 + 0.1}
     law = quiet_fit(table, "quadratic", num_resamples=5)
     assert [axes.get_title("left") for axes in law.plot().axes] == ["Forgetting", "Residuals of forgetting"]
-    with pytest.raises(ValueError, match="contours: the form 'quadratic' is not one of"):
-        contours(law)
-    with pytest.raises(ValueError, match="trajectories: the form 'quadratic' has one output"):
-        trajectories(law)

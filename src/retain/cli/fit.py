@@ -28,7 +28,6 @@ class FitConfig(SeedSettings):
     )
     output: str = setting("", "File for the law, .json.", required=True)
     form: str = setting("joint", f"Form of the law: {', '.join(FORMS)}.", required=True)
-    rivals: list[str] = setting(list, "Other forms, to show which predict held-out runs equally well.")
     plot: str | None = setting(None, "File for a figure of runs, curves and residuals, .png.")
     retention_name: str | None = setting(
         None, "Retention text whose forgetting is fitted, where the finetunes measured several."
@@ -52,10 +51,9 @@ def run_fit(config: FitConfig) -> None:
     for flag, path in (("output", config.output), ("plot", config.plot)):
         if path is not None:
             check_writable(Path(path), flag)
-    forms = [form_of(name) for name in (config.form, *config.rivals)]
     runs = read_runs(
         config.runs,
-        list(dict.fromkeys(column for form in forms for column in form.columns)),
+        form_of(config.form).columns,
         retention=config.retention_name,
         metric=config.forgetting_metric,
         min_steps=config.min_steps,
@@ -66,7 +64,6 @@ def run_fit(config: FitConfig) -> None:
             runs,
             config.form,
             shared_exponents=config.shared_exponents,
-            rivals=config.rivals,
             num_starts=config.num_starts,
             num_resamples=config.num_resamples,
             seed=config.seed,

@@ -1,9 +1,8 @@
-"""What a fitted law cannot say: held-out error, designs that identify too little, forms that fit equally well."""
+"""What a fitted law cannot say: held-out error, designs that identify too little."""
 
 from __future__ import annotations
 
 import numpy as np
-from scipy.special import stdtrit
 
 from retain.laws.fit_problem import Problem
 from retain.laws.law import MAX_INTERVAL_RATIO, ForgettingLaw
@@ -87,23 +86,4 @@ def fit_warnings(law: ForgettingLaw) -> list[str]:
         )
     if law.condition > MAX_CONDITION:
         found.append(f"condition: {law.condition:.1g}; changes of some parameters cancel, read predictions instead")
-    return found
-
-
-def rival_warnings(law: ForgettingLaw, other: ForgettingLaw) -> list[str]:
-    """A warning where another form predicts held-out runs as well: within 5%, or the 95% interval over runs (t)."""
-    found = []
-    for output in set(law.form.outputs) & set(other.form.outputs):
-        runs = [name for name in law.held_out_runs if name in other.held_out]
-        if len(runs) < MIN_RUNS:
-            continue
-        mine, theirs = (np.array([of.held_out[name][output] ** 2 for name in runs]) for of in (law, other))
-        gain = theirs - mine
-        errors = np.sqrt(theirs.mean()), np.sqrt(mine.mean())
-        margin = stdtrit(len(runs) - 1, 0.975) * gain.std(ddof=1) / np.sqrt(len(runs))
-        if gain.mean() <= margin or errors[0] <= 1.05 * errors[1]:
-            found.append(
-                f"form: {other.form.name!r} predicts {output} of held-out runs as well as {law.form.name!r} (root mean "
-                f"squared error {errors[0]:.4f} and {errors[1]:.4f}); the runs do not decide"
-            )
     return found

@@ -10,13 +10,13 @@ quantile. Drawing whole runs with replacement instead drops ranks from the desig
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from retain import versions
-from retain.laws.diagnostics import MIN_RUNS, LawWarning, design_warnings, fit_warnings, held_out, rival_warnings
+from retain.laws.diagnostics import MIN_RUNS, LawWarning, design_warnings, fit_warnings, held_out
 from retain.laws.fit_problem import Problem
 from retain.laws.forms import Array, Form, form_of
 from retain.laws.law import ForgettingLaw
@@ -32,7 +32,6 @@ def fit_forgetting_law(
     form: str | Form = "joint",
     *,
     shared_exponents: bool = False,
-    rivals: Sequence[str | Form] = (),
     num_starts: int = 32,
     num_resamples: int = 1000,
     robust: bool = True,
@@ -45,7 +44,6 @@ def fit_forgetting_law(
         runs: rows, or a mapping of columns: `run`, the columns of the form, and `dataset` where there are several.
         form: a name of `retain.laws.forms.FORMS`, or a `Form` of one's own.
         shared_exponents: one set of exponents for all data sets; coefficients and `local` exponents for each.
-        rivals: other forms; a warning names those that fit equally well by held-out error.
         num_starts: random starts of the exponents within their bounds.
         num_resamples: bootstrap resamples over runs; 0 for no intervals. Seeded by `seed`, as the starts are.
         robust: Huber's loss in place of squares.
@@ -65,8 +63,6 @@ def fit_forgetting_law(
         "robust": robust, "seed": seed,
     }  # fmt: skip
     law = _fit(runs, form_of(form, bounds), settings)
-    for rival in rivals:
-        law.warnings += rival_warnings(law, _fit(runs, form_of(rival), settings | {"num_resamples": 0}))
     for text in law.warnings:
         warnings.warn(text, LawWarning, stacklevel=2)
     return law

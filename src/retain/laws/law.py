@@ -313,7 +313,7 @@ class ForgettingLaw:
         return law_table(self)
 
     def plot(self) -> Figure:
-        """Measurements with the fitted curves and residuals; `retain.laws.plots` has more."""
+        """Measurements with the fitted curves and residuals."""
         return plots.overview(self)
 
     def to_json(self, path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Figures of a fitted law, in the look of `retain.report.style`: runs with curves, residuals, bands, contours."""
+"""Figures of a fitted law, in the look of `retain.report.style`: runs with curves, and residuals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retain.laws.forms import LOSSES, P_N, Array, column_of
+from retain.laws.forms import LOSSES, Array, column_of
 from retain.report.figures import LEARNING
 from retain.report.style import INK, MARKS, SIZE, label, styled
 
@@ -35,85 +35,12 @@ def overview(law: ForgettingLaw) -> Figure:
     return figure
 
 
-@styled
-def trajectories(law: ForgettingLaw) -> Figure:
-    """Forgetting over new-task loss by number of parameters, with the law's curves and its line."""
-    figure, [axes] = _subplots(1)
-    _trajectories(axes, law)
-    _size_legend(figure, law)
-    return figure
-
-
-@styled
-def residuals(law: ForgettingLaw) -> Figure:
-    """Measured minus fitted over fitted, by number of parameters: what is left should have no shape."""
-    figure, axes = _subplots(len(law.form.outputs))
-    for at, name in zip(axes, law.form.outputs, strict=True):
-        _residuals(at, law, name)
-    _size_legend(figure, law)
-    return figure
-
-
-@styled
-def bands(law: ForgettingLaw, output: str = "forgetting_loss", level: float = 0.95, **fixed: float) -> Figure:
-    """The curve of an output over the input that is not `fixed`, with its interval and that of a new measurement."""
-    free = [name for name in law.form.inputs if name not in fixed]
-    if len(free) != 1:
-        raise ValueError(f"bands: {', '.join(free) or 'no input'} left free; fix all inputs but one")
-    figure, [axes] = _subplots(1)
-    columns, color = law.runs.columns, _colors(1)[0]
-    column = columns[free[0]]
-    grid = np.geomspace(max(column.min(), 1e-9), column.max() * 2, 200)
-    found = law.predict(level=level, **{free[0]: grid, **fixed})  # type: ignore[arg-type]
-    for of, alpha, words in ((found.ci, 0.14, "new measurement"), (found.curve_ci, 0.3, "curve")):
-        axes.fill_between(grid, *of[output], color=color, alpha=alpha, linewidth=0, label=f"{level:.0%}, {words}")
-    axes.plot(grid, found.value[output], color=color, label="law")
-    near = np.ones(len(law.runs), dtype=bool)
-    for name, value in fixed.items():
-        near &= np.isclose(columns[name], value, rtol=0.01)
-    axes.plot(column[near], columns[output][near], ".", color=INK, markersize=5, label="measured")
-    axes.axvline(column.max(), linewidth=0.9, **DASHED)
-    axes.annotate("end of the runs ", (column.max(), 0.01), xycoords=("data", "axes fraction"), ha="right", va="bottom",
-                  fontsize=8)  # fmt: skip
-    title = ", ".join(f"{column_of(name).label} {_count(value)}" for name, value in fixed.items())
-    _label(axes, title, column_of(free[0]).label, column_of(output).label)
-    axes.legend(loc="best", fontsize=8)
-    return figure
-
-
-@styled
-def contours(law: ForgettingLaw, output: str = "forgetting_loss") -> Figure:
-    """Lines of equal forgetting over parameters and steps; what lies outside the runs is shaded."""
-    from matplotlib.patches import Rectangle
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-
-    if set(law.form.inputs) != set(P_N):
-        raise ValueError(f"contours: the form {law.form.name!r} is not one of num_params and num_steps; use bands")
-    figure, [axes] = _subplots(1)
-    columns = [law.runs.columns[name] for name in P_N]
-    P, N = np.meshgrid(*(np.geomspace(column.min() / 2, column.max() * 2, 80) for column in columns))
-    values = law.predict(num_params=P, num_steps=N).value[output]
-    axes.set(xscale="log", yscale="log")
-    drawn = axes.contour(P, N, values, levels=MaxNLocator(14).tick_values(values.min(), values.max()), cmap="viridis")
-    axes.clabel(drawn, fontsize=8, fmt="%.3g")
-    low, extent = zip(*((column.min(), np.ptp(column)) for column in columns), strict=True)
-    axes.add_patch(Rectangle(low, *extent, fill=False, linewidth=0.9, **DASHED))
-    axes.plot(*columns, ".", color=INK, markersize=2.5, alpha=0.6)
-    _label(axes, f"{TITLES.get(output, output)}, nats per token; dashed: the runs", *(column_of(n).label for n in P_N))
-    for axis in (axes.xaxis, axes.yaxis):  # 20M rather than a power of ten, and few of them
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(lambda value, _: _count(value))
-        axis.set_minor_formatter(NullFormatter())
-    return figure
-
-
 def _subplots(panels: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    wide = min(panels, 2)
-    tall = -(-panels // wide)
-    figure = Figure(figsize=(SIZE[0] * (1.0 if wide == 1 else 0.9 * wide), 0.5 + (SIZE[1] - 0.2) * tall))
-    return figure, [figure.add_subplot(tall, wide, at + 1) for at in range(panels)]
+    tall = -(-panels // 2)
+    figure = Figure(figsize=(1.8 * SIZE[0], 0.5 + (SIZE[1] - 0.2) * tall))
+    return figure, [figure.add_subplot(tall, 2, at + 1) for at in range(panels)]
 
 
 def _label(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
@@ -125,7 +52,7 @@ def _label(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
 def _colors(count: int) -> list[Any]:
     import matplotlib
 
-    return [matplotlib.colormaps["viridis"](share) for share in np.linspace(0.1, 0.85, max(count, 1))]
+    return [matplotlib.colormaps["viridis"](share) for share in np.linspace(0.1, 0.85, count)]
 
 
 def _groups(law: ForgettingLaw) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
@@ -172,8 +99,6 @@ def _over_input(axes: Axes, law: ForgettingLaw, output: str) -> None:
 
 
 def _trajectories(axes: Axes, law: ForgettingLaw) -> None:
-    if not set(LOSSES) <= set(law.form.outputs):
-        raise ValueError(f"trajectories: the form {law.form.name!r} has one output; use joint")
     (x, y), fitted = (law.runs.columns[name] for name in LOSSES), _fitted(law)
     _points_and_curves(axes, law, x, y, (fitted[LOSSES[0]], fitted[LOSSES[1]]), law.runs.columns["num_steps"])
     for code in range(len(law.runs.datasets)):
@@ -202,9 +127,9 @@ def _residuals(axes: Axes, law: ForgettingLaw, output: str) -> None:
 def _size_legend(figure: Figure, law: ForgettingLaw) -> None:
     from matplotlib.lines import Line2D
 
-    groups, columns = _groups(law), 6 if figure.get_figwidth() > SIZE[0] else 3
+    groups = _groups(law)
     if len(groups) > 1:
         handles = [Line2D([], [], linestyle="none", markersize=5, **look) for _, _, look in groups]
         names = [name for name, _, _ in groups]
         title = "parameters that are tuned"
-        figure.legend(handles, names, title=title, loc="outside lower center", ncols=columns)
+        figure.legend(handles, names, title=title, loc="outside lower center", ncols=6)
