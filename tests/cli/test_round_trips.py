@@ -32,7 +32,7 @@ COUNTS, SHARES = st.integers(1, 10**9), st.floats(0, 1)
 SAMPLE = st.fixed_dictionaries(
     {"model": WORDS, "output_dir": WORDS},
     optional={
-        "num_rows": COUNTS, "max_length": st.integers(2, 10**6), "min_ended_turns": SHARES, "rows_per_shard": COUNTS,
+        "num_rows": COUNTS, "max_length": st.integers(2, 10**6), "rows_per_shard": COUNTS,
         "seed": st.integers(0, 2**31), "chat_turn": st.sampled_from(["user", "assistant"]), "preview": COUNTS,
         "store_reference": st.sampled_from(["hidden", "topk"]), "overwrite_output_dir": st.booleans(),
     },

@@ -215,10 +215,8 @@ def test_a_row_that_vllm_cuts_short_stops_the_job(vllm, llama_folder, monkeypatc
 def test_vllm_on_the_command_line(vllm, chat_folder, tmp_path, capsys):
     flags = ["--engine", "vllm", "--num_rows", "10", "--max_length", "24", "--rows_per_shard", "4", "--preview", "2"]
     flags += ["--dtype", "bfloat16", "--start", "document=0.5,chat=0.5", "--tensor_parallel_size", "2"]
-    assert sample(chat_folder, tmp_path / "never", *flags, "--min_ended_turns", "1") == 1
-    assert "start: only " in capsys.readouterr().err
     folder = tmp_path / "replay"
-    assert sample(chat_folder, folder, *flags, "--min_ended_turns", "0") == 0
+    assert sample(chat_folder, folder, *flags) == 0
     says = capsys.readouterr().out
     assert "loss: " in says
     assert "entropy" not in says + (folder / "preview.html").read_text()
@@ -239,9 +237,9 @@ def test_vllm_on_the_command_line(vllm, chat_folder, tmp_path, capsys):
     assert len(rows) == 10
     assert sorted({int(length) for length in rows.prefix_lengths}) == [1, len(beginning)]
     made = len(vllm.LLM.made)
-    assert sample(chat_folder, folder, *flags, "--min_ended_turns", "0") == 0
+    assert sample(chat_folder, folder, *flags) == 0
     assert len(vllm.LLM.made) == made, "nothing is left to draw"
-    assert sample(chat_folder, folder, *flags[2:-2], "--min_ended_turns", "0") == 1
+    assert sample(chat_folder, folder, *flags[2:-2]) == 1
     assert "holds rows with sampler" in capsys.readouterr().err
 
 

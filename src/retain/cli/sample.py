@@ -33,6 +33,7 @@ from retain.sampling.write import sample_replay
 
 STATISTICS = "statistics.json"
 PREVIEW = "preview.html"
+MAX_OPEN_TURNS = 0.9  # share of the chat rows: some models open a user turn and never end it
 
 
 @dataclass(kw_only=True)
@@ -56,9 +57,6 @@ class SampleConfig(ModelLoadSettings):
     )
     chat_turn: Literal["user", "assistant", "system"] = setting(
         "user", "Role whose turn the model writes, with start chat."
-    )
-    min_ended_turns: float = setting(
-        0.1, "Stop if a smaller share of the first rows ends its turn, with start chat.", high=1
     )
     prompts: str | None = setting(None, "File of texts to continue, with start prompts; rows as in training data.")
     store_reference: Literal["hidden", "topk"] | None = setting(
@@ -122,8 +120,8 @@ def run_sample(config: SampleConfig) -> None:
     with open_engine(model, max_length) as engine:
         folder = sample_with_bar(
             model, tokenizer, config.output_dir, config.num_rows, max_length=max_length, seed=config.seed,
-            start_token=start, starts=starts, min_ended_turns=config.min_ended_turns,
-            store_reference=config.store_reference, rows_per_shard=config.rows_per_shard,
+            start_token=start, starts=starts, store_reference=config.store_reference,
+            rows_per_shard=config.rows_per_shard,
             batch_size=config.per_device_batch_size or (config.rows_per_shard if is_vllm else None),
             overwrite=config.overwrite_output_dir, engine=engine, engine_name="vllm" if is_vllm else "torch",
             state=state,
@@ -209,6 +207,12 @@ def report_pool(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> N
         print(f"  {name}: {value}")
     for warning in statistics.warnings:
         print(f"warning: {warning}")
+    turns = [end for at, end in enumerate(statistics.rows["first_end"]) if starts.of_row(at)[0].name == "chat"]
+    if turns.count(None) > MAX_OPEN_TURNS * len(turns):
+        print(
+            f"warning: only {len(turns) - turns.count(None)} of {len(turns)} chat rows end their turn: this model does "
+            "not write whole turns of this role, or max_length is too short; use start document or prompts"
+        )
     if preview:
         print(preview_text(texts, statistics, preview))
         write_text(folder / PREVIEW, preview_html(texts, statistics, preview))

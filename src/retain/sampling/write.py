@@ -60,7 +60,6 @@ def sample_replay(
     seed: int = 0,
     start_token: StartToken | None = None,
     starts: Starts | None = None,
-    min_ended_turns: float = 0.0,
     store_reference: str | None = None,
     batch_size: int | None = None,
     rows_per_shard: int = ROWS_PER_SHARD,
@@ -76,7 +75,6 @@ def sample_replay(
         max_length: tokens per row, what is given included; by default at most the model's positions.
         start_token: the document start; chosen from the tokenizer by default.
         starts: how rows begin; the document start alone by default.
-        min_ended_turns: the share of the first chat rows that must end their turn, or sampling stops.
         store_reference: keep the model's predictions too: "hidden" or "topk" (see `reference_cache`).
         batch_size: rows drawn together; by default what fits the memory, or what began the dataset.
         rows_per_shard: rows of a file, the unit of work of a process and the most that a killed one loses.
@@ -90,8 +88,8 @@ def sample_replay(
         `entropy` if the engine has it).
 
     Raises:
-        ValueError: if the folder holds another dataset, rows are longer than the model can take, the model has an
-            adapter, or chat rows do not end their turns.
+        ValueError: if the folder holds another dataset, rows are longer than the model can take, or the model has an
+            adapter.
     """
     folder = Path(output_dir)
     start_token = start_token or choose_start_token(tokenizer)
@@ -118,8 +116,6 @@ def sample_replay(
     main = state is None or state.is_main_process
     with exclusive(folder) if main else nullcontext():
         if main:
-            if min_ended_turns and begun is None:
-                _check_turns(engine, starts, num_rows, manifest["batch_size"], min_ended_turns)
             _begin(folder, manifest, overwrite)
         if state is not None:
             state.wait_for_everyone()
@@ -166,23 +162,6 @@ def _draw_shards(
         if drawn.reference:
             write_predictions(folder, shard.number, drawn.reference)
         write_shard(folder, shard.number, shard.rows[0], drawn.columns())
-
-
-def _check_turns(engine: Engine, starts: Starts, num_rows: int, batch_size: int, min_ended: float) -> None:
-    """Stop before useless rows are written: some models open a user turn and never end it."""
-    chat = [row for row in range(num_rows) if starts.of_row(row)[0].name == "chat"][: max(16, batch_size)]
-    if not chat:
-        return
-    end = starts.of_row(chat[0])[0].end_of_turn
-    shard = Shard(0, chat, [starts.of_row(row)[1] for row in chat])
-    [(_, drawn)] = engine([shard], batch_size, lambda rows: None)
-    ended = sum(end in row[given:] for row, given in zip(drawn.tokens, drawn.prefix_lengths, strict=True))
-    if ended < min_ended * len(chat):
-        raise ValueError(
-            f"start: only {ended} of {len(chat)} chat rows ended their turn (min_ended_turns {min_ended:g}): this "
-            "model does not write whole turns of this role, or max_length is too short; use start document or prompts, "
-            "a longer max_length, or min_ended_turns 0"
-        )
 
 
 def _origin(
