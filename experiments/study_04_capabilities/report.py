@@ -16,7 +16,6 @@ from retain.report.style import look
 from retain.statistics import share_interval
 
 LOST = "refusals lost, of those that the taught model gave"
-SCORERS = ("phrases", "openings")
 
 
 def write_study(folder: Path, reports: dict[tuple[int, str], dict[str, Any]], arms: list[str]) -> None:
@@ -84,8 +83,8 @@ def facts(report: dict[str, Any]) -> dict[str, Any]:
         "new_task_loss": next(iter(report["new_task"].values()))["loss"]["value"],
         "ref_kl": {text: one["ref_kl"]["value"] for text, one in report["retention"].items()},
         "forgetting": {text: one["forgetting"]["value"] for text, one in report["retention"].items()},
-        "refusals": {name: harmful["scorers"][name]["counts"] for name in SCORERS},
-        "over_refusals": {name: harmless["scorers"][name]["counts"] for name in SCORERS},
+        "refusals": {name: of["counts"] for name, of in harmful["scorers"].items()},
+        "over_refusals": {name: of["counts"] for name, of in harmless["scorers"].items()},
         "num_prompts": harmful["num_prompts"],
         "num_harmless": harmless["num_prompts"],
         "same_answers": round(compared["agreement"]["value"] * choices["num_questions"]),
@@ -129,7 +128,7 @@ def table_of_arms(rows: dict[str, list[dict[str, Any]]]) -> str:
     ]
     for text in next(iter(rows.values()))[0]["ref_kl"]:
         lines.append((f"ref_kl, {text}", [_each([row["ref_kl"] for row in of], text) for of in rows.values()]))
-    for scorer in SCORERS:
+    for scorer in next(iter(rows.values()))[0]["refusals"]:
         lines.append((f"{LOST} ({scorer})", [each(of, partial(lost_refusals, scorer=scorer)) for of in rows.values()]))
     lines.append(("harmless requests refused afterwards (phrases)", [each(of, _over) for of in rows.values()]))
     lines.append(("same answers to Social IQa (acc_norm)", [each(of, answers) for of in rows.values()]))

@@ -15,7 +15,7 @@ def run(lost: int, kept: int, same: int = 200) -> dict[str, Any]:
     return {
         "new_task": "Verilog", "new_task_loss": 3.0,
         "ref_kl": {"prose": 0.2, "code": 0.1}, "forgetting": {"prose": 0.1, "code": 0.0},
-        "refusals": {"phrases": counts, "openings": counts}, "over_refusals": {"phrases": counts, "openings": counts},
+        "refusals": {"phrases": counts}, "over_refusals": {"phrases": counts},
         "num_prompts": lost + kept + 4, "num_harmless": lost + kept + 4, "same_answers": same, "num_questions": 240,
         "accuracy": 0.4, "base_accuracy": 0.41,
         "knowledge": {"kept": 8, "updated": 0, "forgotten": 2, "learned": 1, "unknown": 9},

@@ -1,4 +1,4 @@
-"""Refusals: the phrase matcher, the openings by hand, what was kept and lost, and harmful text that harms nobody."""
+"""Refusals: the phrase matcher, what was kept and lost, and harmful text that harms nobody."""
 
 from __future__ import annotations
 
@@ -6,30 +6,22 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import CHATML, make_model, make_tokenizer
 
 from retain.cli.main import main
-from retain.measuring.choices import choice_scores
-from retain.measuring.generations import Written, user_turn
+from retain.measuring.generations import Written
 from retain.measuring.measure_options import Options
 from retain.measuring.refusal_phrases import is_refusal
 from retain.measuring.refusals import (
-    COMPLYING,
-    OPENINGS,
-    REFUSING,
     Judge,
-    _log_sums,
     compare_refusals,
-    encode_continuations,
     judge_refusals,
     load_requests,
     measure_refusals,
 )
 from retain.measuring.thinking import answer_turn, without_reasoning
-from retain.measuring.tokens import logits_of
 
 TOKENIZER = make_tokenizer()
 CHAT = make_tokenizer()
@@ -113,29 +105,6 @@ def test_words_that_only_look_like_one_are_not(answer):
     assert not is_refusal(answer)
 
 
-def test_openings_by_hand():
-    """Each opening's probability is the product of its tokens'; none begins another, so they add."""
-    model = make_model().eval()
-    prompt = user_turn("the quick fox?", CHAT, chat_template=True)
-    inputs = encode_continuations(CHAT, [prompt], OPENINGS)
-    context = CHAT(prompt.text.rstrip(), add_special_tokens=False)["input_ids"]
-    expected = {}
-    for opening in (*REFUSING, *COMPLYING):
-        whole = CHAT(prompt.text + opening, add_special_tokens=False)["input_ids"]
-        log_probs = torch.log_softmax(model(torch.tensor([whole])).logits[0].detach().double(), -1)
-        expected[opening] = sum(float(log_probs[at - 1, whole[at]]) for at in range(len(context), len(whole)))
-    scores = choice_scores(logits_of(model), inputs, batch_tokens=256, device="cpu")
-    assert scores[0] == pytest.approx(list(expected.values()), abs=1e-4)
-    sums = _log_sums(scores)[0]
-    assert np.exp(sums[0]) == pytest.approx(sum(np.exp(expected[one]) for one in REFUSING), rel=1e-3)
-    assert np.exp(sums[1]) == pytest.approx(sum(np.exp(expected[one]) for one in COMPLYING), rel=1e-3)
-
-
-def test_no_opening_begins_another():
-    openings = (*REFUSING, *COMPLYING)
-    assert not [(a, b) for a in openings for b in openings if a != b and b.startswith(a)]
-
-
 def test_kept_lost_gained_and_never():
     base = [True] * 10 + [False] * 4
     tuned = [True] * 3 + [False] * 7 + [True] + [False] * 3
@@ -155,10 +124,9 @@ def test_both_models_are_asked():
     plain = measure_refusals(base, tuned, requests, OPTIONS)
     assert plain["num_prompts"] == 3
     assert plain["chat_template"]
-    assert set(plain["scorers"]) == {"phrases", "openings"}
-    assert [one["scorers"] for one in plain["disagreement"]] == [["phrases", "openings"]]
+    assert set(plain["scorers"]) == {"phrases"}
+    assert plain["disagreement"] == []
     assert len(plain["examples"]) == 3
-    assert any("compared ways" in note for note in plain["notes"]), "random models begin with anything"
     same = measure_refusals(base, base, requests, OPTIONS)
     assert all(one["counts"]["lost"] == one["counts"]["gained"] == 0 for one in same["scorers"].values())
 
@@ -184,13 +152,13 @@ def test_a_judge_is_asked_about_every_answer():
     assert judge_refusals(judge, ["a", "b", "c"], ["no #", "yes", "#"], batch_tokens=512) == [True, False, True]
 
 
-def test_a_third_scorer_stands_alone_and_disagrees_in_pairs():
+def test_a_second_scorer_stands_alone():
     judge = Judge(make_model(seed=2).eval(), TOKENIZER)
     found = measure_refusals(
         make_model().eval(), make_model(seed=1).eval(), ["the fox?"], replace(OPTIONS, tokenizer=TOKENIZER), judge=judge
     )
-    assert set(found["scorers"]) == {"phrases", "openings", "judge"}
-    assert len(found["disagreement"]) == 3
+    assert set(found["scorers"]) == {"phrases", "judge"}
+    assert [one["scorers"] for one in found["disagreement"]] == [["phrases", "judge"]]
     assert not found["chat_template"]
 
 
@@ -300,7 +268,7 @@ def test_the_answer_is_what_stands_behind_the_reasoning(text, prompt, answer):
         ),
     ],
 )
-def test_openings_and_judges_begin_where_the_answer_does(opening, expected):
+def test_a_judge_begins_where_the_answer_does(opening, expected):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n" + opening)
     turn = answer_turn("Who?", tokenizer)

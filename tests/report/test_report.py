@@ -773,8 +773,8 @@ def refused(kind: str, base: float, tuned: float) -> dict[str, Any]:
                "fate": {"phrases": "lost"}}  # fmt: skip
     return {
         "kind": kind, "num_prompts": 50, "chat_template": True, "max_new_tokens": 64,
-        "scorers": {"openings": scored, "phrases": scored}, "notes": ["as asked"], "examples": [example],
-        "disagreement": [{"scorers": ["phrases", "openings"], "base": share(0.02), "tuned": share(0.14)}],
+        "scorers": {"judge": scored, "phrases": scored}, "notes": ["as asked"], "examples": [example],
+        "disagreement": [{"scorers": ["phrases", "judge"], "base": share(0.02), "tuned": share(0.14)}],
     }  # fmt: skip
 
 
@@ -816,7 +816,7 @@ def test_every_format_tells_what_was_refused_written_and_known(plain: dict, repl
                              "overlaps the training rows", "greedy, 20 prompts: form", "kept", "14.0%"):  # fmt: skip
                 assert expected in shown
     page, summary = alone["page"], alone["summary"]
-    assert "“plain” refuses 62.0% [0.0%, 100.0%] of 50 harmful prompts of advbench (phrases), its base 94.0%" in summary
+    assert "“plain” refuses 62.0% [0.0%, 100.0%] of 50 harmful prompts of advbench (judge), its base 94.0%" in summary
     assert "refusals fell: -32.0 points [-42.0, -32.0] (17 lost, 1 gained)" in summary
     assert "“t" not in summary
     assert page.index("<strong>Warning.</strong>") < page.index('class="verdict"')

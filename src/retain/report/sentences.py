@@ -183,7 +183,7 @@ def _answers_clause(name: str, answers: Answers) -> str:
 def refusals_sentence(run: RunResults) -> str:
     """One sentence: how often the tuned model refuses, and what was lost, on the worst sets; else empty.
 
-    Of each set by the scorer that sees most: the judge, else the phrases, else the openings.
+    Of each set by the judge, else by the phrases.
     """
     chosen: list[tuple[str, RequestSet, str, Refusals]] = []
     for name, requests in run.refusals.items():

@@ -73,7 +73,6 @@ REFUSALS = (
 SCORERS = {
     "judge": "a model that is asked whether the answer refuses",
     "phrases": "phrases of refusal, looked for in the written answer",
-    "openings": "log-probability of openings that refuse against openings that comply",
 }
 DRIFT_CONTENT = (_share("identical text", "identical"), _share("words in common (F1)", "words", written=value_cell))
 DRIFT_FORM = (
