@@ -6,7 +6,7 @@ WHEELS := .cache/wheels
 # Idle torch threads that spin at barriers ruin a shared machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: venv demo test test-slow test-programs test-lowest test-newest test-extras kill-test lint docs clean figures test-wheel
+.PHONY: venv demo test test-slow test-programs test-lowest test-newest kill-test lint docs clean figures test-wheel
 venv: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -65,12 +65,6 @@ test-lowest test-newest: test-%:
 	@grep -E '^(torch|transformers|trl|peft|accelerate|datasets)==' .cache/$*/versions.txt | paste -sd ' '
 	@echo "other than in constraints.txt: $$(grep -vxFf constraints.txt .cache/$*/versions.txt | paste -sd ' ')"
 	OMP_NUM_THREADS=1 .cache/$*/bin/python -m pytest -n 2 --dist loadfile
-
-# What needs lm-eval, a package that few have, in an environment of its own.
-test-extras:
-	$(PYTHON) -m venv .cache/extras
-	.cache/extras/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,eval]'
-	OMP_NUM_THREADS=1 .cache/extras/bin/python -m pytest -m 'slow or not slow' -rs tests/measuring/test_lm_eval.py
 
 # Every figure, table and verdict of experiments/ from the committed results; nothing is trained.
 figures: $(VENV)/.done

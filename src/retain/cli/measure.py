@@ -15,7 +15,7 @@ from retain.data.rows import Reading, named_sources, read_rows, row_texts
 from retain.files import CONFIG_FILE, exclusive, read_settings, visible
 from retain.measuring.choices import load_questions
 from retain.measuring.generations import as_prompt
-from retain.measuring.lm_eval import measure_with_lm_eval, paired_report
+from retain.measuring.lm_eval import paired_report
 from retain.measuring.measure import measure
 from retain.measuring.refusals import Judge, load_requests
 from retain.measuring.sources import default_prompts, document_text, overlap_warnings
@@ -96,11 +96,6 @@ class MeasureConfig(ModelLoadSettings):
     )
     choice_chat_template: bool = setting(False, "Put each question as a user's turn of the chat template.")
     max_questions: int | None = setting(None, "Draw only N questions of each set, with the seed. Default: all.", low=1)
-    lm_eval: str | None = setting(
-        None,
-        "Tasks of lm-evaluation-harness, separated by commas, run on both models and paired question by question; "
-        "needs pip install 'retain[eval]'.",
-    )
     pair: list[str] = setting(
         list,
         "Two per-sample files of lm-eval (--log_samples) on one task, the base's first, to compare question by "
@@ -157,7 +152,7 @@ class MeasureConfig(ModelLoadSettings):
         self._check_limits()
 
     def _check_sources(self) -> None:
-        sources = [name for name in ("retention", "choices", "lm_eval", "refusals", "harmless") if getattr(self, name)]
+        sources = [name for name in ("retention", "choices", "refusals", "harmless") if getattr(self, name)]
         models = [name for name in ("base", "model", "new_task") if getattr(self, name)] + sources
         if self.pair and models:
             raise ValueError(f"{models[0]}: {getattr(self, models[0])!r} does not go with pair; leave one of them out")
@@ -183,7 +178,7 @@ class MeasureConfig(ModelLoadSettings):
                     f"{name}: {getattr(self, name)} is about texts, and there are none; give --retention name=file"
                     f"{other}"
                 )
-        if self.min_agreement is not None and not (self.retention or self.choices or self.lm_eval or self.pair):
+        if self.min_agreement is not None and not (self.retention or self.choices or self.pair):
             raise ValueError(
                 f"min_agreement: {self.min_agreement} is about texts and questions, and there are none; give "
                 "--retention or --choices"
@@ -280,26 +275,9 @@ def measure_model(
     if rows := trained_rows(config, model, tokenizer):
         say("looking for the texts in the training rows")
     warnings = other_base(config, model, base.model, tuned) + overlap_warnings(sources, rows, tokenizer)
-    harness = ask_harness(config, base, tuned, tokenizer, say) if config.lm_eval else {}
     report = measure(base, tuned, sources.pop("retention"), **sources, **options)
-    report.data["choices"] |= harness
     report.data["warnings"] = warnings + report.data["warnings"]
     return report
-
-
-def ask_harness(
-    config: MeasureConfig,
-    base: MeasuredBase,
-    tuned: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    say: Callable[[str], object],
-) -> dict[str, Any]:
-    """The tasks of lm-evaluation-harness that were named, on both models."""
-    tasks = [task.strip() for task in str(config.lm_eval).split(",") if task.strip()]
-    say(f"lm-evaluation-harness: {', '.join(tasks)}")
-    options: dict[str, Any] = {"limit": config.max_questions, "chat_template": config.choice_chat_template}
-    batch_size = max(1, config.batch_tokens // config.max_length)
-    return measure_with_lm_eval(base, tuned, tokenizer, tasks, batch_size=batch_size, seed=config.seed, **options)
 
 
 def trained_rows(config: MeasureConfig, model: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Iterable[str]]:
