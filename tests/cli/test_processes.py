@@ -1,15 +1,14 @@
-"""Several processes: the shards of one, and a configuration that asks for accelerate's launcher."""
+"""Several processes draw the shards of one."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_texts, save_model
+from conftest import save_model
 
 
 @pytest.mark.program
@@ -39,28 +38,3 @@ def test_two_processes_sample_the_rows_of_one(engine: str, tmp_path: Path) -> No
     assert one == two
     devices = sorted(path.name for path in (tmp_path / "devices").iterdir())
     assert devices == (["4,5", "4,5,6,7", "6,7"] if engine == "vllm" else [])
-
-
-@pytest.mark.slow
-def test_a_config_may_hold_what_trl_hands_to_accelerate(tmp_path: Path) -> None:
-    save_model(tmp_path / "model")
-    rows = [{"text": text} for text in make_texts(12)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = ["model_name_or_path: model", "dataset_name: rows.jsonl", "output_dir: out", "max_steps: 2", "bf16: false"]
-    lines += ["use_cpu: true", "max_length: 16", "report_to: none", "accelerate_config: single_gpu", "replay_coef: 0"]
-    (tmp_path / "sft.yaml").write_text("\n".join(lines))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "ignore"}
-
-    def run(*flags: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "retain", "finetune", "--config", "sft.yaml", *flags]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-
-    done = run("--num_processes", "1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "out" / "model.safetensors").exists()
-    done = run("--nonsense", "1")
-    assert done.returncode == 1
-    assert "not known here nor to accelerate" in done.stderr.splitlines()[-1]
-    done = run("--learning_rate", "nan_")
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr

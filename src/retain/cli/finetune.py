@@ -233,5 +233,4 @@ VERB = Verb(
     aliases={"model": "model_name_or_path"},
     renamed={"forgetting_budget": "--max_ref_kl"},
     set_defaults=set_defaults_of_machine,
-    launches=True,
 )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from retain.checks import check_type, hints_of, kinds_of
@@ -14,10 +13,6 @@ from retain.checks import check_type, hints_of, kinds_of
 CONFIG_HELP = "YAML file with any of these settings; flags win."
 METAVARS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT"}
 HELP_WIDTH = 26  # columns of the flags, left of their help
-
-
-class Launched(Exception):
-    """The work was done, or failed, in processes that `accelerate launch` started."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +42,6 @@ class Verb:
     """A name that is refused -> the flag in its place."""
     set_defaults: Callable[[Any], None] = lambda parser: None
     """Changes the parser's defaults to those of this machine."""
-    launches: bool = False
-    """Whether flags that only accelerate knows start `accelerate launch`."""
 
     def __call__(self, argv: list[str]) -> int | None:
         """Parse and run."""
@@ -61,18 +54,13 @@ class Verb:
         import yaml
 
         try:
-            *configs, of_config, of_flags = self.parser().parse_args_and_config(
-                self.words(argv), return_remaining_strings=True, separate_remaining_strings=True
-            )
+            return self.parser().parse_args_and_config(self.words(argv))
         except yaml.YAMLError as error:
             mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
             where = f" at line {mark.line + 1}" if mark else ""
             raise ValueError(f"config: not YAML{where}; {problem or 'check the file'}") from error
         except IndexError as error:
             raise ValueError("config: --config needs a file") from error
-        if unknown := of_config + of_flags:
-            launch(self.words(argv), unknown, of_flags)
-        return tuple(configs)
 
     def check(self, commands: Iterable[list[str]]) -> None:
         """Refuse unknown flags, and values of another type, without making anything of them.
@@ -85,11 +73,12 @@ class Verb:
             self.refuse_unknown(parser.parse_known_args(self.words(argv))[1])
 
     def refuse_unknown(self, unknown: list[str]) -> None:
-        """Refuse flags that neither the verb nor, where it launches, accelerate knows."""
-        if unknown and self.launches:
-            launcher_arguments(unknown)
-        elif unknown:
-            raise ValueError(f"{unknown[0]}: not known here; `retain {self.name} --help` lists what is")
+        """Refuse flags that the verb does not know."""
+        if unknown:
+            remedy = f"`retain {self.name} --help` lists what is"
+            if len(self.settings) > 1:  # those of a trainer
+                remedy = f"`retain {self.name} --help_all` lists what is, and `accelerate launch` takes its own flags"
+            raise ValueError(f"{unknown[0]}: not known here; {remedy}")
 
     def known_name(self, name: str) -> str:
         """The setting behind a name.
@@ -243,58 +232,3 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", "Could not find a config file in")  # PEFT, of an adapter whose base is a package
-
-
-def launcher_arguments(unknown: list[str], rest: Sequence[str] = ()) -> Any:
-    """What `accelerate launch` makes of flags that are not ours, before the command line of our module.
-
-    Raises:
-        ValueError: for what accelerate does not know either.
-    """
-    from importlib.resources import files
-
-    from accelerate.commands.launch import launch_command_parser
-
-    parser, given = launch_command_parser(), list(unknown)
-    if "--accelerate_config" in given:  # a file, or the name of one that TRL ships
-        at = given.index("--accelerate_config")
-        shipped = files("trl.accelerate_configs").joinpath(f"{given[at + 1]}.yaml")
-        given[at : at + 2] = ["--config_file", str(shipped) if shipped.is_file() else given[at + 1]]
-
-    def fail(message: str) -> None:
-        raise ValueError(f"{unknown[0]}: not known here nor to accelerate; `retain finetune --help_all` lists what is")
-
-    parser.error = fail
-    arguments = parser.parse_args([*given, "-m", "retain", "finetune", *rest])
-    if arguments.training_script != "retain":  # a word that belongs to no flag
-        raise ValueError(f"{arguments.training_script}: belongs to no flag; `retain finetune --help_all` lists them")
-    return arguments
-
-
-def launch(argv: list[str], unknown: list[str], of_flags: list[str]) -> None:
-    """Hand what only accelerate knows (`num_processes`, `accelerate_config`, …) to its launcher, as `trl sft` does.
-
-    In a process that was launched they have done their work.
-
-    Raises:
-        ValueError: for what accelerate does not know either.
-        Launched: when the launched processes have ended.
-    """
-    from accelerate.commands.launch import launch_command
-
-    rest = iter(of_flags)
-    skipped = next(rest, None)
-    kept = []
-    for flag in argv:
-        if flag == skipped:
-            skipped = next(rest, None)
-        else:
-            kept.append(flag)
-    arguments = launcher_arguments(unknown, kept)
-    if "WORLD_SIZE" not in os.environ and "RETAIN_LAUNCHED" not in os.environ:
-        os.environ["RETAIN_LAUNCHED"] = "1"
-        try:
-            launch_command(arguments)
-        finally:
-            del os.environ["RETAIN_LAUNCHED"]
-        raise Launched

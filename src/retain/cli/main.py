@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
 
-from retain.cli.flags import Launched, Verb
+from retain.cli.flags import Verb
 from retain.cli.signals import Terminated, signals_as_exceptions
 
 # Each verb is the file of its name beside this one.
@@ -76,10 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not rest and verb.required:
                 raise ValueError(verb.missing())
             return verb(rest) or 0
-    except Launched:
-        return 0
-    except subprocess.CalledProcessError:
-        return 1  # a launched process failed, and printed why
     except KeyboardInterrupt as stop:
         word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         _complain(f"retain {name}: {word}; {resume}")
