@@ -196,6 +196,20 @@ def test_the_last_whole_checkpoint_is_resumed(tmp_path):
         checkpoint_to_resume(args)
 
 
+@pytest.mark.parametrize("resume", [None, "true"])
+@pytest.mark.parametrize("file", ["model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "q4.gguf"])
+def test_a_model_is_not_written_over(tmp_path, file, resume):
+    from retain.training.stopping import checkpoint_to_resume
+
+    (tmp_path / file).touch()
+    args = SimpleNamespace(resume_from_checkpoint=resume, output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=rf"holds a model \({file}\), which would be lost; choose another folder"):
+        checkpoint_to_resume(args)
+    (tmp_path / "retain_config.json").touch()  # a run that was killed before its first checkpoint begins anew
+    args.resume_from_checkpoint = "true"
+    assert checkpoint_to_resume(args) is None
+
+
 def test_a_bug_is_named_by_its_type_and_located_under_RETAIN_DEBUG(world, tmp_path, capsys, monkeypatch):
     import retain.sampling.write
 

@@ -198,6 +198,21 @@ def test_a_new_run_is_not_begun_over_old_checkpoints(tune, undisturbed, capsys):
     assert snapshot(undisturbed) == before
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("data_seed", 5), ("learning_rate", 0.5), ("lr_scheduler_type", "cosine"), ("per_device_train_batch_size", 3),
+     ("replay_coef", 7.0), ("replay_objective", "ntp"), ("max_ref_kl", 0.5), ("lora_r", 2)],
+)  # fmt: skip
+def test_a_run_does_not_go_on_with_other_settings(tune, undisturbed, capsys, flag, value):
+    before = snapshot(undisturbed)
+    argv = [*tune, "--resume_from_checkpoint", "true", "--output_dir", str(undisturbed / "out")]
+    assert main([*argv, f"--{flag}", str(value)]) == 1
+    named = f"{flag}: {value!r}" if flag != "lora_r" else "num_params: "
+    assert f"finetune: {named}" in (line := last_line(capsys))
+    assert f"but the run in {str(undisturbed / 'out')!r} began with" in line
+    assert snapshot(undisturbed) == before
+
+
 def test_a_finished_run_that_goes_on_is_as_it_was(tune, undisturbed, tmp_path):
     """A run may be killed between its last line and its end: nothing is told twice."""
     import shutil

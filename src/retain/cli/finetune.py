@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from retain.training.config import ReplayConfig, StoppingConfig, check_arguments
 from retain.training.protection import check_replay_every
 from retain.training.retention import check_best_metric, retention_names
 from retain.training.row_checks import check_columns
-from retain.training.stopping import StopAtLoss, check_stopping, checkpoint_to_resume, train
+from retain.training.stopping import StopAtLoss, check_same_run, check_stopping, checkpoint_to_resume, train
 from retain.training.trainer import ReplaySFTTrainer
 from retain.training.trainer_checks import check_lora_targets, expected_steps, load_for_training
 
@@ -83,6 +83,8 @@ def run_finetune(
         checkpoint = checkpoint_to_resume(training_args)
         say = _say if training_args.process_index == 0 else lambda line: None
         trainer = make_sft_trainer(script_args, training_args, model_args, dataset_args, config, say)
+        if checkpoint is not None:
+            check_same_run(checkpoint, training_args, settings_of_training(trainer))
         watch = None if config.stop_at_loss is None else StopAtLoss(config.stop_at_loss)
         if watch is not None:
             trainer.add_callback(watch)
@@ -147,6 +149,24 @@ def make_sft_trainer(
     )
     check_replay_every(config, expected_steps(training_args, trainer.train_dataset))  # packed
     return trainer
+
+
+def settings_of_training(trainer: ReplaySFTTrainer) -> dict[str, Any]:
+    """The parts of `retain_config.json` on which the steps of a run depend."""
+    found, config = trainer.replay.settings(trainer), trainer.replay.config
+    free = {field.name for field in fields(FinetuneConfig)} - {field.name for field in fields(ReplayConfig)}
+    if config.per_device_replay_batch_size is None:  # it follows the batch, which may have been made smaller
+        free.add("per_device_replay_batch_size")
+    rows = found["replay_dataset"] or {}
+    drawn = rows.get("manifest") or {}
+    return {
+        "replay": {name: value for name, value in found["replay"].items() if name not in free},
+        "replay_dataset": {
+            "num_rows": rows.get("num_rows"),
+            "manifest": {name: drawn[name] for name in ("model_fingerprint", "seed") if name in drawn},
+        },
+        "num_params": found["num_params"],
+    }
 
 
 def save_card(trainer: ReplaySFTTrainer, dataset_name: str | None) -> None:

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from retain import choose_start_token, versions
 from retain.checks import setting
 from retain.data.rows import is_local_file, packed_rows, read_rows, row_text
-from retain.files import read_settings, write_json
+from retain.files import write_json
 from retain.lab.languages import Language
 from retain.lab.models import counted_size_of, make_config, make_model
 from retain.lab.streams import RowFunction, Stream, mixture, shuffled
@@ -32,10 +32,9 @@ from retain.models.description import num_parameters
 from retain.training.beta2_half_life import apply_half_life, check_half_life, tokens_per_step
 from retain.training.config import StoppingConfig, check_arguments
 from retain.training.run_files import RunFilesCallback
-from retain.training.stopping import StopAtLoss, check_stopping, checkpoint_to_resume, train
+from retain.training.stopping import StopAtLoss, check_same_run, check_stopping, checkpoint_to_resume, train
 
 PRETRAIN_FILE = "pretrain.json"  # what was made, written last
-RESUMED_WITH = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
 EVAL_SEED = 2**32  # beyond every seed of training rows
 HELD_OUT_EVERY = 20  # one document in 20, chosen by its hash
 
@@ -177,7 +176,7 @@ def make_trainer(args: Any, config: PretrainConfig, corpus: Corpus, model: Any, 
 def _train(trainer: Trainer, config: PretrainConfig, corpus: Corpus, checkpoint: str | None, say: Any) -> None:
     args, size, began = trainer.args, counted_size_of(trainer.model.config), time.monotonic()
     if checkpoint is not None:
-        check_same_run(args, config)
+        check_same_run(checkpoint, args, {"pretrain": asdict(config)})
     elif args.resume_from_checkpoint:
         say(f"no whole checkpoint in {args.output_dir}: starting from step 0")
     train(trainer, checkpoint)
@@ -210,18 +209,6 @@ def steps_of(args: Any, config: PretrainConfig, length: int, size: int) -> int:
     if tokens is None:
         return args.max_steps
     return math.ceil(tokens / tokens_per_step(args, length))
-
-
-def check_same_run(args: Any, config: PretrainConfig) -> None:
-    """Refuse to resume from a checkpoint of other settings, which had other rows, another shape or other steps."""
-    folder = args.output_dir
-    known = read_settings(Path(folder), {"pretrain?": {}, "training_arguments?": {}})
-    began = (known.get("training_arguments") or {}) | (known.get("pretrain") or {})
-    for name, value in ({name: getattr(args, name) for name in RESUMED_WITH} | asdict(config)).items():
-        if name in began and began[name] != value:
-            raise ValueError(
-                f"{name}: {value!r}, but the run in {folder!r} began with {began[name]!r}; use that, or another folder"
-            )
 
 
 def open_corpus(config: PretrainConfig, seed: int) -> Corpus:

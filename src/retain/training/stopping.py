@@ -7,12 +7,20 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from retain.files import CONFIG_FILE, read_settings
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model.bin", ".gguf")  # ends of the names of files
+RESUMED_WITH = (
+    *("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing"),
+    *("learning_rate", "lr_scheduler_type", "optim", "weight_decay"),
+)
 
 
 def train(trainer: Any, checkpoint: str | None) -> None:
@@ -42,16 +50,22 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     A killed process may leave a checkpoint half-written; `trainer_state.json` is the last file to be written.
 
     Raises:
-        ValueError: for a checkpoint that is not whole, and for a folder with checkpoints that are not to be resumed:
-            the run would write over them, and a run killed in between would resume from a mixture.
+        ValueError: for a checkpoint that is not whole, and for a folder that holds what the run would write over:
+            checkpoints that are not to be resumed, or a model, which may be the one to finetune.
     """
     given, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
-    if not given or str(given).lower() == "false":
-        if old := [path.name for path in folder.glob("checkpoint-*") if path.is_dir()]:
-            raise ValueError(
-                f"output_dir: {str(folder)!r} holds {min(old)} of an earlier run; resume it with "
-                "--resume_from_checkpoint true, or choose another folder"
-            )
+    begins = not given or str(given).lower() == "false"
+    weights = [file.name for ending in WEIGHTS for file in folder.glob(f"*{ending}") if not file.name.startswith(".")]
+    if begins and (old := [path.name for path in folder.glob("checkpoint-*") if path.is_dir()]):
+        raise ValueError(
+            f"output_dir: {str(folder)!r} holds {min(old)} of an earlier run; resume it with "
+            "--resume_from_checkpoint true, or choose another folder"
+        )
+    if weights and (begins or not (folder / CONFIG_FILE).exists()):  # of no run that could be resumed
+        raise ValueError(
+            f"output_dir: {str(folder)!r} holds a model ({min(weights)}), which would be lost; choose another folder"
+        )
+    if begins:
         return None
     if str(given).lower() != "true":
         if not _trainer_state(Path(given)):
@@ -60,6 +74,33 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     whole = [path for path in found if _trainer_state(path)]
     return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
+
+
+def check_same_run(checkpoint: str, args: TrainingArguments, settings: Mapping[str, Any]) -> None:
+    """Refuse to resume a run with settings that it did not begin with: it would be neither the one run nor the other.
+
+    Args:
+        settings: parts of `retain_config.json`, with what they are now; those that it does not have are not compared.
+    """
+    folder = Path(checkpoint).resolve().parent
+    now: dict[str, Any] = {
+        "training_arguments": {name: value for name, value in args.to_dict().items() if name in RESUMED_WITH}
+    }
+    began = read_settings(folder)
+    if change := next(_changes({**now, **settings}, began), None):
+        name, value, known = change
+        raise ValueError(
+            f"{name}: {value!r}, but the run in {str(folder)!r} began with {known!r}; use that, or another folder"
+        )
+
+
+def _changes(now: Mapping[str, Any], began: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name, value in now.items():
+        known = began.get(name, value)
+        if isinstance(value, dict) and isinstance(known, dict):
+            yield from _changes(value, known)
+        elif value != known:
+            yield name, value, known
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
