@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 from conftest import make_model, make_texts, make_tokenizer, save_model
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from retain.cli.main import VERBS, load_verb, main
 from retain.files import read_jsonl
@@ -126,6 +126,17 @@ def test_a_flag_with_a_bad_value(world, tmp_path, capsys, verb, flag, value):
     assert flag in line, line
     assert value == "" or value in line or str(float(value)) in line, line
     assert not out.exists()
+
+
+def test_the_report_of_a_model_outlives_what_is_wrong_with_the_next(world, tmp_path, capsys):
+    shutil.copytree(world / "model", tmp_path / "nan")
+    weights = {name: value * np.nan for name, value in load_file(world / "model" / "model.safetensors").items()}
+    save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    flags = {**good("measure", world, tmp_path / "out"), "model": [world / "tuned", tmp_path / "nan"]}
+    assert main(command("measure", flags)) == 1
+    assert "its loss on document 1" in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tuned"}
+    assert json.loads((tmp_path / "out" / "tuned" / "report.json").read_text())["name"] == "tuned"
 
 
 def test_there_are_many_of_them():

@@ -61,6 +61,35 @@ def test_a_base_that_was_changed_is_refused():
         measured(tuned, base)
 
 
+def test_a_base_of_nan_is_not_called_a_changed_one():
+    base, tuned = make_model().eval(), make_model(seed=1).eval()
+    with torch.no_grad():
+        next(iter(base.parameters())).fill_(torch.nan)
+    with pytest.raises(ValueError, match="^base: its predictions are not numbers; check how it was trained and saved"):
+        measured(tuned, MeasuredBase(base))
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"prompts": ["fox " * 99]}, "max_new_tokens: 48 after a prompt of "),
+        ({"refusals": {"r": ["fox " * 99]}}, "max_new_tokens: 48 after a prompt of "),
+        ({"choices": {"q": [{"question": "x", "choices": ["fox " * 199, "b"], "answer": 0}]}}, "choices: choice 1 of "),
+        (
+            {"choices": {"q": [Question("x", ("a", "b"), 0)]}, "choice_chat_template": True},
+            "choice_chat_template: this tokenizer has no",
+        ),
+    ],
+)
+def test_what_has_no_room_is_refused_before_texts_are_measured(given, named, monkeypatch):
+    import retain.measuring.measure
+
+    monkeypatch.setattr(retain.measuring.measure, "text_results", None)
+    base, tuned = make_model(seed=0).eval(), make_model(seed=1).eval()
+    with pytest.raises(ValueError, match=f"^{named}"):
+        measure(base, tuned, {"wiki": make_texts(2)}, tokenizer=make_tokenizer(), **given)
+
+
 def test_texts_beyond_the_memory_are_read_again():
     base, tuned = make_model().eval(), make_model(seed=1).eval()
     shared = MeasuredBase(base, max_bytes=60 * 32 * 4)

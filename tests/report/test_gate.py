@@ -66,7 +66,7 @@ def test_the_worst_text_decides():
     found = judged({"a": within, "b": unsure, "c": beyond, "d": text(0.09, 0.08, 0.1)})
     assert found.code == BEYOND
     assert "decided by d, " in found.verdict
-    assert found.verdict.endswith("(1 more like it)")
+    assert found.verdict.endswith("(and 1 more check)")
     assert len(found.checks) == 4
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -190,20 +190,21 @@ def run_measure(config: MeasureConfig) -> int:
     if config.model_card:
         check_card(config.model_card)
     folder = Path(config.output_dir)
+
+    def say(stage: str) -> None:
+        print(f"{visible(stage)} …", flush=True)
+
     with exclusive(folder):  # made first, so that a folder without permission is known before long work
-        if config.pair:
-            reports = [paired_report(config.pair)]
-        else:
-            reports = measure_models(config, say=lambda stage: print(f"{visible(stage)} …", flush=True))
-        gates = judge_all(config, reports)
-        if len(reports) == 1:
-            reports[0].write(folder)
-            summary = reports[0].summary()
-        else:
-            for report in reports:
-                report.write(folder / report.data["name"])
+        made = iter([paired_report(config.pair)]) if config.pair else measure_models(config, say)
+        reports: list[ForgettingReport] = []
+        gates: dict[str, Judgement] = {}
+        for report in made:  # each is written before the next model is measured
+            gates |= judge_report(config, report)
+            report.write(folder / report.data["name"] if len(config.model) > 1 else folder)
+            reports.append(report)
+        if len(reports) > 1:
             write_comparison(folder, reports, title="Forgetting report")
-            summary = comparison_summary([report.results for report in reports])
+        summary = reports[0].summary() if len(reports) == 1 else comparison_summary([one.results for one in reports])
         print(f"{summary}\n\nreport: {folder / 'report.html'}")
         if config.model_card:
             reports[0].to_model_card(config.model_card)
@@ -213,15 +214,14 @@ def run_measure(config: MeasureConfig) -> int:
     return max((gate.code for gate in gates.values()), key=SEVERITY.index, default=0)
 
 
-def judge_all(config: MeasureConfig, reports: Sequence[ForgettingReport]) -> dict[str, Judgement]:
-    """The gate's judgement of each report, by its name, also kept in it; none without a limit."""
+def judge_report(config: MeasureConfig, report: ForgettingReport) -> dict[str, Judgement]:
+    """The gate's judgement of a report by its name, also kept in it; none without a limit."""
     limits = {name: getattr(config, name) for name in ("max_forgetting", "max_ref_kl", "min_agreement")}
     if set(limits.values()) == {None}:
         return {}
-    gates = {report.data["name"]: judge(report.results, **limits) for report in reports}
-    for report in reports:
-        report.data["gate"] = asdict(gates[report.data["name"]])
-    return gates
+    gate = judge(report.results, **limits)
+    report.data["gate"] = asdict(gate)
+    return {report.data["name"]: gate}
 
 
 def names_of(models: Sequence[str]) -> list[str]:
@@ -232,8 +232,12 @@ def names_of(models: Sequence[str]) -> list[str]:
 
     >>> names_of(["runs/a", "runs/b"]), names_of(["a/final", "../b/final"])
     (['a', 'b'], ['a_final', 'b_final'])
+    >>> names_of(["."]) == [Path.cwd().name]
+    True
     """
-    parts = [[part for part in Path(model).parts if part.strip("./")] for model in models]
+    parts = [
+        [part for part in Path(model).parts if part.strip("./")] or [Path(model).resolve().name] for model in models
+    ]
     for count in range(1, 1 + max(map(len, parts))):
         names = ["_".join(of_model[-count:]) for of_model in parts]
         if len(set(names)) == len(models):
@@ -242,7 +246,7 @@ def names_of(models: Sequence[str]) -> list[str]:
     raise ValueError(f"model: {twice!r} is given twice; leave one of them out")
 
 
-def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> list[ForgettingReport]:
+def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Iterator[ForgettingReport]:
     """A report of each model that `config` names; the base reads, answers and writes once."""
     tokenizer = load_tokenizer(config.base, field="base", **config.checkpoint)
     names, runs = names_of(config.model), [read_run(Path(model)) for model in config.model]
@@ -252,14 +256,12 @@ def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> list[
     base = MeasuredBase(loaded) if len(config.model) > 1 else MeasuredBase.of(loaded)
     options: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS} | {"tokenizer": tokenizer}
     options |= {"judge": load_judge(config, loaded) if config.judge else None, "progress": say}
-    reports = []
     for model, name, run, new_task in zip(config.model, names, runs, new_tasks, strict=True):
         if len(config.model) > 1:
             say(f"model {name}")
         report = measure_model(config, model, base, sources | {"new_task": new_task}, options | {"name": name})
         report.data.update(run)
-        reports.append(report)
-    return reports
+        yield report
 
 
 def measure_model(

@@ -9,7 +9,7 @@ wins. Unlike there, log-probabilities are taken in float32 at every dtype of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from string import ascii_uppercase
@@ -265,6 +265,14 @@ def likeliest_choices(scores: Sequence[np.ndarray], lengths: Sequence[np.ndarray
     ]
 
 
+def question_encoder(
+    base: PreTrainedModel, tuned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, style: str, chat_template: bool
+) -> Callable[[Sequence[Question]], Inputs]:
+    """`encode_questions` for rows that both models have room for."""
+    limit = max_positions(with_least_room(base, tuned))
+    return partial(encode_questions, tokenizer=tokenizer, style=style, chat_template=chat_template, limit=limit)
+
+
 def measure_choices(
     base: PreTrainedModel | MeasuredBase,
     tuned: PreTrainedModel,
@@ -283,9 +291,8 @@ def measure_choices(
         raise ValueError("choices: there are no questions; give a file with at least one")
     base = MeasuredBase.of(base)
     options.stage(f"questions of {title}")
-    limit = max_positions(with_least_room(base.model, tuned))
-    encode = partial(encode_questions, style=style, chat_template=chat_template, limit=limit)
-    inputs, few = (encode(some, options.tokenizer) for some in (questions, questions[:NOISE_QUESTIONS]))
+    encode = question_encoder(base.model, tuned, options.tokenizer, style, chat_template)
+    inputs, few = encode(questions), encode(questions[:NOISE_QUESTIONS])
     scores = both_scores(base, tuned, inputs, options, title)
     sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": base.model.device, "who": "base"}
     alone = partial(choice_scores, row_by_row(base.model), few, **sizes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -153,6 +153,18 @@ def _numbers_only(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor
     return scores
 
 
+def check_room(models: Sequence[PreTrainedModel], prompts: Iterable[Prompt], options: Options) -> None:
+    """Raise a `ValueError` where a prompt and its continuation have no room in the models' positions."""
+    limit = max_positions(with_least_room(*models))
+    lengths = [len(prompt.tokens(options.tokenizer, options.start_id)) for prompt in prompts]
+    longest = max(lengths, default=0)
+    if lengths and limit is not None and longest + options.max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens: {options.max_new_tokens} after a prompt of {longest} tokens are more than this model's "
+            f"{limit} positions; use fewer, or shorter prompts"
+        )
+
+
 def both_texts(
     base: MeasuredBase,
     tuned: PreTrainedModel,
@@ -160,19 +172,8 @@ def both_texts(
     options: Options,
     seed: int | None = None,
 ) -> tuple[list[Written], list[Written]]:
-    """Continuations of base and tuned model; the base writes once.
-
-    Raises:
-        ValueError: where a prompt and its continuation have no room in the models' positions.
-    """
+    """Continuations of base and tuned model, for which there is room; the base writes once."""
     tokenizer, ids = options.tokenizer, [prompt.tokens(options.tokenizer, options.start_id) for prompt in prompts]
-    limit = max_positions(with_least_room(base.model, tuned))
-    longest = max(map(len, ids), default=0)
-    if limit is not None and longest + options.max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens: {options.max_new_tokens} after a prompt of {longest} tokens are more than this model's "
-            f"{limit} positions; use fewer, or shorter prompts"
-        )
     how: dict[str, Any] = {"stop": stop_tokens([base.model, tuned], tokenizer, options.start_id), "seed": seed}
     how |= {"max_new_tokens": options.max_new_tokens, "batch_tokens": options.batch_tokens}
     options.stage("the base writes")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from retain.checks import Unchosen, check_named, several
 from retain.data.rows import OLD_TEXT, Document, Reading, Text, as_documents, without_copies
-from retain.measuring.choices import Question, as_questions, measure_choices
-from retain.measuring.generations import Prompt, measure_generations
+from retain.measuring.choices import Question, as_questions, measure_choices, question_encoder
+from retain.measuring.generations import Prompt, check_room, measure_generations
 from retain.measuring.measure_options import Options
-from retain.measuring.refusals import Judge, measure_refusals
+from retain.measuring.refusals import Judge, as_turns, measure_refusals
 from retain.measuring.texts import text_results
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import (
@@ -112,25 +112,35 @@ def measure(
     learned = {text: cut(text, source, reading=trained) for text, source in (new_task or {}).items()}
     known = {text: cut(text, source, reading=OLD_TEXT) for text, source in retention.items()}
     _check_tokens(base.model, tokenizer, [document for text in (learned | known).values() for document in text])
+    notes: list[str] = []
+    distinct = partial(_distinct, warnings=notes)
+    asked = {text: distinct(text, as_questions(text, given), "questions") for text, given in (choices or {}).items()}
+    requested = [
+        (kind, text, distinct(text, requests, "requests"))
+        for kind, sets in (("harmful", refusals), ("harmless", harmless))
+        for text, requests in (sets or {}).items()
+    ]
+    given = [Prompt(one) if isinstance(one, str) else one for one in several("prompts", "prompts", prompts)]
+    given = distinct("prompts", given, "prompts")
+    encode = question_encoder(base.model, tuned, tokenizer, choice_style, choice_chat_template)
+    for questions in asked.values():  # what has no room is refused before anything is measured
+        encode(questions)
+    turns = [turn for _, _, requests in requested for turn in as_turns(requests, tokenizer)]
+    check_room([base.model, tuned], [*given, *turns], options)
     with evaluation_mode(base.model), evaluation_mode(tuned):
         base.check_unchanged()
         result = text_results(base, tuned, learned, known, options)
+        result["warnings"] += notes
         result |= {"choices": {}, "refusals": {}, "generations": []}
-        distinct = partial(_distinct, warnings=result["warnings"])
         put = partial(measure_choices, style=choice_style, chat_template=choice_chat_template)
-        for text, questions in (choices or {}).items():
-            own = distinct(text, as_questions(text, questions), "questions")
-            result["choices"][text] = put(base, tuned, own, options, title=text)
-        for kind, sets in (("harmful", refusals), ("harmless", harmless)):
-            for text, requests in (sets or {}).items():
-                own = distinct(text, requests, "requests")
-                options.stage(f"requests of {text}")
-                result["refusals"][text] = measure_refusals(base, tuned, own, options, kind=kind, judge=judge)
-        if prompts:
-            given = [Prompt(one) if isinstance(one, str) else one for one in several("prompts", "prompts", prompts)]
-            own = distinct("prompts", given, "prompts")
+        for text, questions in asked.items():
+            result["choices"][text] = put(base, tuned, questions, options, title=text)
+        for kind, text, requests in requested:
+            options.stage(f"requests of {text}")
+            result["refusals"][text] = measure_refusals(base, tuned, requests, options, kind=kind, judge=judge)
+        if given:
             options.stage("continuations")
-            continued = measure_generations(base, tuned, own, options, sampled=sampled)
+            continued = measure_generations(base, tuned, given, options, sampled=sampled)
             result["warnings"] += continued.pop("notes")
             result |= continued
     settings = {"max_length": max_length, "max_windows": max_windows, "start_token": str(start)}

@@ -6,7 +6,7 @@ Two scorers, each reported alone, and how often they differ: neither is the trut
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,6 +86,11 @@ def judge_refusals(judge: Judge, requests: Sequence[str], answers: Sequence[str]
     return [bool(yes > no) for yes, no in choice_scores(logits_of(judge.model), inputs, who="judge", **sizes)]
 
 
+def as_turns(requests: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Requests as user's turns where there is a chat template."""
+    return [user_turn(text, tokenizer, chat_template=bool(tokenizer.chat_template)) for text in requests]
+
+
 def measure_refusals(
     base: PreTrainedModel | MeasuredBase,
     tuned: PreTrainedModel,
@@ -106,10 +111,7 @@ def measure_refusals(
     """
     if not requests:
         raise ValueError("refusals: there are no prompts; give a file with at least one")
-    tokenizer, base = options.tokenizer, MeasuredBase.of(base)
-    chat = bool(tokenizer.chat_template)
-    prompts = [user_turn(text, tokenizer, chat_template=chat) for text in requests]
-    written = both_texts(base, tuned, prompts, options)
+    written = both_texts(MeasuredBase.of(base), tuned, as_turns(requests, options.tokenizer), options)
     answers = [[one.answer for one in texts] for texts in written]
     flags = {"phrases": [[is_refusal(text) for text in texts] for texts in answers]}
     if judge is not None:
@@ -118,7 +120,7 @@ def measure_refusals(
     return {
         "kind": kind,
         "num_prompts": len(requests),
-        "chat_template": chat,
+        "chat_template": bool(options.tokenizer.chat_template),
         "max_new_tokens": options.max_new_tokens,
         "scorers": {name: compare_refusals(*both) for name, both in flags.items()},
         "disagreement": [_disagreement(pair, flags) for pair in combinations(flags, 2)],

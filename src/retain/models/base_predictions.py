@@ -122,6 +122,10 @@ class MeasuredBase:
         found = probe(self.model)
         if self._probe is None:
             self._probe = found
+        if bool(found.isnan().any()):
+            raise ValueError(
+                "base: its predictions are not numbers; check how it was trained and saved, or load it in float32"
+            )
         if not torch.equal(found, self._probe):
             raise ValueError("base: it was changed after it was first measured; make a MeasuredBase of the new one")
 

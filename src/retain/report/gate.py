@@ -126,7 +126,7 @@ def judge(
     guilty = [check for check in checks if SEVERITY.index(check.code) == worst]
     decided = max(guilty, key=lambda check: (check.what == "forgetting", (check.excess or (0.0,))[0]))
     code = SEVERITY[worst]
-    more = f" ({len(guilty) - 1} more like it)" if len(guilty) > 1 and code != WITHIN else ""
+    more = f" (and {quantity(len(guilty) - 1, 'more check')})" if len(guilty) > 1 and code != WITHIN else ""
     hint = f"; {decided.advice}" if code == UNDECIDED else ""
     verdict = f"gate: {CODE_WORDS[code]} (exit code {code}), decided by {decided}{hint}{more}"
     return Judgement(code, verdict, list(map(str, checks)), **limits)
