@@ -69,6 +69,8 @@ def check_setting(name: str, value: Any, hint: Any, about: Description) -> None:
         raise ValueError(f"{name}: missing; {about.remedy.format(name=name)}")
     if value is None and type(None) in get_args(hint):
         return
+    if value == "" and type(None) in get_args(hint):  # of a shell's variable that is not set
+        raise ValueError(f"{name}: '' is empty; give a value, or leave it out")
     kind = kinds_of(hint)[0]
     if get_origin(kind) is Literal:
         check_choice(name, value, kind)

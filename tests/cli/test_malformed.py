@@ -493,6 +493,9 @@ OTHERS: dict[str, Any] = {
     "numbers.jsonl": [{"text": 3}],
     "chat.jsonl": [{"messages": [{"role": "user", "content": "a"}]}],
     "other.jsonl": [{"a": 1}],
+    "longer.jsonl": [{"text": "fox " * 150}] * 4,
+    "ids.jsonl": [{"input_ids": [3, 10, 400]}] * 4,
+    "one.jsonl": [{"input_ids": [3]}] * 4,
 }
 FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("sample", {"model": "{t}/no"}, "no folder or file"),
@@ -559,6 +562,25 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("finetune", {"replay_dataset": "{w}/model"}, "'{w}/model' has no manifest.json"),
     ("finetune", {"replay_dataset": None}, "replay_dataset: missing, and replay_objective 'kl' needs it; give rows"),
     ("finetune", {"replay_dataset": "nowhere/"}, "data: no file 'nowhere/'; check the path"),
+    ("finetune", {"dataset_name": "{t}/no.jsonl"}, "dataset_name: no file '{t}/no.jsonl'; check the path"),
+    ("finetune", {"dataset_name": "{t}/ids.jsonl"}, "train_dataset: token id 400, but this model has 320 tokens; use"),
+    ("finetune", {"dataset_name": "{t}/one.jsonl"}, "train_dataset: its rows have at most 1 tokens, and nothing to"),
+    (
+        "finetune",
+        {"dataset_name": "{t}/longer.jsonl", "max_length": 199},
+        "max_length: rows of 152 tokens, but this model has 128 positions; use at most 128",
+    ),
+    ("finetune", {"max_steps": 0}, "max_steps: 0 does not fit; use at least 1, or leave it out to count"),
+    ("finetune", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs: 0.0 does not fit"),
+    *(
+        ("finetune", {name: "nan"}, f"{name}: nan does not fit; use a number")
+        for name in ("warmup_steps", "adam_beta1")
+    ),
+    ("finetune", {"use_peft": "true", "lora_modules_to_save": "nope"}, "lora_modules_to_save: 'nope' is no module of"),
+    ("finetune", {"replay_dataset": ""}, "replay_dataset: '' is empty; give a value, or leave it out"),
+    ("finetune", {"model": "{t}/bare"}, "model: '{t}/bare' holds no tokenizer; copy tokenizer.json"),
+    ("measure", {"model": "{t}/chain"}, "model: '{t}/chain', the base of the adapter '{t}/chain', is an adapter"),
+    ("report", {"runs": "{t}/two"}, "runs: '{t}/two/report.json' compares several models; give the folder of each"),
     ("finetune", {"replay_dataset": "{t}/no"}, "{t}/no"),
     ("finetune", {"replay_dataset": "{t}/empty.jsonl"}, "empty.jsonl' is empty"),
     ("finetune", {"replay_dataset": "{t}/none.jsonl"}, "none.jsonl"),
@@ -572,7 +594,7 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
         {"replay_objective": "replace", "per_device_train_batch_size": 1},
         "use a share that leaves both replay and new rows",
     ),
-    ("finetune", {"report_to": ["none", "wandb"]}, "wandb: belongs to no flag"),
+    ("finetune", {"report_to": ["none", "wandb"]}, "wandb: not known here"),
     ("finetune", {"start_token": "zzz"}, "start_token: 'zzz'"),
     ("finetune", {"max_length": 0}, "max_length: 0"),
     ("finetune", {"max_length": -5}, "max_length: -5"),
@@ -624,7 +646,7 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("pretrain", {"max_tokens": 5}, "max_steps: the length is given twice"),
     ("pretrain", {"resume_from_checkpoint": "{t}/no"}, "resume_from_checkpoint"),
     ("pretrain", {"stop_at_loss": 2, "eval_strategy": "no"}, "stop_at_loss: 2 needs evaluations; set eval_strategy"),
-    ("measure", {"retention": "w={w}/model"}, "{w}/model"),
+    ("measure", {"retention": "w={w}/model"}, "cannot load '{w}/model' as a data set in a folder"),
     ("measure", {"retention": None}, "retention: missing; give at least one text as --retention"),
     ("measure", {"retention": "wiki.txt"}, "retention: 'wiki.txt' is not name=file; write e.g."),
     ("measure", {"retention": ["w=a", "w=b"]}, "the name 'w' comes twice; give each text its own"),
@@ -656,6 +678,15 @@ def test_flags_that_cannot_be(world, tmp_path, capsys, verb, changes, expected):
     for name, value in OTHERS.items():
         write(tmp_path / name, value)
     flags = good(verb, world, tmp_path / "out") | changes
+    (tmp_path / "bare").mkdir()
+    shutil.copy(world / "model" / "config.json", tmp_path / "bare")
+    (tmp_path / "chain").mkdir()
+    write(
+        tmp_path / "chain" / "adapter_config.json",
+        {"peft_type": "LORA", "base_model_name_or_path": f"{tmp_path}/chain"},
+    )
+    (tmp_path / "two").mkdir()
+    write(tmp_path / "two" / "report.json", {"title": "Forgetting report", "runs": []})
     before = contents(world)
     words = [word.format(t=tmp_path, w=world) for word in command(verb, flags)]
     line = refused_whole(words, tmp_path, capsys)

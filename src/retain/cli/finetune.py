@@ -31,7 +31,7 @@ from retain.training.beta2_half_life import apply_half_life, check_half_life, me
 from retain.training.config import ReplayConfig, StoppingConfig, check_arguments
 from retain.training.protection import check_replay_every
 from retain.training.retention import check_best_metric, retention_names
-from retain.training.row_checks import check_columns
+from retain.training.row_checks import check_columns, check_new_rows
 from retain.training.stopping import StopAtLoss, check_same_run, check_stopping, checkpoint_to_resume, train
 from retain.training.trainer import ReplaySFTTrainer
 from retain.training.trainer_checks import check_lora_targets, expected_steps, load_for_training
@@ -110,6 +110,10 @@ def make_sft_trainer(
     script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, config: FinetuneConfig, say: Any
 ) -> ReplaySFTTrainer:
     """The trainer with model, rows and texts; what is cheap to check is checked before the model is loaded."""
+    if training_args.max_steps == 0:  # of which transformers makes one step
+        raise ValueError("max_steps: 0 does not fit; use at least 1, or leave it out to count num_train_epochs")
+    if training_args.max_steps < 0:
+        check_number("num_train_epochs", training_args.num_train_epochs, low=1e-6)
     if model_args.use_peft:
         check_number("lora_r", model_args.lora_r, low=1, integer=True)
     check_half_life(training_args, config.adam_beta2_half_life_tokens)
@@ -131,10 +135,12 @@ def make_sft_trainer(
     model = load_for_training(name, training_args, {"quantization_config": quantization, "processing_class": tokenizer})
     if isinstance(training_args.max_length, Unchosen):  # TRL's default, which the model may have no room for
         training_args.max_length = length_that_fits(model, training_args.max_length)
+    if adapter is not None:
+        check_lora_targets(model, adapter)
     replay = config.replay_dataset
     if replay == "self":
         with training_args.main_process_first(local=False, desc="sampling replay"):
-            replay = _sample_own(model, tokenizer, training_args, config, adapter)
+            replay = _sample_own(model, tokenizer, training_args, config)
     trainer = ReplaySFTTrainer(
         model=model,
         args=training_args,
@@ -147,6 +153,7 @@ def make_sft_trainer(
         retention_datasets=retention,
         start_token=config.start_token,
     )
+    check_new_rows(trainer.train_dataset, trainer.model, packed=training_args.packing or training_args.padding_free)
     check_replay_every(config, expected_steps(training_args, trainer.train_dataset))  # packed
     return trainer
 
@@ -208,12 +215,10 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
     return dataset[split], dataset[script_args.dataset_test_split] if evaluate else None
 
 
-def _sample_own(model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, adapter: Any) -> str:
+def _sample_own(model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig) -> str:
     """Rows of the model that will be trained, drawn on the device of training; the model moves back afterwards."""
     folder = Path(training_args.output_dir) / "replay"
     if training_args.process_index == 0:
-        if adapter is not None:
-            check_lora_targets(model, adapter)
         found = model.device
         if not (getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")):  # these stay where they are
             model.to(training_args.device)

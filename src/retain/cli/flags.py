@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
@@ -54,13 +56,17 @@ class Verb:
         import yaml
 
         try:
-            return self.parser().parse_args_and_config(self.words(argv))
+            configs: tuple[Any, ...] = self.parser().parse_args_and_config(self.words(argv))
         except yaml.YAMLError as error:
             mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
             where = f" at line {mark.line + 1}" if mark else ""
             raise ValueError(f"config: not YAML{where}; {problem or 'check the file'}") from error
         except IndexError as error:
             raise ValueError("config: --config needs a file") from error
+        for name, value in itertools.chain.from_iterable(vars(config).items() for config in configs):
+            if isinstance(value, float) and math.isnan(value):  # libraries' limits let it pass
+                raise ValueError(f"{name}: nan does not fit; use a number")
+        return configs
 
     def check(self, commands: Iterable[list[str]]) -> None:
         """Refuse unknown flags, and values of another type, without making anything of them.

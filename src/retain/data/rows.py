@@ -44,12 +44,7 @@ def read_rows(source: str, split: str = "train", field: str = "data") -> Dataset
     Args:
         field: the setting that named a data set on the Hub, for errors.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return read_file(path)
-    if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.endswith("/"):
-        raise ValueError(f"data: no file {source!r}; check the path")
-    return load_from_hub(source, field, split=split)
+    return read_file(Path(source).expanduser()) if is_local_file(source) else load_from_hub(source, field, split=split)
 
 
 def load_from_hub(source: str, field: str, configuration: str | None = None, **options: Any) -> Any:
@@ -60,11 +55,16 @@ def load_from_hub(source: str, field: str, configuration: str | None = None, **o
     """
     from datasets import load_dataset
 
+    path = Path(source).expanduser()
+    is_path = path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.endswith("/")
+    if is_path and not path.is_dir():
+        raise ValueError(f"{field}: no file {source!r}; check the path")
     name, _, named = source.partition(":")
     try:
         return load_dataset(name, named or configuration, **options)
     except Exception as error:  # the Hub's client raises many kinds
-        raise ValueError(f"{field}: cannot load {name!r} from the Hub; {first_line(error)}") from error
+        place = "as a data set in a folder" if path.is_dir() else "from the Hub"
+        raise ValueError(f"{field}: cannot load {name!r} {place}; {first_line(error)}") from error
 
 
 def read_sample(

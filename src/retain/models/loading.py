@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 # What torch.compile, DDP, FSDP1 and activation checkpointing put into the names of weights.
 WRAPPER_NAMES = r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.*")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -258,6 +259,8 @@ def _load_adapter(path: str, revision: str, field: str, **options: Any) -> Any:
     remedy = "name the base it was trained on as base_model_name_or_path in its adapter_config.json"
     if not base:
         raise ValueError(f"{field}: the adapter in {path!r} does not name its base; merge it into its base first")
+    if Path(base).is_dir() and Path(base, "adapter_config.json").exists():
+        raise ValueError(f"{field}: {base!r}, the base of the adapter {path!r}, is an adapter; {remedy}, merged")
     file, weights = _adapter_weights(path, revision, field)
     of_base = f"{field}: the base of the adapter {path!r} (base_model_name_or_path in its adapter_config.json)"
     model = load_model(base, revision=config.revision or "main", field=of_base, **options)
@@ -319,8 +322,11 @@ def load_tokenizer(
     """Load the tokenizer that belongs to a model, or a `ValueError` of one line."""
     from transformers import AutoTokenizer
 
+    path = resolve_model_path(name, field)
+    if Path(path).is_dir() and not any(any(Path(path).glob(name)) for name in TOKENIZER_FILES):
+        raise ValueError(f"{field}: {path!r} holds no tokenizer; copy tokenizer.json and its like from its base there")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    return _load(AutoTokenizer, resolve_model_path(name, field), "the tokenizer", field, **options)
+    return _load(AutoTokenizer, path, "the tokenizer", field, **options)
 
 
 def empty_model(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedModel:

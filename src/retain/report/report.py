@@ -77,6 +77,8 @@ class ForgettingReport:
         data = read_json(Path(path), "runs", "give what `retain measure` wrote")
         if not isinstance(data, dict) or data.get("schema") != REPORT_SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            if isinstance(data, dict) and "runs" in data:
+                raise ValueError(f"runs: {str(path)!r} compares several models; give the folder of each, beside it")
             raise ValueError(
                 f"schema of {path} is {found!r}, expected {REPORT_SCHEMA!r}; make it with `retain measure`"
             )

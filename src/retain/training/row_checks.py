@@ -47,6 +47,33 @@ def check_columns(name: str, rows: Any, text_field: str) -> None:
             raise ValueError(f"dataset_name: {name!r} has rows without {column!r}; give every row one")
 
 
+def check_new_rows(dataset: Any, model: Any, *, packed: bool) -> None:
+    """Refuse rows of tokens that the model does not have or has no room for, on which torch would end; or of nothing.
+
+    Args:
+        packed: whether a row holds several documents, each with positions of its own.
+    """
+    if isinstance(dataset, IterableDataset) or "input_ids" not in (getattr(dataset, "column_names", None) or ()):
+        return
+    from pyarrow import compute
+
+    rows = dataset.with_format("arrow")[:]["input_ids"]
+    longest, largest = compute.max(compute.list_value_length(rows)), compute.max(compute.list_flatten(rows))
+    length, limit = longest.as_py() or 0, max_positions(model)
+    if length < 2:
+        raise ValueError(
+            f"train_dataset: its rows have at most {length} tokens, and nothing to predict; give more text"
+        )
+    if limit is not None and length > limit and not packed:
+        raise ValueError(
+            f"max_length: rows of {length} tokens, but this model has {limit} positions; use at most {limit}"
+        )
+    if largest.as_py() >= (vocabulary := model.get_input_embeddings().weight.shape[0]):
+        raise ValueError(
+            f"train_dataset: token id {largest}, but this model has {vocabulary} tokens; use its own tokenizer"
+        )
+
+
 def check_rows_fit(rows: ReplayDataset, model: Any) -> None:
     """Rows must have something to predict, fit the model's positions, and use its tokens."""
     if not rows.num_predictions.sum():

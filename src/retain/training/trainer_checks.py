@@ -65,7 +65,10 @@ def check_lora_targets(model: Any, adapter: Any) -> None:
     """Refuse an adapter without a place in the model before rows are drawn for it; PEFT would only afterwards."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    wanted, names = adapter.target_modules, (name for name, _ in model.named_modules())
+    wanted, names = adapter.target_modules, [name for name, _ in model.named_modules()]
+    for module in adapter.modules_to_save or ():
+        if not any(name.endswith(module) for name in names):  # as PEFT finds them; it leaves out what it does not find
+            raise ValueError(f"lora_modules_to_save: {module!r} is no module of this model; use lm_head, say")
     if wanted in (None, "all-linear") or any(check_target_module_exists(adapter, name) for name in names):
         return
     remedy = "q_proj"
