@@ -197,6 +197,15 @@ def test_tables_keep_rows_below_one_step_and_say_what_was_left_out(tmp_path, end
     assert late.left_out[1] == f"runs: 12 rows before step {170 * scale:g} left out, by min_steps"
 
 
+def test_a_step_below_0_is_refused_and_not_left_out(tmp_path):
+    rows = [f"r{run},1e{run},{step},3,1" for run in (3, 4) for step in (10, -20)]
+    (tmp_path / "runs.csv").write_text("\n".join(["run,num_params,num_steps,finetuning_loss,forgetting_loss", *rows]))
+    with pytest.raises(
+        ValueError, match="^num_steps: -20.* in run 'r3' is not a finite number above 0; correct or drop"
+    ):
+        read_runs([tmp_path / "runs.csv"], ("num_params", "num_steps", "finetuning_loss", "forgetting_loss"))
+
+
 @pytest.mark.parametrize(
     ("names", "sets"),
     [(("01", "1", "001"), None), (("1e1", "10", "10.0"), None), (("NA", "null", "NaN"), None),

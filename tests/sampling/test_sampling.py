@@ -74,6 +74,12 @@ def test_rounding_at_the_upper_end_draws_no_impossible_token():
     assert set(draw_tokens(probabilities, uniforms).tolist()) == {1}
 
 
+def test_a_dataset_of_no_rows_is_not_made(tmp_path):
+    with pytest.raises(ValueError, match="^num_rows: 0 does not fit; use a whole number of at least 1"):
+        sample_replay(make_model(), make_tokenizer(), tmp_path / "out", num_rows=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_predictions_that_are_not_numbers_stop_the_run():
     model = make_model()
     with torch.no_grad():

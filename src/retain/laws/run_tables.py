@@ -165,10 +165,12 @@ def read_runs(
     steps = [at if isinstance(at := row.get("num_steps"), int | float) else math.nan for row in rows]
     reasons = {
         "at step 0 left out; nothing was trained there": sum(at == 0 for at in steps),
-        f"before step {min_steps:g} left out, by min_steps": sum(0 != at < min_steps for at in steps),
+        f"before step {min_steps:g} left out, by min_steps": sum(0 < at < min_steps for at in steps),
         "left out; they have one of the two losses only": partial,
     }
-    kept = [row for row, at in zip(rows, steps, strict=True) if not (at == 0 or at < min_steps)]
+    kept = [
+        row for row, at in zip(rows, steps, strict=True) if not (at == 0 or 0 < at < min_steps)
+    ]  # below 0 is refused
     left_out = tuple(f"runs: {n} {'row' if n == 1 else 'rows'} {reason}" for reason, n in reasons.items() if n)
     if left_out and not kept:
         raise ValueError(f"{'; '.join(left_out)}; no row remains: give measurements of later steps")

@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 # What torch.compile, DDP, FSDP1 and activation checkpointing put into the names of weights.
 WRAPPER_NAMES = r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.*")
+# Files of which a tokenizer is made; any of them shows that a model brings its own.
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -323,7 +324,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     path = resolve_model_path(name, field)
-    if Path(path).is_dir() and not any(any(Path(path).glob(name)) for name in TOKENIZER_FILES):
+    if Path(path).is_dir() and not any(find_file(path, file) for file in TOKENIZER_FILES):
         raise ValueError(f"{field}: {path!r} holds no tokenizer; copy tokenizer.json and its like from its base there")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     return _load(AutoTokenizer, path, "the tokenizer", field, **options)

@@ -6,13 +6,10 @@ import copy
 from typing import TYPE_CHECKING
 
 from retain.models.description import tokenizer_fingerprint
-from retain.models.loading import find_file, is_dequantised, load_tokenizer, resolve_model_path
+from retain.models.loading import TOKENIZER_FILES, find_file, is_dequantised, load_tokenizer, resolve_model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Files of which a tokenizer is made; any of them shows that a model brings its own.
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def tokenizer_of_tuned(

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from retain.checks import Unchosen
+from retain.checks import Unchosen, check_number
 from retain.files import exclusive, write_json
 from retain.models.description import (
     StartToken,
@@ -92,6 +92,7 @@ def sample_replay(
             adapter.
     """
     folder = Path(output_dir)
+    check_number("num_rows", num_rows, low=1, integer=True)
     start_token = start_token or choose_start_token(tokenizer)
     starts = starts or plan_starts("document", tokenizer, start_token)
     max_length = length_that_fits(model, max_length)
