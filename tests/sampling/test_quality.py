@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html.parser
 import json
 import re
 from typing import Any
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retain.sampling import quality as pool
-from retain.sampling.preview import preview_html, preview_text
+from retain.sampling.preview import preview_text
 from retain.sampling.quality import distinct_share, is_repeating, pool_statistics
 
 PROSE = """The harbour was quiet when the first boat came in. Its crew had been out for nine days and nobody on the quay
@@ -198,7 +197,6 @@ def test_any_text_has_a_preview(text):
     shown = preview_text([text], found, 1)
     assert set(shown).isdisjoint(map(chr, [*range(10), *range(11, 32), 127, 0x9B, 0x202E, 0x2066])) or "\t" in text
     shown.encode()
-    preview_html([text], found, 1).encode()
 
 
 def test_warnings_are_sentences_of_a_degenerate_pool():
@@ -237,26 +235,3 @@ def test_no_text_acts_on_the_terminal():
     assert preview_text(texts, found, count=0).count("\nrow ") == 0
     assert "<script" in shown
     assert preview_text(["y" * 2000], statistics_of([[1, 2]]), 1).endswith("\n  " + "y" * 1200 + " …\n")
-
-
-def test_the_page_is_self_contained_and_no_text_acts_on_it():
-    texts, found = sample_pool()
-    page = preview_html(texts, found, count=10)
-    page.encode()
-    tags: list[tuple[str, dict]] = []
-
-    class Reader(html.parser.HTMLParser):
-        def handle_starttag(self, tag, attrs):
-            tags.append((tag, dict(attrs)))
-
-    Reader().feed(page)
-    names = [tag for tag, _ in tags]
-    assert {"script", "link", "img", "iframe", "b"}.isdisjoint(names)
-    assert names.count("article") == 10
-    assert all(not key.startswith("on") and key not in ("href", "src") for _, attrs in tags for key in attrs)
-    (policy,) = (attrs["content"] for _, attrs in tags if attrs.get("http-equiv"))
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
-    assert "&lt;script&gt;" in page
-    assert "{{ 7*7 }}" in page
-    assert "<li>repeating</li>" in page
-    assert "10.0% of the rows repeat themselves" in page

@@ -20,11 +20,11 @@ from conftest import ARCHITECTURES, CHATML, make_model, make_tokenizer, random_m
 from scipy.stats import chisquare
 from transformers import AutoConfig, PreTrainedModel
 
-from retain.cli.sample import report_pool
 from retain.models.description import choose_start_token, model_fingerprint, tokenizer_fingerprint
 from retain.models.loading import load_model, load_tokenizer
 from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
 from retain.sampling.engine import choose_batch_size, choose_threads, draw_rows, draw_tokens, row_uniforms
+from retain.sampling.preview import pool_lines
 from retain.sampling.starts import chat_prefix, plan_starts
 from retain.sampling.write import sample_replay, sample_rows
 
@@ -521,14 +521,12 @@ def test_starts_that_do_not_fit_are_refused(spec, message):
         plan_starts(spec, tokenizer, choose_start_token(tokenizer))
 
 
-def test_turns_that_never_end_are_warned_of(tmp_path, monkeypatch, capsys):
+def test_turns_that_never_end_are_warned_of(tmp_path, monkeypatch):
     starts = plan_starts("document=0.5,chat=0.5", CHAT, choose_start_token(CHAT))
     sample_replay(make_model(), CHAT, tmp_path, starts=starts, num_rows=8, max_length=24)
-    report_pool(tmp_path, CHAT, starts, preview=0)
-    assert "end their turn" not in capsys.readouterr().out
-    monkeypatch.setattr("retain.cli.sample.end_ids", lambda *given: [10_000])
-    report_pool(tmp_path, CHAT, starts, preview=0)
-    assert "warning: only 0 of 4 chat rows end their turn" in capsys.readouterr().out
+    assert "end their turn" not in "".join(pool_lines(tmp_path, CHAT, starts, preview=0))
+    monkeypatch.setattr("retain.sampling.preview.end_ids", lambda *given: [10_000])
+    assert "warning: only 0 of 4 chat rows end their turn" in "".join(pool_lines(tmp_path, CHAT, starts, preview=0))
 
 
 # Processes and memory

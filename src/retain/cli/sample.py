@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,21 +18,13 @@ from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
 from retain.cli.settings import ModelLoadSettings
 from retain.data.rows import prompt_text, read_rows
-from retain.files import write_json, write_text
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.models.loading import load_model, load_tokenizer
-from retain.replay.dataset import load_self_generated, read_manifest, read_shards
-from retain.replay.stored_predictions import bytes_per_token, describe_store
 from retain.report.numbers import quantity
 from retain.sampling.engine import Engine, choose_threads
-from retain.sampling.preview import describe, preview_html, preview_text
-from retain.sampling.quality import pool_statistics
-from retain.sampling.starts import Starts, plan_starts
+from retain.sampling.preview import pool_lines, store_lines
+from retain.sampling.starts import plan_starts
 from retain.sampling.write import sample_replay
-
-STATISTICS = "statistics.json"
-PREVIEW = "preview.html"
-MAX_OPEN_TURNS = 0.9  # share of the chat rows: some models open a user turn and never end it
 
 
 @dataclass(kw_only=True)
@@ -49,7 +40,7 @@ class SampleConfig(ModelLoadSettings):
         Unchosen(512), "Tokens per row, the start token included; at most the model's positions.", low=2
     )
     overwrite_output_dir: bool = setting(False, "Delete another dataset found in output_dir.")
-    preview: int = setting(0, "Print this many rows and write preview.html.")
+    preview: int = setting(0, "Print this many rows, spread over the pool.")
     start: str = setting(
         "document",
         "How rows begin. document: the start token alone. chat: inside a turn of the chat template. prompts: the texts "
@@ -129,9 +120,9 @@ def run_sample(config: SampleConfig) -> None:
     if main:
         shared = f", drawn by {state.num_processes} processes" if state is not None else ""
         print(f"{quantity(config.num_rows, 'row')} of {max_length} tokens in {folder}{shared}")
-        report_pool(folder, tokenizer, starts, config.preview)
-        if config.store_reference:
-            report_store(folder, model)
+        lines = pool_lines(folder, tokenizer, starts, config.preview)
+        lines += store_lines(folder, model) if config.store_reference else []
+        print(*lines, sep="\n")
 
 
 def launched() -> bool:
@@ -186,60 +177,6 @@ def sample_with_bar(model: Any, tokenizer: Any, output_dir: str, num_rows: int, 
     finally:
         for bar in bars:
             bar.close()
-
-
-def report_pool(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> None:
-    """Write `statistics.json`, print its summary and warnings, and a preview of this many rows."""
-    manifest = read_manifest(folder)
-    entropy = ("entropy",) if manifest["sampler"]["engine"] != "vllm" else ()
-    columns = read_shards(folder, manifest, ("input_ids", "prefix_length", "logprob", *entropy))
-    rows, given = columns["input_ids"], [int(length) for length in columns["prefix_length"]]
-    texts = [tokenizer.decode(row[length:]) for row, length in zip(rows, given, strict=True)]
-    statistics = pool_statistics(
-        rows,
-        prefix_lengths=given,
-        logprob_sums=columns["logprob"],
-        entropy_sums=columns.get("entropy"),
-        end_ids=end_ids(tokenizer, manifest["start_token"]["id"], starts),
-    )
-    write_json(folder / STATISTICS, asdict(statistics))
-    for name, value in describe(statistics):
-        print(f"  {name}: {value}")
-    for warning in statistics.warnings:
-        print(f"warning: {warning}")
-    turns = [end for at, end in enumerate(statistics.rows["first_end"]) if starts.of_row(at)[0].name == "chat"]
-    if turns.count(None) > MAX_OPEN_TURNS * len(turns):
-        print(
-            f"warning: only {len(turns) - turns.count(None)} of {len(turns)} chat rows end their turn: this model does "
-            "not write whole turns of this role, or max_length is too short; use start document or prompts"
-        )
-    if preview:
-        print(preview_text(texts, statistics, preview))
-        write_text(folder / PREVIEW, preview_html(texts, statistics, preview))
-        print(f"preview: {folder / PREVIEW}")
-
-
-def report_store(folder: Path, model: Any) -> None:
-    """Print what the stored predictions cost on disk and keep of the model's own, and add it to `statistics.json`."""
-    rows = load_self_generated(folder)
-    assert rows.cache is not None
-    stored: dict[str, Any] = {"kind": rows.cache.kind, **describe_store(model, rows)}
-    stored["bytes_per_token"] = round(bytes_per_token(folder, int(rows.num_predictions.sum())), 1)
-    statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
-    write_json(folder / STATISTICS, {**statistics, "stored": stored})
-    error = stored["stored_kl"] - stored["exact_kl"]
-    print(f"  stored predictions: {stored['kind']}, {stored['bytes_per_token']:g} bytes per token")
-    print(
-        f"    KL to a probe, nats per token: {stored['stored_kl']:.5f} from the store, {stored['exact_kl']:.5f} exact "
-        f"(error {error:+.2g}, {stored['num_tokens']} tokens); mass outside of the stored tokens {stored['rest']:.2g}"
-    )
-
-
-def end_ids(tokenizer: Any, start_id: int, starts: Starts) -> Sequence[int]:
-    """Tokens that end a document or a turn."""
-    separator = {start_id} if start_id != tokenizer.bos_token_id else set()
-    ends = {tokenizer.eos_token_id, *separator, *(mode.end_of_turn for mode in starts.modes)}
-    return sorted(token for token in ends if token is not None)
 
 
 VERB = Verb(

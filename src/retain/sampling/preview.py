@@ -1,55 +1,96 @@
-"""Rows of a pool to read, with their statistics, in a terminal or on a page."""
+"""A pool to look at: its statistics, what is wrong with it, what was stored beside it, and a few of its rows."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from retain.files import visible_text
-from retain.sampling.quality import PoolStatistics, display
+from retain.files import visible_text, write_json
+from retain.replay.dataset import load_self_generated, read_manifest, read_shards
+from retain.replay.stored_predictions import bytes_per_token, describe_store
+from retain.sampling.quality import PoolStatistics, display, pool_statistics
+from retain.sampling.starts import Starts
 
-MAX_CHARS = 1200  # of a row in a terminal
+STATISTICS = "statistics.json"
+MAX_CHARS = 1200  # of a row
+MAX_OPEN_TURNS = 0.9  # share of the chat rows: some models open a user turn and never end it
 
 
-def describe(statistics: PoolStatistics) -> list[tuple[str, str]]:
-    """The summary as lines of (label, value) to read; what was not measured is left out."""
-    return [(_spaced(key), display(value)) for key, value in statistics.summary.items() if value is not None]
+def pool_lines(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> list[str]:
+    """Write `statistics.json`; its summary and warnings, and a preview of this many rows, to print."""
+    manifest = read_manifest(folder)
+    entropy = ("entropy",) if manifest["sampler"]["engine"] != "vllm" else ()
+    columns = read_shards(folder, manifest, ("input_ids", "prefix_length", "logprob", *entropy))
+    rows, given = columns["input_ids"], [int(length) for length in columns["prefix_length"]]
+    statistics = pool_statistics(
+        rows,
+        prefix_lengths=given,
+        logprob_sums=columns["logprob"],
+        entropy_sums=columns.get("entropy"),
+        end_ids=end_ids(tokenizer, manifest["start_token"]["id"], starts),
+    )
+    write_json(folder / STATISTICS, asdict(statistics))
+    known = ((key, value) for key, value in statistics.summary.items() if value is not None)
+    lines = [f"  {_spaced(key)}: {display(value)}" for key, value in known]
+    lines += [f"warning: {warning}" for warning in statistics.warnings]
+    turns = [end for at, end in enumerate(statistics.rows["first_end"]) if starts.of_row(at)[0].name == "chat"]
+    if turns.count(None) > MAX_OPEN_TURNS * len(turns):
+        lines.append(
+            f"warning: only {len(turns) - turns.count(None)} of {len(turns)} chat rows end their turn: this model does "
+            "not write whole turns of this role, or max_length is too short; use start document or prompts"
+        )
+    if preview:
+        texts = [tokenizer.decode(row[length:]) for row, length in zip(rows, given, strict=True)]
+        lines.append(preview_text(texts, statistics, preview))
+    return lines
+
+
+def store_lines(folder: Path, model: Any) -> list[str]:
+    """What the stored predictions cost on disk and keep of the model's own, also added to `statistics.json`."""
+    rows = load_self_generated(folder)
+    assert rows.cache is not None
+    stored: dict[str, Any] = {"kind": rows.cache.kind, **describe_store(model, rows)}
+    stored["bytes_per_token"] = round(bytes_per_token(folder, int(rows.num_predictions.sum())), 1)
+    statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+    write_json(folder / STATISTICS, {**statistics, "stored": stored})
+    error = stored["stored_kl"] - stored["exact_kl"]
+    return [
+        f"  stored predictions: {stored['kind']}, {stored['bytes_per_token']:g} bytes per token",
+        f"    KL to a probe, nats per token: {stored['stored_kl']:.5f} from the store, {stored['exact_kl']:.5f} exact "
+        f"(error {error:+.2g}, {stored['num_tokens']} tokens); mass outside of the stored tokens {stored['rest']:.2g}",
+    ]
+
+
+def end_ids(tokenizer: Any, start_id: int, starts: Starts) -> Sequence[int]:
+    """Tokens that end a document or a turn."""
+    separator = {start_id} if start_id != tokenizer.bos_token_id else set()
+    ends = {tokenizer.eos_token_id, *separator, *(mode.end_of_turn for mode in starts.modes)}
+    return sorted(token for token in ends if token is not None)
 
 
 def preview_text(texts: Sequence[str], statistics: PoolStatistics, count: int) -> str:
     """`count` rows spread over the pool, to read in a terminal: no character of a row acts on it."""
+    assert len(texts) == len(statistics.rows["num_tokens"]), "a text for each row"
     parts: list[str] = []
-    for notes, text in _samples(texts, statistics, count):
+    for at in np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int)).tolist():
+        text = visible_text(texts[at])
         cut = text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " …"
-        parts += ["", " · ".join(notes), *(f"  {line}" for line in cut.split("\n"))]
+        parts += ["", " · ".join(_notes(statistics, at)), *(f"  {line}" for line in cut.split("\n"))]
     return "\n".join(parts) + "\n"
 
 
-def preview_html(texts: Sequence[str], statistics: PoolStatistics, count: int) -> str:
-    """One self-contained page: summary, warnings, and the same rows uncut with their statistics in the margin."""
-    import jinja2
-
-    from retain.report.page import TEMPLATES
-
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return page.get_template("preview.html").render(
-        lines=describe(statistics),
-        warnings=statistics.warnings,
-        samples=list(_samples(texts, statistics, count)),
-        entropy=statistics.summary["entropy"] is not None,
-    )
-
-
-def _samples(texts: Sequence[str], statistics: PoolStatistics, count: int) -> Iterator[tuple[list[str], str]]:
-    """The notes and the harmless text of rows evenly spread over the pool."""
-    assert len(texts) == len(statistics.rows["num_tokens"]), "a text for each row"
-    for i in np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int)).tolist():
-        notes = [f"row {i}"] + ["repeating"] * bool(statistics.rows["repeating"][i])
-        known = ((key, column[i]) for key, column in statistics.rows.items() if key != "repeating")
-        notes += [f"{_spaced(key)} {display(value)}" for key, value in known if value is not None]
-        yield notes, visible_text(texts[i])
+def _notes(statistics: PoolStatistics, row: int) -> Iterator[str]:
+    yield f"row {row}"
+    if statistics.rows["repeating"][row]:
+        yield "repeating"
+    for key, column in statistics.rows.items():
+        if key != "repeating" and column[row] is not None:
+            yield f"{_spaced(key)} {display(column[row])}"
 
 
 def _spaced(key: str) -> str:
