@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -15,12 +14,8 @@ from retain.data.rows import tokenize_documents
 from retain.losses import next_token_loss
 from retain.measuring.choices import Question
 from retain.measuring.measure import measure
-from retain.measuring.measure_options import Options
-from retain.measuring.texts import PILOT_DOCUMENTS, enough_documents, half_width
-from retain.measuring.tokens import DocumentSums, summarize
 from retain.models.base_predictions import MeasuredBase
 from retain.report.gate import UNDECIDED, judge
-from retain.report.metrics import SUMS
 
 TOKENIZER = make_tokenizer()
 
@@ -131,58 +126,6 @@ def test_the_worst_documents_token_by_token():
         expected = next_token_loss(of, torch.tensor(window[1:])).tolist()
         assert [row[name] for row in worst[0]["tokens"]] == pytest.approx(expected, abs=1e-4)
     assert [row["tuned_top"] for row in worst[0]["tokens"]] == [TOKENIZER.decode([t]) for t in logits[1].argmax(-1)]
-
-
-def test_as_much_text_is_drawn_as_the_interval_needs():
-    base, tuned = make_model().eval(), make_model(seed=1).eval()
-    texts = {"a": make_texts(400, seed=1, words=8)}
-    options = {"tokenizer": TOKENIZER, "max_length": 24, "num_resamples": 400}
-    whole = measure(base, tuned, texts, **options).data["retention"]["a"]["forgetting"]
-    wished = 1.6 * half_width(whole)
-    report = measure(base, tuned, texts, ci=wished, **options).data
-    found = report["retention"]["a"]["forgetting"]
-    assert half_width(found) <= wished
-    assert PILOT_DOCUMENTS < found["num_documents"] < 300
-    assert report["warnings"] == []
-    assert len(report["per_document"]["a"]["loss"]) == found["num_documents"]
-    (worst, *_) = report["worst"]["a"]
-    pieces = "".join(token["text"] for token in worst["tokens"])
-    assert texts["a"][worst["document"]].startswith(pieces[:20]), "its place in the text, not in the draw"
-    wide = measure(base, tuned, texts, ci=10.0, **options).data["retention"]["a"]["forgetting"]
-    assert wide["num_documents"] == PILOT_DOCUMENTS
-    again = measure(base, tuned, texts, ci=wished, **options).data["retention"]["a"]
-    assert again == report["retention"]["a"], "seeded"
-
-
-def test_where_the_text_does_not_suffice_the_report_says_how_much_would():
-    texts = {"a": make_texts(40, seed=1, words=8)}
-    report = measure(make_model(), make_model(seed=1), texts, tokenizer=TOKENIZER, max_length=24, ci=1e-4).data
-    (warning,) = report["warnings"]
-    width = half_width(report["retention"]["a"]["forgetting"])
-    assert warning.startswith(f"a: the target of ±0.0001 was not reached: all 40 documents give ±{width:.2g}")
-    assert f"about {math.ceil(40 * (width / 1e-4) ** 2):,} would give it" in warning
-
-
-@pytest.mark.slow
-def test_stopping_by_the_width_leaves_the_value_unbiased_and_the_interval_honest():
-    """200 synthetic texts of known value, drawn until ± `ci`: 95% intervals cover it 90 to 98% of the time."""
-    rng, covered, values, truth = np.random.default_rng(0), 0, [], 0.2
-    options = Options(TOKENIZER, 3, seed=0, num_resamples=300, ci=0.05)
-    documents = tokenize_documents(["x"] * 400, TOKENIZER, 3, 4)
-
-    def sums_of(some):
-        tokens = rng.integers(5, 40, len(some))
-        loss = tokens * (truth + 0.25 * rng.standard_normal(len(some)))
-        return DocumentSums({name: loss * (name == "loss") for name in SUMS}, tokens, tokens)
-
-    for _ in range(200):
-        used, sums = enough_documents(documents, sums_of, options)
-        entry = summarize(sums, seed=0, num_resamples=300)["forgetting"]
-        assert half_width(entry) <= 0.05 or len(used) == 400
-        covered += entry["ci"][0] <= truth <= entry["ci"][1]
-        values.append(entry["value"])
-    assert 0.90 <= covered / 200 <= 0.98
-    assert abs(np.mean(values) - truth) < 4 * np.std(values) / 200**0.5
 
 
 def test_the_command_line_warns_of_texts_that_were_trained_on(tmp_path, capsys):

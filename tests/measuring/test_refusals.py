@@ -219,7 +219,6 @@ def test_the_command_line_asks_and_shows_no_harmful_text(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--judge", "x", "--retention", "a=b"], "judge: 'x' has nothing to judge"),
-        (["--ci", "0.1", "--refusals", "a=b"], "ci: 0.1 is about texts, and there are none; give --retention"),
         (["--min_agreement", "0.5", "--refusals", "a=b"], "min_agreement: 0.5 is about texts and questions, and there"),
         (["--refusals", "nothing"], "refusals: 'nothing' is not name=file"),
     ],

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 OPTIONS = (
     *("choice_style", "choice_chat_template", "start_token", "max_length", "max_windows", "batch_tokens"),
-    *("max_new_tokens", "num_resamples", "seed", "ci", "sampled"),
+    *("max_new_tokens", "num_resamples", "seed", "sampled"),
 )  # of `measure`, by the same name here
 
 
@@ -74,12 +74,6 @@ class MeasureConfig(ModelLoadSettings):
         None,
         "Measure only the first N windows of each document. Default: all; retention during training is measured on 1.",
         low=1,
-    )
-    ci: float | None = setting(
-        None,
-        "Target half-width of the interval of forgetting, in nats per token; reads only as many documents of each text "
-        "as needed.",
-        low=1e-6,
     )
     train_dataset: list[str] = setting(
         list, "Rows that the model was trained on: warns of measured texts among them; repeatable."
@@ -172,7 +166,7 @@ class MeasureConfig(ModelLoadSettings):
             raise ValueError(f"judge: {self.judge!r} has nothing to judge; give --refusals name=file")
 
     def _check_limits(self) -> None:
-        for name, other in (("max_forgetting", ", or use min_agreement"), ("max_ref_kl", ""), ("ci", "")):
+        for name, other in (("max_forgetting", ", or use min_agreement"), ("max_ref_kl", "")):
             if getattr(self, name) is not None and not self.retention:
                 raise ValueError(
                     f"{name}: {getattr(self, name)} is about texts, and there are none; give --retention name=file"

@@ -107,8 +107,8 @@ class VerbRun:
     def arguments(self, folder: Path) -> list[str]:
         """The command line of this run, writing into `folder`.
 
-        >>> VerbRun("fit", {"runs": ["a", "b"], "ci": True}).arguments(Path("out"))
-        ['fit', '--runs', 'a', 'b', '--ci', 'true', '--output_dir', 'out']
+        >>> VerbRun("report", {"runs": ["a", "b"], "all": True}).arguments(Path("out"))
+        ['report', '--runs', 'a', 'b', '--all', 'true', '--output_dir', 'out']
         """
         words = [self.verb]
         for name, value in {**self.flags, "output_dir": str(folder)}.items():

@@ -57,7 +57,6 @@ def measure(
     start_token: str | int | None = None,
     max_length: int = Unchosen(512),
     max_windows: int | None = None,
-    ci: float | None = None,
     batch_tokens: int = Unchosen(2048),
     max_new_tokens: int = 48,
     num_resamples: int = 2000,
@@ -80,8 +79,6 @@ def measure(
         prompts: texts that both models continue greedily, and with `sampled` a second time, drawn at temperature 1.
         max_length: longest window in tokens, by default at most the model's positions; longer documents are cut.
         max_windows: windows of each document, from its beginning; None for all.
-        ci: target half-width of the 95% interval of forgetting, in nats per token: only as many documents of each text
-            are drawn as needed; None for all.
         batch_tokens: padded tokens per forward pass; by default fewer where the vocabulary is above 65k.
         progress: called with the name of each stage; long ones then have a bar.
 
@@ -106,7 +103,7 @@ def measure(
     if retention or new_task:  # questions and requests have lengths of their own
         max_length = length_that_fits(with_least_room(base.model, tuned), max_length)
     start, batch_tokens = choose_start_token(tokenizer, start_token), tokens_that_fit(base.model, batch_tokens)
-    options = Options(tokenizer, start.id, batch_tokens, max_new_tokens, ci, num_resamples, seed, progress)
+    options = Options(tokenizer, start.id, batch_tokens, max_new_tokens, num_resamples, seed, progress)
     cut = partial(as_documents, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=max_windows)
     trained = Reading(completion_only_loss, assistant_only_loss, as_trained=True)
     learned = {text: cut(text, source, reading=trained) for text, source in (new_task or {}).items()}
@@ -208,7 +205,7 @@ def _models(
         "tuned": identity(tuned, model_fingerprint(tuned)),
         "settings": {
             **settings,
-            **{name: getattr(options, name) for name in ("ci", "batch_tokens", "seed", "num_resamples")},
+            **{name: getattr(options, name) for name in ("batch_tokens", "seed", "num_resamples")},
             "tokenizer_fingerprint": tokenizer_fingerprint(options.tokenizer),
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "attn_implementation": base.model.config._attn_implementation,

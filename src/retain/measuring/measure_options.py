@@ -23,7 +23,6 @@ class Options:
     start_id: int
     batch_tokens: int = 2048
     max_new_tokens: int = 48
-    ci: float | None = None
     num_resamples: int = 2000
     seed: int = 0
     progress: Callable[[str], object] | None = None

@@ -1,10 +1,8 @@
-"""Token-level forgetting on named texts: as much text as an interval needs, noise floor, worst documents."""
+"""Token-level forgetting on named texts, with a noise floor and the worst documents."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +16,6 @@ from retain.measuring.measure_options import Options
 from retain.measuring.tokens import (
     DocumentSums,
     document_sums,
-    joined,
     logits_of,
     padded,
     row_by_row,
@@ -32,9 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NOISE_DOCUMENTS = 4  # documents of each text on which the base is measured against itself
-PILOT_DOCUMENTS = 32  # measured before the number that an interval needs is estimated
-MARGIN = 1.1  # times the estimated number of documents: the pilot's width is itself an estimate
-MAX_GROWTH = 4  # times as many documents at most from one look to the next
 WORST_DOCUMENTS = 2  # of each text, shown token by token
 MAX_TABLE_TOKENS = 240  # of each of them
 
@@ -54,18 +48,17 @@ def text_results(
     for text, given in (new_task | retention).items():
         documents, notes = without_copies(text, given, "documents")
         result["warnings"] += notes
-        used, sums = enough_documents(documents, partial(_sums, base, tuned, options, text), options)
+        sums = _sums(base, tuned, options, text, documents)
         metrics = _summary(sums, options)
         result["per_document"][text] = sums.kept()
-        result["warnings"] += _interval_notes(text, metrics["forgetting"], len(used), len(documents), options.ci)
         if text in new_task:
             result["new_task"][text] = metrics | {GAIN.name: negated(metrics["forgetting"])}
             continue
         result["retention"][text] = metrics
-        result["noise_floor"][text] = _noise_floor(base, used[:NOISE_DOCUMENTS], options)
+        result["noise_floor"][text] = _noise_floor(base, documents[:NOISE_DOCUMENTS], options)
         places = {id(document): at for at, document in enumerate(given)}  # in the text's own order
-        worst = _worst(base, tuned, used, sums, options.tokenizer)
-        result["worst"][text] = [row | {"document": places[id(used[row["document"]])]} for row in worst]
+        worst = _worst(base, tuned, documents, sums, options.tokenizer)
+        result["worst"][text] = [row | {"document": places[id(documents[row["document"]])]} for row in worst]
     return result
 
 
@@ -81,41 +74,6 @@ def _sums(
     hidden = options.progress is None
     with tqdm(total=total, desc=visible(text), unit="tok", unit_scale=True, disable=hidden) as shown:
         return document_sums(base.logits, logits_of(tuned), documents, progress=shown.update, text=text, **sizes)
-
-
-def enough_documents(
-    documents: list[Document], sums_of: Callable[[Sequence[Document]], DocumentSums], options: Options
-) -> tuple[list[Document], DocumentSums]:
-    """The documents that were measured, and their sums: with a target width as many as it takes, in a seeded order.
-
-    The width of the interval decides on more documents, never the value: so the value stays unbiased.
-    """
-    if options.ci is None or len(documents) <= PILOT_DOCUMENTS:
-        return documents, sums_of(documents)
-    order = np.random.default_rng(options.seed).permutation(len(documents)).tolist()
-    shuffled, count = [documents[at] for at in order], PILOT_DOCUMENTS
-    sums = sums_of(shuffled[:count])
-    while count < len(documents) and (width := half_width(_summary(sums, options)["forgetting"])) > options.ci:
-        times = MARGIN * (width / options.ci) ** 2
-        needed = min(math.ceil(count * min(times, MAX_GROWTH)), len(documents))
-        sums = joined(sums, sums_of(shuffled[count:needed]))
-        count = needed
-    return shuffled[:count], sums
-
-
-def half_width(entry: dict[str, Any]) -> float:
-    """Half the width of an entry's interval; infinite where it has none."""
-    low, high = entry["ci"]
-    return math.inf if low is None else (high - low) / 2
-
-
-def _interval_notes(text: str, entry: dict[str, Any], used: int, total: int, ci: float | None) -> list[str]:
-    width = half_width(entry)
-    if ci is None or width <= ci:
-        return []
-    needed = f"about {math.ceil(used * (width / ci) ** 2):,} would give it" if math.isfinite(width) else "give more"
-    given = f"all {total:,} documents give ±{width:.2g}"
-    return [f"{text}: the target of ±{ci:g} was not reached: {given}; {needed}"]
 
 
 def _noise_floor(base: MeasuredBase, documents: Sequence[Document], options: Options) -> dict[str, Any]:

@@ -43,13 +43,6 @@ class DocumentSums:
         return sums | {"num_tokens": self.num_tokens.tolist()}
 
 
-def joined(one: DocumentSums, other: DocumentSums) -> DocumentSums:
-    """The sums of two lists of documents as of one."""
-    values = {name: np.concatenate([one.values[name], other.values[name]]) for name in one.values}
-    counts = (np.concatenate(pair) for pair in ((one.num_tokens, other.num_tokens), (one.num_bytes, other.num_bytes)))
-    return DocumentSums(values, *counts)
-
-
 def batches(documents: Sequence[Document], batch_tokens: int) -> Iterator[tuple[list[int], list[list[int]]]]:
     """Windows of like length together, at most `batch_tokens` padded tokens each: (document indices, windows)."""
     windows = [(index, window) for index, document in enumerate(documents) for window in document.windows]
