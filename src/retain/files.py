@@ -85,14 +85,22 @@ def read_json(path: Path, field: str, remedy: str) -> Any:
         raise ValueError(f"{field}: cannot read {str(path)!r} (not JSON: {str(error)[:80]}); {remedy}") from error
 
 
-def short_names(paths: Sequence[Path]) -> list[str]:
-    """Names of runs: their folders, or the whole paths where folders share a name.
+def short_names(paths: Sequence[Path], field: str) -> list[str]:
+    """A name for each path, also of a folder: as many of its last parts as tell them apart.
 
-    >>> short_names([Path("runs/a/report.json"), Path("runs/b/report.json")])
-    ['a', 'b']
+    Raises:
+        ValueError: for a path that is given twice, in the setting `field`.
+
+    >>> short_names([Path("runs/a"), Path("runs/b")], "model"), short_names([Path("a/end"), Path("../b/end")], "model")
+    (['a', 'b'], ['a_end', 'b_end'])
     """
-    folders = [(path if path.is_dir() else path.parent).name for path in paths]
-    return folders if len(set(folders)) == len(paths) else [str(path) for path in paths]
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
+    for count in range(1, 1 + max(map(len, parts), default=1)):
+        names = ["_".join(of_path[-count:]) for of_path in parts]
+        if len(set(names)) == len(paths):
+            return names
+    twice = next(path for path, name in zip(paths, names, strict=True) if names.count(name) > 1)
+    raise ValueError(f"{field}: {str(twice)!r} is given twice; leave one of them out")
 
 
 def read_settings(folder: Path, shape: Any = MAPPING) -> dict[str, Any]:

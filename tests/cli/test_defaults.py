@@ -81,11 +81,6 @@ def test_what_is_asked_for_is_not_a_default(tmp_path):
     [
         ("finetune", "retain finetune: give --model, --dataset_name, --replay_dataset; for example `retain finetune "),
         ("finetune --replay_coef 1", "retain finetune: model: missing; give --model"),
-        (
-            "measure --budget 1",
-            "retain measure: --budget: no longer known; use --max_forgetting (rise of the loss)",
-        ),
-        ("plan --budget=1", "retain plan: --budget: no longer known; use --max_ref_kl"),
         ("finetune --replay_coeff 1", "retain finetune: --replay_coeff: not known here; "),
         ("finetune --config {bad}", "retain finetune: --replay_coeff: not known here; "),
         ("measure --base x --modle y", "retain measure: --modle: not known here; "),

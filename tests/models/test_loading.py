@@ -25,17 +25,10 @@ from trl import SFTConfig
 
 from retain import ReplayConfig, ReplaySFTTrainer
 from retain.cli.main import main
-from retain.cli.measure import (
-    MeasureConfig,
-    load_base,
-    load_judge,
-    load_tuned,
-    other_base,
-    replay_folder,
-    settings_of_run,
-)
+from retain.cli.measure import MeasureConfig, load_judge, measure_models, other_base
 from retain.models.loading import load_model, load_tokenizer
 from retain.models.tokenizer_identity import tokenizer_of_tuned
+from retain.training.run_files import settings_of_run
 
 IDS = torch.arange(5, 25)[None]
 Weights = dict[str, torch.Tensor]
@@ -371,8 +364,7 @@ def test_an_adapter_of_another_base_warns_by_its_id_as_by_its_folder(hub, llama_
     saved_adapter(tmp_path / "adapter", other)
     for name in (str(tmp_path / "adapter"), hub(tmp_path / "adapter")):
         config = MeasureConfig(base=str(llama_folder), model=[name], retention=["wiki=x"], output_dir="x")
-        base = load_base(config)
-        tuned = load_tuned(config, name, base)
+        base, tuned = load_model(config.base), load_model(name)
         assert isinstance(tuned, PeftModel)
         assert "it was trained on another base" in "".join(other_base(config, name, base, tuned))
 
@@ -387,7 +379,6 @@ def test_what_a_run_was_set_to_is_found_by_its_id_and_above_its_checkpoints(hub,
     (folder / "retain_config.json").write_text(json.dumps(settings))
     for name in (str(folder), str(folder / "checkpoint-2"), hub(folder)):
         assert settings_of_run(name) == settings
-        assert replay_folder(name) == str(tmp_path)
     assert settings_of_run(str(folder / "other")) == {}
 
 
@@ -447,14 +438,14 @@ def test_an_adapter_names_its_package_and_so_does_the_card(gguf_file, tmp_path, 
 
 
 def test_errors_name_the_field_that_was_set(llama_folder):
-    good: dict[str, Any] = {"base": str(llama_folder), "judge": str(llama_folder), "model": ["x"]}
-    good |= {"refusals": ["w=x"], "output_dir": "x"}
-    for field in ("base", "judge"):
-        config = MeasureConfig(**good | {field: "nope/nope/nope"})
+    good: dict[str, Any] = {"base": str(llama_folder), "judge": str(llama_folder), "model": [str(llama_folder)]}
+    good |= {"retention": ["w=x"], "refusals": ["w=x"], "output_dir": "x"}
+    for field in ("base", "model"):
+        config = MeasureConfig(**good | {field: "nope/nope/nope" if field == "base" else ["nope/nope/nope"]})
         with pytest.raises(ValueError, match=rf"^{field}: no folder or file 'nope/nope/nope'"):
-            load_judge(config, load_base(config))
-    with pytest.raises(ValueError, match="^model: no folder or file 'nope/nope/nope'"):
-        load_tuned(config, "nope/nope/nope", make_model())
+            measure_models(config, print)
+    with pytest.raises(ValueError, match="^judge: no folder or file 'nope/nope/nope'"):
+        load_judge(MeasureConfig(**good | {"judge": "nope/nope/nope"}), make_model())
     with pytest.raises(ValueError, match=r"^model_name_or_path: no folder or file 'nope/nope/nope'"):
         load_tokenizer("nope/nope/nope", field="model_name_or_path")
 

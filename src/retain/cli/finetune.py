@@ -256,6 +256,5 @@ VERB = Verb(
         "max_steps": "Optimizer steps; --num_train_epochs counts passes over the rows instead.",
     },
     aliases={"model": "model_name_or_path"},
-    renamed={"forgetting_budget": "--max_ref_kl"},
     set_defaults=set_defaults_of_machine,
 )

@@ -40,8 +40,6 @@ class Verb:
     """Flags of TRL or transformers that the help shows among ours, with their help."""
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Another name that is accepted -> the setting."""
-    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """A name that is refused -> the flag in its place."""
     set_defaults: Callable[[Any], None] = lambda parser: None
     """Changes the parser's defaults to those of this machine."""
 
@@ -87,13 +85,7 @@ class Verb:
             raise ValueError(f"{unknown[0]}: not known here; {remedy}")
 
     def known_name(self, name: str) -> str:
-        """The setting behind a name.
-
-        Raises:
-            ValueError: for the name of an earlier version.
-        """
-        if name in self.renamed:
-            raise ValueError(f"--{name}: no longer known; use {self.renamed[name]}")
+        """The setting behind a name."""
         return self.aliases.get(name, name)
 
     def parser(self) -> Any:

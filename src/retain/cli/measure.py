@@ -12,7 +12,7 @@ from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
 from retain.cli.settings import RETENTION_HELP, ModelLoadSettings
 from retain.data.rows import Reading, named_sources, read_rows, row_texts
-from retain.files import CONFIG_FILE, exclusive, read_settings, visible
+from retain.files import exclusive, short_names, visible
 from retain.measuring.choices import load_questions
 from retain.measuring.generations import as_prompt
 from retain.measuring.lm_eval import paired_report
@@ -21,7 +21,7 @@ from retain.measuring.refusals import Judge, load_requests
 from retain.measuring.sources import default_prompts, document_text, overlap_warnings
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import default_device, length_that_fits, with_least_room
-from retain.models.loading import find_file, load_model, load_tokenizer, resolve_model_path
+from retain.models.loading import load_model, load_tokenizer
 from retain.models.reference import Reference, probe
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.replay.dataset import load_texts
@@ -29,7 +29,7 @@ from retain.report.gate import SEVERITY, Judgement, judge
 from retain.report.model_card import check_card
 from retain.report.page import comparison_summary
 from retain.report.report import ForgettingReport, write_comparison
-from retain.training.run_files import OF_LOSS, read_run
+from retain.training.run_files import OF_LOSS, read_run, settings_of_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -218,88 +218,63 @@ def judge_report(config: MeasureConfig, report: ForgettingReport) -> dict[str, J
     return {report.data["name"]: gate}
 
 
-def names_of(models: Sequence[str]) -> list[str]:
-    """A name for each model, also of its folder: as many last parts of its path as tell them apart.
-
-    Raises:
-        ValueError: for a model that is given twice.
-
-    >>> names_of(["runs/a", "runs/b"]), names_of(["a/final", "../b/final"])
-    (['a', 'b'], ['a_final', 'b_final'])
-    >>> names_of(["."]) == [Path.cwd().name]
-    True
-    """
-    parts = [
-        [part for part in Path(model).parts if part.strip("./")] or [Path(model).resolve().name] for model in models
-    ]
-    for count in range(1, 1 + max(map(len, parts))):
-        names = ["_".join(of_model[-count:]) for of_model in parts]
-        if len(set(names)) == len(models):
-            return names
-    twice = next(model for model, name in zip(models, names, strict=True) if names.count(name) > 1)
-    raise ValueError(f"model: {twice!r} is given twice; leave one of them out")
-
-
 def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Iterator[ForgettingReport]:
     """A report of each model that `config` names; the base reads, answers and writes once."""
     tokenizer = load_tokenizer(config.base, field="base", **config.checkpoint)
-    names, runs = names_of(config.model), [read_run(Path(model)) for model in config.model]
+    paths = list(map(Path, config.model))
+    names, runs = short_names(paths, "model"), list(map(read_run, paths))
+    settings = list(map(settings_of_run, config.model))
     sources = load_sources(config, tokenizer)
-    new_tasks = [load_new_task(config, model, tokenizer) for model in config.model]
-    loaded = load_base(config)
+    pairs = zip(config.model, settings, strict=True)
+    new_tasks = [load_new_task(config, model, of.get("training_arguments") or {}, tokenizer) for model, of in pairs]
+    how: dict[str, Any] = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
+    loaded = load_model(config.base, device=default_device(), field="base", **how, **config.checkpoint)
     base = MeasuredBase(loaded) if len(config.model) > 1 else MeasuredBase.of(loaded)
     options: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS} | {"tokenizer": tokenizer}
     options |= {"judge": load_judge(config, loaded) if config.judge else None, "progress": say}
-    for model, name, run, new_task in zip(config.model, names, runs, new_tasks, strict=True):
+    for model, name, run, of, new_task in zip(config.model, names, runs, settings, new_tasks, strict=True):
         if len(config.model) > 1:
             say(f"model {name}")
-        report = measure_model(config, model, base, sources | {"new_task": new_task}, options | {"name": name})
+        rows = trained_rows(config, (of.get("replay_dataset") or {}).get("source"), tokenizer)
+        report = measure_model(config, model, base, sources | {"new_task": new_task}, rows, options | {"name": name})
         report.data.update(run)
         yield report
 
 
 def measure_model(
-    config: MeasureConfig, model: str, base: MeasuredBase, sources: dict[str, Any], options: dict[str, Any]
+    config: MeasureConfig,
+    model: str,
+    base: MeasuredBase,
+    sources: dict[str, Any],
+    rows: dict[str, Iterable[str]],
+    options: dict[str, Any],
 ) -> ForgettingReport:
-    """The report of one model, which is freed afterwards."""
-    tokenizer, say = options["tokenizer"], options["progress"]
-    tuned = load_tuned(config, model, base.model)
+    """The report of one model, trained on `rows`; it is freed afterwards."""
+    tokenizer, like = options["tokenizer"], base.model
+    how: dict[str, Any] = {"dtype": like.dtype, "attn_implementation": like.config._attn_implementation}
+    tuned = load_model(model, device=like.device, trust_remote_code=config.trust_remote_code, **how)
     texts = (sources["new_task"] | sources["retention"]).values()
     if texts and config.max_new_tokens and not config.prompts:
         room = length_that_fits(with_least_room(base.model, tuned), config.max_length) - config.max_new_tokens
         sources["prompts"] = default_prompts(texts, tokenizer, room)
-    if rows := trained_rows(config, model, tokenizer):
-        say("looking for the texts in the training rows")
+    if rows:
+        options["progress"]("looking for the texts in the training rows")
     warnings = other_base(config, model, base.model, tuned) + overlap_warnings(sources, rows, tokenizer)
     report = measure(base, tuned, sources.pop("retention"), **sources, **options)
     report.data["warnings"] = warnings + report.data["warnings"]
     return report
 
 
-def trained_rows(config: MeasureConfig, model: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Iterable[str]]:
-    """Texts that a model was trained on: the given rows, and the replay rows that its run names."""
+def trained_rows(
+    config: MeasureConfig, replay: str | None, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Iterable[str]]:
+    """Texts that a model was trained on: the given rows, and the replay rows of its run where they still are."""
     found: dict[str, Iterable[str]] = {}
     for source in config.train_dataset:
         found[f"the training rows of {source!r}"] = row_texts(source, tokenizer)
-    replay = replay_folder(model)
-    if replay is not None:
+    if replay and Path(replay).exists():
         found["the replay rows"] = (document_text(row, tokenizer) for row in load_texts(replay, tokenizer))
     return found
-
-
-def settings_of_run(model: str) -> dict[str, Any]:
-    """The settings of the run that made a model, found beside it, on the Hub too, or above one of its checkpoints."""
-    path = resolve_model_path(model)
-    beside, above = find_file(path, CONFIG_FILE), Path(path).resolve().parent
-    of_checkpoint = beside is None and Path(path).is_dir() and Path(path).resolve().name.startswith("checkpoint-")
-    folder = above if of_checkpoint else Path(path) if beside is None else beside.parent
-    return read_settings(folder, {"training_arguments?": dict, "replay_dataset?": {"source?": str}})
-
-
-def replay_folder(model: str) -> str | None:
-    """Where the replay rows of a run lie, if its settings name them and they are still there."""
-    source = (settings_of_run(model).get("replay_dataset") or {}).get("source")
-    return source if source and Path(source).exists() else None
 
 
 def load_sources(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -320,10 +295,12 @@ def load_sources(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> d
     return {**sources, "prompts": prompts}
 
 
-def load_new_task(config: MeasureConfig, model: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def load_new_task(
+    config: MeasureConfig, model: str, training: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
     """The texts of the new task, read by the tokenizer of the tuned model and as its run trained on them."""
     own = tokenizer_of_tuned(model, tokenizer, trust_remote_code=config.trust_remote_code)
-    reading = new_task_reading(config, settings_of_run(model).get("training_arguments") or {})
+    reading = new_task_reading(config, training)
     named = named_sources(config.new_task, "new_task")
     return {text: load_texts(source, own, config.max_documents, reading) for text, source in named.items()}
 
@@ -334,29 +311,6 @@ def new_task_reading(config: MeasureConfig, training: Mapping[str, Any]) -> Read
     chosen = {name: training.get(name) if value is None else value for name, value in flags.items()}
     chosen |= {"assistant_only_loss": bool(chosen["assistant_only_loss"])}
     return Reading(as_trained=True, **{name: value for name, value in chosen.items() if value is not None})
-
-
-def load_base(config: MeasureConfig) -> PreTrainedModel:
-    """The base, as the flags say."""
-    return load_model(
-        config.base,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        device=default_device(),
-        field="base",
-        **config.checkpoint,
-    )
-
-
-def load_tuned(config: MeasureConfig, model: str, base: PreTrainedModel) -> PreTrainedModel:
-    """A tuned model with the base's dtype, kernel and device."""
-    return load_model(
-        model,
-        dtype=base.dtype,
-        attn_implementation=base.config._attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-        device=base.device,
-    )
 
 
 def other_base(config: MeasureConfig, model: str, base: PreTrainedModel, tuned: Any) -> list[str]:
@@ -394,5 +348,4 @@ VERB = Verb(
         "max_length": "How it is measured",
         "dtype": "How models are loaded",
     },
-    renamed={"budget": "--max_forgetting (rise of the loss) or --max_ref_kl (divergence from the base)"},
 )

@@ -321,5 +321,4 @@ VERB = Verb(
     run=run_plan,
     resume="finished pilots are kept; run the same command again to resume",
     groups={"lora_ranks": "Pilots", "replay_dataset": "The recipe of every pilot", "seed": "Further settings"},
-    renamed={"budget": "--max_ref_kl"},
 )

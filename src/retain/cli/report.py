@@ -29,7 +29,7 @@ def run_report(config: ReportConfig) -> None:
     paths = [Path(folder) / "report.json" if Path(folder).is_dir() else Path(folder) for folder in config.runs]
     reports = [ForgettingReport.from_json(path) for path in paths]
     if len({one.data["name"] for one in reports}) < len(reports):  # as of two folders that are called out/
-        for one, name in zip(reports, short_names([Path(given) for given in config.runs]), strict=True):
+        for one, name in zip(reports, short_names([path.parent for path in paths], "runs"), strict=True):
             one.data["name"] = name
     write_comparison(config.output_dir, reports=reports, title=config.title)
     summary = comparison_summary([one.results for one in reports])

@@ -149,8 +149,9 @@ def read_runs(
     """
     rows: list[dict[str, Any]] = []
     partial = 0
-    for path, name in zip(map(Path, paths), short_names([Path(path) for path in paths]), strict=True):
-        file = _file_of(path)
+    files = [_file_of(Path(path)) for path in paths]
+    places = [file.parent if file.name == METRICS_FILE else file for file in files]
+    for file, name in zip(files, short_names(places, "runs"), strict=True):
         if not file.is_file():
             raise ValueError(f"runs: no file {str(file)!r}; give metrics.jsonl files of finetunes, or tables")
         if file.name == METRICS_FILE:

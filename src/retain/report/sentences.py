@@ -145,7 +145,7 @@ def budget_sentence(run: RunResults, first: RunResults | None = None) -> str:
     sentence = (run.training.get("budget") or "").rstrip(".")
     if not sentence:
         return ""
-    if limit := run.training.get("max_ref_kl") or run.training.get("forgetting_budget"):  # the name in older reports
+    if limit := run.training.get("max_ref_kl"):
         lows = {text: found.ci[0] for text, result in run.retention.items() if (found := result.ref_kl) and found.ci}
         if above := [text for text, low in lows.items() if low > limit]:
             sentence += f"; on {enumeration(above)}, which it did not hold, ref_kl is above {limit:g}"

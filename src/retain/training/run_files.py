@@ -27,6 +27,7 @@ from retain.files import (
     write_json,
     write_text,
 )
+from retain.models.loading import find_file, resolve_model_path
 
 DOCUMENTS_FILE = "documents.jsonl"
 BUDGET_FILE = "budget.json"
@@ -50,6 +51,15 @@ def weights_step(args: TrainingArguments, state: TrainerState, *, is_in_train: b
     """
     restored = state.best_model_checkpoint if args.load_best_model_at_end and not is_in_train else None
     return int(restored.rpartition("-")[2]) if restored else state.global_step
+
+
+def settings_of_run(model: str) -> dict[str, Any]:
+    """The settings of the run that made a model, found beside it, on the Hub too, or above one of its checkpoints."""
+    path = resolve_model_path(model)
+    beside, above = find_file(path, CONFIG_FILE), Path(path).resolve().parent
+    of_checkpoint = beside is None and Path(path).is_dir() and Path(path).resolve().name.startswith("checkpoint-")
+    folder = above if of_checkpoint else Path(path) if beside is None else beside.parent
+    return read_settings(folder, {"training_arguments?": dict, "replay_dataset?": {"source?": str}})
 
 
 def read_run(folder: Path) -> dict[str, Any]:
