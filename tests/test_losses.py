@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retain.losses import agreement, argmax_cross_entropy, cross_entropy, kl_divergence, next_token_loss, shifted
+from retain.losses import kl_divergence, next_token_loss, shifted
 
 
 def naive_probs(logits: Tensor) -> list[float]:
@@ -24,19 +24,6 @@ def naive_kl(ref: Tensor, live: Tensor) -> float:
     return sum(p * math.log(p / q) for p, q in zip(naive_probs(ref), naive_probs(live), strict=True))
 
 
-def naive_cross_entropy(ref: Tensor, live: Tensor) -> float:
-    return -sum(p * math.log(q) for p, q in zip(naive_probs(ref), naive_probs(live), strict=True))
-
-
-def naive_argmax(logits: Tensor) -> int:
-    values = logits.tolist()
-    return values.index(max(values))
-
-
-def naive_argmax_cross_entropy(ref: Tensor, live: Tensor) -> float:
-    return naive_next_token(live, naive_argmax(ref))
-
-
 @pytest.fixture
 def pair() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
@@ -45,8 +32,6 @@ def pair() -> tuple[Tensor, Tensor]:
 
 TWINS = {
     kl_divergence: naive_kl,
-    cross_entropy: naive_cross_entropy,
-    argmax_cross_entropy: naive_argmax_cross_entropy,
     next_token_loss: naive_next_token,
 }
 
@@ -96,20 +81,6 @@ def test_kl_is_zero_exactly_where_the_distributions_are_the_same(pair):
     assert torch.equal(values, torch.zeros(2, 5))
 
 
-def test_soft_cross_entropy_is_entropy_plus_kl(pair):
-    ref, live = pair
-    entropy = torch.distributions.Categorical(logits=ref.double()).entropy().float()
-    torch.testing.assert_close(cross_entropy(ref, live), entropy + kl_divergence(ref, live), atol=1e-5, rtol=1e-5)
-
-
-def test_argmax_cross_entropy_and_agreement_by_hand():
-    ref, live = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0]])
-    normaliser = math.log(math.e + 2), math.log(math.e**2 + 2)
-    expected = torch.tensor([normaliser[0] - 0.0, normaliser[1] - 2.0])
-    torch.testing.assert_close(argmax_cross_entropy(ref, live), expected)
-    assert agreement(ref, live).tolist() == [False, True]
-
-
 def test_large_logits_do_not_overflow():
     ref, live = torch.tensor([1e4, 0.0, -1e4]), torch.tensor([0.0, 1e4, -1e4])
     assert kl_divergence(ref, live).item() == pytest.approx(1e4)
@@ -122,24 +93,23 @@ def test_gradient_of_kl_with_respect_to_the_logits_is_the_difference_of_the_dist
     torch.testing.assert_close(live.grad, live.softmax(-1) - ref.softmax(-1), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [kl_divergence, cross_entropy])
 @pytest.mark.parametrize("unused", [-torch.inf, -1e4])
-def test_vocabulary_that_neither_model_can_say_plays_no_part(loss, unused, pair):
+def test_vocabulary_that_neither_model_can_say_plays_no_part(unused, pair):
     """As where a model's forward pass masks unused tokens: 0 · (−∞ − −∞) is 0, in value and gradient."""
     ref, live = pair
     live.requires_grad_()
     rest = [0, 1, 2, 4, 5, 6, 8, 9, 10]
-    expected = loss(ref[..., rest], live[..., rest])
+    expected = kl_divergence(ref[..., rest], live[..., rest])
     (gradient,) = torch.autograd.grad(expected.sum(), live)
     masked = torch.zeros(11).index_fill(0, torch.tensor([3, 7]), unused)
-    found = loss(ref + masked, live + masked)
+    found = kl_divergence(ref + masked, live + masked)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found.sum(), live)[0], gradient)
 
 
 def test_what_only_the_model_can_never_say_is_infinitely_far():
     ref, live = torch.zeros(3), torch.tensor([0.0, 0.0, -torch.inf])
-    assert kl_divergence(ref, live) == cross_entropy(ref, live) == torch.inf
+    assert kl_divergence(ref, live) == torch.inf
     assert kl_divergence(live, ref).item() == pytest.approx(math.log(1.5))
     assert next_token_loss(live, torch.tensor(2)) == torch.inf
 

@@ -51,27 +51,6 @@ def kl_divergence(
     return expectation(ref_log_probs.exp(), ref_log_probs - log_probs)
 
 
-def cross_entropy(
-    ref_logits: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
-) -> Float[Tensor, "*batch"]:
-    """−Σ_v p_π log p_θ = H(π) + KL(π ‖ θ), nats per position. Kalajdzievski's forgetting loss, soft reading."""
-    return -expectation(torch.softmax(ref_logits.float(), dim=-1), torch.log_softmax(logits.float(), dim=-1))
-
-
-def argmax_cross_entropy(
-    ref_logits: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
-) -> Float[Tensor, "*batch"]:
-    """−log p_θ(argmax p_π), nats per position. Kalajdzievski's forgetting loss, hard reading."""
-    return next_token_loss(logits, ref_logits.argmax(-1))
-
-
-def agreement(
-    ref_logits: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
-) -> Bool[Tensor, "*batch"]:
-    """Whether base and model hold the same token most likely. Kalajdzievski, section on capabilities."""
-    return ref_logits.argmax(-1) == logits.argmax(-1)
-
-
 def shifted(
     input_ids: Int[Tensor, "rows length"], attention_mask: Int[Tensor, "rows length"] | None = None
 ) -> tuple[Int[Tensor, "rows length-1"], Bool[Tensor, "rows length-1"]]:

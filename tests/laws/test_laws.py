@@ -31,7 +31,7 @@ from scipy import optimize, stats
 from retain import fit_forgetting_law
 from retain.cli.fit import FitConfig
 from retain.laws.diagnostics import LawWarning
-from retain.laws.forms import FORMS, Form
+from retain.laws.forms import FORMS, Form, form_of
 from retain.laws.law import ForgettingLaw, first_crossings
 from retain.laws.variable_projection import HUBER, fit_many
 
@@ -225,7 +225,7 @@ def test_fits_made_together_are_those_made_alone():
 
 def test_bounds_hold_and_the_law_warns_of_them():
     with pytest.warns(LawWarning, match="exponents: rho at a bound"):
-        law = fit_forgetting_law(paper_design(noise=0), "forgetting", bounds={"rho": (0.5, 2.0)}, num_resamples=0)
+        law = fit_forgetting_law(paper_design(noise=0), form_of("forgetting", {"rho": (0.5, 2.0)}), num_resamples=0)
     assert law.params["rho"] == pytest.approx(2.0)
 
 
@@ -554,31 +554,6 @@ def test_solve_is_the_inverse_of_predict(noisy_law):
     assert found.value == pytest.approx(1e8, rel=1e-4)
 
 
-def test_to_be_sure_is_the_safe_end_where_the_output_falls():
-    """The smallest model that forgets no more than a target was smaller "to be sure" than by the curve."""
-    P = np.geomspace(1e6, 1e9, 8)
-    noise = np.random.default_rng(0).normal(size=8)
-    table = {"run": range(8), "num_params": P, "forgetting_loss": 40 * P**-0.45 + 1e-3 * noise}
-    law = quiet_fit(table, "size", num_resamples=200)
-    plain, sure = (law.solve("num_params", forgetting_loss=0.01, sure=sure).value for sure in (False, True))
-    assert sure > plain
-    assert law.predict(num_params=sure).ci["forgetting_loss"][1] == pytest.approx(0.01, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("output", "target", "steps"), [("finetuning_loss", 0.7, "more"), ("forgetting_loss", 0.85, "fewer")]
-)
-def test_to_be_sure_of_a_loss_takes_more_steps_where_it_falls_and_fewer_where_it_rises(
-    noisy_law, output, target, steps
-):
-    plain, sure = (
-        noisy_law.solve("num_steps", num_params=1e8, **{output: target}, sure=sure).value for sure in (False, True)
-    )
-    assert (sure > plain) == (steps == "more")
-    upper = noisy_law.predict(num_params=1e8, num_steps=sure).ci[output][1]
-    assert upper == pytest.approx(target, abs=1e-3)
-
-
 @pytest.mark.parametrize(
     ("question", "message"),
     [
@@ -682,7 +657,7 @@ def test_unknown_forms_and_bounds_are_refused():
     with pytest.raises(ValueError, match="form: 'jont' is not known; use one of linear, joint"):
         fit_forgetting_law(paper_design(), "jont")
     with pytest.raises(ValueError, match="bounds: 'alpha' is no exponent of the form 'joint'"):
-        fit_forgetting_law(paper_design(), bounds={"alpha": (0, 1)})
+        form_of("joint", {"alpha": (0, 1)})
 
 
 def test_arrays_of_points_keep_their_shape(noisy_law):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
 from retain.cli.settings import ModelLoadSettings
 from retain.data.rows import prompt_text, read_rows
-from retain.models.description import choose_start_token, default_device, length_that_fits
+from retain.models.description import choose_start_token, default_device, launched, length_that_fits
 from retain.models.loading import load_model, load_tokenizer
 from retain.report.numbers import quantity
 from retain.sampling.engine import Engine, choose_threads
@@ -123,11 +122,6 @@ def run_sample(config: SampleConfig) -> None:
         lines = pool_lines(folder, tokenizer, starts, config.preview)
         lines += store_lines(folder, model) if config.store_reference else []
         print(*lines, sep="\n")
-
-
-def launched() -> bool:
-    """Whether this is one of several processes that a launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def engine_of(config: SampleConfig) -> Callable[[Any, int], AbstractContextManager[Engine | None]]:

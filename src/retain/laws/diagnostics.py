@@ -34,7 +34,7 @@ def held_out_groups(problem: Problem) -> dict[str, np.ndarray]:
     return {name: rows for name, rows in groups.items() if (~rows).sum() * problem.num_outputs > problem.num_free}
 
 
-def held_out(problem: Problem, best: Fits, robust: bool) -> dict[str, dict[str, float]]:
+def held_out(problem: Problem, best: Fits) -> dict[str, dict[str, float]]:
     """Root mean squared error on rows that a refit did not see: group → output → nats."""
     groups = held_out_groups(problem)
     if len(problem.runs.names) < 2 or not groups:
@@ -42,7 +42,7 @@ def held_out(problem: Problem, best: Fits, robust: bool) -> dict[str, dict[str, 
     left_out = np.array(list(groups.values()))
     weight = np.tile(~left_out, (1, problem.num_outputs)).astype(float)
     start = np.repeat(best.exponents, len(groups), axis=0)
-    fits, _ = problem.fit(start, weight=weight, robust=robust, tolerance=1e-7)
+    fits, _ = problem.fit(start, weight=weight, tolerance=1e-7)
     error = problem.predict(fits) - problem.in_nats(problem.observed.reshape(problem.num_outputs, -1))
     return {
         name: {

@@ -10,7 +10,6 @@ quantile. Drawing whole runs with replacement instead drops ranks from the desig
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,8 +33,6 @@ def fit_forgetting_law(
     shared_exponents: bool = False,
     num_starts: int = 32,
     num_resamples: int = 1000,
-    robust: bool = True,
-    bounds: Mapping[str, tuple[float, float]] | None = None,
     seed: int = 0,
 ) -> ForgettingLaw:
     """Fit a law to measurements of runs. What the runs cannot say comes as `LawWarning` and in `law.warnings`.
@@ -46,8 +43,6 @@ def fit_forgetting_law(
         shared_exponents: one set of exponents for all data sets; coefficients and `local` exponents for each.
         num_starts: random starts of the exponents within their bounds.
         num_resamples: bootstrap resamples over runs; 0 for no intervals. Seeded by `seed`, as the starts are.
-        robust: Huber's loss in place of squares.
-        bounds: bounds of exponents in place of the form's.
 
     Raises:
         ValueError: for runs that do not fit the form.
@@ -59,10 +54,9 @@ def fit_forgetting_law(
     {'c_fft': 2.0, 's_fft': 2.0}
     """
     settings = {
-        "shared_exponents": shared_exponents, "num_starts": num_starts, "num_resamples": num_resamples,
-        "robust": robust, "seed": seed,
+        "shared_exponents": shared_exponents, "num_starts": num_starts, "num_resamples": num_resamples, "seed": seed,
     }  # fmt: skip
-    law = _fit(runs, form_of(form, bounds), settings)
+    law = _fit(runs, form_of(form), settings)
     for text in law.warnings:
         warnings.warn(text, LawWarning, stacklevel=2)
     return law
@@ -73,17 +67,16 @@ def _fit(runs: Runs | Rows, form: Form, settings: dict[str, Any]) -> ForgettingL
     table = as_runs(runs, form.columns)
     problem = Problem(form, table)
     _check(problem, settings["shared_exponents"])
-    robust, seed = settings["robust"], settings["seed"]
-    best = _search(problem, settings["num_starts"], robust, seed)
+    best = _search(problem, settings["num_starts"], settings["seed"])
     jacobian = jacobian_of(problem, best)
     resamples = settings["num_resamples"] if len(table.names) >= MIN_RUNS else 0
     law = ForgettingLaw(
         form=form,
         runs=table,
         estimate=best,
-        draws=_bootstrap(problem, best, enlarged(problem, best, jacobian, 1.0), resamples, robust, seed),
+        draws=_bootstrap(problem, best, enlarged(problem, best, jacobian, 1.0), resamples, settings["seed"]),
         spread=enlarged(problem, best, jacobian, 0.5).reshape(problem.num_outputs, -1),
-        held_out=held_out(problem, best, robust),
+        held_out=held_out(problem, best),
         condition=condition_number(jacobian),
         warnings=[*table.left_out, *design_warnings(problem)],
         settings={**settings, "versions": versions()},
@@ -125,7 +118,7 @@ def _check_levels(form: Form, runs: Runs) -> None:
         )
 
 
-def _search(problem: Problem, num_starts: int, robust: bool, seed: int) -> Fits:
+def _search(problem: Problem, num_starts: int, seed: int) -> Fits:
     """The best of many starts, by squares first, then robustly in units of the noise, polished."""
     rng = np.random.default_rng(seed)
     starts = rng.uniform(problem.low, problem.high, size=(max(num_starts, 1), len(problem.low)))
@@ -133,7 +126,7 @@ def _search(problem: Problem, num_starts: int, robust: bool, seed: int) -> Fits:
     for tolerance in (1e-8, 1e-13):
         problem.set_noise(fits[[int(loss.argmin())]])
         best = fits.exponents[np.argsort(loss)[:6]]
-        fits, loss = problem.fit(best, robust=robust, tolerance=tolerance, max_iterations=400)
+        fits, loss = problem.fit(best, tolerance=tolerance, max_iterations=400)
     return fits[[int(loss.argmin())]]
 
 
@@ -171,7 +164,7 @@ def enlarged(problem: Problem, best: Fits, jacobian: Array, power: float) -> Arr
     return residuals * problem.scale
 
 
-def _bootstrap(problem: Problem, best: Fits, residuals: Array, count: int, robust: bool, seed: int) -> Fits:
+def _bootstrap(problem: Problem, best: Fits, residuals: Array, count: int, seed: int) -> Fits:
     """Refits to the fitted curves plus each run's residuals times a random weight of its own."""
     rng = np.random.default_rng(seed + 1)
     fitted = problem.fitted(best).reshape(-1)
@@ -180,5 +173,5 @@ def _bootstrap(problem: Problem, best: Fits, residuals: Array, count: int, robus
         size = (min(MAX_REFITS_AT_ONCE, count - begin), len(problem.runs.names))
         observed = fitted + rng.choice([*WEBB, *-WEBB], size=size)[:, problem.run_codes] * residuals
         start = np.repeat(best.exponents, size[0], axis=0)
-        parts.append(problem.fit(start, observed=observed, robust=robust, tolerance=1e-5, max_iterations=40)[0])
+        parts.append(problem.fit(start, observed=observed, tolerance=1e-5, max_iterations=40)[0])
     return Fits(*(np.concatenate([vars(part)[name] for part in parts]) for name in vars(best)))

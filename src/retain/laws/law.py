@@ -204,9 +204,7 @@ class ForgettingLaw:
             cut=cut,
         )
 
-    def solve(
-        self, name: str, *, level: float = LEVEL, dataset: str | None = None, sure: bool = False, **known: float
-    ) -> Solution:
+    def solve(self, name: str, *, level: float = LEVEL, dataset: str | None = None, **known: float) -> Solution:
         """The value of the input `name` at which an output first reaches its target.
 
         `law.solve("num_steps", forgetting_loss=0.02, num_params=5e6)` are the most steps whose forgetting stays within
@@ -214,8 +212,6 @@ class ForgettingLaw:
 
         Args:
             known: the output's target, and every other input.
-            sure: hold the upper end of a new measurement's interval to the target rather than the curve, so that the
-                output is within it whether it rises or falls with the input.
 
         Raises:
             ValueError: where the target is not reached, or the question is not one.
@@ -231,10 +227,6 @@ class ForgettingLaw:
         points, _ = self.points({name: grid, **others})
         fitted = self.curves(points, np.full(NUM_GRID_POINTS, self.dataset_code(dataset)), level)
         value, curves = (self.problem.in_nats(of[:, at]) for of in fitted)
-        if sure:  # outputs are losses, and a target is the most that is allowed: the upper end of a new measurement
-            if not len(self.draws):
-                raise ValueError("sure: this law has no intervals; fit it to at least 3 runs, with num_resamples")
-            value = np.asarray(self.predict(level=level, dataset=dataset, **points).ci[output][1])[None]  # type: ignore[arg-type]
         found = float(first_crossings(grid, value, target)[0])
         if not 0 < found < math.inf:
             ends = f"{value[0, 0]:.4g} to {value[0, -1]:.4g} for {name} from {grid[0]:.4g} to {grid[-1]:.4g}"

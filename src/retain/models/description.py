@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +39,11 @@ def default_device() -> str:
     """The accelerator's type where there is one that has float64 (Apple's has not), else `cpu`."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator.type if accelerator is not None and accelerator.type != "mps" else "cpu"
+
+
+def launched() -> bool:
+    """Whether this is one of several processes that a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def to_svg(figure: Figure, description: str) -> str:
     return f'<svg {names} {box[0]} role="img" aria-label="{html.escape(visible(description))}">{body}'
 
 
-def save_png(figure: Figure, path: str | Path, dpi: int = 160) -> None:
+def save_png(figure: Figure, path: str | Path) -> None:
     """Save for a README: on white, so that it reads the same on every page."""
     with _style():
-        figure.savefig(path, format="png", dpi=dpi, facecolor="white")
+        figure.savefig(path, format="png", dpi=160, facecolor="white")

@@ -27,6 +27,7 @@ from retain.checks import check_number
 # new text opens otherwise, so the model learns to tell replay by it: on SmolLM2-135M KL was 0.39 nats in the first five
 # predictions of 48 and 0.007 behind them, which at few rows a step is noise that no coefficient brings down.
 OPENING_LENGTH = 5
+BOUNDS = (1e-3, 1e3)  # the least and the largest coefficient
 KL_GAIN = 0.7  # e-folds of the coefficient, at once, per e-fold of KL; above 1, a second lag makes it ring
 RATE = 0.35  # e-folds of the coefficient per horizon and e-fold of KL away from the budget
 FAR = -4.0  # log(KL / budget) from which on a rise of KL raises the coefficient: 2% of the budget
@@ -84,24 +85,17 @@ class CoefController:
         num_steps: how often KL will be measured: the shorter the run, the faster the coefficient may fall; and the
             verdict says when the run ended before.
         coef: the first coefficient; that at the end of a similar run which kept its budget is a good one.
-        bounds: the least and the largest coefficient.
 
     >>> budget = CoefController(0.02, num_steps=100)
     >>> budget.update(0.04) > 1.0  # too much KL raises the coefficient of the next step
     True
     """
 
-    def __init__(
-        self, budget: float, *, num_steps: int, coef: float = 1.0, bounds: tuple[float, float] = (1e-3, 1e3)
-    ) -> None:
+    def __init__(self, budget: float, *, num_steps: int, coef: float = 1.0) -> None:
         check_number("max_ref_kl", budget, low=1e-9)
         check_number("num_steps", num_steps, low=1, integer=True)
-        for bound in bounds:
-            check_number("bounds", bound, low=1e-9)
-        if not bounds[0] < bounds[1]:
-            raise ValueError(f"bounds: {bounds} is empty; put the smaller coefficient first")
-        check_number("replay_coef", coef, low=bounds[0], high=bounds[1])
-        self.budget, self.num_steps, self.bounds = float(budget), num_steps, (float(bounds[0]), float(bounds[1]))
+        check_number("replay_coef", coef, low=BOUNDS[0], high=BOUNDS[1])
+        self.budget, self.num_steps = float(budget), num_steps
         self.coef = float(coef)
         self._fall = min(max(FALL_PER_RUN / num_steps, FALL[0]), FALL[1])
         self.smoothed: float | None = None
@@ -114,7 +108,7 @@ class CoefController:
     @property
     def at_bound(self) -> Bound | None:
         """The bound at which the coefficient is."""
-        low, high = self.bounds
+        low, high = BOUNDS
         return "low" if self.coef <= low * NEAR else "high" if self.coef >= high / NEAR else None
 
     def update(self, kl: float) -> float:
@@ -130,7 +124,7 @@ class CoefController:
         error = max(excess, FAR)
         move = KL_GAIN * (error - self.error) + max(RATE / horizon * error, -self._fall)
         self.error = error
-        self.coef = min(max(self.coef * math.exp(move), self.bounds[0]), self.bounds[1])
+        self.coef = min(max(self.coef * math.exp(move), BOUNDS[0]), BOUNDS[1])
         return self.coef
 
     def _keep(self, kl: float) -> None:
@@ -212,12 +206,13 @@ class CoefController:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON takes it."""
-        begun = {"version": VERSION, "budget": self.budget, "bounds": list(self.bounds)}
-        return begun | copy.deepcopy({name: getattr(self, name) for name in STATE})
+        return {"version": VERSION, "budget": self.budget} | copy.deepcopy(
+            {name: getattr(self, name) for name in STATE}
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume a run of the same version, budget and bounds; raise a `ValueError` for the state of another."""
-        for name, mine in (("version", VERSION), ("budget", self.budget), ("bounds", list(self.bounds))):
+        """Resume a run of the same version and budget; raise a `ValueError` for the state of another."""
+        for name, mine in (("version", VERSION), ("budget", self.budget)):
             if state.get(name) != mine:
                 raise ValueError(
                     f"max_ref_kl: the checkpoint's {name} is {state.get(name)}, not {mine}; "

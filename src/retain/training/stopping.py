@@ -15,6 +15,7 @@ from typing import Any
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from retain.files import CONFIG_FILE, read_settings
+from retain.models.description import launched
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model.bin", ".gguf")  # ends of the names of files
 RESUMED_WITH = (
@@ -125,7 +126,7 @@ class StopWithCheckpoint(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """In this context a signal waits for the end of a step, or of the context."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread():
+        if not launched() and threading.current_thread() is threading.main_thread():
             self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

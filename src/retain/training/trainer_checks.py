@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from retain.models.description import base_parameter_name
+from retain.models.description import base_parameter_name, launched
 from retain.models.loading import load_model, load_tokenizer
 
 LOADS_EMPTY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -140,7 +140,7 @@ def see_the_base_everywhere(*, may_change: bool) -> None:
         may_change: whether the model is still to be loaded, so that the setting can be switched off.
     """
     is_set = [os.environ.get(name, "").lower() in ("1", "true") for name in ("ACCELERATE_USE_FSDP", LOADS_EMPTY)]
-    if not all(is_set) or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not (all(is_set) and launched()):
         return
     if not may_change:
         raise ValueError(
