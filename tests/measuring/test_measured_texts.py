@@ -134,7 +134,7 @@ def test_the_command_line_warns_of_texts_that_were_trained_on(tmp_path, capsys):
         TOKENIZER.save_pretrained(tmp_path / name)
     texts = make_texts(6, seed=4, words=30)
     (tmp_path / "wiki.txt").write_text("\n\n".join(texts))
-    rows = [*make_texts(4, seed=5), f"Before. {texts[2].upper()} and after"]
+    rows = [*make_texts(4, seed=5), f"Before. {texts[2]} and after"]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     arguments = ["--base", str(tmp_path / "base"), "--model", str(tmp_path / "tuned"), "--max_new_tokens", "4"]
     arguments += ["--retention", f"wiki={tmp_path}/wiki.txt", "--train_dataset", str(tmp_path / "train.jsonl")]

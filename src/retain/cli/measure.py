@@ -18,7 +18,7 @@ from retain.measuring.generations import as_prompt
 from retain.measuring.lm_eval import paired_report
 from retain.measuring.measure import measure
 from retain.measuring.refusals import Judge, load_requests
-from retain.measuring.sources import default_prompts, document_text, overlap_warnings
+from retain.measuring.sources import default_prompts, document_tokens, overlap_warnings
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import default_device, length_that_fits, with_least_room
 from retain.models.loading import load_model, load_tokenizer
@@ -246,7 +246,7 @@ def measure_model(
     model: str,
     base: MeasuredBase,
     sources: dict[str, Any],
-    rows: dict[str, Iterable[str]],
+    rows: dict[str, Iterable[list[int]]],
     options: dict[str, Any],
 ) -> ForgettingReport:
     """The report of one model, trained on `rows`; it is freed afterwards."""
@@ -267,13 +267,14 @@ def measure_model(
 
 def trained_rows(
     config: MeasureConfig, replay: str | None, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Iterable[str]]:
-    """Texts that a model was trained on: the given rows, and the replay rows of its run where they still are."""
-    found: dict[str, Iterable[str]] = {}
+) -> dict[str, Iterable[list[int]]]:
+    """Tokens that a model was trained on: the given rows, and the replay rows of its run where they still are."""
+    found: dict[str, Iterable[list[int]]] = {}
+    cut = partial(tokenizer, add_special_tokens=False, verbose=False)
     for source in config.train_dataset:
-        found[f"the training rows of {source!r}"] = row_texts(source, tokenizer)
+        found[f"the training rows of {source!r}"] = (cut(text)["input_ids"] for text in row_texts(source, tokenizer))
     if replay and Path(replay).exists():
-        found["the replay rows"] = (document_text(row, tokenizer) for row in load_texts(replay, tokenizer))
+        found["the replay rows"] = map(document_tokens, load_texts(replay, tokenizer))
     return found
 
 

@@ -1,31 +1,17 @@
-"""Is what is measured also trained on? Documents found again in a stream of rows, word for word or nearly.
+"""Is what is measured also trained on? Rows of tokens found again among others, also where these were cut elsewhere.
 
-Both searches compare n-grams. Those of 8 words are long enough not to recur by chance, and short enough that a changed
-word here and there leaves some: PaLM (arXiv 2204.02311) looks for 8-grams, GPT-3 (2005.14165) for 13-grams, which
-edited text escapes. Memory is bounded by the documents; the rows are walked once.
+N-grams are compared. Memory is bounded by what is searched for; the rows are walked once.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
-import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-# Thai to Tibetan, Burmese, Khmer, kana, CJK: scripts without spaces, in which every character counts as a word.
-UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
-# Of `find_overlap`
-WORDS_PER_NGRAM = 8
-MIN_NEAR = 0.5  # share of a document's n-grams that occur in the rows, from which it is near
-CHARACTERS_PER_WORD = 3  # by which an n-gram is longer where most words are characters
-
-# Of `find_rows`, in tokens
 ALIGNED = 32  # rows that agree so far are compared to the end of the shorter one; shorter rows must be equal
 NGRAM = 16  # rows that begin elsewhere are found by n-grams of this length
 MAX_PLACES = 4  # beyond which an n-gram is a licence's or a template's, and says nothing about its row
@@ -54,97 +40,6 @@ def ngram_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
 @lru_cache
 def _odd_factors(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 1 << 63, count, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How many of the documents were found again."""
-
-    num_documents: int
-    exact: tuple[int, ...]
-    """Documents that are found whole, regardless of spaces, capitals and punctuation."""
-    near: dict[int, float]
-    """Other documents → share of their n-grams that occur in the rows, from `MIN_NEAR`."""
-
-    def warning(self, name: str, where: str, meaning: str) -> str | None:
-        """One line for people, with what the finding means; None where nothing was found."""
-        shares = [f"{share:.2f}" for share in sorted(self.near.values())]
-        found = len(self.exact) + len(shares)
-        if not found:
-            return None
-        kinds = [f"{len(self.exact)} word for word"] * bool(self.exact)
-        spread, whose = " to ".join(dict.fromkeys(shares[:: max(1, len(shares) - 1)])), "their" if shares[1:] else "its"
-        kinds += [f"{len(shares)} at {spread} of {whose} {WORDS_PER_NGRAM}-grams"] * bool(shares)
-        return (
-            f"{name}: {found} of {self.num_documents} documents {'is' if found == 1 else 'are'} also in {where} "
-            f"({', '.join(kinds)}): {meaning}; leave them out"
-        )
-
-
-@dataclass(frozen=True)
-class _Document:
-    """The n-grams of a document that is searched for, and their length in words."""
-
-    ngrams: list[int]
-    length: int
-    is_short: bool  # of fewer words than an n-gram: found whole or not at all
-
-    @classmethod
-    def of(cls, text: str) -> _Document:
-        words = _words(text)
-        unspaced = 2 * len(re.findall(f"[{UNSPACED}]", text)) > len(words)
-        wanted = WORDS_PER_NGRAM * (CHARACTERS_PER_WORD if unspaced else 1)
-        size = min(wanted, len(words))
-        return cls(_word_ngrams(words, size) if words else [], size, len(words) < wanted)
-
-
-def find_overlap(texts: Mapping[str, Sequence[str]], rows: Iterable[str]) -> dict[str, Overlap]:
-    """Search for the documents of every text in the rows, which may be a generator of millions.
-
-    A document whose every n-gram occurs is found whole. Those of fewer words than an n-gram are found whole or not at
-    all; those without a word, never. Where most words are characters of a script without spaces, an n-gram is
-    `CHARACTERS_PER_WORD` times as long.
-
-    Args:
-        texts: name → documents, whole rather than cut into windows.
-        rows: what is trained on or replayed.
-
-    Returns:
-        By name what was found; the places of documents are those in `texts[name]`.
-
-    >>> find_overlap({"poem": ["Roses are red", "Violets are blue"]}, ["He wrote: roses  are red."])["poem"].exact
-    (0,)
-    """
-    documents = {name: [_Document.of(text) for text in of_name] for name, of_name in texts.items()}
-    wanted: dict[int, set[int]] = {}  # by length
-    for document in itertools.chain(*documents.values()):
-        wanted.setdefault(document.length, set()).update(document.ngrams)
-    found: set[int] = set()
-    for row in rows:
-        words = _words(row)
-        for size, ngrams in wanted.items():
-            found |= ngrams.intersection(_word_ngrams(words, size)) if ngrams else set()
-    return {name: _overlap(of_text, found) for name, of_text in documents.items()}
-
-
-def _overlap(documents: Sequence[_Document], found: set[int]) -> Overlap:
-    exact, near = [], {}
-    for at, document in enumerate(documents):
-        share = sum(ngram in found for ngram in document.ngrams) / max(1, len(document.ngrams))
-        if share == 1:
-            exact.append(at)
-        elif share >= MIN_NEAR and not document.is_short:
-            near[at] = share
-    return Overlap(len(documents), tuple(exact), near)
-
-
-def _words(text: str) -> list[str]:
-    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
-def _word_ngrams(words: list[str], size: int) -> list[int]:
-    ngrams: list[int] = ngram_hashes(np.fromiter(map(hash, words), np.int64, len(words)), size).tolist()
-    return ngrams
 
 
 def find_rows(windows: Sequence[Any], rows: Iterable[Any], edges: Collection[int] = ()) -> set[int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from retain.data.chats import chat_of
-from retain.data.overlap import find_overlap
+from retain.data.overlap import find_rows
 from retain.data.rows import Document, Text, prompt_text
 from retain.measuring.generations import Prompt
 
@@ -22,28 +23,26 @@ OVERLAP_MEANINGS = {
 PROMPT_TOKENS = 16  # of the first document of each text, continued where no prompts are given
 
 
-def document_text(document: Document | Text, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A document's text, whole."""
+def document_tokens(document: Document | Text) -> list[int]:
+    """A document's tokens, whole."""
     if isinstance(document, Text):
-        return document.words
-    return "".join(str(tokenizer.decode(window[1:])) for window in document.windows)
+        return document.ids
+    return [token for window in document.windows for token in window[1:]]
 
 
 def overlap_warnings(
-    sources: dict[str, Any], rows: dict[str, Iterable[str]], tokenizer: PreTrainedTokenizerBase
+    sources: dict[str, Any], rows: dict[str, Iterable[list[int]]], tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """A line for every measured text that is also among the rows that the model was trained on."""
-    texts = {
-        name: [document_text(document, tokenizer) for document in source]
-        for kind in OVERLAP_MEANINGS
-        for name, source in (sources[kind] if rows else {}).items()
-    }
-    lines = []
+    """A line for every measured text that is also among the rows (token ids) that the model was trained on."""
+    measured = [(kind, name, one) for kind in OVERLAP_MEANINGS for name in sources[kind] for one in sources[kind][name]]
+    windows = [document_tokens(document) for *_, document in measured] if rows else []
+    edges, lines = set(tokenizer.all_special_ids), []
     for where, of_where in rows.items():
-        found = find_overlap(texts, of_where)
-        for kind, meaning in OVERLAP_MEANINGS.items():
-            lines += [found[name].warning(name, where, meaning) for name in sources[kind]]
-    return [line for line in lines if line]
+        found = Counter(measured[at][:2] for at in sorted(find_rows(windows, of_where, edges)))
+        for (kind, name), count in found.items():
+            documents = f"{count} of {len(sources[kind][name])} documents {'is' if count == 1 else 'are'}"
+            lines.append(f"{name}: {documents} also in {where}: {OVERLAP_MEANINGS[kind]}; leave them out")
+    return lines
 
 
 def default_prompts(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, room: int) -> list[Prompt]:

@@ -206,9 +206,8 @@ class CoefController:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON takes it."""
-        return {"version": VERSION, "budget": self.budget} | copy.deepcopy(
-            {name: getattr(self, name) for name in STATE}
-        )
+        state = {name: getattr(self, name) for name in STATE}
+        return copy.deepcopy({"version": VERSION, "budget": self.budget, **state})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume a run of the same version and budget; raise a `ValueError` for the state of another."""
