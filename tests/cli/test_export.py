@@ -51,6 +51,7 @@ def pool(folder: Path, texts: list[str]) -> Path:
         "schema": MANIFEST_SCHEMA, "model": str(folder / "model"),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "start_token": {"id": 0}, "num_rows": len(ids), "rows_per_shard": 64, "store_reference": None,
+        "batch_size": 4, "model_fingerprint": "m", "sampler": {"engine": "torch", "dtype": "float32"},
     })  # fmt: skip
     column = np.empty(len(ids), dtype=object)
     column[:] = ids

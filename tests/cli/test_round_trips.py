@@ -82,6 +82,8 @@ def test_rows_and_manifest_come_back(rows, rows_per_shard, extra):
     tokens = [np.array([0] * given + drawn, dtype=np.int32) for drawn, given in rows]
     given = np.array([given for _, given in rows], dtype=np.int32)
     manifest = {"extra": extra, "schema": MANIFEST_SCHEMA, "num_rows": len(rows), "rows_per_shard": rows_per_shard}
+    manifest |= {"batch_size": 4, "model": "m", "model_fingerprint": "f", "tokenizer_fingerprint": "t"}
+    manifest |= {"start_token": {"id": 0}, "sampler": {"engine": "torch", "dtype": "float32"}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_json(folder / MANIFEST, manifest)

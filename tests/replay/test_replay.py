@@ -41,6 +41,9 @@ def folder(tmp_path) -> Path:
         "tokenizer_fingerprint": "t" * 16,
         "num_rows": 5,
         "rows_per_shard": 2,
+        "batch_size": 2,
+        "start_token": {"id": 3},
+        "sampler": {"engine": "torch", "dtype": "float32"},
     }
     write_json(tmp_path / MANIFEST, manifest)
     for shard in range(3):

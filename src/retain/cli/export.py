@@ -15,15 +15,13 @@ from retain.checks import setting
 from retain.cli.flags import Verb
 from retain.cli.settings import RemoteCodeSettings
 from retain.data.chats import template_frame
-from retain.files import check_shape, check_writable, write_text
+from retain.files import check_writable, write_text
 from retain.models.description import tokenizer_fingerprint
 from retain.models.loading import load_tokenizer
-from retain.replay.dataset import MANIFEST, SAMPLE_AGAIN, ReplayDataset, load_self_generated
+from retain.replay.dataset import ReplayDataset, load_self_generated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-NEEDED = {"model": str, "tokenizer_fingerprint": str, "start_token": {"id": int}}  # of a manifest
 
 
 @dataclass(kw_only=True)
@@ -47,7 +45,6 @@ def run_export(config: ExportConfig) -> None:
     if output.resolve().parent == folder.resolve():
         raise ValueError(f"output: {str(output)!r} would lie among the files of replay_dataset; choose another folder")
     rows = load_self_generated(folder)
-    check_shape(rows.manifest, NEEDED, f"replay_dataset: {str(folder / MANIFEST)!r} is damaged", SAMPLE_AGAIN)
     assert rows.manifest is not None
     name = config.model or rows.manifest["model"]
     tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)

@@ -106,12 +106,6 @@ class ForgettingReport:
     def to_json(self, path: str | Path) -> None:
         write_text(path, _json(self.data))
 
-    def to_markdown(self, path: str | Path) -> None:
-        write_text(path, page.comparison_markdown([self.results], title=self._title))
-
-    def to_html(self, path: str | Path) -> None:
-        write_text(path, page.comparison_html([self.results], title=self._title))
-
     def to_model_card(self, path: str | Path) -> None:
         """Put the section "Forgetting" and the `model-index` into a model card, a new one where there is none."""
         old = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
@@ -121,8 +115,9 @@ class ForgettingReport:
         """Write report.json, report.md and report.html, each whole or not at all."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.to_json(Path(folder) / "report.json")
-        self.to_markdown(Path(folder) / "report.md")
-        self.to_html(Path(folder) / "report.html")
+        runs, title = [self.results], self._title
+        write_text(Path(folder) / "report.md", page.comparison_markdown(runs, title=title))
+        write_text(Path(folder) / "report.html", page.comparison_html(runs, title=title))
 
 
 def write_comparison(
