@@ -73,7 +73,8 @@ def check_setting(name: str, value: Any, hint: Any, about: Description) -> None:
         raise ValueError(f"{name}: '' is empty; give a value, or leave it out")
     kind = kinds_of(hint)[0]
     if get_origin(kind) is Literal:
-        check_choice(name, value, kind)
+        if value not in get_args(kind):
+            raise ValueError(f"{name}: {value!r} is not known; use one of {', '.join(map(repr, get_args(kind)))}")
     elif kind in (int, float):
         check_number(name, value, low=about.low, high=about.high, integer=kind is int)
     else:
@@ -145,13 +146,6 @@ def check_type(name: str, value: Any, hint: Any) -> None:
     """Raise a `ValueError` unless the value fits."""
     if not fits(value, hint):
         raise ValueError(f"{name}: {value!r} is not {expected_value(hint)}")
-
-
-def check_choice(name: str, value: object, choices: object) -> None:
-    """Raise a `ValueError` unless `value` is one of the values of the `Literal` type `choices`."""
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise ValueError(f"{name}: {value!r} is not known; use one of {', '.join(map(repr, allowed))}")
 
 
 def check_number(name: str, value: object, *, low: float, high: float = math.inf, integer: bool = False) -> None:

@@ -81,7 +81,8 @@ def run_finetune(
             raise ValueError("model: missing; give --model")
         check_arguments(training_args, config.replay_objective)
         checkpoint = checkpoint_to_resume(training_args)
-        say = _say if training_args.process_index == 0 else lambda line: None
+        speaks = training_args.process_index == 0
+        say = (lambda line: print(visible(str(line)))) if speaks else lambda line: None
         trainer = make_sft_trainer(script_args, training_args, model_args, dataset_args, config, say)
         if checkpoint is not None:
             check_same_run(checkpoint, training_args, settings_of_training(trainer))
@@ -182,11 +183,6 @@ def save_card(trainer: ReplaySFTTrainer, dataset_name: str | None) -> None:
     trainer.create_model_card(model_name=Path(trainer.args.output_dir).name, **named)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**named)
-
-
-def _say(line: Any) -> None:
-    """Print a line, with control characters of manifests and files made visible."""
-    print(visible(str(line)))
 
 
 def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: FinetuneConfig) -> tuple[Any, Any]:

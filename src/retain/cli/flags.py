@@ -205,16 +205,12 @@ def metavar_of(hint: Any) -> str:
     return METAVARS.get(kind, "VALUE")
 
 
-def _remedy(field: dataclasses.Field[Any]) -> str:
-    return getattr(field.metadata.get("help"), "remedy", "")
-
-
 def help_of(field: dataclasses.Field[Any]) -> str:
     """A field's help with its default, or that it is required."""
     text = str(field.metadata.get("help", ""))
     value = field.default_factory() if callable(field.default_factory) else field.default
     if value in (None, "", [], dataclasses.MISSING):
-        return f"{text} [required]" if _remedy(field) else text
+        return f"{text} [required]" if getattr(field.metadata.get("help"), "remedy", "") else text
     words = map(str, value) if isinstance(value, list) else [str(value).lower() if value in (True, False) else value]
     return f"{text} [default: {' '.join(map(str, words))}]".replace("%", "%%")
 
