@@ -423,11 +423,8 @@ def test_the_standard_error_counts_autocorrelation():
         ([BUDGET] * 100, True, "0.02 nats per token kept: ref_kl 0.02 ± "),
         ([0.5 * BUDGET] * 30, True, "with room left"),
         ([1.15 * BUDGET] * 30, True, "the coefficient ended at"),
-        ([*[0.0] * 4, *[9 * BUDGET / n for n in range(1, 7)]], False, "train longer, or begin with replay_coef"),
-        ([*[0.0] * 80, *[1.5 * BUDGET] * 20], False, "had not settled; train longer"),
+        ([*[0.0] * 80, *[1.5 * BUDGET] * 20], False, "train longer, begin with a larger replay_coef, or use more"),
         ([1.5 * BUDGET] * 50, False, "use more replay rows per step or a lower learning rate"),
-        ([BUDGET * (3.2 - n / 10) for n in range(16)], False, "without bringing ref_kl to the budget: use more"),
-        ([BUDGET * (1.2 + n / 50) for n in range(24)], False, "without bringing ref_kl to the budget: use more"),
         ([0.0] * 3, True, "kept as far as this many steps can tell: ref_kl 0 over the last 1 steps"),
     ],
 )
@@ -436,7 +433,6 @@ def test_the_verdict_says_what_it_saw(kls, kept, words):
     assert verdict.kept is kept
     assert words in verdict.text
     assert "the run ended" not in verdict.text
-    assert ("begin with" in verdict.text) == ("begin with" in words)
     assert verdict.coef == fed(kls).coef
 
 

@@ -36,14 +36,12 @@ FALL = (0.005, 0.1)  # ... within these per step
 HORIZON_SHARE = 1 / 20  # share of the steps taken over which KL is smoothed ...
 HORIZON = (2.0, 20.0)  # ... within these; at 20, noise of 50% swings the coefficient by less than a factor of 2
 BUDGET_TOLERANCE = 0.2  # a budget is kept by a mean KL up to 20% above it
-ROSE, FELL = 1.5, 0.9  # a coefficient that rose by this factor should have brought KL down to this share ...
-RUNAWAY = 100.0  # ... and one that rose by this factor to the budget, before a larger one is advised
 NEAR = 1.25  # a coefficient within this factor of a bound is at it: noise lifts it off
 MAX_ROUNDING = 1e-6  # nats per token by which a KL may fall below 0
 END = 0.2  # share of the steps taken that counts as the end of the run
 MAX_BATCHES = 50  # of equal length, in which the run's KL is kept; full, they are merged in pairs
 VERSION = 1
-STATE = ("coef", "smoothed", "step", "error", "batch_size", "sums", "log_coefs")  # all that the future depends on
+STATE = ("coef", "smoothed", "step", "error", "batch_size", "sums")  # all that the future depends on
 Bound = Literal["low", "high"]
 
 
@@ -103,7 +101,6 @@ class CoefController:
         self.error = FAR
         self.batch_size = 1  # steps
         self.sums: list[float] = []  # of KL, by batch
-        self.log_coefs: list[float] = []  # sums of the coefficient's logarithm, in the same batches
 
     @property
     def at_bound(self) -> Bound | None:
@@ -131,13 +128,10 @@ class CoefController:
         """Add to the sum of the last batch; merge pairs when there are too many."""
         if self.step > self.batch_size * len(self.sums):
             if len(self.sums) == MAX_BATCHES:
-                for sums in (self.sums, self.log_coefs):
-                    sums[:] = [sum(sums[i : i + 2]) for i in range(0, MAX_BATCHES, 2)]
+                self.sums = [sum(self.sums[i : i + 2]) for i in range(0, MAX_BATCHES, 2)]
                 self.batch_size *= 2
             self.sums.append(0.0)
-            self.log_coefs.append(0.0)
         self.sums[-1] += kl
-        self.log_coefs[-1] += math.log(self.coef)
 
     @property
     def _sizes(self) -> list[int]:
@@ -184,25 +178,10 @@ class CoefController:
                 f"{coef}, its upper bound: this model has no room for both; raise the budget, lower the learning rate, "
                 "or use a larger model, a higher rank or more replay rows per step"
             )
-        began, rose, fell = self._response()
-        if began >= RUNAWAY or (rose >= ROSE and fell > FELL):
-            return (
-                f"the coefficient rose to {self.coef:.3g}, {max(began, rose):,.3g} times what it had been, without "
-                "bringing ref_kl to the budget: use more replay rows per step or a lower learning rate"
-            )
-        begin = f", or begin with replay_coef {self.coef:.2g}" if rose >= ROSE else ""
-        return f"{coef} and had not settled; train longer{begin}"
-
-    def _response(self) -> tuple[float, float, float]:
-        """Factors by which the coefficient rose from its start, and it and KL since the second and third fifth."""
-        num, last = len(self.sums), math.ceil(END * len(self.sums))
-        earlier = slice(num // 5, max(num // 5 + 1, num - 2 * last))
-        coefs, kls = (
-            [sum(sums[part]) / sum(self._sizes[part]) for part in (slice(0, 1), earlier, slice(num - last, num))]
-            for sums in (self.log_coefs, self.sums)
+        return (
+            f"{coef}, too late or without effect: train longer, begin with a larger replay_coef, or use more replay "
+            "rows per step or a lower learning rate"
         )
-        fell = kls[2] / kls[1] if kls[1] else math.inf
-        return self.coef / math.exp(coefs[0]), math.exp(coefs[2] - coefs[1]), fell
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON takes it."""
