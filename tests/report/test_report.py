@@ -976,7 +976,7 @@ def test_figures_take_their_colours_from_the_page_and_have_ids_of_their_own(plai
 def test_a_figure_as_png(tmp_path: Path) -> None:
     line = PlotLine("_hidden $x$ 漢", run=0, x=[0, 1], y=[1.0, 2.0])
     figure = style.draw_panel(Panel("curve", "t", "d", "step", "nats", lines=[line]), [line.name])
-    style.save_png(figure, tmp_path / "figure.png", dpi=40)
+    style.save_png(figure, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
