@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from retain.sampling import quality as pool
 from retain.sampling.preview import preview_text
-from retain.sampling.quality import distinct_share, is_repeating, pool_statistics
+from retain.sampling.quality import is_repeating, pool_statistics
 
 PROSE = """The harbour was quiet when the first boat came in. Its crew had been out for nine days and nobody on the quay
 knew what they would say about the storm. An old man put down his net, looked at the sky, and asked whether the others
@@ -83,25 +83,22 @@ def test_the_numbers_of_a_small_pool_by_hand():
     assert found.rows["loss"] == [2.0, 1.5, 1.2, 0.0]
     assert found.rows["entropy"] == [2.0, 1.0, 1.0, 0.0]
     assert found.rows["first_end"] == [3, 0, 3, None]
-    assert found.rows["distinct_2"] == [1.0, 1.0, 1.0, None]
     assert found.rows["duplicate_of"] == [None, None, 0, None]
     assert found.rows["repeating"] == [None] * 4
     summary = found.summary
-    assert (summary["num_rows"], summary["num_tokens"], summary["num_distinct_rows"]) == (4, 12, 3)
+    assert (summary["num_rows"], summary["num_tokens"]) == (4, 12)
     assert summary["loss"]["value"] == pytest.approx(19 / 12)
     assert summary["entropy"]["value"] == pytest.approx(17 / 12)
     assert summary["loss_minus_entropy"]["value"] == pytest.approx(2 / 12)
     assert summary["loss"]["ci"][0] < 19 / 12 < summary["loss"]["ci"][1]
-    assert (summary["reached_end"], summary["median_first_end"]) == (0.75, 3)
+    assert summary["reached_end"] == 0.75
     assert summary["exact_duplicates"] == 0.25
-    assert summary["distinct_1"] == 5 / 12  # 0 to 4
-    assert summary["distinct_2"] == 5 / 9  # 12 23 30 01, 04
     assert summary["repeating"] is None
 
 
 def test_what_was_not_given_is_none_and_all_is_json():
     found = statistics_of([[5, 1, 2, 3]])
-    for key in ("entropy", "loss_minus_entropy", "reached_end", "median_first_end", "repeating"):
+    for key in ("entropy", "loss_minus_entropy", "reached_end", "repeating"):
         assert found.summary[key] is None
     one = statistics_of([np.array([5, 1, 2])], logprob_sums=[-3.0], entropy_sums=[2.0], end_ids=[2])
     assert one.summary["loss"] == {"value": 1.5, "ci": None}
@@ -109,15 +106,9 @@ def test_what_was_not_given_is_none_and_all_is_json():
     assert json.loads(json.dumps(dataclasses.asdict(one), allow_nan=False)) == dataclasses.asdict(one)
 
 
-def test_half_of_the_rows_that_reach_no_end_make_no_median():
-    assert statistics_of([[9, 0], [9, 1]], end_ids=[0]).summary["median_first_end"] is None
-    assert statistics_of([[9, 0], [9, 1, 0], [9, 1]], end_ids=[0]).summary["median_first_end"] == 1
-
-
 def test_rows_of_nothing_drawn_have_no_mean():
     found = statistics_of([[1], [1]], entropy_sums=[0, 0])
     assert found.summary["loss"] is None
-    assert found.summary["distinct_1"] is None
 
 
 def test_exact_draws_agree_with_their_entropy():
@@ -174,20 +165,11 @@ def test_a_row_too_short_to_judge_is_neither():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=8), st.integers(1, 3))
-def test_distinct_n_and_exact_duplicates_equal_their_naive_twins(rows, n):
+@given(st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=8))
+def test_exact_duplicates_equal_their_naive_twin(rows):
     arrays = [np.array(row, dtype=np.int64) for row in rows]
-    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
-    assert distinct_share(arrays, n) == (len(set(grams)) / len(grams) if grams else None)
     first = [rows.index(row) for row in rows]
     assert pool.exact_duplicates(arrays) == [None if at == i else at for i, at in enumerate(first)]
-
-
-def test_distinct_n_of_a_large_pool_is_close(monkeypatch):
-    rows = random_rows(400, 256, vocab=20000)
-    exact = [distinct_share(rows, n) for n in (1, 2)]
-    monkeypatch.setattr(pool, "MAX_COUNTED", 20000)
-    assert [distinct_share(rows, n) for n in (1, 2)] == pytest.approx(exact, rel=0.05)
 
 
 @settings(max_examples=100, deadline=None)

@@ -26,7 +26,6 @@ MIN_ROWS = 16  # for the interval of that difference to be evidence
 # What makes a row repeating.
 REPEAT, MIN_DISTINCT = 16, 2 / 3  # a third of its 16-grams came before, word for word; tables and code have new ones
 MIN_JUDGED = 16  # drawn tokens; in rows under 64 the n-grams are a quarter of the row
-MAX_COUNTED = 1 << 22  # n-grams of the pool that are counted exactly; of more, the hashes in a 2⁻ˢ part of their range
 MAX_GROUPS = 2048  # of rows resampled together in a large pool: the same interval in bounded memory
 
 
@@ -37,7 +36,7 @@ class PoolStatistics:
     Attributes:
         summary: over the pool. A mean is {"value", "ci"}: nats per token, with a 95% interval over rows, or `ci` None
             for one row. Shares are of the rows; `repeating` of the `num_judged`. None is what was not measured.
-        rows: for each of num_tokens, loss, entropy, first_end, repeating, distinct_2 and duplicate_of, a list of shape
+        rows: for each of num_tokens, loss, entropy, first_end, repeating and duplicate_of, a list of shape
             (rows,).
         warnings: what is wrong with the pool, a sentence each.
     """
@@ -81,7 +80,6 @@ def pool_statistics(
         "entropy": [None] * len(drawn) if entropy is None else (entropy / np.maximum(tokens, 1)).tolist(),
         "first_end": [int(found[0]) if len(found) else None for found in ends],
         "repeating": [is_repeating(row) for row in drawn],
-        "distinct_2": [distinct_share([row], 2) for row in drawn],
         "duplicate_of": exact_duplicates(drawn),
     }
     assert {len(column) for column in columns.values()} == {len(drawn)}, "one of each for each row"
@@ -89,30 +87,16 @@ def pool_statistics(
     summary = {
         **_pool_shares(columns, bool(end_ids)),
         **{key: _pool_mean(sums, tokens) for key, sums in means.items()},
-        **{f"distinct_{n}": distinct_share(drawn, n) for n in (1, 2, 3)},
     }
     return PoolStatistics(summary, columns, _pool_warnings(summary))
 
 
-def distinct_share(rows: Sequence[np.ndarray], n: int) -> float | None:
-    """distinct-n (Li et al. 2016): different n-grams over all n-grams of rows of shape (length,); None without any.
-
-    It falls with the size of the pool: compare pools of one size. Exact up to 4 million n-grams, beyond that within 2%.
-
-    >>> distinct_share([np.array([1, 2, 1, 2])], 2)
-    0.6666666666666666
-    """
-    total = sum(max(len(row) - n + 1, 0) for row in rows)
-    part = max(0, (total // MAX_COUNTED).bit_length())
-    below = np.uint64((1 << (64 - part)) - 1)
-    hashes = [found[found <= below] for found in (ngram_hashes(row, n) for row in rows)]
-    return min(1.0, np.unique(np.concatenate(hashes)).size * 2**part / total) if total else None
-
-
 def is_repeating(tokens: np.ndarray) -> bool | None:
     """Whether a third of a row's 16-grams, tokens of shape (length,), are copies of earlier ones; None if too short."""
-    n = min(REPEAT, len(tokens) // 4)
-    return (distinct_share([tokens], n) or 0.0) < MIN_DISTINCT if len(tokens) >= MIN_JUDGED else None
+    if len(tokens) < MIN_JUDGED:
+        return None
+    ngrams = ngram_hashes(tokens, min(REPEAT, len(tokens) // 4))
+    return np.unique(ngrams).size < MIN_DISTINCT * ngrams.size
 
 
 def exact_duplicates(drawn: Sequence[np.ndarray]) -> list[int | None]:
@@ -137,16 +121,13 @@ def _pool_shares(columns: dict[str, list[Any]], has_ends: bool) -> dict[str, Any
     num_rows = len(columns["num_tokens"])
     some = {key: num_rows - column.count(None) for key, column in columns.items()}
     judged = [flag for flag in columns["repeating"] if flag is not None]
-    median = float(np.median([np.inf if end is None else end for end in columns["first_end"]]))
     return {
         "num_rows": num_rows,
-        "num_distinct_rows": num_rows - some["duplicate_of"],
         "num_tokens": sum(columns["num_tokens"]),
         "exact_duplicates": some["duplicate_of"] / num_rows,
         "num_judged": len(judged),
         "repeating": sum(judged) / len(judged) if judged else None,
         "reached_end": some["first_end"] / num_rows if has_ends else None,
-        "median_first_end": median if np.isfinite(median) else None,  # a row that reaches none is longer than any
     }
 
 
