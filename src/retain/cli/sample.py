@@ -21,7 +21,7 @@ from retain.models.description import choose_start_token, default_device, launch
 from retain.models.loading import load_model, load_tokenizer
 from retain.report.numbers import quantity
 from retain.sampling.engine import Engine, choose_threads
-from retain.sampling.preview import pool_lines, store_lines
+from retain.sampling.preview import pool_lines
 from retain.sampling.starts import plan_starts
 from retain.sampling.write import sample_replay
 
@@ -119,9 +119,7 @@ def run_sample(config: SampleConfig) -> None:
     if main:
         shared = f", drawn by {state.num_processes} processes" if state is not None else ""
         print(f"{quantity(config.num_rows, 'row')} of {max_length} tokens in {folder}{shared}")
-        lines = pool_lines(folder, tokenizer, starts, config.preview)
-        lines += store_lines(folder, model) if config.store_reference else []
-        print(*lines, sep="\n")
+        print(*pool_lines(folder, tokenizer, starts, config.preview), sep="\n")
 
 
 def engine_of(config: SampleConfig) -> Callable[[Any, int], AbstractContextManager[Engine | None]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from retain.files import atomic_path
-from retain.losses import kl_divergence, topk_kl_divergence
-from retain.models.head import find_head_form
-from retain.models.reference import evaluation_mode
-
-if TYPE_CHECKING:
-    from retain.replay.dataset import ReplayDataset
 
 NAMES = {"hidden": ("hidden",), "topk": ("log_probs", "tokens")}
 
@@ -97,36 +91,3 @@ def open_cache(folder: Path, manifest: dict[str, Any], num_predictions: np.ndarr
         where = f"replay_dataset: {str(folder / 'manifest.json')!r} is damaged"
         raise ValueError(f"{where}: 'store_reference' is {kind!r}, not one of {', '.join(NAMES)}; sample again")
     return ReferenceCache(folder, kind, manifest["rows_per_shard"], num_predictions)
-
-
-DESCRIBED_ROWS = 8
-PROBE_TEMPERATURE = 1.25  # a distribution that is off the base by a known amount
-
-
-@torch.no_grad()
-def describe_store(model: Any, rows: ReplayDataset) -> dict[str, Any]:
-    """What the stored predictions of a model keep, on its first rows; all but `num_tokens` per token.
-
-    Returns:
-        `exact_kl`: KL(base ‖ probe), nats, the probe being the model at a temperature of 1.25; `stored_kl`: the same
-        from what is stored. `kl_error`: KL(base ‖ stored), nats, for hidden states. `rest`: mass outside of the
-        tokens that are stored.
-    """
-    assert rows.cache is not None
-    indices = range(min(DESCRIBED_ROWS, len(rows)))
-    batch = {name: value.to(model.device) for name, value in rows.batch(indices).items()}
-    mask = batch.pop("labels")[:, 1:] != -100
-    stored = {name: value.to(model.device) for name, value in rows.cache.batch(indices).items()}
-    with evaluation_mode(model):
-        logits = model(**batch, use_cache=False).logits[:, :-1][mask].float()
-    probe = logits / PROBE_TEMPERATURE
-    kept = {"num_tokens": int(mask.sum()), "exact_kl": float(kl_divergence(logits, probe).mean())}
-    if "tokens" in stored:
-        of_stored = topk_kl_divergence(stored["log_probs"], stored["tokens"].long(), probe)
-        rest = 1 - stored["log_probs"].exp().sum(-1)
-        return {**kept, "stored_kl": float(of_stored.mean()), "rest": float(rest.mean())}
-    form = find_head_form(model)
-    head = model.get_output_embeddings() if form is None else form.head(model.get_output_embeddings()).logits
-    found = head(stored["hidden"])
-    error = float(kl_divergence(logits, found).mean())
-    return {**kept, "stored_kl": float(kl_divergence(found, probe).mean()), "kl_error": error, "rest": 0.0}

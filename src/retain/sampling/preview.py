@@ -1,8 +1,7 @@
-"""A pool to look at: its statistics, what is wrong with it, what was stored beside it, and a few of its rows."""
+"""A pool to look at: its statistics, what is wrong with it, and a few of its rows."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from retain.files import visible_text, write_json
-from retain.replay.dataset import load_self_generated, read_manifest, read_shards
-from retain.replay.stored_predictions import bytes_per_token, describe_store
+from retain.replay.dataset import read_manifest, read_shards
+from retain.replay.stored_predictions import bytes_per_token
 from retain.sampling.quality import PoolStatistics, display, pool_statistics
 from retain.sampling.starts import Starts
 
@@ -44,26 +43,13 @@ def pool_lines(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> li
             f"warning: only {len(turns) - turns.count(None)} of {len(turns)} chat rows end their turn: this model does "
             "not write whole turns of this role, or max_length is too short; use start document or prompts"
         )
+    if kind := manifest["store_reference"]:
+        size = bytes_per_token(folder, statistics.summary["num_tokens"])
+        lines.append(f"  stored predictions: {kind}, {size:.1f} bytes per token")
     if preview:
         texts = [tokenizer.decode(row[length:]) for row, length in zip(rows, given, strict=True)]
         lines.append(preview_text(texts, statistics, preview))
     return lines
-
-
-def store_lines(folder: Path, model: Any) -> list[str]:
-    """What the stored predictions cost on disk and keep of the model's own, also added to `statistics.json`."""
-    rows = load_self_generated(folder)
-    assert rows.cache is not None
-    stored: dict[str, Any] = {"kind": rows.cache.kind, **describe_store(model, rows)}
-    stored["bytes_per_token"] = round(bytes_per_token(folder, int(rows.num_predictions.sum())), 1)
-    statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
-    write_json(folder / STATISTICS, {**statistics, "stored": stored})
-    error = stored["stored_kl"] - stored["exact_kl"]
-    return [
-        f"  stored predictions: {stored['kind']}, {stored['bytes_per_token']:g} bytes per token",
-        f"    KL to a probe, nats per token: {stored['stored_kl']:.5f} from the store, {stored['exact_kl']:.5f} exact "
-        f"(error {error:+.2g}, {stored['num_tokens']} tokens); mass outside of the stored tokens {stored['rest']:.2g}",
-    ]
 
 
 def end_ids(tokenizer: Any, start_id: int, starts: Starts) -> Sequence[int]:
