@@ -38,6 +38,11 @@ MAX_CHARS, MAX_NAME_CHARS = 20_000, 200  # of a string, of a run's name: what is
 MAX_LABEL_CHARS = 48  # of the first column in a terminal
 MULTILINE = ("prompt", "base", "tuned", "text", "base_top", "tuned_top")  # of models and users; a name is one line
 TABLES = ("table", "answers", "refusals", "drift", "knowledge", "matched")  # of a terminal
+HEADINGS = {  # of the tables in Markdown
+    "table": "What was learned, what was forgotten", "answers": "The same questions to both",
+    "refusals": "What the models refuse", "knowledge": "What the models know", "drift": "What the models write",
+    "matched": "At the same new-task loss", "end": "At the end of each run", "rest": "Further metrics",
+}  # fmt: skip
 
 
 def comparison_html(runs: ReportRuns, *, title: str, notes: Sequence[str] = ()) -> str:
@@ -55,7 +60,12 @@ def comparison_html(runs: ReportRuns, *, title: str, notes: Sequence[str] = ()) 
 
 
 def comparison_markdown(runs: ReportRuns, *, title: str, notes: Sequence[str] = ()) -> str:
-    return _environment(html=False).get_template("report.md").render(_view(runs, title, notes))
+    """Verdict, tables and what they mean; what was written, asked and answered is on the page."""
+    view = _view(runs, title, notes)
+    meanings = view["metrics"] | (view["answer_lines"] if view["answers"] else {})
+    meanings |= (view["scorers"] if view["refusals"] else {}) | (view["fates"] if view["knowledge"] else {})
+    shown = [(heading, view[name]) for name, heading in HEADINGS.items()]
+    return _environment(html=False).get_template("report.md").render(view | {"tables": shown, "meanings": meanings})
 
 
 def model_card_section(run: RunResults) -> str:
