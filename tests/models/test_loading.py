@@ -443,7 +443,7 @@ def test_errors_name_the_field_that_was_set(llama_folder):
     for field in ("base", "model"):
         config = MeasureConfig(**good | {field: "nope/nope/nope" if field == "base" else ["nope/nope/nope"]})
         with pytest.raises(ValueError, match=rf"^{field}: no folder or file 'nope/nope/nope'"):
-            measure_models(config, print)
+            next(measure_models(config, print))
     with pytest.raises(ValueError, match="^judge: no folder or file 'nope/nope/nope'"):
         load_judge(MeasureConfig(**good | {"judge": "nope/nope/nope"}), make_model())
     with pytest.raises(ValueError, match=r"^model_name_or_path: no folder or file 'nope/nope/nope'"):
