@@ -116,12 +116,8 @@ class Run:
         )
 
 
-def open_bench(base: Path | str, texts: Texts, settings: BenchSettings, cache: Path | None = None) -> Bench:
-    """Rows of the new task, held-out documents, and replay that the base wrote: sampled on first use.
-
-    Args:
-        cache: where what was sampled lies; beside the base by default.
-    """
+def open_bench(base: Path | str, texts: Texts, settings: BenchSettings) -> Bench:
+    """Rows of the new task, held-out documents, and replay that the base wrote, sampled beside it on first use."""
     tokenizer = load_tokenizer(str(base))
     start, length = choose_start_token(tokenizer), settings.max_length
     rng = random.Random(settings.seed)
@@ -133,7 +129,7 @@ def open_bench(base: Path | str, texts: Texts, settings: BenchSettings, cache: P
     whole = [document for document in documents if document.num_tokens == length - 1][: settings.num_documents]
     sizes = {"replay": settings.replay_rows, "held-out": settings.num_documents}
     replay, own = (
-        rows_of(base, Path(cache or base) / f"{name}-{number}x{length}-{seed}", tokenizer, number, length, seed)
+        rows_of(base, Path(base) / f"{name}-{number}x{length}-{seed}", tokenizer, number, length, seed)
         for seed, (name, number) in enumerate(sizes.items(), 2 * settings.seed)
     )
     own_rows = token_documents([own[at].tolist() for at in range(len(own))], tokenizer)

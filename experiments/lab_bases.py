@@ -29,23 +29,20 @@ from retain.lab.runner import locked
 from retain.lab.streams import RowFunction, Stream, mixture
 from retain.models.description import default_device, model_fingerprint
 from retain.training.beta2_half_life import tokens_per_step
-from retain.training.stopping import checkpoint_to_resume
 
 logger = logging.getLogger("experiments")
 LAB = CACHE / "lab"
 FACTS = "lab_base.json"  # written last into a base's folder
-SAVE_STEPS = 5000  # between checkpoints: of runs of hours, not of minutes
 
 
 class Snapshots(TrainerCallback):
-    """Evaluates and saves the model at some steps."""
+    """Evaluates and keeps the model at some steps."""
 
     def __init__(self, steps: dict[int, Path], tokenizer: Any) -> None:
         self.steps, self.tokenizer = steps, tokenizer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_evaluate |= state.global_step in self.steps
-        control.should_save &= state.global_step < state.max_steps  # there is nothing to go on to
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if folder := self.steps.get(state.global_step):
@@ -87,10 +84,9 @@ def _pretrain(
     corpus = open_corpus(config, seed)
     shape = make_config(config.model_size, vocab_size=len(corpus.tokenizer), max_length=corpus.length)
     size = counted_size_of(shape)
-    how = {"lr_scheduler_type": "constant_with_warmup", "eval_steps": 0.02, "disable_tqdm": True}
+    how = {"lr_scheduler_type": "constant_with_warmup", "eval_steps": 0.02, "save_strategy": "no", "disable_tqdm": True}
     how["use_cpu"] = default_device() == "cpu"
-    kept = {"save_steps": SAVE_STEPS, "save_total_limit": 1, "resume_from_checkpoint": "true"}
-    args = PretrainArguments(output_dir=str(root / "run"), seed=seed, **(how | kept | arguments))
+    args = PretrainArguments(output_dir=str(root / "run"), seed=seed, **(how | arguments))
     args.train_sampling_strategy = "sequential"
     steps = {tpp: max(1, round(tpp * size / tokens_per_step(args, corpus.length))) for tpp in wanted}
     args.max_steps = max(steps.values())
@@ -101,7 +97,7 @@ def _pretrain(
     trainer = make_trainer(args, config, corpus, make_model(shape, seed), seed)
     trainer.add_callback(Snapshots({step: root / f"at-{step}" for step in steps.values()}, corpus.tokenizer))
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.train()
     losses = {row["step"]: round(row["eval_loss"], 6) for row in trainer.state.log_history if "eval_loss" in row}
     per_param = tokens_per_step(args, corpus.length) / size
     bases = [

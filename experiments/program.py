@@ -22,7 +22,7 @@ from experiments.pages import NoReport, write_results
 
 logger = logging.getLogger("experiments")
 LAPTOP: dict[str, Any] = {"laptop": None}  # the scales of a study that has one
-WORKERS = {"laptop": 2, "gpu": 3}  # small models leave most of a GPU idle; else 1
+WORKERS = {"laptop": 2, "gpu": 3}  # small models leave most of a GPU idle
 Part = int | str
 Report = tuple[str, Callable[[Path], object]]  # the text for the README, and what draws the figure
 
@@ -53,7 +53,7 @@ def conduct(
     """
     options = parse_arguments(doc, scales, arguments, only)
     name, chosen = options.scale, getattr(options, only)
-    workers = options.num_workers or WORKERS.get(name, 1)
+    workers = options.num_workers or WORKERS[name]
     try:
         if not options.report:
             prepare(name)
@@ -77,15 +77,15 @@ def parse_arguments(doc: str, scales: Mapping[str, Any], arguments: Sequence[str
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.set_defaults(scale="laptop")
     if set(scales) != set(LAPTOP):
-        parser.add_argument("--scale", choices=scales, help="laptop is what the README shows; the others: sketches")
+        parser.add_argument("--scale", choices=scales, help="laptop is what the README shows")
     parser.add_argument(f"--{only}", type=lambda word: int(word) if word.isdigit() else word, nargs="*",
                         help="only these")  # fmt: skip
-    parser.add_argument("--num_workers", type=int, help="processes (laptop 2, gpu 3, paper 1)")
+    parser.add_argument("--num_workers", type=int, help="processes (laptop 2, gpu 3)")
     parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
     start_process()
     options = parser.parse_args(arguments)
     if options.scale != "laptop":
-        logger.warning("scale %s is a sketch: nobody has run these settings", options.scale)
+        logger.warning("scale %s: nobody has run these settings yet", options.scale)
     return options
 
 

@@ -1,6 +1,6 @@
 """Which way of preventing forgetting forgets least for as much learned? One command; finished runs are skipped.
 
-python -m experiments 02 [--scale laptop|gpu|paper] [--runs 0 1] [--report]
+python -m experiments 02 [--runs 0 1] [--report]
 """
 
 from __future__ import annotations
@@ -63,14 +63,10 @@ def other_seeds(name: str) -> list[int]:
     return [at for at, (method, run) in found if run.seed and settings_of(method, replace(run, seed=0)) in wanted]
 
 
-def results_file(name: str) -> Path:
-    return HERE / ("results.jsonl" if name == "laptop" else f"results-{name}.jsonl")
-
-
 def rows_of(name: str) -> list[dict[str, Any]]:
     """What there is, in the order of the plan: the study's plain run comes first."""
     places = {as_key(settings_of(method, run)): at for at, (method, run) in enumerate(runs_of(SCALES[name]))}
-    rows = StudyResults(results_file(name), "").rows.values()
+    rows = StudyResults(HERE / "results.jsonl", "").rows.values()
     return sorted(rows, key=lambda row: places.get(as_key(row["settings"]), len(places)))
 
 
@@ -85,11 +81,9 @@ def texts_of(name: str) -> Texts:
 
 @cache
 def bench_of(name: str) -> Bench:
-    """The base of a scale with its data; the small one is made on first use."""
-    scale, texts = SCALES[name], texts_of(name)
-    if scale.model is None:
-        return open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, scale.bench)
-    return open_bench(scale.model, texts, scale.bench, CACHE / f"baselines-{name}")
+    """The small base, made on first use, with the scale's data."""
+    texts = texts_of(name)
+    return open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, SCALES[name].bench)
 
 
 def make(name: str, place: int) -> dict[str, Any]:
@@ -106,7 +100,7 @@ def make(name: str, place: int) -> dict[str, Any]:
         end = None if place in plain else target_loss([make(name, one) for one in plain], GAIN)
         return SPECIAL.get(run.method, finetune)(run, own, end) | {"name": method}
 
-    return StudyResults(results_file(name), bench.fingerprint).make(settings_of(method, run), compute)
+    return StudyResults(HERE / "results.jsonl", bench.fingerprint).make(settings_of(method, run), compute)
 
 
 def report(name: str) -> Report:

@@ -1,6 +1,6 @@
 """Do small models trained to saturation forget even with replay? One command; finished runs stay.
 
-python -m experiments 07 [--scale laptop|gpu|paper] [--report]
+python -m experiments 07 [--scale laptop|gpu] [--report]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the studies of capacity take at every scale; only laptop has been run."""
+"""What the studies of capacity take: on a laptop, as shown, and with larger models on a GPU, not run yet."""
 
 from __future__ import annotations
 
@@ -25,16 +25,6 @@ class Scale:
 
 
 WIDE = (1.0, 3.0, 10.0, 30.0)
-# As many bits of language for a parameter as the smallest models of the other scales have, about half a bit.
-FULL = World(
-    num_states=16_384, vocab_size=4096, branching=8, max_length=256, batch_size=256, learning_rate=1e-3,
-    warmup_steps=150, target=4.0, tune_learning_rate=3e-4, tune_rows=256, replay_rows=64, replay_pool=65_536,
-    max_steps=5000, eval_steps=100,
-    sizes=(
-        Size("5.8M", 10_000.0, (0.3, *WIDE)), Size("12M", 1000.0, WIDE), Size("21M", 316.2278, WIDE),
-        Size("32M", 316.2278, WIDE), Size("46M", 316.2278, WIDE),
-    ),
-)  # fmt: skip
 SCALES = {
     "laptop": Scale(
         world=World(), same_loss=1.3, lengths=(17.7828, 100, 562.3413), shares=(0.1, 0.2, 0.5),
@@ -50,9 +40,5 @@ SCALES = {
             ),
         ),
         same_loss=1.5, lengths=(10, 31.6228, 100, 316.2278), shares=(0.1, 0.2, 0.5), frontier_lengths=(100, 316.2278),
-    ),
-    "paper": Scale(
-        world=FULL, same_loss=3.0, lengths=(10, 31.6228, 100, 316.2278, 1000, 3162.2777, 10_000),
-        shares=(0.05, 0.1, 0.25, 0.5, 0.75), frontier_lengths=(17.7828, 10_000),
     ),
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """How does forgetting depend on size and tokens per parameter together, and how much pretraining does it undo?
 
-python -m experiments 08 [--scale laptop|gpu|paper] [--report]
+python -m experiments 08 [--report]
 """
 
 from __future__ import annotations
@@ -32,12 +32,7 @@ class Scale:
         return [(size.name, at) for size in self.world.sizes for at in self.lengths if at <= size.most * 1.001]
 
 
-TENS = (10, 31.6228, 100, 316.2278)
-SCALES = {
-    "laptop": Scale(world=CAPACITY["laptop"].world, lengths=(17.7828, 100, 562.3413), seeds=6),
-    "gpu": Scale(world=CAPACITY["gpu"].world, lengths=TENS),
-    "paper": Scale(world=CAPACITY["paper"].world, lengths=(*TENS, 1000, 3162.2777, 10_000)),
-}
+SCALES = {"laptop": Scale(world=CAPACITY["laptop"].world, lengths=(17.7828, 100, 562.3413), seeds=6)}
 
 
 def run_seed(scale: Scale, seed: int, results: StudyResults, shared: StudyResults) -> None:

@@ -17,9 +17,9 @@ from experiments.corpora import CACHE, WHEELS
 from experiments.corpora import download as bring
 from experiments.finetunes import sampled_once
 from experiments.study_04_capabilities.data import download, instructions, social_iqa
-from retain import ReplayDataset, load_questions
-from retain.data.rows import Document, read_rows, token_documents, tokenize_documents
-from retain.measuring.choices import QUESTION_SETS, Question
+from retain import ReplayDataset
+from retain.data.rows import Document, token_documents, tokenize_documents
+from retain.measuring.choices import Question
 from retain.models.description import StartToken
 from retain.sampling.starts import chat_prefix, plan_starts
 
@@ -73,10 +73,8 @@ def mixed(one: ReplayDataset, other: ReplayDataset) -> ReplayDataset:
     return ReplayDataset.from_rows(list(rows), f"{one.source} and {other.source}", one.manifest, np.array(given))
 
 
-def web_texts(hub: str | None) -> list[list[str]]:
-    """OpenWebText documents and Wikipedia articles (short ones, from a package), or one of the Hub's corpora."""
-    if hub is not None:
-        return [list(read_rows(hub)["text"])]
+def web_texts() -> list[list[str]]:
+    """OpenWebText documents and Wikipedia articles (short ones, from a package)."""
     found = []
     for name in ("owt_5", "wikipedia_5"):
         (lines,) = read_wheel(WHEELS, "evals", rf"schelling_point/{name}\.jsonl$")
@@ -84,31 +82,21 @@ def web_texts(hub: str | None) -> list[list[str]]:
     return found
 
 
-def web_rows(
-    tokenizer: Any, start: StartToken, length: int, rng: random.Random, hub: str | None = None
-) -> list[list[int]]:
+def web_rows(tokenizer: Any, start: StartToken, length: int, rng: random.Random) -> list[list[int]]:
     """Openings of documents of each source in turn, whole rows, one of each document."""
     sources = []
-    for texts in web_texts(hub):
+    for texts in web_texts():
         rng.shuffle(texts)
         cut = tokenize_documents(texts, tokenizer, start.id, length, max_windows=1)
         sources.append([one.windows[0] for one in cut if one.num_tokens == length - 1])
     return [row for pair in zip(*sources, strict=False) for row in pair]
 
 
-def chat_turns(hub: str | None) -> list[list[dict[str, str]]]:
-    """Alpaca's instructions and answers (from a package), or the `messages` of one of the Hub's sets."""
-    if hub is not None:
-        return list(read_rows(hub)["messages"])
-    return [
-        [{"role": "user", "content": asks}, {"role": "assistant", "content": says}] for asks, says in instructions()
-    ]
-
-
-def chat_rows(tokenizer: Any, length: int, rng: random.Random, hub: str | None = None) -> list[list[int]]:
-    """Chats through the chat template, cut; those that fill less than half are left out."""
+def chat_rows(tokenizer: Any, length: int, rng: random.Random) -> list[list[int]]:
+    """Alpaca's instructions and answers through the chat template, cut; those that fill less than half are left out."""
     rows = []
-    for turns in chat_turns(hub):
+    for asks, says in instructions():
+        turns = [{"role": "user", "content": asks}, {"role": "assistant", "content": says}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         rows.append(tokenizer(text, add_special_tokens=False)["input_ids"][:length])
     rng.shuffle(rows)
@@ -135,24 +123,23 @@ def science() -> list[Question]:
 
 
 def questions_of(names: tuple[str, ...], most: int, rng: random.Random) -> dict[str, list[Question]]:
-    """Questions of packaged sets, or of the Hub's, drawn where there are too many."""
-    local = {"Social IQa": social_iqa, "science": science}
+    """Questions of packaged sets, drawn where there are too many."""
     found = {}
     for name in names:
-        questions = load_questions(name) if name in QUESTION_SETS else local[name]()
+        questions = {"Social IQa": social_iqa, "science": science}[name]()
         found[name] = rng.sample(questions, min(most, len(questions)))
     return found
 
 
 def open_pools(tokenizer: Any, start: StartToken, scale: Any, seed: int) -> Pools:
-    """Everything of a study at one scale that needs no sampling; no row is both replayed and held out."""
+    """Everything of a study that needs no sampling; no row is both replayed and held out."""
     download()
     length, count, away = scale.max_length, scale.pool_rows, scale.held_out
     new_rows = scale.max_steps * scale.batch_size * scale.accumulation
     sizes = {"max_length": length, "num_documents": scale.new_task_rows, "num_rows": new_rows}
     verilog = load_demo_data(WHEELS, tokenizer, start, seed=seed, **sizes)
-    web = web_rows(tokenizer, start, length, random.Random(seed), scale.hub_texts)
-    chats = chat_rows(tokenizer, length, random.Random(seed), scale.hub_chats)
+    web = web_rows(tokenizer, start, length, random.Random(seed))
+    chats = chat_rows(tokenizer, length, random.Random(seed))
     for name, rows in {"texts": web, "chats": chats}.items():
         if len(rows) < 2 * away:
             raise ValueError(
@@ -162,8 +149,8 @@ def open_pools(tokenizer: Any, start: StartToken, scale: Any, seed: int) -> Pool
         train=verilog.train,
         new_task=verilog.new_task,
         replay={
-            "real": ReplayDataset.from_rows(web[away : away + count], scale.hub_texts or "OpenWebText and Wikipedia"),
-            "chat": ReplayDataset.from_rows(chats[away : away + count], scale.hub_chats or "Alpaca"),
+            "real": ReplayDataset.from_rows(web[away : away + count], "OpenWebText and Wikipedia"),
+            "chat": ReplayDataset.from_rows(chats[away : away + count], "Alpaca"),
         },
         documents={WEB: token_documents(web[:away], tokenizer)},
         questions=questions_of(scale.questions, scale.num_questions, random.Random(seed)),
@@ -191,7 +178,7 @@ def open_chats(
 ) -> Written:
     """What study 12 needs beside: chats that the base wrote, alone and mixed with its own documents."""
     own, written = halves("chat", model, tokenizer, start, scale, seed)
-    rows = chat_rows(tokenizer, scale.max_length, random.Random(seed), scale.hub_chats)
+    rows = chat_rows(tokenizer, scale.max_length, random.Random(seed))
     held_out = rows[: scale.held_out]
     # The opening of a user's turn is alike in every chat: nobody has to predict it, and no replay holds it.
     opening = [len(chat_prefix(tokenizer, "user")[0])] * len(held_out)

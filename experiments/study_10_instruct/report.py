@@ -30,7 +30,7 @@ JUDGED = (
     "ref_kl on own documents", "ref_kl on web text", "forgetting on own documents", "forgetting on web text",
     "answers changed", "accuracy lost",
 )  # fmt: skip
-PLAIN, LORA, KL_SELF, NTP_REAL = "plain", "LoRA", "KL, self-generated", "NTP, real"
+PLAIN, KL_SELF, NTP_REAL = "plain", "KL, self-generated", "NTP, real"
 WORDS = {-1: "less", 0: "(open)", 1: "more"}
 
 
@@ -86,17 +86,13 @@ def steps_of(runs: Sequence[Row]) -> str:
 
 
 def compared(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The arms that learned enough in as many seeds as plain, plain first; of LoRA the better rate."""
+    """The arms that learned enough in as many seeds as plain, plain first."""
     arms = list(dict.fromkeys(row["settings"]["arm"] for row in rows))
     found = {arm: of_arm(rows, arm) for arm in sorted(arms, key=lambda arm: arm != PLAIN)}
     if not found.get(PLAIN):
         return {}
     seeds = [row["settings"]["seed"] for row in found[PLAIN]]
-    found = {arm: runs for arm, runs in found.items() if [row["settings"]["seed"] for row in runs] == seeds}
-    loras = [arm for arm in found if arm.startswith(LORA)]
-    measure = MEASURES["ref_kl on own documents"]
-    best = min(loras, key=lambda arm: value_of(found[arm], measure)[0], default=None)
-    return {arm: runs for arm, runs in found.items() if arm not in loras or arm == best}
+    return {arm: runs for arm, runs in found.items() if [row["settings"]["seed"] for row in runs] == seeds}
 
 
 def table_of_arms(rows: Sequence[Row], names: Sequence[str] = JUDGED) -> str:

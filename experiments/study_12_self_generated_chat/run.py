@@ -1,6 +1,6 @@
 """Does the model end a user's turn by itself, and are such chats of use as replay? One command; finished runs stay.
 
-python -m experiments 12 [--scale laptop|gpu|paper] [--arms 0 1] [--report]
+python -m experiments 12 [--arms 0 1] [--report]
 
 `--arms` counts through every arm of seed 0, then of seed 1, and so on.
 """

@@ -1,6 +1,6 @@
 """Does a saturated model forget less when it is enlarged, without changing its function, before it is finetuned?
 
-python -m experiments 13 [--scale laptop|gpu|paper] [--report]
+python -m experiments 13 [--report]
 """
 
 from __future__ import annotations
@@ -50,18 +50,6 @@ SCALES = {
         world=CAPACITY["laptop"].world, small="6400", tokens_per_param=562.3413, control="26e3",
         control_tokens_per_param=133.3521, widened={"hidden_size": 32, "intermediate_size": 88, "num_heads": 2},
         deepened={"num_layers": 5}, seeds=6,
-    ),
-    "gpu": Scale(
-        world=CAPACITY["gpu"].world, small="134k", tokens_per_param=316.2278, control="430k",
-        control_tokens_per_param=100.0, widened={"hidden_size": 128, "intermediate_size": 512, "num_heads": 8},
-        deepened={"num_layers": 8},
-        coefs=(3.0, 10.0, 30.0),
-    ),
-    "paper": Scale(
-        world=CAPACITY["paper"].world, small="5.8M", tokens_per_param=10_000.0, control="21M",
-        control_tokens_per_param=316.2278, widened={"hidden_size": 512, "intermediate_size": 1368, "num_heads": 32},
-        deepened={"num_layers": 24},
-        coefs=(1.0, 3.0, 10.0, 30.0),
     ),
 }  # fmt: skip
 

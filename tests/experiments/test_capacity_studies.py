@@ -274,37 +274,6 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     )  # fmt: skip
 
 
-def test_a_base_goes_on_from_its_last_checkpoint(tiny, tmp_path, monkeypatch):
-    """And ends with the weights, the losses and the curve of one that was not disturbed."""
-    monkeypatch.setattr(lab_bases, "SAVE_STEPS", 3)
-    language, lengths = tiny.language("6e3", 0), [0.2, 0.4, 0.6]
-    steps: list[int] = []
-    on_step_end = lab_bases.Snapshots.on_step_end
-
-    def killed_at_eight(self: Any, args: Any, state: Any, *rest: Any, **more: Any) -> None:
-        steps.append(state.global_step)
-        if len(steps) == 8:
-            raise KeyboardInterrupt
-        on_step_end(self, args, state, *rest, **more)
-
-    found = []
-    for folder in ("whole", "killed"):
-        monkeypatch.setattr(lab_bases, "LAB", tmp_path / folder)
-        if folder == "killed":
-            monkeypatch.setattr(lab_bases.Snapshots, "on_step_end", killed_at_eight)
-            with pytest.raises(KeyboardInterrupt):
-                lab_bases.pretrain(language, lengths, **tiny.pretraining())
-        found.append(lab_bases.pretrain(language, lengths, **tiny.pretraining()))
-    assert steps[:10] == [1, 2, 3, 4, 5, 6, 7, 8, 7, 8]
-    whole, killed = ([base | {"folder": base["folder"].name} for base in bases.values()] for bases in found)
-    assert whole == killed
-    assert len(whole[0]["curve"]) == 3
-    for one, other in zip(*(bases.values() for bases in found), strict=True):
-        weights = [(base["folder"] / "model.safetensors").read_bytes() for base in (one, other)]
-        assert weights[0] == weights[1]
-    assert not list(tmp_path.glob("*/*/run"))
-
-
 def test_a_base_that_several_ask_for_is_made_once(tiny, tmp_path, monkeypatch):
     def made(config: Any, wanted: list[float], seed: int, root: Path, *rest: Any) -> None:
         with open(tmp_path / "made.txt", "a") as file:

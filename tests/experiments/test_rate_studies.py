@@ -17,6 +17,9 @@ from experiments.study_09_learning_rate import run as rates
 from experiments.study_11_batch_size import ensemble
 from experiments.study_11_batch_size import report as batch_report
 from experiments.study_11_batch_size import run as batches
+from retain.lab.models import make_config, make_model
+from retain.lab.pretrain import make_trainer
+from retain.training.beta2_half_life import apply_half_life
 
 ROOT = Path(__file__).parents[2] / "experiments"
 
@@ -242,8 +245,19 @@ def test_a_batch_size_that_is_not_finished_is_left_out() -> None:
 
 def small_scale(module: Any, **how: Any) -> Any:
     given = {"model_size": "5000", "num_states": 8, "vocab_size": 128, "branching": 3, "max_length": 16,
-             "eval_rows": 32, "compiled": False, "ensemble": True}  # fmt: skip
+             "eval_rows": 32, "compiled": False}  # fmt: skip
     return module.Scale(**given | how)
+
+
+def pretrained(scale: Any, batch_size: int, member: Any, folder: Path) -> tuple[float, Any]:
+    """One model by `retain pretrain`'s own parts: the held-out loss at the end, and the model."""
+    corpus, args = batches.open_corpus(scale.config(), member.seed), batches.arguments(scale, batch_size, folder)
+    args.learning_rate, args.seed = member.learning_rate, member.seed
+    apply_half_life(args, member.half_life, scale.max_length)
+    shape = make_config(scale.model_size, vocab_size=len(corpus.tokenizer), max_length=corpus.length)
+    trainer = make_trainer(args, scale.config(), corpus, make_model(shape, member.seed), member.seed)
+    trainer.train()
+    return trainer.evaluate()["eval_loss"], trainer.model
 
 
 @pytest.mark.slow
@@ -258,7 +272,7 @@ def test_a_member_of_the_ensemble_is_a_run_of_pretrain(tmp_path: Path, monkeypat
         members, corpora, module.arguments(scale, 4, tmp_path), scale.model_size, tmp_path, fast=False
     )
     for member, weights, loss in zip(members[:2], together.weights, together.losses, strict=False):
-        alone, model = module.train(scale, 4, member)
+        alone, model = pretrained(scale, 4, member, tmp_path)
         assert loss == pytest.approx(alone, abs=1e-5)
         torch.testing.assert_close(weights, together.flat.vector(model), rtol=0, atol=1e-5)
     assert together.losses[1] != pytest.approx(together.losses[2], abs=1e-2)
@@ -292,21 +306,19 @@ def test_a_killed_ensemble_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("together", [True, False])
-def test_batch_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+def test_batch_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = batches
-    scale = small_scale(module, tokens=256, batch_sizes=(1, 4), half_lives=3, rates=(1e-2,), seeds=2, ensemble=together)
+    scale = small_scale(module, tokens=256, batch_sizes=(1, 4), half_lives=3, rates=(1e-2,), seeds=2)
     monkeypatch.setattr(module, "SCALES", {"laptop": scale})
     monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.setattr(module, "CACHE", tmp_path)
     (tmp_path / "README.md").write_text(README)
     module.main(["--num_workers", "1"])
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 * 3 * (1 if together else 2)
+    assert len(rows) == 2 * 3
     assert {row["num_steps"] for row in rows} == {16, 4}
     first = min(rows, key=lambda row: (row["settings"]["batch_size"], row["settings"]["half_life"]))
     assert first["beta2"] == pytest.approx(0.95)
-    for name in ("train", "train_together"):
-        monkeypatch.setattr(module, name, None)  # finished runs are not made again
+    monkeypatch.setattr(module, "train_together", None)  # finished runs are not made again
     module.main(["--num_workers", "1"])
     assert "Verdict" in (tmp_path / "README.md").read_text()

@@ -8,13 +8,9 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-
-from experiments.__main__ import STUDIES
-from retain.lab.models import counted_size_of, make_config
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -81,32 +77,9 @@ def test_no_part_outlives_a_killed_study(tmp_path: Path) -> None:
     assert not psutil.wait_procs(parts, timeout=10)[1]
 
 
-def study(name: str) -> Any:
-    return import_module(f"experiments.{name}.run")
-
-
-@pytest.mark.parametrize("name", ["study_02_baselines", "study_06_continual_tasks", "study_09_learning_rate"])
-def test_a_scale_of_which_nothing_is_made_says_so(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(SystemExit, match=rf"^{name}, scale paper: no \w+ is made yet$"):
-        study(name).main(["--scale", "paper", "--report"])
-    assert "scale paper is a sketch: nobody has run these settings" in caplog.text
-
-
-SCALED = [folder.name for number, folder in STUDIES.items() if int(number) == 2 or int(number) > 5]
-
-
-@pytest.mark.parametrize("name", SCALED)
-def test_every_scale_of_a_study_can_be_built(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its settings are valid, its models have shapes, and it has parts to make; nothing is trained."""
-    kept: dict[str, Any] = {}
-    monkeypatch.setattr(study(name), "conduct", lambda *given, **named: kept.update(named, scales=given[2]))
-    study(name).main([])
-    largest = []
-    for scale in kept["scales"].values():
-        assert len(kept["parts"](scale)) > 0
-        world = getattr(scale, "world", scale)
-        sizes = [size.name for size in world.sizes] if hasattr(world, "sizes") else [getattr(world, "model_size", None)]
-        shape = {"vocab_size": getattr(world, "vocab_size", 64), "max_length": getattr(world, "max_length", 64)}
-        largest.append(max((counted_size_of(make_config(size, **shape)) for size in sizes if size), default=0))
-    assert list(kept["scales"]) == ["laptop", "gpu", "paper"]
-    assert largest == sorted(largest), "a study grows with its scale"
+@pytest.mark.parametrize("name", ["02_baselines", "06_continual_tasks", "09_learning_rate"])
+def test_a_study_of_which_nothing_is_made_says_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = import_module(f"experiments.study_{name}.run")
+    monkeypatch.setattr(study, "HERE", tmp_path / f"study_{name}")
+    with pytest.raises(SystemExit, match=rf"^study_{name}, scale laptop: no \w+ is made yet$"):
+        study.main(["--report"])
