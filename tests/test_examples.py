@@ -6,12 +6,12 @@ import ast
 import importlib
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_texts, save_model
+from conftest import forked, make_texts, save_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = ["sft_replay", "lora_replay", "transformers_trainer", "dpo_replay"]
@@ -30,11 +30,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(name: str, *arguments: object, folder: Path) -> str:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    def program() -> None:
+        os.chdir(folder)
+        sys.argv = [name, *map(str, arguments)]
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+    process = forked(folder / f"{name}.txt", program)
+    process.join(200)
+    assert process.exitcode == 0, (folder / f"{name}.txt").read_text()[-3000:]
+    return (folder / f"{name}.txt").read_text()
 
 
 @pytest.mark.program

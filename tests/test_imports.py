@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import forked
 
 SOURCE = Path(__file__).parents[1] / "src" / "retain"
 # The rooms, floor by floor: a module may import what lies in its own room, or on a floor below.
@@ -162,13 +164,22 @@ def test_help_loads_nothing_heavy(arguments):
                         f"    retain.cli.main.main({arguments})").isdisjoint(HEAVY)  # fmt: skip
 
 
-def test_every_module_imports_on_windows():
-    """Where these modules of POSIX are missing; psutil, which has a file for each system, is loaded before."""
-    code = "import importlib, psutil, sys, warnings\nwarnings.simplefilter('ignore')  # of filelock\n"
-    code += "sys.modules |= dict.fromkeys(('fcntl', 'grp', 'pwd', 'resource'))\n"
+def test_every_module_imports_on_windows(tmp_path):
+    """Where these modules of POSIX are missing."""
     own = [name.removesuffix(".__init__") for name in MODULES if not name.endswith(("__main__", "_engine"))]
     names = [f"retain.{name}" for name in own if name != "__init__"]  # the engines of extras aside
-    assert set(names) <= loaded_after(f"{code}for name in {names}: importlib.import_module(name)")
+
+    def import_anew(names: list[str]) -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == "retain"]:
+            del sys.modules[name]
+        sys.modules.update(dict.fromkeys(("fcntl", "grp", "pwd", "resource")))
+        for name in names:
+            importlib.import_module(name)
+
+    for some, code in ((names, 0), ([*names, "fcntl"], 1)):
+        process = forked(tmp_path / "said.txt", import_anew, some)
+        process.join(60)
+        assert process.exitcode == code, (tmp_path / "said.txt").read_text()
 
 
 def test_public_names_resolve_and_others_do_not():

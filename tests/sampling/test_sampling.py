@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import types
 from functools import partial
@@ -16,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, CHATML, make_model, make_tokenizer, random_model, save_model
+from conftest import ARCHITECTURES, CHATML, forked, make_model, make_tokenizer, random_model, save_model
 from scipy.stats import chisquare
 from transformers import AutoConfig, PreTrainedModel
 
@@ -318,36 +316,31 @@ def test_a_finished_dataset_is_left_as_it_is(tmp_path):
     assert sum(finished) == 10
 
 
-SLOW_JOB = """
-import sys, time
-from retain.models.loading import load_model, load_tokenizer
-from retain.sampling.write import sample_replay
-model, tokenizer = load_model(sys.argv[1]), load_tokenizer(sys.argv[1])
-settings = {"num_rows": 40, "max_length": 8, "rows_per_shard": 4, "batch_size": 2}
-sample_replay(model, tokenizer, sys.argv[2], progress=lambda rows: time.sleep(0.05), **settings)
-"""
-
-
 def test_a_killed_job_goes_on_and_ends_the_same(tmp_path, llama_folder):
     folder = tmp_path / "replay"
-    process = subprocess.Popen([sys.executable, "-c", SLOW_JOB, str(llama_folder), str(folder)])
+    model, tokenizer = load_model(str(llama_folder)), load_tokenizer(str(llama_folder))
+    settings = {"num_rows": 40, "max_length": 8, "rows_per_shard": 4, "batch_size": 2}
+
+    def slow_job() -> None:
+        sample_replay(model, tokenizer, folder, progress=lambda rows: time.sleep(0.05), **settings)
+
+    process = forked(tmp_path / "said.txt", slow_job)
     try:
         deadline = time.monotonic() + 60
         while not list(folder.glob("shard-*.parquet")):
-            assert process.poll() is None
+            assert process.is_alive()
             assert time.monotonic() < deadline
             time.sleep(0.01)
         with pytest.raises(ValueError, match="another process is writing"):  # the lock, held by that process
             sample(folder)
     finally:
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     (folder / ".shard-00009.parquet.x1y2z3.retain-part").write_bytes(b"half a shard")
     assert 0 < len(contents(folder)) < 10
     first = {path: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
 
-    model, tokenizer = load_model(str(llama_folder)), load_tokenizer(str(llama_folder))
-    settings = {"num_rows": 40, "max_length": 8, "rows_per_shard": 4, "batch_size": 2}
     for target in (folder, tmp_path / "undisturbed"):
         sample_replay(model, tokenizer, target, **settings)
     assert contents(folder) == contents(tmp_path / "undisturbed")

@@ -1,4 +1,4 @@
-"""Train tiny models in as many processes as torchrun starts, and save the weights: `ddp_run.py FOLDER BATCH WAY CASE…`.
+"""Tiny models are trained in several processes: by `run`, or `torchrun ddp_run.py FOLDER BATCH WAY CASE…`.
 
 WAY is "ddp", "zero" (DeepSpeed, as the environment says), or "fsdp2": accelerate's own FSDP2, which it keeps for
 accelerators, on CPU processes.
@@ -128,7 +128,9 @@ def make_trainer(folder: Path, name: str, batch: int, where: dict[str, Any]) -> 
     )
 
 
-def main(folder: Path, batch: int, way: str, cases: Sequence[str]) -> None:
+def run(folder: Path, batch: int, way: str, cases: Sequence[str]) -> None:
+    if way == "fsdp2":
+        let_accelerate_shard_on_cpus()
     # Told to use the CPU, accelerate would leave DeepSpeed out.
     where = {"use_cpu": False, "ddp_backend": "gloo"} if way == "zero" else {}
     for name in cases:
@@ -151,12 +153,11 @@ def main(folder: Path, batch: int, way: str, cases: Sequence[str]) -> None:
             kept |= {"weights": weights, "wrapped": wrapped, "retention": retention, **logged}
             torch.save(kept, folder / f"{name}.pt")
 
-
-if __name__ == "__main__":
-    if sys.argv[3] == "fsdp2":
-        let_accelerate_shard_on_cpus()
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
     # Together, and with nothing left running: a process that exits with live gloo threads may abort.
     state = accelerate.PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ddp_run
 import pytest
 import torch
-from conftest import make_model, make_texts, make_tokenizer
+from conftest import forked, make_model, make_texts, make_tokenizer
 from ddp_run import CASES, MORE, PARTS
 from safetensors.torch import load_file
 
@@ -32,20 +34,34 @@ FSDP2 = {
 Found = dict[str, dict[str, Any]]
 
 
+def places(processes: int) -> list[dict[str, str]]:
+    """What torchrun tells each process; nothing where there is one."""
+    if processes == 1:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    world |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    return [world | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(processes)]
+
+
 def launch(
     folder: Path, processes: int, batch: int, way: str, names: Iterable[str] = CASES, **environment: str
 ) -> Found:
     folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(HERE / "ddp_run.py"), str(folder), str(batch), way, *names]
-    around = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    done = subprocess.run(command, env=around | environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    if way == "zero":  # in processes that find DeepSpeed when they begin
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(HERE / "ddp_run.py"), str(folder), str(batch), way, *names]
+        around = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
+        done = subprocess.run(command, env=around, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        ranks = [
+            forked(folder / f"{rank}.txt", ddp_run.run, folder, batch, way, names, **environment, **around)
+            for rank, around in enumerate(places(processes))
+        ]
+        for rank, process in enumerate(ranks):
+            process.join(240)
+            assert process.exitcode == 0, (folder / f"{rank}.txt").read_text()[-3000:]
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in names}
 
 
