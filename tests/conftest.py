@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import shutil
+import socket
 import tempfile
 import traceback
 import warnings
@@ -75,6 +76,16 @@ def forked(said: Path, work: Callable[..., object], *arguments: object, **enviro
     process = get_context("fork").Process(target=run, daemon=True)
     process.start()
     return process
+
+
+def places(processes: int) -> list[dict[str, str]]:
+    """What torchrun tells each process; nothing where there is one."""
+    if processes == 1:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    world |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    return [world | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(processes)]
 
 
 def make_texts(count: int, seed: int = 0, words: int = 40) -> list[str]:

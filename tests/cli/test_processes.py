@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import save_model
+from conftest import forked, places, save_model
+
+from retain.cli.main import main
 
 
 @pytest.mark.program
@@ -20,17 +21,25 @@ def test_two_processes_sample_the_rows_of_one(engine: str, tmp_path: Path) -> No
     flags += ["--per_device_batch_size", "4", "--engine", engine]
     flags += ["--tensor_parallel_size", "2"] if engine == "vllm" else []
     (tmp_path / "devices").mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "FAKE_VLLM_DEVICES": str(tmp_path / "devices")}
+    environment = {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "FAKE_VLLM_DEVICES": str(tmp_path / "devices")}
     stand_in = str(Path(__file__).parents[1] / "sampling" / "fake_vllm")
-    environment["PYTHONPATH"] = os.pathsep.join([stand_in, *filter(None, [os.environ.get("PYTHONPATH")])])
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    for name, before in (("one", ["-m"]), ("two", launch)):
-        command = [sys.executable, *before, "retain", "sample", *flags, "--output_dir", name]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("document start") == 1, "one process speaks"
-        assert ("drawn by 2 processes" in done.stdout) == (name == "two")
+
+    def sample(name: str) -> None:
+        sys.path.insert(0, stand_in)
+        os.chdir(tmp_path)
+        sys.exit(main(["sample", *flags, "--output_dir", name]))
+
+    for name, processes in (("one", 1), ("two", 2)):
+        said = [tmp_path / f"{name}-{rank}.txt" for rank in range(processes)]
+        ranks = [
+            forked(said[rank], sample, name, **environment, **around) for rank, around in enumerate(places(processes))
+        ]
+        for process in ranks:
+            process.join(200)
+        words = "".join(path.read_text() for path in said)
+        assert [process.exitcode for process in ranks] == [0] * processes, words[-3000:]
+        assert words.count("document start") == 1, "one process speaks"
+        assert ("drawn by 2 processes" in words) == (name == "two")
     one, two = (
         {path.name: path.read_bytes() for path in (tmp_path / name).glob("shard-*.parquet")} for name in ("one", "two")
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -14,7 +13,7 @@ from typing import Any
 import ddp_run
 import pytest
 import torch
-from conftest import forked, make_model, make_texts, make_tokenizer
+from conftest import forked, make_model, make_texts, make_tokenizer, places
 from ddp_run import CASES, MORE, PARTS
 from safetensors.torch import load_file
 
@@ -32,16 +31,6 @@ FSDP2 = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 Found = dict[str, dict[str, Any]]
-
-
-def places(processes: int) -> list[dict[str, str]]:
-    """What torchrun tells each process; nothing where there is one."""
-    if processes == 1:
-        return [{}]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
-    world |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
-    return [world | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(processes)]
 
 
 def launch(
