@@ -6,7 +6,7 @@ WHEELS := .cache/wheels
 # Idle torch threads that spin at barriers ruin a shared machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: venv demo test test-slow test-programs test-lowest test-newest kill-test lint docs clean figures test-wheel
+.PHONY: venv demo test test-slow test-programs test-ci test-lowest test-newest kill-test lint docs clean figures test-wheel
 venv: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -28,8 +28,17 @@ SIZE ?= small
 demo: $(VENV)/.done $(WHEELS)/.done
 	$(BIN)/python examples/demo.py --size $(SIZE) --data_dir $(WHEELS) --output_dir demo
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 test: $(VENV)/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
+
+# Whole programs: notebook, examples, demo, plan, sweep, two processes, Ray.
+test-programs: $(VENV)/.done
+	$(PYTEST) -m program
+
+# Both in one session, as CI runs them.
+test-ci: $(VENV)/.done
+	$(PYTEST) -m 'not slow'
 
 # Beside the environment, not in it: accelerate and transformers import DeepSpeed wherever they find it.
 .cache/deepspeed: $(VENV)/.done
@@ -48,10 +57,6 @@ test-wheel: $(VENV)/.done
 	$(WHEEL)/env/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(WHEEL)/*.whl
 	$(PYTHON) tests/wheel_verbs.py $(WHEEL)/env/bin
 
-# Whole programs, which CI runs apart from the fast tests: notebook, examples, demo, plan, sweep, two processes, Ray.
-test-programs: $(VENV)/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m program
-
 # The fast tests with the lowest versions that pyproject.toml allows, and with the newest that there are, each in an
 # environment of its own. torch is the same in both, the one CPU build that pip finds here; where a CUDA build of gigabytes
 # is no matter, `make test-lowest TORCH=2.8.0` tests its lower bound, and `make test-newest TORCH=2.15.0` the newest there was.
@@ -65,7 +70,7 @@ test-lowest test-newest: test-%:
 		> .cache/$*/versions.txt
 	@grep -E '^(torch|transformers|trl|peft|accelerate|datasets)==' .cache/$*/versions.txt | paste -sd ' '
 	@echo "other than in constraints.txt: $$(grep -vxFf constraints.txt .cache/$*/versions.txt | paste -sd ' ')"
-	OMP_NUM_THREADS=1 .cache/$*/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .cache/$*/bin/python -m pytest -n 2 --dist worksteal
 
 # Every figure, table and verdict of experiments/ from the committed results; nothing is trained.
 figures: $(VENV)/.done
