@@ -402,6 +402,7 @@ def test_finetuning_by_half_life_and_to_a_target_loss(tmp_path, capsys, llama_fo
     assert settings["replay"]["adam_beta2_half_life_tokens"] == 1000
     assert settings["training_arguments"]["adam_beta2"] == pytest.approx(0.5 ** (2 * 24 / 1000))
     assert "at 48 tokens per step (24 a row)" in output
+    command[command.index("--output_dir") + 1] = str(tmp_path / "other")
     assert main([*command, "--adam_beta2_half_life_tokens", "1000", "--adam_beta2", "0.95"]) == 1
     assert "exclude each other" in capsys.readouterr().err
 

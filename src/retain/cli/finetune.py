@@ -165,14 +165,13 @@ def settings_of_training(trainer: ReplaySFTTrainer) -> dict[str, Any]:
     free = {field.name for field in fields(FinetuneConfig)} - {field.name for field in fields(ReplayConfig)}
     if config.per_device_replay_batch_size is None:  # it follows the batch, which may have been made smaller
         free.add("per_device_replay_batch_size")
-    rows = found["replay_dataset"] or {}
-    drawn = rows.get("manifest") or {}
+    if rows := found["replay_dataset"]:
+        drawn = rows["manifest"] or {}
+        drawn = {name: drawn[name] for name in ("model_fingerprint", "seed") if name in drawn}
+        rows = {"num_rows": rows["num_rows"], "manifest": drawn}
     return {
         "replay": {name: value for name, value in found["replay"].items() if name not in free},
-        "replay_dataset": {
-            "num_rows": rows.get("num_rows"),
-            "manifest": {name: drawn[name] for name in ("model_fingerprint", "seed") if name in drawn},
-        },
+        "replay_dataset": rows,
         "num_params": found["num_params"],
     }
 
