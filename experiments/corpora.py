@@ -126,6 +126,16 @@ def read_verilog(wheels: Path, least: int = 600, most: int = 150_000) -> list[st
     return sorted({text for text in texts if least <= len(text) <= most})
 
 
+def read_cpp(least: int = 600, most: int = 150_000) -> list[str]:
+    """C++ headers of torch without their first comment, in order of names."""
+    import torch
+
+    folder = Path(torch.__file__).parent / "include"
+    texts = (path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.rglob("*.h")))
+    bare = (re.sub(r"\A(?:\s*//[^\n]*)*\s*", "", text) for text in texts)
+    return sorted({text for text in bare if least <= len(text) <= most})
+
+
 def read_python(characters: int) -> list[str]:
     """Passages of about `characters` in all, from the modules of Python's standard library in order of names."""
     found: list[str] = []

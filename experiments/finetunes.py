@@ -91,6 +91,10 @@ class Run:
     replay_every: int = 1
     pool: int | None = None
     strength: float | None = None
+    schedule: str | None = None
+    anchor_coef: float | None = None
+    ema_decay: float | None = None
+    replay_start: float | None = None
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
@@ -105,19 +109,29 @@ class Run:
 
     def config(self) -> ReplayConfig:
         """The same as `retain`'s own settings."""
-        every = {"replay_every": self.replay_every} if self.replay_every > 1 else {}
+        more: dict[str, Any] = {"replay_every": self.replay_every} if self.replay_every > 1 else {}
+        for name in ("anchor_coef", "ema_decay", "replay_start"):
+            if getattr(self, name) is not None:
+                more[name] = getattr(self, name)
         return ReplayConfig(
             replay_objective=self.objective,  # type: ignore[arg-type]
             replay_coef=self.coef,
             per_device_replay_batch_size=self.replay_rows,
             replay_share=self.share,
             replay_reference="auto" if self.method in ("full", "lora") else "copy",
-            **every,
+            **more,
         )
 
 
-def open_bench(base: Path | str, texts: Texts, settings: BenchSettings) -> Bench:
-    """Rows of the new task, held-out documents, and replay that the base wrote, sampled beside it on first use."""
+def open_bench(
+    base: Path | str, texts: Texts, settings: BenchSettings, cache: Path | None = None, *, store_fisher: bool = False
+) -> Bench:
+    """Rows of the new task, held-out documents, and replay that the base wrote: sampled on first use.
+
+    Args:
+        cache: where what was sampled lies; beside the base by default.
+        store_fisher: measure the base's Fisher information on the replay rows, once for all runs.
+    """
     tokenizer = load_tokenizer(str(base))
     start, length = choose_start_token(tokenizer), settings.max_length
     rng = random.Random(settings.seed)
@@ -129,7 +143,10 @@ def open_bench(base: Path | str, texts: Texts, settings: BenchSettings) -> Bench
     whole = [document for document in documents if document.num_tokens == length - 1][: settings.num_documents]
     sizes = {"replay": settings.replay_rows, "held-out": settings.num_documents}
     replay, own = (
-        rows_of(base, Path(base) / f"{name}-{number}x{length}-{seed}", tokenizer, number, length, seed)
+        rows_of(
+            base, Path(cache or base) / f"{name}-{number}x{length}-{seed}", tokenizer, number, length, seed,
+            store_fisher=store_fisher and name == "replay",
+        )
         for seed, (name, number) in enumerate(sizes.items(), 2 * settings.seed)
     )
     own_rows = token_documents([own[at].tolist() for at in range(len(own))], tokenizer)
@@ -152,10 +169,12 @@ def small_bench(settings: BenchSettings = BenchSettings()) -> Bench:
     return open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, settings)
 
 
-def rows_of(base: Path | str, folder: Path, tokenizer: Any, number: int, length: int, seed: int) -> ReplayDataset:
+def rows_of(
+    base: Path | str, folder: Path, tokenizer: Any, number: int, length: int, seed: int, **more: Any
+) -> ReplayDataset:
     """Rows that the base wrote at temperature 1 from its document start."""
     model = load_model(str(base), dtype="float32", device=default_device())
-    return sampled_once(model, tokenizer, folder, num_rows=number, max_length=length, seed=seed, batch_size=64)
+    return sampled_once(model, tokenizer, folder, num_rows=number, max_length=length, seed=seed, batch_size=64, **more)
 
 
 def sampled_once(model: Any, tokenizer: Any, folder: Path, **how: Any) -> ReplayDataset:
@@ -221,14 +240,14 @@ class StopBelow(TrainerCallback):
 
 
 def arguments(run: Run, folder: Path, *, eval_batch_size: int = 32, **more: Any) -> TrainingArguments:
-    """Constant learning rate after warm-up, AdamW without decay: a trajectory can be read at any of its steps."""
+    """AdamW without decay; by default a constant rate after warm-up, so a trajectory can be read at any of its steps."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=run.max_steps,
         per_device_train_batch_size=run.batch_size,
         per_device_eval_batch_size=eval_batch_size,
         learning_rate=run.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
+        lr_scheduler_type=run.schedule or "constant_with_warmup",
         warmup_steps=run.warmup_steps,
         eval_strategy="steps" if run.eval_steps else "no",
         eval_steps=run.eval_steps or None,
@@ -259,7 +278,7 @@ def make_trainer(run: Run, bench: Bench, folder: Path, kind: type = ReplayTraine
         data_collator=default_data_collator,
         processing_class=bench.tokenizer,
         replay_config=config,
-        replay_dataset=replay_of(run, bench.replay) if config.objective.draws_rows else None,
+        replay_dataset=replay_of(run, bench.replay) if config.needs_rows else None,
         retention_datasets=bench.retention if run.eval_steps else None,
     )
     trainer.remove_callback(PrinterCallback)

@@ -54,6 +54,11 @@ class SampleConfig(ModelLoadSettings):
         "Keep the model's predictions beside the rows, so that training needs no reference forward. hidden: the last "
         "hidden state, exact. topk: the 64 likeliest tokens and the mass of the rest, small.",
     )
+    store_fisher: bool = setting(
+        False,
+        "Measure the model's Fisher information on the rows and keep it beside them, so that training with anchor_coef "
+        "need not.",
+    )
     engine: Literal["torch", "vllm", "ray"] = setting(
         "torch",
         "What draws. torch: this process, or those of accelerate launch or torchrun. vllm: likewise, by vLLM, for GPUs "
@@ -111,7 +116,7 @@ def run_sample(config: SampleConfig) -> None:
         folder = sample_with_bar(
             model, tokenizer, config.output_dir, config.num_rows, max_length=max_length, seed=config.seed,
             start_token=start, starts=starts, store_reference=config.store_reference,
-            rows_per_shard=config.rows_per_shard,
+            store_fisher=config.store_fisher, rows_per_shard=config.rows_per_shard,
             batch_size=config.per_device_batch_size or (config.rows_per_shard if is_vllm else None),
             overwrite=config.overwrite_output_dir, engine=engine, engine_name="vllm" if is_vllm else "torch",
             state=state,

@@ -28,7 +28,17 @@ from retain.models.description import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
-from retain.replay.dataset import MANIFEST, MANIFEST_SCHEMA, NOT_COMPARED, read_manifest, shard_path, write_shard
+from retain.replay import fisher
+from retain.replay.dataset import (
+    MANIFEST,
+    MANIFEST_SCHEMA,
+    NOT_COMPARED,
+    load_self_generated,
+    read_manifest,
+    shard_path,
+    write_shard,
+)
+from retain.replay.fisher import FISHER_FILE
 from retain.replay.provenance import rope_switch
 from retain.replay.stored_predictions import write_predictions
 from retain.sampling.engine import Engine, Progress, Shard, batch_engine, choose_batch_size, draw_rows
@@ -61,6 +71,7 @@ def sample_replay(
     start_token: StartToken | None = None,
     starts: Starts | None = None,
     store_reference: str | None = None,
+    store_fisher: bool = False,
     batch_size: int | None = None,
     rows_per_shard: int = ROWS_PER_SHARD,
     overwrite: bool = False,
@@ -76,6 +87,7 @@ def sample_replay(
         start_token: the document start; chosen from the tokenizer by default.
         starts: how rows begin; the document start alone by default.
         store_reference: keep the model's predictions too: "hidden" or "topk" (see `reference_cache`).
+        store_fisher: measure the Fisher information of every weight on the rows, too, for `anchor_coef`.
         batch_size: rows drawn together; by default what fits the memory, or what began the dataset.
         rows_per_shard: rows of a file, the unit of work of a process and the most that a killed one loses.
         engine: what draws the shards; this process, batch by batch, by default.
@@ -126,6 +138,8 @@ def sample_replay(
         _draw_shards(folder, manifest, starts, engine, state, progress or (lambda rows: None))
         if state is not None:
             state.wait_for_everyone()
+        if main and store_fisher and not (folder / FISHER_FILE).exists():
+            fisher.store_fisher(model, load_self_generated(folder))
     return folder
 
 
@@ -193,7 +207,11 @@ def _refuse_foreign(folder: Path) -> None:
 def _begin(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
     """Write the manifest of a new dataset, or check that the one in the folder is this one."""
     if overwrite or not (folder / MANIFEST).exists():
-        for path in (*folder.glob("shard-*.parquet"), *folder.glob("reference-*.safetensors")):
+        for path in (
+            *folder.glob("shard-*.parquet"),
+            *folder.glob("reference-*.safetensors"),
+            *folder.glob(FISHER_FILE),
+        ):
             path.unlink()
         write_json(folder / MANIFEST, manifest)
         return

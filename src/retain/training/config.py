@@ -36,6 +36,11 @@ class ReplayConfig(Settings):
     replay_every: int = setting(
         1, "Replay on every k-th optimizer step, its term weighted by k: cheaper, the same pull in the long run.", low=1
     )
+    replay_start: float = setting(
+        0.0,
+        "Share of the run's steps before the first replay: with an anchor, replay is worth most at the end.",
+        high=0.99,
+    )
     replay_share: float = setting(
         0.25, "Share of each batch that becomes replay rows, with replay_objective replace.", high=1
     )
@@ -58,6 +63,18 @@ class ReplayConfig(Settings):
         "With replay_objective kl.",
         low=1e-9,
     )
+    anchor_coef: float = setting(
+        0.0,
+        "Weight of the anchor: KL(base || model) to second order, by the base's Fisher information on the replay rows "
+        "(K-FAC), for which AdamW solves in every step. It lets learning_rate rise and adds to replay; it stands alone "
+        "with replay_coef 0. 0: no anchor.",
+    )
+    ema_decay: float = setting(
+        0.0,
+        "Decay per step of an exponential moving average of the weights, which is what is measured and saved; with "
+        "anchor_coef. 0: no average.",
+        high=0.9999,
+    )
     allow_off_policy_replay: bool = setting(
         False, "Accept replay rows that another model or tokenizer wrote; the log says so."
     )
@@ -71,7 +88,19 @@ class ReplayConfig(Settings):
                     f"not {self.replay_objective!r} and {self.replay_coef:g}"
                 )
             check_number("replay_coef", self.replay_coef, low=1e-3, high=1e3)  # the bounds within which it may move
+        if self.ema_decay and not self.anchor_coef:
+            raise ValueError(f"ema_decay: {self.ema_decay:g} needs an anchor_coef above 0; set one, or ema_decay 0")
         self.objective.check_settings(self)
+
+    @property
+    def protects(self) -> bool:
+        """Whether anything does."""
+        return self.objective is not NONE or self.anchor_coef > 0
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether replay rows take part."""
+        return self.objective.draws_rows or self.anchor_coef > 0
 
     @property
     def objective(self) -> Objective:

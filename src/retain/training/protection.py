@@ -34,6 +34,7 @@ from retain.replay.dataset import ReplayDataset, load_replay_dataset, verify_rep
 from retain.replay.provenance import check_pool
 from retain.replay.stored_predictions import ReferenceCache
 from retain.report.numbers import quantity
+from retain.training.anchor import Anchor, check_anchor
 from retain.training.config import ReplayConfig
 from retain.training.objectives import NONE
 from retain.training.replay_term import ReplayTerm, TermBatch, stored_error
@@ -79,9 +80,11 @@ class Protection:
         reference: the frozen base; None where nothing is compared with it, or all of it was stored.
         cache: the base's predictions stored beside the rows, where they take the place of the reference in training.
         term: the sums that the objective is made of, once the reference is proven.
+        anchor: the base's Fisher information, once it was read from the rows.
     """
 
     term: ReplayTerm
+    anchor: Anchor | None = None
 
     def __init__(
         self,
@@ -96,7 +99,7 @@ class Protection:
         self.config, self.objective = config, config.objective
         see_the_base_everywhere(may_change=False)
         check_whole(model)
-        if self.objective is not NONE or retention:
+        if config.protects or retention:
             check_predicts_tokens(model)
         self.rows: ReplayDataset | None = None
         self.documents: dict[str, list[Document]] = {}
@@ -144,14 +147,16 @@ class Protection:
         logger.info("document start: %s", start)
 
     def _check_rows(self, model: Any) -> None:
-        if self.objective is NONE:
+        if not self.config.protects:
             logger.warning("replay_coef is 0: this run is not protected against forgetting")
-        if not self.objective.draws_rows:
+        if not self.config.needs_rows:
             return
         if self.rows is None:
+            needed = f"replay_objective {self.objective.name!r}" if self.objective.draws_rows else "anchor_coef"
+            zero = "replay_coef and anchor_coef" if self.config.anchor_coef else "replay_coef"
             raise ValueError(
-                f"replay_dataset: missing, and replay_objective {self.objective.name!r} needs it; give rows, or set "
-                "replay_coef 0 to finetune without protection"
+                f"replay_dataset: missing, and {needed} needs it; give rows, or set {zero} 0 to finetune without "
+                "protection"
             )
         check_rows_fit(self.rows, model)
         rows = (self.rows[at] for at in range(len(self.rows)))
@@ -216,19 +221,23 @@ class Protection:
         if self.cache is not None:
             self._prove_stored(model, accelerator)
             self.term.to(accelerator.device)
-        elif rows is not None and rows.log_probs is not None and self._own_rows and self.objective.draws_rows:
+        elif rows is not None and rows.log_probs is not None and self._own_rows and self.config.needs_rows:
             self._prove_rows(rows, model, accelerator)
+        if self.config.anchor_coef:
+            assert rows is not None
+            check_anchor(trainer.args, trainer)
+            self.anchor = Anchor.measure(model, rows, trainer.args.seed)
 
     def _check_host(self, trainer: Any) -> None:
         model, rows, objective = trainer.model, self.rows, self.objective
         check_devices(trainer)
-        drawn = rows.num_predictions + rows.prefix_lengths if rows is not None and objective.draws_rows else []
+        drawn = rows.num_predictions + rows.prefix_lengths if rows is not None and self.config.needs_rows else []
         texts = self.documents.values()
         windows = [len(window) for documents in texts for document in documents for window in document.windows]
         check_positions(model, [*windows, *drawn])
         dataset = getattr(trainer, "train_dataset", None)  # its rows are tokenised by now
         check_not_trained_on(dataset, self.documents, self._row_edges)
-        if rows is not None and rows.manifest is None and objective.draws_rows:  # real text
+        if rows is not None and rows.manifest is None and self.config.needs_rows:  # real text
             new = find_rows([rows[at] for at in range(len(rows))], training_rows(dataset), self._row_edges)
             if 2 * len(new) > len(rows):
                 logger.warning(
@@ -316,11 +325,12 @@ class Protection:
         rows, objective, config = self.rows, self.objective, self.config
         unused = [f"replay: {quantity(len(rows), 'row')} given, and not used"] if rows is not None else []
         dataset = getattr(trainer, "train_dataset", None)
+        anchor = [self.anchor.line(config)] if self.anchor is not None else []
         if objective is NONE:
-            return ["protection: none (replay_coef 0)", *unused]
+            return anchor or ["protection: none (replay_coef 0)", *unused]
         if objective.uses_reference and expected_steps(trainer.args, dataset) == 1:
             return ["protection: none (a run of one step: there the model is its base, and KL has no gradient)"]
-        lines = [f"protection: {objective.name}, {objective.strength(config)}"]
+        lines = [f"protection: {objective.name}, {objective.strength(config)}", *anchor]
         if objective.uses_reference:
             lines[0] += f", reference {self.reference_kind} (proven to be the base)"
         if trainer.is_fsdp_enabled and self.reference is not None and self.reference.kind == "copy":

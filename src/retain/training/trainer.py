@@ -146,6 +146,26 @@ class ReplayMixin(Host):
         mine = drawn[:, self.accelerator.process_index]
         return [self.replay.batch(indices, self.accelerator.device) for indices in mine]
 
+    # The anchor
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The host's optimizer, or AdamW with the anchor."""
+        anchor = self.replay.anchor
+        if anchor is not None and getattr(self, "optimizer", None) is None:
+            decayed = set(self.get_decay_parameter_names(self.model))
+            trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
+            groups = [
+                {"params": [weight for name, weight in trained if (name in decayed) == decays], "weight_decay": decay}
+                for decays, decay in ((True, self.args.weight_decay), (False, 0.0))
+            ]
+            self.optimizer = anchor.optimizer(groups, self.args, self.replay_config)
+        return super().create_optimizer(model)
+
+    def _show_average(self) -> None:
+        """Where weights are averaged, put the average in place; the next training step puts back what is trained."""
+        if self.replay.anchor is not None and self.optimizer is not None:
+            self.optimizer.eval()
+
     # The loss
 
     def compute_loss(
@@ -260,7 +280,14 @@ class ReplayMixin(Host):
         """The host's training; a budget begins anew, or where the checkpoint left it, and its verdict is kept."""
         check_trained(self.model, getattr(self, "train_dataset", None))
         self.budget = None
+        anchor, folder = self.replay.anchor, Path(self.args.output_dir)
+        if anchor is not None:
+            if args[0] if args else kwargs.get("resume_from_checkpoint"):
+                anchor.load(folder)
+            elif self.is_world_process_zero():
+                anchor.save(folder)
         result = super().train(*args, **kwargs)
+        self._show_average()
         if self.budget is None:  # it resumed at its last step
             self.budget = self._begin_budget()
         if self.budget is not None and self.budget.step and self.is_world_process_zero():
@@ -315,22 +342,31 @@ class ReplayMixin(Host):
         ).to_model_card(path)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The host's, for weights that are finite."""
+        """The host's, for weights that are finite; their average, where one is made."""
+        self._show_average()
         check_weights(self.model, self.accelerator, output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._show_average()  # what is trained is in the optimizer's state, then
         check_weights(self.model, self.accelerator, self.args.output_dir)  # before a host writes its model card
         super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        self._show_average()  # which the best checkpoint's is to replace
+        super()._load_best_model()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Split `loss` in the training logs, the sum, into `new_task/loss` and `replay/coef` · `replay/loss`.
 
         All are means over the logged steps and processes. A KL is logged as `replay/kl`, too, and apart over the first
         predictions of the rows (`replay/kl_opening`) and all others (`replay/kl_rest`, which a budget holds).
+        `replay/anchor` is what the anchor takes for the KL of the weights as they are.
         """
         if "loss" in logs:
             logs.update(self._meter.logs(self.state.global_step, self.replay_coef))
+            if self.replay.anchor is not None:
+                logs["replay/anchor"] = self.replay.anchor.penalty()
         super().log(logs, start_time)
 
 

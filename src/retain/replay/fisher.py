@@ -1,0 +1,53 @@
+"""The base's Fisher information on its replay rows; kept beside them by `retain sample --store_fisher`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from retain.models.fisher import Curvature, load_fisher, measure_fisher, rows_per_batch, save_fisher
+from retain.models.reference import Reference
+from retain.replay.dataset import ReplayDataset, replay_indices
+
+FISHER_FILE = "fisher.pt"
+FISHER_TOKENS = 65_536  # predictions that are read, where the rows have so many
+
+
+def fisher_of(
+    model: Any, rows: ReplayDataset, weights: Mapping[str, nn.Parameter], seed: int = 0
+) -> tuple[dict[str, Curvature], int]:
+    """Curvatures of these weights, by their names, and the predictions that they were measured on.
+
+    Args:
+        model: the base, or the base with an adapter, which is switched off.
+        seed: of the rows that are read, where not all are, and of the labels that are drawn.
+    """
+    path = Path(rows.source) / FISHER_FILE
+    if rows.manifest is not None and path.exists():
+        stored, num_tokens = load_fisher(path, model.device)
+        if not weights.keys() - stored.keys():
+            return {name: stored[name] for name in weights}, num_tokens
+    order = replay_indices(0, len(rows), len(rows), seed)
+    chosen = order[: int((rows.num_predictions[order].cumsum() < FISHER_TOKENS).sum()) + 1]
+    with Reference().base(model) if hasattr(model, "disable_adapter") else nullcontext():
+        fisher = measure_fisher(model, _batches(rows, chosen, model), weights, seed=seed)
+    return fisher, int(rows.num_predictions[chosen].sum())
+
+
+def store_fisher(model: Any, rows: ReplayDataset) -> Path:
+    """Measure every weight of the model that drew the rows, and keep that beside them."""
+    path = Path(rows.source) / FISHER_FILE
+    path.unlink(missing_ok=True)
+    save_fisher(path, *fisher_of(model, rows, dict(model.named_parameters())))
+    return path
+
+
+def _batches(rows: ReplayDataset, chosen: Any, model: Any) -> Iterator[dict[str, Tensor]]:
+    length = int((rows.num_predictions + rows.prefix_lengths)[chosen].max())
+    size = rows_per_batch(model.config.get_text_config().vocab_size, length)
+    for at in range(0, len(chosen), size):
+        yield {name: value.to(model.device) for name, value in rows.batch(chosen[at : at + size]).items()}

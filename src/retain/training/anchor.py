@@ -1,0 +1,138 @@
+"""The anchor of a run: the base's Fisher information on the replay rows, and the optimizer that is built on it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from retain.files import atomic_path
+from retain.models.fisher import Curvature, num_bytes
+from retain.replay.dataset import ReplayDataset
+from retain.replay.fisher import fisher_of
+from retain.training.anchored_adamw import AnchoredAdamW, AnchoredLoRA, AnchoredWeight
+from retain.training.config import ReplayConfig
+
+logger = logging.getLogger(__name__)
+
+ANCHOR_FILE = "anchor.pt"  # the curvatures of a run, which a resumed one needs to the last bit
+ADAMW = ("adamw_torch", "adamw_torch_fused")  # of transformers' optimizers, those that it takes the place of
+
+
+@dataclass
+class Anchor:
+    """Curvatures of every weight that a run trains.
+
+    Attributes:
+        anchored: the weights, at the base.
+        num_tokens: predictions that were read.
+        seconds: that it took.
+    """
+
+    anchored: list[AnchoredWeight | AnchoredLoRA]
+    num_tokens: int
+    seconds: float
+
+    @classmethod
+    def measure(cls, model: Any, rows: ReplayDataset, seed: int) -> Anchor:
+        """Read replay rows with the base that the model still is.
+
+        Raises:
+            ValueError: if something is trained besides whole weights, or besides LoRA of linear layers.
+        """
+        began = time.monotonic()
+        lora = {_base_name(name): (of, layer) for name, of, layer in _lora_layers(model)}
+        weights: dict[str, nn.Parameter] = {name: layer.get_base_layer().weight for name, (_, layer) in lora.items()}
+        if not lora:
+            weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        fisher, num_tokens = fisher_of(model, rows, weights, seed)
+        for curvature in fisher.values():
+            for tensor in curvature.tensors():
+                broadcast(tensor)  # kernels may differ in rounding, and with it eigenvectors
+        anchored: list[AnchoredWeight | AnchoredLoRA] = [
+            AnchoredLoRA(layer.lora_A[of].weight, layer.lora_B[of].weight, layer.scaling[of], fisher[name])
+            for name, (of, layer) in lora.items()
+        ] or [AnchoredWeight(weights[name], curvature) for name, curvature in fisher.items()]
+        known = {id(parameter) for one in anchored for parameter in one.parameters}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in known:
+                raise ValueError(
+                    f"anchor_coef: {name!r} is trained, and the anchor holds whole models or LoRA of linear layers "
+                    "alone; leave it out, or set anchor_coef 0 and use replay alone"
+                )
+        return cls(anchored, num_tokens, time.monotonic() - began)
+
+    def optimizer(self, groups: Iterable[Any], args: Any, config: ReplayConfig) -> AnchoredAdamW:
+        """The run's optimizer, of transformers' groups of parameters and training arguments."""
+        return AnchoredAdamW(
+            groups, self.anchored, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon, coef=config.anchor_coef, average_decay=config.ema_decay,
+        )  # fmt: skip
+
+    def penalty(self) -> float:
+        """½ ΔᵀFΔ of the weights in place: KL(base ‖ model) to second order, nats per token of the base's own text."""
+        with torch.no_grad():
+            return float(torch.stack([one.penalty() for one in self.anchored]).sum())
+
+    def save(self, folder: Path) -> None:
+        """Keep the curvatures for a run that resumes: Adam's state is in their coordinates."""
+        kept = [(one.curvature.left, one.curvature.right, one.curvature.parts) for one in self.anchored]
+        with atomic_path(folder / ANCHOR_FILE) as temporary:
+            torch.save(kept, temporary)
+
+    def load(self, folder: Path) -> None:
+        """Take what the run that is resumed kept, where it did."""
+        if not (folder / ANCHOR_FILE).exists():
+            return
+        kept = torch.load(folder / ANCHOR_FILE, map_location=self.anchored[0].parameters[0].device, weights_only=True)
+        for one, (left, right, parts) in zip(self.anchored, kept, strict=True):
+            one.curvature = Curvature(left, right, parts)
+
+    def line(self, config: ReplayConfig) -> str:
+        """What it does, for people to read."""
+        size = num_bytes(one.curvature for one in self.anchored)
+        average = f", weights averaged with decay {config.ema_decay:g}" if config.ema_decay else ""
+        return (
+            f"anchor: coefficient {config.anchor_coef:g}, from the Fisher information of {self.num_tokens:,} tokens of "
+            f"replay rows ({self.seconds:.0f} s, {size / 1e6:.0f} MB), inside AdamW{average}"
+        )
+
+
+def check_anchor(args: Any, trainer: Any) -> None:
+    """Raise a `ValueError` for hosts and settings with which the anchor could not work."""
+    if args.optim not in ADAMW:
+        name = getattr(args.optim, "value", args.optim)
+        raise ValueError(f"optim: {name!r} cannot hold the anchor; use adamw_torch, or set anchor_coef 0")
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        raise ValueError("optimizers: the anchor brings its own AdamW; leave them out, or set anchor_coef 0")
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError("anchor_coef: DeepSpeed and FSDP split weights that the anchor needs whole; use DDP, or 0")
+
+
+def _base_name(name: str) -> str:
+    """The name in the base of the weight of a layer that has an adapter now."""
+    return name.removeprefix("base_model.model.") + ".weight"
+
+
+def _lora_layers(model: Any) -> Iterator[tuple[str, str, Any]]:
+    """Name of each layer with an adapter, name of the adapter that is trained, and the layer."""
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        for of in module.active_adapters:
+            plain = isinstance(module, LoraLayer) and of in module.lora_A and not len(module.lora_magnitude_vector)
+            if not (plain and isinstance(module.get_base_layer(), nn.Linear)):
+                raise ValueError(
+                    f"anchor_coef: the adapter at {name!r} is no plain LoRA of a linear layer; use LoRA without DoRA, "
+                    "full finetuning, or anchor_coef 0"
+                )
+            yield name, of, module

@@ -1,0 +1,214 @@
+"""AdamW with an anchor: a penalty ½ · coef · ΔᵀFΔ on the move Δ from the base, F the base's Fisher information.
+
+Adam runs in coordinates in which F is diagonal, and each step solves for the penalty in Adam's own metric,
+
+    x ← (x − lr · m̂ / √v̂) / (1 + lr · coef · F / √v̂),
+
+so that no coefficient makes it unstable, and what the base's predictions depend on is held without slowing the rest.
+Added to the new task's gradient instead, as elastic weight consolidation has it, the same penalty takes over Adam's
+second moment and the clipped update. Adam in the eigenvectors of Kronecker factors: SOAP, Vyas et al.,
+arXiv 2409.11321; here these are the base's, and stay. Its two modes are those of schedule-free optimizers
+(Defazio et al., arXiv 2405.15682), which transformers and accelerate switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from retain.models.fisher import Curvature
+
+GROWTH = 10  # the average forgets its beginning: its decay at step t is at most t / (t + 10)
+
+
+class AnchoredWeight:
+    """A weight that is trained whole. `offset`, its move from the base, is kept in the curvature's coordinates."""
+
+    def __init__(self, parameter: nn.Parameter, curvature: Curvature) -> None:
+        self.parameters = [parameter]
+        self.curvature, self.base = curvature, parameter.detach().clone()
+
+    def read(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
+        """The coordinates of each parameter."""
+        if "offset" not in states[0]:
+            states[0]["offset"] = self.curvature.rotate((self.parameters[0] - self.base).float())
+        return [states[0]["offset"]]
+
+    def gradients(self) -> list[Tensor]:
+        """The gradient of each, in these coordinates."""
+        return [self.curvature.rotate(_gradient(self.parameters[0]))]
+
+    def pull(self, at: int, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """F x of a parameter's coordinates x, and a diagonal that is at least F."""
+        diagonal = self.curvature.diagonal()
+        return diagonal * coordinates[0], diagonal
+
+    def write(self, coordinates: list[Tensor]) -> None:
+        """Set the parameters."""
+        self.parameters[0].copy_(self.base + self.curvature.rotate_back(coordinates[0]))
+
+    def penalty(self) -> Tensor:
+        """½ ΔᵀFΔ at the parameters as they are, nats per token."""
+        offset = self.curvature.rotate((self.parameters[0] - self.base).float())
+        return (self.curvature.diagonal() * offset.square()).sum() / 2
+
+
+class AnchoredLoRA:
+    """The factors of a LoRA update Δ = scale · B A, each in the curvature's coordinates of its side."""
+
+    def __init__(self, a: nn.Parameter, b: nn.Parameter, scale: float, curvature: Curvature) -> None:
+        self.parameters, self.scale, self.curvature = [a, b], scale, curvature
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """The diagonal of F over the outputs and over the inputs."""
+        ((outputs, inputs),) = self.curvature.parts
+        assert inputs is not None
+        return outputs, inputs
+
+    def _rotate(self, a: Tensor, b: Tensor) -> list[Tensor]:
+        left, right = self.curvature.left, self.curvature.right
+        return [a if right is None else a @ right, b if left is None else left.T @ b]
+
+    def read(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
+        return self._rotate(*(parameter.float() for parameter in self.parameters))
+
+    def gradients(self) -> list[Tensor]:
+        return self._rotate(*map(_gradient, self.parameters))
+
+    def _inner(self, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """scale · A F Aᵀ over the inputs and scale · Bᵀ F B over the outputs, both of shape (rank, rank)."""
+        (a, b), (outputs, inputs) = coordinates, self._sides()
+        return self.scale * (a * inputs) @ a.T, self.scale * (b.T * outputs) @ b
+
+    def pull(self, at: int, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
+        of_a, of_b = (self.scale * inner for inner in self._inner(coordinates))
+        outputs, inputs = self._sides()
+        # the sums of a symmetric matrix's absolute values bound it: with them as the diagonal the step stays stable
+        if at == 0:
+            return (of_b @ coordinates[0]) * inputs, torch.outer(of_b.abs().sum(1), inputs)
+        return outputs[:, None] * (coordinates[1] @ of_a), torch.outer(outputs, of_a.abs().sum(1))
+
+    def write(self, coordinates: list[Tensor]) -> None:
+        (a, b), left, right = coordinates, self.curvature.left, self.curvature.right
+        self.parameters[0].copy_(a if right is None else a @ right.T)
+        self.parameters[1].copy_(b if left is None else left @ b)
+
+    def penalty(self) -> Tensor:
+        of_a, of_b = self._inner(self.read([{}, {}]))
+        return (of_a * of_b).sum() / 2
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter, dtype=torch.float32) if parameter.grad is None else parameter.grad.float()
+
+
+class AnchoredAdamW(Optimizer):
+    """AdamW around a base, which an anchor holds.
+
+    `train()` puts the weights that are trained in place, `eval()` their average; `state_dict` says which was there.
+
+    Args:
+        params: parameters or groups of them, as for any optimizer; all belong to one of `anchored`.
+        anchored: the weights, at the base.
+        coef: of the penalty; 0 is Adam in the curvature's coordinates.
+        average_decay: of the exponential average of the weights that `eval()` shows; 0: the weights themselves.
+        weight_decay: decoupled; of whole weights it shrinks the move from the base, of LoRA's factors these.
+
+    Raises:
+        ValueError: if a parameter belongs to none of `anchored`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        anchored: Sequence[AnchoredWeight | AnchoredLoRA],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        coef: float = 1.0,
+        average_decay: float = 0.0,
+    ) -> None:
+        self.anchored = anchored
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "training": True}
+        super().__init__(params, {**defaults, "coef": coef, "average_decay": average_decay})
+        known = {id(parameter) for one in anchored for parameter in one.parameters}
+        if any(id(parameter) not in known for group in self.param_groups for parameter in group["params"]):
+            raise ValueError("params: one of them belongs to no anchored weight; give it a curvature")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """A step of Adam and of the penalty."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
+        for one in self.anchored:
+            states = [self.state[parameter] for parameter in one.parameters]
+            coordinates, gradients = one.read(states), one.gradients()
+            for at, parameter in enumerate(one.parameters):
+                pull, stiffness = one.pull(at, coordinates)
+                _move(coordinates[at], gradients[at], pull, stiffness, states[at], groups[id(parameter)])
+            one.write(coordinates)
+            for parameter, state in zip(one.parameters, states, strict=True):
+                _average(parameter, state, groups[id(parameter)]["average_decay"])
+        return loss
+
+    def train(self) -> None:
+        """Put the weights that are trained in place."""
+        self._show(training=True)
+
+    def eval(self) -> None:
+        """Put their average in place, where there is one."""
+        self._show(training=False)
+
+    @torch.no_grad()
+    def _show(self, *, training: bool) -> None:
+        for group in self.param_groups:
+            if group["training"] == training:
+                continue
+            group["training"] = training
+            for parameter in group["params"]:
+                other = self.state[parameter].get("other")  # the average while training, else what is trained
+                if other is not None:
+                    shown = parameter.float().clone()
+                    parameter.copy_(other)
+                    other.copy_(shown)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimizer's; but state stays in float32 where parameters are of half precision."""
+        super().load_state_dict(state_dict)
+        saved = [at for group in state_dict["param_groups"] for at in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        for at, parameter in zip(saved, own, strict=True):
+            for name, value in state_dict["state"].get(at, {}).items():
+                if torch.is_tensor(value):
+                    self.state[parameter][name] = value.to(parameter.device)
+
+
+def _move(x: Tensor, gradient: Tensor, pull: Tensor, stiffness: Tensor, state: dict[str, Any], group: Any) -> None:
+    """Adam's step of coordinates x, and the penalty's, in place."""
+    if "step" not in state:
+        state.update(step=0, mean=torch.zeros_like(x), square=torch.zeros_like(x))
+    state["step"] += 1
+    (beta1, beta2), lr, step = group["betas"], group["lr"], state["step"]
+    state["mean"].lerp_(gradient, 1 - beta1)
+    state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    scale = (state["square"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    weight = lr * group["coef"]
+    moved = state["mean"] * (lr / (1 - beta1**step)) + weight * pull
+    x.mul_(1 - lr * group["weight_decay"]).sub_(moved.div_(scale.add_(stiffness, alpha=weight)))
+
+
+def _average(parameter: nn.Parameter, state: dict[str, Any], decay: float) -> None:
+    if not decay:
+        return
+    if "other" not in state:
+        state["other"] = parameter.float().clone()
+    state["other"].lerp_(parameter.float(), 1 - min(decay, state["step"] / (state["step"] + GROWTH)))

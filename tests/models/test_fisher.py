@@ -1,0 +1,177 @@
+"""The Fisher information against models small enough to write it down, and against the KL that it stands for."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from torch import nn
+
+from retain.losses import kl_divergence
+from retain.models.fisher import Curvature, load_fisher, measure_fisher, num_bytes, rows_per_batch, save_fisher
+from retain.models.reference import evaluation_mode
+
+VOCAB, SIZE = 5, 3
+
+
+class Bigram(nn.Module):
+    """Predicts a token from the one before: an embedding, a layer and a head, with nothing between."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.layer = nn.Embedding(VOCAB, SIZE), nn.Linear(SIZE, 4 * SIZE, bias=False)
+        self.down, self.head = nn.Linear(4 * SIZE, SIZE), nn.Linear(SIZE, VOCAB, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    device = torch.device("cpu")
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Any, use_cache: bool = False) -> Any:
+        return SimpleNamespace(logits=self.head(self.down(self.layer(self.embed(input_ids)))))
+
+
+def bigram_rows(count: int = 2000) -> list[dict[str, torch.Tensor]]:
+    """Rows of two tokens: one prediction each, so that no sum over positions stands in between."""
+    rows = torch.randint(0, VOCAB, (count, 2), generator=torch.Generator().manual_seed(1))
+    labels = rows.clone()
+    labels[:, 0] = -100
+    return [{"input_ids": rows[at : at + 4], "labels": labels[at : at + 4]} for at in range(0, count, 4)]
+
+
+def exact_fisher(model: nn.Module, weight: nn.Parameter, rows: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """E[∇ log p ∇ log pᵀ] over all tokens that the model could say, not over drawn ones; (weights, weights)."""
+    inputs = torch.cat([row["input_ids"][:, 0] for row in rows])
+    total = torch.zeros(weight.numel(), weight.numel())
+    for token, count in zip(*inputs.unique(return_counts=True), strict=True):
+        log_probs = model(token.reshape(1, 1)).logits[0, 0].log_softmax(-1)
+        for log_prob in log_probs:
+            (gradient,) = torch.autograd.grad(log_prob, weight, retain_graph=True)
+            total += count * log_prob.exp().detach() * torch.outer(gradient.flatten(), gradient.flatten())
+    return total / len(inputs)
+
+
+@pytest.mark.parametrize("name", ["layer.weight", "down.weight", "head.weight"])
+def test_each_factor_is_that_of_the_exact_fisher(name: str) -> None:
+    model, rows = Bigram(), bigram_rows()
+    weights = dict(model.named_parameters())
+    curvature = measure_fisher(model, rows, {name: weights[name]})[name]
+    weight = weights[name]
+    exact = exact_fisher(model, weight, rows).reshape(*weight.shape, *weight.shape)
+    ((outputs, inputs),) = curvature.parts
+    assert inputs is not None
+    # Summed over one side, the Kronecker product says exactly what the other side's marginal is.
+    by_output, by_input = exact.diagonal(dim1=1, dim2=3).sum(-1), exact.diagonal(dim1=0, dim2=2).sum(-1)
+    if curvature.right is not None:
+        assert weight.shape[1] <= weight.shape[0]
+        measured = curvature.right @ torch.diag(inputs) @ curvature.right.T
+        assert torch.allclose(measured / measured.trace(), by_input / by_input.trace(), atol=0.08)
+    else:
+        assert curvature.left is not None
+        measured = curvature.left @ torch.diag(outputs) @ curvature.left.T
+        assert torch.allclose(measured / measured.trace(), by_output / by_output.trace(), atol=0.08)
+
+
+def test_the_head_of_a_model_of_one_token_is_exact() -> None:
+    """With one input all factors are constants, so that K-FAC is the Fisher information itself."""
+    model = Bigram()
+    rows = [{"input_ids": torch.tensor([[2, 1]]), "labels": torch.tensor([[-100, 1]])}] * 3
+    curvature = measure_fisher(model, rows, {"head.weight": model.head.weight})["head.weight"]
+    exact = exact_fisher(model, model.head.weight, rows).reshape(VOCAB, SIZE, VOCAB, SIZE)
+    of_rows = torch.stack([exact[at, :, at, :] for at in range(VOCAB)])  # the diagonal over the outputs, as is said
+    ((outputs, inputs),) = curvature.parts
+    assert curvature.right is not None
+    assert inputs is not None
+    inner = curvature.right @ torch.diag(inputs) @ curvature.right.T
+    assert torch.allclose(outputs[:, None, None] * inner, of_rows, atol=1e-5)
+
+
+def test_any_other_weight_has_the_diagonal_of_the_exact_fisher() -> None:
+    model, rows = Bigram(), bigram_rows(8000)
+    curvature = measure_fisher(model, rows, {"down.bias": model.down.bias})["down.bias"]
+    exact = exact_fisher(model, model.down.bias, rows).diagonal()
+    assert torch.allclose(curvature.diagonal(), exact, rtol=0.15)
+
+
+def test_a_tied_embedding_has_the_parts_of_both_its_uses() -> None:
+    model, rows = Bigram(tied=True), bigram_rows()
+    weights = {"embed.weight": model.embed.weight}
+    tied = measure_fisher(model, rows, weights)["embed.weight"]
+    untied = Bigram()
+    untied.load_state_dict({**model.state_dict(), "head.weight": model.embed.weight.detach()})
+    parts = measure_fisher(untied, rows, {"e": untied.embed.weight, "h": untied.head.weight})
+    move = torch.randn(VOCAB, SIZE, generator=torch.Generator().manual_seed(3))
+
+    def trace(curvature: Curvature) -> float:
+        return float(curvature.diagonal().sum())
+
+    assert trace(tied) == pytest.approx(trace(parts["e"]) + trace(parts["h"]), rel=0.05)
+    assert torch.allclose(tied.rotate_back(tied.rotate(move)), move, atol=1e-6)
+
+
+def test_in_a_small_move_of_one_matrix_it_is_the_kl_to_second_order() -> None:
+    model = make_model()
+    ids = torch.randint(5, 200, (64, 12), generator=torch.Generator().manual_seed(2))
+    rows = [{"input_ids": ids[at : at + 4], "labels": ids[at : at + 4]} for at in range(0, 64, 4)]
+    weights = {n: w for n, w in model.named_parameters() if n.endswith("down_proj.weight")}
+    fisher = measure_fisher(model, rows, weights, seed=1)
+    with evaluation_mode(model), torch.no_grad():
+        before = model(ids).logits[:, :-1]
+        for name, weight in weights.items():
+            curvature, moved = fisher[name], copy.deepcopy(model)
+            move = 1e-3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(4))
+            dict(moved.named_parameters())[name].add_(move)
+            kl = float(kl_divergence(before, moved(ids).logits[:, :-1]).mean())
+            said = float((curvature.diagonal() * curvature.rotate(move).square()).sum()) / 2
+            assert said == pytest.approx(kl, rel=0.35), name
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    model = make_model()
+    model.train()
+    frozen = model.model.layers[0].mlp.up_proj.weight
+    frozen.requires_grad_(False)
+    ids = torch.randint(5, 200, (4, 8))
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    measure_fisher(model, [{"input_ids": ids, "labels": ids}], dict(model.named_parameters()))
+    assert model.training
+    assert not frozen.requires_grad
+    assert all(weight.grad is None for weight in model.parameters())
+    assert all(torch.equal(before[name], weight) for name, weight in model.named_parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_layers_that_see_the_same_inputs_share_their_eigenvectors(tmp_path: Any) -> None:
+    model = make_model()
+    ids = torch.randint(5, 200, (8, 16))
+    mlp = model.model.layers[0].mlp
+    weights = {"gate": mlp.gate_proj.weight, "up": mlp.up_proj.weight}
+    fisher = measure_fisher(model, [{"input_ids": ids, "labels": ids}], weights)
+    assert fisher["gate"].right is fisher["up"].right is not None
+    assert num_bytes(fisher.values()) < sum(num_bytes([one]) for one in fisher.values())
+    save_fisher(tmp_path / "fisher.pt", fisher, 120)
+    loaded, num_tokens = load_fisher(tmp_path / "fisher.pt")
+    assert num_tokens == 120
+    assert all(torch.equal(loaded[name].diagonal(), one.diagonal()) for name, one in fisher.items())
+    assert num_bytes(loaded.values()) == num_bytes(fisher.values())
+
+
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Any) -> None:
+    (tmp_path / "fisher.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"anchor_coef: .*fisher.pt' is damaged; delete it"):
+        load_fisher(tmp_path / "fisher.pt")
+
+
+def test_a_backward_pass_holds_few_rows_and_few_logits() -> None:
+    assert rows_per_batch(1000, 64) == 4
+    assert rows_per_batch(256_000, 512) == 1
