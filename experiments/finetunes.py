@@ -144,7 +144,12 @@ def open_bench(
     sizes = {"replay": settings.replay_rows, "held-out": settings.num_documents}
     replay, own = (
         rows_of(
-            base, Path(cache or base) / f"{name}-{number}x{length}-{seed}", tokenizer, number, length, seed,
+            base,
+            Path(cache or base) / f"{name}-{number}x{length}-{seed}",
+            tokenizer,
+            number,
+            length,
+            seed,
             store_fisher=store_fisher and name == "replay",
         )
         for seed, (name, number) in enumerate(sizes.items(), 2 * settings.seed)
@@ -240,7 +245,7 @@ class StopBelow(TrainerCallback):
 
 
 def arguments(run: Run, folder: Path, *, eval_batch_size: int = 32, **more: Any) -> TrainingArguments:
-    """AdamW without decay; by default a constant rate after warm-up, so a trajectory can be read at any of its steps."""
+    """AdamW without decay; by default a constant rate after warm-up: such a run can be read at any of its steps."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=run.max_steps,

@@ -87,6 +87,10 @@ class ReplayConfig(Settings):
                     f"max_ref_kl: {self.max_ref_kl} needs replay_objective kl and a replay_coef above 0, "
                     f"not {self.replay_objective!r} and {self.replay_coef:g}"
                 )
+            if self.replay_start:
+                raise ValueError(
+                    f"replay_start: {self.replay_start:g} leaves max_ref_kl no KL to hold; set one of them 0"
+                )
             check_number("replay_coef", self.replay_coef, low=1e-3, high=1e3)  # the bounds within which it may move
         if self.ema_decay and not self.anchor_coef:
             raise ValueError(f"ema_decay: {self.ema_decay:g} needs an anchor_coef above 0; set one, or ema_decay 0")

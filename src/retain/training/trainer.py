@@ -112,7 +112,9 @@ class ReplayMixin(Host):
 
     @property
     def _replay_is_due(self) -> bool:
-        return self.objective is not NONE and self.state.global_step % self.replay_config.replay_every == 0
+        config, step = self.replay_config, self.state.global_step
+        begun = step >= config.replay_start * self.state.max_steps
+        return self.objective is not NONE and begun and step % config.replay_every == 0
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Draw the replay rows of an optimizer step together with its new rows."""

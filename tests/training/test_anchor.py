@@ -1,0 +1,238 @@
+"""The anchor's step against Adam and against the penalty it solves for; runs with it, their average and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig
+from torch import nn
+from training_runs import LORA, config, difference, logged, rows_of, train, weights
+
+from retain import ReplayConfig, ReplaySFTTrainer
+from retain.models.fisher import Curvature
+from retain.replay.dataset import ReplayDataset
+from retain.training.anchored_adamw import AnchoredAdamW, AnchoredLoRA, AnchoredWeight
+
+ALONE = {"replay_coef": 0.0, "anchor_coef": 10.0}
+
+
+@pytest.fixture(scope="module")
+def replay() -> ReplayDataset:
+    return rows_of(make_model())
+
+
+def orthogonal(size: int, seed: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(seed)))[0]
+
+
+def curvature(outputs: int = 6, inputs: int = 4) -> Curvature:
+    generator = torch.Generator().manual_seed(7)
+    sides = [torch.rand(size, generator=generator) for size in (outputs, inputs)]
+    return Curvature(None, orthogonal(inputs, 1), [(sides[0], sides[1])])
+
+
+def exact(of: Curvature) -> torch.Tensor:
+    """The Fisher information as one matrix over the flattened weight."""
+    ((outputs, inputs),) = of.parts
+    assert of.right is not None
+    assert inputs is not None
+    return torch.kron(torch.diag(outputs), of.right @ torch.diag(inputs) @ of.right.T)
+
+
+def penalty_of(move: torch.Tensor, of: Curvature) -> torch.Tensor:
+    return move.flatten() @ exact(of) @ move.flatten() / 2
+
+
+def test_without_a_coefficient_and_a_rotation_it_is_adamw() -> None:
+    torch.manual_seed(0)
+    ours, theirs = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    flat = Curvature(None, None, [(torch.ones(3), torch.ones(2))])
+    optimizers = (
+        AnchoredAdamW([ours], [AnchoredWeight(ours, flat)], lr=0.1, coef=0.0),
+        torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.0),
+    )
+    for _ in range(5):
+        gradient = torch.randn(3, 2)
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_its_penalty_and_pull_are_those_of_the_whole_matrix_and_its_gradient() -> None:
+    of, weight = curvature(), nn.Parameter(torch.zeros(6, 4))
+    anchored = AnchoredWeight(weight, of)
+    with torch.no_grad():
+        weight.normal_()
+    by_hand = penalty_of(weight, of)
+    (gradient,) = torch.autograd.grad(by_hand, weight)
+    assert anchored.penalty().item() == pytest.approx(by_hand.item())
+    (offset,) = anchored.read([{}])
+    assert torch.allclose(of.rotate_back(anchored.pull(0, [offset])[0]), gradient, atol=1e-5)
+
+
+def test_lora_is_held_as_the_whole_weight_would_be_at_the_same_move() -> None:
+    of, scale = curvature(), 2.0
+    a, b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(6, 3))
+    anchored = AnchoredLoRA(a, b, scale, of)
+    by_hand = penalty_of(scale * b @ a, of)
+    gradients = torch.autograd.grad(by_hand, [a, b])
+    assert anchored.penalty().item() == pytest.approx(by_hand.item(), rel=1e-5)
+    coordinates = anchored.read([{}, {}])
+    for at, gradient in enumerate(gradients):
+        pull = anchored.pull(at, coordinates)[0]
+        back = pull @ of.right.T if at == 0 else pull  # type: ignore[union-attr]
+        assert torch.allclose(back, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_the_stiffness_of_lora_bounds_what_its_penalty_does() -> None:
+    """diag(stiffness) - F is positive for each factor, so no coefficient makes a step overshoot."""
+    of = curvature()
+    a, b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(6, 3))
+    anchored = AnchoredLoRA(a, b, 1.0, of)
+    coordinates = anchored.read([{}, {}])
+    for at, size in enumerate((3 * 4, 6 * 3)):
+        stiffness = anchored.pull(at, coordinates)[1]
+        columns = []
+        for unit in torch.eye(size):
+            probe = list(coordinates)
+            probe[at] = unit.reshape(coordinates[at].shape)
+            columns.append(anchored.pull(at, probe)[0].flatten())
+        slack = torch.diag(stiffness.flatten()) - torch.stack(columns, 1)
+        assert torch.linalg.eigvalsh((slack + slack.T) / 2).min() > -1e-5
+
+
+@pytest.mark.parametrize("coef", [1.0, 1e6])
+def test_a_step_ends_where_the_penalty_in_adams_metric_is_least(coef: float) -> None:
+    """x + = argmin of sqrt(v) (x - x_adam)^2 / 2 lr + coef * penalty, in the curvature's coordinates."""
+    of, weight = curvature(), nn.Parameter(torch.zeros(6, 4))
+    anchored = AnchoredWeight(weight, of)
+    with torch.no_grad():
+        weight.normal_()
+    (before,), gradient = [one.clone() for one in anchored.read([{}])], torch.randn(6, 4)
+    weight.grad = gradient.clone()
+    AnchoredAdamW([weight], [anchored], lr=0.1, coef=coef).step()
+    metric = of.rotate(gradient).abs()  # sqrt of the second moment after one step
+    adam = before - 0.1 * of.rotate(gradient).sign()
+    wanted = metric * adam / (metric + 0.1 * coef * of.diagonal())
+    (after,) = AnchoredWeight(weight, of).read([{"offset": of.rotate(weight.detach())}])
+    assert torch.allclose(after, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_the_average_comes_and_goes_and_a_half_precision_state_keeps_its_bits() -> None:
+    weight = nn.Parameter(torch.zeros(6, 4, dtype=torch.bfloat16))
+    anchored = [AnchoredWeight(weight, curvature())]
+    optimizer = AnchoredAdamW([weight], anchored, lr=0.1, average_decay=0.9)
+    for step in range(4):
+        weight.grad = torch.full_like(weight, float(step - 1))
+        optimizer.step()
+    trained = weight.detach().clone()
+    optimizer.eval()
+    average = weight.detach().clone()
+    assert not torch.equal(trained, average)
+    kept = optimizer.state_dict()
+    resumed = AnchoredAdamW([weight], anchored, lr=0.1, average_decay=0.9)
+    resumed.load_state_dict(kept)
+    assert all(value.dtype == torch.float32 for value in resumed.state[weight].values() if torch.is_tensor(value))
+    resumed.eval()
+    assert torch.equal(weight, average)
+    resumed.train()
+    assert torch.equal(weight, trained)
+
+
+# In a trainer
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_it_holds_the_model_without_any_replay_row(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
+    adapter: dict[str, Any] = {"peft_config": LoraConfig(**LORA)} if lora else {}
+    held = {}
+    for coef in (1.0, 1e4):
+        settings = ReplayConfig(replay_coef=0.0, anchor_coef=coef)
+        trainer = train(tmp_path / f"{coef:g}", replay, replay_config=settings, **adapter)
+        held[coef] = logged(trainer, "replay/anchor")[-1]
+        assert logged(trainer, "replay/kl") == []
+        assert trainer.protection()[0].startswith(f"anchor: coefficient {coef:g}, from the Fisher information of 460 ")
+    assert held[1e4] < 0.2 * held[1.0]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_micro_batches_change_nothing(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
+    adapter: dict[str, Any] = {"peft_config": LoraConfig(**LORA)} if lora else {}
+    settings = ReplayConfig(replay_coef=1.0, per_device_replay_batch_size=2, anchor_coef=10.0, ema_decay=0.9)
+    whole = train(tmp_path / "whole", replay, replay_config=settings, **adapter)
+    one = ReplayConfig(replay_coef=1.0, per_device_replay_batch_size=1, anchor_coef=10.0, ema_decay=0.9)
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    split = train(tmp_path / "split", replay, replay_config=one, changes=changes, **adapter)
+    assert difference(weights(whole.model), weights(split.model)) < 2e-4
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
+    adapter: dict[str, Any] = {"peft_config": LoraConfig(**LORA)} if lora else {}
+    settings = ReplayConfig(replay_coef=1.0, anchor_coef=10.0, ema_decay=0.9)
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
+    unbroken = train(tmp_path, replay, replay_config=settings, changes=saving, **adapter)
+    resumed = train(
+        tmp_path, replay, replay_config=settings, changes=saving, resume=str(tmp_path / "checkpoint-2"), **adapter
+    )
+    assert difference(weights(unbroken.model), weights(resumed.model)) == 0.0
+
+
+def test_what_is_measured_and_saved_is_the_average(tmp_path: Path, replay: ReplayDataset) -> None:
+    settings = ReplayConfig(replay_coef=0.0, anchor_coef=1.0, ema_decay=0.9)
+    trainer = train(tmp_path, replay, replay_config=settings)
+    average = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = type(trainer.model).from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(saved[name], average[name]) for name in saved)
+    trainer.optimizer.train()
+    assert difference(weights(trainer.model), average) > 0
+
+
+def test_replay_may_begin_late(tmp_path: Path, replay: ReplayDataset) -> None:
+    settings = ReplayConfig(replay_coef=1.0, anchor_coef=10.0, replay_start=0.5)
+    trainer = train(tmp_path, replay, replay_config=settings, changes={"max_steps": 6})
+    steps = [row["step"] for row in trainer.state.log_history if "replay/kl" in row]
+    assert steps == [4, 5, 6]
+    assert min(logged(trainer, "replay/kl")) > 0
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "adapter", "words"),
+    [
+        ({"optim": "adafactor"}, None, "optim: 'adafactor' cannot hold the anchor; use adamw_torch"),
+        ({}, LoraConfig(**LORA, use_dora=True), "no plain LoRA of a linear layer"),
+        ({}, LoraConfig(**LORA, modules_to_save=["lm_head"]), "'base_model.model.lm_head.*is trained, and the anchor"),
+    ],
+)
+def test_what_it_cannot_hold_is_refused(
+    tmp_path: Path, replay: ReplayDataset, changes: dict[str, Any], adapter: Any, words: str
+) -> None:
+    given = {"peft_config": adapter} if adapter is not None else {}
+    with pytest.raises(ValueError, match=words):
+        train(tmp_path, replay, replay_config=ReplayConfig(**ALONE), changes=changes, **given)
+
+
+def test_it_needs_rows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="replay_dataset: missing, and anchor_coef needs it"):
+        ReplaySFTTrainer(model=make_model(), args=config(tmp_path), replay_config=ReplayConfig(**ALONE))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ema_decay": 0.9}, "ema_decay: 0.9 needs an anchor_coef above 0"),
+        ({"replay_start": 0.5, "max_ref_kl": 0.1}, "replay_start: 0.5 leaves max_ref_kl no KL to hold"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ReplayConfig(**settings)
