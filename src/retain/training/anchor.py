@@ -75,7 +75,7 @@ class Anchor:
         """The run's optimizer, of transformers' groups of parameters and training arguments."""
         return AnchoredAdamW(
             groups, self.anchored, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon, coef=config.anchor_coef, average_decay=config.ema_decay,
+            eps=args.adam_epsilon, coef=config.anchor_coef,
         )  # fmt: skip
 
     def penalty(self) -> float:
@@ -100,10 +100,9 @@ class Anchor:
     def line(self, config: ReplayConfig) -> str:
         """What it does, for people to read."""
         size = num_bytes(one.curvature for one in self.anchored)
-        average = f", weights averaged with decay {config.ema_decay:g}" if config.ema_decay else ""
         return (
             f"anchor: coefficient {config.anchor_coef:g}, from the Fisher information of {self.num_tokens:,} tokens of "
-            f"replay rows ({self.seconds:.0f} s, {size / 1e6:.0f} MB), inside AdamW{average}"
+            f"replay rows ({self.seconds:.0f} s, {size / 1e6:.0f} MB), inside AdamW"
         )
 
 

@@ -7,8 +7,7 @@ Adam runs in coordinates in which F is diagonal, and each step solves for the pe
 so that no coefficient makes it unstable, and what the base's predictions depend on is held without slowing the rest.
 Added to the new task's gradient instead, as elastic weight consolidation has it, the same penalty takes over Adam's
 second moment and the clipped update. Adam in the eigenvectors of Kronecker factors: SOAP, Vyas et al.,
-arXiv 2409.11321; here these are the base's, and stay. Its two modes are those of schedule-free optimizers
-(Defazio et al., arXiv 2405.15682), which transformers and accelerate switch.
+arXiv 2409.11321; here these are the base's, and stay.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from retain.models.fisher import Curvature
-
-GROWTH = 10  # the average forgets its beginning: its decay at step t is at most t / (t + 10)
 
 
 class AnchoredWeight:
@@ -109,13 +106,10 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 class AnchoredAdamW(Optimizer):
     """AdamW around a base, which an anchor holds.
 
-    `train()` puts the weights that are trained in place, `eval()` their average; `state_dict` says which was there.
-
     Args:
         params: parameters or groups of them, as for any optimizer; all belong to one of `anchored`.
         anchored: the weights, at the base.
         coef: of the penalty; 0 is Adam in the curvature's coordinates.
-        average_decay: of the exponential average of the weights that `eval()` shows; 0: the weights themselves.
         weight_decay: decoupled; of whole weights it shrinks the move from the base, of LoRA's factors these.
 
     Raises:
@@ -132,11 +126,10 @@ class AnchoredAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         coef: float = 1.0,
-        average_decay: float = 0.0,
     ) -> None:
         self.anchored = anchored
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "training": True}
-        super().__init__(params, {**defaults, "coef": coef, "average_decay": average_decay})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "coef": coef}
+        super().__init__(params, defaults)
         known = {id(parameter) for one in anchored for parameter in one.parameters}
         if any(id(parameter) not in known for group in self.param_groups for parameter in group["params"]):
             raise ValueError("params: one of them belongs to no anchored weight; give it a curvature")
@@ -156,30 +149,7 @@ class AnchoredAdamW(Optimizer):
                 pull, stiffness = one.pull(at, coordinates)
                 _move(coordinates[at], gradients[at], pull, stiffness, states[at], groups[id(parameter)])
             one.write(coordinates)
-            for parameter, state in zip(one.parameters, states, strict=True):
-                _average(parameter, state, groups[id(parameter)]["average_decay"])
         return loss
-
-    def train(self) -> None:
-        """Put the weights that are trained in place."""
-        self._show(training=True)
-
-    def eval(self) -> None:
-        """Put their average in place, where there is one."""
-        self._show(training=False)
-
-    @torch.no_grad()
-    def _show(self, *, training: bool) -> None:
-        for group in self.param_groups:
-            if group["training"] == training:
-                continue
-            group["training"] = training
-            for parameter in group["params"]:
-                other = self.state[parameter].get("other")  # the average while training, else what is trained
-                if other is not None:
-                    shown = parameter.float().clone()
-                    parameter.copy_(other)
-                    other.copy_(shown)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every optimizer's; but state stays in float32 where parameters are of half precision."""
@@ -204,11 +174,3 @@ def _move(x: Tensor, gradient: Tensor, pull: Tensor, stiffness: Tensor, state: d
     weight = lr * group["coef"]
     moved = state["mean"] * (lr / (1 - beta1**step)) + weight * pull
     x.mul_(1 - lr * group["weight_decay"]).sub_(moved.div_(scale.add_(stiffness, alpha=weight)))
-
-
-def _average(parameter: nn.Parameter, state: dict[str, Any], decay: float) -> None:
-    if not decay:
-        return
-    if "other" not in state:
-        state["other"] = parameter.float().clone()
-    state["other"].lerp_(parameter.float(), 1 - min(decay, state["step"] / (state["step"] + GROWTH)))

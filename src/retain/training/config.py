@@ -69,12 +69,6 @@ class ReplayConfig(Settings):
         "(K-FAC), for which AdamW solves in every step. It lets learning_rate rise and adds to replay; it stands alone "
         "with replay_coef 0. 0: no anchor.",
     )
-    ema_decay: float = setting(
-        0.0,
-        "Decay per step of an exponential moving average of the weights, which is what is measured and saved; with "
-        "anchor_coef. 0: no average.",
-        high=0.9999,
-    )
     allow_off_policy_replay: bool = setting(
         False, "Accept replay rows that another model or tokenizer wrote; the log says so."
     )
@@ -92,8 +86,6 @@ class ReplayConfig(Settings):
                     f"replay_start: {self.replay_start:g} leaves max_ref_kl no KL to hold; set one of them 0"
                 )
             check_number("replay_coef", self.replay_coef, low=1e-3, high=1e3)  # the bounds within which it may move
-        if self.ema_decay and not self.anchor_coef:
-            raise ValueError(f"ema_decay: {self.ema_decay:g} needs an anchor_coef above 0; set one, or ema_decay 0")
         self.objective.check_settings(self)
 
     @property

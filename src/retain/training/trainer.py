@@ -163,11 +163,6 @@ class ReplayMixin(Host):
             self.optimizer = anchor.optimizer(groups, self.args, self.replay_config)
         return super().create_optimizer(model)
 
-    def _show_average(self) -> None:
-        """Where weights are averaged, put the average in place; the next training step puts back what is trained."""
-        if self.replay.anchor is not None and self.optimizer is not None:
-            self.optimizer.eval()
-
     # The loss
 
     def compute_loss(
@@ -289,7 +284,6 @@ class ReplayMixin(Host):
             elif self.is_world_process_zero():
                 anchor.save(folder)
         result = super().train(*args, **kwargs)
-        self._show_average()
         if self.budget is None:  # it resumed at its last step
             self.budget = self._begin_budget()
         if self.budget is not None and self.budget.step and self.is_world_process_zero():
@@ -344,19 +338,13 @@ class ReplayMixin(Host):
         ).to_model_card(path)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The host's, for weights that are finite; their average, where one is made."""
-        self._show_average()
+        """The host's, for weights that are finite."""
         check_weights(self.model, self.accelerator, output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self._show_average()  # what is trained is in the optimizer's state, then
         check_weights(self.model, self.accelerator, self.args.output_dir)  # before a host writes its model card
         super()._save_checkpoint(model, trial)
-
-    def _load_best_model(self) -> None:
-        self._show_average()  # which the best checkpoint's is to replace
-        super()._load_best_model()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Split `loss` in the training logs, the sum, into `new_task/loss` and `replay/coef` · `replay/loss`.
