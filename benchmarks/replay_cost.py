@@ -36,21 +36,23 @@ from retain.lab.streams import Stream
 from retain.lab.tokenizers import word_tokenizer
 from retain.models.description import num_parameters
 from retain.replay.dataset import load_self_generated
+from retain.replay.fisher import FISHER_FILE
 from retain.sampling.write import sample_replay
 
-SIZE, VOCAB, WARM = "5.8M", 4096, 2
+SIZE, VOCAB, WARM, RANK = "5.8M", 4096, 2, 16
 SHARES = (2, 4, 8, 16, 32, 64)  # new tokens per replay token
 
 
 @dataclass(frozen=True)
 class Cell:
-    """`rows` of `length` replay tokens a step; none where `rows` is 0."""
+    """`rows` of `length` replay tokens a step; none where `rows` is 0. `anchor`: the optimizer holds it, too."""
 
     method: str  # full, LoRA
     reference: str  # copy, adapter, cache
     rows: int
     length: int
     every: int = 1
+    anchor: bool = False
 
 
 def cells(rows: int, length: int) -> list[Cell]:
@@ -65,14 +67,27 @@ def cells(rows: int, length: int) -> list[Cell]:
         *(cell(share, every=every) for share, every in ((4, 2), (4, 4), (2, 8))),
         *(cell(share, reference="cache") for share in (4, 8, 16)),
         *(cell(share, "LoRA", "adapter") for share in (4, 8, 16)),
+        *(Cell(method, "cache", 0, 0, anchor=True) for method in ("full", "LoRA")),
     ]
 
 
-def predicted(cell: Cell, rows: int, length: int, head: float) -> float:
-    """Operations of a step over those of a plain one; `head`: the output head's part of a forward pass."""
+def predicted(cell: Cell, rows: int, length: int, head: float, shapes: Sequence[tuple[int, int]]) -> float:
+    """Operations of a step over those of a plain one.
+
+    Args:
+        head: the output head's part of a forward pass.
+        shapes: of the matrices of linear layers; the anchor turns the smaller side of each.
+    """
     plain = 3 if cell.method == "full" else 2
+    if cell.anchor:
+        turned = sum((2 * m * n if cell.method == "full" else 3 * RANK * min(m, n)) * min(m, n) for m, n in shapes)
+        return 1 + turned / (plain * rows * length * sum(m * n for m, n in shapes))
     extra = plain + (head if cell.reference == "cache" else 1)
     return 1 + extra / plain * cell.rows * cell.length / (rows * length) / cell.every
+
+
+def num_bytes(model: Any) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
 
 
 class Clock(TrainerCallback):
@@ -98,10 +113,18 @@ class Bench:
             tokenizer.save_pretrained(folder / "model")
         self.name = name or str(folder / "model")
         self.tokenizer, model = load_tokenizer(self.name), self.model()
-        sample_replay(
-            model, self.tokenizer, folder / "replay", num_rows=64, max_length=length, seed=1, store_reference="hidden"
-        )
+        how: dict[str, Any] = {"num_rows": 64, "max_length": length, "seed": 1, "store_reference": "hidden"}
+        began = time.perf_counter()
+        sample_replay(model, self.tokenizer, folder / "replay", **how)
+        sampled = time.perf_counter()
+        sample_replay(model, self.tokenizer, folder / "replay", **how, store_fisher=True)
+        self.fisher = {
+            "seconds_over_sampling": round((time.perf_counter() - sampled) / (sampled - began), 3),
+            "bytes_over_model": round((folder / "replay" / FISHER_FILE).stat().st_size / num_bytes(model), 3),
+        }
         self.replay = load_self_generated(folder / "replay")
+        layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        self.shapes = [(layer.in_features, layer.out_features) for layer in layers]
         self.vocab, self.num_params = model.get_output_embeddings().weight.shape[0], num_parameters(model)
         head = model.get_output_embeddings().weight.numel()
         inner = sum(weight.numel() for weight in model.model.parameters() if weight.ndim == 2)
@@ -123,7 +146,7 @@ class Bench:
         tokens = rng.integers(3, self.vocab, (most, self.length))
         model = self.model()
         if cell.method == "LoRA":
-            model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+            model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
         trainer = ReplayTrainer(
             model=model,
             args=self.arguments(number + WARM),
@@ -132,11 +155,12 @@ class Bench:
             processing_class=self.tokenizer,
             replay_config=ReplayConfig(
                 replay_coef=1.0 if cell.rows else 0.0,
+                anchor_coef=20.0 if cell.anchor else 0.0,
                 per_device_replay_batch_size=max(cell.rows, 1),
                 replay_every=cell.every,
                 replay_reference=cell.reference if cell.rows else "auto",  # type: ignore[arg-type]
             ),
-            replay_dataset=self.pool(cell) if cell.rows else None,
+            replay_dataset=self.pool(cell) if cell.rows or cell.anchor else None,
         )
         trainer.remove_callback(PrinterCallback)
         clock = Clock(self.device)
@@ -147,7 +171,7 @@ class Bench:
     def arguments(self, steps: int) -> TrainingArguments:
         return TrainingArguments(
             output_dir=str(self.folder / "run"), max_steps=steps, per_device_train_batch_size=self.rows,
-            learning_rate=1e-4, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+            learning_rate=1e-3, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
             use_cpu=self.device == "cpu", bf16=self.dtype == "bfloat16",
         )  # fmt: skip
 
@@ -169,12 +193,12 @@ def measure(bench: Bench, rounds: int, number: int) -> list[dict[str, Any]]:
 
 
 def row_of(cell: Cell, ratios: Sequence[float], bench: Bench) -> dict[str, Any]:
-    share = bench.rows * bench.length // (cell.rows * cell.length)
+    share = f"1/{bench.rows * bench.length // (cell.rows * cell.length)}" if cell.rows else None
     ordered = sorted(ratios)
     return {
-        **asdict(cell), "share": f"1/{share}", "time_ratio": round(statistics.median(ordered), 3),
+        **asdict(cell), "share": share, "time_ratio": round(statistics.median(ordered), 3),
         "range": [round(ordered[0], 3), round(ordered[-1], 3)],
-        "predicted": round(predicted(cell, bench.rows, bench.length, bench.head), 3),
+        "predicted": round(predicted(cell, bench.rows, bench.length, bench.head, bench.shapes), 3),
     }  # fmt: skip
 
 
@@ -197,15 +221,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(options.model, options.rows, options.length, Path(folder), device, dtype)
         rows = measure(bench, options.rounds, options.steps)
         facts = {
-            "model": options.model or f"random, {SIZE}", "num_params": bench.num_params, "rows": options.rows,
-            "length": options.length, "rounds": options.rounds, "steps": options.steps, "seed": 0, "dtype": dtype,
+            "model": options.model or f"random, {SIZE}", "num_params": bench.num_params, "fisher": bench.fisher,
+            "rows": options.rows, "length": options.length, "rounds": options.rounds, "steps": options.steps, "seed": 0,
+            "dtype": dtype,
             "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
             "threads": options.threads, "clock": "wall" if device == "cuda" else "processor", "versions": versions(),
         }  # fmt: skip
     for row in rows:
         low, high = row["range"]
         every = f" every {row['every']} steps" if row["every"] > 1 else ""
-        label = f"{row['method']:4} {row['reference']:7} {row['share']:>4}{every}"
+        what = f"{row['reference']:7} {row['share']:>4}{every}" if row["share"] else "anchor"
+        label = f"{row['method']:4} {what}"
         print(f"{label:34} {row['time_ratio']:.3f} [{low:.3f}, {high:.3f}]  by operations {row['predicted']:.3f}")
     if options.output:
         options.output.write_text(json.dumps({**facts, "cells": rows}, indent=1) + "\n")

@@ -15,6 +15,7 @@ from experiments.matched_loss import MEASURES
 from experiments.pages import NoReport, panels, table
 
 GOAL, MOST_TIME = 0.95, 1.10
+NUM_RATES = 4  # of plain runs
 BASES = {"small": "small base, 0.43M", "smollm2": "SmolLM2-135M-Instruct"}
 METHODS = {"full": "full", "lora": "LoRA"}
 WAYS = {"replay": "a sixteenth of the batch", "anchor": "anchor and late replay"}

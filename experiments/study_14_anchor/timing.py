@@ -14,7 +14,7 @@ TIMED_STEPS, WARM_UP = 16, 8
 
 def timed(runs: Sequence[Run]) -> list[Run]:
     """Plain, replay, the anchor with late replay as it is before and in it, and the anchor alone."""
-    plain, anchor, _, _, little = (replace(run, eval_steps=0, schedule=None) for run in runs)
+    plain, anchor, _, _, little, _ = (replace(run, eval_steps=0, schedule=None) for run in runs)
     late = replace(anchor, replay_start=None)
     alone = replace(anchor, replay_start=None, coef=0.0)
     return [plain, little, late, alone]

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from retain.files import atomic_path
 from retain.models.reference import evaluation_mode, frozen_as_found
 
-MAX_LOGITS = 2**27  # of one backward pass: 0.5 GB in float32
-MAX_ROWS = 4  # of one backward pass: a diagonal is estimated from the squared gradient of each
+LOGITS_TOGETHER = 2**27  # of one backward pass: 0.5 GB in float32
+ROWS_TOGETHER = 4  # of one backward pass: a diagonal is estimated from the squared gradient of each
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _backward(model: Any, batch: dict[str, Tensor], generator: torch.Generator, 
 
 def rows_per_batch(vocab_size: int, length: int) -> int:
     """Rows of which the logits fit into memory at once."""
-    return max(1, min(MAX_ROWS, MAX_LOGITS // (vocab_size * length)))
+    return max(1, min(ROWS_TOGETHER, LOGITS_TOGETHER // (vocab_size * length)))
 
 
 class _Measured:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from retain.replay.dataset import ReplayDataset
 from retain.replay.fisher import fisher_of
 from retain.training.anchored_adamw import AnchoredAdamW, AnchoredLoRA, AnchoredWeight
 from retain.training.config import ReplayConfig
-
-logger = logging.getLogger(__name__)
 
 ANCHOR_FILE = "anchor.pt"  # the curvatures of a run, which a resumed one needs to the last bit
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # of transformers' optimizers, those that it takes the place of
