@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_texts
 from killing import TRAIN, differences, flags, make_kinds, make_world, run_fresh, snapshot
 from test_kill import server, world  # noqa: F401
 
@@ -210,6 +211,16 @@ def test_a_run_does_not_go_on_with_other_settings(tune, undisturbed, capsys, fla
     named = f"{flag}: {value!r}" if flag != "lora_r" else "num_params: "
     assert f"finetune: {named}" in (line := last_line(capsys))
     assert f"but the run in {str(undisturbed / 'out')!r} began with" in line
+    assert snapshot(undisturbed) == before
+
+
+def test_a_run_does_not_go_on_with_other_rows(tune, undisturbed, tmp_path, capsys):
+    rows = tmp_path / "other.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(16, seed=77)))
+    before = snapshot(undisturbed)
+    argv = [*tune, "--resume_from_checkpoint", "true", "--output_dir", str(undisturbed / "out")]
+    assert main([*argv, "--dataset_name", str(rows)]) == 1
+    assert "finetune: new_rows: '" in last_line(capsys)
     assert snapshot(undisturbed) == before
 
 

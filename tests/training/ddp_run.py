@@ -57,6 +57,7 @@ MORE: dict[str, tuple[str, dict[str, Any] | None, str, dict[str, Any]]] = {
     "copy-bf16": ("llama", None, "kl", {"bf16": True}),
     "adapter-bf16": ("llama", LORA, "kl", {"bf16": True}),
 }
+ANCHORED = {"whole-anchor": ("qwen3", None, "kl", ADAM), "adapter-anchor": ("llama", LORA, "kl", ADAM)}
 
 
 def let_accelerate_shard_on_cpus() -> None:
@@ -102,7 +103,7 @@ def count_gathers(trainer: Any) -> list[int]:
 
 
 def make_trainer(folder: Path, name: str, batch: int, where: dict[str, Any]) -> ReplaySFTTrainer:
-    architecture, lora, objective, special = MORE[name] if name in MORE else (*CASES[name], {})
+    architecture, lora, objective, special = {**MORE, **ANCHORED}.get(name) or (*CASES[name], {})
     # Which new rows give way depends on how a step is split, so they are all the same there.
     texts = make_texts(1, seed=1) * 48 if objective == "replace" else make_texts(48, seed=1)
     if "cache" in name:
@@ -114,7 +115,7 @@ def make_trainer(folder: Path, name: str, batch: int, where: dict[str, Any]) -> 
     settings = {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 0.3, "max_steps": 4}
     settings |= special
     share: dict[str, Any] = {"per_device_replay_batch_size": batch} if objective != "replace" else {"replay_share": 0.5}
-    share |= {"max_ref_kl": 0.01} if "budget" in name else {}
+    share |= {"max_ref_kl": 0.01} if "budget" in name else {"anchor_coef": 10.0} if name in ANCHORED else {}
     return ReplaySFTTrainer(
         model=make_model(architecture),
         args=config(folder / name, **settings, **where),

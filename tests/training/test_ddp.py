@@ -14,7 +14,7 @@ import ddp_run
 import pytest
 import torch
 from conftest import forked, make_model, make_texts, make_tokenizer, places
-from ddp_run import CASES, MORE, PARTS
+from ddp_run import ANCHORED, CASES, MORE, PARTS
 from safetensors.torch import load_file
 
 from retain.sampling.write import sample_replay
@@ -85,6 +85,17 @@ def test_two_processes_are_one(one: Found, two: dict[str, Found], way: str, name
     model, wrapped = two[way][name]["wrapped"]
     assert model.startswith("FSDP") if way == "fsdp2" else wrapped == "DistributedDataParallel"
     check_same(one[name], two[way][name])
+
+
+@pytest.mark.program
+def test_two_processes_hold_the_anchor_of_one(folder: Path) -> None:
+    """Adam divides by the gradient's size, and so makes more of its rounding than SGD does."""
+    one, two = (launch(folder / f"anchor-{number}", number, 4 // number, "ddp", ANCHORED) for number in (1, 2))
+    for name in ANCHORED:
+        assert two[name]["wrapped"][1] == "DistributedDataParallel"
+        weights = one[name]["weights"]
+        assert max(float((weights[key] - two[name]["weights"][key]).abs().max()) for key in weights) < 1e-3
+        assert two[name]["replay/loss"] == pytest.approx(one[name]["replay/loss"], rel=1e-2, abs=1e-7)
 
 
 @pytest.fixture(scope="module")

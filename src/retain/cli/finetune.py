@@ -173,6 +173,7 @@ def settings_of_training(trainer: ReplaySFTTrainer) -> dict[str, Any]:
         "replay": {name: value for name, value in found["replay"].items() if name not in free},
         "replay_dataset": rows,
         "num_params": found["num_params"],
+        "new_rows": found["new_rows"],
     }
 
 

@@ -46,6 +46,7 @@ from retain.training.row_checks import (
     check_positions,
     check_rows_fit,
     row_edges,
+    rows_fingerprint,
     training_rows,
 )
 from retain.training.trainer_checks import (
@@ -312,6 +313,7 @@ class Protection:
         return {
             "replay": dataclasses.asdict(self.config) | resolved,
             "replay_dataset": described,
+            "new_rows": rows_fingerprint(getattr(trainer, "train_dataset", None)),
             "reference": self.reference_kind,
             "num_params": num_tuned(trainer.model),
             "loss_tokens": _loss_tokens(trainer),

@@ -5,6 +5,7 @@ Every check raises a `ValueError` of one line, which names the setting, its valu
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -170,6 +171,14 @@ def training_rows(dataset: Any) -> Iterator[Any]:
         for example in batch:
             for row in rows:
                 yield np.concatenate([np.asarray(example[name], dtype=np.int64) for name in row])
+
+
+def rows_fingerprint(dataset: Any) -> str | None:
+    """A hash of the rows that a host trainer will train on; None where `training_rows` has none."""
+    digest, of_none = hashlib.sha256(), hashlib.sha256().hexdigest()
+    for row in training_rows(dataset):
+        digest.update(len(row).to_bytes(8, "little") + row.tobytes())
+    return digest.hexdigest()[:16] if digest.hexdigest() != of_none else None
 
 
 def row_columns(example: Mapping[str, Any]) -> list[tuple[str, ...]]:
