@@ -86,7 +86,7 @@ def cells_of(rows: Sequence[dict[str, Any]]) -> list[Cell]:
                         plain.setdefault(row["settings"]["seed"], []).append(end_of(row))
                 for way in ("anchor", "replay"):
                     own = {row["settings"]["seed"]: end_of(row) for row in of if way_of(row["settings"]) == way}
-                    seeds = sorted(seed for seed in own if len(plain.get(seed, [])) == 3)
+                    seeds = sorted(seed for seed in own if len(plain.get(seed, [])) == NUM_RATES)
                     if seeds:
                         shares = [1 - own[seed].measures / plain_at(own[seed].loss, plain[seed]) for seed in seeds]
                         lowest = [min(end.loss for end in plain[seed]) for seed in seeds]
