@@ -6,7 +6,7 @@ WHEELS := .cache/wheels
 # Idle torch threads that spin at barriers ruin a shared machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: venv demo test test-slow test-programs test-ci test-lowest test-newest kill-test lint docs clean figures test-wheel
+.PHONY: venv demo test test-slow test-programs test-lowest test-newest kill-test lint docs clean figures test-wheel
 venv: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -29,16 +29,12 @@ demo: $(VENV)/.done $(WHEELS)/.done
 	$(BIN)/python examples/demo.py --size $(SIZE) --data_dir $(WHEELS) --output_dir demo
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# The fast tests; `make test ARGS="-m 'not slow'"` runs whole programs, too (notebook, examples, demo, Ray, …), as CI does.
 test: $(VENV)/.done
-	$(PYTEST)
+	$(PYTEST) $(ARGS)
 
-# Whole programs: notebook, examples, demo, plan, sweep, two processes, Ray.
 test-programs: $(VENV)/.done
 	$(PYTEST) -m program
-
-# Both in one session, as CI runs them.
-test-ci: $(VENV)/.done
-	$(PYTEST) -m 'not slow'
 
 # Beside the environment, not in it: accelerate and transformers import DeepSpeed wherever they find it.
 .cache/deepspeed: $(VENV)/.done
