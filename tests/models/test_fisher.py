@@ -159,17 +159,17 @@ def test_layers_that_see_the_same_inputs_share_their_eigenvectors(tmp_path: Any)
     fisher = measure_fisher(model, [{"input_ids": ids, "labels": ids}], weights)
     assert fisher["gate"].right is fisher["up"].right is not None
     assert num_bytes(fisher.values()) < sum(num_bytes([one]) for one in fisher.values())
-    save_fisher(tmp_path / "fisher.pt", fisher, 120)
-    loaded, num_tokens = load_fisher(tmp_path / "fisher.pt")
+    save_fisher(tmp_path / "fisher.safetensors", fisher, 120)
+    loaded, num_tokens = load_fisher(tmp_path / "fisher.safetensors")
     assert num_tokens == 120
     assert all(torch.equal(loaded[name].diagonal(), one.diagonal()) for name, one in fisher.items())
     assert num_bytes(loaded.values()) == num_bytes(fisher.values())
 
 
 def test_a_damaged_file_is_refused_in_one_line(tmp_path: Any) -> None:
-    (tmp_path / "fisher.pt").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"anchor_coef: .*fisher.pt' is damaged; delete it"):
-        load_fisher(tmp_path / "fisher.pt")
+    (tmp_path / "fisher.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"anchor_coef: .*fisher.safetensors' is damaged; delete it"):
+        load_fisher(tmp_path / "fisher.safetensors")
 
 
 def test_a_backward_pass_holds_few_rows_and_few_logits() -> None:

@@ -202,7 +202,7 @@ def test_vllm_takes_nothing_from_the_generation_config(vllm, llama_folder, tmp_p
 
 def test_a_row_that_vllm_cuts_short_stops_the_job(vllm, llama_folder, monkeypatch):
     complete = vllm.LLM.complete
-    cut = lambda llm, ids, asked: complete(llm, ids, vllm.SamplingParams(max_tokens=5, logprobs=0))  # noqa: E731
+    cut = lambda llm, ids, asked: complete(llm, ids, vllm.SamplingParams(max_tokens=5, logprobs=0, ignore_eos=True))  # noqa: E731
     monkeypatch.setattr(vllm.LLM, "complete", cut)
     with pytest.raises(RuntimeError, match=r"engine: vLLM ended row 8 after 5 of 19 tokens \(length\)"):
         draw(llama_folder, [[3]], [8])

@@ -11,16 +11,18 @@ information, not the empirical one.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from retain.files import atomic_path
@@ -72,10 +74,20 @@ def num_bytes(curvatures: Iterable[Curvature]) -> int:
 
 
 def save_fisher(path: Path, fisher: Mapping[str, Curvature], num_tokens: int) -> None:
-    """Keep curvatures by the name of their weight, and how many predictions they were measured on."""
-    kept = {name: (one.left, one.right, list(one.parts)) for name, one in fisher.items()}
+    """Keep curvatures by the name of their weight, and how many predictions they were measured on: safetensors."""
+    tensors = {id(tensor): tensor for one in fisher.values() for tensor in one.tensors()}  # shared ones once
+    places = {key: str(at) for at, key in enumerate(tensors)}
+
+    def place(tensor: Tensor | None) -> str | None:
+        return None if tensor is None else places[id(tensor)]
+
+    names = {
+        name: [place(one.left), place(one.right), [[place(side) for side in part] for part in one.parts]]
+        for name, one in fisher.items()
+    }
     with atomic_path(path) as temporary:
-        torch.save({"num_tokens": num_tokens, "fisher": kept}, temporary)
+        kept = {places[key]: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(kept, temporary, {"num_tokens": str(num_tokens), "fisher": json.dumps(names)})
 
 
 def load_fisher(path: Path, device: Any = "cpu") -> tuple[dict[str, Curvature], int]:
@@ -85,9 +97,16 @@ def load_fisher(path: Path, device: Any = "cpu") -> tuple[dict[str, Curvature], 
         ValueError: if it is damaged.
     """
     try:
-        kept = torch.load(path, map_location=device, weights_only=True)
-        return {name: Curvature(*one) for name, one in kept["fisher"].items()}, kept["num_tokens"]
-    except (OSError, RuntimeError, KeyError, TypeError, UnpicklingError) as error:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensors: dict[str | None, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = file.metadata()
+        names, num_tokens = json.loads(about["fisher"]), int(about["num_tokens"])
+        tensors[None] = None
+        return {
+            name: Curvature(tensors[left], tensors[right], [(tensors[a], tensors[b]) for a, b in parts])
+            for name, (left, right, parts) in names.items()
+        }, num_tokens
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"anchor_coef: {str(path)!r} is damaged; delete it, and it is measured again") from error
 
 

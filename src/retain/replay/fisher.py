@@ -13,7 +13,7 @@ from retain.models.fisher import Curvature, load_fisher, measure_fisher, rows_pe
 from retain.models.reference import Reference
 from retain.replay.dataset import ReplayDataset, replay_indices
 
-FISHER_FILE = "fisher.pt"
+FISHER_FILE = "fisher.safetensors"
 FISHER_TOKENS = 65_536  # predictions that are read, where the rows have so many
 
 

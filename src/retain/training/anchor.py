@@ -14,14 +14,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from retain.files import atomic_path
-from retain.models.fisher import Curvature, num_bytes
+from retain.models.fisher import load_fisher, num_bytes, save_fisher
 from retain.replay.dataset import ReplayDataset
 from retain.replay.fisher import fisher_of
 from retain.training.anchored_adamw import AnchoredAdamW, AnchoredLoRA, AnchoredWeight
 from retain.training.config import ReplayConfig
 
-ANCHOR_FILE = "anchor.pt"  # the curvatures of a run, which a resumed one needs to the last bit
+ANCHOR_FILE = "anchor.safetensors"  # the curvatures of a run, which a resumed one needs to the last bit
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # of transformers' optimizers, those that it takes the place of
 
 
@@ -82,17 +81,16 @@ class Anchor:
 
     def save(self, folder: Path) -> None:
         """Keep the curvatures for a run that resumes: Adam's state is in their coordinates."""
-        kept = [(one.curvature.left, one.curvature.right, one.curvature.parts) for one in self.anchored]
-        with atomic_path(folder / ANCHOR_FILE) as temporary:
-            torch.save(kept, temporary)
+        kept = {str(at): one.curvature for at, one in enumerate(self.anchored)}
+        save_fisher(folder / ANCHOR_FILE, kept, self.num_tokens)
 
     def load(self, folder: Path) -> None:
         """Take what the run that is resumed kept, where it did."""
         if not (folder / ANCHOR_FILE).exists():
             return
-        kept = torch.load(folder / ANCHOR_FILE, map_location=self.anchored[0].parameters[0].device, weights_only=True)
-        for one, (left, right, parts) in zip(self.anchored, kept, strict=True):
-            one.curvature = Curvature(left, right, parts)
+        kept, self.num_tokens = load_fisher(folder / ANCHOR_FILE, self.anchored[0].parameters[0].device)
+        for at, one in enumerate(self.anchored):
+            one.curvature = kept[str(at)]
 
     def line(self, config: ReplayConfig) -> str:
         """What it does, for people to read."""
