@@ -141,12 +141,14 @@ def open_bench(
     prose = rng.sample(texts.held_out_prose, min(len(texts.held_out_prose), 2 * settings.num_documents))
     documents = tokenize_documents(prose, tokenizer, start.id, length, max_windows=1)
     whole = [document for document in documents if document.num_tokens == length - 1][: settings.num_documents]
-    sizes = {"anchor-rows" if for_anchors else "replay": settings.replay_rows, "held-out": settings.num_documents}
-    place, stored = Path(cache or base), (FOR_ANCHORS if for_anchors else {}, {})
-    replay, own = (
-        rows_of(base, place / f"{name}-{number}x{length}-{seed}", tokenizer, number, length, seed, **more)
-        for seed, ((name, number), more) in enumerate(zip(sizes.items(), stored, strict=True), 2 * settings.seed)
-    )
+    name, stored = ("anchor-rows", FOR_ANCHORS) if for_anchors else ("replay", {})
+
+    def sampled(kind: str, number: int, seed: int, **more: Any) -> ReplayDataset:
+        folder = Path(cache or base) / f"{kind}-{number}x{length}-{seed}"
+        return rows_of(base, folder, tokenizer, number, length, seed, **more)
+
+    replay = sampled(name, settings.replay_rows, 2 * settings.seed, **stored)
+    own = sampled("held-out", settings.num_documents, 2 * settings.seed + 1)
     own_rows = token_documents([own[at].tolist() for at in range(len(own))], tokenizer)
     data = [asdict(settings), texts.fingerprint, model_fingerprint(load_model(str(base), dtype="float32"))]
     return Bench(

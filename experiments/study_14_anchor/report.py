@@ -17,7 +17,7 @@ from experiments.pages import NoReport, findings, panels, table
 GOAL, MOST_TIME = 0.95, 1.10
 FINDING = "An anchor with a little late replay prevents 95% for a tenth of the time"
 NUM_RATES = 4  # of plain runs
-LATE = 0.15  # of the steps have replay: `replay_start` in run.py
+REPLAY_START = 0.85  # share of the anchor's steps before its replay
 BASES = {"small": "small base, 0.43M", "smollm2": "SmolLM2-135M-Instruct"}
 METHODS = {"full": "full", "lora": "LoRA"}
 WAYS = {"replay": "a sixteenth of the batch", "anchor": "anchor and late replay"}
@@ -115,7 +115,7 @@ def times_of(rows: Sequence[dict[str, Any]], base: str, method: str) -> dict[str
         if row["bench"] == f"{base}-timing" and row["settings"]["method"] == method:
             replay, late, alone = (one["cpu"] for one in row["timing"])  # as `timing.timed` lists them
             found.setdefault("replay", []).append(replay)
-            found.setdefault("anchor", []).append((1 - LATE) * alone + LATE * late)
+            found.setdefault("anchor", []).append(REPLAY_START * alone + (1 - REPLAY_START) * late)
     return found
 
 

@@ -26,7 +26,7 @@ from experiments.corpora import CACHE, load_texts, read_cpp, read_spanish
 from experiments.finetunes import Bench, BenchSettings, Run, StudyResults, make_all, open_bench
 from experiments.program import LAPTOP, Report, conduct
 from experiments.small_base import BaseSettings, make_base
-from experiments.study_14_anchor.report import draw, report_of
+from experiments.study_14_anchor.report import REPLAY_START, draw, report_of
 from experiments.study_14_anchor.timing import time_round, timed
 
 HERE = Path(__file__).parent
@@ -45,7 +45,7 @@ class Base:
     anchor: dict[str, dict[str, Any]]
 
 
-LATE = {"replay_start": 0.85, "coef": 5.0}
+LATE = {"replay_start": REPLAY_START, "coef": 5.0}
 BASES = {
     "small": Base(
         BenchSettings(),

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,7 @@ class Curvature:
 
     def diagonal(self) -> Tensor:
         """The diagonal of F in these coordinates, of the weight's shape."""
-        whole = [left if right is None else torch.outer(left, right) for left, right in self.parts]
-        return torch.stack(whole).sum(0) if len(whole) > 1 else whole[0]
+        return reduce(torch.add, (left if right is None else torch.outer(left, right) for left, right in self.parts))
 
     def tensors(self) -> list[Tensor]:
         """All that it keeps."""
@@ -67,26 +67,26 @@ class Curvature:
         return [tensor for tensor in found if tensor is not None]
 
 
+def kept_tensors(curvatures: Iterable[Curvature]) -> list[Tensor]:
+    """All that they keep; eigenvectors that weights share stand there once."""
+    return list({id(tensor): tensor for curvature in curvatures for tensor in curvature.tensors()}.values())
+
+
 def num_bytes(curvatures: Iterable[Curvature]) -> int:
-    """What they take in memory; eigenvectors that weights share count once."""
-    kept = {id(tensor): tensor for curvature in curvatures for tensor in curvature.tensors()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+    """What they take in memory."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept_tensors(curvatures))
 
 
 def save_fisher(path: Path, fisher: Mapping[str, Curvature], num_tokens: int) -> None:
     """Keep curvatures by the name of their weight, and how many predictions they were measured on: safetensors."""
-    tensors = {id(tensor): tensor for one in fisher.values() for tensor in one.tensors()}  # shared ones once
-    places = {key: str(at) for at, key in enumerate(tensors)}
-
-    def place(tensor: Tensor | None) -> str | None:
-        return None if tensor is None else places[id(tensor)]
-
+    tensors = kept_tensors(fisher.values())
+    places = {id(tensor): str(at) for at, tensor in enumerate(tensors)} | {id(None): None}
     names = {
-        name: [place(one.left), place(one.right), [[place(side) for side in part] for part in one.parts]]
+        name: [places[id(one.left)], places[id(one.right)], [[places[id(side)] for side in part] for part in one.parts]]
         for name, one in fisher.items()
     }
     with atomic_path(path) as temporary:
-        kept = {places[key]: tensor.contiguous() for key, tensor in tensors.items()}
+        kept = {str(at): tensor.contiguous() for at, tensor in enumerate(tensors)}
         save_file(kept, temporary, {"num_tokens": str(num_tokens), "fisher": json.dumps(names)})
 
 
@@ -122,13 +122,16 @@ def measure_fisher(
         seed: of the labels that are drawn.
 
     Raises:
-        ValueError: if a gradient is not finite.
+        ValueError: if the model's predictions are not finite.
     """
     with evaluation_mode(model), frozen_as_found(model), ExitStack() as hooks:
         modules = {id(module.weight): module for module in model.modules() if isinstance(module, nn.Linear)}
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        # gradients must reach every layer, though most weights are frozen here
+        handle = embedding.register_forward_hook(lambda _module, _args, found: found.requires_grad_())
+        hooks.callback(handle.remove)
         measured: dict[str, _Measured] = {}
         positions = _Positions()
         for name, weight in weights.items():
@@ -138,10 +141,7 @@ def measure_fisher(
             if weight is embedding.weight:
                 kinds.append(_Embedding(embedding))
             measured[name] = _Tied(*kinds) if len(kinds) > 1 else kinds[0] if kinds else _Diagonal(weight)
-            hooks.enter_context(measured[name].listen())
-        # gradients must reach every layer, though most weights are frozen here
-        handle = embedding.register_forward_hook(lambda _module, _args, found: found.requires_grad_())
-        hooks.callback(handle.remove)
+            measured[name].listen(hooks)
         count, generator = 0, torch.Generator(model.device).manual_seed(seed)
         for batch in batches:
             count += _backward(model, dict(batch), generator, positions)
@@ -183,10 +183,8 @@ def rows_per_batch(vocab_size: int, length: int) -> int:
 class _Measured:
     """Sums over the tokens of one weight's Fisher information."""
 
-    @contextmanager
-    def listen(self) -> Iterator[None]:
-        """Hear what passes through the weight's module."""
-        yield
+    def listen(self, until: ExitStack) -> None:
+        """Hear what passes through the weight's module, until the stack closes."""
 
     def take_gradient(self) -> None:
         """After each backward pass."""
@@ -212,19 +210,14 @@ class _Linear(_Measured):
         self.inputs: Tensor | float = 0.0
         self.outputs: Tensor | float = 0.0
 
-    @contextmanager
-    def listen(self) -> Iterator[None]:
+    def listen(self, until: ExitStack) -> None:
         def hear(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = _tokens(args[0], self._chosen())
             self.num_inputs += len(x)
             self.inputs = self.inputs + (x.T @ x if self.by_input else x.square().sum(0))
             self._hear_outputs(output)
 
-        handle = self.module.register_forward_hook(hear)
-        try:
-            yield
-        finally:
-            handle.remove()
+        until.callback(self.module.register_forward_hook(hear).remove)
 
     def _chosen(self) -> Tensor:
         return self.positions.inputs
@@ -267,21 +260,16 @@ class _Embedding(_Measured):
         self.frequency = torch.zeros(module.num_embeddings, device=module.weight.device)
         self.outputs = torch.zeros(size, size, device=module.weight.device)
 
-    @contextmanager
-    def listen(self) -> Iterator[None]:
+    def listen(self, until: ExitStack) -> None:
         def hear(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             self.frequency += torch.bincount(args[0].reshape(-1), minlength=len(self.frequency))
-            output.requires_grad_().register_hook(add)
+            output.register_hook(add)
 
         def add(gradient: Tensor) -> None:
             g = _tokens(gradient)
             self.outputs += g.T @ g
 
-        handle = self.module.register_forward_hook(hear)
-        try:
-            yield
-        finally:
-            handle.remove()
+        until.callback(self.module.register_forward_hook(hear).remove)
 
     def curvature(self, count: int, shared: _Shared) -> Curvature:
         values, vectors = shared.eigh(self.outputs / count)
@@ -295,10 +283,9 @@ class _Tied(_Measured):
         assert isinstance(embedding, _Embedding)
         self.head, self.embedding = head, embedding
 
-    @contextmanager
-    def listen(self) -> Iterator[None]:
-        with self.head.listen(), self.embedding.listen():
-            yield
+    def listen(self, until: ExitStack) -> None:
+        self.head.listen(until)
+        self.embedding.listen(until)
 
     def curvature(self, count: int, shared: _Shared) -> Curvature:
         head = self.head.curvature(count, shared)
@@ -313,14 +300,10 @@ class _Diagonal(_Measured):
     def __init__(self, weight: nn.Parameter) -> None:
         self.weight, self.sum = weight, torch.zeros_like(weight, dtype=torch.float32)
 
-    @contextmanager
-    def listen(self) -> Iterator[None]:
+    def listen(self, until: ExitStack) -> None:
         self.weight.requires_grad_()
-        kept, self.weight.grad = self.weight.grad, None
-        try:
-            yield
-        finally:
-            self.weight.grad = kept
+        until.callback(setattr, self.weight, "grad", self.weight.grad)
+        self.weight.grad = None
 
     def take_gradient(self) -> None:
         if self.weight.grad is not None:

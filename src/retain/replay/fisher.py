@@ -14,7 +14,7 @@ from retain.models.reference import Reference
 from retain.replay.dataset import ReplayDataset, replay_indices
 
 FISHER_FILE = "fisher.safetensors"
-FISHER_TOKENS = 65_536  # predictions that are read, where the rows have so many
+FISHER_TOKENS = 65_536  # read at most this many predictions
 
 
 def fisher_of(

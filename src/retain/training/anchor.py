@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from retain.models.fisher import load_fisher, num_bytes, save_fisher
+from retain.models.description import base_parameter_name
+from retain.models.fisher import kept_tensors, load_fisher, num_bytes, save_fisher
 from retain.replay.dataset import ReplayDataset
 from retain.replay.fisher import fisher_of
 from retain.training.anchored_adamw import AnchoredAdamW, AnchoredLoRA, AnchoredWeight
@@ -46,14 +47,13 @@ class Anchor:
             ValueError: if something is trained besides whole weights, or besides LoRA of linear layers.
         """
         began = time.monotonic()
-        lora = {_base_name(name): (of, layer) for name, of, layer in _lora_layers(model)}
+        lora = {name: (of, layer) for name, of, layer in _lora_layers(model)}
         weights: dict[str, nn.Parameter] = {name: layer.get_base_layer().weight for name, (_, layer) in lora.items()}
         if not lora:
             weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         fisher, num_tokens = fisher_of(model, rows, weights, seed)
-        for curvature in fisher.values():
-            for tensor in curvature.tensors():
-                broadcast(tensor)  # kernels may differ in rounding, and with it eigenvectors
+        for tensor in kept_tensors(fisher.values()):
+            broadcast(tensor)  # kernels may differ in rounding, and with it eigenvectors
         anchored: list[AnchoredWeight | AnchoredLoRA] = [
             AnchoredLoRA(layer.lora_A[of].weight, layer.lora_B[of].weight, layer.scaling[of], fisher[name])
             for name, (of, layer) in lora.items()
@@ -67,12 +67,12 @@ class Anchor:
                 )
         return cls(anchored, num_tokens, time.monotonic() - began)
 
-    def optimizer(self, groups: Iterable[Any], args: Any, config: ReplayConfig) -> AnchoredAdamW:
-        """The run's optimizer, of transformers' groups of parameters and training arguments."""
-        return AnchoredAdamW(
-            groups, self.anchored, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon, coef=config.anchor_coef,
-        )  # fmt: skip
+    def optimizer(self, args: Any, config: ReplayConfig) -> tuple[type[AnchoredAdamW], dict[str, Any]]:
+        """The run's optimizer as transformers takes one: its class, and all but the groups of parameters."""
+        return AnchoredAdamW, {
+            "anchored": self.anchored, "lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon, "coef": config.anchor_coef,
+        }  # fmt: skip
 
     def penalty(self) -> float:
         """½ ΔᵀFΔ of the weights in place: KL(base ‖ model) to second order, nats per token of the base's own text."""
@@ -112,13 +112,8 @@ def check_anchor(args: Any, trainer: Any) -> None:
         raise ValueError("anchor_coef: DeepSpeed and FSDP split weights that the anchor needs whole; use DDP, or 0")
 
 
-def _base_name(name: str) -> str:
-    """The name in the base of the weight of a layer that has an adapter now."""
-    return name.removeprefix("base_model.model.") + ".weight"
-
-
 def _lora_layers(model: Any) -> Iterator[tuple[str, str, Any]]:
-    """Name of each layer with an adapter, name of the adapter that is trained, and the layer."""
+    """Name in the base of each weight with an adapter, name of the adapter that is trained, and the layer."""
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
@@ -129,4 +124,4 @@ def _lora_layers(model: Any) -> Iterator[tuple[str, str, Any]]:
                     f"anchor_coef: the adapter at {name!r} is no plain LoRA of a linear layer; use LoRA without DoRA, "
                     "full finetuning, or anchor_coef 0"
                 )
-            yield name, of, module
+            yield str(base_parameter_name(f"{name}.base_layer.weight")), of, module

@@ -32,8 +32,11 @@ class AnchoredWeight:
     def read(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
         """The coordinates of each parameter."""
         if "offset" not in states[0]:
-            states[0]["offset"] = self.curvature.rotate((self.parameters[0] - self.base).float())
+            states[0]["offset"] = self._offset()
         return [states[0]["offset"]]
+
+    def _offset(self) -> Tensor:
+        return self.curvature.rotate((self.parameters[0] - self.base).float())
 
     def gradients(self) -> list[Tensor]:
         """The gradient of each, in these coordinates."""
@@ -50,8 +53,7 @@ class AnchoredWeight:
 
     def penalty(self) -> Tensor:
         """½ ΔᵀFΔ at the parameters as they are, nats per token."""
-        offset = self.curvature.rotate((self.parameters[0] - self.base).float())
-        return (self.curvature.diagonal() * offset.square()).sum() / 2
+        return (self.curvature.diagonal() * self._offset().square()).sum() / 2
 
 
 class AnchoredLoRA:
@@ -76,18 +78,14 @@ class AnchoredLoRA:
     def gradients(self) -> list[Tensor]:
         return self._rotate(*map(_gradient, self.parameters))
 
-    def _inner(self, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """scale · A F Aᵀ over the inputs and scale · Bᵀ F B over the outputs, both of shape (rank, rank)."""
-        (a, b), (outputs, inputs) = coordinates, self._sides()
-        return self.scale * (a * inputs) @ a.T, self.scale * (b.T * outputs) @ b
-
     def pull(self, at: int, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
-        of_a, of_b = (self.scale * inner for inner in self._inner(coordinates))
-        outputs, inputs = self._sides()
+        (a, b), (outputs, inputs), square = coordinates, self._sides(), self.scale**2
         # the sums of a symmetric matrix's absolute values bound it: with them as the diagonal the step stays stable
         if at == 0:
-            return (of_b @ coordinates[0]) * inputs, torch.outer(of_b.abs().sum(1), inputs)
-        return outputs[:, None] * (coordinates[1] @ of_a), torch.outer(outputs, of_a.abs().sum(1))
+            of_b = square * (b.T * outputs) @ b
+            return (of_b @ a) * inputs, torch.outer(of_b.abs().sum(1), inputs)
+        of_a = square * (a * inputs) @ a.T
+        return outputs[:, None] * (b @ of_a), torch.outer(outputs, of_a.abs().sum(1))
 
     def write(self, coordinates: list[Tensor]) -> None:
         (a, b), left, right = coordinates, self.curvature.left, self.curvature.right
@@ -95,8 +93,8 @@ class AnchoredLoRA:
         self.parameters[1].copy_(b if left is None else left @ b)
 
     def penalty(self) -> Tensor:
-        of_a, of_b = self._inner(self.read([{}, {}]))
-        return (of_a * of_b).sum() / 2
+        coordinates = self.read([{}, {}])
+        return (coordinates[0] * self.pull(0, coordinates)[0]).sum() / 2
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -152,15 +152,8 @@ class ReplayMixin(Host):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The host's optimizer, or AdamW with the anchor."""
-        anchor = self.replay.anchor
-        if anchor is not None and getattr(self, "optimizer", None) is None:
-            decayed = set(self.get_decay_parameter_names(self.model))
-            trained = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
-            groups = [
-                {"params": [weight for name, weight in trained if (name in decayed) == decays], "weight_decay": decay}
-                for decays, decay in ((True, self.args.weight_decay), (False, 0.0))
-            ]
-            self.optimizer = anchor.optimizer(groups, self.args, self.replay_config)
+        if self.replay.anchor is not None:
+            self.optimizer_cls_and_kwargs = self.replay.anchor.optimizer(self.args, self.replay_config)
         return super().create_optimizer(model)
 
     # The loss
