@@ -136,6 +136,24 @@ def test_in_a_small_move_of_one_matrix_it_is_the_kl_to_second_order() -> None:
             assert said == pytest.approx(kl, rel=0.35), name
 
 
+def test_padding_says_nothing() -> None:
+    """Rows of two lengths in one padded batch are worth what each is alone."""
+    model = make_model()
+    long, short = torch.randint(5, 200, (2, 12)), torch.randint(5, 200, (2, 8))
+    padded = torch.cat([long, torch.cat([short, torch.zeros(2, 4, dtype=torch.long)], 1)])
+    mask = torch.ones_like(padded)
+    mask[2:, 8:] = 0
+    labels = padded.masked_fill(mask == 0, -100)
+    together = [{"input_ids": padded, "attention_mask": mask, "labels": labels}]
+    alone = [{"input_ids": rows, "labels": rows} for rows in (long, short)]
+    weights = {"embedding": model.get_input_embeddings().weight}
+    of_padded, of_whole = (measure_fisher(model, batches, weights)["embedding"] for batches in (together, alone))
+    (padded_share, _), (share, _) = of_padded.parts[-1], of_whole.parts[-1]
+    assert float(padded_share[0]) == 0.0
+    assert torch.allclose(padded_share, share)
+    assert float(share.sum()) == pytest.approx(1.0)
+
+
 def test_measuring_leaves_the_model_as_it_was() -> None:
     model = make_model()
     model.train()

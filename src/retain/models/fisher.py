@@ -139,7 +139,7 @@ def measure_fisher(
             if id(weight) in modules:
                 kinds.append((_Head if weight is head.weight else _Linear)(modules[id(weight)], positions))
             if weight is embedding.weight:
-                kinds.append(_Embedding(embedding))
+                kinds.append(_Embedding(embedding, positions))
             measured[name] = _Tied(*kinds) if len(kinds) > 1 else kinds[0] if kinds else _Diagonal(weight)
             measured[name].listen(hooks)
         count, generator = 0, torch.Generator(model.device).manual_seed(seed)
@@ -255,14 +255,14 @@ class _Head(_Linear):
 class _Embedding(_Measured):
     """The input embedding: how often each token comes, and Σ g gᵀ."""
 
-    def __init__(self, module: nn.Embedding) -> None:
-        self.module, size = module, module.embedding_dim
+    def __init__(self, module: nn.Embedding, positions: _Positions) -> None:
+        self.module, self.positions, size = module, positions, module.embedding_dim
         self.frequency = torch.zeros(module.num_embeddings, device=module.weight.device)
         self.outputs = torch.zeros(size, size, device=module.weight.device)
 
     def listen(self, until: ExitStack) -> None:
         def hear(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.frequency += torch.bincount(args[0].reshape(-1), minlength=len(self.frequency))
+            self.frequency += torch.bincount(args[0][self.positions.inputs], minlength=len(self.frequency))
             output.register_hook(add)
 
         def add(gradient: Tensor) -> None:
@@ -273,7 +273,12 @@ class _Embedding(_Measured):
 
     def curvature(self, count: int, shared: _Shared) -> Curvature:
         values, vectors = shared.eigh(self.outputs / count)
-        return Curvature(None, vectors, [(self.frequency / count, values)])
+        return Curvature(None, vectors, [(self.share, values)])
+
+    @property
+    def share(self) -> Tensor:
+        """Of the inputs, that of each token."""
+        return self.frequency / self.frequency.sum().clamp(min=1)
 
 
 class _Tied(_Measured):
@@ -291,7 +296,7 @@ class _Tied(_Measured):
         head = self.head.curvature(count, shared)
         assert head.right is not None
         inside = (head.right * (self.embedding.outputs / count @ head.right)).sum(0)
-        return Curvature(None, head.right, [*head.parts, (self.embedding.frequency / count, inside)])
+        return Curvature(None, head.right, [*head.parts, (self.embedding.share, inside)])
 
 
 class _Diagonal(_Measured):
