@@ -184,6 +184,21 @@ def test_layers_that_see_the_same_inputs_share_their_eigenvectors(tmp_path: Any)
     assert num_bytes(loaded.values()) == num_bytes(fisher.values())
 
 
+def test_a_model_of_half_precision_has_eigenvectors_of_half_the_size() -> None:
+    model = make_model()
+    ids = torch.randint(5, 200, (16, 16), generator=torch.Generator().manual_seed(2))
+    batches = [{"input_ids": ids, "labels": ids}]
+    name = "model.layers.0.mlp.up_proj.weight"
+    whole = measure_fisher(model, batches, {name: model.get_parameter(name)})[name]
+    model.bfloat16()
+    half = measure_fisher(model, batches, {name: model.get_parameter(name)})[name]
+    assert half.right is not None
+    assert half.right.dtype == torch.bfloat16
+    move = torch.randn(whole.diagonal().shape, generator=torch.Generator().manual_seed(4))
+    sums = [float((of.diagonal() * of.rotate(move).square()).sum()) for of in (whole, half)]
+    assert sums[1] == pytest.approx(sums[0], rel=0.05)
+
+
 def test_a_damaged_file_is_refused_in_one_line(tmp_path: Any) -> None:
     (tmp_path / "fisher.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"anchor_coef: .*fisher.safetensors' is damaged; delete it"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,24 @@ def test_its_penalty_and_pull_are_those_of_the_whole_matrix_and_its_gradient() -
     assert anchored.penalty().item() == pytest.approx(by_hand.item())
     (offset,) = anchored.read([{}])
     assert torch.allclose(of.rotate_back(anchored.pull(0, [offset])[0]), gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_eigenvectors_of_half_precision_turn_nothing_that_does_not_move(lora: bool) -> None:
+    """bfloat16 rounds them by 0.4%, which a hundred rotations there and back would multiply."""
+    rounded = replace(of := curvature(), right=of.right.bfloat16())  # type: ignore[union-attr]
+    a, b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(6, 3))
+    anchored = (
+        AnchoredLoRA(a, b, 1.0, rounded) if lora else AnchoredWeight(a := nn.Parameter(torch.randn(6, 4)), rounded)
+    )
+    optimizer = AnchoredAdamW(anchored.parameters, [anchored], lr=0.0)
+    before = [parameter.detach().clone() for parameter in anchored.parameters]
+    for _ in range(100):
+        for parameter in anchored.parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    for was, parameter in zip(before, anchored.parameters, strict=True):
+        assert torch.equal(was, parameter)
 
 
 def test_lora_is_held_as_the_whole_weight_would_be_at_the_same_move() -> None:
@@ -182,6 +201,22 @@ def test_replay_may_begin_late(tmp_path: Path, replay: ReplayDataset) -> None:
     steps = [row["step"] for row in trainer.state.log_history if "replay/kl" in row]
     assert steps == [4, 5, 6]
     assert min(logged(trainer, "replay/kl")) > 0
+
+
+def test_a_move_that_the_anchor_no_longer_sees_is_said_once(
+    tmp_path: Path, replay: ReplayDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ReplayConfig(replay_coef=1.0, anchor_coef=10.0)
+    anchor = train(tmp_path, replay, replay_config=settings).replay.anchor
+    assert anchor is not None
+    said = lambda: [record.message for record in caplog.records if "it no longer holds" in record.message]  # noqa: E731
+    penalty = anchor.logs(None)["replay/anchor"]
+    anchor.logs(9 * penalty)
+    assert said() == []
+    for _ in range(2):
+        anchor.logs(max(0.02, 20 * penalty))
+    (line,) = said()
+    assert line.startswith("anchor_coef: the model has moved so far that KL(base || model)")
 
 
 # Refusals

@@ -38,7 +38,8 @@ class Curvature:
     """The Fisher information of one weight, per predicted token, in coordinates in which it is diagonal.
 
     Args:
-        left, right: eigenvectors, as columns, of its output and of its input side; None where that side stays as it is.
+        left, right: eigenvectors, as columns, of its output and of its input side, in the weight's own dtype; None
+            where that side stays as it is.
         parts: the diagonal, as a sum of outer products (of the output side, of the input side); for weights that are
             no matrices one pair (diagonal of the weight's own shape, None).
     """
@@ -48,14 +49,17 @@ class Curvature:
     parts: Sequence[tuple[Tensor, Tensor | None]]
 
     def rotate(self, weight: Tensor) -> Tensor:
-        """A weight, its gradient or its move in these coordinates."""
-        weight = weight if self.left is None else self.left.T @ weight
-        return weight if self.right is None else weight @ self.right
+        """A weight, its gradient or its move in these coordinates, in float32."""
+        return self._between(self.left if self.left is None else self.left.T, weight, self.right)
 
     def rotate_back(self, weight: Tensor) -> Tensor:
-        """The inverse of `rotate`."""
-        weight = weight if self.left is None else self.left @ weight
-        return weight if self.right is None else weight @ self.right.T
+        """The inverse of `rotate`, but for the rounding of the eigenvectors."""
+        return self._between(self.left, weight, self.right if self.right is None else self.right.T)
+
+    @staticmethod
+    def _between(left: Tensor | None, weight: Tensor, right: Tensor | None) -> Tensor:
+        weight = weight if left is None else left @ weight.to(left.dtype)
+        return (weight if right is None else weight.to(right.dtype) @ right).float()
 
     def diagonal(self) -> Tensor:
         """The diagonal of F in these coordinates, of the weight's shape."""
@@ -147,7 +151,7 @@ def measure_fisher(
             count += _backward(model, dict(batch), generator, positions)
             for one in measured.values():
                 one.take_gradient()
-        shared = _Shared()
+        shared = _Shared(embedding.weight.dtype)
         return {name: one.curvature(count, shared) for name, one in measured.items()}
 
 
@@ -295,7 +299,7 @@ class _Tied(_Measured):
     def curvature(self, count: int, shared: _Shared) -> Curvature:
         head = self.head.curvature(count, shared)
         assert head.right is not None
-        inside = (head.right * (self.embedding.outputs / count @ head.right)).sum(0)
+        inside = head.right.float().mul(self.embedding.outputs / count @ head.right.float()).sum(0)
         return Curvature(None, head.right, [*head.parts, (self.embedding.share, inside)])
 
 
@@ -320,9 +324,14 @@ class _Diagonal(_Measured):
 
 
 class _Shared:
-    """Eigenvectors, which weights with the same inputs share, such as those of q, k and v."""
+    """Eigenvectors, which weights with the same inputs share, such as those of q, k and v.
 
-    def __init__(self) -> None:
+    Args:
+        dtype: in which they are kept: that of the weights, so that rotations run at the model's own speed.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.found: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def eigh(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,5 +340,5 @@ class _Shared:
             if known.shape == matrix.shape and torch.equal(known, matrix):
                 return values, vectors
         values, vectors = torch.linalg.eigh(matrix)
-        self.found.append((matrix, values.clamp(min=0), vectors))
+        self.found.append((matrix, values.clamp(min=0), vectors.to(self.dtype)))
         return self.found[-1][1:]

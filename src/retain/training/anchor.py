@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,13 @@ from retain.replay.fisher import fisher_of
 from retain.training.anchored_adamw import AnchoredAdamW, AnchoredLoRA, AnchoredWeight
 from retain.training.config import ReplayConfig
 
+logger = logging.getLogger(__name__)
+
 ANCHOR_FILE = "anchor.safetensors"  # the curvatures of a run, which a resumed one needs to the last bit
+MAX_BEYOND, MIN_KL = (
+    10.0,
+    0.01,
+)  # KL over the anchor's value at which that says little of it, and nats from which it counts
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # of transformers' optimizers, those that it takes the place of
 
 
@@ -38,6 +45,7 @@ class Anchor:
     anchored: list[AnchoredWeight | AnchoredLoRA]
     num_tokens: int
     seconds: float
+    warned: bool = False
 
     @classmethod
     def measure(cls, model: Any, rows: ReplayDataset, seed: int) -> Anchor:
@@ -78,6 +86,19 @@ class Anchor:
         """½ ΔᵀFΔ of the weights in place: KL(base ‖ model) to second order, nats per token of the base's own text."""
         with torch.no_grad():
             return float(torch.stack([one.penalty() for one in self.anchored]).sum())
+
+    def logs(self, kl: float | None) -> dict[str, float]:
+        """The penalty, for the logs; a warning, once, where the KL on replay rows (or None) has outgrown it."""
+        penalty = self.penalty()
+        if not self.warned and kl is not None and kl > max(MIN_KL, MAX_BEYOND * penalty):
+            self.warned = True
+            logger.warning(
+                "anchor_coef: the model has moved so far that KL(base || model) on replay rows, %.3g nats per token, "
+                "is %.0f times what the anchor sees of it (replay/anchor %.2g): it no longer holds what moves; lower "
+                "learning_rate or replay_start",
+                kl, kl / penalty, penalty,
+            )  # fmt: skip
+        return {"replay/anchor": penalty}
 
     def save(self, folder: Path) -> None:
         """Keep the curvatures for a run that resumes: Adam's state is in their coordinates."""

@@ -13,6 +13,7 @@ arXiv 2409.11321; here these are the base's, and stay.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class AnchoredLoRA:
 
     def __init__(self, a: nn.Parameter, b: nn.Parameter, scale: float, curvature: Curvature) -> None:
         self.parameters, self.scale, self.curvature = [a, b], scale, curvature
+        self._found: list[Tensor] = []  # as last read
 
     def _sides(self) -> tuple[Tensor, Tensor]:
         """The diagonal of F over the outputs and over the inputs."""
@@ -68,15 +70,17 @@ class AnchoredLoRA:
         assert inputs is not None
         return outputs, inputs
 
-    def _rotate(self, a: Tensor, b: Tensor) -> list[Tensor]:
-        left, right = self.curvature.left, self.curvature.right
-        return [a if right is None else a @ right, b if left is None else left.T @ b]
+    def _rotations(self) -> Iterable[tuple[nn.Parameter, Curvature]]:
+        """Each factor with the coordinates of its side."""
+        sides = replace(self.curvature, left=None), replace(self.curvature, right=None)
+        return zip(self.parameters, sides, strict=True)
 
     def read(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
-        return self._rotate(*(parameter.float() for parameter in self.parameters))
+        self._found = [side.rotate(parameter.float()) for parameter, side in self._rotations()]
+        return [found.clone() for found in self._found]
 
     def gradients(self) -> list[Tensor]:
-        return self._rotate(*map(_gradient, self.parameters))
+        return [side.rotate(_gradient(parameter)) for parameter, side in self._rotations()]
 
     def pull(self, at: int, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
         (a, b), (outputs, inputs), square = coordinates, self._sides(), self.scale**2
@@ -88,9 +92,9 @@ class AnchoredLoRA:
         return outputs[:, None] * (b @ of_a), torch.outer(outputs, of_a.abs().sum(1))
 
     def write(self, coordinates: list[Tensor]) -> None:
-        (a, b), left, right = coordinates, self.curvature.left, self.curvature.right
-        self.parameters[0].copy_(a if right is None else a @ right.T)
-        self.parameters[1].copy_(b if left is None else left @ b)
+        # only the step is rotated back: rounded eigenvectors would distort the whole a little each time
+        for (parameter, side), found, moved in zip(self._rotations(), self._found, coordinates, strict=True):
+            parameter.add_(side.rotate_back(moved - found))
 
     def penalty(self) -> Tensor:
         coordinates = self.read([{}, {}])

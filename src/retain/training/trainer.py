@@ -349,7 +349,7 @@ class ReplayMixin(Host):
         if "loss" in logs:
             logs.update(self._meter.logs(self.state.global_step, self.replay_coef))
             if self.replay.anchor is not None:
-                logs["replay/anchor"] = self.replay.anchor.penalty()
+                logs.update(self.replay.anchor.logs(logs.get("replay/kl")))
         super().log(logs, start_time)
 
 
