@@ -29,10 +29,11 @@ from retain.measuring.choices import (
     load_questions,
     measure_choices,
 )
-from retain.measuring.lm_eval import pair_files, paired_report, task_of
+from retain.measuring.lm_eval import read_samples, task_of
 from retain.measuring.measure import measure
 from retain.measuring.measure_options import Options
-from retain.measuring.paired_answers import compare_answers
+from retain.measuring.paired_answers import compare_answers, pair_answers
+from retain.measuring.paired_files import paired_report
 from retain.measuring.tokens import logits_of
 from retain.report.report import ForgettingReport
 from retain.report.results import RunResults
@@ -502,6 +503,10 @@ def write_samples(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def pair_files(base: Path, tuned: Path) -> dict[str, Any]:
+    return pair_answers(read_samples(base), read_samples(tuned))
+
+
 def paired(folder: Path, base: list[dict[str, Any]], tuned: list[dict[str, Any]]) -> dict[str, Any]:
     return pair_files(write_samples(folder / "a.jsonl", base), write_samples(folder / "b.jsonl", tuned))
 
@@ -554,7 +559,10 @@ def test_what_cannot_be_paired_is_counted_or_refused(tmp_path):
     assert "6 of 6 questions were put in other words" in paired(tmp_path, BASE, other)["notes"][0]
     for bad, why in (
         ([*TUNED, TUNED[0]], "line 7 has doc_id 0 a second time; give a file of one run"),
-        ([row | {"doc_hash": "other"} for row in TUNED], r"doc_id 0 is not the same question .* \(doc_hash differs\)"),
+        (
+            [row | {"doc_hash": "other"} for row in TUNED],
+            r"question 0 is not the same in both files \(doc_hash differs\)",
+        ),
         ([row | {"doc_id": 99} for row in TUNED[:1]], "share no question"),
         ([], "is empty; give a file that lm_eval --log_samples wrote"),
         ([{"text": "a"}], "line 1 is not a sample of lm-eval"),

@@ -15,8 +15,8 @@ from retain.data.rows import Reading, named_sources, read_rows, row_texts
 from retain.files import exclusive, short_names, visible
 from retain.measuring.choices import load_questions
 from retain.measuring.generations import as_prompt
-from retain.measuring.lm_eval import paired_report
 from retain.measuring.measure import measure
+from retain.measuring.paired_files import paired_report
 from retain.measuring.refusals import Judge, load_requests
 from retain.measuring.sources import default_prompts, document_tokens, overlap_warnings
 from retain.models.base_predictions import MeasuredBase
@@ -92,8 +92,8 @@ class MeasureConfig(ModelLoadSettings):
     max_questions: int | None = setting(None, "Draw only N questions of each set, with the seed. Default: all.", low=1)
     pair: list[str] = setting(
         list,
-        "Two per-sample files of lm-eval (--log_samples) on one task, the base's first, to compare question by "
-        "question in place of models.",
+        "Two per-sample files of lm-eval (--log_samples), or two logs of inspect, on one task, the base's first, to "
+        "compare question by question in place of models.",
     )
     prompts: str | None = setting(
         None,

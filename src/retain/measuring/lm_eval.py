@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: the answers of base and tuned model in its files, paired question by question.
+"""lm-evaluation-harness: a model's answers in its per-sample files.
 
 Written for lm_eval 0.4.13. A line of a per-sample file (`--log_samples`, `lm_eval.result_schema.SampleResult`) has
 `doc_id`, `target`, `arguments`, `filtered_resps`, `filter`, `doc_hash`, `prompt_hash`, and a number for each metric. A
@@ -7,54 +7,47 @@ multiple-choice response is `[log-likelihood, is_greedy]` per choice; any other 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retain.data.row_files import json_rows
-from retain.measuring.paired_answers import compare_answers
-from retain.report.report import ForgettingReport
+from retain.measuring.paired_answers import Answered, AnswerFile
 
 ANSWER_METRICS = ("acc", "acc_norm", "acc_bytes", "exact_match")  # those that judge one answer by itself
-Samples = dict[str, dict[int, dict[str, Any]]]  # filter → doc_id → line
 
 
-def read_samples(path: Path) -> Samples:
-    """The lines of a per-sample file by filter and question.
+def read_samples(path: Path) -> AnswerFile:
+    """The answers of a per-sample file by metric and filter.
 
     Raises:
         ValueError: one line naming the file and the line, for what is not such a file, holds a question twice, or a
             number that is not finite.
     """
-    samples: Samples = {}
+    answers: dict[str, dict[Hashable, Answered]] = {}
+    seen: set[tuple[str, Any]] = set()
     for where, row in json_rows(path, "pair"):
         if not {"doc_id", "target", "filtered_resps"} <= set(row):
             raise ValueError(f"{where} is not a sample of lm-eval; give a file that lm_eval --log_samples wrote")
-        of_filter = samples.setdefault(str(row.get("filter", "none")), {})
-        if row["doc_id"] in of_filter:
-            raise ValueError(f"{where} has doc_id {row['doc_id']!r} a second time; give a file of one run")
+        name, number = str(row.get("filter", "none")), row["doc_id"]
+        if (name, number) in seen:
+            raise ValueError(f"{where} has doc_id {number!r} a second time; give a file of one run")
+        seen.add((name, number))
         responses = row["filtered_resps"] if isinstance(row["filtered_resps"], list) else []
         numbers = [one[0] for one in responses if isinstance(one, list) and one]  # log-likelihoods; else texts
-        for number in (*numbers, *(row[name] for name in ANSWER_METRICS if name in row)):
-            if str(number).lower().lstrip("-") in ("nan", "inf", "infinity"):  # also where they were written as text
-                raise ValueError(f"{where} has {number}, which is no result; evaluate that model again, in float32")
-        of_filter[row["doc_id"]] = row
-    if not samples:
+        metrics = [metric for metric in ANSWER_METRICS if metric in row]
+        for value in (*numbers, *(row[metric] for metric in metrics)):
+            if str(value).lower().lstrip("-") in ("nan", "inf", "infinity"):  # also where they were written as text
+                raise ValueError(f"{where} has {value}, which is no result; evaluate that model again, in float32")
+        question = {key: row.get(key) for key in ("doc_hash", "target_hash")}
+        for metric in metrics:
+            found = Answered(answer_of(row, metric), row[metric] == 1, question, row.get("prompt_hash"))
+            answers.setdefault(metric if name == "none" else f"{metric} ({name})", {})[number] = found
+    if not seen:
         raise ValueError(f"pair: {str(path)!r} is empty; give a file that lm_eval --log_samples wrote")
-    return samples
-
-
-def paired_report(paths: Sequence[str]) -> ForgettingReport:
-    """A report on two per-sample files of one task, the base's first."""
-    base, tuned = (Path(path) for path in paths)
-    return ForgettingReport.new(
-        tuned.parent.name or tuned.stem,
-        base={"model": str(base)},
-        tuned={"model": str(tuned)},
-        choices={task_of(tuned): pair_files(base, tuned)},
-    )
+    return AnswerFile("lm-eval", task_of(path), path.parent.name or path.stem, str(path), answers)
 
 
 def task_of(path: Path) -> str:
@@ -62,65 +55,6 @@ def task_of(path: Path) -> str:
     name = path.stem.removeprefix("samples_")
     task, _, date = name.rpartition("_")
     return task if task and date[:1].isdigit() else path.stem
-
-
-def pair_files(base: Path, tuned: Path) -> dict[str, Any]:
-    """Compare the answers that two files hold to the same questions; in the form of `measure_choices`.
-
-    Raises:
-        ValueError: if the files share no question, hold different ones under one number, or imply no answers.
-    """
-    of_base, of_tuned = read_samples(base), read_samples(tuned)
-    rules: dict[str, Any] = {}
-    notes: dict[str, None] = {}
-    unclear: dict[str, None] = {}  # metrics whose answers do not follow
-    for name in of_base:
-        before, after = (side.get(name, {}) for side in (of_base, of_tuned))
-        both = [number for number in before if number in after]
-        if not both:
-            continue
-        first: dict[Any, int] = {}
-        for number in both:
-            first.setdefault(before[number].get("doc_hash") or number, number)
-        shared = list(first.values())
-        if len(shared) < len(both):
-            notes[f"{len(both) - len(shared)} of {len(both)} questions are copies of others, and left out."] = None
-        notes |= dict.fromkeys(_differences(before, after, both))
-        sides = [[of_file[number] for number in shared] for of_file in (before, after)]
-        for metric in ANSWER_METRICS:
-            if not all(metric in row for rows in sides for row in rows):
-                continue
-            answers = [[answer_of(row, metric) for row in rows] for rows in sides]
-            if None in answers[0] + answers[1]:
-                notes[f"{metric} is left out: the answers behind it do not follow from the file."] = None
-                unclear[metric] = None
-                continue
-            right = [[row[metric] == 1 for row in rows] for rows in sides]
-            compared = compare_answers(answers[0], answers[1], right[0], right[1])
-            rules[metric if name == "none" else f"{metric} ({name})"] = compared
-    if not rules:
-        why = f"share no question with {', '.join(ANSWER_METRICS)}; give two of the same task"
-        if unclear:
-            why = f"do not tell the answers behind {', '.join(unclear)}; give a task whose answers are right or wrong"
-        raise ValueError(f"pair: {str(base)!r} and {str(tuned)!r} {why}")
-    most = max(compared["agreement"]["num_questions"] for compared in rules.values())
-    return {"style": "paired from files of lm-eval", "chat_template": None, "num_questions": most, "rules": rules,
-            "notes": list(notes), "answers": {}, "lost": []}  # fmt: skip
-
-
-def _differences(before: dict[int, dict], after: dict[int, dict], shared: list[int]) -> Iterator[str]:
-    """What the files do not share, in words; a `ValueError` where one number names two questions."""
-    for number in shared:
-        for key in ("doc_hash", "target_hash"):
-            one, other = before[number].get(key), after[number].get(key)
-            if one != other and one is not None and other is not None:
-                raise ValueError(f"pair: doc_id {number} is not the same question in both files ({key} differs); "
-                                 "give files of the same task and version")  # fmt: skip
-    alone = [len(of_file) - len(shared) for of_file in (before, after)]
-    if any(alone):
-        yield f"Left out, since only one file has them: {alone[0]} of the base's questions, {alone[1]} of the tuned's."
-    if other := sum(before[number].get("prompt_hash") != after[number].get("prompt_hash") for number in shared):
-        yield f"{other} of {len(shared)} questions were put in other words: another template, or other examples."
 
 
 def answer_of(row: dict[str, Any], metric: str) -> Hashable | None:

@@ -1,0 +1,22 @@
+"""Two files of an evaluation program on one task, the base's and the tuned model's, become a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from retain.measuring.inspect_log import read_log
+from retain.measuring.lm_eval import read_samples
+from retain.measuring.paired_answers import pair_answers
+from retain.report.report import ForgettingReport
+
+READERS = {".eval": read_log, ".json": read_log}  # by the ending of a log of inspect; else it is lm-eval's
+
+
+def paired_report(paths: Sequence[str]) -> ForgettingReport:
+    """A report on two files of one program, the base's first."""
+    base, tuned = (READERS.get(Path(path).suffix, read_samples)(Path(path)) for path in paths)
+    if base.program != tuned.program:
+        raise ValueError(f"pair: {base.program} and {tuned.program} wrote these files; give two of one program")
+    sides = {"base": {"model": base.model}, "tuned": {"model": tuned.model}}
+    return ForgettingReport.new(tuned.name, **sides, choices={tuned.task: pair_answers(base, tuned)})
