@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
+from retain.cli.github import LEVELS, SUMMARY_VARIABLE, annotation, append_summary, errors_annotated
 from retain.cli.settings import RETENTION_HELP, ModelLoadSettings
 from retain.data.rows import Reading, named_sources, read_rows, row_texts
 from retain.files import exclusive, short_names, visible
@@ -127,6 +130,10 @@ class MeasureConfig(ModelLoadSettings):
         "max_forgetting.",
         high=1,
     )
+    github: bool = setting(
+        False,
+        "In a job of GitHub Actions: append the report to the job's summary, and annotate the job with every verdict.",
+    )
     max_length: int = setting(
         Unchosen(512), "Longest window in tokens, the start token included; at most the model's positions.", low=2
     )
@@ -142,6 +149,8 @@ class MeasureConfig(ModelLoadSettings):
                 raise ValueError(f"{name}: missing; give --{name}")
         if self.model_card and len(self.model) > 1:
             raise ValueError(f"model_card: {self.model_card!r} is of one model; give one --model")
+        if self.github and not os.environ.get(SUMMARY_VARIABLE):
+            raise ValueError(f"github: {SUMMARY_VARIABLE} is not set, as it is in GitHub Actions; leave github out")
         self._check_sources()
         self._check_limits()
 
@@ -181,6 +190,18 @@ class MeasureConfig(ModelLoadSettings):
 
 def run_measure(config: MeasureConfig) -> int:
     """Write a report, of several models one for each and one that compares them; return the exit code of the gate."""
+    with errors_annotated() if config.github else nullcontext():
+        gates = write_reports(config)
+    for name, gate in gates.items():
+        if config.github:
+            print(annotation(LEVELS[gate.code], name, gate.verdict))
+        checks = gate.checks if len(gate.checks) > 1 else []
+        print(*map(visible, ["", *[name] * (len(gates) > 1), *checks, gate.verdict]), sep="\n")
+    return max((gate.code for gate in gates.values()), key=SEVERITY.index, default=0)
+
+
+def write_reports(config: MeasureConfig) -> dict[str, Judgement]:
+    """Measure and write; return the gate's judgement of each model by its name, none without a limit."""
     if config.model_card:
         check_card(config.model_card)
     folder = Path(config.output_dir)
@@ -202,10 +223,9 @@ def run_measure(config: MeasureConfig) -> int:
         print(f"{summary}\n\nreport: {folder / 'report.html'}")
         if config.model_card:
             reports[0].to_model_card(config.model_card)
-    for name, gate in gates.items():
-        checks = gate.checks if len(gate.checks) > 1 else []
-        print(*map(visible, ["", *[name] * (len(gates) > 1), *checks, gate.verdict]), sep="\n")
-    return max((gate.code for gate in gates.values()), key=SEVERITY.index, default=0)
+        if config.github:
+            append_summary((folder / "report.md").read_text(encoding="utf-8"))
+    return gates
 
 
 def judge_report(config: MeasureConfig, report: ForgettingReport) -> dict[str, Judgement]:

@@ -10,12 +10,13 @@ from retain.measuring.lm_eval import read_samples
 from retain.measuring.paired_answers import pair_answers
 from retain.report.report import ForgettingReport
 
-READERS = {".eval": read_log, ".json": read_log}  # by the ending of a log of inspect; else it is lm-eval's
+INSPECT_SUFFIXES = (".eval", ".json")  # of its logs; a file with another ending is lm-eval's
 
 
 def paired_report(paths: Sequence[str]) -> ForgettingReport:
     """A report on two files of one program, the base's first."""
-    base, tuned = (READERS.get(Path(path).suffix, read_samples)(Path(path)) for path in paths)
+    files = list(map(Path, paths))
+    base, tuned = (read_log(path) if path.suffix in INSPECT_SUFFIXES else read_samples(path) for path in files)
     if base.program != tuned.program:
         raise ValueError(f"pair: {base.program} and {tuned.program} wrote these files; give two of one program")
     sides = {"base": {"model": base.model}, "tuned": {"model": tuned.model}}
