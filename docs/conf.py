@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ html_show_sphinx = False
 html_copy_source = False
 
 
-def to_pages(app: Any, name: str, source: list[str]) -> None:
-    """Link a folder to its README; without one it has no page, and its link becomes plain text."""
+def with_pages(name: str, text: str) -> str:
+    """A page whose links to a folder lead to its README; a folder without one has no page: its link is plain text."""
     here = ROOT / f"{name}.md"
 
     def linked(match: re.Match[str]) -> str:
@@ -52,7 +53,11 @@ def to_pages(app: Any, name: str, source: list[str]) -> None:
             return match.group()
         return f"[{text}]({target.rstrip('/')}/README.md)" if (folder / "README.md").exists() else text
 
-    source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)\)", linked, source[0])
+    return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)\)", linked, text)
+
+
+def to_pages(app: Any, name: str, source: list[str]) -> None:
+    source[0] = with_pages(name, source[0])
 
 
 def as_written(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
@@ -83,8 +88,37 @@ def front_page(app: Any, error: Exception | None) -> None:
         (Path(app.outdir) / "index.html").write_text(page)
 
 
+def llms_txt(names: Iterable[str]) -> str:
+    """The list of pages for language models (https://llmstxt.org): titles, and of docs/ first sentences."""
+    head = (ROOT / "docs" / "index.md").read_text().split("\n\n")[1].replace("\n", " ")
+    sections: dict[str, list[str]] = {"Docs": [], "Optional": []}
+    for name in names:
+        title, first = (ROOT / f"{name}.md").read_text().split("\n\n")[:2]
+        sentence = re.split(r"(?<=[.:])\s", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", first.replace("\n", " ")))[0]
+        line = f"- [{title.removeprefix('# ')}]({name}.md)"
+        if name.startswith("docs/"):
+            sections["Docs"].append(f"{line}: {sentence}")
+        else:
+            sections["Optional"].append(line)
+    lists = [f"## {section}\n\n" + "\n".join(lines) for section, lines in sections.items() if lines]
+    return "\n\n".join([f"# {project}", f"> {head}", *lists]) + "\n"
+
+
+def markdown_pages(app: Any, error: Exception | None) -> None:
+    """Beside every page its Markdown, and llms.txt; but for the reference, whose Markdown names functions alone."""
+    if error is not None:
+        return
+    for name in app.env.found_docs:
+        if not name.startswith("docs/api/"):
+            text = with_pages(name, (ROOT / f"{name}.md").read_text())
+            (Path(app.outdir) / f"{name}.md").write_text(text)
+    listed = [name for name in app.env.toctree_includes[root_doc] if not name.startswith("docs/api/")]
+    (Path(app.outdir) / "llms.txt").write_text(llms_txt(listed))
+
+
 def setup(app: Any) -> None:
     app.connect("source-read", to_pages)
     app.connect("autodoc-process-docstring", as_written, priority=400)  # before napoleon makes markup of its own
     app.connect("autodoc-process-signature", plain_signature)
     app.connect("build-finished", front_page)
+    app.connect("build-finished", markdown_pages)

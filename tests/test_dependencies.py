@@ -47,6 +47,26 @@ def test_what_is_developed_with_is_within_the_bounds():
     assert all(used[name] >= bound for name, bound in bounds().items())
 
 
+def test_the_cloud_job_and_the_release_name_this_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    head = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / "examples" / "cloud_job.py").read_text(), re.M | re.S)
+    script = tomllib.loads(re.sub(r"^# ?", "", head[1], flags=re.M))
+    assert script == {"requires-python": project["requires-python"], "dependencies": [project["name"]]}
+    wheel = project["name"].replace("-", "_")
+    assert (
+        f"dist/{wheel}-${{GITHUB_REF_NAME#v}}-py3-none-any.whl" in (ROOT / ".github/workflows/release.yml").read_text()
+    )
+
+
+def test_the_container_copies_what_the_build_needs_and_is_no_root():
+    lines = (ROOT / "Containerfile").read_text().splitlines()
+    copied = {source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"pyproject.toml", "src", project["readme"], *project["license-files"]} == copied
+    assert all((ROOT / name).exists() for name in copied)
+    assert [line for line in lines if line.startswith("USER ")] == ["USER retain"]
+
+
 JINJA = {"name": "jinja2", "version": "3.1.2", "vulns": [{"id": "PYSEC-1", "fix_versions": ["3.1.3"]}]}
 TORCH = {"name": "torch", "version": "2.13.0", "vulns": []}
 UNKNOWN = {"name": "numpy", "skip_reason": "Dependency not found on PyPI and could not be audited: numpy (2.4.6)"}

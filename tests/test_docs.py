@@ -9,6 +9,7 @@ import functools
 import importlib
 import pkgutil
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,14 @@ def test_links_of_notebooks_lead_somewhere(path):
 def test_paths_in_examples_are_there(path):
     found = re.findall(rf"\b{FOLDERS}/[\w./]+\.(?:py|yaml|md)\b", path.read_text())
     assert [name for name in found if not (ROOT / name).exists()] == []
+
+
+def test_llms_txt_lists_pages_with_their_title_and_first_sentence():
+    llms_txt = runpy.run_path(str(ROOT / "docs" / "conf.py"))["llms_txt"]
+    head, *lines = llms_txt(["docs/measuring", "docs/ci", "CONTRIBUTING"]).split("\n- ")
+    assert head.startswith("# retain\n\n> Finetune a language model without it forgetting, and measure how much")
+    sentence = "Stop a pull request whose model forgot more than you allow, and show the table where people look."
+    assert lines[1:] == [f"[In CI](docs/ci.md): {sentence}\n\n## Optional\n", "[Contributing](CONTRIBUTING.md)\n"]
 
 
 # Commands

@@ -65,8 +65,21 @@ def test_measure_example(workplace: Path) -> None:
     assert (workplace / "r" / "report.html").exists()
 
 
+@pytest.mark.program
+def test_cloud_job_example(workplace: Path) -> None:
+    small = ["--max_steps", "4", "--max_length", "32", "--replay_num_rows", "8", "--report_to", "none"]
+    names = [workplace / name for name in ("model", "rows.jsonl", "wiki.txt", "job")]
+    stdout = run("cloud_job", *names, *small, folder=workplace)
+    assert "protection: kl, coefficient 1" in stdout
+    assert (workplace / "job" / "adapter_model.safetensors").exists()
+    assert (workplace / "job" / "report" / "report.html").exists()
+    assert "## Forgetting" in (workplace / "job" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
-    "path", [EXAMPLES / f"{name}.py" for name in (*NAMES, "measure_two_models")], ids=lambda path: path.stem
+    "path",
+    [EXAMPLES / f"{name}.py" for name in (*NAMES, "measure_two_models", "cloud_job")],
+    ids=lambda path: path.stem,
 )
 def test_examples_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 40

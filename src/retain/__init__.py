@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 try:
-    __version__ = version("retain")
+    __version__ = version("retain-llm")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
@@ -42,18 +42,9 @@ __all__ = sorted([*_HOMES, "__version__", "versions"])
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries on which a number depends."""
-    names = (
-        "retain",
-        "torch",
-        "transformers",
-        "trl",
-        "peft",
-        "accelerate",
-        "datasets",
-        "tokenizers",
-        "numpy",
-    )
-    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+    names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy")
+    own = {"python": platform.python_version(), "retain": __version__}
+    return own | {name: _version(name) for name in names}
 
 
 def _version(name: str) -> str:

@@ -108,7 +108,7 @@ def test_ten_kills_change_nothing(sweep: Path, undisturbed: dict[str, Any], tmp_
 def test_a_lost_ray_worker_loses_its_run_only(
     sweep: Path, undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'retain[ray]'")
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'retain-llm[ray]'")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     lost: list[str] = []

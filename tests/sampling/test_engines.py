@@ -81,7 +81,7 @@ def test_an_engine_that_is_not_installed_is_one_line(engine, llama_folder, tmp_p
     monkeypatch.setitem(sys.modules, engine, None)
     monkeypatch.delitem(sys.modules, f"retain.{engine}_engine", raising=False)
     assert sample(llama_folder, tmp_path / "out", "--engine", engine) == 1
-    says = f"retain sample: engine: '{engine}' needs the extra; pip install 'retain[{engine}]'"
+    says = f"retain sample: engine: '{engine}' needs the extra; pip install 'retain-llm[{engine}]'"
     assert capsys.readouterr().err.splitlines() == [says]
     assert not (tmp_path / "out").exists()
 
@@ -262,7 +262,7 @@ def test_launched_processes_have_their_own_gpus(vllm, monkeypatch):
 
 # Ray
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed: retain[ray]")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed: retain-llm[ray]")
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ def gguf_cache() -> Path:
 def dequantise_gguf(path: Path, field: str = "model") -> Path:
     """Dequantise a GGUF file to float32 safetensors in the cache, once, and return the folder."""
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"{field}: {path.name} needs the package gguf; pip install 'retain[gguf]'")
+        raise ValueError(f"{field}: {path.name} needs the package gguf; pip install 'retain-llm[gguf]'")
     from transformers import AutoTokenizer, GgufConfig
 
     stat = path.stat()

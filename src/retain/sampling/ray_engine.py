@@ -21,7 +21,7 @@ from retain.models.description import default_device
 from retain.sampling.engine import DrawnRows, Engine, Progress, Shard, batch_engine, draw_rows
 
 if find_spec("ray") is None:
-    raise ValueError("engine: 'ray' needs the extra; pip install 'retain[ray]'")
+    raise ValueError("engine: 'ray' needs the extra; pip install 'retain-llm[ray]'")
 import ray
 from ray.exceptions import RayError, RayTaskError
 

@@ -29,7 +29,7 @@ from retain.models.loading import resolve_model_path
 from retain.sampling.engine import DrawnRows, Engine, batch_engine
 
 if find_spec("vllm") is None:
-    raise ValueError("engine: 'vllm' needs the extra; pip install 'retain[vllm]'")
+    raise ValueError("engine: 'vllm' needs the extra; pip install 'retain-llm[vllm]'")
 
 SAMPLING = {
     "n": 1,
