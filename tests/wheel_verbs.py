@@ -21,6 +21,7 @@ VERBS = {
     "finetune": f"{RUN} --lora_r 2 --max_steps 24 --output_dir runs/two",
     "measure": "--base base --model runs/two --retention old=old.txt --new_task new=held.jsonl "
     "--max_length 32 --max_new_tokens 16 --output_dir report",
+    "chat": "--base base --model runs/two --prompt w1 --max_new_tokens 8",
     "report": "--runs report --output_dir page",
     "sweep": "sweep.yaml --output_dir sweep --engine local",
     "fit": "runs/two/metrics.jsonl sweep/runs/*/metrics.jsonl --form linear --output law.json --num_resamples 50",

@@ -80,6 +80,7 @@ def good(verb: str, world: Path, out: Path) -> dict[str, str]:
             "base": world / "model", "model": world / "tuned", "retention": f"w={world}/wiki.jsonl", "output_dir": out,
         },
         "report": {"runs": world, "output_dir": out},
+        "chat": {"base": world / "model", "model": world / "tuned", "prompt": "fox"},
         "fit": {"runs": world / "runs.jsonl", "output": out / "law.json"},
         "predict": {"law": world / "law.json", "num_params": "1e6", "num_steps": "10"},
         "sweep": {"sweep": world / "sweep.yaml", "output_dir": out},
