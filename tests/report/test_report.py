@@ -19,14 +19,14 @@ from retain import files
 from retain.cli.main import main
 from retain.files import visible, visible_text
 from retain.measuring.paired_answers import compare_answers, share_entry
-from retain.report import page, style, worst_passages
+from retain.report import page, style, tables, worst_passages
 from retain.report.comparison import Comparison, compare_at_matched_loss, dominators, first_crossing, frontier
-from retain.report.figures import Panel, PlotLine, panels
+from retain.report.figures import Panel, PlotLine, learned_and_forgotten, panels
 from retain.report.model_card import card_with_forgetting, model_index
 from retain.report.numbers import Cell, cell
 from retain.report.report import ForgettingReport, write_comparison
 from retain.report.results import RunResults
-from retain.report.sentences import budget_sentence, frontier_sentences, text_verdict
+from retain.report.sentences import budget_sentence, comparison_verdict, frontier_sentences, opening, text_verdict
 from retain.report.worst_passages import differences, worst_documents
 from retain.training.run_files import RunFilesCallback, read_run
 
@@ -586,10 +586,10 @@ def test_prompts_of_chats_are_told_apart_by_what_differs(plain: dict) -> None:
     told = {"base": "b", "tuned": "t"}
     plain["generations"] = [{"prompt": f"{head}{ask}", **told} for ask in ("Who sings?", "Who\nruns?")]
     page = html_of([plain])
-    assert "<summary>Who sings?" in page
+    assert '<h3 class="prompt">Who sings?</h3>' in page
     assert "You are helpful.\n&lt;|user|&gt;\nWho sings?</pre>" in page
     plain["generations"] = plain["generations"][:1]
-    assert "<summary>&lt;|system|&gt;\nYou are helpful." in html_of([plain])
+    assert '<h3 class="prompt">&lt;|system|&gt;\nYou are helpful.' in html_of([plain])
 
 
 def test_verdict_with_several_texts_and_with_none(plain: dict) -> None:
@@ -603,7 +603,7 @@ def test_verdict_with_several_texts_and_with_none(plain: dict) -> None:
 def test_comparison_verdict(plain: dict, replay: dict) -> None:
     summary = summary_of([plain, replay])
     assert summary.startswith("At the same new-task loss (2.500 nats per token), compared with “plain”, “replay” moved")
-    assert "90% less on wiki (95% interval 90% to 90%; ref_kl 0.040 against 0.400)" in summary
+    assert "90% less on wiki [90%, 90%]" in summary
     worse = summary_of([replay, plain])
     assert "900% more on wiki" in worse
 
@@ -819,7 +819,10 @@ def test_every_format_tells_what_was_refused_written_and_known(plain: dict, repl
     assert "“plain” refuses 62.0% [0.0%, 100.0%] of 50 harmful prompts of advbench (judge), its base 94.0%" in summary
     assert "refusals fell: -32.0 points [-42.0, -32.0] (17 lost, 1 gained)" in summary
     assert "“t" not in summary
-    assert page.index("<strong>Warning.</strong>") < page.index('class="verdict"')
+    places = [
+        page.index(part) for part in ('class="verdict"', "<strong>Warning.</strong>", "<svg", "Capital?", "<table")
+    ]
+    assert places == sorted(places), "verdict, warnings, figure, answers; tables behind"
     assert "plain: wiki overlaps" in both["page"]
     assert "cut off</small>" in page
     assert "forgotten</small>" in page
@@ -897,14 +900,14 @@ def test_old_and_half_filled_reports_are_shown(plain: dict) -> None:
 def test_the_text_forgotten_most_comes_first(plain: dict, replay: dict) -> None:
     replay["retention"]["code"] = {"forgetting": measured(0.2, 0.1, 0.3), "ref_kl": measured(0.492, 0.4, 0.5)}
     replay["retention"]["wiki"]["forgetting"] = measured(-0.05, -0.06, -0.04)
-    rows = worst_passages.heat_map(typed([plain, replay]))
-    assert list(rows) == ["code", "wiki"]
-    (code, wiki), nothing = rows.values(), worst_passages.HeatCell(Cell(), heat=0, cool=False)
-    assert code[0] == [nothing, nothing]
-    assert code[1][0] == worst_passages.HeatCell(Cell("+0.200", "[0.100, 0.300]"), heat=100, cool=False)
-    assert wiki[1][0] == worst_passages.HeatCell(Cell("-0.050", "[-0.060, -0.040]"), heat=50, cool=True)
-    assert wiki[0][1].heat == 50, "0.123 of 0.492: by the square root"
-    assert worst_passages.heat_map(typed([plain])) == {}
+    _, code, wiki = tables.metric_table(typed([plain, replay])).sections
+    assert (code.title, wiki.title) == ("code", "wiki")
+    assert code.rows[0].cells == [Cell(), Cell("0.200", "[0.100, 0.300]", heat=100)]
+    assert wiki.rows[0].cells[1] == Cell("-0.050", "[-0.060, -0.040]", heat=50, cool=True)
+    assert wiki.rows[1].cells[0].heat == 50, "0.123 of 0.492: by the square root"
+    assert wiki.rows[3].cells[0].heat == 0, "a loss is neither good nor bad"
+    alone = tables.metric_table(typed([plain])).sections[1]
+    assert [row.cells[0].heat for row in alone.rows] == [0] * 4, "nothing to tell apart"
 
 
 def test_documents_beyond_the_room_of_a_page_are_counted(plain: dict) -> None:
@@ -960,7 +963,7 @@ def test_differences_are_marked_and_nothing_is_lost() -> None:
 
 def test_figures_take_their_colours_from_the_page_and_have_ids_of_their_own(plain: dict, replay: dict) -> None:
     drawn = panels_of([plain, replay])
-    assert [panel.kind for panel in drawn] == ["frontier", "curve", "curve", "interval", "interval"]
+    assert [panel.kind for panel in drawn] == ["frontier", "curve", "curve", "interval"]
 
     def picture(panel: Panel) -> str:
         return style.to_svg(style.draw_panel(panel, ["plain", "replay"]), panel.description)
@@ -1105,7 +1108,56 @@ def test_a_text_measured_at_the_end_only_leaves_no_block_of_dashes(plain: dict, 
 def test_a_lone_dot_is_no_figure(plain: dict, replay: dict) -> None:
     assert panels_of([at_its_end(plain, 0.1, 2.0, [1.0] * 4)]) == []
     kinds = [panel.kind for panel in panels_of([plain, replay])]
-    assert kinds.count("interval") == 2
+    assert kinds.count("interval") == 1
+    assert learned_and_forgotten(typed([at_its_end(plain, 0.1, 2.0, [1.0] * 4)])) == []
+
+
+def test_the_page_opens_with_what_was_learned_and_forgotten(plain: dict, replay: dict) -> None:
+    """In one figure, whose numbers a reader who sees none hears; and of one run in a sentence on one text."""
+    replay["retention"]["code"] = {"forgetting": measured(-0.2, -0.3, -0.1), "ref_kl": measured(0.5, 0.4, 0.6)}
+    learned, forgotten = learned_and_forgotten(typed([plain, replay]))
+    assert [(dot.text, dot.run, dot.value) for dot in learned.dots] == [("verilog", 0, 0.743), ("verilog", 1, 0.743)]
+    found = [(dot.text, dot.run, dot.low, dot.high) for dot in forgotten.dots]
+    assert found == [("wiki", 0, 0.052, 0.073), ("wiki", 1, 0.052, 0.073), ("code", 1, -0.3, -0.1)]
+    page = html_of([plain, replay])
+    assert 'aria-label="Learned: the loss fell by (nats per token): verilog, plain 0.743 [0.711' in page
+    plain["retention"]["code"] = {"forgetting": measured(0.5, 0.4, 0.6), "ref_kl": measured(0.5, 0.4, 0.6)}
+    sentence, others = opening(typed([plain]), None)
+    assert sentence.startswith("“plain” forgot: ref_kl 0.500 [0.400, 0.600] nats per token on code (")
+    assert ("; 1 more in the table" in sentence, others) == (True, [])
+
+
+def test_what_was_answered_and_refused_stands_below_the_opening(plain: dict, replay: dict) -> None:
+    asked_one = wrote(plain) | {"choices": asked()}
+    sentence, others = opening(typed([asked_one]), None)
+    assert sentence.startswith("“plain” forgot: ")
+    assert [(at, line[:16]) for at, line in others] == [(0, "“plain” answers "), (0, "“plain” refuses ")]
+    sentence, others = opening(typed([asked_one | {"retention": {}, "new_task": {}}]), None)
+    assert (sentence[:16], len(others)) == ("“plain” answers ", 1)
+    _, others = opening(typed([replay, asked_one]), compare([replay, asked_one]))
+    assert [at for at, _ in others] == [1, 1]
+
+
+def test_of_many_texts_a_verdict_names_those_where_least_was_prevented(plain: dict, replay: dict) -> None:
+    for at in range(4):
+        for one, kl in ((plain, 0.5), (replay, 0.1 * at)):
+            one["retention"][f"text{at}"] = {"ref_kl": measured(kl, kl, kl)}
+            one["trajectory"] = []
+    verdict = comparison_verdict(compare([plain, replay]))
+    assert (
+        "0% less on wiki (no interval), 40% less on text3 (no interval), 60% less on text2 (no interval) and" in verdict
+    )
+    assert "and as the table says on 2 more texts. No comparison at the same" in verdict
+
+
+def test_what_all_texts_share_is_one_line(plain: dict) -> None:
+    data = wrote(plain)
+    none = {"value": 0.0, "ci": [0.0, 0.16], "num_prompts": 20}
+    data["drift"]["greedy"] |= {"base_markers": none, "markers": none}
+    for shown in formats([data]).values():
+        assert "greedy, all models alike: chat markers written out 0.0%" in shown.replace("\\", "")
+        assert "chat markers written out, change" not in shown
+        assert "ended by itself, change" in shown
 
 
 def test_few_prompts_make_no_table_of_form(plain: dict) -> None:

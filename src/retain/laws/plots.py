@@ -8,7 +8,7 @@ import numpy as np
 
 from retain.laws.forms import LOSSES, Array, column_of
 from retain.report.figures import LEARNING
-from retain.report.style import INK, MARKS, SIZE, label, styled
+from retain.report.style import INK, MARKS, label, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def _subplots(panels: int) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     tall = -(-panels // 2)
-    figure = Figure(figsize=(1.8 * SIZE[0], 0.5 + (SIZE[1] - 0.2) * tall))
+    figure = Figure(figsize=(9.0, 0.5 + 3.1 * tall))
     return figure, [figure.add_subplot(tall, 2, at + 1) for at in range(panels)]
 
 

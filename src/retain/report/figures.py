@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from retain.report.comparison import Comparison, Point, end_points, frontier
-from retain.report.results import ReportRuns, RunResults, names_of_texts
+from retain.report.results import ReportRuns, RunResults, TextResult, names_of_texts, texts_by_forgetting
 
 LEARNING = "new-task loss, nats per token (learning →)"  # to the right, wherever it is drawn
 
@@ -126,15 +126,27 @@ def _curve(runs: Sequence[tuple[int, RunResults]], key: str, title: str, **optio
 
 
 def _intervals(runs: ReportRuns) -> list[Panel]:
-    found = []
-    for metric, title in (("ref_kl", "Divergence from the base"), ("forgetting", "Change of the loss")):
-        estimates = [
-            (text, place, getattr(result, metric))
-            for place, run in enumerate(runs)
-            for text, result in run.retention.items()
-        ]
-        dots = [Dot(text, place, one.value, *one.ci) for text, place, one in estimates if one and one.ci]
-        if len(dots) > 1:  # a lone dot stands in the table
-            label = f"{metric}, nats per token, 95% interval"
-            found.append(Panel("interval", title, f"{title} at the end, by text", label, dots=dots))
-    return found
+    moved = _dots(runs, "retention", "ref_kl", "Divergence from the base", "ref_kl, nats per token, 95% interval")
+    return [moved] if len(moved.dots) > 1 else []  # a lone dot stands in the table
+
+
+def learned_and_forgotten(runs: ReportRuns) -> list[Panel]:
+    """The figure that opens a page, as panels one above the other; none where there is no more than one number."""
+    found = [
+        _dots(runs, "new_task", "gain", "Learned: the loss fell by", ""),
+        _dots(runs, "retention", "forgetting", "Forgotten: the loss rose by", "nats per token, 95% interval"),
+    ]
+    return [panel for panel in found if panel.dots] if sum(len(panel.dots) for panel in found) > 1 else []
+
+
+def _dots(runs: ReportRuns, kind: str, metric: str, title: str, xlabel: str) -> Panel:
+    """A metric of the texts of one kind at the ends of the runs, where it has an interval."""
+    new_tasks = dict.fromkeys(text for run in runs for text in run.new_task)
+    dots, words = [], []
+    for text in new_tasks if kind == "new_task" else texts_by_forgetting(runs):
+        for place, run in enumerate(runs):
+            found = getattr(getattr(run, kind).get(text, TextResult()), metric)
+            if found and found.ci:
+                dots.append(Dot(text, place, found.value, *found.ci))
+                words.append(f"{text}, {run.name} {found}")
+    return Panel("interval", title, f"{title} (nats per token): {'; '.join(words)}.", xlabel, dots=dots)

@@ -19,6 +19,8 @@ class Cell(NamedTuple):
 
     value: str = "–"
     interval: str = ""
+    heat: int = 0  # percent of full colour on a page
+    cool: bool = False  # the colour of what fell
 
     def __str__(self) -> str:
         return f"{self.value} {self.interval}".rstrip()
@@ -67,8 +69,8 @@ def bounds_of(ci: Sequence[Any] | None) -> tuple[float, float] | None:
 def cell(value: float | None, ci: Sequence[float] | None = None, percent: bool = False) -> Cell:
     """Value and interval as text, with as many decimals as it takes to tell small numbers from nothing.
 
-    >>> cell(0.0123, (0.0101, 0.0147))
-    Cell(value='0.0123', interval='[0.0101, 0.0147]')
+    >>> print(cell(0.0123, (0.0101, 0.0147)))
+    0.0123 [0.0101, 0.0147]
     """
     if value is None:
         return Cell()
@@ -112,6 +114,15 @@ def count_cell(count: int | None) -> Cell:
 
 def probability_cell(value: float | None) -> Cell:
     return Cell() if value is None else Cell(f"{value:.3f}" if value >= 0.001 else f"{value:.1e}")
+
+
+def heat(value: float, full: float) -> int:
+    """Percent of full strength; by the square root, so that small values are told apart.
+
+    >>> heat(0.25, full=1.0)
+    50
+    """
+    return round(100 * math.sqrt(min(abs(value) / full, 1.0))) if full else 0
 
 
 def quantity(number: Any, noun: str) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from retain.files import visible, visible_text
 from retain.report import style, tables
 from retain.report.comparison import compare_at_matched_loss
-from retain.report.figures import panels
+from retain.report.figures import learned_and_forgotten, panels
 from retain.report.metrics import TABLE_METRICS
 from retain.report.numbers import cell
 from retain.report.results import ReportRuns, RunResults
@@ -24,17 +24,20 @@ from retain.report.sentences import (
     end_sentences,
     frontier_sentences,
     mismatch_sentences,
+    opening,
     overfit_sentence,
     scale_sentence,
+    text_verdict,
     verdict,
 )
-from retain.report.worst_passages import differences, generations, heat_map, shown_token, worst_documents
+from retain.report.worst_passages import differences, generations, shown_token, worst_documents
 
 if TYPE_CHECKING:
     import jinja2
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_CHARS, MAX_NAME_CHARS = 20_000, 200  # of a string, of a run's name: what is longer is cut, and says so
+SHOWN_PROMPTS = 3  # with their answers; the others are folded
 MAX_LABEL_CHARS = 48  # of the first column in a terminal
 MULTILINE = ("prompt", "base", "tuned", "text", "base_top", "tuned_top")  # of models and users; a name is one line
 TABLES = ("table", "answers", "refusals", "drift", "knowledge", "matched")  # of a terminal
@@ -48,15 +51,27 @@ HEADINGS = {  # of the tables in Markdown
 def comparison_html(runs: ReportRuns, *, title: str, notes: Sequence[str] = ()) -> str:
     """One self-contained page with no script in it and no request to anywhere."""
     view = _view(runs, title, notes)
-    worst, left_out = worst_documents(view["runs"])
-    names = [run.name for run in view["runs"]]
-    drawn = [(panel, style.draw_panel(panel, names)) for panel in panels(view["runs"], view["comparison"])]
+    runs, names = view["runs"], [run.name for run in view["runs"]]
+    worst, left_out = worst_documents(runs)
+    drawn = [(panel, style.draw_panel(panel, names)) for panel in panels(runs, view["comparison"])]
+    prompts = generations(runs)
+    sentence, findings = opening(runs, view["comparison"])
     view |= {
+        "opening": sentence, "findings": findings, "opening_figure": _opening_figure(runs),
+        "verdicts": [(at, text_verdict(run)) for at, run in enumerate(runs) if run.retention] if names[1:] else [],
         "figures": [{"kind": one.kind, "svg": style.to_svg(figure, one.description)} for one, figure in drawn],
-        "generations": generations(view["runs"]), "worst": worst, "worst_left_out": left_out,
-        "heat_map": heat_map(view["runs"]),
+        "prompts": {"shown": prompts[:SHOWN_PROMPTS], "folded": prompts[SHOWN_PROMPTS:]},
+        "worst": worst, "worst_left_out": left_out,
     }  # fmt: skip
     return _environment(html=True).get_template("report.html").render(view)
+
+
+def _opening_figure(runs: ReportRuns) -> str:
+    found = learned_and_forgotten(runs)
+    if not found:
+        return ""
+    description = " ".join(panel.description for panel in found)
+    return style.to_svg(style.draw_intervals(found, [run.name for run in runs]), description)
 
 
 def comparison_markdown(runs: ReportRuns, *, title: str, notes: Sequence[str] = ()) -> str:
@@ -105,7 +120,6 @@ def _view(runs: ReportRuns, title: str, notes: Sequence[str]) -> dict[str, Any]:
         "title": visible(title), "notes": [visible(note) for note in notes], "runs": runs, "comparison": compared,
         "warnings": warnings + ([*compared.warnings, *mismatch_sentences(compared)] if compared else []),
         "verdict": comparison_verdict(compared) if compared else verdict(runs[0]),
-        "verdicts": [verdict(run, runs[0] if at else None) for at, run in enumerate(runs)] if compared else [],
         "pareto": frontier_sentences(compared) if compared else [],
         "table": tables.metric_table(
             runs, notes=[*filter(None, map(scale_sentence, runs)), *tables.base_notes(runs)]

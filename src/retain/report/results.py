@@ -5,6 +5,7 @@ Fields with a default may be missing or null in the file, as in older ones; keys
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -280,6 +281,15 @@ def names_of_texts(runs: ReportRuns) -> list[str]:
         logged = [re.fullmatch(r"retention/(.+)/ref_kl", key) for row in run.trajectory for key in row]
         names |= dict.fromkeys([*run.retention, *(match[1] for match in logged if match)])
     return list(names)
+
+
+def texts_by_forgetting(runs: ReportRuns) -> list[str]:
+    """Names of the measured retention texts of all runs, the one that some run forgot most first."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for name, result in run.retention.items():
+            found.setdefault(name, []).append(result.forgetting.value if result.forgetting else -math.inf)
+    return sorted(found, key=lambda name: -max(found[name]))
 
 
 @cache

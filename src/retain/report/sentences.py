@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from retain.report.comparison import (
@@ -13,7 +14,7 @@ from retain.report.comparison import (
     loss_difference,
 )
 from retain.report.numbers import Estimate, cell, count_cell, enumeration, points_cell, quantity, share_cell, value_cell
-from retain.report.results import Answers, Refusals, RequestSet, RunResults, TextResult
+from retain.report.results import Answers, Refusals, ReportRuns, RequestSet, RunResults, TextResult
 from retain.report.tables import SCORERS
 
 MIN_OVERFIT = 0.01  # of the lowest new-task loss: a rise that an evaluation's rounding does not make
@@ -32,9 +33,29 @@ STATES = {
 
 def verdict(run: RunResults, first: RunResults | None = None) -> str:
     """What texts, questions and requests show of a run; and a budget, with its price beside the first run."""
-    found = [answers_sentence(run), refusals_sentence(run)]
-    texts = text_verdict(run) if run.retention or not any(found) else ""
-    return " ".join(filter(None, [texts, *found, budget_sentence(run, first)]))
+    found = behaviour_sentences(run)
+    texts = [text_verdict(run)] if run.retention or not found else []
+    return " ".join(filter(None, [*texts, *found, budget_sentence(run, first)]))
+
+
+def behaviour_sentences(run: RunResults) -> list[str]:
+    """What questions and requests show of a run; none where nothing was asked."""
+    return list(filter(None, [answers_sentence(run), refusals_sentence(run)]))
+
+
+def opening(runs: ReportRuns, compared: Comparison | None) -> tuple[str, list[tuple[int, str]]]:
+    """The sentence for a reader with thirty seconds; and what else was found, each with the place of its run."""
+    found = [
+        (at, sentence)
+        for at, run in enumerate(runs)
+        for sentence in [*behaviour_sentences(run), budget_sentence(run, runs[0] if at else None)]
+        if sentence
+    ]
+    if compared:
+        return comparison_verdict(compared), found
+    if runs[0].retention or not found:
+        return text_verdict(runs[0], most=1), found
+    return found[0][1], found[1:]
 
 
 def state(run: RunResults, text: str) -> str:
@@ -63,15 +84,15 @@ def _moved_everywhere(run: RunResults, text: str) -> bool:
     return len(sums) >= MIN_SIGNS and all(total > floor * size for total, size in zip(sums, sizes, strict=True))
 
 
-def text_verdict(run: RunResults) -> str:
-    """One sentence: is forgetting shown, how much, and what was learned for it. Nats per token."""
+def text_verdict(run: RunResults, most: int = MAX_NAMED) -> str:
+    """One sentence: is forgetting shown, how much, on the `most` texts that moved most, and what was learned for it."""
     texts = run.retention
     states = {text: state(run, text) for text in texts}
     groups = {words: [text for text in texts if states[text] == kind] for kind, words in STATES.items()}
     groups = {words: group for words, group in groups.items() if group} or {"was not measured on a text": []}
     several = len(groups) > 1
     head = "; ".join(f"{words} on {enumeration(group)}" if several else words for words, group in groups.items())
-    shown = sorted(texts, key=lambda text: -_divergence(texts[text]))[:MAX_NAMED]
+    shown = sorted(texts, key=lambda text: -_divergence(texts[text]))[:most]
     more = f"; {len(texts) - len(shown)} more in the table" if len(texts) > len(shown) else ""
     facts = [
         ("ref_kl", {text: texts[text].ref_kl for text in shown}, f" ({_noise(run, shown)}{more})"),
@@ -221,7 +242,7 @@ def comparison_verdict(compared: Comparison) -> str:
     shown, left_out = _least_moved(texts, len(names))
     clauses = []
     for at in shown:
-        words = [_prevention(text, entries[0], entries[at]) for text, entries in texts.items()]
+        words = _preventions(texts, at)
         clauses.append(
             f"{names[at]} moved away from the base {enumeration(words)}" if words else f"{names[at]} was not measured"
         )
@@ -231,7 +252,7 @@ def comparison_verdict(compared: Comparison) -> str:
         return f"{start}, {'; '.join(clauses)}."
     why = compared.reason or "no text was measured"
     caution = f"At their ends, where a smaller change may only mean less learned, compared with {names[0]}"
-    return f"No comparison at the same new-task loss: {why}. {caution}, {'; '.join(clauses)}."
+    return f"{caution}, {'; '.join(clauses)}. No comparison at the same new-task loss: {why}."
 
 
 def _least_moved(texts: Mapping[str, Sequence[ComparedText]], total: int) -> tuple[list[int], int]:
@@ -243,18 +264,28 @@ def _least_moved(texts: Mapping[str, Sequence[ComparedText]], total: int) -> tup
     return others[:MAX_NAMED], len(others) - MAX_NAMED
 
 
-def _prevention(text: str, first: ComparedText, entry: ComparedText) -> str:
+def _preventions(texts: Mapping[str, Sequence[ComparedText]], at: int) -> list[str]:
+    """How far a run moved on each text: on all of few, or on those where least was prevented."""
+    named = list(texts)
+    if len(named) > MAX_NAMED:
+        shares = {text: entries[at].prevented for text, entries in texts.items()}
+        named.sort(key=lambda text: math.inf if (share := shares[text]) is None else share)
+    words = [_prevention(text, texts[text][at]) for text in named[:MAX_NAMED]]
+    more = len(named) - MAX_NAMED
+    return words + ([f"as the table says on {quantity(more, 'more text')}"] if more > 0 else [])
+
+
+def _prevention(text: str, entry: ComparedText) -> str:
     share, ci = entry.prevented, entry.prevented_ci
     if share is None:
         return f"by an amount that cannot be judged on {text}{' (measured otherwise)' if entry.unlike else ''}"
-    numbers = f"ref_kl {cell(entry.ref_kl).value} against {cell(first.ref_kl).value}"
     how = f"{abs(share):.0%} {'less' if share >= 0 else 'more'} on {text}"
     if ci is None:
-        return f"{how} (no interval; {numbers})"
+        return f"{how} (no interval)"
     if ci[0] <= 0 <= ci[1]:
-        return f"not clearly less or more on {text} (95% interval {0 - ci[1]:+.0%} to {0 - ci[0]:+.0%}; {numbers})"
+        return f"not clearly less or more on {text} (95% interval {0 - ci[1]:+.0%} to {0 - ci[0]:+.0%})"
     low, high = sorted(map(abs, ci))
-    return f"{how} (95% interval {low:.0%} to {high:.0%}; {numbers})"
+    return f"{how} [{low:.0%}, {high:.0%}]"
 
 
 def frontier_sentences(compared: Comparison) -> list[str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from retain.files import visible
 from retain.report.figures import Panel
+from retain.report.numbers import cell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 PALETTE = ("#c2571a", "#1b7a8c", "#6b5bc4", "#5b8a26", "#b0408a", "#8a6a12")
 MARKS = ("o", "s", "^", "D", "v", "P")
 INK = "#767676"  # readable on white and on near-black: what a PNG shows on either
-MAX_LABELLED = 4  # lines that have room for words beside them
-SIZE = (5.0, 3.3)  # inches; small enough that a phone does not shrink the words away
+MAX_LABELLED = 4  # runs that have room for words beside them
+SIZE = (4.2, 3.0)  # inches; small enough that a phone does not shrink the words away
 
 STYLE: dict[str, Any] = {
     "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "text.color": INK,
@@ -91,13 +92,13 @@ def look(index: int, total: int) -> dict[str, Any]:
 def draw_panel(panel: Panel, names: Sequence[str]) -> Figure:
     """One figure of `figures.panels`; every run keeps its colour and mark of all `names` in all of them."""
     if panel.kind == "interval":
-        return _draw_intervals(panel, names)
+        return draw_intervals([panel], names)
     figure, axes = _axes(panel.title, panel.xlabel, panel.ylabel)
     if panel.kind == "frontier":
         _draw_frontier(axes, panel, len(names))
     else:
         _draw_lines(axes, panel, len(names))
-    _legend(figure, axes, loc="center left" if panel.kind == "frontier" else "best")
+    _legend(figure, axes, loc="upper left" if panel.kind == "frontier" else "best")
     return figure
 
 
@@ -116,7 +117,7 @@ def frontier_row(panels: Sequence[Panel], total: int) -> Figure | None:
         axes.set_xlabel(panel.xlabel)
         axes.set_ylabel(panel.ylabel if at == 1 else "")
         _draw_frontier(axes, panel, total)
-    _legend(figure, axes, loc="center left")
+    _legend(figure, axes, loc="upper left")
     return figure
 
 
@@ -147,22 +148,40 @@ def _draw_frontier(axes: Axes, panel: Panel, total: int) -> None:
     axes.set_xlim(worst + 0.05 * room, best - 0.18 * room)  # learning to the right; room for the last point's words
 
 
-def _draw_intervals(panel: Panel, names: Sequence[str]) -> Figure:
-    texts, several = list(dict.fromkeys(dot.text for dot in panel.dots)), len(names) > 1
-    height = 1.0 + 0.3 * several + len(texts) * (0.28 + 0.17 * len(names))
-    figure, axes = _axes(panel.title, panel.xlabel, panel.ylabel, (SIZE[0], height))
-    for dot in panel.dots:
-        at = texts.index(dot.text) + (dot.run - (len(names) - 1) / 2) * 0.5 / len(names)
-        style = look(dot.run, len(names))
-        axes.plot([dot.low, dot.high], [at, at], color=style["color"], linewidth=2.4)
-        axes.plot([dot.value], [at], markersize=6, **style | {"linestyle": "none"})
-    axes.axvline(0, color=INK, linewidth=0.9)
-    axes.set_yticks(range(len(texts)), [label(text, 20) for text in texts])
-    axes.set_ylim(len(texts) - 0.5, -0.5)
-    axes.grid(False, axis="y")
-    if several:
+@styled
+def draw_intervals(panels: Sequence[Panel], names: Sequence[str]) -> Figure:
+    """A dot and its interval for each text and run, the panels one above the other; 0 is the base."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    rows = [len(dict.fromkeys(dot.text for dot in panel.dots)) for panel in panels]
+    row = 0.26 + (0.16 if len(names) <= MAX_LABELLED else 0.11) * len(names)  # inches
+    height = 0.6 * len(panels) + 0.2 + 0.1 * len(names) + row * sum(rows)
+    figure = Figure(figsize=(SIZE[0], height), layout=ConstrainedLayoutEngine(h_pad=0.1))
+    grid = figure.subplots(len(panels), squeeze=False, height_ratios=rows)
+    for axes, panel in zip(grid[:, 0], panels, strict=True):
+        _draw_dots(axes, panel, len(names))
+    if len(names) > 1:
         _legend_of_marks(figure, names)
     return figure
+
+
+def _draw_dots(axes: Axes, panel: Panel, total: int) -> None:
+    texts = list(dict.fromkeys(dot.text for dot in panel.dots))
+    for dot in panel.dots:
+        at = texts.index(dot.text) + (dot.run - (total - 1) / 2) * 0.62 / total
+        style = look(dot.run, total)
+        axes.plot([dot.low, dot.high], [at, at], color=style["color"], linewidth=2.4)
+        axes.plot([dot.value], [at], markersize=6, **style | {"linestyle": "none"})
+        if total <= MAX_LABELLED:
+            written = cell(dot.value).value.replace("-", "\N{MINUS SIGN}")
+            axes.annotate(written, (dot.high, at), (5, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.axvline(0, color=INK, linewidth=0.9)
+    axes.set(title=label(panel.title, 60), xlabel=label(panel.xlabel, 80), ylim=(len(texts) - 0.5, -0.5))
+    axes.set_yticks(range(len(texts)), [label(text, 20) for text in texts])
+    low, high = min(0.0, *(dot.low for dot in panel.dots)), max(0.0, *(dot.high for dot in panel.dots))
+    axes.set_xlim(low - 0.04 * (high - low), high + 0.2 * (high - low))  # room for the last number
+    axes.grid(False, axis="y")
 
 
 def _legend(figure: Figure, axes: Axes, loc: str) -> None:
@@ -181,7 +200,7 @@ def _legend_of_marks(figure: Figure, names: Sequence[str]) -> None:
 
     looks = [look(index, len(names)) for index in range(len(names))]
     handles = [Line2D([], [], markersize=6, **how | {"linestyle": "none"}) for how in looks]
-    figure.legend(handles, [label(name, 20) for name in names], loc="outside lower center", ncols=3, handletextpad=0.1)
+    figure.legend(handles, [label(name, 20) for name in names], loc="outside lower center", ncols=2, handletextpad=0.1)
 
 
 def to_svg(figure: Figure, description: str) -> str:

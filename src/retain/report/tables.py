@@ -11,9 +11,11 @@ from retain.report.comparison import Comparison, mismatch
 from retain.report.metrics import METRICS, TABLE_METRICS
 from retain.report.numbers import (
     Cell,
+    Estimate,
     cell,
     count_cell,
     enumeration,
+    heat,
     length_cell,
     points_cell,
     probability_cell,
@@ -21,8 +23,9 @@ from retain.report.numbers import (
     share_cell,
     value_cell,
 )
-from retain.report.results import QuestionSet, ReportRuns, RequestSet, TextResult
+from retain.report.results import QuestionSet, ReportRuns, RequestSet, TextResult, texts_by_forgetting
 
+HEATED = ("forgetting", "ref_kl")  # rows of the main table whose cells are coloured by their value
 MIN_PROMPTS = 10  # for a table of how texts drift: below it every interval spans most of the scale
 
 
@@ -137,12 +140,14 @@ def _keys(groups: Sequence[Mapping[Any, Any]]) -> list[Any]:
 
 
 def metric_table(runs: ReportRuns, main: bool = True, notes: Sequence[str] = ()) -> Table:
-    """The main metrics or the others; the column `base` is the base's own value, or the noise floor."""
+    """The main metrics or the others; the column `base` is the base's own value, or the noise floor.
+
+    The text that was forgotten most comes first, and its cells are the warmest.
+    """
     sections = []
-    for kind in ("new_task", "retention"):
-        groups: list[dict[str, TextResult]] = [getattr(run, kind) for run in runs]
-        for text in _keys(groups):
-            of_runs = [group.get(text, TextResult()) for group in groups]
+    for kind, texts in (("new_task", _keys([run.new_task for run in runs])), ("retention", texts_by_forgetting(runs))):
+        for text in texts:
+            of_runs = [getattr(run, kind).get(text, TextResult()) for run in runs]
             floor = next((run.noise_floor[text] for run in runs if text in run.noise_floor), TextResult())
             rows = []
             for name, metric in TABLE_METRICS.items():
@@ -151,11 +156,22 @@ def metric_table(runs: ReportRuns, main: bool = True, notes: Sequence[str] = ())
                     own = f"base_{name}"
                     bases = [getattr(of, own) for of in of_runs] if own in METRICS else [getattr(floor, name)]
                     written = share_cell if metric.is_share else value_cell
-                    base = written(next(filter(None, bases), None))
-                    rows.append(Row(metric.label, list(map(written, values)), base))
+                    cells = [_warm(written(value), value, _most(runs, name)) for value in values]
+                    rows.append(Row(metric.label, cells, written(next(filter(None, bases), None))))
             title = f"{text} (new task)" if kind == "new_task" else text
             sections += [Section(title, rows)] * bool(rows)
     return Table([run.name for run in runs], sections, list(notes))
+
+
+def _most(runs: ReportRuns, name: str) -> float:
+    """The value at which a metric's cells have their full colour; 0 where there is little to tell apart."""
+    found = [getattr(result, name) for run in runs for result in run.retention.values()]
+    shown = name in HEATED and (len(runs) > 1 or len(found) > 2)
+    return max((abs(one.value) for one in found if one), default=0.0) if shown else 0.0
+
+
+def _warm(written: Cell, found: Estimate | None, most: float) -> Cell:
+    return written._replace(heat=heat(found.value, most), cool=found.value < 0) if found else written
 
 
 def base_notes(runs: ReportRuns) -> list[str]:
@@ -213,15 +229,29 @@ def _requests(of_set: RequestSet) -> str:
 
 def drift_table(runs: ReportRuns) -> Table | None:
     """Drift of what is written, content and form apart, for greedy and for sampled continuations of enough prompts."""
-    sections = []
+    sections, notes = [], []
     for how in _keys([run.drift for run in runs]):
         found = [run.drift.get(how) for run in runs]
         prompts = max(one.num_prompts for one in found if one)
         if prompts >= MIN_PROMPTS:
             title = f"{how}, {quantity(prompts, 'prompt')}"
             sections += [Section(f"{title}: content", _rows(DRIFT_CONTENT, found))]
-            sections += [Section(f"{title}: form", _rows(DRIFT_FORM, found))]
-    return _table(runs, sections)
+            rows, same = _form_rows(found)
+            sections += [Section(f"{title}: form", rows)]
+            notes += [f"{how}, all models alike: {', '.join(same)}"] * bool(same)
+    return _table(runs, sections, notes)
+
+
+def _form_rows(found: Sequence[Any]) -> tuple[list[Row], list[str]]:
+    """Each property of form and its change; apart, in words, those that all texts of all models have, or none has."""
+    rows, same = [], []
+    for pair in zip(DRIFT_FORM[::2], DRIFT_FORM[1::2], strict=True):
+        share, change = _rows(pair, found)
+        if set(share.cells) == {share.base} and share.base.value in ("0.0%", "100.0%"):
+            same.append(f"{share.label} {share.base}")
+        else:
+            rows += [share, change]
+    return rows, same
 
 
 def knowledge_table(runs: ReportRuns) -> Table | None:

@@ -1,63 +1,22 @@
-"""What a page writes out to read, with colour as a second carrier: both models' texts, the worst documents, a heat map.
+"""What a page writes out to read, with colour as a second carrier: both models' texts and the worst documents.
 
 Colours are shares of full strength in percent, which the page mixes into its own background.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from difflib import SequenceMatcher
 from os.path import commonprefix
 from typing import NamedTuple
 
-from retain.report.numbers import Cell, Estimate, cell, value_cell
-from retain.report.results import Continuation, MovedDocument, ReportRuns, TextResult, TokenResult
+from retain.report.numbers import cell, heat
+from retain.report.results import Continuation, MovedDocument, ReportRuns, TokenResult
 
 MAX_WORDS = 1500  # of a generation that is compared word by word: the comparison is quadratic
 FULL_HEAT = 3.0  # nats: a token's divergence from which its colour is full, the same in every report
 MAX_TOKENS = 20_000  # on a page; a token costs some 150 bytes of it
 MAX_TOKEN_CHARS, MAX_TOP_CHARS = 200, 40
-
-
-class HeatCell(NamedTuple):
-    number: Cell
-    heat: int
-    cool: bool
-
-
-def heat_map(runs: ReportRuns) -> dict[str, list[list[HeatCell]]]:
-    """By text, the one that some run forgot most first: per run forgetting and ref_kl, each with its heat."""
-    texts = list(dict.fromkeys(text for run in runs for text in run.retention))
-    if not texts or (len(runs) < 2 and len(texts) < 3):
-        return {}
-    of_text = {text: [run.retention.get(text, TextResult()) for run in runs] for text in texts}
-    results = [result for of_runs in of_text.values() for result in of_runs]
-    most_lost, most_moved = (max(abs(_value(getattr(r, m))) for r in results) for m in ("forgetting", "ref_kl"))
-    texts.sort(key=lambda text: -max(_value(result.forgetting) for result in of_text[text]))
-    return {
-        text: [[_hot(one.forgetting, most_lost, signed=True), _hot(one.ref_kl, most_moved)] for one in of_text[text]]
-        for text in texts
-    }
-
-
-def _value(found: Estimate | None) -> float:
-    return found.value if found else 0.0
-
-
-def _hot(found: Estimate | None, most: float, signed: bool = False) -> HeatCell:
-    number, value = value_cell(found), _value(found)
-    number = Cell(f"+{number.value}", number.interval) if signed and value > 0 else number
-    return HeatCell(number, heat(value, most), value < 0)
-
-
-def heat(value: float, full: float) -> int:
-    """Percent of full strength; by the square root, so that small values are told apart.
-
-    >>> heat(0.25, full=1.0)
-    50
-    """
-    return round(100 * math.sqrt(min(abs(value) / full, 1.0))) if full else 0
 
 
 class ShownToken(NamedTuple):
