@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from retain.checks import Unchosen, setting
+from retain.checks import setting
 from retain.cli.flags import Verb
 from retain.cli.github import LEVELS, SUMMARY_VARIABLE, annotation, append_summary, errors_annotated
-from retain.cli.settings import RETENTION_HELP, ModelLoadSettings
+from retain.cli.settings import RETENTION_HELP, TextSettings
 from retain.data.rows import Reading, named_sources, read_rows, row_texts
 from retain.files import exclusive, short_names, visible
 from retain.measuring.choices import load_questions
@@ -45,7 +45,7 @@ OPTIONS = (
 
 
 @dataclass(kw_only=True)
-class MeasureConfig(ModelLoadSettings):
+class MeasureConfig(TextSettings):
     """`retain measure`: how much a tuned model forgot of its base."""
 
     base: str = setting("", "Model before finetuning: a Hub id or folder. [required, unless --pair]")
@@ -59,25 +59,6 @@ class MeasureConfig(ModelLoadSettings):
         None, "Model card (README.md) that receives the section Forgetting and the model-index."
     )
     retention: list[str] = setting(list, RETENTION_HELP)
-    new_task: list[str] = setting(
-        list, "Held-out text of the new task, as name=file, for the gain on what training predicts; repeatable."
-    )
-    completion_only_loss: bool | None = setting(
-        None,
-        "Of the new task's rows with a prompt, count the completion alone (true) or all tokens (false), as in TRL. "
-        "Default: as the run was trained, else true.",
-    )
-    assistant_only_loss: bool | None = setting(
-        None,
-        "Of the new task's chats, count the assistant's turns alone, as in TRL. Default: as the run was trained, else "
-        "false.",
-    )
-    max_documents: int | None = setting(None, "Read only the first N documents of each text. Default: all.", low=1)
-    max_windows: int | None = setting(
-        None,
-        "Measure only the first N windows of each document. Default: all; retention during training is measured on 1.",
-        low=1,
-    )
     train_dataset: list[str] = setting(
         list, "Rows that the model was trained on: warns of measured texts among them; repeatable."
     )
@@ -134,13 +115,6 @@ class MeasureConfig(ModelLoadSettings):
         False,
         "In a job of GitHub Actions: append the report to the job's summary, and annotate the job with every verdict.",
     )
-    max_length: int = setting(
-        Unchosen(512), "Longest window in tokens, the start token included; at most the model's positions.", low=2
-    )
-    batch_tokens: int = setting(
-        Unchosen(2048), "Tokens per forward pass; by default fewer where the vocabulary is above 65k.", low=1
-    )
-    num_resamples: int = setting(2000, "Bootstrap resamples over documents.", low=100)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -317,7 +291,7 @@ def load_sources(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def load_new_task(
-    config: MeasureConfig, model: str, training: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    config: TextSettings, model: str, training: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
     """The texts of the new task, read by the tokenizer of the tuned model and as its run trained on them."""
     own = tokenizer_of_tuned(model, tokenizer, trust_remote_code=config.trust_remote_code)
@@ -326,7 +300,7 @@ def load_new_task(
     return {text: load_texts(source, own, config.max_documents, reading) for text, source in named.items()}
 
 
-def new_task_reading(config: MeasureConfig, training: Mapping[str, Any]) -> Reading:
+def new_task_reading(config: TextSettings, training: Mapping[str, Any]) -> Reading:
     """Which tokens of the new task count: as the flags say, else as the run's own loss did, else as TRL's would."""
     flags = {name: getattr(config, name, None) for name in OF_LOSS}
     chosen = {name: training.get(name) if value is None else value for name, value in flags.items()}
@@ -366,7 +340,7 @@ VERB = Verb(
         "prompts": "Continuations",
         "refusals": "Refusals",
         "max_forgetting": "Gate: limits that the whole interval must keep",
-        "max_length": "How it is measured",
+        "new_task": "The new task, and how texts are measured",
         "dtype": "How models are loaded",
     },
 )

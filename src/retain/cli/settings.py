@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from retain.checks import Settings, setting
+from retain.checks import Settings, Unchosen, setting
 
 RETENTION_HELP = "Text on which forgetting is measured, as name=file; repeatable."
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -52,3 +52,35 @@ class ModelLoadSettings(RevisionSettings, StartTokenSettings, SeedSettings):
 
     dtype: Dtype = setting("auto", "Dtype of the weights. auto: the checkpoint's own on a GPU, float32 on a CPU.")
     attn_implementation: str | None = setting(None, "Attention kernel, e.g. sdpa or eager. Default: transformers'.")
+
+
+@dataclass(kw_only=True)
+class TextSettings(ModelLoadSettings):
+    """How texts are read and a model is measured on them."""
+
+    new_task: list[str] = setting(
+        list, "Held-out text of the new task, as name=file, for the gain on what training predicts; repeatable."
+    )
+    completion_only_loss: bool | None = setting(
+        None,
+        "Of the new task's rows with a prompt, count the completion alone (true) or all tokens (false), as in TRL. "
+        "Default: as the run was trained, else true.",
+    )
+    assistant_only_loss: bool | None = setting(
+        None,
+        "Of the new task's chats, count the assistant's turns alone, as in TRL. Default: as the run was trained, else "
+        "false.",
+    )
+    max_documents: int | None = setting(None, "Read only the first N documents of each text. Default: all.", low=1)
+    max_windows: int | None = setting(
+        None,
+        "Measure only the first N windows of each document. Default: all; retention during training is measured on 1.",
+        low=1,
+    )
+    max_length: int = setting(
+        Unchosen(512), "Longest window in tokens, the start token included; at most the model's positions.", low=2
+    )
+    batch_tokens: int = setting(
+        Unchosen(2048), "Tokens per forward pass; by default fewer where the vocabulary is above 65k.", low=1
+    )
+    num_resamples: int = setting(2000, "Bootstrap resamples over documents.", low=100)

@@ -72,7 +72,7 @@ def sees_ahead(model: Any) -> bool:
     tokens[1, :half] = tokens[0, :half]
     one, other = probe(model, tokens)[:, :half]
     # at every one of them: rounding may send a token to another expert here and there
-    return _tolerance(model) < min(map(_difference, one, other)) < torch.inf
+    return rounding_tolerance(model) < min(map(prediction_difference, one, other)) < torch.inf
 
 
 class Reference:
@@ -153,7 +153,7 @@ class Reference:
                 f"replay_reference: {self.kind!r} does not give the base's predictions; hand over the base, and the "
                 "adapter as peft_config"
             )
-        if (difference := _difference(found, base_probe)) > _tolerance(model):
+        if (difference := prediction_difference(found, base_probe)) > rounding_tolerance(model):
             raise ValueError(
                 f"replay_reference: {self.kind!r} is not the base (log-probabilities differ by {difference:.2g} of "
                 f"their spread): {_why(model)}; use replay_reference copy, or an adapter that leaves the base as it is"
@@ -204,14 +204,14 @@ def check_same_model(model: Any, base_probe: Float[Tensor, "rows length vocab"])
         )
     if hasattr(model, "disable_adapter"):
         return
-    if (difference := _difference(found, base_probe)) > _tolerance(model):
+    if (difference := prediction_difference(found, base_probe)) > rounding_tolerance(model):
         raise ValueError(
             "replay_reference: the model handed over is not what the trainer made of it (log-probabilities differ by "
             f"{difference:.2g} of their spread); hand over the model as it is to be trained"
         )
 
 
-def _difference(found: Tensor, base_probe: Tensor) -> float:
+def prediction_difference(found: Tensor, base_probe: Tensor) -> float:
     """Largest difference of log-probabilities in units of their spread; infinite for NaN or other tokens at −∞."""
     finite = base_probe.isfinite()
     if bool(base_probe.isnan().any() or found.isnan().any()) or not torch.equal(finite, found.isfinite()):
@@ -219,7 +219,8 @@ def _difference(found: Tensor, base_probe: Tensor) -> float:
     return float((found[finite] - base_probe[finite]).abs().max() / base_probe[finite].std())
 
 
-def _tolerance(model: Any) -> float:
+def rounding_tolerance(model: Any) -> float:
+    """The largest such difference that kernels and devices may cause in this model's dtype."""
     return TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
 
 

@@ -95,11 +95,12 @@ def comparison_summary(runs: ReportRuns) -> str:
     lines += [f"  ! {warning}" for warning in view["warnings"]] + [""] * bool(view["warnings"])
     lines += [*view["pareto"], ""] if view["pareto"] else []
     for table in [view[name] for name in TABLES if view[name] and view[name].sections]:
-        lines += _terminal_table(table)
+        lines += terminal_table(table)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _terminal_table(table: tables.Table) -> list[str]:
+def terminal_table(table: tables.Table) -> list[str]:
+    """A table as lines, in columns."""
     rows = [["", *["base"] * table.has_base, *table.columns]]
     for section in table.sections:
         rows.append([section.title])

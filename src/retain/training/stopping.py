@@ -45,6 +45,15 @@ def _has_ended(trainer: Any, state: dict[str, Any]) -> bool:
     return 0 < trainer.args.max_steps <= state["global_step"] or any(least <= target for target in targets)
 
 
+def check_no_model(folder: Path) -> None:
+    """Refuse an output folder that holds a model."""
+    weights = [file.name for ending in WEIGHTS for file in folder.glob(f"*{ending}") if not file.name.startswith(".")]
+    if weights:
+        raise ValueError(
+            f"output_dir: {str(folder)!r} holds a model ({min(weights)}), which would be lost; choose another folder"
+        )
+
+
 def checkpoint_to_resume(training_args: Any) -> str | None:
     """The checkpoint that `--resume_from_checkpoint` means: a path, or for "true" the last one written whole.
 
@@ -56,16 +65,13 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     """
     given, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
     begins = not given or str(given).lower() == "false"
-    weights = [file.name for ending in WEIGHTS for file in folder.glob(f"*{ending}") if not file.name.startswith(".")]
     if begins and (old := [path.name for path in folder.glob("checkpoint-*") if path.is_dir()]):
         raise ValueError(
             f"output_dir: {str(folder)!r} holds {min(old)} of an earlier run; resume it with "
             "--resume_from_checkpoint true, or choose another folder"
         )
-    if weights and (begins or not (folder / CONFIG_FILE).exists()):  # of no run that could be resumed
-        raise ValueError(
-            f"output_dir: {str(folder)!r} holds a model ({min(weights)}), which would be lost; choose another folder"
-        )
+    if begins or not (folder / CONFIG_FILE).exists():  # of no run that could be resumed
+        check_no_model(folder)
     if begins:
         return None
     if str(given).lower() != "true":
