@@ -31,6 +31,8 @@ _HOMES = {
     "choose_start_token": "models.description",
     "load_model": "models.loading",
     "load_tokenizer": "models.loading",
+    "Interpolation": "models.interpolation",
+    "InterpolationFront": "report.interpolation_front",
     "MeasuredBase": "models.base_predictions",
     "measure": "measuring.measure",
     "kl_divergence": "losses",

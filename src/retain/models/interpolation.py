@@ -1,0 +1,110 @@
+"""Weights between a base and a model finetuned from it: W(α) = W_base + α (W_tuned − W_base).
+
+WiSE-FT (Wortsman et al., *Robust Fine-Tuning of Zero-Shot Models*, arXiv 2109.01903): between the two ends models often
+keep most of what was learned and have moved less than in proportion.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retain.models.description import base_parameter_name
+from retain.models.reference import prediction_difference, probe, rounding_tolerance
+
+# What the merged weights are linear in, of PEFT's LoRA and IA3, and the value at which the adapter does nothing.
+NEUTRAL = {".lora_B.": 0.0, ".lora_embedding_B.": 0.0, ".ia3_l.": 1.0}
+OTHER_FACTORS = (".lora_A.", ".lora_embedding_A.")  # they stay
+
+
+class Interpolation:
+    """A model whose weights are set between a base's and its own.
+
+    Each time they are computed anew from both ends, in float32: at α = 0 they are the base's, at α = 1 the tuned
+    model's, to the last bit that `dtype` holds. A LoRA or IA3 stays one: W(α) is linear in one of its factors, which
+    alone is changed.
+
+    Args:
+        base: the model before finetuning; it is read, and stays as it is.
+        tuned: the model or adapter after finetuning, which is changed; a copy of its weights is kept on the CPU.
+        dtype: to which the weights of a whole model are rounded, for it to be saved so. Default: its own.
+
+    Raises:
+        ValueError: if the weights differ in name or shape or are quantised, the adapter is of another kind, or the
+            model at α = 0 does not predict what the base does.
+
+    >>> from retain.lab.models import make_config, make_model
+    >>> base, tuned = (make_model(make_config(20_000, vocab_size=8, max_length=8), seed) for seed in (0, 1))
+    >>> Interpolation(base, tuned).set(0.0)
+    >>> torch.equal(tuned.lm_head.weight, base.lm_head.weight)
+    True
+    """
+
+    def __init__(self, base: Any, tuned: Any, dtype: torch.dtype | None = None) -> None:
+        self.model, self.is_adapter = tuned, hasattr(tuned, "peft_config")
+        ends = adapter_ends(tuned) if self.is_adapter else weight_ends(base, tuned)
+        self.dtype = None if self.is_adapter else dtype
+        self.ends = [(live, start, live.detach().to("cpu", copy=True)) for live, start in ends]
+        self.set(0.0)
+        found, expected = probe(tuned), probe(base)
+        difference = prediction_difference(found, expected) if found.shape == expected.shape else torch.inf
+        if difference > rounding_tolerance(base):
+            why = "its adapter rewrites it (PiSSA, OLoRA, biases)" if self.is_adapter else "their config.json differ"
+            raise ValueError(
+                f"base: the model at alpha 0 does not predict what the base does (log-probabilities differ by "
+                f"{difference:.2g} of their spread): it was finetuned from another base, or {why}; give that base"
+            )
+        self.set(1.0)
+
+    @torch.no_grad()
+    def set(self, alpha: float) -> None:
+        """Give the model the weights W(α)."""
+        for live, start, end in self.ends:
+            mixed = torch.lerp(start.to(live.device).float(), end.to(live.device).float(), alpha)
+            live.copy_(mixed.to(self.dtype or live.dtype))
+
+
+def weight_ends(base: Any, tuned: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each weight of a whole model, and the base's."""
+    of_base, of_tuned = _weights(base), _weights(tuned)
+    for name in sorted(of_base.keys() | of_tuned.keys()):
+        shapes = [list(one[name].shape) if name in one else "missing" for one in (of_base, of_tuned)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"base: {name} is {shapes[0]} in it and {shapes[1]} in the model, so there is nothing between the two; "
+                "give the base that the model was finetuned from, its vocabulary grown alike (resize_token_embeddings)"
+            )
+    for name, value in of_tuned.items():
+        for model, one in (("base", of_base[name]), ("model", value)):
+            if not one.is_floating_point():
+                raise ValueError(f"{model}: {name} is quantised ({one.dtype}); merge first, and quantise the result")
+        yield value, of_base[name].detach()
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers in floating point that are saved with them."""
+    saved = model.state_dict().keys()
+    buffers = {name: value for name, value in model.named_buffers() if name in saved and value.is_floating_point()}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def adapter_ends(tuned: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """What of an adapter W(α) is linear in, and the value at which it leaves the base as it is."""
+    weights = dict(tuned.named_parameters())
+    for name, value in weights.items():
+        if base_parameter_name(name) is not None or any(part in name for part in OTHER_FACTORS):
+            continue
+        neutral = next((number for part, number in NEUTRAL.items() if part in name), None)
+        if neutral is not None:
+            yield value, torch.full_like(value, neutral).detach()
+        elif ".modules_to_save." in name:
+            yield value, weights[re.sub(r"\.modules_to_save\.[^.]+\.", ".original_module.", name)].detach()
+        else:
+            raise ValueError(
+                f"model: its adapter has {name}, and is no plain LoRA or IA3; where it can be merged into its base "
+                "(merge_and_unload, save_pretrained), give that whole model"
+            )
