@@ -22,6 +22,7 @@ VERBS = {
     "measure": "--base base --model runs/two --retention old=old.txt --new_task new=held.jsonl "
     "--max_length 32 --max_new_tokens 16 --output_dir report",
     "chat": "--base base --model runs/two --prompt w1 --max_new_tokens 8",
+    "merge": "--model runs/two --new_task new=held.jsonl --max_ref_kl 10 --max_length 32 --output_dir merged",
     "report": "--runs report --output_dir page",
     "sweep": "sweep.yaml --output_dir sweep --engine local",
     "fit": "runs/two/metrics.jsonl sweep/runs/*/metrics.jsonl --form linear --output law.json --num_resamples 50",

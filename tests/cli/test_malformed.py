@@ -79,6 +79,10 @@ def good(verb: str, world: Path, out: Path) -> dict[str, str]:
         "measure": {
             "base": world / "model", "model": world / "tuned", "retention": f"w={world}/wiki.jsonl", "output_dir": out,
         },
+        "merge": {
+            "base": world / "model", "model": world / "tuned", "new_task": f"w={world}/wiki.jsonl",
+            "replay_dataset": world / "replay", "output_dir": out,
+        },
         "report": {"runs": world, "output_dir": out},
         "chat": {"base": world / "model", "model": world / "tuned", "prompt": "fox"},
         "fit": {"runs": world / "runs.jsonl", "output": out / "law.json"},

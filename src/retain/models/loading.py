@@ -141,6 +141,16 @@ def default_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return getattr(torch, dtype)
 
 
+def stored_dtype(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> torch.dtype | None:
+    """The dtype of a checkpoint's weights, by its config.json; it may be loaded in another."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        resolve_model_path(name), revision=revision, trust_remote_code=trust_remote_code
+    )
+    return getattr(config, "dtype", None)
+
+
 def _load(loader: Any, path: str, what: str, field: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(None if "state_dict" in options else path, **options)
