@@ -33,6 +33,7 @@ CASES = {
     "llama-adapter": ("llama", LORA, "kl"),
     "llama-cache": ("llama", None, "kl"),
     "llama-ntp": ("llama", None, "ntp"),
+    "qwen-joint": ("qwen3", None, "kl"),  # rows of one length: one forward pass where nothing shards the model
     "llama-new": ("llama", None, "kl_new"),
 }
 PARTS = ("replay/kl_opening", "replay/kl_rest")
@@ -54,6 +55,8 @@ MORE: dict[str, tuple[str, dict[str, Any] | None, str, dict[str, Any]]] = {
     "copy-budget": ("llama", None, "kl", {}),
     "copy-resumed": ("llama", None, "kl", {"save_strategy": "steps", "save_steps": 2, **ADAM}),
     "adapter-resumed": ("llama", LORA, "kl", {"save_strategy": "steps", "save_steps": 2, **ADAM}),
+    "joint-unused": ("llama", None, "kl", {"ddp_find_unused_parameters": True}),
+    "joint-accumulated": ("llama", LORA, "kl", {"gradient_accumulation_steps": 2}),
     "copy-bf16": ("llama", None, "kl", {"bf16": True}),
     "adapter-bf16": ("llama", LORA, "kl", {"bf16": True}),
 }
@@ -110,7 +113,8 @@ def make_trainer(folder: Path, name: str, batch: int, where: dict[str, Any]) -> 
         replay = load_self_generated(folder.parent / "stored")
     else:
         drawn = sample_rows(make_model(architecture), 3, range(20), 24, seed=6).numpy()
-        replay = ReplayDataset.from_rows([row[: 3 + at % 20] for at, row in enumerate(drawn)], "ragged")
+        lengths = [24 if "joint" in name else 3 + at % 20 for at in range(20)]
+        replay = ReplayDataset.from_rows([row[:n] for row, n in zip(drawn, lengths, strict=True)], "drawn")
     batch //= special.get("gradient_accumulation_steps", 1)
     settings = {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 0.3, "max_steps": 4}
     settings |= special
@@ -152,6 +156,7 @@ def run(folder: Path, batch: int, way: str, cases: Sequence[str]) -> None:
             }
             wrapped = [type(model).__name__ for model in (trainer.model, trainer.model_wrapped)]
             kept |= {"weights": weights, "wrapped": wrapped, "retention": retention, **logged}
+            kept["joint"] = trainer.replay.joint is not None
             torch.save(kept, folder / f"{name}.pt")
 
     # Together, and with nothing left running: a process that exits with live gloo threads may abort.

@@ -85,6 +85,8 @@ def test_two_processes_are_one(one: Found, two: dict[str, Found], way: str, name
     model, wrapped = two[way][name]["wrapped"]
     assert model.startswith("FSDP") if way == "fsdp2" else wrapped == "DistributedDataParallel"
     check_same(one[name], two[way][name])
+    if "joint" in name:
+        assert (one[name]["joint"], two[way][name]["joint"]) == (True, way == "ddp")
 
 
 @pytest.mark.program

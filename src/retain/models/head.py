@@ -37,6 +37,12 @@ class HeadForm(NamedTuple):
         return self.head(module)._replace(weight=module.weight.detach().clone(), bias=bias)
 
 
+def head_input(hidden: Tensor) -> Tensor:
+    """Hidden states in the dtype in which the model multiplies them by its head, inside of its forward pass."""
+    kind = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
+
+
 @contextmanager
 def seen_by_head(model: Any) -> Iterator[list[Tensor]]:
     """The hidden states of each forward pass, as the output head gets them."""
@@ -59,10 +65,7 @@ def at_head(model: Any, inputs: Mapping[str, Any], compute: Callable[[Tensor, nn
     length, found = inputs["input_ids"].shape[1], []
 
     def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0][:, -length:]  # prompt tuning puts virtual tokens before the input's
-        kind = hidden.device.type
-        if torch.is_autocast_enabled(kind):
-            hidden = hidden.to(torch.get_autocast_dtype(kind))
+        hidden = head_input(args[0][:, -length:])  # prompt tuning puts virtual tokens before the input's
         found.append(compute(hidden, module))
         return (args[0][:, :1], *args[1:])
 

@@ -21,10 +21,14 @@ COMPARED_POSITIONS = 64  # positions whose float32 log-probabilities are held at
 
 def rope_switch(model: Any) -> int | None:
     """Tokens beyond which LongRoPE encodes all positions of a sequence otherwise; None for a model without it."""
+    kinds = [kind for kind in rope_kinds(model) if kind.get("rope_type") == "longrope"]
+    return min((kind["original_max_position_embeddings"] for kind in kinds), default=None)
+
+
+def rope_kinds(model: Any) -> list[dict[str, Any]]:
+    """Settings of a model's rotary positions: of all layers, or by their type."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # of all layers, or by their type
-    lengths = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
-    return min(lengths, default=None)
+    return [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
 
 
 def passes(model: Any, length: int) -> Iterator[tuple[int, int]]:

@@ -36,6 +36,7 @@ from retain.replay.stored_predictions import ReferenceCache
 from retain.report.numbers import quantity
 from retain.training.anchor import Anchor, check_anchor
 from retain.training.config import ReplayConfig
+from retain.training.joint_forward import JointForward
 from retain.training.objectives import NONE
 from retain.training.replay_term import ReplayTerm, TermBatch, stored_error
 from retain.training.retention import evaluated_batches, retention_documents
@@ -81,10 +82,12 @@ class Protection:
         reference: the frozen base; None where nothing is compared with it, or all of it was stored.
         cache: the base's predictions stored beside the rows, where they take the place of the reference in training.
         term: the sums that the objective is made of, once the reference is proven.
+        joint: takes replay rows along in the host's forward pass, where its model allows it.
         anchor: the base's Fisher information, once it was read from the rows.
     """
 
     term: ReplayTerm
+    joint: JointForward | None = None
     anchor: Anchor | None = None
 
     def __init__(
@@ -219,6 +222,8 @@ class Protection:
             if self.reference.kind == "adapter":
                 check_base_is_frozen(model)
         self.term = ReplayTerm(form, self.reference, ref_head, accelerator.autocast)
+        if form is not None and self.objective.draws_rows:
+            self.joint = JointForward.of(trainer)
         if self.cache is not None:
             self._prove_stored(model, accelerator)
             self.term.to(accelerator.device)

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ class TermBatch(NamedTuple):
         labels: token ids of shape (rows, length), −100 where nothing is predicted.
         stored: the base's predictions at these labels, as `ReferenceCache.batch` gives them.
         values: filled with the terms of a sum over the base's predictions, row by row, shape (predictions,).
+        hidden: the model's hidden states at its head, where a forward pass has given them already.
     """
 
     model: Any
@@ -44,6 +46,7 @@ class TermBatch(NamedTuple):
     labels: Int[Tensor, "rows length"]
     stored: dict[str, Tensor] | None = None
     values: Float[Tensor, predictions] | None = None
+    hidden: Float[Tensor, "rows length size"] | None = None
 
     @property
     def mask(self) -> Bool[Tensor, "rows length-1"]:
@@ -60,6 +63,8 @@ class TermBatch(NamedTuple):
 
     def at_head(self, model: Any, compute: Callable[[Tensor, nn.Linear], Tensor]) -> Tensor:
         """`compute` of a model's hidden states for the counted predictions, and its output head."""
+        if self.hidden is not None:
+            return compute(self.picked(self.hidden), extract_model_from_parallel(model).get_output_embeddings())
         return at_head(model, self.inputs, lambda hidden, module: compute(self.picked(hidden), module))
 
     def summed(self, found: Float[Tensor, predictions]) -> Tensor:
@@ -117,7 +122,8 @@ class ReplayTerm:
             copied: Any = self.reference.ref_model
             if copied is not None:
                 ref_head = form.head(copied.get_output_embeddings())
-            ref_hidden = self._ref(batch, lambda base: batch.at_head(base, lambda hidden, module: hidden))
+            apart = batch._replace(hidden=None)
+            ref_hidden = self._ref(batch, lambda base: apart.at_head(base, lambda hidden, module: hidden))
 
         def compute(hidden: Tensor, module: nn.Linear) -> Tensor:
             head = form.head(module)  # with an adapter's reference the base's too: it is frozen

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ else:
 
 PATIENCE = 3  # optimizer steps behind the warm-up after which a KL that is still exactly 0 at the end is a fault
 BUDGET_STATE = "CoefController"  # its place in a checkpoint's trainer_state.json
+JOINT_STATE = "JointForward"  # there once the KL has risen: until then it must be exactly 0, so its passes are alike
 
 
 class ReplayMixin(Host):
@@ -163,9 +165,10 @@ class ReplayMixin(Host):
     ) -> Any:
         """The host's loss and, in training, the replay term."""
         new = dict(inputs)
-        result = super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        with self._rows_taken_along() as hidden:
+            result = super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
         if not (self.model.training and self.objective.adds_term):
             return result
         scale = 1.0 if self._host_scales(num_items_in_batch) else self.current_gradient_accumulation_steps
@@ -178,14 +181,23 @@ class ReplayMixin(Host):
                 f"replay: {type(self).__name__} computes a loss for which no rows were drawn; nothing protects it"
             )
         old, num_items = self._queue.pop(0), num_items_in_batch
-        term = self._term_on_new_rows(model, new, num_items) if old is None else self._term_on_replay(model, old)
+        if old is None:
+            term = self._term_on_new_rows(model, new, num_items)
+        else:
+            term = self._term_on_replay(model, old, *hidden)
         self._meter.add_term(term)
         added = self.replay_coef * self.replay_config.replay_every * scale * term
         return (result[0] + added, result[1]) if return_outputs else result + added
 
-    def _term_on_replay(self, model: Any, batch: dict[str, Any]) -> Tensor:
+    def _rows_taken_along(self) -> AbstractContextManager[list[Tensor]]:
+        """A context in which the host's forward pass may take the micro-batch's replay rows along."""
+        joint = self.replay.joint if JOINT_STATE in self.state.stateful_callbacks and self.model.training else None
+        rows = self._queue[0] if self._queue else None
+        return nullcontext([]) if joint is None or rows is None else joint.with_rows(rows)
+
+    def _term_on_replay(self, model: Any, batch: dict[str, Any], hidden: Tensor | None = None) -> Tensor:
         labels, stored = batch.pop("labels"), batch.pop("stored", None)
-        rows = TermBatch(model, batch, labels, stored)
+        rows = TermBatch(model, batch, labels, stored, hidden=hidden)
         values = torch.zeros(int(rows.mask.sum()), device=labels.device)
         total = self.objective.total(self.replay.term, rows._replace(values=values))
         if self.objective.uses_reference:
@@ -233,6 +245,8 @@ class ReplayMixin(Host):
                 kl = float(self._meter.step_term) if self.budget is None else self._meter.held_kl()
                 check_noise(kl, self.replay_config.max_ref_kl)
             self._is_the_base = False
+            if not self._meter.kl_stayed_zero():
+                self.state.stateful_callbacks[JOINT_STATE] = {"args": {}, "attributes": {}}
             if self.budget is not None:  # whose state the next checkpoint keeps
                 self.budget.update(self._meter.held_kl())
                 self.state.stateful_callbacks[BUDGET_STATE] = {"args": {}, "attributes": self.budget.state_dict()}

@@ -1,0 +1,150 @@
+"""One forward pass for new and replay rows: replay rows join the host's batch inside the model, at its decoder.
+
+The decoder is what lies between token ids and output head. It gets the replay rows beside the new ones and gives them
+up again before the host sees its output, so labels, head and loss of the host are as without them, whether it makes
+logits or, as TRL's fused head does, never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import DynamoBackend, is_compiled_module
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from retain.models.head import head_input, seen_by_head
+from retain.models.reference import TOLERANCE, evaluation_mode, probe_tokens
+from retain.replay.provenance import rope_kinds
+from retain.training.trainer_checks import invocation_tokens
+
+MAX_PADDING = 1.02  # tokens of a joint pass over those of two, whose fixed cost is about as much on a small model
+# Inputs of a decoder with which rows may join; any other must be missing, None or False.
+JOINED_INPUTS = ("input_ids", "attention_mask", "use_cache", "num_items_in_batch", "return_dict")
+MORE_OUTPUTS = ("output_router_logits", "output_hidden_states", "output_attentions")
+
+
+class JointForward:
+    """Takes replay rows along in the host's own forward pass.
+
+    Args:
+        decoder: the module whose last hidden states the output head multiplies.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.decoder = decoder
+
+    @classmethod
+    def of(cls, trainer: Any) -> JointForward | None:
+        """Of a host trainer, once it is built; None where its model must see the two batches apart."""
+        model = trainer.model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not _may_join(trainer) or base.base_model is base:
+            return None
+        joint = cls(base.base_model)
+        return joint if joint._is_exact(model) else None
+
+    @contextmanager
+    def with_rows(self, replay: Mapping[str, Tensor]) -> Iterator[list[Float[Tensor, "rows length size"]]]:
+        """The first forward pass with gradient that can takes these rows along.
+
+        Args:
+            replay: `input_ids`, and `attention_mask` where rows are padded at the right.
+
+        Yields:
+            A list that gets the rows' hidden states; it stays empty where no pass could take them.
+        """
+        found: list[Tensor] = []
+        shapes: list[torch.Size] = []
+
+        def join(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            inputs = {"input_ids": args[0], **kwargs} if args else kwargs
+            if shapes or len(args) > 1 or not torch.is_grad_enabled() or not can_join(inputs, replay):
+                return None
+            shapes.extend(batch["input_ids"].shape for batch in (inputs, replay))
+            return (), {**inputs, **joint_inputs(inputs, replay), "use_cache": False}
+
+        def part(module: Any, args: Any, outputs: Any) -> None:
+            if shapes and not found:
+                (num_new, length), (num_old, old_length) = shapes
+                new, old = outputs.last_hidden_state.split([num_new, num_old])
+                outputs.last_hidden_state = new[:, :length]
+                found.append(head_input(old[:, :old_length]))
+
+        handles = (
+            self.decoder.register_forward_pre_hook(join, with_kwargs=True),
+            self.decoder.register_forward_hook(part),
+        )
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _is_exact(self, model: Any) -> bool:
+        """Whether rows of two lengths have, in one pass, the hidden states at the head that each has in its own."""
+        tokens = probe_tokens(model.get_input_embeddings().weight.shape[0]).to(model.device)
+        new, old = tokens[:1, :-1], tokens[1:].expand(4, -1)  # hardly any padding
+        with evaluation_mode(model), seen_by_head(model) as seen:
+            with torch.no_grad():
+                model(input_ids=old, use_cache=False)
+                model(input_ids=new, use_cache=False)
+            with self.with_rows({"input_ids": old}) as joined:
+                model(input_ids=new, use_cache=False)
+        if not joined or len(seen) != 3:
+            return False
+        alone, together = seen[:2], [joined[0].detach(), seen[2].detach()]
+        most = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
+        pairs = zip(alone, together, strict=True)
+        return all(a.shape == b.shape and bool((a - b).norm() <= most * a.norm()) for a, b in pairs)
+
+
+def can_join(inputs: Mapping[str, Any], replay: Mapping[str, Tensor]) -> bool:
+    """Whether a decoder's inputs are whole rows and nothing else, and replay rows beside them need little padding."""
+    others = [value for name, value in inputs.items() if name not in JOINED_INPUTS]
+    if any(value is not None and value is not False for value in others):
+        return False
+    new, old, mask = inputs["input_ids"], replay["input_ids"], inputs.get("attention_mask")
+    if new is None or new.ndim != 2 or (mask is not None and mask.shape != new.shape):
+        return False
+    padded = (len(new) + len(old)) * max(new.shape[1], old.shape[1])
+    return padded <= MAX_PADDING * (new.numel() + old.numel())
+
+
+def joint_inputs(new: Mapping[str, Any], old: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Both batches as one, padded at the right to one length.
+
+    Without a mask where the new rows have no padding of their own: no row sees what stands to its right.
+    """
+    length = max(batch["input_ids"].shape[1] for batch in (new, old))
+
+    def together(*values: Tensor) -> Tensor:
+        return torch.cat([pad(value, (0, length - value.shape[1])) for value in values])
+
+    ids, mask = together(new["input_ids"], old["input_ids"]), new.get("attention_mask")
+    if mask is None or bool(mask.all()):
+        return {"input_ids": ids, "attention_mask": None}
+    old_mask = old.get("attention_mask", torch.ones_like(old["input_ids"]))
+    return {"input_ids": ids, "attention_mask": together(mask, old_mask.to(mask.dtype))}
+
+
+def _may_join(trainer: Any) -> bool:
+    """Whether nothing is known by which one batch would be another thing than two."""
+    model, args, accelerator = trainer.model, trainer.args, trainer.accelerator
+    adapters = getattr(model, "peft_config", {}).values()
+    config = model.config.get_text_config()
+    apart = (
+        trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,  # the head's weights are there in a pass alone
+        accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or is_compiled_module(model),  # sees no new hooks
+        len(set(getattr(model, "hf_device_map", {}).values())) > 1,
+        args.ddp_broadcast_buffers,  # at each pass, and processes may differ in whether they join
+        args.neftune_noise_alpha,  # whose noise follows the padded length
+        any(kind.get("rope_type") in ("dynamic", "longrope") for kind in rope_kinds(model)),  # follow the longest row
+        any(adapter.peft_type != "LORA" for adapter in adapters) or invocation_tokens(model),  # know rows by number
+        any(getattr(config, name, False) for name in MORE_OUTPUTS),  # of all rows, for the host
+    )
+    return not any(apart)
