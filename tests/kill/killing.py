@@ -79,7 +79,7 @@ def make_kinds(w: Path) -> list[Kind]:
     pretrain += flags(model_size=20000, max_steps=20, use_cpu=True, disable_tqdm=True, eval_rows=16)
     pretrain += flags(per_device_train_batch_size=4)
     return [
-        Kind("sample", sample),
+        Kind("sample", [*sample, "--store_reference", "none"]),
         Kind("sample --store_reference hidden", [*sample, "--store_reference", "hidden"]),
         Kind("finetune, full, its own replay", [*tune, *own], resumes=True),
         Kind("finetune, LoRA", [*tune, *lora, *flags(replay_dataset=w / "stored")], resumes=True),

@@ -74,7 +74,7 @@ def parts(folder: Path) -> list[Path]:
 
 # How many bytes of a file can be written, and the file that is larger, or the folder where it lies.
 FULL = [
-    ("sample", [], 1500, "shard-00000.parquet"),
+    ("sample", ["--store_reference", "none"], 1500, "shard-00000.parquet"),
     ("sample", ["--store_reference", "hidden"], 8000, "reference-00000.safetensors"),
     ("finetune", [], 60_000, "out"),  # the weights of a checkpoint
     ("finetune", [], 250_000, "out"),  # its optimizer's state

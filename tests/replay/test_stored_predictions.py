@@ -14,7 +14,17 @@ from conftest import ARCHITECTURES, make_model, make_texts, save_model
 from peft import LoraConfig
 from test_cli import TRAIN, write_rows
 from test_trainer import Unscaled, budgeted
-from training_runs import LORA, ROWS, TOKENIZER, config, difference, logged, train, weights
+from training_runs import (
+    LORA,
+    ROWS,
+    TOKENIZER,
+    assert_kl_rises_from_zero,
+    config,
+    difference,
+    logged,
+    train,
+    weights,
+)
 
 from retain import ReplayConfig, ReplaySFTTrainer
 from retain.cli.main import main
@@ -22,9 +32,10 @@ from retain.measuring.tokens import logits_at
 from retain.models.reference import Reference
 from retain.replay.dataset import ReplayDataset, load_self_generated
 from retain.replay.stored_predictions import bytes_per_token, cache_path
+from retain.sampling import write
 from retain.sampling.engine import TOP_K, draw_rows
 from retain.sampling.starts import Mode, Starts
-from retain.sampling.write import sample_replay
+from retain.sampling.write import default_store, sample_replay
 
 KINDS = ("hidden", "topk")
 
@@ -102,6 +113,46 @@ def test_another_kind_of_storage_is_another_dataset(tmp_path: Path) -> None:
         sample(folder, "hidden")
     sample(folder, "hidden", overwrite=True)
     assert load_self_generated(folder).cache.batch([0])["hidden"].shape == (23, 32)  # type: ignore[union-attr]
+
+
+# Where nobody says what to store
+
+
+def test_hidden_states_are_stored_by_default_where_they_are_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, pool = make_model(), {"num_rows": 20, "max_length": 24}
+    assert default_store(model, tmp_path, **pool) == "hidden"
+    assert default_store(model, tmp_path, **pool, wanted=False) is None
+    monkeypatch.setattr(write, "MAX_STORE_BYTES", 20 * 24 * 32 * 4)
+    assert default_store(model, tmp_path, **pool) == "hidden"
+    assert not caplog.records
+    assert default_store(model, tmp_path, num_rows=21, max_length=24) is None
+    assert "they would take 0.0 GB; --store_reference hidden stores them all the same" in caplog.text
+
+
+def test_no_default_store_where_hidden_states_do_not_give_the_predictions(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 16, "rope_theta": 1e4, "factor": 2.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    model = make_model(rope_parameters=rope)
+    assert default_store(model, tmp_path, num_rows=2, max_length=16) == "hidden"
+    assert default_store(model, tmp_path, num_rows=2, max_length=17) is None
+    assert "beyond 16 tokens this model encodes a whole row otherwise (LongRoPE)" in caplog.text
+    model = make_model()
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits**3)
+    assert default_store(model, tmp_path, num_rows=2, max_length=16) is None
+    assert "output head is not a plain one" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [None, "topk"])
+def test_a_dataset_is_finished_with_the_store_that_began_it(tmp_path: Path, kind: str | None) -> None:
+    """As those are that were begun when nothing was stored by default."""
+    folder = sample(tmp_path / "rows", kind)
+    pool = {"num_rows": 20, "max_length": 24}
+    assert default_store(make_model(), folder, **pool) == default_store(None, folder, **pool, wanted=False) == kind
+    assert default_store(make_model(), folder, **pool, overwrite=True) == "hidden"
 
 
 def test_size_on_disk(datasets: dict[str, ReplayDataset]) -> None:
@@ -247,8 +298,9 @@ def test_full_finetuning_keeps_no_second_model_and_asks_no_base(
     model.register_forward_pre_hook(lambda *args: passes.append(1))
     trainer = run(tmp_path, datasets[kind], "cache", model=model, changes={"max_steps": 3})
     assert trainer.replay.reference is None
-    before = 1 + 2 + 1 + 1  # sees it ahead; as it came and as it is trained, finding the head, proving the store
-    assert len(passes) == before + 3 * 2
+    # Sees it ahead; as it came and as it is trained, finding the head, proving the store, one pass against two.
+    before = 1 + 2 + 1 + 1 + 3
+    assert len(passes) == before + 2 + 1 + 1  # the first step's rows apart, then together
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -318,6 +370,9 @@ def test_hidden_states_under_an_adapted_head_are_refused_and_topk_is_not(
     lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="stored predictions need the model's plain output head"):
         run(tmp_path / "a", datasets["hidden"], "cache", peft_config=lora)
+    trainer = run(tmp_path / "a", datasets["hidden"], "auto", peft_config=lora)
+    assert trainer.replay.reference_kind == "adapter", "nobody asked for what is stored"
+    assert_kl_rises_from_zero(trainer)
     trainer = run(tmp_path / "b", datasets["topk"], "cache", peft_config=lora)
     assert logged(trainer, "replay/kl")[-1] > 0
 

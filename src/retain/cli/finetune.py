@@ -27,6 +27,7 @@ from retain.files import exclusive, visible
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.models.loading import load_tokenizer
 from retain.replay.dataset import load_texts
+from retain.sampling.write import default_store
 from retain.training.beta2_half_life import apply_half_life, check_half_life, mean_row_length
 from retain.training.config import ReplayConfig, StoppingConfig, check_arguments
 from retain.training.protection import check_replay_every
@@ -218,14 +219,17 @@ def _sample_own(model: Any, tokenizer: Any, training_args: Any, config: Finetune
         found = model.device
         if not (getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")):  # these stay where they are
             model.to(training_args.device)
+        length = config.replay_max_length or training_args.max_length or Unchosen(512)
+        wanted = config.objective.takes_stored and config.replay_reference in ("auto", "cache")
         sample_with_bar(
             model,
             tokenizer,
             str(folder),
             config.replay_num_rows,
-            max_length=config.replay_max_length or training_args.max_length or Unchosen(512),
+            max_length=length,
             seed=training_args.seed,
             start_token=choose_start_token(tokenizer, config.start_token),
+            store_reference=default_store(model, folder, config.replay_num_rows, length, wanted=wanted),
         )
         if model.device != found:
             model.to(found)

@@ -23,7 +23,7 @@ from retain.report.numbers import quantity
 from retain.sampling.engine import Engine, choose_threads
 from retain.sampling.preview import pool_lines
 from retain.sampling.starts import plan_starts
-from retain.sampling.write import sample_replay
+from retain.sampling.write import default_store, sample_replay
 
 
 @dataclass(kw_only=True)
@@ -49,10 +49,11 @@ class SampleConfig(ModelLoadSettings):
         "user", "Role whose turn the model writes, with start chat."
     )
     prompts: str | None = setting(None, "File of texts to continue, with start prompts; rows as in training data.")
-    store_reference: Literal["hidden", "topk"] | None = setting(
-        None,
+    store_reference: Literal["auto", "hidden", "topk", "none"] = setting(
+        "auto",
         "Keep the model's predictions beside the rows, so that training needs no reference forward. hidden: the last "
-        "hidden state, exact. topk: the 64 likeliest tokens and the mass of the rest, small.",
+        "hidden state, exact. topk: the 64 likeliest tokens and the mass of the rest, small. auto: hidden where the "
+        "output head is a plain one and 4 GB are enough, with engine torch or ray.",
     )
     store_fisher: bool = setting(
         False,
@@ -83,8 +84,8 @@ class SampleConfig(ModelLoadSettings):
         if workers is not None and self.engine != "ray":
             raise ValueError(f"num_workers: {workers} needs engine ray, not {self.engine!r}; set --engine")
         for name in ("store_reference", "attn_implementation") if self.engine == "vllm" else ():
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not for engine vllm; leave it out, or use torch")
+            if (value := getattr(self, name)) not in (None, "auto", "none"):
+                raise ValueError(f"{name}: {value!r} is not for engine vllm; leave it out, or use torch")
 
 
 def run_sample(config: SampleConfig) -> None:
@@ -112,10 +113,14 @@ def run_sample(config: SampleConfig) -> None:
         print(f"document start: {start}")
     max_length = length_that_fits(model, config.max_length)
     is_vllm = config.engine == "vllm"  # it schedules rows itself: it gets whole shards
-    with open_engine(model, max_length) as engine:
+    store: str | None = None if is_vllm or config.store_reference == "none" else config.store_reference
+    if store == "auto":
+        num_rows, overwrite = config.num_rows, config.overwrite_output_dir
+        store = default_store(model, config.output_dir, num_rows, max_length, overwrite=overwrite)
+    with open_engine(model, max_length, store) as engine:
         folder = sample_with_bar(
             model, tokenizer, config.output_dir, config.num_rows, max_length=max_length, seed=config.seed,
-            start_token=start, starts=starts, store_reference=config.store_reference,
+            start_token=start, starts=starts, store_reference=store,
             store_fisher=config.store_fisher, rows_per_shard=config.rows_per_shard,
             batch_size=config.per_device_batch_size or (config.rows_per_shard if is_vllm else None),
             overwrite=config.overwrite_output_dir, engine=engine, engine_name="vllm" if is_vllm else "torch",
@@ -127,14 +132,14 @@ def run_sample(config: SampleConfig) -> None:
         print(*pool_lines(folder, tokenizer, starts, config.preview), sep="\n")
 
 
-def engine_of(config: SampleConfig) -> Callable[[Any, int], AbstractContextManager[Engine | None]]:
-    """A function of the model and the tokens per row that opens the chosen engine; None is the engine of this process.
+def engine_of(config: SampleConfig) -> Callable[[Any, int, str | None], AbstractContextManager[Engine | None]]:
+    """A function of model, tokens per row and what is stored that opens the engine; None is that of this process.
 
     Raises:
         ValueError: if it is not installed, or is Ray's and other processes were launched beside this one.
     """
     if config.engine == "torch":
-        return lambda model, length: nullcontext()
+        return lambda model, length, store: nullcontext()
     if config.engine == "ray" and launched():
         raise ValueError("engine: 'ray' starts its own workers; run it without accelerate or torchrun")
     path = Path(config.model).expanduser()
@@ -144,15 +149,17 @@ def engine_of(config: SampleConfig) -> Callable[[Any, int], AbstractContextManag
 
         options: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel_size, **config.checkpoint}
         options["seed"] = config.seed
-        return lambda model, length: nullcontext(vllm_engine(name, dtype=model.dtype, max_length=length, **options))
+        return lambda model, length, store: nullcontext(
+            vllm_engine(name, dtype=model.dtype, max_length=length, **options)
+        )
     from retain.sampling.ray_engine import ray_engine
 
     load = partial(load_model, name, attn_implementation=config.attn_implementation, **config.checkpoint)
-    return lambda model, length: ray_engine(
+    return lambda model, length, store: ray_engine(
         partial(load, dtype=model.dtype),
         max_length=length,
         seed=config.seed,
-        store_reference=config.store_reference,
+        store_reference=store,
         num_workers=config.num_workers,
     )
 

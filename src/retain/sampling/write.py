@@ -6,6 +6,7 @@ Source: Marek et al., self-generated replay.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -28,6 +29,7 @@ from retain.models.description import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
+from retain.models.head import find_head_form
 from retain.replay import fisher
 from retain.replay.dataset import (
     MANIFEST,
@@ -50,6 +52,9 @@ if TYPE_CHECKING:
 
 SAMPLER = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
 ROWS_PER_SHARD = 64
+MAX_STORE_BYTES = 4e9  # of hidden states that are stored unasked
+
+logger = logging.getLogger(__name__)
 
 
 def sample_rows(
@@ -141,6 +146,40 @@ def sample_replay(
         if main and store_fisher and not (folder / FISHER_FILE).exists():
             fisher.store_fisher(model, load_self_generated(folder))
     return folder
+
+
+def default_store(
+    model: PreTrainedModel,
+    output_dir: str | Path,
+    num_rows: int,
+    max_length: int,
+    *,
+    overwrite: bool = False,
+    wanted: bool = True,
+) -> str | None:
+    """What to store of the model's predictions where nobody says: what began the dataset, else hidden if `wanted`.
+
+    Nothing where hidden states do not give the predictions, or need more than `MAX_STORE_BYTES`; the log says so.
+    """
+    folder = Path(output_dir)
+    if (folder / MANIFEST).exists() and not overwrite:
+        begun: str | None = read_manifest(folder).get("store_reference")
+        return begun
+    if not wanted:
+        return None
+    max_length, switch = length_that_fits(model, max_length), rope_switch(model)
+    if find_head_form(model) is None:
+        why = "this model's output head is not a plain one"
+    elif switch is not None and max_length > switch:
+        why = f"beyond {switch} tokens this model encodes a whole row otherwise (LongRoPE) than while it drew it"
+    else:
+        per_token = model.get_output_embeddings().weight[0].nbytes
+        size = num_rows * max_length * per_token
+        if size <= MAX_STORE_BYTES:
+            return "hidden"
+        why = f"they would take {size / 1e9:.1f} GB; --store_reference hidden stores them all the same"
+    logger.warning("store_reference: predictions are not stored (%s): training computes the base's itself", why)
+    return None
 
 
 def _check_model(model: PreTrainedModel, max_length: int, store_reference: str | None) -> None:

@@ -201,6 +201,8 @@ class Protection:
         model, rows, accelerator = trainer.model, self.rows, trainer.accelerator
         self._check_host(trainer)
         form = find_head_form(model) if self.objective.adds_term else None
+        if form is None and self._may_switch_off(model):
+            self.cache, self.reference = None, Reference()
         ref_head, texts = None, evaluated_batches(trainer.args, self.documents) if self.reference is None else []
         if texts or (self.cache is not None and self.cache.kind == "hidden"):
             if form is None:
@@ -233,6 +235,11 @@ class Protection:
             assert rows is not None
             check_anchor(trainer.args, trainer)
             self.anchor = Anchor.measure(model, rows, trainer.args.seed)
+
+    def _may_switch_off(self, model: Any) -> bool:
+        """Whether hidden states were stored, which an adapter on the head makes useless, and nobody asked for them."""
+        stored = self.cache is not None and self.cache.kind == "hidden"
+        return stored and self.config.replay_reference == "auto" and hasattr(model, "disable_adapter")
 
     def _check_host(self, trainer: Any) -> None:
         model, rows, objective = trainer.model, self.rows, self.objective
