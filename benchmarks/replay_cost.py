@@ -1,9 +1,10 @@
 """What replay costs a training step: by share of the batch, every k-th step and reference, with plain steps beside it.
 
-    python benchmarks/replay_cost.py [--model NAME] [--rows 16] [--length 128] [--rounds 5] [--output FILE]
+    python benchmarks/replay_cost.py [--model NAME] [--rows 32] [--length 64] [--shares 8 16 32] [--output FILE]
 
-Every cell is a real run of `ReplayTrainer`, timed between the ends of its optimizer steps; before and after it the same
-number of plain steps are timed, and the ratio is to their mean. `predicted` counts floating-point operations: a plain
+Every cell is a real run of `ReplayTrainer`, timed between the ends of its optimizer steps, and again with new and
+replay rows in passes of their own (`apart_ratio`); before and after it the same number of plain steps are timed, and
+the ratio is to their mean. `predicted` counts floating-point operations: a plain
 step 3 units a token (forward 1, backward 2; with frozen weights 1), the reference 1 more, stored hidden states the
 head's part of 1. Processor seconds on a CPU, which other processes disturb less; wall-clock on a GPU. Without --model:
 a Qwen3 of 5.8M parameters with random weights, on which losses mean nothing and times do.
@@ -40,7 +41,7 @@ from retain.replay.fisher import FISHER_FILE
 from retain.sampling.write import sample_replay
 
 SIZE, VOCAB, WARM, RANK = "5.8M", 4096, 2, 16
-SHARES = (2, 4, 8, 16, 32, 64)  # new tokens per replay token
+SHARES = (2, 4, 8, 16, 32)  # new tokens per replay token
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Cell:
     anchor: bool = False
 
 
-def cells(rows: int, length: int) -> list[Cell]:
+def cells(rows: int, length: int, shares: Sequence[int]) -> list[Cell]:
     """Shares of a batch by rows, and below one row by its length."""
 
     def cell(share: int, method: str = "full", reference: str = "copy", every: int = 1) -> Cell:
@@ -63,11 +64,12 @@ def cells(rows: int, length: int) -> list[Cell]:
         return Cell(method, reference, number, rows * length // (share * number), every)
 
     return [
-        *(cell(share) for share in SHARES),
-        *(cell(share, every=every) for share, every in ((4, 2), (4, 4), (2, 8))),
-        *(cell(share, reference="cache") for share in (4, 8, 16)),
-        *(cell(share, "LoRA", "adapter") for share in (4, 8, 16)),
-        *(Cell(method, "cache", 0, 0, anchor=True) for method in ("full", "LoRA")),
+        *(cell(share) for share in shares),
+        *(cell(share, every=every) for share, every in ((4, 2), (4, 4), (2, 8)) if share in shares),
+        *(cell(share, reference="cache") for share in shares),
+        Cell("full", "cache", 0, 0, anchor=True),
+        *(cell(share, "LoRA", reference) for reference in ("adapter", "cache") for share in shares),
+        Cell("LoRA", "cache", 0, 0, anchor=True),
     ]
 
 
@@ -140,8 +142,12 @@ class Bench:
         cut = [self.replay[at][: cell.length] for at in range(len(self.replay))]
         return ReplayDataset.from_rows(cut, self.replay.source, self.replay.manifest)
 
-    def steps(self, cell: Cell, number: int) -> float:
-        """Mean seconds of an optimizer step, over `number` steps after some to warm up."""
+    def steps(self, cell: Cell, number: int, *, apart: bool = False) -> float:
+        """Mean seconds of an optimizer step, over `number` steps after some to warm up.
+
+        Args:
+            apart: new and replay rows have passes of their own.
+        """
         rng, most = np.random.default_rng(0), self.rows * (number + WARM)
         tokens = rng.integers(3, self.vocab, (most, self.length))
         model = self.model()
@@ -162,6 +168,8 @@ class Bench:
             ),
             replay_dataset=self.pool(cell) if cell.rows or cell.anchor else None,
         )
+        if apart:
+            trainer.replay.joint = None
         trainer.remove_callback(PrinterCallback)
         clock = Clock(self.device)
         trainer.add_callback(clock)
@@ -176,28 +184,30 @@ class Bench:
         )  # fmt: skip
 
 
-def measure(bench: Bench, rounds: int, number: int) -> list[dict[str, Any]]:
-    """Every cell in every round between plain steps of its own method."""
-    found: dict[Cell, list[float]] = {cell: [] for cell in cells(bench.rows, bench.length)}
+def measure(bench: Bench, chosen: Sequence[Cell], rounds: int, number: int) -> list[dict[str, Any]]:
+    """Every cell in every round, as it is and with passes of its own, between plain steps of its method."""
+    found: dict[Cell, list[tuple[float, ...]]] = {cell: [] for cell in chosen}
     for at in range(rounds):
         before: tuple[str, float] | None = None
         for cell, ratios in found.items():
             bare = Cell(cell.method, cell.reference, 0, 0)
             if before is None or before[0] != cell.method:
                 before = cell.method, bench.steps(bare, number)
-            own, after = bench.steps(cell, number), bench.steps(bare, number)
-            ratios.append(2 * own / (before[1] + after))
+            own = [bench.steps(cell, number, apart=apart) for apart in (False, True)[: 1 + bool(cell.rows)]]
+            after = bench.steps(bare, number)
+            ratios.append(tuple(2 * seconds / (before[1] + after) for seconds in own))
             before = cell.method, after
         logging.warning("round %d of %d", at + 1, rounds)
     return [row_of(cell, ratios, bench) for cell, ratios in found.items()]
 
 
-def row_of(cell: Cell, ratios: Sequence[float], bench: Bench) -> dict[str, Any]:
+def row_of(cell: Cell, ratios: Sequence[tuple[float, ...]], bench: Bench) -> dict[str, Any]:
     share = f"1/{bench.rows * bench.length // (cell.rows * cell.length)}" if cell.rows else None
-    ordered = sorted(ratios)
+    ordered, apart = sorted(ratio[0] for ratio in ratios), [ratio[1] for ratio in ratios if ratio[1:]]
     return {
         **asdict(cell), "share": share, "time_ratio": round(statistics.median(ordered), 3),
         "range": [round(ordered[0], 3), round(ordered[-1], 3)],
+        "apart_ratio": round(statistics.median(apart), 3) if apart else None,
         "predicted": round(predicted(cell, bench.rows, bench.length, bench.head, bench.shapes), 3),
     }  # fmt: skip
 
@@ -205,8 +215,9 @@ def row_of(cell: Cell, ratios: Sequence[float], bench: Bench) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a name or folder; default: random weights")
-    parser.add_argument("--rows", type=int, default=16, help="new rows a step")
-    parser.add_argument("--length", type=int, default=128, help="tokens a row")
+    parser.add_argument("--rows", type=int, default=32, help="new rows a step")
+    parser.add_argument("--length", type=int, default=64, help="tokens a row")
+    parser.add_argument("--shares", type=int, nargs="+", default=SHARES, help="new tokens per replay token")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each cell and round; a multiple of 8")
     parser.add_argument("--threads", type=int, default=1)
@@ -219,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = "bfloat16" if device == "cuda" else "float32"
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.model, options.rows, options.length, Path(folder), device, dtype)
-        rows = measure(bench, options.rounds, options.steps)
+        chosen = cells(options.rows, options.length, options.shares)
+        rows = measure(bench, chosen, options.rounds, options.steps)
         facts = {
             "model": options.model or f"random, {SIZE}", "num_params": bench.num_params, "fisher": bench.fisher,
             "rows": options.rows, "length": options.length, "rounds": options.rounds, "steps": options.steps, "seed": 0,
@@ -232,7 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         every = f" every {row['every']} steps" if row["every"] > 1 else ""
         what = f"{row['reference']:7} {row['share']:>4}{every}" if row["share"] else "anchor"
         label = f"{row['method']:4} {what}"
-        print(f"{label:34} {row['time_ratio']:.3f} [{low:.3f}, {high:.3f}]  by operations {row['predicted']:.3f}")
+        apart = f", apart {row['apart_ratio']:.3f}" if row["apart_ratio"] else ""
+        ratio = f"{row['time_ratio']:.3f} [{low:.3f}, {high:.3f}]{apart}"
+        print(f"{label:34} {ratio}, by operations {row['predicted']:.3f}")
     if options.output:
         options.output.write_text(json.dumps({**facts, "cells": rows}, indent=1) + "\n")
 
