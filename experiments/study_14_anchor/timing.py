@@ -8,16 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.finetunes import Bench, Run, make_trainer, scratch
+from experiments.study_14_anchor.settings import anchored_runs, little_replay, plain_runs
 
 TIMED_STEPS, WARM_UP = 16, 8
 
 
-def timed(runs: Sequence[Run]) -> list[Run]:
-    """Plain, replay, the anchor with late replay as it is before and in it, and the anchor alone."""
-    plain, anchor, _, _, little, _ = (replace(run, eval_steps=0, schedule=None) for run in runs)
-    late = replace(anchor, replay_start=None)
-    alone = replace(anchor, replay_start=None, coef=0.0)
-    return [plain, little, late, alone]
+def timed(base: str, method: str) -> list[Run]:
+    """Plain, replay, the last anchor with late replay as it is in the end, and as it is before."""
+    kinds = plain_runs(base, method, 0)[2], little_replay(base, method, 0), anchored_runs(base, method, 0)[-1]
+    plain, little, anchor = (replace(run, eval_steps=0, schedule=None, replay_start=None) for run in kinds)
+    return [plain, little, anchor, replace(anchor, coef=0.0)]
 
 
 def time_round(runs: Sequence[Run], bench: Bench) -> dict[str, Any]:
