@@ -17,7 +17,6 @@ from experiments.study_14_anchor.settings import BASES, REPLAY_START, TASKS
 
 GOAL, MOST_TIME = 0.95, 1.10
 FINDING = "An anchor with a little late replay prevents 95% for a tenth of the time"
-NUM_RATES = 4  # of plain runs
 METHODS = {"full": "full", "lora": "LoRA"}
 
 
@@ -35,9 +34,10 @@ def end_of(row: dict[str, Any]) -> End:
 
 
 def plain_at(loss: float, plain: Sequence[End]) -> np.ndarray:
-    """What plain runs of other learning rates forget at a loss: linear between two; at most the lowest's."""
+    """What plain runs of other learning rates forget at a loss: linear between two; below all of them the lowest's."""
     ends = sorted(plain, key=lambda end: end.loss)
     losses = [end.loss for end in ends]
+    assert loss <= losses[-1], "a plain run of a lower rate would have forgotten less"
     return np.array([np.interp(loss, losses, [end.measures[at] for end in ends]) for at in range(len(MEASURES))])
 
 
@@ -105,7 +105,11 @@ def cells_of(rows: Sequence[dict[str, Any]]) -> list[Cell]:
                     ends.setdefault(at, {}).setdefault(settings["seed"], []).append(end_of(row))
             plain, times = ends.get(None, {}), times_of(rows, base, method)
             for number in (*sorted(of_base.anchors[method]), 0):
-                own = {seed: end for seed, (end,) in ends.get(number, {}).items() if len(plain[seed]) == NUM_RATES}
+                own = {
+                    seed: end
+                    for seed, (end,) in ends.get(number, {}).items()
+                    if end.loss <= max((one.loss for one in plain.get(seed, [])), default=0.0)
+                }
                 if own:
                     shares = [1 - end.measures / plain_at(end.loss, plain[seed]) for seed, end in sorted(own.items())]
                     lowest = [min(end.loss for end in plain[seed]) for seed in sorted(own)]

@@ -15,7 +15,7 @@ TIMED_STEPS, WARM_UP = 16, 8
 
 def timed(base: str, method: str) -> list[Run]:
     """Plain, replay, the last anchor with late replay as it is in the end, and as it is before."""
-    kinds = plain_runs(base, method, 0)[2], little_replay(base, method, 0), anchored_runs(base, method, 0)[-1]
+    kinds = plain_runs(base, method, 0)[-2], little_replay(base, method, 0), anchored_runs(base, method, 0)[-1]
     plain, little, anchor = (replace(run, eval_steps=0, schedule=None, replay_start=None) for run in kinds)
     return [plain, little, anchor, replace(anchor, coef=0.0)]
 
