@@ -16,6 +16,7 @@ from experiments.pages import NoReport, findings, panels, table
 from experiments.study_14_anchor.settings import BASES, REPLAY_START, TASKS
 
 GOAL, MOST_TIME = 0.95, 1.10
+LEAST = 0.05  # nats per token that plain must forget, for a share of it to mean anything
 FINDING = "An anchor with a little late replay prevents 95% for a tenth of the time"
 METHODS = {"full": "full", "lora": "LoRA"}
 
@@ -39,6 +40,12 @@ def plain_at(loss: float, plain: Sequence[End]) -> np.ndarray:
     losses = [end.loss for end in ends]
     assert loss <= losses[-1], "a plain run of a lower rate would have forgotten less"
     return np.array([np.interp(loss, losses, [end.measures[at] for end in ends]) for at in range(len(MEASURES))])
+
+
+def prevented(end: End, plain: Sequence[End]) -> np.ndarray:
+    """Of what plain forgets at the same loss, by measure; NaN where that is next to nothing."""
+    lost = plain_at(end.loss, plain)
+    return np.where(lost < LEAST, np.nan, 1 - end.measures / lost)
 
 
 @dataclass(frozen=True)
@@ -76,14 +83,19 @@ class Cell:
         return statistics.median(self.times) if self.times else None
 
     @property
+    def intervals(self) -> list[Interval | None]:
+        """Over seeds, of each measure; None where plain forgot next to nothing."""
+        return [None if np.isnan(column).any() else over_seeds(column) for column in self.prevented.T]
+
+    @property
     def weakest(self) -> Interval:
         """The interval over seeds of the measure of which least was prevented."""
-        return min((over_seeds(column) for column in self.prevented.T), key=lambda found: found.value)
+        return min((found for found in self.intervals if found is not None), key=lambda found: found.value)
 
     @property
     def verdict(self) -> str:
         """By the rule of `run.py`; and rounds of timing on both sides of the limit cannot tell."""
-        found = [over_seeds(column) for column in self.prevented.T]
+        found = [one for one in self.intervals if one is not None]
         if len(self.prevented) < 3 or not self.times:
             return "too few runs"
         if min(self.times) > MOST_TIME or any(one.high < GOAL for one in found):
@@ -111,7 +123,7 @@ def cells_of(rows: Sequence[dict[str, Any]]) -> list[Cell]:
                     if end.loss <= max((one.loss for one in plain.get(seed, [])), default=0.0)
                 }
                 if own:
-                    shares = [1 - end.measures / plain_at(end.loss, plain[seed]) for seed, end in sorted(own.items())]
+                    shares = [prevented(end, plain[seed]) for seed, end in sorted(own.items())]
                     lowest = [min(end.loss for end in plain[seed]) for seed in sorted(own)]
                     losses = [own[seed].loss for seed in sorted(own)]
                     timed = times.get(number > 0, [])
@@ -149,8 +161,10 @@ def report_of(rows: Sequence[dict[str, Any]]) -> str:
             *(f"prevented: {metric}, {text}" for text, metric in MEASURES), "time a step", "the goal")  # fmt: skip
     lines = []
     for cell in cells:
-        means = [over_seeds(column) for column in cell.prevented.T]
-        shares = [mean.percent() if len(cell.losses) > 1 else f"{mean.value:.1%}" for mean in means]
+        shares = [
+            "–" if mean is None else mean.percent() if len(cell.losses) > 1 else f"{mean.value:.1%}"
+            for mean in cell.intervals
+        ]
         verdict = cell.verdict if cell.judged else "not judged"
         time = f"{cell.time:.2f} ({min(cell.times):.2f} to {max(cell.times):.2f})" if cell.times else "not measured"
         lines.append((
