@@ -195,23 +195,25 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """What was forgotten over what was learned, on the tasks of the last round: plain's rates as a line."""
     cells = [cell for cell in cells_of(rows) if TASKS[cell.task].round == 2]
     places = list(dict.fromkeys((cell.base, cell.method, cell.task) for cell in cells))
-    with panels(path, len(places), (2.6 * len(places), 2.8)) as axes:
-        for at, (place, panel) in enumerate(zip(places, np.ravel(axes), strict=True)):
-            _, method, task = place
-            plain = plain_front(rows, *place)
-            panel.plot(*plain, "o-", color="0.55", markersize=3, label="plain, four learning rates")
+    ticks = (0.01, 0.03, 0.1, 0.3, 1, 3)
+    with panels(path, len(places), (1.9 * len(places) + 0.8, 2.9)) as axes:
+        for at, (place, panel) in enumerate(zip(places, axes, strict=True)):
+            base, method, task = place
+            panel.plot(*plain_front(rows, *place), "o-", color="0.55", markersize=3, linewidth=1, label="plain")
             for cell in (cell for cell in cells if (cell.base, cell.method, cell.task) == place):
-                color = "C0" if cell.round else "C1"
-                time = f", {100 * (cell.time - 1):+.0f}% time" if cell.time is not None else ""
-                panel.plot(cell.losses, cell.kept, "s" if cell.round else "D", color=color, markersize=4,
-                           label=f"{'anchor' if cell.round else 'replay, a sixteenth'}{time}")  # fmt: skip
+                how = ("s", "C0", "anchor, late replay") if cell.round else ("D", "C1", "replay, 1/16 of the batch")
+                panel.plot(cell.losses, cell.kept, how[0], color=how[1], markersize=4, label=how[2])
             panel.set_yscale("log")
+            panel.set_ylim(0.008, 4)
+            panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks] if not at else [""] * len(ticks))
+            panel.minorticks_off()
             panel.invert_xaxis()
-            panel.set_title(f"{TASKS[task].label}, {METHODS[method]}", fontsize=8)
-            panel.set_xlabel("new-task loss, nats per token", fontsize=7)
-            panel.set_ylabel("KL(base ‖ model), own rows" if not at else "", fontsize=7)
-            panel.tick_params(labelsize=6)
-            panel.legend(fontsize=5.5, frameon=False)
+            name = "SmolLM2" if base == "smollm2" else "small base"
+            panel.set_title(f"{TASKS[task].label}\n{name}, {METHODS[method]}", fontsize=8)
+            panel.set_xlabel("new-task loss", fontsize=7)
+            panel.tick_params(labelsize=7)
+        axes[0].set_ylabel("KL(base || model), own rows", fontsize=7)
+        axes[0].legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(0, 0.4))
 
 
 def plain_front(rows: Sequence[dict[str, Any]], base: str, method: str, task: str) -> tuple[list[float], list[float]]:

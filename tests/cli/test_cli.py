@@ -356,7 +356,7 @@ def test_an_adapter_is_measured_from_its_folder(world, tmp_path, capsys):
     wiki = f"wiki={world}/wiki.txt"
     arguments = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--retention", wiki]
     assert finetune(world, tmp_path / "out", *arguments) == 0
-    assert "reference adapter (proven to be the base)" in capsys.readouterr().out
+    assert "reference cache (hidden) (proven to be the base)" in capsys.readouterr().out
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "out" / "model.safetensors").exists()
     base = str(world / "llama")
@@ -365,7 +365,7 @@ def test_an_adapter_is_measured_from_its_folder(world, tmp_path, capsys):
     data = json.loads((report / "report.json").read_text())
     assert data["base"]["fingerprint"] == data["tuned"]["fingerprint"]  # the weights below the adapter
     assert data["retention"]["wiki"]["ref_kl"]["value"] > 1e-7
-    assert data["training"]["reference"] == "adapter"
+    assert data["training"]["reference"] == "cache (hidden)"
 
 
 KEPT = ("retention", "generations", "noise_floor", "gate")

@@ -50,6 +50,9 @@ def last_line(capsys) -> str:
     return said.err.strip().splitlines()[-1]
 
 
+KEPT = {"reference": "safetensors", "shard": "parquet"}
+
+
 @pytest.mark.parametrize("number", CODES)
 def test_sampling_stops_and_goes_on(here, tmp_path, capsys, monkeypatch, number):
     argv = ["sample", *flags(model_name_or_path=here / "model", num_rows=16, rows_per_shard=4, max_length=16)]
@@ -68,7 +71,8 @@ def test_sampling_stops_and_goes_on(here, tmp_path, capsys, monkeypatch, number)
         patch.setattr(retain.sampling.write, "write_shard", stop)
         assert main([*argv, "--output_dir", str(tmp_path / "out")]) == CODES[number]
     assert last_line(capsys) == f"retain sample: {WORDS[number]}; run the same command again to resume"
-    assert files(tmp_path / "out") == ["manifest.json", "shard-00000.parquet", "shard-00001.parquet"]
+    shards = [f"{kind}-0000{at}.{end}" for kind, end in KEPT.items() for at in (0, 1)]
+    assert files(tmp_path / "out") == ["manifest.json", *shards]
     assert signal.getsignal(signal.SIGTERM) == before
     assert main([*argv, "--output_dir", str(tmp_path / "out")]) == 0
     assert not differences(snapshot(tmp_path / "whole"), snapshot(tmp_path / "out"), ("whole", "out"))

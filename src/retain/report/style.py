@@ -180,7 +180,8 @@ def _draw_dots(axes: Axes, panel: Panel, total: int) -> None:
     axes.set(title=label(panel.title, 60), xlabel=label(panel.xlabel, 80), ylim=(len(texts) - 0.5, -0.5))
     axes.set_yticks(range(len(texts)), [label(text, 20) for text in texts])
     low, high = min(0.0, *(dot.low for dot in panel.dots)), max(0.0, *(dot.high for dot in panel.dots))
-    axes.set_xlim(low - 0.04 * (high - low), high + 0.2 * (high - low))  # room for the last number
+    width = (high - low) or 1.0  # nothing moved
+    axes.set_xlim(low - 0.04 * width, high + 0.2 * width)  # room for the last number
     axes.grid(False, axis="y")
 
 
