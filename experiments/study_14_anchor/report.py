@@ -16,6 +16,7 @@ from experiments.pages import NoReport, findings, panels, table
 from experiments.study_14_anchor.settings import BASES, REPLAY_START, TASKS
 
 GOAL, MOST_TIME = 0.95, 1.10
+TOO_FEW, NOT_TIMED = "too few runs", "not timed"
 LEAST = 0.05  # nats per token that plain must forget, for a share of it to mean anything
 FINDING = "An anchor with a little late replay prevents 95% for a tenth of the time"
 METHODS = {"full": "full", "lora": "LoRA"}
@@ -96,8 +97,10 @@ class Cell:
     def verdict(self) -> str:
         """By the rule of `run.py`; and rounds of timing on both sides of the limit cannot tell."""
         found = [one for one in self.intervals if one is not None]
-        if len(self.prevented) < 3 or not self.times:
-            return "too few runs"
+        if len(self.prevented) < 3:
+            return TOO_FEW
+        if not self.times:
+            return NOT_TIMED
         if min(self.times) > MOST_TIME or any(one.high < GOAL for one in found):
             return "missed"
         reached = all(one.low >= GOAL for one in found) and max(self.times) <= MOST_TIME
@@ -171,7 +174,7 @@ def report_of(rows: Sequence[dict[str, Any]]) -> str:
             BASES[cell.base].label, METHODS[cell.method], TASKS[cell.task].label, cell.way, len(cell.losses),
             f"{np.mean(cell.losses):.3f}", f"{np.mean(cell.plain_losses):.3f}", *shares, time, verdict,
         ))  # fmt: skip
-    told = [one for one in cells if one.judged and one.verdict != "too few runs"]
+    told = [one for one in cells if one.judged and one.verdict not in (TOO_FEW, NOT_TIMED)]
     rounds = {number: [one for one in told if one.round == number] for number in (1, 2)}
     said = {f"{FINDING}, round {number}": verdict_of(judged) for number, judged in rounds.items() if judged}
     return f"{table(head, lines)}\n\n{findings(said)}" if said else table(head, lines)
