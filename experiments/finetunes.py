@@ -268,9 +268,7 @@ def make_trainer(run: Run, bench: Bench, folder: Path, kind: type = ReplayTraine
     """The trainer of a run, with a `StepClock` as its `clock`."""
     model = bench.base() if model is None else model
     if run.method == "lora":
-        torch.manual_seed(run.seed)
-        config = LoraConfig(r=run.lora_rank, lora_alpha=2 * run.lora_rank, target_modules="all-linear")  # type: ignore[operator]
-        model = get_peft_model(model, config)
+        model = lora_of(run, model)
     config = run.config()
     trainer = kind(
         model=model,
@@ -287,6 +285,13 @@ def make_trainer(run: Run, bench: Bench, folder: Path, kind: type = ReplayTraine
     trainer.clock = StepClock()
     trainer.add_callback(trainer.clock)
     return trainer
+
+
+def lora_of(run: Run, model: Any) -> Any:
+    """The model with LoRA on all its linear layers, drawn with the seed of the run."""
+    torch.manual_seed(run.seed)
+    config = LoraConfig(r=run.lora_rank, lora_alpha=2 * run.lora_rank, target_modules="all-linear")  # type: ignore[operator]
+    return get_peft_model(model, config)
 
 
 def finetune(run: Run, bench: Bench, stop_below: float | None = None, **how: Any) -> dict[str, Any]:

@@ -1,11 +1,17 @@
-"""What `retain` does not offer itself, each as small as it can be: L2-SP, interpolation with the base, OSF, CorDA."""
+"""What `retain` does not offer itself, each as small as it can be.
+
+Penalties on the weights (L2-SP, EWC), gates on tokens (EAFT, STM), interpolation with the base, PEFT's OSF and CorDA,
+and finetunes that train the embeddings, or all else.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,9 +21,10 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 
 from experiments.corpora import Texts, read_spanish
-from experiments.finetunes import Bench, Run, compact_documents, finetune, make_trainer, scratch
+from experiments.finetunes import Bench, Run, compact_documents, finetune, lora_of, make_trainer, scratch
 from retain import ReplayDataset, ReplayTrainer, choose_start_token
 from retain.data.rows import Document, packed_rows
+from retain.losses import next_token_loss
 from retain.measuring.tokens import document_sums, logits_of
 
 logger = logging.getLogger("experiments")
@@ -27,6 +34,8 @@ REAL: dict[str, Callable[[Texts], list[str]]] = {
     "Spanish": lambda texts: read_spanish(),
 }
 ALPHAS = tuple(number / 10 for number in range(11))
+FISHER_ROWS = 512  # of 63 predictions
+TOP = 20  # tokens whose entropy is taken
 
 
 def real_replay(source: str, bench: Bench, texts: Texts) -> ReplayDataset:
@@ -41,24 +50,91 @@ def real_replay(source: str, bench: Bench, texts: Texts) -> ReplayDataset:
     return ReplayDataset.from_rows(found, source)
 
 
-class L2Trainer(ReplayTrainer):
-    """Adds strength · Σ (θ − θ_base)² over all weights (L2-SP, Li et al. 2018, arXiv 1802.01483)."""
+class PenaltyTrainer(ReplayTrainer):
+    """Adds strength · Σ importance · (θ − θ_base)² over all weights."""
 
-    strength = 0.0
+    def __init__(
+        self, *, strength: float, importance: Sequence[torch.Tensor | float] | None = None, **how: Any
+    ) -> None:
+        super().__init__(**how)
+        weights, self.strength = list(self.model.parameters()), strength
+        importance = [1.0] * len(weights) if importance is None else importance
+        self.pulled = [(one, one.detach().clone(), pull) for one, pull in zip(weights, importance, strict=True)]
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().compute_loss(model, inputs, *args, **kwargs)
         if not self.model.training:
             return result
-        if not hasattr(self, "_base_weights"):  # the first step: nothing has moved yet
-            self._base_weights = [weight.detach().clone() for weight in self.model.parameters()]
-        pairs = zip(self.model.parameters(), self._base_weights, strict=True)
-        return result + self.strength * sum(((weight - base) ** 2).sum() for weight, base in pairs)
+        return result + self.strength * sum((pull * (one - base) ** 2).sum() for one, base, pull in self.pulled)
 
 
 def l2_sp(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
-    kind = type("L2Trainer", (L2Trainer,), {"strength": run.strength})
-    return finetune(run, bench, stop_below, kind=kind)
+    """L2-SP: Li et al. 2018, arXiv 1802.01483."""
+    return finetune(run, bench, stop_below, kind=partial(PenaltyTrainer, strength=run.strength))
+
+
+def ewc(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
+    """Elastic weight consolidation, strength · ½ Σ F (θ − θ_base)²: Kirkpatrick et al. 2017, arXiv 1612.00796."""
+    importance = [fisher / 2 for fisher in true_fisher(bench.base(), bench.replay)]
+    return finetune(run, bench, stop_below, kind=partial(PenaltyTrainer, strength=run.strength, importance=importance))
+
+
+def true_fisher(base: Any, rows: ReplayDataset) -> list[torch.Tensor]:
+    """The diagonal of the base's Fisher information, per predicted token, of each weight.
+
+    From rows that the base drew itself: their tokens are labels drawn from its own predictions, and the gradients of
+    a row's tokens are uncorrelated, so the square of their sum is, in the mean, the sum of their squares.
+    """
+    weights, rows_read = list(base.eval().parameters()), range(min(FISHER_ROWS, len(rows)))
+    sums = [torch.zeros_like(weight) for weight in weights]
+    for at in rows_read:
+        loss = base(**rows.batch([at])).loss * float(rows.num_predictions[at])  # the model's is a mean
+        for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
+            total += gradient**2
+    return [total / float(rows.num_predictions[rows_read].sum()) for total in sums]
+
+
+class GatedTrainer(ReplayTrainer):
+    """Weighs the loss of each token by what `gate` makes of the rows and of the model's logits for their tokens."""
+
+    def __init__(self, *, gate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], **how: Any) -> None:
+        super().__init__(**how)
+        self.gate = gate
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        rows = inputs["input_ids"]
+        logits = model(input_ids=rows).logits[:, :-1]
+        return (next_token_loss(logits, rows[:, 1:]) * self.gate(rows, logits.detach())).mean()
+
+
+def eaft(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
+    """Entropy-adaptive finetuning: Diao et al. 2026, arXiv 2601.02151; the gate is LLaMA-Factory's (0.9.5).
+
+    A token weighs (entropy of the model's 20 likeliest tokens / ln 20) ** strength.
+    """
+
+    def gate(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        likeliest = logits.topk(TOP).values.log_softmax(-1)
+        return (-(likeliest.exp() * likeliest).sum(-1) / math.log(TOP)) ** run.strength
+
+    return finetune(run, bench, stop_below, kind=partial(GatedTrainer, gate=gate))
+
+
+def stm(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
+    """Selective token masking: Wu et al. 2025, arXiv 2501.14315.
+
+    Tokens whose perplexity under the base is above `strength` are not trained on.
+    """
+    base = bench.base().eval()
+
+    @torch.no_grad()
+    def gate(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        known = (next_token_loss(base(input_ids=rows).logits[:, :-1], rows[:, 1:]).exp() <= run.strength).float()
+        return known / known.mean()
+
+    return finetune(run, bench, stop_below, kind=partial(GatedTrainer, gate=gate))
 
 
 @torch.no_grad()
@@ -97,9 +173,12 @@ def interpolation(run: Run, bench: Bench, stop_below: float | None) -> dict[str,
 
 
 def osf(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
+    return finetune(run, bench, stop_below, model=identical(osf_of(bench.base()), bench))
+
+
+def osf_of(model: Any) -> Any:
     """PEFT's OSF: the upper half of each matrix's singular directions is frozen, the rest is trained."""
-    model = get_peft_model(bench.base(), OSFConfig(target_modules="all-linear"))
-    return finetune(run, bench, stop_below, model=identical(model, bench))
+    return get_peft_model(model, OSFConfig(target_modules="all-linear"))
 
 
 def corda(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
@@ -132,4 +211,20 @@ def identical(model: Any, bench: Bench) -> Any:
     return model
 
 
-SPECIAL = {"l2_sp": l2_sp, "interpolation": interpolation, "osf": osf, "corda": corda}
+def with_embeddings(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
+    """A finetune in which the embeddings, which are the output head, too, are trained or not, unlike as usual."""
+    model = bench.base()
+    if run.method == "lora_embeddings":
+        model = lora_of(run, model)
+    elif run.method == "osf_embeddings":
+        model = osf_of(model)
+    elif run.method == "embeddings":
+        model.requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_(run.method != "frozen_embeddings")
+    return finetune(run, bench, stop_below, model=identical(model, bench))
+
+
+SPECIAL = {
+    "l2_sp": l2_sp, "ewc": ewc, "eaft": eaft, "stm": stm, "interpolation": interpolation, "osf": osf, "corda": corda,
+    **dict.fromkeys(("frozen_embeddings", "embeddings", "lora_embeddings", "osf_embeddings"), with_embeddings),
+}  # fmt: skip

@@ -16,7 +16,10 @@ from retain.report.results import series
 from retain.report.style import PALETTE
 
 GAIN = 0.75  # of plain finetuning's: as much as LoRA learns in as many steps
-KNOBS = {"learning_rate": "lr", "coef": "coef", "share": "share", "lora_rank": "rank", "strength": "strength"}
+KNOBS = {
+    "learning_rate": "lr", "anchor_coef": "anchor", "coef": "coef", "replay_start": "from", "share": "share",
+    "lora_rank": "rank", "strength": "strength",
+}  # fmt: skip
 RIVAL = "kl"
 # Marek et al., 205M parameters, mathematics after 30B tokens of pretraining: forgetting, nats per token.
 PAPER = {"LoRA": 0.140, "plain": 0.113, "ntp": 0.0057, "ntp real": 0.0047, "kl": 0.0028, "kl real": 0.0028}
@@ -29,6 +32,24 @@ CLAIMS = {
     "KL keeps much more than NTP on text that the model was not trained on": ("kl Spanish", "ntp Spanish"),
     "NTP on such text is worse than no replay": ("plain", "ntp Spanish"),
     LORA: ("plain", "LoRA"),
+}
+# What forgets less than what, at the same new-task loss: each at plain's rate, and each at its best.
+AT_PLAINS_RATE = {
+    "Full finetuning forgets less with trained embeddings than with frozen ones": ("plain", "plain, embeddings frozen"),
+    "LoRA forgets less with trained embeddings": ("LoRA, embeddings trained", "LoRA"),
+    "OSF forgets less with trained embeddings": ("OSF, embeddings trained", "OSF"),
+    "LoRA with trained embeddings forgets less than plain finetuning": ("LoRA, embeddings trained", "plain"),
+    "OSF with trained embeddings forgets less than plain finetuning": ("OSF, embeddings trained", "plain"),
+    "LoRA forgets less than full finetuning with frozen embeddings": ("LoRA", "plain, embeddings frozen"),
+    "OSF forgets less than full finetuning with frozen embeddings": ("OSF", "plain, embeddings frozen"),
+    "EAFT forgets less than plain finetuning": ("EAFT", "plain"),
+    "STM forgets less than plain finetuning": ("STM", "plain"),
+}
+AT_BEST = {
+    "EWC with the true Fisher information forgets less than L2-SP": ("EWC", "L2-SP"),
+    "The anchor without replay forgets less than EWC": ("anchor", "EWC"),
+    "The anchor without replay forgets less than plain finetuning at its best rate": ("anchor", "plain"),
+    "The anchor with KL forgets less than KL alone": ("anchor+kl", "kl"),
 }
 LEARNING = "new-task loss, nats per token (learning goes right →)"
 ALIKE = (("kl", "kl real"), ("ntp", "ntp real"))
@@ -43,7 +64,8 @@ class Entry(Seeds):
 
     @property
     def name(self) -> str:
-        knobs = [f"{word} {self.settings[key]:.2g}" for key, word in KNOBS.items() if self.settings.get(key)]
+        known = [(word, self.settings.get(key)) for key, word in KNOBS.items()]
+        knobs = [f"{word} {float(f'{value:.2g}'):g}" for word, value in known if value]
         return f"{self.method}, {', '.join(knobs)}"
 
 
@@ -75,11 +97,20 @@ def best_of(entries: Sequence[Entry], text: str = "prose", metric: str = "ref_kl
 
 
 def chosen(entries: Sequence[Entry]) -> list[Entry]:
-    """Each method's best setting; of a method that never reached the target, the one that learned most."""
+    """What gets other seeds: every rate of plain's, and each method's best setting, at any rate and at plain's.
+
+    Of a method that never reached the target it is the one that learned most.
+    """
     found = best_of(entries)
     for entry in sorted(entries, key=lowest):
         found.setdefault(entry.method, entry)
-    return list(found.values())
+    plain = [entry for entry in entries if entry.method == "plain"]
+    return [*plain, *found.values(), *best_of(at_plains_rate(entries)).values()]
+
+
+def at_plains_rate(entries: Sequence[Entry]) -> list[Entry]:
+    """Those with the learning rate of the study's plain run."""
+    return [e for e in entries if e.settings["learning_rate"] == entries[0].settings["learning_rate"]]
 
 
 def lowest(entry: Entry) -> float:
@@ -129,7 +160,31 @@ def claims(entries: Sequence[Entry]) -> str:
             apart = {1: "self-generated forgets less", 0: "not told apart", -1: "real forgets less"}[e.sign]
             words = f'{e.percent()} less than real; no margin for "as good" was fixed beforehand'
             said[f"Self-generated replay is as good as real ({one.upper()})"] = (apart, words)
+    said |= {claim: less(best, *pair) for claim, pair in AT_BEST.items()}
+    same_rate = best_of(at_plains_rate(entries), "prose", "forgetting")
+    said |= {f"{claim} (both at plain's rate)": less(same_rate, *pair) for claim, pair in AT_PLAINS_RATE.items()}
+    said |= {
+        f"Frozen embeddings are why {method} forgets more than plain finetuning": reason(same_rate, method)
+        for method in ("OSF", "LoRA")
+    }
     return findings(said)
+
+
+def reason(same_rate: dict[str, Entry], method: str) -> tuple[str, str]:
+    """By the rule of `run.py`."""
+    trained = f"{method}, embeddings trained"
+    helps, beside_plain = less(same_rate, trained, method), less(same_rate, trained, "plain")
+    answer = helps[0] if helps[0] != "yes" else {"no": "in part"}.get(beside_plain[0], "yes")
+    return answer, f"{helps[1]}; {beside_plain[1]}"
+
+
+def less(best: dict[str, Entry], one: str, other: str) -> tuple[str, str]:
+    """Whether one method forgets less than another, and how much."""
+    if not {one, other} <= set(best) or len(best[one].rows) < 2:
+        return "cannot tell", f"{one} or {other} has not reached the target loss with several seeds"
+    found = best[one].against(best[other], "prose", "forgetting")
+    answer = {1: "yes", 0: "cannot tell", -1: "no"}[found.sign]
+    return answer, f"{best[one].name} {found.percent()} less than {best[other].name}"
 
 
 def nearly(entries: Sequence[Entry], best: dict[str, Entry]) -> tuple[str, str]:
@@ -210,12 +265,14 @@ def draw(entries: Sequence[Entry], target: float, path: Path) -> None:
 
 
 def _family(entry: Entry) -> str:
-    """The method without the source of its replay."""
-    return entry.method.partition(" ")[0]
+    """The method without the source of its replay, or what it trains."""
+    return entry.method.partition(" ")[0].rstrip(",")
 
 
 def _label(entry: Entry) -> str:
-    return entry.name if entry.method == "plain" else entry.method.replace(" ", ", ")
+    if entry.method == "plain" or "," in entry.method:
+        return entry.name if entry.method == "plain" else entry.method
+    return entry.method.replace(" ", ", ")
 
 
 def _log(axes: Any, which: str) -> None:

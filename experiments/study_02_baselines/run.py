@@ -1,6 +1,22 @@
 """Which way of preventing forgetting forgets least for as much learned? One command; finished runs are skipped.
 
 python -m experiments 02 [--runs 0 1] [--report]
+
+Rule. Plain finetuning at 1e-3 runs to its end with three seeds; the target is the new-task loss at which it has made
+75% of its gain. Every other run is read where it crosses the target, linear between evaluations, or has not reached it
+in its steps. `settings.plan` lists the settings of every method; all run with seed 0. Two more seeds go to every rate
+of plain's, and to each method's setting with the least ref_kl on prose at the target, at any rate and at plain's. A
+method counts with its best setting on the measure that is asked. A verdict is the sign of the 95% interval of what one
+method has less than another, paired by seed: the wider of Student's t over seeds and the bootstrap over documents.
+
+Added on 2026-11-29, before its runs: EWC, EAFT, STM, a tenth of plain's rate, the anchor alone and with KL (from a
+fifth of the 90 steps on, or from the start); and the question why OSF and LoRA forget more than plain finetuning. They
+leave the embeddings, which are the output head, too, frozen. So plain finetuning with frozen embeddings and of nothing
+but them, and OSF and LoRA that train them, too, run at plain's rate (up to 270 steps) and at three times it. Frozen
+embeddings are the reason if, all at plain's rate, OSF (LoRA) forgets less with trained ones and then not more than
+plain finetuning; in part, if then still more; not the reason, if it does not forget less. `report.AT_PLAINS_RATE` and
+`report.AT_BEST` are the other claims. All earlier runs are made anew with these: the base of the first ones is gone,
+and one that is made on other hardware differs in rounding.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from experiments.corpora import Texts, load_texts
 from experiments.finetunes import BenchSettings, Run
@@ -32,9 +33,21 @@ def plan(scale: Scale) -> dict[str, list[Run]]:
     plain, rate = scale.run, scale.run.learning_rate
     lora, replay = replace(plain, method="lora"), replace(plain, replay_rows=scale.replay_rows)
     ranks, rates = scale.lora_ranks, (3 * rate, 10 * rate)
-    slow = replace(lora, lora_rank=max(ranks), max_steps=3 * plain.max_steps)
+    slow = replace(plain, max_steps=3 * plain.max_steps)
+    anchor = [(10.0, 10 * rate), (20.0, 10 * rate), (20.0, 20 * rate), (50.0, 20 * rate)]
+
+    def both(method: str, **more: Any) -> list[Run]:
+        """At plain's rate, with three times the steps, and at three times it."""
+        return [replace(slow, method=method, **more), replace(plain, method=method, learning_rate=3 * rate, **more)]
+
+    late = replace(replay, anchor_coef=20.0, coef=5.0)
     return {
-        "plain": [plain, replace(plain, learning_rate=rate / 3), replace(plain, learning_rate=3 * rate)],
+        "plain": [
+            plain,
+            replace(plain, learning_rate=rate / 3),
+            replace(slow, learning_rate=rate / 10),
+            replace(plain, learning_rate=3 * rate),
+        ],
         "kl": [replace(replay, coef=coef) for coef in scale.coefs],
         "ntp": [replace(replay, objective="ntp", coef=coef) for coef in scale.coefs],
         **{
@@ -45,8 +58,23 @@ def plan(scale: Scale) -> dict[str, list[Run]]:
         "replace": [replace(plain, objective="replace", share=0.25)],
         "kl_new": [replace(plain, objective="kl_new", coef=coef) for coef in (0.1, 0.3)],
         "L2-SP": [replace(plain, method="l2_sp", strength=strength) for strength in scale.strengths],
+        "EWC": [replace(plain, method="ewc", strength=strength) for strength in (3.0, 10.0, 30.0, 100.0)],
+        "EAFT": [replace(plain, method="eaft", strength=alpha) for alpha in (0.5, 1.0, 2.0)],
+        "STM": [replace(plain, method="stm", strength=perplexity) for perplexity in (2.5, 100.0, 1e3, 1e4)],
+        "anchor": [replace(plain, anchor_coef=coef, learning_rate=one) for coef, one in anchor],
+        "anchor+kl": [
+            replace(late, learning_rate=one, replay_start=start)
+            for one, start in ((10 * rate, 0.2), (20 * rate, 0.2), (20 * rate, None))
+        ],
         "interpolation": [replace(plain, method="interpolation")],
-        "LoRA": [*(replace(lora, lora_rank=rank, learning_rate=rate) for rank in ranks for rate in rates), slow],
-        "OSF": [replace(plain, method="osf", learning_rate=one) for one in (rate, 3 * rate)],
+        "LoRA": [
+            *(replace(lora, lora_rank=rank, learning_rate=one) for rank in ranks for one in rates),
+            replace(slow, method="lora", lora_rank=max(ranks)),
+        ],
+        "OSF": both("osf"),
         "CorDA": [replace(lora, method="corda", lora_rank=16, learning_rate=one) for one in rates],
+        "plain, embeddings frozen": both("frozen_embeddings"),
+        "plain, embeddings alone": both("embeddings"),
+        "LoRA, embeddings trained": both("lora_embeddings", lora_rank=max(ranks)),
+        "OSF, embeddings trained": both("osf_embeddings"),
     }
