@@ -56,7 +56,7 @@ class BenchSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bench:
     """A base with what it is trained and measured on."""
 

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -75,8 +75,13 @@ def l2_sp(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
 
 def ewc(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
     """Elastic weight consolidation, strength · ½ Σ F (θ − θ_base)²: Kirkpatrick et al. 2017, arXiv 1612.00796."""
-    importance = [fisher / 2 for fisher in true_fisher(bench.base(), bench.replay)]
+    importance = [fisher / 2 for fisher in base_fisher(bench)]
     return finetune(run, bench, stop_below, kind=partial(PenaltyTrainer, strength=run.strength, importance=importance))
+
+
+@cache
+def base_fisher(bench: Bench) -> list[torch.Tensor]:
+    return true_fisher(bench.base(), bench.replay)
 
 
 def true_fisher(base: Any, rows: ReplayDataset) -> list[torch.Tensor]:
@@ -110,31 +115,35 @@ class GatedTrainer(ReplayTrainer):
 
 
 def eaft(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
-    """Entropy-adaptive finetuning: Diao et al. 2026, arXiv 2601.02151; the gate is LLaMA-Factory's (0.9.5).
-
-    A token weighs (entropy of the model's 20 likeliest tokens / ln 20) ** strength.
-    """
+    """Entropy-adaptive finetuning: Diao et al. 2026, arXiv 2601.02151; `strength` is its alpha."""
 
     def gate(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        likeliest = logits.topk(TOP).values.log_softmax(-1)
-        return (-(likeliest.exp() * likeliest).sum(-1) / math.log(TOP)) ** run.strength
+        return entropy_weights(logits, run.strength)  # type: ignore[arg-type]
 
     return finetune(run, bench, stop_below, kind=partial(GatedTrainer, gate=gate))
+
+
+def entropy_weights(logits: torch.Tensor, alpha: float) -> torch.Tensor:
+    """(Entropy of the 20 likeliest tokens / ln 20) ** alpha, as in LLaMA-Factory 0.9.5."""
+    likeliest = logits.topk(TOP).values.log_softmax(-1)
+    return (-(likeliest.exp() * likeliest).sum(-1) / math.log(TOP)) ** alpha
 
 
 def stm(run: Run, bench: Bench, stop_below: float | None) -> dict[str, Any]:
-    """Selective token masking: Wu et al. 2025, arXiv 2501.14315.
-
-    Tokens whose perplexity under the base is above `strength` are not trained on.
-    """
+    """Selective token masking: Wu et al. 2025, arXiv 2501.14315; `strength` is its threshold."""
     base = bench.base().eval()
 
-    @torch.no_grad()
     def gate(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        known = (next_token_loss(base(input_ids=rows).logits[:, :-1], rows[:, 1:]).exp() <= run.strength).float()
-        return known / known.mean()
+        return known_tokens(base, rows, run.strength)  # type: ignore[arg-type]
 
     return finetune(run, bench, stop_below, kind=partial(GatedTrainer, gate=gate))
+
+
+@torch.no_grad()
+def known_tokens(base: Any, rows: torch.Tensor, perplexity: float) -> torch.Tensor:
+    """0 for tokens of a higher perplexity under the base; the others have a mean of 1 over all."""
+    known = (next_token_loss(base(input_ids=rows).logits[:, :-1], rows[:, 1:]).exp() <= perplexity).float()
+    return known / known.mean()
 
 
 @torch.no_grad()

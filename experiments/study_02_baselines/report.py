@@ -34,22 +34,30 @@ CLAIMS = {
     LORA: ("plain", "LoRA"),
 }
 # What forgets less than what, at the same new-task loss: each at plain's rate, and each at its best.
+TRAINED = "At plain's rate {} forgets less with trained embeddings"
+BESIDE_PLAIN = "At plain's rate {} with trained embeddings forgets less than plain finetuning"
+FROZEN = "At plain's rate {} forgets less than full finetuning with frozen embeddings"
 AT_PLAINS_RATE = {
-    "Full finetuning forgets less with trained embeddings than with frozen ones": ("plain", "plain, embeddings frozen"),
-    "LoRA forgets less with trained embeddings": ("LoRA, embeddings trained", "LoRA"),
-    "OSF forgets less with trained embeddings": ("OSF, embeddings trained", "OSF"),
-    "LoRA with trained embeddings forgets less than plain finetuning": ("LoRA, embeddings trained", "plain"),
-    "OSF with trained embeddings forgets less than plain finetuning": ("OSF, embeddings trained", "plain"),
-    "LoRA forgets less than full finetuning with frozen embeddings": ("LoRA", "plain, embeddings frozen"),
-    "OSF forgets less than full finetuning with frozen embeddings": ("OSF", "plain, embeddings frozen"),
-    "EAFT forgets less than plain finetuning": ("EAFT", "plain"),
-    "STM forgets less than plain finetuning": ("STM", "plain"),
+    TRAINED.format("full finetuning"): ("plain", "plain, embeddings frozen"),
+    **{TRAINED.format(one): (f"{one}, embeddings trained", one) for one in ("OSF", "LoRA")},
+    **{BESIDE_PLAIN.format(one): (f"{one}, embeddings trained", "plain") for one in ("OSF", "LoRA")},
+    **{FROZEN.format(one): (one, "plain, embeddings frozen") for one in ("OSF", "LoRA")},
+    "At plain's rate EAFT forgets less than plain finetuning": ("EAFT", "plain"),
+    "At plain's rate STM forgets less than plain finetuning": ("STM", "plain"),
 }
 AT_BEST = {
     "EWC with the true Fisher information forgets less than L2-SP": ("EWC", "L2-SP"),
     "The anchor without replay forgets less than EWC": ("anchor", "EWC"),
     "The anchor without replay forgets less than plain finetuning at its best rate": ("anchor", "plain"),
     "The anchor with KL forgets less than KL alone": ("anchor+kl", "kl"),
+}
+KINDS = {  # of methods, a colour each
+    "nothing but the rate": ("plain",),
+    "replay": ("kl", "ntp", "replace", "kl_new"),
+    "anchor": ("anchor", "anchor+kl"),
+    "penalty on weights, interpolation": ("L2-SP", "EWC", "interpolation"),
+    "adapters": ("LoRA", "OSF", "CorDA"),
+    "gates on tokens": ("EAFT", "STM"),
 }
 LEARNING = "new-task loss, nats per token (learning goes right →)"
 ALIKE = (("kl", "kl real"), ("ntp", "ntp real"))
@@ -88,6 +96,13 @@ def entries_of(rows: Sequence[dict[str, Any]]) -> tuple[list[Entry], float]:
     return found, target
 
 
+def text_of(entries: Sequence[Entry], target: float) -> str:
+    """All that is said of a base."""
+    head = f"Target: a new-task loss of {target:.3f} nats per token."
+    table, said = table_of_entries(entries), f"**Verdict.** {verdict(entries)}"
+    return "\n\n".join([head, table, said, claims(entries), beside_paper(entries)])
+
+
 def best_of(entries: Sequence[Entry], text: str = "prose", metric: str = "ref_kl") -> dict[str, Entry]:
     """Each method's setting with the least divergence, of those that reached the target; methods in order of it."""
     found: dict[str, Entry] = {}
@@ -113,6 +128,11 @@ def at_plains_rate(entries: Sequence[Entry]) -> list[Entry]:
     return [e for e in entries if e.settings["learning_rate"] == entries[0].settings["learning_rate"]]
 
 
+def several(entries: Sequence[Entry]) -> list[Entry]:
+    """Settings with several seeds, of which claims are made."""
+    return [entry for entry in entries if len(entry.rows) > 1]
+
+
 def lowest(entry: Entry) -> float:
     """Best new-task loss, mean over seeds."""
     return float(np.mean([min(series(row["trajectory"], "eval_loss")[1]) for row in entry.rows.values()]))
@@ -122,7 +142,7 @@ def verdict(entries: Sequence[Entry]) -> str:
     """Is self-generated replay with KL below every other method's best setting? Paired by seed, for each measure."""
     parts = []
     for text, metric in MEASURES:
-        best = best_of(entries, text, metric)
+        best = best_of(several(entries), text, metric)
         if RIVAL not in best:
             return f"No verdict: {RIVAL} never reached the target loss."
         own = best.pop(RIVAL)
@@ -141,13 +161,12 @@ def verdict(entries: Sequence[Entry]) -> str:
 
 def claims(entries: Sequence[Entry]) -> str:
     """The paper's findings one by one, on forgetting of prose at each method's best setting, paired by seed."""
-    best = best_of(entries, "prose", "forgetting")
+    best = best_of(several(entries), "prose", "forgetting")
     said: dict[str, tuple[str, str]] = {}
     if {"kl", "plain"} <= set(best):
         said[NEARLY] = nearly(entries, best)
     for claim, (one, other) in CLAIMS.items():
         if not {one, other} <= set(best):
-            said[claim] = ("cannot tell", f"one of {one}, {other} is not there")
             continue
         found = best[one].against(best[other], "prose", "forgetting")
         answer = {1: "reproduced", 0: "cannot tell", -1: "not reproduced"}[found.sign]
@@ -160,31 +179,34 @@ def claims(entries: Sequence[Entry]) -> str:
             apart = {1: "self-generated forgets less", 0: "not told apart", -1: "real forgets less"}[e.sign]
             words = f'{e.percent()} less than real; no margin for "as good" was fixed beforehand'
             said[f"Self-generated replay is as good as real ({one.upper()})"] = (apart, words)
-    said |= {claim: less(best, *pair) for claim, pair in AT_BEST.items()}
-    same_rate = best_of(at_plains_rate(entries), "prose", "forgetting")
-    said |= {f"{claim} (both at plain's rate)": less(same_rate, *pair) for claim, pair in AT_PLAINS_RATE.items()}
-    said |= {
-        f"Frozen embeddings are why {method} forgets more than plain finetuning": reason(same_rate, method)
-        for method in ("OSF", "LoRA")
-    }
-    return findings(said)
+    same_rate = best_of(at_plains_rate(several(entries)), "prose", "forgetting")
+    said |= less(best, AT_BEST) | less(same_rate, AT_PLAINS_RATE)
+    return findings(said | reasons(said))
 
 
-def reason(same_rate: dict[str, Entry], method: str) -> tuple[str, str]:
-    """By the rule of `run.py`."""
-    trained = f"{method}, embeddings trained"
-    helps, beside_plain = less(same_rate, trained, method), less(same_rate, trained, "plain")
-    answer = helps[0] if helps[0] != "yes" else {"no": "in part"}.get(beside_plain[0], "yes")
-    return answer, f"{helps[1]}; {beside_plain[1]}"
+def less(best: dict[str, Entry], pairs: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """Whether one method forgets less than another, and how much, for each claim of which both are there."""
+    said = {}
+    for claim, (one, other) in pairs.items():
+        if {one, other} <= set(best):
+            found = best[one].against(best[other], "prose", "forgetting")
+            answer = {1: "yes", 0: "cannot tell", -1: "no"}[found.sign]
+            said[claim] = (answer, f"{best[one].name} {found.percent()} less than {best[other].name}")
+    return said
 
 
-def less(best: dict[str, Entry], one: str, other: str) -> tuple[str, str]:
-    """Whether one method forgets less than another, and how much."""
-    if not {one, other} <= set(best) or len(best[one].rows) < 2:
-        return "cannot tell", f"{one} or {other} has not reached the target loss with several seeds"
-    found = best[one].against(best[other], "prose", "forgetting")
-    answer = {1: "yes", 0: "cannot tell", -1: "no"}[found.sign]
-    return answer, f"{best[one].name} {found.percent()} less than {best[other].name}"
+def reasons(said: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """Whether frozen embeddings are why OSF and LoRA forget more than plain finetuning, by the rule of `run.py`."""
+    found = {}
+    for method in ("OSF", "LoRA"):
+        helps, beside_plain = (said.get(claim.format(method), ("", ""))[0] for claim in (TRAINED, BESIDE_PLAIN))
+        if helps and beside_plain:
+            answer = helps if helps != "yes" else {"no": "in part"}.get(beside_plain, "yes")
+            found[f"Frozen embeddings are why {method} forgets more than plain finetuning"] = (
+                answer,
+                "by the two above",
+            )
+    return found
 
 
 def nearly(entries: Sequence[Entry], best: dict[str, Entry]) -> tuple[str, str]:
@@ -205,7 +227,7 @@ def at_lowest_rate(entries: Sequence[Entry], chosen: Entry) -> bool:
 
 def beside_paper(entries: Sequence[Entry]) -> str:
     """The paper's forgetting and ours, each also as a share of what plain finetuning forgets."""
-    best, plain, lines = best_of(entries, "prose", "forgetting"), entries[0], []
+    best, plain, lines = best_of(several(entries), "prose", "forgetting"), entries[0], []
     for name, value in PAPER.items():
         if name in best:
             ours = (plain if name == "plain" else best[name]).mean("prose", "forgetting")
@@ -238,23 +260,24 @@ def _line(entry: Entry, plain: Entry) -> str:
 
 
 def draw(entries: Sequence[Entry], target: float, path: Path) -> None:
-    """The way to the same loss, every setting (means over seeds), and what each method's best has forgotten there."""
-    methods = list(dict.fromkeys(map(_family, entries)))
-    colors = {method: _color(at) for at, method in enumerate(methods)}
-    with panels(path, 2, (13.0, 5.2)) as (way, end):
-        for entry in entries:
-            if " " not in entry.method:  # other sources of replay have their own figure
-                way.plot(*trace(entry, "ref_kl"), color=colors[entry.method], linewidth=1.3, alpha=0.7)
+    """The way to the same loss and what has been forgotten there: each method's best setting, means over seeds."""
+    best = list(best_of(several(entries), "prose", "forgetting").values())
+    shown = best if entries[0] in best else [*best, entries[0]]
+    ranked = sorted(shown, key=lambda entry: entry.mean("prose", "forgetting").value)
+    with panels(path, 2, (13.0, 0.27 * len(ranked) + 1.2)) as (way, end):
+        for entry in ranked:
+            if _family(entry) == entry.method:  # other sources of replay have their own figure
+                way.plot(*trace(entry, "ref_kl"), color=_color(entry), linewidth=1.3, alpha=0.8)
+        for kind, color in zip(KINDS, PALETTE, strict=True):
+            way.plot([], [], color=color, label=kind)
         way.set_xlim(way.get_xlim()[1], target - 0.3)  # learning to the right
         way.set_ylim(bottom=0.01)
         _log(way, "y")
+        way.legend(loc="lower right", fontsize=8.5)
         goal_line(way, x=target, words=" same loss")
-        best = list(best_of(entries, "prose", "forgetting").values())
-        shown = best if entries[0] in best else [*best, entries[0]]
-        ranked = sorted(shown, key=lambda entry: entry.mean("prose", "forgetting").value)
         end.set_yticks(range(len(ranked)), [_label(entry) for entry in ranked])
         for at, (entry, label) in enumerate(zip(ranked, end.get_yticklabels(), strict=True)):
-            found, color = entry.mean("prose", "forgetting"), colors[_family(entry)]
+            found, color = entry.mean("prose", "forgetting"), _color(entry)
             end.plot([found.low, found.high], [at, at], color=color, linewidth=2.2, alpha=0.6)
             end.plot(found.value, at, color=color, marker="o", markersize=7)
             label.set_color(color)
@@ -270,9 +293,9 @@ def _family(entry: Entry) -> str:
 
 
 def _label(entry: Entry) -> str:
-    if entry.method == "plain" or "," in entry.method:
-        return entry.name if entry.method == "plain" else entry.method
-    return entry.method.replace(" ", ", ")
+    if entry.method == "plain":
+        return entry.name
+    return entry.method if "," in entry.method else entry.method.replace(" ", ", ")
 
 
 def _log(axes: Any, which: str) -> None:
@@ -290,13 +313,13 @@ def draw_sources(entries: Sequence[Entry], target: float, path: Path) -> None:
     """Forgetting over new-task loss for each objective and source of replay at its best setting, and without replay."""
     best = best_of(entries, "prose", "forgetting")
     with panels(path, 1, (7.0, 4.4)) as (axes,):
-        axes.plot(*trace(entries[0], "forgetting"), color=_color(0), label="without replay")
+        axes.plot(*trace(entries[0], "forgetting"), color=PALETTE[0], label="without replay")
         for at, objective in enumerate(("kl", "ntp")):
             for source, (words, line) in SOURCES.items():
                 if entry := best.get(f"{objective} {source}".strip()):
                     x, y = trace(entry, "forgetting")
                     name = f"{objective.upper()}, {words}, coefficient {entry.settings['coef']:g}"
-                    axes.plot(x, y, color=_color(1 + at), linestyle=line, label=name)
+                    axes.plot(x, y, color=PALETTE[1 + at], linestyle=line, label=name)
         axes.set_xlim(axes.get_xlim()[1], target - 0.25)
         _log(axes, "y")
         axes.set_ylim(top=1.8 * axes.get_ylim()[1])
@@ -305,8 +328,8 @@ def draw_sources(entries: Sequence[Entry], target: float, path: Path) -> None:
         axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
 
 
-def _color(at: int) -> str:
-    return (*PALETTE, "#2f4b8f", "#7a7a2a", "#a33b3b", "#4f4f4f")[at]
+def _color(entry: Entry) -> str:
+    return next(color for color, methods in zip(PALETTE, KINDS.values(), strict=True) if _family(entry) in methods)
 
 
 def trace(entry: Entry, metric: str) -> tuple[np.ndarray, np.ndarray]:

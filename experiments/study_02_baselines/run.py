@@ -15,8 +15,9 @@ leave the embeddings, which are the output head, too, frozen. So plain finetunin
 but them, and OSF and LoRA that train them, too, run at plain's rate (up to 270 steps) and at three times it. Frozen
 embeddings are the reason if, all at plain's rate, OSF (LoRA) forgets less with trained ones and then not more than
 plain finetuning; in part, if then still more; not the reason, if it does not forget less. `report.AT_PLAINS_RATE` and
-`report.AT_BEST` are the other claims. All earlier runs are made anew with these: the base of the first ones is gone,
-and one that is made on other hardware differs in rounding.
+`report.AT_BEST` are the other claims. The base of the first runs is gone, and one that is made on other hardware
+differs in rounding: runs of different bases are never compared. Plain finetuning, KL, L2-SP, LoRA and OSF run again on
+the new one. Claims are made of settings with several seeds.
 """
 
 from __future__ import annotations
@@ -37,16 +38,14 @@ from experiments.small_base import BaseSettings, make_base
 from experiments.study_02_baselines.methods import REAL, SPECIAL, real_replay
 from experiments.study_02_baselines.report import (
     GAIN,
-    beside_paper,
     chosen,
-    claims,
     draw,
     draw_sources,
     entries_of,
-    table_of_entries,
-    verdict,
+    text_of,
 )
 from experiments.study_02_baselines.settings import SCALES, Scale, plan
+from retain.replay.fisher import FISHER_FILE, store_fisher
 
 HERE = Path(__file__).parent
 
@@ -73,16 +72,16 @@ def first_seed(name: str) -> range:
 
 def other_seeds(name: str) -> list[int]:
     """Each method's best setting, as it shows by then."""
-    entries, _ = entries_of(rows_of(name))
+    entries, _ = entries_of(rows_of(name, bench_of(name).fingerprint))
     wanted = [{"name": entry.method, **entry.settings, "seed": 0} for entry in chosen(entries)]
     found = enumerate(runs_of(SCALES[name]))
     return [at for at, (method, run) in found if run.seed and settings_of(method, replace(run, seed=0)) in wanted]
 
 
-def rows_of(name: str) -> list[dict[str, Any]]:
-    """What there is, in the order of the plan: the study's plain run comes first."""
+def rows_of(name: str, bench: str) -> list[dict[str, Any]]:
+    """What there is of a base, in the order of the plan: the study's plain run comes first."""
     places = {as_key(settings_of(method, run)): at for at, (method, run) in enumerate(runs_of(SCALES[name]))}
-    rows = StudyResults(HERE / "results.jsonl", "").rows.values()
+    rows = StudyResults(HERE / "results.jsonl", bench).rows_with()
     return sorted(rows, key=lambda row: places.get(as_key(row["settings"]), len(places)))
 
 
@@ -99,7 +98,10 @@ def texts_of(name: str) -> Texts:
 def bench_of(name: str) -> Bench:
     """The small base, made on first use, with the scale's data."""
     texts = texts_of(name)
-    return open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, SCALES[name].bench)
+    bench = open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, SCALES[name].bench)
+    if not (Path(bench.replay.source) / FISHER_FILE).exists():
+        store_fisher(bench.base(), bench.replay)  # of all anchors
+    return bench
 
 
 def make(name: str, place: int) -> dict[str, Any]:
@@ -120,24 +122,18 @@ def make(name: str, place: int) -> dict[str, Any]:
 
 
 def report(name: str) -> Report:
-    """Table, verdict and figures from what there is."""
-    if not (rows := rows_of(name)):
+    """Table, verdict and figures from what there is, of each base apart."""
+    rows = StudyResults(HERE / "results.jsonl", "").rows.values()
+    bases = [entries_of(rows_of(name, bench)) for bench in dict.fromkeys(row["bench"] for row in rows)]
+    if not bases:
         raise NoReport("no run is made yet")
-    entries, target = entries_of(rows)
-    head = f"Target: a new-task loss of {target:.3f} nats per token."
-    parts = (
-        head,
-        table_of_entries(entries),
-        f"**Verdict.** {verdict(entries)}",
-        claims(entries),
-        beside_paper(entries),
-    )
 
-    def both(path: Path) -> None:
-        draw(entries, target, path)
-        draw_sources(entries, target, path.with_name(path.name.replace("figure", "sources")))
+    def all_figures(path: Path) -> None:
+        draw_sources(*bases[0], path.with_name(path.name.replace("figure", "sources")))
+        for number, found in enumerate(bases, 1):
+            draw(*found, path if number == 1 else path.with_name(path.name.replace("figure", f"figure-{number}")))
 
-    return "\n\n".join(parts), both
+    return "\n\n".join(f"### Base {number}\n\n{text_of(*found)}" for number, found in enumerate(bases, 1)), all_figures
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

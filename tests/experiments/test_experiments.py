@@ -130,6 +130,14 @@ def test_second_study_runs_every_method(
         "interpolation": [replace(PLAIN, method="interpolation")],
         "OSF": [replace(PLAIN, method="osf")],
         "CorDA": [replace(PLAIN, method="corda", lora_rank=2)],
+        "EWC": [replace(PLAIN, method="ewc", strength=10.0)],
+        "EAFT": [replace(PLAIN, method="eaft", strength=1.0)],
+        "STM": [replace(PLAIN, method="stm", strength=300.0)],
+        "anchor+kl": [replace(PLAIN, anchor_coef=1.0, coef=1.0, replay_rows=2, replay_start=0.5)],
+        "plain, embeddings frozen": [replace(PLAIN, method="frozen_embeddings")],
+        "plain, embeddings alone": [replace(PLAIN, method="embeddings")],
+        "LoRA, embeddings trained": [replace(PLAIN, method="lora_embeddings", lora_rank=2)],
+        "OSF, embeddings trained": [replace(PLAIN, method="osf_embeddings")],
     }
     monkeypatch.setattr(baselines, "plan", lambda scale: runs)
     for module in (baselines, baselines_report):
