@@ -34,13 +34,13 @@ def plan(scale: Scale) -> dict[str, list[Run]]:
     lora, replay = replace(plain, method="lora"), replace(plain, replay_rows=scale.replay_rows)
     ranks, rates = scale.lora_ranks, (3 * rate, 10 * rate)
     slow = replace(plain, max_steps=3 * plain.max_steps)
-    anchor = [(10.0, 10 * rate), (20.0, 10 * rate), (20.0, 20 * rate), (50.0, 20 * rate)]
+    anchors = [(10, 10), (20, 10), (20, 20), (50, 20), (100, 10), (200, 10), (100, 20)]  # coefficient, times the rate
+    penalties = [(3, 1), (10, 1), (30, 1), (100, 1), (300, 1), (100, 3)]
 
     def both(method: str, **more: Any) -> list[Run]:
         """At plain's rate, with three times the steps, and at three times it."""
         return [replace(slow, method=method, **more), replace(plain, method=method, learning_rate=3 * rate, **more)]
 
-    late = replace(replay, anchor_coef=20.0, coef=5.0)
     return {
         "plain": [
             plain,
@@ -58,13 +58,15 @@ def plan(scale: Scale) -> dict[str, list[Run]]:
         "replace": [replace(plain, objective="replace", share=0.25)],
         "kl_new": [replace(plain, objective="kl_new", coef=coef) for coef in (0.1, 0.3)],
         "L2-SP": [replace(plain, method="l2_sp", strength=strength) for strength in scale.strengths],
-        "EWC": [replace(plain, method="ewc", strength=strength) for strength in (3.0, 10.0, 30.0, 100.0)],
+        "EWC": [
+            replace(plain, method="ewc", strength=float(one), learning_rate=times * rate) for one, times in penalties
+        ],
         "EAFT": [replace(plain, method="eaft", strength=alpha) for alpha in (0.5, 1.0, 2.0)],
         "STM": [replace(plain, method="stm", strength=perplexity) for perplexity in (2.5, 100.0, 1e3, 1e4)],
-        "anchor": [replace(plain, anchor_coef=coef, learning_rate=one) for coef, one in anchor],
+        "anchor": [replace(plain, anchor_coef=float(one), learning_rate=times * rate) for one, times in anchors],
         "anchor+kl": [
-            replace(late, learning_rate=one, replay_start=start)
-            for one, start in ((10 * rate, 0.2), (20 * rate, 0.2), (20 * rate, None))
+            replace(replay, coef=5.0, anchor_coef=float(one), learning_rate=times * rate, replay_start=start)
+            for one, times, start in ((20, 20, None), (100, 10, None), (100, 10, 0.2))
         ],
         "interpolation": [replace(plain, method="interpolation")],
         "LoRA": [
