@@ -21,7 +21,7 @@ the new one. Claims are made of settings with several seeds.
 
 Changed once seed 0 of EWC up to 100 and of the anchor up to 20 was seen: EWC was best at the largest strength, and the
 anchor was at the target in 14 steps, before late replay would have begun. So EWC of 300, EWC of 100 at three times the
-rate, and anchors of 100 and 200, were added, and KL is added to an anchor of 100, in place of 20.
+rate, and anchors of 100 and 200, were added, and KL beside an anchor of 100.
 """
 
 from __future__ import annotations

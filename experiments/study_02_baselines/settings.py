@@ -66,7 +66,7 @@ def plan(scale: Scale) -> dict[str, list[Run]]:
         "anchor": [replace(plain, anchor_coef=float(one), learning_rate=times * rate) for one, times in anchors],
         "anchor+kl": [
             replace(replay, coef=5.0, anchor_coef=float(one), learning_rate=times * rate, replay_start=start)
-            for one, times, start in ((20, 20, None), (100, 10, None), (100, 10, 0.2))
+            for one, times, start in ((20, 10, 0.2), (20, 20, 0.2), (20, 20, None), (100, 10, None), (100, 10, 0.2))
         ],
         "interpolation": [replace(plain, method="interpolation")],
         "LoRA": [
