@@ -36,6 +36,7 @@ CLAIMS = {
 # What forgets less than what, at the same new-task loss: each at plain's rate, and each at its best.
 TRAINED = "At plain's rate {} forgets less with trained embeddings"
 BESIDE_PLAIN = "At plain's rate {} with trained embeddings forgets less than plain finetuning"
+WHY = "Frozen embeddings are why {} forgets more than plain finetuning"
 FROZEN = "At plain's rate {} forgets less than full finetuning with frozen embeddings"
 AT_PLAINS_RATE = {
     TRAINED.format("full finetuning"): ("plain", "plain, embeddings frozen"),
@@ -180,11 +181,11 @@ def claims(entries: Sequence[Entry]) -> str:
             words = f'{e.percent()} less than real; no margin for "as good" was fixed beforehand'
             said[f"Self-generated replay is as good as real ({one.upper()})"] = (apart, words)
     same_rate = best_of(at_plains_rate(several(entries)), "prose", "forgetting")
-    said |= less(best, AT_BEST) | less(same_rate, AT_PLAINS_RATE)
-    return findings(said | reasons(said))
+    said |= comparisons(best, AT_BEST) | comparisons(same_rate, AT_PLAINS_RATE)
+    return findings(said | explanations(said))
 
 
-def less(best: dict[str, Entry], pairs: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+def comparisons(best: dict[str, Entry], pairs: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
     """Whether one method forgets less than another, and how much, for each claim of which both are there."""
     said = {}
     for claim, (one, other) in pairs.items():
@@ -195,17 +196,15 @@ def less(best: dict[str, Entry], pairs: dict[str, tuple[str, str]]) -> dict[str,
     return said
 
 
-def reasons(said: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+def explanations(said: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
     """Whether frozen embeddings are why OSF and LoRA forget more than plain finetuning, by the rule of `run.py`."""
     found = {}
     for method in ("OSF", "LoRA"):
-        helps, beside_plain = (said.get(claim.format(method), ("", ""))[0] for claim in (TRAINED, BESIDE_PLAIN))
-        if helps and beside_plain:
+        both = [said.get(claim.format(method)) for claim in (TRAINED, BESIDE_PLAIN)]
+        if all(both):
+            (helps, more), (beside_plain, numbers) = both
             answer = helps if helps != "yes" else {"no": "in part"}.get(beside_plain, "yes")
-            found[f"Frozen embeddings are why {method} forgets more than plain finetuning"] = (
-                answer,
-                "by the two above",
-            )
+            found[WHY.format(method)] = (answer, f"{more}; {numbers}")
     return found
 
 
@@ -269,11 +268,12 @@ def draw(entries: Sequence[Entry], target: float, path: Path) -> None:
             if _family(entry) == entry.method:  # other sources of replay have their own figure
                 way.plot(*trace(entry, "ref_kl"), color=_color(entry), linewidth=1.3, alpha=0.8)
         for kind, color in zip(KINDS, PALETTE, strict=True):
-            way.plot([], [], color=color, label=kind)
+            if color in map(_color, ranked):
+                way.plot([], [], color=color, label=kind)
+        way.figure.legend(loc="outside lower center", ncols=len(KINDS), fontsize=8.5)
         way.set_xlim(way.get_xlim()[1], target - 0.3)  # learning to the right
-        way.set_ylim(bottom=0.01)
+        way.set_ylim(bottom=0.003)
         _log(way, "y")
-        way.legend(loc="lower right", fontsize=8.5)
         goal_line(way, x=target, words=" same loss")
         end.set_yticks(range(len(ranked)), [_label(entry) for entry in ranked])
         for at, (entry, label) in enumerate(zip(ranked, end.get_yticklabels(), strict=True)):

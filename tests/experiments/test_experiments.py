@@ -216,7 +216,7 @@ def test_second_verdict_goes_with_the_results() -> None:
         rows = [{**synthetic(0.0, seed, 1.0), "name": "plain"} for seed in (0, 1)]
         rows += [{**synthetic(10.0, seed, kl), "name": "kl"} for seed in (0, 1)]
         rows += [{**synthetic(1.0, seed, other), "name": "ntp"} for seed in (0, 1)]
-        return baselines.verdict(baselines.entries_of(rows)[0])
+        return baselines_report.verdict(baselines.entries_of(rows)[0])
 
     assert "less than ntp (98% less), plain (99% less)" in verdict_of(0.01, 0.5)
     assert "less than plain (50% less); more than ntp (4900% more)" in verdict_of(0.5, 0.01)
@@ -229,7 +229,7 @@ def test_the_papers_claims_go_with_the_results() -> None:
         for at, (name, share) in enumerate(left.items()):
             rows += [{**synthetic(1.0 + at, seed, share), "name": name} for seed in (0, 1)]
         entries = baselines.entries_of(rows)[0]
-        return baselines.claims(entries) + baselines.beside_paper(entries)
+        return baselines_report.claims(entries) + baselines_report.beside_paper(entries)
 
     found = claims_of({"kl": 0.1, "ntp": 0.3, "kl real": 0.1, "ntp real": 0.1, "ntp Spanish": 0.5})
     assert "nearly eliminates forgetting: **direction reproduced, size not** (10% to 10% is left" in found
@@ -241,6 +241,34 @@ def test_the_papers_claims_go_with_the_results() -> None:
     assert "as good as real (NTP): **real forgets less**" in found
     assert "size as well" in claims_of({"kl": 0.02, "ntp": 0.3})
     assert "| kl real | 0.0028 | 2.5% |" in found
+
+
+@pytest.mark.parametrize(
+    ("frozen", "trained", "answer"),
+    [(2.0, 0.9, "yes"), (2.0, 1.5, "in part"), (2.0, 2.5, "no"), (2.0, 2.0, "cannot tell")],
+)
+def test_why_an_adapter_forgets_goes_with_the_results(frozen: float, trained: float, answer: str) -> None:
+    left = {"plain": 1.0, "OSF": frozen, "OSF, embeddings trained": trained}
+    rows = [
+        {**synthetic(0.1 * at, seed, share), "name": name}
+        for at, (name, share) in enumerate(left.items())
+        for seed in (0, 1)
+    ]
+    assert f"are why OSF forgets more than plain finetuning: **{answer}** (" in baselines_report.claims(
+        baselines.entries_of(rows)[0]
+    )
+
+
+def test_bases_are_reported_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "HERE", tmp_path)
+    for bench, left in (("one", 0.2), ("other", 0.4)):
+        rows = [{**synthetic(0.0, seed, 1.0), "name": "plain"} for seed in (0, 1)]
+        rows += [{**synthetic(10.0, seed, left), "name": "kl"} for seed in (0, 1)]
+        with open(tmp_path / "results.jsonl", "a") as file:
+            file.writelines(json.dumps({**row, "bench": bench, "key": f"{bench} {row['key']}"}) + "\n" for row in rows)
+    first, second = baselines.report("laptop")[0].split("### Base 2")
+    assert "20% is left of plain's" in first
+    assert "40% is left of plain's" in second
 
 
 def test_a_run_that_never_learned_enough_is_not_read() -> None:
