@@ -85,6 +85,30 @@ def test_an_adapter_is_what_merged_weights_would_be(config, alpha):
         assert (probe(tuned) - end).abs().max() > 0.01 < (probe(tuned) - probe(base)).abs().max()
 
 
+@pytest.mark.parametrize("trained", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+@pytest.mark.parametrize("tying", [False, True])
+def test_tied_embeddings_of_which_an_adapter_trains_either(trained, tying):
+    config = LoraConfig(**LORA, modules_to_save=trained, ensure_weight_tying=tying)
+    tuned, base = tuned_adapter(config, make_model("qwen3")), make_model("qwen3")
+    end, between = probe(tuned), Interpolation(base, tuned)
+    between.set(0.0)
+    assert torch.equal(probe(tuned), probe(base)) and not torch.equal(probe(base), end)
+    between.set(1.0)
+    assert torch.equal(probe(tuned), end)
+
+
+def test_a_head_that_was_tied_in_the_base_alone():
+    """As after merging a LoRA of the head."""
+    base, tuned = make_model("qwen3"), make_model("qwen3")
+    tuned.lm_head.weight = torch.nn.Parameter(tuned.lm_head.weight.detach() * 2)
+    end, between = probe(tuned), Interpolation(base, tuned)
+    for alpha, factor in ((0.0, 1.0), (0.5, 1.5), (1.0, 2.0)):
+        between.set(alpha)
+        torch.testing.assert_close(tuned.lm_head.weight, factor * base.lm_head.weight)
+        assert torch.equal(tuned.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    assert torch.equal(probe(tuned), end)
+
+
 def refusal(base: Any, tuned: Any) -> str:
     with pytest.raises(ValueError, match="^(base|model): ") as caught:
         Interpolation(base, tuned)
@@ -121,6 +145,7 @@ def test_models_that_have_nothing_between_them_are_refused():
         base, make_model(num_hidden_layers=3)
     )
     assert "their config.json differ" in refusal(base, make_model(rms_norm_eps=0.5))
-    quantised = make_model()
-    quantised.lm_head.weight = torch.nn.Parameter(torch.zeros(320, 32, dtype=torch.uint8), requires_grad=False)
-    assert "model: lm_head.weight is quantised (torch.uint8)" in refusal(base, quantised)
+    for kind in (torch.uint8, torch.float8_e4m3fn):  # whose values mean nothing without their scales
+        quantised = make_model()
+        quantised.lm_head.weight = torch.nn.Parameter(torch.zeros(320, 32).to(kind), requires_grad=False)
+        assert f"model: lm_head.weight is quantised ({kind})" in refusal(base, quantised)

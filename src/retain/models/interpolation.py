@@ -70,7 +70,7 @@ class Interpolation:
 
 def weight_ends(base: Any, tuned: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Each weight of a whole model, and the base's."""
-    of_base, of_tuned = _weights(base), _weights(tuned)
+    of_base, of_tuned = _weights(base, tied=True), _weights(tuned, tied=True)
     for name in sorted(of_base.keys() | of_tuned.keys()):
         shapes = [list(one[name].shape) if name in one else "missing" for one in (of_base, of_tuned)]
         if shapes[0] != shapes[1]:
@@ -78,24 +78,24 @@ def weight_ends(base: Any, tuned: Any) -> Iterator[tuple[Tensor, Tensor]]:
                 f"base: {name} is {shapes[0]} in it and {shapes[1]} in the model, so there is nothing between the two; "
                 "give the base that the model was finetuned from, its vocabulary grown alike (resize_token_embeddings)"
             )
-    for name, value in of_tuned.items():
+    for name, value in _weights(tuned).items():
         for model, one in (("base", of_base[name]), ("model", value)):
-            if not one.is_floating_point():
+            if not one.is_floating_point() or one.itemsize < 2:
                 raise ValueError(f"{model}: {name} is quantised ({one.dtype}); merge first, and quantise the result")
         yield value, of_base[name].detach()
 
 
-def _weights(model: Any) -> dict[str, Tensor]:
-    """Parameters, tied ones once, and the buffers in floating point that are saved with them."""
+def _weights(model: Any, *, tied: bool = False) -> dict[str, Tensor]:
+    """Parameters, tied ones once or by each of their names, and the buffers in floating point saved with them."""
     saved = model.state_dict().keys()
     buffers = {name: value for name, value in model.named_buffers() if name in saved and value.is_floating_point()}
-    return {**dict(model.named_parameters()), **buffers}
+    return {**dict(model.named_parameters(remove_duplicate=not tied)), **buffers}
 
 
 def adapter_ends(tuned: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """What of an adapter W(α) is linear in, and the value at which it leaves the base as it is."""
-    weights = dict(tuned.named_parameters())
-    for name, value in weights.items():
+    weights = dict(tuned.named_parameters(remove_duplicate=False))  # a tied head's own is its embedding's
+    for name, value in tuned.named_parameters():
         if base_parameter_name(name) is not None or any(part in name for part in OTHER_FACTORS):
             continue
         neutral = next((number for part, number in NEUTRAL.items() if part in name), None)
