@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,13 +19,23 @@ from retain.models.reference import evaluation_mode
 VOCAB, SIZE = 5, 3
 
 
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma's."""
+
+    scale = 1.0
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * self.scale
+
+
 class Bigram(nn.Module):
     """Predicts a token from the one before: an embedding, a layer and a head, with nothing between."""
 
-    def __init__(self, tied: bool = False) -> None:
+    def __init__(self, tied: bool = False, logits: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.layer = nn.Embedding(VOCAB, SIZE), nn.Linear(SIZE, 4 * SIZE, bias=False)
+        self.logits = logits
+        self.embed, self.layer = ScaledEmbedding(VOCAB, SIZE), nn.Linear(SIZE, 4 * SIZE, bias=False)
         self.down, self.head = nn.Linear(4 * SIZE, SIZE), nn.Linear(SIZE, VOCAB, bias=False)
         if tied:
             self.head.weight = self.embed.weight
@@ -38,7 +49,7 @@ class Bigram(nn.Module):
         return self.head
 
     def forward(self, input_ids: Any, use_cache: bool = False) -> Any:
-        return SimpleNamespace(logits=self.head(self.down(self.layer(self.embed(input_ids)))))
+        return SimpleNamespace(logits=self.logits(self.head(self.down(self.layer(self.embed(input_ids))))))
 
 
 def bigram_rows(count: int = 2000) -> list[dict[str, torch.Tensor]]:
@@ -82,9 +93,12 @@ def test_each_factor_is_that_of_the_exact_fisher(name: str) -> None:
         assert torch.allclose(measured / measured.trace(), by_output / by_output.trace(), atol=0.08)
 
 
-def test_the_head_of_a_model_of_one_token_is_exact() -> None:
+@pytest.mark.parametrize(
+    "logits", [lambda x: x, lambda x: 0.2 * x, lambda x: x.div(0.5).tanh() * 0.5], ids=["plain", "scaled", "capped"]
+)
+def test_the_head_of_a_model_of_one_token_is_exact(logits: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """With one input all factors are constants, so that K-FAC is the Fisher information itself."""
-    model = Bigram()
+    model = Bigram(logits=logits)
     rows = [{"input_ids": torch.tensor([[2, 1]]), "labels": torch.tensor([[-100, 1]])}] * 3
     curvature = measure_fisher(model, rows, {"head.weight": model.head.weight})["head.weight"]
     exact = exact_fisher(model, model.head.weight, rows).reshape(VOCAB, SIZE, VOCAB, SIZE)
@@ -94,6 +108,15 @@ def test_the_head_of_a_model_of_one_token_is_exact() -> None:
     assert inputs is not None
     inner = curvature.right @ torch.diag(inputs) @ curvature.right.T
     assert torch.allclose(outputs[:, None, None] * inner, of_rows, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+def test_the_embedding_is_what_is_looked_up_and_not_what_a_model_makes_of_it(scale: float) -> None:
+    model, rows = Bigram(), bigram_rows()
+    model.embed.scale = scale
+    curvature = measure_fisher(model, rows, {"embed.weight": model.embed.weight})["embed.weight"]
+    exact = exact_fisher(model, model.embed.weight, rows).trace()
+    assert float(curvature.diagonal().sum()) == pytest.approx(float(exact), rel=0.1)
 
 
 def test_any_other_weight_has_the_diagonal_of_the_exact_fisher() -> None:

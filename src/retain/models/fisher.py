@@ -141,7 +141,9 @@ def measure_fisher(
         for name, weight in weights.items():
             kinds: list[_Measured] = []
             if id(weight) in modules:
-                kinds.append((_Head if weight is head.weight else _Linear)(modules[id(weight)], positions))
+                module = modules[id(weight)]
+                is_head = weight is head.weight
+                kinds.append(_Head(module, positions, model) if is_head else _Linear(module, positions))
             if weight is embedding.weight:
                 kinds.append(_Embedding(embedding, positions))
             measured[name] = _Tied(*kinds) if len(kinds) > 1 else kinds[0] if kinds else _Diagonal(weight)
@@ -242,22 +244,33 @@ class _Linear(_Measured):
 
 
 class _Head(_Linear):
-    """The output head: of its gradients p − 1 the mean square over all labels, p (1 − p), not over drawn ones."""
+    """The output head: of its gradients the mean square over all labels, not over drawn ones: f'² p (1 − p).
 
-    def __init__(self, module: nn.Linear, positions: _Positions) -> None:
+    f' is the slope of the logits over the head's products: 1, but for models that scale or cap them.
+    """
+
+    def __init__(self, module: nn.Linear, positions: _Positions, model: nn.Module) -> None:
         super().__init__(module, positions)
-        self.by_input = True
+        self.by_input, self.model = True, model
+
+    def listen(self, until: ExitStack) -> None:
+        super().listen(until)
+        until.callback(self.model.register_forward_hook(self._hear_logits).remove)
 
     def _chosen(self) -> Tensor:
         return self.positions.predictions
 
     def _hear_outputs(self, output: Tensor) -> None:
-        probs = _tokens(output, self._chosen()).softmax(-1)
-        self.outputs = self.outputs + (probs * (1 - probs)).sum(0)
+        self.products = output
+
+    def _hear_logits(self, _model: nn.Module, _args: Any, found: Any) -> None:
+        (slopes,) = torch.autograd.grad(found.logits.sum(), self.products, retain_graph=True)
+        slopes, probs = _tokens(slopes, self._chosen()), _tokens(found.logits, self._chosen()).softmax(-1)
+        self.outputs = self.outputs + (slopes.square() * probs * (1 - probs)).sum(0)
 
 
 class _Embedding(_Measured):
-    """The input embedding: how often each token comes, and Σ g gᵀ."""
+    """The input embedding: how often each token comes, and Σ g gᵀ, g of what is looked up, before it is scaled."""
 
     def __init__(self, module: nn.Embedding, positions: _Positions) -> None:
         self.module, self.positions, size = module, positions, module.embedding_dim
@@ -267,10 +280,11 @@ class _Embedding(_Measured):
     def listen(self, until: ExitStack) -> None:
         def hear(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             self.frequency += torch.bincount(args[0][self.positions.inputs], minlength=len(self.frequency))
-            output.register_hook(add)
+            looked_up = nn.functional.embedding(args[0], self.module.weight)
+            scale = output.detach().norm() / looked_up.norm()  # Gemma's module multiplies by √size
+            output.register_hook(lambda gradient: add(_tokens(gradient) * scale))
 
-        def add(gradient: Tensor) -> None:
-            g = _tokens(gradient)
+        def add(g: Tensor) -> None:
             self.outputs += g.T @ g
 
         until.callback(self.module.register_forward_hook(hear).remove)
