@@ -51,6 +51,14 @@ def test_an_adapter_takes_the_same_as_its_base(folder: Path, monkeypatch: pytest
         torch.testing.assert_close(one.curvature.diagonal(), other.curvature.diagonal())
 
 
+def test_another_model_measures_its_own(folder: Path) -> None:
+    """Off-policy rows are allowed; what was stored of them is another model's."""
+    rows, model = load_self_generated(folder), make_model(seed=1)
+    weights = {"lm_head.weight": model.lm_head.weight}
+    found, wanted = (fisher_of(model, of, weights)[0]["lm_head.weight"] for of in (rows, unstored(rows)))
+    torch.testing.assert_close(found.diagonal(), wanted.diagonal())
+
+
 def test_rows_that_are_drawn_anew_take_it_with_them(folder: Path, tmp_path: Path) -> None:
     model, tokenizer = make_model(), make_tokenizer()
     place = tmp_path / "rows"

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from training_runs import LORA, config, difference, logged, rows_of, train, weights
+from training_runs import LORA, TOKENS, config, difference, logged, rows_of, train, weights
 
-from retain import ReplayConfig, ReplaySFTTrainer
-from retain.models.fisher import Curvature
+from retain import ReplayConfig, ReplaySFTTrainer, ReplayTrainer
+from retain.models.fisher import Curvature, measure_fisher
 from retain.replay.dataset import ReplayDataset
+from retain.training.anchor import ANCHOR_FILE
 from retain.training.anchored_adamw import AnchoredAdamW, AnchoredLoRA, AnchoredWeight
 
 ALONE = {"replay_coef": 0.0, "anchor_coef": 10.0}
@@ -193,6 +194,60 @@ def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path: Path, replay: ReplayDat
         tmp_path, replay, replay_config=settings, changes=saving, resume=str(tmp_path / "checkpoint-2"), **adapter
     )
     assert difference(weights(unbroken.model), weights(resumed.model)) == 0.0
+
+
+@pytest.mark.parametrize("began", [0.0, 10.0])
+def test_a_run_is_resumed_with_the_anchor_it_began_with_or_without(
+    tmp_path: Path, replay: ReplayDataset, began: float
+) -> None:
+    """The optimizer's state is another."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    settings = [ReplayConfig(replay_coef=1.0, anchor_coef=coef) for coef in (began, 10.0 - began)]
+    train(tmp_path, replay, replay_config=settings[0], changes=saving)
+    resume: dict[str, Any] = {"changes": saving, "resume": str(tmp_path / "checkpoint-1")}
+    with pytest.raises(ValueError, match=f"^anchor_coef: the run in .* began with{'' if began else 'out'} an anchor"):
+        train(tmp_path / "other", replay, replay_config=settings[1], **resume)
+
+
+def test_a_run_that_moved_house_takes_its_anchor_along(tmp_path: Path, replay: ReplayDataset) -> None:
+    settings = ReplayConfig(replay_coef=1.0, anchor_coef=10.0)
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    began = train(tmp_path / "began", replay, replay_config=settings, changes=saving)
+    resume = str(tmp_path / "began" / "checkpoint-1")
+    moved = train(tmp_path / "moved", replay, replay_config=settings, changes=saving, resume=resume)
+    assert difference(weights(began.model), weights(moved.model)) == 0.0
+    assert (tmp_path / "moved" / ANCHOR_FILE).read_bytes() == (tmp_path / "began" / ANCHOR_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("reference", ["auto", "copy"])
+@pytest.mark.parametrize("init", ["pissa", True])
+def test_an_adapter_whose_zero_is_not_the_base_is_refused(
+    tmp_path: Path, replay: ReplayDataset, init: str | bool, reference: str
+) -> None:
+    """PiSSA rewrites the base; another adapter was trained before. The anchor would pull both to their zero."""
+    model = get_peft_model(make_model(), LoraConfig(**LORA, init_lora_weights=init))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1
+    coef = 0.0 if reference == "auto" else 1.0
+    settings = ReplayConfig(replay_coef=coef, anchor_coef=10.0, replay_reference=reference)
+    rows = ReplayDataset.from_rows([replay[at] for at in range(len(replay))], "real")
+    with pytest.raises(ValueError, match="^anchor_coef: the model without its adapter is not what was handed over"):
+        train(tmp_path, rows, model, replay_config=settings)
+
+
+def test_a_lora_of_a_tied_head_is_held_as_a_head(tmp_path: Path) -> None:
+    model = make_model("qwen3")
+    rows, adapter = rows_of(model), LoraConfig(**LORA | {"target_modules": ["lm_head"]})
+    held = train(
+        tmp_path, rows, get_peft_model(model, adapter), ReplayTrainer, ReplayConfig(**ALONE), train_dataset=TOKENS
+    )
+    (lora,), untied = held.replay.anchor.anchored, make_model("qwen3")
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    measured = measure_fisher(untied, [rows.batch(range(len(rows)))], {"head": untied.lm_head.weight})["head"]
+    for ours, theirs in zip(lora._sides(), measured.parts[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
 def test_replay_may_begin_late(tmp_path: Path, replay: ReplayDataset) -> None:

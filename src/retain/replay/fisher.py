@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from retain.models.description import model_fingerprint
 from retain.models.fisher import Curvature, load_fisher, measure_fisher, rows_per_batch, save_fisher
 from retain.models.reference import Reference
 from retain.replay.dataset import ReplayDataset, replay_indices
@@ -22,12 +23,14 @@ def fisher_of(
 ) -> tuple[dict[str, Curvature], int]:
     """Curvatures of these weights, by their names, and the predictions that they were measured on.
 
+    Those kept beside the rows, where this is the model that drew them and they have every weight.
+
     Args:
         model: the base, or the base with an adapter, which is switched off.
         seed: of the rows that are read, where not all are, and of the labels that are drawn.
     """
     path = Path(rows.source) / FISHER_FILE
-    if rows.manifest is not None and path.exists():
+    if rows.manifest is not None and path.exists() and rows.manifest["model_fingerprint"] == model_fingerprint(model):
         stored, num_tokens = load_fisher(path, model.device)
         if not weights.keys() - stored.keys():
             return {name: stored[name] for name in weights}, num_tokens

@@ -106,9 +106,7 @@ class Anchor:
         save_fisher(folder / ANCHOR_FILE, kept, self.num_tokens)
 
     def load(self, folder: Path) -> None:
-        """Take what the run that is resumed kept, where it did."""
-        if not (folder / ANCHOR_FILE).exists():
-            return
+        """Take what the run that is resumed kept."""
         kept, self.num_tokens = load_fisher(folder / ANCHOR_FILE, self.anchored[0].parameters[0].device)
         for at, one in enumerate(self.anchored):
             one.curvature = kept[str(at)]
@@ -120,6 +118,32 @@ class Anchor:
             f"anchor: coefficient {config.anchor_coef:g}, from the Fisher information of {self.num_tokens:,} tokens of "
             f"replay rows ({self.seconds:.0f} s, {size / 1e6:.0f} MB), inside AdamW"
         )
+
+
+def begin_anchor(anchor: Anchor | None, folder: Path, resumed: Any, *, writes: bool) -> None:
+    """Take the curvatures that a resumed run began with, and keep those of this one.
+
+    Args:
+        resumed: `resume_from_checkpoint` as transformers takes it: a path, True for the last one, or nothing.
+        writes: whether this process is the one that writes.
+
+    Raises:
+        ValueError: if the run that is resumed began with an anchor and has none now, or the other way round.
+    """
+    if resumed:
+        began = Path(resumed).parent if isinstance(resumed, str | Path) else folder
+        if (began / ANCHOR_FILE).exists() != (anchor is not None):
+            how = "without an anchor" if anchor is not None else "with an anchor"
+            raise ValueError(
+                f"anchor_coef: the run in {str(began)!r} began {how}, whose optimizer's state fits no other; resume it "
+                "so, or begin anew in another folder"
+            )
+        if anchor is not None:
+            anchor.load(began)
+    if writes and anchor is not None:
+        anchor.save(folder)
+    elif writes:
+        (folder / ANCHOR_FILE).unlink(missing_ok=True)  # of an earlier run
 
 
 def check_anchor(args: Any, trainer: Any) -> None:

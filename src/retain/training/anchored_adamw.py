@@ -65,8 +65,8 @@ class AnchoredLoRA:
         self._found: list[Tensor] = []  # as last read
 
     def _sides(self) -> tuple[Tensor, Tensor]:
-        """The diagonal of F over the outputs and over the inputs."""
-        ((outputs, inputs),) = self.curvature.parts
+        """The diagonal of F over the outputs and over the inputs; of a tied head as a head, which alone is moved."""
+        outputs, inputs = self.curvature.parts[0]
         assert inputs is not None
         return outputs, inputs
 

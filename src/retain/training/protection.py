@@ -117,7 +117,7 @@ class Protection:
         has_adapter = host.get("peft_config") is not None or hasattr(model, "disable_adapter")
         self.cache = self._stored_predictions()
         measured, compared = bool(self.documents), self.objective.uses_reference
-        if compared or measured:
+        if compared or measured or config.anchor_coef:
             self._base_probe = probe(model)
         if (measured and has_adapter) or ((measured or compared) and self.cache is None):
             self.reference = self._make_reference(model, has_adapter=has_adapter)
@@ -234,7 +234,20 @@ class Protection:
         if self.config.anchor_coef:
             assert rows is not None
             check_anchor(trainer.args, trainer)
+            if hasattr(model, "disable_adapter"):
+                self._prove_adapter_off(model)
             self.anchor = Anchor.measure(model, rows, trainer.args.seed)
+
+    def _prove_adapter_off(self, model: Any) -> None:
+        """The anchor holds an adapter at 0, whatever the reference is."""
+        try:
+            Reference().prove(model, self._base_probe)
+        except ValueError as error:
+            raise ValueError(
+                "anchor_coef: the model without its adapter is not what was handed over, and the anchor would pull it "
+                "there: an adapter that was trained before (merge it into its base), or one that rewrites its base "
+                "(PiSSA, OLoRA: use another init_lora_weights); or set anchor_coef 0"
+            ) from error
 
     def _may_switch_off(self, model: Any) -> bool:
         """Whether hidden states were stored, which an adapter on the head makes useless, and nobody asked for them."""

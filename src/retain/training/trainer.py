@@ -25,6 +25,7 @@ from retain.models.head import reshard
 from retain.replay.dataset import ReplayDataset, replace_rows, replay_indices
 from retain.report.numbers import Estimate
 from retain.report.report import ForgettingReport
+from retain.training.anchor import begin_anchor
 from retain.training.coef_controller import CoefController
 from retain.training.config import ReplayConfig
 from retain.training.loss_meter import LossMeter
@@ -284,18 +285,15 @@ class ReplayMixin(Host):
         """The host's training; a budget begins anew, or where the checkpoint left it, and its verdict is kept."""
         check_trained(self.model, getattr(self, "train_dataset", None))
         self.budget = None
-        anchor, folder = self.replay.anchor, Path(self.args.output_dir)
-        if anchor is not None:
-            if args[0] if args else kwargs.get("resume_from_checkpoint"):
-                anchor.load(folder)
-            elif self.is_world_process_zero():
-                anchor.save(folder)
+        folder, writes = Path(self.args.output_dir), self.is_world_process_zero()
+        resumed = args[0] if args else kwargs.get("resume_from_checkpoint")
+        begin_anchor(self.replay.anchor, folder, resumed, writes=writes)
         result = super().train(*args, **kwargs)
         if self.budget is None:  # it resumed at its last step
             self.budget = self._begin_budget()
-        if self.budget is not None and self.budget.step and self.is_world_process_zero():
+        if self.budget is not None and self.budget.step and writes:
             verdict = {"budget": self.budget.budget, **dataclasses.asdict(self.budget.verdict())}
-            write_json(Path(self.args.output_dir) / BUDGET_FILE, verdict)
+            write_json(folder / BUDGET_FILE, verdict)
         return result
 
     def _begin_budget(self) -> CoefController | None:
