@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from retain.cli import chat
 from retain.cli.main import main
+from retain.cli.signals import Terminated
 from retain.files import visible_text
 from retain.measuring.generations import Written
 
@@ -141,6 +142,28 @@ def test_a_prompt_without_room_ends_nothing(world, capsys, monkeypatch):
     assert len(output.err.splitlines()) == 1
     assert dict(spoken(output.out))["base"] == shown(world / "base", "rain")
     assert main(command(world, "full", "--prompt", "rain " * 140)) == 1
+
+
+@pytest.mark.parametrize(("signal", "code"), [(KeyboardInterrupt, 0), (Terminated, 143)])
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(world, capsys, monkeypatch, signal, code):
+    def stopped(*given: Any, **how: Any) -> Any:
+        monkeypatch.setattr(chat, "continue_prompts", continue_prompts)
+        raise signal
+
+    continue_prompts = chat.continue_prompts
+    monkeypatch.setattr(chat, "continue_prompts", stopped)
+    say(monkeypatch, "the fox", "rain")
+    assert main(command(world, "lora")) == code
+    output = capsys.readouterr().out
+    assert ("[stopped; " in output) == (code == 0)
+    assert spoken(output.partition("prompt]")[2]) == ([] if code else [
+        ("base", shown(world / "base", "rain")), ("model", shown(world / "lora", "rain"))
+    ])  # fmt: skip
+
+
+def test_bytes_that_are_no_text_end_nothing(world, capsys):
+    assert main(command(world, "full", "--prompt", "rain \udce9")) == 0
+    assert dict(spoken(capsys.readouterr().out))["base"] == shown(world / "base", "rain ?")
 
 
 def test_an_answer_cannot_act_on_the_terminal_and_says_that_it_was_cut(world, capsys, monkeypatch):

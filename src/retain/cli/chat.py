@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from retain.checks import setting
 from retain.cli.flags import Verb
 from retain.cli.settings import ModelLoadSettings
+from retain.cli.signals import Terminated
 from retain.data.chats import rendered
 from retain.files import one_line, visible, visible_text
 from retain.measuring.generations import Prompt, Written, check_room, continue_prompts, stop_tokens
@@ -54,6 +55,7 @@ class Conversation:
         Raises:
             ValueError: if there is no room for an answer; the conversation is as it was.
         """
+        text = text.encode("utf-8", "replace").decode()  # a terminal's stray bytes are surrogates, and no text
         options, models = self.options, [one for one in (self.reference.ref_model, self.tuned) if one is not None]
         asked = {who: [*turns, {"role": "user", "content": text}] for who, turns in self.turns.items()}
         prompts = {who: self.prompt(turns) for who, turns in asked.items()}
@@ -87,13 +89,17 @@ def run_chat(config: ChatConfig) -> None:
     if config.prompt is not None:
         return print_answers(talk, config.prompt, config)
     turns = "in the chat template" if tokenizer.chat_template else "each continued as it is, without a chat template"
-    print(f"Prompts are {turns}. /new begins a new conversation; /quit or Ctrl-D ends.")
+    print(f"Prompts are {turns}. /new begins a new conversation, Ctrl-C stops an answer; /quit or Ctrl-D ends.")
     for text in typed_prompts():
         if text == "/new":
             talk.turns = {who: [] for who in talk.turns}
             continue
         try:
             print_answers(talk, text, config)
+        except Terminated:
+            raise
+        except KeyboardInterrupt:
+            print("\n[stopped; the conversation is as before this prompt]")
         except ValueError as error:
             print(f"{visible(one_line(error))}; or begin anew with /new", file=sys.stderr)
 
@@ -144,5 +150,6 @@ VERB = Verb(
     example="retain chat --base M --model out/",
     settings=(ChatConfig,),
     run=run_chat,
+    resume="start it again",
     groups={"dtype": "How models are loaded"},
 )
