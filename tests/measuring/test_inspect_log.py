@@ -31,7 +31,7 @@ def make_sample(number: int, answer: str = "A", grade: Any = "C", **changes: Any
 
 def write_log(path: Path, samples: list[dict[str, Any]], model: str = "hf/local", **of_log: Any) -> Path:
     log = {"version": 2, "status": "success", "eval": {"task": "mine", "model": model}} | of_log
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         path.write_text(json.dumps(log | {"samples": samples}))
     else:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -52,7 +52,7 @@ def test_logs_of_inspect_are_paired_and_agree_with_its_own_accuracy():
     assert exact.counts == {"right_right": 1, "right_wrong": 1, "wrong_right": 1, "wrong_same": 1, "wrong_other": 0}
     assert includes.counts == {"right_right": 2, "right_wrong": 1, "wrong_right": 1, "wrong_same": 0, "wrong_other": 0}
     for path, side in ((BASE, "base_accuracy"), (TUNED, "accuracy")):
-        header, _ = _read_archive(path)
+        header = next(_read_archive(path))
         own = {one["name"]: one["metrics"]["accuracy"]["value"] for one in header["results"]["scores"]}
         assert own == {"match": getattr(exact, side).value, "includes": getattr(includes, side).value}
     assert report.data["choices"]["capitals"]["notes"] == []
@@ -77,6 +77,21 @@ def test_both_forms_of_a_log_say_the_same(suffix, tmp_path):
     found = pair(tmp_path, base, tuned, suffix)
     assert found["rules"]["choice"]["counts"]["right_wrong"] == 2
     assert found["rules"]["choice"]["agreement"]["value"] == pytest.approx(4 / 6)
+
+
+def test_an_archive_is_opened_once(tmp_path, monkeypatch):
+    """Its directory is as long as the log: with each sample anew, 4,000 of them took 201 seconds."""
+    opened = []
+
+    class Opened(zipfile.ZipFile):
+        def __init__(self, *given: Any) -> None:
+            opened.append(given)
+            super().__init__(*given)
+
+    log = write_log(tmp_path / "log.EVAL", [make_sample(at) for at in range(5)])
+    monkeypatch.setattr(zipfile, "ZipFile", Opened)
+    assert len(read_log(log).answers["choice"]) == 5
+    assert len(opened) == 1
 
 
 def test_epochs_after_the_first_and_copies_are_left_out(tmp_path):

@@ -37,8 +37,8 @@ def read_log(path: Path) -> AnswerFile:
     Raises:
         ValueError: one line naming the file, for what is no such log, or one without answers that were scored.
     """
-    log, samples = _read_archive(path) if path.suffix == ".eval" else _read_object(path)
-    where = f"pair: {str(path)!r} is no log of inspect"
+    samples = _read_archive(path) if path.suffix.lower() == ".eval" else _read_object(path)
+    log, where = next(samples), f"pair: {str(path)!r} is no log of inspect"
     check_shape(log, LOG_SHAPE, where, LOG_REMEDY)
     answers: dict[str, dict[Hashable, Answered]] = {}
     epochs = 1
@@ -78,36 +78,42 @@ def _words(messages: str | list[Any]) -> str:
     return json.dumps(shown)
 
 
-def _read_object(path: Path) -> tuple[Any, list[Any]]:
+def _read_object(path: Path) -> Iterator[Any]:
+    """A log without its samples, then each of them."""
     log = read_json(path, "pair", LOG_REMEDY)
-    return log, (log.get("samples") if isinstance(log, dict) else None) or []
+    yield log
+    yield from log.get("samples") or []
 
 
-def _read_archive(path: Path) -> tuple[Any, Iterator[Any]]:
+def _read_archive(path: Path) -> Iterator[Any]:
+    """The same of an archive."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = {one.filename: one for one in archive.infolist()}
+        archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"pair: cannot read {str(path)!r}: {first_line(error)}; {LOG_REMEDY}") from error
-    if "header.json" not in members:
-        raise ValueError(f"pair: {str(path)!r} has no header.json, its run has not ended; {LOG_REMEDY}")
-    names = (name for name in members if name.startswith("samples/") and name.endswith(".json"))
-    return _read_member(path, members["header.json"]), (_read_member(path, members[name]) for name in names)
+    with archive:
+        members = {one.filename: one for one in archive.infolist()}
+        if "header.json" not in members:
+            raise ValueError(f"pair: {str(path)!r} has no header.json, its run has not ended; {LOG_REMEDY}")
+        yield _read_member(archive, members["header.json"])
+        for name, member in members.items():
+            if name.startswith("samples/") and name.endswith(".json"):
+                yield _read_member(archive, member)
 
 
-def _read_member(path: Path, member: zipfile.ZipInfo) -> Any:
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Any:
     """The JSON in a member of an archive."""
     import pyarrow
 
+    path = str(archive.filename)
     try:
         if member.compress_type != ZSTANDARD:
-            with zipfile.ZipFile(path) as archive:
-                return json.loads(archive.read(member))
+            return json.loads(archive.read(member))
         with open(path, "rb") as file:
             file.seek(member.header_offset + 26)  # of the local header, where the sizes of its last two fields stand
             file.seek(sum(struct.unpack("<HH", file.read(4))), 1)
             packed = file.read(member.compress_size)
         return json.loads(pyarrow.decompress(packed, member.file_size, codec="zstd", asbytes=True))
     except (OSError, ValueError, struct.error, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
-        where = f"pair: {member.filename} in {str(path)!r}"
+        where = f"pair: {member.filename} in {path!r}"
         raise ValueError(f"{where} is damaged: {first_line(error)}; {LOG_REMEDY}") from error

@@ -16,7 +16,7 @@ INSPECT_SUFFIXES = (".eval", ".json")  # of its logs; a file with another ending
 def paired_report(paths: Sequence[str]) -> ForgettingReport:
     """A report on two files of one program, the base's first."""
     files = list(map(Path, paths))
-    base, tuned = (read_log(path) if path.suffix in INSPECT_SUFFIXES else read_samples(path) for path in files)
+    base, tuned = (read_log(path) if path.suffix.lower() in INSPECT_SUFFIXES else read_samples(path) for path in files)
     if base.program != tuned.program:
         raise ValueError(f"pair: {base.program} and {tuned.program} wrote these files; give two of one program")
     sides = {"base": {"model": base.model}, "tuned": {"model": tuned.model}}
