@@ -184,10 +184,12 @@ def test_micro_batches_change_nothing(tmp_path: Path, replay: ReplayDataset, lor
     assert difference(weights(whole.model), weights(split.model)) < 2e-4
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
+@pytest.mark.parametrize(("lora", "limit"), [(False, None), (True, None), (True, 1e-3)])
+def test_a_resumed_run_ends_as_an_unbroken_one(
+    tmp_path: Path, replay: ReplayDataset, lora: bool, limit: float | None
+) -> None:
     adapter: dict[str, Any] = {"peft_config": LoraConfig(**LORA)} if lora else {}
-    settings = ReplayConfig(replay_coef=1.0, anchor_coef=10.0)
+    settings = ReplayConfig(replay_coef=1.0, anchor_coef=10.0, max_ref_kl=limit)
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5}
     unbroken = train(tmp_path, replay, replay_config=settings, changes=saving, **adapter)
     resumed = train(
@@ -256,6 +258,14 @@ def test_replay_may_begin_late(tmp_path: Path, replay: ReplayDataset) -> None:
     steps = [row["step"] for row in trainer.state.log_history if "replay/kl" in row]
     assert steps == [4, 5, 6]
     assert min(logged(trainer, "replay/kl")) > 0
+
+
+def test_a_limit_of_the_kl_moves_the_anchor_with_the_replay(tmp_path: Path, replay: ReplayDataset) -> None:
+    settings = ReplayConfig(replay_coef=0.5, anchor_coef=10.0, max_ref_kl=1e-4)
+    trainer = train(tmp_path, replay, replay_config=settings)
+    (group,) = {group["coef"] for group in trainer.optimizer.param_groups}
+    assert group == pytest.approx(20 * trainer.replay_coef)
+    assert group > 10
 
 
 def test_a_move_that_the_anchor_no_longer_sees_is_said_once(

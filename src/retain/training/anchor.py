@@ -82,6 +82,12 @@ class Anchor:
             "eps": args.adam_epsilon, "coef": config.anchor_coef,
         }  # fmt: skip
 
+    @staticmethod
+    def weigh(optimizer: Any, config: ReplayConfig, replay_coef: float) -> None:
+        """Let the anchor's coefficient grow and fall with that of replay, which a limit of the KL moves."""
+        for group in optimizer.param_groups:
+            group["coef"] = config.anchor_coef * replay_coef / config.replay_coef
+
     def penalty(self) -> float:
         """½ ΔᵀFΔ of the weights in place: KL(base ‖ model) to second order, nats per token of the base's own text."""
         with torch.no_grad():

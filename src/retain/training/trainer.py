@@ -250,6 +250,8 @@ class ReplayMixin(Host):
                 self.state.stateful_callbacks[JOINT_STATE] = {"args": {}, "attributes": {}}
             if self.budget is not None:  # whose state the next checkpoint keeps
                 self.budget.update(self._meter.held_kl())
+                if self.replay.anchor is not None:
+                    self.replay.anchor.weigh(self.optimizer, self.replay_config, self.budget.coef)
                 self.state.stateful_callbacks[BUDGET_STATE] = {"args": {}, "attributes": self.budget.state_dict()}
         return loss
 
