@@ -37,7 +37,9 @@ CASES = {
     "llama-new": ("llama", None, "kl_new"),
 }
 PARTS = ("replay/kl_opening", "replay/kl_rest")
-ADAM = {"optim": "adamw_torch", "learning_rate": 2e-3}  # torch loads no FSDP2 checkpoint of an optimizer without state
+ADAM = {"optim": "adamw_torch", "learning_rate": 2e-3}
+FASTER = {"learning_rate": 3e-3}
+SAVING = {"save_strategy": "steps", "save_steps": 2, **ADAM}  # torch loads no FSDP2 checkpoint of SGD's, without state
 # What takes longer than a fast test may, each with what is special about it:
 MORE: dict[str, tuple[str, dict[str, Any] | None, str, dict[str, Any]]] = {
     "copy-accumulated": ("llama", None, "kl", {"gradient_accumulation_steps": 2}),
@@ -53,14 +55,16 @@ MORE: dict[str, tuple[str, dict[str, Any] | None, str, dict[str, Any]]] = {
     "copy-evaluated": ("llama", None, "kl", {"eval_strategy": "steps", "eval_steps": 1}),
     "adapter-evaluated": ("llama", LORA, "kl", {"eval_strategy": "steps", "eval_steps": 1}),
     "copy-budget": ("llama", None, "kl", {}),
-    "copy-resumed": ("llama", None, "kl", {"save_strategy": "steps", "save_steps": 2, **ADAM}),
-    "adapter-resumed": ("llama", LORA, "kl", {"save_strategy": "steps", "save_steps": 2, **ADAM}),
+    "copy-resumed": ("llama", None, "kl", SAVING),
+    "adapter-resumed": ("llama", LORA, "kl", SAVING),
+    "anchor-resumed": ("qwen3", None, "kl", SAVING),
+    "adapter-anchor-resumed": ("llama", LORA, "kl", SAVING | FASTER),
     "joint-unused": ("llama", None, "kl", {"ddp_find_unused_parameters": True}),
     "joint-accumulated": ("llama", LORA, "kl", {"gradient_accumulation_steps": 2}),
     "copy-bf16": ("llama", None, "kl", {"bf16": True}),
     "adapter-bf16": ("llama", LORA, "kl", {"bf16": True}),
 }
-ANCHORED = {"whole-anchor": ("qwen3", None, "kl", ADAM), "adapter-anchor": ("llama", LORA, "kl", ADAM)}
+ANCHORED = {"whole-anchor": ("qwen3", None, "kl", ADAM), "adapter-anchor": ("llama", LORA, "kl", ADAM | FASTER)}
 
 
 def let_accelerate_shard_on_cpus() -> None:
@@ -119,7 +123,7 @@ def make_trainer(folder: Path, name: str, batch: int, where: dict[str, Any]) -> 
     settings = {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 0.3, "max_steps": 4}
     settings |= special
     share: dict[str, Any] = {"per_device_replay_batch_size": batch} if objective != "replace" else {"replay_share": 0.5}
-    share |= {"max_ref_kl": 0.01} if "budget" in name else {"anchor_coef": 10.0} if name in ANCHORED else {}
+    share |= {"max_ref_kl": 0.01} if "budget" in name else {"anchor_coef": 10.0} if "anchor" in name else {}
     return ReplaySFTTrainer(
         model=make_model(architecture),
         args=config(folder / name, **settings, **where),
@@ -152,7 +156,7 @@ def run(folder: Path, batch: int, way: str, cases: Sequence[str]) -> None:
         if trainer.is_world_process_zero():
             logged = {
                 key: [row[key] for row in trainer.state.log_history if key in row]
-                for key in ("loss", "new_task/loss", "replay/loss", *PARTS, "replay/coef")
+                for key in ("loss", "new_task/loss", "replay/loss", *PARTS, "replay/coef", "replay/anchor")
             }
             wrapped = [type(model).__name__ for model in (trainer.model, trainer.model_wrapped)]
             kept |= {"weights": weights, "wrapped": wrapped, "retention": retention, **logged}

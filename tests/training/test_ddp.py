@@ -91,13 +91,15 @@ def test_two_processes_are_one(one: Found, two: dict[str, Found], way: str, name
 
 @pytest.mark.program
 def test_two_processes_hold_the_anchor_of_one(folder: Path) -> None:
-    """Adam divides by the gradient's size, and so makes more of its rounding than SGD does."""
     one, two = (launch(folder / f"anchor-{number}", number, 4 // number, "ddp", ANCHORED) for number in (1, 2))
-    for name in ANCHORED:
+    sharded = launch(folder / "anchor-sharded", 2, 2, "fsdp2", ANCHORED, **FSDP2)
+    for name, alone in one.items():
         assert two[name]["wrapped"][1] == "DistributedDataParallel"
-        weights = one[name]["weights"]
-        assert max(float((weights[key] - two[name]["weights"][key]).abs().max()) for key in weights) < 1e-3
-        assert two[name]["replay/loss"] == pytest.approx(one[name]["replay/loss"], rel=1e-2, abs=1e-7)
+        assert sharded[name]["wrapped"][0].startswith("FSDP")
+        for found in (two[name], sharded[name]):
+            check_same(alone, found)
+            assert found["replay/anchor"] == pytest.approx(alone["replay/anchor"], rel=1e-4)
+            assert alone["replay/anchor"][-1] > 1e-4
 
 
 @pytest.fixture(scope="module")

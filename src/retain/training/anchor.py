@@ -159,8 +159,8 @@ def check_anchor(args: Any, trainer: Any) -> None:
         raise ValueError(f"optim: {name!r} cannot hold the anchor; use adamw_torch, or set anchor_coef 0")
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise ValueError("optimizers: the anchor brings its own AdamW; leave them out, or set anchor_coef 0")
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        raise ValueError("anchor_coef: DeepSpeed and FSDP split weights that the anchor needs whole; use DDP, or 0")
+    if trainer.is_deepspeed_enabled:
+        raise ValueError("anchor_coef: DeepSpeed brings an optimizer of its own; use DDP or FSDP2, or set it 0")
 
 
 def _lora_layers(model: Any) -> Iterator[tuple[str, str, Any]]:

@@ -18,17 +18,48 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from retain.models.fisher import Curvature
 
 
 class AnchoredWeight:
-    """A weight that is trained whole. `offset`, its move from the base, is kept in the curvature's coordinates."""
+    """A weight that is trained whole. `offset`, its move from the base, is kept in the curvature's coordinates.
+
+    Where FSDP2 shards it, base, offset and Adam's moments are sharded, too, and each process turns its own part: the
+    weight is cut along the side that is not turned.
+    """
 
     def __init__(self, parameter: nn.Parameter, curvature: Curvature) -> None:
         self.parameters = [parameter]
         self.curvature, self.base = curvature, parameter.detach().clone()
+
+    def follow(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take the parameter that a host has put in this one's place."""
+        (found,), (known,) = parameters, self.parameters
+        if found is known:
+            return
+        self.parameters = [found]
+        if isinstance(found, DTensor):
+            self.base = _part(self.base, found)
+            self.curvature = self._shared_out(found)
+
+    def _shared_out(self, like: DTensor) -> Curvature:
+        """The curvature as the processes hold the weight: eigenvectors whole, the diagonal in parts."""
+        left, right, parts = self.curvature.left, self.curvature.right, self.curvature.parts
+
+        def cut(outputs: Tensor, inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            if inputs is None or left is None:
+                return _part(outputs, like), inputs if inputs is None else _same(inputs, like)
+            return _same(outputs, like), _part(inputs, like)
+
+        whole = [side if side is None else _same(side, like) for side in (left, right)]
+        return Curvature(whole[0], whole[1], [cut(*part) for part in parts])
+
+    def _cut(self, weight: Any) -> Any:
+        """The weight, cut along the side that is not turned."""
+        return weight if self.curvature.left is None else _cut_along(1, weight)
 
     def read(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
         """The coordinates of each parameter."""
@@ -37,11 +68,11 @@ class AnchoredWeight:
         return [states[0]["offset"]]
 
     def _offset(self) -> Tensor:
-        return self.curvature.rotate((self.parameters[0] - self.base).float())
+        return self.curvature.rotate(self._cut((self.parameters[0] - self.base).float()))
 
     def gradients(self) -> list[Tensor]:
         """The gradient of each, in these coordinates."""
-        return [self.curvature.rotate(_gradient(self.parameters[0]))]
+        return [self.curvature.rotate(self._cut(_gradient(self.parameters[0])))]
 
     def pull(self, at: int, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
         """F x of a parameter's coordinates x, and a diagonal that is at least F."""
@@ -50,19 +81,26 @@ class AnchoredWeight:
 
     def write(self, coordinates: list[Tensor]) -> None:
         """Set the parameters."""
-        self.parameters[0].copy_(self.base + self.curvature.rotate_back(coordinates[0]))
+        self.parameters[0].copy_(self.base + _cut_along(0, self.curvature.rotate_back(coordinates[0])))
 
     def penalty(self) -> Tensor:
         """½ ΔᵀFΔ at the parameters as they are, nats per token."""
-        return (self.curvature.diagonal() * self._offset().square()).sum() / 2
+        return _whole((self.curvature.diagonal() * self._offset().square()).sum() / 2)
 
 
 class AnchoredLoRA:
-    """The factors of a LoRA update Δ = scale · B A, each in the curvature's coordinates of its side."""
+    """The factors of a LoRA update Δ = scale · B A, each in the curvature's coordinates of its side.
+
+    Where FSDP2 shards them, every process computes with the whole factors, which are small.
+    """
 
     def __init__(self, a: nn.Parameter, b: nn.Parameter, scale: float, curvature: Curvature) -> None:
         self.parameters, self.scale, self.curvature = [a, b], scale, curvature
         self._found: list[Tensor] = []  # as last read
+
+    def follow(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take the parameters that a host has put in the place of these."""
+        self.parameters = list(parameters)
 
     def _sides(self) -> tuple[Tensor, Tensor]:
         """The diagonal of F over the outputs and over the inputs; of a tied head as a head, which alone is moved."""
@@ -76,11 +114,11 @@ class AnchoredLoRA:
         return zip(self.parameters, sides, strict=True)
 
     def read(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
-        self._found = [side.rotate(parameter.float()) for parameter, side in self._rotations()]
+        self._found = [side.rotate(_whole(parameter).float()) for parameter, side in self._rotations()]
         return [found.clone() for found in self._found]
 
     def gradients(self) -> list[Tensor]:
-        return [side.rotate(_gradient(parameter)) for parameter, side in self._rotations()]
+        return [side.rotate(_whole(_gradient(parameter))) for parameter, side in self._rotations()]
 
     def pull(self, at: int, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
         (a, b), (outputs, inputs), square = coordinates, self._sides(), self.scale**2
@@ -94,7 +132,7 @@ class AnchoredLoRA:
     def write(self, coordinates: list[Tensor]) -> None:
         # only the step is rotated back: rounded eigenvectors would distort the whole a little each time
         for (parameter, side), found, moved in zip(self._rotations(), self._found, coordinates, strict=True):
-            parameter.add_(side.rotate_back(moved - found))
+            parameter.add_(_part(side.rotate_back(moved - found), parameter))
 
     def penalty(self) -> Tensor:
         coordinates = self.read([{}, {}])
@@ -103,6 +141,31 @@ class AnchoredLoRA:
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter, dtype=torch.float32) if parameter.grad is None else parameter.grad.float()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of what processes hold in parts."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _same(tensor: Tensor, like: DTensor) -> Tensor:
+    """What every process has whole, to compute with what they hold in parts."""
+    mesh = like.device_mesh
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def _part(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of what all have, cut as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _cut_along(side: int, tensor: Tensor) -> Tensor:
+    """The same tensor; where processes hold it in parts, cut along this side."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.redistribute(placements=[Shard(side) if one.is_shard() else one for one in tensor.placements])
 
 
 class AnchoredAdamW(Optimizer):
@@ -132,9 +195,12 @@ class AnchoredAdamW(Optimizer):
         self.anchored = anchored
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "coef": coef}
         super().__init__(params, defaults)
-        known = {id(parameter) for one in anchored for parameter in one.parameters}
-        if any(id(parameter) not in known for group in self.param_groups for parameter in group["params"]):
+        groups = enumerate(self.param_groups)
+        places = {id(parameter): (at, of) for at, group in groups for of, parameter in enumerate(group["params"])}
+        known = [[id(parameter) for parameter in one.parameters] for one in anchored]
+        if places.keys() - {one for ids in known for one in ids}:
             raise ValueError("params: one of them belongs to no anchored weight; give it a curvature")
+        self._places = [[places[one] for one in ids] for ids in known]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -143,14 +209,17 @@ class AnchoredAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
-        for one in self.anchored:
+        for one, places in zip(self.anchored, self._places, strict=True):
+            one.follow([self.param_groups[group]["params"][at] for group, at in places])
             states = [self.state[parameter] for parameter in one.parameters]
             coordinates, gradients = one.read(states), one.gradients()
-            for at, parameter in enumerate(one.parameters):
+            for at, (group, _) in enumerate(places):
                 pull, stiffness = one.pull(at, coordinates)
-                _move(coordinates[at], gradients[at], pull, stiffness, states[at], groups[id(parameter)])
-            one.write(coordinates)
+                _move(coordinates[at], gradients[at], pull, stiffness, states[at], self.param_groups[group])
+            if any(
+                self.param_groups[group]["lr"] for group, _ in places
+            ):  # not where torch asks for a checkpoint's state
+                one.write(coordinates)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

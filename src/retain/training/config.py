@@ -59,8 +59,8 @@ class ReplayConfig(Settings):
     max_ref_kl: float | None = setting(
         None,
         "KL(base || model) on replay rows at which training is to end, in nats per token behind their first five "
-        "tokens: the coefficient moves from replay_coef on, and anchor_coef with it; the run says at its end whether the "
-        "limit was kept. With replay_objective kl.",
+        "tokens: the coefficient moves from replay_coef on, anchor_coef with it, and the run says at its end whether "
+        "the limit was kept. With replay_objective kl.",
         low=1e-9,
     )
     anchor_coef: float = setting(
