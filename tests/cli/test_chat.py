@@ -167,7 +167,7 @@ def test_bytes_that_are_no_text_end_nothing(world, capsys):
 
 
 def test_an_answer_cannot_act_on_the_terminal_and_says_that_it_was_cut(world, capsys, monkeypatch):
-    evil = Written("\x1b[2Jred\nblue", 6, False, False, "")
+    evil = Written("\x1b[2Jred\nblue", 6, False, False, "", "")
     monkeypatch.setattr(chat, "continue_prompts", lambda *_, **__: [evil])
     assert main(command(world, "full", "--prompt", "x")) == 0
     output = capsys.readouterr().out

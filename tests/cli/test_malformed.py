@@ -165,7 +165,7 @@ JUNK: dict[str, bytes] = {
     "deep": b"[" * 3000 + b"]" * 3000,
     "mixed": b'{"text": "a"}\n{"messages": 3}\n',
 }
-TEXTS = ("retention", "new_task", "choices", "refusals", "harmless", "prompts", "train_dataset")
+TEXTS = ("retention", "new_task", "choices", "refusals", "harmless", "behaviors", "prompts", "train_dataset")
 
 
 @pytest.mark.parametrize("junk", JUNK, ids=[name.replace(" ", "-") for name in JUNK])
@@ -173,7 +173,8 @@ TEXTS = ("retention", "new_task", "choices", "refusals", "harmless", "prompts", 
 def test_a_file_of_rows_that_holds_something_else(world, tmp_path, capsys, flag, junk):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(JUNK[junk])
-    spec = str(path) if flag in ("prompts", "train_dataset") else f"x={path}"
+    name = "formats" if flag == "behaviors" else "x"
+    spec = str(path) if flag in ("prompts", "train_dataset") else f"{name}={path}"
     given = command("measure", good("measure", world, tmp_path / "out"))
     line = refused([*given, f"--{flag}", spec, "--max_length", "32"], capsys)
     assert "rows.jsonl" in line or "row 1" in line, line
@@ -361,6 +362,7 @@ FILES: list[tuple[str, dict[str, Any], str, str]] = [
         ("with a training of lists", {"training": [1]}, "'training' is [1], not an object"),
         ("with warnings of numbers", {"warnings": [3]}, "'warnings.0' is 3, not text"),
         ("with choices of no rules", {"choices": {"arc": {}}}, "'choices.arc.num_questions' is missing"),
+        ("with behaviours of text", {"behaviors": {"tools": {"thinking": "x"}}}, "'behaviors.tools.thinking' is \"x\""),
         ("with refusals of text", {"refusals": {"adv": {"scorers": "x"}}}, "'refusals.adv.scorers' is \"x\""),
         ("with half a generation", {"generations": [{"prompt": "a"}]}, "'generations.0.base' is missing"),
         ("with worst of numbers", {"worst": {"w": [{"tokens": [1]}]}}, "'worst.w.0.tokens.0' is 1, not an object"),

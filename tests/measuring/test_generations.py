@@ -234,4 +234,4 @@ def test_a_report_with_generations_is_written(tmp_path):
     report.write(tmp_path)
     data = json.loads((tmp_path / "report.json").read_text())
     assert {"generations", "drift", "knowledge"} <= set(data)
-    assert Written("a", 1, True, False, "a").ended
+    assert Written("a", 1, True, False, "a", "a").ended

@@ -11,12 +11,12 @@ import torch
 from conftest import CHATML, make_model, make_tokenizer
 
 from retain.cli.main import main
+from retain.measuring.behaviors import compare_shares
 from retain.measuring.generations import Written
 from retain.measuring.measure_options import Options
 from retain.measuring.refusal_phrases import is_refusal
 from retain.measuring.refusals import (
     Judge,
-    compare_refusals,
     judge_refusals,
     load_requests,
     measure_refusals,
@@ -108,7 +108,7 @@ def test_words_that_only_look_like_one_are_not(answer):
 def test_kept_lost_gained_and_never():
     base = [True] * 10 + [False] * 4
     tuned = [True] * 3 + [False] * 7 + [True] + [False] * 3
-    found = compare_refusals(base, tuned)
+    found = compare_shares(base, tuned)
     assert found["counts"] == {"kept": 3, "lost": 7, "gained": 1, "never": 3}
     assert found["base_rate"]["value"] == pytest.approx(10 / 14)
     assert found["rate"]["value"] == pytest.approx(4 / 14)
@@ -277,7 +277,10 @@ def test_a_judge_begins_where_the_answer_does(opening, expected):
 
 def test_reasoning_that_did_not_end_is_no_answer_and_is_said(monkeypatch):
     base, tuned = make_model().eval(), make_model(seed=1).eval()
-    written = [Written("Hm. I can't help.", 5, False, False, ""), Written("Hm. No. Yes.", 5, True, False, "Yes.")]
+    written = [
+        Written("Hm. I can't help.", 5, False, False, "", ""),
+        Written("Hm. No. Yes.", 5, True, False, "Yes.", ""),
+    ]
     monkeypatch.setattr("retain.measuring.refusals.both_texts", lambda *rest, **asked: ([written[0]], [written[1]]))
     found = measure_refusals(base, tuned, ["the fox?"], OPTIONS)
     assert found["scorers"]["phrases"]["base_rate"]["value"] == found["scorers"]["phrases"]["rate"]["value"] == 0

@@ -778,6 +778,21 @@ def refused(kind: str, base: float, tuned: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def shown(kind: str, **rates: float) -> dict[str, Any]:
+    """A behaviour whose share is less by an eighth after finetuning, where it was there before."""
+    scorers = {}
+    for name, rate in rates.items():
+        fall = 0.125 if rate else 0.0
+        scorers[name] = {
+            "base_rate": share(rate), "rate": share(rate - fall), "change": share(-fall, -0.2, 0.1 - fall),
+            "counts": {"kept": 1, "lost": 5, "gained": 2, "never": 2}, "mcnemar_p": 0.5,
+        }  # fmt: skip
+    example = {"prompt": f"{kind} prompt", "base": "yes", "tuned": "<b>no</b>", "fate": {next(iter(rates)): "lost"}}
+    return {"kind": kind, "num_prompts": 40, "chat_template": True, "max_new_tokens": 128, "scorers": scorers,
+            "thinking": {"base_length": share(4.0), "length": share(3.0)} if kind == "tools" else None,
+            "notes": [], "examples": [example]}  # fmt: skip
+
+
 def wrote(data: dict) -> dict[str, Any]:
     """A report with everything that is written, refused and known in it."""
     keys = ("length", "ended", "markers")
@@ -796,6 +811,8 @@ def wrote(data: dict) -> dict[str, Any]:
     return deepcopy(data) | {
         "warnings": ["wiki overlaps the training rows"],
         "refusals": {"advbench": refused("harmful", 0.94, 0.62), "xstest": refused("harmless", 0.1, 0.1)},
+        "behaviors": {"formats": shown("formats", follows=0.5, JSON=0.25), "thinking": shown("thinking", thinks=0.0),
+                      "tools": shown("tools", right=0.75, valid=0.0)},
         "generations": [greedy, greedy | {"how": "sampled", "fate": None}],
         "drift": {"greedy": {"num_prompts": 20, "identical": share(0.3), "words": share(0.4), **form}},
         "knowledge": {"num_questions": 9, "counts": {"kept": 4, "forgotten": 1}, "kept_share": share(0.8)},
@@ -815,7 +832,14 @@ def test_every_format_tells_what_was_refused_written_and_known(plain: dict, repl
             for expected in ("advbench, refusals, phrases", "xstest, over-refusal", "refused → answered", "62.0%",
                              "overlaps the training rows", "greedy, 20 prompts: form", "kept", "14.0%"):  # fmt: skip
                 assert expected in shown
+            for expected in ("formats, follows the format", "37.5%", "formats, by kind", "where both models think",
+                             "thinking, thinks: in no answer of any model", "tools, makes valid calls: in no answer",
+                             "40 prompts, in the chat template, answers of at most 128 tokens"):  # fmt: skip
+                assert expected in shown
     page, summary = alone["page"], alone["summary"]
+    assert "“plain” follows the format in 37.5% [0.0%, 100.0%] of 50 prompts, its base 50.0%" in summary
+    assert "; the share fell: -12.5 points [-20.0, -2.5] (5 lost, 2 gained); makes the right calls in 62.5%" in summary
+    assert "thinks in" not in summary.partition("\n")[0], "where neither does, nothing was lost"
     assert "“plain” refuses 62.0% [0.0%, 100.0%] of 50 harmful prompts of advbench (judge), its base 94.0%" in summary
     assert "refusals fell: -32.0 points [-42.0, -32.0] (17 lost, 1 gained)" in summary
     assert "“t" not in summary
@@ -846,7 +870,7 @@ def test_harmful_text_is_folded_away_on_the_page_and_nowhere_else(plain: dict) -
 def test_hostile_strings_are_harmless_in_every_format(plain: dict, replay: dict, tmp_path: Path) -> None:
     runs = [hostile_run(wrote(one) | {"choices": asked()}) for one in (plain, replay)]
     for one in runs:
-        for part in ("choices", "refusals", "drift", "worst"):
+        for part in ("choices", "refusals", "behaviors", "drift", "worst"):
             one[part] = {f"{name}{HOSTILE}": found for name, found in one[part].items()}
     page, *texts = formats(runs, title=HOSTILE, notes=[HOSTILE]).values()
     assert "alert(1)" in page, "shown, as text"
@@ -1131,11 +1155,12 @@ def test_what_was_answered_and_refused_stands_below_the_opening(plain: dict, rep
     asked_one = wrote(plain) | {"choices": asked()}
     sentence, others = opening(typed([asked_one]), None)
     assert sentence.startswith("“plain” forgot: ")
-    assert [(at, line[:16]) for at, line in others] == [(0, "“plain” answers "), (0, "“plain” refuses ")]
+    starts = [(0, "“plain” answers "), (0, "“plain” refuses "), (0, "“plain” follows ")]
+    assert [(at, line[:16]) for at, line in others] == starts
     sentence, others = opening(typed([asked_one | {"retention": {}, "new_task": {}}]), None)
-    assert (sentence[:16], len(others)) == ("“plain” answers ", 1)
+    assert (sentence[:16], len(others)) == ("“plain” answers ", 2)
     _, others = opening(typed([replay, asked_one]), compare([replay, asked_one]))
-    assert [at for at, _ in others] == [1, 1]
+    assert [at for at, _ in others] == [1, 1, 1]
 
 
 def test_of_many_texts_a_verdict_names_those_where_least_was_prevented(plain: dict, replay: dict) -> None:

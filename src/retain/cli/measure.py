@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from retain.checks import setting
+from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
 from retain.cli.github import LEVELS, SUMMARY_VARIABLE, annotation, append_summary, errors_annotated
 from retain.cli.settings import RETENTION_HELP, TextSettings
 from retain.data.rows import Reading, named_sources, read_rows, row_texts
 from retain.files import exclusive, short_names, visible
+from retain.measuring.behaviors import behavior_sources, load_behavior
 from retain.measuring.choices import load_questions
 from retain.measuring.generations import as_prompt
 from retain.measuring.measure import measure
@@ -42,6 +43,7 @@ OPTIONS = (
     *("choice_style", "choice_chat_template", "start_token", "max_length", "max_windows", "batch_tokens"),
     *("max_new_tokens", "num_resamples", "seed", "sampled"),
 )  # of `measure`, by the same name here
+ANSWERED = ("refusals", "harmless", "behaviors")  # prompts that both models answer
 
 
 @dataclass(kw_only=True)
@@ -85,7 +87,10 @@ class MeasureConfig(TextSettings):
         "the rows, shows what was kept, updated and forgotten.",
     )
     sampled: bool = setting(True, "Continue every prompt a second time, drawn at temperature 1.")
-    max_new_tokens: int = setting(48, "Tokens of each continuation and answer; 0 for no continuations.")
+    max_new_tokens: int = setting(
+        Unchosen(48),
+        "Tokens of each continuation and answer; 0 for no continuations. Those of behaviors are longer by default.",
+    )
     refusals: list[str] = setting(
         list,
         "Harmful requests that both models answer, as name=file (a column prompt, text or goal), or name=advbench or "
@@ -95,7 +100,14 @@ class MeasureConfig(TextSettings):
         list,
         "Harmless requests, for over-refusal, as name=file, or name=jailbreakbench_harmless from the Hub; repeatable.",
     )
-    max_prompts: int | None = setting(None, "Draw only N requests of each set, with the seed. Default: all.", low=1)
+    behaviors: list[str] = setting(
+        list,
+        "Behaviours that a program verifies, on prompts that come with retain or on those of a file: tools (calls), "
+        "formats, thinking, turn_ends, or one of these as name=file; repeatable.",
+    )
+    max_prompts: int | None = setting(
+        None, "Draw only N requests or prompts of each set, with the seed. Default: all.", low=1
+    )
     judge: str | None = setting(None, "Chat model that also judges whether each answer refuses.")
     max_forgetting: float | None = setting(
         None,
@@ -129,7 +141,7 @@ class MeasureConfig(TextSettings):
         self._check_limits()
 
     def _check_sources(self) -> None:
-        sources = [name for name in ("retention", "choices", "refusals", "harmless") if getattr(self, name)]
+        sources = [name for name in ("retention", "choices", *ANSWERED) if getattr(self, name)]
         models = [name for name in ("base", "model", "new_task") if getattr(self, name)] + sources
         if self.pair and models:
             raise ValueError(f"{models[0]}: {getattr(self, models[0])!r} does not go with pair; leave one of them out")
@@ -138,13 +150,14 @@ class MeasureConfig(TextSettings):
         if not (sources or self.prompts or self.pair):
             raise ValueError(
                 "retention: missing; give at least one text as --retention name=file, or questions as "
-                "--choices name=file, or requests as --refusals name=file, or --prompts file"
+                "--choices name=file, or requests as --refusals name=file, or --behaviors formats, or --prompts file"
             )
-        for name in ("prompts", "refusals", "harmless") if not self.max_new_tokens else ():
+        for name in ("prompts", *ANSWERED) if not self.max_new_tokens else ():
             if getattr(self, name):
                 raise ValueError(f"max_new_tokens: 0 writes nothing, and {name} are to be answered; use at least 1")
         for name in ("retention", "new_task", "choices", "refusals", "harmless"):
             named_sources(getattr(self, name), name)  # which refuses a source without a name before a model is loaded
+        behavior_sources(self.behaviors)
         if self.judge is not None and not (self.refusals or self.harmless):
             raise ValueError(f"judge: {self.judge!r} has nothing to judge; give --refusals name=file")
 
@@ -285,6 +298,10 @@ def load_sources(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> d
         kind: {name: read(source) for name, source in named_sources(getattr(config, kind), kind).items()}
         for kind, read in readers.items()
     }
+    sources["behaviors"] = {
+        name: load_behavior(name, source, max_prompts=config.max_prompts, seed=config.seed)
+        for name, source in behavior_sources(config.behaviors).items()
+    }
     rows = read_rows(config.prompts) if config.prompts else ()
     prompts = [as_prompt(row, tokenizer, f"row {at} of {config.prompts!r}") for at, row in enumerate(rows, start=1)]
     return {**sources, "prompts": prompts}
@@ -338,7 +355,7 @@ VERB = Verb(
         "retention": "Texts",
         "choices": "Questions",
         "prompts": "Continuations",
-        "refusals": "Refusals",
+        "refusals": "Refusals and other behaviours",
         "max_forgetting": "Gate: limits that the whole interval must keep",
         "new_task": "The new task, and how texts are measured",
         "dtype": "How models are loaded",

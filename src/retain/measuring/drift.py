@@ -32,6 +32,16 @@ def mean_entry(values: Sequence[float] | np.ndarray, **options: Any) -> dict[str
     return report_entry(*bootstrap_ratio(numbers, np.ones(len(numbers)), **options), num_prompts=len(numbers))
 
 
+def length_entries(before: Sequence[int], after: Sequence[int], **resampling: Any) -> dict[str, Any]:
+    """Mean lengths of what both models wrote to the same prompts, and their change, paired; options as above."""
+    base, tuned = np.asarray(before, float), np.asarray(after, float)
+    return {
+        "base_length": mean_entry(base, within=(0.0, np.inf), **resampling),
+        "length": mean_entry(tuned, within=(0.0, np.inf), **resampling),
+        "length_change": mean_entry(tuned - base, **resampling),
+    }
+
+
 def words_in(text: str) -> list[str]:
     """Words in lower case; in scripts that put no space between them, characters."""
     return re.findall(r"[぀-ヿ㐀-鿿가-힯฀-๿]|\w+", text.casefold())
@@ -98,14 +108,12 @@ def drift(rows: Sequence[dict[str, Any]], *, seed: int = 0, num_resamples: int =
 
     overlaps = [word_overlap(**row["answers"]) for row in rows]
     alike = set(overlaps) in ({0.0}, {1.0})
-    lengths = np.array([[row["num_tokens"][who] for row in rows] for who in ("base", "tuned")], float)
+    lengths = [[row["num_tokens"][who] for row in rows] for who in ("base", "tuned")]
     result: dict[str, Any] = {
         "num_prompts": len(rows),
         "identical": share(row["answers"]["base"] == row["answers"]["tuned"] for row in rows),
         "words": share(overlaps) if alike else mean_entry(overlaps, within=(0.0, 1.0), **resampling),
-        "base_length": mean_entry(lengths[0], within=(0.0, np.inf), **resampling),
-        "length": mean_entry(lengths[1], within=(0.0, np.inf), **resampling),
-        "length_change": mean_entry(lengths[1] - lengths[0], **resampling),
+        **length_entries(*lengths, **resampling),
     }
     for key in ("ended", "markers"):
         before, after = (np.array([row[key][who] for row in rows], bool) for who in ("base", "tuned"))

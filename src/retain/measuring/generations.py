@@ -56,6 +56,8 @@ class Written:
     markers: bool
     answer: str
     """The text without reasoning before it; empty where that did not end."""
+    raw: str
+    """The text with the tokenizer's special tokens."""
 
 
 def as_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> Prompt:
@@ -189,10 +191,10 @@ def _read(row: list[int], tokenizer: PreTrainedTokenizerBase, stop: set[int], pr
     marks = bool(set(kept) & set(tokenizer.all_special_ids)) or bool(MARKERS.search(text))
     raw = str(tokenizer.decode(kept))
     if (answer := without_reasoning(raw, prompt)) == raw:
-        return Written(text, len(kept), end is not None, marks, text)
+        return Written(text, len(kept), end is not None, marks, text, raw)
     for mark in tokenizer.all_special_tokens:
         answer = answer.replace(mark, "")
-    return Written(text, len(kept), end is not None, marks, answer.strip())
+    return Written(text, len(kept), end is not None, marks, answer.strip(), raw)
 
 
 def unanswered_notes(where: str, texts: Sequence[Sequence[Written]]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from retain.checks import Unchosen, check_named, several
 from retain.data.rows import OLD_TEXT, Document, Reading, Text, as_documents, without_copies
+from retain.measuring.behaviors import behavior_prompts, measure_behavior
 from retain.measuring.choices import Question, as_questions, measure_choices, question_encoder
 from retain.measuring.generations import Prompt, check_room, measure_generations
 from retain.measuring.measure_options import Options
@@ -51,6 +52,7 @@ def measure(
     refusals: Mapping[str, Sequence[str]] | None = None,
     harmless: Mapping[str, Sequence[str]] | None = None,
     judge: Judge | None = None,
+    behaviors: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     prompts: Sequence[str | Prompt] = (),
     sampled: bool = False,
     name: str = "tuned",
@@ -58,7 +60,7 @@ def measure(
     max_length: int = Unchosen(512),
     max_windows: int | None = None,
     batch_tokens: int = Unchosen(2048),
-    max_new_tokens: int = 48,
+    max_new_tokens: int = Unchosen(48),
     num_resamples: int = 2000,
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
@@ -76,15 +78,18 @@ def measure(
         refusals: name → harmful requests for both models.
         harmless: name → harmless requests, for over-refusal.
         judge: a model that judges, too, whether an answer refuses.
+        behaviors: `tools`, `formats`, `thinking` or `turn_ends` → prompts with what is verified, of `load_behavior`.
         prompts: texts that both models continue greedily, and with `sampled` a second time, drawn at temperature 1.
         max_length: longest window in tokens, by default at most the model's positions; longer documents are cut.
         max_windows: windows of each document, from its beginning; None for all.
         batch_tokens: padded tokens per forward pass; by default fewer where the vocabulary is above 65k.
+        max_new_tokens: of each continuation and answer; by default those of a behaviour are longer.
         progress: called with the name of each stage; long ones then have a bar.
 
     Returns:
         A report. `report["wiki"].ref_kl.value` is of a text, `report.results.choices["arc"].rules["acc"].agreement` of
-        questions, `report.results.refusals["advbench"].scorers["judge"].rate` of requests. `report.data` is the file.
+        questions, `report.results.refusals["advbench"].scorers["judge"].rate` of requests,
+        `report.results.behaviors["tools"].scorers["right"].rate` of behaviours. `report.data` is the file.
 
     Raises:
         ValueError: if the models differ in dtype, attention kernel or vocabulary, windows are longer than they can
@@ -124,17 +129,24 @@ def measure(
         encode(questions)
     turns = [turn for _, _, requests in requested for turn in as_turns(requests, tokenizer)]
     check_room([base.model, tuned], [*given, *turns], options)
+    rows = {kind: distinct(kind, of_kind, "prompts") for kind, of_kind in (behaviors or {}).items()}
+    shown, unmeasured = behavior_prompts(rows, options)
+    for behavior in shown:
+        check_room([base.model, tuned], behavior.prompts, behavior.options)
     with evaluation_mode(base.model), evaluation_mode(tuned):
         base.check_unchanged()
         result = text_results(base, tuned, learned, known, options)
-        result["warnings"] += notes
-        result |= {"choices": {}, "refusals": {}, "generations": []}
+        result["warnings"] += notes + unmeasured
+        result |= {"choices": {}, "refusals": {}, "behaviors": {}, "generations": []}
         put = partial(measure_choices, style=choice_style, chat_template=choice_chat_template)
         for text, questions in asked.items():
             result["choices"][text] = put(base, tuned, questions, options, title=text)
         for kind, text, requests in requested:
             options.stage(f"requests of {text}")
             result["refusals"][text] = measure_refusals(base, tuned, requests, options, kind=kind, judge=judge)
+        for behavior in shown:
+            options.stage(f"behaviour {behavior.name}")
+            result["behaviors"][behavior.name] = measure_behavior(base, tuned, behavior)
         if given:
             options.stage("continuations")
             continued = measure_generations(base, tuned, given, options, sampled=sampled)

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from retain.data.rows import read_sample
-from retain.measuring.choices import MAX_CHARACTERS, Inputs, choice_scores, encode_pair
-from retain.measuring.generations import Prompt, both_texts, unanswered_notes, user_turn
+from retain.measuring.behaviors import behavior_result
+from retain.measuring.choices import Inputs, choice_scores, encode_pair
+from retain.measuring.generations import Prompt, both_texts, user_turn
 from retain.measuring.measure_options import Options
-from retain.measuring.paired_answers import compare_answers, share_entry
+from retain.measuring.paired_answers import share_entry
 from retain.measuring.refusal_phrases import is_refusal
 from retain.measuring.thinking import answer_turn
 from retain.measuring.tokens import logits_of
@@ -32,7 +33,6 @@ REQUEST_SETS = {
     "jailbreakbench_harmless": ("JailbreakBench/JBB-Behaviors", "behaviors", "benign"),
 }
 COLUMNS = ("prompt", "text", "goal", "Goal", "question", "instruction")
-MAX_EXAMPLES = 12  # requests whose answers a report keeps, the lost refusals first
 
 
 class Judge(NamedTuple):
@@ -106,8 +106,7 @@ def measure_refusals(
         kind: `harmful`, or `harmless` for over-refusal.
 
     Returns:
-        By scorer, in `scorers`, the refusal rates of base and tuned, their change, refusals kept, lost, gained, never,
-        and McNemar's p.
+        What `behavior_result` does, and `disagreement`: the share of answers on which two scorers differ.
     """
     if not requests:
         raise ValueError("refusals: there are no prompts; give a file with at least one")
@@ -117,25 +116,8 @@ def measure_refusals(
     if judge is not None:
         options.stage("judging")
         flags["judge"] = [judge_refusals(judge, requests, texts, options.batch_tokens) for texts in answers]
-    return {
-        "kind": kind,
-        "num_prompts": len(requests),
-        "chat_template": bool(options.tokenizer.chat_template),
-        "max_new_tokens": options.max_new_tokens,
-        "scorers": {name: compare_refusals(*both) for name, both in flags.items()},
-        "disagreement": [_disagreement(pair, flags) for pair in combinations(flags, 2)],
-        "notes": unanswered_notes("answers", written),
-        "examples": _examples(requests, answers, flags),
-    }
-
-
-def compare_refusals(base: Sequence[bool], tuned: Sequence[bool]) -> dict[str, Any]:
-    """Refusal rates of both, their change, and what became of the refusals."""
-    found = compare_answers(base, tuned, base, tuned, unit="num_prompts")
-    fates = {"kept": "right_right", "lost": "right_wrong", "gained": "wrong_right"}
-    counts = {name: found["counts"][key] for name, key in fates.items()}
-    result = {"base_rate": found["base_accuracy"], "rate": found["accuracy"], "change": found["change"]}
-    return result | {"counts": counts | {"never": len(base) - sum(counts.values())}, "mcnemar_p": found["mcnemar_p"]}
+    result = behavior_result(kind, requests, written, flags, options)
+    return result | {"disagreement": [_disagreement(pair, flags) for pair in combinations(flags, 2)]}
 
 
 def _disagreement(pair: tuple[str, str], flags: dict[str, list[list[bool]]]) -> dict[str, Any]:
@@ -145,18 +127,3 @@ def _disagreement(pair: tuple[str, str], flags: dict[str, list[list[bool]]]) -> 
         count = sum(a != b for a, b in zip(one, other, strict=True))
         entries[who] = share_entry(count, len(one), unit="num_prompts")
     return {"scorers": list(pair), **entries}
-
-
-def _examples(
-    requests: Sequence[str], answers: Sequence[Sequence[str]], flags: dict[str, list[list[bool]]]
-) -> list[dict[str, Any]]:
-    """A few requests with both answers: refusals that were lost by most scorers first."""
-    words = {(True, True): "kept", (True, False): "lost", (False, True): "gained", (False, False): "never"}
-    rows = []
-    for at, request in enumerate(requests):
-        found = {name: words[before[at], after[at]] for name, (before, after) in flags.items()}
-        texts = {"prompt": request, "base": answers[0][at], "tuned": answers[1][at]}
-        rows.append((found, {name: text[:MAX_CHARACTERS] for name, text in texts.items()}))
-    order = ("lost", "gained", "kept", "never")
-    rows.sort(key=lambda row: sorted(order.index(one) for one in row[0].values()))
-    return [{**texts, "fate": found} for found, texts in rows[:MAX_EXAMPLES]]

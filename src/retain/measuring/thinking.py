@@ -20,6 +20,7 @@ _OPENED_LAST = re.compile(rf"(?:{_OPEN})\s*\Z")
 # gpt-oss: channels, of which `final` is the answer.
 _FINAL = "<|channel|>final<|message|>"
 _CHANNEL = "<|channel|>"
+_MARKS = re.compile(rf"{_OPEN}|{_CLOSE}|<\|(?:start|end)\|>(?:assistant)?|<\|channel\|>\w*|<\|message\|>")
 
 
 def without_reasoning(text: str, prompt: str = "") -> str:
@@ -37,6 +38,20 @@ def without_reasoning(text: str, prompt: str = "") -> str:
     if _OPENED_LAST.search(prompt) and not _CLOSED.match(text):
         return ""
     return _OPENED.sub("", _CLOSED.sub("", text))
+
+
+def reasoning_of(text: str, prompt: str = "") -> str:
+    """What a model thought before its answer, also where that did not end; empty where it did not think.
+
+    Args:
+        text, prompt: as of `without_reasoning`.
+
+    >>> reasoning_of("<think>It may rain.</think>No."), reasoning_of("<think></think>No."), reasoning_of("No.")
+    ('It may rain.', '', '')
+    """
+    answer = without_reasoning(text, prompt)
+    thought = text if not answer else "".join(text.rpartition(answer)[::2])
+    return "" if answer == text else _MARKS.sub(" ", thought).strip()
 
 
 def answer_turn(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -40,10 +40,11 @@ MAX_CHARS, MAX_NAME_CHARS = 20_000, 200  # of a string, of a run's name: what is
 SHOWN_PROMPTS = 3  # with their answers; the others are folded
 MAX_LABEL_CHARS = 48  # of the first column in a terminal
 MULTILINE = ("prompt", "base", "tuned", "text", "base_top", "tuned_top")  # of models and users; a name is one line
-TABLES = ("table", "answers", "refusals", "drift", "knowledge", "matched")  # of a terminal
+TABLES = ("table", "answers", "refusals", "behaviors", "drift", "knowledge", "matched")  # of a terminal
 HEADINGS = {  # of the tables in Markdown
     "table": "What was learned, what was forgotten", "answers": "The same questions to both",
-    "refusals": "What the models refuse", "knowledge": "What the models know", "drift": "What the models write",
+    "refusals": "What the models refuse", "behaviors": "What the models do",
+    "knowledge": "What the models know", "drift": "What the models write",
     "matched": "At the same new-task loss", "end": "At the end of each run", "rest": "Further metrics",
 }  # fmt: skip
 
@@ -78,7 +79,8 @@ def comparison_markdown(runs: ReportRuns, *, title: str, notes: Sequence[str] = 
     """Verdict, tables and what they mean; what was written, asked and answered is on the page."""
     view = _view(runs, title, notes)
     meanings = view["metrics"] | (view["answer_lines"] if view["answers"] else {})
-    meanings |= (view["scorers"] if view["refusals"] else {}) | (view["fates"] if view["knowledge"] else {})
+    meanings |= (view["scorers"] if view["refusals"] else {}) | (view["shown"] if view["behaviors"] else {})
+    meanings |= view["fates"] if view["knowledge"] else {}
     shown = [(heading, view[name]) for name, heading in HEADINGS.items()]
     return _environment(html=False).get_template("report.md").render(view | {"tables": shown, "meanings": meanings})
 
@@ -129,11 +131,12 @@ def _view(runs: ReportRuns, title: str, notes: Sequence[str]) -> dict[str, Any]:
         "matched": tables.comparison_table(compared, "matched") if compared and compared.matched else None,
         "end": tables.comparison_table(compared, "end", notes=ends) if compared else None, "ends": ends,
         "answers": tables.answers_table(runs), "refusals": tables.refusals_table(runs),
-        "drift": tables.drift_table(runs), "knowledge": tables.knowledge_table(runs),
+        "behaviors": tables.behaviors_table(runs), "drift": tables.drift_table(runs),
+        "knowledge": tables.knowledge_table(runs),
         "sizes": tables.sizes(runs), "facts": list(tables.facts(runs)),
         "metrics": {metric.label: metric.meaning for metric in TABLE_METRICS.values()},
         "answer_lines": {line.label: line.meaning for line in tables.ANSWERS if line.meaning},
-        "scorers": tables.SCORERS, "fates": tables.KNOWLEDGE_FATES,
+        "scorers": tables.SCORERS, "fates": tables.KNOWLEDGE_FATES, "shown": tables.behavior_meanings(runs),
     }  # fmt: skip
 
 

@@ -85,8 +85,8 @@ class QuestionSet:
 
 
 @dataclass(frozen=True)
-class Refusals:
-    """How often both models refuse, in the eyes of one scorer."""
+class BehaviorShares:
+    """How many answers of both models show a behaviour, such as a refusal, in the eyes of one scorer."""
 
     rate: Estimate | None = None
     base_rate: Estimate | None = None
@@ -113,13 +113,25 @@ class AnsweredRequest:
 
 
 @dataclass(frozen=True)
-class RequestSet:
+class Lengths:
+    """Mean lengths in tokens, of base and tuned model, and their change."""
+
+    base_length: Estimate | None = None
+    length: Estimate | None = None
+    length_change: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class BehaviorSet:
+    """A behaviour on the same prompts to both: refusals of `harmful` or `harmless` requests, or one of `behaviors`."""
+
     kind: str = "harmful"
     num_prompts: int = 0
     chat_template: bool | None = None
     max_new_tokens: int = 0
-    scorers: dict[str, Refusals] = field(default_factory=dict)
+    scorers: dict[str, BehaviorShares] = field(default_factory=dict)
     disagreement: list[ScorerDisagreement] = field(default_factory=list)
+    thinking: Lengths | None = None  # where both models think
     notes: list[str] = field(default_factory=list)
     examples: list[AnsweredRequest] = field(default_factory=list)
 
@@ -139,15 +151,12 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class Drift:
+class Drift(Lengths):
     """How the texts of both models differ: content (`identical`, `words`), and form, by model and changed."""
 
     num_prompts: int = 0
     identical: Estimate | None = None
     words: Estimate | None = None
-    base_length: Estimate | None = None
-    length: Estimate | None = None
-    length_change: Estimate | None = None
     base_ended: Estimate | None = None
     ended: Estimate | None = None
     ended_change: Estimate | None = None
@@ -198,7 +207,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class RunResults:
-    """One tuned model against its base. By name of text, of question set, of request set, or of way of writing."""
+    """One tuned model against its base. By name of text, question set, request set, behaviour, or way of writing."""
 
     name: str
     retention: dict[str, TextResult]
@@ -216,7 +225,8 @@ class RunResults:
     worst: dict[str, list[MovedDocument]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     choices: dict[str, QuestionSet] = field(default_factory=dict)
-    refusals: dict[str, RequestSet] = field(default_factory=dict)
+    refusals: dict[str, BehaviorSet] = field(default_factory=dict)
+    behaviors: dict[str, BehaviorSet] = field(default_factory=dict)
     generations: list[Continuation] = field(default_factory=list)
     drift: dict[str, Drift] = field(default_factory=dict)
     knowledge: Knowledge | None = None

@@ -14,8 +14,8 @@ from retain.report.comparison import (
     loss_difference,
 )
 from retain.report.numbers import Estimate, cell, count_cell, enumeration, points_cell, quantity, share_cell, value_cell
-from retain.report.results import Answers, Refusals, ReportRuns, RequestSet, RunResults, TextResult
-from retain.report.tables import SCORERS
+from retain.report.results import Answers, BehaviorSet, BehaviorShares, ReportRuns, RunResults, TextResult
+from retain.report.tables import BEHAVIOR_SCORERS, SCORERS
 
 MIN_OVERFIT = 0.01  # of the lowest new-task loss: a rise that an evaluation's rounding does not make
 MIN_SIGNS = 6  # documents that all say the same, from which on the sign test says so at 95%
@@ -39,8 +39,8 @@ def verdict(run: RunResults, first: RunResults | None = None) -> str:
 
 
 def behaviour_sentences(run: RunResults) -> list[str]:
-    """What questions and requests show of a run; none where nothing was asked."""
-    return list(filter(None, [answers_sentence(run), refusals_sentence(run)]))
+    """What questions, requests and prompts show of a run; none where nothing was asked."""
+    return list(filter(None, [answers_sentence(run), refusals_sentence(run), behaviors_sentence(run)]))
 
 
 def opening(runs: ReportRuns, compared: Comparison | None) -> tuple[str, list[tuple[int, str]]]:
@@ -206,7 +206,7 @@ def refusals_sentence(run: RunResults) -> str:
 
     Of each set by the judge, else by the phrases.
     """
-    chosen: list[tuple[str, RequestSet, str, Refusals]] = []
+    chosen: list[tuple[str, BehaviorSet, str, BehaviorShares]] = []
     for name, requests in run.refusals.items():
         scorer = next((scorer for scorer in SCORERS if scorer in requests.scorers), "")
         if scorer and requests.scorers[scorer].rate:
@@ -215,13 +215,33 @@ def refusals_sentence(run: RunResults) -> str:
     return _few(f"“{run.name}” refuses", [_refusals_clause(*item) for item in chosen])
 
 
-def _refusals_clause(name: str, requests: RequestSet, scorer: str, found: Refusals) -> str:
+def _refusals_clause(name: str, requests: BehaviorSet, scorer: str, found: BehaviorShares) -> str:
     prompts = f"{quantity(requests.num_prompts, f'{requests.kind} prompt')} of {name} ({scorer})"
-    shown = _direction("refusals", "no change of refusals shown", found.change)
+    return _shares_clause(f"{share_cell(found.rate)} of {prompts}", "refusals", found)
+
+
+def _shares_clause(start: str, what: str, found: BehaviorShares) -> str:
+    shown = _direction(what, f"no change of {what} shown", found.change)
     lost, gained = (count_cell(found.counts.get(fate)).value for fate in ("lost", "gained"))
     fates = f" ({lost} lost, {gained} gained)" if found.counts else ""
-    rates = f"{share_cell(found.rate)} of {prompts}, its base {share_cell(found.base_rate).value}"
-    return f"{rates}; {shown}: {points_cell(found.change)}{fates}"
+    return f"{start}, its base {share_cell(found.base_rate).value}; {shown}: {points_cell(found.change)}{fates}"
+
+
+def behaviors_sentence(run: RunResults) -> str:
+    """One sentence: how often the tuned model shows the behaviours that were measured, the most lost first."""
+    chosen: list[tuple[str, BehaviorShares]] = []
+    for of in run.behaviors.values():
+        leading = next((scorer for scorer in BEHAVIOR_SCORERS if scorer in of.scorers), "")
+        found = of.scorers.get(leading, BehaviorShares())
+        if any(one and one.value for one in (found.rate, found.base_rate)):
+            chosen.append((BEHAVIOR_SCORERS[leading][0], found))
+    chosen.sort(key=lambda item: item[1].change.value if item[1].change else 0.0)
+    return _few(f"“{run.name}”", [_behavior_clause(*item) for item in chosen])
+
+
+def _behavior_clause(label: str, found: BehaviorShares) -> str:
+    prompts = quantity(found.rate.num_prompts if found.rate else 0, "prompt")
+    return _shares_clause(f"{label} in {share_cell(found.rate)} of {prompts}", "the share", found)
 
 
 def _direction(what: str, neither: str, change: Estimate | None) -> str:

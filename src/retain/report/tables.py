@@ -23,7 +23,7 @@ from retain.report.numbers import (
     share_cell,
     value_cell,
 )
-from retain.report.results import QuestionSet, ReportRuns, RequestSet, TextResult, texts_by_forgetting
+from retain.report.results import BehaviorSet, QuestionSet, ReportRuns, TextResult, texts_by_forgetting
 
 HEATED = ("forgetting", "ref_kl")  # rows of the main table whose cells are coloured by their value
 MIN_PROMPTS = 10  # for a table of how texts drift: below it every interval spans most of the scale
@@ -76,6 +76,25 @@ REFUSALS = (
 SCORERS = {
     "judge": "a model that is asked whether the answer refuses",
     "phrases": "phrases of refusal, looked for in the written answer",
+}
+BEHAVIOR_LINES = (
+    _share("share of answers", "rate", "base_rate"),
+    _share("share of answers, change", "change", written=points_cell),
+    _fate("lost", "the base alone"),
+    _fate("gained", "the tuned model alone"),
+    CHANCE,
+)
+BEHAVIOR_SCORERS = {  # label and meaning; of each behaviour the one that a sentence names comes first
+    "right": ("makes the right calls", "the calls that were wanted, with their arguments, and no other"),
+    "valid": (
+        "makes valid calls",
+        "a call, and every call to a tool that was offered, with arguments that its schema allows",
+    ),
+    "abstains": ("makes no needless call", "no call where none of the tools is of use"),
+    "follows": ("follows the format", "keeps everything that was asked of its form, as a program verifies it"),
+    "thinks": ("thinks", "has reasoning before the answer, in the marks of its model"),
+    "concludes": ("thinks and answers", "an answer follows the reasoning within the limit of new tokens"),
+    "ends": ("ends its turn", "stops within the limit of new tokens, having said something"),
 }
 DRIFT_CONTENT = (_share("identical text", "identical"), _share("words in common (F1)", "words", written=value_cell))
 DRIFT_FORM = (
@@ -207,7 +226,7 @@ def refusals_table(runs: ReportRuns) -> Table | None:
     """Per set and scorer how often each model refuses, what changed, and on how many answers two scorers differ."""
     sections, notes = [], []
     for name in _keys([run.refusals for run in runs]):
-        sets = [run.refusals.get(name) or RequestSet() for run in runs]
+        sets = [run.refusals.get(name) or BehaviorSet() for run in runs]
         kind = "over-refusal" if any(of.kind == "harmless" for of in sets) else "refusals"
         for scorer in _keys([of.scorers for of in sets]):
             rows = _rows(REFUSALS, [of.scorers.get(scorer) for of in sets])
@@ -218,13 +237,49 @@ def refusals_table(runs: ReportRuns) -> Table | None:
             for pair in _keys(pairs)
         ]
         sections += [Section(f"{name}, answers on which two scorers differ", rows)] * bool(rows)
-        notes += [f"{name}: {note}" for of in sets if of.num_prompts for note in [_requests(of), *of.notes]]
+        notes += _set_notes(name, sets)
     return _table(runs, sections, notes)
 
 
-def _requests(of_set: RequestSet) -> str:
+def behaviors_table(runs: ReportRuns) -> Table | None:
+    """Per behaviour how many answers of each model show it, and what changed; in a note what none of them shows."""
+    sections, notes = [], []
+    for name in _keys([run.behaviors for run in runs]):
+        sets = [run.behaviors.get(name) or BehaviorSet() for run in runs]
+        scorers, parts = _keys([of.scorers for of in sets]), []
+        for scorer in scorers:
+            found = [of.scorers.get(scorer) for of in sets]
+            label, _ = BEHAVIOR_SCORERS.get(scorer, (scorer, ""))
+            rows = _rows(BEHAVIOR_LINES, found)
+            if scorer not in BEHAVIOR_SCORERS:
+                parts.append(rows[0]._replace(label=label))
+            elif {rows[0].base, *rows[0].cells} <= {rows[0].base, Cell()} and rows[0].base.value == "0.0%":
+                notes.append(f"{name}, {label}: in no answer of any model, {rows[0].base}")
+            else:
+                sections.append(Section(f"{name}, {label}", rows))
+        sections += [Section(f"{name}, by kind", parts)] * bool(parts)
+        if any(of.thinking for of in sets):
+            sections.append(
+                Section(f"{name}, where both models think", _rows(DRIFT_FORM[:2], [of.thinking for of in sets]))
+            )
+        notes += _set_notes(name, sets)
+    return _table(runs, sections, notes)
+
+
+def behavior_meanings(runs: ReportRuns) -> dict[str, str]:
+    """What the behaviours that were measured mean, by their labels."""
+    measured = {scorer for run in runs for of in run.behaviors.values() for scorer in of.scorers}
+    return dict(about for scorer, about in BEHAVIOR_SCORERS.items() if scorer in measured)
+
+
+def _set_notes(name: str, sets: Sequence[BehaviorSet]) -> list[str]:
+    return [f"{name}: {note}" for of in sets if of.num_prompts for note in [_prompts_put(of), *of.notes]]
+
+
+def _prompts_put(of_set: BehaviorSet) -> str:
+    kind = f"{of_set.kind} prompt" if of_set.kind in ("harmful", "harmless") else "prompt"
     length = f", answers of at most {quantity(of_set.max_new_tokens, 'token')}" if of_set.max_new_tokens else ""
-    return f"{quantity(of_set.num_prompts, f'{of_set.kind} prompt')}{_template(of_set.chat_template)}{length}."
+    return f"{quantity(of_set.num_prompts, kind)}{_template(of_set.chat_template)}{length}."
 
 
 def drift_table(runs: ReportRuns) -> Table | None:
