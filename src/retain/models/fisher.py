@@ -91,7 +91,8 @@ def save_fisher(path: Path, fisher: Mapping[str, Curvature], num_tokens: int) ->
     }
     with atomic_path(path) as temporary:
         kept = {str(at): tensor.contiguous() for at, tensor in enumerate(tensors)}
-        save_file(kept, temporary, {"num_tokens": str(num_tokens), "fisher": json.dumps(names)})
+        about = json.dumps({"num_tokens": num_tokens, "weights": names})
+        save_file(kept, temporary, {"fisher": about})  # one entry: safetensors writes several in any order
 
 
 def load_fisher(path: Path, device: Any = "cpu") -> tuple[dict[str, Curvature], int]:
@@ -103,8 +104,8 @@ def load_fisher(path: Path, device: Any = "cpu") -> tuple[dict[str, Curvature], 
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             tensors: dict[str | None, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = file.metadata()
-        names, num_tokens = json.loads(about["fisher"]), int(about["num_tokens"])
+            about = json.loads(file.metadata()["fisher"])
+        names, num_tokens = about["weights"], int(about["num_tokens"])
         tensors[None] = None
         return {
             name: Curvature(tensors[left], tensors[right], [(tensors[a], tensors[b]) for a, b in parts])
