@@ -92,8 +92,7 @@ def read_spanish(folder: Path = CACHE) -> list[str]:
     """Passages of the Reina-Valera translation of 1909 (Debian `sword-text-sparv`, public domain)."""
     package = fetched("sword-text-sparv_*.deb", ["apt-get", "download", "sword-text-sparv"], folder)
     unpacked = folder / "sparv"
-    if not unpacked.is_dir():
-        subprocess.run(["dpkg-deb", "-x", str(package), str(unpacked)], check=True, capture_output=True)
+    unpack(package, unpacked)
     module = next(unpacked.glob("usr/share/sword/modules/texts/ztext/*"))
     text = ""
     for part in ("ot", "nt"):
@@ -103,17 +102,42 @@ def read_spanish(folder: Path = CACHE) -> list[str]:
     return passages(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text)))
 
 
-def read_german(folder: Path = CACHE, least: int = 200) -> list[str]:
-    """Pages of LibreOffice's help in German, paragraphs alone (Debian `libreoffice-help-de`, MPL-2.0)."""
-    package = fetched("libreoffice-help-de_*.deb", ["apt-get", "download", "libreoffice-help-de"], folder)
-    unpacked = folder / "help-de"
-    if not unpacked.is_dir():
-        subprocess.run(["dpkg-deb", "-x", str(package), str(unpacked)], check=True, capture_output=True)
+def read_german(folder: Path = CACHE) -> list[str]:
+    """Pages of LibreOffice's help in German."""
+    return read_help("de", folder)
+
+
+def read_french(folder: Path = CACHE) -> list[str]:
+    """Pages of LibreOffice's help in French."""
+    return read_help("fr", folder)
+
+
+def read_help(language: str, folder: Path, least: int = 200) -> list[str]:
+    """Pages of LibreOffice's help, paragraphs alone (Debian `libreoffice-help-*`, MPL-2.0)."""
+    name, unpacked = f"libreoffice-help-{language}", folder / f"help-{language}"
+    unpack(fetched(f"{name}_*.deb", ["apt-get", "download", name], folder), unpacked)
     pages = set()
-    for path in sorted(unpacked.rglob("help/de/text/**/*.html")):
+    for path in sorted(unpacked.rglob(f"help/{language}/text/**/*.html")):
         found = re.findall(r'<p [^>]*class="paragraph"[^>]*>(.*?)</p>', path.read_text(encoding="utf-8"), re.DOTALL)
         pages.add("\n".join(html.unescape(re.sub(r"<[^>]+>", "", text)).strip() for text in found))
     return sorted(page for page in pages if len(page) >= least)
+
+
+def read_perl(folder: Path = CACHE, least: int = 600, most: int = 150_000) -> list[str]:
+    """Perl's own modules, without what is not code (Debian `perl-modules-5.36`, GPL or Artistic)."""
+    unpacked = folder / "perl"
+    unpack(fetched("perl-modules-5.36_*.deb", ["apt-get", "download", "perl-modules-5.36"], folder), unpacked)
+    files = (path.read_text(encoding="utf-8", errors="replace") for path in sorted(unpacked.rglob("*.pm")))
+    texts = (
+        re.sub(r"(?ms)^=[a-z].*?(?:^=cut\b.*?$|\Z)", "", re.split(r"(?m)^__(?:END|DATA)__", text)[0]) for text in files
+    )
+    return sorted({text for text in texts if least <= len(text) <= most})
+
+
+def unpack(package: Path, folder: Path) -> None:
+    """A Debian package's files, once."""
+    if not folder.is_dir():
+        subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True, capture_output=True)
 
 
 def read_javascript(folder: Path = CACHE, least: int = 300) -> list[str]:

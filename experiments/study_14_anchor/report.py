@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from experiments.claim import Interval, over_seeds
 from experiments.matched_loss import MEASURES
 from experiments.pages import NoReport, findings, panels, table
-from experiments.study_14_anchor.settings import BASES, REPLAY_START, TASKS
+from experiments.study_14_anchor.settings import BASES, TASKS
 
 GOAL, MOST_TIME = 0.95, 1.10
 TOO_FEW, NOT_TIMED = "too few runs", "not timed"
@@ -65,7 +64,7 @@ class Cell:
     plain_losses: list[float]
     prevented: np.ndarray  # (seeds, measures)
     kept: list[float]  # KL on own rows at the end, of each seed
-    times: list[float]  # of a step, a round each
+    time: Interval | None  # of a step over a plain one's, averaged over a run
 
     @property
     def judged(self) -> bool:
@@ -79,11 +78,6 @@ class Cell:
         return f"anchor, coefficient {BASES[self.base].anchors[self.method][self.round]['anchor_coef']:g}"
 
     @property
-    def time(self) -> float | None:
-        """Of a step over a plain one's: median of the rounds."""
-        return statistics.median(self.times) if self.times else None
-
-    @property
     def intervals(self) -> list[Interval | None]:
         """Over seeds, of each measure; None where plain forgot next to nothing."""
         return [None if np.isnan(column).any() else over_seeds(column) for column in self.prevented.T]
@@ -95,15 +89,15 @@ class Cell:
 
     @property
     def verdict(self) -> str:
-        """By the rule of `run.py`; and rounds of timing on both sides of the limit cannot tell."""
+        """By the rule of `run.py`; a time whose interval holds the limit cannot tell."""
         found = [one for one in self.intervals if one is not None]
         if len(self.prevented) < 3:
             return TOO_FEW
-        if not self.times:
+        if self.time is None:
             return NOT_TIMED
-        if min(self.times) > MOST_TIME or any(one.high < GOAL for one in found):
+        if self.time.low > MOST_TIME or any(one.high < GOAL for one in found):
             return "missed"
-        reached = all(one.low >= GOAL for one in found) and max(self.times) <= MOST_TIME
+        reached = all(one.low >= GOAL for one in found) and self.time.high <= MOST_TIME
         return "reached" if reached else "cannot tell"
 
 
@@ -118,7 +112,7 @@ def cells_of(rows: Sequence[dict[str, Any]]) -> list[Cell]:
                 if row["bench"] == f"{base}-{task}" and settings["method"] == method:
                     at = round_of(settings, base)
                     ends.setdefault(at, {}).setdefault(settings["seed"], []).append(end_of(row))
-            plain, times = ends.get(None, {}), times_of(rows, base, method)
+            plain = ends.get(None, {})
             for number in (*sorted(of_base.anchors[method]), 0):
                 own = {
                     seed: end
@@ -129,9 +123,9 @@ def cells_of(rows: Sequence[dict[str, Any]]) -> list[Cell]:
                     shares = [prevented(end, plain[seed]) for seed, end in sorted(own.items())]
                     lowest = [min(end.loss for end in plain[seed]) for seed in sorted(own)]
                     losses = [own[seed].loss for seed in sorted(own)]
-                    timed = times.get(number > 0, [])
+                    time = time_of(rows, base, method, number)
                     kept = [own[seed].measures[-1] for seed in sorted(own)]
-                    found.append(Cell(base, method, task, number, losses, lowest, np.array(shares), kept, timed))
+                    found.append(Cell(base, method, task, number, losses, lowest, np.array(shares), kept, time))
     return found
 
 
@@ -144,15 +138,23 @@ def round_of(settings: dict[str, Any], base: str) -> int | None:
     return 0 if settings.get("coef") else None
 
 
-def times_of(rows: Sequence[dict[str, Any]], base: str, method: str) -> dict[bool, list[float]]:
-    """Processor time of a step over a plain one's, averaged over a run: without an anchor and with one, each timing."""
-    found: dict[bool, list[float]] = {}
-    for row in rows:
-        if row["bench"] == f"{base}-timing" and row["settings"]["method"] == method:
-            replay, late, alone = (one["cpu"] for one in row["timing"])  # as `timing.timed` lists them
-            found.setdefault(False, []).append(replay)
-            found.setdefault(True, []).append(REPLAY_START * alone + (1 - REPLAY_START) * late)
-    return found
+def time_of(rows: Sequence[dict[str, Any]], base: str, method: str, number: int) -> Interval | None:
+    """Processor time of a step over a plain one's, averaged over a run of a round; None if it was not measured.
+
+    An interval's ends are those of its parts. What a step costs does not depend on coefficients and rates.
+    """
+    timed = [row["timing"] for row in rows if row["bench"] == f"{base}-timing" and row["settings"]["method"] == method]
+    if not timed:
+        return None
+    replay, late, alone = timed[-1]  # as `timing.timed` lists them
+    if not number:
+        return Interval(replay["cpu"], *replay["ci"])
+    how = BASES[base].anchors[method][number]
+    if how["replay_rows"] != late["settings"]["replay_rows"]:
+        return None
+    share = how["replay_start"]
+    ends = zip((alone["cpu"], *alone["ci"]), (late["cpu"], *late["ci"]), strict=True)
+    return Interval(*(share * before + (1 - share) * after for before, after in ends))
 
 
 def report_of(rows: Sequence[dict[str, Any]]) -> str:
@@ -169,20 +171,20 @@ def report_of(rows: Sequence[dict[str, Any]]) -> str:
             for mean in cell.intervals
         ]
         verdict = cell.verdict if cell.judged else "not judged"
-        time = f"{cell.time:.2f} ({min(cell.times):.2f} to {max(cell.times):.2f})" if cell.times else "not measured"
+        time = "not measured" if cell.time is None else cell.time.text(".2f")
         lines.append((
             BASES[cell.base].label, METHODS[cell.method], TASKS[cell.task].label, cell.way, len(cell.losses),
             f"{np.mean(cell.losses):.3f}", f"{np.mean(cell.plain_losses):.3f}", *shares, time, verdict,
         ))  # fmt: skip
     told = [one for one in cells if one.judged and one.verdict not in (TOO_FEW, NOT_TIMED)]
-    rounds = {number: [one for one in told if one.round == number] for number in (1, 2)}
+    rounds = {number: [one for one in told if one.round == number] for number in (1, 2, 3)}
     said = {f"{FINDING}, round {number}": verdict_of(judged) for number, judged in rounds.items() if judged}
     return f"{table(head, lines)}\n\n{findings(said)}" if said else table(head, lines)
 
 
 def verdict_of(judged: Sequence[Cell]) -> tuple[str, str]:
     """How many cells reached the goal, and the numbers behind it."""
-    weakest, times = [cell.weakest for cell in judged], [cell.time for cell in judged if cell.time is not None]
+    weakest, times = [cell.weakest for cell in judged], [cell.time.value for cell in judged if cell.time is not None]
     verdicts = [cell.verdict for cell in judged]
     said = ", ".join(
         f"{word} in {verdicts.count(word)}" for word in ("reached", "cannot tell", "missed") if word in verdicts
@@ -196,7 +198,7 @@ def verdict_of(judged: Sequence[Cell]) -> tuple[str, str]:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """What was forgotten over what was learned, on the tasks of the last round: plain's rates as a line."""
-    cells = [cell for cell in cells_of(rows) if TASKS[cell.task].round == 2]
+    cells = [cell for cell in cells_of(rows) if TASKS[cell.task].round == 3]
     places = list(dict.fromkeys((cell.base, cell.method, cell.task) for cell in cells))
     ticks = (0.01, 0.03, 0.1, 0.3, 1, 3)
     with panels(path, len(places), (1.9 * len(places) + 0.8, 2.9)) as axes:

@@ -1,4 +1,4 @@
-"""What the study trains: bases, tasks, plain learning rates and the anchors of its two rounds."""
+"""What the study trains: bases, tasks, plain learning rates and the anchors of its three rounds."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from experiments.corpora import read_cpp, read_german, read_javascript, read_spanish
+from experiments.corpora import read_cpp, read_french, read_german, read_javascript, read_perl, read_spanish
 from experiments.finetunes import BenchSettings, Run
 
-REPLAY_START = 0.85  # share of the anchor's steps before its replay
-LATE = {"replay_start": REPLAY_START, "coef": 5.0}
+LATE = {"replay_start": 0.85, "coef": 5.0}
+LAST_THIRD = {"replay_start": 0.7, "coef": 5.0}  # of the third round
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ TASKS = {
     "cpp": Task("C++", 1, read_cpp),
     "german": Task("German", 2, read_german),
     "javascript": Task("JavaScript", 2, read_javascript),
+    "french": Task("French", 3, read_french),
+    "perl": Task("Perl", 3, read_perl),
 }
 BASES = {
     "small": Base(
@@ -50,10 +52,12 @@ BASES = {
             "full": {
                 1: {"learning_rate": 2e-2, "anchor_coef": 20.0, "replay_rows": 8, **LATE},
                 2: {"learning_rate": 4e-2, "anchor_coef": 60.0, "replay_rows": 8, **LATE},
+                3: {"learning_rate": 1e-2, "anchor_coef": 50.0, "replay_rows": 8, **LAST_THIRD},
             },
             "lora": {
                 1: {"learning_rate": 4e-2, "anchor_coef": 10.0, "replay_rows": 8, **LATE},
                 2: {"learning_rate": 6e-2, "anchor_coef": 30.0, "replay_rows": 8, **LATE},
+                3: {"learning_rate": 3e-2, "anchor_coef": 20.0, "replay_rows": 8, **LAST_THIRD},
             },
         },
     ),

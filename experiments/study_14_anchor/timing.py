@@ -1,39 +1,79 @@
-"""What a step of each kind of run costs, beside a plain step in the same process."""
+"""What a step of each kind of run costs: trainers that take steps by turns, so that a busy host slows all alike."""
 
 from __future__ import annotations
 
-import statistics
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
+from threading import Barrier
 from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from transformers import TrainerCallback
 
 from experiments.finetunes import Bench, Run, make_trainer, scratch
 from experiments.study_14_anchor.settings import anchored_runs, little_replay, plain_runs
 
-TIMED_STEPS, WARM_UP = 16, 8
+WARM_UP = 4
+KINDS = ("plain", "replay", "anchor and replay", "anchor")
 
 
 def timed(base: str, method: str) -> list[Run]:
-    """Plain, replay, the last anchor with late replay as it is in the end, and as it is before."""
+    """One run for each of `KINDS`; the last two are an anchored run at its end and before its replay begins."""
     kinds = plain_runs(base, method, 0)[-2], little_replay(base, method, 0), anchored_runs(base, method, 0)[-1]
     plain, little, anchor = (replace(run, eval_steps=0, schedule=None, replay_start=None) for run in kinds)
     return [plain, little, anchor, replace(anchor, coef=0.0)]
 
 
-def time_round(runs: Sequence[Run], bench: Bench) -> dict[str, Any]:
-    """Processor seconds of a step, over those of the plain steps before and after it."""
-    plain, *others = runs
-    before, rows = seconds_of(plain, bench), []
-    for run in others:
-        own, after = seconds_of(run, bench), seconds_of(plain, bench)
-        rows.append({"settings": run.settings(), "cpu": round(2 * own / (before + after), 4), "seconds": round(own, 4)})
-        before = after
-    return {"timing": rows, "steps": TIMED_STEPS}
+class Turns(TrainerCallback):
+    """Lets one trainer take a step after the other; keeps the processor seconds of each of its own."""
+
+    def __init__(self, at: int, barrier: Barrier) -> None:
+        self.at, self.barrier, self.seconds, self._since = at, barrier, list[float](), 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._wait(self.at)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.thread_time() - self._since)
+        self._wait(self.barrier.parties)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._wait(self.barrier.parties - self.at)
+
+    def _wait(self, turns: int) -> None:
+        for _ in range(turns):
+            self.barrier.wait()
+        self._since = time.thread_time()
 
 
-def seconds_of(run: Run, bench: Bench) -> float:
-    """Mean processor seconds of a step."""
-    with scratch() as folder:
-        trainer = make_trainer(replace(run, max_steps=TIMED_STEPS + WARM_UP), bench, folder)
-        trainer.train()
-    return statistics.fmean(cpu for _, cpu in trainer.clock.seconds[-TIMED_STEPS:])
+def time_steps(runs: Sequence[Run], bench: Bench, cycles: int) -> dict[str, Any]:
+    """Processor seconds of a step over those of plain's in the same turn: medians, with 95% intervals over turns."""
+    barrier = Barrier(len(runs))
+
+    def seconds_of(trainer: Any, turns: Turns) -> list[float]:
+        torch.set_num_threads(1)  # a thread's own setting
+        trainer.add_callback(turns)
+        try:
+            trainer.train()
+        except BaseException:
+            barrier.abort()
+            raise
+        return turns.seconds[WARM_UP:]
+
+    with ExitStack() as stack, ThreadPoolExecutor(len(runs)) as pool:
+        long = [replace(run, max_steps=cycles + WARM_UP) for run in runs]
+        trainers = [make_trainer(run, bench, stack.enter_context(scratch())) for run in long]
+        turns = [Turns(at, barrier) for at in range(len(runs))]
+        plain, *others = [np.array(one) for one in pool.map(seconds_of, trainers, turns)]
+    rows = []
+    for run, own in zip(runs[1:], others, strict=True):
+        ratios = own / plain
+        ends = bootstrap((ratios,), np.median, method="percentile", rng=0).confidence_interval
+        value, low, high = (round(float(one), 4) for one in (np.median(ratios), *ends))
+        rows.append({"settings": run.settings(), "cpu": value, "ci": [low, high]})
+    return {"timing": rows, "cycles": cycles, "plain_seconds": round(float(np.median(plain)), 4)}
