@@ -1,13 +1,14 @@
-"""What replay costs a training step: by share of the batch, every k-th step and reference, with plain steps beside it.
+"""What replay costs a training step: by share of the batch and reference, with plain steps beside it.
 
-    python benchmarks/replay_cost.py [--model NAME] [--rows 32] [--length 64] [--shares 8 16 32] [--output FILE]
+    python benchmarks/replay_cost.py [--model NAME | --size 5.8M] [--shares 8 16 32] [--output FILE]
 
-Every cell is a real run of `ReplayTrainer`, timed between the ends of its optimizer steps, and again with new and
-replay rows in passes of their own (`apart_ratio`); before and after it the same number of plain steps are timed, and
-the ratio is to their mean. `predicted` counts floating-point operations: a plain
+Every cell is a real run of `ReplayTrainer` with replay on every other step, by turns in the new rows' forward pass
+(`joint`) and in one of its own (`apart`). A step's ratio is its time over the mean of the plain steps before and after
+it, from the end of one optimizer step to that of the next; shown are medians with 95% bootstrap intervals. The anchor
+acts on every step: its run is timed between plain runs. `predicted` counts floating-point operations: a plain
 step 3 units a token (forward 1, backward 2; with frozen weights 1), the reference 1 more, stored hidden states the
 head's part of 1. Processor seconds on a CPU, which other processes disturb less; wall-clock on a GPU. Without --model:
-a Qwen3 of 5.8M parameters with random weights, on which losses mean nothing and times do.
+a Qwen3 of --size parameters with random weights, on which losses mean nothing and times do.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import argparse
 import json
 import logging
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,7 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from peft import LoraConfig, get_peft_model
+from scipy.stats import bootstrap
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
@@ -40,8 +42,9 @@ from retain.replay.dataset import load_self_generated
 from retain.replay.fisher import FISHER_FILE
 from retain.sampling.write import sample_replay
 
-SIZE, VOCAB, WARM, RANK = "5.8M", 4096, 2, 16
-SHARES = (2, 4, 8, 16, 32)  # new tokens per replay token
+VOCAB, RANK = 1024, 16
+WARM = 4  # steps: until the KL has risen, replay has a pass of its own
+SHARES = (4, 8, 16, 32)  # new tokens per replay token
 
 
 @dataclass(frozen=True)
@@ -50,26 +53,18 @@ class Cell:
 
     method: str  # full, LoRA
     reference: str  # copy, adapter, cache
-    rows: int
-    length: int
-    every: int = 1
+    rows: int = 0
+    length: int = 0
     anchor: bool = False
 
 
 def cells(rows: int, length: int, shares: Sequence[int]) -> list[Cell]:
     """Shares of a batch by rows, and below one row by its length."""
-
-    def cell(share: int, method: str = "full", reference: str = "copy", every: int = 1) -> Cell:
-        number = max(1, rows // share)
-        return Cell(method, reference, number, rows * length // (share * number), every)
-
+    kinds = (("full", "copy"), ("full", "cache"), ("LoRA", "adapter"), ("LoRA", "cache"))
+    sizes = [(max(1, rows // share), share) for share in shares]
     return [
-        *(cell(share) for share in shares),
-        *(cell(share, every=every) for share, every in ((4, 2), (4, 4), (2, 8)) if share in shares),
-        *(cell(share, reference="cache") for share in shares),
-        Cell("full", "cache", 0, 0, anchor=True),
-        *(cell(share, "LoRA", reference) for reference in ("adapter", "cache") for share in shares),
-        Cell("LoRA", "cache", 0, 0, anchor=True),
+        *(Cell(*kind, number, rows * length // (share * number)) for kind in kinds for number, share in sizes),
+        *(Cell(method, "cache", anchor=True) for method in ("full", "LoRA")),
     ]
 
 
@@ -85,7 +80,7 @@ def predicted(cell: Cell, rows: int, length: int, head: float, shapes: Sequence[
         turned = sum((2 * m * n if cell.method == "full" else 3 * RANK * min(m, n)) * min(m, n) for m, n in shapes)
         return 1 + turned / (plain * rows * length * sum(m * n for m, n in shapes))
     extra = plain + (head if cell.reference == "cache" else 1)
-    return 1 + extra / plain * cell.rows * cell.length / (rows * length) / cell.every
+    return 1 + extra / plain * cell.rows * cell.length / (rows * length)
 
 
 def num_bytes(model: Any) -> int:
@@ -93,10 +88,13 @@ def num_bytes(model: Any) -> int:
 
 
 class Clock(TrainerCallback):
-    """Seconds from the end of each optimizer step to the next."""
+    """Seconds from the end of each optimizer step to the next; replay joins the new rows in every fourth."""
 
-    def __init__(self, device: str) -> None:
-        self.device, self.ends = device, list[float]()
+    def __init__(self, trainer: ReplayTrainer, device: str) -> None:
+        self.replay, self.joint, self.device, self.ends = trainer.replay, trainer.replay.joint, device, list[float]()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.replay.joint = self.joint if state.global_step % 4 == 0 else None
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self.device == "cuda":
@@ -107,11 +105,13 @@ class Clock(TrainerCallback):
 class Bench:
     """A model with the rows that it is trained on, and replay with stored predictions."""
 
-    def __init__(self, name: str | None, rows: int, length: int, folder: Path, device: str, dtype: str) -> None:
+    def __init__(
+        self, name: str | None, size: str, rows: int, length: int, folder: Path, device: str, dtype: str
+    ) -> None:
         self.rows, self.length, self.folder, self.device, self.dtype = rows, length, folder, device, dtype
         if name is None:
             tokenizer = word_tokenizer(VOCAB)
-            make_model(make_config(SIZE, vocab_size=VOCAB, max_length=length)).save_pretrained(folder / "model")
+            make_model(make_config(size, vocab_size=VOCAB, max_length=length)).save_pretrained(folder / "model")
             tokenizer.save_pretrained(folder / "model")
         self.name = name or str(folder / "model")
         self.tokenizer, model = load_tokenizer(self.name), self.model()
@@ -142,12 +142,8 @@ class Bench:
         cut = [self.replay[at][: cell.length] for at in range(len(self.replay))]
         return ReplayDataset.from_rows(cut, self.replay.source, self.replay.manifest)
 
-    def steps(self, cell: Cell, number: int, *, apart: bool = False) -> float:
-        """Mean seconds of an optimizer step, over `number` steps after some to warm up.
-
-        Args:
-            apart: new and replay rows have passes of their own.
-        """
+    def steps(self, cell: Cell, number: int) -> Float[np.ndarray, " number"]:
+        """Seconds of each optimizer step, after some to warm up."""
         rng, most = np.random.default_rng(0), self.rows * (number + WARM)
         tokens = rng.integers(3, self.vocab, (most, self.length))
         model = self.model()
@@ -163,18 +159,16 @@ class Bench:
                 replay_coef=1.0 if cell.rows else 0.0,
                 anchor_coef=20.0 if cell.anchor else 0.0,
                 per_device_replay_batch_size=max(cell.rows, 1),
-                replay_every=cell.every,
+                replay_every=2,
                 replay_reference=cell.reference if cell.rows else "auto",  # type: ignore[arg-type]
             ),
             replay_dataset=self.pool(cell) if cell.rows or cell.anchor else None,
         )
-        if apart:
-            trainer.replay.joint = None
         trainer.remove_callback(PrinterCallback)
-        clock = Clock(self.device)
+        clock = Clock(trainer, self.device)
         trainer.add_callback(clock)
         trainer.train()
-        return (clock.ends[-1] - clock.ends[WARM - 1]) / number
+        return np.diff(clock.ends[WARM - 1 :])
 
     def arguments(self, steps: int) -> TrainingArguments:
         return TrainingArguments(
@@ -184,42 +178,44 @@ class Bench:
         )  # fmt: skip
 
 
-def measure(bench: Bench, chosen: Sequence[Cell], rounds: int, number: int) -> list[dict[str, Any]]:
-    """Every cell in every round, as it is and with passes of its own, between plain steps of its method."""
-    found: dict[Cell, list[tuple[float, ...]]] = {cell: [] for cell in chosen}
-    for at in range(rounds):
-        before: tuple[str, float] | None = None
-        for cell, ratios in found.items():
-            bare = Cell(cell.method, cell.reference, 0, 0)
-            if before is None or before[0] != cell.method:
-                before = cell.method, bench.steps(bare, number)
-            own = [bench.steps(cell, number, apart=apart) for apart in (False, True)[: 1 + bool(cell.rows)]]
-            after = bench.steps(bare, number)
-            ratios.append(tuple(2 * seconds / (before[1] + after) for seconds in own))
-            before = cell.method, after
-        logging.warning("round %d of %d", at + 1, rounds)
-    return [row_of(cell, ratios, bench) for cell, ratios in found.items()]
+def ratios(bench: Bench, cell: Cell, cycles: int) -> dict[str, Float[np.ndarray, " cycles"]]:
+    """Time of steps over that of plain ones: with replay of both kinds, or with the anchor."""
+    if cell.anchor:
+        bare = Cell(cell.method, "auto")
+        before, own, after = (bench.steps(one, 2 * cycles) for one in (bare, cell, bare))
+        return {"anchored": 2 * own / (before + after)}
+    seconds = bench.steps(cell, 4 * cycles + 2)
+    found = 2 * seconds[2:-1:2] / (seconds[1:-2:2] + seconds[3::2])
+    return {"apart": found[::2], "joint": found[1::2]}
 
 
-def row_of(cell: Cell, ratios: Sequence[tuple[float, ...]], bench: Bench) -> dict[str, Any]:
+def row_of(bench: Bench, cell: Cell, cycles: int) -> dict[str, Any]:
+    """A cell's ratios: medians, with 95% intervals over the steps."""
     share = f"1/{bench.rows * bench.length // (cell.rows * cell.length)}" if cell.rows else None
-    ordered, apart = sorted(ratio[0] for ratio in ratios), [ratio[1] for ratio in ratios if ratio[1:]]
-    return {
-        **asdict(cell), "share": share, "time_ratio": round(statistics.median(ordered), 3),
-        "range": [round(ordered[0], 3), round(ordered[-1], 3)],
-        "apart_ratio": round(statistics.median(apart), 3) if apart else None,
-        "predicted": round(predicted(cell, bench.rows, bench.length, bench.head, bench.shapes), 3),
-    }  # fmt: skip
+    row: dict[str, Any] = {**asdict(cell), "share": share}
+    for name, found in ratios(bench, cell, cycles).items():
+        ends = bootstrap((found,), np.median, method="percentile", rng=0).confidence_interval
+        row[name] = {"value": round(float(np.median(found)), 3), "ci": [round(float(end), 3) for end in ends]}
+    row["predicted"] = round(predicted(cell, bench.rows, bench.length, bench.head, bench.shapes), 3)
+    return row
+
+
+def line_of(row: dict[str, Any]) -> str:
+    found = [
+        f"{name} {row[name]['value']:.3f} {row[name]['ci']}" for name in ("joint", "apart", "anchored") if name in row
+    ]
+    what = f"{row['method']} {row['reference']} {row['share'] or ''}"
+    return f"{what:18} {'  '.join(found)}  by operations {row['predicted']:.3f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a name or folder; default: random weights")
+    parser.add_argument("--size", default="430k", help="parameters of the random model; default: study 01's")
     parser.add_argument("--rows", type=int, default=32, help="new rows a step")
     parser.add_argument("--length", type=int, default=64, help="tokens a row")
     parser.add_argument("--shares", type=int, nargs="+", default=SHARES, help="new tokens per replay token")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of each cell and round; a multiple of 8")
+    parser.add_argument("--cycles", type=int, default=60, help="timed replay steps of either kind")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
@@ -229,26 +225,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(options.model, options.rows, options.length, Path(folder), device, dtype)
-        chosen = cells(options.rows, options.length, options.shares)
-        rows = measure(bench, chosen, options.rounds, options.steps)
-        facts = {
-            "model": options.model or f"random, {SIZE}", "num_params": bench.num_params, "fisher": bench.fisher,
-            "rows": options.rows, "length": options.length, "rounds": options.rounds, "steps": options.steps, "seed": 0,
-            "dtype": dtype,
+        bench = Bench(options.model, options.size, options.rows, options.length, Path(folder), device, dtype)
+        facts: dict[str, Any] = {
+            "model": options.model or f"random, {options.size}", "num_params": bench.num_params, "fisher": bench.fisher,
+            "rows": options.rows, "length": options.length, "cycles": options.cycles, "seed": 0, "dtype": dtype,
             "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
             "threads": options.threads, "clock": "wall" if device == "cuda" else "processor", "versions": versions(),
+            "cells": [],
         }  # fmt: skip
-    for row in rows:
-        low, high = row["range"]
-        every = f" every {row['every']} steps" if row["every"] > 1 else ""
-        what = f"{row['reference']:7} {row['share']:>4}{every}" if row["share"] else "anchor"
-        label = f"{row['method']:4} {what}"
-        apart = f", apart {row['apart_ratio']:.3f}" if row["apart_ratio"] else ""
-        ratio = f"{row['time_ratio']:.3f} [{low:.3f}, {high:.3f}]{apart}"
-        print(f"{label:34} {ratio}, by operations {row['predicted']:.3f}")
-    if options.output:
-        options.output.write_text(json.dumps({**facts, "cells": rows}, indent=1) + "\n")
+        for cell in cells(options.rows, options.length, options.shares):
+            facts["cells"].append(row_of(bench, cell, options.cycles))
+            print(line_of(facts["cells"][-1]), flush=True)
+            if options.output:
+                options.output.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":
