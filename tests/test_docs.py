@@ -7,6 +7,7 @@ import ast
 import doctest
 import functools
 import importlib
+import json
 import pkgutil
 import re
 import runpy
@@ -319,17 +320,30 @@ def test_every_public_name_is_in_the_reference():
     assert [name for name in named if not resolves(name)] == []
 
 
+def costs() -> list[dict[str, Any]]:
+    """What benchmarks/replay_cost.py measured."""
+    return json.loads((ROOT / "benchmarks" / "replay_cost.json").read_text())["cells"]
+
+
 def test_figures_of_choosing_are_those_of_the_studies():
-    """Every decimal number in a table of docs/choosing.md stands in the study that the table is from."""
+    """Every decimal number in a table of docs/choosing.md stands in the study or benchmark that the table is from."""
     studies = "".join(path.read_text() for path in sorted((ROOT / "experiments").glob("study_0[123]_*/*.md")))
     text = (ROOT / "docs" / "choosing.md").read_text()
     begin, end = text.index("## Share of the batch"), text.index("## Larger models")
     rows = [line for line in text[begin:end].splitlines() if line.startswith("|")]
     numbers = {number for row in rows for number in re.findall(r"\d+\.\d+", re.sub(r"`[^`]*`", "", row))}
     assert len(numbers) > 80
+    numbers -= {
+        f"{number:.2f}" for row in costs() for number in (row["predicted"], *(kind["value"] for kind in timed(row)))
+    }
     assert [
         number for number in sorted(numbers) if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", studies)
     ] == []
+
+
+def timed(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ratios of one of the benchmark's cells."""
+    return [kind for kind in row.values() if isinstance(kind, dict)]
 
 
 def strangers(row: str) -> list[str]:
@@ -415,6 +429,7 @@ def test_intervals_are_those_of_the_studies(page):
     results = "".join(part for text in pages for part in re.findall(r"<!-- results.*?<!-- end", text, re.DOTALL))
     known = [[float(number) for number in numbers] for numbers in intervals_of(results).values()]
     known += [[100 - value, 100 - high, 100 - low] for value, low, high in known]
+    known += [[kind["value"], *kind["ci"]] for row in costs() for kind in timed(row)]
     assert len(known) > 500
     asked = {told: numbers for told, numbers in intervals_of(page.read_text()).items() if told not in ELSEWHERE}
     assert [told for told, numbers in asked.items() if not any(rounds_to(numbers, one) for one in known)] == []
