@@ -25,6 +25,7 @@ from retain.measuring.generations import Written
 from retain.measuring.measure_options import Options
 from retain.measuring.thinking import reasoning_of
 from retain.measuring.tool_calls import Call, are_wanted_calls, fits_tools, tool_calls, written_calls
+from retain.report.tables import BEHAVIOR_SCORERS
 
 TOOLS_LINE = "{% if tools %}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}"
 PLAIN = make_tokenizer()
@@ -284,6 +285,7 @@ def test_prompts_come_with_retain():
             assert fits_tools(Call(**call), row["tools"]), row
     kinds = [{CHECKS[name].kind for name in row["checks"]} for row in load_behavior("formats")]
     assert all(sum(check.kind in of_row for of_row in kinds) >= 10 for check in CHECKS.values())
+    assert BEHAVIOR_SCORERS.keys().isdisjoint(check.kind for check in CHECKS.values()), "else a kind is taken for one"
     drawn = load_behavior("formats", max_prompts=3, seed=1)
     assert len(drawn) == 3
     assert drawn == load_behavior("formats", max_prompts=3, seed=1)

@@ -82,8 +82,10 @@ CHECKS = {
     "case": FormatCheck(
         "case", lambda value: value in ("lower", "upper"), lambda text, case: getattr(text, f"is{case}")()
     ),
-    "starts_with": FormatCheck("ends", _is_text, lambda text, start: text.casefold().startswith(start.casefold())),
-    "ends_with": FormatCheck("ends", _is_text, lambda text, end: text.casefold().endswith(end.casefold())),
+    "starts_with": FormatCheck(
+        "start and end", _is_text, lambda text, start: text.casefold().startswith(start.casefold())
+    ),
+    "ends_with": FormatCheck("start and end", _is_text, lambda text, end: text.casefold().endswith(end.casefold())),
 }
 
 

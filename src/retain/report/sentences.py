@@ -251,7 +251,7 @@ def _direction(what: str, neither: str, change: Estimate | None) -> str:
 
 def _few(start: str, clauses: list[str]) -> str:
     """A sentence of the first clauses; empty without any."""
-    more = [f"{len(clauses) - MAX_NAMED} more sets in the table"] if len(clauses) > MAX_NAMED else []
+    more = [f"{quantity(len(clauses) - MAX_NAMED, 'more set')} in the table"] if len(clauses) > MAX_NAMED else []
     return f"{start} {'; '.join(clauses[:MAX_NAMED] + more)}." if clauses else ""
 
 
