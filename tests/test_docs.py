@@ -44,7 +44,7 @@ OTHERS = {
     "--report",
 }
 OTHERS |= {"--batch_sizes", "--rows", "--length"}
-OF_EXTRAS = {"retain.sampling.ray_engine", "retain.sampling.vllm_engine"}
+OF_EXTRAS = {"retain.sampling.ray_engine", "retain.sampling.vllm_engine", "retain.training.axolotl_plugin"}
 
 
 def ids(path: Path) -> str:
@@ -279,7 +279,7 @@ def test_python_compiles_and_imports_what_exists(page):
 
 
 def test_examples_in_docstrings_are_right(tmp_path, monkeypatch):
-    """Every `>>>` of src/retain; the engines that need an extra have none."""
+    """Every `>>>` of src/retain; what needs an extra has none."""
     monkeypatch.chdir(tmp_path)
     names = {module.name for module in pkgutil.walk_packages(retain.__path__, "retain.")}
     results = [doctest.testmod(importlib.import_module(name)) for name in sorted(names - OF_EXTRAS)]
