@@ -27,7 +27,7 @@ TIMES = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(\+\d\d:\d\d)?")
 TAGS = re.compile(r"(?:^- [\w-]+\n)+", re.MULTILINE)
 # Of a log row: what takes time; and transformers' mean over the steps of the last process alone.
 NOT_COMPARED = re.compile(r"(_runtime|_per_second)$|^train_")
-OF_COMMAND = ("resume_from_checkpoint", "logging_dir", "run_name")
+OF_COMMAND = ("resume_from_checkpoint", "logging_dir", "run_name", "eval_on_start")
 TRAIN = {
     "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "max_length": 24, "max_steps": 8,
     "use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False, "logging_steps": 1,
@@ -82,6 +82,7 @@ def make_kinds(w: Path) -> list[Kind]:
         Kind("sample", [*sample, "--store_reference", "none"]),
         Kind("sample --store_reference hidden", [*sample, "--store_reference", "hidden"]),
         Kind("finetune, full, its own replay", [*tune, *own], resumes=True),
+        Kind("finetune, full, beside an unprotected run", [*tune, *own, "--compare_plain", "true"], resumes=True),
         Kind("finetune, LoRA", [*tune, *lora, *flags(replay_dataset=w / "stored")], resumes=True),
         Kind("finetune, LoRA, budget", [*tune, *lora, *own, *flags(max_ref_kl=0.01)], resumes=True),
         Kind("finetune, full, budget, stored predictions",

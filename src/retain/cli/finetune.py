@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from transformers import EarlyStoppingCallback
+from accelerate.utils import release_memory
+from transformers import EarlyStoppingCallback, IntervalStrategy
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -19,23 +25,47 @@ from trl import (
 )
 
 from retain.checks import Unchosen, check_number, setting
+from retain.cli.dry_run import dry_run
 from retain.cli.flags import Verb
 from retain.cli.sample import sample_with_bar
 from retain.cli.settings import RETENTION_HELP, StartTokenSettings
-from retain.data.rows import is_local_file, load_from_hub, named_sources, read_rows
+from retain.data.overlap import find_rows
+from retain.data.rows import Document, is_local_file, load_from_hub, named_sources, read_rows, token_documents
 from retain.files import exclusive, visible
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.models.loading import load_tokenizer
-from retain.replay.dataset import load_texts
+from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
+from retain.report.outcome import cost_line, outcome_lines
+from retain.report.report import ForgettingReport, write_comparison
 from retain.sampling.write import default_store
 from retain.training.beta2_half_life import apply_half_life, check_half_life, mean_row_length
 from retain.training.config import ReplayConfig, StoppingConfig, check_arguments
 from retain.training.protection import check_replay_every
+from retain.training.protection_choice import CHOSEN_PROTECTION, PROTECTING, UNSET, fill_in, rows_drawn
 from retain.training.retention import check_best_metric, retention_names
-from retain.training.row_checks import check_columns, check_new_rows
+from retain.training.row_checks import check_columns, check_new_rows, row_edges
+from retain.training.run_files import OF_TRAINING, read_run
+from retain.training.step_timer import StepTimer
 from retain.training.stopping import StopAtLoss, check_same_run, check_stopping, checkpoint_to_resume, train
 from retain.training.trainer import ReplaySFTTrainer
 from retain.training.trainer_checks import check_lora_targets, expected_steps, load_for_training
+
+OWN_TEXT = "self-generated"  # the text of held-out rows that the model wrote, with replay_dataset self
+OWN_ROWS = 64
+COMPARED_EVALUATIONS = 8  # of each run that is compared, where no eval_strategy says when
+# Folders in output_dir: of the page, of the unprotected run, and of rows that the model wrote to replay and measure on.
+PAGE, PLAIN, POOL, HELD_OUT = "report", "plain", "replay", "held-out"
+
+Say = Callable[[object], None]
+
+
+class TrlArguments(NamedTuple):
+    """The dataclasses that `trl sft` takes."""
+
+    script: Any
+    training: Any
+    model: Any
+    dataset: Any
 
 
 @dataclass(kw_only=True)
@@ -47,7 +77,22 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
         "Replay rows: a folder that `retain sample` wrote, a JSONL, text or Parquet file of real text, or 'self' to "
         "sample from the model first. [required, unless replay_objective is kl_new or replay_coef 0]",
     )
-    replay_num_rows: int = setting(256, "Rows to sample before training, with replay_dataset self.", low=1)
+    replay_num_rows: int | None = setting(
+        None,
+        "Rows to sample before training, with replay_dataset self. Default: a tenth of the rows that the run draws, at "
+        "least 256, and no more than it draws unless an anchor reads them.",
+        low=1,
+    )
+    compare_plain: bool = setting(
+        False,
+        "Make an unprotected run of the same rows, seed and steps in output_dir/plain, too, and show both on one page.",
+    )
+    dry_run: bool = setting(
+        False,
+        "Make nothing: show device, rows and pool, and by a few steps of the run, with protection and without, its "
+        "memory and the time that it would take.",
+    )
+    keep_plain: bool = setting(False, "Keep the unprotected run's model and checkpoints.")
     eval_dataset_name: str | None = setting(
         None, "Held-out rows of the new task: a file or Hub id. Default: the dataset's test split."
     )
@@ -65,10 +110,46 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
         low=1,
     )
 
+    def __post_init__(self) -> None:
+        self.chosen = fill_in(self)
+        super().__post_init__()
+        if self.compare_plain and not (self.protects and self.measures):
+            lacks = "a text to measure (retention, or replay_dataset self)" if self.protects else "a protected run"
+            raise ValueError(f"compare_plain: true needs {lacks}; give one, or leave it out")
 
-def set_defaults_of_machine(parser: Any) -> None:
-    """TRL's defaults are for a GPU, and a row of 1024 tokens for a model that has room for it."""
-    parser.set_defaults(max_length=Unchosen(parser.get_default("max_length")))
+    @property
+    def measures(self) -> bool:
+        """Whether there is a text to measure."""
+        return bool(self.retention) or self.replay_dataset == "self"
+
+    def unprotected(self) -> FinetuneConfig:
+        """The same without what protects."""
+        off: dict[str, Any] = {"replay_coef": 0.0, "anchor_coef": 0.0, "max_ref_kl": None, "compare_plain": False}
+        return replace(self, replay_objective="kl", replay_reference="auto", **off)
+
+
+@dataclass
+class FinishedRun:
+    """What is left to say of a run.
+
+    Attributes:
+        report: None where no text was measured.
+        texts: that were measured.
+        step_seconds: a step's, None where none was timed.
+        others: what else took time, in seconds by name.
+        lines: of its stops and limits.
+    """
+
+    report: ForgettingReport | None
+    texts: dict[str, list[Document]]
+    step_seconds: float | None
+    others: list[tuple[str, float]] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+
+
+def set_defaults(parser: Any) -> None:
+    """TRL's defaults are for a GPU and for models with room for 1024 tokens; what protects is chosen where unset."""
+    parser.set_defaults(max_length=Unchosen(parser.get_default("max_length")), **dict.fromkeys(PROTECTING, UNSET))
     if default_device() == "cpu":
         parser.set_defaults(use_cpu=True, bf16=False)
 
@@ -77,72 +158,165 @@ def run_finetune(
     script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, config: FinetuneConfig
 ) -> None:
     """Finetune and save, alone in the folder; the dataclasses are TRL's, and `config` is ours."""
-    with exclusive(Path(training_args.output_dir)) if training_args.process_index == 0 else nullcontext():
-        if not model_args.model_name_or_path:
-            raise ValueError("model: missing; give --model")
-        check_arguments(training_args, config.replay_objective)
-        checkpoint = checkpoint_to_resume(training_args)
-        speaks = training_args.process_index == 0
-        say = (lambda line: print(visible(str(line)))) if speaks else lambda line: None
-        trainer = make_sft_trainer(script_args, training_args, model_args, dataset_args, config, say)
-        if checkpoint is not None:
-            check_same_run(checkpoint, training_args, settings_of_training(trainer))
-        watch = None if config.stop_at_loss is None else StopAtLoss(config.stop_at_loss)
-        if watch is not None:
-            trainer.add_callback(watch)
-        if config.early_stopping_patience is not None:
-            trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
-        if config.adam_beta2_half_life_tokens is not None:  # the optimizer is made when training begins
-            length = mean_row_length(trainer.train_dataset, training_args.max_length)
-            say(apply_half_life(training_args, config.adam_beta2_half_life_tokens, length))
-        for line in trainer.protection():
+    folder, speaks = Path(training_args.output_dir), training_args.process_index == 0
+    say: Say = (lambda line: print(visible(str(line)), flush=True)) if speaks else lambda line: None
+    given = TrlArguments(script_args, training_args, model_args, dataset_args)
+    if config.dry_run:
+        check_begin(given, config)
+        make_trainer = partial(make_sft_trainer, say=lambda line: None, others=[])
+        return dry_run(given, config, make_trainer, partial(rows_to_sample, folder, training_args, config), say)
+    with exclusive(folder) if speaks else nullcontext():
+        check_begin(given, config)
+        of_plain = given._replace(training=copy.deepcopy(training_args))
+        if config.chosen is not None and config.replay_dataset is not None:
+            training_args.learning_rate *= config.chosen.learning_rate_factor
+            say(config.chosen.line())
+        run = finetuned(given, config, say)
+        plain = plain_run(of_plain, config, run, say) if config.compare_plain else None
+        for line in (f"model: {folder}", *run.lines):
             say(line)
-        if training_args.resume_from_checkpoint and checkpoint is None:
-            say(f"no whole checkpoint in {training_args.output_dir}: beginning anew")
-        train(trainer, checkpoint)
-        trainer.evaluate_retention()
-        save_card(trainer, script_args.dataset_name)
-        results = [watch, *trainer.retention_lines(), trainer.budget and trainer.budget.verdict()]
-        for result in (f"model: {training_args.output_dir}", *filter(None, results)):
-            say(result)
-        trainer.end()
+        if run.report is not None and speaks:
+            write_page(folder / PAGE, run, plain, say)
+
+
+def check_begin(given: TrlArguments, config: FinetuneConfig) -> None:
+    """Refuse to begin without a model, and with arguments that could not work."""
+    if not given.model.model_name_or_path:
+        raise ValueError("model: missing; give --model")
+    check_arguments(given.training, config.replay_objective)
+
+
+def finetuned(
+    given: TrlArguments,
+    config: FinetuneConfig,
+    say: Say,
+    *,
+    texts: dict[str, list[Document]] | None = None,
+    keep: bool = True,
+) -> FinishedRun:
+    """Train, from the last checkpoint where that is asked for, save unless not to `keep`, and measure.
+
+    Args:
+        texts: of the protected run, beside which this is the unprotected one.
+    """
+    training_args = given.training
+    checkpoint, others = checkpoint_to_resume(training_args), []  # type: ignore[var-annotated]
+    trainer = make_sft_trainer(given, config, say, others, texts)
+    if checkpoint is not None:
+        check_same_run(checkpoint, training_args, settings_of_training(trainer))
+    if trainer.eval_dataset is not None and (config.compare_plain or texts):
+        training_args.eval_on_start = checkpoint is None  # where the two runs are one
+        evaluate_on_the_way(training_args, expected_steps(training_args, trainer.train_dataset))
+    watch = None if config.stop_at_loss is None else StopAtLoss(config.stop_at_loss)
+    timer = StepTimer()
+    for callback in filter(None, (timer, watch)):
+        trainer.add_callback(callback)
+    if config.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
+    if config.adam_beta2_half_life_tokens is not None:  # the optimizer is made when training begins
+        length = mean_row_length(trainer.train_dataset, training_args.max_length)
+        say(apply_half_life(training_args, config.adam_beta2_half_life_tokens, length))
+    for line in trainer.protection():
+        say(line)
+    if training_args.resume_from_checkpoint and checkpoint is None:
+        say(f"no whole checkpoint in {training_args.output_dir}: beginning anew")
+    train(trainer, checkpoint, keep=keep)
+    trainer.evaluate_retention()
+    report = trainer.report("protected" if config.protects else PLAIN) if trainer.replay.documents else None
+    if report is not None and training_args.process_index == 0:
+        report.data |= {**read_run(Path(training_args.output_dir)), "cost": {"seconds": timer.mean}}
+    if keep:
+        save_card(trainer, given.script.dataset_name)
+    if trainer.replay.anchor is not None:
+        others.append(("Fisher information", trainer.replay.anchor.seconds))
+    lines = [str(line) for line in (watch, trainer.budget and trainer.budget.verdict()) if line]
+    trainer.end()
+    return FinishedRun(report, trainer.replay.documents, timer.mean, others, lines)
+
+
+def plain_run(given: TrlArguments, config: FinetuneConfig, protected: FinishedRun, say: Say) -> FinishedRun:
+    """The unprotected run beside `protected`, of which the report stays; one that was made before is read."""
+    args = given.training
+    release_memory()  # of the other run
+    folder, place = Path(args.output_dir) / PLAIN, Path(args.output_dir) / PAGE / PLAIN
+    resumes = str(args.resume_from_checkpoint or "").lower() not in ("", "false")
+    args.output_dir, args.push_to_hub, args.report_to = str(folder), False, []
+    args.resume_from_checkpoint = "true" if resumes else None
+    main = args.process_index == 0
+    run = read_plain(place, args, protected) if resumes else None
+    if run is None:
+        say(f"unprotected run, to compare: {folder}")
+        with exclusive(folder) if main else nullcontext():
+            run = finetuned(given, config.unprotected(), say, texts=protected.texts, keep=config.keep_plain)
+        if main and run.report is not None:
+            with exclusive(place):
+                run.report.write(place)
+    for checkpoint in folder.glob("checkpoint-*") if main and not config.keep_plain else ():
+        shutil.rmtree(checkpoint)
+    return run
+
+
+def read_plain(place: Path, args: Any, protected: FinishedRun) -> FinishedRun | None:
+    """The unprotected run whose report is in a folder, if it has these settings and texts."""
+    if not (place / "report.json").exists() or protected.report is None:
+        return None
+    report = ForgettingReport.from_json(place / "report.json")
+    settings, texts = {name: getattr(args, name) for name in OF_TRAINING}, protected.report.results.texts
+    if settings.items() <= report.data["training"].items() and report.results.texts.keys() == texts.keys():
+        return FinishedRun(report, protected.texts, report.data["cost"]["seconds"])
+    return None
+
+
+def write_page(folder: Path, run: FinishedRun, plain: FinishedRun | None, say: Say) -> None:
+    """The page of a run, or of both, and its outcome in four lines."""
+    assert run.report is not None
+    of_plain, step_of_plain = (plain.report, plain.step_seconds) if plain else (None, None)
+    with exclusive(folder):
+        if of_plain is None:
+            run.report.write(folder)
+        else:
+            run.report.write(folder / run.report.data["name"])
+            write_comparison(folder, [of_plain, run.report], title="Forgetting report")
+    for line in outcome_lines(run.report.results, of_plain.results if of_plain else None):
+        say(line)
+    say(cost_line(run.step_seconds, step_of_plain, run.others))
+    say(f"page: {folder / 'report.html'}")
 
 
 def make_sft_trainer(
-    script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, config: FinetuneConfig, say: Any
+    given: TrlArguments,
+    config: FinetuneConfig,
+    say: Say,
+    others: list[tuple[str, float]],
+    texts: dict[str, list[Document]] | None = None,
 ) -> ReplaySFTTrainer:
-    """The trainer with model, rows and texts; what is cheap to check is checked before the model is loaded."""
-    if training_args.max_steps == 0:  # of which transformers makes one step
-        raise ValueError("max_steps: 0 does not fit; use at least 1, or leave it out to count num_train_epochs")
-    if training_args.max_steps < 0:
-        check_number("num_train_epochs", training_args.num_train_epochs, low=1e-6)
-    if model_args.use_peft:
-        check_number("lora_r", model_args.lora_r, low=1, integer=True)
-    check_half_life(training_args, config.adam_beta2_half_life_tokens)
-    check_stopping(training_args, config.stop_at_loss, config.early_stopping_patience)
-    sources = named_sources(config.retention, "retention")
-    check_best_metric(training_args, retention_names(sources))
-    train_dataset, eval_dataset = new_rows(script_args, dataset_args, training_args, config)
-    name = model_args.model_name_or_path
-    options = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    tokenizer = load_tokenizer(name, **options)
-    retention = {text: load_texts(path, tokenizer, config.retention_max_documents) for text, path in sources.items()}
+    """The trainer with model, rows and texts; what is cheap to check is checked before the model is loaded.
+
+    Args:
+        others: gets the seconds that sampling took.
+        texts: of the protected run, beside which this is the unprotected one.
+    """
+    training_args = given.training
+    sources = check_settings(training_args, given.model, config)
+    train_dataset, eval_dataset = new_rows(given.script, given.dataset, training_args, config)
+    steps = expected_steps(training_args, train_dataset)
+    if config.measures and eval_dataset is None:
+        report_training_loss(training_args, steps, say)
+    tokenizer = load_tokenizer(given.model.model_name_or_path, **checkpoint_options(given))
+    retention: dict[str, Any] = texts or {
+        text: load_texts(path, tokenizer, config.retention_max_documents) for text, path in sources.items()
+    }
     if default_device() == "cpu":
         say(f"no accelerator: training on the CPU in {'bfloat16' if training_args.bf16 else 'float32'}")
     say(f"document start: {choose_start_token(tokenizer, config.start_token)}")
-    quantization, adapter = get_quantization_config(model_args), get_peft_config(model_args)
-    check_replay_every(config, expected_steps(training_args, train_dataset))  # before rows are drawn for it
-    of_model = {"attn_implementation": model_args.attn_implementation, "dtype": model_args.dtype}
-    training_args.model_init_kwargs = {**options, **of_model, **(training_args.model_init_kwargs or {})}
-    model = load_for_training(name, training_args, {"quantization_config": quantization, "processing_class": tokenizer})
-    if isinstance(training_args.max_length, Unchosen):  # TRL's default, which the model may have no room for
-        training_args.max_length = length_that_fits(model, training_args.max_length)
-    if adapter is not None:
-        check_lora_targets(model, adapter)
-    replay = config.replay_dataset
+    check_replay_every(config, steps)  # before rows are drawn for it
+    model, adapter = base_to_train(given, tokenizer)
+    replay = None if texts else config.replay_dataset
     if replay == "self":
+        began = time.monotonic()
         with training_args.main_process_first(local=False, desc="sampling replay"):
-            replay = _sample_own(model, tokenizer, training_args, config)
+            replay, retention[OWN_TEXT] = sample_own(model, tokenizer, training_args, config, steps)
+        others.append(("sampling", time.monotonic() - began))
     trainer = ReplaySFTTrainer(
         model=model,
         args=training_args,
@@ -154,10 +328,64 @@ def make_sft_trainer(
         replay_dataset=replay,
         retention_datasets=retention,
         start_token=config.start_token,
+        new_task_rows=config.retention_max_documents,
     )
     check_new_rows(trainer.train_dataset, trainer.model, packed=training_args.packing or training_args.padding_free)
     check_replay_every(config, expected_steps(training_args, trainer.train_dataset))  # packed
     return trainer
+
+
+def checkpoint_options(given: TrlArguments) -> dict[str, Any]:
+    """What names a checkpoint beside its model."""
+    return {"revision": given.model.model_revision, "trust_remote_code": given.training.trust_remote_code}
+
+
+def base_to_train(given: TrlArguments, tokenizer: Any) -> tuple[Any, Any]:
+    """The model, and the adapter that it gets, or None; rows are no longer than it has room for."""
+    training_args = given.training
+    quantization, adapter = get_quantization_config(given.model), get_peft_config(given.model)
+    options = {**checkpoint_options(given), "attn_implementation": given.model.attn_implementation}
+    options |= {"dtype": given.model.dtype, **(training_args.model_init_kwargs or {})}
+    training_args.model_init_kwargs = options
+    parts = {"quantization_config": quantization, "processing_class": tokenizer}
+    model = load_for_training(given.model.model_name_or_path, training_args, parts)
+    if isinstance(training_args.max_length, Unchosen):  # TRL's default, which the model may have no room for
+        training_args.max_length = length_that_fits(model, training_args.max_length)
+    if adapter is not None:
+        check_lora_targets(model, adapter)
+    return model, adapter
+
+
+def report_training_loss(training_args: Any, steps: int, say: Say) -> None:
+    """Log ten parts of the run at least, where its training loss has to show what was learned."""
+    say("new task: no rows are held out, so its training loss is reported; --eval_dataset_name FILE holds some out")
+    if training_args.logging_steps >= 1 and steps > 0:
+        training_args.logging_steps = min(training_args.logging_steps, max(1, steps // 10))
+
+
+def evaluate_on_the_way(training_args: Any, steps: int) -> None:
+    """Evaluate some times where nobody says when: runs are compared at the same loss."""
+    if training_args.eval_strategy == IntervalStrategy.NO and steps > 0:
+        training_args.eval_strategy, training_args.do_eval = IntervalStrategy.STEPS, True
+        training_args.eval_steps = max(1, steps // COMPARED_EVALUATIONS)
+
+
+def check_settings(training_args: Any, model_args: Any, config: FinetuneConfig) -> dict[str, str]:
+    """Refuse settings that could not work, before anything is read; the sources of the retention texts by name."""
+    if training_args.max_steps == 0:  # of which transformers makes one step
+        raise ValueError("max_steps: 0 does not fit; use at least 1, or leave it out to count num_train_epochs")
+    if training_args.max_steps < 0:
+        check_number("num_train_epochs", training_args.num_train_epochs, low=1e-6)
+    if model_args.use_peft:
+        check_number("lora_r", model_args.lora_r, low=1, integer=True)
+    check_half_life(training_args, config.adam_beta2_half_life_tokens)
+    check_stopping(training_args, config.stop_at_loss, config.early_stopping_patience)
+    sources = named_sources(config.retention, "retention")
+    own = [OWN_TEXT] if config.replay_dataset == "self" else []
+    if OWN_TEXT in sources and own:
+        raise ValueError(f"retention: {OWN_TEXT!r} is the name of the rows that the model writes; use another name")
+    check_best_metric(training_args, retention_names([*sources, *own]))
+    return sources
 
 
 def settings_of_training(trainer: ReplaySFTTrainer) -> dict[str, Any]:
@@ -203,37 +431,84 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
         raise ValueError(f"dataset_train_split: {split!r} is not in {name!r}, which has {', '.join(dataset)}")
     check_columns(name, dataset[split], training_args.dataset_text_field)
     if config.eval_dataset_name:
-        return dataset[split], read_rows(config.eval_dataset_name, split=script_args.dataset_test_split)
+        held_out = read_rows(config.eval_dataset_name, split=script_args.dataset_test_split)
+        return dataset[split], held_out if evaluate else first_rows(held_out, config.retention_max_documents)
     if evaluate and script_args.dataset_test_split not in dataset:
         raise ValueError(
             f"eval_strategy: {str(training_args.eval_strategy.value)!r}, but {name!r} has no split "
             f"{script_args.dataset_test_split!r}; give --eval_dataset_name FILE, or eval_strategy no"
         )
-    return dataset[split], dataset[script_args.dataset_test_split] if evaluate else None
+    held_out = dataset.get(script_args.dataset_test_split)
+    if evaluate or held_out is None or not config.measures:
+        return dataset[split], held_out if evaluate else None
+    return dataset[split], first_rows(held_out, config.retention_max_documents)
 
 
-def _sample_own(model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig) -> str:
-    """Rows of the model that will be trained, drawn on the device of training; the model moves back afterwards."""
-    folder = Path(training_args.output_dir) / "replay"
+def first_rows(dataset: Any, most: int) -> Any:
+    """The first rows of a dataset, or of a stream."""
+    return dataset.select(range(min(most, len(dataset)))) if hasattr(dataset, "__len__") else dataset.take(most)
+
+
+def sample_own(
+    model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, steps: int
+) -> tuple[str | None, list[Document]]:
+    """Rows of the model that will be trained: the folder of those to replay, if any are, and those to measure on."""
+    given = (model, tokenizer, training_args, config)
+    rows = rows_to_sample(Path(training_args.output_dir), training_args, config, steps)
+    return own_rows(*given, rows[POOL]) if POOL in rows else None, own_text(*given, rows[HELD_OUT])
+
+
+def own_rows(model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, num_rows: int) -> str:
+    """The folder of replay rows of the model that will be trained."""
+    folder = Path(training_args.output_dir) / POOL
     if training_args.process_index == 0:
-        found = model.device
-        if not (getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")):  # these stay where they are
-            model.to(training_args.device)
         length = config.replay_max_length or training_args.max_length or Unchosen(512)
         wanted = config.objective.takes_stored and config.replay_reference in ("auto", "cache")
-        sample_with_bar(
-            model,
-            tokenizer,
-            str(folder),
-            config.replay_num_rows,
-            max_length=length,
-            seed=training_args.seed,
-            start_token=choose_start_token(tokenizer, config.start_token),
-            store_reference=default_store(model, folder, config.replay_num_rows, length, wanted=wanted),
-        )
-        if model.device != found:
-            model.to(found)
+        store = default_store(model, folder, num_rows, length, wanted=wanted)
+        draw_own(folder, model, tokenizer, training_args, config, num_rows=num_rows, store_reference=store)
     return str(folder)
+
+
+def own_text(model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, num_rows: int) -> list[Document]:
+    """Rows that the model wrote with another seed, to measure on; without those that it wrote for the pool, too."""
+    pool, folder = (Path(training_args.output_dir) / name for name in (POOL, HELD_OUT))
+    if training_args.process_index == 0:
+        draw_own(folder, model, tokenizer, training_args, config, num_rows=num_rows, seed=training_args.seed + 1)
+    rows, drawn = load_self_generated(folder), [load_self_generated(pool)] if (pool / MANIFEST).exists() else []
+    windows = [rows[at].tolist() for at in range(len(rows))]
+    edges = row_edges(tokenizer, choose_start_token(tokenizer, config.start_token).id)
+    twice = find_rows(windows, (replayed[at] for replayed in drawn for at in range(len(replayed))), edges)
+    return token_documents([window for at, window in enumerate(windows) if at not in twice], tokenizer)
+
+
+def draw_own(
+    folder: Path, model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, **settings: Any
+) -> None:
+    """Rows of the model, drawn on the device of training; the model moves back afterwards."""
+    found = model.device
+    if not (getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")):  # these stay where they are
+        model.to(training_args.device)
+    length = config.replay_max_length or training_args.max_length or Unchosen(512)
+    start = choose_start_token(tokenizer, config.start_token)
+    settings = {"max_length": length, "seed": training_args.seed, "start_token": start, **settings}
+    sample_with_bar(model, tokenizer, str(folder), **settings)
+    if model.device != found:
+        model.to(found)
+
+
+def rows_to_sample(folder: Path, training_args: Any, config: FinetuneConfig, steps: int) -> dict[str, int]:
+    """Rows of each folder in the run's that the model writes for so many steps: to replay, and to measure on."""
+    if config.replay_dataset != "self":
+        return {}
+    held_out = {HELD_OUT: min(OWN_ROWS, config.retention_max_documents)}
+    if not config.needs_rows:
+        return held_out
+    if config.replay_num_rows is not None:
+        return {POOL: config.replay_num_rows, **held_out}
+    if (folder / POOL / MANIFEST).exists():  # as it was begun
+        return {POOL: read_manifest(folder / POOL)["num_rows"], **held_out}
+    draws = rows_drawn(config, training_args, steps)
+    return {POOL: (config.chosen or CHOSEN_PROTECTION).num_rows(draws, reads_fisher=config.anchor_coef > 0), **held_out}
 
 
 VERB = Verb(
@@ -256,5 +531,5 @@ VERB = Verb(
         "max_steps": "Optimizer steps; --num_train_epochs counts passes over the rows instead.",
     },
     aliases={"model": "model_name_or_path"},
-    set_defaults=set_defaults_of_machine,
+    set_defaults=set_defaults,
 )

@@ -39,7 +39,7 @@ from retain.training.config import ReplayConfig
 from retain.training.joint_forward import JointForward
 from retain.training.objectives import NONE
 from retain.training.replay_term import ReplayTerm, TermBatch, stored_error
-from retain.training.retention import evaluated_batches, retention_documents
+from retain.training.retention import NEW_TASK_TEXT, evaluated_batches, new_task_documents, retention_documents
 from retain.training.row_checks import (
     check_held_out,
     check_invoked,
@@ -79,6 +79,7 @@ class Protection:
 
     Attributes:
         documents: retention documents by the name of their text.
+        new_task: held-out rows of the new task, to be measured beside them.
         reference: the frozen base; None where nothing is compared with it, or all of it was stored.
         cache: the base's predictions stored beside the rows, where they take the place of the reference in training.
         term: the sums that the objective is made of, once the reference is proven.
@@ -107,6 +108,7 @@ class Protection:
             check_predicts_tokens(model)
         self.rows: ReplayDataset | None = None
         self.documents: dict[str, list[Document]] = {}
+        self.new_task: list[Document] = []
         self.reference: Reference | None = None
         self._row_edges: set[int] = set()  # tokens that open or close rows
         self._own_rows, self._start_token = True, ""  # whether the model itself wrote the rows
@@ -196,14 +198,18 @@ class Protection:
 
     # Proofs, once the host trainer is built
 
-    def prove(self, trainer: Any) -> None:
+    def prove(self, trainer: Any, new_task_rows: int = 0) -> None:
         """Show that the reference, or what was stored of it, is the base, now that the host trainer is built."""
         model, rows, accelerator = trainer.model, self.rows, trainer.accelerator
         self._check_host(trainer)
+        if self.documents and new_task_rows:
+            tokenizer = _tokenizer(trainer.processing_class, model)
+            self.new_task = new_task_documents(trainer.eval_dataset, new_task_rows, tokenizer)
         form = find_head_form(model) if self.objective.adds_term else None
         if form is None and self._may_switch_off(model):
             self.cache, self.reference = None, Reference()
-        ref_head, texts = None, evaluated_batches(trainer.args, self.documents) if self.reference is None else []
+        measured = self.documents | ({NEW_TASK_TEXT: self.new_task} if self.new_task else {})
+        ref_head, texts = None, evaluated_batches(trainer.args, measured) if self.reference is None else []
         if texts or (self.cache is not None and self.cache.kind == "hidden"):
             if form is None:
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,15 +19,17 @@ from transformers.trainer_utils import default_compute_objective
 
 from retain.checks import several
 from retain.data.rows import Document, as_documents, without_copies
+from retain.measuring.texts import negated
 from retain.measuring.tokens import Forward, batches, document_sums, logits_at, padded, summarize
 from retain.models.head import reshard
 from retain.models.reference import Reference, evaluation_mode
-from retain.report.metrics import LOGGED, METRICS
+from retain.report.metrics import GAIN, LOGGED, METRICS
 from retain.training.run_files import RunFilesCallback, weights_step
 
 logger = logging.getLogger(__name__)
 
 OWN_METRICS = tuple(name for name in LOGGED if name != "loss")  # no metric of a host has such a name
+NEW_TASK_TEXT = "new task"  # the name of the held-out rows of the new task in a report
 Tables = dict[str, dict[str, dict[str, Any]]]  # name of the text → metric → value, interval and sizes
 
 
@@ -38,7 +41,9 @@ class RetentionMeasurer(RunFilesCallback):
 
     Attributes:
         documents: of each text.
+        new_task: held-out rows of the new task, which `measure_new_task` measures.
         reference: the frozen base; None where nothing is compared with it.
+        sums: what was measured last of each document of a text, and of the new task's.
         tables: optimizer step whose weights were measured → text → metric → value and interval.
         trainer: whose log takes the values; None: the files, `log_history` and the evaluation's metrics alone do.
     """
@@ -48,7 +53,9 @@ class RetentionMeasurer(RunFilesCallback):
     def __init__(self) -> None:
         super().__init__({})
         self.documents: dict[str, list[Document]] = {}
+        self.new_task: list[Document] = []
         self.reference: Reference | None = None
+        self.sums: dict[str, dict[str, list[float]]] = {}
         self.tables: dict[int, Tables] = {}
         self._values: dict[int, dict[str, float]] = {}  # of the same steps, as they are logged
         self._measured_with: dict[tuple[int, str], str] = {}  # step, prefix → the evaluation set that got the values
@@ -120,14 +127,26 @@ class RetentionMeasurer(RunFilesCallback):
     def _measure(self, step: int, args: Any, state: TrainerState, model: Any) -> dict[str, float]:
         """Values by the names that they have in logs; the tables of the step are kept."""
         self.tables[step] = {}
-        ref_forward, forward = self._forwards(model)
         for name, documents in self.documents.items():  # on every process, which so stay in step under sharding
-            tokens = batch_tokens(args, documents)
-            sums = document_sums(ref_forward, forward, documents, batch_tokens=tokens, device=args.device, text=name)
-            self.tables[step][name] = summarize(sums, seed=args.seed)
-            self.append_documents(args, state, {"step": step, "name": name, **sums.kept()})
+            self.tables[step][name] = self._compare(name, documents, args, model)
+            self.append_documents(args, state, {"step": step, "name": name, **self.sums[name]})
         values = [table[metric]["value"] for table in self.tables[step].values() for metric in LOGGED]
         return dict(zip(retention_names(self.documents), values, strict=True))
+
+    def _compare(self, name: str, documents: Sequence[Document], args: Any, model: Any) -> dict[str, Any]:
+        """Metric → value and interval of one text; its sums per document are kept."""
+        sizes = {"batch_tokens": batch_tokens(args, documents), "device": args.device}
+        sums = document_sums(*self._forwards(model), documents, text=name, **sizes)
+        self.sums[name] = sums.kept()
+        return summarize(sums, seed=args.seed)
+
+    def measure_new_task(self, args: TrainingArguments, model: Any) -> dict[str, Any]:
+        """Base and model on the held-out rows of the new task: `new_task` of a report, empty where there are none."""
+        if not self.new_task:
+            return {}
+        with evaluation_mode(model):
+            table = self._compare(NEW_TASK_TEXT, self.new_task, args, model)
+        return {NEW_TASK_TEXT: table | {GAIN.name: negated(table["forgetting"])}}
 
     def _join(self, metrics: dict[str, float], args: Any, state: TrainerState, model: Any) -> None:
         """Add to a host's evaluation what is measured at its step; of several sets the first gets it.
@@ -255,6 +274,22 @@ def retention_documents(
     tokens = sum(document.num_tokens for document in documents)
     logger.info("retention/%s: %d of %d documents, %d tokens", name, len(documents), len(items), tokens)
     return documents
+
+
+def new_task_documents(dataset: Any, limit: int, tokenizer: Any) -> list[Document]:
+    """The first rows that `SFTTrainer` evaluates on, packed ones apart; what its loss counts is predicted."""
+    found: list[Document] = []
+    if "input_ids" not in (getattr(dataset, "column_names", None) or ()):
+        return found
+    for row in itertools.islice(dataset, limit):
+        ends = list(itertools.accumulate(row.get("seq_lengths") or [len(row["input_ids"])]))
+        for begin, end in itertools.pairwise([0, *ends]):
+            ids, labels = row["input_ids"][begin:end], (row.get("labels") or row["input_ids"])[begin:end]
+            mask = [False, *(label != -100 for label in labels[1:])]
+            predicted = [token for token, counts in zip(ids, mask, strict=True) if counts]
+            if predicted:
+                found.append(Document([ids], len(tokenizer.decode(predicted).encode("utf-8", "replace")), [mask]))
+    return without_copies(NEW_TASK_TEXT, found[:limit], "rows")[0]
 
 
 def _bounded(name: str, items: Sequence[Any], max_tokens: int, seed: int, cut: dict[str, Any]) -> list[Document]:

@@ -24,8 +24,8 @@ RESUMED_WITH = (
 )
 
 
-def train(trainer: Any, checkpoint: str | None) -> None:
-    """Train and save; a signal ends it with a checkpoint.
+def train(trainer: Any, checkpoint: str | None, *, keep: bool = True) -> None:
+    """Train and save what was trained, unless it is not to be kept; a signal ends it with a checkpoint.
 
     A run that was killed after its last step is at its end: transformers would make one step more.
     """
@@ -36,7 +36,8 @@ def train(trainer: Any, checkpoint: str | None) -> None:
     trainer.add_callback(stopping)
     with stopping.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(args.output_dir)  # before anything that may fail
+        if keep:
+            trainer.save_model(args.output_dir)  # before anything that may fail
 
 
 def _has_ended(trainer: Any, state: dict[str, Any]) -> bool:

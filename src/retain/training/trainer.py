@@ -23,16 +23,21 @@ from retain.checks import check_named
 from retain.files import write_json, write_text
 from retain.models.head import reshard
 from retain.replay.dataset import ReplayDataset, replace_rows, replay_indices
-from retain.report.numbers import Estimate
 from retain.report.report import ForgettingReport
 from retain.training.anchor import begin_anchor
 from retain.training.coef_controller import CoefController
 from retain.training.config import ReplayConfig
 from retain.training.loss_meter import LossMeter
 from retain.training.objectives import NONE, Objective
-from retain.training.protection import Protection, check_noise, check_replay_every, zero_kl_error
+from retain.training.protection import (
+    RETENTION_WINDOWS,
+    Protection,
+    check_noise,
+    check_replay_every,
+    zero_kl_error,
+)
 from retain.training.replay_term import TermBatch
-from retain.training.retention import RetentionMeasurer, check_best_metric, retention_names
+from retain.training.retention import NEW_TASK_TEXT, RetentionMeasurer, check_best_metric, retention_names
 from retain.training.run_files import BUDGET_FILE, weights_step
 from retain.training.trainer_checks import check_trained, check_weights, load_for_training
 
@@ -55,6 +60,7 @@ class ReplayMixin(Host):
         replay_dataset: a `ReplayDataset`, a folder that `retain sample` wrote, or a file of real text.
         retention_datasets: name → texts (or documents of tokens) measured at every evaluation, never replayed.
         start_token: the document start; chosen from the tokenizer by default.
+        new_task_rows: rows of `eval_dataset` on which `report` says what was learned, beside the retention texts.
         kwargs: everything else that the host trainer takes.
 
     Raises:
@@ -70,6 +76,7 @@ class ReplayMixin(Host):
         replay_dataset: ReplayDataset | str | Path | None = None,
         retention_datasets: dict[str, Any] | None = None,
         start_token: str | int | None = None,
+        new_task_rows: int = 0,
         **kwargs: Any,
     ) -> None:
         self.replay_config = replay_config or ReplayConfig()
@@ -95,7 +102,7 @@ class ReplayMixin(Host):
         self._is_the_base = True  # until its first step; a try that ran out of memory leaves it moved
         self._meter = LossMeter(self.accelerator, compared=self.objective.uses_reference)
         self.budget: CoefController | None = None
-        self.replay.prove(self)
+        self.replay.prove(self, new_task_rows)
         self.measurer = ProtectedRun(self)
         check_best_metric(self.args, retention_names(self.replay.documents))
         self.add_callback(self.measurer)
@@ -318,12 +325,27 @@ class ReplayMixin(Host):
         """
         return self.measurer.measure_and_log(self.args, self.state, self.control, self.model)
 
-    def retention_lines(self) -> list[str]:
-        """What was forgotten, a line for each retention text, with 95% intervals over documents."""
-        return [
-            f"retention/{name}: " + ", ".join(f"{key} {Estimate.read(table[key])}" for key in ("forgetting", "ref_kl"))
-            for name, table in self.measurer.table(self.args, self.state).items()
-        ]
+    def report(self, name: str) -> ForgettingReport:
+        """What was learned and forgotten by now, of the same form as what `measure` returns, without a noise floor.
+
+        Args:
+            name: of the run.
+        """
+        args, config, measurer = self.args, self.model.config, self.measurer
+        return ForgettingReport.new(
+            name,
+            base={"model": self.model.name_or_path or type(self.model).__name__},
+            retention=measurer.table(args, self.state),
+            new_task=measurer.measure_new_task(args, self.model),
+            per_document=dict(measurer.sums),
+            settings={
+                "seed": args.seed,
+                "max_windows": RETENTION_WINDOWS,
+                "loss_tokens": {NEW_TASK_TEXT: measurer.settings["loss_tokens"] or "all"},
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "attn_implementation": config._attn_implementation,
+            },
+        )
 
     def protection(self) -> list[str]:
         """What protects this run, a line each, for people to read before it starts."""
@@ -374,6 +396,7 @@ class ProtectedRun(RetentionMeasurer):
         super().__init__()
         self.trainer, self.settings = trainer, trainer.replay.settings(trainer)
         self.documents, self.reference = trainer.replay.documents, trainer.replay.reference
+        self.new_task = trainer.replay.new_task
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
         self.trainer.stop_if_bypassed()

@@ -1,0 +1,79 @@
+"""What protects a run of which nobody said what should: all of it stands in `CHOSEN_PROTECTION`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from retain.training.config import ReplayConfig
+
+PROTECTING = ("replay_objective", "replay_coef", "anchor_coef")  # with any of these given, nothing is chosen
+UNSET: Any = object()  # the value of one that nobody gave
+
+
+@dataclass(frozen=True)
+class ProtectionChoice:
+    """Settings of a protected run.
+
+    Attributes:
+        learning_rate_factor: what the run's learning rate is multiplied with, as an anchor allows.
+        per_device_replay_batch_size: None is the default of `ReplayConfig`.
+        min_rows, share_of_draws: the pool has this share of the rows that the run draws, and at least so many.
+        why: what speaks for it, for people to read.
+    """
+
+    why: str
+    replay_objective: str = "kl"
+    replay_coef: float = 1.0
+    anchor_coef: float = 0.0
+    learning_rate_factor: float = 1.0
+    replay_start: float = 0.0
+    per_device_replay_batch_size: int | None = None
+    min_rows: int = 256
+    share_of_draws: float = 0.1
+
+    def line(self) -> str:
+        """What was chosen and why."""
+        anchor = f", anchor_coef {self.anchor_coef:g}" * bool(self.anchor_coef)
+        rate = f", {self.learning_rate_factor:g} times the learning rate" * (self.learning_rate_factor != 1)
+        late = f", replay after {self.replay_start:.0%} of the steps" * bool(self.replay_start)
+        named = f"replay_objective {self.replay_objective}, replay_coef {self.replay_coef:g}{anchor}{rate}{late}"
+        return f"chosen, since none was given: {named}; {self.why}"
+
+    def num_rows(self, draws: int, *, reads_fisher: bool) -> int:
+        """Rows of the pool: no more than the run draws, unless the Fisher information is read from them.
+
+        >>> [ProtectionChoice("").num_rows(draws, reads_fisher=False) for draws in (12, 9000)]
+        [12, 900]
+        """
+        wanted = max(self.min_rows, math.ceil(self.share_of_draws * draws))
+        return wanted if reads_fisher or draws < 1 else min(wanted, draws)
+
+
+CHOSEN_PROTECTION = ProtectionChoice(why="a KL to the base prevented most wherever it was studied (docs/choosing.md)")
+
+
+def fill_in(config: ReplayConfig) -> ProtectionChoice | None:
+    """Set what is `UNSET` of the settings in `PROTECTING`: all as chosen, or, where one is given, to their defaults.
+
+    Returns:
+        What was chosen; None where something was given.
+    """
+    missing = [name for name in PROTECTING if getattr(config, name) is UNSET]
+    chosen = CHOSEN_PROTECTION if len(missing) == len(PROTECTING) and config.max_ref_kl is None else None
+    for name in missing:
+        setattr(config, name, getattr(chosen or ReplayConfig, name))
+    if chosen is not None:
+        config.replay_start = config.replay_start or chosen.replay_start
+        config.per_device_replay_batch_size = config.per_device_replay_batch_size or chosen.per_device_replay_batch_size
+    return chosen
+
+
+def rows_drawn(config: ReplayConfig, args: Any, steps: int) -> int:
+    """Replay rows that a run of so many optimizer steps draws; 0 where nobody knows how many steps there are."""
+    if not config.objective.draws_rows:
+        return 0
+    per_step = config.objective.batch_rows(config, args.train_batch_size) * args.world_size
+    due = math.ceil((1 - config.replay_start) * max(0, steps) / config.replay_every)
+    return due * per_step * args.gradient_accumulation_steps

@@ -1,0 +1,203 @@
+"""`retain finetune --config sft.yaml --replay_dataset self`: what is chosen, measured, said, and compared."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import make_texts, make_tokenizer, save_model
+
+from retain.cli.finetune import FinetuneConfig
+from retain.cli.main import load_verb, main
+from retain.replay.dataset import load_self_generated
+from retain.training import protection_choice
+from retain.training.protection_choice import CHOSEN_PROTECTION, ProtectionChoice, rows_drawn
+
+SFT = {
+    "max_steps": 12, "per_device_train_batch_size": 4, "max_length": 24, "learning_rate": 2e-3, "use_cpu": True,
+    "bf16": False, "report_to": "none", "logging_steps": 5, "gradient_checkpointing": False, "save_steps": 6,
+    "lr_scheduler_type": "constant", "retention_max_documents": 8,
+}  # fmt: skip
+
+
+def write_rows(path: Path, seed: int, count: int) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(count, seed=seed)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    save_model(folder / "model")
+    write_rows(folder / "new.jsonl", 1, 24)
+    write_rows(folder / "held.jsonl", 2, 8)
+    (folder / "wiki.txt").write_text("\n\n".join(make_texts(8, seed=3)))
+    return folder
+
+
+def run(world: Path, out: Path, *flags: str, **changes: object) -> int:
+    """The command on a plain YAML of `trl sft`."""
+    settings = {"model_name_or_path": str(world / "model"), "dataset_name": str(world / "new.jsonl"), **SFT, **changes}
+    (out.parent / f"{out.name}.yaml").write_text(json.dumps({**settings, "output_dir": str(out)}))
+    return main(["finetune", "--config", str(out.parent / f"{out.name}.yaml"), "--replay_dataset", "self", *flags])
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Printed lines by the word before their first colon."""
+    found = [line.partition(": ") for line in capsys.readouterr().out.splitlines() if ": " in line]
+    return {name: rest for name, _, rest in found}
+
+
+def test_it_protects_measures_and_ends_with_four_lines_and_the_page(world, tmp_path, capsys):
+    held = ["--eval_dataset_name", str(world / "held.jsonl"), "--eval_strategy", "steps", "--eval_steps", "4"]
+    assert run(world, tmp_path / "out", *held, "--compare_plain", "true", "--retention", f"wiki={world}/wiki.txt") == 0
+    lines = said(capsys)
+    assert lines["chosen, since none was given"].startswith("replay_objective kl, replay_coef 1;")
+    assert "loss" in lines["learned"]
+    assert "8 held-out rows of the new task" in lines["learned"]
+    assert "of 2 texts the one that moved most" in lines["forgotten"]
+    assert "% [" in lines["prevented"]
+    assert "at the same new-task loss (" in lines["prevented"]
+    assert "times the unprotected run's" in lines["cost"]
+    assert list(lines)[-5:] == ["learned", "forgotten", "prevented", "cost", "page"]
+    assert "svg" in Path(lines["page"]).read_text()
+    out = tmp_path / "out"
+    pages = json.loads((out / "report" / "report.json").read_text())
+    plain, protected = pages["runs"]
+    assert [one["name"] for one in (plain, protected)] == ["plain", "protected"]
+    # The same rows, seed and steps; nothing protects one of them.
+    assert plain["training"]["replay_coef"] == 0
+    assert all(
+        plain["training"][name] == protected["training"][name] for name in ("seed", "max_steps", "learning_rate")
+    )
+    configs = [json.loads((folder / "retain_config.json").read_text()) for folder in (out, out / "plain")]
+    assert configs[0]["new_rows"] == configs[1]["new_rows"]
+    firsts = [min(one["trajectory"], key=lambda row: row["step"])["eval_loss"] for one in (plain, protected)]
+    assert firsts[0] == firsts[1]
+    assert plain["retention"]["wiki"]["ref_kl"]["value"] > protected["retention"]["wiki"]["ref_kl"]["value"] > 0
+    # Of the plain run only what was measured stays.
+    assert not [*(out / "plain").glob("checkpoint-*"), *(out / "plain").glob("*.safetensors")]
+    assert (out / "model.safetensors").exists()
+
+
+def test_the_new_task_loss_is_that_of_the_trainers_own_evaluation(world, tmp_path):
+    """Two ways to one number: ours by row with an interval, and the host's mean over all tokens."""
+    held = ["--eval_dataset_name", str(world / "held.jsonl"), "--eval_strategy", "steps", "--eval_steps", "12"]
+    assert run(world, tmp_path / "out", *held, "--eval_on_start", "true", "--per_device_eval_batch_size", "8") == 0
+    report = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
+    losses = {row["step"]: row["eval_loss"] for row in report["trajectory"] if "eval_loss" in row}
+    found = report["new_task"]["new task"]
+    assert found["base_loss"]["value"] == pytest.approx(losses[0], abs=1e-4)
+    assert found["loss"]["value"] == pytest.approx(losses[12], abs=1e-4)
+    assert found["gain"]["value"] == pytest.approx(losses[0] - losses[12], abs=2e-4)
+
+
+def test_without_held_out_rows_the_training_loss_is_reported_and_that_is_said(world, tmp_path, capsys):
+    assert run(world, tmp_path / "out") == 0
+    lines = said(capsys)
+    assert lines["new task"].startswith("no rows are held out")
+    assert lines["learned"].startswith("training loss ")
+    assert "(logged at steps 1 and 12); no row was held out" in lines["learned"]
+    assert lines["prevented"].startswith("not known without an unprotected run")
+    rows = [load_self_generated(tmp_path / "out" / name) for name in ("replay", "held-out")]
+    assert (len(rows[0]), len(rows[1])) == (12, 8)  # it draws one row in each of its 12 steps
+    assert rows[0][0].tolist() != rows[1][0].tolist()
+
+
+def test_a_plain_run_that_was_made_is_read_again_unless_its_settings_changed(world, tmp_path, capsys, monkeypatch):
+    assert run(world, tmp_path / "out", "--compare_plain", "true") == 0
+    lines, made = said(capsys), (tmp_path / "out" / "plain" / "metrics.jsonl").stat().st_mtime_ns
+    again = ["--compare_plain", "true", "--resume_from_checkpoint", "true"]
+    assert run(world, tmp_path / "out", *again) == 0
+    once_more = said(capsys)
+    assert "unprotected run, to compare" not in once_more
+    assert all(once_more[name] == lines[name] for name in ("learned", "forgotten", "prevented"))
+    assert (tmp_path / "out" / "plain" / "metrics.jsonl").stat().st_mtime_ns == made
+    assert run(world, tmp_path / "out", *again, max_steps=14) == 0
+    assert "unprotected run, to compare" in said(capsys)
+
+
+@pytest.mark.parametrize("given", [["--replay_coef", "1"], ["--replay_objective", "kl"], ["--max_ref_kl", "0.1"]])
+def test_nothing_is_chosen_for_those_who_chose(given):
+    parsed = load_verb("finetune").parse(["--output_dir", "out", *given])[-1]
+    assert parsed.chosen is None
+    assert (parsed.replay_objective, parsed.replay_coef, parsed.anchor_coef) == ("kl", 1.0, 0.0)
+
+
+def test_what_is_chosen_stands_in_one_place(world, tmp_path, capsys, monkeypatch):
+    chosen = {"anchor_coef": 30.0, "learning_rate_factor": 2.0, "replay_start": 0.5, "min_rows": 16}
+    monkeypatch.setattr(protection_choice, "CHOSEN_PROTECTION", ProtectionChoice("a test says so", **chosen))
+    held = ["--eval_dataset_name", str(world / "held.jsonl")]
+    assert run(world, tmp_path / "out", "--compare_plain", "true", *held, retention_max_documents=9) == 0
+    line = said(capsys)["chosen, since none was given"]
+    assert "anchor_coef 30, 2 times the learning rate, replay after 50% of the steps; a test says so" in line
+    folders = tmp_path / "out", tmp_path / "out" / "plain"
+    protected, plain = (json.loads((folder / "retain_config.json").read_text()) for folder in folders)
+    assert protected["replay"]["anchor_coef"] == 30
+    assert protected["replay"]["replay_start"] == 0.5
+    for folder in folders:  # nobody said when to evaluate, and the two are to be compared on their way
+        rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "eval_loss" in row] == list(range(13))
+    rates = [one["training_arguments"]["learning_rate"] for one in (protected, plain)]
+    assert rates == [4e-3, 2e-3]  # an unprotected run has the rate that was given
+    assert len(load_self_generated(tmp_path / "out" / "replay")) == 16  # all are read for the Fisher information
+
+
+def test_the_pool_follows_what_the_run_draws():
+    args = SimpleNamespace(train_batch_size=16, world_size=2, gradient_accumulation_steps=3)
+    config = FinetuneConfig(replay_every=4)
+    assert rows_drawn(config, args, 100) == 25 * 2 * 2 * 3
+    assert rows_drawn(FinetuneConfig(replay_coef=0.0, anchor_coef=1.0), args, 100) == 0
+    assert [CHOSEN_PROTECTION.num_rows(draws, reads_fisher=False) for draws in (0, 100, 300, 10_000)] == [
+        256,
+        100,
+        256,
+        1000,
+    ]
+    assert CHOSEN_PROTECTION.num_rows(100, reads_fisher=True) == 256
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--compare_plain", "true", "--replay_coef", "0"], "compare_plain: true needs a protected run"),
+        (["--retention", "self-generated=x"], "retention: 'self-generated' is the name of the rows that the model"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(world, tmp_path, capsys, flags, line):
+    assert run(world, tmp_path / "out", *flags) == 1
+    assert line in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_the_run_would_take_and_makes_nothing(world, tmp_path, capsys):
+    flags = ["--dry_run", "true", "--compare_plain", "true", "--eval_dataset_name", str(world / "held.jsonl")]
+    assert run(world, tmp_path / "out", *flags) == 0
+    assert not (tmp_path / "out").exists()
+    lines = said(capsys)
+    assert not [line for line in lines if line.startswith("{")]
+    lengths = [len(make_tokenizer()(text)["input_ids"]) + 1 for text in make_texts(24, seed=1)]  # and its end
+    assert lines["new rows"].startswith(f"24 rows of {min(min(lengths), 24)} to {min(max(lengths), 24)} tokens")
+    assert lines["new rows"].endswith("100% of their tokens are predicted")
+    assert lines["replay"] == "the run draws 12 rows, of a pool of 12"
+    assert "weights in float32" in lines["device"]
+    assert " GB in training" in lines["memory"]
+    assert re.search(r"s with replay, [\d.]+ times an unprotected one's", lines["a step"])
+    for part in ("for 12 steps", "sampling", "training", "measuring", "the unprotected run"):
+        assert part in lines["the run"]
+
+
+def test_a_dry_run_counts_the_completions_of_prompts(world, tmp_path, capsys):
+    texts = make_texts(9, seed=5, words=6)
+    rows = [{"prompt": prompt, "completion": done} for prompt, done in itertools.pairwise(texts)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"dataset_name": str(tmp_path / "pairs.jsonl"), "max_length": 64}
+    assert run(world, tmp_path / "out", "--dry_run", "true", "--replay_coef", "0", **changes) == 0
+    lines = said(capsys)
+    share = int(re.search(r"(\d+)% of their tokens are predicted", lines["new rows"])[1])
+    assert 30 < share < 70
+    assert lines["held-out rows of the new task"].startswith("none")
+    assert "times an unprotected" not in lines["a step"]
