@@ -23,15 +23,17 @@ METHODS = {"full": "full", "lora": "LoRA"}
 
 @dataclass(frozen=True)
 class End:
-    """A run at its end: its new-task loss, and the three measures, nats per token."""
+    """A run at its end: its new-task loss, the three measures, nats per token, and its learning rate."""
 
     loss: float
     measures: np.ndarray
+    rate: float
 
 
 def end_of(row: dict[str, Any]) -> End:
     last = row["trajectory"][-1]
-    return End(last["eval_loss"], np.array([last[f"retention/{text}/{metric}"] for text, metric in MEASURES]))
+    measures = np.array([last[f"retention/{text}/{metric}"] for text, metric in MEASURES])
+    return End(last["eval_loss"], measures, row["settings"]["learning_rate"])
 
 
 def plain_at(loss: float, plain: Sequence[End]) -> np.ndarray:
@@ -40,6 +42,12 @@ def plain_at(loss: float, plain: Sequence[End]) -> np.ndarray:
     losses = [end.loss for end in ends]
     assert loss <= losses[-1], "a plain run of a lower rate would have forgotten less"
     return np.array([np.interp(loss, losses, [end.measures[at] for end in ends]) for at in range(len(MEASURES))])
+
+
+def rate_at(loss: float, plain: Sequence[End]) -> float:
+    """The learning rate at which plain finetuning ends at a loss: linear in its logarithm."""
+    ends = sorted(plain, key=lambda end: end.loss)
+    return float(np.exp(np.interp(loss, [end.loss for end in ends], [np.log(end.rate) for end in ends])))
 
 
 def prevented(end: End, plain: Sequence[End]) -> np.ndarray:
@@ -61,7 +69,7 @@ class Cell:
     task: str
     round: int
     losses: list[float]
-    plain_losses: list[float]
+    plain_rates: list[float]  # at which plain finetuning learns as much
     prevented: np.ndarray  # (seeds, measures)
     kept: list[float]  # KL on own rows at the end, of each seed
     time: Interval | None  # of a step over a plain one's, averaged over a run
@@ -121,11 +129,11 @@ def cells_of(rows: Sequence[dict[str, Any]]) -> list[Cell]:
                 }
                 if own:
                     shares = [prevented(end, plain[seed]) for seed, end in sorted(own.items())]
-                    lowest = [min(end.loss for end in plain[seed]) for seed in sorted(own)]
+                    rates = [rate_at(end.loss, plain[seed]) for seed, end in sorted(own.items())]
                     losses = [own[seed].loss for seed in sorted(own)]
                     time = time_of(rows, base, method, number)
                     kept = [own[seed].measures[-1] for seed in sorted(own)]
-                    found.append(Cell(base, method, task, number, losses, lowest, np.array(shares), kept, time))
+                    found.append(Cell(base, method, task, number, losses, rates, np.array(shares), kept, time))
     return found
 
 
@@ -162,7 +170,7 @@ def report_of(rows: Sequence[dict[str, Any]]) -> str:
     cells = cells_of(rows)
     if not cells:
         raise NoReport("no cell has a run of each kind yet")
-    head = ("base", "method", "task", "protected by", "seeds", "new-task loss", "the lowest of plain",
+    head = ("base", "method", "task", "protected by", "seeds", "new-task loss", "plain learns that at",
             *(f"prevented: {metric}, {text}" for text, metric in MEASURES), "time a step", "the goal")  # fmt: skip
     lines = []
     for cell in cells:
@@ -174,7 +182,7 @@ def report_of(rows: Sequence[dict[str, Any]]) -> str:
         time = "not measured" if cell.time is None else cell.time.text(".2f")
         lines.append((
             BASES[cell.base].label, METHODS[cell.method], TASKS[cell.task].label, cell.way, len(cell.losses),
-            f"{np.mean(cell.losses):.3f}", f"{np.mean(cell.plain_losses):.3f}", *shares, time, verdict,
+            f"{np.mean(cell.losses):.3f}", f"{np.exp(np.mean(np.log(cell.plain_rates))):.1e}", *shares, time, verdict,
         ))  # fmt: skip
     told = [one for one in cells if one.judged and one.verdict not in (TOO_FEW, NOT_TIMED)]
     rounds = {number: [one for one in told if one.round == number] for number in (1, 2, 3)}
@@ -213,7 +221,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks] if not at else [""] * len(ticks))
             panel.minorticks_off()
             panel.invert_xaxis()
-            name = "SmolLM2" if base == "smollm2" else "small base"
+            name = BASES[base].label.replace("-135M-Instruct", "").split(",")[0]
             panel.set_title(f"{TASKS[task].label}\n{name}, {METHODS[method]}", fontsize=8)
             panel.set_xlabel("new-task loss", fontsize=7)
             panel.tick_params(labelsize=7)
