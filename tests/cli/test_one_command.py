@@ -129,22 +129,47 @@ def test_nothing_is_chosen_for_those_who_chose(given):
 
 
 def test_what_is_chosen_stands_in_one_place(world, tmp_path, capsys, monkeypatch):
-    chosen = {"anchor_coef": 30.0, "learning_rate_factor": 2.0, "replay_start": 0.5, "min_rows": 16}
+    chosen = {"anchor_coef": 30.0, "replay_start": 0.5, "share_of_batch": 0.5, "min_rows": 16}
     monkeypatch.setattr(protection_choice, "CHOSEN_PROTECTION", ProtectionChoice("a test says so", **chosen))
     held = ["--eval_dataset_name", str(world / "held.jsonl")]
     assert run(world, tmp_path / "out", "--compare_plain", "true", *held, retention_max_documents=9) == 0
     line = said(capsys)["chosen, since none was given"]
-    assert "anchor_coef 30, 2 times the learning rate, replay after 50% of the steps; a test says so" in line
+    assert "anchor_coef 30, replay after 50% of the steps; a test says so" in line
     folders = tmp_path / "out", tmp_path / "out" / "plain"
     protected, plain = (json.loads((folder / "retain_config.json").read_text()) for folder in folders)
-    assert protected["replay"]["anchor_coef"] == 30
-    assert protected["replay"]["replay_start"] == 0.5
+    for name, value in {"anchor_coef": 30, "replay_start": 0.5, "per_device_replay_batch_size": 2}.items():
+        assert protected["replay"][name] == value
     for folder in folders:  # nobody said when to evaluate, and the two are to be compared on their way
         rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows if "eval_loss" in row] == list(range(13))
     rates = [one["training_arguments"]["learning_rate"] for one in (protected, plain)]
-    assert rates == [4e-3, 2e-3]  # an unprotected run has the rate that was given
+    assert rates == [2e-3, 2e-3]
     assert len(load_self_generated(tmp_path / "out" / "replay")) == 16  # all are read for the Fisher information
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize(
+    ("model", "flags", "anchor"),
+    [
+        ("llama", [], 300.0),
+        ("llama", ["--use_dora", "true"], 0.0),
+        ("llama", ["--lora_modules_to_save", "lm_head"], 0.0),
+        ("llama", ["--optim", "adafactor"], 0.0),
+        ("gpt2", [], 0.0),  # its layers are no linear ones
+        ("llama", ["--replay_start", "0.5", "--per_device_replay_batch_size", "3"], 300.0),
+    ],
+)
+def test_lora_is_anchored_where_an_anchor_can_hold_it(world, tmp_path, capsys, model, flags, anchor):
+    if model == "gpt2":
+        save_model(tmp_path / "model", "gpt2")
+    name = str((tmp_path if model == "gpt2" else world) / "model")
+    assert run(world, tmp_path / "out", "--use_peft", "true", *flags, model_name_or_path=name, max_steps=4) == 0
+    found = json.loads((tmp_path / "out" / "retain_config.json").read_text())["replay"]
+    assert found["anchor_coef"] == anchor
+    assert (found["replay_coef"], found["replay_start"] > 0) == ((5.0, True) if anchor else (1.0, False))
+    if "--replay_start" in flags:
+        assert (found["replay_start"], found["per_device_replay_batch_size"]) == (0.5, 3)
+    assert (f"anchor_coef {anchor:g}" in said(capsys)["chosen, since none was given"]) == bool(anchor)
 
 
 def test_the_pool_follows_what_the_run_draws():

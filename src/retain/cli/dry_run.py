@@ -62,6 +62,7 @@ def dry_run(
     tried = {"unprotected": replace(config.unprotected(), **few)}
     if config.protects:
         tried["protected"] = replace(config, **few, replay_num_rows=in_steps)
+        tried["protected"].chosen = config.chosen
     costs: dict[str, Cost] = {}
     for name, settings in tried.items():
         with tempfile.TemporaryDirectory(prefix="retain-dry-run-") as folder:

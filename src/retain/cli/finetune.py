@@ -41,7 +41,16 @@ from retain.sampling.write import default_store
 from retain.training.beta2_half_life import apply_half_life, check_half_life, mean_row_length
 from retain.training.config import ReplayConfig, StoppingConfig, check_arguments
 from retain.training.protection import check_replay_every
-from retain.training.protection_choice import CHOSEN_PROTECTION, PROTECTING, UNSET, fill_in, rows_drawn
+from retain.training.protection_choice import (
+    CHOSEN_PROTECTION,
+    PROTECTING,
+    UNSET,
+    ProtectionChoice,
+    choose_protection,
+    fill_in,
+    has_linear_places,
+    rows_drawn,
+)
 from retain.training.retention import check_best_metric, retention_names
 from retain.training.row_checks import check_columns, check_new_rows, row_edges
 from retain.training.run_files import OF_TRAINING, read_run
@@ -112,10 +121,21 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
 
     def __post_init__(self) -> None:
         self.chosen = fill_in(self)
+        self._asked = self.replay_start, self.per_device_replay_batch_size
         super().__post_init__()
         if self.compare_plain and not (self.protects and self.measures):
             lacks = "a text to measure (retention, or replay_dataset self)" if self.protects else "a protected run"
             raise ValueError(f"compare_plain: true needs {lacks}; give one, or leave it out")
+
+    def choose(self, choice: ProtectionChoice, batch_size: int) -> None:
+        """Take what protects, where nobody said what should; rows and their beginning where nobody said these."""
+        self.chosen = choice
+        start, rows = self._asked
+        if choice.share_of_batch:
+            rows = rows or max(1, round(choice.share_of_batch * batch_size))
+        self.replay_start, self.per_device_replay_batch_size = start or choice.replay_start, rows
+        for name in PROTECTING:
+            setattr(self, name, getattr(choice, name))
 
     @property
     def measures(self) -> bool:
@@ -161,6 +181,8 @@ def run_finetune(
     folder, speaks = Path(training_args.output_dir), training_args.process_index == 0
     say: Say = (lambda line: print(visible(str(line)), flush=True)) if speaks else lambda line: None
     given = TrlArguments(script_args, training_args, model_args, dataset_args)
+    if config.chosen is not None and config.replay_dataset == "self":
+        config.choose(choose_protection(training_args, model_args), training_args.per_device_train_batch_size)
     if config.dry_run:
         check_begin(given, config)
         make_trainer = partial(make_sft_trainer, say=lambda line: None, others=[])
@@ -168,9 +190,6 @@ def run_finetune(
     with exclusive(folder) if speaks else nullcontext():
         check_begin(given, config)
         of_plain = given._replace(training=copy.deepcopy(training_args))
-        if config.chosen is not None and config.replay_dataset is not None:
-            training_args.learning_rate *= config.chosen.learning_rate_factor
-            say(config.chosen.line())
         run = finetuned(given, config, say)
         plain = plain_run(of_plain, config, run, say) if config.compare_plain else None
         for line in (f"model: {folder}", *run.lines):
@@ -311,6 +330,10 @@ def make_sft_trainer(
     say(f"document start: {choose_start_token(tokenizer, config.start_token)}")
     check_replay_every(config, steps)  # before rows are drawn for it
     model, adapter = base_to_train(given, tokenizer)
+    if config.chosen is not None and config.replay_dataset is not None:
+        if config.anchor_coef and not has_linear_places(model, adapter):
+            config.choose(CHOSEN_PROTECTION, training_args.per_device_train_batch_size)
+        say(config.chosen.line())
     replay = None if texts else config.replay_dataset
     if replay == "self":
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""What protects a run of which nobody said what should: all of it stands in `CHOSEN_PROTECTION`."""
+"""What protects a run of which nobody said what should: all of it stands in `CHOSEN_PROTECTION` and `ANCHORED`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from retain.training.anchor import ADAMW
 from retain.training.config import ReplayConfig
 
 PROTECTING = ("replay_objective", "replay_coef", "anchor_coef")  # with any of these given, nothing is chosen
@@ -17,8 +22,7 @@ class ProtectionChoice:
     """Settings of a protected run.
 
     Attributes:
-        learning_rate_factor: what the run's learning rate is multiplied with, as an anchor allows.
-        per_device_replay_batch_size: None is the default of `ReplayConfig`.
+        share_of_batch: replay rows over new ones, in steps that have some; None is the default of `ReplayConfig`.
         min_rows, share_of_draws: the pool has this share of the rows that the run draws, and at least so many.
         why: what speaks for it, for people to read.
     """
@@ -27,18 +31,16 @@ class ProtectionChoice:
     replay_objective: str = "kl"
     replay_coef: float = 1.0
     anchor_coef: float = 0.0
-    learning_rate_factor: float = 1.0
     replay_start: float = 0.0
-    per_device_replay_batch_size: int | None = None
+    share_of_batch: float | None = None
     min_rows: int = 256
     share_of_draws: float = 0.1
 
     def line(self) -> str:
         """What was chosen and why."""
         anchor = f", anchor_coef {self.anchor_coef:g}" * bool(self.anchor_coef)
-        rate = f", {self.learning_rate_factor:g} times the learning rate" * (self.learning_rate_factor != 1)
         late = f", replay after {self.replay_start:.0%} of the steps" * bool(self.replay_start)
-        named = f"replay_objective {self.replay_objective}, replay_coef {self.replay_coef:g}{anchor}{rate}{late}"
+        named = f"replay_objective {self.replay_objective}, replay_coef {self.replay_coef:g}{anchor}{late}"
         return f"chosen, since none was given: {named}; {self.why}"
 
     def num_rows(self, draws: int, *, reads_fisher: bool) -> int:
@@ -52,6 +54,13 @@ class ProtectionChoice:
 
 
 CHOSEN_PROTECTION = ProtectionChoice(why="a KL to the base prevented most wherever it was studied (docs/choosing.md)")
+ANCHORED = ProtectionChoice(
+    anchor_coef=300.0,
+    replay_coef=5.0,
+    replay_start=0.7,
+    share_of_batch=0.25,
+    why="WHY",
+)
 
 
 def fill_in(config: ReplayConfig) -> ProtectionChoice | None:
@@ -64,10 +73,26 @@ def fill_in(config: ReplayConfig) -> ProtectionChoice | None:
     chosen = CHOSEN_PROTECTION if len(missing) == len(PROTECTING) and config.max_ref_kl is None else None
     for name in missing:
         setattr(config, name, getattr(chosen or ReplayConfig, name))
-    if chosen is not None:
-        config.replay_start = config.replay_start or chosen.replay_start
-        config.per_device_replay_batch_size = config.per_device_replay_batch_size or chosen.per_device_replay_batch_size
     return chosen
+
+
+def choose_protection(args: Any, model_args: Any) -> ProtectionChoice:
+    """An anchor for plain LoRA, on which it was studied with a real model, where it can hold it; else KL alone."""
+    plain_lora = model_args.use_peft and not (
+        model_args.use_dora or model_args.lora_modules_to_save or model_args.load_in_4bit or model_args.load_in_8bit
+    )
+    return ANCHORED if plain_lora and args.optim in ADAMW and not args.deepspeed else CHOSEN_PROTECTION
+
+
+def has_linear_places(model: Any, adapter: Any) -> bool:
+    """Whether all places of an adapter, or of none, are linear layers, which an anchor can hold."""
+    if adapter is None:
+        return True
+    modules = dict(model.named_modules())
+    if adapter.target_modules in (None, "all-linear"):
+        return not any(isinstance(module, Conv1D) for module in modules.values())
+    places = [module for name, module in modules.items() if check_target_module_exists(adapter, name)]
+    return all(isinstance(module, nn.Linear) for module in places)
 
 
 def rows_drawn(config: ReplayConfig, args: Any, steps: int) -> int:
