@@ -109,7 +109,9 @@ class Run:
 
     def config(self) -> ReplayConfig:
         """The same as `retain`'s own settings."""
-        more: dict[str, Any] = {"replay_every": self.replay_every} if self.replay_every > 1 else {}
+        more: dict[str, Any] = {"anchor_lr_ratio": 1.0}  # learning_rate is what is meant
+        if self.replay_every > 1:
+            more["replay_every"] = self.replay_every
         for name in ("anchor_coef", "replay_start"):
             if getattr(self, name) is not None:
                 more[name] = getattr(self, name)

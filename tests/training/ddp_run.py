@@ -38,6 +38,7 @@ CASES = {
 }
 PARTS = ("replay/kl_opening", "replay/kl_rest")
 ADAM = {"optim": "adamw_torch", "learning_rate": 2e-3}
+ANCHOR = {"anchor_coef": 10.0, "anchor_lr_ratio": 1.0}
 FASTER = {"learning_rate": 3e-3}
 SAVING = {"save_strategy": "steps", "save_steps": 2, **ADAM}  # torch loads no FSDP2 checkpoint of SGD's, without state
 # What takes longer than a fast test may, each with what is special about it:
@@ -123,7 +124,7 @@ def make_trainer(folder: Path, name: str, batch: int, where: dict[str, Any]) -> 
     settings = {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 0.3, "max_steps": 4}
     settings |= special
     share: dict[str, Any] = {"per_device_replay_batch_size": batch} if objective != "replace" else {"replay_share": 0.5}
-    share |= {"max_ref_kl": 0.01} if "budget" in name else {"anchor_coef": 10.0} if "anchor" in name else {}
+    share |= {"max_ref_kl": 0.01} if "budget" in name else ANCHOR if "anchor" in name else {}
     return ReplaySFTTrainer(
         model=make_model(architecture),
         args=config(folder / name, **settings, **where),

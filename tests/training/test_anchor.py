@@ -65,6 +65,19 @@ def test_without_a_coefficient_and_a_rotation_it_is_adamw() -> None:
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+def test_a_ratio_is_a_higher_rate_that_schedulers_do_not_see() -> None:
+    ends = []
+    for rate, ratio in ((0.02, 1.0), (0.002, 10.0)):
+        weight = nn.Parameter(torch.ones(6, 4))
+        optimizer = AnchoredAdamW([weight], [AnchoredWeight(weight, curvature())], lr=rate, lr_ratio=ratio, coef=3.0)
+        for seed in range(3):
+            weight.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+        ends.append(weight.detach())
+        assert optimizer.param_groups[0]["lr"] == rate
+    assert torch.allclose(*ends, atol=1e-7)
+
+
 def test_its_penalty_and_pull_are_those_of_the_whole_matrix_and_its_gradient() -> None:
     of, weight = curvature(), nn.Parameter(torch.zeros(6, 4))
     anchored = AnchoredWeight(weight, of)
@@ -169,7 +182,7 @@ def test_it_holds_the_model_without_any_replay_row(tmp_path: Path, replay: Repla
         trainer = train(tmp_path / f"{coef:g}", replay, replay_config=settings, **adapter)
         held[coef] = logged(trainer, "replay/anchor")[-1]
         assert logged(trainer, "replay/kl") == []
-        assert trainer.protection()[0].startswith(f"anchor: coefficient {coef:g}, from the Fisher information of 460 ")
+        assert trainer.protection()[0].startswith(f"anchor: coefficient {coef:g}, inside AdamW, at 10 times the rate")
     assert held[1e4] < 0.2 * held[1.0]
 
 

@@ -79,7 +79,7 @@ class Anchor:
         """The run's optimizer as transformers takes one: its class, and all but the groups of parameters."""
         return AnchoredAdamW, {
             "anchored": self.anchored, "lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2),
-            "eps": args.adam_epsilon, "coef": config.anchor_coef,
+            "eps": args.adam_epsilon, "coef": config.anchor_coef, "lr_ratio": config.anchor_lr_ratio,
         }  # fmt: skip
 
     @staticmethod
@@ -119,10 +119,10 @@ class Anchor:
 
     def line(self, config: ReplayConfig) -> str:
         """What it does, for people to read."""
-        size = num_bytes(one.curvature for one in self.anchored)
+        size = num_bytes(one.curvature for one in self.anchored) / 1e6
         return (
-            f"anchor: coefficient {config.anchor_coef:g}, from the Fisher information of {self.num_tokens:,} tokens of "
-            f"replay rows ({self.seconds:.0f} s, {size / 1e6:.0f} MB), inside AdamW"
+            f"anchor: coefficient {config.anchor_coef:g}, inside AdamW, at {config.anchor_lr_ratio:g} times the rate; "
+            f"Fisher information of {self.num_tokens:,} tokens of replay rows took {self.seconds:.0f} s, {size:.0f} MB"
         )
 
 

@@ -175,6 +175,7 @@ class AnchoredAdamW(Optimizer):
         params: parameters or groups of them, as for any optimizer; all belong to one of `anchored`.
         anchored: the weights, at the base.
         coef: of the penalty; 0 is Adam in the curvature's coordinates.
+        lr_ratio: the rate over `lr`, which schedulers set and logs show.
         weight_decay: decoupled; of whole weights it shrinks the move from the base, of LoRA's factors these.
 
     Raises:
@@ -191,9 +192,11 @@ class AnchoredAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         coef: float = 1.0,
+        lr_ratio: float = 1.0,
     ) -> None:
         self.anchored = anchored
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "coef": coef}
+        defaults["lr_ratio"] = lr_ratio
         super().__init__(params, defaults)
         groups = enumerate(self.param_groups)
         places = {id(parameter): (at, of) for at, group in groups for of, parameter in enumerate(group["params"])}
@@ -238,7 +241,7 @@ def _move(x: Tensor, gradient: Tensor, pull: Tensor, stiffness: Tensor, state: d
     if "step" not in state:
         state.update(step=0, mean=torch.zeros_like(x), square=torch.zeros_like(x))
     state["step"] += 1
-    (beta1, beta2), lr, step = group["betas"], group["lr"], state["step"]
+    (beta1, beta2), lr, step = group["betas"], group["lr"] * group["lr_ratio"], state["step"]
     state["mean"].lerp_(gradient, 1 - beta1)
     state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     scale = (state["square"] / (1 - beta2**step)).sqrt_().add_(group["eps"])

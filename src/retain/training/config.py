@@ -66,8 +66,14 @@ class ReplayConfig(Settings):
     anchor_coef: float = setting(
         0.0,
         "Weight of the anchor: KL(base || model) to second order, by the base's Fisher information on the replay rows "
-        "(K-FAC), for which AdamW solves in every step. It lets learning_rate rise and adds to replay; it stands alone "
-        "with replay_coef 0. 0: no anchor.",
+        "(K-FAC), for which AdamW solves in every step. It adds to replay, and stands alone with replay_coef 0. "
+        "0: no anchor.",
+    )
+    anchor_lr_ratio: float = setting(
+        10.0,
+        "With an anchor, the rate over learning_rate, which stays that of a run without one: what the anchor lets move "
+        "may move faster, and has to, to learn as much in the same steps.",
+        low=1e-3,
     )
     allow_off_policy_replay: bool = setting(
         False, "Accept replay rows that another model or tokenizer wrote; the log says so."
