@@ -43,7 +43,7 @@ from experiments.study_14_anchor.timing import time_steps, timed
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-TIMED = {"small": 60, "smollm2": 12}  # turns
+TIMED = {"small": 60, "smollm2": 16, "smollm2x5": 16}  # turns
 
 
 @cache

@@ -66,9 +66,19 @@ BASES = {
         BenchSettings(num_documents=24, new_task_rows=32, replay_rows=256),
         Run(max_steps=60, schedule="linear", eval_steps=60, batch_size=4, warmup_steps=6),
         plain={"lora": (5e-4, 1e-3)},
-        anchors={"lora": {2: {"learning_rate": 1.6e-2, "anchor_coef": 300.0, "replay_rows": 2, **LATE}}},
+        anchors={
+            "lora": {
+                2: {"learning_rate": 1.6e-2, "anchor_coef": 300.0, "replay_rows": 2, **LATE},
+                3: {"learning_rate": 1e-2, "anchor_coef": 300.0, "replay_rows": 1, **LAST_THIRD},
+            }
+        },
     ),
 }
+BASES["smollm2x5"] = replace(
+    BASES["smollm2"],
+    label="SmolLM2-135M-Instruct, 300 steps",
+    run=replace(BASES["smollm2"].run, max_steps=300, eval_steps=100, warmup_steps=30),
+)
 
 
 def starting_run(base: str, method: str, seed: int) -> Run:
@@ -99,5 +109,5 @@ def anchored_runs(base: str, method: str, seed: int, since: int = 0) -> list[Run
 def runs(base: str, method: str, task: str, seed: int) -> Sequence[Run]:
     """All that a task asks of a seed."""
     anchors = anchored_runs(base, method, seed, since=TASKS[task].round)
-    replay = [little_replay(base, method, seed)] if base == "small" or not seed else []  # hours on two cores
+    replay = [little_replay(base, method, seed)] if base == "small" else []  # hours on two cores
     return [*anchors, *plain_runs(base, method, seed), *replay]
