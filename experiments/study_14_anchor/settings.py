@@ -65,7 +65,7 @@ BASES = {
         "SmolLM2-135M-Instruct",
         BenchSettings(num_documents=24, new_task_rows=32, replay_rows=256),
         Run(max_steps=60, schedule="linear", eval_steps=60, batch_size=4, warmup_steps=6),
-        plain={"lora": (5e-4, 1e-3)},
+        plain={"lora": (2.5e-4, 5e-4, 1e-3)},
         anchors={
             "lora": {
                 2: {"learning_rate": 1.6e-2, "anchor_coef": 300.0, "replay_rows": 2, **LATE},
