@@ -59,7 +59,7 @@ ANCHORED = ProtectionChoice(
     replay_coef=5.0,
     replay_start=0.7,
     share_of_batch=0.25,
-    why="WHY",
+    why="with LoRA on SmolLM2 an anchor, and replay at the end, prevented most (docs/replay.md)",
 )
 
 
