@@ -33,4 +33,4 @@ trainer.save_model(out)
 
 # 3. What was forgotten, with 95% intervals over documents; also in out/metrics.jsonl at every evaluation.
 trainer.evaluate_retention()
-print("\n".join(trainer.retention_lines()))
+print(trainer.report("with replay"))

@@ -52,7 +52,7 @@ def test_trainer_example(name: str, workplace: Path) -> None:
     assert "replay/kl" in (out / "metrics.jsonl").read_text()
     assert (out / ("adapter_model.safetensors" if name == "lora_replay" else "model.safetensors")).exists()
     if name == "sft_replay":
-        assert "retention/wiki: forgetting" in stdout
+        assert "another token comes first at" in stdout
 
 
 @pytest.mark.program
@@ -70,7 +70,8 @@ def test_cloud_job_example(workplace: Path) -> None:
     small = ["--max_steps", "4", "--max_length", "32", "--replay_num_rows", "8", "--report_to", "none"]
     names = [workplace / name for name in ("model", "rows.jsonl", "wiki.txt", "job")]
     stdout = run("cloud_job", *names, *small, folder=workplace)
-    assert "protection: kl, coefficient 1" in stdout
+    assert "protection: kl, coefficient 5" in stdout
+    assert "anchor: coefficient 300" in stdout
     assert (workplace / "job" / "adapter_model.safetensors").exists()
     assert (workplace / "job" / "report" / "report.html").exists()
     assert "## Forgetting" in (workplace / "job" / "README.md").read_text()

@@ -11,6 +11,7 @@ from retain.checks import expected_value, fits, hints_of
 from retain.cli.main import VERBS, load_verb
 from retain.cli.measure import MeasureConfig
 from retain.cli.sample import SampleConfig
+from retain.training.protection_choice import UNSET
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,9 @@ def test_every_default_fits_its_own_field(verb: str) -> None:
     hints = {name: hint for kind in load_verb(verb).settings for name, hint in hints_of(kind).items()}
     defaults = {name: parser.get_default(name) for name in hints}
     assert {
-        n: v for n, v in defaults.items() if v is not None and not isinstance(v, str) and not fits(v, hints[n])
+        n: v
+        for n, v in defaults.items()
+        if v is not None and v is not UNSET and not isinstance(v, str) and not fits(v, hints[n])
     } == {}
 
 

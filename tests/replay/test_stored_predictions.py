@@ -420,7 +420,7 @@ def test_stored_predictions_and_a_budget_on_the_command_line(
     output = capsys.readouterr().out
     wanted = "protection: kl, budget 0.01 nats per token (coefficient from 1), reference cache (hidden)"
     assert wanted in output
-    assert "retention/old: forgetting " in output
+    assert "forgotten: ref_kl " in output
     verdict = json.loads((tmp_path / "out" / "budget.json").read_text())
     assert verdict["budget"] == 0.01
     assert verdict["text"] in output

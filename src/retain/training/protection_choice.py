@@ -53,13 +53,13 @@ class ProtectionChoice:
         return wanted if reads_fisher or draws < 1 else min(wanted, draws)
 
 
-CHOSEN_PROTECTION = ProtectionChoice(why="a KL to the base prevented most wherever it was studied (docs/choosing.md)")
+CHOSEN_PROTECTION = ProtectionChoice(why="a KL to the base prevented most wherever it was studied")
 ANCHORED = ProtectionChoice(
     anchor_coef=300.0,
     replay_coef=5.0,
     replay_start=0.7,
     share_of_batch=0.25,
-    why="with LoRA on SmolLM2 an anchor, and replay at the end, prevented most (docs/replay.md)",
+    why="with LoRA on SmolLM2 an anchor, and replay at the end, prevented most",
 )
 
 
