@@ -147,22 +147,21 @@ def round_of(settings: dict[str, Any], base: str) -> int | None:
 
 
 def time_of(rows: Sequence[dict[str, Any]], base: str, method: str, number: int) -> Interval | None:
-    """Processor time of a step over a plain one's, averaged over a run of a round; None if it was not measured.
+    """Processor time of a step over a plain one's, averaged over a run of a round of anchors; None: not measured.
 
-    An interval's ends are those of its parts. What a step costs does not depend on coefficients and rates.
+    Over rounds of timing, since trainers that do the same differ by more than a round's own interval. What a step costs
+    does not depend on coefficients and rates.
     """
-    timed = [row["timing"] for row in rows if row["bench"] == f"{base}-timing" and row["settings"]["method"] == method]
-    if not timed:
-        return None
-    replay, late, alone = timed[-1]  # as `timing.timed` lists them
-    if not number:
-        return Interval(replay["cpu"], *replay["ci"])
-    how = BASES[base].anchors[method][number]
-    if how["replay_rows"] != late["settings"]["replay_rows"]:
-        return None
-    share = how["replay_start"]
-    ends = zip((alone["cpu"], *alone["ci"]), (late["cpu"], *late["ci"]), strict=True)
-    return Interval(*(share * before + (1 - share) * after for before, after in ends))
+    found = []
+    for row in rows:
+        if row["bench"] == f"{base}-timing" and row["settings"]["method"] == method:
+            replay, late, alone = row["timing"]  # as `timing.timed` lists them
+            how = BASES[base].anchors[method].get(number, {"replay_start": 0.0, "replay_rows": 0})
+            if number and how["replay_rows"] != late["settings"]["replay_rows"]:
+                return None
+            share = how["replay_start"]
+            found.append(share * alone["cpu"] + (1 - share) * late["cpu"] if number else replay["cpu"])
+    return over_seeds(found) if found else None
 
 
 def report_of(rows: Sequence[dict[str, Any]]) -> str:

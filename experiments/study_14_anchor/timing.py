@@ -19,14 +19,14 @@ from experiments.finetunes import Bench, Run, make_trainer, scratch
 from experiments.study_14_anchor.settings import anchored_runs, little_replay, plain_runs
 
 WARM_UP = 4
-KINDS = ("plain", "replay", "anchor and replay", "anchor")
+KINDS = ("plain", "replay", "anchor and replay", "anchor", "plain")  # between two of the same, which should agree
 
 
 def timed(base: str, method: str) -> list[Run]:
-    """One run for each of `KINDS`; the last two are an anchored run at its end and before its replay begins."""
+    """One run for each of `KINDS`; the third and fourth are an anchored run at its end and before its replay begins."""
     kinds = plain_runs(base, method, 0)[-2], little_replay(base, method, 0), anchored_runs(base, method, 0)[-1]
     plain, little, anchor = (replace(run, eval_steps=0, schedule=None, replay_start=None) for run in kinds)
-    return [plain, little, anchor, replace(anchor, coef=0.0)]
+    return [plain, little, anchor, replace(anchor, coef=0.0), plain]
 
 
 class Turns(TrainerCallback):
@@ -52,7 +52,10 @@ class Turns(TrainerCallback):
 
 
 def time_steps(runs: Sequence[Run], bench: Bench, cycles: int) -> dict[str, Any]:
-    """Processor seconds of a step over those of plain's in the same turn: medians, with 95% intervals over turns."""
+    """Processor seconds of a step over the mean of the two plain ones in its turn, and of these over each other.
+
+    Medians, with 95% intervals over turns.
+    """
     barrier = Barrier(len(runs))
 
     def seconds_of(trainer: Any, turns: Turns) -> list[float]:
@@ -69,11 +72,18 @@ def time_steps(runs: Sequence[Run], bench: Bench, cycles: int) -> dict[str, Any]
         long = [replace(run, max_steps=cycles + WARM_UP) for run in runs]
         trainers = [make_trainer(run, bench, stack.enter_context(scratch())) for run in long]
         turns = [Turns(at, barrier) for at in range(len(runs))]
-        plain, *others = [np.array(one) for one in pool.map(seconds_of, trainers, turns)]
-    rows = []
-    for run, own in zip(runs[1:], others, strict=True):
-        ratios = own / plain
-        ends = bootstrap((ratios,), np.median, method="percentile", rng=0).confidence_interval
-        value, low, high = (round(float(one), 4) for one in (np.median(ratios), *ends))
-        rows.append({"settings": run.settings(), "cpu": value, "ci": [low, high]})
-    return {"timing": rows, "cycles": cycles, "plain_seconds": round(float(np.median(plain)), 4)}
+        first, *others, last = [np.array(one) for one in pool.map(seconds_of, trainers, turns)]
+    plain = (first + last) / 2
+    rows = [{"settings": run.settings(), **ratio_of(own / plain)} for run, own in zip(runs[1:-1], others, strict=True)]
+    return {
+        "timing": rows,
+        "plain_twice": ratio_of(last / first),
+        "cycles": cycles,
+        "plain_seconds": round(float(np.median(plain)), 4),
+    }
+
+
+def ratio_of(ratios: np.ndarray) -> dict[str, Any]:
+    """The median, and its 95% interval by bootstrap."""
+    ends = bootstrap((ratios,), np.median, method="percentile", rng=0).confidence_interval
+    return {"cpu": round(float(np.median(ratios)), 4), "ci": [round(float(end), 4) for end in ends]}

@@ -58,7 +58,6 @@ ANCHORED = ProtectionChoice(
     anchor_coef=300.0,
     replay_coef=5.0,
     replay_start=0.7,
-    share_of_batch=0.25,
     why="with LoRA on SmolLM2 an anchor, and replay at the end, prevented most",
 )
 
