@@ -55,7 +55,7 @@ def dry_run(
         given: the arguments of the run, which stay as they are.
         config: what protects and measures it.
         make_trainer: makes the trainer of arguments and config.
-        to_sample: rows that a run of so many steps samples first, by folder.
+        to_sample: takes the number of steps; rows that the run samples first, by folder.
     """
     few = {"retention_max_documents": TRIED_DOCUMENTS, "compare_plain": False, "replay_start": 0.0, "replay_every": 1}
     in_steps = max(1, rows_drawn(replace(config, **few), given.training, TRIED_STEPS))

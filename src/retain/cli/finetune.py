@@ -485,7 +485,7 @@ def own_rows(model: Any, tokenizer: Any, training_args: Any, config: FinetuneCon
     """The folder of replay rows of the model that will be trained."""
     folder = Path(training_args.output_dir) / POOL
     if training_args.process_index == 0:
-        length = config.replay_max_length or training_args.max_length or Unchosen(512)
+        length = own_length(training_args, config)
         wanted = config.objective.takes_stored and config.replay_reference in ("auto", "cache")
         store = default_store(model, folder, num_rows, length, wanted=wanted)
         draw_own(folder, model, tokenizer, training_args, config, num_rows=num_rows, store_reference=store)
@@ -511,16 +511,20 @@ def draw_own(
     found = model.device
     if not (getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")):  # these stay where they are
         model.to(training_args.device)
-    length = config.replay_max_length or training_args.max_length or Unchosen(512)
-    start = choose_start_token(tokenizer, config.start_token)
+    start, length = choose_start_token(tokenizer, config.start_token), own_length(training_args, config)
     settings = {"max_length": length, "seed": training_args.seed, "start_token": start, **settings}
     sample_with_bar(model, tokenizer, str(folder), **settings)
     if model.device != found:
         model.to(found)
 
 
+def own_length(training_args: Any, config: FinetuneConfig) -> int:
+    """Tokens of a row that the model writes."""
+    return config.replay_max_length or training_args.max_length or Unchosen(512)
+
+
 def rows_to_sample(folder: Path, training_args: Any, config: FinetuneConfig, steps: int) -> dict[str, int]:
-    """Rows of each folder in the run's that the model writes for so many steps: to replay, and to measure on."""
+    """Rows of each folder in the run's that the model writes for its `steps`: to replay, and to measure on."""
     if config.replay_dataset != "self":
         return {}
     held_out = {HELD_OUT: min(OWN_ROWS, config.retention_max_documents)}

@@ -245,7 +245,7 @@ class Protection:
             self.anchor = Anchor.measure(model, rows, trainer.args.seed)
 
     def _prove_adapter_off(self, model: Any) -> None:
-        """The anchor holds an adapter at 0, whatever the reference is."""
+        """With any reference the anchor holds an adapter at 0."""
         try:
             Reference().prove(model, self._base_probe)
         except ValueError as error:

@@ -23,7 +23,7 @@ class ProtectionChoice:
 
     Attributes:
         share_of_batch: replay rows over new ones, in steps that have some; None is the default of `ReplayConfig`.
-        min_rows, share_of_draws: the pool has this share of the rows that the run draws, and at least so many.
+        min_rows, share_of_draws: the pool has this share of the rows that the run draws, and at least `min_rows`.
         why: what speaks for it, for people to read.
     """
 
@@ -95,7 +95,7 @@ def has_linear_places(model: Any, adapter: Any) -> bool:
 
 
 def rows_drawn(config: ReplayConfig, args: Any, steps: int) -> int:
-    """Replay rows that a run of so many optimizer steps draws; 0 where nobody knows how many steps there are."""
+    """Replay rows that a run draws in its optimizer steps; 0 where nobody knows how many steps there are."""
     if not config.objective.draws_rows:
         return 0
     per_step = config.objective.batch_rows(config, args.train_batch_size) * args.world_size

@@ -334,7 +334,7 @@ class ReplayMixin(Host):
         args, config, measurer = self.args, self.model.config, self.measurer
         return ForgettingReport.new(
             name,
-            base={"model": self.model.name_or_path or type(self.model).__name__},
+            base=self._named_base,
             retention=measurer.table(args, self.state),
             new_task=measurer.measure_new_task(args, self.model),
             per_document=dict(measurer.sums),
@@ -346,6 +346,11 @@ class ReplayMixin(Host):
                 "attn_implementation": config._attn_implementation,
             },
         )
+
+    @property
+    def _named_base(self) -> dict[str, str]:
+        """The base as a report names it."""
+        return {"model": self.model.name_or_path or type(self.model).__name__}
 
     def protection(self) -> list[str]:
         """What protects this run, a line each, for people to read before it starts."""
@@ -360,7 +365,7 @@ class ReplayMixin(Host):
         step = weights_step(self.args, self.state, is_in_train=self.is_in_train)
         ForgettingReport.new(
             path.parent.name,
-            base={"model": self.model.name_or_path or type(self.model).__name__},
+            base=self._named_base,
             retention=table,
             training={"step": step, **dataclasses.asdict(self.replay_config)},
             settings={"seed": self.args.seed},
