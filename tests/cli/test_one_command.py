@@ -15,7 +15,7 @@ from retain.cli.finetune import FinetuneConfig
 from retain.cli.main import load_verb, main
 from retain.replay.dataset import load_self_generated
 from retain.training import protection_choice
-from retain.training.protection_choice import CHOSEN_PROTECTION, ProtectionChoice, rows_drawn
+from retain.training.protection_choice import CHOSEN_PROTECTION, ProtectionChoice, choose_protection, rows_drawn
 
 SFT = {
     "max_steps": 12, "per_device_train_batch_size": 4, "max_length": 24, "learning_rate": 2e-3, "use_cpu": True,
@@ -170,6 +170,16 @@ def test_lora_is_anchored_where_an_anchor_can_hold_it(world, tmp_path, capsys, m
     if "--replay_start" in flags:
         assert (found["replay_start"], found["per_device_replay_batch_size"]) == (0.5, 3)
     assert (f"anchor_coef {anchor:g}" in said(capsys)["chosen, since none was given"]) == bool(anchor)
+
+
+@pytest.mark.parametrize(("plugin", "anchor"), [(None, 300.0), (object(), 0.0)])
+def test_no_anchor_is_chosen_where_deepspeed_was_launched(plugin, anchor):
+    """`accelerate launch --use_deepspeed` leaves the argument `deepspeed` empty; the anchor would be refused there."""
+    args = SimpleNamespace(optim="adamw_torch", deepspeed=None, deepspeed_plugin=plugin)
+    lora = SimpleNamespace(
+        use_peft=True, use_dora=False, lora_modules_to_save=None, load_in_4bit=False, load_in_8bit=False
+    )
+    assert choose_protection(args, lora).anchor_coef == anchor
 
 
 def test_the_pool_follows_what_the_run_draws():

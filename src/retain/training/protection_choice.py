@@ -80,7 +80,7 @@ def choose_protection(args: Any, model_args: Any) -> ProtectionChoice:
     plain_lora = model_args.use_peft and not (
         model_args.use_dora or model_args.lora_modules_to_save or model_args.load_in_4bit or model_args.load_in_8bit
     )
-    return ANCHORED if plain_lora and args.optim in ADAMW and not args.deepspeed else CHOSEN_PROTECTION
+    return ANCHORED if plain_lora and args.optim in ADAMW and not args.deepspeed_plugin else CHOSEN_PROTECTION
 
 
 def has_linear_places(model: Any, adapter: Any) -> bool:
