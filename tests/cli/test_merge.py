@@ -144,6 +144,17 @@ def test_a_lora_stays_one(world, tmp_path, alpha):
         torch.testing.assert_close(value, torch.lerp(*ends, alpha), rtol=1e-5, atol=1e-6)
 
 
+def test_a_lora_becomes_a_whole_model(world, tmp_path):
+    halves = {}
+    for whole in ("true", "false"):
+        change = {"model": world / "lora", "new_task": None, "alpha": 0.5, "whole": whole}
+        assert main(flags(world, tmp_path / whole, **change)) == 0
+        halves[whole] = probe(load_model(str(tmp_path / whole), dtype="float32"))
+    assert not (tmp_path / "true" / "adapter_config.json").exists()
+    assert torch.allclose(halves["true"], halves["false"], atol=1e-4)
+    assert "library_name: transformers" in (tmp_path / "true" / "README.md").read_text()
+
+
 def test_weights_are_written_in_the_dtype_of_the_base(world, tmp_path):
     base = make_model().to(torch.bfloat16)
     base.save_pretrained(tmp_path / "base")

@@ -236,3 +236,30 @@ def test_a_dry_run_counts_the_completions_of_prompts(world, tmp_path, capsys):
     assert 30 < share < 70
     assert lines["held-out rows of the new task"].startswith("none")
     assert "times an unprotected" not in lines["a step"]
+
+
+def test_a_chain_trains_each_adapter_on_the_one_before_merged_and_is_measured_as_one(world, tmp_path, capsys):
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "learning_rate": 2e-2}
+    short = ["--replay_num_rows", "8", "--replay_coef", "1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(world, one, *short, **lora) == 0
+    assert not (one / "base").exists()
+    later = {**lora, "model_name_or_path": str(one), "max_steps": 4}
+    assert run(world, two, *short, "--dry_run", "true", **later) == 0
+    assert not two.exists()
+    capsys.readouterr()
+    assert run(world, two, *short, **later) == 0
+    assert said(capsys)["base"] == f"{two}/base, the adapter {one} merged into {world}/model"
+    assert json.loads((two / "adapter_config.json").read_text())["base_model_name_or_path"] == str(two / "base")
+    texts = [f"--retention={name}={world / file}" for name, file in (("wiki", "wiki.txt"), ("new", "held.jsonl"))]
+    stages = ["--base", str(world / "model"), "--model", str(one), "--model", str(two), "--output_dir", str(tmp_path)]
+    few = ["--max_new_tokens", "0", "--num_resamples", "100"]
+    assert main(["measure", *stages, *texts, *few, "--chain", "true"]) == 0
+    shown = capsys.readouterr().out
+    assert "After 2 stages" in shown
+    assert "was trained on another base" not in shown
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {text["name"] for text in report["chain"]} == {"wiki", "new"}
+    assert report["runs"][0]["base"] == report["runs"][1]["base"]
+    assert main(["measure", *stages[:4], *stages[6:], *texts, "--chain", "true"]) == 1
+    assert "chain: true needs at least two stages as --model" in capsys.readouterr().err

@@ -34,6 +34,7 @@ from retain.data.rows import Document, is_local_file, load_from_hub, named_sourc
 from retain.files import exclusive, visible
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.models.loading import load_tokenizer
+from retain.models.merging import adapted_model, merged_base
 from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
 from retain.report.outcome import cost_line, outcome_lines
 from retain.report.report import ForgettingReport, write_comparison
@@ -62,8 +63,9 @@ from retain.training.trainer_checks import check_lora_targets, expected_steps, l
 OWN_TEXT = "self-generated"  # the text of held-out rows that the model wrote, with replay_dataset self
 OWN_ROWS = 64
 COMPARED_EVALUATIONS = 8  # of each run that is compared, where no eval_strategy says when
-# Folders in output_dir: of the page, of the unprotected run, and of rows that the model wrote to replay and measure on.
-PAGE, PLAIN, POOL, HELD_OUT = "report", "plain", "replay", "held-out"
+# Folders in output_dir: of the page, of the unprotected run, of rows that the model wrote to replay and measure on, and
+# of the model that is finetuned where that was an adapter.
+PAGE, PLAIN, POOL, HELD_OUT, WHOLE = "report", "plain", "replay", "held-out", "base"
 
 Say = Callable[[object], None]
 
@@ -185,10 +187,15 @@ def run_finetune(
         config.choose(choose_protection(training_args, model_args), training_args.per_device_train_batch_size)
     if config.dry_run:
         check_begin(given, config)
+        name, revision = given.model.model_name_or_path, given.model.model_revision
+        given.model.model_name_or_path = (
+            adapted_model(name, revision=revision) or name
+        )  # as large, and nothing is written
         make_trainer = partial(make_sft_trainer, say=lambda line: None, others=[])
         return dry_run(given, config, make_trainer, partial(rows_to_sample, folder, training_args, config), say)
     with exclusive(folder) if speaks else nullcontext():
         check_begin(given, config)
+        merge_its_adapter(given, folder / WHOLE, say)
         of_plain = given._replace(training=copy.deepcopy(training_args))
         run = finetuned(given, config, say)
         plain = plain_run(of_plain, config, run, say) if config.compare_plain else None
@@ -203,6 +210,17 @@ def check_begin(given: TrlArguments, config: FinetuneConfig) -> None:
     if not given.model.model_name_or_path:
         raise ValueError("model: missing; give --model")
     check_arguments(given.training, config.replay_objective)
+
+
+def merge_its_adapter(given: TrlArguments, folder: Path, say: Say) -> None:
+    """Of a model with an adapter, as an earlier run left it, train the whole: written once, its adapter merged in."""
+    name, options = given.model.model_name_or_path, checkpoint_options(given)
+    if (base := adapted_model(name, revision=options["revision"])) is None:
+        return
+    with given.training.main_process_first(local=False, desc="merging the adapter"):
+        merged_base(name, folder, **options)
+    given.model.model_name_or_path, given.model.model_revision = str(folder), "main"
+    say(f"base: {folder}, the adapter {name} merged into {base}")
 
 
 def finetuned(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
 from retain.cli.github import LEVELS, SUMMARY_VARIABLE, annotation, append_summary, errors_annotated
-from retain.cli.settings import RETENTION_HELP, TextSettings
+from retain.cli.settings import CHAIN_HELP, RETENTION_HELP, TextSettings
 from retain.data.rows import Reading, named_sources, read_rows, row_texts
 from retain.files import exclusive, short_names, visible
 from retain.measuring.behaviors import behavior_sources, load_behavior
@@ -43,6 +43,7 @@ OPTIONS = (
     *("choice_style", "choice_chat_template", "start_token", "max_length", "max_windows", "batch_tokens"),
     *("max_new_tokens", "num_resamples", "seed", "sampled"),
 )  # of `measure`, by the same name here
+TITLE = "Forgetting report"
 ANSWERED = ("refusals", "harmless", "behaviors")  # prompts that both models answer
 
 
@@ -57,6 +58,7 @@ class MeasureConfig(TextSettings):
     output_dir: str = setting(
         "", "Folder for report.json, report.md and report.html, and of several models a folder for each.", required=True
     )
+    chain: bool = setting(False, CHAIN_HELP)
     model_card: str | None = setting(
         None, "Model card (README.md) that receives the section Forgetting and the model-index."
     )
@@ -135,6 +137,8 @@ class MeasureConfig(TextSettings):
                 raise ValueError(f"{name}: missing; give --{name}")
         if self.model_card and len(self.model) > 1:
             raise ValueError(f"model_card: {self.model_card!r} is of one model; give one --model")
+        if self.chain and not (len(self.model) > 1 and self.retention):
+            raise ValueError("chain: true needs at least two stages as --model, in order, and --retention; give them")
         if self.github and not os.environ.get(SUMMARY_VARIABLE):
             raise ValueError(f"github: {SUMMARY_VARIABLE} is not set, as it is in GitHub Actions; leave github out")
         self._check_sources()
@@ -205,8 +209,9 @@ def write_reports(config: MeasureConfig) -> dict[str, Judgement]:
             report.write(folder / report.data["name"] if len(config.model) > 1 else folder)
             reports.append(report)
         if len(reports) > 1:
-            write_comparison(folder, reports, title="Forgetting report")
-        summary = reports[0].summary() if len(reports) == 1 else comparison_summary([one.results for one in reports])
+            write_comparison(folder, reports, title=TITLE, chain=config.chain)
+        results = [one.results for one in reports]
+        summary = reports[0].summary() if len(reports) == 1 else comparison_summary(results, chain=config.chain)
         print(f"{summary}\n\nreport: {folder / 'report.html'}")
         if config.model_card:
             reports[0].to_model_card(config.model_card)
@@ -327,7 +332,7 @@ def new_task_reading(config: TextSettings, training: Mapping[str, Any]) -> Readi
 
 def other_base(config: MeasureConfig, model: str, base: PreTrainedModel, tuned: Any) -> list[str]:
     """A warning where an adapter, switched off, leaves another model than the base."""
-    if not hasattr(tuned, "disable_adapter"):
+    if config.chain or not hasattr(tuned, "disable_adapter"):
         return []
     try:
         Reference().prove(tuned, probe(base))

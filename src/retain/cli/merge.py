@@ -92,6 +92,10 @@ class MergeConfig(TextSettings):
         None, "Take this alpha, from 0 (base) to 1 (model); without new_task nothing is measured.", high=1
     )
 
+    whole: bool = setting(
+        False, "Of an adapter, write the whole model with it merged in, to sample from, to serve, or to finetune again."
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         given = [name for name in RULES if getattr(self, name) is not None]
@@ -121,6 +125,8 @@ def run_merge(config: MergeConfig) -> None:
         if texts is not None:
             found, report = measured_choice(config, base, between, texts, own)
         between.set(found["alpha"])
+        if config.whole and between.is_adapter:
+            between.make_whole(stored_dtype(name, **config.checkpoint) if config.dtype == "auto" else None)
         write_merged(between, own, folder, {"base": name, "model": config.model, **found}, report)
         print(visible(f"model: {folder}"))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from retain.checks import Settings, setting
 from retain.cli.flags import Verb
+from retain.cli.settings import CHAIN_HELP
 from retain.files import short_names
 from retain.report.page import comparison_summary
 from retain.report.report import ForgettingReport, write_comparison
@@ -22,6 +23,7 @@ class ReportConfig(Settings):
     )  # fmt: skip
     output_dir: str = setting("", "Folder for report.json, report.md and report.html.", required=True)
     title: str = setting("Forgetting report", "Title of the page.")
+    chain: bool = setting(False, CHAIN_HELP)
 
 
 def run_report(config: ReportConfig) -> None:
@@ -31,8 +33,8 @@ def run_report(config: ReportConfig) -> None:
     if len({one.data["name"] for one in reports}) < len(reports):  # as of two folders that are called out/
         for one, name in zip(reports, short_names([path.parent for path in paths], "runs"), strict=True):
             one.data["name"] = name
-    write_comparison(config.output_dir, reports=reports, title=config.title)
-    summary = comparison_summary([one.results for one in reports])
+    write_comparison(config.output_dir, reports=reports, title=config.title, chain=config.chain)
+    summary = comparison_summary([one.results for one in reports], chain=config.chain)
     print(f"{summary}\n\nreport: {Path(config.output_dir) / 'report.html'}")
 
 

@@ -8,6 +8,10 @@ from typing import Any, Literal
 from retain.checks import Settings, Unchosen, setting
 
 RETENTION_HELP = "Text on which forgetting is measured, as name=file; repeatable."
+CHAIN_HELP = (
+    "The models are the stages of a chain in order, each finetuned from the one before, all measured against the base "
+    "of the first: show what each text has lost since its loss was lowest."
+)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from retain.models.description import base_parameter_name
+from retain.models.merging import merge_adapter
 from retain.models.reference import prediction_difference, probe, rounding_tolerance
 
 # What the merged weights are linear in, of PEFT's LoRA and IA3, and the value at which the adapter does nothing.
@@ -66,6 +67,10 @@ class Interpolation:
         for live, start, end in self.ends:
             mixed = torch.lerp(start.to(live.device).float(), end.to(live.device).float(), alpha)
             live.copy_(mixed.to(self.dtype or live.dtype))
+
+    def make_whole(self, dtype: torch.dtype | None = None) -> None:
+        """Merge the adapter, as it is set, into its base, to be saved in `dtype`; it cannot be set again."""
+        self.model, self.is_adapter, self.dtype, self.ends = merge_adapter(self.model), False, dtype, []
 
 
 def weight_ends(base: Any, tuned: Any) -> Iterator[tuple[Tensor, Tensor]]:

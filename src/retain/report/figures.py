@@ -14,13 +14,14 @@ LEARNING = "new-task loss, nats per token (learning →)"  # to the right, where
 
 @dataclass(frozen=True)
 class PlotLine:
-    """A run (its place) as points; `end` is the step of the last one, where x is something else."""
+    """A run (its place) as points; `end` is the step of the last one, where x is something else; `ranges` are of y."""
 
     name: str
     run: int
     x: Sequence[float]
     y: Sequence[float]
     end: float | None = None
+    ranges: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Panel:
 
     frontier: forgetting over new-task loss, learning to the right: of two runs the lower one forgot less for as much
     learned; `ends` are those that no other run dominates, the one that learned least first. curve: values over steps;
-    `marks` are points that were evaluated. interval: a dot and its interval per text and run.
+    `marks` are points that were evaluated, `ticks` the words at x = 0, 1, …. interval: a dot and its interval per text
+    and run.
     """
 
     kind: Literal["frontier", "curve", "interval"]
@@ -53,6 +55,7 @@ class Panel:
     matched_loss: float | None = None
     from_zero: bool = False
     marks: bool = True
+    ticks: Sequence[str] = ()
     dots: Sequence[Dot] = ()
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from retain.files import visible, visible_text
 from retain.report import style, tables
+from retain.report.chain import ChainedText, chain_panel, chain_sentences, chain_verdict, over_chain
 from retain.report.comparison import compare_at_matched_loss
 from retain.report.figures import learned_and_forgotten, panels
 from retain.report.metrics import TABLE_METRICS
@@ -49,16 +50,17 @@ HEADINGS = {  # of the tables in Markdown
 }  # fmt: skip
 
 
-def comparison_html(runs: ReportRuns, *, title: str, notes: Sequence[str] = ()) -> str:
-    """One self-contained page with no script in it and no request to anywhere."""
-    view = _view(runs, title, notes)
+def comparison_html(runs: ReportRuns, *, title: str, notes: Sequence[str] = (), chain: bool = False) -> str:
+    """One self-contained page with no script in it and no request to anywhere; `chain`: of stages, not of rivals."""
+    view = _view(runs, title, notes, chain)
     runs, names = view["runs"], [run.name for run in view["runs"]]
     worst, left_out = worst_documents(runs)
     drawn = [(panel, style.draw_panel(panel, names)) for panel in panels(runs, view["comparison"])]
     prompts = generations(runs)
     sentence, findings = opening(runs, view["comparison"])
+    figure = _chain_figure(runs, view["chained"]) if chain else _opening_figure(runs)
     view |= {
-        "opening": sentence, "findings": findings, "opening_figure": _opening_figure(runs),
+        "opening": view["verdict"] if chain else sentence, "findings": findings, "opening_figure": figure,
         "verdicts": [(at, text_verdict(run)) for at, run in enumerate(runs) if run.retention] if names[1:] else [],
         "figures": [{"kind": one.kind, "svg": style.to_svg(figure, one.description)} for one, figure in drawn],
         "prompts": {"shown": prompts[:SHOWN_PROMPTS], "folded": prompts[SHOWN_PROMPTS:]},
@@ -75,9 +77,14 @@ def _opening_figure(runs: ReportRuns) -> str:
     return style.to_svg(style.draw_intervals(found, [run.name for run in runs]), description)
 
 
-def comparison_markdown(runs: ReportRuns, *, title: str, notes: Sequence[str] = ()) -> str:
+def _chain_figure(runs: ReportRuns, texts: Sequence[ChainedText]) -> str:
+    panel = chain_panel(runs, texts)
+    return style.to_svg(style.draw_panel(panel, [text.name for text in texts]), panel.description)
+
+
+def comparison_markdown(runs: ReportRuns, *, title: str, notes: Sequence[str] = (), chain: bool = False) -> str:
     """Verdict, tables and what they mean; what was written, asked and answered is on the page."""
-    view = _view(runs, title, notes)
+    view = _view(runs, title, notes, chain)
     meanings = view["metrics"] | (view["answer_lines"] if view["answers"] else {})
     meanings |= (view["scorers"] if view["refusals"] else {}) | (view["shown"] if view["behaviors"] else {})
     meanings |= view["fates"] if view["knowledge"] else {}
@@ -90,12 +97,13 @@ def model_card_section(run: RunResults) -> str:
     return _environment(html=False).get_template("model_card.md").render(_view([run], "Forgetting", ()))
 
 
-def comparison_summary(runs: ReportRuns) -> str:
+def comparison_summary(runs: ReportRuns, *, chain: bool = False) -> str:
     """Verdict and tables for a terminal; no escape sequence of a model reaches it."""
-    view = _view(runs, "", ())
+    view = _view(runs, "", (), chain)
     lines = [view["verdict"], ""]
     lines += [f"  ! {warning}" for warning in view["warnings"]] + [""] * bool(view["warnings"])
     lines += [*view["pareto"], ""] if view["pareto"] else []
+    lines += [*view["chain"], ""] if view["chain"] else []
     for table in [view[name] for name in TABLES if view[name] and view[name].sections]:
         lines += terminal_table(table)
     return "\n".join(lines).rstrip() + "\n"
@@ -113,16 +121,18 @@ def terminal_table(table: tables.Table) -> list[str]:
     return [*lines, *(f"  * {note}" for note in table.notes), ""]
 
 
-def _view(runs: ReportRuns, title: str, notes: Sequence[str]) -> dict[str, Any]:
+def _view(runs: ReportRuns, title: str, notes: Sequence[str], chain: bool = False) -> dict[str, Any]:
     """Everything the templates show, as plain strings and numbers."""
     runs = [harmless(run) for run in runs]
-    compared = compare_at_matched_loss(runs) if len(runs) > 1 else None
+    compared = compare_at_matched_loss(runs) if len(runs) > 1 and not chain else None
+    chained = over_chain(runs) if chain else []
+    said = comparison_verdict(compared) if compared else chain_verdict(runs, chained) if chain else verdict(runs[0])
     warnings = _warnings(runs) + list(filter(None, map(overfit_sentence, runs)))
     ends = end_sentences(compared) if compared else []
     return {
         "title": visible(title), "notes": [visible(note) for note in notes], "runs": runs, "comparison": compared,
         "warnings": warnings + ([*compared.warnings, *mismatch_sentences(compared)] if compared else []),
-        "verdict": comparison_verdict(compared) if compared else verdict(runs[0]),
+        "verdict": said, "chained": chained, "chain": chain_sentences(runs, chained),
         "pareto": frontier_sentences(compared) if compared else [],
         "table": tables.metric_table(
             runs, notes=[*filter(None, map(scale_sentence, runs)), *tables.base_notes(runs)]

@@ -9,16 +9,20 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retain import versions
 from retain.files import NUMBER, atomic_path, check_shape, read_json, write_text
 from retain.report import page, style
+from retain.report.chain import chain_panel, over_chain
 from retain.report.comparison import compare_at_matched_loss
 from retain.report.figures import panels
 from retain.report.model_card import card_with_forgetting
 from retain.report.results import RunResults, TextResult, json_shape, read_as
 from retain.report.sentences import verdict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REPORT_SCHEMA = "retain.report/1"
 
@@ -121,23 +125,39 @@ class ForgettingReport:
 
 
 def write_comparison(
-    folder: str | Path, reports: Sequence[ForgettingReport], title: str, notes: Sequence[str] = ()
+    folder: str | Path,
+    reports: Sequence[ForgettingReport],
+    title: str,
+    notes: Sequence[str] = (),
+    *,
+    chain: bool = False,
 ) -> None:
     """Write report.json (`runs`, `comparison`), report.md, report.html and figure.png for several runs of one base.
 
     figure.png, learning against forgetting, is written where both were measured.
+
+    Args:
+        chain: the runs are stages, each finetuned from the one before, in order, all measured against the base of the
+            first: what is shown, and in report.json as `chain`, is what each text lost since its loss was lowest.
     """
     runs = [report.results for report in reports]
-    html = page.comparison_html(runs, title=title, notes=notes)
+    html = page.comparison_html(runs, title=title, notes=notes, chain=chain)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    compared = compare_at_matched_loss(runs)
-    data = [report.data for report in reports]
-    whole = {"title": title, "notes": list(notes), "runs": data, "comparison": asdict(compared)}
+    found: dict[str, Any]
+    figure: Figure | None
+    if chain:
+        texts = over_chain(runs)
+        found = {"chain": list(map(asdict, texts))}
+        figure = style.draw_panel(chain_panel(runs, texts), [text.name for text in texts])
+    else:
+        compared = compare_at_matched_loss(runs)
+        found = {"comparison": asdict(compared)}
+        figure = style.frontier_row(panels(runs, compared), len(runs))
+    whole = {"title": title, "notes": list(notes), "runs": [report.data for report in reports], **found}
     write_text(folder / "report.json", _json(whole))
-    write_text(folder / "report.md", page.comparison_markdown(runs, title=title, notes=notes))
+    write_text(folder / "report.md", page.comparison_markdown(runs, title=title, notes=notes, chain=chain))
     write_text(folder / "report.html", html)
-    figure = style.frontier_row(panels(runs, compared), len(runs))
     if figure is not None:
         with atomic_path(folder / "figure.png") as temporary:
             style.save_png(figure, temporary)

@@ -125,6 +125,10 @@ def _draw_lines(axes: Axes, panel: Panel, total: int) -> None:
     for line in panel.lines:
         style = look(line.run, total) | ({} if panel.marks else {"marker": ""})
         axes.plot(line.x, line.y, label=label(line.name), **style)
+        for x, (low, high) in zip(line.x, line.ranges, strict=False):
+            axes.plot([x, x], [low, high], color=style["color"], linewidth=1.2, alpha=0.7)
+    if panel.ticks:
+        axes.set_xticks(range(len(panel.ticks)), [label(tick, 14) for tick in panel.ticks])
     if panel.from_zero:
         low, high = axes.get_ylim()
         axes.set_ylim(min(0.0, low if low < -0.05 * abs(high) else 0.0), high)

@@ -184,7 +184,9 @@ def default_store(
 
 def _check_model(model: PreTrainedModel, max_length: int, store_reference: str | None) -> None:
     if hasattr(model, "peft_config"):  # the fingerprint is the base's, so its rows would pass for the base's own
-        raise ValueError("model: it has an adapter; sample from its base, or merge the adapter and sample from that")
+        raise ValueError(
+            "model: it has an adapter; sample from its base, or from what `retain merge --whole true` writes"
+        )
     check_predicts_tokens(model)
     switch = rope_switch(model)
     if store_reference and switch is not None and max_length > switch:

@@ -1,0 +1,127 @@
+"""A chain of finetunes, each of the model that the one before left: what is left of what earlier stages learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from retain.report.comparison import mismatch
+from retain.report.figures import Panel, PlotLine
+from retain.report.numbers import Estimate, enumeration, share_cell, value_cell
+from retain.report.results import ReportRuns
+from retain.statistics import bootstrap_ratio
+
+MOST_NAMED = 3  # texts in the sentence that opens a page
+
+
+@dataclass(frozen=True)
+class ChainedText:
+    """A retention text over the stages of a chain; losses are in nats per token.
+
+    Attributes:
+        changes: of the loss against the first base, after each stage.
+        lowest: the stage after which the loss was lowest, from 1; 0 is the base.
+        lost: rise of the loss from there to the end of the chain; None where it was lowest at the end.
+        kept: of what had been learned by then, the share that is left; None where nothing was lost, or learned.
+    """
+
+    name: str
+    changes: list[Estimate]
+    lowest: int
+    lost: Estimate | None = None
+    kept: Estimate | None = None
+
+
+def over_chain(runs: ReportRuns, seed: int = 0) -> list[ChainedText]:
+    """Every text that all stages were measured on, the one that lost most first.
+
+    Intervals: bootstrap over documents, the same resampled documents at both ends of a difference. That the lowest loss
+    is found by looking at all stages makes `lost` a little too large where stages hardly differ.
+
+    Args:
+        runs: the stages in order, each measured against the base of the first.
+
+    Raises:
+        ValueError: if their bases differ, or they were not measured alike.
+    """
+    if len({str(run.base.get("fingerprint")) for run in runs}) > 1:
+        raise ValueError("chain: the stages were measured against different bases; measure all against the first")
+    shared = [text for text in runs[0].retention if all(text in run.per_document for run in runs)]
+    if not shared:
+        raise ValueError("chain: no text was measured on every stage; give each stage's task as --retention name=file")
+    for text in shared:
+        for run in runs[1:]:
+            if why := mismatch(runs[0], run, text):
+                raise ValueError(f"chain: {text} of {run.name!r} was {why}; measure all stages with one command")
+    found = [_chained(runs, text, seed) for text in shared]
+    return sorted(found, key=lambda text: -text.lost.value if text.lost else 0.0)
+
+
+def _chained(runs: ReportRuns, text: str, seed: int) -> ChainedText:
+    sums = [run.per_document[text] for run in runs]
+    sizes = np.asarray(sums[0].num_tokens)
+    losses = [np.asarray(losses) for losses in (sums[0].base_loss, *(of.loss for of in sums))]
+
+    def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
+        value, low, high = bootstrap_ratio(numerator, denominator, seed=seed)
+        ends = (low, high) if np.isfinite([low, high]).all() else None
+        return Estimate(value, ends, num_documents=len(sizes), num_tokens=int(sizes.sum()))
+
+    changes = [ratio(after - losses[0], sizes) for after in losses[1:]]
+    lowest = int(np.argmin([loss.sum() for loss in losses]))
+    if lowest == len(runs):
+        return ChainedText(text, changes, lowest)
+    lost, kept = ratio(losses[-1] - losses[lowest], sizes), None
+    learned = changes[lowest - 1] if lowest else None
+    if learned and learned.ci and learned.ci[1] < 0:
+        kept = ratio(losses[0] - losses[-1], losses[0] - losses[lowest])
+    return ChainedText(text, changes, lowest, lost, kept)
+
+
+def chain_sentences(runs: ReportRuns, texts: Sequence[ChainedText]) -> list[str]:
+    """What became of each text, in words."""
+    return [f"{text.name}: {_story(runs, text)}." for text in texts]
+
+
+def _story(runs: ReportRuns, text: ChainedText) -> str:
+    if text.lost is None:
+        return f"lowest at the end, {value_cell(text.changes[-1]).with_interval} nats per token against the base"
+    since = f"after “{runs[text.lowest - 1].name}”" if text.lowest else "in the base"
+    words = f"its loss was lowest {since}, and has risen by {value_cell(text.lost).with_interval} nats per token since"
+    return words + (f"; {share_cell(text.kept).with_interval} of what was learned is kept" if text.kept else "")
+
+
+def chain_verdict(runs: ReportRuns, texts: Sequence[ChainedText]) -> str:
+    """One sentence: what the chain lost, on the texts that lost most."""
+    lost = [text for text in texts if text.lost][:MOST_NAMED]
+    if not lost:
+        return f"After {len(runs)} stages no text has lost anything: the loss of each is lowest at the end."
+    words = [
+        f"by {value_cell(text.lost).with_interval}{'' if at else ' nats per token'} on {text.name}"
+        + (f" ({share_cell(text.kept).value} of what was learned is kept)" if text.kept else "")
+        for at, text in enumerate(lost)
+    ]
+    return f"After {len(runs)} stages the loss stands above its lowest {enumeration(words)}."
+
+
+def chain_panel(runs: ReportRuns, texts: Sequence[ChainedText]) -> Panel:
+    """The loss of each text over the stages, against the base."""
+    names, steps = ["base", *(run.name for run in runs)], list(range(len(runs) + 1))
+    lines = [
+        PlotLine(text.name, at, steps, [0.0, *(change.value for change in text.changes)],
+                 ranges=[(0.0, 0.0), *(change.ci or (change.value, change.value) for change in text.changes)])
+        for at, text in enumerate(texts)
+    ]  # fmt: skip
+    described = "; ".join(f"{text.name}: {', '.join(map(str, text.changes))}" for text in texts)
+    title = "Loss against the base, after each stage"
+    return Panel(
+        "curve",
+        title,
+        f"{title} (nats per token): {described}.",
+        "",
+        "nats per token, 95% interval",
+        lines,
+        ticks=names,
+    )
