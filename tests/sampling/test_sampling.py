@@ -291,6 +291,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("shard-*"))}
 
 
+def test_the_same_model_in_another_folder_goes_on(tmp_path):
+    before = contents(sample(tmp_path, num_rows=6))
+    moved = make_model()
+    moved.name_or_path = "elsewhere/model"
+    assert contents(sample(tmp_path, moved, num_rows=6)) == before
+    moved.lm_head.weight.data[0] += 1.0
+    with pytest.raises(ValueError, match="holds rows with model"):
+        sample(tmp_path, moved, num_rows=6)
+
+
 def test_a_dataset_says_where_it_is_from(tmp_path):
     finished: list[int] = []
     folder = sample(tmp_path, progress=finished.append, seed=9)

@@ -257,8 +257,9 @@ def _begin(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
         write_json(folder / MANIFEST, manifest)
         return
     found = read_manifest(folder)
-    for key, value in manifest.items():
-        if key not in NOT_COMPARED and found.get(key) != value:
+    same = {*NOT_COMPARED, "model"} if found.get("model_fingerprint") == manifest["model_fingerprint"] else NOT_COMPARED
+    for key, value in manifest.items():  # a model's folder may be moved, or reached by another path
+        if key not in same and found.get(key) != value:
             raise ValueError(
                 f"output_dir: {str(folder)!r} holds rows with {key} {found.get(key)!r}, not {value!r}; "
                 "choose another folder, or set overwrite_output_dir"
