@@ -23,7 +23,7 @@ from retain.models.loading import load_model, load_tokenizer
 from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
 from retain.sampling.engine import choose_batch_size, choose_threads, draw_rows, draw_tokens, row_uniforms
 from retain.sampling.preview import pool_lines
-from retain.sampling.starts import chat_prefix, plan_starts
+from retain.sampling.starts import TOOLS, chat_prefix, plan_starts
 from retain.sampling.write import sample_replay, sample_rows
 
 START = 3
@@ -492,6 +492,27 @@ def test_a_chat_row_begins_inside_the_turn():
     assert CHAT.convert_ids_to_tokens(end) == "<|im_end|>"
 
 
+SWITCHED = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% if enable_thinking %}/think {% endif %}"
+) + CHATML
+
+
+def test_tools_are_offered_and_thinking_is_switched_on_before_the_users_turn():
+    tokenizer = make_tokenizer(template=SWITCHED)
+    starts = plan_starts("tools=0.5,think=0.5", tokenizer, choose_start_token(tokenizer))
+    tools, think = starts.modes
+    written = [tokenizer.decode(ids) for ids in tools.prefixes]
+    assert len(set(written)) == len(TOOLS)
+    for at, text in enumerate(written):
+        offered, _, turn = text.partition("<|im_end|>\n")
+        names = [tool["function"]["name"] for tool in json.loads(offered.removeprefix("<|im_start|>system\n"))]
+        assert names == [TOOLS[at][0], TOOLS[(at + 1) % len(TOOLS)][0]]
+        assert turn == "<|im_start|>user\n"
+    assert [tokenizer.decode(ids) for ids in think.prefixes] == ["/think <|im_start|>user\n"]
+    assert tools.end_of_turn == think.end_of_turn == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
 def test_prompts_are_continued_behind_the_document_start(tmp_path):
     tokenizer = make_tokenizer()
     start = choose_start_token(tokenizer)
@@ -522,6 +543,12 @@ def test_starts_that_do_not_fit_are_refused(spec, message):
     tokenizer = make_tokenizer()
     with pytest.raises(ValueError, match=message):
         plan_starts(spec, tokenizer, choose_start_token(tokenizer))
+
+
+@pytest.mark.parametrize(("name", "why"), [("tools", "no place for tools"), ("think", "no switch for thinking")])
+def test_templates_without_tools_or_thinking_are_refused(name, why):
+    with pytest.raises(ValueError, match=f"start: '{name}', but the chat template has {why}; use chat"):
+        plan_starts(name, CHAT, choose_start_token(CHAT))
 
 
 def test_turns_that_never_end_are_warned_of(tmp_path, monkeypatch):

@@ -42,11 +42,12 @@ class SampleConfig(ModelLoadSettings):
     preview: int = setting(0, "Print this many rows, spread over the pool.")
     start: str = setting(
         "document",
-        "How rows begin. document: the start token alone. chat: inside a turn of the chat template. prompts: the texts "
-        "of --prompts. Or a mix with shares: document=0.7,chat=0.3.",
+        "How rows begin. document: the start token alone. chat: inside a turn of the chat template. tools, think: "
+        "likewise, with tools offered, or with the template's switch for thinking on. prompts: the texts of --prompts. "
+        "Or a mix with shares: document=0.7,chat=0.3.",
     )
     chat_turn: Literal["user", "assistant", "system"] = setting(
-        "user", "Role whose turn the model writes, with start chat."
+        "user", "Role whose turn the model writes, with start chat, tools or think."
     )
     prompts: str | None = setting(None, "File of texts to continue, with start prompts; rows as in training data.")
     store_reference: Literal["auto", "hidden", "topk", "none"] = setting(

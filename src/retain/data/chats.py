@@ -51,8 +51,11 @@ def apply_template(turns: list[Any], row: Mapping[str, Any], tokenizer: PreTrain
     return tokenizer.apply_chat_template(turns, tools=tools, **options, **(row.get("chat_template_kwargs") or {}))
 
 
-def template_frame(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> list[str]:
+def template_frame(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], **options: Any) -> list[str]:
     """What the chat template writes before the content of each turn of a chat with these roles, and behind the last.
+
+    Args:
+        options: of the template, as `tools` or a switch of its own.
 
     Raises:
         ValueError: if there is no template, or it does not write such a chat; without the setting's name.
@@ -62,7 +65,7 @@ def template_frame(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> 
     marks = [f"RETAIN{at}MARK" for at in range(len(roles))]
     turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     try:
-        rest = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        rest = str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
     except Exception as error:  # a template is the checkpoint's own program and may fail in any way
         raise ValueError(f"the chat template fails on a chat of {', '.join(roles)} ({first_line(error)})") from error
     frame = []

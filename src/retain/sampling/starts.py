@@ -1,5 +1,8 @@
 """How replay rows begin: from the document start, inside a chat turn, behind the user's prompts, or a mix of these.
 
+A chat may offer tools or ask for thinking, for models that call tools or think: then the model writes the request and
+what it answers to such a request.
+
 Which beginning a row gets is a function of its number alone, so a resumed or distributed job gives the same rows.
 """
 
@@ -7,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +21,17 @@ from retain.models.description import StartToken
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MODES = ("document", "chat", "prompts")
+MODES = ("document", "chat", "tools", "think", "prompts")
+THINKING_SWITCHES = ("enable_thinking", "thinking")  # of chat templates: Qwen's and SmolLM's, DeepSeek's
+# Offered in turn, in pairs: name, description, and its arguments with their descriptions.
+TOOLS = (
+    ("search_web", "Search the web and return the first results.", {"query": "What to look for"}),
+    ("read_file", "Return the text of a file.", {"path": "Path of the file"}),
+    ("create_event", "Put an event into the calendar.", {"title": "What it is", "date": "Day, as YYYY-MM-DD"}),
+    ("find_route", "Return the fastest route between two places.", {"origin": "From where", "destination": "To where"}),
+    ("run_python", "Run Python code and return what it prints.", {"code": "The code"}),
+    ("get_exchange_rate", "Return the rate between two currencies.", {"base": "Its code", "quote": "Its code"}),
+)
 GOLDEN = 0.6180339887498949  # fractional parts of its multiples fill [0, 1) evenly, so every stretch keeps the shares
 
 
@@ -67,7 +81,7 @@ def plan_starts(
     chat_turn: str = "user",
     prompts: Sequence[str] = (),
 ) -> Starts:
-    """Read `document`, `chat`, `prompts`, or a mix such as `document=0.7,chat=0.3`.
+    """Read `document`, `chat`, `tools`, `think`, `prompts`, or a mix such as `document=0.7,chat=0.3`.
 
     Args:
         chat_turn: role whose turn a chat row begins inside; the model writes that turn and what follows.
@@ -77,9 +91,11 @@ def plan_starts(
     for name, share in start_shares(spec).items():
         if name == "document":
             modes.append(Mode(name, share, [[start.id]]))
-        elif name == "chat":
-            ids, end = chat_prefix(tokenizer, chat_turn)
-            modes.append(Mode(name, share, [ids], end))
+        elif name in ("chat", "tools", "think"):
+            found = [
+                chat_prefix(tokenizer, chat_turn, name, **options) for options in template_options(name, tokenizer)
+            ]
+            modes.append(Mode(name, share, [ids for ids, _ in found], found[0][1]))
         else:
             cut = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
             if not any(cut):
@@ -112,12 +128,37 @@ def start_shares(spec: str) -> dict[str, float]:
     return shares
 
 
-def chat_prefix(tokenizer: PreTrainedTokenizerBase, turn: str) -> tuple[list[int], int]:
+def template_options(name: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """What the chat template is told at each beginning of rows that begin in this way."""
+    template = str(tokenizer.chat_template)
+    if name == "tools":
+        if "tools" not in template:
+            raise ValueError("start: 'tools', but the chat template has no place for tools; use chat")
+        offers = zip(TOOLS, (*TOOLS[1:], TOOLS[0]), strict=True)
+        return [{"tools": [tool_schema(*tool) for tool in offer]} for offer in offers]
+    if name == "think":
+        switch = next((word for word in THINKING_SWITCHES if re.search(rf"\b{word}\b", template)), None)
+        if switch is None:
+            raise ValueError("start: 'think', but the chat template has no switch for thinking; use chat")
+        return [{switch: True}]
+    return [{}]
+
+
+def tool_schema(name: str, description: str, arguments: dict[str, str]) -> dict[str, Any]:
+    """A tool whose arguments are all strings, as chat templates take it."""
+    properties = {argument: {"type": "string", "description": words} for argument, words in arguments.items()}
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def chat_prefix(
+    tokenizer: PreTrainedTokenizerBase, turn: str, name: str = "chat", **options: Any
+) -> tuple[list[int], int]:
     """What the chat template writes before the content of a first turn, and the token it ends that turn with."""
     try:
-        before, after = template_frame(tokenizer, [turn])
+        before, after = template_frame(tokenizer, [turn], **options)
     except ValueError as error:
-        raise ValueError(f"start: 'chat' with chat_turn {turn!r}: {error}; use document or prompts") from error
+        raise ValueError(f"start: {name!r} with chat_turn {turn!r}: {error}; use document or prompts") from error
     prefix = tokenizer(before, add_special_tokens=False)["input_ids"]
     end = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     if not prefix or end[0] is None:
