@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -49,6 +50,7 @@ def versions() -> dict[str, str]:
     return own | {name: _version(name) for name in names}
 
 
+@cache  # a version does not change while a program runs, and every run's files name eight of them
 def _version(name: str) -> str:
     try:
         return version(name)

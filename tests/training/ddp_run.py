@@ -39,8 +39,14 @@ CASES = {
 PARTS = ("replay/kl_opening", "replay/kl_rest")
 ADAM = {"optim": "adamw_torch", "learning_rate": 2e-3}
 ANCHOR = {"anchor_coef": 10.0, "anchor_lr_ratio": 1.0}
+FOUR = {"max_steps": 4}
 FASTER = {"learning_rate": 3e-3}
-SAVING = {"save_strategy": "steps", "save_steps": 2, **ADAM}  # torch loads no FSDP2 checkpoint of SGD's, without state
+SAVING = {
+    "save_strategy": "steps",
+    "save_steps": 2,
+    **ADAM,
+    **FOUR,
+}  # torch loads no FSDP2 checkpoint of SGD's, without state
 # What takes longer than a fast test may, each with what is special about it:
 MORE: dict[str, tuple[str, dict[str, Any] | None, str, dict[str, Any]]] = {
     "copy-accumulated": ("llama", None, "kl", {"gradient_accumulation_steps": 2}),
@@ -55,7 +61,7 @@ MORE: dict[str, tuple[str, dict[str, Any] | None, str, dict[str, Any]]] = {
     "adapter-replace": ("llama", LORA, "replace", {}),
     "copy-evaluated": ("llama", None, "kl", {"eval_strategy": "steps", "eval_steps": 1}),
     "adapter-evaluated": ("llama", LORA, "kl", {"eval_strategy": "steps", "eval_steps": 1}),
-    "copy-budget": ("llama", None, "kl", {}),
+    "copy-budget": ("llama", None, "kl", FOUR),
     "copy-resumed": ("llama", None, "kl", SAVING),
     "adapter-resumed": ("llama", LORA, "kl", SAVING),
     "anchor-resumed": ("qwen3", None, "kl", SAVING),
@@ -65,7 +71,15 @@ MORE: dict[str, tuple[str, dict[str, Any] | None, str, dict[str, Any]]] = {
     "copy-bf16": ("llama", None, "kl", {"bf16": True}),
     "adapter-bf16": ("llama", LORA, "kl", {"bf16": True}),
 }
-ANCHORED = {"whole-anchor": ("qwen3", None, "kl", ADAM), "adapter-anchor": ("llama", LORA, "kl", ADAM | FASTER)}
+ANCHORED = {
+    "whole-anchor": ("qwen3", None, "kl", ADAM),
+    "adapter-anchor": ("llama", LORA, "kl", ADAM | FASTER | FOUR),
+}
+# What CI runs: each architecture, reference, pass and division once or more; `MORE` and the rest of `CASES` are slow.
+CORNER = {
+    "ddp": ("gemma-copy", "llama-adapter", "qwen-joint", "llama-new", "adapter-anchor"),
+    "fsdp2": ("gemma-copy", "llama-adapter", "qwen-joint", "llama-cache", "whole-anchor"),
+}
 
 
 def let_accelerate_shard_on_cpus() -> None:
@@ -121,7 +135,7 @@ def make_trainer(folder: Path, name: str, batch: int, where: dict[str, Any]) -> 
         lengths = [24 if "joint" in name else 3 + at % 20 for at in range(20)]
         replay = ReplayDataset.from_rows([row[:n] for row, n in zip(drawn, lengths, strict=True)], "drawn")
     batch //= special.get("gradient_accumulation_steps", 1)
-    settings = {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 0.3, "max_steps": 4}
+    settings = {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 0.3, "max_steps": 3}
     settings |= special
     share: dict[str, Any] = {"per_device_replay_batch_size": batch} if objective != "replace" else {"replay_share": 0.5}
     share |= {"max_ref_kl": 0.01} if "budget" in name else ANCHOR if "anchor" in name else {}

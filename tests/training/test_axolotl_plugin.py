@@ -115,7 +115,7 @@ def test_texts_are_measured_at_every_evaluation(folder, tmp_path):
     trained(folder, tmp_path, args=args, retention=[f"wiki={folder / 'wiki.txt'}"], replay_max_length=16)
     measured = points(tmp_path, "retention/wiki/ref_kl")
     assert measured[0] == pytest.approx(0, abs=1e-6)
-    assert measured[4] > 1e-4
+    assert measured[2] > 1e-4
 
 
 def test_its_settings_are_those_of_replay_config():

@@ -90,7 +90,7 @@ class Seen(TrainerCallback):
         self.values += [value for name, value in metrics.items() if name == f"eval_{KL}"]
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("host", ["replay-sft", "plain"])
 def test_early_stopping_sees_what_was_forgotten(host: str, tmp_path: Path, replay: ReplayDataset) -> None:
     """The user's callback stands before ours."""
     seen = Seen()
@@ -147,11 +147,11 @@ def test_agreement_is_better_when_higher(tmp_path: Path, replay: ReplayDataset) 
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("host", ["replay-sft", "plain"])
 @pytest.mark.parametrize(
-    "name",
-    ["retention/wiki/ref_kl", "eval_retention/words/refkl", "words/ref_kl", "retentoin/words/loss", "ref_kl",
-     "retention/words", "eval_words_ref_kl"],
+    ("host", "name"),
+    [("replay-sft", "retention/wiki/ref_kl")]
+    + [("plain", name) for name in ("retention/wiki/ref_kl", "eval_retention/words/refkl", "words/ref_kl",
+        "retentoin/words/loss", "ref_kl", "retention/words", "eval_words_ref_kl")],
 )  # fmt: skip
 def test_a_metric_that_is_not_measured_is_named_before_training(
     host: str, name: str, tmp_path: Path, replay: ReplayDataset

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import ddp_run
 import pytest
 import torch
 from conftest import forked, make_model, make_texts, make_tokenizer, places
-from ddp_run import ANCHORED, CASES, MORE, PARTS
+from ddp_run import CASES, CORNER, MORE, PARTS
 from safetensors.torch import load_file
 
 from retain.sampling.write import sample_replay
@@ -33,9 +33,7 @@ FSDP2 = {
 Found = dict[str, dict[str, Any]]
 
 
-def launch(
-    folder: Path, processes: int, batch: int, way: str, names: Iterable[str] = CASES, **environment: str
-) -> Found:
+def launch(folder: Path, processes: int, batch: int, way: str, names: Collection[str], **environment: str) -> Found:
     folder.mkdir()
     if way == "zero":  # in processes that find DeepSpeed when they begin
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -64,60 +62,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(folder: Path) -> Found:
-    """All cases by one process."""
-    return launch(folder / "one", 1, 4, "ddp")
-
-
-@pytest.fixture(scope="module")
-def two(folder: Path) -> dict[str, Found]:
-    """All cases by two processes with DDP, and by two with FSDP2."""
+def corner(folder: Path) -> dict[str, Found]:
+    """By one process, by two with DDP, and by two with FSDP2: what is run of each."""
     return {
-        "ddp": launch(folder / "ddp", 2, 2, "ddp"),
-        "fsdp2": launch(folder / "fsdp2", 2, 2, "fsdp2", **FSDP2),
+        "one": launch(folder / "one", 1, 4, "ddp", sorted({*CORNER["ddp"], *CORNER["fsdp2"]})),
+        "ddp": launch(folder / "ddp", 2, 2, "ddp", CORNER["ddp"]),
+        "fsdp2": launch(folder / "fsdp2", 2, 2, "fsdp2", CORNER["fsdp2"], **FSDP2),
     }
 
 
 @pytest.mark.program
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_one(one: Found, two: dict[str, Found], way: str, name: str) -> None:
-    model, wrapped = two[way][name]["wrapped"]
-    assert model.startswith("FSDP") if way == "fsdp2" else wrapped == "DistributedDataParallel"
-    check_same(one[name], two[way][name])
-    if "joint" in name:
-        assert (one[name]["joint"], two[way][name]["joint"]) == (True, way == "ddp")
-
-
-@pytest.mark.program
-def test_two_processes_hold_the_anchor_of_one(folder: Path) -> None:
-    one, two = (launch(folder / f"anchor-{number}", number, 4 // number, "ddp", ANCHORED) for number in (1, 2))
-    sharded = launch(folder / "anchor-sharded", 2, 2, "fsdp2", ANCHORED, **FSDP2)
-    for name, alone in one.items():
-        assert two[name]["wrapped"][1] == "DistributedDataParallel"
-        assert sharded[name]["wrapped"][0].startswith("FSDP")
-        for found in (two[name], sharded[name]):
-            check_same(alone, found)
-            assert found["replay/anchor"] == pytest.approx(alone["replay/anchor"], rel=1e-4)
-            assert alone["replay/anchor"][-1] > 1e-4
+@pytest.mark.parametrize(("way", "name"), [(way, name) for way, names in CORNER.items() for name in names])
+def test_two_processes_are_one(corner: dict[str, Found], way: str, name: str) -> None:
+    check_pair(corner["one"][name], corner[way][name], way, name)
 
 
 @pytest.fixture(scope="module")
 def more(folder: Path) -> dict[str, Found]:
-    """The cases that take longer, by one process and by two."""
+    """All cases, and those of further settings, by one process and by two."""
+    names = [*CASES, *MORE]
     return {
-        "one": launch(folder / "more-one", 1, 4, "ddp", MORE),
-        "ddp": launch(folder / "more-ddp", 2, 2, "ddp", MORE),
-        "fsdp2": launch(folder / "more-fsdp2", 2, 2, "fsdp2", MORE, **FSDP2),
+        "one": launch(folder / "more-one", 1, 4, "ddp", names),
+        "ddp": launch(folder / "more-ddp", 2, 2, "ddp", names),
+        "fsdp2": launch(folder / "more-fsdp2", 2, 2, "fsdp2", names, **FSDP2),
     }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", [name for name in MORE if "bf16" not in name])
+@pytest.mark.parametrize("name", [name for name in (*CASES, *MORE) if "bf16" not in name])
 def test_two_processes_are_one_in_more_settings(more: dict[str, Found], way: str, name: str) -> None:
-    """Accumulation, `replace`, adapters with every objective and with stored predictions, a budget, a resumed run."""
-    check_same(more["one"][name], more[way][name])
+    """All of `CASES`, accumulation, `replace`, adapters, stored predictions, a budget, an anchor, resumed runs."""
+    check_pair(more["one"][name], more[way][name], way, name)
     if "budget" in name:
         assert more[way][name]["replay/coef"] == pytest.approx(more["one"][name]["replay/coef"], rel=1e-4)
         assert len(set(more[way][name]["replay/coef"])) == 4
@@ -158,11 +134,11 @@ def zero(stage: int) -> dict[str, str]:
     ("stage", "names"),
     [(1, tuple(CASES)), (2, tuple(CASES)), (3, ("llama-adapter",)), (3, ("llama-cache",))],  # no copy with ZeRO-3
 )
-def test_deepspeed_is_one_process(one: Found, folder: Path, stage: int, names: tuple[str, ...]) -> None:
+def test_deepspeed_is_one_process(more: dict[str, Found], folder: Path, stage: int, names: tuple[str, ...]) -> None:
     found = launch(folder / f"zero{stage}{names[0]}", 2, 2, "zero", names, **zero(stage))
     for name in names:
         assert found[name]["wrapped"][1] == "DeepSpeedEngine"
-        check_same(one[name], found[name])
+        check_same(more["one"][name], found[name])
 
 
 @pytest.mark.slow
@@ -188,6 +164,18 @@ def test_zero3_from_the_command_line_sees_the_base_whole(folder: Path) -> None:
         found[way] = load_file(folder / f"out-{way}" / "model.safetensors")
     assert found["one"].keys() == found["zero3"].keys()
     assert max(float((found["one"][key] - found["zero3"][key]).abs().max()) for key in found["one"]) < 5e-6
+
+
+def check_pair(one: dict[str, Any], two: dict[str, Any], way: str, name: str) -> None:
+    """Two processes that share the work as they are told to have the run of one."""
+    model, wrapped = two["wrapped"]
+    assert model.startswith("FSDP") if way == "fsdp2" else wrapped == "DistributedDataParallel"
+    check_same(one, two)
+    if name == "qwen-joint":
+        assert (one["joint"], two["joint"]) == (True, way == "ddp")
+    if "anchor" in name:
+        assert two["replay/anchor"] == pytest.approx(one["replay/anchor"], rel=1e-4)
+        assert one["replay/anchor"][-1] > 1e-4
 
 
 def check_same(one: dict[str, Any], two: dict[str, Any]) -> None:

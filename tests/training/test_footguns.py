@@ -118,10 +118,10 @@ def test_more_initialisations_that_rewrite_the_base_are_refused(
     off_policy = {"allow_off_policy_replay": True}  # the weights in memory are no longer those of the base
     with pytest.raises(ValueError, match=r"replay_reference: 'adapter' is not the base"):
         train(tmp_path / "a", replay, model=wrapped, replay_config=ReplayConfig(**off_policy))
-    by_copy = ReplayConfig(replay_reference="copy", **off_policy)
-    short = {"max_steps": 2}
-    trainer = train(tmp_path / "b", replay, model=make(make_model()), replay_config=by_copy, changes=short)
-    assert_kl_rises_from_zero(trainer, zero=1e-6)
+    if make is lora_ga:  # whose hooks stay on the model; test_trainer.py has plainer ones
+        by_copy = ReplayConfig(replay_reference="copy", **off_policy)
+        trainer = train(tmp_path / "b", replay, model=make(make_model()), replay_config=by_copy)
+        assert_kl_rises_from_zero(trainer, zero=1e-6)
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -179,9 +179,9 @@ def test_a_loss_that_patches_the_forward_keeps_the_protection(tmp_path: Path, re
 def test_weights_that_do_not_move_stop_the_run(tmp_path: Path, replay: ReplayDataset, adapter: bool) -> None:
     """bf16 weights swallow the steps of a low rate; a KL of 0 would look like perfect protection."""
     lora = LoraConfig(**LORA, lora_dropout=0.1) if adapter else None
-    rate = {"learning_rate": 1e-9 if not adapter else 1e-30}
-    with pytest.raises(ValueError, match="5 steps: either the weights do not move at this learning_rate and dtype"):
-        train(tmp_path, replay, model=make_model().bfloat16(), peft_config=lora, changes=rate)
+    changes = {"learning_rate": 1e-9 if not adapter else 1e-30, "max_steps": 4}
+    with pytest.raises(ValueError, match="4 steps: either the weights do not move at this learning_rate and dtype"):
+        train(tmp_path, replay, model=make_model().bfloat16(), peft_config=lora, changes=changes)
 
 
 def test_a_learning_rate_too_high_for_any_replay_breaks_its_budget(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -207,9 +207,10 @@ def test_a_budget_is_not_held_against_noise_of_the_forward_pass(
         train(tmp_path, rows, make_model("gpt2", **dropout), replay_config=settings, changes=changes)
     train(tmp_path, rows, make_model("gpt2", **dropout), changes=changes)
     assert "replay/kl: before any step the KL is 0." in caplog.text
-    caplog.clear()
-    train(tmp_path, rows, make_model("gpt2", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0), replay_config=settings)
-    assert "before any step" not in caplog.text
+    if not drop:
+        caplog.clear()
+        train(tmp_path, rows, make_model("gpt2", **dropout), replay_config=settings)
+        assert "before any step" not in caplog.text
 
 
 def out_of_memory_above(rows: int, after: int, trainer: Any) -> None:
@@ -248,12 +249,20 @@ def test_a_batch_that_is_made_smaller_on_the_way_is_protected_as_a_smaller_one(
         assert trainer.budget.step == trainer.budget.num_steps == 5
 
 
+def protection(folder: Path, replay: ReplayDataset, max_steps: int = 3, **kwargs: Any) -> list[str]:
+    """What is said before a run."""
+    rows = {"train_dataset": ROWS, "replay_dataset": replay, "processing_class": TOKENIZER} | kwargs
+    return ReplaySFTTrainer(model=make_model(), args=config(folder, max_steps=max_steps), **rows).protection()
+
+
 @pytest.mark.parametrize("start", ["", "<s>"])
 def test_training_rows_without_the_document_start_are_said(tmp_path: Path, replay: ReplayDataset, start: str) -> None:
     rows = Dataset.from_dict({"text": [start + text for text in make_texts(8, seed=4)]})
-    trainer = train(tmp_path, replay, train_dataset=rows, changes={"max_steps": 1, "num_train_epochs": 1})
-    trainer.args.max_steps = 9
-    lines = [line for line in trainer.protection() if "do not open with the document start" in line]
+    lines = [
+        line
+        for line in protection(tmp_path, replay, train_dataset=rows)
+        if "do not open with the document start" in line
+    ]
     assert bool(lines) == (not start)
 
 
@@ -282,7 +291,7 @@ def test_a_pool_that_is_far_too_small_shows_on_other_text(tmp_path: Path, replay
         ReplayDataset.from_rows([replay[0], replay[1]], "two"),
         replay_config=ReplayConfig(replay_coef=20.0, per_device_replay_batch_size=2),
         retention_datasets={"own": token_documents(held_out, TOKENIZER)},
-        changes={"max_steps": 20},
+        changes={"max_steps": 12},
     )
     elsewhere = trainer.evaluate_retention()["retention/own/ref_kl"]
     assert elsewhere > 3 * logged(trainer, "replay/kl")[-1]
@@ -515,16 +524,13 @@ def test_a_reference_that_moves_is_seen_through_dropout(tmp_path: Path, monkeypa
 def test_one_step_is_not_called_protected(tmp_path: Path, replay: ReplayDataset) -> None:
     """As above: KL has no gradient there; that of the next token has."""
     for objective, says in (("kl", "protection: none (a run of one step"), ("ntp", "protection: ntp, coefficient 1")):
-        settings = ReplayConfig(replay_objective=objective)
-        assert (
-            train(tmp_path, replay, replay_config=settings, changes={"max_steps": 1}).protection()[0].startswith(says)
-        )
+        settings = ReplayConfig(replay_objective=objective)  # type: ignore[arg-type]
+        assert protection(tmp_path, replay, max_steps=1, replay_config=settings)[0].startswith(says)
 
 
 def test_settings_that_are_not_used_are_said(tmp_path: Path, replay: ReplayDataset) -> None:
     def lines(**settings: Any) -> list[str]:
-        chosen = ReplayConfig(**settings)
-        return train(tmp_path, replay, replay_config=chosen, changes={"max_steps": 2}).protection()
+        return protection(tmp_path, replay, replay_config=ReplayConfig(**settings))
 
     line, rows, *_ = lines(replay_objective="replace", replay_share=0.5, per_device_replay_batch_size=7)
     assert line.startswith("protection: replace, share 0.5 of each batch (per_device_replay_batch_size 7 is not used")
@@ -539,9 +545,9 @@ def test_trained_tokens_that_no_replay_row_holds_are_named(tmp_path: Path, repla
     rows = ReplayDataset.from_rows([[3, 6, 7]] * 4, "few") if absent == [5] else replay
     tokens = peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=absent)
     with pytest.raises(
-        ValueError, match="exactly 0 after 5 steps.*or only tokens are trained that no replay row holds"
+        ValueError, match="exactly 0 after 4 steps.*or only tokens are trained that no replay row holds"
     ):
-        train(tmp_path, rows, peft_config=tokens, model=make_model(tie_word_embeddings=False))
+        train(tmp_path, rows, make_model(tie_word_embeddings=False), peft_config=tokens, changes={"max_steps": 4})
 
 
 # Flags on which torch, TRL or PEFT would stumble, late or not at all

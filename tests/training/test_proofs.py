@@ -41,9 +41,9 @@ def test_a_long_warm_up_in_bf16_is_no_fault(tmp_path: Path, replay: ReplayDatase
     """Steps of 1e-7 are lost in the products of bf16 autocast until they have added up: no KL, and nothing wrong."""
     adapter = LoraConfig(**LORA) if lora else None
     changes = {"learning_rate": 1e-4 if lora else 1e-6, "lr_scheduler_type": "linear", "warmup_steps": 1000}
-    changes |= {"bf16": True, "max_steps": 24, "logging_steps": 4}
+    changes |= {"bf16": True, "max_steps": 24 if lora else 12, "logging_steps": 4}
     kl = logged(train(tmp_path, replay, peft_config=adapter, changes=changes), "replay/kl")
-    assert len(kl) == 6
+    assert len(kl) == (6 if lora else 3)
     assert kl[-1] > 0
 
 
@@ -74,8 +74,9 @@ def test_a_base_that_an_adapter_was_merged_into_is_seen(
     changes |= {"evaluation": {"eval_strategy": "steps", "eval_steps": 2}, "checkpoint": {"save_strategy": "steps",
                 "save_steps": 2}, "end": {}}[at]  # fmt: skip
     more = {"eval_dataset": ROWS.select(range(4)), "peft_config": LoraConfig(**LORA), "changes": changes}
-    train(tmp_path / "kept", replay, retention_datasets=TEXTS, **more)
-    says = rf"replay_reference: 'adapter' gives other predictions at step {5 if at == 'end' else 2} than .*a merge into"
+    if at == "evaluation":
+        train(tmp_path / "kept", replay, retention_datasets=TEXTS, **more)
+    says = rf"replay_reference: 'adapter' gives other predictions at step {3 if at == 'end' else 2} than .*a merge into"
     with pytest.raises(ValueError, match=says):
         train(tmp_path / "merged", replay, retention_datasets=TEXTS, callbacks=[Merge(2)], **more)
     assert "ref_kl" not in (tmp_path / "merged" / "metrics.jsonl").read_text()
@@ -84,16 +85,16 @@ def test_a_base_that_an_adapter_was_merged_into_is_seen(
 def test_forgetting_is_not_measured_against_a_base_that_an_adapter_was_merged_into(tmp_path: Path) -> None:
     def run(*more: Any) -> Any:
         measured = ForgettingCallback(TEXTS)
-        args = config(tmp_path, learning_rate=1e-2, eval_strategy="steps", eval_steps=4)
+        args = config(tmp_path, learning_rate=1e-2, eval_strategy="steps", eval_steps=3)
         trainer = SFTTrainer(
             make_model(), args, train_dataset=ROWS, eval_dataset=ROWS.select(range(4)), processing_class=TOKENIZER,
             peft_config=LoraConfig(**LORA), callbacks=[*more, measured],
         )  # fmt: skip
         trainer.train()
-        return measured.tables[4]["words"]["ref_kl"]["value"]
+        return measured.tables[3]["words"]["ref_kl"]["value"]
 
     assert run() > 1e-3
-    with pytest.raises(ValueError, match="base: .*gives other predictions at step 4"):
+    with pytest.raises(ValueError, match="base: .*gives other predictions at step 3"):
         run(Merge(2))
 
 
@@ -112,10 +113,10 @@ def test_a_copy_that_follows_the_model_is_seen(tmp_path: Path, dropout: float) -
     drop = {"attn_pdrop": dropout, "resid_pdrop": dropout, "embd_pdrop": dropout}
     follow = Follow()
     follow.trainer = ReplaySFTTrainer(
-        model=make_model("gpt2", **drop), args=config(tmp_path, max_steps=40 if not dropout else 4),
+        model=make_model("gpt2", **drop), args=config(tmp_path, max_steps=40 if not dropout else 3),
         train_dataset=ROWS, processing_class=TOKENIZER, replay_dataset=rows_of(make_model("gpt2")), callbacks=[follow],
     )  # fmt: skip
-    says = f"'copy' gives other predictions at step {4 if dropout else 1} than"
+    says = f"'copy' gives other predictions at step {3 if dropout else 1} than"
     with pytest.raises(ValueError, match=says):
         follow.trainer.train()
 

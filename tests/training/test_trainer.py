@@ -84,38 +84,14 @@ def test_coefficient_zero_is_the_transformers_trainer_bit_for_bit(tmp_path: Path
 
 
 def split(folder: Path, rows: ReplayDataset, splits: Any, objective: str = "kl", **more: Any) -> Any:
-    """Weights and replay losses of one run, its steps split as (rows, micro-batches)."""
+    """Trainers of one run, its steps split as (host, rows, micro-batches); logged at the first step and the third."""
     found, changes = [], {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0, **more.pop("changes", {})}
-    for batch, steps in splits:
+    changes |= {"logging_first_step": True, "logging_steps": 3}
+    for host, batch, steps in splits:
         each = {**changes, "per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
         replay_config = ReplayConfig(replay_objective=objective, replay_coef=2.0, per_device_replay_batch_size=batch)
-        trainer = train(folder / f"{batch}", rows, replay_config=replay_config, changes=each, **more)
-        found.append((weights(trainer.model), logged(trainer, "replay/loss")))
+        found.append(train(folder, rows, trainer_class=host, replay_config=replay_config, changes=each, **more))
     return found
-
-
-@pytest.mark.parametrize(
-    "objective", ["kl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ntp", "kl_new"))]
-)
-def test_accumulation_changes_nothing_with_an_adapter(tmp_path: Path, ragged: ReplayDataset, objective: str) -> None:
-    changes = {"learning_rate": 0.6, "max_steps": 4}
-    one, other = split(tmp_path, ragged, ((4, 1), (1, 4)), objective, changes=changes, **adapter(True))
-    assert difference(one[0], other[0]) < 2e-6
-    assert other[1] == pytest.approx(one[1], rel=1e-5, abs=1e-7)
-    assert one[1][-1] > 1e-3
-
-
-@pytest.mark.parametrize("objective", ["kl", "ntp", "kl_new"])
-@pytest.mark.parametrize("rows", ["replay", "ragged"])
-def test_gradient_accumulation_changes_nothing(
-    tmp_path: Path, objective: str, rows: str, request: pytest.FixtureRequest
-) -> None:
-    """1×4 = 2×2 = 4×1, replay rows included, also where rows have different token counts."""
-    one, *others = split(tmp_path, request.getfixturevalue(rows), ((4, 1), (2, 2), (1, 4)), objective)
-    for other, losses in others:
-        assert difference(one[0], other) < 2e-6
-        assert losses == pytest.approx(one[1], rel=1e-5, abs=1e-7)
-    assert difference(one[0], weights(make_model())) > 1e-2
 
 
 class Unscaled(ReplaySFTTrainer):
@@ -129,41 +105,47 @@ class Unscaled(ReplaySFTTrainer):
         return super().compute_loss(model, inputs, return_outputs, None)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_accumulation_is_right_where_the_host_does_not_scale(tmp_path: Path, ragged: ReplayDataset, lora: bool) -> None:
-    """Such a host gets the same step."""
-    one, other = split(tmp_path, ragged, ((4, 1), (1, 4)), trainer_class=Unscaled, **adapter(lora))
-    assert difference(one[0], other[0]) < 2e-6
-
-
-# The new task's own part of the loss
+def assert_same_steps(one: Any, *others: Any) -> None:
+    for other in others:
+        assert difference(weights(one.model), weights(other.model)) < 2e-6
+        for name in ("loss", "replay/loss", "new_task/loss"):
+            assert logged(other, name) == pytest.approx(logged(one, name), rel=1e-5, abs=1e-7)
+    assert logged(one, "replay/loss")[-1] > 1e-3
 
 
 @pytest.mark.parametrize("objective", ["kl", "ntp", "kl_new"])
-def test_the_new_tasks_part_of_the_loss_is_logged(tmp_path: Path, ragged: ReplayDataset, objective: str) -> None:
-    """The host's own loss at the first step; with the replay term the sum; however the step is split."""
-    found = []
-    for host, batch, steps in ((ReplaySFTTrainer, 4, 1), (ReplaySFTTrainer, 1, 4), (Unscaled, 4, 1), (Unscaled, 2, 2)):
-        changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "optim": "sgd"}
-        changes |= {"learning_rate": 0.3, "max_grad_norm": 0.0, "logging_first_step": True, "logging_steps": 3}
-        replay_config = ReplayConfig(replay_objective=objective, replay_coef=2.0, per_device_replay_batch_size=batch)
-        settings = {"replay_config": replay_config, "changes": changes}
-        trainer = train(tmp_path / f"{batch}", ragged, trainer_class=host, **settings)
-        found.append(logged(trainer, "new_task/loss"))
-        sums = zip(found[-1], logged(trainer, "replay/loss"), strict=True)
-        assert [own + 2.0 * term for own, term in sums] == pytest.approx(logged(trainer, "loss"), rel=1e-5)
-        assert len(found[-1]) == 2
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
-    assert found[3] == pytest.approx(found[2], rel=1e-5)
-    plain = SFTTrainer(make_model(), config(tmp_path), train_dataset=ROWS, processing_class=TOKENIZER)
-    plain.train()
-    assert found[0][0] == logged(plain, "loss")[0]
-    assert found[0][1] != pytest.approx(found[0][0], rel=1e-3)
+def test_gradient_accumulation_changes_nothing(tmp_path: Path, ragged: ReplayDataset, objective: str) -> None:
+    """1×4 = 2×2 = 4×1 where replay rows have different token counts, also where the host does not scale its loss.
+
+    The new task's own part is the host's loss, and with the replay term the sum.
+    """
+    splits = ((ReplaySFTTrainer, 4, 1), (ReplaySFTTrainer, 1, 4), (Unscaled, 2, 2))
+    found = split(tmp_path, ragged, splits, objective)
+    assert_same_steps(*found)
+    assert difference(weights(found[0].model), weights(make_model())) > 1e-2
+    for trainer in found:
+        own, terms, sums = (logged(trainer, name) for name in ("new_task/loss", "replay/loss", "loss"))
+        assert [one + 2.0 * term for one, term in zip(own, terms, strict=True)] == pytest.approx(sums, rel=1e-5)
+        assert len(own) == 2
+        assert own[1] != pytest.approx(own[0], rel=1e-3)
+    if objective == "kl":
+        plain = SFTTrainer(make_model(), config(tmp_path), train_dataset=ROWS, processing_class=TOKENIZER)
+        plain.train()
+        assert logged(found[0], "new_task/loss")[0] == logged(plain, "loss")[0]
+
+
+@pytest.mark.parametrize(
+    "objective", ["kl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ntp", "kl_new"))]
+)
+def test_accumulation_changes_nothing_with_an_adapter(tmp_path: Path, ragged: ReplayDataset, objective: str) -> None:
+    splits = ((ReplaySFTTrainer, 4, 1), (ReplaySFTTrainer, 1, 4), (Unscaled, 1, 4))
+    changes = {"learning_rate": 0.6, "max_steps": 4}
+    assert_same_steps(*split(tmp_path, ragged, splits, objective, changes=changes, **adapter(True)))
 
 
 def test_the_new_tasks_part_is_logged_on_steps_without_replay(tmp_path: Path, replay: ReplayDataset) -> None:
     replay_config = ReplayConfig(replay_coef=2.0, replay_every=2, per_device_replay_batch_size=4)
-    trainer = train(tmp_path, replay, replay_config=replay_config)
+    trainer = train(tmp_path, replay, replay_config=replay_config, changes={"max_steps": 5})
     both = zip(logged(trainer, "new_task/loss"), logged(trainer, "loss"), strict=True)
     assert [own == loss for own, loss in both] == [True, True, False, True, False], "KL is 0 at the first step"
     free = train(tmp_path, replay, replay_config=ReplayConfig(replay_coef=0.0))
@@ -176,21 +158,21 @@ def test_the_new_tasks_part_is_logged_on_steps_without_replay(tmp_path: Path, re
 @pytest.mark.parametrize("lora", [False, True])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
     def run(folder: Path, **kwargs: Any) -> Any:
-        changes = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, **kwargs.pop("changes", {})}
+        changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **kwargs.pop("changes", {})}
         retention = {"held-out": make_texts(6, seed=9)}
         kwargs |= adapter(lora, lora_dropout=0.2)
         return train(folder, replay, changes=changes, retention_datasets=retention, **kwargs)
 
     whole = run(tmp_path / "whole")
-    run(tmp_path / "broken", changes={"max_steps": 4})
-    resumed = run(tmp_path / "broken", resume=str(tmp_path / "broken" / "checkpoint-3"))
+    run(tmp_path / "broken", changes={"max_steps": 3})
+    resumed = run(tmp_path / "broken", resume=str(tmp_path / "broken" / "checkpoint-2"))
     assert difference(weights(whole.model), weights(resumed.model)) == 0.0
     rows = [
         [{key: row[key] for key in ("step", "loss", "replay/kl") if key in row} for row in read_jsonl(path)]
         for path in (tmp_path / "whole" / "metrics.jsonl", tmp_path / "broken" / "metrics.jsonl")
     ]
     assert [row for row in rows[0] if "loss" in row] == [row for row in rows[1] if "loss" in row]
-    assert [row["step"] for row in rows[1] if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows[1] if "loss" in row] == [1, 2, 3, 4]
 
 
 def test_ntp_replay_is_training_on_concatenated_rows(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -280,7 +262,7 @@ def test_replay_holds_the_model_to_its_base(tmp_path: Path, replay: ReplayDatase
             replay,
             replay_config=ReplayConfig(replay_coef=coef, per_device_replay_batch_size=8),
             retention_datasets=retention,
-            changes={"max_steps": 20},
+            changes={"max_steps": 10},
         )
         found[coef] = trainer.evaluate_retention()["retention/own/ref_kl"]
     assert found[20.0] < 0.6 * found[0.0]
@@ -380,7 +362,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a frozen model": ({"model": make_model().requires_grad_(False)}, "^model: all its parameters are frozen"),
     "replay on the first step alone": (
-        {"replay_config": ReplayConfig(replay_every=5)}, "replay_every: 5 of 5 steps is the first one only",
+        {"replay_config": ReplayConfig(replay_every=3)}, "replay_every: 3 of 3 steps is the first one only",
     ),
 }  # fmt: skip
 
@@ -520,7 +502,7 @@ def test_packed_new_rows(tmp_path: Path, replay: ReplayDataset, strategy: str, o
 def test_what_was_measured_before_training_is_measured_again_in_it(tmp_path: Path, replay: ReplayDataset) -> None:
     trainer = ReplaySFTTrainer(
         model=make_model(),
-        args=config(tmp_path, eval_strategy="steps", eval_steps=5, eval_on_start=True),
+        args=config(tmp_path, eval_strategy="steps", eval_steps=3, eval_on_start=True),
         train_dataset=ROWS,
         eval_dataset={"one": ROWS.select(range(4)), "two": ROWS.select(range(4, 8))},
         processing_class=TOKENIZER,
@@ -529,7 +511,7 @@ def test_what_was_measured_before_training_is_measured_again_in_it(tmp_path: Pat
     )
     trainer.evaluate()
     trainer.train()
-    assert [row["step"] for row in read_jsonl(tmp_path / "documents.jsonl")] == [0, 5]
+    assert [row["step"] for row in read_jsonl(tmp_path / "documents.jsonl")] == [0, 3]
 
 
 def test_a_run_leaves_plain_files(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -615,7 +597,7 @@ def test_replay_every_k_steps_weighs_by_k(tmp_path: Path, replay: ReplayDataset)
 
 def budgeted(folder: Path, replay: ReplayDataset, budget: float, **changes: Any) -> ReplaySFTTrainer:
     config = ReplayConfig(max_ref_kl=budget, per_device_replay_batch_size=4, replay_coef=1.0)
-    settings = {"max_steps": 60, **changes.pop("changes", {})}
+    settings = {"max_steps": 30, **changes.pop("changes", {})}
     trainer: ReplaySFTTrainer = train(folder, replay, replay_config=config, changes=settings, **changes)
     return trainer
 
@@ -643,10 +625,10 @@ def test_a_budget_holds_the_kl_behind_the_openings(tmp_path: Path, ragged: Repla
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_resumed_budget_is_where_it_was(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
-    settings = {"changes": {"save_strategy": "steps", "save_steps": 10, "max_steps": 20}}
+    settings = {"changes": {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}}
     whole, resumed = (
         budgeted(tmp_path, replay, 0.01, **settings, **adapter(lora, lora_dropout=0.1), resume=checkpoint)
-        for checkpoint in (None, str(tmp_path / "checkpoint-10"))
+        for checkpoint in (None, str(tmp_path / "checkpoint-4"))
     )
     assert resumed.budget is not None
     assert whole.budget is not None

@@ -21,7 +21,7 @@ ROWS = Dataset.from_list([{"text": text} for text in make_texts(48, seed=1)])
 TOKENS = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in ([*range(5, 21)], [*range(30, 46)]) * 16])
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 SETTINGS: dict[str, Any] = {
-    "max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 2e-3, "lr_scheduler_type": "constant",
+    "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 2e-3, "lr_scheduler_type": "constant",
     "bf16": False, "use_cpu": True, "logging_steps": 1, "report_to": "none", "save_strategy": "no", "seed": 7,
     "disable_tqdm": True, "gradient_checkpointing": False,
 }  # fmt: skip
