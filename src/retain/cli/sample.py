@@ -19,6 +19,7 @@ from retain.cli.settings import ModelLoadSettings
 from retain.data.rows import prompt_text, read_rows
 from retain.models.description import choose_start_token, default_device, launched, length_that_fits
 from retain.models.loading import load_model, load_tokenizer
+from retain.replay.hub import push_pool
 from retain.report.numbers import quantity
 from retain.sampling.engine import Engine, choose_threads
 from retain.sampling.preview import pool_lines
@@ -39,6 +40,11 @@ class SampleConfig(ModelLoadSettings):
         Unchosen(512), "Tokens per row, the start token included; at most the model's positions.", low=2
     )
     overwrite_output_dir: bool = setting(False, "Delete another dataset found in output_dir.")
+    push_to_hub: str | None = setting(
+        None,
+        "Dataset on the Hub, as OWNER/NAME, that gets the rows and a card, for --replay_dataset OWNER/NAME.",
+    )
+    hub_private_repo: bool = setting(False, "Make that dataset a private one.")
     preview: int = setting(0, "Print this many rows, spread over the pool.")
     start: str = setting(
         "document",
@@ -79,6 +85,8 @@ class SampleConfig(ModelLoadSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
+            raise ValueError(f"push_to_hub: {self.push_to_hub!r} is no name of a dataset; give OWNER/NAME")
         size, workers = self.tensor_parallel_size, self.num_workers
         if size > 1 and self.engine != "vllm":
             raise ValueError(f"tensor_parallel_size: {size} needs engine vllm, not {self.engine!r}; set --engine")
@@ -131,6 +139,8 @@ def run_sample(config: SampleConfig) -> None:
         shared = f", drawn by {state.num_processes} processes" if state is not None else ""
         print(f"{quantity(config.num_rows, 'row')} of {max_length} tokens in {folder}{shared}")
         print(*pool_lines(folder, tokenizer, starts, config.preview), sep="\n")
+        if config.push_to_hub:
+            print(f"shared: {push_pool(folder, config.push_to_hub, private=config.hub_private_repo)}")
 
 
 def engine_of(config: SampleConfig) -> Callable[[Any, int, str | None], AbstractContextManager[Engine | None]]:

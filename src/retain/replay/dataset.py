@@ -15,13 +15,15 @@ import numpy as np
 import torch
 
 from retain.data.rows import OLD_TEXT, WHOLE, Document, Reading, Text, read_texts, token_documents, tokenize_documents
-from retain.files import atomic_path, check_shape, read_json
+from retain.files import atomic_path, check_shape, first_line, read_json
 from retain.replay.stored_predictions import ReferenceCache, open_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MANIFEST = "manifest.json"
+MANIFEST, STATISTICS, FISHER_FILE = "manifest.json", "statistics.json", "fisher.safetensors"
+# Of a finished folder, what others need of it.
+POOL_FILES = (MANIFEST, "shard-*.parquet", "reference-*.safetensors", FISHER_FILE, STATISTICS, "README.md")
 MANIFEST_SCHEMA = "retain.replay/1"
 SAMPLE_AGAIN = "sample again, into another folder"
 MANIFEST_SHAPE = {
@@ -222,11 +224,33 @@ def _is_row(row: Any, given: Any) -> bool:
     return ids and isinstance(given, np.integer) and 0 <= int(given) <= len(row)
 
 
+def pool_folder(source: str) -> Path | None:
+    """Where rows lie that `retain sample` wrote: the folder itself, or a copy of a dataset on the Hub; None for text.
+
+    Raises:
+        ValueError: if the Hub has such rows and does not give them.
+    """
+    folder = Path(source).expanduser()
+    if folder.exists() or source.count("/") != 1:
+        return folder if (folder / MANIFEST).is_file() else None
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        hf_hub_download(source, MANIFEST, repo_type="dataset")
+    except (OSError, EntryNotFoundError, HFValidationError):  # text, or nothing that is there
+        return None
+    try:
+        return Path(snapshot_download(source, repo_type="dataset", allow_patterns=list(POOL_FILES)))
+    except (OSError, ValueError) as error:  # the Hub client's own are of these kinds
+        raise ValueError(f"replay_dataset: cannot load {source!r} from the Hub: {first_line(error)}") from error
+
+
 def load_replay_dataset(
     source: str, tokenizer: PreTrainedTokenizerBase, start_id: int, max_length: int
 ) -> ReplayDataset:
-    """Load self-generated rows from a folder, or real text from a file or the Hub, cut into rows of `max_length`."""
-    folder = Path(source).expanduser()
+    """Load self-generated rows from a folder or the Hub, or real text from either, cut into rows of `max_length`."""
+    folder = pool_folder(source) or Path(source).expanduser()
     if folder.is_dir():
         return load_self_generated(folder)
     documents = tokenize_documents(read_texts(source, tokenizer, None, WHOLE), tokenizer, start_id, max_length)
@@ -238,9 +262,8 @@ def load_replay_dataset(
 def load_texts(
     source: str, tokenizer: PreTrainedTokenizerBase, max_documents: int | None = None, reading: Reading = OLD_TEXT
 ) -> list[Text] | list[Document]:
-    """Texts of a file or Hub dataset, or the rows of a folder that `retain sample` wrote, one document each."""
-    folder = Path(source).expanduser()
-    if (folder / MANIFEST).is_file():
+    """Texts of a file or Hub dataset, or the rows that `retain sample` wrote, in a folder or there, a document each."""
+    if (folder := pool_folder(source)) is not None:
         rows = load_self_generated(folder)
         count = len(rows) if max_documents is None else min(max_documents, len(rows))
         given = rows.prefix_lengths[:count].tolist()

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from retain.models.description import model_fingerprint
 from retain.models.fisher import Curvature, load_fisher, measure_fisher, rows_per_batch, save_fisher
 from retain.models.reference import Reference
-from retain.replay.dataset import ReplayDataset, replay_indices
+from retain.replay.dataset import FISHER_FILE, ReplayDataset, replay_indices
 
-FISHER_FILE = "fisher.safetensors"
 FISHER_TOKENS = 65_536  # read at most this many predictions
 
 

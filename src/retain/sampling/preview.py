@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from retain.files import visible_text, write_json
-from retain.replay.dataset import read_manifest, read_shards
+from retain.replay.dataset import STATISTICS, read_manifest, read_shards
 from retain.replay.stored_predictions import bytes_per_token
 from retain.sampling.quality import PoolStatistics, display, pool_statistics
 from retain.sampling.starts import Starts
 
-STATISTICS = "statistics.json"
 MAX_CHARS = 1200  # of a row
 MAX_OPEN_TURNS = 0.9  # share of the chat rows: some models open a user turn and never end it
 
@@ -37,7 +36,7 @@ def pool_lines(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> li
     known = ((key, value) for key, value in statistics.summary.items() if value is not None)
     lines = [f"  {_spaced(key)}: {display(value)}" for key, value in known]
     lines += [f"warning: {warning}" for warning in statistics.warnings]
-    turns = [end for at, end in enumerate(statistics.rows["first_end"]) if starts.of_row(at)[0].name == "chat"]
+    turns = [end for at, end in enumerate(statistics.rows["first_end"]) if starts.of_row(at)[0].end_of_turn is not None]
     if turns.count(None) > MAX_OPEN_TURNS * len(turns):
         lines.append(
             f"warning: only {len(turns) - turns.count(None)} of {len(turns)} chat rows end their turn: this model does "

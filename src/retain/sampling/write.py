@@ -32,6 +32,7 @@ from retain.models.description import (
 from retain.models.head import find_head_form
 from retain.replay import fisher
 from retain.replay.dataset import (
+    FISHER_FILE,
     MANIFEST,
     MANIFEST_SCHEMA,
     NOT_COMPARED,
@@ -40,7 +41,6 @@ from retain.replay.dataset import (
     shard_path,
     write_shard,
 )
-from retain.replay.fisher import FISHER_FILE
 from retain.replay.provenance import rope_switch
 from retain.replay.stored_predictions import write_predictions
 from retain.sampling.engine import Engine, Progress, Shard, batch_engine, choose_batch_size, draw_rows

@@ -1,0 +1,92 @@
+"""Replay rows for others: a dataset on the Hub with what `retain sample` wrote, and a card that says of which model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retain.files import first_line, read_json, visible, write_text
+from retain.replay.dataset import FISHER_FILE, POOL_FILES, STATISTICS, load_self_generated, read_manifest
+
+CARD = """---
+tags: [retain, replay, self-generated]
+size_categories: [{size}]
+configs:
+- config_name: default
+  data_files: shard-*.parquet
+---
+
+# Replay rows of {model}
+
+{num_rows:,} rows that `{model}` wrote itself, at temperature 1, by `retain sample`. In a finetune of that model they
+keep what it knew:
+
+```bash
+retain finetune --model {model} --dataset_name mine.jsonl --output_dir out --replay_dataset {name}
+```
+
+Column `input_ids`: token ids of a row, of which the first `prefix_length` were given. Another model refuses them.
+
+| | |
+| :-- | :-- |
+{facts}
+"""
+
+
+def push_pool(folder: Path, name: str, *, private: bool = False) -> str:
+    """Put a finished folder of `retain sample` on the Hub, with a card; the address of the dataset.
+
+    Raises:
+        ValueError: if rows are missing, or the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    load_self_generated(folder)
+    write_text(folder / "README.md", pool_card(folder, name))
+    api = HfApi()
+    try:
+        url = api.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
+        what = list(POOL_FILES)
+        api.upload_folder(
+            repo_id=name, repo_type="dataset", folder_path=folder, allow_patterns=what, commit_message="Replay rows"
+        )
+    except (OSError, ValueError) as error:  # the Hub client's own are of these kinds
+        raise ValueError(
+            f"push_to_hub: {name!r} was not written: {first_line(error)}; the rows are in {str(folder)!r}, the same "
+            "command tries again"
+        ) from error
+    return str(url)
+
+
+def pool_card(folder: Path, name: str) -> str:
+    """The dataset card: model, fingerprints, settings and statistics."""
+    manifest = read_manifest(folder)
+    statistics: Mapping[str, Any] = {}
+    if (folder / STATISTICS).exists():
+        statistics = read_json(folder / STATISTICS, "push_to_hub", "sample again").get("summary") or {}
+    start, sampler = manifest["start_token"], manifest["sampler"]
+    facts = {
+        "model": f"`{manifest['model']}`, weights `{manifest['model_fingerprint']}`",
+        "tokenizer": f"`{manifest['tokenizer_fingerprint']}`",
+        "rows begin with": f"`{start.get('token')}` (id {start['id']})",
+        "tokens a row": manifest.get("max_length"),
+        "seed": manifest.get("seed"),
+        "sampler": ", ".join(f"{key} {value}" for key, value in sampler.items()),
+        "stored predictions": manifest.get("store_reference") or "none",
+        "Fisher information": "stored" if (folder / FISHER_FILE).exists() else "none",
+        **{key.replace("_", " "): _written(value) for key, value in statistics.items() if value is not None},
+        "versions": ", ".join(f"{key} {value}" for key, value in manifest.get("versions", {}).items()),
+    }
+    rows = "\n".join(f"| {key} | {visible(str(value))} |" for key, value in facts.items() if value is not None)
+    size = "n<1K" if manifest["num_rows"] < 1000 else "1K<n<10K" if manifest["num_rows"] < 10_000 else "n>10K"
+    named = {"name": name, "model": manifest["model"], "num_rows": manifest["num_rows"]}
+    return CARD.format(facts=rows, size=size, **named)
+
+
+def _written(value: Any) -> str:
+    """A statistic: a mean with its interval, a share or a count."""
+    if isinstance(value, Mapping):
+        ends = value.get("ci")
+        return f"{value['value']:.4g}" + (f" [{ends[0]:.4g}, {ends[1]:.4g}]" if ends else "")
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
