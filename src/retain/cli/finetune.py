@@ -86,7 +86,8 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
     replay_dataset: str | None = setting(
         None,
         "Replay rows: a folder that `retain sample` wrote, or a dataset on the Hub that it filled; a JSONL, text or "
-        "Parquet file of real text; or 'self' to sample from the model first. [required, unless replay_objective is kl_new or replay_coef 0]",
+        "Parquet file of real text; or 'self' to sample from the model first. [required, unless replay_objective is "
+        "kl_new or replay_coef 0]",
     )
     replay_num_rows: int | None = setting(
         None,

@@ -9,7 +9,7 @@ from typing import Any
 from retain.files import first_line, read_json, visible, write_text
 from retain.replay.dataset import FISHER_FILE, POOL_FILES, STATISTICS, load_self_generated, read_manifest
 
-CARD = """---
+POOL_CARD = """---
 tags: [retain, replay, self-generated]
 size_categories: [{size}]
 configs:
@@ -81,7 +81,7 @@ def pool_card(folder: Path, name: str) -> str:
     rows = "\n".join(f"| {key} | {visible(str(value))} |" for key, value in facts.items() if value is not None)
     size = "n<1K" if manifest["num_rows"] < 1000 else "1K<n<10K" if manifest["num_rows"] < 10_000 else "n>10K"
     named = {"name": name, "model": manifest["model"], "num_rows": manifest["num_rows"]}
-    return CARD.format(facts=rows, size=size, **named)
+    return POOL_CARD.format(facts=rows, size=size, **named)
 
 
 def _written(value: Any) -> str:
