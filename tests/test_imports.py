@@ -15,7 +15,7 @@ from conftest import forked
 SOURCE = Path(__file__).parents[1] / "src" / "retain"
 # The rooms, floor by floor: a module may import what lies in its own room, or on a floor below.
 FLOORS = (
-    {"checks", "files", "losses", "statistics"},
+    {"checks", "files", "losses", "progress", "statistics"},
     {"models"},
     {"data"},
     {"replay", "report"},

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import make_texts, make_tokenizer, save_model
 
-from retain.cli.finetune import FinetuneConfig
+from retain.cli import finetune
+from retain.cli.finetune import FinetuneConfig, planned_stages
 from retain.cli.main import load_verb, main
 from retain.replay.dataset import load_self_generated
 from retain.training import protection_choice
@@ -22,6 +23,8 @@ SFT = {
     "bf16": False, "report_to": "none", "logging_steps": 5, "gradient_checkpointing": False, "save_steps": 6,
     "lr_scheduler_type": "constant", "retention_max_documents": 8,
 }  # fmt: skip
+
+SHOWN = {"disable_tqdm": False}  # transformers' default depends on its log level, which the command lowers
 
 
 def write_rows(path: Path, seed: int, count: int) -> str:
@@ -48,15 +51,48 @@ def run(world: Path, out: Path, *flags: str, **changes: object) -> int:
 
 def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     """Printed lines by the word before their first colon."""
-    found = [line.partition(": ") for line in capsys.readouterr().out.splitlines() if ": " in line]
+    return by_first_word(capsys.readouterr().out)
+
+
+def by_first_word(text: str) -> dict[str, str]:
+    found = [line.partition(": ") for line in text.splitlines() if ": " in line]
     return {name: rest for name, _, rest in found}
 
 
-def test_it_protects_measures_and_ends_with_four_lines_and_the_page(world, tmp_path, capsys):
+def stages_of(text: str) -> list[str]:
+    """The stages that ended, by their lines."""
+    return re.findall(r"^(.+): [\d,]+ (?:rows|steps|tokens) in \d+ s", text, re.M)
+
+
+@pytest.fixture
+def planned(monkeypatch) -> list[str]:
+    """The stages that the command plans, by name."""
+    names: list[str] = []
+
+    def spied(*args):
+        stages = planned_stages(*args)
+        names.extend(stage.name for stage in stages)
+        return stages
+
+    monkeypatch.setattr(finetune, "planned_stages", spied)
+    return names
+
+
+def test_it_protects_measures_and_ends_with_four_lines_and_the_page(world, tmp_path, capsys, planned):
     held = ["--eval_dataset_name", str(world / "held.jsonl"), "--eval_strategy", "steps", "--eval_steps", "4"]
-    assert run(world, tmp_path / "out", *held, "--compare_plain", "true", "--retention", f"wiki={world}/wiki.txt") == 0
-    lines = said(capsys)
+    flags = [*held, "--compare_plain", "true", "--retention", f"wiki={world}/wiki.txt"]
+    assert run(world, tmp_path / "out", *flags, **SHOWN) == 0
+    shown = capsys.readouterr()
+    lines = by_first_word(shown.out)
     assert lines["chosen, since none was given"].startswith("replay_objective kl, replay_coef 1;")
+    assert "{'" not in shown.out + shown.err, "no dictionary of the host's"
+    steps = re.findall(
+        r"^step (\d+): new-task loss [\d.]+; ref_kl [\d.]+ on wiki, [\d.]+ on self-generated$", shown.err, re.M
+    )
+    assert steps == ["0", "4", "8", "12"] * 2
+    cached = ["measuring wiki", "measuring self-generated"]  # by the last evaluation
+    assert [name for name in planned if name not in cached] == stages_of(shown.err)
+    assert planned.count("training") == planned.count("measuring wiki") == 2
     assert "loss" in lines["learned"]
     assert "8 held-out rows of the new task" in lines["learned"]
     assert "of 2 texts the one that moved most" in lines["forgotten"]
@@ -84,10 +120,14 @@ def test_it_protects_measures_and_ends_with_four_lines_and_the_page(world, tmp_p
     assert (out / "model.safetensors").exists()
 
 
-def test_the_new_task_loss_is_that_of_the_trainers_own_evaluation(world, tmp_path):
+def test_the_new_task_loss_is_that_of_the_trainers_own_evaluation(world, tmp_path, capsys):
     """Two ways to one number: ours by row with an interval, and the host's mean over all tokens."""
     held = ["--eval_dataset_name", str(world / "held.jsonl"), "--eval_strategy", "steps", "--eval_steps", "12"]
-    assert run(world, tmp_path / "out", *held, "--eval_on_start", "true", "--per_device_eval_batch_size", "8") == 0
+    assert run(world, tmp_path / "out", *held, "--eval_on_start", "true", "--per_device_eval_batch_size", "8",
+               disable_tqdm=True) == 0  # fmt: skip
+    shown = capsys.readouterr()
+    assert "{'" not in shown.out
+    assert not re.search("step|sampling|measuring", shown.err), "disable_tqdm silences all of it"
     report = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
     losses = {row["step"]: row["eval_loss"] for row in report["trajectory"] if "eval_loss" in row}
     found = report["new_task"]["new task"]
@@ -96,9 +136,12 @@ def test_the_new_task_loss_is_that_of_the_trainers_own_evaluation(world, tmp_pat
     assert found["gain"]["value"] == pytest.approx(losses[0] - losses[12], abs=2e-4)
 
 
-def test_without_held_out_rows_the_training_loss_is_reported_and_that_is_said(world, tmp_path, capsys):
-    assert run(world, tmp_path / "out") == 0
-    lines = said(capsys)
+def test_without_held_out_rows_the_training_loss_is_reported_and_that_is_said(world, tmp_path, capsys, planned):
+    assert run(world, tmp_path / "out", **SHOWN) == 0
+    shown = capsys.readouterr()
+    lines = by_first_word(shown.out)
+    assert stages_of(shown.err) == planned
+    assert "measuring self-generated" in planned
     assert lines["new task"].startswith("no rows are held out")
     assert lines["learned"].startswith("training loss ")
     assert "(logged at steps 1 and 12); no row was held out" in lines["learned"]

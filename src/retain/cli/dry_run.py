@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import release_memory
 from transformers import PrinterCallback
 
+from retain.progress import duration
 from retain.report.numbers import quantity
 from retain.sampling.engine import choose_batch_size, draw_rows
 from retain.training.protection_choice import rows_drawn
@@ -168,15 +169,3 @@ def cost_lines(args: Any, config: Any, costs: dict[str, Cost], steps: int, drawi
     listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
     evaluated = "" if args.eval_strategy == "no" else ", without evaluations on the way"
     yield f"the run: about {duration(sum(parts.values()))} for {quantity(steps, 'step')}{evaluated} ({listed})"
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it.
-
-    >>> duration(42), duration(5 * 60 + 20), duration(7500)
-    ('42 s', '5 min', '2 h 5 min')
-    """
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

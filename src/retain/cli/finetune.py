@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -27,15 +27,18 @@ from trl import (
 from retain.checks import Unchosen, check_number, setting
 from retain.cli.dry_run import dry_run
 from retain.cli.flags import Verb
-from retain.cli.sample import sample_with_bar
+from retain.cli.sample import SAMPLING_STAGE, sample_with_progress
 from retain.cli.settings import RETENTION_HELP, StartTokenSettings
 from retain.data.overlap import find_rows
 from retain.data.rows import Document, is_local_file, load_from_hub, named_sources, read_rows, token_documents
 from retain.files import exclusive, visible
+from retain.measuring.tokens import MEASURING, measuring_title
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.models.loading import load_tokenizer
 from retain.models.merging import adapted_model, merged_base
+from retain.progress import PlannedStage, ProgressLine, progress_line
 from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
+from retain.replay.fisher import FISHER
 from retain.report.outcome import cost_line, outcome_lines
 from retain.report.report import ForgettingReport, write_comparison
 from retain.sampling.write import default_store
@@ -52,9 +55,10 @@ from retain.training.protection_choice import (
     has_linear_places,
     rows_drawn,
 )
-from retain.training.retention import check_best_metric, retention_names
+from retain.training.retention import NEW_TASK_TEXT, check_best_metric, retention_names
 from retain.training.row_checks import check_columns, check_new_rows, row_edges
 from retain.training.run_files import OF_TRAINING, read_run
+from retain.training.step_line import TRAINING, StepLine
 from retain.training.step_timer import StepTimer
 from retain.training.stopping import StopAtLoss, check_same_run, check_stopping, checkpoint_to_resume, train
 from retain.training.trainer import ReplaySFTTrainer
@@ -66,6 +70,7 @@ COMPARED_EVALUATIONS = 8  # of each run that is compared, where no eval_strategy
 # Folders in output_dir: of the page, of the unprotected run, of rows that the model wrote to replay and measure on, and
 # of the model that is finetuned where that was an adapter.
 PAGE, PLAIN, POOL, HELD_OUT, WHOLE = "report", "plain", "replay", "held-out", "base"
+SAMPLING_TITLE = "sampling {} rows"
 
 Say = Callable[[object], None]
 
@@ -194,7 +199,8 @@ def run_finetune(
         )  # as large, and nothing is written
         make_trainer = partial(make_sft_trainer, say=lambda line: None, others=[])
         return dry_run(given, config, make_trainer, partial(rows_to_sample, folder, training_args, config), say)
-    with exclusive(folder) if speaks else nullcontext():
+    shown = speaks and not training_args.disable_tqdm
+    with exclusive(folder) if speaks else nullcontext(), progress_line(shown=shown):
         check_begin(given, config)
         merge_its_adapter(given, folder / WHOLE, say)
         of_plain = given._replace(training=copy.deepcopy(training_args))
@@ -249,6 +255,8 @@ def finetuned(
     timer = StepTimer()
     for callback in filter(None, (timer, watch)):
         trainer.add_callback(callback)
+    may_stop = config.stop_at_loss is not None or config.early_stopping_patience is not None
+    StepLine(partial(rows_trained_on, config, training_args), at_most=may_stop).take_over(trainer)
     if config.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     if config.adam_beta2_half_life_tokens is not None:  # the optimizer is made when training begins
@@ -353,6 +361,8 @@ def make_sft_trainer(
         if config.anchor_coef and not has_linear_places(model, adapter):
             config.choose(CHOSEN_PROTECTION, training_args.per_device_train_batch_size)
         say(config.chosen.line())
+    if texts is None and ProgressLine.current is not None:
+        ProgressLine.current.plan = planned_stages(training_args, config, steps, retention, eval_dataset)
     replay = None if texts else config.replay_dataset
     if replay == "self":
         began = time.monotonic()
@@ -500,6 +510,31 @@ def sample_own(
     return own_rows(*given, rows[POOL]) if POOL in rows else None, own_text(*given, rows[HELD_OUT])
 
 
+def planned_stages(
+    training_args: Any, config: FinetuneConfig, steps: int, texts: Iterable[str], eval_dataset: Any
+) -> list[PlannedStage]:
+    """The stages of a run and of the unprotected one that is compared, in their order."""
+    rows = rows_to_sample(Path(training_args.output_dir), training_args, config, steps)
+    stages = [PlannedStage(SAMPLING_TITLE.format(folder), SAMPLING_STAGE, number) for folder, number in rows.items()]
+    if config.anchor_coef:
+        stages.append(PlannedStage(FISHER, FISHER))
+    measured = [*texts, *[OWN_TEXT] * (config.replay_dataset == "self")]
+    measured += [NEW_TASK_TEXT] * bool(measured and eval_dataset is not None)
+    for run in (config, config.unprotected()) if config.compare_plain else (config,):
+        stages.append(
+            PlannedStage(TRAINING, TRAINING, rows_trained_on(run, training_args, max(1, steps), max(1, steps)))
+        )
+        stages += [PlannedStage(measuring_title(text), MEASURING) for text in measured]
+    return stages
+
+
+def rows_trained_on(config: FinetuneConfig, training_args: Any, step: int, steps: int) -> float:
+    """Rows in the steps up to `step` of `steps`, with those that are replayed; of a process and micro-batch."""
+    size, objective = training_args.train_batch_size, config.objective
+    beside = objective.batch_rows(config, size) if objective.draws_rows and objective.adds_term else 0
+    return step * size + beside * max(0.0, step - config.replay_start * steps) / config.replay_every
+
+
 def own_rows(model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, num_rows: int) -> str:
     """The folder of replay rows of the model that will be trained."""
     folder = Path(training_args.output_dir) / POOL
@@ -532,7 +567,7 @@ def draw_own(
         model.to(training_args.device)
     start, length = choose_start_token(tokenizer, config.start_token), own_length(training_args, config)
     settings = {"max_length": length, "seed": training_args.seed, "start_token": start, **settings}
-    sample_with_bar(model, tokenizer, str(folder), **settings)
+    sample_with_progress(model, tokenizer, str(folder), title=SAMPLING_TITLE.format(folder.name), **settings)
     if model.device != found:
         model.to(found)
 

@@ -91,8 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(line: str) -> None:
-    from tqdm import tqdm
-
     from retain.files import visible
 
-    tqdm.write(visible(line), file=sys.stderr)  # on a line of its own, also where a progress bar stands
+    print(visible(line), file=sys.stderr)

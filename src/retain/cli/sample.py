@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
 
 from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
@@ -19,12 +18,15 @@ from retain.cli.settings import ModelLoadSettings
 from retain.data.rows import prompt_text, read_rows
 from retain.models.description import choose_start_token, default_device, launched, length_that_fits
 from retain.models.loading import load_model, load_tokenizer
+from retain.progress import StageProgress, progress_line
 from retain.replay.hub import push_pool
 from retain.report.numbers import quantity
 from retain.sampling.engine import Engine, choose_threads
 from retain.sampling.preview import pool_lines
 from retain.sampling.starts import plan_starts
 from retain.sampling.write import default_store, sample_replay
+
+SAMPLING_STAGE = "sampling"  # the kind of its stages
 
 
 @dataclass(kw_only=True)
@@ -126,8 +128,8 @@ def run_sample(config: SampleConfig) -> None:
     if store == "auto":
         num_rows, overwrite = config.num_rows, config.overwrite_output_dir
         store = default_store(model, config.output_dir, num_rows, max_length, overwrite=overwrite)
-    with open_engine(model, max_length, store) as engine:
-        folder = sample_with_bar(
+    with progress_line(shown=main), open_engine(model, max_length, store) as engine:
+        folder = sample_with_progress(
             model, tokenizer, config.output_dir, config.num_rows, max_length=max_length, seed=config.seed,
             start_token=start, starts=starts, store_reference=store,
             store_fisher=config.store_fisher, rows_per_shard=config.rows_per_shard,
@@ -175,23 +177,24 @@ def engine_of(config: SampleConfig) -> Callable[[Any, int, str | None], Abstract
     )
 
 
-def sample_with_bar(model: Any, tokenizer: Any, output_dir: str, num_rows: int, **settings: Any) -> Path:
-    """`sample_replay` with a progress bar, which begins when drawing does: a refusal is one line and no bar."""
+def sample_with_progress(
+    model: Any, tokenizer: Any, output_dir: str, num_rows: int, title: str = "sampling replay rows", **settings: Any
+) -> Path:
+    """`sample_replay` as a stage, which begins when drawing does: a refusal is one line and no more."""
     state = settings.get("state")
     processes = 1 if state is None else state.num_processes
-    bars: list[Any] = []
+    stages: list[StageProgress] = []
 
     def progress(rows: int) -> None:
-        if not bars:
-            hidden = state is not None and not state.is_main_process
-            bars.append(tqdm(total=num_rows, unit="row", desc="sampling replay", disable=hidden))
-        bars[0].update(min(rows * processes, num_rows - bars[0].n))
+        rows *= processes
+        if not stages:
+            stages.append(StageProgress(title, num_rows, "rows", SAMPLING_STAGE, initial=min(rows, num_rows)))
+        else:
+            stages[0].update(min(rows, num_rows - stages[0].done))
+        if stages[0].done == num_rows:
+            stages[0].close()
 
-    try:
-        return sample_replay(model, tokenizer, output_dir, num_rows=num_rows, progress=progress, **settings)
-    finally:
-        for bar in bars:
-            bar.close()
+    return sample_replay(model, tokenizer, output_dir, num_rows=num_rows, progress=progress, **settings)
 
 
 VERB = Verb(

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from tqdm import tqdm
 
 from retain import versions
 from retain.checks import Settings, setting
 from retain.cli.flags import Verb
 from retain.files import exclusive, read_jsonl
 from retain.lab.runner import RunRows, VerbRun, run_here, run_on_ray
+from retain.progress import StageProgress, progress_line
 from retain.report.numbers import is_number, quantity
 
 RESULTS = "results.jsonl"
@@ -173,13 +173,13 @@ def make_runs(config: SweepConfig, runs: Sequence[VerbRun]) -> list[dict[str, An
     with exclusive(root):
         results = RunRows(root / RESULTS)
         todo = [run for run in runs if run.key not in results.rows]
-        with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", desc="sweep") as bar:
+        with progress_line(), StageProgress("sweep", len(runs), "runs", initial=len(runs) - len(todo)) as stage:
 
             def record(run: VerbRun, outcome: dict[str, Any]) -> None:
                 row = sweep_row(run, root / "runs" / run.key, outcome)
                 results.append(row)
                 failed.extend([row] if row["status"] == "failed" else [])
-                bar.update()
+                stage.update()
 
             if config.engine == "ray":
                 run_on_ray(todo, root, record, num_workers=config.num_workers, threads=threads)

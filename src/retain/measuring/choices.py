@@ -10,6 +10,7 @@ wins. Unlike there, log-probabilities are taken in float32 at every dtype of the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from string import ascii_uppercase
@@ -17,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from retain.checks import several
 from retain.data.rows import Document, read_sample
@@ -29,6 +29,7 @@ from retain.measuring.thinking import answer_turn
 from retain.measuring.tokens import Forward, batches, check_finite, logits_of, padded, row_by_row
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import max_positions, with_least_room
+from retain.progress import StageProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -208,14 +209,14 @@ def choice_scores(
     *,
     batch_tokens: int,
     device: torch.device | str,
-    description: str | None = None,
+    title: str | None = None,
     who: str = "model",
 ) -> list[np.ndarray]:
     """Log-likelihood (nats) of every choice of every question.
 
     Args:
         batch_tokens: padded tokens per forward pass.
-        description: shown beside a progress bar; None for no bar.
+        title: of its stage of progress; None for none.
         who: the setting that named the model, for errors.
 
     Raises:
@@ -224,7 +225,7 @@ def choice_scores(
     rows = list(inputs.rows)
     scores = [np.zeros(len(lengths)) for lengths in inputs.lengths]
     documents = [Document([list(row)], 0) for row in rows]
-    with tqdm(total=sum(map(len, rows)), desc=description, disable=description is None, unit="tok") as bar:
+    with StageProgress(title, sum(map(len, rows)), "tokens") if title else nullcontext() as stage:
         for indices, windows in batches(documents, batch_tokens):
             logits = forward(**{name: value.to(device) for name, value in padded(windows).items()})
             for row, (index, window) in enumerate(zip(indices, windows, strict=True)):
@@ -232,7 +233,8 @@ def choice_scores(
                     own = logits[row, len(window) - len(wanted) : len(window)]
                     losses = next_token_loss(own, torch.tensor(wanted, device=own.device))
                     scores[question][choice] = -float(losses.double().sum())
-            bar.update(sum(map(len, windows)))
+            if stage is not None:
+                stage.update(sum(map(len, windows)))
     for at, found in enumerate(scores, start=1):
         for choice, value in enumerate(found, start=1):
             check_finite(value, f"{who}: its log-likelihood of answer {choice} to question {at} is")
@@ -242,11 +244,11 @@ def choice_scores(
 def both_scores(
     base: MeasuredBase, tuned: PreTrainedModel, inputs: Inputs, options: Options, title: str = ""
 ) -> list[list[np.ndarray]]:
-    """`choice_scores` of the base, made once, and of the tuned model; a title has a progress bar beside it."""
+    """`choice_scores` of the base, made once, and of the tuned model; with a title as stages of progress."""
 
     def scored(who: str, model: PreTrainedModel) -> list[np.ndarray]:
-        name = f"{visible(title)}, {'base' if who == 'base' else 'tuned'}" if title and options.progress else None
-        sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": model.device, "description": name}
+        name = f"{visible(title)}, {'base' if who == 'base' else 'tuned'}" if title else None
+        sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": model.device, "title": name}
         return choice_scores(logits_of(model), inputs, who=who, **sizes)
 
     parts = [inputs.parts, options.batch_tokens]

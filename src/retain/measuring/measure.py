@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from retain.models.description import (
     with_least_room,
 )
 from retain.models.reference import evaluation_mode, runs_through
+from retain.progress import progress_line
 from retain.report.report import ForgettingReport
 
 MAX_LOGITS = 1 << 27  # of a forward pass, 0.5 GB in float32; 2048 tokens of a vocabulary of 65k
@@ -84,7 +86,7 @@ def measure(
         max_windows: windows of each document, from its beginning; None for all.
         batch_tokens: padded tokens per forward pass; by default fewer where the vocabulary is above 65k.
         max_new_tokens: of each continuation and answer; by default those of a behaviour are longer.
-        progress: called with the name of each stage; long ones then have a bar.
+        progress: called with the name of each stage; long ones then show how far they are, on standard error.
 
     Returns:
         A report. `report["wiki"].ref_kl.value` is of a text, `report.results.choices["arc"].rules["acc"].agreement` of
@@ -133,7 +135,7 @@ def measure(
     shown, unmeasured = behavior_prompts(rows, options)
     for behavior in shown:
         check_room([base.model, tuned], behavior.prompts, behavior.options)
-    with evaluation_mode(base.model), evaluation_mode(tuned):
+    with nullcontext() if progress is None else progress_line(), evaluation_mode(base.model), evaluation_mode(tuned):
         base.check_unchanged()
         result = text_results(base, tuned, learned, known, options)
         result["warnings"] += notes + unmeasured

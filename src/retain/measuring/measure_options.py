@@ -16,7 +16,7 @@ class Options:
 
     Args:
         start_id: the token that opens a document.
-        progress: called with the name of each stage; None for neither stages nor bars.
+        progress: called with the name of each stage; None for none.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from retain.data.rows import Document, without_copies
-from retain.files import visible
 from retain.losses import shifted
 from retain.measuring.measure_options import Options
 from retain.measuring.tokens import (
     DocumentSums,
     document_sums,
     logits_of,
+    measuring_stage,
     padded,
     row_by_row,
     summarize,
@@ -69,11 +68,9 @@ def _summary(sums: DocumentSums, options: Options) -> dict[str, Any]:
 def _sums(
     base: MeasuredBase, tuned: PreTrainedModel, options: Options, text: str, documents: Sequence[Document]
 ) -> DocumentSums:
-    total = sum(len(window) for document in documents for window in document.windows)
     sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": tuned.device}
-    hidden = options.progress is None
-    with tqdm(total=total, desc=visible(text), unit="tok", unit_scale=True, disable=hidden) as shown:
-        return document_sums(base.logits, logits_of(tuned), documents, progress=shown.update, text=text, **sizes)
+    with measuring_stage(text, documents) as stage:
+        return document_sums(base.logits, logits_of(tuned), documents, progress=stage.update, text=text, **sizes)
 
 
 def _noise_floor(base: MeasuredBase, documents: Sequence[Document], options: Options) -> dict[str, Any]:

@@ -17,12 +17,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retain.data.rows import Document
+from retain.files import visible
 from retain.losses import expectation, shifted
 from retain.measuring.paired_answers import report_entry
+from retain.progress import StageProgress
 from retain.report.metrics import BITS_PER_BYTE, KEPT_SUMS, METRICS, SUMS
 from retain.statistics import bootstrap_ratio, resample_counts, share_interval
 
 Forward = Callable[..., Float[Tensor, "rows length vocab"]]
+MEASURING = "measuring"  # the kind of its stages of progress, a text each
 CHUNK = 1 << 22  # float32 logits held at once: 16 MiB, which the allocator takes from its heap again and again
 
 
@@ -108,6 +111,17 @@ def token_values(
     base, model = Predictions.of(ref_logits), Predictions.of(logits)
     rows = ((name, METRICS[name].per_token) for name in SUMS)
     return {name: per_token(base, model, targets) for name, per_token in rows if per_token}
+
+
+def measuring_title(text: str) -> str:
+    """The name of `measuring_stage`."""
+    return f"measuring {visible(text)}"
+
+
+def measuring_stage(text: str, documents: Sequence[Document]) -> StageProgress:
+    """The stage of `document_sums` in a line of progress."""
+    total = sum(len(window) for document in documents for window in document.windows)
+    return StageProgress(measuring_title(text), total, "tokens", MEASURING, work=1)
 
 
 @torch.no_grad()

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from retain.models.description import model_fingerprint
 from retain.models.fisher import Curvature, load_fisher, measure_fisher, rows_per_batch, save_fisher
 from retain.models.reference import Reference
+from retain.progress import StageProgress
 from retain.replay.dataset import FISHER_FILE, ReplayDataset, replay_indices
 
+FISHER = "Fisher information"  # its stage of progress
 FISHER_TOKENS = 65_536  # read at most this many predictions
 
 
@@ -51,5 +53,8 @@ def store_fisher(model: Any, rows: ReplayDataset) -> Path:
 def _batches(rows: ReplayDataset, chosen: Any, model: Any) -> Iterator[dict[str, Tensor]]:
     length = int((rows.num_predictions + rows.prefix_lengths)[chosen].max())
     size = rows_per_batch(model.config.get_text_config().vocab_size, length)
-    for at in range(0, len(chosen), size):
-        yield {name: value.to(model.device) for name, value in rows.batch(chosen[at : at + size]).items()}
+    with StageProgress(FISHER, len(chosen), "rows", work=1) as stage:
+        for at in range(0, len(chosen), size):
+            batch = chosen[at : at + size]
+            yield {name: value.to(model.device) for name, value in rows.batch(batch).items()}
+            stage.update(len(batch))

@@ -98,7 +98,8 @@ def sample_replay(
         engine: what draws the shards; this process, batch by batch, by default.
         engine_name: its name in the manifest; engines of one name give the same rows.
         state: processes that share the work; each draws whole shards.
-        progress: called with 0 when drawing begins, then with the number of rows just finished by this process.
+        progress: called with the rows of this process that were drawn before, when drawing begins, then with the
+            number just finished.
 
     Returns:
         The folder with `manifest.json` and Parquet shards (columns `row`, `input_ids`, `prefix_length`, `logprob`, and
@@ -138,8 +139,6 @@ def sample_replay(
         if state is not None:
             state.wait_for_everyone()
             manifest = read_manifest(folder)  # the main process's: batches of one size give the same rows
-        if progress is not None:
-            progress(0)
         _draw_shards(folder, manifest, starts, engine, state, progress or (lambda rows: None))
         if state is not None:
             state.wait_for_everyone()
@@ -205,15 +204,16 @@ def _draw_shards(
     progress: Progress,
 ) -> None:
     mine, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
-    todo = []
+    todo, drawn_before = [], 0
     for number, first in enumerate(range(0, manifest["num_rows"], manifest["rows_per_shard"])):
         rows = range(first, min(first + manifest["rows_per_shard"], manifest["num_rows"]))
         if number % processes != mine:
             continue
         if shard_path(folder, number).exists():
-            progress(len(rows))
+            drawn_before += len(rows)
         else:
             todo.append(Shard(number, rows, [starts.of_row(row)[1] for row in rows]))
+    progress(drawn_before)
     for shard, drawn in engine(todo, manifest["batch_size"], progress):
         if drawn.reference:
             write_predictions(folder, shard.number, drawn.reference)

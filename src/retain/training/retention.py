@@ -20,7 +20,15 @@ from transformers.trainer_utils import default_compute_objective
 from retain.checks import several
 from retain.data.rows import Document, as_documents, without_copies
 from retain.measuring.texts import negated
-from retain.measuring.tokens import Forward, batches, document_sums, logits_at, padded, summarize
+from retain.measuring.tokens import (
+    Forward,
+    batches,
+    document_sums,
+    logits_at,
+    measuring_stage,
+    padded,
+    summarize,
+)
 from retain.models.head import reshard
 from retain.models.reference import Reference, evaluation_mode
 from retain.report.metrics import GAIN, LOGGED, METRICS
@@ -135,8 +143,9 @@ class RetentionMeasurer(RunFilesCallback):
 
     def _compare(self, name: str, documents: Sequence[Document], args: Any, model: Any) -> dict[str, Any]:
         """Metric → value and interval of one text; its sums per document are kept."""
-        sizes = {"batch_tokens": batch_tokens(args, documents), "device": args.device}
-        sums = document_sums(*self._forwards(model), documents, text=name, **sizes)
+        sizes: dict[str, Any] = {"batch_tokens": batch_tokens(args, documents), "device": args.device}
+        with measuring_stage(name, documents) as stage:
+            sums = document_sums(*self._forwards(model), documents, text=name, progress=stage.update, **sizes)
         self.sums[name] = sums.kept()
         return summarize(sums, seed=args.seed)
 

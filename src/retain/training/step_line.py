@@ -1,0 +1,98 @@
+"""A trainer's steps in the line of progress, and a line for each evaluation; `metrics.jsonl` has every log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from transformers import (
+    IntervalStrategy,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from retain.files import visible
+from retain.progress import PlannedStage, ProgressLine, StageProgress
+
+TRAINING, EVALUATIONS = "training", "evaluations"  # stages, and their kinds
+
+
+class StepLine(TrainerCallback):
+    """In place of transformers' bars and dictionaries; shown within a `progress_line`.
+
+    Args:
+        work_until: step, number of steps → work of all steps up to that one; by default they are alike.
+        at_most: the run may end before its last step.
+    """
+
+    def __init__(self, work_until: Callable[[int, int], float] = min, *, at_most: bool = False) -> None:
+        self.work_until, self.at_most = work_until, at_most
+        self.stage: StageProgress | None = None
+        self._said: set[tuple[int, str]] = set()
+
+    def take_over(self, trainer: Any) -> None:
+        """Show this of a trainer, and nothing else."""
+        for other in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(other)
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.stage is not None:  # a smaller batch is tried
+            self.stage.close(has_ended=False)
+        steps, work = state.max_steps, self.work_until(state.max_steps, state.max_steps)
+        self.stage = StageProgress(
+            TRAINING, steps, "steps", work=work, initial=state.global_step, at_most=self.at_most,
+            share=lambda step: self.work_until(step, steps) / work,
+        )  # fmt: skip
+        if args.eval_on_start:
+            self.stage.pause()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self.stage is not None
+        self.stage.within = [PlannedStage(EVALUATIONS, EVALUATIONS, evaluations_left(args, state))]
+        self.stage.update()
+        self._pause_to_evaluate(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._pause_to_evaluate(control)
+
+    def _pause_to_evaluate(self, control: TrainerControl) -> None:
+        if control.should_evaluate and self.stage is not None:
+            self.stage.pause()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stage is not None:
+            self.stage.resume(EVALUATIONS)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """The loss beside the steps; what an evaluation found on a line of its own, once a step."""
+        if self.stage is not None and "loss" in logs:
+            self.stage.note = f"loss {logs['loss']:.3f}"
+        found = {name.removeprefix("eval_"): logs[name] for name in logs if name.endswith(("/ref_kl", "eval_loss"))}
+        new = {name: value for name, value in found.items() if (state.global_step, name) not in self._said}
+        self._said |= {(state.global_step, name) for name in new}
+        parts = [f"new-task loss {new.pop('loss'):.3f}"] if "loss" in new else []
+        texts = [f"{value:.3f} on {visible(name.split('/')[1])}" for name, value in new.items()]
+        parts += [f"ref_kl {', '.join(texts)}"] if texts else []
+        if parts and ProgressLine.current is not None:
+            ProgressLine.current.say(f"step {state.global_step}: {'; '.join(parts)}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stage is not None:
+            self.stage.close()
+            self.stage = None
+
+
+def evaluations_left(args: TrainingArguments, state: TrainerState) -> int:
+    """Evaluations to come behind a step that was just made."""
+    if args.eval_strategy == IntervalStrategy.STEPS:
+        return math.ceil(state.max_steps / state.eval_steps) - int((state.global_step - 1) // state.eval_steps)
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        epoch = state.epoch or 0.0
+        return math.ceil(round(epoch * state.max_steps / state.global_step, 6)) - math.ceil(round(epoch, 6)) + 1
+    return 0
