@@ -33,13 +33,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_stage_to_come_is_timed_by_its_kind_and_named_where_none_was(clock):
     with progress_line(shown=False) as line:
-        line.plan = [PlannedStage("first", "training", 200), PlannedStage("measuring wiki", "measuring"),
+        line.plan = [PlannedStage("Fisher", "Fisher"), PlannedStage("first", "training", 200),
+                     PlannedStage("measuring wiki", "measuring"),
                      PlannedStage("second", "training", 100), PlannedStage("measuring wiki", "measuring")]  # fmt: skip
         with StageProgress("sampling", 8, "rows") as stage:
             assert str(stage) == "sampling: 0/8 rows"
             clock.now += 10
             stage.update(4)
-            assert str(stage) == "sampling: 4/8 rows, about 10 s left, plus training and measuring"
+            assert str(stage) == "sampling: 4/8 rows, about 10 s left, plus Fisher, training and measuring"
         with StageProgress("first", 40, "steps", "training", work=200) as stage:
             clock.now += 20
             stage.update(10)  # 40 s, and half of 80 s for the second
@@ -114,14 +115,15 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(clock, capsys):
         with StageProgress("rows", 4, "rows", initial=4):
             pass
         with StageProgress("sampling", 4, "rows", initial=1) as stage:
-            stage.update(3)
+            clock.now += LOG_SECONDS + 3
+            stage.update(3)  # its end says it
     assert capsys.readouterr().err.splitlines() == [
         "training: 30/120 steps, at most 2 min left, loss 29",
         "training: 60/120 steps, at most 60 s left, loss 59",
         "training: 90/120 steps, at most 30 s left, loss 89",
         "training: 90 of 120 steps in 2 min, loss 89",
         "rows: 4 rows, made before",
-        "sampling: 4 rows (3 of them now) in 0 s",
+        "sampling: 4 rows (3 of them now) in 33 s",
     ]
 
 

@@ -169,7 +169,7 @@ class StageProgress:
         since = time.monotonic() - self._drawn
         if self._bar is not None and since >= REDRAW_SECONDS:
             self._bar.update(self._bar.task_ids[0], completed=self.done, description=str(self), refresh=True)
-        elif self._bar is None and since >= LOG_SECONDS:
+        elif self._bar is None and since >= LOG_SECONDS and (self.done < self.total or self._paused_since):
             self._line.say(str(self))
         else:
             return
@@ -207,8 +207,8 @@ class StageProgress:
         words = [f"{'at most' if self.at_most else 'about'} {duration(here)} left"]
         if duration(end) != duration(here):
             words.append(f"{duration(end)} to the end")
-        if missing or later:
-            words.append(f"plus {' and '.join(dict.fromkeys(missing + later))}")
+        if kinds := list(dict.fromkeys(missing + later)):
+            words.append("plus " + " and ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]])))
         return words
 
     def close(self, *, has_ended: bool = True) -> None:

@@ -61,7 +61,7 @@ def by_first_word(text: str) -> dict[str, str]:
 
 def stages_of(text: str) -> list[str]:
     """The stages that ended, by their lines."""
-    return re.findall(r"^(.+): [\d,]+ (?:rows|steps|tokens) in \d+ s", text, re.M)
+    return re.findall(r"^(.+): [\d,]+ (?:rows|steps|tokens) in \d+ (?:s|min)", text, re.M)
 
 
 @pytest.fixture
