@@ -10,7 +10,7 @@ import socket
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -153,6 +153,15 @@ def random_model(config: Any, seed: int, scale: float) -> PreTrainedModel:
             if parameter.ndim == 2:
                 parameter.mul_(scale)
     return model.eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unrendered_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Figures of a page are made; matplotlib renders them, a third of a short run, where these names say so alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not {"report", "test_demo.py", "test_examples.py"} & {*request.path.parts}:
+            patch.setattr("retain.report.style.to_svg", lambda figure, description: "<svg></svg>")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,20 +98,30 @@ def test_a_pickled_checkpoint_with_code_in_it_does_not_run(tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run with a checkpoint after its first step of two, and the command that made it, but for its folder."""
+    from retain.cli.main import main
+
+    root = tmp_path_factory.mktemp("begun")
+    (root / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(8)))
+    flags = {"model_name_or_path": save_model(root / "model"), "dataset_name": root / "rows.jsonl", "max_length": 24}
+    flags |= {"max_steps": 2, "save_steps": 1, "use_cpu": "true", "bf16": "false", "report_to": "none"}
+    flags |= {"replay_coef": 0, "disable_tqdm": "true", "per_device_train_batch_size": 2}
+    arguments = ["finetune", *(word for flag, value in flags.items() for word in (f"--{flag}", str(value)))]
+    assert main([*arguments, "--output_dir", str(root / "out")]) == 0
+    return root / "out", arguments
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
-def test_a_run_that_goes_on_runs_no_code_of_its_checkpoint(tmp_path, capsys, name):
+def test_a_run_that_goes_on_runs_no_code_of_its_checkpoint(begun, tmp_path, capsys, name):
     """What the trainer itself keeps beside the weights is pickled by torch; it is read as data, or not at all."""
     import torch
 
     from retain.cli.main import main
 
-    folder = save_model(tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(8)))
-    flags = {"model_name_or_path": folder, "dataset_name": tmp_path / "rows.jsonl", "max_length": 24, "max_steps": 2}
-    flags |= {"save_steps": 1, "use_cpu": "true", "bf16": "false", "report_to": "none", "output_dir": tmp_path / "out"}
-    flags |= {"replay_coef": 0, "disable_tqdm": "true", "per_device_train_batch_size": 2}
-    arguments = ["finetune", *(word for flag, value in flags.items() for word in (f"--{flag}", str(value)))]
-    assert main(arguments) == 0
+    shutil.copytree(begun[0], tmp_path / "out")
+    arguments = [*begun[1], "--output_dir", str(tmp_path / "out")]
     file = tmp_path / "out" / "checkpoint-1" / name
     assert file.exists()
     torch.save({"x": Makes(tmp_path / "ran")}, file)
@@ -125,7 +136,7 @@ def test_a_run_that_goes_on_runs_no_code_of_its_checkpoint(tmp_path, capsys, nam
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-# Read by every Python that begins, those that a sweep starts, too.
+# Read by every Python that begins.
 NO_NETWORK = """
 import socket
 
@@ -134,6 +145,15 @@ def refuse(*args, **kwargs):
 
 socket.socket.connect = socket.socket.connect_ex = socket.create_connection = socket.getaddrinfo = refuse
 """
+
+
+def without_network(folder: Path) -> dict[str, str]:
+    """Environment of Pythons that are refused the network."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(NO_NETWORK)
+    return {"PYTHONPATH": str(folder)}
+
+
 EVERY_LINE = """
 import sys
 from retain.cli.main import main
@@ -151,12 +171,12 @@ def run_python(code: str, environment: dict[str, str]) -> str:
 
 @pytest.mark.program
 def test_local_work_asks_for_no_network(tmp_path):
-    """Every verb but `plan`, on local files, with every way out closed and no HF_HUB_OFFLINE."""
+    """Every verb but `plan` and `sweep` (tests/cli/test_sweep.py), with every way out closed and no HF_HUB_OFFLINE."""
     folder = save_model(tmp_path / "model")
     for name, seed in (("train", 0), ("wiki", 1)):
         rows = [json.dumps({"text": text}) for text in make_texts(16, seed=seed)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-    flags = {"max_steps": 4, "per_device_train_batch_size": 2, "max_length": 32, "report_to": "none", "bf16": "false"}
+    flags = {"max_steps": 3, "per_device_train_batch_size": 2, "max_length": 32, "report_to": "none", "bf16": "false"}
     flags |= {"use_cpu": "true", "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 1}
     train = "|".join(f"--{name}|{value}" for name, value in flags.items())
     work = tmp_path
@@ -171,14 +191,9 @@ def test_local_work_asks_for_no_network(tmp_path):
         f"fit|{work}/out/metrics.jsonl|--form|linear|--num_resamples|9|--output|{work}/law.json",
         f"predict|{work}/law.json|--finetuning_loss|3",
         f"pretrain|--corpus|synthetic|--model_size|20000|--max_steps|2|--use_cpu|true|--output_dir|{work}/small",
-        f"sweep|{work}/sweep.yaml|--output_dir|{work}/sweep",
     ]
-    rows_of = {"model_name_or_path": str(folder), "num_rows": 2, "max_length": 16}
-    (tmp_path / "sweep.yaml").write_text(json.dumps({"verb": "sample", "common": rows_of}))
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "sitecustomize.py").write_text(NO_NETWORK)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment["PYTHONPATH"] = str(tmp_path / "path")
+    environment |= without_network(tmp_path / "path")
     command = [sys.executable, "-c", EVERY_LINE, *lines]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -115,9 +115,15 @@ def test_first_study_runs_resumes_and_reports(
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+# Whose parts test_baseline_methods.py tests one by one.
+SLOW_METHODS = ("EWC", "STM", "plain, embeddings frozen", "plain, embeddings alone", "LoRA, embeddings trained",
+                "OSF, embeddings trained")  # fmt: skip
+
+
 @pytest.mark.program
+@pytest.mark.parametrize("left_out", [SLOW_METHODS, pytest.param((), marks=pytest.mark.slow)], ids=["most", "all"])
 def test_second_study_runs_every_method(
-    bench: finetunes.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: finetunes.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_out: tuple[str, ...]
 ) -> None:
     scale = baselines.Scale(run=PLAIN, bench=SHORT, texts=small_texts, seeds=2)
     monkeypatch.setattr(baselines, "SCALES", {"laptop": scale})
@@ -139,6 +145,7 @@ def test_second_study_runs_every_method(
         "LoRA, embeddings trained": [replace(PLAIN, method="lora_embeddings", lora_rank=2)],
         "OSF, embeddings trained": [replace(PLAIN, method="osf_embeddings")],
     }
+    runs = {name: found for name, found in runs.items() if name not in left_out}
     monkeypatch.setattr(baselines, "plan", lambda scale: runs)
     for module in (baselines, baselines_report):
         monkeypatch.setattr(module, "GAIN", 0.2)  # reached by some at their first evaluation

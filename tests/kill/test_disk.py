@@ -41,7 +41,7 @@ def commands(w: Path) -> dict[str, list[str]]:
         eval_dataset_name=w / "held.jsonl",
         replay_dataset="self",
         replay_num_rows=8,
-        **TRAIN,
+        **TRAIN | {"max_steps": 4},
     )
     pretrain = flags(corpus="synthetic", num_states=16, vocab_size=16, branching=3, max_length=16, model_size=20000)
     plan = flags(model=w / "model", dataset_name=w / "rows.jsonl", retention=f"wiki={w}/wiki.txt", max_ref_kl=0.01)
@@ -111,7 +111,7 @@ def test_what_was_there_before_a_full_disk_stays(here, tmp_path, capsys):
     with no_file_above(4_000):
         complaint([*argv, "--max_length", "16"], capsys)
     assert snapshot(tmp_path / "report") == before
-    tune = [*commands(here)["finetune"], "--output_dir", str(tmp_path / "out")]
+    tune = [*commands(here)["finetune"], "--max_steps", "8", "--output_dir", str(tmp_path / "out")]
     assert main([*tune, "--save_total_limit", "9"]) == 0
     before = snapshot(tmp_path / "out" / "checkpoint-4")
     for checkpoint in (6, 8):

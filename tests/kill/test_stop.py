@@ -83,7 +83,7 @@ def tune(here) -> list[str]:
     argv = ["finetune", *flags(model_name_or_path=here / "model", dataset_name=here / "rows.jsonl", **TRAIN)]
     argv += flags(eval_dataset_name=here / "held.jsonl", retention=[f"wiki={here}/wiki.txt"])
     lora = flags(lora_r=4, lora_dropout=0.1, lora_target_modules="all-linear")
-    return [*argv, "--use_peft", *lora, *flags(replay_dataset="self", replay_num_rows=16)]
+    return [*argv, "--use_peft", *lora, *flags(replay_dataset="self", replay_num_rows=16, max_steps=6)]
 
 
 def raising(monkeypatch, numbers: list[int], step: int = 2) -> None:
@@ -106,10 +106,9 @@ def undisturbed(tune, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", CODES)
-def test_finetuning_stops_with_a_checkpoint_and_goes_on_to_the_bit(
-    tune, undisturbed, tmp_path, capsys, monkeypatch, number
-):
+def test_finetuning_stops_with_a_checkpoint_and_goes_on_to_the_bit(tune, undisturbed, tmp_path, capsys, monkeypatch):
+    """At SIGTERM; tests/training/test_footguns.py has SIGINT."""
+    number = signal.SIGTERM
     with monkeypatch.context() as patch:
         raising(patch, [number])
         assert main([*tune, "--output_dir", str(tmp_path / "out")]) == CODES[number]
