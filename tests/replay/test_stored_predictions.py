@@ -270,7 +270,7 @@ def test_a_resumed_budget_with_stored_predictions_goes_on_where_it_was(
     settings = {"changes": {"save_strategy": "steps", "save_steps": 5, "max_steps": 10}, **of_lora(adapter)}
     whole = budgeted(tmp_path, datasets["hidden"], 0.01, **settings)
     resumed = budgeted(tmp_path, datasets["hidden"], 0.01, **settings, resume=str(tmp_path / "checkpoint-5"))
-    assert resumed.reference_kind == "cache (hidden)"
+    assert resumed.replay.reference_kind == "cache (hidden)"
     assert resumed.budget.state_dict() == whole.budget.state_dict()  # type: ignore[union-attr]
     assert difference(weights(whole.model), weights(resumed.model)) == 0.0
 
