@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,39 +24,35 @@ from trl import (
     get_quantization_config,
 )
 
-from retain.checks import Unchosen, check_number, setting
+from retain.checks import Unchosen, check_number
 from retain.cli.dry_run import dry_run
+from retain.cli.finetune_config import FinetuneConfig
 from retain.cli.flags import Verb
-from retain.cli.sample import SAMPLING_STAGE, sample_with_progress
-from retain.cli.settings import RETENTION_HELP, StartTokenSettings
-from retain.data.overlap import find_rows
-from retain.data.rows import Document, is_local_file, load_from_hub, named_sources, read_rows, token_documents
+from retain.cli.own_rows import OWN_TEXT, SAMPLING_TITLE, OwnRows, rows_to_sample
+from retain.cli.sample import SAMPLING_STAGE
+from retain.data.rows import Document, is_local_file, load_from_hub, named_sources, read_rows
 from retain.files import exclusive, visible
 from retain.measuring.tokens import MEASURING, measuring_title
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.models.loading import load_tokenizer
 from retain.models.merging import adapted_model, merged_base
 from retain.progress import PlannedStage, ProgressLine, progress_line
-from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
+from retain.replay.dataset import load_texts
 from retain.replay.fisher import FISHER
 from retain.report.outcome import cost_line, outcome_lines
 from retain.report.report import ForgettingReport, write_comparison
-from retain.sampling.write import default_store
 from retain.training.beta2_half_life import apply_half_life, check_half_life, mean_row_length
-from retain.training.config import ReplayConfig, StoppingConfig, check_arguments
+from retain.training.config import ReplayConfig, check_arguments
 from retain.training.protection import check_replay_every
 from retain.training.protection_choice import (
     CHOSEN_PROTECTION,
     PROTECTING,
     UNSET,
-    ProtectionChoice,
     choose_protection,
-    fill_in,
     has_linear_places,
-    rows_drawn,
 )
 from retain.training.retention import NEW_TASK_TEXT, check_best_metric, retention_names
-from retain.training.row_checks import check_columns, check_new_rows, row_edges
+from retain.training.row_checks import check_columns, check_new_rows
 from retain.training.run_files import OF_TRAINING, read_run
 from retain.training.step_line import TRAINING, StepLine
 from retain.training.step_timer import StepTimer
@@ -64,13 +60,9 @@ from retain.training.stopping import StopAtLoss, check_same_run, check_stopping,
 from retain.training.trainer import ReplaySFTTrainer
 from retain.training.trainer_checks import check_lora_targets, expected_steps, load_for_training
 
-OWN_TEXT = "self-generated"  # the text of held-out rows that the model wrote, with replay_dataset self
-OWN_ROWS = 64
 COMPARED_EVALUATIONS = 8  # of each run that is compared, where no eval_strategy says when
-# Folders in output_dir: of the page, of the unprotected run, of rows that the model wrote to replay and measure on, and
-# of the model that is finetuned where that was an adapter.
-PAGE, PLAIN, POOL, HELD_OUT, WHOLE = "report", "plain", "replay", "held-out", "base"
-SAMPLING_TITLE = "sampling {} rows"
+# Folders in output_dir: of the page, of the unprotected run, and of the model to finetune where that was an adapter.
+PAGE, PLAIN, WHOLE = "report", "plain", "base"
 
 Say = Callable[[object], None]
 
@@ -82,78 +74,6 @@ class TrlArguments(NamedTuple):
     training: Any
     model: Any
     dataset: Any
-
-
-@dataclass(kw_only=True)
-class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
-    """What `retain finetune` takes beside the flags of `trl sft`."""
-
-    replay_dataset: str | None = setting(
-        None,
-        "Replay rows: a folder that `retain sample` wrote, or a dataset on the Hub that it filled; a JSONL, text or "
-        "Parquet file of real text; or 'self' to sample from the model first. [required, unless replay_objective is "
-        "kl_new or replay_coef 0]",
-    )
-    replay_num_rows: int | None = setting(
-        None,
-        "Rows to sample before training, with replay_dataset self. Default: a tenth of the rows that the run draws, at "
-        "least 256, and no more than it draws unless an anchor reads them.",
-        low=1,
-    )
-    compare_plain: bool = setting(
-        False,
-        "Make an unprotected run of the same rows, seed and steps in output_dir/plain, too, and show both on one page.",
-    )
-    dry_run: bool = setting(
-        False,
-        "Make nothing: show device, rows and pool, and by a few steps of the run, with protection and without, its "
-        "memory and the time that it would take.",
-    )
-    keep_plain: bool = setting(False, "Keep the unprotected run's model and checkpoints.")
-    eval_dataset_name: str | None = setting(
-        None, "Held-out rows of the new task: a file or Hub id. Default: the dataset's test split."
-    )
-    retention: list[str] = setting(list, RETENTION_HELP)
-    retention_max_documents: int = setting(
-        64,
-        "Documents of each retention text that are measured during training, the first max_length tokens of each; "
-        "`retain measure` reads whole documents unless --max_windows is 1.",
-        low=1,
-    )
-    early_stopping_patience: int | None = setting(
-        None,
-        "End after this many evaluations without a better metric_for_best_model, e.g. retention/wiki/ref_kl. A resumed "
-        "run counts from 0.",
-        low=1,
-    )
-
-    def __post_init__(self) -> None:
-        self.chosen = fill_in(self)
-        self._asked = self.replay_start, self.per_device_replay_batch_size
-        super().__post_init__()
-        if self.compare_plain and not (self.protects and self.measures):
-            lacks = "a text to measure (retention, or replay_dataset self)" if self.protects else "a protected run"
-            raise ValueError(f"compare_plain: true needs {lacks}; give one, or leave it out")
-
-    def choose(self, choice: ProtectionChoice, batch_size: int) -> None:
-        """Take what protects, where nobody said what should; rows and their beginning where nobody said these."""
-        self.chosen = choice
-        start, rows = self._asked
-        if choice.share_of_batch:
-            rows = rows or max(1, round(choice.share_of_batch * batch_size))
-        self.replay_start, self.per_device_replay_batch_size = start or choice.replay_start, rows
-        for name in PROTECTING:
-            setattr(self, name, getattr(choice, name))
-
-    @property
-    def measures(self) -> bool:
-        """Whether there is a text to measure."""
-        return bool(self.retention) or self.replay_dataset == "self"
-
-    def unprotected(self) -> FinetuneConfig:
-        """The same without what protects."""
-        off: dict[str, Any] = {"replay_coef": 0.0, "anchor_coef": 0.0, "max_ref_kl": None, "compare_plain": False}
-        return replace(self, replay_objective="kl", replay_reference="auto", **off)
 
 
 @dataclass
@@ -367,7 +287,7 @@ def make_sft_trainer(
     if replay == "self":
         began = time.monotonic()
         with training_args.main_process_first(local=False, desc="sampling replay"):
-            replay, retention[OWN_TEXT] = sample_own(model, tokenizer, training_args, config, steps)
+            replay, retention[OWN_TEXT] = OwnRows(model, tokenizer, training_args, config).sample(steps)
         others.append(("sampling", time.monotonic() - began))
     trainer = ReplaySFTTrainer(
         model=model,
@@ -501,15 +421,6 @@ def first_rows(dataset: Any, most: int) -> Any:
     return dataset.select(range(min(most, len(dataset)))) if hasattr(dataset, "__len__") else dataset.take(most)
 
 
-def sample_own(
-    model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, steps: int
-) -> tuple[str | None, list[Document]]:
-    """Rows of the model that will be trained: the folder of those to replay, if any are, and those to measure on."""
-    given = (model, tokenizer, training_args, config)
-    rows = rows_to_sample(Path(training_args.output_dir), training_args, config, steps)
-    return own_rows(*given, rows[POOL]) if POOL in rows else None, own_text(*given, rows[HELD_OUT])
-
-
 def planned_stages(
     training_args: Any, config: FinetuneConfig, steps: int, texts: Iterable[str], eval_dataset: Any
 ) -> list[PlannedStage]:
@@ -533,63 +444,6 @@ def rows_trained_on(config: FinetuneConfig, training_args: Any, step: int, steps
     size, objective = training_args.train_batch_size, config.objective
     beside = objective.batch_rows(config, size) if objective.draws_rows and objective.adds_term else 0
     return step * size + beside * max(0.0, step - config.replay_start * steps) / config.replay_every
-
-
-def own_rows(model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, num_rows: int) -> str:
-    """The folder of replay rows of the model that will be trained."""
-    folder = Path(training_args.output_dir) / POOL
-    if training_args.process_index == 0:
-        length = own_length(training_args, config)
-        wanted = config.objective.takes_stored and config.replay_reference in ("auto", "cache")
-        store = default_store(model, folder, num_rows, length, wanted=wanted)
-        draw_own(folder, model, tokenizer, training_args, config, num_rows=num_rows, store_reference=store)
-    return str(folder)
-
-
-def own_text(model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, num_rows: int) -> list[Document]:
-    """Rows that the model wrote with another seed, to measure on; without those that it wrote for the pool, too."""
-    pool, folder = (Path(training_args.output_dir) / name for name in (POOL, HELD_OUT))
-    if training_args.process_index == 0:
-        draw_own(folder, model, tokenizer, training_args, config, num_rows=num_rows, seed=training_args.seed + 1)
-    rows, drawn = load_self_generated(folder), [load_self_generated(pool)] if (pool / MANIFEST).exists() else []
-    windows = [rows[at].tolist() for at in range(len(rows))]
-    edges = row_edges(tokenizer, choose_start_token(tokenizer, config.start_token).id)
-    twice = find_rows(windows, (replayed[at] for replayed in drawn for at in range(len(replayed))), edges)
-    return token_documents([window for at, window in enumerate(windows) if at not in twice], tokenizer)
-
-
-def draw_own(
-    folder: Path, model: Any, tokenizer: Any, training_args: Any, config: FinetuneConfig, **settings: Any
-) -> None:
-    """Rows of the model, drawn on the device of training; the model moves back afterwards."""
-    found = model.device
-    if not (getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")):  # these stay where they are
-        model.to(training_args.device)
-    start, length = choose_start_token(tokenizer, config.start_token), own_length(training_args, config)
-    settings = {"max_length": length, "seed": training_args.seed, "start_token": start, **settings}
-    sample_with_progress(model, tokenizer, str(folder), title=SAMPLING_TITLE.format(folder.name), **settings)
-    if model.device != found:
-        model.to(found)
-
-
-def own_length(training_args: Any, config: FinetuneConfig) -> int:
-    """Tokens of a row that the model writes."""
-    return config.replay_max_length or training_args.max_length or Unchosen(512)
-
-
-def rows_to_sample(folder: Path, training_args: Any, config: FinetuneConfig, steps: int) -> dict[str, int]:
-    """Rows of each folder in the run's that the model writes for its `steps`: to replay, and to measure on."""
-    if config.replay_dataset != "self":
-        return {}
-    held_out = {HELD_OUT: min(OWN_ROWS, config.retention_max_documents)}
-    if not config.needs_rows:
-        return held_out
-    if config.replay_num_rows is not None:
-        return {POOL: config.replay_num_rows, **held_out}
-    if (folder / POOL / MANIFEST).exists():  # as it was begun
-        return {POOL: read_manifest(folder / POOL)["num_rows"], **held_out}
-    draws = rows_drawn(config, training_args, steps)
-    return {POOL: (config.chosen or CHOSEN_PROTECTION).num_rows(draws, reads_fisher=config.anchor_coef > 0), **held_out}
 
 
 VERB = Verb(

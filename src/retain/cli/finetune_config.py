@@ -1,0 +1,83 @@
+"""The settings of `retain finetune` beside the flags of `trl sft`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from retain.checks import setting
+from retain.cli.settings import RETENTION_HELP, StartTokenSettings
+from retain.training.config import ReplayConfig, StoppingConfig
+from retain.training.protection_choice import PROTECTING, ProtectionChoice, fill_in
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
+    """What `retain finetune` takes beside the flags of `trl sft`."""
+
+    replay_dataset: str | None = setting(
+        None,
+        "Replay rows: a folder that `retain sample` wrote, or a dataset on the Hub that it filled; a JSONL, text or "
+        "Parquet file of real text; or 'self' to sample from the model first. [required, unless replay_objective is "
+        "kl_new or replay_coef 0]",
+    )
+    replay_num_rows: int | None = setting(
+        None,
+        "Rows to sample before training, with replay_dataset self. Default: a tenth of the rows that the run draws, at "
+        "least 256, and no more than it draws unless an anchor reads them.",
+        low=1,
+    )
+    compare_plain: bool = setting(
+        False,
+        "Make an unprotected run of the same rows, seed and steps in output_dir/plain, too, and show both on one page.",
+    )
+    dry_run: bool = setting(
+        False,
+        "Make nothing: show device, rows and pool, and by a few steps of the run, with protection and without, its "
+        "memory and the time that it would take.",
+    )
+    keep_plain: bool = setting(False, "Keep the unprotected run's model and checkpoints.")
+    eval_dataset_name: str | None = setting(
+        None, "Held-out rows of the new task: a file or Hub id. Default: the dataset's test split."
+    )
+    retention: list[str] = setting(list, RETENTION_HELP)
+    retention_max_documents: int = setting(
+        64,
+        "Documents of each retention text that are measured during training, the first max_length tokens of each; "
+        "`retain measure` reads whole documents unless --max_windows is 1.",
+        low=1,
+    )
+    early_stopping_patience: int | None = setting(
+        None,
+        "End after this many evaluations without a better metric_for_best_model, e.g. retention/wiki/ref_kl. A resumed "
+        "run counts from 0.",
+        low=1,
+    )
+
+    def __post_init__(self) -> None:
+        self.chosen = fill_in(self)
+        self._asked = self.replay_start, self.per_device_replay_batch_size
+        super().__post_init__()
+        if self.compare_plain and not (self.protects and self.measures):
+            lacks = "a text to measure (retention, or replay_dataset self)" if self.protects else "a protected run"
+            raise ValueError(f"compare_plain: true needs {lacks}; give one, or leave it out")
+
+    def choose(self, choice: ProtectionChoice, batch_size: int) -> None:
+        """Take what protects, where nobody said what should; rows and their beginning where nobody said these."""
+        self.chosen = choice
+        start, rows = self._asked
+        if choice.share_of_batch:
+            rows = rows or max(1, round(choice.share_of_batch * batch_size))
+        self.replay_start, self.per_device_replay_batch_size = start or choice.replay_start, rows
+        for name in PROTECTING:
+            setattr(self, name, getattr(choice, name))
+
+    @property
+    def measures(self) -> bool:
+        """Whether there is a text to measure."""
+        return bool(self.retention) or self.replay_dataset == "self"
+
+    def unprotected(self) -> FinetuneConfig:
+        """The same without what protects."""
+        off: dict[str, Any] = {"replay_coef": 0.0, "anchor_coef": 0.0, "max_ref_kl": None, "compare_plain": False}
+        return replace(self, replay_objective="kl", replay_reference="auto", **off)
