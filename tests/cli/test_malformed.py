@@ -138,6 +138,7 @@ def test_the_report_of_a_model_outlives_what_is_wrong_with_the_next(world, tmp_p
     weights = {name: value * np.nan for name, value in load_file(world / "model" / "model.safetensors").items()}
     save_file(weights, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
     flags = {**good("measure", world, tmp_path / "out"), "model": [world / "tuned", tmp_path / "nan"]}
+    flags |= {"max_length": 32, "max_new_tokens": 0}
     assert main(command("measure", flags)) == 1
     assert "its loss on document 1" in capsys.readouterr().err.splitlines()[-1]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"tuned"}
