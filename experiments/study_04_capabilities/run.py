@@ -31,8 +31,15 @@ from experiments.study_04_capabilities.data import (
     longer_instructions,
 )
 from experiments.study_04_capabilities.report import report_of, write_study
-from retain import ReplayConfig, ReplaySFTTrainer, choose_start_token, load_model, load_tokenizer, measure
-from retain.cli.sample import sample_with_bar
+from retain import (
+    ReplayConfig,
+    ReplaySFTTrainer,
+    choose_start_token,
+    load_model,
+    load_tokenizer,
+    measure,
+    sample_replay,
+)
 from retain.data.rows import Document, token_documents
 from retain.files import write_json
 from retain.measuring.generations import Prompt, user_turn
@@ -137,17 +144,16 @@ def make(arm: str, study: Study, data: StudyData, folder: Path, seed: int) -> di
         texts.train, texts.new_task = instruction_rows(study, tokenizer, seed)
     held_out = folder / "held-out"
     options: dict[str, Any] = {"start_token": start, "batch_size": 32}
-    sample_with_bar(
-        base, tokenizer, str(held_out), study.num_documents, seed=2 * seed + 1, max_length=study.max_length, **options
-    )
+    how = {"num_rows": study.num_documents, "seed": 2 * seed + 1, "max_length": study.max_length}
+    sample_replay(base, tokenizer, held_out, **how, **options)
     own = token_documents([row.tolist() for row in rows_of(held_out)], tokenizer)
     retention = {"self-generated": own, **texts.retention}
     replay = None
     if spec is not None:
         replay = str(folder / f"replay-{spec}")
         starts = plan_starts(spec, tokenizer, start)
-        length = {"max_length": study.replay_length}
-        sample_with_bar(base, tokenizer, replay, study.replay_rows, seed=2 * seed, starts=starts, **length, **options)
+        how = {"num_rows": study.replay_rows, "seed": 2 * seed, "max_length": study.replay_length}
+        sample_replay(base, tokenizer, replay, starts=starts, **how, **options)
     set_seed(seed)
     trainer = ReplaySFTTrainer(
         model=str(taught),
