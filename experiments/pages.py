@@ -93,9 +93,11 @@ def goal_line(axes: Any, *, x: float | None = None, y: float | None = None, word
 
 
 def dots(axis: Any, found: Mapping[str, tuple[float, float, float]]) -> None:
-    """A dot with its interval for each name, from above; 0 as a line."""
-    for at, (value, low, high) in enumerate(found.values()):
-        style = look(0 if at == 0 else 1, 2)
+    """A dot with its interval for each name, from above; 0 as a line. The first arm (a name, or what is before a comma)
+    has a colour of its own."""
+    first, *_ = (name.partition(",")[0] for name in found)
+    for at, (name, (value, low, high)) in enumerate(found.items()):
+        style = look(0 if name.partition(",")[0] == first else 1, 2)
         axis.plot([low, high], [at, at], color=style["color"], linewidth=2.2)
         axis.plot([value], [at], linestyle="none", markersize=6, **style)
     axis.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
