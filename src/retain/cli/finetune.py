@@ -114,9 +114,8 @@ def run_finetune(
     if config.dry_run:
         check_begin(given, config)
         name, revision = given.model.model_name_or_path, given.model.model_revision
-        given.model.model_name_or_path = (
-            adapted_model(name, revision=revision) or name
-        )  # as large, and nothing is written
+        # The base of an adapter is as large as the two merged, and nothing is written.
+        given.model.model_name_or_path = adapted_model(name, revision=revision) or name
         make_trainer = partial(make_sft_trainer, say=lambda line: None, others=[])
         return dry_run(given, config, make_trainer, partial(rows_to_sample, folder, training_args, config), say)
     shown = speaks and not training_args.disable_tqdm

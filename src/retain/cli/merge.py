@@ -126,7 +126,7 @@ def run_merge(config: MergeConfig) -> None:
             found, report = measured_choice(config, base, between, texts, own)
         between.set(found["alpha"])
         if config.whole and between.is_adapter:
-            between.make_whole(stored_dtype(name, **config.checkpoint) if config.dtype == "auto" else None)
+            between.make_whole()
         write_merged(between, own, folder, {"base": name, "model": config.model, **found}, report)
         print(visible(f"model: {folder}"))
 

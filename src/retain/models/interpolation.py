@@ -48,7 +48,7 @@ class Interpolation:
     def __init__(self, base: Any, tuned: Any, dtype: torch.dtype | None = None) -> None:
         self.model, self.is_adapter = tuned, hasattr(tuned, "peft_config")
         ends = adapter_ends(tuned) if self.is_adapter else weight_ends(base, tuned)
-        self.dtype = None if self.is_adapter else dtype
+        self.dtype, self._whole_dtype = None if self.is_adapter else dtype, dtype
         self.ends = [(live, start, live.detach().to("cpu", copy=True)) for live, start in ends]
         self.set(0.0)
         found, expected = probe(tuned), probe(base)
@@ -68,9 +68,9 @@ class Interpolation:
             mixed = torch.lerp(start.to(live.device).float(), end.to(live.device).float(), alpha)
             live.copy_(mixed.to(self.dtype or live.dtype))
 
-    def make_whole(self, dtype: torch.dtype | None = None) -> None:
-        """Merge the adapter, as it is set, into its base, to be saved in `dtype`; it cannot be set again."""
-        self.model, self.is_adapter, self.dtype, self.ends = merge_adapter(self.model), False, dtype, []
+    def make_whole(self) -> None:
+        """Merge the adapter, as it is set, into its base; it cannot be set again."""
+        self.model, self.is_adapter, self.dtype, self.ends = merge_adapter(self.model), False, self._whole_dtype, []
 
 
 def weight_ends(base: Any, tuned: Any) -> Iterator[tuple[Tensor, Tensor]]:

@@ -129,7 +129,7 @@ def start_shares(spec: str) -> dict[str, float]:
 
 
 def template_options(name: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """What the chat template is told at each beginning of rows that begin in this way."""
+    """Options of the chat template, for each beginning of such rows."""
     template = str(tokenizer.chat_template)
     if name == "tools":
         if "tools" not in template:
