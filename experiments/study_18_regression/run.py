@@ -33,10 +33,10 @@ ARMS = ("plain", "KL, self", "NTP, self", "KL, other", "NTP, other")
 BORDER, EDGES = 1.0, (-3.0, 3.0)
 CURVE = 61  # points of a drawn function
 CLAIMS = {  # finding: two arms, the first of which forgets less
-    "Replay that the base wrote keeps the function": ("NTP, self", "plain"),
-    "KL keeps more of it than NTP on the same rows": ("KL, self", "NTP, self"),
-    "KL keeps more than NTP on rows from elsewhere": ("KL, other", "NTP, other"),
-    "NTP on rows from elsewhere is worse than no replay": ("plain", "NTP, other"),
+    "In regression, replay that the base wrote keeps the function": ("NTP, self", "plain"),
+    "In regression, KL keeps more than NTP on the same rows": ("KL, self", "NTP, self"),
+    "In regression, KL keeps more than NTP on rows from elsewhere": ("KL, other", "NTP, other"),
+    "In regression, NTP on rows from elsewhere is worse than no replay": ("plain", "NTP, other"),
 }
 
 
@@ -172,9 +172,10 @@ def report(name: str) -> Report:
                 axes.plot(x, rows["base"][seeds[0]]["curve"], color="0.35", linestyle=(0, (4, 2)), label="base")
                 for arm in arms:
                     axes.plot(x, rows[arm][seeds[0]]["curve"], label=arm.partition(",")[0])
-                axes.set_ylim(-2.0, 2.5)
+                axes.set_ylim(-1.7, 3.4)
                 dress(axes, title, "x (finetuned on the shaded part)", "prediction" if axes is all_axes[0] else "")
-                axes.legend(loc="lower right")
+                axes.set_xlim(EDGES)
+                axes.legend(loc="upper right")
 
     return f"{table(head, lines)}\n\n{findings(found)}", draw
 
