@@ -176,6 +176,13 @@ def run(folder: Path, batch: int, way: str, cases: Sequence[str]) -> None:
             wrapped = [type(model).__name__ for model in (trainer.model, trainer.model_wrapped)]
             kept |= {"weights": weights, "wrapped": wrapped, "retention": retention, **logged}
             kept["joint"] = trainer.replay.joint is not None
+            reference = trainer.replay.reference
+            kept["copy_bytes"] = 0 if reference is None else reference.num_bytes
+            models = [trainer.model, *([reference.ref_model] if kept["copy_bytes"] else [])]
+            kept["placed"] = [
+                sorted({str(weight.placements) for weight in one.parameters() if isinstance(weight, DTensor)})
+                for one in models
+            ]
             torch.save(kept, folder / f"{name}.pt")
 
     # Together, and with nothing left running: a process that exits with live gloo threads may abort.

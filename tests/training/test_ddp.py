@@ -112,6 +112,25 @@ def test_two_processes_in_bf16_are_one_but_for_its_rounding(more: dict[str, Foun
     assert two["replay/loss"][1:] == pytest.approx(one["replay/loss"][1:], rel=0.05)
 
 
+HSDP = FSDP2 | {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
+
+
+@pytest.mark.slow
+def test_hsdp_on_four_processes_is_one_process(folder: Path) -> None:
+    """Two replicas of two parts each; the frozen copy lies on the same mesh."""
+    names = ["llama-copy", "llama-adapter", "llama-cache", "whole-anchor"]
+    one = launch(folder / "hsdp-one", 1, 4, "ddp", names)
+    four = launch(folder / "hsdp", 4, 1, "fsdp2", names, **HSDP)
+    for name in names:
+        check_pair(one[name], four[name], "fsdp2", name)
+        assert all(of == ["(Replicate(), Shard(dim=0))"] for of in four[name]["placed"])
+    assert len(four["llama-copy"]["placed"]) == 2, "the model and the copy"
+
+
 @pytest.mark.slow
 def test_fsdp2_gathers_the_head_once_however_many_chunks_there_are(more: dict[str, Found]) -> None:
     """Pitfall 13."""
@@ -173,6 +192,9 @@ def check_pair(one: dict[str, Any], two: dict[str, Any], way: str, name: str) ->
     check_same(one, two)
     if name == "qwen-joint":
         assert (one["joint"], two["joint"]) == (True, way == "ddp")
+    if way == "fsdp2" and "copy" in name:
+        # its tied embeddings stay gathered after a pass
+        assert 0 < two["copy_bytes"] < 0.7 * one["copy_bytes"], "the copy is shared out like the model"
     if "anchor" in name:
         assert two["replay/anchor"] == pytest.approx(one["replay/anchor"], rel=1e-4)
         assert one["replay/anchor"][-1] > 1e-4

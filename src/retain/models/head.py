@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from retain.losses import Head
 from retain.models.reference import TOLERANCE, evaluation_mode, probe_tokens
@@ -28,8 +29,9 @@ class HeadForm(NamedTuple):
     softcap: float | None = None
 
     def head(self, module: nn.Linear) -> Head:
-        """The head with the weights that the module holds now."""
-        return Head(module.weight, module.bias, self.scale, self.softcap)
+        """The head with the weights that the module holds now, whole where processes share them out."""
+        weight, bias = (one.full_tensor() if isinstance(one, DTensor) else one for one in (module.weight, module.bias))
+        return Head(weight, bias, self.scale, self.softcap)
 
     def frozen(self, module: nn.Linear) -> Head:
         """The head with a copy of these weights, which stays when the module is trained."""

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from retain.losses import kl_divergence
 
@@ -107,13 +109,23 @@ class Reference:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of a copy's weights."""
-        return 0 if self.ref_model is None else sum(value.nbytes for value in self.ref_model.parameters())
+        """Memory of a copy's weights on this device: its part, where processes share them out."""
+        weights = () if self.ref_model is None else self.ref_model.parameters()
+        return sum((one.to_local() if isinstance(one, DTensor) else one).nbytes for one in weights)
 
     def to(self, device: torch.device) -> None:
         """Move a copy to the device of the model being trained."""
         if self.ref_model is not None:
             self.ref_model.to(device)
+
+    def settle(self, accelerator: Any) -> None:
+        """Put a copy where the accelerator puts the model: on its device, or under FSDP2 shared out over its mesh.
+
+        From then on all processes run a shared one together.
+        """
+        if self.ref_model is not None and accelerator.is_fsdp2:
+            self.ref_model = fsdp2_prepare_model(accelerator, self.ref_model)
+        self.to(accelerator.device)
 
     @contextmanager
     def base(self, model: Any, autocast: Any = nullcontext) -> Iterator[Any]:

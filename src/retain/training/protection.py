@@ -225,8 +225,9 @@ class Protection:
                 self.reference.to(accelerator.device)
                 self.reference.prove(model, probe(model))
         elif self.reference is not None:
-            self.reference.to(accelerator.device)
+            self.reference.to(model.device)
             self.reference.prove(model, self._base_probe)
+            self.reference.settle(accelerator)
             if self.reference.kind == "adapter":
                 check_base_is_frozen(model)
         self.term = ReplayTerm(form, self.reference, ref_head, accelerator.autocast)
@@ -368,8 +369,8 @@ class Protection:
             lines[0] += f", reference {self.reference_kind} (proven to be the base)"
         if trainer.is_fsdp_enabled and self.reference is not None and self.reference.kind == "copy":
             lines.append(
-                f"reference: a copy on every device, {self.reference.num_bytes / 1e9:.1f} GB, which FSDP leaves whole; "
-                "an adapter, or rows sampled with --store_reference hidden, need none"
+                f"reference: a copy, shared out like the model, {self.reference.num_bytes / 1e9:.1f} GB a device; an "
+                "adapter, or rows sampled with --store_reference hidden, need none"
             )
         if not objective.draws_rows:
             return [*lines, *(f"{line} by replay_objective {objective.name}" for line in unused)]
