@@ -96,7 +96,7 @@ def scratch_arguments(given: Any, folder: str) -> Any:
 def device_lines(trainer: Any) -> Iterator[str]:
     """Where and in which precision a run computes."""
     device, precision = trainer.args.device, trainer.accelerator.mixed_precision
-    name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    name = "" if device.type == "cpu" else f" ({torch.get_device_module(device).get_device_name(device)})"
     mixed = "" if precision == "no" else f", computing in {precision}"
     yield f"device: {device}{name}, weights in {str(trainer.model.dtype).removeprefix('torch.')}{mixed}"
 
@@ -134,10 +134,12 @@ def cost_of(trainer: Any) -> Cost:
     timer = StepTimer()
     trainer.add_callback(timer)
     trainer.remove_callback(PrinterCallback)  # of dictionaries
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    device = trainer.args.device
+    on_it = None if device.type == "cpu" else torch.get_device_module(device)
+    if on_it:
+        on_it.reset_peak_memory_stats(device)
     trainer.train()
-    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    memory = on_it.max_memory_allocated(device) if on_it else psutil.Process().memory_info().rss
     began = time.monotonic()
     if trainer.replay.documents:
         trainer.evaluate_retention()

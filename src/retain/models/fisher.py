@@ -102,8 +102,8 @@ def load_fisher(path: Path, device: Any = "cpu") -> tuple[dict[str, Curvature], 
         ValueError: if it is damaged.
     """
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            tensors: dict[str | None, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="pt") as file:
+            tensors: dict[str | None, Any] = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
             about = json.loads(file.metadata()["fisher"])
         names, num_tokens = about["weights"], int(about["num_tokens"])
         tensors[None] = None

@@ -314,7 +314,9 @@ def choose_batch_size(model: PreTrainedModel, max_length: int) -> int:
     else:  # a state of one size at any length, in float32
         of_cache = 8 * config.num_hidden_layers * config.hidden_size * getattr(config, "state_size", STATE_SIZE)
     of_predictions = 32 * config.vocab_size  # logits, log-probabilities, probabilities in float32; sums in float64
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    rows = int(SHARE_OF_FREE_MEMORY * free / (of_cache + of_predictions))
-    rows = min(rows, MAX_ROWS_ON_CPU if device.type == "cpu" else MAX_ROWS)
+    if device.type == "cpu":
+        free, most = psutil.virtual_memory().available, MAX_ROWS_ON_CPU
+    else:
+        free, most = torch.get_device_module(device).mem_get_info(device)[0], MAX_ROWS
+    rows = min(int(SHARE_OF_FREE_MEMORY * free / (of_cache + of_predictions)), most)
     return 1 << (max(1, rows).bit_length() - 1)
