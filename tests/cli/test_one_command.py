@@ -9,14 +9,24 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_texts, make_tokenizer, save_model
+from conftest import make_model, make_texts, make_tokenizer, save_model
+from peft import LoraConfig
 
 from retain.cli import finetune
 from retain.cli.finetune import FinetuneConfig, planned_stages
 from retain.cli.main import load_verb, main
 from retain.replay.dataset import load_self_generated
 from retain.training import protection_choice
-from retain.training.protection_choice import CHOSEN_PROTECTION, ProtectionChoice, choose_protection, rows_drawn
+from retain.training.protection_choice import (
+    ANCHORED,
+    CHOSEN_PROTECTION,
+    UNSET,
+    ProtectionChoice,
+    choose_protection,
+    rows_drawn,
+    settled,
+    tokens_a_step,
+)
 
 SFT = {
     "max_steps": 12, "per_device_train_batch_size": 4, "max_length": 24, "learning_rate": 2e-3, "use_cpu": True,
@@ -147,7 +157,7 @@ def test_without_held_out_rows_the_training_loss_is_reported_and_that_is_said(wo
     assert "(logged at steps 1 and 12); no row was held out" in lines["learned"]
     assert lines["prevented"].startswith("not known without an unprotected run")
     rows = [load_self_generated(tmp_path / "out" / name) for name in ("replay", "held-out")]
-    assert (len(rows[0]), len(rows[1])) == (12, 8)  # it draws one row in each of its 12 steps
+    assert (len(rows[0]), len(rows[1])) == (4, 8)  # it draws one row in every third of its 12 steps
     assert rows[0][0].tolist() != rows[1][0].tolist()
 
 
@@ -215,6 +225,14 @@ def test_lora_is_anchored_where_an_anchor_can_hold_it(world, tmp_path, capsys, m
     assert (f"anchor_coef {anchor:g}" in said(capsys)["chosen, since none was given"]) == bool(anchor)
 
 
+def test_full_finetuning_with_many_tokens_a_step_is_anchored(world, tmp_path, capsys):
+    many = {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 4, "max_steps": 2}
+    assert run(world, tmp_path / "out", **many) == 0
+    found = json.loads((tmp_path / "out" / "retain_config.json").read_text())["replay"]
+    assert (found["anchor_coef"], found["replay_coef"], found["replay_every"]) == (300.0, 5.0, 1)
+    assert "anchor_coef 300" in said(capsys)["chosen, since none was given"]
+
+
 @pytest.mark.parametrize(("plugin", "anchor"), [(None, 300.0), (object(), 0.0)])
 def test_no_anchor_is_chosen_where_deepspeed_was_launched(plugin, anchor):
     """`accelerate launch --use_deepspeed` leaves the argument `deepspeed` empty; the anchor would be refused there."""
@@ -223,6 +241,42 @@ def test_no_anchor_is_chosen_where_deepspeed_was_launched(plugin, anchor):
         use_peft=True, use_dora=False, lora_modules_to_save=None, load_in_4bit=False, load_in_8bit=False
     )
     assert choose_protection(args, lora).anchor_coef == anchor
+
+
+def test_full_finetuning_is_anchored_where_a_step_has_tokens_enough_for_its_turns():
+    """2/3 · d/T of a step's operations, at most a twentieth."""
+    llama, width = make_model(), make_model().config.hidden_size
+    enough = 2 / 3 * width / 0.05
+    assert settled(ANCHORED, llama, None, enough + 1) is ANCHORED
+    assert settled(ANCHORED, llama, None, enough - 1) is CHOSEN_PROTECTION
+    assert settled(ANCHORED, make_model("gpt2"), None, 1e6) is CHOSEN_PROTECTION
+    assert settled(ANCHORED, llama, LoraConfig(target_modules="all-linear"), 1) is ANCHORED, "its turns are small"
+    assert settled(CHOSEN_PROTECTION, llama, None, 1e6) is CHOSEN_PROTECTION
+
+
+@pytest.mark.parametrize(
+    ("row", "packing", "tokens"),
+    [({"input_ids": [5] * 7}, False, 7), ({"input_ids": [5] * 99}, False, 32), ({"text": "the fox"}, True, 32),
+     ({"words": "the fox"}, False, None)],
+)  # fmt: skip
+def test_tokens_of_a_step_are_counted_by_the_first_rows(row, packing, tokens):
+    args = SimpleNamespace(
+        packing=packing, max_length=32, train_batch_size=4, gradient_accumulation_steps=3, dataset_text_field="words"
+    )
+    tokenizer = make_tokenizer()
+    tokens = tokens or len(tokenizer("the fox").input_ids)
+    assert tokens_a_step([row] * 3, tokenizer, args) == pytest.approx(12 * tokens)
+
+
+def test_few_rows_are_replayed_on_some_steps_only():
+    config = FinetuneConfig(replay_coef=UNSET, anchor_coef=UNSET, replay_objective=UNSET)
+    config.choose(CHOSEN_PROTECTION, batch_size=4, steps=100)
+    assert (config.per_device_replay_batch_size, config.replay_every) == (1, 4)
+    config.choose(CHOSEN_PROTECTION, batch_size=4, steps=8)
+    assert config.replay_every == 2, "a short run has some of them, too"
+    asked = FinetuneConfig(replay_coef=UNSET, anchor_coef=UNSET, replay_objective=UNSET, replay_every=3)
+    asked.choose(CHOSEN_PROTECTION, batch_size=4, steps=100)
+    assert (asked.per_device_replay_batch_size, asked.replay_every) == (None, 3)
 
 
 def test_the_pool_follows_what_the_run_draws():
@@ -260,7 +314,7 @@ def test_a_dry_run_says_what_the_run_would_take_and_makes_nothing(world, tmp_pat
     lengths = [len(make_tokenizer()(text)["input_ids"]) + 1 for text in make_texts(24, seed=1)]  # and its end
     assert lines["new rows"].startswith(f"24 rows of {min(min(lengths), 24)} to {min(max(lengths), 24)} tokens")
     assert lines["new rows"].endswith("100% of their tokens are predicted")
-    assert lines["replay"] == "the run draws 12 rows, of a pool of 12"
+    assert lines["replay"] == "the run draws 4 rows, of a pool of 4"
     assert "weights in float32" in lines["device"]
     assert " GB in training" in lines["memory"]
     assert re.search(r"s with replay, [\d.]+ times an unprotected one's", lines["a step"])

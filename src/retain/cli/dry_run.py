@@ -60,16 +60,19 @@ def dry_run(
     """
     few = {"retention_max_documents": TRIED_DOCUMENTS, "compare_plain": False, "replay_start": 0.0, "replay_every": 1}
     in_steps = max(1, rows_drawn(replace(config, **few), given.training, TRIED_STEPS))
-    tried = {"unprotected": replace(config.unprotected(), **few)}
+    tried = {}
     if config.protects:
         tried["protected"] = replace(config, **few, replay_num_rows=in_steps)
         tried["protected"].chosen = config.chosen
+    tried["unprotected"] = replace(config.unprotected(), **few)
     costs: dict[str, Cost] = {}
     for name, settings in tried.items():
         with tempfile.TemporaryDirectory(prefix="retain-dry-run-") as folder:
             trainer = make_trainer(scratch_arguments(given, folder), settings)
             if not costs:
                 steps = expected_steps(given.training, trainer.train_dataset)
+                if settings.chosen is not None:  # by what the model is
+                    config.choose(settings.chosen, given.training.train_batch_size, steps)
                 rows = to_sample(steps)
                 for line in (*device_lines(trainer), *row_lines(trainer)):
                     say(line)

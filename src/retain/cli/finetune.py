@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -45,11 +46,11 @@ from retain.training.beta2_half_life import apply_half_life, check_half_life, me
 from retain.training.config import ReplayConfig, check_arguments
 from retain.training.protection import check_replay_every
 from retain.training.protection_choice import (
-    CHOSEN_PROTECTION,
     PROTECTING,
     UNSET,
     choose_protection,
-    has_linear_places,
+    settled,
+    tokens_a_step,
 )
 from retain.training.retention import NEW_TASK_TEXT, check_best_metric, retention_names
 from retain.training.row_checks import check_columns, check_new_rows
@@ -110,7 +111,7 @@ def run_finetune(
     say: Say = (lambda line: print(visible(str(line)), flush=True)) if speaks else lambda line: None
     given = TrlArguments(script_args, training_args, model_args, dataset_args)
     if config.chosen is not None and config.replay_dataset == "self":
-        config.choose(choose_protection(training_args, model_args), training_args.per_device_train_batch_size)
+        config.choose(choose_protection(training_args, model_args), training_args.train_batch_size, steps=0)
     if config.dry_run:
         check_begin(given, config)
         name, revision = given.model.model_name_or_path, given.model.model_revision
@@ -277,8 +278,10 @@ def make_sft_trainer(
     check_replay_every(config, steps)  # before rows are drawn for it
     model, adapter = base_to_train(given, tokenizer)
     if config.chosen is not None and config.replay_dataset is not None:
-        if config.anchor_coef and not has_linear_places(model, adapter):
-            config.choose(CHOSEN_PROTECTION, training_args.per_device_train_batch_size)
+        tokens = tokens_a_step(train_dataset, tokenizer, training_args) if adapter is None else math.inf
+        choice = settled(config.chosen, model, adapter, tokens)
+        if choice is not config.chosen or choice.share_of_batch:
+            config.choose(choice, training_args.train_batch_size, steps)
         say(config.chosen.line())
     if texts is None and ProgressLine.current is not None:
         ProgressLine.current.plan = planned_stages(training_args, config, steps, retention, eval_dataset)

@@ -56,19 +56,20 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
 
     def __post_init__(self) -> None:
         self.chosen = fill_in(self)
-        self._asked = self.replay_start, self.per_device_replay_batch_size
+        self._asked = self.replay_start, self.per_device_replay_batch_size, self.replay_every
         super().__post_init__()
         if self.compare_plain and not (self.protects and self.measures):
             lacks = "a text to measure (retention, or replay_dataset self)" if self.protects else "a protected run"
             raise ValueError(f"compare_plain: true needs {lacks}; give one, or leave it out")
 
-    def choose(self, choice: ProtectionChoice, batch_size: int) -> None:
-        """Take what protects, where nobody said what should; rows and their beginning where nobody said these."""
+    def choose(self, choice: ProtectionChoice, batch_size: int, steps: int) -> None:
+        """Take what protects, where nobody said what should; rows and when they come where nobody said these."""
         self.chosen = choice
-        start, rows = self._asked
-        if choice.share_of_batch:
-            rows = rows or max(1, round(choice.share_of_batch * batch_size))
+        start, rows, every = self._asked
+        if rows is None and every == 1:
+            rows, every = choice.rows_and_every(batch_size, steps)
         self.replay_start, self.per_device_replay_batch_size = start or choice.replay_start, rows
+        self.replay_every = every
         for name in PROTECTING:
             setattr(self, name, getattr(choice, name))
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from retain.data.rows import Reading, read_text
 from retain.training.anchor import ADAMW
 from retain.training.config import ReplayConfig
 
 PROTECTING = ("replay_objective", "replay_coef", "anchor_coef")  # with any of these given, nothing is chosen
 UNSET: Any = object()  # the value of one that nobody gave
+MAX_TURNING = 0.05  # of a plain step's operations, for an anchor's turns
+FIRST_ROWS = 64  # of the data, by which tokens are counted
+MAX_EVERY = 4  # steps from one with replay to the next, where a batch has few rows
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,8 @@ class ProtectionChoice:
     """Settings of a protected run.
 
     Attributes:
-        share_of_batch: replay rows over new ones, in steps that have some; None is the default of `ReplayConfig`.
+        share_of_batch: replay rows over new ones, in the mean over the steps that may have some; None is the default
+            of `ReplayConfig`.
         min_rows, share_of_draws: the pool has this share of the rows that the run draws, and at least `min_rows`.
         why: what speaks for it, for people to read.
     """
@@ -35,6 +42,17 @@ class ProtectionChoice:
     share_of_batch: float | None = None
     min_rows: int = 256
     share_of_draws: float = 0.1
+
+    def rows_and_every(self, batch_size: int, steps: int) -> tuple[int | None, int]:
+        """Replay rows beside `batch_size` new ones, and on every how many of a run's steps.
+
+        >>> [ProtectionChoice("", share_of_batch=1 / 16).rows_and_every(size, steps=100) for size in (64, 16, 8, 1)]
+        [(4, 1), (1, 1), (1, 2), (1, 4)]
+        """
+        if self.share_of_batch is None:
+            return None, 1
+        wanted = self.share_of_batch * batch_size
+        return max(1, round(wanted)), max(1, min(MAX_EVERY, round(1 / wanted), steps // MAX_EVERY))
 
     def line(self) -> str:
         """What was chosen and why."""
@@ -53,12 +71,15 @@ class ProtectionChoice:
         return wanted if reads_fisher or draws < 1 else min(wanted, draws)
 
 
-CHOSEN_PROTECTION = ProtectionChoice(why="a KL to the base prevented most wherever it was studied")
+CHOSEN_PROTECTION = ProtectionChoice(
+    share_of_batch=1 / 16,
+    why="without an anchor, KL on a sixteenth of the batch prevented most for a tenth of the time",
+)
 ANCHORED = ProtectionChoice(
     anchor_coef=300.0,
     replay_coef=5.0,
     replay_start=0.7,
-    why="with LoRA on SmolLM2 an anchor, and replay at the end, prevented most",
+    why="on SmolLM2 an anchor, and replay at the end, prevented most",
 )
 
 
@@ -76,22 +97,46 @@ def fill_in(config: ReplayConfig) -> ProtectionChoice | None:
 
 
 def choose_protection(args: Any, model_args: Any) -> ProtectionChoice:
-    """An anchor for plain LoRA, on which it was studied with a real model, where it can hold it; else KL alone."""
-    plain_lora = model_args.use_peft and not (
-        model_args.use_dora or model_args.lora_modules_to_save or model_args.load_in_4bit or model_args.load_in_8bit
-    )
-    return ANCHORED if plain_lora and args.optim in ADAMW and not args.deepspeed_plugin else CHOSEN_PROTECTION
+    """An anchor for full finetuning and plain LoRA by AdamW, before the model is known; else KL alone."""
+    adapts = model_args.use_peft and (model_args.use_dora or model_args.lora_modules_to_save)
+    held = not (adapts or model_args.load_in_4bit or model_args.load_in_8bit or args.deepspeed_plugin)
+    return ANCHORED if held and args.optim in ADAMW else CHOSEN_PROTECTION
 
 
-def has_linear_places(model: Any, adapter: Any) -> bool:
-    """Whether all places of an adapter, or of none, are linear layers, which an anchor can hold."""
-    if adapter is None:
-        return True
+def suits_anchor(model: Any, adapter: Any, tokens_a_step: float) -> bool:
+    """Whether all that is trained lies in linear layers, and the anchor's turns cost little beside a step.
+
+    Args:
+        adapter: a PEFT configuration, or None for full finetuning, in which every matrix is turned: 2/3 · d/T of a
+            step's operations, d the residual stream's width and T the tokens.
+        tokens_a_step: new tokens of an optimizer step on a device.
+    """
     modules = dict(model.named_modules())
+    if adapter is None:
+        experts = any(weight.ndim > 2 for weight in model.parameters())
+        width = model.config.get_text_config().hidden_size
+        few = 2 / 3 * width > MAX_TURNING * tokens_a_step
+        return not (experts or few or any(isinstance(module, Conv1D) for module in modules.values()))
     if adapter.target_modules in (None, "all-linear"):
         return not any(isinstance(module, Conv1D) for module in modules.values())
     places = [module for name, module in modules.items() if check_target_module_exists(adapter, name)]
     return all(isinstance(module, nn.Linear) for module in places)
+
+
+def settled(choice: ProtectionChoice, model: Any, adapter: Any, tokens_a_step: float) -> ProtectionChoice:
+    """What was chosen before the model was known, or KL alone in the place of an anchor that does not suit it."""
+    return choice if choice.anchor_coef and suits_anchor(model, adapter, tokens_a_step) else CHOSEN_PROTECTION
+
+
+def tokens_a_step(rows: Any, tokenizer: Any, args: Any) -> float:
+    """New tokens of an optimizer step on a device, by the first rows of the data; packed rows are full."""
+    reading = Reading(dataset_text_field=args.dataset_text_field)
+    lengths = [
+        len(row["input_ids"] if "input_ids" in row else read_text(row, tokenizer, reading=reading).ids)
+        for row in itertools.islice(rows, 0 if args.packing else FIRST_ROWS)
+    ]
+    mean = np.mean(np.minimum(lengths, args.max_length)) if lengths else args.max_length
+    return float(mean) * args.train_batch_size * args.gradient_accumulation_steps
 
 
 def rows_drawn(config: ReplayConfig, args: Any, steps: int) -> int:
