@@ -81,6 +81,15 @@ BASES["smollm2x5"] = replace(
 )
 
 
+BASES["smollm2short"] = replace(
+    BASES["smollm2"],
+    label="SmolLM2-135M-Instruct, 30 steps",
+    run=replace(BASES["smollm2"].run, max_steps=30, eval_steps=30, warmup_steps=3),
+    plain={"full": (5e-5, 1e-4, 2e-4)},
+    anchors={"full": {3: {"learning_rate": 5e-4, "anchor_coef": 300.0, "replay_rows": 1, **LAST_THIRD}}},
+)
+
+
 def starting_run(base: str, method: str, seed: int) -> Run:
     """What all runs of a method share."""
     return replace(BASES[base].run, method=method, lora_rank=16 if method == "lora" else None, seed=seed)
