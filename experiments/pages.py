@@ -53,14 +53,14 @@ def answer_of(verdict: str) -> str:
 
 
 @contextmanager
-def panels(path: Path, number: int, size: tuple[float, float]) -> Iterator[Sequence[Any]]:
-    """Axes side by side, styled; saved when the block ends."""
+def panels(path: Path, number: int, size: tuple[float, float], rows: int = 1) -> Iterator[Sequence[Any]]:
+    """Axes side by side, in rows, styled; saved when the block ends."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size)
-        yield [figure.add_subplot(1, number, at + 1) for at in range(number)]
+        yield [figure.add_subplot(rows, -(-number // rows), at + 1) for at in range(number)]
         path.parent.mkdir(parents=True, exist_ok=True)
         save_png(figure, path)
 

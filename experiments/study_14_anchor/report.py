@@ -101,9 +101,11 @@ class Cell:
         found = [one for one in self.intervals if one is not None]
         if len(self.prevented) < 3:
             return TOO_FEW
+        if any(one.high < GOAL for one in found):
+            return "missed"
         if self.time is None:
             return NOT_TIMED
-        if self.time.low > MOST_TIME or any(one.high < GOAL for one in found):
+        if self.time.low > MOST_TIME:
             return "missed"
         reached = all(one.low >= GOAL for one in found) and self.time.high <= MOST_TIME
         return "reached" if reached else "cannot tell"
@@ -205,10 +207,11 @@ def verdict_of(judged: Sequence[Cell]) -> tuple[str, str]:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """What was forgotten over what was learned, on the tasks of the last round: plain's rates as a line."""
-    cells = [cell for cell in cells_of(rows) if TASKS[cell.task].round == 3]
+    cells = [cell for cell in cells_of(rows) if TASKS[cell.task].round == 3 and cell.verdict != TOO_FEW]
     places = list(dict.fromkeys((cell.base, cell.method, cell.task) for cell in cells))
+    columns = -(-len(places) // 2)
     ticks = (0.01, 0.03, 0.1, 0.3, 1, 3)
-    with panels(path, len(places), (1.9 * len(places) + 0.8, 2.9)) as axes:
+    with panels(path, len(places), (2.6 * columns + 0.6, 5.4), rows=2) as axes:
         for at, (place, panel) in enumerate(zip(places, axes, strict=True)):
             base, method, task = place
             panel.plot(*plain_front(rows, *place), "o-", color="0.55", markersize=3, linewidth=1, label="plain")
@@ -217,15 +220,15 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 panel.plot(cell.losses, cell.kept, how[0], color=how[1], markersize=4, label=how[2])
             panel.set_yscale("log")
             panel.set_ylim(0.008, 4)
-            panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks] if not at else [""] * len(ticks))
+            panel.set_yticks(ticks, [""] * len(ticks) if at % columns else [f"{tick:g}" for tick in ticks])
             panel.minorticks_off()
             panel.invert_xaxis()
             name = BASES[base].label.replace("-135M-Instruct", "").split(",")[0]
-            panel.set_title(f"{TASKS[task].label}\n{name}, {METHODS[method]}", fontsize=8)
-            panel.set_xlabel("new-task loss", fontsize=7)
-            panel.tick_params(labelsize=7)
-        axes[0].set_ylabel("KL(base || model), own rows", fontsize=7)
-        axes[0].legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(0, 0.4))
+            panel.set_title(f"{TASKS[task].label}: {name}, {METHODS[method]}", fontsize=9)
+            panel.set_xlabel("new-task loss" if at >= len(places) - columns else "", fontsize=8)
+            panel.set_ylabel("" if at % columns else "KL(base || model), own rows", fontsize=8)
+            panel.tick_params(labelsize=8)
+        axes[0].legend(fontsize=7, frameon=False, loc="lower left")
 
 
 def plain_front(rows: Sequence[dict[str, Any]], base: str, method: str, task: str) -> tuple[list[float], list[float]]:
