@@ -535,6 +535,8 @@ def test_prompts_are_continued_behind_the_document_start(tmp_path):
         ("document=0.5,chat=0.6", "add up to 1.1"),
         ("document=x,chat=0.5", "does not fit"),
         ("chat", "needs a chat template"),
+        ("tools", "start: 'tools' .* needs a chat template .*; use document or prompts"),
+        ("think", "start: 'think' .* needs a chat template .*; use document or prompts"),
         ("prompts", "prompts: missing"),
         ("document,document", "does not fit"),
     ],

@@ -130,18 +130,18 @@ def start_shares(spec: str) -> dict[str, float]:
 
 def template_options(name: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Options of the chat template, for each beginning of such rows."""
+    if name == "chat" or not tokenizer.chat_template:  # without one `chat_prefix` refuses
+        return [{}]
     template = str(tokenizer.chat_template)
     if name == "tools":
         if "tools" not in template:
             raise ValueError("start: 'tools', but the chat template has no place for tools; use chat")
         offers = zip(TOOLS, (*TOOLS[1:], TOOLS[0]), strict=True)
         return [{"tools": [tool_schema(*tool) for tool in offer]} for offer in offers]
-    if name == "think":
-        switch = next((word for word in THINKING_SWITCHES if re.search(rf"\b{word}\b", template)), None)
-        if switch is None:
-            raise ValueError("start: 'think', but the chat template has no switch for thinking; use chat")
-        return [{switch: True}]
-    return [{}]
+    switch = next((word for word in THINKING_SWITCHES if re.search(rf"\b{word}\b", template)), None)
+    if switch is None:
+        raise ValueError("start: 'think', but the chat template has no switch for thinking; use chat")
+    return [{switch: True}]
 
 
 def tool_schema(name: str, description: str, arguments: dict[str, str]) -> dict[str, Any]:
