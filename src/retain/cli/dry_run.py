@@ -67,6 +67,8 @@ def dry_run(
     tried["unprotected"] = replace(config.unprotected(), **few)
     costs: dict[str, Cost] = {}
     for name, settings in tried.items():
+        if costs:
+            say(f"{TRIED_STEPS} steps without protection, to compare")
         with tempfile.TemporaryDirectory(prefix="retain-dry-run-") as folder:
             trainer = make_trainer(scratch_arguments(given, folder), settings)
             if not costs:
