@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from retain.report.chain import ChainedText, over_chain
+from retain.report.chain import ChainedText, chain_verdict, over_chain
 from retain.report.page import comparison_html, comparison_markdown, comparison_summary
 from retain.report.report import ForgettingReport, write_comparison
 
@@ -81,9 +81,36 @@ def test_stages_that_were_not_measured_alike_are_refused(reports, change, why):
         chained(reports)
 
 
+def test_one_stage_is_no_chain(reports):
+    with pytest.raises(ValueError, match="chain: true needs at least two stages"):
+        chained(reports[:1])
+
+
+def test_a_rise_within_chance_is_not_called_a_loss(reports):
+    for text in ("german", "prose"):  # one document rises, one falls as much
+        sums = reports[1].data["per_document"][text]
+        sums["loss"] = [loss + extra for loss, extra in zip(sums["loss"], (400.0, 0.0, -400.0), strict=True)]
+    runs = [report.results for report in reports]
+    assert chain_verdict(runs, over_chain(runs)) == (
+        "After 2 stages no text shows a loss: intervals of the rise on german and prose hold 0."
+    )
+
+
+def test_the_page_draws_no_stage_against_its_own_task_and_base(reports):
+    steps = [{"step": step, "eval_loss": 3.0 - step, "retention/german/ref_kl": 0.1 * step} for step in (0, 1)]
+    for report in reports:
+        report.data["trajectory"] = steps
+    runs = [report.results for report in reports]
+    assert "Over the steps" in comparison_html(runs, title="t")
+    html = comparison_html(runs, title="t", chain=True)
+    assert "Learning against forgetting" not in html
+    assert "Over the steps" not in html
+
+
 def test_the_pages_say_it_and_compare_no_rivals(reports, tmp_path):
     write_comparison(tmp_path, reports, "t", chain=True)
-    said = "After 2 stages the loss stands above its lowest by 0.400 [0.400, 0.400] nats per token on german"
+    said = "After 2 stages the loss stands above its lowest by 0.400 [0.400, 0.400] nats per token on german "
+    said += "(60.0% [60.0%, 60.0%] of what was learned is kept)"
     runs = [report.results for report in reports]
     summary = comparison_summary(runs, chain=True)
     assert summary.startswith(said)

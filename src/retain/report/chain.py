@@ -44,8 +44,10 @@ def over_chain(runs: ReportRuns, seed: int = 0) -> list[ChainedText]:
         runs: the stages in order, each measured against the base of the first.
 
     Raises:
-        ValueError: if their bases differ, or they were not measured alike.
+        ValueError: if there is one stage, their bases differ, or they were not measured alike.
     """
+    if len(runs) < 2:
+        raise ValueError("chain: true needs at least two stages, in order; give them")
     if len({str(run.base.get("fingerprint")) for run in runs}) > 1:
         raise ValueError("chain: the stages were measured against different bases; measure all against the first")
     shared = [text for text in runs[0].retention if all(text in run.per_document for run in runs)]
@@ -94,13 +96,17 @@ def _story(runs: ReportRuns, text: ChainedText) -> str:
 
 
 def chain_verdict(runs: ReportRuns, texts: Sequence[ChainedText]) -> str:
-    """One sentence: what the chain lost, on the texts that lost most."""
-    lost = [text for text in texts if text.lost][:MOST_NAMED]
-    if not lost:
+    """One sentence: what the chain lost, on the texts that lost most, where the interval of the rise excludes 0."""
+    risen = [text for text in texts if text.lost]
+    if not risen:
         return f"After {len(runs)} stages no text has lost anything: the loss of each is lowest at the end."
+    lost = [text for text in risen if (rise := text.lost) and rise.ci and rise.ci[0] > 0][:MOST_NAMED]
+    if not lost:
+        names = enumeration([text.name for text in risen])
+        return f"After {len(runs)} stages no text shows a loss: intervals of the rise on {names} hold 0."
     words = [
         f"by {value_cell(text.lost).with_interval}{'' if at else ' nats per token'} on {text.name}"
-        + (f" ({share_cell(text.kept).value} of what was learned is kept)" if text.kept else "")
+        + (f" ({share_cell(text.kept).with_interval} of what was learned is kept)" if text.kept else "")
         for at, text in enumerate(lost)
     ]
     return f"After {len(runs)} stages the loss stands above its lowest {enumeration(words)}."
