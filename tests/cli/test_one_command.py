@@ -358,5 +358,10 @@ def test_a_chain_trains_each_adapter_on_the_one_before_merged_and_is_measured_as
     report = json.loads((tmp_path / "report.json").read_text())
     assert {text["name"] for text in report["chain"]} == {"wiki", "new"}
     assert report["runs"][0]["base"] == report["runs"][1]["base"]
+    backwards = [*stages[:2], "--model", str(two), "--model", str(one), "--output_dir", str(tmp_path / "backwards")]
+    assert main(["measure", *backwards, *texts, *few, "--chain", "true"]) == 0
+    shown = capsys.readouterr().out
+    assert f"the adapter '{two}' switched off is not '{world}/model', the base" in shown
+    assert f"the adapter '{one}' switched off is not '{two}', the stage before it" in shown
     assert main(["measure", *stages[:4], *stages[6:], *texts, "--chain", "true"]) == 1
     assert "chain: true needs at least two stages as --model" in capsys.readouterr().err

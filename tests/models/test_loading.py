@@ -25,8 +25,9 @@ from trl import SFTConfig
 
 from retain import ReplayConfig, ReplaySFTTrainer
 from retain.cli.main import main
-from retain.cli.measure import MeasureConfig, load_judge, measure_models, other_base
+from retain.cli.measure import MeasureConfig, Start, load_judge, measure_models, other_base
 from retain.models.loading import load_model, load_tokenizer
+from retain.models.reference import probe
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.training.run_files import settings_of_run
 
@@ -363,10 +364,10 @@ def test_an_adapter_of_another_base_warns_by_its_id_as_by_its_folder(hub, llama_
     other = save_model(tmp_path / "other", seed=3)
     saved_adapter(tmp_path / "adapter", other)
     for name in (str(tmp_path / "adapter"), hub(tmp_path / "adapter")):
-        config = MeasureConfig(base=str(llama_folder), model=[name], retention=["wiki=x"], output_dir="x")
-        base, tuned = load_model(config.base), load_model(name)
+        tuned = load_model(name)
         assert isinstance(tuned, PeftModel)
-        assert "it was trained on another base" in "".join(other_base(config, name, base, tuned))
+        start = Start(str(llama_folder), probe(load_model(str(llama_folder))), 1e-3)
+        assert "it was trained on another base" in "".join(other_base(name, tuned, start))
 
 
 def test_what_a_run_was_set_to_is_found_by_its_id_and_above_its_checkpoints(hub, tmp_path):

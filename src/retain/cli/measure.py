@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
 from retain.cli.github import LEVELS, SUMMARY_VARIABLE, annotation, append_summary, errors_annotated
@@ -26,7 +28,7 @@ from retain.measuring.sources import default_prompts, document_tokens, overlap_w
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import default_device, length_that_fits, with_least_room
 from retain.models.loading import load_model, load_tokenizer
-from retain.models.reference import Reference, probe
+from retain.models.reference import TOLERANCE, Reference, prediction_difference, probe, rounding_tolerance
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.replay.dataset import load_texts
 from retain.report.gate import SEVERITY, Judgement, judge
@@ -36,6 +38,7 @@ from retain.report.report import ForgettingReport, write_comparison
 from retain.training.run_files import OF_LOSS, read_run, settings_of_run
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -230,6 +233,21 @@ def judge_report(config: MeasureConfig, report: ForgettingReport) -> dict[str, J
     return {report.data["name"]: gate}
 
 
+@dataclass(frozen=True)
+class Start:
+    """What an adapter should give when it is switched off: the base, or the stage of a chain before it.
+
+    Attributes:
+        probe: its log-probabilities on the probe tokens.
+        tolerance: of their difference; a stage is merged in the dtype of its checkpoint, and rounded there.
+    """
+
+    name: str
+    probe: Tensor
+    tolerance: float
+    is_stage: bool = False
+
+
 def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Iterator[ForgettingReport]:
     """A report of each model that `config` names; the base reads, answers and writes once."""
     tokenizer = load_tokenizer(config.base, field="base", **config.checkpoint)
@@ -244,11 +262,14 @@ def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Itera
     base = MeasuredBase(loaded) if len(config.model) > 1 else MeasuredBase.of(loaded)
     options: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS} | {"tokenizer": tokenizer}
     options |= {"judge": load_judge(config, loaded) if config.judge else None, "progress": say}
+    start = Start(config.base, probe(loaded), rounding_tolerance(loaded))
     for model, name, run, of, new_task in zip(config.model, names, runs, settings, new_tasks, strict=True):
         if len(config.model) > 1:
             say(f"model {name}")
         rows = trained_rows(config, (of.get("replay_dataset") or {}).get("source"), tokenizer)
-        report = measure_model(config, model, base, sources | {"new_task": new_task}, rows, options | {"name": name})
+        found, named = sources | {"new_task": new_task}, options | {"name": name}
+        report, end = measure_model(config, model, base, found, rows, named, start)
+        start = end if config.chain else start
         report.data.update(run)
         yield report
 
@@ -260,8 +281,9 @@ def measure_model(
     sources: dict[str, Any],
     rows: dict[str, Iterable[list[int]]],
     options: dict[str, Any],
-) -> ForgettingReport:
-    """The report of one model, trained on `rows`; it is freed afterwards."""
+    start: Start,
+) -> tuple[ForgettingReport, Start]:
+    """The report of one model, trained on `rows`, and what a stage after it begins from; it is freed afterwards."""
     tokenizer, like = options["tokenizer"], base.model
     how: dict[str, Any] = {"dtype": like.dtype, "attn_implementation": like.config._attn_implementation}
     tuned = load_model(model, device=like.device, trust_remote_code=config.trust_remote_code, **how)
@@ -271,10 +293,10 @@ def measure_model(
         sources["prompts"] = default_prompts(texts, tokenizer, room)
     if rows:
         options["progress"]("looking for the texts in the training rows")
-    warnings = other_base(config, model, base.model, tuned) + overlap_warnings(sources, rows, tokenizer)
+    warnings = other_base(model, tuned, start) + overlap_warnings(sources, rows, tokenizer)
     report = measure(base, tuned, sources.pop("retention"), **sources, **options)
     report.data["warnings"] = warnings + report.data["warnings"]
-    return report
+    return report, Start(model, probe(tuned), TOLERANCE[torch.bfloat16], is_stage=True)
 
 
 def trained_rows(
@@ -330,18 +352,19 @@ def new_task_reading(config: TextSettings, training: Mapping[str, Any]) -> Readi
     return Reading(as_trained=True, **{name: value for name, value in chosen.items() if value is not None})
 
 
-def other_base(config: MeasureConfig, model: str, base: PreTrainedModel, tuned: Any) -> list[str]:
-    """A warning where an adapter, switched off, leaves another model than the base."""
-    if config.chain or not hasattr(tuned, "disable_adapter"):
+def other_base(model: str, tuned: Any, start: Start) -> list[str]:
+    """A warning where an adapter, switched off, leaves another model than the one that it should have begun from."""
+    if not hasattr(tuned, "disable_adapter"):
         return []
-    try:
-        Reference().prove(tuned, probe(base))
-    except ValueError:
-        return [
-            f"the adapter {model!r} switched off is not {config.base!r}: it was trained on another base, or "
-            "rewrites its own; what is measured is that difference, too"
-        ]
-    return []
+    with Reference().base(tuned) as base:
+        found = probe(base)
+    if found.shape == start.probe.shape and prediction_difference(found, start.probe) <= start.tolerance:
+        return []
+    what = "the stage before it" if start.is_stage else "the base"
+    return [
+        f"the adapter {model!r} switched off is not {start.name!r}, {what}: it was trained on another base, or "
+        "rewrites its own; what is measured is that difference, too"
+    ]
 
 
 def load_judge(config: MeasureConfig, base: PreTrainedModel) -> Judge:
