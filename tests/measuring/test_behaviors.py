@@ -328,6 +328,12 @@ def test_other_behaviours_are_not_known(specs, message):
     assert message in str(error.value)
 
 
+def test_a_report_of_nothing_is_refused():
+    rows = {"formats": [{"prompt": "fox", "checks": {"max_words": 9}}]}
+    with pytest.raises(ValueError, match=r"^behaviors: formats is not measured: .* no chat template, and nothing else"):
+        measure(make_model(), make_model(seed=1), {}, tokenizer=make_tokenizer(), behaviors=rows)
+
+
 def test_the_command_line_measures_and_every_format_shows_it(tmp_path, capsys):
     for name, model in (("base", make_model()), ("tuned", make_model(seed=1))):
         model.save_pretrained(tmp_path / name)

@@ -133,6 +133,8 @@ def measure(
     check_room([base.model, tuned], [*given, *turns], options)
     rows = {kind: distinct(kind, of_kind, "prompts") for kind, of_kind in (behaviors or {}).items()}
     shown, unmeasured = behavior_prompts(rows, options)
+    if unmeasured and not (shown or learned or known or asked or requested or given):
+        raise ValueError(f"behaviors: {unmeasured[0]}, and nothing else is asked for; give retention, too")
     for behavior in shown:
         check_room([base.model, tuned], behavior.prompts, behavior.options)
     with nullcontext() if progress is None else progress_line(), evaluation_mode(base.model), evaluation_mode(tuned):
