@@ -233,6 +233,17 @@ def test_full_finetuning_with_many_tokens_a_step_is_anchored(world, tmp_path, ca
     assert "anchor_coef 300" in said(capsys)["chosen, since none was given"]
 
 
+def test_rows_with_fisher_information_are_anchored_like_own_ones(world, tmp_path, capsys):
+    few = ["--num_rows", "16", "--max_length", "24"]
+    for flags, anchor in ([], 0.0), (["--store_fisher", "true"], 300.0):
+        rows = tmp_path / f"rows{anchor}"
+        assert main(["sample", "--model", str(world / "model"), "--output_dir", str(rows), *few, *flags]) == 0
+        given = ["--replay_dataset", str(rows), "--use_peft", "true"]
+        assert run(world, tmp_path / f"out{anchor}", *given, max_steps=4) == 0
+        found = json.loads((tmp_path / f"out{anchor}" / "retain_config.json").read_text())["replay"]
+        assert found["anchor_coef"] == anchor
+
+
 @pytest.mark.parametrize(("plugin", "anchor"), [(None, 300.0), (object(), 0.0)])
 def test_no_anchor_is_chosen_where_deepspeed_was_launched(plugin, anchor):
     """`accelerate launch --use_deepspeed` leaves the argument `deepspeed` empty; the anchor would be refused there."""

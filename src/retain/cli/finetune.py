@@ -39,7 +39,7 @@ from retain.models.loading import load_tokenizer
 from retain.models.merging import adapted_model, merged_base
 from retain.progress import PlannedStage, ProgressLine, progress_line
 from retain.replay.dataset import load_texts
-from retain.replay.fisher import FISHER
+from retain.replay.fisher import FISHER, holds_fisher
 from retain.report.outcome import cost_line, outcome_lines
 from retain.report.report import ForgettingReport, write_comparison
 from retain.training.beta2_half_life import apply_half_life, check_half_life, mean_row_length
@@ -110,7 +110,7 @@ def run_finetune(
     folder, speaks = Path(training_args.output_dir), training_args.process_index == 0
     say: Say = (lambda line: print(visible(str(line)), flush=True)) if speaks else lambda line: None
     given = TrlArguments(script_args, training_args, model_args, dataset_args)
-    if config.chosen is not None and config.replay_dataset == "self":
+    if config.chosen is not None and (config.replay_dataset == "self" or holds_fisher(config.replay_dataset)):
         config.choose(choose_protection(training_args, model_args), training_args.train_batch_size, steps=0)
     if config.dry_run:
         check_begin(given, config)

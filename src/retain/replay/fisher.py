@@ -19,6 +19,11 @@ FISHER = "Fisher information"  # its stage of progress
 FISHER_TOKENS = 65_536  # read at most this many predictions
 
 
+def holds_fisher(source: str | None) -> bool:
+    """Whether the base's Fisher information lies beside rows in a folder."""
+    return source is not None and (Path(source).expanduser() / FISHER_FILE).is_file()
+
+
 def fisher_of(
     model: Any, rows: ReplayDataset, weights: Mapping[str, nn.Parameter], seed: int = 0
 ) -> tuple[dict[str, Curvature], int]:
