@@ -170,9 +170,9 @@ def report(name: str) -> Report:
                     curve = curves[arm, text]
                     errors = [[one.value - one.low for one in curve], [one.high - one.value for one in curve]]
                     axes.errorbar(range(len(curve)), [one.value for one in curve], errors, label=arm, marker="o")
-                axes.set_xticks(range(len(TASKS) + 1), ["base", *TASKS])
-                dress(axes, text, "", "loss, nats per token" if text == TASKS[0] else "")
-            all_axes[0].legend()
+                axes.set_xticks(range(len(TASKS) + 1), ["base", *map(str.capitalize, TASKS)])
+                dress(axes, text.capitalize(), "", "loss, nats per token" if text == TASKS[0] else "")
+            all_axes[1].legend(loc="lower left")
 
     return f"{table(head, lines)}\n\n{findings(found)}", draw
 
