@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
+import inspect
 import os
+import sys
+import traceback
+import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +28,6 @@ import pytest
 import torch
 import transformers.training_args
 from accelerate.state import AcceleratorState
-from conftest import forked
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -40,21 +46,46 @@ aten = torch.ops.aten
 
 
 def on_device(test: Callable[..., None]) -> Callable[..., None]:
-    """Runs a test in a process of its own that has the device: no other test meets it."""
+    """Runs a test in a process of its own that has the device: no other test meets it.
+
+    It is a copy of a process that has taken no backward pass: autograd counts the devices at its first one.
+    """
 
     @functools.wraps(test)
     def run(tmp_path: Path, **given: Any) -> None:
-        def work() -> None:
-            register()
-            test(tmp_path=tmp_path, **given)
-
-        said = tmp_path / "said.txt"
-        process = forked(said, work)
+        said, given = tmp_path / "said.txt", {name: one for name, one in given.items() if name != "monkeypatch"}
+        process = untouched().Process(target=run_there, args=(test.__module__, test.__name__, said, given), daemon=True)
+        process.start()
         process.join(120)
         process.kill()
         assert process.exitcode == 0, said.read_text()
 
     return run
+
+
+@functools.cache
+def untouched() -> Any:
+    """Makes processes by forks of one that imports what they need, and computes nothing."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["simulated_device", "retain.training.trainer", "peft", "trl"])
+    with pytest.MonkeyPatch.context() as around:
+        around.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+    return context
+
+
+def run_there(module: str, name: str, said: Path, given: dict[str, Any]) -> None:
+    """Run the test of a module, now on the device."""
+    warnings.simplefilter("ignore")
+    with open(said, "w") as file, redirect_stdout(file), redirect_stderr(file), pytest.MonkeyPatch.context() as patch:
+        try:
+            test = inspect.unwrap(getattr(importlib.import_module(module), name))
+            given |= {"monkeypatch": patch} if "monkeypatch" in inspect.signature(test).parameters else {}
+            register()
+            test(tmp_path=said.parent, **given)
+        except Exception:
+            traceback.print_exc()
+            raise SystemExit(1) from None
 
 
 def place(device: str) -> None:

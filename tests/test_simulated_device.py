@@ -42,32 +42,32 @@ def test_a_step_on_the_device_is_one_on_the_cpu(architecture, tmp_path):
 TABLE = torch.ones(4, 5)
 
 
-@pytest.mark.parametrize(
-    "mix",
-    [
-        lambda here: here * TABLE,
-        lambda here: TABLE + here[0, 0],
-        lambda here: here.masked_fill(TABLE > 0, 0.0),
-        lambda here: here.masked_fill_(TABLE > 0, 0.0),
-        lambda here: here[:, :3].mul_(TABLE[:, :3]),
-        lambda here: torch.where(TABLE > 0, here, here),
-        lambda here: torch.cat([here, TABLE]),
-        lambda here: here.gather(1, torch.zeros(4, 1, dtype=torch.long)),
-        lambda here: torch.nn.functional.embedding(torch.zeros(2, dtype=torch.long), here),
-        lambda here: torch.nn.functional.cross_entropy(here, torch.zeros(4, dtype=torch.long)),
-        lambda here: here @ TABLE.T,
-        lambda here: torch.multinomial(here, 1, generator=torch.Generator()),
-        lambda here: torch.rand(3, device=DEVICE, generator=torch.Generator()),
-        lambda here: torch.rand(3, generator=torch.Generator(DEVICE)),
-        lambda here: here.cpu().normal_(generator=torch.Generator(DEVICE)),
-    ],
-)
+MIXED = [
+    lambda here: here * TABLE,
+    lambda here: TABLE + here[0, 0],
+    lambda here: here.masked_fill(TABLE > 0, 0.0),
+    lambda here: here.masked_fill_(TABLE > 0, 0.0),
+    lambda here: here[:, :3].mul_(TABLE[:, :3]),
+    lambda here: torch.where(TABLE > 0, here, here),
+    lambda here: torch.cat([here, TABLE]),
+    lambda here: here.gather(1, torch.zeros(4, 1, dtype=torch.long)),
+    lambda here: torch.nn.functional.embedding(torch.zeros(2, dtype=torch.long), here),
+    lambda here: torch.nn.functional.cross_entropy(here, torch.zeros(4, dtype=torch.long)),
+    lambda here: here @ TABLE.T,
+    lambda here: torch.multinomial(here, 1, generator=torch.Generator()),
+    lambda here: torch.rand(3, device=DEVICE, generator=torch.Generator()),
+    lambda here: torch.rand(3, generator=torch.Generator(DEVICE)),
+    lambda here: here.cpu().normal_(generator=torch.Generator(DEVICE)),
+]
+
+
 @on_device
-def test_tensors_and_generators_of_two_devices_do_not_mix(mix, tmp_path):
-    with pytest.raises(
-        RuntimeError, match="^(aten.*)?Expected (all tensors to be on the same device|a '.*' device type)"
-    ):
-        mix(torch.ones(4, 5, device=DEVICE))
+def test_tensors_and_generators_of_two_devices_do_not_mix(tmp_path):
+    for mix in MIXED:
+        with pytest.raises(
+            RuntimeError, match="^(aten.*)?Expected (all tensors to be on the same device|a '.*' device type)"
+        ):
+            mix(torch.ones(4, 5, device=DEVICE))
 
 
 @on_device
@@ -89,23 +89,23 @@ def test_views_and_copies_share_memory_or_do_not(tmp_path):
     assert torch.load(tmp_path / "saved.pt").device.type == DEVICE
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda here: here.double(),
-        lambda here: here.sum(dtype=torch.float64),
-        lambda here: here.cumsum(-1, dtype=torch.float64),
-        lambda here: torch.zeros(2, dtype=torch.float64, device=DEVICE),
-        lambda here: torch.zeros(2, dtype=torch.float64).to(DEVICE),
-    ],
-)
+IN_FLOAT64 = [
+    lambda here: here.double(),
+    lambda here: here.sum(dtype=torch.float64),
+    lambda here: here.cumsum(-1, dtype=torch.float64),
+    lambda here: torch.zeros(2, dtype=torch.float64, device=DEVICE),
+    lambda here: torch.zeros(2, dtype=torch.float64).to(DEVICE),
+]
+
+
 @on_device
-def test_float64_is_refused_where_the_device_has_none(make, tmp_path):
+def test_float64_is_refused_where_the_device_has_none(tmp_path):
     here = torch.ones(4, device=DEVICE)
-    assert make(here).dtype == torch.float64
+    assert {make(here).dtype for make in IN_FLOAT64} == {torch.float64}
     SETTINGS.has_float64 = False
-    with pytest.raises(TypeError, match="float64"):
-        make(here)
+    for make in IN_FLOAT64:
+        with pytest.raises(TypeError, match="float64"):
+            make(here)
 
 
 @on_device
