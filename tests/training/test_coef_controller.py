@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from retain.training.coef_controller import BOUNDS, CoefController
@@ -165,7 +165,8 @@ def test_the_coefficient_ends_at_the_balance(balance):
 @settings(max_examples=25, deadline=None)
 @given(plant=plants, ratio=st.floats(1.01, 10), num_steps=st.sampled_from([300, 600]))
 def test_a_stricter_budget_never_ends_with_a_smaller_coefficient(plant, ratio, num_steps):
-    """Runs of 50 to 100 steps may end in mid-swing, and do not promise this."""
+    """Runs of fewer than 20 times the plant's lag may end in mid-swing, and do not promise this."""
+    assume(num_steps >= 20 * plant.lag)
     loose, strict = (simulate(plant, num_steps, budget=budget).control for budget in (BUDGET, BUDGET / ratio))
     assert strict.coef >= loose.coef * (1 - 1e-9)
 
