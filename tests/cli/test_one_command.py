@@ -23,9 +23,9 @@ from retain.training.protection_choice import (
     UNSET,
     ProtectionChoice,
     choose_protection,
+    new_tokens_per_step,
     rows_drawn,
     settled,
-    tokens_a_step,
 )
 
 SFT = {
@@ -225,7 +225,7 @@ def test_lora_is_anchored_where_an_anchor_can_hold_it(world, tmp_path, capsys, m
     assert (f"anchor_coef {anchor:g}" in said(capsys)["chosen, since none was given"]) == bool(anchor)
 
 
-def test_full_finetuning_with_many_tokens_a_step_is_anchored(world, tmp_path, capsys):
+def test_full_finetuning_with_many_new_tokens_per_step_is_anchored(world, tmp_path, capsys):
     many = {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 4, "max_steps": 2}
     assert run(world, tmp_path / "out", **many) == 0
     found = json.loads((tmp_path / "out" / "retain_config.json").read_text())["replay"]
@@ -272,11 +272,25 @@ def test_full_finetuning_is_anchored_where_a_step_has_tokens_enough_for_its_turn
 )  # fmt: skip
 def test_tokens_of_a_step_are_counted_by_the_first_rows(row, packing, tokens):
     args = SimpleNamespace(
-        packing=packing, max_length=32, train_batch_size=4, gradient_accumulation_steps=3, dataset_text_field="words"
+        packing=packing,
+        max_length=32,
+        train_batch_size=4,
+        gradient_accumulation_steps=3,
+        world_size=2,
+        dataset_text_field="words",
     )
     tokenizer = make_tokenizer()
     tokens = tokens or len(tokenizer("the fox").input_ids)
-    assert tokens_a_step([row] * 3, tokenizer, args) == pytest.approx(12 * tokens)
+    assert new_tokens_per_step([row] * 3, tokenizer, args) == pytest.approx(12 * tokens)
+
+
+def test_tokens_of_rows_that_nothing_cuts_are_counted_whole():
+    """TRL's `max_length` may be null."""
+    args = SimpleNamespace(
+        packing=False, max_length=None, train_batch_size=1, gradient_accumulation_steps=1, world_size=1,
+        dataset_text_field="text",
+    )  # fmt: skip
+    assert new_tokens_per_step([{"input_ids": [5] * 99}], make_tokenizer(), args) == 99
 
 
 def test_few_rows_are_replayed_on_some_steps_only():

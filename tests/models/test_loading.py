@@ -366,7 +366,7 @@ def test_an_adapter_of_another_base_warns_by_its_id_as_by_its_folder(hub, llama_
     for name in (str(tmp_path / "adapter"), hub(tmp_path / "adapter")):
         tuned = load_model(name)
         assert isinstance(tuned, PeftModel)
-        start = Start(str(llama_folder), probe(load_model(str(llama_folder))), 1e-3)
+        start = Start(str(llama_folder), probe(load_model(str(llama_folder))))
         assert "it was trained on another base" in "".join(other_base(name, tuned, start))
 
 

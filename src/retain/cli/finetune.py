@@ -49,8 +49,8 @@ from retain.training.protection_choice import (
     PROTECTING,
     UNSET,
     choose_protection,
+    new_tokens_per_step,
     settled,
-    tokens_a_step,
 )
 from retain.training.retention import NEW_TASK_TEXT, check_best_metric, retention_names
 from retain.training.row_checks import check_columns, check_new_rows
@@ -278,7 +278,8 @@ def make_sft_trainer(
     check_replay_every(config, steps)  # before rows are drawn for it
     model, adapter = base_to_train(given, tokenizer)
     if config.chosen is not None and config.replay_dataset is not None:
-        tokens = tokens_a_step(train_dataset, tokenizer, training_args) if adapter is None else math.inf
+        is_turned = config.anchor_coef and adapter is None  # whole matrices are, which costs by the tokens of a step
+        tokens = new_tokens_per_step(train_dataset, tokenizer, training_args) if is_turned else math.inf
         choice = settled(config.chosen, model, adapter, tokens)
         if choice is not config.chosen or choice.share_of_batch:
             config.choose(choice, training_args.train_batch_size, steps)

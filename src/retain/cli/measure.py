@@ -28,7 +28,7 @@ from retain.measuring.sources import default_prompts, document_tokens, overlap_w
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import default_device, length_that_fits, with_least_room
 from retain.models.loading import load_model, load_tokenizer
-from retain.models.reference import TOLERANCE, Reference, prediction_difference, probe, rounding_tolerance
+from retain.models.reference import TOLERANCE, Reference, probe
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.replay.dataset import load_texts
 from retain.report.gate import SEVERITY, Judgement, judge
@@ -239,13 +239,13 @@ class Start:
 
     Attributes:
         probe: its log-probabilities on the probe tokens.
-        tolerance: of their difference; a stage is merged in the dtype of its checkpoint, and rounded there.
+        tolerance: of their difference, where a stage was merged in the dtype of its checkpoint, and rounded there.
     """
 
     name: str
     probe: Tensor
-    tolerance: float
-    is_stage: bool = False
+    what: str = "the base"
+    tolerance: float | None = None
 
 
 def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Iterator[ForgettingReport]:
@@ -262,14 +262,13 @@ def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Itera
     base = MeasuredBase(loaded) if len(config.model) > 1 else MeasuredBase.of(loaded)
     options: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS} | {"tokenizer": tokenizer}
     options |= {"judge": load_judge(config, loaded) if config.judge else None, "progress": say}
-    start = Start(config.base, probe(loaded), rounding_tolerance(loaded))
+    start = Start(config.base, probe(loaded))
     for model, name, run, of, new_task in zip(config.model, names, runs, settings, new_tasks, strict=True):
         if len(config.model) > 1:
             say(f"model {name}")
         rows = trained_rows(config, (of.get("replay_dataset") or {}).get("source"), tokenizer)
         found, named = sources | {"new_task": new_task}, options | {"name": name}
-        report, end = measure_model(config, model, base, found, rows, named, start)
-        start = end if config.chain else start
+        report, start = measure_model(config, model, base, found, rows, named, start)
         report.data.update(run)
         yield report
 
@@ -283,7 +282,7 @@ def measure_model(
     options: dict[str, Any],
     start: Start,
 ) -> tuple[ForgettingReport, Start]:
-    """The report of one model, trained on `rows`, and what a stage after it begins from; it is freed afterwards."""
+    """The report of one model, trained on `rows`, and from what the next should begin; it is freed afterwards."""
     tokenizer, like = options["tokenizer"], base.model
     how: dict[str, Any] = {"dtype": like.dtype, "attn_implementation": like.config._attn_implementation}
     tuned = load_model(model, device=like.device, trust_remote_code=config.trust_remote_code, **how)
@@ -296,7 +295,9 @@ def measure_model(
     warnings = other_base(model, tuned, start) + overlap_warnings(sources, rows, tokenizer)
     report = measure(base, tuned, sources.pop("retention"), **sources, **options)
     report.data["warnings"] = warnings + report.data["warnings"]
-    return report, Start(model, probe(tuned), TOLERANCE[torch.bfloat16], is_stage=True)
+    if config.chain:
+        start = Start(model, probe(tuned), "the stage before it", TOLERANCE[torch.bfloat16])
+    return report, start
 
 
 def trained_rows(
@@ -356,15 +357,14 @@ def other_base(model: str, tuned: Any, start: Start) -> list[str]:
     """A warning where an adapter, switched off, leaves another model than the one that it should have begun from."""
     if not hasattr(tuned, "disable_adapter"):
         return []
-    with Reference().base(tuned) as base:
-        found = probe(base)
-    if found.shape == start.probe.shape and prediction_difference(found, start.probe) <= start.tolerance:
-        return []
-    what = "the stage before it" if start.is_stage else "the base"
-    return [
-        f"the adapter {model!r} switched off is not {start.name!r}, {what}: it was trained on another base, or "
-        "rewrites its own; what is measured is that difference, too"
-    ]
+    try:
+        Reference().prove(tuned, start.probe, start.tolerance)
+    except ValueError:
+        return [
+            f"the adapter {model!r} switched off is not {start.name!r}, {start.what}: it was trained on another base, "
+            "or rewrites its own; what is measured is that difference, too"
+        ]
+    return []
 
 
 def load_judge(config: MeasureConfig, base: PreTrainedModel) -> Judge:

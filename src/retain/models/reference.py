@@ -151,8 +151,12 @@ class Reference:
         shared = {id(one) for one in self.ref_model.parameters()} & {id(one) for one in model.parameters()}
         return bool(shared) or runs_through(self.ref_model, model)
 
-    def prove(self, model: Any, base_probe: Float[Tensor, "rows length vocab"]) -> None:
-        """Refuse a reference that does not give the base's predictions, or moves with the model."""
+    def prove(self, model: Any, base_probe: Float[Tensor, "rows length vocab"], tolerance: float | None = None) -> None:
+        """Refuse a reference that does not give the base's predictions, or moves with the model.
+
+        Args:
+            tolerance: of `prediction_difference`; by default that of the model's dtype.
+        """
         if self.moves_with(model):
             raise ValueError(
                 "replay_reference: the reference moves with the model (they share weights or a forward pass), so "
@@ -165,7 +169,7 @@ class Reference:
                 f"replay_reference: {self.kind!r} does not give the base's predictions; hand over the base, and the "
                 "adapter as peft_config"
             )
-        if (difference := prediction_difference(found, base_probe)) > rounding_tolerance(model):
+        if (difference := prediction_difference(found, base_probe)) > (tolerance or rounding_tolerance(model)):
             raise ValueError(
                 f"replay_reference: {self.kind!r} is not the base (log-probabilities differ by {difference:.2g} of "
                 f"their spread): {_why(model)}; use replay_reference copy, or an adapter that leaves the base as it is"

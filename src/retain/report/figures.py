@@ -61,9 +61,8 @@ class Panel:
 
 def panels(runs: ReportRuns, compared: Comparison | None) -> list[Panel]:
     """The figures of what was measured."""
-    if (
-        len(runs) > 1 and not compared
-    ):  # stages: each was trained on a task of its own, and followed against another base
+    are_stages = len(runs) > 1 and not compared  # each trained on its own task, and followed against another base
+    if are_stages:
         return _intervals(runs)
     learning = [_learning(runs, compared, text) for text in names_of_texts(runs)]
     return [*filter(None, learning), *_curves(runs), *_intervals(runs)]

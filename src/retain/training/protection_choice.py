@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from retain.data.rows import Reading, read_text
 from retain.training.anchor import ADAMW
+from retain.training.beta2_half_life import mean_row_length, tokens_per_step
 from retain.training.config import ReplayConfig
 
 PROTECTING = ("replay_objective", "replay_coef", "anchor_coef")  # with any of these given, nothing is chosen
@@ -103,40 +103,44 @@ def choose_protection(args: Any, model_args: Any) -> ProtectionChoice:
     return ANCHORED if held and args.optim in ADAMW else CHOSEN_PROTECTION
 
 
-def suits_anchor(model: Any, adapter: Any, tokens_a_step: float) -> bool:
+def suits_anchor(model: Any, adapter: Any, new_tokens: float) -> bool:
     """Whether all that is trained lies in linear layers, and the anchor's turns cost little beside a step.
 
     Args:
         adapter: a PEFT configuration, or None for full finetuning, in which every matrix is turned: 2/3 · d/T of a
             step's operations, d the residual stream's width and T the tokens.
-        tokens_a_step: new tokens of an optimizer step on a device.
+        new_tokens: of an optimizer step on a device.
     """
     modules = dict(model.named_modules())
-    if adapter is None:
-        experts = any(weight.ndim > 2 for weight in model.parameters())
-        width = model.config.get_text_config().hidden_size
-        few = 2 / 3 * width > MAX_TURNING * tokens_a_step
-        return not (experts or few or any(isinstance(module, Conv1D) for module in modules.values()))
-    if adapter.target_modules in (None, "all-linear"):
-        return not any(isinstance(module, Conv1D) for module in modules.values())
-    places = [module for name, module in modules.items() if check_target_module_exists(adapter, name)]
-    return all(isinstance(module, nn.Linear) for module in places)
+    if adapter is not None and adapter.target_modules not in (None, "all-linear"):
+        places = [module for name, module in modules.items() if check_target_module_exists(adapter, name)]
+        return all(isinstance(module, nn.Linear) for module in places)
+    if any(isinstance(module, Conv1D) for module in modules.values()):
+        return False
+    if adapter is not None:
+        return True
+    has_experts = any(weight.ndim > 2 for weight in model.parameters())
+    turning = 2 / 3 * model.config.get_text_config().hidden_size / new_tokens
+    return not has_experts and turning <= MAX_TURNING
 
 
-def settled(choice: ProtectionChoice, model: Any, adapter: Any, tokens_a_step: float) -> ProtectionChoice:
+def settled(choice: ProtectionChoice, model: Any, adapter: Any, new_tokens: float) -> ProtectionChoice:
     """What was chosen before the model was known, or KL alone in the place of an anchor that does not suit it."""
-    return choice if choice.anchor_coef and suits_anchor(model, adapter, tokens_a_step) else CHOSEN_PROTECTION
+    return choice if choice.anchor_coef and suits_anchor(model, adapter, new_tokens) else CHOSEN_PROTECTION
 
 
-def tokens_a_step(rows: Any, tokenizer: Any, args: Any) -> float:
+def new_tokens_per_step(rows: Any, tokenizer: Any, args: Any) -> float:
     """New tokens of an optimizer step on a device, by the first rows of the data; packed rows are full."""
-    reading = Reading(dataset_text_field=args.dataset_text_field)
-    lengths = [
-        len(row["input_ids"] if "input_ids" in row else read_text(row, tokenizer, reading=reading).ids)
-        for row in itertools.islice(rows, 0 if args.packing else FIRST_ROWS)
-    ]
-    mean = np.mean(np.minimum(lengths, args.max_length)) if lengths else args.max_length
-    return float(mean) * args.train_batch_size * args.gradient_accumulation_steps
+    length = args.max_length
+    if not args.packing:
+        reading = Reading(assistant_only_loss=False, dataset_text_field=args.dataset_text_field)
+        first = itertools.islice(rows, FIRST_ROWS)
+        read = [
+            row if "input_ids" in row else {"input_ids": read_text(row, tokenizer, reading=reading).ids}
+            for row in first
+        ]
+        length = mean_row_length(read, length)
+    return tokens_per_step(args, length) / args.world_size
 
 
 def rows_drawn(config: ReplayConfig, args: Any, steps: int) -> int:
