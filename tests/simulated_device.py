@@ -3,6 +3,8 @@
 torch's key for accelerators from elsewhere, PrivateUse1, leads here. An operation runs the CPU's kernel on the same
 memory, and refuses what a GPU refuses: operands of two devices, a generator of another device; and float64 where
 `has_float64` is false, as on Apple's. What it says nothing of: kernels and their rounding, streams, speed, memory.
+
+RETAIN_TEST_DEVICE=cuda runs the same tests on a GPU (`make gpu`).
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ try:
 except ImportError:
     pytest.skip("this torch lets no device be written in Python", allow_module_level=True)
 
-DEVICE = "sim"
+DEVICE = os.environ.get("RETAIN_TEST_DEVICE", "sim")
+SIMULATED = DEVICE == "sim"
+REAL_TOLERANCE = 1e-3  # a GPU sums in another order
 FREE_MEMORY = 1 << 30
 ON_CPU, ON_EXTENSION = 1, 12  # DLPack's numbers
 OTHER = "Expected all tensors to be on the same device"
@@ -46,14 +50,19 @@ aten = torch.ops.aten
 
 
 def on_device(test: Callable[..., None]) -> Callable[..., None]:
-    """Runs a test in a process of its own that has the device: no other test meets it.
+    """Runs a test in a process of its own that has the device: no other test meets it. A real one needs none.
 
     It is a copy of a process that has taken no backward pass: autograd counts the devices at its first one.
     """
 
     @functools.wraps(test)
     def run(tmp_path: Path, **given: Any) -> None:
-        said, given = tmp_path / "said.txt", {name: one for name, one in given.items() if name != "monkeypatch"}
+        said = tmp_path / "said.txt"
+        if not SIMULATED:
+            place(DEVICE)
+            with said.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+                return test(tmp_path=tmp_path, **given)
+        given = {name: one for name, one in given.items() if name != "monkeypatch"}
         process = untouched().Process(target=run_there, args=(test.__module__, test.__name__, said, given), daemon=True)
         process.start()
         process.join(120)
@@ -96,6 +105,7 @@ def place(device: str) -> None:
 
 def assert_as_on_cpu(work: Callable[[str], Any], tolerance: float = 1e-5) -> None:
     """The same numbers and texts on both devices, whatever holds them."""
+    tolerance = tolerance if SIMULATED else max(tolerance, REAL_TOLERANCE)
     found = []
     for device in ("cpu", DEVICE):
         place(device)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import simulated_device
 from conftest import make_model, make_tokenizer
-from simulated_device import DEVICE, assert_as_on_cpu, on_device
+from simulated_device import DEVICE, SIMULATED, assert_as_on_cpu, on_device
 
 from retain.replay.dataset import load_self_generated
 from retain.replay.provenance import check_pool
@@ -34,6 +34,7 @@ def test_a_pool_is_the_models_own_on_either_device(tmp_path):
     check_pool(make_model(), rows, half=False)
 
 
+@pytest.mark.skipif(not SIMULATED, reason="says how much memory there is")
 @on_device
 def test_the_batch_size_fits_the_memory_of_the_device(monkeypatch, tmp_path):
     model, per_row = make_model().to(DEVICE), 2 * 2 * 2 * 8 * 64 * 4 + 32 * 320
