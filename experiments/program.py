@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,10 @@ def conduct(
     try:
         if not options.report:
             prepare(name)
-            make_parts(make, name, parts(scales[name]) if chosen is None else chosen, workers)
+            makes = partial(make_on_ray if options.engine == "ray" else make_parts, make, name, workers=workers)
+            makes(parts(scales[name]) if chosen is None else chosen)
             for later in then if chosen is None else ():
-                make_parts(make, name, later(name), workers)
+                makes(later(name))
         found = report(name)
     except NoReport as error:
         raise SystemExit(f"{folder.name}, scale {name}: {error}") from error
@@ -81,12 +83,27 @@ def parse_arguments(doc: str, scales: Mapping[str, Any], arguments: Sequence[str
     parser.add_argument(f"--{only}", type=lambda word: int(word) if word.isdigit() else word, nargs="*",
                         help="only these")  # fmt: skip
     parser.add_argument("--num_workers", type=int, help="processes (laptop 2, gpu 3)")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local",
+                        help="ray: on the cluster of RAY_ADDRESS, in a checkout that its machines share")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="remake the table and the figure only")
     start_process()
     options = parser.parse_args(arguments)
     if options.scale != "laptop":
         logger.warning("scale %s: nobody has run these settings yet", options.scale)
     return options
+
+
+def make_on_ray(make: Callable[[str, Any], object], name: str, parts: Sequence[Part], workers: int) -> None:
+    """Make the parts on a Ray cluster; a lost machine costs the runs that it had under way."""
+    from retain.sampling.ray_workers import ray_workers
+
+    def maker() -> Callable[[Part], object]:
+        start_process()
+        return partial(make, name)
+
+    with ray_workers(maker, num_workers=min(workers, len(parts))) as spread:
+        for part, _ in spread(parts):
+            logger.info("made: %s", part)
 
 
 def make_parts(make: Callable[[str, Any], object], name: str, parts: Sequence[Part], workers: int) -> None:

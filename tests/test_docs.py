@@ -44,7 +44,10 @@ OTHERS = {
     "--report",
 }
 OTHERS |= {"--batch_sizes", "--rows", "--length"}
-OF_EXTRAS = {"retain.sampling.ray_engine", "retain.sampling.vllm_engine", "retain.training.axolotl_plugin"}
+OF_EXTRAS = {
+    *(f"retain.sampling.{name}" for name in ("ray_engine", "ray_workers", "vllm_engine")),
+    "retain.training.axolotl_plugin",
+}
 
 
 def ids(path: Path) -> str:

@@ -324,7 +324,7 @@ def test_a_killed_ray_worker_loses_no_rows(workers, llama_folder, whole, tmp_pat
         deadline = time.monotonic() + 60
         while not killed and time.monotonic() < deadline:
             for pid in before:
-                if "ray::Worker.draw" in "".join(psutil.Process(pid).cmdline()) and not killed:
+                if "ray::Worker.work" in "".join(psutil.Process(pid).cmdline()) and not killed:
                     os.kill(pid, signal.SIGKILL)
                     killed.append(pid)
 
@@ -398,7 +398,7 @@ def test_an_interrupted_ray_job_stops_cleanly_and_goes_on(cluster, workers, llam
         if done.returncode:
             break
     assert done.returncode == 130, done.stderr[-3000:]
-    assert done.stderr.splitlines()[-1] == "retain sample: interrupted; the same command goes on where it stopped"
+    assert done.stderr.splitlines()[-1] == "retain sample: interrupted; run the same command again to resume"
     assert "Traceback" not in done.stderr + done.stdout
     assert 1 <= len(contents(folder)) <= 6
     deadline = time.monotonic() + 20

@@ -21,11 +21,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from retain.files import append_jsonl, first_line, read_jsonl
+from retain.files import append_jsonl, read_jsonl
 
 RESUMABLE = ("finetune", "pretrain")  # from a checkpoint, by a flag; other verbs resume or begin again by themselves
 SECONDS_TO_STOP = 30.0  # in which a run may write a checkpoint
-MAX_RETRIES = 10  # of a run whose Ray worker was lost
 # The program of a run. It ends with the process that began it, however that ends: nobody then holds the other end of
 # its standard input.
 PROGRAM = """
@@ -176,34 +175,17 @@ def run_here(runs: Sequence[VerbRun], root: Path, record: Record, *, num_workers
 
 
 def run_on_ray(runs: Sequence[VerbRun], root: Path, record: Record, *, num_workers: int | None, threads: int) -> None:
-    """Make the runs on the Ray cluster of RAY_ADDRESS, or one begun here; a lost worker costs its run only.
+    """Make the runs on the Ray cluster of RAY_ADDRESS, or one begun here; a lost machine costs the runs that it had.
 
     All machines of the cluster share the folder `root`.
     """
-    import ray
+    from retain.sampling.ray_workers import ray_workers
 
-    from retain.sampling.ray_engine import cluster
-
-    def outcome(run: VerbRun, program: str) -> dict[str, Any]:
+    def outcome(run: VerbRun, program: str = PROGRAM) -> dict[str, Any]:
         one = VerbProcess(run, root, threads, program)
         one.process.wait()
         return one.outcome()
 
-    todo, running = deque(runs), dict[Any, VerbRun]()
-    with cluster():
-        gpus = min(1.0, ray.cluster_resources().get("GPU", 0))
-        task = ray.remote(outcome).options(num_cpus=threads, num_gpus=gpus, max_retries=MAX_RETRIES)
-        try:
-            while todo or running:
-                while todo and (num_workers is None or len(running) < num_workers):
-                    run = todo.popleft()
-                    running[task.remote(run, PROGRAM)] = run
-                [done], _ = ray.wait(list(running))
-                run = running.pop(done)
-                try:
-                    record(run, ray.get(done))
-                except ray.exceptions.RayError as error:  # lost too often, or no machine can begin it
-                    record(run, {"exit_code": None, "seconds": 0.0, "last_line": first_line(error)})
-        finally:
-            for left in running:
-                ray.cancel(left, force=True)
+    with ray_workers(lambda: outcome, num_workers=num_workers, num_cpus=threads) as spread:
+        for run, found in spread(runs):
+            record(run, found)
