@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shlex
 import subprocess
 import sys
@@ -47,7 +48,7 @@ class Part:
     """A command that writes a file.
 
     Args:
-        command: `{out}` is the file, `{135M}` and `{1B}` are folders of models.
+        command: `{out}` is the file, else what it prints is; `{135M}` and `{1B}` are folders of models, `{rows}` texts.
         toy: flags in the place of those of the same name, for a rehearsal.
         minutes: after which it is stopped.
         result: what of its file is kept.
@@ -77,12 +78,22 @@ def rows(path: Path) -> Any:
     return {name: value for name, value in found.items() if name not in ("versions", "device")}
 
 
+def cost(path: Path) -> Any:
+    """What a dry run says of memory and time."""
+    return [line for line in path.read_text().splitlines() if line.startswith(("memory: ", "a step: "))]
+
+
 def compared(path: Path) -> Any:
     return json.loads((path / "report.json").read_text())["comparison"]
 
 
 TESTS = " ".join(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/test_*_on_device.py")))
 COST = "benchmarks/replay_cost.py --rows 16 --length 512 --shares 16 --cycles 10 --output {out}"
+BATCH_1 = (
+    "-m retain finetune --model {1B} --dataset_name {rows} --max_length 512 --max_steps 100 --dry_run true "
+    "--output_dir {out}.run --replay_dataset self --replay_num_rows 16 --report_to none --dtype bfloat16 "
+    "--per_device_train_batch_size 1 --gradient_checkpointing true "
+)
 PARTS = (
     Part("tests", f"-m pytest -q -W default -m 'not slow' --junitxml {{out}} {TESTS}", "", 2, passed),
     Part("cost 135M", f"{COST} --model {{135M}}", "--length 32 --cycles 2", 2, rows),
@@ -94,6 +105,9 @@ PARTS = (
     Part("step 1B", "benchmarks/replay_step.py --parts step --model {1B} --output {out}", "--rounds 1", 1, rows),
     Part("demo", "examples/demo.py --size medium --data_dir .cache/wheels --output_dir {out}",
          "--size small --data_dir nowhere", 3, compared),
+    *(Part(f"batch 1, {name}", BATCH_1 + flags, "--max_length 32", 1, cost)
+      for name, flags in (("Adafactor", "--optim adafactor"), ("LoRA", "--use_peft true --lora_r 16"),
+                          ("8-bit AdamW", "--optim adamw_torch_8bit --optim_args bf16_stochastic_round=True"))),
     Part("cost 1B", f"{COST} --model {{1B}}", "--length 32 --cycles 2", 2, rows),
 )  # fmt: skip
 
@@ -107,6 +121,14 @@ def random_model(shape: str, folder: Path) -> Path:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     word_tokenizer(config.vocab_size).save_pretrained(folder)
     return folder
+
+
+def texts(path: Path) -> Path:
+    """Rows of random words of the models' vocabulary."""
+    rng = random.Random(0)
+    lines = (json.dumps({"text": " ".join(f"w{rng.randint(1, 500)}" for _ in range(600))}) for _ in range(64))
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def words(part: Part, folders: dict[str, Path], out: Path, rehearse: bool) -> list[str]:
@@ -128,6 +150,8 @@ def run(part: Part, command: Sequence[str], out: Path, seconds: float, device: s
     began = time.monotonic()
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+        if not out.exists():
+            out.write_text(done.stdout)
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         outcome = "done" if done.returncode == 0 else f"exit code {done.returncode}: {''.join(lines)}"
     except subprocess.TimeoutExpired:
@@ -158,6 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folders = {
             shape: random_model("toy" if options.rehearse else shape, folder / shape) for shape in ("135M", "1B")
         }
+        folders["rows"] = texts(folder / "rows.jsonl")
         for number, part in enumerate(PARTS):
             left = deadline - time.monotonic()
             if part.name not in options.parts:

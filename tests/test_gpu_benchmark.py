@@ -36,7 +36,9 @@ def test_a_part_is_saved_beside_those_of_before_and_none_begins_without_time(tmp
 def test_every_part_is_rehearsed(tmp_path):
     found = rehearsed(tmp_path / "gpu.json")
     assert "no wheel of" in found.pop("demo")["outcome"]
+    assert "torchao" in found.pop("batch 1, 8-bit AdamW")["outcome"]  # is not installed here
     assert {row["outcome"] for row in found.values()} == {"done"}
     assert found["tests"]["result"]["failed"] == {}
     assert [row["method"] for row in found["cost 1B"]["result"]["cells"] if row["anchor"]] == ["full", "LoRA"]
+    assert [line.split()[0] for line in found["batch 1, LoRA"]["result"]] == ["memory:", "a"]
     assert found["sampling"]["result"]["results"][0]["case"] == "135M"

@@ -20,6 +20,7 @@ from trl import SFTConfig
 
 from retain import ReplayConfig, ReplayMixin, ReplaySFTTrainer, load_model
 from retain.cli.main import main
+from retain.files import read_jsonl
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
 TEXTS = make_texts(24)
@@ -75,6 +76,28 @@ def test_a_run_without_protection_says_so(world, tmp_path, capsys):
     plain = "--max_steps 1 --use_cpu true --bf16 false --report_to none --save_strategy no --max_length 24"
     assert main([*command.split(), *plain.split(), "--replay_coef", "0"]) == 0
     assert "protection: none (replay_coef 0)" in capsys.readouterr().out
+
+
+def test_one_row_at_a_time_in_bfloat16(world, tmp_path, capsys):
+    """The commands of the page, with a tiny model and the optimizer that is installed."""
+    page = re.search(r"## Full finetuning on one GPU.*?```bash\n(.*?)```", RECIPES.read_text(), re.DOTALL)[1]
+    names = {
+        "M": f"{world}/model",
+        "rows.jsonl": f"{world}/rows.jsonl",
+        "replay/": f"{tmp_path}/r",
+        "out": f"{tmp_path}/o",
+    }
+    sampled, tuned = (
+        [names.get(word, word) for word in line.split()[1:]]
+        for line in page.replace("\\\n", " ").replace("adamw_torch_8bit", "adafactor").strip().splitlines()
+    )
+    at = tuned.index("--optim_args")  # of torchao's
+    del tuned[at : at + 2]
+    assert main([*sampled, "--num_rows", "8", "--max_length", "24"]) == 0
+    plain = "--max_steps 4 --use_cpu true --bf16 false --report_to none --save_strategy no --max_length 24"
+    assert main([*tuned, *plain.split(), "--learning_rate", "1e-2", "--logging_steps", "1"]) == 0
+    kl = [row["replay/kl"] for row in read_jsonl(tmp_path / "o" / "metrics.jsonl") if "replay/kl" in row]
+    assert abs(kl[0]) < 1e-3 < kl[-1]
 
 
 # Other trainers
