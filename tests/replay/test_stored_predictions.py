@@ -238,12 +238,16 @@ def test_checkpointing_changes_nothing_with_stored_predictions(
     assert difference(*(weights(trainer.model) for trainer in found)) == 0.0
 
 
-@pytest.mark.parametrize("adapter", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
-def test_bf16_training_from_stored_predictions_is_near_training_with_the_base(
-    datasets: dict[str, ReplayDataset], tmp_path: Path, adapter: bool
+@pytest.mark.parametrize(
+    ("dtype", "adapter"),
+    [("bf16", False), *(pytest.param(*more, marks=pytest.mark.slow)
+                        for more in (("bf16", True), ("fp16", False), ("fp16", True)))],
+)  # fmt: skip
+def test_half_precision_from_stored_predictions_is_near_training_with_the_base(
+    datasets: dict[str, ReplayDataset], tmp_path: Path, dtype: str, adapter: bool
 ) -> None:
     """Stored in float32, compared with predictions under autocast: off by the noise of bf16, and no more."""
-    changes = {"bf16": True, **SGD}
+    changes = {dtype: True, **SGD}
     live_kind = "adapter" if adapter else "copy"
     live = run(tmp_path, datasets["hidden"], live_kind, changes=changes, **of_lora(adapter, 0.0))
     stored = run(tmp_path, datasets["hidden"], "cache", changes=changes, **of_lora(adapter, 0.0))

@@ -61,7 +61,11 @@ MORE: dict[str, tuple[str, dict[str, Any] | None, str, dict[str, Any]]] = {
     "adapter-replace": ("llama", LORA, "replace", {}),
     "copy-evaluated": ("llama", None, "kl", {"eval_strategy": "steps", "eval_steps": 1}),
     "adapter-evaluated": ("llama", LORA, "kl", {"eval_strategy": "steps", "eval_steps": 1}),
+    "cache-evaluated": ("llama", None, "kl", {"eval_strategy": "steps", "eval_steps": 1}),
     "copy-budget": ("llama", None, "kl", FOUR),
+    "adapter-budget": ("llama", LORA, "kl", FOUR),
+    "cache-budget": ("llama", None, "kl", FOUR),
+    "cache-anchor": ("llama", None, "kl", ADAM | FASTER | FOUR),
     "copy-resumed": ("llama", None, "kl", SAVING),
     "adapter-resumed": ("llama", LORA, "kl", SAVING),
     "anchor-resumed": ("qwen3", None, "kl", SAVING),
@@ -70,6 +74,7 @@ MORE: dict[str, tuple[str, dict[str, Any] | None, str, dict[str, Any]]] = {
     "joint-accumulated": ("llama", LORA, "kl", {"gradient_accumulation_steps": 2}),
     "copy-bf16": ("llama", None, "kl", {"bf16": True}),
     "adapter-bf16": ("llama", LORA, "kl", {"bf16": True}),
+    "cache-bf16": ("llama", None, "kl", {"bf16": True}),
 }
 ANCHORED = {
     "whole-anchor": ("qwen3", None, "kl", ADAM),

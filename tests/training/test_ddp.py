@@ -103,7 +103,7 @@ def test_two_processes_are_one_in_more_settings(more: dict[str, Found], way: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["copy-bf16", "adapter-bf16"])
+@pytest.mark.parametrize("name", ["copy-bf16", "adapter-bf16", "cache-bf16"])
 def test_two_processes_in_bf16_are_one_but_for_its_rounding(more: dict[str, Found], way: str, name: str) -> None:
     """Batches of another size round otherwise; FSDP2 keeps weights in bf16 that autocast leaves in float32."""
     one, two = more["one"][name], more[way][name]

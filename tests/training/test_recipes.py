@@ -14,7 +14,7 @@ import yaml
 from conftest import CHATML, make_model, make_texts, make_tokenizer, save_model
 from datasets import Dataset
 from peft import LoraConfig
-from training_runs import LORA, SETTINGS, TOKENIZER, assert_kl_rises_from_zero, logged, rows_of
+from training_runs import LORA, SETTINGS, TOKENIZER, assert_kl_rises_from_zero, difference, logged, rows_of, weights
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 
@@ -106,7 +106,7 @@ def test_one_row_at_a_time_in_bfloat16(world, tmp_path, capsys):
 def trainer_of(kind: str, folder: Path, model: Any, replay: ReplayConfig, **changes: Any) -> Any:
     host, settings = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
     special: dict[str, Any] = {"max_length": 64}
-    extra: dict[str, Any] = {}
+    extra = {name: changes.pop(name) for name in ("peft_config",) if name in changes}
     rows: list[dict[str, Any]] = [{"prompt": text[:20]} for text in TEXTS]
     if kind in ("GRPO", "RLOO"):
         special = {"num_generations": 2, "max_completion_length": 8}
@@ -140,20 +140,23 @@ def test_mixin_over_other_trainers(kind, world, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_accumulation_changes_nothing_in_grpo(world, tmp_path):
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_accumulation_changes_nothing_in_grpo(lora, world, tmp_path):
     """All rewards are one, so the host's loss is 0 and the weights move by replay alone."""
     found = []
     for batch, steps in ((4, 1), (2, 2)):
         replay = ReplayConfig(replay_objective="ntp", replay_coef=2.0, per_device_replay_batch_size=batch)
         changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "optim": "sgd"}
         changes |= {"learning_rate": 0.3, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
-        reward = {"reward": lambda completions, **_: [1.0] * len(completions)}
-        trainer = trainer_of("GRPO", tmp_path / str(batch), make_model(scale=2.0), replay, **changes, **reward)
+        changes |= {"reward": lambda completions, **_: [1.0] * len(completions)}
+        changes |= {"peft_config": LoraConfig(**LORA)} if lora else {}
+        torch.manual_seed(0)
+        trainer = trainer_of("GRPO", tmp_path / str(batch), make_model(scale=2.0), replay, **changes)
+        start = weights(trainer.model)
         trainer.train()
-        found.append({name: value.detach().clone() for name, value in trainer.model.named_parameters()})
-    start = dict(make_model(scale=2.0).named_parameters())
-    assert max(float((found[0][name] - found[1][name]).abs().max()) for name in start) < 2e-6
-    assert max(float((found[0][name] - start[name]).abs().max()) for name in start) > 1e-2
+        found.append(weights(trainer.model))
+    assert difference(*found) < 2e-6
+    assert difference(found[0], start) > 1e-2
 
 
 # Settings
