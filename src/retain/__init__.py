@@ -43,11 +43,11 @@ _HOMES = {
 __all__ = sorted([*_HOMES, "__version__", "versions"])
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries on which a number depends."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the libraries on which a number depends, and of more packages."""
     names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy")
     own = {"python": platform.python_version(), "retain": __version__}
-    return own | {name: _version(name) for name in names}
+    return own | {name: _version(name) for name in (*names, *more)}
 
 
 @cache  # a version does not change while a program runs, and every run's files name eight of them

