@@ -18,6 +18,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from scipy.stats import chi2
 from torch import Tensor
+from torch.nn import functional as F
 
 from retain.models.loading import load_model, load_tokenizer
 from retain.replay.dataset import read_manifest, read_shards
@@ -115,12 +116,26 @@ def test_tokens_are_drawn_from_the_models_distribution(many_rows, model, place):
     assert max(wrong) < 1e-6, "it can fail"
 
 
+def assert_as_often(drawn: Tensor, said: Tensor) -> None:
+    """That something was drawn as often as the model says: within four standard errors of a sum of single draws."""
+    assert abs(float(drawn.sum() - said.sum())) < 4 * float((said * (1 - said)).sum().sqrt())
+
+
 def test_ends_of_documents_are_drawn_as_often_as_the_model_says_and_rows_go_on(many_rows, model):
     """`min_tokens` would forbid them; without `ignore_eos` they would end the row."""
-    drawn, said = many_rows[:, 3:] == EOS, predictions(model, many_rows)[:, 2:, EOS].double().exp()
+    drawn = torch.from_numpy(many_rows[:, 3:] == EOS)
     assert drawn[:, :-1].sum() > 100
-    assert abs(drawn.sum() - float(said.sum())) < 4 * float((said * (1 - said)).sum().sqrt())
+    assert_as_often(drawn, predictions(model, many_rows)[:, 2:, EOS].double().exp())
     assert len(np.unique(many_rows[:, 4:][drawn[:, :-1]])) > 50, "what follows them"
+
+
+def test_tokens_are_repeated_as_often_as_the_model_says(many_rows, model):
+    """A penalty would change that, which few draws of one token do not show."""
+    tokens, said = torch.from_numpy(many_rows).long(), predictions(model, many_rows)[:, 2:].exp()
+    seen = torch.stack([F.one_hot(tokens[:, :at], said.shape[-1]).amax(1) for at in range(3, LENGTH)], dim=1)
+    repeated = seen.gather(-1, tokens[:, 3:, None]).squeeze(-1)
+    assert repeated.sum() > 100
+    assert_as_often(repeated, (said * seen).sum(-1).double())
 
 
 def test_the_generation_config_changes_nothing_and_bfloat16_weights_are_loaded_as_float32(folder, tmp_path):
@@ -142,7 +157,9 @@ def test_the_generation_config_changes_nothing_and_bfloat16_weights_are_loaded_a
 def test_float32_weights_are_loaded_as_bfloat16(folder, model):
     """On a processor with AMX a first batch of a few tokens would die of SIGILL: vLLM's attention takes AMX's tiles
     without asking Linux for them, and only larger matrix products ask."""
+    random_state = torch.random.get_rng_state()
     drawn = draw(open_engine(folder, torch.bfloat16), [BEGINNING] * 64)
+    assert torch.equal(torch.random.get_rng_state(), random_state), "the seed that vLLM sets is its worker's"
     off = np.abs(drawn.logprobs - row_logprobs(model, drawn.tokens, drawn.prefix_lengths)).max()
     assert 0.1 < off < 1.0, "rounded to eight bits, where float16 has eleven"
 
