@@ -1,233 +1,198 @@
-"""Bases of several sizes and lengths on one synthetic language, and their finetunes on another: rows of results.
-
-Studies 07, 08 and 13 share them. A row is a finetune of a fixed number of steps; one with a coefficient below 1 ends
-where its new-task loss comes down to the target.
-"""
+"""Bases, mixtures and finetunes, each kind of them in one loop: rows of results."""
 
 from __future__ import annotations
 
-import functools
 import logging
-import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.func import vmap
 
-from experiments.finetunes import Bench, Run, StudyResults, finetune
-from experiments.lab_bases import open_lab_bench, pretrain
-from retain import load_model
-from retain.lab.models import counted_size_of, expand, make_config
-from retain.lab.pretrain import PretrainConfig, open_corpus
+from experiments.corpora import CACHE
+from experiments.ensemble import Ensemble, Flat, evaluate, schedule, step_rows
+from experiments.finetunes import StudyResults, written_by
+from experiments.study_07_capacity.settings import Arm, Scale, Start
+from retain.files import atomic_path
+from retain.lab.models import expand, make_model
+from retain.lab.pretrain import Corpus, PretrainArguments, open_corpus
+from retain.lab.runner import run_key
+from retain.lab.streams import RowFunction, mixture
 
 logger = logging.getLogger("experiments")
-A_DECADE = 16  # checkpoints for each tenfold of pretraining
-FIRST_STEPS = 8
-HELD_OUT = 128  # rows of each language on which finetunes are measured
-Row = dict[str, Any]
+BETA2 = 0.999
+TUNE_SEED, REPLAY_SEED = 1_000, 7_000  # added to the seed: rows of a finetune are none of the base's
+AT_ONCE = 64  # steps of replay whose base predictions are held
 
 
-@dataclass(frozen=True)
-class Size:
-    """A model size, its most tokens per parameter, and coefficients about the one that just reaches the target."""
-
-    name: str
-    most: float
-    coefs: tuple[float, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """Two languages, how models are pretrained on one and finetuned on the other, and how far."""
-
-    num_states: int = 64
-    vocab_size: int = 32
-    branching: int = 4
-    max_length: int = 64
-    batch_size: int = 64
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
-    sizes: tuple[Size, ...] = (
-        Size("6400", 562.3413, (1.0, 3.0)),
-        Size("26e3", 133.3521, (10.0, 30.0)),
-        Size("57e3", 17.7828, (10.0, 30.0)),
+def arguments(scale: Scale, num_steps: int, **more: Any) -> PretrainArguments:
+    """AdamW's; a twentieth of the steps warm-up, then linear to 0."""
+    return PretrainArguments(
+        output_dir=str(CACHE), max_steps=num_steps, lr_scheduler_type="linear", warmup_steps=0.05, use_cpu=True, **more
     )
-    target: float = 2.05
-    tune_learning_rate: float = 2e-3
-    tune_rows: int = 16
-    replay_rows: int = 16
-    replay_pool: int = 4096
-    max_steps: int = 300
-    eval_steps: int = 25
 
-    def facts(self) -> Row:
-        """What decides a finetune, beside its base and coefficient."""
-        return {name: value for name, value in asdict(self).items() if name != "sizes"}
 
-    def size(self, name: str) -> Size:
-        return next(size for size in self.sizes if size.name == name)
+@cache
+def corpora(scale: Scale, which: int) -> dict[int, Corpus]:
+    """The old language (0) or the new one (1), for each seed."""
+    return {seed: open_corpus(scale.language(which), seed) for seed in range(scale.seeds)}
 
-    def language(self, size: str, seed: int) -> PretrainConfig:
-        """The old language (0) or the new one (1)."""
-        return PretrainConfig(
-            corpus="synthetic", model_size=size, num_states=self.num_states, vocab_size=self.vocab_size,
-            branching=self.branching, max_length=self.max_length, language_seed=seed,
+
+def held_out_losses(scale: Scale, flat: Flat, weights: Tensor, of_seed: Tensor) -> dict[str, list[float]]:
+    """Each member's loss on the held-out rows of its seed, old and new language."""
+    found = {}
+    for which, name in enumerate(("old", "new")):
+        rows = np.stack([corpus.held_out for corpus in corpora(scale, which).values()]).astype(np.int64)
+        losses = evaluate(flat, weights, torch.from_numpy(rows), of_seed)
+        found[name] = [round(loss, 5) for loss in losses.tolist()]
+    return found
+
+
+def folder_of(scale: Scale) -> Path:
+    """Where weights and drawn rows lie: of these languages and this pretraining."""
+    own = ("targets", "starts", "arms", "tune_rows", "tune_learning_rate")
+    return CACHE / "capacity" / run_key({name: value for name, value in asdict(scale).items() if name not in own}, "")
+
+
+def pretrain(scale: Scale, size: str, length: float, results: StudyResults) -> tuple[Flat, dict[float, Tensor]]:
+    """For each share of the new language, the weights of all seeds, shape (seeds, parameters); made once."""
+    shares, path = scale.shares_at(size, length), folder_of(scale) / f"{size}-{length:g}.safetensors"
+    flat, members = Flat.of(scale.shape(size)), [(share, seed) for share in shares for seed in range(scale.seeds)]
+    if not path.is_file():
+        weights = torch.stack([flat.vector(make_model(flat.model.config, seed)) for _, seed in members])
+        args = arguments(scale, scale.pretrain_steps(size, length))
+        streams = [_mixed(scale, share, seed, args.max_steps * scale.batch_size) for share, seed in members]
+        weights = Ensemble(flat, flat.loss, args).train(
+            weights, torch.full((len(members),), BETA2, dtype=torch.float64), _rates(args, scale.learning_rate, members),
+            lambda done: ((rows,) for rows in step_rows(streams, scale.batch_size, range(done, args.max_steps))),
+            path.with_suffix(".checkpoint"),
         )  # fmt: skip
-
-    def lengths(self, size: str) -> list[float]:
-        """Tokens per parameter at which the base is kept: even on a log scale, up to the size's most."""
-        num_params = counted_size_of(make_config(size, vocab_size=self.vocab_size, max_length=self.max_length))
-        least = FIRST_STEPS * self.batch_size * self.max_length / num_params
-        first, last = math.ceil(A_DECADE * math.log10(least)), round(A_DECADE * math.log10(self.size(size).most))
-        return [round(10 ** (at / A_DECADE), 4) for at in range(first, last + 1)]
-
-    def pretraining(self) -> Row:
-        return {
-            "per_device_train_batch_size": self.batch_size, "learning_rate": self.learning_rate,
-            "warmup_steps": self.warmup_steps, "eval_strategy": "no", "logging_strategy": "no",
-        }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file({"weights": weights}, temporary)
+    weights = load_file(path)["weights"]
+    losses = held_out_losses(scale, flat, weights, torch.tensor([seed for _, seed in members]))
+    for at, (share, seed) in enumerate(members):
+        row = {"kind": "base", "size": size, "tokens_per_param": length, "share": share, "seed": seed,
+               "batch_size": scale.batch_size, "learning_rate": scale.learning_rate}  # fmt: skip
+        results.make(row, lambda at=at: {name: values[at] for name, values in losses.items()})
+    logger.info("%s, %g tokens per parameter: %s", size, length, losses)
+    return flat, dict(zip(shares, weights.split(scale.seeds), strict=True))
 
 
-def bases(world: World, size: str, seed: int) -> dict[float, Row]:
-    """A size's base at every length, from one run at a constant learning rate."""
-    return pretrain(world.language(size, 0), world.lengths(size), seed=seed, **world.pretraining())
+def _rates(args: PretrainArguments, peak: float, members: Sequence[Any]) -> Any:
+    share = schedule(args)
+    return lambda at: torch.full((len(members),), peak * share(at))
 
 
-def at_length(world: World, size: str, tokens_per_param: float) -> float:
-    """The length at which a base is kept that comes nearest."""
-    return min(world.lengths(size), key=lambda one: abs(math.log(one / tokens_per_param)))
+def _mixed(scale: Scale, share: float, seed: int, num_rows: int) -> RowFunction:
+    old, new = (corpora(scale, which)[seed].stream(num_rows, seed) for which in (0, 1))
+    return mixture([(1 - share, old), (share, new)], num_rows, seed) if share else old
 
 
-def at_loss(world: World, size: str, curve: Row, loss: float) -> float:
-    """The length whose base comes nearest to a held-out loss: first on its curve where several do.
-
-    Args:
-        curve: the row of `curve_row`.
-    """
-    found = {length: min(curve["curve"], key=lambda at: abs(at[0] - length))[1] for length in world.lengths(size)}
-    return min(found, key=lambda length: abs(found[length] - loss))
-
-
-def curve_row(world: World, size: str, seed: int, results: StudyResults) -> Row:
-    """Tokens per parameter and held-out loss along a base's pretraining, as a row."""
-    settings = {"kind": "base", "size": size, "seed": seed, "most": world.size(size).most,
-                **{name: value for name, value in world.facts().items() if name in world.language(size, 0).__dict__},
-                **world.pretraining()}  # fmt: skip
-
-    def compute() -> Row:
-        found = bases(world, size, seed)
-        last = found[max(found)]
-        curve = [[round(at, 3), round(loss, 4)] for at, loss in last["curve"]]
-        return {"num_params": last["num_params"], "curve": curve, "ideal_loss": round(last["ideal_loss"], 5)}
-
-    return results.make(settings, compute)
+def start_of(scale: Scale, start: Start, results: StudyResults) -> tuple[Flat, Tensor, dict[int, float]]:
+    """The weights of a start, shape (seeds, parameters), and each seed's tokens per parameter."""
+    made = {length: pretrain(scale, start.size, length, results) for length in start.tokens_per_param}
+    lengths, (flat, _) = list(made), next(iter(made.values()))
+    chosen = dict.fromkeys(range(scale.seeds), lengths[0])
+    if len(lengths) > 1:
+        bases = {(row["settings"]["size"], row["settings"]["tokens_per_param"], row["settings"]["seed"]): row["old"]
+                 for row in results.rows_with({"kind": "base", "share": 0.0})}  # fmt: skip
+        for seed in chosen:
+            wanted = bases[scale.small, scale.lengths[-1], seed]
+            chosen[seed] = min(lengths, key=lambda at: abs(bases[start.size, at, seed] - wanted))
+    weights = torch.stack([made[length][1][0.0][seed] for seed, length in chosen.items()])
+    if start.widened:
+        grown = [expand(flat.model_of(one), seed=seed, **dict(start.widened)) for seed, one in enumerate(weights)]
+        flat = Flat.of(grown[0].config)
+        weights = torch.stack([flat.vector(model) for model in grown])
+    return flat, weights, chosen
 
 
-@functools.lru_cache(maxsize=2)
-def bench_of(world: World, folder: Path, size: str, seed: int) -> Bench:
-    """Rows of the new language, held-out rows of the old one, and replay that the base writes."""
-    old, new = (open_corpus(world.language(size, which), seed) for which in (0, 1))
-    num_train = world.max_steps * world.tune_rows
-    return open_lab_bench(
-        folder, new, old, num_train=num_train, num_replay=world.replay_pool, held_out=HELD_OUT, seed=seed
-    )
+def tune_all(scale: Scale, name: str, start: Start, results: StudyResults) -> None:
+    """Every arm and seed of a start, for each number of steps: a loop each."""
+    members = [(arm, seed) for arm in scale.arms for seed in range(scale.seeds)]
+    rows = {(num_steps, *member): _settings(scale, name, start, num_steps, *member)
+            for num_steps in start.steps for member in members}  # fmt: skip
+    if all(results.get(row) for row in rows.values()):
+        return
+    flat, weights, lengths = start_of(scale, start, results)
+    of_seed, args = torch.tensor([seed for _, seed in members]), arguments(scale, max(start.steps), weight_decay=0.0)
+    streams = _streams(scale, name, flat, weights, max(start.steps) * scale.tune_rows)
+    before, tuning = held_out_losses(scale, flat, weights, torch.arange(scale.seeds)), None
+    for num_steps in start.steps:
+        if all(results.get(rows[num_steps, *member]) for member in members):
+            continue
+        args = arguments(scale, num_steps, weight_decay=0.0)
+        tuning = tuning or Ensemble(flat, flat.protected_loss, args)
+        trained = tuning.train(
+            weights[of_seed], torch.full((len(members),), BETA2, dtype=torch.float64),
+            _rates(args, scale.tune_learning_rate, members),
+            lambda done, last=num_steps: _batches(scale, flat, weights, streams, members, range(done, last)),
+            folder_of(scale) / f"tune-{run_key(rows[num_steps, *members[0]], '')}.checkpoint",
+        )  # fmt: skip
+        after = held_out_losses(scale, flat, trained, of_seed)
+        for at, member in enumerate(members):
+            seed = member[1]
+            facts = {"tokens_per_param": lengths[seed], "base_old": before["old"][seed], "base_new": before["new"][seed]}
+            ends = {of: values[at] for of, values in after.items()}
+            results.make(rows[num_steps, *member], lambda facts=facts, ends=ends: facts | ends)
+        logger.info("%s, %d steps: %s", name, num_steps, after)
 
 
-def tune(
-    world: World, size: str, length: float, coef: float, seed: int, results: StudyResults,
-    shared: StudyResults | None = None, grown: Row | None = None,
-) -> Row:  # fmt: skip
-    """One finetune as a row, made once; taken from another study's results where it is there.
-
-    Args:
-        length: tokens per parameter at which the base is kept; bases are pretrained when a row is missing.
-        grown: arguments of `expand`, for a model that is enlarged first.
-    """
-    settings = {"kind": "tune", "size": size, "tokens_per_param": length, "coef": coef, "seed": seed, **world.facts()}
-    if grown is not None:
-        settings["grown"] = grown
-
-    def compute() -> Row:
-        taken = shared.get(settings) if shared is not None else None
-        if taken is not None:
-            return {name: value for name, value in taken.items() if name in _KEPT}
-        return tune_now(world, bases(world, size, seed)[length], size, coef, seed, grown)
-
-    return results.make(settings, compute)
+def _settings(scale: Scale, name: str, start: Start, num_steps: int, arm: Arm, seed: int) -> dict[str, Any]:
+    how = {"batch_size": scale.tune_rows, "learning_rate": scale.tune_learning_rate}
+    return {"kind": "tune", "start": name, **asdict(start), "steps": num_steps, **asdict(arm), "seed": seed, **how}
 
 
-_KEPT = ("num_params", "all_params", "base_loss", "trajectory", "function_gap")
+def _streams(scale: Scale, name: str, flat: Flat, weights: Tensor, num_rows: int) -> dict[str, list[RowFunction]]:
+    """New rows, and replay of both kinds, of each seed; none twice in a run."""
+    found: dict[str, list[RowFunction]] = {"new": [], "self": [], "real": []}
+    for seed in range(scale.seeds):
+        for which, kind in enumerate(("real", "new")):
+            found[kind].append(open_corpus(scale.language(which), TUNE_SEED + seed).stream(num_rows, seed))
+        drawn = _drawn(scale, name, flat, weights[seed], seed, num_rows)
+        found["self"].append(lambda numbers, drawn=drawn: drawn[numbers])
+    return found
 
 
-def tune_now(world: World, base: Row, size: str, coef: float, seed: int, grown: Row | None) -> Row:
-    bench = bench_of(world, base["folder"], size, seed)
-    run = Run(
-        learning_rate=world.tune_learning_rate, max_steps=world.max_steps, batch_size=world.tune_rows,
-        replay_rows=world.replay_rows, coef=coef, eval_steps=world.eval_steps, seed=seed,
-    )  # fmt: skip
-    model, gap = bench.base(), {}
-    if grown is not None:
-        larger = expand(model, seed=seed, **grown)
-        gap, model = {"function_gap": function_gap(model, larger, bench)}, larger
-    stop = world.target if coef < 1 else None
-    found = finetune(run, bench, stop, model=model)
-    trajectory = [
-        [row["step"], *(round(row[name], 4) for name in ("eval_loss", "retention/old/forgetting"))]
-        for row in found["trajectory"]
-    ]
-    return {
-        "num_params": counted_size_of(model.config),
-        "all_params": sum(parameter.numel() for parameter in model.parameters()),
-        "base_loss": base["loss"],
-        "trajectory": trajectory,
-        **gap,
-    }
+def _drawn(scale: Scale, name: str, flat: Flat, vector: Tensor, seed: int, num_rows: int) -> np.ndarray:
+    """Rows that a base writes from its document start at temperature 1, shape (rows, length); drawn once."""
+    path = folder_of(scale) / f"rows-{name.replace(' ', '-')}-{seed}-{num_rows}.npy"
+    if not path.is_file():
+        model = flat.model_of(vector).eval()
+        rows = np.stack(written_by(model, [0] * num_rows, scale.max_length, REPLAY_SEED + seed)).astype(np.uint8)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.save(file, rows)
+    return np.load(path)
 
 
-def function_gap(model: Any, larger: Any, bench: Bench, rows: int = 64) -> float:
-    """Largest difference of log-probabilities on the replay rows: 0 to rounding where the function is the same."""
-    tokens = torch.tensor([bench.replay[at].tolist() for at in range(rows)])
-    with torch.no_grad():
-        log_probs = [one.eval()(input_ids=tokens).logits.log_softmax(-1) for one in (model, larger)]
-    return float((log_probs[0] - log_probs[1]).abs().max())
-
-
-def tune_all(
-    world: World,
-    size: str,
-    length: float,
-    seed: int,
-    results: StudyResults,
-    coefs: tuple[float, ...] | None = None,
-    **how: Any,
-) -> list[Row]:
-    """Finetunes of one base with every coefficient: of the size, unless others are given."""
-    return [tune(world, size, length, coef, seed, results, **how) for coef in coefs or world.size(size).coefs]
-
-
-def mixed_base(world: World, size: str, share: float, seed: int) -> Row:
-    """A model pretrained on both languages, as long as the size's longest base: its loss on each."""
-    most = max(world.lengths(size))
-    found = pretrain(
-        world.language(size, 0), [most], seed=seed, mixed_with=(share, world.language(size, 1)), **world.pretraining()
-    )[most]
-    return {"old": found["loss"], "new": loss_on(found["folder"], world, size, seed), "num_params": found["num_params"]}
-
-
-def loss_on(folder: Path, world: World, size: str, seed: int) -> float:
-    """Held-out loss on the new language, nats per token."""
-    tokens = torch.from_numpy(open_corpus(world.language(size, 1), seed).held_out[:HELD_OUT])
-    with torch.no_grad():
-        return float(load_model(str(folder), dtype="float32").eval()(input_ids=tokens, labels=tokens).loss)
-
-
-def mixture_row(world: World, size: str, share: float, seed: int, results: StudyResults) -> Row:
-    """A point of the two-language frontier as a row."""
-    settings = {"kind": "mixture", "size": size, "share": share, "seed": seed, "most": world.size(size).most,
-                **world.facts()}  # fmt: skip
-
-    def compute() -> Row:
-        return {name: round(value, 4) for name, value in mixed_base(world, size, share, seed).items()}
-
-    return results.make(settings, compute)
+def _batches(
+    scale: Scale,
+    flat: Flat,
+    weights: Tensor,
+    streams: Mapping[str, Sequence[RowFunction]],
+    members: Sequence[tuple[Arm, int]],
+    steps: range,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """For each step and member: new rows, replay rows, the base's predictions on these, the coefficient."""
+    of_seed = torch.tensor([seed for _, seed in members])
+    kinds = ["self", "real"]
+    of_rows = torch.tensor([kinds.index(arm.rows) * scale.seeds + seed for arm, seed in members])
+    coefs = torch.tensor([arm.coef for arm, _ in members])
+    predict = vmap(lambda vector, tokens: flat.logits(vector, tokens).log_softmax(-1))
+    bases = weights.repeat(len(kinds), 1)
+    for begin in range(steps.start, steps.stop, AT_ONCE):
+        part = range(begin, min(begin + AT_ONCE, steps.stop))
+        new = list(step_rows(streams["new"], scale.tune_rows, part))
+        both = list(step_rows([one for kind in kinds for one in streams[kind]], scale.tune_rows, part))
+        with torch.no_grad():
+            predicted = predict(bases, torch.cat(both, dim=1)).split(scale.tune_rows, dim=1)
+        for fresh, replay, known in zip(new, both, predicted, strict=True):
+            yield fresh[of_seed], replay[of_rows], known[of_rows], coefs

@@ -17,7 +17,7 @@ import torch
 from experiments.corpora import CACHE
 from experiments.finetunes import StudyResults
 from experiments.program import Report, conduct
-from experiments.study_11_batch_size.ensemble import Member, train_together
+from experiments.study_11_batch_size.cells import Member, train_together
 from experiments.study_11_batch_size.report import draw, text_of
 from retain.lab.pretrain import PretrainArguments, PretrainConfig, open_corpus
 from retain.lab.runner import run_key

@@ -14,7 +14,7 @@ import torch
 from experiments import lab_bases
 from experiments.study_09_learning_rate import report as rate_report
 from experiments.study_09_learning_rate import run as rates
-from experiments.study_11_batch_size import ensemble
+from experiments import ensemble
 from experiments.study_11_batch_size import report as batch_report
 from experiments.study_11_batch_size import run as batches
 from retain.lab.models import make_config, make_model
