@@ -69,7 +69,8 @@ def pretrain(scale: Scale, size: str, length: float, results: StudyResults) -> t
         args = arguments(scale, scale.pretrain_steps(size, length))
         streams = [_mixed(scale, share, seed, args.max_steps * scale.batch_size) for share, seed in members]
         weights = Ensemble(flat, flat.loss, args).train(
-            weights, torch.full((len(members),), BETA2, dtype=torch.float64), _rates(args, scale.learning_rate, members),
+            weights, torch.full((len(members),), BETA2, dtype=torch.float64),
+            _rates(args, scale.learning_rate, members),
             lambda done: ((rows,) for rows in step_rows(streams, scale.batch_size, range(done, args.max_steps))),
             path.with_suffix(".checkpoint"),
         )  # fmt: skip
@@ -140,7 +141,11 @@ def tune_all(scale: Scale, name: str, start: Start, results: StudyResults) -> No
         after = held_out_losses(scale, flat, trained, of_seed)
         for at, member in enumerate(members):
             seed = member[1]
-            facts = {"tokens_per_param": lengths[seed], "base_old": before["old"][seed], "base_new": before["new"][seed]}
+            facts = {
+                "tokens_per_param": lengths[seed],
+                "base_old": before["old"][seed],
+                "base_new": before["new"][seed],
+            }
             ends = {of: values[at] for of, values in after.items()}
             results.make(rows[num_steps, *member], lambda facts=facts, ends=ends: facts | ends)
         logger.info("%s, %d steps: %s", name, num_steps, after)

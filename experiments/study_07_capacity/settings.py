@@ -16,7 +16,7 @@ class Start:
     """A base to be finetuned.
 
     Args:
-        tokens_per_param: of its pretraining, or several, of which that with the loss of the longest small base is taken.
+        tokens_per_param: of its pretraining; of several, that which has the longest small base's loss.
         widened: arguments of `retain.lab.models.expand`, for a base that is enlarged first.
     """
 

@@ -1,0 +1,244 @@
+"""What the runs say, by the rule that stands in run.py: tables, findings and the figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.claim import Claim, Interval, over_seeds
+from experiments.pages import NoReport, dress, findings, panels, table
+from experiments.study_07_capacity.settings import MARGIN, Scale
+
+Row = Mapping[str, Any]
+Finding = tuple[str, str]  # verdict and numbers
+SATURATED, SHORT, WIDENED, LARGER = "saturated", "20 tokens", "widened", "larger"
+MAX_SLOPE = 0.05  # nats for a tenfold of tokens
+PLAIN, GUARDED = 0.0, 10.0  # coefficients
+
+
+def least_at(points: Sequence[tuple[float, float]], target: float) -> float | None:
+    """The least that is forgotten at a new-task loss, linear between neighbouring points; None if none learned it.
+
+    Args:
+        points: new-task loss and forgetting, by rising coefficient.
+
+    >>> round(least_at([(1.0, 0.4), (2.0, 0.2), (3.0, 0.1)], 2.5), 3)
+    0.15
+    >>> least_at([(1.0, 0.4), (2.0, 0.2)], 2.5)  # the largest coefficient learned more than was asked
+    0.2
+    """
+    found = [points[-1][1]] if points[-1][0] <= target else []
+    for (near, kept), (far, better) in pairwise(points):
+        if near <= target <= far and near < far:
+            found.append(kept + (target - near) / (far - near) * (better - kept))
+    return min(found, default=None)
+
+
+class Runs:
+    """Rows of the study by what they are."""
+
+    def __init__(self, rows: Sequence[Row], scale: Scale) -> None:
+        self.scale, self.seeds = scale, range(scale.seeds)
+        self.bases: dict[tuple[float, float, int], Row] = {}  # tokens per parameter, share, seed: of the small size
+        self.tunes: dict[tuple[str, int, str, float], dict[int, Row]] = {}  # start, steps, rows, coefficient: by seed
+        for row in rows:
+            of = row["settings"]
+            if of["kind"] == "tune":
+                self.tunes.setdefault((of["start"], of["steps"], of["rows"], of["coef"]), {})[of["seed"]] = row
+            elif of["size"] == scale.small:
+                self.bases[of["tokens_per_param"], of["share"], of["seed"]] = row
+        lengths = [(length, share) for length in scale.lengths for share in scale.shares_at(scale.small, length)]
+        if any((*one, seed) not in self.bases for one in lengths for seed in self.seeds):
+            raise NoReport("the bases are not all there yet")
+
+    def losses(self, kind: str, length: float, share: float) -> list[float]:
+        """Of a base or a mixture on the old or new language, seed by seed."""
+        return [self.bases[length, share, seed][kind] for seed in self.seeds]
+
+    def steps(self, start: str) -> list[int]:
+        """Numbers of steps for which all runs of a start are there."""
+        wanted = dict(self.scale.starts)[start].steps
+
+        def whole(steps: int) -> bool:
+            runs = (self.tunes.get((start, steps, arm.rows, arm.coef), {}) for arm in self.scale.arms)
+            return all(seed in of for of in runs for seed in self.seeds)
+
+        return [steps for steps in wanted if whole(steps)]
+
+    def by_coef(self, start: str, steps: int) -> list[list[Row]]:
+        """Runs on self-generated rows: those of all seeds for each coefficient, from the smallest on."""
+        coefs = sorted(arm.coef for arm in self.scale.arms if arm.rows == "self")
+        return [[self.tunes[start, steps, "self", coef][seed] for seed in self.seeds] for coef in coefs]
+
+    def least(self, start: str, steps: int, target: float) -> list[float] | None:
+        """What each seed forgets at a new-task loss with its best coefficient; None where a seed did not learn it."""
+        by_seed = zip(*self.by_coef(start, steps), strict=True)
+        found = [least_at([(row["new"], lost(row)) for row in of], target) for of in by_seed]
+        return None if None in found else found  # type: ignore[return-value]
+
+    def lost(self, start: str, steps: int, rows: str, coef: float) -> list[float]:
+        """The rise of the old loss in one arm, seed by seed."""
+        found = self.tunes[start, steps, rows, coef]
+        return [lost(found[seed]) for seed in self.seeds]
+
+    def fall(self, share: float) -> Interval:
+        """By how much the loss of a base, or the mean of a mixture's two, falls for a tenfold of tokens at the end."""
+        first, last = self.scale.lengths[-2:]
+        kinds = ("old", "new") if share else ("old",)
+        losses = {at: np.mean([self.losses(kind, at, share) for kind in kinds], axis=0) for at in (first, last)}
+        return over_seeds(list((losses[first] - losses[last]) / math.log10(last / first)))
+
+    def above_mixtures(self, start: str, steps: int) -> list[float]:
+        """Old loss above the mixtures' at the same new-task loss: each seed's mean over coefficients from 1 on."""
+        length, found = self.scale.lengths[-1], []
+        for seed in self.seeds:
+            mixtures = [self.bases[length, share, seed] for share in self.scale.shares]
+            new, old = zip(*sorted((base["new"], base["old"]) for base in mixtures), strict=True)
+            ends = [of[seed] for of in self.by_coef(start, steps) if of[seed]["settings"]["coef"] >= 1]
+            inside = [row for row in ends if new[0] <= row["new"] <= new[-1]]
+            found.append([row["old"] - float(np.interp(row["new"], new, old)) for row in inside])
+        if not all(found):
+            raise NoReport("a seed has no finetune within the mixtures' range")
+        return [float(np.mean(distances)) for distances in found]
+
+
+def lost(row: Row) -> float:
+    """The rise of a finetune's loss on the old language."""
+    return row["old"] - row["base_old"]
+
+
+def paired(first: Sequence[float], second: Sequence[float], direction: int) -> Claim:
+    return Claim([a - b for a, b in zip(first, second, strict=True)], direction, MARGIN)
+
+
+def floor(runs: Runs, target: float) -> Finding:
+    """Whether what the saturated base forgets at its best coefficient has a floor."""
+    by_steps = {number: runs.least(SATURATED, number, target) for number in runs.steps(SATURATED)}
+    learned = {number: values for number, values in by_steps.items() if values is not None}
+    steps = sorted(learned)
+    left = over_seeds(learned[steps[-1]])
+    slopes = [np.polyfit(np.log10(steps), of, 1)[0] for of in zip(*(learned[number] for number in steps), strict=True)]
+    slope = over_seeds([float(one) for one in slopes])
+    at = f"at a new-task loss of {target:g} after {steps[-1]:,} steps"
+    words = f"{left} nats {at}, {slope.text('+.3f')} for a tenfold of steps"
+    if left.high < MARGIN:
+        return "no: next to nothing is left", words
+    if left.low <= MARGIN:
+        return "cannot tell", words
+    return {0: "yes", 1: "yes, and more in more steps", -1: "cannot tell: it still falls"}[slope.sign], words
+
+
+def forgets_less(runs: Runs, one: str, other: str, steps: int) -> Finding:
+    """Whether one start forgets less than another at the deciding new-task loss."""
+    target = runs.scale.targets[0]
+    first, second = (runs.least(start, steps, target) for start in (one, other))
+    if first is None or second is None:
+        slow = one if first is None else other
+        return "cannot tell", f"{slow}: a seed did not come down to {target:g} in {steps:,} steps"
+    claim = paired(first, second, -1)
+    numbers = f"{over_seeds(first)} against {over_seeds(second)} nats at {target:g} after {steps:,} steps"
+    return claim.verdict, f"{numbers}, {claim.interval.text('+.3f')}"
+
+
+def on_real_rows(runs: Runs, steps: int) -> Finding:
+    """Whether KL on real rows leaves nothing worth naming at the shortest and the longest pretraining."""
+    short, long = (over_seeds(runs.lost(start, steps, "real", GUARDED)) for start in (SHORT, SATURATED))
+    words = f"{short} nats at 20 tokens per parameter, {long} saturated"
+    if max(short.high, long.high) < MARGIN:
+        return "reproduced", words
+    return "not reproduced" if max(short.low, long.low) > MARGIN else "cannot tell", words
+
+
+def found(runs: Runs) -> dict[str, Finding]:
+    """The findings for which the runs are there."""
+    starts, answers = dict(runs.scale.starts), {}
+    most, shorter = starts[SATURATED].steps[-1], starts[WIDENED].steps[-1]
+    if most in runs.steps(SATURATED):
+        label = "A saturated small model forgets, whatever the coefficient and however long"
+        answers[label] = floor(runs, runs.scale.targets[0])
+        above = Claim(runs.above_mixtures(SATURATED, most), 1, MARGIN)
+        words = f"{above.interval.text('+.3f')} nats above them after {most:,} steps"
+        answers["Mixtures of both languages bound what a saturated model comes to"] = above.verdict, words
+        own, real = (runs.lost(SATURATED, most, rows, GUARDED) for rows in ("self", "real"))
+        equal = paired(own, real, 1)
+        words = f"{over_seeds(own)} and {over_seeds(real)} nats forgotten, {equal.interval.text('+.3f')}"
+        answers["Self-generated rows cost a saturated model more than real ones"] = equal.verdict, words
+        if most in runs.steps(SHORT):
+            label = "A base of 20 tokens per parameter forgets less than a saturated one"
+            answers[label] = forgets_less(runs, SHORT, SATURATED, most)
+            plain = paired(*(runs.lost(start, most, "self", PLAIN) for start in (SATURATED, SHORT)), -1)
+            label = "Without a penalty a saturated base loses less than one of 20 tokens per parameter"
+            answers[label] = plain.verdict, f"{plain.interval.text('+.3f')} nats"
+            answers["KL on real rows leaves less than 0.02 nats forgotten"] = on_real_rows(runs, most)
+    for start, label in (
+        (WIDENED, "A saturated model that is widened first forgets less"),
+        (LARGER, "A model of four times the parameters and the same loss forgets less"),
+    ):
+        if shorter in runs.steps(start) and shorter in runs.steps(SATURATED):
+            answers[label] = forgets_less(runs, start, SATURATED, shorter)
+    seeds = f"; {len(runs.seeds)} seeds, 6,400 parameters"
+    return {label: (verdict, words + seeds) for label, (verdict, words) in answers.items()}
+
+
+def rows_of_start(runs: Runs, start: str) -> list[tuple[object, ...]]:
+    """What a start forgets at each number of steps, for the table."""
+    lines: list[tuple[object, ...]] = []
+    for steps in runs.steps(start):
+        (plain, *_) = runs.by_coef(start, steps)
+        known = runs.scale.ignorance - float(np.mean([row["base_old"] for row in plain]))
+        least = [runs.least(start, steps, target) for target in runs.scale.targets]
+        cells = ["not learned" if one is None else str(over_seeds(one)) for one in least]
+        share = "–" if least[0] is None else f"{over_seeds(least[0]).value / known:.1%}"
+        lines.append((start, f"{steps:,}", *cells, share, over_seeds([lost(row) for row in plain])))
+    return lines
+
+
+def text_of(rows: Sequence[Row], scale: Scale) -> str:
+    """Bases and mixtures, what every start forgets at each number of steps, and the findings."""
+    runs = Runs(rows, scale)
+    bases = [
+        (f"{share:.0%}", f"{length:,}", *(over_seeds(runs.losses(kind, length, share)) for kind in ("old", "new")))
+        for length in scale.lengths
+        for share in scale.shares_at(scale.small, length)
+    ]
+    falls = {share: runs.fall(share) for share in scale.shares}
+    slopes = [(f"{share:.0%}", fall, "yes" if fall.value <= MAX_SLOPE else "no") for share, fall in falls.items()]
+    at = [f"forgotten at {target:g}" for target in scale.targets]
+    lines = [line for start, _ in scale.starts for line in rows_of_start(runs, start)]
+    parts = [
+        table(("new rows", "tokens per parameter", "loss, old", "loss, new"), bases),
+        table(("new rows", "falls for a tenfold of tokens", f"at most {MAX_SLOPE:g}"), slopes),
+        table(("start", "steps", *at, "share of what was known", "plain, at its end"), lines),
+    ]
+    return "\n\n".join([*parts, findings(found(runs))])
+
+
+def draw(rows: Sequence[Row], scale: Scale, path: Path) -> None:
+    """Old loss over new loss of the saturated base, with the mixtures; and what is forgotten over the steps."""
+    runs = Runs(rows, scale)
+
+    def middle(every: Sequence[Sequence[Row]]) -> list[list[float]]:
+        return [[float(np.mean([row[kind] for row in of])) for of in every] for kind in ("new", "old")]
+
+    with panels(path, 2, (9.6, 3.8)) as (trade, over_steps):
+        for steps in runs.steps(SATURATED):
+            trade.plot(*middle(runs.by_coef(SATURATED, steps)), marker="o", label=f"{steps:,} steps")
+        mixed = [[runs.bases[scale.lengths[-1], share, seed] for seed in runs.seeds] for share in scale.shares]
+        trade.plot(*middle(mixed), "k--", label="mixtures")
+        dress(trade, "Saturated base, by coefficient", "loss, new language", "loss, old language")
+        trade.legend()
+        for start, _ in scale.starts:
+            least = {steps: runs.least(start, steps, scale.targets[0]) for steps in runs.steps(start)}
+            bars = {steps: over_seeds(values) for steps, values in least.items() if values is not None}
+            errors = [[one.value - one.low for one in bars.values()], [one.high - one.value for one in bars.values()]]
+            middles = [one.value for one in bars.values()]
+            over_steps.errorbar(list(bars), middles, errors, marker="o", capsize=2, label=start)
+        over_steps.set_xscale("log")
+        over_steps.axhline(MARGIN, color="0.5", linewidth=0.8, linestyle=":")
+        dress(over_steps, f"Best coefficient, new-task loss {scale.targets[0]:g}", "steps", "forgotten, nats per token")
+        over_steps.legend()
