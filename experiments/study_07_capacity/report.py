@@ -93,8 +93,11 @@ class Runs:
         losses = {at: np.mean([self.losses(kind, at, share) for kind in kinds], axis=0) for at in (first, last)}
         return over_seeds(list((losses[first] - losses[last]) / math.log10(last / first)))
 
-    def above_mixtures(self, start: str, steps: int) -> list[float]:
-        """Old loss above the mixtures' at the same new-task loss: each seed's mean over coefficients from 1 on."""
+    def above_mixtures(self, start: str, steps: int) -> list[float] | None:
+        """Old loss above the mixtures' at the same new-task loss: each seed's mean over coefficients from 1 on.
+
+        None where a seed has no finetune within the mixtures' range.
+        """
         length, found = self.scale.lengths[-1], []
         for seed in self.seeds:
             mixtures = [self.bases[length, share, seed] for share in self.scale.shares]
@@ -102,9 +105,7 @@ class Runs:
             ends = [of[seed] for of in self.by_coef(start, steps) if of[seed]["settings"]["coef"] >= 1]
             inside = [row for row in ends if new[0] <= row["new"] <= new[-1]]
             found.append([row["old"] - float(np.interp(row["new"], new, old)) for row in inside])
-        if not all(found):
-            raise NoReport("a seed has no finetune within the mixtures' range")
-        return [float(np.mean(distances)) for distances in found]
+        return [float(np.mean(distances)) for distances in found] if all(found) else None
 
 
 def lost(row: Row) -> float:
@@ -120,7 +121,9 @@ def floor(runs: Runs, target: float) -> Finding:
     """Whether what the saturated base forgets at its best coefficient has a floor."""
     by_steps = {number: runs.least(SATURATED, number, target) for number in runs.steps(SATURATED)}
     learned = {number: values for number, values in by_steps.items() if values is not None}
-    steps = sorted(learned)
+    steps, most = sorted(learned), max(by_steps)
+    if most not in learned:
+        return "cannot tell", f"a seed did not come down to {target:g} in {most:,} steps"
     left = over_seeds(learned[steps[-1]])
     slopes = [np.polyfit(np.log10(steps), of, 1)[0] for of in zip(*(learned[number] for number in steps), strict=True)]
     slope = over_seeds([float(one) for one in slopes])
@@ -161,9 +164,10 @@ def found(runs: Runs) -> dict[str, Finding]:
     if most in runs.steps(SATURATED):
         label = "A saturated small model forgets, whatever the coefficient and however long"
         answers[label] = floor(runs, runs.scale.targets[0])
-        above = Claim(runs.above_mixtures(SATURATED, most), 1, MARGIN)
-        words = f"{above.interval.text('+.3f')} nats above them after {most:,} steps"
-        answers["Mixtures of both languages bound what a saturated model comes to"] = above.verdict, words
+        label = "Mixtures of both languages bound what a saturated model comes to"
+        if distances := runs.above_mixtures(SATURATED, most):
+            above = Claim(distances, 1, MARGIN)
+            answers[label] = above.verdict, f"{above.interval.text('+.3f')} nats above them after {most:,} steps"
         own, real = (runs.lost(SATURATED, most, rows, GUARDED) for rows in ("self", "real"))
         equal = paired(own, real, 1)
         words = f"{over_seeds(own)} and {over_seeds(real)} nats forgotten, {equal.interval.text('+.3f')}"
