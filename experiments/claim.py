@@ -12,7 +12,7 @@ from scipy.stats import t as student
 
 from retain.statistics import share_interval
 
-FIRST_LOOK = 3  # seeds of 07, 08, 09 and 13 before others were added, where a question was open
+FIRST_LOOK = 3  # seeds of 09 before others were added, where a question was open
 
 
 class Interval(NamedTuple):

@@ -23,7 +23,7 @@ from experiments.pages import NoReport, write_results
 
 logger = logging.getLogger("experiments")
 LAPTOP: dict[str, Any] = {"laptop": None}  # the scales of a study that has one
-WORKERS = {"laptop": 2, "gpu": 3}  # small models leave most of a GPU idle
+WORKERS = 2
 Part = int | str
 Report = tuple[str, Callable[[Path], object]]  # the text for the README, and what draws the figure
 
@@ -54,7 +54,7 @@ def conduct(
     """
     options = parse_arguments(doc, scales, arguments, only)
     name, chosen = options.scale, getattr(options, only)
-    workers = options.num_workers or WORKERS[name]
+    workers = options.num_workers or WORKERS
     try:
         if not options.report:
             prepare(name)
@@ -82,7 +82,7 @@ def parse_arguments(doc: str, scales: Mapping[str, Any], arguments: Sequence[str
         parser.add_argument("--scale", choices=scales, help="laptop is what the README shows")
     parser.add_argument(f"--{only}", type=lambda word: int(word) if word.isdigit() else word, nargs="*",
                         help="only these")  # fmt: skip
-    parser.add_argument("--num_workers", type=int, help="processes (laptop 2, gpu 3)")
+    parser.add_argument("--num_workers", type=int, help=f"processes; by default {WORKERS}")
     parser.add_argument("--engine", choices=("local", "ray"), default="local",
                         help="ray: on the cluster of RAY_ADDRESS, in a checkout that its machines share")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="remake the table and the figure only")

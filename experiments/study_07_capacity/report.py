@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.claim import Claim, Interval, over_seeds
-from experiments.pages import NoReport, dress, findings, panels, table
+from experiments.pages import NoReport, dress, findings, goal_line, panels, table
 from experiments.study_07_capacity.settings import MARGIN, Scale
 
 Row = Mapping[str, Any]
@@ -19,6 +19,7 @@ Finding = tuple[str, str]  # verdict and numbers
 SATURATED, SHORT, WIDENED, LARGER = "saturated", "20 tokens", "widened", "larger"
 MAX_SLOPE = 0.05  # nats for a tenfold of tokens
 PLAIN, GUARDED = 0.0, 10.0  # coefficients
+LEAST_SHOWN = 1e-3  # nats per token, in the figure
 
 
 def least_at(points: Sequence[tuple[float, float]], target: float) -> float | None:
@@ -93,6 +94,11 @@ class Runs:
         losses = {at: np.mean([self.losses(kind, at, share) for kind in kinds], axis=0) for at in (first, last)}
         return over_seeds(list((losses[first] - losses[last]) / math.log10(last / first)))
 
+    @property
+    def longest(self) -> str:
+        """What the longest small base is called: saturated, or by its tokens where it is not."""
+        return SATURATED if self.fall(0.0).value <= MAX_SLOPE else f"{self.scale.lengths[-1]:,} tokens"
+
     def above_mixtures(self, start: str, steps: int) -> list[float] | None:
         """Old loss above the mixtures' at the same new-task loss: each seed's mean over coefficients from 1 on.
 
@@ -151,7 +157,7 @@ def forgets_less(runs: Runs, one: str, other: str, steps: int) -> Finding:
 def on_real_rows(runs: Runs, steps: int) -> Finding:
     """Whether KL on real rows leaves nothing worth naming at the shortest and the longest pretraining."""
     short, long = (over_seeds(runs.lost(start, steps, "real", GUARDED)) for start in (SHORT, SATURATED))
-    words = f"{short} nats at 20 tokens per parameter, {long} saturated"
+    words = f"{short} nats at 20 tokens per parameter, {long} with the longest pretraining"
     if max(short.high, long.high) < MARGIN:
         return "reproduced", words
     return "not reproduced" if max(short.low, long.low) > MARGIN else "cannot tell", words
@@ -160,27 +166,31 @@ def on_real_rows(runs: Runs, steps: int) -> Finding:
 def found(runs: Runs) -> dict[str, Finding]:
     """The findings for which the runs are there."""
     starts, answers = dict(runs.scale.starts), {}
+    length = f"{runs.longest} per parameter"
+    long, longest = f"one of {length}", f"a small model of {length}"
+    if runs.longest == SATURATED:
+        long, longest = "a saturated one", "a saturated small model"
     most, shorter = starts[SATURATED].steps[-1], starts[WIDENED].steps[-1]
     if most in runs.steps(SATURATED):
-        label = "A saturated small model forgets, whatever the coefficient and however long"
+        label = f"{longest.capitalize()} forgets, whatever the coefficient and however long"
         answers[label] = floor(runs, runs.scale.targets[0])
-        label = "Mixtures of both languages bound what a saturated model comes to"
+        label = f"Mixtures of both languages bound what {longest} comes to"
         if distances := runs.above_mixtures(SATURATED, most):
             above = Claim(distances, 1, MARGIN)
             answers[label] = above.verdict, f"{above.interval.text('+.3f')} nats above them after {most:,} steps"
         own, real = (runs.lost(SATURATED, most, rows, GUARDED) for rows in ("self", "real"))
         equal = paired(own, real, 1)
         words = f"{over_seeds(own)} and {over_seeds(real)} nats forgotten, {equal.interval.text('+.3f')}"
-        answers["Self-generated rows cost a saturated model more than real ones"] = equal.verdict, words
+        answers[f"Self-generated rows cost {longest} more than real ones"] = equal.verdict, words
         if most in runs.steps(SHORT):
-            label = "A base of 20 tokens per parameter forgets less than a saturated one"
+            label = f"A base of 20 tokens per parameter forgets less than {long}"
             answers[label] = forgets_less(runs, SHORT, SATURATED, most)
             plain = paired(*(runs.lost(start, most, "self", PLAIN) for start in (SATURATED, SHORT)), -1)
-            label = "Without a penalty a saturated base loses less than one of 20 tokens per parameter"
+            label = f"Without a penalty {longest} loses less than one of 20 tokens per parameter"
             answers[label] = plain.verdict, f"{plain.interval.text('+.3f')} nats"
             answers["KL on real rows leaves less than 0.02 nats forgotten"] = on_real_rows(runs, most)
     for start, label in (
-        (WIDENED, "A saturated model that is widened first forgets less"),
+        (WIDENED, f"{longest.capitalize()} forgets less when it is widened first"),
         (LARGER, "A model of four times the parameters and the same loss forgets less"),
     ):
         if shorter in runs.steps(start) and shorter in runs.steps(SATURATED):
@@ -198,7 +208,8 @@ def rows_of_start(runs: Runs, start: str) -> list[tuple[object, ...]]:
         least = [runs.least(start, steps, target) for target in runs.scale.targets]
         cells = ["not learned" if one is None else str(over_seeds(one)) for one in least]
         share = "–" if least[0] is None else f"{over_seeds(least[0]).value / known:.1%}"
-        lines.append((start, f"{steps:,}", *cells, share, over_seeds([lost(row) for row in plain])))
+        name = runs.longest if start == SATURATED else start
+        lines.append((name, f"{steps:,}", *cells, share, over_seeds([lost(row) for row in plain])))
     return lines
 
 
@@ -231,18 +242,28 @@ def draw(rows: Sequence[Row], scale: Scale, path: Path) -> None:
 
     with panels(path, 2, (9.6, 3.8)) as (trade, over_steps):
         for steps in runs.steps(SATURATED):
-            trade.plot(*middle(runs.by_coef(SATURATED, steps)), marker="o", label=f"{steps:,} steps")
-        mixed = [[runs.bases[scale.lengths[-1], share, seed] for seed in runs.seeds] for share in scale.shares]
+            protected = [of for of in runs.by_coef(SATURATED, steps) if of[0]["settings"]["coef"] >= 1]
+            trade.plot(*middle(protected), marker="o", label=f"{steps:,} steps")
+        mixed = [[runs.bases[scale.lengths[-1], share, seed] for seed in runs.seeds] for share in scale.shares if share]
         trade.plot(*middle(mixed), "k--", label="mixtures")
-        dress(trade, "Saturated base, by coefficient", "loss, new language", "loss, old language")
+        name = f"{scale.lengths[-1]:,} tokens per parameter, by coefficient"
+        dress(trade, name, "loss, new language", "loss, old language")
         trade.legend()
         for start, _ in scale.starts:
             least = {steps: runs.least(start, steps, scale.targets[0]) for steps in runs.steps(start)}
             bars = {steps: over_seeds(values) for steps, values in least.items() if values is not None}
-            errors = [[one.value - one.low for one in bars.values()], [one.high - one.value for one in bars.values()]]
-            middles = [one.value for one in bars.values()]
-            over_steps.errorbar(list(bars), middles, errors, marker="o", capsize=2, label=start)
+            if not bars:
+                continue
+            errors = [[one.value - max(one.low, LEAST_SHOWN), one.high - one.value] for one in bars.values()]
+            over_steps.errorbar(list(bars), [one.value for one in bars.values()], np.array(errors).T, marker="o",
+                                capsize=2, label=runs.longest if start == SATURATED else start)  # fmt: skip
         over_steps.set_xscale("log")
-        over_steps.axhline(MARGIN, color="0.5", linewidth=0.8, linestyle=":")
+        over_steps.set_yscale("log")
+        over_steps.set_ylim(bottom=LEAST_SHOWN)
+        ticks = dict(scale.starts)[SATURATED].steps
+        over_steps.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
+        over_steps.set_yticks([1, 0.1, 0.01, LEAST_SHOWN], ["1", "0.1", "0.01", f"{LEAST_SHOWN:g}"])
+        over_steps.minorticks_off()
+        goal_line(over_steps, y=MARGIN, words=f"{MARGIN:g}")
         dress(over_steps, f"Best coefficient, new-task loss {scale.targets[0]:g}", "steps", "forgotten, nats per token")
         over_steps.legend()
