@@ -127,6 +127,13 @@ def test_findings_go_with_the_rows() -> None:
     assert verdicts({"saturated": {100: 0.3}}) == [], "without the longest runs nothing is said"
 
 
+def test_no_verdict_from_one_seed() -> None:
+    rows = made_up({"saturated": {100: 0.3, 1000: 0.3}})
+    assert report.found(report.Runs(rows, FAST))
+    one = [row for row in rows if row["settings"]["kind"] == "base" or row["settings"]["seed"] == 0]
+    assert report.found(report.Runs(one, FAST)) == {}
+
+
 def test_a_report_of_what_is_there(tmp_path: Path) -> None:
     rows = made_up({"saturated": {100: 0.3, 1000: 0.3}, "20 tokens": {100: 0.1}})
     text = report.text_of(rows, FAST)
