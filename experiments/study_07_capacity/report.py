@@ -252,7 +252,7 @@ def draw(rows: Sequence[Row], scale: Scale, path: Path) -> None:
         for start, _ in scale.starts:
             least = {steps: runs.least(start, steps, scale.targets[0]) for steps in runs.steps(start)}
             bars = {steps: over_seeds(values) for steps, values in least.items() if values is not None}
-            if not bars:
+            if not bars:  # none of its runs learned so much
                 continue
             errors = [[one.value - max(one.low, LEAST_SHOWN), one.high - one.value] for one in bars.values()]
             over_steps.errorbar(list(bars), [one.value for one in bars.values()], np.array(errors).T, marker="o",
@@ -266,4 +266,5 @@ def draw(rows: Sequence[Row], scale: Scale, path: Path) -> None:
         over_steps.minorticks_off()
         goal_line(over_steps, y=MARGIN, words=f"{MARGIN:g}")
         dress(over_steps, f"Best coefficient, new-task loss {scale.targets[0]:g}", "steps", "forgotten, nats per token")
-        over_steps.legend()
+        if over_steps.get_legend_handles_labels()[1]:
+            over_steps.legend()

@@ -149,7 +149,7 @@ def test_a_report_of_what_is_there(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_study_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All starts of one and two steps; what is made once is not made again."""
-    arms, grown = (Arm("self", 0.0), Arm("self", 1.0), Arm("real", 10.0)), {"hidden_size": 32, "num_heads": 2}
+    arms, grown = (Arm("self", 0.0), Arm("self", 10.0), Arm("real", 10.0)), {"hidden_size": 32, "num_heads": 2}
     tiny = replace(
         Scale(), lengths=(1, 2, 4), shares=(0.0, 0.5), held_out=16, tune_rows=2, seeds=2, arms=arms,
         starts=(("saturated", Start("6400", (4,), (1, 2))), ("20 tokens", Start("6400", (1,), (1, 2))),
