@@ -13,7 +13,8 @@ import sys
 import sysconfig
 import tarfile
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from examples.demo_data import read_wheel
@@ -41,6 +42,16 @@ class Texts:
     def fingerprint(self) -> str:
         lists = [self.prose, self.held_out_prose, self.code, self.verilog, self.held_out_verilog]
         return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]
+
+
+def with_task(texts: Texts, read: Callable[[], list[str]] | None) -> Texts:
+    """The same old data with another new task (None: Verilog); a twentieth of its documents is held out whole."""
+    if read is None:
+        return texts
+    documents = read()
+    random.Random(0).shuffle(documents)
+    away = len(documents) // 20
+    return replace(texts, verilog=documents[away:], held_out_verilog=documents[:away])
 
 
 def load_texts(cache: Path = CACHE, wheels: Path = WHEELS, *, every: int = 20, seed: int = 0) -> Texts:

@@ -27,14 +27,12 @@ trainers which take steps by turns, two plain ones among them; the 95% interval 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.corpora import CACHE, load_texts
+from experiments.corpora import CACHE, load_texts, with_task
 from experiments.finetunes import Bench, StudyResults, make_all, open_bench
 from experiments.program import LAPTOP, Report, conduct
 from experiments.small_base import BaseSettings, make_base
@@ -50,12 +48,7 @@ TIMED = {"small": (3, 24), "smollm2": (2, 8), "smollm2x5": (2, 8), "smollm2short
 @cache
 def bench(base: str, task: str) -> Bench:
     """The rows of a task on a base."""
-    texts = load_texts()
-    if (read := TASKS[task].read) is not None:
-        documents = read()
-        random.Random(0).shuffle(documents)
-        away = len(documents) // 20
-        texts = replace(texts, verilog=documents[away:], held_out_verilog=documents[:away])
+    texts = with_task(load_texts(), TASKS[task].read)
     settings = BASES[base].bench
     if base == "small":
         return open_bench(make_base(CACHE / "base", load_texts(), BaseSettings()), texts, settings, for_anchors=True)
