@@ -43,6 +43,7 @@ from retain.training.run_files import read_run
 
 HERE = Path(__file__).parent
 FIRST = "verilog"
+NAMES = {"verilog": "Verilog", "cpp": "C++", "german": "German", "perl": "Perl"}
 TASKS = {FIRST: None, "cpp": read_cpp, "german": read_german, "perl": read_perl}
 BUDGETS = (0.05, 0.08, 0.12, 0.2)  # nats per token
 SEEDS = (0, 1)
@@ -161,7 +162,7 @@ def line_of(task: str, rows: Sequence[dict[str, Any]], law: dict[str, Any]) -> t
     whole = [math.log(row["held_out_kl_whole"] / row["settings"]["budget"]) for row in rows]
     of_law = [math.log(row["rise"] / predicted(law, row["settings"]["budget"])[0]) for row in rows if row["rise"] > 0]
     return (
-        task, f"{sum(abs(off(row)) <= NEAR for row in rows)} of {number}", over_seeds(logs).text("+.3f"),
+        NAMES[task], f"{sum(abs(off(row)) <= NEAR for row in rows)} of {number}", over_seeds(logs).text("+.3f"),
         over_seeds(whole).text("+.3f"), f"{sum(is_inside(law, row) for row in rows)} of {number}",
         over_seeds(of_law).text("+.3f") if of_law else "–", f"{sum(row['kept'] for row in rows)} of {number}",
     )  # fmt: skip
@@ -212,11 +213,12 @@ def draw(every: dict[str, list[dict[str, Any]]], law: dict[str, Any], path: Path
             shift = 1 + 0.03 * (at - 1.5)
             for axes, key in ((kept, "held_out_kl"), (cost, "rise")):
                 budgets = [shift * row["settings"]["budget"] for row in rows]
-                axes.plot(budgets, [row[key] for row in rows], "o", markersize=4, alpha=0.7, label=task)
+                axes.plot(budgets, [row[key] for row in rows], "o", markersize=4, alpha=0.7, label=NAMES[task])
         for axes in (kept, cost):
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.set_xticks(BUDGETS, [f"{budget:g}" for budget in BUDGETS])
+            axes.set_yticks((0.05, 0.1, 0.2), ("0.05", "0.1", "0.2"))
             axes.minorticks_off()
             axes.legend()
         dress(kept, "Is the budget kept?", "budget, nats per token", "KL on held-out own rows")
