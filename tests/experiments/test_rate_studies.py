@@ -321,7 +321,7 @@ def test_batch_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(rows) == 2 * 3
     assert {row["num_steps"] for row in rows} == {16, 4}
     first = min(rows, key=lambda row: (row["settings"]["batch_size"], row["settings"]["half_life"]))
-    assert first["beta2"] == pytest.approx(0.95)
+    assert first["beta2"] == pytest.approx(scale.first_beta2)
     monkeypatch.setattr(module, "train_together", None)  # finished runs are not made again
     module.main(["--num_workers", "1"])
     assert "Verdict" in (tmp_path / "README.md").read_text()
