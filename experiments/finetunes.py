@@ -75,7 +75,10 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One finetune. `replay_rows` of `replay_length` tokens a step, from the first `pool` rows or all of them, once."""
+    """One finetune. `replay_rows` of `replay_length` tokens a step, from the first `pool` rows or all of them, once.
+
+    With a `budget`, in nats per token, the coefficient follows it from `coef` on.
+    """
 
     method: str = "full"
     learning_rate: float = 1e-3
@@ -95,6 +98,7 @@ class Run:
     schedule: str | None = None
     anchor_coef: float | None = None
     replay_start: float | None = None
+    budget: float | None = None
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
@@ -112,6 +116,8 @@ class Run:
         more: dict[str, Any] = {"anchor_lr_ratio": 1.0}  # learning_rate is what is meant
         if self.replay_every > 1:
             more["replay_every"] = self.replay_every
+        if self.budget is not None:
+            more["max_ref_kl"] = self.budget
         for name in ("anchor_coef", "replay_start"):
             if getattr(self, name) is not None:
                 more[name] = getattr(self, name)

@@ -6,7 +6,7 @@ python -m experiments 03 [--runs 0 1] [--report]
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from experiments.claim import over_seeds
 from experiments.finetunes import Bench, Run, StudyResults, compact, make_trainer, scratch, small_bench
 from experiments.pages import dress, goal_line, panels, table
 from experiments.program import LAPTOP, Report, conduct
-from retain import ReplayConfig
 from retain.training.run_files import read_run
 
 HERE = Path(__file__).parent
@@ -29,27 +28,14 @@ STEPS = 160
 NEAR = 0.2  # of the budget
 
 
-@dataclass(frozen=True, kw_only=True)
-class BudgetRun(Run):
-    """A finetune whose coefficient follows a budget from 1 on; None is a plain one."""
-
-    budget: float | None = None
-
-    def config(self) -> ReplayConfig:
-        """The same as `retain`'s own settings."""
-        if self.budget is None:
-            return ReplayConfig(replay_coef=0.0)
-        return ReplayConfig(max_ref_kl=self.budget, per_device_replay_batch_size=self.replay_rows)
-
-
-def runs() -> list[BudgetRun]:
+def runs() -> list[Run]:
     """Every run of the study: plain, three budgets, and one that is too strict; each with every seed."""
-    plain = BudgetRun(max_steps=STEPS, eval_steps=40, replay_rows=8)
+    plain = Run(max_steps=STEPS, eval_steps=40, replay_rows=8)
     kinds = [plain, *(replace(plain, budget=budget, coef=1.0) for budget in (*BUDGETS, STRICT))]
     return [replace(kind, seed=seed) for seed in SEEDS for kind in kinds]
 
 
-def finetune(run: BudgetRun, bench: Bench) -> dict[str, Any]:
+def finetune(run: Run, bench: Bench) -> dict[str, Any]:
     """Train; the trajectory of losses and of the coefficient, and the controller's own verdict."""
     steps: list[tuple[float, float]] = []
     with scratch() as folder:

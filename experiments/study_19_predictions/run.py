@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from experiments.finetunes import Bench, BenchSettings, Run, StudyResults, make_
 from experiments.pages import NoReport, dress, findings, panels, table
 from experiments.program import LAPTOP, Report, conduct
 from experiments.small_base import BaseSettings, make_base
-from retain import ReplayConfig, versions
+from retain import versions
 from retain.files import write_json
 from retain.losses import kl_divergence
 from retain.training.loss_meter import in_opening
@@ -54,20 +53,10 @@ SHARED = {"max_steps": 160, "eval_steps": 160, "replay_rows": 8, "coef": 1.0}
 METHODS = {"full": {"learning_rate": 1e-3}, "lora": {"learning_rate": 3e-3, "lora_rank": 16}}
 
 
-@dataclass(frozen=True, kw_only=True)
-class BudgetRun(Run):
-    """A finetune whose coefficient follows a budget from 1 on, nats per token."""
-
-    budget: float
-
-    def config(self) -> ReplayConfig:
-        return ReplayConfig(max_ref_kl=self.budget, per_device_replay_batch_size=self.replay_rows)
-
-
-def runs() -> list[BudgetRun]:
+def runs() -> list[Run]:
     """Those of a task: every method, budget and seed."""
     return [
-        BudgetRun(method=method, budget=budget, seed=seed, **SHARED, **how)
+        Run(method=method, budget=budget, seed=seed, **SHARED, **how)
         for seed in SEEDS
         for method, how in METHODS.items()
         for budget in BUDGETS
@@ -90,7 +79,7 @@ def held_out_kl(place: Bench, model: Any) -> tuple[float, float]:
     return float(kl[late].mean()), float(kl.mean())
 
 
-def finetune(run: BudgetRun, place: Bench) -> dict[str, Any]:
+def finetune(run: Run, place: Bench) -> dict[str, Any]:
     """Train; what was held, what was lost on prose, and the controller's own verdict."""
     with scratch() as folder:
         trainer = make_trainer(run, place, folder)

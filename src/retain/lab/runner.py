@@ -181,8 +181,8 @@ def run_on_ray(runs: Sequence[VerbRun], root: Path, record: Record, *, num_worke
     """
     from retain.sampling.ray_workers import ray_workers
 
-    def outcome(run: VerbRun, program: str = PROGRAM) -> dict[str, Any]:
-        one = VerbProcess(run, root, threads, program)
+    def outcome(run: VerbRun) -> dict[str, Any]:
+        one = VerbProcess(run, root, threads, PROGRAM)
         one.process.wait()
         return one.outcome()
 

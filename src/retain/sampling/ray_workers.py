@@ -70,7 +70,7 @@ def ray_workers(
         num_cpus: of a worker, which also has a GPU where the cluster has one.
 
     Raises:
-        ValueError: if the cluster has no room for so many.
+        ValueError: if the cluster has room for fewer than `num_workers`.
     """
     workers: list[Any] = []
     with cluster():
