@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from retain.report.chain import ChainedText, chain_verdict, over_chain
-from retain.report.page import comparison_html, comparison_markdown, comparison_summary
+from retain.report.page import Page
 from retain.report.report import ForgettingReport, write_comparison
 
 TOKENS = [100.0, 200.0, 100.0]
@@ -101,8 +101,8 @@ def test_the_page_draws_no_stage_against_its_own_task_and_base(reports):
     for report in reports:
         report.data["trajectory"] = steps
     runs = [report.results for report in reports]
-    assert "Over the steps" in comparison_html(runs, title="t")
-    html = comparison_html(runs, title="t", chain=True)
+    assert "Over the steps" in Page(runs, "t").html()
+    html = Page(runs, "t", chain=True).html()
     assert "Learning against forgetting" not in html
     assert "Over the steps" not in html
 
@@ -112,9 +112,9 @@ def test_the_pages_say_it_and_compare_no_rivals(reports, tmp_path):
     said = "After 2 stages the loss stands above its lowest by 0.400 [0.400, 0.400] nats per token on german "
     said += "(60.0% [60.0%, 60.0%] of what was learned is kept)"
     runs = [report.results for report in reports]
-    summary = comparison_summary(runs, chain=True)
+    summary = Page(runs, chain=True).summary()
     assert summary.startswith(said)
-    html, markdown = comparison_html(runs, title="t", chain=True), comparison_markdown(runs, title="t", chain=True)
+    html, markdown = Page(runs, "t", chain=True).html(), Page(runs, "t", chain=True).markdown()
     assert said in html
     assert "t, chain" not in html
     for text in (summary, html):

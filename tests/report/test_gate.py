@@ -16,7 +16,7 @@ from retain.cli.main import main
 from retain.measuring.paired_answers import compare_answers
 from retain.report.gate import BEYOND, UNDECIDED, WITHIN, Check, judge
 from retain.report.numbers import Estimate
-from retain.report.page import comparison_html, comparison_markdown
+from retain.report.page import Page
 from retain.report.report import ForgettingReport
 from retain.report.results import Judgement
 from retain.statistics import bootstrap_ratio
@@ -153,12 +153,12 @@ def test_the_report_shows_the_verdict_and_hostile_names_harm_nobody():
     }
     data["gate"] = asdict(judge(ForgettingReport(data).results, max_forgetting=0.02))
     run = ForgettingReport(data).results
-    page = comparison_html([run], title="t")
+    page = Page([run], "t").html()
     assert "gate: beyond (exit code 2)" in page
     assert '<p class="note gate-2">' in page
     assert "<script" not in page
-    assert "> gate: beyond" in comparison_markdown([run], title="t")
-    for shown in (page, comparison_markdown([run], title="t")):
+    assert "> gate: beyond" in Page([run], "t").markdown()
+    for shown in (page, Page([run], "t").markdown()):
         assert "\x1b" not in shown
         assert "\u202e" not in shown
 

@@ -87,19 +87,19 @@ def panels_of(runs: list[dict]) -> list[Panel]:
 
 
 def html_of(runs: list[dict], **options: Any) -> str:
-    return page.comparison_html(typed(runs), **{"title": "t"} | options)
+    return page.Page(typed(runs), **{"title": "t"} | options).html()
 
 
 def markdown_of(runs: list[dict], **options: Any) -> str:
-    return page.comparison_markdown(typed(runs), **{"title": "t"} | options)
+    return page.Page(typed(runs), **{"title": "t"} | options).markdown()
 
 
 def summary_of(runs: list[dict]) -> str:
-    return page.comparison_summary(typed(runs))
+    return page.Page(typed(runs)).summary()
 
 
 def card_of(run: dict) -> str:
-    return page.model_card_section(ForgettingReport(run).results)
+    return page.Page([ForgettingReport(run).results], "Forgetting").model_card()
 
 
 def verdict_of(run: dict) -> str:

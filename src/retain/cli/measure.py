@@ -33,7 +33,7 @@ from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.replay.dataset import load_texts
 from retain.report.gate import SEVERITY, Judgement, judge
 from retain.report.model_card import check_card
-from retain.report.page import comparison_summary
+from retain.report.page import Page
 from retain.report.report import ForgettingReport, write_comparison
 from retain.training.run_files import OF_LOSS, read_run, settings_of_run
 
@@ -213,8 +213,7 @@ def write_reports(config: MeasureConfig) -> dict[str, Judgement]:
             reports.append(report)
         if len(reports) > 1:
             write_comparison(folder, reports, title=TITLE, chain=config.chain)
-        results = [one.results for one in reports]
-        summary = reports[0].summary() if len(reports) == 1 else comparison_summary(results, chain=config.chain)
+        summary = Page([one.results for one in reports], chain=config.chain).summary()
         print(f"{summary}\n\nreport: {folder / 'report.html'}")
         if config.model_card:
             reports[0].to_model_card(config.model_card)

@@ -9,7 +9,7 @@ from retain.checks import Settings, setting
 from retain.cli.flags import Verb
 from retain.cli.settings import CHAIN_HELP
 from retain.files import short_names
-from retain.report.page import comparison_summary
+from retain.report.page import Page
 from retain.report.report import ForgettingReport, write_comparison
 
 
@@ -34,7 +34,7 @@ def run_report(config: ReportConfig) -> None:
         for one, name in zip(reports, short_names([path.parent for path in paths], "runs"), strict=True):
             one.data["name"] = name
     write_comparison(config.output_dir, reports=reports, title=config.title, chain=config.chain)
-    summary = comparison_summary([one.results for one in reports], chain=config.chain)
+    summary = Page([one.results for one in reports], chain=config.chain).summary()
     print(f"{summary}\n\nreport: {Path(config.output_dir) / 'report.html'}")
 
 

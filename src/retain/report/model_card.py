@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from retain.report.metrics import TABLE_METRICS
-from retain.report.page import harmless, model_card_section
+from retain.report.page import Page, harmless
 from retain.report.results import RunResults
 
 INDEXED = tuple(name for name, metric in TABLE_METRICS.items() if metric.indexed)
@@ -22,7 +22,7 @@ def card_with_forgetting(card: str, run: RunResults) -> str:
     """
     before, _, rest = card.partition(BEGIN)
     after = rest.partition(END)[2]
-    section = f"{BEGIN}\n{model_card_section(run).strip()}\n{END}"
+    section = f"{BEGIN}\n{Page([run], 'Forgetting').model_card().strip()}\n{END}"
     text = f"{before.rstrip()}\n\n{section}\n{after}" if before.strip() else f"---\n{{}}\n---\n\n{section}\n{after}"
     found = _parsed(text)
     found.data["model-index"] = model_index(run)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain.files import visible, visible_text
 from retain.report import style, tables
-from retain.report.chain import ChainedText, chain_panel, chain_sentences, chain_verdict, over_chain
+from retain.report.chain import chain_panel, chain_sentences, chain_verdict, over_chain
 from retain.report.comparison import compare_at_matched_loss
 from retain.report.figures import learned_and_forgotten, panels
 from retain.report.metrics import TABLE_METRICS
 from retain.report.numbers import cell
-from retain.report.results import ReportRuns, RunResults
+from retain.report.results import ReportRuns
 from retain.report.sentences import (
     comparison_verdict,
     end_sentences,
@@ -50,63 +51,94 @@ HEADINGS = {  # of the tables in Markdown
 }  # fmt: skip
 
 
-def comparison_html(runs: ReportRuns, *, title: str, notes: Sequence[str] = (), chain: bool = False) -> str:
-    """One self-contained page with no script in it and no request to anywhere; `chain`: of stages, not of rivals."""
-    view = _view(runs, title, notes, chain)
-    runs, names = view["runs"], [run.name for run in view["runs"]]
-    worst, left_out = worst_documents(runs)
-    drawn = [(panel, style.draw_panel(panel, names)) for panel in panels(runs, view["comparison"])]
-    prompts = generations(runs)
-    sentence, findings = opening(runs, view["comparison"])
-    figure = _chain_figure(runs, view["chained"]) if chain else _opening_figure(runs)
-    view |= {
-        "opening": view["verdict"] if chain else sentence, "findings": findings, "opening_figure": figure,
-        "verdicts": [(at, text_verdict(run)) for at, run in enumerate(runs) if run.retention] if names[1:] else [],
-        "figures": [{"kind": one.kind, "svg": style.to_svg(figure, one.description)} for one, figure in drawn],
-        "prompts": {"shown": prompts[:SHOWN_PROMPTS], "folded": prompts[SHOWN_PROMPTS:]},
-        "worst": worst, "worst_left_out": left_out,
-    }  # fmt: skip
-    return _environment(html=True).get_template("report.html").render(view)
+@dataclass(frozen=True)
+class Page:
+    """What one run, or several of one base, are shown as; `chain`: they are stages in order, not rivals."""
 
+    runs: ReportRuns
+    title: str = ""
+    notes: Sequence[str] = ()
+    chain: bool = False
 
-def _opening_figure(runs: ReportRuns) -> str:
-    found = learned_and_forgotten(runs)
-    if not found:
-        return ""
-    description = " ".join(panel.description for panel in found)
-    return style.to_svg(style.draw_intervals(found, [run.name for run in runs]), description)
+    def html(self) -> str:
+        """One self-contained page with no script in it and no request to anywhere."""
+        view = self.view
+        runs, names, compared = view["runs"], [run.name for run in view["runs"]], view["comparison"]
+        worst, left_out = worst_documents(runs)
+        drawn = [(panel, style.draw_panel(panel, names)) for panel in panels(runs, compared)]
+        prompts = generations(runs)
+        sentence, findings = opening(runs, compared)
+        more = {
+            "opening": view["verdict"] if self.chain else sentence, "findings": findings,
+            "opening_figure": self._chain_figure() if self.chain else self._opening_figure(),
+            "verdicts": [(at, text_verdict(run)) for at, run in enumerate(runs) if run.retention] if names[1:] else [],
+            "figures": [{"kind": one.kind, "svg": style.to_svg(figure, one.description)} for one, figure in drawn],
+            "prompts": {"shown": prompts[:SHOWN_PROMPTS], "folded": prompts[SHOWN_PROMPTS:]},
+            "worst": worst, "worst_left_out": left_out,
+        }  # fmt: skip
+        return _environment(html=True).get_template("report.html").render(view | more)
 
+    def _opening_figure(self) -> str:
+        runs = self.view["runs"]
+        if not (found := learned_and_forgotten(runs)):
+            return ""
+        description = " ".join(panel.description for panel in found)
+        return style.to_svg(style.draw_intervals(found, [run.name for run in runs]), description)
 
-def _chain_figure(runs: ReportRuns, texts: Sequence[ChainedText]) -> str:
-    panel = chain_panel(runs, texts)
-    return style.to_svg(style.draw_panel(panel, [text.name for text in texts]), panel.description)
+    def _chain_figure(self) -> str:
+        panel = chain_panel(self.view["runs"], texts := self.view["chained"])
+        return style.to_svg(style.draw_panel(panel, [text.name for text in texts]), panel.description)
 
+    def markdown(self) -> str:
+        """Verdict, tables and what they mean; what was written, asked and answered is on the page."""
+        view = self.view
+        meanings = view["metrics"] | (view["answer_lines"] if view["answers"] else {})
+        meanings |= (view["scorers"] if view["refusals"] else {}) | (view["shown"] if view["behaviors"] else {})
+        meanings |= view["fates"] if view["knowledge"] else {}
+        shown = [(heading, view[name]) for name, heading in HEADINGS.items()]
+        return _environment(html=False).get_template("report.md").render(view | {"tables": shown, "meanings": meanings})
 
-def comparison_markdown(runs: ReportRuns, *, title: str, notes: Sequence[str] = (), chain: bool = False) -> str:
-    """Verdict, tables and what they mean; what was written, asked and answered is on the page."""
-    view = _view(runs, title, notes, chain)
-    meanings = view["metrics"] | (view["answer_lines"] if view["answers"] else {})
-    meanings |= (view["scorers"] if view["refusals"] else {}) | (view["shown"] if view["behaviors"] else {})
-    meanings |= view["fates"] if view["knowledge"] else {}
-    shown = [(heading, view[name]) for name, heading in HEADINGS.items()]
-    return _environment(html=False).get_template("report.md").render(view | {"tables": shown, "meanings": meanings})
+    def model_card(self) -> str:
+        """The section "Forgetting" of a model card, as Markdown."""
+        return _environment(html=False).get_template("model_card.md").render(self.view)
 
+    def summary(self) -> str:
+        """Verdict and tables for a terminal; no escape sequence of a model reaches it."""
+        view = self.view
+        lines = [view["verdict"], ""]
+        for group in ([f"  ! {warning}" for warning in view["warnings"]], view["pareto"], view["chain"]):
+            lines += [*group, ""] if group else []
+        for table in [view[name] for name in TABLES if view[name] and view[name].sections]:
+            lines += terminal_table(table)
+        return "\n".join(lines).rstrip() + "\n"
 
-def model_card_section(run: RunResults) -> str:
-    """The section "Forgetting" of a model card, as Markdown."""
-    return _environment(html=False).get_template("model_card.md").render(_view([run], "Forgetting", ()))
-
-
-def comparison_summary(runs: ReportRuns, *, chain: bool = False) -> str:
-    """Verdict and tables for a terminal; no escape sequence of a model reaches it."""
-    view = _view(runs, "", (), chain)
-    lines = [view["verdict"], ""]
-    lines += [f"  ! {warning}" for warning in view["warnings"]] + [""] * bool(view["warnings"])
-    lines += [*view["pareto"], ""] if view["pareto"] else []
-    lines += [*view["chain"], ""] if view["chain"] else []
-    for table in [view[name] for name in TABLES if view[name] and view[name].sections]:
-        lines += terminal_table(table)
-    return "\n".join(lines).rstrip() + "\n"
+    @cached_property
+    def view(self) -> dict[str, Any]:
+        """Everything the templates show, as plain strings and numbers."""
+        runs, chain = [harmless(run) for run in self.runs], self.chain
+        compared = compare_at_matched_loss(runs) if len(runs) > 1 and not chain else None
+        chained = over_chain(runs) if chain else []
+        said = comparison_verdict(compared) if compared else chain_verdict(runs, chained) if chain else verdict(runs[0])
+        warnings = _warnings(runs) + list(filter(None, map(overfit_sentence, runs)))
+        ends = end_sentences(compared) if compared else []
+        return {
+            "title": visible(self.title), "notes": list(map(visible, self.notes)), "runs": runs, "comparison": compared,
+            "warnings": warnings + ([*compared.warnings, *mismatch_sentences(compared)] if compared else []),
+            "verdict": said, "chained": chained, "chain": chain_sentences(runs, chained),
+            "pareto": frontier_sentences(compared) if compared else [],
+            "table": tables.metric_table(
+                runs, notes=[*filter(None, map(scale_sentence, runs)), *tables.base_notes(runs)]),
+            "rest": tables.metric_table(runs, main=False),
+            "matched": tables.comparison_table(compared, "matched") if compared and compared.matched else None,
+            "end": tables.comparison_table(compared, "end", notes=ends) if compared else None, "ends": ends,
+            "answers": tables.answers_table(runs), "refusals": tables.refusals_table(runs),
+            "behaviors": tables.behaviors_table(runs), "drift": tables.drift_table(runs),
+            "knowledge": tables.knowledge_table(runs),
+            "sizes": tables.sizes(runs), "facts": list(tables.facts(runs)),
+            "metrics": {metric.label: metric.meaning for metric in TABLE_METRICS.values()},
+            "answer_lines": {line.label: line.meaning for line in tables.ANSWERS if line.meaning},
+            "scorers": tables.SCORERS, "fates": tables.KNOWLEDGE_FATES, "shown": tables.behavior_meanings(runs),
+        }  # fmt: skip
 
 
 def terminal_table(table: tables.Table) -> list[str]:
@@ -119,35 +151,6 @@ def terminal_table(table: tables.Table) -> list[str]:
     widths[0] = min(widths[0], MAX_LABEL_CHARS)
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in rows]
     return [*lines, *(f"  * {note}" for note in table.notes), ""]
-
-
-def _view(runs: ReportRuns, title: str, notes: Sequence[str], chain: bool = False) -> dict[str, Any]:
-    """Everything the templates show, as plain strings and numbers."""
-    runs = [harmless(run) for run in runs]
-    compared = compare_at_matched_loss(runs) if len(runs) > 1 and not chain else None
-    chained = over_chain(runs) if chain else []
-    said = comparison_verdict(compared) if compared else chain_verdict(runs, chained) if chain else verdict(runs[0])
-    warnings = _warnings(runs) + list(filter(None, map(overfit_sentence, runs)))
-    ends = end_sentences(compared) if compared else []
-    return {
-        "title": visible(title), "notes": [visible(note) for note in notes], "runs": runs, "comparison": compared,
-        "warnings": warnings + ([*compared.warnings, *mismatch_sentences(compared)] if compared else []),
-        "verdict": said, "chained": chained, "chain": chain_sentences(runs, chained),
-        "pareto": frontier_sentences(compared) if compared else [],
-        "table": tables.metric_table(
-            runs, notes=[*filter(None, map(scale_sentence, runs)), *tables.base_notes(runs)]
-        ),
-        "rest": tables.metric_table(runs, main=False),
-        "matched": tables.comparison_table(compared, "matched") if compared and compared.matched else None,
-        "end": tables.comparison_table(compared, "end", notes=ends) if compared else None, "ends": ends,
-        "answers": tables.answers_table(runs), "refusals": tables.refusals_table(runs),
-        "behaviors": tables.behaviors_table(runs), "drift": tables.drift_table(runs),
-        "knowledge": tables.knowledge_table(runs),
-        "sizes": tables.sizes(runs), "facts": list(tables.facts(runs)),
-        "metrics": {metric.label: metric.meaning for metric in TABLE_METRICS.values()},
-        "answer_lines": {line.label: line.meaning for line in tables.ANSWERS if line.meaning},
-        "scorers": tables.SCORERS, "fates": tables.KNOWLEDGE_FATES, "shown": tables.behavior_meanings(runs),
-    }  # fmt: skip
 
 
 def harmless(value: Any, key: str = "") -> Any:

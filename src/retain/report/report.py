@@ -68,7 +68,7 @@ class ForgettingReport:
 
     def _repr_html_(self) -> str:
         """The page in a frame of its own, for notebooks: its style stays inside, and nothing in it can run."""
-        html = page.comparison_html([self.results], title=self._title)
+        html = self._page.html()
         return f'<iframe sandbox srcdoc="{escape(html)}" style="width: 100%; height: 40em; border: 0"></iframe>'
 
     @classmethod
@@ -95,8 +95,8 @@ class ForgettingReport:
         return cls(data)
 
     @property
-    def _title(self) -> str:
-        return f"Forgetting report: {self.data['name']}"
+    def _page(self) -> page.Page:
+        return page.Page([self.results], f"Forgetting report: {self.data['name']}")
 
     @property
     def verdict(self) -> str:
@@ -105,7 +105,7 @@ class ForgettingReport:
 
     def summary(self) -> str:
         """Verdict and tables for a terminal."""
-        return page.comparison_summary([self.results])
+        return self._page.summary()
 
     def to_json(self, path: str | Path) -> None:
         write_text(path, _json(self.data))
@@ -117,11 +117,7 @@ class ForgettingReport:
 
     def write(self, folder: str | Path) -> None:
         """Write report.json, report.md and report.html, each whole or not at all."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.to_json(Path(folder) / "report.json")
-        runs, title = [self.results], self._title
-        write_text(Path(folder) / "report.md", page.comparison_markdown(runs, title=title))
-        write_text(Path(folder) / "report.html", page.comparison_html(runs, title=title))
+        _write(Path(folder), self.data, self._page)
 
 
 def write_comparison(
@@ -140,10 +136,7 @@ def write_comparison(
         chain: the runs are stages, each finetuned from the one before, in order, all measured against the base of the
             first: what is shown, and in report.json as `chain`, is what each text lost since its loss was lowest.
     """
-    runs = [report.results for report in reports]
-    html = page.comparison_html(runs, title=title, notes=notes, chain=chain)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    runs, folder = [report.results for report in reports], Path(folder)
     found: dict[str, Any]
     figure: Figure | None
     if chain:
@@ -155,12 +148,17 @@ def write_comparison(
         found = {"comparison": asdict(compared)}
         figure = style.frontier_row(panels(runs, compared), len(runs))
     whole = {"title": title, "notes": list(notes), "runs": [report.data for report in reports], **found}
-    write_text(folder / "report.json", _json(whole))
-    write_text(folder / "report.md", page.comparison_markdown(runs, title=title, notes=notes, chain=chain))
-    write_text(folder / "report.html", html)
+    _write(folder, whole, page.Page(runs, title, notes, chain))
     if figure is not None:
         with atomic_path(folder / "figure.png") as temporary:
             style.save_png(figure, temporary)
+
+
+def _write(folder: Path, data: dict[str, Any], shown: page.Page) -> None:
+    files = {"report.json": _json(data), "report.md": shown.markdown(), "report.html": shown.html()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        write_text(folder / name, text)
 
 
 def _json(data: dict[str, Any]) -> str:
