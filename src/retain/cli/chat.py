@@ -18,7 +18,8 @@ from retain.files import one_line, visible, visible_text
 from retain.measuring.generations import Prompt, Written, check_room, continue_prompts, stop_tokens
 from retain.measuring.measure_options import Options
 from retain.models.description import choose_start_token, default_device
-from retain.models.loading import find_file, load_model, load_tokenizer, resolve_model_path
+from retain.models.loading import load_model, load_tokenizer, loaded_as
+from retain.models.merging import adapted_model
 from retain.models.reference import Reference, probe
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 
@@ -106,13 +107,11 @@ def run_chat(config: ChatConfig) -> None:
 
 def load_pair(config: ChatConfig) -> tuple[PreTrainedModel, Reference]:
     """The tuned model and its base; that of an adapter is the model with the adapter off, where this is shown."""
-    how: dict[str, Any] = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
-    how |= {"device": default_device(), "field": "base", **config.checkpoint}
+    how: dict[str, Any] = {"device": default_device(), "field": "base", **config.loading}
     print("loading the models …", flush=True)
     base = load_model(config.base, **how)
-    like: dict[str, Any] = {"dtype": base.dtype, "attn_implementation": base.config._attn_implementation}
-    like |= {"device": base.device, "trust_remote_code": config.trust_remote_code}
-    if find_file(resolve_model_path(config.model), "adapter_config.json") is None:
+    like: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, **loaded_as(base)}
+    if adapted_model(config.model) is None:
         return load_model(config.model, **like), Reference(base)
     expected = probe(base)
     del base  # one model in memory

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from retain.checks import setting
 from retain.cli.flags import Verb
 from retain.cli.settings import RemoteCodeSettings
@@ -52,7 +54,7 @@ def run_export(config: ExportConfig) -> None:
         raise ValueError(f"model: {name!r} has another tokenizer than the one that wrote these rows")
     written: Sequence[dict[str, Any]]
     if config.format == "tokens":
-        written, note = [token_row(rows, index) for index in range(len(rows))], "the tokens as drawn"
+        written, note = list(map(token_row, rows, rows.prefix_lengths.tolist())), "the tokens as drawn"
     elif config.format == "text":
         written, note = text_rows(rows, tokenizer)
     else:
@@ -61,9 +63,9 @@ def run_export(config: ExportConfig) -> None:
     print(f"{len(written)} of {len(rows)} rows as {config.format} in {output}: {note}")
 
 
-def token_row(rows: ReplayDataset, index: int) -> dict[str, list[int]]:
+def token_row(row: np.ndarray, given: int) -> dict[str, list[int]]:
     """A row as it was drawn: `input_ids`, `attention_mask`, and `labels` of −100 on tokens that were given."""
-    ids, given = rows[index].tolist(), int(rows.prefix_lengths[index])
+    ids = row.tolist()
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * given + ids[given:]}
 
 
@@ -72,8 +74,8 @@ def text_rows(rows: ReplayDataset, tokenizer: PreTrainedTokenizerBase) -> tuple[
     assert rows.manifest is not None
     start, same = rows.manifest["start_token"]["id"], 0
     found = []
-    for index in range(len(rows)):
-        ids = rows[index].tolist()
+    for row in rows:
+        ids = row.tolist()
         ids = ids[1:] if ids[0] == start else ids  # a tokenizer that adds its own BOS would double it
         text = decoded(tokenizer, ids)
         same += tokenizer(text, add_special_tokens=False)["input_ids"] == ids
@@ -84,7 +86,7 @@ def text_rows(rows: ReplayDataset, tokenizer: PreTrainedTokenizerBase) -> tuple[
 def message_rows(rows: ReplayDataset, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], str]:
     """The whole turns of rows that begin in a user's turn and were answered; other rows are left out."""
     frame = chat_frame(tokenizer)
-    chats = [read_chat(decoded(tokenizer, rows[index].tolist()), frame) for index in range(len(rows))]
+    chats = [read_chat(decoded(tokenizer, row.tolist()), frame) for row in rows]
     found = [{"messages": chat} for chat in chats if chat]
     if not found:
         raise ValueError(

@@ -27,7 +27,7 @@ from retain.measuring.refusals import Judge, load_requests
 from retain.measuring.sources import default_prompts, document_tokens, overlap_warnings
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import default_device, length_that_fits, with_least_room
-from retain.models.loading import load_model, load_tokenizer
+from retain.models.loading import load_model, load_tokenizer, loaded_as
 from retain.models.reference import TOLERANCE, Reference, probe
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.replay.dataset import load_texts
@@ -256,8 +256,7 @@ def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Itera
     sources = load_sources(config, tokenizer)
     pairs = zip(config.model, settings, strict=True)
     new_tasks = [load_new_task(config, model, of.get("training_arguments") or {}, tokenizer) for model, of in pairs]
-    how: dict[str, Any] = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
-    loaded = load_model(config.base, device=default_device(), field="base", **how, **config.checkpoint)
+    loaded = load_model(config.base, device=default_device(), field="base", **config.loading)
     base = MeasuredBase(loaded) if len(config.model) > 1 else MeasuredBase.of(loaded)
     options: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS} | {"tokenizer": tokenizer}
     options |= {"judge": load_judge(config, loaded) if config.judge else None, "progress": say}
@@ -282,9 +281,8 @@ def measure_model(
     start: Start,
 ) -> tuple[ForgettingReport, Start]:
     """The report of one model, trained on `rows`, and from what the next should begin; it is freed afterwards."""
-    tokenizer, like = options["tokenizer"], base.model
-    how: dict[str, Any] = {"dtype": like.dtype, "attn_implementation": like.config._attn_implementation}
-    tuned = load_model(model, device=like.device, trust_remote_code=config.trust_remote_code, **how)
+    tokenizer = options["tokenizer"]
+    tuned = load_model(model, trust_remote_code=config.trust_remote_code, **loaded_as(base.model))
     texts = (sources["new_task"] | sources["retention"]).values()
     if texts and config.max_new_tokens and not config.prompts:
         room = length_that_fits(with_least_room(base.model, tuned), config.max_length) - config.max_new_tokens

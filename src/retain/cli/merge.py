@@ -17,13 +17,14 @@ from retain.cli.flags import Verb
 from retain.cli.measure import load_new_task
 from retain.cli.settings import TextSettings
 from retain.data.rows import named_sources
-from retain.files import PART, atomic_path, exclusive, read_json, visible, write_json, write_text
+from retain.files import PART, atomic_path, exclusive, visible, write_json, write_text
 from retain.lab.runner import RunRows, run_key
 from retain.measuring.measure import measure
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import default_device
 from retain.models.interpolation import Interpolation
-from retain.models.loading import find_file, load_model, load_tokenizer, resolve_model_path, stored_dtype
+from retain.models.loading import load_model, load_tokenizer, loaded_as, stored_dtype
+from retain.models.merging import adapted_model
 from retain.models.reference import probe
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.replay.dataset import load_texts
@@ -137,15 +138,12 @@ def base_of(model: str, run: Mapping[str, Any]) -> tuple[str, str | None]:
     Raises:
         ValueError: if neither is known.
     """
-    adapter = find_file(resolve_model_path(model), "adapter_config.json")
-    if adapter:
-        name, fingerprint = read_json(adapter, "model", "save the adapter again").get("base_model_name_or_path"), None
-    else:
-        manifest = (run.get("replay_dataset") or {}).get("manifest") or {}
-        name, fingerprint = manifest.get("model"), manifest.get("model_fingerprint")
-    if not name:
+    if name := adapted_model(model):
+        return name, None
+    manifest = (run.get("replay_dataset") or {}).get("manifest") or {}
+    if not (name := manifest.get("model")):
         raise ValueError(f"base: {model!r} does not name its base; give --base")
-    return name, fingerprint
+    return name, manifest.get("model_fingerprint")
 
 
 def load_merge_texts(
@@ -161,9 +159,8 @@ def load_merge_texts(
 
 def load_ends(config: MergeConfig, name: str) -> tuple[MeasuredBase, Interpolation]:
     """The base, and the model between it and the tuned one, to be written in the dtype of the base's checkpoint."""
-    how: dict[str, Any] = {"attn_implementation": config.attn_implementation, "device": default_device()}
-    base = load_model(name, dtype=config.dtype, field="base", **how, **config.checkpoint)
-    tuned = load_model(config.model, dtype=base.dtype, trust_remote_code=config.trust_remote_code, **how)
+    base = load_model(name, field="base", device=default_device(), **config.loading)
+    tuned = load_model(config.model, trust_remote_code=config.trust_remote_code, **loaded_as(base))
     dtype = stored_dtype(name, **config.checkpoint) if config.dtype == "auto" else None
     return MeasuredBase(base), Interpolation(base, tuned, dtype)
 

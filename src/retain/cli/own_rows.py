@@ -64,12 +64,10 @@ class OwnRows:
         if self.training_args.process_index == 0:
             self._draw(HELD_OUT, num_rows=num_rows, seed=self.training_args.seed + 1)
         pool = self._folder(POOL)
-        rows, drawn = load_self_generated(self._folder(HELD_OUT)), []
-        if (pool / MANIFEST).exists():
-            drawn.append(load_self_generated(pool))
-        windows = [rows[at].tolist() for at in range(len(rows))]
+        windows = [row.tolist() for row in load_self_generated(self._folder(HELD_OUT))]
+        replayed = load_self_generated(pool) if (pool / MANIFEST).exists() else ()
         edges = row_edges(self.tokenizer, choose_start_token(self.tokenizer, self.config.start_token).id)
-        twice = find_rows(windows, (replayed[at] for replayed in drawn for at in range(len(replayed))), edges)
+        twice = find_rows(windows, replayed, edges)
         return token_documents([window for at, window in enumerate(windows) if at not in twice], self.tokenizer)
 
     def _draw(self, name: str, **settings: Any) -> None:

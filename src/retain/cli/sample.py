@@ -110,13 +110,7 @@ def run_sample(config: SampleConfig) -> None:
     rows = enumerate(read_rows(config.prompts), start=1) if config.prompts else ()
     prompts = [prompt_text(row, tokenizer, f"row {at} of {config.prompts!r}") for at, row in rows]
     starts = plan_starts(config.start, tokenizer, start, chat_turn=config.chat_turn, prompts=prompts)
-    model = load_model(
-        config.model,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        device=device,
-        **config.checkpoint,
-    )
+    model = load_model(config.model, device=device, **config.loading)
     if model.device.type == "cpu":
         torch.set_num_threads(choose_threads(model))
     main = state is None or state.is_main_process
@@ -167,9 +161,8 @@ def engine_of(config: SampleConfig) -> Callable[[Any, int, str | None], Abstract
         )
     from retain.sampling.ray_engine import ray_engine
 
-    load = partial(load_model, name, attn_implementation=config.attn_implementation, **config.checkpoint)
     return lambda model, length, store: ray_engine(
-        partial(load, dtype=model.dtype),
+        partial(load_model, name, **config.loading | {"dtype": model.dtype}),
         max_length=length,
         seed=config.seed,
         store_reference=store,

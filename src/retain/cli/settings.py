@@ -57,6 +57,11 @@ class ModelLoadSettings(RevisionSettings, StartTokenSettings, SeedSettings):
     dtype: Dtype = setting("auto", "Dtype of the weights. auto: the checkpoint's own on a GPU, float32 on a CPU.")
     attn_implementation: str | None = setting(None, "Attention kernel, e.g. sdpa or eager. Default: transformers'.")
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """All that `load_model` takes of them."""
+        return {"dtype": self.dtype, "attn_implementation": self.attn_implementation, **self.checkpoint}
+
 
 @dataclass(kw_only=True)
 class TextSettings(ModelLoadSettings):

@@ -261,6 +261,11 @@ def load_model(
     return model.to(device).eval() if device is not None else model.eval()
 
 
+def loaded_as(model: PreTrainedModel) -> dict[str, Any]:
+    """What `load_model` takes to load another model like this one."""
+    return {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation, "device": model.device}
+
+
 def _load_adapter(path: str, revision: str, field: str, **options: Any) -> Any:
     """A base with the adapter in `path`, of which every weight was found."""
     from peft import PeftConfig, PeftModelForCausalLM, set_peft_model_state_dict

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from retain.models.head import head_input, seen_by_head
-from retain.models.reference import TOLERANCE, evaluation_mode, probe_tokens
+from retain.models.reference import evaluation_mode, probe_tokens, rounding_tolerance
 from retain.replay.provenance import rope_kinds
 from retain.training.trainer_checks import invocation_tokens
 
@@ -98,7 +98,7 @@ class JointForward:
         if not joined or len(seen) != 3:
             return False
         alone, together = seen[:2], [joined[0].detach(), seen[2].detach()]
-        most = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
+        most = rounding_tolerance(model)
         pairs = zip(alone, together, strict=True)
         return all(a.shape == b.shape and bool((a - b).norm() <= most * a.norm()) for a, b in pairs)
 

@@ -27,7 +27,7 @@ class LossMeter:
         self._terms: list[Tensor] = []
         self._num_steps = 0  # with replay
         self._new_task: dict[int, Any] = {}  # step → the host's own part of its loss
-        self._largest_kl, self._kl_is_zero = torch.zeros(()), compared
+        self._largest_kl, self._kl_is_zero = torch.zeros_like(self.step_term), compared
 
     def begin_step(self) -> None:
         """A step with replay begins."""

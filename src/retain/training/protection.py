@@ -165,8 +165,7 @@ class Protection:
                 "protection"
             )
         check_rows_fit(self.rows, model)
-        rows = (self.rows[at] for at in range(len(self.rows)))
-        check_held_out(rows, self.documents, "replay dataset", self._row_edges)
+        check_held_out(self.rows, self.documents, "replay dataset", self._row_edges)
 
     def _stored_predictions(self) -> ReferenceCache | None:
         """What was stored of the base's predictions on the replay rows, where they take its place."""
@@ -271,7 +270,7 @@ class Protection:
         dataset = getattr(trainer, "train_dataset", None)  # its rows are tokenised by now
         check_not_trained_on(dataset, self.documents, self._row_edges)
         if rows is not None and rows.manifest is None and self.config.needs_rows:  # real text
-            new = find_rows([rows[at] for at in range(len(rows))], training_rows(dataset), self._row_edges)
+            new = find_rows(list(rows), training_rows(dataset), self._row_edges)
             if 2 * len(new) > len(rows):
                 logger.warning(
                     "replay_dataset: %d of %s are rows of the new task: they hold the model back there and protect "

@@ -103,7 +103,7 @@ def check_invoked(model: Any, rows: ReplayDataset) -> None:
     """Refuse replay rows on none of which an activated LoRA is on: they hold nothing."""
     for tokens in invocation_tokens(model):
         wanted = np.asarray(tokens, dtype=rows.tokens.dtype).tobytes()
-        if not any(wanted in rows[at].tobytes() for at in range(len(rows))):
+        if not any(wanted in row.tobytes() for row in rows):
             raise ValueError(
                 f"replay_dataset: no row holds the tokens {tokens} that switch aLoRA on, so none would protect the "
                 "model, which stays its base without them; replay prompts that end with them, or set replay_coef 0"
