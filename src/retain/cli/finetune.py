@@ -29,7 +29,7 @@ from retain.checks import Unchosen, check_number
 from retain.cli.dry_run import dry_run
 from retain.cli.finetune_config import FinetuneConfig
 from retain.cli.flags import Verb
-from retain.cli.own_rows import OWN_TEXT, SAMPLING_TITLE, OwnRows, rows_to_sample
+from retain.cli.own_rows import OWN_TEXT, SAMPLING_TITLE, rows_to_sample, sample_own_rows
 from retain.cli.sample import SAMPLING_STAGE
 from retain.data.rows import Document, is_local_file, load_from_hub, named_sources, read_rows
 from retain.files import exclusive, visible
@@ -76,6 +76,11 @@ class TrlArguments(NamedTuple):
     model: Any
     dataset: Any
 
+    @property
+    def checkpoint(self) -> dict[str, Any]:
+        """What names a checkpoint beside its model."""
+        return {"revision": self.model.model_revision, "trust_remote_code": self.training.trust_remote_code}
+
 
 @dataclass
 class FinishedRun:
@@ -110,10 +115,12 @@ def run_finetune(
     folder, speaks = Path(training_args.output_dir), training_args.process_index == 0
     say: Say = (lambda line: print(visible(str(line)), flush=True)) if speaks else lambda line: None
     given = TrlArguments(script_args, training_args, model_args, dataset_args)
+    if not model_args.model_name_or_path:
+        raise ValueError("model: missing; give --model")
+    check_arguments(training_args, config.replay_objective)
     if config.chosen is not None and (config.replay_dataset == "self" or holds_fisher(config.replay_dataset)):
         config.choose(choose_protection(training_args, model_args), training_args.train_batch_size, steps=0)
     if config.dry_run:
-        check_begin(given, config)
         name, revision = given.model.model_name_or_path, given.model.model_revision
         # The base of an adapter is as large as the two merged, and nothing is written.
         given.model.model_name_or_path = adapted_model(name, revision=revision) or name
@@ -121,7 +128,6 @@ def run_finetune(
         return dry_run(given, config, make_trainer, partial(rows_to_sample, folder, training_args, config), say)
     shown = speaks and not training_args.disable_tqdm
     with exclusive(folder) if speaks else nullcontext(), progress_line(shown=shown):
-        check_begin(given, config)
         merge_its_adapter(given, folder / WHOLE, say)
         of_plain = given._replace(training=copy.deepcopy(training_args))
         run = finetuned(given, config, say)
@@ -132,16 +138,9 @@ def run_finetune(
             write_page(folder / PAGE, run, plain, say)
 
 
-def check_begin(given: TrlArguments, config: FinetuneConfig) -> None:
-    """Refuse to begin without a model, and with arguments that could not work."""
-    if not given.model.model_name_or_path:
-        raise ValueError("model: missing; give --model")
-    check_arguments(given.training, config.replay_objective)
-
-
 def merge_its_adapter(given: TrlArguments, folder: Path, say: Say) -> None:
     """Of a model with an adapter, as an earlier run left it, train the whole: written once, its adapter merged in."""
-    name, options = given.model.model_name_or_path, checkpoint_options(given)
+    name, options = given.model.model_name_or_path, given.checkpoint
     if (base := adapted_model(name, revision=options["revision"])) is None:
         return
     with given.training.main_process_first(local=False, desc="merging the adapter"):
@@ -268,7 +267,7 @@ def make_sft_trainer(
     steps = expected_steps(training_args, train_dataset)
     if config.measures and eval_dataset is None:
         report_training_loss(training_args, steps, say)
-    tokenizer = load_tokenizer(given.model.model_name_or_path, **checkpoint_options(given))
+    tokenizer = load_tokenizer(given.model.model_name_or_path, **given.checkpoint)
     retention: dict[str, Any] = texts or {
         text: load_texts(path, tokenizer, config.retention_max_documents) for text, path in sources.items()
     }
@@ -290,7 +289,7 @@ def make_sft_trainer(
     if replay == "self":
         began = time.monotonic()
         with training_args.main_process_first(local=False, desc="sampling replay"):
-            replay, retention[OWN_TEXT] = OwnRows(model, tokenizer, training_args, config).sample(steps)
+            replay, retention[OWN_TEXT] = sample_own_rows(model, tokenizer, training_args, config, steps)
         others.append(("sampling", time.monotonic() - began))
     trainer = ReplaySFTTrainer(
         model=model,
@@ -310,16 +309,11 @@ def make_sft_trainer(
     return trainer
 
 
-def checkpoint_options(given: TrlArguments) -> dict[str, Any]:
-    """What names a checkpoint beside its model."""
-    return {"revision": given.model.model_revision, "trust_remote_code": given.training.trust_remote_code}
-
-
 def base_to_train(given: TrlArguments, tokenizer: Any) -> tuple[Any, Any]:
     """The model, and the adapter that it gets, or None; rows are no longer than it has room for."""
     training_args = given.training
     quantization, adapter = get_quantization_config(given.model), get_peft_config(given.model)
-    options = {**checkpoint_options(given), "attn_implementation": given.model.attn_implementation}
+    options = {**given.checkpoint, "attn_implementation": given.model.attn_implementation}
     options |= {"dtype": given.model.dtype, **(training_args.model_init_kwargs or {})}
     training_args.model_init_kwargs = options
     parts = {"quantization_config": quantization, "processing_class": tokenizer}
@@ -407,16 +401,16 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
     check_columns(name, dataset[split], training_args.dataset_text_field)
     if config.eval_dataset_name:
         held_out = read_rows(config.eval_dataset_name, split=script_args.dataset_test_split)
-        return dataset[split], held_out if evaluate else first_rows(held_out, config.retention_max_documents)
-    if evaluate and script_args.dataset_test_split not in dataset:
+    elif evaluate and script_args.dataset_test_split not in dataset:
         raise ValueError(
             f"eval_strategy: {str(training_args.eval_strategy.value)!r}, but {name!r} has no split "
             f"{script_args.dataset_test_split!r}; give --eval_dataset_name FILE, or eval_strategy no"
         )
-    held_out = dataset.get(script_args.dataset_test_split)
-    if evaluate or held_out is None or not config.measures:
-        return dataset[split], held_out if evaluate else None
-    return dataset[split], first_rows(held_out, config.retention_max_documents)
+    else:
+        held_out = dataset.get(script_args.dataset_test_split) if evaluate or config.measures else None
+    if held_out is not None and not evaluate:
+        held_out = first_rows(held_out, config.retention_max_documents)
+    return dataset[split], held_out
 
 
 def first_rows(dataset: Any, most: int) -> Any:

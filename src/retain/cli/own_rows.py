@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,54 +37,32 @@ def rows_to_sample(output_dir: Path, training_args: Any, config: FinetuneConfig,
     return {POOL: (config.chosen or CHOSEN_PROTECTION).num_rows(draws, reads_fisher=config.anchor_coef > 0), **held_out}
 
 
-@dataclass(frozen=True, eq=False)
-class OwnRows:
-    """Rows of the model that will be trained; one process draws them, and the others read them then."""
+def sample_own_rows(
+    model: Any, tokenizer: Any, args: Any, config: FinetuneConfig, steps: int
+) -> tuple[str | None, list[Document]]:
+    """Let the model that will be trained write rows: one process draws them, on the device of training.
 
-    model: Any
-    tokenizer: Any
-    training_args: Any
-    config: FinetuneConfig
-
-    def sample(self, steps: int) -> tuple[str | None, list[Document]]:
-        """The folder of the rows to replay, if there are any, and those to measure on."""
-        rows = rows_to_sample(self._folder(), self.training_args, self.config, steps)
-        return self._pool(rows[POOL]) if POOL in rows else None, self._held_out(rows[HELD_OUT])
-
-    def _pool(self, num_rows: int) -> str:
-        if self.training_args.process_index == 0:
-            wanted = self.config.objective.takes_stored and self.config.replay_reference in ("auto", "cache")
-            store = default_store(self.model, self._folder(POOL), num_rows, self._length, wanted=wanted)
-            self._draw(POOL, num_rows=num_rows, store_reference=store)
-        return str(self._folder(POOL))
-
-    def _held_out(self, num_rows: int) -> list[Document]:
-        """Rows drawn with another seed; without those that are in the pool, too."""
-        if self.training_args.process_index == 0:
-            self._draw(HELD_OUT, num_rows=num_rows, seed=self.training_args.seed + 1)
-        pool = self._folder(POOL)
-        windows = [row.tolist() for row in load_self_generated(self._folder(HELD_OUT))]
-        replayed = load_self_generated(pool) if (pool / MANIFEST).exists() else ()
-        edges = row_edges(self.tokenizer, choose_start_token(self.tokenizer, self.config.start_token).id)
-        twice = find_rows(windows, replayed, edges)
-        return token_documents([window for at, window in enumerate(windows) if at not in twice], self.tokenizer)
-
-    def _draw(self, name: str, **settings: Any) -> None:
-        """Draw on the device of training; the model moves back afterwards."""
-        model, args, found = self.model, self.training_args, self.model.device
-        if not (getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")):  # these stay where they are
+    Returns:
+        The folder of the rows to replay, if there are any, and those to measure on, none of which is replayed.
+    """
+    folder, start = Path(args.output_dir), choose_start_token(tokenizer, config.start_token)
+    rows = rows_to_sample(folder, args, config, steps)
+    length = config.replay_max_length or args.max_length or Unchosen(512)
+    wanted = config.objective.takes_stored and config.replay_reference in ("auto", "cache")
+    stays = getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")
+    for name, num_rows in rows.items() if args.process_index == 0 else ():
+        store = default_store(model, folder / name, num_rows, length, wanted=wanted) if name == POOL else None
+        found = model.device
+        if not stays:
             model.to(args.device)
-        start = choose_start_token(self.tokenizer, self.config.start_token)
-        settings = {"max_length": self._length, "seed": args.seed, "start_token": start, **settings}
-        folder, title = str(self._folder(name)), SAMPLING_TITLE.format(name)
-        sample_with_progress(model, self.tokenizer, folder, title=title, **settings)
+        sample_with_progress(
+            model, tokenizer, str(folder / name), num_rows, SAMPLING_TITLE.format(name), max_length=length,
+            seed=args.seed + (name == HELD_OUT), start_token=start, store_reference=store,
+        )  # fmt: skip
         if model.device != found:
             model.to(found)
-
-    def _folder(self, name: str = "") -> Path:
-        return Path(self.training_args.output_dir) / name
-
-    @property
-    def _length(self) -> int:
-        """Tokens of a row."""
-        return self.config.replay_max_length or self.training_args.max_length or Unchosen(512)
+    windows = [row.tolist() for row in load_self_generated(folder / HELD_OUT)]
+    replayed = load_self_generated(folder / POOL) if POOL in rows else ()
+    twice = find_rows(windows, replayed, row_edges(tokenizer, start.id))
+    kept = token_documents([window for at, window in enumerate(windows) if at not in twice], tokenizer)
+    return str(folder / POOL) if POOL in rows else None, kept
