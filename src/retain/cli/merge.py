@@ -17,7 +17,7 @@ from retain.cli.flags import Verb
 from retain.cli.measure import load_new_task
 from retain.cli.settings import TextSettings
 from retain.data.rows import named_sources
-from retain.files import PART, atomic_path, exclusive, visible, write_json, write_text
+from retain.files import PART, exclusive, visible, write_json, write_text
 from retain.lab.runner import RunRows, run_key
 from retain.measuring.measure import measure
 from retain.models.base_predictions import MeasuredBase
@@ -177,7 +177,9 @@ def measured_choice(
     front = InterpolationFront.of({alpha: report.results for alpha, report in reports.items()})
     print(*map(visible, terminal_table(front.table)), sep="\n")
     alpha, rule = choose_alpha(config, front)
-    draw_front(front, alpha, Path(config.output_dir))
+    figure = frontier_row(front.panels(alpha), 2)  # learning against divergence
+    assert figure is not None
+    save_png(figure, Path(config.output_dir) / "figure.png")
     if config.alpha is None:
         rule = f"{rule}, {CHOSEN}"
     print(f"alpha {alpha:g}: {rule}")
@@ -216,14 +218,6 @@ def choose_alpha(config: MergeConfig, front: InterpolationFront) -> tuple[float,
         return front.within(limit), f"the largest whose ref_kl stays within {limit:g}"
     share = config.keep_gain or KEEP_GAIN
     return front.keeping_gain(share), f"the smallest that keeps {100 * share:g}% of the gain"
-
-
-def draw_front(front: InterpolationFront, alpha: float, folder: Path) -> None:
-    """Learning against divergence as figure.png."""
-    figure = frontier_row(front.panels(alpha), 2)
-    assert figure is not None
-    with atomic_path(folder / "figure.png") as temporary:
-        save_png(figure, temporary)
 
 
 def write_merged(

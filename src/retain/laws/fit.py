@@ -10,7 +10,6 @@ quantile. Drawing whole runs with replacement instead drops ranks from the desig
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import numpy as np
 
@@ -55,33 +54,29 @@ def fit_forgetting_law(
     """
     settings = {
         "shared_exponents": shared_exponents, "num_starts": num_starts, "num_resamples": num_resamples, "seed": seed,
+        "versions": versions(),
     }  # fmt: skip
-    law = _fit(runs, form_of(form), settings)
-    for text in law.warnings:
-        warnings.warn(text, LawWarning, stacklevel=2)
-    return law
-
-
-def _fit(runs: Runs | Rows, form: Form, settings: dict[str, Any]) -> ForgettingLaw:
-    """`settings`: how, by the names of `fit_forgetting_law`'s parameters."""
+    form = form_of(form)
     table = as_runs(runs, form.columns)
     problem = Problem(form, table)
-    _check(problem, settings["shared_exponents"])
-    best = _search(problem, settings["num_starts"], settings["seed"])
+    _check(problem, shared_exponents)
+    best = _search(problem, num_starts, seed)
     jacobian = jacobian_of(problem, best)
-    resamples = settings["num_resamples"] if len(table.names) >= MIN_RUNS else 0
+    resamples = num_resamples if len(table.names) >= MIN_RUNS else 0
     law = ForgettingLaw(
         form=form,
         runs=table,
         estimate=best,
-        draws=_bootstrap(problem, best, enlarged(problem, best, jacobian, 1.0), resamples, settings["seed"]),
+        draws=_bootstrap(problem, best, enlarged(problem, best, jacobian, 1.0), resamples, seed),
         spread=enlarged(problem, best, jacobian, 0.5).reshape(problem.num_outputs, -1),
         held_out=held_out(problem, best),
         condition=condition_number(jacobian),
         warnings=[*table.left_out, *design_warnings(problem)],
-        settings={**settings, "versions": versions()},
+        settings=settings,
     )
     law.warnings += fit_warnings(law)
+    for text in law.warnings:
+        warnings.warn(text, LawWarning, stacklevel=2)
     return law
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from retain.laws.plan import Losses, PilotLaws, PilotRun, Plan, Setting, predicted_settings, replay_phrase
 from retain.report.figures import LEARNING
-from retain.report.style import INK, MARKS, PALETTE, styled
+from retain.report.style import INK, MARKS, PALETTE, name_axes, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,9 +142,7 @@ def plan_figure(laws: PilotLaws, plan: Plan) -> Figure:
     if plan.chosen:
         _mark_chosen(axes, plan.chosen)
     _frame_points(axes, list(laws.measured.values()), plan.max_ref_kl)
-    axes.set_title("Pilots, predictions and the limit")
-    axes.set_xlabel(LEARNING)
-    axes.set_ylabel("forgetting: KL(base ‖ model), nats per token")
+    name_axes(axes, "Pilots, predictions and the limit", LEARNING, "forgetting: KL(base ‖ model), nats per token")
     axes.legend(fontsize=8, loc="best")
     return figure
 

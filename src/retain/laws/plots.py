@@ -8,7 +8,7 @@ import numpy as np
 
 from retain.laws.forms import LOSSES, Array, column_of
 from retain.report.figures import LEARNING
-from retain.report.style import INK, MARKS, label, styled
+from retain.report.style import INK, MARKS, name_axes, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,12 +41,6 @@ def _subplots(panels: int) -> tuple[Figure, list[Axes]]:
     tall = -(-panels // 2)
     figure = Figure(figsize=(9.0, 0.5 + 3.1 * tall))
     return figure, [figure.add_subplot(tall, 2, at + 1) for at in range(panels)]
-
-
-def _label(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    axes.set_title(label(title, 60))
-    axes.set_xlabel(label(xlabel, 80))
-    axes.set_ylabel(label(ylabel, 80))
 
 
 def _colors(count: int) -> list[Any]:
@@ -95,7 +89,7 @@ def _over_input(axes: Axes, law: ForgettingLaw, output: str) -> None:
     _points_and_curves(axes, law, x, law.runs.columns[output], (x, _fitted(law)[output]), x)
     if x.min() > 0 and x.max() > 30 * x.min():
         axes.set_xscale("log")
-    _label(axes, TITLES.get(output, output), column_of(over).label, column_of(output).label)
+    name_axes(axes, TITLES.get(output, output), column_of(over).label, column_of(output).label)
 
 
 def _trajectories(axes: Axes, law: ForgettingLaw) -> None:
@@ -106,7 +100,7 @@ def _trajectories(axes: Axes, law: ForgettingLaw) -> None:
         ends = np.array([x[rows].min(), x[rows].max()])
         axes.plot(ends, np.polyval(np.polyfit(x[rows], y[rows], 1), ends), linewidth=1.2, **DASHED)
     axes.invert_xaxis()
-    _label(axes, "Forgetting over learning (dashed: the line)", LEARNING, column_of("forgetting_loss").label)
+    name_axes(axes, "Forgetting over learning (dashed: the line)", LEARNING, column_of("forgetting_loss").label)
 
 
 def _residuals(axes: Axes, law: ForgettingLaw, output: str) -> None:
@@ -121,7 +115,7 @@ def _residuals(axes: Axes, law: ForgettingLaw, output: str) -> None:
     axes.axhline(0, color=INK, linewidth=0.9)
     axes.locator_params(nbins=6)
     title = f"Residuals of {TITLES.get(output, output).lower()}"
-    _label(axes, title, "fitted, nats per token", "measured - fitted, nats")
+    name_axes(axes, title, "fitted, nats per token", "measured - fitted, nats")
 
 
 def _size_legend(figure: Figure, law: ForgettingLaw) -> None:

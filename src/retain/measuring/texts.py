@@ -15,7 +15,6 @@ from retain.measuring.tokens import (
     DocumentSums,
     document_sums,
     logits_of,
-    measuring_stage,
     padded,
     row_by_row,
     summarize,
@@ -47,7 +46,8 @@ def text_results(
     for text, given in (new_task | retention).items():
         documents, notes = without_copies(text, given, "documents")
         result["warnings"] += notes
-        sums = _sums(base, tuned, options, text, documents)
+        sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": tuned.device}
+        sums = document_sums(base.logits, logits_of(tuned), documents, text=text, shown=True, **sizes)
         metrics = _summary(sums, options)
         result["per_document"][text] = sums.kept()
         if text in new_task:
@@ -63,14 +63,6 @@ def text_results(
 
 def _summary(sums: DocumentSums, options: Options) -> dict[str, Any]:
     return summarize(sums, seed=options.seed, num_resamples=options.num_resamples)
-
-
-def _sums(
-    base: MeasuredBase, tuned: PreTrainedModel, options: Options, text: str, documents: Sequence[Document]
-) -> DocumentSums:
-    sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": tuned.device}
-    with measuring_stage(text, documents) as stage:
-        return document_sums(base.logits, logits_of(tuned), documents, progress=stage.update, text=text, **sizes)
 
 
 def _noise_floor(base: MeasuredBase, documents: Sequence[Document], options: Options) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -114,14 +115,8 @@ def token_values(
 
 
 def measuring_title(text: str) -> str:
-    """The name of `measuring_stage`."""
+    """The name of the stage of `document_sums` in a line of progress."""
     return f"measuring {visible(text)}"
-
-
-def measuring_stage(text: str, documents: Sequence[Document]) -> StageProgress:
-    """The stage of `document_sums` in a line of progress."""
-    total = sum(len(window) for document in documents for window in document.windows)
-    return StageProgress(measuring_title(text), total, "tokens", MEASURING, work=1)
 
 
 @torch.no_grad()
@@ -132,32 +127,35 @@ def document_sums(
     *,
     batch_tokens: int,
     device: torch.device | str = "cpu",
-    progress: Callable[[int], object] | None = None,
     text: str = "text",
+    shown: bool = False,
 ) -> DocumentSums:
     """Measure `forward` against `ref_forward` on documents; both see the same batches in the same order.
 
     Args:
         ref_forward, forward: `input_ids`, `attention_mask` → logits.
         batch_tokens: padded tokens per forward pass.
-        progress: called with the number of tokens just measured.
         text: the name of these documents, for errors.
+        shown: as a stage of a line of progress.
 
     Raises:
         ValueError: for a number that is not finite, naming the model, the document and what to do.
     """
     values = {name: np.zeros(len(documents)) for name in SUMS}
-    for indices, windows in batches(documents, batch_tokens):
-        inputs = {name: value.to(device) for name, value in padded(windows).items()}
-        targets, mask = shifted(inputs["input_ids"], inputs["attention_mask"])
-        for row, (index, window) in enumerate(zip(indices, windows, strict=True)):
-            if documents[index].masks is not None:
-                mask[row, : len(window) - 1] = torch.tensor(documents[index].mask_of(window)[1:])
-        ref_logits, logits = ref_forward(**inputs)[:, :-1], forward(**inputs)[:, :-1]
-        for name, sums in token_sums(ref_logits, logits, targets, mask).items():
-            np.add.at(values[name], indices, sums.numpy())
-        if progress is not None:
-            progress(sum(map(len, windows)))
+    total = sum(len(window) for document in documents for window in document.windows)
+    line = StageProgress(measuring_title(text), total, "tokens", MEASURING, work=1) if shown else nullcontext()
+    with line as stage:
+        for indices, windows in batches(documents, batch_tokens):
+            inputs = {name: value.to(device) for name, value in padded(windows).items()}
+            targets, mask = shifted(inputs["input_ids"], inputs["attention_mask"])
+            for row, (index, window) in enumerate(zip(indices, windows, strict=True)):
+                if documents[index].masks is not None:
+                    mask[row, : len(window) - 1] = torch.tensor(documents[index].mask_of(window)[1:])
+            ref_logits, logits = ref_forward(**inputs)[:, :-1], forward(**inputs)[:, :-1]
+            for name, sums in token_sums(ref_logits, logits, targets, mask).items():
+                np.add.at(values[name], indices, sums.numpy())
+            if stage is not None:
+                stage.update(sum(map(len, windows)))
     for name in sorted(SUMS, key=lambda name: (not name.startswith("base_"), name != "loss")):  # what both share last
         who = "base" if name.startswith("base_") else "model"
         for at, value in enumerate(values[name], start=1):

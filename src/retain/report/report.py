@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain import versions
-from retain.files import NUMBER, atomic_path, check_shape, read_json, write_text
+from retain.files import NUMBER, check_shape, read_json, write_text
 from retain.report import page, style
 from retain.report.chain import chain_panel, over_chain
 from retain.report.comparison import compare_at_matched_loss
@@ -150,8 +150,7 @@ def write_comparison(
     whole = {"title": title, "notes": list(notes), "runs": [report.data for report in reports], **found}
     _write(folder, whole, page.Page(runs, title, notes, chain))
     if figure is not None:
-        with atomic_path(folder / "figure.png") as temporary:
-            style.save_png(figure, temporary)
+        style.save_png(figure, folder / "figure.png")
 
 
 def _write(folder: Path, data: dict[str, Any], shown: page.Page) -> None:

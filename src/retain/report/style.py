@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retain.files import visible
+from retain.files import atomic_path, visible
 from retain.report.figures import Panel
 from retain.report.numbers import cell
 
@@ -59,15 +59,9 @@ def _style(**more: Any) -> Iterator[None]:
 styled = _style()  # decorates a function that draws
 
 
-def _axes(title: str, xlabel: str, ylabel: str, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size)
-    axes = figure.add_subplot()
-    axes.set_title(label(title, 60))
-    axes.set_xlabel(label(xlabel, 80))
-    axes.set_ylabel(label(ylabel, 80))
-    return figure, axes
+def name_axes(axes: Axes, title: str, xlabel: str, ylabel: str = "") -> None:
+    """Write title and labels, none of them too long."""
+    axes.set(title=label(title, 60), xlabel=label(xlabel, 80), ylabel=label(ylabel, 80))
 
 
 def label(text: str, length: int = 32) -> str:
@@ -91,9 +85,13 @@ def look(index: int, total: int) -> dict[str, Any]:
 @styled
 def draw_panel(panel: Panel, names: Sequence[str]) -> Figure:
     """One figure of `figures.panels`; every run keeps its colour and mark of all `names` in all of them."""
+    from matplotlib.figure import Figure
+
     if panel.kind == "interval":
         return draw_intervals([panel], names)
-    figure, axes = _axes(panel.title, panel.xlabel, panel.ylabel)
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    name_axes(axes, panel.title, panel.xlabel, panel.ylabel)
     if panel.kind == "frontier":
         _draw_frontier(axes, panel, len(names))
     else:
@@ -113,9 +111,7 @@ def frontier_row(panels: Sequence[Panel], total: int) -> Figure | None:
     figure = Figure(figsize=(4.2 * len(found), 3.4))
     for at, panel in enumerate(found, start=1):
         axes = figure.add_subplot(1, len(found), at)
-        axes.set_title(label(panel.title, 60))
-        axes.set_xlabel(panel.xlabel)
-        axes.set_ylabel(panel.ylabel if at == 1 else "")
+        name_axes(axes, panel.title, panel.xlabel, panel.ylabel if at == 1 else "")
         _draw_frontier(axes, panel, total)
     _legend(figure, axes, loc="upper left")
     return figure
@@ -181,7 +177,8 @@ def _draw_dots(axes: Axes, panel: Panel, total: int) -> None:
             written = cell(dot.value).value.replace("-", "\N{MINUS SIGN}")
             axes.annotate(written, (dot.high, at), (5, 0), textcoords="offset points", va="center", fontsize=8)
     axes.axvline(0, color=INK, linewidth=0.9)
-    axes.set(title=label(panel.title, 60), xlabel=label(panel.xlabel, 80), ylim=(len(texts) - 0.5, -0.5))
+    name_axes(axes, panel.title, panel.xlabel)
+    axes.set_ylim(len(texts) - 0.5, -0.5)
     axes.set_yticks(range(len(texts)), [label(text, 20) for text in texts])
     low, high = min(0.0, *(dot.low for dot in panel.dots)), max(0.0, *(dot.high for dot in panel.dots))
     width = (high - low) or 1.0  # nothing moved
@@ -232,6 +229,6 @@ def to_svg(figure: Figure, description: str) -> str:
 
 
 def save_png(figure: Figure, path: str | Path) -> None:
-    """Save for a README: on white, so that it reads the same on every page."""
-    with _style():
-        figure.savefig(path, format="png", dpi=160, facecolor="white")
+    """Save for a README, whole or not at all: on white, so that it reads the same on every page."""
+    with _style(), atomic_path(Path(path)) as temporary:
+        figure.savefig(temporary, format="png", dpi=160, facecolor="white")

@@ -25,7 +25,6 @@ from retain.measuring.tokens import (
     batches,
     document_sums,
     logits_at,
-    measuring_stage,
     padded,
     summarize,
 )
@@ -144,8 +143,7 @@ class RetentionMeasurer(RunFilesCallback):
     def _compare(self, name: str, documents: Sequence[Document], args: Any, model: Any) -> dict[str, Any]:
         """Metric → value and interval of one text; its sums per document are kept."""
         sizes: dict[str, Any] = {"batch_tokens": batch_tokens(args, documents), "device": args.device}
-        with measuring_stage(name, documents) as stage:
-            sums = document_sums(*self._forwards(model), documents, text=name, progress=stage.update, **sizes)
+        sums = document_sums(*self._forwards(model), documents, text=name, shown=True, **sizes)
         self.sums[name] = sums.kept()
         return summarize(sums, seed=args.seed)
 
