@@ -36,7 +36,6 @@ from retain.data.rows import token_documents
 from retain.files import write_json
 from retain.measuring.tokens import MEASURING, measuring_title
 from retain.progress import PlannedStage, ProgressLine, progress_line
-from retain.report.page import Page
 from retain.report.report import write_comparison
 from retain.training.run_files import read_run
 from retain.training.step_line import TRAINING, StepLine
@@ -191,8 +190,8 @@ def run_demo(output_dir: Path, data_dir: Path, size: Size, seed: int) -> None:
     print("5/5 report")
     minutes = (time.monotonic() - began) / 60
     notes = [method_note(size, seed), ONE_SEED, REAL_RUN]
-    write_comparison(output_dir, reports, title="Finetuning SmolLM2-135M-Instruct on Verilog", notes=notes)
-    print(Page([report.results for report in reports]).summary())
+    shown = write_comparison(output_dir, reports, title="Finetuning SmolLM2-135M-Instruct on Verilog", notes=notes)
+    print(shown.summary())
     print(f"\n{ONE_SEED}\n\n{REAL_RUN}\n\nreport: {output_dir / 'report.html'} ({minutes:.1f} minutes)")
 
 

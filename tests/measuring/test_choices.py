@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from retain import ForgettingCallback
 from retain.cli.main import main
+from retain.cli.measure import paired_report
 from retain.measuring.choices import (
     Inputs,
     Question,
@@ -33,7 +34,6 @@ from retain.measuring.lm_eval import read_samples, task_of
 from retain.measuring.measure import measure
 from retain.measuring.measure_options import Options
 from retain.measuring.paired_answers import compare_answers, pair_answers
-from retain.measuring.paired_files import paired_report
 from retain.measuring.tokens import logits_of
 from retain.report.report import ForgettingReport
 from retain.report.results import RunResults

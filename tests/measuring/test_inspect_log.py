@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from retain.cli.main import main
+from retain.cli.measure import paired_report
 from retain.measuring.inspect_log import GRADE_WORDS, GRADES, _read_archive, answered, read_log
 from retain.measuring.paired_answers import pair_answers
-from retain.measuring.paired_files import paired_report
 
 LOGS = Path(__file__).parent / "inspect_logs"
 BASE, TUNED = LOGS / "base.eval", LOGS / "tuned.eval"

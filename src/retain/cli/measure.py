@@ -21,8 +21,10 @@ from retain.files import exclusive, short_names, visible
 from retain.measuring.behaviors import behavior_sources, load_behavior
 from retain.measuring.choices import load_questions
 from retain.measuring.generations import as_prompt
+from retain.measuring.inspect_log import read_log
+from retain.measuring.lm_eval import read_samples
 from retain.measuring.measure import measure
-from retain.measuring.paired_files import paired_report
+from retain.measuring.paired_answers import pair_answers
 from retain.measuring.refusals import Judge, load_requests
 from retain.measuring.sources import default_prompts, document_tokens, overlap_warnings
 from retain.models.base_predictions import MeasuredBase
@@ -33,7 +35,6 @@ from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.replay.dataset import load_texts
 from retain.report.gate import SEVERITY, Judgement, judge
 from retain.report.model_card import check_card
-from retain.report.page import Page
 from retain.report.report import ForgettingReport, write_comparison
 from retain.training.run_files import OF_LOSS, read_run, settings_of_run
 
@@ -47,6 +48,7 @@ OPTIONS = (
     *("max_new_tokens", "num_resamples", "seed", "sampled"),
 )  # of `measure`, by the same name here
 TITLE = "Forgetting report"
+INSPECT_SUFFIXES = (".eval", ".json")  # of its logs; a file with another ending is lm-eval's
 ANSWERED = ("refusals", "harmless", "behaviors")  # prompts that both models answer
 
 
@@ -211,10 +213,9 @@ def write_reports(config: MeasureConfig) -> dict[str, Judgement]:
             gates |= judge_report(config, report)
             report.write(folder / report.data["name"] if len(config.model) > 1 else folder)
             reports.append(report)
-        if len(reports) > 1:
-            write_comparison(folder, reports, title=TITLE, chain=config.chain)
-        summary = Page([one.results for one in reports], chain=config.chain).summary()
-        print(f"{summary}\n\nreport: {folder / 'report.html'}")
+        several = len(reports) > 1
+        shown = write_comparison(folder, reports, title=TITLE, chain=config.chain) if several else reports[0]
+        print(f"{shown.summary()}\n\nreport: {folder / 'report.html'}")
         if config.model_card:
             reports[0].to_model_card(config.model_card)
         if config.github:
@@ -230,6 +231,16 @@ def judge_report(config: MeasureConfig, report: ForgettingReport) -> dict[str, J
     gate = judge(report.results, **limits)
     report.data["gate"] = asdict(gate)
     return {report.data["name"]: gate}
+
+
+def paired_report(paths: list[str]) -> ForgettingReport:
+    """A report on two files of one program, the base's first."""
+    files = list(map(Path, paths))
+    base, tuned = (read_log(path) if path.suffix.lower() in INSPECT_SUFFIXES else read_samples(path) for path in files)
+    if base.program != tuned.program:
+        raise ValueError(f"pair: {base.program} and {tuned.program} wrote these files; give two of one program")
+    sides = {"base": {"model": base.model}, "tuned": {"model": tuned.model}}
+    return ForgettingReport.new(tuned.name, **sides, choices={tuned.task: pair_answers(base, tuned)})
 
 
 @dataclass(frozen=True)

@@ -118,13 +118,18 @@ def run_merge(config: MergeConfig) -> None:
         tokenizer = load_tokenizer(name, field="base", **config.checkpoint)
         own = tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
         texts = load_merge_texts(config, run, tokenizer) if config.new_task else None
-        base, between = load_ends(config, name)
+        model = load_model(name, field="base", device=default_device(), **config.loading)
+        tuned = load_model(config.model, trust_remote_code=config.trust_remote_code, **loaded_as(model))
+        dtype = stored_dtype(name, **config.checkpoint) if config.dtype == "auto" else None
+        base, between = MeasuredBase(model), Interpolation(model, tuned, dtype)
         if fingerprint not in (None, base.fingerprint):
             raise ValueError(f"base: {name!r} is no longer the model that wrote the run's replay rows; give --base")
         found: dict[str, Any] = {"alpha": config.alpha, "rule": "as given"}
         report = None
         if texts is not None:
-            found, report = measured_choice(config, base, between, texts, own)
+            reports = measure_alphas(config, base, between, texts, own)
+            found = measured_choice(config, reports)
+            report = reports[found["alpha"]]
         between.set(found["alpha"])
         if config.whole and between.is_adapter:
             between.make_whole()
@@ -157,23 +162,8 @@ def load_merge_texts(
     return {"new_task": new_task, "retention": {"replay": load_texts(source, tokenizer, config.max_documents)}}
 
 
-def load_ends(config: MergeConfig, name: str) -> tuple[MeasuredBase, Interpolation]:
-    """The base, and the model between it and the tuned one, to be written in the dtype of the base's checkpoint."""
-    base = load_model(name, field="base", device=default_device(), **config.loading)
-    tuned = load_model(config.model, trust_remote_code=config.trust_remote_code, **loaded_as(base))
-    dtype = stored_dtype(name, **config.checkpoint) if config.dtype == "auto" else None
-    return MeasuredBase(base), Interpolation(base, tuned, dtype)
-
-
-def measured_choice(
-    config: MergeConfig,
-    base: MeasuredBase,
-    between: Interpolation,
-    texts: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[dict[str, Any], ForgettingReport]:
-    """What merge.json says of the chosen alpha and the others, and the report of the chosen one; shown as well."""
-    reports = measure_alphas(config, base, between, texts, tokenizer)
+def measured_choice(config: MergeConfig, reports: Mapping[float, ForgettingReport]) -> dict[str, Any]:
+    """What merge.json says of the chosen alpha and the others; shown and drawn as well."""
     front = InterpolationFront.of({alpha: report.results for alpha, report in reports.items()})
     print(*map(visible, terminal_table(front.table)), sep="\n")
     alpha, rule = choose_alpha(config, front)
@@ -183,8 +173,7 @@ def measured_choice(
     if config.alpha is None:
         rule = f"{rule}, {CHOSEN}"
     print(f"alpha {alpha:g}: {rule}")
-    report = reports[alpha]
-    return {"alpha": alpha, "rule": rule, **asdict(front), "settings": report.data["settings"]}, report
+    return {"alpha": alpha, "rule": rule, **asdict(front), "settings": reports[alpha].data["settings"]}
 
 
 def measure_alphas(

@@ -108,51 +108,46 @@ class PlanConfig(RemoteCodeSettings, SeedSettings):
 
 
 def run_plan(config: PlanConfig) -> None:
-    """Make a plan, alone in its folder, and print its summary."""
+    """Make pilots, laws and a recommendation, alone in the folder, and print the summary."""
     with exclusive(Path(config.output_dir)):
-        print(make_plan(config))
-
-
-def make_plan(config: PlanConfig) -> str:
-    """Pilots, laws and a recommendation in `config.output_dir`; returns the summary."""
-    assert config.max_ref_kl is not None
-    folder, retention = Path(config.output_dir), retention_of(config)
-    lora_num_params(  # names a model or modules that do not fit, before anything is sampled
-        config.model,
-        min(config.lora_ranks),
-        config.lora_target_modules,
-        trust_remote_code=config.trust_remote_code,
-    )
-    model = empty_model(config.model, trust_remote_code=config.trust_remote_code)
-    config.max_length = length_that_fits(model, config.max_length)
-    check_recipe(config)
-    data = prepare_rows(config, folder)
-    replay = prepare_replay(config, folder)
-    made, rows = make_pilots(config, data, replay, retention)
-    print("fitting", flush=True)
-    laws = fit_pilots(rows, num_resamples=config.num_resamples, seed=config.seed)
-    plan = recommend(
-        laws,
-        {one.pilot.rank: one.num_params for one in made if not one.pilot.coef},
-        max_ref_kl=config.max_ref_kl,
-        coefs=config.replay_coefs,
-        max_steps=config.max_steps,
-        level=config.level,
-    )
-    report = PlanReport(
-        plan,
-        command=shlex.join(recommended_command(config, plan, data, replay)),
-        pilots=made,
-        settings=asdict(config),
-        replay_share=replay_share(config),
-        retention=retention,
-    )
-    laws.no_replay.settings["forgetting_metric"] = "ref_kl"
-    laws.no_replay.to_json(folder / "law.json")
-    save_png(plan_figure(laws, plan), folder / "plan.png")
-    write_text(folder / "plan.md", report.page())
-    write_json(folder / "plan.json", {"schema": SCHEMA, **report.to_dict(), "versions": versions()})
-    return report.summary(folder)
+        assert config.max_ref_kl is not None
+        folder, retention = Path(config.output_dir), retention_of(config)
+        lora_num_params(  # names a model or modules that do not fit, before anything is sampled
+            config.model,
+            min(config.lora_ranks),
+            config.lora_target_modules,
+            trust_remote_code=config.trust_remote_code,
+        )
+        model = empty_model(config.model, trust_remote_code=config.trust_remote_code)
+        config.max_length = length_that_fits(model, config.max_length)
+        check_recipe(config)
+        data = prepare_rows(config, folder)
+        replay = prepare_replay(config, folder)
+        made, rows = make_pilots(config, data, replay, retention)
+        print("fitting", flush=True)
+        laws = fit_pilots(rows, num_resamples=config.num_resamples, seed=config.seed)
+        plan = recommend(
+            laws,
+            {one.pilot.rank: one.num_params for one in made if not one.pilot.coef},
+            max_ref_kl=config.max_ref_kl,
+            coefs=config.replay_coefs,
+            max_steps=config.max_steps,
+            level=config.level,
+        )
+        report = PlanReport(
+            plan,
+            command=shlex.join(recommended_command(config, plan, data, replay)),
+            pilots=made,
+            settings=asdict(config),
+            replay_share=replay_share(config),
+            retention=retention,
+        )
+        laws.no_replay.settings["forgetting_metric"] = "ref_kl"
+        laws.no_replay.to_json(folder / "law.json")
+        save_png(plan_figure(laws, plan), folder / "plan.png")
+        write_text(folder / "plan.md", report.page())
+        write_json(folder / "plan.json", {"schema": SCHEMA, **report.to_dict(), "versions": versions()})
+        print(report.summary(folder))
 
 
 def make_pilots(

@@ -9,7 +9,6 @@ from retain.checks import Settings, setting
 from retain.cli.flags import Verb
 from retain.cli.settings import CHAIN_HELP
 from retain.files import short_names
-from retain.report.page import Page
 from retain.report.report import ForgettingReport, write_comparison
 
 
@@ -33,9 +32,8 @@ def run_report(config: ReportConfig) -> None:
     if len({one.data["name"] for one in reports}) < len(reports):  # as of two folders that are called out/
         for one, name in zip(reports, short_names([path.parent for path in paths], "runs"), strict=True):
             one.data["name"] = name
-    write_comparison(config.output_dir, reports=reports, title=config.title, chain=config.chain)
-    summary = Page([one.results for one in reports], chain=config.chain).summary()
-    print(f"{summary}\n\nreport: {Path(config.output_dir) / 'report.html'}")
+    shown = write_comparison(config.output_dir, reports=reports, title=config.title, chain=config.chain)
+    print(f"{shown.summary()}\n\nreport: {Path(config.output_dir) / 'report.html'}")
 
 
 VERB = Verb(

@@ -40,11 +40,7 @@ class SweepConfig(Settings):
 
 
 def run_sweep(config: SweepConfig) -> None:
-    """Make the runs, and print where their results are.
-
-    Raises:
-        ValueError: for a sweep that is wrong, before its first run, and at the end if runs failed; the others are kept.
-    """
+    """Make the runs, unless the sweep is wrong, and print where their results are."""
     runs = read_sweep(config.sweep)
     check_runs(config.sweep, runs)
     rows = make_runs(config, runs)

@@ -132,15 +132,6 @@ def is_dequantised(path: str) -> bool:
     return Path(path).parent == gguf_cache()
 
 
-def default_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """`auto` means the checkpoint's own dtype on an accelerator, and float32 on a CPU, where bf16 is no faster."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return "auto" if torch.accelerator.is_available() else torch.float32
-    return getattr(torch, dtype)
-
-
 def stored_dtype(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> torch.dtype | None:
     """The dtype of a checkpoint's weights, by its config.json; it may be loaded in another."""
     from transformers import AutoConfig
@@ -245,6 +236,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model, or a base with its adapter, in eval mode.
 
+    The dtype `auto` is the checkpoint's own on an accelerator, and float32 on a CPU, where bf16 is no faster.
+
     >>> load_model("models/fox/")
     Traceback (most recent call last):
     ValueError: model: no folder or file 'models/fox/'; give a folder, a GGUF file or a Hub id
@@ -253,7 +246,9 @@ def load_model(
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     if find_file(path, "adapter_config.json", revision, field):
         return _load_adapter(path, revision, field, dtype=dtype, device=device, **options).eval()
-    options |= {"dtype": default_dtype(dtype), "revision": revision}
+    if dtype == "auto" and not torch.accelerator.is_available():
+        dtype = torch.float32
+    options |= {"dtype": dtype, "revision": revision}
     model = _load_weights(path, field, **options, **kwargs)
     model.config.name_or_path = path  # where libraries look for the tokenizer
     # What an adapter calls its base: not a folder of this machine's cache.

@@ -127,7 +127,7 @@ def write_comparison(
     notes: Sequence[str] = (),
     *,
     chain: bool = False,
-) -> None:
+) -> page.Page:
     """Write report.json (`runs`, `comparison`), report.md, report.html and figure.png for several runs of one base.
 
     figure.png, learning against forgetting, is written where both were measured.
@@ -135,6 +135,9 @@ def write_comparison(
     Args:
         chain: the runs are stages, each finetuned from the one before, in order, all measured against the base of the
             first: what is shown, and in report.json as `chain`, is what each text lost since its loss was lowest.
+
+    Returns:
+        The page, which also has a summary for a terminal.
     """
     runs, folder = [report.results for report in reports], Path(folder)
     found: dict[str, Any]
@@ -148,9 +151,11 @@ def write_comparison(
         found = {"comparison": asdict(compared)}
         figure = style.frontier_row(panels(runs, compared), len(runs))
     whole = {"title": title, "notes": list(notes), "runs": [report.data for report in reports], **found}
-    _write(folder, whole, page.Page(runs, title, notes, chain))
+    shown = page.Page(runs, title, notes, chain)
+    _write(folder, whole, shown)
     if figure is not None:
         style.save_png(figure, folder / "figure.png")
+    return shown
 
 
 def _write(folder: Path, data: dict[str, Any], shown: page.Page) -> None:
