@@ -95,6 +95,8 @@ def parse_arguments(doc: str, scales: Mapping[str, Any], arguments: Sequence[str
 
 def make_on_ray(make: Callable[[str, Any], object], name: str, parts: Sequence[Part], workers: int) -> None:
     """Make the parts on a Ray cluster; a lost machine costs the runs that it had under way."""
+    if not parts:  # 0 workers would be as many as the cluster has room for
+        return
     from retain.sampling.ray_workers import ray_workers
 
     def maker() -> Callable[[Part], object]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from experiments import finetunes, matched_loss, small_base
+from experiments import finetunes, matched_loss, program, small_base
 from experiments.finetunes import Run, StudyResults
 from experiments.study_01_replay_cost import run as cost
 from experiments.study_02_baselines import report as baselines_report
@@ -302,3 +304,9 @@ def test_results_survive_a_torn_line(tmp_path: Path) -> None:
     again = StudyResults(path, "bench")
     again.make({"a": 2}, lambda: {"value": 3})
     assert [row["value"] for row in StudyResults(path, "bench").rows.values()] == [2, 3]
+
+
+def test_no_parts_begin_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = SimpleNamespace(ray_workers=lambda *args, **options: pytest.fail("workers were begun"))
+    monkeypatch.setitem(sys.modules, "retain.sampling.ray_workers", begun)
+    program.make_on_ray(print, "laptop", [], workers=2)

@@ -43,18 +43,15 @@ def _subplots(panels: int) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(tall, 2, at + 1) for at in range(panels)]
 
 
-def _colors(count: int) -> list[Any]:
-    import matplotlib
-
-    return [matplotlib.colormaps["viridis"](share) for share in np.linspace(0.1, 0.85, count)]
-
-
 def _groups(law: ForgettingLaw) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
     """Rows by number of parameters where the form has it and the runs several, else all: name, rows, look."""
+    from matplotlib import colormaps
+
     by_size = len(law.form.inputs) > 1 and "num_params" in law.form.inputs
     sizes = law.runs.columns["num_params"] if by_size else np.zeros(len(law.runs))
     found = np.unique(sizes)
-    looks = [{"color": color, "marker": MARKS[at % len(MARKS)]} for at, color in enumerate(_colors(len(found)))]
+    colors = map(colormaps["viridis"], np.linspace(0.1, 0.85, len(found)))
+    looks = [{"color": color, "marker": MARKS[at % len(MARKS)]} for at, color in enumerate(colors)]
     return [(_count(size), sizes == size, look) for size, look in zip(found, looks, strict=True)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -28,21 +29,16 @@ class Fits:
     def __len__(self) -> int:
         return len(self.exponents)
 
-    def __getitem__(self, which: slice | np.ndarray | list[int]) -> Fits:
-        return Fits(self.exponents[which], self.coefficients[which])
+    def __getitem__(self, which: slice | np.ndarray | list[int]) -> Self:
+        return type(self)(*(array[which] for array in vars(self).values()))
 
 
 @dataclass
-class _Search:
-    """Where many fits stand: `Fits`, residuals (fits, points), weighted squares (fits,)."""
+class _Search(Fits):
+    """Where many fits stand: also residuals (fits, points) and weighted squares (fits,)."""
 
-    exponents: Array
-    coefficients: Array
     residuals: Array
     squares: Array
-
-    def __getitem__(self, which: np.ndarray) -> _Search:
-        return _Search(*(array[which] for array in vars(self).values()))
 
     def take(self, which: np.ndarray, other: _Search) -> None:
         for name, array in vars(other).items():

@@ -76,7 +76,8 @@ def choose_start_token(tokenizer: PreTrainedTokenizerBase, override: str | int |
     if override is not None:
         return _start_token_by_name(tokenizer, override)
     bos = tokenizer.bos_token
-    if bos is not None and (_opens_plain_text(tokenizer) or not _is_chat_marker(tokenizer, bos)):
+    opens_plain_text = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if bos is not None and (opens_plain_text or not _is_chat_marker(tokenizer, bos)):
         return StartToken(int(tokenizer.bos_token_id), str(bos), "the tokenizer's bos_token")
     why = "there is no bos_token" if bos is None else f"bos_token {bos!r} is a chat role marker"
     vocabulary = tokenizer.get_vocab()
@@ -95,10 +96,6 @@ def _start_token_by_name(tokenizer: PreTrainedTokenizerBase, override: str | int
     elif override in vocabulary:
         return StartToken(int(vocabulary[override]), str(override), "given as start_token")
     raise ValueError(f"start_token: {override!r} is not in the vocabulary; give one of its tokens or ids")
-
-
-def _opens_plain_text(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _is_chat_marker(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:

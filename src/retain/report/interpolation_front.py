@@ -13,7 +13,7 @@ import numpy as np
 from retain.report.figures import LEARNING, Panel, PlotLine
 from retain.report.metrics import GAIN
 from retain.report.numbers import Estimate, bounds_of, quantity, share_cell, value_cell
-from retain.report.results import KeptSums, RunResults
+from retain.report.results import RunResults
 from retain.report.tables import Row, Section, Table
 from retain.statistics import bootstrap_ratio
 
@@ -124,12 +124,8 @@ def _high(one: Estimate) -> float:
 
 def _kept_gain(run: RunResults, tuned: RunResults, text: str) -> Estimate:
     """Share of the tuned model's gain on a text, its interval over documents; its gain as a whole is above 0."""
-    gains = [_gains(one.per_document[text]) for one in (run, tuned)]
+    sums = [one.per_document[text] for one in (run, tuned)]
+    gains = [np.subtract(one.base_loss, one.loss) for one in sums]  # of each document, in nats
     how = {name: run.settings[name] for name in ("num_resamples", "seed")}
     value, *ends = bootstrap_ratio(*gains, **how)
     return Estimate(value, bounds_of(ends), num_documents=len(gains[0]))
-
-
-def _gains(sums: KeptSums) -> np.ndarray:
-    """Of each document, in nats."""
-    return np.subtract(sums.base_loss, sums.loss)
