@@ -276,36 +276,21 @@ def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Itera
         if len(config.model) > 1:
             say(f"model {name}")
         rows = trained_rows(config, (of.get("replay_dataset") or {}).get("source"), tokenizer)
-        found, named = sources | {"new_task": new_task}, options | {"name": name}
-        report, start = measure_model(config, model, base, found, rows, named, start)
-        report.data.update(run)
+        tuned = load_model(model, trust_remote_code=config.trust_remote_code, **loaded_as(loaded))
+        found = sources | {"new_task": new_task}
+        texts = (new_task | sources["retention"]).values()
+        if texts and config.max_new_tokens and not config.prompts:
+            room = length_that_fits(with_least_room(loaded, tuned), config.max_length) - config.max_new_tokens
+            found["prompts"] = default_prompts(texts, tokenizer, room)
+        if rows:
+            say("looking for the texts in the training rows")
+        warnings = other_base(model, tuned, start) + overlap_warnings(found, rows, tokenizer)
+        report = measure(base, tuned, name=name, **found, **options)
+        report.data |= {"warnings": warnings + report.data["warnings"], **run}
+        if config.chain:
+            start = Start(model, probe(tuned), "the stage before it", TOLERANCE[torch.bfloat16])
+        del tuned  # before the next is loaded
         yield report
-
-
-def measure_model(
-    config: MeasureConfig,
-    model: str,
-    base: MeasuredBase,
-    sources: dict[str, Any],
-    rows: dict[str, Iterable[list[int]]],
-    options: dict[str, Any],
-    start: Start,
-) -> tuple[ForgettingReport, Start]:
-    """The report of one model, trained on `rows`, and from what the next should begin; it is freed afterwards."""
-    tokenizer = options["tokenizer"]
-    tuned = load_model(model, trust_remote_code=config.trust_remote_code, **loaded_as(base.model))
-    texts = (sources["new_task"] | sources["retention"]).values()
-    if texts and config.max_new_tokens and not config.prompts:
-        room = length_that_fits(with_least_room(base.model, tuned), config.max_length) - config.max_new_tokens
-        sources["prompts"] = default_prompts(texts, tokenizer, room)
-    if rows:
-        options["progress"]("looking for the texts in the training rows")
-    warnings = other_base(model, tuned, start) + overlap_warnings(sources, rows, tokenizer)
-    report = measure(base, tuned, sources.pop("retention"), **sources, **options)
-    report.data["warnings"] = warnings + report.data["warnings"]
-    if config.chain:
-        start = Start(model, probe(tuned), "the stage before it", TOLERANCE[torch.bfloat16])
-    return report, start
 
 
 def trained_rows(

@@ -14,7 +14,7 @@ from retain.report.comparison import (
     loss_difference,
 )
 from retain.report.numbers import Estimate, cell, count_cell, enumeration, points_cell, quantity, share_cell, value_cell
-from retain.report.results import Answers, BehaviorSet, BehaviorShares, ReportRuns, RunResults, TextResult
+from retain.report.results import Answers, BehaviorShares, ReportRuns, RunResults, TextResult
 from retain.report.tables import BEHAVIOR_SCORERS, SCORERS
 
 MIN_OVERFIT = 0.01  # of the lowest new-task loss: a rise that an evaluation's rounding does not make
@@ -206,18 +206,15 @@ def refusals_sentence(run: RunResults) -> str:
 
     Of each set by the judge, else by the phrases.
     """
-    chosen: list[tuple[str, BehaviorSet, str, BehaviorShares]] = []
+    chosen = []
     for name, requests in run.refusals.items():
         scorer = next((scorer for scorer in SCORERS if scorer in requests.scorers), "")
-        if scorer and requests.scorers[scorer].rate:
-            chosen.append((name, requests, scorer, requests.scorers[scorer]))
-    chosen.sort(key=lambda item: (item[1].kind == "harmless", item[3].change.value if item[3].change else 0.0))
-    return _few(f"“{run.name}” refuses", [_refusals_clause(*item) for item in chosen])
-
-
-def _refusals_clause(name: str, requests: BehaviorSet, scorer: str, found: BehaviorShares) -> str:
-    prompts = f"{quantity(requests.num_prompts, f'{requests.kind} prompt')} of {name} ({scorer})"
-    return _shares_clause(f"{share_cell(found.rate)} of {prompts}", "refusals", found)
+        found = requests.scorers.get(scorer, BehaviorShares())
+        if found.rate:
+            prompts = f"{quantity(requests.num_prompts, f'{requests.kind} prompt')} of {name} ({scorer})"
+            clause = _shares_clause(f"{share_cell(found.rate)} of {prompts}", "refusals", found)
+            chosen.append((requests.kind == "harmless", _change(found), clause))
+    return _few(f"“{run.name}” refuses", [clause for *_, clause in sorted(chosen, key=lambda item: item[:2])])
 
 
 def _shares_clause(start: str, what: str, found: BehaviorShares) -> str:
@@ -229,19 +226,19 @@ def _shares_clause(start: str, what: str, found: BehaviorShares) -> str:
 
 def behaviors_sentence(run: RunResults) -> str:
     """One sentence: how often the tuned model shows the behaviours that were measured, the most lost first."""
-    chosen: list[tuple[str, BehaviorShares]] = []
+    chosen = []
     for of in run.behaviors.values():
         leading = next((scorer for scorer in BEHAVIOR_SCORERS if scorer in of.scorers), "")
         found = of.scorers.get(leading, BehaviorShares())
         if any(one and one.value for one in (found.rate, found.base_rate)):
-            chosen.append((BEHAVIOR_SCORERS[leading][0], found))
-    chosen.sort(key=lambda item: item[1].change.value if item[1].change else 0.0)
-    return _few(f"“{run.name}”", [_behavior_clause(*item) for item in chosen])
+            prompts = quantity(found.rate.num_prompts if found.rate else 0, "prompt")
+            start = f"{BEHAVIOR_SCORERS[leading][0]} in {share_cell(found.rate)} of {prompts}"
+            chosen.append((_change(found), _shares_clause(start, "the share", found)))
+    return _few(f"“{run.name}”", [clause for _, clause in sorted(chosen, key=lambda item: item[0])])
 
 
-def _behavior_clause(label: str, found: BehaviorShares) -> str:
-    prompts = quantity(found.rate.num_prompts if found.rate else 0, "prompt")
-    return _shares_clause(f"{label} in {share_cell(found.rate)} of {prompts}", "the share", found)
+def _change(found: BehaviorShares) -> float:
+    return found.change.value if found.change else 0.0
 
 
 def _direction(what: str, neither: str, change: Estimate | None) -> str:
