@@ -8,6 +8,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin
 
 from retain.checks import check_type, hints_of, kinds_of
@@ -77,12 +78,18 @@ class Verb:
             self.refuse_unknown(parser.parse_known_args(self.words(argv))[1])
 
     def refuse_unknown(self, unknown: list[str]) -> None:
-        """Refuse flags that the verb does not know."""
-        if unknown:
-            remedy = f"`retain {self.name} --help` lists what is"
-            if len(self.settings) > 1:  # those of a trainer
-                remedy = f"`retain {self.name} --help_all` lists what is, and `accelerate launch` takes its own flags"
-            raise ValueError(f"{unknown[0]}: not known here; {remedy}")
+        """Refuse flags that the verb does not know, with the name that was probably meant."""
+        if not unknown:
+            return
+        flag, trainer = unknown[0], len(self.settings) > 1
+        known = [field.name for kind in self.settings for field, _ in fields_of(kind)]
+        near = get_close_matches(flag.removeprefix("--"), [*known, *self.aliases], n=1, cutoff=0.7)
+        remedy = f"`retain {self.name} --help{'_all' if trainer else ''}` lists what is"
+        if near:
+            remedy = f"did you mean --{near[0]}? {remedy}"
+        elif trainer:
+            remedy += ", and `accelerate launch` takes its own flags"
+        raise ValueError(f"{flag}: not known here; {remedy}")
 
     def known_name(self, name: str) -> str:
         """The setting behind a name."""
@@ -149,6 +156,8 @@ class Verb:
                     rest[-1] += f"={value}"
                     continue
             values += [value] if equals else []
+        if rest.count("--config") > 1:
+            raise ValueError("config: given twice; put all settings into one file, or give some as flags")
         return rest + [word for name, values in gathered.items() for word in (f"--{name}", *values)]
 
     @property
