@@ -122,7 +122,9 @@ def _trainer_state(checkpoint: Path) -> dict[str, Any]:
 class StopWithCheckpoint(TrainerCallback):
     """SIGINT or SIGTERM ends training after the current step, with a checkpoint; a second one ends it at once.
 
-    The signal is raised again then, so what it means is for the handlers that were there before (`cli.signals`) to say.
+    The signal is raised again then, so what it means is for the handlers that were there before (`cli.signals`) to say;
+    where they let training go on, there is one checkpoint. A signal that the process ignores, as a shell's job in the
+    background ignores SIGINT, stays ignored.
     In one process alone: several would stop at different steps, and wait for one another.
     """
 
@@ -134,7 +136,9 @@ class StopWithCheckpoint(TrainerCallback):
     def listening(self) -> Iterator[None]:
         """In this context a signal waits for the end of a step, or of the context."""
         if not launched() and threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+            before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            heard = (number for number, handler in before.items() if handler not in (signal.SIG_IGN, None))
+            self.handlers = {number: signal.signal(number, self._receive) for number in heard}
         try:
             yield
             self._raise_received()
@@ -152,8 +156,9 @@ class StopWithCheckpoint(TrainerCallback):
         self.handlers = {}
 
     def _raise_received(self) -> None:
-        if self.received is not None:
-            signal.raise_signal(self.received)
+        number, self.received = self.received, None
+        if number is not None:
+            signal.raise_signal(number)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.save_strategy == "no":
