@@ -330,6 +330,18 @@ def test_what_cannot_be_compared_is_refused(world, tmp_path, capsys, flags, line
     assert line in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["dataset_name", "eval_dataset_name"])
+def test_chats_that_the_template_refuses_are_refused_before_a_model_writes_rows(world, tmp_path, capsys, name):
+    turns = [{"role": "user", "content": "the fox"}, {"role": "bot", "content": "old towns"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    make_model().config.save_pretrained(tmp_path / "model")  # without weights: they are not looked for
+    template = "{% for m in messages %}{% if m.role == 'bot' %}{{ raise_exception('who?') }}{% endif %}{% endfor %}"
+    make_tokenizer(template=template).save_pretrained(tmp_path / "model")
+    changes = {"model_name_or_path": str(tmp_path / "model"), name: str(tmp_path / "chats.jsonl")}
+    assert run(world, tmp_path / "out", **changes) == 1
+    assert "the chat template refuses a chat of user, bot (who?)" in capsys.readouterr().err
+
+
 def test_a_dry_run_says_what_the_run_would_take_and_makes_nothing(world, tmp_path, capsys):
     flags = ["--dry_run", "true", "--compare_plain", "true", "--eval_dataset_name", str(world / "held.jsonl")]
     assert run(world, tmp_path / "out", *flags) == 0

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from retain.data.rows import (
     Document,
+    check_chats,
     named_sources,
     prompt_text,
     read_rows,
@@ -189,6 +190,34 @@ def test_a_row_without_text_is_refused(row, tokenizer):
 def test_messages_need_a_chat_template(tokenizer):
     with pytest.raises(ValueError, match="need a chat template"):
         row_text({"messages": [{"role": "user", "content": "hi"}]}, tokenizer)
+
+
+STRICT = "{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('who?') }}{% endif %}"
+STRICT += "{{ m.content }}{% endfor %}"
+
+
+def chats(*orders: str) -> list[dict[str, object]]:
+    """A chat for each order of roles."""
+    return [{"messages": [{"role": role, "content": "the fox"} for role in order.split()]} for order in orders]
+
+
+def test_a_chat_that_the_template_refuses_is_named_with_its_row():
+    """`retain finetune: who?` was all that it said, after the replay rows had been sampled."""
+    strict = make_tokenizer(template=STRICT)
+    check_chats(chats("user assistant", "user assistant user"), strict, "rows")
+    with pytest.raises(ValueError, match=r"refuses a chat of user, bot \(who\?\); .*; see row 2 of the rows"):
+        check_chats(chats("user assistant", "user bot"), strict, "rows")
+    check_chats([{"text": "as it is"}], strict, "rows")
+
+
+def test_a_role_that_a_template_writes_but_does_not_name_is_warned_of(chat_tokenizer, caplog):
+    check_chats(chats("system user assistant", "user bot", "user bot bot"), chat_tokenizer, "rows")
+    assert [record.getMessage().split(", which")[0] for record in caplog.records] == [
+        "data: row 2 of the rows has the role 'bot'"
+    ]
+    caplog.clear()
+    check_chats(chats("user bot"), make_tokenizer(template=CHATML + "{# bot #}"), "rows")
+    assert not caplog.records
 
 
 # Windows

@@ -31,7 +31,7 @@ from retain.cli.finetune_config import FinetuneConfig
 from retain.cli.flags import Verb
 from retain.cli.own_rows import OWN_TEXT, SAMPLING_TITLE, rows_to_sample, sample_own_rows
 from retain.cli.sample import SAMPLING_STAGE
-from retain.data.rows import Document, is_local_file, load_from_hub, named_sources, read_rows
+from retain.data.rows import Document, check_chats, is_local_file, load_from_hub, named_sources, read_rows
 from retain.files import exclusive, visible
 from retain.measuring.tokens import MEASURING, measuring_title
 from retain.models.description import choose_start_token, default_device, length_that_fits
@@ -268,6 +268,9 @@ def make_sft_trainer(
     if config.measures and eval_dataset is None:
         report_training_loss(training_args, steps, say)
     tokenizer = load_tokenizer(given.model.model_name_or_path, **given.checkpoint)
+    for rows, name in ((train_dataset, "training rows"), (eval_dataset, "held-out rows")):
+        if texts is None and hasattr(rows, "__len__") and not training_args.chat_template_path:
+            check_chats(rows, tokenizer, name)  # before a model is loaded, or writes rows
     retention: dict[str, Any] = texts or {
         text: load_texts(path, tokenizer, config.retention_max_documents) for text, path in sources.items()
     }

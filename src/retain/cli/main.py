@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     # Idle threads that spin at barriers are ruinous on a shared machine; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch|peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch|peft|accelerate")
     resume = "run it again"
     try:
         with signals_as_exceptions():

@@ -13,6 +13,9 @@ from retain.files import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+USUAL_ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_SHOWN_ROLES = 6  # of a chat that is refused
+
 
 def messages_of(row: Mapping[str, Any]) -> list[Any] | None:
     """The turns of a row of messages, also where it has them in the form of `conversations`."""
@@ -48,7 +51,15 @@ def apply_template(turns: list[Any], row: Mapping[str, Any], tokenizer: PreTrain
             tools = json.loads(tools)
         except ValueError as error:
             raise ValueError(f"data: tools {tools!r:.80} are not JSON; write a list of them") from error
-    return tokenizer.apply_chat_template(turns, tools=tools, **options, **(row.get("chat_template_kwargs") or {}))
+    options |= row.get("chat_template_kwargs") or {}
+    try:
+        return tokenizer.apply_chat_template(turns, tools=tools, **options)
+    except Exception as error:  # a template is the checkpoint's own program and may refuse turns in any way
+        roles = [str(turn["role"]) for turn in turns]
+        shown = ", ".join(roles[:MAX_SHOWN_ROLES]) + ", …" * (len(roles) > MAX_SHOWN_ROLES)
+        raise ValueError(
+            f"data: the chat template refuses a chat of {shown} ({first_line(error)}); give the turns that it takes"
+        ) from error
 
 
 def template_frame(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], **options: Any) -> list[str]:

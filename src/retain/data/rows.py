@@ -7,6 +7,7 @@ context only. Documents never share a window, so none attends to another.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -16,7 +17,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from retain.checks import several
-from retain.data.chats import apply_template, chat_of, marks_turns, messages_of, rendered, template_of_turns
+from retain.data.chats import (
+    USUAL_ROLES,
+    apply_template,
+    chat_of,
+    marks_turns,
+    messages_of,
+    rendered,
+    template_of_turns,
+)
 from retain.data.row_files import SUFFIXES, read_file
 from retain.files import first_line
 
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
 
     from retain.models.description import StartToken
 
-
+logger = logging.getLogger(__name__)
 PREFERENCES = ("chosen", "rejected")  # columns of rows for DPO and its like
 
 
@@ -163,6 +172,41 @@ def read_text(
         predicted = [one and bool(other) for one, other in zip(predicted, masked["assistant_masks"], strict=True)]
     name = "assistant turns" if turns else "completions" if completions else "all"
     return Text(row, words, ids, predicted, name, reading.as_trained)
+
+
+def check_chats(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse chats that the chat template does; warn of roles that neither it nor others name. Rows of words pass.
+
+    One chat of each order of roles is rendered: templates refuse roles and their order, hardly words.
+
+    Args:
+        name: whose rows these are, for the message.
+    """
+    orders: set[tuple[str, ...]] = set()
+    odd: dict[str, str] = {}
+    for at, row in enumerate(rows, start=1):
+        if chat_of(row) is None:  # as all others, since columns are of one kind
+            return
+        where = f"row {at} of the {name}"
+        turns = _content(row, where)[0]
+        order = tuple(str(turn.get("role")) if isinstance(turn, dict) else "" for turn in turns)
+        if order in orders:
+            continue
+        orders.add(order)
+        try:
+            rendered(turns, row, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{error}; see {where}") from error
+        for role in order:
+            if role not in USUAL_ROLES:
+                odd.setdefault(role, where)
+    template = tokenizer.get_chat_template() if odd else ""
+    for role, where in odd.items():
+        if role not in template:
+            logger.warning(
+                "data: %s has the role %r, which the chat template does not name; rename it if it is one of %s",
+                where, role, ", ".join(USUAL_ROLES),
+            )  # fmt: skip
 
 
 def row_texts(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
