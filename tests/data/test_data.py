@@ -134,6 +134,7 @@ BAD_FILES = {
     "deep.jsonl": ("[" * 100_000, "line 1 is not JSON"),
     "deep.json": ("[" * 100_000, "is not JSON"),
     "list.json": ("[1, 2]", "is not an object"),
+    "list.jsonl": ('[{"text": "a"}]', "line 1 is not an object; .* or end the file's name in .json"),
     "broken.json": ('[{"text": "a"}', "is not JSON"),
     "empty.jsonl": ("", "is empty"),
     "blank.txt": ("\n \n\n", "is empty"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from retain.report.comparison import compare_at_matched_loss
 from retain.report.outcome import cost_line, outcome_lines
 from retain.report.results import RunResults, read_as
+from retain.report.tables import comparison_table
 
 
 def entry(value: float, half: float, **more: object) -> dict:
@@ -55,7 +59,15 @@ def test_each_line_says_what_moved_most_and_what_was_prevented_least():
 def test_without_a_loss_in_common_the_ends_are_compared_and_that_is_said():
     line = outcome_lines(make_run("p", {"a": 0.1}), make_run("plain", {"a": 0.4}))[2]
     assert line.startswith("prevented: 75.0% [75.0%, 75.0%] of")
-    assert "at the ends of both, where less learned is less forgotten, too (no evaluations during training" in line
+    assert "at the ends of both, where less learned is less forgotten, too (no new-task loss was evaluated" in line
+    assert "while training plain and p (`retain finetune` does it with --eval_dataset_name FILE)" in line
+
+
+def test_a_loss_that_no_run_has_takes_no_rows_of_a_table():
+    runs = [make_run(name, {"a": 0.1}) for name in ("plain", "p")]
+    lossless = [replace(run, new_task={}) for run in runs]
+    ends = [comparison_table(compare_at_matched_loss(found), "end") for found in (runs, lossless)]
+    assert [[section.title for section in table.sections] for table in ends] == [["new task", "a"], ["a"]]
 
 
 def test_what_was_not_prevented_is_no_prevention():

@@ -1199,6 +1199,9 @@ def test_how_much_a_divergence_is_is_said_in_what_was_measured(plain: dict) -> N
     told = f"ref_kl 0.123 of “plain” on wiki {share} 123 times the noise floor"
     for shown in (summary_of([plain]), card_of(plain).replace("\\", "")):
         assert f"Scale: {told}, and another token comes first at 8.7% of the positions." in shown
+    plain["retention"]["wiki"]["ref_kl"] = measured(0.0002, 0.0001, 0.0003)
+    assert "ref_kl 0.00020 of “plain” on wiki is less than 0.1% of the base's own entropy" in summary_of([plain])
+    plain["retention"]["wiki"]["ref_kl"] = measured(0.123, 0.1, 0.2)
     plain["noise_floor"]["wiki"]["ref_kl"] = measured(0.2, 0.1, 0.3)
     assert f"{share} within the noise floor" in summary_of([plain])
 

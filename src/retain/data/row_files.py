@@ -55,7 +55,8 @@ def json_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
         found = ((f"{name} item {at}", row) for _, rows in found for at, row in enumerate(rows, start=1))
     for where, row in found:
         if not isinstance(row, dict):
-            raise ValueError(f"{where} is not an object; write every row as {{...}}")
+            remedy = " in a line of its own, or end the file's name in .json" if isinstance(row, list) else ""
+            raise ValueError(f"{where} is not an object; write every row as {{...}}{remedy}")
         yield where, row
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from retain.report.metrics import KEPT_SUMS, METRICS
-from retain.report.numbers import Estimate, quantity
+from retain.report.numbers import Estimate, enumeration, quantity
 from retain.report.results import KeptSums, ReportRuns, RunResults, TextResult, names_of_texts
 from retain.statistics import bootstrap_ratio
 
@@ -262,7 +262,8 @@ def _matched_loss(runs: ReportRuns) -> tuple[float | None, str | None]:
         return None, "there is only one run"
     curves = {run.name: run.series("eval_loss")[1] for run in runs}
     if blind := [name for name, losses in curves.items() if not losses]:
-        return None, f"no evaluations during training (eval_loss in the trajectory) for: {', '.join(blind)}"
+        blinded = f"no new-task loss was evaluated while training {enumeration(blind)}"
+        return None, f"{blinded} (`retain finetune` does it with --eval_dataset_name FILE)"
     for run in runs:
         if why := _other_tokens(runs[0], run):
             return None, f"{run.name}: {why} as {runs[0].name}'s does"

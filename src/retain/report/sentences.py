@@ -19,6 +19,7 @@ from retain.report.tables import BEHAVIOR_SCORERS, SCORERS
 
 MIN_OVERFIT = 0.01  # of the lowest new-task loss: a rise that an evaluation's rounding does not make
 MIN_SIGNS = 6  # documents that all say the same, from which on the sign test says so at 95%
+MIN_SHARE = 0.0005  # of the base's entropy: less would be written as 0.0%
 MAX_TIMES_FLOOR = 1000  # times the noise floor: from there on the factor says no more
 MAX_NAMED = 3  # texts, question sets or runs that a sentence names; the table has the others
 
@@ -132,7 +133,9 @@ def scale_sentence(run: RunResults) -> str:
     entropy = run.retention[text].base_ref_cross_entropy if text else None
     if not entropy or not entropy.value or not (value := _divergence(run.retention[text])):
         return ""
-    parts = [f"{value / entropy.value:.1%} of the base's own entropy there ({entropy.value:.2f} nats per token)"]
+    share = value / entropy.value
+    words = f"{share:.1%}" if share > MIN_SHARE else "less than 0.1%"
+    parts = [f"{words} of the base's own entropy there ({entropy.value:.2f} nats per token)"]
     if text in run.noise_floor:
         times = value / run.floor(text)
         many = f"more than {MAX_TIMES_FLOOR:,}" if times > MAX_TIMES_FLOOR else f"{times:,.0f}"

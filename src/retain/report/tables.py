@@ -328,9 +328,11 @@ def comparison_table(compared: Comparison, place: Literal["matched", "end"], not
         notes += [f"{text} was measured at the end only; give it to `retain finetune` as --retention to have it here"
                   for text in compared.end if text not in texts]  # fmt: skip
     else:
-        head = [Row("loss", [cell(run.final_loss) for run in runs])]
-        head.append(Row("against the first", [_cell_of(run.relative_loss_difference, "+.1%") for run in runs]))
-    sections = [Section("new task", head)]
+        head = []
+        if any(run.final_loss is not None for run in runs):
+            head.append(Row("loss", [cell(run.final_loss) for run in runs]))
+            head.append(Row("against the first", [_cell_of(run.relative_loss_difference, "+.1%") for run in runs]))
+    sections = [Section("new task", head)] * bool(head)
     for text, entries in texts.items():
         rows = [
             Row(METRICS["ref_kl"].label, [cell(one.ref_kl, one.ref_kl_ci) for one in entries]),
