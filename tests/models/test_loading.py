@@ -26,7 +26,7 @@ from trl import SFTConfig
 from retain import ReplayConfig, ReplaySFTTrainer
 from retain.cli.main import main
 from retain.cli.measure import MeasureConfig, Start, load_judge, measure_models, other_base
-from retain.models.loading import load_model, load_tokenizer
+from retain.models.loading import find_file, load_model, load_tokenizer
 from retain.models.reference import probe
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.training.run_files import settings_of_run
@@ -381,6 +381,16 @@ def test_what_a_run_was_set_to_is_found_by_its_id_and_above_its_checkpoints(hub,
     for name in (str(folder), str(folder / "checkpoint-2"), hub(folder)):
         assert settings_of_run(name) == settings
     assert settings_of_run(str(folder / "other")) == {}
+
+
+def test_a_hub_that_does_not_answer_is_no_model_without_the_file(hub, llama_folder):
+    """A misspelt folder was asked for on the Hub file by file, for four minutes: each was taken to be missing."""
+    known = hub(llama_folder)
+    assert find_file(known, "config.json")
+    assert find_file(known, "spiece.model") is None
+    for load in (settings_of_run, load_tokenizer, lambda name: tokenizer_of_tuned(name, make_tokenizer())):
+        with pytest.raises(ValueError, match="^model: cannot load .*.json of 'ou', which is no folder here; check the"):
+            load("ou")
 
 
 def test_an_adapter_may_name_a_revision_of_its_base(hub, llama_folder, tmp_path):

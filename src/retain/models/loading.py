@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 WRAPPER_NAMES = r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
 # Files of which a tokenizer is made; any of them shows that a model brings its own.
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+CONFIG_FILES = ("config.json", "adapter_config.json")  # of any model, and of any adapter
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -80,15 +81,18 @@ def find_file(path: str, file: str, revision: str = "main", field: str = "model"
     """
     if Path(path).is_dir():
         return Path(path, file) if Path(path, file).is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(path, file, revision=revision))
-    except EntryNotFoundError:
-        return None
-    except (OSError, ValueError) as error:  # the Hub client's own are of these kinds
-        raise ValueError(f"{field}: cannot load {file} of {path!r}; check the name: {first_line(error)}") from error
+    except (OSError, ValueError, EntryNotFoundError) as error:  # the Hub client's own are of these kinds
+        no_answer = isinstance(error, LocalEntryNotFoundError)  # which is an EntryNotFoundError, too
+        cached = (try_to_load_from_cache(path, config, revision=revision) for config in CONFIG_FILES)
+        if any(isinstance(one, str) for one in cached) if no_answer else isinstance(error, EntryNotFoundError):
+            return None
+        why = f"cannot load {file} of {path!r}, which is no folder here; check the name: {first_line(error)}"
+        raise ValueError(f"{field}: {why}") from error
 
 
 def gguf_cache() -> Path:
@@ -334,7 +338,10 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     path = resolve_model_path(name, field)
-    if Path(path).is_dir() and not any(find_file(path, file) for file in TOKENIZER_FILES):
+    is_folder = Path(path).is_dir()
+    if not is_folder:  # transformers would ask for each of a tokenizer's files, where the Hub does not answer
+        find_file(path, CONFIG_FILES[0], revision, field)
+    if is_folder and not any(find_file(path, file) for file in TOKENIZER_FILES):
         raise ValueError(f"{field}: {path!r} holds no tokenizer; copy tokenizer.json and its like from its base there")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     return _load(AutoTokenizer, path, "the tokenizer", field, **options)
