@@ -17,9 +17,9 @@ from retain.data.chats import rendered
 from retain.files import one_line, visible, visible_text
 from retain.measuring.generations import Prompt, Written, check_room, continue_prompts, stop_tokens
 from retain.measuring.measure_options import Options
+from retain.models.adapters import adapted_model
 from retain.models.description import choose_start_token, default_device
 from retain.models.loading import load_model, load_tokenizer, loaded_as
-from retain.models.merging import adapted_model
 from retain.models.reference import Reference, probe
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 

@@ -34,9 +34,9 @@ from retain.cli.sample import SAMPLING_STAGE
 from retain.data.rows import Document, check_chats, is_local_file, load_from_hub, named_sources, read_rows
 from retain.files import exclusive, visible
 from retain.measuring.tokens import MEASURING, measuring_title
+from retain.models.adapters import adapted_model, merged_base
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.models.loading import load_tokenizer
-from retain.models.merging import adapted_model, merged_base
 from retain.progress import PlannedStage, ProgressLine, progress_line
 from retain.replay.dataset import load_texts
 from retain.replay.fisher import FISHER, holds_fisher

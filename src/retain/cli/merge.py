@@ -20,11 +20,11 @@ from retain.data.rows import named_sources
 from retain.files import PART, exclusive, visible, write_json, write_text
 from retain.lab.runner import RunRows, run_key
 from retain.measuring.measure import measure
+from retain.models.adapters import adapted_model
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import default_device
 from retain.models.interpolation import Interpolation
 from retain.models.loading import load_model, load_tokenizer, loaded_as, stored_dtype
-from retain.models.merging import adapted_model
 from retain.models.reference import probe
 from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.replay.dataset import load_texts

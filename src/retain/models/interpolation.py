@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retain.models.adapters import merge_adapter
 from retain.models.description import base_parameter_name
-from retain.models.merging import merge_adapter
 from retain.models.reference import prediction_difference, probe, rounding_tolerance
 
 # What the merged weights are linear in, of PEFT's LoRA and IA3, and the value at which the adapter does nothing.

@@ -10,8 +10,8 @@ import torch
 from conftest import make_model, make_tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+from retain.models.adapters import MERGED_FILE, adapted_model, merge_adapter, merged_base
 from retain.models.loading import load_model
-from retain.models.merging import MERGED_FILE, adapted_model, merge_adapter, merged_base
 from retain.models.reference import probe
 
 
