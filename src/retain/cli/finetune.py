@@ -45,13 +45,7 @@ from retain.report.report import ForgettingReport, write_comparison
 from retain.training.beta2_half_life import apply_half_life, check_half_life, mean_row_length
 from retain.training.config import ReplayConfig, check_arguments
 from retain.training.protection import check_replay_every
-from retain.training.protection_choice import (
-    PROTECTING,
-    UNSET,
-    choose_protection,
-    new_tokens_per_step,
-    settled,
-)
+from retain.training.protection_choice import PROTECTING, UNSET, choose_protection, new_tokens_per_step, settled
 from retain.training.retention import NEW_TASK_TEXT, check_best_metric, retention_names
 from retain.training.row_checks import check_columns, check_new_rows
 from retain.training.run_files import OF_TRAINING, read_run

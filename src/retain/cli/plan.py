@@ -74,9 +74,7 @@ class PlanConfig(RemoteCodeSettings, SeedSettings):
     )
     pilot_steps: int = setting(60, "Steps of each pilot, measured twelve times on the way.", low=12)
     max_steps: int | None = setting(
-        None,
-        "Longest run without replay to consider. Default: pilot_steps; beyond, predictions extrapolate.",
-        low=1,
+        None, "Longest run without replay to consider. Default: pilot_steps; beyond, predictions extrapolate.", low=1
     )
     level: float = setting(0.9, "Coverage of the intervals; the upper end must keep the limit.", low=0.5, high=0.999)
     num_resamples: int = setting(1000, "Bootstrap resamples over pilots.", low=100)
@@ -113,10 +111,7 @@ def run_plan(config: PlanConfig) -> None:
         assert config.max_ref_kl is not None
         folder, retention = Path(config.output_dir), retention_of(config)
         lora_num_params(  # names a model or modules that do not fit, before anything is sampled
-            config.model,
-            min(config.lora_ranks),
-            config.lora_target_modules,
-            trust_remote_code=config.trust_remote_code,
+            config.model, min(config.lora_ranks), config.lora_target_modules, trust_remote_code=config.trust_remote_code
         )
         model = empty_model(config.model, trust_remote_code=config.trust_remote_code)
         config.max_length = length_that_fits(model, config.max_length)

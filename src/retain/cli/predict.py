@@ -60,10 +60,7 @@ def run_predict(config: PredictConfig) -> None:
         from retain.models.loading import lora_num_params  # with torch, which nothing else here needs
 
         known["num_params"] = lora_num_params(
-            config.model,
-            config.lora_r,
-            config.lora_target_modules,
-            **config.checkpoint,
+            config.model, config.lora_r, config.lora_target_modules, **config.checkpoint
         )
     limit = limit_of(config, law)
     if limit is None:

@@ -43,8 +43,7 @@ class SampleConfig(ModelLoadSettings):
     )
     overwrite_output_dir: bool = setting(False, "Delete another dataset found in output_dir.")
     push_to_hub: str | None = setting(
-        None,
-        "Dataset on the Hub, as OWNER/NAME, that gets the rows and a card, for --replay_dataset OWNER/NAME.",
+        None, "Dataset on the Hub, as OWNER/NAME, that gets the rows and a card, for --replay_dataset OWNER/NAME."
     )
     hub_private_repo: bool = setting(False, "Make that dataset a private one.")
     preview: int = setting(0, "Print this many rows, spread over the pool.")

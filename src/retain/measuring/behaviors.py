@@ -283,9 +283,7 @@ def compare_shares(base: Sequence[bool], tuned: Sequence[bool]) -> dict[str, Any
 
 
 def _examples(
-    prompts: Sequence[str],
-    written: Sequence[Sequence[Written]],
-    flags: Mapping[str, Sequence[Sequence[bool | None]]],
+    prompts: Sequence[str], written: Sequence[Sequence[Written]], flags: Mapping[str, Sequence[Sequence[bool | None]]]
 ) -> list[dict[str, Any]]:
     """A few prompts with both answers: those whose behaviour was lost in the eyes of most scorers first."""
     rows = []

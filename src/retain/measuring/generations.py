@@ -168,11 +168,7 @@ def check_room(models: Sequence[PreTrainedModel], prompts: Iterable[Prompt], opt
 
 
 def both_texts(
-    base: MeasuredBase,
-    tuned: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    options: Options,
-    seed: int | None = None,
+    base: MeasuredBase, tuned: PreTrainedModel, prompts: Sequence[Prompt], options: Options, seed: int | None = None
 ) -> tuple[list[Written], list[Written]]:
     """Continuations of base and tuned model, for which there is room; the base writes once."""
     tokenizer, ids = options.tokenizer, [prompt.tokens(options.tokenizer, options.start_id) for prompt in prompts]

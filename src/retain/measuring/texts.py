@@ -11,15 +11,7 @@ import torch
 from retain.data.rows import Document, without_copies
 from retain.losses import shifted
 from retain.measuring.measure_options import Options
-from retain.measuring.tokens import (
-    DocumentSums,
-    document_sums,
-    logits_of,
-    padded,
-    row_by_row,
-    summarize,
-    token_values,
-)
+from retain.measuring.tokens import DocumentSums, document_sums, logits_of, padded, row_by_row, summarize, token_values
 from retain.models.base_predictions import MeasuredBase
 from retain.report.metrics import GAIN, KEPT_SUMS
 

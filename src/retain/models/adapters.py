@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from retain.files import PART, first_line, read_json, write_json
-from retain.models.loading import (
-    ADAPTER_FILES,
-    find_file,
-    load_model,
-    load_tokenizer,
-    resolve_model_path,
-    stored_dtype,
-)
+from retain.models.loading import ADAPTER_FILES, find_file, load_model, load_tokenizer, resolve_model_path, stored_dtype
 from retain.models.reference import prediction_difference, probe, rounding_tolerance
 
 ADAPTER_CONFIG, MERGED_FILE = "adapter_config.json", "merged.json"

@@ -21,14 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Tokens that separate documents in the pretraining of models whose bos_token is missing or a chat marker.
-DOCUMENT_SEPARATORS = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|begin_of_text|>",
-    "<|startoftext|>",
-    "</s>",
-    "<eos>",
-)
+DOCUMENT_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<|startoftext|>", "</s>", "<eos>")
 # What PEFT's own parameters are called beside the prefixes of its methods, and what it puts into the base's names.
 OF_ADAPTERS = (".modules_to_save.", "prompt_encoder.", ".ranknum.", ".adaption_")
 WRAPPED = ("base_model.model.", ".token_adapter", ".base_layer", ".original_module")

@@ -61,10 +61,7 @@ MAX_CACHE_DRIFT_HALF = 0.1
 
 
 def check_draws(
-    model: Any,
-    rows: Int[Tensor, "rows length"],
-    given: Sequence[int],
-    log_probs: Float[Tensor, "rows predicted"],
+    model: Any, rows: Int[Tensor, "rows length"], given: Sequence[int], log_probs: Float[Tensor, "rows predicted"]
 ) -> None:
     """Refuse rows that a pass without a cache would have drawn differently.
 

@@ -5,14 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from retain.report.comparison import (
-    ComparedText,
-    Comparison,
-    dominators,
-    end_points,
-    frontier,
-    loss_difference,
-)
+from retain.report.comparison import ComparedText, Comparison, dominators, end_points, frontier, loss_difference
 from retain.report.numbers import Estimate, cell, count_cell, enumeration, points_cell, quantity, share_cell, value_cell
 from retain.report.results import Answers, BehaviorShares, ReportRuns, RunResults, TextResult
 from retain.report.tables import BEHAVIOR_SCORERS, SCORERS

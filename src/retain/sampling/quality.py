@@ -84,10 +84,7 @@ def pool_statistics(
     }
     assert {len(column) for column in columns.values()} == {len(drawn)}, "one of each for each row"
     means = {"loss": loss, "entropy": entropy, "loss_minus_entropy": None if entropy is None else loss - entropy}
-    summary = {
-        **_pool_shares(columns, bool(end_ids)),
-        **{key: _pool_mean(sums, tokens) for key, sums in means.items()},
-    }
+    summary = {**_pool_shares(columns, bool(end_ids)), **{key: _pool_mean(sums, tokens) for key, sums in means.items()}}
     return PoolStatistics(summary, columns, _pool_warnings(summary))
 
 

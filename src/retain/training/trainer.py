@@ -29,13 +29,7 @@ from retain.training.coef_controller import CoefController
 from retain.training.config import ReplayConfig
 from retain.training.loss_meter import LossMeter
 from retain.training.objectives import NONE, Objective
-from retain.training.protection import (
-    RETENTION_WINDOWS,
-    Protection,
-    check_noise,
-    check_replay_every,
-    zero_kl_error,
-)
+from retain.training.protection import RETENTION_WINDOWS, Protection, check_noise, check_replay_every, zero_kl_error
 from retain.training.replay_term import TermBatch
 from retain.training.retention import NEW_TASK_TEXT, RetentionMeasurer, check_best_metric, retention_names
 from retain.training.run_files import BUDGET_FILE, weights_step
