@@ -56,6 +56,14 @@ def test_sampled_rows_are_the_model_s_own_to_the_trainer(model: torch.nn.Module,
     assert rows.manifest["model"] == MODEL
 
 
+def test_bfloat16_weights_hardly_move_at_low_learning_rates() -> None:
+    """The shares of docs/recipes.md: weights that stay as they are when a learning rate is taken from each."""
+    model = load_model(MODEL, dtype="bfloat16")
+    for rate, share in ((1e-5, 0.980), (1e-4, 0.839)):
+        stay = sum(int((weight - rate == weight).sum()) for weight in model.parameters())
+        assert stay / 134_515_008 == pytest.approx(share, abs=5e-4)
+
+
 def test_the_model_against_itself_shows_no_forgetting(model: torch.nn.Module) -> None:
     texts = {"prose": ["The old harbour lay quiet under a thin fog.", "Rain had fallen all night on the tin roofs."]}
     again = load_model(MODEL, dtype="float32")
