@@ -1,7 +1,8 @@
 """Numbers recorded from short runs: whatever is moved or merged, these must stay.
 
 `python tests/test_recorded.py` records them anew; a commit that does so says which number moved, and why. On the
-machine that recorded them (same processor, same versions) they are compared to the last bit, elsewhere to 1e-6.
+machine that recorded them (same processor, same versions) they are compared to the last bit, elsewhere to 1e-6, or
+`LOOSER` where rounding is enlarged.
 Only public names of `retain` are used here, so that the record outlives any file in which they stand.
 """
 
@@ -148,20 +149,24 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "law_forgetting": lambda _: law("forgetting"),
 }  # fmt: skip
 
+# On another processor (recorded on an Intel Xeon, seen on an AMD EPYC): the budget's coefficient follows quotients of KLs
+# of a thousandth of a nat (off by 1.5e-5 of itself), and an interval over four documents their few divergences (4.3e-6).
+LOOSER = {"budget": 1e-4, "report_new_task": 1e-5}
 
-def alike(now: Any, then: Any, exact: bool, where: str) -> None:
-    """Assert that two records agree; floats to the last bit, or to 1e-6."""
+
+def alike(now: Any, then: Any, tolerance: float, where: str) -> None:
+    """Assert that two records agree: floats within the tolerance, absolute or of themselves; 0: to the last bit."""
     assert type(now) is type(then), where
     if isinstance(then, dict):
         assert now.keys() == then.keys(), where
         for name in then:
-            alike(now[name], then[name], exact, f"{where}.{name}")
+            alike(now[name], then[name], tolerance, f"{where}.{name}")
     elif isinstance(then, list):
         assert len(now) == len(then), where
         for at, pair in enumerate(zip(now, then, strict=True)):
-            alike(*pair, exact, f"{where}[{at}]")
-    elif isinstance(then, float) and not exact:
-        assert now == pytest.approx(then, rel=1e-6, abs=1e-6), where
+            alike(*pair, tolerance, f"{where}[{at}]")
+    elif isinstance(then, float) and tolerance:
+        assert now == pytest.approx(then, rel=tolerance, abs=tolerance), where
     else:
         assert now == then, where
 
@@ -170,7 +175,7 @@ def alike(now: Any, then: Any, exact: bool, where: str) -> None:
 def test_nothing_moved(tmp_path: Path, name: str) -> None:
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(CASES[name](tmp_path)))
-    alike(now, record["cases"][name], machine() == record["machine"], name)
+    alike(now, record["cases"][name], 0.0 if machine() == record["machine"] else LOOSER.get(name, 1e-6), name)
 
 
 if __name__ == "__main__":
