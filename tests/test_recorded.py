@@ -149,8 +149,8 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "law_forgetting": lambda _: law("forgetting"),
 }  # fmt: skip
 
-# On another processor (recorded on an Intel Xeon, seen on an AMD EPYC): the budget's coefficient follows quotients of KLs
-# of a thousandth of a nat (off by 1.5e-5 of itself), and an interval over four documents their few divergences (4.3e-6).
+# On another processor (recorded on an Intel Xeon, seen on an AMD EPYC): the budget's coefficient follows quotients of
+# KLs of a thousandth of a nat (1.5e-5 off), and an interval over four documents their few divergences (4.3e-6 off).
 LOOSER = {"budget": 1e-4, "report_new_task": 1e-5}
 
 
