@@ -12,8 +12,6 @@ from scipy.stats import t as student
 
 from retain.statistics import share_interval
 
-FIRST_LOOK = 3  # seeds of 09 before others were added, where a question was open
-
 
 class Interval(NamedTuple):
     """An estimate with the ends of its interval."""

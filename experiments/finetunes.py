@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 from experiments.corpora import CACHE, Texts, load_texts
 from experiments.matched_loss import GRAIN, MEASURES
 from experiments.program import device_name
-from experiments.small_base import BaseSettings, Rows, make_base
+from experiments.small_base import BaseSettings, Rows, StopBelow, make_base
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, versions
 from retain.data.rows import Document, packed_rows, token_documents, tokenize_documents
 from retain.lab.runner import RunRows, locked, run_key
@@ -237,16 +237,6 @@ class StepClock(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._last = None
-
-
-class StopBelow(TrainerCallback):
-    """End a run at the first evaluation with a new-task loss that is low enough: what comes later is not read."""
-
-    def __init__(self, loss: float) -> None:
-        self.loss = loss
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        control.should_training_stop |= metrics.get("eval_loss", self.loss + 1) <= self.loss
 
 
 def arguments(run: Run, folder: Path, *, eval_batch_size: int = 32, **more: Any) -> TrainingArguments:

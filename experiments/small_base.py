@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     default_data_collator,
 )
@@ -44,7 +45,12 @@ MANIFEST = "base.json"  # written last: a folder that has it is finished
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings:
-    """Everything that decides the weights; 430,896 parameters and 4.3M tokens by default."""
+    """Everything that decides the weights; 430,896 parameters and 4.3M tokens by default.
+
+    Args:
+        stop_loss: the held-out loss, nats per token, at which pretraining ends, read every 50 steps; its rate is then
+            constant. None: all of `max_steps`, with a rate that falls as a cosine.
+    """
 
     architecture: str = "qwen3"
     hidden_size: int = 96
@@ -57,6 +63,11 @@ class BaseSettings:
     max_steps: int = 2100
     learning_rate: float = 3e-3
     seed: int = 0
+    stop_loss: float | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Fields by name; those at None are left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def tokenizer_of(texts: Texts, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -98,13 +109,23 @@ class Rows(Dataset):
         return {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
 
 
+class StopBelow(TrainerCallback):
+    """End a run at the first evaluation with a held-out loss that is low enough: what comes later is not read."""
+
+    def __init__(self, loss: float) -> None:
+        self.loss = loss
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        control.should_training_stop |= metrics.get("eval_loss", self.loss + 1) <= self.loss
+
+
 def make_base(folder: Path, texts: Texts, settings: BaseSettings) -> Path:
     """Pretrain the base into a folder, or find it there finished.
 
     Raises:
         ValueError: if the folder holds a base of other settings.
     """
-    key = {"settings": asdict(settings), "texts": texts.fingerprint}
+    key = {"settings": settings.facts(), "texts": texts.fingerprint}
     if (folder / MANIFEST).exists():
         found = json.loads((folder / MANIFEST).read_text())
         if {name: found[name] for name in key} != key:
@@ -125,7 +146,7 @@ def make_base(folder: Path, texts: Texts, settings: BaseSettings) -> Path:
     losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    tokens = settings.max_steps * settings.batch_size * settings.max_length
+    tokens = trainer.state.global_step * settings.batch_size * settings.max_length
     facts = {
         "num_params": num_parameters(model),
         "num_tokens": tokens,
@@ -140,17 +161,18 @@ def make_base(folder: Path, texts: Texts, settings: BaseSettings) -> Path:
 
 
 def pretrain(model: Any, rows: Rows, held_out: Rows, folder: Path, settings: BaseSettings) -> Trainer:
-    """Next-token training with AdamW, linear warm-up over a twentieth of the steps, then cosine."""
+    """Next-token training with AdamW and linear warm-up, over a twentieth of the steps or, to a loss, a hundred."""
+    whole = settings.stop_loss is None
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, settings.max_steps // 20),
+        lr_scheduler_type="cosine" if whole else "constant_with_warmup",
+        warmup_steps=max(1, settings.max_steps // 20) if whole else 100,
         weight_decay=0.02,
         eval_strategy="steps",
-        eval_steps=max(1, settings.max_steps // 10),
+        eval_steps=max(1, settings.max_steps // 10) if whole else 50,
         logging_steps=max(1, settings.max_steps // 40),
         save_strategy="no",
         report_to="none",
@@ -162,7 +184,9 @@ def pretrain(model: Any, rows: Rows, held_out: Rows, folder: Path, settings: Bas
         model=model, args=args, train_dataset=rows, eval_dataset=held_out, data_collator=default_data_collator
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(RunFilesCallback({"base": asdict(settings)}))
+    trainer.add_callback(RunFilesCallback({"base": settings.facts()}))
+    if settings.stop_loss is not None:
+        trainer.add_callback(StopBelow(settings.stop_loss))
     trainer.train()
     return trainer
 

@@ -1,76 +1,66 @@
-"""What the study of learning rates says: table, verdicts and figure, from its rows alone."""
+"""What the study of learning rates says: tables, findings and figure, from its rows alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from experiments.claim import FIRST_LOOK, Claim, over_seeds, ratio_over_seeds
+from experiments.claim import Claim, over_seeds, ratio_over_seeds
+from experiments.matched_loss import read_at
 from experiments.pages import NoReport, dress, findings, panels, table
-from retain.report.comparison import first_crossing
-from retain.report.results import series
 from retain.report.style import MARKS, PALETTE
 
-OLD = "old"
-LEAST = 1e-3  # nats: forgetting below it, or negative, is drawn here
+TARGET = 3.1  # nats per token on held-out Verilog
+QUARTER = math.log(1.25)
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A run where it crosses the target loss on the new language."""
+    """A run where its new-task loss crosses the target: steps, processor seconds, nats per token on prose."""
 
     pretrain_rate: float
     rate: float
-    coef: float
+    rows: int  # of replay in a step; 0: plain
     seed: int
     steps: float
+    seconds: float
     forgetting: float
+    ref_kl: float
 
 
-def nearest(bases: Sequence[Row], loss: float) -> Row:
-    """The base whose held-out loss comes nearest."""
-    return min(bases, key=lambda base: abs(base["loss"] - loss))
-
-
-def target_of(rows: Sequence[Row]) -> float:
-    """The lowest new-language loss that every run came down to: no run is left out of the comparison."""
-    return max(min(series(row["trajectory"], "eval_loss")[1]) for row in rows)
-
-
-def readings_of(rows: Sequence[Row], *, control: bool = False) -> list[Reading]:
-    """Every run at the target loss of all, linear between evaluations.
+def readings_of(rows: Sequence[Row]) -> list[Reading]:
+    """Every finetune at the target.
 
     Raises:
-        NoReport: if a run has learned so little that another begins where it ends.
+        NoReport: if a run has not come down to it.
     """
-    target, found = target_of(rows), []
+    found = []
     for row in rows:
-        settings = row["settings"]
-        if settings["control"] != control:
+        if "trajectory" not in row:
             continue
-        steps, lost = series(row["trajectory"], f"retention/{OLD}/forgetting")
-        at = first_crossing(steps, series(row["trajectory"], "eval_loss")[1], target)
-        if at is None:
-            raise NoReport(
-                f"learning rates: some run came down to {target:.3f} nats at best, where another begins; give it more "
-                "steps, or leave its rate out"
+        settings = row["settings"]
+        if (at := read_at(row, TARGET)) is None:
+            raise NoReport(f"a run did not come down to {TARGET:g} nats per token: {settings}")
+        found.append(
+            Reading(
+                settings["pretrain_rate"], settings["learning_rate"], settings.get("replay_rows", 0), settings["seed"],
+                at.step, at.step * row["step_seconds"], at.value("prose", "forgetting"), at.value("prose", "ref_kl"),
             )
-        names = ("pretrain_rate", "learning_rate", "coef", "seed")
-        found.append(Reading(*(settings[name] for name in names), at, float(np.interp(at, steps, lost))))
+        )  # fmt: skip
     return found
 
 
 def of(readings: Sequence[Reading], **wanted: Any) -> list[Reading]:
-    """Readings by their fields, by seed."""
-    fits = [one for one in readings if all(getattr(one, name) == value for name, value in wanted.items())]
-    return sorted(fits, key=lambda one: one.seed)
+    """Readings with these fields, by seed."""
+    found = [one for one in readings if all(getattr(one, name) == value for name, value in wanted.items())]
+    return sorted(found, key=lambda one: one.seed)
 
 
 def values_of(readings: Sequence[Reading], name: str) -> list[Any]:
@@ -78,230 +68,200 @@ def values_of(readings: Sequence[Reading], name: str) -> list[Any]:
     return sorted({getattr(one, name) for one in readings})
 
 
-def after_looks(claim: Claim) -> str:
-    """Mean and interval over seeds, with what seeds added after a look say."""
-    return f"{claim.estimate} nats" + (f", {claim.later_seeds}" if claim.later_seeds else "")
+def column(readings: Sequence[Reading], name: str) -> np.ndarray:
+    return np.array([getattr(one, name) for one in readings])
 
 
-HEAD = ("pretraining rate", "old loss of the base", "finetuning rate", "replay", "forgetting", "steps", "seeds")
+def whole_bases(readings: Sequence[Reading]) -> list[Reading]:
+    """Those of the pretraining rate at which every finetuning rate and number of rows was run."""
+    rates = values_of(readings, "pretrain_rate")
+    return of(readings, pretrain_rate=max(rates, key=lambda rate: len(of(readings, pretrain_rate=rate))))
 
 
-def table_of_rates(rows: Sequence[Row]) -> str:
-    """A line for each pretraining rate, finetuning rate and coefficient."""
-    readings, lines = readings_of(rows), []
-    for before in values_of(readings, "pretrain_rate"):
-        base = over_seeds([row["base"]["loss"] for row in bases(rows, before)])
-        for coef in values_of(readings, "coef"):
-            for rate in values_of(of(readings, pretrain_rate=before, coef=coef), "rate"):
-                cell = of(readings, pretrain_rate=before, coef=coef, rate=rate)
-                replay = f"KL, coefficient {coef:g}" if coef else "none"
-                lost = over_seeds([one.forgetting for one in cell])
-                steps = ratio_over_seeds([one.steps for one in cell]).text(".0f")
-                lines.append([f"{before:g}", base, f"{rate:g}", replay, lost, steps, len(cell)])
-    return f"Target: {target_of(rows):.3f} nats per token on the new language.\n\n{table(HEAD, lines)}"
+def on_every_base(readings: Sequence[Reading]) -> list[tuple[int, float]]:
+    """Rows of replay and finetuning rate of what was run at every pretraining rate."""
+    befores = values_of(readings, "pretrain_rate")
+    found = [{(one.rows, one.rate) for one in of(readings, pretrain_rate=before)} for before in befores]
+    return sorted(set.intersection(*found))
 
 
-def bases(rows: Sequence[Row], before: float, *, control: bool = False) -> list[Row]:
-    """One row for each base of a pretraining rate, by seed."""
-    found = {
-        row["settings"]["seed"]: row
-        for row in rows
-        if row["settings"]["pretrain_rate"] == before and row["settings"]["control"] == control
-    }
-    return [found[seed] for seed in sorted(found)]
+def cells(readings: Sequence[Reading]) -> dict[tuple[float, float, int], list[Reading]]:
+    """Runs that differ in their seed alone, by pretraining rate, rows of replay and rate."""
+    keys = sorted({(one.pretrain_rate, one.rows, one.rate) for one in readings})
+    return {(before, rate, rows): of(readings, pretrain_rate=before, rate=rate, rows=rows)
+            for before, rows, rate in keys}  # fmt: skip
 
 
-def verdict(rows: Sequence[Row]) -> str:
-    """The paper's three claims, one after the other."""
-    readings = readings_of(rows) if rows else []
-    if len(values_of(readings, "seed")) < 2 or max(values_of(readings, "coef"), default=0) == 0:
-        return "**Verdict: none yet; the study is not finished.**"
-    number = len(values_of(readings, "seed"))
-    end = f"{number} seeds; 95% intervals by Student's t over seeds."
-    claims = [slow_forgets_less(readings), high_pretraining(rows), replay_breaks_it(readings)]
-    return findings({claim: (answer, numbers) for claim, answer, numbers in claims}) + f"\n\n{end}"
-
-
-Finding = tuple[str, str, str]  # a finding of the table, its verdict, the numbers behind it
-
-
-def falls(differences: Sequence[float]) -> Claim:
-    """The paper's claims say of each of these differences that it lies below 0."""
-    return Claim(differences, direction=-1, first_look=FIRST_LOOK)
-
-
-def verdict_of(claim: Claim) -> str:
-    return claim.verdict + (" at this size" if claim.verdict == "cannot tell" else "")
+# Findings: what is claimed, the verdict, the numbers behind it
+Finding = tuple[str, str, str]
 
 
 def slow_forgets_less(readings: Sequence[Reading]) -> Finding:
-    """Lowest against highest finetuning rate without replay; the mean over pretraining rates, paired by seed."""
-    plain = of(readings, coef=0.0)
-    slow, fast = (pick(values_of(plain, "rate")) for pick in (min, max))
-    less, steps = [], []
-    for seed in values_of(plain, "seed"):
-        low, high = of(plain, seed=seed, rate=slow), of(plain, seed=seed, rate=fast)
-        less.append(mean(low, "forgetting") - mean(high, "forgetting"))
-        steps.append(math.exp(mean(low, "log_steps") - mean(high, "log_steps")))
-    forgets, needs = verdict_of(falls(less)), verdict_of(falls(-np.log(steps)))
-    answer = forgets if forgets == needs else f"less forgetting {forgets}, more steps {needs}"
-    best = min(values_of(plain, "rate"), key=lambda rate: mean(of(plain, rate=rate), "forgetting"))
-    most = mean(of(plain, rate=fast), "forgetting")
-    return (
-        "Low finetuning rates forget less and need many more steps",
-        answer,
-        (
-            f"{slow:g} against {fast:g}, without replay: forgetting {over_seeds(less)} nats of {most:.2f}, steps times "
-            f"{ratio_over_seeds(steps).text('.1f')}; {best:g} forgets least"
-        ),
+    plain = of(whole_bases(readings), rows=0)
+    rates = values_of(plain, "rate")
+    low, high = (of(plain, rate=pick(rates)) for pick in (min, max))
+    less = Claim(column(low, "forgetting") - column(high, "forgetting"), direction=-1)
+    ratios = column(low, "steps") / column(high, "steps")
+    more = Claim(np.log(ratios))
+    verdict = less.verdict if less.verdict == more.verdict else f"forgetting {less.verdict}, steps {more.verdict}"
+    numbers = (
+        f"{rates[0]:g} against {rates[-1]:g}: {over_seeds(column(low, 'forgetting'))} against "
+        f"{over_seeds(column(high, 'forgetting'))} nats, {less.estimate}, in {ratio_over_seeds(ratios).text('.1f')} "
+        f"times the steps; {len(low)} seeds"
     )
+    return "Without replay a low finetuning rate forgets less and takes more steps", verdict, numbers
 
 
-def mean(readings: Sequence[Reading], name: str) -> float:
-    """Mean of a field, `log_steps` among them."""
-    return float(np.mean([math.log(one.steps) if name == "log_steps" else getattr(one, name) for one in readings]))
+def steps_go_with_rate(readings: Sequence[Reading]) -> Finding:
+    plain = of(whole_bases(readings), rows=0)
+    first, second = (of(plain, rate=rate) for rate in values_of(plain, "rate")[:2])
+    work = [column(cell, "steps") * column(cell, "rate") for cell in (first, second)]
+    claim = Claim(np.log(work[0] / work[1]), margin=QUARTER)
+    verdict = {"equivalent": "reproduced", "cannot tell": "cannot tell"}.get(claim.verdict, "not reproduced")
+    products = " and ".join(over_seeds(one).text(".4f") for one in work)
+    rates = f"{first[0].rate:g} and {second[0].rate:g}"
+    numbers = f"steps times rate at {rates}: {products}, {ratio_over_seeds(work[0] / work[1]).text('.2f')} times"
+    return "At low rates steps go with the inverse of the rate", verdict, f"{numbers}; {len(first)} seeds"
 
 
-def high_pretraining(rows: Sequence[Row]) -> Finding:
-    """Highest against lowest pretraining rate, without replay: at the same tokens, and at the same loss of the base."""
-    every = readings_of(rows)
-    low, high = (pick(values_of(every, "pretrain_rate")) for pick in (min, max))
-    same_tokens, with_replay = (
-        [mean(of(part, pretrain_rate=high, seed=seed), "forgetting")
-         - mean(of(part, pretrain_rate=low, seed=seed), "forgetting") for seed in values_of(part, "seed")]
-        for part in ([one for one in every if not one.coef], [one for one in every if one.coef])
-    )  # fmt: skip
-    first = verdict_of(falls(same_tokens))
-    losses = [over_seeds([row["base"]["loss"] for row in bases(rows, rate)]) for rate in (low, high)]
-    at_same_tokens = (
-        f"{high:g} against {low:g} in pretraining, without replay, mean over finetuning rates: at the same tokens "
-        f"{after_looks(falls(same_tokens))} ({first}; the bases' own losses are {losses[1]} and {losses[0]})"
-    )
-    same_loss, between = matched_bases(rows, low, high)
-    if len(same_loss) < 2:
-        answer, after = first, "; no bases of the same loss were compared"
-    else:
-        second = verdict_of(falls(same_loss))
-        answer = first if first == second else f"{first} at the same tokens, {second} at the same loss of the base"
-        after = (
-            f"; between bases of the same loss (apart by {over_seeds(between)}) {over_seeds(same_loss)} nats ({second})"
-        )
-    protected = falls(with_replay)
-    replay = f"; with replay, at the same tokens {protected.estimate} nats ({verdict_of(protected)})"
-    return "A high pretraining rate reduces forgetting", answer, f"{at_same_tokens}{after}{replay}"
+def each_doubling(readings: Sequence[Reading]) -> Finding:
+    high = swept(readings)
+    slopes = [
+        float(np.polyfit(np.log2(column(mine, "rows")), column(mine, "forgetting"), 1)[0])
+        for mine in (of(high, seed=seed) for seed in values_of(high, "seed"))
+    ]
+    claim, numbers = Claim(slopes, direction=-1), values_of(high, "rows")
+    ends = " to ".join(str(over_seeds(column(of(high, rows=pick(numbers)), "forgetting"))) for pick in (min, max))
+    words = f"{claim.estimate} nats a doubling, from {ends} with {min(numbers)} to {max(numbers)} rows beside 32"
+    return "At one high rate each doubling of replay lowers forgetting", claim.verdict, f"{words}; {len(slopes)} seeds"
 
 
-def matched_bases(rows: Sequence[Row], low: float, high: float) -> tuple[list[float], list[float]]:
-    """Forgetting and base loss, high minus low, where an earlier base of one has the loss of the other's last."""
-    every, controls = readings_of(rows), readings_of(rows, control=True)
-    less, between = [], []
-    for seed in values_of(every, "seed"):
-        found: list[tuple[float, float]] = []
-        for before in (high, low):
-            early = of(controls, pretrain_rate=before, seed=seed)
-            rates = values_of(controls, "rate")
-            last = [one for one in of(every, pretrain_rate=before, seed=seed, coef=0.0) if one.rate in rates]
-            base = [row for row in bases(rows, before, control=bool(early)) if row["settings"]["seed"] == seed]
-            if (chosen := early or last) and base:
-                found.append((chosen[0].forgetting, base[0]["base"]["loss"]))
-        if len(found) == 2:
-            less.append(found[0][0] - found[1][0])
-            between.append(found[0][1] - found[1][1])
-    return less, between
+def swept(readings: Sequence[Reading]) -> list[Reading]:
+    """Runs with replay at the rate at which all numbers of rows were run."""
+    kept = [one for one in whole_bases(readings) if one.rows]
+    return of(kept, rate=max(values_of(kept, "rate"), key=lambda rate: len(of(kept, rate=rate))))
 
 
-def speed_ups(readings: Sequence[Reading], rate: float) -> dict[tuple[float, int], float | None]:
-    """By pretraining rate and seed: steps of plain at a rate over the fewest with replay that forget no more."""
-    found: dict[tuple[float, int], float | None] = {}
-    for plain in of(readings, coef=0.0, rate=rate):
-        mine = of(readings, pretrain_rate=plain.pretrain_rate, seed=plain.seed)
-        kept = [one.steps for one in mine if one.coef and one.forgetting <= plain.forgetting]
-        found[plain.pretrain_rate, plain.seed] = plain.steps / min(kept) if kept else None
+def factors(readings: Sequence[Reading], rate: float, cost: str) -> list[float] | None:
+    """For each seed: the cost of plain at a rate over the least of replay that forgets no more; None if a seed has
+    none."""
+    found = []
+    for plain in of(whole_bases(readings), rows=0, rate=rate):
+        kept = [one for one in of(swept(readings), seed=plain.seed) if one.forgetting <= plain.forgetting]
+        if not kept:
+            return None
+        found.append(getattr(plain, cost) / min(getattr(one, cost) for one in kept))
     return found
 
 
-def by_seed(found: dict[tuple[float, int], float | None]) -> list[float] | None:
-    """Geometric mean over pretraining rates, a value a seed; None where some case has none."""
-    if not all(found.values()):
-        return None
-    return [
-        math.exp(np.mean([math.log(value) for key, value in found.items() if value and key[1] == seed]))
-        for seed in sorted({seed for _, seed in found})
-    ]
-
-
 def replay_breaks_it(readings: Sequence[Reading]) -> Finding:
-    """Replay against plain at every rate that was tried: the factor of steps is that of the comparator.
-
-    The paper's factor of 38 is at equal forgetting; here replay forgets less than every plain run, so that the slowest
-    plain run that was tried would decide it.
-    """
-    claim = "Replay breaks that trade-off"
-    rates = values_of(of(readings, coef=0.0), "rate")
-    found = {rate: speed_ups(readings, rate) for rate in rates}
-    if not any(value for of_rate in found.values() for value in of_rate.values()):
-        return claim, "not reproduced", "no run with replay forgot as little as one without"
-    factors = {rate: by_seed(of_rate) for rate, of_rate in found.items()}
-    faster = [rate for rate, values in factors.items() if values and falls(-np.log(values)).agrees > 0]
-    answer = f"in part: fewer steps than plain at {len(faster)} of {len(rates)} rates"
-    answer = "reproduced" if len(faster) == len(rates) else answer if faster else "cannot tell at this size"
-    parts = []
-    for rate, values in factors.items():
-        none = sum(value is None for value in found[rate].values())
-        lost = f"{none} of {len(found[rate])} cases without a protected run that forgot as little"
-        parts.append(f"{ratio_over_seeds(values).text('.2f') if values else lost} against plain at {rate:g}")
-    numbers = f"steps of plain over the fewest of replay that forgets no more: {'; '.join(parts)}"
-    return claim, answer, f"{numbers}{at_one_rate(readings)}"
+    plain = of(whole_bases(readings), rows=0)
+    lost = {rate: float(column(of(plain, rate=rate), "forgetting").mean()) for rate in values_of(plain, "rate")}
+    best = min(lost, key=lambda rate: lost[rate])
+    claim = "Replay at a high rate forgets as little as the gentlest plain rate, in fewer steps and less time"
+    steps, seconds = (factors(readings, best, cost) for cost in ("steps", "seconds"))
+    if steps is None or seconds is None:
+        return claim, "not reproduced", f"a seed has no run with replay that forgets as little as plain at {best:g}"
+    verdicts = [Claim(np.log(values)).verdict for values in (steps, seconds)]
+    verdict = verdicts[0] if verdicts[0] == verdicts[1] else f"steps {verdicts[0]}, time {verdicts[1]}"
+    every = []
+    for rate in lost:
+        found = factors(readings, rate, "steps")
+        said = "no such run in some seed" if found is None else ratio_over_seeds(found).text(".2f")
+        every.append(f"{said} against {rate:g}")
+    time = ratio_over_seeds(seconds).text(".2f")
+    words = f"steps of plain over the fewest of replay that forgets no more: {'; '.join(every)}"
+    return claim, verdict, f"{words}; processor time {time} against {best:g}; {len(steps)} seeds"
 
 
-def at_one_rate(readings: Sequence[Reading]) -> str:
-    """At each rate that both have: the share of plain's forgetting, and how many times its steps."""
-    shares, steps = [], []
-    for place in sorted({(one.pretrain_rate, one.rate) for one in readings if one.coef}):
-        mine = of(readings, pretrain_rate=place[0], rate=place[1])
-        plain, kept = ([one for one in mine if bool(one.coef) == with_] for with_ in (False, True))
-        if plain:
-            shares.append(mean(kept, "forgetting") / mean(plain, "forgetting"))
-            steps.append(math.exp(mean(kept, "log_steps") - mean(plain, "log_steps")))
-    if not shares:
-        return ""
-    return (
-        f"; at one rate replay forgets {min(shares):.0%} to {max(shares):.0%} of what plain does, "
-        f"in {min(steps):.1f} to {max(steps):.1f} times its steps"
-    )
+def high_pretraining(readings: Sequence[Reading], protected: bool) -> Finding:
+    befores = values_of(readings, "pretrain_rate")
+    lost = [
+        np.mean([column(of(readings, pretrain_rate=before, rate=rate, rows=rows), "forgetting")
+                 for rows, rate in on_every_base(readings) if bool(rows) == protected], axis=0)
+        for before in (max(befores), min(befores))
+    ]  # fmt: skip
+    claim = Claim(lost[0] - lost[1], direction=-1)
+    ends = " against ".join(str(over_seeds(one)) for one in lost)
+    words = f"{max(befores):g} against {min(befores):g}, bases of one loss: {ends} nats, {claim.estimate}"
+    name = f"A high pretraining rate reduces forgetting, {'with' if protected else 'without'} replay"
+    return name, claim.verdict, f"{words}; {len(claim.differences)} seeds"
+
+
+# Page
+
+
+HEAD = ("pretraining rate", "finetuning rate", "rows of replay beside 32", "forgetting", "ref_kl on prose", "steps",
+        "processor seconds")  # fmt: skip
+
+
+def text_of(rows: Sequence[Row]) -> str:
+    """The bases, a line for each cell, the findings."""
+    readings = readings_of(rows)
+    numbers = {len(cell) for cell in cells(readings).values()}
+    if not numbers or len(numbers) > 1 or max(numbers) < 2 or len(values_of(readings, "pretrain_rate")) < 2:
+        raise NoReport("not every run is made yet")
+    lines = [
+        [f"{before:g}", f"{rate:g}", count or "none",
+         *(over_seeds(column(cell, name)) for name in ("forgetting", "ref_kl")),
+         *(over_seeds(column(cell, name)).text(".0f") for name in ("steps", "seconds"))]
+        for (before, rate, count), cell in cells(readings).items()
+    ]  # fmt: skip
+    made = [slow_forgets_less, steps_go_with_rate, each_doubling, replay_breaks_it]
+    found = [one(readings) for one in made] + [high_pretraining(readings, protected) for protected in (False, True)]
+    said = findings({claim: (verdict, numbers) for claim, verdict, numbers in found})
+    return f"{table_of_bases(rows)}\n\n{table(HEAD, lines)}\n\n{said}"
+
+
+def table_of_bases(rows: Sequence[Row]) -> str:
+    bases = [row for row in rows if row["settings"].get("kind") == "base"]
+    lines = []
+    for before in sorted({row["settings"]["pretrain_rate"] for row in bases}):
+        mine = [row for row in bases if row["settings"]["pretrain_rate"] == before]
+        losses = over_seeds([row["held_out_loss"][-1] for row in mine])
+        lines.append([f"{before:g}", losses, over_seeds([row["tokens_per_param"] for row in mine]).text(".1f")])
+    return table(("pretraining rate", "held-out loss", "tokens per parameter"), lines)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Forgetting over steps needed: for each pretraining rate a curve without replay, dashed, and one with it."""
+    """Forgetting over steps, plain by rate and replay by its rows; forgetting by pretraining rate."""
     readings = readings_of(rows)
-    with panels(path, 1, (7.0, 4.4)) as (axes,):
-        for coef in values_of(readings, "coef"):
-            for at, before in enumerate(values_of(readings, "pretrain_rate")):
-                name = f"pretrained at {before:g}, {'with' if coef else 'without'} replay"
-                _curve(axes, of(readings, coef=coef, pretrain_rate=before), name, at, "-" if coef else (0, (4, 2)))
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        axes.set_ylim(low / 1.3, high * 1.15)
-        dress(axes, f"Up to a new loss of {target_of(rows):.2f}; beside the marks: finetuning rates", "steps needed",
-              "forgetting, nats per token")  # fmt: skip
-        for one in (axes.xaxis, axes.yaxis):
-            one.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            one.set_minor_formatter(NullFormatter())
-        axes.figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
+    plain, kept = of(whole_bases(readings), rows=0), swept(readings)
+    with panels(path, 2, (10.4, 4.2)) as (cost, before):
+        curve(cost, plain, "rate", "plain, by learning rate", 0, lambda value: f"{value:g}")
+        curve(cost, kept, "rows", f"KL replay at {kept[0].rate:g}, by rows beside 32", 1, str)
+        cost.set_xscale("log")
+        marks = [20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000]
+        cost.xaxis.set_major_locator(FixedLocator(marks))
+        cost.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        cost.xaxis.set_minor_formatter(NullFormatter())
+        cost.set_ylim(bottom=0)
+        cost.legend(loc="upper right")
+        dress(cost, f"Up to a new-task loss of {TARGET:g}", "steps", "forgetting on prose, nats per token")
+        befores = values_of(readings, "pretrain_rate")
+        keys = on_every_base(readings)
+        for at, (count, rate) in enumerate(keys):
+            found = [over_seeds(column(of(readings, pretrain_rate=one, rate=rate, rows=count), "forgetting"))
+                     for one in befores]  # fmt: skip
+            name = f"{rate:g}, {f'{count} rows of replay' if count else 'plain'}"
+            places = np.arange(len(befores)) + 0.06 * (at - (len(keys) - 1) / 2)
+            errors = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
+            before.errorbar(places, [one.value for one in found], errors, color=PALETTE[at], marker=MARKS[at],
+                            linewidth=1.4, capsize=2, label=name)  # fmt: skip
+        before.set_xticks(range(len(befores)), [f"{one:g}" for one in befores])
+        before.set_ylim(bottom=0)
+        before.legend(title="finetuning at", fontsize=8)
+        dress(before, "Bases of one loss", "pretraining rate", "forgetting on prose, nats per token")
 
 
-def _curve(axes: Any, readings: Sequence[Reading], name: str, at: int, line: Any) -> None:
-    """Means over seeds, small marks are single seeds; the finetuning rates stand beside the first curve."""
-    rates, color, mark = values_of(readings, "rate"), PALETTE[at], MARKS[at]
-    cells = [of(readings, rate=rate) for rate in rates]
-    x = [math.exp(mean(cell, "log_steps")) for cell in cells]
-    y = [max(LEAST, mean(cell, "forgetting")) for cell in cells]
-    axes.plot(x, y, color=color, marker=mark, linestyle=line, linewidth=1.4, label=name)
-    axes.plot([one.steps for one in readings], [max(LEAST, one.forgetting) for one in readings],
-              color=color, marker=mark, markersize=2.5, alpha=0.5, linestyle="none")  # fmt: skip
-    for rate, across, up in zip(rates, x, y, strict=True):
-        if at == 0:
-            place = (5, 5) if readings[0].coef else (-4, -13)
-            axes.annotate(f"{rate:g}", (across, up), place, textcoords="offset points", fontsize=8, color=color)
+def curve(axes: Any, readings: Sequence[Reading], by: str, name: str, at: int, words: Callable[[Any], str]) -> None:
+    """Means over seeds with single seeds as small marks; what the runs differ in stands beside each mean."""
+    color, mark = PALETTE[at], MARKS[at]
+    groups = {words(value): of(readings, **{by: value}) for value in values_of(readings, by)}
+    x = [math.exp(np.log(column(cell, "steps")).mean()) for cell in groups.values()]
+    y = [float(column(cell, "forgetting").mean()) for cell in groups.values()]
+    axes.plot(x, y, color=color, marker=mark, linewidth=1.4, label=name)
+    axes.plot(column(readings, "steps"), column(readings, "forgetting"), color=color, marker=mark, markersize=2.5,
+              alpha=0.5, linestyle="none")  # fmt: skip
+    for word, across, up in zip(groups, x, y, strict=True):
+        axes.annotate(word, (across, up), (5, 5), textcoords="offset points", fontsize=8, color=color)

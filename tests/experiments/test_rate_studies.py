@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from experiments import ensemble, lab_bases
+from experiments.matched_loss import GRAIN
+from experiments.pages import NoReport
 from experiments.study_09_learning_rate import report as rate_report
 from experiments.study_09_learning_rate import run as rates
 from experiments.study_11_batch_size import report as batch_report
@@ -34,119 +36,114 @@ WOBBLE = (0.0, 0.01, -0.01)  # of the seeds
 
 
 def rate_row(
-    before: float, rate: float, coef: float, seed: int, steps: float, lost: float, control: bool = False,
-    base: float = 1.2,
-) -> dict[str, Any]:  # fmt: skip
-    """A run whose loss falls evenly from 4 and crosses 2 after so many steps, with so much forgotten there."""
-    points = [(0.0, 4.0, 0.0), (steps, 2.0, lost), (1.5 * steps, 1.0, 1.2 * lost)]
-    trajectory = [{"step": at, "eval_loss": loss, "retention/old/forgetting": gone} for at, loss, gone in points]
-    trajectory[-1]["eval_loss"] = 2.0  # the target of all is 2
-    settings = {"pretrain_rate": before, "learning_rate": rate, "coef": coef, "seed": seed, "control": control}
-    return {"settings": settings, "base": {"loss": base}, "trajectory": trajectory}
+    before: float, rate: float, rows: int, seed: int, steps: float, lost: float, second: float = 0.1
+) -> dict[str, Any]:
+    """A run whose loss falls evenly and crosses the target after so many steps, with so much forgotten there."""
+    target = rate_report.TARGET
+    losses = [(0.0, target + 2, 0.0), (steps, target, lost), (1.5 * steps, target - 1, 1.5 * lost)]
+    documents = [
+        {"step": at, "name": name, "ref_kl": [round(gone * GRAIN)] * 4, "forgetting": [round(gone * GRAIN)] * 4}
+        for at, _, gone in losses
+        for name in ("prose", "self-generated")
+    ]
+    settings = {"pretrain_rate": before, "learning_rate": rate, "seed": seed}
+    return {
+        "settings": settings | ({"replay_rows": rows} if rows else {}),
+        "trajectory": [{"step": at, "eval_loss": loss} for at, loss, _ in losses],
+        "documents": documents,
+        "step_seconds": second,
+    }
 
 
 def rate_rows(
-    slow: float = 0.2, fast: float = 1.0, high: float = 0.5, kept: float = 0.1, noise: float = 1.0
+    slow: float = 0.2,
+    fast: float = 1.0,
+    high: float = 0.5,
+    kept: float = 0.1,
+    noise: float = 1.0,
+    slow_steps: int = 3000,
 ) -> list[dict[str, Any]]:
-    """Forgetting of a slow and a fast run, times `high` at the high pretraining rate; `kept` with replay."""
-    rows = []
+    """Forgetting of slow and fast runs, times `high` at the high pretraining rate; `kept` with the most replay."""
+    made = []
     for seed, wobble in enumerate(WOBBLE):
-        for before, factor in ((1e-3, 1.0), (1e-2, high)):
+        for before, factor in ((3e-3, 1.0), (1e-2, high)):
             factor += noise * wobble
-            rows.append(rate_row(before, 1e-4, 0.0, seed, 1000 + seed, slow * factor))
-            rows.append(rate_row(before, 1e-2, 0.0, seed, 50 + seed, fast * factor))
-            rows.append(rate_row(before, 1e-2, 3.0, seed, 100 + seed, kept * factor))
-    return rows
+            for rate, steps, lost in ((1e-4, slow_steps, slow), (3e-4, 1000, slow), (3e-3, 50, fast)):
+                if before == 3e-3 or rate > 1e-4:
+                    made.append(rate_row(before, rate, 0, seed, steps + seed, lost * factor))
+            for rows in (1, 2) if before == 3e-3 else (2,):
+                made.append(rate_row(before, 3e-3, rows, seed, 200 + seed, kept * factor * 2 / rows, second=0.2))
+            made.append(rate_row(before, 3e-4, 2, seed, 1500, kept * factor))
+        for before in (3e-3, 1e-2):
+            base = {"kind": "base", "pretrain_rate": before, "base_seed": seed}
+            made.append({"settings": base, "held_out_loss": [4.0, 3.3 + wobble], "tokens_per_param": 9.0})
+    return made
 
 
 def test_claims_on_learning_rates_reproduced() -> None:
-    text = rate_report.verdict(rate_rows())
-    assert "need many more steps: **reproduced**" in text
-    assert "reduces forgetting: **reproduced**" in text
-    assert "Replay breaks that trade-off: **in part: fewer steps than plain at 1 of 2 rates**" in text
-    factors = [float(one) for one in re.findall(r"([\d.]+) \[[\d., ]+\] against plain", text)]
-    assert factors == [pytest.approx(9.91, abs=0.01), pytest.approx(0.5, abs=0.01)], "the factor is the comparator's"
-    assert "at one rate replay forgets 10% to 10% of what plain does, in 2.0 to 2.0 times its steps" in text
-    faster = [rate_row(before, 1e-2, 3.0, seed, 10 + seed, 0.05) for before in (1e-3, 1e-2) for seed in range(3)]
-    assert "breaks that trade-off: **reproduced**" in rate_report.verdict([*rate_rows(), *faster])
+    text = rate_report.text_of(rate_rows())
+    assert "forgets less and takes more steps: **reproduced**" in text
+    assert "go with the inverse of the rate: **reproduced**" in text
+    assert "each doubling of replay lowers forgetting: **reproduced** (-0.100" in text
+    assert "in fewer steps and less time: **reproduced**" in text
+    factors = [float(one) for one in re.findall(r"([\d.]+) \[[\d., ]+\] against", text)][1:]
+    assert factors[:3] == pytest.approx([14.93, 4.98, 0.25], abs=0.01), "the factor is the comparator's"
+    assert factors[3] == pytest.approx(14.93 / 2, abs=0.01), "a step with replay takes twice the time"
+    assert "reduces forgetting, without replay: **reproduced**" in text
+    assert "reduces forgetting, with replay: **reproduced**" in text
 
 
 def test_claims_on_learning_rates_refuted() -> None:
-    text = rate_report.verdict(rate_rows(slow=1.0, fast=0.5, high=2.0, kept=1.5))
-    assert "less forgetting not reproduced, more steps reproduced" in text
-    assert "reduces forgetting: **not reproduced**" in text
-    assert "Replay breaks that trade-off: **not reproduced**" in text
+    text = rate_report.text_of(rate_rows(slow=1.0, fast=0.5, high=2.0, kept=1.5, slow_steps=1500))
+    assert "forgets less and takes more steps: **forgetting not reproduced, steps reproduced**" in text
+    assert "go with the inverse of the rate: **not reproduced**" in text
+    assert "in fewer steps and less time: **not reproduced** (a seed has no run with replay" in text
+    assert "reduces forgetting, without replay: **not reproduced**" in text
 
 
 def test_claims_on_learning_rates_left_open() -> None:
-    rows = rate_rows(high=1.0, noise=60.0)
-    rows[2] = rate_row(1e-3, 1e-2, 3.0, 0, 100, 2.0)  # one case of six without a protected run
-    text = rate_report.verdict(rows)
-    assert "Replay breaks that trade-off: **cannot tell at this size**" in text
-    assert "1 of 6 cases" in text
-    assert "none yet" in rate_report.verdict([row for row in rows if row["settings"]["seed"] == 0])
-    assert "none yet" in rate_report.verdict([])
-
-
-def test_bases_of_the_same_loss_may_say_otherwise() -> None:
-    rows = rate_rows()
-    for seed, wobble in enumerate(WOBBLE):
-        rows.append(rate_row(1e-2, 1e-2, 0.0, seed, 50, 1.4 + wobble, control=True, base=1.21))
-    text = rate_report.verdict(rows)
-    assert "reproduced at the same tokens, not reproduced at the same loss of the base" in text
-    assert "apart by 0.010 [0.010, 0.010]" in text
-
-
-def test_who_has_the_rows_pretrains_no_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = rates
-    committed = (ROOT / "study_09_learning_rate" / "results.jsonl").read_bytes()
-    (tmp_path / "results.jsonl").write_bytes(committed)
-    monkeypatch.setattr(module, "HERE", tmp_path)
-    monkeypatch.setattr(module, "pretrain", None)
-    for part in range(2 * len(module.pretrained(module.SCALES["laptop"]))):
-        module.make("laptop", part)
-    assert (tmp_path / "results.jsonl").read_bytes() == committed
+    text = rate_report.text_of(rate_rows(high=1.0, noise=20.0))
+    assert "reduces forgetting, without replay: **cannot tell**" in text
+    with pytest.raises(NoReport, match="not every run"):
+        rate_report.text_of([row for row in rate_rows() if row["settings"].get("seed") != 0][:-4])
+    with pytest.raises(NoReport, match="not every run"):
+        rate_report.text_of([])
 
 
 def test_a_run_that_learned_nothing_is_named() -> None:
     rows = rate_rows()
     for point in rows[0]["trajectory"]:
         point["eval_loss"] = 4.5
-    with pytest.raises(ValueError, match=r"some run came down to 4.500 nats at best"):
-        rate_report.verdict(rows)
+    with pytest.raises(NoReport, match=r"a run did not come down to 3.1 nats per token: .*0.0001"):
+        rate_report.text_of(rows)
 
 
 def test_rate_study_draws(tmp_path: Path) -> None:
-    rate_report.draw(rate_rows(kept=-0.1), tmp_path / "figure.png")  # negative forgetting has a place, too
+    rate_report.draw(rate_rows(), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-    assert rate_report.table_of_rates(rate_rows()).count("KL, coefficient 3") == 2
 
 
 @pytest.mark.slow
 def test_rate_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = rates
-    scale = module.Scale(
-        model_size="6200", num_states=4, vocab_size=8, max_length=16, tokens_per_param=(1, 2), pretrain_batch=16,
-        pretrain_rates=(1e-3, 1e-2), rates=(3e-2,), replay_rates=(3e-2,), control_rate=3e-2, batch_size=8,
-        replay_rows=2, replay_pool=16, steps_times_rate=1e-6, least_steps=12, stop_loss=0.1, seeds=1,
-    )  # fmt: skip
-    monkeypatch.setattr(module, "SCALES", {"laptop": scale})
     monkeypatch.setattr(module, "HERE", tmp_path)
-    monkeypatch.setattr(lab_bases, "LAB", tmp_path / "lab")
+    monkeypatch.setattr(module, "CACHE", tmp_path)
+    monkeypatch.setattr(module, "PRETRAIN_RATES", (3e-3, 1e-2))
+    monkeypatch.setattr(module, "SEEDS", (0, 1))
+    monkeypatch.setattr(module, "BASE_LOSS", 6.5)
+    monkeypatch.setattr(module, "RATES", (1e-2, 3e-2))
+    monkeypatch.setattr(module, "FEW_RATES", (1e-2, 3e-2))
+    monkeypatch.setattr(module, "HIGH", 3e-2)
+    monkeypatch.setattr(module, "ROWS", (2, 4))
+    monkeypatch.setattr(module, "FEW_ROWS", 2)
+    for part in (module, rate_report):
+        monkeypatch.setattr(part, "TARGET", 6.0)
     (tmp_path / "README.md").write_text(README)
     module.main(["--num_workers", "1"])
-    rows = (tmp_path / "results.jsonl").read_text()
-    assert len(rows.splitlines()) >= 2 * 2
-    monkeypatch.setattr(module, "finetune", None)  # finished runs are not made again, nor their bases
-    monkeypatch.setattr(module, "pretrain", None)
-    module.main(["--num_workers", "1"])
-    assert (tmp_path / "results.jsonl").read_text() == rows
-    page = (tmp_path / "README.md").read_text()
-    assert "not finished" in page
-    assert page.endswith("after\n")
-    found = [json.loads(row) for row in rows.splitlines()]
-    assert [row["settings"]["kind"] for row in found if "bases" in row] == ["base"] * 2
-    assert all(row["base"]["num_params"] < 7000 for row in found if "trajectory" in row)
+    found = [json.loads(row) for row in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len([row for row in found if row["settings"].get("kind") == "base"]) == 4
+    assert all(row["held_out_loss"][-1] <= 6.5 for row in found if "held_out_loss" in row)
+    assert "Replay at a high rate" in (tmp_path / "README.md").read_text()
 
 
 # Study 11
