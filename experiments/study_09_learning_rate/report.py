@@ -228,14 +228,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     readings = readings_of(rows)
     plain, kept = of(whole_bases(readings), rows=0), swept(readings)
     with panels(path, 2, (10.4, 4.2)) as (cost, before):
-        curve(cost, plain, "rate", "plain, by learning rate", 0, lambda value: f"{value:g}")
-        curve(cost, kept, "rows", f"KL replay at {kept[0].rate:g}, by rows beside 32", 1, str)
+        curve(cost, plain, "rate", "plain, by learning rate", 0, lambda value: f"{value:g}", (5, 5))
+        curve(cost, kept, "rows", f"KL replay at {kept[0].rate:g}, by rows beside 32", 1, str, (-17, -2))
         cost.set_xscale("log")
         marks = [20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000]
         cost.xaxis.set_major_locator(FixedLocator(marks))
         cost.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         cost.xaxis.set_minor_formatter(NullFormatter())
         cost.set_ylim(bottom=0)
+        cost.set_xlim(30, 3000)
         cost.legend(loc="upper right")
         dress(cost, f"Up to a new-task loss of {TARGET:g}", "steps", "forgetting on prose, nats per token")
         befores = values_of(readings, "pretrain_rate")
@@ -254,7 +255,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         dress(before, "Bases of one loss", "pretraining rate", "forgetting on prose, nats per token")
 
 
-def curve(axes: Any, readings: Sequence[Reading], by: str, name: str, at: int, words: Callable[[Any], str]) -> None:
+def curve(
+    axes: Any, readings: Sequence[Reading], by: str, name: str, at: int, words: Callable[[Any], str],
+    place: tuple[int, int],
+) -> None:  # fmt: skip
     """Means over seeds with single seeds as small marks; what the runs differ in stands beside each mean."""
     color, mark = PALETTE[at], MARKS[at]
     groups = {words(value): of(readings, **{by: value}) for value in values_of(readings, by)}
@@ -264,4 +268,4 @@ def curve(axes: Any, readings: Sequence[Reading], by: str, name: str, at: int, w
     axes.plot(column(readings, "steps"), column(readings, "forgetting"), color=color, marker=mark, markersize=2.5,
               alpha=0.5, linestyle="none")  # fmt: skip
     for word, across, up in zip(groups, x, y, strict=True):
-        axes.annotate(word, (across, up), (5, 5), textcoords="offset points", fontsize=8, color=color)
+        axes.annotate(word, (across, up), place, textcoords="offset points", fontsize=8, color=color)

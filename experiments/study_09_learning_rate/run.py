@@ -37,6 +37,8 @@ from experiments.pages import NoReport
 from experiments.program import LAPTOP, Report, conduct
 from experiments.small_base import MANIFEST, BaseSettings, make_base
 from experiments.study_09_learning_rate.report import TARGET, draw, text_of
+from retain.report.comparison import first_crossing
+from retain.report.results import series
 
 HERE = Path(__file__).parent
 BASE_LOSS = 3.3  # nats per token on held-out prose
@@ -103,6 +105,16 @@ def base_row(pretrain_rate: float, seed: int, results: StudyResults) -> None:
     results.make({"kind": "base", **known(pretrain_rate, seed)}, compute)
 
 
+def short(row: dict[str, Any]) -> dict[str, Any]:
+    """A run without the documents that are not read: those of the two evaluations around the target stay."""
+    steps, losses = series(row["trajectory"], "eval_loss")
+    crossing = first_crossing(steps, losses, TARGET)
+    if crossing is None:
+        return row
+    ends = {max(step for step in steps if step <= crossing), min(step for step in steps if step >= crossing)}
+    return row | {"documents": [one for one in row["documents"] if one["step"] in ends]}
+
+
 def parts_of(scale: Any) -> range:
     """A base with its finetunes each; those with the most come first."""
     return range(len(PRETRAIN_RATES) * len(SEEDS))
@@ -115,7 +127,7 @@ def make(name: str, part: int) -> None:
     base_row(pretrain_rate, seed, results)
     for run in plan(pretrain_rate, seed):
         settings = {**known(pretrain_rate, seed), **run.settings()}
-        results.make(settings, lambda run=run: finetune(run, bench(pretrain_rate, seed), TARGET))
+        results.make(settings, lambda run=run: short(finetune(run, bench(pretrain_rate, seed), TARGET)))
 
 
 def report(name: str) -> Report:
