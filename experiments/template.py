@@ -1,4 +1,4 @@
-"""Does replay lower forgetting of a synthetic language? A template: copy it to study_NN_name/run.py, with a README.
+"""Does replay lower forgetting of prose? A template: copy it to study_NN_name/run.py, with a README.
 
 Rule, fixed before the runs: forgetting with replay minus without, paired by seed, lies below 0 with its whole 95%
 interval; differences of 0.01 nats or less do not matter.
@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.claim import Claim, over_seeds
-from experiments.finetunes import Run, StudyResults, finetune
-from experiments.lab_bases import open_lab_bench, pretrain
+from experiments.finetunes import BenchSettings, Run, StudyResults, finetune, small_bench
 from experiments.pages import NoReport, dots, findings, panels, table
 from experiments.program import Report, conduct, seeds_of
-from retain.lab.pretrain import PretrainConfig, open_corpus
 
 HERE = Path(__file__).parent
 ARMS = {"plain": 0.0, "replay": 1.0}  # replay coefficients
@@ -24,8 +22,7 @@ FINDING = "Replay lowers forgetting"
 
 @dataclass(frozen=True)
 class Scale:
-    tokens_per_param: float = 10.0
-    max_steps: int = 100
+    max_steps: int = 60
     seeds: int = 3
 
 
@@ -33,23 +30,20 @@ SCALES = {"laptop": Scale()}
 
 
 def make(name: str, seed: int) -> None:
-    """A base that knows one language, finetuned on another without replay and with it."""
-    scale, results = SCALES[name], StudyResults(HERE / "results.jsonl", name)
-    language = {"corpus": "synthetic", "model_size": "6400", "max_length": 32, "eval_rows": 32}
-    old, new = (PretrainConfig(**language, language_seed=at) for at in (0, 1))
-    base = pretrain(old, [scale.tokens_per_param], seed=seed)[scale.tokens_per_param]["folder"]
-    sizes = {"num_train": 16 * scale.max_steps, "num_replay": 256, "held_out": 32}
-    bench = open_lab_bench(base, open_corpus(new, seed), open_corpus(old, seed), **sizes, seed=seed)
+    """The small base, which knows prose, finetuned on Verilog without replay and with it."""
+    scale, bench = SCALES[name], small_bench(BenchSettings(seed=seed))
+    results = StudyResults(HERE / "results.jsonl", bench.fingerprint)
     for arm, coef in ARMS.items():
-        run = Run(coef=coef, max_steps=scale.max_steps, batch_size=16, replay_rows=16, seed=seed)
-        settings = {"arm": arm, "tokens_per_param": scale.tokens_per_param, **run.settings()}
+        run = Run(coef=coef, max_steps=scale.max_steps, replay_rows=8, seed=seed)
+        settings = {"arm": arm, **run.settings()}
         results.make(settings, lambda run=run: finetune(run, bench))
 
 
 def report(name: str) -> Report:
     """Forgetting at the end of each run, nats per token, and the claim on its difference."""
-    rows = sorted(StudyResults(HERE / "results.jsonl", name).rows_with(), key=lambda row: row["settings"]["seed"])
-    ends = [(row["settings"]["arm"], row["trajectory"][-1]["retention/old/forgetting"]) for row in rows]
+    every = StudyResults(HERE / "results.jsonl", "").rows.values()
+    rows = sorted(every, key=lambda row: row["settings"]["seed"])
+    ends = [(row["settings"]["arm"], row["trajectory"][-1]["retention/prose/forgetting"]) for row in rows]
     lost = {arm: [value for one, value in ends if one == arm] for arm in ARMS}
     if min(map(len, lost.values())) < 2 or len(set(map(len, lost.values()))) > 1:
         raise NoReport("fewer than two seeds, or not every arm of each, are made yet")
@@ -66,4 +60,7 @@ def report(name: str) -> Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    conduct(__doc__, HERE, SCALES, parts=seeds_of, make=make, report=report, arguments=arguments)
+    conduct(
+        __doc__, HERE, SCALES, parts=seeds_of, make=make, report=report, prepare=lambda name: small_bench(),
+        arguments=arguments,
+    )  # fmt: skip

@@ -5,25 +5,21 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from experiments import ensemble, lab_bases
+from experiments import ensemble
 from experiments.matched_loss import GRAIN
 from experiments.pages import NoReport
 from experiments.study_09_learning_rate import report as rate_report
 from experiments.study_09_learning_rate import run as rates
 from experiments.study_11_batch_size import report as batch_report
 from experiments.study_11_batch_size import run as batches
-from retain.files import write_json
 from retain.lab.models import make_config, make_model
-from retain.lab.pretrain import PretrainConfig, make_trainer
+from retain.lab.pretrain import make_trainer
 from retain.training.beta2_half_life import apply_half_life
 
 ROOT = Path(__file__).parents[2] / "experiments"
@@ -322,20 +318,3 @@ def test_batch_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "train_together", None)  # finished runs are not made again
     module.main(["--num_workers", "1"])
     assert "Verdict" in (tmp_path / "README.md").read_text()
-
-
-def test_a_base_that_several_ask_for_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def made(config: Any, wanted: list[float], seed: int, root: Path, *rest: Any) -> None:
-        with open(tmp_path / "made.txt", "a") as file:
-            file.write(f"{root.name}\n")
-        time.sleep(0.5)
-        root.mkdir()
-        write_json(root / lab_bases.FACTS, {"bases": [{"tokens_per_param": wanted[0], "folder": "at"}], "curve": []})
-
-    monkeypatch.setattr(lab_bases, "LAB", tmp_path / "lab")
-    monkeypatch.setattr(lab_bases, "_pretrain", made)
-    config = PretrainConfig(corpus="synthetic", model_size="6e3")
-    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
-        asked = [pool.submit(lab_bases.pretrain, config, [0.2]) for _ in range(2)]
-        assert len({str(one.result()[0.2]["folder"]) for one in asked}) == 1
-    assert len((tmp_path / "made.txt").read_text().splitlines()) == 1
