@@ -34,6 +34,7 @@ SFT = {
     "lr_scheduler_type": "constant", "retention_max_documents": 8,
 }  # fmt: skip
 
+NOT_PROTECTED = "this run is not protected against forgetting"
 SHOWN = {"disable_tqdm": False}  # transformers' default depends on its log level, which the command lowers
 
 
@@ -88,7 +89,7 @@ def planned(monkeypatch) -> list[str]:
     return names
 
 
-def test_it_protects_measures_and_ends_with_four_lines_and_the_page(world, tmp_path, capsys, planned):
+def test_it_protects_measures_and_ends_with_four_lines_and_the_page(world, tmp_path, capsys, planned, caplog):
     held = ["--eval_dataset_name", str(world / "held.jsonl"), "--eval_strategy", "steps", "--eval_steps", "4"]
     flags = [*held, "--compare_plain", "true", "--retention", f"wiki={world}/wiki.txt"]
     assert run(world, tmp_path / "out", *flags, **SHOWN) == 0
@@ -96,6 +97,7 @@ def test_it_protects_measures_and_ends_with_four_lines_and_the_page(world, tmp_p
     lines = by_first_word(shown.out)
     assert lines["chosen, since none was given"].startswith("replay_objective kl, replay_coef 1;")
     assert "{'" not in shown.out + shown.err, "no dictionary of the host's"
+    assert NOT_PROTECTED not in caplog.text, "the unprotected run was asked for"
     steps = re.findall(
         r"^step (\d+): new-task loss [\d.]+; ref_kl [\d.]+ on wiki, [\d.]+ on self-generated$", shown.err, re.M
     )
@@ -357,6 +359,13 @@ def test_a_dry_run_says_what_the_run_would_take_and_makes_nothing(world, tmp_pat
     assert re.search(r"s with replay, [\d.]+ times an unprotected one's", lines["a step"])
     for part in ("for 12 steps", "sampling", "training", "measuring", "the unprotected run"):
         assert part in lines["the run"]
+
+
+def test_a_run_without_protection_warns_unless_it_is_there_to_be_compared(world, tmp_path, caplog):
+    assert run(world, tmp_path / "dry", "--dry_run", "true", "--compare_plain", "true") == 0
+    assert NOT_PROTECTED not in caplog.text
+    assert run(world, tmp_path / "out", "--replay_coef", "0", max_steps=1) == 0
+    assert NOT_PROTECTED in caplog.text
 
 
 def test_a_dry_run_counts_the_completions_of_prompts(world, tmp_path, capsys):

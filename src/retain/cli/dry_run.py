@@ -64,7 +64,7 @@ def dry_run(
     if config.protects:
         tried["protected"] = replace(config, **few, replay_num_rows=in_steps)
         tried["protected"].chosen = config.chosen
-    tried["unprotected"] = replace(config.unprotected(), **few)
+    tried["unprotected"] = replace(config, **few).unprotected()
     costs: dict[str, Cost] = {}
     for name, settings in tried.items():
         if costs:

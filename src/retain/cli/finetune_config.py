@@ -79,6 +79,8 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
         return bool(self.retention) or self.replay_dataset == "self"
 
     def unprotected(self) -> FinetuneConfig:
-        """The same without what protects."""
+        """The same without what protects, to be compared with it."""
         off: dict[str, Any] = {"replay_coef": 0.0, "anchor_coef": 0.0, "max_ref_kl": None, "compare_plain": False}
-        return replace(self, replay_objective="kl", replay_reference="auto", **off)
+        found = replace(self, replay_objective="kl", replay_reference="auto", **off)
+        found.is_baseline = True
+        return found

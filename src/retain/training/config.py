@@ -94,6 +94,8 @@ class ReplayConfig(Settings):
             check_number("replay_coef", self.replay_coef, low=1e-3, high=1e3)  # the bounds within which it may move
         self.objective.check_settings(self)
 
+    is_baseline = False  # whether the run is unprotected so that others can be compared with it
+
     @property
     def protects(self) -> bool:
         """Whether anything does."""

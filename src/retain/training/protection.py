@@ -153,7 +153,7 @@ class Protection:
         logger.info("document start: %s", start)
 
     def _check_rows(self, model: Any) -> None:
-        if not self.config.protects:
+        if not (self.config.protects or self.config.is_baseline):
             logger.warning("replay_coef is 0: this run is not protected against forgetting")
         if not self.config.needs_rows:
             return
