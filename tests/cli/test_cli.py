@@ -196,6 +196,36 @@ def test_the_last_whole_checkpoint_is_resumed(tmp_path):
         checkpoint_to_resume(args)
 
 
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        (["checkpoint-2/trainer_state.json", "retain_config.json"], "--resume_from_checkpoint true to resume from the"),
+        (["checkpoint-2/model.safetensors"], "no whole checkpoint; .* --resume_from_checkpoint true to begin again"),
+        (["model.safetensors", "retain_config.json"], "no whole checkpoint; .* --resume_from_checkpoint true to begin"),
+        (["metrics.jsonl", "retain_config.json"], "no checkpoint yet; run the same command to begin again"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["finetune", "pretrain"])
+def test_what_to_do_after_a_stop_is_what_the_verb_then_takes(tmp_path, capsys, monkeypatch, verb, files, advice):
+    from retain.training.stopping import checkpoint_to_resume
+
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text('{"global_step": 2}')
+    given = {"finetune": ["--replay_coef", "0"], "pretrain": ["--corpus", "add"]}[verb]
+
+    def interrupt(*configs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("retain.cli.main.load_verb", lambda name: dataclasses.replace(load_verb(name), run=interrupt))
+    assert main([verb, *given, "--output_dir", str(tmp_path)]) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(advice, line)
+    resume = "true" if "--resume_from_checkpoint true" in line else None
+    found = checkpoint_to_resume(SimpleNamespace(resume_from_checkpoint=resume, output_dir=str(tmp_path)))
+    assert (found is not None) == line.endswith("to resume from the last checkpoint")
+
+
 @pytest.mark.parametrize("resume", [None, "true"])
 @pytest.mark.parametrize("file", ["model.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "q4.gguf"])
 def test_a_model_is_not_written_over(tmp_path, file, resume):

@@ -50,6 +50,8 @@ def last_line(capsys) -> str:
     return said.err.strip().splitlines()[-1]
 
 
+RESUME = "run the same command with --resume_from_checkpoint true to resume from the last checkpoint"
+BEGIN_AGAIN = "there is no checkpoint yet; run the same command to begin again"
 KEPT = {"reference": "safetensors", "shard": "parquet"}
 
 
@@ -112,7 +114,7 @@ def test_finetuning_stops_with_a_checkpoint_and_goes_on_to_the_bit(tune, undistu
     with monkeypatch.context() as patch:
         raising(patch, [number])
         assert main([*tune, "--output_dir", str(tmp_path / "out")]) == CODES[number]
-    assert last_line(capsys) == f"retain finetune: {WORDS[number]}; {load_verb('finetune').resume}"
+    assert last_line(capsys) == f"retain finetune: {WORDS[number]}; {RESUME}"
     state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3, "the step that was being made is kept; checkpoints are due at 2 and 4"
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists(), "half a run does not pass for a whole one"
@@ -145,10 +147,14 @@ def test_a_signal_that_python_drops_is_sent_again(capsys, monkeypatch, number):
     assert last_line(capsys).startswith(f"retain sample: {WORDS[number]}; ")
 
 
-def test_without_checkpoints_there_is_none(tune, tmp_path, monkeypatch):
-    raising(monkeypatch, [signal.SIGTERM])
-    assert main([*tune, "--save_strategy", "no", "--output_dir", str(tmp_path / "out")]) == 143
+def test_without_checkpoints_there_is_none(tune, tmp_path, capsys, monkeypatch):
+    argv = [*tune, "--save_strategy", "no", "--output_dir", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        raising(patch, [signal.SIGTERM])
+        assert main(argv) == 143
+    assert last_line(capsys) == f"retain finetune: terminated; {BEGIN_AGAIN}"
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert main(argv) == 0
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 

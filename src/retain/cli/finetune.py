@@ -51,7 +51,14 @@ from retain.training.row_checks import check_columns, check_new_rows
 from retain.training.run_files import OF_TRAINING, read_run
 from retain.training.step_line import TRAINING, StepLine
 from retain.training.step_timer import StepTimer
-from retain.training.stopping import StopAtLoss, check_same_run, check_stopping, checkpoint_to_resume, train
+from retain.training.stopping import (
+    StopAtLoss,
+    check_same_run,
+    check_stopping,
+    checkpoint_to_resume,
+    how_to_resume,
+    train,
+)
 from retain.training.trainer import ReplaySFTTrainer
 from retain.training.trainer_checks import check_lora_targets, expected_steps, load_for_training
 
@@ -445,7 +452,7 @@ VERB = Verb(
     example="retain finetune --config sft.yaml --replay_dataset replay/",
     settings=(ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, FinetuneConfig),
     run=run_finetune,
-    resume="run the same command with --resume_from_checkpoint true to resume from the last checkpoint",
+    resume=lambda script, training, *rest: how_to_resume(Path(training.output_dir)),
     groups={
         "eval_dataset_name": "What is measured, and when the run ends",
         "replay_objective": "How replay protects",

@@ -31,8 +31,8 @@ class Verb:
 
     Input that cannot work is a `ValueError` of one line, before anything is written.
     """
-    resume: str = "nothing was written; run it again"
-    """What to do after an interruption."""
+    resume: str | Callable[..., str] = "nothing was written; run it again"
+    """What to do after an interruption, or a function that says it of an object of each of `settings`."""
     positional: str = ""
     """The setting that words before the first flag belong to."""
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -45,10 +45,14 @@ class Verb:
     """Changes the parser's defaults to those of this machine."""
 
     def __call__(self, argv: list[str]) -> int | None:
-        """Parse and run."""
+        """Parse and run; an interruption carries what to do after it."""
         configs = self.parse(argv)
         quiet_libraries()
-        return self.run(*configs)
+        try:
+            return self.run(*configs)
+        except KeyboardInterrupt as stop:
+            stop.args = (self.resume if isinstance(self.resume, str) else self.resume(*configs),)
+            raise
 
     def parse(self, argv: list[str]) -> tuple[Any, ...]:
         """Read flags and `--config` into the dataclasses."""

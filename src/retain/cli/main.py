@@ -66,11 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Idle threads that spin at barriers are ruinous on a shared machine; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch|peft|accelerate")
-    resume = "run it again"
     try:
         with signals_as_exceptions():
             verb = load_verb(name)
-            resume = verb.resume
             if {"-h", "--help", "--help_all"} & set(rest):
                 print(verb.help(VERBS[name], everything="--help_all" in rest), end="")
                 return 0
@@ -79,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return verb(rest) or 0
     except KeyboardInterrupt as stop:
         word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        _complain(f"retain {name}: {word}; {resume}")
+        _complain(f"retain {name}: {word}; {stop.args[0] if stop.args else 'run it again'}")
         return code
     except Exception as error:
         if os.environ.get("RETAIN_DEBUG"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from retain.cli.flags import Verb
 from retain.files import exclusive
 from retain.lab.pretrain import PretrainArguments, PretrainConfig, run_pretrain
+from retain.training.stopping import how_to_resume
 
 
 def run_alone(args: PretrainArguments, config: PretrainConfig) -> None:
@@ -21,7 +22,7 @@ VERB = Verb(
     example="retain pretrain --corpus text.jsonl --model_size 430k --tokens_per_param 10 --output_dir base/",
     settings=(PretrainArguments, PretrainConfig),
     run=run_alone,
-    resume="run the same command with --resume_from_checkpoint true to resume from the last checkpoint",
+    resume=lambda training, *rest: how_to_resume(Path(training.output_dir)),
     groups={
         "max_tokens": "How long (or transformers' --max_steps)",
         "num_states": "Synthetic languages and digit tasks",

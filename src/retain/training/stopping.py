@@ -48,17 +48,39 @@ def _has_ended(trainer: Any, state: dict[str, Any]) -> bool:
 
 def check_no_model(folder: Path) -> None:
     """Refuse an output folder that holds a model."""
-    weights = [file.name for ending in WEIGHTS for file in folder.glob(f"*{ending}") if not file.name.startswith(".")]
-    if weights:
+    if weights := _weight_files(folder):
         raise ValueError(
             f"output_dir: {str(folder)!r} holds a model ({min(weights)}), which would be lost; choose another folder"
         )
 
 
+def _weight_files(folder: Path) -> list[str]:
+    return [file.name for ending in WEIGHTS for file in folder.glob(f"*{ending}") if not file.name.startswith(".")]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The last one written whole: `trainer_state.json` is the last file to be written."""
+    whole = filter(_trainer_state, _checkpoints(folder))
+    return max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
+
+
+def how_to_resume(folder: Path) -> str:
+    """What to do after a run in this folder was interrupted."""
+    if _last_checkpoint(folder):
+        return "run the same command with --resume_from_checkpoint true to resume from the last checkpoint"
+    if _checkpoints(folder) or _weight_files(folder):  # over which a run that begins would not write
+        return "there is no whole checkpoint; run the same command with --resume_from_checkpoint true to begin again"
+    return "there is no checkpoint yet; run the same command to begin again"
+
+
 def checkpoint_to_resume(training_args: Any) -> str | None:
     """The checkpoint that `--resume_from_checkpoint` means: a path, or for "true" the last one written whole.
 
-    A killed process may leave a checkpoint half-written; `trainer_state.json` is the last file to be written.
+    A killed process may leave a checkpoint half-written.
 
     Raises:
         ValueError: for a checkpoint that is not whole, and for a folder that holds what the run would write over:
@@ -66,9 +88,9 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     """
     given, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
     begins = not given or str(given).lower() == "false"
-    if begins and (old := [path.name for path in folder.glob("checkpoint-*") if path.is_dir()]):
+    if begins and (old := _checkpoints(folder)):
         raise ValueError(
-            f"output_dir: {str(folder)!r} holds {min(old)} of an earlier run; resume it with "
+            f"output_dir: {str(folder)!r} holds {min(old).name} of an earlier run; resume it with "
             "--resume_from_checkpoint true, or choose another folder"
         )
     if begins or not (folder / CONFIG_FILE).exists():  # of no run that could be resumed
@@ -79,9 +101,8 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
         if not _trainer_state(Path(given)):
             raise ValueError(f"resume_from_checkpoint: {given!r} is not a whole checkpoint; give a checkpoint-N folder")
         return str(given)
-    found = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    whole = [path for path in found if _trainer_state(path)]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[-1]))) if whole else None
+    last = _last_checkpoint(folder)
+    return None if last is None else str(last)
 
 
 def check_same_run(checkpoint: str, args: TrainingArguments, settings: Mapping[str, Any]) -> None:
