@@ -103,6 +103,15 @@ def test_one_prompt_gets_both_greedy_answers(world, capsys, model, loaded):
     assert loaded == ["base", model]
 
 
+def test_by_default_an_answer_is_as_long_as_the_models_have_room_for(world, capsys):
+    argv = ["chat", "--base", str(world / "base"), "--model", str(world / "full"), "--prompt", "the fox"]
+    assert main(argv) == 0
+    room = 128 - len([3, *make_tokenizer()("the fox", add_special_tokens=False)["input_ids"]])
+    assert f"[cut off after {room} tokens]" in capsys.readouterr().out
+    assert main([*argv, "--max_new_tokens", "256"]) == 1
+    assert "max_new_tokens: 256 after a prompt of " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("model", "held"), [("full", "base"), ("lora", None), ("pissa", "base")])
 def test_the_base_of_an_adapter_is_held_once_where_it_is_shown_to_be_the_base(world, capsys, model, held):
     config = chat.ChatConfig(base=str(world / "base"), model=str(world / model))

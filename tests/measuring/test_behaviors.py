@@ -362,3 +362,7 @@ def test_answers_of_a_behaviour_are_longer_unless_their_length_was_chosen():
     for chosen, expected in ((Unchosen(5), BEHAVIORS["turn_ends"].max_new_tokens), (5, 5)):
         (given,), _ = behavior_prompts(rows, Options(CHAT, 3, max_new_tokens=chosen))
         assert given.options.max_new_tokens == expected
+    rows = {"formats": [{"prompt": "the fox", "checks": {"json": True}}]}  # by default twice as long as these models
+    report = measure(base, tuned, {}, tokenizer=CHAT, behaviors=rows)
+    (given,), _ = behavior_prompts(rows, Options(CHAT, 3))
+    assert report.results.behaviors["formats"].max_new_tokens == 128 - len(given.prompts[0].tokens(CHAT, 3))

@@ -226,6 +226,17 @@ def test_no_room_for_the_continuation_is_said_before_anything_is_measured():
         measure(model, make_model(seed=1), {}, tokenizer=TOKENIZER, prompts=["the fox"], max_new_tokens=500)
 
 
+def test_a_default_number_of_new_tokens_is_what_the_models_have_room_for():
+    base, tuned, long = make_model(), make_model(seed=1), Prompt(" ".join(["fox"] * 100))
+    room = 128 - len(long.tokens(TOKENIZER, 3))
+    assert 0 < room < 48
+    report = measure(base, tuned, {}, tokenizer=TOKENIZER, refusals={"asked": [long.text]})
+    assert report.results.refusals["asked"].max_new_tokens == room
+    assert f"answers have at most {room} tokens, not 48: behind the longest prompt" in report.data["warnings"][0]
+    with pytest.raises(ValueError, match=r"^max_new_tokens: 48 after a prompt of \d+ tokens are more than"):
+        measure(base, tuned, {}, tokenizer=TOKENIZER, prompts=[" ".join(["fox"] * 128)])
+
+
 def test_a_report_with_generations_is_written(tmp_path):
     report = measure(
         make_model(), make_model(seed=1), {}, tokenizer=TOKENIZER, prompts=[Prompt("the fox", expected="x")],

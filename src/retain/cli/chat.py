@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
-from retain.checks import setting
+from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
 from retain.cli.settings import ModelLoadSettings
 from retain.cli.signals import Terminated
 from retain.data.chats import rendered
 from retain.files import one_line, visible, visible_text
-from retain.measuring.generations import Prompt, Written, check_room, continue_prompts, stop_tokens
+from retain.measuring.generations import Prompt, Written, continue_prompts, options_that_fit, stop_tokens
 from retain.measuring.measure_options import Options
 from retain.models.adapters import adapted_model
 from retain.models.description import choose_start_token, default_device
@@ -34,7 +34,9 @@ class ChatConfig(ModelLoadSettings):
     base: str = setting("", "Model before finetuning: a Hub id or folder.", required=True)
     model: str = setting("", "Model after finetuning: a model or an adapter folder.", required=True)
     prompt: str | None = setting(None, "Answer this prompt and end. Default: ask for prompts until /quit or Ctrl-D.")
-    max_new_tokens: int = setting(256, "Most tokens of an answer.", low=1)
+    max_new_tokens: int = setting(
+        Unchosen(256), "Most tokens of an answer; by default at most those that the models have room for.", low=1
+    )
     sampled: bool = setting(
         False, "Draw the answers at temperature 1, with the seed, in place of the likeliest tokens."
     )
@@ -60,7 +62,7 @@ class Conversation:
         options, models = self.options, [one for one in (self.reference.ref_model, self.tuned) if one is not None]
         asked = {who: [*turns, {"role": "user", "content": text}] for who, turns in self.turns.items()}
         prompts = {who: self.prompt(turns) for who, turns in asked.items()}
-        check_room(models, prompts.values(), options)
+        options = options_that_fit(models, prompts.values(), options)
         how: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "batch_tokens": 1}
         how["stop"] = stop_tokens(models, options.tokenizer, options.start_id)
         how["seed"] = options.seed + len(self.turns["base"]) if self.sampled else None

@@ -182,7 +182,7 @@ def behavior_prompts(
             check_row(name, row, f"behaviors: row {at} of {name}")
         own = options
         if isinstance(options.max_new_tokens, Unchosen):
-            own = replace(options, max_new_tokens=BEHAVIORS[name].max_new_tokens)
+            own = replace(options, max_new_tokens=Unchosen(BEHAVIORS[name].max_new_tokens))
         try:
             texts = list(chat_texts(rows, options.tokenizer))
         except Exception as error:  # a template is the checkpoint's own program and may fail in any way

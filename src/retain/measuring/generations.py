@@ -10,11 +10,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from retain.checks import Unchosen
 from retain.data.chats import chat_of
 from retain.data.rows import prompt_text, user_turn_text
 from retain.measuring.drift import MARKERS, drift, knowledge, knowledge_fate
@@ -155,16 +156,23 @@ def _numbers_only(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor
     return scores
 
 
-def check_room(models: Sequence[PreTrainedModel], prompts: Iterable[Prompt], options: Options) -> None:
-    """Raise a `ValueError` where a prompt and its continuation have no room in the models' positions."""
+def options_that_fit(models: Sequence[PreTrainedModel], prompts: Iterable[Prompt], options: Options) -> Options:
+    """The options, where `max_new_tokens` is a default with no more than the models have room for behind every prompt.
+
+    Raises:
+        ValueError: if there is no room for as many as were chosen, or for one.
+    """
     limit = max_positions(with_least_room(*models))
     lengths = [len(prompt.tokens(options.tokenizer, options.start_id)) for prompt in prompts]
-    longest = max(lengths, default=0)
-    if lengths and limit is not None and longest + options.max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens: {options.max_new_tokens} after a prompt of {longest} tokens are more than this model's "
-            f"{limit} positions; use fewer, or shorter prompts"
-        )
+    longest, wanted = max(lengths, default=0), options.max_new_tokens
+    if not lengths or limit is None or longest + wanted <= limit:
+        return options
+    if isinstance(wanted, Unchosen) and longest < limit:
+        return replace(options, max_new_tokens=Unchosen(limit - longest))
+    raise ValueError(
+        f"max_new_tokens: {wanted} after a prompt of {longest} tokens are more than this model's {limit} positions; "
+        "use fewer, or shorter prompts"
+    )
 
 
 def both_texts(

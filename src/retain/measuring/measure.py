@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from retain.checks import Unchosen, check_named, several
 from retain.data.rows import OLD_TEXT, Document, Reading, Text, as_documents, without_copies
 from retain.measuring.behaviors import behavior_prompts, measure_behavior
 from retain.measuring.choices import Question, as_questions, measure_choices, question_encoder
-from retain.measuring.generations import Prompt, check_room, measure_generations
+from retain.measuring.generations import Prompt, measure_generations, options_that_fit
 from retain.measuring.measure_options import Options
 from retain.measuring.refusals import Judge, as_turns, measure_refusals
 from retain.measuring.texts import text_results
@@ -130,13 +131,13 @@ def measure(
     for questions in asked.values():  # what has no room is refused before anything is measured
         encode(questions)
     turns = [turn for _, _, requests in requested for turn in as_turns(requests, tokenizer)]
-    check_room([base.model, tuned], [*given, *turns], options)
+    fit = partial(_answer_options, [base.model, tuned], warnings=notes)
+    options = fit([*given, *turns], options)
     rows = {kind: distinct(kind, of_kind, "prompts") for kind, of_kind in (behaviors or {}).items()}
     shown, unmeasured = behavior_prompts(rows, options)
     if unmeasured and not (shown or learned or known or asked or requested or given):
         raise ValueError(f"behaviors: {unmeasured[0]}, and nothing else is asked for; give retention, too")
-    for behavior in shown:
-        check_room([base.model, tuned], behavior.prompts, behavior.options)
+    shown = [replace(behavior, options=fit(behavior.prompts, behavior.options)) for behavior in shown]
     with nullcontext() if progress is None else progress_line(), evaluation_mode(base.model), evaluation_mode(tuned):
         base.check_unchanged()
         result = text_results(base, tuned, learned, known, options)
@@ -165,6 +166,18 @@ def measure(
 def _distinct(name: str, items: Sequence[Any], unit: str, *, warnings: list[str]) -> list[Any]:
     found, notes = without_copies(name, several(unit, name, items), unit)
     warnings += notes
+    return found
+
+
+def _answer_options(
+    models: Sequence[PreTrainedModel], prompts: Sequence[Prompt], options: Options, *, warnings: list[str]
+) -> Options:
+    found = options_that_fit(models, prompts, options)
+    if found is not options:
+        warnings.append(
+            f"answers have at most {found.max_new_tokens} tokens, not {options.max_new_tokens}: behind the longest "
+            "prompt the models have room for no more"
+        )
     return found
 
 
