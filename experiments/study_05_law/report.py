@@ -28,6 +28,7 @@ def points(rows: Rows, reading: str) -> list[dict[str, Any]]:
     return [
         {
             "run": row["key"],
+            "dataset": row["settings"]["dataset"],
             "num_params": row["num_params"],
             "num_steps": at["step"],
             "finetuning_loss": at["eval_loss"],
@@ -51,9 +52,19 @@ class Study:
     """The runs of one data set by what they are, and the prediction that was written before the largest rank."""
 
     plain: Rows
-    full: Rows
+    methods: dict[str, Rows]
     replay: dict[float, Rows]
     prediction: dict[str, Any] | None
+
+    @property
+    def kinds(self) -> dict[str, Rows]:
+        """What the law of plain LoRA was not fitted to, by name."""
+        return {**self.methods, **{f"KL replay {coef:g}": rows for coef, rows in self.replay.items()}}
+
+    @property
+    def parts(self) -> Rows:
+        """Plain runs of LoRA, and those of methods that train fewer parts of the model."""
+        return [*self.plain, *(row for name, rows in self.methods.items() if name != "full" for row in rows)]
 
     @property
     def largest(self) -> Rows:
@@ -72,7 +83,11 @@ def studies(rows: Rows) -> dict[str, Study]:
         predictions = [row for row in rows if "predicted" in row and row["settings"].get("dataset") == name]
         found[name] = Study(
             plain=[row for row in lora if not row["settings"].get("coef")],
-            full=[row for row in mine if row["settings"]["method"] == "full"],
+            methods={
+                one: [row for row in mine if row["settings"]["method"] == one]
+                for one in dict.fromkeys(row["settings"]["method"] for row in mine)
+                if one != "lora"
+            },
             replay={coef: [row for row in lora if row["settings"].get("coef") == coef] for coef in coefs},
             prediction=predictions[0] if predictions else None,
         )
@@ -233,18 +248,16 @@ def departures(found: dict[str, Study]) -> Departures:
     """Data set and reading → kind of run → its departure from the line."""
     result: Departures = {}
     for name, study in found.items():
-        kinds = {"full": study.full, **{f"replay {coef:g}": rows for coef, rows in study.replay.items()}}
         for reading in READINGS:
             result[name, reading] = {
-                kind: departure(study.plain, rows, reading) for kind, rows in kinds.items() if len(rows) > 1
+                kind: departure(study.plain, rows, reading) for kind, rows in study.kinds.items() if len(rows) > 1
             }
     return result
 
 
 def table_of_departures(found: dict[str, Study], gone: Departures) -> str:
     kinds = list(dict.fromkeys(kind for of in gone.values() for kind in of))
-    names = [kind if kind == "full" else f"KL {kind}" for kind in kinds]
-    head = ("data", "L_f read", *names, "R² of one line through plain and replay")
+    head = ("data", "L_f read", *kinds, "R² of one line through plain and replay")
     return table(head, [
         [name, reading, *(of.get(kind, "") for kind in kinds), f"{across(found[name], reading):.3f}"]
         for (name, reading), of in gone.items()

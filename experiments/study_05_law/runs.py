@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import math
-import random
-import re
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
-from experiments.corpora import Texts
+from experiments.corpora import read_cpp, read_web
 from experiments.finetunes import Bench, Run, make_trainer, scratch
 from retain import ReplayConfig
 from retain.measuring.tokens import document_sums, logits_of
 from retain.models.description import num_tuned
 from retain.training.run_files import read_run
 
+TASKS = {"verilog": None, "cpp": read_cpp, "web": read_web}
 RANKS = (1, 2, 4, 8, 16, 32)
 LARGEST = max(RANKS)
 STEPS = 200
 SEEDS = (0, 1)
 COEFS = (0.3, 3.0)
-REPLAY_RANKS = (4, 16)
+SOME_RANKS = (4, 16)
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+IA3_RATE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class LawRun(Run):
-    """A finetune on one of the data sets; LoRA with scale alpha/√rank on all linear layers, as in the paper."""
+    """A finetune on one of the data sets; LoRA, scale alpha/√rank as in the paper, on all linear layers by default."""
 
     dataset: str = "verilog"
     method: str = "lora"
@@ -52,39 +52,27 @@ def plain_runs(dataset: str, ranks: tuple[int, ...] = RANKS) -> list[LawRun]:
 
 
 def other_runs(dataset: str) -> list[LawRun]:
-    """What the law of LoRA was not fitted to: full finetuning, and KL replay of several strengths."""
-    full = LawRun(dataset=dataset, method="full", learning_rate=1e-3)
-    replay = [LawRun(dataset=dataset, lora_rank=rank, coef=coef) for coef in COEFS for rank in REPLAY_RANKS]
-    return [replace(run, seed=seed) for run in (full, *replay) for seed in SEEDS]
-
-
-def read_headers(every: int = 10, seed: int = 0) -> tuple[list[str], list[str]]:
-    """C++ headers that torch ships (BSD-3), each once, without licence headers: to train on, and whole files apart."""
-    root = Path(torch.__file__).parent / "include"
-    paths = [path for folder in ("c10", "ATen/core") for path in sorted((root / folder).rglob("*.h"))]
-    texts = {re.sub(r"\A(?:\s*//[^\n]*)*\s*", "", path.read_text(encoding="utf-8", errors="replace")) for path in paths}
-    files = sorted(text for text in texts if 600 <= len(text) <= 150_000)
-    random.Random(seed).shuffle(files)
-    away = max(1, len(files) // every)
-    return files[away:], files[:away]
-
-
-def texts_of(dataset: str, texts: Texts) -> Texts:
-    """The same old data with another new task."""
-    if dataset == "verilog":
-        return texts
-    training, held_out = read_headers()
-    return replace(texts, verilog=training, held_out_verilog=held_out)
+    """What the law of LoRA was not fitted to: full finetuning, fewer parts of the model, and KL replay."""
+    whole = [LawRun(dataset=dataset, method=method, learning_rate=1e-3) for method in ("full", "top layer")]
+    ia3 = LawRun(dataset=dataset, method="IA3", learning_rate=IA3_RATE)
+    attention = [LawRun(dataset=dataset, method="attention", lora_rank=rank) for rank in SOME_RANKS]
+    replay = [LawRun(dataset=dataset, lora_rank=rank, coef=coef) for coef in COEFS for rank in SOME_RANKS]
+    return [replace(run, seed=seed) for run in (*whole, ia3, *attention, *replay) for seed in SEEDS]
 
 
 def tuned(run: LawRun, bench: Bench) -> Any:
-    """The base, with the run's LoRA."""
+    """The base as the run's method trains it."""
     model = bench.base()
-    if run.method == "full":
+    if run.method in ("full", "top layer"):
+        model.requires_grad_(run.method == "full")
+        model.model.layers[-1].requires_grad_(True)
         return model
     torch.manual_seed(run.seed)
-    alpha = run.alpha
-    config = LoraConfig(r=run.lora_rank, lora_alpha=alpha, use_rslora=True, target_modules="all-linear")  # type: ignore[arg-type]
+    if run.method == "IA3":
+        config: Any = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    else:
+        targets: Any = ATTENTION if run.method == "attention" else "all-linear"
+        config = LoraConfig(r=run.lora_rank, lora_alpha=run.alpha, use_rslora=True, target_modules=targets)  # type: ignore[arg-type]
     return get_peft_model(model, config)
 
 

@@ -24,14 +24,12 @@ from experiments.study_05_law.report import (
     table_of_fits,
     table_of_held_out,
 )
+from experiments.study_05_law.skill import text_of_methods, text_of_skill
 from retain.laws.law import ForgettingLaw
 
 NONE = "none yet; the study is not finished"
 LAWS = {"linear": "Forgetting is linear in the finetuning loss", "joint": "The joint law in parameters and steps"}
-NOT_RUN = (
-    "A line with a level for each rank fits as well as the joint law. Not run: IA3, the top layers alone and attention "
-    "alone, where the paper finds that the line breaks, and exponents shared over data sets."
-)
+NOT_RUN = "A line with a level for each rank fits as well as the joint law."
 
 
 def verdict_of_fits(laws: dict[tuple[str, str], dict[str, ForgettingLaw]]) -> str:
@@ -79,7 +77,7 @@ def verdict_of_held_out(found: dict[tuple[str, str], HeldOut | None]) -> str:
 
 def verdict_of_break(gone: Departures, shares: list[float]) -> str:
     """Whether replay runs lie off the plain runs' line, in every case, with the whole interval."""
-    found = [value for of in gone.values() for kind, value in of.items() if kind != "full"]
+    found = [value for of in gone.values() for kind, value in of.items() if "replay" in kind]
     if not found:
         return f"Verdict: {NONE}."
     below, above = (sum(one.sign == way for one in found) for way in (-1, 1))
@@ -156,6 +154,8 @@ def report_text(rows: Rows) -> str:
         ("The laws", table_of_fits(laws, found), verdict_of_fits(laws)),
         ("The largest rank, predicted before it was run", table_of_held_out(out), f"**{verdict_of_held_out(out)}**"),
         ("Where the line breaks", table_of_departures(found, gone), f"**{verdict_of_break(gone, shares)}**"),
+        ("Methods that train fewer parts", text_of_methods(found, gone)),
+        ("What the law is worth", text_of_skill(found)),
         ("A plan and its runs", table_of_plans(rows), f"**{verdict_of_plan(rows)}**"),
     ]
-    return "\n\n".join(f"### {head}\n\n{rows_of}\n\n{verdict}" for head, rows_of, verdict in parts)
+    return "\n\n".join(f"### {head}\n\n" + "\n\n".join(rows_of) for head, *rows_of in parts)
