@@ -16,7 +16,7 @@ from retain.cli.main import main
 from retain.training.run_files import read_run
 
 BUDGETS = (0.1, 0.3, 0.04)
-SEEDS = (0, 3, 4)  # 0 is the pilots' own; with 1 and 2 an earlier form of the surfaces was tried
+SEEDS = (11, 12, 13)  # no pilot had them, and none was seen when pilots got seeds of their own
 ROWS_OF_A_FILE = 8
 PLAN = [
     *("--pilot_steps", "60", "--learning_rate", "5e-3", "--lora_alpha", "4", "--max_length", "64", "--eval_rows", "64"),
@@ -72,13 +72,13 @@ def made(plan: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     words = f"rank {one['rank']}, {one['num_steps']} steps, {replay}"
     return {
         "began": began,
-        "planned": {"predicted": plan["predicted"], "budget": plan["budget"], "seed": SEEDS[0], "words": words, **said},
+        "planned": {"predicted": plan["predicted"], "budget": plan["budget"], "words": words, **said},
         "measured": {"finetuning_loss": last["eval_loss"], "forgetting_loss": last["retention/prose/ref_kl"]},
     }
 
 
 def plan_and_run(base: Path, texts: Texts, results: StudyResults, cache: Path) -> None:
-    """Every budget is planned, then its recommendation is run, with the pilots' seed and with others."""
+    """Every budget is planned, then its recommendation is run, with seeds that no pilot had."""
     files = write_files(texts, cache / "plan-law" / "texts")
     for budget in BUDGETS:
         key = {"plan": budget, "flags": PLAN}

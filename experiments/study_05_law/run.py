@@ -13,6 +13,10 @@ most of it news), attention alone, the top layer alone and IA3, on all data sets
   curve, and on steps after 100 than that of the run's own value there: Student's t over ranks, L_f soft.
 - Exponents may be shared over data sets: on the largest rank, predicted from the smaller ones, the error with shared
   exponents is less than a quarter larger than with the data set's own: the upper end of Student's interval over runs.
+
+The plan was made twice that day. At first all pilots had one seed, as in `retain plan` of then: of 6 runs with other
+seeds 6 ended within the interval of forgetting and the budget, and none within that of the new-task loss. So pilots got
+seeds of their own, and plan and runs, with three other seeds, were made again: by the same verdict, a second look.
 """
 
 from __future__ import annotations

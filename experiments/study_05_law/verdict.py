@@ -96,12 +96,11 @@ def verdict_of_plan(rows: Rows) -> str:
     runs = [row for row in rows if "planned" in row]
     if not runs:
         return f"Verdict: {NONE}."
-    fresh = [row for row in runs if row["settings"]["seed"] != row["planned"]["seed"]]
-    inside = {name: sum(is_inside(row, name) for row in fresh) for name in ("finetuning_loss", "forgetting_loss")}
-    kept = sum(row["measured"]["forgetting_loss"] <= row["planned"]["budget"] for row in fresh)
-    every = len(fresh)
+    inside = {name: sum(is_inside(row, name) for row in runs) for name in ("finetuning_loss", "forgetting_loss")}
+    kept = sum(row["measured"]["forgetting_loss"] <= row["planned"]["budget"] for row in runs)
+    every = len(runs)
     budgets = {row["budget"] for row in rows if row.get("feasible")} | {row["planned"]["budget"] for row in runs}
-    if every < len(budgets) * len({row["settings"]["seed"] for row in fresh}) or not fresh:
+    if every < len(budgets) * len({row["settings"]["seed"] for row in runs}):
         return f"Verdict: none yet. Of {len(budgets)} plans not every one has a run with each of the seeds."
     answer = "yes" if min(*inside.values(), kept) == every else "no" if not inside["forgetting_loss"] else "in part"
     before = all(row["planned"]["predicted"] <= row["began"] for row in runs)
@@ -131,11 +130,10 @@ def table_of_plans(rows: Rows) -> str:
     )
     lines: list[list[object]] = []
     for row in (row for row in rows if "planned" in row):
-        plan, seed = row["planned"], row["settings"]["seed"]
-        own = f"{seed}, the pilots' own" if seed == plan["seed"] else seed
+        plan = row["planned"]
         pair = [cell for name in ("finetuning_loss", "forgetting_loss")
                 for cell in (Interval(**plan[name]), f"{row['measured'][name]:.3f}")]  # fmt: skip
-        lines.append([f"{plan['budget']:g}", plan["words"], own, *pair])
+        lines.append([f"{plan['budget']:g}", plan["words"], row["settings"]["seed"], *pair])
     return table(head, lines)
 
 

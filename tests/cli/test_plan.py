@@ -13,6 +13,7 @@ from retain.cli import plan as plan_verb
 from retain.cli.main import main
 from retain.cli.plan import PlanConfig
 from retain.laws.law import ForgettingLaw
+from retain.laws.plan import pilot_grid
 
 FLAGS = [
     *("--lora_ranks", "1", "2", "4", "8", "--replay_coefs", "0", "1", "--pilot_steps", "12", "--learning_rate", "1e-2"),
@@ -51,6 +52,16 @@ def test_rows_are_no_longer_than_the_model_takes(world, monkeypatch, capsys):
     capsys.readouterr()
     assert main([*words, "--max_length", "200"]) == 1
     assert "max_length: 200 is more than this model's 128 positions; use at most 128" in capsys.readouterr().err
+
+
+def test_every_pilot_has_a_seed_of_its_own(world):
+    """With one seed for all, intervals do not hold what another seed does."""
+    config = PlanConfig(
+        model="m", dataset_name="new.jsonl", retention=["wiki=wiki.txt"], max_ref_kl=0.1, output_dir="plan"
+    )
+    seeds = [plan_verb.seed_of(config, pilot) for pilot in pilot_grid([1, 2, 4, 8], [0.0, 10.0], 60)]
+    assert len(set(seeds)) == len(seeds) == 7
+    assert all(0 <= seed < 2**32 for seed in seeds)
 
 
 @pytest.mark.program

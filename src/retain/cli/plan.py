@@ -7,6 +7,7 @@ import io
 import shlex
 import shutil
 import time
+import zlib
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -155,7 +156,7 @@ def make_pilots(
     made: list[PilotRun] = []
     rows: list[Measurement] = []
     for number, pilot in enumerate(pilots, start=1):
-        run = finetune_run(config, pilot.rank, pilot.coef, pilot.steps, data, replay)
+        run = finetune_run(config, pilot.rank, pilot.coef, pilot.steps, data, replay, seed_of(config, pilot))
         key = run_key(run.flags, contents_of(config, data))[:10]
         place = folder / "pilots" / f"{pilot.name}-{key}"
         found = " (found)" if key in results.rows else ""
@@ -164,6 +165,11 @@ def make_pilots(
         made.append(PilotRun(**row["run"] | {"pilot": pilot}))
         rows += read_pilot(place, pilot, retention)
     return made, rows
+
+
+def seed_of(config: PlanConfig, pilot: Pilot) -> int:
+    """A seed for each pilot, so that what a seed does is in the spread from which intervals are made."""
+    return (config.seed + zlib.crc32(pilot.name.encode())) % 2**32
 
 
 def retention_of(config: PlanConfig) -> str:
@@ -230,7 +236,7 @@ def prepare_replay(config: PlanConfig, folder: Path) -> str | None:
 
 
 def finetune_run(
-    config: PlanConfig, rank: int, coef: float, steps: int, data: Sequence[str], replay: str | None
+    config: PlanConfig, rank: int, coef: float, steps: int, data: Sequence[str], replay: str | None, seed: int
 ) -> VerbRun:
     """`retain finetune` of one setting: the pilots' recipe, and that of what is recommended."""
     batch, every = config.per_device_train_batch_size, eval_steps(config.pilot_steps)
@@ -241,7 +247,7 @@ def finetune_run(
         "use_peft": True, "lora_r": rank, "lora_alpha": config.lora_alpha, "use_rslora": True, "lora_dropout": 0,
         "lora_target_modules": config.lora_target_modules, "learning_rate": config.learning_rate,
         "lr_scheduler_type": "constant_with_warmup", "warmup_steps": every, "max_steps": steps,
-        "per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "seed": config.seed,
+        "per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "seed": seed,
         "eval_strategy": "steps", "eval_steps": every, "save_strategy": "no", "report_to": "none", "replay_coef": coef,
         "replay_dataset": replay if coef else None,
         "per_device_replay_batch_size": config.per_device_replay_batch_size if coef else None,
@@ -256,7 +262,7 @@ def recommended_command(config: PlanConfig, plan: Plan, data: Sequence[str], rep
     """The recommended run; where no setting keeps the limit, the strongest replay with the controller of max_ref_kl."""
     one = plan.chosen or plan.fallback
     coef = one.replay_coef if plan.chosen else one.replay_coef or 1.0
-    run = finetune_run(config, one.rank, coef, one.num_steps, data, replay or "self")
+    run = finetune_run(config, one.rank, coef, one.num_steps, data, replay or "self", config.seed)
     controller = {} if plan.chosen else {"max_ref_kl": plan.max_ref_kl}
     return ["retain", *VerbRun(run.verb, {**run.flags, **controller}).arguments(Path(config.output_dir) / "run")]
 
