@@ -19,6 +19,15 @@ from typing import Any
 
 METRICS_FILE = "metrics.jsonl"  # of a run: every log, one object a line
 CONFIG_FILE = "retain_config.json"  # beside it
+# What a verb leaves in its output_dir, by files that only such a folder has.
+OUTPUTS = {
+    "replay rows": ("manifest.json",),
+    "a training run": (CONFIG_FILE,),
+    "a report": ("report.json",),
+    "a merged model": ("alphas.jsonl", "merge.json"),
+    "a plan": ("pilots.jsonl", "plan.json"),
+    "a sweep": ("results.jsonl",),
+}
 LOCK = ".lock"
 PART = ".retain-part"  # ends the name of a file that is being written
 SAFETENSORS_PART = ".tmp" + "[0-9A-Za-z]" * 6  # of weights that safetensors is writing
@@ -199,15 +208,34 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def check_output_dir(folder: Path, output: str) -> None:
+    """Refuse a folder that holds another verb's output and none of this kind.
+
+    Args:
+        output: what is to be written, a key of `OUTPUTS`.
+    """
+    held = {kind: file for kind, files in OUTPUTS.items() for file in files if (folder / file).exists()}
+    if held and output not in held:
+        kind, file = next(iter(held.items()))
+        raise ValueError(
+            f"output_dir: {str(folder)!r} holds {kind} ({file}), among whose files {output} would lie; choose another "
+            "folder"
+        )
+
+
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, output: str) -> Iterator[None]:
     """Hold the folder for one writer, and make it where it is missing; the system frees the lock with the process.
 
     What a killed writer left half-written is removed. A folder that was made here goes if the work fails with nothing
     in it.
+
+    Args:
+        output: what is to be written, a key of `OUTPUTS`; a folder that holds another kind alone is refused.
     """
     from filelock import FileLock, Timeout
 
+    check_output_dir(folder, output)
     new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)

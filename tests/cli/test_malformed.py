@@ -17,8 +17,11 @@ from conftest import make_model, make_texts, make_tokenizer, save_model
 from safetensors.numpy import load_file, save_file
 
 from retain.cli.main import VERBS, load_verb, main
-from retain.files import read_jsonl
-from retain.replay.dataset import shard_path
+from retain.cli.merge import MERGE_FILE
+from retain.cli.plan import PILOTS
+from retain.cli.sweep import RESULTS
+from retain.files import CONFIG_FILE, OUTPUTS, check_output_dir, read_jsonl
+from retain.replay.dataset import MANIFEST, shard_path
 from retain.replay.stored_predictions import cache_path
 from retain.sampling.write import sample_replay
 from retain.training.run_files import read_run
@@ -700,6 +703,44 @@ def test_flags_that_cannot_be(world, tmp_path, capsys, verb, changes, expected):
     line = refused_whole(words, tmp_path, capsys)
     assert expected.format(t=tmp_path, w=world) in line, line
     assert contents(world) == before
+
+
+WRITES = {
+    "sample": "replay rows", "finetune": "a training run", "pretrain": "a training run", "measure": "a report",
+    "report": "a report", "merge": "a merged model", "plan": "a plan", "sweep": "a sweep",
+}  # fmt: skip
+
+
+def test_every_verb_with_a_folder_says_what_it_writes():
+    verbs = {name for name in VERBS for kind in load_verb(name).settings if "output_dir" in get_type_hints(kind)}
+    assert verbs == WRITES.keys()
+    assert set(WRITES.values()) == OUTPUTS.keys()
+    files = {file for of_kind in OUTPUTS.values() for file in of_kind}
+    assert files >= {MANIFEST, CONFIG_FILE, MERGE_FILE, PILOTS, RESULTS}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+@pytest.mark.parametrize("verb", WRITES)
+def test_the_folder_of_another_verb_is_refused(world, tmp_path, capsys, verb, kind):
+    out = tmp_path / "out"
+    for file in OUTPUTS[kind]:
+        write(out / file, {})
+        if kind == WRITES[verb]:  # its own, whatever else lies there
+            for other in OUTPUTS.values():
+                write(out / other[0], {})
+            check_output_dir(out, kind)
+        else:
+            line = refused_whole(command(verb, good(verb, world, out)), tmp_path, capsys)
+            found = f"{kind} ({file}), among whose files {WRITES[verb]} would lie; choose another folder"
+            found = f"other files ({file}, …); choose an empty folder" if verb == "sample" else found
+            assert line == f"retain {verb}: output_dir: {str(out)!r} holds {found}"
+        shutil.rmtree(out)
+
+
+def test_a_comparison_is_not_written_over_one_of_its_runs(world, tmp_path, capsys):
+    write(tmp_path / "out" / "report.json", {})
+    flags = good("report", world, tmp_path / "out") | {"runs": [world, tmp_path / "out"]}
+    assert "is one of runs, whose report would be lost" in refused_whole(command("report", flags), tmp_path, capsys)
 
 
 BAD_ROWS = [

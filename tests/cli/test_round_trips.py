@@ -157,6 +157,6 @@ def test_what_a_killed_writer_left_goes_and_nothing_else(tmp_path):
     kept = [".tmp", ".tmpfile", ".tmp-notes1", "tmpZmn5Ii", "checkpoint-8/model.safetensors"]
     for name in (*gone, *kept):
         (tmp_path / name).write_text("x")
-    with exclusive(tmp_path):
+    with exclusive(tmp_path, "a report"):
         assert not [name for name in gone if (tmp_path / name).exists()]
         assert [name for name in kept if (tmp_path / name).exists()] == kept

@@ -209,7 +209,7 @@ def test_no_run_begins_where_the_flags_of_one_are_wrong(tmp_path, capsys, fake, 
 
 def test_a_second_sweep_in_one_folder_is_refused(tmp_path, fake):
     (tmp_path / "out").mkdir()
-    with exclusive(tmp_path / "out"), pytest.raises(ValueError, match="another process is writing"):
+    with exclusive(tmp_path / "out", "a sweep"), pytest.raises(ValueError, match="another process is writing"):
         make(write(tmp_path / "s.yaml", grid={"x": [1]}), tmp_path / "out")
 
 

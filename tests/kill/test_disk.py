@@ -133,7 +133,7 @@ def test_a_file_in_the_place_of_the_folder(here, tmp_path, capsys, verb):
 
 @pytest.mark.parametrize("verb", ["sample", "finetune", "measure", "pretrain", "sweep", "plan"])
 def test_a_second_command_in_one_folder_is_refused(here, tmp_path, capsys, verb):
-    with exclusive(tmp_path / "out"):
+    with exclusive(tmp_path / "out", "a report"):
         line = complaint([*commands(here)[verb], "--output_dir", str(tmp_path / "out")], capsys)
         assert os.listdir(tmp_path / "out") == [".lock"], "nothing was written into it"
     assert line == (

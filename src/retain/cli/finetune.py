@@ -128,7 +128,7 @@ def run_finetune(
         make_trainer = partial(make_sft_trainer, say=lambda line: None, others=[])
         return dry_run(given, config, make_trainer, partial(rows_to_sample, folder, training_args, config), say)
     shown = speaks and not training_args.disable_tqdm
-    with exclusive(folder) if speaks else nullcontext(), progress_line(shown=shown):
+    with exclusive(folder, "a training run") if speaks else nullcontext(), progress_line(shown=shown):
         merge_its_adapter(given, folder / WHOLE, say)
         of_plain = given._replace(training=copy.deepcopy(training_args))
         run = finetuned(given, config, say)
@@ -212,10 +212,10 @@ def plain_run(given: TrlArguments, config: FinetuneConfig, protected: FinishedRu
     run = read_plain(place, args, protected) if resumes else None
     if run is None:
         say(f"unprotected run, to compare: {folder}")
-        with exclusive(folder) if main else nullcontext():
+        with exclusive(folder, "a training run") if main else nullcontext():
             run = finetuned(given, config.unprotected(), say, texts=protected.texts, keep=config.keep_plain)
         if main and run.report is not None:
-            with exclusive(place):
+            with exclusive(place, "a report"):
                 run.report.write(place)
     for checkpoint in folder.glob("checkpoint-*") if main and not config.keep_plain else ():
         shutil.rmtree(checkpoint)
@@ -237,7 +237,7 @@ def write_page(folder: Path, run: FinishedRun, plain: FinishedRun | None, say: S
     """The page of a run, or of both, and its outcome in four lines."""
     assert run.report is not None
     of_plain, step_of_plain = (plain.report, plain.step_seconds) if plain else (None, None)
-    with exclusive(folder):
+    with exclusive(folder, "a report"):
         if of_plain is None:
             run.report.write(folder)
         else:

@@ -205,7 +205,7 @@ def write_reports(config: MeasureConfig) -> dict[str, Judgement]:
     def say(stage: str) -> None:
         print(f"{visible(stage)} …", flush=True)
 
-    with exclusive(folder):  # made first, so that a folder without permission is known before long work
+    with exclusive(folder, "a report"):  # made first, so that a folder without permission is known before long work
         made = iter([paired_report(config.pair)]) if config.pair else measure_models(config, say)
         reports: list[ForgettingReport] = []
         gates: dict[str, Judgement] = {}

@@ -111,7 +111,7 @@ def run_merge(config: MergeConfig) -> None:
     """Measure each alpha once, choose one, and write the model with these weights; alone in the folder."""
     folder, run = Path(config.output_dir), settings_of_run(config.model)
     name, fingerprint = (config.base, None) if config.base else base_of(config.model, run)
-    with exclusive(folder):
+    with exclusive(folder, "a merged model"):
         ends = [Path(end).resolve() for end in (config.model, name)]
         if folder.resolve() in ends or not (folder / MERGE_FILE).exists():  # else what is there was merged before
             check_no_model(folder)

@@ -108,7 +108,7 @@ class PlanConfig(RemoteCodeSettings, SeedSettings):
 
 def run_plan(config: PlanConfig) -> None:
     """Make pilots, laws and a recommendation, alone in the folder, and print the summary."""
-    with exclusive(Path(config.output_dir)):
+    with exclusive(Path(config.output_dir), "a plan"):
         assert config.max_ref_kl is not None
         folder, retention = Path(config.output_dir), retention_of(config)
         lora_num_params(  # names a model or modules that do not fit, before anything is sampled

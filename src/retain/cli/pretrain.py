@@ -13,7 +13,7 @@ from retain.training.stopping import how_to_resume
 
 def run_alone(args: PretrainArguments, config: PretrainConfig) -> None:
     """`run_pretrain`, alone in its folder."""
-    with exclusive(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
+    with exclusive(Path(args.output_dir), "a training run") if args.process_index == 0 else nullcontext():
         run_pretrain(args, config)
 
 

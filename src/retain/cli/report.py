@@ -8,7 +8,7 @@ from pathlib import Path
 from retain.checks import Settings, setting
 from retain.cli.flags import Verb
 from retain.cli.settings import CHAIN_HELP
-from retain.files import short_names
+from retain.files import exclusive, short_names
 from retain.report.report import ForgettingReport, write_comparison
 
 
@@ -27,13 +27,19 @@ class ReportConfig(Settings):
 
 def run_report(config: ReportConfig) -> None:
     """Read the reports, write the page, print its summary."""
-    paths = [Path(folder) / "report.json" if Path(folder).is_dir() else Path(folder) for folder in config.runs]
-    reports = [ForgettingReport.from_json(path) for path in paths]
-    if len({one.data["name"] for one in reports}) < len(reports):  # as of two folders that are called out/
-        for one, name in zip(reports, short_names([path.parent for path in paths], "runs"), strict=True):
-            one.data["name"] = name
-    shown = write_comparison(config.output_dir, reports=reports, title=config.title, chain=config.chain)
-    print(f"{shown.summary()}\n\nreport: {Path(config.output_dir) / 'report.html'}")
+    folder = Path(config.output_dir)
+    paths = [Path(run) / "report.json" if Path(run).is_dir() else Path(run) for run in config.runs]
+    if folder.resolve() in [path.parent.resolve() for path in paths]:
+        raise ValueError(
+            f"output_dir: {config.output_dir!r} is one of runs, whose report would be lost; choose another"
+        )
+    with exclusive(folder, "a report"):
+        reports = [ForgettingReport.from_json(path) for path in paths]
+        if len({one.data["name"] for one in reports}) < len(reports):  # as of two folders that are called out/
+            for one, name in zip(reports, short_names([path.parent for path in paths], "runs"), strict=True):
+                one.data["name"] = name
+        shown = write_comparison(folder, reports=reports, title=config.title, chain=config.chain)
+    print(f"{shown.summary()}\n\nreport: {folder / 'report.html'}")
 
 
 VERB = Verb(

@@ -166,7 +166,7 @@ def make_runs(config: SweepConfig, runs: Sequence[VerbRun]) -> list[dict[str, An
     """
     root, threads = Path(config.output_dir).absolute(), config.cores_per_run
     failed: list[dict[str, Any]] = []
-    with exclusive(root):
+    with exclusive(root, "a sweep"):
         results = RunRows(root / RESULTS)
         todo = [run for run in runs if run.key not in results.rows]
         with progress_line(), StageProgress("sweep", len(runs), "runs", initial=len(runs) - len(todo)) as stage:

@@ -134,7 +134,7 @@ def sample_replay(
     engine = engine or batch_engine(partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference))
     _refuse_foreign(folder)
     main = state is None or state.is_main_process
-    with exclusive(folder) if main else nullcontext():
+    with exclusive(folder, "replay rows") if main else nullcontext():
         if main:
             _begin(folder, manifest, overwrite)
         if state is not None:
