@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import traceback
@@ -29,6 +30,8 @@ os.environ.update(
 )
 if "RETAIN_TEST_DEVICE" not in os.environ:  # the same tests with a GPU as without
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a script's background, and so in every program of a test
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what libraries warn of while they are imported is theirs
