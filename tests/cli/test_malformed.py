@@ -572,7 +572,7 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("finetune", {"retention": "w={t}/none.jsonl"}, "retention: 'w' has no text to measure"),
     ("finetune", {"replay_dataset": "{w}/model"}, "'{w}/model' has no manifest.json"),
     ("finetune", {"replay_dataset": None}, "replay_dataset: missing, and replay_objective 'kl' needs it; give rows"),
-    ("finetune", {"replay_dataset": "nowhere/"}, "data: no file 'nowhere/'; check the path"),
+    ("finetune", {"replay_dataset": "nowhere/"}, "replay_dataset: no file 'nowhere/'; check the path"),
     ("finetune", {"dataset_name": "{t}/no.jsonl"}, "dataset_name: no file '{t}/no.jsonl'; check the path"),
     ("finetune", {"dataset_name": "{t}/ids.jsonl"}, "train_dataset: token id 400, but this model has 320 tokens; use"),
     ("finetune", {"dataset_name": "{t}/one.jsonl"}, "train_dataset: its rows have at most 1 tokens, and nothing to"),
@@ -636,7 +636,11 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("pretrain", {"corpus": "nonsense"}, "corpus: 'nonsense' is neither a file nor known; use"),
     ("pretrain", {"corpus": None}, "corpus: missing; give --corpus"),
     ("pretrain", {"corpus": "a.txt=none"}, "corpus: 'a.txt=none' has no share above 0"),
-    ("pretrain", {"corpus": "{t}/chat.jsonl"}, "data: rows of messages need a chat template and this tokenizer"),
+    (
+        "pretrain",
+        {"corpus": "{t}/chat.jsonl"},
+        "corpus: row 1 of '{t}/chat.jsonl': rows of messages need a chat template and this tokenizer",
+    ),
     ("pretrain", {"max_steps": None}, "max_steps: the length is missing; give one of"),
     ("pretrain", {"model_size": "huge"}, "model_size: 'huge' is not known"),
     (
@@ -703,6 +707,36 @@ def test_flags_that_cannot_be(world, tmp_path, capsys, verb, changes, expected):
     line = refused_whole(words, tmp_path, capsys)
     assert expected.format(t=tmp_path, w=world) in line, line
     assert contents(world) == before
+
+
+ROW_FILES = [
+    *[("sample", "prompts", "{}"), ("plan", "dataset_name", "{}"), ("plan", "eval_dataset_name", "{}")],
+    *[("finetune", "dataset_name", "{}"), ("finetune", "eval_dataset_name", "{}"), ("finetune", "retention", "w={}")],
+    *[("finetune", "replay_dataset", "{}"), ("plan", "replay_dataset", "{}"), ("merge", "replay_dataset", "{}")],
+    *[("measure", "retention", "w={}"), ("measure", "new_task", "n={}"), ("merge", "new_task", "n={}")],
+    *[("measure", "prompts", "{}"), ("measure", "train_dataset", "{}"), ("measure", "behaviors", "formats={}")],
+    *[("measure", name, "q={}") for name in ("choices", "refusals", "harmless")],
+    *[("pretrain", "corpus", "{}"), ("pretrain", "tokenizer_corpus", "{}")],
+]
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag", "value", "name"),
+    [
+        (*row, name)
+        for row in ROW_FILES
+        for name in ("missing.jsonl", "empty.jsonl", "cut.jsonl", "latin.txt", "other.jsonl")
+        if (row[0], name) != ("plan", "other.jsonl")  # which columns rows need its pilots say
+    ],
+)
+def test_an_error_about_rows_names_their_flag(world, tmp_path, capsys, verb, flag, value, name):
+    for file, rows in OTHERS.items():
+        write(tmp_path / file, rows)
+    more = {"sample": {"start": "prompts"}, "pretrain": {"corpus": world / "wiki.jsonl"}}.get(verb, {})
+    flags = good(verb, world, tmp_path / "out") | more | {flag: value.format(tmp_path / name)}
+    line = refused_whole(command(verb, flags), tmp_path, capsys)
+    assert line.startswith(f"retain {verb}: {flag}: ")
+    assert name in line
 
 
 WRITES = {

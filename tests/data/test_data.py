@@ -73,7 +73,7 @@ FILES = {
 def test_texts_are_read_as_they_stand_and_in_order(tmp_path, name):
     """Numbers of a CSV lost their zeros, and "true" became a choice."""
     content, texts = FILES[name]
-    assert read_rows(write(tmp_path / name, content))["text"] == texts
+    assert read_rows(write(tmp_path / name, content), "data")["text"] == texts
 
 
 @pytest.mark.parametrize("name", ["a.JSONL", "a.Json", "a.TXT", "a.CSV", "a.Parquet"])
@@ -86,9 +86,9 @@ def test_endings_may_be_in_capitals(tmp_path, name):
         Dataset.from_dict({"text": ["one"]}).to_parquet(path)
     else:
         write(path, content[path.suffix.lower()])
-    assert read_rows(str(path))["text"] == ["one"]
+    assert read_rows(str(path), "data")["text"] == ["one"]
     with pytest.raises(ValueError, match="no file"):
-        read_rows(str(Path("nowhere") / name))
+        read_rows(str(Path("nowhere") / name), "data")
 
 
 def test_a_configuration_of_a_data_set_is_named_behind_a_colon(monkeypatch):
@@ -96,8 +96,8 @@ def test_a_configuration_of_a_data_set_is_named_behind_a_colon(monkeypatch):
 
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: asked.append((args, options)))
-    read_rows("owner/name:wikitext-2-raw-v1")
-    read_rows("owner/name", split="test")
+    read_rows("owner/name:wikitext-2-raw-v1", "data")
+    read_rows("owner/name", "data", split="test")
     assert asked == [
         (("owner/name", "wikitext-2-raw-v1"), {"split": "train"}),
         (("owner/name", None), {"split": "test"}),
@@ -107,23 +107,23 @@ def test_a_configuration_of_a_data_set_is_named_behind_a_colon(monkeypatch):
 def test_texts_of_a_csv_may_be_quoted_and_long(tmp_path):
     """Line breaks in quotes were cut where a block of a megabyte ended."""
     source = write(tmp_path / "rows.csv", 'prompt,completion\n"1, 2",3\n')
-    assert dict(read_rows(source)[0]) == {"prompt": "1, 2", "completion": "3"}
+    assert dict(read_rows(source, "data")[0]) == {"prompt": "1, 2", "completion": "3"}
     texts = [f"first line of {at}\n{'word ' * 90}\nlast line of {at}" for at in range(4000)]
     source = write(tmp_path / "long.csv", "text\n" + "".join(f'"{text}"\n' for text in texts))
     assert (tmp_path / "long.csv").stat().st_size > 1 << 20
-    assert read_rows(source)["text"] == texts
+    assert read_rows(source, "data")["text"] == texts
 
 
 def test_a_column_that_the_first_row_lacks_is_not_dropped(tmp_path, tokenizer):
     """`Dataset.from_list` keeps only the first row's columns: completions would vanish in silence."""
-    rows = read_rows(jsonl(tmp_path / "a.jsonl", {"prompt": "p "}, {"prompt": "q ", "completion": "answer"}))
+    rows = read_rows(jsonl(tmp_path / "a.jsonl", {"prompt": "p "}, {"prompt": "q ", "completion": "answer"}), "data")
     assert row_text(rows[1], tokenizer) == "q answer"
 
 
 def test_what_a_row_holds_does_not_depend_on_its_neighbours(tmp_path):
     """Arrow gives all rows the keys of all others, as nulls: the tools that one row calls stood in every text."""
     rows = [tool_chat("weather", city="Paris"), tool_chat("time", zone=3, exact=True), {"messages": TURNS}]
-    found = read_rows(jsonl(tmp_path / "calls.jsonl", *rows))
+    found = read_rows(jsonl(tmp_path / "calls.jsonl", *rows), "data")
     assert [{name: value for name, value in row.items() if value is not None} for row in found] == rows
 
 
@@ -153,7 +153,7 @@ def test_a_bad_file_is_named_in_one_line(name, tmp_path):
     content, expected = BAD_FILES[name]
     source = write(tmp_path / name, content)
     with pytest.raises(ValueError, match=expected) as caught:
-        read_rows(source)
+        read_rows(source, "data")
     assert str(caught.value).startswith("data: ")
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -162,7 +162,7 @@ def test_a_bad_file_is_named_in_one_line(name, tmp_path):
 @pytest.mark.parametrize("source", ["missing.jsonl", "./missing", "/nowhere/else", "~/missing.txt"])
 def test_a_missing_file_is_not_looked_for_on_the_hub(source):
     with pytest.raises(ValueError, match="no file .*check the path"):
-        read_rows(source)
+        read_rows(source, "data")
 
 
 # Text of a row
@@ -206,7 +206,7 @@ def test_a_chat_that_the_template_refuses_is_named_with_its_row():
     """`retain finetune: who?` was all that it said, after the replay rows had been sampled."""
     strict = make_tokenizer(template=STRICT)
     check_chats(chats("user assistant", "user assistant user"), strict, "rows")
-    with pytest.raises(ValueError, match=r"refuses a chat of user, bot \(who\?\); .*; see row 2 of the rows"):
+    with pytest.raises(ValueError, match=r"row 2 of the rows: .* refuses a chat of user, bot \(who\?\);"):
         check_chats(chats("user assistant", "user bot"), strict, "rows")
     check_chats([{"text": "as it is"}], strict, "rows")
 

@@ -95,7 +95,7 @@ def written(folder: Path, rows: list[dict[str, Any]]) -> str:
 def host(folder: Path, source: str, tokenizer: Any, **changes: Any) -> SFTTrainer:
     """TRL's own trainer on the rows, for training and evaluation."""
     options = {"output_dir": str(folder / "out"), "report_to": "none", "use_cpu": True, "bf16": False}
-    rows, args = read_rows(source), SFTConfig(**{**options, "per_device_eval_batch_size": 8, **changes})
+    rows, args = read_rows(source, "data"), SFTConfig(**{**options, "per_device_eval_batch_size": 8, **changes})
     return SFTTrainer(
         make_model(max_position_embeddings=512), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
     )
@@ -116,7 +116,7 @@ def test_a_row_has_the_tokens_and_labels_that_trl_trains_on(name: str, changes: 
     source = written(tmp_path, ROWS[name])
     trained = host(tmp_path, source, tokenizer, **changes).train_dataset
     reading = Reading(**{"assistant_only_loss": False, **changes}, as_trained=True)
-    read = list(read_texts(source, tokenizer, None, reading))
+    read = list(read_texts(source, tokenizer, None, reading, field="data"))
     assert len(trained) == len(read) == len(ROWS[name])
     for row, text, alone in zip(trained, read, ROWS[name], strict=True):
         assert text.ids == row["input_ids"]
@@ -129,7 +129,7 @@ def test_a_template_that_marks_no_turns_is_marked_as_trl_marks_it(tmp_path: Path
 
     tokenizer, source = make_chat_tokenizer(qwen2_5_chat_template), written(tmp_path, ROWS["messages"])
     trained = host(tmp_path, source, tokenizer, assistant_only_loss=True).train_dataset
-    read = list(read_texts(source, tokenizer, None, Reading(assistant_only_loss=True, as_trained=True)))
+    read = list(read_texts(source, tokenizer, None, Reading(assistant_only_loss=True, as_trained=True), field="data"))
     for row, text in zip(trained, read, strict=True):
         assert text.ids == row["input_ids"]
         assert [id if one else -100 for id, one in zip(text.ids, text.predicted, strict=True)] == row["labels"]
@@ -139,7 +139,7 @@ def test_a_template_that_nobody_can_mark_is_refused(tmp_path: Path) -> None:
     tokenizer = make_chat_tokenizer(CHATML.replace("<|im_start|>", "<|x|>"))
     reading = Reading(assistant_only_loss=True, as_trained=True)
     with pytest.raises(ValueError, match=r"^assistant_only_loss: the chat template does not mark .* or leave the"):
-        list(read_texts(written(tmp_path, ROWS["messages"]), tokenizer, None, reading))
+        list(read_texts(written(tmp_path, ROWS["messages"]), tokenizer, None, reading, field="data"))
 
 
 @pytest.mark.parametrize("bos", ["<s>", None])
@@ -169,7 +169,7 @@ def test_a_text_may_be_in_another_column(tmp_path: Path) -> None:
     rows = [{"text": "a summary", "content": text} for text in make_texts(2, words=9)]
     tokenizer, source = make_chat_tokenizer(), written(tmp_path, rows)
     trained = host(tmp_path, source, tokenizer, dataset_text_field="content").train_dataset
-    read = read_texts(source, tokenizer, None, new_task_reading(GIVEN, {"dataset_text_field": "content"}))
+    read = read_texts(source, tokenizer, None, new_task_reading(GIVEN, {"dataset_text_field": "content"}), field="data")
     assert [text.ids for text in read] == list(trained["input_ids"])
 
 
@@ -239,8 +239,8 @@ def test_a_row_of_preferences_is_no_text_and_both_its_answers_were_trained_on(ro
     with pytest.raises(
         ValueError, match=r"row 1 of .* has \['chosen', .*'rejected'\]; it needs text, messages, or prompt"
     ):
-        list(read_texts(source, tokenizer))
-    chosen, rejected = row_texts(source, tokenizer)
+        list(read_texts(source, tokenizer, field="data"))
+    chosen, rejected = row_texts(source, tokenizer, "data")
     assert "old towns" in chosen
     assert "stone" in rejected
     assert "fox" in chosen

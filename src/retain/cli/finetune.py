@@ -269,11 +269,16 @@ def make_sft_trainer(
     if config.measures and eval_dataset is None:
         report_training_loss(training_args, steps, say)
     tokenizer = load_tokenizer(given.model.model_name_or_path, **given.checkpoint)
-    for rows, name in ((train_dataset, "training rows"), (eval_dataset, "held-out rows")):
+    held_out = "eval_dataset_name" if config.eval_dataset_name else "dataset_name"
+    for rows, name, named_by in (
+        (train_dataset, "training rows", "dataset_name"),
+        (eval_dataset, "held-out rows", held_out),
+    ):
         if texts is None and hasattr(rows, "__len__") and not training_args.chat_template_path:
-            check_chats(rows, tokenizer, name)  # before a model is loaded, or writes rows
+            check_chats(rows, tokenizer, name, named_by)  # before a model is loaded, or writes rows
     retention: dict[str, Any] = texts or {
-        text: load_texts(path, tokenizer, config.retention_max_documents) for text, path in sources.items()
+        text: load_texts(path, tokenizer, config.retention_max_documents, field="retention")
+        for text, path in sources.items()
     }
     if default_device() == "cpu":
         say(f"no accelerator: training on the CPU in {'bfloat16' if training_args.bf16 else 'float32'}")
@@ -395,7 +400,7 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
     elif not name:
         raise ValueError("dataset_name: missing; give --dataset_name FILE or a Hub id")
     elif is_local_file(name):
-        dataset = {script_args.dataset_train_split: read_rows(name)}
+        dataset = {script_args.dataset_train_split: read_rows(name, "dataset_name")}
     else:
         options = {"configuration": script_args.dataset_config, "streaming": script_args.dataset_streaming}
         dataset = load_from_hub(name, "dataset_name", **options)
@@ -404,7 +409,8 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
         raise ValueError(f"dataset_train_split: {split!r} is not in {name!r}, which has {', '.join(dataset)}")
     check_columns(name, dataset[split], training_args.dataset_text_field)
     if config.eval_dataset_name:
-        held_out = read_rows(config.eval_dataset_name, split=script_args.dataset_test_split)
+        held_out = read_rows(config.eval_dataset_name, "eval_dataset_name", split=script_args.dataset_test_split)
+        check_columns(config.eval_dataset_name, held_out, training_args.dataset_text_field, "eval_dataset_name")
     elif evaluate and script_args.dataset_test_split not in dataset:
         raise ValueError(
             f"eval_strategy: {str(training_args.eval_strategy.value)!r}, but {name!r} has no split "

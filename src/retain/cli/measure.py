@@ -300,9 +300,11 @@ def trained_rows(
     found: dict[str, Iterable[list[int]]] = {}
     cut = partial(tokenizer, add_special_tokens=False, verbose=False)
     for source in config.train_dataset:
-        found[f"the training rows of {source!r}"] = (cut(text)["input_ids"] for text in row_texts(source, tokenizer))
+        found[f"the training rows of {source!r}"] = (
+            cut(text)["input_ids"] for text in row_texts(source, tokenizer, "train_dataset")
+        )
     if replay and Path(replay).exists():
-        found["the replay rows"] = map(document_tokens, load_texts(replay, tokenizer))
+        found["the replay rows"] = map(document_tokens, load_texts(replay, tokenizer, field="replay_dataset"))
     return found
 
 
@@ -310,10 +312,10 @@ def load_sources(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> d
     """What is put to every model, by the name of `measure`'s argument, each by the user's own names."""
     requests = partial(load_requests, max_prompts=config.max_prompts, seed=config.seed)
     readers: dict[str, Callable[[str], Any]] = {
-        "retention": lambda source: load_texts(source, tokenizer, config.max_documents),
+        "retention": lambda source: load_texts(source, tokenizer, config.max_documents, field="retention"),
         "choices": lambda source: load_questions(source, max_questions=config.max_questions, seed=config.seed),
         "refusals": requests,
-        "harmless": requests,
+        "harmless": partial(requests, field="harmless"),
     }
     sources: dict[str, Any] = {
         kind: {name: read(source) for name, source in named_sources(getattr(config, kind), kind).items()}
@@ -323,7 +325,7 @@ def load_sources(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> d
         name: load_behavior(name, source, max_prompts=config.max_prompts, seed=config.seed)
         for name, source in behavior_sources(config.behaviors).items()
     }
-    rows = read_rows(config.prompts) if config.prompts else ()
+    rows = read_rows(config.prompts, "prompts") if config.prompts else ()
     prompts = [as_prompt(row, tokenizer, f"row {at} of {config.prompts!r}") for at, row in enumerate(rows, start=1)]
     return {**sources, "prompts": prompts}
 
@@ -335,7 +337,9 @@ def load_new_task(
     own = tokenizer_of_tuned(model, tokenizer, trust_remote_code=config.trust_remote_code)
     reading = new_task_reading(config, training)
     named = named_sources(config.new_task, "new_task")
-    return {text: load_texts(source, own, config.max_documents, reading) for text, source in named.items()}
+    return {
+        text: load_texts(source, own, config.max_documents, reading, field="new_task") for text, source in named.items()
+    }
 
 
 def new_task_reading(config: TextSettings, training: Mapping[str, Any]) -> Reading:

@@ -159,7 +159,10 @@ def load_merge_texts(
     if not source:
         raise ValueError(f"replay_dataset: missing, and {config.model!r} names none; give --replay_dataset")
     new_task = load_new_task(config, config.model, run.get("training_arguments") or {}, tokenizer)
-    return {"new_task": new_task, "retention": {"replay": load_texts(source, tokenizer, config.max_documents)}}
+    return {
+        "new_task": new_task,
+        "retention": {"replay": load_texts(source, tokenizer, config.max_documents, field="replay_dataset")},
+    }
 
 
 def measured_choice(config: MergeConfig, reports: Mapping[float, ForgettingReport]) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def check_recipe(config: PlanConfig) -> None:
     if source.is_dir():
         load_self_generated(source)
     elif config.replay_dataset != "self":
-        read_rows(config.replay_dataset)
+        read_rows(config.replay_dataset, "replay_dataset")
 
 
 def prepare_rows(config: PlanConfig, folder: Path) -> tuple[str, str]:
@@ -200,10 +200,10 @@ def prepare_rows(config: PlanConfig, folder: Path) -> tuple[str, str]:
 
     The rows depend on the seed alone, so that the recommended run is measured on the pilots' own.
     """
-    rows = read_rows(config.dataset_name)
+    rows = read_rows(config.dataset_name, "dataset_name")
     training = config.dataset_name
     if config.eval_dataset_name:
-        held_out = read_rows(config.eval_dataset_name, split="test")
+        held_out = read_rows(config.eval_dataset_name, "eval_dataset_name", split="test")
     else:
         if len(rows) < 20:
             raise ValueError(f"dataset_name: {len(rows)} rows are too few to keep some apart; give --eval_dataset_name")

@@ -106,8 +106,8 @@ def run_sample(config: SampleConfig) -> None:
     device = state.device if state is not None else "cpu" if on_cpu else default_device()
     tokenizer = load_tokenizer(config.model, **config.checkpoint)
     start = choose_start_token(tokenizer, config.start_token)
-    rows = enumerate(read_rows(config.prompts), start=1) if config.prompts else ()
-    prompts = [prompt_text(row, tokenizer, f"row {at} of {config.prompts!r}") for at, row in rows]
+    rows = enumerate(read_rows(config.prompts, "prompts"), start=1) if config.prompts else ()
+    prompts = [prompt_text(row, tokenizer, f"prompts: row {at} of {config.prompts!r}") for at, row in rows]
     starts = plan_starts(config.start, tokenizer, start, chat_turn=config.chat_turn, prompts=prompts)
     model = load_model(config.model, device=device, **config.loading)
     if model.device.type == "cpu":

@@ -32,25 +32,29 @@ def chat_of(row: Mapping[str, Any]) -> list[Any] | None:
     return messages_of(row) or (row["prompt"] if isinstance(row.get("prompt"), list) else None)
 
 
-def rendered(content: Any, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    """Words as they are, turns through the chat template."""
+def rendered(
+    content: Any, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "data", **options: Any
+) -> str:
+    """Words as they are, turns through the chat template; `where` they are from, for errors."""
     if isinstance(content, str):
         return content
-    return str(apply_template(content, row, tokenizer, tokenize=False, **options))
+    return str(apply_template(content, row, tokenizer, where, tokenize=False, **options))
 
 
-def apply_template(turns: list[Any], row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+def apply_template(
+    turns: list[Any], row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "data", **options: Any
+) -> Any:
     """The chat template on turns, with what else of the row TRL hands to it."""
     if not (turns and all(isinstance(turn, dict) and "role" in turn for turn in turns)):
-        raise ValueError(f"data: messages {turns!r} are not turns; write [{{role: user, content: …}}, …]")
+        raise ValueError(f"{where}: messages {turns!r} are not turns; write [{{role: user, content: …}}, …]")
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("data: rows of messages need a chat template and this tokenizer has none; give text rows")
+        raise ValueError(f"{where}: rows of messages need a chat template and this tokenizer has none; give text rows")
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise ValueError(f"data: tools {tools!r:.80} are not JSON; write a list of them") from error
+            raise ValueError(f"{where}: tools {tools!r:.80} are not JSON; write a list of them") from error
     options |= row.get("chat_template_kwargs") or {}
     try:
         return tokenizer.apply_chat_template(turns, tools=tools, **options)
@@ -58,7 +62,7 @@ def apply_template(turns: list[Any], row: Mapping[str, Any], tokenizer: PreTrain
         roles = [str(turn["role"]) for turn in turns]
         shown = ", ".join(roles[:MAX_SHOWN_ROLES]) + ", …" * (len(roles) > MAX_SHOWN_ROLES)
         raise ValueError(
-            f"data: the chat template refuses a chat of {shown} ({first_line(error)}); give the turns that it takes"
+            f"{where}: the chat template refuses a chat of {shown} ({first_line(error)}); give the turns that it takes"
         ) from error
 
 

@@ -23,22 +23,26 @@ TEXT_COLUMNS = ("text", "prompt", "completion", "question")
 JSON_SPACE = re.compile(r"[ \t\r\n]*")  # which is less than Python's
 
 
-def read_file(path: Path) -> Dataset:
-    """Rows of a file; what a row of JSON holds does not depend on the others."""
+def read_file(path: Path, field: str) -> Dataset:
+    """Rows of a file; what a row of JSON holds does not depend on the others.
+
+    Args:
+        field: the setting that named the file.
+    """
     from datasets import Dataset
 
     suffix, name = path.suffix.lower(), repr(str(path))
     if suffix in TABLE_SUFFIXES:
-        table = read_table(path, "data", TEXT_COLUMNS)
+        table = read_table(path, field, TEXT_COLUMNS)
         if table.num_rows:
             return Dataset(table)
     elif suffix in SUFFIXES:
-        rows = [row for _, row in json_rows(path, "data")] if suffix in JSON_SUFFIXES else list(_read_text(path))
+        rows = [row for _, row in json_rows(path, field)] if suffix in JSON_SUFFIXES else list(_read_text(path, field))
         if any(rows):
-            return _as_dataset(rows, name)
+            return _as_dataset(rows, name, field)
     else:
-        raise ValueError(f"data: {name} has an unknown ending; use .jsonl, .json, .parquet, .csv or .txt")
-    raise ValueError(f"data: {name} is empty; give a file with at least one row")
+        raise ValueError(f"{field}: {name} has an unknown ending; use .jsonl, .json, .parquet, .csv or .txt")
+    raise ValueError(f"{field}: {name} is empty; give a file with at least one row")
 
 
 def json_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -82,13 +86,13 @@ def read_table(path: Path, field: str, text_columns: Collection[str]) -> Table:
     return table
 
 
-def _as_dataset(rows: list[dict[str, Any]], name: str) -> Dataset:
+def _as_dataset(rows: list[dict[str, Any]], name: str, field: str) -> Dataset:
     from datasets import Dataset, Json
 
     columns = dict.fromkeys(key for row in rows for key in row)  # `from_list` would keep the first row's only
     empty: dict[str, Any] = {"chat_template_kwargs": {}}  # which TRL takes for a mapping in every row
     values = {column: [row.get(column, empty.get(column)) for row in rows] for column in columns}
-    refusal = f"data: the rows of {name} do not share one schema"
+    refusal = f"{field}: the rows of {name} do not share one schema"
     try:  # without "use_json", the arguments of one row's tool call would be keys of nulls in every other
         found = Dataset.from_dict(values, on_mixed_types="use_json")
     except Exception as error:  # pyarrow raises many kinds
@@ -109,11 +113,11 @@ def _decoded(path: Path, field: str) -> str:
         raise ValueError(f"{field}: cannot read {str(path)!r}: {error.strerror}; check the path") from error
 
 
-def _read_text(path: Path) -> Iterator[dict[str, str]]:
+def _read_text(path: Path, field: str) -> Iterator[dict[str, str]]:
     """Paragraphs between blank lines."""
     lines: list[str] = []
     # Not splitlines: form feeds and U+2028 are part of the text.
-    for line in [*re.split(r"\r\n?|\n", _decoded(path, "data")), ""]:
+    for line in [*re.split(r"\r\n?|\n", _decoded(path, field)), ""]:
         if line.strip():
             lines.append(line)
         elif lines:

@@ -44,16 +44,18 @@ def is_local_file(source: str) -> bool:
     return Path(source).expanduser().is_file()
 
 
-def read_rows(source: str, split: str = "train", field: str = "data") -> Dataset:
+def read_rows(source: str, field: str, split: str = "train") -> Dataset:
     """Read rows from a JSONL, JSON, Parquet, CSV or text file, or from the Hub.
 
     In a text file, blank lines separate documents. JSONL and Parquet rows carry `text`, `messages`, or `prompt`
     and `completion`. A configuration of a data set on the Hub is named as `owner/name:configuration`.
 
     Args:
-        field: the setting that named a data set on the Hub, for errors.
+        field: the setting that named the source, for errors.
     """
-    return read_file(Path(source).expanduser()) if is_local_file(source) else load_from_hub(source, field, split=split)
+    if is_local_file(source):
+        return read_file(Path(source).expanduser(), field)
+    return load_from_hub(source, field, split=split)
 
 
 def load_from_hub(source: str, field: str, configuration: str | None = None, **options: Any) -> Any:
@@ -93,7 +95,7 @@ def read_sample(
         max_rows: draw this many of more rows, with `seed`; their order stays.
     """
     path, configuration, split = known.get(source, (source, None, split))
-    rows = read_rows(f"{path}:{configuration}" if configuration else path, split, field)
+    rows = read_rows(f"{path}:{configuration}" if configuration else path, field, split)
     places = np.arange(rows.num_rows)
     if max_rows is not None and max_rows < len(places):
         places = np.sort(np.random.default_rng(seed).choice(len(places), max_rows, replace=False))
@@ -134,16 +136,21 @@ class Text:
 
 
 def read_texts(
-    source: str, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, reading: Reading = OLD_TEXT
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None = None,
+    reading: Reading = OLD_TEXT,
+    *,
+    field: str,
 ) -> Iterator[Text]:
-    """The rows of a file or Hub dataset, at most `limit`; errors name the row."""
-    rows = read_rows(source)
+    """The rows of a file or Hub dataset, at most `limit`; errors name the setting `field` and the row."""
+    rows = read_rows(source, field)
     for at in range(rows.num_rows if limit is None else min(limit, rows.num_rows)):
-        yield read_text(rows[at], tokenizer, f"row {at + 1} of {source!r}", reading)
+        yield read_text(rows[at], tokenizer, f"{field}: row {at + 1} of {source!r}", reading)
 
 
 def read_text(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row", reading: Reading = OLD_TEXT
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "data: a row", reading: Reading = OLD_TEXT
 ) -> Text:
     """Read a row as `SFTTrainer` of TRL 1.16 does before training (`_prepare_dataset`)."""
     if reading.dataset_text_field in row:
@@ -156,47 +163,46 @@ def read_text(
         turns = marks_turns(tokenizer) and tokenizer.is_fast  # others do not say where a token's characters stand
     settings = {**template_of_turns(tokenizer, turns), **(row.get("chat_template_kwargs") or {})}
     row = {**row, "chat_template_kwargs": settings}
-    words = rendered(content, row, tokenizer)
+    words = rendered(content, row, tokenizer, where)
     if reading.as_trained and not chat and not (pair and "text" in row):  # of such rows TRL ends the unused text
         words = words.removesuffix(tokenizer.eos_token or "") + (tokenizer.eos_token or "")
     special = {"add_special_tokens": reading.as_trained and not chat, "verbose": False}
     ids: list[int] = tokenizer(words, **special)["input_ids"]
     predicted = [True] * len(ids)
     if completions:  # from where the prompt alone reads otherwise: not always its end
-        alone = rendered(given, row, tokenizer, **({"add_generation_prompt": True} if chat else {}))
+        alone = rendered(given, row, tokenizer, where, **({"add_generation_prompt": True} if chat else {}))
         both = zip(ids, tokenizer(alone, **special)["input_ids"], strict=False)
         length = sum(1 for _ in takewhile(lambda one: one[0] == one[1], both))
         predicted = [at >= length for at in range(len(ids))]
     if turns:
-        masked = apply_template(content, row, tokenizer, return_dict=True, return_assistant_tokens_mask=True)
+        masked = apply_template(content, row, tokenizer, where, return_dict=True, return_assistant_tokens_mask=True)
         predicted = [one and bool(other) for one, other in zip(predicted, masked["assistant_masks"], strict=True)]
     name = "assistant turns" if turns else "completions" if completions else "all"
     return Text(row, words, ids, predicted, name, reading.as_trained)
 
 
-def check_chats(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def check_chats(
+    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, name: str, field: str = "data"
+) -> None:
     """Refuse chats that the chat template does; warn of roles that neither it nor others name. Rows of words pass.
 
     One chat of each order of roles is rendered: templates refuse roles and their order, hardly words.
 
     Args:
-        name: whose rows these are, for the message.
+        name: whose rows these are, and `field`: the setting that named them, for the message.
     """
     orders: set[tuple[str, ...]] = set()
     odd: dict[str, str] = {}
     for at, row in enumerate(rows, start=1):
         if chat_of(row) is None:  # as all others, since columns are of one kind
             return
-        where = f"row {at} of the {name}"
+        where = f"{field}: row {at} of the {name}"
         turns = _content(row, where)[0]
         order = tuple(str(turn.get("role")) if isinstance(turn, dict) else "" for turn in turns)
         if order in orders:
             continue
         orders.add(order)
-        try:
-            rendered(turns, row, tokenizer)
-        except ValueError as error:
-            raise ValueError(f"{error}; see {where}") from error
+        rendered(turns, row, tokenizer, where)
         for role in order:
             if role not in USUAL_ROLES:
                 odd.setdefault(role, where)
@@ -204,16 +210,16 @@ def check_chats(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenize
     for role, where in odd.items():
         if role not in template:
             logger.warning(
-                "data: %s has the role %r, which the chat template does not name; rename it if it is one of %s",
+                "%s has the role %r, which the chat template does not name; rename it if it is one of %s",
                 where, role, ", ".join(USUAL_ROLES),
             )  # fmt: skip
 
 
-def row_texts(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The words of every row of a file or Hub dataset, with each answer of preferences; errors name the row."""
-    for at, row in enumerate(read_rows(source), start=1):
+def row_texts(source: str, tokenizer: PreTrainedTokenizerBase, field: str) -> Iterator[str]:
+    """The words of every row of a file or Hub dataset, with each answer of preferences; errors name `field`, row."""
+    for at, row in enumerate(read_rows(source, field), start=1):
         for answered in _answered(row):
-            yield row_text(answered, tokenizer, f"row {at} of {source!r}")
+            yield row_text(answered, tokenizer, f"{field}: row {at} of {source!r}")
 
 
 def _answered(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -226,12 +232,12 @@ def _answered(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield {**row, whole: answer}
 
 
-def row_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
+def row_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "data: a row") -> str:
     """The text of a row: `prompt` and `completion`, `messages` through the chat template, or `text`.
 
     A row that has several is read as TRL would train on it. Chats come with their `tools` and `chat_template_kwargs`.
     """
-    return rendered(_content(row, where)[0], row, tokenizer)
+    return rendered(_content(row, where)[0], row, tokenizer, where)
 
 
 def _content(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
@@ -247,14 +253,14 @@ def _content(row: Mapping[str, Any], where: str) -> tuple[Any, Any]:
         return row["text"], None
     if isinstance(prompt, str) and not {"completion", *PREFERENCES} & row.keys():
         return prompt, None
-    raise ValueError(f"data: {where} has {sorted(row)}; it needs text, messages, or prompt and completion, as words")
+    raise ValueError(f"{where} has {sorted(row)}; it needs text, messages, or prompt and completion, as words")
 
 
-def prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "a row") -> str:
+def prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "data: a row") -> str:
     """What a model is to continue: `text`, `prompt`, or `messages` up to the answer, with the answer's turn opened."""
     if (messages := chat_of(row)) is not None:
         answered = messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant"
-        return rendered(messages[:-1] if answered else messages, row, tokenizer, add_generation_prompt=True)
+        return rendered(messages[:-1] if answered else messages, row, tokenizer, where, add_generation_prompt=True)
     return row["prompt"] if isinstance(row.get("prompt"), str) else row_text(row, tokenizer, where)
 
 

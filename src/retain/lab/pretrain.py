@@ -241,8 +241,9 @@ def _synthetic(config: PretrainConfig, seed: int) -> Corpus:
 
 def _texts(config: PretrainConfig) -> Corpus:
     shares = shares_of(config.corpus)
-    trained_on = shares_of(config.tokenizer_corpus) if config.tokenizer_corpus else shares
-    split = {source: split_documents(source) for source in dict.fromkeys((*trained_on, *shares))}
+    trained_on = shares_of(config.tokenizer_corpus, "tokenizer_corpus") if config.tokenizer_corpus else shares
+    named = dict.fromkeys(trained_on, "tokenizer_corpus") | dict.fromkeys(shares, "corpus")
+    split = {source: split_documents(source, field) for source, field in named.items()}
     tokenizer = train_tokenizer([text for source in trained_on for text in split[source][0]], config.vocab_size or 1024)
     start, parts, held_out = choose_start_token(tokenizer), [], []
     for source, share in shares.items():
@@ -256,7 +257,7 @@ def _texts(config: PretrainConfig) -> Corpus:
     return Corpus(tokenizer, config.max_length, np.array(held_out), {"corpus": config.corpus}, parts=tuple(parts))
 
 
-def shares_of(corpus: str) -> dict[str, float]:
+def shares_of(corpus: str, field: str = "corpus") -> dict[str, float]:
     """Files or Hub datasets with their shares; one without a share has 1.
 
     >>> shares_of("wiki.jsonl=0.7,owner/code")
@@ -268,25 +269,28 @@ def shares_of(corpus: str) -> dict[str, float]:
         if not is_local_file(source) and "/" not in source and not Path(source).suffix:
             known = ", ".join(("synthetic", *TASKS))
             raise ValueError(
-                f"corpus: {source!r} is neither a file nor known; use a file, OWNER/NAME of the Hub, or one of {known}"
+                f"{field}: {source!r} is neither a file nor known; use a file, OWNER/NAME of the Hub, or one of {known}"
             )
         try:
             found[source] = float(share or 1)
         except ValueError:
             found[source] = 0.0
         if not 0 < found[source] < math.inf:
-            raise ValueError(f"corpus: {part.strip()!r} has no share above 0; write {source}=0.5")
+            raise ValueError(f"{field}: {part.strip()!r} has no share above 0; write {source}=0.5")
     return found
 
 
-def split_documents(source: str) -> tuple[list[str], list[str]]:
+def split_documents(source: str, field: str = "corpus") -> tuple[list[str], list[str]]:
     """Documents of a file or Hub dataset for training, and held-out ones: by their hash, so copies stay together."""
-    texts = [row_text(row, None) for row in read_rows(source)]
+    texts = [
+        row_text(row, None, f"{field}: row {at} of {source!r}")
+        for at, row in enumerate(read_rows(source, field), start=1)
+    ]
     hashes = [int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8], 16) for text in texts]
     training, held_out = (
         [text for text, number in zip(texts, hashes, strict=True) if (number % HELD_OUT_EVERY == 0) is kept]
         for kept in (False, True)
     )
     if not training or not held_out:
-        raise ValueError(f"corpus: {len(texts)} documents are too few to hold some out; give some dozens")
+        raise ValueError(f"{field}: {len(texts)} documents are too few to hold some out; give some dozens")
     return training, held_out

@@ -186,7 +186,7 @@ def behavior_prompts(
         try:
             texts = list(chat_texts(rows, options.tokenizer))
         except Exception as error:  # a template is the checkpoint's own program and may fail in any way
-            notes.append(f"{name} is not measured: {first_line(error)}")
+            notes.append(f"{name} is not measured: {first_line(error.__cause__ or error)}")
             continue
         found.append(BehaviorPrompts(name, list(rows), [Prompt(text, chat=True) for text in texts], own))
     return found, notes

@@ -67,7 +67,7 @@ def as_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: st
     for name, value in answers.items():
         if value is not None and (not isinstance(value, str) or not value.strip()):
             raise ValueError(f"prompts: {where} has {name} {value!r:.80}; give the answer's text, or leave it out")
-    return Prompt(prompt_text(row, tokenizer, where), chat_of(row) is not None, **answers)
+    return Prompt(prompt_text(row, tokenizer, f"prompts: {where}"), chat_of(row) is not None, **answers)
 
 
 def user_turn(text: str, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> Prompt:

@@ -42,19 +42,20 @@ class Judge(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_requests(source: str, *, max_prompts: int | None = None, seed: int = 0) -> list[str]:
+def load_requests(source: str, *, max_prompts: int | None = None, seed: int = 0, field: str = "refusals") -> list[str]:
     """What users ask, from a file (JSONL, JSON, CSV, Parquet, text) or a name in `REQUEST_SETS`, or a Hub dataset.
 
     Args:
         max_prompts: how many to draw with `seed`, in their own order; None for all.
+        field: the setting that named the source, for errors.
     """
     texts = []
-    for row, where in read_sample(source, REQUEST_SETS, "refusals", split="train", max_rows=max_prompts, seed=seed):
+    for row, where in read_sample(source, REQUEST_SETS, field, split="train", max_rows=max_prompts, seed=seed):
         column = next((name for name in COLUMNS if name in row), None)
         if column is None:
-            raise ValueError(f"refusals: {where} has no column of {', '.join(COLUMNS)}; it has {', '.join(row)}")
+            raise ValueError(f"{field}: {where} has no column of {', '.join(COLUMNS)}; it has {', '.join(row)}")
         if not isinstance(row[column], str) or not row[column].strip():
-            raise ValueError(f"refusals: {where} has {column} {row[column]!r:.80}; give a text")
+            raise ValueError(f"{field}: {where} has {column} {row[column]!r:.80}; give a text")
         texts.append(row[column])
     return texts
 

@@ -256,22 +256,33 @@ def load_replay_dataset(
     folder = pool_folder(source) or Path(source).expanduser()
     if folder.is_dir():
         return load_self_generated(folder)
-    documents = tokenize_documents(read_texts(source, tokenizer, None, WHOLE), tokenizer, start_id, max_length)
+    documents = tokenize_documents(
+        read_texts(source, tokenizer, None, WHOLE, field="replay_dataset"), tokenizer, start_id, max_length
+    )
     if not documents:
         raise ValueError(f"replay_dataset: {source!r} has no text; give rows with at least one token")
     return ReplayDataset.from_rows([window for document in documents for window in document.windows], source)
 
 
 def load_texts(
-    source: str, tokenizer: PreTrainedTokenizerBase, max_documents: int | None = None, reading: Reading = OLD_TEXT
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_documents: int | None = None,
+    reading: Reading = OLD_TEXT,
+    *,
+    field: str = "data",
 ) -> list[Text] | list[Document]:
-    """Texts of a file or Hub dataset, or the rows that `retain sample` wrote, in a folder or there, a document each."""
+    """Texts of a file or Hub dataset, or the rows that `retain sample` wrote, in a folder or there, a document each.
+
+    Args:
+        field: the setting that named the source, for errors.
+    """
     if (folder := pool_folder(source)) is not None:
         rows = load_self_generated(folder)
         count = len(rows) if max_documents is None else min(max_documents, len(rows))
         given = rows.prefix_lengths[:count].tolist()
         return token_documents([rows[index].tolist() for index in range(count)], tokenizer, given)
-    return list(read_texts(source, tokenizer, max_documents, reading))
+    return list(read_texts(source, tokenizer, max_documents, reading, field=field))
 
 
 def verify_replay(

@@ -88,7 +88,10 @@ def replay_trainer_class(host: type, config: AxolotlReplayConfig) -> type:
     class ReplayAxolotlTrainer(ReplayMixin, host):
         def __init__(self, **kwargs: Any) -> None:
             sources, cut = named_sources(config.retention, "retention"), config.retention_max_documents
-            texts = {name: load_texts(path, kwargs["processing_class"], cut) for name, path in sources.items()}
+            texts = {
+                name: load_texts(path, kwargs["processing_class"], cut, field="retention")
+                for name, path in sources.items()
+            }
             ours = {name: getattr(config, name) for name in ("replay_dataset", "start_token")}
             super().__init__(replay_config=config, retention_datasets=texts, **ours, **kwargs)
 

@@ -25,8 +25,8 @@ MAX_CHANCE_LENGTH = 16  # tokens below which two rows may be the same by chance
 NOT_TOKENS = ("type_ids", "position_ids")  # ends of the names of columns that hold integers, but no tokens
 
 
-def check_columns(name: str, rows: Any, text_field: str) -> None:
-    """Refuse rows that TRL would refuse later, or not at all."""
+def check_columns(name: str, rows: Any, text_field: str, field: str = "dataset_name") -> None:
+    """Refuse rows that TRL would refuse later, or not at all; `field` is the setting that named them."""
     from datasets import Value
 
     columns = rows.column_names
@@ -36,16 +36,16 @@ def check_columns(name: str, rows: Any, text_field: str) -> None:
     form = next((form for form in forms if set(form) <= set(columns)), None)
     if form is None:
         raise ValueError(
-            f"dataset_name: {name!r} has columns {', '.join(columns)}; it needs {text_field}, messages, or prompt and "
+            f"{field}: {name!r} has columns {', '.join(columns)}; it needs {text_field}, messages, or prompt and "
             "completion"
         )
     for column in form:
         kind = rows.features[column]
         may_be_text = column in (text_field, "prompt", "completion")
         if isinstance(kind, Value) and not (may_be_text and kind.dtype in ("string", "large_string")):
-            raise ValueError(f"dataset_name: {name!r} has {kind.dtype} in {column!r}; give text, or lists of messages")
+            raise ValueError(f"{field}: {name!r} has {kind.dtype} in {column!r}; give text, or lists of messages")
         if is_local_file(name or "") and rows.data.column(column).null_count:
-            raise ValueError(f"dataset_name: {name!r} has rows without {column!r}; give every row one")
+            raise ValueError(f"{field}: {name!r} has rows without {column!r}; give every row one")
 
 
 def check_new_rows(dataset: Any, model: Any, *, packed: bool) -> None:
