@@ -199,7 +199,9 @@ def text_of(rows: Sequence[Row]) -> str:
     """The bases, a line for each cell, the findings."""
     readings = readings_of(rows)
     numbers = {len(cell) for cell in cells(readings).values()}
-    if not numbers or len(numbers) > 1 or max(numbers) < 2 or len(values_of(readings, "pretrain_rate")) < 2:
+    if not numbers:
+        raise NoReport("no run is made yet")
+    if len(numbers) > 1 or max(numbers) < 2 or len(values_of(readings, "pretrain_rate")) < 2:
         raise NoReport("not every run is made yet")
     lines = [
         [f"{before:g}", f"{rate:g}", count or "none",

@@ -67,8 +67,8 @@ def test_a_base_of_nan_is_not_called_a_changed_one():
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"prompts": ["fox " * 99]}, "max_new_tokens: 48 after a prompt of "),
-        ({"refusals": {"r": ["fox " * 99]}}, "max_new_tokens: 48 after a prompt of "),
+        ({"prompts": ["fox " * 99], "max_new_tokens": 48}, "max_new_tokens: 48 after a prompt of "),
+        ({"refusals": {"r": ["fox " * 99]}, "max_new_tokens": 48}, "max_new_tokens: 48 after a prompt of "),
         ({"choices": {"q": [{"question": "x", "choices": ["fox " * 199, "b"], "answer": 0}]}}, "choices: choice 1 of "),
         (
             {"choices": {"q": [Question("x", ("a", "b"), 0)]}, "choice_chat_template": True},
