@@ -189,8 +189,11 @@ def test_the_last_whole_checkpoint_is_resumed(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state is not None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    args = SimpleNamespace(resume_from_checkpoint="true", output_dir=str(tmp_path))
+    (tmp_path / "checkpoint-best").mkdir()
+    args = SimpleNamespace(resume_from_checkpoint="true", output_dir=str(tmp_path), process_index=0)
     assert checkpoint_to_resume(args) == str(tmp_path / "checkpoint-10")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint-2", "checkpoint-10", "checkpoint-best"}, "what is half-written is not written over"
     args.resume_from_checkpoint = str(tmp_path / "checkpoint-12")
     with pytest.raises(ValueError, match="is not a whole checkpoint"):
         checkpoint_to_resume(args)
@@ -222,7 +225,9 @@ def test_what_to_do_after_a_stop_is_what_the_verb_then_takes(tmp_path, capsys, m
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.search(advice, line)
     resume = "true" if "--resume_from_checkpoint true" in line else None
-    found = checkpoint_to_resume(SimpleNamespace(resume_from_checkpoint=resume, output_dir=str(tmp_path)))
+    found = checkpoint_to_resume(
+        SimpleNamespace(resume_from_checkpoint=resume, output_dir=str(tmp_path), process_index=0)
+    )
     assert (found is not None) == line.endswith("to resume from the last checkpoint")
 
 
@@ -232,7 +237,7 @@ def test_a_model_is_not_written_over(tmp_path, file, resume):
     from retain.training.stopping import checkpoint_to_resume
 
     (tmp_path / file).touch()
-    args = SimpleNamespace(resume_from_checkpoint=resume, output_dir=str(tmp_path))
+    args = SimpleNamespace(resume_from_checkpoint=resume, output_dir=str(tmp_path), process_index=0)
     with pytest.raises(ValueError, match=rf"holds a model \({file}\), which would be lost; choose another folder"):
         checkpoint_to_resume(args)
     (tmp_path / "retain_config.json").touch()  # a run that was killed before its first checkpoint begins anew

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -59,13 +60,17 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    return [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[-1].isdigit()]
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
     """The last one written whole: `trainer_state.json` is the last file to be written."""
     whole = filter(_trainer_state, _checkpoints(folder))
-    return max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
+    return max(whole, key=_step_of, default=None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[-1])
 
 
 def how_to_resume(folder: Path) -> str:
@@ -80,7 +85,7 @@ def how_to_resume(folder: Path) -> str:
 def checkpoint_to_resume(training_args: Any) -> str | None:
     """The checkpoint that `--resume_from_checkpoint` means: a path, or for "true" the last one written whole.
 
-    A killed process may leave a checkpoint half-written.
+    A killed process may leave a checkpoint half-written, which then goes.
 
     Raises:
         ValueError: for a checkpoint that is not whole, and for a folder that holds what the run would write over:
@@ -102,6 +107,10 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
             raise ValueError(f"resume_from_checkpoint: {given!r} is not a whole checkpoint; give a checkpoint-N folder")
         return str(given)
     last = _last_checkpoint(folder)
+    if training_args.process_index == 0:
+        for path in _checkpoints(folder):  # written again, and peft would take half a model card into the new one
+            if last is None or _step_of(path) > _step_of(last):
+                shutil.rmtree(path)
     return None if last is None else str(last)
 
 
