@@ -202,13 +202,15 @@ def chats(*orders: str) -> list[dict[str, object]]:
     return [{"messages": [{"role": role, "content": "the fox"} for role in order.split()]} for order in orders]
 
 
-def test_a_chat_that_the_template_refuses_is_named_with_its_row():
+def test_a_chat_that_the_template_refuses_is_named_with_its_row(monkeypatch):
     """`retain finetune: who?` was all that it said, after the replay rows had been sampled."""
     strict = make_tokenizer(template=STRICT)
     check_chats(chats("user assistant", "user assistant user"), strict, "rows")
     with pytest.raises(ValueError, match=r"row 2 of the rows: .* refuses a chat of user, bot \(who\?\);"):
         check_chats(chats("user assistant", "user bot"), strict, "rows")
     check_chats([{"text": "as it is"}], strict, "rows")
+    monkeypatch.setattr("retain.data.rows.CHECKED_CHATS", 1)
+    check_chats(chats("user assistant", "user bot"), strict, "rows")  # of millions only the first are read
 
 
 def test_a_role_that_a_template_writes_but_does_not_name_is_warned_of(chat_tokenizer, caplog):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from retain.models.description import StartToken
 
 logger = logging.getLogger(__name__)
+CHECKED_CHATS = 10_000  # before training, in seconds
 PREFERENCES = ("chosen", "rejected")  # columns of rows for DPO and its like
 
 
@@ -186,14 +187,15 @@ def check_chats(
 ) -> None:
     """Refuse chats that the chat template does; warn of roles that neither it nor others name. Rows of words pass.
 
-    One chat of each order of roles is rendered: templates refuse roles and their order, hardly words.
+    One chat of each order of roles is rendered, of the first `CHECKED_CHATS`: templates refuse roles and their order,
+    hardly words. What comes later is met where rows become tokens.
 
     Args:
         name: whose rows these are, and `field`: the setting that named them, for the message.
     """
     orders: set[tuple[str, ...]] = set()
     odd: dict[str, str] = {}
-    for at, row in enumerate(rows, start=1):
+    for at, row in enumerate(itertools.islice(rows, CHECKED_CHATS), start=1):
         if chat_of(row) is None:  # as all others, since columns are of one kind
             return
         where = f"{field}: row {at} of the {name}"
