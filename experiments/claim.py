@@ -116,6 +116,12 @@ class Claim:
         return {1: "reproduced", 0: "cannot tell", -1: "not reproduced"}[self.agrees]
 
     @property
+    def alike(self) -> str:
+        """Of a claim that two things are as much: reproduced within the margin, not where the interval lies beyond."""
+        apart = self.interval.low > self.margin or self.interval.high < -self.margin
+        return "reproduced" if self.equivalent else "not reproduced" if apart else "cannot tell"
+
+    @property
     def later_seeds(self) -> str:
         """The corrected interval, and what the seeds added after the first look say alone; empty without two."""
         first, last = self.first_look or 0, len(self.differences) - 1

@@ -114,6 +114,10 @@ def r_squared(law: ForgettingLaw, num_resamples: int = 2000) -> Interval:
     return Interval(float(values[0]), float(low), float(high))
 
 
+def spread(values: Sequence[float]) -> str:
+    return f"{min(values):.3f} to {max(values):.3f}"
+
+
 def by_rank(rows: Rows, reading: str) -> float:
     """R² of the line with one slope and a level of its own for each number of parameters."""
     found = points(rows, reading)

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.claim import Claim, Interval
 from experiments.pages import findings, table
-from experiments.study_05_law.report import Rows, Study, curve, fitted, points, r_squared
+from experiments.study_05_law.report import READINGS, Rows, Study, curve, fitted, points, r_squared, spread
 
 HALFWAY = 100  # steps from which on the later ones are predicted
 QUARTER = math.log(1.25)
@@ -127,7 +127,7 @@ def text_of_methods(found: Mapping[str, Study], gone: Mapping[tuple[str, str], M
     """R² of both laws over LoRA on all layers and on attention, the top layer and IA3; and who leaves the line."""
     lines, order = [], []
     for name, study in found.items():
-        for reading in ("soft", "hard"):
+        for reading in READINGS:
             line, joint = (
                 r_squared(fitted(study.parts, reading, form, num_resamples=0)) for form in ("linear", "joint")
             )
@@ -135,8 +135,7 @@ def text_of_methods(found: Mapping[str, Study], gone: Mapping[tuple[str, str], M
             lines.append([name, reading, line, joint])
     every = len(order)
     answer = {every: "reproduced", -every: "not reproduced"}.get(sum(order), "cannot tell")
-    ends = [f"{min(one.value for one in column):.3f} to {max(one.value for one in column):.3f}"
-            for column in ([line[2] for line in lines], [line[3] for line in lines])]  # fmt: skip
+    ends = [spread([line[at].value for line in lines]) for at in (2, 3)]
     off = {
         kind: [of[kind].sign for of in gone.values() if kind in of]
         for of in gone.values() for kind in of if kind != "full" and "replay" not in kind
@@ -149,4 +148,4 @@ def text_of_methods(found: Mapping[str, Study], gone: Mapping[tuple[str, str], M
         LEAVE: (gone_all, ", ".join(f"{kind} in {number} of {len(off[kind])}" for kind, number in left.items())),
     }
     head = ("data", "L_f read", "R² of L_f(L_ft), all methods", "R² of L_f(P, N), all methods")
-    return f"{table([*head], [[*map(str, line)] for line in lines])}\n\n{findings(said)}"
+    return f"{table(head, lines)}\n\n{findings(said)}"

@@ -19,6 +19,7 @@ from experiments.study_05_law.report import (
     fitted,
     held_out,
     r_squared,
+    spread,
     studies,
     table_of_departures,
     table_of_fits,
@@ -51,10 +52,6 @@ def fits_well(values: Sequence[Interval]) -> str:
     if min(one.low for one in values) >= WELL:
         return "reproduced"
     return "not reproduced" if min(high for *_, high in values) < WELL else "cannot tell at this size"
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{min(values):.3f} to {max(values):.3f}"
 
 
 def verdict_of_held_out(found: dict[tuple[str, str], HeldOut | None]) -> str:

@@ -117,11 +117,10 @@ def steps_go_with_rate(readings: Sequence[Reading]) -> Finding:
     first, second = (of(plain, rate=rate) for rate in values_of(plain, "rate")[:2])
     work = [column(cell, "steps") * column(cell, "rate") for cell in (first, second)]
     claim = Claim(np.log(work[0] / work[1]), margin=QUARTER)
-    verdict = {"equivalent": "reproduced", "cannot tell": "cannot tell"}.get(claim.verdict, "not reproduced")
     products = " and ".join(over_seeds(one).text(".4f") for one in work)
     rates = f"{first[0].rate:g} and {second[0].rate:g}"
     numbers = f"steps times rate at {rates}: {products}, {ratio_over_seeds(work[0] / work[1]).text('.2f')} times"
-    return "At low rates steps go with the inverse of the rate", verdict, f"{numbers}; {len(first)} seeds"
+    return "At low rates steps go with the inverse of the rate", claim.alike, f"{numbers}; {len(first)} seeds"
 
 
 def each_doubling(readings: Sequence[Reading]) -> Finding:

@@ -124,12 +124,6 @@ def best_rate(ends: Ends, arm: str) -> float:
     return min(rates, key=lambda rate: float(column(ends, arm, rate).mean()))
 
 
-def alike(claim: Claim) -> str:
-    """Of a claim that two things are as much: whether they are, by its margin."""
-    apart = claim.interval.low > claim.margin or claim.interval.high < -claim.margin
-    return "reproduced" if claim.equivalent else "not reproduced" if apart else "cannot tell"
-
-
 def text_of(ends: Ends) -> str:
     """A line for each arm and rate, and the findings."""
     rate, lora = best_rate(ends, "float32"), best_rate(ends, "LoRA")
@@ -139,7 +133,7 @@ def text_of(ends: Ends) -> str:
 
     def said(claim: Claim, one: np.ndarray, other: np.ndarray, where: str) -> tuple[str, str]:
         numbers = f"{over_seeds(one)} and {over_seeds(other)} nats {where}, {claim.estimate.text('+.3f')}"
-        return alike(claim) if claim.margin else claim.verdict, f"{numbers}; {len(one)} seeds"
+        return claim.alike if claim.margin else claim.verdict, f"{numbers}; {len(one)} seeds"
 
     for one, (whole, nearest, random) in at_rate.items():
         place, where = f"at {one:g}", "on the new task"

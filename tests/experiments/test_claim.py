@@ -54,3 +54,8 @@ def test_intervals() -> None:
     assert over_seeds([1.0]) == (1.0, 1.0, 1.0)
     assert Interval(1.0, 0.5, 1.5).widened(Interval(9.0, 0.7, 2.0)) == (1.0, 0.5, 2.0)
     assert claim.share_text(0, 0) == "–"
+
+
+def test_as_much_is_within_the_margin_and_not_as_much_beyond_it() -> None:
+    said = {one: Claim([one, one + 0.004, one - 0.004], margin=0.05).alike for one in (0.01, 0.05, 0.2, -0.2)}
+    assert said == {0.01: "reproduced", 0.05: "cannot tell", 0.2: "not reproduced", -0.2: "not reproduced"}

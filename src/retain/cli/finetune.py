@@ -269,13 +269,8 @@ def make_sft_trainer(
     if config.measures and eval_dataset is None:
         report_training_loss(training_args, steps, say)
     tokenizer = load_tokenizer(given.model.model_name_or_path, **given.checkpoint)
-    held_out = "eval_dataset_name" if config.eval_dataset_name else "dataset_name"
-    for rows, name, named_by in (
-        (train_dataset, "training rows", "dataset_name"),
-        (eval_dataset, "held-out rows", held_out),
-    ):
-        if texts is None and hasattr(rows, "__len__") and not training_args.chat_template_path:
-            check_chats(rows, tokenizer, name, named_by)  # before a model is loaded, or writes rows
+    if texts is None and not training_args.chat_template_path:
+        check_new_chats(train_dataset, eval_dataset, tokenizer, config)
     retention: dict[str, Any] = texts or {
         text: load_texts(path, tokenizer, config.retention_max_documents, field="retention")
         for text, path in sources.items()
@@ -316,6 +311,15 @@ def make_sft_trainer(
     check_new_rows(trainer.train_dataset, trainer.model, packed=training_args.packing or training_args.padding_free)
     check_replay_every(config, expected_steps(training_args, trainer.train_dataset))  # packed
     return trainer
+
+
+def check_new_chats(train_dataset: Any, eval_dataset: Any, tokenizer: Any, config: FinetuneConfig) -> None:
+    """Refuse chats that the chat template does, before a model is loaded, or writes rows; streams are not read."""
+    held_out = "eval_dataset_name" if config.eval_dataset_name else "dataset_name"
+    of = ((train_dataset, "training rows", "dataset_name"), (eval_dataset, "held-out rows", held_out))
+    for rows, name, named_by in of:
+        if hasattr(rows, "__len__"):
+            check_chats(rows, tokenizer, name, named_by)
 
 
 def base_to_train(given: TrlArguments, tokenizer: Any) -> tuple[Any, Any]:
