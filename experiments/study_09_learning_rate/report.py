@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,12 @@ def each_doubling(readings: Sequence[Reading]) -> Finding:
         for mine in (of(high, seed=seed) for seed in values_of(high, "seed"))
     ]
     claim, numbers = Claim(slopes, direction=-1), values_of(high, "rows")
-    ends = " to ".join(str(over_seeds(column(of(high, rows=pick(numbers)), "forgetting"))) for pick in (min, max))
+    lost = [column(of(high, rows=rows), "forgetting") for rows in numbers]
+    steps = [over_seeds(after - before).text("+.3f") for before, after in pairwise(lost)]
+    ends = f"{over_seeds(lost[0])} to {over_seeds(lost[-1])}"
     words = f"{claim.estimate} nats a doubling, from {ends} with {min(numbers)} to {max(numbers)} rows beside 32"
+    if len(steps) > 1:
+        words += f", {steps[0]} for the first and {steps[-1]} for the last"
     return "At one high rate each doubling of replay lowers forgetting", claim.verdict, f"{words}; {len(slopes)} seeds"
 
 
@@ -141,36 +146,53 @@ def swept(readings: Sequence[Reading]) -> list[Reading]:
     return of(kept, rate=max(values_of(kept, "rate"), key=lambda rate: len(of(kept, rate=rate))))
 
 
-def factors(readings: Sequence[Reading], rate: float, cost: str) -> list[float] | None:
-    """For each seed: the cost of plain at a rate over the least of replay that forgets no more; None if a seed has
+def cheapest(readings: Sequence[Reading], rate: float, cost: str) -> list[tuple[Reading, Reading]] | None:
+    """For each seed: plain at a rate, and the run with replay of least cost that forgets no more; None if a seed has
     none."""
     found = []
     for plain in of(whole_bases(readings), rows=0, rate=rate):
         kept = [one for one in of(swept(readings), seed=plain.seed) if one.forgetting <= plain.forgetting]
         if not kept:
             return None
-        found.append(getattr(plain, cost) / min(getattr(one, cost) for one in kept))
+        found.append((plain, min(kept, key=lambda one: getattr(one, cost))))
     return found
 
 
-def replay_breaks_it(readings: Sequence[Reading]) -> Finding:
+def factors(readings: Sequence[Reading], rate: float, cost: str) -> list[float] | None:
+    """The cost of the first of each pair over that of the second."""
+    pairs = cheapest(readings, rate, cost)
+    return None if pairs is None else [getattr(plain, cost) / getattr(kept, cost) for plain, kept in pairs]
+
+
+def gentlest(readings: Sequence[Reading]) -> float:
+    """The plain rate that forgets least on average."""
     plain = of(whole_bases(readings), rows=0)
     lost = {rate: float(column(of(plain, rate=rate), "forgetting").mean()) for rate in values_of(plain, "rate")}
-    best = min(lost, key=lambda rate: lost[rate])
+    return min(lost, key=lambda rate: lost[rate])
+
+
+def against_every_rate(readings: Sequence[Reading], cost: str) -> str:
+    """The factor of a cost against plain at each rate, and how much replay the cheapest runs have."""
+    rates, rows, every = values_of(of(whole_bases(readings), rows=0), "rate"), set(), []
+    for rate in rates:
+        pairs = cheapest(readings, rate, cost)
+        rows |= {kept.rows for _, kept in pairs or []}
+        found = factors(readings, rate, cost)
+        said = "no such run in some seed" if found is None else ratio_over_seeds(found).text(".2f")
+        every.append(f"{said} against {rate:g}")
+    return f"with {' or '.join(map(str, sorted(rows)))} rows: {'; '.join(every)}"
+
+
+def replay_breaks_it(readings: Sequence[Reading]) -> Finding:
+    best = gentlest(readings)
     claim = "Replay at a high rate forgets as little as the gentlest plain rate, in fewer steps and less time"
     steps, seconds = (factors(readings, best, cost) for cost in ("steps", "seconds"))
     if steps is None or seconds is None:
         return claim, "not reproduced", f"a seed has no run with replay that forgets as little as plain at {best:g}"
     verdicts = [Claim(np.log(values)).verdict for values in (steps, seconds)]
     verdict = verdicts[0] if verdicts[0] == verdicts[1] else f"steps {verdicts[0]}, time {verdicts[1]}"
-    every = []
-    for rate in lost:
-        found = factors(readings, rate, "steps")
-        said = "no such run in some seed" if found is None else ratio_over_seeds(found).text(".2f")
-        every.append(f"{said} against {rate:g}")
-    time = ratio_over_seeds(seconds).text(".2f")
-    words = f"steps of plain over the fewest of replay that forgets no more: {'; '.join(every)}"
-    return claim, verdict, f"{words}; processor time {time} against {best:g}; {len(steps)} seeds"
+    words = f"steps of plain over the fewest of replay that forgets no more, {against_every_rate(readings, 'steps')}"
+    return claim, verdict, f"{words}; processor time, {against_every_rate(readings, 'seconds')}; {len(steps)} seeds"
 
 
 def high_pretraining(readings: Sequence[Reading], protected: bool) -> Finding:
@@ -183,8 +205,60 @@ def high_pretraining(readings: Sequence[Reading], protected: bool) -> Finding:
     claim = Claim(lost[0] - lost[1], direction=-1)
     ends = " against ".join(str(over_seeds(one)) for one in lost)
     words = f"{max(befores):g} against {min(befores):g}, bases of one loss: {ends} nats, {claim.estimate}"
-    name = f"A high pretraining rate reduces forgetting, {'with' if protected else 'without'} replay"
+    which = "with" if protected else "without"
+    name = f"At the same finetuning rates a high pretraining rate reduces forgetting, {which} replay"
     return name, claim.verdict, f"{words}; {len(claim.differences)} seeds"
+
+
+# What no rule asked for
+
+
+def at_equal_forgetting(readings: Sequence[Reading]) -> str:
+    """Steps of the gentlest plain runs over those of replay, read between its numbers of rows where it forgets as
+    much."""
+    found = []
+    for plain in of(whole_bases(readings), rows=0, rate=gentlest(readings)):
+        kept = sorted(of(swept(readings), seed=plain.seed), key=lambda one: one.forgetting)
+        if not kept[0].forgetting <= plain.forgetting <= kept[-1].forgetting:
+            return "no factor at equal forgetting in some seed"
+        there = np.interp(plain.forgetting, column(kept, "forgetting"), np.log(column(kept, "steps")))
+        found.append(plain.steps / math.exp(there))
+    return f"at equal forgetting, linear between numbers of rows, the factor is {ratio_over_seeds(found).text('.1f')}"
+
+
+def at_equal_steps(readings: Sequence[Reading], protected: bool) -> str:
+    """Forgetting of the highest and the lowest pretraining rate in the middle of the steps that both came to, linear in
+    the logarithm of the steps between finetuning rates."""
+    befores, which = values_of(readings, "pretrain_rate"), "with replay" if protected else "without replay"
+    found, places = [], []
+    for seed in values_of(readings, "seed"):
+        kept = [one for one in readings if one.seed == seed and bool(one.rows) == protected
+                and (one.rows, one.rate) in on_every_base(readings)]  # fmt: skip
+        pair = [sorted(of(kept, pretrain_rate=pick(befores)), key=lambda one: one.steps) for pick in (max, min)]
+        low, high = max(of[0].steps for of in pair), min(of[-1].steps for of in pair)
+        if low > high:
+            return f"{which} no number of steps is common to both"
+        places.append(math.sqrt(low * high))
+        found.append([np.interp(math.log(places[-1]), np.log(column(of, "steps")), column(of, "forgetting"))
+                      for of in pair])  # fmt: skip
+    high_rate, low_rate = np.array(found).T
+    ends = f"{over_seeds(high_rate)} and {over_seeds(low_rate)} nats, {over_seeds(high_rate - low_rate).text('+.3f')}"
+    return f"{which} they forget {ends}, at {np.mean(places):.0f} steps"
+
+
+def looks(readings: Sequence[Reading]) -> str:
+    high, low = (pick(values_of(readings, "pretrain_rate")) for pick in (max, min))
+    keys = on_every_base(readings)
+    ratios = [over_seeds(column(of(readings, pretrain_rate=high, rate=rate, rows=rows), "steps")
+                         / column(of(readings, pretrain_rate=low, rate=rate, rows=rows), "steps")).value
+              for rows, rate in keys]  # fmt: skip
+    times = f"{min(ratios):.1f} to {max(ratios):.1f} times the steps of those of {low:g}"
+    same = "; ".join(at_equal_steps(readings, protected) for protected in (False, True))
+    return (
+        f"Looked at after the runs, no part of the rule. At the same finetuning rate bases of {high:g} take {times}; "
+        f"after as many steps {same}. "
+        f"Replay against plain at {gentlest(readings):g}: {at_equal_forgetting(readings)}."
+    )
 
 
 # Page
@@ -211,7 +285,7 @@ def text_of(rows: Sequence[Row]) -> str:
     made = [slow_forgets_less, steps_go_with_rate, each_doubling, replay_breaks_it]
     found = [one(readings) for one in made] + [high_pretraining(readings, protected) for protected in (False, True)]
     said = findings({claim: (verdict, numbers) for claim, verdict, numbers in found})
-    return f"{table_of_bases(rows)}\n\n{table(HEAD, lines)}\n\n{said}"
+    return f"{table_of_bases(rows)}\n\n{table(HEAD, lines)}\n\n{said}\n\n{looks(readings)}"
 
 
 def table_of_bases(rows: Sequence[Row]) -> str:
@@ -230,30 +304,31 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     plain, kept = of(whole_bases(readings), rows=0), swept(readings)
     with panels(path, 2, (10.4, 4.2)) as (cost, before):
         curve(cost, plain, "rate", "plain, by learning rate", 0, lambda value: f"{value:g}", (5, 5))
-        curve(cost, kept, "rows", f"KL replay at {kept[0].rate:g}, by rows beside 32", 1, str, (-17, -2))
-        cost.set_xscale("log")
-        marks = [20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000]
-        cost.xaxis.set_major_locator(FixedLocator(marks))
-        cost.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        cost.xaxis.set_minor_formatter(NullFormatter())
+        curve(cost, kept, "rows", f"KL replay at {kept[0].rate:g}, by rows beside 32", 1, str, (7, -7))
         cost.set_ylim(bottom=0)
         cost.set_xlim(30, 3000)
         cost.legend(loc="upper right")
         dress(cost, f"Up to a new-task loss of {TARGET:g}", "steps", "forgetting on prose, nats per token")
-        befores = values_of(readings, "pretrain_rate")
         keys = on_every_base(readings)
-        for at, (count, rate) in enumerate(keys):
-            found = [over_seeds(column(of(readings, pretrain_rate=one, rate=rate, rows=count), "forgetting"))
-                     for one in befores]  # fmt: skip
-            name = f"{rate:g}, {f'{count} rows of replay' if count else 'plain'}"
-            places = np.arange(len(befores)) + 0.06 * (at - (len(keys) - 1) / 2)
-            errors = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
-            before.errorbar(places, [one.value for one in found], errors, color=PALETTE[at], marker=MARKS[at],
-                            linewidth=1.4, capsize=2, label=name)  # fmt: skip
-        before.set_xticks(range(len(befores)), [f"{one:g}" for one in befores])
+        for at, rate in enumerate(values_of(readings, "pretrain_rate")):
+            for protected, line in ((False, "-"), (True, "--")):
+                runs = [of(readings, pretrain_rate=rate, rate=one, rows=rows) for rows, one in keys
+                        if bool(rows) == protected]  # fmt: skip
+                x, y = ([float(column(cell, name).mean()) for cell in runs] for name in ("steps", "forgetting"))
+                label = f"{rate:g}{', with replay' if protected else ''}"
+                before.plot(x, y, line, color=PALETTE[at], marker=MARKS[at], linewidth=1.4, label=label)
+                every = [one for cell in runs for one in cell]
+                before.plot(column(every, "steps"), column(every, "forgetting"), color=PALETTE[at], marker=MARKS[at],
+                            markersize=2.5, alpha=0.5, linestyle="none")  # fmt: skip
         before.set_ylim(bottom=0)
-        before.legend(title="finetuning at", fontsize=8)
-        dress(before, "Bases of one loss", "pretraining rate", "forgetting on prose, nats per token")
+        before.set_xlim(30, 1000)
+        before.legend(title="pretrained at", fontsize=8)
+        dress(before, "Bases of one loss, each point a finetuning rate", "steps", "forgetting on prose, nats per token")
+        for axes in (cost, before):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(FixedLocator([50, 100, 200, 500, 1000, 2000]))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def curve(

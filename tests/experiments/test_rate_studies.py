@@ -58,18 +58,22 @@ def rate_rows(
     kept: float = 0.1,
     noise: float = 1.0,
     slow_steps: int = 3000,
+    slower: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Forgetting of slow and fast runs, times `high` at the high pretraining rate; `kept` with the most replay."""
+    """Forgetting of slow and fast runs, times `high` at the high pretraining rate, where they take `slower` times the
+    steps; `kept` with the most replay."""
     made = []
     for seed, wobble in enumerate(WOBBLE):
         for before, factor in ((3e-3, 1.0), (1e-2, high)):
             factor += noise * wobble
+            times = 1.0 if before == 3e-3 else slower
             for rate, steps, lost in ((1e-4, slow_steps, slow), (3e-4, 1000, slow), (3e-3, 50, fast)):
                 if before == 3e-3 or rate > 1e-4:
-                    made.append(rate_row(before, rate, 0, seed, steps + seed, lost * factor))
+                    made.append(rate_row(before, rate, 0, seed, times * (steps + seed), lost * factor))
             for rows in (1, 2) if before == 3e-3 else (2,):
-                made.append(rate_row(before, 3e-3, rows, seed, 200 + seed, kept * factor * 2 / rows, second=0.2))
-            made.append(rate_row(before, 3e-4, 2, seed, 1500, kept * factor))
+                steps = times * (200 + seed)
+                made.append(rate_row(before, 3e-3, rows, seed, steps, kept * factor * 2 / rows, second=0.2))
+            made.append(rate_row(before, 3e-4, 2, seed, times * 1500, kept * factor))
         for before in (3e-3, 1e-2):
             base = {"kind": "base", "pretrain_rate": before, "base_seed": seed}
             made.append({"settings": base, "held_out_loss": [4.0, 3.3 + wobble], "tokens_per_param": 9.0})
@@ -87,6 +91,21 @@ def test_claims_on_learning_rates_reproduced() -> None:
     assert factors[3] == pytest.approx(14.93 / 2, abs=0.01), "a step with replay takes twice the time"
     assert "reduces forgetting, without replay: **reproduced**" in text
     assert "reduces forgetting, with replay: **reproduced**" in text
+
+
+def test_pretraining_rates_are_read_at_equal_steps_too() -> None:
+    text = rate_report.text_of(rate_rows(high=0.5))
+    assert "bases of 0.01 take 1.0 to 1.0 times the steps of those of 0.003" in text
+    high, low = map(float, re.search(r"without replay they forget ([\d.]+) .*? and ([\d.]+) ", text).groups())
+    assert high == pytest.approx(low / 2, abs=0.01)
+    text = rate_report.text_of(rate_rows(high=1.0, slower=2.0))
+    assert "bases of 0.01 take 2.0 to 2.0 times the steps" in text
+    text = rate_report.text_of(rate_rows(slower=100.0))
+    assert text.count("no number of steps is common to both") == 2
+    assert "at equal forgetting, linear between numbers of rows, the factor is" in rate_report.text_of(
+        rate_rows(kept=0.15)
+    )
+    assert "no factor at equal forgetting in some seed" in rate_report.text_of(rate_rows(kept=0.01))
 
 
 def test_claims_on_learning_rates_refuted() -> None:
