@@ -132,6 +132,11 @@ class Claim:
         return f"corrected for two looks [{low:.3f}, {high:.3f}]; {added}"
 
 
+def of_our_own(verdict: str) -> str:
+    """The words for a claim that no paper makes, which nothing can reproduce."""
+    return {"reproduced": "yes", "not reproduced": "no"}.get(verdict, verdict)
+
+
 def share_text(count: int, total: int) -> str:
     """A share with Wilson's 95% interval, in words; a dash of nothing."""
     if not total:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claim import Claim, Interval, over_seeds
-from experiments.pages import NoReport, dress, findings, goal_line, panels, table
+from experiments.claim import Claim, Interval, of_our_own, over_seeds
+from experiments.pages import NoReport, dress, findings, panels, table
 from experiments.study_07_capacity.settings import MARGIN, Scale
+from retain.report.style import INK, MARKS, PALETTE
 
 Row = Mapping[str, Any]
 Finding = tuple[str, str]  # verdict and numbers
@@ -76,11 +77,22 @@ class Runs:
         coefs = sorted(arm.coef for arm in self.scale.arms if arm.rows == "self")
         return [[self.tunes[start, steps, "self", coef][seed] for seed in self.seeds] for coef in coefs]
 
+    @property
+    def guarded(self) -> list[float]:
+        """Coefficients of runs on self-generated rows that are protected, from 1 on."""
+        return sorted(arm.coef for arm in self.scale.arms if arm.rows == "self" and arm.coef >= 1)
+
     def least(self, start: str, steps: int, target: float) -> list[float] | None:
         """What each seed forgets at a new-task loss with its best coefficient; None where a seed did not learn it."""
         by_seed = zip(*self.by_coef(start, steps), strict=True)
         found = [least_at([(row["new"], lost(row)) for row in of], target) for of in by_seed]
         return None if None in found else found  # type: ignore[return-value]
+
+    def bounds(self, start: str, steps: int, target: float) -> int:
+        """Of how many seeds that is the largest coefficient's, which learned more than was asked: an upper bound."""
+        least, largest = self.least(start, steps, target), self.by_coef(start, steps)[-1]
+        pairs = zip(least or [], largest, strict=False)
+        return sum(value == lost(row) and row["new"] < target for value, row in pairs)
 
     def lost(self, start: str, steps: int, rows: str, coef: float) -> list[float]:
         """The rise of the old loss in one arm, seed by seed."""
@@ -99,8 +111,20 @@ class Runs:
         """What the longest small base is called: saturated, or by its tokens where it is not."""
         return SATURATED if self.fall(0.0).value <= MAX_SLOPE else f"{self.scale.lengths[-1]:,} tokens"
 
-    def above_mixtures(self, start: str, steps: int) -> list[float] | None:
-        """Old loss above the mixtures' at the same new-task loss: each seed's mean over coefficients from 1 on.
+    def known(self, start: str, steps: int) -> np.ndarray:
+        """By how much a start's old loss lies below a uniform guess, seed by seed."""
+        return np.array([self.scale.ignorance - row["base_old"] for row in self.by_coef(start, steps)[0]])
+
+    def where_real_rows_end(self, steps: int) -> list[float] | None:
+        """By how much more the longest base forgets on its own rows, at the new-task loss of the run on real ones."""
+        found = []
+        for seed, real in self.tunes[SATURATED, steps, "real", GUARDED].items():
+            points = [(of[seed]["new"], lost(of[seed])) for of in self.by_coef(SATURATED, steps)]
+            found.append((least_at(points, real["new"]), lost(real)))
+        return None if any(own is None for own, _ in found) else [own - real for own, real in found]  # type: ignore[operator]
+
+    def above_mixtures(self, start: str, steps: int, coefs: Sequence[float]) -> list[float] | None:
+        """Old loss above the mixtures' at the same new-task loss: each seed's mean over coefficients.
 
         None where a seed has no finetune within the mixtures' range.
         """
@@ -108,7 +132,7 @@ class Runs:
         for seed in self.seeds:
             mixtures = [self.bases[length, share, seed] for share in self.scale.shares]
             new, old = zip(*sorted((base["new"], base["old"]) for base in mixtures), strict=True)
-            ends = [of[seed] for of in self.by_coef(start, steps) if of[seed]["settings"]["coef"] >= 1]
+            ends = [of[seed] for of in self.by_coef(start, steps) if of[seed]["settings"]["coef"] in coefs]
             inside = [row for row in ends if new[0] <= row["new"] <= new[-1]]
             found.append([row["old"] - float(np.interp(row["new"], new, old)) for row in inside])
         return [float(np.mean(distances)) for distances in found] if all(found) else None
@@ -135,6 +159,9 @@ def floor(runs: Runs, target: float) -> Finding:
     slope = over_seeds([float(one) for one in slopes])
     at = f"at a new-task loss of {target:g} after {steps[-1]:,} steps"
     words = f"{left} nats {at}, {slope.text('+.3f')} for a tenfold of steps"
+    if len(steps) > 2:
+        fall = np.subtract(learned[steps[-1]], learned[steps[-2]]) / math.log10(steps[-1] / steps[-2])
+        words += f", {over_seeds(fall).text('+.3f')} from {steps[-2]:,} on"
     if left.high < MARGIN:
         return "no: next to nothing is left", words
     if left.low <= MARGIN:
@@ -175,7 +202,7 @@ def found(runs: Runs) -> dict[str, Finding]:
         label = f"{longest.capitalize()} forgets, whatever the coefficient and however long"
         answers[label] = floor(runs, runs.scale.targets[0])
         label = f"Mixtures of both languages bound what {longest} comes to"
-        if distances := runs.above_mixtures(SATURATED, most):
+        if distances := runs.above_mixtures(SATURATED, most, runs.guarded):
             above = Claim(distances, 1, MARGIN)
             answers[label] = above.verdict, f"{above.interval.text('+.3f')} nats above them after {most:,} steps"
         own, real = (runs.lost(SATURATED, most, rows, GUARDED) for rows in ("self", "real"))
@@ -194,9 +221,41 @@ def found(runs: Runs) -> dict[str, Finding]:
         (LARGER, "A model of four times the parameters and the same loss forgets less"),
     ):
         if shorter in runs.steps(start) and shorter in runs.steps(SATURATED):
-            answers[label] = forgets_less(runs, start, SATURATED, shorter)
+            verdict, words = forgets_less(runs, start, SATURATED, shorter)
+            answers[label] = of_our_own(verdict) if start == WIDENED else verdict, words
     seeds = f"; {len(runs.seeds)} seeds, 6,400 parameters"
     return {label: (verdict, words + seeds) for label, (verdict, words) in answers.items()}
+
+
+def looks(runs: Runs) -> str:
+    """What no rule asked for, and a reader should know."""
+    most, target = dict(runs.scale.starts)[SATURATED].steps[-1], runs.scale.targets[0]
+    if most not in runs.steps(SATURATED) or most not in runs.steps(SHORT):
+        return ""
+    said = ["Looked at after the runs, no part of the rule."]
+    long, short = (runs.least(start, most, target) for start in (SATURATED, SHORT))
+    if long and short:
+        known = [runs.known(start, most) for start in (SHORT, SATURATED)]
+        shares = [100 * np.array(lost) / of for lost, of in zip((short, long), known, strict=True)]
+        apart = over_seeds(shares[0] - shares[1]).text("+.1f")
+        ends = " against ".join(f"{over_seeds(one).text('.1f')}%" for one in shares)
+        said.append(
+            f"Of what was known, a uniform guess's loss less the base's, the base of 20 tokens per parameter forgets "
+            f"{ends} at {target:g}, {apart} points."
+        )
+    if own := runs.where_real_rows_end(most):
+        said.append(
+            f"At the new-task loss to which coefficient {GUARDED:g} comes on real rows, {runs.longest} per parameter, "
+            f"self-generated ones forget {over_seeds(own).text('+.3f')} nats more, linear between coefficients."
+        )
+    far = [over_seeds([row["old"] for row in runs.by_coef(start, most)[0]]).text(".2f") for start in (SATURATED, SHORT)]
+    said.append(
+        f"Plain runs end at an old loss of {far[0]} and {far[1]} nats, a uniform guess at {runs.scale.ignorance:.2f}."
+    )
+    above = [f"{over_seeds(of).text('+.3f')} at {coef:g}" for coef in runs.guarded
+             if (of := runs.above_mixtures(SATURATED, most, [coef]))]  # fmt: skip
+    said.append(f"By coefficient finetunes lie above the mixtures by {', '.join(above)}.")
+    return " ".join(said)
 
 
 def rows_of_start(runs: Runs, start: str) -> list[tuple[object, ...]]:
@@ -204,9 +263,11 @@ def rows_of_start(runs: Runs, start: str) -> list[tuple[object, ...]]:
     lines: list[tuple[object, ...]] = []
     for steps in runs.steps(start):
         (plain, *_) = runs.by_coef(start, steps)
-        known = runs.scale.ignorance - float(np.mean([row["base_old"] for row in plain]))
+        known = float(runs.known(start, steps).mean())
         least = [runs.least(start, steps, target) for target in runs.scale.targets]
-        cells = ["not learned" if one is None else str(over_seeds(one)) for one in least]
+        bounds = [runs.bounds(start, steps, target) for target in runs.scale.targets]
+        cells = ["not learned" if one is None else f"{'≤ ' if bound else ''}{over_seeds(one)}"
+                 for one, bound in zip(least, bounds, strict=True)]  # fmt: skip
         share = "–" if least[0] is None else f"{over_seeds(least[0]).value / known:.1%}"
         name = runs.longest if start == SATURATED else start
         lines.append((name, f"{steps:,}", *cells, share, over_seeds([lost(row) for row in plain])))
@@ -230,7 +291,7 @@ def text_of(rows: Sequence[Row], scale: Scale) -> str:
         table(("new rows", "falls for a tenfold of tokens", f"at most {MAX_SLOPE:g}"), slopes),
         table(("start", "steps", *at, "share of what was known", "plain, at its end"), lines),
     ]
-    return "\n\n".join([*parts, findings(found(runs))])
+    return "\n\n".join(part for part in [*parts, findings(found(runs)), looks(runs)] if part)
 
 
 def draw(rows: Sequence[Row], scale: Scale, path: Path) -> None:
@@ -240,23 +301,27 @@ def draw(rows: Sequence[Row], scale: Scale, path: Path) -> None:
     def middle(every: Sequence[Sequence[Row]]) -> list[list[float]]:
         return [[float(np.mean([row[kind] for row in of])) for of in every] for kind in ("new", "old")]
 
-    with panels(path, 2, (9.6, 3.8)) as (trade, over_steps):
-        for steps in runs.steps(SATURATED):
+    with panels(path, 2, (10.4, 4.0)) as (trade, over_steps):
+        for at, steps in enumerate(runs.steps(SATURATED)):
             protected = [of for of in runs.by_coef(SATURATED, steps) if of[0]["settings"]["coef"] >= 1]
-            trade.plot(*middle(protected), marker="o", label=f"{steps:,} steps")
+            trade.plot(*middle(protected), color=PALETTE[at], marker=MARKS[at], label=f"{steps:,} steps")
         mixed = [[runs.bases[scale.lengths[-1], share, seed] for seed in runs.seeds] for share in scale.shares if share]
-        trade.plot(*middle(mixed), "k--", label="mixtures")
+        trade.plot(*middle(mixed), color=INK, linestyle="--", label="mixtures")
         name = f"{scale.lengths[-1]:,} tokens per parameter, by coefficient"
-        dress(trade, name, "loss, new language", "loss, old language")
+        dress(trade, name, "loss, new language, nats per token", "loss, old language, nats per token")
         trade.legend()
-        for start, _ in scale.starts:
+        for at, (start, _) in enumerate(scale.starts):
             least = {steps: runs.least(start, steps, scale.targets[0]) for steps in runs.steps(start)}
             bars = {steps: over_seeds(values) for steps, values in least.items() if values is not None}
             if not bars:  # none of its runs learned so much
                 continue
             errors = [[one.value - max(one.low, LEAST_SHOWN), one.high - one.value] for one in bars.values()]
-            over_steps.errorbar(list(bars), [one.value for one in bars.values()], np.array(errors).T, marker="o",
-                                capsize=2, label=runs.longest if start == SATURATED else start)  # fmt: skip
+            name, look = runs.longest if start == SATURATED else start, {"color": PALETTE[at], "marker": MARKS[at]}
+            over_steps.errorbar(list(bars), [one.value for one in bars.values()], np.array(errors).T, capsize=2,
+                                label=name, **look)  # fmt: skip
+            ends = [steps for steps in bars if runs.bounds(start, steps, scale.targets[0])]
+            over_steps.plot(ends, [bars[steps].value for steps in ends], linestyle="none", markersize=8,
+                            markerfacecolor="none", **look)  # fmt: skip
         over_steps.set_xscale("log")
         over_steps.set_yscale("log")
         over_steps.set_ylim(bottom=LEAST_SHOWN)
@@ -264,7 +329,8 @@ def draw(rows: Sequence[Row], scale: Scale, path: Path) -> None:
         over_steps.set_xticks(ticks, [f"{steps:,}" for steps in ticks])
         over_steps.set_yticks([1, 0.1, 0.01, LEAST_SHOWN], ["1", "0.1", "0.01", f"{LEAST_SHOWN:g}"])
         over_steps.minorticks_off()
-        goal_line(over_steps, y=MARGIN, words=f"{MARGIN:g}")
+        over_steps.axhline(MARGIN, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1, label="what matters")
         dress(over_steps, f"Best coefficient, new-task loss {scale.targets[0]:g}", "steps", "forgotten, nats per token")
         if over_steps.get_legend_handles_labels()[1]:
-            over_steps.legend()
+            over_steps.legend(title="ringed: an upper bound", fontsize=8, ncols=2, loc="upper right")
+            over_steps.set_ylim(top=8)

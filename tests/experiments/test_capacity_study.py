@@ -119,12 +119,35 @@ def test_findings_go_with_the_rows() -> None:
         "reproduced",
         "not reproduced",
         "not reproduced",
-        *["reproduced"] * 2,
+        "yes",
+        "reproduced",
     ]
     more = verdicts(dict(zip(names, (kept, gone, gone, gone), strict=True)), mixture=1.6)
     assert more[1] == "not reproduced", "finetunes lie below the mixtures"
-    assert more[3:] == ["not reproduced", "reproduced", "not reproduced", *["not reproduced"] * 2]
+    assert more[3:] == ["not reproduced", "reproduced", "not reproduced", "no", "not reproduced"]
     assert verdicts({"saturated": {100: 0.3}}) == [], "without the longest runs nothing is said"
+
+
+def test_what_rests_on_the_largest_coefficient_is_an_upper_bound() -> None:
+    rows = made_up({"saturated": {100: 0.3, 1000: 0.3}, "20 tokens": {100: 0.1, 1000: 0.1}})
+    assert "| saturated | 1,000 | 0.300 [" in report.text_of(rows, FAST)
+    for row in rows:
+        if row["settings"].get("start") == "20 tokens" and row["settings"]["coef"] > 0:
+            row["new"] -= 0.2
+    text = report.text_of(rows, FAST)
+    assert "| saturated | 1,000 | 0.300 [" in text
+    assert "| 20 tokens | 1,000 | ≤ 0.100 [" in text
+
+
+def test_real_rows_are_read_at_their_new_task_loss_too() -> None:
+    """As much forgotten after as many steps, but more learned: at one loss self-generated rows forget more."""
+    rows = made_up({"saturated": {100: 0.3, 1000: 0.3}, "20 tokens": {100: 0.1, 1000: 0.1}})
+    for row in rows:
+        if row["settings"].get("start") == "saturated" and row["settings"]["rows"] == "real":
+            row["new"] -= 0.075  # half the way to the plain run, which forgets 0.5 more
+    text = report.text_of(rows, FAST)
+    assert "more than real ones: **equivalent** (" in text
+    assert "self-generated ones forget +0.250 [" in text
 
 
 def test_no_verdict_from_one_seed() -> None:
