@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from experiments.claim import Claim, over_seeds
+from experiments.claim import Claim, of_our_own, over_seeds
 from experiments.finetunes import BenchSettings, Run, StudyResults, compact, make_trainer, scratch, small_bench
 from experiments.pages import NoReport, dress, findings, panels, table
 from experiments.program import LAPTOP, Report, conduct
@@ -124,6 +124,10 @@ def best_rate(ends: Ends, arm: str) -> float:
     return min(rates, key=lambda rate: float(column(ends, arm, rate).mean()))
 
 
+def ends_of_grid(rates: Sequence[float]) -> tuple[float, float]:
+    return min(rates), max(rates)
+
+
 def text_of(ends: Ends) -> str:
     """A line for each arm and rate, and the findings."""
     rate, lora = best_rate(ends, "float32"), best_rate(ends, "LoRA")
@@ -131,25 +135,29 @@ def text_of(ends: Ends) -> str:
     adapter = column(ends, "LoRA", lora)
     lost = [column(ends, arm, REPLAY_RATE, True, 1) for arm in ("stochastically", "float32")]
 
-    def said(claim: Claim, one: np.ndarray, other: np.ndarray, where: str) -> tuple[str, str]:
+    def said(claim: Claim, one: np.ndarray, other: np.ndarray, where: str, paper: bool) -> tuple[str, str]:
+        verdict = claim.alike if claim.margin else claim.verdict
         numbers = f"{over_seeds(one)} and {over_seeds(other)} nats {where}, {claim.estimate.text('+.3f')}"
-        return claim.alike if claim.margin else claim.verdict, f"{numbers}; {len(one)} seeds"
+        return verdict if paper else of_our_own(verdict), f"{numbers}; {len(one)} seeds"
 
     for one, (whole, nearest, random) in at_rate.items():
         place, where = f"at {one:g}", "on the new task"
         found |= {
             f"Weights in bfloat16, rounded to the nearest, learn less than in float32 {place}": said(
-                Claim(nearest - whole), nearest, whole, where),
+                Claim(nearest - whole), nearest, whole, where, paper=False),
             f"Weights in bfloat16, rounded stochastically, learn as much as in float32 {place}": said(
-                Claim(random - whole, margin=LEARNED), random, whole, where),
+                Claim(random - whole, margin=LEARNED), random, whole, where, paper=True),
         }  # fmt: skip
     random = at_rate[rate][2]
     found |= {
         "With replay, weights rounded stochastically forget as much as in float32": said(
-            Claim(lost[0] - lost[1], margin=KEPT), *lost, f"on prose at {REPLAY_RATE:g}"),
+            Claim(lost[0] - lost[1], margin=KEPT), *lost, f"on prose at {REPLAY_RATE:g}", paper=False),
         "LoRA learns less than weights rounded stochastically": said(
-            Claim(adapter - random), adapter, random, f"on the new task at {lora:g} and {rate:g}"),
+            Claim(adapter - random), adapter, random, f"on the new task at {lora:g} and {rate:g}", paper=True),
     }  # fmt: skip
+    if lora in ends_of_grid(LORA_RATES) and rate in ends_of_grid(RATES):
+        name, (verdict, numbers) = found.popitem()
+        found[name] = f"{verdict}, each at an end of its rates", numbers
     lines = [
         [arm, f"{rate:g}", "1 row" if replay else "none",
          *(over_seeds(column(ends, arm, rate, replay, at)) for at in (0, 1))]
@@ -159,18 +167,36 @@ def text_of(ends: Ends) -> str:
     return f"{table(head, lines)}\n\n{findings(found)}"
 
 
+LABELS = {
+    "float32": "float32",
+    "to the nearest": "bfloat16, to the nearest",
+    "stochastically": "bfloat16, stochastically",
+    "LoRA": "LoRA on bfloat16",
+}
+
+
 def draw(ends: Ends, path: Path) -> None:
-    """Forgetting over the new-task loss at the end, every run; lines join the rates of an arm."""
-    with panels(path, 1, (6.0, 3.9)) as (axes,):
+    """Forgetting over the new-task loss at the end: means with single seeds as small marks; lines join the rates."""
+    with panels(path, 1, (6.6, 4.0)) as (axes,):
         for at, arm in enumerate((*ARMS, "LoRA")):
             rates = sorted(rate for name, rate, replay in ends if name == arm and not replay)
             means = [[float(column(ends, arm, rate, at=of).mean()) for rate in rates] for of in (0, 1)]
-            axes.plot(*means, color=PALETTE[at], marker=MARKS[at], linewidth=1.2, label=arm)
+            look = {"color": PALETTE[at], "marker": MARKS[at]}
+            axes.plot(*means, **look, linewidth=1.2, label=LABELS[arm])
+            for rate in rates:
+                axes.plot(*(column(ends, arm, rate, at=of) for of in (0, 1)), **look, markersize=2.5, alpha=0.5,
+                          linestyle="none")  # fmt: skip
+            if arm in ("to the nearest", "LoRA"):
+                for rate, x, y in zip(rates, *means, strict=True):
+                    axes.annotate(f"{rate:g}", (x, y), (-6, 6), textcoords="offset points", fontsize=8, ha="right",
+                                  color=PALETTE[at])  # fmt: skip
             if arm in ARMS:
-                axes.plot(*(column(ends, arm, REPLAY_RATE, True, of).mean() for of in (0, 1)), color=PALETTE[at],
-                          marker=MARKS[at], markerfacecolor="none", markersize=9, linestyle="none")  # fmt: skip
+                axes.plot(*(column(ends, arm, REPLAY_RATE, True, of).mean() for of in (0, 1)), **look,
+                          markerfacecolor="none", markersize=9, linestyle="none")  # fmt: skip
+        axes.margins(x=0.09)
         axes.invert_xaxis()
-        axes.legend(title="weights (open: with replay)", fontsize=8.5)
+        axes.legend(title=f"weights, by rate (open: replay at {REPLAY_RATE:g})", fontsize=8.5, loc="upper right")
+        axes.set_ylim(top=4.3)
         dress(axes, "One row a step, 1,200 steps", "new-task loss, nats per token (learning →)",
               "forgetting on prose, nats per token")  # fmt: skip
 

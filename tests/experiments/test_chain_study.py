@@ -35,7 +35,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_protection_that_keeps(tmp_path: Path) -> None:
     found, text = verdicts(tmp_path, losses(3.0, 2.0, 4.5), losses(2.2, 2.0, 4.1))
-    assert found == ["reproduced"] * 4
+    assert found == ["yes"] * 4
     assert "-0.800 [-0.800, -0.800] nats per token" in text
     assert "+0.400 [+0.400, +0.400] share, from 0.500 [0.500, 0.500] to 0.900" in text
     assert (tmp_path / "figure.png").stat().st_size > 2_000
@@ -45,7 +45,7 @@ def test_protection_that_only_learns_less(tmp_path: Path) -> None:
     """It forgets nothing of German, and ends where a reader would be worse off."""
     learned_little = losses(2.0, 3.9, 4.0) | {"german": [4.0, 3.5, 3.5, 3.5]}
     found, _ = verdicts(tmp_path, losses(3.0, 2.0, 4.0), learned_little)
-    assert found == ["not reproduced", "not reproduced", "reproduced", "equivalent"]
+    assert found == ["no", "no", "yes", "equivalent"]
 
 
 def test_no_report_of_one_seed(tmp_path: Path) -> None:
