@@ -43,6 +43,7 @@ def test_verdicts_follow_the_rule(how: dict[str, float], verdicts: list[str], fo
     write_json(folder / "law.json", study.law_of(study.rows_of(study.FIRST)))
     text, draw = study.report("laptop")
     assert [line.split("**")[1] for line in text.splitlines() if line.startswith("- ")] == verdicts
+    assert " in logs, 48 runs; over 3 tasks " in text
     draw(folder / "figure.png")
     assert (folder / "figure.png").exists()
 
