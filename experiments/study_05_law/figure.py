@@ -28,7 +28,7 @@ def draw(rows: Rows, path: Path) -> None:
             largest(right, NAMES.get(name, name), study)
             if not at:
                 figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8.5,
-                              title="left")  # fmt: skip
+                              title="in the panels on the left")  # fmt: skip
         save_png(figure, path)
 
 

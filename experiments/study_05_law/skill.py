@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,19 @@ HALFWAY = 100  # steps from which on the later ones are predicted
 QUARTER = math.log(1.25)
 
 
-def without_one_rank(plain: Rows, reading: str) -> list[float]:
+def without_one_rank(plain: Rows, reading: str, *, both: bool = False) -> list[float]:
     """For each rank, the logarithm of the error of the next smaller rank's curve over that of the others' law.
 
     The next larger one's for the smallest; errors are root mean squares over seeds and steps.
+
+    Args:
+        both: take the mean curve of the next smaller and the next larger rank, where there are both.
     """
     ranks, found = sorted({rank_of(row) for row in plain}), []
     for at, rank in enumerate(ranks):
-        own, nearest = ([row for row in plain if rank_of(row) == one] for one in (rank, ranks[at - 1 if at else 1]))
+        beside = ranks[max(at - 1, 0) : at] + ranks[at + 1 : at + 2]
+        own = [row for row in plain if rank_of(row) == rank]
+        nearest = [row for row in plain if rank_of(row) in (beside if both else beside[:1])]
         steps = steps_of(own)
         law = fitted([row for row in plain if row not in own], reading, "joint", num_resamples=0)
         predicted = law.predict(num_params=own[0]["num_params"], num_steps=steps).value["forgetting_loss"]
@@ -32,18 +38,26 @@ def without_one_rank(plain: Rows, reading: str) -> list[float]:
     return found
 
 
-def without_later_steps(plain: Rows, reading: str) -> list[float]:
-    """For each rank, the same for steps after `HALFWAY`: against the run's own value there."""
+def without_later_steps(plain: Rows, reading: str, *, line: bool = False) -> list[float]:
+    """For each rank, the same for steps after `HALFWAY`: against the run's own value there.
+
+    Args:
+        line: in its place, a straight line in the logarithm of the steps through the run's own earlier values.
+    """
+
+    def copied(row: dict[str, Any], steps: Sequence[int]) -> np.ndarray:
+        if not line:
+            return np.array(curve(row, reading, [HALFWAY]))
+        seen = [step for step in steps_of([row]) if step <= HALFWAY]
+        return np.polyval(np.polyfit(np.log(seen), curve(row, reading, seen), 1), np.log(steps))
+
     early = [row | {"trajectory": [at for at in row["trajectory"] if at["step"] <= HALFWAY]} for row in plain]
     law, found = fitted(early, reading, "joint", num_resamples=0), []
     for rank in sorted({rank_of(row) for row in plain}):
         own = [row for row in plain if rank_of(row) == rank]
         steps = [step for step in steps_of(own) if step > HALFWAY]
         predicted = law.predict(num_params=own[0]["num_params"], num_steps=steps).value["forgetting_loss"]
-        found.append(
-            gain([(np.array(curve(row, reading, steps)), predicted, np.array(curve(row, reading, [HALFWAY])))
-                  for row in own])
-        )  # fmt: skip
+        found.append(gain([(np.array(curve(row, reading, steps)), predicted, copied(row, steps)) for row in own]))
     return found
 
 
@@ -114,10 +128,31 @@ def text_of_skill(found: Mapping[str, Study]) -> str:
     answer = "yes" if every.high < QUARTER else "no" if every.low > QUARTER else "cannot tell"
     number = sum(map(len, ratios.values()))
     said[SHARED] = (answer, f"error on the largest rank times {worse}, {number} runs of {len(ratios)} data sets")
-    return f"{exponents(found, 'soft')}\n\n{findings(said)}"
+    return f"{exponents(found, 'soft')}\n\n{findings(said)}\n\n{looks(found)}"
+
+
+def looks(found: Mapping[str, Study]) -> str:
+    """The law against what is nearly as simple, which no rule asked for."""
+    tried = {
+        "the mean of the next smaller and larger rank's curves": partial(without_one_rank, both=True),
+        f"a line in log steps through the run's own values up to {HALFWAY}": partial(without_later_steps, line=True),
+    }
+    said = []
+    for copy, of in tried.items():
+        each = ", ".join(f"{name} {less(of(study.plain, 'soft')).percent()}" for name, study in found.items())
+        said.append(f"against {copy} the law's error is smaller by {each}")
+    return f"Looked at after the runs, no part of the rule: {'; '.join(said)}."
 
 
 # Methods that train fewer parts
+
+
+def side(signs: Sequence[int]) -> str:
+    """Where the cases that leave the line lie."""
+    return {(False, True): "above", (True, False): "below", (False, False): "on it"}.get(
+        (-1 in signs, 1 in signs), "both"
+    )
+
 
 BREAKS = "Across methods the line in the finetuning loss breaks, and the joint law holds"
 LEAVE = "Attention alone, the top layer and IA3 leave LoRA's line"
@@ -145,7 +180,10 @@ def text_of_methods(found: Mapping[str, Study], gone: Mapping[tuple[str, str], M
     gone_all = {whole: "yes", 0: "no"}.get(sum(left.values()), f"in {sum(left.values())} of {whole} cases")
     said = {
         BREAKS: (answer, f"R² of the line {ends[0]}, of the law {ends[1]}, apart in {order.count(1)} of {every} cases"),
-        LEAVE: (gone_all, ", ".join(f"{kind} in {number} of {len(off[kind])}" for kind, number in left.items())),
+        LEAVE: (
+            gone_all,
+            ", ".join(f"{kind} in {number} of {len(off[kind])} ({side(off[kind])})" for kind, number in left.items()),
+        ),
     }
     head = ("data", "L_f read", "R² of L_f(L_ft), all methods", "R² of L_f(P, N), all methods")
     return f"{table(head, lines)}\n\n{findings(said)}"

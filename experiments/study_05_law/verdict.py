@@ -42,6 +42,7 @@ def verdict_of_fits(laws: dict[tuple[str, str], dict[str, ForgettingLaw]]) -> st
     for form, values in found.items():
         low = [one.low for one in values]
         under = f"below {WELL} in {sum(one < WELL for one in low)} of {len(low)} cases"
+        under += f", the high end in {sum(one.high < WELL for one in values)}"
         said = f"R² {spread([one.value for one in values])}, the low end of its interval {spread(low)}, {under}"
         claims[LAWS[form]] = (fits_well(values), said)
     return f"{findings(claims)}\n\nJudged by R² of {WELL} or more, by its whole interval, in every case. {NOT_RUN}"

@@ -140,6 +140,29 @@ def test_a_law_is_worth_more_than_a_copy_where_it_holds():
     assert skill.less([np.log(2)] * 3).value == pytest.approx(0.5)
 
 
+def test_a_law_is_held_against_a_line_and_both_neighbours_too():
+    """On runs that are lines in log steps and in log rank, neither loses to a law."""
+    plain = [dict(row) for row in studies(study_rows())["verilog"].plain]
+    for row in plain:
+        level = np.log(row["settings"]["lora_rank"])
+        row["trajectory"] = [
+            at
+            | {
+                "soft": 3
+                + 0.2 * level
+                + 0.3 * np.log(max(at["step"], 1))
+                + 1e-6 * np.sin(at["step"] * row["num_params"])
+            }
+            for at in row["trajectory"]
+        ]
+    assert max(skill.without_later_steps(plain, "soft", line=True)) < -1
+    assert min(skill.without_later_steps(plain, "soft")) > 0, "a copy of the last value loses"
+    copies, both = (skill.without_one_rank(plain, "soft", both=way) for way in (False, True))
+    assert max(both[1:-1]) < -1
+    assert (copies[0], copies[-1]) == (both[0], both[-1]), "at the ends there is one neighbour"
+    assert [skill.side(signs) for signs in ([1, 1], [-1, 0], [0], [1, -1])] == ["above", "below", "on it", "both"]
+
+
 def test_shared_exponents_are_as_good_where_they_are_shared():
     rows = study_rows()
     other = []
