@@ -157,8 +157,11 @@ def test_importing_the_package_loads_nothing_heavy():
     assert loaded.isdisjoint(HEAVY)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["unknown"]])
-def test_help_loads_nothing_heavy(arguments):
+NO_DATA = (["finetune", "--dataset_name", "./no.jsonl"], ["measure", "--new-task=held=no/held.txt", "--base", "x"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["unknown"], *NO_DATA])
+def test_help_and_a_wrong_path_load_nothing_heavy(arguments):
     """Pitfall 34."""
     assert loaded_after(f"import contextlib, io, retain.cli.main\nwith contextlib.redirect_stderr(io.StringIO()):\n"
                         f"    retain.cli.main.main({arguments})").isdisjoint(HEAVY)  # fmt: skip

@@ -16,6 +16,8 @@ import pytest
 from conftest import make_model, make_texts, make_tokenizer, save_model
 from safetensors.numpy import load_file, save_file
 
+from retain.checks import hints_of
+from retain.cli.flags import DATA, NAMED_DATA
 from retain.cli.main import VERBS, load_verb, main
 from retain.cli.merge import MERGE_FILE
 from retain.cli.plan import PILOTS
@@ -150,6 +152,11 @@ def test_the_report_of_a_model_outlives_what_is_wrong_with_the_next(world, tmp_p
 
 def test_there_are_many_of_them():
     assert len(bad_flags()) >= 120
+
+
+def test_settings_of_data_are_settings():
+    kinds = [kind for verb in VERBS for kind in load_verb(verb).settings]
+    assert {*DATA, *NAMED_DATA} <= {name for kind in kinds for name in hints_of(kind)}
 
 
 TRAINER = {"use_cpu": "true", "report_to": "none", "per_device_train_batch_size": 2}
@@ -536,7 +543,7 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("sample", {"start_token": "zzz"}, "start_token: 'zzz' is not in the vocabulary"),
     ("sample", {"output_dir": "{w}", "max_length": 24}, "holds other files"),
     ("export", {"replay_dataset": "{w}/model"}, "has no manifest.json"),
-    ("export", {"replay_dataset": "{t}/no"}, "has no manifest.json"),
+    ("export", {"replay_dataset": "{t}/no"}, "replay_dataset: no file '{t}/no'; check the path"),
     ("export", {"replay_dataset": None}, "replay_dataset: missing"),
     ("export", {"output": None}, "output: missing"),
     ("export", {"output": "{w}/replay/shard-00000.parquet"}, "would lie among the files of replay_dataset"),

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,6 +15,9 @@ from retain.checks import check_type, hints_of, kinds_of
 
 CONFIG_HELP = "YAML file with any of these settings; flags win."
 METAVARS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT"}
+# Settings that name data, and those that do as name=file.
+DATA = ("dataset_name", "eval_dataset_name", "replay_dataset", "train_dataset", "prompts")
+NAMED_DATA = ("retention", "new_task", "choices", "refusals", "harmless", "behaviors")
 HELP_WIDTH = 26  # columns of the flags, left of their help
 
 
@@ -67,6 +70,7 @@ class Verb:
         except IndexError as error:
             raise ValueError("config: --config needs a file") from error
         for name, value in itertools.chain.from_iterable(vars(config).items() for config in configs):
+            check_data_paths(name, value if isinstance(value, list) else [value])
             if isinstance(value, float) and math.isnan(value):  # libraries' limits let it pass
                 raise ValueError(f"{name}: nan does not fit; use a number")
         return configs
@@ -226,6 +230,24 @@ def help_of(field: dataclasses.Field[Any]) -> str:
         return f"{text} [required]" if getattr(field.metadata.get("help"), "remedy", "") else text
     words = map(str, value) if isinstance(value, list) else [str(value).lower() if value in (True, False) else value]
     return f"{text} [default: {' '.join(map(str, words))}]".replace("%", "%%")
+
+
+def check_data_paths(setting: str, values: Iterable[Any]) -> None:
+    """Refuse data files that are not there, by their names alone."""
+    from retain.data.row_files import check_path
+
+    for value in values if setting in DATA + NAMED_DATA else ():
+        if isinstance(value, str):
+            check_path(value.partition("=")[2] if setting in NAMED_DATA else value, setting)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """The same for a command line, before the libraries that read it are loaded, which takes seconds."""
+    setting = ""
+    for word in words:
+        if word.startswith("--"):
+            setting, _, word = word.removeprefix("--").partition("=")
+        check_data_paths(setting.replace("-", "_"), [word])
 
 
 def quiet_libraries() -> None:

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from retain.cli.flags import Verb
+from retain.cli.flags import Verb, check_words
 from retain.cli.signals import Terminated, signals_as_exceptions
 
 # Each verb is the file of its name beside this one.
@@ -68,8 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch|peft|accelerate")
     try:
         with signals_as_exceptions():
+            asks_for_help = bool({"-h", "--help", "--help_all"} & set(rest))
+            if not asks_for_help:
+                check_words(rest)
             verb = load_verb(name)
-            if {"-h", "--help", "--help_all"} & set(rest):
+            if asks_for_help:
                 print(verb.help(VERBS[name], everything="--help_all" in rest), end="")
                 return 0
             if not rest and verb.required:

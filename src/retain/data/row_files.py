@@ -23,6 +23,18 @@ TEXT_COLUMNS = ("text", "prompt", "completion", "question")
 JSON_SPACE = re.compile(r"[ \t\r\n]*")  # which is less than Python's
 
 
+def check_path(source: str, field: str) -> None:
+    """Refuse what can only be a path, and names neither a file nor a folder; a name that the Hub may know passes.
+
+    Args:
+        field: the setting that named it.
+    """
+    path = Path(source).expanduser()
+    is_path = path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.endswith("/")
+    if is_path and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{field}: no file {source!r}; check the path")
+
+
 def read_file(path: Path, field: str) -> Dataset:
     """Rows of a file; what a row of JSON holds does not depend on the others.
 

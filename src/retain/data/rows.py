@@ -26,7 +26,7 @@ from retain.data.chats import (
     rendered,
     template_of_turns,
 )
-from retain.data.row_files import SUFFIXES, read_file
+from retain.data.row_files import check_path, read_file
 from retain.files import first_line
 
 if TYPE_CHECKING:
@@ -67,10 +67,8 @@ def load_from_hub(source: str, field: str, configuration: str | None = None, **o
     """
     from datasets import load_dataset
 
+    check_path(source, field)
     path = Path(source).expanduser()
-    is_path = path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.endswith("/")
-    if is_path and not path.is_dir():
-        raise ValueError(f"{field}: no file {source!r}; check the path")
     name, _, named = source.partition(":")
     try:
         return load_dataset(name, named or configuration, **options)
