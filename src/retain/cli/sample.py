@@ -24,7 +24,7 @@ from retain.report.numbers import quantity
 from retain.sampling.engine import Engine, choose_threads
 from retain.sampling.preview import pool_lines
 from retain.sampling.starts import plan_starts
-from retain.sampling.write import default_store, sample_replay
+from retain.sampling.write import check_pool_folder, default_store, sample_replay
 
 SAMPLING_STAGE = "sampling"  # the kind of its stages
 
@@ -100,6 +100,7 @@ class SampleConfig(ModelLoadSettings):
 
 def run_sample(config: SampleConfig) -> None:
     """Sample as configured; under `accelerate launch` every process draws its share of the shards."""
+    check_pool_folder(Path(config.output_dir))
     open_engine = engine_of(config)
     on_cpu = config.engine != "torch" or default_device() == "cpu"  # other engines hold the model that draws
     state = PartialState(cpu=on_cpu) if launched() else None

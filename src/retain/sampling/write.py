@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from retain.checks import Unchosen, check_number
-from retain.files import exclusive, write_json
+from retain.files import check_output_dir, exclusive, write_json
 from retain.models.description import (
     StartToken,
     check_predicts_tokens,
@@ -132,7 +132,7 @@ def sample_replay(
         "batch_size": batch_size or (begun or {}).get("batch_size") or choose_batch_size(model, max_length),
     }
     engine = engine or batch_engine(partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference))
-    _refuse_foreign(folder)
+    check_pool_folder(folder)
     main = state is None or state.is_main_process
     with exclusive(folder, "replay rows") if main else nullcontext():
         if main:
@@ -239,7 +239,9 @@ def _origin(
     }
 
 
-def _refuse_foreign(folder: Path) -> None:
+def check_pool_folder(folder: Path) -> None:
+    """Refuse a folder of other files, among which no dataset is begun."""
+    check_output_dir(folder, "replay rows")
     if folder.is_dir() and not (folder / MANIFEST).exists():
         foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if foreign:
