@@ -588,6 +588,7 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
         {"dataset_name": "{t}/longer.jsonl", "max_length": 199},
         "max_length: rows of 152 tokens, but this model has 128 positions; use at most 128",
     ),
+    ("finetune", {"output_dir": "{w}/replay", "dry_run": "true"}, "/replay' holds replay rows (manifest.json), among"),
     ("finetune", {"max_steps": 0}, "max_steps: 0 does not fit; use at least 1, or leave it out to count"),
     ("finetune", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs: 0.0 does not fit"),
     *(

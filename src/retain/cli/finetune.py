@@ -32,7 +32,7 @@ from retain.cli.flags import Verb
 from retain.cli.own_rows import OWN_TEXT, SAMPLING_TITLE, rows_to_sample, sample_own_rows
 from retain.cli.sample import SAMPLING_STAGE
 from retain.data.rows import Document, check_chats, is_local_file, load_from_hub, named_sources, read_rows
-from retain.files import exclusive, visible
+from retain.files import check_output_dir, exclusive, visible
 from retain.measuring.tokens import MEASURING, measuring_title
 from retain.models.adapters import adapted_model, merged_base
 from retain.models.description import choose_start_token, default_device, length_that_fits
@@ -122,6 +122,7 @@ def run_finetune(
     if config.chosen is not None and (config.replay_dataset == "self" or holds_fisher(config.replay_dataset)):
         config.choose(choose_protection(training_args, model_args), training_args.train_batch_size, steps=0)
     if config.dry_run:
+        check_output_dir(folder, "a training run")
         name, revision = given.model.model_name_or_path, given.model.model_revision
         # The base of an adapter is as large as the two merged, and nothing is written.
         given.model.model_name_or_path = adapted_model(name, revision=revision) or name
