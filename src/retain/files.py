@@ -28,6 +28,7 @@ OUTPUTS = {
     "a plan": ("pilots.jsonl", "plan.json"),
     "a sweep": ("results.jsonl",),
 }
+ROW = b'{"key": '  # begins a verb's JSON Lines; its JSON has a schema
 LOCK = ".lock"
 PART = ".retain-part"  # ends the name of a file that is being written
 SAFETENSORS_PART = ".tmp" + "[0-9A-Za-z]" * 6  # of weights that safetensors is writing
@@ -209,18 +210,37 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
 
 
 def check_output_dir(folder: Path, output: str) -> None:
-    """Refuse a folder that holds another verb's output and none of this kind.
+    """Refuse a folder that holds another verb's output and none of this kind, or a user's file of the same name.
 
     Args:
         output: what is to be written, a key of `OUTPUTS`.
     """
-    held = {kind: file for kind, files in OUTPUTS.items() for file in files if (folder / file).exists()}
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise ValueError(f"output_dir: {str(place)!r} is a file; choose a folder")
+    there = [(kind, folder / file) for kind, files in OUTPUTS.items() for file in files if (folder / file).exists()]
+    held = {kind: path.name for kind, path in there if _is_output(path)}
+    for kind, path in there:
+        if kind == output and not _is_output(path):
+            raise ValueError(
+                f"output_dir: {str(folder)!r} holds a {path.name} that is none of retain's; choose another folder, or "
+                "move the file"
+            )
     if held and output not in held:
         kind, file = next(iter(held.items()))
         raise ValueError(
             f"output_dir: {str(folder)!r} holds {kind} ({file}), among whose files {output} would lie; choose another "
             "folder"
         )
+
+
+def _is_output(path: Path) -> bool:
+    """Whether a verb wrote a file, as far as its beginning tells; its first row may be half-written."""
+    if path.name == CONFIG_FILE:
+        return True
+    with open(path, "rb") as file:
+        head = file.read(2**16)
+    return ROW.startswith(head[: len(ROW)]) if path.suffix == ".jsonl" else b'"schema": "retain.' in head
 
 
 @contextmanager

@@ -251,7 +251,7 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, verbs that
     "no rows_per_shard": ({"rows_per_shard": GONE}, "export finetune measure", "'rows_per_shard' is missing"),
     "empty shards": ({"rows_per_shard": 0}, "export finetune measure sample", "'rows_per_shard' is 0, not 1 or more"),
     "null shards": ({"rows_per_shard": None}, "export finetune measure", "'rows_per_shard' is null"),
-    "no schema": ({"schema": GONE}, "export finetune measure sample", "'schema' is missing"),
+    "no schema": ({"schema": GONE}, "export finetune measure", "'schema' is missing"),
     "schema of a law": ({"schema": "retain.law/2"}, "export finetune measure", "retain.law/2"),
     "no model": ({"model": GONE}, "export finetune", "'model' is missing"),
     "model of number": ({"model": 5}, "export finetune measure", "'model' is 5, not text"),
@@ -521,7 +521,7 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("sample", {"model": "nobody/nothing"}, "model: cannot load"),
     ("sample", {"model": None}, "model: missing; give --model"),
     ("sample", {"output_dir": None}, "output_dir: missing; give --output_dir"),
-    ("sample", {"output_dir": "{w}/wiki.jsonl"}, "File exists: '{w}/wiki.jsonl'; check the path"),
+    ("sample", {"output_dir": "{w}/wiki.jsonl"}, "output_dir: '{w}/wiki.jsonl' is a file; choose a folder"),
     ("sample", {"output_dir": "{w}/replay", "max_length": 24}, "num_rows 8, not 256; choose another folder"),
     ("sample", {"num_rows": 0}, "num_rows: 0 does not fit; use a whole number of at least 1"),
     ("sample", {"num_row": 3}, "--num_row: not known here"),
@@ -761,21 +761,43 @@ def test_every_verb_with_a_folder_says_what_it_writes():
     assert files >= {MANIFEST, CONFIG_FILE, MERGE_FILE, PILOTS, RESULTS}
 
 
+def written(file: str) -> Any:
+    """The beginning of what a verb writes into a file."""
+    return [{"key": "a1"}] if file.endswith(".jsonl") else {"schema": "retain.x/1"}
+
+
 @pytest.mark.parametrize("kind", OUTPUTS)
 @pytest.mark.parametrize("verb", WRITES)
 def test_the_folder_of_another_verb_is_refused(world, tmp_path, capsys, verb, kind):
     out = tmp_path / "out"
     for file in OUTPUTS[kind]:
-        write(out / file, {})
+        write(out / file, written(file))
         if kind == WRITES[verb]:  # its own, whatever else lies there
             for other in OUTPUTS.values():
-                write(out / other[0], {})
+                write(out / other[0], written(other[0]))
             check_output_dir(out, kind)
         else:
             line = refused_whole(command(verb, good(verb, world, out)), tmp_path, capsys)
             found = f"{kind} ({file}), among whose files {WRITES[verb]} would lie; choose another folder"
             assert line == f"retain {verb}: output_dir: {str(out)!r} holds {found}"
         shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"), [(kind, file) for kind in OUTPUTS for file in OUTPUTS[kind] if file != CONFIG_FILE]
+)
+def test_a_file_of_the_user_is_no_output_and_is_not_written_over(tmp_path, kind, file):
+    write(tmp_path / file, [{"accuracy": 0.9}] if file.endswith(".jsonl") else {"name": "site"})
+    check_output_dir(tmp_path, next(other for other in OUTPUTS if other != kind))
+    with pytest.raises(ValueError, match=f"holds a {file} that is none of retain's; choose another folder"):
+        check_output_dir(tmp_path, kind)
+
+
+def test_a_row_that_a_killed_sweep_began_is_its_own(tmp_path):
+    (tmp_path / RESULTS).write_bytes(b'{"ke')
+    check_output_dir(tmp_path, "a sweep")
+    with pytest.raises(ValueError, match="holds a sweep"):
+        check_output_dir(tmp_path, "a plan")
 
 
 def test_a_comparison_is_not_written_over_one_of_its_runs(world, tmp_path, capsys):
