@@ -257,25 +257,17 @@ def make_sft_trainer(
     others: list[tuple[str, float]],
     texts: dict[str, list[Document]] | None = None,
 ) -> ReplaySFTTrainer:
-    """The trainer with model, rows and texts; what is cheap to check is checked before the model is loaded.
+    """The trainer with model, rows and texts.
 
     Args:
         others: gets the seconds that sampling took.
         texts: of the protected run, beside which this is the unprotected one.
     """
     training_args = given.training
-    sources = check_settings(training_args, given.model, config)
-    train_dataset, eval_dataset = new_rows(given.script, given.dataset, training_args, config)
+    train_dataset, eval_dataset, tokenizer, retention = read_data(given, config, texts)
     steps = expected_steps(training_args, train_dataset)
     if config.measures and eval_dataset is None:
         report_training_loss(training_args, steps, say)
-    tokenizer = load_tokenizer(given.model.model_name_or_path, **given.checkpoint)
-    if texts is None and not training_args.chat_template_path:
-        check_new_chats(train_dataset, eval_dataset, tokenizer, config)
-    retention: dict[str, Any] = texts or {
-        text: load_texts(path, tokenizer, config.retention_max_documents, field="retention")
-        for text, path in sources.items()
-    }
     if default_device() == "cpu":
         say(f"no accelerator: training on the CPU in {'bfloat16' if training_args.bf16 else 'float32'}")
     say(f"document start: {choose_start_token(tokenizer, config.start_token)}")
@@ -312,6 +304,26 @@ def make_sft_trainer(
     check_new_rows(trainer.train_dataset, trainer.model, packed=training_args.packing or training_args.padding_free)
     check_replay_every(config, expected_steps(training_args, trainer.train_dataset))  # packed
     return trainer
+
+
+def read_data(
+    given: TrlArguments, config: FinetuneConfig, texts: dict[str, list[Document]] | None = None
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """New and held-out rows, tokenizer and retention texts, all that is refused before a model is loaded.
+
+    Args:
+        texts: of the protected run, beside which this is the unprotected one.
+    """
+    sources = check_settings(given.training, given.model, config)
+    train_dataset, eval_dataset = new_rows(given.script, given.dataset, given.training, config)
+    tokenizer = load_tokenizer(given.model.model_name_or_path, **given.checkpoint)
+    if texts is None and not given.training.chat_template_path:
+        check_new_chats(train_dataset, eval_dataset, tokenizer, config)
+    retention: dict[str, Any] = texts or {
+        text: load_texts(path, tokenizer, config.retention_max_documents, field="retention")
+        for text, path in sources.items()
+    }
+    return train_dataset, eval_dataset, tokenizer, retention
 
 
 def check_new_chats(train_dataset: Any, eval_dataset: Any, tokenizer: Any, config: FinetuneConfig) -> None:

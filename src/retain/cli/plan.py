@@ -185,7 +185,7 @@ def retention_of(config: PlanConfig) -> str:
 
 
 def check_recipe(config: PlanConfig) -> None:
-    """Refuse a recipe whose file or replay rows are unreadable."""
+    """Refuse, before rows are sampled, a file or replay rows that are unreadable, and what every pilot would refuse."""
     if config.finetune_config and not Path(config.finetune_config).is_file():
         raise ValueError(f"finetune_config: no file {config.finetune_config!r}; check the path")
     source = Path(config.replay_dataset).expanduser()
@@ -193,6 +193,10 @@ def check_recipe(config: PlanConfig) -> None:
         load_self_generated(source)
     elif config.replay_dataset != "self":
         read_rows(config.replay_dataset, "replay_dataset")
+    data = config.dataset_name, config.eval_dataset_name or config.dataset_name
+    run = finetune_run(config, min(config.lora_ranks), 0.0, config.pilot_steps, data, None, config.seed)
+    *given, ours = finetune.VERB.parse(run.arguments(Path(config.output_dir))[1:])
+    finetune.read_data(finetune.TrlArguments(*given), ours)
 
 
 def prepare_rows(config: PlanConfig, folder: Path) -> tuple[str, str]:
