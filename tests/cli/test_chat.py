@@ -153,6 +153,13 @@ def test_a_prompt_without_room_ends_nothing(world, capsys, monkeypatch):
     assert main(command(world, "full", "--prompt", "rain " * 140)) == 1
 
 
+def test_a_prompt_that_the_chat_template_refuses_is_named_as_the_prompt(tmp_path, capsys):
+    save_model(tmp_path / "base")
+    make_tokenizer(template="{{ raise_exception('no') }}").save_pretrained(tmp_path / "base")
+    assert main(command(tmp_path, "base", "--prompt", "fox")) == 1
+    assert "retain chat: prompt: the chat template refuses a chat of user (no); give" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("signal", "code"), [(KeyboardInterrupt, 0), (Terminated, 143)])
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(world, capsys, monkeypatch, signal, code):
     def stopped(*given: Any, **how: Any) -> Any:

@@ -79,7 +79,7 @@ class Conversation:
         tokenizer = self.options.tokenizer
         if not tokenizer.chat_template:
             return Prompt(turns[-1]["content"])
-        return Prompt(rendered(turns, {}, tokenizer, add_generation_prompt=True), chat=True)
+        return Prompt(rendered(turns, {}, tokenizer, "prompt", add_generation_prompt=True), chat=True)
 
 
 def run_chat(config: ChatConfig) -> None:

@@ -33,7 +33,7 @@ def chat_of(row: Mapping[str, Any]) -> list[Any] | None:
 
 
 def rendered(
-    content: Any, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "data", **options: Any
+    content: Any, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, **options: Any
 ) -> str:
     """Words as they are, turns through the chat template; `where` they are from, for errors."""
     if isinstance(content, str):
@@ -42,7 +42,7 @@ def rendered(
 
 
 def apply_template(
-    turns: list[Any], row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "data", **options: Any
+    turns: list[Any], row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, **options: Any
 ) -> Any:
     """The chat template on turns, with what else of the row TRL hands to it."""
     if not (turns and all(isinstance(turn, dict) and "role" in turn for turn in turns)):

@@ -266,7 +266,8 @@ def prompt_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, wher
 
 def user_turn_text(text: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
     """A text as a user's turn of the chat template, with the answer's turn opened; options are the template's."""
-    return rendered([{"role": "user", "content": text}], {}, tokenizer, add_generation_prompt=True, **options)
+    turn = {"role": "user", "content": text}
+    return rendered([turn], {}, tokenizer, "tokenizer", add_generation_prompt=True, **options)
 
 
 @dataclass(frozen=True)

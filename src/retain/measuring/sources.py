@@ -57,7 +57,7 @@ def default_prompts(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, ro
             ids = document.windows[0][1:]
         elif chat := (turns := chat_of(document.row)) is not None:
             question = list(takewhile(lambda turn: turn["role"] != "assistant", turns))
-            text = prompt_text({**document.row, "messages": question or turns}, tokenizer)
+            text = prompt_text({**document.row, "messages": question or turns}, tokenizer, "prompts: a first chat")
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:
             ids = tokenizer(document.words, add_special_tokens=False, verbose=False)["input_ids"]
