@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,8 @@ def plan_stages(drawn: dict[str, int], runs: list[Run], texts: list[str]) -> Non
 def finetune(run: Run, replay: Path, base: Any, tokenizer: Any, data: DemoData) -> None:
     """One finetune and its measurement, in its folder."""
     size, seed = run.size, run.seed
+    config = ReplayConfig(replay_coef=run.coef, per_device_replay_batch_size=size.replay_batch_size)
+    config.is_baseline = not run.coef
     trainer = ReplaySFTTrainer(
         model=MODEL,
         args=training_arguments(run.folder, size, seed),
@@ -215,7 +218,7 @@ def finetune(run: Run, replay: Path, base: Any, tokenizer: Any, data: DemoData) 
         eval_dataset=token_dataset([window for document in data.new_task for window in document.windows]),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=LORA_R, lora_alpha=2 * LORA_R, target_modules="all-linear", task_type="CAUSAL_LM"),
-        replay_config=ReplayConfig(replay_coef=run.coef, per_device_replay_batch_size=size.replay_batch_size),
+        replay_config=config,
         replay_dataset=str(replay),
         retention_datasets=data.retention,
     )
@@ -288,6 +291,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default="demo", help="folder for everything the demo makes")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     given = parser.parse_args()
+    # PEFT and TRL use names of which transformers warns.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     try:
         run_demo(given.output_dir, given.data_dir, SIZES[given.size], given.seed)
     except ValueError as error:

@@ -45,9 +45,12 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.program
-def test_demo_from_end_to_end(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_from_end_to_end(
+    workplace: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     folder = workplace / "out"
     demo.run_demo(folder, workplace / "wheels", TINY, seed=0)
+    assert "not protected" not in caplog.text
     said = capsys.readouterr().out
     assert "A real run would use" in said
     assert "not other seeds, which differ by more" in said

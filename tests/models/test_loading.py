@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -443,6 +444,16 @@ def test_an_adapter_names_its_package_and_so_does_the_card(gguf_file, tmp_path, 
     assert "fine-tuned version of `package:fake_llm_package`" in card
     assert 'pipeline("text-generation", model="out"' in card
     assert torch.equal(load_model(str(tmp_path / "out"))(IDS).logits, make_model()(IDS).logits)
+
+
+@pytest.mark.parametrize("name", ["package:fake_llm_package", "tiny.gguf"])
+def test_peft_is_not_heard_looking_for_the_config_of_a_gguf_base(gguf_file, tmp_path, monkeypatch, name):  # noqa: F811
+    monkeypatch.chdir(gguf_file.parent)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Could not find a config file in")
+        get_peft_model(load_model(name), LoraConfig(r=2, **QV)).save_pretrained(tmp_path / "out")
+    named = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == (name if name.startswith("package:") else str(gguf_file))
 
 
 # What the user set is what is named

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -255,8 +256,11 @@ def load_model(
     options |= {"dtype": dtype, "revision": revision}
     model = _load_weights(path, field, **options, **kwargs)
     model.config.name_or_path = path  # where libraries look for the tokenizer
-    # What an adapter calls its base: not a folder of this machine's cache.
-    model.name_or_path = name if is_dequantised(path) else path
+    model.name_or_path = path
+    if is_dequantised(path):  # what an adapter calls its base is no folder of this machine's cache
+        model.name_or_path = name if name.startswith("package:") else str(Path(name).expanduser().absolute())
+        # where PEFT looks for a config.json as it saves, and warns that there is none
+        warnings.filterwarnings("ignore", f"Could not find a config file in {re.escape(model.name_or_path)} ")
     return model.to(device).eval() if device is not None else model.eval()
 
 
