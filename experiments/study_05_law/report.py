@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -42,9 +44,15 @@ def points(rows: Rows, reading: str) -> list[dict[str, Any]]:
 
 def fitted(rows: Rows, reading: str, form: str, **how: Any) -> ForgettingLaw:
     """A law of these runs; what they cannot say is kept in `law.warnings`."""
+    return _fitted(json.dumps(points(rows, reading)), form, **how)
+
+
+@cache
+def _fitted(found: str, form: str, **how: Any) -> ForgettingLaw:
+    """Of points in JSON, so that a law that several tables ask for is fitted once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fit_forgetting_law(points(rows, reading), form, **how)
+        return fit_forgetting_law(json.loads(found), form, **how)
 
 
 @dataclass(frozen=True)

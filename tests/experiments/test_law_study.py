@@ -131,6 +131,13 @@ def test_methods_that_leave_the_line_break_it_and_those_on_it_do_not():
         assert len(found["verilog"].parts) == 12 + 6
 
 
+def test_a_law_that_two_tables_ask_for_is_fitted_once():
+    rows, how = [run_row(rank, 0) for rank in (1, 2, 4)], {"num_resamples": 0}
+    law = fitted(rows, "soft", "linear", **how)
+    assert fitted(list(rows), "soft", "linear", **how) is law
+    assert fitted(rows[:2], "soft", "linear", **how) is not law
+
+
 def test_a_law_is_worth_more_than_a_copy_where_it_holds():
     plain = studies(study_rows())["verilog"].plain
     assert min(skill.without_one_rank(plain, "soft")) > 0.5
