@@ -157,10 +157,14 @@ def test_importing_the_package_loads_nothing_heavy():
     assert loaded.isdisjoint(HEAVY)
 
 
-NO_DATA = (["finetune", "--dataset_name", "./no.jsonl"], ["measure", "--new-task=held=no/held.txt", "--base", "x"])
+NOT_THERE = (
+    ["finetune", "--dataset_name", "./no.jsonl"],
+    ["measure", "--new-task=held=no/held.txt", "--base", "x"],
+    ["sample", "--model", "./no"],
+)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["unknown"], *NO_DATA])
+@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"], ["unknown"], *NOT_THERE])
 def test_help_and_a_wrong_path_load_nothing_heavy(arguments):
     """Pitfall 34."""
     assert loaded_after(f"import contextlib, io, retain.cli.main\nwith contextlib.redirect_stderr(io.StringIO()):\n"

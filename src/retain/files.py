@@ -209,6 +209,17 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def check_model_path(name: str, field: str) -> None:
+    """Refuse a model's name that can only be a path, and names nothing; one that the Hub may know passes.
+
+    Args:
+        field: the setting that named it.
+    """
+    is_path = name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/")
+    if not name or (is_path and not Path(name).expanduser().exists()):
+        raise ValueError(f"{field}: no folder or file {name!r}; give a folder, a GGUF file or a Hub id")
+
+
 def check_output_dir(folder: Path, output: str) -> None:
     """Refuse a folder that holds another verb's output and none of this kind, or a user's file of the same name.
 

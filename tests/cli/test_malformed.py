@@ -17,7 +17,7 @@ from conftest import make_model, make_texts, make_tokenizer, save_model
 from safetensors.numpy import load_file, save_file
 
 from retain.checks import hints_of
-from retain.cli.flags import DATA, NAMED_DATA
+from retain.cli.flags import DATA, MODELS, NAMED_DATA
 from retain.cli.main import VERBS, load_verb, main
 from retain.cli.merge import MERGE_FILE
 from retain.cli.plan import PILOTS
@@ -154,9 +154,9 @@ def test_there_are_many_of_them():
     assert len(bad_flags()) >= 120
 
 
-def test_settings_of_data_are_settings():
+def test_settings_of_data_and_models_are_settings():
     kinds = [kind for verb in VERBS for kind in load_verb(verb).settings]
-    assert {*DATA, *NAMED_DATA} <= {name for kind in kinds for name in hints_of(kind)}
+    assert {*DATA, *NAMED_DATA, *MODELS} <= {name for kind in kinds for name in hints_of(kind)}
 
 
 TRAINER = {"use_cpu": "true", "report_to": "none", "per_device_train_batch_size": 2}
@@ -541,7 +541,7 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("sample", {"start": "chat"}, "needs a chat template"),
     ("sample", {"max_length": 4096}, "at most 128"),
     ("sample", {"start_token": "zzz"}, "start_token: 'zzz' is not in the vocabulary"),
-    ("sample", {"output_dir": "{w}", "model": "{t}/no"}, "holds other files"),
+    ("sample", {"output_dir": "{w}", "model": "nobody/nothing"}, "holds other files"),
     ("export", {"replay_dataset": "{w}/model"}, "has no manifest.json"),
     ("export", {"replay_dataset": "{t}/no"}, "replay_dataset: no file '{t}/no'; check the path"),
     ("export", {"replay_dataset": None}, "replay_dataset: missing"),

@@ -15,8 +15,9 @@ from retain.checks import check_type, hints_of, kinds_of
 
 CONFIG_HELP = "YAML file with any of these settings; flags win."
 METAVARS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT"}
-# Settings that name data, and those that do as name=file.
+# Settings that name data, models, and data as name=file.
 DATA = ("dataset_name", "eval_dataset_name", "replay_dataset", "train_dataset", "prompts")
+MODELS = ("model", "model_name_or_path", "base", "judge")
 NAMED_DATA = ("retention", "new_task", "choices", "refusals", "harmless", "behaviors")
 HELP_WIDTH = 26  # columns of the flags, left of their help
 
@@ -70,7 +71,7 @@ class Verb:
         except IndexError as error:
             raise ValueError("config: --config needs a file") from error
         for name, value in itertools.chain.from_iterable(vars(config).items() for config in configs):
-            check_data_paths(name, value if isinstance(value, list) else [value])
+            check_paths(name, value if isinstance(value, list) else [value])
             if isinstance(value, float) and math.isnan(value):  # libraries' limits let it pass
                 raise ValueError(f"{name}: nan does not fit; use a number")
         return configs
@@ -232,13 +233,15 @@ def help_of(field: dataclasses.Field[Any]) -> str:
     return f"{text} [default: {' '.join(map(str, words))}]".replace("%", "%%")
 
 
-def check_data_paths(setting: str, values: Iterable[Any]) -> None:
-    """Refuse data files that are not there, by their names alone."""
+def check_paths(setting: str, values: Iterable[Any]) -> None:
+    """Refuse data files and models that are not there, by their names alone."""
     from retain.data.row_files import check_path
+    from retain.files import check_model_path
 
-    for value in values if setting in DATA + NAMED_DATA else ():
-        if isinstance(value, str):
-            check_path(value.partition("=")[2] if setting in NAMED_DATA else value, setting)
+    for value in values if setting in DATA + NAMED_DATA + MODELS else ():
+        if isinstance(value, str) and value:
+            check = check_model_path if setting in MODELS else check_path
+            check(value.partition("=")[2] if setting in NAMED_DATA else value, setting)
 
 
 def check_words(words: Sequence[str]) -> None:
@@ -247,7 +250,7 @@ def check_words(words: Sequence[str]) -> None:
     for word in words:
         if word.startswith("--"):
             setting, _, word = word.removeprefix("--").partition("=")
-        check_data_paths(setting.replace("-", "_"), [word])
+        check_paths(setting.replace("-", "_"), [word])
 
 
 def quiet_libraries() -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
-from retain.files import first_line
+from retain.files import check_model_path, first_line
 from retain.models.description import base_parameter_name, num_tuned
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def resolve_model_path(name: str, field: str = "model") -> str:
         if (path / "config.json").exists() or (path / "adapter_config.json").exists():
             return str(path)
         return _from_gguf_folder(path, name, field)
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/") or not name:
-        raise ValueError(f"{field}: no folder or file {name!r}; give a folder, a GGUF file or a Hub id")
+    check_model_path(name, field)
     return name
 
 
