@@ -71,10 +71,13 @@ def test_parallelism_that_replay_does_not_know_is_refused() -> None:
         return SimpleNamespace(args=args, is_fsdp_enabled=False, is_fsdp_xla_enabled=False, **sized)
 
     check_devices(trainer())
-    for name in ("tp", "cp"):
+    for name in ("tp", "cp", "sp"):
         with pytest.raises(ValueError, match=f"devices: {name}_size 2 .* set it 1"):
             check_devices(trainer(**{f"{name}_size": 2}))
-    fsdp1 = trainer()
+    xla, fsdp1 = trainer(), trainer()
+    xla.is_fsdp_xla_enabled = True
+    with pytest.raises(ValueError, match="devices: .*XLA's FSDP.*fsdp_version 2"):
+        check_devices(xla)
     fsdp1.is_fsdp_enabled, fsdp1.accelerator = True, SimpleNamespace(is_fsdp2=False)
     with pytest.raises(ValueError, match="devices: FSDP1.*fsdp_version 2"):
         check_devices(fsdp1)
@@ -113,3 +116,12 @@ def test_weights_that_are_shared_out_already_are_refused(mark: str, says: str) -
     setattr(next(model.parameters()), mark, 0)
     with pytest.raises(ValueError, match=says):
         check_whole(model)
+
+
+def test_a_model_spread_over_devices_by_device_map_is_refused(replay: ReplayDataset) -> None:
+    model = make_model()
+    model.hf_device_map = {"": 0}
+    check_whole(model)
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    with pytest.raises(ValueError, match="^device_map: spreads the model over 2 devices.*leave it out.*FSDP2"):
+        ReplaySFTTrainer(model=model, processing_class=TOKENIZER, replay_dataset=replay)

@@ -140,7 +140,6 @@ def _may_join(trainer: Any) -> bool:
     apart = (
         trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,  # the head's weights are there in a pass alone
         accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or is_compiled_module(model),  # sees no new hooks
-        len(set(getattr(model, "hf_device_map", {}).values())) > 1,
         args.ddp_broadcast_buffers,  # at each pass, and processes may differ in whether they join
         args.neftune_noise_alpha,  # whose noise follows the padded length
         any(kind.get("rope_type") in ("dynamic", "longrope") for kind in rope_kinds(model)),  # follow the longest row

@@ -168,7 +168,7 @@ def loaded_whole(args: Any) -> Iterator[None]:
 
 
 def check_whole(model: Any) -> None:
-    """Refuse a model whose weights are shared out already, by DeepSpeed's ZeRO-3 or over a device mesh."""
+    """Refuse a model whose weights are shared out already: by ZeRO-3, over a device mesh, or by `device_map`."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
             "model: its weights were shared out by ZeRO-3 when it was loaded; the base must be seen on every process: "
@@ -178,6 +178,11 @@ def check_whole(model: Any) -> None:
         raise ValueError(
             "model: its weights were shared out over a device mesh when it was loaded (tp_plan, distributed_config); "
             "the base must be seen on every process: load it whole, and let the trainer share it (FSDP2)"
+        )
+    if (count := len(set(getattr(model, "hf_device_map", {}).values()))) > 1:
+        raise ValueError(
+            f"device_map: spreads the model over {count} devices, which was never tried with replay; leave it out, and "
+            "let the trainer share it (FSDP2)"
         )
 
 
