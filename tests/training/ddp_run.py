@@ -75,6 +75,12 @@ MORE: dict[str, tuple[str, dict[str, Any] | None, str, dict[str, Any]]] = {
     "copy-bf16": ("llama", None, "kl", {"bf16": True}),
     "adapter-bf16": ("llama", LORA, "kl", {"bf16": True}),
     "cache-bf16": ("llama", None, "kl", {"bf16": True}),
+    "adapter-bf16-halved": ("llama", LORA, "kl", {"bf16": True}),
+}
+LOADED: dict[str, tuple[str, dict[str, Any] | None, str, dict[str, Any]]] = {
+    f"{kind}-bf16-{how}": ("llama", None, "kl", {"bf16": True})
+    for kind in ("copy", "cache")
+    for how in ("halved", "rounded")  # a base in bfloat16, and the same in float32
 }
 ANCHORED = {
     "whole-anchor": ("qwen3", None, "kl", ADAM),
@@ -142,7 +148,7 @@ def count_gathers(trainer: Any) -> list[int]:
 
 
 def make_trainer(folder: Path, name: str, batch: int, where: dict[str, Any]) -> ReplaySFTTrainer:
-    architecture, lora, objective, special = {**MORE, **ANCHORED}.get(name) or (*CASES[name], {})
+    architecture, lora, objective, special = {**MORE, **ANCHORED, **LOADED}.get(name) or (*CASES[name], {})
     # Which new rows give way depends on how a step is split, so they are all the same there.
     texts = make_texts(1, seed=1) * 48 if objective == "replace" else make_texts(48, seed=1)
     if "cache" in name:
@@ -156,8 +162,11 @@ def make_trainer(folder: Path, name: str, batch: int, where: dict[str, Any]) -> 
     settings |= special
     share: dict[str, Any] = {"per_device_replay_batch_size": batch} if objective != "replace" else {"replay_share": 0.5}
     share |= {"max_ref_kl": 0.01} if "budget" in name else ANCHOR if "anchor" in name else {}
+    model = make_model(architecture)
+    if name.endswith(("halved", "rounded")):
+        model = model.bfloat16() if name.endswith("halved") else model.bfloat16().float()
     return ReplaySFTTrainer(
-        model=make_model(architecture),
+        model=model,
         args=config(folder / name, **settings, **where),
         train_dataset=Dataset.from_list([{"text": text} for text in texts]),
         eval_dataset=Dataset.from_list([{"text": text} for text in make_texts(4, seed=2)]),

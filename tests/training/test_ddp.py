@@ -14,7 +14,7 @@ import ddp_run
 import pytest
 import torch
 from conftest import forked, make_model, make_texts, make_tokenizer, places
-from ddp_run import CASES, CORNER, MORE, PARTS
+from ddp_run import CASES, CORNER, LOADED, MORE, PARTS
 from safetensors.torch import load_file
 
 from retain.sampling.write import sample_replay
@@ -103,13 +103,32 @@ def test_two_processes_are_one_in_more_settings(more: dict[str, Found], way: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["copy-bf16", "adapter-bf16", "cache-bf16"])
+@pytest.mark.parametrize("name", ["copy-bf16", "adapter-bf16", "cache-bf16", "adapter-bf16-halved"])
 def test_two_processes_in_bf16_are_one_but_for_its_rounding(more: dict[str, Found], way: str, name: str) -> None:
     """Batches of another size round otherwise; FSDP2 keeps weights in bf16 that autocast leaves in float32."""
     one, two = more["one"][name], more[way][name]
     assert max(float((one["weights"][key] - two["weights"][key]).abs().max()) for key in one["weights"]) < 5e-3
     assert abs(two["replay/loss"][0]) < 1e-4
     assert two["replay/loss"][1:] == pytest.approx(one["replay/loss"][1:], rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Found:
+    return launch(folder / "loaded", 2, 2, "fsdp2", LOADED, **FSDP2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["copy", "cache"])
+def test_fsdp2_trains_in_float32_what_was_loaded_in_bfloat16(loaded: Found, kind: str) -> None:
+    """To the bit the run of the same weights in float32; a copy of them stays in bfloat16, and takes half."""
+    halved, rounded = loaded[f"{kind}-bf16-halved"], loaded[f"{kind}-bf16-rounded"]
+    assert all(torch.equal(halved["weights"][key], value) for key, value in rounded["weights"].items())
+    for key in ("loss", "new_task/loss", "replay/loss"):
+        assert halved[key] == rounded[key]
+    assert abs(halved["replay/loss"][0]) < 1e-4 < halved["replay/loss"][-1]
+    if kind == "copy":
+        # with the head, which stays gathered after a pass
+        assert 0 < halved["copy_bytes"] < 0.7 * rounded["copy_bytes"]
 
 
 HSDP = FSDP2 | {
