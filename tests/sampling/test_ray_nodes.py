@@ -1,4 +1,4 @@
-"""Two nodes of a Ray cluster on this machine, one of which is lost: rows, runs and parts of a study go to the other."""
+"""Two nodes of a Ray cluster on this machine: the rows of one that is lost go to the other; a study runs on both."""
 
 from __future__ import annotations
 
