@@ -31,9 +31,9 @@ from retain.cli.main import main
 from retain.measuring.tokens import logits_at
 from retain.models.reference import Reference
 from retain.replay.dataset import ReplayDataset, load_self_generated
-from retain.replay.stored_predictions import bytes_per_token, cache_path
+from retain.replay.stored_predictions import TOP_K, bytes_per_token, cache_path
 from retain.sampling import write
-from retain.sampling.engine import TOP_K, draw_rows
+from retain.sampling.engine import draw_rows
 from retain.sampling.starts import Mode, Starts
 from retain.sampling.write import default_store, sample_replay
 
@@ -105,6 +105,46 @@ def test_a_resumed_job_stores_what_a_single_one_does(datasets: dict[str, ReplayD
     sample(folder, "hidden")
     for shard in range(3):
         assert cache_path(folder, shard).read_bytes() == cache_path(Path(datasets["hidden"].source), shard).read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_finished_rows_get_predictions_later(datasets: dict[str, ReplayDataset], tmp_path: Path, kind: str) -> None:
+    folder = sample(tmp_path / "rows", None)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sampler"]["engine"] = "vllm"  # which hands out none
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "shard-00001.parquet").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=f"holds rows with .* not '{kind}'|holds rows with sampler"):
+        sample(folder, kind)  # unfinished
+    (tmp_path / "away").rename(folder / "shard-00001.parquet")
+    cache_path(folder, 1).write_bytes(cache_path(Path(datasets[kind].source), 1).read_bytes())
+    before = cache_path(folder, 1).stat().st_mtime_ns  # of a pass that was killed
+    sample(folder, kind, batch_size=None)
+    assert cache_path(folder, 1).stat().st_mtime_ns == before
+    rows = load_self_generated(folder)
+    assert rows.cache is not None
+    assert rows.manifest is not None
+    assert rows.manifest == manifest | {"store_reference": kind, "created": rows.manifest["created"]}
+    for name, stored in datasets[kind].cache.batch(range(20)).items():  # type: ignore[union-attr]
+        found = rows.cache.batch(range(20))[name]
+        if name == "tokens":
+            assert float((found == stored).float().mean()) > 0.99  # all but ties
+        else:
+            torch.testing.assert_close(found, stored, rtol=0, atol=2e-5)
+    sample(folder, kind)  # again: nothing is left to do
+    other = next(one for one in KINDS if one != kind)
+    with pytest.raises(ValueError, match=f"store_reference '{kind}', not '{other}'"):
+        sample(folder, other)
+
+
+def test_predictions_come_later_behind_beginnings_of_any_length(tmp_path: Path) -> None:
+    starts = Starts((Mode("document", 1.0, [[3], [3, 9, 10, 11]]),))
+    drawn = load_self_generated(sample(tmp_path / "drawn", "hidden", starts=starts))
+    later = sample(tmp_path / "later", None, starts=starts)
+    rows = load_self_generated(sample(later, "hidden", starts=starts))
+    assert len(set(rows.prefix_lengths.tolist())) == 2
+    found, stored = (one.cache.batch(range(20))["hidden"] for one in (rows, drawn))  # type: ignore[union-attr]
+    torch.testing.assert_close(found, stored, rtol=0, atol=2e-5)
 
 
 def test_another_kind_of_storage_is_another_dataset(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ class SampleConfig(ModelLoadSettings):
         "auto",
         "Keep the model's predictions beside the rows, so that training needs no reference forward. hidden: the last "
         "hidden state, exact. topk: the 64 likeliest tokens and the mass of the rest, small. auto: hidden where the "
-        "output head is a plain one and 4 GB are enough, with engine torch or ray.",
+        "output head is a plain one and 4 GB are enough, with engine torch or ray. Finished rows that have none, as "
+        "vLLM's, get them by running it again with hidden or topk.",
     )
     store_fisher: bool = setting(
         False,
@@ -93,9 +94,15 @@ class SampleConfig(ModelLoadSettings):
             raise ValueError(f"tensor_parallel_size: {size} needs engine vllm, not {self.engine!r}; set --engine")
         if workers is not None and self.engine != "ray":
             raise ValueError(f"num_workers: {workers} needs engine ray, not {self.engine!r}; set --engine")
-        for name in ("store_reference", "attn_implementation") if self.engine == "vllm" else ():
-            if (value := getattr(self, name)) not in (None, "auto", "none"):
-                raise ValueError(f"{name}: {value!r} is not for engine vllm; leave it out, or use torch")
+        if self.engine == "vllm" and self.attn_implementation is not None:
+            raise ValueError(
+                f"attn_implementation: {self.attn_implementation!r} is not for engine vllm; leave it out, or use torch"
+            )
+        if self.engine == "vllm" and self.store_reference not in ("auto", "none"):
+            raise ValueError(
+                f"store_reference: {self.store_reference!r} is not for engine vllm, which hands out no predictions; "
+                "draw without it, then run the same command with it and with engine torch, which adds them"
+            )
 
 
 def run_sample(config: SampleConfig) -> None:

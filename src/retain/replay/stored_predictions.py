@@ -11,22 +11,70 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from retain.files import atomic_path
+from retain.models.fisher import rows_per_batch
+from retain.models.head import seen_by_head
+from retain.models.reference import evaluation_mode
+from retain.progress import StageProgress
 
+if TYPE_CHECKING:
+    from retain.replay.dataset import ReplayDataset
+
+TOP_K = 64  # likeliest tokens that a store of kind "topk" keeps of each prediction
+STORING = "storing predictions"  # its stage of progress
 NAMES = {"hidden": ("hidden",), "topk": ("log_probs", "tokens")}
 
 
 def cache_path(folder: Path, shard: int) -> Path:
     """The file beside a shard; it is written first, so a shard that is there has its predictions."""
     return folder / f"reference-{shard:05d}.safetensors"
+
+
+def kept_of(
+    kind: str, states: Float[Tensor, "predictions size"], log_probs: Float[Tensor, "predictions vocabulary"]
+) -> dict[str, Tensor]:
+    """What a store of this kind keeps of predictions, on the CPU."""
+    if kind == "hidden":
+        return {"hidden": states.cpu()}
+    found = log_probs.topk(min(TOP_K, log_probs.shape[-1]), dim=-1)
+    return {"log_probs": found.values.cpu(), "tokens": found.indices.to(torch.int32).cpu()}
+
+
+@torch.no_grad()
+def predict_rows(model: Any, rows: ReplayDataset, kind: str, shards: Sequence[int]) -> None:
+    """Write what the model that drew finished rows predicts on them, by whole rows, beside their shards.
+
+    What is there already stays: a pass that was killed goes on.
+
+    Args:
+        shards: their numbers; processes may share them out.
+    """
+    folder, per_shard = Path(rows.source), rows.manifest["rows_per_shard"]  # type: ignore[index]
+    todo = [shard for shard in shards if not cache_path(folder, shard).exists()]
+    size = rows_per_batch(model.config.get_text_config().vocab_size, int(rows.num_predictions.max()))
+    with evaluation_mode(model), seen_by_head(model) as hidden, StageProgress(STORING, len(todo), "shards") as stage:
+        for shard in todo:
+            found, end = [], min((shard + 1) * per_shard, len(rows))
+            for first in range(shard * per_shard, end, size):
+                batch = {
+                    name: value.to(model.device)
+                    for name, value in rows.batch(range(first, min(first + size, end))).items()
+                }
+                drawn = batch.pop("labels")[:, 1:] != -100
+                logits = model(**batch).logits[:, :-1][drawn]
+                found.append(kept_of(kind, hidden[-1][:, :-1][drawn], logits.float().log_softmax(-1)))
+                hidden.clear()
+            write_predictions(folder, shard, {name: torch.cat([part[name] for part in found]) for name in NAMES[kind]})
+            stage.update(1)
 
 
 def write_predictions(folder: Path, shard: int, predictions: dict[str, Tensor]) -> None:

@@ -30,6 +30,7 @@ from transformers.cache_utils import DynamicLayer
 from retain.models.head import seen_by_head
 from retain.models.reference import evaluation_mode, probe_tokens
 from retain.replay.provenance import check_draws, rope_switch
+from retain.replay.stored_predictions import kept_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 MAX_ROWS, MAX_ROWS_ON_CPU = 512, 64  # of a batch; on a CPU 64 rows already fill the matrix products
 SHARE_OF_FREE_MEMORY = 0.5
 MAX_NARROW = 512  # hidden size up to which a second CPU thread waits for the first longer than it helps
-TOP_K = 64  # likeliest tokens that a store of kind "topk" keeps of each prediction
 CACHE_NAMES = ("past_key_values", "cache_params", "state")  # of the cache that decoders return, and take again
 CHECKED_ROWS = 2  # of a model's first batch that are compared with passes without a cache
 PROBE_LENGTH = 8  # tokens that are predicted with the cache and without, before anything is drawn
@@ -266,7 +266,7 @@ def draw_rows(
             first_log_probs.append(chosen[:CHECKED_ROWS])
             entropies += torch.where(free, torch.special.entr(probabilities).sum(-1), 0.0)
             if store is not None:
-                kept.append(_prediction(store, hidden[-1], log_probs))
+                kept.append(kept_of(store, hidden[-1][:, -1], log_probs))
             hidden.clear()
     if not bool(entropies.isfinite().all()):
         raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
@@ -277,13 +277,6 @@ def draw_rows(
         proven_lengths[model] = max_length
     sums = logprobs.cpu().numpy(), entropies.cpu().numpy()
     return DrawnRows(tokens.cpu().numpy().astype(np.int32), given, *sums, _row_after_row(kept, given))
-
-
-def _prediction(store: str, hidden: Tensor, log_probs: Tensor) -> dict[str, Tensor]:
-    if store == "hidden":
-        return {"hidden": hidden[:, -1].cpu()}
-    found = log_probs.topk(min(TOP_K, log_probs.shape[-1]), dim=-1)
-    return {"log_probs": found.values.cpu(), "tokens": found.indices.to(torch.int32).cpu()}
 
 
 def _row_after_row(kept: list[dict[str, Tensor]], given: np.ndarray) -> dict[str, Tensor]:

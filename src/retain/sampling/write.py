@@ -42,7 +42,7 @@ from retain.replay.dataset import (
     write_shard,
 )
 from retain.replay.provenance import rope_switch
-from retain.replay.stored_predictions import write_predictions
+from retain.replay.stored_predictions import predict_rows, write_predictions
 from retain.sampling.engine import Engine, Progress, Shard, batch_engine, choose_batch_size, draw_rows
 from retain.sampling.starts import Starts, plan_starts
 
@@ -92,7 +92,8 @@ def sample_replay(
         max_length: tokens per row, what is given included; by default at most the model's positions.
         start_token: the document start; chosen from the tokenizer by default.
         starts: how rows begin; the document start alone by default.
-        store_reference: keep the model's predictions too: "hidden" or "topk" (see `reference_cache`).
+        store_reference: keep the model's predictions too: "hidden" or "topk" (see `stored_predictions`). Finished rows
+            that have none, as vLLM's, get them by a pass of the model over whole rows.
         store_fisher: measure the Fisher information of every weight on the rows, too, for `anchor_coef`.
         batch_size: rows drawn together; by default what fits the memory, or what began the dataset.
         rows_per_shard: rows of a file, the unit of work of a process and the most that a killed one loses.
@@ -131,6 +132,11 @@ def sample_replay(
         # The same batches give the same rows to the last bit.
         "batch_size": batch_size or (begun or {}).get("batch_size") or choose_batch_size(model, max_length),
     }
+    adds = False
+    if begun is not None and store_reference is not None and _is_whole(folder, begun):  # whatever drew them
+        manifest["sampler"]["engine"], manifest["batch_size"] = begun["sampler"]["engine"], begun["batch_size"]
+        if adds := begun.get("store_reference") is None:
+            manifest["store_reference"] = None  # until the pass is through
     engine = engine or batch_engine(partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference))
     check_pool_folder(folder)
     main = state is None or state.is_main_process
@@ -141,8 +147,14 @@ def sample_replay(
             state.wait_for_everyone()
             manifest = read_manifest(folder)  # the main process's: batches of one size give the same rows
         _draw_shards(folder, manifest, starts, engine, state, progress or (lambda rows: None))
+        if adds and store_reference is not None:
+            mine, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
+            shards = range(mine, num_shards(manifest), processes)
+            predict_rows(model, load_self_generated(folder), store_reference, shards)
         if state is not None:
             state.wait_for_everyone()
+        if main and adds:
+            write_json(folder / MANIFEST, manifest | {"store_reference": store_reference})
         if main and store_fisher and not (folder / FISHER_FILE).exists():
             fisher.store_fisher(model, load_self_generated(folder))
     return folder
@@ -194,6 +206,14 @@ def _check_model(model: PreTrainedModel, max_length: int, store_reference: str |
             f"store_reference: beyond {switch} tokens this model encodes a whole row otherwise (LongRoPE) than while "
             f"it drew it, and training sees whole rows; use max_length {switch}, or store nothing"
         )
+
+
+def num_shards(manifest: dict[str, Any]) -> int:
+    return -(-manifest["num_rows"] // manifest["rows_per_shard"])
+
+
+def _is_whole(folder: Path, begun: dict[str, Any]) -> bool:
+    return all(shard_path(folder, number).exists() for number in range(num_shards(begun)))
 
 
 def _draw_shards(
