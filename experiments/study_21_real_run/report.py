@@ -1,0 +1,209 @@
+"""What the study found: two tables, the claims of its rule, and answers over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.claim import Claim, Interval, over_seeds
+from experiments.pages import NoReport, dress, findings, panels, table
+from experiments.program import Report
+from experiments.study_21_real_run.facts import new_facts, old_facts
+from experiments.study_21_real_run.modules import NEW, asked
+from experiments.study_21_real_run.settings import (
+    ACCURACY_MARGIN,
+    ARM_LABELS,
+    ARMS,
+    CLAIMED,
+    FEW_QUESTIONS,
+    KEPT,
+    KEPT_TABLE,
+    LEARNED_ALIKE,
+    LEARNED_TABLE,
+    LOOKS,
+    MARGIN,
+    MAX_AGREEMENT,
+    METHODS,
+    MIN_LEARNED,
+    NATS,
+    NUM_QUESTIONS,
+    SEEDS,
+    STEPS,
+)
+from retain.measuring.choices import Question
+from retain.report.style import MARKS, PALETTE
+
+
+def right(given: str, asks: Sequence[Question]) -> float:
+    """The share of questions that are answered rightly."""
+    return sum(int(one) == question.answer for one, question in zip(given, asks, strict=False)) / len(given)
+
+
+def same(given: str, other: str) -> float:
+    return sum(a == b for a, b in zip(given, other, strict=False)) / len(given)
+
+
+def numbers_of(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
+    """Everything that is said of a run, by its column."""
+    first, last = row["trajectory"][0], row["trajectory"][-1]
+    given, of_base = row["answers"][str(STEPS)], base["answers"]
+    flags = [flag for module, flag in zip(asked(), row["modules"], strict=True) if module.family in NEW]
+    return {
+        "Verilog loss": last["eval_loss"],
+        "fall": first["eval_loss"] - last["eval_loss"],
+        "modules": row["modules"].count("p") / len(row["modules"]),
+        "of new kinds": flags.count("p") / len(flags),
+        "new facts": right(given["new facts"], new_facts(row["settings"]["seed"])),
+        "accuracy": same(given["Social IQa"], base["right"]),
+        "agreement": same(given["Social IQa"], of_base["Social IQa"]),
+        "capitals": right(given["old facts"], old_facts()),
+        "refusals": sum(row["refused"]) / len(row["refused"]),
+        "prose": last["retention/prose/ref_kl"],
+        "own documents": last["retention/self-generated/ref_kl"],
+    }
+
+
+Columns = dict[tuple[str, str], dict[str, list[float]]]  # (method, arm) → column → values by seed
+
+
+def findings_of(columns: Columns, base: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The claims of the rule."""
+    found: dict[str, tuple[str, str]] = {}
+    known = same(base["answers"]["Social IQa"], base["right"])
+    for method, label in METHODS.items():
+        if not all((method, arm) in columns for arm in CLAIMED):
+            continue
+        plain, replay = (columns[method, arm] for arm in CLAIMED)
+        number = f"{len(plain['fall'])} seeds, 135M"
+        learned = min(b / a for a, b in zip(plain["fall"], replay["fall"], strict=True))
+        for column, (words, direction) in KEPT.items():
+            claim = paired(plain[column], replay[column], direction)
+            verdict = claim.verdict if learned >= MIN_LEARNED else "cannot tell"
+            found[f"{label}: {words}"] = (verdict, f"{said(claim, plain[column], replay[column], column)}; {number}")
+        for column, words in LEARNED_ALIKE.items():
+            claim = paired(plain[column], replay[column], 1, MARGIN)
+            found[f"{label}: {words}"] = (
+                claim.alike, f"{said(claim, plain[column], replay[column], column)}; {number}"
+            )  # fmt: skip
+        accuracy = Claim([one - known for one in plain["accuracy"]], 1, ACCURACY_MARGIN)
+        agreement = over_seeds(plain["agreement"])
+        hides = accuracy.equivalent and agreement.high < MAX_AGREEMENT
+        shown = accuracy.interval.low > ACCURACY_MARGIN or accuracy.interval.high < -ACCURACY_MARGIN
+        found[f"{label}, plain: equal accuracy hides forgetting"] = (
+            "reproduced" if hides else "not reproduced" if shown or agreement.low > MAX_AGREEMENT else "cannot tell",
+            f"accuracy {100 * accuracy.interval.value:+.1f} [{100 * accuracy.interval.low:+.1f}, "
+            f"{100 * accuracy.interval.high:+.1f}] points from {known:.1%}, with {agreement.percent()} of the answers "
+            f"of the base; {NUM_QUESTIONS:,} questions, {number}",
+        )
+    return found
+
+
+def paired(plain: Sequence[float], replay: Sequence[float], direction: int, margin: float = 0.0) -> Claim:
+    return Claim([b - a for a, b in zip(plain, replay, strict=True)], direction, margin)
+
+
+def said(claim: Claim, plain: Sequence[float], replay: Sequence[float], column: str) -> str:
+    """Both means and the paired difference, in nats or in percent."""
+    if column in NATS:
+        return f"{over_seeds(replay)} against {over_seeds(plain)} nats, {claim.interval.text('+.3f')}"
+    change = Interval(*(100 * one for one in claim.interval)).text("+.1f")
+    return f"{over_seeds(replay).percent()} against {over_seeds(plain).percent()}, {change} points"
+
+
+def report_of(rows: Sequence[Mapping[str, Any]]) -> Report:
+    """The study's text and figure; of the arms that are compared, the seeds that have both."""
+    base = next((row for row in rows if row["settings"]["arm"] == "base"), None)
+    tuned = sorted((row for row in rows if row["settings"]["arm"] in ARMS), key=lambda row: row["settings"]["seed"])
+    of: dict[tuple[str, str], dict[int, Any]] = {(method, arm): {} for method in METHODS for arm in ARMS}
+    for row in tuned:
+        of[row["settings"]["method"], row["settings"]["arm"]][row["settings"]["seed"]] = row
+    for method in METHODS:
+        both = of[method, CLAIMED[0]].keys() & of[method, CLAIMED[1]].keys()
+        for arm in CLAIMED:
+            of[method, arm] = {seed: row for seed, row in of[method, arm].items() if seed in both}
+    of = {key: some for key, some in of.items() if some}
+    if base is None or not of:
+        raise NoReport("no run is made yet")
+    columns: Columns = {}
+    for key, some in of.items():
+        numbers = [numbers_of(row, base) for row in some.values()]
+        columns[key] = {column: [one[column] for one in numbers] for column in numbers[0]}
+    text = "\n\n".join([*tables(columns, base), findings(findings_of(columns, base))])
+    return text, lambda path: draw(of, base, path)
+
+
+def tables(columns: Columns, base: Mapping[str, Any]) -> list[str]:
+    """What was learned, and what was kept."""
+    given, starts = base["answers"], {"Verilog loss": None, "agreement": 1.0, "refusals": 1.0}
+    new = [right(given[f"new facts, seed {seed}"], new_facts(seed)) for seed in SEEDS]
+    flags = [flag for module, flag in zip(asked(), base["modules"], strict=True) if module.family in NEW]
+    starts |= {
+        "modules": base["modules"].count("p") / len(base["modules"]),
+        "of new kinds": flags.count("p") / len(flags),
+        "new facts": sum(new) / len(new),
+        "accuracy": same(given["Social IQa"], base["right"]),
+        "capitals": right(given["old facts"], old_facts()),
+        "prose": 0.0,
+        "own documents": 0.0,
+    }
+
+    def cell(column: str, values: Sequence[float]) -> str:
+        return str(over_seeds(values)) if column in NATS else over_seeds(values).percent()
+
+    made = []
+    for listed in (LEARNED_TABLE, KEPT_TABLE):
+        lines = [["base", "", *(_start(column, starts[column]) for column in listed)]]
+        lines += [
+            [
+                f"{METHODS[method]}, {ARM_LABELS[arm]}",
+                str(len(found["fall"])),
+                *(cell(one, found[one]) for one in listed),
+            ]
+            for (method, arm), found in columns.items()
+        ]
+        made.append(table(["run", "seeds", *listed.values()], lines))
+    return made
+
+
+def _start(column: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if column in NATS else f"{value:.1%}"
+
+
+def draw(of: Mapping[tuple[str, str], Mapping[int, Any]], base: Mapping[str, Any], path: Path) -> None:
+    """Answers over steps, plain and with replay."""
+    given, steps = base["answers"], (0, *LOOKS, STEPS)
+    starts = [right(given[f"new facts, seed {seed}"], new_facts(seed)) for seed in SEEDS]
+    shown: dict[str, tuple[float, Callable[[Any, str], float]]] = {
+        "New facts": (
+            sum(starts) / len(starts),
+            lambda row, step: right(row["answers"][step]["new facts"], new_facts(row["settings"]["seed"])),
+        ),
+        "Capitals": (
+            right(given["old facts"], old_facts()),
+            lambda row, step: right(row["answers"][step]["old facts"], old_facts()),
+        ),
+        f"Agreement, {FEW_QUESTIONS} questions": (
+            1.0,
+            lambda row, step: same(row["answers"][step]["Social IQa"][:FEW_QUESTIONS], given["Social IQa"]),
+        ),
+    }
+    with panels(path, len(shown), (11.0, 3.2)) as all_axes:
+        for axes, (title, (start, value)) in zip(all_axes, shown.items(), strict=True):
+            for method, arm in ((method, arm) for method in METHODS for arm in CLAIMED):
+                some = of.get((method, arm), {}).values()
+                if not some:
+                    continue
+                curve = [over_seeds([value(row, str(step)) for row in some]) for step in steps[1:]]
+                middle = [100 * start, *(100 * one.value for one in curve)]
+                errors = [[0, *(100 * (one.value - one.low) for one in curve)],
+                          [0, *(100 * (one.high - one.value) for one in curve)]]  # fmt: skip
+                how = {"color": PALETTE[CLAIMED.index(arm)], "marker": MARKS[list(METHODS).index(method)]}
+                style = "-" if method == "full" else "--"
+                label = f"{METHODS[method]}, {ARM_LABELS[arm]}"
+                axes.errorbar(steps, middle, errors, label=label, linestyle=style, capsize=2, **how)
+            dress(axes, title, "steps", "%" if title == "New facts" else "")
+            axes.set_ylim(0, 105)
+        all_axes[0].legend(loc="upper left", fontsize=7)
