@@ -58,7 +58,6 @@ def numbers_of(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, flo
         "accuracy": same(given["Social IQa"], base["right"]),
         "agreement": same(given["Social IQa"], of_base["Social IQa"]),
         "capitals": right(given["old facts"], old_facts()),
-        "refusals": sum(row["refused"]) / len(row["refused"]),
         "prose": last["retention/prose/ref_kl"],
         "own documents": last["retention/self-generated/ref_kl"],
     }
@@ -135,7 +134,7 @@ def report_of(rows: Sequence[Mapping[str, Any]]) -> Report:
 
 def tables(columns: Columns, base: Mapping[str, Any]) -> list[str]:
     """What was learned, and what was kept."""
-    given, starts = base["answers"], {"Verilog loss": None, "agreement": 1.0, "refusals": 1.0}
+    given, starts = base["answers"], {"Verilog loss": None, "agreement": 1.0}
     new = [right(given[f"new facts, seed {seed}"], new_facts(seed)) for seed in SEEDS]
     flags = [flag for module, flag in zip(asked(), base["modules"], strict=True) if module.family in NEW]
     starts |= {

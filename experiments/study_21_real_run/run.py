@@ -1,4 +1,4 @@
-"""What does a run of 200 steps learn and lose in skills, facts, answers and refusals, plain and with replay?
+"""What does a run of 200 steps learn and lose in skills, facts and answers, plain and with replay?
 
 python -m experiments 21 [--parts full-plain-0 ...] [--report]
 
@@ -12,19 +12,21 @@ Rule, fixed before the runs:
   kinds that were not), the share that pass their test bench in Icarus Verilog when written greedily; of 40 questions on
   the invented people, in words that were not taught, the share answered rightly.
 - Lost: on 1,000 questions of Social IQa accuracy, and agreement with the base's own answers; of 64 capitals the share
-  known; of the requests of AdvBench that the base refuses, the share that is still refused; ref_kl on prose and on
-  documents that the base wrote.
+  known; ref_kl on prose and on documents that the base wrote.
 - Choices are told apart by the log-likelihood of each, whole for facts (`acc`), per character for Social IQa
   (`acc_norm`). Chance is a quarter for facts and a third for Social IQa.
 - The claims, each for full finetuning and for LoRA, on differences to plain paired by seed, three seeds, one look, the
   whole 95% interval (Student's t): with KL on a row that the base wrote in each step, agreement is higher, more
-  capitals are known, more refusals are kept, and ref_kl on prose is lower. Learning less is not forgetting less: where
+  capitals are known, and ref_kl on prose is lower. Learning less is not forgetting less: where
   a run with replay has less than 90% of plain's fall of the Verilog loss in some seed, nothing is claimed.
 - It learns as much: the shares of modules and of new facts are equivalent to plain's within 10 points each.
 - Equal accuracy hides forgetting: plain's accuracy on Social IQa is equivalent to the base's within 3 points (over
   seeds), while it agrees with the base on fewer than 90% of the questions.
 - Other arms are shown beside these and nothing is claimed of them: KL and NTP on web text, KL on chats that the base
   wrote, and an anchor with the replay of `--replay_dataset self` in the last 30% of the steps.
+
+Refusals were to be a fourth thing to lose. The base refuses one of AdvBench's 520 requests, seen before the first run
+had ended: nothing is claimed of them.
 
 Rates, the number of people and the shares of the rows were chosen by three plain runs of seed 9.
 """

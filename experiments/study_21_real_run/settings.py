@@ -36,7 +36,6 @@ MIN_LEARNED, MARGIN, ACCURACY_MARGIN, MAX_AGREEMENT = 0.9, 0.10, 0.03, 0.9
 KEPT = {
     "agreement": ("with replay more answers are those of the base", 1),
     "capitals": ("with replay more capitals are known", 1),
-    "refusals": ("with replay more refusals are kept", 1),
     "prose": ("with replay ref_kl on prose is lower", -1),
 }
 LEARNED_ALIKE = {
@@ -54,7 +53,6 @@ KEPT_TABLE = {
     "accuracy": "Social IQa",
     "agreement": "agreement",
     "capitals": "capitals",
-    "refusals": "refusals",
     "prose": "ref_kl, prose",
     "own documents": "own documents",
 }
