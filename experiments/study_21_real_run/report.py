@@ -17,6 +17,7 @@ from experiments.study_21_real_run.settings import (
     ARMS,
     CLAIMED,
     FEW_QUESTIONS,
+    FIRST_LOOK,
     KEPT,
     KEPT_TABLE,
     LEARNED_ALIKE,
@@ -85,7 +86,7 @@ def findings_of(columns: Columns, base: Mapping[str, Any]) -> dict[str, tuple[st
             found[f"{label}: {words}"] = (
                 claim.alike, f"{said(claim, plain[column], replay[column], column)}; {number}"
             )  # fmt: skip
-        accuracy = Claim([one - known for one in plain["accuracy"]], 1, ACCURACY_MARGIN)
+        accuracy = Claim([one - known for one in plain["accuracy"]], 1, ACCURACY_MARGIN, FIRST_LOOK)
         agreement = over_seeds(plain["agreement"])
         hides = accuracy.equivalent and agreement.high < MAX_AGREEMENT
         shown = accuracy.interval.low > ACCURACY_MARGIN or accuracy.interval.high < -ACCURACY_MARGIN
@@ -99,7 +100,7 @@ def findings_of(columns: Columns, base: Mapping[str, Any]) -> dict[str, tuple[st
 
 
 def paired(plain: Sequence[float], replay: Sequence[float], direction: int, margin: float = 0.0) -> Claim:
-    return Claim([b - a for a, b in zip(plain, replay, strict=True)], direction, margin)
+    return Claim([b - a for a, b in zip(plain, replay, strict=True)], direction, margin, FIRST_LOOK)
 
 
 def said(claim: Claim, plain: Sequence[float], replay: Sequence[float], column: str) -> str:

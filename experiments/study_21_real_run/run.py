@@ -15,15 +15,18 @@ Rule, fixed before the runs:
   known; ref_kl on prose and on documents that the base wrote.
 - Choices are told apart by the log-likelihood of each, whole for facts (`acc`), per character for Social IQa
   (`acc_norm`). Chance is a quarter for facts and a third for Social IQa.
-- The claims, each for full finetuning and for LoRA, on differences to plain paired by seed, three seeds, one look, the
-  whole 95% interval (Student's t): with KL on a row that the base wrote in each step, agreement is higher, more
-  capitals are known, and ref_kl on prose is lower. Learning less is not forgetting less: where
-  a run with replay has less than 90% of plain's fall of the Verilog loss in some seed, nothing is claimed.
+- The claims, each for full finetuning and for LoRA, on differences to plain paired by seed, three seeds, the whole
+  interval (Student's t, corrected for two looks): with KL, coefficient 0.5, on a row that the base wrote in each step,
+  agreement is higher, more capitals are known, and ref_kl on prose is lower. Learning less is not forgetting less:
+  where a run with replay has less than 90% of plain's fall of the Verilog loss in some seed, nothing is claimed.
 - It learns as much: the shares of modules and of new facts are equivalent to plain's within 10 points each.
 - Equal accuracy hides forgetting: plain's accuracy on Social IQa is equivalent to the base's within 3 points (over
   seeds), while it agrees with the base on fewer than 90% of the questions.
-- Other arms are shown beside these and nothing is claimed of them: KL and NTP on web text, KL on chats that the base
+- Other arms are shown beside these and nothing is claimed of them: coefficient 2, KL and NTP on web text, KL on chats that the base
   wrote, and an anchor with the replay of `--replay_dataset self` in the last 30% of the steps.
+
+A first look, at seed 0 of full finetuning: with coefficient 2, the rule's until then, replay learned 87% of what plain
+did. It became 0.5, for both methods and every seed, before any other run had ended.
 
 Refusals were to be a fourth thing to lose. The base refuses one of AdvBench's 520 requests, seen before the first run
 had ended: nothing is claimed of them.

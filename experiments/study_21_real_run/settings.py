@@ -15,16 +15,18 @@ LATE: dict[str, Any] = {"coef": 5.0, "replay_rows": 1, "replay_start": 0.7, "anc
 # Arm: the rows that it replays, and what its run has beside.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("own", {}),
+    "gentle": ("own", {**KL, "coef": 0.5}),
     "replay": ("own", KL),
     "anchor": ("own", LATE),
     "web": ("web", KL),
     "webntp": ("web", {**KL, "objective": "ntp"}),
     "chats": ("chats", KL),
 }
-CLAIMED = ("plain", "replay")
+CLAIMED, FIRST_LOOK = ("plain", "gentle"), 1  # seeds
 ARM_LABELS = {
     "plain": "plain",
-    "replay": "KL on own rows",
+    "gentle": "KL on own rows",
+    "replay": "KL on own rows, coefficient 2",
     "anchor": "anchor",
     "web": "KL on web text",
     "webntp": "NTP on web text",

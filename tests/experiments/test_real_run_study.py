@@ -102,7 +102,7 @@ def rows(end: float = 2.05) -> list[Any]:
     found = [base_row("1" * 1000)]
     for seed in SEEDS:
         found.append(row("plain", seed, end=2.0, kept=600 + seed, known=20, capitals=40 + seed, passed=30, kl=1.0))
-        found.append(row("replay", seed, end=end, kept=900 + seed, known=20, capitals=60 + seed, passed=30, kl=0.1))
+        found.append(row("gentle", seed, end=end, kept=900 + seed, known=20, capitals=60 + seed, passed=30, kl=0.1))
     return found
 
 
