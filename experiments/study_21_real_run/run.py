@@ -22,8 +22,8 @@ Rule, fixed before the runs:
 - It learns as much: the shares of modules and of new facts are equivalent to plain's within 10 points each.
 - Equal accuracy hides forgetting: plain's accuracy on Social IQa is equivalent to the base's within 3 points (over
   seeds), while it agrees with the base on fewer than 90% of the questions.
-- Other arms are shown beside these and nothing is claimed of them: coefficient 2, KL and NTP on web text, KL on chats that the base
-  wrote, and an anchor with the replay of `--replay_dataset self` in the last 30% of the steps.
+- Other arms are shown beside these and nothing is claimed of them: coefficient 2, KL and NTP on web text, KL on chats
+  that the base wrote, and an anchor with the replay of `--replay_dataset self` in the last 30% of the steps.
 
 A first look, at seed 0 of full finetuning: with coefficient 2, the rule's until then, replay learned 87% of what plain
 did. It became 0.5, for both methods and every seed, before any other run had ended.
