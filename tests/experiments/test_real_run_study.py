@@ -108,9 +108,9 @@ def rows(end: float = 2.05) -> list[Any]:
 
 def test_the_claims_go_with_the_rows(tmp_path: Path) -> None:
     text, draw = reports.report_of(rows())
-    assert "LoRA: with replay more capitals are known: **reproduced** (95.3%" in text
-    assert "LoRA: with replay ref_kl on prose is lower: **reproduced** (0.100 [0.100, 0.100] against 1.000" in text
-    assert "LoRA: with replay as many modules pass their test bench: **reproduced**" in text
+    assert "LoRA: with replay more capitals are known: **yes** (95.3%" in text
+    assert "LoRA: with replay ref_kl on prose is lower: **yes** (0.100 [0.100, 0.100] against 1.000" in text
+    assert "LoRA: with replay as many modules pass their test bench: **yes**" in text
     assert "LoRA, plain: equal accuracy hides forgetting: **not reproduced** (accuracy -39.9" in text
     draw(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
@@ -118,5 +118,6 @@ def test_the_claims_go_with_the_rows(tmp_path: Path) -> None:
     assert "LoRA: with replay more capitals are known: **cannot tell**" in text, "it learned 85% as much"
     alone, _ = reports.report_of(rows()[:-1])
     assert "| LoRA, plain | 2 |" in alone, "a seed without its pair is left out"
+    assert "**" not in alone, "two seeds decide nothing"
     with pytest.raises(NoReport):
         reports.report_of(rows()[:1])
