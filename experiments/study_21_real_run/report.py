@@ -75,7 +75,7 @@ def findings_of(columns: Columns, base: Mapping[str, Any]) -> dict[str, tuple[st
         if any(len(columns.get((method, arm), {"fall": []})["fall"]) < len(SEEDS) for arm in CLAIMED):
             continue
         plain, replay = (columns[method, arm] for arm in CLAIMED)
-        number = f"{len(plain['fall'])} seeds, 135M"
+        number = f"{len(plain['fall'])} seeds, two looks, 135M"
         learned = min(b / a for a, b in zip(plain["fall"], replay["fall"], strict=True))
         for column, (words, direction) in KEPT.items():
             claim = paired(plain[column], replay[column], direction)
@@ -108,7 +108,8 @@ def said(claim: Claim, plain: Sequence[float], replay: Sequence[float], column: 
     if column in NATS:
         return f"{over_seeds(replay)} against {over_seeds(plain)} nats, {claim.interval.text('+.3f')}"
     change = Interval(*(100 * one for one in claim.interval)).text("+.1f")
-    return f"{over_seeds(replay).percent()} against {over_seeds(plain).percent()}, {change} points"
+    means = (sum(values) / len(values) for values in (replay, plain))
+    return f"{' against '.join(f'{mean:.1%}' for mean in means)}, {change} points"
 
 
 def report_of(rows: Sequence[Mapping[str, Any]]) -> Report:
@@ -135,7 +136,8 @@ def report_of(rows: Sequence[Mapping[str, Any]]) -> Report:
 
 def tables(columns: Columns, base: Mapping[str, Any]) -> list[str]:
     """What was learned, and what was kept."""
-    given, starts = base["answers"], {"Verilog loss": None, "agreement": 1.0}
+    given, first = base["answers"], next(iter(columns.values()))
+    starts = {"Verilog loss": first["Verilog loss"][0] + first["fall"][0], "agreement": 1.0}
     new = [right(given[f"new facts, seed {seed}"], new_facts(seed)) for seed in SEEDS]
     flags = [flag for module, flag in zip(asked(), base["modules"], strict=True) if module.family in NEW]
     starts |= {
@@ -149,7 +151,9 @@ def tables(columns: Columns, base: Mapping[str, Any]) -> list[str]:
     }
 
     def cell(column: str, values: Sequence[float]) -> str:
-        return str(over_seeds(values)) if column in NATS else over_seeds(values).percent()
+        if column in NATS:
+            return str(over_seeds(values)) if len(values) > 1 else f"{values[0]:.3f}"
+        return ", ".join(f"{value:.1%}" for value in values)  # an interval of so few would leave 0 to 100%
 
     made = []
     for listed in (LEARNED_TABLE, KEPT_TABLE):
@@ -166,14 +170,12 @@ def tables(columns: Columns, base: Mapping[str, Any]) -> list[str]:
     return made
 
 
-def _start(column: str, value: float | None) -> str:
-    if value is None:
-        return "–"
+def _start(column: str, value: float) -> str:
     return f"{value:.3f}" if column in NATS else f"{value:.1%}"
 
 
 def draw(of: Mapping[tuple[str, str], Mapping[int, Any]], base: Mapping[str, Any], path: Path) -> None:
-    """Answers over steps, plain and with replay."""
+    """Answers over steps, plain and with replay: means of the seeds, from the lowest to the highest."""
     given, steps = base["answers"], (0, *LOOKS, STEPS)
     starts = [right(given[f"new facts, seed {seed}"], new_facts(seed)) for seed in SEEDS]
     shown: dict[str, tuple[float, Callable[[Any, str], float]]] = {
@@ -196,10 +198,11 @@ def draw(of: Mapping[tuple[str, str], Mapping[int, Any]], base: Mapping[str, Any
                 some = of.get((method, arm), {}).values()
                 if not some:
                     continue
-                curve = [over_seeds([value(row, str(step)) for row in some]) for step in steps[1:]]
-                middle = [100 * start, *(100 * one.value for one in curve)]
-                errors = [[0, *(100 * (one.value - one.low) for one in curve)],
-                          [0, *(100 * (one.high - one.value) for one in curve)]]  # fmt: skip
+                seeds = [[100 * value(row, str(step)) for row in some] for step in steps[1:]]
+                middle = [100 * start, *(sum(values) / len(values) for values in seeds)]
+                lowest, highest = [100 * start, *map(min, seeds)], [100 * start, *map(max, seeds)]
+                errors = [[one - low for one, low in zip(middle, lowest, strict=True)],
+                          [high - one for one, high in zip(middle, highest, strict=True)]]  # fmt: skip
                 how = {"color": PALETTE[CLAIMED.index(arm)], "marker": MARKS[list(METHODS).index(method)]}
                 style = "-" if method == "full" else "--"
                 label = f"{METHODS[method]}, {ARM_LABELS[arm]}"
