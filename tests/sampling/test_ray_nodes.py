@@ -1,9 +1,10 @@
-"""Two nodes of a Ray cluster on this machine: the rows of one that is lost go to the other; a study runs on both."""
+"""Two nodes of a Ray cluster on this machine, one of which is lost: rows and parts of a study go to the other."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -50,18 +51,33 @@ def test_a_lost_node_loses_no_rows(lose_a_node, llama_folder, whole, tmp_path): 
     assert contents(tmp_path) == contents(whole)
 
 
-def test_a_study_runs_on_the_nodes(lose_a_node, tmp_path):
-    def note(name: str, part: Any) -> None:
-        node = importlib.import_module("ray").get_runtime_context().get_node_id()
-        (tmp_path / f"{name}-{part}").write_text(node)
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)  # the other node has begun
+def test_what_a_lost_node_makes_of_a_study_is_made_by_the_other(lose_a_node, tmp_path):
+    begun, made = tmp_path / "begun", tmp_path / "made"
+    made.mkdir()
+    head = importlib.import_module("ray").get_runtime_context().get_node_id()
 
+    def note(name: str, part: Any) -> None:
+        if importlib.import_module("ray").get_runtime_context().get_node_id() != head:
+            begun.write_text(f"{name}-{part}")
+            time.sleep(600)  # it is lost meanwhile
+        deadline = time.monotonic() + 120
+        while not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)  # the other node has begun
+        (made / f"{name}-{part}").touch()
+
+    def lose_it_at_work() -> None:
+        deadline = time.monotonic() + 120
+        while not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        lose_a_node()
+
+    thread = threading.Thread(target=lose_it_at_work)
+    thread.start()
     make_on_ray(note, "laptop", range(6), workers=2)
-    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert set(made) == {f"laptop-{part}" for part in range(6)}
-    assert len(set(made.values())) == 2
+    thread.join()
+    names = {path.name for path in made.iterdir()}
+    assert names == {f"laptop-{part}" for part in range(6)}
+    assert begun.read_text() in names
 
 
 def test_what_kills_worker_after_worker_ends_the_work(lose_a_node):
