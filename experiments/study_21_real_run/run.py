@@ -39,6 +39,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -229,7 +230,7 @@ def finetuned(run: Run, arm: str, bench: Bench, requests: Sequence[str]) -> dict
         trainer.add_callback(asking)
         trainer.train()
         trajectory = [compact(row) for row in read_run(folder)["trajectory"] if "eval_loss" in row]
-        seconds = round(sum(cpu for _, cpu in trainer.clock.seconds) / len(trainer.clock.seconds), 3)
+        seconds = round(statistics.median(cpu for _, cpu in trainer.clock.seconds), 3)  # questions are asked in two
     model = trainer.model.merge_and_unload() if run.method == "lora" else trainer.model
     model.eval()
     asking.found[STEPS] = answers(model, bench, run.seed, NUM_QUESTIONS)
