@@ -22,10 +22,10 @@ from retain.files import exclusive, write_json
 from retain.laws.law import ForgettingLaw
 from retain.replay.dataset import MANIFEST, MANIFEST_SCHEMA, load_self_generated, write_shard
 
-# What YAML and a command line can hold; text that begins with a dash is a flag to any parser.
-WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1, max_size=12).filter(
-    lambda text: not text.startswith("-")
-)
+# What YAML and a command line can hold; text that begins with a dash is a flag to any parser, and what can only be a
+# path must be there.
+CHARACTERS = st.characters(codec="utf-8", exclude_categories=["C", "Z"], exclude_characters="./~")
+WORDS = st.text(CHARACTERS, min_size=1, max_size=12).filter(lambda text: not text.startswith("-"))
 WORDS |= st.sampled_from(["runs", "pair", "retention=x"])  # names of flags, as values
 NAMES = WORDS.filter(lambda text: "=" not in text)
 COUNTS, SHARES = st.integers(1, 10**9), st.floats(0, 1)
