@@ -119,6 +119,8 @@ def test_finished_rows_get_predictions_later(datasets: dict[str, ReplayDataset],
     (tmp_path / "away").rename(folder / "shard-00001.parquet")
     cache_path(folder, 1).write_bytes(cache_path(Path(datasets[kind].source), 1).read_bytes())
     before = cache_path(folder, 1).stat().st_mtime_ns  # of a pass that was killed
+    other = next(one for one in KINDS if one != kind)
+    cache_path(folder, 2).write_bytes(cache_path(Path(datasets[other].source), 2).read_bytes())  # of one before it
     sample(folder, kind, batch_size=None)
     assert cache_path(folder, 1).stat().st_mtime_ns == before
     rows = load_self_generated(folder)
@@ -132,7 +134,6 @@ def test_finished_rows_get_predictions_later(datasets: dict[str, ReplayDataset],
         else:
             torch.testing.assert_close(found, stored, rtol=0, atol=2e-5)
     sample(folder, kind)  # again: nothing is left to do
-    other = next(one for one in KINDS if one != kind)
     with pytest.raises(ValueError, match=f"store_reference '{kind}', not '{other}'"):
         sample(folder, other)
 

@@ -161,6 +161,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def num_shards(manifest: dict[str, Any]) -> int:
+    """Files of a dataset with this manifest."""
+    return -(-manifest["num_rows"] // manifest["rows_per_shard"])
+
+
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.parquet"
 
@@ -183,7 +188,7 @@ def read_shards(
     from pyarrow import parquet
 
     found: dict[str, list[Any]] = {name: [] for name in (*columns, *optional)}
-    for shard in range(-(-manifest["num_rows"] // manifest["rows_per_shard"])):
+    for shard in range(num_shards(manifest)):
         path = shard_path(folder, shard)
         if not path.exists():
             continue

@@ -53,28 +53,36 @@ def kept_of(
 def predict_rows(model: Any, rows: ReplayDataset, kind: str, shards: Sequence[int]) -> None:
     """Write what the model that drew finished rows predicts on them, by whole rows, beside their shards.
 
-    What is there already stays: a pass that was killed goes on.
+    Shards that have predictions of this kind are left alone, so a killed pass can be run again.
 
     Args:
         shards: their numbers; processes may share them out.
     """
     folder, per_shard = Path(rows.source), rows.manifest["rows_per_shard"]  # type: ignore[index]
-    todo = [shard for shard in shards if not cache_path(folder, shard).exists()]
+    todo = [shard for shard in shards if not _holds(cache_path(folder, shard), kind)]
     size = rows_per_batch(model.config.get_text_config().vocab_size, int(rows.num_predictions.max()))
     with evaluation_mode(model), seen_by_head(model) as hidden, StageProgress(STORING, len(todo), "shards") as stage:
         for shard in todo:
             found, end = [], min((shard + 1) * per_shard, len(rows))
             for first in range(shard * per_shard, end, size):
-                batch = {
-                    name: value.to(model.device)
-                    for name, value in rows.batch(range(first, min(first + size, end))).items()
-                }
+                given = rows.batch(range(first, min(first + size, end)))
+                batch = {name: value.to(model.device) for name, value in given.items()}
                 drawn = batch.pop("labels")[:, 1:] != -100
-                logits = model(**batch).logits[:, :-1][drawn]
-                found.append(kept_of(kind, hidden[-1][:, :-1][drawn], logits.float().log_softmax(-1)))
+                logits = model(**batch).logits
+                if kind != "hidden":  # which needs none: they are large
+                    logits = logits[:, :-1][drawn].float().log_softmax(-1)
+                found.append(kept_of(kind, hidden[-1][:, :-1][drawn], logits))
                 hidden.clear()
             write_predictions(folder, shard, {name: torch.cat([part[name] for part in found]) for name in NAMES[kind]})
             stage.update(1)
+
+
+def _holds(path: Path, kind: str) -> bool:
+    """Whether a file holds predictions of this kind; one of another may be left of a killed pass."""
+    if not path.exists():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys()) == set(NAMES[kind])
 
 
 def write_predictions(folder: Path, shard: int, predictions: dict[str, Tensor]) -> None:

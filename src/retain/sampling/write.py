@@ -37,6 +37,7 @@ from retain.replay.dataset import (
     MANIFEST_SCHEMA,
     NOT_COMPARED,
     load_self_generated,
+    num_shards,
     read_manifest,
     shard_path,
     write_shard,
@@ -132,11 +133,11 @@ def sample_replay(
         # The same batches give the same rows to the last bit.
         "batch_size": batch_size or (begun or {}).get("batch_size") or choose_batch_size(model, max_length),
     }
-    adds = False
-    if begun is not None and store_reference is not None and _is_whole(folder, begun):  # whatever drew them
+    added: str | None = None  # predictions that finished rows get, whichever engine drew them
+    if begun is not None and store_reference is not None and _is_whole(folder, begun):
         manifest["sampler"]["engine"], manifest["batch_size"] = begun["sampler"]["engine"], begun["batch_size"]
-        if adds := begun.get("store_reference") is None:
-            manifest["store_reference"] = None  # until the pass is through
+        if begun.get("store_reference") is None:
+            added, manifest["store_reference"] = store_reference, None  # until all of them are there
     engine = engine or batch_engine(partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference))
     check_pool_folder(folder)
     main = state is None or state.is_main_process
@@ -147,14 +148,12 @@ def sample_replay(
             state.wait_for_everyone()
             manifest = read_manifest(folder)  # the main process's: batches of one size give the same rows
         _draw_shards(folder, manifest, starts, engine, state, progress or (lambda rows: None))
-        if adds and store_reference is not None:
-            mine, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
-            shards = range(mine, num_shards(manifest), processes)
-            predict_rows(model, load_self_generated(folder), store_reference, shards)
+        if added is not None:
+            predict_rows(model, load_self_generated(folder), added, _own_shards(manifest, state))
         if state is not None:
             state.wait_for_everyone()
-        if main and adds:
-            write_json(folder / MANIFEST, manifest | {"store_reference": store_reference})
+        if main and added is not None:
+            write_json(folder / MANIFEST, manifest | {"store_reference": added})
         if main and store_fisher and not (folder / FISHER_FILE).exists():
             fisher.store_fisher(model, load_self_generated(folder))
     return folder
@@ -208,8 +207,10 @@ def _check_model(model: PreTrainedModel, max_length: int, store_reference: str |
         )
 
 
-def num_shards(manifest: dict[str, Any]) -> int:
-    return -(-manifest["num_rows"] // manifest["rows_per_shard"])
+def _own_shards(manifest: dict[str, Any], state: PartialState | None) -> range:
+    """The shards of this process among those that share the work."""
+    mine, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
+    return range(mine, num_shards(manifest), processes)
 
 
 def _is_whole(folder: Path, begun: dict[str, Any]) -> bool:
@@ -224,12 +225,10 @@ def _draw_shards(
     state: PartialState | None,
     progress: Progress,
 ) -> None:
-    mine, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
     todo, drawn_before = [], 0
-    for number, first in enumerate(range(0, manifest["num_rows"], manifest["rows_per_shard"])):
+    for number in _own_shards(manifest, state):
+        first = number * manifest["rows_per_shard"]
         rows = range(first, min(first + manifest["rows_per_shard"], manifest["num_rows"]))
-        if number % processes != mine:
-            continue
         if shard_path(folder, number).exists():
             drawn_before += len(rows)
         else:
