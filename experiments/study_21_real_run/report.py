@@ -38,27 +38,39 @@ from retain.report.style import MARKS, PALETTE
 
 def right(given: str, asks: Sequence[Question]) -> float:
     """The share of questions that are answered rightly."""
-    return sum(int(one) == question.answer for one, question in zip(given, asks, strict=False)) / len(given)
+    return same(given, "".join(str(question.answer) for question in asks))
 
 
 def same(given: str, other: str) -> float:
     return sum(a == b for a, b in zip(given, other, strict=False)) / len(given)
 
 
+def asked_of(row: Mapping[str, Any], given: Mapping[str, str], base: Mapping[str, Any]) -> dict[str, float]:
+    """What is said of the base and of every run alike, but for the new facts: `given` are the answers at the end."""
+    new = "".join(flag for module, flag in zip(asked(), row["modules"], strict=True) if module.family in NEW)
+    return {
+        "modules": same(row["modules"], "p" * len(row["modules"])),
+        "of new kinds": same(new, "p" * len(new)),
+        "accuracy": same(given["Social IQa"], base["right"]),
+        "agreement": same(given["Social IQa"], base["answers"]["Social IQa"]),
+        "capitals": right(given["old facts"], old_facts()),
+    }
+
+
+def new_facts_of(base: Mapping[str, Any]) -> float:
+    """The share that the base answers rightly, over the seeds' people."""
+    given = base["answers"]
+    return sum(right(given[f"new facts, seed {seed}"], new_facts(seed)) for seed in SEEDS) / len(SEEDS)
+
+
 def numbers_of(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
     """Everything that is said of a run, by its column."""
     first, last = row["trajectory"][0], row["trajectory"][-1]
-    given, of_base = row["answers"][str(STEPS)], base["answers"]
-    flags = [flag for module, flag in zip(asked(), row["modules"], strict=True) if module.family in NEW]
-    return {
+    given = row["answers"][str(STEPS)]
+    return asked_of(row, given, base) | {
         "Verilog loss": last["eval_loss"],
         "fall": first["eval_loss"] - last["eval_loss"],
-        "modules": row["modules"].count("p") / len(row["modules"]),
-        "of new kinds": flags.count("p") / len(flags),
         "new facts": right(given["new facts"], new_facts(row["settings"]["seed"])),
-        "accuracy": same(given["Social IQa"], base["right"]),
-        "agreement": same(given["Social IQa"], of_base["Social IQa"]),
-        "capitals": right(given["old facts"], old_facts()),
         "prose": last["retention/prose/ref_kl"],
         "own documents": last["retention/self-generated/ref_kl"],
     }
@@ -136,16 +148,10 @@ def report_of(rows: Sequence[Mapping[str, Any]]) -> Report:
 
 def tables(columns: Columns, base: Mapping[str, Any]) -> list[str]:
     """What was learned, and what was kept."""
-    given, first = base["answers"], next(iter(columns.values()))
-    starts = {"Verilog loss": first["Verilog loss"][0] + first["fall"][0], "agreement": 1.0}
-    new = [right(given[f"new facts, seed {seed}"], new_facts(seed)) for seed in SEEDS]
-    flags = [flag for module, flag in zip(asked(), base["modules"], strict=True) if module.family in NEW]
-    starts |= {
-        "modules": base["modules"].count("p") / len(base["modules"]),
-        "of new kinds": flags.count("p") / len(flags),
-        "new facts": sum(new) / len(new),
-        "accuracy": same(given["Social IQa"], base["right"]),
-        "capitals": right(given["old facts"], old_facts()),
+    first = next(iter(columns.values()))
+    starts = asked_of(base, base["answers"], base) | {
+        "Verilog loss": first["Verilog loss"][0] + first["fall"][0],
+        "new facts": new_facts_of(base),
         "prose": 0.0,
         "own documents": 0.0,
     }
@@ -177,10 +183,9 @@ def _start(column: str, value: float) -> str:
 def draw(of: Mapping[tuple[str, str], Mapping[int, Any]], base: Mapping[str, Any], path: Path) -> None:
     """Answers over steps, plain and with replay: means of the seeds, from the lowest to the highest."""
     given, steps = base["answers"], (0, *LOOKS, STEPS)
-    starts = [right(given[f"new facts, seed {seed}"], new_facts(seed)) for seed in SEEDS]
     shown: dict[str, tuple[float, Callable[[Any, str], float]]] = {
         "New facts": (
-            sum(starts) / len(starts),
+            new_facts_of(base),
             lambda row, step: right(row["answers"][step]["new facts"], new_facts(row["settings"]["seed"])),
         ),
         "Capitals": (

@@ -85,7 +85,7 @@ def how_to_resume(folder: Path) -> str:
 def checkpoint_to_resume(training_args: Any) -> str | None:
     """The checkpoint that `--resume_from_checkpoint` means: a path, or for "true" the last one written whole.
 
-    A killed process may leave a checkpoint half-written, which then goes.
+    A checkpoint that a killed process left half-written is removed.
 
     Raises:
         ValueError: for a checkpoint that is not whole, and for a folder that holds what the run would write over:
@@ -108,7 +108,7 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
         return str(given)
     last = _last_checkpoint(folder)
     if training_args.process_index == 0:
-        for path in _checkpoints(folder):  # written again, and peft would take half a model card into the new one
+        for path in _checkpoints(folder):  # peft would copy half a model card into the new one
             if last is None or _step_of(path) > _step_of(last):
                 shutil.rmtree(path)
     return None if last is None else str(last)
