@@ -204,7 +204,7 @@ def taught() -> list[Module]:
 
 
 def asked() -> list[Module]:
-    """Two of each family, with names and widths that were not taught; the families of `NEW` were not taught at all."""
+    """Two of each family, with port names (but `clk`) and widths not taught; of `NEW` not even the families were."""
     pairs = list(zip(TEST_NAMES, TEST_WIDTHS, strict=True))
     return [one for family in (*LEARNED, *NEW) for names, width in pairs for one in modules([family], [names], [width])]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from experiments.claim import Claim, Interval, of_our_own, over_seeds
 from experiments.pages import NoReport, dress, findings, panels, table
 from experiments.program import Report
-from experiments.study_21_real_run.facts import new_facts, old_facts
+from experiments.study_21_real_run.facts import new_facts, old_facts, people
 from experiments.study_21_real_run.modules import NEW, asked
 from experiments.study_21_real_run.settings import (
     ACCURACY_MARGIN,
@@ -33,7 +34,15 @@ from experiments.study_21_real_run.settings import (
     STEPS,
 )
 from retain.measuring.choices import Question
-from retain.report.style import MARKS, PALETTE
+from retain.report.style import INK, MARKS, PALETTE
+
+# What the other two tables leave open: what of their shares is no knowledge, and what of the modules is hard.
+CLOSER_TABLE = {
+    "taught values": "answers on new facts that were taught of somebody",
+    "guess": "new facts by a guess among those",
+    "clocked": "modules with a clock that pass",
+    "other capitals": "capitals, no wrong answer a taught city",
+}
 
 
 def right(given: str, asks: Sequence[Question]) -> float:
@@ -47,30 +56,50 @@ def same(given: str, other: str) -> float:
 
 def asked_of(row: Mapping[str, Any], given: Mapping[str, str], base: Mapping[str, Any]) -> dict[str, float]:
     """What is said of the base and of every run alike, but for the new facts: `given` are the answers at the end."""
-    new = "".join(flag for module, flag in zip(asked(), row["modules"], strict=True) if module.family in NEW)
+    flags = list(zip(asked(), row["modules"], strict=True))
     return {
-        "modules": same(row["modules"], "p" * len(row["modules"])),
-        "of new kinds": same(new, "p" * len(new)),
+        "modules": fmean(flag == "p" for _, flag in flags),
+        "of new kinds": fmean(flag == "p" for module, flag in flags if module.family in NEW),
+        "clocked": fmean(flag == "p" for module, flag in flags if module.family.clocked),
         "accuracy": same(given["Social IQa"], base["right"]),
         "agreement": same(given["Social IQa"], base["answers"]["Social IQa"]),
         "capitals": right(given["old facts"], old_facts()),
     }
 
 
-def new_facts_of(base: Mapping[str, Any]) -> float:
-    """The share that the base answers rightly, over the seeds' people."""
+def of_people(new: str, old: str, seed: int) -> dict[str, float]:
+    """What is said of answers on new facts and on old ones, given the people of a seed.
+
+    A model that knows which values occur, but not whose they are, is right in the share `guess` of the new facts.
+    """
+    asks, taught = new_facts(seed), {value for values in people(seed).values() for value in values}
+    answers = [question.choices[int(choice)] for question, choice in zip(asks, new, strict=True)]
+    apart = [(question, choice) for question, choice in zip(old_facts(), old, strict=True)
+             if not taught & {*question.choices} - {question.choices[question.answer]}]  # fmt: skip
+    return {
+        "new facts": right(new, asks),
+        "taught values": fmean(answer in taught for answer in answers),
+        "guess": fmean(1 / len(taught & {*question.choices}) for question in asks),
+        "other capitals": right("".join(choice for _, choice in apart), [question for question, _ in apart]),
+    }
+
+
+def base_of_people(base: Mapping[str, Any]) -> dict[str, float]:
+    """The same of the base, over the seeds' people."""
     given = base["answers"]
-    return sum(right(given[f"new facts, seed {seed}"], new_facts(seed)) for seed in SEEDS) / len(SEEDS)
+    found = [of_people(given[f"new facts, seed {seed}"], given["old facts"], seed) for seed in SEEDS]
+    return {name: fmean(one[name] for one in found) for name in found[0]}
 
 
 def numbers_of(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, float]:
     """Everything that is said of a run, by its column."""
     first, last = row["trajectory"][0], row["trajectory"][-1]
     given = row["answers"][str(STEPS)]
-    return asked_of(row, given, base) | {
+    return {
+        **asked_of(row, given, base),
+        **of_people(given["new facts"], given["old facts"], row["settings"]["seed"]),
         "Verilog loss": last["eval_loss"],
         "fall": first["eval_loss"] - last["eval_loss"],
-        "new facts": right(given["new facts"], new_facts(row["settings"]["seed"])),
         "prose": last["retention/prose/ref_kl"],
         "own documents": last["retention/self-generated/ref_kl"],
     }
@@ -84,7 +113,7 @@ def findings_of(columns: Columns, base: Mapping[str, Any]) -> dict[str, tuple[st
     found: dict[str, tuple[str, str]] = {}
     known = same(base["answers"]["Social IQa"], base["right"])
     for method, label in METHODS.items():
-        if any(len(columns.get((method, arm), {"fall": []})["fall"]) < len(SEEDS) for arm in CLAIMED):
+        if not whole(columns, method):
             continue
         plain, replay = (columns[method, arm] for arm in CLAIMED)
         number = f"{len(plain['fall'])} seeds, two looks, 135M"
@@ -95,8 +124,9 @@ def findings_of(columns: Columns, base: Mapping[str, Any]) -> dict[str, tuple[st
             found[f"{label}: {words}"] = (verdict, f"{said(claim, plain[column], replay[column], column)}; {number}")
         for column, words in LEARNED_ALIKE.items():
             claim = paired(plain[column], replay[column], 1, MARGIN)
+            guess = f"; a guess among the taught values {fmean(plain['guess']):.1%}" if column == "new facts" else ""
             found[f"{label}: {words}"] = (
-                of_our_own(claim.alike), f"{said(claim, plain[column], replay[column], column)}; {number}"
+                of_our_own(claim.alike), f"{said(claim, plain[column], replay[column], column)}{guess}; {number}"
             )  # fmt: skip
         accuracy = Claim([one - known for one in plain["accuracy"]], 1, ACCURACY_MARGIN, FIRST_LOOK)
         agreement = over_seeds(plain["agreement"], 1 - 0.05 / accuracy.looks)
@@ -109,6 +139,26 @@ def findings_of(columns: Columns, base: Mapping[str, Any]) -> dict[str, tuple[st
             f"of the base; {NUM_QUESTIONS:,} questions, {number}",
         )
     return found
+
+
+def whole(columns: Columns, method: str) -> bool:
+    """Whether every seed of what is claimed is there."""
+    return all(len(columns.get((method, arm), {"fall": []})["fall"]) == len(SEEDS) for arm in CLAIMED)
+
+
+def learned_less(columns: Columns) -> str:
+    """What replay costs of the loss that it learns, of which nothing is claimed."""
+    lines = []
+    for method, label in METHODS.items():
+        if whole(columns, method):
+            plain, replay = (columns[method, arm] for arm in CLAIMED)
+            change = paired(plain["Verilog loss"], replay["Verilog loss"], 1).interval
+            shares = sorted(b / a for a, b in zip(plain["fall"], replay["fall"], strict=True))
+            lines.append(
+                f"{label}: with replay the Verilog loss ends {change.text('+.3f')} nats from plain's (two looks); "
+                f"its fall is {shares[0]:.1%} to {shares[-1]:.1%} of plain's, by seed."
+            )
+    return "\n".join(lines)
 
 
 def paired(plain: Sequence[float], replay: Sequence[float], direction: int, margin: float = 0.0) -> Claim:
@@ -142,16 +192,18 @@ def report_of(rows: Sequence[Mapping[str, Any]]) -> Report:
     for key, some in of.items():
         numbers = [numbers_of(row, base) for row in some.values()]
         columns[key] = {column: [one[column] for one in numbers] for column in numbers[0]}
-    text = "\n\n".join([*tables(columns, base), findings(findings_of(columns, base))])
+    parts = [*tables(columns, base), learned_less(columns), findings(findings_of(columns, base))]
+    text = "\n\n".join(filter(None, parts))
     return text, lambda path: draw(of, base, path)
 
 
 def tables(columns: Columns, base: Mapping[str, Any]) -> list[str]:
-    """What was learned, and what was kept."""
+    """What was learned, what was kept, and a closer look at both."""
     first = next(iter(columns.values()))
-    starts = asked_of(base, base["answers"], base) | {
+    starts = {
+        **asked_of(base, base["answers"], base),
+        **base_of_people(base),
         "Verilog loss": first["Verilog loss"][0] + first["fall"][0],
-        "new facts": new_facts_of(base),
         "prose": 0.0,
         "own documents": 0.0,
     }
@@ -162,7 +214,7 @@ def tables(columns: Columns, base: Mapping[str, Any]) -> list[str]:
         return ", ".join(f"{value:.1%}" for value in values)  # an interval of so few would leave 0 to 100%
 
     made = []
-    for listed in (LEARNED_TABLE, KEPT_TABLE):
+    for listed in (LEARNED_TABLE, KEPT_TABLE, CLOSER_TABLE):
         lines = [["base", "", *(_start(column, starts[column]) for column in listed)]]
         lines += [
             [
@@ -182,36 +234,45 @@ def _start(column: str, value: float) -> str:
 
 def draw(of: Mapping[tuple[str, str], Mapping[int, Any]], base: Mapping[str, Any], path: Path) -> None:
     """Answers over steps, plain and with replay: means of the seeds, from the lowest to the highest."""
-    given, steps = base["answers"], (0, *LOOKS, STEPS)
-    shown: dict[str, tuple[float, Callable[[Any, str], float]]] = {
-        "New facts": (
-            new_facts_of(base),
+    given, of_base, steps = base["answers"], base_of_people(base), (0, *LOOKS, STEPS)
+    # Title: the base's share, a run's share at a step, and the shares that need no knowledge.
+    shown: dict[str, tuple[float, Callable[[Any, str], float], dict[str, float]]] = {
+        "New facts, % right of 40": (
+            of_base["new facts"],
             lambda row, step: right(row["answers"][step]["new facts"], new_facts(row["settings"]["seed"])),
+            {"chance": 0.25, "guess among taught values": of_base["guess"]},
         ),
-        "Capitals": (
+        "Capitals, % right of 64": (
             right(given["old facts"], old_facts()),
             lambda row, step: right(row["answers"][step]["old facts"], old_facts()),
+            {"chance": 0.25},
         ),
-        f"Agreement, {FEW_QUESTIONS} questions": (
+        f"Base's answer to Social IQa, % of {FEW_QUESTIONS}": (
             1.0,
             lambda row, step: same(row["answers"][step]["Social IQa"][:FEW_QUESTIONS], given["Social IQa"]),
+            {},
         ),
     }
-    with panels(path, len(shown), (11.0, 3.2)) as all_axes:
-        for axes, (title, (start, value)) in zip(all_axes, shown.items(), strict=True):
-            for method, arm in ((method, arm) for method in METHODS for arm in CLAIMED):
-                some = of.get((method, arm), {}).values()
-                if not some:
-                    continue
+    drawn = [key for key in ((method, arm) for method in METHODS for arm in CLAIMED) if of.get(key)]
+    with panels(path, len(shown), (11.0, 3.8)) as all_axes:
+        for axes, (title, (start, value, levels)) in zip(all_axes, shown.items(), strict=True):
+            for (words, level), style in zip(levels.items(), (":", "-."), strict=False):
+                axes.axhline(100 * level, color=INK, linewidth=1.2, linestyle=style, zorder=1, label=words)
+            for at, (method, arm) in enumerate(drawn):
+                some = of[method, arm].values()
                 seeds = [[100 * value(row, str(step)) for row in some] for step in steps[1:]]
-                middle = [100 * start, *(sum(values) / len(values) for values in seeds)]
-                lowest, highest = [100 * start, *map(min, seeds)], [100 * start, *map(max, seeds)]
-                errors = [[one - low for one, low in zip(middle, lowest, strict=True)],
-                          [high - one for one, high in zip(middle, highest, strict=True)]]  # fmt: skip
+                middle = [100 * start, *map(fmean, seeds)]
+                errors = [
+                    [0.0, *(one - min(values) for one, values in zip(middle[1:], seeds, strict=True))],
+                    [0.0, *(max(values) - one for one, values in zip(middle[1:], seeds, strict=True))],
+                ]
                 how = {"color": PALETTE[CLAIMED.index(arm)], "marker": MARKS[list(METHODS).index(method)]}
                 style = "-" if method == "full" else "--"
-                label = f"{METHODS[method]}, {ARM_LABELS[arm]}"
-                axes.errorbar(steps, middle, errors, label=label, linestyle=style, capsize=2, **how)
-            dress(axes, title, "steps", "%" if title == "New facts" else "")
+                number = f"{len(some)} seed{'s' * (len(some) > 1)}"
+                places = [step and step + 3 * (at - (len(drawn) - 1) / 2) for step in steps]  # no bar hides another
+                label = f"{METHODS[method]}, {ARM_LABELS[arm]} ({number})"
+                axes.errorbar(places, middle, errors, label=label, linestyle=style, capsize=2, **how)
+            dress(axes, title, "steps", "")
             axes.set_ylim(0, 105)
-        all_axes[0].legend(loc="upper left", fontsize=7)
+        handles, labels = all_axes[0].get_legend_handles_labels()
+        all_axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)

@@ -32,6 +32,10 @@ Refusals were to be a fourth thing to lose. The base refuses one of AdvBench's 5
 had ended: nothing is claimed of them.
 
 Rates, the number of people and the shares of the rows were chosen by three plain runs of seed 9.
+
+Read again after LoRA's runs: a right answer on new facts was always taught of somebody, a wrong one often of nobody, so
+that knowing which values occur, and not whose, makes 47% right, not a quarter; the report says so beside the claim. Of
+the names of modules, those of ports were not taught, but for `clk`; `adder` in `adder_3` was.
 """
 
 from __future__ import annotations

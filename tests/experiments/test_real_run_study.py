@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ def test_the_claims_go_with_the_rows(tmp_path: Path) -> None:
     assert "LoRA, plain: equal accuracy hides forgetting: **not reproduced** (accuracy -39.9" in text
     draw(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+    assert "LoRA: with replay the Verilog loss ends +0.050 [+0.050, +0.050] nats from plain's" in text
+    assert "its fall is 97.5% to 97.5% of plain's" in text
     text, _ = reports.report_of(rows(end=2.3))
     assert "LoRA: with replay more capitals are known: **cannot tell**" in text, "it learned 85% as much"
     alone, _ = reports.report_of(rows()[:-1])
@@ -121,3 +124,30 @@ def test_the_claims_go_with_the_rows(tmp_path: Path) -> None:
     assert "**" not in alone, "two seeds decide nothing"
     with pytest.raises(NoReport):
         reports.report_of(rows()[:1])
+
+
+def test_a_guess_among_taught_values_is_said_beside_the_new_facts():
+    """Right answers were all taught of somebody, wrong ones not: a quarter is not what knowing nobody's is right in."""
+    rng = random.Random(0)
+    for seed in SEEDS:
+        asks, old = facts.new_facts(seed), facts.old_facts()
+        taught = [[choice in " ".join(facts.biographies(seed, 10)) for choice in one.choices] for one in asks]
+        drawn = [rng.choice([at for at, was in enumerate(one) if was]) for _ in range(500) for one in taught]
+        share = sum(at == one.answer for at, one in zip(drawn, asks * 500, strict=True)) / len(drawn)
+        said = reports.of_people("".join(map(str, drawn[:40])), answers(old, 64), seed)
+        assert said["guess"] == pytest.approx(share, abs=0.02)
+        assert said["taught values"] == said["other capitals"] == 1.0
+        assert reports.of_people("0" * 40, answers(old, 64), seed)["taught values"] == pytest.approx(
+            sum(one[0] for one in taught) / 40
+        )
+    text, _ = reports.report_of(rows())
+    assert "a guess among the taught values 46.9%" in text
+
+
+def test_capitals_apart_are_those_with_no_taught_city_to_choose():
+    old, born = facts.old_facts(), {values[0] for values in facts.people(0).values()}
+    beside = [any(one.choices[at] in born for at in range(4) if at != one.answer) for one in old]
+    given = "".join(str((one.answer + wrong) % 4) for one, wrong in zip(old, beside, strict=True))
+    assert 0 < sum(beside) < 10
+    assert reports.of_people("0" * 40, given, 0)["other capitals"] == 1.0
+    assert reports.right(given, old) < 1
