@@ -11,50 +11,40 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate.utils import release_memory
 from transformers import EarlyStoppingCallback, IntervalStrategy
-from trl import (
-    DatasetMixtureConfig,
-    ModelConfig,
-    ScriptArguments,
-    SFTConfig,
-    get_dataset,
-    get_peft_config,
-    get_quantization_config,
-)
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
-from retain.checks import Unchosen, check_number
+from retain.checks import Unchosen
 from retain.cli.dry_run import dry_run
 from retain.cli.finetune_config import FinetuneConfig
+from retain.cli.finetune_data import TrlArguments, read_data
 from retain.cli.flags import Verb
 from retain.cli.own_rows import OWN_TEXT, SAMPLING_TITLE, rows_to_sample, sample_own_rows
 from retain.cli.sample import SAMPLING_STAGE
-from retain.data.rows import Document, check_chats, is_local_file, load_from_hub, named_sources, read_rows
+from retain.data.rows import Document, is_local_file
 from retain.files import check_output_dir, exclusive, visible
 from retain.measuring.tokens import MEASURING, measuring_title
 from retain.models.adapters import adapted_model, merged_base
 from retain.models.description import choose_start_token, default_device, length_that_fits
-from retain.models.loading import load_tokenizer
 from retain.progress import PlannedStage, ProgressLine, progress_line
-from retain.replay.dataset import load_texts
 from retain.replay.fisher import FISHER, holds_fisher
 from retain.report.outcome import cost_line, outcome_lines
 from retain.report.report import ForgettingReport, write_comparison
-from retain.training.beta2_half_life import apply_half_life, check_half_life, mean_row_length
+from retain.training.beta2_half_life import apply_half_life, mean_row_length
 from retain.training.config import ReplayConfig, check_arguments
 from retain.training.protection import check_replay_every
 from retain.training.protection_choice import PROTECTING, UNSET, choose_protection, new_tokens_per_step, settled
-from retain.training.retention import NEW_TASK_TEXT, check_best_metric, retention_names
-from retain.training.row_checks import check_columns, check_new_rows
+from retain.training.retention import NEW_TASK_TEXT
+from retain.training.row_checks import check_new_rows
 from retain.training.run_files import OF_TRAINING, read_run
 from retain.training.step_line import TRAINING, StepLine
 from retain.training.step_timer import StepTimer
 from retain.training.stopping import (
     StopAtLoss,
     check_same_run,
-    check_stopping,
     checkpoint_to_resume,
     how_to_resume,
     train,
@@ -67,20 +57,6 @@ COMPARED_EVALUATIONS = 8  # of each run that is compared, where no eval_strategy
 PAGE, PLAIN, WHOLE = "report", "plain", "base"
 
 Say = Callable[[object], None]
-
-
-class TrlArguments(NamedTuple):
-    """The dataclasses that `trl sft` takes."""
-
-    script: Any
-    training: Any
-    model: Any
-    dataset: Any
-
-    @property
-    def checkpoint(self) -> dict[str, Any]:
-        """What names a checkpoint beside its model."""
-        return {"revision": self.model.model_revision, "trust_remote_code": self.training.trust_remote_code}
 
 
 @dataclass
@@ -306,35 +282,6 @@ def make_sft_trainer(
     return trainer
 
 
-def read_data(
-    given: TrlArguments, config: FinetuneConfig, texts: dict[str, list[Document]] | None = None
-) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """New and held-out rows, tokenizer and retention texts, all that is refused before a model is loaded.
-
-    Args:
-        texts: of the protected run, beside which this is the unprotected one.
-    """
-    sources = check_settings(given.training, given.model, config)
-    train_dataset, eval_dataset = new_rows(given.script, given.dataset, given.training, config)
-    tokenizer = load_tokenizer(given.model.model_name_or_path, **given.checkpoint)
-    if texts is None and not given.training.chat_template_path:
-        check_new_chats(train_dataset, eval_dataset, tokenizer, config)
-    retention: dict[str, Any] = texts or {
-        text: load_texts(path, tokenizer, config.retention_max_documents, field="retention")
-        for text, path in sources.items()
-    }
-    return train_dataset, eval_dataset, tokenizer, retention
-
-
-def check_new_chats(train_dataset: Any, eval_dataset: Any, tokenizer: Any, config: FinetuneConfig) -> None:
-    """Refuse chats that the chat template does, before a model is loaded, or writes rows; streams are not read."""
-    held_out = "eval_dataset_name" if config.eval_dataset_name else "dataset_name"
-    of = ((train_dataset, "training rows", "dataset_name"), (eval_dataset, "held-out rows", held_out))
-    for rows, name, named_by in of:
-        if hasattr(rows, "__len__"):
-            check_chats(rows, tokenizer, name, named_by)
-
-
 def base_to_train(given: TrlArguments, tokenizer: Any) -> tuple[Any, Any]:
     """The model, and the adapter that it gets, or None; rows are no longer than it has room for."""
     training_args = given.training
@@ -365,24 +312,6 @@ def evaluate_on_the_way(training_args: Any, steps: int) -> None:
         training_args.eval_steps = max(1, steps // COMPARED_EVALUATIONS)
 
 
-def check_settings(training_args: Any, model_args: Any, config: FinetuneConfig) -> dict[str, str]:
-    """Refuse settings that could not work, before anything is read; the sources of the retention texts by name."""
-    if training_args.max_steps == 0:  # of which transformers makes one step
-        raise ValueError("max_steps: 0 does not fit; use at least 1, or leave it out to count num_train_epochs")
-    if training_args.max_steps < 0:
-        check_number("num_train_epochs", training_args.num_train_epochs, low=1e-6)
-    if model_args.use_peft:
-        check_number("lora_r", model_args.lora_r, low=1, integer=True)
-    check_half_life(training_args, config.adam_beta2_half_life_tokens)
-    check_stopping(training_args, config.stop_at_loss, config.early_stopping_patience)
-    sources = named_sources(config.retention, "retention")
-    own = [OWN_TEXT] if config.replay_dataset == "self" else []
-    if OWN_TEXT in sources and own:
-        raise ValueError(f"retention: {OWN_TEXT!r} is the name of the rows that the model writes; use another name")
-    check_best_metric(training_args, retention_names([*sources, *own]))
-    return sources
-
-
 def settings_of_training(trainer: ReplaySFTTrainer) -> dict[str, Any]:
     """The parts of `retain_config.json` on which the steps of a run depend."""
     found, config = trainer.replay.settings(trainer), trainer.replay.config
@@ -407,42 +336,6 @@ def save_card(trainer: ReplaySFTTrainer, dataset_name: str | None) -> None:
     trainer.create_model_card(model_name=Path(trainer.args.output_dir).name, **named)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**named)
-
-
-def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: FinetuneConfig) -> tuple[Any, Any]:
-    """Training and evaluation rows of the new task: as `trl sft` reads them, or from a local file."""
-    name, evaluate = script_args.dataset_name, training_args.eval_strategy != "no"
-    if dataset_args.datasets:
-        dataset = get_dataset(dataset_args)
-    elif not name:
-        raise ValueError("dataset_name: missing; give --dataset_name FILE or a Hub id")
-    elif is_local_file(name):
-        dataset = {script_args.dataset_train_split: read_rows(name, "dataset_name")}
-    else:
-        options = {"configuration": script_args.dataset_config, "streaming": script_args.dataset_streaming}
-        dataset = load_from_hub(name, "dataset_name", **options)
-    split = script_args.dataset_train_split
-    if split not in dataset:
-        raise ValueError(f"dataset_train_split: {split!r} is not in {name!r}, which has {', '.join(dataset)}")
-    check_columns(name, dataset[split], training_args.dataset_text_field)
-    if config.eval_dataset_name:
-        held_out = read_rows(config.eval_dataset_name, "eval_dataset_name", split=script_args.dataset_test_split)
-        check_columns(config.eval_dataset_name, held_out, training_args.dataset_text_field, "eval_dataset_name")
-    elif evaluate and script_args.dataset_test_split not in dataset:
-        raise ValueError(
-            f"eval_strategy: {str(training_args.eval_strategy.value)!r}, but {name!r} has no split "
-            f"{script_args.dataset_test_split!r}; give --eval_dataset_name FILE, or eval_strategy no"
-        )
-    else:
-        held_out = dataset.get(script_args.dataset_test_split) if evaluate or config.measures else None
-    if held_out is not None and not evaluate:
-        held_out = first_rows(held_out, config.retention_max_documents)
-    return dataset[split], held_out
-
-
-def first_rows(dataset: Any, most: int) -> Any:
-    """The first rows of a dataset, or of a stream."""
-    return dataset.select(range(min(most, len(dataset)))) if hasattr(dataset, "__len__") else dataset.take(most)
 
 
 def planned_stages(

@@ -17,6 +17,7 @@ from typing import Any
 from retain import versions
 from retain.checks import Unchosen, check_number, setting
 from retain.cli import finetune
+from retain.cli.finetune_data import TrlArguments, read_data
 from retain.cli.flags import Verb
 from retain.cli.sample import SampleConfig, run_sample
 from retain.cli.settings import RETENTION_HELP, RemoteCodeSettings, SeedSettings
@@ -196,7 +197,7 @@ def check_recipe(config: PlanConfig) -> None:
     data = config.dataset_name, config.eval_dataset_name or config.dataset_name
     run = finetune_run(config, min(config.lora_ranks), 0.0, config.pilot_steps, data, None, config.seed)
     *given, ours = finetune.VERB.parse(run.arguments(Path(config.output_dir))[1:])
-    finetune.read_data(finetune.TrlArguments(*given), ours)
+    read_data(TrlArguments(*given), ours)
 
 
 def prepare_rows(config: PlanConfig, folder: Path) -> tuple[str, str]:

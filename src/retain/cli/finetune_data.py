@@ -1,0 +1,105 @@
+"""What a finetuning run reads, and refuses, before its model is loaded: settings, new rows, tokenizer and texts."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+from trl import get_dataset
+
+from retain.checks import check_number
+from retain.cli.finetune_config import FinetuneConfig
+from retain.cli.own_rows import OWN_TEXT
+from retain.data.rows import Document, check_chats, is_local_file, load_from_hub, named_sources, read_rows
+from retain.models.loading import load_tokenizer
+from retain.replay.dataset import load_texts
+from retain.training.beta2_half_life import check_half_life
+from retain.training.retention import check_best_metric, retention_names
+from retain.training.row_checks import check_columns
+from retain.training.stopping import check_stopping
+
+
+class TrlArguments(NamedTuple):
+    """The dataclasses that `trl sft` takes."""
+
+    script: Any
+    training: Any
+    model: Any
+    dataset: Any
+
+    @property
+    def checkpoint(self) -> dict[str, Any]:
+        """What names a checkpoint beside its model."""
+        return {"revision": self.model.model_revision, "trust_remote_code": self.training.trust_remote_code}
+
+
+def read_data(
+    given: TrlArguments, config: FinetuneConfig, texts: dict[str, list[Document]] | None = None
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """New and held-out rows, tokenizer and retention texts, all that is refused before a model is loaded.
+
+    Args:
+        texts: of the protected run, beside which this is the unprotected one.
+    """
+    sources = check_settings(given.training, given.model, config)
+    train_dataset, eval_dataset = new_rows(given.script, given.dataset, given.training, config)
+    tokenizer = load_tokenizer(given.model.model_name_or_path, **given.checkpoint)
+    held_out = "eval_dataset_name" if config.eval_dataset_name else "dataset_name"
+    named = {"training rows": (train_dataset, "dataset_name"), "held-out rows": (eval_dataset, held_out)}
+    for name, (rows, field) in named.items():
+        if texts is None and not given.training.chat_template_path and hasattr(rows, "__len__"):  # streams are not read
+            check_chats(rows, tokenizer, name, field)
+    load = partial(load_texts, tokenizer=tokenizer, max_documents=config.retention_max_documents, field="retention")
+    return train_dataset, eval_dataset, tokenizer, texts or {text: load(path) for text, path in sources.items()}
+
+
+def check_settings(training_args: Any, model_args: Any, config: FinetuneConfig) -> dict[str, str]:
+    """Refuse settings that could not work, before anything is read; the sources of the retention texts by name."""
+    if training_args.max_steps == 0:  # of which transformers makes one step
+        raise ValueError("max_steps: 0 does not fit; use at least 1, or leave it out to count num_train_epochs")
+    if training_args.max_steps < 0:
+        check_number("num_train_epochs", training_args.num_train_epochs, low=1e-6)
+    if model_args.use_peft:
+        check_number("lora_r", model_args.lora_r, low=1, integer=True)
+    check_half_life(training_args, config.adam_beta2_half_life_tokens)
+    check_stopping(training_args, config.stop_at_loss, config.early_stopping_patience)
+    sources = named_sources(config.retention, "retention")
+    own = [OWN_TEXT] if config.replay_dataset == "self" else []
+    if OWN_TEXT in sources and own:
+        raise ValueError(f"retention: {OWN_TEXT!r} is the name of the rows that the model writes; use another name")
+    check_best_metric(training_args, retention_names([*sources, *own]))
+    return sources
+
+
+def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: FinetuneConfig) -> tuple[Any, Any]:
+    """Training and evaluation rows of the new task: as `trl sft` reads them, or from a local file."""
+    name, evaluate = script_args.dataset_name, training_args.eval_strategy != "no"
+    if dataset_args.datasets:
+        dataset = get_dataset(dataset_args)
+    elif not name:
+        raise ValueError("dataset_name: missing; give --dataset_name FILE or a Hub id")
+    elif is_local_file(name):
+        dataset = {script_args.dataset_train_split: read_rows(name, "dataset_name")}
+    else:
+        options = {"configuration": script_args.dataset_config, "streaming": script_args.dataset_streaming}
+        dataset = load_from_hub(name, "dataset_name", **options)
+    split = script_args.dataset_train_split
+    if split not in dataset:
+        raise ValueError(f"dataset_train_split: {split!r} is not in {name!r}, which has {', '.join(dataset)}")
+    check_columns(name, dataset[split], training_args.dataset_text_field)
+    if config.eval_dataset_name:
+        held_out = read_rows(config.eval_dataset_name, "eval_dataset_name", split=script_args.dataset_test_split)
+        check_columns(config.eval_dataset_name, held_out, training_args.dataset_text_field, "eval_dataset_name")
+    elif evaluate and script_args.dataset_test_split not in dataset:
+        raise ValueError(
+            f"eval_strategy: {str(training_args.eval_strategy.value)!r}, but {name!r} has no split "
+            f"{script_args.dataset_test_split!r}; give --eval_dataset_name FILE, or eval_strategy no"
+        )
+    else:
+        held_out = dataset.get(script_args.dataset_test_split) if evaluate or config.measures else None
+    if held_out is not None and not evaluate:
+        most = config.retention_max_documents
+        held_out = (
+            held_out.select(range(min(most, len(held_out)))) if hasattr(held_out, "__len__") else held_out.take(most)
+        )
+    return dataset[split], held_out
