@@ -341,6 +341,12 @@ def _visible_char(char: str) -> str:
     return char.encode("unicode_escape").decode("ascii") if hidden and not joiner else char
 
 
+def hub_remedy() -> str:
+    """What to do where the Hub does not give what was asked for."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    return "check the name" + ", and unset HF_HUB_OFFLINE, with which nothing is downloaded" * offline
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

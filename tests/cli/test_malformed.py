@@ -518,7 +518,7 @@ OTHERS: dict[str, Any] = {
 FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("sample", {"model": "{t}/no"}, "no folder or file"),
     ("sample", {"model": "nowhere/"}, "model: no folder or file 'nowhere/'; give a folder, a GGUF file or a Hub id"),
-    ("sample", {"model": "nobody/nothing"}, "model: cannot load"),
+    ("sample", {"model": "nobody/nothing"}, "check the name, and unset HF_HUB_OFFLINE"),
     ("sample", {"model": None}, "model: missing; give --model"),
     ("sample", {"output_dir": None}, "output_dir: missing; give --output_dir"),
     ("sample", {"output_dir": "{w}/wiki.jsonl"}, "output_dir: '{w}/wiki.jsonl' is a file; choose a folder"),
@@ -564,7 +564,11 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("finetune", {"model": "{t}/no"}, "no folder or file"),
     ("finetune", {"model": None}, "model: missing; give --model"),
     ("finetune", {"dataset_name": None}, "dataset_name: missing; give --dataset_name"),
-    ("finetune", {"dataset_name": "nobody/nothing"}, "dataset_name: cannot load 'nobody/nothing'"),
+    (
+        "finetune",
+        {"dataset_name": "nobody/nothing"},
+        "on the Hub (OfflineModeIsEnabled)); check the name, and unset HF_",
+    ),
     ("finetune", {"dataset_name": "{t}/no.jsonl"}, "no.jsonl"),
     ("finetune", {"dataset_name": "{t}/empty.jsonl"}, "empty.jsonl' is empty; give a file"),
     ("finetune", {"dataset_name": "{t}/cut.jsonl"}, "cut.jsonl' line 2 is not JSON"),
@@ -819,6 +823,8 @@ BAD_ROWS = [
     [{"prompt": "a"}],
     [{"prompt": "a", "completion": 1}],
     [{"prompt": "a", "completion": "b"}, {"prompt": "a"}],
+    [{"text": ""}, {"text": ""}],
+    [{"messages": []}],
 ]
 
 

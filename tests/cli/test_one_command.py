@@ -270,7 +270,7 @@ def test_full_finetuning_is_anchored_where_a_step_has_tokens_enough_for_its_turn
 @pytest.mark.parametrize(
     ("row", "packing", "tokens"),
     [({"input_ids": [5] * 7}, False, 7), ({"input_ids": [5] * 99}, False, 32), ({"text": "the fox"}, True, 32),
-     ({"words": "the fox"}, False, None)],
+     ({"words": "the fox"}, False, None), ({"words": ""}, False, 1)],
 )  # fmt: skip
 def test_tokens_of_a_step_are_counted_by_the_first_rows(row, packing, tokens):
     args = SimpleNamespace(

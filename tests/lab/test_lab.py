@@ -330,7 +330,10 @@ def test_a_dataset_of_the_hub_is_a_corpus(tmp_path, capsys, monkeypatch):
     assert main([*command, "--corpus", "owner/texts=2", "--output_dir", str(tmp_path / "out")]) == 0
     assert "passes over the text" in capsys.readouterr().out
     for name, line in (
-        ("owner/nothing", "corpus: cannot load 'owner/nothing' from the Hub; no owner/nothing on the Hub"),
+        (
+            "owner/nothing",
+            "corpus: cannot load 'owner/nothing' from the Hub (no owner/nothing on the Hub); check the name",
+        ),
         ("texts/missing.jsonl", "corpus: no file 'texts/missing.jsonl'; check the path"),
     ):
         assert main([*command, "--corpus", name, "--output_dir", str(tmp_path / "none")]) == 1

@@ -29,7 +29,8 @@ def messages_of(row: Mapping[str, Any]) -> list[Any] | None:
 
 def chat_of(row: Mapping[str, Any]) -> list[Any] | None:
     """The turns that a row has, or that its prompt is; None where it has none."""
-    return messages_of(row) or (row["prompt"] if isinstance(row.get("prompt"), list) else None)
+    turns = messages_of(row)
+    return row["prompt"] if turns is None and isinstance(row.get("prompt"), list) else turns
 
 
 def rendered(

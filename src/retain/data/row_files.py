@@ -92,7 +92,7 @@ def read_table(path: Path, field: str, text_columns: Collection[str]) -> Table:
     try:
         table = csv.read_csv(path, **options) if path.suffix.lower() == ".csv" else parquet.read_table(path)
     except Exception as error:  # pyarrow raises ArrowInvalid, OSError and others on broken files
-        raise ValueError(f"{field}: cannot read {str(path)!r}; {first_line(error)}") from error
+        raise ValueError(f"{field}: cannot read {str(path)!r} ({first_line(error)}); write it anew") from error
     if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
         raise ValueError(f"{field}: {str(path)!r} has several columns {twice[0]!r}; keep one")
     return table
@@ -104,15 +104,15 @@ def _as_dataset(rows: list[dict[str, Any]], name: str, field: str) -> Dataset:
     columns = dict.fromkeys(key for row in rows for key in row)  # `from_list` would keep the first row's only
     empty: dict[str, Any] = {"chat_template_kwargs": {}}  # which TRL takes for a mapping in every row
     values = {column: [row.get(column, empty.get(column)) for row in rows] for column in columns}
-    refusal = f"{field}: the rows of {name} do not share one schema"
+    refusal, remedy = f"{field}: the rows of {name} do not share one schema", "give a column values of one kind"
     try:  # without "use_json", the arguments of one row's tool call would be keys of nulls in every other
         found = Dataset.from_dict(values, on_mixed_types="use_json")
     except Exception as error:  # pyarrow raises many kinds
-        raise ValueError(f"{refusal}; {first_line(error)}") from error
+        raise ValueError(f"{refusal} ({first_line(error)}); {remedy}") from error
     for column, kind in found.features.items():
         kinds = sorted({type(value).__name__ for value in values[column] if value is not None})
         if isinstance(kind, Json) and kinds != ["dict"]:
-            raise ValueError(f"{refusal}; {column!r} is {' and '.join(kinds)}")
+            raise ValueError(f"{refusal} ({column!r} is {' and '.join(kinds)}); {remedy}")
     return found
 
 
@@ -146,6 +146,6 @@ def _json_values(text: str, name: str) -> Iterator[tuple[str, Any]]:
         try:
             value, at = decoder.raw_decode(text, begin)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON; {first_line(error)}") from error
+            raise ValueError(f"{where} is not JSON ({first_line(error)}); correct or delete it") from error
         yield where, value
         line += text.count("\n", begin, at)

@@ -27,7 +27,7 @@ from retain.data.chats import (
     template_of_turns,
 )
 from retain.data.row_files import check_path, read_file
-from retain.files import first_line
+from retain.files import first_line, hub_remedy
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,8 +73,10 @@ def load_from_hub(source: str, field: str, configuration: str | None = None, **o
     try:
         return load_dataset(name, named or configuration, **options)
     except Exception as error:  # the Hub's client raises many kinds
-        place = "as a data set in a folder" if path.is_dir() else "from the Hub"
-        raise ValueError(f"{field}: cannot load {name!r} {place}; {first_line(error)}") from error
+        place, remedy = "from the Hub", hub_remedy()
+        if path.is_dir():
+            place, remedy = "as a data set in a folder", "name one of its files"
+        raise ValueError(f"{field}: cannot load {name!r} {place} ({first_line(error)}); {remedy}") from error
 
 
 def read_sample(

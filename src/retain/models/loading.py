@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
-from retain.files import check_model_path, first_line
+from retain.files import check_model_path, first_line, hub_remedy
 from retain.models.description import base_parameter_name, num_tuned
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def find_file(path: str, file: str, revision: str = "main", field: str = "model"
         cached = (try_to_load_from_cache(path, config, revision=revision) for config in CONFIG_FILES)
         if any(isinstance(one, str) for one in cached) if no_answer else isinstance(error, EntryNotFoundError):
             return None
-        why = f"cannot load {file} of {path!r}, which is no folder here; check the name: {first_line(error)}"
-        raise ValueError(f"{field}: {why}") from error
+        what = f"cannot load {file} of {path!r}, which is no folder here"
+        raise ValueError(f"{field}: {what} ({first_line(error)}); {hub_remedy()}") from error
 
 
 def gguf_cache() -> Path:
@@ -361,7 +361,7 @@ def empty_model(name: str, *, revision: str = "main", trust_remote_code: bool = 
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model: cannot read the configuration of {name!r}; check the name: {first_line(error)}"
+            f"model: cannot read the configuration of {name!r} ({first_line(error)}); {hub_remedy()}"
         ) from error
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from retain.data.rows import OLD_TEXT, WHOLE, Document, Reading, Text, read_texts, token_documents, tokenize_documents
-from retain.files import atomic_path, check_shape, first_line, read_json
+from retain.files import atomic_path, check_shape, first_line, hub_remedy, read_json
 from retain.replay.stored_predictions import ReferenceCache, open_cache
 
 if TYPE_CHECKING:
@@ -251,7 +251,8 @@ def pool_folder(source: str) -> Path | None:
     try:
         return Path(snapshot_download(source, repo_type="dataset", allow_patterns=list(POOL_FILES)))
     except (OSError, ValueError) as error:  # the Hub client's own are of these kinds
-        raise ValueError(f"replay_dataset: cannot load {source!r} from the Hub: {first_line(error)}") from error
+        why = f"cannot load {source!r} from the Hub ({first_line(error)})"
+        raise ValueError(f"replay_dataset: {why}; {hub_remedy()}") from error
 
 
 def load_replay_dataset(

@@ -136,10 +136,10 @@ def new_tokens_per_step(rows: Any, tokenizer: Any, args: Any) -> float:
         reading = Reading(assistant_only_loss=False, dataset_text_field=args.dataset_text_field)
         first = itertools.islice(rows, FIRST_ROWS)
         read = [
-            row if "input_ids" in row else {"input_ids": read_text(row, tokenizer, reading=reading).ids}
+            row if "input_ids" in row else {"input_ids": read_text(row, tokenizer, "dataset_name: a row", reading).ids}
             for row in first
         ]
-        length = mean_row_length(read, length)
+        length = max(1.0, mean_row_length(read, length))  # these may be empty, and others not
     return tokens_per_step(args, length) / args.world_size
 
 

@@ -46,6 +46,8 @@ def check_columns(name: str, rows: Any, text_field: str, field: str = "dataset_n
             raise ValueError(f"{field}: {name!r} has {kind.dtype} in {column!r}; give text, or lists of messages")
         if is_local_file(name or "") and rows.data.column(column).null_count:
             raise ValueError(f"{field}: {name!r} has rows without {column!r}; give every row one")
+    if hasattr(rows, "__len__") and not any(row[column] for row in rows for column in form):
+        raise ValueError(f"{field}: {name!r} has nothing in {' and '.join(form)} of any row; give rows with text")
 
 
 def check_new_rows(dataset: Any, model: Any, *, packed: bool) -> None:
