@@ -27,6 +27,7 @@ from retain.training.protection_choice import (
     rows_drawn,
     settled,
 )
+from retain.training.trainer_checks import load_for_training
 
 SFT = {
     "max_steps": 12, "per_device_train_batch_size": 4, "max_length": 24, "learning_rate": 2e-3, "use_cpu": True,
@@ -284,6 +285,18 @@ def test_tokens_of_a_step_are_counted_by_the_first_rows(row, packing, tokens):
     tokenizer = make_tokenizer()
     tokens = tokens or len(tokenizer("the fox").input_ids)
     assert new_tokens_per_step([row] * 3, tokenizer, args) == pytest.approx(12 * tokens)
+
+
+def test_a_model_over_several_devices_is_refused_before_it_writes_rows(world, tmp_path, capsys, monkeypatch):
+    def load(*given):
+        model = load_for_training(*given)
+        model.hf_device_map = {"model": 0, "lm_head": 1}
+        return model
+
+    monkeypatch.setattr(finetune, "load_for_training", load)
+    assert run(world, tmp_path / "out") == 1
+    assert "device_map: spreads the model over 2 devices" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokens_of_rows_that_nothing_cuts_are_counted_whole():

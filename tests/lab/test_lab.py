@@ -378,9 +378,12 @@ def test_pretraining_to_a_target_loss(tmp_path, capsys):
     assert not made(tmp_path / "missed")["reached"]
 
 
-def test_resuming_with_other_settings_is_refused(tmp_path, capsys):
+def test_resuming_with_other_settings_is_refused_before_the_corpus_is_read(tmp_path, capsys, monkeypatch):
     command = ["pretrain", *SMALL, "--max_steps", "4", "--save_steps", "2", "--output_dir", str(tmp_path)]
     assert main(command) == 0
+    monkeypatch.setattr("retain.lab.pretrain.open_corpus", lambda *given: pytest.fail("it was read"))
+    assert main([*command, "--max_tokens", "99"]) == 1
+    assert "max_steps: the length is given twice" in capsys.readouterr().err
     for name, value in (("language_seed", 1), ("seed", 7), ("per_device_train_batch_size", 5), ("learning_rate", 0.5)):
         assert main([*command, f"--{name}", str(value), "--resume_from_checkpoint", "true"]) == 1
         assert f"{name}: {value}, but the run in" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from conftest import ARCHITECTURES, CHATML, forked, make_model, make_tokenizer, 
 from scipy.stats import chisquare
 from transformers import AutoConfig, PreTrainedModel
 
+from retain.cli.main import main
 from retain.models.description import choose_start_token, model_fingerprint, tokenizer_fingerprint
 from retain.models.loading import load_model, load_tokenizer
 from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
@@ -299,6 +300,20 @@ def test_the_same_model_in_another_folder_goes_on(tmp_path):
     moved.lm_head.weight.data[0] += 1.0
     with pytest.raises(ValueError, match="holds rows with model"):
         sample(tmp_path, moved, num_rows=6)
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 7), ("num_rows", 9), ("max_length", 6), ("start", "chat")])
+def test_other_settings_than_the_begun_rows_are_refused_before_the_model_is_loaded(
+    tmp_path, capsys, monkeypatch, name, value
+):
+    save_model(tmp_path / "model")
+    make_tokenizer(template=CHATML).save_pretrained(tmp_path / "model")
+    command = ["sample", "--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "rows")]
+    command += ["--num_rows", "4", "--max_length", "8"]
+    assert main(command) == 0
+    monkeypatch.setattr("retain.cli.sample.load_model", lambda *given, **options: pytest.fail("it was loaded"))
+    assert main([*command, f"--{name}", str(value)]) == 1
+    assert f"holds rows with {name} " in capsys.readouterr().err
 
 
 def test_a_dataset_says_where_it_is_from(tmp_path):

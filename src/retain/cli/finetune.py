@@ -50,7 +50,7 @@ from retain.training.stopping import (
     train,
 )
 from retain.training.trainer import ReplaySFTTrainer
-from retain.training.trainer_checks import check_lora_targets, expected_steps, load_for_training
+from retain.training.trainer_checks import check_lora_targets, check_whole, expected_steps, load_for_training
 
 COMPARED_EVALUATIONS = 8  # of each run that is compared, where no eval_strategy says when
 # Folders in output_dir: of the page, of the unprotected run, and of the model to finetune where that was an adapter.
@@ -291,6 +291,7 @@ def base_to_train(given: TrlArguments, tokenizer: Any) -> tuple[Any, Any]:
     training_args.model_init_kwargs = options
     parts = {"quantization_config": quantization, "processing_class": tokenizer}
     model = load_for_training(given.model.model_name_or_path, training_args, parts)
+    check_whole(model)  # before rows are drawn
     if isinstance(training_args.max_length, Unchosen):  # TRL's default, which the model may have no room for
         training_args.max_length = length_that_fits(model, training_args.max_length)
     if adapter is not None:

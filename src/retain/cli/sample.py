@@ -19,12 +19,13 @@ from retain.data.rows import prompt_text, read_rows
 from retain.models.description import choose_start_token, default_device, launched, length_that_fits
 from retain.models.loading import load_model, load_tokenizer
 from retain.progress import StageProgress, progress_line
+from retain.replay.dataset import MANIFEST
 from retain.replay.hub import push_pool
 from retain.report.numbers import quantity
 from retain.sampling.engine import Engine, choose_threads
 from retain.sampling.preview import pool_lines
 from retain.sampling.starts import plan_starts
-from retain.sampling.write import check_pool_folder, default_store, sample_replay
+from retain.sampling.write import check_pool_folder, check_same_rows, default_store, sample_replay
 
 SAMPLING_STAGE = "sampling"  # the kind of its stages
 
@@ -117,6 +118,10 @@ def run_sample(config: SampleConfig) -> None:
     rows = enumerate(read_rows(config.prompts, "prompts"), start=1) if config.prompts else ()
     prompts = [prompt_text(row, tokenizer, f"prompts: row {at} of {config.prompts!r}") for at, row in rows]
     starts = plan_starts(config.start, tokenizer, start, chat_turn=config.chat_turn, prompts=prompts)
+    if (Path(config.output_dir) / MANIFEST).exists() and not config.overwrite_output_dir:
+        known = {name: getattr(config, name) for name in ("num_rows", "max_length", "seed", "rows_per_shard")}
+        known = {name: value for name, value in known.items() if not isinstance(value, Unchosen)}
+        check_same_rows(Path(config.output_dir), {"start": starts.describe(), **known})
     model = load_model(config.model, device=device, **config.loading)
     if model.device.type == "cpu":
         torch.set_num_threads(choose_threads(model))

@@ -124,7 +124,12 @@ class Corpus:
 def run_pretrain(args: PretrainArguments, config: PretrainConfig) -> None:
     """Pretrain and save; `args` are transformers', `config` is ours."""
     check_arguments(args)
-    checkpoint = checkpoint_to_resume(args)
+    known_length = config.max_tokens if config.tokens_per_param is None else config.tokens_per_param
+    if (args.max_steps > 0) == (known_length is not None):
+        what = "missing" if known_length is None else "given twice"
+        raise ValueError(f"max_steps: the length is {what}; give one of max_steps, max_tokens and tokens_per_param")
+    if (checkpoint := checkpoint_to_resume(args)) is not None:
+        check_same_run(checkpoint, args, {"pretrain": asdict(config)})
     check_stopping(args, config.stop_at_loss)
     check_half_life(args, config.adam_beta2_half_life_tokens)
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -175,9 +180,7 @@ def make_trainer(args: Any, config: PretrainConfig, corpus: Corpus, model: Any, 
 
 def _train(trainer: Trainer, config: PretrainConfig, corpus: Corpus, checkpoint: str | None, say: Any) -> None:
     args, size, began = trainer.args, counted_size_of(trainer.model.config), time.monotonic()
-    if checkpoint is not None:
-        check_same_run(checkpoint, args, {"pretrain": asdict(config)})
-    elif args.resume_from_checkpoint:
+    if args.resume_from_checkpoint and checkpoint is None:
         say(f"no whole checkpoint in {args.output_dir}: starting from step 0")
     train(trainer, checkpoint)
     loss, steps = trainer.evaluate()["eval_loss"], trainer.state.global_step
@@ -203,12 +206,7 @@ def _train(trainer: Trainer, config: PretrainConfig, corpus: Corpus, checkpoint:
 def steps_of(args: Any, config: PretrainConfig, length: int, size: int) -> int:
     """Optimizer steps of a run: `max_steps`, or the fewest that reach the tokens set."""
     tokens = config.max_tokens if config.tokens_per_param is None else config.tokens_per_param * size
-    if (args.max_steps > 0) == (tokens is not None):
-        what = "given twice" if tokens is not None else "missing"
-        raise ValueError(f"max_steps: the length is {what}; give one of max_steps, max_tokens and tokens_per_param")
-    if tokens is None:
-        return args.max_steps
-    return math.ceil(tokens / tokens_per_step(args, length))
+    return args.max_steps if tokens is None else math.ceil(tokens / tokens_per_step(args, length))
 
 
 def open_corpus(config: PretrainConfig, seed: int) -> Corpus:

@@ -7,7 +7,7 @@ Source: Marek et al., self-generated replay.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -277,9 +277,18 @@ def _begin(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
         ):
             path.unlink()
         write_json(folder / MANIFEST, manifest)
-        return
+    else:
+        check_same_rows(folder, manifest)
+
+
+def check_same_rows(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse settings that are others than those of the rows in the folder; those of which nothing is given pass."""
     found = read_manifest(folder)
-    same = {*NOT_COMPARED, "model"} if found.get("model_fingerprint") == manifest["model_fingerprint"] else NOT_COMPARED
+    same = (
+        {*NOT_COMPARED, "model"}
+        if found.get("model_fingerprint") == manifest.get("model_fingerprint")
+        else NOT_COMPARED
+    )
     for key, value in manifest.items():  # a model's folder may be moved, or reached by another path
         if key not in same and found.get(key) != value:
             raise ValueError(
