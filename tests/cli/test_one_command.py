@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -285,6 +287,18 @@ def test_tokens_of_a_step_are_counted_by_the_first_rows(row, packing, tokens):
     tokenizer = make_tokenizer()
     tokens = tokens or len(tokenizer("the fox").input_ids)
     assert new_tokens_per_step([row] * 3, tokenizer, args) == pytest.approx(12 * tokens)
+
+
+@pytest.mark.parametrize("kind", ["a reader who left", "ascii"])
+def test_a_run_outlives_its_output(world, tmp_path, monkeypatch, kind):
+    """`retain finetune … | head -1` died of a broken pipe; `…` and `−` ended a run where standard output is ASCII."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write if kind != "ascii" else tmp_path / "said.txt", "w", encoding="ascii") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert run(world, tmp_path / "äußerst", max_steps=1) == 0
+    assert (tmp_path / "äußerst" / "model.safetensors").exists()
+    assert kind != "ascii" or "\\xe4u\\xdferst\n" in (tmp_path / "said.txt").read_text()
 
 
 def test_a_model_over_several_devices_is_refused_before_it_writes_rows(world, tmp_path, capsys, monkeypatch):

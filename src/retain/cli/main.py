@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from retain.cli.flags import Verb, check_words
-from retain.cli.signals import Terminated, signals_as_exceptions
+from retain.cli.signals import Terminated, lasting_output, signals_as_exceptions
 
 # Each verb is the file of its name beside this one.
 VERBS = {
@@ -46,6 +46,7 @@ def load_verb(name: str) -> Verb:
     return importlib.import_module(f"retain.cli.{name}").VERB
 
 
+@lasting_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb; return the exit code: 0, or what the gate of `measure` found.
 

@@ -1,4 +1,4 @@
-"""SIGTERM ends a command as Ctrl-C does, and neither signal is lost."""
+"""SIGTERM ends a command as Ctrl-C does, and neither signal is lost; a reader of the output who leaves ends nothing."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 RESEND_DELAY = 0.05  # seconds
@@ -45,3 +45,45 @@ def signals_as_exceptions() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+class LastingStream:
+    """A stream whose reader may leave, as `head` does: what is written then goes nowhere, and the work goes on.
+
+    Characters that its encoding lacks are written as escapes.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        self._try(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, work: Callable[..., object], *text: str) -> None:
+        try:
+            work(*text)
+        except BrokenPipeError:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Within, standard output and error are `LastingStream`s; one that was closed when Python began goes nowhere."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(LastingStream(sys.stdout or nowhere)),
+        redirect_stderr(LastingStream(sys.stderr or nowhere)),
+    ):
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
