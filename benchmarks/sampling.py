@@ -23,6 +23,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,10 @@ def continuous_batching(model: Any, rows: int, length: int) -> None:
     assert [len(one.generated_tokens) for one in found.values()] == [length - 1] * rows
 
 
-def vllm_form(model: Any, rows: int, length: int) -> Callable[[], object]:
+def vllm_form(model: Any, rows: int, length: int, until: ExitStack) -> Callable[[], object]:
     from retain.sampling.vllm_engine import vllm_engine
 
-    engine = vllm_engine(model.name_or_path, dtype=DTYPE, max_length=length, seed=0)
+    engine = until.enter_context(vllm_engine(model.name_or_path, dtype=DTYPE, max_length=length, seed=0))
     return lambda: list(engine([Shard(0, range(rows), [[0]] * rows)], rows, lambda done: None))
 
 
@@ -163,7 +164,7 @@ def where_the_rest_goes(model: Any, rows: int, length: int) -> dict[str, float]:
     return {**{kind: round(share, 3) for kind, share in found.items()}, "other": round(1 - sum(found.values()), 3)}
 
 
-def measure(case: str, rounds: int) -> dict[str, Any]:
+def measure(case: str, rounds: int, until: ExitStack) -> dict[str, Any]:
     make, rows, length = CASES[case]
     model = make().to(DEVICE, DTYPE)
     tokens = rows * (length - 1)
@@ -173,7 +174,7 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
         "ours": lambda: draw_rows(model, [[0]] * rows, range(rows), length, 0),
     }
     if find_spec("vllm") is not None and model.name_or_path:
-        forms["vLLM"] = vllm_form(model, rows, length)
+        forms["vLLM"] = vllm_form(model, rows, length, until)
     if DEVICE != "cpu":  # there it is compiled; on a CPU it is slower than without
         forms["generate, static cache"] = lambda: generate(model, rows, length, cache_implementation="static")
     for work in forms.values():
@@ -222,7 +223,8 @@ def main() -> None:
     logging.disable_progress_bar()
     results = []
     for case in arguments.cases:
-        results.append(measure(case, arguments.rounds))
+        with ExitStack() as until:
+            results.append(measure(case, arguments.rounds, until))
         print(json.dumps(results[-1]), flush=True)
     cpu = f"cpu, {platform.machine()}, {os.cpu_count()} cores"
     device = f"{cpu if DEVICE == 'cpu' else torch.cuda.get_device_name()}, {arguments.threads} thread(s)"

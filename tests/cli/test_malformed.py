@@ -339,7 +339,7 @@ def test_damaged_stored_predictions(world, tmp_path, capsys, label):
     STORES[label](cache_path(folder, 0))
     flags = good("finetune", world, tmp_path / "out") | {"replay_dataset": folder, "replay_reference": "cache"}
     line = refused_whole(command("finetune", flags), tmp_path, capsys)
-    assert "reference-00000.safetensors' is missing or damaged; sample again" in line
+    assert "reference-00000.safetensors' is missing or damaged; delete it and run the same `retain sample`" in line
 
 
 REPORT = {"schema": "retain.report/1", "name": "a", "base": {"model": "m"}, "retention": {}}

@@ -18,7 +18,7 @@ def test_two_processes_sample_the_rows_of_one(engine: str, tmp_path: Path) -> No
     """Each process draws its share of the shards; with vLLM, here a stand-in, on GPUs of its own."""
     save_model(tmp_path / "model")
     flags = ["--model", "model", "--num_rows", "22", "--max_length", "12", "--rows_per_shard", "4"]
-    flags += ["--per_device_batch_size", "4", "--engine", engine]
+    flags += ["--per_device_batch_size", "4", "--engine", engine, "--store_reference", "hidden"]
     flags += ["--tensor_parallel_size", "2"] if engine == "vllm" else []
     (tmp_path / "devices").mkdir()
     environment = {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "FAKE_VLLM_DEVICES": str(tmp_path / "devices")}
@@ -41,9 +41,9 @@ def test_two_processes_sample_the_rows_of_one(engine: str, tmp_path: Path) -> No
         assert words.count("document start") == 1, "one process speaks"
         assert ("drawn by 2 processes" in words) == (name == "two")
     one, two = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).glob("shard-*.parquet")} for name in ("one", "two")
+        {path.name: path.read_bytes() for path in (tmp_path / name).glob("[rs]*-0*")} for name in ("one", "two")
     )
-    assert len(one) == 6
+    assert len(one) == 6 + 6, "rows, and predictions"
     assert one == two
     devices = sorted(path.name for path in (tmp_path / "devices").iterdir())
     assert devices == (["4,5", "4,5,6,7", "6,7"] if engine == "vllm" else [])

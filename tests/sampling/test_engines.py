@@ -13,9 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,12 @@ from conftest import CHATML, make_model, make_tokenizer
 from pyarrow import parquet
 
 from retain.cli.main import main
-from retain.cli.sample import SampleConfig
+from retain.cli.sample import SampleConfig, first_device
+from retain.models.description import default_device
 from retain.models.loading import load_model, load_tokenizer
+from retain.replay import stored_predictions
 from retain.replay.dataset import load_self_generated, read_manifest
+from retain.sampling import write
 from retain.sampling.engine import Shard
 from retain.sampling.write import sample_replay
 
@@ -45,8 +49,9 @@ def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    verbosity = logging.get_verbosity()
+    verbosity, threads = logging.get_verbosity(), torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     logging.set_verbosity(verbosity)
 
 
@@ -68,9 +73,8 @@ def sample(model: Path, output_dir: Path, *flags: str) -> int:
 
 
 def sample_on(engine: Any, model: Path, folder: Path, **settings: Any) -> Path:
-    return sample_replay(
-        load_model(str(model)), load_tokenizer(str(model)), folder, engine=engine, **{**SETTINGS, **settings}
-    )
+    settings = {**SETTINGS, **settings, "engine": nullcontext(engine)}
+    return sample_replay(load_model(str(model)), load_tokenizer(str(model)), folder, **settings)
 
 
 # Flags and refusals
@@ -101,7 +105,6 @@ def test_ray_refuses_launched_processes(llama_folder, tmp_path, monkeypatch, cap
         ({"num_workers": 0, "engine": "ray"}, "num_workers: 0 does not fit"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 needs engine vllm, not 'torch'"),
         ({"tensor_parallel_size": 0, "engine": "vllm"}, "tensor_parallel_size: 0 does not fit"),
-        ({"store_reference": "topk", "engine": "vllm"}, "store_reference: 'topk' is not for engine vllm"),
         ({"attn_implementation": "eager", "engine": "vllm"}, "attn_implementation: 'eager' is not for engine vllm"),
     ],
     ids=str,
@@ -134,14 +137,18 @@ def test_a_rows_seed_is_its_own_and_fits_vllm(vllm):
 def test_a_row_that_vllm_cuts_short_and_one_without_a_finite_prediction_stop_the_job(vllm, llama_folder, monkeypatch):
     from retain.sampling.vllm_engine import vllm_engine
 
-    engine = vllm_engine(str(llama_folder), dtype=torch.float32, max_length=20, seed=3)
+    def draw() -> None:
+        with vllm_engine(str(llama_folder), dtype=torch.float32, max_length=20, seed=3) as engine:
+            list(engine([Shard(0, [8], [[3]])], 1, lambda rows: None))
+
     monkeypatch.setattr(vllm.LLM, "missing", 14)
     with pytest.raises(RuntimeError, match=r"engine: vLLM ended row 8 after 5 of 19 tokens \(length\)"):
-        list(engine([Shard(0, [8], [[3]])], 1, lambda rows: None))
+        draw()
     monkeypatch.setattr(vllm.LLM, "missing", 0)
     monkeypatch.setattr(vllm.LLM, "logprob", np.nan)
     with pytest.raises(ValueError, match="dtype: the model's predictions are not finite"):
-        list(engine([Shard(0, [8], [[3]])], 1, lambda rows: None))
+        draw()
+    assert not any(llm.is_open for llm in vllm.LLM.made)
 
 
 def test_vllm_on_the_command_line(vllm, chat_folder, tmp_path, capsys):
@@ -172,8 +179,94 @@ def test_vllm_on_the_command_line(vllm, chat_folder, tmp_path, capsys):
     made = len(vllm.LLM.made)
     assert sample(chat_folder, folder, *flags) == 0
     assert len(vllm.LLM.made) == made, "nothing is left to draw"
-    assert sample(chat_folder, folder, *flags[2:-2]) == 1
+    assert sample(chat_folder, folder, *flags[2:-2], "--store_reference", "none") == 1
     assert "holds rows with sampler" in capsys.readouterr().err
+
+
+def assert_predictions_are_those_of_a_pass(folder: Path, model: Path) -> None:
+    rows = load_self_generated(folder)
+    batch = rows.batch(range(len(rows)))
+    drawn = batch.pop("labels")[:, 1:] != -100
+    with torch.no_grad():
+        states = load_model(str(model), dtype=torch.float32)(**batch, output_hidden_states=True).hidden_states[-1]
+    assert rows.cache is not None
+    torch.testing.assert_close(rows.cache.batch(range(len(rows)))["hidden"], states[:, :-1][drawn])
+
+
+STORED = ["--engine", "vllm", "--num_rows", "10", "--max_length", "24", "--rows_per_shard", "4", "--dtype", "float32"]
+
+
+@pytest.mark.parametrize("kind", [[], ["--store_reference", "hidden"]], ids=["auto", "hidden"])
+def test_rows_of_vllm_get_predictions_and_fisher_when_it_is_closed(kind, vllm, chat_folder, tmp_path, monkeypatch):
+    """Killed before its last shard, in the pass, and behind it, and with a file damaged: the same command goes on."""
+    folder, flags = tmp_path / "replay", [*STORED, *kind, "--store_fisher", "true"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
+    kill_at: list[tuple[str, int]] = []
+    passes: list[int] = []
+
+    def interrupted(module: ModuleType, name: str) -> None:
+        work = getattr(module, name)
+
+        def call(*arguments: Any) -> None:
+            assert not any(llm.is_open for llm in vllm.LLM.made) or name == "write_shard"
+            assert torch.get_num_threads() == 2 or name == "write_shard"
+            number = arguments[1] if name != "store_fisher" else 0
+            if (name, number) in kill_at:
+                raise KeyboardInterrupt
+            passes.extend([number] if name == "write_predictions" else [])
+            work(*arguments)
+
+        monkeypatch.setattr(module, name, call)
+
+    interrupted(write, "write_shard")
+    interrupted(stored_predictions, "write_predictions")
+    interrupted(write.fisher, "store_fisher")
+    began = len(vllm.LLM.made)
+    for place, drawn, stored, starts in (
+        (("write_shard", 1), 1, [], 1),
+        (("write_predictions", 2), 3, [0, 1], 2),
+        (("store_fisher", 0), 3, [0, 1, 2], 2),
+    ):
+        kill_at[:] = [place]
+        assert sample(chat_folder, folder, *flags) == 130
+        assert (len(contents(folder)), passes, len(vllm.LLM.made) - began) == (drawn, stored, starts)
+        assert read_manifest(folder)["store_reference"] == ("hidden" if len(stored) == 3 else None)
+    kill_at.clear()
+    assert sample(chat_folder, folder, *flags) == 0
+    assert (folder / "fisher.safetensors").exists()
+    assert_predictions_are_those_of_a_pass(folder, chat_folder)
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+    assert (passes, len(vllm.LLM.made) - began) == ([0, 1, 2], 2), "the pass alone, then Fisher alone"
+
+    assert sample(chat_folder, folder, *flags) == 0
+    assert (passes, len(vllm.LLM.made) - began) == ([0, 1, 2], 2), "nothing is left to do"
+    cache = stored_predictions.cache_path(folder, 1)
+    cache.write_bytes(cache.read_bytes()[:-4])
+    assert sample(chat_folder, folder, *flags) == 0
+    assert (passes, len(vllm.LLM.made) - began) == ([0, 1, 2, 1], 2)
+    (folder / "shard-00002.parquet").unlink()
+    monkeypatch.setattr("retain.sampling.vllm_engine.row_seed", lambda seed, row: row + 99)  # vLLM's rows may differ
+    assert sample(chat_folder, folder, *flags) == 0
+    assert (passes, len(vllm.LLM.made) - began) == ([0, 1, 2, 1, 2], 3)
+    assert_predictions_are_those_of_a_pass(folder, chat_folder)
+
+
+def test_rows_of_vllm_over_several_devices_get_no_predictions_unasked(vllm, chat_folder, tmp_path, monkeypatch):
+    """The pass needs the model whole on one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    flags = [*STORED, "--tensor_parallel_size", "2"]
+    assert sample(chat_folder, tmp_path / "replay", *flags) == 0
+    assert read_manifest(tmp_path / "replay")["store_reference"] is None
+    assert sample(chat_folder, tmp_path / "replay", *flags, "--store_reference", "hidden") == 0
+    assert_predictions_are_those_of_a_pass(tmp_path / "replay", chat_folder)
+
+
+def test_the_first_device_of_a_process_is_one_of_its_engines(monkeypatch):
+    assert first_device(2, None) == default_device()
+    monkeypatch.setattr("retain.cli.sample.default_device", lambda: "cuda")
+    assert first_device(2, None) == "cuda"
+    assert first_device(2, SimpleNamespace(local_process_index=3)) == "cuda:6"
 
 
 def test_launched_processes_have_their_own_gpus(vllm, monkeypatch):
@@ -299,7 +392,7 @@ def test_ray_on_the_command_line(cluster, llama_folder, tmp_path, capsys):
     assert len(one) == 6 + 6 + 1
     assert sample(llama_folder, tmp_path / "new", *flags, "--engine", "ray", "--num_workers", "4") == 1
     assert "num_workers: 4 need a CPU each and the cluster has 3; use fewer" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
+    assert sample(llama_folder, tmp_path / "two", *flags, "--engine", "ray", "--num_workers", "4") == 0, "none is begun"
 
 
 STOPPED = """

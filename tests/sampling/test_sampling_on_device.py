@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import simulated_device
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_tokenizer, save_model
 from simulated_device import DEVICE, SIMULATED, assert_as_on_cpu, on_device
 
+from retain.cli.main import main
 from retain.replay.dataset import load_self_generated
 from retain.replay.provenance import check_pool
+from retain.sampling import write
 from retain.sampling.engine import choose_batch_size, draw_rows
 from retain.sampling.write import sample_replay
 
@@ -32,6 +35,27 @@ def test_a_pool_is_the_models_own_on_either_device(tmp_path):
     rows = load_self_generated(tmp_path / "pool")
     check_pool(model, rows, half=False)
     check_pool(make_model(), rows, half=False)
+
+
+@on_device
+def test_vllms_rows_get_predictions_and_fisher_on_the_device_when_it_is_closed(monkeypatch, tmp_path):
+    """It lay in host memory; vLLM is a stand-in here."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "fake_vllm"))
+    seen: list[str] = []
+
+    def noted(module: Any, name: str) -> None:
+        work = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda model, *rest: (seen.append(model.device.type), work(model, *rest))[1])
+
+    for module, name in ((write, "model_fingerprint"), (write, "predict_rows"), (write.fisher, "store_fisher")):
+        noted(module, name)
+    save_model(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "pool"), "--engine", "vllm"]
+    assert main(["sample", *flags, "--num_rows", "6", "--max_length", "24", "--store_fisher", "true"]) == 0
+    assert seen == ["cpu", DEVICE, DEVICE]
+    rows = load_self_generated(tmp_path / "pool")
+    assert rows.cache is not None
+    assert len(rows.cache.batch(range(6))["hidden"]) == 6 * 23
 
 
 @pytest.mark.skipif(not SIMULATED, reason="says how much memory there is")

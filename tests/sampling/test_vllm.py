@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,11 +20,13 @@ import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from scipy.stats import chi2
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
+from retain.cli.main import main
+from retain.files import write_json
 from retain.models.loading import load_model, load_tokenizer
-from retain.replay.dataset import read_manifest, read_shards
+from retain.replay.dataset import load_self_generated, read_manifest, read_shards
 from retain.sampling.engine import DrawnRows, Engine, Shard
 
 pytestmark = [
@@ -47,15 +52,16 @@ def model(folder: Path) -> Any:
     return load_model(str(folder), dtype=torch.float32)
 
 
-def open_engine(folder: Path, dtype: torch.dtype = torch.float32) -> Engine:
+def open_engine(folder: Path, dtype: torch.dtype = torch.float32) -> AbstractContextManager[Engine]:
     from retain.sampling.vllm_engine import vllm_engine
 
     return vllm_engine(str(folder), dtype=dtype, max_length=LENGTH, seed=3)
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path) -> Engine:
-    return open_engine(folder)
+def engine(folder: Path) -> Iterator[Engine]:
+    with open_engine(folder) as engine:
+        yield engine
 
 
 def draw(engine: Engine, prefixes: list[list[int]]) -> DrawnRows:
@@ -145,7 +151,8 @@ def test_the_generation_config_changes_nothing_and_bfloat16_weights_are_loaded_a
     hostile = {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.1, "repetition_penalty": 2.0}
     hostile |= {"eos_token_id": list(range(300)), "max_length": 3, "max_new_tokens": 2}
     (tmp_path / "generation_config.json").write_text(json.dumps(hostile))
-    drawn = draw(open_engine(tmp_path), [BEGINNING] * 2_000)
+    with open_engine(tmp_path) as engine:
+        drawn = draw(engine, [BEGINNING] * 2_000)
     in_bfloat16 = row_logprobs(halved, drawn.tokens, drawn.prefix_lengths)
     model = halved.float()
     in_float32 = row_logprobs(model, drawn.tokens, drawn.prefix_lengths)
@@ -158,10 +165,30 @@ def test_float32_weights_are_loaded_as_bfloat16(folder, model):
     """On a processor with AMX a first batch of a few tokens would die of SIGILL: vLLM's attention takes AMX's tiles
     without asking Linux for them, and only larger matrix products ask."""
     random_state = torch.random.get_rng_state()
-    drawn = draw(open_engine(folder, torch.bfloat16), [BEGINNING] * 64)
+    with open_engine(folder, torch.bfloat16) as engine:
+        drawn = draw(engine, [BEGINNING] * 64)
     assert torch.equal(torch.random.get_rng_state(), random_state), "the seed that vLLM sets is its worker's"
     off = np.abs(drawn.logprobs - row_logprobs(model, drawn.tokens, drawn.prefix_lengths)).max()
     assert 0.1 < off < 1.0, "rounded to eight bits, where float16 has eleven"
+
+
+def test_a_closed_engine_leaves_no_worker_and_all_threads_and_the_process_group_of_a_launch(folder, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # else vLLM leaves the threads alone
+    threads, before = torch.get_num_threads(), set(psutil.Process().children(recursive=True))
+    torch.set_num_threads(2)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with open_engine(folder) as engine:
+            draw(engine, [BEGINNING])
+            begun = set(psutil.Process().children(recursive=True)) - before
+            workers = [one for one in begun if "resource_tracker" not in " ".join(one.cmdline())]
+            assert torch.get_num_threads() == 1, "it can fail"
+        assert [one.is_running() for one in workers] == [False]
+        assert torch.get_num_threads() == 2
+        distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+        torch.set_num_threads(threads)
 
 
 def test_smollm2_by_the_verb_killed_and_finished_by_the_same_command(tmp_path):
@@ -190,3 +217,13 @@ def test_smollm2_by_the_verb_killed_and_finished_by_the_same_command(tmp_path):
     tokens, given, logprobs = map(np.array, columns.values())
     assert (tokens.shape, given.tolist()) == ((12, 24), [1] * 12)
     assert logprobs == pytest.approx(row_logprobs(load_model(SMOLLM2, dtype=torch.float32), tokens, given), abs=1e-2)
+
+    other = Path(shutil.copytree(replay, tmp_path / "other"))  # predictions by the torch engine's own pass
+    for path in other.glob("reference-*"):
+        path.unlink()
+    write_json(other / "manifest.json", manifest | {"store_reference": None})
+    finish = ["--model", SMOLLM2, "--output_dir", str(other), *flags, "--store_reference", "hidden"]
+    assert main(["sample", *finish]) == 0
+    found, wanted = (load_self_generated(one).cache.batch(range(12))["hidden"] for one in (replay, other))
+    assert found.shape == (12 * 23, 576)
+    torch.testing.assert_close(found, wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,8 +62,8 @@ class SampleConfig(ModelLoadSettings):
         "auto",
         "Keep the model's predictions beside the rows, so that training needs no reference forward. hidden: the last "
         "hidden state, exact. topk: the 64 likeliest tokens and the mass of the rest, small. auto: hidden where the "
-        "output head is a plain one and 4 GB are enough, with engine torch or ray. Finished rows that have none, as "
-        "vLLM's, get them by running it again with hidden or topk.",
+        "output head is a plain one, 4 GB are enough, and tensor_parallel_size is 1. vLLM's rows get them by a pass of "
+        "the model when all are drawn, finished rows that have none by running it again with hidden or topk.",
     )
     store_fisher: bool = setting(
         False,
@@ -99,11 +99,6 @@ class SampleConfig(ModelLoadSettings):
             raise ValueError(
                 f"attn_implementation: {self.attn_implementation!r} is not for engine vllm; leave it out, or use torch"
             )
-        if self.engine == "vllm" and self.store_reference not in ("auto", "none"):
-            raise ValueError(
-                f"store_reference: {self.store_reference!r} is not for engine vllm, which hands out no predictions; "
-                "draw without it, then run the same command with it and with engine torch, which adds them"
-            )
 
 
 def run_sample(config: SampleConfig) -> None:
@@ -130,18 +125,20 @@ def run_sample(config: SampleConfig) -> None:
         print(f"document start: {start}")
     max_length = length_that_fits(model, config.max_length)
     is_vllm = config.engine == "vllm"  # it schedules rows itself: it gets whole shards
-    store: str | None = None if is_vllm or config.store_reference == "none" else config.store_reference
+    store: str | None = None if config.store_reference == "none" else config.store_reference
     if store == "auto":
         num_rows, overwrite = config.num_rows, config.overwrite_output_dir
-        store = default_store(model, config.output_dir, num_rows, max_length, overwrite=overwrite)
-    with progress_line(shown=main), open_engine(model, max_length, store) as engine:
+        fits = config.tensor_parallel_size == 1  # on one device, where the pass over vLLM's rows needs it whole
+        store = default_store(model, config.output_dir, num_rows, max_length, overwrite=overwrite, wanted=fits)
+    with progress_line(shown=main):
         folder = sample_with_progress(
             model, tokenizer, config.output_dir, config.num_rows, max_length=max_length, seed=config.seed,
             start_token=start, starts=starts, store_reference=store,
             store_fisher=config.store_fisher, rows_per_shard=config.rows_per_shard,
             batch_size=config.per_device_batch_size or (config.rows_per_shard if is_vllm else None),
-            overwrite=config.overwrite_output_dir, engine=engine, engine_name="vllm" if is_vllm else "torch",
-            state=state,
+            overwrite=config.overwrite_output_dir, engine=open_engine(model, max_length, store),
+            engine_name="vllm" if is_vllm else "torch", state=state,
+            device=first_device(config.tensor_parallel_size, state) if is_vllm else None,
         )  # fmt: skip
     if main:
         shared = f", drawn by {state.num_processes} processes" if state is not None else ""
@@ -151,14 +148,20 @@ def run_sample(config: SampleConfig) -> None:
             print(f"shared: {push_pool(folder, config.push_to_hub, private=config.hub_private_repo)}")
 
 
-def engine_of(config: SampleConfig) -> Callable[[Any, int, str | None], AbstractContextManager[Engine | None]]:
-    """A function of model, tokens per row and what is stored that opens the engine; None is that of this process.
+def first_device(size: int, state: PartialState | None) -> str:
+    """The first device of this process where each of a launch has as many as this."""
+    kind = default_device()
+    return kind if state is None or kind == "cpu" else f"{kind}:{state.local_process_index * size}"
+
+
+def engine_of(config: SampleConfig) -> Callable[[Any, int, str | None], AbstractContextManager[Engine] | None]:
+    """A function of model, tokens per row and what is stored that gives the engine; None is that of this process.
 
     Raises:
         ValueError: if it is not installed, or is Ray's and other processes were launched beside this one.
     """
     if config.engine == "torch":
-        return lambda model, length, store: nullcontext()
+        return lambda model, length, store: None
     if config.engine == "ray" and launched():
         raise ValueError("engine: 'ray' starts its own workers; run it without accelerate or torchrun")
     path = Path(config.model).expanduser()
@@ -168,9 +171,7 @@ def engine_of(config: SampleConfig) -> Callable[[Any, int, str | None], Abstract
 
         options: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel_size, **config.checkpoint}
         options["seed"] = config.seed
-        return lambda model, length, store: nullcontext(
-            vllm_engine(name, dtype=model.dtype, max_length=length, **options)
-        )
+        return lambda model, length, store: vllm_engine(name, dtype=model.dtype, max_length=length, **options)
     from retain.sampling.ray_engine import ray_engine
 
     return lambda model, length, store: ray_engine(

@@ -59,7 +59,7 @@ def predict_rows(model: Any, rows: ReplayDataset, kind: str, shards: Sequence[in
         shards: their numbers; processes may share them out.
     """
     folder, per_shard = Path(rows.source), rows.manifest["rows_per_shard"]  # type: ignore[index]
-    todo = [shard for shard in shards if not _holds(cache_path(folder, shard), kind)]
+    todo = [shard for shard in shards if not holds_predictions(cache_path(folder, shard), kind)]
     size = rows_per_batch(model.config.get_text_config().vocab_size, int(rows.num_predictions.max()))
     with evaluation_mode(model), seen_by_head(model) as hidden, StageProgress(STORING, len(todo), "shards") as stage:
         for shard in todo:
@@ -77,12 +77,13 @@ def predict_rows(model: Any, rows: ReplayDataset, kind: str, shards: Sequence[in
             stage.update(1)
 
 
-def _holds(path: Path, kind: str) -> bool:
-    """Whether a file holds predictions of this kind; one of another may be left of a killed pass."""
-    if not path.exists():
+def holds_predictions(path: Path, kind: str) -> bool:
+    """Whether a file is whole and of this kind; one of another may be left of a killed pass."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys()) == set(NAMES[kind])
+    except (OSError, SafetensorError):
         return False
-    with safe_open(path, framework="pt") as file:
-        return set(file.keys()) == set(NAMES[kind])
 
 
 def write_predictions(folder: Path, shard: int, predictions: dict[str, Tensor]) -> None:
@@ -132,8 +133,8 @@ class ReferenceCache:
                 raise OSError("it holds fewer rows")
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"replay_dataset: {str(path)!r} is missing or damaged; sample again, or set replay_reference to "
-                f"adapter or copy: {error}"
+                f"replay_dataset: {str(path)!r} is missing or damaged; delete it and run the same `retain "
+                f"sample`, or set replay_reference to adapter or copy: {error}"
             ) from error
         return row
 

@@ -31,7 +31,7 @@ def ray_engine(
     store_reference: str | None = None,
     num_workers: int | None = None,
 ) -> Iterator[Engine]:
-    """An engine for `sample_replay(..., engine=engine)`: the cluster of RAY_ADDRESS, else one of this machine.
+    """An engine for `sample_replay(..., engine=ray_engine(...))`: the cluster of RAY_ADDRESS, else one of this machine.
 
     Args:
         load: loads the model in a worker, in the dtype that `sample_replay` gets: say, a `functools.partial` of

@@ -10,15 +10,16 @@ a draw each time, not the same to the last bit. It reports no entropy, so these 
 
 One process has one engine. Under `torchrun` or `accelerate launch` each process draws whole shards with an engine and
 GPUs of its own. `sample_replay` fingerprints the transformers model, which lies in host memory (the weights once more,
-read and hashed once); vLLM loads its own from the same files.
+read and hashed once); vLLM loads its own from the same files. It hands out no predictions: the transformers model says
+them when the engine is closed, on a device that was the engine's.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -57,54 +58,66 @@ def row_seed(seed: int, row: int) -> int:
     return int(np.random.Philox(key=[seed, row]).random_raw()) >> 1
 
 
-@dataclass(frozen=True)
-class VllmSampler:
-    """vLLM, loaded when it first draws. `arguments`: those of `vllm.LLM`; `devices`: its GPUs, None for all."""
+@contextmanager
+def open_llm(arguments: dict[str, Any], devices: str | None) -> Iterator[Any]:
+    """vLLM in this process, and its workers, which end with the context: the memory of their devices is free then.
 
-    arguments: dict[str, Any]
-    max_length: int
-    seed: int
-    devices: str | None = None
+    Args:
+        arguments: those of `vllm.LLM`.
+        devices: its GPUs; None for all.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would inherit the dataset's lock
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # an engine elsewhere outlives us if we are killed
+    from vllm import LLM
 
-    @cached_property
-    def llm(self) -> Any:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would inherit the dataset's lock
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # an engine elsewhere outlives us if we are killed
-        from vllm import LLM
-
-        launcher = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
-        if self.devices is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = self.devices
-        try:
-            return LLM(**self.arguments)
-        finally:
-            os.environ |= launcher
-
-    def draw(self, prefixes: Sequence[Sequence[int]], rows: Sequence[int]) -> DrawnRows:
-        """Draw the rows with these numbers behind their given beginnings; see `retain.sampling.engine.draw_rows`."""
-        from vllm import SamplingParams, TokensPrompt
-
-        params = [
-            SamplingParams(**SAMPLING, seed=row_seed(self.seed, row), max_tokens=self.max_length - len(prefix))
-            for prefix, row in zip(prefixes, rows, strict=True)
-        ]
-        prompts = [TokensPrompt(prompt_token_ids=list(prefix)) for prefix in prefixes]
-        answers = self.llm.generate(prompts, params, use_tqdm=False)
-        completions = [answer.outputs[0] for answer in answers]
-        for row, wanted, found in zip(rows, params, completions, strict=True):
-            if len(found.token_ids) != wanted.max_tokens:
-                count = f"{len(found.token_ids)} of {wanted.max_tokens} tokens"
-                raise RuntimeError(f"engine: vLLM ended row {row} after {count} ({found.finish_reason})")
-        logprobs = np.array([found.cumulative_logprob for found in completions])
-        if not np.isfinite(logprobs).all():
-            raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
-        tokens = [[*prefix, *found.token_ids] for prefix, found in zip(prefixes, completions, strict=True)]
-        return DrawnRows(
-            np.array(tokens, dtype=np.int32), np.array([len(prefix) for prefix in prefixes]), logprobs, None
-        )
+    before, threads = dict(os.environ), torch.get_num_threads()  # vLLM leaves this process one thread
+    for name in LAUNCHER:
+        os.environ.pop(name, None)
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    try:
+        llm = LLM(**arguments)
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+    try:
+        yield llm
+    finally:
+        executor = llm.llm_engine.model_executor  # `engine_core.shutdown` would end torchrun's process group, too
+        workers = executor.workers
+        executor.shutdown()
+        for worker in workers:
+            worker.proc.join()
+        torch.set_num_threads(threads)
 
 
+def draw_with(
+    llm: Any, prefixes: Sequence[Sequence[int]], rows: Sequence[int], *, max_length: int, seed: int
+) -> DrawnRows:
+    """Draw the rows with these numbers behind their given beginnings; see `retain.sampling.engine.draw_rows`."""
+    from vllm import SamplingParams, TokensPrompt
+
+    params = [
+        SamplingParams(**SAMPLING, seed=row_seed(seed, row), max_tokens=max_length - len(prefix))
+        for prefix, row in zip(prefixes, rows, strict=True)
+    ]
+    prompts = [TokensPrompt(prompt_token_ids=list(prefix)) for prefix in prefixes]
+    answers = llm.generate(prompts, params, use_tqdm=False)
+    completions = [answer.outputs[0] for answer in answers]
+    for row, wanted, found in zip(rows, params, completions, strict=True):
+        if len(found.token_ids) != wanted.max_tokens:
+            count = f"{len(found.token_ids)} of {wanted.max_tokens} tokens"
+            raise RuntimeError(f"engine: vLLM ended row {row} after {count} ({found.finish_reason})")
+    logprobs = np.array([found.cumulative_logprob for found in completions])
+    if not np.isfinite(logprobs).all():
+        raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
+    tokens = [[*prefix, *found.token_ids] for prefix, found in zip(prefixes, completions, strict=True)]
+    return DrawnRows(np.array(tokens, dtype=np.int32), np.array([len(prefix) for prefix in prefixes]), logprobs, None)
+
+
+@contextmanager
 def vllm_engine(
     name: str,
     *,
@@ -114,8 +127,10 @@ def vllm_engine(
     revision: str = "main",
     trust_remote_code: bool = False,
     tensor_parallel_size: int = 1,
-) -> Engine:
-    """An engine for `sample_replay(..., engine=engine, engine_name="vllm")`; vLLM gets `batch_size` rows at once.
+) -> Iterator[Engine]:
+    """An engine for `sample_replay(..., engine=vllm_engine(...), engine_name="vllm")`.
+
+    vLLM gets `batch_size` rows at once.
 
     Processes are spawned, so a script of your own needs its `if __name__ == "__main__":`.
 
@@ -137,8 +152,8 @@ def vllm_engine(
         "generation_config": "vllm",  # not the checkpoint's
         "logprobs_mode": "raw_logprobs",  # of the model's own distribution
     }
-    devices = gpus_of_process(tensor_parallel_size)
-    return batch_engine(VllmSampler(arguments, max_length, seed, devices).draw)
+    with open_llm(arguments, gpus_of_process(tensor_parallel_size)) as llm:
+        yield batch_engine(partial(draw_with, llm, max_length=max_length, seed=seed))
 
 
 def gpus_of_process(size: int) -> str | None:

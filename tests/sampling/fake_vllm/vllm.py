@@ -1,8 +1,8 @@
 """A stand-in for vLLM where the real one (`make test-vllm`) cannot show something, or takes too long to start.
 
-That is: a row that ends early, predictions that are not finite, lists of GPUs, a launcher's environment, and what the
-verb passes on. It draws uniformly from 320 tokens. `FAKE_VLLM_DEVICES`: a folder where each process leaves the name of
-its devices.
+That is: a row that ends early, predictions that are not finite, lists of GPUs, a launcher's environment, what the verb
+passes on, and when it is closed. It draws uniformly from 320 tokens. `FAKE_VLLM_DEVICES`: a folder where each process
+leaves the name of its devices.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 
 VOCABULARY = 320
 
@@ -42,11 +43,19 @@ class LLM:
             )
         if "FAKE_VLLM_DEVICES" in os.environ:
             Path(os.environ["FAKE_VLLM_DEVICES"], devices).touch()
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        self.is_open = True
+        self.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(workers=[], shutdown=self.close))
         LLM.made.append(self)
+
+    def close(self) -> None:
+        self.is_open = False
 
     def generate(
         self, prompts: Sequence[Any], sampling_params: Sequence[SamplingParams], *, use_tqdm: bool
     ) -> list[SimpleNamespace]:
+        assert self.is_open
         assert len(prompts) == len(sampling_params)
         return [SimpleNamespace(outputs=[self.complete(asked)]) for asked in sampling_params]
 
