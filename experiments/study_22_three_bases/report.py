@@ -98,12 +98,14 @@ def report_of(rows: Sequence[Row]) -> Report:
     for (task, base), cell in cells.items():
         for measure, words in MEASURES.items():
             lost, best = cell.lost[measure], cell.best(measure)
-            kept = over_seeds([1 - b / a for a, b in zip(lost[0.0], lost[best], strict=True)]) if best else None
-            lines.append([
-                TASKS[task], BASES[base], f"{cell.learned:.2f}", words, str(over_seeds(lost[0.0])),
-                f"{best:g}" if best else "–", str(over_seeds(lost[best])) if best else "–",
-                kept.percent() if kept else "–",
-            ])  # fmt: skip
+            plain, with_it, prevented = over_seeds(lost[0.0]), "–", "–"
+            if best:
+                with_it = str(over_seeds(lost[best]))
+                if plain.sign > 0:
+                    shares = [1 - b / a for a, b in zip(lost[0.0], lost[best], strict=True)]
+                    prevented = over_seeds(shares).percent()
+            lines.append([TASKS[task], BASES[base], f"{cell.learned:.2f}", words, str(plain),
+                          f"{best:g}" if best else "–", with_it, prevented])  # fmt: skip
     head = ["task", "base, tokens per parameter", "learned, nats", "measure", "plain", "best coefficient",
             "with it", "prevented"]  # fmt: skip
     found = {
