@@ -125,8 +125,8 @@ def report_of(rows: Sequence[Row]) -> Report:
 def draw(cells: Mapping[tuple[str, str], Cell], path: Path) -> None:
     """What is lost with the best replay, by task and measure."""
     shown = [(task, measure) for task in TASKS if any(one == task for one, _ in cells) for measure in MEASURES]
-    with panels(path, len(shown), (9.5, 1.9 * len(shown) / 2 + 0.4), rows=len(shown) // 2) as all_axes:
-        for axes, (task, measure) in zip(all_axes, shown, strict=True):
+    with panels(path, len(shown), (8.5, 2.3 * len(shown) / 2), rows=len(shown) // 2) as all_axes:
+        for at, (axes, (task, measure)) in enumerate(zip(all_axes, shown, strict=True)):
             found = {}
             for base, label in BASES.items():
                 cell = cells.get((task, base))
@@ -137,5 +137,7 @@ def draw(cells: Mapping[tuple[str, str], Cell], path: Path) -> None:
                 if best:
                     found[f"best replay, {label}"] = over_seeds(cell.lost[measure][best])
             dots(axes, found)
+            if at % 2:  # they stand at the left already
+                axes.set_yticks(range(len(found)), [""] * len(found))
             axes.set_title(f"{TASKS[task]}: {MEASURES[measure]}")
             axes.set_xlabel("bits per byte")
