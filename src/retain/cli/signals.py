@@ -48,7 +48,7 @@ def signals_as_exceptions() -> Iterator[None]:
 
 
 class LastingStream:
-    """A stream whose reader may leave, as `head` does: what is written then goes nowhere, and the work goes on.
+    """A stream whose reader may leave, as `head` does: what is written then is dropped, and the work continues.
 
     Characters that its encoding lacks are written as escapes.
     """
