@@ -20,7 +20,9 @@ import retain.cli.flags
 import retain.lab.runner
 import retain.measuring.measure
 import retain.sampling.write
+from retain.cli import finetune
 from retain.cli.main import load_verb, main
+from retain.training.stopping import RESUMED_WITH
 from retain.training.trainer import ReplaySFTTrainer
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -213,7 +215,9 @@ def test_a_new_run_is_not_begun_over_old_checkpoints(tune, undisturbed, capsys):
     [("data_seed", 5), ("learning_rate", 0.5), ("lr_scheduler_type", "cosine"), ("per_device_train_batch_size", 3),
      ("replay_coef", 7.0), ("replay_objective", "ntp"), ("max_ref_kl", 0.5), ("lora_r", 2)],
 )  # fmt: skip
-def test_a_run_does_not_go_on_with_other_settings(tune, undisturbed, capsys, flag, value):
+def test_a_run_does_not_go_on_with_other_settings(tune, undisturbed, capsys, monkeypatch, flag, value):
+    if flag in RESUMED_WITH:
+        monkeypatch.setattr(finetune, "load_for_training", None)  # refused before a model is loaded
     before = snapshot(undisturbed)
     argv = [*tune, "--resume_from_checkpoint", "true", "--output_dir", str(undisturbed / "out")]
     assert main([*argv, f"--{flag}", str(value)]) == 1

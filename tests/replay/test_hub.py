@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
-from conftest import make_model, make_tokenizer
+from conftest import make_model, make_texts, make_tokenizer, save_model
 
+from retain.cli import finetune
 from retain.cli.main import main
 from retain.replay.dataset import load_replay_dataset, load_self_generated, load_texts, read_manifest
 from retain.replay.hub import push_pool
@@ -109,3 +111,26 @@ def test_a_name_that_is_none_is_refused_before_anything_is_drawn(tmp_path, capsy
     flags = ["--model", "m", "--output_dir", str(tmp_path / "pool"), "--push_to_hub", "pool"]
     assert main(["sample", *flags]) == 1
     assert "push_to_hub: 'pool' is no name of a dataset; give OWNER/NAME" in capsys.readouterr().err
+
+
+def test_rows_on_the_hub_protect_as_those_in_a_folder_do(hub, tmp_path, monkeypatch):
+    """With the Fisher information beside them a run has an anchor, which was chosen by a path on disk alone."""
+    model = save_model(tmp_path / "model")
+    flags = ["--num_rows", "8", "--max_length", "16", "--store_fisher", "true", "--push_to_hub", "me/pool"]
+    assert main(["sample", "--model", str(model), "--output_dir", str(tmp_path / "pool"), *flags]) == 0
+    (tmp_path / "new.jsonl").write_text(json.dumps({"text": make_texts(1, seed=3)[0]}) + "\n")
+    for source in (str(tmp_path / "pool"), "me/pool"):
+        out = tmp_path / source.replace("/", "-").strip("-")
+        given = ["--model", str(model), "--dataset_name", str(tmp_path / "new.jsonl"), "--output_dir", str(out)]
+        given += ["--max_steps", "1", "--max_length", "16", "--use_peft", "true", "--report_to", "none"]
+        assert main(["finetune", *given, "--replay_dataset", source]) == 0
+        assert json.loads((out / "retain_config.json").read_text())["replay"]["anchor_coef"] == 300.0, source
+
+
+def test_a_damaged_manifest_on_the_hub_ends_a_run_before_its_model_is_loaded(hub, pool, tmp_path, capsys, monkeypatch):
+    push_pool(pool, "me/pool")
+    hub.files("me/pool")["manifest.json"].write_text("{")
+    monkeypatch.setattr(finetune, "load_for_training", None)
+    given = ["--model", "m", "--dataset_name", "d", "--output_dir", str(tmp_path / "out"), "--replay_dataset"]
+    assert main(["finetune", *given, "me/pool"]) == 1
+    assert "replay_dataset: cannot read" in capsys.readouterr().err

@@ -30,6 +30,7 @@ from retain.measuring.tokens import MEASURING, measuring_title
 from retain.models.adapters import adapted_model, merged_base
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.progress import PlannedStage, ProgressLine, progress_line
+from retain.replay.dataset import on_disk
 from retain.replay.fisher import FISHER, holds_fisher
 from retain.report.outcome import cost_line, outcome_lines
 from retain.report.report import ForgettingReport, write_comparison
@@ -95,6 +96,8 @@ def run_finetune(
     if not model_args.model_name_or_path:
         raise ValueError("model: missing; give --model")
     check_arguments(training_args, config.replay_objective)
+    if config.replay_dataset not in (None, "self"):
+        config.replay_dataset = on_disk(config.replay_dataset)
     if config.chosen is not None and (config.replay_dataset == "self" or holds_fisher(config.replay_dataset)):
         config.choose(choose_protection(training_args, model_args), training_args.train_batch_size, steps=0)
     if config.dry_run:
@@ -142,6 +145,8 @@ def finetuned(
     """
     training_args = given.training
     checkpoint, others = checkpoint_to_resume(training_args), []  # type: ignore[var-annotated]
+    if checkpoint is not None:
+        check_same_run(checkpoint, training_args)  # before the model is loaded
     trainer = make_sft_trainer(given, config, say, others, texts)
     if checkpoint is not None:
         check_same_run(checkpoint, training_args, settings_of_training(trainer))

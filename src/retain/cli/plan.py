@@ -39,7 +39,7 @@ from retain.laws.plan_page import PlanReport, plan_figure
 from retain.laws.run_tables import tuned_params
 from retain.models.description import default_device, length_that_fits
 from retain.models.loading import empty_model, lora_num_params
-from retain.replay.dataset import load_self_generated
+from retain.replay.dataset import load_self_generated, on_disk
 from retain.report.style import save_png
 
 SCHEMA = "retain.plan/1"
@@ -189,11 +189,12 @@ def check_recipe(config: PlanConfig) -> None:
     """Refuse, before rows are sampled, a file or replay rows that are unreadable, and what every pilot would refuse."""
     if config.finetune_config and not Path(config.finetune_config).is_file():
         raise ValueError(f"finetune_config: no file {config.finetune_config!r}; check the path")
-    source = Path(config.replay_dataset).expanduser()
-    if source.is_dir():
-        load_self_generated(source)
-    elif config.replay_dataset != "self":
-        read_rows(config.replay_dataset, "replay_dataset")
+    if config.replay_dataset != "self":
+        folder = Path(on_disk(config.replay_dataset)).expanduser()
+        if folder.is_dir():
+            load_self_generated(folder)
+        else:
+            read_rows(config.replay_dataset, "replay_dataset")
     data = config.dataset_name, config.eval_dataset_name or config.dataset_name
     run = finetune_run(config, min(config.lora_ranks), 0.0, config.pilot_steps, data, None, config.seed)
     *given, ours = finetune.VERB.parse(run.arguments(Path(config.output_dir))[1:])

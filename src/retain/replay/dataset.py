@@ -255,6 +255,18 @@ def pool_folder(source: str) -> Path | None:
         raise ValueError(f"replay_dataset: {why}; {hub_remedy()}") from error
 
 
+def on_disk(source: str) -> str:
+    """The source itself, or the folder that holds a copy of rows on the Hub that `retain sample` wrote.
+
+    Raises:
+        ValueError: if the manifest of such rows is unreadable.
+    """
+    if (folder := pool_folder(source)) is None:
+        return source
+    read_manifest(folder)
+    return str(folder)
+
+
 def load_replay_dataset(
     source: str, tokenizer: PreTrainedTokenizerBase, start_id: int, max_length: int
 ) -> ReplayDataset:

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from retain.checks import Unchosen
 from retain.files import CONFIG_FILE, read_settings
 from retain.models.description import launched
 
@@ -114,18 +115,17 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
     return None if last is None else str(last)
 
 
-def check_same_run(checkpoint: str, args: TrainingArguments, settings: Mapping[str, Any]) -> None:
+def check_same_run(checkpoint: str, args: TrainingArguments, settings: Mapping[str, Any] | None = None) -> None:
     """Refuse to resume a run with settings that it did not begin with: it would be neither the one run nor the other.
 
     Args:
+        args: of which those that nobody gave, and that the model decides, are not compared.
         settings: parts of `retain_config.json`, with what they are now; those that it does not have are not compared.
     """
     folder = Path(checkpoint).resolve().parent
-    now: dict[str, Any] = {
-        "training_arguments": {name: value for name, value in args.to_dict().items() if name in RESUMED_WITH}
-    }
-    began = read_settings(folder)
-    if change := next(_changes({**now, **settings}, began), None):
+    given = {name: value for name, value in args.to_dict().items() if not isinstance(value, Unchosen)}
+    now = {"training_arguments": {name: given[name] for name in RESUMED_WITH if name in given}, **(settings or {})}
+    if change := next(_changes(now, read_settings(folder)), None):
         name, value, known = change
         raise ValueError(
             f"{name}: {value!r}, but the run in {str(folder)!r} began with {known!r}; use that, or another folder"
