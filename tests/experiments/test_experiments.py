@@ -248,8 +248,14 @@ def test_the_papers_claims_go_with_the_results() -> None:
     assert "was not trained on" not in found, "one of kl Spanish, ntp Spanish is not there"
     assert "as good as real (KL): **not told apart**" in found
     assert "as good as real (NTP): **real forgets less**" in found
+    assert "none would no longer be told apart" in found
     assert "size as well" in claims_of({"kl": 0.02, "ntp": 0.3})
     assert "| kl real | 0.0028 | 2.5% |" in found
+    left = {"LoRA": 3.0, "LoRA, embeddings trained": 0.5, "OSF": 1.0, "OSF, embeddings trained": 0.5}
+    found = claims_of(left)
+    assert "as much learned: **reproduced, each at the lowest rate tried**" in found, "there is no other"
+    assert "why LoRA forgets more than plain finetuning: **yes** (" in found
+    assert "why OSF forgets more than plain finetuning: **yes, though at that rate it is not shown to" in found
 
 
 @pytest.mark.parametrize(
