@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.claim import share_text
+from experiments.claim import Interval, share_text
 from experiments.pages import dress, findings, panels
 from experiments.program import Report
 from retain.files import append_jsonl, read_jsonl
@@ -53,15 +54,36 @@ PLAIN, INSTRUCTED = "plain", {"plain, instructions", "KL replay, instructions"}
 
 
 def claim(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """The paper's finding: answers change where accuracy stays, and refusals are lost where nothing speaks of them."""
-    few = "one seed" if len(rows[PLAIN]) == 1 else f"{len(rows[PLAIN])} seeds"
+    """The paper's findings: more answers change than accuracy can have, and more than half of the refusals are lost.
+
+    One seed is no verdict: it is said what was seen.
+    """
+    found = "seen in one seed" if len(rows[PLAIN]) == 1 else "reproduced"
+    hidden = all(share_interval(*changed(row))[1] > max(map(abs, accuracy_change(row))) for row in rows[PLAIN])
+    gone = all(share_interval(*phrases_lost(row))[1] > 0.5 for row in rows["plain, instructions"])
+    points = "; ".join(Interval(*(100 * x for x in accuracy_change(row))).text("+.1f") for row in rows[PLAIN])
+    accuracy = f"on Verilog accuracy {_accuracy(rows[PLAIN])}, {points} points at the widest, chance 33%; "
     lost = {arm: each(rows[arm], phrases_lost) for arm in sorted(INSTRUCTED, reverse=True)}
-    hidden = all(share_interval(*answers(row))[2] < 1 for row in rows[PLAIN])
-    gone = all(share_interval(*phrases_lost(row))[1] > 0 for row in rows["plain, instructions"])
-    word = "reproduced" if hidden and gone else "cannot tell"
-    numbers = f"on Verilog accuracy {_accuracy(rows[PLAIN])}, answers that stay {each(rows[PLAIN], answers)}; "
-    numbers += "refusals lost: " + "; ".join(f"{arm} {found}" for arm, found in lost.items())
-    return findings({"Equal accuracy hides forgetting; refusals are lost": (f"{word} ({few})", numbers)})
+    return findings({
+        "Equal accuracy hides forgetting": (
+            found if hidden else "cannot tell", f"{accuracy}answers that stay {each(rows[PLAIN], answers)}"
+        ),
+        "Refusals are lost": (
+            found if gone else "cannot tell",
+            f"of those taught before: {'; '.join(f'{arm} {words}' for arm, words in lost.items())}",
+        ),
+    })  # fmt: skip
+
+
+def accuracy_change(row: dict[str, Any]) -> Interval:
+    """Of the share of right answers; the 95% interval is the widest that so many changed answers allow.
+
+    A change between two wrong answers leaves accuracy as it is; how many are such is not in the rows.
+    """
+    number, total = changed(row)
+    net = row["accuracy"] - row["base_accuracy"]
+    half = 1.96 * math.sqrt(max(number / total - net**2, 0) / total)
+    return Interval(net, net - half, net + half)
 
 
 def by_task(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[dict[str, Any]]]]:

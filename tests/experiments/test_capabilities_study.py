@@ -44,3 +44,18 @@ def test_the_table_and_the_figure(tmp_path: Path) -> None:
 
 def test_nothing_to_lose_is_no_share() -> None:
     assert "lost – of the refusals" in study.verdict({"plain": [run(0, 0)], "replay": [run(0, 0)]})
+
+
+def test_equal_accuracy_hides_what_it_cannot_have_shown() -> None:
+    """One changed answer of many is no finding, and one seed no verdict."""
+
+    def said(same: int, lost: int, seeds: int = 1) -> str:
+        rows = {arm: [run(1, 49, same)] * seeds for arm in ("plain", "KL replay, instructions")}
+        return study.claim(rows | {"plain, instructions": [run(lost, 50 - lost)] * seeds})
+
+    assert "hides forgetting: **seen in one seed** (" in said(200, 40)
+    assert "Refusals are lost: **seen in one seed** (" in said(200, 40)
+    assert "-1.0 [-6.0, +4.0] points at the widest" in said(202, 40)
+    assert "hides forgetting: **cannot tell** (" in said(239, 40)
+    assert "Refusals are lost: **cannot tell** (" in said(200, 2)
+    assert said(200, 40, seeds=2).count("**reproduced**") == 2
