@@ -74,6 +74,8 @@ class Claim:
     'cannot tell'
     >>> Claim([0.001, -0.002, 0.0], direction=-1, margin=0.01).verdict
     'equivalent'
+    >>> Claim([-0.007, -0.012, -0.006], direction=-1, margin=0.01).verdict
+    'direction only'
     """
 
     differences: Sequence[float]
@@ -110,9 +112,11 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """reproduced, not reproduced, equivalent or cannot tell."""
+        """reproduced, not reproduced, equivalent, cannot tell, or, of no more than the margin, direction only."""
         if self.equivalent:
             return "equivalent"
+        if self.agrees == 1 and abs(self.interval.value) <= self.margin:
+            return "direction only"
         return {1: "reproduced", 0: "cannot tell", -1: "not reproduced"}[self.agrees]
 
     @property

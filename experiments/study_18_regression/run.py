@@ -158,20 +158,23 @@ def report(name: str) -> Report:
     for label, (less, more) in CLAIMS.items():
         claim = Claim([a - b for a, b in zip(lost[less], lost[more], strict=True)], -1, margin=0.01)
         words = f"{over_seeds(lost[less])} against {over_seeds(lost[more])} nats, {claim.interval.text('+.3f')}"
+        if less == "KL, other" and lost[less] == lost["KL, self"]:
+            words += ", the same run as KL, self, for the KL looks at no y"
         found[label] = (claim.verdict, f"{words}; {len(seeds)} seeds, {SCALES[name].width} units")
     lines = [(arm, over_seeds(lost[arm]), learned[arm]) for arm in ARMS]
     head = ("arm", "forgotten on the left: KL to the base, nats", "left to learn on the right, nats")
 
     def draw(path: Path) -> None:
         x = torch.linspace(*EDGES, CURVE).tolist()
+        median = sorted(seeds, key=lambda seed: rows["plain"][seed]["forgotten"])[len(seeds) // 2]
         shown = (("Finetuned alone", ("plain",)), ("Replay that the base wrote", ("KL, self", "NTP, self")),
                  ("Replay from elsewhere", ("KL, other", "NTP, other")))  # fmt: skip
         with panels(path, len(shown), (11.0, 3.2)) as all_axes:
             for axes, (title, arms) in zip(all_axes, shown, strict=True):
                 axes.axvspan(BORDER, EDGES[1], color="0.93", zorder=0)
-                axes.plot(x, rows["base"][seeds[0]]["curve"], color="0.35", linestyle=(0, (4, 2)), label="base")
+                axes.plot(x, rows["base"][median]["curve"], color="0.35", linestyle=(0, (4, 2)), label="base")
                 for arm in arms:
-                    axes.plot(x, rows[arm][seeds[0]]["curve"], label=arm.partition(",")[0])
+                    axes.plot(x, rows[arm][median]["curve"], label=arm.partition(",")[0])
                 axes.set_ylim(-1.7, 3.4)
                 dress(axes, title, "x (finetuned on the shaded part)", "prediction" if axes is all_axes[0] else "")
                 axes.set_xlim(EDGES)

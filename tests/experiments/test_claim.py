@@ -12,7 +12,7 @@ from experiments.claim import Claim, Interval, over_seeds, ratio_over_seeds
 
 
 def test_examples() -> None:
-    assert doctest.testmod(claim) == (0, 4)
+    assert doctest.testmod(claim) == (0, 5)
 
 
 @pytest.mark.parametrize(
@@ -22,9 +22,11 @@ def test_examples() -> None:
         ([-0.2, -0.3, -0.25], 1, 0.0, "not reproduced"),
         ([-0.2, 0.3, 0.1], 1, 0.0, "cannot tell"),
         ([0.02, 0.01, 0.015], 1, 0.1, "equivalent"),  # surely above 0, and too little to matter
-        ([0.02, 0.01, 0.015], 1, 0.02, "reproduced"),
+        ([0.02, 0.01, 0.015], 1, 0.02, "direction only"),  # above 0, and no more than what does not matter
+        ([0.03, 0.02, 0.025], 1, 0.02, "reproduced"),
+        ([0.02, 0.01, 0.015], -1, 0.02, "not reproduced"),
         ([0.02, -0.4, 0.3], 1, 0.1, "cannot tell"),
-        ([0.1], 1, 0.5, "reproduced"),
+        ([0.1], 1, 0.5, "direction only"),
     ],
 )
 def test_a_verdict_follows_interval_and_margin(
