@@ -16,6 +16,7 @@ MEASURE = ("prose", "ref_kl")
 COEF = 1.0  # the coefficient of the panel of prices
 TICKS = (0.05, 0.1, 0.2, 0.4)
 SMALL: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7.5}
+OPEN: dict[str, Any] = {"markerfacecolor": "white", "linestyle": "none", "zorder": 3}  # one seed
 LEFT = "ref_kl on prose, share of the plain run's"
 
 
@@ -108,3 +109,6 @@ def _plot(axes: Any, x: Sequence[float], points: Sequence[Cell], at: int, **how:
     axes.errorbar(
         x, [value for value, _, _ in found], yerr=[low, high], color=color, marker=mark, elinewidth=1.0, **how
     )
+    alone = [(at, value) for at, (value, _, _), cell in zip(x, found, points, strict=True) if len(cell.readings) == 1]
+    if alone:
+        axes.plot(*zip(*alone, strict=True), color=color, marker=mark, **OPEN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 from experiments.claim import Interval
 from experiments.matched_loss import MEASURES, Reading, Seeds, by_settings, read_at, target_loss
 from experiments.pages import table
+from retain.report.results import series
 
 GOAL, LIMIT, GAIN = 0.95, 1.10, 0.85
 LENGTH = 64
@@ -135,8 +137,7 @@ def time_of(cell: Cell) -> float:
 def verdict(cells: Sequence[Cell], method: str = "full", least_seeds: int = 3) -> str:
     """Which cells prevent the goal within the limit, a step and to the same loss; cells of too few seeds carry none."""
     sentences = [f"{GOAL:.0%} of forgetting (loss and ref_kl) for at most {LIMIT - 1:.0%} more time, {method}."]
-    tried = [cell for cell in cells if "coef" in cell.settings and cell.method == method and cell.usual]
-    fit = [cell for cell in tried if cell.reached and len(cell.readings) >= least_seeds]
+    fit = of_enough_seeds(cells, method, least_seeds)
     if not fit:
         return f"{sentences[0]} Not decided: no cell of {least_seeds} seeds reached the target loss."
     prices = (("a step", cost_of), ("a step by operations", lambda cell: cell.predicted), ("to the same loss", time_of))
@@ -183,6 +184,70 @@ def front_words(cells: Sequence[Cell], method: str = "full") -> str:
     values = [f"({time_of(cell) - 1:+.0%} time, {value:.0%})" for cell, value in front(cells, method)]
     pairs = "; ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
     return f"Cells that no other beats in both time to the same loss and what is prevented (weakest measure): {pairs}."
+
+
+def of_enough_seeds(cells: Sequence[Cell], method: str, least_seeds: int = 3) -> list[Cell]:
+    """The cells that may carry a verdict: at the rate of the plain runs, each seed at the target loss."""
+    tried = [cell for cell in cells if "coef" in cell.settings and cell.method == method and cell.usual]
+    return [cell for cell in tried if cell.reached and len(cell.readings) >= least_seeds]
+
+
+def answers(cells: Sequence[Cell], methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The finding of each method: priced by operations, which favours replay more than the clock does."""
+    found = {}
+    for method in methods:
+        fit = of_enough_seeds(cells, method)
+        near = [cell for cell in fit if cell.predicted <= LIMIT]
+        if not near:
+            continue
+        states = {judge(cell) for cell in near}
+        answer = "yes" if "yes" in states else "no" if states == {"no"} else "cannot tell"
+        best, most = (max(group, key=lambda cell: weakest(cell).value) for group in (near, fit))
+        found[f"A constant coefficient prevents {GOAL:.0%} of forgetting for a tenth more time, {method}"] = (
+            answer,
+            f"the weakest of three measures, {weakest(best).percent()} with {best.replay} of the batch, coefficient "
+            f"{best.settings['coef']:g}, by operations {best.predicted - 1:+.1%} a step; the most of all "
+            f"{weakest(most).percent()} with {most.replay}, coefficient {most.settings['coef']:g}, "
+            f"{most.predicted - 1:+.0%} a step and {most.steps():.2f} times the steps; {len(best.readings)} seeds",
+        )
+    return found
+
+
+def beside_gentler(
+    cells: Sequence[Cell], rows: Sequence[dict[str, Any]], rate: dict[str, float], targets: dict[str, float]
+) -> str:
+    """What replay prevents of the divergence of plain finetuning at a lower rate, where that ends; seed 0."""
+    runs = {json.dumps(settings): of[0] for settings, of in by_settings(row for row in rows if "trajectory" in row)}
+    lines = []
+    for method, usual in rate.items():
+        plain = {
+            row["settings"]["learning_rate"]: row
+            for row in runs.values()
+            if row["settings"]["method"] == method and "coef" not in row["settings"]
+        }
+        if not plain or (low := min(plain)) == usual:
+            continue
+        loss = max(series(plain[low]["trajectory"], "eval_loss")[1][-1], targets[method])
+        gentle, bare = (_moved(plain[one], loss) for one in (low, usual))
+        words = "LoRA" if method == "lora" else "full"
+        kept = []
+        for cell in of_enough_seeds(cells, words):
+            share = 1 - _moved(runs[json.dumps(cell.settings)], loss)[0] / gentle[0]
+            kept.append(f"{cell.replay}, coef {cell.settings['coef']:g} {share:.0%}")
+        lines.append(
+            f"- {words}, at {loss:.3f} nats on the new task: ref_kl on prose is {gentle[0]:.3f} with plain at {low:g} "
+            f"(step {gentle[1]:.0f}), {bare[0]:.3f} with plain at {usual:g} (step {bare[1]:.0f}); of the former replay "
+            f"at {usual:g} prevents: {'; '.join(kept)}."
+        )
+    head = "Looked at after the runs, seed 0 alone, against plain finetuning at the lowest rate tried:\n"
+    return "\n".join([head, *lines]) if lines else ""
+
+
+def _moved(row: dict[str, Any], loss: float) -> tuple[float, float]:
+    """ref_kl on prose where a run first comes down to a loss, and the step."""
+    found = read_at(row, loss)
+    assert found is not None
+    return found.value("prose", "ref_kl"), found.step
 
 
 COLUMNS = (

@@ -14,10 +14,19 @@ from typing import Any
 from experiments import program
 from experiments.finetunes import Bench, Run, StudyResults, make_all, make_trainer, scratch, small_bench
 from experiments.matched_loss import target_loss
+from experiments.pages import findings
 from experiments.program import LAPTOP, Report, conduct
 from experiments.study_01_replay_cost import pools
 from experiments.study_01_replay_cost.figure import draw
-from experiments.study_01_replay_cost.report import GAIN, cells_of, front_words, table_of_cells, verdict
+from experiments.study_01_replay_cost.report import (
+    GAIN,
+    answers,
+    beside_gentler,
+    cells_of,
+    front_words,
+    table_of_cells,
+    verdict,
+)
 
 HERE = Path(__file__).parent
 
@@ -118,11 +127,13 @@ def make(name: str, part: str) -> None:
 def report(name: str) -> Report:
     """Table, verdict and figure from what there is."""
     rows = list(StudyResults(HERE / "results.jsonl", "").rows.values())
-    found, targets = cells_of(rows, {"full": RATE, "lora": LORA_RATE})
+    rate = {"full": RATE, "lora": LORA_RATE}
+    found, targets = cells_of(rows, rate)
     goals = ", ".join(f"{loss:.3f} ({method})" for method, loss in targets.items())
     parts = [f"Target new-task loss, nats per token: {goals}.", table_of_cells(found)]
     parts += [*(f"**{verdict(found, method)}**" for method in METHODS), front_words(found)]
-    return "\n\n".join(parts), lambda path: draw(found, path)
+    parts += [findings(answers(found, METHODS)), beside_gentler(found, rows, rate, targets)]
+    return "\n\n".join(filter(None, parts)), lambda path: draw(found, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from matplotlib.ticker import NullLocator
 
 from experiments.claim import over_seeds
 from experiments.finetunes import Bench, Run, StudyResults, compact, make_trainer, scratch, small_bench
-from experiments.pages import dress, goal_line, panels, table
+from experiments.pages import answer_of, dress, findings, goal_line, panels, table
 from experiments.program import LAPTOP, Report, conduct
 from retain.training.run_files import read_run
 
@@ -104,6 +104,29 @@ def verdict(found: dict[float | None, list[dict[str, Any]]]) -> str:
     )
 
 
+def answer(found: dict[float | None, list[dict[str, Any]]], said: str) -> str:
+    """The finding, and what was looked at after the runs: shorter ends, and rows that nothing was trained on."""
+    if not (words := answer_of(said)):
+        return ""
+    runs = [(budget, row) for budget in BUDGETS for row in found[budget]]
+    off = [row["verdict"]["ref_kl"] / budget - 1 for budget, row in runs]
+    late = [float(np.mean([kl for kl, _ in row["steps"][-STEPS // 10 :]])) / budget - 1 for budget, row in runs]
+    fresh = [row["trajectory"][-1]["retention/self-generated/ref_kl"] / budget - 1 for budget, row in runs]
+    inside, seeds = sum(abs(one) <= NEAR for one in off), len(found[BUDGETS[0]])
+    numbers = (
+        f"{inside} of {len(off)} runs within 20%, {min(off):+.0%} to {max(off):+.0%}, by the last fifth of {STEPS} "
+        f"steps; {len(BUDGETS)} budgets, {seeds} seeds"
+    )
+    after = (
+        "Looked at after the runs, no part of the rule. By the last tenth of the steps "
+        f"{sum(one > NEAR for one in late)} of {len(late)} runs are more than 20% above their budget ({min(late):+.0%} "
+        f"to {max(late):+.0%}): the KL still rose. On held-out rows of the base's own, at the last step, "
+        f"{sum(one < 0 for one in fresh)} of {len(fresh)} are below it ({min(fresh):+.0%} to {max(fresh):+.0%})."
+    )
+    claim = findings({"A run ends where its budget of ref_kl on replay rows says": (words, numbers)})
+    return f"{claim}\n\n{after}"
+
+
 def draw(found: dict[float | None, list[dict[str, Any]]], path: Path) -> None:
     """The smoothed KL and the coefficient over the steps, one line a run."""
     colours = dict(zip(BUDGETS, ("#2a6f97", "#c8553d", "#588157"), strict=True))
@@ -130,6 +153,8 @@ def draw(found: dict[float | None, list[dict[str, Any]]], path: Path) -> None:
             axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.yaxis.set_minor_locator(NullLocator())
         left.set_ylim(bottom=0.018)
+        left.set_xlim(left=-14)
+        left.set_xticks(range(0, STEPS + 1, 40))
         dress(left, "KL on replay rows, mean of 20 steps", "optimizer step", "KL(base ‖ model), nats per token")
         dress(right, "Coefficient that held it", "optimizer step", "replay coefficient")
 
@@ -141,7 +166,8 @@ def make(name: str, part: int) -> None:
 
 def report(name: str) -> Report:
     found = by_budget(list(StudyResults(HERE / "results.jsonl", "").rows.values()))
-    return f"{table_of_budgets(found)}\n\n**{verdict(found)}**", lambda path: draw(found, path)
+    said = verdict(found)
+    return f"{table_of_budgets(found)}\n\n**{said}**\n\n{answer(found, said)}", lambda path: draw(found, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -218,6 +218,24 @@ def test_first_verdict_goes_with_the_results(left: float, rows: int, said: str) 
     assert said.replace("a step", "to the same loss") in text
     if rows == 16:  # it protects, at two thirds more operations
         assert "The cheapest that prevents as much: full, 1/2, coef 10" in text
+    said = {(0.01, 2): "yes", (0.2, 2): "no"}.get((left, rows))  # None within the limit: nothing is said
+    assert [one for one, _ in cost.answers(cells, cost.METHODS).values()] == ([said] if said else [])
+
+
+def test_replay_is_read_beside_the_gentlest_plain_run() -> None:
+    """Which ends at 4.5 nats with half of what the usual rate has moved there."""
+    rate, gentle = PLAIN.learning_rate, synthetic(0.0, 0, 0.5)
+    gentle["settings"]["learning_rate"] = rate / 3
+    for place, point in enumerate(gentle["trajectory"]):
+        point["eval_loss"] = 5.0 - 0.25 * place
+    rows = rows_for(0.01, 2)
+    usual = {"full": rate, "lora": rate}
+    cells, targets = cost.cells_of([*rows, gentle], usual)
+    assert targets["full"] < 4.5
+    text = cost.beside_gentler(cells, [*rows, gentle], usual, targets)
+    assert "- full, at 4.500 nats" in text
+    assert "1/16, coef 10 99%." in text  # 0.01 of 5 steps beside 0.5 of 10
+    assert cost.beside_gentler(cells, rows, usual, targets) == "", "no lower rate"
 
 
 def test_second_verdict_goes_with_the_results() -> None:
