@@ -214,15 +214,25 @@ def text_of(rows: Sequence[Row]) -> str:
     said = verdict(rows)
     if not (answer := answer_of(said)):
         return f"{table_of_losses(rows)}\n\n**{said}**"
-    numbers = f"shortest good half-life, power of the batch size: {powers(finished(cells_of(rows)))}"
+    cells = finished(cells_of(rows))
+    numbers = f"shortest good half-life, power of the batch size: {powers(cells)}"
     claim = {"The best half-life of Adam's second moment is constant in tokens": (answer, numbers)}
-    return f"{table_of_losses(rows)}\n\n**{said}**\n\n{findings(claim)}"
+    text = f"{table_of_losses(rows)}\n\n**{said}**\n\n{findings(claim)}"
+    if not (floor := at_floor(cells)):
+        return text
+    rest = powers([cell for cell in cells if cell.batch_size not in floor])
+    return f"{text}\n\nLooked at after the runs: without {', '.join(map(str, floor))} rows, at the floor, it is {rest}."
+
+
+def at_floor(cells: Sequence[Cell]) -> list[int]:
+    """Batch sizes at which some seed's shortest good half-life may be shorter than any that was tried."""
+    return [size for size in batch_sizes(cells) for mine in [curve(cells, size)]
+            if any(shortest(cells, size, seed) == mine[0].half_life for seed in range(num_seeds(cells)))]  # fmt: skip
 
 
 def below(cells: Sequence[Cell]) -> str:
-    """Says where the shortest good half-life may be shorter than any that was tried."""
-    ends = [size for size in batch_sizes(cells) for mine in [curve(cells, size)]
-            if any(shortest(cells, size, seed) == mine[0].half_life for seed in range(num_seeds(cells)))]  # fmt: skip
+    """Says where that is so."""
+    ends = at_floor(cells)
     return f" At {', '.join(map(str, ends))} rows it lies at or below the first that was tried." if ends else ""
 
 
@@ -289,7 +299,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for axis in axes:
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter(
-                FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+                FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:.6f}".rstrip("0"))
             )
             axis.xaxis.set_minor_formatter(NullFormatter())
             least = min((min(cell.losses) for cell in cells), default=0.0)
