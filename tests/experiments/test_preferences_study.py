@@ -13,6 +13,7 @@ KL = {0.0: 0.4, 0.1: 0.3, 0.3: 0.2, 1.0: 0.1, 3.0: 0.04, 10.0: 0.01}
     ("learned", "verdict", "words"),
     [
         ({1.0: (0.95, 0.92), 3.0: (0.99, 0.89), 10.0: (0.5, 0.5)}, "yes", "the largest that learns 90% as much is 1:"),
+        ({}, "yes, at the end of the grid", "the largest that learns 90% as much is 10:"),
         (dict.fromkeys(COEFS[1:], (0.8, 0.95)), "no: none leaves learning alone", "the smallest, 0.1:"),
     ],
 )
