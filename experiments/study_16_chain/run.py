@@ -44,7 +44,7 @@ MARGIN = 0.02  # nats per token, or a share
 
 @dataclass(frozen=True)
 class Scale:
-    """Twenty minutes of a slow core for a seed."""
+    """An hour of a slow core for a seed."""
 
     max_steps: int = 36
     batch_size: int = 4
