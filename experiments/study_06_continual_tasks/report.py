@@ -31,11 +31,11 @@ def at_end(row: Row, tasks: Sequence[str]) -> float:
     return float(np.mean([row["trajectory"][-1][task] for task in tasks]))
 
 
-def when_learned(row: Row, task: str) -> float:
-    """Exact match on a task at the end of its own training."""
+def when_learned(row: Row, task: str, measured: str | None = None) -> float:
+    """Exact match on a task at the end of its own training, or on another one then."""
     settings, at = row["settings"], TASKS.index(task)
     step = settings["first_steps"] + at * settings["steps"]
-    return next(found[task] for found in row["trajectory"] if found["step"] == step)
+    return next(found[measured or task] for found in row["trajectory"] if found["step"] == step)
 
 
 def percent(values: Sequence[float]) -> str:
@@ -99,7 +99,19 @@ def report(rows: Sequence[Row]) -> str:
                      for method, words in SHORT.items())  # fmt: skip
     last = f"the last task learned by {last_learned(rows)['none']} of {len(of_method(rows, 'none'))} seeds without it"
     claim = {"Four tasks in sequence: lost without replay, kept with it": (answer, f"{ends}; {last}")}
-    return f"{table_of_methods(rows)}\n\n**{said}**\n\n{findings(claim)}"
+    return f"{table_of_methods(rows)}\n\n**{said}**\n\n{findings(claim)}\n\n{on_the_way(rows)}"
+
+
+def on_the_way(rows: Sequence[Row]) -> str:
+    """Without replay, what is left of the earlier tasks when each later one but the last has been learned."""
+    runs, left = of_method(rows, "none"), []
+    for now in TASKS[1:-1]:
+        known = f"{now} is at {percent([when_learned(row, now) for row in runs])}"
+        earlier = [
+            f"{task} {percent([when_learned(row, now, task) for row in runs])}" for task in TASKS[: TASKS.index(now)]
+        ]
+        left.append(f"when {known}, {' and '.join(earlier)}")
+    return f"Looked at after the runs, no part of a rule. Without replay, on the way: {'; '.join(left)}."
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
