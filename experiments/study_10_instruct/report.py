@@ -32,6 +32,7 @@ JUDGED = (
 )  # fmt: skip
 PLAIN, KL_SELF, NTP_REAL = "plain", "KL, self-generated", "NTP, real"
 WORDS = {-1: "less", 0: "(open)", 1: "more"}
+DRAWS = 3  # of the protocol, each after a look at the one before: a claim has a third of the 5%
 
 
 def of_arm(rows: Sequence[Row], arm: str) -> list[Row]:
@@ -52,22 +53,31 @@ def pieces(row: Row, measure: tuple[str, str]) -> tuple[np.ndarray, np.ndarray]:
     return counted.astype(float), np.ones(len(right))
 
 
-def estimate(found: Sequence[tuple[np.ndarray, np.ndarray]]) -> Interval:
+def estimate(found: Sequence[tuple[np.ndarray, np.ndarray]], level: float = 0.95) -> Interval:
     """A ratio of sums over all seeds; the wider of the bootstrap over documents and Student's t over seeds."""
     sums, sizes = (np.concatenate(part) for part in zip(*found, strict=True))
-    of_seeds = over_seeds([float(one.sum() / size.sum()) for one, size in found])
-    return Interval(*bootstrap_ratio(sums, sizes)).widened(of_seeds)
+    of_seeds = over_seeds([float(one.sum() / size.sum()) for one, size in found], level)
+    return Interval(*bootstrap_ratio(sums, sizes, level=level)).widened(of_seeds)
 
 
 def value_of(runs: Sequence[Row], measure: tuple[str, str]) -> Interval:
-    """A measure of an arm."""
-    return estimate([pieces(row, measure) for row in runs])
+    """A measure of an arm; the interval of one that is never negative ends at 0."""
+    found = estimate([pieces(row, measure) for row in runs])
+    return found if measure[1] in ("forgetting", "lost") else found._replace(low=max(found.low, 0.0))
 
 
-def difference(runs: Sequence[Row], others: Sequence[Row], measure: tuple[str, str]) -> Interval:
+def difference(runs: Sequence[Row], others: Sequence[Row], measure: tuple[str, str], level: float = 0.95) -> Interval:
     """A measure of an arm minus that of another, paired by seed and by document or question."""
     pairs = [(pieces(row, measure), pieces(other, measure)) for row, other in zip(runs, others, strict=True)]
-    return estimate([(one - other, sizes) for (one, sizes), (other, _) in pairs])
+    return estimate([(one - other, sizes) for (one, sizes), (other, _) in pairs], level)
+
+
+def judged(runs: Sequence[Row], others: Sequence[Row], name: str) -> tuple[int, str]:
+    """The sign of a difference whose interval, corrected for the draws, leaves out 0, or 0; and both in words."""
+    corrected = difference(runs, others, MEASURES[name], 1 - 0.05 / DRAWS)
+    found = shown(difference(runs, others, MEASURES[name]), MEASURES[name], signed=True)
+    _, ends = shown(corrected, MEASURES[name], signed=True).split(" ", 1)
+    return corrected.sign, f"{found}, corrected for three draws {ends}"
 
 
 def shown(found: Interval, measure: tuple[str, str], *, signed: bool = False) -> str:
@@ -169,10 +179,10 @@ def claims(arms: dict[str, list[Row]]) -> str:
         ("Instruction-tuned model: KL on its own rows keeps more than no replay", KL_SELF, -1),
     ):
         if arm in arms:
-            found = difference(arms[arm], arms[PLAIN], MEASURES[own])
-            verdict = {1: "reproduced in divergence", 0: "cannot tell", -1: "not reproduced"}[right * found.sign]
+            sign, words = judged(arms[arm], arms[PLAIN], own)
+            verdict = {1: "reproduced in divergence", 0: "cannot tell", -1: "not reproduced"}[right * sign]
             seeds = f"{len(arms[arm])} seeds" if len(arms[arm]) > 1 else "one seed"
-            said[finding] = (verdict, f"{own} {shown(found, MEASURES[own], signed=True)} against none, {seeds}")
+            said[finding] = (verdict, f"{own} {words}, against none, {seeds}")
     if {NTP_REAL, KL_SELF} <= set(arms):
         signs = [difference(arms[arm], arms[PLAIN], MEASURES[accuracy]).sign for arm in (NTP_REAL, KL_SELF)]
         word = "cannot tell" if 0 in signs else "reproduced" if signs == [1, -1] else "not reproduced"
@@ -201,7 +211,8 @@ def footnote(arms: dict[str, list[Row]]) -> str:
         len(pieces(runs[0], MEASURES["answers changed"])[0]),
     )
     seeds = f"{len(runs)} seeds" if len(runs) > 1 else "one seed, so they do not cover another training run"
-    return f"95% intervals over {texts} documents of a text and {questions} questions, paired; {seeds}."
+    paired = "paired, not corrected for their number"
+    return f"95% intervals over {texts} documents of a text and {questions} questions, {paired}; {seeds}."
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

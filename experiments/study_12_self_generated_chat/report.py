@@ -14,7 +14,7 @@ from experiments.study_10_instruct.report import (
     compared,
     differences,
     footnote,
-    shown,
+    judged,
     table_of_arms,
     value_of,
     versus,
@@ -79,9 +79,10 @@ def use(arms: dict[str, list[Row]], one: str, other: str) -> str:
     """Whether an arm forgets less than another on real chats, and what else differs."""
     found = versus(arms[one], arms[other], JUDGED)
     less, more = ([name for name in JUDGED if found[name].sign == way and name != KEY] for way in (-1, 1))
-    word = {-1: "yes", 0: "cannot tell", 1: "no, worse"}[found[KEY].sign]
+    sign, words = judged(arms[one], arms[other], KEY)
+    word = {-1: "yes", 0: "cannot tell", 1: "no, worse"}[sign]
     others = [f"{way} of {', '.join(names)}" for way, names in (("less", less), ("more", more)) if names]
-    return f"{word} ({shown(found[KEY], MEASURES[KEY], signed=True)}{''.join(f'; {one}' for one in others)})."
+    return f"{word} ({words}{''.join(f'; {one}' for one in others)})."
 
 
 def arms_verdict(rows: Sequence[Row]) -> str:
@@ -110,11 +111,11 @@ def report(turns: Sequence[Row], rows: Sequence[Row]) -> str:
         never = "reproduced" if high < HARDLY else "not for this model" if low > MOST else "cannot tell"
         said["A model never ends the user's turn that it writes"] = (never, share_text(*ended))
     if {PLAIN, DOCUMENTS, CHATS} <= set(arms):
-        found = {other: versus(arms[CHATS], arms[other], [KEY])[KEY] for other in (PLAIN, DOCUMENTS)}
-        use_of = {-1: "of use", 0: "cannot tell whether of use", 1: "worse than nothing"}[found[PLAIN].sign]
+        found = {other: judged(arms[CHATS], arms[other], KEY) for other in (PLAIN, DOCUMENTS)}
+        use_of = {-1: "of use", 0: "cannot tell whether of use", 1: "worse than nothing"}[found[PLAIN][0]]
         better = {-1: "better than documents", 0: "not told apart from documents", 1: "worse than documents"}
-        numbers = "; ".join(f"{shown(one, MEASURES[KEY], signed=True)} against {other}" for other, one in found.items())
-        said["Self-generated chats as replay (A: open)"] = (f"{use_of}, {better[found[DOCUMENTS].sign]}", numbers)
+        numbers = "; ".join(f"{words}, against {other}" for other, (_, words) in found.items())
+        said["Self-generated chats as replay (A: open)"] = (f"{use_of}, {better[found[DOCUMENTS][0]]}", numbers)
     return "\n\n".join([*parts, findings(said)]).rstrip()
 
 

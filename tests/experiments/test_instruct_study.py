@@ -74,6 +74,28 @@ def test_several_seeds_widen_the_interval() -> None:
     assert high > 0.3
 
 
+def test_a_share_of_answers_is_not_negative() -> None:
+    rows = [row("plain", 0.1, changed, seed=seed) for seed, changed in enumerate((1, 2, 12))]
+    value, low, high = report.value_of(rows, report.MEASURES["answers changed"])
+    assert (value, low) == (pytest.approx(0.05), 0.0)
+    assert high > 0.15
+    assert report.value_of(rows, report.MEASURES["ref_kl on web text"]).low > 0
+
+
+def test_claims_are_corrected_for_three_draws() -> None:
+    """Differences to plain of which Student's t is 4.6, as study 10 had: 5% at one look, not at three."""
+
+    def said(differences: tuple[float, ...], arm: str = "NTP, real") -> str:
+        rows = [row("plain", 0.2, 0, seed=seed) for seed in range(3)]
+        rows += [row(arm, 0.2 + one, 0, seed=seed) for seed, one in enumerate(differences)]
+        return report.claims(report.compared(rows))
+
+    assert "worse than no replay: **cannot tell** (" in said((0.115, 0.065, 0.06))
+    assert "+0.081 [+0.005, +0.158]" in said((0.115, 0.065, 0.06)), "the interval that is not corrected leaves out 0"
+    assert "corrected for three draws [-0.0" in said((0.115, 0.065, 0.06))
+    assert "worse than no replay: **reproduced in divergence** (" in said((0.08, 0.085, 0.075))
+
+
 @pytest.mark.parametrize(("ended", "word"), [(90, "Yes, mostly"), (0, "Hardly ever"), (45, "Partly")])
 def test_whether_user_turns_end(ended: int, word: str) -> None:
     assert f"by itself? {word}: {ended} of 96" in chat.turns_verdict([turns(ended)])
