@@ -15,6 +15,7 @@ from torch import nn
 from retain.losses import kl_divergence
 from retain.models.fisher import Curvature, load_fisher, measure_fisher, num_bytes, rows_per_batch, save_fisher
 from retain.models.reference import evaluation_mode
+from retain.training.anchored_adamw import AnchoredWeight
 
 VOCAB, SIZE = 5, 3
 
@@ -108,6 +109,43 @@ def test_the_head_of_a_model_of_one_token_is_exact(logits: Callable[[torch.Tenso
     assert inputs is not None
     inner = curvature.right @ torch.diag(inputs) @ curvature.right.T
     assert torch.allclose(outputs[:, None, None] * inner, of_rows, atol=1e-5)
+
+
+def kl_gradient(model: nn.Module, name: str, move: torch.Tensor) -> torch.Tensor:
+    """The gradient of KL(base || model) in a weight, behind a move of it from the base; float64."""
+    base, moved, token = copy.deepcopy(model).double(), copy.deepcopy(model).double(), torch.tensor([[2]])
+    weight = moved.get_parameter(name)
+    with torch.no_grad():
+        weight.add_(move)
+        ref_log_probs = base(token).logits.log_softmax(-1)
+    kl = (ref_log_probs.exp() * (ref_log_probs - moved(token).logits.log_softmax(-1))).sum()
+    return torch.autograd.grad(kl, weight)[0]
+
+
+@pytest.mark.parametrize(("name", "error"), [("layer.weight", 0.1), ("down.weight", 0.1), ("head.weight", 1e-4)])
+def test_the_anchors_gradient_is_that_of_the_exact_fisher_and_of_the_kls_hessian(name: str, error: float) -> None:
+    """With one input, in a line of the side that is kept as its diagonal: nothing else is left out of F there.
+
+    The errors are those of drawn labels; the head has none.
+    """
+    model = Bigram()
+    pairs = torch.tensor([[2, 1]] * 4)
+    rows = [{"input_ids": pairs, "labels": torch.tensor([[-100, 1]] * 4)}] * 1000
+    weight = model.get_parameter(name)
+    anchored = AnchoredWeight(weight, measure_fisher(model, rows, {name: weight})[name])
+    move, generator = torch.zeros_like(weight), torch.Generator().manual_seed(5)
+    line = move[1] if anchored.curvature.right is not None else move[:, 1]
+    line.normal_(generator=generator)
+    exact = (exact_fisher(model, weight, rows[:1]) @ move.flatten()).reshape(weight.shape)
+    small = 1e-4
+    hessian = (kl_gradient(model, name, small * move) - kl_gradient(model, name, -small * move)) / (2 * small)
+    with torch.no_grad():
+        weight.add_(move)
+    (offset,) = anchored.read([{}])
+    pull, moved = anchored.curvature.rotate_back(anchored.pull(0, [offset])[0]), move != 0
+    assert torch.allclose(exact.double(), hessian, atol=1e-6)
+    assert (pull - exact)[moved].norm() <= error * exact[moved].norm()
+    assert anchored.penalty().item() == pytest.approx(float((move * exact).sum()) / 2, rel=error)
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.0])

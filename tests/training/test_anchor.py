@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,26 @@ from conftest import make_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from training_runs import LORA, TOKENS, config, difference, logged, rows_of, train, weights
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from retain import ReplayConfig, ReplaySFTTrainer, ReplayTrainer
 from retain.models.fisher import Curvature, measure_fisher
 from retain.replay.dataset import ReplayDataset
-from retain.training.anchor import ANCHOR_FILE
+from retain.training.anchor import ANCHOR_FILE, check_anchor
 from retain.training.anchored_adamw import AnchoredAdamW, AnchoredLoRA, AnchoredWeight
 
 ALONE = {"replay_coef": 0.0, "anchor_coef": 10.0}
+
+
+def make_experts() -> Any:
+    """A tiny mixture of experts."""
+    settings = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        vocab_size=320, intermediate_size=64, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=128, bos_token_id=3, eos_token_id=2, pad_token_id=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(settings).eval()
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +210,33 @@ def test_micro_batches_change_nothing(tmp_path: Path, replay: ReplayDataset, lor
     assert difference(weights(whole.model), weights(split.model)) < 2e-4
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_under_autocast_a_run_is_the_one_of_float32_but_for_rounding(
+    tmp_path: Path, replay: ReplayDataset, lora: bool
+) -> None:
+    adapter: dict[str, Any] = {"peft_config": LoraConfig(**LORA)} if lora else {}
+    settings = ReplayConfig(replay_coef=1.0, per_device_replay_batch_size=2, anchor_coef=10.0)
+    whole, half = (
+        train(tmp_path / str(bf16), replay, replay_config=settings, changes={"bf16": bf16}, **adapter)
+        for bf16 in (False, True)
+    )
+    assert logged(half, "replay/anchor") == pytest.approx(logged(whole, "replay/anchor"), rel=0.05)
+    assert all(weight.dtype == torch.float32 for weight in weights(half.model).values())
+
+
+def test_a_mixture_of_experts_is_held(tmp_path: Path) -> None:
+    """Experts that are one tensor have the diagonal of F; LoRA of them is refused."""
+    held, rows = {}, rows_of(make_experts())
+    for coef in (1.0, 1e4):
+        settings = ReplayConfig(replay_coef=0.0, anchor_coef=coef)
+        trainer = train(tmp_path / f"{coef:g}", rows, make_experts(), replay_config=settings)
+        held[coef] = logged(trainer, "replay/anchor")[-1]
+    assert held[1e4] < 0.2 * held[1.0]
+    adapter = LoraConfig(**LORA | {"target_modules": ["q_proj"]}, target_parameters=["mlp.experts.down_proj"])
+    with pytest.raises(ValueError, match="^anchor_coef: the adapter at '.*experts' is no plain LoRA"):
+        train(tmp_path, rows, make_experts(), replay_config=settings, peft_config=adapter)
+
+
 def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path: Path, replay: ReplayDataset) -> None:
     settings = ReplayConfig(replay_coef=1.0, anchor_coef=10.0, max_ref_kl=1e-3)
     run: dict[str, Any] = {"changes": {"save_strategy": "steps", "save_steps": 2}, "replay_config": settings}
@@ -310,6 +350,21 @@ def test_what_it_cannot_hold_is_refused(
     given = {"peft_config": adapter} if adapter is not None else {}
     with pytest.raises(ValueError, match=words):
         train(tmp_path, replay, replay_config=ReplayConfig(**ALONE), changes=changes, **given)
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ({"is_deepspeed_enabled": True}, "anchor_coef: DeepSpeed brings an optimizer of its own; use DDP or FSDP2"),
+        ({"optimizer": object()}, "optimizers: the anchor brings its own AdamW; leave them out"),
+        ({"optimizer_cls_and_kwargs": (object, {})}, "optimizers: the anchor brings its own AdamW; leave them out"),
+    ],
+)
+def test_a_host_with_an_optimizer_of_its_own_is_refused(host: dict[str, Any], words: str) -> None:
+    free = {"is_deepspeed_enabled": False, "optimizer": None, "optimizer_cls_and_kwargs": None}
+    check_anchor(SimpleNamespace(optim="adamw_torch"), SimpleNamespace(**free))
+    with pytest.raises(ValueError, match=f"^{words}"):
+        check_anchor(SimpleNamespace(optim="adamw_torch"), SimpleNamespace(**free | host))
 
 
 def test_it_needs_rows(tmp_path: Path) -> None:
