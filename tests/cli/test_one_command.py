@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import make_model, make_texts, make_tokenizer, save_model
 from peft import LoraConfig
+from torch import nn
 
 from retain.cli import finetune
 from retain.cli.finetune import FinetuneConfig, planned_stages
@@ -28,6 +29,7 @@ from retain.training.protection_choice import (
     new_tokens_per_step,
     rows_drawn,
     settled,
+    turning,
 )
 from retain.training.trainer_checks import load_for_training
 
@@ -210,6 +212,7 @@ def test_what_is_chosen_stands_in_one_place(world, tmp_path, capsys, monkeypatch
     ("model", "flags", "anchor"),
     [
         ("llama", [], 300.0),
+        ("llama", ["--lora_r", "64"], 0.0),  # whose turns cost more than a twentieth of a step of 96 tokens
         ("llama", ["--use_dora", "true"], 0.0),
         ("llama", ["--lora_modules_to_save", "lm_head"], 0.0),
         ("llama", ["--optim", "adafactor"], 0.0),
@@ -221,7 +224,8 @@ def test_lora_is_anchored_where_an_anchor_can_hold_it(world, tmp_path, capsys, m
     if model == "gpt2":
         save_model(tmp_path / "model", "gpt2")
     name = str((tmp_path if model == "gpt2" else world) / "model")
-    assert run(world, tmp_path / "out", "--use_peft", "true", *flags, model_name_or_path=name, max_steps=4) == 0
+    small = ["--use_peft", "true", "--lora_r", "2"] if "--lora_r" not in flags else ["--use_peft", "true"]
+    assert run(world, tmp_path / "out", *small, *flags, model_name_or_path=name, max_steps=4) == 0
     found = json.loads((tmp_path / "out" / "retain_config.json").read_text())["replay"]
     assert found["anchor_coef"] == anchor
     assert (found["replay_coef"], found["replay_start"] > 0) == ((5.0, True) if anchor else (1.0, False))
@@ -243,7 +247,7 @@ def test_rows_with_fisher_information_are_anchored_like_own_ones(world, tmp_path
     for flags, anchor in ([], 0.0), (["--store_fisher", "true"], 300.0):
         rows = tmp_path / f"rows{anchor}"
         assert main(["sample", "--model", str(world / "model"), "--output_dir", str(rows), *few, *flags]) == 0
-        given = ["--replay_dataset", str(rows), "--use_peft", "true"]
+        given = ["--replay_dataset", str(rows), "--use_peft", "true", "--lora_r", "2"]
         assert run(world, tmp_path / f"out{anchor}", *given, max_steps=4) == 0
         found = json.loads((tmp_path / f"out{anchor}" / "retain_config.json").read_text())["replay"]
         assert found["anchor_coef"] == anchor
@@ -259,14 +263,18 @@ def test_no_anchor_is_chosen_where_deepspeed_was_launched(plugin, anchor):
     assert choose_protection(args, lora).anchor_coef == anchor
 
 
-def test_full_finetuning_is_anchored_where_a_step_has_tokens_enough_for_its_turns():
-    """2/3 · d/T of a step's operations, at most a twentieth."""
+def test_an_anchor_is_chosen_where_a_step_has_tokens_enough_for_its_turns():
+    """At most a twentieth of a step's operations: 2/3 · d/T with full finetuning."""
     llama, width = make_model(), make_model().config.hidden_size
     enough = 2 / 3 * width / 0.05
     assert settled(ANCHORED, llama, None, enough + 1) is ANCHORED
     assert settled(ANCHORED, llama, None, enough - 1) is CHOSEN_PROTECTION
     assert settled(ANCHORED, make_model("gpt2"), None, 1e6) is CHOSEN_PROTECTION
-    assert settled(ANCHORED, llama, LoraConfig(target_modules="all-linear"), 1) is ANCHORED, "its turns are small"
+    lora, two = LoraConfig(target_modules="all-linear", r=2), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    assert turning(two, lora, 100) == pytest.approx(3 / 2 * 2 / 100 * (16 + 4) / (32 + 16))
+    enough = turning(llama, lora, 1) / 0.05
+    assert settled(ANCHORED, llama, lora, enough + 1) is ANCHORED
+    assert settled(ANCHORED, llama, lora, enough - 1) is CHOSEN_PROTECTION
     assert settled(CHOSEN_PROTECTION, llama, None, 1e6) is CHOSEN_PROTECTION
 
 
@@ -328,6 +336,8 @@ def test_few_rows_are_replayed_on_some_steps_only():
     assert (config.per_device_replay_batch_size, config.replay_every) == (1, 4)
     config.choose(CHOSEN_PROTECTION, batch_size=4, steps=8)
     assert config.replay_every == 2, "a short run has some of them, too"
+    found = [ANCHORED.rows_and_every(size, steps=100) for size in (16, 8, 4, 2, 1)]
+    assert found == [(2, 1), (1, 1), (1, 2), (1, 4), (1, 4)], "an eighth of the batch, as long as it has two rows"
     asked = FinetuneConfig(replay_coef=UNSET, anchor_coef=UNSET, replay_objective=UNSET, replay_every=3)
     asked.choose(CHOSEN_PROTECTION, batch_size=4, steps=100)
     assert (asked.per_device_replay_batch_size, asked.replay_every) == (None, 3)

@@ -255,8 +255,7 @@ def make_sft_trainer(
     check_replay_every(config, steps)  # before rows are drawn for it
     model, adapter = base_to_train(given, tokenizer)
     if config.chosen is not None and config.replay_dataset is not None:
-        is_turned = config.anchor_coef and adapter is None  # whole matrices are, which costs by the tokens of a step
-        tokens = new_tokens_per_step(train_dataset, tokenizer, training_args) if is_turned else math.inf
+        tokens = new_tokens_per_step(train_dataset, tokenizer, training_args) if config.anchor_coef else math.inf
         choice = settled(config.chosen, model, adapter, tokens)
         if choice is not config.chosen or choice.share_of_batch:
             config.choose(choice, training_args.train_batch_size, steps)
