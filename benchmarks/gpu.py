@@ -94,7 +94,7 @@ def said(path: Path) -> Any:
 
 
 TESTS = " ".join(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/**/test_*_on_device.py")))
-COST = "benchmarks/replay_cost.py --rows 16 --length 512 --shares 16 --cycles 10 --output {out}"
+COST = "benchmarks/replay_cost.py --rows 16 --length 512 --shares 16 --cycles 10 --repeats 1 --output {out}"
 BATCH_1 = (
     "-m retain finetune --model {1B} --dataset_name {rows} --max_length 512 --max_steps 100 --dry_run true "
     "--output_dir {out}.run --replay_dataset self --replay_num_rows 16 --report_to none --dtype bfloat16 "

@@ -1,14 +1,16 @@
 """What replay costs a training step: by share of the batch and reference, with plain steps beside it.
 
     python benchmarks/replay_cost.py [--model NAME | --size 5.8M] [--shares 8 16 32] [--output FILE]
+    python benchmarks/replay_cost.py --parts memory --output FILE    # beside the times that the file has
 
 Every cell is a real run of `ReplayTrainer` with replay on every other step, by turns in the new rows' forward pass
 (`joint`) and in one of its own (`apart`). A step's ratio is its time over the mean of the plain steps before and after
 it, from the end of one optimizer step to that of the next; shown are medians with 95% bootstrap intervals. The anchor
 acts on every step: its run is timed between plain runs. `predicted` counts floating-point operations: a plain
 step 3 units a token (forward 1, backward 2; with frozen weights 1), the reference 1 more, stored hidden states the
-head's part of 1. Processor seconds on a CPU, which other processes disturb less; wall-clock on a GPU. Without --model:
-a Qwen3 of --size parameters with random weights, on which losses mean nothing and times do.
+head's part of 1. Processor seconds on a CPU, which other processes disturb less; wall-clock on a GPU. `memory` is the
+peak of a few steps, model and optimizer with them, over that of plain ones: median and range. Without
+--model: a Qwen3 of --size parameters with random weights, on which losses mean nothing and times do.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from peft import LoraConfig, get_peft_model
+from replay_step import peak_memory
 from scipy.stats import bootstrap
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
@@ -45,6 +48,7 @@ from retain.sampling.write import sample_replay
 VOCAB, RANK = 1024, 16
 WARM = 4  # steps: until the KL has risen, replay has a pass of its own
 SHARES = (4, 8, 16, 32)  # new tokens per replay token
+PARTS = ("time", "memory")
 
 
 @dataclass(frozen=True)
@@ -189,10 +193,15 @@ def ratios(bench: Bench, cell: Cell, cycles: int) -> dict[str, Float[np.ndarray,
     return {"apart": found[::2], "joint": found[1::2]}
 
 
-def row_of(bench: Bench, cell: Cell, cycles: int) -> dict[str, Any]:
-    """A cell's ratios: medians, with 95% intervals over the steps."""
+def row_of(bench: Bench, cell: Cell) -> dict[str, Any]:
+    """A cell's settings, as the file names it."""
     share = f"1/{bench.rows * bench.length // (cell.rows * cell.length)}" if cell.rows else None
-    row: dict[str, Any] = {**asdict(cell), "share": share}
+    return {**asdict(cell), "share": share}
+
+
+def times(bench: Bench, cell: Cell, cycles: int) -> dict[str, Any]:
+    """A cell's ratios: medians, with 95% intervals over the steps."""
+    row: dict[str, Any] = {}
     for name, found in ratios(bench, cell, cycles).items():
         ends = bootstrap((found,), np.median, method="percentile", rng=0).confidence_interval
         row[name] = {"value": round(float(np.median(found)), 3), "ci": [round(float(end), 3) for end in ends]}
@@ -200,12 +209,21 @@ def row_of(bench: Bench, cell: Cell, cycles: int) -> dict[str, Any]:
     return row
 
 
+def peaks(bench: Bench, cell: Cell, repeats: int) -> Float[np.ndarray, " repeats"]:
+    """Bytes at the peaks of runs of some steps, of both kinds where rows are replayed."""
+    return np.array([peak_memory(lambda: bench.steps(cell, WARM), bench.device) for _ in range(repeats)], float)
+
+
 def line_of(row: dict[str, Any]) -> str:
     found = [
         f"{name} {row[name]['value']:.3f} {row[name]['ci']}" for name in ("joint", "apart", "anchored") if name in row
     ]
     what = f"{row['method']} {row['reference']} {row['share'] or ''}"
-    return f"{what:18} {'  '.join(found)}  by operations {row['predicted']:.3f}"
+    if "predicted" in row:
+        found.append(f"by operations {row['predicted']:.3f}")
+    if "memory" in row:
+        found.append(f"memory {row['memory']['value']:.3f} {row['memory'].get('range', '')}")
+    return f"{what:18} {'  '.join(found)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -216,6 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=64, help="tokens a row")
     parser.add_argument("--shares", type=int, nargs="+", default=SHARES, help="new tokens per replay token")
     parser.add_argument("--cycles", type=int, default=60, help="timed replay steps of either kind")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of which memory is measured")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="others stay as --output has them")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
@@ -233,11 +253,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "threads": options.threads, "clock": "wall" if device == "cuda" else "processor", "versions": versions(),
             "cells": [],
         }  # fmt: skip
+        known: list[dict[str, Any]] = []
+        if set(options.parts) != set(PARTS) and options.output and options.output.exists():
+            kept = json.loads(options.output.read_text())
+            others = ("repeats", "plain_megabytes") if "time" in options.parts else ("fisher", "cycles")
+            facts, known = facts | {name: kept[name] for name in others if name in kept}, kept["cells"]
+        plain = {}
+        if "memory" in options.parts:
+            for method in ("full", "LoRA"):  # a first run, whose threads and caches are new, does not count
+                plain[method] = float(np.median(peaks(bench, Cell(method, "auto"), 1 + options.repeats)[1:]))
+            facts["repeats"] = options.repeats
+            facts["plain_megabytes"] = {method: round(found / 2**20, 1) for method, found in plain.items()}
         for cell in cells(options.rows, options.length, options.shares):
-            facts["cells"].append(row_of(bench, cell, options.cycles))
-            print(line_of(facts["cells"][-1]), flush=True)
+            row = row_of(bench, cell)
+            row = next((one for one in known if row.items() <= one.items()), row)
+            if "time" in options.parts:
+                row |= times(bench, cell, options.cycles)
+            if "memory" in options.parts:
+                over = peaks(bench, cell, options.repeats) / plain[cell.method]
+                row["memory"] = {"value": round(float(np.median(over)), 3)}
+                if len(over) > 1:
+                    row["memory"]["range"] = [round(float(end), 3) for end in (over.min(), over.max())]
+            facts["cells"].append(row)
+            print(line_of(row), flush=True)
             if options.output:
-                options.output.write_text(json.dumps(facts, indent=1) + "\n")
+                rest = [one for one in known if one not in facts["cells"]]
+                whole = facts | {"cells": [*facts["cells"], *rest]}
+                options.output.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":
