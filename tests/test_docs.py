@@ -491,7 +491,7 @@ def test_a_broken_link_is_found(text, broken):
     [
         ("retain sample --model M --out replay/", "unknown ['--out', 'replay/']"),
         ("retain sampel --output_dir replay/", "no verb 'sampel'"),
-        ("retain sample --num_rows many", "invalid int value: 'many'"),
+        ("retain sample --num_rows many", "num_rows: 'many' does not fit; use a whole number"),
         (
             "for r in 1 2; do\n  retain finetune --config x.yaml --lora_rank $r\ndone",
             "--lora_rank",

@@ -220,6 +220,16 @@ def check_model_path(name: str, field: str) -> None:
         raise ValueError(f"{field}: no folder or file {name!r}; give a folder, a GGUF file or a Hub id")
 
 
+def check_file(name: str, field: str) -> None:
+    """Refuse a name of no file.
+
+    Args:
+        field: the setting that named it.
+    """
+    if not Path(name).expanduser().is_file():
+        raise ValueError(f"{field}: no file {name!r}; check the path")
+
+
 def check_output_dir(folder: Path, output: str) -> None:
     """Refuse a folder that holds another verb's output and none of this kind, or a user's file of the same name.
 

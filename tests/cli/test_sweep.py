@@ -184,7 +184,7 @@ def test_a_bad_sweep_is_refused_in_one_line(tmp_path, content, message):
     ("verb", "flags", "message"),
     [
         ("sample", {"num_rowz": 4}, "--num_rowz: not known here"),
-        ("sample", {"num_rows": "many"}, "invalid int value: 'many'"),
+        ("sample", {"num_rows": "many"}, "num_rows: 'many' does not fit; use a whole number"),
         ("measure", {"base": "m", "what": 1}, "--what: not known here"),
         (
             "finetune",

@@ -391,7 +391,7 @@ def test_a_hub_that_does_not_answer_is_no_model_without_the_file(hub, llama_fold
     assert find_file(known, "spiece.model") is None
     for load in (settings_of_run, load_tokenizer, lambda name: tokenizer_of_tuned(name, make_tokenizer())):
         with pytest.raises(
-            ValueError, match="^model: cannot load .*.json of 'ou', which is no folder here .*; check the"
+            ValueError, match="^model: 'ou' is no folder here, and could not be read from the Hub .*; check the"
         ):
             load("ou")
 

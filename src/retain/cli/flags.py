@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin
@@ -19,6 +20,10 @@ METAVARS = {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT"}
 DATA = ("dataset_name", "eval_dataset_name", "replay_dataset", "train_dataset", "prompts")
 MODELS = ("model", "model_name_or_path", "base", "judge")
 NAMED_DATA = ("retention", "new_task", "choices", "refusals", "harmless", "behaviors")
+FILES = ("config", "finetune_config", "sweep", "law")  # that are read, and are never on the Hub
+# argparse's words for a value of another type, and what is asked for in its place.
+WRONG_TYPE = re.compile(r"argument --(\w+)\S*: invalid (int|float) value: (.*)")
+NUMBERS = {"int": "a whole number", "float": "a number"}
 HELP_WIDTH = 26  # columns of the flags, left of their help
 
 
@@ -93,7 +98,7 @@ class Verb:
         flag, trainer = unknown[0], len(self.settings) > 1
         known = [field.name for kind in self.settings for field, _ in fields_of(kind)]
         near = get_close_matches(flag.removeprefix("--"), [*known, *self.aliases], n=1, cutoff=0.7)
-        remedy = f"`retain {self.name} --help{'_all' if trainer else ''}` lists what is"
+        remedy = f"`retain {self.name} --help{'_all' if trainer else ''}` lists every flag"
         if near:
             remedy = f"did you mean --{near[0]}? {remedy}"
         elif trainer:
@@ -114,6 +119,8 @@ class Verb:
             of_config: list[str]
 
             def error(self, message: str) -> None:
+                if wrong := WRONG_TYPE.fullmatch(message):
+                    message = f"{wrong[1]}: {wrong[3]} does not fit; use {NUMBERS[wrong[2]]}"
                 raise ValueError(message)
 
             def set_defaults_with_config(self, **values: Any) -> list[str]:
@@ -234,13 +241,13 @@ def help_of(field: dataclasses.Field[Any]) -> str:
 
 
 def check_paths(setting: str, values: Iterable[Any]) -> None:
-    """Refuse data files and models that are not there, by their names alone."""
+    """Refuse files and models that are not there, by their names alone."""
     from retain.data.row_files import check_path
-    from retain.files import check_model_path
+    from retain.files import check_file, check_model_path
 
-    for value in values if setting in DATA + NAMED_DATA + MODELS else ():
+    for value in values if setting in DATA + NAMED_DATA + MODELS + FILES else ():
         if isinstance(value, str) and value:
-            check = check_model_path if setting in MODELS else check_path
+            check = check_model_path if setting in MODELS else check_file if setting in FILES else check_path
             check(value.partition("=")[2] if setting in NAMED_DATA else value, setting)
 
 

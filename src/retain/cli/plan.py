@@ -186,9 +186,7 @@ def retention_of(config: PlanConfig) -> str:
 
 
 def check_recipe(config: PlanConfig) -> None:
-    """Refuse, before rows are sampled, a file or replay rows that are unreadable, and what every pilot would refuse."""
-    if config.finetune_config and not Path(config.finetune_config).is_file():
-        raise ValueError(f"finetune_config: no file {config.finetune_config!r}; check the path")
+    """Refuse, before rows are sampled, replay rows that are unreadable, and what every pilot would refuse."""
     if config.replay_dataset != "self":
         folder = Path(on_disk(config.replay_dataset)).expanduser()
         if folder.is_dir():

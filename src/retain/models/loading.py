@@ -68,7 +68,11 @@ def resolve_model_path(name: str, field: str = "model") -> str:
 
 def _from_gguf_folder(folder: Path, name: str, field: str) -> str:
     files = sorted(folder.glob("*.gguf"))
-    if len(files) != 1:
+    if not files:
+        saved = sorted(folder.glob("checkpoint-*/"), key=lambda path: path.stat().st_mtime)
+        remedy = f"give {str(saved[-1])!r}, or save the model there" if saved else "give a model's folder"
+        raise ValueError(f"{field}: {name!r} holds no config.json, adapter_config.json or .gguf file; {remedy}")
+    if len(files) > 1:
         raise ValueError(f"{field}: {name!r} holds no config.json and {len(files)} .gguf files; name one model")
     return str(dequantise_gguf(files[0], field))
 
@@ -91,7 +95,7 @@ def find_file(path: str, file: str, revision: str = "main", field: str = "model"
         cached = (try_to_load_from_cache(path, config, revision=revision) for config in CONFIG_FILES)
         if any(isinstance(one, str) for one in cached) if no_answer else isinstance(error, EntryNotFoundError):
             return None
-        what = f"cannot load {file} of {path!r}, which is no folder here"
+        what = f"{path!r} is no folder here, and could not be read from the Hub"
         raise ValueError(f"{field}: {what} ({first_line(error)}); {hub_remedy()}") from error
 
 
