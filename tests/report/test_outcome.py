@@ -59,8 +59,19 @@ def test_each_line_says_what_moved_most_and_what_was_prevented_least():
 def test_without_a_loss_in_common_the_ends_are_compared_and_that_is_said():
     line = outcome_lines(make_run("p", {"a": 0.1}), make_run("plain", {"a": 0.4}))[2]
     assert line.startswith("prevented: 75.0% [75.0%, 75.0%] of")
-    assert "at the ends of both, where less learned is less forgotten, too (no new-task loss was evaluated" in line
+    assert "at the ends of both, where less learned is less forgotten, too; no new-task loss was evaluated" in line
     assert "while training plain and p (`retain finetune` does it with --eval_dataset_name FILE)" in line
+
+
+def test_at_the_ends_the_training_losses_say_which_run_learned_more():
+    runs = [
+        replace(make_run(name, {"a": kl}), trajectory=[{"step": 8, "loss": loss + 1, key: loss}])
+        for name, kl, key, loss in (("plain", 0.1, "loss", 2.787), ("p", 0.4, "new_task/loss", 0.752))
+    ]
+    assert outcome_lines(runs[1], runs[0])[2].endswith("their training loss ended at 2.787 of plain and 0.752 of p")
+    assert "their training loss ended at" in compare_at_matched_loss(runs).reason
+    unlogged = [runs[0], replace(runs[1], trajectory=[])]
+    assert "training loss" not in compare_at_matched_loss(unlogged).reason
 
 
 def test_a_loss_that_no_run_has_takes_no_rows_of_a_table():

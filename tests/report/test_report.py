@@ -539,7 +539,7 @@ def test_rows_without_finite_numbers_are_left_out(plain: dict, replay: dict) -> 
 def test_verdict_says_what_the_interval_allows(plain: dict) -> None:
     verdict = ForgettingReport(plain).verdict
     assert verdict == (
-        "“plain” forgot: ref_kl 0.123 [0.101, 0.147] nats per token on wiki (noise floor 0.000); "
+        "“plain” forgot: ref_kl 0.123 [0.101, 0.147] nats per token on wiki (noise floor 1e-06); "
         "forgetting 0.061 [0.052, 0.073] on wiki; new-task gain 0.743 [0.711, 0.789] on verilog."
     )
     plain["new_task"]["verilog"]["gain"] = measured(0.1, -0.1, 0.3)

@@ -263,7 +263,7 @@ def _matched_loss(runs: ReportRuns) -> tuple[float | None, str | None]:
     curves = {run.name: run.series("eval_loss")[1] for run in runs}
     if blind := [name for name, losses in curves.items() if not losses]:
         blinded = f"no new-task loss was evaluated while training {enumeration(blind)}"
-        return None, f"{blinded} (`retain finetune` does it with --eval_dataset_name FILE)"
+        return None, f"{blinded} (`retain finetune` does it with --eval_dataset_name FILE){_training_losses(runs)}"
     for run in runs:
         if why := _other_tokens(runs[0], run):
             return None, f"{run.name}: {why} as {runs[0].name}'s does"
@@ -274,6 +274,13 @@ def _matched_loss(runs: ReportRuns) -> tuple[float | None, str | None]:
         if len(losses) > 1 and losses[0] == min(losses):
             return None, f"{name} did not learn: it never got below its first loss, {target:.3f}"
     return target, None
+
+
+def _training_losses(runs: ReportRuns) -> str:
+    """Where the training loss of each run ended, if all logged one: too noisy to compare at, it tells them apart."""
+    last = {run.name: losses[-1] for run in runs if (losses := run.training_losses[1])}
+    listed = enumeration([f"{loss:.3f} of {name}" for name, loss in last.items()])
+    return f"; their training loss ended at {listed}" if len(last) == len(runs) else ""
 
 
 def _side_by_side(runs: ReportRuns, steps: Sequence[float | None] | None, text: str, seed: int) -> list[ComparedText]:

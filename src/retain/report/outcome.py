@@ -9,7 +9,6 @@ from retain.report.numbers import cell, quantity, value_cell
 from retain.report.results import RunResults
 
 UNIT = "nats per token"
-TRAINING_LOSSES = ("new_task/loss", "loss")  # in a log: the new rows' own part beside replay, else all of it
 
 
 def outcome_lines(run: RunResults, plain: RunResults | None = None) -> list[str]:
@@ -28,11 +27,10 @@ def _learned_words(run: RunResults) -> str:
             rows = f"{quantity(text.loss.num_documents, 'held-out row')} of the {name}"
             change = f"{words} {value_cell(text.gain).with_interval} {UNIT}"
             return f"loss {text.base_loss.value:.3f} → {text.loss.value:.3f} on {rows}, {change}"
-    for key in TRAINING_LOSSES:
-        steps, losses = run.series(key)
-        if len(steps) > 1:
-            found = f"training loss {losses[0]:.3f} → {losses[-1]:.3f} (logged at steps {steps[0]:g} and {steps[-1]:g})"
-            return f"{found}; no row was held out: --eval_dataset_name FILE measures on some"
+    steps, losses = run.training_losses
+    if len(steps) > 1:
+        found = f"training loss {losses[0]:.3f} → {losses[-1]:.3f} (logged at steps {steps[0]:g} and {steps[-1]:g})"
+        return f"{found}; no row was held out: --eval_dataset_name FILE measures on some"
     return "not measured; --eval_dataset_name FILE measures on held-out rows"
 
 
@@ -55,7 +53,7 @@ def _prevented_words(plain: RunResults, run: RunResults) -> str:
     texts = compared.matched
     if not any(entries[1].prevented is not None for entries in texts.values()):
         why = compared.reason or "no text was measured at the same new-task loss"
-        texts, where = compared.end, f"at the ends of both, where less learned is less forgotten, too ({why})"
+        texts, where = compared.end, f"at the ends of both, where less learned is less forgotten, too; {why}"
     found = {name: entries[1] for name, entries in texts.items() if entries[1].prevented is not None}
     if not found:
         notes = [entries[1].note for entries in texts.values() if entries[1].note]

@@ -273,6 +273,12 @@ class RunResults:
     def series(self, key: str) -> tuple[list[float], list[float]]:
         return series(self.trajectory, key)
 
+    @property
+    def training_losses(self) -> tuple[list[float], list[float]]:
+        """Logged steps and losses of the new rows: their own part beside replay, else all of the loss."""
+        apart = self.series("new_task/loss")
+        return apart if apart[0] else self.series("loss")
+
 
 ReportRuns = Sequence[RunResults]
 

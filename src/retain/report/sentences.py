@@ -115,9 +115,8 @@ def _divergence(result: TextResult) -> float:
 
 
 def _noise(run: RunResults, texts: Sequence[str]) -> str:
-    floors = [run.noise_floor.get(text, TextResult()).ref_kl for text in texts]
-    known = [floor.value for floor in floors if floor]
-    return f"noise floor {cell(max(known)).value}" if known and len(known) == len(floors) else "no noise floor"
+    known = texts and all(run.noise_floor.get(text, TextResult()).ref_kl for text in texts)
+    return f"noise floor {max(map(run.floor, texts)):.2g}" if known else "no noise floor"
 
 
 def scale_sentence(run: RunResults) -> str:
