@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, Rewa
 from retain import ReplayConfig
 from retain.data.overlap import find_rows
 from retain.replay.dataset import ReplayDataset, token_documents, tokenize_documents
-from retain.training.row_checks import check_held_out, row_columns, training_rows
+from retain.training.row_checks import check_held_out, row_columns, training_rows, warn_of_trained_rows
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,18 @@ def test_rows_that_nobody_looked_through_are_named(
         tmp_path, replay, train_dataset=ROWS.to_iterable_dataset(), retention_datasets={"words": make_texts(3, seed=9)}
     )
     assert "retention: not looked for in the training rows, which are a stream" in caplog.text
+
+
+def test_learning_measured_on_training_rows_is_called_memory(caplog: pytest.LogCaptureFixture) -> None:
+    rows, others = (TOKENIZER(make_texts(20, seed=seed))["input_ids"] for seed in (1, 2))
+    new, warned = Dataset.from_dict({"input_ids": rows}), "eval_dataset: 2 of 20 rows are training rows, too"
+    for held_out in (others, [*rows[:1], *others[1:]], None, [*rows[:2], *others[2:]]):
+        assert warned not in caplog.text
+        warn_of_trained_rows(held_out and Dataset.from_dict({"input_ids": held_out}), new, {3, 4})
+    assert warned in caplog.text
+    caplog.clear()
+    warn_of_trained_rows({"a": new}, new, {3, 4})  # several sets, by name
+    assert caplog.text == ""
 
 
 INVOKING = [[3, 7, 9, *range(10, 20)]] * 8  # rows with what switches an activated LoRA on

@@ -49,6 +49,7 @@ from retain.training.row_checks import (
     row_edges,
     rows_fingerprint,
     training_rows,
+    warn_of_trained_rows,
 )
 from retain.training.trainer_checks import (
     check_base_is_frozen,
@@ -269,6 +270,8 @@ class Protection:
         check_positions(model, [*windows, *drawn])
         dataset = getattr(trainer, "train_dataset", None)  # its rows are tokenised by now
         check_not_trained_on(dataset, self.documents, self._row_edges)
+        if not self.config.is_baseline:  # else it was said of the run that is compared
+            warn_of_trained_rows(getattr(trainer, "eval_dataset", None), dataset, self._row_edges)
         if rows is not None and rows.manifest is None and self.config.needs_rows:  # real text
             new = find_rows(list(rows), training_rows(dataset), self._row_edges)
             if 2 * len(new) > len(rows):

@@ -18,10 +18,12 @@ from retain.data.overlap import find_rows
 from retain.data.rows import Document, is_local_file
 from retain.models.description import max_positions
 from retain.replay.dataset import ReplayDataset
+from retain.report.numbers import quantity
 from retain.training.trainer_checks import invocation_tokens
 
 logger = logging.getLogger(__name__)
 MAX_CHANCE_LENGTH = 16  # tokens below which two rows may be the same by chance
+MAX_LOOKED_FOR = 1000  # rows on which learning is measured, among those trained on
 NOT_TOKENS = ("type_ids", "position_ids")  # ends of the names of columns that hold integers, but no tokens
 
 
@@ -142,6 +144,17 @@ def check_not_trained_on(dataset: Any, retention: Mapping[str, Sequence[Document
     if retention and dataset is not None and not first:
         logger.warning("retention: not looked for in the training rows, which are a stream, or no tokens yet")
     check_held_out(itertools.chain(first, rows), retention, "training rows", edges)
+
+
+def warn_of_trained_rows(held_out: Any, dataset: Any, edges: Collection[int]) -> None:
+    """A warning where a tenth of the rows on which learning is measured are trained on; of many, the first are read."""
+    rows = [] if isinstance(held_out, Mapping) else list(itertools.islice(training_rows(held_out), MAX_LOOKED_FOR))
+    found = find_rows(rows, training_rows(dataset), edges) if rows else ()
+    if rows and 10 * len(found) >= len(rows):
+        logger.warning(
+            "eval_dataset: %d of %s are training rows, too: a lower loss on them is memory, not learning; hold others "
+            "out", len(found), quantity(len(rows), "row"),
+        )  # fmt: skip
 
 
 def row_edges(tokenizer: Any, start_id: int) -> set[int]:
