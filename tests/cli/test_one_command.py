@@ -16,10 +16,13 @@ from peft import LoraConfig
 from torch import nn
 
 from retain.cli import finetune
+from retain.cli.dry_run import seconds_of_fisher
 from retain.cli.finetune import FinetuneConfig, planned_stages
 from retain.cli.main import load_verb, main
 from retain.replay.dataset import load_self_generated
+from retain.replay.fisher import FISHER_TOKENS
 from retain.training import protection_choice
+from retain.training.anchor import Anchor
 from retain.training.protection_choice import (
     ANCHORED,
     CHOSEN_PROTECTION,
@@ -159,7 +162,7 @@ def test_without_held_out_rows_the_training_loss_is_reported_and_that_is_said(wo
     lines = by_first_word(shown.out)
     assert stages_of(shown.err) == planned
     assert "measuring self-generated" in planned
-    assert lines["new task"].startswith("no rows are held out")
+    assert lines["new task"].startswith("no rows are held out, so its training loss is reported")
     assert lines["learned"].startswith("training loss ")
     assert "(logged at steps 1 and 12); no row was held out" in lines["learned"]
     assert lines["prevented"].startswith("not known without an unprotected run")
@@ -171,9 +174,12 @@ def test_without_held_out_rows_the_training_loss_is_reported_and_that_is_said(wo
 def test_a_plain_run_that_was_made_is_read_again_unless_its_settings_changed(world, tmp_path, capsys, monkeypatch):
     assert run(world, tmp_path / "out", "--compare_plain", "true") == 0
     lines, made = said(capsys), (tmp_path / "out" / "plain" / "metrics.jsonl").stat().st_mtime_ns
+    assert "compared at their ends, not at the same loss" in lines["new task"]
     again = ["--compare_plain", "true", "--resume_from_checkpoint", "true"]
     assert run(world, tmp_path / "out", *again) == 0
-    once_more = said(capsys)
+    out = capsys.readouterr().out
+    once_more = by_first_word(out)
+    assert f"resuming from {tmp_path / 'out' / 'checkpoint-12'}" in out
     assert "unprotected run, to compare" not in once_more
     assert all(once_more[name] == lines[name] for name in ("learned", "forgotten", "prevented"))
     assert (tmp_path / "out" / "plain" / "metrics.jsonl").stat().st_mtime_ns == made
@@ -390,12 +396,21 @@ def test_a_dry_run_says_what_the_run_would_take_and_makes_nothing(world, tmp_pat
     lengths = [len(make_tokenizer()(text)["input_ids"]) + 1 for text in make_texts(24, seed=1)]  # and its end
     assert lines["new rows"].startswith(f"24 rows of {min(min(lengths), 24)} to {min(max(lengths), 24)} tokens")
     assert lines["new rows"].endswith("100% of their tokens are predicted")
+    assert lines["chosen, since none was given"].startswith("replay_objective kl, replay_coef 1;")
     assert lines["replay"] == "the run draws 4 rows, of a pool of 4"
     assert "weights in float32" in lines["device"]
     assert " GB in training" in lines["memory"]
     assert re.search(r"s with replay, [\d.]+ times an unprotected one's", lines["a step"])
     for part in ("for 12 steps", "sampling", "training", "measuring", "the unprotected run"):
         assert part in lines["the run"]
+
+
+def test_a_dry_run_foresees_the_reading_of_the_whole_pool():
+    tried = Anchor([], num_tokens=100, seconds=7.0)  # of which it read for 2
+    assert seconds_of_fisher(tried, 2.0, pool_tokens=1000) == pytest.approx(5 + 20)
+    assert seconds_of_fisher(tried, 2.0, pool_tokens=10**9) == pytest.approx(5 + 2 * FISHER_TOKENS / 100)
+    assert seconds_of_fisher(tried, 2.0, None) == 7.0
+    assert seconds_of_fisher(None, 0.0, 1000) == 0.0
 
 
 def test_a_run_without_protection_warns_unless_it_is_there_to_be_compared(world, tmp_path, caplog):

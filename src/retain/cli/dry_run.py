@@ -16,9 +16,11 @@ import torch
 from accelerate.utils import release_memory
 from transformers import PrinterCallback
 
-from retain.progress import duration
+from retain.progress import duration, progress_line
+from retain.replay.fisher import FISHER, FISHER_TOKENS
 from retain.report.numbers import quantity
 from retain.sampling.engine import choose_batch_size, draw_rows
+from retain.training.anchor import Anchor
 from retain.training.protection_choice import rows_drawn
 from retain.training.step_timer import StepTimer
 from retain.training.trainer_checks import expected_steps
@@ -35,7 +37,7 @@ SCRATCH: dict[str, Any] = {
 
 @dataclass
 class Cost:
-    """What a few steps took: seconds of one, seconds to measure, to read the Fisher information, and bytes."""
+    """By a few steps: seconds of one, seconds to measure, those of the whole pool's Fisher information, and bytes."""
 
     step: float
     measuring: float
@@ -69,7 +71,7 @@ def dry_run(
     for name, settings in tried.items():
         if costs:
             say(f"{TRIED_STEPS} steps without protection, to compare")
-        with tempfile.TemporaryDirectory(prefix="retain-dry-run-") as folder:
+        with tempfile.TemporaryDirectory(prefix="retain-dry-run-") as folder, progress_line(shown=False) as timed:
             trainer = make_trainer(scratch_arguments(given, folder), settings)
             if not costs:
                 steps = expected_steps(given.training, trainer.train_dataset)
@@ -78,9 +80,13 @@ def dry_run(
                 rows = to_sample(steps)
                 for line in (*device_lines(trainer), *row_lines(trainer)):
                     say(line)
-                length = trainer.args.max_length
+                if config.chosen is not None and config.protects:
+                    say(config.chosen.line())
+                length = config.replay_max_length or trainer.args.max_length
                 drawing = sum(seconds_to_draw(trainer.model, number, length) for number in rows.values())
-            costs[name] = cost_of(trainer)
+                pool_tokens = rows["replay"] * (length - 1) if "replay" in rows else None
+            fisher = seconds_of_fisher(trainer.replay.anchor, timed.pace.get(FISHER, 0.0), pool_tokens)
+            costs[name] = cost_of(trainer, fisher)
             del trainer
             release_memory()
     if draws := rows_drawn(config, given.training, steps):
@@ -134,7 +140,21 @@ def seconds_to_draw(model: Any, num_rows: int, length: int) -> float:
     return (time.monotonic() - began) / (positions - 1) * (length - 1) * math.ceil(num_rows / batch)
 
 
-def cost_of(trainer: Any) -> Cost:
+def seconds_of_fisher(anchor: Anchor | None, reading: float, pool_tokens: int | None) -> float:
+    """Seconds of the Fisher information: reading rows takes longer the more there are, the eigenvectors do not.
+
+    Args:
+        anchor: of the few rows that were tried.
+        reading: seconds of `anchor.seconds` in which these were read.
+        pool_tokens: predictions in the run's pool; None where the rows that were tried are that pool.
+    """
+    if anchor is None:
+        return 0.0
+    tokens = anchor.num_tokens if pool_tokens is None else min(FISHER_TOKENS, pool_tokens)
+    return anchor.seconds + reading * (tokens / anchor.num_tokens - 1)
+
+
+def cost_of(trainer: Any, fisher: float) -> Cost:
     """Make a few steps."""
     timer = StepTimer()
     trainer.add_callback(timer)
@@ -149,8 +169,7 @@ def cost_of(trainer: Any) -> Cost:
     if trainer.replay.documents:
         trainer.evaluate_retention()
         trainer.report("")
-    anchor = trainer.replay.anchor
-    return Cost(timer.mean or 0.0, time.monotonic() - began, anchor.seconds if anchor else 0.0, memory)
+    return Cost(timer.mean or 0.0, time.monotonic() - began, fisher, memory)
 
 
 def cost_lines(args: Any, config: Any, costs: dict[str, Cost], steps: int, drawing: float) -> Iterator[str]:
@@ -167,7 +186,7 @@ def cost_lines(args: Any, config: Any, costs: dict[str, Cost], steps: int, drawi
     measuring = last.measuring / TRIED_DOCUMENTS * config.retention_max_documents
     parts = {
         "sampling": drawing,
-        "Fisher information (at least)": last.fisher,
+        "Fisher information": last.fisher,
         "training": training,
         "measuring": measuring,
     }

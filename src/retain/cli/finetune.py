@@ -166,7 +166,9 @@ def finetuned(
         say(apply_half_life(training_args, config.adam_beta2_half_life_tokens, length))
     for line in trainer.protection():
         say(line)
-    if training_args.resume_from_checkpoint and checkpoint is None:
+    if checkpoint is not None:
+        say(f"resuming from {checkpoint}")
+    elif training_args.resume_from_checkpoint:
         say(f"no whole checkpoint in {training_args.output_dir}: beginning anew")
     train(trainer, checkpoint, keep=keep)
     trainer.evaluate_retention()
@@ -247,11 +249,17 @@ def make_sft_trainer(
     training_args = given.training
     train_dataset, eval_dataset, tokenizer, retention = read_data(given, config, texts)
     steps = expected_steps(training_args, train_dataset)
-    if config.measures and eval_dataset is None:
-        report_training_loss(training_args, steps, say)
-    if default_device() == "cpu":
-        say(f"no accelerator: training on the CPU in {'bfloat16' if training_args.bf16 else 'float32'}")
-    say(f"document start: {choose_start_token(tokenizer, config.start_token)}")
+    by_training_loss = config.measures and eval_dataset is None
+    if by_training_loss:
+        log_training_loss(training_args, steps)
+    if texts is None:  # else it was said of the protected run
+        if by_training_loss:
+            ends = ", and the two runs are compared at their ends, not at the same loss" * config.compare_plain
+            held_out = f"no rows are held out, so its training loss is reported{ends}"
+            say(f"new task: {held_out}; give some as --eval_dataset_name FILE")
+        if default_device() == "cpu":
+            say(f"no accelerator: training on the CPU in {'bfloat16' if training_args.bf16 else 'float32'}")
+        say(f"document start: {choose_start_token(tokenizer, config.start_token)}")
     check_replay_every(config, steps)  # before rows are drawn for it
     model, adapter = base_to_train(given, tokenizer)
     if config.chosen is not None and config.replay_dataset is not None:
@@ -303,9 +311,8 @@ def base_to_train(given: TrlArguments, tokenizer: Any) -> tuple[Any, Any]:
     return model, adapter
 
 
-def report_training_loss(training_args: Any, steps: int, say: Say) -> None:
+def log_training_loss(training_args: Any, steps: int) -> None:
     """Log ten parts of the run at least, where its training loss has to show what was learned."""
-    say("new task: no rows are held out, so its training loss is reported; --eval_dataset_name FILE holds some out")
     if training_args.logging_steps >= 1 and steps > 0:
         training_args.logging_steps = min(training_args.logging_steps, max(1, steps // 10))
 
