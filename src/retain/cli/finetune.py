@@ -383,7 +383,7 @@ VERB = Verb(
     resume=lambda script, training, *rest: how_to_resume(Path(training.output_dir)),
     groups={
         "eval_dataset_name": "What is measured, and when the run ends",
-        "replay_objective": "How replay protects",
+        "replay_objective": "How replay protects (chosen without replay_objective, replay_coef and anchor_coef)",
         "adam_beta2_half_life_tokens": "Further settings",
     },
     borrowed={

@@ -33,8 +33,8 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
     )
     dry_run: bool = setting(
         False,
-        "Make nothing: show device, rows and pool, and by a few steps of the run, with protection and without, its "
-        "memory and the time that it would take.",
+        "Train nothing: show the device, the rows, the pool and what protects, and measure on a few steps, with "
+        "protection and without, the memory and the time that the run would take.",
     )
     keep_plain: bool = setting(False, "Keep the unprotected run's model and checkpoints.")
     eval_dataset_name: str | None = setting(

@@ -18,7 +18,7 @@ VERBS = {
     "finetune": "Finetune as `trl sft` does, with replay; takes every flag of it.",
     "measure": "Measure a tuned model against its base, with intervals; with a limit, as a gate.",
     "chat": "Type a prompt, read the answers of base and tuned model.",
-    "merge": "Interpolate a tuned model with its base: how far is chosen on rows.",
+    "merge": "Interpolate between a tuned model and its base, and measure how far to go.",
     "report": "Compare several measured runs on one page, the unprotected one first.",
     "fit": "Fit a law of forgetting to measured runs.",
     "predict": "Predict a run not yet made from a law, with intervals.",

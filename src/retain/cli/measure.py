@@ -118,15 +118,16 @@ class MeasureConfig(TextSettings):
     judge: str | None = setting(None, "Chat model that also judges whether each answer refuses.")
     max_forgetting: float | None = setting(
         None,
-        "Most forgetting (rise of the loss) of any retention text, in nats per token. Exit code 0: within; 2: beyond; "
-        "3: not enough evidence, the interval straddles the limit.",
+        "Highest forgetting (rise of the loss) allowed on any retention text, in nats per token. Exit code 0: within; "
+        "2: beyond; 3: not enough evidence, the interval straddles the limit.",
     )
     max_ref_kl: float | None = setting(
-        None, "Most KL(base || model) on any retention text, in nats per token; exit codes as for max_forgetting."
+        None,
+        "Highest KL(base || model) allowed on any retention text, in nats per token; exit codes as for max_forgetting.",
     )
     min_agreement: float | None = setting(
         None,
-        "Least share of the base's own top tokens, and of its answers to the questions; exit codes as for "
+        "Lowest share allowed of the base's own top tokens, and of its answers to the questions; exit codes as for "
         "max_forgetting.",
         high=1,
     )

@@ -46,7 +46,7 @@ class SampleConfig(ModelLoadSettings):
     push_to_hub: str | None = setting(
         None, "Dataset on the Hub, as OWNER/NAME, that gets the rows and a card, for --replay_dataset OWNER/NAME."
     )
-    hub_private_repo: bool = setting(False, "Make that dataset a private one.")
+    hub_private_repo: bool = setting(False, "Make that dataset private.")
     preview: int = setting(0, "Print this many rows, spread over the pool.")
     start: str = setting(
         "document",

@@ -331,12 +331,13 @@ def _preference(one: Setting) -> tuple[float, int, int]:
 def rejection_reason(laws: PilotLaws, settings: Sequence[Setting]) -> str | None:
     """Why the law of these settings is not followed: worse than its pilots, or too vague to tell settings apart."""
     coef = settings[0].replay_coef
-    for at, name in enumerate(("new-task loss", "forgetting" + " in logarithms" * bool(coef))):
+    for at, name in enumerate(("new-task loss", "logarithm of forgetting" if coef else "forgetting")):
         law = laws.of(coef)
         error, copied = law.run_error(law.form.outputs[at]), neighbour_error(laws, coef, at)
         if error > MAX_ERROR_RATIO * copied:
             return (
-                f"it misses the {name} of held-out pilots by {error:.3g}, a copy of the nearest pilot by {copied:.3g}"
+                f"it misses the {name} of held-out pilots by {error:.3g}, where a copy of the nearest pilot misses it "
+                f"by {copied:.3g}"
             )
     losses = [of.finetuning_loss for of in laws.measured.values()]
     width = np.median([one.finetuning_loss.high - one.finetuning_loss.low for one in settings])

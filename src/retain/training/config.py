@@ -58,9 +58,9 @@ class ReplayConfig(Settings):
     )
     max_ref_kl: float | None = setting(
         None,
-        "KL(base || model) on replay rows at which training is to end, in nats per token behind their first five "
-        "tokens: the coefficient moves from replay_coef on, anchor_coef with it, and the run says at its end whether "
-        "the limit was kept. With replay_objective kl.",
+        "KL(base || model) on replay rows at which training is to end, in nats per token without the first five of "
+        "each row. The coefficient starts at replay_coef and is adapted, anchor_coef with it; at its end the run says "
+        "whether the limit was kept. With replay_objective kl.",
         low=1e-9,
     )
     anchor_coef: float = setting(
@@ -71,8 +71,8 @@ class ReplayConfig(Settings):
     )
     anchor_lr_ratio: float = setting(
         10.0,
-        "With an anchor, the rate over learning_rate, which stays that of a run without one: what the anchor lets move "
-        "may move faster, and has to, to learn as much in the same steps.",
+        "With an anchor, learning_rate is multiplied by this: what the anchor does not hold has to move faster to "
+        "learn as much in the same steps. Give the learning_rate of a run without one.",
         low=1e-3,
     )
     allow_off_policy_replay: bool = setting(
