@@ -23,7 +23,7 @@ from retain.models.description import choose_start_token, model_fingerprint, tok
 from retain.models.loading import load_model, load_tokenizer
 from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
 from retain.sampling.engine import choose_batch_size, choose_threads, draw_rows, draw_tokens, row_uniforms
-from retain.sampling.preview import pool_lines
+from retain.sampling.quality import pool_lines
 from retain.sampling.starts import TOOLS, chat_prefix, plan_starts
 from retain.sampling.write import sample_replay, sample_rows
 
@@ -572,7 +572,7 @@ def test_turns_that_never_end_are_warned_of(tmp_path, monkeypatch):
     starts = plan_starts("document=0.5,chat=0.5", CHAT, choose_start_token(CHAT))
     sample_replay(make_model(), CHAT, tmp_path, starts=starts, num_rows=8, max_length=24)
     assert "end their turn" not in "".join(pool_lines(tmp_path, CHAT, starts, preview=0))
-    monkeypatch.setattr("retain.sampling.preview.end_ids", lambda *given: [10_000])
+    monkeypatch.setattr("retain.sampling.quality.end_ids", lambda *given: [10_000])
     assert "warning: only 0 of 4 chat rows end their turn" in "".join(pool_lines(tmp_path, CHAT, starts, preview=0))
 
 

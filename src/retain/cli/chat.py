@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from textwrap import indent
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
@@ -19,12 +21,8 @@ from retain.measuring.generations import Prompt, Written, continue_prompts, opti
 from retain.measuring.measure_options import Options
 from retain.models.adapters import adapted_model
 from retain.models.description import choose_start_token, default_device
-from retain.models.loading import load_model, load_tokenizer, loaded_as
+from retain.models.loading import load_model, load_tokenizer, loaded_as, tokenizer_of_tuned
 from retain.models.reference import Reference, probe
-from retain.models.tokenizer_identity import tokenizer_of_tuned
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(kw_only=True)

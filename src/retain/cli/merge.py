@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from retain import versions
 from retain.checks import setting
@@ -24,9 +26,8 @@ from retain.models.adapters import adapted_model
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import default_device
 from retain.models.interpolation import Interpolation
-from retain.models.loading import load_model, load_tokenizer, loaded_as, stored_dtype
+from retain.models.loading import load_model, load_tokenizer, loaded_as, stored_dtype, tokenizer_of_tuned
 from retain.models.reference import probe
-from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.replay.dataset import load_texts
 from retain.report.interpolation_front import InterpolationFront
 from retain.report.page import terminal_table
@@ -34,9 +35,6 @@ from retain.report.report import ForgettingReport
 from retain.report.style import frontier_row, save_png
 from retain.training.run_files import settings_of_run
 from retain.training.stopping import check_no_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ALPHAS = tuple(tenths / 10 for tenths in range(11))
 KEEP_GAIN = 0.95

@@ -23,7 +23,7 @@ from retain.replay.dataset import MANIFEST
 from retain.replay.hub import push_pool
 from retain.report.numbers import quantity
 from retain.sampling.engine import Engine, choose_threads
-from retain.sampling.preview import pool_lines
+from retain.sampling.quality import pool_lines
 from retain.sampling.starts import plan_starts
 from retain.sampling.write import check_pool_folder, check_same_rows, default_store, sample_replay
 
@@ -172,7 +172,7 @@ def engine_of(config: SampleConfig) -> Callable[[Any, int, str | None], Abstract
         options: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel_size, **config.checkpoint}
         options["seed"] = config.seed
         return lambda model, length, store: vllm_engine(name, dtype=model.dtype, max_length=length, **options)
-    from retain.sampling.ray_engine import ray_engine
+    from retain.sampling.ray_workers import ray_engine
 
     return lambda model, length, store: ray_engine(
         partial(load_model, name, **config.loading | {"dtype": model.dtype}),

@@ -16,6 +16,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+
 from retain.files import check_shape, first_line, read_json
 from retain.measuring.paired_answers import Answered, AnswerFile
 
@@ -103,8 +105,6 @@ def _read_archive(path: Path) -> Iterator[Any]:
 
 def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Any:
     """The JSON in a member of an archive."""
-    import pyarrow
-
     path = str(archive.filename)
     try:
         if member.compress_type != ZSTANDARD:

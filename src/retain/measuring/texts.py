@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retain.data.rows import Document, without_copies
 from retain.losses import shifted
@@ -14,9 +15,6 @@ from retain.measuring.measure_options import Options
 from retain.measuring.tokens import DocumentSums, document_sums, logits_of, padded, row_by_row, summarize, token_values
 from retain.models.base_predictions import MeasuredBase
 from retain.report.metrics import GAIN, KEPT_SUMS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NOISE_DOCUMENTS = 4  # documents of each text on which the base is measured against itself
 WORST_DOCUMENTS = 2  # of each text, shown token by token
