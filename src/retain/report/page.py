@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retain.files import visible, visible_text
-from retain.report import style, tables
+from retain.report import tables
 from retain.report.chain import chain_panel, chain_sentences, chain_verdict, over_chain
 from retain.report.comparison import compare_at_matched_loss
 from retain.report.figures import learned_and_forgotten, panels
@@ -62,6 +62,8 @@ class Page:
 
     def html(self) -> str:
         """One self-contained page with no script in it and no request to anywhere."""
+        from retain.report import style  # with matplotlib, which nothing else here needs
+
         view = self.view
         runs, names, compared = view["runs"], [run.name for run in view["runs"]], view["comparison"]
         worst, left_out = worst_documents(runs)
@@ -70,7 +72,7 @@ class Page:
         sentence, findings = opening(runs, compared)
         more = {
             "opening": view["verdict"] if self.chain else sentence, "findings": findings,
-            "opening_figure": self._chain_figure() if self.chain else self._opening_figure(),
+            "opening_figure": self._opening_figure(),
             "verdicts": [(at, text_verdict(run)) for at, run in enumerate(runs) if run.retention] if names[1:] else [],
             "figures": [{"kind": one.kind, "svg": style.to_svg(figure, one.description)} for one, figure in drawn],
             "prompts": {"shown": prompts[:SHOWN_PROMPTS], "folded": prompts[SHOWN_PROMPTS:]},
@@ -79,15 +81,17 @@ class Page:
         return _environment(html=True).get_template("report.html").render(view | more)
 
     def _opening_figure(self) -> str:
+        """What was learned and forgotten, or each text over the stages of a chain; empty where there is little."""
+        from retain.report import style
+
         runs = self.view["runs"]
+        if self.chain:
+            panel = chain_panel(runs, texts := self.view["chained"])
+            return style.to_svg(style.draw_panel(panel, [text.name for text in texts]), panel.description)
         if not (found := learned_and_forgotten(runs)):
             return ""
         description = " ".join(panel.description for panel in found)
         return style.to_svg(style.draw_intervals(found, [run.name for run in runs]), description)
-
-    def _chain_figure(self) -> str:
-        panel = chain_panel(self.view["runs"], texts := self.view["chained"])
-        return style.to_svg(style.draw_panel(panel, [text.name for text in texts]), panel.description)
 
     def markdown(self) -> str:
         """Verdict, tables and what they mean; what was written, asked and answered is on the page."""
