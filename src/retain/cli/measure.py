@@ -20,11 +20,10 @@ from retain.cli.github import LEVELS, SUMMARY_VARIABLE, annotation, append_summa
 from retain.cli.settings import CHAIN_HELP, RETENTION_HELP, TextSettings
 from retain.data.rows import Reading, named_sources, read_rows, row_texts
 from retain.files import exclusive, short_names, visible
+from retain.measuring.answer_files import read_log, read_samples
 from retain.measuring.behaviors import behavior_sources, load_behavior
 from retain.measuring.choices import load_questions
 from retain.measuring.generations import as_prompt
-from retain.measuring.inspect_log import read_log
-from retain.measuring.lm_eval import read_samples
 from retain.measuring.measure import measure
 from retain.measuring.paired_answers import pair_answers
 from retain.measuring.refusals import Judge, load_requests

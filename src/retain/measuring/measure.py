@@ -17,7 +17,7 @@ from retain.measuring.choices import Question, as_questions, measure_choices, qu
 from retain.measuring.generations import Prompt, measure_generations, options_that_fit
 from retain.measuring.measure_options import Options
 from retain.measuring.refusals import Judge, as_turns, measure_refusals
-from retain.measuring.texts import text_results
+from retain.measuring.tokens import text_results
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import (
     check_predicts_tokens,
