@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from textwrap import indent
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
@@ -23,6 +21,9 @@ from retain.models.adapters import adapted_model
 from retain.models.description import choose_start_token, default_device
 from retain.models.loading import load_model, load_tokenizer, loaded_as, tokenizer_of_tuned
 from retain.models.reference import Reference, probe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(kw_only=True)

@@ -11,10 +11,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from retain.checks import Unchosen
 from retain.data.chats import chat_of
@@ -25,6 +25,9 @@ from retain.measuring.thinking import without_reasoning
 from retain.measuring.tokens import check_finite
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import max_positions, with_least_room
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WHO = ("base", "tuned model")
 

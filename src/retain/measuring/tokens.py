@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from retain.data.rows import Document, without_copies
 from retain.files import visible
@@ -27,6 +27,9 @@ from retain.models.base_predictions import MeasuredBase
 from retain.progress import StageProgress
 from retain.report.metrics import BITS_PER_BYTE, GAIN, KEPT_SUMS, METRICS, SUMS
 from retain.statistics import bootstrap_ratio, resample_counts, share_interval
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Forward = Callable[..., Float[Tensor, "rows length vocab"]]
 MEASURING = "measuring"  # the kind of its stages of progress, a text each

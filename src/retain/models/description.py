@@ -8,10 +8,10 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -20,9 +20,8 @@ from retain.models.reference import sees_ahead
 
 # Tokens that separate documents in the pretraining of models whose bos_token is missing or a chat marker.
 DOCUMENT_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<|startoftext|>", "</s>", "<eos>")
-# What a parameter's name holds where it is an adapter's own, and what PEFT puts into the names of the base's.
-PREFIXES = {f".{tuner.prefix}" for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values() if getattr(tuner, "prefix", None)}
-OF_ADAPTERS = (".modules_to_save.", "prompt_encoder.", ".ranknum.", ".adaption_", *sorted(PREFIXES))
+# What PEFT's own parameters are called beside the prefixes of its methods, and what it puts into the base's names.
+OF_ADAPTERS = (".modules_to_save.", "prompt_encoder.", ".ranknum.", ".adaption_")
 WRAPPED = ("base_model.model.", ".token_adapter", ".base_layer", ".original_module")
 PROBE_TEXT = "The naïve fox — 3.14% of 日本 — jumps\n\tover it's lazy(dog); // ok?"
 
@@ -108,9 +107,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps([vocabulary, probe]).encode()).hexdigest()[:16]
 
 
+@cache
+def _of_adapters() -> tuple[str, ...]:
+    """What a parameter's name holds where it is an adapter's own, of every method that PEFT knows."""
+    from peft import PEFT_TYPE_TO_TUNER_MAPPING
+
+    prefixes = {getattr(tuner, "prefix", None) for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values()}
+    return (*OF_ADAPTERS, *sorted(f".{prefix}" for prefix in prefixes if prefix))
+
+
 def base_parameter_name(name: str) -> str | None:
     """The name a parameter has in the model without its adapter, or None for the adapter's own parameters."""
-    if any(part in name for part in OF_ADAPTERS):
+    if any(part in name for part in _of_adapters()):
         return None
     for part in WRAPPED:
         name = name.replace(part, "")

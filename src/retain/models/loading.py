@@ -18,31 +18,19 @@ import tempfile
 import warnings
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft import (
-    LoraConfig,
-    PeftConfig,
-    PeftModelForCausalLM,
-    get_peft_model,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
 from safetensors.torch import load_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 from retain.files import check_model_path, first_line, hub_remedy
 from retain.models.description import base_parameter_name, num_tuned, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +166,8 @@ def _load_weights(path: str, field: str, **options: Any) -> Any:
     Raises:
         ValueError: if a weight was not found, has another shape, or would be ignored where the model computes.
     """
+    from transformers import AutoModelForCausalLM
+
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # else they raise, without saying which
     model, found = _load(AutoModelForCausalLM, path, "the weights", field, **options)
     name = str(Path(path, options.get("gguf_file") or ""))
@@ -281,6 +271,8 @@ def loaded_as(model: PreTrainedModel) -> dict[str, Any]:
 
 def _load_adapter(path: str, revision: str, field: str, **options: Any) -> Any:
     """A base with the adapter in `path`, of which every weight was found."""
+    from peft import PeftConfig, PeftModelForCausalLM, set_peft_model_state_dict
+
     config = _load(PeftConfig, path, "the adapter", field, revision=revision)
     base = config.base_model_name_or_path
     remedy = "name the base it was trained on as base_model_name_or_path in its adapter_config.json"
@@ -322,6 +314,8 @@ def _load_adapter(path: str, revision: str, field: str, **options: Any) -> Any:
 
 
 def _adapter_weights(path: str, revision: str, field: str) -> tuple[str, dict[str, torch.Tensor]]:
+    from peft import load_peft_weights
+
     file = next(filter(None, (find_file(path, name, revision, field) for name in ADAPTER_FILES)), None)
     if file is None:
         raise ValueError(f"{field}: the adapter {path!r} holds no {ADAPTER_FILES[0]}; copy it there, or save it again")
@@ -402,6 +396,8 @@ def _vocabulary_difference(own: dict[str, int], base: dict[str, int]) -> str:
 
 def empty_model(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedModel:
     """A model on the device `meta`, from its configuration alone: it has shapes, and no weights are read."""
+    from transformers import AutoModelForCausalLM
+
     path = resolve_model_path(name)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
@@ -422,6 +418,8 @@ def lora_num_params(
     trust_remote_code: bool = False,
 ) -> int:
     """How many parameters a LoRA of this rank tunes in `model`, from its configuration alone: no weights are read."""
+    from peft import LoraConfig, get_peft_model
+
     empty = empty_model(model, revision=revision, trust_remote_code=trust_remote_code)
     modules = "all-linear" if target_modules == ["all-linear"] else target_modules
     try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,13 +24,16 @@ import psutil
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from retain.models.head import seen_by_head
 from retain.models.reference import evaluation_mode, probe_tokens
 from retain.replay.provenance import check_draws, rope_switch
 from retain.replay.stored_predictions import kept_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_ROWS, MAX_ROWS_ON_CPU = 512, 64  # of a batch; on a CPU 64 rows already fill the matrix products
 SHARE_OF_FREE_MEMORY = 0.5

@@ -12,14 +12,14 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from retain.checks import Unchosen, check_number
 from retain.files import check_output_dir, exclusive, write_json
@@ -48,6 +48,9 @@ from retain.replay.provenance import rope_switch
 from retain.replay.stored_predictions import cache_path, holds_predictions, predict_rows, write_predictions
 from retain.sampling.engine import Engine, Progress, Shard, batch_engine, choose_batch_size, draw_rows
 from retain.sampling.starts import Starts, plan_starts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAMPLER = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
 ROWS_PER_SHARD = 64
