@@ -148,6 +148,16 @@ def test_a_frozen_head_gets_no_gradient_and_none_is_made() -> None:
     torch.testing.assert_close(grad, torch.autograd.grad(naive, [hidden])[0], rtol=1e-4, atol=1e-6)
 
 
+def test_where_no_gradient_is_asked_for_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be as large as the head; torch does not say so inside of a function of its own."""
+    of_both = parts(4)
+    value = chunked_kl_divergence(*of_both)
+    monkeypatch.delattr(retain.losses, "_add_product")
+    with torch.no_grad():
+        hidden = of_both[2].detach()  # as a model gives it there
+        assert torch.equal(chunked_kl_divergence(*of_both[:2], hidden, of_both[3]), value)
+
+
 def test_the_reference_head_gets_no_gradient_even_where_it_is_trained() -> None:
     """With an adapter the base's head is the model's own: only the model's side of the KL may pull on it."""
     _, _, hidden, head = parts(5)

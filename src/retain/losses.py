@@ -104,7 +104,7 @@ def chunked_kl_divergence(
         probs = ref.exp()
         return expectation(probs, ref.sub_(log_probs)), probs
 
-    return _ChunkedDivergence.apply(hidden, *head, _filling(values, target))
+    return _summed_divergence(hidden, head, _filling(values, target))
 
 
 def chunked_topk_kl_divergence(
@@ -126,7 +126,7 @@ def chunked_topk_kl_divergence(
         pull = (log_probs + log_ratio.unsqueeze(-1)).exp_()  # the rest, scaled to the mass that the base gives it
         return value, pull.scatter_(-1, ref_tokens[part], ref_log_probs[part].float().exp())
 
-    return _ChunkedDivergence.apply(hidden, *head, _filling(values, target))
+    return _summed_divergence(hidden, head, _filling(values, target))
 
 
 def _filling(values: Tensor | None, target: Target) -> Target:
@@ -150,7 +150,7 @@ def chunked_next_token_loss(
         tokens = targets[part].unsqueeze(-1)
         return -log_probs.gather(-1, tokens).squeeze(-1), torch.zeros_like(log_probs).scatter_(-1, tokens, 1.0)
 
-    return _ChunkedDivergence.apply(hidden, *head, target)
+    return _summed_divergence(hidden, head, target)
 
 
 def topk_kl_divergence(
@@ -174,6 +174,13 @@ def _topk_parts(ref_log_probs: Tensor, ref_tokens: Tensor, log_probs: Tensor) ->
     named = expectation(ref.exp(), ref - log_probs.gather(-1, ref_tokens))
     ratio = torch.where(ref_rest.isfinite(), ref_rest - rest, 0.0)
     return named + ref_rest.exp() * ratio, torch.where(ref_rest.isfinite(), ratio, -torch.inf)
+
+
+def _summed_divergence(hidden: Tensor, head: Head, target: Target) -> Tensor:
+    if not torch.is_grad_enabled():  # which torch does not say inside: a gradient as large as the head would be made
+        bias = None if head.bias is None else head.bias.detach()
+        head = head._replace(weight=head.weight.detach(), bias=bias)
+    return _ChunkedDivergence.apply(hidden, *head, target)
 
 
 class _ChunkedDivergence(torch.autograd.Function):
