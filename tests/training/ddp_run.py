@@ -37,6 +37,7 @@ CASES = {
     "llama-new": ("llama", None, "kl_new"),
 }
 PARTS = ("replay/kl_opening", "replay/kl_rest")
+OF_ANCHOR = ("replay/anchor", "replay/kl_fixed")
 ADAM = {"optim": "adamw_torch", "learning_rate": 2e-3}
 ANCHOR = {"anchor_coef": 10.0, "anchor_lr_ratio": 1.0}
 FOUR = {"max_steps": 4}
@@ -162,6 +163,7 @@ def make_trainer(folder: Path, name: str, batch: int, where: dict[str, Any]) -> 
     settings |= special
     share: dict[str, Any] = {"per_device_replay_batch_size": batch} if objective != "replace" else {"replay_share": 0.5}
     share |= {"max_ref_kl": 0.01} if "budget" in name else ANCHOR if "anchor" in name else {}
+    share |= {"replay_every": 2} if name == "whole-anchor" else {}  # at other steps the KL is that of fixed rows
     model = make_model(architecture)
     if name.endswith(("halved", "rounded")):
         model = model.bfloat16() if name.endswith("halved") else model.bfloat16().float()
@@ -190,6 +192,8 @@ def run(folder: Path, batch: int, way: str, cases: Sequence[str]) -> None:
             kept["whole"] = whole_weights(trainer.model)
             trainer = make_trainer(folder, name, batch, where)
             trainer.train(resume_from_checkpoint=str(folder / name / "checkpoint-2"))
+        if (anchor := trainer.replay.anchor) is not None:
+            kept["fixed"] = anchor.fixed.kl(trainer.model, trainer.accelerator.device)
         retention = trainer.evaluate_retention()
         weights = whole_weights(trainer.model)
         if name == "copy-accumulated" and way == "fsdp2":
@@ -197,7 +201,7 @@ def run(folder: Path, batch: int, way: str, cases: Sequence[str]) -> None:
         if trainer.is_world_process_zero():
             logged = {
                 key: [row[key] for row in trainer.state.log_history if key in row]
-                for key in ("loss", "new_task/loss", "replay/loss", *PARTS, "replay/coef", "replay/anchor")
+                for key in ("loss", "new_task/loss", "replay/loss", *PARTS, "replay/coef", *OF_ANCHOR)
             }
             wrapped = [type(model).__name__ for model in (trainer.model, trainer.model_wrapped)]
             kept |= {"weights": weights, "wrapped": wrapped, "retention": retention, **logged}

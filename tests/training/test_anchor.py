@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_model
@@ -16,6 +17,7 @@ from training_runs import LORA, TOKENS, config, difference, logged, rows_of, tra
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from retain import ReplayConfig, ReplaySFTTrainer, ReplayTrainer
+from retain.losses import kl_divergence
 from retain.models.fisher import Curvature, measure_fisher
 from retain.replay.dataset import ReplayDataset
 from retain.training.anchor import ANCHOR_FILE, check_anchor
@@ -194,7 +196,7 @@ def test_it_holds_the_model_without_any_replay_row(tmp_path: Path, replay: Repla
         settings = ReplayConfig(replay_coef=0.0, anchor_coef=coef)
         trainer = train(tmp_path / f"{coef:g}", replay, replay_config=settings, **adapter)
         held[coef] = logged(trainer, "replay/anchor")[-1]
-        assert logged(trainer, "replay/kl") == []
+        assert len(logged(trainer, "replay/kl_fixed")) == len(logged(trainer, "replay/anchor"))
         assert trainer.protection()[0].startswith(f"anchor: coefficient {coef:g}, inside AdamW, at 10 times the rate")
     assert held[1e4] < 0.2 * held[1.0]
 
@@ -215,12 +217,13 @@ def test_under_autocast_a_run_is_the_one_of_float32_but_for_rounding(
     tmp_path: Path, replay: ReplayDataset, lora: bool
 ) -> None:
     adapter: dict[str, Any] = {"peft_config": LoraConfig(**LORA)} if lora else {}
-    settings = ReplayConfig(replay_coef=1.0, per_device_replay_batch_size=2, anchor_coef=10.0)
+    settings = ReplayConfig(replay_coef=1.0, per_device_replay_batch_size=2, anchor_coef=10.0, replay_start=0.5)
     whole, half = (
         train(tmp_path / str(bf16), replay, replay_config=settings, changes={"bf16": bf16}, **adapter)
         for bf16 in (False, True)
     )
-    assert logged(half, "replay/anchor") == pytest.approx(logged(whole, "replay/anchor"), rel=0.05)
+    for name in ("replay/anchor", "replay/kl_fixed"):
+        assert logged(half, name) == pytest.approx(logged(whole, name), rel=0.05)
     assert all(weight.dtype == torch.float32 for weight in weights(half.model).values())
 
 
@@ -294,6 +297,9 @@ def test_a_lora_of_a_tied_head_is_held_as_a_head(tmp_path: Path) -> None:
     held = train(
         tmp_path, rows, get_peft_model(model, adapter), ReplayTrainer, ReplayConfig(**ALONE), train_dataset=TOKENS
     )
+    kl = kl_by_hand(held.model, rows, make_model("qwen3"))  # with an adapter on it the head is no plain one
+    assert logged(held, "replay/kl_fixed")[-1] == pytest.approx(kl, rel=1e-4)
+    assert kl > 1e-5
     (lora,), untied = held.replay.anchor.anchored, make_model("qwen3")
     untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
     measured = measure_fisher(untied, [rows.batch(range(len(rows)))], {"head": untied.lm_head.weight})["head"]
@@ -307,6 +313,9 @@ def test_replay_may_begin_late(tmp_path: Path, replay: ReplayDataset) -> None:
     steps = [row["step"] for row in trainer.state.log_history if "replay/kl" in row]
     assert steps == [4, 5, 6]
     assert min(logged(trainer, "replay/kl")) > 0
+    fixed = {row["step"]: row["replay/kl_fixed"] for row in trainer.state.log_history if "replay/kl_fixed" in row}
+    assert list(fixed) == [1, 2, 3]
+    assert min(fixed.values()) > 1e-5
 
 
 def test_a_limit_of_the_kl_moves_the_anchor_with_the_replay(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -321,16 +330,74 @@ def test_a_move_that_the_anchor_no_longer_sees_is_said_once(
     tmp_path: Path, replay: ReplayDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = ReplayConfig(replay_coef=1.0, anchor_coef=10.0)
-    anchor = train(tmp_path, replay, replay_config=settings).replay.anchor
-    assert anchor is not None
+    trainer = train(tmp_path, replay, replay_config=settings)
+    anchor = trainer.replay.anchor
     said = lambda: [record.message for record in caplog.records if "it no longer holds" in record.message]  # noqa: E731
-    penalty = anchor.logs(None)["replay/anchor"]
-    anchor.logs(9 * penalty)
+    where = trainer.model, trainer.accelerator.device
+    penalty = anchor.logs(None, *where)["replay/anchor"]
+    anchor.logs(9 * penalty, *where)
     assert said() == []
     for _ in range(2):
-        anchor.logs(max(0.02, 20 * penalty))
+        anchor.logs(max(0.02, 20 * penalty), *where)
     (line,) = said()
     assert line.startswith("anchor_coef: the model has moved so far that KL(base || model)")
+
+
+def kl_by_hand(model: Any, rows: ReplayDataset, base: Any = None) -> float:
+    """KL(base || model) on the two longest rows by whole logits, nats per token."""
+    batch = rows.batch(np.argsort(-rows.num_predictions, kind="stable")[:2].tolist())
+    mask = batch.pop("labels")[:, 1:] != -100
+    with torch.no_grad():
+        logits = [one.eval()(**batch).logits[:, :-1][mask] for one in (base or make_model(), model)]
+    return float(kl_divergence(*logits).mean())
+
+
+@pytest.mark.parametrize("objective", ["none", "ntp", "replace", "kl_new"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_where_no_rows_are_compared_the_true_kl_is_logged(
+    tmp_path: Path, replay: ReplayDataset, objective: str, lora: bool
+) -> None:
+    """Without dropout; of rows of different lengths."""
+    adapter: dict[str, Any] = {"peft_config": LoraConfig(**LORA, lora_dropout=0.5)} if lora else {}
+    rows = ReplayDataset.from_rows([replay[at][: 3 + at] for at in range(len(replay))], "real")
+    term = {"replay_coef": 0.0} if objective == "none" else {"replay_objective": objective}
+    trainer = train(tmp_path, rows, replay_config=ReplayConfig(**term, anchor_coef=10.0), **adapter)  # type: ignore[arg-type]
+    kl = logged(trainer, "replay/kl_fixed")
+    assert len(kl) == 3
+    assert kl[-1] == pytest.approx(kl_by_hand(trainer.model, rows), rel=1e-4)
+    assert kl[-1] > 1e-4
+
+
+def test_the_anchor_alone_says_once_that_the_model_moved_beyond_it(
+    tmp_path: Path, replay: ReplayDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ReplayConfig(replay_coef=0.0, anchor_coef=100.0)
+    trainer = train(tmp_path, replay, replay_config=settings, changes={"learning_rate": 0.03, "max_steps": 9})
+    kl, anchor = (logged(trainer, name) for name in ("replay/kl_fixed", "replay/anchor"))
+    assert sum(one > 10 * other for one, other in zip(kl, anchor, strict=True)) > 1
+    assert len([message for message in caplog.messages if "it no longer holds what moves" in message]) == 1
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_kl_of_fixed_rows_changes_nothing_but_the_log(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
+    """No random state, gradient or mode of the model: with dropout, checkpointing, micro-batches, after a resume."""
+    adapter: dict[str, Any] = {"peft_config": LoraConfig(**LORA, lora_dropout=0.5)} if lora else {}
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "gradient_checkpointing": True}
+    saving |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    runs: dict[str, dict[str, Any]] = {
+        "never": {"changes": saving | {"logging_strategy": "no"}},
+        "always": {"changes": saving},
+        "resumed": {"changes": saving, "resume": str(tmp_path / "always" / "checkpoint-2")},
+    }
+    found = {
+        name: train(tmp_path / name, replay, replay_config=ReplayConfig(**ALONE), **run, **adapter)  # type: ignore[arg-type]
+        for name, run in runs.items()
+    }
+    assert not logged(found["never"], "replay/kl_fixed")
+    for name in ("always", "resumed"):
+        assert difference(weights(found["never"].model), weights(found[name].model)) == 0.0
+        assert len(logged(found[name], "replay/kl_fixed")) == 4
+    assert logged(found["resumed"], "replay/kl_fixed") == logged(found["always"], "replay/kl_fixed")
 
 
 # Refusals

@@ -217,6 +217,10 @@ def check_pair(one: dict[str, Any], two: dict[str, Any], way: str, name: str) ->
     if "anchor" in name:
         assert two["replay/anchor"] == pytest.approx(one["replay/anchor"], rel=1e-4)
         assert one["replay/anchor"][-1] > 1e-4
+        assert two["fixed"] == pytest.approx(one["fixed"], rel=1e-3)
+        assert one["fixed"] > 1e-3
+        assert two["replay/kl_fixed"] == pytest.approx(one["replay/kl_fixed"], rel=1e-3)
+        assert bool(one["replay/kl_fixed"]) == (name == "whole-anchor")
 
 
 def check_same(one: dict[str, Any], two: dict[str, Any]) -> None:

@@ -118,6 +118,7 @@ def _curves(runs: ReportRuns) -> list[Panel]:
     every = list(enumerate(runs))
     wanted += [_curve(every, f"retention/{text}/ref_kl", f"Divergence on {text}") for text in names_of_texts(runs)]
     wanted.append(_curve(every, "replay/kl", "Divergence on the replay rows", marks=False))
+    wanted.append(_curve(every, "replay/kl_fixed", "Divergence on two fixed replay rows", marks=False))
     strength = _curve(every, "replay/coef", "Strength of replay", marks=False, ylabel="coefficient")
     if not all(len(set(line.y)) == 1 for line in strength.lines):
         wanted.append(strength)

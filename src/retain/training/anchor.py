@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from retain.replay.dataset import ReplayDataset
 from retain.replay.fisher import fisher_of
 from retain.training.anchored_adamw import AnchoredAdamW, AnchoredLoRA, AnchoredWeight
 from retain.training.config import ReplayConfig
+from retain.training.fixed_rows import FixedRows
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +42,21 @@ class Anchor:
         anchored: the weights, at the base.
         num_tokens: predictions that were read.
         seconds: that it took.
+        fixed: rows on which the KL is measured where none are drawn.
     """
 
     anchored: list[AnchoredWeight | AnchoredLoRA]
     num_tokens: int
     seconds: float
+    fixed: FixedRows
     warned: bool = False
 
     @classmethod
-    def measure(cls, model: Any, rows: ReplayDataset, seed: int) -> Anchor:
+    def measure(cls, model: Any, rows: ReplayDataset, seed: int, autocast: Callable[[], Any] = nullcontext) -> Anchor:
         """Read replay rows with the base that the model still is.
+
+        Args:
+            autocast: makes the context of the training's forward passes.
 
         Raises:
             ValueError: if something is trained besides whole weights, or besides LoRA of linear layers.
@@ -73,7 +80,8 @@ class Anchor:
                     f"anchor_coef: {name!r} is trained, and the anchor holds whole models or LoRA of linear layers "
                     "alone; leave it out, or set anchor_coef 0 and use replay alone"
                 )
-        return cls(anchored, num_tokens, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        return cls(anchored, num_tokens, seconds, FixedRows(model, rows, anchored, autocast))
 
     def optimizer(self, args: Any, config: ReplayConfig) -> tuple[type[AnchoredAdamW], dict[str, Any]]:
         """The run's optimizer as transformers takes one: its class, and all but the groups of parameters."""
@@ -93,18 +101,24 @@ class Anchor:
         with torch.no_grad():
             return float(torch.stack([one.penalty() for one in self.anchored]).sum())
 
-    def logs(self, kl: float | None) -> dict[str, float]:
-        """The penalty, for the logs; a warning, once, where the KL on replay rows (or None) has outgrown it."""
-        penalty = self.penalty()
-        if not self.warned and kl is not None and kl > max(MIN_KL, MAX_BEYOND * penalty):
+    def logs(self, kl: float | None, model: Any, device: torch.device) -> dict[str, float]:
+        """The penalty, for the logs, and a warning, once, where the KL on replay rows has outgrown it.
+
+        Args:
+            kl: on rows that were drawn, nats per token; None where none were: then that on the fixed ones is logged.
+        """
+        found = {"replay/anchor": (penalty := self.penalty())}
+        if kl is None:
+            kl = found["replay/kl_fixed"] = self.fixed.kl(model, device)
+        if not self.warned and kl > max(MIN_KL, MAX_BEYOND * penalty):
             self.warned = True
             logger.warning(
-                "anchor_coef: the model has moved so far that KL(base || model) on replay rows, %.3g nats per token, "
-                "is %.0f times what the anchor sees of it (replay/anchor %.2g): it no longer holds what moves; lower "
-                "learning_rate or replay_start",
-                kl, kl / penalty, penalty,
+                "anchor_coef: the model has moved so far that KL(base || model) on replay rows is %.3g nats per token, "
+                "where the anchor sees %.2g (replay/anchor): it no longer holds what moves; lower learning_rate, or "
+                "add replay (replay_coef) or let it begin earlier (replay_start)",
+                kl, penalty,
             )  # fmt: skip
-        return {"replay/anchor": penalty}
+        return found
 
     def save(self, folder: Path) -> None:
         """Keep the curvatures for a run that resumes: Adam's state is in their coordinates."""

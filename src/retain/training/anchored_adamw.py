@@ -85,7 +85,7 @@ class AnchoredWeight:
 
     def penalty(self) -> Tensor:
         """½ ΔᵀFΔ at the parameters as they are, nats per token."""
-        return _whole((self.curvature.diagonal() * self._offset().square()).sum() / 2)
+        return whole((self.curvature.diagonal() * self._offset().square()).sum() / 2)
 
 
 class AnchoredLoRA:
@@ -114,11 +114,11 @@ class AnchoredLoRA:
         return zip(self.parameters, sides, strict=True)
 
     def read(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
-        self._found = [side.rotate(_whole(parameter).float()) for parameter, side in self._rotations()]
+        self._found = [side.rotate(whole(parameter).float()) for parameter, side in self._rotations()]
         return [found.clone() for found in self._found]
 
     def gradients(self) -> list[Tensor]:
-        return [side.rotate(_whole(_gradient(parameter))) for parameter, side in self._rotations()]
+        return [side.rotate(whole(_gradient(parameter))) for parameter, side in self._rotations()]
 
     def pull(self, at: int, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
         (a, b), (outputs, inputs), square = coordinates, self._sides(), self.scale**2
@@ -143,7 +143,7 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter, dtype=torch.float32) if parameter.grad is None else parameter.grad.float()
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """All of what processes hold in parts."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -243,7 +243,7 @@ class Protection:
             check_anchor(trainer.args, trainer)
             if hasattr(model, "disable_adapter"):
                 self._prove_adapter_off(model)
-            self.anchor = Anchor.measure(model, rows, trainer.args.seed)
+            self.anchor = Anchor.measure(model, rows, trainer.args.seed, accelerator.autocast)
 
     def _prove_adapter_off(self, model: Any) -> None:
         """With any reference the anchor holds an adapter at 0."""

@@ -113,8 +113,8 @@ class ReplayTerm:
         if stored is not None and "tokens" in stored:
             return self._topk_kl(batch, stored["log_probs"], stored["tokens"].long())
         if form is None:
-            assert stored is None, "hidden states say nothing without a plain head"
-            ref_logits = self._ref(batch, batch.logits)
+            assert stored is None or "logits" in stored, "hidden states say nothing without a plain head"
+            ref_logits = self._ref(batch, batch.logits) if stored is None else stored["logits"]
             return batch.summed(kl_divergence(ref_logits, batch.logits(batch.model)))
         ref_head, ref_hidden = self.ref_head, None if stored is None else stored["hidden"]
         if ref_hidden is None:
@@ -130,6 +130,12 @@ class ReplayTerm:
             return chunked_kl_divergence(ref_hidden, ref_head or head, hidden, head, batch.values)
 
         return batch.at_head(batch.model, compute)
+
+    def predictions(self, batch: TermBatch) -> dict[str, Tensor]:
+        """What the batch's model predicts, as `kl` takes it for `stored`."""
+        if self.form is None:
+            return {"logits": batch.logits(batch.model)}
+        return {"hidden": batch.at_head(batch.model, lambda hidden, module: hidden)}
 
     def _topk_kl(self, batch: TermBatch, log_probs: Tensor, tokens: Tensor) -> Tensor:
         form = self.form

@@ -379,12 +379,14 @@ class ReplayMixin(Host):
 
         All are means over the logged steps and processes. A KL is logged as `replay/kl`, too, and apart over the first
         predictions of the rows (`replay/kl_opening`) and all others (`replay/kl_rest`, which a budget holds).
-        `replay/anchor` is what the anchor takes for the KL of the weights as they are.
+        `replay/anchor` is what the anchor takes for the KL of the weights as they are; where no replay rows were drawn
+        to compare it with, `replay/kl_fixed` is that KL on two rows, the same ones every time.
         """
         if "loss" in logs:
             logs.update(self._meter.logs(self.state.global_step, self.replay_coef))
             if self.replay.anchor is not None:
-                logs.update(self.replay.anchor.logs(logs.get("replay/kl")))
+                kl = logs.get("replay/kl") if self.objective.draws_rows else None
+                logs.update(self.replay.anchor.logs(kl, self.model, self.accelerator.device))
         super().log(logs, start_time)
 
 
