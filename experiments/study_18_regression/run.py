@@ -5,11 +5,16 @@ python -m experiments 18 [--report]
 A network predicts y of x as a normal distribution of known width. It learns one function on the left, and is then
 finetuned on another function on the right, alone or with replay on the left: of y that the base itself draws there
 (self), or of y that comes from elsewhere (other), each with the likelihood of y (NTP) or the KL from the base's
-prediction at the same x, which does not look at y.
+prediction at the same x, which does not look at y. Rows from elsewhere have x in the third of the left that is
+next to the right, as text of others has contexts that the model itself seldom writes.
 
 Rule, fixed before the runs: what is forgotten is the mean KL from the base to the finetuned network on the left, in
 nats, after all steps; a claim holds where its difference, paired by seed, has its sign in the whole 95% interval, and
 0.01 nats or less do not matter.
+
+A first look had rows from elsewhere at the same x as the base's own, so that both KL arms were one computation, number
+for number, and the third claim held by definition. Where they lie was changed then, before a run of it; intervals are
+corrected for two looks.
 """
 
 from __future__ import annotations
@@ -50,6 +55,7 @@ class Scale:
     replay_rows: int = 8
     learning_rate: float = 3e-3
     coef: float = 1.0
+    elsewhere: float = 1 / 3  # part of the left, next to the right, where rows that the base did not write lie
     seeds: int = 5
 
 
@@ -69,12 +75,8 @@ def other(x: Tensor) -> Tensor:
     return 0.4 * x + 1.0
 
 
-def left(number: int, draws: torch.Generator) -> Tensor:
-    return EDGES[0] + (BORDER - EDGES[0]) * torch.rand(number, 1, generator=draws)
-
-
-def right(number: int, draws: torch.Generator) -> Tensor:
-    return BORDER + (EDGES[1] - BORDER) * torch.rand(number, 1, generator=draws)
+def between(low: float, high: float, number: int, draws: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(number, 1, generator=draws)
 
 
 def descend(model: nn.Module, num_steps: int, rate: float, loss: Callable[[], Tensor]) -> nn.Module:
@@ -102,11 +104,12 @@ def tuned(arm: str, base: nn.Module, scale: Scale, seed: int) -> nn.Module:
         return scale.noise * torch.randn(x.shape, generator=draws)
 
     def loss() -> Tensor:
-        x = right(scale.rows, draws)
+        x = between(BORDER, EDGES[1], scale.rows, draws)
         found = squares(model(x) - new(x) - noise(x))
         if not source:
             return found
-        x = left(scale.replay_rows, draws)
+        part = 1.0 if source == "self" else scale.elsewhere
+        x = between(BORDER - part * (BORDER - EDGES[0]), BORDER, scale.replay_rows, draws)
         with torch.no_grad():
             predicted = base(x)
         y = (predicted if source == "self" else other(x)) + noise(x)
@@ -124,7 +127,7 @@ def make(name: str, seed: int) -> None:
     base = nn.Sequential(*layers, nn.Linear(scale.width, 1))
 
     def loss() -> Tensor:
-        x = left(scale.rows, draws)
+        x = between(EDGES[0], BORDER, scale.rows, draws)
         return (base(x) - old(x) - scale.noise * torch.randn(x.shape, generator=draws)).square().mean()
 
     descend(base, scale.base_steps, scale.learning_rate, loss)
@@ -156,10 +159,8 @@ def report(name: str) -> Report:
     learned = {arm: over_seeds([rows[arm][seed]["new_task"] for seed in seeds]) for arm in ARMS}
     found = {}
     for label, (less, more) in CLAIMS.items():
-        claim = Claim([a - b for a, b in zip(lost[less], lost[more], strict=True)], -1, margin=0.01)
+        claim = Claim([a - b for a, b in zip(lost[less], lost[more], strict=True)], -1, margin=0.01, first_look=0)
         words = f"{over_seeds(lost[less])} against {over_seeds(lost[more])} nats, {claim.interval.text('+.3f')}"
-        if less == "KL, other" and lost[less] == lost["KL, self"]:
-            words += ", the same run as KL, self, for the KL looks at no y"
         found[label] = (claim.verdict, f"{words}; {len(seeds)} seeds, {SCALES[name].width} units")
     lines = [(arm, over_seeds(lost[arm]), learned[arm]) for arm in ARMS]
     head = ("arm", "forgotten on the left: KL to the base, nats", "left to learn on the right, nats")

@@ -23,8 +23,7 @@ def test_a_seed_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         study.make("laptop", seed)
     rows = {row["settings"]["arm"]: row for row in study.StudyResults(tmp_path / "results.jsonl", "laptop").rows_with()}
     assert rows["base"]["forgotten"] == 0
-    assert rows["KL, self"] | {"settings": 0, "key": 0, "seconds": 0} == (
-        rows["KL, other"] | {"settings": 0, "key": 0, "seconds": 0}), "KL looks at no target"  # fmt: skip
+    assert rows["KL, self"]["forgotten"] < rows["KL, other"]["forgotten"], "other rows cover a third of the left"
     assert rows["KL, self"]["forgotten"] < rows["plain"]["forgotten"] / 2
     text, draw = study.report("laptop")
     assert "| NTP, other |" in text
@@ -43,5 +42,4 @@ def test_the_verdicts_go_with_the_rows(tmp_path: Path) -> None:
             results.make({"arm": arm, "seed": seed}, lambda found=found: found)
     lines = [line for line in study.report("laptop")[0].splitlines() if line.startswith("- ")]
     verdicts = [line.split("**")[1] for line in lines]
-    assert not any("the same run" in line for line in lines), "here the KL arms differ"
     assert verdicts == ["reproduced", "reproduced", "not reproduced", "not reproduced"]
