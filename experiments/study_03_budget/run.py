@@ -44,22 +44,17 @@ def runs() -> list[Run]:
 
 
 def finetune(run: Run, bench: Bench) -> dict[str, Any]:
-    """Train; the trajectory of losses and of the coefficient, and the controller's own verdict."""
-    steps: list[tuple[float, float]] = []
+    """Train; the trajectory of losses, the KL that is held and the coefficient by step, and the controller's verdict."""
     with scratch() as folder:
         trainer = make_trainer(run, bench, folder)
-        follow = trainer._follow_budget
-
-        def watch() -> None:
-            follow()
-            steps.append((trainer._meter.held_kl(), trainer.budget.coef))
-
-        trainer._follow_budget = watch
+        trainer.args.set_logging(strategy="steps", steps=1)
         trainer.train()
-        found = {"trajectory": [compact(row) for row in read_run(folder)["trajectory"] if "eval_loss" in row]}
+        rows = read_run(folder)["trajectory"]
+    found: dict[str, Any] = {"trajectory": [compact(row) for row in rows if "eval_loss" in row]}
     if trainer.budget is not None:
         found["verdict"] = asdict(trainer.budget.verdict())
-        found["steps"] = [[float(f"{value:.4g}") for value in pair] for pair in steps]
+        pairs = [(row["replay/kl_rest"], row["replay/coef"]) for row in rows if "replay/coef" in row]
+        found["steps"] = [[float(f"{value:.4g}") for value in pair] for pair in pairs]
     return found
 
 
