@@ -44,7 +44,7 @@ def runs() -> list[Run]:
 
 
 def finetune(run: Run, bench: Bench) -> dict[str, Any]:
-    """Train; the trajectory of losses, the KL that is held and the coefficient by step, and the controller's verdict."""
+    """Train; the losses on the way, the KL that is held and the coefficient by step, and the controller's verdict."""
     with scratch() as folder:
         trainer = make_trainer(run, bench, folder)
         trainer.args.set_logging(strategy="steps", steps=1)
@@ -122,7 +122,7 @@ def answer(found: dict[float | None, list[dict[str, Any]]], said: str) -> str:
     after = (
         "Looked at after the runs, no part of the rule. By the last tenth of the steps "
         f"{sum(one > NEAR for one in late)} of {len(late)} runs are more than 20% above their budget ({min(late):+.0%} "
-        f"to {max(late):+.0%}): the KL still rose. On held-out rows of the base's own, at the last step, "
+        f"to {max(late):+.0%}). On held-out rows of the base's own, at the last step, "
         f"{sum(one < 0 for one in fresh)} of {len(fresh)} are below it ({min(fresh):+.0%} to {max(fresh):+.0%})."
     )
     claim = findings({"A run ends where its budget of ref_kl on replay rows says": (words, numbers)})

@@ -1,0 +1,75 @@
+"""Studies that share their finetunes, made whole at miniature scale; and that no study is without a test."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_experiments import PLAIN, SHORT, TINY, in_place, small_texts
+
+from experiments import finetunes, small_base
+from experiments.study_03_budget import run as budget
+from experiments.study_14_anchor import run as anchor
+from experiments.study_14_anchor import settings
+
+STUDIES = sorted(Path(finetunes.__file__).parent.glob("study_*"))
+
+
+@pytest.fixture(scope="module")
+def anchored(tmp_path_factory: pytest.TempPathFactory) -> finetunes.Bench:
+    """The tiny bench, with Fisher information and predictions kept beside its rows."""
+    folder = small_base.make_base(tmp_path_factory.mktemp("base") / "tiny", small_texts(), TINY)
+    return finetunes.open_bench(folder, small_texts(), SHORT, for_anchors=True)
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_every_study_has_a_test(study: Path) -> None:
+    """Study 03 called a method that its trainer had lost, and its command failed for as long as nothing ran it."""
+    tests = [path.read_text() for path in Path(__file__).parent.glob("test_*.py") if path.name != "test_committed.py"]
+    assert any(f"experiments.{study.name}" in text for text in tests)
+
+
+@pytest.mark.program
+def test_the_budget_study(anchored: finetunes.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place(monkeypatch, budget, anchored, tmp_path)
+    plain = replace(PLAIN, replay_rows=2)
+    kinds = [plain, *(replace(plain, budget=one, coef=1.0) for one in (*budget.BUDGETS, budget.STRICT))]
+    monkeypatch.setattr(budget, "runs", lambda: kinds)
+    monkeypatch.setattr(budget, "STEPS", PLAIN.max_steps)
+    budget.main(["--num_workers", "1"])
+    rows = [row for row in budget.StudyResults(tmp_path / "results.jsonl", "").rows.values() if "steps" in row]
+    assert len(rows) == 4
+    for row in rows:
+        kl, coefs = zip(*row["steps"], strict=True)
+        assert len(kl) == PLAIN.max_steps
+        assert kl[0] == pytest.approx(0, abs=1e-6), "the first step's model is the base"
+        assert kl[-1] > 0
+        assert coefs[-1] == pytest.approx(row["verdict"]["coef"], rel=1e-3)
+    page = (tmp_path / "README.md").read_text()
+    assert "of 3 runs within 20%" in page
+    assert f"| {budget.STRICT:g} |" in page
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_anchor_study(anchored: finetunes.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place(monkeypatch, anchor, anchored, tmp_path)
+    monkeypatch.setattr(anchor, "bench", lambda base, task: anchored)
+    monkeypatch.setitem(anchor.TIMED, "small", (2, 2))
+    run = replace(PLAIN, schedule="linear")
+    rates: dict[str, Any] = {"plain": {"full": (1e-3, 3e-3)}}
+    monkeypatch.setitem(settings.BASES, "small", replace(settings.BASES["small"], run=run, **rates))
+    alone = ["--num_workers", "1"]
+    with pytest.raises(SystemExit, match="no cell of the last round has three seeds yet"):
+        anchor.main([*alone, "--parts", "small-full-timing"])
+    anchor.main([*alone, "--parts", "small-full-french"])
+    page = (tmp_path / "README.md").read_text()
+    (line,) = (line for line in page.splitlines() if "| French | anchor, coefficient 50 | 3 |" in line)
+    assert re.search(r"\| \d\.\d\d \[.*\] \| (missed|reached|cannot tell) \|$", line)
+    rows = list(anchor.StudyResults(tmp_path / "results.jsonl", "").rows.values())
+    one = [row for row in rows if row["settings"].get("round") != 1]
+    assert "| not measured | " in anchor.report_of(one), "one round of timing has no interval"
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
