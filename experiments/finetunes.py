@@ -143,9 +143,7 @@ def open_bench(
     tokenizer = load_tokenizer(str(base))
     start, length = choose_start_token(tokenizer), settings.max_length
     rng = random.Random(settings.seed)
-    cut = [packed_rows([text], tokenizer, start, length)[: settings.most_rows_of_a_file] for text in texts.verilog]
-    train = [row for rows in zip_longest(*cut) for row in rows if row is not None]
-    held_out = [row for text in texts.held_out_verilog for row in packed_rows([text], tokenizer, start, length)[1:4]]
+    train, held_out = new_task_rows(tokenizer, texts, settings)
     prose = rng.sample(texts.held_out_prose, min(len(texts.held_out_prose), 2 * settings.num_documents))
     documents = tokenize_documents(prose, tokenizer, start.id, length, max_windows=1)
     whole = [document for document in documents if document.num_tokens == length - 1][: settings.num_documents]
@@ -163,11 +161,20 @@ def open_bench(
         folder=base,
         tokenizer=tokenizer,
         train=Rows(train),
-        new_task=Rows(held_out[: settings.new_task_rows]),
+        new_task=Rows(held_out),
         retention={"prose": whole, "self-generated": own_rows},
         replay=replay,
         fingerprint=hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16],
     )
+
+
+def new_task_rows(tokenizer: Any, texts: Texts, settings: BenchSettings) -> tuple[list[list[int]], list[list[int]]]:
+    """Packed rows of the new task: of training files one each, then two, and the second to fourth of held-out files."""
+    start, length = choose_start_token(tokenizer), settings.max_length
+    cut = [packed_rows([text], tokenizer, start, length)[: settings.most_rows_of_a_file] for text in texts.verilog]
+    train = [row for rows in zip_longest(*cut) for row in rows if row is not None]
+    held_out = [row for text in texts.held_out_verilog for row in packed_rows([text], tokenizer, start, length)[1:4]]
+    return train, held_out[: settings.new_task_rows]
 
 
 @cache

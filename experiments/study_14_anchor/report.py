@@ -163,14 +163,14 @@ def time_of(rows: Sequence[dict[str, Any]], base: str, method: str, number: int)
                 return None
             share = how["replay_start"]
             found.append(share * alone["cpu"] + (1 - share) * late["cpu"] if number else replay["cpu"])
-    return over_seeds(found) if found else None
+    return over_seeds(found) if len(found) > 1 else None  # one round has no interval
 
 
 def report_of(rows: Sequence[dict[str, Any]]) -> str:
     """Table and verdicts."""
     cells = cells_of(rows)
-    if not cells:
-        raise NoReport("no cell has a run of each kind yet")
+    if not shown_of(cells):
+        raise NoReport("no cell of the last round has three seeds yet")
     head = ("base", "method", "task", "protected by", "seeds", "new-task loss", "plain learns that at",
             *(f"prevented: {metric}, {text}" for text, metric in MEASURES), "time a step", "the goal")  # fmt: skip
     lines = []
@@ -198,16 +198,22 @@ def verdict_of(judged: Sequence[Cell]) -> tuple[str, str]:
     said = ", ".join(
         f"{word} in {verdicts.count(word)}" for word in ("reached", "cannot tell", "missed") if word in verdicts
     )
+    took = f"in a step of {min(times):.2f} to {max(times):.2f} times plain's" if times else "not timed"
     numbers = (
-        f"of the weakest measure {min(weakest).percent()} to {max(weakest).percent()} prevented, in a step of "
-        f"{min(times):.2f} to {max(times):.2f} times plain's; {len(judged[0].losses)} seeds"
+        f"of the weakest measure {min(weakest).percent()} to {max(weakest).percent()} prevented, {took}; "
+        f"{len(judged[0].losses)} seeds"
     )
     return f"{said} of {len(judged)} cells", numbers
 
 
+def shown_of(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells of the figure: of the last round's tasks, those with seeds enough."""
+    return [cell for cell in cells if TASKS[cell.task].round == 3 and cell.verdict != TOO_FEW]
+
+
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """What was forgotten over what was learned, on the tasks of the last round: plain's rates as a line."""
-    cells = [cell for cell in cells_of(rows) if TASKS[cell.task].round == 3 and cell.verdict != TOO_FEW]
+    cells = shown_of(cells_of(rows))
     places = list(dict.fromkeys((cell.base, cell.method, cell.task) for cell in cells))
     columns = -(-len(places) // 2)
     ticks = (0.01, 0.03, 0.1, 0.3, 1, 3)

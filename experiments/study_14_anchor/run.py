@@ -42,7 +42,7 @@ from experiments.study_14_anchor.timing import time_steps, timed
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-TIMED = {"small": (3, 24), "smollm2": (2, 8), "smollm2x5": (2, 8), "smollm2short": (2, 4)}  # rounds, and turns in each
+TIMED = {"small": (3, 24), "smollm2": (4, 8), "smollm2x5": (2, 8), "smollm2short": (2, 4)}  # rounds, and turns in each
 
 
 @cache
