@@ -447,7 +447,7 @@ def test_questions_alone_are_measured_and_hostile_ones_harm_nobody(models, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--choices", "arc.jsonl"], "choices: 'arc.jsonl' is not name=file; write e.g. choices="),
+        (["--choices", "arc.jsonl"], "choices: 'arc.jsonl' is not name=file; write e.g. --choices arc=arc.jsonl"),
         (["--choices", "arc=no.jsonl"], "no.jsonl'; check the path"),
         (["--choices", "arc=arc_easy"], "choices: cannot load 'allenai/ai2_arc' from the Hub ("),
         (["--choices", "arc=q.jsonl", "--choice_style", "words"], "choice_style"),

@@ -414,7 +414,8 @@ def named_sources(specs: Iterable[str], field: str) -> dict[str, str]:
     for spec in specs:
         name, found, path = spec.partition("=")
         if not (found and name.strip() and path.strip()):
-            raise ValueError(f"{field}: {spec!r} is not name=file; write e.g. --{field} wiki=wiki.txt")
+            file = spec.strip("= ") or "wiki.txt"
+            raise ValueError(f"{field}: {spec!r} is not name=file; write e.g. --{field} {Path(file).stem}={file}")
         if name in sources:
             raise ValueError(f"{field}: the name {name!r} comes twice; give each text its own name")
         sources[name] = path
