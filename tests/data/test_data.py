@@ -270,7 +270,9 @@ def test_a_path_may_hold_an_equals_sign():
 
 @pytest.mark.parametrize("spec", ["wiki.txt", "=wiki.txt", "wiki=", " = "])
 def test_a_source_without_name_or_file_is_refused(spec):
-    with pytest.raises(ValueError, match=r"retention: .* is not name=file; write e\.g\. --retention wiki=wiki(\.txt)?$"):
+    with pytest.raises(
+        ValueError, match=r"retention: .* is not name=file; write e\.g\. --retention wiki=wiki(\.txt)?$"
+    ):
         named_sources([spec], "retention")
 
 
