@@ -45,7 +45,7 @@ OTHERS = {
 }
 OTHERS |= {"--batch_sizes", "--rows", "--length"}
 OF_EXTRAS = {
-    *(f"retain.sampling.{name}" for name in ("ray_engine", "ray_workers", "vllm_engine")),
+    *(f"retain.sampling.{name}" for name in ("ray_workers", "vllm_engine")),
     "retain.training.axolotl_plugin",
 }
 

@@ -157,6 +157,20 @@ def test_importing_the_package_loads_nothing_heavy():
     assert loaded.isdisjoint(HEAVY)
 
 
+@pytest.mark.parametrize(
+    ("code", "later"),
+    [
+        (
+            "from retain import ForgettingReport, fit_forgetting_law",
+            {"torch", "transformers", "matplotlib", "datasets"},
+        ),
+        ("import retain.cli.sample, retain.cli.chat, retain.cli.export", {"peft", "transformers.modeling_utils"}),
+    ],
+)
+def test_what_reads_a_file_or_a_flag_waits_for_no_model_and_no_figure(code, later):
+    assert loaded_after(code).isdisjoint(later)
+
+
 NOT_THERE = (
     ["finetune", "--dataset_name", "./no.jsonl"],
     ["measure", "--new-task=held=no/held.txt", "--base", "x"],

@@ -25,6 +25,8 @@ from retain.measuring.measure import measure as measure_once
 from retain.models.reference import probe
 from retain.sampling.write import sample_replay
 
+ANCHOR = ReplayConfig(replay_coef=0.0, anchor_coef=0.01, anchor_lr_ratio=1.0)
+
 
 def write_texts(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -32,26 +34,29 @@ def write_texts(path: Path, texts: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, its replay rows, held-out rows, a run that finetuned all weights of it, and one with a LoRA."""
+    """A base, its replay rows, held-out rows, and runs of all weights and of a LoRA, with replay and with an anchor."""
     root = tmp_path_factory.mktemp("world")
     save_model(root / "base")
     write_texts(root / "held.jsonl", make_texts(6, seed=2))
     model = make_model()
     model.name_or_path = str(root / "base")
     sample_replay(model, make_tokenizer(), root / "replay", num_rows=6, max_length=20)
-    for name, adapter in (
-        ("full", None),
-        ("lora", LoraConfig(r=2, task_type="CAUSAL_LM", target_modules="all-linear")),
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules="all-linear")
+    for name, adapter, settings in (
+        ("full", None, ReplayConfig(replay_coef=0.01)),
+        ("lora", lora, ReplayConfig(replay_coef=0.01)),
+        ("full_anchored", None, ANCHOR),
+        ("lora_anchored", lora, ANCHOR),
     ):
         args = SFTConfig(
-            str(root / name), max_steps=12, learning_rate=1e-2, max_length=32, bf16=False, use_cpu=True,
-            report_to="none", save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant",
+            str(root / name), max_steps=12, learning_rate=1e-2, max_length=32, bf16=False, use_cpu=True, save_steps=4,
+            report_to="none", save_only_model=True, disable_tqdm=True, lr_scheduler_type="constant",
         )  # fmt: skip
         trainer = ReplaySFTTrainer(
             load_model(str(root / "base"), dtype="float32"), args, processing_class=make_tokenizer(),
             peft_config=adapter, train_dataset=Dataset.from_dict({"text": make_texts(16, seed=1)}),
             replay_dataset=str(root / "replay"), callbacks=[] if adapter else [BEMACallback(update_freq=2)],
-            replay_config=ReplayConfig(replay_coef=0.01),
+            replay_config=settings,
         )  # fmt: skip
         trainer.train()
         trainer.save_model()
@@ -104,7 +109,7 @@ def test_a_full_model_is_merged_where_its_gain_is_kept(world, merged, tmp_path, 
     assert (
         summary["alpha"] == next(one["alpha"] for one, of in zip(points, kept, strict=True) if of["ci"][0] >= 0.95) < 1
     )
-    assert f"alpha {summary['alpha']:g}: the smallest that keeps 95% of the gain" in said
+    assert f"alpha {summary['alpha']:g}: the least ref_kl that keeps 95% of the gain" in said
     assert len(re.findall(r"^  [01][.\d]* .*%.*\[", said, re.MULTILINE)) == len(merge.ALPHAS), "the table"
     assert "numbers slightly optimistic: measure others with `retain measure`" in said
     assert summary["base"] == str(world / "base"), "the model that wrote the run's replay rows"
@@ -168,22 +173,93 @@ def test_weights_are_written_in_the_dtype_of_the_base(world, tmp_path):
     assert torch.equal(found.lm_head.weight.float(), stored.float())
 
 
-def test_an_average_of_weights_goes_through(world, tmp_path):
-    """TRL's BEMACallback writes one beside a run of full finetuning."""
-    change = {"model": world / "full" / "bema", "base": world / "base", "replay_dataset": world / "replay"}
-    assert main(flags(world, tmp_path / "out", **change, max_ref_kl=100)) == 0
-    assert json.loads((tmp_path / "out" / "merge.json").read_text())["alpha"] == 1
-    ends = [probe(load_model(str(path), dtype="float32")) for path in (tmp_path / "out", world / "full" / "bema")]
-    assert torch.equal(*ends)
+@pytest.mark.parametrize("run", ["full", "full_anchored"])
+def test_an_average_of_weights_goes_through(world, tmp_path, run):
+    """TRL's BEMACallback writes one beside a run of full finetuning, with an anchor, too."""
+    model = world / run / "bema"
+    change = {"model": model, "base": world / "base", "replay_dataset": world / "replay", "alpha": 1, "new_task": None}
+    assert main(flags(world, tmp_path / "out", **change)) == 0
+    ends = [probe(load_model(str(path), dtype="float32")) for path in (tmp_path / "out", model, world / run)]
+    assert torch.equal(*ends[:2])
+    assert (ends[1] - ends[2]).abs().max() > 0.01, "an average is not the last step"
 
 
-def measured_alphas(monkeypatch: pytest.MonkeyPatch, die_at: float | None = None) -> list[str]:
+def weights_of(path: Path) -> dict[str, torch.Tensor]:
+    model: Any = load_model(str(path), dtype="float32").double()
+    return (model.merge_and_unload() if hasattr(model, "peft_config") else model).state_dict()
+
+
+RUNS = ["full", "lora", "full_anchored", "lora_anchored"]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("alpha", [0.5, 1])
+def test_the_mean_of_the_last_checkpoints_is_the_one_computed_by_hand(world, tmp_path, run, alpha):
+    """Of merged weights; without rows nothing is measured."""
+    out = tmp_path / "out"
+    change = {"model": world / run, "new_task": None, "alpha": alpha, "average_checkpoints": 2}
+    assert main(flags(world, out, **change)) == 0
+    checkpoints = [world / run / f"checkpoint-{step}" for step in (8, 12)]
+    one, two = map(weights_of, checkpoints)
+    found, base = weights_of(out), weights_of(world / "base")
+    for name, value in found.items():
+        expected = torch.lerp(base[name], (one[name] + two[name]) / 2, float(alpha))
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+    assert max((found[name] - two[name]).abs().max() for name in found) > 1e-3, "not the last one"
+    summary = json.loads((out / "merge.json").read_text())
+    assert (summary["end"], summary["checkpoints"]) == ("mean of 2 checkpoints", list(map(str, checkpoints)))
+    assert "the mean of `checkpoint-8`, `checkpoint-12` of `" in (out / "README.md").read_text()
+    assert (out / "adapter_config.json").exists() == run.startswith("lora")
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".") or path.is_dir()]
+    assert str(tmp_path) not in "".join(path.read_text() for path in out.glob("*config.json")), "no temporary place"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_mean_of_checkpoints_is_a_candidate_by_the_same_rule(world, tmp_path, run, capsys, monkeypatch):
+    out = tmp_path / "out"
+    asked = measured_alphas(monkeypatch, die_at=0.9, end="mean of 3 checkpoints, ")
+    change = {"model": world / run, "average_checkpoints": 3, "keep_gain": 0.5}
+    assert main(flags(world, out, **change)) == 130
+    assert [path.name for path in out.iterdir()] == ["alphas.jsonl"], "a mean that is a copy of the model goes"
+    before, asked = len(asked), measured_alphas(monkeypatch)
+    assert main(flags(world, out, **change)) == 0
+    assert (before, asked) == (7, [f"mean of 3 checkpoints, alpha {alpha:g}" for alpha in (0.9, 1)])
+    summary = json.loads((out / "merge.json").read_text())
+    points = summary["points"]
+    assert [(one["end"], one["alpha"]) for one in points] == [
+        (end, alpha) for end in ("model", "mean of 3 checkpoints") for alpha in merge.ALPHAS
+    ]
+    keeping = [one for one in points if one["alpha"] and one["kept"]["words"]["ci"][0] >= 0.5]
+    best = min(keeping, key=lambda one: one["ref_kl"]["replay"]["value"])
+    assert (summary["end"], summary["alpha"]) == (best["end"], best["alpha"])
+    assert len({one["end"] for one in keeping}) == 2, "there was a choice"
+    steps = [4, 8, 12] if best["end"] != "model" else []
+    assert summary["checkpoints"] == [str(world / run / f"checkpoint-{step}") for step in steps]
+    ends = {"model": weights_of(world / run)}
+    weights = [weights_of(world / run / f"checkpoint-{step}") for step in (4, 8, 12)]
+    ends["mean of 3 checkpoints"] = {name: sum(one[name] for one in weights) / 3 for name in weights[0]}
+    base = weights_of(world / "base")
+    for name, value in weights_of(out).items():
+        expected = torch.lerp(base[name], ends[best["end"]][name], best["alpha"])
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    assert "mean of 3 checkpoints" in capsys.readouterr().out
+    limit = {**change, "keep_gain": None, "max_ref_kl": points[1]["ref_kl"]["replay"]["ci"][1] * 1.01}
+    asked.clear()
+    assert main(flags(world, out, **limit)) == 0
+    assert asked == [], "another choice measures nothing again"
+    within = [one for one in points if one["alpha"] and one["ref_kl"]["replay"]["ci"][1] <= limit["max_ref_kl"]]
+    best = min(within, key=lambda one: one["loss"]["words"]["value"])
+    summary = json.loads((out / "merge.json").read_text())
+    assert (summary["end"], summary["alpha"]) == (best["end"], best["alpha"])
+
+
+def measured_alphas(monkeypatch: pytest.MonkeyPatch, die_at: float | None = None, end: str = "") -> list[str]:
     """The names of what is measured from now on; at one of them the process is interrupted."""
     asked: list[str] = []
 
     def measure(*args: Any, name: str, **options: Any) -> Any:
         asked.append(name)
-        if name == f"alpha {die_at}":
+        if name == f"{end}alpha {die_at}":
             raise KeyboardInterrupt
         return measure_once(*args, name=name, **options)
 
@@ -243,6 +319,8 @@ def test_a_kill_while_the_model_is_written_leaves_none_and_is_resumed(world, tmp
         ({"max_ref_kl": 0.1, "keep_gain": 0.9}, "keep_gain: 0.9 does not go with max_ref_kl; leave one out"),
         ({"alpha": 1.5}, "alpha: 1.5 does not fit; use a number from 0 to 1"),
         ({"max_ref_kl": 1e-9}, "max_ref_kl: 1e-09 is exceeded already at alpha 0.5"),
+        ({"average_checkpoints": 1}, "average_checkpoints: 1 does not fit; use a whole number of at least 2"),
+        ({"average_checkpoints": 4}, "average_checkpoints: 4, but '{w}/full' holds 3 whole checkpoints; give a run's"),
         ({"model": "{w}/base"}, "base: '{w}/base' does not name its base; give --base"),
         ({"model": "{w}/base", "base": "{w}/base"}, "replay_dataset: missing, and '{w}/base' names none; give"),
         ({"model": "{w}/base", "base": "{w}/base", "replay_dataset": "{w}/replay"}, "'words' shows no gain to keep"),

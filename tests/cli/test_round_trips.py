@@ -34,7 +34,7 @@ SAMPLE = st.fixed_dictionaries(
     optional={
         "num_rows": COUNTS, "max_length": st.integers(2, 10**6), "rows_per_shard": COUNTS,
         "seed": st.integers(0, 2**31), "chat_turn": st.sampled_from(["user", "assistant"]), "preview": COUNTS,
-        "store_reference": st.sampled_from(["auto", "hidden", "topk", "none"]), "overwrite_output_dir": st.booleans(),
+        "store_reference": st.sampled_from(["auto", "hidden", "topk", "none"]),
     },
 )  # fmt: skip
 MEASURE = st.fixed_dictionaries(

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 
 from retain import fit_forgetting_law
-from retain.laws.diagnostics import LawWarning
+from retain.laws.fit import LawWarning
 from retain.laws.forms import Array, Number
 from retain.laws.law import ForgettingLaw
 

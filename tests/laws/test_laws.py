@@ -30,7 +30,7 @@ from scipy import optimize, stats
 
 from retain import fit_forgetting_law
 from retain.cli.fit import FitConfig
-from retain.laws.diagnostics import LawWarning
+from retain.laws.fit import LawWarning
 from retain.laws.forms import FORMS, Form, form_of
 from retain.laws.law import ForgettingLaw, first_crossings
 from retain.laws.variable_projection import HUBER, fit_many

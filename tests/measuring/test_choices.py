@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from retain import ForgettingCallback
 from retain.cli.main import main
 from retain.cli.measure import paired_report
+from retain.measuring.answer_files import read_samples, task_of
 from retain.measuring.choices import (
     Inputs,
     Question,
@@ -30,7 +31,6 @@ from retain.measuring.choices import (
     load_questions,
     measure_choices,
 )
-from retain.measuring.lm_eval import read_samples, task_of
 from retain.measuring.measure import measure
 from retain.measuring.measure_options import Options
 from retain.measuring.paired_answers import compare_answers, pair_answers

@@ -15,7 +15,7 @@ import pytest
 
 from retain.cli.main import main
 from retain.cli.measure import paired_report
-from retain.measuring.inspect_log import GRADE_WORDS, GRADES, _read_archive, answered, read_log
+from retain.measuring.answer_files import GRADE_WORDS, GRADES, _read_archive, answered, read_log
 from retain.measuring.paired_answers import pair_answers
 
 LOGS = Path(__file__).parent / "inspect_logs"

@@ -27,9 +27,8 @@ from trl import SFTConfig
 from retain import ReplayConfig, ReplaySFTTrainer
 from retain.cli.main import main
 from retain.cli.measure import MeasureConfig, Start, load_judge, measure_models, other_base
-from retain.models.loading import find_file, load_model, load_tokenizer
+from retain.models.loading import find_file, load_model, load_tokenizer, tokenizer_of_tuned
 from retain.models.reference import probe
-from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.training.run_files import settings_of_run
 
 IDS = torch.arange(5, 25)[None]

@@ -54,7 +54,7 @@ class LocalHub:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     hub = LocalHub(tmp_path / "hub")
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    monkeypatch.setattr("retain.replay.hub.HfApi", lambda: hub)
     return hub
 
 

@@ -59,12 +59,9 @@ def test_another_model_measures_its_own(folder: Path) -> None:
     torch.testing.assert_close(found.diagonal(), wanted.diagonal())
 
 
-def test_rows_that_are_drawn_anew_take_it_with_them(folder: Path, tmp_path: Path) -> None:
+def test_it_comes_to_rows_that_are_finished(tmp_path: Path) -> None:
     model, tokenizer = make_model(), make_tokenizer()
-    place = tmp_path / "rows"
-    sample_replay(model, tokenizer, place, num_rows=4, max_length=8, store_fisher=True)
-    assert (place / FISHER_FILE).exists()
-    sample_replay(model, tokenizer, place, num_rows=4, max_length=10, overwrite=True)
+    place = sample_replay(model, tokenizer, tmp_path / "rows", num_rows=4, max_length=10)
     assert not (place / FISHER_FILE).exists()
-    sample_replay(model, tokenizer, place, num_rows=4, max_length=10, store_fisher=True)  # to rows that are finished
+    sample_replay(model, tokenizer, place, num_rows=4, max_length=10, store_fisher=True)
     assert (place / FISHER_FILE).exists()

@@ -23,16 +23,16 @@ def estimate(sums: np.ndarray) -> Estimate:
     return Estimate(value, None if np.isnan(low) else (low, high), len(sums))
 
 
-def front(
+def measured(
     gains: Mapping[float, float], moved: Mapping[float, float] | None = None, *, spread: float = 0.0, count: int = 20
-) -> InterpolationFront:
-    """At each α a gain and a divergence in nats per token, which `spread` scatters over documents, each its own way."""
+) -> dict[float, RunResults]:
+    """At each α a gain and a divergence (by default α) in nats per token, scattered over documents by `spread`."""
     runs = {}
     for at, (alpha, gain) in enumerate(gains.items()):
         noise = np.random.default_rng(at).normal(0, spread * bool(alpha), count)
         sizes = SIZES[:count]
         sums = (gain + noise - noise.mean()) * sizes
-        kl = (moved or gains)[alpha] * (1 + noise) * sizes
+        kl = (moved[alpha] if moved else alpha) * (1 + noise) * sizes
         kept = KeptSums(kl.tolist(), (4 * sizes - sums).tolist(), (4 * sizes).tolist(), sizes.tolist())
         learned = TextResult({"gain": estimate(sums), "loss": estimate(4 * sizes - sums)})
         runs[alpha] = RunResults(
@@ -42,7 +42,11 @@ def front(
             per_document={"sql": kept},
             settings={"num_resamples": 200, "seed": 0},
         )
-    return InterpolationFront.of(runs)
+    return runs
+
+
+def front(*curves: Mapping[float, float], **options: float) -> InterpolationFront:
+    return InterpolationFront.of(measured(*curves, **options))
 
 
 CURVE = {0.0: 0.0, 0.2: 0.5, 0.4: 0.9, 0.6: 0.96, 0.8: 0.99, 1.0: 1.0}
@@ -60,13 +64,13 @@ BEYOND = {0.0: 0.0, 0.2: 0.97, 0.4: 0.9, 0.6: 1.2, 0.8: 1.1, 1.0: 1.0}  # more i
         (BEYOND, 1.0, 0.6),
     ],
 )
-def test_the_smallest_alpha_that_keeps_the_gain(curve: dict[float, float], share: float, alpha: float) -> None:
-    assert front(curve).keeping_gain(share) == alpha
+def test_what_moved_least_of_what_keeps_the_gain(curve: dict[float, float], share: float, alpha: float) -> None:
+    assert front(curve).keeping_gain(share).alpha == alpha
 
 
 def test_the_interval_decides_where_there_is_one() -> None:
-    assert front(CURVE, spread=0.02).keeping_gain(0.95) == 0.8, "0.96 of the gain, more or less"
-    assert front(CURVE, count=1).keeping_gain(0.95) == 0.6, "one document has no interval"
+    assert front(CURVE, spread=0.02).keeping_gain(0.95).alpha == 0.8, "0.96 of the gain, more or less"
+    assert front(CURVE, count=1).keeping_gain(0.95).alpha == 0.6, "one document has no interval"
     kept = front(CURVE, spread=0.02).points[-1].kept["sql"]
     assert (kept.value, kept.ci) == (1.0, (1.0, 1.0)), "paired: the model keeps all of its own gain"
 
@@ -83,13 +87,39 @@ MOVED = {0.0: 0.0, 0.2: 0.01, 0.4: 0.04, 0.6: 0.02, 0.8: 0.3, 1.0: 0.5}
 
 
 @pytest.mark.parametrize(("limit", "alpha"), [(0.5, 1.0), (0.35, 0.8), (0.04, 0.6), (0.015, 0.2)])
-def test_the_largest_alpha_within_a_divergence(limit: float, alpha: float) -> None:
-    assert front(CURVE, MOVED).within(limit + 1e-9) == alpha
+def test_the_least_loss_within_a_divergence(limit: float, alpha: float) -> None:
+    assert front(CURVE, MOVED).within(limit + 1e-9).alpha == alpha
 
 
 def test_the_upper_end_of_the_interval_must_be_within() -> None:
-    assert front(CURVE, MOVED, spread=0.5).within(0.31) == 0.6
-    assert front(CURVE, MOVED, spread=0.5).within(0.45) == 0.8
+    assert front(CURVE, MOVED, spread=0.5).within(0.31).alpha == 0.6
+    assert front(CURVE, MOVED, spread=0.5).within(0.45).alpha == 0.8
+
+
+BEST_BETWEEN = {0.0: 0.0, 0.2: 0.5, 0.4: 0.9, 0.6: 1.3, 0.8: 1.1, 1.0: 1.0}
+
+
+@pytest.mark.parametrize(
+    ("gains", "factor", "kept", "within"),
+    [
+        (CURVE, 0.5, ("mean", 0.6), ("mean", 1.0)),  # as much learned at half of the divergence
+        (CURVE, 2.0, ("model", 0.6), ("model", 0.4)),
+        (CURVE, 1.0, ("model", 0.6), ("model", 0.4)),  # alike: the model
+        ({alpha: 0.94 * gain for alpha, gain in CURVE.items()}, 0.1, ("model", 0.6), ("mean", 1.0)),  # never 95%
+        (BEST_BETWEEN, 0.8, ("mean", 0.6), ("mean", 0.6)),
+    ],
+)
+def test_the_mean_of_checkpoints_is_chosen_where_it_is_the_better_end(
+    gains: dict[float, float], factor: float, kept: tuple[str, float], within: tuple[str, float]
+) -> None:
+    mean = measured(gains, {alpha: factor * alpha for alpha in gains})
+    both = InterpolationFront.of(measured(CURVE), {"mean": mean})
+    found = both.keeping_gain(0.95), both.within(0.5 + 1e-9)
+    assert [(one.end, one.alpha) for one in found] == [kept, within]
+    lines = terminal_table(both.table)
+    assert [line.strip() for line in lines if "alpha" in line] == ["alpha", "alpha, mean"]
+    (panel,) = both.panels(found[0])
+    assert [len(line.x) for line in panel.lines] == [6, 6, 1]
 
 
 def test_the_base_itself_is_no_choice() -> None:
@@ -103,7 +133,7 @@ def test_table_and_figure_show_every_alpha() -> None:
     assert [line.split()[0] for line in lines[2:-1]] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
     assert re.split(r"\s{2,}", lines[0].strip()) == ["loss, sql", "gain kept, sql", "ref_kl, replay"]
     assert re.match(r"  0.6 +3.04\d \[.*\] +96.\d% \[.*\] +0.020 \[", lines[5])
-    (panel,) = found.panels(0.6)
+    (panel,) = found.panels(found.points[3])
     curve, chosen = panel.lines
     assert (list(curve.x)[::5], list(curve.y)[::5]) == (
         pytest.approx([4.0, 3.0], rel=1e-3),

@@ -19,15 +19,15 @@ from retain import files
 from retain.cli.main import main
 from retain.files import visible, visible_text
 from retain.measuring.paired_answers import compare_answers, share_entry
-from retain.report import page, style, tables, worst_passages
+from retain.report import page, style, tables
 from retain.report.comparison import Comparison, compare_at_matched_loss, dominators, first_crossing, frontier
 from retain.report.figures import Panel, PlotLine, learned_and_forgotten, panels
 from retain.report.model_card import card_with_forgetting, model_index
 from retain.report.numbers import Cell, cell
+from retain.report.page import differences, worst_documents
 from retain.report.report import ForgettingReport, write_comparison
 from retain.report.results import RunResults
 from retain.report.sentences import budget_sentence, comparison_verdict, frontier_sentences, opening, text_verdict
-from retain.report.worst_passages import differences, worst_documents
 from retain.training.run_files import RunFilesCallback, read_run
 
 TOKENS = [100, 200, 100, 200]
@@ -940,7 +940,7 @@ def test_documents_beyond_the_room_of_a_page_are_counted(plain: dict) -> None:
     data["worst"]["wiki"][1] = data["worst"]["wiki"][1] | {"tokens": [{"text": "a"}] * 30_000}
     shown, left_out = worst_documents(typed([data]))
     assert (len(shown["wiki"]), left_out) == (2, 1)
-    heats = [worst_passages.shown_token(token).heat for token in shown["wiki"][0][1].tokens]
+    heats = [page.shown_token(token).heat for token in shown["wiki"][0][1].tokens]
     assert heats == [50, 50], "0.75 of 3 nats"
 
 

@@ -305,7 +305,7 @@ def cluster() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def workers(cluster, llama_folder) -> Iterator[Any]:
     """An engine of two workers, which the tests share, for they load the model in seconds."""
-    from retain.sampling.ray_engine import ray_engine
+    from retain.sampling.ray_workers import ray_engine
 
     load = partial(load_model, str(llama_folder), dtype=torch.float32)
     with ray_engine(load, max_length=64, seed=0, num_workers=2) as engine:

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retain.sampling import quality as pool
-from retain.sampling.preview import preview_text
-from retain.sampling.quality import is_repeating, pool_statistics
+from retain.sampling.quality import is_repeating, pool_statistics, preview_text
 
 PROSE = """The harbour was quiet when the first boat came in. Its crew had been out for nine days and nobody on the quay
 knew what they would say about the storm. An old man put down his net, looked at the sky, and asked whether the others

@@ -35,7 +35,7 @@ def lose_a_node(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]
 
 
 def test_a_lost_node_loses_no_rows(lose_a_node, llama_folder, whole, tmp_path):  # noqa: F811
-    from retain.sampling.ray_engine import ray_engine
+    from retain.sampling.ray_workers import ray_engine
 
     told: list[int] = []
 

@@ -23,7 +23,7 @@ from retain.models.description import choose_start_token, model_fingerprint, tok
 from retain.models.loading import load_model, load_tokenizer
 from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
 from retain.sampling.engine import choose_batch_size, choose_threads, draw_rows, draw_tokens, row_uniforms
-from retain.sampling.preview import pool_lines
+from retain.sampling.quality import pool_lines
 from retain.sampling.starts import TOOLS, chat_prefix, plan_starts
 from retain.sampling.write import sample_replay, sample_rows
 
@@ -392,7 +392,7 @@ def test_an_interrupted_job_goes_on_with_smaller_batches(tmp_path):
 def test_another_dataset_in_the_folder_is_refused_and_left_alone(tmp_path, change):
     before = contents(sample(tmp_path)), (tmp_path / MANIFEST).read_bytes()
     model = make_model(seed=change.pop("seed_of_model", 0))
-    with pytest.raises(ValueError, match="output_dir: .* choose another folder, or set overwrite_output_dir"):
+    with pytest.raises(ValueError, match="output_dir: .* choose another folder, or delete it"):
         sample(tmp_path, model, **change)
     assert (contents(tmp_path), (tmp_path / MANIFEST).read_bytes()) == before
 
@@ -405,22 +405,11 @@ def test_only_versions_and_time_may_differ_when_a_job_goes_on(tmp_path):
     assert read_manifest(tmp_path)["created"] == "long ago"
 
 
-def test_overwriting_deletes_the_dataset_and_nothing_else(tmp_path):
-    sample(tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
-    sample(tmp_path, num_rows=3, seed=1, overwrite=True)
-    assert list(contents(tmp_path)) == ["shard-00000.parquet"]
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    expected = sample_rows(make_model(), START, range(3), 8, seed=1).numpy()
-    assert np.array_equal(np.stack([load_self_generated(tmp_path)[i] for i in range(3)]), expected)
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_of_other_files_is_never_written_to(tmp_path, overwrite):
+def test_a_folder_of_other_files_is_never_written_to(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     (tmp_path / "shard-00000.parquet").write_text("of something else")
     with pytest.raises(ValueError, match=r"output_dir: .* holds other files .* choose an empty folder"):
-        sample(tmp_path, overwrite=overwrite)
+        sample(tmp_path)
     assert (tmp_path / "shard-00000.parquet").read_text() == "of something else"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-00000.parquet", "thesis.tex"]
 
@@ -572,7 +561,7 @@ def test_turns_that_never_end_are_warned_of(tmp_path, monkeypatch):
     starts = plan_starts("document=0.5,chat=0.5", CHAT, choose_start_token(CHAT))
     sample_replay(make_model(), CHAT, tmp_path, starts=starts, num_rows=8, max_length=24)
     assert "end their turn" not in "".join(pool_lines(tmp_path, CHAT, starts, preview=0))
-    monkeypatch.setattr("retain.sampling.preview.end_ids", lambda *given: [10_000])
+    monkeypatch.setattr("retain.sampling.quality.end_ids", lambda *given: [10_000])
     assert "warning: only 0 of 4 chat rows end their turn" in "".join(pool_lines(tmp_path, CHAT, starts, preview=0))
 
 

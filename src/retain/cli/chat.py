@@ -19,9 +19,8 @@ from retain.measuring.generations import Prompt, Written, continue_prompts, opti
 from retain.measuring.measure_options import Options
 from retain.models.adapters import adapted_model
 from retain.models.description import choose_start_token, default_device
-from retain.models.loading import load_model, load_tokenizer, loaded_as
+from retain.models.loading import load_model, load_tokenizer, loaded_as, tokenizer_of_tuned
 from retain.models.reference import Reference, probe
-from retain.models.tokenizer_identity import tokenizer_of_tuned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

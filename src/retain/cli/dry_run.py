@@ -22,7 +22,7 @@ from retain.report.numbers import quantity
 from retain.sampling.engine import choose_batch_size, draw_rows
 from retain.training.anchor import Anchor
 from retain.training.protection_choice import rows_drawn
-from retain.training.step_timer import StepTimer
+from retain.training.step_line import StepTimer
 from retain.training.trainer_checks import expected_steps
 
 TRIED_STEPS = 3  # that are made of each run; all but the first are timed

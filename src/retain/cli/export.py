@@ -9,9 +9,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from retain.checks import setting
 from retain.cli.flags import Verb
@@ -21,9 +22,6 @@ from retain.files import check_writable, write_text
 from retain.models.description import tokenizer_fingerprint
 from retain.models.loading import load_tokenizer
 from retain.replay.dataset import ReplayDataset, load_self_generated
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(kw_only=True)

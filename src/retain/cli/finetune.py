@@ -20,9 +20,15 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, g
 from retain.checks import Unchosen
 from retain.cli.dry_run import dry_run
 from retain.cli.finetune_config import FinetuneConfig
-from retain.cli.finetune_data import TrlArguments, read_data
+from retain.cli.finetune_data import (
+    OWN_TEXT,
+    SAMPLING_TITLE,
+    TrlArguments,
+    read_data,
+    rows_to_sample,
+    sample_own_rows,
+)
 from retain.cli.flags import Verb
-from retain.cli.own_rows import OWN_TEXT, SAMPLING_TITLE, rows_to_sample, sample_own_rows
 from retain.cli.sample import SAMPLING_STAGE
 from retain.data.rows import Document, is_local_file
 from retain.files import check_output_dir, exclusive, visible
@@ -41,8 +47,7 @@ from retain.training.protection_choice import PROTECTING, UNSET, choose_protecti
 from retain.training.retention import NEW_TASK_TEXT
 from retain.training.row_checks import check_new_rows
 from retain.training.run_files import OF_TRAINING, read_run
-from retain.training.step_line import TRAINING, StepLine
-from retain.training.step_timer import StepTimer
+from retain.training.step_line import TRAINING, StepLine, StepTimer
 from retain.training.stopping import (
     StopAtLoss,
     check_same_run,

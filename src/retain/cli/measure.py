@@ -8,9 +8,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
@@ -18,30 +20,23 @@ from retain.cli.github import LEVELS, SUMMARY_VARIABLE, annotation, append_summa
 from retain.cli.settings import CHAIN_HELP, RETENTION_HELP, TextSettings
 from retain.data.rows import Reading, named_sources, read_rows, row_texts
 from retain.files import exclusive, short_names, visible
+from retain.measuring.answer_files import read_log, read_samples
 from retain.measuring.behaviors import behavior_sources, load_behavior
 from retain.measuring.choices import load_questions
 from retain.measuring.generations import as_prompt
-from retain.measuring.inspect_log import read_log
-from retain.measuring.lm_eval import read_samples
 from retain.measuring.measure import measure
 from retain.measuring.paired_answers import pair_answers
 from retain.measuring.refusals import Judge, load_requests
 from retain.measuring.sources import default_prompts, document_tokens, overlap_warnings
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import default_device, length_that_fits, with_least_room
-from retain.models.loading import load_model, load_tokenizer, loaded_as
+from retain.models.loading import load_model, load_tokenizer, loaded_as, tokenizer_of_tuned
 from retain.models.reference import TOLERANCE, Reference, probe
-from retain.models.tokenizer_identity import tokenizer_of_tuned
 from retain.replay.dataset import load_texts
 from retain.report.gate import SEVERITY, Judgement, judge
 from retain.report.model_card import check_card
 from retain.report.report import ForgettingReport, write_comparison
 from retain.training.run_files import OF_LOSS, read_run, settings_of_run
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 OPTIONS = (
     *("choice_style", "choice_chat_template", "start_token", "max_length", "max_windows", "batch_tokens"),

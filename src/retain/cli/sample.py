@@ -23,7 +23,7 @@ from retain.replay.dataset import MANIFEST
 from retain.replay.hub import push_pool
 from retain.report.numbers import quantity
 from retain.sampling.engine import Engine, choose_threads
-from retain.sampling.preview import pool_lines
+from retain.sampling.quality import pool_lines
 from retain.sampling.starts import plan_starts
 from retain.sampling.write import check_pool_folder, check_same_rows, default_store, sample_replay
 
@@ -42,7 +42,6 @@ class SampleConfig(ModelLoadSettings):
     max_length: int = setting(
         Unchosen(512), "Tokens per row, the start token included; at most the model's positions.", low=2
     )
-    overwrite_output_dir: bool = setting(False, "Delete another dataset found in output_dir.")
     push_to_hub: str | None = setting(
         None, "Dataset on the Hub, as OWNER/NAME, that gets the rows and a card, for --replay_dataset OWNER/NAME."
     )
@@ -113,7 +112,7 @@ def run_sample(config: SampleConfig) -> None:
     rows = enumerate(read_rows(config.prompts, "prompts"), start=1) if config.prompts else ()
     prompts = [prompt_text(row, tokenizer, f"prompts: row {at} of {config.prompts!r}") for at, row in rows]
     starts = plan_starts(config.start, tokenizer, start, chat_turn=config.chat_turn, prompts=prompts)
-    if (Path(config.output_dir) / MANIFEST).exists() and not config.overwrite_output_dir:
+    if (Path(config.output_dir) / MANIFEST).exists():
         known = {name: getattr(config, name) for name in ("num_rows", "max_length", "seed", "rows_per_shard")}
         known = {name: value for name, value in known.items() if not isinstance(value, Unchosen)}
         check_same_rows(Path(config.output_dir), {"start": starts.describe(), **known})
@@ -127,17 +126,15 @@ def run_sample(config: SampleConfig) -> None:
     is_vllm = config.engine == "vllm"  # it schedules rows itself: it gets whole shards
     store: str | None = None if config.store_reference == "none" else config.store_reference
     if store == "auto":
-        num_rows, overwrite = config.num_rows, config.overwrite_output_dir
         fits = config.tensor_parallel_size == 1  # on one device, where the pass over vLLM's rows needs it whole
-        store = default_store(model, config.output_dir, num_rows, max_length, overwrite=overwrite, wanted=fits)
+        store = default_store(model, config.output_dir, config.num_rows, max_length, wanted=fits)
     with progress_line(shown=main):
         folder = sample_with_progress(
             model, tokenizer, config.output_dir, config.num_rows, max_length=max_length, seed=config.seed,
             start_token=start, starts=starts, store_reference=store,
             store_fisher=config.store_fisher, rows_per_shard=config.rows_per_shard,
             batch_size=config.per_device_batch_size or (config.rows_per_shard if is_vllm else None),
-            overwrite=config.overwrite_output_dir, engine=open_engine(model, max_length, store),
-            engine_name="vllm" if is_vllm else "torch", state=state,
+            engine=open_engine(model, max_length, store), engine_name="vllm" if is_vllm else "torch", state=state,
             device=first_device(config.tensor_parallel_size, state) if is_vllm else None,
         )  # fmt: skip
     if main:
@@ -172,7 +169,7 @@ def engine_of(config: SampleConfig) -> Callable[[Any, int, str | None], Abstract
         options: dict[str, Any] = {"tensor_parallel_size": config.tensor_parallel_size, **config.checkpoint}
         options["seed"] = config.seed
         return lambda model, length, store: vllm_engine(name, dtype=model.dtype, max_length=length, **options)
-    from retain.sampling.ray_engine import ray_engine
+    from retain.sampling.ray_workers import ray_engine
 
     return lambda model, length, store: ray_engine(
         partial(load_model, name, **config.loading | {"dtype": model.dtype}),

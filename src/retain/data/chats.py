@@ -6,12 +6,11 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from retain.files import first_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 USUAL_ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_SHOWN_ROLES = 6  # of a chat that is refused

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from retain.checks import several
 from retain.data.chats import (
@@ -28,12 +29,10 @@ from retain.data.chats import (
 )
 from retain.data.row_files import check_path, read_file
 from retain.files import first_line, hub_remedy
+from retain.models.description import StartToken
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-    from retain.models.description import StartToken
 
 logger = logging.getLogger(__name__)
 CHECKED_CHATS = 10_000  # before training, in seconds

@@ -10,13 +10,11 @@ import copy
 import itertools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 FAMILIES = ("qwen3", "llama")
 MIN_SIZE, MAX_SIZE = 4_000, 300_000_000  # parameters
@@ -120,8 +118,6 @@ def make_config(
     size: str | float, *, vocab_size: int, max_length: int, bos_token_id: int = 0, tie_word_embeddings: bool = False
 ) -> Any:
     """A Qwen3 configuration of this size; heads are 16 wide in narrow models, then 32 and 64."""
-    from transformers import Qwen3Config
-
     shape = shape_of(size, vocab_size)
     width = shape.hidden_size
     head = 16 if width < 320 else 32 if width < 640 else 64
@@ -143,8 +139,6 @@ def make_config(
 
 def make_model(config: Any, seed: int = 0) -> PreTrainedModel:
     """A float32 model with fresh weights, a function of the seed alone; the global generator is left as it was."""
-    from transformers import AutoModelForCausalLM
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

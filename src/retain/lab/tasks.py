@@ -16,15 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from retain.sampling.engine import row_uniforms
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 TASKS = ("add", "reversal", "sort", "modadd")
 SPECIAL = ("<pad>", *(f"<{task}>" for task in TASKS), "+", "=", "_", "<eos>")
@@ -144,9 +143,6 @@ def exact_match(model: Any, rows: np.ndarray, answer_length: int, batch_size: in
 
 def digit_tokenizer(task: str) -> PreTrainedTokenizerFast:
     """A tokenizer of the 19 tokens, a character each; its BOS is the start token of `task`."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     raw = Tokenizer(models.WordLevel({token: at for at, token in enumerate(VOCABULARY)}, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     raw.add_special_tokens([token for token in SPECIAL if len(token) > 1])

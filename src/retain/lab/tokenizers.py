@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 START = "<|endoftext|>"  # id 0; begins a document
 MIN_VOCAB_SIZE = 257  # the bytes and the document start
@@ -19,9 +18,6 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, max_chars: int = 4_00
     Raises:
         ValueError: for a vocabulary smaller than the bytes.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size: {vocab_size} does not hold the bytes; use {MIN_VOCAB_SIZE} or more")
     raw = Tokenizer(models.BPE())
@@ -49,9 +45,6 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     >>> word_tokenizer(64)("w3 w1")["input_ids"]
     [3, 1]
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     words = [START, *(f"w{at}" for at in range(1, vocab_size))]
     raw = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token=START))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

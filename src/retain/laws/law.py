@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike
 from scipy.special import ndtri, stdtrit
 
 from retain.files import MAPPING, NUMBER, check_shape, read_json, write_json
-from retain.laws import plots
 from retain.laws.fit_problem import Problem
 from retain.laws.forms import LOSSES, Array, Form, column_of, form_of
 from retain.laws.law_table import law_table
@@ -306,7 +305,9 @@ class ForgettingLaw:
 
     def plot(self) -> Figure:
         """Measurements with the fitted curves and residuals."""
-        return plots.overview(self)
+        from retain.laws.plots import overview  # with matplotlib, which nothing else here needs
+
+        return overview(self)
 
     def to_json(self, path: str | Path) -> None:
         """Write the law to a file, whole or not at all; `from_json` gives back the same numbers.

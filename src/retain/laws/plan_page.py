@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from retain.laws.plan import Losses, PilotLaws, PilotRun, Plan, Setting, predicted_settings, replay_phrase
 from retain.report.figures import LEARNING
 from retain.report.style import INK, MARKS, PALETTE, name_axes, styled
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 HEADS = ("replay coefficient", "best within the limit", "by", "new-task loss", "measured", "forgetting", "measured")
 
@@ -125,8 +125,6 @@ def loss_lines(one: Setting, level: float) -> list[str]:
 @styled
 def plan_figure(laws: PilotLaws, plan: Plan) -> Figure:
     """Forgetting over new-task loss: pilots as points, the recommended setting with its intervals, the limit."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(6.4, 4.2))
     axes = figure.add_subplot()
     for at, coef in enumerate(sorted({coef for _, _, coef in laws.measured})):
@@ -158,8 +156,6 @@ def predicted_curve(laws: PilotLaws, plan: Plan, coef: float) -> list[Losses]:
 
 def _frame_points(axes: Axes, points: Sequence[Losses], limit: float) -> None:
     """Around the pilots and the limit; an interval may leave it."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     learned, lost = zip(*points, strict=True)
     margin = 0.06 * (max(learned) - min(learned)) + 1e-9
     axes.set_xlim(max(learned) + margin, min(learned) - margin)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from retain.laws.forms import LOSSES, Array, column_of
+from retain.laws.law import ForgettingLaw
 from retain.report.figures import LEARNING
 from retain.report.style import INK, MARKS, name_axes, styled
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from retain.laws.law import ForgettingLaw
 
 TITLES = {"finetuning_loss": "New-task loss", "forgetting_loss": "Forgetting"}
 DASHED: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 3))}
@@ -36,8 +35,6 @@ def overview(law: ForgettingLaw) -> Figure:
 
 
 def _subplots(panels: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
     tall = -(-panels // 2)
     figure = Figure(figsize=(9.0, 0.5 + 3.1 * tall))
     return figure, [figure.add_subplot(tall, 2, at + 1) for at in range(panels)]
@@ -45,8 +42,6 @@ def _subplots(panels: int) -> tuple[Figure, list[Axes]]:
 
 def _groups(law: ForgettingLaw) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
     """Rows by number of parameters where the form has it and the runs several, else all: name, rows, look."""
-    from matplotlib import colormaps
-
     by_size = len(law.form.inputs) > 1 and "num_params" in law.form.inputs
     sizes = law.runs.columns["num_params"] if by_size else np.zeros(len(law.runs))
     found = np.unique(sizes)
@@ -116,8 +111,6 @@ def _residuals(axes: Axes, law: ForgettingLaw, output: str) -> None:
 
 
 def _size_legend(figure: Figure, law: ForgettingLaw) -> None:
-    from matplotlib.lines import Line2D
-
     groups = _groups(law)
     if len(groups) > 1:
         handles = [Line2D([], [], linestyle="none", markersize=5, **look) for _, _, look in groups]

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jsonschema import Draft202012Validator, SchemaError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retain.checks import Unchosen
 from retain.data.chats import chat_of
@@ -24,9 +27,6 @@ from retain.measuring.paired_answers import compare_answers
 from retain.measuring.thinking import reasoning_of
 from retain.measuring.tool_calls import are_wanted_calls, fits_tools, tool_calls
 from retain.models.base_predictions import MeasuredBase
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPT_SETS = Path(__file__).parent / "prompt_sets"
 MAX_EXAMPLES = 12  # prompts whose answers a report keeps, what was lost first
@@ -128,8 +128,6 @@ def load_behavior(
 
 def check_row(name: str, row: BehaviorRow, where: str) -> None:
     """Raise a `ValueError`, one line, unless a row holds what its behaviour needs."""
-    from jsonschema import Draft202012Validator, SchemaError
-
     behavior = BEHAVIORS[name]
     if not turns_of(row):
         raise ValueError(f"{where} has no prompt; give prompt, a text, or messages, up to the answer")

@@ -14,10 +14,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retain.checks import several
 from retain.data.rows import Document, read_sample
@@ -30,9 +31,6 @@ from retain.measuring.tokens import Forward, batches, check_finite, logits_of, p
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import max_positions, with_least_room
 from retain.progress import StageProgress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Name in lm-evaluation-harness: (Hub id, configuration, the split that it scores).
 QUESTION_SETS = {

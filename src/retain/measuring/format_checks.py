@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jsonschema import Draft202012Validator
+
 from retain.measuring.drift import holds_answer, words_in
 
 MIN_SCRIPT_SHARE = 0.9  # of an answer's letters; a name in another script does not change the script of a text
@@ -44,8 +46,6 @@ def in_script(text: str, script: str) -> bool:
 
 def is_json(text: str, schema: bool | Mapping[str, Any]) -> bool:
     """Whether a text, also one in a code fence, is JSON that a JSON schema allows; True allows anything."""
-    from jsonschema import Draft202012Validator
-
     fenced = _FENCED.fullmatch(text)
     try:
         value = json.loads(fenced[1] if fenced else text)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from retain.checks import Unchosen
 from retain.data.chats import chat_of
@@ -26,8 +27,7 @@ from retain.models.base_predictions import MeasuredBase
 from retain.models.description import max_positions, with_least_room
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+    from transformers import PreTrainedModel
 
 WHO = ("base", "tuned model")
 
@@ -92,8 +92,6 @@ def stop_tokens(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenize
 @contextmanager
 def own_settings_aside(model: Any) -> Iterator[None]:
     """The model's own `generation_config` set aside: `generate` fills every option that is not given from it."""
-    from transformers import GenerationConfig
-
     holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
     saved = [holder.generation_config for holder in holders]
     try:
@@ -126,8 +124,6 @@ def continue_prompts(
     Raises:
         ValueError: if what the model predicts is no number: the likeliest token of it would be any.
     """
-    from transformers import LogitsProcessorList
-
     groups: dict[int, list[int]] = defaultdict(list)
     for index, ids in enumerate(prompts):
         groups[len(ids)].append(index)

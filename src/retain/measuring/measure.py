@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retain.checks import Unchosen, check_named, several
 from retain.data.rows import OLD_TEXT, Document, Reading, Text, as_documents, without_copies
@@ -15,7 +17,7 @@ from retain.measuring.choices import Question, as_questions, measure_choices, qu
 from retain.measuring.generations import Prompt, measure_generations, options_that_fit
 from retain.measuring.measure_options import Options
 from retain.measuring.refusals import Judge, as_turns, measure_refusals
-from retain.measuring.texts import text_results
+from retain.measuring.tokens import text_results
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import (
     check_predicts_tokens,
@@ -32,9 +34,6 @@ from retain.progress import progress_line
 from retain.report.report import ForgettingReport
 
 MAX_LOGITS = 1 << 27  # of a forward pass, 0.5 GB in float32; 2048 tokens of a vocabulary of 65k
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 Texts = Iterable[str | Mapping[str, Any] | Text] | Sequence[Document]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retain.data.rows import read_sample
 from retain.measuring.behaviors import behavior_result
@@ -22,9 +23,6 @@ from retain.measuring.refusal_phrases import is_refusal
 from retain.measuring.thinking import answer_turn
 from retain.measuring.tokens import logits_of
 from retain.models.base_predictions import MeasuredBase
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Name: (Hub id, configuration, split). AdvBench: Zou et al. 2307.15043. JailbreakBench: Chao et al. 2404.01318.
 REQUEST_SETS = {

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from retain.data.chats import chat_of
 from retain.data.overlap import find_rows
 from retain.data.rows import Document, Text, prompt_text
 from retain.measuring.generations import Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # What it means that a measured text was trained on.
 OVERLAP_MEANINGS = {

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from retain.data.rows import user_turn_text
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # DeepSeek-R1 and Qwen3, and names like theirs; Magistral; Command A; Kimi; Seed-OSS.
 _NAMES = r"think|thinking|thought|reasoning|analysis|seed:think"

@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from jsonschema import Draft202012Validator
+from transformers import PreTrainedTokenizerBase
 
 from retain.measuring.thinking import without_reasoning
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _MARK = re.compile(r"<tool_call>")
 _BEGINS = re.compile(r'\{\s*"(?:name|function|type)"\s*:')
@@ -84,8 +84,6 @@ def as_call(value: dict[str, Any]) -> Call | None:
 
 def fits_tools(call: Call | None, tools: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a call names an offered tool, with arguments that its JSON schema allows, and no others."""
-    from jsonschema import Draft202012Validator
-
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
     if call is None or call.name not in schemas:
         return False

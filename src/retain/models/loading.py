@@ -7,6 +7,7 @@ that ships one, or an adapter (folder or Hub id). GGUF weights are dequantised o
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -20,13 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
 from retain.files import check_model_path, first_line, hub_remedy
-from retain.models.description import base_parameter_name, num_tuned
+from retain.models.description import base_parameter_name, num_tuned, tokenizer_fingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +89,6 @@ def find_file(path: str, file: str, revision: str = "main", field: str = "model"
     """
     if Path(path).is_dir():
         return Path(path, file) if Path(path, file).is_file() else None
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
     try:
         return Path(hf_hub_download(path, file, revision=revision))
     except (OSError, ValueError, EntryNotFoundError) as error:  # the Hub client's own are of these kinds
@@ -108,8 +109,6 @@ def dequantise_gguf(path: Path, field: str = "model") -> Path:
     """Dequantise a GGUF file to float32 safetensors in the cache, once, and return the folder."""
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"{field}: {path.name} needs the package gguf; pip install 'retain-llm[gguf]'")
-    from transformers import AutoTokenizer, GgufConfig
-
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = gguf_cache() / f"{path.stem}-{key}"
@@ -142,8 +141,6 @@ def is_dequantised(path: str) -> bool:
 
 def stored_dtype(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> torch.dtype | None:
     """The dtype of a checkpoint's weights, by its config.json; it may be loaded in another."""
-    from transformers import AutoConfig
-
     config = AutoConfig.from_pretrained(
         resolve_model_path(name), revision=revision, trust_remote_code=trust_remote_code
     )
@@ -342,8 +339,6 @@ def load_tokenizer(
     name: str, *, revision: str = "main", trust_remote_code: bool = False, field: str = "model"
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to a model, or a `ValueError` of one line."""
-    from transformers import AutoTokenizer
-
     path = resolve_model_path(name, field)
     is_folder = Path(path).is_dir()
     if not is_folder:  # transformers would ask for each of a tokenizer's files, where the Hub does not answer
@@ -354,9 +349,54 @@ def load_tokenizer(
     return _load(AutoTokenizer, path, "the tokenizer", field, **options)
 
 
+def tokenizer_of_tuned(
+    name: str, base_tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """A tuned model's own tokenizer, whose chat template may be another, or the base's where it brings none.
+
+    Raises:
+        ValueError: if the two cut text into different tokens, so that divergences mean nothing.
+    """
+    path = resolve_model_path(name)
+    if not any(find_file(path, file) for file in TOKENIZER_FILES):
+        return base_tokenizer
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    if tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(base_tokenizer):
+        return tokenizer
+    own, base = tokenizer.get_vocab(), base_tokenizer.get_vocab()
+    if is_dequantised(path) and all(own.get(token, at) == at for token, at in base.items()):
+        # A GGUF file pads its vocabulary, and lacks the rules by which text is cut before BPE.
+        template, tokenizer = tokenizer.chat_template, copy.deepcopy(base_tokenizer)
+        tokenizer.chat_template = template or tokenizer.chat_template
+        return tokenizer
+    raise ValueError(f"model: the tokenizer in {name!r} {_vocabulary_difference(own, base)}")
+
+
+def _vocabulary_difference(own: dict[str, int], base: dict[str, int]) -> str:
+    """In what a vocabulary is not the base's, and what to do."""
+    moved = sorted(token for token in own.keys() & base.keys() if own[token] != base[token])
+    if moved:
+        token = moved[0]
+        what = f"numbers {len(moved)} tokens otherwise ({token!r} is {own[token]}, in the base {base[token]})"
+    elif own.keys() - base.keys():
+        added = sorted(own.keys() - base.keys(), key=own.__getitem__)
+        names = ", ".join(map(repr, added[:3])) + (", …" if len(added) > 3 else "")
+        more = f"{len(added)} tokens" if len(added) > 1 else "1 token"
+        return (
+            f"has {more} more than the base's: {names}; give --base a copy of the base with the same tokens"
+            " (add_tokens, resize_token_embeddings, save_pretrained)"
+        )
+    elif lacking := sorted(base.keys() - own.keys()):
+        more = f"{len(lacking)} tokens" if len(lacking) > 1 else "1 token"
+        what = f"lacks {more} of the base's ({lacking[0]!r})"
+    else:
+        what = "has the base's tokens and cuts text into others"
+    return f"{what}: it was trained on another base; measure it against that one"
+
+
 def empty_model(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedModel:
     """A model on the device `meta`, from its configuration alone: it has shapes, and no weights are read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     path = resolve_model_path(name)
     try:

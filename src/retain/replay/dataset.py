@@ -9,17 +9,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from pyarrow import parquet
+from transformers import PreTrainedTokenizerBase
 
 from retain.data.rows import OLD_TEXT, WHOLE, Document, Reading, Text, read_texts, token_documents, tokenize_documents
 from retain.files import atomic_path, check_shape, first_line, hub_remedy, read_json
 from retain.replay.stored_predictions import ReferenceCache, open_cache
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MANIFEST, STATISTICS, FISHER_FILE = "manifest.json", "statistics.json", "fisher.safetensors"
 # Of a finished folder, what others need of it.
@@ -172,9 +174,6 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 def write_shard(folder: Path, shard: int, first_row: int, columns: dict[str, np.ndarray]) -> None:
     """Write rows as one Parquet file: `row`, their numbers, and the columns, one value or list of values a row."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
     numbers = np.arange(first_row, first_row + len(columns["input_ids"]))
     arrays = {name: pa.array(list(column) if column.ndim > 1 else column) for name, column in columns.items()}
     with atomic_path(shard_path(folder, shard)) as temporary:
@@ -185,8 +184,6 @@ def read_shards(
     folder: Path, manifest: dict[str, Any], columns: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, list[Any]]:
     """The named columns of all shards on disk, in the order of the rows; optional ones where a shard has them."""
-    from pyarrow import parquet
-
     found: dict[str, list[Any]] = {name: [] for name in (*columns, *optional)}
     for shard in range(num_shards(manifest)):
         path = shard_path(folder, shard)
@@ -241,9 +238,6 @@ def pool_folder(source: str) -> Path | None:
     folder = Path(source).expanduser()
     if folder.exists() or source.count("/") != 1:
         return folder if (folder / MANIFEST).is_file() else None
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
     try:
         hf_hub_download(source, MANIFEST, repo_type="dataset")
     except (OSError, EntryNotFoundError, HFValidationError):  # text, or nothing that is there

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+
 from retain.files import first_line, read_json, visible, write_text
 from retain.replay.dataset import FISHER_FILE, POOL_FILES, STATISTICS, load_self_generated, read_manifest
 
@@ -40,8 +42,6 @@ def push_pool(folder: Path, name: str, *, private: bool = False) -> str:
     Raises:
         ValueError: if rows are missing, or the Hub refuses.
     """
-    from huggingface_hub import HfApi
-
     load_self_generated(folder)
     write_text(folder / "README.md", pool_card(folder, name))
     api = HfApi()

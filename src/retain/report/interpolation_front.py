@@ -1,6 +1,7 @@
 """What a model learned and how far it moved, at weights between its base's and its own; and which weights to take.
 
-A share is chosen on the rows it was measured on, so what is measured there is a little better than on others.
+The mean of a run's checkpoints may be a further end of the interpolation, beside the model. What is chosen is chosen on
+the rows it was measured on, so what is measured there is a little better than on others.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from retain.report.results import RunResults
 from retain.report.tables import Row, Section, Table
 from retain.statistics import bootstrap_ratio
 
+MODEL = "model"
+
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """W(α), by text: its loss and `ref_kl` in nats per token, and `kept`, its share of the gain at α = 1.
+    """W(α) toward an end, by text: loss and `ref_kl` in nats per token, and `kept`, the share of the model's gain.
 
-    `kept` is empty for a text on which no gain is shown at α = 1.
+    `kept` is empty for a text on which the model shows no gain.
     """
 
+    end: str
     alpha: float
     loss: dict[str, Estimate]
     kept: dict[str, Estimate]
@@ -33,7 +37,7 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class InterpolationFront:
-    """Points by rising α, the last at 1; `gain` is the whole model's by text of the new task, in nats per token.
+    """Points by end and rising α; `gain` is the model's, at α = 1, by text of the new task, in nats per token.
 
     Where an interval is at hand, it decides: with fewer than two documents, the value does.
     """
@@ -42,71 +46,86 @@ class InterpolationFront:
     gain: dict[str, Estimate]
 
     @classmethod
-    def of(cls, runs: Mapping[float, RunResults]) -> InterpolationFront:
-        """The front of what `measure` found at each α, 1 among them, on the same texts."""
+    def of(
+        cls, runs: Mapping[float, RunResults], means: Mapping[str, Mapping[float, RunResults]] | None = None
+    ) -> InterpolationFront:
+        """The front of what `measure` found on the same texts.
+
+        Args:
+            runs: between base and model, by α, 1 among them.
+            means: the same between the base and each further end, by its name; its α = 0 is the base once more.
+        """
         gain = {text: result.estimates[GAIN.name] for text, result in runs[1.0].new_task.items()}
         learned = [text for text, one in gain.items() if _low(one) > 0]
         points = []
-        for alpha, run in sorted(runs.items()):
-            loss = {text: result.estimates["loss"] for text, result in run.new_task.items()}
-            kept = {text: _kept_gain(run, runs[1.0], text) for text in learned}
-            moved = {text: result.estimates["ref_kl"] for text, result in run.retention.items()}
-            points.append(FrontPoint(alpha, loss, kept, moved))
+        for end, found in {MODEL: runs, **(means or {})}.items():
+            for alpha, run in sorted(found.items()):
+                loss = {text: result.estimates["loss"] for text, result in run.new_task.items()}
+                kept = {text: _kept_gain(run, runs[1.0], text) for text in learned}
+                moved = {text: result.estimates["ref_kl"] for text, result in run.retention.items()}
+                points.append(FrontPoint(end, alpha, loss, kept, moved))
         return cls(points, gain)
 
-    def keeping_gain(self, share: float) -> float:
-        """The smallest α above 0 that keeps this share of the gain on every text of the new task, from 0 to 1.
+    @property
+    def _moved(self) -> list[FrontPoint]:
+        return [one for one in self.points if one.alpha]
+
+    def keeping_gain(self, share: float) -> FrontPoint:
+        """The point that moved least of those that keep this share of the model's gain, from 0 to 1, on every text.
+
+        It has the least `ref_kl` on the text of the replay rows on which its `ref_kl` is largest.
 
         Raises:
             ValueError: for a text on which no gain is shown.
         """
         for text, gain in self.gain.items():
-            if text not in self.points[-1].kept:
+            if text not in self.points[0].kept:
                 raise ValueError(
                     f"new_task: {text!r} shows no gain to keep, {value_cell(gain).with_interval} nats per token on "
                     f"{quantity(gain.num_documents, 'document')}; give more rows, or choose by max_ref_kl or alpha"
                 )
-        return next(one.alpha for one in self.points if one.alpha and min(map(_low, one.kept.values())) >= share)
+        keeping = [one for one in self._moved if min(map(_low, one.kept.values())) >= share]
+        return min(keeping, key=lambda one: _farthest(one).value)
 
-    def within(self, max_ref_kl: float) -> float:
-        """The largest α at which the divergence from the base stays within this on every text, in nats per token.
+    def within(self, max_ref_kl: float) -> FrontPoint:
+        """The point of the least loss on the new task, a mean over texts, whose `ref_kl` is within this on every text.
 
         Raises:
-            ValueError: if only the base itself does.
+            ValueError: if only the base itself is.
         """
-        first, *_ = above = [one for one in self.points if one.alpha]
-        within = [one.alpha for one in above if max(map(_high, one.ref_kl.values())) <= max_ref_kl]
+        within = [one for one in self._moved if _high(_farthest(one)) <= max_ref_kl]
         if not within:
-            worst = max(first.ref_kl.values(), key=_high)
+            first = min(self._moved, key=lambda one: _high(_farthest(one)))
             raise ValueError(
                 f"max_ref_kl: {max_ref_kl:g} is exceeded already at alpha {first.alpha:g}, where ref_kl is "
-                f"{value_cell(worst).with_interval} nats per token; raise it, or finetune with replay"
+                f"{value_cell(_farthest(first)).with_interval} nats per token; raise it, or finetune with replay"
             )
-        return max(within)
+        return min(within, key=lambda one: sum(loss.value for loss in one.loss.values()))
 
     @property
     def table(self) -> Table:
-        """A row for each α."""
-        last = self.points[-1]
-        parts = (("loss", last.loss), ("gain kept", last.kept), ("ref_kl", last.ref_kl))
-        rows = []
+        """A row for each point, by end."""
+        parts = [(name, getattr(self.points[0], name)) for name in ("loss", "kept", "ref_kl")]
+        sections: dict[str, list[Row]] = {}
         for one in self.points:
             cells = [*map(value_cell, one.loss.values()), *map(share_cell, one.kept.values())]
             cells += map(value_cell, one.ref_kl.values())
-            rows.append(Row(f"{one.alpha:g}", cells))
-        columns = [f"{what}, {text}" for what, texts in parts for text in texts]
-        return Table(columns, [Section("alpha", rows)], has_base=False)
+            title = "alpha" if one.end == MODEL else f"alpha, {one.end}"
+            sections.setdefault(title, []).append(Row(f"{one.alpha:g}", cells))
+        columns = [f"{'gain kept' if what == 'kept' else what}, {text}" for what, texts in parts for text in texts]
+        return Table(columns, [Section(*section) for section in sections.items()], has_base=False)
 
-    def panels(self, chosen: float) -> list[Panel]:
-        """Learning against divergence between base and tuned model, a figure for each text on which it moved."""
+    def panels(self, chosen: FrontPoint) -> list[Panel]:
+        """Learning against divergence between the base and each end, a figure for each text that it moved on."""
         learned, found = next(iter(self.gain)), []
-        for text in self.points[-1].ref_kl:
-            path = {one.alpha: (one.loss[learned].value, one.ref_kl[text].value) for one in self.points}
-            named = {"between base and tuned model": path.values(), f"alpha {chosen:g}": [path[chosen]]}
-            lines = [
-                PlotLine(name, place, [x for x, _ in points], [y for _, y in points])
-                for place, (name, points) in enumerate(named.items())
-            ]
+        paths: dict[str, list[FrontPoint]] = {}
+        for one in self.points:
+            paths.setdefault(f"between base and {'tuned model' if one.end == MODEL else one.end}", []).append(one)
+        for text in self.points[0].ref_kl:
+            lines = []
+            for place, (name, points) in enumerate({**paths, f"alpha {chosen.alpha:g}": [chosen]}.items()):
+                values = [(one.loss[learned].value, one.ref_kl[text].value) for one in points]
+                lines.append(PlotLine(name, place, [x for x, _ in values], [y for _, y in values]))
             about = f"Learning against divergence from the base on {text}, between base and tuned model"
             found.append(
                 Panel("frontier", text, about, LEARNING, "ref_kl, nats per token", lines=lines, from_zero=True)
@@ -120,6 +139,10 @@ def _low(one: Estimate) -> float:
 
 def _high(one: Estimate) -> float:
     return one.ci[1] if one.ci else one.value
+
+
+def _farthest(point: FrontPoint) -> Estimate:
+    return max(point.ref_kl.values(), key=_high)
 
 
 def _kept_gain(run: RunResults, tuned: RunResults, text: str) -> Estimate:

@@ -9,18 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from difflib import SequenceMatcher
 from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retain.files import visible, visible_text
-from retain.report import style, tables
+from retain.report import tables
 from retain.report.chain import chain_panel, chain_sentences, chain_verdict, over_chain
 from retain.report.comparison import compare_at_matched_loss
 from retain.report.figures import learned_and_forgotten, panels
 from retain.report.metrics import TABLE_METRICS
-from retain.report.numbers import cell
-from retain.report.results import ReportRuns
+from retain.report.numbers import cell, heat
+from retain.report.results import Continuation, MovedDocument, ReportRuns, TokenResult
 from retain.report.sentences import (
     comparison_verdict,
     end_sentences,
@@ -32,7 +34,6 @@ from retain.report.sentences import (
     text_verdict,
     verdict,
 )
-from retain.report.worst_passages import differences, generations, shown_token, worst_documents
 
 if TYPE_CHECKING:
     import jinja2
@@ -49,6 +50,10 @@ HEADINGS = {  # of the tables in Markdown
     "knowledge": "What the models know", "drift": "What the models write",
     "matched": "At the same new-task loss", "end": "At the end of each run", "rest": "Further metrics",
 }  # fmt: skip
+MAX_WORDS = 1500  # of a generation that is compared word by word: the comparison is quadratic
+FULL_HEAT = 3.0  # nats: a token's divergence from which its colour is full, the same in every report
+MAX_TOKENS = 20_000  # on a page; a token costs some 150 bytes of it
+MAX_TOKEN_CHARS, MAX_TOP_CHARS = 200, 40
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class Page:
 
     def html(self) -> str:
         """One self-contained page with no script in it and no request to anywhere."""
+        from retain.report import style  # with matplotlib, which nothing else here needs
+
         view = self.view
         runs, names, compared = view["runs"], [run.name for run in view["runs"]], view["comparison"]
         worst, left_out = worst_documents(runs)
@@ -70,7 +77,7 @@ class Page:
         sentence, findings = opening(runs, compared)
         more = {
             "opening": view["verdict"] if self.chain else sentence, "findings": findings,
-            "opening_figure": self._chain_figure() if self.chain else self._opening_figure(),
+            "opening_figure": self._opening_figure(),
             "verdicts": [(at, text_verdict(run)) for at, run in enumerate(runs) if run.retention] if names[1:] else [],
             "figures": [{"kind": one.kind, "svg": style.to_svg(figure, one.description)} for one, figure in drawn],
             "prompts": {"shown": prompts[:SHOWN_PROMPTS], "folded": prompts[SHOWN_PROMPTS:]},
@@ -79,15 +86,17 @@ class Page:
         return _environment(html=True).get_template("report.html").render(view | more)
 
     def _opening_figure(self) -> str:
+        """What was learned and forgotten, or each text over the stages of a chain; empty where there is little."""
+        from retain.report import style
+
         runs = self.view["runs"]
+        if self.chain:
+            panel = chain_panel(runs, texts := self.view["chained"])
+            return style.to_svg(style.draw_panel(panel, [text.name for text in texts]), panel.description)
         if not (found := learned_and_forgotten(runs)):
             return ""
         description = " ".join(panel.description for panel in found)
         return style.to_svg(style.draw_intervals(found, [run.name for run in runs]), description)
-
-    def _chain_figure(self) -> str:
-        panel = chain_panel(self.view["runs"], texts := self.view["chained"])
-        return style.to_svg(style.draw_panel(panel, [text.name for text in texts]), panel.description)
 
     def markdown(self) -> str:
         """Verdict, tables and what they mean; what was written, asked and answered is on the page."""
@@ -199,3 +208,83 @@ def markdown_escaped(value: Any) -> Any:
     text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     special = r"([\\`*{}\[\]#|~$!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.)"  # an address is no link
     return re.sub(special, r"\\\1", text).replace("\n", " ")
+
+
+# What is written out to read, with colour as a second carrier: shares of full strength, which the page mixes in
+
+
+class ShownToken(NamedTuple):
+    """A token to write out, its heat, whether the two models put different tokens first, and its numbers."""
+
+    piece: str
+    heat: int
+    other: bool
+    numbers: str
+
+
+def worst_documents(runs: ReportRuns) -> tuple[dict[str, list[tuple[int, MovedDocument]]], int]:
+    """By text the documents that moved most, each with the place of its run; and how many were left out for room."""
+    shown: dict[str, list[tuple[int, MovedDocument]]] = {}
+    room, left_out = MAX_TOKENS, 0
+    for text in dict.fromkeys(text for run in runs for text in run.worst):
+        for place, run in enumerate(runs):
+            for document in run.worst.get(text, []):
+                if len(document.tokens) > room:
+                    left_out += 1
+                else:
+                    room -= len(document.tokens)
+                    shown.setdefault(text, []).append((place, document))
+    return shown, left_out
+
+
+def shown_token(token: TokenResult) -> ShownToken:
+    before, after, moved = (cell(value).value for value in (token.base_loss, token.loss, token.ref_kl))
+    base, tuned = (top[:MAX_TOP_CHARS].replace("\n", "⏎") for top in (token.base_top, token.tuned_top))
+    numbers = f"loss {before} → {after}, ref_kl {moved}; first for the base: “{base}”, tuned: “{tuned}”"
+    piece = token.text[:MAX_TOKEN_CHARS].replace("\n", "⏎\n")
+    return ShownToken(piece, heat(token.ref_kl or 0.0, FULL_HEAT), base != tuned, numbers)
+
+
+class ShownPrompt(NamedTuple):
+    """A prompt, in `title` without the lines that open all of them, and what followed, by the place of the run."""
+
+    title: str
+    how: str
+    texts: dict[int, Continuation]
+
+    @property
+    def first(self) -> Continuation:
+        return next(iter(self.texts.values()))
+
+
+def generations(runs: ReportRuns) -> list[ShownPrompt]:
+    """Per prompt and way of writing what the models wrote; `how` is empty where there is one way only."""
+    found: dict[tuple[str, str], dict[int, Continuation]] = {}
+    for place, run in enumerate(runs):
+        for row in run.generations:
+            found.setdefault((row.prompt, row.how), {})[place] = row
+    several = len({how for _, how in found}) > 1
+    prompts = {prompt for prompt, _ in found}
+    start = commonprefix([*prompts]).rfind("\n") + 1 if len(prompts) > 1 else 0  # noqa: RUF071 (of characters)
+    return [ShownPrompt(prompt[start:], how * several, texts) for (prompt, how), texts in found.items()]
+
+
+def differences(base: str, tuned: str) -> list[tuple[bool, str]]:
+    """`tuned` in pieces, each marked True where its words are not the base's.
+
+    >>> differences("a red cat", "a blue cat")
+    [(False, 'a '), (True, 'blue'), (False, ' cat')]
+    """
+    before, after = (re.findall(r"\w+|\s+|[^\w\s]", text) for text in (base, tuned))
+    if max(len(before), len(after)) > MAX_WORDS:
+        return [(False, tuned)]
+    matcher = SequenceMatcher(None, before, after, autojunk=False)
+    codes = [(tag != "equal", "".join(after[j1:j2])) for tag, _, _, j1, j2 in matcher.get_opcodes() if j2 > j1]
+    pieces: list[tuple[bool, str]] = []
+    for place, (changed, text) in enumerate(codes):
+        between = pieces and pieces[-1][0] and place + 1 < len(codes) and codes[place + 1][0]
+        changed = changed or bool(between and text.isspace())  # a mark runs on over the space between words
+        if pieces and pieces[-1][0] == changed:
+            text = pieces.pop()[1] + text
+        pieces.append((changed, text))
+    return pieces

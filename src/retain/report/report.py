@@ -9,20 +9,17 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retain import versions
 from retain.files import NUMBER, check_shape, read_json, write_text
-from retain.report import page, style
+from retain.report import page
 from retain.report.chain import chain_panel, over_chain
 from retain.report.comparison import compare_at_matched_loss
 from retain.report.figures import panels
 from retain.report.model_card import card_with_forgetting
 from retain.report.results import RunResults, TextResult, json_shape, read_as
 from retain.report.sentences import verdict
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 REPORT_SCHEMA = "retain.report/1"
 
@@ -139,9 +136,11 @@ def write_comparison(
     Returns:
         The page, which also has a summary for a terminal.
     """
+    from retain.report import style  # with matplotlib, which reading a report does not need
+
     runs, folder = [report.results for report in reports], Path(folder)
     found: dict[str, Any]
-    figure: Figure | None
+    figure: Any  # or None
     if chain:
         texts = over_chain(runs)
         found = {"chain": list(map(asdict, texts))}

@@ -1,4 +1,4 @@
-"""One look for every figure: a `Panel` in, a matplotlib `Figure` out; matplotlib is loaded on the first call.
+"""One look for every figure: a `Panel` in, a matplotlib `Figure` out; others load this and matplotlib where they draw.
 
 Figures are built without pyplot, so nothing is shared and nothing has to be closed. As inline SVG they take their
 colours from the page (`currentColor`, `--run-1` ...), which makes one figure right on light and on dark.
@@ -11,20 +11,20 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 
 from retain.files import atomic_path, visible
 from retain.report.figures import Panel
 from retain.report.numbers import cell
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Rust first: in a comparison the first run is the plain one, without replay. Told apart in grey, too, by the marks.
 PALETTE = ("#c2571a", "#1b7a8c", "#6b5bc4", "#5b8a26", "#b0408a", "#8a6a12")
@@ -48,8 +48,6 @@ STYLE: dict[str, Any] = {
 
 @contextmanager
 def _style(**more: Any) -> Iterator[None]:
-    import matplotlib
-
     with matplotlib.rc_context({**STYLE, **more}), warnings.catch_warnings():
         # A name in a script that DejaVu lacks: the browser has the glyph, the width is a guess.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
@@ -85,35 +83,26 @@ def look(index: int, total: int) -> dict[str, Any]:
 @styled
 def draw_panel(panel: Panel, names: Sequence[str]) -> Figure:
     """One figure of `figures.panels`; every run keeps its colour and mark of all `names` in all of them."""
-    from matplotlib.figure import Figure
-
     if panel.kind == "interval":
         return draw_intervals([panel], names)
-    figure = Figure(figsize=SIZE)
-    axes = figure.add_subplot()
-    name_axes(axes, panel.title, panel.xlabel, panel.ylabel)
-    if panel.kind == "frontier":
-        _draw_frontier(axes, panel, len(names))
-    else:
-        _draw_lines(axes, panel, len(names))
-    _legend(figure, axes, loc="upper left" if panel.kind == "frontier" else "best")
-    return figure
+    return _drawn_row([panel], len(names), SIZE[1])
 
 
 @styled
 def frontier_row(panels: Sequence[Panel], total: int) -> Figure | None:
     """Learning against forgetting on every text side by side, for a README; None where no run has both."""
-    from matplotlib.figure import Figure
-
     found = [panel for panel in panels if panel.kind == "frontier"]
-    if not found:
-        return None
-    figure = Figure(figsize=(4.2 * len(found), 3.4))
-    for at, panel in enumerate(found, start=1):
-        axes = figure.add_subplot(1, len(found), at)
+    return _drawn_row(found, total, SIZE[1] + 0.4) if found else None
+
+
+def _drawn_row(panels: Sequence[Panel], total: int, height: float) -> Figure:
+    figure = Figure(figsize=(SIZE[0] * len(panels), height))
+    draw, loc = (_draw_frontier, "upper left") if panels[0].kind == "frontier" else (_draw_lines, "best")
+    for at, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), at)
         name_axes(axes, panel.title, panel.xlabel, panel.ylabel if at == 1 else "")
-        _draw_frontier(axes, panel, total)
-    _legend(figure, axes, loc="upper left")
+        draw(axes, panel, total)
+    _legend(figure, axes, loc=loc)
     return figure
 
 
@@ -151,9 +140,6 @@ def _draw_frontier(axes: Axes, panel: Panel, total: int) -> None:
 @styled
 def draw_intervals(panels: Sequence[Panel], names: Sequence[str]) -> Figure:
     """A dot and its interval for each text and run, the panels one above the other; 0 is the base."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     rows = [len(dict.fromkeys(dot.text for dot in panel.dots)) for panel in panels]
     row = 0.26 + (0.16 if len(names) <= MAX_LABELLED else 0.11) * len(names)  # inches
     height = 0.6 * len(panels) + 0.2 + 0.1 * len(names) + row * sum(rows)
@@ -198,8 +184,6 @@ def _legend(figure: Figure, axes: Axes, loc: str) -> None:
 
 
 def _legend_of_marks(figure: Figure, names: Sequence[str]) -> None:
-    from matplotlib.lines import Line2D
-
     looks = [look(index, len(names)) for index in range(len(names))]
     handles = [Line2D([], [], markersize=6, **how | {"linestyle": "none"}) for how in looks]
     figure.legend(handles, [label(name, 20) for name in names], loc="outside lower center", ncols=2, handletextpad=0.1)

@@ -1,4 +1,5 @@
-"""Workers of a Ray cluster that each make something once, a loaded model say, and call it item by item.
+"""Workers of a Ray cluster that each make something once, a loaded model say, and call it item by item; and the engine
+of `retain sample --engine ray` on them.
 
 Items go to whoever is free. A worker that is lost, with its machine or alone, costs the item that it had: that goes to
 the next free worker, and Ray starts the lost one again, here or on another machine.
@@ -17,9 +18,13 @@ from typing import Any, TypeVar
 if find_spec("ray") is None:
     raise ValueError("engine: 'ray' needs the extra; pip install 'retain-llm[ray]'")
 import ray
+import torch
 from ray.exceptions import RayError, RayTaskError
+from transformers import PreTrainedModel
 
 from retain.files import first_line
+from retain.models.description import default_device
+from retain.sampling.engine import DrawnRows, Engine, Progress, Shard, batch_engine, draw_rows
 
 MAX_RESTARTS = 50  # of one worker: machines come and go, but one that dies each time is given up
 MAX_LOSSES = 5  # of workers by one item, which then is what kills them
@@ -136,3 +141,40 @@ def _spread(workers: Sequence[Any], items: Sequence[Any]) -> Iterator[tuple[Any,
 def _begun(worker: Any) -> Any:
     """The task of beginning; a worker that Ray starts again begins again."""
     return worker.begin.options(max_task_retries=-1).remote()
+
+
+@contextmanager
+def ray_engine(
+    load: Callable[[], PreTrainedModel],
+    *,
+    max_length: int,
+    seed: int,
+    store_reference: str | None = None,
+    num_workers: int | None = None,
+) -> Iterator[Engine]:
+    """An engine for `sample_replay(..., engine=ray_engine(...))`: the cluster of RAY_ADDRESS, else one of this machine.
+
+    Workers draw whole shards with the engine of a single process, in its batches: their rows are its rows to the last
+    bit on devices of one kind, so a dataset begun here may be finished there. Only the driver writes files.
+
+    Args:
+        load: loads the model in a worker, in the dtype that `sample_replay` gets: say, a `functools.partial` of
+            `load_model`. The name must mean the same model on every machine.
+        max_length, seed, store_reference: as for `sample_replay`.
+        num_workers: each has a GPU, or a CPU where the cluster has no GPUs; by default one for each of them.
+    """
+
+    def drawer() -> Callable[[tuple[Shard, int]], DrawnRows]:
+        torch.set_num_threads(1)
+        draw = partial(draw_rows, load().to(default_device()), max_length=max_length, seed=seed, store=store_reference)
+        engine = batch_engine(draw)
+        return lambda asked: next(engine([asked[0]], asked[1], lambda rows: None))[1]
+
+    with ray_workers(drawer, num_workers=num_workers) as spread:
+
+        def engine(shards: Sequence[Shard], batch_size: int, progress: Progress) -> Iterator[tuple[Shard, DrawnRows]]:
+            for (shard, _), drawn in spread([(shard, batch_size) for shard in shards]):
+                progress(len(shard.rows))
+                yield shard, drawn
+
+        yield engine

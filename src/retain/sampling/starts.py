@@ -13,13 +13,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from retain.data.chats import template_frame
 from retain.models.description import StartToken
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MODES = ("document", "chat", "tools", "think", "prompts")
 THINKING_SWITCHES = ("enable_thinking", "thinking")  # of chat templates: Qwen's and SmolLM's, DeepSeek's

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from retain.checks import Unchosen, check_number
 from retain.files import check_output_dir, exclusive, write_json
@@ -48,8 +50,7 @@ from retain.sampling.engine import Engine, Progress, Shard, batch_engine, choose
 from retain.sampling.starts import Starts, plan_starts
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 SAMPLER = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
 ROWS_PER_SHARD = 64
@@ -82,7 +83,6 @@ def sample_replay(
     store_fisher: bool = False,
     batch_size: int | None = None,
     rows_per_shard: int = ROWS_PER_SHARD,
-    overwrite: bool = False,
     engine: AbstractContextManager[Engine] | None = None,
     engine_name: str = "torch",
     state: PartialState | None = None,
@@ -125,7 +125,7 @@ def sample_replay(
     longest = max(len(prefix) for mode in starts.modes for prefix in mode.prefixes)
     if longest >= max_length:
         raise ValueError(f"max_length: {max_length} leaves no room behind a beginning of {longest} tokens; use more")
-    begun = read_manifest(folder) if (folder / MANIFEST).exists() and not overwrite else None
+    begun = read_manifest(folder) if (folder / MANIFEST).exists() else None
     manifest = {
         **_origin(model, tokenizer, start_token, engine_name),
         "start": starts.describe(),
@@ -151,7 +151,10 @@ def sample_replay(
     main = state is None or state.is_main_process
     with exclusive(folder, "replay rows") if main else nullcontext():
         if main:
-            _begin(folder, manifest, overwrite)
+            if (folder / MANIFEST).exists():
+                check_same_rows(folder, manifest)
+            else:
+                write_json(folder / MANIFEST, manifest)
         if state is not None:
             state.wait_for_everyone()
             manifest = read_manifest(folder)  # the main process's: batches of one size give the same rows
@@ -173,20 +176,14 @@ def sample_replay(
 
 
 def default_store(
-    model: PreTrainedModel,
-    output_dir: str | Path,
-    num_rows: int,
-    max_length: int,
-    *,
-    overwrite: bool = False,
-    wanted: bool = True,
+    model: PreTrainedModel, output_dir: str | Path, num_rows: int, max_length: int, *, wanted: bool = True
 ) -> str | None:
     """What to store of the model's predictions where nobody says: what began the dataset, else hidden if `wanted`.
 
     Nothing where hidden states do not give the predictions, or need more than `MAX_STORE_BYTES`; the log says so.
     """
     folder = Path(output_dir)
-    if (folder / MANIFEST).exists() and not overwrite:
+    if (folder / MANIFEST).exists():
         begun = read_manifest(folder)  # of vLLM's rows it names none until all are there
         if (kept := begun.get("store_reference")) is not None or begun["sampler"]["engine"] not in DRAWS_ONLY:
             return kept
@@ -286,20 +283,6 @@ def check_pool_folder(folder: Path) -> None:
             raise ValueError(f"output_dir: {str(folder)!r} holds other files ({foreign[0]}, …); choose an empty folder")
 
 
-def _begin(folder: Path, manifest: dict[str, Any], overwrite: bool) -> None:
-    """Write the manifest of a new dataset, or check that the one in the folder is this one."""
-    if overwrite or not (folder / MANIFEST).exists():
-        for path in (
-            *folder.glob("shard-*.parquet"),
-            *folder.glob("reference-*.safetensors"),
-            *folder.glob(FISHER_FILE),
-        ):
-            path.unlink()
-        write_json(folder / MANIFEST, manifest)
-    else:
-        check_same_rows(folder, manifest)
-
-
 def check_same_rows(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Refuse settings that are others than those of the rows in the folder; those of which nothing is given pass."""
     found = read_manifest(folder)
@@ -312,5 +295,5 @@ def check_same_rows(folder: Path, manifest: Mapping[str, Any]) -> None:
         if key not in same and found.get(key) != value:
             raise ValueError(
                 f"output_dir: {str(folder)!r} holds rows with {key} {found.get(key)!r}, not {value!r}; "
-                "choose another folder, or set overwrite_output_dir"
+                "choose another folder, or delete it"
             )

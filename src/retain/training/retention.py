@@ -19,8 +19,7 @@ from transformers.trainer_utils import default_compute_objective
 
 from retain.checks import several
 from retain.data.rows import Document, as_documents, without_copies
-from retain.measuring.texts import negated
-from retain.measuring.tokens import Forward, batches, document_sums, logits_at, padded, summarize
+from retain.measuring.tokens import Forward, batches, document_sums, logits_at, negated, padded, summarize
 from retain.models.head import reshard
 from retain.models.reference import Reference, evaluation_mode
 from retain.report.metrics import GAIN, LOGGED, METRICS

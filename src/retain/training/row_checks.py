@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from pyarrow import compute
 from torch.utils.data import IterableDataset
 
 from retain.data.overlap import find_rows
@@ -60,8 +61,6 @@ def check_new_rows(dataset: Any, model: Any, *, packed: bool) -> None:
     """
     if isinstance(dataset, IterableDataset) or "input_ids" not in (getattr(dataset, "column_names", None) or ()):
         return
-    from pyarrow import compute
-
     rows = dataset.with_format("arrow")[:]["input_ids"]
     longest, largest = compute.max(compute.list_value_length(rows)), compute.max(compute.list_flatten(rows))
     length, limit = longest.as_py() or 0, max_positions(model)

@@ -1,8 +1,9 @@
-"""A trainer's steps in the line of progress, and a line for each evaluation; `metrics.jsonl` has every log."""
+"""A trainer's steps in the line of progress, a line for each evaluation, and how long a step takes."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +21,11 @@ from retain.files import visible
 from retain.progress import PlannedStage, ProgressLine, StageProgress
 
 TRAINING, EVALUATIONS = "training", "evaluations"  # stages, and their kinds
+TIMER_STATE = "StepTimer"  # its place in a checkpoint's trainer_state.json
 
 
 class StepLine(TrainerCallback):
-    """In place of transformers' bars and dictionaries; shown within a `progress_line`.
+    """In place of transformers' bars and dictionaries, which stay in `metrics.jsonl`; shown within a `progress_line`.
 
     Args:
         work_until: step, number of steps → work of all steps up to that one; by default they are alike.
@@ -96,3 +98,37 @@ def evaluations_left(args: TrainingArguments, state: TrainerState) -> int:
         epoch = state.epoch or 0.0
         return math.ceil(round(epoch * state.max_steps / state.global_step, 6)) - math.ceil(round(epoch, 6)) + 1
     return 0
+
+
+class StepTimer(TrainerCallback):
+    """How long a step takes, without what a trainer does between steps: evaluations, checkpoints, logs.
+
+    The first step of each process, which also sets things up, is left out; a checkpoint keeps the others' time.
+
+    Attributes:
+        seconds: of all that were timed.
+        num_steps: how many these are.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.num_steps = 0.0, 0
+        self._began, self._is_first = 0.0, True
+
+    @property
+    def mean(self) -> float | None:
+        """Seconds per step; None before there were two."""
+        return self.seconds / self.num_steps if self.num_steps else None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        kept = state.stateful_callbacks.get(TIMER_STATE) if state.global_step else None
+        self.seconds, self.num_steps = kept["attributes"]["seconds"] if kept else (0.0, 0)
+        self._is_first = True
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if not self._is_first:
+            self.seconds, self.num_steps = self.seconds + time.monotonic() - self._began, self.num_steps + 1
+        self._is_first = False
+        state.stateful_callbacks[TIMER_STATE] = {"args": {}, "attributes": {"seconds": [self.seconds, self.num_steps]}}

@@ -64,10 +64,9 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name.split("-")[-1].isdigit()]
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The last one written whole: `trainer_state.json` is the last file to be written."""
-    whole = filter(_trainer_state, _checkpoints(folder))
-    return max(whole, key=_step_of, default=None)
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Those written whole, by their steps: `trainer_state.json` is the last file to be written."""
+    return sorted(filter(_trainer_state, _checkpoints(folder)), key=_step_of)
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -76,7 +75,7 @@ def _step_of(checkpoint: Path) -> int:
 
 def how_to_resume(folder: Path) -> str:
     """What to do after a run in this folder was interrupted."""
-    if _last_checkpoint(folder):
+    if whole_checkpoints(folder):
         return "run the same command with --resume_from_checkpoint true to resume from the last checkpoint"
     if _checkpoints(folder) or _weight_files(folder):  # over which a run that begins would not write
         return "there is no whole checkpoint; run the same command with --resume_from_checkpoint true to begin again"
@@ -107,7 +106,7 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
         if not _trainer_state(Path(given)):
             raise ValueError(f"resume_from_checkpoint: {given!r} is not a whole checkpoint; give a checkpoint-N folder")
         return str(given)
-    last = _last_checkpoint(folder)
+    *_, last = None, *whole_checkpoints(folder)
     if training_args.process_index == 0:
         for path in _checkpoints(folder):  # peft would copy half a model card into the new one
             if last is None or _step_of(path) > _step_of(last):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers.integrations import is_deepspeed_zero3_enabled, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from retain.models.description import base_parameter_name, launched
@@ -63,8 +64,6 @@ def invocation_tokens(model: Any) -> list[list[int]]:
 
 def check_lora_targets(model: Any, adapter: Any) -> None:
     """Refuse an adapter without a place in the model before rows are drawn for it; PEFT would only afterwards."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     wanted, names = adapter.target_modules, [name for name, _ in model.named_modules()]
     for module in adapter.modules_to_save or ():
         if not any(name.endswith(module) for name in names):  # as PEFT finds them; it leaves out what it does not find
