@@ -22,7 +22,6 @@ from retain.cli.main import load_verb, main
 from retain.replay.dataset import load_self_generated
 from retain.replay.fisher import FISHER_TOKENS
 from retain.training import protection_choice
-from retain.training.anchor import Anchor
 from retain.training.protection_choice import (
     ANCHORED,
     CHOSEN_PROTECTION,
@@ -406,7 +405,7 @@ def test_a_dry_run_says_what_the_run_would_take_and_makes_nothing(world, tmp_pat
 
 
 def test_a_dry_run_foresees_the_reading_of_the_whole_pool():
-    tried = Anchor([], num_tokens=100, seconds=7.0)  # of which it read for 2
+    tried = SimpleNamespace(num_tokens=100, seconds=7.0)  # of which it read for 2
     assert seconds_of_fisher(tried, 2.0, pool_tokens=1000) == pytest.approx(5 + 20)
     assert seconds_of_fisher(tried, 2.0, pool_tokens=10**9) == pytest.approx(5 + 2 * FISHER_TOKENS / 100)
     assert seconds_of_fisher(tried, 2.0, None) == 7.0
