@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import release_memory
 from transformers import PrinterCallback
 
+from retain.cli.finetune_data import POOL
 from retain.progress import duration, progress_line
 from retain.replay.fisher import FISHER, FISHER_TOKENS
 from retain.report.numbers import quantity
@@ -84,7 +85,7 @@ def dry_run(
                     say(config.chosen.line())
                 length = config.replay_max_length or trainer.args.max_length
                 drawing = sum(seconds_to_draw(trainer.model, number, length) for number in rows.values())
-                pool_tokens = rows["replay"] * (length - 1) if "replay" in rows else None
+                pool_tokens = rows[POOL] * (length - 1) if POOL in rows else None
             fisher = seconds_of_fisher(trainer.replay.anchor, timed.pace.get(FISHER, 0.0), pool_tokens)
             costs[name] = cost_of(trainer, fisher)
             del trainer

@@ -39,7 +39,7 @@ from retain.laws.plan_page import PlanReport, plan_figure
 from retain.laws.run_tables import tuned_params
 from retain.models.description import default_device, length_that_fits
 from retain.models.loading import empty_model, lora_num_params
-from retain.replay.dataset import load_self_generated, on_disk
+from retain.replay.dataset import load_self_generated, pool_folder
 from retain.report.style import save_png
 
 SCHEMA = "retain.plan/1"
@@ -188,7 +188,7 @@ def retention_of(config: PlanConfig) -> str:
 def check_recipe(config: PlanConfig) -> None:
     """Refuse, before rows are sampled, replay rows that are unreadable, and what every pilot would refuse."""
     if config.replay_dataset != "self":
-        folder = Path(on_disk(config.replay_dataset)).expanduser()
+        folder = pool_folder(config.replay_dataset) or Path(config.replay_dataset).expanduser()
         if folder.is_dir():
             load_self_generated(folder)
         else:
