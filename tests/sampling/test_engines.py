@@ -342,8 +342,10 @@ def ray_workers() -> list[psutil.Process]:
 @needs_ray
 def test_a_killed_ray_worker_loses_no_rows(workers, llama_folder, whole, tmp_path):
     killed: list[int] = []
-    list(workers([Shard(0, [0], [[1]])], 1, lambda rows: None))  # until they are up
-    before = {process.pid for process in ray_workers()}
+    list(workers([Shard(0, [0], [[1]])], 1, lambda rows: None))  # until one is up, and the other may be slower
+    deadline = time.monotonic() + 60
+    while len(before := {process.pid for process in ray_workers()}) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert len(before) == 2
 
     def kill_one_that_draws() -> None:
