@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from retain.measuring.drift import MARKERS, drift, holds_answer, knowledge, knowledge_fate, word_overlap
+from retain.measuring.drift import MARKERS, drift, holds_answer, knowledge, knowledge_fate, word_overlap, words_in
 from retain.measuring.generations import Prompt, Written, as_prompt, continue_prompts, measure_generations, stop_tokens
 from retain.measuring.measure import measure
 from retain.measuring.measure_options import Options
@@ -132,13 +132,46 @@ def test_what_became_of_a_piece_of_knowledge(base, tuned, expected, updated, fou
 
 
 def test_knowledge_counts_and_the_share_kept_of_what_was_known():
-    found = knowledge(["kept"] * 6 + ["updated"] * 2 + ["forgotten"] * 2 + ["learned", "unknown"])
+    fates = ["kept"] * 6 + ["updated"] * 2 + ["forgotten"] * 2 + ["learned", "unknown"]
+    found = knowledge(fates, [True] * 10 + [False] * 2)
     assert found["counts"] == {"kept": 6, "updated": 2, "forgotten": 2, "learned": 1, "unknown": 1}
     assert found["kept_share"]["value"] == 0.8
     assert found["kept_share"]["num_questions"] == 10
-    assert knowledge([]) is None
-    assert knowledge(["unknown"])["kept_share"] is None
+    assert knowledge([], []) is None
+    assert knowledge(["unknown"], [False])["kept_share"] is None
     assert set(found["counts"]) == set(KNOWLEDGE_FATES)
+
+
+def test_a_new_answer_that_replaces_nothing_known_is_not_kept_knowledge():
+    """Nine new facts were learned and the one old one was lost: 90% of what the base knew was said to be kept."""
+    found = knowledge(["updated"] * 9 + ["forgotten"], [False] * 9 + [True])
+    assert found["counts"]["updated"] == 9
+    assert (found["kept_share"]["value"], found["kept_share"]["num_questions"]) == (0.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "held"),
+    [
+        ("यह दल है", "दिल", False),  # letters alike, vowels not
+        ("राजधानी दिल्ली है।", "दिल्ली", True),
+        ("מַלְכָּה", "מלך", False),
+        ("un cafe\u0301", "caf\u00e9", True),  # the accent apart and composed
+        ("It is 1.5 or 3,140.", "5", False),
+        ("It is 1.5 or 3,140.", "3", False),
+        ("About 3,140.", "3,140", True),
+        ("2024年に", "2024", True),
+        ("GPT技術", "技術", True),
+        ("In 1990, 5 people.", "5", True),
+        ("می\u200cخواهم", "خواهم", False),  # half of a word
+    ],
+)
+def test_an_answer_is_whole_words_in_every_script(text, answer, held):
+    assert holds_answer(text, answer) is held
+
+
+def test_words_of_every_script_are_counted():
+    counts = {"हिन्दी भाषा": 2, "தமிழ் மொழி": 2, "مُحَمَّد رسول": 2, "a ❤️ b": 2, "ខ្មែរ": 5, "3.14 is pi": 3}
+    assert {text: len(words_in(text)) for text in counts} == counts
 
 
 def test_words_and_marks():
@@ -214,8 +247,10 @@ def test_both_models_write_side_by_side():
 
 def test_rows_of_prompts():
     assert as_prompt({"text": "a", "expected": "b"}, TOKENIZER, "row 1") == Prompt("a", expected="b")
-    with pytest.raises(ValueError, match=r"^prompts: row 3 of 'x' has updated 7; give the answer's text"):
+    with pytest.raises(ValueError, match=r"^prompts: row 3 of 'x' has updated 7; give the answer's words"):
         as_prompt({"text": "a", "updated": 7}, TOKENIZER, "row 3 of 'x'")
+    with pytest.raises(ValueError, match=r"row 1 has expected '!!'; give the answer's words"):  # no text holds it
+        as_prompt({"text": "a", "expected": "!!"}, TOKENIZER, "row 1")
 
 
 def test_no_room_for_the_continuation_is_said_before_anything_is_measured():

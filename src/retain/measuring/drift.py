@@ -7,6 +7,7 @@ or something else in the same form. The two are counted apart.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,9 @@ from retain.measuring.paired_answers import change_entry, report_entry, share_en
 from retain.report.tables import KNOWLEDGE_FATES
 from retain.statistics import bootstrap_ratio
 
-KNOWN_BEFORE = ("kept", "updated", "forgotten")
+# Of scripts that put no space between words: Thai, Lao, Burmese, Khmer, kana, Han; and hangul.
+_UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]"
+_JOINERS = "\u200c\u200d"  # inside of words in Persian and Hindi
 # A chat template's marks written out as ordinary text, whichever template they come from.
 MARKERS = re.compile(
     r"<\|?/?(im_start|im_end|user|assistant|system|end|eot_id|start_header_id|end_header_id|start_of_turn|end_of_turn)\|?>"
@@ -43,8 +46,15 @@ def length_entries(before: Sequence[int], after: Sequence[int], **resampling: An
 
 
 def words_in(text: str) -> list[str]:
-    """Words in lower case; in scripts that put no space between them, characters."""
-    return re.findall(r"[぀-ヿ㐀-鿿가-힯฀-๿]|\w+", text.casefold())
+    """Words in lower case, their accents and vowel signs composed; in scripts without spaces between them, characters.
+
+    >>> words_in("3.14 or 2024年, हिन्दी")
+    ['3.14', 'or', '2024', '年', 'हिन्दी']
+    """
+    folded = unicodedata.normalize("NFC", text.casefold())
+    marks = "".join(sorted(one for one in set(folded) if unicodedata.category(one) in ("Mn", "Mc")))  # \w has none
+    part = rf"(?!{_UNSPACED})[\w{marks}{_JOINERS}]"
+    return re.findall(rf"{_UNSPACED}|\d+(?:[.,]\d+)+|(?!{_UNSPACED})\w(?:{part})*", folded)
 
 
 def word_overlap(base: str, tuned: str) -> float:
@@ -65,6 +75,11 @@ def holds_answer(text: str, wanted: str) -> bool:
     return bool(answer) and any(found[at : at + len(answer)] == answer for at in range(len(found)))
 
 
+def knows(text: str, expected: str | None) -> bool:
+    """Whether a text holds the expected answer, where there is one."""
+    return expected is not None and holds_answer(text, expected)
+
+
 def knowledge_fate(base: str, tuned: str, expected: str | None, updated: str | None) -> str | None:
     """What became of a piece of knowledge, from the texts of base and tuned model; one of `KNOWLEDGE_FATES`.
 
@@ -76,7 +91,7 @@ def knowledge_fate(base: str, tuned: str, expected: str | None, updated: str | N
     """
     if expected is None and updated is None:
         return None
-    before, after = (expected is not None and holds_answer(text, expected) for text in (base, tuned))
+    before, after = (knows(text, expected) for text in (base, tuned))
     if updated is not None and holds_answer(tuned, updated):
         return "updated"
     if before:
@@ -84,13 +99,17 @@ def knowledge_fate(base: str, tuned: str, expected: str | None, updated: str | N
     return "learned" if after else "unknown"
 
 
-def knowledge(fates: Sequence[str]) -> dict[str, Any] | None:
-    """Counts of `KNOWLEDGE_FATES`, and the share of what the base knew that was not forgotten; None without any."""
+def knowledge(fates: Sequence[str], known: Sequence[bool]) -> dict[str, Any] | None:
+    """Counts of `KNOWLEDGE_FATES`, and the share of what the base knew that was not forgotten; None without any.
+
+    Args:
+        known: whether the base gave the expected answer: a new answer may be to a question that it never could.
+    """
     if not fates:
         return None
     counts = {name: fates.count(name) for name in KNOWLEDGE_FATES}
-    known = sum(counts[name] for name in KNOWN_BEFORE)
-    share = share_entry(known - counts["forgotten"], known) if known else None
+    kept = [fate != "forgotten" for fate, one in zip(fates, known, strict=True) if one]
+    share = share_entry(sum(kept), len(kept)) if kept else None
     return {"num_questions": len(fates), "counts": counts, "kept_share": share}
 
 

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from retain.checks import Unchosen
 from retain.data.chats import chat_of
 from retain.data.rows import prompt_text, user_turn_text
-from retain.measuring.drift import MARKERS, drift, knowledge, knowledge_fate
+from retain.measuring.drift import MARKERS, drift, knowledge, knowledge_fate, knows, words_in
 from retain.measuring.measure_options import Options
 from retain.measuring.thinking import without_reasoning
 from retain.measuring.tokens import check_finite
@@ -65,8 +65,8 @@ def as_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: st
     """A row (`text`, `prompt` or `messages`; optionally `expected` and `updated` answers) as a `Prompt`."""
     answers = {name: row.get(name) for name in ("expected", "updated")}
     for name, value in answers.items():
-        if value is not None and (not isinstance(value, str) or not value.strip()):
-            raise ValueError(f"prompts: {where} has {name} {value!r:.80}; give the answer's text, or leave it out")
+        if value is not None and (not isinstance(value, str) or not words_in(value)):
+            raise ValueError(f"prompts: {where} has {name} {value!r:.80}; give the answer's words, or leave it out")
     return Prompt(prompt_text(row, tokenizer, f"prompts: {where}"), chat_of(row) is not None, **answers)
 
 
@@ -225,8 +225,10 @@ def measure_generations(
         found[how] = drift(written, seed=options.seed, num_resamples=options.num_resamples)
         rows += written
         notes += unanswered_notes(f"prompts, {how}", texts)
-    known = knowledge([row["fate"] for row in rows if row["fate"] is not None])
-    return {"generations": rows, "drift": found, "notes": notes, **({"knowledge": known} if known else {})}
+    asked = [row for row in rows if row["fate"] is not None]
+    known = [knows(row["answers"]["base"], row["expected"]) for row in asked]
+    facts = knowledge([row["fate"] for row in asked], known)
+    return {"generations": rows, "drift": found, "notes": notes, **({"knowledge": facts} if facts else {})}
 
 
 def _row(prompt: Prompt, how: str, base: Written, tuned: Written) -> dict[str, Any]:
