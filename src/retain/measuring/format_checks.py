@@ -34,6 +34,14 @@ class FormatCheck(NamedTuple):
     holds: Callable[[str, Any], bool]
 
 
+def _no_json(name: str) -> Any:
+    """NaN and Infinity, which Python reads and JSON does not know."""
+    raise ValueError(f"{name} is not JSON")
+
+
+STRICT_JSON = json.JSONDecoder(parse_constant=_no_json)
+
+
 def in_script(text: str, script: str) -> bool:
     """Whether nearly all letters of a text are of a script; combining marks do not count.
 
@@ -48,7 +56,7 @@ def is_json(text: str, schema: bool | Mapping[str, Any]) -> bool:
     """Whether a text, also one in a code fence, is JSON that a JSON schema allows; True allows anything."""
     fenced = _FENCED.fullmatch(text)
     try:
-        value = json.loads(fenced[1] if fenced else text)
+        value = STRICT_JSON.decode(fenced[1] if fenced else text)
     except (ValueError, RecursionError):
         return False
     return bool(Draft202012Validator(schema).is_valid(value))
@@ -63,7 +71,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+    return isinstance(value, list) and bool(value) and all(_is_text(one) and words_in(one) for one in value)
 
 
 CHECKS = {

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from jsonschema import Draft202012Validator
 from transformers import PreTrainedTokenizerBase
 
+from retain.measuring.format_checks import STRICT_JSON
 from retain.measuring.thinking import without_reasoning
 
 _MARK = re.compile(r"<tool_call>")
@@ -55,11 +56,11 @@ def written_calls(text: str) -> list[Call | None]:
     >>> written_calls('Sure. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call> {"name": "add", "argu')
     [Call(name='add', arguments={'a': 1}), None]
     """
-    decoder, calls, at = json.JSONDecoder(), list[Call | None](), 0
+    calls, at = list[Call | None](), 0
     while (at := text.find("{", at)) >= 0:
         named = _NAMED.search(text, 0, at)
         try:
-            value, end = decoder.raw_decode(text, at)
+            value, end = STRICT_JSON.raw_decode(text, at)
         except (ValueError, RecursionError):
             calls += [None] * bool(named or _BEGINS.match(text, at))
             at += 1
@@ -76,7 +77,7 @@ def as_call(value: dict[str, Any]) -> Call | None:
     name, arguments = of.get("name"), of.get("arguments", of.get("parameters"))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = STRICT_JSON.decode(arguments)
         except ValueError:
             return None
     return Call(name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None
