@@ -373,3 +373,8 @@ def test_adapters_of_every_kind_are_measured():
         with tuned.disable_adapter():
             report = measure(base, tuned, {"a": make_texts(2)}, tokenizer=TOKENIZER, max_length=20)
         assert report.data["retention"]["a"]["ref_kl"]["value"] == 0
+        question = {"question": "the fox", "choices": ["rain and stone", "birds sing"], "answer": 0}
+        asked = {"q": [question | {"question": text} for text in make_texts(6, words=3)]}
+        report = measure(tuned, base, {"a": make_texts(2)}, tokenizer=TOKENIZER, max_length=20, choices=asked)
+        assert report.data["noise_floor"]["a"]["ref_kl"]["value"] < 1e-6, "an adapter as the base"
+        assert report.data["choices"]["q"]["rules"]["acc"]["noise_agreement"]["value"] == 1

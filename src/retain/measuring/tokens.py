@@ -220,7 +220,7 @@ def row_by_row(model: Any) -> Forward:
         width = input_ids.shape[1]
         rows = []
         for ids, length in zip(input_ids, attention_mask.sum(-1).tolist(), strict=True):
-            logits = model(input_ids=ids[None, :length], use_cache=False).logits
+            logits = logits_at(model, {"input_ids": ids[None, :length]})
             rows.append(torch.nn.functional.pad(logits, (0, 0, 0, width - length)) if length < width else logits)
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
