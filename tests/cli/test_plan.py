@@ -87,6 +87,9 @@ def test_plan_on_the_command_line(world, capsys, monkeypatch):
     assert command == plan["command"]
     flags = shlex.split(command)
     assert flags[:2] == ["retain", "finetune"]
+    assert not {"--save_strategy", "--report_to"} & set(flags), (
+        "a long run keeps checkpoints, and reports as the user does"
+    )
     chosen = plan["recommendation"]
     assert flags[flags.index("--lora_r") + 1] == str(chosen["rank"])
     assert chosen["forgetting_loss"]["high"] <= 5

@@ -44,6 +44,7 @@ from retain.report.style import save_png
 
 SCHEMA = "retain.plan/1"
 PILOTS = "pilots.jsonl"  # a row of each finished pilot
+PILOTS_ALONE = ("save_strategy", "report_to")  # flags that the recommended run, which may be long, does not share
 
 
 @dataclass(kw_only=True)
@@ -267,8 +268,9 @@ def recommended_command(config: PlanConfig, plan: Plan, data: Sequence[str], rep
     one = plan.chosen or plan.fallback
     coef = one.replay_coef if plan.chosen else one.replay_coef or 1.0
     run = finetune_run(config, one.rank, coef, one.num_steps, data, replay or "self", config.seed)
+    flags = {name: value for name, value in run.flags.items() if name not in PILOTS_ALONE}
     controller = {} if plan.chosen else {"max_ref_kl": plan.max_ref_kl}
-    return ["retain", *VerbRun(run.verb, {**run.flags, **controller}).arguments(Path(config.output_dir) / "run")]
+    return ["retain", *VerbRun(run.verb, {**flags, **controller}).arguments(Path(config.output_dir) / "run")]
 
 
 def replay_share(config: PlanConfig) -> float:
