@@ -308,10 +308,55 @@ def test_models_that_cannot_be_compared_are_refused(change, expected):
         measure(make_model(), tuned, {"a": make_texts(1)}, tokenizer=TOKENIZER, max_length=20)
 
 
-@pytest.mark.parametrize("texts", [[], [""]])
+@pytest.mark.parametrize("texts", [[], [""], [Document([[3]], num_bytes=0)]])
 def test_a_text_of_nothing_is_refused(texts):
     with pytest.raises(ValueError, match="retention: 'a' has no text to measure"):
         measure(make_model(), make_model(), {"a": texts}, tokenizer=TOKENIZER, max_length=20)
+    with pytest.raises(ValueError, match="new_task: 'b' has no text to measure"):
+        measure(make_model(), make_model(), {"a": ["fox"]}, new_task={"b": texts}, tokenizer=TOKENIZER, max_length=20)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"max_length": 1}, "max_length: 1 does not fit; use a whole number of at least 2"),
+        ({"max_windows": 0}, "max_windows: 0 does not fit"),
+        ({"max_windows": -1}, "max_windows: -1 does not fit"),  # measured all but the last window of each document
+        ({"batch_tokens": 0}, "batch_tokens: 0 does not fit"),
+        ({"num_resamples": 0}, "num_resamples: 0 does not fit"),
+        ({"seed": -1}, "seed: -1 does not fit"),
+        ({"choice_style": "letters"}, "choice_style: 'letters' is not known; use text or letter"),  # scored the letters
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(options, why):
+    with pytest.raises(ValueError, match=f"^{why}"):
+        measure(make_model(), make_model(), {"a": make_texts(2)}, tokenizer=TOKENIZER, **options)
+
+
+@pytest.mark.parametrize(
+    ("texts", "why"),
+    [
+        ([None], "data: a row is None; give its words, or a row with text"),
+        (["half of \ud800"], "data: a row is no Unicode text .*; correct or delete it"),
+        ([Document([[3] + [5] * 200], 200)], "a document has 201 tokens, more than the models' 128 positions; cut it"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(texts, why):
+    """Documents that came as tokens were read beyond the models' positions, if these are rotary."""
+    with pytest.raises(ValueError, match=why):
+        measure(make_model(), make_model(), {"a": texts}, tokenizer=TOKENIZER)
+
+
+def test_documents_and_words_stand_side_by_side_and_empty_ones_do_not_count():
+    words, ids = make_texts(2), TOKENIZER("the fox", add_special_tokens=False)["input_ids"]
+    mixed = [Document([[3]], 0), words[0], Document([[3, *ids]], 7), {"text": words[1]}]
+    tuned = make_model(seed=1)
+    found, plain = (
+        measure(make_model(), tuned, {"a": texts}, tokenizer=TOKENIZER)["a"].loss
+        for texts in (mixed, [words[0], "the fox", words[1]])
+    )
+    assert found == plain
+    assert found.num_documents == 3
 
 
 @pytest.mark.parametrize(

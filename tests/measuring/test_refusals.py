@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHATML, make_model, make_tokenizer
+from conftest import CHATML, make_model, make_texts, make_tokenizer
+from transformers import LlamaConfig
 
+from retain import measure
 from retain.cli.main import main
 from retain.measuring.behaviors import compare_shares
 from retain.measuring.generations import Written
@@ -136,7 +138,7 @@ class YesToNo(torch.nn.Module):
 
     def __init__(self, token: int) -> None:
         super().__init__()
-        self.token, self.device = token, torch.device("cpu")
+        self.token, self.device, self.config = token, torch.device("cpu"), LlamaConfig(max_position_embeddings=256)
 
     def forward(self, input_ids, attention_mask=None, use_cache=False):
         said = (input_ids == self.token).any(-1)
@@ -150,6 +152,28 @@ def test_a_judge_is_asked_about_every_answer():
     (token,) = TOKENIZER("#", add_special_tokens=False)["input_ids"]
     judge = Judge(YesToNo(token), TOKENIZER)
     assert judge_refusals(judge, ["a", "b", "c"], ["no #", "yes", "#"], batch_tokens=512) == [True, False, True]
+
+
+def test_a_judge_without_room_is_refused_before_anything_is_written():
+    """Beyond its positions a rotary judge gave an answer, and a learned one an IndexError after all was written."""
+    judge, requests = Judge(make_model(max_position_embeddings=64), TOKENIZER), {"r": [" ".join(make_texts(1))]}
+    with pytest.raises(
+        ValueError, match=r"^judge: a request and its answer are \d+ tokens for it, more than its 64 pos"
+    ):
+        measure(make_model(), make_model(seed=1), {}, refusals=requests, judge=judge, tokenizer=TOKENIZER)
+    (token,) = TOKENIZER("#", add_special_tokens=False)["input_ids"]
+    judge = Judge(YesToNo(token), TOKENIZER)
+    with pytest.raises(
+        ValueError, match=r"judge: .* more than its 256 positions; use another judge, fewer max_new_tok"
+    ):
+        judge_refusals(judge, ["a"], ["long " * 300], batch_tokens=512)
+
+
+def test_two_sets_of_one_name_are_refused():
+    """The harmless requests took the place of the harmful ones in the report."""
+    options = {"refusals": {"r": ["a"]}, "harmless": {"r": ["b"]}, "tokenizer": TOKENIZER}
+    with pytest.raises(ValueError, match="^harmless: 'r' is a set of refusals, too; give each its own name"):
+        measure(make_model(), make_model(seed=1), {}, **options)
 
 
 def test_a_second_scorer_stands_alone():

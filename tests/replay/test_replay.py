@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retain.files import append_jsonl, atomic_path, read_jsonl, write_json
+from retain.models.description import tokenizer_fingerprint
 from retain.replay.dataset import (
     MANIFEST,
     MANIFEST_SCHEMA,
@@ -168,7 +169,16 @@ def test_text_of_no_token_is_refused(tmp_path, tokenizer):
         load_replay_dataset(str(tmp_path / "a.jsonl"), tokenizer, 3, 10)
 
 
+def test_texts_are_no_rows_of_another_tokenizer(folder, tokenizer):
+    """Their ids were measured as the other words that they are here."""
+    with pytest.raises(ValueError, match="^retention: the rows of .* were written with another tokenizer .*; sample r"):
+        load_texts(str(folder), tokenizer, field="retention")
+    assert len(load_texts(str(folder), tokenizer, any_tokenizer=True)) == 5
+
+
 def test_retention_texts_come_from_a_file_or_from_sampled_rows(folder, tokenizer, monkeypatch):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    write_json(folder / MANIFEST, manifest | {"tokenizer_fingerprint": tokenizer_fingerprint(tokenizer)})
     (folder / "a.txt").write_text("one\n\ntwo\n\nthree")
     assert [text.words for text in load_texts(str(folder / "a.txt"), tokenizer)] == ["one", "two", "three"]
     assert [text.words for text in load_texts(str(folder / "a.txt"), tokenizer, 2)] == ["one", "two"]

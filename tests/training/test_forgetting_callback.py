@@ -309,6 +309,8 @@ def test_documents_are_whole_bounded_and_always_the_same():
     assert len(retention_documents("a", texts, 1, 0, **cut)) == 1
     with pytest.raises(ValueError, match="'a' has no text to measure"):
         retention_documents("a", ["", ""], 10, 0, **cut)
+    with pytest.raises(ValueError, match="messages"):  # it was left out, like a text of no token
+        retention_documents("a", [{"messages": []}, *texts], 10**6, 0, **cut)
     with pytest.raises(ValueError, match="texts: 'a' is a str, not several texts; give a list"):
         retention_documents("a", "wiki.txt", 10, 0, **cut)
 

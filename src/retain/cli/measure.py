@@ -24,7 +24,7 @@ from retain.measuring.answer_files import read_log, read_samples
 from retain.measuring.behaviors import behavior_sources, load_behavior
 from retain.measuring.choices import load_questions
 from retain.measuring.generations import as_prompt
-from retain.measuring.measure import measure
+from retain.measuring.measure import check_apart, measure
 from retain.measuring.paired_answers import pair_answers
 from retain.measuring.refusals import Judge, load_requests
 from retain.measuring.sources import default_prompts, document_tokens, overlap_warnings
@@ -160,8 +160,10 @@ class MeasureConfig(TextSettings):
         for name in ("prompts", *ANSWERED) if not self.max_new_tokens else ():
             if getattr(self, name):
                 raise ValueError(f"max_new_tokens: 0 writes nothing, and {name} are to be answered; use at least 1")
-        for name in ("retention", "new_task", "choices", "refusals", "harmless"):
-            named_sources(getattr(self, name), name)  # which refuses a source without a name before a model is loaded
+        kinds = ("retention", "new_task", "choices", "refusals", "harmless")
+        named = {kind: named_sources(getattr(self, kind), kind) for kind in kinds}  # before a model is loaded
+        check_apart("new_task", named["new_task"], named["retention"], "a retention text")
+        check_apart("harmless", named["harmless"], named["refusals"], "a set of refusals")
         behavior_sources(self.behaviors)
         if self.judge is not None and not (self.refusals or self.harmless):
             raise ValueError(f"judge: {self.judge!r} has nothing to judge; give --refusals name=file")
@@ -300,7 +302,9 @@ def trained_rows(
             cut(text)["input_ids"] for text in row_texts(source, tokenizer, "train_dataset")
         )
     if replay and Path(replay).exists():
-        found["the replay rows"] = map(document_tokens, load_texts(replay, tokenizer, field="replay_dataset"))
+        found["the replay rows"] = map(
+            document_tokens, load_texts(replay, tokenizer, field="replay_dataset", any_tokenizer=True)
+        )
     return found
 
 

@@ -107,6 +107,8 @@ def _as_dataset(rows: list[dict[str, Any]], name: str, field: str) -> Dataset:
     refusal, remedy = f"{field}: the rows of {name} do not share one schema", "give a column values of one kind"
     try:  # without "use_json", the arguments of one row's tool call would be keys of nulls in every other
         found = Dataset.from_dict(values, on_mixed_types="use_json")
+    except UnicodeEncodeError as error:  # half of a surrogate pair
+        raise ValueError(f"{field}: {name} holds {error.object!r:.80}, which is no Unicode text; correct it") from error
     except Exception as error:  # pyarrow raises many kinds
         raise ValueError(f"{refusal} ({first_line(error)}); {remedy}") from error
     for column, kind in found.features.items():

@@ -153,6 +153,8 @@ def read_text(
     row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "data: a row", reading: Reading = OLD_TEXT
 ) -> Text:
     """Read a row as `SFTTrainer` of TRL 1.16 does before training (`_prepare_dataset`)."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where} is {row!r:.80}; give its words, or a row with text, messages, or completion")
     if reading.dataset_text_field in row:
         row = {**row, "text": row[reading.dataset_text_field]}
     content, given = _content(row, where)
@@ -167,7 +169,10 @@ def read_text(
     if reading.as_trained and not chat and not (pair and "text" in row):  # of such rows TRL ends the unused text
         words = words.removesuffix(tokenizer.eos_token or "") + (tokenizer.eos_token or "")
     special = {"add_special_tokens": reading.as_trained and not chat, "verbose": False}
-    ids: list[int] = tokenizer(words, **special)["input_ids"]
+    try:
+        ids: list[int] = tokenizer(words, **special)["input_ids"]
+    except TypeError as error:  # half of a surrogate pair, as JSON may have it
+        raise ValueError(f"{where} is no Unicode text ({words!r:.80}); correct or delete it") from error
     predicted = [True] * len(ids)
     if completions:  # from where the prompt alone reads otherwise: not always its end
         alone = rendered(given, row, tokenizer, where, **({"add_generation_prompt": True} if chat else {}))
@@ -301,7 +306,7 @@ class Document:
 
 
 def tokenize_documents(
-    texts: Iterable[str | Mapping[str, Any] | Text],
+    texts: Iterable[str | Mapping[str, Any] | Text | Document],
     tokenizer: PreTrainedTokenizerBase,
     start_id: int,
     max_length: int,
@@ -311,16 +316,19 @@ def tokenize_documents(
 ) -> list[Document]:
     """Cut each text into windows of at most `max_length` tokens, start token included.
 
-    Texts without a token are left out, and windows without a predicted one; windows of a single token are kept (one
-    prediction).
+    Texts without a token are left out, and windows and documents without a predicted one; windows of a single token
+    are kept (one prediction).
 
     Args:
-        texts: words, rows, or rows that were read.
+        texts: words, rows, rows that were read, or documents, which stay as they are.
         max_windows: the most windows of a document, from its beginning.
         reading: of words and rows.
     """
     documents = []
     for text in texts:
+        if isinstance(text, Document):
+            documents += [text] if text.num_tokens else []
+            continue
         if not isinstance(text, Text):
             text = read_text({"text": text} if isinstance(text, str) else text, tokenizer, reading=reading)
         document = _cut(text, tokenizer, start_id, max_length, max_windows)
@@ -354,20 +362,20 @@ def _cut(
 
 def as_documents(
     name: str,
-    source: Iterable[str | Mapping[str, Any] | Text] | Sequence[Document],
+    source: Iterable[str | Mapping[str, Any] | Text | Document],
     *,
+    field: str = "retention",
     tokenizer: PreTrainedTokenizerBase,
     start_id: int,
     max_length: int,
     max_windows: int | None,
     reading: Reading = OLD_TEXT,
 ) -> list[Document]:
-    """Texts cut into windows, or documents as they are."""
-    items = documents = several("texts", name, source)
-    if not (items and isinstance(items[0], Document)):
-        documents = tokenize_documents(items, tokenizer, start_id, max_length, max_windows=max_windows, reading=reading)
+    """Texts cut into windows, or documents as they are; `field` is the setting that names them, for errors."""
+    items = several("texts", name, source)
+    documents = tokenize_documents(items, tokenizer, start_id, max_length, max_windows=max_windows, reading=reading)
     if not documents:
-        raise ValueError(f"retention: {name!r} has no text to measure; give documents of at least one token")
+        raise ValueError(f"{field}: {name!r} has no text to measure; give documents of at least one token")
     return documents
 
 

@@ -39,6 +39,7 @@ QUESTION_SETS = {
     "mmlu": ("cais/mmlu", "all", "test"),
     "commonsense_qa": ("tau/commonsense_qa", None, "validation"),
 }
+CHOICE_STYLES = ("text", "letter")
 NOISE_QUESTIONS = 8  # of each set, on which the base is measured against itself
 MAX_LOST = 10  # lost questions of each set that a report keeps
 MAX_CHARACTERS = 2000  # of a text that a report keeps as an example

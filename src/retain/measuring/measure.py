@@ -10,13 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from retain.checks import Unchosen, check_named, several
+from retain.checks import Unchosen, check_named, check_number, several
 from retain.data.rows import OLD_TEXT, Document, Reading, Text, as_documents, without_copies
 from retain.measuring.behaviors import behavior_prompts, measure_behavior
-from retain.measuring.choices import Question, as_questions, measure_choices, question_encoder
+from retain.measuring.choices import CHOICE_STYLES, Question, as_questions, measure_choices, question_encoder
 from retain.measuring.generations import Prompt, measure_generations, options_that_fit
 from retain.measuring.measure_options import Options
-from retain.measuring.refusals import Judge, as_turns, measure_refusals
+from retain.measuring.refusals import Judge, as_turns, judge_inputs, measure_refusals
 from retain.measuring.tokens import text_results
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import (
@@ -24,6 +24,7 @@ from retain.models.description import (
     choose_start_token,
     differing_settings,
     length_that_fits,
+    max_positions,
     model_fingerprint,
     num_parameters,
     tokenizer_fingerprint,
@@ -105,17 +106,27 @@ def measure(
     0.003 [0.000, 0.026]
     """
     base = MeasuredBase.of(base)
+    for setting, number, low in (
+        ("max_length", max_length, 2), ("max_windows", max_windows, 1), ("batch_tokens", batch_tokens, 1),
+        ("max_new_tokens", max_new_tokens, 0), ("num_resamples", num_resamples, 1), ("seed", seed, 0),
+    ):  # fmt: skip
+        if number is not None:
+            check_number(setting, number, low=low, integer=True)
+    if choice_style not in CHOICE_STYLES:
+        raise ValueError(f"choice_style: {choice_style!r} is not known; use {' or '.join(CHOICE_STYLES)}")
     _check_comparable(base.model, tuned)
     _check_texts(retention, new_task or {})
+    check_apart("harmless", harmless or {}, refusals or {}, "a set of refusals")
     if retention or new_task:  # questions and requests have lengths of their own
         max_length = length_that_fits(with_least_room(base.model, tuned), max_length)
     start, batch_tokens = choose_start_token(tokenizer, start_token), tokens_that_fit(base.model, batch_tokens)
     options = Options(tokenizer, start.id, batch_tokens, max_new_tokens, num_resamples, seed, progress)
     cut = partial(as_documents, tokenizer=tokenizer, start_id=start.id, max_length=max_length, max_windows=max_windows)
     trained = Reading(completion_only_loss, assistant_only_loss, as_trained=True)
-    learned = {text: cut(text, source, reading=trained) for text, source in (new_task or {}).items()}
+    learned = {text: cut(text, source, reading=trained, field="new_task") for text, source in (new_task or {}).items()}
     known = {text: cut(text, source, reading=OLD_TEXT) for text, source in retention.items()}
-    _check_tokens(base.model, tokenizer, [document for text in (learned | known).values() for document in text])
+    windows = [window for text in (learned | known).values() for document in text for window in document.windows]
+    _check_windows(base.model, tuned, tokenizer, windows)
     notes: list[str] = []
     distinct = partial(_distinct, warnings=notes)
     asked = {text: distinct(text, as_questions(text, given), "questions") for text, given in (choices or {}).items()}
@@ -129,6 +140,9 @@ def measure(
     encode = question_encoder(base.model, tuned, tokenizer, choice_style, choice_chat_template)
     for questions in asked.values():  # what has no room is refused before anything is measured
         encode(questions)
+    for _, _, requests in requested:
+        if judge is not None:
+            judge_inputs(judge, requests, [""] * len(requests))  # refuses what leaves no room for any answer
     turns = [turn for _, _, requests in requested for turn in as_turns(requests, tokenizer)]
     fit = partial(_answer_options, [base.model, tuned], warnings=notes)
     options = fit([*given, *turns], options)
@@ -196,12 +210,23 @@ def tokens_that_fit(model: PreTrainedModel, batch_tokens: int) -> int:
 def _check_texts(retention: Mapping[str, Any], new_task: Mapping[str, Any]) -> None:
     for field, texts in (("retention", retention), ("new_task", new_task)):
         check_named(field, texts)
-    if twice := set(retention) & set(new_task):
-        raise ValueError(f"new_task: {min(twice)!r} is a retention text, too; give each text its own name")
+    check_apart("new_task", new_task, retention, "a retention text")
 
 
-def _check_tokens(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]) -> None:
-    most = max((max(window) for document in documents for window in document.windows), default=0)
+def check_apart(field: str, names: Iterable[str], others: Iterable[str], what: str) -> None:
+    """Refuse a name of `field` that is among `others`, each of which is `what`: one would be lost beside the other."""
+    if twice := set(names) & set(others):
+        raise ValueError(f"{field}: {min(twice)!r} is {what}, too; give each its own name")
+
+
+def _check_windows(
+    base: PreTrainedModel, tuned: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Sequence[Sequence[int]]
+) -> None:
+    """Refuse windows of documents that came as tokens, if the models have no such token or no room for as many."""
+    longest, room = max(map(len, windows), default=0), max_positions(with_least_room(base, tuned))
+    if room is not None and longest > room:
+        raise ValueError(f"retention: a document has {longest} tokens, more than the models' {room} positions; cut it")
+    most = max(map(max, windows), default=0)
     known = base.get_input_embeddings().weight.shape[0]
     if most >= known:
         token = tokenizer.convert_ids_to_tokens(most)

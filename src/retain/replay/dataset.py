@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from retain.data.rows import OLD_TEXT, WHOLE, Document, Reading, Text, read_texts, token_documents, tokenize_documents
 from retain.files import atomic_path, check_shape, first_line, hub_remedy, read_json
+from retain.models.description import tokenizer_fingerprint
 from retain.replay.stored_predictions import ReferenceCache, open_cache
 
 MANIFEST, STATISTICS, FISHER_FILE = "manifest.json", "statistics.json", "fisher.safetensors"
@@ -283,14 +284,25 @@ def load_texts(
     reading: Reading = OLD_TEXT,
     *,
     field: str = "data",
+    any_tokenizer: bool = False,
 ) -> list[Text] | list[Document]:
     """Texts of a file or Hub dataset, or the rows that `retain sample` wrote, in a folder or there, a document each.
 
     Args:
         field: the setting that named the source, for errors.
+        any_tokenizer: take rows of token ids as they are, whichever tokenizer wrote them.
+
+    Raises:
+        ValueError: for rows of another tokenizer, whose ids are other text in this one.
     """
     if (folder := pool_folder(source)) is not None:
         rows = load_self_generated(folder)
+        written, own = read_manifest(folder)["tokenizer_fingerprint"], tokenizer_fingerprint(tokenizer)
+        if written != own and not any_tokenizer:
+            raise ValueError(
+                f"{field}: the rows of {source!r} were written with another tokenizer (fingerprint {written}; this "
+                f"model's is {own}), so their token ids are other text here; sample rows from this model"
+            )
         count = len(rows) if max_documents is None else min(max_documents, len(rows))
         given = rows.prefix_lengths[:count].tolist()
         return token_documents([rows[index].tolist() for index in range(count)], tokenizer, given)

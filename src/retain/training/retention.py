@@ -18,7 +18,7 @@ from transformers import SchedulerType, TrainerState, TrainingArguments
 from transformers.trainer_utils import default_compute_objective
 
 from retain.checks import several
-from retain.data.rows import Document, as_documents, without_copies
+from retain.data.rows import Document, as_documents, tokenize_documents, without_copies
 from retain.measuring.tokens import Forward, batches, document_sums, logits_at, negated, padded, summarize
 from retain.models.head import reshard
 from retain.models.reference import Reference, evaluation_mode
@@ -295,10 +295,9 @@ def _bounded(name: str, items: Sequence[Any], max_tokens: int, seed: int, cut: d
     taken: dict[int, Document] = {}
     left = max_tokens
     for at in np.random.default_rng(seed).permutation(len(items)).tolist():
-        try:
-            (document,) = as_documents(name, [items[at]], **cut)
-        except ValueError:  # a text of no token
+        if not (documents := tokenize_documents([items[at]], **cut)):  # a text of no token
             continue
+        (document,) = documents
         if document.num_tokens > left and taken:
             break
         taken[at] = document
