@@ -30,7 +30,7 @@ from retain import ReplayConfig, ReplaySFTTrainer
 from retain.cli.main import main
 from retain.measuring.tokens import logits_at
 from retain.models.reference import Reference
-from retain.replay.dataset import ReplayDataset, load_self_generated
+from retain.replay.dataset import ReplayDataset, load_self_generated, shard_path
 from retain.replay.stored_predictions import TOP_K, bytes_per_token, cache_path
 from retain.sampling import write
 from retain.sampling.engine import draw_rows
@@ -340,8 +340,8 @@ def test_full_finetuning_keeps_no_second_model_and_asks_no_base(
     model.register_forward_pre_hook(lambda *args: passes.append(1))
     trainer = run(tmp_path, datasets[kind], "cache", model=model, changes={"max_steps": 3})
     assert trainer.replay.reference is None
-    # Sees it ahead; as it came and as it is trained, finding the head, proving the store, one pass against two.
-    before = 1 + 2 + 1 + 1 + 3
+    # Sees it ahead; as it came and as it is trained, finding the head, proving the three shards, one pass against two.
+    before = 1 + 2 + 1 + 3 + 3
     assert len(passes) == before + 2 + 1 + 1  # the first step's rows apart, then together
 
 
@@ -385,10 +385,11 @@ def test_another_models_predictions_are_not_the_base(datasets: dict[str, ReplayD
     assert train(tmp_path, datasets["hidden"], other, replay_config=settings).replay.reference_kind == "copy"
 
 
+@pytest.mark.parametrize("shard", [0, 1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_predictions_that_are_not_the_models_stop_the_run(tmp_path: Path, kind: str) -> None:
+def test_predictions_that_are_not_the_models_stop_the_run(tmp_path: Path, kind: str, shard: int) -> None:
     folder = sample(tmp_path / "rows", kind, seed=6)
-    shutil.copy(cache_path(sample(tmp_path / "other", kind, seed=7), 0), cache_path(folder, 0))
+    shutil.copy(cache_path(sample(tmp_path / "other", kind, seed=7), shard), cache_path(folder, shard))
     with pytest.raises(ValueError, match="are not this model's"):
         run(tmp_path / "run", load_self_generated(folder), "cache")
 
@@ -403,6 +404,26 @@ def test_a_damaged_store_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match="reference-00001.safetensors' is missing or damaged"):
         rows.cache.batch([9])
+
+
+def test_a_store_that_is_not_whole_is_named_before_training(tmp_path: Path) -> None:
+    """The run ended at the first step that drew such a row, or trained towards other predictions."""
+    folder = sample(tmp_path / "rows", "hidden")
+    shutil.copy(cache_path(folder, 1), cache_path(folder, 2))  # of eight rows, not four
+    with pytest.raises(ValueError, match="reference-00002.safetensors' is missing or damaged.*it holds other rows"):
+        ReplaySFTTrainer(model=make_model(), args=config(tmp_path), replay_dataset=folder, processing_class=TOKENIZER)
+    cache_path(folder, 2).unlink()
+    with pytest.raises(ValueError, match="reference-00002.safetensors' is missing or damaged"):
+        ReplaySFTTrainer(model=make_model(), args=config(tmp_path), replay_dataset=folder, processing_class=TOKENIZER)
+    settings = ReplayConfig(replay_reference="copy")
+    train(tmp_path / "run", load_self_generated(folder), replay_config=settings)
+
+
+def test_a_shard_in_the_place_of_another_is_refused(tmp_path: Path) -> None:
+    folder = sample(tmp_path / "rows", "hidden")
+    shutil.copy(shard_path(folder, 0), shard_path(folder, 1))
+    with pytest.raises(ValueError, match="do not hold the rows of their numbers"):
+        load_self_generated(folder)
 
 
 def test_hidden_states_under_an_adapted_head_are_refused_and_topk_is_not(

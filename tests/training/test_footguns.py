@@ -43,8 +43,8 @@ from retain.cli.main import main
 from retain.data.rows import row_text, tokenize_documents
 from retain.losses import kl_divergence
 from retain.models.reference import Reference, probe
-from retain.replay.dataset import ReplayDataset, replay_indices, token_documents
-from retain.sampling.write import sample_rows
+from retain.replay.dataset import ReplayDataset, load_self_generated, replay_indices, token_documents
+from retain.sampling.write import sample_replay, sample_rows
 from retain.training.trainer_checks import check_base_is_frozen
 
 IDS = torch.arange(5, 25).reshape(2, 10)
@@ -182,6 +182,22 @@ def test_weights_that_do_not_move_stop_the_run(tmp_path: Path, replay: ReplayDat
     changes = {"learning_rate": 1e-9 if not adapter else 1e-30, "max_steps": 4}
     with pytest.raises(ValueError, match="4 steps: either the weights do not move at this learning_rate and dtype"):
         train(tmp_path, replay, model=make_model().bfloat16(), peft_config=lora, changes=changes)
+
+
+@pytest.mark.parametrize("noise", ["stored", "stored-lora", "dropout"])
+def test_noise_does_not_hide_weights_that_do_not_move(tmp_path: Path, noise: str) -> None:
+    """The KL of training was rounding of what was stored, or dropout's, never 0, and the run looked protected."""
+    lora = LoraConfig(**LORA) if noise == "stored-lora" else None
+    if noise == "dropout":
+        base = make_model("gpt2").bfloat16()  # its configuration's own dropout of a tenth
+        rows = rows_of(base)
+    else:
+        base = make_model().bfloat16()
+        stored = {"num_rows": 8, "max_length": 24, "store_reference": "hidden"}
+        rows = load_self_generated(sample_replay(base, TOKENIZER, tmp_path / "rows", **stored))
+    changes = {"learning_rate": 1e-30, "max_steps": 4}
+    with pytest.raises(ValueError, match="4 steps: either the weights do not move at this learning_rate and dtype"):
+        train(tmp_path / "run", rows, base, peft_config=lora, changes=changes)
 
 
 def test_a_learning_rate_too_high_for_any_replay_breaks_its_budget(tmp_path: Path, replay: ReplayDataset) -> None:
@@ -540,14 +556,33 @@ def test_settings_that_are_not_used_are_said(tmp_path: Path, replay: ReplayDatas
     assert lines(replay_coef=0.0) == ["protection: none (replay_coef 0)", "replay: 20 rows given, and not used"]
 
 
-def test_trained_tokens_that_no_replay_row_holds_are_named(tmp_path: Path, replay: ReplayDataset) -> None:
+@pytest.mark.parametrize("stored", [False, True], ids=["live", "stored"])
+def test_trained_tokens_that_no_replay_row_holds_are_named(tmp_path: Path, replay: ReplayDataset, stored: bool) -> None:
+    if stored:
+        made = {"num_rows": 4, "max_length": 12, "store_reference": "hidden"}
+        replay = load_self_generated(sample_replay(make_model(), TOKENIZER, tmp_path / "rows", **made))
     absent = sorted(set(range(10, 60)) - set(replay.tokens.tolist()))[:2] or [5]
     rows = ReplayDataset.from_rows([[3, 6, 7]] * 4, "few") if absent == [5] else replay
     tokens = peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=absent)
     with pytest.raises(
-        ValueError, match="exactly 0 after 4 steps.*or only tokens are trained that no replay row holds"
+        ValueError,
+        match="0, but for rounding and dropout, after 4 steps.*or only tokens are trained that no replay row holds",
     ):
-        train(tmp_path, rows, make_model(tie_word_embeddings=False), peft_config=tokens, changes={"max_steps": 4})
+        train(
+            tmp_path / "run", rows, make_model(tie_word_embeddings=False), peft_config=tokens, changes={"max_steps": 4}
+        )
+
+
+def test_one_row_that_holds_a_trained_token_is_enough(tmp_path: Path) -> None:
+    """The rows by which stored predictions are proven hold none, and the KL is noise in all steps but a few."""
+    made = {"num_rows": 12, "max_length": 12, "store_reference": "hidden"}
+    rows = load_self_generated(sample_replay(make_model(), TOKENIZER, tmp_path / "rows", **made))
+    few = set(rows[11][1:-1].tolist()) - {token for at in range(11) for token in rows[at].tolist()}
+    assert few
+    tokens = peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=sorted(few))
+    data = Dataset.from_list([{"input_ids": [*few, *few]}] * 16)
+    model = make_model(tie_word_embeddings=False)
+    train(tmp_path / "run", rows, model, peft_config=tokens, train_dataset=data, changes={"max_steps": 4})
 
 
 # Flags on which torch, TRL or PEFT would stumble, late or not at all

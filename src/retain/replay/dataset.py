@@ -206,12 +206,17 @@ def read_shards(
 def load_self_generated(folder: Path) -> ReplayDataset:
     """Load a folder that `retain sample` finished."""
     manifest = read_manifest(folder)
-    columns = read_shards(folder, manifest, ("input_ids", "prefix_length"), optional=("logprob",))
+    columns = read_shards(folder, manifest, ("row", "input_ids", "prefix_length"), optional=("logprob",))
     rows = columns["input_ids"]
     if len(rows) != manifest["num_rows"]:
         raise ValueError(
             f"replay_dataset: {str(folder)!r} holds {len(rows)} of {manifest['num_rows']} rows; "
             "finish it with the same `retain sample` command"
+        )
+    if columns["row"] != list(range(len(rows))):
+        raise ValueError(
+            f"replay_dataset: the shards in {str(folder)!r} do not hold the rows of their numbers, so one is of "
+            f"another place or dataset; {SAMPLE_AGAIN}"
         )
     given = columns["prefix_length"]
     if not all(map(_is_row, rows, given)):

@@ -7,7 +7,8 @@ One safetensors file per shard, row after row over the drawn tokens, memory-mapp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,20 +124,34 @@ class ReferenceCache:
         parts = [self._row(int(index)) for index in indices]
         return {name: torch.cat([part[name] for part in parts]) for name in NAMES[self.kind]}
 
+    def check_whole(self) -> None:
+        """Refuse a store in which a shard has no file, or one of other rows: only their headers are read."""
+        for first in range(0, len(self.num_predictions), self.rows_per_shard):
+            count = int(self.num_predictions[first : first + self.rows_per_shard].sum())
+            with self._opened(first) as file:
+                if any(file.get_slice(name).get_shape()[0] != count for name in NAMES[self.kind]):
+                    raise OSError("it holds other rows")
+
     def _row(self, index: int) -> dict[str, Tensor]:
-        path = cache_path(self.folder, index // self.rows_per_shard)
         begin, count = int(self._begins[index]), int(self.num_predictions[index])
-        try:
-            with safe_open(path, framework="pt") as file:
-                row = {name: file.get_slice(name)[begin : begin + count] for name in NAMES[self.kind]}
+        with self._opened(index) as file:
+            row = {name: file.get_slice(name)[begin : begin + count] for name in NAMES[self.kind]}
             if any(len(value) != count for value in row.values()):
                 raise OSError("it holds fewer rows")
+        return row
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[Any]:
+        """The file that holds a row."""
+        path = cache_path(self.folder, index // self.rows_per_shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"replay_dataset: {str(path)!r} is missing or damaged; delete it and run the same `retain "
                 f"sample`, or set replay_reference to adapter or copy: {error}"
             ) from error
-        return row
 
 
 def open_cache(folder: Path, manifest: dict[str, Any], num_predictions: np.ndarray) -> ReferenceCache | None:

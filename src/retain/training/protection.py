@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from retain import versions
@@ -38,7 +39,7 @@ from retain.training.anchor import Anchor, check_anchor
 from retain.training.config import ReplayConfig
 from retain.training.joint_forward import JointForward
 from retain.training.objectives import NONE
-from retain.training.replay_term import ReplayTerm, TermBatch, stored_error
+from retain.training.replay_term import ReplayTerm, TermBatch, kl_values
 from retain.training.retention import NEW_TASK_TEXT, evaluated_batches, new_task_documents, retention_documents
 from retain.training.row_checks import (
     check_held_out,
@@ -65,6 +66,7 @@ logger = logging.getLogger(__name__)
 RETENTION_WINDOWS = 1  # of each retention text's documents, measured at every evaluation: many documents, at their cost
 # Most nats per token by which stored predictions may differ from the model's own before training.
 MAX_STORED_ERROR, MAX_STORED_ERROR_HALF = 1e-4, 2e-2
+PROVEN_ROWS = 8  # of the stored predictions, spread over the shards: each may come from elsewhere
 MAX_NOISE = 5e-3  # nats per token at the untouched model; half precision makes less
 
 
@@ -89,6 +91,7 @@ class Protection:
     """
 
     term: ReplayTerm
+    _begun: dict[int, Tensor]  # KL of some rows from their stored predictions, before training
     joint: JointForward | None = None
     anchor: Anchor | None = None
 
@@ -174,6 +177,7 @@ class Protection:
         if not objective.uses_reference or source not in ("auto", "cache"):
             return None
         if objective.takes_stored and self.rows is not None and self.rows.cache is not None and self._own_rows:
+            self.rows.cache.check_whole()
             return self.rows.cache
         if source == "auto":
             return None
@@ -301,17 +305,53 @@ class Protection:
 
     def _prove_stored(self, model: Any, accelerator: Any) -> None:
         """Where the model is now: a host that shards it moves it to the device of training only later."""
-        rows = self.rows
+        assert self.rows is not None
+        self._begun = self._stored_errors(model, accelerator)
+        limit = MAX_STORED_ERROR_HALF if _is_half(self.rows, model, accelerator) else MAX_STORED_ERROR
+        for row, values in self._begun.items():
+            if not (error := float(values.mean())) <= limit:
+                raise ValueError(
+                    f"replay_reference: the predictions stored in {self.rows.source!r} are not this model's (KL "
+                    f"{error:.2g} nats per token of row {row} before training); sample again, or set replay_reference "
+                    "to adapter or copy"
+                )
+
+    def _stored_errors(self, model: Any, accelerator: Any) -> dict[int, Tensor]:
+        """KL(stored ‖ model) of each prediction of some rows, by their number, nats; without dropout."""
+        rows, found = self.rows, {}
         assert rows is not None
-        batch = self.batch(range(min(2, len(rows))), model.device)
-        stored, labels = batch.pop("stored"), batch.pop("labels")
-        with evaluation_mode(model), accelerator.autocast():
-            error = stored_error(self.term, TermBatch(model, batch, labels, stored))
-        if not error <= (MAX_STORED_ERROR_HALF if _is_half(rows, model, accelerator) else MAX_STORED_ERROR):
-            raise ValueError(
-                f"replay_reference: the predictions stored in {rows.source!r} are not this model's (KL {error:.2g} nats"
-                " per token before training); sample again, or set replay_reference to adapter or copy"
-            )
+        assert rows.cache is not None
+        predicted = np.flatnonzero(rows.num_predictions)
+        _, at = np.unique(predicted // rows.cache.rows_per_shard, return_index=True)
+        of_shards = np.unique(np.linspace(0, len(at) - 1, PROVEN_ROWS).astype(int))
+        chosen = predicted[at[of_shards]] if len(at) > 1 else predicted[:2]
+        for row in chosen.tolist():
+            batch = self.batch([row], model.device)
+            stored, labels = batch.pop("stored"), batch.pop("labels")
+            with evaluation_mode(model), accelerator.autocast():
+                found[row] = kl_values(self.term, TermBatch(model, batch, labels, stored)).cpu()
+        return found
+
+    def has_moved(self, model: Any, accelerator: Any) -> bool:
+        """Whether the model predicts replay rows otherwise than its base in any bit; without dropout.
+
+        The KL of training does not show it where rounding of stored predictions, or dropout, keeps it from being 0.
+        """
+        rows, has_adapter = self.rows, hasattr(model, "disable_adapter")
+        assert rows is not None
+        if self.cache is not None and not has_adapter:
+            now = self._stored_errors(model, accelerator)
+            return any(not torch.equal(values, self._begun[row]) for row, values in now.items())
+        reference = Reference() if has_adapter and self.cache is not None else self.reference
+        term = ReplayTerm(self.term.form, reference, None, accelerator.autocast)
+        for at in range(0, len(rows), PROVEN_ROWS):
+            few = rows.batch(range(len(rows))[at : at + PROVEN_ROWS])
+            batch = {name: value.to(model.device) for name, value in few.items()}
+            labels = batch.pop("labels")
+            with evaluation_mode(model), accelerator.autocast():
+                if bool(kl_values(term, TermBatch(model, batch, labels)).any()):
+                    return True
+        return False
 
     # What the trainer takes of it
 
@@ -406,17 +446,21 @@ def check_noise(kl: float, max_ref_kl: float | None) -> None:
     """
     if kl < MAX_NOISE:
         return
-    what = f"before any step the KL is {kl:.2g} nats per token: noise of dropout, NEFTune or half precision"
+    what = (
+        f"before any step the KL is {kl:.2g} nats per token: noise of dropout, NEFTune or half precision, or what an "
+        "adapter adds that does not begin at its base (a prompt)"
+    )
     if max_ref_kl is not None and kl > max_ref_kl / 2:
         raise ValueError(f"max_ref_kl: {max_ref_kl:g}, but {what}; switch it off, or ask for more than twice that")
     logger.warning("replay/kl: %s; switch it off, or the penalty is held against noise, too", what)
 
 
 def zero_kl_error(steps: int) -> ValueError:
-    """What a KL that was exactly 0 to the end of a run can come from; that the reference stays was shown."""
+    """What a KL that is 0, but for noise, at the end of a run can come from; that the reference stays was shown."""
     return ValueError(
-        f"replay/kl: exactly 0 after {steps} steps: either the weights do not move at this learning_rate and dtype, or "
-        "only tokens are trained that no replay row holds (TrainableTokensConfig: give rows that do), so nothing "
+        f"replay/kl: 0, but for rounding and dropout, after {steps} steps: either the weights do not move at this "
+        "learning_rate and dtype, or only tokens are trained that no replay row holds (TrainableTokensConfig: give "
+        "rows that do), so nothing "
         "protects the model; check these"
     )
 

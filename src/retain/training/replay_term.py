@@ -154,6 +154,8 @@ class ReplayTerm:
 
 
 @torch.no_grad()
-def stored_error(term: ReplayTerm, batch: TermBatch) -> float:
-    """KL(stored ‖ model) per token, in nats, before training; 0 but for rounding when what is stored is the model's."""
-    return float(term.kl(batch)) / int(batch.mask.sum())
+def kl_values(term: ReplayTerm, batch: TermBatch) -> Float[Tensor, predictions]:
+    """KL(base ‖ model) of each prediction of a batch, nats; 0 but for rounding while the model is its base."""
+    values = torch.zeros(int(batch.mask.sum()), device=batch.labels.device)
+    term.kl(batch._replace(values=values))
+    return values

@@ -274,7 +274,13 @@ class ReplayMixin(Host):
     def stop_if_kl_ended_zero(self) -> None:
         """Behind a warm-up, what was trained must have moved what the base says of replay rows."""
         tried = self._ready_for >= self.args.get_warmup_steps(self.state.max_steps) + PATIENCE
-        if tried and self._meter.kl_stayed_zero():
+        if not (tried and self.objective.uses_reference):
+            return
+        stayed = self._meter.kl_stayed_zero()
+        if not stayed and self.objective.draws_rows:  # noise keeps its KL from being 0
+            stayed = not self.replay.has_moved(self.model, self.accelerator)
+            reshard(self.model)
+        if stayed:
             raise zero_kl_error(self.state.global_step)
 
     # The budget
