@@ -125,6 +125,18 @@ def test_the_last_value_of_everything_is_collected(tmp_path):
     assert last_values(tmp_path) == {"step": 2, "loss": 2.0, "eval_loss": 2.5, "retention/a/ref_kl": 0.5}
 
 
+def test_the_numbers_of_questions_and_of_several_models_are_collected(tmp_path):
+    """A row of such a sweep was done, and empty."""
+    number = {"value": 0.5, "ci": [0, 1], "num_questions": 4}
+    answers = {"style": "x", "rules": {"acc": {"agreement": number, "counts": {"right_right": 2}, "mcnemar_p": 0.1}}}
+    asked = {"name": "a", "retention": {}, "choices": {"q": answers}, "worst": {"w": []}}
+    (tmp_path / "report.json").write_text(json.dumps(asked))
+    assert last_values(tmp_path) == {"choices/q/rules/acc/agreement": 0.5}
+    texts = {"name": "b", "retention": {"wiki": {"ref_kl": number | {"value": 0.25}, "loss": {"value": None}}}}
+    (tmp_path / "report.json").write_text(json.dumps({"runs": [asked, texts], "comparison": {}}))
+    assert last_values(tmp_path) == {"a/choices/q/rules/acc/agreement": 0.5, "b/retention/wiki/ref_kl": 0.25}
+
+
 WAITING = "from retain.cli.main import main\nsys.exit(main(sys.argv[1:]))", "import time; time.sleep(60)"
 DRIVER = """
 import sys

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from retain.progress import StageProgress, progress_line
 from retain.report.numbers import is_number, quantity
 
 RESULTS = "results.jsonl"
+REPORT_PARTS = ("new_task", "retention", "choices", "refusals", "behaviors", "drift", "knowledge")  # with numbers
 GATE_CODES = (0, 2, 3)  # exit codes of `measure` that are results
 
 
@@ -117,16 +118,30 @@ def _fits_command_line(value: Any) -> bool:
 
 
 def last_values(folder: Path) -> dict[str, float]:
-    """The last value of everything a run logged, and of everything a report says of its texts."""
+    """The last value of everything a run logged, and every number of a report, by its place there.
+
+    Of several models these begin with the name of each.
+    """
     found: dict[str, float] = {}
     for row in read_jsonl(folder / "metrics.jsonl"):
         found |= {name: value for name, value in row.items() if is_number(value)}
     if (folder / "report.json").is_file():
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        for kind in ("new_task", "retention"):
-            for text, metrics in (report.get(kind) or {}).items():
-                found |= {f"{kind}/{text}/{name}": entry["value"] for name, entry in metrics.items()}
+        several = report.get("runs")
+        for of_model in several or [report]:
+            before = f"{of_model['name']}/" if several else ""
+            for kind in REPORT_PARTS:
+                found |= dict(numbers_in(of_model.get(kind), f"{before}{kind}"))
     return found
+
+
+def numbers_in(part: Any, name: str) -> Iterator[tuple[str, float]]:
+    """Every number with an interval in a part of a report, by its place."""
+    if isinstance(part, dict) and is_number(part.get("value")):
+        yield name, part["value"]
+    elif isinstance(part, dict):
+        for key, inner in part.items():
+            yield from numbers_in(inner, f"{name}/{key}")
 
 
 def sweep_row(run: VerbRun, folder: Path, outcome: dict[str, Any]) -> dict[str, Any]:
