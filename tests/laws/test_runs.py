@@ -14,7 +14,7 @@ from published_laws import BOTH, paper_design, quiet_fit
 from retain import fit_forgetting_law
 from retain.cli.main import main
 from retain.laws.law import ForgettingLaw
-from retain.laws.run_tables import as_runs, read_runs
+from retain.laws.run_tables import as_runs, read_runs, recipe_differences
 from retain.models.loading import lora_num_params
 
 
@@ -140,6 +140,32 @@ def test_runs_of_several_recipes_are_told_apart(tmp_path, capsys):
     (files[2].parent / "retain_config.json").unlink()
     assert main(["fit", *map(str, files), *options]) == 0
     assert "learning_rate: the" not in capsys.readouterr().out
+
+
+def test_runs_of_other_rows_losses_and_bases_are_told_apart(tmp_path):
+    """Two data sets, losses of other tokens, and LoRAs of two models were one law without a word."""
+    files = [write_finetune(tmp_path, name, shift) for name, shift in (("r2", 1e-4), ("r4", 2e-4))]
+    settings = [
+        {"new_rows": "ab", "loss_tokens": "all", "retention_windows": 1, "retention": {"wiki": 8, "code": 4}},
+        {"new_rows": "cd", "loss_tokens": "completions", "retention_windows": 1, "retention": {"wiki": 9}},
+    ]
+    bases = ("one", "two")
+    for file, of, base in zip(files, settings, bases, strict=True):
+        (file.parent / "retain_config.json").write_text(json.dumps({"num_params": 9, **of}))
+        adapter = {
+            "base_model_name_or_path": base,
+            "peft_type": "LORA",
+            "target_modules": ["a", "b"][:: 1 - 2 * (base == "two")],
+        }
+        (file.parent / "adapter_config.json").write_text(json.dumps(adapter))
+    found = recipe_differences([str(file) for file in files])
+    assert [note.partition(";")[0] for note in found] == [
+        "new_rows: the runs have ab, cd",
+        "loss_tokens: the runs have all, completions",
+        "base_model_name_or_path: the runs have one, two",
+        "documents of wiki: the runs have 8, 9",
+    ]
+    assert recipe_differences([str(files[0]), str(files[0])]) == []
 
 
 def lora(rank: int) -> int:

@@ -286,7 +286,8 @@ class ForgettingLaw:
         if dataset is None and len(names) == 1:
             return 0
         if dataset not in names:
-            raise ValueError(f"dataset: {dataset!r} was not fitted; use one of {', '.join(map(repr, names))}")
+            remedy = f"use one of {', '.join(map(repr, names))}" if any(names) else "leave it out: the law is of one"
+            raise ValueError(f"dataset: {dataset!r} was not fitted; {remedy}")
         return names.index(dataset)
 
     def extrapolates(self, inputs: Mapping[str, ArrayLike]) -> list[str]:

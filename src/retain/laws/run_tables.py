@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 
 from retain.data.row_files import JSON_SUFFIXES, TABLE_SUFFIXES, json_rows, read_table
-from retain.files import METRICS_FILE, read_jsonl, read_settings, short_names
+from retain.files import METRICS_FILE, read_json, read_jsonl, read_settings, short_names
 from retain.laws.forms import Array, column_of
 
 RECIPE = {  # settings that a law does not have, by where `retain_config.json` has them
-    "replay_objective": "replay", "replay_coef": "replay", "learning_rate": "training_arguments",
-    "lr_scheduler_type": "training_arguments", "per_device_train_batch_size": "training_arguments",
-    "gradient_accumulation_steps": "training_arguments",
-}  # fmt: skip
+    "replay": ("replay_objective", "replay_coef"),
+    "training_arguments": (
+        *("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    ),
+    "": ("new_rows", "loss_tokens", "retention_windows"),  # of the training rows a hash; what the losses count
+}
+OF_ADAPTER = ("base_model_name_or_path", "peft_type", "target_modules")  # in PEFT's adapter_config.json
 NO_NAME = (None, "")
 Rows = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 
@@ -181,13 +184,23 @@ def read_runs(
 def recipe_differences(sources: Sequence[str]) -> list[str]:
     """In what the recipes of finetunes differ, a sentence each; a law is of runs that differ in its columns alone."""
     folders = [file.parent for file in map(_file_of, map(Path, sources)) if file.name == METRICS_FILE]
-    recipes = [read_settings(folder, {"replay?": dict, "training_arguments?": dict}) for folder in folders]
-    notes = []
-    for name, part in RECIPE.items():
-        values = sorted({str(recipe[part][name]) for recipe in recipes if name in recipe.get(part, {})})
+    recipes, notes = list(map(_recipe, folders)), []
+    for name in dict.fromkeys(name for recipe in recipes for name in recipe):
+        values = sorted({recipe[name] for recipe in recipes if name in recipe})
         if len(values) > 1:
             notes.append(f"{name}: the runs have {', '.join(values)}; a law is of one recipe: fit those of one value")
     return notes
+
+
+def _recipe(folder: Path) -> dict[str, str]:
+    """What a run's files say of its recipe, by setting, and of how many documents its retention texts have."""
+    settings = read_settings(folder, {"replay?": dict, "training_arguments?": dict, "retention?": {str: int}})
+    parts = [(settings.get(part) or {} if part else settings, names) for part, names in RECIPE.items()]
+    if (adapter := folder / "adapter_config.json").is_file():
+        parts.append((read_json(adapter, "runs", "restore it, or give a table"), OF_ADAPTER))
+    found = {name: of[name] for of, names in parts for name in names if of.get(name) is not None}
+    found |= {f"documents of {text}": count for text, count in (settings.get("retention") or {}).items()}
+    return {name: str(sorted(value) if isinstance(value, list) else value) for name, value in found.items()}
 
 
 def _file_of(path: Path) -> Path:
