@@ -110,6 +110,10 @@ def test_an_adapter_of_another_base_is_warned_of(world, tmp_path, capsys):
         report = json.loads((tmp_path / f"report-{warned}" / "report.json").read_text())
         assert any("it was trained on another base" in line for line in report["warnings"]) == warned
         assert ("another base" in capsys.readouterr().out) == warned
+    arguments = ["--base", str(tmp_path / "out"), "--model", str(world / "llama"), *arguments[4:-2]]
+    assert main(["measure", *arguments, "--output_dir", str(tmp_path / "swapped")]) == 0
+    report = json.loads((tmp_path / "swapped" / "report.json").read_text())
+    assert "is an adapter of" in report["warnings"][0], "what was learned was called forgetting"
 
 
 def test_verbs_and_version(capsys):

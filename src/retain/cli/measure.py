@@ -28,6 +28,7 @@ from retain.measuring.measure import check_apart, measure
 from retain.measuring.paired_answers import pair_answers
 from retain.measuring.refusals import Judge, load_requests
 from retain.measuring.sources import default_prompts, document_tokens, overlap_warnings
+from retain.models.adapters import adapted_model
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import default_device, length_that_fits, with_least_room
 from retain.models.loading import load_model, load_tokenizer, loaded_as, tokenizer_of_tuned
@@ -269,7 +270,7 @@ def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Itera
     base = MeasuredBase(loaded) if len(config.model) > 1 else MeasuredBase.of(loaded)
     options: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS} | {"tokenizer": tokenizer}
     options |= {"judge": load_judge(config, loaded) if config.judge else None, "progress": say}
-    start = Start(config.base, probe(loaded))
+    start, adapted = Start(config.base, probe(loaded)), adapted_model(config.base, revision=config.model_revision)
     for model, name, run, of, new_task in zip(config.model, names, runs, settings, new_tasks, strict=True):
         if len(config.model) > 1:
             say(f"model {name}")
@@ -282,7 +283,8 @@ def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Itera
             found["prompts"] = default_prompts(texts, tokenizer, room)
         if rows:
             say("looking for the texts in the training rows")
-        warnings = other_base(model, tuned, start) + overlap_warnings(found, rows, tokenizer)
+        warnings = swapped(config.base, adapted, model) + other_base(model, tuned, start)
+        warnings += overlap_warnings(found, rows, tokenizer)
         report = measure(base, tuned, name=name, **found, **options)
         report.data |= {"warnings": warnings + report.data["warnings"], **run}
         if config.chain:
@@ -362,6 +364,16 @@ def other_base(model: str, tuned: Any, start: Start) -> list[str]:
             "or rewrites its own; what is measured is that difference, too"
         ]
     return []
+
+
+def swapped(base: str, adapted: str | None, model: str) -> list[str]:
+    """A warning where the base is an adapter of the tuned model: they may have been given the wrong way round."""
+    if adapted is None or (model != adapted and os.path.realpath(model) != os.path.realpath(adapted)):
+        return []
+    return [
+        f"{base!r}, given as the base, is an adapter of {model!r}, given as the tuned model: unless that is meant, "
+        "give them the other way round, for forgetting and gain have the wrong sign"
+    ]
 
 
 def load_judge(config: MeasureConfig, base: PreTrainedModel) -> Judge:
