@@ -96,6 +96,15 @@ def test_a_rise_within_chance_is_not_called_a_loss(reports):
     )
 
 
+def test_less_than_nothing_is_not_kept():
+    """It said that -50.0% of what was learned is kept."""
+    losses = {"one": {"german": 3.0}, "two": {"german": 4.5}}
+    reports = [ForgettingReport(stage(name, of)).results for name, of in losses.items()]
+    said = chain_verdict(reports, over_chain(reports))
+    assert "(nothing of what was learned is kept, and the loss stands above the base's)" in said
+    assert "%" not in said
+
+
 def test_the_page_draws_no_stage_against_its_own_task_and_base(reports):
     steps = [{"step": step, "eval_loss": 3.0 - step, "retention/german/ref_kl": 0.1 * step} for step in (0, 1)]
     for report in reports:

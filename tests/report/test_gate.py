@@ -114,7 +114,8 @@ def test_agreement_is_a_limit_of_its_own():
     assert len(found.checks) == 2
     found = judged({"wiki": text(0.01, 0.0, 0.015, agreement=0.8)}, least=0.9)
     assert found.code == BEYOND
-    assert "wiki, same top token 80.0% [78.0%, 82.0%] on 40 documents, against at least 90.0%" in found.verdict
+    assert "against at least 99.95%: " in judged({"wiki": text(0.0, 0.0, 0.0)}, None, 0.9995).verdict, "not 100.0%"
+    assert "wiki, same top token 80.0% [78.0%, 82.0%] on 40 documents, against at least 90%" in found.verdict
     assert judged({"wiki": text(0.5, 0.4, 0.6, agreement=0.95)}, limit=None, least=0.9).code == WITHIN
 
 

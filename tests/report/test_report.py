@@ -125,6 +125,15 @@ def replay() -> dict[str, Any]:
     return run("replay", [4.0, 3.5, 2.5], [0.0, 0.02, 0.04])
 
 
+def test_sums_of_fewer_documents_are_a_damaged_file(plain: dict, tmp_path: Path) -> None:
+    """It was an AssertionError where two runs are compared."""
+    sums = {"ref_kl": [0.1], "loss": [1.0, 2.0], "base_loss": [1.0, 2.0], "num_tokens": [1, 2]}
+    for name, part in (("per_document", {"wiki": sums}), ("documents", [sums | {"step": 0, "name": "wiki"}])):
+        (tmp_path / "report.json").write_text(json.dumps(plain | {name: part}))
+        with pytest.raises(ValueError, match="^runs: .* is damaged: sums of other documents beside others; measure ag"):
+            ForgettingReport.from_json(tmp_path / "report.json")
+
+
 # --- comparison at matched new-task loss -----------------------------------------------------------------------
 
 

@@ -92,7 +92,14 @@ def _story(runs: ReportRuns, text: ChainedText) -> str:
         return f"lowest at the end, {value_cell(text.changes[-1]).with_interval} nats per token against the base"
     since = f"after “{runs[text.lowest - 1].name}”" if text.lowest else "in the base"
     words = f"its loss was lowest {since}, and has risen by {value_cell(text.lost).with_interval} nats per token since"
-    return words + (f"; {share_cell(text.kept).with_interval} of what was learned is kept" if text.kept else "")
+    return words + (f"; {_kept(text.kept)}" if text.kept else "")
+
+
+def _kept(share: Estimate) -> str:
+    """What is left of what was learned; less than nothing where the loss stands above the base's."""
+    if share.ci and share.ci[1] < 0:
+        return "nothing of what was learned is kept, and the loss stands above the base's"
+    return f"{share_cell(share).with_interval} of what was learned is kept"
 
 
 def chain_verdict(runs: ReportRuns, texts: Sequence[ChainedText]) -> str:
@@ -106,7 +113,7 @@ def chain_verdict(runs: ReportRuns, texts: Sequence[ChainedText]) -> str:
         return f"After {len(runs)} stages no text shows a loss: intervals of the rise on {names} hold 0."
     words = [
         f"by {value_cell(text.lost).with_interval}{'' if at else ' nats per token'} on {text.name}"
-        + (f" ({share_cell(text.kept).with_interval} of what was learned is kept)" if text.kept else "")
+        + (f" ({_kept(text.kept)})" if text.kept else "")
         for at, text in enumerate(lost)
     ]
     return f"After {len(runs)} stages the loss stands above its lowest {enumeration(words)}."

@@ -75,7 +75,7 @@ class Check:
         return max(self.size + 1, math.ceil(self.size * times)) if times <= MAX_TIMES else None
 
     def __str__(self) -> str:
-        limit = f"at least {self.limit:.1%}" if self.share else f"at most {self.limit:g} nats per token"
+        limit = f"at least {100 * self.limit:.6g}%" if self.share else f"at most {self.limit:g} nats per token"
         number = (share_cell if self.share else value_cell)(self.found).with_interval
         size = quantity(self.size, self.unit.removesuffix("s"))
         return f"{self.name}, {self.what} {number} on {size}, against {limit}: {WHY[self.code]}"

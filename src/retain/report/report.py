@@ -85,6 +85,11 @@ class ForgettingReport:
             )
         shape = json_shape(RunResults) | {"trajectory?": [{"step": NUMBER}]}
         check_shape(data, shape, f"runs: {str(path)!r} is damaged", "measure again")
+        for sums in [*(data.get("per_document") or {}).values(), *(data.get("documents") or [])]:
+            if len({len(column) for column in sums.values() if isinstance(column, list)}) > 1:
+                raise ValueError(
+                    f"runs: {str(path)!r} is damaged: sums of other documents beside others; measure again"
+                )
         if _finite(data) != data:
             raise ValueError(
                 f"runs: {str(path)!r} holds a number that is not finite, which is no result; measure again"
