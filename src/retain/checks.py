@@ -97,7 +97,18 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     found = origin or hint
+    if (keys := mapping_keys(found)) and isinstance(value, Mapping):
+        return keys[1] <= value.keys() <= set(keys[0])
     return found is Any or not isinstance(found, type) or isinstance(value, found)
+
+
+def mapping_keys(kind: Any) -> tuple[list[str], set[str]] | None:
+    """The keys of a mapping of which TRL makes this dataclass, and those that it needs; None for other types."""
+    if not dataclasses.is_dataclass(kind):
+        return None
+    fields, unset = dataclasses.fields(kind), dataclasses.MISSING
+    needed = {one.name for one in fields if one.default is unset and one.default_factory is unset}
+    return [one.name for one in fields], needed
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
@@ -114,6 +125,9 @@ def kinds_of(hint: Any) -> tuple[Any, ...]:
 def expected_value(hint: Any) -> str:
     """What the value should be, and what to do; of a union the first type."""
     kind = kinds_of(hint)[0]
+    if keys := mapping_keys(next(iter(get_args(kind)), None)):
+        needed = ", ".join(f"{name}: …" for name in keys[1])
+        return f"a list of mappings with {', '.join(keys[0])}; write [{{{needed}}}]"
     return EXPECTED.get(get_origin(kind) or kind, "of a kind known here; see --help")
 
 

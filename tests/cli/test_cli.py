@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +19,9 @@ import torch
 from conftest import CHATML, make_texts, make_tokenizer, save_model
 
 from retain.cli.main import VERBS, load_verb, main
-from retain.files import one_line
+from retain.files import one_line, read_jsonl
 from retain.models.description import model_fingerprint
-from retain.models.loading import load_model
+from retain.models.loading import load_model, load_tokenizer
 from retain.replay.dataset import load_self_generated
 
 TRAIN = [
@@ -477,6 +478,64 @@ def test_a_config_written_for_trl_sft_works_unchanged(world, tmp_path, capsys):
     assert main(["finetune", "--config", str(path), "--replay_dataset", str(world / "replay")]) == 0
     assert (tmp_path / "out" / "adapter_config.json").exists()
     assert (tmp_path / "sft.yaml").read_text() == yaml.safe_dump(config)
+
+
+def test_a_mixture_written_for_trl_sft_works_unchanged(world, tmp_path, capsys):
+    """Its datasets are mappings, of which TRL makes a dataclass; they were refused as no list."""
+    path = tmp_path / "sft.yaml"
+    files = [{"path": "json", "data_files": str(world / name)} for name in ("new.jsonl", "held.jsonl")]
+    path.write_text(json.dumps({"datasets": files}))  # which is YAML, too
+    command = ["finetune", "--config", str(path), "--model", str(world / "llama"), *TRAIN]
+    command += ["--replay_dataset", str(world / "replay"), "--output_dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert read_jsonl(tmp_path / "out" / "metrics.jsonl")[0]["replay/kl"] == pytest.approx(0, abs=1e-6)
+    path.write_text(json.dumps({"datasets": [{**files[0], "splitt": "train"}]}))
+    assert main(command) == 1
+    assert "is not a list of mappings with path, name, data_dir" in capsys.readouterr().err
+    path.write_text(json.dumps({"datasets": [files[0] | {"data_files": str(tmp_path / "no.jsonl")}]}))
+    assert main([*command, "--output_dir", str(tmp_path / "other")]) == 1
+    assert capsys.readouterr().err.startswith("retain finetune: datasets: cannot load 'json' (Unable to find ")
+
+
+DATED = "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n" + CHATML
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_beginning(world, tmp_path, monkeypatch, capsys):
+    """As Llama 3.2's: rows of the next day were others, so what was killed before midnight could not resume."""
+    from transformers.utils import chat_template_utils
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 1, 2, tzinfo=tz)
+
+    model = shutil.copytree(world / "llama", tmp_path / "chat")
+    make_tokenizer(template=DATED).save_pretrained(model)
+    turns = [[{"role": "user", "content": "the fox"}, {"role": "assistant", "content": text}] for text in make_texts(6)]
+    rows = tmp_path / "chat.jsonl"
+    rows.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    sample = f"sample --model {model} --output_dir {tmp_path}/rows --num_rows 4 --max_length 40 --start chat".split()
+    sample += ["--rows_per_shard", "2"]
+    tune = ["finetune", "--model", str(model), "--dataset_name", str(rows), "--output_dir", str(tmp_path / "out")]
+    tune += [*TRAIN, "--replay_dataset", str(tmp_path / "rows"), "--max_length", "64"]
+    tune += ["--save_strategy", "steps", "--save_steps", "1", "--max_steps", "3"]
+    assert main(sample) == 0
+    assert main(tune) == 0
+    before = load_self_generated(tmp_path / "rows").tokens
+    first = json.loads((tmp_path / "out" / "retain_config.json").read_text())
+    (tmp_path / "rows" / "shard-00001.parquet").unlink()
+    for last in (2, 3):
+        shutil.rmtree(tmp_path / "out" / f"checkpoint-{last}")
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    assert main(sample) == 0, capsys.readouterr().err
+    assert (load_self_generated(tmp_path / "rows").tokens == before).all()
+    assert main([*tune, "--resume_from_checkpoint", "true"]) == 0, capsys.readouterr().err
+    then = json.loads((tmp_path / "out" / "retain_config.json").read_text())
+    assert [then[name] for name in ("created", "new_rows")] == [first[name] for name in ("created", "new_rows")]
+    assert load_tokenizer(str(tmp_path / "out")).chat_template == DATED
+    shutil.rmtree(tmp_path / "out")
+    assert main(tune) == 0
+    assert json.loads((tmp_path / "out" / "retain_config.json").read_text())["new_rows"] != first["new_rows"]
 
 
 def test_a_config_may_hold_our_settings_too_and_flags_win(world, tmp_path):

@@ -404,6 +404,14 @@ def test_a_dry_run_says_what_the_run_would_take_and_makes_nothing(world, tmp_pat
         assert part in lines["the run"]
 
 
+def test_a_dry_run_says_where_nothing_would_protect(world, tmp_path, capsys):
+    """It tried a few steps with replay each, and promised what the run then refused, or did without."""
+    assert run(world, tmp_path / "out", "--dry_run", "true", "--replay_every", "90") == 1
+    assert "replay_every: 90 of " in capsys.readouterr().err
+    assert run(world, tmp_path / "out", "--dry_run", "true", "--max_steps", "1") == 0
+    assert "protection: none (a run of one step" in capsys.readouterr().out
+
+
 def test_a_dry_run_foresees_the_reading_of_the_whole_pool():
     tried = SimpleNamespace(num_tokens=100, seconds=7.0)  # of which it read for 2
     assert seconds_of_fisher(tried, 2.0, pool_tokens=1000) == pytest.approx(5 + 20)

@@ -234,7 +234,7 @@ def test_a_run_does_not_go_on_with_other_rows(tune, undisturbed, tmp_path, capsy
     before = snapshot(undisturbed)
     argv = [*tune, "--resume_from_checkpoint", "true", "--output_dir", str(undisturbed / "out")]
     assert main([*argv, "--dataset_name", str(rows)]) == 1
-    assert "finetune: new_rows: '" in last_line(capsys)
+    assert "finetune: new_rows: the rows of the new task are others" in last_line(capsys)
     assert snapshot(undisturbed) == before
 
 

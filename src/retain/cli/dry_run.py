@@ -22,6 +22,7 @@ from retain.replay.fisher import FISHER, FISHER_TOKENS
 from retain.report.numbers import quantity
 from retain.sampling.engine import choose_batch_size, draw_rows
 from retain.training.anchor import Anchor
+from retain.training.protection import ONE_STEP, check_replay_every
 from retain.training.protection_choice import rows_drawn
 from retain.training.step_line import StepTimer
 from retain.training.trainer_checks import expected_steps
@@ -78,10 +79,13 @@ def dry_run(
                 steps = expected_steps(given.training, trainer.train_dataset)
                 if settings.chosen is not None:  # by what the model is
                     config.choose(settings.chosen, given.training.train_batch_size, steps)
+                check_replay_every(config, steps)  # the few steps have replay each
                 rows = to_sample(steps)
                 for line in (*device_lines(trainer), *row_lines(trainer)):
                     say(line)
-                if config.chosen is not None and config.protects:
+                if config.objective.uses_reference and steps == 1:
+                    say(ONE_STEP)
+                elif config.chosen is not None and config.protects:
                     say(config.chosen.line())
                 length = config.replay_max_length or trainer.args.max_length
                 drawing = sum(seconds_to_draw(trainer.model, number, length) for number in rows.values())

@@ -31,7 +31,7 @@ from retain.cli.finetune_data import (
 from retain.cli.flags import Verb
 from retain.cli.sample import SAMPLING_STAGE
 from retain.data.rows import Document, is_local_file
-from retain.files import check_output_dir, exclusive, visible
+from retain.files import check_output_dir, exclusive, read_settings, visible
 from retain.measuring.tokens import MEASURING, measuring_title
 from retain.models.adapters import adapted_model, merged_base
 from retain.models.description import choose_start_token, default_device, length_that_fits
@@ -152,7 +152,8 @@ def finetuned(
     checkpoint, others = checkpoint_to_resume(training_args), []  # type: ignore[var-annotated]
     if checkpoint is not None:
         check_same_run(checkpoint, training_args)  # before the model is loaded
-    trainer = make_sft_trainer(given, config, say, others, texts)
+    began = None if checkpoint is None else read_settings(Path(checkpoint).resolve().parent).get("created")
+    trainer = make_sft_trainer(given, config, say, others, texts, began)
     if checkpoint is not None:
         check_same_run(checkpoint, training_args, settings_of_training(trainer))
     if trainer.eval_dataset is not None and (config.compare_plain or texts):
@@ -244,15 +245,17 @@ def make_sft_trainer(
     say: Say,
     others: list[tuple[str, float]],
     texts: dict[str, list[Document]] | None = None,
+    began: str | None = None,
 ) -> ReplaySFTTrainer:
     """The trainer with model, rows and texts.
 
     Args:
         others: gets the seconds that sampling took.
         texts: of the protected run, beside which this is the unprotected one.
+        began: when the run began that is resumed.
     """
     training_args = given.training
-    train_dataset, eval_dataset, tokenizer, retention = read_data(given, config, texts)
+    train_dataset, eval_dataset, tokenizer, retention = read_data(given, config, texts, began)
     steps = expected_steps(training_args, train_dataset)
     by_training_loss = config.measures and eval_dataset is None
     if by_training_loss:
@@ -277,10 +280,10 @@ def make_sft_trainer(
         ProgressLine.current.plan = planned_stages(training_args, config, steps, retention, eval_dataset)
     replay = None if texts else config.replay_dataset
     if replay == "self":
-        began = time.monotonic()
+        start = time.monotonic()
         with training_args.main_process_first(local=False, desc="sampling replay"):
             replay, retention[OWN_TEXT] = sample_own_rows(model, tokenizer, training_args, config, steps)
-        others.append(("sampling", time.monotonic() - began))
+        others.append(("sampling", time.monotonic() - start))
     trainer = ReplaySFTTrainer(
         model=model,
         args=training_args,

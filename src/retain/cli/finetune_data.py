@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasets.exceptions import DatasetsError
 from trl import get_dataset
 
 from retain.checks import Unchosen, check_number
 from retain.cli.finetune_config import FinetuneConfig
 from retain.cli.sample import sample_with_progress
+from retain.data.chats import keep_date
 from retain.data.overlap import find_rows
 from retain.data.rows import (
     Document,
@@ -24,6 +26,7 @@ from retain.data.rows import (
     read_rows,
     token_documents,
 )
+from retain.files import first_line
 from retain.models.description import choose_start_token
 from retain.models.loading import load_tokenizer
 from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
@@ -55,16 +58,21 @@ class TrlArguments(NamedTuple):
 
 
 def read_data(
-    given: TrlArguments, config: FinetuneConfig, texts: dict[str, list[Document]] | None = None
+    given: TrlArguments,
+    config: FinetuneConfig,
+    texts: dict[str, list[Document]] | None = None,
+    began: str | None = None,
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
     """New and held-out rows, tokenizer and retention texts, all that is refused before a model is loaded.
 
     Args:
         texts: of the protected run, beside which this is the unprotected one.
+        began: when the run began that is resumed.
     """
     sources = check_settings(given.training, given.model, config)
     train_dataset, eval_dataset = new_rows(given.script, given.dataset, given.training, config)
     tokenizer = load_tokenizer(given.model.model_name_or_path, **given.checkpoint)
+    keep_date(tokenizer, began)
     held_out = "eval_dataset_name" if config.eval_dataset_name else "dataset_name"
     named = {"training rows": (train_dataset, "dataset_name"), "held-out rows": (eval_dataset, held_out)}
     for name, (rows, field) in named.items():
@@ -96,7 +104,14 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
     """Training and evaluation rows of the new task: as `trl sft` reads them, or from a local file."""
     name, evaluate = script_args.dataset_name, training_args.eval_strategy != "no"
     if dataset_args.datasets:
-        dataset = get_dataset(dataset_args)
+        name = " + ".join(one.path for one in dataset_args.datasets)
+        try:
+            dataset = get_dataset(dataset_args)
+        except (OSError, ValueError, DatasetsError) as error:
+            why = first_line(error)
+            raise ValueError(
+                f"datasets: cannot load {name!r} ({why}); check path, name, data_files and split"
+            ) from error
     elif not name:
         raise ValueError("dataset_name: missing; give --dataset_name FILE or a Hub id")
     elif is_local_file(name):

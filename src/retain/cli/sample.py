@@ -15,11 +15,12 @@ from accelerate import PartialState
 from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
 from retain.cli.settings import ModelLoadSettings
+from retain.data.chats import keep_date
 from retain.data.rows import prompt_text, read_rows
 from retain.models.description import choose_start_token, default_device, launched, length_that_fits
 from retain.models.loading import load_model, load_tokenizer
 from retain.progress import StageProgress, progress_line
-from retain.replay.dataset import MANIFEST
+from retain.replay.dataset import MANIFEST, read_manifest
 from retain.replay.hub import push_pool
 from retain.report.numbers import quantity
 from retain.sampling.engine import Engine, choose_threads
@@ -108,11 +109,13 @@ def run_sample(config: SampleConfig) -> None:
     state = PartialState(cpu=on_cpu) if launched() else None
     device = state.device if state is not None else "cpu" if on_cpu else default_device()
     tokenizer = load_tokenizer(config.model, **config.checkpoint)
+    is_begun = (Path(config.output_dir) / MANIFEST).exists()
+    keep_date(tokenizer, read_manifest(Path(config.output_dir)).get("created") if is_begun else None)
     start = choose_start_token(tokenizer, config.start_token)
     rows = enumerate(read_rows(config.prompts, "prompts"), start=1) if config.prompts else ()
     prompts = [prompt_text(row, tokenizer, f"prompts: row {at} of {config.prompts!r}") for at, row in rows]
     starts = plan_starts(config.start, tokenizer, start, chat_turn=config.chat_turn, prompts=prompts)
-    if (Path(config.output_dir) / MANIFEST).exists():
+    if is_begun:
         known = {name: getattr(config, name) for name in ("num_rows", "max_length", "seed", "rows_per_shard")}
         known = {name: value for name, value in known.items() if not isinstance(value, Unchosen)}
         check_same_rows(Path(config.output_dir), {"start": starts.describe(), **known})

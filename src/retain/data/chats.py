@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from retain.files import first_line
 
 USUAL_ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_SHOWN_ROLES = 6  # of a chat that is refused
+WRITES_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")  # a template's call, with its format
 
 
 def messages_of(row: Mapping[str, Any]) -> list[Any] | None:
@@ -64,6 +66,26 @@ def apply_template(
         raise ValueError(
             f"{where}: the chat template refuses a chat of {shown} ({first_line(error)}); give the turns that it takes"
         ) from error
+
+
+def keep_date(tokenizer: PreTrainedTokenizerBase, began: str | None) -> None:
+    """Let a chat template that writes today's date (Llama 3.2, SmolLM3) write that of the moment when a job began.
+
+    Else a job that resumes on another day has other rows. What the tokenizer saves stays as it is.
+
+    Args:
+        began: in ISO format, with its time zone; None for a job that begins.
+    """
+    if began is None or not WRITES_DATE.search(str(tokenizer.chat_template)):
+        return
+    then, apply = datetime.fromisoformat(began).astimezone(), tokenizer.apply_chat_template
+
+    def dated(*args: Any, chat_template: str | None = None, tools: Any = None, **options: Any) -> Any:
+        template = tokenizer.get_chat_template(chat_template, tools)
+        written = WRITES_DATE.sub(lambda call: repr(then.strftime(call[2])), template)
+        return apply(*args, chat_template=written, tools=tools, **options)
+
+    tokenizer.apply_chat_template = dated
 
 
 def template_frame(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str], **options: Any) -> list[str]:

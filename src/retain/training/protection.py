@@ -67,6 +67,7 @@ RETENTION_WINDOWS = 1  # of each retention text's documents, measured at every e
 # Most nats per token by which stored predictions may differ from the model's own before training.
 MAX_STORED_ERROR, MAX_STORED_ERROR_HALF = 1e-4, 2e-2
 PROVEN_ROWS = 8  # of the stored predictions, spread over the shards: each may come from elsewhere
+ONE_STEP = "protection: none (a run of one step: there the model is its base, and KL has no gradient)"
 MAX_NOISE = 5e-3  # nats per token at the untouched model; half precision makes less
 
 
@@ -405,7 +406,7 @@ class Protection:
         if objective is NONE:
             return anchor or ["protection: none (replay_coef 0)", *unused]
         if objective.uses_reference and expected_steps(trainer.args, dataset) == 1:
-            return ["protection: none (a run of one step: there the model is its base, and KL has no gradient)"]
+            return [ONE_STEP]
         lines = [f"protection: {objective.name}, {objective.strength(config)}", *anchor]
         if objective.uses_reference:
             lines[0] += f", reference {self.reference_kind} (proven to be the base)"

@@ -8,6 +8,7 @@ forgetting budget was kept.
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,9 @@ class RunFilesCallback(TrainerCallback):
             write_text(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
         if step < state.max_steps:
             (folder / BUDGET_FILE).unlink(missing_ok=True)
-        write_json(folder / CONFIG_FILE, {**self.settings, "training_arguments": args.to_dict()})
+        before = read_settings(folder).get("created") if step else None
+        created = before or datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(folder / CONFIG_FILE, {**self.settings, "created": created, "training_arguments": args.to_dict()})
 
     def append_documents(self, args: TrainingArguments, state: TrainerState, row: dict[str, Any]) -> None:
         """Add the per-document sums of a text at a step, unless they were kept before the run was resumed."""

@@ -126,6 +126,11 @@ def check_same_run(checkpoint: str, args: TrainingArguments, settings: Mapping[s
     now = {"training_arguments": {name: given[name] for name in RESUMED_WITH if name in given}, **(settings or {})}
     if change := next(_changes(now, read_settings(folder)), None):
         name, value, known = change
+        if name == "new_rows":
+            raise ValueError(
+                f"new_rows: the rows of the new task are others than those that the run in {str(folder)!r} began with "
+                "(their file, the tokenizer, or its chat template was changed); give the same, or another folder"
+            )
         raise ValueError(
             f"{name}: {value!r}, but the run in {str(folder)!r} began with {known!r}; use that, or another folder"
         )
