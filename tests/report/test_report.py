@@ -1054,6 +1054,26 @@ def test_a_budget_is_told_with_its_price_beside_a_plain_run():
     assert "(no interval) nats per token more" in budget_of(kept, plain)
 
 
+def test_a_model_index_is_of_the_last_report_and_keeps_the_results_of_others(plain: dict, tmp_path: Path) -> None:
+    """The first report's numbers stayed, and beside a `model-index` of others none was written."""
+    from huggingface_hub import ModelCard
+
+    path, again = tmp_path / "README.md", deepcopy(plain)
+    again["retention"] = {"code": {"ref_kl": measured(0.5, 0.4, 0.6)}}
+    theirs = {"task": {"type": "text-generation"}, "dataset": {"name": "MMLU", "type": "mmlu"}}
+    index = [{"name": "mine", "results": [theirs | {"metrics": [{"type": "accuracy", "value": 0.25}]}]}]
+    path.write_text(f"\ufeff---\nlicense: mit\nmodel-index: {json.dumps(index)}\n---\n# Mine\n")
+    for report in (plain, again):
+        ForgettingReport(report).to_model_card(path)
+    card = ModelCard.load(path)
+    found = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
+    assert found == {("MMLU", "accuracy"): 0.25, ("verilog", "gain"): 0.743, ("code", "ref_kl"): 0.5}
+    assert (card.data.model_name, card.data.license) == ("mine", "mit")
+    whole = path.read_text()
+    ForgettingReport(again).to_model_card(path)
+    assert path.read_text() == whole, "it grew by a line each time"
+
+
 def test_a_model_card_gets_the_section_once_and_keeps_the_rest(plain: dict, tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 

@@ -10,6 +10,7 @@ from retain.report.metrics import TABLE_METRICS
 from retain.report.page import Page, harmless
 from retain.report.results import RunResults
 
+OF_ANSWERS = ("agreement", "accuracy")
 INDEXED = tuple(name for name, metric in TABLE_METRICS.items() if metric.indexed)
 BEGIN, END = "<!-- retain: forgetting -->", "<!-- end of forgetting -->"
 
@@ -17,16 +18,26 @@ BEGIN, END = "<!-- retain: forgetting -->", "<!-- end of forgetting -->"
 def card_with_forgetting(card: str, run: RunResults) -> str:
     """A model card (or nothing yet) with what a report found: put in place of what stood there before, else at its end.
 
+    In the metadata, too, its numbers take the place of an earlier report's; results of others stay.
+
     Raises:
         ValueError: if the card's metadata is no YAML.
     """
     before, _, rest = card.partition(BEGIN)
-    after = rest.partition(END)[2]
+    after = rest.partition(END)[2].lstrip("\n")
     section = f"{BEGIN}\n{Page([run], 'Forgetting').model_card().strip()}\n{END}"
     text = f"{before.rstrip()}\n\n{section}\n{after}" if before.strip() else f"---\n{{}}\n---\n\n{section}\n{after}"
     found = _parsed(text)
-    found.data["model-index"] = model_index(run)
+    data = found.data  # of a card with a `model-index`, that is its `eval_results`, and not the key
+    kept = [one for one in data.eval_results or [] if not _is_of_a_report(one)]
+    data.eval_results = [*kept, *_eval_results(run)] or None
+    data.model_name = data.model_name or harmless(run).name
     return str(found)
+
+
+def _is_of_a_report(result: Any) -> bool:
+    """Whether a result in a card's metadata is one that `model_index` writes: a metric of ours with its interval."""
+    return result.metric_type in (*INDEXED, *OF_ANSWERS) and "ci" in (result.metric_args or {})
 
 
 def _parsed(text: str) -> Any:
@@ -48,7 +59,7 @@ def check_card(path: str) -> None:
     if card.is_dir() or not card.absolute().parent.is_dir():
         raise ValueError(f"model_card: {path!r} is not a file in a folder; give the path of a README.md")
     try:
-        _parsed(card.read_text(encoding="utf-8") if card.exists() else "")
+        _parsed(card.read_text(encoding="utf-8-sig") if card.exists() else "")
     except UnicodeDecodeError as error:
         raise ValueError(f"model_card: {path!r} is not UTF-8 text; give another file") from error
 
@@ -59,14 +70,20 @@ def model_index(run: RunResults) -> list[dict[str, Any]]:
     Per text the metrics that are `indexed`; per set of questions agreement and accuracy. Intervals are
     arguments of each metric: the format has no place of its own for them.
     """
-    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    results = _eval_results(run)
+    return eval_results_to_model_index(harmless(run).name, results) if results else []
+
+
+def _eval_results(run: RunResults) -> list[Any]:
+    from huggingface_hub.repocard_data import EvalResult
 
     run = harmless(run)
     found = [(name, key, key, getattr(result, key)) for name, result in run.texts.items() for key in INDEXED]
     for name, rule, answers in run.rules:
-        found.append((name, "agreement", f"agreement ({rule})", answers.agreement))
-        found.append((name, "accuracy", f"accuracy ({rule})", answers.accuracy))
-    results = [
+        found += [(name, kind, f"{kind} ({rule})", getattr(answers, kind)) for kind in OF_ANSWERS]
+    return [
         EvalResult(
             task_type="text-generation", dataset_type=_slug(name), dataset_name=name, dataset_config=name,
             metric_type=kind, metric_name=label, metric_value=float(one.value),
@@ -74,7 +91,6 @@ def model_index(run: RunResults) -> list[dict[str, Any]]:
         )
         for name, kind, label, one in found if one
     ]  # fmt: skip
-    return eval_results_to_model_index(run.name, results) if results else []
 
 
 def _slug(name: str) -> str:

@@ -114,7 +114,7 @@ class ForgettingReport:
 
     def to_model_card(self, path: str | Path) -> None:
         """Put the section "Forgetting" and the `model-index` into a model card, a new one where there is none."""
-        old = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
+        old = Path(path).read_text(encoding="utf-8-sig") if Path(path).exists() else ""
         write_text(path, card_with_forgetting(old, self.results))
 
     def write(self, folder: str | Path) -> None:
