@@ -524,6 +524,13 @@ def test_a_file_with_numbers_that_are_not_finite_is_refused(number, tmp_path):
         paired(tmp_path, [BASE[0] | {"acc": float("nan")}], TUNED)
 
 
+def test_a_rule_of_one_file_alone_is_named(tmp_path):
+    """The rule that a sentence leads with was gone without a word."""
+    found = paired(tmp_path, BASE, [{key: row[key] for key in row if key != "acc_norm"} for row in TUNED])
+    assert list(found["rules"]) == ["acc"]
+    assert found["notes"] == ["Left out, since only one file has it: acc_norm."]
+
+
 def test_questions_that_are_copies_count_once_in_a_pair_of_files(tmp_path):
     found = paired(
         tmp_path, *([row | {"doc_hash": f"d{row['doc_id'] // 2}"} for row in rows] for rows in (BASE, TUNED))

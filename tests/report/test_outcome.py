@@ -88,7 +88,9 @@ def test_what_was_not_prevented_is_no_prevention():
     assert moved_nowhere.startswith("prevented: cannot be judged; undefined: “plain” did not move")
 
 
-@pytest.mark.parametrize(("gain", "words"), [(-0.5, "it got worse, by -0.500"), (0.05, "no learning shown, lower by")])
+@pytest.mark.parametrize(
+    ("gain", "words"), [(-0.5, "it got worse, higher by 0.500 [0."), (0.05, "no learning shown, lower by")]
+)
 def test_no_learning_is_not_called_learning(gain, words):
     assert words in outcome_lines(make_run("p", {"a": 0.1}, gain=gain))[0]
 

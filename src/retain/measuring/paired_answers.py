@@ -86,6 +86,8 @@ def pair_answers(base: AnswerFile, tuned: AnswerFile) -> dict[str, Any]:
     """
     rules: dict[str, Any] = {}
     notes = dict.fromkeys(base.notes + tuned.notes)
+    if alone := base.answers.keys() ^ tuned.answers.keys():
+        notes[f"Left out, since only one file has it: {', '.join(sorted(alone))}."] = None
     unclear: dict[str, None] = {}  # rules whose answers do not follow
     for rule, before in base.answers.items():
         after = tuned.answers.get(rule, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from retain.report.comparison import ComparedText, compare_at_matched_loss
-from retain.report.numbers import cell, quantity, value_cell
+from retain.report.numbers import Estimate, cell, quantity, value_cell
 from retain.report.results import RunResults
 
 UNIT = "nats per token"
@@ -23,9 +23,10 @@ def _learned_words(run: RunResults) -> str:
     for name, text in run.new_task.items():
         if text.loss and text.base_loss and text.gain:
             low, high = text.gain.ci or (0.0, 0.0)
-            words = "lower by" if low > 0 else "it got worse, by" if high < 0 else "no learning shown, lower by"
+            words = "lower by" if low > 0 else "it got worse, higher by" if high < 0 else "no learning shown, lower by"
             rows = f"{quantity(text.loss.num_documents, 'held-out row')} of the {name}"
-            change = f"{words} {value_cell(text.gain).with_interval} {UNIT}"
+            gain = Estimate(-text.gain.value, (-high, -low)) if high < 0 else text.gain
+            change = f"{words} {value_cell(gain).with_interval} {UNIT}"
             return f"loss {text.base_loss.value:.3f} → {text.loss.value:.3f} on {rows}, {change}"
     steps, losses = run.training_losses
     if len(steps) > 1:
