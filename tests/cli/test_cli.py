@@ -489,6 +489,11 @@ def test_a_mixture_written_for_trl_sft_works_unchanged(world, tmp_path, capsys):
     command += ["--replay_dataset", str(world / "replay"), "--output_dir", str(tmp_path / "out")]
     assert main(command) == 0
     assert read_jsonl(tmp_path / "out" / "metrics.jsonl")[0]["replay/kl"] == pytest.approx(0, abs=1e-6)
+    path.write_text(json.dumps({"datasets": files, "streaming": True}))
+    stream = [*command, "--output_dir", str(tmp_path / "stream"), "--max_steps", "-1"]
+    assert main(stream) == 1
+    assert "max_steps: missing, and the rows are a stream" in capsys.readouterr().err
+    assert not (tmp_path / "stream").exists(), "it had drawn its rows before"
     path.write_text(json.dumps({"datasets": [{**files[0], "splitt": "train"}]}))
     assert main(command) == 1
     assert "is not a list of mappings with path, name, data_dir" in capsys.readouterr().err

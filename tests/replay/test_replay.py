@@ -229,6 +229,26 @@ def test_given_tokens_are_context_and_not_predicted():
     assert replay.batch([0, 1])["labels"].tolist() == [[-100, -100, -100, 9], [-100, 5, 6, 8]]
 
 
+@pytest.mark.parametrize(
+    ("rows", "given", "message"),
+    [
+        ([], None, "'mine' has no token ids"),
+        ([[3, 4], []], None, "row 1 of 'mine' is no token ids"),
+        ([[3, 4], [3, -100]], None, "row 1 of 'mine' is no token ids"),
+        ([[3.7, 4.2]], None, "row 0 of 'mine' is no token ids"),
+        ([[[3, 4]]], None, "row 0 of 'mine' is no token ids"),
+        (["some text"], None, "row 0 of 'mine' is no token ids"),
+        ([[3, 4, 5], [3, 4]], [0, 1], "prefix_lengths: 'mine' needs one for each row, from 1"),
+        ([[3, 4, 5], [3, 4]], [1, 3], "prefix_lengths: 'mine' needs one for each row, from 1"),
+        ([[3, 4, 5], [3, 4]], [1], "prefix_lengths: 'mine' needs one for each row, from 1"),
+    ],
+)
+def test_rows_that_are_none_are_refused(rows, given, message):
+    """Floats were cut off, and a wrong number of given tokens made the mean one over other tokens; in silence."""
+    with pytest.raises(ValueError, match=message):
+        ReplayDataset.from_rows(rows, "mine", prefix_lengths=given)
+
+
 def test_packed_batches_cannot_take_replay_rows():
     with pytest.raises(ValueError, match="set packing false"):
         replace_rows({"input_ids": torch.ones(2, 3), "position_ids": torch.ones(2, 3)}, {})

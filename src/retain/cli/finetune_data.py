@@ -123,6 +123,8 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
     if split not in dataset:
         raise ValueError(f"dataset_train_split: {split!r} is not in {name!r}, which has {', '.join(dataset)}")
     check_columns(name, dataset[split], training_args.dataset_text_field)
+    if training_args.max_steps < 0 and not hasattr(dataset[split], "__len__"):
+        raise ValueError("max_steps: missing, and the rows are a stream, which does not say how many it has; give it")
     if config.eval_dataset_name:
         held_out = read_rows(config.eval_dataset_name, "eval_dataset_name", split=script_args.dataset_test_split)
         check_columns(config.eval_dataset_name, held_out, training_args.dataset_text_field, "eval_dataset_name")

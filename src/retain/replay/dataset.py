@@ -67,10 +67,24 @@ class ReplayDataset:
         manifest: dict[str, Any] | None = None,
         prefix_lengths: Sequence[int] | None = None,
     ) -> ReplayDataset:
-        """Gather rows of token ids that begin with their start token, or with `prefix_lengths` given tokens."""
-        lengths = [len(row) for row in rows]
-        tokens = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
+        """Gather rows of token ids that begin with their start token, or with `prefix_lengths` given tokens.
+
+        Raises:
+            ValueError: for rows of anything else, and for prefixes that are longer than their rows, or of no token.
+        """
+        arrays = [np.asarray(row) for row in rows]
+        ids = (row.ndim == 1 and row.size and row.dtype.kind in "iu" and row.min() >= 0 for row in arrays)
+        bad = [at for at, is_row in enumerate(ids) if not is_row]
+        if bad or not arrays:
+            what = f"row {bad[0]} of {source!r} is" if bad else f"{source!r} has"
+            raise ValueError(f"replay_dataset: {what} no token ids; give lists of them, the start token first")
+        lengths, tokens = np.array([len(row) for row in arrays]), np.concatenate(arrays).astype(np.int32)
         given = np.ones(len(rows), dtype=np.int64) if prefix_lengths is None else np.asarray(prefix_lengths)
+        if given.shape != lengths.shape or not ((given >= 1) & (given <= lengths)).all():
+            raise ValueError(
+                f"prefix_lengths: {source!r} needs one for each row, from 1, the start token alone, to its length; "
+                "give the number of tokens that are context"
+            )
         return cls(tokens, np.concatenate([[0], np.cumsum(lengths)]), given, source, manifest)
 
     def __len__(self) -> int:
