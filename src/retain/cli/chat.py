@@ -32,12 +32,12 @@ class ChatConfig(ModelLoadSettings):
 
     base: str = setting("", "Model before finetuning: a Hub id or folder.", required=True)
     model: str = setting("", "Model after finetuning: a model or an adapter folder.", required=True)
-    prompt: str | None = setting(None, "Answer this prompt and end. Default: ask for prompts until /quit or Ctrl-D.")
+    prompt: str | None = setting(None, "Answer this prompt and exit. Default: ask for prompts until /quit or Ctrl-D.")
     max_new_tokens: int = setting(
-        Unchosen(256), "Most tokens of an answer; by default at most those that the models have room for.", low=1
+        Unchosen(256), "Maximum tokens per answer; the default is lowered to what the models have room for.", low=1
     )
     sampled: bool = setting(
-        False, "Draw the answers at temperature 1, with the seed, in place of the likeliest tokens."
+        False, "Sample the answers at temperature 1, with the seed, instead of taking the most likely tokens."
     )
 
 

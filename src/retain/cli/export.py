@@ -28,14 +28,14 @@ from retain.replay.dataset import ReplayDataset, load_self_generated
 class ExportConfig(RemoteCodeSettings):
     """`retain export`: replay rows as JSONL for other trainers; the folder comes first, without a flag."""
 
-    replay_dataset: str = setting("", "Folder that `retain sample` wrote.", required=True)
-    output: str = setting("", "File for the rows, .jsonl.", required=True)
+    replay_dataset: str = setting("", "Folder written by `retain sample`.", required=True)
+    output: str = setting("", "File for the rows (.jsonl).", required=True)
     format: Literal["text", "messages", "tokens"] = setting(
         "text",
-        "text: what follows the start token. messages: the whole turns of rows sampled with --start chat. tokens: "
-        "input_ids, attention_mask and labels, exactly as drawn.",
+        "text: everything after the start token. messages: the complete turns of rows sampled with --start chat. "
+        "tokens: input_ids, attention_mask and labels, exactly as drawn.",
     )
-    model: str | None = setting(None, "Model whose tokenizer is used. Default: the one that wrote the rows.")
+    model: str | None = setting(None, "Model whose tokenizer to use. Default: the one that wrote the rows.")
 
 
 def run_export(config: ExportConfig) -> None:

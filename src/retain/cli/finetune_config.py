@@ -17,24 +17,25 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
 
     replay_dataset: str | None = setting(
         None,
-        "Replay rows: a folder that `retain sample` wrote, or a dataset on the Hub that it filled; a JSONL, text or "
-        "Parquet file of real text; or 'self' to sample from the model first. [required, unless replay_objective is "
-        "kl_new or replay_coef 0]",
+        "Replay rows: a folder written by `retain sample`, or a Hub dataset that it pushed; a JSONL, text or Parquet "
+        "file of real text; or 'self' to sample from the model first. [required, unless replay_objective is kl_new or "
+        "replay_coef 0]",
     )
     replay_num_rows: int | None = setting(
         None,
-        "Rows to sample before training, with replay_dataset self. Default: a tenth of the rows that the run draws, at "
-        "least 256, and no more than it draws unless an anchor reads them.",
+        "Rows to sample before training, with replay_dataset self. Default: a tenth of the replay rows that the run "
+        "draws, but at least 256, and no more than it draws unless an anchor reads them.",
         low=1,
     )
     compare_plain: bool = setting(
         False,
-        "Make an unprotected run of the same rows, seed and steps in output_dir/plain, too, and show both on one page.",
+        "Also train without protection on the same rows, with the same seed and steps, in output_dir/plain, and show "
+        "both runs on one page.",
     )
     dry_run: bool = setting(
         False,
-        "Train nothing: show the device, the rows, the pool and what protects, and measure on a few steps, with "
-        "protection and without, the memory and the time that the run would take.",
+        "Train nothing: show the device, the rows, the replay pool and the protection, then measure over a few steps, "
+        "with protection and without, how much memory and time the run would take.",
     )
     keep_plain: bool = setting(False, "Keep the unprotected run's model and checkpoints.")
     eval_dataset_name: str | None = setting(
@@ -43,14 +44,14 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
     retention: list[str] = setting(list, RETENTION_HELP)
     retention_max_documents: int = setting(
         64,
-        "Documents of each retention text that are measured during training, the first max_length tokens of each; "
-        "`retain measure` reads whole documents unless --max_windows is 1.",
+        "Documents of each retention text to measure during training, the first max_length tokens of each; `retain "
+        "measure` reads whole documents unless --max_windows is 1.",
         low=1,
     )
     early_stopping_patience: int | None = setting(
         None,
-        "End after this many evaluations without a better metric_for_best_model, e.g. retention/wiki/ref_kl. A resumed "
-        "run counts from 0.",
+        "Stop after this many evaluations without a better metric_for_best_model, e.g. retention/wiki/ref_kl. A "
+        "resumed run starts counting at 0.",
         low=1,
     )
 

@@ -23,22 +23,24 @@ class FitConfig(SeedSettings):
     runs: list[str] = setting(
         list,
         "metrics.jsonl files of finetunes, or tables (.csv, .parquet, .jsonl) with the columns run, num_params, "
-        "num_steps, finetuning_loss, forgetting_loss, and dataset where there are several.",
+        "num_steps, finetuning_loss, forgetting_loss, and dataset if there are several.",
         required="name the files first: retain fit runs/*/metrics.jsonl --output law.json",
     )
-    output: str = setting("", "File for the law, .json.", required=True)
+    output: str = setting("", "File for the law (.json).", required=True)
     form: str = setting("joint", f"Form of the law: {', '.join(FORMS)}.", required=True)
-    plot: str | None = setting(None, "File for a figure of runs, curves and residuals, .png.")
+    plot: str | None = setting(None, "File for a figure (.png) of runs, curves and residuals.")
     retention_name: str | None = setting(
-        None, "Retention text whose forgetting is fitted, where the finetunes measured several."
+        None, "Retention text whose forgetting is fitted, if the finetunes measured several."
     )
     forgetting_metric: Literal["ref_kl", "forgetting", "loss"] = setting(
-        "ref_kl", "Metric of that text that is the forgetting loss: ref_kl, forgetting (loss after - before) or loss."
+        "ref_kl", "Metric of that text to use as the forgetting loss: ref_kl, forgetting (loss after - before) or loss."
     )
-    min_steps: float = setting(0.0, "Leave out measurements before this step, in which the warm-up still shows.")
-    shared_exponents: bool = setting(False, "Fit one set of exponents for all data sets, the rest for each.")
+    min_steps: float = setting(0.0, "Leave out measurements before this step, which the warm-up still affects.")
+    shared_exponents: bool = setting(
+        False, "Fit one set of exponents for all data sets, and everything else per data set."
+    )
     num_resamples: int = setting(1000, "Bootstrap resamples over runs; 0 for no intervals.")
-    num_starts: int = setting(32, "Random starts of the exponents.", low=1)
+    num_starts: int = setting(32, "Random starting points of the exponents.", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,18 +13,18 @@ from retain.cli.signals import Terminated, lasting_output, signals_as_exceptions
 
 # Each verb is the file of its name beside this one.
 VERBS = {
-    "sample": "Draw replay rows from a model's own distribution.",
-    "export": "Write replay rows as JSONL for Axolotl, LLaMA-Factory and others.",
-    "finetune": "Finetune as `trl sft` does, with replay; takes every flag of it.",
-    "measure": "Measure a tuned model against its base, with intervals; with a limit, as a gate.",
-    "chat": "Type a prompt, read the answers of base and tuned model.",
+    "sample": "Sample replay rows from a model's own distribution.",
+    "export": "Write replay rows as JSONL for Axolotl, LLaMA-Factory and other trainers.",
+    "finetune": "Finetune like `trl sft`, with replay; takes all of its flags.",
+    "measure": "Measure a tuned model against its base, with intervals; a limit makes it a gate.",
+    "chat": "Type a prompt and read the answers of the base and the tuned model.",
     "merge": "Interpolate between a tuned model and its base, and measure how far to go.",
     "report": "Compare several measured runs on one page, the unprotected one first.",
     "fit": "Fit a law of forgetting to measured runs.",
-    "predict": "Predict a run not yet made from a law, with intervals.",
-    "plan": "Make short pilot runs and recommend the finetune that stays within a limit of forgetting.",
-    "sweep": "Make many runs of one verb from a grid of flags, each once.",
-    "pretrain": "Pretrain a small model: on text, a language of known entropy, or a digit task.",
+    "predict": "Predict a run before making it, from a fitted law, with intervals.",
+    "plan": "Run short pilots and recommend a finetune that stays within a limit on forgetting.",
+    "sweep": "Run one verb over a grid of flags, making each run once.",
+    "pretrain": "Pretrain a small model on text, a language of known entropy, or a digit task.",
 }
 HELP = """usage: retain VERB [--config file.yaml] [--flag value ...]
 

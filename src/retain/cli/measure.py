@@ -57,64 +57,69 @@ class MeasureConfig(TextSettings):
         list, "Model after finetuning: a model or an adapter folder; repeatable, to compare. [required, unless --pair]"
     )
     output_dir: str = setting(
-        "", "Folder for report.json, report.md and report.html, and of several models a folder for each.", required=True
+        "",
+        "Folder for report.json, report.md and report.html; with several models, also one folder for each.",
+        required=True,
     )
     chain: bool = setting(False, CHAIN_HELP)
     model_card: str | None = setting(
-        None, "Model card (README.md) that receives the section Forgetting and the model-index."
+        None, "Model card (README.md) to write the Forgetting section and the model-index into."
     )
     retention: list[str] = setting(list, RETENTION_HELP)
     train_dataset: list[str] = setting(
-        list, "Rows that the model was trained on: warns of measured texts among them; repeatable."
+        list, "Rows that the model was trained on; warns if measured texts are among them; repeatable."
     )
     choices: list[str] = setting(
         list,
-        "Multiple-choice questions, as name=file with question, choices and answer, or name=arc_challenge, arc_easy, "
+        "Multiple-choice questions: name=file with question, choices and answer, or name=arc_challenge, arc_easy, "
         "mmlu or commonsense_qa from the Hub; repeatable.",
     )
     choice_style: Literal["text", "letter"] = setting(
         "text",
-        "What is scored after the question. text: each choice's own words. letter: the choices are listed first, and "
+        "What is scored after the question. text: the words of each choice. letter: the choices are listed first, and "
         "the letters A, B, … are scored.",
     )
-    choice_chat_template: bool = setting(False, "Put each question as a user's turn of the chat template.")
-    max_questions: int | None = setting(None, "Draw only N questions of each set, with the seed. Default: all.", low=1)
+    choice_chat_template: bool = setting(False, "Format each question as a user turn of the chat template.")
+    max_questions: int | None = setting(
+        None, "Draw only N questions from each set, with the seed. Default: all.", low=1
+    )
     pair: list[str] = setting(
         list,
-        "Two per-sample files of lm-eval (--log_samples), or two logs of inspect, on one task, the base's first, to "
-        "compare question by question in place of models.",
+        "Two per-sample files of lm-eval (--log_samples), or two logs of Inspect, on one task, the base's first; "
+        "compared question by question instead of models.",
     )
     prompts: str | None = setting(
         None,
-        "File of prompts (rows as in training data) to continue with both models; with expected and updated answers in "
-        "the rows, shows what was kept, updated and forgotten.",
+        "File of prompts (rows as in training data) for both models to continue; if its rows hold expected and "
+        "updated answers, shows what was kept, updated and forgotten.",
     )
-    sampled: bool = setting(True, "Continue every prompt a second time, drawn at temperature 1.")
+    sampled: bool = setting(True, "Continue every prompt a second time, sampled at temperature 1.")
     max_new_tokens: int = setting(
         Unchosen(48),
-        "Tokens of each continuation and answer; 0 for no continuations. Those of behaviors are longer by default.",
+        "Tokens per continuation and answer; 0 for no continuations. Behaviors have longer defaults.",
     )
     refusals: list[str] = setting(
         list,
-        "Harmful requests that both models answer, as name=file (a column prompt, text or goal), or name=advbench or "
+        "Harmful requests for both models to answer: name=file (a column prompt, text or goal), or name=advbench or "
         "jailbreakbench from the Hub; repeatable.",
     )
     harmless: list[str] = setting(
         list,
-        "Harmless requests, for over-refusal, as name=file, or name=jailbreakbench_harmless from the Hub; repeatable.",
+        "Harmless requests, to measure over-refusal: name=file, or name=jailbreakbench_harmless from the Hub; "
+        "repeatable.",
     )
     behaviors: list[str] = setting(
         list,
-        "Behaviours that a program verifies, on prompts that come with retain or on those of a file: tools (calls), "
-        "formats, thinking, turn_ends, or one of these as name=file; repeatable.",
+        "Behaviours that a program verifies: tools (calls), formats, thinking or turn_ends, on retain's own prompts, "
+        "or one of these as name=file, on the prompts of that file; repeatable.",
     )
     max_prompts: int | None = setting(
-        None, "Draw only N requests or prompts of each set, with the seed. Default: all.", low=1
+        None, "Draw only N requests or prompts from each set, with the seed. Default: all.", low=1
     )
-    judge: str | None = setting(None, "Chat model that also judges whether each answer refuses.")
+    judge: str | None = setting(None, "Chat model that also judges whether each answer is a refusal.")
     max_forgetting: float | None = setting(
         None,
-        "Highest forgetting (rise of the loss) allowed on any retention text, in nats per token. Exit code 0: within; "
+        "Highest forgetting (increase in loss) allowed on any retention text, in nats per token. Exit code 0: within; "
         "2: beyond; 3: not enough evidence, the interval straddles the limit.",
     )
     max_ref_kl: float | None = setting(
@@ -123,13 +128,13 @@ class MeasureConfig(TextSettings):
     )
     min_agreement: float | None = setting(
         None,
-        "Lowest share allowed of the base's own top tokens, and of its answers to the questions; exit codes as for "
-        "max_forgetting.",
+        "Lowest allowed agreement with the base, as a share of its top tokens and of its answers to the questions; "
+        "exit codes as for max_forgetting.",
         high=1,
     )
     github: bool = setting(
         False,
-        "In a job of GitHub Actions: append the report to the job's summary, and annotate the job with every verdict.",
+        "In a GitHub Actions job: append the report to the job summary, and annotate the job with every verdict.",
     )
 
     def __post_init__(self) -> None:
@@ -393,7 +398,7 @@ VERB = Verb(
         "choices": "Questions",
         "prompts": "Continuations",
         "refusals": "Refusals and other behaviours",
-        "max_forgetting": "Gate: limits that the whole interval must keep",
+        "max_forgetting": "Gate: limits that the whole interval must stay within",
         "new_task": "The new task, and how texts are measured",
         "dtype": "How models are loaded",
     },

@@ -70,38 +70,39 @@ class MergeConfig(TextSettings):
     )
     base: str | None = setting(
         None,
-        "Model before finetuning: a Hub id or folder. Default: the one that the adapter names, or that wrote the run's "
-        "replay rows.",
+        "Model before finetuning: a Hub id or folder. Default: the base that the adapter names, or the model that "
+        "wrote the run's replay rows.",
     )
     replay_dataset: str | None = setting(
         None,
-        "Rows on which ref_kl is measured: a folder that `retain sample` wrote, or a file of text. Default: the replay "
-        "rows of the run.",
+        "Rows on which ref_kl is measured: a folder written by `retain sample`, or a file of text. Default: the run's "
+        "own replay rows.",
     )
     average_checkpoints: int | None = setting(
         None,
-        "Measure the mean of the weights of the run's last N checkpoints (LAWA), too, and take it where it is the "
-        "better end; with alpha, take it. Of a LoRA it is the mean of B·A, with N times the rank.",
+        "Also measure the mean of the weights of the run's last N checkpoints (LAWA), and use it if it is the better "
+        "end; with alpha, always use it. For a LoRA this is the mean of B·A, with N times the rank.",
         low=2,
     )
     keep_gain: float | None = setting(
         None,
-        "Take the least ref_kl that keeps at least this share of the model's gain on new_task, by the lower end of its "
-        "interval. Default: 0.95, unless max_ref_kl or alpha is given.",
+        "Choose the lowest ref_kl that keeps at least this share of the model's gain on new_task, by the lower end of "
+        "its interval. Default: 0.95, unless max_ref_kl or alpha is given.",
         low=1e-9,
         high=1,
     )
     max_ref_kl: float | None = setting(
         None,
-        "Take the least loss on new_task whose KL(base || model) on replay_dataset is at most this, by the upper end "
-        "of its interval, in nats per token.",
+        "Choose the lowest loss on new_task whose KL(base || model) on replay_dataset is at most this, by the upper "
+        "end of its interval, in nats per token.",
     )
     alpha: float | None = setting(
-        None, "Take this alpha, from 0 (base) to 1 (model); without new_task nothing is measured.", high=1
+        None, "Use this alpha, from 0 (base) to 1 (model); without new_task nothing is measured.", high=1
     )
 
     whole: bool = setting(
-        False, "Of an adapter, write the whole model with it merged in, to sample from, to serve, or to finetune again."
+        False,
+        "For an adapter, write the whole model with the adapter merged in, to sample from, serve or finetune again.",
     )
 
     def __post_init__(self) -> None:
@@ -304,7 +305,7 @@ VERB = Verb(
     run=run_merge,
     resume="run the same command again to resume",
     groups={
-        "keep_gain": "Which alpha: one of three",
+        "keep_gain": "How alpha is chosen: one of three",
         "new_task": "The new task, and how texts are measured",
         "dtype": "How models are loaded",
     },

@@ -58,45 +58,47 @@ class PlanConfig(RemoteCodeSettings, SeedSettings):
         required="give the text on which forgetting is measured as --retention name=file",
     )  # fmt: skip
     max_ref_kl: float | None = setting(
-        None, "Limit of KL(base || model) on the retention text, in nats per token.",
+        None, "Limit on KL(base || model) on the retention text, in nats per token.",
         low=1e-9, required="give --max_ref_kl, in nats per token, such as 0.02",
     )  # fmt: skip
     output_dir: str = setting("", "Folder for pilots/, pilots.jsonl, plan.* and law.json.", required=True)
     eval_dataset_name: str | None = setting(
-        None, "Held-out rows of the new task: a file or Hub id. Default: a tenth of dataset_name, kept apart."
+        None, "Held-out rows of the new task: a file or Hub id. Default: a tenth of dataset_name, held out."
     )
-    retention_name: str | None = setting(None, "Retention text that the limit is for, where there are several.")
+    retention_name: str | None = setting(None, "Retention text that the limit applies to, if there are several.")
     lora_ranks: list[int] = setting(
         lambda: [1, 2, 4, 8, 16, 32],
-        "Ranks of the pilots: at least 4, better 6; the recommended rank is one of them.",
+        "LoRA ranks of the pilots: at least 4, preferably 6; the recommended rank is one of them.",
         low=1,
     )
     replay_coefs: list[float] = setting(
         lambda: [0.0, 1.0, 10.0],
-        "Replay coefficients of the pilots: 0 with every rank, others with the least, middle and most.",
+        "Replay coefficients of the pilots: 0 at every rank, the others at the lowest, middle and highest.",
     )
-    pilot_steps: int = setting(60, "Steps of each pilot, measured twelve times on the way.", low=12)
+    pilot_steps: int = setting(60, "Steps per pilot; each pilot is measured twelve times along the way.", low=12)
     max_steps: int | None = setting(
-        None, "Longest run without replay to consider. Default: pilot_steps; beyond, predictions extrapolate.", low=1
+        None, "Longest run without replay to consider. Default: pilot_steps; beyond it, predictions extrapolate.", low=1
     )
-    level: float = setting(0.9, "Coverage of the intervals; the upper end must keep the limit.", low=0.5, high=0.999)
+    level: float = setting(
+        0.9, "Coverage of the intervals; the upper end must stay within the limit.", low=0.5, high=0.999
+    )
     num_resamples: int = setting(1000, "Bootstrap resamples over pilots.", low=100)
     replay_dataset: str = setting(
-        "self", "Replay rows: a folder that `retain sample` wrote, a file of real text, or 'self' to sample."
+        "self", "Replay rows: a folder written by `retain sample`, a file of real text, or 'self' to sample."
     )
     replay_num_rows: int = setting(256, "Rows to sample, with replay_dataset self.", low=1)
     per_device_replay_batch_size: int | None = setting(
-        None, "Replay rows per step. Default: an eighth of the batch, at least 1.", low=1
+        None, "Replay rows per step. Default: one eighth of the batch, at least 1.", low=1
     )
     per_device_train_batch_size: int = setting(8, "New rows per step.", low=1)
     learning_rate: float = setting(2e-4, "Learning rate of every pilot, constant after the warm-up.", low=1e-12)
     max_length: int = setting(Unchosen(256), "Tokens per row; by default at most the model's positions.", low=2)
     lora_alpha: int = setting(16, "The LoRA's scale is lora_alpha / sqrt(rank) (rank-stabilised).", low=1)
-    lora_target_modules: list[str] = setting(lambda: ["all-linear"], "Modules with LoRA, or all-linear.")
-    eval_rows: int = setting(64, "Held-out rows of the new task that are measured.", low=1)
-    retention_max_documents: int = setting(64, "Documents of each retention text that are measured.", low=1)
+    lora_target_modules: list[str] = setting(lambda: ["all-linear"], "Modules that get a LoRA, or all-linear.")
+    eval_rows: int = setting(64, "Held-out rows of the new task to measure.", low=1)
+    retention_max_documents: int = setting(64, "Documents of each retention text to measure.", low=1)
     finetune_config: str | None = setting(
-        None, "YAML file of `retain finetune` for what is not set here, e.g. dtype or packing."
+        None, "YAML file of `retain finetune` for settings that have no flag here, e.g. dtype or packing."
     )
 
     def __post_init__(self) -> None:

@@ -19,13 +19,13 @@ LIMITS = {"max_forgetting": "forgetting", "max_ref_kl": "ref_kl"}  # the metric 
 class PredictConfig(RevisionSettings):
     """`retain predict`: the losses of a run not yet made; the law's file comes first, without a flag."""
 
-    law: str = setting("", "File that `retain fit` wrote.", required=True)
-    dataset: str | None = setting(None, "Data set, where the law was fitted to several.")
+    law: str = setting("", "File written by `retain fit`.", required=True)
+    dataset: str | None = setting(None, "Data set to predict for, if the law was fitted to several.")
     level: float = setting(0.95, "Coverage of the intervals.", low=1e-6, high=1 - 1e-6)
     json: bool = setting(False, "Print JSON.")
-    num_params: float | None = setting(None, "Parameters that will be tuned.")
+    num_params: float | None = setting(None, "Parameters to be tuned.")
     num_steps: float | None = setting(None, "Update steps.")
-    num_tokens: float | None = setting(None, "Tokens of finetuning.")
+    num_tokens: float | None = setting(None, "Finetuning tokens.")
     replay_share: float | None = setting(None, "Share of old data mixed in.", high=1)
     tokens_per_param: float | None = setting(None, "Pretraining tokens per parameter.")
     finetuning_loss: float | None = setting(None, "Loss on the new task, in nats per token, for the form linear.")
@@ -33,13 +33,13 @@ class PredictConfig(RevisionSettings):
     max_forgetting: float | None = setting(
         None, "Solve for the largest num_steps whose predicted forgetting stays below this, in nats per token."
     )
-    max_ref_kl: float | None = setting(None, "Likewise of a law of KL(base || model), the default of `retain fit`.")
+    max_ref_kl: float | None = setting(None, "The same for a law of KL(base || model), the default of `retain fit`.")
     model: str | None = setting(
-        None, "Model whose tuned parameters are counted in place of num_params; only its configuration is read."
+        None, "Model whose tuned parameters are counted, instead of giving num_params; only its configuration is read."
     )
-    lora_r: int | None = setting(None, "Rank of the LoRA that will be tuned, with model.", low=1)
+    lora_r: int | None = setting(None, "Rank of the LoRA to be tuned, with model.", low=1)
     lora_target_modules: list[str] | None = setting(
-        None, "Modules with LoRA, or all-linear. Default: PEFT's for this architecture."
+        None, "Modules that get a LoRA, or all-linear. Default: PEFT's for this architecture."
     )
 
     def __post_init__(self) -> None:
@@ -119,6 +119,6 @@ VERB = Verb(
     run=run_predict,
     resume="run it again",
     positional="law",
-    groups={"num_params": "The run", "max_forgetting": "A limit in place of num_steps",
-            "model": "A LoRA in place of num_params"},
+    groups={"num_params": "The run", "max_forgetting": "A limit instead of num_steps",
+            "model": "A LoRA instead of num_params"},
 )  # fmt: skip

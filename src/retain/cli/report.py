@@ -17,7 +17,7 @@ class ReportConfig(Settings):
     """`retain report`: one page for several runs of the same base."""
 
     runs: list[str] = setting(
-        list, "Folders that `retain measure` wrote, the unprotected run first.",
+        list, "Folders written by `retain measure`, the unprotected run first.",
         required="give at least one folder as --runs DIR",
     )  # fmt: skip
     output_dir: str = setting("", "Folder for report.json, report.md and report.html.", required=True)

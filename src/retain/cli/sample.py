@@ -36,23 +36,23 @@ class SampleConfig(ModelLoadSettings):
     """`retain sample`: draw replay rows from a model's own distribution."""
 
     model: str = setting(
-        "", "Hub id, folder, GGUF file, or package:NAME for a package that ships a GGUF file.", required=True
+        "", "Hub id, folder, GGUF file, or package:NAME for an installed package that ships a GGUF file.", required=True
     )
     output_dir: str = setting("", "Folder for the replay dataset.", required=True)
-    num_rows: int = setting(256, "Rows to draw.", low=1)
+    num_rows: int = setting(256, "Rows to sample.", low=1)
     max_length: int = setting(
         Unchosen(512), "Tokens per row, the start token included; at most the model's positions.", low=2
     )
     push_to_hub: str | None = setting(
-        None, "Dataset on the Hub, as OWNER/NAME, that gets the rows and a card, for --replay_dataset OWNER/NAME."
+        None, "Hub dataset, as OWNER/NAME, to push the rows and a card to, for use with --replay_dataset OWNER/NAME."
     )
     hub_private_repo: bool = setting(False, "Make that dataset private.")
     preview: int = setting(0, "Print this many rows, spread over the pool.")
     start: str = setting(
         "document",
-        "How rows begin. document: the start token alone. chat: inside a turn of the chat template. tools, think: "
-        "likewise, with tools offered, or with the template's switch for thinking on. prompts: the texts of --prompts. "
-        "Or a mix with shares: document=0.7,chat=0.3.",
+        "How rows begin. document: with the start token alone. chat: inside a turn of the chat template. tools, "
+        "think: the same, with tools offered, or with the template's thinking switched on. prompts: with the texts of "
+        "--prompts. Or a mix with shares: document=0.7,chat=0.3.",
     )
     chat_turn: Literal["user", "assistant", "system"] = setting(
         "user", "Role whose turn the model writes, with start chat, tools or think."
@@ -60,28 +60,29 @@ class SampleConfig(ModelLoadSettings):
     prompts: str | None = setting(None, "File of texts to continue, with start prompts; rows as in training data.")
     store_reference: Literal["auto", "hidden", "topk", "none"] = setting(
         "auto",
-        "Keep the model's predictions beside the rows, so that training needs no reference forward. hidden: the last "
-        "hidden state, exact. topk: the 64 likeliest tokens and the mass of the rest, small. auto: hidden where the "
-        "output head is a plain one, 4 GB are enough, and tensor_parallel_size is 1. vLLM's rows get them by a pass of "
-        "the model when all are drawn, finished rows that have none by running it again with hidden or topk.",
+        "Store the model's predictions with the rows, so that training needs no reference forward pass. hidden: the "
+        "last hidden state, exact. topk: the 64 most likely tokens and the mass of the rest, small. auto: hidden if "
+        "the output head is a plain one, 4 GB are enough, and tensor_parallel_size is 1. For vLLM's rows, the model "
+        "stores them in a pass after all rows are drawn; to add them to finished rows, run again with hidden or topk.",
     )
     store_fisher: bool = setting(
         False,
-        "Measure the model's Fisher information on the rows and keep it beside them, so that training with anchor_coef "
-        "need not.",
+        "Measure the model's Fisher information on the rows and store it with them, so that training with anchor_coef "
+        "does not have to.",
     )
     engine: Literal["torch", "vllm", "ray"] = setting(
         "torch",
-        "What draws. torch: this process, or those of accelerate launch or torchrun. vllm: likewise, by vLLM, for GPUs "
-        "and large models. ray: the workers of a Ray cluster (of RAY_ADDRESS, else one of this machine).",
+        "What samples the rows. torch: this process, or those of accelerate launch or torchrun. vllm: the same, with "
+        "vLLM, for GPUs and large models. ray: the workers of a Ray cluster (at RAY_ADDRESS, else one on this "
+        "machine).",
     )
     per_device_batch_size: int | None = setting(
-        None, "Rows drawn together. Default: what fits into half of the free memory.", low=1
+        None, "Rows to draw at once. Default: as many as fit into half of the free memory.", low=1
     )
     rows_per_shard: int = setting(
-        64, "Rows per Parquet file: what a process draws at a time, and the most that a kill loses.", low=1
+        64, "Rows per Parquet file: what one process draws at a time, and the most that a kill can lose.", low=1
     )
-    tensor_parallel_size: int = setting(1, "GPUs of each process, with engine vllm.", low=1)
+    tensor_parallel_size: int = setting(1, "GPUs per process, with engine vllm.", low=1)
     num_workers: int | None = setting(
         None, "Workers that each hold the model, with engine ray. Default: one per GPU, else one per CPU.", low=1
     )

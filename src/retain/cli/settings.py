@@ -9,8 +9,8 @@ from retain.checks import Settings, Unchosen, setting
 
 RETENTION_HELP = "Text on which forgetting is measured, as name=file; repeatable."
 CHAIN_HELP = (
-    "The models are the stages of a chain in order, each finetuned from the one before, all measured against the base "
-    "of the first: show what each text has lost since its loss was lowest."
+    "Treat the models as stages of a chain, in order, each finetuned from the one before and all measured against the "
+    "first one's base: show what each text has lost since its loss was lowest."
 )
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -19,14 +19,14 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class SeedSettings(Settings):
     """Randomness."""
 
-    seed: int = setting(0, "Seed of everything random.", high=2**63 - 1)
+    seed: int = setting(0, "Random seed.", high=2**63 - 1)
 
 
 @dataclass(kw_only=True)
 class RemoteCodeSettings(Settings):
     """Trust in a checkpoint's own code."""
 
-    trust_remote_code: bool = setting(False, "Allow code of the checkpoint, from the Hub or a folder, to run.")
+    trust_remote_code: bool = setting(False, "Allow the checkpoint's own code, from the Hub or a folder, to run.")
 
 
 @dataclass(kw_only=True)
@@ -46,7 +46,7 @@ class StartTokenSettings(Settings):
     """How documents begin."""
 
     start_token: str | None = setting(
-        None, "Token that starts a document in pretraining, as text or id. Default: chosen and shown."
+        None, "Token that starts a document in pretraining, as text or id. Default: chosen automatically and printed."
     )
 
 
@@ -55,7 +55,9 @@ class ModelLoadSettings(RevisionSettings, StartTokenSettings, SeedSettings):
     """How a model is loaded; the names are TRL's."""
 
     dtype: Dtype = setting("auto", "Dtype of the weights. auto: the checkpoint's own on a GPU, float32 on a CPU.")
-    attn_implementation: str | None = setting(None, "Attention kernel, e.g. sdpa or eager. Default: transformers'.")
+    attn_implementation: str | None = setting(
+        None, "Attention kernel, e.g. sdpa or eager. Default: what transformers chooses."
+    )
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -68,28 +70,29 @@ class TextSettings(ModelLoadSettings):
     """How texts are read and a model is measured on them."""
 
     new_task: list[str] = setting(
-        list, "Held-out text of the new task, as name=file, for the gain on what training predicts; repeatable."
+        list,
+        "Held-out text of the new task, as name=file, to measure the gain on the tokens that are trained on; "
+        "repeatable.",
     )
     completion_only_loss: bool | None = setting(
         None,
-        "Of the new task's rows with a prompt, count the completion alone (true) or all tokens (false), as in TRL. "
-        "Default: as the run was trained, else true.",
+        "In new-task rows with a prompt, count only the completion (true) or all tokens (false), as in TRL. Default: "
+        "as in training, else true.",
     )
     assistant_only_loss: bool | None = setting(
         None,
-        "Of the new task's chats, count the assistant's turns alone, as in TRL. Default: as the run was trained, else "
-        "false.",
+        "In new-task chats, count only the assistant's turns, as in TRL. Default: as in training, else false.",
     )
     max_documents: int | None = setting(None, "Read only the first N documents of each text. Default: all.", low=1)
     max_windows: int | None = setting(
         None,
-        "Measure only the first N windows of each document. Default: all; retention during training is measured on 1.",
+        "Measure only the first N windows of each document. Default: all; during training, retention is measured on 1.",
         low=1,
     )
     max_length: int = setting(
-        Unchosen(512), "Longest window in tokens, the start token included; at most the model's positions.", low=2
+        Unchosen(512), "Longest window in tokens, including the start token; at most the model's positions.", low=2
     )
     batch_tokens: int = setting(
-        Unchosen(2048), "Tokens per forward pass; by default fewer where the vocabulary is above 65k.", low=1
+        Unchosen(2048), "Tokens per forward pass; the default is lowered for vocabularies above 65k.", low=1
     )
     num_resamples: int = setting(2000, "Bootstrap resamples over documents.", low=100)

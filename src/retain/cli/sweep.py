@@ -30,14 +30,14 @@ class SweepConfig(Settings):
     """`retain sweep`: many runs of one verb, each made once; the file comes first, without a flag."""
 
     sweep: str = setting(
-        "", "YAML file with verb, common flags, a grid of lists, and a list of flags together.", required=True
+        "", "YAML file with a verb, common flags, a grid of lists, and a list of flags that go together.", required=True
     )
     output_dir: str = setting("", "Folder for results.jsonl, runs/ and logs/.", required=True)
     engine: Literal["local", "ray"] = setting(
-        "local", "local: processes of this machine. ray: the cluster of RAY_ADDRESS, or one begun here."
+        "local", "local: processes on this machine. ray: the cluster at RAY_ADDRESS, or one started here."
     )
-    num_workers: int | None = setting(None, "Runs at a time. Default: as many as there are cores for.", low=1)
-    cores_per_run: int = setting(1, "Cores of each run, and threads that it uses.", low=1)
+    num_workers: int | None = setting(None, "Runs at a time. Default: as many as the cores allow.", low=1)
+    cores_per_run: int = setting(1, "Cores, and threads, per run.", low=1)
 
 
 def run_sweep(config: SweepConfig) -> None:

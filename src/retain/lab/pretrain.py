@@ -45,29 +45,31 @@ class PretrainConfig(StoppingConfig):
 
     corpus: str = setting(
         "",
-        "Text: a file of rows, a Hub dataset (OWNER/NAME), or several with shares, old.jsonl=0.7,new.jsonl=0.3. Or "
-        "synthetic, a language of known entropy. Or a digit task: add, reversal, sort, modadd.",
+        "Text: a file of rows, a Hub dataset (OWNER/NAME), or several with shares (old.jsonl=0.7,new.jsonl=0.3). Or "
+        "synthetic: a language of known entropy. Or a digit task: add, reversal, sort, modadd.",
         required=True,
     )
     model_size: str = setting(
         "430k", "30k, 134k, 430k, 2M, 5.8M, 12M, 21M, 32M, 46M, 100M, 200M, or a number of parameters."
     )
     vocab_size: int | None = setting(
-        None, "Tokens. Default: 1024 for text, 64 for a synthetic language; digit tasks have 19.", low=4
+        None,
+        "Tokens in the vocabulary. Default: 1024 for text, 64 for a synthetic language; digit tasks have 19.",
+        low=4,
     )
     tokenizer_corpus: str | None = setting(
-        None, "Texts that the tokenizer is trained on, separated by commas. Default: those of the corpus."
+        None, "Texts to train the tokenizer on, separated by commas. Default: those of the corpus."
     )
-    max_length: int = setting(128, "Tokens per row; digit tasks have rows of their own length.", low=8)
+    max_length: int = setting(128, "Tokens per row; digit tasks set their own row length.", low=8)
     max_tokens: float | None = setting(None, "Tokens to train on, rounded up to whole steps.", low=1e-6)
     tokens_per_param: float | None = setting(
         None, "Tokens to train on per parameter, counted as 12 L D^2 + D V.", low=1e-6
     )
-    eval_rows: int = setting(256, "Held-out rows of each evaluation.", low=1)
-    num_states: int = setting(256, "With corpus synthetic: hidden states, what is to be learned.")
-    branching: int = setting(4, "With corpus synthetic: tokens that may follow in a state.")
+    eval_rows: int = setting(256, "Held-out rows per evaluation.", low=1)
+    num_states: int = setting(256, "With corpus synthetic: hidden states; more states are more to learn.")
+    branching: int = setting(4, "With corpus synthetic: possible next tokens in each state.")
     language_seed: int = setting(0, "With corpus synthetic: which language.")
-    digits: int = setting(3, "With a digit task: digits of a number.", low=1)
+    digits: int = setting(3, "With a digit task: digits per number.", low=1)
 
     def __post_init__(self) -> None:
         self.model_size = str(self.model_size)  # YAML brings numbers

@@ -31,10 +31,12 @@ OTHER_TRAINERS = ("rl", "reward_model", "process_reward_model", "trainer_cls")  
 class AxolotlReplayConfig(ReplayConfig):
     """What may stand under `retain`."""
 
-    replay_dataset: str | None = setting(None, "Replay rows: a folder that `retain sample` wrote, or a file of text.")
-    retention: list[str] = setting(list, "Texts measured at every evaluation, as name=file.")
-    retention_max_documents: int = setting(64, "Documents of each of these texts that are measured.", low=1)
-    start_token: str | None = setting(None, "Token that starts a document in pretraining. Default: chosen.")
+    replay_dataset: str | None = setting(None, "Replay rows: a folder written by `retain sample`, or a file of text.")
+    retention: list[str] = setting(list, "Texts to measure at every evaluation, as name=file.")
+    retention_max_documents: int = setting(64, "Documents of each of these texts to measure.", low=1)
+    start_token: str | None = setting(
+        None, "Token that starts a document in pretraining. Default: chosen automatically."
+    )
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> AxolotlReplayConfig:

@@ -27,56 +27,61 @@ class ReplayConfig(Settings):
     replay_objective: ReplayObjective = setting(
         "kl", " ".join(f"{name}: {objective.meaning}" for name, objective in OBJECTIVES.items())
     )
-    replay_coef: float = setting(1.0, "Weight of the replay term beside the new-task loss. 0 switches protection off.")
+    replay_coef: float = setting(
+        1.0, "Weight of the replay term relative to the new-task loss. 0 switches protection off."
+    )
     per_device_replay_batch_size: int | None = setting(
         None,
-        "Replay rows per device and micro-batch. Default: an eighth of per_device_train_batch_size, at least 1.",
+        "Replay rows per device and micro-batch. Default: one eighth of per_device_train_batch_size, at least 1.",
         low=1,
     )
     replay_every: int = setting(
-        1, "Replay on every k-th optimizer step, its term weighted by k: cheaper, the same pull in the long run.", low=1
+        1,
+        "Replay on every k-th optimizer step, with the term weighted by k: cheaper, with the same pull in the long "
+        "run.",
+        low=1,
     )
     replay_start: float = setting(
         0.0,
-        "Share of the run's steps before the first replay: with an anchor, replay is worth most at the end.",
+        "Share of the run's steps before replay starts; with an anchor, replay is worth most at the end.",
         high=0.99,
     )
     replay_share: float = setting(
-        0.25, "Share of each batch that becomes replay rows, with replay_objective replace.", high=1
+        0.25, "Share of each batch that is replaced by replay rows, with replay_objective replace.", high=1
     )
     replay_max_length: int | None = setting(
         None,
-        "Tokens per replay row where rows are still to be made (replay_dataset self, or real text). Default: the "
+        "Tokens per replay row, for rows that are still to be made (replay_dataset self, or real text). Default: the "
         "trainer's max_length, or 512, or the model's positions if fewer. Rows sampled earlier keep their length.",
         low=2,
     )
     replay_reference: ReplayReference = setting(
         "auto",
         "Where the base's predictions come from. adapter: the model with its adapter switched off. copy: a frozen "
-        "copy. cache: what `retain sample --store_reference` kept beside the rows. auto: cache where the rows have "
-        "one, else adapter where there is one, else copy.",
+        "copy. cache: what `retain sample --store_reference` stored with the rows. auto: cache if the rows have one, "
+        "else adapter if there is one, else copy.",
     )
     max_ref_kl: float | None = setting(
         None,
-        "KL(base || model) on replay rows at which training is to end, in nats per token without the first five of "
-        "each row. The coefficient starts at replay_coef and is adapted, anchor_coef with it; at its end the run says "
-        "whether the limit was kept. With replay_objective kl.",
+        "Target for KL(base || model) on replay rows at the end of training, in nats per token, leaving out the first "
+        "five of each row. The coefficient starts at replay_coef and adapts, and anchor_coef with it; at the end the "
+        "run reports whether the limit was kept. Needs replay_objective kl.",
         low=1e-9,
     )
     anchor_coef: float = setting(
         0.0,
-        "Weight of the anchor: KL(base || model) to second order, by the base's Fisher information on the replay rows "
-        "(K-FAC), for which AdamW solves in every step. It adds to replay, and stands alone with replay_coef 0. "
+        "Weight of the anchor: KL(base || model) to second order, from the base's Fisher information on the replay "
+        "rows (K-FAC), which AdamW solves for at every step. It adds to replay, or stands alone with replay_coef 0. "
         "0: no anchor.",
     )
     anchor_lr_ratio: float = setting(
         10.0,
         "With an anchor, learning_rate is multiplied by this: what the anchor does not hold has to move faster to "
-        "learn as much in the same steps. Give the learning_rate of a run without one.",
+        "learn as much in the same steps. Give the learning_rate of a run without an anchor.",
         low=1e-3,
     )
     allow_off_policy_replay: bool = setting(
-        False, "Accept replay rows that another model or tokenizer wrote; the log says so."
+        False, "Accept replay rows written by another model or tokenizer; the log says so."
     )
 
     def __post_init__(self) -> None:
@@ -119,11 +124,11 @@ class StoppingConfig(Settings):
 
     adam_beta2_half_life_tokens: float | None = setting(
         None,
-        "Tokens (without replay rows) after which Adam's second moment halves, in place of adam_beta2; e.g. 10e6.",
+        "Half-life of Adam's second moment in tokens (without replay rows), e.g. 10e6; replaces adam_beta2.",
         low=1e-6,
     )
     stop_at_loss: float | None = setting(
-        None, "End at the first evaluation with a new-task loss this low, in nats per token.", low=1e-6
+        None, "Stop at the first evaluation with a new-task loss this low, in nats per token.", low=1e-6
     )
 
 

@@ -68,7 +68,7 @@ class NextToken(Objective):
 class Replace(Objective):
     """Replay rows in the place of new ones: the host's loss on a mixed batch."""
 
-    name, meaning = "replace", "a share of each batch is replay rows, no extra term."
+    name, meaning = "replace", "replay rows take a share of each batch; no extra term."
     draws_rows = True
 
     def check_settings(self, config: ReplayConfig) -> None:
@@ -102,7 +102,7 @@ class Replace(Objective):
 class KLOnNewRows(KL):
     """KL to the base on the new rows themselves: no replay rows."""
 
-    name, meaning = "kl_new", "KL(base || model) on the new rows, needs no replay rows."
+    name, meaning = "kl_new", "KL(base || model) on the new rows; needs no replay rows."
     draws_rows = takes_stored = False
 
 
