@@ -114,7 +114,7 @@ def test_it_protects_measures_and_ends_with_four_lines_and_the_page(world, tmp_p
     assert planned.count("training") == planned.count("measuring wiki") == 2
     assert "loss" in lines["learned"]
     assert "8 held-out rows of the new task" in lines["learned"]
-    assert "of 2 texts the one that moved most" in lines["forgotten"]
+    assert "which moved most of 2 texts" in lines["forgotten"]
     assert "% [" in lines["prevented"]
     assert "at the same new-task loss (" in lines["prevented"]
     assert "times the unprotected run's" in lines["cost"]
@@ -163,8 +163,8 @@ def test_without_held_out_rows_the_training_loss_is_reported_and_that_is_said(wo
     assert "measuring self-generated" in planned
     assert lines["new task"].startswith("no rows are held out, so its training loss is reported")
     assert lines["learned"].startswith("training loss ")
-    assert "(logged at steps 1 and 12); no row was held out" in lines["learned"]
-    assert lines["prevented"].startswith("not known without an unprotected run")
+    assert "(logged at steps 1 and 12); no rows were held out" in lines["learned"]
+    assert lines["prevented"].startswith("unknown without an unprotected run")
     rows = [load_self_generated(tmp_path / "out" / name) for name in ("replay", "held-out")]
     assert (len(rows[0]), len(rows[1])) == (4, 8)  # it draws one row in every third of its 12 steps
     assert rows[0][0].tolist() != rows[1][0].tolist()

@@ -337,7 +337,7 @@ def test_equal_accuracy_does_not_hide_forgetting():
     run, other = report.results, RunResults("other", retention={})
     sentence = answers_sentence(run)
     assert sentence.startswith("“tuned” answers 60.0% [50.2%, 69.1%] of 100 questions of arc (acc) as its base did; ")
-    assert "no change of accuracy shown, 50.0% → 50.0%: +0.0 points [" in sentence
+    assert "no change in accuracy shown, 50.0% → 50.0%: +0.0 points [" in sentence
     table = answers_table([run, other])
     assert table is not None
     (section,) = table.sections
@@ -438,7 +438,7 @@ def test_questions_alone_are_measured_and_hostile_ones_harm_nobody(models, tmp_p
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\ud800-\udfff]", page)
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "## The same questions to both" in text
-    assert "Tango's for the change of accuracy" in page
+    assert "Tango's for the change in accuracy" in page
     assert all("paired bootstrap" not in shown for shown in (page, text))
     assert "\x1b" not in text
     assert not re.search(r"<(?!br>)", text)

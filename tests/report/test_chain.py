@@ -92,7 +92,7 @@ def test_a_rise_within_chance_is_not_called_a_loss(reports):
         sums["loss"] = [loss + extra for loss, extra in zip(sums["loss"], (400.0, 0.0, -400.0), strict=True)]
     runs = [report.results for report in reports]
     assert chain_verdict(runs, over_chain(runs)) == (
-        "After 2 stages no text shows a loss: intervals of the rise on german and prose hold 0."
+        "After 2 stages no text shows a loss: the intervals of the rise on german and prose include 0."
     )
 
 
@@ -101,7 +101,7 @@ def test_less_than_nothing_is_not_kept():
     losses = {"one": {"german": 3.0}, "two": {"german": 4.5}}
     reports = [ForgettingReport(stage(name, of)).results for name, of in losses.items()]
     said = chain_verdict(reports, over_chain(reports))
-    assert "(nothing of what was learned is kept, and the loss stands above the base's)" in said
+    assert "(nothing of what was learned is kept, and the loss is above the base's)" in said
     assert "%" not in said
 
 
@@ -118,7 +118,7 @@ def test_the_page_draws_no_stage_against_its_own_task_and_base(reports):
 
 def test_the_pages_say_it_and_compare_no_rivals(reports, tmp_path):
     write_comparison(tmp_path, reports, "t", chain=True)
-    said = "After 2 stages the loss stands above its lowest by 0.400 [0.400, 0.400] nats per token on german "
+    said = "After 2 stages the loss is above its lowest by 0.400 [0.400, 0.400] nats per token on german "
     said += "(60.0% [60.0%, 60.0%] of what was learned is kept)"
     runs = [report.results for report in reports]
     summary = Page(runs, chain=True).summary()

@@ -38,7 +38,7 @@ def judged(texts: dict[str, dict], limit: float | None = 0.02, least: float | No
 @pytest.mark.parametrize(
     ("measured", "code", "words"),
     [
-        ((0.010, 0.005, 0.015), WITHIN, "the whole interval keeps to it"),
+        ((0.010, 0.005, 0.015), WITHIN, "the whole interval is within it"),
         ((-0.05, -0.06, -0.04), WITHIN, "[-0.060, -0.040]"),  # it got better, which is no forgetting
         ((0.010, 0.000, 0.020), WITHIN, "gate: within (exit code 0), decided by wiki, forgetting 0.010"),
         ((0.030, 0.025, 0.035), BEYOND, "the whole interval is beyond it"),

@@ -51,15 +51,18 @@ def test_each_line_says_what_moved_most_and_what_was_prevented_least():
     assert learned.startswith(
         "learned: loss 2.000 → 1.500 on 20 held-out rows of the new task, lower by 0.500 [0.400, 0.600]"
     )
-    assert "ref_kl 0.100 [0.090, 0.110] nats per token on “a”, of 2 texts the one that moved most" in forgotten
+    assert "ref_kl 0.100 [0.090, 0.110] nats per token on “a”, which moved most of 2 texts" in forgotten
     assert prevented.startswith("prevented: 50.0% [50.0%, 50.0%] of the unprotected run's ref_kl on “b”")
-    assert prevented.endswith("of 2 texts the one with least, at the same new-task loss (1.500)")
+    assert prevented.endswith("the least of 2 texts, at the same new-task loss (1.500)")
 
 
 def test_without_a_loss_in_common_the_ends_are_compared_and_that_is_said():
     line = outcome_lines(make_run("p", {"a": 0.1}), make_run("plain", {"a": 0.4}))[2]
     assert line.startswith("prevented: 75.0% [75.0%, 75.0%] of")
-    assert "at the ends of both, where less learned is less forgotten, too; no new-task loss was evaluated" in line
+    assert (
+        "at the ends of both runs, where learning less also means forgetting less; no new-task loss was evaluated"
+        in line
+    )
     assert "while training plain and p (`retain finetune` does it with --eval_dataset_name FILE)" in line
 
 
@@ -100,12 +103,12 @@ def test_training_loss_stands_in_where_nothing_is_held_out():
         RunResults, {"name": "p", "retention": {}, "trajectory": [{"step": 1, "loss": 3.0}, {"step": 9, "loss": 2.0}]}
     )
     learned, forgotten, prevented = outcome_lines(run)
-    assert learned.startswith("learned: training loss 3.000 → 2.000 (logged at steps 1 and 9); no row was held out")
+    assert learned.startswith("learned: training loss 3.000 → 2.000 (logged at steps 1 and 9); no rows were held out")
     assert forgotten.startswith("forgotten: not measured")
     assert "--compare_plain true" in prevented
 
 
 def test_the_cost_is_beside_an_unprotected_step():
     line = cost_line(0.5, 0.4, [("sampling", 61.2)])
-    assert line == "cost: 0.5 s a step, 1.25 times the unprotected run's 0.4 s; sampling 61 s"
+    assert line == "cost: 0.5 s per step, 1.25 times the unprotected run's 0.4 s; sampling 61 s"
     assert cost_line(None, 0.4, []) == "cost: steps were not timed (resumed at the end)"

@@ -310,8 +310,10 @@ def test_other_settings_are_said_and_not_compared(
     assert frontier_sentences(compared) == sentences, "the other run is no point among them"
     for shown in (html.unescape(text).replace("\\", "") for text in shown_in(runs)):
         assert f"“odd” is not compared with “plain” on verilog and wiki: measured with {told}" in shown
-        assert "“odd” moved away from the base by an amount that cannot be judged on wiki (measured otherwise)" in shown
-        assert "wiki: the column base is of “plain”; measured otherwise: “odd”" in shown
+        assert (
+            "“odd” moved away from the base by an amount that cannot be judged on wiki (measured differently)" in shown
+        )
+        assert "wiki: the column base is from “plain”; measured differently: “odd”" in shown
         assert "98%" not in shown
 
 
@@ -484,7 +486,7 @@ def test_without_a_loss_in_common_there_is_no_frontier(plain: dict) -> None:
     assert [entry.final_loss for entry in compared.runs] == [None, None]
     assert frontier_sentences(compared) == []
     page = markdown_of([plain, twin | {"new_task": other}])
-    assert "There is no new-task loss that all of them have" in page
+    assert "The runs have no new-task loss in common" in page
     both = compare([plain, {**plain, "name": "twin", "new_task": other}])
     assert [entry.final_loss for entry in both.runs] == [2.0, 2.0], "eval_loss, which both have"
 
@@ -564,7 +566,7 @@ def test_verdict_says_what_the_interval_allows(plain: dict) -> None:
         (
             {"value": 0.3, "ci": [None, None]},
             {"value": 0.3, "ci": [None, None]},
-            "“plain” is not decided, for lack of an interval: ",
+            "“plain” is undecided, because there is no interval: ",
         ),
     ],
 )
@@ -606,7 +608,7 @@ def test_verdict_with_several_texts_and_with_none(plain: dict) -> None:
     assert verdict_of(plain).startswith("“plain” forgot on wiki; shows no change on code: ")
     assert "no noise floor" in verdict_of(plain)
     plain |= {"retention": {}, "new_task": {}}
-    assert verdict_of(plain) == "“plain” was not measured on a text."
+    assert verdict_of(plain) == "“plain” was not measured on any text."
 
 
 def test_comparison_verdict(plain: dict, replay: dict) -> None:
@@ -751,7 +753,7 @@ def test_every_format_states_agreement_first(plain: dict, replay: dict) -> None:
         assert "50.0%" in shown
         assert "[15.0%, 85.0%]" in shown
         assert "4 questions, choice_style text, without a chat template" in shown
-    assert "“plain” answers 50.0% [15.0%, 85.0%] of 4 questions of arc (acc) as its base did; no change of" in summary
+    assert "“plain” answers 50.0% [15.0%, 85.0%] of 4 questions of arc (acc) as its base did; no change in" in summary
     assert "“plain” forgot: ref_kl" in summary, "beside what was found on the texts"
     assert "plain: questions of arc that it lost" in page
     assert "same answer as the base" not in html_of([replay])
@@ -1048,7 +1050,7 @@ def test_a_budget_is_told_with_its_price_beside_a_plain_run():
     kept["retention"] = {"wiki": {"ref_kl": {"value": 0.08, "ci": [0.07, 0.09]}}}
     kept["retention"] |= {"prose": {"ref_kl": {"value": 0.03, "ci": [0.01, 0.05]}}}
     kept["training"]["max_ref_kl"] = 0.02
-    assert budget_of(kept).endswith(": KL 0.019; on wiki, which it did not hold, ref_kl is above 0.02.")
+    assert budget_of(kept).endswith(": KL 0.019; on wiki, which the budget does not cover, ref_kl is above 0.02.")
     assert budget_of(plain, plain) == ""
     kept["per_document"] = {}
     assert "(no interval) nats per token more" in budget_of(kept, plain)
@@ -1201,7 +1203,7 @@ def test_of_many_texts_a_verdict_names_those_where_least_was_prevented(plain: di
     assert (
         "0% less on wiki (no interval), 40% less on text3 (no interval), 60% less on text2 (no interval) and" in verdict
     )
-    assert "and as the table says on 2 more texts. No comparison at the same" in verdict
+    assert "and as the table shows on 2 more texts. No comparison at the same" in verdict
 
 
 def test_what_all_texts_share_is_one_line(plain: dict) -> None:
@@ -1227,7 +1229,7 @@ def test_how_much_a_divergence_is_is_said_in_what_was_measured(plain: dict) -> N
     share = "is 4.0% of the base's own entropy there (3.08 nats per token),"
     told = f"ref_kl 0.123 of “plain” on wiki {share} 123 times the noise floor"
     for shown in (summary_of([plain]), card_of(plain).replace("\\", "")):
-        assert f"Scale: {told}, and another token comes first at 8.7% of the positions." in shown
+        assert f"For scale: {told}, and the top token differs at 8.7% of the positions." in shown
     plain["retention"]["wiki"]["ref_kl"] = measured(0.0002, 0.0001, 0.0003)
     assert "ref_kl 0.00020 of “plain” on wiki is less than 0.1% of the base's own entropy" in summary_of([plain])
     plain["retention"]["wiki"]["ref_kl"] = measured(0.123, 0.1, 0.2)
@@ -1238,7 +1240,7 @@ def test_how_much_a_divergence_is_is_said_in_what_was_measured(plain: dict) -> N
 def test_overfitting_is_said_in_words(plain: dict) -> None:
     assert "overfits" not in summary_of([plain])
     over = run("plain", [4.0, 1.909, 2.132], [0.0, 0.2, 0.6])
-    assert "eval_loss) was 1.909 at step 10 and is 2.132 at step 20, its end" in summary_of([over])
+    assert "eval_loss) was 1.909 at step 10 and 2.132 at the end, step 20." in summary_of([over])
     assert "overfits" in html_of([over])
     over["training"]["kept_step"] = 10
     assert "overfits" not in summary_of([over]), "load_best_model_at_end kept the lower one"

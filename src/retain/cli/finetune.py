@@ -391,7 +391,7 @@ VERB = Verb(
     resume=lambda script, training, *rest: how_to_resume(Path(training.output_dir)),
     groups={
         "eval_dataset_name": "What is measured, and when the run stops",
-        "replay_objective": "How replay protects (chosen for you unless you set replay_objective, replay_coef or anchor_coef)",
+        "replay_objective": "How replay protects (chosen unless you set replay_objective, replay_coef or anchor_coef)",
         "adam_beta2_half_life_tokens": "Further settings",
     },
     borrowed={

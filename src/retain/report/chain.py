@@ -98,7 +98,7 @@ def _story(runs: ReportRuns, text: ChainedText) -> str:
 def _kept(share: Estimate) -> str:
     """What is left of what was learned; less than nothing where the loss stands above the base's."""
     if share.ci and share.ci[1] < 0:
-        return "nothing of what was learned is kept, and the loss stands above the base's"
+        return "nothing of what was learned is kept, and the loss is above the base's"
     return f"{share_cell(share).with_interval} of what was learned is kept"
 
 
@@ -110,13 +110,13 @@ def chain_verdict(runs: ReportRuns, texts: Sequence[ChainedText]) -> str:
     lost = [text for text in risen if (rise := text.lost) and rise.ci and rise.ci[0] > 0][:MOST_NAMED]
     if not lost:
         names = enumeration([text.name for text in risen])
-        return f"After {len(runs)} stages no text shows a loss: intervals of the rise on {names} hold 0."
+        return f"After {len(runs)} stages no text shows a loss: the intervals of the rise on {names} include 0."
     words = [
         f"by {value_cell(text.lost).with_interval}{'' if at else ' nats per token'} on {text.name}"
         + (f" ({_kept(text.kept)})" if text.kept else "")
         for at, text in enumerate(lost)
     ]
-    return f"After {len(runs)} stages the loss stands above its lowest {enumeration(words)}."
+    return f"After {len(runs)} stages the loss is above its lowest {enumeration(words)}."
 
 
 def chain_panel(runs: ReportRuns, texts: Sequence[ChainedText]) -> Panel:

@@ -17,7 +17,7 @@ from retain.report.results import Judgement, RunResults
 WITHIN, BEYOND, UNDECIDED = 0, 2, 3
 CODE_WORDS = {WITHIN: "within", BEYOND: "beyond", UNDECIDED: "not enough evidence"}
 WHY = {
-    WITHIN: "the whole interval keeps to it",
+    WITHIN: "the whole interval is within it",
     BEYOND: "the whole interval is beyond it",
     UNDECIDED: "the interval does not decide",
 }

@@ -67,8 +67,8 @@ METRICS = {metric.name: metric for metric in (
     ),
     Metric(
         name="ref_kl", label="divergence (ref_kl)",
-        meaning="KL(base ‖ tuned): how far the next-token distribution moved from the base, 0 is not at all; sees "
-                "change that averages out in the loss",
+        meaning="KL(base ‖ tuned): how far the next-token distribution moved from the base's, 0 is not at all; shows "
+                "changes that average out in the loss",
         per_token=lambda base, model, tokens: base.expectation(base.log_probs - model.log_probs),
         main=("retention",), logged=True, indexed=True,
     ),

@@ -14,7 +14,7 @@ UNIT = "nats per token"
 def outcome_lines(run: RunResults, plain: RunResults | None = None) -> list[str]:
     """What a run learned and forgot, and how much of the forgetting of `plain`, the unprotected run, it prevented."""
     prevented = f"prevented: {_prevented_words(plain, run)}" if plain else (
-        "prevented: not known without an unprotected run beside it; --compare_plain true makes one"
+        "prevented: unknown without an unprotected run to compare with; --compare_plain true makes one"
     )  # fmt: skip
     return [f"learned: {_learned_words(run)}", f"forgotten: {_forgotten_words(run)}", prevented]
 
@@ -31,7 +31,7 @@ def _learned_words(run: RunResults) -> str:
     steps, losses = run.training_losses
     if len(steps) > 1:
         found = f"training loss {losses[0]:.3f} → {losses[-1]:.3f} (logged at steps {steps[0]:g} and {steps[-1]:g})"
-        return f"{found}; no row was held out: --eval_dataset_name FILE measures on some"
+        return f"{found}; no rows were held out: --eval_dataset_name FILE gives some"
     return "not measured; --eval_dataset_name FILE measures on held-out rows"
 
 
@@ -40,7 +40,7 @@ def _forgotten_words(run: RunResults) -> str:
     if not moved:
         return "not measured; --retention name=file measures on a text"
     name, text = max(moved.items(), key=lambda item: item[1].ref_kl.value if item[1].ref_kl else 0.0)
-    beside = f", of {len(moved)} texts the one that moved most" if len(moved) > 1 else ""
+    beside = f", which moved most of {len(moved)} texts" if len(moved) > 1 else ""
     loss = ""
     if text.loss and text.base_loss and text.forgetting:
         change = f"{text.base_loss.value:.3f} → {text.loss.value:.3f}"
@@ -54,13 +54,13 @@ def _prevented_words(plain: RunResults, run: RunResults) -> str:
     texts = compared.matched
     if not any(entries[1].prevented is not None for entries in texts.values()):
         why = compared.reason or "no text was measured at the same new-task loss"
-        texts, where = compared.end, f"at the ends of both, where less learned is less forgotten, too; {why}"
+        texts, where = compared.end, f"at the ends of both runs, where learning less also means forgetting less; {why}"
     found = {name: entries[1] for name, entries in texts.items() if entries[1].prevented is not None}
     if not found:
         notes = [entries[1].note for entries in texts.values() if entries[1].note]
         return f"cannot be judged; {notes[0] if notes else 'no text was measured'}"
     name, least = min(found.items(), key=lambda item: item[1].prevented or 0.0)
-    beside = f", of {len(found)} texts the one with least" if len(found) > 1 else ""
+    beside = f", the least of {len(found)} texts" if len(found) > 1 else ""
     return f"{_prevented_share(least)} on “{name}”{beside}, {where}"
 
 
@@ -76,7 +76,7 @@ def _prevented_share(entry: ComparedText) -> str:
 
 def cost_line(seconds: float | None, plain_seconds: float | None, others: Sequence[tuple[str, float]]) -> str:
     """What protection took: seconds of a step, beside an unprotected one, and once for each of `others` by name."""
-    parts = [f"{seconds:.3g} s a step" if seconds else "steps were not timed (resumed at the end)"]
+    parts = [f"{seconds:.3g} s per step" if seconds else "steps were not timed (resumed at the end)"]
     if seconds and plain_seconds:
         parts[0] += f", {seconds / plain_seconds:.2f} times the unprotected run's {plain_seconds:.3g} s"
     return "cost: " + "; ".join([*parts, *(f"{name} {taken:.0f} s" for name, taken in others)])

@@ -21,7 +21,7 @@ STATES = {
     "moved": "changed, but shows no forgetting",
     "improved": "changed, and its loss fell",
     "unmoved": "shows no change",
-    "undecided": "is not decided, for lack of an interval",
+    "undecided": "is undecided, because there is no interval",
 }
 
 
@@ -83,7 +83,7 @@ def text_verdict(run: RunResults, most: int = MAX_NAMED) -> str:
     texts = run.retention
     states = {text: state(run, text) for text in texts}
     groups = {words: [text for text in texts if states[text] == kind] for kind, words in STATES.items()}
-    groups = {words: group for words, group in groups.items() if group} or {"was not measured on a text": []}
+    groups = {words: group for words, group in groups.items() if group} or {"was not measured on any text": []}
     several = len(groups) > 1
     head = "; ".join(f"{words} on {enumeration(group)}" if several else words for words, group in groups.items())
     shown = sorted(texts, key=lambda text: -_divergence(texts[text]))[:most]
@@ -133,8 +133,8 @@ def scale_sentence(run: RunResults) -> str:
         many = f"more than {MAX_TIMES_FLOOR:,}" if times > MAX_TIMES_FLOOR else f"{times:,.0f}"
         parts.append(f"{many} times the noise floor" if times > 1 else "within the noise floor")
     if same := run.retention[text].ref_agreement:
-        parts.append(f"and another token comes first at {1 - same.value:.1%} of the positions")
-    return f"Scale: ref_kl {cell(value).value} of “{run.name}” on {text} is {', '.join(parts)}."
+        parts.append(f"and the top token differs at {1 - same.value:.1%} of the positions")
+    return f"For scale: ref_kl {cell(value).value} of “{run.name}” on {text} is {', '.join(parts)}."
 
 
 def overfit_sentence(run: RunResults) -> str:
@@ -148,8 +148,8 @@ def overfit_sentence(run: RunResults) -> str:
     if at >= end or last <= (1 + MIN_OVERFIT) * best:
         return ""
     return (
-        f"“{run.name}” overfits the new task: its loss (eval_loss) was {best:.3f} at step {at:g} and is {last:.3f} "
-        f"at step {end:g}, its end. Fewer steps, or load_best_model_at_end, would end at the lower loss."
+        f"“{run.name}” overfits the new task: its loss (eval_loss) was {best:.3f} at step {at:g} and {last:.3f} at "
+        f"the end, step {end:g}. Fewer steps, or load_best_model_at_end, would end at the lower loss."
     )
 
 
@@ -164,7 +164,7 @@ def budget_sentence(run: RunResults, first: RunResults | None = None) -> str:
     if limit := run.training.get("max_ref_kl"):
         lows = {text: found.ci[0] for text, result in run.retention.items() if (found := result.ref_kl) and found.ci}
         if above := [text for text, low in lows.items() if low > limit]:
-            sentence += f"; on {enumeration(above)}, which it did not hold, ref_kl is above {limit:g}"
+            sentence += f"; on {enumeration(above)}, which the budget does not cover, ref_kl is above {limit:g}"
     text = next(iter(run.new_task), None)
     difference = loss_difference(run, first, text) if first is not None and text is not None else None
     if first is None or difference is None:
@@ -191,7 +191,7 @@ def answers_sentence(run: RunResults) -> str:
 def _answers_clause(name: str, answers: Answers) -> str:
     questions = quantity(answers.agreement.num_questions if answers.agreement else 0, "question")
     was, now = (share_cell(found).value for found in (answers.base_accuracy, answers.accuracy))
-    shown = _direction("accuracy", "no change of accuracy shown", answers.change)
+    shown = _direction("accuracy", "no change in accuracy shown", answers.change)
     agreement, change = share_cell(answers.agreement), points_cell(answers.change)
     return f"{agreement} of {questions} of {name} as its base did; {shown}, {was} → {now}: {change}"
 
@@ -213,7 +213,7 @@ def refusals_sentence(run: RunResults) -> str:
 
 
 def _shares_clause(start: str, what: str, found: BehaviorShares) -> str:
-    shown = _direction(what, f"no change of {what} shown", found.change)
+    shown = _direction(what, f"no change in {what} shown", found.change)
     lost, gained = (count_cell(found.counts.get(fate)).value for fate in ("lost", "gained"))
     fates = f" ({lost} lost, {gained} gained)" if found.counts else ""
     return f"{start}, its base {share_cell(found.base_rate).value}; {shown}: {points_cell(found.change)}{fates}"
@@ -263,7 +263,7 @@ def comparison_verdict(compared: Comparison) -> str:
         start = f"At the same new-task loss ({compared.matched_loss:.3f} nats per token), compared with {names[0]}"
         return f"{start}, {'; '.join(clauses)}."
     why = compared.reason or "no text was measured"
-    caution = f"At their ends, where a smaller change may only mean less learned, compared with {names[0]}"
+    caution = f"At the ends of the runs, where a smaller change may only mean less learning, compared with {names[0]}"
     return f"{caution}, {'; '.join(clauses)}. No comparison at the same new-task loss: {why}."
 
 
@@ -284,13 +284,13 @@ def _preventions(texts: Mapping[str, Sequence[ComparedText]], at: int) -> list[s
         named.sort(key=lambda text: math.inf if (share := shares[text]) is None else share)
     words = [_prevention(text, texts[text][at]) for text in named[:MAX_NAMED]]
     more = len(named) - MAX_NAMED
-    return words + ([f"as the table says on {quantity(more, 'more text')}"] if more > 0 else [])
+    return words + ([f"as the table shows on {quantity(more, 'more text')}"] if more > 0 else [])
 
 
 def _prevention(text: str, entry: ComparedText) -> str:
     share, ci = entry.prevented, entry.prevented_ci
     if share is None:
-        return f"by an amount that cannot be judged on {text}{' (measured otherwise)' if entry.unlike else ''}"
+        return f"by an amount that cannot be judged on {text}{' (measured differently)' if entry.unlike else ''}"
     how = f"{abs(share):.0%} {'less' if share >= 0 else 'more'} on {text}"
     if ci is None:
         return f"{how} (no interval)"
@@ -348,7 +348,7 @@ def end_sentences(compared: Comparison) -> list[str]:
     if compared.loss_text is not None:
         measured.insert(0, f"the new-task loss ({compared.loss_text})")
     elif all(run.final_loss is None for run in runs):
-        found.append("There is no new-task loss that all of them have.")
+        found.append("The runs have no new-task loss in common.")
     else:
         followed.insert(0, "the new-task loss (eval_loss)")
     found += [f"Measured on the saved models: {enumeration(measured)}."] if measured else []

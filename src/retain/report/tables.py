@@ -50,18 +50,18 @@ def _share(label: str, name: str, base: str = "", meaning: str = "", written: An
 
 CHANCE = Line(
     "McNemar p", attrgetter("mcnemar_p"), probability_cell,
-    meaning="exact test: how probable so uneven a split into lost and won is if either is as likely",
+    meaning="exact test: the probability of a split at least this uneven if lost and won are equally likely",
 )  # fmt: skip
 ANSWERS = (
     _share("same answer as the base", "agreement", "noise_agreement",
            "share of questions to which both models give the same answer, right or wrong"),
     _share("accuracy", "accuracy", "base_accuracy",
-           "share of questions answered rightly; acc takes the choice of the highest log-likelihood, acc_norm that of "
-           "the highest log-likelihood per character of the choice, as lm-evaluation-harness does"),
+           "share of questions answered correctly; acc takes the choice with the highest log-likelihood, acc_norm the "
+           "one with the highest log-likelihood per character, as lm-evaluation-harness does"),
     _share("accuracy, change", "change", written=points_cell),
-    _fate("right_wrong", "right → wrong", "questions that the base answered rightly and the tuned model does not"),
-    _fate("wrong_right", "wrong → right", "the reverse; where both numbers are alike, accuracy does not move"),
-    _fate("wrong_other", "wrong → other wrong", "questions both get wrong, each in its own way"),
+    _fate("right_wrong", "right → wrong", "questions that the base answered correctly and the tuned model does not"),
+    _fate("wrong_right", "wrong → right", "the reverse; if both numbers are alike, accuracy does not move"),
+    _fate("wrong_other", "wrong → other wrong", "questions that both get wrong, with different answers"),
     CHANCE,
 )  # fmt: skip
 REFUSALS = (
@@ -74,25 +74,25 @@ REFUSALS = (
     CHANCE,
 )
 SCORERS = {
-    "judge": "a model that is asked whether the answer refuses",
-    "phrases": "phrases of refusal, looked for in the written answer",
+    "judge": "a model that is asked whether the answer is a refusal",
+    "phrases": "refusal phrases found in the written answer",
 }
 BEHAVIOR_LINES = (
     _share("share of answers", "rate", "base_rate"),
     _share("share of answers, change", "change", written=points_cell),
-    _fate("lost", "the base alone"),
-    _fate("gained", "the tuned model alone"),
+    _fate("lost", "only the base"),
+    _fate("gained", "only the tuned model"),
     CHANCE,
 )
 BEHAVIOR_SCORERS = {  # label and meaning; of each behaviour the one that a sentence names comes first
-    "right": ("makes the right calls", "the calls that were wanted, with their arguments, and no other"),
+    "right": ("makes the right calls", "the expected calls, with the expected arguments, and no others"),
     "valid": (
         "makes valid calls",
-        "a call, and every call to a tool that was offered, with arguments that its schema allows",
+        "at least one call, each to a tool that was offered, with arguments that its schema allows",
     ),
-    "abstains": ("makes no needless call", "no call where none of the tools is of use"),
-    "follows": ("follows the format", "keeps everything that was asked of its form, as a program verifies it"),
-    "thinks": ("thinks", "has reasoning before the answer, in the marks of its model"),
+    "abstains": ("makes no needless call", "no call when none of the tools is of use"),
+    "follows": ("follows the format", "meets every format that was asked for, as a program verifies"),
+    "thinks": ("thinks", "has reasoning before the answer, in its model's own markers"),
     "concludes": ("thinks and answers", "an answer follows the reasoning within the limit of new tokens"),
     "ends": ("ends its turn", "stops within the limit of new tokens, having said something"),
 }
@@ -107,10 +107,10 @@ DRIFT_FORM = (
 )
 KNOWLEDGE_FATES = {
     "kept": "both models give the expected answer",
-    "updated": "the tuned model gives the new answer that it was to learn",
+    "updated": "the tuned model gives the new answer that it was meant to learn",
     "forgotten": "the base gave the expected answer, the tuned model does not",
     "learned": "the tuned model gives the expected answer, the base did not",
-    "unknown": "neither gives it",
+    "unknown": "neither model gives it",
 }
 KNOWLEDGE = (
     _share("known by the base, not forgotten", "kept_share"),
@@ -199,7 +199,7 @@ def base_notes(runs: ReportRuns) -> list[str]:
     for text in _keys([run.texts for run in runs]):
         first, *others = [run for run in runs if text in run.texts]
         if odd := [f"“{run.name}”" for run in others if mismatch(first, run, text)]:
-            notes.append(f"{text}: the column base is of “{first.name}”; measured otherwise: {enumeration(odd)}")
+            notes.append(f"{text}: the column base is from “{first.name}”; measured differently: {enumeration(odd)}")
     return notes
 
 
@@ -325,7 +325,7 @@ def comparison_table(compared: Comparison, place: Literal["matched", "end"], not
         head.append(Row("reached at step", [_cell_of(run.matched_step, ".1f") for run in runs]))
         if any(run.learning_rate is not None for run in runs):
             head.append(Row("learning rate there", [_cell_of(run.learning_rate, ".2g") for run in runs]))
-        notes += [f"{text} was measured at the end only; give it to `retain finetune` as --retention to have it here"
+        notes += [f"{text} was measured at the end only; give it to `retain finetune` as --retention to include it here"
                   for text in compared.end if text not in texts]  # fmt: skip
     else:
         head = []
