@@ -431,13 +431,13 @@ def test_questions_alone_are_measured_and_hostile_ones_harm_nobody(models, tmp_p
     assert data["generations"] == []
     assert data["choices"]["b\x1b[31m<b>"]["lost"], "so that there is something to show"
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "The same questions to both" in page
+    assert "Answers to the same questions" in page
     assert "What was learned, what was forgotten" not in page
     assert all(text in page for text in ("alert(1)", "&lt;/pre&gt;", "\\u202e")), "shown, as text"
     assert not re.search(r"<(script|img|b>=)", page)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\ud800-\udfff]", page)
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "## The same questions to both" in text
+    assert "## Answers to the same questions" in text
     assert "Tango's for the change in accuracy" in page
     assert all("paired bootstrap" not in shown for shown in (page, text))
     assert "\x1b" not in text

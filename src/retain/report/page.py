@@ -45,7 +45,7 @@ MAX_LABEL_CHARS = 48  # of the first column in a terminal
 MULTILINE = ("prompt", "base", "tuned", "text", "base_top", "tuned_top")  # of models and users; a name is one line
 TABLES = ("table", "answers", "refusals", "behaviors", "drift", "knowledge", "matched")  # of a terminal
 HEADINGS = {  # of the tables in Markdown
-    "table": "What was learned, what was forgotten", "answers": "The same questions to both",
+    "table": "What was learned, what was forgotten", "answers": "Answers to the same questions",
     "refusals": "What the models refuse", "behaviors": "What the models do",
     "knowledge": "What the models know", "drift": "What the models write",
     "matched": "At the same new-task loss", "end": "At the end of each run", "rest": "Further metrics",
