@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from test_experiments import PLAIN, SHORT, TINY, in_place, small_texts
 
 from experiments import finetunes, small_base
@@ -15,6 +18,7 @@ from experiments.study_03_budget import run as budget
 from experiments.study_14_anchor import run as anchor
 from experiments.study_14_anchor import settings
 from experiments.study_23_default import run as default
+from experiments.study_24_noise import run as noise
 
 STUDIES = sorted(Path(finetunes.__file__).parent.glob("study_*"))
 
@@ -93,3 +97,47 @@ def test_the_study_of_the_default(anchored: finetunes.Bench, tmp_path: Path, mon
     (line,) = (line for line in (tmp_path / "README.md").read_text().splitlines() if "| Ruby |" in line)
     assert re.search(r"\| \d\.\d\d \[.*\] \| (missed|reached|cannot tell) \|$", line)
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.program
+def test_the_study_of_noise(anchored: finetunes.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_place(monkeypatch, noise, anchored, tmp_path)
+    monkeypatch.setattr(noise, "bench", lambda: anchored)
+    monkeypatch.setattr(noise, "RUN", replace(PLAIN, schedule="linear", eval_steps=PLAIN.max_steps))
+    monkeypatch.setattr(noise, "PLAIN", (1e-3, 3e-3))
+    monkeypatch.setattr(noise, "WAYS", dict.fromkeys(noise.WAYS, (3.0,)))
+    with pytest.raises(SystemExit, match="not every run of all seeds is made yet"):
+        noise.main(["--num_workers", "1", "--seeds", "0"])
+    noise.main(["--num_workers", "1"])
+    page = (tmp_path / "README.md").read_text()
+    ways = [line.split(" | ")[0][2:] for line in page.splitlines() if line.startswith("| ") and "%" in line]
+    assert ways == list(noise.WAYS)
+    assert len(set(re.findall(r"\*\*(.*?)\*\*", page)) - {"yes", "no", "cannot tell"}) == 0
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_gradients_are_combined_as_said(anchored: finetunes.Bench, tmp_path: Path) -> None:
+    """Summed apart they are the trainer's own sum; clipped, replay's is as long as the new task's; averaged, a mean."""
+    new, replay = [torch.tensor([3.0, 4.0])], [torch.tensor([60.0, 80.0])]
+    assert noise.clipped(new, replay)[0].tolist() == pytest.approx([3.0, 4.0])
+    assert noise.clipped(replay, new)[0].tolist() == [3.0, 4.0]
+    mean = noise.Averaged(beta=0.5)
+    assert mean(new, [torch.tensor([1.0])])[0].item() == pytest.approx(1.0)
+    assert mean(new, [torch.tensor([4.0])])[0].item() == pytest.approx(3.0)  # (1/4 · 1 + 1/2 · 4) / (3/4)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad, weight.replay_grad = torch.tensor([2.0]), torch.tensor([4.0])
+    noise.NewTaskAdam([weight], lr=0.1, eps=0.0).step()
+    assert weight.item() == pytest.approx(-0.1 * (2 + 4) / 2)
+
+
+def test_rows_drawn_by_their_kl_keep_the_mean_of_the_pool(anchored: finetunes.Bench, tmp_path: Path) -> None:
+    kind = partial(
+        noise.ApartTrainer, way="rows drawn by their last KL", coef=1.0, rows=anchored.replay, base=anchored.base()
+    )
+    trainer = finetunes.make_trainer(replace(PLAIN, eval_steps=0), anchored, tmp_path, kind=kind)
+    trainer.last_kl[:] = np.arange(len(anchored.replay))
+    draws = [trainer.drawn() for _ in range(3000)]
+    mean = np.mean([(trainer.last_kl[rows] * counts).mean() for rows, counts in draws])
+    assert mean == pytest.approx(trainer.last_kl.mean(), rel=0.03)
+    often = np.bincount(np.concatenate([rows for rows, _ in draws]), minlength=len(anchored.replay))
+    assert often[-1] > 2 * often[0]
