@@ -149,6 +149,20 @@ def read_italian(folder: Path = CACHE) -> list[str]:
     return read_help("it", folder)
 
 
+def read_dutch(folder: Path = CACHE) -> list[str]:
+    """Pages of LibreOffice's help in Dutch."""
+    return read_help("nl", folder)
+
+
+def read_tcl(folder: Path = CACHE, least: int = 600, most: int = 150_000) -> list[str]:
+    """Modules of Tcl's standard library, without lines that are comments (Debian `tcllib`, Tcl's licence)."""
+    unpacked = folder / "tcl"
+    unpack(fetched("tcllib_*.deb", ["apt-get", "download", "tcllib"], folder), unpacked)
+    files = (path.read_text(encoding="utf-8", errors="replace") for path in sorted(unpacked.rglob("*.tcl")))
+    texts = (re.sub(r"(?m)^\s*#.*\n", "", text) for text in files)
+    return sorted({text for text in texts if least <= len(text) <= most})
+
+
 def read_ruby(folder: Path = CACHE, least: int = 600, most: int = 150_000) -> list[str]:
     """Modules of Ruby's standard library, without lines that are comments (Debian `libruby3.1`, Ruby's licence)."""
     unpacked = folder / "ruby"

@@ -72,7 +72,7 @@ def test_cloud_job_example(workplace: Path) -> None:
     names = [workplace / name for name in ("model", "rows.jsonl", "wiki.txt", "job")]
     stdout = run("cloud_job", *names, *small, folder=workplace)
     assert "protection: kl, coefficient 5" in stdout
-    assert "anchor: coefficient 300" in stdout
+    assert "anchor: coefficient 100" in stdout
     assert (workplace / "job" / "adapter_model.safetensors").exists()
     assert (workplace / "job" / "report" / "report.html").exists()
     assert "## Forgetting" in (workplace / "job" / "README.md").read_text()

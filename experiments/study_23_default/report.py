@@ -15,13 +15,15 @@ from experiments.pages import NoReport, findings, panels, table
 from experiments.study_14_anchor.report import End, counted, end_of, prevented, rate_at, verdict_of_goal
 
 FINDING = "`--replay_dataset self` prevents 95% for at most a tenth more time a step and no more steps"
+COEFS = {1: 300.0, 2: 100.0}  # of the anchor, as the library chose it at each look
+LOOKS = {1: "first look, coefficient 300", 2: "second look, coefficient 100"}
 BASES = {"small": "small base, 0.43M", "smollm2": "SmolLM2-135M-Instruct"}
 METHODS = {"full": "full", "lora": "LoRA"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A base, a method and a task; one value of each seed, by seed.
+    """A base, a method and a task at one look; one value of each seed, by seed.
 
     Attributes:
         plain: the runs of each seed, by rising learning rate; the last one has the user's.
@@ -32,6 +34,7 @@ class Cell:
     base: str
     method: str
     task: str
+    look: int
     settings: dict[str, Any]
     protected: list[End]
     plain: list[list[End]]
@@ -94,26 +97,30 @@ class Cell:
 
 def cells_of(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[Cell]:
     """The cells of which all seeds are made."""
+    arms: dict[tuple[int, str], dict[int, dict[str, Any]]] = {}
+    sides: dict[str, dict[int, list[End]]] = {}
+    for row in (row for row in rows if "trajectory" in row):
+        name, seed = row["bench"], row["settings"]["seed"]
+        if row["settings"]["arm"] == "protected":
+            arms.setdefault((look_of(row["settings"]), name), {})[seed] = row
+        else:
+            sides.setdefault(name, {}).setdefault(seed, []).append(end_of(row))
     found = []
-    for name in dict.fromkeys(row["bench"] for row in rows if "trajectory" in row):
+    for (look, name), own in sorted(arms.items()):
+        plain = [sorted(sides.get(name, {}).get(seed, []), key=lambda end: end.rate) for seed in seeds]
+        if set(own) != set(seeds) or len({len(side) for side in plain}) > 1:
+            continue
         setup, _, task = name.rpartition("-")
         base, method = setup.split("-")
-        own = {row["settings"]["seed"]: row for row in rows if is_of(row, name, "protected")}
-        plain = [row for row in rows if is_of(row, name, "plain")]
-        sides = [
-            sorted((end_of(row) for row in plain if row["settings"]["seed"] == seed), key=lambda end: end.rate)
-            for seed in seeds
-        ]
-        if set(own) != set(seeds) or len({len(side) for side in sides}) > 1:
-            continue
-        ends = [end_of(own[seed]) for seed in seeds]
         before = [own[seed]["trajectory"][0]["eval_loss"] for seed in seeds]
-        found.append(Cell(base, method, task, own[seeds[0]]["settings"], ends, sides, before, time_of(rows, setup)))
+        ends, time = [end_of(own[seed]) for seed in seeds], time_of(rows, setup)
+        found.append(Cell(base, method, task, look, own[seeds[0]]["settings"], ends, plain, before, time))
     return found
 
 
-def is_of(row: dict[str, Any], bench: str, arm: str) -> bool:
-    return bool(row["bench"] == bench and row["settings"]["arm"].startswith(arm))
+def look_of(settings: dict[str, Any]) -> int:
+    """The look of a protected run, by its coefficient; without an anchor nothing was changed, and it is the last."""
+    return next((look for look, coef in COEFS.items() if coef == settings.get("anchor_coef")), max(COEFS))
 
 
 def time_of(rows: Sequence[dict[str, Any]], setup: str) -> Interval | None:
@@ -143,7 +150,12 @@ def report_of(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
         )
         for cell in cells
     ]  # fmt: skip
-    return f"{table(head, lines)}\n\n{findings({FINDING: said_of(cells, len(seeds))})}"
+    said = {
+        f"{FINDING}, {words}": said_of(judged, len(seeds))
+        for look, words in LOOKS.items()
+        if (judged := [cell for cell in cells if cell.look == look])
+    }
+    return f"{table(head, lines)}\n\n{findings(said)}"
 
 
 def said_of(cells: Sequence[Cell], seeds: int) -> tuple[str, str]:
@@ -163,19 +175,19 @@ def draw(rows: Sequence[dict[str, Any]], seeds: Sequence[int], path: Path) -> No
     """KL on own rows over the new-task loss at the end: plain's rates as a line, protected runs as points."""
     cells = cells_of(rows, seeds)
     columns = -(-len(cells) // 2)
-    with panels(path, 2 * columns, (2.6 * columns + 0.6, 5.4), rows=2) as axes:
+    with panels(path, 2 * columns, (2.3 * columns + 0.6, 5.4), rows=2) as axes:
         for at, (cell, panel) in enumerate(zip(cells, axes, strict=False)):
             ends = np.array([[(end.loss, end.measures[-1]) for end in side] for side in cell.plain]).mean(0)
             panel.plot(*ends.T, "o-", color="0.55", markersize=3, linewidth=1, label="plain, by learning rate")
             own = np.array([(end.loss, end.measures[-1]) for end in cell.protected])
-            panel.plot(*own.T, "s", color="C0", markersize=4, label="the default, three seeds")
+            panel.plot(*own.T, "s", color="C0", markersize=4, linestyle="none", label="the default, three seeds")
             panel.set_yscale("log")
-            panel.set_ylim(0.003, 4)
+            panel.set_ylim(0.002, 4)
             panel.invert_xaxis()
-            panel.set_title(
-                f"{cell.task.capitalize()}: {BASES[cell.base].split('-')[0]}, {METHODS[cell.method]}", fontsize=9
-            )
-            panel.set_xlabel("new-task loss", fontsize=8)
+            what = f"anchor {cell.settings['anchor_coef']:g}" if "anchor_coef" in cell.settings else "KL"
+            base = BASES[cell.base].split("-")[0].split(",")[0]
+            panel.set_title(f"{cell.task.capitalize()}, {what}\n{base}, {METHODS[cell.method]}", fontsize=9)
+            panel.set_xlabel("new-task loss" if at >= columns else "", fontsize=8)
             panel.set_ylabel("" if at % columns else "KL(base || model), own rows", fontsize=8)
             panel.tick_params(labelsize=8)
         for panel in axes[len(cells) :]:

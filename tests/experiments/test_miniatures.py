@@ -85,6 +85,7 @@ def test_the_study_of_the_default(anchored: finetunes.Bench, tmp_path: Path, mon
     in_place(monkeypatch, default, anchored, tmp_path)
     monkeypatch.setattr(default, "bench", lambda setup, task: anchored)
     run = replace(PLAIN, schedule="linear", eval_steps=PLAIN.max_steps)
+    assert max(default.COEFS.items())[1] == default.ANCHORED.anchor_coef, "another look, if the default changes"
     setup = replace(default.SETUPS["small-full"], bench=SHORT, run=run, plain=(1e-4, 3e-3), rounds=2, turns=2)
     monkeypatch.setattr(default, "SETUPS", {"small-full": setup})
     alone = ["--num_workers", "1"]

@@ -125,7 +125,7 @@ def test_rows_on_the_hub_protect_as_those_in_a_folder_do(hub, tmp_path, monkeypa
         given += ["--max_steps", "1", "--max_length", "16", "--use_peft", "true", "--report_to", "none"]
         given += ["--lora_r", "2"]  # of rank 16 an anchor's turns would cost more than a twentieth of 128 tokens
         assert main(["finetune", *given, "--replay_dataset", source]) == 0
-        assert json.loads((out / "retain_config.json").read_text())["replay"]["anchor_coef"] == 300.0, source
+        assert json.loads((out / "retain_config.json").read_text())["replay"]["anchor_coef"] == 100.0, source
 
 
 def test_a_damaged_manifest_on_the_hub_ends_a_run_before_its_model_is_loaded(hub, pool, tmp_path, capsys, monkeypatch):

@@ -76,7 +76,7 @@ CHOSEN_PROTECTION = ProtectionChoice(
     why="apart from an anchor, KL on a sixteenth of the batch prevented most of what takes at most a tenth more time",
 )
 ANCHORED = ProtectionChoice(
-    anchor_coef=300.0,
+    anchor_coef=100.0,
     replay_coef=5.0,
     replay_start=0.7,
     share_of_batch=1 / 8,
