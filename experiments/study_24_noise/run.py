@@ -44,6 +44,12 @@ WAYS = {
     "not in Adam's second moment": (1.0,),
     "rows drawn by their last KL": (1.0, 3.0),
 }
+FINDINGS = {
+    "clipped to the new task's norm": "Clipping replay's gradient to the new task's norm",
+    "averaged over ten steps": "Averaging replay's gradient over ten steps",
+    "not in Adam's second moment": "Leaving replay's gradient out of Adam's second moment",
+    "rows drawn by their last KL": "Drawing replay rows by their last KL",
+}
 Gradients = Sequence[Tensor]
 
 
@@ -185,17 +191,14 @@ def report(name: str) -> Report:
     ]  # fmt: skip
     text = table(("replay's gradient", "coefficient", "new-task loss", "prevented", "points beside together"), lines)
     found = {
-        f"{way.capitalize()}, replay's gradient prevents more": verdict_of(
-            {coef: gain for (one, coef), gain in gains.items() if one == way}
-        )
-        for way in WAYS
-        if way != TOGETHER
+        f"{said} prevents more": verdict_of({coef: gain for (one, coef), gain in gains.items() if one == way})
+        for way, said in FINDINGS.items()
     }
 
     def draw(path: Path) -> None:
         with panels(path, 1, (6.0, 3.0)) as (axes,):
             dots(axes, {f"{way}, {coef:g}": over_seeds(100 * share) for (way, coef), share in shares.items()})
-            axes.set_xlabel("KL on own rows, % prevented at the same new-task loss")
+            axes.set_xlabel("% of the KL on own rows prevented")
 
     return f"{text}\n\n{findings(found)}", draw
 
