@@ -27,6 +27,9 @@ small base on Dutch (LibreOffice's help) and Tcl (its standard library), SmolLM2
 Italian the end of one run with 300 was seen, and none with 100. Committed before these runs. Each look has a setting
 and tasks of its own, so its intervals are not widened; that one of two reaches the goal by chance is likelier than
 that a single one does.
+
+Timing, second look. The intervals of three rounds hold 1.10 in every cell of the small base. Seven rounds more, and an
+interval at 97.5%, for two looks. Committed before these rounds.
 """
 
 from __future__ import annotations
@@ -78,11 +81,11 @@ TWO_LOOKS, SECOND = {"italian": 1, "ruby": 1, "dutch": 2, "tcl": 2}, {"italian":
 SETUPS = {
     "small-full": Setup(
         SMALL, Run(max_steps=96, schedule="linear", eval_steps=96),
-        (1e-4, 2.5e-4, 5e-4, 1e-3), TWO_LOOKS, rounds=3, turns=24,
+        (1e-4, 2.5e-4, 5e-4, 1e-3), TWO_LOOKS, rounds=10, turns=24,
     ),
     "small-lora": Setup(
         SMALL, Run(max_steps=96, schedule="linear", eval_steps=96, method="lora", lora_rank=16),
-        (3e-4, 7.5e-4, 1.5e-3, 3e-3), TWO_LOOKS, rounds=3, turns=24,
+        (3e-4, 7.5e-4, 1.5e-3, 3e-3), TWO_LOOKS, rounds=10, turns=24,
     ),
     "smollm2-lora": Setup(
         SMOLLM2, replace(FEW_ROWS, max_steps=200, eval_steps=200, warmup_steps=20, method="lora", lora_rank=16),
