@@ -18,6 +18,7 @@ FINDING = "`--replay_dataset self` prevents 95% for at most a tenth more time a 
 COEFS = {1: 300.0, 2: 100.0}  # of the anchor, as the library chose it at each look
 LOOKS = {1: "first look, coefficient 300", 2: "second look, coefficient 100"}
 FIRST_ROUNDS = 3  # of timing
+TICKS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)  # of the figure
 BASES = {"small": "small base, 0.43M", "smollm2": "SmolLM2-135M-Instruct"}
 METHODS = {"full": "full", "lora": "LoRA"}
 
@@ -179,14 +180,16 @@ def draw(rows: Sequence[dict[str, Any]], seeds: Sequence[int], path: Path) -> No
     """KL on own rows over the new-task loss at the end: plain's rates as a line, protected runs as points."""
     cells = cells_of(rows, seeds)
     columns = -(-len(cells) // 2)
-    with panels(path, 2 * columns, (2.3 * columns + 0.6, 5.4), rows=2) as axes:
+    with panels(path, 2 * columns, (2.4 * columns + 0.6, 5.6), rows=2) as axes:
         for at, (cell, panel) in enumerate(zip(cells, axes, strict=False)):
             ends = np.array([[(end.loss, end.measures[-1]) for end in side] for side in cell.plain]).mean(0)
             panel.plot(*ends.T, "o-", color="0.55", markersize=3, linewidth=1, label="plain, by learning rate")
             own = np.array([(end.loss, end.measures[-1]) for end in cell.protected])
             panel.plot(*own.T, "s", color="C0", markersize=4, linestyle="none", label="the default, three seeds")
             panel.set_yscale("log")
-            panel.set_ylim(0.002, 4)
+            panel.set_ylim(0.001, 4)
+            panel.set_yticks(TICKS, [""] * len(TICKS) if at % columns else [f"{tick:g}" for tick in TICKS])
+            panel.minorticks_off()
             panel.invert_xaxis()
             what = f"anchor {cell.settings['anchor_coef']:g}" if "anchor_coef" in cell.settings else "KL"
             base = BASES[cell.base].split("-")[0].split(",")[0]
@@ -196,4 +199,4 @@ def draw(rows: Sequence[dict[str, Any]], seeds: Sequence[int], path: Path) -> No
             panel.tick_params(labelsize=8)
         for panel in axes[len(cells) :]:
             panel.set_axis_off()
-        axes[0].legend(fontsize=7, frameon=False, loc="lower left")
+        axes[0].legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 0.0))
