@@ -29,9 +29,9 @@ from retain.training.protection_choice import (
     ProtectionChoice,
     choose_protection,
     new_tokens_per_step,
+    rotation_cost,
     rows_drawn,
     settled,
-    turning,
 )
 from retain.training.trainer_checks import load_for_training
 
@@ -217,7 +217,7 @@ def test_what_is_chosen_stands_in_one_place(world, tmp_path, capsys, monkeypatch
     ("model", "flags", "anchor"),
     [
         ("llama", [], 100.0),
-        ("llama", ["--lora_r", "64"], 0.0),  # whose turns cost more than a twentieth of a step of 96 tokens
+        ("llama", ["--lora_r", "64"], 0.0),  # whose rotations cost more than a twentieth of a step of 96 tokens
         ("llama", ["--use_dora", "true"], 0.0),
         ("llama", ["--lora_modules_to_save", "lm_head"], 0.0),
         ("llama", ["--optim", "adafactor"], 0.0),
@@ -276,8 +276,8 @@ def test_an_anchor_is_chosen_where_a_step_has_tokens_enough_for_its_turns():
     assert settled(ANCHORED, llama, None, enough - 1) is CHOSEN_PROTECTION
     assert settled(ANCHORED, make_model("gpt2"), None, 1e6) is CHOSEN_PROTECTION
     lora, two = LoraConfig(target_modules="all-linear", r=2), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
-    assert turning(two, lora, 100) == pytest.approx(3 / 2 * 2 / 100 * (16 + 4) / (32 + 16))
-    enough = turning(llama, lora, 1) / 0.05
+    assert rotation_cost(two, lora, 100) == pytest.approx(3 / 2 * 2 / 100 * (16 + 4) / (32 + 16))
+    enough = rotation_cost(llama, lora, 1) / 0.05
     assert settled(ANCHORED, llama, lora, enough + 1) is ANCHORED
     assert settled(ANCHORED, llama, lora, enough - 1) is CHOSEN_PROTECTION
     assert settled(CHOSEN_PROTECTION, llama, None, 1e6) is CHOSEN_PROTECTION

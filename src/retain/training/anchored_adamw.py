@@ -27,8 +27,8 @@ from retain.models.fisher import Curvature
 class AnchoredWeight:
     """A weight that is trained whole. `offset`, its move from the base, is kept in the curvature's coordinates.
 
-    Where FSDP2 shards it, base, offset and Adam's moments are sharded, too, and each process turns its own part: the
-    weight is cut along the side that is not turned.
+    Where FSDP2 shards it, base, offset and Adam's moments are sharded, too, and each process rotates its own part: the
+    weight is cut along the side that is not rotated.
     """
 
     def __init__(self, parameter: nn.Parameter, curvature: Curvature) -> None:
@@ -58,7 +58,7 @@ class AnchoredWeight:
         return Curvature(whole[0], whole[1], [cut(*part) for part in parts])
 
     def _cut(self, weight: Any) -> Any:
-        """The weight, cut along the side that is not turned."""
+        """The weight, cut along the side that is not rotated."""
         return weight if self.curvature.left is None else _cut_along(1, weight)
 
     def read(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:

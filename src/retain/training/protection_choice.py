@@ -18,7 +18,7 @@ from retain.training.config import ReplayConfig
 
 PROTECTING = ("replay_objective", "replay_coef", "anchor_coef")  # with any of these given, nothing is chosen
 UNSET: Any = object()  # the value of one that nobody gave
-MAX_TURNING = 0.05  # of a plain step's operations, for an anchor's turns
+MAX_ROTATION_COST = 0.05  # of a plain step's operations, for an anchor's rotations
 FIRST_ROWS = 64  # of the data, by which tokens are counted
 MAX_EVERY = 4  # steps from one with replay to the next, where a batch has few rows
 
@@ -105,7 +105,7 @@ def choose_protection(args: Any, model_args: Any) -> ProtectionChoice:
 
 
 def suits_anchor(model: Any, adapter: Any, new_tokens: float) -> bool:
-    """Whether all that is trained lies in linear layers, and the anchor's turns cost little beside a step.
+    """Whether all that is trained lies in linear layers, and the anchor's rotations cost little beside a step.
 
     Args:
         adapter: a PEFT configuration, or None for full finetuning.
@@ -120,13 +120,13 @@ def suits_anchor(model: Any, adapter: Any, new_tokens: float) -> bool:
         return False
     if adapter is None and any(weight.ndim > 2 for weight in model.parameters()):  # experts
         return False
-    return turning(model, adapter, new_tokens) <= MAX_TURNING
+    return rotation_cost(model, adapter, new_tokens) <= MAX_ROTATION_COST
 
 
-def turning(model: Any, adapter: Any, new_tokens: float) -> float:
-    """Operations of an anchor's turns over those of a plain step of T tokens, at most.
+def rotation_cost(model: Any, adapter: Any, new_tokens: float) -> float:
+    """Operations of an anchor's rotations over those of a plain step of T tokens, at most.
 
-    In full finetuning every matrix is turned twice: 2/3 · d/T, d the residual stream's width. With LoRA of rank r its
+    In full finetuning every matrix is rotated twice: 2/3 · d/T, d the residual stream's width. With LoRA of rank r its
     factors are, on the smaller side, three times: 3/2 · r/T · Σ min(m, n)² / Σ m n over linear layers of m by n.
     """
     if adapter is None:
