@@ -268,7 +268,7 @@ def test_no_anchor_is_chosen_where_deepspeed_was_launched(plugin, anchor):
     assert choose_protection(args, lora).anchor_coef == anchor
 
 
-def test_an_anchor_is_chosen_where_a_step_has_tokens_enough_for_its_turns():
+def test_an_anchor_is_chosen_where_a_step_has_tokens_enough_for_its_rotations():
     """At most a twentieth of a step's operations: 2/3 · d/T with full finetuning."""
     llama, width = make_model(), make_model().config.hidden_size
     enough = 2 / 3 * width / 0.05

@@ -182,7 +182,7 @@ folder = Path(sys.argv[sys.argv.index("--output_dir") + 1]); folder.mkdir(parent
 def stop(*args): (folder / "stopped").write_text("x"); sys.exit(130)
 signal.signal(signal.SIGTERM, stop)
 (folder / "begun").write_text("x")
-time.sleep(60)
+for _ in range(600): time.sleep(0.1)  # short ones: a signal just before a sleep begins waits for its end
 """
 
 
