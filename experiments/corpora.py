@@ -14,7 +14,7 @@ import sysconfig
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -154,32 +154,32 @@ def read_dutch(folder: Path = CACHE) -> list[str]:
     return read_help("nl", folder)
 
 
-def read_tcl(folder: Path = CACHE, least: int = 600, most: int = 150_000) -> list[str]:
+def read_tcl(folder: Path = CACHE) -> list[str]:
     """Modules of Tcl's standard library, without lines that are comments (Debian `tcllib`, Tcl's licence)."""
-    unpacked = folder / "tcl"
-    unpack(fetched("tcllib_*.deb", ["apt-get", "download", "tcllib"], folder), unpacked)
-    files = (path.read_text(encoding="utf-8", errors="replace") for path in sorted(unpacked.rglob("*.tcl")))
-    texts = (re.sub(r"(?m)^\s*#.*\n", "", text) for text in files)
-    return sorted({text for text in texts if least <= len(text) <= most})
+    return read_modules("tcllib", folder / "tcl", ".tcl", lambda text: re.sub(r"(?m)^\s*#.*\n", "", text))
 
 
-def read_ruby(folder: Path = CACHE, least: int = 600, most: int = 150_000) -> list[str]:
+def read_ruby(folder: Path = CACHE) -> list[str]:
     """Modules of Ruby's standard library, without lines that are comments (Debian `libruby3.1`, Ruby's licence)."""
-    unpacked = folder / "ruby"
-    unpack(fetched("libruby3.1_*.deb", ["apt-get", "download", "libruby3.1"], folder), unpacked)
-    files = (path.read_text(encoding="utf-8", errors="replace") for path in sorted(unpacked.rglob("*.rb")))
-    texts = (re.sub(r"(?m)^\s*#.*\n|^=begin\b(?s:.*?)^=end\b.*\n", "", text) for text in files)
-    return sorted({text for text in texts if least <= len(text) <= most})
+    comments = re.compile(r"(?m)^\s*#.*\n|^=begin\b(?s:.*?)^=end\b.*\n")
+    return read_modules("libruby3.1", folder / "ruby", ".rb", lambda text: comments.sub("", text))
 
 
-def read_perl(folder: Path = CACHE, least: int = 600, most: int = 150_000) -> list[str]:
+def read_perl(folder: Path = CACHE) -> list[str]:
     """Perl's own modules, without what is not code (Debian `perl-modules-5.36`, GPL or Artistic)."""
-    unpacked = folder / "perl"
-    unpack(fetched("perl-modules-5.36_*.deb", ["apt-get", "download", "perl-modules-5.36"], folder), unpacked)
-    files = (path.read_text(encoding="utf-8", errors="replace") for path in sorted(unpacked.rglob("*.pm")))
-    texts = (
-        re.sub(r"(?ms)^=[a-z].*?(?:^=cut\b.*?$|\Z)", "", re.split(r"(?m)^__(?:END|DATA)__", text)[0]) for text in files
-    )
+    pages, end = re.compile(r"(?ms)^=[a-z].*?(?:^=cut\b.*?$|\Z)"), re.compile(r"(?m)^__(?:END|DATA)__")
+    return read_modules("perl-modules-5.36", folder / "perl", ".pm", lambda text: pages.sub("", end.split(text)[0]))
+
+
+def read_modules(package: str, unpacked: Path, ending: str, bare: Callable[[str], str]) -> list[str]:
+    """What `bare` leaves of the files of a Debian package with this ending."""
+    unpack(fetched(f"{package}_*.deb", ["apt-get", "download", package], unpacked.parent), unpacked)
+    files = sorted(unpacked.rglob(f"*{ending}"))
+    return of_a_size(bare(path.read_text(encoding="utf-8", errors="replace")) for path in files)
+
+
+def of_a_size(texts: Iterable[str], least: int = 600, most: int = 150_000) -> list[str]:
+    """Texts of so many characters, each once, in order."""
     return sorted({text for text in texts if least <= len(text) <= most})
 
 
@@ -215,13 +215,17 @@ def download(package: str, *options: str, folder: Path = WHEELS) -> None:
         raise ValueError(f"{package}: {done.stderr.strip().splitlines()[-1]}; bring it with: {' '.join(words)}")
 
 
-def read_verilog(wheels: Path, least: int = 600, most: int = 150_000) -> list[str]:
+def read_verilog(wheels: Path) -> list[str]:
     """Verilog files without their licence headers, each once; the package is downloaded on first use."""
     download(VERILOG, folder=wheels)
     package = VERILOG.partition("==")[0].replace("-", "_")
     files = (text.replace("\r\n", "\n") for text in read_wheel(wheels, package, r"\.v$"))
-    texts = (re.sub(r"\A(?:\s*//[^\n]*)*\s*", "", text) for text in files)
-    return sorted({text for text in texts if least <= len(text) <= most})
+    return of_a_size(without_first_comment(text) for text in files)
+
+
+def without_first_comment(text: str) -> str:
+    """A file without its licence, in lines that begin with //."""
+    return re.sub(r"\A(?:\s*//[^\n]*)*\s*", "", text)
 
 
 def read_web(wheels: Path = WHEELS) -> list[str]:
@@ -231,14 +235,13 @@ def read_web(wheels: Path = WHEELS) -> list[str]:
     return [json.loads(line)["0"] for line in rows.splitlines()]
 
 
-def read_cpp(least: int = 600, most: int = 150_000) -> list[str]:
+def read_cpp() -> list[str]:
     """C++ headers of torch without their first comment, in order of names."""
     import torch
 
     folder = Path(torch.__file__).parent / "include"
     texts = (path.read_text(encoding="utf-8", errors="replace") for path in sorted(folder.rglob("*.h")))
-    bare = (re.sub(r"\A(?:\s*//[^\n]*)*\s*", "", text) for text in texts)
-    return sorted({text for text in bare if least <= len(text) <= most})
+    return of_a_size(map(without_first_comment, texts))
 
 
 def read_python(characters: int) -> list[str]:

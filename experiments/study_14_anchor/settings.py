@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from experiments.corpora import read_cpp, read_french, read_german, read_javascript, read_perl, read_spanish
-from experiments.finetunes import BenchSettings, Run
+from experiments.finetunes import SMOLLM2_ROWS, BenchSettings, Run
 
 LATE = {"replay_start": 0.85, "coef": 5.0}
 LAST_THIRD = {"replay_start": 0.7, "coef": 5.0}  # of the third round
@@ -63,7 +63,7 @@ BASES = {
     ),
     "smollm2": Base(
         "SmolLM2-135M-Instruct",
-        BenchSettings(num_documents=24, new_task_rows=32, replay_rows=256),
+        SMOLLM2_ROWS,
         Run(max_steps=60, schedule="linear", eval_steps=60, batch_size=4, warmup_steps=6),
         plain={"lora": (2.5e-4, 5e-4, 1e-3)},
         anchors={

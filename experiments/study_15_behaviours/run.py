@@ -22,13 +22,11 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from experiments.claim import Interval
-from experiments.corpora import CACHE, load_texts
-from experiments.finetunes import Bench, BenchSettings, Run, StudyResults, make_trainer, open_bench, scratch
+from experiments.finetunes import Bench, Run, StudyResults, make_trainer, scratch, smollm2_bench
 from experiments.pages import NoReport, dots, findings, panels, table
 from experiments.program import Report, conduct, seeds_of
 from retain.measuring.behaviors import BEHAVIORS, behavior_prompts, compare_shares, load_behavior
@@ -63,10 +61,8 @@ def runs(scale: Scale, seed: int) -> dict[str, Run]:
     return {"plain": Run(**shared), "replay": Run(**shared, coef=2.0, replay_rows=2)}
 
 
-@cache
 def verilog_bench() -> Bench:
-    settings = BenchSettings(num_documents=24, new_task_rows=32, replay_rows=256)
-    return open_bench(MODEL, load_texts(), settings, CACHE / "smollm2", for_anchors=True)
+    return smollm2_bench()
 
 
 def results_of(name: str) -> StudyResults:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,9 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from experiments.claim import Claim, Interval, of_our_own, over_seeds
-from experiments.corpora import CACHE, load_texts
-from experiments.finetunes import Bench, BenchSettings, StudyResults, open_bench, scratch
+from experiments.finetunes import Bench, StudyResults, scratch, small_bench
 from experiments.pages import NoReport, dress, findings, panels, table
 from experiments.program import Report, conduct, seeds_of
-from experiments.small_base import BaseSettings, make_base
 from retain import ReplayConfig, ReplayMixin
 from retain.sampling.engine import draw_rows
 
@@ -68,10 +65,8 @@ class Scale:
 SCALES = {"laptop": Scale()}
 
 
-@cache
 def preferences_bench() -> Bench:
-    texts = load_texts()
-    return open_bench(make_base(CACHE / "base", texts, BaseSettings()), texts, BenchSettings(), for_anchors=True)
+    return small_bench(for_anchors=True)
 
 
 def shared(scale: Scale, folder: Path, seed: int, **more: Any) -> dict[str, Any]:

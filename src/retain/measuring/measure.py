@@ -34,6 +34,7 @@ from retain.models.reference import evaluation_mode, runs_through
 from retain.progress import progress_line
 from retain.report.report import ForgettingReport
 
+LEAST = {"max_length": 2, "max_windows": 1, "batch_tokens": 1, "max_new_tokens": 0, "num_resamples": 1, "seed": 0}
 MAX_LOGITS = 1 << 27  # of a forward pass, 0.5 GB in float32; 2048 tokens of a vocabulary of 65k
 
 
@@ -106,14 +107,10 @@ def measure(
     0.003 [0.000, 0.026]
     """
     base = MeasuredBase.of(base)
-    for setting, number, low in (
-        ("max_length", max_length, 2), ("max_windows", max_windows, 1), ("batch_tokens", batch_tokens, 1),
-        ("max_new_tokens", max_new_tokens, 0), ("num_resamples", num_resamples, 1), ("seed", seed, 0),
-    ):  # fmt: skip
-        if number is not None:
-            check_number(setting, number, low=low, integer=True)
-    if choice_style not in CHOICE_STYLES:
-        raise ValueError(f"choice_style: {choice_style!r} is not known; use {' or '.join(CHOICE_STYLES)}")
+    _check_settings(
+        choice_style, max_length=max_length, max_windows=max_windows, batch_tokens=batch_tokens,
+        max_new_tokens=max_new_tokens, num_resamples=num_resamples, seed=seed,
+    )  # fmt: skip
     _check_comparable(base.model, tuned)
     _check_texts(retention, new_task or {})
     check_apart("harmless", harmless or {}, refusals or {}, "a set of refusals")
@@ -205,6 +202,14 @@ def tokens_that_fit(model: PreTrainedModel, batch_tokens: int) -> int:
         vocabulary = model.get_output_embeddings().weight.shape[0]
         return min(int(batch_tokens), max(1, MAX_LOGITS // vocabulary))
     return batch_tokens
+
+
+def _check_settings(choice_style: str, **numbers: int | None) -> None:
+    for setting, number in numbers.items():
+        if number is not None:
+            check_number(setting, number, low=LEAST[setting], integer=True)
+    if choice_style not in CHOICE_STYLES:
+        raise ValueError(f"choice_style: {choice_style!r} is not known; use {' or '.join(CHOICE_STYLES)}")
 
 
 def _check_texts(retention: Mapping[str, Any], new_task: Mapping[str, Any]) -> None:
