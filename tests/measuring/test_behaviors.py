@@ -268,7 +268,7 @@ def test_what_a_template_cannot_put_is_left_out_and_said():
     options = Options(CHAT, 3)
     found, notes = behavior_prompts(given, options)
     assert [one.name for one in found] == ["turn_ends"]
-    assert notes == ["tools is not measured: the chat template of this tokenizer has no place for tools"]
+    assert notes == ["tools is not measured: the chat template of this tokenizer does not support tools"]
     found, notes = behavior_prompts(given, replace(options, tokenizer=PLAIN))
     assert found == []
     assert notes == [f"{name} is not measured: this tokenizer has no chat template" for name in given]
@@ -298,13 +298,13 @@ def test_prompts_come_with_retain():
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("formats", {"prompt": "A"}, "'checks' is missing; give checks of min_words, "),
-        ("formats", {"prompt": "A", "checks": {"rhymes": 2}}, "has the check 'rhymes' with 2; give checks of"),
+        ("formats", {"prompt": "A"}, "'checks' is missing; choose checks from min_words, "),
+        ("formats", {"prompt": "A", "checks": {"rhymes": 2}}, "has the check 'rhymes' with 2; choose checks from"),
         ("formats", {"prompt": "A", "checks": {"max_words": "2"}}, "has the check 'max_words' with '2'"),
         ("formats", {"prompt": "A", "checks": {"script": "runic"}}, "has the check 'script' with 'runic'"),
-        ("formats", {"prompt": "A", "checks": {"json": {"type": 7}}}, "has a JSON schema that is none: 7 is not"),
-        ("formats", {"prompt": "A", "checks": {"forbidden": ["!"]}}, "has the check 'forbidden' with ['!']; give"),
-        ("formats", {"prompt": "A", "checks": {}}, "has no checks; give checks of"),
+        ("formats", {"prompt": "A", "checks": {"json": {"type": 7}}}, "has an invalid JSON schema: 7 is not"),
+        ("formats", {"prompt": "A", "checks": {"forbidden": ["!"]}}, "has the check 'forbidden' with ['!']; choose"),
+        ("formats", {"prompt": "A", "checks": {}}, "has no checks; choose checks from"),
         ("formats", {"prompt": " ", "checks": {"max_words": 2}}, "has no prompt; give prompt, a text"),
         ("tools", {"prompt": "A", "tools": "x", "calls": []}, "'tools' is \"x\", not a list; give tools as"),
         ("tools", {"prompt": "A", "tools": TOOLS, "calls": [{"name": "x", "arguments": {}}]}, "a call of 'x', which"),
@@ -324,7 +324,7 @@ def test_a_bad_row_is_refused_in_one_line(tmp_path, name, row, message):
 @pytest.mark.parametrize(
     ("specs", "message"),
     [(["poems"], "'poems' is not known; use tools, formats, thinking, turn_ends, or one of them as name=file"),
-     (["formats="], "'formats=' is not known"), (["formats", "formats=x"], "'formats' comes twice")],
+     (["formats="], "'formats=' is not known"), (["formats", "formats=x"], "'formats' is given twice")],
 )  # fmt: skip
 def test_other_behaviours_are_not_known(specs, message):
     with pytest.raises(ValueError, match="behaviors: ") as error:
@@ -334,7 +334,7 @@ def test_other_behaviours_are_not_known(specs, message):
 
 def test_a_report_of_nothing_is_refused():
     rows = {"formats": [{"prompt": "fox", "checks": {"max_words": 9}}]}
-    with pytest.raises(ValueError, match=r"^behaviors: formats is not measured: .* no chat template, and nothing else"):
+    with pytest.raises(ValueError, match=r"^behaviors: formats is not measured: .* no chat template, and there is"):
         measure(make_model(), make_model(seed=1), {}, tokenizer=make_tokenizer(), behaviors=rows)
 
 
@@ -350,7 +350,7 @@ def test_the_command_line_measures_and_every_format_shows_it(tmp_path, capsys):
     assert main(["measure", *arguments, "--output_dir", str(tmp_path / "out"), "--max_prompts", "2"]) == 0
     data = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {name: one["num_prompts"] for name, one in data["behaviors"].items()} == {"formats": 2, "turn_ends": 2}
-    assert "tools is not measured: the chat template of this tokenizer has no place for tools" in data["warnings"]
+    assert "tools is not measured: the chat template of this tokenizer does not support tools" in data["warnings"]
     page, markdown = ((tmp_path / "out" / f"report.{kind}").read_text() for kind in ("html", "md"))
     for shown in (page, markdown, capsys.readouterr().out):
         for expected in ("formats, follows the format", "formats, by kind", "tools is not measured"):

@@ -98,7 +98,7 @@ def test_texts_beyond_the_memory_are_read_again():
 
 def test_one_name_for_two_texts_is_refused():
     text = {"a": make_texts(2)}
-    with pytest.raises(ValueError, match="^new_task: 'a' is a retention text, too; give each its own name"):
+    with pytest.raises(ValueError, match="^new_task: 'a' is also the name of a retention text; give each its own name"):
         measure(make_model(), make_model(seed=1), text, new_task=text, tokenizer=TOKENIZER, max_length=24)
 
 

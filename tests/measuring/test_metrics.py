@@ -116,7 +116,7 @@ def test_vocabulary_that_neither_model_can_say_plays_no_part():
     [
         ("base", math.nan, "base: its loss on document 2 of 'wiki' is nan; "),
         ("tuned", math.nan, "model: its loss on document 2 of 'wiki' is nan; "),
-        ("tuned", -math.inf, "model: its loss on document 2 of 'wiki' is inf; it gives a token there no probability"),
+        ("tuned", -math.inf, "model: its loss on document 2 of 'wiki' is inf; it gives a token there zero probability"),
     ],
 )
 def test_a_number_that_is_not_finite_is_an_error_that_names_the_model(who, value, expected):
@@ -295,7 +295,7 @@ def test_a_report_says_what_was_measured_and_how():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"dtype": torch.bfloat16}, "dtype: base has torch.float32, model has torch.bfloat16; load both alike"),
+        ({"dtype": torch.bfloat16}, "dtype: base has torch.float32, model has torch.bfloat16; load both the same way"),
         ({"attn": "eager"}, "attn_implementation: base has sdpa, model has eager"),
         ({"vocab_size": 321}, "vocabulary: base has 320, model has 321; .*resize_token_embeddings"),
     ],
@@ -384,7 +384,7 @@ def test_one_text_is_not_read_as_many(given, why):
 def test_tokens_that_the_models_do_not_have_are_refused():
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<tool>"])
-    with pytest.raises(ValueError, match="tokenizer: '<tool>' is token 320, and the models have 320; give their own"):
+    with pytest.raises(ValueError, match="tokenizer: '<tool>' is token 320, but the models have 320; give their own"):
         measure(make_model(), make_model(), {"a": ["a <tool>"]}, tokenizer=tokenizer, max_length=20)
 
 

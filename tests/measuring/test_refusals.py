@@ -158,13 +158,13 @@ def test_a_judge_without_room_is_refused_before_anything_is_written():
     """Beyond its positions a rotary judge gave an answer, and a learned one an IndexError after all was written."""
     judge, requests = Judge(make_model(max_position_embeddings=64), TOKENIZER), {"r": [" ".join(make_texts(1))]}
     with pytest.raises(
-        ValueError, match=r"^judge: a request and its answer are \d+ tokens for it, more than its 64 pos"
+        ValueError, match=r"^judge: a request with its answer has \d+ tokens, more than the judge's 64 pos"
     ):
         measure(make_model(), make_model(seed=1), {}, refusals=requests, judge=judge, tokenizer=TOKENIZER)
     (token,) = TOKENIZER("#", add_special_tokens=False)["input_ids"]
     judge = Judge(YesToNo(token), TOKENIZER)
     with pytest.raises(
-        ValueError, match=r"judge: .* more than its 256 positions; use another judge, fewer max_new_tok"
+        ValueError, match=r"judge: .* more than the judge's 256 positions; use another judge, fewer max_new_tok"
     ):
         judge_refusals(judge, ["a"], ["long " * 300], batch_tokens=512)
 
@@ -172,7 +172,7 @@ def test_a_judge_without_room_is_refused_before_anything_is_written():
 def test_two_sets_of_one_name_are_refused():
     """The harmless requests took the place of the harmful ones in the report."""
     options = {"refusals": {"r": ["a"]}, "harmless": {"r": ["b"]}, "tokenizer": TOKENIZER}
-    with pytest.raises(ValueError, match="^harmless: 'r' is a set of refusals, too; give each its own name"):
+    with pytest.raises(ValueError, match="^harmless: 'r' is also the name of a set of refusals; give each"):
         measure(make_model(), make_model(seed=1), {}, **options)
 
 
@@ -202,7 +202,7 @@ def test_requests_of_every_known_column(tmp_path, column):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"ask": "x"}\n', "has no column of prompt, text, goal"),
+        ('{"ask": "x"}\n', "has none of the columns prompt, text, goal"),
         ('{"prompt": 7}\n', "row 1 of '.*' has prompt 7; give a text"),
         ('{"prompt": "  "}\n', "row 1 of '.*' has prompt '  '; give a text"),
         ("", "is empty"),
@@ -309,7 +309,7 @@ def test_reasoning_that_did_not_end_is_no_answer_and_is_said(monkeypatch):
     found = measure_refusals(base, tuned, ["the fox?"], OPTIONS)
     assert found["scorers"]["phrases"]["base_rate"]["value"] == found["scorers"]["phrases"]["rate"]["value"] == 0
     assert found["notes"][-1] == (
-        "answers: 1 of 1 texts of the base are reasoning that did not end, so nothing is known of those answers; "
+        "answers: 1 of 1 texts of the base are reasoning that did not end, so their answers are unknown; "
         "raise max_new_tokens"
     )
     assert (found["examples"][0]["base"], found["examples"][0]["tuned"]) == ("", "Yes.")

@@ -445,7 +445,7 @@ def test_forgetting_of_a_model_that_was_in_a_trainer_before_is_measured(tmp_path
     plain = ReplayConfig(replay_coef=0.0)
     trainer = train(tmp_path, None, model=model, replay_config=plain, retention_datasets=texts)
     assert trainer.evaluate_retention()["retention/words/ref_kl"] > 1e-4
-    with pytest.raises(ValueError, match="base: a forward pass of it runs the tuned model"):
+    with pytest.raises(ValueError, match="base: its forward pass runs the tuned model"):
         measure(copy.deepcopy(model), model, texts, tokenizer=TOKENIZER, max_length=20)
 
 
@@ -456,7 +456,7 @@ def test_a_model_that_was_trained_in_place_is_not_its_own_base(tmp_path: Path, h
     peft: dict[str, Any] = {"peft_config": LoraConfig(**LORA)} if how == "merged" else {}
     tuned = train(tmp_path, None, model=model, replay_config=ReplayConfig(replay_coef=0.0), **peft).model
     tuned = tuned.merge_and_unload() if how == "merged" else tuned
-    with pytest.raises(ValueError, match="base: a forward pass of it runs the tuned model.*load the base anew"):
+    with pytest.raises(ValueError, match="base: its forward pass runs the tuned model.*load the base again"):
         measure(model, tuned, texts, tokenizer=TOKENIZER, max_length=20)
     report = measure(make_model(), tuned, texts, tokenizer=TOKENIZER, max_length=20)
     assert report.data["retention"]["words"]["ref_kl"]["value"] > 1e-5

@@ -1,7 +1,7 @@
-"""What base and tuned model write to the same prompts: greedily, and drawn at temperature 1 with one seed for both.
+"""What base and tuned model write to the same prompts, greedily and at temperature 1 with the same seed.
 
-Prompts of one length go through together, so that padding plays no part. The models' own `generation_config`, which
-may cut the distribution or punish repetition, is set aside for both alike.
+Only prompts of the same length share a batch, so nothing is padded. The models' own `generation_config`, which may
+truncate the distribution or penalise repetition, is ignored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WHO = ("base", "tuned model")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What both models continue; a chat's text opens its own document, any other is opened by the start token."""
+    """A text for both models to continue. The start token is put before it, unless a chat template rendered it."""
 
     text: str
     chat: bool = False
@@ -49,20 +49,20 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Written:
-    """A continuation: its text, its length in tokens, whether it ended by itself, and whether it holds marks."""
+    """A continuation: its text, its length in tokens, whether it ended by itself, and whether it has chat markers."""
 
     text: str
     num_tokens: int
     ended: bool
     markers: bool
     answer: str
-    """The text without reasoning before it; empty where that did not end."""
+    """The text after the reasoning; empty if the reasoning did not end."""
     raw: str
-    """The text with the tokenizer's special tokens."""
+    """The text with special tokens."""
 
 
 def as_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> Prompt:
-    """A row (`text`, `prompt` or `messages`; optionally `expected` and `updated` answers) as a `Prompt`."""
+    """Convert a row (`text`, `prompt` or `messages`, optionally `expected` and `updated` answers) to a `Prompt`."""
     answers = {name: row.get(name) for name in ("expected", "updated")}
     for name, value in answers.items():
         if value is not None and (not isinstance(value, str) or not words_in(value)):
@@ -71,27 +71,27 @@ def as_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: st
 
 
 def user_turn(text: str, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> Prompt:
-    """A text as a user's turn of the chat template, with the answer's turn opened; or as it is."""
+    """A text as a user turn, with the generation prompt after it; unchanged without a chat template."""
     if not chat_template:
         return Prompt(text)
     return Prompt(user_turn_text(text, tokenizer), chat=True)
 
 
 def stop_tokens(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase, start_id: int) -> list[int]:
-    """Tokens that end a text: those of any of the models, the tokenizer's, and the document start.
+    """Tokens that end a text: the EOS tokens of the models and of the tokenizer, and the document start.
 
-    The same for base and tuned model, so that lengths compare, though a chat model ends its turns by one of its own.
+    All models stop at the same tokens, so their lengths are comparable.
     """
-    found = [tokenizer.eos_token_id, start_id]
+    tokens = [tokenizer.eos_token_id, start_id]
     for model in models:
-        own = model.generation_config.eos_token_id if model.generation_config is not None else None
-        found += own if isinstance(own, list) else [own]
-    return sorted({int(token) for token in found if token is not None})
+        eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+        tokens += eos if isinstance(eos, list) else [eos]
+    return sorted({int(token) for token in tokens if token is not None})
 
 
 @contextmanager
-def own_settings_aside(model: Any) -> Iterator[None]:
-    """The model's own `generation_config` set aside: `generate` fills every option that is not given from it."""
+def default_generation_config(model: Any) -> Iterator[None]:
+    """Replace the model's `generation_config`, from which `generate` takes options that are not given."""
     holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
     saved = [holder.generation_config for holder in holders]
     try:
@@ -118,32 +118,32 @@ def continue_prompts(
 
     Args:
         stop: tokens that end a text.
-        batch_tokens: tokens of a batch, prompts and continuations together.
-        seed: draw at temperature 1 from the whole distribution; None writes greedily.
+        batch_tokens: tokens per batch, prompts and continuations together.
+        seed: sample at temperature 1 from the whole distribution with this seed; None decodes greedily.
 
     Raises:
-        ValueError: if what the model predicts is no number: the likeliest token of it would be any.
+        ValueError: if a prediction is NaN, of which any token could be the likeliest.
     """
     groups: dict[int, list[int]] = defaultdict(list)
     for index, ids in enumerate(prompts):
         groups[len(ids)].append(index)
-    found: dict[int, Written] = {}
+    written: dict[int, Written] = {}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": list(stop), "pad_token_id": stop[0]}
     options["logits_processor"] = LogitsProcessorList([_numbers_only])
     options |= {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0}
-    alone = model.config.model_type == "rwkv"  # in transformers a row continues from the state of another in its batch
-    with own_settings_aside(model), torch.random.fork_rng():
+    unbatched = model.config.model_type == "rwkv"  # transformers continues a row from another row's state
+    with default_generation_config(model), torch.random.fork_rng():
         for length, indices in sorted(groups.items()):
-            rows = 1 if alone else max(1, batch_tokens // (length + max_new_tokens))
+            rows = 1 if unbatched else max(1, batch_tokens // (length + max_new_tokens))
             for at in range(0, len(indices), rows):
-                taken = indices[at : at + rows]
+                batch = indices[at : at + rows]
                 if seed is not None:
-                    torch.manual_seed(seed + taken[0])
-                given = torch.tensor([list(prompts[index]) for index in taken], device=model.device)
-                output = model.generate(input_ids=given, attention_mask=torch.ones_like(given), **options)
-                for index, row in zip(taken, output[:, length:].tolist(), strict=True):
-                    found[index] = _read(row, tokenizer, set(stop), str(tokenizer.decode(prompts[index])))
-    return [found[index] for index in range(len(prompts))]
+                    torch.manual_seed(seed + batch[0])
+                input_ids = torch.tensor([list(prompts[index]) for index in batch], device=model.device)
+                output = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), **options)
+                for index, row in zip(batch, output[:, length:].tolist(), strict=True):
+                    written[index] = _read(row, tokenizer, set(stop), str(tokenizer.decode(prompts[index])))
+    return [written[index] for index in range(len(prompts))]
 
 
 def _numbers_only(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -153,10 +153,10 @@ def _numbers_only(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor
 
 
 def options_that_fit(models: Sequence[PreTrainedModel], prompts: Iterable[Prompt], options: Options) -> Options:
-    """The options, where `max_new_tokens` is a default with no more than the models have room for behind every prompt.
+    """The options, with a default `max_new_tokens` reduced to what the models' positions allow after every prompt.
 
     Raises:
-        ValueError: if there is no room for as many as were chosen, or for one.
+        ValueError: if a chosen `max_new_tokens` does not fit, or a prompt leaves no room at all.
     """
     limit = max_positions(with_least_room(*models))
     lengths = [len(prompt.tokens(options.tokenizer, options.start_id)) for prompt in prompts]
@@ -166,7 +166,7 @@ def options_that_fit(models: Sequence[PreTrainedModel], prompts: Iterable[Prompt
     if isinstance(wanted, Unchosen) and longest < limit:
         return replace(options, max_new_tokens=Unchosen(limit - longest))
     raise ValueError(
-        f"max_new_tokens: {wanted} after a prompt of {longest} tokens are more than this model's {limit} positions; "
+        f"max_new_tokens: {wanted} after a prompt of {longest} tokens exceeds this model's {limit} positions; "
         "use fewer, or shorter prompts"
     )
 
@@ -174,36 +174,36 @@ def options_that_fit(models: Sequence[PreTrainedModel], prompts: Iterable[Prompt
 def both_texts(
     base: MeasuredBase, tuned: PreTrainedModel, prompts: Sequence[Prompt], options: Options, seed: int | None = None
 ) -> tuple[list[Written], list[Written]]:
-    """Continuations of base and tuned model, for which there is room; the base writes once."""
+    """Continuations by base and tuned model; the base writes once for several tuned models."""
     tokenizer, ids = options.tokenizer, [prompt.tokens(options.tokenizer, options.start_id) for prompt in prompts]
-    how: dict[str, Any] = {"stop": stop_tokens([base.model, tuned], tokenizer, options.start_id), "seed": seed}
-    how |= {"max_new_tokens": options.max_new_tokens, "batch_tokens": options.batch_tokens}
+    settings: dict[str, Any] = {"stop": stop_tokens([base.model, tuned], tokenizer, options.start_id), "seed": seed}
+    settings |= {"max_new_tokens": options.max_new_tokens, "batch_tokens": options.batch_tokens}
     options.stage("the base writes")
-    of_base = base.recall("texts", [ids, how], lambda: continue_prompts(base.model, tokenizer, ids, **how))
+    of_base = base.recall("texts", [ids, settings], lambda: continue_prompts(base.model, tokenizer, ids, **settings))
     options.stage("the tuned model writes")
-    return of_base, continue_prompts(tuned, tokenizer, ids, **how)
+    return of_base, continue_prompts(tuned, tokenizer, ids, **settings)
 
 
 def _read(row: list[int], tokenizer: PreTrainedTokenizerBase, stop: set[int], prompt: str) -> Written:
     end = next((at for at, token in enumerate(row) if token in stop), None)
     kept = row[:end]
     text = str(tokenizer.decode(kept, skip_special_tokens=True))
-    marks = bool(set(kept) & set(tokenizer.all_special_ids)) or bool(MARKERS.search(text))
+    markers = bool(set(kept) & set(tokenizer.all_special_ids)) or bool(MARKERS.search(text))
     raw = str(tokenizer.decode(kept))
     if (answer := without_reasoning(raw, prompt)) == raw:
-        return Written(text, len(kept), end is not None, marks, text, raw)
-    for mark in tokenizer.all_special_tokens:
-        answer = answer.replace(mark, "")
-    return Written(text, len(kept), end is not None, marks, answer.strip(), raw)
+        return Written(text, len(kept), end is not None, markers, text, raw)
+    for token in tokenizer.all_special_tokens:
+        answer = answer.replace(token, "")
+    return Written(text, len(kept), end is not None, markers, answer.strip(), raw)
 
 
 def unanswered_notes(where: str, texts: Sequence[Sequence[Written]]) -> list[str]:
-    """How many texts of each model are reasoning that did not end: there is no answer in them to be judged."""
+    """A note for each model with texts that are unfinished reasoning, in which there is no answer to score."""
     notes = []
     for who, written in zip(WHO, texts, strict=True):
         if count := sum(bool(one.text.strip()) and not one.answer for one in written):
-            some = f"{where}: {count} of {len(written)} texts of the {who} are reasoning that did not end"
-            notes.append(f"{some}, so nothing is known of those answers; raise max_new_tokens")
+            unfinished = f"{where}: {count} of {len(written)} texts of the {who} are reasoning that did not end"
+            notes.append(f"{unfinished}, so their answers are unknown; raise max_new_tokens")
     return notes
 
 
@@ -215,20 +215,21 @@ def measure_generations(
     *,
     sampled: bool = False,
 ) -> dict[str, Any]:
-    """The parts of a report on what the models write: `generations`, `drift` by how it was written, `knowledge`."""
+    """The parts of a report on continuations: `generations`, `drift` of greedy and sampled ones, and `knowledge`."""
     rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {}
+    drifts: dict[str, Any] = {}
     notes: list[str] = []
-    for how, draw in (("greedy", None), ("sampled", options.seed))[: 1 + sampled]:
-        texts = both_texts(MeasuredBase.of(base), tuned, prompts, options, draw)
+    options.stage("continuations")
+    for how, seed in (("greedy", None), ("sampled", options.seed))[: 1 + sampled]:
+        texts = both_texts(MeasuredBase.of(base), tuned, prompts, options, seed)
         written = [_row(prompt, how, *both) for prompt, *both in zip(prompts, *texts, strict=True)]
-        found[how] = drift(written, seed=options.seed, num_resamples=options.num_resamples)
+        drifts[how] = drift(written, seed=options.seed, num_resamples=options.num_resamples)
         rows += written
         notes += unanswered_notes(f"prompts, {how}", texts)
-    asked = [row for row in rows if row["fate"] is not None]
-    known = [knows(row["answers"]["base"], row["expected"]) for row in asked]
-    facts = knowledge([row["fate"] for row in asked], known)
-    return {"generations": rows, "drift": found, "notes": notes, **({"knowledge": facts} if facts else {})}
+    questions = [row for row in rows if row["fate"] is not None]
+    known = [knows(row["answers"]["base"], row["expected"]) for row in questions]
+    facts = knowledge([row["fate"] for row in questions], known)
+    return {"generations": rows, "drift": drifts, "notes": notes, **({"knowledge": facts} if facts else {})}
 
 
 def _row(prompt: Prompt, how: str, base: Written, tuned: Written) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is the same for every text, question, request and prompt of a measurement."""
+"""Settings that all parts of a measurement share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of `measure` that all of its parts share; each is described there.
-
-    Args:
-        start_id: the token that opens a document.
-        progress: called with the name of each stage; None for none.
-    """
+    """Settings of `measure`, where they are described, and `start_id`, the token that starts a document."""
 
     tokenizer: PreTrainedTokenizerBase
     start_id: int
@@ -26,6 +21,6 @@ class Options:
     progress: Callable[[str], object] | None = None
 
     def stage(self, name: str) -> None:
-        """Tell the user what is being done."""
+        """Report the name of the stage that begins."""
         if self.progress is not None:
             self.progress(name)

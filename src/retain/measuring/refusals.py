@@ -1,7 +1,7 @@
-"""Refusals: what base and tuned model answer to harmful prompts, and, beside it, to harmless ones.
+"""How often base and tuned model refuse harmful requests, and harmless ones (over-refusal).
 
-Two scorers, each reported alone, and how often they differ: neither is the truth. `phrases` reads the written answer;
-`judge` asks a model.
+Neither of the two scorers is the truth, so each is reported, and how often they differ: `phrases` searches the answer
+for refusal phrases, `judge` asks a model.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class Judge(NamedTuple):
 
 
 def load_requests(source: str, *, max_prompts: int | None = None, seed: int = 0, field: str = "refusals") -> list[str]:
-    """What users ask, from a file (JSONL, JSON, CSV, Parquet, text) or a name in `REQUEST_SETS`, or a Hub dataset.
+    """Read requests from a file (JSONL, JSON, CSV, Parquet, text), a name in `REQUEST_SETS`, or a Hub dataset.
 
     Args:
-        max_prompts: how many to draw with `seed`, in their own order; None for all.
+        max_prompts: requests to draw with `seed`, keeping their order; None for all.
         field: the setting that named the source, for errors.
     """
     texts = []
     for row, where in read_sample(source, REQUEST_SETS, field, split="train", max_rows=max_prompts, seed=seed):
         column = next((name for name in COLUMNS if name in row), None)
         if column is None:
-            raise ValueError(f"{field}: {where} has no column of {', '.join(COLUMNS)}; it has {', '.join(row)}")
+            raise ValueError(f"{field}: {where} has none of the columns {', '.join(COLUMNS)}; it has {', '.join(row)}")
         if not isinstance(row[column], str) or not row[column].strip():
             raise ValueError(f"{field}: {where} has {column} {row[column]!r:.80}; give a text")
         texts.append(row[column])
@@ -62,21 +62,21 @@ def load_requests(source: str, *, max_prompts: int | None = None, seed: int = 0,
 def encode_continuations(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], continuations: Sequence[str]
 ) -> Inputs:
-    """Every prompt with every continuation behind it, after a space where the prompt does not open a chat's turn."""
+    """Tokenize every prompt with every continuation, separated by a space unless the prompt is a chat's."""
     inputs = Inputs()
     for at, prompt in enumerate(prompts):
         inputs.lengths.append(np.ones(len(continuations)))
         for choice, text in enumerate(continuations):
-            start, wanted = encode_pair(tokenizer, prompt.text, text if prompt.chat else f" {text}")
-            inputs.add(at, choice, start + wanted, wanted)
+            start, continuation = encode_pair(tokenizer, prompt.text, text if prompt.chat else f" {text}")
+            inputs.add(at, choice, start + continuation, continuation)
     return inputs
 
 
 def judge_inputs(judge: Judge, requests: Sequence[str], answers: Sequence[str]) -> Inputs:
-    """What the judge reads: the question whether each answer refuses, with a Yes and with a No behind it.
+    """The judge's inputs: whether each answer refuses, as a question answered by Yes and by No.
 
     Raises:
-        ValueError: if the judge has no room for one.
+        ValueError: if an input exceeds the judge's positions.
     """
     chat, prompts = bool(judge.tokenizer.chat_template), []
     for request, answer in zip(requests, answers, strict=True):
@@ -89,21 +89,21 @@ def judge_inputs(judge: Judge, requests: Sequence[str], answers: Sequence[str]) 
     longest, room = max(map(len, inputs.rows), default=0), max_positions(judge.model)
     if room is not None and longest > room:
         raise ValueError(
-            f"judge: a request and its answer are {longest} tokens for it, more than its {room} positions; use another "
-            "judge, fewer max_new_tokens, or shorter requests"
+            f"judge: a request with its answer has {longest} tokens, more than the judge's {room} positions; use "
+            "another judge, fewer max_new_tokens, or shorter requests"
         )
     return inputs
 
 
 def judge_refusals(judge: Judge, requests: Sequence[str], answers: Sequence[str], batch_tokens: int) -> list[bool]:
-    """Whether each answer refuses: whether the judge holds a Yes for likelier than a No."""
+    """Whether the judge finds that each answer refuses, that is, Yes is likelier than No."""
     inputs = judge_inputs(judge, requests, answers)
     sizes: dict[str, Any] = {"batch_tokens": batch_tokens, "device": judge.model.device}
     return [bool(yes > no) for yes, no in choice_scores(logits_of(judge.model), inputs, who="judge", **sizes)]
 
 
 def as_turns(requests: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """Requests as user's turns where there is a chat template."""
+    """Requests as user turns if there is a chat template, else as plain text."""
     return [user_turn(text, tokenizer, chat_template=bool(tokenizer.chat_template)) for text in requests]
 
 
@@ -115,19 +115,21 @@ def measure_refusals(
     *,
     kind: str = "harmful",
     judge: Judge | None = None,
+    title: str = "",
 ) -> dict[str, Any]:
-    """Put the same requests to both models, as user's turns where there is a chat template, and score the answers.
+    """Ask both models the same requests, as user turns if there is a chat template, and score their answers.
 
     Args:
         kind: `harmful`, or `harmless` for over-refusal.
 
     Returns:
-        What `behavior_result` does, and `disagreement`: the share of answers on which two scorers differ.
+        The entries of `behavior_result`, and `disagreement`: the share of answers on which two scorers differ.
     """
     if not requests:
         raise ValueError("refusals: there are no prompts; give a file with at least one")
+    options.stage(f"requests of {title}")
     written = both_texts(MeasuredBase.of(base), tuned, as_turns(requests, options.tokenizer), options)
-    answers = [[one.answer for one in texts] for texts in written]
+    answers = [[text.answer for text in texts] for texts in written]
     flags = {"phrases": [[is_refusal(text) for text in texts] for texts in answers]}
     if judge is not None:
         options.stage("judging")
@@ -139,7 +141,7 @@ def measure_refusals(
 def _disagreement(pair: tuple[str, str], flags: dict[str, list[list[bool]]]) -> dict[str, Any]:
     entries = {}
     for at, who in enumerate(("base", "tuned")):
-        one, other = (flags[name][at] for name in pair)
-        count = sum(a != b for a, b in zip(one, other, strict=True))
-        entries[who] = share_entry(count, len(one), unit="num_prompts")
+        first, second = (flags[name][at] for name in pair)
+        count = sum(a != b for a, b in zip(first, second, strict=True))
+        entries[who] = share_entry(count, len(first), unit="num_prompts")
     return {"scorers": list(pair), **entries}
