@@ -252,7 +252,7 @@ def test_rows_of_every_known_form(row, tmp_path):
             {"choices": {"text": ["rain", "stone"], "label": [1, 1]}, "answer": None, "answerKey": 1},
             "has answer 1, the l",
         ),
-        ({"answerKey": "C"}, "has answer and answerKey of two choices; give one of them"),
+        ({"answerKey": "C"}, "has an answer and an answerKey for different choices; give one of them"),
     ],
 )
 def test_rows_that_ask_nothing_are_refused(change, expected):
@@ -517,10 +517,10 @@ def paired(folder: Path, base: list[dict[str, Any]], tuned: list[dict[str, Any]]
 def test_a_file_with_numbers_that_are_not_finite_is_refused(number, tmp_path):
     bad = [*TUNED[:3], TUNED[3] | {"filtered_resps": [[number, "False"], ["-2.0", "False"]]}]
     with pytest.raises(
-        ValueError, match=rf"b.jsonl' line 4 has {number}, which is no result; evaluate that model again"
+        ValueError, match=rf"b.jsonl' line 4 holds {number}, which is not a result; evaluate that model again"
     ):
         paired(tmp_path, BASE, bad)
-    with pytest.raises(ValueError, match="line 1 has nan, which is no result"):
+    with pytest.raises(ValueError, match="line 1 holds nan, which is not a result"):
         paired(tmp_path, [BASE[0] | {"acc": float("nan")}], TUNED)
 
 
@@ -565,16 +565,16 @@ def test_what_cannot_be_paired_is_counted_or_refused(tmp_path):
         "Left out, since only one file has them: 1 of the base's questions, 1 of the tuned's."
     ]  # fmt: skip
     other = [row | {"prompt_hash": "other"} for row in TUNED]
-    assert "6 of 6 questions were put in other words" in paired(tmp_path, BASE, other)["notes"][0]
+    assert "6 of 6 questions have other prompts" in paired(tmp_path, BASE, other)["notes"][0]
     for bad, why in (
-        ([*TUNED, TUNED[0]], "line 7 has doc_id 0 a second time; give a file of one run"),
+        ([*TUNED, TUNED[0]], "line 7 repeats doc_id 0; give the file of a single run"),
         (
             [row | {"doc_hash": "other"} for row in TUNED],
             r"question 0 is not the same in both files \(doc_hash differs\)",
         ),
         ([row | {"doc_id": 99} for row in TUNED[:1]], "share no question"),
-        ([], "is empty; give a file that lm_eval --log_samples wrote"),
-        ([{"text": "a"}], "line 1 is not a sample of lm-eval"),
+        ([], "is empty; give a file written by lm_eval --log_samples"),
+        ([{"text": "a"}], "line 1 is not an lm-eval sample"),
     ):
         with pytest.raises(ValueError, match=why):
             paired(tmp_path, BASE, bad)
@@ -592,7 +592,7 @@ def test_answers_that_contradict_the_files_own_metric_are_left_out(tmp_path):
     wrong = [row | {"acc_norm": 1.0 - row["acc_norm"]} for row in TUNED]
     found = paired(tmp_path, BASE, wrong)
     assert list(found["rules"]) == ["acc"]
-    assert found["notes"] == ["acc_norm is left out: the answers behind it do not follow from the file."]
+    assert found["notes"] == ["acc_norm is left out: the file does not tell the answers behind it."]
     parts = [[row | {"acc": 0.25, "acc_norm": 0.5} for row in rows] for rows in (BASE, TUNED)]  # as truthfulqa_mc2
     with pytest.raises(ValueError, match="do not tell the answers behind acc, acc_norm; give a task whose answers are"):
         paired(tmp_path, *parts)

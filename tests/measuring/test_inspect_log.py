@@ -99,7 +99,7 @@ def test_epochs_after_the_first_and_copies_are_left_out(tmp_path):
     found = pair(tmp_path, rows, rows)
     assert found["num_questions"] == 2
     assert found["notes"] == [
-        "Of 3 epochs the first alone counts: answers to one question are not independent.",
+        "Only the first of 3 epochs counts: answers to one question are not independent.",
         "2 of 4 questions are copies of others, and left out.",
     ]
 
@@ -131,7 +131,7 @@ def test_a_question_is_known_by_its_words_and_not_by_the_ids_of_its_messages(tmp
         return [make_sample(0, input=[asked], messages=[{"role": "system", "content": before}, asked])]
 
     assert pair(tmp_path, chat("a"), chat("b"))["notes"] == []
-    assert "1 of 1 questions were put in other words" in pair(tmp_path, chat("a"), chat("b", before="Hi."))["notes"][0]
+    assert "1 of 1 questions have other prompts" in pair(tmp_path, chat("a"), chat("b", before="Hi."))["notes"][0]
     with pytest.raises(ValueError, match=r"question 0 is not the same in both files \(input differs\)"):
         pair(tmp_path, chat("a"), chat("b", "other"))
     with pytest.raises(ValueError, match=r"\(choices differs\)"):
@@ -143,16 +143,16 @@ def test_a_local_model_is_named_by_its_folder_and_a_run_that_failed_says_so(tmp_
     path = write_log(tmp_path / "a.json", [make_sample(0)], status="error", **{"eval": spec})
     found = read_log(path)
     assert (found.name, found.task) == ("out/", "mine")
-    assert found.notes == ["The run of a.json did not end well (status error)."]
+    assert found.notes == ["The run of a.json did not succeed (status error)."]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("a.json", b"{", "pair: cannot read '{path}' (not JSON: "),
-        ("a.json", b"[]", "pair: '{path}' is no log of inspect: it is [], not an object; give a log that inspect eval"),
-        ("a.json", b'{"doc_id": 1}', "pair: '{path}' is no log of inspect: 'eval' is missing; "),
-        ("a.eval", b"PK", "pair: cannot read '{path}': File is not a zip file; give a log that inspect eval wrote"),
+        ("a.json", b"[]", "pair: '{path}' is not a log of inspect: it is [], not an object; give an .eval"),
+        ("a.json", b'{"doc_id": 1}', "pair: '{path}' is not a log of inspect: 'eval' is missing; "),
+        ("a.eval", b"PK", "pair: cannot read '{path}': File is not a zip file; give an .eval or .json log"),
         ("none.eval", None, "pair: cannot read '{path}': [Errno 2] No such file or directory"),
     ],
 )
@@ -173,7 +173,7 @@ def test_damaged_and_empty_logs_are_refused(tmp_path):
         read_log(write_log(tmp_path / "a.json", [make_sample(0, epoch="1")]))
     with zipfile.ZipFile(tmp_path / "b.eval", "w") as archive:
         archive.writestr("_journal/start.json", "{}")
-    with pytest.raises(ValueError, match="has no header.json, its run has not ended"):
+    with pytest.raises(ValueError, match="has no header.json because its run did not end"):
         read_log(tmp_path / "b.eval")
     whole = bytearray(BASE.read_bytes())
     with zipfile.ZipFile(BASE) as archive:

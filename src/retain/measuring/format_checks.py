@@ -1,6 +1,6 @@
-"""Whether an answer has the form that was asked for, as a program can verify it: instructions like those of IFEval.
+"""Verifiable format instructions, as in IFEval, and whether an answer follows them.
 
-Zhou et al. 2023, Instruction-Following Evaluation for Large Language Models, arXiv 2311.07911; as strict as there.
+Zhou et al. 2023, Instruction-Following Evaluation for Large Language Models, arXiv 2311.07911; its strict accuracy.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from jsonschema import Draft202012Validator
 
 from retain.measuring.drift import holds_answer, words_in
 
-MIN_SCRIPT_SHARE = 0.9  # of an answer's letters; a name in another script does not change the script of a text
-SCRIPTS = {  # how Unicode's names of their letters begin
+MIN_SCRIPT_SHARE = 0.9  # of an answer's letters: a text may contain a name in another script
+SCRIPTS = {  # prefixes of their letters' Unicode names
     "latin": ("LATIN",), "cyrillic": ("CYRILLIC",), "greek": ("GREEK",), "arabic": ("ARABIC",), "hebrew": ("HEBREW",),
     "devanagari": ("DEVANAGARI",), "thai": ("THAI",), "hangul": ("HANGUL",), "han": ("CJK",),
     "japanese": ("HIRAGANA", "KATAKANA", "CJK"),
@@ -27,7 +27,7 @@ _NUMBERED = re.compile(r"^\s*\d+[.)]\s+\S", re.MULTILINE)
 
 
 class FormatCheck(NamedTuple):
-    """A property of an answer: its kind in reports, which values a row may ask for, and whether an answer has it."""
+    """A property of an answer: its kind in reports, the values a row may give, and whether an answer has it."""
 
     kind: str
     takes: Callable[[Any], bool]
@@ -35,7 +35,7 @@ class FormatCheck(NamedTuple):
 
 
 def _no_json(name: str) -> Any:
-    """NaN and Infinity, which Python reads and JSON does not know."""
+    """Refuse NaN and Infinity, which Python reads but JSON does not define."""
     raise ValueError(f"{name} is not JSON")
 
 
@@ -43,17 +43,17 @@ STRICT_JSON = json.JSONDecoder(parse_constant=_no_json)
 
 
 def in_script(text: str, script: str) -> bool:
-    """Whether nearly all letters of a text are of a script; combining marks do not count.
+    """Whether at least `MIN_SCRIPT_SHARE` of a text's letters belong to a script; combining marks do not count.
 
     >>> in_script("Привет, Jo, как твои дела сегодня?", "cyrillic"), in_script("Hello", "cyrillic")
     (True, False)
     """
-    letters = [unicodedata.name(one, "") for one in text if one.isalpha()]
+    letters = [unicodedata.name(character, "") for character in text if character.isalpha()]
     return sum(name.startswith(SCRIPTS[script]) for name in letters) >= MIN_SCRIPT_SHARE * max(1, len(letters))
 
 
 def is_json(text: str, schema: bool | Mapping[str, Any]) -> bool:
-    """Whether a text, also one in a code fence, is JSON that a JSON schema allows; True allows anything."""
+    """Whether a text, with or without a code fence, is JSON that conforms to a JSON schema; True allows anything."""
     fenced = _FENCED.fullmatch(text)
     try:
         value = STRICT_JSON.decode(fenced[1] if fenced else text)
@@ -71,7 +71,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(_is_text(one) and words_in(one) for one in value)
+    return isinstance(value, list) and bool(value) and all(_is_text(item) and words_in(item) for item in value)
 
 
 CHECKS = {
@@ -98,13 +98,13 @@ CHECKS = {
 
 
 def kept_checks(answer: str, checks: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether an answer keeps the checks of a row, by their kind; an empty answer keeps none.
+    """Kind → whether an answer passes all checks of that kind; an empty answer passes none.
 
     >>> kept_checks("- red", {"bullets": 1, "case": "upper"})
     {'layout': True, 'case': False}
     """
-    text, found = answer.strip(), dict[str, bool]()
+    text, kept = answer.strip(), dict[str, bool]()
     for name, value in checks.items():
         kind = CHECKS[name].kind
-        found[kind] = found.get(kind, True) and bool(text) and CHECKS[name].holds(text, value)
-    return found
+        kept[kind] = kept.get(kind, True) and bool(text) and CHECKS[name].holds(text, value)
+    return kept

@@ -1,4 +1,4 @@
-"""What is read from the measured texts themselves: prompts to continue, and warnings where they were trained on."""
+"""Derived from the measured texts: prompts to continue, and warnings about texts that were trained on."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from retain.data.overlap import find_rows
 from retain.data.rows import Document, Text, prompt_text
 from retain.measuring.generations import Prompt
 
-# What it means that a measured text was trained on.
+# What it means if a measured text was trained on.
 OVERLAP_MEANINGS = {
     "new_task": "the gain on them is memory, not learning",
     "retention": "forgetting on them is not of old knowledge",
 }
-PROMPT_TOKENS = 16  # of the first document of each text, continued where no prompts are given
+PROMPT_TOKENS = 16  # length of a default prompt, from the first document of each text
 
 
 def document_tokens(document: Document | Text) -> list[int]:
-    """A document's tokens, whole."""
+    """All tokens of a document, without start tokens."""
     if isinstance(document, Text):
         return document.ids
     return [token for window in document.windows for token in window[1:]]
@@ -32,22 +32,27 @@ def document_tokens(document: Document | Text) -> list[int]:
 def overlap_warnings(
     sources: dict[str, Any], rows: dict[str, Iterable[list[int]]], tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """A line for every measured text that is also among the rows (token ids) that the model was trained on."""
-    measured = [(kind, name, one) for kind in OVERLAP_MEANINGS for name in sources[kind] for one in sources[kind][name]]
+    """A warning for each measured text with documents that are also in training rows.
+
+    Args:
+        sources: `new_task` and `retention` → name → documents.
+        rows: where the rows are from → their token ids.
+    """
+    measured = [(kind, name, row) for kind in OVERLAP_MEANINGS for name in sources[kind] for row in sources[kind][name]]
     windows = [document_tokens(document) for *_, document in measured] if rows else []
-    edges, lines = set(tokenizer.all_special_ids), []
-    for where, of_where in rows.items():
-        found = Counter(measured[at][:2] for at in sorted(find_rows(windows, of_where, edges)))
-        for (kind, name), count in found.items():
+    special_ids, lines = set(tokenizer.all_special_ids), []
+    for where, trained in rows.items():
+        counts = Counter(measured[at][:2] for at in sorted(find_rows(windows, trained, special_ids)))
+        for (kind, name), count in counts.items():
             documents = f"{count} of {len(sources[kind][name])} documents {'is' if count == 1 else 'are'}"
             lines.append(f"{name}: {documents} also in {where}: {OVERLAP_MEANINGS[kind]}; leave them out")
     return lines
 
 
 def default_prompts(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, room: int) -> list[Prompt]:
-    """What both models continue of each text where no prompts are given: of the first document a few first tokens.
+    """A prompt from each text for runs without prompts: the first `PROMPT_TOKENS` tokens of its first document.
 
-    A chat is continued where its first answer begins, if that is within `room` tokens.
+    The prompt from a chat is everything before its first answer; chats longer than `room` tokens are left out.
     """
     prompts = []
     for source in texts:
@@ -55,8 +60,8 @@ def default_prompts(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, ro
         if isinstance(document, Document):
             ids = document.windows[0][1:]
         elif chat := (turns := chat_of(document.row)) is not None:
-            question = list(takewhile(lambda turn: turn["role"] != "assistant", turns))
-            text = prompt_text({**document.row, "messages": question or turns}, tokenizer, "prompts: a first chat")
+            before = list(takewhile(lambda turn: turn["role"] != "assistant", turns))
+            text = prompt_text({**document.row, "messages": before or turns}, tokenizer, "prompts: a first chat")
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:
             ids = tokenizer(document.words, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""What a model thinks before it answers, in the marks that models on the Hub use, is not its answer."""
+"""Separate a model's reasoning from its answer, by the markers that models on the Hub use."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from retain.data.rows import user_turn_text
 _NAMES = r"think|thinking|thought|reasoning|analysis|seed:think"
 _OPEN = rf"<(?:{_NAMES})>|\[THINK\]|<\|START_THINKING\|>|◁think▷"
 _CLOSE = rf"</(?:{_NAMES})>|\[/THINK\]|<\|END_THINKING\|>|◁/think▷"
-_CLOSED = re.compile(rf"\A.*(?:{_CLOSE})", re.DOTALL)  # with what opened it, or with an opening that was in the prompt
+_CLOSED = re.compile(rf"\A.*(?:{_CLOSE})", re.DOTALL)  # an opening marker may be in the prompt
 _OPENED = re.compile(rf"(?:{_OPEN}).*\Z", re.DOTALL)
 _OPENED_LAST = re.compile(rf"(?:{_OPEN})\s*\Z")
-# gpt-oss: channels, of which `final` is the answer.
+# gpt-oss writes channels; `final` is the answer.
 _FINAL = "<|channel|>final<|message|>"
 _CHANNEL = "<|channel|>"
 _MARKS = re.compile(rf"{_OPEN}|{_CLOSE}|<\|(?:start|end)\|>(?:assistant)?|<\|channel\|>\w*|<\|message\|>")
 
 
 def without_reasoning(text: str, prompt: str = "") -> str:
-    """The answer in what a model wrote: what stands behind its reasoning, nothing where that did not end.
+    """The answer in a model's text: everything after its reasoning, or nothing if that did not end.
 
     Args:
-        text: with the tokenizer's special tokens, which may be the marks.
-        prompt: what it continues; chat templates of models that always reason end in the opening mark.
+        text: with special tokens, which may be the markers.
+        prompt: the text before it, which may end in the opening marker if a model always reasons.
 
     >>> without_reasoning("<think>It may rain.</think>No.")
     'No.'
@@ -39,10 +39,10 @@ def without_reasoning(text: str, prompt: str = "") -> str:
 
 
 def reasoning_of(text: str, prompt: str = "") -> str:
-    """What a model thought before its answer, also where that did not end; empty where it did not think.
+    """The reasoning before a model's answer, finished or not; empty if there is none.
 
     Args:
-        text, prompt: as of `without_reasoning`.
+        text, prompt: see `without_reasoning`.
 
     >>> reasoning_of("<think>It may rain.</think>No."), reasoning_of("<think></think>No."), reasoning_of("No.")
     ('It may rain.', '', '')
@@ -53,12 +53,12 @@ def reasoning_of(text: str, prompt: str = "") -> str:
 
 
 def answer_turn(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text as a user's turn of the chat template, up to where the answer itself begins, no reasoning before it."""
+    """A text as a user turn, with the generation prompt up to the answer itself, so with empty reasoning."""
     template = str(tokenizer.chat_template)
     switch = {"enable_thinking": False} if "enable_thinking" in template else {}
     prompt = user_turn_text(text, tokenizer, **switch)
     if opened := _OPENED_LAST.search(prompt):
-        mark = opened[0].strip()
+        marker = opened[0].strip()
         ends = {"[THINK]": "[/THINK]", "<|START_THINKING|>": "<|END_THINKING|>", "◁think▷": "◁/think▷"}
-        return f"{prompt}\n{ends.get(mark, mark.replace('<', '</'))}\n\n"
+        return f"{prompt}\n{ends.get(marker, marker.replace('<', '</'))}\n\n"
     return prompt + _FINAL if _FINAL in template else prompt

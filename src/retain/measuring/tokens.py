@@ -1,6 +1,6 @@
-"""Token-level forgetting of a model against its base on named texts: intervals over documents, noise floor, worst ones.
+"""Token-level forgetting on named texts: metrics with intervals, noise floor, and the documents that moved most.
 
-Everything is summed per document first: documents, not tokens, are what is resampled. All sums are in nats.
+Everything is first summed per document, in nats, because intervals resample documents, not tokens.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Forward = Callable[..., Float[Tensor, "rows length vocab"]]
-MEASURING = "measuring"  # the kind of its stages of progress, a text each
-CHUNK = 1 << 22  # float32 logits held at once: 16 MiB, which the allocator takes from its heap again and again
-NOISE_DOCUMENTS = 4  # documents of each text on which the base is measured against itself
-WORST_DOCUMENTS = 2  # of each text, shown token by token
-MAX_TABLE_TOKENS = 240  # of each of them
+MEASURING = "measuring"  # the kind of a text's progress stage
+CHUNK = 1 << 22  # float32 logits held at once: 16 MiB, which the allocator can reuse from its heap
+NOISE_DOCUMENTS = 4  # documents per text on which the base is compared with itself
+WORST_DOCUMENTS = 2  # documents per text shown token by token
+MAX_TABLE_TOKENS = 240  # tokens shown per document
 
 
 @dataclass(frozen=True)
 class DocumentSums:
-    """Per-document sums, each of shape (documents,); nats but for counts. `SUMS` names the keys of `values`."""
+    """Per-document sums, each of shape (documents,), in nats or counts; the keys of `values` are `SUMS`."""
 
     values: dict[str, np.ndarray]
     num_tokens: np.ndarray
@@ -51,23 +51,23 @@ class DocumentSums:
         return len(self.num_tokens)
 
     def kept(self) -> dict[str, list[float]]:
-        """What files keep of every document, for paired intervals: sums in nats to six places, and tokens."""
+        """What files keep per document for paired intervals: sums in nats, rounded to six places, and tokens."""
         sums = {name: self.values[name].round(6).tolist() for name in KEPT_SUMS}
         return sums | {"num_tokens": self.num_tokens.tolist()}
 
 
 def batches(documents: Sequence[Document], batch_tokens: int) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Windows of like length together, at most `batch_tokens` padded tokens each: (document indices, windows)."""
+    """Batches of windows of similar length, at most `batch_tokens` padded tokens each: (document indices, windows)."""
     windows = [(index, window) for index, document in enumerate(documents) for window in document.windows]
     windows.sort(key=lambda pair: -len(pair[1]))
     while windows:
         rows = max(1, batch_tokens // len(windows[0][1]))
-        taken, windows = windows[:rows], windows[rows:]
-        yield [index for index, _ in taken], [window for _, window in taken]
+        batch, windows = windows[:rows], windows[rows:]
+        yield [index for index, _ in batch], [window for _, window in batch]
 
 
 def padded(windows: Sequence[Sequence[int]]) -> dict[str, Int[Tensor, "rows length"]]:
-    """`input_ids` and `attention_mask`, padded at the right with id 0 and masked there."""
+    """`input_ids` and `attention_mask`, right-padded with 0."""
     width = max(map(len, windows))
     input_ids = torch.tensor([[*window, *[0] * (width - len(window))] for window in windows])
     mask = torch.tensor([[1] * len(window) + [0] * (width - len(window)) for window in windows])
@@ -80,7 +80,7 @@ def token_sums(
     targets: Int[Tensor, "rows length"],
     mask: Tensor,
 ) -> dict[str, Float[Tensor, rows]]:
-    """Sums over the masked positions of each row of every quantity in `SUMS`; float32, a few positions at a time."""
+    """Sum every quantity in `SUMS` over the positions of each row where `mask` is True, a few positions at a time."""
     totals = {name: torch.zeros(len(logits), dtype=torch.float64) for name in SUMS}
     positions = max(1, CHUNK // (logits.shape[0] * logits.shape[2]))
     for at in range(0, logits.shape[1], positions):
@@ -92,7 +92,7 @@ def token_sums(
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model predicts at each position: log-probabilities in float32, and the likeliest token."""
+    """A model's predictions at each position: float32 log-probabilities, and the likeliest token."""
 
     log_probs: Float[Tensor, "*batch vocab"]
     top: Int[Tensor, "*batch"]
@@ -117,14 +117,14 @@ class Predictions:
 def token_values(
     ref_logits: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]
 ) -> dict[str, Float[Tensor, "*batch"]]:
-    """Every quantity in `SUMS` at every position, with each softmax taken once."""
+    """Every quantity in `SUMS` at every position, in nats or counts; each softmax is computed once."""
     base, model = Predictions.of(ref_logits), Predictions.of(logits)
-    rows = ((name, METRICS[name].per_token) for name in SUMS)
-    return {name: per_token(base, model, targets) for name, per_token in rows if per_token}
+    quantities = ((name, METRICS[name].per_token) for name in SUMS)
+    return {name: per_token(base, model, targets) for name, per_token in quantities if per_token}
 
 
 def measuring_title(text: str) -> str:
-    """The name of the stage of `document_sums` in a line of progress."""
+    """The name of `document_sums`'s progress stage for a text."""
     return f"measuring {visible(text)}"
 
 
@@ -139,21 +139,21 @@ def document_sums(
     text: str = "text",
     shown: bool = False,
 ) -> DocumentSums:
-    """Measure `forward` against `ref_forward` on documents; both see the same batches in the same order.
+    """Per-document sums of `SUMS` for two models, which see the same batches in the same order.
 
     Args:
         ref_forward, forward: `input_ids`, `attention_mask` → logits.
         batch_tokens: padded tokens per forward pass.
         text: the name of these documents, for errors.
-        shown: as a stage of a line of progress.
+        shown: show a progress stage.
 
     Raises:
-        ValueError: for a number that is not finite, naming the model, the document and what to do.
+        ValueError: if a sum is not finite, naming the model, the document and the remedy.
     """
     values = {name: np.zeros(len(documents)) for name in SUMS}
     total = sum(len(window) for document in documents for window in document.windows)
-    line = StageProgress(measuring_title(text), total, "tokens", MEASURING, work=1) if shown else nullcontext()
-    with line as stage:
+    progress = StageProgress(measuring_title(text), total, "tokens", MEASURING, work=1) if shown else nullcontext()
+    with progress as stage:
         for indices, windows in batches(documents, batch_tokens):
             inputs = {name: value.to(device) for name, value in padded(windows).items()}
             targets, mask = shifted(inputs["input_ids"], inputs["attention_mask"])
@@ -165,7 +165,8 @@ def document_sums(
                 np.add.at(values[name], indices, sums.numpy())
             if stage is not None:
                 stage.update(sum(map(len, windows)))
-    for name in sorted(SUMS, key=lambda name: (not name.startswith("base_"), name != "loss")):  # what both share last
+    # The base's sums come first, and those that depend on both models last.
+    for name in sorted(SUMS, key=lambda name: (not name.startswith("base_"), name != "loss")):
         who = "base" if name.startswith("base_") else "model"
         for at, value in enumerate(values[name], start=1):
             check_finite(value, f"{who}: its {name.removeprefix('base_')} on document {at} of {text!r} is")
@@ -174,19 +175,19 @@ def document_sums(
 
 
 def check_finite(value: float, what: str) -> None:
-    """Raise a `ValueError` that begins with `what` for a loss that is not finite, with cause and remedy."""
+    """Raise a `ValueError` that begins with `what` and names cause and remedy if a loss is not finite."""
     if math.isfinite(value):
         return
-    remedy = "it gives a token there no probability at all: leave the text out, or unmask its vocabulary"
+    remedy = "it gives a token there zero probability: leave the text out, or unmask its vocabulary"
     if math.isnan(value):
-        remedy = "its weights or its dtype give no numbers: check how it was trained and saved, and load it in float32"
+        remedy = "its weights or dtype produce NaN: check how it was trained and saved, and load it in float32"
     raise ValueError(f"{what} {value:g}; {remedy}")
 
 
 def summarize(sums: DocumentSums, *, seed: int = 0, num_resamples: int = 2000) -> dict[str, dict[str, Any]]:
-    """Every metric of `METRICS` by name, each with value, 95% interval over documents, and sample sizes.
+    """Every metric of `METRICS` by name, each with its value, 95% interval over documents, and sample sizes.
 
-    The interval of a share is never narrower than Wilson's of its tokens, which has a width at 100%, too.
+    A share's interval is never narrower than Wilson's over tokens, whose width is not 0 even at 100%.
     """
     num_bytes = np.maximum(sums.num_bytes, 1) * np.log(2)
     result = {}
@@ -197,24 +198,24 @@ def summarize(sums: DocumentSums, *, seed: int = 0, num_resamples: int = 2000) -
         within = (metric.least, metric.most)
         value, low, high = bootstrap_ratio(numerator, denominator, counts=counts, within=within)
         if metric.is_share:
-            _, *ends = share_interval(round(numerator.sum()), int(denominator.sum()))
-            low, high = min(low, ends[0]), max(high, ends[1])  # NaN stays
+            _, least, most = share_interval(round(numerator.sum()), int(denominator.sum()))
+            low, high = min(low, least), max(high, most)  # NaN stays
         result[name] = report_entry(value, low, high, num_documents=len(sums), num_tokens=int(sums.num_tokens.sum()))
     return result
 
 
 def logits_at(model: Any, inputs: Mapping[str, Any]) -> Float[Tensor, "rows length vocab"]:
-    """Logits at the input's own positions: prompt tuning puts virtual tokens before them."""
+    """Logits at the positions of the input, without those of prompt tuning's virtual tokens before it."""
     return model(**inputs, use_cache=False).logits[:, -inputs["input_ids"].shape[1] :]
 
 
 def logits_of(model: Any) -> Forward:
-    """A model as a function from `input_ids` and `attention_mask` to logits."""
+    """A model as a function of `input_ids` and `attention_mask` that returns logits."""
     return lambda **inputs: logits_at(model, inputs)
 
 
 def row_by_row(model: Any) -> Forward:
-    """The same model, one unpadded row at a time: against the batched pass it shows the noise of the kernels."""
+    """`logits_of` one unpadded row at a time, which differs from the batched pass by the kernels' rounding only."""
 
     def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         width = input_ids.shape[1]
@@ -234,13 +235,13 @@ def text_results(
     retention: dict[str, list[Document]],
     options: Options,
 ) -> dict[str, Any]:
-    """The parts of a report that token-level losses fill."""
+    """The token-level parts of a report: metrics per text, noise floor, sums per document, and worst documents."""
     result: dict[str, Any] = {name: {} for name in ("retention", "new_task", "noise_floor", "per_document", "worst")}
     result["warnings"] = []
     if new_task or retention:
         options.stage("measuring texts")
-    for text, given in (new_task | retention).items():
-        documents, notes = without_copies(text, given, "documents")
+    for text, all_documents in (new_task | retention).items():
+        documents, notes = without_copies(text, all_documents, "documents")
         result["warnings"] += notes
         sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": tuned.device}
         sums = document_sums(base.logits, logits_of(tuned), documents, text=text, shown=True, **sizes)
@@ -251,7 +252,7 @@ def text_results(
             continue
         result["retention"][text] = metrics
         result["noise_floor"][text] = _noise_floor(base, documents[:NOISE_DOCUMENTS], options)
-        places = {id(document): at for at, document in enumerate(given)}  # in the text's own order
+        places = {id(document): at for at, document in enumerate(all_documents)}  # before copies were left out
         worst = _worst(base, tuned, documents, sums, options.tokenizer)
         result["worst"][text] = [row | {"document": places[id(documents[row["document"]])]} for row in worst]
     return result
@@ -268,8 +269,8 @@ def _noise_floor(base: MeasuredBase, documents: Sequence[Document], options: Opt
 
     rows = [[document.windows, document.num_bytes, document.masks] for document in documents]
     parts = [rows, options.batch_tokens, options.seed, options.num_resamples]
-    found: dict[str, Any] = base.recall("noise", parts, against_itself)
-    return found
+    noise: dict[str, Any] = base.recall("noise", parts, against_itself)
+    return noise
 
 
 def _worst(
@@ -279,7 +280,7 @@ def _worst(
     sums: DocumentSums,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
-    """The documents that moved most per token, and what changed at each of their first tokens."""
+    """The documents with the largest ref_kl per token, and what changed at each token of their first window."""
     per_token = sums.values["ref_kl"] / sums.num_tokens
     forgetting = (sums.values["loss"] - sums.values["base_loss"]) / sums.num_tokens
     rows = []
@@ -294,22 +295,22 @@ def _worst(
 def token_table(
     base: PreTrainedModel, tuned: PreTrainedModel, window: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """Token by token of a window: losses of both (nats), ref_kl, and what each puts first."""
+    """For each token of a window, both models' losses and ref_kl in nats, and the likeliest token of each."""
     inputs = {name: value.to(base.device) for name, value in padded([window[: MAX_TABLE_TOKENS + 1]]).items()}
     targets, _ = shifted(inputs["input_ids"])
     before, after = (logits_of(model)(**inputs)[:, :-1] for model in (base, tuned))
     values = {name: value[0].tolist() for name, value in token_values(before, after, targets).items()}
-    tops = [one.argmax(-1)[0].tolist() for one in (before, after)]
+    tops = [logits.argmax(-1)[0].tolist() for logits in (before, after)]
     rows = []
     for at, token in enumerate(targets[0].tolist()):
         ids = {"text": token, "base_top": tops[0][at], "tuned_top": tops[1][at]}
-        words = {name: str(tokenizer.decode([one])) for name, one in ids.items()}
-        rows.append(words | {name: round(values[name][at], 5) for name in KEPT_SUMS})
+        texts = {name: str(tokenizer.decode([index])) for name, index in ids.items()}
+        rows.append(texts | {name: round(values[name][at], 5) for name in KEPT_SUMS})
     return rows
 
 
 def negated(metric: dict[str, Any]) -> dict[str, Any]:
-    """A metric with the other sign, its interval turned round."""
+    """A metric with the opposite sign, and its interval's ends swapped."""
     low, high = metric["ci"]
     interval = [None, None] if low is None else [-high, -low]
     return {**metric, "value": -metric["value"], "ci": interval}

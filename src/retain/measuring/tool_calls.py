@@ -1,9 +1,8 @@
-"""Tool calls in what a model writes, and whether they fit the tools that it was offered.
+"""Read tool calls from a model's text, and check them against the tools that it was offered.
 
-A tokenizer with a `response_template` says itself how its model writes calls, and transformers reads them. Elsewhere a
-call is a JSON object of a name and arguments, with or without text around: as Hermes and Qwen
-(`<tool_call>{…}</tool_call>`), Llama 3 (`{"name": …, "parameters": …}`) and Mistral (`[TOOL_CALLS][{…}]`, or
-`[TOOL_CALLS]name[ARGS]{…}`) write it.
+If the tokenizer has a `response_template`, transformers parses the calls. Otherwise a call is a JSON object with a name
+and arguments, with or without text around it, as Hermes and Qwen (`<tool_call>{…}</tool_call>`), Llama 3
+(`{"name": …, "parameters": …}`) and Mistral (`[TOOL_CALLS][{…}]` or `[TOOL_CALLS]name[ARGS]{…}`) write it.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ class Call(NamedTuple):
 def tool_calls(
     raw: str, prompt: str, tools: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Call | None]:
-    """The calls in a model's answer, in their order; None for one that cannot be read.
+    """The calls in a model's answer, in order; None for each malformed one.
 
     Args:
-        raw: with the tokenizer's special tokens, which may be marks of a call.
-        prompt: what it continues.
+        raw: the answer with special tokens, which may mark a call.
+        prompt: the text before it.
     """
     if getattr(tokenizer, "response_template", None) is None:
         return written_calls(without_reasoning(raw, prompt))
@@ -46,12 +45,12 @@ def tool_calls(
         message = tokenizer.parse_response(raw, prefix=prompt, tools=list(tools))
     except ValueError:
         return [None]
-    found = message.get("tool_calls") or []
-    return [as_call(one) for one in (found if isinstance(found, list) else [found])]
+    calls = message.get("tool_calls") or []
+    return [as_call(call) for call in (calls if isinstance(calls, list) else [calls])]
 
 
 def written_calls(text: str) -> list[Call | None]:
-    """The calls that a text holds as JSON.
+    """The JSON calls in a text, in order; None for each malformed one.
 
     >>> written_calls('Sure. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call> {"name": "add", "argu')
     [Call(name='add', arguments={'a': 1}), None]
@@ -72,9 +71,9 @@ def written_calls(text: str) -> list[Call | None]:
 
 
 def as_call(value: dict[str, Any]) -> Call | None:
-    """A JSON object as a call, also in the form of OpenAI's `{"function": {…}}`; None for any other object."""
-    of = value["function"] if isinstance(value.get("function"), dict) else value
-    name, arguments = of.get("name"), of.get("arguments", of.get("parameters"))
+    """Convert a JSON object to a call, also in OpenAI's form `{"function": {…}}`; None for any other object."""
+    call = value["function"] if isinstance(value.get("function"), dict) else value
+    name, arguments = call.get("name"), call.get("arguments", call.get("parameters"))
     if isinstance(arguments, str):
         try:
             arguments = STRICT_JSON.decode(arguments)
@@ -84,7 +83,7 @@ def as_call(value: dict[str, Any]) -> Call | None:
 
 
 def fits_tools(call: Call | None, tools: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a call names an offered tool, with arguments that its JSON schema allows, and no others."""
+    """Whether a call names an offered tool, and its arguments conform to the tool's JSON schema, without extra ones."""
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
     if call is None or call.name not in schemas:
         return False
@@ -94,21 +93,23 @@ def fits_tools(call: Call | None, tools: Sequence[Mapping[str, Any]]) -> bool:
 def are_wanted_calls(
     calls: Sequence[Call | None], wanted: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Whether calls are those wanted, in any order; neither the case of texts counts, nor a default written out."""
+    """Whether the calls are the wanted ones, in any order, ignoring case and arguments equal to their defaults."""
     if None in calls or len(calls) != len(wanted):
         return False
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
 
     def key(name: str, arguments: Mapping[str, Any]) -> str:
         properties = schemas.get(name, {}).get("properties") or {}
-        defaults = {one: about["default"] for one, about in properties.items() if "default" in about}
+        defaults = {argument: about["default"] for argument, about in properties.items() if "default" in about}
         return json.dumps([name, _folded(defaults | dict(arguments))], sort_keys=True)
 
-    return sorted(key(*call) for call in calls if call) == sorted(key(one["name"], one["arguments"]) for one in wanted)
+    return sorted(key(*call) for call in calls if call) == sorted(
+        key(call["name"], call["arguments"]) for call in wanted
+    )
 
 
 def _folded(value: Any) -> Any:
-    """A JSON value with its texts in one case, and whole numbers as integers."""
+    """A JSON value with case-folded texts, single spaces, and whole floats as integers."""
     if isinstance(value, str):
         return " ".join(value.casefold().split())
     if isinstance(value, float) and value.is_integer():
