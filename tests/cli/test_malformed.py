@@ -434,9 +434,9 @@ LAWS: list[tuple[str, dict[str, Any], str]] = [
     (
         "draws of words",
         {"draws": {"exponents": ["a"], "coefficients": ["b"], "given": []}},
-        "'exponents' holds what is no",
+        "'exponents' holds something",
     ),
-    ("a spread of nothing", {"spread": [None]}, "'spread' holds what is no number"),
+    ("a spread of nothing", {"spread": [None]}, "'spread' holds something that is not a finite number"),
     ("a spread of one", {"spread": [1.0]}, "does not fit the runs"),
     ("a number held out", {"held_out": 3}, "'held_out' is 3, not an object"),
     ("words held out", {"held_out": {"run": {"x": "y"}}}, "'held_out.run.x' is \"y\", not a number"),

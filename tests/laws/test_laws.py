@@ -351,7 +351,7 @@ def test_no_interval_of_a_loss_reaches_below_0_and_the_cut_is_noted():
     assert min(np.min(end) for name in BOTH for end in (*at.ci[name], *at.curve_ci[name], at.value[name])) == 0
     notes = [text for text in at.to_dict()["notes"] if text.startswith("forgetting_loss: ")]
     assert len(notes) == 1
-    assert notes[0].endswith("here; no run had so little, and it is cut at 0")
+    assert notes[0].endswith("here; no run had a value below 0, so it is cut at 0")
     table["forgetting_loss"] -= 0.01  # a rise of the loss may be negative, as some are
     at = quiet_fit(table, num_resamples=60, num_starts=4).predict(**ask)
     assert np.min(at.ci["forgetting_loss"]) < 0
@@ -375,7 +375,7 @@ def test_the_form_size_is_of_relative_errors():
     assert law.params["alpha"] == pytest.approx(2.0, rel=0.1)
     assert law.predict(num_params=P).value["forgetting_loss"][1:] == pytest.approx(L_f[1:], rel=0.15)
     with pytest.raises(
-        ValueError, match="forgetting_loss: 0 has no logarithm, which the form 'size' fits; drop the row"
+        ValueError, match="forgetting_loss: 0 is not above 0, and the form 'size' fits logarithms; drop the row"
     ):
         fit_forgetting_law({"run": range(6), "num_params": P, "forgetting_loss": [0, *L_f[1:]]}, "size")
 
@@ -432,26 +432,26 @@ def test_one_rank_cannot_say_how_forgetting_changes_with_size():
         law = fit_forgetting_law(paper_design(ranks=(8,)), "forgetting", num_resamples=10)
     texts = [str(one.message) for one in caught]
     assert texts == law.warnings
-    assert texts[0] == "num_params: 1.99885e+07 in every row; how losses change with it is not identified"
-    assert texts[1] == "run: 1 of them; intervals need at least 3 runs, so there are none"
+    assert texts[0] == "num_params: 1.99885e+07 in every row; its effect on the losses is not identified"
+    assert texts[1] == "run: only 1, so there are no intervals; they need at least 3 runs"
     at = law.predict(num_params=8 * PER_RANK, num_steps=200)
     assert math.isnan(at.ci["forgetting_loss"][0])
     assert at.value["forgetting_loss"] == pytest.approx(truth(OPENORCA, 8 * PER_RANK, 200)[1], rel=0.03)
-    with pytest.raises(ValueError, match=r"num_params: every run has 1.99885e\+07, so other values are unknown"):
+    with pytest.raises(ValueError, match=r"num_params: every run has 1.99885e\+07, so nothing is known of others"):
         law.predict(num_params=1e9, num_steps=200)
 
 
 FEW = {
-    "joint": (paper_design(ranks=(8, 16, 32)), "runs: 3 of them, and the form 'joint' needs 4 that differ in num_par"),
-    "two ranks": (paper_design(ranks=(8, 64)), "num_params: 2 different values, and the form 'two ranks' needs 3"),
-    "steps": (paper_design(steps=3), "num_steps: 3 different values, and the form 'steps' needs 4"),
-    "size": ({"num_params": [1, 2]}, "runs: 2 of them, and the form 'size' needs 3 that differ in num_params"),
-    "saturation": ({"tokens_per_param": [1, 2]}, "tokens_per_param: 2 different values, and the form 'saturation' n"),
-    "quadratic": ({"ref_kl": [1, 2, 3]}, "runs: 3 of them, and the form 'quadratic' needs 4 that differ in ref_kl"),
-    "linear": ({"finetuning_loss": [1, 2]}, "runs: 2 of them, and the form 'linear' needs 3 that differ in finet"),
+    "joint": (paper_design(ranks=(8, 16, 32)), "runs: 3, but the form 'joint' needs 4 that differ in num_par"),
+    "two ranks": (paper_design(ranks=(8, 64)), "num_params: 2 different values, but the form 'two ranks' needs 3"),
+    "steps": (paper_design(steps=3), "num_steps: 3 different values, but the form 'steps' needs 4"),
+    "size": ({"num_params": [1, 2]}, "runs: 2, but the form 'size' needs 3 that differ in num_params"),
+    "saturation": ({"tokens_per_param": [1, 2]}, "tokens_per_param: 2 different values, but the form 'saturation' n"),
+    "quadratic": ({"ref_kl": [1, 2, 3]}, "runs: 3, but the form 'quadratic' needs 4 that differ in ref_kl"),
+    "linear": ({"finetuning_loss": [1, 2]}, "runs: 2, but the form 'linear' needs 3 that differ in finet"),
     "injection": (
         {"num_params": [1, 2, 3, 4], "num_tokens": [1, 2, 4, 8], "replay_share": [0, 0.1, 0, 0.1]},
-        "runs: 4 of them, and the form 'injection' needs 5 that differ in num_params and num_tokens and replay_share",
+        "runs: 4, but the form 'injection' needs 5 that differ in num_params and num_tokens and replay_share",
     ),
 }  # fmt: skip
 
@@ -474,7 +474,7 @@ def test_seeds_of_three_ranks_are_enough_runs_and_few_are_warned_of():
     both["run"] = [f"{run}-{seed}" for seed in (0, 1) for run in tables[0]["run"]]
     assert not any(text.startswith("run: ") for text in quiet_fit(both, num_resamples=0).warnings)
     law = quiet_fit(paper_design(ranks=(8, 16, 64, 256)), "forgetting", num_resamples=10)
-    assert any(text.startswith("run: 4 of them; intervals from fewer than 6") for text in law.warnings)
+    assert any(text.startswith("run: only 4; intervals from fewer than 6") for text in law.warnings)
     assert not any("num_params" in text for text in law.warnings)
 
 
@@ -644,7 +644,7 @@ def test_what_is_no_json_is_refused(tmp_path, text):
         ({"num_params": 1e8, "num_steps": 0}, "num_steps: 0 is out of range"),
         ({"num_params": 1e8, "num_steps": math.nan}, "num_steps: nan is out of range"),
         ({"num_params": 1e8, "num_steps": "many"}, "predict: could not convert string to float"),
-        ({"num_params": 1e8, "num_steps": 5, "level": 1.0}, "level: 1.0 is not a share"),
+        ({"num_params": 1e8, "num_steps": 5, "level": 1.0}, "level: 1.0 is out of range"),
         ({"num_params": [1e8, 2e8], "num_steps": [1, 2, 3]}, "predict: shape mismatch"),
     ],
 )
@@ -656,7 +656,7 @@ def test_predict_refuses_what_cannot_be(noisy_law, inputs, message):
 def test_unknown_forms_and_bounds_are_refused():
     with pytest.raises(ValueError, match="form: 'jont' is not known; use one of linear, joint"):
         fit_forgetting_law(paper_design(), "jont")
-    with pytest.raises(ValueError, match="bounds: 'alpha' is no exponent of the form 'joint'"):
+    with pytest.raises(ValueError, match="bounds: 'alpha' is not an exponent of the form 'joint'"):
         form_of("joint", {"alpha": (0, 1)})
 
 

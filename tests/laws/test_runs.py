@@ -50,10 +50,13 @@ BAD_RUNS = {
         "runs: no column 'num_params'; needs run, num_params, num_steps, finetuning",
     ),
     "nothing": ([], "runs: no column 'run'"),
-    "a number": (3, "runs: int is no table; give a list of rows"),
-    "one row": ({name: column[:1] for name, column in paper_design().items()}, "runs: 1 rows for the 11 free numbers"),
+    "a number": (3, "runs: int is not a table; give a list of rows"),
+    "one row": (
+        {name: column[:1] for name, column in paper_design().items()},
+        "runs: 1 rows for the 11 free parameters",
+    ),
     "no rows": ({name: [] for name in paper_design()}, "runs: columns of 0 rows"),
-    "uneven": (paper_design() | {"num_steps": [1, 2]}, "runs: columns of 2, 132 rows; give as many in each"),
+    "uneven": (paper_design() | {"num_steps": [1, 2]}, "runs: columns of 2, 132 rows; give the same number in each"),
     "no name": (changed(run=None), "run: missing in row 3; name it in every row"),
     "an empty name": (changed(run=""), "run: missing in row 3; name it in every row"),
     "NaN for a name": (changed(run=math.nan), "run: missing in row 3; name it in every row"),
@@ -78,7 +81,7 @@ def test_a_run_given_twice_under_two_names_is_refused():
     table = paper_design(steps=4)
     twice = {name: np.concatenate([column, column[:4]]) for name, column in table.items()}
     twice["run"] = [*table["run"], *["copy"] * 4]
-    with pytest.raises(ValueError, match="run: 'copy' is a copy of 'r8'; give it once"):
+    with pytest.raises(ValueError, match="run: 'copy' is a copy of 'r8', which makes .*; give it once"):
         fit_forgetting_law(twice)
 
 
@@ -117,7 +120,7 @@ def test_runs_of_finetunes_are_read_with_the_size_of_what_was_tuned(tmp_path):
     with pytest.raises(ValueError, match="has no evaluation with .* after step 0; finetune with --eval_strategy"):
         read_runs([start], columns)
     (files[0].parent / "retain_config.json").unlink()
-    with pytest.raises(ValueError, match="num_params: no retain_config.json in .*r2' has it; restore it, or give a ta"):
+    with pytest.raises(ValueError, match="num_params: missing from .*r2/retain_config.json'; restore it, or give a ta"):
         read_runs(files, columns)
     with pytest.raises(ValueError, match="has no evaluation with 'retention/books/ref_kl'"):
         read_runs(files, columns, retention="books")
@@ -134,7 +137,7 @@ def test_runs_of_several_recipes_are_told_apart(tmp_path, capsys):
     options = ["--form", "linear", "--output", str(tmp_path / "law.json"), "--num_resamples", "9", "--num_starts", "1"]
     assert main(["fit", *(str(file.parent) for file in files), *options]) == 0  # folders mean their metrics.jsonl
     output = capsys.readouterr().out
-    assert "! replay_coef: the runs have 0.0, 1.0; a law is of one recipe: fit those of one value" in output
+    assert "! replay_coef: the runs have 0.0, 1.0; a law is of one recipe: fit runs of one value" in output
     assert "! learning_rate: the runs have 0.0001, 0.0002; " in output
     assert "lr_scheduler_type: the" not in output
     (files[2].parent / "retain_config.json").unlink()
@@ -267,7 +270,7 @@ def test_rows_of_a_table_that_cannot_be_read_are_refused_not_dropped(tmp_path, t
 def test_runs_of_one_name_in_two_tables_and_columns_of_one_name_are_refused(tmp_path):
     for name, step in (("a", 5), ("b", 6)):
         (tmp_path / f"{name}.csv").write_text(f"run,num_steps,forgetting_loss\n1,{step},1\n")
-    with pytest.raises(ValueError, match="run: '1' is in 'b.csv' and in a file before it; name every run differently"):
+    with pytest.raises(ValueError, match="run: '1' is in 'b.csv' and in an earlier file; name every run differently"):
         read_runs([tmp_path / "a.csv", tmp_path / "b.csv"], ["num_steps", "forgetting_loss"])
     (tmp_path / "t.csv").write_text("run,num_steps,num_steps,forgetting_loss\na,5,6,1\n")
     with pytest.raises(ValueError, match="runs: .*t.csv' has several columns 'num_steps'; keep one"):

@@ -1,1 +1,1 @@
-"""Laws of forgetting: forms, fits, predictions, and plans from pilot runs. No models here."""
+"""Laws of forgetting: forms, fits, predictions, and plans from pilot runs. Loads no models."""

@@ -1,4 +1,4 @@
-"""A form and the runs it is fitted to, as the arrays that variable projection needs."""
+"""A form and the runs it is fitted to, as arrays for variable projection."""
 
 from __future__ import annotations
 
@@ -12,45 +12,47 @@ from retain.laws.variable_projection import Fits, fit_many
 
 
 class Problem:
-    """Rows are all points of the first output, then of the second; coefficients are grouped by data set."""
+    """A fit's arrays. Rows hold all points of the first output, then of the second; coefficients go by data set."""
 
     def __init__(self, form: Form, runs: Runs) -> None:
         self.form, self.runs = form, runs
         self.num_points, self.num_outputs, self.num_datasets = len(runs), len(form.outputs), len(runs.datasets)
-        self.run_codes = np.tile(runs.run_codes, self.num_outputs)  # of each row
+        self.run_codes = np.tile(runs.run_codes, self.num_outputs)  # shape (rows,)
         self.centres = {name: float(np.exp(np.log(runs.columns[name]).mean())) for name in form.centred}
         self.inputs = self.centre({name: runs.columns[name] for name in form.inputs})
         columns = [self._logarithm(name) if form.logs else runs.columns[name] for name in form.outputs]
         self.observed = np.concatenate(columns)
         self.scale = np.repeat([column.std() for column in columns], self.num_points)
         self.copies = {name: self.num_datasets if name in form.local else 1 for name in form.exponents}
-        self.slots = [name for name, count in self.copies.items() for _ in range(count)]  # exponents as searched
+        self.slots = [name for name, count in self.copies.items() for _ in range(count)]  # name of each exponent
         bounds = np.array([form.exponents[name] for name in self.slots]).reshape(-1, 2)
         self.logged = bounds[:, 0] > 0
         self.low, self.high = np.where(self.logged, np.log(np.where(self.logged, bounds.T, 1.0)), bounds.T)
 
     @property
     def num_coefficients(self) -> int:
-        """Of all data sets."""
+        """Number of coefficients over all data sets."""
         return len(self.form.coefficients) * self.num_datasets
 
     @property
     def num_free(self) -> int:
-        """How many numbers the fit is free to choose."""
+        """Number of free parameters: exponents and coefficients."""
         return len(self.slots) + self.num_coefficients
 
     def _logarithm(self, name: str) -> Array:
         low = self.runs.columns[name].min()
         if low <= 0:
-            raise ValueError(f"{name}: {low:g} has no logarithm, which the form {self.form.name!r} fits; drop the row")
+            raise ValueError(
+                f"{name}: {low:g} is not above 0, and the form {self.form.name!r} fits logarithms; drop the row"
+            )
         return np.log(self.runs.columns[name])
 
     def centre(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Inputs in units of their centres."""
+        """Inputs divided by their centres."""
         return {name: value / self.centres.get(name, 1.0) for name, value in inputs.items()}
 
     def values(self, fits: Fits, codes: np.ndarray) -> dict[str, Array]:
-        """Exponents and coefficients by name for points of data sets `codes`; shape (fits, 1) or (fits, points)."""
+        """Exponents and coefficients by name, for points of the data sets `codes`: (fits, 1) or (fits, points)."""
         count = len(self.form.coefficients)
         return self._exponents(fits.exponents, codes) | {
             name: fits.coefficients[:, codes * count + at] for at, name in enumerate(self.form.coefficients)
@@ -58,11 +60,11 @@ class Problem:
 
     def _exponents(self, exponents: Array, codes: np.ndarray) -> dict[str, Array]:
         natural = np.where(self.logged, np.exp(np.where(self.logged, exponents, 0.0)), exponents)
-        found, at = {}, 0
+        named, first = {}, 0
         for name, count in self.copies.items():
-            found[name] = natural[:, at + (codes if count > 1 else np.zeros(1, dtype=int))]
-            at += count
-        return found
+            named[name] = natural[:, first + (codes if count > 1 else np.zeros(1, dtype=int))]
+            first += count
+        return named
 
     def design(self, exponents: Array) -> Array:
         """Terms of every row, shape (fits, rows, coefficients of all data sets), in units of the noise."""
@@ -75,15 +77,15 @@ class Problem:
         return stacked / self.scale[:, None]
 
     def predict(self, fits: Fits) -> Array:
-        """Each fit's outputs at the runs' own points, shape (fits, outputs, points)."""
+        """Each fit's outputs at the points of the runs, nats, shape (fits, outputs, points)."""
         return self.in_nats(self.fitted(fits))
 
     def in_nats(self, fitted: Array) -> Array:
-        """Outputs from what is fitted: the outputs themselves or their logarithms."""
+        """Outputs from fitted values, which are logarithms for a form with `logs`."""
         return np.exp(fitted) if self.form.logs else fitted
 
     def fitted(self, fits: Fits, inputs: Mapping[str, Array] | None = None, codes: np.ndarray | None = None) -> Array:
-        """Each fit's outputs in the units of `observed`, at the runs' own points or at others."""
+        """Each fit's outputs in the units of `observed`, (fits, outputs, points), at the runs' points or at others."""
         centred = self.inputs if inputs is None else self.centre(inputs)
         codes = self.runs.dataset_codes if codes is None else codes
         values = self.values(fits, codes)
@@ -103,7 +105,7 @@ class Problem:
         weight: Array | None = None,
         max_iterations: int = 100,
     ) -> tuple[Fits, Array]:
-        """Fit from each `start` (fits, k), to the runs' own outputs or to `observed` (fits, rows); fits and losses."""
+        """Fit the outputs, or `observed` (fits, rows), from each `start` (fits, k); returns fits and their losses."""
         shape = (len(start), len(self.observed))
         return fit_many(
             self.design,
@@ -118,7 +120,7 @@ class Problem:
         )
 
     def set_noise(self, best: Fits) -> None:
-        """Take the size of the residuals as the unit of each output, so that they weigh alike and Huber's k fits."""
+        """Scale each output by the size of its residuals, so that outputs weigh alike and Huber's k applies."""
         residuals = self.observed - self.fitted(best).reshape(-1)
         spread = [1.4826 * np.median(np.abs(part)) for part in np.split(residuals, self.num_outputs)]
         floor = [1e-7 * part.std() for part in np.split(self.observed, self.num_outputs)]

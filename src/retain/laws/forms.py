@@ -1,23 +1,23 @@
-"""Forms of the laws of forgetting, as sums of terms for the fit. Nats per token.
+"""Forms of the laws of forgetting, as sums of terms for the fit. Losses are in nats per token.
 
-- P, N, D, T, p, K, L_ft, L_f: columns of the runs, `RUN_COLUMNS`; P counts the tuned parameters in laws of LoRA, the
-  whole model's in size and injection
+- P, N, D, T, p, K, L_ft, L_f: columns of the runs, `RUN_COLUMNS`; P counts the tuned parameters in LoRA laws, all
+  parameters of the model in size and injection
 - a, b, α, β, ρ: of the shifted power laws; c, s: an amplitude and the loss in the limit
 - _ft, _f, _fft: of L_ft, of L_f, and of the line L_f(L_ft)
 
-Sources: linear, joint, finetuning and forgetting are of Kalajdzievski, arXiv 2401.05605: the more learned, the more
-forgotten. injection is of Bethune et al., arXiv 2502.06042: a share p of old data acts like (1 + B·p) times the
+Sources: linear, joint, finetuning and forgetting are from Kalajdzievski, arXiv 2401.05605: the more learned, the more
+forgotten. injection is from Bethune et al., arXiv 2502.06042: a share p of old data acts like (1 + B·p) times the
 parameters. size and saturation describe tables of Marek et al., arXiv 2605.26097: forgetting at equal learning over
-model size, and over pretraining tokens per parameter. quadratic is of RL's Razor, arXiv 2509.04259: forgetting over the
-divergence on the new task.
+model size, and over pretraining tokens per parameter. quadratic is from RL's Razor, arXiv 2509.04259: forgetting over
+the divergence on the new task.
 
-**What data identify.** c·[(a/P)^α + (b/N)^β]^ρ is unchanged by a → a·k^(1/α), b → b·k^(1/β), c → c·k^-ρ. The fit
-removes this freedom: the bracket is 1 at the centre of the data (geometric means P₀, N₀), so that c is the distance to
-the limit there. α, β and ρ are nearly degenerate too: for large ρ the form tends to c·(P/P₀)^-e·(N/N₀)^-f, and only
-e = ρ·w·α and f = ρ·(1-w)·β, with w = (a/P₀)^α, are left. They are reported as `slope_params` and `slope_steps`.
+**What the data identify.** c·[(a/P)^α + (b/N)^β]^ρ is unchanged by a → a·k^(1/α), b → b·k^(1/β), c → c·k^-ρ. The fit
+removes this freedom: the bracket is 1 at the centre of the data (geometric means P₀, N₀), where c is the distance to
+the limit. α, β and ρ are nearly degenerate too: for large ρ the form tends to c·(P/P₀)^-e·(N/N₀)^-f, which only
+depends on e = ρ·w·α and f = ρ·(1-w)·β, with w = (a/P₀)^α. They are reported as `slope_params` and `slope_steps`.
 The fit searches ρ, w (`share`), ρ·α (`reach_params`) and ρ·β (`reach_steps`).
 
-The joint law adds a freedom: another c_fft, with s_fft, a_f and b_f to match, is the same law. So only ρ, L_f's
+The joint law adds a freedom: a different c_fft, with s_fft, a_f and b_f to match, gives the same law. So only ρ, L_f's
 distance from its limit (c_fft times its bracket) and that limit (s_fft - c_fft·s_ft) are fitted, together with L_ft.
 c_fft is reported as the slope of L_f over L_ft along a run at the centre, -(dL_f/dN) / (dL_ft/dN): the slope of the
 line wherever the two brackets are equal.
@@ -41,11 +41,11 @@ Centres = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of runs: its symbol in equations, its name on axes, and the values that it may have.
+    """A column of runs: its symbol in equations, its label on axes and its valid values.
 
     Args:
-        low: least value; positive: refuse `low` itself, too.
-        per_run: one value for all rows of a run.
+        low: smallest value; with `positive`, values must exceed it.
+        per_run: all rows of a run have the same value.
     """
 
     symbol: str
@@ -55,12 +55,12 @@ class Column:
     per_run: bool = False
 
     def allows(self, values: Number) -> np.ndarray:
-        """Which values the column may have."""
+        """Which values are valid."""
         return np.isfinite(values) & (values > self.low if self.positive else values >= self.low)
 
     @property
     def range(self) -> str:
-        """What `allows` allows, in words."""
+        """The valid values, in words."""
         low = f" {'above' if self.positive else 'of at least'} {self.low:g}" if np.isfinite(self.low) else ""
         return f"a finite number{low}"
 
@@ -78,29 +78,29 @@ RUN_COLUMNS = {
 
 
 def column_of(name: str) -> Column:
-    """A column by its name; columns of a user's own form take any finite number."""
+    """The column of this name; a column that only a user's form has takes any finite number."""
     return RUN_COLUMNS.get(name) or Column(name, name)
 
 
 @dataclass(frozen=True)
 class Form:
-    """A law as the fit sees it: each output is a sum of coefficients times terms.
+    """A law for the fit: each output is a sum of coefficients times terms.
 
-    `terms(inputs, exponents)` gives, for each output (or its logarithm, with `logs`), one array per coefficient.
-    Inputs are of shape (points,), exponents broadcast against them with fits in front. The fit solves for the
-    coefficients exactly and searches the exponents between their bounds (`local` ones for each data set where
-    exponents are shared).
+    The fit solves for the coefficients exactly and searches the exponents between their bounds.
 
     Args:
-        name: how it is called, in files too.
-        equation: for people; in the symbols of `legend`.
+        name: its name, in files too.
+        equation: to be read, in the symbols of `legend`.
         inputs, outputs: columns of the runs.
-        exponents: name → bounds; searched on a log scale where the lower bound is positive.
         coefficients: names, in the order of the terms.
-        logs: fit the logarithms of the outputs: errors are shares of them, and predictions stay above 0.
-        levels: input → how many different values of it the form's numbers need; fewer are refused, unless it is the
-            same in every row, where other values are.
-        centred: divide these inputs by their geometric mean before `terms` sees them.
+        terms: (inputs, exponents) → for each output (or its logarithm, with `logs`) one array per coefficient. Inputs
+            have shape (points,); exponents broadcast against them, with fits as the first axis.
+        exponents: name → bounds; searched on a log scale if the lower bound is positive.
+        logs: fit the logarithms of the outputs: errors are relative, and predictions stay above 0.
+        levels: input → how many different values of it the form needs; fewer are refused, except one value in every
+            row, with which other values are refused in predictions.
+        local: exponents that each data set has for itself where exponents are shared.
+        centred: inputs divided by their geometric mean before `terms` gets them.
         report: exponents, coefficients and centres → the parameters as published.
     """
 
@@ -119,7 +119,7 @@ class Form:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every column that the fit reads."""
+        """The columns that the fit reads."""
         return tuple(dict.fromkeys((*self.inputs, *self.outputs)))
 
     @property
@@ -132,29 +132,29 @@ class Form:
         return {column_of(name).symbol: name for name in self.columns}
 
 
-def _bracket(inputs: Values, values: Values, of: str = "") -> Array:
+def _bracket(inputs: Values, values: Values, suffix: str = "") -> Array:
     """[w·P^-α + (1-w)·N^-β]^ρ with P and N in units of their centres."""
-    rho, share = values["rho"], values[f"share{of}"]
-    by_params = share * inputs["num_params"] ** -(values[f"reach_params{of}"] / rho)
-    return (by_params + (1 - share) * inputs["num_steps"] ** -(values[f"reach_steps{of}"] / rho)) ** rho
+    rho, share = values["rho"], values[f"share{suffix}"]
+    by_params = share * inputs["num_params"] ** -(values[f"reach_params{suffix}"] / rho)
+    return (by_params + (1 - share) * inputs["num_steps"] ** -(values[f"reach_steps{suffix}"] / rho)) ** rho
 
 
-def _power_exponents(of: str = "") -> dict[str, tuple[float, float]]:
-    return {f"reach_params{of}": (1e-3, 5.0), f"reach_steps{of}": (1e-3, 5.0), f"share{of}": (0.0, 1.0)}
+def _power_exponents(suffix: str = "") -> dict[str, tuple[float, float]]:
+    return {f"reach_params{suffix}": (1e-3, 5.0), f"reach_steps{suffix}": (1e-3, 5.0), f"share{suffix}": (0.0, 1.0)}
 
 
-def _published(values: Values, centres: Centres, of: str, scale: Number) -> dict[str, Array]:
+def _published(values: Values, centres: Centres, suffix: str, scale: Number) -> dict[str, Array]:
     """a, α, b, β and the slopes, for a bracket that is `scale` at the centre."""
-    rho, share = values["rho"], values[f"share{of}"]
-    alpha, beta = values[f"reach_params{of}"] / rho, values[f"reach_steps{of}"] / rho
+    rho, share = values["rho"], values[f"share{suffix}"]
+    alpha, beta = values[f"reach_params{suffix}"] / rho, values[f"reach_steps{suffix}"] / rho
     with np.errstate(over="ignore", invalid="ignore"):
         return {
-            f"a{of}": centres["num_params"] * (scale * share) ** (1 / alpha),
-            f"alpha{of}": alpha,
-            f"b{of}": centres["num_steps"] * (scale * (1 - share)) ** (1 / beta),
-            f"beta{of}": beta,
-            f"slope_params{of}": rho * share * alpha,
-            f"slope_steps{of}": rho * (1 - share) * beta,
+            f"a{suffix}": centres["num_params"] * (scale * share) ** (1 / alpha),
+            f"alpha{suffix}": alpha,
+            f"b{suffix}": centres["num_steps"] * (scale * (1 - share)) ** (1 / beta),
+            f"beta{suffix}": beta,
+            f"slope_params{suffix}": rho * share * alpha,
+            f"slope_steps{suffix}": rho * (1 - share) * beta,
         }
 
 
@@ -163,9 +163,9 @@ def _report_power(values: Values, centres: Centres) -> dict[str, Array]:
 
 
 def _report_joint(values: Values, centres: Centres) -> dict[str, Array]:
-    """In the gauge of the module's docstring: c_fft is the slope of L_f over L_ft along a run, at the centre."""
-    with np.errstate(divide="ignore", invalid="ignore"):  # NaN where steps change nothing
-        steps_f, steps_ft = ((1 - values[f"share{of}"]) * values[f"reach_steps{of}"] for of in ("_f", "_ft"))
+    """Parameters of the joint law; c_fft is the slope of L_f over L_ft along a run at the centre (see the module)."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # NaN where steps have no effect
+        steps_f, steps_ft = ((1 - values[f"share{name}"]) * values[f"reach_steps{name}"] for name in ("_f", "_ft"))
         c_fft = -values["amplitude_f"] * steps_f / (values["c_ft"] * steps_ft)
         scale = (steps_ft / steps_f) ** (1 / values["rho"])  # of the bracket of L_f: amplitude_f = -c_fft·c_ft·scale^ρ
     named = {"c_fft": c_fft, "s_fft": values["limit_f"] + c_fft * values["s_ft"]}
@@ -178,8 +178,8 @@ def _joint_terms(inputs: Values, values: Values) -> Sequence[Sequence[Number]]:
 
 
 def _injection_terms(inputs: Values, values: Values) -> Sequence[Sequence[Number]]:
-    size_of = (1 + values["B"] * inputs["replay_share"]) * inputs["num_params"]
-    return [[inputs["num_tokens"] ** values["beta"] * size_of ** -values["alpha"], 1.0]]
+    effective_params = (1 + values["B"] * inputs["replay_share"]) * inputs["num_params"]
+    return [[inputs["num_tokens"] ** values["beta"] * effective_params ** -values["alpha"], 1.0]]
 
 
 def _report_injection(values: Values, centres: Centres) -> dict[str, Array]:
@@ -194,7 +194,7 @@ def _report_size(values: Values, centres: Centres) -> dict[str, Array]:
 
 P_N, RHO = ("num_params", "num_steps"), {"rho": (0.3, 30.0)}
 LOSSES = ("finetuning_loss", "forgetting_loss")
-OF_P_N = {"num_params": 3, "num_steps": 4}  # a level, α and w; then β, ρ and c
+P_N_LEVELS = {"num_params": 3, "num_steps": 4}  # a level, α and w; then β, ρ and c
 FINETUNING = Form(
     name="finetuning",
     equation="L_ft = c·[(a/P)^α + (b/N)^β]^ρ + s",
@@ -203,7 +203,7 @@ FINETUNING = Form(
     exponents=_power_exponents() | RHO,
     coefficients=("c", "s"),
     terms=lambda x, values: [[_bracket(x, values), 1.0]],
-    levels=OF_P_N,
+    levels=P_N_LEVELS,
     local=("share",),
     centred=P_N,
     report=_report_power,
@@ -229,7 +229,7 @@ FORMS = {
             exponents=_power_exponents("_ft") | _power_exponents("_f") | RHO,
             coefficients=("c_ft", "s_ft", "amplitude_f", "limit_f"),
             terms=_joint_terms,
-            levels=OF_P_N,
+            levels=P_N_LEVELS,
             local=("share_ft", "share_f"),
             centred=P_N,
             report=_report_joint,
@@ -289,7 +289,7 @@ FORMS = {
 
 
 def form_of(form: str | Form, bounds: Mapping[str, tuple[float, float]] | None = None) -> Form:
-    """A form by its name, or one of the user's own; with other bounds of its exponents where they are given."""
+    """The form of this name, or the form given, with these bounds of its exponents where there are any."""
     if not isinstance(form, Form):
         if form not in FORMS:
             raise ValueError(f"form: {form!r} is not known; use one of {', '.join(FORMS)}")
@@ -297,7 +297,7 @@ def form_of(form: str | Form, bounds: Mapping[str, tuple[float, float]] | None =
     for name, (low, high) in (bounds or {}).items():
         if name not in form.exponents:
             known = ", ".join(form.exponents) or "none"
-            raise ValueError(f"bounds: {name!r} is no exponent of the form {form.name!r}; it has {known}")
+            raise ValueError(f"bounds: {name!r} is not an exponent of the form {form.name!r}; it has {known}")
         if not 0 <= low < high < np.inf:
-            raise ValueError(f"bounds: {name} from {low:g} to {high:g} is no interval; use 0 <= low < high")
+            raise ValueError(f"bounds: {name} from {low:g} to {high:g} is not an interval; use 0 <= low < high")
     return replace(form, exponents={**form.exponents, **(bounds or {})})

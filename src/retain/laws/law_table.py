@@ -1,4 +1,4 @@
-"""A fitted law as a table for people."""
+"""A fitted law as a text table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH = 78
 
 
 def law_table(law: ForgettingLaw) -> str:
-    """What was fitted to what, how well, the parameters with intervals, and what not to believe."""
+    """The form, the runs, the quality of the fit, parameters with intervals, errors and warnings."""
     runs, sets = law.runs, len(law.runs.datasets)
     resampling = f"{len(law.draws)} resamples over runs, seed {law.settings['seed']}" if len(law.draws) else "none"
     head = [
@@ -53,14 +53,14 @@ def _cell(value: float, width: int) -> str:
 
 
 def _errors(law: ForgettingLaw) -> Sequence[str]:
-    """Root mean squared errors: in the fit, on runs that a refit did not see, and beyond the data."""
+    """Lines of root mean squared errors: in the fit, on each run held out, and beyond the data."""
     outputs = law.form.outputs
     columns = [law.runs.columns[name] for name in outputs]
     residuals = law.problem.predict(law.estimate)[0] - np.stack(columns)
     rows = {"in the fit": np.sqrt(np.mean(residuals**2, axis=1)).tolist()}
     if law.held_out_runs:
         rows["each run held out"] = [law.run_error(name) for name in outputs]
-    for group in [group for group in law.held_out if group not in law.held_out_runs]:
+    for group in [name for name in law.held_out if name not in law.held_out_runs]:
         rows[f"{group} out"] = [law.held_out[group][name] for name in outputs]
     head = f"{'RMS error, nats':<26}" + "".join(f"{name:>20}" for name in outputs)
-    return [head, *(f"{name:<26}" + "".join(f"{value:>20.5f}" for value in of) for name, of in rows.items())]
+    return [head, *(f"{name:<26}" + "".join(f"{value:>20.5f}" for value in errors) for name, errors in rows.items())]

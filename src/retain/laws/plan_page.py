@@ -1,4 +1,4 @@
-"""A plan for people: a summary, a Markdown page and a figure."""
+"""A plan as a summary, a Markdown page and a figure."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ HEADS = ("replay coefficient", "best within the limit", "by", "new-task loss", "
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A plan with what it rests on and the command that follows from it.
+    """A plan, its pilots and the command of the recommended run.
 
     Args:
-        command: the recommended run, to paste into a shell; settings: the flags of `retain plan`.
-        replay_share: of the rows of a step; retention: name of the text that the limit is for.
+        command: the recommended run, to paste into a shell.
+        settings: the flags of `retain plan`.
+        replay_share: share of replay rows in a step.
+        retention: name of the text to which the limit applies.
     """
 
     plan: Plan
@@ -36,21 +38,22 @@ class PlanReport:
 
     @property
     def cost(self) -> dict[str, float]:
-        """Of all pilots together, those of an earlier call included; tokens of new rows."""
-        total = {name: sum(getattr(one, name) for one in self.pilots) for name in ("steps", "tokens", "seconds")}
+        """Total cost of the pilots, including those of earlier calls; tokens of new rows."""
+        total = {name: sum(getattr(run, name) for run in self.pilots) for name in ("steps", "tokens", "seconds")}
         return {"pilots": len(self.pilots), **total, "seconds": round(total["seconds"], 1)}
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        own = asdict(self)
-        return self.plan.to_dict() | {name: own[name] for name in own if name != "plan"} | {"cost": self.cost}
+        content = asdict(self)
+        del content["plan"]
+        return self.plan.to_dict() | content | {"cost": self.cost}
 
     @property
     def cost_line(self) -> str:
         return "{pilots} pilots: {steps} steps, {tokens} tokens, {seconds:.0f} seconds".format(**self.cost)
 
     def summary(self, folder: Path) -> str:
-        """A few lines that end in the command to run."""
+        """A few lines that end with the command to run."""
         plan = self.plan
         lines = [recommendation(plan)]
         if plan.chosen:
@@ -64,12 +67,12 @@ class PlanReport:
         """The plan in Markdown."""
         plan, settings = self.plan, self.settings
         rows = [HEADS, ["---"] * len(HEADS)]
-        for coef, one in plan.best.items():
+        for coef, best in plan.best.items():
             cells = [f"{coef:g}", "none", *[""] * 5]
-            if one:
-                learned, lost = (f"{value:.4g}" for value in one.measured) if one.measured else ("–", "–")
+            if best:
+                learned, lost = (f"{value:.4g}" for value in best.measured) if best.measured else ("–", "–")
                 by = "its pilot" if coef in plan.rejected_laws else "the law"
-                cells[1:] = [str(one), by, str(one.finetuning_loss), learned, str(one.forgetting_loss), lost]
+                cells[1:] = [str(best), by, str(best.finetuning_loss), learned, str(best.forgetting_loss), lost]
             rows.append(cells)
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
         caveats = "\n".join(f"- {text}" for text in plan.caveats)
@@ -79,7 +82,7 @@ class PlanReport:
 
 Limit: KL(base ‖ model) on {self.retention!r} at most {plan.max_ref_kl:g} nats per token, by the upper end of the \
 {plan.level:.0%} interval of a new measurement; as measured once where the law is not followed. Values with an \
-interval are predicted; beside them is what a pilot with this very setting measured. Replay share, where there is \
+interval are predicted; next to them is what a pilot with the same setting measured. Replay share, with \
 replay: {self.replay_share:.3g} of the rows of a step.
 
 {table}
@@ -113,26 +116,27 @@ def recommendation(plan: Plan) -> str:
     )
 
 
-def loss_lines(one: Setting, level: float) -> list[str]:
-    """What is predicted and measured of a setting."""
-    learned, lost = (f"; its pilot measured {value:.4g}" for value in one.measured) if one.measured else ("", "")
+def loss_lines(setting: Setting, level: float) -> list[str]:
+    """Lines with the predicted and measured losses of a setting."""
+    measured = setting.measured
+    learned, lost = (f"; its pilot measured {value:.4g}" for value in measured) if measured else ("", "")
     return [
-        f"new-task loss    {one.finetuning_loss}{learned}",
-        f"forgetting       {one.forgetting_loss}{lost}   (predicted, {level:.0%} intervals, nats per token)",
+        f"new-task loss    {setting.finetuning_loss}{learned}",
+        f"forgetting       {setting.forgetting_loss}{lost}   (predicted, {level:.0%} intervals, nats per token)",
     ]
 
 
 @styled
 def plan_figure(laws: PilotLaws, plan: Plan) -> Figure:
-    """Forgetting over new-task loss: pilots as points, the recommended setting with its intervals, the limit."""
+    """Plot forgetting over new-task loss: pilots, predicted curves, the limit, and the recommended setting."""
     figure = Figure(figsize=(6.4, 4.2))
     axes = figure.add_subplot()
     for at, coef in enumerate(sorted({coef for _, _, coef in laws.measured})):
         color, marker = PALETTE[at % len(PALETTE)], MARKS[at % len(MARKS)]
-        points = [losses for (_, _, of), losses in laws.measured.items() if of == coef]
+        points = [losses for (_, _, other), losses in laws.measured.items() if other == coef]
         look: dict[str, Any] = {"markersize": 4, "alpha": 0.6, "markeredgewidth": 0, "marker": marker, "color": color}
         axes.plot(*zip(*points, strict=True), linestyle="none", label=replay_phrase(coef), **look)
-        curve = [one for one in predicted_curve(laws, plan, coef) if one.forgetting_loss > 0]
+        curve = [losses for losses in predicted_curve(laws, plan, coef) if losses.forgetting_loss > 0]
         axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.3)
     axes.axhline(plan.max_ref_kl, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.annotate("limit", (0.005, plan.max_ref_kl), (0, 3), xycoords=("axes fraction", "data"),
@@ -146,16 +150,16 @@ def plan_figure(laws: PilotLaws, plan: Plan) -> Figure:
 
 
 def predicted_curve(laws: PilotLaws, plan: Plan, coef: float) -> list[Losses]:
-    """Predicted losses over the pilots' steps for the size whose setting is best, or the largest."""
-    one = plan.best.get(coef)
-    tried = [(size, step) for size, step, of in laws.measured if of == coef]
-    size = one.num_params if one else max(size for size, _ in tried)
+    """Predicted losses over the pilots' steps, for the size of the coefficient's best setting, else the largest."""
+    best = plan.best.get(coef)
+    tried = [(size, step) for size, step, other in laws.measured if other == coef]
+    size = best.num_params if best else max(size for size, _ in tried)
     settings = predicted_settings(laws, {0: size}, coef, sorted({step for _, step in tried}), plan.level)
-    return [Losses(one.finetuning_loss.value, one.forgetting_loss.value) for one in settings]
+    return [Losses(setting.finetuning_loss.value, setting.forgetting_loss.value) for setting in settings]
 
 
 def _frame_points(axes: Axes, points: Sequence[Losses], limit: float) -> None:
-    """Around the pilots and the limit; an interval may leave it."""
+    """Set the axes around the pilots and the limit; intervals may reach beyond."""
     learned, lost = zip(*points, strict=True)
     margin = 0.06 * (max(learned) - min(learned)) + 1e-9
     axes.set_xlim(max(learned) + margin, min(learned) - margin)
@@ -166,11 +170,11 @@ def _frame_points(axes: Axes, points: Sequence[Losses], limit: float) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _mark_chosen(axes: Axes, one: Setting) -> None:
-    learned, lost = one.finetuning_loss, one.forgetting_loss
-    bars = [[[of.value - max(of.low, 1e-6)], [of.high - of.value]] for of in (learned, lost)]
+def _mark_chosen(axes: Axes, chosen: Setting) -> None:
+    learned, lost = chosen.finetuning_loss, chosen.forgetting_loss
+    bars = [[[loss.value - max(loss.low, 1e-6)], [loss.high - loss.value]] for loss in (learned, lost)]
     axes.errorbar([learned.value], [lost.value], xerr=bars[0], yerr=bars[1], color=INK, marker="*", markersize=11,
                   linewidth=1.2, capsize=3, label="recommended: predicted", zorder=5)  # fmt: skip
-    if one.measured:
-        axes.plot(*one.measured, marker="o", markersize=9, markerfacecolor="none", markeredgecolor=INK,
+    if chosen.measured:
+        axes.plot(*chosen.measured, marker="o", markersize=9, markerfacecolor="none", markeredgecolor=INK,
                   linestyle="none", label="recommended: measured", zorder=6)  # fmt: skip

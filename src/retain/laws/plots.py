@@ -1,4 +1,4 @@
-"""Figures of a fitted law, in the look of `retain.report.style`: runs with curves, and residuals."""
+"""Figures of a fitted law in the style of `retain.report.style`: runs with curves, and residuals."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ POINTS: dict[str, Any] = {"linestyle": "none", "markersize": 3, "alpha": 0.55, "
 
 @styled
 def overview(law: ForgettingLaw) -> Figure:
-    """Measurements with fitted curves of each output, forgetting over learning where both are there, and residuals."""
+    """Plot each output with its fitted curves, forgetting over learning if both are fitted, and residuals."""
     outputs = law.form.outputs
     figure, axes = _subplots(4 if len(outputs) == 2 else len(outputs) + 1)
-    for at, name in zip(axes, outputs, strict=False):
-        _over_input(at, law, name)
+    for panel, name in zip(axes, outputs, strict=False):
+        _over_input(panel, law, name)
     if len(outputs) == 2:
         _trajectories(axes[2], law)
     _residuals(axes[-1], law, outputs[-1])
@@ -35,19 +35,19 @@ def overview(law: ForgettingLaw) -> Figure:
 
 
 def _subplots(panels: int) -> tuple[Figure, list[Axes]]:
-    tall = -(-panels // 2)
-    figure = Figure(figsize=(9.0, 0.5 + 3.1 * tall))
-    return figure, [figure.add_subplot(tall, 2, at + 1) for at in range(panels)]
+    num_rows = -(-panels // 2)
+    figure = Figure(figsize=(9.0, 0.5 + 3.1 * num_rows))
+    return figure, [figure.add_subplot(num_rows, 2, at + 1) for at in range(panels)]
 
 
 def _groups(law: ForgettingLaw) -> list[tuple[str, np.ndarray, dict[str, Any]]]:
-    """Rows by number of parameters where the form has it and the runs several, else all: name, rows, look."""
+    """(name, rows, style) for each number of parameters, or one group if the form has no other input beside it."""
     by_size = len(law.form.inputs) > 1 and "num_params" in law.form.inputs
     sizes = law.runs.columns["num_params"] if by_size else np.zeros(len(law.runs))
-    found = np.unique(sizes)
-    colors = map(colormaps["viridis"], np.linspace(0.1, 0.85, len(found)))
-    looks = [{"color": color, "marker": MARKS[at % len(MARKS)]} for at, color in enumerate(colors)]
-    return [(_count(size), sizes == size, look) for size, look in zip(found, looks, strict=True)]
+    distinct = np.unique(sizes)
+    colors = map(colormaps["viridis"], np.linspace(0.1, 0.85, len(distinct)))
+    styles = [{"color": color, "marker": MARKS[at % len(MARKS)]} for at, color in enumerate(colors)]
+    return [(_count(size), sizes == size, style) for size, style in zip(distinct, styles, strict=True)]
 
 
 def _count(value: float) -> str:
@@ -65,17 +65,17 @@ def _fitted(law: ForgettingLaw) -> dict[str, Array]:
 def _points_and_curves(
     axes: Axes, law: ForgettingLaw, x: Array, y: Array, curve: tuple[Array, Array], order: Array
 ) -> None:
-    """Measurements, and by size and data set the fitted curve through its points in an order."""
-    for _, rows, look in _groups(law):
-        axes.plot(x[rows], y[rows], **POINTS, **look)
+    """Plot the measurements, and for each size and data set the fitted curve through its points, sorted by `order`."""
+    for _, rows, style in _groups(law):
+        axes.plot(x[rows], y[rows], **POINTS, **style)
         for code in range(len(law.runs.datasets)):
             at = np.flatnonzero(rows & (law.runs.dataset_codes == code))
             at = at[np.argsort(order[at])]
-            axes.plot(curve[0][at], curve[1][at], color=look["color"], linewidth=1.2)
+            axes.plot(curve[0][at], curve[1][at], color=style["color"], linewidth=1.2)
 
 
 def _over_input(axes: Axes, law: ForgettingLaw, output: str) -> None:
-    """Measurements of an output over the last input of the form, and the fitted curves."""
+    """Plot an output and its fitted curves over the steps, or over the form's last input."""
     over = "num_steps" if "num_steps" in law.form.inputs else law.form.inputs[-1]
     x = law.runs.columns[over]
     _points_and_curves(axes, law, x, law.runs.columns[output], (x, _fitted(law)[output]), x)
@@ -96,14 +96,14 @@ def _trajectories(axes: Axes, law: ForgettingLaw) -> None:
 
 
 def _residuals(axes: Axes, law: ForgettingLaw, output: str) -> None:
-    """Residuals of an output over its fitted values, joined within a run."""
+    """Plot residuals of an output over its fitted values, joined within a run."""
     fitted = _fitted(law)[output]
-    left = law.runs.columns[output] - fitted
-    for _, rows, look in _groups(law):
+    residuals = law.runs.columns[output] - fitted
+    for _, rows, style in _groups(law):
         for code in np.unique(law.runs.run_codes[rows]):
             at = np.flatnonzero(rows & (law.runs.run_codes == code))
             at = at[np.argsort(fitted[at])]
-            axes.plot(fitted[at], left[at], markersize=3, linewidth=0.8, alpha=0.8, **look)
+            axes.plot(fitted[at], residuals[at], markersize=3, linewidth=0.8, alpha=0.8, **style)
     axes.axhline(0, color=INK, linewidth=0.9)
     axes.locator_params(nbins=6)
     title = f"Residuals of {TITLES.get(output, output).lower()}"
@@ -113,7 +113,6 @@ def _residuals(axes: Axes, law: ForgettingLaw, output: str) -> None:
 def _size_legend(figure: Figure, law: ForgettingLaw) -> None:
     groups = _groups(law)
     if len(groups) > 1:
-        handles = [Line2D([], [], linestyle="none", markersize=5, **look) for _, _, look in groups]
+        handles = [Line2D([], [], linestyle="none", markersize=5, **style) for _, _, style in groups]
         names = [name for name, _, _ in groups]
-        title = "parameters that are tuned"
-        figure.legend(handles, names, title=title, loc="outside lower center", ncols=6)
+        figure.legend(handles, names, title="tuned parameters", loc="outside lower center", ncols=6)

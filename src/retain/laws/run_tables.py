@@ -1,4 +1,4 @@
-"""Runs to fit a law to: one row per measurement, checked; from rows, from tables on disk, from `metrics.jsonl`."""
+"""Runs to fit a law to: one checked row per measurement, from rows, tables on disk or `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from retain.data.row_files import JSON_SUFFIXES, TABLE_SUFFIXES, json_rows, read
 from retain.files import METRICS_FILE, read_json, read_jsonl, read_settings, short_names
 from retain.laws.forms import Array, column_of
 
-RECIPE = {  # settings that a law does not have, by where `retain_config.json` has them
+RECIPE = {  # settings that are no input of a law, by their section of `retain_config.json`
     "replay": ("replay_objective", "replay_coef"),
     "training_arguments": (
         *("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps"),
     ),
-    "": ("new_rows", "loss_tokens", "retention_windows"),  # of the training rows a hash; what the losses count
+    "": ("new_rows", "loss_tokens", "retention_windows"),  # a hash of the training rows; what the losses count
 }
-OF_ADAPTER = ("base_model_name_or_path", "peft_type", "target_modules")  # in PEFT's adapter_config.json
+ADAPTER_RECIPE = ("base_model_name_or_path", "peft_type", "target_modules")  # in PEFT's adapter_config.json
 NO_NAME = (None, "")
 Rows = Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Measurements of runs: the run and the data set of each row, and columns of numbers, shape (rows,)."""
+    """Measurements of runs: the run and data set of each row, and columns of numbers, shape (rows,)."""
 
     run: tuple[str, ...]
     dataset: tuple[str, ...]
     columns: dict[str, Array]
-    left_out: tuple[str, ...] = ()  # which measurements were, and why: a sentence for each reason
+    left_out: tuple[str, ...] = ()  # how many measurements were left out, a sentence for each reason
 
     def __len__(self) -> int:
         return len(self.run)
 
     @cached_property
     def keys(self) -> list[str]:
-        """The run of each row, with its data set where there are several."""
+        """The run of each row, prefixed with its data set if there are several."""
         several = len(self.datasets) > 1
         return [f"{data}/{run}" if several else run for run, data in zip(self.run, self.dataset, strict=True)]
 
@@ -58,12 +58,12 @@ class Runs:
 
     @cached_property
     def run_codes(self) -> np.ndarray:
-        """The place of each row's run among `names`."""
+        """Index into `names` of each row's run."""
         return np.array([self.names.index(key) for key in self.keys])
 
     @cached_property
     def dataset_codes(self) -> np.ndarray:
-        """The place of each row's data set among `datasets`."""
+        """Index into `datasets` of each row's data set."""
         return np.array([self.datasets.index(name) for name in self.dataset])
 
 
@@ -76,7 +76,7 @@ def as_runs(rows: Runs | Rows, columns: Sequence[str]) -> Runs:
     length = {len(values) for values in table.values()}
     if length == {0} or len(length) > 1:
         counts = ", ".join(map(str, sorted(length)))
-        raise ValueError(f"runs: columns of {counts} rows; give as many in each, at least 1")
+        raise ValueError(f"runs: columns of {counts} rows; give the same number in each, at least 1")
     labels, sets = _names("run", table["run"]), [""] * len(table["run"])
     if any(name not in NO_NAME for name in table.get("dataset", [])):
         sets = _names("dataset", table["dataset"])
@@ -93,14 +93,14 @@ def _by_column(rows: Any) -> dict[str, Sequence[Any]]:
     if isinstance(rows, Mapping):
         return {name: list(values) for name, values in rows.items()}
     if not (isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows)):
-        raise ValueError(f"runs: {type(rows).__name__} is no table; give a list of rows or a mapping of columns")
+        raise ValueError(f"runs: {type(rows).__name__} is not a table; give a list of rows or a mapping of columns")
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _names(column: str, values: Sequence[Any]) -> list[str]:
     for index, value in enumerate(values, start=1):
-        if value in NO_NAME or value != value:  # NaN, as pandas has it
+        if value in NO_NAME or value != value:  # NaN, as in pandas
             raise ValueError(f"{column}: missing in row {index}; name it in every row")
     return [str(value) for value in values]
 
@@ -116,20 +116,20 @@ def _numbers(name: str, values: Sequence[Any], labels: Sequence[str]) -> Array:
 
 
 def _check_runs(runs: Runs) -> None:
-    content: dict[str, list[tuple[float, ...]]] = {}
+    rows_by_run: dict[str, list[tuple[float, ...]]] = {}
     for key, row in zip(runs.keys, zip(*runs.columns.values(), strict=True), strict=True):
-        content.setdefault(key, []).append(row)
+        rows_by_run.setdefault(key, []).append(row)
     names, twins = list(runs.columns), dict[tuple, str]()
-    for key, rows in content.items():
-        places = [row[names.index("num_steps")] for row in rows] if "num_steps" in names else rows
-        if len(set(places)) < len(rows):
+    for key, rows in rows_by_run.items():
+        distinct = {row[names.index("num_steps")] for row in rows} if "num_steps" in names else set(rows)
+        if len(distinct) < len(rows):
             raise ValueError(f"run: {key!r} has the same step or row twice; name every run (and seed) differently")
         for name, values in zip(names, zip(*rows, strict=True), strict=True):
             if column_of(name).per_run and len(set(values)) > 1:
                 raise ValueError(f"{name}: run {key!r} has several values; name every run differently")
         twin = twins.setdefault(tuple(sorted(rows)), key)
         if twin != key:
-            raise ValueError(f"run: {key!r} is a copy of {twin!r}; give it once, or intervals are too narrow")
+            raise ValueError(f"run: {key!r} is a copy of {twin!r}, which makes intervals too narrow; give it once")
 
 
 def read_runs(
@@ -140,15 +140,15 @@ def read_runs(
     metric: str = "ref_kl",
     min_steps: float = 0,
 ) -> Runs:
-    """Read the `metrics.jsonl` of finetunes, or tables (CSV, Parquet, JSONL) that have the columns already.
+    """Read the `metrics.jsonl` of finetunes, or tables (CSV, Parquet, JSONL) that already have the columns.
 
     Measurements at step 0, where nothing was trained, are left out and counted in `left_out`.
 
     Args:
-        columns: what the form needs.
-        retention: which retention text is `forgetting_loss`, where runs measured several.
-        metric: which of its metrics: ref_kl, forgetting or loss.
-        min_steps: leave out earlier measurements, in which the warm-up still shows.
+        columns: the columns that the form needs.
+        retention: the retention text of `forgetting_loss`, if the runs measured several.
+        metric: its metric: ref_kl, forgetting or loss.
+        min_steps: leave out measurements before this step, which the warm-up affects.
     """
     rows: list[dict[str, Any]] = []
     partial = 0
@@ -163,18 +163,17 @@ def read_runs(
         else:
             table = _read_table(file, columns)
         if twice := {str(row.get("run")) for row in table} & {str(row.get("run")) for row in rows}:
-            found = f"run: {min(twice)!r} is in {file.name!r} and in a file before it"
-            raise ValueError(f"{found}; name every run differently")
+            raise ValueError(
+                f"run: {min(twice)!r} is in {file.name!r} and in an earlier file; name every run differently"
+            )
         rows += table
     steps = [at if isinstance(at := row.get("num_steps"), int | float) else math.nan for row in rows]
     reasons = {
         "at step 0 left out; nothing was trained there": sum(at == 0 for at in steps),
         f"before step {min_steps:g} left out, by min_steps": sum(0 < at < min_steps for at in steps),
-        "left out; they have one of the two losses only": partial,
+        "left out; they have only one of the two losses": partial,
     }
-    kept = [
-        row for row, at in zip(rows, steps, strict=True) if not (at == 0 or 0 < at < min_steps)
-    ]  # below 0 is refused
+    kept = [row for row, at in zip(rows, steps, strict=True) if not (at == 0 or 0 < at < min_steps)]  # < 0: `as_runs`
     left_out = tuple(f"runs: {n} {'row' if n == 1 else 'rows'} {reason}" for reason, n in reasons.items() if n)
     if left_out and not kept:
         raise ValueError(f"{'; '.join(left_out)}; no row remains: give measurements of later steps")
@@ -182,25 +181,25 @@ def read_runs(
 
 
 def recipe_differences(sources: Sequence[str]) -> list[str]:
-    """In what the recipes of finetunes differ, a sentence each; a law is of runs that differ in its columns alone."""
+    """A sentence for each recipe setting in which finetunes differ; runs of a law may differ only in its columns."""
     folders = [file.parent for file in map(_file_of, map(Path, sources)) if file.name == METRICS_FILE]
     recipes, notes = list(map(_recipe, folders)), []
     for name in dict.fromkeys(name for recipe in recipes for name in recipe):
         values = sorted({recipe[name] for recipe in recipes if name in recipe})
         if len(values) > 1:
-            notes.append(f"{name}: the runs have {', '.join(values)}; a law is of one recipe: fit those of one value")
+            notes.append(f"{name}: the runs have {', '.join(values)}; a law is of one recipe: fit runs of one value")
     return notes
 
 
 def _recipe(folder: Path) -> dict[str, str]:
-    """What a run's files say of its recipe, by setting, and of how many documents its retention texts have."""
+    """A run's recipe by setting, and the number of documents of its retention texts, from its files."""
     settings = read_settings(folder, {"replay?": dict, "training_arguments?": dict, "retention?": {str: int}})
     parts = [(settings.get(part) or {} if part else settings, names) for part, names in RECIPE.items()]
     if (adapter := folder / "adapter_config.json").is_file():
-        parts.append((read_json(adapter, "runs", "restore it, or give a table"), OF_ADAPTER))
-    found = {name: of[name] for of, names in parts for name in names if of.get(name) is not None}
-    found |= {f"documents of {text}": count for text, count in (settings.get("retention") or {}).items()}
-    return {name: str(sorted(value) if isinstance(value, list) else value) for name, value in found.items()}
+        parts.append((read_json(adapter, "runs", "restore it, or give a table"), ADAPTER_RECIPE))
+    recipe = {name: part[name] for part, names in parts for name in names if part.get(name) is not None}
+    recipe |= {f"documents of {text}": count for text, count in (settings.get("retention") or {}).items()}
+    return {name: str(sorted(value) if isinstance(value, list) else value) for name, value in recipe.items()}
 
 
 def _file_of(path: Path) -> Path:
@@ -208,12 +207,12 @@ def _file_of(path: Path) -> Path:
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a table that has a name of the run and `columns`."""
+    """Rows of a table, which must have `run` and `columns`."""
     needed = ("run", *columns)
     if path.suffix.lower() in JSON_SUFFIXES:
         rows = [row for _, row in json_rows(path, "runs")]
     elif path.suffix.lower() in TABLE_SUFFIXES:
-        rows = read_table(path, "runs", text_columns=("run", "dataset")).to_pylist()  # the run 01 is not the run 1
+        rows = read_table(path, "runs", text_columns=("run", "dataset")).to_pylist()  # "01" and "1" are two runs
     else:
         raise ValueError(f"runs: {path.name!r} has an unknown ending; use metrics.jsonl, .csv, .parquet or .jsonl")
     if absent := [name for name in needed if not any(name in row for row in rows)]:
@@ -227,9 +226,9 @@ def _read_table(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
 def read_metrics(
     path: Path, run: str, columns: Sequence[str], retention: str | None, metric: str
 ) -> tuple[list[dict[str, Any]], int]:
-    """Evaluations of one finetune with the size of what was tuned; and how many more lack a loss that others have."""
+    """Evaluations of one finetune, with its number of tuned parameters; and how many lack one of the two losses."""
     steps: dict[int, dict[str, Any]] = {}
-    for row in read_jsonl(path, {"step": int}):  # one row a step: the logs of an evaluation come in two parts
+    for row in read_jsonl(path, {"step": int}):  # an evaluation is logged in two rows of one step
         steps.setdefault(row["step"], {}).update(row)
     names = sorted({key.split("/", 1)[1].rpartition("/")[0] for row in steps.values() for key in row
                     if key.startswith("retention/") and key.endswith(f"/{metric}")})  # fmt: skip
@@ -238,9 +237,9 @@ def read_metrics(
     key = f"retention/{retention or ''.join(names)}/{metric}"
     wanted = {"finetuning_loss": "eval_loss", "forgetting_loss": key}
     wanted = {column: logged for column, logged in wanted.items() if column in columns}
-    found = [step for step, row in steps.items() if all(name in row for name in wanted.values())]
-    partial = sum(any(name in row for name in wanted.values()) for row in steps.values()) - len(found)
-    if not any(found):
+    complete = [step for step, row in steps.items() if all(name in row for name in wanted.values())]
+    partial = sum(any(name in row for name in wanted.values()) for row in steps.values()) - len(complete)
+    if not any(complete):
         lacking = next((name for name in wanted.values() if not any(name in row for row in steps.values())), "step")
         remedy = "finetune with --eval_strategy steps, --eval_dataset_name and --retention"
         if lacking == key and names:
@@ -249,14 +248,16 @@ def read_metrics(
     size = {"num_params": tuned_params(path.parent)} if "num_params" in columns else {}
     rows = [
         {"run": run, "num_steps": step, **size, **{column: steps[step][name] for column, name in wanted.items()}}
-        for step in sorted(found)
+        for step in sorted(complete)
     ]
     return rows, partial
 
 
 def tuned_params(folder: Path) -> int:
-    """How many parameters a finetune tuned, as its `retain_config.json` says."""
+    """Number of parameters that a finetune tuned, from its `retain_config.json`."""
     count = read_settings(folder, {"num_params?": int}).get("num_params")
     if count is None:
-        raise ValueError(f"num_params: no retain_config.json in {str(folder)!r} has it; restore it, or give a table")
+        raise ValueError(
+            f"num_params: missing from {str(folder / 'retain_config.json')!r}; restore it, or give a table"
+        )
     return int(count)

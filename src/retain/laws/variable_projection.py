@@ -1,7 +1,7 @@
 """Variable projection: many fits of one form at once, coefficients solved exactly, exponents by Levenberg-Marquardt.
 
-Arrays have the fits in front: many starts of one fit, or resamples of its data. A robust fit is a weighted one whose
-weights follow Huber's loss (iteratively reweighted least squares); no step raises that loss.
+The first axis of an array is the fit: many starts of one fit, or resamples of its data. A robust fit takes its weights
+from Huber's loss (iteratively reweighted least squares); no step raises that loss.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from retain.laws.forms import Array
 
-HUBER = 1.345  # 95% as good as least squares where errors are normal
+HUBER = 1.345  # 95% as efficient as least squares for normal errors
 # Exponents (fits, k) → terms (fits, points, coefficients).
 Design = Callable[[Array], Array]
 
@@ -35,12 +35,12 @@ class Fits:
 
 @dataclass
 class _Search(Fits):
-    """Where many fits stand: also residuals (fits, points) and weighted squares (fits,)."""
+    """Fits in progress, with their residuals (fits, points) and weighted sums of squares (fits,)."""
 
     residuals: Array
     squares: Array
 
-    def take(self, which: np.ndarray, other: _Search) -> None:
+    def update(self, which: np.ndarray, other: _Search) -> None:
         for name, array in vars(other).items():
             getattr(self, name)[which] = array
 
@@ -56,12 +56,12 @@ def least_squares(terms: Array, target: Array, weight: Array) -> Array:
 
 
 def huber_weight(standardised: Array) -> Array:
-    """min(1, k/|r|)."""
+    """Weight of each residual: min(1, k/|r|)."""
     return HUBER / np.maximum(np.abs(standardised), HUBER)
 
 
 def huber_loss(standardised: Array) -> Array:
-    """r²/2 near zero, linear beyond k."""
+    """Loss of each residual: r²/2 up to k, linear beyond."""
     size = np.abs(standardised)
     return np.where(size <= HUBER, size**2 / 2, HUBER * (size - HUBER / 2))
 
@@ -78,35 +78,35 @@ def fit_many(
     max_iterations: int = 100,
     tolerance: float = 1e-10,
 ) -> tuple[Fits, Array]:
-    """Fit `target` (fits, points), in units of its noise, with `weight` for each point, from `start` (fits, k).
+    """Fit `target` (fits, points), in units of its noise and weighted by `weight`, from `start` (fits, k).
 
-    Exponents stay between `low` and `high` (k,). A fit ends when a step lowers its loss by a share below `tolerance`,
-    or when none lowers it.
+    Exponents stay between `low` and `high` (k,). A fit ends when a step lowers its loss by less than the fraction
+    `tolerance`, or when no step lowers it.
 
     Returns:
         The fits, and the loss of each, shape (fits,).
     """
-    found = _project(design, np.clip(start, low, high), target, weight)
+    search = _project(design, np.clip(start, low, high), target, weight)
     active, damping = np.arange(len(start)), np.full(len(start), 1e-3)
     for _ in range(max_iterations):
-        now = found[active]
+        now = search[active]
         w = weight[active] * (huber_weight(now.residuals) if robust else 1.0)
         now.squares = (w * now.residuals**2).sum(1)
         step = _step(design, now, w, damping[active], low, high)
         new = _project(design, np.clip(now.exponents + step, low, high), target[active], w)
         better = new.squares <= now.squares
-        found.take(active[better], new[better])
+        search.update(active[better], new[better])
         damping[active] = np.where(better, damping[active] * 0.2, damping[active] * 6).clip(1e-12)
         done = np.where(better, now.squares - new.squares <= tolerance * now.squares, damping[active] > 1e8)
         active = active[~done]
         if not len(active):
             break
-    loss = (weight * (huber_loss(found.residuals) if robust else found.residuals**2 / 2)).sum(1)
-    return Fits(found.exponents, found.coefficients), loss
+    loss = (weight * (huber_loss(search.residuals) if robust else search.residuals**2 / 2)).sum(1)
+    return Fits(search.exponents, search.coefficients), loss
 
 
 def _project(design: Design, exponents: Array, target: Array, weight: Array) -> _Search:
-    """The best coefficients at given exponents."""
+    """Fits with the best coefficients at given exponents."""
     terms = design(exponents)
     coefficients = least_squares(terms, target[..., None], weight)
     residuals = target - (terms @ coefficients)[..., 0]
@@ -114,7 +114,7 @@ def _project(design: Design, exponents: Array, target: Array, weight: Array) -> 
 
 
 def _step(design: Design, now: _Search, weight: Array, damping: Array, low: Array, high: Array) -> Array:
-    """A damped Gauss-Newton step of the projected problem (Kaufman's approximation) that leaves no bound."""
+    """A damped Gauss-Newton step of the projected problem (Kaufman's approximation), within the bounds."""
     if not now.exponents.shape[1]:
         return np.zeros_like(now.exponents)
     terms = design(now.exponents)
@@ -132,7 +132,7 @@ def _step(design: Design, now: _Search, weight: Array, damping: Array, low: Arra
 
 
 def _slopes(design: Design, now: _Search, terms: Array, low: Array, high: Array) -> Array:
-    """Derivative of the predictions by each exponent at fixed coefficients, shape (fits, points, k)."""
+    """Derivatives of the predictions by each exponent at fixed coefficients, shape (fits, points, k)."""
     columns = []
     for index, width in enumerate(1e-6 * (high - low)):
         moved = now.exponents.copy()
