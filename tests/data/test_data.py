@@ -139,10 +139,10 @@ BAD_FILES = {
     "empty.jsonl": ("", "is empty"),
     "blank.txt": ("\n \n\n", "is empty"),
     "header.csv": ("text\n", "is empty"),
-    "mixed.jsonl": ('{"text": "a"}\n{"text": {"b": 1}}\n', r"one schema \(.*\); give a column values of one kind"),
+    "mixed.jsonl": ('{"text": "a"}\n{"text": {"b": 1}}\n', r"one schema \(.*\); give each column values of one type"),
     "latin.txt": ("café".encode("latin-1"), "not UTF-8 at byte 3"),
     "latin.jsonl": ('{"text": "café"}'.encode("latin-1"), "not UTF-8 at byte 13"),
-    "torn.parquet": (b"PAR1 and no more", r"cannot read .* \(.*\); write it anew"),
+    "torn.parquet": (b"PAR1 and no more", r"cannot read .* \(.*\); write it again"),
     "ragged.csv": ("a,b\n1\n", "cannot read"),
     "rows.xlsx": ("x", "unknown ending"),
 }
@@ -277,7 +277,7 @@ def test_a_source_without_name_or_file_is_refused(spec):
 
 
 def test_a_name_given_twice_is_refused():
-    with pytest.raises(ValueError, match="'wiki' comes twice"):
+    with pytest.raises(ValueError, match="'wiki' is given twice"):
         named_sources(["wiki=a", "wiki=b"], "retention")
 
 

@@ -336,8 +336,8 @@ def test_settings_that_mean_nothing_are_refused(options, why):
 @pytest.mark.parametrize(
     ("texts", "why"),
     [
-        ([None], "data: a row is None; give its words, or a row with text"),
-        (["half of \ud800"], "data: a row is no Unicode text .*; correct or delete it"),
+        ([None], "data: a row is None; give a string, or a row with text"),
+        (["half of \ud800"], "data: a row is not valid Unicode .*; correct or delete it"),
         ([Document([[3] + [5] * 200], 200)], "a document has 201 tokens, more than the models' 128 positions; cut it"),
     ],
 )

@@ -1,1 +1,1 @@
-"""Rows in, documents of tokens out; text that stands in two data sets."""
+"""Rows in, tokenized documents out; text that two data sets share."""

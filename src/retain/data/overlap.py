@@ -1,6 +1,6 @@
-"""Is what is measured also trained on? Rows of tokens found again among others, also where these were cut elsewhere.
+"""Find token windows in rows of tokens, even if the rows were cut elsewhere: is what is measured also trained on?
 
-N-grams are compared. Memory is bounded by what is searched for; the rows are walked once.
+Compares n-grams, in one pass over the rows; memory is bounded by the windows searched for.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 
-ALIGNED = 32  # rows that agree so far are compared to the end of the shorter one; shorter rows must be equal
-NGRAM = 16  # rows that begin elsewhere are found by n-grams of this length
-MAX_PLACES = 4  # beyond which an n-gram is a licence's or a template's, and says nothing about its row
-MIN_CONSECUTIVE = 4  # n-grams that must be found again one after the other, and half of those that count
-MAX_BLOCK = 1 << 16  # tokens that are searched at a time
-MAX_REMEMBERED = 1 << 22  # distinct rows that are recognised when they come again, some 70 bytes each
+ALIGNED = (
+    32  # rows with this many equal first tokens are compared to the end of the shorter; shorter rows must be equal
+)
+NGRAM = 16  # length of the n-grams by which rows that begin elsewhere are found
+MAX_PLACES = 4  # an n-gram in more places is boilerplate, such as a licence or a template, and is not evidence
+MIN_CONSECUTIVE = 4  # n-grams of a window that must be found in a row, and at least half of those that count
+MAX_BLOCK = 1 << 16  # tokens searched at a time
+MAX_REMEMBERED = 1 << 22  # distinct rows remembered to skip repeats, some 70 bytes each
 
 
 def ngram_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
-    """A uniform 64-bit hash of each n-gram, shape (max(length − n + 1, 0),), uint64; finished as in SplitMix64.
+    """A uniform 64-bit hash of each n-gram, shape (max(length − n + 1, 0),), uint64; mixed as in SplitMix64.
 
     >>> hashes = ngram_hashes(np.array([5, 6, 7, 5, 6]), 2)
     >>> len(hashes), len(set(hashes.tolist()))
@@ -43,22 +45,22 @@ def _odd_factors(count: int) -> np.ndarray:
 
 
 def find_rows(windows: Sequence[Any], rows: Iterable[Any], edges: Collection[int] = ()) -> set[int]:
-    """Which windows of token ids stand in rows of token ids, also where the rows were cut elsewhere.
+    """Find the windows of token ids that occur in rows of token ids, even if the rows were cut elsewhere.
 
-    A window is there if it is a row, or agrees with one to the end of the shorter, or if half of its n-grams stand in
-    the rows one after the other. N-grams of several windows, or in many places of the rows (a licence's header, a chat
-    template's opening), do not count for that half. Memory is bounded by the windows, `MAX_BLOCK` and `MAX_REMEMBERED`.
+    A window occurs if it agrees with a row up to the end of the shorter one, or if half of its n-grams occur
+    consecutively in the rows. N-grams of several windows, or in many places of the rows (a licence, a chat template),
+    do not count. Memory is bounded by the windows, `MAX_BLOCK` and `MAX_REMEMBERED`.
 
     Args:
-        edges: tokens that are no part of a text where they begin or end it: those of start and end.
+        edges: tokens ignored at both ends of a window or row: start and end tokens.
 
     Returns:
-        The places of the windows found.
+        Indices of the windows found.
 
     >>> find_rows([[0, 7, 8, 9], [0, 4, 5]], [[7, 8, 9], [4, 5, 6]], edges={0})
     {0}
     """
-    places: dict[bytes, list[int]] = {}  # windows given twice are one
+    places: dict[bytes, list[int]] = {}  # equal windows are searched once
     for at, window in enumerate(windows):
         core = _without_edges(window, edges)
         if len(core):
@@ -77,30 +79,30 @@ def find_rows(windows: Sequence[Any], rows: Iterable[Any], edges: Collection[int
                 if np.array_equal(row[:shorter], cores[at][:shorter]):
                     found.add(at)
         of_rows += _counts(ngram_hashes(np.concatenate(block), NGRAM), wanted)
-    counts_for = (of_windows == 1) & (of_rows <= MAX_PLACES)
+    counted = (of_windows == 1) & (of_rows <= MAX_PLACES)
     for at, of_window in enumerate(hashes):
         indices = np.searchsorted(wanted, of_window)
-        if _is_half_found(of_rows[indices][counts_for[indices]] > 0):
+        if _is_half_found(of_rows[indices][counted[indices]] > 0):
             found.add(at)
     originals = list(places.values())
     return {at for index in found for at in originals[index]}
 
 
 def _counts(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """How often each of the sorted `wanted` is among the hashes."""
+    """How often each of the sorted `wanted` occurs in the hashes."""
     indices = np.minimum(np.searchsorted(wanted, hashes), max(0, len(wanted) - 1))
     hits = indices[wanted[indices] == hashes] if len(wanted) else indices[:0]
     return np.bincount(hits, minlength=len(wanted))
 
 
-def _is_half_found(again: np.ndarray) -> bool:
-    """Whether half of a window's n-grams were found again one after the other."""
-    longest = max((len(list(group)) for hit, group in itertools.groupby(again) if hit), default=0)
-    return longest >= max(MIN_CONSECUTIVE, len(again) / 2)
+def _is_half_found(hits: np.ndarray) -> bool:
+    """Whether half of a window's n-grams, and `MIN_CONSECUTIVE`, are consecutive hits."""
+    longest = max((len(list(group)) for hit, group in itertools.groupby(hits) if hit), default=0)
+    return longest >= max(MIN_CONSECUTIVE, len(hits) / 2)
 
 
 def _without_edges(row: Any, edges: Collection[int]) -> np.ndarray:
-    """A row without what only opens and closes it."""
+    """A row without the edge tokens at its ends."""
     tokens = np.asarray(row, dtype=np.int64)
     first, last = 0, len(tokens)
     while first < last and int(tokens[first]) in edges:
@@ -111,18 +113,18 @@ def _without_edges(row: Any, edges: Collection[int]) -> np.ndarray:
 
 
 def _blocks(rows: Iterable[Any], edges: Collection[int]) -> Iterator[list[np.ndarray]]:
-    """Rows that are not empty, many at a time; one that comes again says nothing new."""
+    """Blocks of distinct rows without their edges; empty rows and repeats are skipped."""
     block: list[np.ndarray] = []
     seen: set[int] = set()
     size = 0
     for row in rows:
         core = _without_edges(row, edges)
-        mark = hash(core.tobytes())
-        if not len(core) or mark in seen:
+        digest = hash(core.tobytes())
+        if not len(core) or digest in seen:
             continue
         if len(seen) == MAX_REMEMBERED:
             seen.clear()
-        seen.add(mark)
+        seen.add(digest)
         block.append(core)
         size += len(core)
         if size >= MAX_BLOCK:

@@ -1,4 +1,4 @@
-"""Rows of local files that others wrote: JSON, tables and texts, as they stand there.
+"""Rows of local JSON, table and text files, unchanged.
 
 Errors are one line that names the setting, the file and, for JSON, the line.
 """
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 JSON_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json"), (".parquet", ".csv"), (".txt", ".text", ".md")
 SUFFIXES = (*JSON_SUFFIXES, *TABLE_SUFFIXES, *TEXT_SUFFIXES)
 TEXT_COLUMNS = ("text", "prompt", "completion", "question")
-JSON_SPACE = re.compile(r"[ \t\r\n]*")  # which is less than Python's
+JSON_SPACE = re.compile(r"[ \t\r\n]*")  # less than `str.isspace`
 
 
 def check_path(source: str, field: str) -> None:
-    """Refuse what can only be a path, and names neither a file nor a folder; a name that the Hub may know passes.
+    """Refuse a source that can only be a path if nothing is there; a possible Hub id passes.
 
     Args:
-        field: the setting that named it.
+        field: the setting that names the source, for errors.
     """
     path = Path(source).expanduser()
     is_path = path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or source.endswith("/")
@@ -36,10 +36,10 @@ def check_path(source: str, field: str) -> None:
 
 
 def read_file(path: Path, field: str) -> Dataset:
-    """Rows of a file; what a row of JSON holds does not depend on the others.
+    """Read the rows of a file; the values of a JSON row do not depend on other rows.
 
     Args:
-        field: the setting that named the file.
+        field: the setting that names the file, for errors.
     """
     from datasets import Dataset
 
@@ -58,41 +58,41 @@ def read_file(path: Path, field: str) -> Dataset:
 
 
 def json_rows(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON file with their places for errors: of one list, or one after another as in JSONL.
+    """The objects of a JSON file, in one list or one after another as in JSONL, each with its location for errors.
 
-    An object may be printed over several lines.
+    An object may span several lines.
 
     Args:
-        field: the setting that named the file.
+        field: the setting that names the file, for errors.
     """
     text, name = _decoded(path, field), f"{field}: {str(path)!r}"
-    found = _json_values(text, name)
+    located = _json_values(text, name)
     if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        found = ((f"{name} item {at}", row) for _, rows in found for at, row in enumerate(rows, start=1))
-    for where, row in found:
+        located = ((f"{name} item {at}", row) for _, rows in located for at, row in enumerate(rows, start=1))
+    for where, row in located:
         if not isinstance(row, dict):
-            remedy = " in a line of its own, or end the file's name in .json" if isinstance(row, list) else ""
+            remedy = " on its own line, or end the file's name in .json" if isinstance(row, list) else ""
             raise ValueError(f"{where} is not an object; write every row as {{...}}{remedy}")
         yield where, row
 
 
 def read_table(path: Path, field: str, text_columns: Collection[str]) -> Table:
-    """A CSV or Parquet file.
+    """Read a CSV or Parquet file.
 
     Args:
-        field: the setting that named the file.
-        text_columns: of a CSV file, columns in which "04" and "true" are text.
+        field: the setting that names the file, for errors.
+        text_columns: columns of a CSV file in which "04" and "true" are text.
     """
     from pyarrow import csv, parquet
 
     options = {
-        "parse_options": csv.ParseOptions(newlines_in_values=True),  # also where pyarrow's blocks end
+        "parse_options": csv.ParseOptions(newlines_in_values=True),  # even where pyarrow's blocks end
         "convert_options": csv.ConvertOptions(column_types=dict.fromkeys(text_columns, "string")),
     }
     try:
         table = csv.read_csv(path, **options) if path.suffix.lower() == ".csv" else parquet.read_table(path)
     except Exception as error:  # pyarrow raises ArrowInvalid, OSError and others on broken files
-        raise ValueError(f"{field}: cannot read {str(path)!r} ({first_line(error)}); write it anew") from error
+        raise ValueError(f"{field}: cannot read {str(path)!r} ({first_line(error)}); write it again") from error
     if twice := [name for name in table.column_names if table.column_names.count(name) > 1]:
         raise ValueError(f"{field}: {str(path)!r} has several columns {twice[0]!r}; keep one")
     return table
@@ -101,21 +101,21 @@ def read_table(path: Path, field: str, text_columns: Collection[str]) -> Table:
 def _as_dataset(rows: list[dict[str, Any]], name: str, field: str) -> Dataset:
     from datasets import Dataset, Json
 
-    columns = dict.fromkeys(key for row in rows for key in row)  # `from_list` would keep the first row's only
-    empty: dict[str, Any] = {"chat_template_kwargs": {}}  # which TRL takes for a mapping in every row
+    columns = dict.fromkeys(key for row in rows for key in row)  # `from_list` keeps only the first row's
+    empty: dict[str, Any] = {"chat_template_kwargs": {}}  # TRL expects a mapping in every row
     values = {column: [row.get(column, empty.get(column)) for row in rows] for column in columns}
-    refusal, remedy = f"{field}: the rows of {name} do not share one schema", "give a column values of one kind"
-    try:  # without "use_json", the arguments of one row's tool call would be keys of nulls in every other
-        found = Dataset.from_dict(values, on_mixed_types="use_json")
+    refusal, remedy = f"{field}: the rows of {name} do not share one schema", "give each column values of one type"
+    try:  # without "use_json", one row's tool arguments would become null keys in all others
+        dataset = Dataset.from_dict(values, on_mixed_types="use_json")
     except UnicodeEncodeError as error:  # half of a surrogate pair
-        raise ValueError(f"{field}: {name} holds {error.object!r:.80}, which is no Unicode text; correct it") from error
+        raise ValueError(f"{field}: {name} has {error.object!r:.80}, which is not valid Unicode; correct it") from error
     except Exception as error:  # pyarrow raises many kinds
         raise ValueError(f"{refusal} ({first_line(error)}); {remedy}") from error
-    for column, kind in found.features.items():
-        kinds = sorted({type(value).__name__ for value in values[column] if value is not None})
-        if isinstance(kind, Json) and kinds != ["dict"]:
-            raise ValueError(f"{refusal} ({column!r} is {' and '.join(kinds)}); {remedy}")
-    return found
+    for column, feature in dataset.features.items():
+        types = sorted({type(value).__name__ for value in values[column] if value is not None})
+        if isinstance(feature, Json) and types != ["dict"]:
+            raise ValueError(f"{refusal} ({column!r} is {' and '.join(types)}); {remedy}")
+    return dataset
 
 
 def _decoded(path: Path, field: str) -> str:
@@ -140,14 +140,14 @@ def _read_text(path: Path, field: str) -> Iterator[dict[str, str]]:
 
 
 def _json_values(text: str, name: str) -> Iterator[tuple[str, Any]]:
-    """JSON values one after another, each with the line that it begins in."""
-    decoder, at, line = json.JSONDecoder(), 0, 1
-    while (begin := JSON_SPACE.match(text, at).end()) < len(text):  # type: ignore[union-attr]
-        line += text.count("\n", at, begin)
+    """JSON values one after another, each with the line on which it begins."""
+    decoder, end, line = json.JSONDecoder(), 0, 1
+    while (start := JSON_SPACE.match(text, end).end()) < len(text):  # type: ignore[union-attr]
+        line += text.count("\n", end, start)
         where = f"{name} line {line}"
         try:
-            value, at = decoder.raw_decode(text, begin)
+            value, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON ({first_line(error)}); correct or delete it") from error
         yield where, value
-        line += text.count("\n", begin, at)
+        line += text.count("\n", start, end)
