@@ -242,14 +242,14 @@ def refused_whole(arguments: list[str], folder: Path, capsys: pytest.CaptureFixt
 GONE = object()
 MANIFESTS: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, verbs that need them, words of the error
     "no num_rows": ({"num_rows": GONE}, "export finetune measure sample", "'num_rows' is missing"),
-    "no rows": ({"num_rows": 0}, "export finetune measure sample", "'num_rows' is 0, not 1 or more"),
+    "no rows": ({"num_rows": 0}, "export finetune measure sample", "'num_rows' is 0, below 1"),
     "fewer than no rows": ({"num_rows": -1}, "export finetune measure", "'num_rows' is -1"),
     "text rows": ({"num_rows": "8"}, "export finetune measure sample", "'num_rows' is \"8\", not a whole number"),
     "half a row": ({"num_rows": 7.5}, "export finetune measure", "'num_rows' is 7.5, not a whole number"),
     "a yes for rows": ({"num_rows": True}, "export finetune measure", "'num_rows' is true, not a whole number"),
     "more rows": ({"num_rows": 12}, "export finetune measure", "8 of 12 rows; finish it with the same"),
     "no rows_per_shard": ({"rows_per_shard": GONE}, "export finetune measure", "'rows_per_shard' is missing"),
-    "empty shards": ({"rows_per_shard": 0}, "export finetune measure sample", "'rows_per_shard' is 0, not 1 or more"),
+    "empty shards": ({"rows_per_shard": 0}, "export finetune measure sample", "'rows_per_shard' is 0, below 1"),
     "null shards": ({"rows_per_shard": None}, "export finetune measure", "'rows_per_shard' is null"),
     "no schema": ({"schema": GONE}, "export finetune measure", "'schema' is missing"),
     "schema of a law": ({"schema": "retain.law/2"}, "export finetune measure", "retain.law/2"),
@@ -339,7 +339,8 @@ def test_damaged_stored_predictions(world, tmp_path, capsys, label):
     STORES[label](cache_path(folder, 0))
     flags = good("finetune", world, tmp_path / "out") | {"replay_dataset": folder, "replay_reference": "cache"}
     line = refused_whole(command("finetune", flags), tmp_path, capsys)
-    assert "reference-00000.safetensors' is missing or damaged; delete it and run the same `retain sample`" in line
+    assert "reference-00000.safetensors' is missing or damaged (" in line
+    assert "); delete it and run the same `retain sample` command" in line
 
 
 REPORT = {"schema": "retain.report/1", "name": "a", "base": {"model": "m"}, "retention": {}}

@@ -95,7 +95,7 @@ def test_what_is_unfinished_or_refused_is_said_in_one_line(hub, pool, monkeypatc
         raise OSError("403 Forbidden: you need a token\nRequest ID: 1")
 
     monkeypatch.setattr(hub, "upload_folder", refuse)
-    with pytest.raises(ValueError, match=r"^push_to_hub: 'me/pool' was not written: 403 Forbidden[^\n]*tries again$"):
+    with pytest.raises(ValueError, match=r"^push_to_hub: 'me/pool' was not written: 403 Forbidden[^\n]*to try again$"):
         push_pool(pool, "me/pool")
     (pool / "shard-00001.parquet").unlink()
     with pytest.raises(ValueError, match="holds 4 of 6 rows"):

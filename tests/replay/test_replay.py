@@ -121,7 +121,7 @@ DAMAGE = {
     "torn shard": (torn, "shard-00001.parquet' is damaged; delete it and run the same `retain sample`"),
     "missing shard": (lambda folder: shard_path(folder, 1).unlink(), "holds 3 of 5 rows; finish it with the same"),
     "no shards yet": (lambda folder: [path.unlink() for path in folder.glob("*.parquet")], "holds 0 of 5 rows"),
-    "missing manifest": (lambda folder: (folder / MANIFEST).unlink(), "has no manifest.json; make it with"),
+    "missing manifest": (lambda folder: (folder / MANIFEST).unlink(), "has no manifest.json; create the rows with"),
     "torn manifest": (lambda folder: (folder / MANIFEST).write_text('{"sche'), "manifest.json' (not JSON: Unterm"),
     "binary manifest": (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "manifest.json' (not JSON: 'utf"),
     "another schema": (lambda folder: change_manifest(folder, schema="retain.replay/9"), "schema 'retain.replay/9'"),
@@ -232,15 +232,15 @@ def test_given_tokens_are_context_and_not_predicted():
 @pytest.mark.parametrize(
     ("rows", "given", "message"),
     [
-        ([], None, "'mine' has no token ids"),
-        ([[3, 4], []], None, "row 1 of 'mine' is no token ids"),
-        ([[3, 4], [3, -100]], None, "row 1 of 'mine' is no token ids"),
-        ([[3.7, 4.2]], None, "row 0 of 'mine' is no token ids"),
-        ([[[3, 4]]], None, "row 0 of 'mine' is no token ids"),
-        (["some text"], None, "row 0 of 'mine' is no token ids"),
-        ([[3, 4, 5], [3, 4]], [0, 1], "prefix_lengths: 'mine' needs one for each row, from 1"),
-        ([[3, 4, 5], [3, 4]], [1, 3], "prefix_lengths: 'mine' needs one for each row, from 1"),
-        ([[3, 4, 5], [3, 4]], [1], "prefix_lengths: 'mine' needs one for each row, from 1"),
+        ([], None, "'mine' has no rows"),
+        ([[3, 4], []], None, "row 1 of 'mine' is not a list of token ids"),
+        ([[3, 4], [3, -100]], None, "row 1 of 'mine' is not a list of token ids"),
+        ([[3.7, 4.2]], None, "row 0 of 'mine' is not a list of token ids"),
+        ([[[3, 4]]], None, "row 0 of 'mine' is not a list of token ids"),
+        (["some text"], None, "row 0 of 'mine' is not a list of token ids"),
+        ([[3, 4, 5], [3, 4]], [0, 1], "prefix_lengths: 'mine' needs one per row, from 1"),
+        ([[3, 4, 5], [3, 4]], [1, 3], "prefix_lengths: 'mine' needs one per row, from 1"),
+        ([[3, 4, 5], [3, 4]], [1], "prefix_lengths: 'mine' needs one per row, from 1"),
     ],
 )
 def test_rows_that_are_none_are_refused(rows, given, message):
@@ -250,7 +250,7 @@ def test_rows_that_are_none_are_refused(rows, given, message):
 
 
 def test_packed_batches_cannot_take_replay_rows():
-    with pytest.raises(ValueError, match="set packing false"):
+    with pytest.raises(ValueError, match="set packing to false"):
         replace_rows({"input_ids": torch.ones(2, 3), "position_ids": torch.ones(2, 3)}, {})
 
 

@@ -36,7 +36,7 @@ from retain.measuring.tokens import MEASURING, measuring_title
 from retain.models.adapters import adapted_model, merged_base
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.progress import PlannedStage, ProgressLine, progress_line
-from retain.replay.dataset import on_disk
+from retain.replay.dataset import local_source
 from retain.replay.fisher import FISHER, holds_fisher
 from retain.report.outcome import cost_line, outcome_lines
 from retain.report.report import ForgettingReport, write_comparison
@@ -102,7 +102,7 @@ def run_finetune(
         raise ValueError("model: missing; give --model")
     check_arguments(training_args, config.replay_objective)
     if config.replay_dataset not in (None, "self"):
-        config.replay_dataset = on_disk(config.replay_dataset)
+        config.replay_dataset = local_source(config.replay_dataset)
     if config.chosen is not None and (config.replay_dataset == "self" or holds_fisher(config.replay_dataset)):
         config.choose(choose_protection(training_args, model_args), training_args.train_batch_size, steps=0)
     if config.dry_run:

@@ -1,4 +1,4 @@
-"""The replay dataset: Parquet shards of token ids and a manifest that says which model wrote them, and how.
+"""The replay dataset: Parquet shards of token ids, and a manifest with the model and settings that wrote them.
 
 Shards and manifest are written whole or not at all, so a killed job resumes without repeating or losing a row.
 """
@@ -25,26 +25,31 @@ from retain.models.description import tokenizer_fingerprint
 from retain.replay.stored_predictions import ReferenceCache, open_cache
 
 MANIFEST, STATISTICS, FISHER_FILE = "manifest.json", "statistics.json", "fisher.safetensors"
-# Of a finished folder, what others need of it.
+# The files of a finished folder that the Hub gets.
 POOL_FILES = (MANIFEST, "shard-*.parquet", "reference-*.safetensors", FISHER_FILE, STATISTICS, "README.md")
 MANIFEST_SCHEMA = "retain.replay/1"
-SAMPLE_AGAIN = "sample again, into another folder"
+SAMPLE_AGAIN = "sample again into another folder"
 MANIFEST_SHAPE = {
     "num_rows": int, "rows_per_shard": int, "batch_size": int, "model": str, "model_fingerprint": str,
     "tokenizer_fingerprint": str, "start_token": {"id": int}, "sampler": {"dtype": str, "engine": str},
     "store_reference?": str,
 }  # fmt: skip
-# What may differ between the run that began a dataset and the one that resumes it.
+# Fields that may differ between the run that started a dataset and one that resumes it.
 NOT_COMPARED = ("created", "versions", "batch_size")
 
 
 @dataclass(frozen=True)
 class ReplayDataset:
-    """Replay rows in memory: token ids of all rows in one array, `offsets` of shape (rows + 1,).
+    """Replay rows in memory.
 
-    `prefix_lengths`, shape (rows,): tokens of each row that were given rather than drawn; the start token at least.
-    `manifest` is None for real text. `cache`: the base's predictions, where they were stored when it sampled.
-    `log_probs`, shape (rows,): of the drawn tokens of each row, summed, nats, where the sampler wrote them.
+    Args:
+        tokens: token ids of all rows, one row after the other.
+        offsets: where each row starts in `tokens`, and the end of the last, shape (rows + 1,).
+        prefix_lengths: tokens of each row that were given and not drawn, at least the start token, shape (rows,).
+        source: path or Hub id, for errors.
+        manifest: None for real text.
+        cache: the base's predictions, if the sampler stored them.
+        log_probs: summed log-probabilities of each row's drawn tokens, nats, shape (rows,), if the sampler stored them.
 
     >>> rows = ReplayDataset.from_rows([[0, 5, 6], [0, 7]], "two rows")
     >>> rows.batch([1, 0])["labels"].tolist()
@@ -67,22 +72,22 @@ class ReplayDataset:
         manifest: dict[str, Any] | None = None,
         prefix_lengths: Sequence[int] | None = None,
     ) -> ReplayDataset:
-        """Gather rows of token ids that begin with their start token, or with `prefix_lengths` given tokens.
+        """Gather rows of token ids that begin with the start token, or with `prefix_lengths` given tokens.
 
         Raises:
-            ValueError: for rows of anything else, and for prefixes that are longer than their rows, or of no token.
+            ValueError: if rows are not token ids, or a prefix is empty or longer than its row.
         """
         arrays = [np.asarray(row) for row in rows]
-        ids = (row.ndim == 1 and row.size and row.dtype.kind in "iu" and row.min() >= 0 for row in arrays)
-        bad = [at for at, is_row in enumerate(ids) if not is_row]
+        valid = (row.ndim == 1 and row.size and row.dtype.kind in "iu" and row.min() >= 0 for row in arrays)
+        bad = [at for at, is_row in enumerate(valid) if not is_row]
         if bad or not arrays:
-            what = f"row {bad[0]} of {source!r} is" if bad else f"{source!r} has"
-            raise ValueError(f"replay_dataset: {what} no token ids; give lists of them, the start token first")
+            what = f"row {bad[0]} of {source!r} is not a list of token ids" if bad else f"{source!r} has no rows"
+            raise ValueError(f"replay_dataset: {what}; give lists of token ids that begin with the start token")
         lengths, tokens = np.array([len(row) for row in arrays]), np.concatenate(arrays).astype(np.int32)
         given = np.ones(len(rows), dtype=np.int64) if prefix_lengths is None else np.asarray(prefix_lengths)
         if given.shape != lengths.shape or not ((given >= 1) & (given <= lengths)).all():
             raise ValueError(
-                f"prefix_lengths: {source!r} needs one for each row, from 1, the start token alone, to its length; "
+                f"prefix_lengths: {source!r} needs one per row, from 1 (only the start token) to the row's length; "
                 "give the number of tokens that are context"
             )
         return cls(tokens, np.concatenate([[0], np.cumsum(lengths)]), given, source, manifest)
@@ -98,14 +103,13 @@ class ReplayDataset:
 
     @property
     def num_predictions(self) -> np.ndarray:
-        """Predicted tokens of each row, shape (rows,): all but those that were given."""
+        """Number of predicted tokens of each row, all but the given ones, shape (rows,)."""
         return np.diff(self.offsets) - self.prefix_lengths
 
     def batch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """`input_ids` and `labels` of the named rows, shape (rows, longest row), padded at the right.
+        """`input_ids` and `labels` of the rows with these indices, shape (rows, longest row), padded on the right.
 
-        Labels are −100 where nothing is predicted: on given tokens and padding. An `attention_mask` is there where
-        lengths differ.
+        Labels are −100 on given tokens and padding. There is an `attention_mask` if lengths differ.
         """
         rows = [self[int(index)] for index in indices]
         width = max(len(row) for row in rows)
@@ -122,9 +126,9 @@ class ReplayDataset:
 
 
 def replay_indices(step: int, rows_per_step: int, num_rows: int, seed: int) -> np.ndarray:
-    """Rows of optimizer step `step`: a fresh permutation each pass, a pure function of its arguments.
+    """Indices of the rows of optimizer step `step`, shape (rows_per_step,); each pass is a new permutation.
 
-    So a resumed run continues the stream where it stopped, however the step is split over micro-batches.
+    A pure function of its arguments, so a resumed run continues the stream, however steps are split into micro-batches.
 
     >>> sorted([*replay_indices(0, 2, 4, seed=0), *replay_indices(1, 2, 4, seed=0)]) == [0, 1, 2, 3]
     True
@@ -134,10 +138,10 @@ def replay_indices(step: int, rows_per_step: int, num_rows: int, seed: int) -> n
 
 
 def replace_rows(new: dict[str, Any], replay: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The batch with its last rows replaced by replay rows, padded to the longer of the two; labels mask padding."""
+    """Replace the last rows of a batch by replay rows, all but one at most; pads to the longer of the two."""
     if "labels" not in new or "attention_mask" not in new:
         raise ValueError(
-            "replay_objective: 'replace' needs padded batches with labels and attention_mask; set packing false, or "
+            "replay_objective: 'replace' needs padded batches with labels and attention_mask; set packing to false, or "
             "use 'kl' or 'ntp'"
         )
     count = min(len(replay["input_ids"]), len(new["input_ids"]) - 1)
@@ -163,7 +167,7 @@ def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read and check a replay dataset's manifest."""
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"replay_dataset: {str(folder)!r} has no {MANIFEST}; make it with `retain sample`")
+        raise ValueError(f"replay_dataset: {str(folder)!r} has no {MANIFEST}; create the rows with `retain sample`")
     manifest: dict[str, Any] = read_json(folder / MANIFEST, "replay_dataset", SAMPLE_AGAIN)
     where = f"replay_dataset: {str(folder / MANIFEST)!r} is damaged"
     check_shape(manifest, {"schema": str}, where, SAMPLE_AGAIN)
@@ -174,12 +178,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     check_shape(manifest, MANIFEST_SHAPE, where, SAMPLE_AGAIN)
     for name in ("num_rows", "rows_per_shard"):
         if manifest[name] < 1:
-            raise ValueError(f"{where}: {name!r} is {manifest[name]}, not 1 or more; {SAMPLE_AGAIN}")
+            raise ValueError(f"{where}: {name!r} is {manifest[name]}, below 1; {SAMPLE_AGAIN}")
     return manifest
 
 
 def num_shards(manifest: dict[str, Any]) -> int:
-    """Files of a dataset with this manifest."""
+    """Number of shards of a complete dataset with this manifest."""
     return -(-manifest["num_rows"] // manifest["rows_per_shard"])
 
 
@@ -188,18 +192,18 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_shard(folder: Path, shard: int, first_row: int, columns: dict[str, np.ndarray]) -> None:
-    """Write rows as one Parquet file: `row`, their numbers, and the columns, one value or list of values a row."""
-    numbers = np.arange(first_row, first_row + len(columns["input_ids"]))
+    """Write rows as one Parquet file; column `row` has their indices, counted from `first_row`."""
+    indices = np.arange(first_row, first_row + len(columns["input_ids"]))
     arrays = {name: pa.array(list(column) if column.ndim > 1 else column) for name, column in columns.items()}
     with atomic_path(shard_path(folder, shard)) as temporary:
-        parquet.write_table(pa.table({"row": numbers, **arrays}), temporary)
+        parquet.write_table(pa.table({"row": indices, **arrays}), temporary)
 
 
 def read_shards(
     folder: Path, manifest: dict[str, Any], columns: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, list[Any]]:
-    """The named columns of all shards on disk, in the order of the rows; optional ones where a shard has them."""
-    found: dict[str, list[Any]] = {name: [] for name in (*columns, *optional)}
+    """Read columns of all shards on disk, in row order; `optional` columns only from shards that have them."""
+    values: dict[str, list[Any]] = {name: [] for name in (*columns, *optional)}
     for shard in range(num_shards(manifest)):
         path = shard_path(folder, shard)
         if not path.exists():
@@ -209,16 +213,16 @@ def read_shards(
             names = [*columns, *(name for name in optional if name in stored)]
             table = parquet.read_table(path, columns=names)
             for name in names:
-                found[name] += list(table[name].to_numpy())
+                values[name] += list(table[name].to_numpy())
         except Exception as error:  # pyarrow raises many kinds
             raise ValueError(
-                f"replay_dataset: {str(path)!r} is damaged; delete it and run the same `retain sample`"
+                f"replay_dataset: {str(path)!r} is damaged; delete it and run the same `retain sample` command"
             ) from error
-    return found
+    return values
 
 
 def load_self_generated(folder: Path) -> ReplayDataset:
-    """Load a folder that `retain sample` finished."""
+    """Load a finished folder of `retain sample`."""
     manifest = read_manifest(folder)
     columns = read_shards(folder, manifest, ("row", "input_ids", "prefix_length"), optional=("logprob",))
     rows = columns["input_ids"]
@@ -229,48 +233,50 @@ def load_self_generated(folder: Path) -> ReplayDataset:
         )
     if columns["row"] != list(range(len(rows))):
         raise ValueError(
-            f"replay_dataset: the shards in {str(folder)!r} do not hold the rows of their numbers, so one is of "
-            f"another place or dataset; {SAMPLE_AGAIN}"
+            f"replay_dataset: the shards in {str(folder)!r} do not hold the rows of their numbers, so one was moved or "
+            f"belongs to another dataset; {SAMPLE_AGAIN}"
         )
-    given = columns["prefix_length"]
-    if not all(map(_is_row, rows, given)):
+    prefix_lengths = columns["prefix_length"]
+    if not all(map(_is_row, rows, prefix_lengths)):
         raise ValueError(
-            f"replay_dataset: {str(folder)!r} holds rows that are no token ids behind a prefix; {SAMPLE_AGAIN}"
+            f"replay_dataset: {str(folder)!r} holds rows that are not token ids, or shorter than their prefix; "
+            f"{SAMPLE_AGAIN}"
         )
-    found = ReplayDataset.from_rows(rows, str(folder), manifest, given)
+    dataset = ReplayDataset.from_rows(rows, str(folder), manifest, prefix_lengths)
     sums = columns["logprob"]
     log_probs = np.array(sums, dtype=np.float64) if len(sums) == len(rows) else None
-    return replace(found, cache=open_cache(folder, manifest, found.num_predictions), log_probs=log_probs)
+    return replace(dataset, cache=open_cache(folder, manifest, dataset.num_predictions), log_probs=log_probs)
 
 
 def _is_row(row: Any, given: Any) -> bool:
-    """Whether a row is token ids, at least `given` of them."""
+    """Whether a row is an array of token ids, at least `given` of them."""
     ids = isinstance(row, np.ndarray) and row.dtype.kind in "iu"
     return ids and isinstance(given, np.integer) and 0 <= int(given) <= len(row)
 
 
 def pool_folder(source: str) -> Path | None:
-    """Where rows lie that `retain sample` wrote: the folder itself, or a copy of a dataset on the Hub; None for text.
+    """The folder of rows that `retain sample` wrote, downloaded if the source is on the Hub; None for text.
 
     Raises:
-        ValueError: if the Hub has such rows and does not give them.
+        ValueError: if the Hub has such rows and the download fails.
     """
     folder = Path(source).expanduser()
     if folder.exists() or source.count("/") != 1:
         return folder if (folder / MANIFEST).is_file() else None
     try:
         hf_hub_download(source, MANIFEST, repo_type="dataset")
-    except (OSError, EntryNotFoundError, HFValidationError):  # text, or nothing that is there
+    except (OSError, EntryNotFoundError, HFValidationError):  # text, or no such dataset
         return None
     try:
         return Path(snapshot_download(source, repo_type="dataset", allow_patterns=list(POOL_FILES)))
-    except (OSError, ValueError) as error:  # the Hub client's own are of these kinds
-        why = f"cannot load {source!r} from the Hub ({first_line(error)})"
-        raise ValueError(f"replay_dataset: {why}; {hub_remedy()}") from error
+    except (OSError, ValueError) as error:  # bases of the Hub client's errors
+        raise ValueError(
+            f"replay_dataset: cannot load {source!r} from the Hub ({first_line(error)}); {hub_remedy()}"
+        ) from error
 
 
-def on_disk(source: str) -> str:
-    """The source itself, or the folder that holds a copy of rows on the Hub that `retain sample` wrote.
+def local_source(source: str) -> str:
+    """The folder of rows that `retain sample` wrote, downloaded if they are on the Hub; any other source unchanged.
 
     Raises:
         ValueError: if the manifest of such rows is unreadable.
@@ -284,7 +290,7 @@ def on_disk(source: str) -> str:
 def load_replay_dataset(
     source: str, tokenizer: PreTrainedTokenizerBase, start_id: int, max_length: int
 ) -> ReplayDataset:
-    """Load self-generated rows from a folder or the Hub, or real text from either, cut into rows of `max_length`."""
+    """Load self-generated rows, or real text cut into rows of `max_length`, from local files or the Hub."""
     folder = pool_folder(source) or Path(source).expanduser()
     if folder.is_dir():
         return load_self_generated(folder)
@@ -305,22 +311,22 @@ def load_texts(
     field: str = "data",
     any_tokenizer: bool = False,
 ) -> list[Text] | list[Document]:
-    """Texts of a file or Hub dataset, or the rows that `retain sample` wrote, in a folder or there, a document each.
+    """Load the texts of a file or Hub dataset, or each row that `retain sample` wrote as a document.
 
     Args:
-        field: the setting that named the source, for errors.
-        any_tokenizer: take rows of token ids as they are, whichever tokenizer wrote them.
+        field: the setting that names the source, for errors.
+        any_tokenizer: accept token ids that another tokenizer wrote.
 
     Raises:
-        ValueError: for rows of another tokenizer, whose ids are other text in this one.
+        ValueError: for rows of another tokenizer, unless `any_tokenizer`.
     """
     if (folder := pool_folder(source)) is not None:
         rows = load_self_generated(folder)
-        written, own = read_manifest(folder)["tokenizer_fingerprint"], tokenizer_fingerprint(tokenizer)
-        if written != own and not any_tokenizer:
+        written, expected = read_manifest(folder)["tokenizer_fingerprint"], tokenizer_fingerprint(tokenizer)
+        if written != expected and not any_tokenizer:
             raise ValueError(
                 f"{field}: the rows of {source!r} were written with another tokenizer (fingerprint {written}; this "
-                f"model's is {own}), so their token ids are other text here; sample rows from this model"
+                f"model's is {expected}), so their token ids mean other text; sample rows from this model"
             )
         count = len(rows) if max_documents is None else min(max_documents, len(rows))
         given = rows.prefix_lengths[:count].tolist()
@@ -334,21 +340,21 @@ def verify_replay(
     """Refuse replay rows that another model or tokenizer wrote.
 
     Returns:
-        None when the rows are the base's own; a warning when they are not and `allow_off_policy` accepts that.
+        None if the base wrote the rows; a warning if it did not and `allow_off_policy` is set.
     """
     if manifest["tokenizer_fingerprint"] != tokenizer_fingerprint:
-        what = (
+        mismatch = (
             f"it was written with the tokenizer of {manifest['model']!r} (fingerprint "
             f"{manifest['tokenizer_fingerprint']}), this model's is {tokenizer_fingerprint}: the token ids may mean "
             "other text"
         )
     elif manifest["model_fingerprint"] != model_fingerprint:
-        what = (
+        mismatch = (
             f"it was sampled from {manifest['model']!r} (weights {manifest['model_fingerprint']}), "
             f"not from this model (weights {model_fingerprint})"
         )
     else:
         return None
     if not allow_off_policy:
-        raise ValueError(f"replay_dataset: {what}; sample from this model, or set allow_off_policy_replay")
-    return f"off-policy replay: {what}"
+        raise ValueError(f"replay_dataset: {mismatch}; sample from this model, or set allow_off_policy_replay")
+    return f"off-policy replay: {mismatch}"

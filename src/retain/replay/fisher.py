@@ -1,4 +1,4 @@
-"""The base's Fisher information on its replay rows; kept beside them by `retain sample --store_fisher`."""
+"""The base's Fisher information on its replay rows; `retain sample --store_fisher` stores it with them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from retain.models.reference import Reference
 from retain.progress import StageProgress
 from retain.replay.dataset import FISHER_FILE, ReplayDataset, replay_indices
 
-FISHER = "Fisher information"  # its stage of progress
-FISHER_TOKENS = 65_536  # read at most this many predictions
+FISHER = "Fisher information"  # stage name of the progress bar
+FISHER_TOKENS = 65_536  # predictions to measure it on, rounded up to whole rows
 
 
 def holds_fisher(source: str | None) -> bool:
-    """Whether the base's Fisher information lies beside rows in a folder."""
+    """Whether the base's Fisher information is stored with the rows in this folder."""
     return source is not None and (Path(source).expanduser() / FISHER_FILE).is_file()
 
 
 def fisher_of(
     model: Any, rows: ReplayDataset, weights: Mapping[str, nn.Parameter], seed: int = 0
 ) -> tuple[dict[str, Curvature], int]:
-    """Curvatures of these weights, by their names, and the predictions that they were measured on.
+    """Curvatures of these weights, by name, and the number of predictions that they were measured on.
 
-    Those kept beside the rows, where this is the model that drew them and they have every weight.
+    Uses the stored ones if this model drew the rows and they include every weight.
 
     Args:
-        model: the base, or the base with an adapter, which is switched off.
-        seed: of the rows that are read, where not all are, and of the labels that are drawn.
+        model: the base, or the base with an adapter, which is disabled.
+        seed: of the choice of rows and of the drawn labels.
     """
     path = Path(rows.source) / FISHER_FILE
     if rows.manifest is not None and path.exists() and rows.manifest["model_fingerprint"] == model_fingerprint(model):
@@ -48,7 +48,7 @@ def fisher_of(
 
 
 def store_fisher(model: Any, rows: ReplayDataset) -> Path:
-    """Measure every weight of the model that drew the rows, and keep that beside them."""
+    """Measure the Fisher information of every weight of the model that drew the rows; returns the file's path."""
     path = Path(rows.source) / FISHER_FILE
     path.unlink(missing_ok=True)
     save_fisher(path, *fisher_of(model, rows, dict(model.named_parameters())))

@@ -1,4 +1,4 @@
-"""Replay rows for others: a dataset on the Hub with what `retain sample` wrote, and a card that says of which model."""
+"""Replay rows on the Hub: the files that `retain sample` wrote, with a dataset card that names the model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Column `input_ids`: token ids of a row, of which the first `prefix_length` were 
 
 
 def push_pool(folder: Path, name: str, *, private: bool = False) -> str:
-    """Put a finished folder of `retain sample` on the Hub, with a card; the address of the dataset.
+    """Push a finished folder of `retain sample` to the Hub, with a dataset card; returns the dataset's URL.
 
     Raises:
         ValueError: if rows are missing, or the Hub refuses.
@@ -47,14 +47,17 @@ def push_pool(folder: Path, name: str, *, private: bool = False) -> str:
     api = HfApi()
     try:
         url = api.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
-        what = list(POOL_FILES)
         api.upload_folder(
-            repo_id=name, repo_type="dataset", folder_path=folder, allow_patterns=what, commit_message="Replay rows"
+            repo_id=name,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=list(POOL_FILES),
+            commit_message="Replay rows",
         )
-    except (OSError, ValueError) as error:  # the Hub client's own are of these kinds
+    except (OSError, ValueError) as error:  # bases of the Hub client's errors
         raise ValueError(
-            f"push_to_hub: {name!r} was not written: {first_line(error)}; the rows are in {str(folder)!r}, the same "
-            "command tries again"
+            f"push_to_hub: {name!r} was not written: {first_line(error)}; the rows are in {str(folder)!r}; run the "
+            "same command to try again"
         ) from error
     return str(url)
 
@@ -75,18 +78,17 @@ def pool_card(folder: Path, name: str) -> str:
         "sampler": ", ".join(f"{key} {value}" for key, value in sampler.items()),
         "stored predictions": manifest.get("store_reference") or "none",
         "Fisher information": "stored" if (folder / FISHER_FILE).exists() else "none",
-        **{key.replace("_", " "): _written(value) for key, value in statistics.items() if value is not None},
+        **{key.replace("_", " "): _format_statistic(value) for key, value in statistics.items() if value is not None},
         "versions": ", ".join(f"{key} {value}" for key, value in manifest.get("versions", {}).items()),
     }
     rows = "\n".join(f"| {key} | {visible(str(value))} |" for key, value in facts.items() if value is not None)
     size = "n<1K" if manifest["num_rows"] < 1000 else "1K<n<10K" if manifest["num_rows"] < 10_000 else "n>10K"
-    named = {"name": name, "model": manifest["model"], "num_rows": manifest["num_rows"]}
-    return POOL_CARD.format(facts=rows, size=size, **named)
+    return POOL_CARD.format(facts=rows, size=size, name=name, model=manifest["model"], num_rows=manifest["num_rows"])
 
 
-def _written(value: Any) -> str:
-    """A statistic: a mean with its interval, a share or a count."""
+def _format_statistic(value: Any) -> str:
+    """A mean with its interval, a share or a count."""
     if isinstance(value, Mapping):
-        ends = value.get("ci")
-        return f"{value['value']:.4g}" + (f" [{ends[0]:.4g}, {ends[1]:.4g}]" if ends else "")
+        ci = value.get("ci")
+        return f"{value['value']:.4g}" + (f" [{ci[0]:.4g}, {ci[1]:.4g}]" if ci else "")
     return f"{value:.4g}" if isinstance(value, float) else str(value)

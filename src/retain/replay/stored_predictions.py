@@ -1,8 +1,8 @@
-"""The base's predictions, kept beside the replay rows that it drew: training then needs no reference forward pass.
+"""The base's predictions, stored with the replay rows that it drew, so that training needs no reference forward pass.
 
-`hidden`: the last hidden state, from which the base's whole distribution follows given its output head.
-`topk`: the log-probabilities of its likeliest tokens; the mass of the rest follows from them.
-One safetensors file per shard, row after row over the drawn tokens, memory-mapped when it is read.
+`hidden`: the last hidden state, which with the base's output head gives its whole distribution.
+`topk`: the log-probabilities of its most likely tokens, which also give the mass of the rest.
+One memory-mapped safetensors file per shard holds the drawn tokens of its rows, one row after the other.
 """
 
 from __future__ import annotations
@@ -30,56 +30,56 @@ from retain.progress import StageProgress
 if TYPE_CHECKING:
     from retain.replay.dataset import ReplayDataset
 
-TOP_K = 64  # likeliest tokens that a store of kind "topk" keeps of each prediction
-STORING = "storing predictions"  # its stage of progress
+TOP_K = 64  # tokens that a store of kind "topk" keeps of each prediction
+STORING = "storing predictions"  # stage name of the progress bar
 NAMES = {"hidden": ("hidden",), "topk": ("log_probs", "tokens")}
 
 
 def cache_path(folder: Path, shard: int) -> Path:
-    """The file beside a shard; it is written first, so a shard that is there has its predictions."""
+    """The file of a shard's predictions; it is written before the shard, so every shard on disk has one."""
     return folder / f"reference-{shard:05d}.safetensors"
 
 
-def kept_of(
+def to_stored(
     kind: str, states: Float[Tensor, "predictions size"], log_probs: Float[Tensor, "predictions vocabulary"]
 ) -> dict[str, Tensor]:
-    """What a store of this kind keeps of predictions, on the CPU."""
+    """Predictions in the form that a store of this kind keeps, on the CPU."""
     if kind == "hidden":
         return {"hidden": states.cpu()}
-    found = log_probs.topk(min(TOP_K, log_probs.shape[-1]), dim=-1)
-    return {"log_probs": found.values.cpu(), "tokens": found.indices.to(torch.int32).cpu()}
+    top = log_probs.topk(min(TOP_K, log_probs.shape[-1]), dim=-1)
+    return {"log_probs": top.values.cpu(), "tokens": top.indices.to(torch.int32).cpu()}
 
 
 @torch.no_grad()
 def predict_rows(model: Any, rows: ReplayDataset, kind: str, shards: Sequence[int]) -> None:
-    """Write what the model that drew finished rows predicts on them, by whole rows, beside their shards.
+    """Store the predictions of the model that drew these rows, with full forward passes, next to their shards.
 
-    Shards that have predictions of this kind are left alone, so a killed pass can be run again.
+    Shards that already have predictions of this kind are skipped, so a killed pass can be run again.
 
     Args:
-        shards: their numbers; processes may share them out.
+        shards: numbers of the shards to do; processes may split them.
     """
     folder, per_shard = Path(rows.source), rows.manifest["rows_per_shard"]  # type: ignore[index]
     todo = [shard for shard in shards if not holds_predictions(cache_path(folder, shard), kind)]
     size = rows_per_batch(model.config.get_text_config().vocab_size, int(rows.num_predictions.max()))
     with evaluation_mode(model), seen_by_head(model) as hidden, StageProgress(STORING, len(todo), "shards") as stage:
         for shard in todo:
-            found, end = [], min((shard + 1) * per_shard, len(rows))
+            parts, end = [], min((shard + 1) * per_shard, len(rows))
             for first in range(shard * per_shard, end, size):
-                given = rows.batch(range(first, min(first + size, end)))
-                batch = {name: value.to(model.device) for name, value in given.items()}
+                inputs = rows.batch(range(first, min(first + size, end)))
+                batch = {name: value.to(model.device) for name, value in inputs.items()}
                 drawn = batch.pop("labels")[:, 1:] != -100
                 logits = model(**batch).logits
-                if kind != "hidden":  # which needs none: they are large
+                if kind != "hidden":  # "hidden" ignores the logits, which are large
                     logits = logits[:, :-1][drawn].float().log_softmax(-1)
-                found.append(kept_of(kind, hidden[-1][:, :-1][drawn], logits))
+                parts.append(to_stored(kind, hidden[-1][:, :-1][drawn], logits))
                 hidden.clear()
-            write_predictions(folder, shard, {name: torch.cat([part[name] for part in found]) for name in NAMES[kind]})
+            write_predictions(folder, shard, {name: torch.cat([part[name] for part in parts]) for name in NAMES[kind]})
             stage.update(1)
 
 
 def holds_predictions(path: Path, kind: str) -> bool:
-    """Whether a file is whole and of this kind; one of another may be left of a killed pass."""
+    """Whether a file is whole and of this kind; a killed pass may have left one of another kind."""
     try:
         with safe_open(path, framework="pt") as file:
             return set(file.keys()) == set(NAMES[kind])
@@ -88,7 +88,7 @@ def holds_predictions(path: Path, kind: str) -> bool:
 
 
 def write_predictions(folder: Path, shard: int, predictions: dict[str, Tensor]) -> None:
-    """Write the predictions of a shard's rows, each of shape (drawn tokens, size)."""
+    """Write the predictions of a shard's rows, tensors of shape (drawn tokens, size)."""
     with atomic_path(cache_path(folder, shard)) as temporary:
         save_file({name: value.clone() for name, value in predictions.items()}, temporary)
 
@@ -104,7 +104,7 @@ class ReferenceCache:
 
     Args:
         kind: "hidden" or "topk".
-        num_predictions: drawn tokens of each row, shape (rows,).
+        num_predictions: number of drawn tokens of each row, shape (rows,).
     """
 
     folder: Path
@@ -114,18 +114,18 @@ class ReferenceCache:
 
     @cached_property
     def _begins(self) -> np.ndarray:
-        """Where each row begins in its shard's file, shape (rows,)."""
+        """Where each row starts in its shard's file, shape (rows,)."""
         before = np.concatenate([[0], np.cumsum(self.num_predictions)])
         first = np.arange(len(self.num_predictions)) // self.rows_per_shard * self.rows_per_shard
         return before[:-1] - before[first]
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """What the base predicted at the drawn tokens of these rows, one row after the other; (drawn tokens, size)."""
+        """The base's predictions at the drawn tokens of these rows, one row after the other; (drawn tokens, size)."""
         parts = [self._row(int(index)) for index in indices]
         return {name: torch.cat([part[name] for part in parts]) for name in NAMES[self.kind]}
 
     def check_whole(self) -> None:
-        """Refuse a store in which a shard has no file, or one of other rows: only their headers are read."""
+        """Refuse a store in which a shard has no file or one with other rows; reads only the headers."""
         for first in range(0, len(self.num_predictions), self.rows_per_shard):
             count = int(self.num_predictions[first : first + self.rows_per_shard].sum())
             with self._opened(first) as file:
@@ -142,20 +142,20 @@ class ReferenceCache:
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[Any]:
-        """The file that holds a row."""
+        """Open the file that holds a row."""
         path = cache_path(self.folder, index // self.rows_per_shard)
         try:
             with safe_open(path, framework="pt") as file:
                 yield file
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"replay_dataset: {str(path)!r} is missing or damaged; delete it and run the same `retain "
-                f"sample`, or set replay_reference to adapter or copy: {error}"
+                f"replay_dataset: {str(path)!r} is missing or damaged ({error}); delete it and run the same `retain "
+                "sample` command, or set replay_reference to adapter or copy"
             ) from error
 
 
 def open_cache(folder: Path, manifest: dict[str, Any], num_predictions: np.ndarray) -> ReferenceCache | None:
-    """The stored predictions of a dataset, or None where it was sampled without."""
+    """The stored predictions of a dataset; None if it was sampled without."""
     kind = manifest.get("store_reference")
     if kind is None:
         return None

@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicLayer
 from retain.models.head import seen_by_head
 from retain.models.reference import evaluation_mode, probe_tokens
 from retain.replay.provenance import check_draws, rope_switch
-from retain.replay.stored_predictions import kept_of
+from retain.replay.stored_predictions import to_stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -266,7 +266,7 @@ def draw_rows(
             first_log_probs.append(chosen[:CHECKED_ROWS])
             entropies += torch.where(free, torch.special.entr(probabilities).sum(-1), 0.0)
             if store is not None:
-                kept.append(kept_of(store, hidden[-1][:, -1], log_probs))
+                kept.append(to_stored(store, hidden[-1][:, -1], log_probs))
             hidden.clear()
     if not bool(entropies.isfinite().all()):
         raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
