@@ -1,6 +1,6 @@
-"""Settings declared once, each with its help and its limits, and checks of values that enter from outside.
+"""Settings, each declared once with its help and limits, and checks of values that come from outside.
 
-The standard library only.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -24,67 +24,66 @@ EXPECTED = {
 
 
 class Unchosen(int):
-    """A default that was left as it is; a number that somebody gave is a plain `int`."""
+    """A default that the user left as it is; a number that the user gave is a plain `int`."""
 
 
 class Description(str):
-    """A setting's help on the command line, with its limits: `HfArgumentParser` takes no other metadata than help."""
+    """A setting's help text that carries its limits: `HfArgumentParser` reads no metadata but `help`."""
 
     low: float
     high: float
     remedy: str
-    """What to do where the setting is missing; empty where it may be."""
+    """What to do if the setting is missing; empty if it is optional."""
 
 
 def setting(default: Any, text: str, *, low: float = 0, high: float = math.inf, required: bool | str = False) -> Any:
     """A field of `Settings`.
 
     Args:
-        default: its value, or a function that makes it.
+        default: the default value, or a function that returns it.
         text: one sentence of help.
-        low: least number, also of the items of a list.
-        required: refuse None, an empty text and an empty list; a text says what to give in their place.
+        low, high: smallest and largest number allowed, also for each item of a list.
+        required: refuse None, "" and []; a string is the remedy that the error gives.
     """
-    about = Description(text)
-    about.low, about.high = low, high
-    about.remedy = required if isinstance(required, str) else "give --{name}" if required else ""
+    description = Description(text)
+    description.low, description.high = low, high
+    description.remedy = required if isinstance(required, str) else "give --{name}" if required else ""
     options = {"default_factory": default} if callable(default) else {"default": default}
-    return dataclasses.field(**options, metadata={"help": about})
+    return dataclasses.field(**options, metadata={"help": description})
 
 
 @dataclasses.dataclass(kw_only=True)
 class Settings:
-    """Base of all settings: each field is checked against its type and its limits, whichever way its value came in."""
+    """Base class of all settings: checks each field's type and limits, from a flag, from YAML or from Python."""
 
     def __post_init__(self) -> None:
-        kind: Any = type(self)
-        hints = hints_of(kind)
-        for field in dataclasses.fields(kind):
+        hints = hints_of(type(self))
+        for field in dataclasses.fields(self):
             check_setting(field.name, getattr(self, field.name), hints[field.name], field.metadata["help"])
 
 
-def check_setting(name: str, value: Any, hint: Any, about: Description) -> None:
-    """Raise a `ValueError` unless `value` is of the type and within the limits."""
-    if about.remedy and value in (None, "", []):
-        raise ValueError(f"{name}: missing; {about.remedy.format(name=name)}")
+def check_setting(name: str, value: Any, hint: Any, description: Description) -> None:
+    """Raise a `ValueError` unless `value` has the annotated type and is within the limits."""
+    if description.remedy and value in (None, "", []):
+        raise ValueError(f"{name}: missing; {description.remedy.format(name=name)}")
     if value is None and type(None) in get_args(hint):
         return
-    if value == "" and type(None) in get_args(hint):  # of a shell's variable that is not set
+    if value == "" and type(None) in get_args(hint):  # an unset shell variable
         raise ValueError(f"{name}: '' is empty; give a value, or leave it out")
     kind = kinds_of(hint)[0]
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(f"{name}: {value!r} is not known; use one of {', '.join(map(repr, get_args(kind)))}")
     elif kind in (int, float):
-        check_number(name, value, low=about.low, high=about.high, integer=kind is int)
+        check_number(name, value, low=description.low, high=description.high, integer=kind is int)
     else:
         check_type(name, value, hint)
         for item in value if kind in (list[int], list[float]) else ():
-            check_setting(name, item, get_args(kind)[0], about)
+            check_setting(name, item, get_args(kind)[0], description)
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value may stand where `hint` is annotated; hints that say nothing about it let it pass."""
+    """Whether a value has the annotated type; a hint that is not understood accepts every value."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, kind) for kind in inner)
@@ -96,19 +95,19 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    found = origin or hint
-    if (keys := mapping_keys(found)) and isinstance(value, Mapping):
+    expected = origin or hint
+    if (keys := mapping_keys(expected)) and isinstance(value, Mapping):
         return keys[1] <= value.keys() <= set(keys[0])
-    return found is Any or not isinstance(found, type) or isinstance(value, found)
+    return expected is Any or not isinstance(expected, type) or isinstance(value, expected)
 
 
 def mapping_keys(kind: Any) -> tuple[list[str], set[str]] | None:
-    """The keys of a mapping of which TRL makes this dataclass, and those that it needs; None for other types."""
+    """All keys and the required keys of a mapping from which TRL makes this dataclass; None for other types."""
     if not dataclasses.is_dataclass(kind):
         return None
     fields, unset = dataclasses.fields(kind), dataclasses.MISSING
-    needed = {one.name for one in fields if one.default is unset and one.default_factory is unset}
-    return [one.name for one in fields], needed
+    required = {field.name for field in fields if field.default is unset and field.default_factory is unset}
+    return [field.name for field in fields], required
 
 
 def kinds_of(hint: Any) -> tuple[Any, ...]:
@@ -123,26 +122,26 @@ def kinds_of(hint: Any) -> tuple[Any, ...]:
 
 
 def expected_value(hint: Any) -> str:
-    """What the value should be, and what to do; of a union the first type."""
+    """What a value of this type (of a union, its first type) should be, and what to write."""
     kind = kinds_of(hint)[0]
     if keys := mapping_keys(next(iter(get_args(kind)), None)):
-        needed = ", ".join(f"{name}: …" for name in keys[1])
-        return f"a list of mappings with {', '.join(keys[0])}; write [{{{needed}}}]"
-    return EXPECTED.get(get_origin(kind) or kind, "of a kind known here; see --help")
+        required = ", ".join(f"{name}: …" for name in keys[1])
+        return f"a list of mappings with {', '.join(keys[0])}; write [{{{required}}}]"
+    return EXPECTED.get(get_origin(kind) or kind, "of a supported type; see --help")
 
 
 @cache
 def hints_of(kind: Any) -> dict[str, Any]:
-    """The annotated type of every field of a dataclass, given as its class."""
-    found = typing.get_type_hints(kind)
-    return {field.name: found[field.name] for field in dataclasses.fields(kind)}
+    """The annotated type of each field of a dataclass, by name."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def several(field: str, name: str, source: Any) -> list[Any]:
-    """The items of a source of several; of a lone text they would be its characters, of a mapping its keys.
+    """The items of `source` as a list.
 
     Raises:
-        ValueError: for one of these.
+        ValueError: for a text or a mapping, whose items would be characters or keys, and for what is not iterable.
     """
     if isinstance(source, (str, bytes, Mapping)) or not isinstance(source, Iterable):
         remedy = "the rows of one split, or a list" if isinstance(source, Mapping) else "a list"
@@ -151,13 +150,13 @@ def several(field: str, name: str, source: Any) -> list[Any]:
 
 
 def check_named(field: str, texts: Any) -> None:
-    """Raise a `ValueError` unless texts come by their names."""
+    """Raise a `ValueError` unless `texts` maps names to texts."""
     if not isinstance(texts, Mapping):
         raise ValueError(f"{field}: a {type(texts).__name__} names no texts; give a mapping such as {{'wiki': texts}}")
 
 
 def check_type(name: str, value: Any, hint: Any) -> None:
-    """Raise a `ValueError` unless the value fits."""
+    """Raise a `ValueError` unless the value has the annotated type."""
     if not fits(value, hint):
         raise ValueError(f"{name}: {value!r} is not {expected_value(hint)}")
 

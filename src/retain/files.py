@@ -1,6 +1,6 @@
-"""Files of our own, written whole or not at all, and text of others made harmless to look at.
+"""Files that are written whole or not at all, locks, checks of paths, and untrusted text made safe to print.
 
-Locks are filelock's, all else the standard library's.
+Standard library and filelock only.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-METRICS_FILE = "metrics.jsonl"  # of a run: every log, one object a line
-CONFIG_FILE = "retain_config.json"  # beside it
-# What a verb leaves in its output_dir, by files that only such a folder has.
+METRICS_FILE = "metrics.jsonl"  # all logs of a run, one JSON object per line
+CONFIG_FILE = "retain_config.json"  # the settings of that run
+# What a verb writes into its output_dir, and the files that identify it.
 OUTPUTS = {
     "replay rows": ("manifest.json",),
     "a training run": (CONFIG_FILE,),
@@ -28,14 +28,14 @@ OUTPUTS = {
     "a plan": ("pilots.jsonl", "plan.json"),
     "a sweep": ("results.jsonl",),
 }
-ROW = b'{"key": '  # begins a verb's JSON Lines; its JSON has a schema
+ROW = b'{"key": '  # how a verb's JSONL files begin; its JSON files hold a schema
 LOCK = ".lock"
-PART = ".retain-part"  # ends the name of a file that is being written
-SAFETENSORS_PART = ".tmp" + "[0-9A-Za-z]" * 6  # of weights that safetensors is writing
+PART = ".retain-part"  # suffix of a file that is being written
+SAFETENSORS_PART = ".tmp" + "[0-9A-Za-z]" * 6  # a file that safetensors is writing
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# The same in the words of torch and safetensors, who raise no OSError; 122 is a quota, 27 a limit on a file's size.
+# What torch and safetensors, which raise no OSError, say of a full disk; 122 is EDQUOT, 27 is EFBIG.
 DISK_FULL_WORDS = ("inline_container.cc", "os error 28", "os error 122", "os error 27")
-# Shapes of what is read from JSON, for `check_shape`.
+# Shapes of JSON values, for `check_shape`.
 MAPPING: dict[Any, Any] = {}
 NUMBER = (float, int)
 JSON_TYPES = {
@@ -45,7 +45,7 @@ JSON_TYPES = {
 
 @contextmanager
 def _full_disk_named(path: Path) -> Iterator[None]:
-    """Errors of a full disk with the path, which libraries leave out; some leave out the reason, too."""
+    """Add the path to errors of a full disk, and the reason where a library leaves that out too."""
     try:
         yield
     except Exception as error:
@@ -58,7 +58,7 @@ def _full_disk_named(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, fsynced and renamed over it on success, removed on failure."""
+    """A temporary path in the same folder; on success it is fsynced and renamed to `path`, on failure removed."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -75,7 +75,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all; broken surrogates, which a model may emit, are written as escapes."""
+    """Write UTF-8 text whole or not at all; lone surrogates, which a model may emit, are written as escapes."""
     with atomic_path(Path(path)) as temporary:
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
@@ -86,48 +86,48 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, field: str, remedy: str) -> Any:
-    """The value in a JSON file; an error is one line with the field, the file, the reason and the remedy."""
+    """The value in a JSON file; errors are one line: field, file, reason, remedy."""
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise ValueError(f"{field}: cannot read {str(path)!r} ({error.strerror}); {remedy}") from error
-    except (ValueError, RecursionError) as error:  # of which UnicodeDecodeError is one
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise ValueError(f"{field}: cannot read {str(path)!r} (not JSON: {str(error)[:80]}); {remedy}") from error
 
 
 def short_names(paths: Sequence[Path], field: str) -> list[str]:
-    """A name for each path, also of a folder: as many of its last parts as tell them apart.
+    """A unique name for each path, made of as few of its last parts as possible.
 
     Raises:
-        ValueError: for a path that is given twice, in the setting `field`.
+        ValueError: if a path of the setting `field` is given twice.
 
     >>> short_names([Path("runs/a"), Path("runs/b")], "model"), short_names([Path("a/end"), Path("../b/end")], "model")
     (['a', 'b'], ['a_end', 'b_end'])
     """
     parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
     for count in range(1, 1 + max(map(len, parts), default=1)):
-        names = ["_".join(of_path[-count:]) for of_path in parts]
+        names = ["_".join(path_parts[-count:]) for path_parts in parts]
         if len(set(names)) == len(paths):
             return names
-    twice = next(path for path, name in zip(paths, names, strict=True) if names.count(name) > 1)
-    raise ValueError(f"{field}: {str(twice)!r} is given twice; leave one of them out")
+    repeated = next(path for path, name in zip(paths, names, strict=True) if names.count(name) > 1)
+    raise ValueError(f"{field}: {str(repeated)!r} is given twice; leave one of them out")
 
 
 def read_settings(folder: Path, shape: Any = MAPPING) -> dict[str, Any]:
-    """A run's `retain_config.json`; nothing where there is none."""
+    """The contents of a run's `retain_config.json`, empty if there is none."""
     path, remedy = folder / CONFIG_FILE, "restore it, or make the run again"
     if not path.is_file():
         return {}
-    found: dict[str, Any] = read_json(path, "settings", remedy)
-    check_shape(found, shape, f"{str(path)!r} is damaged", remedy)
-    return found
+    settings: dict[str, Any] = read_json(path, "settings", remedy)
+    check_shape(settings, shape, f"{str(path)!r} is damaged", remedy)
+    return settings
 
 
 def read_jsonl(path: Path, shape: Any = MAPPING) -> list[dict[str, Any]]:
-    """Rows of a JSONL file of our own, up to a torn last line; empty where there is no file.
+    """The rows of a JSONL file that retain wrote, without a torn last line; empty if there is no file.
 
     Args:
-        shape: of each row, as `check_shape` takes it.
+        shape: the shape of each row, for `check_shape`.
     """
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     rows: list[dict[str, Any]] = []
@@ -138,7 +138,7 @@ def read_jsonl(path: Path, shape: Any = MAPPING) -> list[dict[str, Any]]:
         try:
             row: Any = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            if number == len(lines):  # it has no end: a killed process was writing it
+            if number == len(lines):  # no line break at its end: a killed process was writing it
                 break
             raise ValueError(f"{where} (not JSON: {str(error)[:80]}); {remedy}") from error
         check_shape(row, shape, where, remedy)
@@ -147,7 +147,7 @@ def read_jsonl(path: Path, shape: Any = MAPPING) -> list[dict[str, Any]]:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether no number in a value read from JSON is NaN or infinite, which Python reads and JSON does not know.
+    """Whether a value read from JSON holds no NaN or infinity, which Python accepts and JSON does not.
 
     >>> is_finite({"loss": [1.5, None]}), is_finite({"loss": [1.5, float("nan")]})
     (True, False)
@@ -158,23 +158,23 @@ def is_finite(value: Any) -> bool:
 
 
 def check_shape(value: Any, shape: Any, where: str, remedy: str) -> None:
-    """Raise a `ValueError` of one line unless a value read from JSON has this shape.
+    """Raise a one-line `ValueError` unless a value read from JSON has this shape.
 
     Args:
-        shape: a type, or a tuple of several; `[shape]` for a list of such, `[shape, shape]` for a pair; a dict of keys
-            and their shapes, where a key that ends in "?" may be missing or null, other keys are ignored, and `str`
-            stands for every key.
+        shape: a type or a tuple of types; `[shape]` for a list of any length, `[shape, shape]` for a pair; a dict of
+            keys and shapes, where a key ending in "?" may be missing or null, the key `str` stands for every key, and
+            keys that are not named are ignored.
 
     >>> check_shape({"num_rows": "12"}, {"num_rows": int, "model?": str}, "manifest", "sample again")
     Traceback (most recent call last):
     ValueError: manifest: 'num_rows' is "12", not a whole number; sample again
     """
-    if found := _misfit(value, shape, ""):
-        raise ValueError(f"{where}: {found}; {remedy}")
+    if misfit := _misfit(value, shape, ""):
+        raise ValueError(f"{where}: {misfit}; {remedy}")
 
 
 def _misfit(value: Any, shape: Any, name: str) -> str | None:
-    """The first place where a value has another shape, in words."""
+    """A description of the first place where a value has another shape; None if it fits."""
     types = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
     place = f"{name[1:]!r} is " if name else "it is "
     if type(value) not in types:
@@ -186,17 +186,17 @@ def _misfit(value: Any, shape: Any, name: str) -> str | None:
     elif isinstance(shape, dict) and str in shape:
         parts = [(f".{key}", item, shape[str]) for key, item in value.items()]
     elif isinstance(shape, dict):
-        needed = {key: of for key, of in shape.items() if not key.endswith("?") or value.get(key[:-1]) is not None}
-        if missing := [key for key in needed if key.removesuffix("?") not in value]:
+        given = {key: part for key, part in shape.items() if not key.endswith("?") or value.get(key[:-1]) is not None}
+        if missing := [key for key in given if key.removesuffix("?") not in value]:
             return f"{f'{name}.{missing[0]}'[1:]!r} is missing"
-        parts = [(f".{key.removesuffix('?')}", value[key.removesuffix("?")], of) for key, of in needed.items()]
+        parts = [(f".{key.removesuffix('?')}", value[key.removesuffix("?")], part) for key, part in given.items()]
     else:
         return None
-    return next(filter(None, (_misfit(item, of, name + key) for key, item, of in parts)), None)
+    return next(filter(None, (_misfit(item, part, name + key) for key, item, part in parts)), None)
 
 
 def check_writable(path: Path, flag: str) -> None:
-    """Refuse a file that cannot be written, before the work whose result it is to hold."""
+    """Refuse an output file that cannot be written, before the work begins."""
     if path.is_dir():
         raise ValueError(f"{flag}: {str(path)!r} is a folder; name a file")
     if not path.absolute().parent.is_dir():
@@ -204,16 +204,16 @@ def check_writable(path: Path, flag: str) -> None:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one row and close the file, so that it outlives the process."""
+    """Append one row and close the file, so that a later crash does not lose it."""
     with _full_disk_named(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def check_model_path(name: str, field: str) -> None:
-    """Refuse a model's name that can only be a path, and names nothing; one that the Hub may know passes.
+    """Refuse a model name that can only be a path and does not exist; a possible Hub id passes.
 
     Args:
-        field: the setting that named it.
+        field: the setting, for the error.
     """
     is_path = name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith("/")
     if not name or (is_path and not Path(name).expanduser().exists()):
@@ -221,42 +221,37 @@ def check_model_path(name: str, field: str) -> None:
 
 
 def check_file(name: str, field: str) -> None:
-    """Refuse a name of no file.
-
-    Args:
-        field: the setting that named it.
-    """
+    """Refuse the name of a file that does not exist; `field` is the setting, for the error."""
     if not Path(name).expanduser().is_file():
         raise ValueError(f"{field}: no file {name!r}; check the path")
 
 
 def check_output_dir(folder: Path, output: str) -> None:
-    """Refuse a folder that holds another verb's output and none of this kind, or a user's file of the same name.
+    """Refuse a folder that holds only another verb's output, or a user's file under the name of an output file.
 
     Args:
-        output: what is to be written, a key of `OUTPUTS`.
+        output: the kind of output to write, a key of `OUTPUTS`.
     """
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not place.is_dir():
-        raise ValueError(f"output_dir: {str(place)!r} is a file; choose a folder")
-    there = [(kind, folder / file) for kind, files in OUTPUTS.items() for file in files if (folder / file).exists()]
-    held = {kind: path.name for kind, path in there if _is_output(path)}
-    for kind, path in there:
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"output_dir: {str(existing)!r} is a file; choose a folder")
+    files = [(kind, folder / name) for kind, names in OUTPUTS.items() for name in names if (folder / name).exists()]
+    outputs = {kind: path.name for kind, path in files if _is_output(path)}
+    for kind, path in files:
         if kind == output and not _is_output(path):
             raise ValueError(
-                f"output_dir: {str(folder)!r} holds a {path.name} that is none of retain's; choose another folder, or "
+                f"output_dir: {str(folder)!r} holds a {path.name} that retain did not write; choose another folder, or "
                 "move the file"
             )
-    if held and output not in held:
-        kind, file = next(iter(held.items()))
+    if outputs and output not in outputs:
+        kind, name = next(iter(outputs.items()))
         raise ValueError(
-            f"output_dir: {str(folder)!r} holds {kind} ({file}), among whose files {output} would lie; choose another "
-            "folder"
+            f"output_dir: {str(folder)!r} already holds {kind} ({name}); choose another folder for {output}"
         )
 
 
 def _is_output(path: Path) -> bool:
-    """Whether a verb wrote a file, as far as its beginning tells; its first row may be half-written."""
+    """Whether the beginning of a file shows that a verb wrote it; its first row may be half-written."""
     if path.name == CONFIG_FILE:
         return True
     with open(path, "rb") as file:
@@ -266,13 +261,13 @@ def _is_output(path: Path) -> bool:
 
 @contextmanager
 def exclusive(folder: Path, output: str) -> Iterator[None]:
-    """Hold the folder for one writer, and make it where it is missing; the system frees the lock with the process.
+    """Lock the folder for one writer; create it if it is missing. The system releases the lock if the process dies.
 
-    What a killed writer left half-written is removed. A folder that was made here goes if the work fails with nothing
-    in it.
+    Files that a killed writer left half-written are removed. If the work fails and leaves a new folder empty, the
+    folder is removed.
 
     Args:
-        output: what is to be written, a key of `OUTPUTS`; a folder that holds another kind alone is refused.
+        output: the kind of output to write, a key of `OUTPUTS`; a folder that holds only another kind is refused.
     """
     from filelock import FileLock, Timeout
 
@@ -290,18 +285,18 @@ def exclusive(folder: Path, output: str) -> Iterator[None]:
         remove_parts(folder)
         with _full_disk_named(folder):
             yield
-        new = False  # it stays
+        new = False  # keep the folder
     finally:
-        with suppress(OSError):  # Windows removes no open file; there filelock does when it lets go
+        with suppress(OSError):  # Windows removes no open file; there filelock does on release
             (folder / LOCK).unlink()
         lock.release()
         if new:
-            with suppress(OSError):  # where something was written
+            with suppress(OSError):  # not empty
                 folder.rmdir()
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove files and folders that a killed process was writing; no process may be writing there now."""
+    """Remove files and folders that a killed process left half-written; no other process may be writing there."""
     patterns = (f".*{PART}", SAFETENSORS_PART, f"checkpoint-*/{SAFETENSORS_PART}")
     for part in [part for pattern in patterns for part in folder.glob(pattern)]:
         if part.is_dir():
@@ -311,7 +306,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line: the first line of its message that is not empty, and its type where that is not ours.
+    """An error in one line: the first non-empty line of its message, with its type unless that is `ValueError`.
 
     >>> one_line(KeyError("step"))
     "KeyError: 'step' (RETAIN_DEBUG=1 shows where)"
@@ -328,11 +323,11 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message} (RETAIN_DEBUG=1 shows where)"
 
 
-# Text that a model or a stranger wrote
+# Untrusted text, from models and data
 
 
 def visible(text: str) -> str:
-    """The text in one line, every control, bidi-override, surrogate or unassigned character as an escape.
+    """The text with every control, bidi-override, surrogate or unassigned character, also line breaks, as an escape.
 
     >>> print(visible("exe\\u202egnp"))
     exe\\u202egnp
@@ -341,22 +336,22 @@ def visible(text: str) -> str:
 
 
 def visible_text(text: str) -> str:
-    """The same for text of several lines: line breaks and tabs stay."""
+    """`visible` that keeps line breaks and tabs."""
     return "".join(char if char in "\n\t" else _visible_char(char) for char in text.replace("\r\n", "\n"))
 
 
 def _visible_char(char: str) -> str:
-    hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
-    joiner = char in "\u200c\u200d"  # part of ordinary Persian, Hindi and emoji
-    return char.encode("unicode_escape").decode("ascii") if hidden and not joiner else char
+    is_hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
+    is_joiner = char in "\u200c\u200d"  # part of ordinary Persian, Hindi and emoji
+    return char.encode("unicode_escape").decode("ascii") if is_hidden and not is_joiner else char
 
 
 def hub_remedy() -> str:
-    """What to do where the Hub does not give what was asked for."""
+    """What to do when a download from the Hub fails."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    return "check the name" + ", and unset HF_HUB_OFFLINE, with which nothing is downloaded" * offline
+    return "check the name" + ", and unset HF_HUB_OFFLINE, which forbids downloads" * offline
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name."""
+    """The first line of an error's message, or the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -789,8 +789,8 @@ def test_the_folder_of_another_verb_is_refused(world, tmp_path, capsys, verb, ki
             check_output_dir(out, kind)
         else:
             line = refused_whole(command(verb, good(verb, world, out)), tmp_path, capsys)
-            found = f"{kind} ({file}), among whose files {WRITES[verb]} would lie; choose another folder"
-            assert line == f"retain {verb}: output_dir: {str(out)!r} holds {found}"
+            held = f"already holds {kind} ({file}); choose another folder for {WRITES[verb]}"
+            assert line == f"retain {verb}: output_dir: {str(out)!r} {held}"
         shutil.rmtree(out)
 
 
@@ -800,7 +800,7 @@ def test_the_folder_of_another_verb_is_refused(world, tmp_path, capsys, verb, ki
 def test_a_file_of_the_user_is_no_output_and_is_not_written_over(tmp_path, kind, file):
     write(tmp_path / file, [{"accuracy": 0.9}] if file.endswith(".jsonl") else {"name": "site"})
     check_output_dir(tmp_path, next(other for other in OUTPUTS if other != kind))
-    with pytest.raises(ValueError, match=f"holds a {file} that is none of retain's; choose another folder"):
+    with pytest.raises(ValueError, match=f"holds a {file} that retain did not write; choose another folder"):
         check_output_dir(tmp_path, kind)
 
 
