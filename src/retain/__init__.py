@@ -16,7 +16,7 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-_HOMES = {
+_MODULES = {
     "ReplayConfig": "training.config",
     "ReplayDataset": "replay.dataset",
     "load_replay_dataset": "replay.dataset",
@@ -40,17 +40,17 @@ _HOMES = {
     "next_token_loss": "losses",
     "sample_replay": "sampling.write",
 }
-__all__ = sorted([*_HOMES, "__version__", "versions"])
+__all__ = sorted([*_MODULES, "__version__", "versions"])
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Versions of Python and of the libraries on which a number depends, and of more packages."""
+    """Versions of Python, of retain and of the libraries that results depend on, and of the packages in `more`."""
     names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy")
     own = {"python": platform.python_version(), "retain": __version__}
     return own | {name: _version(name) for name in (*names, *more)}
 
 
-@cache  # a version does not change while a program runs, and every run's files name eight of them
+@cache  # looked up for every file that names versions
 def _version(name: str) -> str:
     try:
         return version(name)
@@ -59,9 +59,9 @@ def _version(name: str) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'retain' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"retain.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"retain.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 25  # of float32 logits held at once by the forms that never hold them all; three such arrays live
-NO_REST = 1e-5  # mass outside of the k likeliest tokens that is rounding of their sum, where the model gives it none
+CHUNK_BYTES = 1 << 25  # float32 logits per chunk of the chunked losses; up to three such arrays are alive at once
+NO_REST = 1e-5  # mass outside the top k that counts as rounding error where the model gives those tokens none
 
 
 def next_token_loss(logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
@@ -29,11 +29,11 @@ def next_token_loss(logits: Float[Tensor, "*batch vocab"], targets: Int[Tensor, 
 
 
 def expectation(probs: Float[Tensor, "*batch vocab"], values: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
-    """Σ_v p_v x_v, where what has no probability counts nothing: 0 · ∞ is 0, as in vocabulary at −∞ in both models."""
-    found = torch.linalg.vecdot(probs, values)
-    if bool(found.isnan().any()):  # rare, and the mask costs as much as the softmax
-        found = torch.linalg.vecdot(probs, values.masked_fill(probs == 0, 0.0))
-    return found
+    """Σ_v p_v x_v with 0 · ∞ = 0, as for tokens that have logit −∞ in both models."""
+    mean = torch.linalg.vecdot(probs, values)
+    if bool(mean.isnan().any()):  # rare, and the mask costs as much as the softmax
+        mean = torch.linalg.vecdot(probs, values.masked_fill(probs == 0, 0.0))
+    return mean
 
 
 def kl_divergence(
@@ -41,7 +41,7 @@ def kl_divergence(
 ) -> Float[Tensor, "*batch"]:
     """KL(π ‖ θ) = Σ_v p_π (log p_π − log p_θ), nats per position, full vocabulary. Marek et al., `kl_pre`.
 
-    Forward KL: the base comes first, and `ref_logits` carries no gradient by the caller's doing.
+    Forward KL: the base comes first. The caller computes `ref_logits` without gradient.
 
     >>> kl_divergence(torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1.0]))
     tensor(0.1201)
@@ -54,9 +54,9 @@ def kl_divergence(
 def shifted(
     input_ids: Int[Tensor, "rows length"], attention_mask: Int[Tensor, "rows length"] | None = None
 ) -> tuple[Int[Tensor, "rows length-1"], Bool[Tensor, "rows length-1"]]:
-    """Targets for the logits at positions 0 … T−2, and which of them are real tokens.
+    """Targets for the logits at positions 0 … T−2, and a mask of those that are real tokens.
 
-    A row of T tokens has T−1 predictions: the last position's target lies outside the row.
+    A row of T tokens has T−1 predictions: the last position has no target.
     """
     targets = input_ids[:, 1:]
     if attention_mask is None:
@@ -65,7 +65,7 @@ def shifted(
 
 
 class Head(NamedTuple):
-    """A model's output head: logits = softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap)."""
+    """The output head of a model: logits = softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap)."""
 
     weight: Float[Tensor, "vocab hidden"]
     bias: Float[Tensor, " vocab"] | None = None
@@ -79,7 +79,7 @@ class Head(NamedTuple):
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
-# (positions, log p_θ there) -> divergence at each position, and the distribution that θ is pulled towards.
+# (positions, log p_θ at them) -> divergence at each position, and the distribution that θ is pulled towards.
 Target = Callable[[slice, Tensor], tuple[Float[Tensor, " positions"], Float[Tensor, "positions vocab"]]]
 
 
@@ -90,12 +90,11 @@ def chunked_kl_divergence(
     head: Head,
     values: Float[Tensor, " positions"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Σ over positions of KL(π ‖ θ), nats, without ever holding the logits of either model.
+    """Σ over positions of KL(π ‖ θ), nats, without materialising the logits of either model.
 
-    The sum of `kl_divergence(ref_head.logits(ref_hidden), head.logits(hidden))`, in value and gradient. The gradient
-    is made in the forward pass, so nothing is computed twice, and the head's only where it is trained. Reduced, for
-    a gradient made early must know the weights of the positions: they are equal. `values` is filled with the terms of
-    the sum.
+    Equals the sum of `kl_divergence(ref_head.logits(ref_hidden), head.logits(hidden))` in value and gradient. The
+    gradient is computed in the forward pass, so nothing is computed twice; the head's only if it is trained. That is
+    why the loss is a sum: the gradient must know the weights of the positions. `values` receives the terms of the sum.
     """
     ref_weight = _multiplier(ref_head.weight.detach(), ref_hidden.dtype)
 
@@ -114,29 +113,29 @@ def chunked_topk_kl_divergence(
     head: Head,
     values: Float[Tensor, " positions"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Σ over positions of KL between the base's k likeliest tokens and the rest as one, and the same of θ; nats.
+    """Σ over positions of KL(π ‖ θ) over the base's top k tokens and one bin for all other tokens; nats.
 
-    Never more than the KL over the full vocabulary (the rest's own shape is lost), and 0 only where it agrees on
-    these k and on the mass of the rest, which is kept: dropping or renormalising it would bias the target. `values` is
-    filled with the terms of the sum.
+    At most the KL over the full vocabulary (differences inside the bin are lost), and 0 only where the models agree on
+    the top k and on the bin, which is kept because dropping or renormalising it would bias the target. `values`
+    receives the terms of the sum.
     """
 
     def target(part: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         value, log_ratio = _topk_parts(ref_log_probs[part], ref_tokens[part], log_probs)
-        pull = (log_probs + log_ratio.unsqueeze(-1)).exp_()  # the rest, scaled to the mass that the base gives it
+        pull = (log_probs + log_ratio.unsqueeze(-1)).exp_()  # the rest, scaled to its mass under the base
         return value, pull.scatter_(-1, ref_tokens[part], ref_log_probs[part].float().exp())
 
     return _summed_divergence(hidden, head, _filling(values, target))
 
 
 def _filling(values: Tensor | None, target: Target) -> Target:
-    """The same target, whose divergences are kept."""
+    """Wrap `target` so that it also writes its divergences into `values`."""
 
     def filling(part: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-        value, wanted = target(part, log_probs)
+        value, pull = target(part, log_probs)
         if values is not None:
             values[part] = value
-        return value, wanted
+        return value, pull
 
     return filling
 
@@ -144,7 +143,7 @@ def _filling(values: Tensor | None, target: Target) -> Target:
 def chunked_next_token_loss(
     targets: Int[Tensor, " positions"], hidden: Float[Tensor, "positions hidden"], head: Head
 ) -> Float[Tensor, ""]:
-    """Σ over positions of −log p_θ(target), nats: the sum of `next_token_loss` without holding the logits."""
+    """Σ over positions of −log p_θ(target), nats: the sum of `next_token_loss` without materialising the logits."""
 
     def target(part: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         tokens = targets[part].unsqueeze(-1)
@@ -161,32 +160,32 @@ def topk_kl_divergence(
 
 
 def _topk_parts(ref_log_probs: Tensor, ref_tokens: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """The divergence, and log(the base's mass of the rest / the model's)."""
+    """The divergence, and the log ratio of the rest's mass, base over model."""
     ref = ref_log_probs.float()
-    ref_rest = (-ref.exp().sum(-1)).log1p().nan_to_num(nan=-torch.inf)  # rounding may bring the k just above 1
+    ref_rest = (-ref.exp().sum(-1)).log1p().nan_to_num(nan=-torch.inf)  # rounding may lift the sum above 1
     if ref.shape[-1] == log_probs.shape[-1]:
         ref_rest = torch.full_like(ref_rest, -torch.inf)  # there is no rest
     others = log_probs.scatter(-1, ref_tokens, -torch.inf)
     rest = others.logsumexp(-1)
-    if bool((none := rest == -torch.inf).any()):  # whose gradient would be NaN
+    if bool((none := rest == -torch.inf).any()):  # its gradient would be NaN
         rest = others.masked_fill(none.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(none, -torch.inf)
         ref_rest = ref_rest.masked_fill(none & (ref_rest < math.log(NO_REST)), -torch.inf)
-    named = expectation(ref.exp(), ref - log_probs.gather(-1, ref_tokens))
+    of_topk = expectation(ref.exp(), ref - log_probs.gather(-1, ref_tokens))
     ratio = torch.where(ref_rest.isfinite(), ref_rest - rest, 0.0)
-    return named + ref_rest.exp() * ratio, torch.where(ref_rest.isfinite(), ratio, -torch.inf)
+    return of_topk + ref_rest.exp() * ratio, torch.where(ref_rest.isfinite(), ratio, -torch.inf)
 
 
 def _summed_divergence(hidden: Tensor, head: Head, target: Target) -> Tensor:
-    if not torch.is_grad_enabled():  # which torch does not say inside: a gradient as large as the head would be made
+    if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad: a gradient as large as the head
         bias = None if head.bias is None else head.bias.detach()
         head = head._replace(weight=head.weight.detach(), bias=bias)
     return _ChunkedDivergence.apply(hidden, *head, target)
 
 
 class _ChunkedDivergence(torch.autograd.Function):
-    """Σ of a divergence whose gradient with respect to the logits is p_θ − target, some positions at a time.
+    """Σ of a divergence whose gradient with respect to the logits is p_θ − target, chunk by chunk of positions.
 
-    The gradient is accumulated in float32.
+    Gradients are accumulated in float32.
     """
 
     @staticmethod
@@ -201,30 +200,30 @@ class _ChunkedDivergence(torch.autograd.Function):
     ) -> Tensor:
         head = Head(weight, bias, scale, softcap)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        with torch.autocast(hidden.device.type, enabled=False):  # dtypes here are chosen, not guessed
+        with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen explicitly here
             factor = _multiplier(weight, hidden.dtype)
             total = hidden.new_zeros((), dtype=torch.float64)
-            of_hidden = torch.empty_like(hidden) if needs_hidden else None
-            of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-            of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
+            grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
             step = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
             for at in range(0, len(hidden), step):
                 part = slice(at, at + step)
                 log_probs, slope = _log_probs(hidden[part], factor, head)
-                value, wanted = target(part, log_probs)
+                value, pull = target(part, log_probs)
                 total += value.sum(dtype=torch.float64)
-                grad = log_probs.exp_().sub_(wanted).mul_(scale)
-                del wanted
+                grad = log_probs.exp_().sub_(pull).mul_(scale)
+                del pull
                 if slope is not None:
                     grad.mul_(slope)
-                if of_bias is not None:
-                    of_bias += grad.sum(0)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
                 grad = grad.to(factor.dtype)
-                if of_hidden is not None:
-                    of_hidden[part] = grad @ factor
-                if of_weight is not None:
-                    _add_product(of_weight, grad.T, hidden[part])
-        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+                if grad_hidden is not None:
+                    grad_hidden[part] = grad @ factor
+                if grad_weight is not None:
+                    _add_product(grad_weight, grad.T, hidden[part])
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, bias.dtype if bias is not None else None
         return total.float()
 
@@ -239,12 +238,12 @@ class _ChunkedDivergence(torch.autograd.Function):
 
 
 def _multiplier(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A head's weight as it enters the products: in the dtype of the hidden states, in float32 on a CPU."""
+    """The head's weight in the dtype of the matrix products: that of the hidden states, float32 on a CPU."""
     return weight.to(dtype if weight.is_cuda else torch.float32)
 
 
 def _float32_product(left: Tensor, right: Tensor) -> Tensor:
-    """left · right, summed and returned in float32, for factors of any dtype."""
+    """left @ right, accumulated and returned in float32, for factors of any dtype."""
     if left.dtype == torch.float32:
         return left @ right.float()
     return torch.mm(left, right.to(left.dtype), out_dtype=torch.float32)
@@ -258,7 +257,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _log_probs(hidden: Tensor, weight: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """log p in float32, shape (positions, vocab), and the slope of the soft cap where there is one."""
+    """log p in float32, shape (positions, vocab), and the slope of the soft cap, if any."""
     logits = _float32_product(hidden.to(weight.dtype), weight.T)
     if head.bias is not None:
         logits += head.bias.detach().float()

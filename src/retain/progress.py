@@ -1,4 +1,4 @@
-"""Progress of long work: one line with the time left of a stage and of all to come; in a log, a line now and then."""
+"""Progress of long work: a line with the time left, for the stage and for the whole command; in a log, now and then."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-LOG_SECONDS = 30.0  # between two lines of a stage in a log
-REDRAW_SECONDS = 0.1  # in a terminal
+LOG_SECONDS = 30.0  # between two lines in a log
+REDRAW_SECONDS = 0.1  # between two updates in a terminal
 
 
 @dataclass
 class PlannedStage:
-    """A stage to come, by its name. What stages of one kind take is in proportion to their work, in any unit."""
+    """A stage to come. The time that stages of one kind take is proportional to their `work`, in any unit."""
 
     name: str
     kind: str
@@ -25,7 +25,7 @@ class PlannedStage:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it.
+    """A duration in words.
 
     >>> duration(42), duration(5 * 60 + 20), duration(7500)
     ('42 s', '5 min', '2 h 5 min')
@@ -37,10 +37,11 @@ def duration(seconds: float) -> str:
 
 
 def time_left(here: float, coming: Iterable[PlannedStage], pace: Mapping[str, float]) -> tuple[float, list[str]]:
-    """Seconds until all is done, and the kinds that are not in them because none of the kind was timed.
+    """Seconds until everything is done, and the kinds left out of them because no stage of theirs was timed.
 
     Args:
-        here: seconds left of the present stage.
+        here: seconds left of the current stage.
+        coming: the stages after it.
         pace: kind → seconds per unit of work.
 
     >>> coming = [PlannedStage("training", "training", 2), PlannedStage("measuring wiki", "measuring")]
@@ -48,16 +49,16 @@ def time_left(here: float, coming: Iterable[PlannedStage], pace: Mapping[str, fl
     (25, ['measuring'])
     """
     stages = [stage for stage in coming if stage.work > 0]
-    known = sum(stage.work * pace[stage.kind] for stage in stages if stage.kind in pace)
-    return here + known, list(dict.fromkeys(stage.kind for stage in stages if stage.kind not in pace))
+    timed = sum(stage.work * pace[stage.kind] for stage in stages if stage.kind in pace)
+    return here + timed, list(dict.fromkeys(stage.kind for stage in stages if stage.kind not in pace))
 
 
 class ProgressLine:
-    """The line of a command, on standard error, and what it knows of its stages.
+    """The progress line of a command, on standard error.
 
     Attributes:
-        plan: the stages that come after the present one.
-        stage: the present one; those within it are timed and not shown.
+        plan: the stages after the current one.
+        stage: the current stage; stages nested in it are timed but not shown.
     """
 
     current: ProgressLine | None = None
@@ -72,30 +73,30 @@ class ProgressLine:
 
     @property
     def pace(self) -> dict[str, float]:
-        """Kind → seconds per unit of work, of what was timed."""
+        """Kind → seconds per unit of work, for kinds that were timed."""
         return {kind: seconds / work for kind, (work, seconds) in self._spent.items()}
 
     def record(self, kind: str, work: float, seconds: float) -> None:
-        """Work of a kind took this long."""
+        """Add to the time that work of this kind took."""
         if work > 0:
             before = self._spent.get(kind, (0.0, 0.0))
             self._spent[kind] = before[0] + work, before[1] + seconds
 
     def enter(self, stage: StageProgress) -> None:
-        """Make a stage the present one; it leaves the plan, with those before it, which were not needed."""
+        """Make `stage` the current one; take it and the skipped stages before it off the plan."""
         self.stage, names = stage, [planned.name for planned in self.plan]
         if stage.name in names:
             del self.plan[: names.index(stage.name) + 1]
 
     def say(self, line: str) -> None:
-        """Print a line, in a terminal above the bar."""
+        """Print a line; in a terminal, above the bar."""
         if self.shown:
             self.console.print(line)
 
 
 @contextmanager
 def progress_line(*, shown: bool = True) -> Iterator[ProgressLine]:
-    """Within it every `StageProgress` is shown, outside of it none is; one within another is that one."""
+    """Show every `StageProgress` inside this context; nested contexts share the outer line."""
     if ProgressLine.current is not None:
         yield ProgressLine.current
         return
@@ -104,24 +105,25 @@ def progress_line(*, shown: bool = True) -> Iterator[ProgressLine]:
         yield line
     finally:
         ProgressLine.current = None
-        if line.stage is not None:  # an error ended it
+        if line.stage is not None:  # an error interrupted it
             line.stage.close(has_ended=False)
 
 
 @dataclass(eq=False)
 class StageProgress:
-    """A stage of a command: a bar in a terminal, in a log a line now and then, and in both a line at its end.
+    """A stage of a command: a bar in a terminal, a line now and then in a log, and a line at its end in both.
 
     Args:
-        name: for people, without control characters.
-        total: how many units of work there are; `unit` is what they are called.
-        kind: of what is timed together; by default the name.
-        work: as in `PlannedStage`; by default `total`.
-        initial: units that were done before.
-        share: units → share of the work that is done with them; by default all are alike.
-        at_most: it may end before its total.
-        note: shown behind the time that is left.
-        within: what comes in this stage beside its units.
+        name: shown to the user; no control characters.
+        total: number of units of work.
+        unit: their name, in the plural.
+        kind: stages of one kind are timed together. Default: the name.
+        work: as in `PlannedStage`. Default: `total`.
+        initial: units done in an earlier run.
+        share: number of units done → share of the work done. Default: all units are equal.
+        at_most: the stage may end early.
+        note: shown after the time left.
+        within: other work inside this stage, such as evaluations.
     """
 
     name: str
@@ -146,48 +148,48 @@ class StageProgress:
         if self._line.stage is None:
             self._line.enter(self)
             if self._line.shown and sys.stderr.isatty() and self._line.console.is_interactive:
-                self._bar = self._begin_bar()
+                self._bar = self._start_bar()
 
-    def _begin_bar(self) -> Progress:
+    def _start_bar(self) -> Progress:
         columns = BarColumn(bar_width=16), TextColumn("{task.description}", markup=False)
         bar = Progress(
             *columns, console=self._line.console, transient=True, redirect_stdout=sys.stdout.isatty(),
-            auto_refresh=False,  # no thread, whose locks a fork would take along
+            auto_refresh=False,  # no thread: a fork would copy its locks
         )  # fmt: skip
         bar.add_task(str(self), total=self.total, completed=self.initial)
         bar.start()
-        bar.console.show_cursor()  # which a kill would leave hidden
+        bar.console.show_cursor()  # a kill would leave it hidden
         return bar
 
     def update(self, count: int = 1) -> None:
-        """So many more units are done."""
+        """Count `count` more units as done."""
         self.done += count
         (self._line.stage or self).show()
 
     def show(self) -> None:
-        """Draw the bar, or print a line of a log, where it is time to."""
-        since = time.monotonic() - self._drawn
-        if self._bar is not None and since >= REDRAW_SECONDS:
+        """Redraw the bar or print a log line, if it is time to."""
+        elapsed = time.monotonic() - self._drawn
+        if self._bar is not None and elapsed >= REDRAW_SECONDS:
             self._bar.update(self._bar.task_ids[0], completed=self.done, description=str(self), refresh=True)
-        elif self._bar is None and since >= LOG_SECONDS and (self.done < self.total or self._paused_since):
+        elif self._bar is None and elapsed >= LOG_SECONDS and (self.done < self.total or self._paused_since):
             self._line.say(str(self))
         else:
             return
         self._drawn = time.monotonic()
 
     def pause(self) -> None:
-        """What follows is of another kind."""
+        """Stop this stage's clock: work of another kind begins."""
         self._paused_since = time.monotonic()
 
     def resume(self, kind: str) -> None:
-        """Since `pause` a unit of work of this kind was done."""
+        """Restart the clock; the time since `pause` was one unit of work of this kind."""
         if self._paused_since is not None:
             seconds, self._paused_since = time.monotonic() - self._paused_since, None
             self._paused += seconds
             self._line.record(kind, 1, seconds)
 
     def __str__(self) -> str:
-        """What is done, how long the rest will take, and the note."""
+        """Units done, time left, and the note."""
         parts = [f"{self.name}: {self.done:,}/{self.total:,} {self.unit}", *self._time_left(), self.note]
         return ", ".join(filter(None, parts))
 
@@ -203,26 +205,26 @@ class StageProgress:
         here, missing = time_left(here, self.within, pace)
         if done > 0:
             pace[self.kind] = (now - self._began + here) / (self._work * (done + rest))
-        end, later = time_left(here, self._line.plan, pace)
+        end, missing_later = time_left(here, self._line.plan, pace)
         words = [f"{'at most' if self.at_most else 'about'} {duration(here)} left"]
         if duration(end) != duration(here):
             words.append(f"{duration(end)} to the end")
-        if kinds := list(dict.fromkeys(missing + later)):
+        if kinds := list(dict.fromkeys(missing + missing_later)):
             words.append("plus " + " and ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]])))
         return words
 
     def close(self, *, has_ended: bool = True) -> None:
-        """The stage has ended, or was interrupted."""
+        """End the stage; print its last line unless it was interrupted."""
         seconds, new = time.monotonic() - self._began, self.done - self.initial
         if self._bar is not None:
             self._bar.stop()
         if self._line.stage is self:
             self._line.stage = None
             if has_ended:
-                few = "" if self.done == self.total else f" of {self.total:,}"
-                here = f" ({new:,} of them now)" if self.initial else ""
-                taken = f"{here} in {duration(seconds)}" if new or not self.done else ", made before"
-                parts = [f"{self.name}: {self.done:,}{few} {self.unit}{taken}", self.note]
+                of_total = "" if self.done == self.total else f" of {self.total:,}"
+                now = f" ({new:,} of them now)" if self.initial else ""
+                taken = f"{now} in {duration(seconds)}" if new or not self.done else ", made before"
+                parts = [f"{self.name}: {self.done:,}{of_total} {self.unit}{taken}", self.note]
                 self._line.say(", ".join(filter(None, parts)))
         self._line.record(self.kind, self._work * (self._share(self.done) - self._share(self.initial)), seconds)
 

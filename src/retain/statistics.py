@@ -1,6 +1,6 @@
-"""Intervals: a number measured on text is a ratio of sums over documents, and documents are what is resampled.
+"""Confidence intervals. A number measured on text is a ratio of sums over documents: the bootstrap resamples documents.
 
-Answers to questions are right or wrong, independent and paired: Wilson's and Tango's intervals, McNemar's exact test.
+Answers to questions are binary, independent and paired: Wilson's and Tango's intervals, McNemar's exact test.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import bdtr, stdtrit
 
-MAX_WIDENING = 3.0  # of a side, times Student's t: few documents with an outlier would widen it hundredfold
-Z = NormalDist().inv_cdf(0.975)  # of a 95% interval of answers
-MIN_SPREAD = 1e-9  # of a resample's sum of squares; less is rounding
+MAX_WIDENING = 3.0  # cap on each side, in Student's t: an outlier among few documents would widen it hundredfold
+Z = NormalDist().inv_cdf(0.975)  # for 95% intervals of answers
+MIN_SPREAD = 1e-9  # as a share of a resample's sum of squares; anything less is rounding error
 
 
 def bootstrap_ratio(
@@ -29,24 +29,24 @@ def bootstrap_ratio(
 ) -> tuple[float, float, float]:
     """Σ numerator / Σ denominator over documents, with a bootstrap-t interval over documents (Efron 1982).
 
-    What is resampled is the ratio's error in units of its own linearised standard error; the sample's standard error
-    leaves one document out at a time. Each side is widened by √(n/(n−1)), is never narrower than Student's t of n−1
-    degrees of freedom, and never wider than `MAX_WIDENING` times that. A percentile interval is too narrow for few
-    documents, unequal lengths and skewed values: docs/measuring.md has the coverage of both.
+    Each resample gives the ratio's error over its own linearised standard error; the standard error of the sample is
+    the leave-one-out (jackknife) one. Each side is widened by √(n/(n−1)), is at least as wide as Student's t with n−1
+    degrees of freedom, and at most `MAX_WIDENING` times as wide. A percentile interval is too narrow for few documents,
+    unequal lengths and skewed values: docs/measuring.md has the coverage of both.
 
     Args:
-        numerator: per-document sums, shape (documents,), e.g. nats.
-        denominator: per-document sizes, shape (documents,), not negative, e.g. tokens.
+        numerator: sum per document, shape (documents,), e.g. in nats.
+        denominator: size of each document, shape (documents,), not negative, e.g. in tokens.
         num_resamples: bootstrap resamples.
         level: coverage of the interval.
-        seed: seed of the resampling; the same seed and number of documents resample the same documents, so
-            intervals of two runs measured on the same documents are paired.
-        counts: what `resample_counts` gave for as many documents, for several ratios over the same ones.
-        within: the least and the most that the ratio can be.
+        seed: seed of the resampling; one seed and number of documents give the same resamples, so intervals of two
+            runs measured on the same documents are paired.
+        counts: the result of `resample_counts`, to share it between ratios over the same documents.
+        within: the smallest and largest value that the ratio can have.
 
     Returns:
-        (value, low, high), low ≤ value ≤ high. Where fewer than two documents have a size, low and high are NaN, and
-        without any size the value is, too.
+        (value, low, high), low ≤ value ≤ high. If fewer than two documents have a size, low and high are NaN; if none
+        has, so is the value.
 
     >>> [round(number, 2) for number in bootstrap_ratio([3.0, 5.0, 1.0, 8.0], [2, 4, 1, 5])]
     [1.42, 0.36, 2.17]
@@ -57,17 +57,17 @@ def bootstrap_ratio(
     value = float(num.sum() / total) if total else math.nan
     if np.count_nonzero(den) < 2:
         return value, math.nan, math.nan
-    rest = num - value * den  # of each document; they sum to 0
-    leave_one_out = math.sqrt((size - 1) / size * float(np.square(rest / (1 - den / total)).sum())) / total
+    residual = num - value * den  # one residual per document; they sum to 0
+    leave_one_out = math.sqrt((size - 1) / size * float(np.square(residual / (1 - den / total)).sum())) / total
     student = float(stdtrit(size - 1, (1 + level) / 2))
     counts = resample_counts(size, num_resamples, seed) if counts is None else counts
     with np.errstate(divide="ignore", invalid="ignore"):
-        error = (counts @ rest) / (counts @ den)
-        square = counts @ rest**2
-        spread = square - 2 * error * (counts @ (rest * den)) + error**2 * (counts @ den**2)
+        error = (counts @ residual) / (counts @ den)
+        square = counts @ residual**2
+        spread = square - 2 * error * (counts @ (residual * den)) + error**2 * (counts @ den**2)
         spread[spread < MIN_SPREAD * square] = 0.0
         studentized = error * (counts @ den) / np.sqrt(spread * size / (size - 1))
-    studentized[np.isnan(studentized) | (counts.max(axis=1) == size)] = 0.0  # one document alone has no spread
+    studentized[np.isnan(studentized) | (counts.max(axis=1) == size)] = 0.0  # a single document has no spread
     limit = MAX_WIDENING * student
     low, high = np.quantile(studentized.clip(-limit, limit), [(1 - level) / 2, (1 + level) / 2])
     widened = math.sqrt(size / (size - 1))
@@ -85,7 +85,7 @@ def resample_counts(num_documents: int, num_resamples: int, seed: int) -> np.nda
 def share_interval(count: int, total: int) -> tuple[float, float, float]:
     """A share of independent questions with Wilson's 95% score interval (Wilson 1927): (value, low, high).
 
-    A bootstrap of answers that are all alike has no width, as if nothing were left to learn; this one has.
+    Unlike a bootstrap interval, it keeps a width where all answers are right, or all wrong.
 
     >>> [round(number, 2) for number in share_interval(10, 10)]
     [1.0, 0.72, 1.0]
@@ -100,12 +100,12 @@ def share_interval(count: int, total: int) -> tuple[float, float, float]:
 def paired_change_interval(lost: int, won: int, total: int) -> tuple[float, float, float]:
     """The change of a share on the same questions, after − before: (value, low, high), Tango's 95% score interval.
 
-    Tango 1998, Statistics in Medicine 17:891: the changes that the score test does not reject, so it holds 0 where
-    McNemar's statistic is below z². Where nothing changed it is as wide as Wilson's interval of none in `total`.
+    Tango 1998, Statistics in Medicine 17:891: all changes that the score test does not reject, so it contains 0 where
+    McNemar's statistic is below z². Where nothing changed, each side is as wide as Wilson's interval of 0 in `total`.
 
     Args:
-        lost, won: questions right before and wrong after, and the reverse.
-        total: all questions.
+        lost, won: number of questions right before and wrong after, and the reverse.
+        total: number of all questions.
     """
     assert 0 <= lost + won <= total > 0, (lost, won, total)
 
@@ -113,7 +113,7 @@ def paired_change_interval(lost: int, won: int, total: int) -> tuple[float, floa
         low, high = -1.0, (more - fewer) / total
         while low < (change := (low + high) / 2) < high:
             linear = fewer + more - (2 * total - more + fewer) * change
-            # The share of `fewer` that is likeliest, given the change.
+            # The maximum-likelihood share of `fewer` at this change.
             share = (linear + math.sqrt(linear**2 + 8 * total * fewer * change * (1 - change))) / (4 * total)
             variance = total * max(2 * share + change * (1 - change), 0.0)
             low, high = (change, high) if more - fewer - total * change > Z * math.sqrt(variance) else (low, change)
@@ -123,10 +123,10 @@ def paired_change_interval(lost: int, won: int, total: int) -> tuple[float, floa
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Exact two-sided McNemar test (McNemar 1947): p of so uneven a split, or a more uneven one, by chance alone.
+    """Exact two-sided McNemar test (McNemar 1947): p-value of a split at least this uneven, by chance alone.
 
     Args:
-        lost, won: questions right before and wrong after, and the reverse; the others say nothing of a change.
+        lost, won: number of questions right before and wrong after, and the reverse; the others are irrelevant.
 
     >>> round(mcnemar(lost=9, won=1), 4)
     0.0215
