@@ -69,7 +69,7 @@ def test_remote_code_is_run_only_where_asked(tmp_path, capsys):
     assert main(["sample", *arguments]) == 1
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert "brings code of its own; read it, and give --trust_remote_code true if you trust it" in error
+    assert "brings its own code; read it, and give --trust_remote_code true if you trust it" in error
     assert not (tmp_path / "ran").exists()
 
 

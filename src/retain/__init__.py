@@ -46,8 +46,8 @@ __all__ = sorted([*_MODULES, "__version__", "versions"])
 def versions(*more: str) -> dict[str, str]:
     """Versions of Python, of retain and of the libraries that results depend on, and of the packages in `more`."""
     names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "numpy")
-    own = {"python": platform.python_version(), "retain": __version__}
-    return own | {name: _version(name) for name in (*names, *more)}
+    libraries = {name: _version(name) for name in (*names, *more)}
+    return {"python": platform.python_version(), "retain": __version__, **libraries}
 
 
 @cache  # looked up for every file that names versions

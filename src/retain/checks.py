@@ -57,8 +57,9 @@ class Settings:
     """Base class of all settings: checks each field's type and limits, from a flag, from YAML or from Python."""
 
     def __post_init__(self) -> None:
-        hints = hints_of(type(self))
-        for field in dataclasses.fields(self):
+        kind: Any = type(self)
+        hints = hints_of(kind)
+        for field in dataclasses.fields(kind):
             check_setting(field.name, getattr(self, field.name), hints[field.name], field.metadata["help"])
 
 

@@ -326,7 +326,7 @@ def test_a_kill_while_the_model_is_written_leaves_none_and_is_resumed(world, tmp
         ({"model": "{w}/base", "base": "{w}/base", "replay_dataset": "{w}/replay"}, "'words' shows no gain to keep"),
         ({"base": "{t}/large"}, "model: the tokenizer in '{w}/full'"),
         ({"base": "{t}/deep"}, "base: model.layers.2.input_layernorm.weight is [32] in it and missing in the model"),
-        ({"output_dir": "{w}/full"}, "output_dir: '{w}/full' already holds a training run (retain_config.json); choose"),
+        ({"output_dir": "{w}/full"}, "output_dir: '{w}/full' already holds a training run (retain_config.json)"),
         ({"base": "{t}/no"}, "base: no folder or file '{t}/no'"),
         ({"replay_dataset": "{t}/no.txt"}, "no.txt"),
     ],

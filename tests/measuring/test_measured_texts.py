@@ -52,7 +52,7 @@ def test_a_base_that_was_changed_is_refused():
     measured(tuned, base)
     with torch.no_grad():
         next(iter(base.model.parameters())).add_(0.25)
-    with pytest.raises(ValueError, match="^base: it was changed after it was first measured; make a MeasuredBase of"):
+    with pytest.raises(ValueError, match="^base: it changed after it was first measured; make a new MeasuredBase of"):
         measured(tuned, base)
 
 
@@ -60,7 +60,7 @@ def test_a_base_of_nan_is_not_called_a_changed_one():
     base, tuned = make_model().eval(), make_model(seed=1).eval()
     with torch.no_grad():
         next(iter(base.parameters())).fill_(torch.nan)
-    with pytest.raises(ValueError, match="^base: its predictions are not numbers; check how it was trained and saved"):
+    with pytest.raises(ValueError, match="^base: its predictions are NaN; check how it was trained and saved"):
         measured(tuned, MeasuredBase(base))
 
 
@@ -91,9 +91,9 @@ def test_texts_beyond_the_memory_are_read_again():
     plain = measured(tuned, base).data["retention"]
     for _ in range(2):
         assert measured(tuned, shared).data["retention"] == plain
-    assert shared.known is not None
-    assert len(shared.known.states) == 1
-    assert 0 <= shared.free < 60 * 32 * 4
+    assert shared.cached is not None
+    assert len(shared.cached.states) == 1
+    assert 0 <= shared.free_bytes < 60 * 32 * 4
 
 
 def test_one_name_for_two_texts_is_refused():

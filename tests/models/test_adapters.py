@@ -57,7 +57,7 @@ def test_it_is_written_once_and_never_over_another(tmp_path):
 
 def test_an_adapter_on_a_tied_head_would_move_the_embeddings_and_is_refused(tmp_path):
     adapter = save_adapted(tmp_path, ["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match="model: merged into its base, the adapter predicts otherwise"):
+    with pytest.raises(ValueError, match="model: merging the adapter into its base changes its predictions"):
         merged_base(str(adapter), tmp_path / "whole")
     assert not (tmp_path / "whole").exists()
 

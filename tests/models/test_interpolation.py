@@ -141,7 +141,7 @@ def test_models_that_have_nothing_between_them_are_refused():
     base = make_model()
     message = refusal(base, make_model(vocab_size=321))
     assert "lm_head.weight is [320, 32] in it and [321, 32] in the model" in message
-    assert "vocabulary grown alike" in message
+    assert "with the same vocabulary" in message
     assert "model.layers.2.input_layernorm.weight is missing in it and [32]" in refusal(
         base, make_model(num_hidden_layers=3)
     )

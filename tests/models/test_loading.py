@@ -219,7 +219,7 @@ def wider(found: Weights) -> Weights:
 
 
 DAMAGED_ADAPTERS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "one layer": (lambda file: edited(file, without("layers.1")), ["lacks 2 of its weights", "layers.1", "save it"]),
+    "one layer": (lambda file: edited(file, without("layers.1")), ["lacks 2 of its weights", "layers.1", "whole"]),
     "no weights in the file": (lambda file: edited(file, lambda found: {}), ["lacks 4 of its weights"]),
     "no file": (lambda file: file.unlink(), ["holds no adapter_model.safetensors"]),
     "half a file": (half_a_file, ["adapter_model.safetensors", "damaged", "copy"]),
@@ -390,7 +390,7 @@ def test_a_hub_that_does_not_answer_is_no_model_without_the_file(hub, llama_fold
     assert find_file(known, "spiece.model") is None
     for load in (settings_of_run, load_tokenizer, lambda name: tokenizer_of_tuned(name, make_tokenizer())):
         with pytest.raises(
-            ValueError, match="^model: 'ou' is no folder here, and could not be read from the Hub .*; check the"
+            ValueError, match="^model: 'ou' is not a local folder, and could not be read from the Hub .*; check the"
         ):
             load("ou")
 
@@ -431,7 +431,7 @@ def test_an_adapter_names_its_package_and_so_does_the_card(gguf_file, tmp_path, 
         base = load_model("package:fake_llm_package")
         load_model("package:fake_llm_package")
     (line,) = own_lines(caplog)
-    assert re.search(r"tiny.gguf: 0.0 GB of dequantised weights .* kept in .*/cache/models/tiny-", line)
+    assert re.search(r"tiny.gguf: 0.0 GB of dequantised weights .* cached in .*/cache/models/tiny-", line)
     args = SFTConfig(str(tmp_path / "out"), max_steps=1, report_to="none", bf16=False, use_cpu=True, max_length=16)
     trainer = ReplaySFTTrainer(
         base, args, replay_config=ReplayConfig(replay_coef=0, replay_objective="kl"), processing_class=make_tokenizer(),

@@ -388,6 +388,6 @@ def test_a_bad_model_is_named_in_one_line(case, tmp_path, monkeypatch):
 
 def test_a_missing_tokenizer_is_named_in_one_line(tmp_path):
     make_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model: .* holds no tokenizer; copy tokenizer.json") as caught:
+    with pytest.raises(ValueError, match="model: .* holds no tokenizer; copy the tokenizer files") as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)

@@ -164,7 +164,7 @@ def test_a_vocabulary_that_grew_is_refused():
 def test_a_prompt_that_was_handed_over_is_named():
     """Its virtual tokens were taken for a vocabulary that grew, from 320 to 320."""
     model = get_peft_model(make_model(), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="'adapter' does not give the base's predictions; hand over the base, and"):
+    with pytest.raises(ValueError, match="'adapter' does not predict what the base does; give the trainer the base"):
         Reference().prove(model, probe(model))
 
 

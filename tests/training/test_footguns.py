@@ -464,7 +464,7 @@ def test_a_model_that_was_trained_in_place_is_not_its_own_base(tmp_path: Path, h
 
 def test_a_copy_that_still_runs_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("retain.models.reference.runs_through", lambda copied, model: True)
-    with pytest.raises(ValueError, match="a copy of this model still runs the model itself; load it anew"):
+    with pytest.raises(ValueError, match="a copy of this model still runs the model itself; load it again"):
         Reference.copy_of(make_model())
 
 
@@ -533,7 +533,7 @@ def test_a_reference_that_moves_is_seen_through_dropout(tmp_path: Path, monkeypa
     honest = train(tmp_path, rows, model=make_model("gpt2", **noisy))
     assert logged(honest, "replay/kl")[0] > 1e-3
     monkeypatch.setattr(Reference, "copy_of", classmethod(lambda cls, model: cls(model)))
-    with pytest.raises(ValueError, match="the reference moves with the model"):
+    with pytest.raises(ValueError, match="the reference changes with the model"):
         train(tmp_path, rows, model=make_model("gpt2", **noisy))
 
 

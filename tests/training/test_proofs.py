@@ -76,7 +76,7 @@ def test_a_base_that_an_adapter_was_merged_into_is_seen(
     more = {"eval_dataset": ROWS.select(range(4)), "peft_config": LoraConfig(**LORA), "changes": changes}
     if at == "evaluation":
         train(tmp_path / "kept", replay, retention_datasets=TEXTS, **more)
-    says = rf"replay_reference: 'adapter' gives other predictions at step {3 if at == 'end' else 2} than .*a merge into"
+    says = rf"replay_reference: 'adapter' gives other predictions at step {3 if at == 'end' else 2} than .*merged into"
     with pytest.raises(ValueError, match=says):
         train(tmp_path / "merged", replay, retention_datasets=TEXTS, callbacks=[Merge(2)], **more)
     assert "ref_kl" not in (tmp_path / "merged" / "metrics.jsonl").read_text()
@@ -139,7 +139,7 @@ def test_a_copy_is_proven_against_the_model_that_is_trained(tmp_path: Path, repl
     class Host(ReplayMixin, Halved):
         pass
 
-    with pytest.raises(ValueError, match="replay_reference: the model handed over is not what the trainer"):
+    with pytest.raises(ValueError, match="replay_reference: the trainer changed the model that it was given"):
         train(tmp_path, replay, trainer_class=Host)
 
 

@@ -1,4 +1,4 @@
-"""An adapter merged into its base: a whole model, which can be sampled from and finetuned again."""
+"""Merging an adapter into its base: the result is a whole model, to sample from or finetune again."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ ADAPTER_CONFIG, MERGED_FILE = "adapter_config.json", "merged.json"
 
 
 def adapted_model(name: str, *, revision: str = "main") -> str | None:
-    """The base that an adapter names; None where `name` is a whole model."""
+    """The name of the base of an adapter; None if `name` is a whole model."""
     config = find_file(resolve_model_path(name), ADAPTER_CONFIG, revision)
     return read_json(config, "model", "save the adapter again").get("base_model_name_or_path") if config else None
 
 
 def merge_adapter(tuned: Any) -> Any:
-    """The whole model that predicts what a base with its adapter does; the base's own weights are changed.
+    """Merge the adapter of `tuned` into its base, in place, and return the whole model.
 
     Raises:
-        ValueError: if the adapter is no change of weights, or the merged model predicts otherwise, as where it sits on
+        ValueError: if the adapter cannot be merged, or the merged model predicts something else, as with an adapter on
             an output head that is tied to the embeddings.
     """
     expected = probe(tuned)
     try:
-        whole = tuned.merge_and_unload()
+        merged = tuned.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError) as error:
         raise ValueError(f"model: its adapter cannot be merged into its base: {first_line(error)}") from error
-    if (difference := prediction_difference(probe(whole), expected)) > rounding_tolerance(whole):
+    if (difference := prediction_difference(probe(merged), expected)) > rounding_tolerance(merged):
         raise ValueError(
-            f"model: merged into its base, the adapter predicts otherwise (log-probabilities differ by "
+            f"model: merging the adapter into its base changes its predictions (log-probabilities differ by "
             f"{difference:.2g} of their spread), as on a head that is tied to the embeddings; finetune its base instead"
         )
-    return whole
+    return merged
 
 
 def merged_base(name: str, folder: Path, *, revision: str = "main", trust_remote_code: bool = False) -> None:
-    """Write the whole model of an adapter into `folder`, in the dtype of its base's checkpoint; once.
+    """Merge an adapter into its base and save the result in `folder`, in the dtype of the base's checkpoint, once.
 
     Raises:
-        ValueError: if the adapter cannot be merged, or `folder` holds another.
+        ValueError: if the adapter cannot be merged, or `folder` holds another merged adapter.
     """
     path = resolve_model_path(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -55,7 +55,7 @@ def merged_base(name: str, folder: Path, *, revision: str = "main", trust_remote
         return
     tuned = load_model(name, dtype="float32", revision=revision, **options)
     dtype = stored_dtype(tuned.peft_config[tuned.active_adapter].base_model_name_or_path, **options)
-    part = folder.with_name(f".{folder.name}{PART}")  # which `files.exclusive` removes where a killed process left it
+    part = folder.with_name(f".{folder.name}{PART}")  # if this process is killed, `files.exclusive` removes it
     merge_adapter(tuned).to(dtype).save_pretrained(part)
     load_tokenizer(name, revision=revision, **options).save_pretrained(part)
     write_json(part / MERGED_FILE, {"adapter": name, "sha256": digest})

@@ -1,7 +1,7 @@
-"""The uniform mean of a run's checkpoints, written as a checkpoint, tensor by tensor.
+"""The uniform mean of a run's checkpoints, computed and saved tensor by tensor.
 
 LAWA (Kaddour, *Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest Weight Averaging*, arXiv
-2209.14981) takes the last ones.
+2209.14981) averages the latest ones.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from safetensors.torch import save_file
 from retain.files import first_line, read_json, write_json
 from retain.models.adapters import ADAPTER_CONFIG
 
-COPIED = (".json", ".py")  # ends of files that describe a model: configuration, index of shards, code of its own
+COPIED = (".json", ".py")  # suffixes of files that describe a model: configuration, index of shards, custom code
 FACTOR_A, FACTOR_B = (".lora_A.", ".lora_embedding_A"), (".lora_B.", ".lora_embedding_B")
-NO_MEAN = ("target_parameters", "lora_bias")  # of a LoRA: factors of experts, interleaved, and a bias beside them
+NO_MEAN = ("target_parameters", "lora_bias")  # LoRA options: interleaved factors of experts; a bias
 
 
 def write_mean(checkpoints: Sequence[Path], folder: Path) -> None:
-    """Write the mean of these checkpoints of one run into `folder`, in their dtype; one file is in memory at a time.
+    """Write the mean of these checkpoints of one run into `folder`, in their dtype, one file in memory at a time.
 
-    Of a LoRA it is the mean of B·A, of the changes of the merged weights, and not of the factors: these are put side by
-    side, so that the rank is the sum of the ranks. All else is the mean of its values, computed in float64.
+    For a LoRA it is the mean of the products B·A, not of the factors: the factors are concatenated, so the rank is the
+    sum of the ranks. All other tensors are averaged in float64.
 
     Raises:
-        ValueError: if a checkpoint's weights cannot be read, or an adapter's have no mean.
+        ValueError: if a checkpoint's weights cannot be read, or an adapter has no mean.
     """
     last, count = checkpoints[-1], len(checkpoints)
     files = [file.name for file in sorted(last.glob("*model*.safetensors"))]
@@ -38,13 +38,13 @@ def write_mean(checkpoints: Sequence[Path], folder: Path) -> None:
         raise ValueError(f"average_checkpoints: {str(last)!r} holds no weights in safetensors; leave it out")
     shutil.copytree(last, folder, ignore=lambda _, names: {name for name in names if Path(name).suffix not in COPIED})
     lora = _widen_lora(folder / ADAPTER_CONFIG, count)
-    # Products are scaled by alpha / r, which the rank has divided by N already; with rsLoRA by alpha / √r.
+    # B·A is scaled by alpha / r, which the N-fold rank divides by N; with rsLoRA by alpha / √r.
     scale = count**-0.5 if lora.get("use_rslora") else 1.0
     try:
         for file in files:
             readers = [safe_open(path / file, framework="pt") for path in checkpoints]
-            names, weights = readers[-1].keys(), {}
-            for name in names:
+            keys, weights = readers[-1].keys(), {}
+            for name in keys:
                 values = [reader.get_tensor(name) for reader in readers]
                 if lora and any(part in name for part in FACTOR_A):
                     weights[name] = torch.cat(values, 0)
@@ -55,17 +55,17 @@ def write_mean(checkpoints: Sequence[Path], folder: Path) -> None:
                     weights[name] = (total / count).to(values[0].dtype)
             save_file(weights, folder / file, readers[-1].metadata())
     except (OSError, SafetensorError) as error:
-        of = ", ".join(path.name for path in checkpoints)
-        raise ValueError(f"average_checkpoints: cannot read {file} of {of}: {first_line(error)}") from error
+        names = ", ".join(path.name for path in checkpoints)
+        raise ValueError(f"average_checkpoints: cannot read {file} of {names}: {first_line(error)}") from error
 
 
 def _widen_lora(path: Path, count: int) -> dict[str, Any]:
-    """Give a LoRA's configuration `count` times its rank, and return it; nothing of other models."""
+    """Multiply the rank in a LoRA's configuration by `count`, and return the configuration; {} for other models."""
     config = read_json(path, "model", "save the adapter again") if path.exists() else {}
     if config.get("peft_type") != "LORA":
         return {}
     if option := next((name for name in NO_MEAN if config.get(name)), None):
-        raise ValueError(f"average_checkpoints: an adapter with {option} has no mean here; leave it out")
+        raise ValueError(f"average_checkpoints: an adapter with {option} cannot be averaged; leave it out")
     config["r"] *= count
     config["rank_pattern"] = {name: rank * count for name, rank in config["rank_pattern"].items()}
     write_json(path, config)

@@ -1,4 +1,4 @@
-"""What a loaded model or tokenizer is: the token that starts a document, fingerprints, sizes, and where it runs."""
+"""Facts about a model or tokenizer: the document start token, fingerprints, sizes, positions, devices."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from retain.models.reference import sees_ahead
 
 # Tokens that separate documents in the pretraining of models whose bos_token is missing or a chat marker.
 DOCUMENT_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<|startoftext|>", "</s>", "<eos>")
-# What PEFT's own parameters are called beside the prefixes of its methods, and what it puts into the base's names.
-OF_ADAPTERS = (".modules_to_save.", "prompt_encoder.", ".ranknum.", ".adaption_")
-WRAPPED = ("base_model.model.", ".token_adapter", ".base_layer", ".original_module")
+# Parts of adapters' parameter names besides the prefixes of PEFT's methods; what PEFT inserts into the base's names.
+ADAPTER_PARTS = (".modules_to_save.", "prompt_encoder.", ".ranknum.", ".adaption_")
+INSERTED = ("base_model.model.", ".token_adapter", ".base_layer", ".original_module")
 PROBE_TEXT = "The naïve fox — 3.14% of 日本 — jumps\n\tover it's lazy(dog); // ok?"
 
 
 def default_device() -> str:
-    """The accelerator's type where there is one that has float64 (Apple's has not), else `cpu`."""
+    """The accelerator's type if there is one with float64 (Apple's has none), else `cpu`."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator.type if accelerator is not None and accelerator.type != "mps" else "cpu"
 
 
 def launched() -> bool:
-    """Whether this is one of several processes that a launcher started."""
+    """Whether a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
@@ -50,13 +50,13 @@ class StartToken:
 
 
 def choose_start_token(tokenizer: PreTrainedTokenizerBase, override: str | int | None = None) -> StartToken:
-    """Choose the document start: BOS, unless it is missing or a chat role marker; then the document separator.
+    """Choose the document start: BOS, or the document separator if BOS is missing or a chat role marker.
 
-    A BOS that the tokenizer itself puts before plain text starts documents, also where a chat template repeats it.
-    SmolLM2-Instruct's BOS opens every chat turn and Qwen has none; both separate documents by `<|endoftext|>`.
+    A BOS that the tokenizer itself puts before plain text starts documents, even if a chat template repeats it.
+    SmolLM2-Instruct's BOS opens every chat turn and Qwen has none; both separate documents with `<|endoftext|>`.
 
     Raises:
-        ValueError: if `override` is not in the vocabulary, or no token can be found.
+        ValueError: if `override` is not in the vocabulary, or no token fits.
 
     >>> from tokenizers import Tokenizer, models
     >>> from transformers import PreTrainedTokenizerFast
@@ -80,7 +80,7 @@ def choose_start_token(tokenizer: PreTrainedTokenizerBase, override: str | int |
 
 def _start_token_by_name(tokenizer: PreTrainedTokenizerBase, override: str | int) -> StartToken:
     vocabulary = tokenizer.get_vocab()
-    if str(override).isdecimal():  # an id, although digits are tokens too: none of those starts a document
+    if str(override).isdecimal():  # digits are read as an id: no document starts with a digit token
         if int(override) < len(tokenizer):
             token = str(tokenizer.convert_ids_to_tokens(int(override)))
             return StartToken(int(override), token, "given as start_token")
@@ -90,46 +90,46 @@ def _start_token_by_name(tokenizer: PreTrainedTokenizerBase, override: str | int
 
 
 def _is_chat_marker(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
-    """Whether the chat template writes `token` at every turn; Llama-2-chat's BOS opens users' turns alone."""
+    """Whether the chat template writes `token` at every turn; Llama-2-chat's BOS opens only users' turns."""
     if not tokenizer.chat_template:
         return False
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False)).count(str(token)) >= len(turns)
-    except Exception:  # a template is the checkpoint's own program and may reject these turns in any way
+    except Exception:  # a template is code of the checkpoint and may reject these turns in any way
         return f"'{token}'" in str(tokenizer.chat_template) or str(token).startswith("<|im_")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the vocabulary and of how a probe text is cut; blind to padding, templates and special-token roles."""
+    """Hash of the vocabulary and the tokens of a probe text; ignores padding, templates and special-token roles."""
     vocabulary = sorted((str(token), int(index)) for token, index in tokenizer.get_vocab().items())
     probe = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
     return hashlib.sha256(json.dumps([vocabulary, probe]).encode()).hexdigest()[:16]
 
 
 @cache
-def _of_adapters() -> tuple[str, ...]:
-    """What a parameter's name holds where it is an adapter's own, of every method that PEFT knows."""
+def _adapter_parts() -> tuple[str, ...]:
+    """Parts of a name that mark a parameter as an adapter's own, for every method of PEFT."""
     from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
     prefixes = {getattr(tuner, "prefix", None) for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values()}
-    return (*OF_ADAPTERS, *sorted(f".{prefix}" for prefix in prefixes if prefix))
+    return (*ADAPTER_PARTS, *sorted(f".{prefix}" for prefix in prefixes if prefix))
 
 
 def base_parameter_name(name: str) -> str | None:
     """The name a parameter has in the model without its adapter, or None for the adapter's own parameters."""
-    if any(part in name for part in _of_adapters()):
+    if any(part in name for part in _adapter_parts()):
         return None
-    for part in WRAPPED:
+    for part in INSERTED:
         name = name.replace(part, "")
     return name.replace("attn.model.", "attn.")  # adaption prompts wrap whole attention modules
 
 
 @torch.no_grad()
 def model_fingerprint(model: Any) -> str:
-    """Hash over names, shapes and every weight rounded to bfloat16, so the same for a float32 and a bfloat16 load.
+    """Hash of all names, shapes and weights, rounded to bfloat16: a float32 and a bfloat16 load agree.
 
-    Adapter weights are left out: a LoRA model has its base's fingerprint for as long as the base is intact.
+    Adapter weights are left out: a LoRA model has the fingerprint of its base as long as the base is intact.
     """
     digest = hashlib.sha256()
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -138,7 +138,7 @@ def model_fingerprint(model: Any) -> str:
         if base_name is None:
             continue
         values, total, weighted = parameter.detach().reshape(-1), 0, 0
-        for start in range(0, values.numel(), 1 << 24):  # where the weights lie, in parts
+        for start in range(0, values.numel(), 1 << 24):  # on the weights' device, in parts
             bits = values[start : start + (1 << 24)].to(torch.bfloat16).view(torch.int16).to(torch.int64)
             place = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
             total += int(bits.sum())
@@ -148,7 +148,7 @@ def model_fingerprint(model: Any) -> str:
 
 
 def differing_settings(base: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Differences of two models that would change their predictions: (what, the base's, the other's)."""
+    """Differences between two models that would change their predictions: (what, the base's, the other's)."""
     for what, of_base, of_other in (
         ("dtype", base.dtype, other.dtype),
         ("attn_implementation", base.config._attn_implementation, other.config._attn_implementation),
@@ -159,10 +159,10 @@ def differing_settings(base: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def check_predicts_tokens(model: Any) -> None:
-    """Refuse a model whose logits are not of shape (rows, length, vocabulary), each from what came before."""
-    whole = all(parameter.numel() for parameter in model.parameters())  # not shared out by ZeRO-3
+    """Refuse a model that does not predict each next token from the tokens before it."""
+    is_whole = all(parameter.numel() for parameter in model.parameters())  # not sharded by ZeRO-3
     headless = model.config.is_encoder_decoder or model.get_output_embeddings() is None
-    if headless or (whole and sees_ahead(model)):
+    if headless or (is_whole and sees_ahead(model)):
         raise ValueError(
             f"model: {type(model).__name__} has no head that predicts each next token; replay and retention need a "
             "causal language model (AutoModelForCausalLM)"
@@ -180,9 +180,9 @@ def num_tuned(model: nn.Module) -> int:
 
 
 def max_positions(model: Any) -> int | None:
-    """Longest sequence the model can take, in tokens, or None where its configuration names none.
+    """Longest sequence that the model can take, in tokens; None if its configuration names none.
 
-    The virtual tokens of a prompt take positions, and so do those up to the padding token's, which RoBERTa skips.
+    The virtual tokens of a prompt take positions; RoBERTa skips those up to its padding token's.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
@@ -197,15 +197,15 @@ def max_positions(model: Any) -> int | None:
 
 
 def with_least_room(*models: Any) -> Any:
-    """Of several models the one that takes the shortest sequences."""
+    """The model with the fewest positions."""
     return min(models, key=lambda model: max_positions(model) or math.inf)
 
 
 def length_that_fits(model: Any, length: int, name: str = "max_length") -> int:
-    """Tokens per row: a default is the model's positions where those are fewer.
+    """`length`, in tokens; a default is lowered to the model's positions.
 
     Raises:
-        ValueError: if a chosen length is more than the model's positions.
+        ValueError: if a length that the user gave exceeds the model's positions.
     """
     limit = max_positions(model)
     if limit is None or length <= limit:

@@ -1,7 +1,7 @@
-"""Where the hidden states meet the output head: seen from outside, through a hook, in any Hugging Face decoder.
+"""The output head and the hidden states that it gets, through a hook that works in any Hugging Face decoder.
 
-What is computed there needs no logits. The head's own work shrinks to one position, and its weights are at hand
-in any wrapper of the model: FSDP2 has gathered them just then.
+A loss computed in the hook needs no logits: the head itself runs on one position only. Its weights are available under
+any wrapper of the model, because FSDP2 has just gathered them.
 """
 
 from __future__ import annotations
@@ -19,36 +19,38 @@ from torch.distributed.tensor import DTensor
 from retain.losses import Head
 from retain.models.reference import TOLERANCE, evaluation_mode, probe_tokens
 
-# What configurations call a factor of the logits; some multiply by it, some divide, so both are tried.
+# Names of a factor of the logits in configurations; some models multiply by it, some divide, so both are tried.
 FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 class HeadForm(NamedTuple):
-    """What a model does to the head's products: softcap · tanh(scale · x / softcap), or scale · x."""
+    """What a model does to the head's products x: softcap · tanh(scale · x / softcap), or scale · x."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     def head(self, module: nn.Linear) -> Head:
-        """The head with the weights that the module holds now, whole where processes share them out."""
-        weight, bias = (one.full_tensor() if isinstance(one, DTensor) else one for one in (module.weight, module.bias))
+        """The head with the module's current weights, gathered if they are sharded."""
+        weight, bias = (
+            tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in (module.weight, module.bias)
+        )
         return Head(weight, bias, self.scale, self.softcap)
 
     def frozen(self, module: nn.Linear) -> Head:
-        """The head with a copy of these weights, which stays when the module is trained."""
+        """The head with a copy of the current weights, which training does not change."""
         bias = None if module.bias is None else module.bias.detach().clone()
         return self.head(module)._replace(weight=module.weight.detach().clone(), bias=bias)
 
 
 def head_input(hidden: Tensor) -> Tensor:
-    """Hidden states in the dtype in which the model multiplies them by its head, inside of its forward pass."""
+    """Hidden states in the dtype in which the model multiplies them by its head during its forward pass."""
     kind = hidden.device.type
     return hidden.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden
 
 
 @contextmanager
 def seen_by_head(model: Any) -> Iterator[list[Tensor]]:
-    """The hidden states of each forward pass, as the output head gets them."""
+    """Collects the input of the output head in each forward pass."""
     seen: list[Tensor] = []
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
@@ -58,18 +60,18 @@ def seen_by_head(model: Any) -> Iterator[list[Tensor]]:
 
 
 def at_head(model: Any, inputs: Mapping[str, Any], compute: Callable[[Tensor, nn.Linear], Tensor]) -> Tensor:
-    """Run the model up to its output head, and there `compute(hidden states, head module)`, in place of the logits.
+    """Run the model up to its output head and return `compute(hidden states, head module)` instead of logits.
 
     Args:
         model: the model as the trainer calls it, wrapped or not.
-        compute: of hidden states of shape (rows, length, hidden), at the input's own positions, in the dtype in
+        compute: takes hidden states of shape (rows, length, hidden), at the positions of `input_ids`, in the dtype in
             which the model multiplies them by the head.
     """
-    length, found = inputs["input_ids"].shape[1], []
+    length, results = inputs["input_ids"].shape[1], []
 
     def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = head_input(args[0][:, -length:])  # prompt tuning puts virtual tokens before the input's
-        found.append(compute(hidden, module))
+        hidden = head_input(args[0][:, -length:])  # prompt tuning prepends virtual tokens
+        results.append(compute(hidden, module))
         return (args[0][:, :1], *args[1:])
 
     handle = extract_model_from_parallel(model).get_output_embeddings().register_forward_pre_hook(hook)
@@ -77,15 +79,15 @@ def at_head(model: Any, inputs: Mapping[str, Any], compute: Callable[[Tensor, nn
         logits = model(**inputs, use_cache=False).logits
     finally:
         handle.remove()
-    assert len(found) == 1, "the model has no output head, or more than one"
-    # Nothing is added; FSDP2 and DDP prepare a backward pass by what the model returned.
-    return found[0] + 0.0 * logits.sum() if logits.requires_grad else found[0]
+    assert len(results) == 1, "the model has no output head, or more than one"
+    # Adds 0: FSDP2 and DDP prepare the backward pass from what the model returned.
+    return results[0] + 0.0 * logits.sum() if logits.requires_grad else results[0]
 
 
 def reshard(model: nn.Module) -> None:
-    """With FSDP2, share out what a pass without gradient left gathered.
+    """With FSDP2, reshard what a pass without gradient left gathered.
 
-    Else a frozen head is freed between the two forward passes of a step, before the first one's backward pass.
+    Otherwise a frozen head is freed between the two forward passes of a step, before the backward pass of the first.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
@@ -96,9 +98,9 @@ def reshard(model: nn.Module) -> None:
 
 @torch.no_grad()
 def find_head_form(model: Any) -> HeadForm | None:
-    """How a model's logits follow from its head's weights, by trial on probe tokens; None where no form fits.
+    """The form that gives the model's own logits on probe tokens, found by trial; None if none does.
 
-    None, too, where an adapter sits on the head: its weights alone do not tell what it does.
+    None, too, if an adapter sits on the head: then the head's weights alone do not determine the logits.
     """
     module = model.get_output_embeddings()
     if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
@@ -112,11 +114,11 @@ def find_head_form(model: Any) -> HeadForm | None:
     factors = [float(value) for name in FACTORS if (value := getattr(config, name, None))]
     softcap = getattr(config, "final_logit_softcapping", None)
     tolerance = TOLERANCE.get(module.weight.dtype, TOLERANCE[torch.bfloat16]) * float(logits.std())
-    # What a configuration names comes first: near zero a soft cap looks like none.
+    # The configuration's own values come first: near zero a soft cap looks like none.
     for scale in (*factors, *(1 / factor for factor in factors), 1.0):
         for cap in (float(softcap), None) if softcap else (None,):
             form = HeadForm(scale, cap)
-            found = form.head(module).logits(hidden[0])
-            if found.shape == logits.shape and float((found.float() - logits).abs().max()) <= tolerance:
+            candidate = form.head(module).logits(hidden[0])
+            if candidate.shape == logits.shape and float((candidate.float() - logits).abs().max()) <= tolerance:
                 return form
     return None

@@ -1,8 +1,8 @@
-"""Loading a model, an adapter or a tokenizer, strictly: nothing is left random, and nothing left out in silence.
+"""Strict loading of models, adapters and tokenizers: no weight is left random or ignored without a word.
 
-A name may be a Hub id, a folder, a GGUF file, a folder that holds one, `package:NAME` for an installed package
-that ships one, or an adapter (folder or Hub id). GGUF weights are dequantised once and kept as safetensors in a cache
-(`RETAIN_CACHE`, default `~/.cache/retain`). `field` is the setting that errors name.
+A name is a Hub id, a folder, a GGUF file, a folder with one, `package:NAME` for an installed package that ships one,
+or an adapter (folder or Hub id). GGUF weights are dequantised once and cached as safetensors (`RETAIN_CACHE`, default
+`~/.cache/retain`). `field` is the setting that errors name.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What torch.compile, DDP, FSDP1 and activation checkpointing put into the names of weights.
+# What torch.compile, DDP, FSDP1 and activation checkpointing insert into the names of weights.
 WRAPPER_NAMES = r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
-# Files of which a tokenizer is made; any of them shows that a model brings its own.
+# Files of a tokenizer; any of them shows that a model has its own.
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-CONFIG_FILES = ("config.json", "adapter_config.json")  # of any model, and of any adapter
+CONFIG_FILES = ("config.json", "adapter_config.json")  # a model has the first, an adapter the second
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def resolve_model_path(name: str, field: str = "model") -> str:
-    """Return what `from_pretrained` can load: `name` itself, or the cached folder of a dequantised GGUF file.
+    """What `from_pretrained` can load: `name` itself, or the cached folder of a dequantised GGUF file.
 
     Raises:
         ValueError: if `name` is a path or package that does not hold exactly one model.
@@ -73,8 +73,8 @@ def resolve_model_path(name: str, field: str = "model") -> str:
 def _from_gguf_folder(folder: Path, name: str, field: str) -> str:
     files = sorted(folder.glob("*.gguf"))
     if not files:
-        saved = sorted(folder.glob("checkpoint-*/"), key=lambda path: path.stat().st_mtime)
-        remedy = f"give {str(saved[-1])!r}, or save the model there" if saved else "give a model's folder"
+        checkpoints = sorted(folder.glob("checkpoint-*/"), key=lambda path: path.stat().st_mtime)
+        remedy = f"give {str(checkpoints[-1])!r}, or save the model there" if checkpoints else "give a model's folder"
         raise ValueError(f"{field}: {name!r} holds no config.json, adapter_config.json or .gguf file; {remedy}")
     if len(files) > 1:
         raise ValueError(f"{field}: {name!r} holds no config.json and {len(files)} .gguf files; name one model")
@@ -82,33 +82,33 @@ def _from_gguf_folder(folder: Path, name: str, field: str) -> str:
 
 
 def find_file(path: str, file: str, revision: str = "main", field: str = "model") -> Path | None:
-    """A file of a model, in its folder or on the Hub (its local cache where that is offline); None if it has none.
+    """A file of a model in its folder, or on the Hub (offline: in the local cache); None if the model has no such file.
 
     Raises:
-        ValueError: if the Hub does not answer, or knows no such model.
+        ValueError: if the Hub does not answer or has no such model.
     """
     if Path(path).is_dir():
         return Path(path, file) if Path(path, file).is_file() else None
     try:
         return Path(hf_hub_download(path, file, revision=revision))
-    except (OSError, ValueError, EntryNotFoundError) as error:  # the Hub client's own are of these kinds
-        no_answer = isinstance(error, LocalEntryNotFoundError)  # which is an EntryNotFoundError, too
+    except (OSError, ValueError, EntryNotFoundError) as error:  # covers the Hub client's own errors
+        no_answer = isinstance(error, LocalEntryNotFoundError)  # a subclass of EntryNotFoundError
         cached = (try_to_load_from_cache(path, config, revision=revision) for config in CONFIG_FILES)
-        if any(isinstance(one, str) for one in cached) if no_answer else isinstance(error, EntryNotFoundError):
+        if any(isinstance(file, str) for file in cached) if no_answer else isinstance(error, EntryNotFoundError):
             return None
-        what = f"{path!r} is no folder here, and could not be read from the Hub"
-        raise ValueError(f"{field}: {what} ({first_line(error)}); {hub_remedy()}") from error
+        problem = f"{path!r} is not a local folder, and could not be read from the Hub"
+        raise ValueError(f"{field}: {problem} ({first_line(error)}); {hub_remedy()}") from error
 
 
 def gguf_cache() -> Path:
-    """Folder where dequantised models are kept."""
+    """Folder that holds dequantised models."""
     return Path(os.environ.get("RETAIN_CACHE", Path.home() / ".cache" / "retain")) / "models"
 
 
 def dequantise_gguf(path: Path, field: str = "model") -> Path:
     """Dequantise a GGUF file to float32 safetensors in the cache, once, and return the folder."""
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"{field}: {path.name} needs the package gguf; pip install 'retain-llm[gguf]'")
+        raise ValueError(f"{field}: {path.name!r} needs the package gguf; pip install 'retain-llm[gguf]'")
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = gguf_cache() / f"{path.stem}-{key}"
@@ -117,7 +117,7 @@ def dequantise_gguf(path: Path, field: str = "model") -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     settings = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
     model = _load_weights(str(path.parent), field, gguf_file=path.name, **settings)
-    model.hf_quantizer = None  # else save_pretrained takes the dequantised weights for quantised ones and refuses
+    model.hf_quantizer = None  # else save_pretrained refuses, taking the weights for quantised ones
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     tokenizer = _load(AutoTokenizer, str(path.parent), "the tokenizer", field, gguf_file=path.name)
@@ -127,20 +127,20 @@ def dequantise_gguf(path: Path, field: str = "model") -> Path:
         try:
             Path(temporary).rename(folder)  # whole or not at all
         except OSError:
-            if not folder.exists():  # else another process was faster: its folder holds the same weights
+            if not folder.exists():  # another process was faster: its folder holds the same weights
                 raise
     size = sum(file.stat().st_size for file in folder.iterdir())
-    logger.warning("%s: %.1f GB of dequantised weights are kept in %s", path.name, size / 1e9, folder)
+    logger.warning("%s: %.1f GB of dequantised weights are cached in %s", path.name, size / 1e9, folder)
     return folder
 
 
 def is_dequantised(path: str) -> bool:
-    """Whether `resolve_model_path` made this folder of a GGUF file."""
+    """Whether this is the cached folder of a dequantised GGUF file."""
     return Path(path).parent == gguf_cache()
 
 
 def stored_dtype(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> torch.dtype | None:
-    """The dtype of a checkpoint's weights, by its config.json; it may be loaded in another."""
+    """The dtype of a checkpoint's weights according to its config.json, in whatever dtype it is loaded."""
     config = AutoConfig.from_pretrained(
         resolve_model_path(name), revision=revision, trust_remote_code=trust_remote_code
     )
@@ -153,7 +153,7 @@ def _load(loader: Any, path: str, what: str, field: str, **options: Any) -> Any:
     except Exception as error:  # readers of damaged files raise many kinds: SafetensorError, struct.error, …
         if "trust_remote_code" in str(error):
             remedy = "read it, and give --trust_remote_code true if you trust it"
-            raise ValueError(f"{field}: {path!r} brings code of its own; {remedy}") from error
+            raise ValueError(f"{field}: {path!r} brings its own code; {remedy}") from error
         name, why = str(Path(path, options.get("gguf_file") or "")), first_line(error)
         if (revision := options.get("revision") or "main") != "main":
             why = f"{why} (revision {revision!r})"
@@ -161,71 +161,71 @@ def _load(loader: Any, path: str, what: str, field: str, **options: Any) -> Any:
 
 
 def _load_weights(path: str, field: str, **options: Any) -> Any:
-    """A causal language model of which every weight was found; names that differ by a wrapper's prefix are read.
+    """A causal language model with all of its weights from the checkpoint; prefixes of wrappers in names are accepted.
 
     Raises:
-        ValueError: if a weight was not found, has another shape, or would be ignored where the model computes.
+        ValueError: if a weight is missing or has another shape, or if one that matters would be ignored.
     """
     from transformers import AutoModelForCausalLM
 
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # else they raise, without saying which
-    model, found = _load(AutoModelForCausalLM, path, "the weights", field, **options)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # else an error without names
+    model, info = _load(AutoModelForCausalLM, path, "the weights", field, **options)
     name = str(Path(path, options.get("gguf_file") or ""))
-    if found["missing_keys"] and any(re.search(WRAPPER_NAMES, key) for key in found["unexpected_keys"]):
-        # Not by key_mapping: the model would keep it, and write its weights by the pattern's own text.
+    if info["missing_keys"] and any(re.search(WRAPPER_NAMES, key) for key in info["unexpected_keys"]):
+        # Not with key_mapping: the model would keep it and save its weights under the text of the pattern.
         weights = _unwrapped(_read_safetensors(path, options.get("revision") or "main", field), name)
         options |= {"config": model.config, "state_dict": weights, "generation_config": model.generation_config}
-        model, found = _load(type(model), path, "the weights", field, **options)
-    odd = set(found["unexpected_keys"])
-    if lost := set(found["missing_keys"]):
-        holds = f" (it holds {_some(odd)})" if odd else ""
+        model, info = _load(type(model), path, "the weights", field, **options)
+    unexpected = set(info["unexpected_keys"])
+    if missing := set(info["missing_keys"]):
+        holds = f" (it holds {_first_names(unexpected)})" if unexpected else ""
         raise ValueError(
-            f"{field}: {name!r} lacks {len(lost)} of its weights, which would be random: {_some(lost)}{holds}; save the"
-            " whole model again, output head and all shards"
+            f"{field}: {name!r} lacks {len(missing)} of its weights, which would be random: {_first_names(missing)}"
+            f"{holds}; save the whole model again, output head and all shards"
         )
-    if found["mismatched_keys"]:
-        key, there, here = min(found["mismatched_keys"])
+    if info["mismatched_keys"]:
+        key, in_file, in_config = min(info["mismatched_keys"])
         raise ValueError(
-            f"{field}: {name!r} does not hold the model that its config.json describes: {key} is {list(there)} in the "
-            f"file and {list(here)} by config.json; take both from one checkpoint"
+            f"{field}: {name!r} is not the model that its config.json describes: {key} is {list(in_file)} in the file "
+            f"and {list(in_config)} by config.json; take both from one checkpoint"
         )
     is_quantised = hasattr(model.config, "quantization_config")
-    if used := set() if is_quantised else {key for key in odd if _computes(model, key)}:
+    if ignored := set() if is_quantised else {key for key in unexpected if _in_weighted_module(model, key)}:
         raise ValueError(
-            f"{field}: {name!r} holds weights for which its config.json has no place, and which would be ignored: "
-            f"{_some(used)}; take both from one checkpoint"
+            f"{field}: {name!r} holds weights that its config.json does not describe, and that would be ignored: "
+            f"{_first_names(ignored)}; take both from one checkpoint"
         )
-    if odd:
-        logger.warning("%s: %r holds weights that are no part of this model: %s", field, name, _some(odd))
+    if unexpected:
+        logger.warning("%s: %r holds weights that the model does not use: %s", field, name, _first_names(unexpected))
     return model
 
 
-def _computes(model: Any, key: str) -> bool:
-    """Whether a weight lies in a module with weights of its own: a bias without a place, a LoRA beside its layer."""
+def _in_weighted_module(model: Any, key: str) -> bool:
+    """Whether a weight belongs to a module that has weights, like a bias that the configuration leaves out."""
     modules, name = dict(model.named_modules()), key
     while name not in modules:
         name = name.rpartition(".")[0]
     return next(modules[name].parameters(recurse=False), None) is not None
 
 
-def _some(names: Collection[str]) -> str:
+def _first_names(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _read_safetensors(path: str, revision: str, field: str) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint by the names in its files; none where it is of another format."""
+    """The weights of a checkpoint in safetensors, by name; empty for another format."""
     index = find_file(path, "model.safetensors.index.json", revision, field)
     files = set(json.loads(index.read_text())["weight_map"].values()) if index else {"model.safetensors"}
-    places = [find_file(path, file, revision, field) for file in sorted(files)]
-    return {name: value for place in places if place for name, value in load_file(place).items()}
+    paths = filter(None, (find_file(path, file, revision, field) for file in sorted(files)))
+    return {name: value for shard in paths for name, value in load_file(shard).items()}
 
 
 def _unwrapped(weights: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """The same weights without a wrapper's prefixes in their names; says so where there were any."""
-    found = {re.sub(WRAPPER_NAMES, r"\1", name): value for name, value in weights.items()}
-    if found.keys() != weights.keys():
-        logger.warning("%s: weights saved from inside a wrapper (_orig_mod., module., …) are read without it", source)
-    return found
+    """The weights without wrappers' prefixes in their names; logs a warning if there were any."""
+    unwrapped = {re.sub(WRAPPER_NAMES, r"\1", name): value for name, value in weights.items()}
+    if unwrapped.keys() != weights.keys():
+        logger.warning("%s: removed a wrapper's prefix (_orig_mod., module., …) from the names of weights", source)
+    return unwrapped
 
 
 def load_model(
@@ -241,7 +241,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model, or a base with its adapter, in eval mode.
 
-    The dtype `auto` is the checkpoint's own on an accelerator, and float32 on a CPU, where bf16 is no faster.
+    The dtype `auto` is the checkpoint's own on an accelerator and float32 on a CPU, where bfloat16 is no faster.
 
     >>> load_model("models/fox/")
     Traceback (most recent call last):
@@ -255,22 +255,22 @@ def load_model(
         dtype = torch.float32
     options |= {"dtype": dtype, "revision": revision}
     model = _load_weights(path, field, **options, **kwargs)
-    model.config.name_or_path = path  # where libraries look for the tokenizer
+    model.config.name_or_path = path  # libraries look for the tokenizer there
     model.name_or_path = path
-    if is_dequantised(path):  # what an adapter calls its base is no folder of this machine's cache
+    if is_dequantised(path):  # adapters must not name a folder of this machine's cache as their base
         model.name_or_path = name if name.startswith("package:") else str(Path(name).expanduser().absolute())
-        # where PEFT looks for a config.json as it saves, and warns that there is none
+        # PEFT looks for a config.json there when it saves an adapter
         warnings.filterwarnings("ignore", f"Could not find a config file in {re.escape(model.name_or_path)} ")
     return model.to(device).eval() if device is not None else model.eval()
 
 
 def loaded_as(model: PreTrainedModel) -> dict[str, Any]:
-    """What `load_model` takes to load another model like this one."""
+    """Arguments of `load_model` that load another model like this one."""
     return {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation, "device": model.device}
 
 
 def _load_adapter(path: str, revision: str, field: str, **options: Any) -> Any:
-    """A base with the adapter in `path`, of which every weight was found."""
+    """The base of the adapter in `path`, with the adapter and all of its weights."""
     from peft import PeftConfig, PeftModelForCausalLM, set_peft_model_state_dict
 
     config = _load(PeftConfig, path, "the adapter", field, revision=revision)
@@ -279,36 +279,35 @@ def _load_adapter(path: str, revision: str, field: str, **options: Any) -> Any:
     if not base:
         raise ValueError(f"{field}: the adapter in {path!r} does not name its base; merge it into its base first")
     if Path(base).is_dir() and Path(base, "adapter_config.json").exists():
-        raise ValueError(f"{field}: {base!r}, the base of the adapter {path!r}, is an adapter; {remedy}, merged")
+        raise ValueError(f"{field}: {base!r}, the base of the adapter {path!r}, is itself an adapter; {remedy}, merged")
     file, weights = _adapter_weights(path, revision, field)
-    of_base = f"{field}: the base of the adapter {path!r} (base_model_name_or_path in its adapter_config.json)"
-    model = load_model(base, revision=config.revision or "main", field=of_base, **options)
+    base_field = f"{field}: the base of the adapter {path!r} (base_model_name_or_path in its adapter_config.json)"
+    model = load_model(base, revision=config.revision or "main", field=base_field, **options)
     if not any(re.search(WRAPPER_NAMES, parameter) for parameter, _ in model.named_parameters()):
         weights = _unwrapped(weights, file)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     config.inference_mode = True
     model = PeftModelForCausalLM(model, config)
     try:
-        found = set_peft_model_state_dict(model, weights)
+        keys = set_peft_model_state_dict(model, weights)
     except KeyError as error:
-        raise ValueError(f"{field}: {file!r} lacks {error.args[0]}; save the adapter again, whole") from error
-    except RuntimeError as error:  # torch's, of shapes
+        raise ValueError(f"{field}: {file!r} lacks {error.args[0]}; save the whole adapter again") from error
+    except RuntimeError as error:  # shapes differ
         lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         why = re.sub(r"torch\.Size\((.*?)\)", r"\1", lines[0].rstrip(".")) if lines else first_line(error)
         if f"[{vocabulary}" in why:
-            remedy = (
-                f"was its vocabulary grown, add the tokens to the base (resize_token_embeddings), save it, and {remedy}"
-            )
+            remedy = f"if tokens were added, add them to the base too (resize_token_embeddings), save it, and {remedy}"
         raise ValueError(f"{field}: {file!r} does not fit its base {base!r}: {why}; {remedy}") from error
-    if not config.is_prompt_learning:  # a prompt's one tensor is read or raises
-        if lost := _adapter_weights_lost(model, set(found.missing_keys)):
+    if not config.is_prompt_learning:  # the single tensor of a prompt loads or raises
+        if missing := _missing_adapter_weights(model, set(keys.missing_keys)):
             raise ValueError(
-                f"{field}: {file!r} lacks {len(lost)} of its weights, without which the adapter does not do what it "
-                f"learned: {_some(lost)}; save it again, whole"
+                f"{field}: {file!r} lacks {len(missing)} of its weights, and the adapter is wrong without them: "
+                f"{_first_names(missing)}; save the whole adapter again"
             )
-        if odd := found.unexpected_keys:
+        if unexpected := keys.unexpected_keys:
             raise ValueError(
-                f"{field}: weights in {file!r} would be ignored by its base {base!r}: {_some(odd)}; {remedy}"
+                f"{field}: weights in {file!r} would be ignored by its base {base!r}: {_first_names(unexpected)}; "
+                f"{remedy}"
             )
     return model
 
@@ -322,29 +321,27 @@ def _adapter_weights(path: str, revision: str, field: str) -> tuple[str, dict[st
     try:
         return str(file), load_peft_weights(str(file.parent), device="cpu")
     except Exception as error:  # readers of damaged files raise many kinds
-        why = first_line(error)
-        raise ValueError(
-            f"{field}: {str(file)!r} is damaged; copy it again, or save the adapter again: {why}"
-        ) from error
+        remedy = "copy it again, or save the adapter again"
+        raise ValueError(f"{field}: {str(file)!r} is damaged; {remedy}: {first_line(error)}") from error
 
 
-def _adapter_weights_lost(model: Any, missing: set[str]) -> set[str]:
-    """The adapter's own weights among those not found, but for those that share what was (and AdaLoRA's counters)."""
+def _missing_adapter_weights(model: Any, missing: set[str]) -> set[str]:
+    """The adapter's weights among `missing`, except AdaLoRA's counters and those that share a loaded tensor."""
     own = {name: value for name, value in model.state_dict(keep_vars=True).items() if base_parameter_name(name) is None}
-    found = {id(value) for name, value in own.items() if name not in missing}
-    return {name for name in own.keys() & missing if id(own[name]) not in found and ".ranknum." not in name}
+    loaded = {id(value) for name, value in own.items() if name not in missing}
+    return {name for name in own.keys() & missing if id(own[name]) not in loaded and ".ranknum." not in name}
 
 
 def load_tokenizer(
     name: str, *, revision: str = "main", trust_remote_code: bool = False, field: str = "model"
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that belongs to a model, or a `ValueError` of one line."""
+    """Load the tokenizer of a model; raises a one-line `ValueError` if that fails."""
     path = resolve_model_path(name, field)
     is_folder = Path(path).is_dir()
-    if not is_folder:  # transformers would ask for each of a tokenizer's files, where the Hub does not answer
+    if not is_folder:  # fail once: without an answer, transformers would ask the Hub for every file of a tokenizer
         find_file(path, CONFIG_FILES[0], revision, field)
     if is_folder and not any(find_file(path, file) for file in TOKENIZER_FILES):
-        raise ValueError(f"{field}: {path!r} holds no tokenizer; copy tokenizer.json and its like from its base there")
+        raise ValueError(f"{field}: {path!r} holds no tokenizer; copy the tokenizer files of its base there")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     return _load(AutoTokenizer, path, "the tokenizer", field, **options)
 
@@ -352,10 +349,10 @@ def load_tokenizer(
 def tokenizer_of_tuned(
     name: str, base_tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """A tuned model's own tokenizer, whose chat template may be another, or the base's where it brings none.
+    """The tuned model's own tokenizer, whose chat template may differ, or the base's if it has none.
 
     Raises:
-        ValueError: if the two cut text into different tokens, so that divergences mean nothing.
+        ValueError: if the two cut text into different tokens, which would make divergences meaningless.
     """
     path = resolve_model_path(name)
     if not any(find_file(path, file) for file in TOKENIZER_FILES):
@@ -365,7 +362,7 @@ def tokenizer_of_tuned(
         return tokenizer
     own, base = tokenizer.get_vocab(), base_tokenizer.get_vocab()
     if is_dequantised(path) and all(own.get(token, at) == at for token, at in base.items()):
-        # A GGUF file pads its vocabulary, and lacks the rules by which text is cut before BPE.
+        # A GGUF file pads its vocabulary and lacks the pre-tokenizer's rules.
         template, tokenizer = tokenizer.chat_template, copy.deepcopy(base_tokenizer)
         tokenizer.chat_template = template or tokenizer.chat_template
         return tokenizer
@@ -373,29 +370,31 @@ def tokenizer_of_tuned(
 
 
 def _vocabulary_difference(own: dict[str, int], base: dict[str, int]) -> str:
-    """In what a vocabulary is not the base's, and what to do."""
+    """How a vocabulary differs from the base's, and what to do."""
     moved = sorted(token for token in own.keys() & base.keys() if own[token] != base[token])
     if moved:
         token = moved[0]
-        what = f"numbers {len(moved)} tokens otherwise ({token!r} is {own[token]}, in the base {base[token]})"
+        difference = f"gives {len(moved)} tokens other ids ({token!r} is {own[token]}, in the base {base[token]})"
     elif own.keys() - base.keys():
         added = sorted(own.keys() - base.keys(), key=own.__getitem__)
         names = ", ".join(map(repr, added[:3])) + (", …" if len(added) > 3 else "")
-        more = f"{len(added)} tokens" if len(added) > 1 else "1 token"
         return (
-            f"has {more} more than the base's: {names}; give --base a copy of the base with the same tokens"
-            " (add_tokens, resize_token_embeddings, save_pretrained)"
+            f"has {_num_tokens(added)} more than the base's: {names}; give --base a copy of the base with the same "
+            "tokens (add_tokens, resize_token_embeddings, save_pretrained)"
         )
     elif lacking := sorted(base.keys() - own.keys()):
-        more = f"{len(lacking)} tokens" if len(lacking) > 1 else "1 token"
-        what = f"lacks {more} of the base's ({lacking[0]!r})"
+        difference = f"lacks {_num_tokens(lacking)} of the base's ({lacking[0]!r})"
     else:
-        what = "has the base's tokens and cuts text into others"
-    return f"{what}: it was trained on another base; measure it against that one"
+        difference = "has the base's tokens but cuts text differently"
+    return f"{difference}: it was trained on another base; measure it against that one"
+
+
+def _num_tokens(tokens: Collection[str]) -> str:
+    return f"{len(tokens)} tokens" if len(tokens) > 1 else "1 token"
 
 
 def empty_model(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model on the device `meta`, from its configuration alone: it has shapes, and no weights are read."""
+    """A model on the `meta` device, from its configuration: shapes without weights."""
     from transformers import AutoModelForCausalLM
 
     path = resolve_model_path(name)
@@ -417,7 +416,7 @@ def lora_num_params(
     revision: str = "main",
     trust_remote_code: bool = False,
 ) -> int:
-    """How many parameters a LoRA of this rank tunes in `model`, from its configuration alone: no weights are read."""
+    """Number of parameters that a LoRA of this rank trains in `model`; reads only its configuration."""
     from peft import LoraConfig, get_peft_model
 
     empty = empty_model(model, revision=revision, trust_remote_code=trust_remote_code)

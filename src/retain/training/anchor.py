@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from retain.models.description import base_parameter_name
-from retain.models.fisher import kept_tensors, load_fisher, num_bytes, save_fisher
+from retain.models.fisher import distinct_tensors, load_fisher, num_bytes, save_fisher
 from retain.replay.dataset import ReplayDataset
 from retain.replay.fisher import fisher_of
 from retain.training.anchored_adamw import AnchoredAdamW, AnchoredLoRA, AnchoredWeight
@@ -67,7 +67,7 @@ class Anchor:
         if not lora:
             weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         fisher, num_tokens = fisher_of(model, rows, weights, seed)
-        for tensor in kept_tensors(fisher.values()):
+        for tensor in distinct_tensors(fisher.values()):
             broadcast(tensor)  # kernels may differ in rounding, and with it eigenvectors
         anchored: list[AnchoredWeight | AnchoredLoRA] = [
             AnchoredLoRA(layer.lora_A[of].weight, layer.lora_B[of].weight, layer.scaling[of], fisher[name])

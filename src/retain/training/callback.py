@@ -178,7 +178,7 @@ class ForgettingCallback(RetentionMeasurer):
 
     def _base_given(self, model: Any) -> Reference:
         base: Any = self.base
-        if Reference(base).moves_with(model):
+        if Reference(base).changes_with(model):
             raise ValueError(f"base: it shares its weights with the model being trained, and moves along; {GIVE_BASE}")
         for what, of_base, of_model in differing_settings(base, model):
             raise ValueError(f"base: its {what} is {of_base}, the model's {of_model}; load both alike")
