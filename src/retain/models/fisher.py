@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from retain.files import atomic_path
 from retain.models.reference import evaluation_mode, restored_requires_grad
 
-MAX_LOGITS = 2**27  # in one backward pass: 0.5 GB in float32
-MAX_ROWS = 4  # in one backward pass: each pass gives a diagonal one squared gradient
+MAX_BATCH_LOGITS = 2**27  # in one backward pass: 0.5 GB in float32
+MAX_BATCH_ROWS = 4  # in one backward pass: each pass gives a diagonal one squared gradient
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _backward(model: Any, batch: dict[str, Tensor], generator: torch.Generator, 
 
 def rows_per_batch(vocab_size: int, length: int) -> int:
     """Number of rows for one backward pass."""
-    return max(1, min(MAX_ROWS, MAX_LOGITS // (vocab_size * length)))
+    return max(1, min(MAX_BATCH_ROWS, MAX_BATCH_LOGITS // (vocab_size * length)))
 
 
 class _Measured:
