@@ -1,13 +1,13 @@
-"""AdamW with an anchor: a penalty ½ · coef · ΔᵀFΔ on the move Δ from the base, F the base's Fisher information.
+"""AdamW with an anchor: a penalty ½ · coef · ΔᵀFΔ on the move Δ from the base; F is the base's Fisher information.
 
 Adam runs in coordinates in which F is diagonal, and each step solves for the penalty in Adam's own metric,
 
     x ← (x − lr · m̂ / √v̂) / (1 + lr · coef · F / √v̂),
 
-so that no coefficient makes it unstable, and what the base's predictions depend on is held without slowing the rest.
-Added to the new task's gradient instead, as elastic weight consolidation has it, the same penalty takes over Adam's
-second moment and the clipped update. Adam in the eigenvectors of Kronecker factors: SOAP, Vyas et al.,
-arXiv 2409.11321; here these are the base's, and stay.
+so it is stable at every coefficient, and holds what the base's predictions depend on without slowing the rest.
+Added to the new task's gradient, as in elastic weight consolidation, the same penalty would dominate Adam's second
+moment and the clipped update. Adam in the eigenvectors of Kronecker factors: SOAP, Vyas et al., arXiv 2409.11321;
+here the eigenvectors are the base's and stay fixed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from retain.models.fisher import Curvature
 class AnchoredWeight:
     """A weight that is trained whole. `offset`, its move from the base, is kept in the curvature's coordinates.
 
-    Where FSDP2 shards it, base, offset and Adam's moments are sharded, too, and each process rotates its own part: the
-    weight is cut along the side that is not rotated.
+    Under FSDP2 the base, the offset and Adam's moments are sharded like the weight, along the side that is not
+    rotated, so each process rotates its own shard.
     """
 
     def __init__(self, parameter: nn.Parameter, curvature: Curvature) -> None:
@@ -36,30 +36,30 @@ class AnchoredWeight:
         self.curvature, self.base = curvature, parameter.detach().clone()
 
     def follow(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Take the parameter that a host has put in this one's place."""
-        (found,), (known,) = parameters, self.parameters
-        if found is known:
+        """Switch to the parameter that the trainer has put in this one's place."""
+        (new,), (current,) = parameters, self.parameters
+        if new is current:
             return
-        self.parameters = [found]
-        if isinstance(found, DTensor):
-            self.base = _part(self.base, found)
-            self.curvature = self._shared_out(found)
+        self.parameters = [new]
+        if isinstance(new, DTensor):
+            self.base = _shard(self.base, new)
+            self.curvature = self._sharded_curvature(new)
 
-    def _shared_out(self, like: DTensor) -> Curvature:
-        """The curvature as the processes hold the weight: eigenvectors whole, the diagonal in parts."""
+    def _sharded_curvature(self, like: DTensor) -> Curvature:
+        """The curvature distributed like the weight: eigenvectors replicated, the diagonal sharded."""
         left, right, parts = self.curvature.left, self.curvature.right, self.curvature.parts
 
-        def cut(outputs: Tensor, inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def distributed(outputs: Tensor, inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
             if inputs is None or left is None:
-                return _part(outputs, like), inputs if inputs is None else _same(inputs, like)
-            return _same(outputs, like), _part(inputs, like)
+                return _shard(outputs, like), inputs if inputs is None else _replicate(inputs, like)
+            return _replicate(outputs, like), _shard(inputs, like)
 
-        whole = [side if side is None else _same(side, like) for side in (left, right)]
-        return Curvature(whole[0], whole[1], [cut(*part) for part in parts])
+        left, right = (side if side is None else _replicate(side, like) for side in (left, right))
+        return Curvature(left, right, [distributed(*part) for part in parts])
 
-    def _cut(self, weight: Any) -> Any:
-        """The weight, cut along the side that is not rotated."""
-        return weight if self.curvature.left is None else _cut_along(1, weight)
+    def _reshard(self, weight: Any) -> Any:
+        """The weight, sharded along the side that is not rotated."""
+        return weight if self.curvature.left is None else _shard_along(1, weight)
 
     def read(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
         """The coordinates of each parameter."""
@@ -68,71 +68,71 @@ class AnchoredWeight:
         return [states[0]["offset"]]
 
     def _offset(self) -> Tensor:
-        return self.curvature.rotate(self._cut((self.parameters[0] - self.base).float()))
+        return self.curvature.rotate(self._reshard((self.parameters[0] - self.base).float()))
 
     def gradients(self) -> list[Tensor]:
-        """The gradient of each, in these coordinates."""
-        return [self.curvature.rotate(self._cut(_gradient(self.parameters[0])))]
+        """The gradient of each parameter in these coordinates."""
+        return [self.curvature.rotate(self._reshard(_gradient(self.parameters[0])))]
 
-    def pull(self, at: int, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """F x of a parameter's coordinates x, and a diagonal that is at least F."""
+    def pull(self, index: int, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """F x for the coordinates x of one parameter, and a diagonal that is at least F."""
         diagonal = self.curvature.diagonal()
         return diagonal * coordinates[0], diagonal
 
     def write(self, coordinates: list[Tensor]) -> None:
-        """Set the parameters."""
-        self.parameters[0].copy_(self.base + _cut_along(0, self.curvature.rotate_back(coordinates[0])))
+        """Set the parameters from their coordinates."""
+        self.parameters[0].copy_(self.base + _shard_along(0, self.curvature.rotate_back(coordinates[0])))
 
     def penalty(self) -> Tensor:
-        """½ ΔᵀFΔ at the parameters as they are, nats per token."""
-        return whole((self.curvature.diagonal() * self._offset().square()).sum() / 2)
+        """½ ΔᵀFΔ at the current parameters, nats per token."""
+        return gathered((self.curvature.diagonal() * self._offset().square()).sum() / 2)
 
 
 class AnchoredLoRA:
     """The factors of a LoRA update Δ = scale · B A, each in the curvature's coordinates of its side.
 
-    Where FSDP2 shards them, every process computes with the whole factors, which are small.
+    Under FSDP2 every process computes with the whole factors, which are small.
     """
 
     def __init__(self, a: nn.Parameter, b: nn.Parameter, scale: float, curvature: Curvature) -> None:
         self.parameters, self.scale, self.curvature = [a, b], scale, curvature
-        self._found: list[Tensor] = []  # as last read
+        self._last_read: list[Tensor] = []  # coordinates before the current step
 
     def follow(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Take the parameters that a host has put in the place of these."""
+        """Switch to the parameters that the trainer has put in the place of these."""
         self.parameters = list(parameters)
 
     def _sides(self) -> tuple[Tensor, Tensor]:
-        """The diagonal of F over the outputs and over the inputs; of a tied head as a head, which alone is moved."""
+        """The diagonal of F over outputs and over inputs; for a tied weight its part as the head, which LoRA moves."""
         outputs, inputs = self.curvature.parts[0]
         assert inputs is not None
         return outputs, inputs
 
     def _rotations(self) -> Iterable[tuple[nn.Parameter, Curvature]]:
-        """Each factor with the coordinates of its side."""
+        """Each factor with the rotation of its side."""
         sides = replace(self.curvature, left=None), replace(self.curvature, right=None)
         return zip(self.parameters, sides, strict=True)
 
     def read(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
-        self._found = [side.rotate(whole(parameter).float()) for parameter, side in self._rotations()]
-        return [found.clone() for found in self._found]
+        self._last_read = [side.rotate(gathered(parameter).float()) for parameter, side in self._rotations()]
+        return [coordinates.clone() for coordinates in self._last_read]
 
     def gradients(self) -> list[Tensor]:
-        return [side.rotate(whole(_gradient(parameter))) for parameter, side in self._rotations()]
+        return [side.rotate(gathered(_gradient(parameter))) for parameter, side in self._rotations()]
 
-    def pull(self, at: int, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def pull(self, index: int, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
         (a, b), (outputs, inputs), square = coordinates, self._sides(), self.scale**2
-        # the sums of a symmetric matrix's absolute values bound it: with them as the diagonal the step stays stable
-        if at == 0:
+        # a diagonal of its rows' absolute sums bounds a symmetric matrix from above, so the step stays stable
+        if index == 0:
             of_b = square * (b.T * outputs) @ b
             return (of_b @ a) * inputs, torch.outer(of_b.abs().sum(1), inputs)
         of_a = square * (a * inputs) @ a.T
         return outputs[:, None] * (b @ of_a), torch.outer(outputs, of_a.abs().sum(1))
 
     def write(self, coordinates: list[Tensor]) -> None:
-        # only the step is rotated back: rounded eigenvectors would distort the whole a little each time
-        for (parameter, side), found, moved in zip(self._rotations(), self._found, coordinates, strict=True):
-            parameter.add_(_part(side.rotate_back(moved - found), parameter))
+        # rotate only the step back: rounding in the eigenvectors would distort the whole factor a little each time
+        for (parameter, side), before, after in zip(self._rotations(), self._last_read, coordinates, strict=True):
+            parameter.add_(_shard(side.rotate_back(after - before), parameter))
 
     def penalty(self) -> Tensor:
         coordinates = self.read([{}, {}])
@@ -143,40 +143,41 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter, dtype=torch.float32) if parameter.grad is None else parameter.grad.float()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of what processes hold in parts."""
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor; other tensors as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _same(tensor: Tensor, like: DTensor) -> Tensor:
-    """What every process has whole, to compute with what they hold in parts."""
+def _replicate(tensor: Tensor, like: DTensor) -> Tensor:
+    """A tensor that every process holds, replicated over the mesh of `like`."""
     mesh = like.device_mesh
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def _part(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of what all have, cut as `like` is."""
+def _shard(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process holds, sharded like `like`."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _cut_along(side: int, tensor: Tensor) -> Tensor:
-    """The same tensor; where processes hold it in parts, cut along this side."""
+def _shard_along(dim: int, tensor: Tensor) -> Tensor:
+    """A sharded tensor, sharded along this dimension instead; other tensors as they are."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.redistribute(placements=[Shard(side) if one.is_shard() else one for one in tensor.placements])
+    placements = [Shard(dim) if placement.is_shard() else placement for placement in tensor.placements]
+    return tensor.redistribute(placements=placements)
 
 
 class AnchoredAdamW(Optimizer):
-    """AdamW around a base, which an anchor holds.
+    """AdamW with an anchor at the base.
 
     Args:
-        params: parameters or groups of them, as for any optimizer; all belong to one of `anchored`.
-        anchored: the weights, at the base.
-        coef: of the penalty; 0 is Adam in the curvature's coordinates.
-        lr_ratio: the rate over `lr`, which schedulers set and logs show.
-        weight_decay: decoupled; of whole weights it shrinks the move from the base, of LoRA's factors these.
+        params: parameters or parameter groups, as for any optimizer; each belongs to one of `anchored`.
+        anchored: the trained weights, with their values in the base.
+        coef: weight of the penalty; with 0 this is Adam in the curvature's coordinates.
+        lr_ratio: the rate of the step over `lr`, which schedulers set and logs show.
+        weight_decay: decoupled; it shrinks a whole weight's move from the base, or LoRA's factors.
 
     Raises:
         ValueError: if a parameter belongs to none of `anchored`.
@@ -198,46 +199,47 @@ class AnchoredAdamW(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "coef": coef}
         defaults["lr_ratio"] = lr_ratio
         super().__init__(params, defaults)
-        groups = enumerate(self.param_groups)
-        places = {id(parameter): (at, of) for at, group in groups for of, parameter in enumerate(group["params"])}
-        known = [[id(parameter) for parameter in one.parameters] for one in anchored]
-        if places.keys() - {one for ids in known for one in ids}:
-            raise ValueError("params: one of them belongs to no anchored weight; give it a curvature")
-        self._places = [[places[one] for one in ids] for ids in known]
+        places = {
+            id(parameter): (group_index, index)
+            for group_index, group in enumerate(self.param_groups)
+            for index, parameter in enumerate(group["params"])
+        }
+        anchored_ids = [[id(parameter) for parameter in weight.parameters] for weight in anchored]
+        if places.keys() - {parameter_id for ids in anchored_ids for parameter_id in ids}:
+            raise ValueError("params: a parameter belongs to no anchored weight; give it a curvature")
+        self._places = [[places[parameter_id] for parameter_id in ids] for ids in anchored_ids]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """A step of Adam and of the penalty."""
+        """Take one step of Adam and the penalty."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for one, places in zip(self.anchored, self._places, strict=True):
-            one.follow([self.param_groups[group]["params"][at] for group, at in places])
-            states = [self.state[parameter] for parameter in one.parameters]
-            coordinates, gradients = one.read(states), one.gradients()
-            for at, (group, _) in enumerate(places):
-                pull, stiffness = one.pull(at, coordinates)
-                _move(coordinates[at], gradients[at], pull, stiffness, states[at], self.param_groups[group])
-            if any(
-                self.param_groups[group]["lr"] for group, _ in places
-            ):  # not where torch asks for a checkpoint's state
-                one.write(coordinates)
+        for weight, places in zip(self.anchored, self._places, strict=True):
+            weight.follow([self.param_groups[group]["params"][index] for group, index in places])
+            states = [self.state[parameter] for parameter in weight.parameters]
+            coordinates, gradients = weight.read(states), weight.gradients()
+            for i, (group, _) in enumerate(places):
+                pull, stiffness = weight.pull(i, coordinates)
+                _move(coordinates[i], gradients[i], pull, stiffness, states[i], self.param_groups[group])
+            if any(self.param_groups[group]["lr"] for group, _ in places):  # torch makes a checkpoint's state with lr 0
+                weight.write(coordinates)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimizer's; but state stays in float32 where parameters are of half precision."""
+        """Load the state, but keep it in float32 even if the parameters are in half precision."""
         super().load_state_dict(state_dict)
-        saved = [at for group in state_dict["param_groups"] for at in group["params"]]
-        own = [parameter for group in self.param_groups for parameter in group["params"]]
-        for at, parameter in zip(saved, own, strict=True):
-            for name, value in state_dict["state"].get(at, {}).items():
+        saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
+            for name, value in state_dict["state"].get(saved_id, {}).items():
                 if torch.is_tensor(value):
                     self.state[parameter][name] = value.to(parameter.device)
 
 
 def _move(x: Tensor, gradient: Tensor, pull: Tensor, stiffness: Tensor, state: dict[str, Any], group: Any) -> None:
-    """Adam's step of coordinates x, and the penalty's, in place."""
+    """Move the coordinates x by Adam's step and the penalty's, in place."""
     if "step" not in state:
         state.update(step=0, mean=torch.zeros_like(x), square=torch.zeros_like(x))
     state["step"] += 1

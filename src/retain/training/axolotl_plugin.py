@@ -1,10 +1,10 @@
-"""Replay in Axolotl, whose settings name this plugin and, under `retain`, how it protects.
+"""A plugin that adds replay to Axolotl; its settings stand under `retain` in Axolotl's YAML file.
 
     plugins: [retain.training.axolotl_plugin.RetainPlugin]
     retain: {replay_dataset: replay/, replay_coef: 1, retention: [wiki=wiki.txt]}
 
-Written for axolotl 0.19.0: of its plugin interface (`axolotl.integrations.base`) the class of the trainer, the class of
-the settings, and the hook that gets the trainer.
+Written for axolotl 0.19.0; of its plugin interface (`axolotl.integrations.base`) it uses the trainer class, the
+settings class, and the hook that receives the trainer.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from retain.replay.dataset import load_texts
 from retain.training.config import ReplayConfig
 from retain.training.trainer import ReplayMixin
 
-LOG = get_logger("axolotl.retain")  # Axolotl shows what its own loggers say
-OTHER_TRAINERS = ("rl", "reward_model", "process_reward_model", "trainer_cls")  # settings that choose one
+LOG = get_logger("axolotl.retain")  # Axolotl shows only what its own loggers write
+OTHER_TRAINERS = ("rl", "reward_model", "process_reward_model", "trainer_cls")  # settings that choose another trainer
 
 
 @dataclass(kw_only=True)
 class AxolotlReplayConfig(ReplayConfig):
-    """What may stand under `retain`."""
+    """The settings under `retain`."""
 
     replay_dataset: str | None = setting(None, "Replay rows: a folder written by `retain sample`, or a file of text.")
     retention: list[str] = setting(list, "Texts to measure at every evaluation, as name=file.")
@@ -40,10 +40,10 @@ class AxolotlReplayConfig(ReplayConfig):
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> AxolotlReplayConfig:
-        """Of a mapping in a YAML file.
+        """The settings of a mapping from a YAML file.
 
         Raises:
-            ValueError: for what is no setting, or one that does not fit.
+            ValueError: for an unknown setting, or a value out of range.
         """
         known = [field.name for field in fields(cls)]
         if unknown := sorted(given.keys() - set(known)):
@@ -52,7 +52,7 @@ class AxolotlReplayConfig(ReplayConfig):
 
 
 class RetainArgs(BaseModel):
-    """The part of Axolotl's settings that is the plugin's; Axolotl checks it with its own."""
+    """The plugin's part of Axolotl's settings; Axolotl checks it with its own."""
 
     retain: dict[str, Any]
 
@@ -64,7 +64,7 @@ class RetainArgs(BaseModel):
 
 
 class RetainPlugin(BasePlugin):
-    """Puts `ReplayMixin` before Axolotl's own trainer, and stops a run without it."""
+    """Puts `ReplayMixin` before Axolotl's own trainer; stops a run whose trainer lacks it."""
 
     def get_input_args(self) -> str:
         return f"{RetainArgs.__module__}.{RetainArgs.__name__}"
@@ -85,7 +85,7 @@ class RetainPlugin(BasePlugin):
 
 
 def replay_trainer_class(host: type, config: AxolotlReplayConfig) -> type:
-    """The host's trainer with these settings: Axolotl makes it with its own arguments alone."""
+    """A subclass of the host trainer with these settings bound: Axolotl passes only its own arguments."""
 
     class ReplayAxolotlTrainer(ReplayMixin, host):
         def __init__(self, **kwargs: Any) -> None:

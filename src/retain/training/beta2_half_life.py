@@ -1,9 +1,9 @@
-"""Adam's second moment by its half-life in tokens, which keeps its meaning at every batch size.
+"""Adam's beta2 from a half-life in tokens, which means the same at every batch size.
 
     beta2 = (1/2)^(tokens per step / half-life)
 
-Source: Marek et al., "Small Batch Size Training for Language Models", arXiv 2507.07101: for a 30M model about 10M
-tokens are best at every batch size.
+Source: Marek et al., "Small Batch Size Training for Language Models", arXiv 2507.07101: about 10M tokens are best for
+a 30M model at every batch size.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from retain.checks import check_number
 
-MAX_ROWS_READ = 4096  # for the mean length of a row
-DEFAULT_ADAM_BETA2 = 0.999  # of transformers' TrainingArguments: another value is the user's own
+MAX_ROWS_READ = 4096  # to estimate the mean length of a row
+DEFAULT_ADAM_BETA2 = 0.999  # in transformers' TrainingArguments; another value was set by the user
 
 
 def beta2_of_half_life(half_life_tokens: float, tokens_per_step: float) -> float:
@@ -31,8 +31,8 @@ def beta2_of_half_life(half_life_tokens: float, tokens_per_step: float) -> float
     beta2 = 0.5 ** (tokens_per_step / half_life_tokens)
     if beta2 < 1e-6:
         raise ValueError(
-            f"half_life_tokens: {half_life_tokens:g} is far less than a step of {tokens_per_step:g} tokens; use as "
-            "many or more"
+            f"half_life_tokens: {half_life_tokens:g} is far less than a step of {tokens_per_step:g} tokens; use at "
+            "least that many"
         )
     return beta2
 
@@ -43,31 +43,31 @@ def half_life_of_beta2(beta2: float, tokens_per_step: float) -> float:
 
 
 def tokens_per_step(args: Any, row_length: float) -> float:
-    """Tokens of an optimizer step, over micro-batches and processes.
+    """Tokens per optimizer step, over micro-batches and processes.
 
     Args:
-        row_length: tokens of a row without padding, the mean where rows differ.
+        row_length: mean tokens per row, without padding.
     """
     return args.train_batch_size * row_length * args.gradient_accumulation_steps * args.world_size
 
 
 def mean_row_length(rows: Any, max_length: int | None) -> float:
-    """Tokens of a training row, cut to `max_length`: the mean over all rows, or of many over some, evenly spaced.
+    """Mean tokens per training row, cut to `max_length`; estimated from evenly spaced rows if there are many.
 
     Raises:
         ValueError: for a stream, whose rows are not known beforehand.
     """
     if not hasattr(rows, "__len__"):
-        raise ValueError("adam_beta2_half_life_tokens: a stream has no known rows; give adam_beta2, or no stream")
-    chosen = range(0, len(rows), -(-len(rows) // MAX_ROWS_READ))
-    return sum(len(rows[at]["input_ids"][:max_length]) for at in chosen) / len(chosen)
+        raise ValueError("adam_beta2_half_life_tokens: the rows of a stream are unknown; set adam_beta2 instead")
+    indices = range(0, len(rows), -(-len(rows) // MAX_ROWS_READ))
+    return sum(len(rows[index]["input_ids"][:max_length]) for index in indices) / len(indices)
 
 
 def apply_half_life(args: Any, half_life_tokens: float | None, row_length: float) -> str | None:
-    """Set `adam_beta2` of a trainer's arguments before its optimizer is made; None leaves it as it is.
+    """Set `adam_beta2` in a trainer's arguments before its optimizer is made; a half-life of None changes nothing.
 
     Returns:
-        A line for people to read: the beta2, and what it follows from.
+        A line for the log that says the beta2 and how it was computed.
     """
     if half_life_tokens is None:
         return None
@@ -81,7 +81,7 @@ def apply_half_life(args: Any, half_life_tokens: float | None, row_length: float
 
 
 def check_half_life(args: Any, half_life_tokens: float | None) -> None:
-    """Raise a `ValueError` for a half-life beside an `adam_beta2`, or with an optimizer that is not an Adam."""
+    """Raise a `ValueError` for a half-life together with an `adam_beta2`, or with an optimizer that is not Adam."""
     if half_life_tokens is None:
         return
     setting = f"adam_beta2_half_life_tokens: {half_life_tokens:g}"

@@ -24,7 +24,7 @@ from retain.files import write_json, write_text
 from retain.models.head import reshard
 from retain.replay.dataset import ReplayDataset, replace_rows, replay_indices
 from retain.report.report import ForgettingReport
-from retain.training.anchor import begin_anchor
+from retain.training.anchor import load_or_save_anchor
 from retain.training.coef_controller import CoefController
 from retain.training.config import ReplayConfig
 from retain.training.loss_meter import LossMeter
@@ -252,7 +252,7 @@ class ReplayMixin(Host):
             if self.budget is not None:  # whose state the next checkpoint keeps
                 self.budget.update(self._meter.held_kl())
                 if self.replay.anchor is not None:
-                    self.replay.anchor.weigh(self.optimizer, self.replay_config, self.budget.coef)
+                    self.replay.anchor.scale_coef(self.optimizer, self.replay_config, self.budget.coef)
                 self.state.stateful_callbacks[BUDGET_STATE] = {"args": {}, "attributes": self.budget.state_dict()}
         return loss
 
@@ -296,7 +296,7 @@ class ReplayMixin(Host):
         self.budget = None
         folder, writes = Path(self.args.output_dir), self.is_world_process_zero()
         resumed = args[0] if args else kwargs.get("resume_from_checkpoint")
-        begin_anchor(self.replay.anchor, folder, resumed, writes=writes)
+        load_or_save_anchor(self.replay.anchor, folder, resumed, writes=writes)
         result = super().train(*args, **kwargs)
         if self.budget is None:  # it resumed at its last step
             self.budget = self._begin_budget()
