@@ -442,7 +442,7 @@ def test_it_needs_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"replay_start": 0.5, "max_ref_kl": 0.1}, "replay_start: 0.5 leaves max_ref_kl no KL to hold"),
+        ({"replay_start": 0.5, "max_ref_kl": 0.1}, "replay_start: 0.5 leaves max_ref_kl no KL to control"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], words: str) -> None:

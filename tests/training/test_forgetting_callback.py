@@ -196,12 +196,16 @@ def test_a_model_that_is_not_the_base_is_refused_when_training_resumes(tmp_path)
     kept = points(tmp_path)
     resumed = {"resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
     halfway = type(make_model()).from_pretrained(tmp_path / "checkpoint-2")
-    with pytest.raises(ValueError, match=r"^base: training resumes at step 2, and nothing shows .*; give base=the"):
+    with pytest.raises(
+        ValueError, match=r"^base: training resumes at step 2, but the trainer.s model is not known .*; give base=the"
+    ):
         host("sft", tmp_path, callback(), model=halfway, **saved).train(**resumed)
     assert points(tmp_path) == kept, "the files are untouched"
     late = host("sft", tmp_path, **saved)
     late.add_callback(callback())
-    with pytest.raises(ValueError, match=r"^base: the model has made 2 steps before this callback saw it; give the"):
+    with pytest.raises(
+        ValueError, match=r"^base: the model was trained for 2 steps before this callback saw it; give the"
+    ):
         late.train(**resumed)
     given = host("sft", tmp_path, callback(base=make_model()), model=halfway, **saved)
     given.train(**resumed)
@@ -233,7 +237,7 @@ def test_a_base_may_be_given(tmp_path):
 @pytest.mark.parametrize("bad", ["trained", "pissa", "base trained too", "own weights", "vocabulary", "dtype"])
 def test_what_is_not_the_base_is_refused_in_one_line(bad, tmp_path):
     model, options = make_model(), {}
-    why = r"^base: the model as the trainer got it does not show its base .*; give base=the model before"
+    why = r"^base: the trainer.s model does not give its base .*; give base=the model before"
     if bad == "trained":
         model = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
     elif bad == "pissa":
@@ -249,7 +253,7 @@ def test_what_is_not_the_base_is_refused_in_one_line(bad, tmp_path):
         }
         options["base"] = base[bad]
         why = {
-            "own weights": "^base: it shares its weights with the model being trained, and moves along; give base=the",
+            "own weights": "^base: it shares weights with the model being trained, so it changes too; give base=the",
             "vocabulary": "^base: its vocabulary is 328, the model's 320; load both alike",
             "dtype": r"^base: its dtype is torch.bfloat16, the model's torch.float32; load both alike",
         }[bad]

@@ -94,7 +94,7 @@ def test_forgetting_is_not_measured_against_a_base_that_an_adapter_was_merged_in
         return measured.tables[3]["words"]["ref_kl"]["value"]
 
     assert run() > 1e-3
-    with pytest.raises(ValueError, match="base: .*gives other predictions at step 3"):
+    with pytest.raises(ValueError, match="base: its predictions at step 3 differ"):
         run(Merge(2))
 
 

@@ -1,11 +1,11 @@
-"""Forgetting measured inside any transformers or TRL trainer, by a plain callback: no replay, nothing else changes.
+"""A callback that measures forgetting inside any transformers or TRL trainer; it adds no replay and changes nothing.
 
     callback = ForgettingCallback({"wiki": texts}, choices={"arc": questions}, tokenizer=tokenizer)
     trainer = SFTTrainer(..., callbacks=[callback])
     callback.trainer = trainer  # so that the values go through the trainer's own log, to W&B and the like
 
-Each evaluation is a point of the path: learning against forgetting, in the files that `retain report` and
-`retain fit` read. With `eval_on_start` the first point is the base itself.
+Each evaluation adds a point, learning against forgetting, to the files that `retain report` and `retain fit` read.
+With `eval_on_start` the first point is the base itself.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ GIVE_BASE = "give base=the model before finetuning, as a second copy"
 
 
 class ForgettingCallback(RetentionMeasurer):
-    """Measure forgetting, `ref_kl` and `ref_agreement`, and agreement with the base's own answers, at evaluations.
+    """Measure forgetting, `ref_kl`, `ref_agreement` and agreement with the base's own answers at each evaluation.
 
-    The base is the model as the trainer gets it: its adapter switched off, else its hidden states on these texts and
-    a copy of its output head. That it is the base is shown, or refused. Not for a trainer with `ReplayMixin`, which
-    measures by itself.
+    The base is the model as the trainer receives it: with its adapter switched off, or else its hidden states on these
+    texts and a copy of its output head. Training stops if this cannot be proven to be the base. Not for a trainer with
+    `ReplayMixin`, which measures by itself.
 
     Args:
         retention: name → texts (or documents of tokens) on which forgetting is measured.
-        choices: name → multiple-choice questions: of `load_questions`, or rows as in its files.
-        base: the base, where the model that the trainer gets is not, as when its adapter was trained before.
+        choices: name → multiple-choice questions: from `load_questions`, or rows as in its files.
+        base: the base, if the trainer does not receive it, e.g. because its adapter was trained before.
         tokenizer: by default the trainer's `processing_class`.
         max_tokens: tokens of each text: whole documents in an order drawn with `seed`, the same at every evaluation.
             None for all.
         max_length: longest window in tokens; longer documents are cut into several.
-        choices_every: evaluations from one round of questions to the next.
-        choice_style, choice_chat_template: as of `measure`.
+        choices_every: ask the questions at every n-th evaluation.
+        choice_style, choice_chat_template: as in `measure`.
         start_token: the document start; chosen from the tokenizer by default.
 
     Attributes:
-        trainer: set it, and the values go through `trainer.log`; else to the files, `log_history` and what `evaluate`
+        trainer: if set, the values go through `trainer.log`; else only to the files, `log_history` and what `evaluate`
             returns.
         tables: optimizer step whose weights were measured → text → metric → what `measure` finds, with intervals.
 
@@ -106,10 +106,10 @@ class ForgettingCallback(RetentionMeasurer):
         self._base_answers: dict[str, list[int]] = {}
         self._row_edges: set[int] = set()
 
-    # What the trainer calls
+    # Hooks
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """The model as it was handed over, before any checkpoint is loaded into it: the base."""
+        """Take the model as the base, before any checkpoint is loaded into it."""
         self._take_base(args, model, kwargs.get("processing_class"))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -126,20 +126,20 @@ class ForgettingCallback(RetentionMeasurer):
         is_due = len(self.tables) % self.choices_every == 0
         values = super()._measure(step, args, state, model)
         answers = self._answers(self._forwards(model)[1], args, args.device) if is_due else {}
-        for name, found in answers.items():
-            values[f"choices/{name}/agreement"] = float(np.mean(np.array(found) == self._base_answers[name]))
+        for name, chosen in answers.items():
+            values[f"choices/{name}/agreement"] = float(np.mean(np.array(chosen) == self._base_answers[name]))
         return values
 
     # The base
 
     def prepare(self, args: TrainingArguments, state: TrainerState, model: Any, processing_class: Any) -> None:
-        """A callback that was added later sees the model only now, which is the base only before the first step."""
+        """Take the base now if the callback was added late; after the first step the model is no longer the base."""
         if self.reference is not None:
             return
         if state.global_step and self.base is None:
             raise ValueError(
-                f"base: the model has made {state.global_step} steps before this callback saw it; give the callback to "
-                f"the trainer's constructor (callbacks=[...]), or {GIVE_BASE}"
+                f"base: the model was trained for {state.global_step} steps before this callback saw it; give the "
+                f"callback to the trainer's constructor (callbacks=[...]), or {GIVE_BASE}"
             )
         self._take_base(args, model, processing_class)
 
@@ -160,7 +160,7 @@ class ForgettingCallback(RetentionMeasurer):
             self.documents[name] = retention_documents(name, source, self.max_tokens, self.seed, **cut)
         for name, questions in self.choices.items():
             self._inputs[name] = encode_questions(questions, tokenizer, limit=limit, **self.choice_form)
-        self.reference = self._base_given(model) if self.base is not None else self._base_shown(model, args)
+        self.reference = self._given_base(model) if self.base is not None else self._proven_base(model, args)
         fingerprint = model_fingerprint(model) if self.base is None and self.reference.kind == "copy" else None
         self.settings = {
             "replay": {},
@@ -172,30 +172,30 @@ class ForgettingCallback(RetentionMeasurer):
         }
         device = model.device
         self.reference.to(device)
-        forward = self._forwards(model)[1 if fingerprint else 0]  # a remembered base knows the texts only
+        forward = self._forwards(model)[1 if fingerprint else 0]  # stored hidden states cover only the texts
         with evaluation_mode(model):
             self._base_answers = self._answers(forward, args, device)
 
-    def _base_given(self, model: Any) -> Reference:
+    def _given_base(self, model: Any) -> Reference:
         base: Any = self.base
         if Reference(base).changes_with(model):
-            raise ValueError(f"base: it shares its weights with the model being trained, and moves along; {GIVE_BASE}")
-        for what, of_base, of_model in differing_settings(base, model):
-            raise ValueError(f"base: its {what} is {of_base}, the model's {of_model}; load both alike")
+            raise ValueError(f"base: it shares weights with the model being trained, so it changes too; {GIVE_BASE}")
+        for name, base_value, model_value in differing_settings(base, model):
+            raise ValueError(f"base: its {name} is {base_value}, the model's {model_value}; load both alike")
         return Reference(base.eval())
 
-    def _base_shown(self, model: Any, args: TrainingArguments) -> Reference:
-        """The model's own base, shown to give what the model gives now."""
+    def _proven_base(self, model: Any, args: TrainingArguments) -> Reference:
+        """The base inside the model, proven to predict what the model predicts now."""
         with self._autocast(model.device):
-            reference = Reference(None if hasattr(model, "disable_adapter") else self._remember(model, args))
+            reference = Reference(None if hasattr(model, "disable_adapter") else self._store_base(model, args))
             try:
                 reference.prove(model, probe(model))
                 if reference.kind == "adapter":
                     check_base_is_frozen(model)
             except ValueError as error:
                 raise ValueError(
-                    "base: the model as the trainer got it does not show its base (it is trained too, or its adapter "
-                    f"holds something already); {GIVE_BASE}"
+                    "base: the trainer's model does not give its base (the base is trained too, or the adapter was "
+                    f"trained before); {GIVE_BASE}"
                 ) from error
         return reference
 
@@ -204,32 +204,32 @@ class ForgettingCallback(RetentionMeasurer):
             super().prove_reference(model, state)
         except ValueError as error:
             raise ValueError(
-                f"base: it gives other predictions at step {state.global_step} than when training began (an adapter "
-                f"merged into it?), so it is none; {GIVE_BASE}"
+                f"base: its predictions at step {state.global_step} differ from those when training started (was an "
+                f"adapter merged into it?); {GIVE_BASE}"
             ) from error
 
-    def _remember(self, model: Any, args: TrainingArguments) -> HiddenStates:
-        """The base's hidden states, made in the batches in which they will be compared, so that the start is exact."""
+    def _store_base(self, model: Any, args: TrainingArguments) -> HiddenStates:
+        """The base's hidden states, computed in the batches of later comparisons, so that KL starts at exactly 0."""
         form: HeadForm | None = None if is_deepspeed_zero3_enabled() else find_head_form(model)
         if form is None:
-            raise ValueError(f"base: hidden states need a plain output head, and no DeepSpeed ZeRO-3; {GIVE_BASE}")
+            raise ValueError(f"base: stored hidden states need a plain output head and no ZeRO-3; {GIVE_BASE}")
         head = form.frozen(model.get_output_embeddings())
         return HiddenStates.of(model, head, evaluated_batches(args, self.documents))
 
     def _check_resumed(self, folder: Path, step: int) -> None:
-        """What the run began with is in its files; a model loaded from the checkpoint is not that."""
+        """Check that the trainer received the base that the run's files name, not a model from the checkpoint."""
         if read_settings(folder).get("base_fingerprint") != self.settings["base_fingerprint"]:
             raise ValueError(
-                f"base: training resumes at step {step}, and nothing shows that the trainer got the model with which "
-                f"it began; {GIVE_BASE}"
+                f"base: training resumes at step {step}, but the trainer's model is not known to be the one that the "
+                f"run started with; {GIVE_BASE}"
             )
 
     def _answers(self, forward: Forward, args: TrainingArguments, device: torch.device) -> dict[str, list[int]]:
-        """What a model chooses: per character where choices are written out, as letters are all of one length."""
-        rule, tokens = "acc_norm" if self.choice_form["style"] == "text" else "acc", args.per_device_eval_batch_size
-        found = {}
+        """The model's choice for each question; written-out choices are scored per character, letters are not."""
+        rule, num_rows = "acc_norm" if self.choice_form["style"] == "text" else "acc", args.per_device_eval_batch_size
+        answers = {}
         for name, inputs in self._inputs.items():
             longest = max(map(len, inputs.rows))
-            scores = choice_scores(forward, inputs, batch_tokens=tokens * longest, device=device)
-            found[name] = likeliest_choices(scores, inputs.lengths, rule)
-        return found
+            scores = choice_scores(forward, inputs, batch_tokens=num_rows * longest, device=device)
+            answers[name] = likeliest_choices(scores, inputs.lengths, rule)
+        return answers

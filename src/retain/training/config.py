@@ -1,4 +1,4 @@
-"""How replay protects a finetune: every setting, described and checked once."""
+"""The settings of replay and of stopping, each described and checked once."""
 
 from __future__ import annotations
 
@@ -94,33 +94,34 @@ class ReplayConfig(Settings):
                 )
             if self.replay_start:
                 raise ValueError(
-                    f"replay_start: {self.replay_start:g} leaves max_ref_kl no KL to hold; set one of them 0"
+                    f"replay_start: {self.replay_start:g} leaves max_ref_kl no KL to control; set replay_start 0, or "
+                    "leave max_ref_kl out"
                 )
-            check_number("replay_coef", self.replay_coef, low=1e-3, high=1e3)  # the bounds within which it may move
+            check_number("replay_coef", self.replay_coef, low=1e-3, high=1e3)  # the bounds within which it adapts
         self.objective.check_settings(self)
 
-    is_baseline = False  # whether the run is unprotected so that others can be compared with it
+    is_baseline = False  # whether the run is unprotected on purpose, to compare others with it
 
     @property
     def protects(self) -> bool:
-        """Whether anything does."""
+        """Whether the run has an objective or an anchor."""
         return self.objective is not NONE or self.anchor_coef > 0
 
     @property
     def needs_rows(self) -> bool:
-        """Whether replay rows take part."""
+        """Whether the run uses replay rows."""
         return self.objective.draws_rows or self.anchor_coef > 0
 
     @property
     def objective(self) -> Objective:
-        """What protects; nothing where the term that would be added weighs 0."""
+        """The replay objective; `NONE` if its term has a coefficient of 0."""
         chosen = OBJECTIVES[self.replay_objective]
         return NONE if chosen.adds_term and not self.replay_coef else chosen
 
 
 @dataclass(kw_only=True)
 class StoppingConfig(Settings):
-    """Settings of a run, with replay or without, that transformers does not have."""
+    """Settings for any run, with or without replay, that transformers lacks."""
 
     adam_beta2_half_life_tokens: float | None = setting(
         None,
@@ -133,7 +134,7 @@ class StoppingConfig(Settings):
 
 
 def check_arguments(args: Any, replay_objective: str | None = None) -> None:
-    """Raise a `ValueError` for training arguments that torch or transformers would refuse late, or not at all."""
+    """Raise a `ValueError` for training arguments that torch or transformers would reject late, or not at all."""
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         check_number(name, getattr(args, name), low=1, integer=True)
     for name in ("learning_rate", "weight_decay"):
@@ -141,7 +142,7 @@ def check_arguments(args: Any, replay_objective: str | None = None) -> None:
     check_number("seed", args.seed, low=0, high=2**32 - 1, integer=True)
     if replay_objective is not None:
         OBJECTIVES[replay_objective].check_arguments(args)
-    if (length := getattr(args, "max_length", None)) is not None:  # pretraining has its own
+    if (length := getattr(args, "max_length", None)) is not None:  # only TRL's configs have one
         check_number("max_length", length, low=2, integer=True)
     if args.neftune_noise_alpha is not None:
         check_number("neftune_noise_alpha", args.neftune_noise_alpha, low=0)

@@ -1,8 +1,8 @@
 """One forward pass for new and replay rows: replay rows join the host's batch inside the model, at its decoder.
 
-The decoder is what lies between token ids and output head. It gets the replay rows beside the new ones and gives them
-up again before the host sees its output, so labels, head and loss of the host are as without them, whether it makes
-logits or, as TRL's fused head does, never.
+The decoder is what lies between token ids and output head. Hooks add the replay rows to its input and remove them from
+its output, so the host's labels, head and loss are the same as without them, whether or not it computes logits (TRL's
+fused head never does).
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from retain.models.reference import evaluation_mode, probe_tokens, rounding_tole
 from retain.replay.provenance import rope_kinds
 from retain.training.trainer_checks import invocation_tokens
 
-MAX_PADDING = 1.02  # tokens of a joint pass over those of two, whose fixed cost is about as much on a small model
-# Inputs of a decoder with which rows may join; any other must be missing, None or False.
+MAX_PADDING = (
+    1.02  # tokens of a joint pass over those of two; the second pass has a fixed cost of about 2% (small model)
+)
+# Decoder inputs that allow rows to join; any other must be missing, None or False.
 JOINED_INPUTS = ("input_ids", "attention_mask", "use_cache", "num_items_in_batch", "return_dict")
 MORE_OUTPUTS = ("output_router_logits", "output_hidden_states", "output_attentions")
 
 
 class JointForward:
-    """Takes replay rows along in the host's own forward pass.
+    """Runs replay rows through the host's own forward pass.
 
     Args:
         decoder: the module whose last hidden states the output head multiplies.
@@ -40,7 +42,7 @@ class JointForward:
 
     @classmethod
     def of(cls, trainer: Any) -> JointForward | None:
-        """Of a host trainer, once it is built; None where its model must see the two batches apart."""
+        """A joint forward pass for a built trainer; None if its model must see the two batches separately."""
         model = trainer.model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if not _may_join(trainer) or base.base_model is base:
@@ -50,15 +52,15 @@ class JointForward:
 
     @contextmanager
     def with_rows(self, replay: Mapping[str, Tensor]) -> Iterator[list[Float[Tensor, "rows length size"]]]:
-        """The first forward pass with gradient that can takes these rows along.
+        """A context in which the first suitable forward pass with gradient also runs these rows.
 
         Args:
-            replay: `input_ids`, and `attention_mask` where rows are padded at the right.
+            replay: `input_ids`, and `attention_mask` if rows are padded at the right.
 
         Yields:
-            A list that gets the rows' hidden states; it stays empty where no pass could take them.
+            A list that receives the rows' hidden states; it stays empty if no pass was suitable.
         """
-        found: list[Tensor] = []
+        replay_hidden: list[Tensor] = []
         shapes: list[torch.Size] = []
 
         def join(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -68,43 +70,43 @@ class JointForward:
             shapes.extend(batch["input_ids"].shape for batch in (inputs, replay))
             return (), {**inputs, **joint_inputs(inputs, replay), "use_cache": False}
 
-        def part(module: Any, args: Any, outputs: Any) -> None:
-            if shapes and not found:
-                (num_new, length), (num_old, old_length) = shapes
-                new, old = outputs.last_hidden_state.split([num_new, num_old])
-                outputs.last_hidden_state = new[:, :length]
-                found.append(head_input(old[:, :old_length]))
+        def split(module: Any, args: Any, outputs: Any) -> None:
+            if shapes and not replay_hidden:
+                (num_new, new_length), (num_replay, replay_length) = shapes
+                new, replayed = outputs.last_hidden_state.split([num_new, num_replay])
+                outputs.last_hidden_state = new[:, :new_length]
+                replay_hidden.append(head_input(replayed[:, :replay_length]))
 
         handles = (
             self.decoder.register_forward_pre_hook(join, with_kwargs=True),
-            self.decoder.register_forward_hook(part),
+            self.decoder.register_forward_hook(split),
         )
         try:
-            yield found
+            yield replay_hidden
         finally:
             for handle in handles:
                 handle.remove()
 
     def _is_exact(self, model: Any) -> bool:
-        """Whether rows of two lengths have, in one pass, the hidden states at the head that each has in its own."""
+        """Whether rows of two lengths give the head the same hidden states in one joint pass as in separate passes."""
         tokens = probe_tokens(model.get_input_embeddings().weight.shape[0]).to(model.device)
-        new, old = tokens[:1, :-1], tokens[1:].expand(4, -1)  # hardly any padding
+        new, replay = tokens[:1, :-1], tokens[1:].expand(4, -1)  # hardly any padding
         with evaluation_mode(model), seen_by_head(model) as seen:
             with torch.no_grad():
-                model(input_ids=old, use_cache=False)
+                model(input_ids=replay, use_cache=False)
                 model(input_ids=new, use_cache=False)
-            with self.with_rows({"input_ids": old}) as joined:
+            with self.with_rows({"input_ids": replay}) as joined:
                 model(input_ids=new, use_cache=False)
         if not joined or len(seen) != 3:
             return False
-        alone, together = seen[:2], [joined[0].detach(), seen[2].detach()]
-        most = rounding_tolerance(model)
-        pairs = zip(alone, together, strict=True)
-        return all(a.shape == b.shape and bool((a - b).norm() <= most * a.norm()) for a, b in pairs)
+        separate, joint = seen[:2], [joined[0].detach(), seen[2].detach()]
+        tolerance = rounding_tolerance(model)
+        pairs = zip(separate, joint, strict=True)
+        return all(a.shape == b.shape and bool((a - b).norm() <= tolerance * a.norm()) for a, b in pairs)
 
 
 def can_join(inputs: Mapping[str, Any], replay: Mapping[str, Tensor]) -> bool:
-    """Whether a decoder's inputs are whole rows and nothing else, and replay rows beside them need little padding."""
+    """Whether a decoder's inputs are whole rows and nothing else, and joining the replay rows needs little padding."""
     others = [value for name, value in inputs.items() if name not in JOINED_INPUTS]
     if any(value is not None and value is not False for value in others):
         return False
@@ -115,35 +117,35 @@ def can_join(inputs: Mapping[str, Any], replay: Mapping[str, Tensor]) -> bool:
     return padded <= MAX_PADDING * (new.numel() + old.numel())
 
 
-def joint_inputs(new: Mapping[str, Any], old: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+def joint_inputs(new: Mapping[str, Any], replay: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     """Both batches as one, padded at the right to one length.
 
-    Without a mask where the new rows have no padding of their own: no row sees what stands to its right.
+    The mask is None if the new rows have no padding: no row attends to what stands to its right.
     """
-    length = max(batch["input_ids"].shape[1] for batch in (new, old))
+    length = max(batch["input_ids"].shape[1] for batch in (new, replay))
 
-    def together(*values: Tensor) -> Tensor:
+    def concatenated(*values: Tensor) -> Tensor:
         return torch.cat([pad(value, (0, length - value.shape[1])) for value in values])
 
-    ids, mask = together(new["input_ids"], old["input_ids"]), new.get("attention_mask")
+    ids, mask = concatenated(new["input_ids"], replay["input_ids"]), new.get("attention_mask")
     if mask is None or bool(mask.all()):
         return {"input_ids": ids, "attention_mask": None}
-    old_mask = old.get("attention_mask", torch.ones_like(old["input_ids"]))
-    return {"input_ids": ids, "attention_mask": together(mask, old_mask.to(mask.dtype))}
+    replay_mask = replay.get("attention_mask", torch.ones_like(replay["input_ids"]))
+    return {"input_ids": ids, "attention_mask": concatenated(mask, replay_mask.to(mask.dtype))}
 
 
 def _may_join(trainer: Any) -> bool:
-    """Whether nothing is known by which one batch would be another thing than two."""
+    """Whether no setting is known under which one joint batch would give other results than two."""
     model, args, accelerator = trainer.model, trainer.args, trainer.accelerator
     adapters = getattr(model, "peft_config", {}).values()
     config = model.config.get_text_config()
-    apart = (
-        trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,  # the head's weights are there in a pass alone
-        accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or is_compiled_module(model),  # sees no new hooks
+    obstacles = (
+        trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled,  # the head's weights are whole only during a pass
+        accelerator.state.dynamo_plugin.backend != DynamoBackend.NO or is_compiled_module(model),  # ignores new hooks
         args.ddp_broadcast_buffers,  # at each pass, and processes may differ in whether they join
-        args.neftune_noise_alpha,  # whose noise follows the padded length
-        any(kind.get("rope_type") in ("dynamic", "longrope") for kind in rope_kinds(model)),  # follow the longest row
-        any(adapter.peft_type != "LORA" for adapter in adapters) or invocation_tokens(model),  # know rows by number
-        any(getattr(config, name, False) for name in MORE_OUTPUTS),  # of all rows, for the host
+        args.neftune_noise_alpha,  # its noise depends on the padded length
+        any(kind.get("rope_type") in ("dynamic", "longrope") for kind in rope_kinds(model)),  # depends on longest row
+        any(adapter.peft_type != "LORA" for adapter in adapters) or invocation_tokens(model),  # index rows by number
+        any(getattr(config, name, False) for name in MORE_OUTPUTS),  # would cover all rows, and the host reads them
     )
-    return not any(apart)
+    return not any(obstacles)

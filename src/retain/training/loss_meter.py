@@ -1,4 +1,4 @@
-"""The parts of a protected run's loss, over micro-batches, steps and processes: for its logs, budget and checks."""
+"""The parts of a protected run's loss, summed over micro-batches, steps and processes, for logs, budget and checks."""
 
 from __future__ import annotations
 
@@ -12,66 +12,66 @@ from retain.training.coef_controller import OPENING_LENGTH
 
 
 class LossMeter:
-    """Keeps the parts of the loss of a run, until they are logged.
+    """Accumulates the parts of a run's loss until they are logged.
 
     Args:
-        accelerator: of the host trainer; sums over processes are its.
+        accelerator: the host trainer's; it sums over processes.
         compared: whether the replay term is a KL to the base.
     """
 
     def __init__(self, accelerator: Any, *, compared: bool) -> None:
         self.accelerator, self.compared = accelerator, compared
-        self.step_term = torch.zeros((), device=accelerator.device)  # mean of the current step, on this process
+        self.step_term = torch.zeros((), device=accelerator.device)  # replay term of the current step, on this process
         self._step_parts = torch.zeros(2, 2, device=accelerator.device)  # (opening, rest): Σ KL and predictions
         self._parts = torch.zeros_like(self._step_parts)  # since the last log
         self._terms: list[Tensor] = []
-        self._num_steps = 0  # with replay
-        self._new_task: dict[int, Any] = {}  # step → the host's own part of its loss
+        self._num_steps = 0  # steps with replay since the last log
+        self._new_task: dict[int, Any] = {}  # step → the host's own loss
         self._largest_kl, self._kl_is_zero = torch.zeros_like(self.step_term), compared
 
     def begin_step(self) -> None:
-        """A step with replay begins."""
+        """Start a step with replay."""
         self.step_term, self._step_parts = torch.zeros_like(self.step_term), torch.zeros_like(self._step_parts)
         self._num_steps += 1
 
     def forget(self, step: int) -> None:
-        """Drop the new task's loss of a step that is made again: of a try that ran out of memory."""
+        """Drop the new-task loss of a step that is repeated after it ran out of memory."""
         self._new_task.pop(step, None)
 
     def add_new_task(self, step: int, loss: Tensor) -> None:
-        """Take a micro-batch's part of the host's own loss."""
+        """Add a micro-batch's part of the host's own loss."""
         self._new_task[step] = self._new_task.get(step, 0.0) + loss
 
     def add_term(self, term: Tensor) -> None:
-        """Take a micro-batch's part of the step's replay term."""
+        """Add a micro-batch's part of the step's replay term."""
         self._terms.append(term.detach())
         self.step_term = self.step_term.to(term.device) + term.detach()
         if self.compared:
             self._largest_kl = torch.maximum(self._largest_kl.to(term.device), term.detach().abs())
 
     def add_values(self, values: Float[Tensor, n], mask: Bool[Tensor, "rows predictions"]) -> None:
-        """Take the KL of a micro-batch's predictions, those in `mask`, in nats."""
-        opens = in_opening(mask)[mask]
-        parts = torch.stack([torch.stack([values[part].sum(), part.sum()]) for part in (opens, ~opens)])
+        """Add the KL of a micro-batch's predictions, those in `mask`, in nats."""
+        opening = in_opening(mask)[mask]
+        parts = torch.stack([torch.stack([values[part].sum(), part.sum()]) for part in (opening, ~opening)])
         self._step_parts, self._parts = self._step_parts + parts, self._parts + parts
 
-    def held_kl(self) -> float:
-        """Mean KL of the step behind the rows' openings, over micro-batches and processes; nats per token."""
+    def kl_after_openings(self) -> float:
+        """Mean KL of the step after the rows' openings, over micro-batches and processes; nats per token."""
         total, count = self.accelerator.reduce(self._step_parts, reduction="sum")[1].tolist()
         return total / max(count, 1.0)
 
     def kl_stayed_zero(self) -> bool:
-        """Whether no process has met a KL above 0; all of them compare theirs until one has."""
+        """Whether no process has seen a nonzero KL yet; every process must call it."""
         if self._kl_is_zero:
             self._kl_is_zero = float(self.accelerator.reduce(self._largest_kl, reduction="sum")) == 0.0
         return self._kl_is_zero
 
     def logs(self, step: int, coef: float) -> dict[str, float]:
-        """What `loss`, the sum, is made of, as means over the steps before `step` since the last call."""
+        """The parts of the logged `loss`, as means over the steps before `step` since the last call."""
         logs: dict[str, float] = {}
         if self._new_task:
-            made = [loss for at, loss in self._new_task.items() if at < step]
-            logs["new_task/loss"] = self.accelerator.reduce(torch.stack(made).mean(), reduction="mean").item()
+            finished = [loss for done, loss in self._new_task.items() if done < step]
+            logs["new_task/loss"] = self.accelerator.reduce(torch.stack(finished).mean(), reduction="mean").item()
             self._new_task = {}
         if not self._terms:
             return logs
@@ -87,7 +87,7 @@ class LossMeter:
 
 
 def in_opening(mask: Bool[Tensor, "rows predictions"]) -> Bool[Tensor, "rows predictions"]:
-    """Which predictions in `mask` have fewer than `OPENING_LENGTH` tokens before them; at most half of a row's.
+    """Which predictions in `mask` have fewer than `OPENING_LENGTH` tokens before them; at most half of each row.
 
     >>> in_opening(torch.ones(1, 6, dtype=torch.bool))
     tensor([[ True,  True,  True, False, False, False]])

@@ -1,6 +1,6 @@
-"""The replay objectives: what each trains on, and what it adds to the loss.
+"""The replay objectives: what each one trains on, and what it adds to the loss.
 
-To add one: a class here, and its place in `OBJECTIVES`; flags, checks, logs and `protection()` follow from it.
+To add one, write a class here and put an instance into `OBJECTIVES`; flags, checks, logs and `protection()` follow.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ if TYPE_CHECKING:
 
 
 class Objective:
-    """What one value of `replay_objective` does; as it stands here, nothing: no protection."""
+    """What one value of `replay_objective` does; this base class protects nothing."""
 
     name = "none"
     meaning = ""  # a sentence or two for the flag's help
     draws_rows = False  # trains on replay rows
     adds_term = False  # adds `replay_coef` times its mean to the host's loss
     uses_reference = False  # compares the model with its frozen base
-    takes_stored = False  # can read what was stored of the base's predictions beside the rows
+    takes_stored = False  # can use the base's predictions that were stored with the rows
 
     def check_settings(self, config: ReplayConfig) -> None:
-        """Raise a `ValueError` for settings with which this objective could not work."""
+        """Raise a `ValueError` for settings that this objective does not support."""
 
     def check_arguments(self, args: Any) -> None:
-        """Raise a `ValueError` for training arguments with which it could not work."""
+        """Raise a `ValueError` for training arguments that this objective does not support."""
 
     def batch_rows(self, config: ReplayConfig, batch: int) -> int:
-        """Replay rows beside `batch` new rows, per device and micro-batch."""
+        """Replay rows per device and micro-batch of `batch` new rows."""
         return config.per_device_replay_batch_size or max(1, batch // 8)  # experiments/study_01_replay_cost
 
     def strength(self, config: ReplayConfig) -> str:
-        """How strongly it pulls, for people to read."""
+        """Its coefficient, budget or share, printed when a run starts."""
         if config.max_ref_kl is not None:
             return f"budget {config.max_ref_kl:g} nats per token (coefficient from {config.replay_coef:g})"
         return f"coefficient {config.replay_coef:g}"
 
     def total(self, term: ReplayTerm, batch: TermBatch) -> Tensor:
-        """Σ over the predicted tokens of a batch, in nats; the trainer divides by the tokens of the step."""
+        """Sum over the predicted tokens of a batch, in nats; the trainer divides by the tokens of the step."""
         raise NotImplementedError
 
 
@@ -56,7 +56,7 @@ class KL(Objective):
 
 
 class NextToken(Objective):
-    """Training on replay rows as on any others."""
+    """Next-token loss on replay rows, as on new ones."""
 
     name, meaning = "ntp", "next-token loss on replay rows."
     draws_rows = adds_term = True
@@ -66,7 +66,7 @@ class NextToken(Objective):
 
 
 class Replace(Objective):
-    """Replay rows in the place of new ones: the host's loss on a mixed batch."""
+    """The host's loss on batches in which replay rows replace some of the new ones."""
 
     name, meaning = "replace", "replay rows take a share of each batch; no extra term."
     draws_rows = True
@@ -100,7 +100,7 @@ class Replace(Objective):
 
 
 class KLOnNewRows(KL):
-    """KL to the base on the new rows themselves: no replay rows."""
+    """KL to the base on the new rows themselves, without replay rows."""
 
     name, meaning = "kl_new", "KL(base || model) on the new rows; needs no replay rows."
     draws_rows = takes_stored = False

@@ -1,7 +1,7 @@
-"""The replay term of one batch: a sum over its predicted tokens, in nats, made at the output head.
+"""The replay term of one batch: a sum over its predicted tokens, in nats, computed at the output head.
 
-Where the head is a plain matrix of weights no logits are ever held; where an adapter sits on it, or a model does
-something of its own there, the naive forms on whole logits say the same at their price.
+For a plain head, whole logits are never held. For any other head (with an adapter on it, say) the naive forms on whole
+logits give the same value and need more memory.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from retain.models.reference import Reference
 
 
 class TermBatch(NamedTuple):
-    """Rows on which a term is taken, and the model that reads them.
+    """The rows of a term, and the model that reads them.
 
     Args:
         model: as the trainer calls it, wrapped or not.
-        inputs: what the model takes.
+        inputs: the model's inputs.
         labels: token ids of shape (rows, length), −100 where nothing is predicted.
-        stored: the base's predictions at these labels, as `ReferenceCache.batch` gives them.
-        values: filled with the terms of a sum over the base's predictions, row by row, shape (predictions,).
-        hidden: the model's hidden states at its head, where a forward pass has given them already.
+        stored: the base's predictions at these labels, as returned by `ReferenceCache.batch`.
+        values: filled with each prediction's KL, row by row, shape (predictions,).
+        hidden: the model's hidden states at its head, if a forward pass has computed them already.
     """
 
     model: Any
@@ -50,38 +50,38 @@ class TermBatch(NamedTuple):
 
     @property
     def mask(self) -> Bool[Tensor, "rows length-1"]:
-        """Which of the predictions count."""
+        """Which predictions have a label."""
         return self.labels[:, 1:] != -100
 
-    def picked(self, hidden: Float[Tensor, "rows length size"]) -> Float[Tensor, "predictions size"]:
-        """What stands where a counted prediction is made."""
+    def masked(self, hidden: Float[Tensor, "rows length size"]) -> Float[Tensor, "predictions size"]:
+        """The positions at which a prediction in the mask is made."""
         return hidden[:, :-1][self.mask]
 
     def logits(self, model: Any) -> Float[Tensor, "predictions vocab"]:
-        """A model's logits for the counted predictions."""
-        return self.picked(logits_at(model, self.inputs))
+        """A model's logits for the predictions in the mask."""
+        return self.masked(logits_at(model, self.inputs))
 
     def at_head(self, model: Any, compute: Callable[[Tensor, nn.Linear], Tensor]) -> Tensor:
-        """`compute` of a model's hidden states for the counted predictions, and its output head."""
+        """`compute` of a model's hidden states for the predictions in the mask, and of its output head."""
         if self.hidden is not None:
-            return compute(self.picked(self.hidden), extract_model_from_parallel(model).get_output_embeddings())
-        return at_head(model, self.inputs, lambda hidden, module: compute(self.picked(hidden), module))
+            return compute(self.masked(self.hidden), extract_model_from_parallel(model).get_output_embeddings())
+        return at_head(model, self.inputs, lambda hidden, module: compute(self.masked(hidden), module))
 
-    def summed(self, found: Float[Tensor, predictions]) -> Tensor:
-        """The sum of the terms, which `values` keeps."""
+    def summed(self, kl: Float[Tensor, predictions]) -> Tensor:
+        """The sum of each prediction's KL; fills `values`."""
         if self.values is not None:
-            self.values.copy_(found.detach())
-        return found.sum()
+            self.values.copy_(kl.detach())
+        return kl.sum()
 
 
 class ReplayTerm:
-    """Sums over the predicted tokens of a batch, in nats, of which objectives are made.
+    """The sums over a batch's predicted tokens, in nats, that objectives are built from.
 
     Args:
-        form: of the model's output head; None where it is not a plain one.
-        reference: the frozen base, where it takes part in training.
-        ref_head: the base's own head, where hidden states were stored and the model's head is trained.
-        autocast: makes the context in which a frozen copy must run to use the dtype of the model being trained.
+        form: of the model's output head; None if the head is not plain.
+        reference: the frozen base, if training uses one.
+        ref_head: the base's own head, if hidden states were stored and the model's head is trained.
+        autocast: makes the context in which a frozen copy uses the dtype of the model being trained.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ReplayTerm:
         self.form, self.reference, self.ref_head, self.autocast = form, reference, ref_head, autocast
 
     def to(self, device: torch.device) -> None:
-        """Move the base's own head to the device of training."""
+        """Move the base's own head to the training device."""
         if self.ref_head is not None:
             bias = None if self.ref_head.bias is None else self.ref_head.bias.to(device)
             self.ref_head = self.ref_head._replace(weight=self.ref_head.weight.to(device), bias=bias)
@@ -108,31 +108,31 @@ class ReplayTerm:
         return batch.at_head(batch.model, compute)
 
     def kl(self, batch: TermBatch) -> Tensor:
-        """Σ KL(base ‖ θ), from stored predictions where the batch has some, else from the reference."""
+        """Σ KL(base ‖ θ), from the batch's stored predictions if it has any, else from the reference."""
         form, stored = self.form, batch.stored
         if stored is not None and "tokens" in stored:
             return self._topk_kl(batch, stored["log_probs"], stored["tokens"].long())
         if form is None:
-            assert stored is None or "logits" in stored, "hidden states say nothing without a plain head"
+            assert stored is None or "logits" in stored, "stored hidden states need a plain head"
             ref_logits = self._ref(batch, batch.logits) if stored is None else stored["logits"]
             return batch.summed(kl_divergence(ref_logits, batch.logits(batch.model)))
         ref_head, ref_hidden = self.ref_head, None if stored is None else stored["hidden"]
         if ref_hidden is None:
             assert self.reference is not None
-            copied: Any = self.reference.ref_model
-            if copied is not None:
-                ref_head = form.head(copied.get_output_embeddings())
-            apart = batch._replace(hidden=None)
-            ref_hidden = self._ref(batch, lambda base: apart.at_head(base, lambda hidden, module: hidden))
+            ref_model: Any = self.reference.ref_model
+            if ref_model is not None:
+                ref_head = form.head(ref_model.get_output_embeddings())
+            own_pass = batch._replace(hidden=None)
+            ref_hidden = self._ref(batch, lambda base: own_pass.at_head(base, lambda hidden, module: hidden))
 
         def compute(hidden: Tensor, module: nn.Linear) -> Tensor:
-            head = form.head(module)  # with an adapter's reference the base's too: it is frozen
+            head = form.head(module)  # also the base's, if the reference is the adapter switched off: it is frozen
             return chunked_kl_divergence(ref_hidden, ref_head or head, hidden, head, batch.values)
 
         return batch.at_head(batch.model, compute)
 
     def predictions(self, batch: TermBatch) -> dict[str, Tensor]:
-        """What the batch's model predicts, as `kl` takes it for `stored`."""
+        """The predictions of the batch's model, in the form that `kl` reads from `stored`."""
         if self.form is None:
             return {"logits": batch.logits(batch.model)}
         return {"hidden": batch.at_head(batch.model, lambda hidden, module: hidden)}
@@ -155,7 +155,7 @@ class ReplayTerm:
 
 @torch.no_grad()
 def kl_values(term: ReplayTerm, batch: TermBatch) -> Float[Tensor, predictions]:
-    """KL(base ‖ model) of each prediction of a batch, nats; 0 but for rounding while the model is its base."""
+    """KL(base ‖ model) of each prediction of a batch, nats; 0 up to rounding while the model is still the base."""
     values = torch.zeros(int(batch.mask.sum()), device=batch.labels.device)
     term.kl(batch._replace(values=values))
     return values

@@ -27,24 +27,24 @@ from retain.training.run_files import RunFilesCallback, weights_step
 
 logger = logging.getLogger(__name__)
 
-OWN_METRICS = tuple(name for name in LOGGED if name != "loss")  # no metric of a host has such a name
-NEW_TASK_TEXT = "new task"  # the name of the held-out rows of the new task in a report
+OWN_METRICS = tuple(name for name in LOGGED if name != "loss")  # names that no host's metric has
+NEW_TASK_TEXT = "new task"  # what a report calls the held-out rows of the new task
 Tables = dict[str, dict[str, dict[str, Any]]]  # name of the text → metric → value, interval and sizes
 
 
 class RetentionMeasurer(RunFilesCallback):
-    """Measures the model being trained against its frozen base on named texts, once per optimizer step.
+    """Measures the model being trained against its frozen base on named texts, at most once per optimizer step.
 
-    The values go into the trainer's log, into the metrics of its evaluation, where early stopping and the best
-    checkpoint look, and with per-document sums into files. What is measured, and the reference, are set by its owner.
+    The values go into the trainer's log, into the metrics of its evaluation (which early stopping and the choice of
+    the best checkpoint read) and, with per-document sums, into files. Its owner sets the texts and the reference.
 
     Attributes:
-        documents: of each text.
+        documents: name of the text → its documents.
         new_task: held-out rows of the new task, which `measure_new_task` measures.
-        reference: the frozen base; None where nothing is compared with it.
-        sums: what was measured last of each document of a text, and of the new task's.
+        reference: the frozen base; None if nothing is compared with it.
+        sums: name of the text, or `NEW_TASK_TEXT` → the latest per-document sums.
         tables: optimizer step whose weights were measured → text → metric → value and interval.
-        trainer: whose log takes the values; None: the files, `log_history` and the evaluation's metrics alone do.
+        trainer: its log takes the values; if None, only the files, `log_history` and the evaluation's metrics do.
     """
 
     trainer: Any = None
@@ -56,24 +56,24 @@ class RetentionMeasurer(RunFilesCallback):
         self.reference: Reference | None = None
         self.sums: dict[str, dict[str, list[float]]] = {}
         self.tables: dict[int, Tables] = {}
-        self._values: dict[int, dict[str, float]] = {}  # of the same steps, as they are logged
-        self._measured_with: dict[tuple[int, str], str] = {}  # step, prefix → the evaluation set that got the values
+        self._values: dict[int, dict[str, float]] = {}  # the same steps → values by their names in logs
+        self._measured_with: dict[tuple[int, str], str] = {}  # step, prefix → the evaluation set that has the values
         self._is_logged = True
         self._is_in_train = self._is_proven = False
 
-    # What the trainer calls
+    # Hooks
 
     def prepare(self, args: TrainingArguments, state: TrainerState, model: Any, processing_class: Any) -> None:
-        """Before anything is measured: for a subclass that takes the base by itself."""
+        """Called before each measurement, for a subclass that takes the base itself."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """What was measured before is of other weights."""
+        """Forget earlier measurements, which are of other weights."""
         self.prepare(args, state, kwargs["model"], kwargs.get("processing_class"))
         self.tables, self._measured_with, self._is_in_train = {}, {}, True
         super().on_train_begin(args, state, control)
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, model: Any, **kwargs: Any) -> None:
-        if not self._is_proven:  # not earlier: FSDP2 takes the dtypes of what its first forward pass trains
+        if not self._is_proven:  # not earlier: FSDP2 fixes dtypes at its first forward pass, which must be training's
             self.prove_reference(model, state)
         self._is_proven = True
 
@@ -82,7 +82,7 @@ class RetentionMeasurer(RunFilesCallback):
         super().on_train_end(args, state, control)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any = None, **kwargs: Any) -> None:
-        """An evaluation's values are joined by ours as they are logged: other callbacks may read them before us."""
+        """Add our values to an evaluation as it is logged: other callbacks may read it before `on_evaluate`."""
         super().on_log(args, state, control, logs)
         if evaluation_prefix(logs) is not None:
             self.prepare(args, state, model, kwargs.get("processing_class"))
@@ -96,9 +96,9 @@ class RetentionMeasurer(RunFilesCallback):
     # Measuring
 
     def measure_and_log(self, args: Any, state: Any, control: Any, model: Any) -> dict[str, float]:
-        """Measure the weights that the model holds, unless that was done, and log the values once."""
+        """Measure the model's current weights, unless that was done before, and log the values once."""
         step = self._measure_once(args, state, model)
-        if not self._is_logged and step == state.global_step:  # logs belong to the step that the host is at
+        if not self._is_logged and step == state.global_step:  # the host logs under its current step
             self._log(dict(self._values[step]), args, state, control)
         self._is_logged = True
         return self._values[step]
@@ -112,7 +112,7 @@ class RetentionMeasurer(RunFilesCallback):
         self.on_log(args, state, control, logs)
 
     def _measure_once(self, args: Any, state: TrainerState, model: Any) -> int:
-        """The step whose weights the model holds; now they are measured."""
+        """Measure the model's current weights if that was not done before; return the step they are from."""
         step = weights_step(args, state, is_in_train=self._is_in_train)
         if step not in self.tables:
             if self.reference is not None:
@@ -124,23 +124,23 @@ class RetentionMeasurer(RunFilesCallback):
         return step
 
     def _measure(self, step: int, args: Any, state: TrainerState, model: Any) -> dict[str, float]:
-        """Values by the names that they have in logs; the tables of the step are kept."""
+        """The values by their names in logs; also fills the step's tables."""
         self.tables[step] = {}
-        for name, documents in self.documents.items():  # on every process, which so stay in step under sharding
+        for name, documents in self.documents.items():  # on every process, to keep sharded processes in step
             self.tables[step][name] = self._compare(name, documents, args, model)
             self.append_documents(args, state, {"step": step, "name": name, **self.sums[name]})
         values = [table[metric]["value"] for table in self.tables[step].values() for metric in LOGGED]
         return dict(zip(retention_names(self.documents), values, strict=True))
 
     def _compare(self, name: str, documents: Sequence[Document], args: Any, model: Any) -> dict[str, Any]:
-        """Metric → value and interval of one text; its sums per document are kept."""
+        """Metric → value and interval for one text; also stores its per-document sums."""
         sizes: dict[str, Any] = {"batch_tokens": batch_tokens(args, documents), "device": args.device}
         sums = document_sums(*self._forwards(model), documents, text=name, shown=True, **sizes)
         self.sums[name] = sums.kept()
         return summarize(sums, seed=args.seed)
 
     def measure_new_task(self, args: TrainingArguments, model: Any) -> dict[str, Any]:
-        """Base and model on the held-out rows of the new task: `new_task` of a report, empty where there are none."""
+        """Base and model on the held-out rows of the new task: `new_task` of a report; empty without such rows."""
         if not self.new_task:
             return {}
         with evaluation_mode(model):
@@ -148,34 +148,34 @@ class RetentionMeasurer(RunFilesCallback):
         return {NEW_TASK_TEXT: table | {GAIN.name: negated(table["forgetting"])}}
 
     def _join(self, metrics: dict[str, float], args: Any, state: TrainerState, model: Any) -> None:
-        """Add to a host's evaluation what is measured at its step; of several sets the first gets it.
+        """Add the values measured at this step to the host's evaluation.
 
-        So patience counts evaluations.
+        If it evaluates several sets, only the first gets them, so that patience counts evaluations.
         """
         step, evaluated = self._measure_once(args, state, model), evaluation_prefix(metrics) or ""
         objective = getattr(self.trainer, "compute_objective", default_compute_objective)
-        if state.is_hyper_param_search and objective is default_compute_objective:  # which adds up all it finds
+        if state.is_hyper_param_search and objective is default_compute_objective:  # it adds up all metrics
             return
         prefix = "eval" if evaluated.startswith("eval_") else evaluated
         if evaluated and self._measured_with.setdefault((step, prefix), evaluated) == evaluated:
             metrics.update({f"{prefix}_{name}": value for name, value in self._values[step].items()})
 
     def table(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-        """The measurement of the weights that the model holds now, or the newest: text → metric → value, interval."""
+        """The measurement of the current weights, else the newest: text → metric → value and interval."""
         newest = next(reversed(self.tables.values()), {})
         return self.tables.get(weights_step(args, state, is_in_train=self._is_in_train), newest)
 
     # Forward passes
 
     def prove_reference(self, model: Any, state: TrainerState) -> None:
-        """Show that the reference gives what it gave when training began: see `Reference.prove_again`."""
+        """Prove that the reference still predicts what it did when training began: see `Reference.prove_again`."""
         if self.reference is not None:
             with self._autocast(model.device):
                 self.reference.prove_again(model, state.global_step)
             reshard(model)
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The dtype of training, even where the host has not wrapped the model yet."""
+        """A context with the dtype of training, even before the host has wrapped the model."""
         if self.trainer is not None:
             return self.trainer.accelerator.autocast()
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -203,7 +203,7 @@ def batch_tokens(args: TrainingArguments, documents: Sequence[Document]) -> int:
 
 
 def evaluated_batches(args: TrainingArguments, texts: Mapping[str, Sequence[Document]]) -> list[dict[str, Tensor]]:
-    """The batches in which the texts are put to both models."""
+    """The batches in which both models read the texts."""
     return [
         padded(windows)
         for documents in texts.values()
@@ -212,7 +212,7 @@ def evaluated_batches(args: TrainingArguments, texts: Mapping[str, Sequence[Docu
 
 
 def retention_names(texts: Iterable[str]) -> list[str]:
-    """What the values of these texts are called in logs.
+    """The names of these texts' values in logs.
 
     >>> retention_names(["wiki"])
     ['retention/wiki/forgetting', 'retention/wiki/ref_kl', 'retention/wiki/ref_agreement', 'retention/wiki/loss']
@@ -221,7 +221,7 @@ def retention_names(texts: Iterable[str]) -> list[str]:
 
 
 def evaluation_prefix(logs: Mapping[str, Any]) -> str | None:
-    """The prefix of a host's evaluation: `eval`, or `eval_<name>` of one of several sets; None for other logs.
+    """The prefix of a host's evaluation: `eval`, or `eval_<name>` for one of several sets; None for other logs.
 
     >>> evaluation_prefix({"eval_news_loss": 2.5, "eval_news_runtime": 1.0})
     'eval_news'
@@ -231,12 +231,13 @@ def evaluation_prefix(logs: Mapping[str, Any]) -> str | None:
 
 
 def check_best_metric(args: TrainingArguments, names: Sequence[str]) -> None:
-    """Let `greater_is_better` follow from a `metric_for_best_model` of `names`, which are measured at evaluations.
+    """Set `greater_is_better` to suit a `metric_for_best_model` among `names`, which are measured at evaluations.
 
-    transformers takes the larger value for better where a name does not end in "loss".
+    transformers assumes that larger is better unless a name ends in "loss".
 
     Raises:
-        ValueError: where it is meant to be one of them, and is none.
+        ValueError: if the metric is meant to be one of `names` but is not, or the scheduler waits for the other
+            direction.
     """
     name = (args.metric_for_best_model or "").removeprefix("eval_")
     ours = name.startswith(("retention/", "choices/")) or name.endswith(OWN_METRICS)
@@ -250,24 +251,25 @@ def check_best_metric(args: TrainingArguments, names: Sequence[str]) -> None:
     if not rises and args.greater_is_better:
         logger.warning("greater_is_better: set to False, since a lower %s is better", name)
         args.greater_is_better = False
-    follows = args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
-    if follows and rises and dict(args.lr_scheduler_kwargs or {}).get("mode") != "max":
-        raise ValueError(f"lr_scheduler_kwargs: a higher {name} is better, and the scheduler waits for a lower one; "
-                         "give mode: max")  # fmt: skip
+    on_plateau = args.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+    if on_plateau and rises and dict(args.lr_scheduler_kwargs or {}).get("mode") != "max":
+        raise ValueError(
+            f"lr_scheduler_kwargs: a higher {name} is better, but the scheduler waits for a lower one; set mode: max"
+        )
 
 
 def retention_documents(
     name: str, source: Iterable[str | Document], max_tokens: int | None = None, seed: int = 0, **cut: Any
 ) -> list[Document]:
-    """Documents of a text, without copies; `cut` as of `as_documents`.
+    """The documents of a text, without copies; `cut` as in `as_documents`.
 
     Args:
-        max_tokens: whole documents in an order drawn with `seed`, until these are spent; at least one, in their own
+        max_tokens: draw whole documents with `seed` up to this many tokens, at least one, and keep their original
             order. None for all.
     """
     items = several("texts", name, source)
-    whole = as_documents(name, items, **cut) if max_tokens is None else _bounded(name, items, max_tokens, seed, cut)
-    documents, warnings = without_copies(f"retention/{name}", whole, "documents")
+    chosen = as_documents(name, items, **cut) if max_tokens is None else _draw(name, items, max_tokens, seed, cut)
+    documents, warnings = without_copies(f"retention/{name}", chosen, "documents")
     for warning in warnings:
         logger.warning(warning)
     tokens = sum(document.num_tokens for document in documents)
@@ -276,30 +278,30 @@ def retention_documents(
 
 
 def new_task_documents(dataset: Any, limit: int, tokenizer: Any) -> list[Document]:
-    """The first rows that `SFTTrainer` evaluates on, packed ones apart; what its loss counts is predicted."""
-    found: list[Document] = []
+    """The first rows of `SFTTrainer`'s evaluation set, unpacked; only the tokens that its loss counts are predicted."""
+    rows: list[Document] = []
     if "input_ids" not in (getattr(dataset, "column_names", None) or ()):
-        return found
+        return rows
     for row in itertools.islice(dataset, limit):
         ends = list(itertools.accumulate(row.get("seq_lengths") or [len(row["input_ids"])]))
         for begin, end in itertools.pairwise([0, *ends]):
             ids, labels = row["input_ids"][begin:end], (row.get("labels") or row["input_ids"])[begin:end]
             mask = [False, *(label != -100 for label in labels[1:])]
-            predicted = [token for token, counts in zip(ids, mask, strict=True) if counts]
+            predicted = list(itertools.compress(ids, mask))
             if predicted:
-                found.append(Document([ids], len(tokenizer.decode(predicted).encode("utf-8", "replace")), [mask]))
-    return without_copies(NEW_TASK_TEXT, found[:limit], "rows")[0]
+                rows.append(Document([ids], len(tokenizer.decode(predicted).encode("utf-8", "replace")), [mask]))
+    return without_copies(NEW_TASK_TEXT, rows[:limit], "rows")[0]
 
 
-def _bounded(name: str, items: Sequence[Any], max_tokens: int, seed: int, cut: dict[str, Any]) -> list[Document]:
-    taken: dict[int, Document] = {}
-    left = max_tokens
-    for at in np.random.default_rng(seed).permutation(len(items)).tolist():
-        if not (documents := tokenize_documents([items[at]], **cut)):  # a text of no token
+def _draw(name: str, items: Sequence[Any], max_tokens: int, seed: int, cut: dict[str, Any]) -> list[Document]:
+    drawn: dict[int, Document] = {}
+    tokens_left = max_tokens
+    for index in np.random.default_rng(seed).permutation(len(items)).tolist():
+        if not (documents := tokenize_documents([items[index]], **cut)):  # a text without tokens
             continue
         (document,) = documents
-        if document.num_tokens > left and taken:
+        if document.num_tokens > tokens_left and drawn:
             break
-        taken[at] = document
-        left -= document.num_tokens
-    return as_documents(name, [taken[at] for at in sorted(taken)], **cut)  # which refuses none
+        drawn[index] = document
+        tokens_left -= document.num_tokens
+    return as_documents(name, [drawn[index] for index in sorted(drawn)], **cut)  # raises an error if there are none

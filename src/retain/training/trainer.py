@@ -244,13 +244,13 @@ class ReplayMixin(Host):
             )
         if self._replay_is_due and not self._queue:
             if self.objective.uses_reference and self._is_the_base and self.state.global_step == 0:
-                kl = float(self._meter.step_term) if self.budget is None else self._meter.held_kl()
+                kl = float(self._meter.step_term) if self.budget is None else self._meter.kl_after_openings()
                 check_noise(kl, self.replay_config.max_ref_kl)
             self._is_the_base = False
             if not self._meter.kl_stayed_zero():
                 self.state.stateful_callbacks[JOINT_STATE] = {"args": {}, "attributes": {}}
             if self.budget is not None:  # whose state the next checkpoint keeps
-                self.budget.update(self._meter.held_kl())
+                self.budget.update(self._meter.kl_after_openings())
                 if self.replay.anchor is not None:
                     self.replay.anchor.scale_coef(self.optimizer, self.replay_config, self.budget.coef)
                 self.state.stateful_callbacks[BUDGET_STATE] = {"args": {}, "attributes": self.budget.state_dict()}
