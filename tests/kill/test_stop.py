@@ -22,7 +22,7 @@ import retain.measuring.measure
 import retain.sampling.write
 from retain.cli import finetune
 from retain.cli.main import load_verb, main
-from retain.training.stopping import RESUMED_WITH
+from retain.training.stopping import SAME_ON_RESUME
 from retain.training.trainer import ReplaySFTTrainer
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -216,7 +216,7 @@ def test_a_new_run_is_not_begun_over_old_checkpoints(tune, undisturbed, capsys):
      ("replay_coef", 7.0), ("replay_objective", "ntp"), ("max_ref_kl", 0.5), ("lora_r", 2)],
 )  # fmt: skip
 def test_a_run_does_not_go_on_with_other_settings(tune, undisturbed, capsys, monkeypatch, flag, value):
-    if flag in RESUMED_WITH:
+    if flag in SAME_ON_RESUME:
         monkeypatch.setattr(finetune, "load_for_training", None)  # refused before a model is loaded
     before = snapshot(undisturbed)
     argv = [*tune, "--resume_from_checkpoint", "true", "--output_dir", str(undisturbed / "out")]
@@ -224,7 +224,7 @@ def test_a_run_does_not_go_on_with_other_settings(tune, undisturbed, capsys, mon
     others = {"lora_r": "replay_coef: 5"}  # at a rank of 2 an anchor is chosen
     named = others.get(flag, f"{flag}: {value!r}")
     assert f"finetune: {named}" in (line := last_line(capsys))
-    assert f"but the run in {str(undisturbed / 'out')!r} began with" in line
+    assert f"but the run in {str(undisturbed / 'out')!r} started with" in line
     assert snapshot(undisturbed) == before
 
 
@@ -234,7 +234,7 @@ def test_a_run_does_not_go_on_with_other_rows(tune, undisturbed, tmp_path, capsy
     before = snapshot(undisturbed)
     argv = [*tune, "--resume_from_checkpoint", "true", "--output_dir", str(undisturbed / "out")]
     assert main([*argv, "--dataset_name", str(rows)]) == 1
-    assert "finetune: new_rows: the rows of the new task are others" in last_line(capsys)
+    assert "finetune: new_rows: the run in " in last_line(capsys)
     assert snapshot(undisturbed) == before
 
 

@@ -287,7 +287,9 @@ def test_an_adapter_whose_zero_is_not_the_base_is_refused(
     coef = 0.0 if reference == "auto" else 1.0
     settings = ReplayConfig(replay_coef=coef, anchor_coef=10.0, replay_reference=reference)
     rows = ReplayDataset.from_rows([replay[at] for at in range(len(replay))], "real")
-    with pytest.raises(ValueError, match="^anchor_coef: the model without its adapter is not what was handed over"):
+    with pytest.raises(
+        ValueError, match="^anchor_coef: without its adapter the model is not the one that was passed in"
+    ):
         train(tmp_path, rows, model, replay_config=settings)
 
 

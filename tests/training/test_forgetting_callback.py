@@ -25,7 +25,7 @@ from retain.files import read_jsonl
 from retain.laws.run_tables import read_runs
 from retain.measuring.choices import Question
 from retain.training.retention import retention_documents
-from retain.training.run_files import OF_TRAINING, read_run
+from retain.training.run_files import REPORTED_ARGUMENTS, read_run
 
 TEXTS = {"words": make_texts(9, seed=9), "few": [text[: 20 + 30 * at] for at, text in enumerate(make_texts(4, seed=8))]}
 QUESTIONS = [
@@ -155,7 +155,7 @@ def test_the_files_are_those_of_a_run(tmp_path):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "documents.jsonl"])
 def test_losses_that_are_not_finite_are_no_result(name, tmp_path):
-    settings = {"training_arguments": dict.fromkeys(OF_TRAINING, 1)}
+    settings = {"training_arguments": dict.fromkeys(REPORTED_ARGUMENTS, 1)}
     (tmp_path / "retain_config.json").write_text(json.dumps(settings))
     rows = {"metrics.jsonl": {"step": 1, "retention/a/ref_kl": math.nan, "grad_norm": math.inf}}
     rows["documents.jsonl"] = {"step": 1, "name": "a", "loss": [0.1, math.inf]}

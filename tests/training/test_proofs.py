@@ -199,7 +199,7 @@ def test_a_reward_model_is_refused(tmp_path: Path, replay: ReplayDataset, llama_
     model = AutoModelForSequenceClassification.from_config(settings)
     args = RewardConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     rows = Dataset.from_list([{"chosen": "the fox", "rejected": "the dog"}])
-    with pytest.raises(ValueError, match="model: RewardTrainer trains a score"):
+    with pytest.raises(ValueError, match="model: RewardTrainer trains scores"):
         Host(model=str(llama_folder) if by_name else model, args=args, train_dataset=rows, processing_class=TOKENIZER,
              replay_dataset=ReplayDataset.from_rows(list(replay), "rows"))  # fmt: skip
 

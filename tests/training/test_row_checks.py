@@ -176,7 +176,7 @@ def test_rows_that_nobody_looked_through_are_named(
     train(
         tmp_path, replay, train_dataset=ROWS.to_iterable_dataset(), retention_datasets={"words": make_texts(3, seed=9)}
     )
-    assert "retention: not looked for in the training rows, which are a stream" in caplog.text
+    assert "retention: texts not searched for in the training rows, which are a stream" in caplog.text
 
 
 def test_learning_measured_on_training_rows_is_called_memory(caplog: pytest.LogCaptureFixture) -> None:

@@ -468,7 +468,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
 ) -> None:
     """What is kept is finite: weights that no longer are are not written."""
     changes = {"learning_rate": rate, "save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.0, "optim": optim}
-    says = r"loss: (nan|inf) at step [23]; lower learning_rate|model: weights that are not finite, so nothing was saved"
+    says = r"loss: (nan|inf) at step [23]; lower learning_rate|model: some weights are not finite, so nothing was saved"
     with pytest.raises(ValueError, match=says):
         train(tmp_path, replay, changes=changes, **adapter(lora))
     kept = list(tmp_path.glob("checkpoint-*"))
@@ -482,7 +482,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, replay: ReplayDataset) -> None:
     """The last step of all: no loss comes after it."""
     trainer = train(tmp_path, replay, changes={"max_steps": 1, "learning_rate": 1e38})
-    with pytest.raises(ValueError, match="model: weights that are not finite, so nothing was saved to"):
+    with pytest.raises(ValueError, match="model: some weights are not finite, so nothing was saved to"):
         trainer.save_model(str(tmp_path / "model"))
     assert not (tmp_path / "model").exists()
 

@@ -21,9 +21,9 @@ from retain.replay.dataset import ReplayDataset
 from retain.training.trainer_checks import (
     LOADS_EMPTY,
     check_devices,
-    check_whole,
+    check_loads_everywhere,
+    check_unsharded,
     expected_steps,
-    see_the_base_everywhere,
 )
 
 INVOKING = [[3, 7, 9, *range(10, 20)]] * 8  # rows with what switches an activated LoRA on
@@ -42,7 +42,7 @@ def test_weights_that_fsdp_leaves_empty_are_not_taken_for_the_base(
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: true leaves"):
         ReplaySFTTrainer(model=make_model(), processing_class=TOKENIZER, replay_dataset=replay)
-    see_the_base_everywhere(may_change=True)  # as where a model is loaded by name
+    check_loads_everywhere(may_change=True)  # as where a model is loaded by name
     assert os.environ[LOADS_EMPTY] == "false"
 
 
@@ -57,7 +57,7 @@ def test_devices_on_which_replay_would_be_wrong_are_refused(tmp_path: Path, repl
             model=make_model(), args=args, train_dataset=rows, processing_class=TOKENIZER, replay_dataset=replay,
             replay_config=ReplayConfig(),
         )  # fmt: skip
-    with pytest.raises(ValueError, match="devices: mps has no float64, in which sums are held; set use_cpu true"):
+    with pytest.raises(ValueError, match="devices: mps has no float64, which sums need; set use_cpu true"):
         check_devices(SimpleNamespace(args=SimpleNamespace(n_gpu=1, device=torch.device("mps"))))
 
 
@@ -112,16 +112,16 @@ def test_activated_lora_with_checkpointing_is_refused(tmp_path: Path, replay: Re
 def test_weights_that_are_shared_out_already_are_refused(mark: str, says: str) -> None:
     """By ZeRO-3, or as a `DTensor` by `tp_plan` and `distributed_config`."""
     model = make_model()
-    check_whole(model)
+    check_unsharded(model)
     setattr(next(model.parameters()), mark, 0)
     with pytest.raises(ValueError, match=says):
-        check_whole(model)
+        check_unsharded(model)
 
 
 def test_a_model_spread_over_devices_by_device_map_is_refused(replay: ReplayDataset) -> None:
     model = make_model()
     model.hf_device_map = {"": 0}
-    check_whole(model)
+    check_unsharded(model)
     model.hf_device_map = {"model": 0, "lm_head": 1}
     with pytest.raises(ValueError, match="^device_map: spreads the model over 2 devices.*leave it out.*FSDP2"):
         ReplaySFTTrainer(model=model, processing_class=TOKENIZER, replay_dataset=replay)

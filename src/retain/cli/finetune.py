@@ -43,10 +43,16 @@ from retain.report.report import ForgettingReport, write_comparison
 from retain.training.beta2_half_life import apply_half_life, mean_row_length
 from retain.training.config import ReplayConfig, check_arguments
 from retain.training.protection import check_replay_every
-from retain.training.protection_choice import PROTECTING, UNSET, choose_protection, new_tokens_per_step, settled
+from retain.training.protection_choice import (
+    PROTECTING,
+    UNSET,
+    choice_for_model,
+    choose_protection,
+    new_tokens_per_step,
+)
 from retain.training.retention import NEW_TASK_TEXT
 from retain.training.row_checks import check_new_rows
-from retain.training.run_files import OF_TRAINING, read_run
+from retain.training.run_files import REPORTED_ARGUMENTS, read_run
 from retain.training.step_line import TRAINING, StepLine, StepTimer
 from retain.training.stopping import (
     StopAtLoss,
@@ -56,7 +62,7 @@ from retain.training.stopping import (
     train,
 )
 from retain.training.trainer import ReplaySFTTrainer
-from retain.training.trainer_checks import check_lora_targets, check_whole, expected_steps, load_for_training
+from retain.training.trainer_checks import check_lora_targets, check_unsharded, expected_steps, load_for_training
 
 COMPARED_EVALUATIONS = 8  # of each run that is compared, where no eval_strategy says when
 # Folders in output_dir: of the page, of the unprotected run, and of the model to finetune where that was an adapter.
@@ -217,7 +223,7 @@ def read_plain(place: Path, args: Any, protected: FinishedRun) -> FinishedRun | 
     if not (place / "report.json").exists() or protected.report is None:
         return None
     report = ForgettingReport.from_json(place / "report.json")
-    settings, texts = {name: getattr(args, name) for name in OF_TRAINING}, protected.report.results.texts
+    settings, texts = {name: getattr(args, name) for name in REPORTED_ARGUMENTS}, protected.report.results.texts
     if settings.items() <= report.data["training"].items() and report.results.texts.keys() == texts.keys():
         return FinishedRun(report, protected.texts, report.data["cost"]["seconds"])
     return None
@@ -272,7 +278,7 @@ def make_sft_trainer(
     model, adapter = base_to_train(given, tokenizer)
     if config.chosen is not None and config.replay_dataset is not None:
         tokens = new_tokens_per_step(train_dataset, tokenizer, training_args) if config.anchor_coef else math.inf
-        choice = settled(config.chosen, model, adapter, tokens)
+        choice = choice_for_model(config.chosen, model, adapter, tokens)
         if choice is not config.chosen or choice.share_of_batch:
             config.choose(choice, training_args.train_batch_size, steps)
         say(config.chosen.line())
@@ -311,7 +317,7 @@ def base_to_train(given: TrlArguments, tokenizer: Any) -> tuple[Any, Any]:
     training_args.model_init_kwargs = options
     parts = {"quantization_config": quantization, "processing_class": tokenizer}
     model = load_for_training(given.model.model_name_or_path, training_args, parts)
-    check_whole(model)  # before rows are drawn
+    check_unsharded(model)  # before rows are drawn
     if isinstance(training_args.max_length, Unchosen):  # TRL's default, which the model may have no room for
         training_args.max_length = length_that_fits(model, training_args.max_length)
     if adapter is not None:

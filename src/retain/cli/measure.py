@@ -37,7 +37,7 @@ from retain.replay.dataset import load_texts
 from retain.report.gate import SEVERITY, Judgement, judge
 from retain.report.model_card import check_card
 from retain.report.report import ForgettingReport, write_comparison
-from retain.training.run_files import OF_LOSS, read_run, settings_of_run
+from retain.training.run_files import LOSS_ARGUMENTS, read_run, settings_of_run
 
 OPTIONS = (
     *("choice_style", "choice_chat_template", "start_token", "max_length", "max_windows", "batch_tokens"),
@@ -351,7 +351,7 @@ def load_new_task(
 
 def new_task_reading(config: TextSettings, training: Mapping[str, Any]) -> Reading:
     """Which tokens of the new task count: as the flags say, else as the run's own loss did, else as TRL's would."""
-    flags = {name: getattr(config, name, None) for name in OF_LOSS}
+    flags = {name: getattr(config, name, None) for name in LOSS_ARGUMENTS}
     chosen = {name: training.get(name) if value is None else value for name, value in flags.items()}
     chosen |= {"assistant_only_loss": bool(chosen["assistant_only_loss"])}
     return Reading(as_trained=True, **{name: value for name, value in chosen.items() if value is not None})

@@ -44,7 +44,7 @@ from retain.training.retention import (
     retention_names,
 )
 from retain.training.row_checks import check_not_trained_on, row_edges
-from retain.training.trainer_checks import check_base_is_frozen, check_forward_passes, see_the_base_everywhere
+from retain.training.trainer_checks import check_base_is_frozen, check_forward_passes, check_loads_everywhere
 
 GIVE_BASE = "give base=the model before finetuning, as a second copy"
 
@@ -144,7 +144,7 @@ class ForgettingCallback(RetentionMeasurer):
         self._take_base(args, model, processing_class)
 
     def _take_base(self, args: TrainingArguments, model: Any, processing_class: Any) -> None:
-        see_the_base_everywhere(may_change=False)
+        check_loads_everywhere(may_change=False)
         check_predicts_tokens(model)
         check_forward_passes(model, args)
         agreements = [f"choices/{name}/agreement" for name in self.choices] if self.choices_every == 1 else []

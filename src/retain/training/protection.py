@@ -1,4 +1,4 @@
-"""What protects a run: replay rows, the frozen base or what was stored of it, and the proof that they do."""
+"""What protects a run: replay rows, and the frozen base or its stored predictions."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from retain import versions
 from retain.checks import Unchosen
 from retain.data.overlap import find_rows
 from retain.data.rows import Document
+from retain.losses import Head
 from retain.models.base_predictions import HiddenStates
 from retain.models.description import (
     StartToken,
@@ -28,18 +29,18 @@ from retain.models.description import (
     num_tuned,
     tokenizer_fingerprint,
 )
-from retain.models.head import find_head_form
+from retain.models.head import HeadForm, find_head_form
 from retain.models.loading import load_tokenizer
-from retain.models.reference import Reference, check_same_model, evaluation_mode, probe
+from retain.models.reference import Reference, check_same_model, probe
 from retain.replay.dataset import ReplayDataset, load_replay_dataset, verify_replay
-from retain.replay.provenance import check_pool
 from retain.replay.stored_predictions import ReferenceCache
 from retain.report.numbers import quantity
 from retain.training.anchor import Anchor, check_anchor
 from retain.training.config import ReplayConfig
 from retain.training.joint_forward import JointForward
 from retain.training.objectives import NONE
-from retain.training.replay_term import ReplayTerm, TermBatch, kl_values
+from retain.training.proofs import has_moved, prove_adapter_off, prove_own_rows, prove_stored
+from retain.training.replay_term import ReplayTerm
 from retain.training.retention import NEW_TASK_TEXT, evaluated_batches, new_task_documents, retention_documents
 from retain.training.row_checks import (
     check_held_out,
@@ -56,43 +57,39 @@ from retain.training.trainer_checks import (
     check_base_is_frozen,
     check_devices,
     check_forward_passes,
-    check_whole,
+    check_loads_everywhere,
+    check_unsharded,
     expected_steps,
-    see_the_base_everywhere,
 )
 
 logger = logging.getLogger(__name__)
 
-RETENTION_WINDOWS = 1  # of each retention text's documents, measured at every evaluation: many documents, at their cost
-# Most nats per token by which stored predictions may differ from the model's own before training.
-MAX_STORED_ERROR, MAX_STORED_ERROR_HALF = 1e-4, 2e-2
-PROVEN_ROWS = 8  # of the stored predictions, spread over the shards: each may come from elsewhere
+RETENTION_WINDOWS = 1  # windows per retention document at each evaluation, so that its time covers many documents
 ONE_STEP = "protection: none (a run of one step: there the model is its base, and KL has no gradient)"
-MAX_NOISE = 5e-3  # nats per token at the untouched model; half precision makes less
 
 
 class Protection:
-    """Rows, texts and reference of a run: checked before the host trainer is built, and proven on it.
+    """Rows, texts and reference of a run: checked before the host trainer is built, and proven once it is.
 
     Args:
-        model: as it was handed over: the base.
+        model: the base, as the user passed it in.
         args: the host's training arguments.
         rows: a `ReplayDataset`, the path of one or of real text, or None.
         retention: name → texts, or documents of tokens.
-        host: what the host trainer gets beside; its `processing_class` and `peft_config` are read.
+        host: the host trainer's other arguments; `processing_class` and `peft_config` are read.
 
     Attributes:
         documents: retention documents by the name of their text.
-        new_task: held-out rows of the new task, to be measured beside them.
-        reference: the frozen base; None where nothing is compared with it, or all of it was stored.
-        cache: the base's predictions stored beside the rows, where they take the place of the reference in training.
-        term: the sums that the objective is made of, once the reference is proven.
-        joint: takes replay rows along in the host's forward pass, where its model allows it.
-        anchor: the base's Fisher information, once it was read from the rows.
+        new_task: held-out rows of the new task, measured like the documents.
+        reference: the frozen base; None if nothing is compared with it, or its stored predictions suffice.
+        cache: the base's predictions stored with the rows, if training uses them in place of the reference.
+        term: the sums that the objective is built from, once the reference is proven.
+        joint: runs replay rows through the host's forward pass, if its model allows it.
+        anchor: the base's Fisher information, once it is estimated from the rows.
     """
 
     term: ReplayTerm
-    _begun: dict[int, Tensor]  # KL of some rows from their stored predictions, before training
+    _kl_before: dict[int, Tensor] | None = None  # `stored_kl` before training
     joint: JointForward | None = None
     anchor: Anchor | None = None
 
@@ -107,8 +104,8 @@ class Protection:
         host: Mapping[str, Any],
     ) -> None:
         self.config, self.objective = config, config.objective
-        see_the_base_everywhere(may_change=False)
-        check_whole(model)
+        check_loads_everywhere(may_change=False)
+        check_unsharded(model)
         if config.protects or retention:
             check_predicts_tokens(model)
         self.rows: ReplayDataset | None = None
@@ -116,7 +113,7 @@ class Protection:
         self.new_task: list[Document] = []
         self.reference: Reference | None = None
         self._row_edges: set[int] = set()  # tokens that open or close rows
-        self._own_rows, self._start_token = True, ""  # whether the model itself wrote the rows
+        self._rows_are_own, self._start_token = True, ""  # whether the model itself wrote the rows
         if rows is not None or retention:
             tokenizer = _tokenizer(host.get("processing_class"), model)
             self._load(model, args, rows, retention, tokenizer, choose_start_token(tokenizer, start_token))
@@ -132,8 +129,8 @@ class Protection:
     def _load(
         self, model: Any, args: Any, rows: Any, retention: Mapping[str, Any], tokenizer: Any, start: StartToken
     ) -> None:
-        wanted = self.config.replay_max_length or Unchosen(getattr(args, "max_length", None) or 512)
-        max_length = length_that_fits(model, wanted, "replay_max_length")
+        max_length = self.config.replay_max_length or Unchosen(getattr(args, "max_length", None) or 512)
+        max_length = length_that_fits(model, max_length, "replay_max_length")
         if isinstance(rows, (str, Path)):
             rows = load_replay_dataset(str(rows), tokenizer, start.id, max_length)
         if not isinstance(rows, ReplayDataset | None):
@@ -149,7 +146,7 @@ class Protection:
                 allow_off_policy=self.config.allow_off_policy_replay,
             )
             if warning:
-                self._own_rows = False
+                self._rows_are_own = False
                 logger.warning(warning)
         self.rows, self._row_edges, self._start_token = rows, row_edges(tokenizer, start.id), start.token
         cut = {"start_id": start.id, "max_length": max_length, "max_windows": RETENTION_WINDOWS}
@@ -173,23 +170,23 @@ class Protection:
         check_held_out(self.rows, self.documents, "replay dataset", self._row_edges)
 
     def _stored_predictions(self) -> ReferenceCache | None:
-        """What was stored of the base's predictions on the replay rows, where they take its place."""
+        """The base's predictions stored with the replay rows, if they can take the place of the reference."""
         objective, source = self.objective, self.config.replay_reference
         if not objective.uses_reference or source not in ("auto", "cache"):
             return None
-        if objective.takes_stored and self.rows is not None and self.rows.cache is not None and self._own_rows:
+        if objective.takes_stored and self.rows is not None and self.rows.cache is not None and self._rows_are_own:
             self.rows.cache.check_whole()
             return self.rows.cache
         if source == "auto":
             return None
-        why = "nothing fit is stored" if objective.takes_stored else f"{objective.name!r} needs other predictions"
+        why = "no usable predictions are stored" if objective.takes_stored else f"{objective.name!r} reads none stored"
         raise ValueError(
             f"replay_reference: 'cache', but {why}; use auto, or rows that this model drew with "
             "`retain sample --store_reference hidden`"
         )
 
     def _make_reference(self, model: Any, *, has_adapter: bool) -> Reference:
-        """The adapter switched off where there is or will be one, else a frozen copy of the model as it is now."""
+        """The model with its present or future adapter switched off, else a frozen copy of it."""
         chosen = self.config.replay_reference
         if chosen == "adapter" and not has_adapter:
             raise ValueError("replay_reference: 'adapter', but there is no adapter; use copy, or --use_peft")
@@ -201,31 +198,52 @@ class Protection:
             )
         return Reference.copy_of(model)
 
-    # Proofs, once the host trainer is built
+    # Once the host trainer is built
 
     def prove(self, trainer: Any, new_task_rows: int = 0) -> None:
-        """Show that the reference, or what was stored of it, is the base, now that the host trainer is built."""
+        """Prove that the reference, or what was stored of it, is the base; set up the replay term and the anchor."""
         model, rows, accelerator = trainer.model, self.rows, trainer.accelerator
         self._check_host(trainer)
         if self.documents and new_task_rows:
             tokenizer = _tokenizer(trainer.processing_class, model)
             self.new_task = new_task_documents(trainer.eval_dataset, new_task_rows, tokenizer)
         form = find_head_form(model) if self.objective.adds_term else None
-        if form is None and self._may_switch_off(model):
+        if form is None and self._can_use_adapter_instead(model):
             self.cache, self.reference = None, Reference()
+        ref_head = self._prove_reference(trainer, form)
+        self.term = ReplayTerm(form, self.reference, ref_head, accelerator.autocast)
+        if form is not None and self.objective.draws_rows:
+            self.joint = JointForward.of(trainer)
+        if self.cache is not None:
+            assert rows is not None
+            self._kl_before = prove_stored(self.term, rows, model, accelerator)
+            self.term.to(accelerator.device)
+        elif rows is not None and rows.log_probs is not None and self._rows_are_own and self.config.needs_rows:
+            off_policy = self.config.allow_off_policy_replay
+            prove_own_rows(rows, model, accelerator, self.reference, allow_off_policy=off_policy)
+        if self.config.anchor_coef:
+            assert rows is not None
+            check_anchor(trainer.args, trainer)
+            if hasattr(model, "disable_adapter"):
+                prove_adapter_off(model, self._base_probe)
+            self.anchor = Anchor.measure(model, rows, trainer.args.seed, accelerator.autocast)
+
+    def _prove_reference(self, trainer: Any, form: HeadForm | None) -> Head | None:
+        """Prove the reference, stored now if texts need it; the base's own head, if stored hidden states need it."""
+        model, accelerator = trainer.model, trainer.accelerator
         measured = self.documents | ({NEW_TASK_TEXT: self.new_task} if self.new_task else {})
         ref_head, texts = None, evaluated_batches(trainer.args, measured) if self.reference is None else []
         if texts or (self.cache is not None and self.cache.kind == "hidden"):
             if form is None:
                 raise ValueError(
-                    "replay_reference: stored predictions need the model's plain output head, and an adapter or another"
-                    " form sits there; use adapter or copy, or sample with --store_reference topk and measure no texts"
+                    "replay_reference: stored predictions need a plain output head, and this one has an adapter or "
+                    "another form; use adapter or copy, or sample with --store_reference topk and measure no texts"
                 )
             module = model.get_output_embeddings()
             ref_head = form.frozen(module) if texts or module.weight.requires_grad else None
         if texts:
             assert ref_head is not None
-            with accelerator.autocast():  # in its precision the model, which was shown to be the base
+            with accelerator.autocast():  # in the precision of training; the model was proven to be the base
                 self.reference = Reference(HiddenStates.of(model, ref_head, texts))
                 self.reference.to(accelerator.device)
                 self.reference.prove(model, probe(model))
@@ -235,34 +253,10 @@ class Protection:
             self.reference.settle(accelerator)
             if self.reference.kind == "adapter":
                 check_base_is_frozen(model)
-        self.term = ReplayTerm(form, self.reference, ref_head, accelerator.autocast)
-        if form is not None and self.objective.draws_rows:
-            self.joint = JointForward.of(trainer)
-        if self.cache is not None:
-            self._prove_stored(model, accelerator)
-            self.term.to(accelerator.device)
-        elif rows is not None and rows.log_probs is not None and self._own_rows and self.config.needs_rows:
-            self._prove_rows(rows, model, accelerator)
-        if self.config.anchor_coef:
-            assert rows is not None
-            check_anchor(trainer.args, trainer)
-            if hasattr(model, "disable_adapter"):
-                self._prove_adapter_off(model)
-            self.anchor = Anchor.measure(model, rows, trainer.args.seed, accelerator.autocast)
+        return ref_head
 
-    def _prove_adapter_off(self, model: Any) -> None:
-        """With any reference the anchor holds an adapter at 0."""
-        try:
-            Reference().prove(model, self._base_probe)
-        except ValueError as error:
-            raise ValueError(
-                "anchor_coef: the model without its adapter is not what was handed over, and the anchor would pull it "
-                "there: an adapter that was trained before (merge it into its base), or one that rewrites its base "
-                "(PiSSA, OLoRA: use another init_lora_weights); or set anchor_coef 0"
-            ) from error
-
-    def _may_switch_off(self, model: Any) -> bool:
-        """Whether hidden states were stored, which an adapter on the head makes useless, and nobody asked for them."""
+    def _can_use_adapter_instead(self, model: Any) -> bool:
+        """Whether stored hidden states were chosen automatically and the model's adapter can be switched off."""
         stored = self.cache is not None and self.cache.kind == "hidden"
         return stored and self.config.replay_reference == "auto" and hasattr(model, "disable_adapter")
 
@@ -273,16 +267,16 @@ class Protection:
         texts = self.documents.values()
         windows = [len(window) for documents in texts for document in documents for window in document.windows]
         check_positions(model, [*windows, *drawn])
-        dataset = getattr(trainer, "train_dataset", None)  # its rows are tokenised by now
+        dataset = getattr(trainer, "train_dataset", None)  # tokenised by now
         check_not_trained_on(dataset, self.documents, self._row_edges)
-        if not self.config.is_baseline:  # else it was said of the run that is compared
+        if not self.config.is_baseline:  # the protected run has warned already
             warn_of_trained_rows(getattr(trainer, "eval_dataset", None), dataset, self._row_edges)
         if rows is not None and rows.manifest is None and self.config.needs_rows:  # real text
             new = find_rows(list(rows), training_rows(dataset), self._row_edges)
             if 2 * len(new) > len(rows):
                 logger.warning(
-                    "replay_dataset: %d of %s are rows of the new task: they hold the model back there and protect "
-                    "nothing else; give text that it should keep", len(new), quantity(len(rows), "row"),
+                    "replay_dataset: %d of %s are rows of the new task: they slow its learning and protect nothing "
+                    "else; give text that the model should not forget", len(new), quantity(len(rows), "row"),
                 )  # fmt: skip
         if objective.uses_reference or self.documents:
             check_same_model(model, self._base_probe)
@@ -291,73 +285,15 @@ class Protection:
         if rows is not None and objective.draws_rows:
             check_invoked(model, rows)
 
-    def _prove_rows(self, rows: ReplayDataset, model: Any, accelerator: Any) -> None:
-        """Compare rows of the model's own with what it predicts, in the precision of training."""
-        as_handed_over = self.reference is not None and self.reference.kind == "copy"
-        adapter_off = hasattr(model, "disable_adapter") and not as_handed_over
-        base = Reference().base(model) if adapter_off else evaluation_mode(model)
-        try:
-            with base, accelerator.autocast():
-                check_pool(model, rows, half=_is_half(rows, model, accelerator))
-        except ValueError as error:
-            if not self.config.allow_off_policy_replay:
-                raise
-            logger.warning("off-policy replay: %s", error)
+    # What the trainer asks for
 
-    def _prove_stored(self, model: Any, accelerator: Any) -> None:
-        """Where the model is now: a host that shards it moves it to the device of training only later."""
+    def has_moved(self, model: Any) -> bool:
+        """Whether the model predicts any replay row differently from its base: see `proofs.has_moved`."""
         assert self.rows is not None
-        self._begun = self._stored_errors(model, accelerator)
-        limit = MAX_STORED_ERROR_HALF if _is_half(self.rows, model, accelerator) else MAX_STORED_ERROR
-        for row, values in self._begun.items():
-            if not (error := float(values.mean())) <= limit:
-                raise ValueError(
-                    f"replay_reference: the predictions stored in {self.rows.source!r} are not this model's (KL "
-                    f"{error:.2g} nats per token of row {row} before training); sample again, or set replay_reference "
-                    "to adapter or copy"
-                )
-
-    def _stored_errors(self, model: Any, accelerator: Any) -> dict[int, Tensor]:
-        """KL(stored ‖ model) of each prediction of some rows, by their number, nats; without dropout."""
-        rows, found = self.rows, {}
-        assert rows is not None
-        assert rows.cache is not None
-        predicted = np.flatnonzero(rows.num_predictions)
-        _, at = np.unique(predicted // rows.cache.rows_per_shard, return_index=True)
-        of_shards = np.unique(np.linspace(0, len(at) - 1, PROVEN_ROWS).astype(int))
-        chosen = predicted[at[of_shards]] if len(at) > 1 else predicted[:2]
-        for row in chosen.tolist():
-            batch = self.batch([row], model.device)
-            stored, labels = batch.pop("stored"), batch.pop("labels")
-            with evaluation_mode(model), accelerator.autocast():
-                found[row] = kl_values(self.term, TermBatch(model, batch, labels, stored)).cpu()
-        return found
-
-    def has_moved(self, model: Any, accelerator: Any) -> bool:
-        """Whether the model predicts replay rows otherwise than its base in any bit; without dropout.
-
-        The KL of training does not show it where rounding of stored predictions, or dropout, keeps it from being 0.
-        """
-        rows, has_adapter = self.rows, hasattr(model, "disable_adapter")
-        assert rows is not None
-        if self.cache is not None and not has_adapter:
-            now = self._stored_errors(model, accelerator)
-            return any(not torch.equal(values, self._begun[row]) for row, values in now.items())
-        reference = Reference() if has_adapter and self.cache is not None else self.reference
-        term = ReplayTerm(self.term.form, reference, None, accelerator.autocast)
-        for at in range(0, len(rows), PROVEN_ROWS):
-            few = rows.batch(range(len(rows))[at : at + PROVEN_ROWS])
-            batch = {name: value.to(model.device) for name, value in few.items()}
-            labels = batch.pop("labels")
-            with evaluation_mode(model), accelerator.autocast():
-                if bool(kl_values(term, TermBatch(model, batch, labels)).any()):
-                    return True
-        return False
-
-    # What the trainer takes of it
+        return has_moved(self.term, self.rows, model, self._kl_before)
 
     def batch(self, indices: Any, device: torch.device) -> dict[str, Any]:
-        """Rows as tensors: `input_ids`, `labels`, and what is `stored` of the base's predictions."""
+        """Rows as tensors: `input_ids`, `labels`, and the base's predictions as `stored`, if training uses them."""
         assert self.rows is not None
         batch: dict[str, Any] = {name: value.to(device) for name, value in self.rows.batch(indices).items()}
         if self.cache is not None:
@@ -371,23 +307,21 @@ class Protection:
             return f"cache ({self.cache.kind})"
         return self.reference.kind if self.reference is not None else None
 
-    # Shown to people, kept in files
-
     def settings(self, trainer: Any) -> dict[str, Any]:
-        """What `retain_config.json` keeps beside the training arguments."""
+        """What `retain_config.json` holds besides the training arguments."""
         rows, resolved = self.rows, {}
-        if rows is not None and self.objective.draws_rows:  # what was used where a setting was left to its default
+        if rows is not None and self.objective.draws_rows:  # the values that defaults resolved to
             resolved = {"replay_max_length": int(np.diff(rows.offsets).max()), "start_token": self._start_token}
             if self.objective.adds_term:
                 resolved["per_device_replay_batch_size"] = trainer.replay_batch_size
             if self.objective.uses_reference:
                 resolved["replay_reference"] = str(self.reference_kind).split()[0]  # without the cache's kind
-        described = None
+        dataset = None
         if rows is not None:
-            described = {"source": rows.source, "num_rows": len(rows), "manifest": rows.manifest}
+            dataset = {"source": rows.source, "num_rows": len(rows), "manifest": rows.manifest}
         return {
             "replay": dataclasses.asdict(self.config) | resolved,
-            "replay_dataset": described,
+            "replay_dataset": dataset,
             "new_rows": rows_fingerprint(getattr(trainer, "train_dataset", None)),
             "reference": self.reference_kind,
             "num_params": num_tuned(trainer.model),
@@ -398,7 +332,7 @@ class Protection:
         }
 
     def lines(self, trainer: Any) -> list[str]:
-        """What protects the run, a line each, for people to read before it starts."""
+        """Lines that say what protects the run, printed before it starts."""
         rows, objective, config = self.rows, self.objective, self.config
         unused = [f"replay: {quantity(len(rows), 'row')} given, and not used"] if rows is not None else []
         dataset = getattr(trainer, "train_dataset", None)
@@ -432,7 +366,7 @@ class Protection:
 
 
 def check_replay_every(config: ReplayConfig, steps: int) -> None:
-    """Raise a `ValueError` where replay comes on the first step alone, at which the model is its base."""
+    """Raise a `ValueError` if only the first step would have replay, at which the model is still its base."""
     if config.objective.uses_reference and 1 < config.replay_every >= steps:
         raise ValueError(
             f"replay_every: {config.replay_every} of {steps} steps is the first one only, where the model is its "
@@ -440,47 +374,15 @@ def check_replay_every(config: ReplayConfig, steps: int) -> None:
         )
 
 
-def check_noise(kl: float, max_ref_kl: float | None) -> None:
-    """Warn of a KL before the first step, in nats per token: noise of the forward pass, since the model is its base.
-
-    No coefficient could hold a limit that is hardly above it: that is a `ValueError`.
-    """
-    if kl < MAX_NOISE:
-        return
-    what = (
-        f"before any step the KL is {kl:.2g} nats per token: noise of dropout, NEFTune or half precision, or what an "
-        "adapter adds that does not begin at its base (a prompt)"
-    )
-    if max_ref_kl is not None and kl > max_ref_kl / 2:
-        raise ValueError(f"max_ref_kl: {max_ref_kl:g}, but {what}; switch it off, or ask for more than twice that")
-    logger.warning("replay/kl: %s; switch it off, or the penalty is held against noise, too", what)
-
-
-def zero_kl_error(steps: int) -> ValueError:
-    """What a KL that is 0, but for noise, at the end of a run can come from; that the reference stays was shown."""
-    return ValueError(
-        f"replay/kl: 0, but for rounding and dropout, after {steps} steps: either the weights do not move at this "
-        "learning_rate and dtype, or only tokens are trained that no replay row holds (TrainableTokensConfig: give "
-        "rows that do), so nothing "
-        "protects the model; check these"
-    )
-
-
-def _is_half(rows: ReplayDataset, model: Any, accelerator: Any) -> bool:
-    """Whether the replay rows were drawn, or the model is trained, in half precision."""
-    dtypes = {(rows.manifest or {}).get("sampler", {}).get("dtype"), str(model.dtype).removeprefix("torch.")}
-    return bool({"bfloat16", "float16"} & dtypes) or accelerator.mixed_precision != "no"
-
-
 def _openings_differ(dataset: Any, rows: ReplayDataset, most: int = 16) -> bool:
-    """Whether no training row opens as replay rows do: the model can tell the two apart by their first token."""
+    """Whether no training row starts with a replay row's first token, by which the model can tell them apart."""
     opening = {int(rows[at][0]) for at in range(min(most, len(rows)))}
     new = [int(row[0]) for row in itertools.islice(training_rows(dataset), most)]
     return bool(new) and not opening & set(new)
 
 
 def _loss_tokens(trainer: Any) -> str | None:
-    """Which tokens of a row the loss of TRL's `SFTTrainer` counts; None for hosts with another loss."""
+    """The tokens of a row that the loss of TRL's `SFTTrainer` counts; None for hosts with another loss."""
     completions = getattr(trainer, "completion_only_loss", None)
     if completions is None:
         return None

@@ -1,4 +1,4 @@
-"""What protects a run of which nobody said what should: all of it stands in `CHOSEN_PROTECTION` and `ANCHORED`."""
+"""The default protection of a run whose settings name none: `ANCHORED` or `CHOSEN_PROTECTION`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from retain.training.anchor import ADAMW
 from retain.training.beta2_half_life import mean_row_length, tokens_per_step
 from retain.training.config import ReplayConfig
 
-PROTECTING = ("replay_objective", "replay_coef", "anchor_coef")  # with any of these given, nothing is chosen
-UNSET: Any = object()  # the value of one that nobody gave
-MAX_ROTATION_COST = 0.05  # of a plain step's operations, for an anchor's rotations
-FIRST_ROWS = 64  # of the data, by which tokens are counted
-MAX_EVERY = 4  # steps from one with replay to the next, where a batch has few rows
+PROTECTING = ("replay_objective", "replay_coef", "anchor_coef")  # if any of these is given, nothing is chosen
+UNSET: Any = object()  # the value of a setting in `PROTECTING` that was not given
+MAX_ROTATION_COST = 0.05  # share of a plain step's operations that an anchor's rotations may add
+FIRST_ROWS = 64  # rows from which the tokens per row are estimated
+MAX_EVERY = 4  # largest `replay_every`, for batches of few rows
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class ProtectionChoice:
     """Settings of a protected run.
 
     Attributes:
-        share_of_batch: replay rows over new ones, in the mean over the steps that may have some; None is the default
-            of `ReplayConfig`.
+        why: the reason for this choice, printed with it.
+        share_of_batch: replay rows per new row, averaged over the steps from `replay_start` on; None for the default of
+            `ReplayConfig`.
         min_rows, share_of_draws: the pool has this share of the rows that the run draws, and at least `min_rows`.
-        why: what speaks for it, for people to read.
     """
 
     why: str
@@ -44,7 +44,7 @@ class ProtectionChoice:
     share_of_draws: float = 0.1
 
     def rows_and_every(self, batch_size: int, steps: int) -> tuple[int | None, int]:
-        """Replay rows beside `batch_size` new ones, and on every how many of a run's steps.
+        """The replay rows of a batch of `batch_size` new ones, and `replay_every`.
 
         >>> [ProtectionChoice("", share_of_batch=1 / 16).rows_and_every(size, steps=100) for size in (64, 16, 8, 1)]
         [(4, 1), (1, 1), (1, 2), (1, 4)]
@@ -55,14 +55,14 @@ class ProtectionChoice:
         return max(1, round(wanted)), max(1, min(MAX_EVERY, round(1 / wanted), steps // MAX_EVERY))
 
     def line(self) -> str:
-        """What was chosen and why."""
+        """The chosen settings and the reason, in one line."""
         anchor = f", anchor_coef {self.anchor_coef:g}" * bool(self.anchor_coef)
         late = f", replay after {self.replay_start:.0%} of the steps" * bool(self.replay_start)
-        named = f"replay_objective {self.replay_objective}, replay_coef {self.replay_coef:g}{anchor}{late}"
-        return f"chosen, since none was given: {named}; {self.why}"
+        settings = f"replay_objective {self.replay_objective}, replay_coef {self.replay_coef:g}{anchor}{late}"
+        return f"chosen, since none was given: {settings}; {self.why}"
 
     def num_rows(self, draws: int, *, reads_fisher: bool) -> int:
-        """Rows of the pool: no more than the run draws, unless the Fisher information is read from them.
+        """Rows of the pool: no more than the run draws, unless the Fisher information is estimated from them.
 
         >>> [ProtectionChoice("").num_rows(draws, reads_fisher=False) for draws in (12, 9000)]
         [12, 900]
@@ -85,10 +85,10 @@ ANCHORED = ProtectionChoice(
 
 
 def fill_in(config: ReplayConfig) -> ProtectionChoice | None:
-    """Set what is `UNSET` of the settings in `PROTECTING`: all as chosen, or, where one is given, to their defaults.
+    """Set the `UNSET` settings in `PROTECTING`: as chosen if nothing else is given, else to their defaults.
 
     Returns:
-        What was chosen; None where something was given.
+        The choice; None if one of these settings, or `max_ref_kl`, was given.
     """
     missing = [name for name in PROTECTING if getattr(config, name) is UNSET]
     chosen = CHOSEN_PROTECTION if len(missing) == len(PROTECTING) and config.max_ref_kl is None else None
@@ -98,23 +98,23 @@ def fill_in(config: ReplayConfig) -> ProtectionChoice | None:
 
 
 def choose_protection(args: Any, model_args: Any) -> ProtectionChoice:
-    """An anchor for full finetuning and plain LoRA by AdamW, before the model is known; else KL alone."""
-    adapts = model_args.use_peft and (model_args.use_dora or model_args.lora_modules_to_save)
-    held = not (adapts or model_args.load_in_4bit or model_args.load_in_8bit or args.deepspeed_plugin)
-    return ANCHORED if held and args.optim in ADAMW else CHOSEN_PROTECTION
+    """The choice before the model is known: an anchor for full finetuning and plain LoRA with AdamW, else KL alone."""
+    not_plain_lora = model_args.use_peft and (model_args.use_dora or model_args.lora_modules_to_save)
+    unsuitable = not_plain_lora or model_args.load_in_4bit or model_args.load_in_8bit or args.deepspeed_plugin
+    return CHOSEN_PROTECTION if unsuitable or args.optim not in ADAMW else ANCHORED
 
 
 def suits_anchor(model: Any, adapter: Any, new_tokens: float) -> bool:
-    """Whether all that is trained lies in linear layers, and the anchor's rotations cost little beside a step.
+    """Whether only linear layers are trained, and the anchor's rotations are cheap compared with a step.
 
     Args:
         adapter: a PEFT configuration, or None for full finetuning.
-        new_tokens: of an optimizer step on a device.
+        new_tokens: per optimizer step and device.
     """
     modules = dict(model.named_modules())
     if adapter is not None and adapter.target_modules not in (None, "all-linear"):
-        places = [module for name, module in modules.items() if check_target_module_exists(adapter, name)]
-        if not all(isinstance(module, nn.Linear) for module in places):
+        targets = [module for name, module in modules.items() if check_target_module_exists(adapter, name)]
+        if not all(isinstance(module, nn.Linear) for module in targets):
             return False
     elif any(isinstance(module, Conv1D) for module in modules.values()):
         return False
@@ -124,41 +124,40 @@ def suits_anchor(model: Any, adapter: Any, new_tokens: float) -> bool:
 
 
 def rotation_cost(model: Any, adapter: Any, new_tokens: float) -> float:
-    """Operations of an anchor's rotations over those of a plain step of T tokens, at most.
+    """Upper bound on the operations of an anchor's rotations, relative to those of a plain step of T tokens.
 
-    In full finetuning every matrix is rotated twice: 2/3 · d/T, d the residual stream's width. With LoRA of rank r its
-    factors are, on the smaller side, three times: 3/2 · r/T · Σ min(m, n)² / Σ m n over linear layers of m by n.
+    Full finetuning rotates every matrix twice: 2/3 · d/T, where d is the residual stream's width. LoRA of rank r
+    rotates its factors on the smaller side, three times: 3/2 · r/T · Σ min(m, n)² / Σ m n over linear layers of m by n.
     """
     if adapter is None:
         return float(2 / 3 * model.config.get_text_config().hidden_size / new_tokens)
     shapes = [module.weight.shape for module in model.modules() if isinstance(module, nn.Linear)]
-    squares, sizes = (sum(f(*shape) for shape in shapes) for f in (lambda m, n: min(m, n) ** 2, lambda m, n: m * n))
+    squares, sizes = sum(min(m, n) ** 2 for m, n in shapes), sum(m * n for m, n in shapes)
     return float(3 / 2 * adapter.r / new_tokens * squares / sizes)
 
 
-def settled(choice: ProtectionChoice, model: Any, adapter: Any, new_tokens: float) -> ProtectionChoice:
-    """What was chosen before the model was known, or KL alone in the place of an anchor that does not suit it."""
+def choice_for_model(choice: ProtectionChoice, model: Any, adapter: Any, new_tokens: float) -> ProtectionChoice:
+    """The choice made before the model was known; KL alone if that was an anchor and the model does not suit it."""
     return choice if choice.anchor_coef and suits_anchor(model, adapter, new_tokens) else CHOSEN_PROTECTION
 
 
 def new_tokens_per_step(rows: Any, tokenizer: Any, args: Any) -> float:
-    """New tokens of an optimizer step on a device, by the first rows of the data; packed rows are full."""
+    """New tokens per optimizer step and device, estimated from the first rows of the data; packed rows are full."""
     length = args.max_length
     if not args.packing:
         reading = Reading(assistant_only_loss=False, dataset_text_field=args.dataset_text_field)
-        first = itertools.islice(rows, FIRST_ROWS)
-        read = [
+        tokenized = [
             row if "input_ids" in row else {"input_ids": read_text(row, tokenizer, "dataset_name: a row", reading).ids}
-            for row in first
+            for row in itertools.islice(rows, FIRST_ROWS)
         ]
-        length = max(1.0, mean_row_length(read, length))  # these may be empty, and others not
+        length = max(1.0, mean_row_length(tokenized, length))  # even if these rows are empty, others may not be
     return tokens_per_step(args, length) / args.world_size
 
 
 def rows_drawn(config: ReplayConfig, args: Any, steps: int) -> int:
-    """Replay rows that a run draws in its optimizer steps; 0 where nobody knows how many steps there are."""
+    """Replay rows that a run of this many optimizer steps draws; 0 if their number is unknown."""
     if not config.objective.draws_rows:
         return 0
     per_step = config.objective.batch_rows(config, args.train_batch_size) * args.world_size
-    due = math.ceil((1 - config.replay_start) * max(0, steps) / config.replay_every)
-    return due * per_step * args.gradient_accumulation_steps
+    steps_with_replay = math.ceil((1 - config.replay_start) * max(0, steps) / config.replay_every)
+    return steps_with_replay * per_step * args.gradient_accumulation_steps

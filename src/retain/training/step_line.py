@@ -1,4 +1,4 @@
-"""A trainer's steps in the line of progress, a line for each evaluation, and how long a step takes."""
+"""Callbacks that show a trainer's steps in the progress line, print each evaluation, and time the steps."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from retain.files import visible
 from retain.progress import PlannedStage, ProgressLine, StageProgress
 
 TRAINING, EVALUATIONS = "training", "evaluations"  # stages, and their kinds
-TIMER_STATE = "StepTimer"  # its place in a checkpoint's trainer_state.json
+TIMER_STATE = "StepTimer"  # its key in a checkpoint's trainer_state.json
 
 
 class StepLine(TrainerCallback):
-    """In place of transformers' bars and dictionaries, which stay in `metrics.jsonl`; shown within a `progress_line`.
+    """Replaces transformers' progress bars and printed logs within a `progress_line`; `metrics.jsonl` keeps the logs.
 
     Args:
-        work_until: step, number of steps → work of all steps up to that one; by default they are alike.
+        work_until: (step, number of steps) → work of all steps up to that one; by default all steps are equal.
         at_most: the run may end before its last step.
     """
 
     def __init__(self, work_until: Callable[[int, int], float] = min, *, at_most: bool = False) -> None:
         self.work_until, self.at_most = work_until, at_most
         self.stage: StageProgress | None = None
-        self._said: set[tuple[int, str]] = set()
+        self._printed: set[tuple[int, str]] = set()
 
     def take_over(self, trainer: Any) -> None:
-        """Show this of a trainer, and nothing else."""
+        """Replace a trainer's own progress output with this callback."""
         for other in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(other)
         trainer.add_callback(self)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.stage is not None:  # a smaller batch is tried
+        if self.stage is not None:  # training restarts with a smaller batch
             self.stage.close(has_ended=False)
         steps, work = state.max_steps, self.work_until(state.max_steps, state.max_steps)
         self.stage = StageProgress(
@@ -72,12 +72,12 @@ class StepLine(TrainerCallback):
             self.stage.resume(EVALUATIONS)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """The loss beside the steps; what an evaluation found on a line of its own, once a step."""
+        """Show the loss next to the steps, and print the results of an evaluation once per step."""
         if self.stage is not None and "loss" in logs:
             self.stage.note = f"loss {logs['loss']:.3f}"
-        found = {name.removeprefix("eval_"): logs[name] for name in logs if name.endswith(("/ref_kl", "eval_loss"))}
-        new = {name: value for name, value in found.items() if (state.global_step, name) not in self._said}
-        self._said |= {(state.global_step, name) for name in new}
+        results = {name.removeprefix("eval_"): logs[name] for name in logs if name.endswith(("/ref_kl", "eval_loss"))}
+        new = {name: value for name, value in results.items() if (state.global_step, name) not in self._printed}
+        self._printed |= {(state.global_step, name) for name in new}
         parts = [f"new-task loss {new.pop('loss'):.3f}"] if "loss" in new else []
         texts = [f"{value:.3f} on {visible(name.split('/')[1])}" for name, value in new.items()]
         parts += [f"ref_kl {', '.join(texts)}"] if texts else []
@@ -91,7 +91,7 @@ class StepLine(TrainerCallback):
 
 
 def evaluations_left(args: TrainingArguments, state: TrainerState) -> int:
-    """Evaluations to come behind a step that was just made."""
+    """Evaluations still to come after a step has ended."""
     if args.eval_strategy == IntervalStrategy.STEPS:
         return math.ceil(state.max_steps / state.eval_steps) - int((state.global_step - 1) // state.eval_steps)
     if args.eval_strategy == IntervalStrategy.EPOCH:
@@ -101,34 +101,34 @@ def evaluations_left(args: TrainingArguments, state: TrainerState) -> int:
 
 
 class StepTimer(TrainerCallback):
-    """How long a step takes, without what a trainer does between steps: evaluations, checkpoints, logs.
+    """Measures how long a step takes, without evaluations, checkpoints and logs between steps.
 
-    The first step of each process, which also sets things up, is left out; a checkpoint keeps the others' time.
+    The first step of each process, which includes setup, is not timed. A checkpoint keeps the time so far.
 
     Attributes:
-        seconds: of all that were timed.
-        num_steps: how many these are.
+        seconds: total time of the timed steps.
+        num_steps: number of timed steps.
     """
 
     def __init__(self) -> None:
         self.seconds, self.num_steps = 0.0, 0
-        self._began, self._is_first = 0.0, True
+        self._start_time, self._is_first = 0.0, True
 
     @property
     def mean(self) -> float | None:
-        """Seconds per step; None before there were two."""
+        """Seconds per step; None before the second step."""
         return self.seconds / self.num_steps if self.num_steps else None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        kept = state.stateful_callbacks.get(TIMER_STATE) if state.global_step else None
-        self.seconds, self.num_steps = kept["attributes"]["seconds"] if kept else (0.0, 0)
+        saved = state.stateful_callbacks.get(TIMER_STATE) if state.global_step else None
+        self.seconds, self.num_steps = saved["attributes"]["seconds"] if saved else (0.0, 0)
         self._is_first = True
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._began = time.monotonic()
+        self._start_time = time.monotonic()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if not self._is_first:
-            self.seconds, self.num_steps = self.seconds + time.monotonic() - self._began, self.num_steps + 1
+            self.seconds, self.num_steps = self.seconds + time.monotonic() - self._start_time, self.num_steps + 1
         self._is_first = False
         state.stateful_callbacks[TIMER_STATE] = {"args": {}, "attributes": {"seconds": [self.seconds, self.num_steps]}}

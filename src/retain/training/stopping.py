@@ -1,4 +1,4 @@
-"""How a run ends: at a target loss, or on a signal with a checkpoint, from which it resumes."""
+"""How a run ends, at a target loss or on a signal with a checkpoint, and how it resumes."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from retain.checks import Unchosen
 from retain.files import CONFIG_FILE, read_settings
 from retain.models.description import launched
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model.bin", ".gguf")  # ends of the names of files
-RESUMED_WITH = (
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model.bin", ".gguf")  # endings of file names
+SAME_ON_RESUME = (
     *("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "packing"),
     *("learning_rate", "lr_scheduler_type", "optim", "weight_decay"),
 )
 
 
 def train(trainer: Any, checkpoint: str | None, *, keep: bool = True) -> None:
-    """Train and save what was trained, unless it is not to be kept; a signal ends it with a checkpoint.
+    """Train, and save the model if `keep` is set; a signal ends training with a checkpoint.
 
-    A run that was killed after its last step is at its end: transformers would make one step more.
+    A run that was killed after its last step makes no step more, though transformers would make one.
     """
     args = trainer.args
     if checkpoint is not None and _has_ended(trainer, _trainer_state(Path(checkpoint))):
@@ -43,13 +43,14 @@ def train(trainer: Any, checkpoint: str | None, *, keep: bool = True) -> None:
 
 
 def _has_ended(trainer: Any, state: dict[str, Any]) -> bool:
-    targets = [one.target for one in trainer.callback_handler.callbacks if isinstance(one, StopAtLoss)]
-    least = min((row.get("eval_loss", math.inf) for row in state["log_history"]), default=math.inf)
-    return 0 < trainer.args.max_steps <= state["global_step"] or any(least <= target for target in targets)
+    callbacks = trainer.callback_handler.callbacks
+    targets = [callback.target for callback in callbacks if isinstance(callback, StopAtLoss)]
+    lowest = min((row.get("eval_loss", math.inf) for row in state["log_history"]), default=math.inf)
+    return 0 < trainer.args.max_steps <= state["global_step"] or any(lowest <= target for target in targets)
 
 
 def check_no_model(folder: Path) -> None:
-    """Refuse an output folder that holds a model."""
+    """Reject an output folder that already holds a model."""
     if weights := _weight_files(folder):
         raise ValueError(
             f"output_dir: {str(folder)!r} holds a model ({min(weights)}), which would be lost; choose another folder"
@@ -65,7 +66,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Those written whole, by their steps: `trainer_state.json` is the last file to be written."""
+    """The complete checkpoints in a folder, by step: `trainer_state.json` is the last file of each to be written."""
     return sorted(filter(_trainer_state, _checkpoints(folder)), key=_step_of)
 
 
@@ -74,33 +75,33 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def how_to_resume(folder: Path) -> str:
-    """What to do after a run in this folder was interrupted."""
+    """What to do after a run in this folder was interrupted, as a sentence."""
     if whole_checkpoints(folder):
         return "run the same command with --resume_from_checkpoint true to resume from the last checkpoint"
-    if _checkpoints(folder) or _weight_files(folder):  # over which a run that begins would not write
+    if _checkpoints(folder) or _weight_files(folder):  # a new run would refuse to overwrite these
         return "there is no whole checkpoint; run the same command with --resume_from_checkpoint true to begin again"
     return "there is no checkpoint yet; run the same command to begin again"
 
 
 def checkpoint_to_resume(training_args: Any) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` means: a path, or for "true" the last one written whole.
+    """The checkpoint that `--resume_from_checkpoint` means: a path, or for "true" the last complete one.
 
-    A checkpoint that a killed process left half-written is removed.
+    Removes checkpoints that a killed process left half-written.
 
     Raises:
-        ValueError: for a checkpoint that is not whole, and for a folder that holds what the run would write over:
-            checkpoints that are not to be resumed, or a model, which may be the one to finetune.
+        ValueError: for an incomplete checkpoint, and for a folder with files that the run would overwrite: checkpoints
+            that are not to be resumed, or a model, which may be the one to finetune.
     """
     given, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
-    begins = not given or str(given).lower() == "false"
-    if begins and (old := _checkpoints(folder)):
+    is_new = not given or str(given).lower() == "false"
+    if is_new and (old := _checkpoints(folder)):
         raise ValueError(
             f"output_dir: {str(folder)!r} holds {min(old).name} of an earlier run; resume it with "
             "--resume_from_checkpoint true, or choose another folder"
         )
-    if begins or not (folder / CONFIG_FILE).exists():  # of no run that could be resumed
+    if is_new or not (folder / CONFIG_FILE).exists():  # no run to resume
         check_no_model(folder)
-    if begins:
+    if is_new:
         return None
     if str(given).lower() != "true":
         if not _trainer_state(Path(given)):
@@ -108,45 +109,46 @@ def checkpoint_to_resume(training_args: Any) -> str | None:
         return str(given)
     *_, last = None, *whole_checkpoints(folder)
     if training_args.process_index == 0:
-        for path in _checkpoints(folder):  # peft would copy half a model card into the new one
+        for path in _checkpoints(folder):  # PEFT would copy a half-written model card into the new one
             if last is None or _step_of(path) > _step_of(last):
                 shutil.rmtree(path)
     return None if last is None else str(last)
 
 
 def check_same_run(checkpoint: str, args: TrainingArguments, settings: Mapping[str, Any] | None = None) -> None:
-    """Refuse to resume a run with settings that it did not begin with: it would be neither the one run nor the other.
+    """Refuse to resume a run with settings other than those it started with.
 
     Args:
-        args: of which those that nobody gave, and that the model decides, are not compared.
-        settings: parts of `retain_config.json`, with what they are now; those that it does not have are not compared.
+        args: arguments that nobody set and the model decides are not compared.
+        settings: current values of parts of `retain_config.json`; parts that the file lacks are not compared.
     """
     folder = Path(checkpoint).resolve().parent
     given = {name: value for name, value in args.to_dict().items() if not isinstance(value, Unchosen)}
-    now = {"training_arguments": {name: given[name] for name in RESUMED_WITH if name in given}, **(settings or {})}
+    now = {"training_arguments": {name: given[name] for name in SAME_ON_RESUME if name in given}, **(settings or {})}
     if change := next(_changes(now, read_settings(folder)), None):
-        name, value, known = change
+        name, value, before = change
         if name == "new_rows":
             raise ValueError(
-                f"new_rows: the rows of the new task are others than those that the run in {str(folder)!r} began with "
-                "(their file, the tokenizer, or its chat template was changed); give the same, or another folder"
+                f"new_rows: the run in {str(folder)!r} started with other rows of the new task (their file, the "
+                "tokenizer, or its chat template was changed); give the same rows, or another folder"
             )
         raise ValueError(
-            f"{name}: {value!r}, but the run in {str(folder)!r} began with {known!r}; use that, or another folder"
+            f"{name}: {value!r}, but the run in {str(folder)!r} started with {before!r}; use that, or another folder"
         )
 
 
-def _changes(now: Mapping[str, Any], began: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Each changed setting: its name, its value now, and its value before."""
     for name, value in now.items():
-        known = began.get(name, value)
-        if isinstance(value, dict) and isinstance(known, dict):
-            yield from _changes(value, known)
-        elif value != known:
-            yield name, value, known
+        value_before = before.get(name, value)
+        if isinstance(value, dict) and isinstance(value_before, dict):
+            yield from _changes(value, value_before)
+        elif value != value_before:
+            yield name, value, value_before
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """What `trainer_state.json` holds; nothing where it is missing, or cut off: the checkpoint is not whole."""
+    """The content of `trainer_state.json`; empty if it is missing or cut off, which makes the checkpoint incomplete."""
     try:
         return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -154,12 +156,11 @@ def _trainer_state(checkpoint: Path) -> dict[str, Any]:
 
 
 class StopWithCheckpoint(TrainerCallback):
-    """SIGINT or SIGTERM ends training after the current step, with a checkpoint; a second one ends it at once.
+    """Ends training with a checkpoint after the current step on SIGINT or SIGTERM; a second signal ends it at once.
 
-    The signal is raised again then, so what it means is for the handlers that were there before (`cli.signals`) to say;
-    where they let training go on, there is one checkpoint. A signal that the process ignores, as a shell's job in the
-    background ignores SIGINT, stays ignored.
-    In one process alone: several would stop at different steps, and wait for one another.
+    The signal is then raised again for the handlers that were there before (`cli.signals`); if they let training
+    continue, there is one checkpoint. An ignored signal stays ignored, like SIGINT in a shell's background job.
+    Only in a single process: several would stop at different steps and wait for each other.
     """
 
     def __init__(self) -> None:
@@ -168,11 +169,11 @@ class StopWithCheckpoint(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """In this context a signal waits for the end of a step, or of the context."""
+        """A context in which a signal waits for the end of a step, or of the context."""
         if not launched() and threading.current_thread() is threading.main_thread():
-            before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-            heard = (number for number, handler in before.items() if handler not in (signal.SIG_IGN, None))
-            self.handlers = {number: signal.signal(number, self._receive) for number in heard}
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            caught = (number for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None))
+            self.handlers = {number: signal.signal(number, self._receive) for number in caught}
         try:
             yield
             self._raise_received()
@@ -199,18 +200,18 @@ class StopWithCheckpoint(TrainerCallback):
             self._raise_received()
         control.should_save |= self.received is not None
 
-    on_evaluate = on_step_end  # which may have taken long
+    on_evaluate = on_step_end  # a signal may have come during a long evaluation
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._raise_received()
 
 
 class StopAtLoss(TrainerCallback):
-    """End training at the first evaluation whose loss is no higher than the target; nats per token."""
+    """Ends training at the first evaluation whose loss is at most the target, in nats per token."""
 
     def __init__(self, target: float) -> None:
         self.target = target
-        self.loss: float | None = None  # of the last evaluation
+        self.loss: float | None = None  # at the last evaluation, or when the target was reached
         self.step: int | None = None  # at which the target was reached
 
     @property
@@ -218,7 +219,7 @@ class StopAtLoss(TrainerCallback):
         return self.step is not None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """What was measured before the run was resumed counts, too."""
+        """Read the evaluations from before the run was resumed."""
         self.loss, self.step = None, None
         for row in state.log_history:
             self._read(row, row["step"])
@@ -242,7 +243,7 @@ class StopAtLoss(TrainerCallback):
 
 
 def check_stopping(args: Any, target: float | None, patience: int | None = None) -> None:
-    """Raise a `ValueError` for a target loss or patience where nothing is evaluated, or nothing says what is better."""
+    """Raise a `ValueError` for a target loss or patience without evaluations, or patience without a metric."""
     evaluates = args.eval_strategy != IntervalStrategy.NO
     if target is not None and not evaluates:
         raise ValueError(f"stop_at_loss: {target:g} needs evaluations; set eval_strategy steps, and eval_steps")
