@@ -244,7 +244,7 @@ def test_predictions_that_training_will_not_see_are_not_stored(tmp_path):
     options = {"num_rows": 2, "store_reference": "hidden"}
     sample_replay(make_changing("phi3"), make_tokenizer(), tmp_path / "short", max_length=16, **options)
     with pytest.raises(
-        ValueError, match=r"^store_reference: beyond 16 tokens this model encodes a whole row otherwise"
+        ValueError, match=r"^store_reference: beyond 16 tokens LongRoPE encodes a whole row differently"
     ):
         sample_replay(make_changing("phi3"), make_tokenizer(), tmp_path / "long", max_length=17, **options)
 

@@ -209,7 +209,7 @@ def test_what_a_copy_costs_under_fsdp2_is_said_before_the_run(tmp_path: Path, re
     trainer = ReplaySFTTrainer(make_model(), config(tmp_path), **host)
     assert len(trainer.protection()) == 3
     trainer.is_fsdp_enabled = True
-    assert trainer.protection()[1].startswith("reference: a copy, shared out like the model, 0.0 GB a device;")
+    assert trainer.protection()[1].startswith("reference: a copy, sharded like the model, 0.0 GB a device;")
 
 
 def test_a_model_that_sees_the_tokens_it_predicts_is_refused(tmp_path: Path, replay: ReplayDataset) -> None:

@@ -43,13 +43,7 @@ from retain.report.report import ForgettingReport, write_comparison
 from retain.training.beta2_half_life import apply_half_life, mean_row_length
 from retain.training.config import ReplayConfig, check_arguments
 from retain.training.protection import check_replay_every
-from retain.training.protection_choice import (
-    PROTECTING,
-    UNSET,
-    choice_for_model,
-    choose_protection,
-    new_tokens_per_step,
-)
+from retain.training.protection_choice import PROTECTING, UNSET, choose_protection, new_tokens_per_step
 from retain.training.retention import NEW_TASK_TEXT
 from retain.training.row_checks import check_new_rows
 from retain.training.run_files import REPORTED_ARGUMENTS, read_run
@@ -278,7 +272,7 @@ def make_sft_trainer(
     model, adapter = base_to_train(given, tokenizer)
     if config.chosen is not None and config.replay_dataset is not None:
         tokens = new_tokens_per_step(train_dataset, tokenizer, training_args) if config.anchor_coef else math.inf
-        choice = choice_for_model(config.chosen, model, adapter, tokens)
+        choice = config.chosen.for_model(model, adapter, tokens)
         if choice is not config.chosen or choice.share_of_batch:
             config.choose(choice, training_args.train_batch_size, steps)
         say(config.chosen.line())

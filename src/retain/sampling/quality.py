@@ -1,7 +1,7 @@
-"""Statistics of a pool of replay rows that a model drew from its own distribution, and a look at it before training.
+"""Statistics and a preview of a pool of replay rows that a model drew from its own distribution.
 
-A prefix of each row is given; only the tokens drawn after it count. Loss and entropy are nats per token of the model's
-own distribution at temperature 1, and for exact draws they agree: the mean of −log p(x) over x ~ p is the entropy.
+Only the tokens drawn after each row's prefix count. Loss and entropy are nats per token of the model's own distribution
+at temperature 1, and for exact draws they agree: the mean of −log p(x) over x ~ p is the entropy.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from retain.replay.stored_predictions import bytes_per_token
 from retain.sampling.starts import Starts
 from retain.statistics import bootstrap_ratio
 
-# What makes a pool suspicious. Exact draws of a sound model stay well below the shares of rows.
+# Limits beyond which a pool gets a warning; exact draws of a sound model stay well below the shares of rows.
 MAX_DUPLICATES = 0.01  # long rows at temperature 1 hardly ever coincide
-MAX_REPEATING = 0.05  # rows that repeat themselves: people's texts do in under 1% of 512 tokens, code included
+MAX_REPEATING = 0.05  # share of rows that repeat themselves; under 1% of human texts of 512 tokens do, code included
 MIN_LOSS = 0.5  # nats per token, a choice among 1.6 tokens; code has about 0.7 and prose 2 to 3.5
-MAX_DIFFERENCE = 0.01  # of loss and entropy, nats per token; about 0.3% of temperature
-MIN_ROWS = 16  # for the interval of that difference to be evidence
-# What makes a row repeating.
-REPEAT, MIN_DISTINCT = 16, 2 / 3  # a third of its 16-grams came before, word for word; tables and code have new ones
+MAX_DIFFERENCE = 0.01  # between loss and entropy, nats per token; about 0.3% of temperature
+MIN_ROWS = 16  # rows that make the interval of that difference reliable
+# A row is repeating if a third of its 16-grams are copies of earlier ones; those of tables and code are mostly new.
+REPEAT, MIN_DISTINCT = 16, 2 / 3
 MIN_JUDGED = 16  # drawn tokens; in rows under 64 the n-grams are a quarter of the row
-MAX_GROUPS = 2048  # of rows resampled together in a large pool: the same interval in bounded memory
-# What is shown.
-MAX_CHARS = 1200  # of a row
-MAX_OPEN_TURNS = 0.9  # share of the chat rows: some models open a user turn and never end it
+MAX_GROUPS = 2048  # groups of rows to resample in a large pool: the same interval in bounded memory
+# The preview
+MAX_CHARS = 1200  # per row
+MAX_OPEN_TURNS = 0.9  # share of chat rows without an end of turn: some models open a user turn and never end it
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,9 @@ class PoolStatistics:
 
     Attributes:
         summary: over the pool. A mean is {"value", "ci"}: nats per token, with a 95% interval over rows, or `ci` None
-            for one row. Shares are of the rows; `repeating` of the `num_judged`. None is what was not measured.
-        rows: for each of num_tokens, loss, entropy, first_end, repeating and duplicate_of, a list of shape
-            (rows,).
-        warnings: what is wrong with the pool, a sentence each.
+            for one row. Shares are of all rows, `repeating` of the `num_judged`. None means not measured.
+        rows: name (num_tokens, loss, entropy, first_end, repeating, duplicate_of) → a list of shape (rows,).
+        warnings: a sentence for each problem of the pool.
     """
 
     summary: dict[str, Any]
@@ -65,12 +64,12 @@ def pool_statistics(
     """Statistics of each row and of the pool.
 
     Args:
-        rows: token ids of each row, shape (length,), its prefix first.
+        rows: token ids of each row, shape (length,), including its prefix.
         prefix_lengths: given tokens of each row, shape (rows,).
-        logprob_sums: log-probability of the drawn tokens, summed, shape (rows,), nats; under the model's full
-            distribution at temperature 1, even where another was drawn from.
-        entropy_sums: entropy of that distribution at the drawn positions, summed, shape (rows,), nats.
-        end_ids: tokens that end a document, or a turn.
+        logprob_sums: log-probability summed over the drawn tokens, shape (rows,), nats; under the model's full
+            distribution at temperature 1, whatever distribution was drawn from.
+        entropy_sums: entropy of that distribution summed over the drawn positions, shape (rows,), nats.
+        end_ids: tokens that end a document or a turn.
 
     >>> rows = [[0, 5, 6], [0, 5, 6], [0, 7, 8]]
     >>> found = pool_statistics(rows, prefix_lengths=[1, 1, 1], logprob_sums=[-4.0, -4.0, -7.0])
@@ -90,14 +89,14 @@ def pool_statistics(
         "repeating": [is_repeating(row) for row in drawn],
         "duplicate_of": exact_duplicates(drawn),
     }
-    assert {len(column) for column in columns.values()} == {len(drawn)}, "one of each for each row"
+    assert {len(column) for column in columns.values()} == {len(drawn)}, "one value per row"
     means = {"loss": loss, "entropy": entropy, "loss_minus_entropy": None if entropy is None else loss - entropy}
     summary = {**_pool_shares(columns, bool(end_ids)), **{key: _pool_mean(sums, tokens) for key, sums in means.items()}}
     return PoolStatistics(summary, columns, _pool_warnings(summary))
 
 
 def is_repeating(tokens: np.ndarray) -> bool | None:
-    """Whether a third of a row's 16-grams, tokens of shape (length,), are copies of earlier ones; None if too short."""
+    """Whether a third of the 16-grams of a row of shape (length,) are copies of earlier ones; None if too short."""
     if len(tokens) < MIN_JUDGED:
         return None
     ngrams = ngram_hashes(tokens, min(REPEAT, len(tokens) // 4))
@@ -105,15 +104,15 @@ def is_repeating(tokens: np.ndarray) -> bool | None:
 
 
 def exact_duplicates(drawn: Sequence[np.ndarray]) -> list[int | None]:
-    """The first earlier row of the same tokens, or None, for each row."""
+    """For each row, the index of the first row with the same tokens; None if that is the row itself."""
     first: dict[bytes, int] = {}
     digests = [hashlib.blake2b(row.astype(np.int64).tobytes(), digest_size=16).digest() for row in drawn]
-    earliest = [first.setdefault(digest, index) for index, digest in enumerate(digests)]
-    return [None if earlier == index else earlier for index, earlier in enumerate(earliest)]
+    firsts = [first.setdefault(digest, index) for index, digest in enumerate(digests)]
+    return [None if same == index else same for index, same in enumerate(firsts)]
 
 
 def _pool_mean(sums: np.ndarray | None, tokens: np.ndarray) -> dict[str, Any] | None:
-    """Σ sums / Σ tokens, shapes (rows,), with its interval."""
+    """Σ sums / Σ tokens, both of shape (rows,), with its interval."""
     if sums is None or not tokens.any():
         return None
     groups = np.arange(len(tokens)) % MAX_GROUPS
@@ -124,15 +123,15 @@ def _pool_mean(sums: np.ndarray | None, tokens: np.ndarray) -> dict[str, Any] | 
 
 def _pool_shares(columns: dict[str, list[Any]], has_ends: bool) -> dict[str, Any]:
     num_rows = len(columns["num_tokens"])
-    some = {key: num_rows - column.count(None) for key, column in columns.items()}
+    num_known = {key: num_rows - column.count(None) for key, column in columns.items()}
     judged = [flag for flag in columns["repeating"] if flag is not None]
     return {
         "num_rows": num_rows,
         "num_tokens": sum(columns["num_tokens"]),
-        "exact_duplicates": some["duplicate_of"] / num_rows,
+        "exact_duplicates": num_known["duplicate_of"] / num_rows,
         "num_judged": len(judged),
         "repeating": sum(judged) / len(judged) if judged else None,
-        "reached_end": some["first_end"] / num_rows if has_ends else None,
+        "reached_end": num_known["first_end"] / num_rows if has_ends else None,
     }
 
 
@@ -140,8 +139,8 @@ def _pool_warnings(summary: dict[str, Any]) -> list[str]:
     duplicates, repeating = summary["exact_duplicates"], summary["repeating"] or 0.0
     loss, gap = summary["loss"], summary["loss_minus_entropy"]
     # Zero lies outside the interval stretched to twice its width, about four standard errors.
-    sure = gap and gap["ci"] and summary["num_rows"] >= MIN_ROWS
-    sure = sure and not 2 * gap["ci"][0] <= gap["value"] <= 2 * gap["ci"][1]
+    certain = gap and gap["ci"] and summary["num_rows"] >= MIN_ROWS
+    certain = certain and not 2 * gap["ci"][0] <= gap["value"] <= 2 * gap["ci"][1]
     kind = "sharper" if gap and gap["value"] < 0 else "flatter"
     checks = {
         f"{duplicates:.1%} of the rows are exact duplicates of earlier ones (many is {MAX_DUPLICATES:.0%}).":
@@ -150,13 +149,13 @@ def _pool_warnings(summary: dict[str, Any]) -> list[str]:
         f"The model's loss on its own rows is {display(loss)} nats per token (low is {MIN_LOSS}): a model that has "
         "collapsed has little to say.": loss and loss["value"] < MIN_LOSS,
         f"Loss − entropy is {display(gap)} nats per token and of exact draws it is 0: the rows come from a "
-        f"{kind} distribution than the model's own at temperature 1.": sure and abs(gap["value"]) > MAX_DIFFERENCE,
+        f"{kind} distribution than the model's own at temperature 1.": certain and abs(gap["value"]) > MAX_DIFFERENCE,
     }  # fmt: skip
-    return [sentence for sentence, wrong in checks.items() if wrong]
+    return [sentence for sentence, applies in checks.items() if applies]
 
 
 def display(value: Any) -> str:
-    """A count, a share, or a mean with its interval."""
+    """A count, a share, or a mean with its interval, as text."""
     if isinstance(value, dict):
         interval = ", ".join(map(display, value["ci"] or []))
         return f"{display(value['value'])} [{interval}]" if interval else display(value["value"])
@@ -166,33 +165,33 @@ def display(value: Any) -> str:
 
 
 def pool_lines(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> list[str]:
-    """Write `statistics.json`; its summary and warnings, and a preview of this many rows, to print."""
+    """Write `statistics.json`; return lines to print: its summary, its warnings, and a preview of this many rows."""
     manifest = read_manifest(folder)
     entropy = ("entropy",) if manifest["sampler"]["engine"] != "vllm" else ()
     columns = read_shards(folder, manifest, ("input_ids", "prefix_length", "logprob", *entropy))
-    rows, given = columns["input_ids"], [int(length) for length in columns["prefix_length"]]
+    rows, prefix_lengths = columns["input_ids"], [int(length) for length in columns["prefix_length"]]
     statistics = pool_statistics(
         rows,
-        prefix_lengths=given,
+        prefix_lengths=prefix_lengths,
         logprob_sums=columns["logprob"],
         entropy_sums=columns.get("entropy"),
         end_ids=end_ids(tokenizer, manifest["start_token"]["id"], starts),
     )
     write_json(folder / STATISTICS, asdict(statistics))
-    known = ((key, value) for key, value in statistics.summary.items() if value is not None)
-    lines = [f"  {_spaced(key)}: {display(value)}" for key, value in known]
+    lines = [f"  {_spaced(key)}: {display(value)}" for key, value in statistics.summary.items() if value is not None]
     lines += [f"warning: {warning}" for warning in statistics.warnings]
-    turns = [end for at, end in enumerate(statistics.rows["first_end"]) if starts.of_row(at)[0].end_of_turn is not None]
-    if turns.count(None) > MAX_OPEN_TURNS * len(turns):
+    first_ends = enumerate(statistics.rows["first_end"])
+    ends = [end for row, end in first_ends if starts.of_row(row)[0].end_of_turn is not None]
+    if ends.count(None) > MAX_OPEN_TURNS * len(ends):
         lines.append(
-            f"warning: only {len(turns) - turns.count(None)} of {len(turns)} chat rows end their turn: this model does "
+            f"warning: only {len(ends) - ends.count(None)} of {len(ends)} chat rows end their turn: this model does "
             "not write whole turns of this role, or max_length is too short; use start document or prompts"
         )
     if kind := manifest["store_reference"]:
         size = bytes_per_token(folder, statistics.summary["num_tokens"])
         lines.append(f"  stored predictions: {kind}, {size:.1f} bytes per token")
     if preview:
-        texts = [tokenizer.decode(row[length:]) for row, length in zip(rows, given, strict=True)]
+        texts = [tokenizer.decode(row[length:]) for row, length in zip(rows, prefix_lengths, strict=True)]
         lines.append(preview_text(texts, statistics, preview))
     return lines
 
@@ -205,14 +204,14 @@ def end_ids(tokenizer: Any, start_id: int, starts: Starts) -> Sequence[int]:
 
 
 def preview_text(texts: Sequence[str], statistics: PoolStatistics, count: int) -> str:
-    """`count` rows spread over the pool, to read in a terminal: no character of a row acts on it."""
-    assert len(texts) == len(statistics.rows["num_tokens"]), "a text for each row"
-    parts: list[str] = []
-    for at in np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int)).tolist():
-        text = visible_text(texts[at])
+    """`count` rows spread over the pool, with control characters made visible so that a terminal can show them."""
+    assert len(texts) == len(statistics.rows["num_tokens"]), "one text per row"
+    lines: list[str] = []
+    for row in np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int)).tolist():
+        text = visible_text(texts[row])
         cut = text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " …"
-        parts += ["", " · ".join(_notes(statistics, at)), *(f"  {line}" for line in cut.split("\n"))]
-    return "\n".join(parts) + "\n"
+        lines += ["", " · ".join(_notes(statistics, row)), *(f"  {line}" for line in cut.split("\n"))]
+    return "\n".join(lines) + "\n"
 
 
 def _notes(statistics: PoolStatistics, row: int) -> Iterator[str]:

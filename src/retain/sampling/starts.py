@@ -1,9 +1,9 @@
-"""How replay rows begin: from the document start, inside a chat turn, behind the user's prompts, or a mix of these.
+"""How replay rows start: at the document start, inside a chat turn, after the user's prompts, or a mix of these.
 
-A chat may offer tools or ask for thinking, for models that call tools or think: then the model writes the request and
-what it answers to such a request.
+A chat may offer tools or ask for thinking, for models trained for it: the model then writes both the request and its
+answer.
 
-Which beginning a row gets is a function of its number alone, so a resumed or distributed job gives the same rows.
+A row's prefix depends on its number alone, so a resumed or distributed job gives the same rows.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from retain.data.chats import template_frame
 from retain.models.description import StartToken
 
 MODES = ("document", "chat", "tools", "think", "prompts")
-THINKING_SWITCHES = ("enable_thinking", "thinking")  # of chat templates: Qwen's and SmolLM's, DeepSeek's
-# Offered in turn, in pairs: name, description, and its arguments with their descriptions.
+THINKING_SWITCHES = ("enable_thinking", "thinking")  # options of chat templates: Qwen's and SmolLM's, DeepSeek's
+# Each row offers a pair of neighbours: name, description, and arguments with their descriptions.
 TOOLS = (
     ("search_web", "Search the web and return the first results.", {"query": "What to look for"}),
     ("read_file", "Return the text of a file.", {"path": "Path of the file"}),
@@ -31,12 +31,12 @@ TOOLS = (
     ("run_python", "Run Python code and return what it prints.", {"code": "The code"}),
     ("get_exchange_rate", "Return the rate between two currencies.", {"base": "Its code", "quote": "Its code"}),
 )
-GOLDEN = 0.6180339887498949  # fractional parts of its multiples fill [0, 1) evenly, so every stretch keeps the shares
+GOLDEN = 0.6180339887498949  # its multiples mod 1 fill [0, 1) evenly, so any run of consecutive rows keeps the shares
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to begin: the token ids that may be given, and the share of rows that begin so."""
+    """One way to start: its possible prefixes of token ids, and the share of rows that start this way."""
 
     name: str
     share: float
@@ -46,21 +46,21 @@ class Mode:
 
 @dataclass(frozen=True)
 class Starts:
-    """The beginnings of all rows."""
+    """The prefixes of all rows."""
 
     modes: tuple[Mode, ...]
 
     def of_row(self, row: int) -> tuple[Mode, list[int]]:
-        """The mode of a row and the token ids it begins with."""
-        place, reached = ((row + 0.5) * GOLDEN) % 1.0, 0.0
-        for mode in self.modes:  # the last, where rounding leaves the shares a little below 1
-            reached += mode.share
-            if place < reached:
+        """A row's mode and its prefix."""
+        place, cumulative = ((row + 0.5) * GOLDEN) % 1.0, 0.0
+        for mode in self.modes:  # ends with the last mode if rounding leaves the shares a little below 1
+            cumulative += mode.share
+            if place < cumulative:
                 break
         return mode, mode.prefixes[row % len(mode.prefixes)]
 
     def describe(self) -> list[dict[str, Any]]:
-        """What a manifest keeps: each mode's share, how many beginnings it has, and their fingerprint."""
+        """The description in a manifest: each mode's share, and the number and fingerprint of its prefixes."""
         return [
             {
                 "mode": mode.name,
@@ -80,41 +80,42 @@ def plan_starts(
     chat_turn: str = "user",
     prompts: Sequence[str] = (),
 ) -> Starts:
-    """Read `document`, `chat`, `tools`, `think`, `prompts`, or a mix such as `document=0.7,chat=0.3`.
+    """The starts that `spec` names: `document`, `chat`, `tools`, `think`, `prompts`, or e.g. `document=0.7,chat=0.3`.
 
     Args:
-        chat_turn: role whose turn a chat row begins inside; the model writes that turn and what follows.
-        prompts: texts that rows of mode `prompts` continue, behind the document start.
+        chat_turn: the role whose turn a chat row starts; the model writes that turn and what follows.
+        prompts: texts that rows of mode `prompts` continue, after the document start.
     """
     modes = []
     for name, share in start_shares(spec).items():
         if name == "document":
             modes.append(Mode(name, share, [[start.id]]))
         elif name in ("chat", "tools", "think"):
-            found = [
-                chat_prefix(tokenizer, chat_turn, name, **options) for options in template_options(name, tokenizer)
-            ]
-            modes.append(Mode(name, share, [ids for ids, _ in found], found[0][1]))
+            options = template_options(name, tokenizer)
+            prefixes, ends = zip(
+                *(chat_prefix(tokenizer, chat_turn, name, **chosen) for chosen in options), strict=True
+            )
+            modes.append(Mode(name, share, list(prefixes), ends[0]))
         else:
-            cut = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-            if not any(cut):
-                what = f"all {len(cut)} rows are empty; give texts" if cut else "missing; give --prompts FILE"
+            tokenized = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+            if not any(tokenized):
+                what = f"all {len(tokenized)} rows are empty; give texts" if prompts else "missing; give --prompts FILE"
                 raise ValueError(f"prompts: {what} for rows that begin with prompts")
-            modes.append(Mode(name, share, [[start.id, *ids] for ids in cut if ids]))
+            modes.append(Mode(name, share, [[start.id, *ids] for ids in tokenized if ids]))
     return Starts(tuple(modes))
 
 
 def start_shares(spec: str) -> dict[str, float]:
-    """The share of rows that begin in each way.
+    """The share of rows per mode.
 
     >>> start_shares("document=0.7,chat=0.3")
     {'document': 0.7, 'chat': 0.3}
     """
     shares: dict[str, float] = {}
     for part in spec.split(","):
-        name, found, share = part.strip().partition("=")
+        name, equals, share = part.strip().partition("=")
         try:
-            value = float(share) if found else 1.0
+            value = float(share) if equals else 1.0
         except ValueError:
             value = -1.0
         if name not in MODES or not 0 < value <= 1 or name in shares:
@@ -128,24 +129,24 @@ def start_shares(spec: str) -> dict[str, float]:
 
 
 def template_options(name: str, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Options of the chat template, for each beginning of such rows."""
-    if name == "chat" or not tokenizer.chat_template:  # without one `chat_prefix` refuses
+    """The chat template's options for each prefix of a mode."""
+    if name == "chat" or not tokenizer.chat_template:  # without a template `chat_prefix` raises an error
         return [{}]
     template = str(tokenizer.chat_template)
     if name == "tools":
         if "tools" not in template:
             raise ValueError("start: 'tools', but the chat template has no place for tools; use chat")
-        offers = zip(TOOLS, (*TOOLS[1:], TOOLS[0]), strict=True)
-        return [{"tools": [tool_schema(*tool) for tool in offer]} for offer in offers]
-    switch = next((word for word in THINKING_SWITCHES if re.search(rf"\b{word}\b", template)), None)
+        pairs = zip(TOOLS, (*TOOLS[1:], TOOLS[0]), strict=True)
+        return [{"tools": [tool_schema(*tool) for tool in pair]} for pair in pairs]
+    switch = next((option for option in THINKING_SWITCHES if re.search(rf"\b{option}\b", template)), None)
     if switch is None:
         raise ValueError("start: 'think', but the chat template has no switch for thinking; use chat")
     return [{switch: True}]
 
 
 def tool_schema(name: str, description: str, arguments: dict[str, str]) -> dict[str, Any]:
-    """A tool whose arguments are all strings, as chat templates take it."""
-    properties = {argument: {"type": "string", "description": words} for argument, words in arguments.items()}
+    """A tool with string arguments, in the form that chat templates take."""
+    properties = {argument: {"type": "string", "description": text} for argument, text in arguments.items()}
     parameters = {"type": "object", "properties": properties, "required": list(properties)}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
@@ -153,7 +154,7 @@ def tool_schema(name: str, description: str, arguments: dict[str, str]) -> dict[
 def chat_prefix(
     tokenizer: PreTrainedTokenizerBase, turn: str, name: str = "chat", **options: Any
 ) -> tuple[list[int], int]:
-    """What the chat template writes before the content of a first turn, and the token it ends that turn with."""
+    """The tokens that the chat template writes before the content of a first turn, and the token that ends the turn."""
     try:
         before, after = template_frame(tokenizer, [turn], **options)
     except ValueError as error:

@@ -1,17 +1,17 @@
 """Sampling with vLLM, for GPUs and large models: `retain sample --engine vllm`.
 
-Every setting is stated: left alone, vLLM takes over what the checkpoint's generation_config says. Two are traps.
-`min_tokens` would not make rows long, it would forbid their end-of-document tokens (vLLM sets those to −inf up to that
-length, `ignore_eos` or not); `ignore_eos` alone makes every row as long as it may be. And a dtype of `auto` loads a
+Every setting is explicit, since vLLM's defaults come from the checkpoint's generation_config. Two settings are traps.
+`min_tokens` would not lengthen rows but forbid their end-of-document tokens (vLLM sets those to −inf up to that length,
+with or without `ignore_eos`); `ignore_eos` alone gives every row its full length. And a dtype of `auto` would load a
 float32 checkpoint in half precision.
 
-A row's seed is a pure function of (seed, row), but vLLM's rounding depends on which rows run together: rows are as good
-a draw each time, not the same to the last bit. It reports no entropy, so these datasets have no such column.
+A row's seed is a pure function of (seed, row), but vLLM's rounding depends on which rows run together: repeated rows
+are equally good draws, but not the same to the last bit. vLLM reports no entropy, so its datasets lack that column.
 
-One process has one engine. Under `torchrun` or `accelerate launch` each process draws whole shards with an engine and
-GPUs of its own. `sample_replay` fingerprints the transformers model, which lies in host memory (the weights once more,
-read and hashed once); vLLM loads its own from the same files. It hands out no predictions: the transformers model says
-them when the engine is closed, on a device that was the engine's.
+One process has one engine. Under `torchrun` or `accelerate launch` each process draws whole shards with its own engine
+and GPUs. `sample_replay` fingerprints the transformers model, which stays in host memory (a second copy of the weights,
+read and hashed once); vLLM loads its own from the same files. vLLM returns no predictions to store: the transformers
+model computes them after the engine is closed, on one of its devices.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SAMPLING = {
     "logprobs": 0,  # of the drawn token alone
     "flat_logprobs": True,
 }
-# What torchrun and accelerate tell their processes, which an engine would take for its own process group.
+# Variables of torchrun and accelerate, from which an engine would join their process group.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 
 
@@ -60,18 +60,20 @@ def row_seed(seed: int, row: int) -> int:
 
 @contextmanager
 def open_llm(arguments: dict[str, Any], devices: str | None) -> Iterator[Any]:
-    """vLLM in this process, and its workers, which end with the context: the memory of their devices is free then.
+    """A vLLM engine in this process; its workers end with the context, which frees the memory of their devices.
 
     Args:
-        arguments: those of `vllm.LLM`.
+        arguments: of `vllm.LLM`.
         devices: its GPUs; None for all.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # a fork would inherit the dataset's lock
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # an engine elsewhere outlives us if we are killed
+    os.environ.setdefault(
+        "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+    )  # an engine process would survive if this one is killed
     from vllm import LLM
 
-    before, threads = dict(os.environ), torch.get_num_threads()  # vLLM leaves this process one thread
+    before, threads = dict(os.environ), torch.get_num_threads()  # vLLM sets this process to one thread
     for name in LAUNCHER:
         os.environ.pop(name, None)
     if devices is not None:
@@ -96,7 +98,7 @@ def open_llm(arguments: dict[str, Any], devices: str | None) -> Iterator[Any]:
 def draw_with(
     llm: Any, prefixes: Sequence[Sequence[int]], rows: Sequence[int], *, max_length: int, seed: int
 ) -> DrawnRows:
-    """Draw the rows with these numbers behind their given beginnings; see `retain.sampling.engine.draw_rows`."""
+    """Draw the rows with these numbers, continued from their prefixes; see `retain.sampling.engine.draw_rows`."""
     from vllm import SamplingParams, TokensPrompt
 
     params = [
@@ -104,16 +106,15 @@ def draw_with(
         for prefix, row in zip(prefixes, rows, strict=True)
     ]
     prompts = [TokensPrompt(prompt_token_ids=list(prefix)) for prefix in prefixes]
-    answers = llm.generate(prompts, params, use_tqdm=False)
-    completions = [answer.outputs[0] for answer in answers]
-    for row, wanted, found in zip(rows, params, completions, strict=True):
-        if len(found.token_ids) != wanted.max_tokens:
-            count = f"{len(found.token_ids)} of {wanted.max_tokens} tokens"
-            raise RuntimeError(f"engine: vLLM ended row {row} after {count} ({found.finish_reason})")
-    logprobs = np.array([found.cumulative_logprob for found in completions])
+    completions = [request.outputs[0] for request in llm.generate(prompts, params, use_tqdm=False)]
+    for row, param, completion in zip(rows, params, completions, strict=True):
+        if len(completion.token_ids) != param.max_tokens:
+            count = f"{len(completion.token_ids)} of {param.max_tokens} tokens"
+            raise RuntimeError(f"engine: vLLM ended row {row} after {count} ({completion.finish_reason})")
+    logprobs = np.array([completion.cumulative_logprob for completion in completions])
     if not np.isfinite(logprobs).all():
         raise ValueError("dtype: the model's predictions are not finite; load it as float32 or bfloat16")
-    tokens = [[*prefix, *found.token_ids] for prefix, found in zip(prefixes, completions, strict=True)]
+    tokens = [[*prefix, *completion.token_ids] for prefix, completion in zip(prefixes, completions, strict=True)]
     return DrawnRows(np.array(tokens, dtype=np.int32), np.array([len(prefix) for prefix in prefixes]), logprobs, None)
 
 
@@ -130,13 +131,11 @@ def vllm_engine(
 ) -> Iterator[Engine]:
     """An engine for `sample_replay(..., engine=vllm_engine(...), engine_name="vllm")`.
 
-    vLLM gets `batch_size` rows at once.
-
-    Processes are spawned, so a script of your own needs its `if __name__ == "__main__":`.
+    vLLM gets `batch_size` rows at once. It spawns processes, so your own script needs `if __name__ == "__main__":`.
 
     Args:
         name: the model as `load_model` takes it; no adapter.
-        dtype: of the transformers model that `sample_replay` gets: the manifest says so.
+        dtype: that of `sample_replay`'s transformers model, which the manifest records.
         max_length, seed: as for `sample_replay`.
         tensor_parallel_size: GPUs of this process's engine.
     """
@@ -157,16 +156,16 @@ def vllm_engine(
 
 
 def gpus_of_process(size: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES of this process among those of its launch; None without a launcher, or without GPUs."""
-    count, rank = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = map(str, range(torch.cuda.device_count())) if named is None else named.split(",")
+    """CUDA_VISIBLE_DEVICES for this process of a launch; None without a launcher, or without GPUs."""
+    num_processes, rank = (int(os.environ.get(name, 0)) for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"))
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = map(str, range(torch.cuda.device_count())) if variable is None else variable.split(",")
     gpus = [gpu for gpu in visible if gpu.strip()]
-    if count < 2 or not gpus:
+    if num_processes < 2 or not gpus:
         return None
-    if len(gpus) < count * size:
+    if (needed := num_processes * size) > len(gpus):
         raise ValueError(
-            f"tensor_parallel_size: {count} processes with {size} GPUs each need {count * size} GPUs and {len(gpus)} "
+            f"tensor_parallel_size: {num_processes} processes with {size} GPUs each need {needed} GPUs and {len(gpus)} "
             "are visible; launch fewer processes"
         )
     return ",".join(gpus[rank * size : (rank + 1) * size])

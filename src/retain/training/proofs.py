@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Most nats per token by which stored predictions may differ from the model's own before training.
 MAX_STORED_ERROR, MAX_STORED_ERROR_HALF = 1e-4, 2e-2
-PROVEN_ROWS = 8  # with stored predictions, spread over the shards, whose origins may differ
+PROVEN_ROWS = 8  # rows with stored predictions to check, spread over the shards, which may come from different runs
 MAX_NOISE = 5e-3  # nats per token at the untrained model; half precision causes less
 
 
@@ -45,7 +45,7 @@ def prove_own_rows(
 
 
 def prove_stored(term: ReplayTerm, rows: ReplayDataset, model: Any, accelerator: Any) -> dict[int, Tensor]:
-    """Refuse stored predictions that are not the model's; returns `stored_kl` as it is before training.
+    """Refuse stored predictions that are not the model's; return `stored_kl` before training.
 
     This runs on the model's current device: a host that shards the model moves it to the training device only later.
     """
@@ -91,7 +91,7 @@ def has_moved(term: ReplayTerm, rows: ReplayDataset, model: Any, kl_before: Mapp
 
 
 def prove_adapter_off(model: Any, base_probe: Tensor) -> None:
-    """Prove that the model without its adapter is the base: the anchor pulls an adapter to 0 whatever the reference."""
+    """Prove that the model without its adapter is the base: with any reference, the anchor pulls an adapter to 0."""
     try:
         Reference().prove(model, base_probe)
     except ValueError as error:

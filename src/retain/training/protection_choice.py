@@ -70,6 +70,10 @@ class ProtectionChoice:
         wanted = max(self.min_rows, math.ceil(self.share_of_draws * draws))
         return wanted if reads_fisher or draws < 1 else min(wanted, draws)
 
+    def for_model(self, model: Any, adapter: Any, new_tokens: float) -> ProtectionChoice:
+        """This choice, or KL alone if this is an anchor that does not suit the model: see `suits_anchor`."""
+        return self if self.anchor_coef and suits_anchor(model, adapter, new_tokens) else CHOSEN_PROTECTION
+
 
 CHOSEN_PROTECTION = ProtectionChoice(
     share_of_batch=1 / 16,
@@ -134,11 +138,6 @@ def rotation_cost(model: Any, adapter: Any, new_tokens: float) -> float:
     shapes = [module.weight.shape for module in model.modules() if isinstance(module, nn.Linear)]
     squares, sizes = sum(min(m, n) ** 2 for m, n in shapes), sum(m * n for m, n in shapes)
     return float(3 / 2 * adapter.r / new_tokens * squares / sizes)
-
-
-def choice_for_model(choice: ProtectionChoice, model: Any, adapter: Any, new_tokens: float) -> ProtectionChoice:
-    """The choice made before the model was known; KL alone if that was an anchor and the model does not suit it."""
-    return choice if choice.anchor_coef and suits_anchor(model, adapter, new_tokens) else CHOSEN_PROTECTION
 
 
 def new_tokens_per_step(rows: Any, tokenizer: Any, args: Any) -> float:
