@@ -72,7 +72,7 @@ def test_parallelism_that_replay_does_not_know_is_refused() -> None:
 
     check_devices(trainer())
     for name in ("tp", "cp", "sp"):
-        with pytest.raises(ValueError, match=f"devices: {name}_size 2 .* set it 1"):
+        with pytest.raises(ValueError, match=f"devices: {name}_size 2 .* set it to 1"):
             check_devices(trainer(**{f"{name}_size": 2}))
     xla, fsdp1 = trainer(), trainer()
     xla.is_fsdp_xla_enabled = True
