@@ -27,7 +27,7 @@ from retain.sampling.engine import DrawnRows, Engine, Progress, Shard, batch_eng
 
 MAX_RESTARTS = 50  # per worker: machines come and go, but a worker that always dies is given up
 MAX_LOSSES = 5  # workers lost with the same item, after which the item is to blame
-Item = TypeVar("Item")
+Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
@@ -64,8 +64,8 @@ def cluster() -> Iterator[None]:
 
 @contextmanager
 def ray_workers(
-    make: Callable[[], Callable[[Item], Result]], *, num_workers: int | None = None, num_cpus: int = 1
-) -> Iterator[Callable[[Sequence[Item]], Iterator[tuple[Item, Result]]]]:
+    make: Callable[[], Callable[[Job], Result]], *, num_workers: int | None = None, num_cpus: int = 1
+) -> Iterator[Callable[[Sequence[Job]], Iterator[tuple[Job, Result]]]]:
     """A function that yields items with their results as they finish; its workers end with the context.
 
     Args:

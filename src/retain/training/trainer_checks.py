@@ -43,7 +43,7 @@ def check_devices(trainer: Any) -> None:
                 "and use data parallelism (DDP, FSDP2 or DeepSpeed ZeRO)"
             )
     if trainer.is_fsdp_xla_enabled or (trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2):
-        raise ValueError("devices: replay is not tested with FSDP1 and XLA's FSDP; set fsdp_version 2")
+        raise ValueError("devices: FSDP1 and XLA's FSDP are not tested with replay; set fsdp_version 2")
 
 
 def check_forward_passes(model: Any, args: Any) -> None:
