@@ -92,7 +92,7 @@ def test_a_card_that_cannot_be_written_is_known_before_measuring(world, tmp_path
     (tmp_path / "bad.md").write_text("---\na: [\n---\n")
     (tmp_path / "bytes.md").write_bytes(b"\xff\xfe\x00")
     for card, expected in (("no/README.md", "is not a file in a folder"), (".", "is not a file"),
-                       ("bad.md", "is no YAML"), ("bytes.md", "is not UTF-8 text")):  # fmt: skip
+                       ("bad.md", "is not YAML"), ("bytes.md", "is not UTF-8 text")):  # fmt: skip
         assert main([*arguments, "--model_card", str(tmp_path / card)]) == 1
         error = capsys.readouterr().err
         assert error.startswith("retain measure: model_card: ")

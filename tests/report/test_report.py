@@ -130,7 +130,7 @@ def test_sums_of_fewer_documents_are_a_damaged_file(plain: dict, tmp_path: Path)
     sums = {"ref_kl": [0.1], "loss": [1.0, 2.0], "base_loss": [1.0, 2.0], "num_tokens": [1, 2]}
     for name, part in (("per_document", {"wiki": sums}), ("documents", [sums | {"step": 0, "name": "wiki"}])):
         (tmp_path / "report.json").write_text(json.dumps(plain | {name: part}))
-        with pytest.raises(ValueError, match="^runs: .* is damaged: sums of other documents beside others; measure ag"):
+        with pytest.raises(ValueError, match="^runs: .* is damaged: its columns differ in their number of documents"):
             ForgettingReport.from_json(tmp_path / "report.json")
 
 
@@ -648,7 +648,7 @@ def test_json_round_trip(plain: dict, tmp_path: Path) -> None:
     assert data["retention"]["wiki"]["loss"]["value"] is None, "NaN is not JSON"
     assert ForgettingReport(data).summary()
     (tmp_path / "report.json").write_text(json.dumps(plain))
-    with pytest.raises(ValueError, match="report.json' holds a number that is not finite, which is no result; measure"):
+    with pytest.raises(ValueError, match="report.json' holds a number that is not finite, which is not a result"):
         ForgettingReport.from_json(tmp_path / "report.json")
 
 
@@ -1093,7 +1093,7 @@ def test_a_model_card_gets_the_section_once_and_keeps_the_rest(plain: dict, tmp_
     assert path.read_text().rstrip().endswith("More words.")
     ForgettingReport(plain).to_model_card(tmp_path / "new.md")
     assert ModelCard.load(tmp_path / "new.md").text.count("## Forgetting") == 1
-    with pytest.raises(ValueError, match="^model_card: its metadata between the lines --- is no YAML"):
+    with pytest.raises(ValueError, match="^model_card: its metadata between the lines --- is not YAML"):
         card_with_forgetting("---\na: [\n---\nx", ForgettingReport(plain).results)
 
 
@@ -1115,7 +1115,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(plain: dict, replay: d
         folders.append(str(tmp_path / name))
     assert main(["report", "--runs", *folders, "--output_dir", str(tmp_path / "both")]) == 0
     assert [run["name"] for run in json.loads((tmp_path / "both" / "report.json").read_text())["runs"]] == ["a", "b"]
-    with pytest.raises(ValueError, match="runs: two are named 'plain'; give each run once, and a name of its own"):
+    with pytest.raises(ValueError, match="runs: two are named 'plain'; give each run once, and its own name"):
         compare([plain, replay | {"name": "plain"}])
 
 

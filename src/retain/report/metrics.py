@@ -1,7 +1,7 @@
-"""The metrics of forgetting and learning on a text, one row each: how a metric is computed, and where it is shown.
+"""The table of text metrics: how each is computed, and where it is shown.
 
-A metric is a ratio of sums over documents. A new one is a row of `METRICS` and a test of its value: its interval, the
-training log, tables, pages and model cards follow from the row. `base_<name>` is the base's own value of a metric.
+A metric is a ratio of sums over documents. To add one, add a row to `METRICS` and a test of its value; its interval,
+the training log, tables, pages and model cards follow from the row. `base_<name>` is the base's own value of a metric.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any
 import numpy as np
 
 NATS, SHARE, BITS_PER_BYTE = "nats per token", "share of tokens", "bits per byte"
-KEPT_SUMS = ("ref_kl", "loss", "base_loss")  # sums that files keep of every document
+KEPT_SUMS = ("ref_kl", "loss", "base_loss")  # sums that files keep per document
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One metric of a text. Its numerator is the sum of `per_token`, or `total`, over documents.
+    """One metric of a text, whose numerator is the sum of `per_token` or `total` over documents.
 
     Args:
-        label: the name in tables; empty for a value of the base, which stands beside the model's.
-        meaning: one clause that explains it to a reader of the page.
-        per_token: (base, model, tokens) → values, shape (*batch): what both predict (`measuring.tokens.Predictions`)
-            and the tokens that follow.
-        total: numerator of shape (documents,) from the sums of rows with `per_token`, by their names.
-        unit: decides the denominator: tokens, or bytes.
+        label: the name in tables; empty for a value of the base, which is shown next to the model's.
+        meaning: one clause that explains it to readers of a report.
+        per_token: (base, model, tokens) → values of shape (*batch), from the `measuring.tokens.Predictions` of both and
+            the tokens that follow.
+        total: name → sums of metrics with `per_token` → numerator of shape (documents,).
+        unit: also sets the denominator, tokens or bytes.
         least, most: bounds of the value.
-        main: kinds of text (`new_task`, `retention`) that show it in the main table, not among the further metrics.
-        logged: whether training logs it, as `retention/<text>/<name>`.
-        indexed: whether the `model-index` of a model card holds it.
+        main: kinds of text (`new_task`, `retention`) for which it is in the main table, not among the further metrics.
+        logged: whether training logs it as `retention/<text>/<name>`.
+        indexed: whether it is in the `model-index` of a model card.
     """
 
     name: str
@@ -49,12 +49,12 @@ class Metric:
 
     @property
     def is_share(self) -> bool:
-        """Whether it is a share, shown in percent."""
+        """Whether it is a share, shown as a percentage."""
         return self.unit == SHARE
 
 
 # fmt: off
-# Of the new task: forgetting with the other sign, its interval, too.
+# Forgetting on the new task with the opposite sign, its interval included.
 GAIN = Metric(
     name="gain", label="gain", meaning="new-task loss of the base minus that of the tuned model; positive is learning",
     least=-math.inf, higher_is_better=True, main=("new_task",), indexed=True,
@@ -109,6 +109,4 @@ METRICS = {metric.name: metric for metric in (
 # fmt: on
 SUMS = tuple(name for name, metric in METRICS.items() if metric.per_token)
 LOGGED = tuple(name for name, metric in METRICS.items() if metric.logged)
-TABLE_METRICS = {
-    metric.name: metric for metric in (GAIN, *METRICS.values()) if metric.label
-}  # in the order of the tables
+TABLE_METRICS = {metric.name: metric for metric in (GAIN, *METRICS.values()) if metric.label}  # in table order

@@ -1,4 +1,4 @@
-"""A report's numbers in a model card: the section "Forgetting", and Hugging Face's `model-index` in the metadata."""
+"""Write a report into a model card: a section "Forgetting", and Hugging Face's `model-index` in the metadata."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ BEGIN, END = "<!-- retain: forgetting -->", "<!-- end of forgetting -->"
 
 
 def card_with_forgetting(card: str, run: RunResults) -> str:
-    """A model card (or nothing yet) with what a report found: put in place of what stood there before, else at its end.
+    """A model card, which may be empty, with a report's section added at its end or in place of an earlier one.
 
-    In the metadata, too, its numbers take the place of an earlier report's; results of others stay.
+    In the metadata, the report's results replace those of an earlier report; other results stay.
 
     Raises:
-        ValueError: if the card's metadata is no YAML.
+        ValueError: if the card's metadata is not YAML.
     """
     before, _, rest = card.partition(BEGIN)
     after = rest.partition(END)[2].lstrip("\n")
     section = f"{BEGIN}\n{Page([run], 'Forgetting').model_card().strip()}\n{END}"
     text = f"{before.rstrip()}\n\n{section}\n{after}" if before.strip() else f"---\n{{}}\n---\n\n{section}\n{after}"
-    found = _parsed(text)
-    data = found.data  # of a card with a `model-index`, that is its `eval_results`, and not the key
-    kept = [one for one in data.eval_results or [] if not _is_of_a_report(one)]
+    parsed = _parsed(text)
+    data = parsed.data  # the parser turns a `model-index` into `eval_results`
+    kept = [result for result in data.eval_results or [] if not _is_from_a_report(result)]
     data.eval_results = [*kept, *_eval_results(run)] or None
     data.model_name = data.model_name or harmless(run).name
-    return str(found)
+    return str(parsed)
 
 
-def _is_of_a_report(result: Any) -> bool:
-    """Whether a result in a card's metadata is one that `model_index` writes: a metric of ours with its interval."""
+def _is_from_a_report(result: Any) -> bool:
+    """Whether a result in a card's metadata is from `model_index`: one of our metrics with its interval."""
     return result.metric_type in (*INDEXED, *OF_ANSWERS) and "ci" in (result.metric_args or {})
 
 
@@ -46,14 +46,14 @@ def _parsed(text: str) -> Any:
     try:
         return ModelCard(text)
     except Exception as error:  # YAML's errors, and the Hub client's own
-        raise ValueError("model_card: its metadata between the lines --- is no YAML; mend it") from error
+        raise ValueError("model_card: its metadata between the lines --- is not YAML; correct it") from error
 
 
 def check_card(path: str) -> None:
-    """Refuse a path where no card can be written, before anything is measured.
+    """Refuse a path to which no card can be written, before anything is measured.
 
     Raises:
-        ValueError: if it is a folder, lies in none, is not text, or holds metadata that is no YAML.
+        ValueError: if it is a folder, its folder does not exist, it is not text, or its metadata is not YAML.
     """
     card = Path(path)
     if card.is_dir() or not card.absolute().parent.is_dir():
@@ -65,10 +65,10 @@ def check_card(path: str) -> None:
 
 
 def model_index(run: RunResults) -> list[dict[str, Any]]:
-    """The numbers of a report as Hugging Face's `model-index`, the value of that key in a model card's metadata.
+    """A report's numbers as the value of the key `model-index` in a model card's metadata.
 
-    Per text the metrics that are `indexed`; per set of questions agreement and accuracy. Intervals are
-    arguments of each metric: the format has no place of its own for them.
+    Texts have the metrics that are `indexed`, question sets agreement and accuracy. Intervals are in the metrics'
+    arguments, since the format has no field for them.
     """
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
@@ -80,16 +80,16 @@ def _eval_results(run: RunResults) -> list[Any]:
     from huggingface_hub.repocard_data import EvalResult
 
     run = harmless(run)
-    found = [(name, key, key, getattr(result, key)) for name, result in run.texts.items() for key in INDEXED]
+    rows = [(name, key, key, getattr(result, key)) for name, result in run.texts.items() for key in INDEXED]
     for name, rule, answers in run.rules:
-        found += [(name, kind, f"{kind} ({rule})", getattr(answers, kind)) for kind in OF_ANSWERS]
+        rows += [(name, kind, f"{kind} ({rule})", getattr(answers, kind)) for kind in OF_ANSWERS]
     return [
         EvalResult(
             task_type="text-generation", dataset_type=_slug(name), dataset_name=name, dataset_config=name,
-            metric_type=kind, metric_name=label, metric_value=float(one.value),
-            metric_args={"ci": [float(end) for end in one.ci or ()]},
+            metric_type=kind, metric_name=label, metric_value=float(estimate.value),
+            metric_args={"ci": [float(end) for end in estimate.ci or ()]},
         )
-        for name, kind, label, one in found if one
+        for name, kind, label, estimate in rows if estimate
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A number of a report with its interval, and how both are written."""
+"""Numbers with intervals, and how they are written in reports."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-LARGEST_ROUNDING = 5e-6  # of a value or an end of its interval: below it a value of a tenth of this is written "≈ 0"
+LARGEST_ROUNDING = 5e-6  # if no end of an interval exceeds this, a value below a tenth of it is written "≈ 0"
 
 
 class Cell(NamedTuple):
-    """A number and its interval as they are written; "–" is no number.
+    """A number and its interval as text; "–" stands for no number.
 
     >>> str(Cell("0.123", "[0.101, 0.147]"))
     '0.123 [0.101, 0.147]'
@@ -19,21 +19,21 @@ class Cell(NamedTuple):
 
     value: str = "–"
     interval: str = ""
-    heat: int = 0  # percent of full colour on a page
-    cool: bool = False  # the colour of what fell
+    heat: int = 0  # colour strength on a page, in percent
+    cool: bool = False  # the colour for a value that fell
 
     def __str__(self) -> str:
         return f"{self.value} {self.interval}".rstrip()
 
     @property
     def with_interval(self) -> str:
-        """The same for a sentence, which names a missing interval."""
+        """The cell as text for a sentence, which mentions a missing interval."""
         return f"{self.value} {self.interval or '(no interval)'}"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval (None where too few documents give one), and what it was measured on.
+    """A number with its 95% interval, None if there are too few documents, and its sample sizes.
 
     >>> str(Estimate(0.123, (0.101, 0.147), num_documents=40))
     '0.123 [0.101, 0.147]'
@@ -51,7 +51,7 @@ class Estimate:
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> Estimate | None:
-        """An entry of report.json; None where its value is no finite number."""
+        """Parse an entry of report.json; None if its value is not a finite number."""
         if not is_number(entry.get("value")):
             return None
         sizes = {name: entry[name] for name in cls.__dataclass_fields__ if name[:4] == "num_" and entry.get(name)}
@@ -67,7 +67,7 @@ def bounds_of(ci: Sequence[Any] | None) -> tuple[float, float] | None:
 
 
 def cell(value: float | None, ci: Sequence[float] | None = None, percent: bool = False) -> Cell:
-    """Value and interval as text, with as many decimals as it takes to tell small numbers from nothing.
+    """Value and interval as text, with enough decimals to tell small numbers from 0.
 
     >>> print(cell(0.0123, (0.0101, 0.0147)))
     0.0123 [0.0101, 0.0147]
@@ -77,35 +77,35 @@ def cell(value: float | None, ci: Sequence[float] | None = None, percent: bool =
     ends = ci or ()
     largest = max(map(abs, (value, *ends)))
     if 0 < largest < LARGEST_ROUNDING and abs(value) < LARGEST_ROUNDING / 10:
-        return Cell("≈ 0")  # 0.000000 [-0.000001, 0.000000] says no more
+        return Cell("≈ 0")  # 0.000000 [-0.000001, 0.000000] would say no more
     places = next((places for places, least in ((3, 0.02), (4, 0.001), (5, 1e-4)) if largest >= least), 6)
     digits = 3 if percent or not largest else places
     words = [format(round(n, digits) + 0.0, ".1%" if percent else f".{digits}f") for n in (value, *ends)]  # never -0.0
     return Cell(words[0], f"[{', '.join(words[1:])}]" if ends else "")
 
 
-def value_cell(found: Estimate | None) -> Cell:
-    return cell(found.value, found.ci) if found else Cell()
+def value_cell(estimate: Estimate | None) -> Cell:
+    return cell(estimate.value, estimate.ci) if estimate else Cell()
 
 
-def share_cell(found: Estimate | None) -> Cell:
-    return cell(found.value, found.ci, percent=True) if found else Cell()
+def share_cell(estimate: Estimate | None) -> Cell:
+    return cell(estimate.value, estimate.ci, percent=True) if estimate else Cell()
 
 
-def points_cell(found: Estimate | None) -> Cell:
-    """A difference of two shares, in points of a hundred."""
-    return _formatted(found, lambda number: f"{round(100 * number, 1) + 0:+.1f}", " points")
+def points_cell(estimate: Estimate | None) -> Cell:
+    """A difference of two shares, in percentage points."""
+    return _formatted(estimate, lambda number: f"{round(100 * number, 1) + 0:+.1f}", " points")
 
 
-def length_cell(found: Estimate | None) -> Cell:
+def length_cell(estimate: Estimate | None) -> Cell:
     """A mean number of tokens, or a difference of two."""
-    return _formatted(found, lambda number: format(number, ",.1f"))
+    return _formatted(estimate, lambda number: format(number, ",.1f"))
 
 
-def _formatted(found: Estimate | None, form: Any, unit: str = "") -> Cell:
-    if found is None:
+def _formatted(estimate: Estimate | None, form: Any, unit: str = "") -> Cell:
+    if estimate is None:
         return Cell()
-    return Cell(form(found.value) + unit, f"[{', '.join(map(form, found.ci))}]" if found.ci else "")
+    return Cell(form(estimate.value) + unit, f"[{', '.join(map(form, estimate.ci))}]" if estimate.ci else "")
 
 
 def count_cell(count: int | None) -> Cell:
@@ -117,7 +117,7 @@ def probability_cell(value: float | None) -> Cell:
 
 
 def heat(value: float, full: float) -> int:
-    """Percent of full strength; by the square root, so that small values are told apart.
+    """Colour strength in percent, on a square-root scale so that small values remain distinguishable.
 
     >>> heat(0.25, full=1.0)
     50
@@ -126,7 +126,7 @@ def heat(value: float, full: float) -> int:
 
 
 def quantity(number: Any, noun: str) -> str:
-    """A number and its noun.
+    """A number with its noun, in the plural unless it is 1.
 
     >>> quantity(1, "prompt"), quantity(1200, "prompt")
     ('1 prompt', '1,200 prompts')

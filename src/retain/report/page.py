@@ -1,7 +1,7 @@
-"""Results -> HTML, Markdown, a terminal table, a section of a model card.
+"""Render results as HTML, Markdown, terminal tables, or a section of a model card.
 
-Every string in a result may come from a model or a stranger: `harmless` makes control characters visible once; HTML
-and Markdown escape at the point of writing.
+Any string in a result may come from a model or a stranger: `harmless` makes control characters visible once, and HTML
+and Markdown are escaped where they are written.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ if TYPE_CHECKING:
     import jinja2
 
 TEMPLATES = Path(__file__).parent / "templates"
-MAX_CHARS, MAX_NAME_CHARS = 20_000, 200  # of a string, of a run's name: what is longer is cut, and says so
-SHOWN_PROMPTS = 3  # with their answers; the others are folded
-MAX_LABEL_CHARS = 48  # of the first column in a terminal
-MULTILINE = ("prompt", "base", "tuned", "text", "base_top", "tuned_top")  # of models and users; a name is one line
-TABLES = ("table", "answers", "refusals", "behaviors", "drift", "knowledge", "matched")  # of a terminal
-HEADINGS = {  # of the tables in Markdown
+MAX_CHARS, MAX_NAME_CHARS = 20_000, 200  # of a string, and of a run's name; longer ones are cut, with a note
+SHOWN_PROMPTS = 3  # prompts shown with their answers; the others are folded
+MAX_LABEL_CHARS = 48  # width of the first column in a terminal
+MULTILINE = ("prompt", "base", "tuned", "text", "base_top", "tuned_top")  # fields whose strings may have several lines
+TABLES = ("table", "answers", "refusals", "behaviors", "drift", "knowledge", "matched")  # in a terminal
+HEADINGS = {  # tables in Markdown
     "table": "What was learned, what was forgotten", "answers": "Answers to the same questions",
     "refusals": "What the models refuse", "behaviors": "What the models do",
     "knowledge": "What the models know", "drift": "What the models write",
     "matched": "At the same new-task loss", "end": "At the end of each run", "rest": "Further metrics",
 }  # fmt: skip
-MAX_WORDS = 1500  # of a generation that is compared word by word: the comparison is quadratic
-FULL_HEAT = 3.0  # nats: a token's divergence from which its colour is full, the same in every report
-MAX_TOKENS = 20_000  # on a page; a token costs some 150 bytes of it
+MAX_WORDS = 1500  # of a generation to compare word by word, which takes quadratic time
+FULL_HEAT = 3.0  # nats of divergence at which a token's colour is full, the same in every report
+MAX_TOKENS = 20_000  # shown on a page, at about 150 bytes each
 MAX_TOKEN_CHARS, MAX_TOP_CHARS = 200, 40
 
 
 @dataclass(frozen=True)
 class Page:
-    """What one run, or several of one base, are shown as; `chain`: they are stages in order, not rivals."""
+    """How one run, or several runs of one base, are shown; with `chain`, they are stages in order, not rivals."""
 
     runs: ReportRuns
     title: str = ""
@@ -66,7 +66,7 @@ class Page:
     chain: bool = False
 
     def html(self) -> str:
-        """One self-contained page with no script in it and no request to anywhere."""
+        """One self-contained page, without scripts or requests."""
         from retain.report import style  # with matplotlib, which nothing else here needs
 
         view = self.view
@@ -86,20 +86,20 @@ class Page:
         return _environment(html=True).get_template("report.html").render(view | more)
 
     def _opening_figure(self) -> str:
-        """What was learned and forgotten, or each text over the stages of a chain; empty where there is little."""
+        """An SVG of what was learned and forgotten, or of each text over the stages of a chain; may be empty."""
         from retain.report import style
 
         runs = self.view["runs"]
         if self.chain:
             panel = chain_panel(runs, texts := self.view["chained"])
             return style.to_svg(style.draw_panel(panel, [text.name for text in texts]), panel.description)
-        if not (found := learned_and_forgotten(runs)):
+        if not (opening_panels := learned_and_forgotten(runs)):
             return ""
-        description = " ".join(panel.description for panel in found)
-        return style.to_svg(style.draw_intervals(found, [run.name for run in runs]), description)
+        description = " ".join(panel.description for panel in opening_panels)
+        return style.to_svg(style.draw_intervals(opening_panels, [run.name for run in runs]), description)
 
     def markdown(self) -> str:
-        """Verdict, tables and what they mean; what was written, asked and answered is on the page."""
+        """Verdict, tables and their meanings; texts and answers are on the page only."""
         view = self.view
         meanings = view["metrics"] | (view["answer_lines"] if view["answers"] else {})
         meanings |= (view["scorers"] if view["refusals"] else {}) | (view["shown"] if view["behaviors"] else {})
@@ -112,7 +112,7 @@ class Page:
         return _environment(html=False).get_template("model_card.md").render(self.view)
 
     def summary(self) -> str:
-        """Verdict and tables for a terminal; no escape sequence of a model reaches it."""
+        """Verdict and tables for a terminal, without escape sequences from models."""
         view = self.view
         lines = [view["verdict"], ""]
         for group in ([f"  ! {warning}" for warning in view["warnings"]], view["pareto"], view["chain"]):
@@ -127,13 +127,14 @@ class Page:
         runs, chain = [harmless(run) for run in self.runs], self.chain
         compared = compare_at_matched_loss(runs) if len(runs) > 1 and not chain else None
         chained = over_chain(runs) if chain else []
-        said = comparison_verdict(compared) if compared else chain_verdict(runs, chained) if chain else verdict(runs[0])
+        sentence = chain_verdict(runs, chained) if chain else verdict(runs[0])
         warnings = _warnings(runs) + list(filter(None, map(overfit_sentence, runs)))
         ends = end_sentences(compared) if compared else []
         return {
             "title": visible(self.title), "notes": list(map(visible, self.notes)), "runs": runs, "comparison": compared,
             "warnings": warnings + ([*compared.warnings, *mismatch_sentences(compared)] if compared else []),
-            "verdict": said, "chained": chained, "chain": chain_sentences(runs, chained),
+            "verdict": comparison_verdict(compared) if compared else sentence,
+            "chained": chained, "chain": chain_sentences(runs, chained),
             "pareto": frontier_sentences(compared) if compared else [],
             "table": tables.metric_table(
                 runs, notes=[*filter(None, map(scale_sentence, runs)), *tables.base_notes(runs)]),
@@ -151,7 +152,7 @@ class Page:
 
 
 def terminal_table(table: tables.Table) -> list[str]:
-    """A table as lines, in columns."""
+    """The lines of a table in aligned columns."""
     rows = [["", *["base"] * table.has_base, *table.columns]]
     for section in table.sections:
         rows.append([section.title])
@@ -163,22 +164,22 @@ def terminal_table(table: tables.Table) -> list[str]:
 
 
 def harmless(value: Any, key: str = "") -> Any:
-    """The same results with every string cut to a length, and every character that is hidden or acts made visible."""
+    """The same results with long strings cut, and hidden and control characters made visible."""
     if isinstance(value, str):
         length = MAX_NAME_CHARS if key == "name" else MAX_CHARS
         cut = f"… [{len(value) - length:,} more characters]" if len(value) > length else ""
         return (visible_text if key in MULTILINE else visible)(value[:length] + cut)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{one.name: harmless(getattr(value, one.name), one.name) for one in fields(value)})
+        return replace(value, **{part.name: harmless(getattr(value, part.name), part.name) for part in fields(value)})
     if isinstance(value, dict):
         return {visible(name): harmless(item, name) for name, item in value.items()}
     return [harmless(item) for item in value] if isinstance(value, list) else value
 
 
 def _warnings(runs: ReportRuns) -> list[str]:
-    """Each once; of several runs with the name of the run, unless all have the same."""
-    names = {warning: [run.name for run in runs if warning in run.warnings] for run in runs for warning in run.warnings}
-    return [w if len(of) == len(runs) else f"{', '.join(of)}: {w}" for w, of in names.items()]
+    """Each warning once, with the names of its runs unless all have it."""
+    warned = {text: [run.name for run in runs if text in run.warnings] for run in runs for text in run.warnings}
+    return [text if len(names) == len(runs) else f"{', '.join(names)}: {text}" for text, names in warned.items()]
 
 
 def _environment(html: bool) -> jinja2.Environment:
@@ -196,7 +197,7 @@ def _environment(html: bool) -> jinja2.Environment:
 
 
 def markdown_escaped(value: Any) -> Any:
-    """A value for Markdown, table cells included; what a template marks `|safe` is left alone.
+    """Escape a value for Markdown text and table cells, unless a template marks it `|safe`.
 
     >>> markdown_escaped("a|b <c> http://d")
     'a\\\\|b &lt;c&gt; http\\\\://d'
@@ -206,15 +207,12 @@ def markdown_escaped(value: Any) -> Any:
     if isinstance(value, Markup):
         return value
     text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    special = r"([\\`*{}\[\]#|~$!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.)"  # an address is no link
+    special = r"([\\`*{}\[\]#|~$!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.)"  # also unlinks addresses
     return re.sub(special, r"\\\1", text).replace("\n", " ")
 
 
-# What is written out to read, with colour as a second carrier: shares of full strength, which the page mixes in
-
-
 class ShownToken(NamedTuple):
-    """A token to write out, its heat, whether the two models put different tokens first, and its numbers."""
+    """A token's text, its heat, whether the models' top tokens differ, and its numbers."""
 
     piece: str
     heat: int
@@ -223,7 +221,7 @@ class ShownToken(NamedTuple):
 
 
 def worst_documents(runs: ReportRuns) -> tuple[dict[str, list[tuple[int, MovedDocument]]], int]:
-    """By text the documents that moved most, each with the place of its run; and how many were left out for room."""
+    """Text → the documents that moved most, each with its run's place; and how many a page has no room for."""
     shown: dict[str, list[tuple[int, MovedDocument]]] = {}
     room, left_out = MAX_TOKENS, 0
     for text in dict.fromkeys(text for run in runs for text in run.worst):
@@ -246,7 +244,7 @@ def shown_token(token: TokenResult) -> ShownToken:
 
 
 class ShownPrompt(NamedTuple):
-    """A prompt, in `title` without the lines that open all of them, and what followed, by the place of the run."""
+    """A prompt, without the opening lines that all prompts share, and its continuations by the place of the run."""
 
     title: str
     how: str
@@ -258,19 +256,19 @@ class ShownPrompt(NamedTuple):
 
 
 def generations(runs: ReportRuns) -> list[ShownPrompt]:
-    """Per prompt and way of writing what the models wrote; `how` is empty where there is one way only."""
-    found: dict[tuple[str, str], dict[int, Continuation]] = {}
+    """The models' continuations by prompt and decoding; `how` is empty if there is only one decoding."""
+    texts: dict[tuple[str, str], dict[int, Continuation]] = {}
     for place, run in enumerate(runs):
         for row in run.generations:
-            found.setdefault((row.prompt, row.how), {})[place] = row
-    several = len({how for _, how in found}) > 1
-    prompts = {prompt for prompt, _ in found}
+            texts.setdefault((row.prompt, row.how), {})[place] = row
+    several = len({how for _, how in texts}) > 1
+    prompts = {prompt for prompt, _ in texts}
     start = commonprefix([*prompts]).rfind("\n") + 1 if len(prompts) > 1 else 0  # noqa: RUF071 (of characters)
-    return [ShownPrompt(prompt[start:], how * several, texts) for (prompt, how), texts in found.items()]
+    return [ShownPrompt(prompt[start:], how * several, of_runs) for (prompt, how), of_runs in texts.items()]
 
 
 def differences(base: str, tuned: str) -> list[tuple[bool, str]]:
-    """`tuned` in pieces, each marked True where its words are not the base's.
+    """`tuned` in pieces, each marked True if its words differ from the base's.
 
     >>> differences("a red cat", "a blue cat")
     [(False, 'a '), (True, 'blue'), (False, ' cat')]
@@ -283,7 +281,7 @@ def differences(base: str, tuned: str) -> list[tuple[bool, str]]:
     pieces: list[tuple[bool, str]] = []
     for place, (changed, text) in enumerate(codes):
         between = pieces and pieces[-1][0] and place + 1 < len(codes) and codes[place + 1][0]
-        changed = changed or bool(between and text.isspace())  # a mark runs on over the space between words
+        changed = changed or bool(between and text.isspace())  # also mark the space between two changed words
         if pieces and pieces[-1][0] == changed:
             text = pieces.pop()[1] + text
         pieces.append((changed, text))

@@ -1,4 +1,4 @@
-"""A report of forgetting: report.json, and the door to everything that is shown of it."""
+"""`ForgettingReport`: report.json, and everything that is rendered from it."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ class ForgettingReport:
 
     @classmethod
     def new(cls, name: str, **parts: Any) -> ForgettingReport:
-        """A report of now, of the parts that were measured; those that are not given are empty."""
+        """A new report from its measured parts; others are empty."""
         created = datetime.now(UTC).isoformat(timespec="seconds")
         head = {"schema": REPORT_SCHEMA, "name": name, "versions": versions(), "created": created, "settings": {}}
         return cls({**head, "retention": {}, **parts})
 
     @property
     def results(self) -> RunResults:
-        """What `data` holds now, typed."""
+        """The current content of `data`, typed."""
         return read_as(RunResults, self.data)
 
     def __getitem__(self, text: str) -> TextResult:
-        """What was measured on a retention text, or on one of the new task.
+        """The metrics of a retention or new-task text.
 
         Raises:
-            KeyError: if no text has this name, with those that there are.
+            KeyError: if no text has this name; lists those that exist.
         """
         texts = self.results.texts
         if text not in texts:
@@ -64,36 +64,33 @@ class ForgettingReport:
         return f"<ForgettingReport: {self.verdict}>"
 
     def _repr_html_(self) -> str:
-        """The page in a frame of its own, for notebooks: its style stays inside, and nothing in it can run."""
+        """The page for notebooks, in a sandboxed frame: its style stays inside, and nothing in it can run."""
         html = self._page.html()
         return f'<iframe sandbox srcdoc="{escape(html)}" style="width: 100%; height: 40em; border: 0"></iframe>'
 
     @classmethod
     def from_json(cls, path: str | Path) -> ForgettingReport:
-        """Read what `write` wrote.
+        """Read a report.json that `write` or `to_json` wrote.
 
         Raises:
-            ValueError: one line, for a file that is something else or damaged.
+            ValueError: in one line, if the file is not a report or is damaged.
         """
         data = read_json(Path(path), "runs", "give what `retain measure` wrote")
         if not isinstance(data, dict) or data.get("schema") != REPORT_SCHEMA:
-            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             if isinstance(data, dict) and "runs" in data:
-                raise ValueError(f"runs: {str(path)!r} compares several models; give the folder of each, beside it")
+                raise ValueError(f"runs: {str(path)!r} compares several models; give the folder of each, next to it")
+            schema = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise ValueError(
-                f"schema of {path} is {found!r}, expected {REPORT_SCHEMA!r}; make it with `retain measure`"
+                f"schema of {path} is {schema!r}, expected {REPORT_SCHEMA!r}; make it with `retain measure`"
             )
+        where = f"runs: {str(path)!r}"
         shape = json_shape(RunResults) | {"trajectory?": [{"step": NUMBER}]}
-        check_shape(data, shape, f"runs: {str(path)!r} is damaged", "measure again")
+        check_shape(data, shape, f"{where} is damaged", "measure again")
         for sums in [*(data.get("per_document") or {}).values(), *(data.get("documents") or [])]:
             if len({len(column) for column in sums.values() if isinstance(column, list)}) > 1:
-                raise ValueError(
-                    f"runs: {str(path)!r} is damaged: sums of other documents beside others; measure again"
-                )
+                raise ValueError(f"{where} is damaged: its columns differ in their number of documents; measure again")
         if _finite(data) != data:
-            raise ValueError(
-                f"runs: {str(path)!r} holds a number that is not finite, which is no result; measure again"
-            )
+            raise ValueError(f"{where} holds a number that is not finite, which is not a result; measure again")
         return cls(data)
 
     @property
@@ -102,7 +99,7 @@ class ForgettingReport:
 
     @property
     def verdict(self) -> str:
-        """One sentence in plain words: is forgetting shown, how much, and what was learned for it."""
+        """One sentence: whether forgetting is shown, how much, and what was learned for it."""
         return verdict(page.harmless(self.results))
 
     def summary(self) -> str:
@@ -113,7 +110,7 @@ class ForgettingReport:
         write_text(path, _json(self.data))
 
     def to_model_card(self, path: str | Path) -> None:
-        """Put the section "Forgetting" and the `model-index` into a model card, a new one where there is none."""
+        """Add the section "Forgetting" and the `model-index` to a model card, which is created if there is none."""
         old = Path(path).read_text(encoding="utf-8-sig") if Path(path).exists() else ""
         write_text(path, card_with_forgetting(old, self.results))
 
@@ -132,11 +129,11 @@ def write_comparison(
 ) -> page.Page:
     """Write report.json (`runs`, `comparison`), report.md, report.html and figure.png for several runs of one base.
 
-    figure.png, learning against forgetting, is written where both were measured.
+    figure.png, learning against forgetting, is written if both were measured.
 
     Args:
-        chain: the runs are stages, each finetuned from the one before, in order, all measured against the base of the
-            first: what is shown, and in report.json as `chain`, is what each text lost since its loss was lowest.
+        chain: the runs are stages in order, each finetuned from the one before and measured against the first base. The
+            page shows what each text lost since its loss was lowest, and report.json has it as `chain`.
 
     Returns:
         The page, which also has a summary for a terminal.
@@ -144,22 +141,21 @@ def write_comparison(
     from retain.report import style  # with matplotlib, which reading a report does not need
 
     runs, folder = [report.results for report in reports], Path(folder)
-    found: dict[str, Any]
+    data: dict[str, Any] = {"title": title, "notes": list(notes), "runs": [report.data for report in reports]}
     figure: Any  # or None
     if chain:
         texts = over_chain(runs)
-        found = {"chain": list(map(asdict, texts))}
+        data["chain"] = list(map(asdict, texts))
         figure = style.draw_panel(chain_panel(runs, texts), [text.name for text in texts])
     else:
         compared = compare_at_matched_loss(runs)
-        found = {"comparison": asdict(compared)}
+        data["comparison"] = asdict(compared)
         figure = style.frontier_row(panels(runs, compared), len(runs))
-    whole = {"title": title, "notes": list(notes), "runs": [report.data for report in reports], **found}
-    shown = page.Page(runs, title, notes, chain)
-    _write(folder, whole, shown)
+    written = page.Page(runs, title, notes, chain)
+    _write(folder, data, written)
     if figure is not None:
         style.save_png(figure, folder / "figure.png")
-    return shown
+    return written
 
 
 def _write(folder: Path, data: dict[str, Any], shown: page.Page) -> None:
@@ -174,7 +170,7 @@ def _json(data: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinity are not JSON: a number that does not exist is null."""
+    """The value with None (null in JSON) for NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,6 +1,6 @@
-"""What a report holds, typed; this is the shape of report.json, which is read and checked by it.
+"""The typed content of a report, which is also the schema that report.json is checked against.
 
-Fields with a default may be missing or null in the file, as in older ones; keys that no field names are left alone.
+Fields with a default may be missing or null in a file, as in older ones; keys without a field are ignored.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from retain.report.metrics import GAIN, METRICS
 from retain.report.numbers import Estimate, is_number
 
 KNOWN_METRICS = (GAIN.name, *METRICS)
-MIN_FLOOR = 1e-6  # nats per token; below this a divergence is float32 rounding, and a share of it means nothing
+MIN_FLOOR = 1e-6  # nats per token; a smaller divergence is float32 rounding, so shares of it are meaningless
 
 
 @dataclass(frozen=True)
 class TextResult:
-    """What was measured on one text: for each name in `retain.metrics.METRICS` (and `gain`) an `Estimate`, or None."""
+    """The metrics of a text: for each name in `METRICS`, and for `gain`, an `Estimate` or None."""
 
     estimates: dict[str, Estimate] = field(default_factory=dict)
 
@@ -35,7 +35,7 @@ class TextResult:
 
 @dataclass(frozen=True)
 class KeptSums:
-    """Sums of nats over the predicted tokens of each document, and how many tokens these are."""
+    """Per document, sums in nats over the predicted tokens, and the number of these tokens."""
 
     ref_kl: list[float]
     loss: list[float]
@@ -45,7 +45,7 @@ class KeptSums:
 
 @dataclass(frozen=True)
 class EvaluatedDocuments(KeptSums):
-    """The same of the text `name`, at an evaluation during training."""
+    """Sums for the documents of the text `name` at an evaluation during training."""
 
     step: float
     name: str
@@ -53,7 +53,7 @@ class EvaluatedDocuments(KeptSums):
 
 @dataclass(frozen=True)
 class Answers:
-    """Both models' answers compared under one scoring rule; of `compare_answers`."""
+    """Both models' answers compared under one scoring rule, from `compare_answers`."""
 
     agreement: Estimate | None = None
     noise_agreement: Estimate | None = None
@@ -66,7 +66,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class LostQuestion:
-    """A question that the base answered rightly and the tuned model does not."""
+    """A question that the base answers correctly and the tuned model does not."""
 
     prompt: str
     choices: list[str]
@@ -86,7 +86,7 @@ class QuestionSet:
 
 @dataclass(frozen=True)
 class BehaviorShares:
-    """How many answers of both models show a behaviour, such as a refusal, in the eyes of one scorer."""
+    """The shares of both models' answers that show a behaviour, such as a refusal, according to one scorer."""
 
     rate: Estimate | None = None
     base_rate: Estimate | None = None
@@ -114,7 +114,7 @@ class AnsweredRequest:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean lengths in tokens, of base and tuned model, and their change."""
+    """Mean lengths of both models' texts in tokens, and their change."""
 
     base_length: Estimate | None = None
     length: Estimate | None = None
@@ -123,7 +123,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class BehaviorSet:
-    """A behaviour on the same prompts to both: refusals of `harmful` or `harmless` requests, or one of `behaviors`."""
+    """A behaviour of both models on the same prompts: refusals of `harmful` or `harmless` requests, or `behaviors`."""
 
     kind: str = "harmful"
     num_prompts: int = 0
@@ -138,7 +138,7 @@ class BehaviorSet:
 
 @dataclass(frozen=True)
 class Continuation:
-    """One prompt continued by both models; `ended` says of each whether it stopped by itself."""
+    """A prompt continued by both models; `ended` tells for each whether it stopped by itself."""
 
     prompt: str
     base: str
@@ -152,7 +152,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Drift(Lengths):
-    """How the texts of both models differ: content (`identical`, `words`), and form, by model and changed."""
+    """How the texts of both models differ: content (`identical`, `words`), and form of each model and its change."""
 
     num_prompts: int = 0
     identical: Estimate | None = None
@@ -184,7 +184,7 @@ class TokenResult:
 
 @dataclass(frozen=True)
 class MovedDocument:
-    """A document that moved most, token by token."""
+    """A document with a large ref_kl, token by token."""
 
     tokens: list[TokenResult]
     document: int | None = None
@@ -195,7 +195,7 @@ class MovedDocument:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the gate says: `code` is 0 (within), 2 (beyond) or 3 (not enough evidence)."""
+    """The gate's result; `code` is 0 (within), 2 (beyond) or 3 (not enough evidence)."""
 
     code: int
     verdict: str
@@ -207,7 +207,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class RunResults:
-    """One tuned model against its base. By name of text, question set, request set, behaviour, or way of writing."""
+    """The results of one tuned model. Keys name texts, question sets, request sets, behaviours, or decodings."""
 
     name: str
     retention: dict[str, TextResult]
@@ -234,39 +234,39 @@ class RunResults:
 
     @property
     def texts(self) -> dict[str, TextResult]:
-        """Every measured text: of the new task first, then of retention."""
+        """All measured texts, those of the new task first."""
         return self.new_task | self.retention
 
     @property
     def rules(self) -> Iterator[tuple[str, str, Answers]]:
-        """(question set, scoring rule, answers compared) of all question sets."""
+        """(question set, scoring rule, compared answers) of all question sets."""
         for name, questions in self.choices.items():
             for rule, answers in questions.rules.items():
                 yield name, rule, answers
 
     @property
     def trained_tokens(self) -> str | None:
-        """Which tokens the run's own `eval_loss` counts, where it says so."""
+        """Which tokens the run's `eval_loss` counts; None if unknown."""
         return self.training.get("loss_tokens")
 
     @property
     def kept_step(self) -> float | None:
-        """The step that `load_best_model_at_end` went back to."""
+        """The step of the checkpoint that `load_best_model_at_end` loaded."""
         step = self.training.get("kept_step")
         return step if is_number(step) else None
 
     @property
     def end_step(self) -> float | None:
-        """The step of the weights that the run left: the one that was kept, else the last that was evaluated."""
+        """The step of the final model: `kept_step`, else the last evaluated step."""
         steps, _ = self.series("eval_loss")
         return self.kept_step if self.kept_step is not None else steps[-1] if steps else None
 
     def loss_tokens(self, text: str) -> str | None:
-        """Which tokens of a measured text count, where the report says so."""
+        """Which tokens of a measured text count; None if unknown."""
         return (self.settings.get("loss_tokens") or {}).get(text)
 
     def floor(self, text: str) -> float:
-        """Upper end of the base-against-base ref_kl of a text, at least `MIN_FLOOR`; nats per token."""
+        """The noise floor of a text's ref_kl in nats per token: its upper end, at least `MIN_FLOOR`."""
         noise = self.noise_floor.get(text, TextResult()).ref_kl
         return max(MIN_FLOOR, *((noise.value, *(noise.ci or ())) if noise else (0.0,)))
 
@@ -275,23 +275,23 @@ class RunResults:
 
     @property
     def training_losses(self) -> tuple[list[float], list[float]]:
-        """Logged steps and losses of the new rows: their own part beside replay, else all of the loss."""
-        apart = self.series("new_task/loss")
-        return apart if apart[0] else self.series("loss")
+        """Logged steps and losses on new-task rows, without replay where they are logged separately."""
+        new_task = self.series("new_task/loss")
+        return new_task if new_task[0] else self.series("loss")
 
 
 ReportRuns = Sequence[RunResults]
 
 
 def series(trajectory: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one key of a trajectory, in step order; rows without a finite number are left out."""
+    """Steps and values of a key in a trajectory, in step order, without rows that have no finite number."""
     points = {row["step"]: row[key] for row in trajectory if is_number(row.get(key))}
     steps = sorted(points)
     return steps, [points[step] for step in steps]
 
 
 def names_of_texts(runs: ReportRuns) -> list[str]:
-    """Names of the retention texts of all runs, measured or logged, in the order in which they first appear."""
+    """Names of all runs' retention texts, measured or logged, in order of first appearance."""
     names: dict[str, None] = {}
     for run in runs:
         logged = [re.fullmatch(r"retention/(.+)/ref_kl", key) for row in run.trajectory for key in row]
@@ -300,12 +300,13 @@ def names_of_texts(runs: ReportRuns) -> list[str]:
 
 
 def texts_by_forgetting(runs: ReportRuns) -> list[str]:
-    """Names of the measured retention texts of all runs, the one that some run forgot most first."""
-    found: dict[str, list[float]] = {}
+    """Names of all runs' measured retention texts, by the largest forgetting in any run, in descending order."""
+    most: dict[str, float] = {}
     for run in runs:
         for name, result in run.retention.items():
-            found.setdefault(name, []).append(result.forgetting.value if result.forgetting else -math.inf)
-    return sorted(found, key=lambda name: -max(found[name]))
+            value = result.forgetting.value if result.forgetting else -math.inf
+            most[name] = max(value, most.get(name, value))
+    return sorted(most, key=lambda name: -most[name])
 
 
 @cache
@@ -314,15 +315,15 @@ def _types(kind: Any) -> dict[str, Any]:
 
 
 def read_as(kind: Any, value: Any) -> Any:
-    """A value of report.json as an object of this type, one of the annotations above."""
+    """Convert a value of report.json to the type `kind`, an annotation above."""
     if kind is Estimate:
         return Estimate.read(value)
     if kind is TextResult:
-        found = {name: Estimate.read(value[name]) for name in KNOWN_METRICS if value.get(name)}
-        return TextResult({name: estimate for name, estimate in found.items() if estimate})
+        estimates = {name: Estimate.read(value[name]) for name in KNOWN_METRICS if value.get(name)}
+        return TextResult({name: estimate for name, estimate in estimates.items() if estimate})
     if isinstance(kind, type) and is_dataclass(kind):
-        given = {name: of for name, of in _types(kind).items() if value.get(name) is not None}
-        return kind(**{name: read_as(of, value[name]) for name, of in given.items()})
+        known = {name: hint for name, hint in _types(kind).items() if value.get(name) is not None}
+        return kind(**{name: read_as(hint, value[name]) for name, hint in known.items()})
     origin, parts = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return read_as(parts[0], value)
@@ -334,15 +335,15 @@ def read_as(kind: Any, value: Any) -> Any:
 
 
 def json_shape(kind: Any) -> Any:
-    """The shape of this type in JSON, for `check_shape`."""
+    """The JSON shape of the type `kind`, for `check_shape`."""
     if kind is Estimate:
         ends, sizes = [(*NUMBER, type(None))] * 2, {f"{name}?": int for name in _types(kind) if name[:4] == "num_"}
         return {"value?": NUMBER, "ci?": ends, **sizes}
     if kind is TextResult:
         return {str: json_shape(Estimate)}
     if isinstance(kind, type) and is_dataclass(kind):
-        optional = {one.name: one.default is not MISSING or one.default_factory is not MISSING for one in fields(kind)}
-        return {f"{name}{'?' * optional[name]}": json_shape(of) for name, of in _types(kind).items()}
+        optional = {part.name: (part.default, part.default_factory) != (MISSING, MISSING) for part in fields(kind)}
+        return {f"{name}{'?' * optional[name]}": json_shape(hint) for name, hint in _types(kind).items()}
     origin, parts = get_origin(kind), get_args(kind)
     if origin is UnionType:
         return json_shape(parts[0])
