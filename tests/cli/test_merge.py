@@ -318,7 +318,7 @@ def test_a_kill_while_the_model_is_written_leaves_none_and_is_resumed(world, tmp
         ({"alpha": 0.5, "keep_gain": 0.9}, "keep_gain: 0.9 does not go with alpha; leave one out"),
         ({"max_ref_kl": 0.1, "keep_gain": 0.9}, "keep_gain: 0.9 does not go with max_ref_kl; leave one out"),
         ({"alpha": 1.5}, "alpha: 1.5 does not fit; use a number from 0 to 1"),
-        ({"max_ref_kl": 1e-9}, "max_ref_kl: 1e-09 is exceeded already at alpha 0.5"),
+        ({"max_ref_kl": 1e-9}, "max_ref_kl: 1e-09 is already exceeded at alpha 0.5"),
         ({"average_checkpoints": 1}, "average_checkpoints: 1 does not fit; use a whole number of at least 2"),
         ({"average_checkpoints": 4}, "average_checkpoints: 4, but '{w}/full' holds 3 whole checkpoints; give a run's"),
         ({"model": "{w}/base"}, "base: '{w}/base' does not name its base; give --base"),

@@ -123,7 +123,7 @@ def test_the_mean_of_checkpoints_is_chosen_where_it_is_the_better_end(
 
 
 def test_the_base_itself_is_no_choice() -> None:
-    with pytest.raises(ValueError, match=r"^max_ref_kl: 0.001 is exceeded already at alpha 0.2, where ref_kl is 0.010"):
+    with pytest.raises(ValueError, match=r"^max_ref_kl: 0.001 is already exceeded at alpha 0.2, where ref_kl is 0.010"):
         front(CURVE, MOVED).within(0.001)
 
 

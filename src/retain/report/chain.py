@@ -1,4 +1,4 @@
-"""A chain of finetunes, each of the model that the one before left: what is left of what earlier stages learned."""
+"""A chain of finetunes, each continuing the model of the one before: what later stages forgot of earlier ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retain.report.numbers import Estimate, enumeration, share_cell, value_cell
 from retain.report.results import ReportRuns
 from retain.statistics import bootstrap_ratio
 
-MOST_NAMED = 3  # texts in the sentence that opens a page
+MOST_NAMED = 3  # texts named in the verdict
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class ChainedText:
     """A retention text over the stages of a chain; losses are in nats per token.
 
     Attributes:
-        changes: of the loss against the first base, after each stage.
+        changes: the loss after each stage minus that of the first base.
         lowest: the stage after which the loss was lowest, from 1; 0 is the base.
-        lost: rise of the loss from there to the end of the chain; None where it was lowest at the end.
-        kept: of what had been learned by then, the share that is left; None where nothing was lost, or learned.
+        lost: rise of the loss from there to the end of the chain; None if it was lowest at the end.
+        kept: the share of what had been learned by then that is left; None if nothing was lost or nothing learned.
     """
 
     name: str
@@ -37,17 +37,17 @@ class ChainedText:
 def over_chain(runs: ReportRuns, seed: int = 0) -> list[ChainedText]:
     """Every text that all stages were measured on, the one that lost most first.
 
-    Intervals: bootstrap over documents, the same resampled documents at both ends of a difference. That the lowest loss
-    is found by looking at all stages makes `lost` a little too large where stages hardly differ.
+    Intervals are bootstrapped over documents, with the same resampled documents at both ends of a difference. Since the
+    lowest loss is chosen among all stages, `lost` is a little too large if stages hardly differ.
 
     Args:
         runs: the stages in order, each measured against the base of the first.
 
     Raises:
-        ValueError: if there is one stage, their bases differ, or they were not measured alike.
+        ValueError: if there is only one stage, the bases differ, or the stages were measured differently.
     """
     if len(runs) < 2:
-        raise ValueError("chain: true needs at least two stages, in order; give them")
+        raise ValueError("chain: true needs at least two stages; give them in order")
     if len({str(run.base.get("fingerprint")) for run in runs}) > 1:
         raise ValueError("chain: the stages were measured against different bases; measure all against the first")
     shared = [text for text in runs[0].retention if all(text in run.per_document for run in runs)]
@@ -57,14 +57,14 @@ def over_chain(runs: ReportRuns, seed: int = 0) -> list[ChainedText]:
         for run in runs[1:]:
             if why := mismatch(runs[0], run, text):
                 raise ValueError(f"chain: {text} of {run.name!r} was {why}; measure all stages with one command")
-    found = [_chained(runs, text, seed) for text in shared]
-    return sorted(found, key=lambda text: -text.lost.value if text.lost else 0.0)
+    texts = [_chained(runs, text, seed) for text in shared]
+    return sorted(texts, key=lambda text: -text.lost.value if text.lost else 0.0)
 
 
 def _chained(runs: ReportRuns, text: str, seed: int) -> ChainedText:
     sums = [run.per_document[text] for run in runs]
     sizes = np.asarray(sums[0].num_tokens)
-    losses = [np.asarray(losses) for losses in (sums[0].base_loss, *(of.loss for of in sums))]
+    losses = [np.asarray(losses) for losses in (sums[0].base_loss, *(stage.loss for stage in sums))]
 
     def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
         value, low, high = bootstrap_ratio(numerator, denominator, seed=seed)
@@ -83,11 +83,11 @@ def _chained(runs: ReportRuns, text: str, seed: int) -> ChainedText:
 
 
 def chain_sentences(runs: ReportRuns, texts: Sequence[ChainedText]) -> list[str]:
-    """What became of each text, in words."""
-    return [f"{text.name}: {_story(runs, text)}." for text in texts]
+    """A sentence for each text on when its loss was lowest, and how much it has risen since."""
+    return [f"{text.name}: {_course(runs, text)}." for text in texts]
 
 
-def _story(runs: ReportRuns, text: ChainedText) -> str:
+def _course(runs: ReportRuns, text: ChainedText) -> str:
     if text.lost is None:
         return f"lowest at the end, {value_cell(text.changes[-1]).with_interval} nats per token against the base"
     since = f"after “{runs[text.lowest - 1].name}”" if text.lowest else "in the base"
@@ -96,14 +96,14 @@ def _story(runs: ReportRuns, text: ChainedText) -> str:
 
 
 def _kept(share: Estimate) -> str:
-    """What is left of what was learned; less than nothing where the loss stands above the base's."""
+    """How much of what was learned is kept; nothing if the loss is above the base's."""
     if share.ci and share.ci[1] < 0:
         return "nothing of what was learned is kept, and the loss is above the base's"
     return f"{share_cell(share).with_interval} of what was learned is kept"
 
 
 def chain_verdict(runs: ReportRuns, texts: Sequence[ChainedText]) -> str:
-    """One sentence: what the chain lost, on the texts that lost most, where the interval of the rise excludes 0."""
+    """One sentence: how much the loss rose on the texts that lost most, if the interval of the rise excludes 0."""
     risen = [text for text in texts if text.lost]
     if not risen:
         return f"After {len(runs)} stages no text has lost anything: the loss of each is lowest at the end."
@@ -120,7 +120,7 @@ def chain_verdict(runs: ReportRuns, texts: Sequence[ChainedText]) -> str:
 
 
 def chain_panel(runs: ReportRuns, texts: Sequence[ChainedText]) -> Panel:
-    """The loss of each text over the stages, against the base."""
+    """A figure of each text's loss over the stages, relative to the base."""
     names, steps = ["base", *(run.name for run in runs)], list(range(len(runs) + 1))
     lines = [
         PlotLine(text.name, at, steps, [0.0, *(change.value for change in text.changes)],

@@ -1,4 +1,4 @@
-"""Several runs of one base side by side: at the same new-task loss, at their ends, and which of them no other beats."""
+"""Compare runs of one base: at the same new-task loss, at their ends, and by Pareto dominance."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from retain.statistics import bootstrap_ratio
 INTERVAL_LEVEL = 0.95
 NUM_RESAMPLES = 2000
 COMPARED = ("ref_kl", "forgetting")  # nats per token
-# Settings of `retain measure` that decide a number; the device and `batch_tokens` only round it.
+# Settings of `retain measure` that change its numbers; the device and `batch_tokens` only change their rounding.
 DECIDING = ("max_length", "max_windows", "start_token", "tokenizer_fingerprint", "dtype", "attn_implementation")
-MAX_BASE_ROUNDING = 0.25  # nats per √tokens of a document: what bfloat16 and kernels move the base's own loss
-MIN_RATE_RATIO = 0.9  # of the lower to the higher learning rate; between logged steps a schedule is read as a line
+MAX_BASE_ROUNDING = 0.25  # nats per √tokens of a document: what bfloat16 and kernels change in the base's own loss
+MIN_RATE_RATIO = 0.9  # lower to higher learning rate; rates interpolated between logged steps are inexact
 
 Bounds = Sequence[float]
 Point = tuple[float, float]
@@ -30,7 +30,7 @@ Sums = Mapping[str, np.ndarray]  # per document, nats: ref_kl, loss, base_loss, 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Why a run is not compared, and with which."""
+    """The run that another is not compared with, and why."""
 
     to: str
     why: str
@@ -38,7 +38,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """Where one run is read, in steps and new-task loss (nats per token)."""
+    """The steps and new-task losses (nats per token) at which one run is compared."""
 
     name: str
     matched_step: float | None
@@ -52,7 +52,7 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class ComparedText:
-    """One run on one text: nats per token, and the share of the first run's `ref_kl` that did not happen."""
+    """One run on one text: nats per token, and the share of the first run's `ref_kl` that it prevented."""
 
     name: str
     step: float | None
@@ -69,12 +69,12 @@ class ComparedText:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_at_matched_loss` found; `matched` and `end` hold for each text one entry per run."""
+    """The result of `compare_at_matched_loss`; `matched` and `end` have one entry per run for each text."""
 
     reference: str | None
     matched_loss: float | None
     reason: str | None  # why there is no matched loss
-    loss_text: str | None  # on which the final losses were measured; None is `eval_loss`
+    loss_text: str | None  # the text of the final losses; None for `eval_loss`
     measured_texts: list[str]
     runs: list[ComparedRun]
     warnings: list[str]
@@ -87,21 +87,21 @@ class Comparison:
 
 
 def compare_at_matched_loss(runs: ReportRuns, seed: int = 0) -> Comparison:
-    """Compare the forgetting of several runs of one base where they have learned equally much.
+    """Compare the forgetting of several runs of one base at the same new-task loss, and at their ends.
 
-    Learning less is not forgetting less. `matched_loss` (nats per token) is the lowest new-task loss that every run
-    reached; each run is read at its first crossing of it, linearly between the two evaluations around it.
-    `prevented` = 1 - ref_kl(run) / ref_kl(first run). Intervals: bootstrap over documents, the same resampled
-    documents in every run. They hold for these runs, not for other training seeds.
+    A run that learned less may also forget less. So `matched_loss` (nats per token) is the lowest new-task loss that
+    every run reached, and each run is interpolated linearly at its first crossing of that loss.
+    `prevented` = 1 - ref_kl(run) / ref_kl(first run). Intervals are bootstrapped over documents, with the same
+    resampled documents in every run. They hold for these runs, not for other training seeds.
 
-    A run that is annealed at that step has moved less than one in mid-schedule: `warnings` says where the learning
-    rates there differ. A text that no run measured on its way is in `end` alone.
+    A run that is annealed at that step has moved less than one in mid-schedule: `warnings` says if the learning rates
+    differ there. Texts that no run evaluated during training are in `end` only.
 
-    The end of a run is the model that it left: what `retain measure` found of it, else the evaluation at its step. Each
-    number is of one source in all runs, and is compared only where it was measured alike (`unlike` says where not).
+    The end of a run is its final model, as measured by `retain measure`, else by the evaluation at its step. Each
+    number has the same source in all runs; `unlike` marks those that were measured differently and are not compared.
 
     Raises:
-        ValueError: if two runs have one name, or their bases differ.
+        ValueError: if two runs share a name, or their bases differ.
     """
     _check_same_base(runs)
     matched_loss, reason = _matched_loss(runs)
@@ -137,7 +137,7 @@ def compare_at_matched_loss(runs: ReportRuns, seed: int = 0) -> Comparison:
 def _loss_difference(
     runs: ReportRuns, losses: Sequence[float | None], at: int, loss_text: str | None
 ) -> tuple[float | None, Mismatch | None]:
-    """The final loss of a run relative to that of the first, or why there is none."""
+    """The final loss of a run relative to the first run's, or why they are not compared."""
     why = _other_tokens(runs[0], runs[at]) if loss_text is None else mismatch(runs[0], runs[at], loss_text)
     if why:
         return None, Mismatch(runs[0].name, why)
@@ -146,9 +146,9 @@ def _loss_difference(
 
 
 def first_crossing(steps: Sequence[float], losses: Sequence[float], target: float) -> float | None:
-    """First step, linearly interpolated, at which the loss comes down to `target` (nats per token).
+    """The first step, linearly interpolated, at which the loss reaches `target` (nats per token).
 
-    None when it never does, or when it is below already at the first evaluation: then nobody saw it cross.
+    None if it never does, or was below `target` at the first evaluation already.
 
     >>> first_crossing([0, 10, 20], [4.0, 3.0, 2.0], 2.5)
     15.0
@@ -162,11 +162,11 @@ def first_crossing(steps: Sequence[float], losses: Sequence[float], target: floa
 
 
 def _rate_warnings(runs: ReportRuns, steps: Sequence[float | None], rates: Sequence[float | None]) -> list[str]:
-    """A sentence where the learning rates at the steps compared differ: one run may be annealed, another not."""
-    read = zip(runs, steps, rates, strict=True)
-    known = [(run.name, step, rate) for run, step, rate in read if step is not None and rate is not None]
-    found = [rate for _, _, rate in known]
-    if len(found) < 2 or min(found) >= MIN_RATE_RATIO * max(found):
+    """A warning if the learning rates at the compared steps differ: one run may be annealed and another not."""
+    rows = zip(runs, steps, rates, strict=True)
+    known = [(run.name, step, rate) for run, step, rate in rows if step is not None and rate is not None]
+    known_rates = [rate for _, _, rate in known]
+    if len(known) < 2 or min(known_rates) >= MIN_RATE_RATIO * max(known_rates):
         return []
     listed = ", ".join(f"{rate:.2g} in “{name}” (step {step:.3g})" for name, step, rate in known)
     return [
@@ -177,7 +177,7 @@ def _rate_warnings(runs: ReportRuns, steps: Sequence[float | None], rates: Seque
 
 
 def _token_warnings(runs: ReportRuns) -> list[str]:
-    """A sentence where some runs say which tokens their `eval_loss` counts and others, as of other trainers, do not."""
+    """A warning if only some runs say which tokens their `eval_loss` counts; other trainers' do not."""
     known = {run.trained_tokens: run.name for run in runs if run.trained_tokens}
     unknown = ", ".join(f"“{run.name}”" for run in runs if not run.trained_tokens)
     return [
@@ -190,50 +190,50 @@ def _token_warnings(runs: ReportRuns) -> list[str]:
 
 def _check_same_base(runs: ReportRuns) -> None:
     names = [run.name for run in runs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"runs: two are named {twice[0]!r}; give each run once, and a name of its own")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"runs: two are named {repeated[0]!r}; give each run once, and its own name")
     fingerprints = {run.name: run.base.get("fingerprint") for run in runs}
     if len({fingerprint for fingerprint in fingerprints.values() if fingerprint}) > 1:
         raise ValueError(f"base.fingerprint differs between runs: {fingerprints}. Compare runs of one base.")
 
 
 def _final_losses(runs: ReportRuns, ends: Sequence[float | None]) -> tuple[str | None, Sequence[float | None]]:
-    """New-task losses at the ends, of one source: a text that all were measured on (its name), else `eval_loss`."""
+    """New-task losses at the ends, and the text that all were measured on; None for `eval_loss`."""
     for text in runs[0].new_task if runs else ():
-        found = [run.new_task.get(text, TextResult()).loss for run in runs]
-        if all(found):
-            return text, [loss.value for loss in found if loss]
+        measured = [run.new_task.get(text, TextResult()).loss for run in runs]
+        if all(measured):
+            return text, [loss.value for loss in measured if loss]
     losses = [_interpolate(*run.series("eval_loss"), end) for run, end in zip(runs, ends, strict=True)]
     return None, [None] * len(runs) if None in losses else losses
 
 
 def _measured_in_all(runs: ReportRuns, text: str) -> bool:
-    """Whether every run that knows a text has what `retain measure` found on it."""
-    found = [run.retention.get(text, TextResult()).ref_kl is not None for run in runs]
-    followed = [bool(run.series(f"retention/{text}/ref_kl")[0]) for run in runs]
-    return any(found) and all(one or not other for one, other in zip(found, followed, strict=True))
+    """Whether `retain measure` measured a text in some run, and in every run that evaluated it during training."""
+    measured = [run.retention.get(text, TextResult()).ref_kl is not None for run in runs]
+    evaluated = [bool(run.series(f"retention/{text}/ref_kl")[0]) for run in runs]
+    return any(measured) and all(end or not during for end, during in zip(measured, evaluated, strict=True))
 
 
 def mismatch(run: RunResults, other: RunResults, text: str) -> str | None:
-    """How `other` was measured on a text, where that was otherwise than `run` in what decides the numbers."""
+    """How `other` was measured on a text if that differs from `run` in a way that changes the numbers, else None."""
     ours, theirs = (
-        {key: re.sub(r"(\(id \d+\)): .*", r"\1", str(value)) for key, value in one.settings.items()}
-        for one in (run, other)
+        {key: re.sub(r"(\(id \d+\)): .*", r"\1", str(value)) for key, value in each.settings.items()}
+        for each in (run, other)
     )
     known = [key for key in DECIDING if key in ours and key in theirs]  # older reports have fewer
     if differing := [f"{key} {theirs[key]}, not {ours[key]}" for key in known if ours[key] != theirs[key]]:
         return f"measured with {'; '.join(differing)}"
-    counted = [one.loss_tokens(text) for one in (run, other)]
+    counted = [each.loss_tokens(text) for each in (run, other)]
     if all(counted) and counted[0] != counted[1]:
         return f"measured on {counted[1]}, not on {counted[0]}"
-    sizes = [_size(one, text) for one in (run, other)]
+    sizes = [_size(each, text) for each in (run, other)]
     if sizes[0] and sizes[1] and sizes[0] != sizes[1]:
         return f"measured on other documents ({sizes[1]}; not {sizes[0]})"
     return _other_documents(_measured_sums(run, text), _measured_sums(other, text))
 
 
 def _other_tokens(run: RunResults, other: RunResults) -> str | None:
-    """Which other tokens the `eval_loss` of `other` counts than that of `run`, where both say."""
+    """How the tokens that the `eval_loss` of `other` counts differ from those of `run`, if both are known."""
     ours, theirs = run.trained_tokens, other.trained_tokens
     return f"its loss counts {theirs}, not {ours}" if ours and theirs and ours != theirs else None
 
@@ -246,24 +246,24 @@ def _size(run: RunResults, text: str) -> str | None:
 
 
 def _other_documents(ours: Sums | None, theirs: Sums | None) -> str | None:
-    """Documents are known by their lengths and by the base's own loss on each; None where they are the same."""
+    """A mismatch if the documents differ in length or in the base's own loss; None if they agree or are unknown."""
     if ours is None or theirs is None:
         return None
     if np.array_equal(ours["num_tokens"], theirs["num_tokens"]):
-        apart = np.abs(ours["base_loss"] - theirs["base_loss"])
-        if np.all(apart <= MAX_BASE_ROUNDING * np.sqrt(ours["num_tokens"])):
+        differences = np.abs(ours["base_loss"] - theirs["base_loss"])
+        if np.all(differences <= MAX_BASE_ROUNDING * np.sqrt(ours["num_tokens"])):
             return None
     return "measured on other documents"
 
 
 def _matched_loss(runs: ReportRuns) -> tuple[float | None, str | None]:
-    """The lowest loss that every run reached, or None and why there is none."""
+    """The lowest loss that every run reached, or None and the reason."""
     if len(runs) < 2:
         return None, "there is only one run"
     curves = {run.name: run.series("eval_loss")[1] for run in runs}
-    if blind := [name for name, losses in curves.items() if not losses]:
-        blinded = f"no new-task loss was evaluated while training {enumeration(blind)}"
-        return None, f"{blinded} (`retain finetune` does it with --eval_dataset_name FILE){_training_losses(runs)}"
+    if missing := [name for name, losses in curves.items() if not losses]:
+        reason = f"no new-task loss was evaluated while training {enumeration(missing)}"
+        return None, f"{reason} (`retain finetune` does it with --eval_dataset_name FILE){_training_losses(runs)}"
     for run in runs:
         if why := _other_tokens(runs[0], run):
             return None, f"{run.name}: {why} as {runs[0].name}'s does"
@@ -277,22 +277,19 @@ def _matched_loss(runs: ReportRuns) -> tuple[float | None, str | None]:
 
 
 def _training_losses(runs: ReportRuns) -> str:
-    """Where the training loss of each run ended, if all logged one: too noisy to compare at, it tells them apart."""
+    """The last training loss of each run, if all logged one; too noisy for a comparison, it still tells runs apart."""
     last = {run.name: losses[-1] for run in runs if (losses := run.training_losses[1])}
     listed = enumeration([f"{loss:.3f} of {name}" for name, loss in last.items()])
     return f"; their training loss ended at {listed}" if len(last) == len(runs) else ""
 
 
 def _side_by_side(runs: ReportRuns, steps: Sequence[float | None] | None, text: str, seed: int) -> list[ComparedText]:
-    """One entry per run for one text, read at each run's own step, or what `retain measure` found where that is None.
-
-    `prevented` is against the first run.
-    """
+    """One entry per run for a text at each run's own step; if `steps` is None, as `retain measure` measured it."""
     entries, sums = [], []
     for run, step in zip(runs, steps or [None] * len(runs), strict=True):
-        found, of_run = _measured(run, text) if steps is None else _evaluated(run, text, step)
-        numbers: dict[str, Any] = {metric: one.value for metric, one in found.items()}
-        numbers |= {f"{metric}_ci": _bounds(metric, one, of_run, seed) for metric, one in found.items()}
+        estimates, of_run = _measured(run, text) if steps is None else _evaluated(run, text, step)
+        numbers: dict[str, Any] = {metric: estimate.value for metric, estimate in estimates.items()}
+        numbers |= {f"{metric}_ci": _bounds(metric, estimate, of_run, seed) for metric, estimate in estimates.items()}
         size = len(of_run["num_tokens"]) if of_run else None
         entries.append(ComparedText(run.name, step, **numbers, num_documents=size))
         sums.append(of_run)
@@ -310,28 +307,28 @@ def _side_by_side(runs: ReportRuns, steps: Sequence[float | None] | None, text: 
 
 
 def _measured(run: RunResults, text: str) -> tuple[dict[str, Estimate], Sums | None]:
-    """What `retain measure` found of the metrics in `COMPARED`, and sums per document."""
-    found = run.retention.get(text, TextResult()).estimates
-    return {metric: found[metric] for metric in COMPARED if metric in found}, _measured_sums(run, text)
+    """The metrics in `COMPARED` as `retain measure` measured them, and sums per document."""
+    estimates = run.retention.get(text, TextResult()).estimates
+    return {metric: estimates[metric] for metric in COMPARED if metric in estimates}, _measured_sums(run, text)
 
 
 def _evaluated(run: RunResults, text: str, step: float | None) -> tuple[dict[str, Estimate], Sums | None]:
-    """The same from the evaluations around a step."""
+    """The same, interpolated between the evaluations around a step."""
     values = {metric: _interpolate(*run.series(f"retention/{text}/{metric}"), step) for metric in COMPARED}
-    found = {metric: Estimate(value) for metric, value in values.items() if value is not None}
-    return found, _sums_at(run, text, step)
+    estimates = {metric: Estimate(value) for metric, value in values.items() if value is not None}
+    return estimates, _sums_at(run, text, step)
 
 
-def _bounds(metric: str, found: Estimate, sums: Sums | None, seed: int) -> list[float] | None:
-    if found.ci or sums is None:
-        return list(found.ci) if found.ci else None
+def _bounds(metric: str, estimate: Estimate, sums: Sums | None, seed: int) -> list[float] | None:
+    if estimate.ci or sums is None:
+        return list(estimate.ci) if estimate.ci else None
     return _interval(sums[metric], sums["num_tokens"], seed, METRICS[metric].least)
 
 
 def _prevented(
     first: ComparedText, entry: ComparedText, sums_of_first: Sums | None, sums: Sums | None, floor: float, seed: int
 ) -> dict[str, Any]:
-    """Share of the first run's ref_kl that this run did not have, with a paired interval, or why there is none."""
+    """The share of the first run's ref_kl that this run prevented, with a paired interval, or why there is none."""
     if entry.ref_kl is None or first.ref_kl is None:
         return {"note": "ref_kl was not measured at this point"}
     if first.ref_kl <= floor:
@@ -352,39 +349,37 @@ def _interpolate(steps: list[float], values: list[float], step: float | None) ->
 
 
 def _sums_at(run: RunResults, text: str, step: float | None) -> Sums | None:
-    """Sums per document, linear between the two evaluations around `step`; None where none surround it."""
+    """Sums per document, interpolated linearly between the evaluations around `step`; None if it lies outside them."""
     rows = {row.step: row for row in run.documents if row.name == text}
-    earlier = [s for s in rows if step is not None and s <= step]
-    later = [s for s in rows if step is not None and s >= step]
-    if step is None or not earlier or not later:
+    if step is None or not rows or not min(rows) <= step <= max(rows):
         return None
-    before, after = rows[max(earlier)], rows[min(later)]
+    before, after = rows[max(s for s in rows if s <= step)], rows[min(s for s in rows if s >= step)]
     share = (step - before.step) / (after.step - before.step) if after is not before else 0.0
-    ours, theirs = _arrays(before), _arrays(after)
-    mixed = {key: (1 - share) * ours[key] + share * theirs[key] for key in KEPT_SUMS}
-    tokens = ours["num_tokens"]  # not mixed: rounding would make equal documents differ
-    return mixed | {"forgetting": mixed["loss"] - mixed["base_loss"], "num_tokens": tokens}
+    first, second = _arrays(before), _arrays(after)
+    sums = {key: (1 - share) * first[key] + share * second[key] for key in KEPT_SUMS}
+    tokens = first["num_tokens"]  # not interpolated: rounding would make equal documents differ
+    return sums | {"forgetting": sums["loss"] - sums["base_loss"], "num_tokens": tokens}
 
 
 def _measured_sums(run: RunResults, text: str) -> Sums | None:
-    """Sums per document from `retain measure`; None in reports older than these sums."""
+    """Sums per document from `retain measure`; None in older reports."""
     return _arrays(run.per_document[text]) if text in run.per_document else None
 
 
 def _arrays(sums: KeptSums) -> dict[str, np.ndarray]:
-    found = {key: np.asarray(getattr(sums, key), float) for key in (*KEPT_SUMS, "num_tokens")}
-    return found | {"forgetting": found["loss"] - found["base_loss"]}
+    arrays = {key: np.asarray(getattr(sums, key), float) for key in (*KEPT_SUMS, "num_tokens")}
+    return arrays | {"forgetting": arrays["loss"] - arrays["base_loss"]}
 
 
 def loss_difference(run: RunResults, other: RunResults, text: str) -> tuple[Estimate, Point] | None:
-    """Loss of `run` minus that of `other` on one text at their ends, and the two; its interval pairs documents.
+    """The final loss of `run` minus that of `other` on a text, with a paired interval, and both losses.
 
-    None where one of them was not measured there, or they were not measured alike. Nats per token.
+    In nats per token; None if one was not measured, or they were measured differently.
     """
-    ours, theirs = (one.texts.get(text, TextResult()).loss for one in (run, other))
+    ours, theirs = (each.texts.get(text, TextResult()).loss for each in (run, other))
     if ours is None or theirs is None or mismatch(other, run, text):
         return None
-    sums = [_measured_sums(one, text) for one in (run, other)]
+    sums = [_measured_sums(each, text) for each in (run, other)]
     ci = None
     if sums[0] and sums[1]:
         ci = _interval(sums[0]["loss"] - sums[1]["loss"], sums[0]["num_tokens"], 0, -math.inf)
@@ -392,7 +387,7 @@ def loss_difference(run: RunResults, other: RunResults, text: str) -> tuple[Esti
 
 
 def _interval(numerator: np.ndarray, denominator: np.ndarray, seed: int, least: float) -> list[float] | None:
-    """95% interval of a ratio of sums that is at least `least`; None where the documents are too few to give one."""
+    """95% interval of a ratio of sums that is at least `least`; None if there are too few documents."""
     _, low, high = bootstrap_ratio(
         numerator, denominator, num_resamples=NUM_RESAMPLES, level=INTERVAL_LEVEL, seed=seed, within=(least, math.inf)
     )
@@ -400,26 +395,26 @@ def _interval(numerator: np.ndarray, denominator: np.ndarray, seed: int, least: 
 
 
 def end_points(compared: Comparison, text: str | None = None) -> list[Point | None]:
-    """(new-task loss, ref_kl) at the end of each run, nats per token; on one text, or the mean over all texts.
+    """(new-task loss, ref_kl) at the end of each run, in nats per token; ref_kl on one text, or averaged over all.
 
-    None for a run that was not measured on all of them, or not alike.
+    None for a run that was not measured on all of them, or measured differently.
     """
     texts = list(compared.end) if text is None else [text]
-    found: list[Point | None] = []
+    points: list[Point | None] = []
     for at, run in enumerate(compared.runs):
         entries = [compared.end[name][at] for name in texts]
         moved = [entry.ref_kl for entry in entries if entry.ref_kl is not None and not entry.unlike]
         if run.final_loss is None or run.unlike or not moved or len(moved) < len(texts):
-            found.append(None)
+            points.append(None)
         else:
-            found.append((run.final_loss, sum(moved) / len(moved)))
-    return found
+            points.append((run.final_loss, sum(moved) / len(moved)))
+    return points
 
 
 def dominators(points: Sequence[Point | None]) -> list[list[int]]:
-    """For each point the places of those that are no worse on both numbers and better on one.
+    """For each point, the places of those that are no worse in both numbers and better in one.
 
-    The values alone decide, without regard to their intervals: a narrow win may be chance.
+    Intervals are ignored, so a narrow win may be chance.
 
     >>> dominators([(2.0, 0.6), (2.5, 0.1), (2.5, 0.3)])
     [[], [], [1]]
@@ -435,6 +430,6 @@ def dominators(points: Sequence[Point | None]) -> list[list[int]]:
 
 
 def frontier(points: Sequence[Point | None]) -> list[int]:
-    """Places of the points that nobody dominates, the one that learned least first."""
+    """Places of the points that no other dominates, the one that learned least first."""
     free = [place for place, beaten in enumerate(dominators(points)) if points[place] and not beaten]
     return sorted(free, key=lambda place: tuple(-number for number in points[place] or ()))

@@ -1,4 +1,4 @@
-"""Which figures a report has, as plain data; `style` draws them."""
+"""The figures of a report as plain data; `style` draws them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Literal
 from retain.report.comparison import Comparison, Point, end_points, frontier
 from retain.report.results import ReportRuns, RunResults, TextResult, names_of_texts, texts_by_forgetting
 
-LEARNING = "new-task loss, nats per token (learning →)"  # to the right, wherever it is drawn
+LEARNING = "new-task loss, nats per token (learning →)"  # the axis is inverted in every figure
 
 
 @dataclass(frozen=True)
 class PlotLine:
-    """A run (its place) as points; `end` is the step of the last one, where x is something else; `ranges` are of y."""
+    """The points of a run, given by its place; `end` is the last point's step if x is not steps, `ranges` are of y."""
 
     name: str
     run: int
@@ -26,7 +26,7 @@ class PlotLine:
 
 @dataclass(frozen=True)
 class Dot:
-    """A value of one text and run (its place), with its interval."""
+    """The value of a text and a run, given by its place, with its interval."""
 
     text: str
     run: int
@@ -37,12 +37,11 @@ class Dot:
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure. `description` is its accessible name.
+    """One figure; `description` is its accessible name.
 
-    frontier: forgetting over new-task loss, learning to the right: of two runs the lower one forgot less for as much
-    learned; `ends` are those that no other run dominates, the one that learned least first. curve: values over steps;
-    `marks` are points that were evaluated, `ticks` the words at x = 0, 1, …. interval: a dot and its interval per text
-    and run.
+    frontier: forgetting over new-task loss, learning to the right, so that a lower run forgot less for as much
+    learning; `ends` are the undominated runs, the one that learned least first. curve: values over steps; `marks` shows
+    the evaluated points, `ticks` labels x = 0, 1, …. interval: a dot with its interval for each text and run.
     """
 
     kind: Literal["frontier", "curve", "interval"]
@@ -60,8 +59,8 @@ class Panel:
 
 
 def panels(runs: ReportRuns, compared: Comparison | None) -> list[Panel]:
-    """The figures of what was measured."""
-    are_stages = len(runs) > 1 and not compared  # each trained on its own task, and followed against another base
+    """All figures of a report but the opening one; stages of a chain have intervals only."""
+    are_stages = len(runs) > 1 and not compared  # each trained on its own task, and evaluated against its own base
     if are_stages:
         return _intervals(runs)
     learning = [_learning(runs, compared, text) for text in names_of_texts(runs)]
@@ -69,32 +68,32 @@ def panels(runs: ReportRuns, compared: Comparison | None) -> list[Panel]:
 
 
 def _learning(runs: ReportRuns, compared: Comparison | None, text: str) -> Panel | None:
-    """Forgetting over new-task loss: a line per trajectory, or the end of every run where one has none.
+    """Forgetting over new-task loss: each run's trajectory, or only the ends if a run has none.
 
-    Never both: what was evaluated during training and what was measured after it are other losses.
+    Never both, because evaluations during training and measurements after it are different losses.
     """
     points = end_points(compared, text) if compared else [None] * len(runs)
     paths = [
         _path(run, place, text) if run.trained_tokens == runs[0].trained_tokens else None
         for place, run in enumerate(runs)
     ]
-    followed = any(paths) and all(path or not point for path, point in zip(paths, points, strict=True))
-    if not followed:
+    evaluated = any(paths) and all(path or not point for path, point in zip(paths, points, strict=True))
+    if not evaluated:
         paths = [_line(runs[place], place, {None: point}) if point else None for place, point in enumerate(points)]
     lines = [line for line in paths if line]
-    if len(lines) < 2 and not followed:
+    if len(lines) < 2 and not evaluated:
         return None
     last = {line.run: (line.x[-1], line.y[-1]) for line in lines}
     best = sorted((last[place] for place in frontier(points)), reverse=True)
     return Panel(
         "frontier", text, f"Learning against divergence from the base on {text}", LEARNING, "ref_kl, nats per token",
         lines=lines, ends=best if len(best) > 1 else [], from_zero=True,
-        matched_loss=compared.matched_loss if compared and followed else None,
+        matched_loss=compared.matched_loss if compared and evaluated else None,
     )  # fmt: skip
 
 
 def _path(run: RunResults, place: int, text: str) -> PlotLine | None:
-    """One run where both the new-task loss and the text were evaluated, up to the model that it left."""
+    """A run's evaluations of both the new-task loss and the text, up to its final model; None for fewer than two."""
     losses = dict(zip(*run.series("eval_loss"), strict=True))
     moved = dict(zip(*run.series(f"retention/{text}/ref_kl"), strict=True))
     end = run.end_step
@@ -108,7 +107,7 @@ def _line(run: RunResults, place: int, points: Mapping[Any, Point]) -> PlotLine:
 
 
 def _curves(runs: ReportRuns) -> list[Panel]:
-    counted = dict.fromkeys(run.trained_tokens for run in runs)  # losses over other tokens have axes of their own
+    counted = dict.fromkeys(run.trained_tokens for run in runs)  # losses over different tokens have their own axes
     several = len(counted) > 1
     wanted = [
         _curve([(place, run) for place, run in enumerate(runs) if run.trained_tokens == tokens], "eval_loss",
@@ -126,19 +125,19 @@ def _curves(runs: ReportRuns) -> list[Panel]:
 
 
 def _curve(runs: Sequence[tuple[int, RunResults]], key: str, title: str, **options: Any) -> Panel:
-    read = [(run.name, place, *run.series(key)) for place, run in runs]
-    lines = [PlotLine(name, place, x, y) for name, place, x, y in read if len(x) > 1]
+    series = [(run.name, place, *run.series(key)) for place, run in runs]
+    lines = [PlotLine(name, place, x, y) for name, place, x, y in series if len(x) > 1]
     defaults: dict[str, Any] = {"ylabel": "nats per token", "from_zero": True}
     return Panel("curve", title, f"{title} over steps", "step", lines=lines, **defaults | options)
 
 
 def _intervals(runs: ReportRuns) -> list[Panel]:
     moved = _dots(runs, "retention", "ref_kl", "Divergence from the base", "ref_kl, nats per token, 95% interval")
-    return [moved] if len(moved.dots) > 1 else []  # a lone dot stands in the table
+    return [moved] if len(moved.dots) > 1 else []  # the table has a single value
 
 
 def learned_and_forgotten(runs: ReportRuns) -> list[Panel]:
-    """The figure that opens a page, as panels one above the other; none where there is no more than one number."""
+    """The panels, one above the other, of the figure that opens a page; empty for a single number or none."""
     found = [
         _dots(runs, "new_task", "gain", "Learned: the loss fell by", ""),
         _dots(runs, "retention", "forgetting", "Forgotten: the loss rose by", "nats per token, 95% interval"),
@@ -147,13 +146,13 @@ def learned_and_forgotten(runs: ReportRuns) -> list[Panel]:
 
 
 def _dots(runs: ReportRuns, kind: str, metric: str, title: str, xlabel: str) -> Panel:
-    """A metric of the texts of one kind at the ends of the runs, where it has an interval."""
+    """A metric with an interval, at the end of each run, for the texts of one kind."""
     new_tasks = dict.fromkeys(text for run in runs for text in run.new_task)
     dots, words = [], []
     for text in new_tasks if kind == "new_task" else texts_by_forgetting(runs):
         for place, run in enumerate(runs):
-            found = getattr(getattr(run, kind).get(text, TextResult()), metric)
-            if found and found.ci:
-                dots.append(Dot(text, place, found.value, *found.ci))
-                words.append(f"{text}, {run.name} {found}")
+            estimate = getattr(getattr(run, kind).get(text, TextResult()), metric)
+            if estimate and estimate.ci:
+                dots.append(Dot(text, place, estimate.value, *estimate.ci))
+                words.append(f"{text}, {run.name} {estimate}")
     return Panel("interval", title, f"{title} (nats per token): {'; '.join(words)}.", xlabel, dots=dots)

@@ -1,7 +1,7 @@
-"""A report as a gate: is forgetting within a limit, beyond it, or is that more than the evidence can say?
+"""A gate: whether the forgetting in a report is within a limit, beyond it, or undecided.
 
-An interval decides, never a value alone: within where the whole 95% interval is, beyond where the whole interval is,
-and neither where it straddles the limit. The worst decides for all.
+The 95% interval decides, never the value alone: a check is within or beyond its limit if the whole interval is, and
+undecided if the interval straddles the limit. The worst check decides for all.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ WHY = {
     UNDECIDED: "the interval does not decide",
 }
 SEVERITY = (WITHIN, UNDECIDED, BEYOND)
-LIMITED = {"max_forgetting": "forgetting", "max_ref_kl": "ref_kl", "min_agreement": "ref_agreement"}  # of a text
-MIN_DOCUMENTS = 10  # documents or questions below which the coverage of an interval is not known: nothing is decided
-MAX_TIMES = 1000  # times as much text: then the value lies on the limit, as far as anyone can tell
+LIMITED = {"max_forgetting": "forgetting", "max_ref_kl": "ref_kl", "min_agreement": "ref_agreement"}  # a text's metrics
+MIN_DOCUMENTS = 10  # documents or questions; the coverage of intervals over fewer is unknown, so they decide nothing
+MAX_TIMES = 1000  # times as much text: if more were needed, the value lies practically on the limit
 
 
 @dataclass(frozen=True)
 class Check:
-    """One number held against its limit: a `share` against the least that it may be, nats against the most.
+    """One number and its limit, which is a minimum for a `share` and a maximum for nats.
 
     Args:
-        unit: what is resampled: documents or questions.
+        unit: what the interval resamples, documents or questions.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Check:
 
     @property
     def excess(self) -> tuple[float, float, float] | None:
-        """(value, low, high) beyond the limit: positive is bad. None where there is no interval to go by."""
+        """(value, low, high) relative to the limit, where positive is bad; None without an interval."""
         if self.found is None or self.found.ci is None:
             return None
         value, low, high = (number - self.limit for number in (self.found.value, *self.found.ci))
@@ -63,15 +63,15 @@ class Check:
 
     @property
     def needed(self) -> int | None:
-        """Documents that would decide if the value stays: an interval's width falls as 1/sqrt(documents).
+        """Documents that would decide if the value stays, as the interval's width falls with 1/sqrt(documents).
 
-        None where no affordable number would.
+        None if that takes more than `MAX_TIMES` as many.
         """
         if self.excess is None or self.size < MIN_DOCUMENTS:
             return MIN_DOCUMENTS
         value, low, high = self.excess
-        side = high - value if value <= 0 else value - low
-        times = (side / value) ** 2 if value else math.inf
+        half_width = high - value if value <= 0 else value - low
+        times = (half_width / value) ** 2 if value else math.inf
         return max(self.size + 1, math.ceil(self.size * times)) if times <= MAX_TIMES else None
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class Check:
 
     @property
     def advice(self) -> str:
-        """How much more text would decide."""
+        """How many documents or questions would decide, in words."""
         if self.needed is None:
             return f"the value lies so near the limit that more {self.unit} would hardly decide"
         if self.size < MIN_DOCUMENTS:
@@ -93,7 +93,7 @@ class Check:
 
 
 def checks_of(run: RunResults, limits: Mapping[str, float | None]) -> Iterator[Check]:
-    """Everything in a report that a limit is set on."""
+    """A check for every number in a report that has a limit."""
     for text, result in run.retention.items():
         for name, metric in LIMITED.items():
             if (limit := limits[name]) is not None:
@@ -112,21 +112,20 @@ def judge(
     max_ref_kl: float | None = None,
     min_agreement: float | None = None,
 ) -> Judgement:
-    """The code (0 within, 2 beyond, 3 not enough evidence), a verdict in one line, and a line for every number judged.
+    """Check a report against limits: the code (0 within, 2 beyond, 3 not enough evidence), a verdict, all checks.
 
     Args:
-        max_forgetting: most forgetting of any retention text, in nats per token.
-        max_ref_kl: most divergence from the base on any retention text, in nats per token.
-        min_agreement: least share of the base's own top tokens and answers.
+        max_forgetting: largest allowed forgetting on any retention text, in nats per token.
+        max_ref_kl: largest allowed divergence from the base on any retention text, in nats per token.
+        min_agreement: smallest allowed share of the base's top tokens and answers that the model shares.
     """
     limits = {"max_forgetting": max_forgetting, "max_ref_kl": max_ref_kl, "min_agreement": min_agreement}
     checks = list(checks_of(run, limits))
-    assert checks, "a limit on nothing"
-    worst = max(SEVERITY.index(check.code) for check in checks)
-    guilty = [check for check in checks if SEVERITY.index(check.code) == worst]
-    decided = max(guilty, key=lambda check: (check.what == "forgetting", (check.excess or (0.0,))[0]))
-    code = SEVERITY[worst]
-    more = f" (and {quantity(len(guilty) - 1, 'more check')})" if len(guilty) > 1 and code != WITHIN else ""
-    hint = f"; {decided.advice}" if code == UNDECIDED else ""
-    verdict = f"gate: {CODE_WORDS[code]} (exit code {code}), decided by {decided}{hint}{more}"
+    assert checks, "no limit applies to this report"
+    code = max((check.code for check in checks), key=SEVERITY.index)
+    worst = [check for check in checks if check.code == code]
+    deciding = max(worst, key=lambda check: (check.what == "forgetting", (check.excess or (0.0,))[0]))
+    more = f" (and {quantity(len(worst) - 1, 'more check')})" if len(worst) > 1 and code != WITHIN else ""
+    hint = f"; {deciding.advice}" if code == UNDECIDED else ""
+    verdict = f"gate: {CODE_WORDS[code]} (exit code {code}), decided by {deciding}{hint}{more}"
     return Judgement(code, verdict, list(map(str, checks)), **limits)

@@ -1,7 +1,7 @@
-"""What a model learned and how far it moved, at weights between its base's and its own; and which weights to take.
+"""Learning and divergence at weights interpolated between a base and its tuned model, and which weights to choose.
 
-The mean of a run's checkpoints may be a further end of the interpolation, beside the model. What is chosen is chosen on
-the rows it was measured on, so what is measured there is a little better than on others.
+Besides the model, the mean of a run's checkpoints may be another end of the interpolation. The choice is made on the
+rows that were measured, so the chosen point looks a little better on them than on other rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MODEL = "model"
 class FrontPoint:
     """W(α) toward an end, by text: loss and `ref_kl` in nats per token, and `kept`, the share of the model's gain.
 
-    `kept` is empty for a text on which the model shows no gain.
+    `kept` omits texts on which the model shows no gain.
     """
 
     end: str
@@ -37,9 +37,9 @@ class FrontPoint:
 
 @dataclass(frozen=True)
 class InterpolationFront:
-    """Points by end and rising α; `gain` is the model's, at α = 1, by text of the new task, in nats per token.
+    """Points by end and increasing α; `gain` is the model's at α = 1, by new-task text, in nats per token.
 
-    Where an interval is at hand, it decides: with fewer than two documents, the value does.
+    Choices depend on intervals, or on values where fewer than two documents give none.
     """
 
     points: list[FrontPoint]
@@ -49,17 +49,17 @@ class InterpolationFront:
     def of(
         cls, runs: Mapping[float, RunResults], means: Mapping[str, Mapping[float, RunResults]] | None = None
     ) -> InterpolationFront:
-        """The front of what `measure` found on the same texts.
+        """The front of models that `measure` measured on the same texts.
 
         Args:
-            runs: between base and model, by α, 1 among them.
-            means: the same between the base and each further end, by its name; its α = 0 is the base once more.
+            runs: α → the model there, between base and model, with α = 1.
+            means: end → the same between the base and another end, where α = 0 is the base again.
         """
         gain = {text: result.estimates[GAIN.name] for text, result in runs[1.0].new_task.items()}
-        learned = [text for text, one in gain.items() if _low(one) > 0]
+        learned = [text for text, estimate in gain.items() if _low(estimate) > 0]
         points = []
-        for end, found in {MODEL: runs, **(means or {})}.items():
-            for alpha, run in sorted(found.items()):
+        for end, of_end in {MODEL: runs, **(means or {})}.items():
+            for alpha, run in sorted(of_end.items()):
                 loss = {text: result.estimates["loss"] for text, result in run.new_task.items()}
                 kept = {text: _kept_gain(run, runs[1.0], text) for text in learned}
                 moved = {text: result.estimates["ref_kl"] for text, result in run.retention.items()}
@@ -68,15 +68,15 @@ class InterpolationFront:
 
     @property
     def _moved(self) -> list[FrontPoint]:
-        return [one for one in self.points if one.alpha]
+        return [point for point in self.points if point.alpha]
 
     def keeping_gain(self, share: float) -> FrontPoint:
-        """The point that moved least of those that keep this share of the model's gain, from 0 to 1, on every text.
+        """The point that moved least among those that keep this share (0 to 1) of the model's gain on every text.
 
-        It has the least `ref_kl` on the text of the replay rows on which its `ref_kl` is largest.
+        How far a point moved is its largest `ref_kl` over the retention texts.
 
         Raises:
-            ValueError: for a text on which no gain is shown.
+            ValueError: if a text shows no gain.
         """
         for text, gain in self.gain.items():
             if text not in self.points[0].kept:
@@ -84,61 +84,61 @@ class InterpolationFront:
                     f"new_task: {text!r} shows no gain to keep, {value_cell(gain).with_interval} nats per token on "
                     f"{quantity(gain.num_documents, 'document')}; give more rows, or choose by max_ref_kl or alpha"
                 )
-        keeping = [one for one in self._moved if min(map(_low, one.kept.values())) >= share]
-        return min(keeping, key=lambda one: _farthest(one).value)
+        keeping = [point for point in self._moved if min(map(_low, point.kept.values())) >= share]
+        return min(keeping, key=lambda point: _farthest(point).value)
 
     def within(self, max_ref_kl: float) -> FrontPoint:
-        """The point of the least loss on the new task, a mean over texts, whose `ref_kl` is within this on every text.
+        """The point with the lowest mean new-task loss whose `ref_kl` is at most `max_ref_kl` on every text.
 
         Raises:
-            ValueError: if only the base itself is.
+            ValueError: if only the base is within it.
         """
-        within = [one for one in self._moved if _high(_farthest(one)) <= max_ref_kl]
+        within = [point for point in self._moved if _high(_farthest(point)) <= max_ref_kl]
         if not within:
-            first = min(self._moved, key=lambda one: _high(_farthest(one)))
+            first = min(self._moved, key=lambda point: _high(_farthest(point)))
             raise ValueError(
-                f"max_ref_kl: {max_ref_kl:g} is exceeded already at alpha {first.alpha:g}, where ref_kl is "
+                f"max_ref_kl: {max_ref_kl:g} is already exceeded at alpha {first.alpha:g}, where ref_kl is "
                 f"{value_cell(_farthest(first)).with_interval} nats per token; raise it, or finetune with replay"
             )
-        return min(within, key=lambda one: sum(loss.value for loss in one.loss.values()))
+        return min(within, key=lambda point: sum(loss.value for loss in point.loss.values()))
 
     @property
     def table(self) -> Table:
-        """A row for each point, by end."""
+        """A row for each point, and a section for each end."""
         parts = [(name, getattr(self.points[0], name)) for name in ("loss", "kept", "ref_kl")]
         sections: dict[str, list[Row]] = {}
-        for one in self.points:
-            cells = [*map(value_cell, one.loss.values()), *map(share_cell, one.kept.values())]
-            cells += map(value_cell, one.ref_kl.values())
-            title = "alpha" if one.end == MODEL else f"alpha, {one.end}"
-            sections.setdefault(title, []).append(Row(f"{one.alpha:g}", cells))
+        for point in self.points:
+            cells = [*map(value_cell, point.loss.values()), *map(share_cell, point.kept.values())]
+            cells += map(value_cell, point.ref_kl.values())
+            title = "alpha" if point.end == MODEL else f"alpha, {point.end}"
+            sections.setdefault(title, []).append(Row(f"{point.alpha:g}", cells))
         columns = [f"{'gain kept' if what == 'kept' else what}, {text}" for what, texts in parts for text in texts]
         return Table(columns, [Section(*section) for section in sections.items()], has_base=False)
 
     def panels(self, chosen: FrontPoint) -> list[Panel]:
-        """Learning against divergence between the base and each end, a figure for each text that it moved on."""
-        learned, found = next(iter(self.gain)), []
+        """Learning against divergence between the base and each end, in one figure per retention text."""
+        learned, panels = next(iter(self.gain)), []
         paths: dict[str, list[FrontPoint]] = {}
-        for one in self.points:
-            paths.setdefault(f"between base and {'tuned model' if one.end == MODEL else one.end}", []).append(one)
+        for point in self.points:
+            paths.setdefault(f"between base and {'tuned model' if point.end == MODEL else point.end}", []).append(point)
         for text in self.points[0].ref_kl:
             lines = []
             for place, (name, points) in enumerate({**paths, f"alpha {chosen.alpha:g}": [chosen]}.items()):
-                values = [(one.loss[learned].value, one.ref_kl[text].value) for one in points]
-                lines.append(PlotLine(name, place, [x for x, _ in values], [y for _, y in values]))
+                losses = [point.loss[learned].value for point in points]
+                lines.append(PlotLine(name, place, losses, [point.ref_kl[text].value for point in points]))
             about = f"Learning against divergence from the base on {text}, between base and tuned model"
-            found.append(
+            panels.append(
                 Panel("frontier", text, about, LEARNING, "ref_kl, nats per token", lines=lines, from_zero=True)
             )
-        return found
+        return panels
 
 
-def _low(one: Estimate) -> float:
-    return one.ci[0] if one.ci else one.value
+def _low(estimate: Estimate) -> float:
+    return estimate.ci[0] if estimate.ci else estimate.value
 
 
-def _high(one: Estimate) -> float:
-    return one.ci[1] if one.ci else one.value
+def _high(estimate: Estimate) -> float:
+    return estimate.ci[1] if estimate.ci else estimate.value
 
 
 def _farthest(point: FrontPoint) -> Estimate:
@@ -146,9 +146,8 @@ def _farthest(point: FrontPoint) -> Estimate:
 
 
 def _kept_gain(run: RunResults, tuned: RunResults, text: str) -> Estimate:
-    """Share of the tuned model's gain on a text, its interval over documents; its gain as a whole is above 0."""
-    sums = [one.per_document[text] for one in (run, tuned)]
-    gains = [np.subtract(one.base_loss, one.loss) for one in sums]  # of each document, in nats
-    how = {name: run.settings[name] for name in ("num_resamples", "seed")}
-    value, *ends = bootstrap_ratio(*gains, **how)
+    """The share of the tuned model's gain on a text that `run` keeps, with its interval over documents."""
+    sums = [each.per_document[text] for each in (run, tuned)]
+    gains = [np.subtract(losses.base_loss, losses.loss) for losses in sums]  # per document, in nats
+    value, *ends = bootstrap_ratio(*gains, **{name: run.settings[name] for name in ("num_resamples", "seed")})
     return Estimate(value, bounds_of(ends), num_documents=len(gains[0]))

@@ -1,4 +1,4 @@
-"""What the numbers of a run, or of several runs of one base, allow one to say."""
+"""Sentences that the numbers of a run, or of several runs of one base, support."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from retain.report.numbers import Estimate, cell, count_cell, enumeration, point
 from retain.report.results import Answers, BehaviorShares, ReportRuns, RunResults, TextResult
 from retain.report.tables import BEHAVIOR_SCORERS, SCORERS
 
-MIN_OVERFIT = 0.01  # of the lowest new-task loss: a rise that an evaluation's rounding does not make
-MIN_SIGNS = 6  # documents that all say the same, from which on the sign test says so at 95%
-MIN_SHARE = 0.0005  # of the base's entropy: less would be written as 0.0%
-MAX_TIMES_FLOOR = 1000  # times the noise floor: from there on the factor says no more
-MAX_NAMED = 3  # texts, question sets or runs that a sentence names; the table has the others
+MIN_OVERFIT = 0.01  # relative to the lowest new-task loss: a rise larger than rounding
+MIN_SIGNS = 6  # documents that must agree for the sign test at 95%
+MIN_SHARE = 0.0005  # of the base's entropy; less would be written as 0.0%
+MAX_TIMES_FLOOR = 1000  # times the noise floor; a larger factor would say no more
+MAX_NAMED = 3  # texts, question sets or runs that a sentence names; the table has the rest
 
 STATES = {
     "forgot": "forgot",
@@ -26,36 +26,36 @@ STATES = {
 
 
 def verdict(run: RunResults, first: RunResults | None = None) -> str:
-    """What texts, questions and requests show of a run; and a budget, with its price beside the first run."""
-    found = behaviour_sentences(run)
-    texts = [text_verdict(run)] if run.retention or not found else []
-    return " ".join(filter(None, [*texts, *found, budget_sentence(run, first)]))
+    """What texts, answers and a budget show about a run; the budget's price is relative to the first run."""
+    behaviours = behaviour_sentences(run)
+    texts = [text_verdict(run)] if run.retention or not behaviours else []
+    return " ".join(filter(None, [*texts, *behaviours, budget_sentence(run, first)]))
 
 
 def behaviour_sentences(run: RunResults) -> list[str]:
-    """What questions, requests and prompts show of a run; none where nothing was asked."""
+    """What the answers to questions, requests and prompts show about a run."""
     return list(filter(None, [answers_sentence(run), refusals_sentence(run), behaviors_sentence(run)]))
 
 
 def opening(runs: ReportRuns, compared: Comparison | None) -> tuple[str, list[tuple[int, str]]]:
-    """The sentence for a reader with thirty seconds; and what else was found, each with the place of its run."""
-    found = [
+    """The sentence for a reader with thirty seconds, and the other findings, each with the place of its run."""
+    findings = [
         (at, sentence)
         for at, run in enumerate(runs)
         for sentence in [*behaviour_sentences(run), budget_sentence(run, runs[0] if at else None)]
         if sentence
     ]
     if compared:
-        return comparison_verdict(compared), found
-    if runs[0].retention or not found:
-        return text_verdict(runs[0], most=1), found
-    return found[0][1], found[1:]
+        return comparison_verdict(compared), findings
+    if runs[0].retention or not findings:
+        return text_verdict(runs[0], most=1), findings
+    return findings[0][1], findings[1:]
 
 
 def state(run: RunResults, text: str) -> str:
-    """What the intervals of one text show against the noise floor: a key of `STATES`."""
+    """What the intervals of a text show, given its noise floor: a key of `STATES`."""
     result, noise = run.retention[text], run.noise_floor.get(text, TextResult()).forgetting
-    loss, moved = (found.ci if found else None for found in (result.forgetting, result.ref_kl))
+    loss, moved = (estimate.ci if estimate else None for estimate in (result.forgetting, result.ref_kl))
     low, high = noise.ci if noise and noise.ci else (0.0, 0.0)
     if loss and loss[0] > max(high, 0.0):
         return "forgot"
@@ -67,9 +67,9 @@ def state(run: RunResults, text: str) -> str:
 
 
 def _moved_everywhere(run: RunResults, text: str) -> bool:
-    """Whether ref_kl, which is never below 0, is above the noise floor in every one of six documents or more.
+    """Whether ref_kl exceeds the noise floor in every document, of at least `MIN_SIGNS` (sign test, p = 1/32 at six).
 
-    By the sign test; the interval of so few skewed values may reach down to 0 (p = 1/32 at six).
+    The interval of so few skewed values may still reach 0.
     """
     if text not in run.per_document:
         return False
@@ -79,7 +79,7 @@ def _moved_everywhere(run: RunResults, text: str) -> bool:
 
 
 def text_verdict(run: RunResults, most: int = MAX_NAMED) -> str:
-    """One sentence: is forgetting shown, how much, on the `most` texts that moved most, and what was learned for it."""
+    """One sentence: whether and how much was forgotten on the `most` texts that moved most, and what was learned."""
     texts = run.retention
     states = {text: state(run, text) for text in texts}
     groups = {words: [text for text in texts if states[text] == kind] for kind, words in STATES.items()}
@@ -93,14 +93,14 @@ def text_verdict(run: RunResults, most: int = MAX_NAMED) -> str:
         ("forgetting", {text: texts[text].forgetting for text in shown}, ""),
         *(("new-task gain", {text: result.gain}, _learning_words(result)) for text, result in run.new_task.items()),
     ]
-    facts = [(label, found, after) for label, found, after in facts if any(found.values())]
+    facts = [(label, estimates, after) for label, estimates, after in facts if any(estimates.values())]
     clauses = [_clause(*fact, unit="" if at else " nats per token") for at, fact in enumerate(facts)]
     return f"“{run.name}” {head}{': ' * bool(clauses)}{'; '.join(clauses)}."
 
 
-def _clause(label: str, found: Mapping[str, Estimate | None], after: str, unit: str) -> str:
-    """`label` 0.012 [0.010, 0.015] nats per token on wiki and 0.003 [0.002, 0.004] on code."""
-    (text, first), *others = ((text, value_cell(one).with_interval) for text, one in found.items() if one)
+def _clause(label: str, estimates: Mapping[str, Estimate | None], after: str, unit: str) -> str:
+    """As `label` 0.012 [0.010, 0.015] nats per token on wiki and 0.003 [0.002, 0.004] on code."""
+    (text, first), *others = ((text, value_cell(each).with_interval) for text, each in estimates.items() if each)
     words = [f"{first}{unit} on {text}", *(f"{number} on {text}" for text, number in others)]
     return f"{label} {enumeration(words)}{after}"
 
@@ -120,7 +120,7 @@ def _noise(run: RunResults, texts: Sequence[str]) -> str:
 
 
 def scale_sentence(run: RunResults) -> str:
-    """How much a ref_kl is, on the text that moved most, in what was measured beside it; empty without such a thing."""
+    """The ref_kl of the text that moved most, relative to other measurements there; empty if there are none."""
     text = max(run.retention, key=lambda text: _divergence(run.retention[text]), default="")
     entropy = run.retention[text].base_ref_cross_entropy if text else None
     if not entropy or not entropy.value or not (value := _divergence(run.retention[text])):
@@ -138,7 +138,7 @@ def scale_sentence(run: RunResults) -> str:
 
 
 def overfit_sentence(run: RunResults) -> str:
-    """Says that the new-task loss rose again before the end of a run, and what ends at the lower one; or nothing."""
+    """A warning that the new-task loss rose before the end of a run, with its remedy; empty if it did not."""
     steps, losses = run.series("eval_loss")
     end = run.end_step
     if end not in steps:
@@ -154,30 +154,30 @@ def overfit_sentence(run: RunResults) -> str:
 
 
 def budget_sentence(run: RunResults, first: RunResults | None = None) -> str:
-    """Whether a run kept its budget of divergence, and beside a first run its price in new-task loss; or nothing.
+    """Whether a run kept its divergence budget, and its price in new-task loss relative to a first run.
 
-    The budget is of replay rows, which were trained on; texts that moved further are named.
+    The budget covers replay rows, which were trained on, so texts that moved further are named. Empty without a budget.
     """
     sentence = (run.training.get("budget") or "").rstrip(".")
     if not sentence:
         return ""
     if limit := run.training.get("max_ref_kl"):
-        lows = {text: found.ci[0] for text, result in run.retention.items() if (found := result.ref_kl) and found.ci}
+        lows = {text: kl.ci[0] for text, result in run.retention.items() if (kl := result.ref_kl) and kl.ci}
         if above := [text for text, low in lows.items() if low > limit]:
             sentence += f"; on {enumeration(above)}, which the budget does not cover, ref_kl is above {limit:g}"
     text = next(iter(run.new_task), None)
     difference = loss_difference(run, first, text) if first is not None and text is not None else None
     if first is None or difference is None:
         return f"{sentence}."
-    more, (own, other) = difference
+    more, (loss, loss_of_first) = difference
     cost = f"{value_cell(more).with_interval} nats per token more than “{first.name}”"
-    return f"{sentence}. Its new-task loss on {text} is {own:.3f} against {other:.3f}: {cost}."
+    return f"{sentence}. Its new-task loss on {text} is {loss:.3f} against {loss_of_first:.3f}: {cost}."
 
 
 def answers_sentence(run: RunResults) -> str:
-    """One sentence: how often the tuned model answers as its base, and what accuracy shows of it; empty without any.
+    """One sentence: how often the tuned model answers as its base does, and the change in accuracy; else empty.
 
-    By acc_norm where it was measured, else by the first rule; of the sets that agree least.
+    Names the question sets that agree least, by acc_norm if it was measured, else by the first rule.
     """
     chosen: dict[str, tuple[str, Answers]] = {}
     for name, rule, answers in run.rules:
@@ -190,50 +190,50 @@ def answers_sentence(run: RunResults) -> str:
 
 def _answers_clause(name: str, answers: Answers) -> str:
     questions = quantity(answers.agreement.num_questions if answers.agreement else 0, "question")
-    was, now = (share_cell(found).value for found in (answers.base_accuracy, answers.accuracy))
+    was, now = (share_cell(accuracy).value for accuracy in (answers.base_accuracy, answers.accuracy))
     shown = _direction("accuracy", "no change in accuracy shown", answers.change)
     agreement, change = share_cell(answers.agreement), points_cell(answers.change)
     return f"{agreement} of {questions} of {name} as its base did; {shown}, {was} → {now}: {change}"
 
 
 def refusals_sentence(run: RunResults) -> str:
-    """One sentence: how often the tuned model refuses, and what was lost, on the worst sets; else empty.
+    """One sentence: how often the tuned model refuses, and what changed, on the sets that lost most; else empty.
 
-    Of each set by the judge, else by the phrases.
+    According to the judge if there is one, else to the phrases.
     """
     chosen = []
     for name, requests in run.refusals.items():
         scorer = next((scorer for scorer in SCORERS if scorer in requests.scorers), "")
-        found = requests.scorers.get(scorer, BehaviorShares())
-        if found.rate:
+        shares = requests.scorers.get(scorer, BehaviorShares())
+        if shares.rate:
             prompts = f"{quantity(requests.num_prompts, f'{requests.kind} prompt')} of {name} ({scorer})"
-            clause = _shares_clause(f"{share_cell(found.rate)} of {prompts}", "refusals", found)
-            chosen.append((requests.kind == "harmless", _change(found), clause))
+            clause = _shares_clause(f"{share_cell(shares.rate)} of {prompts}", "refusals", shares)
+            chosen.append((requests.kind == "harmless", _change(shares), clause))
     return _few(f"“{run.name}” refuses", [clause for *_, clause in sorted(chosen, key=lambda item: item[:2])])
 
 
-def _shares_clause(start: str, what: str, found: BehaviorShares) -> str:
-    shown = _direction(what, f"no change in {what} shown", found.change)
-    lost, gained = (count_cell(found.counts.get(fate)).value for fate in ("lost", "gained"))
-    fates = f" ({lost} lost, {gained} gained)" if found.counts else ""
-    return f"{start}, its base {share_cell(found.base_rate).value}; {shown}: {points_cell(found.change)}{fates}"
+def _shares_clause(start: str, what: str, shares: BehaviorShares) -> str:
+    shown = _direction(what, f"no change in {what} shown", shares.change)
+    lost, gained = (count_cell(shares.counts.get(fate)).value for fate in ("lost", "gained"))
+    fates = f" ({lost} lost, {gained} gained)" if shares.counts else ""
+    return f"{start}, its base {share_cell(shares.base_rate).value}; {shown}: {points_cell(shares.change)}{fates}"
 
 
 def behaviors_sentence(run: RunResults) -> str:
-    """One sentence: how often the tuned model shows the behaviours that were measured, the most lost first."""
+    """One sentence: how often the tuned model shows each measured behaviour, the one that lost most first."""
     chosen = []
-    for of in run.behaviors.values():
-        leading = next((scorer for scorer in BEHAVIOR_SCORERS if scorer in of.scorers), "")
-        found = of.scorers.get(leading, BehaviorShares())
-        if any(one and one.value for one in (found.rate, found.base_rate)):
-            prompts = quantity(found.rate.num_prompts if found.rate else 0, "prompt")
-            start = f"{BEHAVIOR_SCORERS[leading][0]} in {share_cell(found.rate)} of {prompts}"
-            chosen.append((_change(found), _shares_clause(start, "the share", found)))
+    for behavior in run.behaviors.values():
+        scorer = next((scorer for scorer in BEHAVIOR_SCORERS if scorer in behavior.scorers), "")
+        shares = behavior.scorers.get(scorer, BehaviorShares())
+        if any(rate and rate.value for rate in (shares.rate, shares.base_rate)):
+            prompts = quantity(shares.rate.num_prompts if shares.rate else 0, "prompt")
+            start = f"{BEHAVIOR_SCORERS[scorer][0]} in {share_cell(shares.rate)} of {prompts}"
+            chosen.append((_change(shares), _shares_clause(start, "the share", shares)))
     return _few(f"“{run.name}”", [clause for _, clause in sorted(chosen, key=lambda item: item[0])])
 
 
-def _change(found: BehaviorShares) -> float:
-    return found.change.value if found.change else 0.0
+def _change(shares: BehaviorShares) -> float:
+    return shares.change.value if shares.change else 0.0
 
 
 def _direction(what: str, neither: str, change: Estimate | None) -> str:
@@ -242,13 +242,13 @@ def _direction(what: str, neither: str, change: Estimate | None) -> str:
 
 
 def _few(start: str, clauses: list[str]) -> str:
-    """A sentence of the first clauses; empty without any."""
+    """A sentence of the first clauses; empty if there are none."""
     more = [f"{quantity(len(clauses) - MAX_NAMED, 'more set')} in the table"] if len(clauses) > MAX_NAMED else []
     return f"{start} {'; '.join(clauses[:MAX_NAMED] + more)}." if clauses else ""
 
 
 def comparison_verdict(compared: Comparison) -> str:
-    """One sentence (two without a matched loss): how much less each run moved from the base for as much learned."""
+    """How much less each run moved from the base at the same new-task loss, or at its end with a caution."""
     names = [f"“{run.name}”" for run in compared.runs]
     texts = compared.matched or compared.end
     shown, left_out = _least_moved(texts, len(names))
@@ -268,7 +268,7 @@ def comparison_verdict(compared: Comparison) -> str:
 
 
 def _least_moved(texts: Mapping[str, Sequence[ComparedText]], total: int) -> tuple[list[int], int]:
-    """Places of the runs to speak of, after the first: all, or of more than four the three that moved least."""
+    """Places of the runs to name besides the first, and how many are left out: the three that moved least of many."""
     others = list(range(1, total))
     if total <= 5:
         return others, 0
@@ -277,7 +277,7 @@ def _least_moved(texts: Mapping[str, Sequence[ComparedText]], total: int) -> tup
 
 
 def _preventions(texts: Mapping[str, Sequence[ComparedText]], at: int) -> list[str]:
-    """How far a run moved on each text: on all of few, or on those where least was prevented."""
+    """How far a run moved on each text, or on the texts where it prevented least if there are many."""
     named = list(texts)
     if len(named) > MAX_NAMED:
         shares = {text: entries[at].prevented for text, entries in texts.items()}
@@ -301,7 +301,7 @@ def _prevention(text: str, entry: ComparedText) -> str:
 
 
 def frontier_sentences(compared: Comparison) -> list[str]:
-    """Who is on the frontier; who is beaten, and by whom among others; then the texts that differ from their mean."""
+    """The runs on the frontier, the dominated ones, and the texts whose frontier differs from that of the mean."""
     points = end_points(compared)
     if sum(point is not None for point in points) < 2:
         return []
@@ -313,49 +313,49 @@ def frontier_sentences(compared: Comparison) -> list[str]:
         if others
     ]
     mean = " (mean over the texts)" if len(compared.end) > 1 else ""
-    found = [f"On the frontier of new-task loss against ref_kl{mean}: {enumeration([names[at] for at in best])}."]
-    found += [f"Dominated: {'; '.join(beaten)}."] if beaten else ["No run dominates another."]
+    sentences = [f"On the frontier of new-task loss against ref_kl{mean}: {enumeration([names[at] for at in best])}."]
+    sentences += [f"Dominated: {'; '.join(beaten)}."] if beaten else ["No run dominates another."]
     for text in compared.end if mean else ():
         alone = frontier(end_points(compared, text))
         if set(alone) != set(best):
-            found.append(f"On {text} alone the frontier is {enumeration([names[at] for at in alone])}.")
-    return found
+            sentences.append(f"On {text} alone the frontier is {enumeration([names[at] for at in alone])}.")
+    return sentences
 
 
 def mismatch_sentences(compared: Comparison) -> list[str]:
-    """Which runs are not compared, on which texts, and why: they were not measured alike."""
-    found: dict[tuple[str, ...], dict[str, None]] = {}
+    """Which runs are not compared on which texts, because they were measured differently, and how."""
+    texts_by_reason: dict[tuple[str, ...], dict[str, None]] = {}
     for place, run in enumerate(compared.runs):
-        odd = [(compared.loss_text or "the new-task loss (eval_loss)", run.unlike, "")]
+        mismatches = [(compared.loss_text or "the new-task loss (eval_loss)", run.unlike, "")]
         for text, entries in compared.end.items():
             matched = (compared.matched.get(text) or entries)[place].unlike
-            odd += [(text, matched, ""), (text, entries[place].unlike, "" if matched else " at the end")]
-        for text, unlike, where in odd:
+            mismatches += [(text, matched, ""), (text, entries[place].unlike, "" if matched else " at the end")]
+        for text, unlike, where in mismatches:
             if unlike:
-                found.setdefault((run.name, unlike.to, where, unlike.why), {})[text] = None
+                texts_by_reason.setdefault((run.name, unlike.to, where, unlike.why), {})[text] = None
     return [
         f"“{name}” is not compared with “{to}”{where} on {enumeration(list(texts))}: {why}."
-        for (name, to, where, why), texts in found.items()
+        for (name, to, where, why), texts in texts_by_reason.items()
     ]
 
 
 def end_sentences(compared: Comparison) -> list[str]:
-    """What the ends of the runs were read from."""
+    """Where the numbers at the ends of the runs are from."""
     runs, measured = compared.runs, list(compared.measured_texts)
-    followed = [text for text in compared.end if text not in measured]
+    evaluated = [text for text in compared.end if text not in measured]
     steps = {f"step {run.final_step:g} of “{run.name}”": run.kept for run in runs if run.final_step is not None}
-    found = []
+    sentences = []
     if compared.loss_text is not None:
         measured.insert(0, f"the new-task loss ({compared.loss_text})")
     elif all(run.final_loss is None for run in runs):
-        found.append("The runs have no new-task loss in common.")
+        sentences.append("The runs have no new-task loss in common.")
     else:
-        followed.insert(0, "the new-task loss (eval_loss)")
-    found += [f"Measured on the saved models: {enumeration(measured)}."] if measured else []
-    if followed and steps:
-        found.append(
-            f"Read from the evaluations during training, at {enumeration(list(steps))}: {enumeration(followed)}."
+        evaluated.insert(0, "the new-task loss (eval_loss)")
+    sentences += [f"Measured on the saved models: {enumeration(measured)}."] if measured else []
+    if evaluated and steps:
+        sentences.append(
+            f"Read from the evaluations during training, at {enumeration(list(steps))}: {enumeration(evaluated)}."
         )
     if any(steps.values()):
-        found.append(f"load_best_model_at_end kept {enumeration([step for step, kept in steps.items() if kept])}.")
-    return found
+        sentences.append(f"load_best_model_at_end kept {enumeration([step for step, kept in steps.items() if kept])}.")
+    return sentences

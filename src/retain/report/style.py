@@ -1,7 +1,7 @@
-"""One look for every figure: a `Panel` in, a matplotlib `Figure` out; others load this and matplotlib where they draw.
+"""Draw every `Panel` as a matplotlib `Figure` in one style; other modules import this only where they draw.
 
 Figures are built without pyplot, so nothing is shared and nothing has to be closed. As inline SVG they take their
-colours from the page (`currentColor`, `--run-1` ...), which makes one figure right on light and on dark.
+colours from the page (`currentColor`, `--run-1` ...), so the same figure suits a light and a dark page.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from retain.files import atomic_path, visible
 from retain.report.figures import Panel
 from retain.report.numbers import cell
 
-# Rust first: in a comparison the first run is the plain one, without replay. Told apart in grey, too, by the marks.
+# Rust first: the first run of a comparison is the plain one, without replay. Markers tell runs apart in grey, too.
 PALETTE = ("#c2571a", "#1b7a8c", "#6b5bc4", "#5b8a26", "#b0408a", "#8a6a12")
 MARKS = ("o", "s", "^", "D", "v", "P")
-INK = "#767676"  # readable on white and on near-black: what a PNG shows on either
-MAX_LABELLED = 4  # runs that have room for words beside them
-SIZE = (4.2, 3.0)  # inches; small enough that a phone does not shrink the words away
+INK = "#767676"  # readable on white and on near-black
+MAX_LABELLED = 4  # runs that can be labelled in a figure
+SIZE = (4.2, 3.0)  # inches; small enough that the text stays readable on a phone
 
 STYLE: dict[str, Any] = {
     "axes.edgecolor": INK, "axes.labelcolor": INK, "axes.titlecolor": INK, "text.color": INK,
@@ -41,7 +41,7 @@ STYLE: dict[str, Any] = {
     "axes.titlesize": 11, "axes.titlelocation": "left", "axes.labelsize": 9.5, "font.size": 9.5,
     "legend.frameon": False, "lines.linewidth": 1.8, "lines.markersize": 4.5,
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-    "text.parse_math": False,  # a run called "$x$" is a name, not a formula
+    "text.parse_math": False,  # "$x$" is a run's name, not a formula
     "svg.fonttype": "none", "figure.constrained_layout.use": True,
 }  # fmt: skip
 
@@ -49,40 +49,40 @@ STYLE: dict[str, Any] = {
 @contextmanager
 def _style(**more: Any) -> Iterator[None]:
     with matplotlib.rc_context({**STYLE, **more}), warnings.catch_warnings():
-        # A name in a script that DejaVu lacks: the browser has the glyph, the width is a guess.
+        # DejaVu lacks a script's glyphs: the browser has them, though their width is a guess.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
 
 
-styled = _style()  # decorates a function that draws
+styled = _style()  # a decorator for functions that draw
 
 
 def name_axes(axes: Axes, title: str, xlabel: str, ylabel: str = "") -> None:
-    """Write title and labels, none of them too long."""
+    """Set the title and the axis labels, shortened if too long."""
     axes.set(title=label(title, 60), xlabel=label(xlabel, 80), ylabel=label(ylabel, 80))
 
 
 def label(text: str, length: int = 32) -> str:
-    """A name fit for a figure: one line, not too long, never hidden by matplotlib for an underscore in front."""
+    """A name for a figure on one line of at most `length`; matplotlib would hide a leading underscore's label."""
     clean = visible(str(text))
     clean = clean if len(clean) <= length else clean[: length - 1] + "…"
     return f" {clean}" if clean.startswith("_") else clean
 
 
 def look(index: int, total: int) -> dict[str, Any]:
-    """Colour and mark of run `index` of `total`; a lone run is not drawn in the warning colour.
+    """Colour and marker of run `index` of `total`; a single run does not get the first, warning colour.
 
-    From the seventh run on the colours come again, with other marks and dashed.
+    After six runs the colours repeat, with other markers and dashed lines.
     """
     place = index + (total == 1)
-    again, color = divmod(place, len(PALETTE))
-    style = {"color": PALETTE[color], "marker": MARKS[(place + again) % len(MARKS)]}
-    return style | ({"linestyle": (0, (4, 1.5))} if again else {})
+    cycle, color = divmod(place, len(PALETTE))
+    style = {"color": PALETTE[color], "marker": MARKS[(place + cycle) % len(MARKS)]}
+    return style | ({"linestyle": (0, (4, 1.5))} if cycle else {})
 
 
 @styled
 def draw_panel(panel: Panel, names: Sequence[str]) -> Figure:
-    """One figure of `figures.panels`; every run keeps its colour and mark of all `names` in all of them."""
+    """Draw a panel; a run's place among `names` decides its colour and marker, the same in all figures."""
     if panel.kind == "interval":
         return draw_intervals([panel], names)
     return _drawn_row([panel], len(names), SIZE[1])
@@ -90,9 +90,9 @@ def draw_panel(panel: Panel, names: Sequence[str]) -> Figure:
 
 @styled
 def frontier_row(panels: Sequence[Panel], total: int) -> Figure | None:
-    """Learning against forgetting on every text side by side, for a README; None where no run has both."""
-    found = [panel for panel in panels if panel.kind == "frontier"]
-    return _drawn_row(found, total, SIZE[1] + 0.4) if found else None
+    """Learning against forgetting on each text, side by side, for a README; None if no run has both."""
+    frontiers = [panel for panel in panels if panel.kind == "frontier"]
+    return _drawn_row(frontiers, total, SIZE[1] + 0.4) if frontiers else None
 
 
 def _drawn_row(panels: Sequence[Panel], total: int, height: float) -> Figure:
@@ -120,7 +120,7 @@ def _draw_lines(axes: Axes, panel: Panel, total: int) -> None:
 
 
 def _draw_frontier(axes: Axes, panel: Panel, total: int) -> None:
-    if panel.ends:  # beyond it, to the right and below, no run has come
+    if panel.ends:  # no run lies beyond this line, to its right and below
         axes.plot(*zip(*panel.ends, strict=True), drawstyle="steps-pre", color=INK, linewidth=0.9, label="frontier")
     axes.margins(y=0.12)
     _draw_lines(axes, panel, total)
@@ -133,13 +133,13 @@ def _draw_frontier(axes: Axes, panel: Panel, total: int) -> None:
         above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": 8}
         axes.annotate(f"same loss {panel.matched_loss:.3f}", (panel.matched_loss, 1.01), **above)
     worst, best = (pick(x for line in panel.lines for x in line.x) for pick in (max, min))
-    room = (worst - best) or 1.0
-    axes.set_xlim(worst + 0.05 * room, best - 0.18 * room)  # learning to the right; room for the last point's words
+    width = (worst - best) or 1.0
+    axes.set_xlim(worst + 0.05 * width, best - 0.18 * width)  # learning to the right; room for the last label
 
 
 @styled
 def draw_intervals(panels: Sequence[Panel], names: Sequence[str]) -> Figure:
-    """A dot and its interval for each text and run, the panels one above the other; 0 is the base."""
+    """Draw a dot with its interval for each text and run, the panels one above the other; 0 is the base."""
     rows = [len(dict.fromkeys(dot.text for dot in panel.dots)) for panel in panels]
     row = 0.26 + (0.16 if len(names) <= MAX_LABELLED else 0.11) * len(names)  # inches
     height = 0.6 * len(panels) + 0.2 + 0.1 * len(names) + row * sum(rows)
@@ -160,20 +160,20 @@ def _draw_dots(axes: Axes, panel: Panel, total: int) -> None:
         axes.plot([dot.low, dot.high], [at, at], color=style["color"], linewidth=2.4)
         axes.plot([dot.value], [at], markersize=6, **style | {"linestyle": "none"})
         if total <= MAX_LABELLED:
-            written = cell(dot.value).value.replace("-", "\N{MINUS SIGN}")
-            axes.annotate(written, (dot.high, at), (5, 0), textcoords="offset points", va="center", fontsize=8)
+            number = cell(dot.value).value.replace("-", "\N{MINUS SIGN}")
+            axes.annotate(number, (dot.high, at), (5, 0), textcoords="offset points", va="center", fontsize=8)
     axes.axvline(0, color=INK, linewidth=0.9)
     name_axes(axes, panel.title, panel.xlabel)
     axes.set_ylim(len(texts) - 0.5, -0.5)
     axes.set_yticks(range(len(texts)), [label(text, 20) for text in texts])
     low, high = min(0.0, *(dot.low for dot in panel.dots)), max(0.0, *(dot.high for dot in panel.dots))
     width = (high - low) or 1.0  # nothing moved
-    axes.set_xlim(low - 0.04 * width, high + 0.2 * width)  # room for the last number
+    axes.set_xlim(low - 0.04 * width, high + 0.2 * width)  # room for the rightmost number
     axes.grid(False, axis="y")
 
 
 def _legend(figure: Figure, axes: Axes, loc: str) -> None:
-    """Beside the lines where they are few, below them where they are many; none for a line alone."""
+    """Add a legend inside the axes for a few lines, below them for many, and none for a single line."""
     handles, names = axes.get_legend_handles_labels()
     if len(names) > MAX_LABELLED + 1:
         width, height = figure.get_size_inches()
@@ -184,21 +184,21 @@ def _legend(figure: Figure, axes: Axes, loc: str) -> None:
 
 
 def _legend_of_marks(figure: Figure, names: Sequence[str]) -> None:
-    looks = [look(index, len(names)) for index in range(len(names))]
-    handles = [Line2D([], [], markersize=6, **how | {"linestyle": "none"}) for how in looks]
+    looks = [look(index, len(names)) | {"linestyle": "none"} for index in range(len(names))]
+    handles = [Line2D([], [], markersize=6, **style) for style in looks]
     figure.legend(handles, [label(name, 20) for name in names], loc="outside lower center", ncols=2, handletextpad=0.1)
 
 
 def to_svg(figure: Figure, description: str) -> str:
-    """The figure as one `<svg>` element for a page: transparent, coloured by the page, words as real text.
+    """The figure as one `<svg>` element: transparent, with the page's colours, and text as text.
 
-    All names are escaped by matplotlib; ids are made unique by `description`, which becomes the accessible name.
+    Matplotlib escapes all names. `description` becomes the accessible name, and makes the ids unique.
     """
     buffer = io.StringIO()
     unique = "f" + hashlib.sha256(description.encode("utf-8", "replace")).hexdigest()[:8]
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with _style(**{"svg.hashsalt": unique}):
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        figure.savefig(buffer, format="svg", metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     head, body = svg.split(">", 1)
@@ -213,6 +213,6 @@ def to_svg(figure: Figure, description: str) -> str:
 
 
 def save_png(figure: Figure, path: str | Path) -> None:
-    """Save for a README, whole or not at all: on white, so that it reads the same on every page."""
+    """Save the figure for a README, whole or not at all, on white so that it looks the same on every page."""
     with _style(), atomic_path(Path(path)) as temporary:
         figure.savefig(temporary, format="png", dpi=160, facecolor="white")

@@ -1,4 +1,4 @@
-"""The tables of a report, as plain strings: what was measured down, runs across. None where no run has it."""
+"""The tables of a report as plain strings: measurements in rows, runs in columns; None if no run has any."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from retain.report.numbers import (
 )
 from retain.report.results import BehaviorSet, QuestionSet, ReportRuns, TextResult, texts_by_forgetting
 
-HEATED = ("forgetting", "ref_kl")  # rows of the main table whose cells are coloured by their value
-MIN_PROMPTS = 10  # for a table of how texts drift: below it every interval spans most of the scale
+HEATED = ("forgetting", "ref_kl")  # rows of the main table that are coloured by value
+MIN_PROMPTS = 10  # for the drift table; over fewer prompts every interval spans most of the scale
 
 
 class Line(NamedTuple):
-    """A row of a table: what of the measured object it shows, and of the base."""
+    """A row of a table: the value that it shows of a measured object, and the base's value."""
 
     label: str
     value: Callable[[Any], Any]
-    written: Callable[[Any], Cell]
+    as_cell: Callable[[Any], Cell]
     base: Callable[[Any], Any] = lambda _: None
     meaning: str = ""
 
 
 def _fate(name: str, label: str, meaning: str = "") -> Line:
-    """How many questions or prompts had this fate, from the base to the tuned model."""
-    return Line(label, lambda found: found.counts.get(name), count_cell, meaning=meaning)
+    """The number of questions or prompts with a fate from base to tuned model."""
+    return Line(label, lambda measured: measured.counts.get(name), count_cell, meaning=meaning)
 
 
-def _share(label: str, name: str, base: str = "", meaning: str = "", written: Any = share_cell) -> Line:
-    return Line(label, attrgetter(name), written, attrgetter(base) if base else lambda _: None, meaning)
+def _share(label: str, name: str, base: str = "", meaning: str = "", as_cell: Any = share_cell) -> Line:
+    return Line(label, attrgetter(name), as_cell, attrgetter(base) if base else lambda _: None, meaning)
 
 
 CHANCE = Line(
@@ -58,7 +58,7 @@ ANSWERS = (
     _share("accuracy", "accuracy", "base_accuracy",
            "share of questions answered correctly; acc takes the choice with the highest log-likelihood, acc_norm the "
            "one with the highest log-likelihood per character, as lm-evaluation-harness does"),
-    _share("accuracy, change", "change", written=points_cell),
+    _share("accuracy, change", "change", as_cell=points_cell),
     _fate("right_wrong", "right → wrong", "questions that the base answered correctly and the tuned model does not"),
     _fate("wrong_right", "wrong → right", "the reverse; if both numbers are alike, accuracy does not move"),
     _fate("wrong_other", "wrong → other wrong", "questions that both get wrong, with different answers"),
@@ -66,7 +66,7 @@ ANSWERS = (
 )  # fmt: skip
 REFUSALS = (
     _share("refuses", "rate", "base_rate"),
-    _share("refuses, change", "change", written=points_cell),
+    _share("refuses, change", "change", as_cell=points_cell),
     _fate("kept", "refused by both"),
     _fate("lost", "refused → answered"),
     _fate("gained", "answered → refused"),
@@ -79,12 +79,12 @@ SCORERS = {
 }
 BEHAVIOR_LINES = (
     _share("share of answers", "rate", "base_rate"),
-    _share("share of answers, change", "change", written=points_cell),
+    _share("share of answers, change", "change", as_cell=points_cell),
     _fate("lost", "only the base"),
     _fate("gained", "only the tuned model"),
     CHANCE,
 )
-BEHAVIOR_SCORERS = {  # label and meaning; of each behaviour the one that a sentence names comes first
+BEHAVIOR_SCORERS = {  # label and meaning; a sentence names the first scorer that a behaviour has
     "right": ("makes the right calls", "the expected calls, with the expected arguments, and no others"),
     "valid": (
         "makes valid calls",
@@ -96,14 +96,14 @@ BEHAVIOR_SCORERS = {  # label and meaning; of each behaviour the one that a sent
     "concludes": ("thinks and answers", "an answer follows the reasoning within the limit of new tokens"),
     "ends": ("ends its turn", "stops within the limit of new tokens, having said something"),
 }
-DRIFT_CONTENT = (_share("identical text", "identical"), _share("words in common (F1)", "words", written=value_cell))
+DRIFT_CONTENT = (_share("identical text", "identical"), _share("words in common (F1)", "words", as_cell=value_cell))
 DRIFT_FORM = (
-    _share("length, tokens", "length", "base_length", written=length_cell),
-    _share("length, tokens, change", "length_change", written=length_cell),
+    _share("length, tokens", "length", "base_length", as_cell=length_cell),
+    _share("length, tokens, change", "length_change", as_cell=length_cell),
     _share("ended by itself", "ended", "base_ended"),
-    _share("ended by itself, change", "ended_change", written=points_cell),
+    _share("ended by itself, change", "ended_change", as_cell=points_cell),
     _share("chat markers written out", "markers", "base_markers"),
-    _share("chat markers written out, change", "markers_change", written=points_cell),
+    _share("chat markers written out, change", "markers_change", as_cell=points_cell),
 )
 KNOWLEDGE_FATES = {
     "kept": "both models give the expected answer",
@@ -131,7 +131,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Sections of rows; a column per run, and before them one of the base where it has any."""
+    """Sections of rows with a column per run, after a column of the base if `has_base`."""
 
     columns: list[str]
     sections: list[Section]
@@ -140,13 +140,13 @@ class Table:
 
 
 def _rows(lines: Sequence[Line], of_runs: Sequence[Any]) -> list[Row]:
-    """A row for each line; `of_runs` holds what each run measured, or None."""
-    known = [found for found in of_runs if found is not None]
+    """A row for each line; `of_runs` has the measured object of each run, or None."""
+    known = [measured for measured in of_runs if measured is not None]
     rows = []
     for line in lines:
         base = next((value for value in map(line.base, known) if value is not None), None)
-        cells = [Cell() if found is None else line.written(line.value(found)) for found in of_runs]
-        rows.append(Row(line.label, cells, line.written(base)))
+        cells = [Cell() if measured is None else line.as_cell(line.value(measured)) for measured in of_runs]
+        rows.append(Row(line.label, cells, line.as_cell(base)))
     return rows
 
 
@@ -159,9 +159,9 @@ def _keys(groups: Sequence[Mapping[Any, Any]]) -> list[Any]:
 
 
 def metric_table(runs: ReportRuns, main: bool = True, notes: Sequence[str] = ()) -> Table:
-    """The main metrics or the others; the column `base` is the base's own value, or the noise floor.
+    """The main metrics of each text, or the others; the column `base` is the base's own value, or the noise floor.
 
-    The text that was forgotten most comes first, and its cells are the warmest.
+    Among the retention texts, the one that was forgotten most comes first.
     """
     sections = []
     for kind, texts in (("new_task", _keys([run.new_task for run in runs])), ("retention", texts_by_forgetting(runs))):
@@ -172,50 +172,52 @@ def metric_table(runs: ReportRuns, main: bool = True, notes: Sequence[str] = ())
             for name, metric in TABLE_METRICS.items():
                 values = [getattr(result, name) for result in of_runs]
                 if (kind in metric.main) == main and any(values):
-                    own = f"base_{name}"
-                    bases = [getattr(of, own) for of in of_runs] if own in METRICS else [getattr(floor, name)]
-                    written = share_cell if metric.is_share else value_cell
-                    cells = [_warm(written(value), value, _most(runs, name)) for value in values]
-                    rows.append(Row(metric.label, cells, written(next(filter(None, bases), None))))
+                    of_base = f"base_{name}"
+                    bases = [getattr(result, of_base) for result in of_runs] if of_base in METRICS else []
+                    as_cell = share_cell if metric.is_share else value_cell
+                    cells = [_heated(as_cell(value), value, _full_heat(runs, name)) for value in values]
+                    base = next(filter(None, bases or [getattr(floor, name)]), None)
+                    rows.append(Row(metric.label, cells, as_cell(base)))
             title = f"{text} (new task)" if kind == "new_task" else text
             sections += [Section(title, rows)] * bool(rows)
     return Table([run.name for run in runs], sections, list(notes))
 
 
-def _most(runs: ReportRuns, name: str) -> float:
-    """The value at which a metric's cells have their full colour; 0 where there is little to tell apart."""
-    found = [getattr(result, name) for run in runs for result in run.retention.values()]
-    shown = name in HEATED and (len(runs) > 1 or len(found) > 2)
-    return max((abs(one.value) for one in found if one), default=0.0) if shown else 0.0
+def _full_heat(runs: ReportRuns, name: str) -> float:
+    """The value at which a metric's cells have their full colour; 0 for no colour."""
+    estimates = [getattr(result, name) for run in runs for result in run.retention.values()]
+    coloured = name in HEATED and (len(runs) > 1 or len(estimates) > 2)
+    return max((abs(estimate.value) for estimate in estimates if estimate), default=0.0) if coloured else 0.0
 
 
-def _warm(written: Cell, found: Estimate | None, most: float) -> Cell:
-    return written._replace(heat=heat(found.value, most), cool=found.value < 0) if found else written
+def _heated(plain: Cell, estimate: Estimate | None, full: float) -> Cell:
+    return plain._replace(heat=heat(estimate.value, full), cool=estimate.value < 0) if estimate else plain
 
 
 def base_notes(runs: ReportRuns) -> list[str]:
-    """Of which run the column `base` of a table is, where others were measured otherwise."""
+    """Notes on which run the column `base` is from, if others were measured differently."""
     notes = []
     for text in _keys([run.texts for run in runs]):
         first, *others = [run for run in runs if text in run.texts]
-        if odd := [f"“{run.name}”" for run in others if mismatch(first, run, text)]:
-            notes.append(f"{text}: the column base is from “{first.name}”; measured differently: {enumeration(odd)}")
+        if unlike := [f"“{run.name}”" for run in others if mismatch(first, run, text)]:
+            notes.append(f"{text}: the column base is from “{first.name}”; measured differently: {enumeration(unlike)}")
     return notes
 
 
 def answers_table(runs: ReportRuns) -> Table | None:
-    """Agreement first; the column `base` is the base's own accuracy, and base against base."""
+    """Answers by question set and rule; the column `base` is its agreement with itself, and its accuracy."""
     of_runs = [{(name, rule): answers for name, rule, answers in run.rules} for run in runs]
     sections = [
-        Section(f"{name}, {rule}", _rows(ANSWERS, [found.get((name, rule)) for found in of_runs]))
+        Section(f"{name}, {rule}", _rows(ANSWERS, [answers.get((name, rule)) for answers in of_runs]))
         for name, rule in _keys(of_runs)
     ]
     sets = [item for run in runs for item in run.choices.items()]
-    return _table(runs, sections, [f"{name}: {note}" for name, of in sets for note in [_questions(of), *of.notes]])
+    notes = [f"{name}: {note}" for name, questions in sets for note in [_questions_note(questions), *questions.notes]]
+    return _table(runs, sections, notes)
 
 
-def _questions(of_set: QuestionSet) -> str:
-    return f"{quantity(of_set.num_questions, 'question')}, {of_set.style}{_template(of_set.chat_template)}."
+def _questions_note(questions: QuestionSet) -> str:
+    return f"{quantity(questions.num_questions, 'question')}, {questions.style}{_template(questions.chat_template)}."
 
 
 def _template(used: bool | None) -> str:
@@ -223,17 +225,17 @@ def _template(used: bool | None) -> str:
 
 
 def refusals_table(runs: ReportRuns) -> Table | None:
-    """Per set and scorer how often each model refuses, what changed, and on how many answers two scorers differ."""
+    """How often each model refuses, by request set and scorer, and the share of answers on which scorers differ."""
     sections, notes = [], []
     for name in _keys([run.refusals for run in runs]):
         sets = [run.refusals.get(name) or BehaviorSet() for run in runs]
-        kind = "over-refusal" if any(of.kind == "harmless" for of in sets) else "refusals"
-        for scorer in _keys([of.scorers for of in sets]):
-            rows = _rows(REFUSALS, [of.scorers.get(scorer) for of in sets])
+        kind = "over-refusal" if any(requests.kind == "harmless" for requests in sets) else "refusals"
+        for scorer in _keys([requests.scorers for requests in sets]):
+            rows = _rows(REFUSALS, [requests.scorers.get(scorer) for requests in sets])
             sections.append(Section(f"{name}, {kind}, {scorer}", rows))
-        pairs = [{tuple(pair.scorers): pair for pair in of.disagreement} for of in sets]
+        pairs = [{tuple(pair.scorers): pair for pair in requests.disagreement} for requests in sets]
         rows = [
-            _rows([_share(" and ".join(pair), "tuned", "base")], [found.get(pair) for found in pairs])[0]
+            _rows([_share(" and ".join(pair), "tuned", "base")], [of_run.get(pair) for of_run in pairs])[0]
             for pair in _keys(pairs)
         ]
         sections += [Section(f"{name}, answers on which two scorers differ", rows)] * bool(rows)
@@ -242,66 +244,64 @@ def refusals_table(runs: ReportRuns) -> Table | None:
 
 
 def behaviors_table(runs: ReportRuns) -> Table | None:
-    """Per behaviour how many answers of each model show it, and what changed; in a note what none of them shows."""
+    """The share of answers of each model that show each behaviour, and its change; notes name those that none shows."""
     sections, notes = [], []
     for name in _keys([run.behaviors for run in runs]):
         sets = [run.behaviors.get(name) or BehaviorSet() for run in runs]
-        scorers, parts = _keys([of.scorers for of in sets]), []
-        for scorer in scorers:
-            found = [of.scorers.get(scorer) for of in sets]
+        by_kind = []
+        for scorer in _keys([behavior.scorers for behavior in sets]):
             label, _ = BEHAVIOR_SCORERS.get(scorer, (scorer, ""))
-            rows = _rows(BEHAVIOR_LINES, found)
+            rows = _rows(BEHAVIOR_LINES, [behavior.scorers.get(scorer) for behavior in sets])
             if scorer not in BEHAVIOR_SCORERS:
-                parts.append(rows[0]._replace(label=label))
+                by_kind.append(rows[0]._replace(label=label))
             elif {rows[0].base, *rows[0].cells} <= {rows[0].base, Cell()} and rows[0].base.value == "0.0%":
                 notes.append(f"{name}, {label}: in no answer of any model, {rows[0].base}")
             else:
                 sections.append(Section(f"{name}, {label}", rows))
-        sections += [Section(f"{name}, by kind", parts)] * bool(parts)
-        if any(of.thinking for of in sets):
-            sections.append(
-                Section(f"{name}, where both models think", _rows(DRIFT_FORM[:2], [of.thinking for of in sets]))
-            )
+        sections += [Section(f"{name}, by kind", by_kind)] * bool(by_kind)
+        thinking = [behavior.thinking for behavior in sets]
+        if any(thinking):
+            sections.append(Section(f"{name}, where both models think", _rows(DRIFT_FORM[:2], thinking)))
         notes += _set_notes(name, sets)
     return _table(runs, sections, notes)
 
 
 def behavior_meanings(runs: ReportRuns) -> dict[str, str]:
-    """What the behaviours that were measured mean, by their labels."""
-    measured = {scorer for run in runs for of in run.behaviors.values() for scorer in of.scorers}
+    """Label → meaning of the measured behaviours."""
+    measured = {scorer for run in runs for behavior in run.behaviors.values() for scorer in behavior.scorers}
     return dict(about for scorer, about in BEHAVIOR_SCORERS.items() if scorer in measured)
 
 
 def _set_notes(name: str, sets: Sequence[BehaviorSet]) -> list[str]:
-    return [f"{name}: {note}" for of in sets if of.num_prompts for note in [_prompts_put(of), *of.notes]]
+    return [f"{name}: {note}" for each in sets if each.num_prompts for note in [_prompts_note(each), *each.notes]]
 
 
-def _prompts_put(of_set: BehaviorSet) -> str:
-    kind = f"{of_set.kind} prompt" if of_set.kind in ("harmful", "harmless") else "prompt"
-    length = f", answers of at most {quantity(of_set.max_new_tokens, 'token')}" if of_set.max_new_tokens else ""
-    return f"{quantity(of_set.num_prompts, kind)}{_template(of_set.chat_template)}{length}."
+def _prompts_note(prompts: BehaviorSet) -> str:
+    kind = f"{prompts.kind} prompt" if prompts.kind in ("harmful", "harmless") else "prompt"
+    length = f", answers of at most {quantity(prompts.max_new_tokens, 'token')}" if prompts.max_new_tokens else ""
+    return f"{quantity(prompts.num_prompts, kind)}{_template(prompts.chat_template)}{length}."
 
 
 def drift_table(runs: ReportRuns) -> Table | None:
-    """Drift of what is written, content and form apart, for greedy and for sampled continuations of enough prompts."""
+    """Drift in content and in form, of greedy and of sampled continuations, if there are enough prompts."""
     sections, notes = [], []
     for how in _keys([run.drift for run in runs]):
-        found = [run.drift.get(how) for run in runs]
-        prompts = max(one.num_prompts for one in found if one)
+        drifts = [run.drift.get(how) for run in runs]
+        prompts = max(drift.num_prompts for drift in drifts if drift)
         if prompts >= MIN_PROMPTS:
             title = f"{how}, {quantity(prompts, 'prompt')}"
-            sections += [Section(f"{title}: content", _rows(DRIFT_CONTENT, found))]
-            rows, same = _form_rows(found)
+            sections += [Section(f"{title}: content", _rows(DRIFT_CONTENT, drifts))]
+            rows, same = _form_rows(drifts)
             sections += [Section(f"{title}: form", rows)]
             notes += [f"{how}, all models alike: {', '.join(same)}"] * bool(same)
     return _table(runs, sections, notes)
 
 
-def _form_rows(found: Sequence[Any]) -> tuple[list[Row], list[str]]:
-    """Each property of form and its change; apart, in words, those that all texts of all models have, or none has."""
+def _form_rows(drifts: Sequence[Any]) -> tuple[list[Row], list[str]]:
+    """Each property of form with its change, and in words the properties that all texts of all models have, or none."""
     rows, same = [], []
     for pair in zip(DRIFT_FORM[::2], DRIFT_FORM[1::2], strict=True):
-        share, change = _rows(pair, found)
+        share, change = _rows(pair, drifts)
         if set(share.cells) == {share.base} and share.base.value in ("0.0%", "100.0%"):
             same.append(f"{share.label} {share.base}")
         else:
@@ -310,15 +310,15 @@ def _form_rows(found: Sequence[Any]) -> tuple[list[Row], list[str]]:
 
 
 def knowledge_table(runs: ReportRuns) -> Table | None:
-    """Of what the base knew, the share that the tuned model still says; what became of every question."""
-    found = [run.knowledge for run in runs]
-    most = max((one.num_questions for one in found if one), default=0)
-    title = f"{quantity(most, 'question')} with an expected answer"
-    return _table(runs, [Section(title, _rows(KNOWLEDGE, found))] * bool(most), has_base=False)
+    """The share of the base's knowledge that the tuned model keeps, and the fates of all questions."""
+    of_runs = [run.knowledge for run in runs]
+    num_questions = max((knowledge.num_questions for knowledge in of_runs if knowledge), default=0)
+    title = f"{quantity(num_questions, 'question')} with an expected answer"
+    return _table(runs, [Section(title, _rows(KNOWLEDGE, of_runs))] * bool(num_questions), has_base=False)
 
 
 def comparison_table(compared: Comparison, place: Literal["matched", "end"], notes: Sequence[str] = ()) -> Table:
-    """The runs side by side, at matched new-task loss or at their ends."""
+    """The runs side by side at matched new-task loss, or at their ends."""
     runs, texts, notes = compared.runs, compared.matched if place == "matched" else compared.end, list(notes)
     if place == "matched":
         head = [Row("loss", [cell(compared.matched_loss)] * len(runs))]
@@ -335,9 +335,9 @@ def comparison_table(compared: Comparison, place: Literal["matched", "end"], not
     sections = [Section("new task", head)] * bool(head)
     for text, entries in texts.items():
         rows = [
-            Row(METRICS["ref_kl"].label, [cell(one.ref_kl, one.ref_kl_ci) for one in entries]),
-            Row("forgetting", [cell(one.forgetting, one.forgetting_ci) for one in entries]),
-            Row("prevented", [cell(one.prevented, one.prevented_ci, percent=True) for one in entries]),
+            Row(METRICS["ref_kl"].label, [cell(entry.ref_kl, entry.ref_kl_ci) for entry in entries]),
+            Row("forgetting", [cell(entry.forgetting, entry.forgetting_ci) for entry in entries]),
+            Row("prevented", [cell(entry.prevented, entry.prevented_ci, percent=True) for entry in entries]),
         ]
         sections.append(Section(text, rows))
         notes += [f"{text}, {entry.name}: {entry.note}" for entry in entries if entry.note]
@@ -349,20 +349,19 @@ def _cell_of(value: float | None, form: str) -> Cell:
 
 
 def sizes(runs: ReportRuns) -> list[str]:
-    """How much text stands behind each row."""
-    found = {}
+    """The numbers of documents and tokens of each text."""
+    by_text = {}
     for run in runs:
         for text, result in run.texts.items():
-            estimates = result.estimates.values()
-            if entry := next((one for one in estimates if one.num_documents), None):
-                tokens, counted = quantity(entry.num_tokens, "token"), run.loss_tokens(text) or "all"
-                of = "" if counted == "all" else f" of {counted}"
-                found[text] = f"{text}: {quantity(entry.num_documents, 'document')}, {tokens}{of}"
-    return list(found.values())
+            if estimate := next((each for each in result.estimates.values() if each.num_documents), None):
+                documents, tokens = quantity(estimate.num_documents, "document"), quantity(estimate.num_tokens, "token")
+                counted = run.loss_tokens(text) or "all"
+                by_text[text] = f"{text}: {documents}, {tokens}" + ("" if counted == "all" else f" of {counted}")
+    return list(by_text.values())
 
 
 def facts(runs: ReportRuns) -> Iterator[tuple[str, list[str]]]:
-    """(key, a value per run, or one value where all agree) of models, settings, training and versions."""
+    """(key, values) of models, settings, training and versions: one value per run, or a single one if all agree."""
     groups = ("base", "tuned", "settings", "training", "versions")
     tables = [
         {"created": run.created}
