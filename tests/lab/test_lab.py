@@ -113,9 +113,9 @@ def test_what_is_new_learns(how):
 
 @pytest.mark.parametrize("change", [{"hidden_size": 40}, {"num_heads": 6}, {"num_layers": 1}, {"intermediate_size": 8}])
 def test_what_cannot_hold_the_old_is_refused(change):
-    with pytest.raises(ValueError, match="cannot hold what is there; use"):
+    with pytest.raises(ValueError, match="does not fit a model with .*; use"):
         expand(make_any_model("qwen3"), **change)
-    with pytest.raises(ValueError, match="has no expansion"):
+    with pytest.raises(ValueError, match="cannot be expanded"):
         expand(make_any_model("gpt2"), num_layers=3)
     biased = make_model(LlamaConfig(**make_any_model("llama").config.to_diff_dict() | {"mlp_bias": True}))
     with pytest.raises(ValueError, match="biases"):
@@ -262,7 +262,7 @@ def test_a_tokenizer_made_on_the_spot_writes_anything():
     assert tokenizer.bos_token_id == 0
     text = "the quick — ñandú 日本\n\tx"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    with pytest.raises(ValueError, match="does not hold the bytes"):
+    with pytest.raises(ValueError, match="has no room for all bytes"):
         train_tokenizer(["x"], 100)
 
 

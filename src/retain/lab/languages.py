@@ -1,4 +1,4 @@
-"""Synthetic languages of known entropy: endless text of which exactly this is known, how well it can be predicted."""
+"""Synthetic languages of known entropy: endless text whose best possible loss is known exactly."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from retain.sampling.engine import row_uniforms
 
 @dataclass(frozen=True)
 class Language:
-    """A hidden-state source: in each state a few tokens may follow, and state and token decide the next state.
+    """A hidden-state source: each state emits one of a few tokens, and state and token determine the next state.
 
     A reader who knows the first state knows every later one (the source is unifilar), so the entropy of its text is
-    that of its choices, and the entropy rate is exact: h = Σ_s π(s) H(tokens | s), π the states' stationary
-    distribution (Shannon 1948, theorem 7). What is to be learned is the table: num_states · branching choices.
+    that of its choices, and the entropy rate is exact: h = Σ_s π(s) H(tokens | s), with π the stationary distribution
+    of the states (Shannon 1948, theorem 7). A model has to learn the table: num_states · branching choices.
 
     Args:
-        num_states: hidden states; the token that starts a document leads to the first of them.
-        vocab_size: tokens, of which id 0 is the document start and is never emitted.
-        branching: tokens that may follow in a state.
-        concentration: of the Dirichlet distribution that their probabilities are drawn from; small is predictable.
-        seed: a language of its own for every seed.
+        num_states: hidden states; a document starts in the first.
+        vocab_size: tokens; id 0 is the document start and is never emitted.
+        branching: tokens that a state may emit.
+        concentration: of the Dirichlet distribution of their probabilities; a small one makes text predictable.
+        seed: each seed gives another language.
 
     >>> language = Language(num_states=16, vocab_size=16, branching=3)
     >>> round(language.entropy_rate, 4), round(language.ideal_loss(length=128), 4)
@@ -54,7 +54,7 @@ class Language:
         """Tokens, their probabilities and the next states, each of shape (states, branching)."""
         rng, shape = np.random.default_rng(self.seed), (self.num_states, self.branching)
         tokens = np.empty(shape, dtype=np.int64)
-        for first in range(0, self.num_states, 1024):  # what is drawn is the same, and not held at once
+        for first in range(0, self.num_states, 1024):  # the same draws in less memory
             part = tokens[first : first + 1024]
             part[:] = 1 + rng.random((len(part), self.vocab_size - 1)).argpartition(self.branching)[:, : self.branching]
         gammas = np.maximum(rng.gamma(self.concentration, size=shape), 1e-6)
@@ -75,7 +75,7 @@ class Language:
 
     @cached_property
     def stationary(self) -> np.ndarray:
-        """The share of time in each state, shape (states,): the lazy chain's limit, to 1e-13."""
+        """Share of time in each state, shape (states,): the limit of the lazy chain, to 1e-13."""
         shares = np.full(self.num_states, 1 / self.num_states)
         for _ in range(1_000_000):
             after = (shares + self._step(shares)) / 2
@@ -86,13 +86,13 @@ class Language:
 
     @property
     def entropy_rate(self) -> float:
-        """The least loss of any model in the long run, nats per token."""
+        """The lowest long-run loss of any model, nats per token."""
         return float(self.stationary @ self.entropies)
 
     def ideal_loss(self, length: int) -> float:
-        """Mean loss of a model that knows the language, on rows of `length` tokens, the start included: nats per token.
+        """Mean loss, nats per token, of a model that knows the language, on rows of `length` tokens with the start.
 
-        Rows begin in the first state, so this is exact for them, and tends to the entropy rate.
+        Exact for rows, which begin in the first state; tends to the entropy rate for long ones.
         """
         shares, total = (np.arange(self.num_states) == 0).astype(float), 0.0
         for _ in range(length - 1):
@@ -101,7 +101,7 @@ class Language:
         return total / (length - 1)
 
     def rows(self, numbers: np.ndarray | Sequence[int], length: int, seed: int) -> np.ndarray:
-        """Rows by number, from the document start on, shape (rows, length): a pure function of number and seed."""
+        """Rows with these numbers, start included, shape (rows, length); a pure function of number and seed."""
         tokens, probabilities, following = self.table
         bounds = probabilities.cumsum(1)[:, :-1]
         uniforms = np.stack([row_uniforms(seed, int(number), length) for number in numbers])

@@ -1,7 +1,7 @@
 """Small decoders as ordinary transformers configurations, by name or size, and expansion that keeps the function.
 
-The family is Qwen3: RMSNorm before each sublayer, QK-norm, RoPE, a gated MLP. The MLP is 8/3·D wide, so that its three
-matrices hold what two of 4D hold, and a model is as large as Marek et al. (arXiv 2605.26097) count: 12·L·D² + D·V.
+The family is Qwen3: RMSNorm before each sublayer, QK-norm, RoPE, a gated MLP. The MLP is 8/3·D wide, so its three
+matrices are as large as two of width 4D, and the size is that of Marek et al. (arXiv 2605.26097): 12·L·D² + D·V.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 FAMILIES = ("qwen3", "llama")
 MIN_SIZE, MAX_SIZE = 4_000, 300_000_000  # parameters
-WIDTHS = (*range(16, 256, 16), *range(256, 1537, 64))  # whole numbers of heads
-SIZE_TOLERANCE = 0.1  # how far a model's size may be from the number given, as a share of it
+WIDTHS = (*range(16, 256, 16), *range(256, 1537, 64))  # multiples of a head's width
+SIZE_TOLERANCE = 0.1  # largest relative difference between a model's size and the requested one
 # Matrices that read the residual stream, and those that write to it.
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
 WRITERS = ("o_proj", "down_proj")
@@ -34,7 +34,7 @@ class Shape:
     mlp_ratio: float = 8 / 3
 
 
-# The paper's own (5.8M to 46M at a vocabulary of 4,096; 2M on digits) and ours.
+# 5.8M to 46M (at a vocabulary of 4,096) and 2M (digits) are the paper's.
 SIZES: dict[str, Shape] = {
     "30k": Shape(32, 2),
     "134k": Shape(64, 2, 4),  # digits
@@ -51,9 +51,9 @@ SIZES: dict[str, Shape] = {
 
 
 def counted_size(hidden_size: int, num_layers: int, vocab_size: int, mlp_ratio: float = 8 / 3) -> int:
-    """Parameters of the blocks' matrices and of one embedding: 12·L·D² + D·V where the MLP is 8/3·D wide.
+    """Parameters of the blocks' matrices and one embedding: 12·L·D² + D·V if the MLP is 8/3·D wide.
 
-    As Marek et al. count (arXiv 2605.26097); norms and, in an untied model, the second embedding are left out.
+    The count of Marek et al. (arXiv 2605.26097); norms and, in an untied model, the second embedding are left out.
 
     >>> counted_size(hidden_size=256, num_layers=6, vocab_size=4096)
     5754880
@@ -63,7 +63,7 @@ def counted_size(hidden_size: int, num_layers: int, vocab_size: int, mlp_ratio: 
 
 
 def counted_size_of(config: Any) -> int:
-    """`counted_size` of a configuration of this family, from its own widths."""
+    """`counted_size` of a configuration, from its actual widths."""
     width, heads, head = config.hidden_size, config.num_attention_heads, config.head_dim
     attention = 2 * width * head * (heads + config.num_key_value_heads)
     return config.num_hidden_layers * (attention + 3 * width * config.intermediate_size) + width * config.vocab_size
@@ -74,7 +74,7 @@ def _mlp_width(hidden_size: int, ratio: float) -> int:
 
 
 def shape_of(size: str | float, vocab_size: int) -> Shape:
-    """The shape of a size: a name of `SIZES`, or a number of parameters as `counted_size` counts.
+    """The shape of a size: a name in `SIZES`, or a number of parameters as in `counted_size`.
 
     >>> shape_of("430k", vocab_size=1024)
     Shape(hidden_size=96, num_layers=3, mlp_ratio=2.6666666666666665)
@@ -82,7 +82,7 @@ def shape_of(size: str | float, vocab_size: int) -> Shape:
     112
 
     Raises:
-        ValueError: for an unknown name, or a number of which no shape is within 10% at this vocabulary.
+        ValueError: for an unknown name, or a number of parameters that no shape matches within 10%.
     """
     if str(size) in SIZES:
         return SIZES[str(size)]
@@ -103,11 +103,11 @@ def shape_of(size: str | float, vocab_size: int) -> Shape:
         nearest = min(sizes.values(), key=lambda count: abs(count - wanted))
         raise ValueError(
             f"model_size: no model of {wanted:g} parameters has a vocabulary of {vocab_size}; use {nearest}, the "
-            "nearest, or another vocab_size"
+            "nearest size, or another vocab_size"
         )
 
     def oddness(shape: tuple[int, int]) -> float:
-        """Distance from usual proportions (a layer per 50 units of width, at least two) and from the size."""
+        """Distance from usual proportions (one layer per 50 units of width, at least two) and from the size."""
         width, layers = shape
         return abs(math.log(layers / max(2.0, width / 50))) + 20 * abs(math.log(sizes[shape] / wanted))
 
@@ -138,7 +138,7 @@ def make_config(
 
 
 def make_model(config: Any, seed: int = 0) -> PreTrainedModel:
-    """A float32 model with fresh weights, a function of the seed alone; the global generator is left as it was."""
+    """A float32 model with fresh weights that depend only on the seed; leaves torch's global generator unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -153,17 +153,18 @@ def expand(
     num_layers: int | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A larger model that computes the same function, to float32 rounding.
+    """Build a larger model that computes the same function, up to float32 rounding.
 
-    New heads and MLP units have fresh weights and write 0; new layers, at the end, likewise. A wider stream holds
-    k copies of the old one, whose RMS is the same, and what reads it reads 0 times the new ones. So every addition
-    gets a gradient. (Net2Net, arXiv 1511.05641, with zeros in the place of halves.)
+    New heads, MLP units and layers (added at the end) have fresh weights but write 0. A wider residual stream holds
+    copies of the old one, which keeps its RMS; weights that read the new copies are 0. So every addition gets a
+    gradient. (Net2Net, arXiv 1511.05641, with zeros instead of halves.)
 
     Args:
-        hidden_size: a whole multiple of the old one. num_heads: likewise; the key-value heads grow along.
+        hidden_size: a multiple of the old one.
+        num_heads: a multiple of the old number; the key-value heads grow by the same factor.
 
     Raises:
-        ValueError: for a smaller size, one that is no multiple, or a model of another family.
+        ValueError: for a smaller size, one that is not a multiple, or a model of another family.
     """
     old = model.config
     config = _expanded_config(
@@ -176,13 +177,13 @@ def expand(
         for name, parameter in larger.named_parameters():
             if name in weights:
                 _fill(name, parameter, weights[name], copies, tied=config.tie_word_embeddings)
-            elif name.split(".")[-2] in WRITERS:  # of a new layer
+            elif name.split(".")[-2] in WRITERS:  # in a new layer
                 parameter.zero_()
     return larger.train(model.training)
 
 
 def _fill(name: str, new: Tensor, old: Tensor, copies: int, *, tied: bool) -> None:
-    """Put an old parameter into its larger place; `copies`: of the stream."""
+    """Copy an old parameter into its larger one; `copies`: how often the wider residual stream holds the old one."""
     kind = name.split(".")[-2]
     if kind in READERS:
         new[: old.shape[0], : old.shape[1]] = old
@@ -199,17 +200,17 @@ def _fill(name: str, new: Tensor, old: Tensor, copies: int, *, tied: bool) -> No
 
 def _expanded_config(old: Any, **sizes: int | None) -> Any:
     if old.model_type not in FAMILIES:
-        raise ValueError(f"model: {old.model_type!r} has no expansion; use one of {', '.join(FAMILIES)}")
+        raise ValueError(f"model: {old.model_type!r} cannot be expanded; use one of {', '.join(FAMILIES)}")
     if old.attention_bias or getattr(old, "mlp_bias", False):
-        raise ValueError("model: expansion knows no biases; use a model without")
+        raise ValueError("model: expansion does not support biases; use a model without")
     config = copy.deepcopy(old)
     for name, value in sizes.items():
         if value is None:
             continue
         now, multiple = getattr(old, name), name in ("hidden_size", "num_attention_heads")
         if value < now or (multiple and value % now):
-            remedy = f"a whole multiple of {now}" if multiple else f"{now} or more"
-            raise ValueError(f"{name}: {value} cannot hold what is there; use {remedy}")
+            remedy = f"a multiple of {now}" if multiple else f"{now} or more"
+            raise ValueError(f"{name}: {value} does not fit a model with {now}; use {remedy}")
         setattr(config, name, value)
     config.head_dim = getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads
     config.num_key_value_heads = old.num_key_value_heads * config.num_attention_heads // old.num_attention_heads

@@ -1,7 +1,7 @@
-"""The verb `pretrain`: a small model from nothing by `transformers.Trainer`, into an ordinary Hugging Face folder.
+"""The verb `pretrain`: train a small model from scratch with `transformers.Trainer` into an ordinary model folder.
 
-By steps, tokens, tokens per parameter, or to a target loss. Rows come in the order of their numbers, so a killed run
-that resumes from its last checkpoint ends with the weights of an undisturbed one.
+The length is set in steps, tokens, tokens per parameter, or by a target loss. Rows come in the order of their numbers,
+so a killed run that resumes from its last checkpoint ends with the weights of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from retain.training.config import StoppingConfig, check_arguments
 from retain.training.run_files import RunFilesCallback
 from retain.training.stopping import StopAtLoss, check_same_run, check_stopping, checkpoint_to_resume, train
 
-PRETRAIN_FILE = "pretrain.json"  # what was made, written last
-EVAL_SEED = 2**32  # beyond every seed of training rows
+PRETRAIN_FILE = "pretrain.json"  # the run's results, written last
+EVAL_SEED = 2**32  # above every seed of training rows
 HELD_OUT_EVERY = 20  # one document in 20, chosen by its hash
 
 
@@ -72,7 +72,7 @@ class PretrainConfig(StoppingConfig):
     digits: int = setting(3, "With a digit task: digits per number.", low=1)
 
     def __post_init__(self) -> None:
-        self.model_size = str(self.model_size)  # YAML brings numbers
+        self.model_size = str(self.model_size)  # YAML gives numbers
         super().__post_init__()
         if self.max_tokens is not None and self.tokens_per_param is not None:
             raise ValueError(f"max_tokens: {self.max_tokens:g} and tokens_per_param exclude each other; leave one out")
@@ -80,7 +80,7 @@ class PretrainConfig(StoppingConfig):
 
 @dataclass
 class PretrainArguments(TrainingArguments):
-    """`TrainingArguments` with defaults for small models; the names and their meaning are transformers'."""
+    """`TrainingArguments` with defaults for small models."""
 
     learning_rate: float = field(default=3e-3, metadata={"help": "The peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The schedule after warm-up."})
@@ -98,9 +98,9 @@ class PretrainArguments(TrainingArguments):
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a model learns: its tokenizer, training rows, held-out rows, and what is known of it.
+    """What a model learns: a tokenizer, training rows, held-out rows, and facts for its files.
 
-    Either `rows` is set, a stream without end, or `parts`: shares and rows of real text.
+    Either `rows` is set, an endless stream, or `parts`, the shares and rows of real texts.
     """
 
     tokenizer: Any
@@ -118,13 +118,13 @@ class Corpus:
         return streams[0][1] if len(streams) == 1 else mixture(streams, num_rows, seed)
 
     def passes(self, num_rows: int) -> float:
-        """How often the run reads the part that it reads most often; 0 where nothing repeats."""
+        """Passes over the part that the run reads most often; 0 for an endless stream."""
         total = sum(share for share, _ in self.parts)
         return max((num_rows * share / total / len(rows) for share, rows in self.parts), default=0.0)
 
 
 def run_pretrain(args: PretrainArguments, config: PretrainConfig) -> None:
-    """Pretrain and save; `args` are transformers', `config` is ours."""
+    """Pretrain a model and save it to `args.output_dir`."""
     check_arguments(args)
     known_length = config.max_tokens if config.tokens_per_param is None else config.tokens_per_param
     if (args.max_steps > 0) == (known_length is not None):
@@ -162,7 +162,7 @@ def _source(corpus: Corpus, num_rows: int) -> str:
 
 
 def make_trainer(args: Any, config: PretrainConfig, corpus: Corpus, model: Any, seed: int) -> Trainer:
-    """The trainer of a run of `args.max_steps` steps."""
+    """A trainer that runs for `args.max_steps` steps."""
     num_rows = round(args.max_steps * tokens_per_step(args, 1))
     held_out = corpus.held_out
     trainer = Trainer(
@@ -181,7 +181,7 @@ def make_trainer(args: Any, config: PretrainConfig, corpus: Corpus, model: Any, 
 
 
 def _train(trainer: Trainer, config: PretrainConfig, corpus: Corpus, checkpoint: str | None, say: Any) -> None:
-    args, size, began = trainer.args, counted_size_of(trainer.model.config), time.monotonic()
+    args, size, start_time = trainer.args, counted_size_of(trainer.model.config), time.monotonic()
     if args.resume_from_checkpoint and checkpoint is None:
         say(f"no whole checkpoint in {args.output_dir}: starting from step 0")
     train(trainer, checkpoint)
@@ -189,24 +189,25 @@ def _train(trainer: Trainer, config: PretrainConfig, corpus: Corpus, checkpoint:
     if not math.isfinite(loss):
         raise ValueError(f"loss: {loss} after {steps} steps; lower learning_rate, or use bf16 instead of fp16")
     tokens = steps * tokens_per_step(args, corpus.length)
-    found = {
+    results = {
         "num_params": size, "all_params": num_parameters(trainer.model), "num_tokens": tokens,
         "tokens_per_param": tokens / size, "num_steps": steps, "eval_loss": loss,
-        "adam_beta2": args.adam_beta2, "seed": args.seed, "seconds": time.monotonic() - began,
+        "adam_beta2": args.adam_beta2, "seed": args.seed, "seconds": time.monotonic() - start_time,
         "resumed": checkpoint is not None, **corpus.facts,
     }  # fmt: skip
-    watch = next((one for one in trainer.callback_handler.callbacks if isinstance(one, StopAtLoss)), None)
-    if watch is not None:
-        found |= {"stop_at_loss": watch.target, "reached": watch.reached}
-        say(watch)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, StopAtLoss):
+            results |= {"stop_at_loss": callback.target, "reached": callback.reached}
+            say(callback)
     if args.process_index == 0:
-        write_json(Path(args.output_dir) / PRETRAIN_FILE, {**found, "settings": asdict(config), "versions": versions()})
+        results |= {"settings": asdict(config), "versions": versions()}
+        write_json(Path(args.output_dir) / PRETRAIN_FILE, results)
     say(f"held-out loss: {loss:.4f} nats per token after {tokens:g} tokens ({tokens / size:.3g} per parameter)")
     say(f"model: {args.output_dir}")
 
 
 def steps_of(args: Any, config: PretrainConfig, length: int, size: int) -> int:
-    """Optimizer steps of a run: `max_steps`, or the fewest that reach the tokens set."""
+    """Optimizer steps of a run: `max_steps`, or the fewest that reach the set number of tokens."""
     tokens = config.max_tokens if config.tokens_per_param is None else config.tokens_per_param * size
     return args.max_steps if tokens is None else math.ceil(tokens / tokens_per_step(args, length))
 
@@ -224,7 +225,7 @@ def open_corpus(config: PretrainConfig, seed: int) -> Corpus:
     return _texts(config)
 
 
-@lru_cache(maxsize=4)  # a large one takes seconds to make, and studies open it for every run
+@lru_cache(maxsize=4)  # a large language takes seconds to make, and studies open it for every run
 def _language(num_states: int, vocab_size: int, branching: int, seed: int) -> Language:
     return Language(num_states=num_states, vocab_size=vocab_size, branching=branching, seed=seed)
 
@@ -241,10 +242,10 @@ def _synthetic(config: PretrainConfig, seed: int) -> Corpus:
 
 def _texts(config: PretrainConfig) -> Corpus:
     shares = shares_of(config.corpus)
-    trained_on = shares_of(config.tokenizer_corpus, "tokenizer_corpus") if config.tokenizer_corpus else shares
-    named = dict.fromkeys(trained_on, "tokenizer_corpus") | dict.fromkeys(shares, "corpus")
-    split = {source: split_documents(source, field) for source, field in named.items()}
-    tokenizer = train_tokenizer([text for source in trained_on for text in split[source][0]], config.vocab_size or 1024)
+    sources = shares_of(config.tokenizer_corpus, "tokenizer_corpus") if config.tokenizer_corpus else shares
+    fields = dict.fromkeys(sources, "tokenizer_corpus") | dict.fromkeys(shares, "corpus")
+    split = {source: split_documents(source, field) for source, field in fields.items()}
+    tokenizer = train_tokenizer([text for source in sources for text in split[source][0]], config.vocab_size or 1024)
     start, parts, held_out = choose_start_token(tokenizer), [], []
     for source, share in shares.items():
         texts, held_out_texts = split[source]
@@ -258,12 +259,12 @@ def _texts(config: PretrainConfig) -> Corpus:
 
 
 def shares_of(corpus: str, field: str = "corpus") -> dict[str, float]:
-    """Files or Hub datasets with their shares; one without a share has 1.
+    """Files or Hub datasets with their shares, by default 1.
 
     >>> shares_of("wiki.jsonl=0.7,owner/code")
     {'wiki.jsonl': 0.7, 'owner/code': 1.0}
     """
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for part in corpus.split(","):
         source, _, share = part.strip().partition("=")
         if not is_local_file(source) and "/" not in source and not Path(source).suffix:
@@ -272,25 +273,25 @@ def shares_of(corpus: str, field: str = "corpus") -> dict[str, float]:
                 f"{field}: {source!r} is neither a file nor known; use a file, OWNER/NAME of the Hub, or one of {known}"
             )
         try:
-            found[source] = float(share or 1)
+            shares[source] = float(share or 1)
         except ValueError:
-            found[source] = 0.0
-        if not 0 < found[source] < math.inf:
+            shares[source] = 0.0
+        if not 0 < shares[source] < math.inf:
             raise ValueError(f"{field}: {part.strip()!r} has no share above 0; write {source}=0.5")
-    return found
+    return shares
 
 
 def split_documents(source: str, field: str = "corpus") -> tuple[list[str], list[str]]:
-    """Documents of a file or Hub dataset for training, and held-out ones: by their hash, so copies stay together."""
+    """Training and held-out documents of a file or Hub dataset, split by hash, so copies are on the same side."""
     texts = [
         row_text(row, None, f"{field}: row {at} of {source!r}")
         for at, row in enumerate(read_rows(source, field), start=1)
     ]
     hashes = [int(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8], 16) for text in texts]
     training, held_out = (
-        [text for text, number in zip(texts, hashes, strict=True) if (number % HELD_OUT_EVERY == 0) is kept]
-        for kept in (False, True)
+        [text for text, number in zip(texts, hashes, strict=True) if (number % HELD_OUT_EVERY == 0) is is_held_out]
+        for is_held_out in (False, True)
     )
     if not training or not held_out:
-        raise ValueError(f"{field}: {len(texts)} documents are too few to hold some out; give some dozens")
+        raise ValueError(f"{field}: {len(texts)} documents are too few to hold some out; give a few dozen")
     return training, held_out

@@ -1,7 +1,7 @@
-"""Runs, each made once and named by a hash of its settings; a kill loses no more than what was under way.
+"""Runs, each made once and named by a hash of its settings; a kill loses only the runs in progress.
 
-`RunRows` keeps a row of each in a file: of a study, a plan's pilots, a sweep. `run_here` and `run_on_ray` make runs of
-a verb, each in a process and a folder of its own.
+`RunRows` keeps one row per run in a file: for a study, a plan's pilots, a sweep. `run_here` and `run_on_ray` run a
+verb many times, each in its own process and folder.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from filelock import FileLock
 
 from retain.files import append_jsonl, read_jsonl
 
-RESUMABLE = ("finetune", "pretrain")  # from a checkpoint, by a flag; other verbs resume or begin again by themselves
-SECONDS_TO_STOP = 30.0  # in which a run may write a checkpoint
-# The program of a run. It ends with the process that began it, however that ends: nobody then holds the other end of
-# its standard input.
+RESUMABLE = ("finetune", "pretrain")  # resume with a flag; other verbs resume or restart by themselves
+SECONDS_TO_STOP = 30.0  # for a run to write a checkpoint
+# The program of a run. It ends with the process that started it, however that ends, because the other end of its
+# standard input is then closed.
 PROGRAM = """
 import os, sys, threading
 threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
@@ -36,7 +36,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def run_key(*settings: Any) -> str:
-    """The name of a run: a hash of everything that was set, in JSON; the order of keys is no setting.
+    """The name of a run: a hash of its settings as JSON; the order of keys does not matter.
 
     >>> run_key("finetune", {"seed": 0, "lora_r": 4}) == run_key("finetune", {"lora_r": 4, "seed": 0})
     True
@@ -46,21 +46,21 @@ def run_key(*settings: Any) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a path against other processes, which wait; the lock goes with the process, however it ends."""
+    """Lock a path; other processes wait. The lock is released when the process ends, however it ends."""
     lock = path.parent / f".{path.name}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         try:
             yield
         finally:
-            with suppress(OSError):  # Windows removes no open file
+            with suppress(OSError):  # Windows does not remove open files
                 lock.unlink()
 
 
 class RunRows:
-    """Rows by key in a JSON Lines file that only grows, and that several processes may share.
+    """Rows by key in an append-only JSON Lines file that several processes may share.
 
-    A row whose `status` is "failed" stands in the file for its error; its run counts as not made.
+    A row whose `status` is "failed" records an error; its run counts as not made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,11 +69,11 @@ class RunRows:
         self.read()
 
     def read(self) -> None:
-        """Read the file again, for rows that other processes have appended."""
+        """Read the file again, with rows that other processes have appended."""
         self.rows = {row["key"]: row for row in read_jsonl(self.path) if row.get("status") != "failed"}
 
     def append(self, row: dict[str, Any]) -> None:
-        """Append a row that names its `key`; a line that a killed process left half-written goes first."""
+        """Append a row with a `key`, after removing a half-written last line of a killed process."""
         with locked(self.path):
             if self.path.exists():
                 with open(self.path, "rb+") as file:
@@ -83,7 +83,7 @@ class RunRows:
             self.rows[row["key"]] = row
 
     def make(self, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row of this key, computed and appended unless it is there; of several processes one computes it."""
+        """The row of this key, computed and appended if missing; only one of several processes computes it."""
         if key not in self.rows:
             with locked(self.path.with_name(f"{self.path.name}.{key}")):
                 self.read()
@@ -124,68 +124,68 @@ def _word(value: Any) -> str:
 
 
 class VerbProcess:
-    """A run in a process of its own, its output in `logs/KEY.txt`, its results in `runs/KEY`."""
+    """A run in its own process, with its output in `logs/KEY.txt` and its results in `runs/KEY`."""
 
     def __init__(self, run: VerbRun, root: Path, threads: int, program: str) -> None:
         self.run, self.folder, self.log = run, root / "runs" / run.key, root / "logs" / f"{run.key}.txt"
         for folder in (self.folder.parent, self.log.parent):
             folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-c", program, *run.arguments(self.folder)]
-        self.began = time.monotonic()
+        self.start_time = time.monotonic()
         with open(self.log, "wb") as log:
-            # In a group of its own: Ctrl-C reaches the sweep alone, which stops each run once.
+            # In its own process group: Ctrl-C reaches only the sweep, which stops each run once.
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, process_group=0,
                 env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             )  # fmt: skip
 
     def outcome(self) -> dict[str, Any]:
-        """Exit code, seconds and the last line of the output of a process that has ended."""
+        """Exit code, seconds and last line of output of a process that has ended."""
         self.process.communicate()
         lines = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
         return {
             "exit_code": self.process.returncode,
-            "seconds": round(time.monotonic() - self.began, 1),
+            "seconds": round(time.monotonic() - self.start_time, 1),
             "last_line": (lines or [""])[-1],
         }
 
 
-Record = Callable[[VerbRun, dict[str, Any]], object]  # what is done with a run and its outcome
+Record = Callable[[VerbRun, dict[str, Any]], object]  # called with each run and its outcome
 
 
 def run_here(runs: Sequence[VerbRun], root: Path, record: Record, *, num_workers: int, threads: int) -> None:
-    """Make the runs on this machine, `num_workers` at a time; an exception, Ctrl-C say, stops those under way."""
+    """Make the runs on this machine, `num_workers` at a time; an exception, such as Ctrl-C, stops those in progress."""
     todo, running = deque(runs), list[VerbProcess]()
     try:
         while todo or running:
             while todo and len(running) < num_workers:
                 running.append(VerbProcess(todo.popleft(), root, threads, PROGRAM))
             time.sleep(0.1)
-            for ended in [one for one in running if one.process.poll() is not None]:
+            for ended in [job for job in running if job.process.poll() is not None]:
                 running.remove(ended)
                 record(ended.run, ended.outcome())
     finally:
-        for one in running:
-            one.process.terminate()  # it may write a checkpoint
-        for one in running:
+        for job in running:
+            job.process.terminate()  # it may write a checkpoint
+        for job in running:
             with suppress(subprocess.TimeoutExpired):
-                one.process.wait(SECONDS_TO_STOP)
-            one.process.kill()
-            one.process.communicate()
+                job.process.wait(SECONDS_TO_STOP)
+            job.process.kill()
+            job.process.communicate()
 
 
 def run_on_ray(runs: Sequence[VerbRun], root: Path, record: Record, *, num_workers: int | None, threads: int) -> None:
-    """Make the runs on the Ray cluster of RAY_ADDRESS, or one begun here; a lost machine costs the runs that it had.
+    """Make the runs on the Ray cluster at RAY_ADDRESS, or one started here; losing a machine loses only its runs.
 
-    All machines of the cluster share the folder `root`.
+    All machines of the cluster must share the folder `root`.
     """
     from retain.sampling.ray_workers import ray_workers
 
     def outcome(run: VerbRun) -> dict[str, Any]:
-        one = VerbProcess(run, root, threads, PROGRAM)
-        one.process.wait()
-        return one.outcome()
+        job = VerbProcess(run, root, threads, PROGRAM)
+        job.process.wait()
+        return job.outcome()
 
-    with ray_workers(lambda: outcome, num_workers=num_workers, num_cpus=threads) as spread:
-        for run, found in spread(runs):
-            record(run, found)
+    with ray_workers(lambda: outcome, num_workers=num_workers, num_cpus=threads) as outcomes_of:
+        for run, result in outcomes_of(runs):
+            record(run, result)

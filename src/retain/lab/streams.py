@@ -1,4 +1,4 @@
-"""Training rows by number: each a pure function of its number and a seed, so that a resumed run sees the same rows."""
+"""Training rows by number: each is a pure function of its number and a seed, so a resumed run sees the same rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RowFunction = Callable[[np.ndarray], np.ndarray]  # row numbers -> token ids, sh
 
 
 class Stream(Dataset):
-    """Rows by number, drawn a batch at a time; as a trainer takes them. Loss on every token but the first."""
+    """Rows by number as a torch data set, drawn a batch at a time; loss on every token but the first."""
 
     def __init__(self, rows: RowFunction, num_rows: int) -> None:
         self.rows, self.num_rows = rows, num_rows
@@ -32,7 +32,7 @@ class Stream(Dataset):
 
 
 def shuffled(rows: np.ndarray, seed: int) -> RowFunction:
-    """A stream of real rows, shape (rows, length): every row once a pass, each pass in an order of its own.
+    """A stream of real rows, shape (rows, length): every row once per pass, in a new order each pass.
 
     >>> shuffled(np.array([[1], [2], [3]]), seed=1)(np.arange(6)).ravel().tolist()
     [1, 2, 3, 3, 1, 2]
@@ -41,21 +41,21 @@ def shuffled(rows: np.ndarray, seed: int) -> RowFunction:
 
 
 def mixture(parts: Sequence[tuple[float, RowFunction]], num_rows: int, seed: int) -> RowFunction:
-    """Rows of several streams by their shares, at random places; every stream is read in its own order."""
+    """Rows of several streams, mixed at random by their shares; each stream is read in its own order."""
     shares = np.array([share for share, _ in parts])
     rng = np.random.default_rng([seed, len(parts)])
     choice = rng.choice(len(parts), size=num_rows, p=shares / shares.sum())
-    place = np.zeros(num_rows, dtype=np.int64)
+    number_in_part = np.zeros(num_rows, dtype=np.int64)
     for part in range(len(parts)):
-        mine = choice == part
-        place[mine] = np.arange(mine.sum())
+        mask = choice == part
+        number_in_part[mask] = np.arange(mask.sum())
 
     def rows(numbers: np.ndarray) -> np.ndarray:
-        found: list[Any] = [None] * len(numbers)
+        mixed: list[Any] = [None] * len(numbers)
         for part, (_, source) in enumerate(parts):
             at = np.flatnonzero(choice[numbers] == part)
-            for index, row in zip(at, source(place[numbers[at]]) if len(at) else (), strict=True):
-                found[index] = row
-        return np.stack(found)
+            for index, row in zip(at, source(number_in_part[numbers[at]]) if len(at) else (), strict=True):
+                mixed[index] = row
+        return np.stack(mixed)
 
     return rows

@@ -1,14 +1,14 @@
 """The digit tasks of Marek et al. (arXiv 2605.26097, continual tasks): add, reversal, sort, modadd.
 
-A row of n-digit numbers, 3n + 5 tokens, loss on all but the first (replay is sampled from that one alone):
+A row of n-digit numbers has 3n + 5 tokens, with loss on all but the first, from which replay is sampled:
 
     <add>      a a a + b b b = s s s s <eos>      the sum, n + 1 digits
     <modadd>   a a a + b b b = 0 s s s <eos>      the sum modulo 10^n
-    <reversal> a a a + _ _ _ = 0 r r r <eos>      the digits of a from the last to the first
-    <sort>     a a a + _ _ _ = 0 r r r <eos>      the digits of a from the least to the largest
+    <reversal> a a a + _ _ _ = 0 r r r <eos>      the digits of a from last to first
+    <sort>     a a a + _ _ _ = 0 r r r <eos>      the digits of a from smallest to largest
 
-A share of the items of each task (numbers, or pairs of them) is held out and never drawn for training. The paper's
-validation rows are drawn like its training rows.
+A share of each task's items (numbers or pairs of numbers) is held out and never drawn for training. In the paper,
+validation rows are drawn like training rows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ PAIRS = ("add", "modadd")
 
 @dataclass(frozen=True)
 class DigitTask:
-    """One task on n-digit numbers. `held_out`: share of its items that training never draws; `seed`: of that split.
+    """One task on n-digit numbers.
+
+    Args:
+        held_out: share of the items that training never draws.
+        seed: of that split.
 
     >>> task = DigitTask("add", digits=1)
     >>> digit_tokenizer("add").decode(task.rows(np.array([34]))[0])
@@ -52,7 +56,7 @@ class DigitTask:
         if not 1 <= self.digits <= 4:
             raise ValueError(f"digits: {self.digits!r} does not fit; use a whole number from 1 to 4")
         if not 0 < self.held_out < 1 or not 0 < len(self.held_out_items) < self.num_items:
-            raise ValueError(f"held_out: {self.held_out!r} of {self.num_items} items leaves none; use 0.1")
+            raise ValueError(f"held_out: {self.held_out!r} of {self.num_items} items leaves none on one side; use 0.1")
 
     @property
     def start_id(self) -> int:
@@ -66,12 +70,12 @@ class DigitTask:
 
     @property
     def answer_length(self) -> int:
-        """Tokens that must be right: n + 1 digits and the end."""
+        """Tokens of the answer: n + 1 digits and the end."""
         return self.digits + 2
 
     @property
     def num_items(self) -> int:
-        """Number of different questions: 10^n, or 10^2n for those with two numbers."""
+        """Number of different questions: 10^n, or 10^2n for tasks with two numbers."""
         return 10 ** (self.digits * (2 if self.name in PAIRS else 1))
 
     @cached_property
@@ -82,14 +86,14 @@ class DigitTask:
         return np.sort(rng.choice(self.num_items, size=count, replace=False))
 
     def training_items(self, rows: Sequence[int] | np.ndarray, seed: int) -> np.ndarray:
-        """Items of the training rows with these numbers, uniform over what is not held out, shape (rows,)."""
+        """Items of the training rows with these numbers, uniform over those not held out, shape (rows,)."""
         uniforms = np.array([row_uniforms(seed, int(row), 1)[0] for row in rows])
         return self._not_held_out((uniforms * (self.num_items - len(self.held_out_items))).astype(np.int64))
 
-    def _not_held_out(self, places: np.ndarray) -> np.ndarray:
-        """The items at these places among those that may be drawn."""
-        gaps = self.held_out_items - np.arange(len(self.held_out_items))  # items before each that may be drawn
-        return places + np.searchsorted(gaps, places, side="right")
+    def _not_held_out(self, indices: np.ndarray) -> np.ndarray:
+        """Items by their index among those that may be drawn."""
+        num_before = self.held_out_items - np.arange(len(self.held_out_items))  # items before each that may be drawn
+        return indices + np.searchsorted(num_before, indices, side="right")
 
     def rows(self, items: np.ndarray) -> np.ndarray:
         """Token ids of these items, shape (items, length)."""
@@ -110,11 +114,11 @@ class DigitTask:
         return np.concatenate([*parts, EOS * column], axis=1)
 
     def training_rows(self, rows: Sequence[int] | np.ndarray, seed: int) -> np.ndarray:
-        """Training rows by number, a pure function of it and the seed; shape (rows, length)."""
+        """Training rows with these numbers, shape (rows, length); a pure function of number and seed."""
         return self.rows(self.training_items(rows, seed))
 
     def held_out_rows(self, max_rows: int | None = None) -> np.ndarray:
-        """Rows of the held-out items, at most `max_rows`, always the same ones."""
+        """Rows of the held-out items, or of `max_rows` of them, always the same ones."""
         items = self.held_out_items
         if max_rows is not None and max_rows < len(items):
             items = np.random.default_rng(self.seed).choice(items, max_rows, replace=False)
@@ -129,20 +133,20 @@ def _digits(values: np.ndarray, width: int) -> np.ndarray:
 def exact_match(model: Any, rows: np.ndarray, answer_length: int, batch_size: int = 1024) -> np.ndarray:
     """Whether greedy decoding writes the whole answer and the end, shape (rows,) of bool.
 
-    One forward over the right answer decides: greedy decoding goes wrong exactly where an arg-max there first does.
+    One forward pass over the right answer decides: greedy decoding is right if every arg-max of that pass is.
     """
-    was, found = model.training, []
+    was_training, matches = model.training, []
     model.eval()
     for at in range(0, len(rows), batch_size):
         batch = torch.from_numpy(rows[at : at + batch_size]).to(model.device)
         logits = model(input_ids=batch[:, :-1], logits_to_keep=answer_length).logits
-        found.append((logits.argmax(-1) == batch[:, -answer_length:]).all(-1).cpu().numpy())
-    model.train(was)
-    return np.concatenate(found)
+        matches.append((logits.argmax(-1) == batch[:, -answer_length:]).all(-1).cpu().numpy())
+    model.train(was_training)
+    return np.concatenate(matches)
 
 
 def digit_tokenizer(task: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of the 19 tokens, a character each; its BOS is the start token of `task`."""
+    """A tokenizer of the 19 tokens, digits and signs one character each; its BOS is the start token of `task`."""
     raw = Tokenizer(models.WordLevel({token: at for at, token in enumerate(VOCABULARY)}, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     raw.add_special_tokens([token for token in SPECIAL if len(token) > 1])

@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot: byte-level BPE trained on texts, and one whose words are the tokens of a language."""
+"""Tokenizers made on the spot: byte-level BPE trained on texts, and one word per token of a synthetic language."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from transformers import PreTrainedTokenizerFast
 
 START = "<|endoftext|>"  # id 0; begins a document
 MIN_VOCAB_SIZE = 257  # the bytes and the document start
-CHUNK_CHARS = 2000  # of a training string
+CHUNK_CHARS = 2000  # per training string
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, max_chars: int = 4_000_000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, which can write any text, trained on at most `max_chars` characters, evenly from all texts.
+    """Train byte-level BPE, which can write any text, on every n-th text, for about `max_chars` characters.
 
     Raises:
-        ValueError: for a vocabulary smaller than the bytes.
+        ValueError: if the vocabulary has no room for all bytes.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size: {vocab_size} does not hold the bytes; use {MIN_VOCAB_SIZE} or more")
+        raise ValueError(f"vocab_size: {vocab_size} has no room for all bytes; use {MIN_VOCAB_SIZE} or more")
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -40,7 +40,7 @@ def _chunks(texts: Sequence[str]) -> Iterator[str]:
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Tokens `w1`, `w2`, … with spaces between them, after the document start: for a synthetic language.
+    """A tokenizer of the words `w1`, `w2`, … for a synthetic language; id 0 is the document start.
 
     >>> word_tokenizer(64)("w3 w1")["input_ids"]
     [3, 1]
