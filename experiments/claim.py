@@ -1,4 +1,4 @@
-"""What paired differences over seeds say of a claim: an interval, a verdict, and whether two things are equivalent."""
+"""Judge a claim by paired differences over seeds: an interval, a verdict, and a test of equivalence."""
 
 from __future__ import annotations
 
@@ -31,42 +31,42 @@ class Interval(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the whole interval lies above or below 0, else 0."""
+        """1 or -1 if the whole interval lies above or below 0, else 0."""
         return (self.low > 0) - (self.high < 0)
 
     def widened(self, other: Interval) -> Interval:
-        """The same estimate with the wider of two intervals."""
+        """The same estimate, with an interval that covers both intervals and the estimate."""
         return Interval(self.value, min(self.value, self.low, other.low), max(self.value, self.high, other.high))
 
 
 def over_seeds(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Mean and Student's t interval; a point where there is one value.
+    """Mean and Student's t interval, which has no width for one value.
 
     >>> print(over_seeds([1.0, 2.0, 3.0]))
     2.000 [-0.484, 4.484]
     """
-    mean, number = float(np.mean(values)), len(values)
-    if number < 2:
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
         return Interval(mean, mean, mean)
-    half = float(student.ppf((1 + level) / 2, number - 1)) * float(np.std(values, ddof=1)) / math.sqrt(number)
+    half = float(student.ppf((1 + level) / 2, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
     return Interval(mean, mean - half, mean + half)
 
 
 def ratio_over_seeds(values: Sequence[float]) -> Interval:
-    """Geometric mean of ratios and Student's t interval, of their logarithms."""
-    return Interval(*(float(np.exp(one)) for one in over_seeds(np.log(values))))
+    """Geometric mean of ratios and Student's t interval, computed on their logarithms."""
+    return Interval(*(float(np.exp(end)) for end in over_seeds(np.log(values))))
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim on a difference that is measured once with each seed, paired; fixed before the runs.
+    """A claim about a difference that is measured with every seed, in pairs; fixed before the runs.
 
     Args:
-        differences: one a seed.
-        direction: the sign that the claim gives them.
-        margin: a difference of this size or less does not matter; 0 where none was fixed beforehand.
-        first_look: number of seeds at a first look after which more were added: each look then has half of the 5%.
-            (Two looks at plain 95% intervals find a difference that is not there in 9% of studies, not in 5%.)
+        differences: one per seed.
+        direction: their sign according to the claim.
+        margin: a difference of at most this size does not matter; 0 if none was fixed beforehand.
+        first_look: number of seeds at a first look after which more were added; each look then gets half of the 5%.
+            (Two looks at plain 95% intervals find a difference where there is none in 9% of studies, not in 5%.)
 
     >>> Claim([-0.2, -0.3, -0.25], direction=-1).verdict
     'reproduced'
@@ -89,17 +89,17 @@ class Claim:
 
     @property
     def estimate(self) -> Interval:
-        """Mean and 95% interval, not corrected."""
+        """Mean and 95% interval, not corrected for looks."""
         return over_seeds(self.differences)
 
     @property
     def interval(self) -> Interval:
-        """Mean and 95% interval, corrected for looks: what decides."""
+        """Mean and 95% interval, corrected for looks, which decides."""
         return over_seeds(self.differences, 1 - 0.05 / self.looks)
 
     @property
     def agrees(self) -> int:
-        """1 where the whole interval has the claimed sign, -1 where it has the other, 0 where it does not decide."""
+        """1 if the whole interval has the claimed sign, -1 if it has the other, 0 if it contains 0."""
         return self.direction * self.interval.sign
 
     @property
@@ -112,7 +112,7 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """reproduced, not reproduced, equivalent, cannot tell, or, of no more than the margin, direction only."""
+        """reproduced, not reproduced, equivalent, cannot tell, or direction only: no more than the margin."""
         if self.equivalent:
             return "equivalent"
         if self.agrees == 1 and abs(self.interval.value) <= self.margin:
@@ -121,13 +121,13 @@ class Claim:
 
     @property
     def alike(self) -> str:
-        """Of a claim that two things are as much: reproduced within the margin, not where the interval lies beyond."""
+        """The verdict on a claim of equality: reproduced if equivalent, not if the interval lies beyond the margin."""
         apart = self.interval.low > self.margin or self.interval.high < -self.margin
         return "reproduced" if self.equivalent else "not reproduced" if apart else "cannot tell"
 
     @property
     def later_seeds(self) -> str:
-        """The corrected interval, and what the seeds added after the first look say alone; empty without two."""
+        """The corrected interval, and the estimate of only the seeds added after the first look; empty for one look."""
         first, last = self.first_look or 0, len(self.differences) - 1
         if self.looks < 2 or last <= first:
             return ""
@@ -136,13 +136,13 @@ class Claim:
         return f"corrected for two looks [{low:.3f}, {high:.3f}]; {added}"
 
 
-def of_our_own(verdict: str) -> str:
-    """The words for a claim that no paper makes, which nothing can reproduce."""
+def yes_or_no(verdict: str) -> str:
+    """The verdict on a claim that no paper makes, so it is not a reproduction."""
     return {"reproduced": "yes", "not reproduced": "no"}.get(verdict, verdict)
 
 
 def share_text(count: int, total: int) -> str:
-    """A share with Wilson's 95% interval, in words; a dash of nothing."""
+    """A share with Wilson's 95% interval, in words; a dash if the total is 0."""
     if not total:
         return "–"
     return f"{count} of {total}: " + Interval(*share_interval(count, total)).text(".0%")

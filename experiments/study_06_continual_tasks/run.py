@@ -15,7 +15,7 @@ import numpy as np
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_callback import PrinterCallback
 
-from experiments.finetunes import StudyResults, scratch, written_by
+from experiments.finetunes import StudyResults, drawn_rows, scratch
 from experiments.pages import NoReport
 from experiments.program import Report, conduct, seeds_of
 from experiments.study_06_continual_tasks.report import METHODS, draw, report
@@ -100,7 +100,7 @@ def test_rows(task: DigitTask, most: int) -> np.ndarray:
 def replay_of(model: Any, earlier: Sequence[DigitTask], scale: Scale, seed: int) -> ReplayDataset:
     """Rows for a whole task, never used twice: the model's own, from the earlier tasks' start tokens in turn."""
     starts = [earlier[number % len(earlier)].start_id for number in range(scale.steps * scale.replay_rows)]
-    rows = written_by(model, starts, earlier[0].length, seed)
+    rows = drawn_rows(model, starts, earlier[0].length, seed)
     return ReplayDataset.from_rows(rows, f"{len(earlier)} start tokens")
 
 

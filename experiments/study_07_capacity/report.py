@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.claim import Claim, Interval, of_our_own, over_seeds
+from experiments.claim import Claim, Interval, over_seeds, yes_or_no
 from experiments.pages import NoReport, dress, findings, panels, table
 from experiments.study_07_capacity.settings import MARGIN, Scale
 from retain.report.style import INK, MARKS, PALETTE
@@ -222,7 +222,7 @@ def found(runs: Runs) -> dict[str, Finding]:
     ):
         if shorter in runs.steps(start) and shorter in runs.steps(SATURATED):
             verdict, words = forgets_less(runs, start, SATURATED, shorter)
-            answers[label] = of_our_own(verdict) if start == WIDENED else verdict, words
+            answers[label] = yes_or_no(verdict) if start == WIDENED else verdict, words
     seeds = f"; {len(runs.seeds)} seeds, 6,400 parameters"
     return {label: (verdict, words + seeds) for label, (verdict, words) in answers.items()}
 

@@ -17,7 +17,7 @@ from torch.func import vmap
 
 from experiments.corpora import CACHE
 from experiments.ensemble import Ensemble, Flat, evaluate, schedule, step_rows
-from experiments.finetunes import StudyResults, written_by
+from experiments.finetunes import StudyResults, drawn_rows
 from experiments.study_07_capacity.settings import Arm, Scale, Start
 from retain.files import atomic_path
 from retain.lab.models import expand, make_model
@@ -172,7 +172,7 @@ def _drawn(scale: Scale, name: str, flat: Flat, vector: Tensor, seed: int, num_r
     path = folder_of(scale) / f"rows-{name.replace(' ', '-')}-{seed}-{num_rows}.npy"
     if not path.is_file():
         model = flat.model_of(vector).eval()
-        rows = np.stack(written_by(model, [0] * num_rows, scale.max_length, REPLAY_SEED + seed)).astype(np.uint8)
+        rows = np.stack(drawn_rows(model, [0] * num_rows, scale.max_length, REPLAY_SEED + seed)).astype(np.uint8)
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.save(file, rows)
     return np.load(path)

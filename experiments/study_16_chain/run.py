@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from experiments.claim import Claim, of_our_own, over_seeds
+from experiments.claim import Claim, over_seeds, yes_or_no
 from experiments.corpora import CACHE, load_texts, read_german, read_spanish
 from experiments.finetunes import StudyResults
 from experiments.pages import NoReport, dress, findings, panels, table
@@ -161,7 +161,7 @@ def report(name: str) -> Report:
         plain, protected = (list(map(value, rows[arm])) for arm in ARMS)
         claim = Claim([b - a for a, b in zip(plain, protected, strict=True)], direction, MARGIN)
         words = f"{claim.interval.text('+.3f')} {unit}, from {over_seeds(plain)} to {over_seeds(protected)}"
-        found[label] = (of_our_own(claim.verdict), f"{words} ({len(seeds)} seeds)")
+        found[label] = (yes_or_no(claim.verdict), f"{words} ({len(seeds)} seeds)")
 
     def draw(path: Path) -> None:
         with panels(path, len(TASKS) + 1, (11.0, 2.8)) as all_axes:

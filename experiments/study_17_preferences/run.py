@@ -25,7 +25,7 @@ from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-from experiments.claim import Claim, Interval, of_our_own, over_seeds
+from experiments.claim import Claim, Interval, over_seeds, yes_or_no
 from experiments.finetunes import Bench, StudyResults, scratch, small_bench
 from experiments.pages import NoReport, dress, findings, panels, table
 from experiments.program import Report, conduct, seeds_of
@@ -228,7 +228,7 @@ def finding(
     pairs = list(zip(values(trainer, shown, measure), values(trainer, 0.0, measure), strict=True))
     claim = Claim([one - plain for one, plain in pairs], direction=-1)
     prevented: Interval = over_seeds([1 - one / plain for one, plain in pairs])
-    verdict = of_our_own(claim.verdict) + (", at the end of the grid" if chosen == max(COEFS) else "")
+    verdict = yes_or_no(claim.verdict) + (", at the end of the grid" if chosen == max(COEFS) else "")
     which = f"the largest that learns 90% as much is {shown:g}" if chosen else f"the smallest, {shown:g}"
     words = f"{which}: it learns {over_seeds(learned(trainer, shown)).percent()} as much and prevents"
     plain = over_seeds(values(trainer, 0.0, measure))

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from experiments.claim import Claim, of_our_own, over_seeds
+from experiments.claim import Claim, over_seeds, yes_or_no
 from experiments.finetunes import BenchSettings, Run, StudyResults, compact, make_trainer, scratch, small_bench
 from experiments.pages import NoReport, dress, findings, panels, table
 from experiments.program import LAPTOP, Report, conduct
@@ -138,7 +138,7 @@ def text_of(ends: Ends) -> str:
     def said(claim: Claim, one: np.ndarray, other: np.ndarray, where: str, paper: bool) -> tuple[str, str]:
         verdict = claim.alike if claim.margin else claim.verdict
         numbers = f"{over_seeds(one)} and {over_seeds(other)} nats {where}, {claim.estimate.text('+.3f')}"
-        return verdict if paper else of_our_own(verdict), f"{numbers}; {len(one)} seeds"
+        return verdict if paper else yes_or_no(verdict), f"{numbers}; {len(one)} seeds"
 
     for one, (whole, nearest, random) in at_rate.items():
         place, where = f"at {one:g}", "on the new task"

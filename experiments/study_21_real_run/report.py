@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from experiments.claim import Claim, Interval, of_our_own, over_seeds
+from experiments.claim import Claim, Interval, over_seeds, yes_or_no
 from experiments.pages import NoReport, dress, findings, panels, table
 from experiments.program import Report
 from experiments.study_21_real_run.facts import new_facts, old_facts, people
@@ -120,13 +120,13 @@ def findings_of(columns: Columns, base: Mapping[str, Any]) -> dict[str, tuple[st
         learned = min(b / a for a, b in zip(plain["fall"], replay["fall"], strict=True))
         for column, (words, direction) in KEPT.items():
             claim = paired(plain[column], replay[column], direction)
-            verdict = of_our_own(claim.verdict) if learned >= MIN_LEARNED else "cannot tell"
+            verdict = yes_or_no(claim.verdict) if learned >= MIN_LEARNED else "cannot tell"
             found[f"{label}: {words}"] = (verdict, f"{said(claim, plain[column], replay[column], column)}; {number}")
         for column, words in LEARNED_ALIKE.items():
             claim = paired(plain[column], replay[column], 1, MARGIN)
             guess = f"; a guess among the taught values {fmean(plain['guess']):.1%}" if column == "new facts" else ""
             found[f"{label}: {words}"] = (
-                of_our_own(claim.alike), f"{said(claim, plain[column], replay[column], column)}{guess}; {number}"
+                yes_or_no(claim.alike), f"{said(claim, plain[column], replay[column], column)}{guess}; {number}"
             )  # fmt: skip
         accuracy = Claim([one - known for one in plain["accuracy"]], 1, ACCURACY_MARGIN, FIRST_LOOK)
         agreement = over_seeds(plain["agreement"], 1 - 0.05 / accuracy.looks)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from experiments.claim import Claim, of_our_own, over_seeds
+from experiments.claim import Claim, over_seeds, yes_or_no
 from experiments.matched_loss import read_at, target_loss
 from experiments.pages import NoReport, dots, findings, panels, table
 from experiments.program import Report
@@ -84,7 +84,7 @@ def finding(cells: Sequence[Cell], measure: tuple[str, str]) -> tuple[str, str]:
     claims = [Claim([b - a for a, b in zip(*two, strict=True)]) for two in pairwise(lost)]
     agree = {claim.agrees for claim in claims}
     verdict = "not reproduced" if -1 in agree else "reproduced" if agree == {1} else "cannot tell"
-    verdict = of_our_own(verdict) if measure[1] == "ref_kl" else verdict  # of which the paper says nothing
+    verdict = yes_or_no(verdict) if measure[1] == "ref_kl" else verdict  # of which the paper says nothing
     levels = ", ".join(str(over_seeds(values)) for values in lost)
     steps = " and ".join(claim.interval.text("+.3f") for claim in claims)
     return verdict, f"{levels} bits per byte by rising tokens per parameter, {steps}; {len(SEEDS)} seeds, 1M to 270M"

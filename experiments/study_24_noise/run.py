@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.claim import Interval, of_our_own, over_seeds
+from experiments.claim import Interval, over_seeds, yes_or_no
 from experiments.finetunes import Bench, BenchSettings, Run, StudyResults, finetune, small_bench
 from experiments.pages import NoReport, dots, findings, panels, table
 from experiments.program import LAPTOP, Report, conduct
@@ -211,7 +211,7 @@ def verdict_of(gains: dict[float, Interval]) -> tuple[str, str]:
     does_not = all(gain.high < MARGIN for gain in gains.values())
     verdict = "reproduced" if pays else "not reproduced" if does_not else "cannot tell"
     said = "; ".join(f"{gain.text('+.1%')} at coefficient {coef:g}" for coef, gain in gains.items())
-    return of_our_own(verdict), f"{said}; {len(SEEDS)} seeds"
+    return yes_or_no(verdict), f"{said}; {len(SEEDS)} seeds"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from experiments.claim import of_our_own
+from experiments.claim import yes_or_no
 from experiments.corpora import GEMMA, gemma_file
 from experiments.pages import NoReport
 from experiments.study_22_three_bases.report import BASES, COEFS, SEEDS, cells_of, report_of
@@ -53,7 +53,7 @@ def rows_of(lost: dict[str, float], ends: float = 2.0) -> list[dict[str, Any]]:
 def test_the_order_is_that_of_tokens_per_parameter_or_not(lost: dict[str, float], verdict: str) -> None:
     text, _ = report_of(rows_of(lost))
     said = [line for line in text.splitlines() if line.startswith("- With the best replay")]
-    assert [line.split("**")[1] for line in said] == [verdict, of_our_own(verdict)]
+    assert [line.split("**")[1] for line in said] == [verdict, yes_or_no(verdict)]
 
 
 def test_it_is_read_in_bits_per_byte_at_the_target_with_the_best_coefficient(tmp_path: Path) -> None:
