@@ -194,13 +194,7 @@ def schedule(args: PretrainArguments) -> Callable[[int], float]:
 
 @torch.no_grad()
 def evaluate(flat: Flat, weights: Tensor, held_out: Tensor, of_seed: Tensor, at_once: int = 64) -> Tensor:
-    """Mean loss of every member on the held-out rows of its seed, shape (members,).
-
-    Args:
-        held_out: tokens, shape (seeds, rows, length).
-        of_seed: index of each member's seed, shape (members,).
-        at_once: rows in one forward pass.
-    """
+    """Mean loss of every member on its seed's part of `held_out` (seeds, rows, length); `of_seed`: its seed's index."""
     parts = held_out.split(at_once, dim=1)
     losses = [vmap(flat.loss)(weights, part[of_seed]) * part.shape[1] for part in parts]
     return torch.stack(losses).double().sum(0) / held_out.shape[1]

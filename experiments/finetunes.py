@@ -132,21 +132,16 @@ class Run:
 
     def config(self) -> ReplayConfig:
         """The run's `ReplayConfig`."""
-        more: dict[str, Any] = {"anchor_lr_ratio": 1.0}  # anchored runs train at `learning_rate` itself
-        if self.replay_every > 1:
-            more["replay_every"] = self.replay_every
-        if self.budget is not None:
-            more["max_ref_kl"] = self.budget
-        for name in ("anchor_coef", "replay_start"):
-            if getattr(self, name) is not None:
-                more[name] = getattr(self, name)
+        optional = {"max_ref_kl": self.budget, "anchor_coef": self.anchor_coef, "replay_start": self.replay_start}
         return ReplayConfig(
             replay_objective=self.objective,  # type: ignore[arg-type]
             replay_coef=self.coef,
             per_device_replay_batch_size=self.replay_rows,
             replay_share=self.share,
+            replay_every=self.replay_every,
             replay_reference="auto" if self.method in ("full", "lora") else "copy",
-            **more,
+            anchor_lr_ratio=1.0,  # anchored runs train at `learning_rate` itself
+            **{name: value for name, value in optional.items() if value is not None},  # type: ignore[arg-type]
         )
 
 
@@ -188,11 +183,7 @@ def open_bench(
 
 
 def new_task_rows(tokenizer: Any, texts: Texts, settings: BenchSettings) -> tuple[list[list[int]], list[list[int]]]:
-    """Packed (training, held-out) rows of the new task.
-
-    Training rows are the first of every file, then the second of every file, and so on; held-out rows are the second to
-    fourth of every held-out file.
-    """
+    """Packed rows of the new task: the first of every training file, then the second, …; held-out files' 2nd to 4th."""
     start, length = choose_start_token(tokenizer), settings.max_length
     by_file = [packed_rows([text], tokenizer, start, length)[: settings.most_rows_of_a_file] for text in texts.verilog]
     train = [row for rows in zip_longest(*by_file) for row in rows if row is not None]

@@ -21,14 +21,10 @@ GRAIN = 10_000  # results store nats per token as whole multiples of 1/GRAIN
 
 @dataclass(frozen=True)
 class Reading:
-    """A run at the step where its new-task loss crosses the target.
-
-    Args:
-        documents: (text, metric) → mean of each document, nats per token.
-    """
+    """A run at the step where its new-task loss crosses the target."""
 
     step: float
-    documents: dict[tuple[str, str], np.ndarray]
+    documents: dict[tuple[str, str], np.ndarray]  # (text, metric) → mean of each document, nats per token
 
     def value(self, text: str, metric: str) -> float:
         return float(self.documents[text, metric].mean())

@@ -66,37 +66,23 @@ def panels(path: Path, number: int, size: tuple[float, float], rows: int = 1) ->
 
 
 def dress(axes: Any, title: str, xlabel: str, ylabel: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
 
 
 def goal_line(axes: Any, *, x: float | None = None, y: float | None = None, words: str = "") -> None:
     """Draw a dashed line at `x` or `y`, with its meaning at its end."""
     style: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
+    label: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8}
     if y is not None:
         axes.axhline(y, **style)
-        axes.annotate(
-            words, (0.01, y), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8
-        )
+        axes.annotate(words, (0.01, y), (0, 3), xycoords=("axes fraction", "data"), **label)
     if x is not None:
         axes.axvline(x, **style)
-        axes.annotate(
-            words,
-            (x, 0.98),
-            (4, 0),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            fontsize=8,
-            va="top",
-        )
+        axes.annotate(words, (x, 0.98), (4, 0), xycoords=("data", "axes fraction"), va="top", **label)
 
 
 def dots(axis: Any, intervals: Mapping[str, tuple[float, float, float]]) -> None:
-    """Draw a dot with its interval for each name, from top to bottom, and a line at 0.
-
-    The first arm (a name up to a comma) has its own colour.
-    """
+    """Draw a dot and interval for each name, top to bottom; the first arm (name up to a comma) has its own colour."""
     first, *_ = (name.partition(",")[0] for name in intervals)
     for at, (name, (value, low, high)) in enumerate(intervals.items()):
         style = look(0 if name.partition(",")[0] == first else 1, 2)

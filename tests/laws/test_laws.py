@@ -375,7 +375,7 @@ def test_the_form_size_is_of_relative_errors():
     assert law.params["alpha"] == pytest.approx(2.0, rel=0.1)
     assert law.predict(num_params=P).value["forgetting_loss"][1:] == pytest.approx(L_f[1:], rel=0.15)
     with pytest.raises(
-        ValueError, match="forgetting_loss: 0 is not above 0, and the form 'size' fits logarithms; drop the row"
+        ValueError, match="forgetting_loss: 0 has no logarithm, which the form 'size' needs; drop the row"
     ):
         fit_forgetting_law({"run": range(6), "num_params": P, "forgetting_loss": [0, *L_f[1:]]}, "size")
 

@@ -47,9 +47,9 @@ def _odd_factors(count: int) -> np.ndarray:
 def find_rows(windows: Sequence[Any], rows: Iterable[Any], edges: Collection[int] = ()) -> set[int]:
     """Find the windows of token ids that occur in rows of token ids, even if the rows were cut elsewhere.
 
-    A window occurs if it agrees with a row up to the end of the shorter one, or if half of its n-grams occur
-    consecutively in the rows. N-grams of several windows, or in many places of the rows (a licence, a chat template),
-    do not count. Memory is bounded by the windows, `MAX_BLOCK` and `MAX_REMEMBERED`.
+    A window occurs if it is a row, or agrees with one to the end of the shorter (of at least `ALIGNED` tokens), or if
+    half of its n-grams occur consecutively in the rows. N-grams of several windows, or in many places of the rows (a
+    licence, a chat template), do not count. Memory is bounded by the windows, `MAX_BLOCK` and `MAX_REMEMBERED`.
 
     Args:
         edges: tokens ignored at both ends of a window or row: start and end tokens.

@@ -145,9 +145,8 @@ def read_texts(
     field: str,
 ) -> Iterator[Text]:
     """Read at most `limit` rows of a file or Hub dataset; errors name the setting `field` and the row."""
-    rows = read_rows(source, field)
-    for at in range(rows.num_rows if limit is None else min(limit, rows.num_rows)):
-        yield read_text(rows[at], tokenizer, f"{field}: row {at + 1} of {source!r}", reading)
+    for at, row in enumerate(itertools.islice(read_rows(source, field), limit), start=1):
+        yield read_text(row, tokenizer, f"{field}: row {at} of {source!r}", reading)
 
 
 def read_text(

@@ -34,11 +34,7 @@ PAIRS = ("add", "modadd")
 
 @dataclass(frozen=True)
 class DigitTask:
-    """One task on n-digit numbers.
-
-    Args:
-        held_out: share of the items that training never draws.
-        seed: of that split.
+    """One task on n-digit numbers; training never draws the share `held_out` of its items, chosen by `seed`.
 
     >>> task = DigitTask("add", digits=1)
     >>> digit_tokenizer("add").decode(task.rows(np.array([34]))[0])

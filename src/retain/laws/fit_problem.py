@@ -25,26 +25,16 @@ class Problem:
         self.scale = np.repeat([column.std() for column in columns], self.num_points)
         self.copies = {name: self.num_datasets if name in form.local else 1 for name in form.exponents}
         self.slots = [name for name, count in self.copies.items() for _ in range(count)]  # name of each exponent
+        self.num_coefficients = len(form.coefficients) * self.num_datasets
+        self.num_free = len(self.slots) + self.num_coefficients  # exponents and coefficients
         bounds = np.array([form.exponents[name] for name in self.slots]).reshape(-1, 2)
         self.logged = bounds[:, 0] > 0
         self.low, self.high = np.where(self.logged, np.log(np.where(self.logged, bounds.T, 1.0)), bounds.T)
 
-    @property
-    def num_coefficients(self) -> int:
-        """Number of coefficients over all data sets."""
-        return len(self.form.coefficients) * self.num_datasets
-
-    @property
-    def num_free(self) -> int:
-        """Number of free parameters: exponents and coefficients."""
-        return len(self.slots) + self.num_coefficients
-
     def _logarithm(self, name: str) -> Array:
         low = self.runs.columns[name].min()
         if low <= 0:
-            raise ValueError(
-                f"{name}: {low:g} is not above 0, and the form {self.form.name!r} fits logarithms; drop the row"
-            )
+            raise ValueError(f"{name}: {low:g} has no logarithm, which the form {self.form.name!r} needs; drop the row")
         return np.log(self.runs.columns[name])
 
     def centre(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -139,8 +139,7 @@ class Plan:
     """A recommended setting, if there is one within the limit.
 
     Args:
-        max_ref_kl: limit of forgetting, KL(base ‖ model), nats per token.
-        level: of the intervals whose upper end must stay within the limit.
+        max_ref_kl: limit of KL(base ‖ model), nats per token; level: of the intervals whose upper end must keep it.
         chosen: the setting that learns most within the limit.
         fallback: the setting that forgets least, to train with `--max_ref_kl` if none is chosen.
         best: replay coefficient → its setting that learns most within the limit.

@@ -40,13 +40,10 @@ NOT_COMPARED = ("created", "versions", "batch_size")
 
 @dataclass(frozen=True)
 class ReplayDataset:
-    """Replay rows in memory.
+    """Replay rows in memory: `tokens` of all rows one after the other, and where each starts, `offsets` (rows + 1,).
 
     Args:
-        tokens: token ids of all rows, one row after the other.
-        offsets: where each row starts in `tokens`, and the end of the last, shape (rows + 1,).
-        prefix_lengths: tokens of each row that were given and not drawn, at least the start token, shape (rows,).
-        source: path or Hub id, for errors.
+        prefix_lengths: given (not drawn) tokens of each row, at least the start token, shape (rows,).
         manifest: None for real text.
         cache: the base's predictions, if the sampler stored them.
         log_probs: summed log-probabilities of each row's drawn tokens, nats, shape (rows,), if the sampler stored them.
@@ -138,7 +135,7 @@ def replay_indices(step: int, rows_per_step: int, num_rows: int, seed: int) -> n
 
 
 def replace_rows(new: dict[str, Any], replay: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Replace the last rows of a batch by replay rows, all but one at most; pads to the longer of the two."""
+    """Replace the last rows of a batch by replay rows, keeping at least one; padded to the longer of the two."""
     if "labels" not in new or "attention_mask" not in new:
         raise ValueError(
             "replay_objective: 'replace' needs padded batches with labels and attention_mask; set packing to false, or "

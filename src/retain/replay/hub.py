@@ -48,12 +48,9 @@ def push_pool(folder: Path, name: str, *, private: bool = False) -> str:
     try:
         url = api.create_repo(name, repo_type="dataset", private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=name,
-            repo_type="dataset",
-            folder_path=folder,
-            allow_patterns=list(POOL_FILES),
+            repo_id=name, repo_type="dataset", folder_path=folder, allow_patterns=list(POOL_FILES),
             commit_message="Replay rows",
-        )
+        )  # fmt: skip
     except (OSError, ValueError) as error:  # bases of the Hub client's errors
         raise ValueError(
             f"push_to_hub: {name!r} was not written: {first_line(error)}; the rows are in {str(folder)!r}; run the "

@@ -36,7 +36,7 @@ NAMES = {"hidden": ("hidden",), "topk": ("log_probs", "tokens")}
 
 
 def cache_path(folder: Path, shard: int) -> Path:
-    """The file of a shard's predictions; it is written before the shard, so every shard on disk has one."""
+    """The file of a shard's predictions; a sampler that stores them writes it before the shard."""
     return folder / f"reference-{shard:05d}.safetensors"
 
 
