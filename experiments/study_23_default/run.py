@@ -55,7 +55,7 @@ from experiments.program import LAPTOP, Report, conduct
 from experiments.study_14_anchor.timing import time_steps
 from experiments.study_23_default.report import COEFS, draw, report_of
 from retain import ReplayConfig
-from retain.training.protection_choice import ANCHORED, settled
+from retain.training.protection_choice import ANCHORED
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -116,7 +116,7 @@ def protected(setup: Setup, place: Bench, look: int = max(COEFS)) -> Run:
     """The run with what the library chooses for it, or chose at an earlier look."""
     run, usual = setup.run, setup.plain[-1]
     adapter = lora_config(run) if run.method == "lora" else None
-    choice = settled(ANCHORED, place.base(), adapter, run.batch_size * setup.bench.max_length)
+    choice = ANCHORED.for_model(place.base(), adapter, run.batch_size * setup.bench.max_length)
     rows, every = choice.rows_and_every(run.batch_size, run.max_steps)
     return replace(
         run,

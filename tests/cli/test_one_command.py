@@ -31,7 +31,6 @@ from retain.training.protection_choice import (
     new_tokens_per_step,
     rotation_cost,
     rows_drawn,
-    settled,
 )
 from retain.training.trainer_checks import load_for_training
 
@@ -272,15 +271,15 @@ def test_an_anchor_is_chosen_where_a_step_has_tokens_enough_for_its_rotations():
     """At most a twentieth of a step's operations: 2/3 · d/T with full finetuning."""
     llama, width = make_model(), make_model().config.hidden_size
     enough = 2 / 3 * width / 0.05
-    assert settled(ANCHORED, llama, None, enough + 1) is ANCHORED
-    assert settled(ANCHORED, llama, None, enough - 1) is CHOSEN_PROTECTION
-    assert settled(ANCHORED, make_model("gpt2"), None, 1e6) is CHOSEN_PROTECTION
+    assert ANCHORED.for_model(llama, None, enough + 1) is ANCHORED
+    assert ANCHORED.for_model(llama, None, enough - 1) is CHOSEN_PROTECTION
+    assert ANCHORED.for_model(make_model("gpt2"), None, 1e6) is CHOSEN_PROTECTION
     lora, two = LoraConfig(target_modules="all-linear", r=2), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
-    assert rotation_cost(two, lora, 100) == pytest.approx(3 / 2 * 2 / 100 * (16 + 4) / (32 + 16))
+    assert rotation_cost(two, lora, 100) == pytest.approx(2 / 100 * (16 + 4) / (32 + 16))
     enough = rotation_cost(llama, lora, 1) / 0.05
-    assert settled(ANCHORED, llama, lora, enough + 1) is ANCHORED
-    assert settled(ANCHORED, llama, lora, enough - 1) is CHOSEN_PROTECTION
-    assert settled(CHOSEN_PROTECTION, llama, None, 1e6) is CHOSEN_PROTECTION
+    assert ANCHORED.for_model(llama, lora, enough + 1) is ANCHORED
+    assert ANCHORED.for_model(llama, lora, enough - 1) is CHOSEN_PROTECTION
+    assert CHOSEN_PROTECTION.for_model(llama, None, 1e6) is CHOSEN_PROTECTION
 
 
 @pytest.mark.parametrize(

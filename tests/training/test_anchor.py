@@ -123,6 +123,22 @@ def test_eigenvectors_of_half_precision_turn_nothing_that_does_not_move(lora: bo
         assert torch.equal(was, parameter)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_coordinates_stay_those_of_the_parameters(dtype: torch.dtype) -> None:
+    """They are kept between steps, unless the parameters' rounding would lose part of a step."""
+    of = curvature()
+    a, b = nn.Parameter(torch.randn(3, 4, dtype=dtype)), nn.Parameter(torch.randn(6, 3, dtype=dtype))
+    anchored = AnchoredLoRA(a, b, 1.0, of)
+    optimizer = AnchoredAdamW(anchored.parameters, [anchored], lr=1e-4)
+    for _ in range(100):
+        for parameter in anchored.parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    states = [optimizer.state[parameter] for parameter in anchored.parameters]
+    for known, actual in zip(anchored.read(states), anchored.read([{}, {}]), strict=True):
+        assert torch.allclose(known, actual, atol=1e-5)
+
+
 def test_lora_is_held_as_the_whole_weight_would_be_at_the_same_move() -> None:
     of, scale = curvature(), 2.0
     a, b = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(6, 3))

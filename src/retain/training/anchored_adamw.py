@@ -114,8 +114,11 @@ class AnchoredLoRA:
         return zip(self.parameters, sides, strict=True)
 
     def read(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
-        self._last_read = [side.rotate(gathered(parameter).float()) for parameter, side in self._rotations()]
-        return [coordinates.clone() for coordinates in self._last_read]
+        for (parameter, side), state in zip(self._rotations(), states, strict=True):
+            if "coordinates" not in state or parameter.dtype != torch.float32:  # half precision loses part of a step
+                state["coordinates"] = side.rotate(gathered(parameter).float()).clone()  # a side may need no rotation
+        self._last_read = [state["coordinates"].clone() for state in states]
+        return [state["coordinates"] for state in states]
 
     def gradients(self) -> list[Tensor]:
         return [side.rotate(gathered(_gradient(parameter))) for parameter, side in self._rotations()]

@@ -131,13 +131,13 @@ def rotation_cost(model: Any, adapter: Any, new_tokens: float) -> float:
     """Upper bound on the operations of an anchor's rotations, relative to those of a plain step of T tokens.
 
     Full finetuning rotates every matrix twice: 2/3 · d/T, where d is the residual stream's width. LoRA of rank r
-    rotates its factors on the smaller side, three times: 3/2 · r/T · Σ min(m, n)² / Σ m n over linear layers of m by n.
+    rotates its factors on the smaller side, twice: r/T · Σ min(m, n)² / Σ m n over linear layers of m by n.
     """
     if adapter is None:
         return float(2 / 3 * model.config.get_text_config().hidden_size / new_tokens)
     shapes = [module.weight.shape for module in model.modules() if isinstance(module, nn.Linear)]
     squares, sizes = sum(min(m, n) ** 2 for m, n in shapes), sum(m * n for m, n in shapes)
-    return float(3 / 2 * adapter.r / new_tokens * squares / sizes)
+    return float(adapter.r / new_tokens * squares / sizes)
 
 
 def new_tokens_per_step(rows: Any, tokenizer: Any, args: Any) -> float:
