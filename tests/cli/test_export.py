@@ -67,7 +67,7 @@ def test_text_is_what_follows_the_start_token(world, tmp_path, capsys):
     assert [row["text"] for row in found] == [tokenizer.decode(rows[index][1:]) for index in range(5)]
     same = sum(tokenizer(row["text"])["input_ids"] == rows[at][1:].tolist() for at, row in enumerate(found))
     assert output.startswith("5 of 5 rows as text in ")
-    assert output.endswith(f"{same} of them are cut into the same tokens again\n")
+    assert output.endswith(f"{same} of them give the same tokens again\n")
     assert load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), split="train")["text"][0] == found[0]["text"]
 
 
@@ -95,7 +95,7 @@ def test_messages_are_whole_turns(tmp_path, capsys):
     one = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "a dog"}]
     two = [*one, {"role": "user", "content": "old stone"}, {"role": "assistant", "content": "rain"}]
     assert rows_of(tmp_path / "rows.jsonl") == [{"messages": one}, {"messages": two}, {"messages": one}]
-    assert output.endswith("3 hold no question with a whole answer\n")
+    assert output.endswith("3 hold no question with a complete answer\n")
     assert output.startswith("3 of 6 rows as messages in ")
 
 

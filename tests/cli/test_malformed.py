@@ -258,7 +258,7 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str, str]] = {  # changes, verbs that
     "no weights": ({"model_fingerprint": GONE}, "finetune", "'model_fingerprint' is missing"),
     "no tokenizer": ({"tokenizer_fingerprint": GONE}, "export finetune", "'tokenizer_fingerprint' is missing"),
     "another tokenizer": ({"tokenizer_fingerprint": "x"}, "finetune", "the token ids may mean other text; sample"),
-    "another to export": ({"tokenizer_fingerprint": "x"}, "export", "has another tokenizer than the one that wrote"),
+    "another to export": ({"tokenizer_fingerprint": "x"}, "export", "has another tokenizer than the model that wrote"),
     "another model": ({"model_fingerprint": "x"}, "finetune", "sample from this model, or set allow_off_policy"),
     "no start": ({"start_token": GONE}, "export", "'start_token' is missing"),
     "start of text": ({"start_token": "<s>"}, "export finetune measure", "'start_token' is \"<s>\", not an object"),
@@ -547,9 +547,9 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("export", {"replay_dataset": "{t}/no"}, "replay_dataset: no file '{t}/no'; check the path"),
     ("export", {"replay_dataset": None}, "replay_dataset: missing"),
     ("export", {"output": None}, "output: missing"),
-    ("export", {"output": "{w}/replay/shard-00000.parquet"}, "would lie among the files of replay_dataset"),
-    ("export", {"output": "{w}/replay/rows.jsonl"}, "would lie among the files of replay_dataset"),
-    ("export", {"output": "{w}/replay/../replay/manifest.json"}, "would lie among the files of replay_dataset"),
+    ("export", {"output": "{w}/replay/shard-00000.parquet"}, "is in the folder of replay_dataset"),
+    ("export", {"output": "{w}/replay/rows.jsonl"}, "is in the folder of replay_dataset"),
+    ("export", {"output": "{w}/replay/../replay/manifest.json"}, "is in the folder of replay_dataset"),
     ("export", {"output": "{w}/model"}, "is a folder; name a file"),
     ("export", {"output": "{t}/no/rows.jsonl"}, "make it first"),
     ("export", {"model": "{t}/no"}, "no folder or file"),
@@ -558,7 +558,7 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("fit", {"output": "{t}/no/law.json"}, "output: no folder"),
     ("fit", {"output": "{t}/l.json", "plot": "{t}/no/f.png"}, "plot: no folder"),
     ("fit", {"output": "{t}/l.json", "plot": "{w}"}, "plot: "),
-    ("fit", {"output": "{t}/l.json", "plot": "{t}/f.pdf"}, "f.pdf' is no .png; figures are written as PNG"),
+    ("fit", {"output": "{t}/l.json", "plot": "{t}/f.pdf"}, "f.pdf' is no .png; give a name"),
     ("fit", {"output": "{t}/l.json", "form": "nope"}, "form: 'nope' is not known"),
     ("fit", {"output": "{t}/l.json", "runs": "{t}/other.jsonl"}, "no column 'run'"),
     ("fit", {"output": "{t}/l.json", "runs": "{t}/no"}, "no file"),
@@ -593,7 +593,7 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
         {"dataset_name": "{t}/longer.jsonl", "max_length": 199},
         "max_length: rows of 152 tokens, but this model has 128 positions; use at most 128",
     ),
-    ("finetune", {"output_dir": "{w}/replay", "dry_run": "true"}, "/replay' holds replay rows (manifest.json), among"),
+    ("finetune", {"output_dir": "{w}/replay", "dry_run": "true"}, "/replay' already holds replay rows (manifest.json)"),
     ("finetune", {"max_steps": 0}, "max_steps: 0 does not fit; use at least 1, or leave it out to count"),
     ("finetune", {"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs: 0.0 does not fit"),
     *(
@@ -814,7 +814,7 @@ def test_a_row_that_a_killed_sweep_began_is_its_own(tmp_path):
 def test_a_comparison_is_not_written_over_one_of_its_runs(world, tmp_path, capsys):
     write(tmp_path / "out" / "report.json", {})
     flags = good("report", world, tmp_path / "out") | {"runs": [world, tmp_path / "out"]}
-    assert "is one of runs, whose report would be lost" in refused_whole(command("report", flags), tmp_path, capsys)
+    assert "is one of runs, and its report would be" in refused_whole(command("report", flags), tmp_path, capsys)
 
 
 BAD_ROWS = [

@@ -296,7 +296,7 @@ def test_fit_and_predict_on_the_command_line(tmp_path, capsys):
     assert by_rank["extrapolates"] is True
     limit = ["predict", law, "--num_params", str(lora(8)), "--json"]
     assert main([*limit, "--max_forgetting", "0.03"]) == 1
-    assert "max_forgetting: 0.03 is no limit for a law of ref_kl; give --max_ref_kl" in capsys.readouterr().err
+    assert "max_forgetting: 0.03 does not fit a law of ref_kl; give --max_ref_kl" in capsys.readouterr().err
     assert main([*limit, "--max_ref_kl", "0.03"]) == 0
     most = json.loads(capsys.readouterr().out)["num_steps"]["value"]
     at = ForgettingLaw.from_json(law).predict(num_params=lora(8), num_steps=most)

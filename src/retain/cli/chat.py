@@ -1,4 +1,4 @@
-"""`retain chat`: one prompt, and what base and tuned model answer, one under the other."""
+"""`retain chat`: the answers of the base and the tuned model to the same prompts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ChatConfig(ModelLoadSettings):
-    """`retain chat`: what base and tuned model answer to one prompt."""
+    """Settings of `retain chat`."""
 
     base: str = setting("", "Model before finetuning: a Hub id or folder.", required=True)
     model: str = setting("", "Model after finetuning: a model or an adapter folder.", required=True)
@@ -43,7 +43,7 @@ class ChatConfig(ModelLoadSettings):
 
 @dataclass
 class Conversation:
-    """Both models' turns, each with its own answers; without a chat template every prompt stands alone."""
+    """A conversation with each model; without a chat template, every prompt stands alone."""
 
     tuned: PreTrainedModel
     reference: Reference
@@ -52,29 +52,29 @@ class Conversation:
     turns: dict[str, list[dict[str, str]]] = field(default_factory=lambda: {"base": [], "model": []})
 
     def answers(self, text: str) -> Iterator[tuple[str, Written]]:
-        """The base's answer, then the tuned model's.
+        """Yield the base's answer, then the tuned model's.
 
         Raises:
-            ValueError: if there is no room for an answer; the conversation is as it was.
+            ValueError: if there is no room for an answer; the conversation is then unchanged.
         """
-        text = text.encode("utf-8", "replace").decode()  # a terminal's stray bytes are surrogates, and no text
-        options, models = self.options, [one for one in (self.reference.ref_model, self.tuned) if one is not None]
-        asked = {who: [*turns, {"role": "user", "content": text}] for who, turns in self.turns.items()}
-        prompts = {who: self.prompt(turns) for who, turns in asked.items()}
-        options = options_that_fit(models, prompts.values(), options)
-        how: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "batch_tokens": 1}
-        how["stop"] = stop_tokens(models, options.tokenizer, options.start_id)
-        how["seed"] = options.seed + len(self.turns["base"]) if self.sampled else None
+        text = text.encode("utf-8", "replace").decode()  # a terminal's stray bytes arrive as surrogates
+        models = [model for model in (self.reference.ref_model, self.tuned) if model is not None]
+        turns = {who: [*earlier, {"role": "user", "content": text}] for who, earlier in self.turns.items()}
+        prompts = {who: self.prompt(turns[who]) for who in turns}
+        options = options_that_fit(models, prompts.values(), self.options)
+        settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "batch_tokens": 1}
+        settings["stop"] = stop_tokens(models, options.tokenizer, options.start_id)
+        settings["seed"] = options.seed + len(self.turns["base"]) if self.sampled else None
         for who, prompt in prompts.items():
             ids = prompt.tokens(options.tokenizer, options.start_id)
             with self.reference.base(self.tuned) if who == "base" else nullcontext(self.tuned) as model:
-                (answer,) = continue_prompts(model, options.tokenizer, [ids], **how)
-            asked[who].append({"role": "assistant", "content": answer.answer})
+                (answer,) = continue_prompts(model, options.tokenizer, [ids], **settings)
+            turns[who].append({"role": "assistant", "content": answer.answer})
             yield who, answer
-        self.turns = asked
+        self.turns = turns
 
     def prompt(self, turns: list[dict[str, str]]) -> Prompt:
-        """What a model continues."""
+        """The prompt that a model continues."""
         tokenizer = self.options.tokenizer
         if not tokenizer.chat_template:
             return Prompt(turns[-1]["content"])
@@ -82,51 +82,51 @@ class Conversation:
 
 
 def run_chat(config: ChatConfig) -> None:
-    """Print both answers to one prompt, or to each that is typed."""
+    """Print both answers to `config.prompt`, or to each prompt that the user types."""
     tokenizer = load_tokenizer(config.base, field="base", **config.checkpoint)
     tokenizer = tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
     start = choose_start_token(tokenizer, config.start_token)
     options = Options(tokenizer, start.id, max_new_tokens=config.max_new_tokens, seed=config.seed)
-    talk = Conversation(*load_pair(config), options, config.sampled)
+    conversation = Conversation(*load_pair(config), options, config.sampled)
     if config.prompt is not None:
-        return print_answers(talk, config.prompt, config)
+        return print_answers(conversation, config.prompt, config)
     turns = "in the chat template" if tokenizer.chat_template else "each continued as it is, without a chat template"
     print(f"Prompts are {turns}. /new begins a new conversation, Ctrl-C stops an answer; /quit or Ctrl-D ends.")
     for text in typed_prompts():
         if text == "/new":
-            talk.turns = {who: [] for who in talk.turns}
+            conversation.turns = {who: [] for who in conversation.turns}
             continue
         try:
-            print_answers(talk, text, config)
+            print_answers(conversation, text, config)
         except Terminated:
             raise
         except KeyboardInterrupt:
             print("\n[stopped; the conversation is as before this prompt]")
         except ValueError as error:
-            print(f"{visible(one_line(error))}; or begin anew with /new", file=sys.stderr)
+            print(f"{visible(one_line(error))}; or start over with /new", file=sys.stderr)
 
 
 def load_pair(config: ChatConfig) -> tuple[PreTrainedModel, Reference]:
-    """The tuned model and its base; that of an adapter is the model with the adapter off, where this is shown."""
-    how: dict[str, Any] = {"device": default_device(), "field": "base", **config.loading}
+    """The tuned model and its base: an adapter's own model with the adapter off, if that is proven to be the base."""
+    options: dict[str, Any] = {"device": default_device(), "field": "base", **config.loading}
     print("loading the models …", flush=True)
-    base = load_model(config.base, **how)
+    base = load_model(config.base, **options)
     like: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, **loaded_as(base)}
     if adapted_model(config.model) is None:
         return load_model(config.model, **like), Reference(base)
     expected = probe(base)
-    del base  # one model in memory
-    tuned, switched_off = load_model(config.model, **like), Reference()
+    del base  # hold one model in memory
+    tuned, reference = load_model(config.model, **like), Reference()
     try:
-        switched_off.prove(tuned, expected)
+        reference.prove(tuned, expected)
     except ValueError:
-        print(f"The adapter switched off is not {visible(config.base)}: both models are loaded.", file=sys.stderr)
-        return tuned, Reference(load_model(config.base, **how))
-    return tuned, switched_off
+        print(f"The model with its adapter off is not {visible(config.base)}: loading both models.", file=sys.stderr)
+        return tuned, Reference(load_model(config.base, **options))
+    return tuned, reference
 
 
 def typed_prompts() -> Iterator[str]:
-    """What the user types, line by line, up to /quit or the end of input."""
+    """The lines that the user types, until /quit or the end of input."""
     with suppress(ImportError):
         import readline  # noqa: F401 (arrow keys and history in `input`; Windows has its own)
     try:
@@ -137,12 +137,12 @@ def typed_prompts() -> Iterator[str]:
         print()
 
 
-def print_answers(talk: Conversation, text: str, config: ChatConfig) -> None:
-    """Each answer as soon as it is written, under the name of its model."""
-    for who, answer in talk.answers(text):
+def print_answers(conversation: Conversation, text: str, config: ChatConfig) -> None:
+    """Print each answer under the name of its model as soon as it is complete."""
+    for who, answer in conversation.answers(text):
         cut = "" if answer.ended else f"\n[cut off after {answer.num_tokens} tokens]"
-        words = indent(visible_text(answer.text.strip()) + cut, "  ")
-        print(f"\n{who}: {visible(getattr(config, who))}\n{words}", flush=True)
+        answer_text = indent(visible_text(answer.text.strip()) + cut, "  ")
+        print(f"\n{who}: {visible(getattr(config, who))}\n{answer_text}", flush=True)
 
 
 VERB = Verb(

@@ -1,6 +1,6 @@
-"""`retain export`: replay rows as JSONL for trainers that are not ours: text, chats, or the tokens.
+"""`retain export`: replay rows as JSONL for other trainers, as text, chats or tokens.
 
-What such a trainer does with them is next-token training beside its own rows: there is no base and no KL in it.
+Other trainers train on these rows by next-token prediction, without a base and without a KL term.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from retain.replay.dataset import ReplayDataset, load_self_generated
 
 @dataclass(kw_only=True)
 class ExportConfig(RemoteCodeSettings):
-    """`retain export`: replay rows as JSONL for other trainers; the folder comes first, without a flag."""
+    """Settings of `retain export`; the folder comes first, without a flag."""
 
     replay_dataset: str = setting("", "Folder written by `retain sample`.", required=True)
     output: str = setting("", "File for the rows (.jsonl).", required=True)
@@ -39,20 +39,20 @@ class ExportConfig(RemoteCodeSettings):
 
 
 def run_export(config: ExportConfig) -> None:
-    """Write the rows of a replay dataset as `config.format`, and print how many."""
+    """Write the rows of a replay dataset in `config.format`, and print how many."""
     folder, output = Path(config.replay_dataset).expanduser(), Path(config.output)
     check_writable(output, "output")
     if output.resolve().parent == folder.resolve():
-        raise ValueError(f"output: {str(output)!r} would lie among the files of replay_dataset; choose another folder")
+        raise ValueError(f"output: {str(output)!r} is in the folder of replay_dataset; choose another folder")
     rows = load_self_generated(folder)
     assert rows.manifest is not None
     name = config.model or rows.manifest["model"]
     tokenizer = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
     if tokenizer_fingerprint(tokenizer) != rows.manifest["tokenizer_fingerprint"]:
-        raise ValueError(f"model: {name!r} has another tokenizer than the one that wrote these rows")
+        raise ValueError(f"model: {name!r} has another tokenizer than the model that wrote these rows; give that model")
     written: Sequence[dict[str, Any]]
     if config.format == "tokens":
-        written, note = list(map(token_row, rows, rows.prefix_lengths.tolist())), "the tokens as drawn"
+        written, note = list(map(token_row, rows, rows.prefix_lengths.tolist())), "the tokens as sampled"
     elif config.format == "text":
         written, note = text_rows(rows, tokenizer)
     else:
@@ -61,46 +61,47 @@ def run_export(config: ExportConfig) -> None:
     print(f"{len(written)} of {len(rows)} rows as {config.format} in {output}: {note}")
 
 
-def token_row(row: np.ndarray, given: int) -> dict[str, list[int]]:
-    """A row as it was drawn: `input_ids`, `attention_mask`, and `labels` of −100 on tokens that were given."""
+def token_row(row: np.ndarray, prefix_length: int) -> dict[str, list[int]]:
+    """`input_ids`, `attention_mask` and `labels` of a row; labels are −100 on the prefix, which was not sampled."""
     ids = row.tolist()
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * given + ids[given:]}
+    labels = [-100] * prefix_length + ids[prefix_length:]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
 def text_rows(rows: ReplayDataset, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, str]], str]:
-    """Each row as the text behind its start token, special tokens written out; and how many survive a round trip."""
+    """Each row's text after its start token, with special tokens; and a note on how many keep their tokens."""
     assert rows.manifest is not None
-    start, same = rows.manifest["start_token"]["id"], 0
-    found = []
+    start, num_same = rows.manifest["start_token"]["id"], 0
+    texts = []
     for row in rows:
         ids = row.tolist()
-        ids = ids[1:] if ids[0] == start else ids  # a tokenizer that adds its own BOS would double it
+        ids = ids[1:] if ids[0] == start else ids  # a tokenizer that adds BOS would repeat it
         text = decoded(tokenizer, ids)
-        same += tokenizer(text, add_special_tokens=False)["input_ids"] == ids
-        found.append({"text": text})
-    return found, f"{same} of them are cut into the same tokens again"
+        num_same += tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+        texts.append({"text": text})
+    return texts, f"{num_same} of them give the same tokens again"
 
 
 def message_rows(rows: ReplayDataset, tokenizer: PreTrainedTokenizerBase) -> tuple[list[dict[str, Any]], str]:
-    """The whole turns of rows that begin in a user's turn and were answered; other rows are left out."""
+    """The complete turns of each row that starts with a user's turn and has an answer; other rows are left out."""
     frame = chat_frame(tokenizer)
     chats = [read_chat(decoded(tokenizer, row.tolist()), frame) for row in rows]
-    found = [{"messages": chat} for chat in chats if chat]
-    if not found:
+    messages = [{"messages": chat} for chat in chats if chat]
+    if not messages:
         raise ValueError(
-            f"format: 'messages', but no row of {rows.source!r} holds a question and a whole answer; sample longer "
+            f"format: 'messages', but no row of {rows.source!r} holds a question with a complete answer; sample longer "
             "rows with --start chat, or use text"
         )
-    return found, f"{len(rows) - len(found)} hold no question with a whole answer"
+    return messages, f"{len(rows) - len(messages)} hold no question with a complete answer"
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text with nothing left out and nothing tidied."""
+    """The text of tokens, with special tokens and without clean-up."""
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str, str]:
-    """What the chat template writes before a first question, before its answer, behind it, and before the next one."""
+    """What the chat template writes before the first question, before its answer, after it, and before the next one."""
     roles = ("user", "assistant", "user")
     try:
         before, answer, question, _ = template_frame(tokenizer, roles)
@@ -113,7 +114,7 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str, str]:
 
 
 def read_chat(text: str, frame: tuple[str, str, str, str]) -> list[dict[str, str]]:
-    """The whole turns of a row, or nothing where a question or the end of its answer is missing."""
+    """The complete turns of a row; empty if a question or the end of its answer is missing."""
     before, answer, end, question = frame
     if not text.startswith(before):
         return []

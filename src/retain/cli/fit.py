@@ -18,7 +18,7 @@ from retain.laws.run_tables import read_runs, recipe_differences
 
 @dataclass(kw_only=True)
 class FitConfig(SeedSettings):
-    """`retain fit`: a law of forgetting from measured runs; the files come first, without a flag."""
+    """Settings of `retain fit`; the files come first, without a flag."""
 
     runs: list[str] = setting(
         list,
@@ -45,11 +45,11 @@ class FitConfig(SeedSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.plot is not None and not self.plot.lower().endswith(".png"):
-            raise ValueError(f"plot: {self.plot!r} is no .png; figures are written as PNG, name it law.png, say")
+            raise ValueError(f"plot: {self.plot!r} is no .png; give a name such as law.png")
 
 
 def run_fit(config: FitConfig) -> None:
-    """Fit a law to the runs of `config`, write it, and print its summary."""
+    """Fit a law to measured runs, write it, and print its summary."""
     for flag, path in (("output", config.output), ("plot", config.plot)):
         if path is not None:
             check_writable(Path(path), flag)
@@ -61,7 +61,7 @@ def run_fit(config: FitConfig) -> None:
         min_steps=config.min_steps,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the summary says what they say
+        warnings.simplefilter("ignore")  # the summary repeats them
         law = fit_forgetting_law(
             runs,
             config.form,
@@ -70,7 +70,7 @@ def run_fit(config: FitConfig) -> None:
             num_resamples=config.num_resamples,
             seed=config.seed,
         )
-    if all(Path(run).is_dir() or Path(run).name == "metrics.jsonl" for run in config.runs):  # tables do not say
+    if all(Path(run).is_dir() or Path(run).name == "metrics.jsonl" for run in config.runs):  # tables do not name it
         law.settings["forgetting_metric"] = config.forgetting_metric
     law.to_json(config.output)
     lines = [law.summary(), *(f"! {note}" for note in recipe_differences(config.runs)), "", f"law: {config.output}"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from retain.cli.flags import Verb, check_words
 from retain.cli.signals import Terminated, lasting_output, signals_as_exceptions
 
-# Each verb is the file of its name beside this one.
+# Each verb is a module of this package with the same name.
 VERBS = {
     "sample": "Sample replay rows from a model's own distribution.",
     "export": "Write replay rows as JSONL for Axolotl, LLaMA-Factory and other trainers.",
@@ -42,15 +42,15 @@ For example:
 
 
 def load_verb(name: str) -> Verb:
-    """A verb by its name, with the libraries that it needs."""
+    """Import a verb, with the libraries that it needs."""
     return importlib.import_module(f"retain.cli.{name}").VERB
 
 
 @lasting_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; return the exit code: 0, or what the gate of `measure` found.
+    """Run a verb and return its exit code: 0, or the code of `measure`'s gate.
 
-    1 for an error, 130 when interrupted (SIGINT), 143 when terminated (SIGTERM).
+    1 is an error, 130 an interruption (SIGINT), 143 a termination (SIGTERM).
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     if name in ("", "-h", "--help", "help"):
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in VERBS:
         print(f"retain: no verb {name!r}; use one of {', '.join(VERBS)}", file=sys.stderr)
         return 1
-    # Idle threads that spin at barriers are ruinous on a shared machine; must be set before torch loads.
+    # Threads that spin at barriers slow a shared machine down; must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch|peft|accelerate")
     try:
@@ -81,18 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return verb(rest) or 0
     except KeyboardInterrupt as stop:
         word, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        _complain(f"retain {name}: {word}; {stop.args[0] if stop.args else 'run it again'}")
+        _print_error(f"retain {name}: {word}; {stop.args[0] if stop.args else 'run it again'}")
         return code
     except Exception as error:
         if os.environ.get("RETAIN_DEBUG"):
             raise
         from retain.files import one_line
 
-        _complain(f"retain {name}: {one_line(error)}")
+        _print_error(f"retain {name}: {one_line(error)}")
         return 1
 
 
-def _complain(line: str) -> None:
+def _print_error(line: str) -> None:
     from retain.files import visible
 
     print(visible(line), file=sys.stderr)

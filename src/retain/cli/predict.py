@@ -1,4 +1,4 @@
-"""`retain predict`: a law → the losses of a run not yet made, or the most steps within a limit."""
+"""`retain predict`: a law → the losses of a run before it is made, or its largest number of steps within a limit."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from retain.cli.settings import RevisionSettings
 from retain.laws.law import ForgettingLaw
 
 INPUTS = ("num_params", "num_steps", "num_tokens", "replay_share", "tokens_per_param", "finetuning_loss", "ref_kl")
-LIMITS = {"max_forgetting": "forgetting", "max_ref_kl": "ref_kl"}  # the metric that a law must be of
+LIMITS = {"max_forgetting": "forgetting", "max_ref_kl": "ref_kl"}  # flag → the metric that the law must be fitted to
 
 
 @dataclass(kw_only=True)
 class PredictConfig(RevisionSettings):
-    """`retain predict`: the losses of a run not yet made; the law's file comes first, without a flag."""
+    """Settings of `retain predict`; the law's file comes first, without a flag."""
 
     law: str = setting("", "File written by `retain fit`.", required=True)
     dataset: str | None = setting(None, "Data set to predict for, if the law was fitted to several.")
@@ -57,7 +57,7 @@ def run_predict(config: PredictConfig) -> None:
     law = ForgettingLaw.from_json(config.law)
     known: dict[str, Any] = {name: getattr(config, name) for name in INPUTS if getattr(config, name) is not None}
     if config.model is not None and config.lora_r is not None:
-        from retain.models.loading import lora_num_params  # with torch, which nothing else here needs
+        from retain.models.loading import lora_num_params  # imports torch, which nothing else here needs
 
         known["num_params"] = lora_num_params(
             config.model, config.lora_r, config.lora_target_modules, **config.checkpoint
@@ -72,42 +72,42 @@ def run_predict(config: PredictConfig) -> None:
 
 
 def limit_of(config: PredictConfig, law: ForgettingLaw) -> str | None:
-    """The name of the limit that was given.
+    """The name of the limit that was given, or None.
 
     Raises:
-        ValueError: if the law is known to be of another metric.
+        ValueError: if the law was fitted to another metric.
     """
     name = next((name for name in LIMITS if getattr(config, name) is not None), None)
     metric = law.settings.get("forgetting_metric")
     if name is not None and metric not in (None, LIMITS[name]):
         remedy = {"forgetting": "give --max_forgetting", "ref_kl": "give --max_ref_kl"}.get(metric, "fit one of ref_kl")
-        raise ValueError(f"{name}: {getattr(config, name):g} is no limit for a law of {metric}; {remedy}")
+        raise ValueError(f"{name}: {getattr(config, name):g} does not fit a law of {metric}; {remedy}")
     return name
 
 
 def largest_num_steps(law: ForgettingLaw, config: PredictConfig, known: dict[str, Any], limit: str) -> dict[str, Any]:
-    """The longest run whose predicted forgetting loss stays within the limit."""
+    """The largest number of steps whose predicted forgetting loss stays within the limit."""
     options: dict[str, Any] = {"level": config.level, "dataset": config.dataset, **known}
     options["forgetting_loss"] = getattr(config, limit)
-    found = law.solve("num_steps", **options)
-    low, high = (value if 0 < value < float("inf") else None for value in found.ci)
+    num_steps = law.solve("num_steps", **options)
+    low, high = (value if 0 < value < float("inf") else None for value in num_steps.ci)
     return {
-        "num_steps": {"value": found.value, "ci": [low, high]},
+        "num_steps": {"value": num_steps.value, "ci": [low, high]},
         limit: getattr(config, limit),
         "level": config.level,
-        "extrapolates": bool(found.extrapolates),
-        "notes": found.extrapolates,
+        "extrapolates": bool(num_steps.extrapolates),
+        "notes": num_steps.extrapolates,
     }
 
 
 def as_text(answer: dict[str, Any]) -> str:
-    """An answer for people: a line for each number, and what it rests on."""
-    given = ", ".join(f"{name} {value:g}" for name, value in answer["inputs"].items())
-    lines = [f"for {given}:"]
-    for name, found in answer.items():
-        if isinstance(found, dict) and "ci" in found:
-            low, high = (f"{end:.5g}" if end is not None else "?" for end in found["ci"])
-            lines.append(f"{name:<18}{found['value']:.5g}   {answer['level']:.0%} interval [{low}, {high}]")
+    """An answer as text: its inputs, a line for each number, and notes."""
+    inputs = ", ".join(f"{name} {value:g}" for name, value in answer["inputs"].items())
+    lines = [f"for {inputs}:"]
+    for name, number in answer.items():
+        if isinstance(number, dict) and "ci" in number:
+            low, high = (f"{end:.5g}" if end is not None else "?" for end in number["ci"])
+            lines.append(f"{name:<18}{number['value']:.5g}   {answer['level']:.0%} interval [{low}, {high}]")
     lines += [f"! {note}" for note in answer["notes"]]
     return "\n".join(lines)
 

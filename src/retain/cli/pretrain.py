@@ -12,7 +12,7 @@ from retain.training.stopping import how_to_resume
 
 
 def run_alone(args: PretrainArguments, config: PretrainConfig) -> None:
-    """`run_pretrain`, alone in its folder."""
+    """`run_pretrain` with its folder locked."""
     with exclusive(Path(args.output_dir), "a training run") if args.process_index == 0 else nullcontext():
         run_pretrain(args, config)
 

@@ -14,7 +14,7 @@ from retain.report.report import ForgettingReport, write_comparison
 
 @dataclass(kw_only=True)
 class ReportConfig(Settings):
-    """`retain report`: one page for several runs of the same base."""
+    """Settings of `retain report`."""
 
     runs: list[str] = setting(
         list, "Folders written by `retain measure`, the unprotected run first.",
@@ -26,20 +26,20 @@ class ReportConfig(Settings):
 
 
 def run_report(config: ReportConfig) -> None:
-    """Read the reports, write the page, print its summary."""
+    """Write one page for several reports, and print its summary."""
     folder = Path(config.output_dir)
     paths = [Path(run) / "report.json" if Path(run).is_dir() else Path(run) for run in config.runs]
     if folder.resolve() in [path.parent.resolve() for path in paths]:
         raise ValueError(
-            f"output_dir: {config.output_dir!r} is one of runs, whose report would be lost; choose another"
+            f"output_dir: {config.output_dir!r} is one of runs, and its report would be overwritten; choose another"
         )
     with exclusive(folder, "a report"):
         reports = [ForgettingReport.from_json(path) for path in paths]
-        if len({one.data["name"] for one in reports}) < len(reports):  # as of two folders that are called out/
-            for one, name in zip(reports, short_names([path.parent for path in paths], "runs"), strict=True):
-                one.data["name"] = name
-        shown = write_comparison(folder, reports=reports, title=config.title, chain=config.chain)
-    print(f"{shown.summary()}\n\nreport: {folder / 'report.html'}")
+        if len({report.data["name"] for report in reports}) < len(reports):  # e.g. two folders called out/
+            for report, name in zip(reports, short_names([path.parent for path in paths], "runs"), strict=True):
+                report.data["name"] = name
+        comparison = write_comparison(folder, reports=reports, title=config.title, chain=config.chain)
+    print(f"{comparison.summary()}\n\nreport: {folder / 'report.html'}")
 
 
 VERB = Verb(

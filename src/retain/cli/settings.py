@@ -1,4 +1,4 @@
-"""Settings that several verbs share, each described once."""
+"""Settings that verbs share, each described once."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(kw_only=True)
 class SeedSettings(Settings):
-    """Randomness."""
+    """Random seed."""
 
     seed: int = setting(0, "Random seed.", high=2**63 - 1)
 
 
 @dataclass(kw_only=True)
 class RemoteCodeSettings(Settings):
-    """Trust in a checkpoint's own code."""
+    """Whether a checkpoint's own code may run."""
 
     trust_remote_code: bool = setting(False, "Allow the checkpoint's own code, from the Hub or a folder, to run.")
 
 
 @dataclass(kw_only=True)
 class RevisionSettings(RemoteCodeSettings):
-    """Which version of a model, and trust in its code."""
+    """Version of a model, and whether its own code may run."""
 
     model_revision: str = setting("main", "Branch, tag or commit on the Hub.")
 
     @property
     def checkpoint(self) -> dict[str, Any]:
-        """The arguments of these names that functions of `models.loading` take."""
+        """These settings as arguments of the functions in `models.loading`."""
         return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
 
 
@@ -61,7 +61,7 @@ class ModelLoadSettings(RevisionSettings, StartTokenSettings, SeedSettings):
 
     @property
     def loading(self) -> dict[str, Any]:
-        """All that `load_model` takes of them."""
+        """These settings as arguments of `load_model`."""
         return {"dtype": self.dtype, "attn_implementation": self.attn_implementation, **self.checkpoint}
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM ends a command as Ctrl-C does, and neither signal is lost; a reader of the output who leaves ends nothing."""
+"""SIGTERM ends a command as Ctrl-C does, and neither signal is lost; a closed output pipe does not end it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESEND_DELAY = 0.05  # seconds
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
+    """Raised by SIGTERM."""
 
 
 def _terminate(signum: int, frame: Any) -> None:
@@ -23,23 +23,23 @@ def _terminate(signum: int, frame: Any) -> None:
 
 @contextmanager
 def signals_as_exceptions() -> Iterator[None]:
-    """Within, SIGTERM raises `Terminated`. Python drops what is raised while an object is finalised: it is sent again.
+    """Make SIGTERM raise `Terminated`; resend a signal whose exception Python drops, as it does inside `__del__`.
 
-    One of several processes dies of SIGTERM at once, so that the others do not wait. Outside of the main thread Python
-    sets no handler.
+    Does nothing in a process that a launcher started, which must die at once so that the others do not wait for it, and
+    outside the main thread, where Python allows no handlers.
     """
     if "WORLD_SIZE" in os.environ or threading.current_thread() is not threading.main_thread():
         yield
         return
     before, hook = signal.signal(signal.SIGTERM, _terminate), sys.unraisablehook
 
-    def send_again(dropped: Any) -> None:
+    def resend(dropped: Any) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
             return hook(dropped)
         number = signal.SIGTERM if issubclass(dropped.exc_type, Terminated) else signal.SIGINT
         threading.Timer(RESEND_DELAY, os.kill, (os.getpid(), number)).start()
 
-    sys.unraisablehook = send_again
+    sys.unraisablehook = resend
     try:
         yield
     finally:
@@ -48,7 +48,7 @@ def signals_as_exceptions() -> Iterator[None]:
 
 
 class LastingStream:
-    """A stream whose reader may leave, as `head` does: what is written then is dropped, and the work continues.
+    """A stream that drops output, instead of failing, once its reader has closed the pipe, as `head` does.
 
     Characters that its encoding lacks are written as escapes.
     """
@@ -61,15 +61,15 @@ class LastingStream:
 
     def write(self, text: str) -> int:
         encoding = self.stream.encoding or "utf-8"
-        self._try(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
+        self._unless_closed(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        self._try(self.stream.flush)
+        self._unless_closed(self.stream.flush)
 
-    def _try(self, work: Callable[..., object], *text: str) -> None:
+    def _unless_closed(self, operation: Callable[..., object], *text: str) -> None:
         try:
-            work(*text)
+            operation(*text)
         except BrokenPipeError:
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
@@ -77,7 +77,7 @@ class LastingStream:
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within, standard output and error are `LastingStream`s; one that was closed when Python began goes nowhere."""
+    """Make standard output and error `LastingStream`s; one that was closed at the start is discarded."""
     with (
         open(os.devnull, "w") as nowhere,
         redirect_stdout(LastingStream(sys.stdout or nowhere)),
