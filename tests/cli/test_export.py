@@ -111,7 +111,7 @@ def test_a_chat_comes_back_as_it_was_written(contents):
 def test_documents_are_no_chats(world, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     assert main(["export", f"{world}/replay", "--output", str(out), "--format", "messages"]) == 1
-    assert "needs a chat template and this tokenizer has none; use text" in capsys.readouterr().err
+    assert "needs a chat template, and this tokenizer has none; use text" in capsys.readouterr().err
     data = pool(tmp_path, ["<|im_start|>user\nthe fox"])
     assert main(["export", str(data), "--output", str(out), "--format", "messages"]) == 1
     assert "no row of" in capsys.readouterr().err
