@@ -81,22 +81,22 @@ def test_what_is_asked_for_is_not_a_default(tmp_path):
     [
         ("finetune", "retain finetune: give --model, --dataset_name, --replay_dataset; for example `retain finetune "),
         ("finetune --replay_coef 1", "retain finetune: model: missing; give --model"),
-        ("finetune --replay_coeff 1", "retain finetune: --replay_coeff: not known here; did you mean --replay_coef? "),
-        ("finetune --config {bad}", "retain finetune: --replay_coeff: not known here; did you mean --replay_coef? "),
+        ("finetune --replay_coeff 1", "retain finetune: --replay_coeff: unknown argument; did you mean --replay_coef?"),
+        ("finetune --config {bad}", "retain finetune: --replay_coeff: unknown argument; did you mean --replay_coef?"),
         (
             "finetune --learning_rat 1",
-            "retain finetune: --learning_rat: not known here; did you mean --learning_rate? ",
+            "retain finetune: --learning_rat: unknown argument; did you mean --learning_rate? ",
         ),
         (
             "finetune --num_processes 2",
-            "retain finetune: --num_processes: not known here; `retain finetune --help_all` ",
+            "retain finetune: --num_processes: unknown argument; `retain finetune --help_all` ",
         ),
         ("finetune --config {bad} --config {bad}", "retain finetune: config: given twice; "),
-        ("measure --base x --modle y", "retain measure: --modle: not known here; did you mean --model? "),
-        ("measure --config {bad}", "retain measure: --replay_coeff: not known here; "),
-        ("sample --ouput_dir x", "retain sample: --ouput_dir: not known here; "),
-        ("plan --modle x", "retain plan: --modle: not known here; "),
-        ("pretrain --corpsu x", "retain pretrain: --corpsu: not known here; "),
+        ("measure --base x --modle y", "retain measure: --modle: unknown argument; did you mean --model? "),
+        ("measure --config {bad}", "retain measure: --replay_coeff: unknown argument; "),
+        ("sample --ouput_dir x", "retain sample: --ouput_dir: unknown argument; "),
+        ("plan --modle x", "retain plan: --modle: unknown argument; "),
+        ("pretrain --corpsu x", "retain pretrain: --corpsu: unknown argument; "),
     ],
 )
 def test_a_misspelt_flag_is_named_before_all_else(argv, line, tmp_path, monkeypatch, capsys):

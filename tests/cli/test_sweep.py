@@ -195,16 +195,16 @@ def test_a_bad_sweep_is_refused_in_one_line(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("verb", "flags", "message"),
     [
-        ("sample", {"num_rowz": 4}, "--num_rowz: not known here"),
+        ("sample", {"num_rowz": 4}, "--num_rowz: unknown argument"),
         ("sample", {"num_rows": "many"}, "num_rows: 'many' does not fit; use a whole number"),
-        ("measure", {"base": "m", "what": 1}, "--what: not known here"),
+        ("measure", {"base": "m", "what": 1}, "--what: unknown argument"),
         (
             "finetune",
             {"model_name_or_path": "m", "dataset_name": "d", "number_processes": 2},
-            "--number_processes: not known here",
+            "--number_processes: unknown argument",
         ),
         ("finetune", {"dataset_name": "d", "save_strategy": "often"}, "invalid choice: 'often'"),
-        ("pretrain", {"corpus": "synthetic", "model_sise": "1M"}, "--model_sise: not known here"),
+        ("pretrain", {"corpus": "synthetic", "model_sise": "1M"}, "--model_sise: unknown argument"),
         ("weep", {"x": 1}, "verb 'weep'"),
         ("sweep", {"sweep": "s.yaml"}, "verb 'sweep'"),
     ],
