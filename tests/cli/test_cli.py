@@ -492,7 +492,7 @@ def test_a_mixture_written_for_trl_sft_works_unchanged(world, tmp_path, capsys):
     path.write_text(json.dumps({"datasets": files, "streaming": True}))
     stream = [*command, "--output_dir", str(tmp_path / "stream"), "--max_steps", "-1"]
     assert main(stream) == 1
-    assert "max_steps: missing, and the rows are a stream" in capsys.readouterr().err
+    assert "max_steps: missing; give it" in capsys.readouterr().err
     assert not (tmp_path / "stream").exists(), "it had drawn its rows before"
     path.write_text(json.dumps({"datasets": [{**files[0], "splitt": "train"}]}))
     assert main(command) == 1

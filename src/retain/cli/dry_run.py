@@ -1,4 +1,4 @@
-"""`retain finetune --dry_run`: what a run is made of and what it would take, by a few steps of it; nothing is kept."""
+"""`retain finetune --dry_run`: describe a run and estimate its time and memory from a few steps; nothing is kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import release_memory
 from transformers import PrinterCallback
 
-from retain.cli.finetune_data import POOL
+from retain.cli.finetune_data import POOL, TrlArguments
 from retain.progress import duration, progress_line
 from retain.replay.fisher import FISHER, FISHER_TOKENS
 from retain.report.numbers import quantity
@@ -27,9 +27,9 @@ from retain.training.protection_choice import rows_drawn
 from retain.training.step_line import StepTimer
 from retain.training.trainer_checks import expected_steps
 
-TRIED_STEPS = 3  # that are made of each run; all but the first are timed
-TRIED_DOCUMENTS = 2  # of each text that are measured
-DRAWN_TOKENS = 16  # of each row of a batch that is drawn to time it
+TRIED_STEPS = 3  # steps of each run; all but the first are timed
+TRIED_DOCUMENTS = 2  # measured of each text
+DRAWN_TOKENS = 16  # sampled of each row of a batch, to time sampling
 SCRATCH: dict[str, Any] = {
     "max_steps": TRIED_STEPS, "eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no",
     "eval_on_start": False, "report_to": [], "push_to_hub": False, "load_best_model_at_end": False,
@@ -39,7 +39,7 @@ SCRATCH: dict[str, Any] = {
 
 @dataclass
 class Cost:
-    """By a few steps: seconds of one, seconds to measure, those of the whole pool's Fisher information, and bytes."""
+    """Cost of a run: seconds per step, seconds to measure, seconds of the Fisher information, bytes of memory."""
 
     step: float
     measuring: float
@@ -48,39 +48,40 @@ class Cost:
 
 
 def dry_run(
-    given: Any,
+    trl_args: TrlArguments,
     config: Any,
     make_trainer: Callable[[Any, Any], Any],
-    to_sample: Callable[[int], dict[str, int]],
+    rows_to_sample: Callable[[int], dict[str, int]],
     say: Callable[[object], None],
 ) -> None:
-    """Say what a run is made of, and how long it would take.
+    """Print what a run consists of, and how long it would take.
 
     Args:
-        given: the arguments of the run, which stay as they are.
-        config: what protects and measures it.
-        make_trainer: makes the trainer of arguments and config.
-        to_sample: takes the number of steps; rows that the run samples first, by folder.
+        trl_args: the arguments of the run, which are not changed.
+        config: the settings that protect and measure it.
+        make_trainer: (arguments, config) -> trainer.
+        rows_to_sample: number of steps -> number of rows that the run samples first, by folder.
+        say: prints a line.
     """
-    few = {"retention_max_documents": TRIED_DOCUMENTS, "compare_plain": False, "replay_start": 0.0, "replay_every": 1}
-    in_steps = max(1, rows_drawn(replace(config, **few), given.training, TRIED_STEPS))
+    small = {"retention_max_documents": TRIED_DOCUMENTS, "compare_plain": False, "replay_start": 0.0, "replay_every": 1}
+    num_rows = max(1, rows_drawn(replace(config, **small), trl_args.training, TRIED_STEPS))
     tried = {}
     if config.protects:
-        tried["protected"] = replace(config, **few, replay_num_rows=in_steps)
+        tried["protected"] = replace(config, **small, replay_num_rows=num_rows)
         tried["protected"].chosen = config.chosen
-    tried["unprotected"] = replace(config, **few).unprotected()
+    tried["unprotected"] = replace(config, **small).unprotected()
     costs: dict[str, Cost] = {}
     for name, settings in tried.items():
         if costs:
             say(f"{TRIED_STEPS} steps without protection, to compare")
         with tempfile.TemporaryDirectory(prefix="retain-dry-run-") as folder, progress_line(shown=False) as timed:
-            trainer = make_trainer(scratch_arguments(given, folder), settings)
+            trainer = make_trainer(scratch_arguments(trl_args, folder), settings)
             if not costs:
-                steps = expected_steps(given.training, trainer.train_dataset)
-                if settings.chosen is not None:  # by what the model is
-                    config.choose(settings.chosen, given.training.train_batch_size, steps)
-                check_replay_every(config, steps)  # the few steps have replay each
-                rows = to_sample(steps)
+                steps = expected_steps(trl_args.training, trainer.train_dataset)
+                if settings.chosen is not None:  # it depends on the model
+                    config.choose(settings.chosen, trl_args.training.train_batch_size, steps)
+                check_replay_every(config, steps)  # the tried steps replay every step
+                rows = rows_to_sample(steps)
                 for line in (*device_lines(trainer), *row_lines(trainer)):
                     say(line)
                 if config.objective.uses_reference and steps == 1:
@@ -88,29 +89,29 @@ def dry_run(
                 elif config.chosen is not None and config.protects:
                     say(config.chosen.line())
                 length = config.replay_max_length or trainer.args.max_length
-                drawing = sum(seconds_to_draw(trainer.model, number, length) for number in rows.values())
+                sampling_seconds = sum(seconds_to_draw(trainer.model, number, length) for number in rows.values())
                 pool_tokens = rows[POOL] * (length - 1) if POOL in rows else None
             fisher = seconds_of_fisher(trainer.replay.anchor, timed.pace.get(FISHER, 0.0), pool_tokens)
-            costs[name] = cost_of(trainer, fisher)
+            costs[name] = measured_cost(trainer, fisher)
             del trainer
             release_memory()
-    if draws := rows_drawn(config, given.training, steps):
-        pool = f", of a pool of {rows['replay']:,}" if "replay" in rows else ""
+    if draws := rows_drawn(config, trl_args.training, steps):
+        pool = f", of a pool of {rows[POOL]:,}" if POOL in rows else ""
         say(f"replay: the run draws {quantity(draws, 'row')}{pool}")
-    for line in cost_lines(given.training, config, costs, steps, drawing):
+    for line in cost_lines(trl_args.training, config, costs, steps, sampling_seconds):
         say(line)
 
 
-def scratch_arguments(given: Any, folder: str) -> Any:
-    """The same arguments for a few steps in another folder."""
-    found = given._replace(training=copy.deepcopy(given.training), script=copy.deepcopy(given.script))
+def scratch_arguments(trl_args: TrlArguments, folder: str) -> TrlArguments:
+    """A copy of the arguments for a few steps in `folder`."""
+    scratch = trl_args._replace(training=copy.deepcopy(trl_args.training), script=copy.deepcopy(trl_args.script))
     for name, value in {**SCRATCH, "output_dir": folder}.items():
-        setattr(found.training, name, value)
-    return found
+        setattr(scratch.training, name, value)
+    return scratch
 
 
 def device_lines(trainer: Any) -> Iterator[str]:
-    """Where and in which precision a run computes."""
+    """The device and precision of a run."""
     device, precision = trainer.args.device, trainer.accelerator.mixed_precision
     name = "" if device.type == "cpu" else f" ({torch.get_device_module(device).get_device_name(device)})"
     mixed = "" if precision == "no" else f", computing in {precision}"
@@ -118,40 +119,40 @@ def device_lines(trainer: Any) -> Iterator[str]:
 
 
 def row_lines(trainer: Any) -> Iterator[str]:
-    """How long the new rows are, and how much of them is predicted."""
+    """The lengths of the new rows, and the share of their tokens that is predicted."""
     dataset, limit = trainer.train_dataset, trainer.args.max_length
     if "input_ids" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
         yield "new rows: a stream, or not tokenised before training"
         return
     lengths = np.array([len(row) for row in dataset["input_ids"]])
     labels = dataset["labels" if "labels" in dataset.column_names else "input_ids"]
-    counted = sum(label != -100 for row in labels for label in row[1:]) / max(1, lengths.sum() - len(lengths))
+    predicted = sum(label != -100 for row in labels for label in row[1:]) / max(1, lengths.sum() - len(lengths))
     cut = f", {np.mean(lengths >= limit):.0%} as long as max_length {limit:,} or cut there" if limit else ""
     yield (
         f"new rows: {quantity(len(lengths), 'row')} of {lengths.min():,} to {lengths.max():,} tokens (median "
-        f"{np.median(lengths):,.0f}){cut}; {counted:.0%} of their tokens are predicted"
+        f"{np.median(lengths):,.0f}){cut}; {predicted:.0%} of their tokens are predicted"
     )
     held_out = "none; what is learned is read from the training loss" if trainer.eval_dataset is None else "given"
     yield f"held-out rows of the new task: {held_out}"
 
 
 def seconds_to_draw(model: Any, num_rows: int, length: int) -> float:
-    """Time to sample rows, by the first tokens of a batch."""
+    """Estimated time to sample rows, from the first tokens of one batch."""
     batch = min(num_rows, choose_batch_size(model, length))
     positions = min(DRAWN_TOKENS, length)
-    for tokens in (2, positions):  # the first proves the cache, once
+    for tokens in (2, positions):  # the first call also proves the cache, once
         began = time.monotonic()
         draw_rows(model, [[0]] * batch, range(batch), tokens, 0)
     return (time.monotonic() - began) / (positions - 1) * (length - 1) * math.ceil(num_rows / batch)
 
 
 def seconds_of_fisher(anchor: Anchor | None, reading: float, pool_tokens: int | None) -> float:
-    """Seconds of the Fisher information: reading rows takes longer the more there are, the eigenvectors do not.
+    """Estimated seconds of the Fisher information: reading rows scales with their number, the eigenvectors do not.
 
     Args:
-        anchor: of the few rows that were tried.
-        reading: seconds of `anchor.seconds` in which these were read.
-        pool_tokens: predictions in the run's pool; None where the rows that were tried are that pool.
+        anchor: the anchor of the tried rows.
+        reading: the part of `anchor.seconds` spent reading rows.
+        pool_tokens: predictions in the run's pool; None if the tried rows are that pool.
     """
     if anchor is None:
         return 0.0
@@ -159,17 +160,17 @@ def seconds_of_fisher(anchor: Anchor | None, reading: float, pool_tokens: int | 
     return anchor.seconds + reading * (tokens / anchor.num_tokens - 1)
 
 
-def cost_of(trainer: Any, fisher: float) -> Cost:
-    """Make a few steps."""
+def measured_cost(trainer: Any, fisher: float) -> Cost:
+    """Train and measure a few steps; return their cost."""
     timer = StepTimer()
     trainer.add_callback(timer)
-    trainer.remove_callback(PrinterCallback)  # of dictionaries
+    trainer.remove_callback(PrinterCallback)  # it prints dictionaries
     device = trainer.args.device
-    on_it = None if device.type == "cpu" else torch.get_device_module(device)
-    if on_it:
-        on_it.reset_peak_memory_stats(device)
+    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    if accelerator:
+        accelerator.reset_peak_memory_stats(device)
     trainer.train()
-    memory = on_it.max_memory_allocated(device) if on_it else psutil.Process().memory_info().rss
+    memory = accelerator.max_memory_allocated(device) if accelerator else psutil.Process().memory_info().rss
     began = time.monotonic()
     if trainer.replay.documents:
         trainer.evaluate_retention()
@@ -177,26 +178,26 @@ def cost_of(trainer: Any, fisher: float) -> Cost:
     return Cost(timer.mean or 0.0, time.monotonic() - began, fisher, memory)
 
 
-def cost_lines(args: Any, config: Any, costs: dict[str, Cost], steps: int, drawing: float) -> Iterator[str]:
-    """Memory, the price of a step, and how long the whole would take."""
-    last = costs.get("protected", costs["unprotected"])
-    yield f"memory: {last.memory / 1e9:.1f} GB in training, by {TRIED_STEPS} steps (longer rows may need more)"
+def cost_lines(args: Any, config: Any, costs: dict[str, Cost], steps: int, sampling_seconds: float) -> Iterator[str]:
+    """Memory, time per step, and the estimated time of the whole run."""
+    cost = costs.get("protected", costs["unprotected"])
+    yield f"memory: {cost.memory / 1e9:.1f} GB in training, by {TRIED_STEPS} steps (longer rows may need more)"
     plain = costs["unprotected"].step
     if "protected" in costs and plain:
-        yield f"a step: {last.step:.3g} s with replay, {last.step / plain:.2f} times an unprotected one's {plain:.3g} s"
+        yield f"a step: {cost.step:.3g} s with replay, {cost.step / plain:.2f} times an unprotected one's {plain:.3g} s"
     elif plain:
         yield f"a step: {plain:.3g} s"
     share = (1 - config.replay_start) / config.replay_every if config.objective.draws_rows else 1.0
-    training = steps * (share * last.step + (1 - share) * plain)
-    measuring = last.measuring / TRIED_DOCUMENTS * config.retention_max_documents
+    training = steps * (share * cost.step + (1 - share) * plain)
+    measuring = cost.measuring / TRIED_DOCUMENTS * config.retention_max_documents
     parts = {
-        "sampling": drawing,
-        "Fisher information": last.fisher,
+        "sampling": sampling_seconds,
+        "Fisher information": cost.fisher,
         "training": training,
         "measuring": measuring,
     }
     if config.compare_plain:
         parts["the unprotected run"] = steps * plain + measuring
     listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds)
-    evaluated = "" if args.eval_strategy == "no" else ", without evaluations on the way"
-    yield f"the run: about {duration(sum(parts.values()))} for {quantity(steps, 'step')}{evaluated} ({listed})"
+    evaluations = "" if args.eval_strategy == "no" else ", without evaluations on the way"
+    yield f"the run: about {duration(sum(parts.values()))} for {quantity(steps, 'step')}{evaluations} ({listed})"

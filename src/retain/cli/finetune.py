@@ -1,4 +1,4 @@
-"""`retain finetune`: what `trl sft` does, with replay. A config written for `trl sft` works unchanged."""
+"""`retain finetune`: `trl sft` with replay. A config written for `trl sft` works unchanged."""
 
 from __future__ import annotations
 
@@ -58,34 +58,34 @@ from retain.training.stopping import (
 from retain.training.trainer import ReplaySFTTrainer
 from retain.training.trainer_checks import check_lora_targets, check_unsharded, expected_steps, load_for_training
 
-COMPARED_EVALUATIONS = 8  # of each run that is compared, where no eval_strategy says when
-# Folders in output_dir: of the page, of the unprotected run, and of the model to finetune where that was an adapter.
-PAGE, PLAIN, WHOLE = "report", "plain", "base"
+COMPARED_EVALUATIONS = 8  # evaluations of each of two compared runs, if eval_strategy is unset
+# Folders in output_dir: the page, the unprotected run, and the merged model if the model to finetune is an adapter.
+PAGE, PLAIN, MERGED = "report", "plain", "base"
 
 Say = Callable[[object], None]
 
 
 @dataclass
 class FinishedRun:
-    """What is left to say of a run.
+    """The results of a run.
 
     Attributes:
-        report: None where no text was measured.
-        texts: that were measured.
-        step_seconds: a step's, None where none was timed.
-        others: what else took time, in seconds by name.
-        lines: of its stops and limits.
+        report: None if no text was measured.
+        texts: the measured texts.
+        step_seconds: seconds per step; None if no step was timed.
+        other_costs: what else took time, as (name, seconds).
+        lines: what to print about early stops and limits.
     """
 
     report: ForgettingReport | None
     texts: dict[str, list[Document]]
     step_seconds: float | None
-    others: list[tuple[str, float]] = field(default_factory=list)
+    other_costs: list[tuple[str, float]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
 
 
 def set_defaults(parser: Any) -> None:
-    """TRL's defaults are for a GPU and for models with room for 1024 tokens; what protects is chosen where unset."""
+    """Mark settings that `retain` chooses if they are unset; TRL's defaults are for a GPU and 1024 positions."""
     parser.set_defaults(max_length=Unchosen(parser.get_default("max_length")), **dict.fromkeys(PROTECTING, UNSET))
     if default_device() == "cpu":
         parser.set_defaults(use_cpu=True, bf16=False)
@@ -94,10 +94,10 @@ def set_defaults(parser: Any) -> None:
 def run_finetune(
     script_args: Any, training_args: Any, model_args: Any, dataset_args: Any, config: FinetuneConfig
 ) -> None:
-    """Finetune and save, alone in the folder; the dataclasses are TRL's, and `config` is ours."""
-    folder, speaks = Path(training_args.output_dir), training_args.process_index == 0
-    say: Say = (lambda line: print(visible(str(line)), flush=True)) if speaks else lambda line: None
-    given = TrlArguments(script_args, training_args, model_args, dataset_args)
+    """Finetune, save and measure, with the folder locked."""
+    folder, is_main = Path(training_args.output_dir), training_args.process_index == 0
+    say: Say = (lambda line: print(visible(str(line)), flush=True)) if is_main else lambda line: None
+    trl_args = TrlArguments(script_args, training_args, model_args, dataset_args)
     if not model_args.model_name_or_path:
         raise ValueError("model: missing; give --model")
     check_arguments(training_args, config.replay_objective)
@@ -107,67 +107,68 @@ def run_finetune(
         config.choose(choose_protection(training_args, model_args), training_args.train_batch_size, steps=0)
     if config.dry_run:
         check_output_dir(folder, "a training run")
-        name, revision = given.model.model_name_or_path, given.model.model_revision
-        # The base of an adapter is as large as the two merged, and nothing is written.
-        given.model.model_name_or_path = adapted_model(name, revision=revision) or name
-        make_trainer = partial(make_sft_trainer, say=lambda line: None, others=[])
-        return dry_run(given, config, make_trainer, partial(rows_to_sample, folder, training_args, config), say)
-    shown = speaks and not training_args.disable_tqdm
-    with exclusive(folder, "a training run") if speaks else nullcontext(), progress_line(shown=shown):
-        merge_its_adapter(given, folder / WHOLE, say)
-        of_plain = given._replace(training=copy.deepcopy(training_args))
-        run = finetuned(given, config, say)
-        plain = plain_run(of_plain, config, run, say) if config.compare_plain else None
+        name, revision = trl_args.model.model_name_or_path, trl_args.model.model_revision
+        # The base of an adapter is as large as the merged model, which a dry run must not write.
+        trl_args.model.model_name_or_path = adapted_model(name, revision=revision) or name
+        make_trainer = partial(make_sft_trainer, say=lambda line: None, other_costs=[])
+        return dry_run(trl_args, config, make_trainer, partial(rows_to_sample, folder, training_args, config), say)
+    shown = is_main and not training_args.disable_tqdm
+    with exclusive(folder, "a training run") if is_main else nullcontext(), progress_line(shown=shown):
+        merge_adapter_of_model(trl_args, folder / MERGED, say)
+        plain_args = trl_args._replace(training=copy.deepcopy(training_args))
+        run = finetuned(trl_args, config, say)
+        plain = plain_run(plain_args, config, run, say) if config.compare_plain else None
         for line in (f"model: {folder}", *run.lines):
             say(line)
-        if run.report is not None and speaks:
+        if run.report is not None and is_main:
             write_page(folder / PAGE, run, plain, say)
 
 
-def merge_its_adapter(given: TrlArguments, folder: Path, say: Say) -> None:
-    """Of a model with an adapter, as an earlier run left it, train the whole: written once, its adapter merged in."""
-    name, options = given.model.model_name_or_path, given.checkpoint
+def merge_adapter_of_model(trl_args: TrlArguments, folder: Path, say: Say) -> None:
+    """If the model to finetune is an adapter, merge it into its base, in `folder`, and finetune the result."""
+    name, options = trl_args.model.model_name_or_path, trl_args.checkpoint
     if (base := adapted_model(name, revision=options["revision"])) is None:
         return
-    with given.training.main_process_first(local=False, desc="merging the adapter"):
+    with trl_args.training.main_process_first(local=False, desc="merging the adapter"):
         merged_base(name, folder, **options)
-    given.model.model_name_or_path, given.model.model_revision = str(folder), "main"
+    trl_args.model.model_name_or_path, trl_args.model.model_revision = str(folder), "main"
     say(f"base: {folder}, the adapter {name} merged into {base}")
 
 
 def finetuned(
-    given: TrlArguments,
+    trl_args: TrlArguments,
     config: FinetuneConfig,
     say: Say,
     *,
     texts: dict[str, list[Document]] | None = None,
     keep: bool = True,
 ) -> FinishedRun:
-    """Train, from the last checkpoint where that is asked for, save unless not to `keep`, and measure.
+    """Train, resuming if asked to, save and measure.
 
     Args:
-        texts: of the protected run, beside which this is the unprotected one.
+        texts: the texts of the protected run, if this is the unprotected run to compare it with.
+        keep: whether to save the model and its checkpoints.
     """
-    training_args = given.training
-    checkpoint, others = checkpoint_to_resume(training_args), []  # type: ignore[var-annotated]
+    training_args = trl_args.training
+    checkpoint, other_costs = checkpoint_to_resume(training_args), []  # type: ignore[var-annotated]
     if checkpoint is not None:
         check_same_run(checkpoint, training_args)  # before the model is loaded
-    began = None if checkpoint is None else read_settings(Path(checkpoint).resolve().parent).get("created")
-    trainer = make_sft_trainer(given, config, say, others, texts, began)
+    created = None if checkpoint is None else read_settings(Path(checkpoint).resolve().parent).get("created")
+    trainer = make_sft_trainer(trl_args, config, say, other_costs, texts, created)
     if checkpoint is not None:
         check_same_run(checkpoint, training_args, settings_of_training(trainer))
     if trainer.eval_dataset is not None and (config.compare_plain or texts):
-        training_args.eval_on_start = checkpoint is None  # where the two runs are one
-        evaluate_on_the_way(training_args, expected_steps(training_args, trainer.train_dataset))
-    watch = None if config.stop_at_loss is None else StopAtLoss(config.stop_at_loss)
+        training_args.eval_on_start = checkpoint is None  # before the first step both runs are the same
+        evaluate_during_training(training_args, expected_steps(training_args, trainer.train_dataset))
+    stop_at_loss = None if config.stop_at_loss is None else StopAtLoss(config.stop_at_loss)
     timer = StepTimer()
-    for callback in filter(None, (timer, watch)):
+    for callback in filter(None, (timer, stop_at_loss)):
         trainer.add_callback(callback)
     may_stop = config.stop_at_loss is not None or config.early_stopping_patience is not None
     StepLine(partial(rows_trained_on, config, training_args), at_most=may_stop).take_over(trainer)
     if config.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
-    if config.adam_beta2_half_life_tokens is not None:  # the optimizer is made when training begins
+    if config.adam_beta2_half_life_tokens is not None:  # before training creates the optimizer
         length = mean_row_length(trainer.train_dataset, training_args.max_length)
         say(apply_half_life(training_args, config.adam_beta2_half_life_tokens, length))
     for line in trainer.protection():
@@ -175,48 +176,48 @@ def finetuned(
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
     elif training_args.resume_from_checkpoint:
-        say(f"no whole checkpoint in {training_args.output_dir}: beginning anew")
+        say(f"no whole checkpoint in {training_args.output_dir}: starting from step 0")
     train(trainer, checkpoint, keep=keep)
     trainer.evaluate_retention()
     report = trainer.report("protected" if config.protects else PLAIN) if trainer.replay.documents else None
     if report is not None and training_args.process_index == 0:
         report.data |= {**read_run(Path(training_args.output_dir)), "cost": {"seconds": timer.mean}}
     if keep:
-        save_card(trainer, given.script.dataset_name)
+        save_card(trainer, trl_args.script.dataset_name)
     if trainer.replay.anchor is not None:
-        others.append(("Fisher information", trainer.replay.anchor.seconds))
-    lines = [str(line) for line in (watch, trainer.budget and trainer.budget.verdict()) if line]
+        other_costs.append(("Fisher information", trainer.replay.anchor.seconds))
+    lines = [str(line) for line in (stop_at_loss, trainer.budget and trainer.budget.verdict()) if line]
     trainer.end()
-    return FinishedRun(report, trainer.replay.documents, timer.mean, others, lines)
+    return FinishedRun(report, trainer.replay.documents, timer.mean, other_costs, lines)
 
 
-def plain_run(given: TrlArguments, config: FinetuneConfig, protected: FinishedRun, say: Say) -> FinishedRun:
-    """The unprotected run beside `protected`, of which the report stays; one that was made before is read."""
-    args = given.training
-    release_memory()  # of the other run
-    folder, place = Path(args.output_dir) / PLAIN, Path(args.output_dir) / PAGE / PLAIN
-    resumes = str(args.resume_from_checkpoint or "").lower() not in ("", "false")
+def plain_run(trl_args: TrlArguments, config: FinetuneConfig, protected: FinishedRun, say: Say) -> FinishedRun:
+    """The unprotected run to compare with `protected`; on resuming, its report is read if it exists."""
+    args = trl_args.training
+    release_memory()  # of the protected run
+    folder, report_folder = Path(args.output_dir) / PLAIN, Path(args.output_dir) / PAGE / PLAIN
+    is_resumed = str(args.resume_from_checkpoint or "").lower() not in ("", "false")
     args.output_dir, args.push_to_hub, args.report_to = str(folder), False, []
-    args.resume_from_checkpoint = "true" if resumes else None
-    main = args.process_index == 0
-    run = read_plain(place, args, protected) if resumes else None
+    args.resume_from_checkpoint = "true" if is_resumed else None
+    is_main = args.process_index == 0
+    run = read_plain(report_folder, args, protected) if is_resumed else None
     if run is None:
         say(f"unprotected run, to compare: {folder}")
-        with exclusive(folder, "a training run") if main else nullcontext():
-            run = finetuned(given, config.unprotected(), say, texts=protected.texts, keep=config.keep_plain)
-        if main and run.report is not None:
-            with exclusive(place, "a report"):
-                run.report.write(place)
-    for checkpoint in folder.glob("checkpoint-*") if main and not config.keep_plain else ():
+        with exclusive(folder, "a training run") if is_main else nullcontext():
+            run = finetuned(trl_args, config.unprotected(), say, texts=protected.texts, keep=config.keep_plain)
+        if is_main and run.report is not None:
+            with exclusive(report_folder, "a report"):
+                run.report.write(report_folder)
+    for checkpoint in folder.glob("checkpoint-*") if is_main and not config.keep_plain else ():
         shutil.rmtree(checkpoint)
     return run
 
 
-def read_plain(place: Path, args: Any, protected: FinishedRun) -> FinishedRun | None:
-    """The unprotected run whose report is in a folder, if it has these settings and texts."""
-    if not (place / "report.json").exists() or protected.report is None:
+def read_plain(folder: Path, args: Any, protected: FinishedRun) -> FinishedRun | None:
+    """The unprotected run whose report is in `folder`, or None if its settings or texts differ."""
+    if not (folder / "report.json").exists() or protected.report is None:
         return None
-    report = ForgettingReport.from_json(place / "report.json")
+    report = ForgettingReport.from_json(folder / "report.json")
     settings, texts = {name: getattr(args, name) for name in REPORTED_ARGUMENTS}, protected.report.results.texts
     if settings.items() <= report.data["training"].items() and report.results.texts.keys() == texts.keys():
         return FinishedRun(report, protected.texts, report.data["cost"]["seconds"])
@@ -224,43 +225,43 @@ def read_plain(place: Path, args: Any, protected: FinishedRun) -> FinishedRun | 
 
 
 def write_page(folder: Path, run: FinishedRun, plain: FinishedRun | None, say: Say) -> None:
-    """The page of a run, or of both, and its outcome in four lines."""
+    """Write the page of a run, or of both runs, and print the outcome."""
     assert run.report is not None
-    of_plain, step_of_plain = (plain.report, plain.step_seconds) if plain else (None, None)
+    plain_report, plain_step_seconds = (plain.report, plain.step_seconds) if plain else (None, None)
     with exclusive(folder, "a report"):
-        if of_plain is None:
+        if plain_report is None:
             run.report.write(folder)
         else:
             run.report.write(folder / run.report.data["name"])
-            write_comparison(folder, [of_plain, run.report], title="Forgetting report")
-    for line in outcome_lines(run.report.results, of_plain.results if of_plain else None):
+            write_comparison(folder, [plain_report, run.report], title="Forgetting report")
+    for line in outcome_lines(run.report.results, plain_report.results if plain_report else None):
         say(line)
-    say(cost_line(run.step_seconds, step_of_plain, run.others))
+    say(cost_line(run.step_seconds, plain_step_seconds, run.other_costs))
     say(f"page: {folder / 'report.html'}")
 
 
 def make_sft_trainer(
-    given: TrlArguments,
+    trl_args: TrlArguments,
     config: FinetuneConfig,
     say: Say,
-    others: list[tuple[str, float]],
+    other_costs: list[tuple[str, float]],
     texts: dict[str, list[Document]] | None = None,
-    began: str | None = None,
+    created: str | None = None,
 ) -> ReplaySFTTrainer:
-    """The trainer with model, rows and texts.
+    """Read the data, load the model, sample replay rows if asked to, and make the trainer.
 
     Args:
-        others: gets the seconds that sampling took.
-        texts: of the protected run, beside which this is the unprotected one.
-        began: when the run began that is resumed.
+        other_costs: the seconds of sampling are appended to it.
+        texts: the texts of the protected run, if this is the unprotected run to compare it with.
+        created: when a resumed run was first started.
     """
-    training_args = given.training
-    train_dataset, eval_dataset, tokenizer, retention = read_data(given, config, texts, began)
+    training_args = trl_args.training
+    train_dataset, eval_dataset, tokenizer, retention = read_data(trl_args, config, texts, created)
     steps = expected_steps(training_args, train_dataset)
     by_training_loss = config.measures and eval_dataset is None
     if by_training_loss:
         log_training_loss(training_args, steps)
-    if texts is None:  # else it was said of the protected run
+    if texts is None:  # else the protected run has printed it
         if by_training_loss:
             ends = ", and the two runs are compared at their ends, not at the same loss" * config.compare_plain
             held_out = f"no rows are held out, so its training loss is reported{ends}"
@@ -268,8 +269,8 @@ def make_sft_trainer(
         if default_device() == "cpu":
             say(f"no accelerator: training on the CPU in {'bfloat16' if training_args.bf16 else 'float32'}")
         say(f"document start: {choose_start_token(tokenizer, config.start_token)}")
-    check_replay_every(config, steps)  # before rows are drawn for it
-    model, adapter = base_to_train(given, tokenizer)
+    check_replay_every(config, steps)  # before rows are sampled
+    model, adapter = base_to_train(trl_args, tokenizer)
     if config.chosen is not None and config.replay_dataset is not None:
         tokens = new_tokens_per_step(train_dataset, tokenizer, training_args) if config.anchor_coef else math.inf
         choice = config.chosen.for_model(model, adapter, tokens)
@@ -283,7 +284,7 @@ def make_sft_trainer(
         start = time.monotonic()
         with training_args.main_process_first(local=False, desc="sampling replay"):
             replay, retention[OWN_TEXT] = sample_own_rows(model, tokenizer, training_args, config, steps)
-        others.append(("sampling", time.monotonic() - start))
+        other_costs.append(("sampling", time.monotonic() - start))
     trainer = ReplaySFTTrainer(
         model=model,
         args=training_args,
@@ -298,21 +299,21 @@ def make_sft_trainer(
         new_task_rows=config.retention_max_documents,
     )
     check_new_rows(trainer.train_dataset, trainer.model, packed=training_args.packing or training_args.padding_free)
-    check_replay_every(config, expected_steps(training_args, trainer.train_dataset))  # packed
+    check_replay_every(config, expected_steps(training_args, trainer.train_dataset))  # packing changes the steps
     return trainer
 
 
-def base_to_train(given: TrlArguments, tokenizer: Any) -> tuple[Any, Any]:
-    """The model, and the adapter that it gets, or None; rows are no longer than it has room for."""
-    training_args = given.training
-    quantization, adapter = get_quantization_config(given.model), get_peft_config(given.model)
-    options = {**given.checkpoint, "attn_implementation": given.model.attn_implementation}
-    options |= {"dtype": given.model.dtype, **(training_args.model_init_kwargs or {})}
+def base_to_train(trl_args: TrlArguments, tokenizer: Any) -> tuple[Any, Any]:
+    """The model and the configuration of its adapter, or None; lowers a default max_length to the model's positions."""
+    training_args = trl_args.training
+    quantization, adapter = get_quantization_config(trl_args.model), get_peft_config(trl_args.model)
+    options = {**trl_args.checkpoint, "attn_implementation": trl_args.model.attn_implementation}
+    options |= {"dtype": trl_args.model.dtype, **(training_args.model_init_kwargs or {})}
     training_args.model_init_kwargs = options
     parts = {"quantization_config": quantization, "processing_class": tokenizer}
-    model = load_for_training(given.model.model_name_or_path, training_args, parts)
-    check_unsharded(model)  # before rows are drawn
-    if isinstance(training_args.max_length, Unchosen):  # TRL's default, which the model may have no room for
+    model = load_for_training(trl_args.model.model_name_or_path, training_args, parts)
+    check_unsharded(model)  # before rows are sampled
+    if isinstance(training_args.max_length, Unchosen):  # TRL's default
         training_args.max_length = length_that_fits(model, training_args.max_length)
     if adapter is not None:
         check_lora_targets(model, adapter)
@@ -320,48 +321,48 @@ def base_to_train(given: TrlArguments, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def log_training_loss(training_args: Any, steps: int) -> None:
-    """Log ten parts of the run at least, where its training loss has to show what was learned."""
+    """Log at least ten times, because the training loss has to show what was learned."""
     if training_args.logging_steps >= 1 and steps > 0:
         training_args.logging_steps = min(training_args.logging_steps, max(1, steps // 10))
 
 
-def evaluate_on_the_way(training_args: Any, steps: int) -> None:
-    """Evaluate some times where nobody says when: runs are compared at the same loss."""
+def evaluate_during_training(training_args: Any, steps: int) -> None:
+    """Evaluate during training unless eval_strategy is set: runs are compared at the same loss."""
     if training_args.eval_strategy == IntervalStrategy.NO and steps > 0:
         training_args.eval_strategy, training_args.do_eval = IntervalStrategy.STEPS, True
         training_args.eval_steps = max(1, steps // COMPARED_EVALUATIONS)
 
 
 def settings_of_training(trainer: ReplaySFTTrainer) -> dict[str, Any]:
-    """The parts of `retain_config.json` on which the steps of a run depend."""
-    found, config = trainer.replay.settings(trainer), trainer.replay.config
-    free = {field.name for field in fields(FinetuneConfig)} - {field.name for field in fields(ReplayConfig)}
-    if config.per_device_replay_batch_size is None:  # it follows the batch, which may have been made smaller
-        free.add("per_device_replay_batch_size")
-    if rows := found["replay_dataset"]:
-        drawn = rows["manifest"] or {}
-        drawn = {name: drawn[name] for name in ("model_fingerprint", "seed") if name in drawn}
-        rows = {"num_rows": rows["num_rows"], "manifest": drawn}
+    """The parts of `retain_config.json` that determine the steps of a run."""
+    settings, config = trainer.replay.settings(trainer), trainer.replay.config
+    ignored = {field.name for field in fields(FinetuneConfig)} - {field.name for field in fields(ReplayConfig)}
+    if config.per_device_replay_batch_size is None:  # it follows the batch size, which may change
+        ignored.add("per_device_replay_batch_size")
+    if rows := settings["replay_dataset"]:
+        manifest = rows["manifest"] or {}
+        manifest = {name: manifest[name] for name in ("model_fingerprint", "seed") if name in manifest}
+        rows = {"num_rows": rows["num_rows"], "manifest": manifest}
     return {
-        "replay": {name: value for name, value in found["replay"].items() if name not in free},
+        "replay": {name: value for name, value in settings["replay"].items() if name not in ignored},
         "replay_dataset": rows,
-        "num_params": found["num_params"],
-        "new_rows": found["new_rows"],
+        "num_params": settings["num_params"],
+        "new_rows": settings["new_rows"],
     }
 
 
 def save_card(trainer: ReplaySFTTrainer, dataset_name: str | None) -> None:
-    """Write the model card, and push to the Hub where the arguments say so; a file has no page on the Hub to name."""
-    named = {"dataset_name": None if is_local_file(dataset_name or "") else dataset_name}
-    trainer.create_model_card(model_name=Path(trainer.args.output_dir).name, **named)
+    """Write the model card, and push to the Hub if asked to; local files have no page on the Hub to name."""
+    hub_name = None if is_local_file(dataset_name or "") else dataset_name
+    trainer.create_model_card(model_name=Path(trainer.args.output_dir).name, dataset_name=hub_name)
     if trainer.args.push_to_hub:
-        trainer.push_to_hub(**named)
+        trainer.push_to_hub(dataset_name=hub_name)
 
 
 def planned_stages(
     training_args: Any, config: FinetuneConfig, steps: int, texts: Iterable[str], eval_dataset: Any
 ) -> list[PlannedStage]:
-    """The stages of a run and of the unprotected one that is compared, in their order."""
+    """The stages of a run, and of the unprotected run if there is one, in order."""
     rows = rows_to_sample(Path(training_args.output_dir), training_args, config, steps)
     stages = [PlannedStage(SAMPLING_TITLE.format(folder), SAMPLING_STAGE, number) for folder, number in rows.items()]
     if config.anchor_coef:
@@ -377,10 +378,10 @@ def planned_stages(
 
 
 def rows_trained_on(config: FinetuneConfig, training_args: Any, step: int, steps: int) -> float:
-    """Rows in the steps up to `step` of `steps`, with those that are replayed; of a process and micro-batch."""
+    """Rows, replay rows included, of the first `step` of `steps` steps, per process and micro-batch."""
     size, objective = training_args.train_batch_size, config.objective
-    beside = objective.batch_rows(config, size) if objective.draws_rows and objective.adds_term else 0
-    return step * size + beside * max(0.0, step - config.replay_start * steps) / config.replay_every
+    replay_rows = objective.batch_rows(config, size) if objective.draws_rows and objective.adds_term else 0
+    return step * size + replay_rows * max(0.0, step - config.replay_start * steps) / config.replay_every
 
 
 VERB = Verb(

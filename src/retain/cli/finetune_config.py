@@ -1,4 +1,4 @@
-"""The settings of `retain finetune` beside the flags of `trl sft`."""
+"""The settings that `retain finetune` adds to the flags of `trl sft`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retain.training.protection_choice import PROTECTING, ProtectionChoice, fill
 
 @dataclass(kw_only=True)
 class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
-    """What `retain finetune` takes beside the flags of `trl sft`."""
+    """Settings of `retain finetune` in addition to those of `trl sft`."""
 
     replay_dataset: str | None = setting(
         None,
@@ -57,16 +57,16 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
 
     def __post_init__(self) -> None:
         self.chosen = fill_in(self)
-        self._asked = self.replay_start, self.per_device_replay_batch_size, self.replay_every
+        self._given = self.replay_start, self.per_device_replay_batch_size, self.replay_every
         super().__post_init__()
         if self.compare_plain and not (self.protects and self.measures):
-            lacks = "a text to measure (retention, or replay_dataset self)" if self.protects else "a protected run"
-            raise ValueError(f"compare_plain: true needs {lacks}; give one, or leave it out")
+            missing = "a text to measure (retention, or replay_dataset self)" if self.protects else "a protected run"
+            raise ValueError(f"compare_plain: true needs {missing}; give one, or leave it out")
 
     def choose(self, choice: ProtectionChoice, batch_size: int, steps: int) -> None:
-        """Take what protects, where nobody said what should; rows and when they come where nobody said these."""
+        """Take the protection of `choice`, but the start, batch and frequency of replay that the user set, if any."""
         self.chosen = choice
-        start, rows, every = self._asked
+        start, rows, every = self._given
         if rows is None and every == 1:
             rows, every = choice.rows_and_every(batch_size, steps)
         self.replay_start, self.per_device_replay_batch_size = start or choice.replay_start, rows
@@ -80,8 +80,8 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
         return bool(self.retention) or self.replay_dataset == "self"
 
     def unprotected(self) -> FinetuneConfig:
-        """The same without what protects, to be compared with it."""
+        """These settings without protection, for the run to compare with."""
         off: dict[str, Any] = {"replay_coef": 0.0, "anchor_coef": 0.0, "max_ref_kl": None, "compare_plain": False}
-        found = replace(self, replay_objective="kl", replay_reference="auto", **off)
-        found.is_baseline = True
-        return found
+        config = replace(self, replay_objective="kl", replay_reference="auto", **off)
+        config.is_baseline = True
+        return config

@@ -1,6 +1,6 @@
-"""What a finetuning run reads, and refuses, before its model is loaded: settings, new rows, tokenizer and texts.
+"""The data of a finetuning run: settings, rows, tokenizer and texts, checked before the model is loaded.
 
-And the rows that its model writes first, with `--replay_dataset self`, to replay and to measure on.
+Also the rows that the model samples first with `--replay_dataset self`, to replay and to measure on.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from retain.training.retention import check_best_metric, retention_names
 from retain.training.row_checks import check_columns, row_edges
 from retain.training.stopping import check_stopping
 
-OWN_TEXT = "self-generated"  # the text of held-out rows
-OWN_ROWS = 64
-POOL, HELD_OUT = "replay", "held-out"  # folders in the run's, of the rows to replay, and of those to measure on
+OWN_TEXT = "self-generated"  # name of the retention text made of self-generated rows
+OWN_ROWS = 64  # in that text
+POOL, HELD_OUT = "replay", "held-out"  # folders in output_dir: rows to replay, and rows to measure on
 SAMPLING_TITLE = "sampling {} rows"
 
 
 class TrlArguments(NamedTuple):
-    """The dataclasses that `trl sft` takes."""
+    """The dataclasses of `trl sft`."""
 
     script: Any
     training: Any
@@ -53,38 +53,38 @@ class TrlArguments(NamedTuple):
 
     @property
     def checkpoint(self) -> dict[str, Any]:
-        """What names a checkpoint beside its model."""
+        """The arguments, besides the model's name, that select a checkpoint."""
         return {"revision": self.model.model_revision, "trust_remote_code": self.training.trust_remote_code}
 
 
 def read_data(
-    given: TrlArguments,
+    trl_args: TrlArguments,
     config: FinetuneConfig,
     texts: dict[str, list[Document]] | None = None,
-    began: str | None = None,
+    created: str | None = None,
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """New and held-out rows, tokenizer and retention texts, all that is refused before a model is loaded.
+    """Check the settings; return new rows, held-out rows, tokenizer and retention texts by name.
 
     Args:
-        texts: of the protected run, beside which this is the unprotected one.
-        began: when the run began that is resumed.
+        texts: the texts of the protected run, if this is the unprotected run to compare it with.
+        created: when a resumed run was first started.
     """
-    sources = check_settings(given.training, given.model, config)
-    train_dataset, eval_dataset = new_rows(given.script, given.dataset, given.training, config)
-    tokenizer = load_tokenizer(given.model.model_name_or_path, **given.checkpoint)
-    keep_date(tokenizer, began)
-    held_out = "eval_dataset_name" if config.eval_dataset_name else "dataset_name"
-    named = {"training rows": (train_dataset, "dataset_name"), "held-out rows": (eval_dataset, held_out)}
-    for name, (rows, field) in named.items():
-        if texts is None and not given.training.chat_template_path and hasattr(rows, "__len__"):  # streams are not read
+    sources = check_settings(trl_args.training, trl_args.model, config)
+    train_dataset, eval_dataset = new_rows(trl_args.script, trl_args.dataset, trl_args.training, config)
+    tokenizer = load_tokenizer(trl_args.model.model_name_or_path, **trl_args.checkpoint)
+    keep_date(tokenizer, created)
+    eval_field = "eval_dataset_name" if config.eval_dataset_name else "dataset_name"
+    datasets = {"training rows": (train_dataset, "dataset_name"), "held-out rows": (eval_dataset, eval_field)}
+    for name, (rows, field) in datasets.items():
+        if texts is None and not trl_args.training.chat_template_path and hasattr(rows, "__len__"):  # no stream
             check_chats(rows, tokenizer, name, field)
     load = partial(load_texts, tokenizer=tokenizer, max_documents=config.retention_max_documents, field="retention")
     return train_dataset, eval_dataset, tokenizer, texts or {text: load(path) for text, path in sources.items()}
 
 
 def check_settings(training_args: Any, model_args: Any, config: FinetuneConfig) -> dict[str, str]:
-    """Refuse settings that could not work, before anything is read; the sources of the retention texts by name."""
-    if training_args.max_steps == 0:  # of which transformers makes one step
+    """Refuse settings that cannot work, before anything is read; return the sources of the retention texts by name."""
+    if training_args.max_steps == 0:  # transformers would make one step
         raise ValueError("max_steps: 0 does not fit; use at least 1, or leave it out to count num_train_epochs")
     if training_args.max_steps < 0:
         check_number("num_train_epochs", training_args.num_train_epochs, low=1e-6)
@@ -93,25 +93,23 @@ def check_settings(training_args: Any, model_args: Any, config: FinetuneConfig) 
     check_half_life(training_args, config.adam_beta2_half_life_tokens)
     check_stopping(training_args, config.stop_at_loss, config.early_stopping_patience)
     sources = named_sources(config.retention, "retention")
-    own = [OWN_TEXT] if config.replay_dataset == "self" else []
-    if OWN_TEXT in sources and own:
-        raise ValueError(f"retention: {OWN_TEXT!r} is the name of the rows that the model writes; use another name")
-    check_best_metric(training_args, retention_names([*sources, *own]))
+    names = [*sources, *[OWN_TEXT] * (config.replay_dataset == "self")]
+    if len(set(names)) < len(names):
+        raise ValueError(f"retention: {OWN_TEXT!r} is the name of the rows that the model samples; use another name")
+    check_best_metric(training_args, retention_names(names))
     return sources
 
 
 def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: FinetuneConfig) -> tuple[Any, Any]:
-    """Training and evaluation rows of the new task: as `trl sft` reads them, or from a local file."""
+    """Training and held-out rows of the new task, read as `trl sft` does or from local files."""
     name, evaluate = script_args.dataset_name, training_args.eval_strategy != "no"
     if dataset_args.datasets:
-        name = " + ".join(one.path for one in dataset_args.datasets)
+        name = " + ".join(part.path for part in dataset_args.datasets)
         try:
             dataset = get_dataset(dataset_args)
         except (OSError, ValueError, DatasetsError) as error:
-            why = first_line(error)
-            raise ValueError(
-                f"datasets: cannot load {name!r} ({why}); check path, name, data_files and split"
-            ) from error
+            remedy = "check path, name, data_files and split"
+            raise ValueError(f"datasets: cannot load {name!r} ({first_line(error)}); {remedy}") from error
     elif not name:
         raise ValueError("dataset_name: missing; give --dataset_name FILE or a Hub id")
     elif is_local_file(name):
@@ -124,7 +122,7 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
         raise ValueError(f"dataset_train_split: {split!r} is not in {name!r}, which has {', '.join(dataset)}")
     check_columns(name, dataset[split], training_args.dataset_text_field)
     if training_args.max_steps < 0 and not hasattr(dataset[split], "__len__"):
-        raise ValueError("max_steps: missing, and the rows are a stream, which does not say how many it has; give it")
+        raise ValueError("max_steps: missing; give it, because the rows are a stream of unknown length")
     if config.eval_dataset_name:
         held_out = read_rows(config.eval_dataset_name, "eval_dataset_name", split=script_args.dataset_test_split)
         check_columns(config.eval_dataset_name, held_out, training_args.dataset_text_field, "eval_dataset_name")
@@ -136,15 +134,14 @@ def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: Fi
     else:
         held_out = dataset.get(script_args.dataset_test_split) if evaluate or config.measures else None
     if held_out is not None and not evaluate:
-        most = config.retention_max_documents
-        held_out = (
-            held_out.select(range(min(most, len(held_out)))) if hasattr(held_out, "__len__") else held_out.take(most)
-        )
+        limit = config.retention_max_documents
+        has_length = hasattr(held_out, "__len__")
+        held_out = held_out.select(range(min(limit, len(held_out)))) if has_length else held_out.take(limit)
     return dataset[split], held_out
 
 
 def rows_to_sample(output_dir: Path, training_args: Any, config: FinetuneConfig, steps: int) -> dict[str, int]:
-    """Rows of each folder in the run's that the model writes for its `steps`: to replay, and to measure on."""
+    """The number of rows that the model samples for a run of `steps`, by folder: to replay, and to measure on."""
     if config.replay_dataset != "self":
         return {}
     held_out, pool = {HELD_OUT: min(OWN_ROWS, config.retention_max_documents)}, output_dir / POOL
@@ -152,38 +149,38 @@ def rows_to_sample(output_dir: Path, training_args: Any, config: FinetuneConfig,
         return held_out
     if config.replay_num_rows is not None:
         return {POOL: config.replay_num_rows, **held_out}
-    if (pool / MANIFEST).exists():  # as it was begun
+    if (pool / MANIFEST).exists():  # sampling has started: keep its number
         return {POOL: read_manifest(pool)["num_rows"], **held_out}
-    draws = rows_drawn(config, training_args, steps)
-    return {POOL: (config.chosen or CHOSEN_PROTECTION).num_rows(draws, reads_fisher=config.anchor_coef > 0), **held_out}
+    choice, draws = config.chosen or CHOSEN_PROTECTION, rows_drawn(config, training_args, steps)
+    return {POOL: choice.num_rows(draws, reads_fisher=config.anchor_coef > 0), **held_out}
 
 
 def sample_own_rows(
     model: Any, tokenizer: Any, args: Any, config: FinetuneConfig, steps: int
 ) -> tuple[str | None, list[Document]]:
-    """Let the model that will be trained write rows: one process draws them, on the device of training.
+    """Sample rows from the model to be trained, in one process, on the device of training.
 
     Returns:
-        The folder of the rows to replay, if there are any, and those to measure on, none of which is replayed.
+        The folder of the rows to replay, or None, and the documents to measure on, none of which is replayed.
     """
     folder, start = Path(args.output_dir), choose_start_token(tokenizer, config.start_token)
     rows = rows_to_sample(folder, args, config, steps)
     length = config.replay_max_length or args.max_length or Unchosen(512)
-    wanted = config.objective.takes_stored and config.replay_reference in ("auto", "cache")
-    stays = getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")
+    wants_stored = config.objective.takes_stored and config.replay_reference in ("auto", "cache")
+    is_placed = getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")
     for name, num_rows in rows.items() if args.process_index == 0 else ():
-        store = default_store(model, folder / name, num_rows, length, wanted=wanted) if name == POOL else None
-        found = model.device
-        if not stays:
+        store = default_store(model, folder / name, num_rows, length, wanted=wants_stored) if name == POOL else None
+        device = model.device
+        if not is_placed:
             model.to(args.device)
         sample_with_progress(
             model, tokenizer, str(folder / name), num_rows, SAMPLING_TITLE.format(name), max_length=length,
             seed=args.seed + (name == HELD_OUT), start_token=start, store_reference=store,
         )  # fmt: skip
-        if model.device != found:
-            model.to(found)
+        if model.device != device:
+            model.to(device)
     windows = [row.tolist() for row in load_self_generated(folder / HELD_OUT)]
     replayed = load_self_generated(folder / POOL) if POOL in rows else ()
-    twice = find_rows(windows, replayed, row_edges(tokenizer, start.id))
-    kept = token_documents([window for at, window in enumerate(windows) if at not in twice], tokenizer)
-    return str(folder / POOL) if POOL in rows else None, kept
+    repeated = find_rows(windows, replayed, row_edges(tokenizer, start.id))
+    documents = token_documents([window for at, window in enumerate(windows) if at not in repeated], tokenizer)
+    return str(folder / POOL) if POOL in rows else None, documents
