@@ -109,9 +109,9 @@ def test_a_full_model_is_merged_where_its_gain_is_kept(world, merged, tmp_path, 
     assert (
         summary["alpha"] == next(one["alpha"] for one, of in zip(points, kept, strict=True) if of["ci"][0] >= 0.95) < 1
     )
-    assert f"alpha {summary['alpha']:g}: the least ref_kl that keeps 95% of the gain" in said
+    assert f"alpha {summary['alpha']:g}: the lowest ref_kl that keeps 95% of the gain" in said
     assert len(re.findall(r"^  [01][.\d]* .*%.*\[", said, re.MULTILINE)) == len(merge.ALPHAS), "the table"
-    assert "numbers slightly optimistic: measure others with `retain measure`" in said
+    assert "numbers are slightly optimistic: measure other rows with `retain measure`" in said
     assert summary["base"] == str(world / "base"), "the model that wrote the run's replay rows"
     assert summary["settings"]["seed"] == 0
     assert summary["versions"]["torch"]

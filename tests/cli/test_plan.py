@@ -117,5 +117,5 @@ def test_held_out_rows_are_kept_apart_where_none_are_given(world, tmp_path):
     )
     assert (len(training), len(held_out)) == (36, 4)
     assert training | held_out == set(rows)
-    with pytest.raises(ValueError, match="dataset_name: 12 rows are too few to keep some apart; give --eval_dataset"):
+    with pytest.raises(ValueError, match="dataset_name: 12 rows are too few to hold some out; give --eval_dataset"):
         plan_verb.prepare_rows(PlanConfig(dataset_name=f"{world}/new.jsonl", **given), tmp_path)

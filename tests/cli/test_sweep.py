@@ -177,7 +177,7 @@ def test_a_run_whose_sweep_died_before_it_began_does_nothing():
         ("verb: finetune\ngrid: {a: 1}", "grid of 'a' in .* is 1; give a list of values"),
         ("verb: finetune\ngrid: {a: [1, 1]}", "has a run twice: {'a': 1}; leave one out"),
         ("verb: finetune\nlist: [3]", "flags in every list entry"),
-        ("verb: finetune\ncommon: {output_dir: x}", "output_dir in .* is the sweep's own to choose"),
+        ("verb: finetune\ncommon: {output_dir: x}", "output_dir in .* is chosen by the sweep"),
         ("verb: finetune\ncommon: {a: 2026-11-22}", "has 'common': .*; give text .dates in quotes., numbers, or lists"),
         ("verb: finetune\ngrid: {a: [!!set {x}]}", "has 'grid': .*; give text"),
         ("verb: finetune\n3: x", "has 3: 'x'; give text"),

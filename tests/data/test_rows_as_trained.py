@@ -346,7 +346,5 @@ def test_a_chat_is_continued_where_its_answer_begins() -> None:
 def test_nothing_is_written_only_where_nothing_is_asked() -> None:
     given: dict[str, Any] = {"base": "a", "model": ["b"], "output_dir": "c", "max_new_tokens": 0}
     for asked in ({"prompts": "p"}, {"refusals": ["r=r"]}, {"harmless": ["h=h"]}):
-        with pytest.raises(
-            ValueError, match="max_new_tokens: 0 writes nothing, and .* are to be answered; use at least 1"
-        ):
+        with pytest.raises(ValueError, match="max_new_tokens: 0 leaves .* without answers; use at least 1"):
             MeasureConfig(**given, **asked)

@@ -243,7 +243,7 @@ def test_the_command_line_asks_and_shows_no_harmful_text(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--judge", "x", "--retention", "a=b"], "judge: 'x' has nothing to judge"),
-        (["--min_agreement", "0.5", "--refusals", "a=b"], "min_agreement: 0.5 is about texts and questions, and there"),
+        (["--min_agreement", "0.5", "--refusals", "a=b"], "min_agreement: 0.5 needs texts or questions to judge"),
         (["--refusals", "nothing"], "refusals: 'nothing' is not name=file"),
     ],
 )

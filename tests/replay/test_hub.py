@@ -110,7 +110,7 @@ def test_a_name_without_such_rows_is_read_as_text(hub):
 def test_a_name_that_is_none_is_refused_before_anything_is_drawn(tmp_path, capsys):
     flags = ["--model", "m", "--output_dir", str(tmp_path / "pool"), "--push_to_hub", "pool"]
     assert main(["sample", *flags]) == 1
-    assert "push_to_hub: 'pool' is no name of a dataset; give OWNER/NAME" in capsys.readouterr().err
+    assert "push_to_hub: 'pool' is not the name of a dataset; give OWNER/NAME" in capsys.readouterr().err
 
 
 def test_rows_on_the_hub_protect_as_those_in_a_folder_do(hub, tmp_path, monkeypatch):

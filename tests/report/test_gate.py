@@ -238,4 +238,4 @@ def test_a_budget_needs_a_text(tmp_path, capsys):
     (tmp_path / "a.jsonl").touch()
     arguments = ["--pair", str(tmp_path / "a.jsonl"), str(tmp_path / "a.jsonl"), "--output_dir", str(tmp_path / "out")]
     assert main(["measure", *arguments, "--max_forgetting", "0.02"]) == 1
-    assert "max_forgetting: 0.02 is about texts, and there are none; give --retention" in capsys.readouterr().err
+    assert "max_forgetting: 0.02 needs texts to judge; give --retention" in capsys.readouterr().err

@@ -105,7 +105,7 @@ def test_ray_refuses_launched_processes(llama_folder, tmp_path, monkeypatch, cap
         ({"num_workers": 0, "engine": "ray"}, "num_workers: 0 does not fit"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 needs engine vllm, not 'torch'"),
         ({"tensor_parallel_size": 0, "engine": "vllm"}, "tensor_parallel_size: 0 does not fit"),
-        ({"attn_implementation": "eager", "engine": "vllm"}, "attn_implementation: 'eager' is not for engine vllm"),
+        ({"attn_implementation": "eager", "engine": "vllm"}, "attn_implementation: 'eager' has no effect with vllm"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""`retain measure`: load texts, questions, requests and both models, and measure; then judge by the limits."""
+"""`retain measure`: load texts, questions, requests and models, measure, and judge the result by limits."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from retain.training.run_files import LOSS_ARGUMENTS, read_run, settings_of_run
 OPTIONS = (
     *("choice_style", "choice_chat_template", "start_token", "max_length", "max_windows", "batch_tokens"),
     *("max_new_tokens", "num_resamples", "seed", "sampled"),
-)  # of `measure`, by the same name here
+)  # arguments of `measure` with the same names here
 TITLE = "Forgetting report"
-INSPECT_SUFFIXES = (".eval", ".json")  # of its logs; a file with another ending is lm-eval's
-ANSWERED = ("refusals", "harmless", "behaviors")  # prompts that both models answer
+INSPECT_SUFFIXES = (".eval", ".json")  # of Inspect's logs; all other files are lm-eval's
+ANSWERED = ("refusals", "harmless", "behaviors")  # settings whose prompts both models answer
 
 
 @dataclass(kw_only=True)
 class MeasureConfig(TextSettings):
-    """`retain measure`: how much a tuned model forgot of its base."""
+    """Settings of `retain measure`."""
 
     base: str = setting("", "Model before finetuning: a Hub id or folder. [required, unless --pair]")
     model: list[str] = setting(
@@ -143,7 +143,7 @@ class MeasureConfig(TextSettings):
             if not getattr(self, name):
                 raise ValueError(f"{name}: missing; give --{name}")
         if self.model_card and len(self.model) > 1:
-            raise ValueError(f"model_card: {self.model_card!r} is of one model; give one --model")
+            raise ValueError(f"model_card: {self.model_card!r} describes a single model; give one --model")
         if self.chain and not (len(self.model) > 1 and self.retention):
             raise ValueError("chain: true needs at least two stages as --model, in order, and --retention; give them")
         if self.github and not os.environ.get(SUMMARY_VARIABLE):
@@ -165,9 +165,9 @@ class MeasureConfig(TextSettings):
             )
         for name in ("prompts", *ANSWERED) if not self.max_new_tokens else ():
             if getattr(self, name):
-                raise ValueError(f"max_new_tokens: 0 writes nothing, and {name} are to be answered; use at least 1")
+                raise ValueError(f"max_new_tokens: 0 leaves {name} without answers; use at least 1")
         kinds = ("retention", "new_task", "choices", "refusals", "harmless")
-        named = {kind: named_sources(getattr(self, kind), kind) for kind in kinds}  # before a model is loaded
+        named = {kind: named_sources(getattr(self, kind), kind) for kind in kinds}  # fail before a model is loaded
         check_apart("new_task", named["new_task"], named["retention"], "a retention text")
         check_apart("harmless", named["harmless"], named["refusals"], "a set of refusals")
         behavior_sources(self.behaviors)
@@ -178,18 +178,16 @@ class MeasureConfig(TextSettings):
         for name, other in (("max_forgetting", ", or use min_agreement"), ("max_ref_kl", "")):
             if getattr(self, name) is not None and not self.retention:
                 raise ValueError(
-                    f"{name}: {getattr(self, name)} is about texts, and there are none; give --retention name=file"
-                    f"{other}"
+                    f"{name}: {getattr(self, name)} needs texts to judge; give --retention name=file{other}"
                 )
         if self.min_agreement is not None and not (self.retention or self.choices or self.pair):
             raise ValueError(
-                f"min_agreement: {self.min_agreement} is about texts and questions, and there are none; give "
-                "--retention or --choices"
+                f"min_agreement: {self.min_agreement} needs texts or questions to judge; give --retention or --choices"
             )
 
 
 def run_measure(config: MeasureConfig) -> int:
-    """Write a report, of several models one for each and one that compares them; return the exit code of the gate."""
+    """Write a report of each model and one that compares several; return the exit code of the gate."""
     with errors_annotated() if config.github else nullcontext():
         gates = write_reports(config)
     for name, gate in gates.items():
@@ -201,7 +199,7 @@ def run_measure(config: MeasureConfig) -> int:
 
 
 def write_reports(config: MeasureConfig) -> dict[str, Judgement]:
-    """Measure and write; return the gate's judgement of each model by its name, none without a limit."""
+    """Measure the models and write the reports; return the gate's judgement of each, empty without a limit."""
     if config.model_card:
         check_card(config.model_card)
     folder = Path(config.output_dir)
@@ -209,17 +207,17 @@ def write_reports(config: MeasureConfig) -> dict[str, Judgement]:
     def say(stage: str) -> None:
         print(f"{visible(stage)} …", flush=True)
 
-    with exclusive(folder, "a report"):  # made first, so that a folder without permission is known before long work
-        made = iter([paired_report(config.pair)]) if config.pair else measure_models(config, say)
+    with exclusive(folder, "a report"):  # first of all: it fails if the folder is not writable
+        measured = iter([paired_report(config.pair)]) if config.pair else measure_models(config, say)
         reports: list[ForgettingReport] = []
         gates: dict[str, Judgement] = {}
-        for report in made:  # each is written before the next model is measured
+        for report in measured:  # each is written before the next model is measured
             gates |= judge_report(config, report)
             report.write(folder / report.data["name"] if len(config.model) > 1 else folder)
             reports.append(report)
         several = len(reports) > 1
-        shown = write_comparison(folder, reports, title=TITLE, chain=config.chain) if several else reports[0]
-        print(f"{shown.summary()}\n\nreport: {folder / 'report.html'}")
+        page = write_comparison(folder, reports, title=TITLE, chain=config.chain) if several else reports[0]
+        print(f"{page.summary()}\n\nreport: {folder / 'report.html'}")
         if config.model_card:
             reports[0].to_model_card(config.model_card)
         if config.github:
@@ -228,7 +226,7 @@ def write_reports(config: MeasureConfig) -> dict[str, Judgement]:
 
 
 def judge_report(config: MeasureConfig, report: ForgettingReport) -> dict[str, Judgement]:
-    """The gate's judgement of a report by its name, also kept in it; none without a limit."""
+    """Judge a report, and store the judgement in it; returns {name: judgement}, empty without a limit."""
     limits = {name: getattr(config, name) for name in ("max_forgetting", "max_ref_kl", "min_agreement")}
     if set(limits.values()) == {None}:
         return {}
@@ -238,22 +236,24 @@ def judge_report(config: MeasureConfig, report: ForgettingReport) -> dict[str, J
 
 
 def paired_report(paths: list[str]) -> ForgettingReport:
-    """A report on two files of one program, the base's first."""
+    """A report on two result files of one evaluation program, the base's first."""
     files = list(map(Path, paths))
     base, tuned = (read_log(path) if path.suffix.lower() in INSPECT_SUFFIXES else read_samples(path) for path in files)
     if base.program != tuned.program:
-        raise ValueError(f"pair: {base.program} and {tuned.program} wrote these files; give two of one program")
+        raise ValueError(f"pair: the files are from {base.program} and {tuned.program}; give two from one program")
     sides = {"base": {"model": base.model}, "tuned": {"model": tuned.model}}
     return ForgettingReport.new(tuned.name, **sides, choices={tuned.task: pair_answers(base, tuned)})
 
 
 @dataclass(frozen=True)
 class Start:
-    """What an adapter should give when it is switched off: the base, or the stage of a chain before it.
+    """The model that an adapter should leave when switched off: the base, or the previous stage of a chain.
 
     Attributes:
+        name: its name in warnings.
         probe: its log-probabilities on the probe tokens.
-        tolerance: of their difference, where a stage was merged in the dtype of its checkpoint, and rounded there.
+        what: its role, in words.
+        tolerance: limit on the difference; larger for a stage that was merged and rounded to its checkpoint's dtype.
     """
 
     name: str
@@ -263,60 +263,60 @@ class Start:
 
 
 def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Iterator[ForgettingReport]:
-    """A report of each model that `config` names; the base reads, answers and writes once."""
+    """Yield a report of each model in `config.model`; the base is evaluated once."""
     tokenizer = load_tokenizer(config.base, field="base", **config.checkpoint)
     paths = list(map(Path, config.model))
     names, runs = short_names(paths, "model"), list(map(read_run, paths))
     settings = list(map(settings_of_run, config.model))
     sources = load_sources(config, tokenizer)
-    pairs = zip(config.model, settings, strict=True)
-    new_tasks = [load_new_task(config, model, of.get("training_arguments") or {}, tokenizer) for model, of in pairs]
+    training = [run_settings.get("training_arguments") or {} for run_settings in settings]
+    new_tasks = [load_new_task(config, *pair, tokenizer) for pair in zip(config.model, training, strict=True)]
     loaded = load_model(config.base, device=default_device(), field="base", **config.loading)
     base = MeasuredBase(loaded) if len(config.model) > 1 else MeasuredBase.of(loaded)
     options: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS} | {"tokenizer": tokenizer}
     options |= {"judge": load_judge(config, loaded) if config.judge else None, "progress": say}
     start, adapted = Start(config.base, probe(loaded)), adapted_model(config.base, revision=config.model_revision)
-    for model, name, run, of, new_task in zip(config.model, names, runs, settings, new_tasks, strict=True):
+    for model, name, run, run_settings, new_task in zip(config.model, names, runs, settings, new_tasks, strict=True):
         if len(config.model) > 1:
             say(f"model {name}")
-        rows = trained_rows(config, (of.get("replay_dataset") or {}).get("source"), tokenizer)
+        rows = trained_rows(config, (run_settings.get("replay_dataset") or {}).get("source"), tokenizer)
         tuned = load_model(model, trust_remote_code=config.trust_remote_code, **loaded_as(loaded))
-        found = sources | {"new_task": new_task}
+        measured = sources | {"new_task": new_task}
         texts = (new_task | sources["retention"]).values()
         if texts and config.max_new_tokens and not config.prompts:
             room = length_that_fits(with_least_room(loaded, tuned), config.max_length) - config.max_new_tokens
-            found["prompts"] = default_prompts(texts, tokenizer, room)
+            measured["prompts"] = default_prompts(texts, tokenizer, room)
         if rows:
             say("looking for the texts in the training rows")
         warnings = swapped(config.base, adapted, model) + other_base(model, tuned, start)
-        warnings += overlap_warnings(found, rows, tokenizer)
-        report = measure(base, tuned, name=name, **found, **options)
+        warnings += overlap_warnings(measured, rows, tokenizer)
+        report = measure(base, tuned, name=name, **measured, **options)
         report.data |= {"warnings": warnings + report.data["warnings"], **run}
         if config.chain:
             start = Start(model, probe(tuned), "the stage before it", TOLERANCE[torch.bfloat16])
-        del tuned  # before the next is loaded
+        del tuned  # free memory for the next
         yield report
 
 
 def trained_rows(
     config: MeasureConfig, replay: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Iterable[list[int]]]:
-    """Tokens that a model was trained on: the given rows, and the replay rows of its run where they still are."""
-    found: dict[str, Iterable[list[int]]] = {}
+    """Tokens that a model was trained on: `config.train_dataset`, and its run's replay rows if they still exist."""
+    rows: dict[str, Iterable[list[int]]] = {}
     cut = partial(tokenizer, add_special_tokens=False, verbose=False)
     for source in config.train_dataset:
-        found[f"the training rows of {source!r}"] = (
+        rows[f"the training rows of {source!r}"] = (
             cut(text)["input_ids"] for text in row_texts(source, tokenizer, "train_dataset")
         )
     if replay and Path(replay).exists():
-        found["the replay rows"] = map(
+        rows["the replay rows"] = map(
             document_tokens, load_texts(replay, tokenizer, field="replay_dataset", any_tokenizer=True)
         )
-    return found
+    return rows
 
 
 def load_sources(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What is put to every model, by the name of `measure`'s argument, each by the user's own names."""
+    """Texts, questions, requests and prompts for all models, by argument of `measure`, each by the user's names."""
     requests = partial(load_requests, max_prompts=config.max_prompts, seed=config.seed)
     readers: dict[str, Callable[[str], Any]] = {
         "retention": lambda source: load_texts(source, tokenizer, config.max_documents, field="retention"),
@@ -340,7 +340,7 @@ def load_sources(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> d
 def load_new_task(
     config: TextSettings, model: str, training: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """The texts of the new task, read by the tokenizer of the tuned model and as its run trained on them."""
+    """The texts of the new task, tokenized and masked as in the tuned model's training."""
     own = tokenizer_of_tuned(model, tokenizer, trust_remote_code=config.trust_remote_code)
     reading = new_task_reading(config, training)
     named = named_sources(config.new_task, "new_task")
@@ -350,7 +350,7 @@ def load_new_task(
 
 
 def new_task_reading(config: TextSettings, training: Mapping[str, Any]) -> Reading:
-    """Which tokens of the new task count: as the flags say, else as the run's own loss did, else as TRL's would."""
+    """Which tokens of the new task count: by the flags, else as in the run's loss, else by TRL's defaults."""
     flags = {name: getattr(config, name, None) for name in LOSS_ARGUMENTS}
     chosen = {name: training.get(name) if value is None else value for name, value in flags.items()}
     chosen |= {"assistant_only_loss": bool(chosen["assistant_only_loss"])}
@@ -358,7 +358,7 @@ def new_task_reading(config: TextSettings, training: Mapping[str, Any]) -> Readi
 
 
 def other_base(model: str, tuned: Any, start: Start) -> list[str]:
-    """A warning where an adapter, switched off, leaves another model than the one that it should have begun from."""
+    """A warning if switching the adapter off does not give the model that it should have been trained on."""
     if not hasattr(tuned, "disable_adapter"):
         return []
     try:
@@ -366,23 +366,23 @@ def other_base(model: str, tuned: Any, start: Start) -> list[str]:
     except ValueError:
         return [
             f"the adapter {model!r} switched off is not {start.name!r}, {start.what}: it was trained on another base, "
-            "or rewrites its own; what is measured is that difference, too"
+            "or rewrites its own; the measured differences include that one"
         ]
     return []
 
 
 def swapped(base: str, adapted: str | None, model: str) -> list[str]:
-    """A warning where the base is an adapter of the tuned model: they may have been given the wrong way round."""
+    """A warning if the base is an adapter of the tuned model: the two may be swapped."""
     if adapted is None or (model != adapted and os.path.realpath(model) != os.path.realpath(adapted)):
         return []
     return [
         f"{base!r}, given as the base, is an adapter of {model!r}, given as the tuned model: unless that is meant, "
-        "give them the other way round, for forgetting and gain have the wrong sign"
+        "swap them, or forgetting and gain have the wrong sign"
     ]
 
 
 def load_judge(config: MeasureConfig, base: PreTrainedModel) -> Judge:
-    """The judge, on the device of the base."""
+    """Load the judge on the device of the base."""
     name, trust = str(config.judge), config.trust_remote_code
     model = load_model(name, dtype=config.dtype, device=base.device, trust_remote_code=trust, field="judge")
     return Judge(model, load_tokenizer(name, trust_remote_code=trust, field="judge"))

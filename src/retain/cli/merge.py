@@ -1,4 +1,4 @@
-"""`retain merge`: weights between a finetuned model's and its base's, chosen on rows, written as an ordinary model."""
+"""`retain merge`: interpolate between a finetuned model and its base, and save the chosen point as a model."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ ALPHAS = tuple(tenths / 10 for tenths in range(11))
 KEEP_GAIN = 0.95
 RULES = ("keep_gain", "max_ref_kl", "alpha")
 MERGE_FILE = "merge.json"
-MEASURED = ("start_token", "max_length", "max_windows", "batch_tokens", "num_resamples", "seed")  # of `measure`
-CONFIGS = ("config.json", "adapter_config.json")  # without one of these a folder holds no model
+MEASURED = ("start_token", "max_length", "max_windows", "batch_tokens", "num_resamples", "seed")  # for `measure`
+CONFIGS = ("config.json", "adapter_config.json")  # a folder without one of these is not a model
 MERGE_SCHEMA = "retain.merge/1"
-CHOSEN = "chosen on these rows, which makes their numbers slightly optimistic: measure others with `retain measure`"
+CHOSEN = "chosen on these rows, so their numbers are slightly optimistic: measure other rows with `retain measure`"
 CARD = """---
 base_model: {name}
 library_name: {kind}
@@ -62,7 +62,7 @@ tags: [merge]
 
 @dataclass(kw_only=True)
 class MergeConfig(TextSettings):
-    """`retain merge`: weights between a finetuned model's and its base's."""
+    """Settings of `retain merge`."""
 
     model: str = setting("", "Model after finetuning: a model or an adapter folder, or a Hub id.", required=True)
     output_dir: str = setting(
@@ -99,7 +99,6 @@ class MergeConfig(TextSettings):
     alpha: float | None = setting(
         None, "Use this alpha, from 0 (base) to 1 (model); without new_task nothing is measured.", high=1
     )
-
     whole: bool = setting(
         False,
         "For an adapter, write the whole model with the adapter merged in, to sample from, serve or finetune again.",
@@ -116,75 +115,76 @@ class MergeConfig(TextSettings):
 
 
 def run_merge(config: MergeConfig) -> None:
-    """Measure each alpha once, choose one, and write the model with these weights; alone in the folder."""
+    """Measure each alpha once, choose one, and write the model at this alpha, with the folder locked."""
     folder, run = Path(config.output_dir), settings_of_run(config.model)
     name, fingerprint = (config.base, None) if config.base else base_of(config.model, run)
-    averaged = last_checkpoints(config)
+    checkpoints = last_checkpoints(config)
     with (
         exclusive(folder, "a merged model"),
         TemporaryDirectory(prefix=".mean-", suffix=PART, dir=folder, ignore_cleanup_errors=True) as temporary,
     ):
         is_end = folder.resolve() in [Path(end).resolve() for end in (config.model, name)]
-        if is_end or not (folder / MERGE_FILE).exists():  # else what is there was merged before
+        if is_end or not (folder / MERGE_FILE).exists():  # else an earlier merge wrote it
             check_no_model(folder)
         tokenizer = load_tokenizer(name, field="base", **config.checkpoint)
-        own = tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
+        tuned_tokenizer = tokenizer_of_tuned(config.model, tokenizer, trust_remote_code=config.trust_remote_code)
         texts = load_merge_texts(config, run, tokenizer) if config.new_task else None
         model = load_model(name, field="base", device=default_device(), **config.loading)
         dtype = stored_dtype(name, **config.checkpoint) if config.dtype == "auto" else None
         base, ends = MeasuredBase(model), {MODEL: config.model}
         if fingerprint not in (None, base.fingerprint):
             raise ValueError(f"base: {name!r} is no longer the model that wrote the run's replay rows; give --base")
-        if averaged:
+        if checkpoints:
             mean = Path(temporary, "mean")
-            write_mean(averaged, mean)
-            ends[f"mean of {len(averaged)} checkpoints"] = str(mean)
+            write_mean(checkpoints, mean)
+            ends[f"mean of {len(checkpoints)} checkpoints"] = str(mean)
 
         def toward(end: str) -> Interpolation:
             tuned = load_model(ends[end], trust_remote_code=config.trust_remote_code, **loaded_as(model))
             return Interpolation(model, tuned, dtype)
 
         *_, last = ends
-        found: dict[str, Any] = {"end": last, "alpha": config.alpha, "rule": "as given"}
+        choice: dict[str, Any] = {"end": last, "alpha": config.alpha, "rule": "as given"}
         report, between = None, None
         if texts is not None:
             reports = {}
             for end in ends:
-                between = None  # one at a time in memory
+                between = None  # hold one in memory
                 between = toward(end)
-                reports[end] = measure_alphas(config, base, between, texts, own, end)
-            found = measured_choice(config, reports)
-            report = reports[found["end"]][found["alpha"]]
-        if between is None or found["end"] != last:
+                reports[end] = measure_alphas(config, base, between, texts, tuned_tokenizer, end)
+            choice = measured_choice(config, reports)
+            report = reports[choice["end"]][choice["alpha"]]
+        if between is None or choice["end"] != last:
             between = None
-            between = toward(found["end"])
-        between.set(found["alpha"])
+            between = toward(choice["end"])
+        between.set(choice["alpha"])
         if config.whole and between.is_adapter:
             between.make_whole()
-        used = [] if found["end"] == MODEL else [str(path) for path in averaged]
-        write_merged(between, own, folder, {"base": name, "model": config.model, "checkpoints": used, **found}, report)
+        averaged = [] if choice["end"] == MODEL else list(map(str, checkpoints))
+        summary = {"base": name, "model": config.model, "checkpoints": averaged, **choice}
+        write_merged(between, tuned_tokenizer, folder, summary, report)
         print(visible(f"model: {folder}"))
 
 
 def last_checkpoints(config: MergeConfig) -> list[Path]:
-    """The checkpoints of the run that are averaged; none where that is not asked for.
+    """The last `config.average_checkpoints` checkpoints of the run, or none if that is unset.
 
     Raises:
         ValueError: if the run kept fewer.
     """
     if (count := config.average_checkpoints) is None:
         return []
-    found = whole_checkpoints(Path(config.model))
-    if len(found) < count:
+    checkpoints = whole_checkpoints(Path(config.model))
+    if (kept := len(checkpoints)) < count:
         raise ValueError(
-            f"average_checkpoints: {count}, but {config.model!r} holds {quantity(len(found), 'whole checkpoint')}; "
+            f"average_checkpoints: {count}, but {config.model!r} holds {quantity(kept, 'whole checkpoint')}; "
             "give a run's folder, or train with save_strategy steps, a shorter save_steps and a larger save_total_limit"
         )
-    return found[-count:]
+    return checkpoints[-count:]
 
 
 def base_of(model: str, run: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The base that an adapter names; else the model that wrote the replay rows of its run, and its fingerprint.
+    """The base that an adapter names, or the model that sampled the run's replay rows, with its fingerprint.
 
     Raises:
         ValueError: if neither is known.
@@ -200,7 +200,7 @@ def base_of(model: str, run: Mapping[str, Any]) -> tuple[str, str | None]:
 def load_merge_texts(
     config: MergeConfig, run: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, Any]]:
-    """The texts of the new task, and the replay rows, by the names of `measure`'s arguments."""
+    """The texts of the new task and the replay rows, by argument of `measure`."""
     source = config.replay_dataset or (run.get("replay_dataset") or {}).get("source")
     if not source:
         raise ValueError(f"replay_dataset: missing, and {config.model!r} names none; give --replay_dataset")
@@ -212,9 +212,9 @@ def load_merge_texts(
 
 
 def measured_choice(config: MergeConfig, reports: Mapping[str, Mapping[float, ForgettingReport]]) -> dict[str, Any]:
-    """What merge.json says of the chosen end and alpha, and of the others; shown and drawn as well."""
-    found = {end: {alpha: report.results for alpha, report in of.items()} for end, of in reports.items()}
-    front = InterpolationFront.of(found.pop(MODEL), found)
+    """Choose an end and an alpha, print the table, draw the figure; return the choice and the front for merge.json."""
+    results = {end: {alpha: report.results for alpha, report in alphas.items()} for end, alphas in reports.items()}
+    front = InterpolationFront.of(results.pop(MODEL), results)
     print(*map(visible, terminal_table(front.table)), sep="\n")
     point, rule = choose_point(config, front)
     figure = frontier_row(front.panels(point), len(reports) + 1)  # learning against divergence
@@ -228,7 +228,7 @@ def measured_choice(config: MergeConfig, reports: Mapping[str, Mapping[float, Fo
 
 
 def measured_name(end: str, alpha: float) -> str:
-    """What a measured point is called."""
+    """The name of a measured point."""
     return f"alpha {alpha:g}" if end == MODEL else f"{end}, alpha {alpha:g}"
 
 
@@ -240,31 +240,32 @@ def measure_alphas(
     tokenizer: PreTrainedTokenizerBase,
     end: str,
 ) -> dict[float, ForgettingReport]:
-    """A report of each alpha, kept in alphas.jsonl: what was measured alike is not measured again."""
+    """A report of each alpha, cached in alphas.jsonl by weights, texts and settings."""
     settings = {name: getattr(config, name) for name in MEASURED}
     weights = [probe(model).numpy().tobytes() for model in (base.model, between.model)]
     digest = hashlib.sha256(b"".join([*weights, repr(texts).encode()])).hexdigest()
-    rows, found = RunRows(Path(config.output_dir) / "alphas.jsonl"), {}
+    rows, reports = RunRows(Path(config.output_dir) / "alphas.jsonl"), {}
     for alpha in ALPHAS if config.alpha is None else sorted({float(config.alpha), 1.0}):
         key, name = run_key(digest, settings, versions(), alpha), measured_name(end, alpha)
         if key not in rows.rows:
             between.set(alpha)
-            how: dict[str, Any] = {**texts, **settings, "tokenizer": tokenizer, "name": name}
-            report = measure(base, between.model, progress=partial(print, f"{name}:", flush=True), **how)
+            options: dict[str, Any] = {**texts, **settings, "tokenizer": tokenizer, "name": name}
+            report = measure(base, between.model, progress=partial(print, f"{name}:", flush=True), **options)
             rows.append({"key": key, "end": end, "alpha": alpha, "report": report.data | {"worst": {}}})
-        found[alpha] = ForgettingReport(rows.rows[key]["report"])
-    return found
+        reports[alpha] = ForgettingReport(rows.rows[key]["report"])
+    return reports
 
 
 def choose_point(config: MergeConfig, front: InterpolationFront) -> tuple[FrontPoint, str]:
-    """An end and its alpha by the rule that was asked for, and the rule in words."""
+    """The point that the rule in `config` chooses, and the rule in words."""
     if config.alpha is not None:
         last = front.points[-1].end
-        return next(one for one in front.points if (one.end, one.alpha) == (last, config.alpha)), "as given"
+        point = next(point for point in front.points if (point.end, point.alpha) == (last, config.alpha))
+        return point, "as given"
     if (limit := config.max_ref_kl) is not None:
-        return front.within(limit), f"the least loss whose ref_kl stays within {limit:g}"
+        return front.within(limit), f"the lowest loss whose ref_kl stays within {limit:g}"
     share = config.keep_gain or KEEP_GAIN
-    return front.keeping_gain(share), f"the least ref_kl that keeps {100 * share:g}% of the gain"
+    return front.keeping_gain(share), f"the lowest ref_kl that keeps {100 * share:g}% of the gain"
 
 
 def write_merged(
@@ -274,7 +275,7 @@ def write_merged(
     summary: dict[str, Any],
     report: ForgettingReport | None,
 ) -> None:
-    """Write the model as it is set now, with tokenizer, card and merge.json; a kill leaves none or the whole."""
+    """Write the model at its current alpha, with tokenizer, card and merge.json; a kill leaves all or nothing."""
     part = folder / f".model{PART}"
     if between.dtype is not None:
         between.model.to(between.dtype)
@@ -284,8 +285,8 @@ def write_merged(
     write_json(part / MERGE_FILE, head | summary)
     kind = "peft" if between.is_adapter else "transformers"
     tuned = f"`{summary['model']}`"
-    if used := summary["checkpoints"]:
-        names = ", ".join(f"`{Path(path).name}`" for path in used)
+    if averaged := summary["checkpoints"]:
+        names = ", ".join(f"`{Path(path).name}`" for path in averaged)
         tuned = f"the mean of {names} of {tuned} (LAWA, arXiv 2209.14981)"
     card = CARD.format(kind=kind, name=json.dumps(summary["base"]), tuned=tuned, **summary)
     write_text(part / "README.md", card)

@@ -1,4 +1,4 @@
-"""`retain plan`: make the pilots, fit them, recommend; all is kept, so the same command resumes after a stop."""
+"""`retain plan`: run pilots, fit a law to them, recommend a run; finished pilots are kept, so a stop can be resumed."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ from retain.replay.dataset import load_self_generated, pool_folder
 from retain.report.style import save_png
 
 SCHEMA = "retain.plan/1"
-PILOTS = "pilots.jsonl"  # a row of each finished pilot
-PILOTS_ALONE = ("save_strategy", "report_to")  # flags that the recommended run, which may be long, does not share
+PILOTS = "pilots.jsonl"  # a row for each finished pilot
+PILOT_FLAGS = ("save_strategy", "report_to")  # not for the recommended run, which may be long
 
 
 @dataclass(kw_only=True)
 class PlanConfig(RemoteCodeSettings, SeedSettings):
-    """`retain plan`: short pilot runs, a law of them, and a setting whose forgetting stays within a limit."""
+    """Settings of `retain plan`."""
 
     model: str = setting("", "Hub id or folder of the model to finetune.", required=True)
     dataset_name: str = setting("", "Rows of the new task: a file or Hub id.", required=True)
@@ -105,17 +105,17 @@ class PlanConfig(RemoteCodeSettings, SeedSettings):
         super().__post_init__()
         check_number("seed", self.seed, low=0, high=2**32 - 1, integer=True)  # the trainer's limit
         if len(set(self.lora_ranks)) < 4:
-            raise ValueError(f"lora_ranks: {self.lora_ranks} are too few to tell what the rank does; give at least 4")
+            raise ValueError(f"lora_ranks: {self.lora_ranks} are too few to show what the rank does; give at least 4")
         if 0 not in self.replay_coefs:
-            raise ValueError(f"replay_coefs: {self.replay_coefs} has no 0; the law is of runs without replay, add it")
+            raise ValueError(f"replay_coefs: {self.replay_coefs} has no 0; add it, for the law of runs without replay")
 
 
 def run_plan(config: PlanConfig) -> None:
-    """Make pilots, laws and a recommendation, alone in the folder, and print the summary."""
+    """Run the pilots, fit the laws, write and print a recommendation, with the folder locked."""
     with exclusive(Path(config.output_dir), "a plan"):
         assert config.max_ref_kl is not None
         folder, retention = Path(config.output_dir), retention_of(config)
-        lora_num_params(  # names a model or modules that do not fit, before anything is sampled
+        lora_num_params(  # refuses a model or modules that do not fit, before anything is sampled
             config.model, min(config.lora_ranks), config.lora_target_modules, trust_remote_code=config.trust_remote_code
         )
         model = empty_model(config.model, trust_remote_code=config.trust_remote_code)
@@ -123,12 +123,12 @@ def run_plan(config: PlanConfig) -> None:
         check_recipe(config)
         data = prepare_rows(config, folder)
         replay = prepare_replay(config, folder)
-        made, rows = make_pilots(config, data, replay, retention)
+        pilots, measurements = make_pilots(config, data, replay, retention)
         print("fitting", flush=True)
-        laws = fit_pilots(rows, num_resamples=config.num_resamples, seed=config.seed)
+        laws = fit_pilots(measurements, num_resamples=config.num_resamples, seed=config.seed)
         plan = recommend(
             laws,
-            {one.pilot.rank: one.num_params for one in made if not one.pilot.coef},
+            {run.pilot.rank: run.num_params for run in pilots if not run.pilot.coef},
             max_ref_kl=config.max_ref_kl,
             coefs=config.replay_coefs,
             max_steps=config.max_steps,
@@ -137,7 +137,7 @@ def run_plan(config: PlanConfig) -> None:
         report = PlanReport(
             plan,
             command=shlex.join(recommended_command(config, plan, data, replay)),
-            pilots=made,
+            pilots=pilots,
             settings=asdict(config),
             replay_share=replay_share(config),
             retention=retention,
@@ -153,43 +153,43 @@ def run_plan(config: PlanConfig) -> None:
 def make_pilots(
     config: PlanConfig, data: Sequence[str], replay: str | None, retention: str
 ) -> tuple[list[PilotRun], list[Measurement]]:
-    """The pilots, each made once, and their measurements."""
+    """Run the pilots that are not finished; return all of them and their measurements."""
     folder = Path(config.output_dir)
     results = RunRows(folder / PILOTS)
     pilots = pilot_grid(config.lora_ranks, config.replay_coefs, config.pilot_steps)
-    made: list[PilotRun] = []
-    rows: list[Measurement] = []
+    runs: list[PilotRun] = []
+    measurements: list[Measurement] = []
     for number, pilot in enumerate(pilots, start=1):
         run = finetune_run(config, pilot.rank, pilot.coef, pilot.steps, data, replay, seed_of(config, pilot))
         key = run_key(run.flags, contents_of(config, data))[:10]
-        place = folder / "pilots" / f"{pilot.name}-{key}"
+        pilot_folder = folder / "pilots" / f"{pilot.name}-{key}"
         found = " (found)" if key in results.rows else ""
         print(f"pilot {number}/{len(pilots)}: {pilot.name}{found}", flush=True)
-        row = results.make(key, lambda: {"run": asdict(make_pilot(pilot, run, place))})  # noqa: B023
-        made.append(PilotRun(**row["run"] | {"pilot": pilot}))
-        rows += read_pilot(place, pilot, retention)
-    return made, rows
+        row = results.make(key, lambda: {"run": asdict(make_pilot(pilot, run, pilot_folder))})  # noqa: B023
+        runs.append(PilotRun(**row["run"] | {"pilot": pilot}))
+        measurements += read_pilot(pilot_folder, pilot, retention)
+    return runs, measurements
 
 
 def seed_of(config: PlanConfig, pilot: Pilot) -> int:
-    """A seed for each pilot, so that what a seed does is in the spread from which intervals are made."""
+    """A seed for each pilot, so that the intervals include the variation between seeds."""
     return (config.seed + zlib.crc32(pilot.name.encode())) % 2**32
 
 
 def retention_of(config: PlanConfig) -> str:
-    """The name of the text that the limit is for."""
+    """The name of the retention text that the limit applies to."""
     sources = named_sources(config.retention, "retention")
     for path in sources.values():
         if not Path(path).exists():
             raise ValueError(f"retention: no file {path!r}; check the path")
     name = config.retention_name or next(iter(sources))
     if name not in sources or (len(sources) > 1 and config.retention_name is None):
-        raise ValueError(f"retention_name: choose one of {', '.join(sources)}; the limit is for one text")
+        raise ValueError(f"retention_name: choose one of {', '.join(sources)}; the limit applies to one text")
     return name
 
 
 def check_recipe(config: PlanConfig) -> None:
-    """Refuse, before rows are sampled, replay rows that are unreadable, and what every pilot would refuse."""
+    """Refuse unreadable replay rows, and settings that every pilot would refuse, before rows are sampled."""
     if config.replay_dataset != "self":
         folder = pool_folder(config.replay_dataset) or Path(config.replay_dataset).expanduser()
         if folder.is_dir():
@@ -203,9 +203,9 @@ def check_recipe(config: PlanConfig) -> None:
 
 
 def prepare_rows(config: PlanConfig, folder: Path) -> tuple[str, str]:
-    """Files or names of training and held-out rows; a tenth is kept apart where none are given.
+    """Files or names of training and held-out rows; without held-out rows, a tenth of the rows is held out.
 
-    The rows depend on the seed alone, so that the recommended run is measured on the pilots' own.
+    The split depends only on the seed, so the recommended run is measured on the pilots' rows.
     """
     rows = read_rows(config.dataset_name, "dataset_name")
     training = config.dataset_name
@@ -213,7 +213,7 @@ def prepare_rows(config: PlanConfig, folder: Path) -> tuple[str, str]:
         held_out = read_rows(config.eval_dataset_name, "eval_dataset_name", split="test")
     else:
         if len(rows) < 20:
-            raise ValueError(f"dataset_name: {len(rows)} rows are too few to keep some apart; give --eval_dataset_name")
+            raise ValueError(f"dataset_name: {len(rows)} rows are too few to hold some out; give --eval_dataset_name")
         cut = rows.train_test_split(test_size=0.1, seed=config.seed)
         rows, held_out = cut["train"], cut["test"]
         training = str(folder / "data" / "train.jsonl")
@@ -227,25 +227,25 @@ def prepare_rows(config: PlanConfig, folder: Path) -> tuple[str, str]:
 
 
 def prepare_replay(config: PlanConfig, folder: Path) -> str | None:
-    """Replay rows for every pilot with a coefficient: the given ones, or some that the model writes first."""
+    """Replay rows of the pilots: the given ones, or rows sampled from the model; None if no pilot replays."""
     if not any(config.replay_coefs):
         return None
     if config.replay_dataset != "self":
         return config.replay_dataset
-    place = folder / "replay"
+    replay_folder = str(folder / "replay")
     run_sample(
         SampleConfig(
-            model=config.model, output_dir=str(place), num_rows=config.replay_num_rows,
+            model=config.model, output_dir=replay_folder, num_rows=config.replay_num_rows,
             max_length=config.max_length, seed=config.seed, trust_remote_code=config.trust_remote_code,
         )
     )  # fmt: skip
-    return str(place)
+    return replay_folder
 
 
 def finetune_run(
     config: PlanConfig, rank: int, coef: float, steps: int, data: Sequence[str], replay: str | None, seed: int
 ) -> VerbRun:
-    """`retain finetune` of one setting: the pilots' recipe, and that of what is recommended."""
+    """The `retain finetune` command of a pilot or of the recommended run."""
     batch, every = config.per_device_train_batch_size, eval_steps(config.pilot_steps)
     flags: dict[str, Any] = {
         "config": config.finetune_config,
@@ -266,54 +266,54 @@ def finetune_run(
 
 
 def recommended_command(config: PlanConfig, plan: Plan, data: Sequence[str], replay: str | None) -> list[str]:
-    """The recommended run; where no setting keeps the limit, the strongest replay with the controller of max_ref_kl."""
-    one = plan.chosen or plan.fallback
-    coef = one.replay_coef if plan.chosen else one.replay_coef or 1.0
-    run = finetune_run(config, one.rank, coef, one.num_steps, data, replay or "self", config.seed)
-    flags = {name: value for name, value in run.flags.items() if name not in PILOTS_ALONE}
+    """The command of the recommended run; if no setting stays within the limit, strongest replay with max_ref_kl."""
+    recommended = plan.chosen or plan.fallback
+    coef = recommended.replay_coef if plan.chosen else recommended.replay_coef or 1.0
+    run = finetune_run(config, recommended.rank, coef, recommended.num_steps, data, replay or "self", config.seed)
+    flags = {name: value for name, value in run.flags.items() if name not in PILOT_FLAGS}
     controller = {} if plan.chosen else {"max_ref_kl": plan.max_ref_kl}
     return ["retain", *VerbRun(run.verb, {**flags, **controller}).arguments(Path(config.output_dir) / "run")]
 
 
 def replay_share(config: PlanConfig) -> float:
-    """The share of replay rows among the rows of a step."""
+    """Share of replay rows in a step."""
     batch = config.per_device_train_batch_size
     rows = config.per_device_replay_batch_size or max(1, batch // 8)
     return rows / (rows + batch)
 
 
 def contents_of(config: PlanConfig, data: Sequence[str]) -> list[Any]:
-    """What the files hold that decide a pilot beside its flags: other rows or another model make another pilot."""
+    """The contents of the files that a pilot depends on: other rows or another model make it another pilot."""
     texts = named_sources(config.retention, "retention").values()
     files = [config.model, *data, *texts, config.replay_dataset, config.finetune_config]
     return [[str(path), content_of(Path(path))] for path in files if path and Path(path).exists()]
 
 
 def content_of(path: Path) -> list[Any] | str:
-    """A file's hash; of a folder, a model's say, its files by name, size and time."""
+    """The hash of a file; for a folder, such as a model's, the names, sizes and times of its files."""
     if path.is_dir():
-        return [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in sorted(path.iterdir())]
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(path.iterdir())]
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def make_pilot(pilot: Pilot, run: VerbRun, place: Path) -> PilotRun:
-    """Run a pilot; what it cost, and how many parameters it tuned."""
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    began, log = time.monotonic(), io.StringIO()
+def make_pilot(pilot: Pilot, run: VerbRun, folder: Path) -> PilotRun:
+    """Run a pilot in `folder`; return its cost and the number of parameters that it tuned."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    start, log = time.monotonic(), io.StringIO()
     quiet = VerbRun(run.verb, {**run.flags, "disable_tqdm": True, "logging_steps": eval_steps(pilot.steps)})
     with redirect_stdout(log):
-        finetune.VERB(quiet.arguments(place)[1:])
-    write_text(place / "log.txt", log.getvalue())
-    tokens = [row["num_tokens"] for row in read_jsonl(place / "metrics.jsonl") if "num_tokens" in row]
+        finetune.VERB(quiet.arguments(folder)[1:])
+    write_text(folder / "log.txt", log.getvalue())
+    tokens = [row["num_tokens"] for row in read_jsonl(folder / "metrics.jsonl") if "num_tokens" in row]
     return PilotRun(
         pilot,
-        folder=place.name,
-        num_params=tuned_params(place),
+        folder=folder.name,
+        num_params=tuned_params(folder),
         steps=pilot.steps,
         tokens=int(max(tokens, default=0)),
-        seconds=round(time.monotonic() - began, 1),
+        seconds=round(time.monotonic() - start, 1),
     )
 
 

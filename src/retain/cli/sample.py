@@ -1,4 +1,4 @@
-"""`retain sample`: a model → a replay dataset, by one process or by several, with a look at what was drawn."""
+"""`retain sample`: a model → a replay dataset, in one process or several, with statistics of the rows."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from retain.sampling.quality import pool_lines
 from retain.sampling.starts import plan_starts
 from retain.sampling.write import check_pool_folder, check_same_rows, default_store, sample_replay
 
-SAMPLING_STAGE = "sampling"  # the kind of its stages
+SAMPLING_STAGE = "sampling"  # kind of progress stage
 
 
 @dataclass(kw_only=True)
 class SampleConfig(ModelLoadSettings):
-    """`retain sample`: draw replay rows from a model's own distribution."""
+    """Settings of `retain sample`."""
 
     model: str = setting(
         "", "Hub id, folder, GGUF file, or package:NAME for an installed package that ships a GGUF file.", required=True
@@ -90,7 +90,7 @@ class SampleConfig(ModelLoadSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
-            raise ValueError(f"push_to_hub: {self.push_to_hub!r} is no name of a dataset; give OWNER/NAME")
+            raise ValueError(f"push_to_hub: {self.push_to_hub!r} is not the name of a dataset; give OWNER/NAME")
         size, workers = self.tensor_parallel_size, self.num_workers
         if size > 1 and self.engine != "vllm":
             raise ValueError(f"tensor_parallel_size: {size} needs engine vllm, not {self.engine!r}; set --engine")
@@ -98,15 +98,15 @@ class SampleConfig(ModelLoadSettings):
             raise ValueError(f"num_workers: {workers} needs engine ray, not {self.engine!r}; set --engine")
         if self.engine == "vllm" and self.attn_implementation is not None:
             raise ValueError(
-                f"attn_implementation: {self.attn_implementation!r} is not for engine vllm; leave it out, or use torch"
+                f"attn_implementation: {self.attn_implementation!r} has no effect with vllm; leave it out, or use torch"
             )
 
 
 def run_sample(config: SampleConfig) -> None:
-    """Sample as configured; under `accelerate launch` every process draws its share of the shards."""
+    """Sample a replay dataset; under `accelerate launch`, every process draws its share of the shards."""
     check_pool_folder(Path(config.output_dir))
     open_engine = engine_of(config)
-    on_cpu = config.engine != "torch" or default_device() == "cpu"  # other engines hold the model that draws
+    on_cpu = config.engine != "torch" or default_device() == "cpu"  # other engines load the model themselves
     state = PartialState(cpu=on_cpu) if launched() else None
     device = state.device if state is not None else "cpu" if on_cpu else default_device()
     tokenizer = load_tokenizer(config.model, **config.checkpoint)
@@ -117,22 +117,22 @@ def run_sample(config: SampleConfig) -> None:
     prompts = [prompt_text(row, tokenizer, f"prompts: row {at} of {config.prompts!r}") for at, row in rows]
     starts = plan_starts(config.start, tokenizer, start, chat_turn=config.chat_turn, prompts=prompts)
     if is_begun:
-        known = {name: getattr(config, name) for name in ("num_rows", "max_length", "seed", "rows_per_shard")}
-        known = {name: value for name, value in known.items() if not isinstance(value, Unchosen)}
-        check_same_rows(Path(config.output_dir), {"start": starts.describe(), **known})
+        settings = {name: getattr(config, name) for name in ("num_rows", "max_length", "seed", "rows_per_shard")}
+        settings = {name: value for name, value in settings.items() if not isinstance(value, Unchosen)}
+        check_same_rows(Path(config.output_dir), {"start": starts.describe(), **settings})
     model = load_model(config.model, device=device, **config.loading)
     if model.device.type == "cpu":
         torch.set_num_threads(choose_threads(model))
-    main = state is None or state.is_main_process
-    if main:
+    is_main = state is None or state.is_main_process
+    if is_main:
         print(f"document start: {start}")
     max_length = length_that_fits(model, config.max_length)
-    is_vllm = config.engine == "vllm"  # it schedules rows itself: it gets whole shards
+    is_vllm = config.engine == "vllm"  # schedules rows itself, so it gets whole shards
     store: str | None = None if config.store_reference == "none" else config.store_reference
     if store == "auto":
-        fits = config.tensor_parallel_size == 1  # on one device, where the pass over vLLM's rows needs it whole
+        fits = config.tensor_parallel_size == 1  # the pass over vLLM's rows needs the whole model on one device
         store = default_store(model, config.output_dir, config.num_rows, max_length, wanted=fits)
-    with progress_line(shown=main):
+    with progress_line(shown=is_main):
         folder = sample_with_progress(
             model, tokenizer, config.output_dir, config.num_rows, max_length=max_length, seed=config.seed,
             start_token=start, starts=starts, store_reference=store,
@@ -141,7 +141,7 @@ def run_sample(config: SampleConfig) -> None:
             engine=open_engine(model, max_length, store), engine_name="vllm" if is_vllm else "torch", state=state,
             device=first_device(config.tensor_parallel_size, state) if is_vllm else None,
         )  # fmt: skip
-    if main:
+    if is_main:
         shared = f", drawn by {state.num_processes} processes" if state is not None else ""
         print(f"{quantity(config.num_rows, 'row')} of {max_length} tokens in {folder}{shared}")
         print(*pool_lines(folder, tokenizer, starts, config.preview), sep="\n")
@@ -150,23 +150,23 @@ def run_sample(config: SampleConfig) -> None:
 
 
 def first_device(size: int, state: PartialState | None) -> str:
-    """The first device of this process where each of a launch has as many as this."""
+    """The first device of this process if every launched process has `size` devices."""
     kind = default_device()
     return kind if state is None or kind == "cpu" else f"{kind}:{state.local_process_index * size}"
 
 
 def engine_of(config: SampleConfig) -> Callable[[Any, int, str | None], AbstractContextManager[Engine] | None]:
-    """A function of model, tokens per row and what is stored that gives the engine; None is that of this process.
+    """A function (model, tokens per row, what to store) -> engine; None is torch in this process.
 
     Raises:
-        ValueError: if it is not installed, or is Ray's and other processes were launched beside this one.
+        ValueError: if the engine is not installed, or for Ray under a launcher.
     """
     if config.engine == "torch":
         return lambda model, length, store: None
     if config.engine == "ray" and launched():
         raise ValueError("engine: 'ray' starts its own workers; run it without accelerate or torchrun")
     path = Path(config.model).expanduser()
-    name = str(path.resolve()) if path.exists() else config.model  # workers have their own folder
+    name = str(path.resolve()) if path.exists() else config.model  # workers run in another folder
     if config.engine == "vllm":
         from retain.sampling.vllm_engine import vllm_engine
 
@@ -187,7 +187,7 @@ def engine_of(config: SampleConfig) -> Callable[[Any, int, str | None], Abstract
 def sample_with_progress(
     model: Any, tokenizer: Any, output_dir: str, num_rows: int, title: str = "sampling replay rows", **settings: Any
 ) -> Path:
-    """`sample_replay` as a stage, which begins when drawing does: a refusal is one line and no more."""
+    """`sample_replay` with progress; the stage starts with the first rows, so an error prints nothing before it."""
     state = settings.get("state")
     processes = 1 if state is None else state.num_processes
     stages: list[StageProgress] = []

@@ -1,4 +1,4 @@
-"""`retain sweep`: a YAML file of runs of one verb → a row of results for each, made once by `retain.lab.runner`."""
+"""`retain sweep`: a YAML file of runs of one verb → a row of results for each run, made once."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from retain.report.numbers import is_number, quantity
 
 RESULTS = "results.jsonl"
 REPORT_PARTS = ("new_task", "retention", "choices", "refusals", "behaviors", "drift", "knowledge")  # with numbers
-GATE_CODES = (0, 2, 3)  # exit codes of `measure` that are results
+GATE_CODES = (0, 2, 3)  # exit codes of `measure` that are not errors
 
 
 @dataclass(kw_only=True)
 class SweepConfig(Settings):
-    """`retain sweep`: many runs of one verb, each made once; the file comes first, without a flag."""
+    """Settings of `retain sweep`; the file comes first, without a flag."""
 
     sweep: str = setting(
         "", "YAML file with a verb, common flags, a grid of lists, and a list of flags that go together.", required=True
@@ -41,7 +41,7 @@ class SweepConfig(Settings):
 
 
 def run_sweep(config: SweepConfig) -> None:
-    """Make the runs, unless the sweep is wrong, and print where their results are."""
+    """Check the sweep, make its runs, and print where the results are."""
     runs = read_sweep(config.sweep)
     check_runs(config.sweep, runs)
     rows = make_runs(config, runs)
@@ -51,8 +51,8 @@ def run_sweep(config: SweepConfig) -> None:
 def read_sweep(path: str | Path) -> list[VerbRun]:
     """The runs of a YAML file: `verb`, `common` flags, a `grid` of lists, and a `list` of flags that go together.
 
-    Every combination of the grid is made with every entry of the list. `config` among the flags names a YAML file
-    whose keys are flags too; the sweep's own flags win.
+    Every combination of the grid is run with every entry of the list. The flag `config` names a YAML file of further
+    flags; the sweep's own flags win.
     """
     sweep, keys = _read_yaml(path, "sweep"), {"verb", "common", "grid", "list"}
     if unknown := set(sweep) - keys:
@@ -61,7 +61,7 @@ def read_sweep(path: str | Path) -> list[VerbRun]:
     if not isinstance(verb, str):
         raise ValueError(f"sweep: {path} has verb {verb!r}; name one of retain's, say finetune")
     common, grid, entries = sweep.get("common") or {}, sweep.get("grid") or {}, sweep.get("list") or [{}]
-    if not isinstance(entries, list) or not all(isinstance(one, dict) for one in (common, grid, *entries)):
+    if not isinstance(entries, list) or not all(isinstance(flags, dict) for flags in (common, grid, *entries)):
         raise ValueError(
             f"sweep: {path} needs flags under common, lists of values under grid, flags in every list entry"
         )
@@ -74,15 +74,15 @@ def read_sweep(path: str | Path) -> list[VerbRun]:
         for entry in entries
     ]
     if len({run.key for run in runs}) < len(runs):
-        twice = next(run for at, run in enumerate(runs) if run in runs[:at])
-        raise ValueError(f"sweep: {path} has a run twice: {dict(twice.flags)}; leave one out")
+        repeated = next(run for at, run in enumerate(runs) if run in runs[:at])
+        raise ValueError(f"sweep: {path} has a run twice: {dict(repeated.flags)}; leave one out")
     return runs
 
 
 def _resolved(flags: dict[str, Any], where: str) -> dict[str, Any]:
-    """Flags with those of their `config` file beneath, without empty ones."""
+    """Flags merged over those of their `config` file, without empty ones."""
     if "output_dir" in flags:
-        raise ValueError(f"sweep: output_dir in {where} is the sweep's own to choose; leave it out")
+        raise ValueError(f"sweep: output_dir in {where} is chosen by the sweep; leave it out")
     if "config" in flags:
         if not isinstance(flags["config"], str):
             raise ValueError(f"sweep: config in {where} is {flags['config']!r}; give the path of one YAML file")
@@ -91,25 +91,25 @@ def _resolved(flags: dict[str, Any], where: str) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def _read_yaml(path: str | Path, what: str) -> dict[str, Any]:
+def _read_yaml(path: str | Path, field: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        flags = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{what}: cannot read {str(path)!r}: {error.strerror}; check the path") from error
+        raise ValueError(f"{field}: cannot read {str(path)!r}: {error.strerror}; check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{what}: {str(path)!r} is not YAML; check the file") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{what}: {str(path)!r} holds {type(found).__name__}, not keys with values; check the file")
-    for name, value in found.items():
+        raise ValueError(f"{field}: {str(path)!r} is not YAML; check the file") from error
+    if not isinstance(flags, dict):
+        raise ValueError(f"{field}: {str(path)!r} holds {type(flags).__name__}, not keys with values; check the file")
+    for name, value in flags.items():
         if not _fits_command_line({name: value}):
             raise ValueError(
-                f"{what}: {str(path)!r} has {name!r}: {value!r}; give text (dates in quotes), numbers, or lists of them"
+                f"{field}: {str(path)!r} has {name!r}: {value!r}; give text (dates in quotes), numbers or lists of them"
             )
-    return found
+    return flags
 
 
 def _fits_command_line(value: Any) -> bool:
-    """Whether a value can be written on a command line: YAML also has dates, sets and keys that are no text."""
+    """Whether a value can be written on a command line; YAML also has dates, sets and keys that are not text."""
     if isinstance(value, dict):
         return all(isinstance(name, str) and _fits_command_line(inner) for name, inner in value.items())
     if isinstance(value, list):
@@ -118,25 +118,25 @@ def _fits_command_line(value: Any) -> bool:
 
 
 def last_values(folder: Path) -> dict[str, float]:
-    """The last value of everything a run logged, and every number of a report, by its place there.
+    """The last value of everything that a run logged, and every number of its report, by its path in the report.
 
-    Of several models these begin with the name of each.
+    In a report of several models, paths start with the name of the model.
     """
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for row in read_jsonl(folder / "metrics.jsonl"):
-        found |= {name: value for name, value in row.items() if is_number(value)}
+        values |= {name: value for name, value in row.items() if is_number(value)}
     if (folder / "report.json").is_file():
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        several = report.get("runs")
-        for of_model in several or [report]:
-            before = f"{of_model['name']}/" if several else ""
-            for kind in REPORT_PARTS:
-                found |= dict(numbers_in(of_model.get(kind), f"{before}{kind}"))
-    return found
+        reports = report.get("runs")
+        for model_report in reports or [report]:
+            prefix = f"{model_report['name']}/" if reports else ""
+            for part in REPORT_PARTS:
+                values |= dict(numbers_in(model_report.get(part), f"{prefix}{part}"))
+    return values
 
 
 def numbers_in(part: Any, name: str) -> Iterator[tuple[str, float]]:
-    """Every number with an interval in a part of a report, by its place."""
+    """Every number with an interval in a part of a report, with its path."""
     if isinstance(part, dict) and is_number(part.get("value")):
         yield name, part["value"]
     elif isinstance(part, dict):
@@ -145,26 +145,26 @@ def numbers_in(part: Any, name: str) -> Iterator[tuple[str, float]]:
 
 
 def sweep_row(run: VerbRun, folder: Path, outcome: dict[str, Any]) -> dict[str, Any]:
-    """A row of `results.jsonl`: how a run ended, and what it logged and measured."""
+    """The row of a run in `results.jsonl`: how it ended, and what it logged and measured."""
     code = outcome["exit_code"]
-    done = code == 0 or (run.verb == "measure" and code in GATE_CODES)
+    is_done = code == 0 or (run.verb == "measure" and code in GATE_CODES)
     return {
-        "key": run.key, "verb": run.verb, "flags": dict(run.flags), "status": "done" if done else "failed",
-        "exit_code": code, "error": None if done else outcome["last_line"], "seconds": outcome["seconds"],
-        "folder": str(folder), "result": last_values(folder) if done else {}, "versions": versions(),
+        "key": run.key, "verb": run.verb, "flags": dict(run.flags), "status": "done" if is_done else "failed",
+        "exit_code": code, "error": None if is_done else outcome["last_line"], "seconds": outcome["seconds"],
+        "folder": str(folder), "result": last_values(folder) if is_done else {}, "versions": versions(),
     }  # fmt: skip
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_runs(path: str, runs: Sequence[VerbRun]) -> None:
-    """Refuse runs whose own command line would be refused."""
+    """Refuse runs whose command line their verb would refuse."""
     from retain.cli.main import VERBS, load_verb
 
-    verb = runs[0].verb  # of all
+    verb = runs[0].verb  # the same for all runs
     if verb not in VERBS or verb == "sweep":
         raise ValueError(f"sweep: {path} has verb {verb!r}; name another of retain's, say finetune")
     try:
@@ -174,10 +174,10 @@ def check_runs(path: str, runs: Sequence[VerbRun]) -> None:
 
 
 def make_runs(config: SweepConfig, runs: Sequence[VerbRun]) -> list[dict[str, Any]]:
-    """Make every run that is not done yet, and return the row of each.
+    """Make every run that is not done yet; return the rows of all runs.
 
     Raises:
-        ValueError: at the end if runs failed; the others are kept.
+        ValueError: after the last run, if any failed; the others are kept.
     """
     root, threads = Path(config.output_dir).absolute(), config.cores_per_run
     failed: list[dict[str, Any]] = []
@@ -189,7 +189,8 @@ def make_runs(config: SweepConfig, runs: Sequence[VerbRun]) -> list[dict[str, An
             def record(run: VerbRun, outcome: dict[str, Any]) -> None:
                 row = sweep_row(run, root / "runs" / run.key, outcome)
                 results.append(row)
-                failed.extend([row] if row["status"] == "failed" else [])
+                if row["status"] == "failed":
+                    failed.append(row)
                 stage.update()
 
             if config.engine == "ray":
