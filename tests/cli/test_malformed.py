@@ -603,7 +603,7 @@ FLAGS: list[tuple[str, dict[str, Any], str]] = [
     ("finetune", {"use_peft": "true", "lora_modules_to_save": "nope"}, "lora_modules_to_save: 'nope' is no module of"),
     ("finetune", {"replay_dataset": ""}, "replay_dataset: '' is empty; give a value, or leave it out"),
     ("finetune", {"model": "{t}/bare"}, "model: '{t}/bare' holds no tokenizer; copy the tokenizer files"),
-    ("measure", {"model": "{t}/chain"}, "model: '{t}/chain', the base of the adapter '{t}/chain', is itself an adapter"),
+    ("measure", {"model": "{t}/chain"}, "model: '{t}/chain', the base of the adapter '{t}/chain', is itself"),
     ("report", {"runs": "{t}/two"}, "runs: '{t}/two/report.json' compares several models; give the folder of each"),
     ("finetune", {"replay_dataset": "{t}/no"}, "{t}/no"),
     ("finetune", {"replay_dataset": "{t}/empty.jsonl"}, "empty.jsonl' is empty"),
