@@ -110,14 +110,14 @@ def cells_of(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[Cell]
         else:
             sides.setdefault(name, {}).setdefault(seed, []).append(end_of(row))
     found = []
-    for (_, name), own in sorted(arms.items()):
+    for (look, name), own in sorted(arms.items()):
         plain = [sorted(sides.get(name, {}).get(seed, []), key=lambda end: end.rate) for seed in seeds]
         if set(own) != set(seeds) or len({len(side) for side in plain}) > 1:
             continue
         setup, _, task = name.rpartition("-")
         base, method = setup.split("-")
         before = [own[seed]["trajectory"][0]["eval_loss"] for seed in seeds]
-        ends, time = [end_of(own[seed]) for seed in seeds], time_of(rows, setup)
+        ends, time = [end_of(own[seed]) for seed in seeds], time_of(rows, setup, look)
         found.append(Cell(base, method, task, own[seeds[0]]["settings"], ends, plain, before, time))
     return found
 
@@ -127,18 +127,23 @@ def look_of(settings: dict[str, Any]) -> int:
     return next((look for look, coef in COEFS.items() if coef == settings.get("anchor_coef")), max(COEFS))
 
 
-def time_of(rows: Sequence[dict[str, Any]], setup: str) -> Interval | None:
+def time_of(rows: Sequence[dict[str, Any]], setup: str, look: int) -> Interval | None:
     """Processor time of a step over a plain one's, averaged over a run, over rounds; None of fewer than two.
 
-    Where rounds were added after a look at the first, the interval has half of the 5%.
+    From the second look on, the rounds of the code with two rotations where there are some. The interval is widened
+    for the looks at the rounds.
     """
-    found = []
+    found: dict[bool, list[float]] = {False: [], True: []}
     for row in rows:
         if row["bench"] == f"{setup}-timing":
             late, *anchor = (one["cpu"] for one in row["timing"])  # as `run.timed` lists them
             (early,) = anchor or [1.0]
-            found.append(early + (1 - row["replay_start"]) * (late - early) / row["replay_every"])
-    return over_seeds(found, 0.95 if len(found) <= FIRST_ROUNDS else 0.975) if len(found) > 1 else None
+            step = early + (1 - row["replay_start"]) * (late - early) / row["replay_every"]
+            found["rotations" in row["settings"]].append(step)
+    if look > 1 and len(found[True]) > 1:
+        return over_seeds(found[True], 1 - 0.05 / 3)
+    looks = 1 if len(found[False]) <= FIRST_ROUNDS else 2
+    return over_seeds(found[False], 1 - 0.05 / looks) if len(found[False]) > 1 else None
 
 
 def report_of(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:
