@@ -178,7 +178,7 @@ def test_a_run_whose_sweep_died_before_it_began_does_nothing():
         ("verb: finetune\ngrid: {a: [1, 1]}", "has a run twice: {'a': 1}; leave one out"),
         ("verb: finetune\nlist: [3]", "flags in every list entry"),
         ("verb: finetune\ncommon: {output_dir: x}", "output_dir in .* is chosen by the sweep"),
-        ("verb: finetune\ncommon: {a: 2026-11-22}", "has 'common': .*; give text .dates in quotes., numbers, or lists"),
+        ("verb: finetune\ncommon: {a: 2026-11-22}", "has 'common': .*; give text .dates in quotes., numbers or lists"),
         ("verb: finetune\ngrid: {a: [!!set {x}]}", "has 'grid': .*; give text"),
         ("verb: finetune\n3: x", "has 3: 'x'; give text"),
         ("verb: finetune\ncommon: {config: [a]}", r"config in .* is \['a'\]; give the path of one YAML file"),
