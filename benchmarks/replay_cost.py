@@ -42,7 +42,7 @@ from retain.lab.streams import Stream
 from retain.lab.tokenizers import word_tokenizer
 from retain.models.description import num_parameters
 from retain.replay.dataset import load_self_generated
-from retain.replay.fisher import FISHER_FILE
+from retain.replay.stored_fisher import FISHER_FILE
 from retain.sampling.write import sample_replay
 
 VOCAB, RANK = 1024, 16

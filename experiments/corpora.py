@@ -34,18 +34,18 @@ GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents of the old data (prose, some code) and the new task (Verilog); held-out ones are from other files."""
+    """Documents of the old data (prose, some code) and the new task, at first Verilog; held out are other files."""
 
     prose: list[str]
     held_out_prose: list[str]
     code: list[str]
-    verilog: list[str]
-    held_out_verilog: list[str]
+    new_task: list[str]
+    held_out_new_task: list[str]
     source: dict[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
-        lists = [self.prose, self.held_out_prose, self.code, self.verilog, self.held_out_verilog]
+        lists = [self.prose, self.held_out_prose, self.code, self.new_task, self.held_out_new_task]
         return hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:16]
 
 
@@ -56,7 +56,7 @@ def with_task(texts: Texts, read: Callable[[], list[str]] | None) -> Texts:
     documents = read()
     random.Random(0).shuffle(documents)
     num_held_out = len(documents) // 20
-    return replace(texts, verilog=documents[num_held_out:], held_out_verilog=documents[:num_held_out])
+    return replace(texts, new_task=documents[num_held_out:], held_out_new_task=documents[:num_held_out])
 
 
 def load_texts(cache: Path = CACHE, wheels: Path = WHEELS, *, every: int = 20, seed: int = 0) -> Texts:
@@ -75,8 +75,8 @@ def load_texts(cache: Path = CACHE, wheels: Path = WHEELS, *, every: int = 20, s
         prose=prose,
         held_out_prose=[text for speech in speeches[:num_speeches] for text in passages(speech)],
         code=read_python(sum(map(len, prose)) // 10),
-        verilog=files[num_files:],
-        held_out_verilog=files[:num_files],
+        new_task=files[num_files:],
+        held_out_new_task=files[:num_files],
         source={"prose": SPEECHES, "code": "standard library", "verilog": "pythondata-cpu-blackparrot"},
     )
 

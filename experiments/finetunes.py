@@ -185,9 +185,9 @@ def open_bench(
 def new_task_rows(tokenizer: Any, texts: Texts, settings: BenchSettings) -> tuple[list[list[int]], list[list[int]]]:
     """Packed rows of the new task: the first of every training file, then the second, …; held-out files' 2nd to 4th."""
     start, length = choose_start_token(tokenizer), settings.max_length
-    by_file = [packed_rows([text], tokenizer, start, length)[: settings.most_rows_of_a_file] for text in texts.verilog]
+    by_file = [packed_rows([text], tokenizer, start, length)[: settings.most_rows_of_a_file] for text in texts.new_task]
     train = [row for rows in zip_longest(*by_file) for row in rows if row is not None]
-    held_out = [row for text in texts.held_out_verilog for row in packed_rows([text], tokenizer, start, length)[1:4]]
+    held_out = [row for text in texts.held_out_new_task for row in packed_rows([text], tokenizer, start, length)[1:4]]
     if settings.unseen:
         seen = find_rows(held_out, train, row_edges(tokenizer, start.id))
         held_out = [row for at, row in enumerate(held_out) if at not in seen]

@@ -72,7 +72,7 @@ class BaseSettings:
 
 def tokenizer_of(texts: Texts, vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on as many characters of prose as of Verilog; documents start with `<|endoftext|>`."""
-    prose, verilog = "\n".join(texts.prose), "\n".join(texts.verilog)
+    prose, verilog = "\n".join(texts.prose), "\n".join(texts.new_task)
     share = min(len(prose), len(verilog), 2_000_000)
     return train_tokenizer([prose[:share], verilog[:share]], vocab_size)
 

@@ -49,7 +49,7 @@ from experiments.study_02_baselines.report import (
     text_of,
 )
 from experiments.study_02_baselines.settings import SCALES, Scale, plan
-from retain.replay.fisher import FISHER_FILE, store_fisher
+from retain.replay.stored_fisher import FISHER_FILE, store_fisher
 
 HERE = Path(__file__).parent
 

@@ -40,7 +40,11 @@ def write_files(texts: Texts, folder: Path) -> Files:
     def cut(files: list[str]) -> list[str]:
         return [row for text in files for row in passages(text, r"\n", "\n", 300)[1 : 1 + ROWS_OF_A_FILE]]
 
-    rows = {"verilog": cut(texts.verilog), "held-out": cut(texts.held_out_verilog), "prose": texts.held_out_prose[:48]}
+    rows = {
+        "verilog": cut(texts.new_task),
+        "held-out": cut(texts.held_out_new_task),
+        "prose": texts.held_out_prose[:48],
+    }
     for name, of in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in of))
     return Files(*(folder / f"{name}.jsonl" for name in rows))

@@ -62,7 +62,7 @@ SCALES = {"laptop": Scale()}
 def write_data(scale: Scale) -> dict[str, tuple[Path, Path]]:
     """Rows to train on and held-out ones of each task, as JSONL; of prose held-out ones alone, twice."""
     texts, found = load_texts(), {}
-    sources = {"verilog": (texts.verilog, texts.held_out_verilog), PROSE: ([], texts.held_out_prose)}
+    sources = {"verilog": (texts.new_task, texts.held_out_new_task), PROSE: ([], texts.held_out_prose)}
     for name, read in (("german", read_german), ("spanish", read_spanish)):
         documents = read()
         random.Random(0).shuffle(documents)

@@ -77,8 +77,8 @@ def place(base: str, task: str) -> Bench:
     one, texts = BASES[base], with_task(load_texts(), TASKS[task])
     bench = open_bench(one.find(), texts, ROWS, CACHE / one.folder)
     rows = partial(begun_rows, bench.tokenizer)
-    train = rows(texts.verilog, ROWS.most_rows_of_a_file)
-    return replace(bench, train=Rows(train), new_task=Rows(rows(texts.held_out_verilog, 3)[: ROWS.new_task_rows]))
+    train = rows(texts.new_task, ROWS.most_rows_of_a_file)
+    return replace(bench, train=Rows(train), new_task=Rows(rows(texts.held_out_new_task, 3)[: ROWS.new_task_rows]))
 
 
 def begun_rows(tokenizer: Any, texts: Sequence[str], most: int) -> list[list[int]]:

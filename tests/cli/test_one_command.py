@@ -20,11 +20,11 @@ from retain.cli.dry_run import seconds_of_fisher
 from retain.cli.finetune import FinetuneConfig, planned_stages
 from retain.cli.main import load_verb, main
 from retain.replay.dataset import load_self_generated
-from retain.replay.fisher import FISHER_TOKENS
+from retain.replay.stored_fisher import FISHER_TOKENS
 from retain.training import protection_choice
 from retain.training.protection_choice import (
     ANCHORED,
-    CHOSEN_PROTECTION,
+    KL_ALONE,
     UNSET,
     ProtectionChoice,
     choose_protection,
@@ -194,7 +194,7 @@ def test_nothing_is_chosen_for_those_who_chose(given):
 
 def test_what_is_chosen_stands_in_one_place(world, tmp_path, capsys, monkeypatch):
     chosen = {"anchor_coef": 30.0, "replay_start": 0.5, "share_of_batch": 0.5, "min_rows": 16}
-    monkeypatch.setattr(protection_choice, "CHOSEN_PROTECTION", ProtectionChoice("a test says so", **chosen))
+    monkeypatch.setattr(protection_choice, "KL_ALONE", ProtectionChoice("a test says so", **chosen))
     held = ["--eval_dataset_name", str(world / "held.jsonl")]
     assert run(world, tmp_path / "out", "--compare_plain", "true", *held, retention_max_documents=9) == 0
     line = said(capsys)["chosen, since none was given"]
@@ -272,14 +272,14 @@ def test_an_anchor_is_chosen_where_a_step_has_tokens_enough_for_its_rotations():
     llama, width = make_model(), make_model().config.hidden_size
     enough = 2 / 3 * width / 0.05
     assert ANCHORED.for_model(llama, None, enough + 1) is ANCHORED
-    assert ANCHORED.for_model(llama, None, enough - 1) is CHOSEN_PROTECTION
-    assert ANCHORED.for_model(make_model("gpt2"), None, 1e6) is CHOSEN_PROTECTION
+    assert ANCHORED.for_model(llama, None, enough - 1) is KL_ALONE
+    assert ANCHORED.for_model(make_model("gpt2"), None, 1e6) is KL_ALONE
     lora, two = LoraConfig(target_modules="all-linear", r=2), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
     assert rotation_cost(two, lora, 100) == pytest.approx(2 / 100 * (16 + 4) / (32 + 16))
     enough = rotation_cost(llama, lora, 1) / 0.05
     assert ANCHORED.for_model(llama, lora, enough + 1) is ANCHORED
-    assert ANCHORED.for_model(llama, lora, enough - 1) is CHOSEN_PROTECTION
-    assert CHOSEN_PROTECTION.for_model(llama, None, 1e6) is CHOSEN_PROTECTION
+    assert ANCHORED.for_model(llama, lora, enough - 1) is KL_ALONE
+    assert KL_ALONE.for_model(llama, None, 1e6) is KL_ALONE
 
 
 @pytest.mark.parametrize(
@@ -336,14 +336,14 @@ def test_tokens_of_rows_that_nothing_cuts_are_counted_whole():
 
 def test_few_rows_are_replayed_on_some_steps_only():
     config = FinetuneConfig(replay_coef=UNSET, anchor_coef=UNSET, replay_objective=UNSET)
-    config.choose(CHOSEN_PROTECTION, batch_size=4, steps=100)
+    config.choose(KL_ALONE, batch_size=4, steps=100)
     assert (config.per_device_replay_batch_size, config.replay_every) == (1, 4)
-    config.choose(CHOSEN_PROTECTION, batch_size=4, steps=8)
+    config.choose(KL_ALONE, batch_size=4, steps=8)
     assert config.replay_every == 2, "a short run has some of them, too"
     found = [ANCHORED.rows_and_every(size, steps=100) for size in (16, 8, 4, 2, 1)]
     assert found == [(2, 1), (1, 1), (1, 2), (1, 4), (1, 4)], "an eighth of the batch, as long as it has two rows"
     asked = FinetuneConfig(replay_coef=UNSET, anchor_coef=UNSET, replay_objective=UNSET, replay_every=3)
-    asked.choose(CHOSEN_PROTECTION, batch_size=4, steps=100)
+    asked.choose(KL_ALONE, batch_size=4, steps=100)
     assert (asked.per_device_replay_batch_size, asked.replay_every) == (None, 3)
 
 
@@ -352,13 +352,13 @@ def test_the_pool_follows_what_the_run_draws():
     config = FinetuneConfig(replay_every=4)
     assert rows_drawn(config, args, 100) == 25 * 2 * 2 * 3
     assert rows_drawn(FinetuneConfig(replay_coef=0.0, anchor_coef=1.0), args, 100) == 0
-    assert [CHOSEN_PROTECTION.num_rows(draws, reads_fisher=False) for draws in (0, 100, 300, 10_000)] == [
+    assert [KL_ALONE.num_rows(draws, reads_fisher=False) for draws in (0, 100, 300, 10_000)] == [
         256,
         100,
         256,
         1000,
     ]
-    assert CHOSEN_PROTECTION.num_rows(100, reads_fisher=True) == 256
+    assert KL_ALONE.num_rows(100, reads_fisher=True) == 256
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from retain.models.head import find_head_form, head_input
 from retain.models.interpolation import Interpolation
 from retain.models.loading import load_model
 from retain.models.reference import Reference, check_same_model, probe, sees_ahead
-from retain.replay.fisher import fisher_of
+from retain.replay.stored_fisher import fisher_of
 from retain.training.joint_forward import JointForward
 
 IDS, MASK = torch.arange(5, 21).reshape(2, 8), torch.tensor([[1] * 8, [1] * 6 + [0] * 2])

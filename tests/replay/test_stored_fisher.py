@@ -9,9 +9,9 @@ import torch
 from conftest import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 
-from retain.replay import fisher
+from retain.replay import stored_fisher
 from retain.replay.dataset import ReplayDataset, load_self_generated
-from retain.replay.fisher import FISHER_FILE, fisher_of
+from retain.replay.stored_fisher import FISHER_FILE, fisher_of
 from retain.sampling.write import sample_replay
 from retain.training.anchor import Anchor
 
@@ -43,7 +43,7 @@ def test_an_adapter_takes_the_same_as_its_base(folder: Path, monkeypatch: pytest
     adapter = get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     torch.nn.init.normal_(adapter.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight)
     measured = Anchor.measure(adapter, unstored(rows), seed=0)  # the adapter is switched off meanwhile
-    monkeypatch.setattr(fisher, "measure_fisher", None)  # nothing is measured where it is stored
+    monkeypatch.setattr(stored_fisher, "measure_fisher", None)  # nothing is measured where it is stored
     stored = Anchor.measure(adapter, rows, seed=0)
     wanted = [name for name in fisher_of_base if name.endswith("proj.weight")]
     assert len(wanted) == len(measured.anchored) == len(stored.anchored)

@@ -18,7 +18,7 @@ from transformers import PrinterCallback
 
 from retain.cli.finetune_data import POOL, TrlArguments
 from retain.progress import duration, progress_line
-from retain.replay.fisher import FISHER, FISHER_TOKENS
+from retain.replay.stored_fisher import FISHER, FISHER_TOKENS
 from retain.report.numbers import quantity
 from retain.sampling.engine import choose_batch_size, draw_rows
 from retain.training.anchor import Anchor

@@ -37,7 +37,7 @@ from retain.models.adapters import adapted_model, merged_base
 from retain.models.description import choose_start_token, default_device, length_that_fits
 from retain.progress import PlannedStage, ProgressLine, progress_line
 from retain.replay.dataset import local_source
-from retain.replay.fisher import FISHER, holds_fisher
+from retain.replay.stored_fisher import FISHER, holds_fisher
 from retain.report.outcome import cost_line, outcome_lines
 from retain.report.report import ForgettingReport, write_comparison
 from retain.training.beta2_half_life import apply_half_life, mean_row_length

@@ -32,7 +32,7 @@ from retain.models.loading import load_tokenizer
 from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
 from retain.sampling.write import default_store
 from retain.training.beta2_half_life import check_half_life
-from retain.training.protection_choice import CHOSEN_PROTECTION, rows_drawn
+from retain.training.protection_choice import KL_ALONE, rows_drawn
 from retain.training.retention import check_best_metric, retention_names
 from retain.training.row_checks import check_columns, row_edges
 from retain.training.stopping import check_stopping
@@ -151,7 +151,7 @@ def rows_to_sample(output_dir: Path, training_args: Any, config: FinetuneConfig,
         return {POOL: config.replay_num_rows, **held_out}
     if (pool / MANIFEST).exists():  # sampling has started: keep its number
         return {POOL: read_manifest(pool)["num_rows"], **held_out}
-    choice, draws = config.chosen or CHOSEN_PROTECTION, rows_drawn(config, training_args, steps)
+    choice, draws = config.chosen or KL_ALONE, rows_drawn(config, training_args, steps)
     return {POOL: choice.num_rows(draws, reads_fisher=config.anchor_coef > 0), **held_out}
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
-from retain.cli.github import LEVELS, SUMMARY_VARIABLE, annotation, append_summary, errors_annotated
+from retain.cli.job_summary import LEVELS, SUMMARY_VARIABLE, annotation, append_summary, errors_annotated
 from retain.cli.settings import CHAIN_HELP, RETENTION_HELP, TextSettings
 from retain.data.rows import Reading, named_sources, read_rows, row_texts
 from retain.files import exclusive, short_names, visible

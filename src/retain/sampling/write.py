@@ -32,7 +32,7 @@ from retain.models.description import (
     tokenizer_fingerprint,
 )
 from retain.models.head import find_head_form
-from retain.replay import fisher
+from retain.replay import stored_fisher
 from retain.replay.dataset import (
     FISHER_FILE,
     MANIFEST,
@@ -157,7 +157,7 @@ def sample_replay(
         if added is not None:
             _add_predictions(folder, manifest, added, model, state)
         if needs_fisher:
-            fisher.store_fisher(model, load_self_generated(folder))
+            stored_fisher.store_fisher(model, load_self_generated(folder))
     return folder
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from retain.models.description import base_parameter_name
 from retain.models.fisher import distinct_tensors, load_fisher, num_bytes, save_fisher
 from retain.replay.dataset import ReplayDataset
-from retain.replay.fisher import fisher_of
+from retain.replay.stored_fisher import fisher_of
 from retain.training.anchored_adamw import AnchoredAdamW, AnchoredLoRA, AnchoredWeight
 from retain.training.config import ReplayConfig
 from retain.training.fixed_rows import FixedRows

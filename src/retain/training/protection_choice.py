@@ -1,4 +1,8 @@
-"""The default protection of a run whose settings name none: `ANCHORED` or `CHOSEN_PROTECTION`."""
+"""The default protection of a run whose settings name none: `ANCHORED` or `KL_ALONE`.
+
+Chosen in three steps: `fill_in` by the settings, `choose_protection` by the arguments, and `for_model` once the model
+is loaded.
+"""
 
 from __future__ import annotations
 
@@ -72,10 +76,10 @@ class ProtectionChoice:
 
     def for_model(self, model: Any, adapter: Any, new_tokens: float) -> ProtectionChoice:
         """This choice, or KL alone if this is an anchor that does not suit the model: see `suits_anchor`."""
-        return self if self.anchor_coef and suits_anchor(model, adapter, new_tokens) else CHOSEN_PROTECTION
+        return self if self.anchor_coef and suits_anchor(model, adapter, new_tokens) else KL_ALONE
 
 
-CHOSEN_PROTECTION = ProtectionChoice(
+KL_ALONE = ProtectionChoice(
     share_of_batch=1 / 16,
     why="apart from an anchor, KL on a sixteenth of the batch prevented most of what takes at most a tenth more time",
 )
@@ -95,7 +99,7 @@ def fill_in(config: ReplayConfig) -> ProtectionChoice | None:
         The choice; None if one of these settings, or `max_ref_kl`, was given.
     """
     missing = [name for name in PROTECTING if getattr(config, name) is UNSET]
-    chosen = CHOSEN_PROTECTION if len(missing) == len(PROTECTING) and config.max_ref_kl is None else None
+    chosen = KL_ALONE if len(missing) == len(PROTECTING) and config.max_ref_kl is None else None
     for name in missing:
         setattr(config, name, getattr(chosen or ReplayConfig, name))
     return chosen
@@ -105,7 +109,7 @@ def choose_protection(args: Any, model_args: Any) -> ProtectionChoice:
     """The choice before the model is known: an anchor for full finetuning and plain LoRA with AdamW, else KL alone."""
     not_plain_lora = model_args.use_peft and (model_args.use_dora or model_args.lora_modules_to_save)
     unsuitable = not_plain_lora or model_args.load_in_4bit or model_args.load_in_8bit or args.deepspeed_plugin
-    return CHOSEN_PROTECTION if unsuitable or args.optim not in ADAMW else ANCHORED
+    return KL_ALONE if unsuitable or args.optim not in ADAMW else ANCHORED
 
 
 def suits_anchor(model: Any, adapter: Any, new_tokens: float) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from retain.cli.github import annotation
+from retain.cli.job_summary import annotation
 from retain.cli.main import main
 
 
