@@ -266,6 +266,27 @@ def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path: Path, replay: ReplayDat
     assert difference(weights(unbroken.model), weights(resumed.model)) == 0.0
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_second_training_starts_from_weights_that_were_changed_since(
+    tmp_path: Path, replay: ReplayDataset, lora: bool
+) -> None:
+    adapter: dict[str, Any] = {"peft_config": LoraConfig(**LORA)} if lora else {}
+    trainer = train(tmp_path, replay, replay_config=ReplayConfig(**ALONE), **adapter)
+    with torch.no_grad():
+        for anchored in trainer.replay.anchor.anchored:
+            for parameter in anchored.parameters:
+                parameter.mul_(0.9)
+    changed = {name: weight.clone() for name, weight in weights(trainer.model).items()}
+    for group in trainer.optimizer.param_groups:
+        group["lr_ratio"] = 0.0  # steps of no length
+    trainer.train()
+    assert difference(weights(trainer.model), changed) < 1e-5
+    for anchored in trainer.replay.anchor.anchored:
+        known = anchored.read([trainer.optimizer.state[parameter] for parameter in anchored.parameters])
+        for ours, actual in zip(known, anchored.read([{} for _ in known]), strict=True):
+            assert torch.allclose(ours, actual, atol=1e-5)
+
+
 @pytest.mark.parametrize("began", [0.0, 10.0])
 def test_a_run_is_resumed_with_the_anchor_it_began_with_or_without(
     tmp_path: Path, replay: ReplayDataset, began: float

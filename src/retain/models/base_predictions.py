@@ -118,7 +118,7 @@ class MeasuredBase:
         return model_fingerprint(self.model)
 
     def check_unchanged(self) -> None:
-        """Refuse a base whose predictions changed since this was first called, or are not finite."""
+        """Refuse a base whose predictions changed since this was first called, or are NaN."""
         log_probs = probe(self.model)
         if self._probe is None:
             self._probe = log_probs

@@ -27,8 +27,8 @@ from retain.models.fisher import Curvature
 class AnchoredWeight:
     """A weight that is trained whole. `offset`, its move from the base, is kept in the curvature's coordinates.
 
-    Under FSDP2 the base, the offset and Adam's moments are sharded like the weight, along the side that is not
-    rotated, so each process rotates its own shard.
+    Under FSDP2 the base is sharded like the weight. The offset and Adam's moments are sharded along the side that is
+    not rotated, so each process rotates its own shard.
     """
 
     def __init__(self, parameter: nn.Parameter, curvature: Curvature) -> None:
@@ -229,6 +229,12 @@ class AnchoredAdamW(Optimizer):
             if any(self.param_groups[group]["lr"] for group, _ in places):  # torch makes a checkpoint's state with lr 0
                 weight.write(coordinates)
         return loss
+
+    def read_weights_again(self) -> None:
+        """Forget the coordinates, so that the next step reads them from parameters that were changed elsewhere."""
+        for state in self.state.values():
+            for name in ("offset", "coordinates"):
+                state.pop(name, None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state, but keep it in float32 even if the parameters are in half precision."""

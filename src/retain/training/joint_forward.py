@@ -22,9 +22,8 @@ from retain.models.reference import evaluation_mode, probe_tokens, rounding_tole
 from retain.replay.provenance import rope_kinds
 from retain.training.trainer_checks import invocation_tokens
 
-MAX_PADDING = (
-    1.02  # tokens of a joint pass over those of two; the second pass has a fixed cost of about 2% (small model)
-)
+# Tokens of a joint pass over those of two passes; the second one has a fixed cost of about 2% on a small model.
+MAX_PADDING = 1.02
 # Decoder inputs that allow rows to join; any other must be missing, None or False.
 JOINED_INPUTS = ("input_ids", "attention_mask", "use_cache", "num_items_in_batch", "return_dict")
 MORE_OUTPUTS = ("output_router_logits", "output_hidden_states", "output_attentions")
