@@ -221,7 +221,7 @@ def test_rows_of_vllm_get_predictions_and_fisher_when_it_is_closed(kind, vllm, c
 
     interrupted(write, "write_shard")
     interrupted(stored_predictions, "write_predictions")
-    interrupted(write.fisher, "store_fisher")
+    interrupted(write.stored_fisher, "store_fisher")
     began = len(vllm.LLM.made)
     for place, drawn, stored, starts in (
         (("write_shard", 1), 1, [], 1),

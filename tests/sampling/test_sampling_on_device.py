@@ -47,7 +47,7 @@ def test_vllms_rows_get_predictions_and_fisher_on_the_device_when_it_is_closed(m
         work = getattr(module, name)
         monkeypatch.setattr(module, name, lambda model, *rest: (seen.append(model.device.type), work(model, *rest))[1])
 
-    for module, name in ((write, "model_fingerprint"), (write, "predict_rows"), (write.fisher, "store_fisher")):
+    for module, name in ((write, "model_fingerprint"), (write, "predict_rows"), (write.stored_fisher, "store_fisher")):
         noted(module, name)
     save_model(tmp_path / "model")
     flags = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "pool"), "--engine", "vllm"]
