@@ -133,17 +133,21 @@ def time_of(rows: Sequence[dict[str, Any]], setup: str, look: int) -> Interval |
     From the second look on, the rounds of the code with two rotations where there are some. The interval is widened
     for the looks at the rounds.
     """
-    found: dict[bool, list[float]] = {False: [], True: []}
-    for row in rows:
-        if row["bench"] == f"{setup}-timing":
-            late, *anchor = (one["cpu"] for one in row["timing"])  # as `run.timed` lists them
-            (early,) = anchor or [1.0]
-            step = early + (1 - row["replay_start"]) * (late - early) / row["replay_every"]
-            found["rotations" in row["settings"]].append(step)
-    if look > 1 and len(found[True]) > 1:
-        return over_seeds(found[True], 1 - 0.05 / 3)
-    looks = 1 if len(found[False]) <= FIRST_ROUNDS else 2
-    return over_seeds(found[False], 1 - 0.05 / looks) if len(found[False]) > 1 else None
+    timed = [row for row in rows if row["bench"] == f"{setup}-timing"]
+    three = [row for row in timed if "rotations" not in row["settings"]]
+    two = [row for row in timed if "rotations" in row["settings"]]
+    if look > 1 and len(two) > 1:
+        rounds, looks = two, 3
+    else:
+        rounds, looks = three, 1 if len(three) <= FIRST_ROUNDS else 2
+    return over_seeds([step_of(row) for row in rounds], 1 - 0.05 / looks) if len(rounds) > 1 else None
+
+
+def step_of(row: dict[str, Any]) -> float:
+    """A step over a plain one's in one round of timing, averaged over a run."""
+    late, *anchor = (one["cpu"] for one in row["timing"])  # as `run.timed` lists them
+    (early,) = anchor or [1.0]
+    return float(early + (1 - row["replay_start"]) * (late - early) / row["replay_every"])
 
 
 def report_of(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> str:

@@ -218,7 +218,7 @@ def held_out_errors(problem: Problem, best: Fits) -> dict[str, dict[str, float]]
 
 
 def design_warnings(problem: Problem) -> list[str]:
-    """What this choice of runs leaves open, whatever they measure."""
+    """Warnings about this choice of runs; they do not depend on what the runs measured."""
     runs, texts = problem.runs, []
     for name in problem.form.inputs:
         values = np.unique(runs.columns[name])

@@ -140,7 +140,7 @@ def is_dequantised(path: str) -> bool:
 
 
 def stored_dtype(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> torch.dtype | None:
-    """The dtype of a checkpoint's weights according to its config.json, in whatever dtype it is loaded."""
+    """The dtype of a checkpoint's weights according to its config.json; it may be loaded in another."""
     config = AutoConfig.from_pretrained(
         resolve_model_path(name), revision=revision, trust_remote_code=trust_remote_code
     )

@@ -67,7 +67,7 @@ def pool_statistics(
         rows: token ids of each row, shape (length,), including its prefix.
         prefix_lengths: given tokens of each row, shape (rows,).
         logprob_sums: log-probability summed over the drawn tokens, shape (rows,), nats; under the model's full
-            distribution at temperature 1, whatever distribution was drawn from.
+            distribution at temperature 1, even if the tokens were drawn from another.
         entropy_sums: entropy of that distribution summed over the drawn positions, shape (rows,), nats.
         end_ids: tokens that end a document or a turn.
 

@@ -1,4 +1,4 @@
-"""The plain files that a run writes, whatever tracker it uses.
+"""The plain files that a run writes, with any tracker.
 
 `metrics.jsonl`: every log, one object a line. `documents.jsonl`: per-document sums of each retention text at each
 evaluation, for paired intervals. `retain_config.json`: every setting, with defaults resolved. `budget.json`: whether a
