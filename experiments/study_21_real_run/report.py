@@ -14,6 +14,8 @@ from experiments.study_21_real_run.facts import new_facts, old_facts, people
 from experiments.study_21_real_run.modules import NEW, asked
 from experiments.study_21_real_run.settings import (
     ACCURACY_MARGIN,
+    ALIKE,
+    ALIKE_MARGIN,
     ARM_LABELS,
     ARMS,
     CLAIMED,
@@ -21,6 +23,7 @@ from experiments.study_21_real_run.settings import (
     FIRST_LOOK,
     KEPT,
     KEPT_TABLE,
+    LATER,
     LEARNED_ALIKE,
     LEARNED_TABLE,
     LOOKS,
@@ -117,7 +120,7 @@ def findings_of(columns: Columns, base: Mapping[str, Any]) -> dict[str, tuple[st
             continue
         plain, replay = (columns[method, arm] for arm in CLAIMED)
         number = f"{len(plain['fall'])} seeds, two looks, 135M"
-        learned = min(b / a for a, b in zip(plain["fall"], replay["fall"], strict=True))
+        learned = least_learned(columns, method, CLAIMED[1])
         for column, (words, direction) in KEPT.items():
             claim = paired(plain[column], replay[column], direction)
             verdict = yes_or_no(claim.verdict) if learned >= MIN_LEARNED else "cannot tell"
@@ -141,9 +144,39 @@ def findings_of(columns: Columns, base: Mapping[str, Any]) -> dict[str, tuple[st
     return found
 
 
-def whole(columns: Columns, method: str) -> bool:
+def later_findings(columns: Columns) -> dict[str, tuple[str, str]]:
+    """The claims of the rule for later arms, of those that have every seed."""
+    found: dict[str, tuple[str, str]] = {}
+    number = f"{len(SEEDS)} seeds, one look, 135M"
+    for method, label in METHODS.items():
+        for alike, claims in ((False, LATER), (True, ALIKE)):
+            for arm, other, column in claims:
+                if not whole(columns, method, ("plain", arm, other)):
+                    continue
+                first, second = columns[method, arm], columns[method, other]
+                words = "as many answers are the base's" if alike else KEPT[column][0].removeprefix("with replay ")
+                differences = [a - b for a, b in zip(first[column], second[column], strict=True)]
+                claim = Claim(differences, KEPT[column][1], ALIKE_MARGIN if alike else 0.0)
+                verdict = yes_or_no(claim.alike if alike else claim.verdict)
+                kept = (arm, other) if alike else (arm,)
+                if any(least_learned(columns, method, one) < MIN_LEARNED for one in kept):
+                    verdict = "cannot tell"
+                than = f"{'as' if alike else 'than'} {'with ' * (other != 'plain')}{ARM_LABELS[other]}"
+                found[f"{label}: with {ARM_LABELS[arm]} {words} {than}"] = (
+                    verdict, f"{said(claim, second[column], first[column], column)}; {number}"
+                )  # fmt: skip
+    return found
+
+
+def least_learned(columns: Columns, method: str, arm: str) -> float:
+    """The smallest share, over seeds, of plain's fall of the Verilog loss."""
+    plain, own = (columns[method, one]["fall"] for one in ("plain", arm))
+    return min(b / a for a, b in zip(plain, own, strict=True))
+
+
+def whole(columns: Columns, method: str, arms: Sequence[str] = CLAIMED) -> bool:
     """Whether every seed of what is claimed is there."""
-    return all(len(columns.get((method, arm), {"fall": []})["fall"]) == len(SEEDS) for arm in CLAIMED)
+    return all(len(columns.get((method, arm), {"fall": []})["fall"]) == len(SEEDS) for arm in arms)
 
 
 def learned_less(columns: Columns) -> str:
@@ -192,7 +225,11 @@ def report_of(rows: Sequence[Mapping[str, Any]]) -> Report:
     for key, some in of.items():
         numbers = [numbers_of(row, base) for row in some.values()]
         columns[key] = {column: [one[column] for one in numbers] for column in numbers[0]}
-    parts = [*tables(columns, base), learned_less(columns), findings(findings_of(columns, base))]
+    parts = [
+        *tables(columns, base),
+        learned_less(columns),
+        findings(findings_of(columns, base) | later_findings(columns)),
+    ]
     text = "\n\n".join(filter(None, parts))
     return text, lambda path: draw(of, base, path)
 

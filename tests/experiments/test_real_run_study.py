@@ -11,12 +11,14 @@ import pytest
 from conftest import make_model, make_tokenizer
 
 from experiments.pages import NoReport
-from experiments.study_21_real_run import facts, modules
+from experiments.study_21_real_run import facts, modules, settings
 from experiments.study_21_real_run import report as reports
 from experiments.study_21_real_run import run as study
 from experiments.study_21_real_run.settings import SEEDS
+from retain import ReplayConfig
 from retain.measuring.choices import choice_scores, encode_questions, likeliest_choices
 from retain.measuring.tokens import logits_of
+from retain.training.protection_choice import ANCHORED, KL_ALONE
 
 CASES = [
     pytest.param(one, id=one.name, marks=[] if at % 16 == 0 else [pytest.mark.slow])
@@ -124,6 +126,39 @@ def test_the_claims_go_with_the_rows(tmp_path: Path) -> None:
     assert "**" not in alone, "two seeds decide nothing"
     with pytest.raises(NoReport):
         reports.report_of(rows()[:1])
+
+
+def later(arm: str, *, end: float = 2.05, kept: int = 900) -> list[Any]:
+    return [
+        row(arm, seed, end=end, kept=kept + seed, known=20, capitals=60 + seed, passed=30, kl=0.1) for seed in SEEDS
+    ]
+
+
+def test_later_arms_are_judged_once_every_seed_is_there():
+    claimed = "LoRA: with the default protection more answers are those of the base than plain"
+    text, _ = reports.report_of(rows() + later("default")[:2])
+    assert claimed not in text
+    text, _ = reports.report_of(rows() + later("default"))
+    assert f"{claimed}: **yes** (90.1% against 60.1%, +30.0 [+30.0, +30.0] points" in text
+    text, _ = reports.report_of(rows() + later("default", end=2.3))
+    assert f"{claimed}: **cannot tell**" in text, "it learned 85% as much"
+
+
+@pytest.mark.parametrize(("kept", "verdict"), [(910, "yes"), (850, "no")])
+def test_equally_many_answers_lie_within_the_margin(kept: int, verdict: str) -> None:
+    text, _ = reports.report_of(rows() + later("web", kept=kept))
+    alike = "LoRA: with KL on own rows as many answers are the base's as with KL on web text"
+    assert f"{alike}: **{verdict}**" in text
+
+
+def test_the_default_arm_is_what_the_library_chooses():
+    for method, choice in (("full", KL_ALONE), ("lora", ANCHORED)):
+        run, plain = (settings.run_of(method, arm, 0) for arm in ("default", "plain"))
+        assert (run.replay_rows, run.replay_every) == choice.rows_and_every(plain.batch_size, plain.max_steps)
+        assert (run.coef, run.anchor_coef or 0.0) == (choice.replay_coef, choice.anchor_coef)
+        assert (run.replay_start or 0.0) == choice.replay_start
+        ratio = ReplayConfig().anchor_lr_ratio if choice.anchor_coef else 1.0
+        assert run.learning_rate == pytest.approx(ratio * plain.learning_rate)
 
 
 def test_a_guess_among_taught_values_is_said_beside_the_new_facts():
