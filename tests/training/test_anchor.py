@@ -187,6 +187,55 @@ def test_a_step_ends_where_the_penalty_in_adams_metric_is_least(coef: float) -> 
     assert torch.allclose(after, wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("change", ["in place", "through .data", "at once"])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("shape", [(6, 4), (5, 3)])
+def test_weights_that_are_set_between_two_steps_stay_set(change: str, lora: bool, shape: tuple[int, int]) -> None:
+    """As by weight averaging. The next step had put a whole weight back, and held LoRA's at the old place."""
+    of, (outputs, inputs) = curvature(*shape), shape
+    a, b = nn.Parameter(torch.randn(3, inputs)), nn.Parameter(torch.randn(outputs, 3))
+    anchored = (
+        AnchoredLoRA(a, b, 1.0, of) if lora else AnchoredWeight(a := nn.Parameter(torch.randn(outputs, inputs)), of)
+    )
+    parameters = anchored.parameters
+    optimizer = AnchoredAdamW(parameters, [anchored], lr=1e-3, coef=3.0)
+    for step in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        if step == 2:
+            for parameter in parameters:
+                if change == "in place":
+                    parameter.detach().mul_(0.5)
+                elif change == "through .data":
+                    parameter.data.copy_(parameter * 0.5)
+                else:
+                    parameter.data = parameter.data * 0.5
+            was = [parameter.detach().clone() for parameter in parameters]
+        optimizer.step()
+    for before, parameter in zip(was, parameters, strict=True):
+        assert (parameter - before).abs().max() < 0.03  # a step, and no more
+    known = anchored.read([optimizer.state[parameter] for parameter in parameters])
+    for ours, actual in zip(known, anchored.read([{} for _ in known]), strict=True):
+        assert torch.allclose(ours, actual, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_come_back_between_two_steps_leave_the_coordinates(dtype: torch.dtype) -> None:
+    """An average that is swapped in to evaluate and out again: half precision would lose its small steps."""
+    weight = nn.Parameter(torch.ones(6, 4, dtype=dtype))
+    optimizer = AnchoredAdamW([weight], [AnchoredWeight(weight, curvature())], lr=1e-4)
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        offset = optimizer.state[weight]["offset"]
+        kept = weight.detach().clone()
+        weight.data.zero_()
+        weight.data.copy_(kept)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert optimizer.state[weight]["offset"] is offset
+
+
 def test_its_state_keeps_its_bits_beside_weights_of_half_precision() -> None:
     weight = nn.Parameter(torch.zeros(6, 4, dtype=torch.bfloat16))
     anchored = [AnchoredWeight(weight, curvature())]

@@ -172,6 +172,23 @@ def _shard_along(dim: int, tensor: Tensor) -> Tensor:
     return tensor.redistribute(placements=placements)
 
 
+def checksums(tensors: Sequence[Tensor]) -> Tensor:
+    """Sums of the tensors' bits: exact, at a hundredth of a rotation's time; the same on each process if sharded."""
+    sums = torch.stack(
+        [_sum_of_bits(tensor.to_local() if isinstance(tensor, DTensor) else tensor) for tensor in tensors]
+    )
+    if any(isinstance(tensor, DTensor) for tensor in tensors):
+        torch.distributed.all_reduce(sums)
+    return sums
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    size, first = tensor.element_size(), tensor.storage_offset()
+    if tensor.is_contiguous() and tensor.numel() * size % 8 == first * size % 8 == 0:
+        return tensor.detach().view(-1).view(torch.int64).sum()
+    return tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).sum()
+
+
 class AnchoredAdamW(Optimizer):
     """AdamW with an anchor at the base.
 
@@ -211,6 +228,7 @@ class AnchoredAdamW(Optimizer):
         if places.keys() - {parameter_id for ids in anchored_ids for parameter_id in ids}:
             raise ValueError("params: a parameter belongs to no anchored weight; give it a curvature")
         self._places = [[places[parameter_id] for parameter_id in ids] for ids in anchored_ids]
+        self._checksums: Tensor | None = None  # of the parameters after the last step
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -221,6 +239,8 @@ class AnchoredAdamW(Optimizer):
                 loss = closure()
         for weight, places in zip(self.anchored, self._places, strict=True):
             weight.follow([self.param_groups[group]["params"][index] for group, index in places])
+        self._forget_coordinates_of_changed_weights()
+        for weight, places in zip(self.anchored, self._places, strict=True):
             states = [self.state[parameter] for parameter in weight.parameters]
             coordinates, gradients = weight.read(states), weight.gradients()
             for i, (group, _) in enumerate(places):
@@ -228,13 +248,21 @@ class AnchoredAdamW(Optimizer):
                 _move(coordinates[i], gradients[i], pull, stiffness, states[i], self.param_groups[group])
             if any(self.param_groups[group]["lr"] for group, _ in places):  # torch makes a checkpoint's state with lr 0
                 weight.write(coordinates)
+        self._checksums = checksums(self._parameters())
         return loss
 
-    def read_weights_again(self) -> None:
-        """Forget the coordinates, so that the next step reads them from parameters that were changed elsewhere."""
-        for state in self.state.values():
-            for name in ("offset", "coordinates"):
-                state.pop(name, None)
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for weight in self.anchored for parameter in weight.parameters]
+
+    def _forget_coordinates_of_changed_weights(self) -> None:
+        """Let this step read the coordinates of parameters that were changed since the last step, as by averaging."""
+        if self._checksums is None:
+            return
+        changed = checksums(self._parameters()) != self._checksums
+        for parameter, is_changed in zip(self._parameters(), changed.tolist(), strict=True):
+            if is_changed:
+                for name in ("offset", "coordinates"):
+                    self.state[parameter].pop(name, None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state, but keep it in float32 even if the parameters are in half precision."""
@@ -245,6 +273,7 @@ class AnchoredAdamW(Optimizer):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if torch.is_tensor(value):
                     self.state[parameter][name] = value.to(parameter.device)
+        self._checksums = None
 
 
 def _move(x: Tensor, gradient: Tensor, pull: Tensor, stiffness: Tensor, state: dict[str, Any], group: Any) -> None:

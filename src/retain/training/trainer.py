@@ -25,7 +25,6 @@ from retain.models.head import reshard
 from retain.replay.dataset import ReplayDataset, replace_rows, replay_indices
 from retain.report.report import ForgettingReport
 from retain.training.anchor import load_or_save_anchor
-from retain.training.anchored_adamw import AnchoredAdamW
 from retain.training.coef_controller import CoefController
 from retain.training.config import ReplayConfig
 from retain.training.loss_meter import LossMeter
@@ -299,9 +298,6 @@ class ReplayMixin(Host):
         folder, writes = Path(self.args.output_dir), self.is_world_process_zero()
         resumed = args[0] if args else kwargs.get("resume_from_checkpoint")
         load_or_save_anchor(self.replay.anchor, folder, resumed, writes=writes)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-        if isinstance(optimizer, AnchoredAdamW):  # from an earlier training, since which weights may have changed
-            optimizer.read_weights_again()
         result = super().train(*args, **kwargs)
         if self.budget is None:  # resumed after the last step
             self.budget = self._new_or_resumed_budget()
