@@ -489,6 +489,14 @@ def test_a_mixture_written_for_trl_sft_works_unchanged(world, tmp_path, capsys):
     command += ["--replay_dataset", str(world / "replay"), "--output_dir", str(tmp_path / "out")]
     assert main(command) == 0
     assert read_jsonl(tmp_path / "out" / "metrics.jsonl")[0]["replay/kl"] == pytest.approx(0, abs=1e-6)
+    capsys.readouterr()
+    both = [*command, "--output_dir", str(tmp_path / "both"), "--dataset_name", str(world / "new.jsonl")]
+    assert main(both) == 1  # it had trained on the mixture alone
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith("new.jsonl' beside datasets, which would be trained on alone; leave one out")
+    )
     path.write_text(json.dumps({"datasets": files, "streaming": True}))
     stream = [*command, "--output_dir", str(tmp_path / "stream"), "--max_steps", "-1"]
     assert main(stream) == 1
@@ -500,6 +508,20 @@ def test_a_mixture_written_for_trl_sft_works_unchanged(world, tmp_path, capsys):
     path.write_text(json.dumps({"datasets": [files[0] | {"data_files": str(tmp_path / "no.jsonl")}]}))
     assert main([*command, "--output_dir", str(tmp_path / "other")]) == 1
     assert capsys.readouterr().err.startswith("retain finetune: datasets: cannot load 'json' (Unable to find ")
+
+
+def test_settings_that_were_given_and_have_no_effect_are_named(world, tmp_path, capsys):
+    """`--lora_r` without `--use_peft true` trained all weights, and a test split of one dataset was not made."""
+    flags = ["--lora_r", "4", "--test_split_size", "0.1", "--anchor_lr_ratio", "3", "--replay_coef", "1"]
+    assert finetune(world, tmp_path / "some", *flags, "--replay_num_rows", "9") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not used")]
+    assert line == (
+        "not used: lora_r 4 without use_peft true, test_split_size 0.1 without datasets, replay_num_rows 9 without "
+        "replay_dataset self, anchor_lr_ratio 3.0 without anchor_coef"
+    )
+    used = ["--use_peft", "true", "--lora_r", "4", "--anchor_coef", "10", "--anchor_lr_ratio", "3"]
+    assert finetune(world, tmp_path / "all", *used) == 0
+    assert "not used" not in capsys.readouterr().out
 
 
 DATED = "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n" + CHATML

@@ -27,6 +27,7 @@ from retain.cli.finetune_data import (
     read_data,
     rows_to_sample,
     sample_own_rows,
+    unused_settings,
 )
 from retain.cli.flags import Verb
 from retain.cli.sample import SAMPLING_STAGE
@@ -105,6 +106,8 @@ def run_finetune(
         config.replay_dataset = local_source(config.replay_dataset)
     if config.chosen is not None and (config.replay_dataset == "self" or holds_fisher(config.replay_dataset)):
         config.choose(choose_protection(training_args, model_args), training_args.train_batch_size, steps=0)
+    if unused := unused_settings(trl_args, config):
+        say(unused)
     if config.dry_run:
         check_output_dir(folder, "a training run")
         name, revision = trl_args.model.model_name_or_path, trl_args.model.model_revision

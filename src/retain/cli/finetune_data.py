@@ -5,6 +5,8 @@ Also the rows that the model samples first with `--replay_dataset self`, to repl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +34,7 @@ from retain.models.loading import load_tokenizer
 from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, read_manifest
 from retain.sampling.write import default_store
 from retain.training.beta2_half_life import check_half_life
+from retain.training.objectives import NONE
 from retain.training.protection_choice import KL_ALONE, rows_drawn
 from retain.training.retention import check_best_metric, retention_names
 from retain.training.row_checks import check_columns, row_edges
@@ -100,9 +103,48 @@ def check_settings(training_args: Any, model_args: Any, config: FinetuneConfig) 
     return sources
 
 
+def unused_settings(trl_args: TrlArguments, config: FinetuneConfig) -> str | None:
+    """A line about settings that were given and have no effect; None if there are none."""
+    script, _, model, mixture = trl_args
+    where = "with datasets" if mixture.datasets else "with a local file"
+    from_hub = not (mixture.datasets or is_local_file(script.dataset_name or ""))
+    replaces, draws = config.objective.name == "replace", config.objective.draws_rows
+    # who holds them, the names' beginnings, whether they have an effect, why not
+    groups: list[tuple[Any, tuple[str, ...], object, str]] = [
+        (model, ("lora_", "use_rslora", "use_dora"), model.use_peft, "without use_peft true"),
+        (model, ("bnb_", "use_bnb_"), model.load_in_4bit, "without load_in_4bit true"),
+        (mixture, ("streaming", "test_split_size"), mixture.datasets, "without datasets"),
+        (script, ("dataset_config", "dataset_streaming"), from_hub, where),
+        (config, ("replay_num_rows",), config.replay_dataset == "self", "without replay_dataset self"),
+        (config, ("replay_share",), replaces, "without replay_objective replace"),
+        (config, ("replay_every", "replay_start"), config.objective is not NONE, "without replay"),
+        (config, ("per_device_replay_batch_size",), draws, "without replay rows"),
+        (config, ("replay_reference",), config.objective.uses_reference, "without a KL"),
+        (config, ("anchor_lr_ratio",), config.anchor_coef or config.chosen, "without anchor_coef"),
+        (config, ("keep_plain",), config.compare_plain, "without compare_plain true"),
+    ]  # fmt: skip
+    unused = [
+        f"{name} {value} {why}"
+        for holder, beginnings, is_used, why in groups
+        for name, value in given(holder)
+        if name.startswith(beginnings) and not is_used
+    ]
+    return f"not used: {', '.join(unused)}" if unused else None
+
+
+def given(holder: Any) -> Iterator[tuple[str, Any]]:
+    """The settings of a dataclass whose values are not their defaults."""
+    for part in fields(holder):
+        default = part.default if part.default_factory is MISSING else part.default_factory()
+        if (value := getattr(holder, part.name)) != default:
+            yield part.name, value
+
+
 def new_rows(script_args: Any, dataset_args: Any, training_args: Any, config: FinetuneConfig) -> tuple[Any, Any]:
     """Training and held-out rows of the new task, read as `trl sft` does or from local files."""
     name, evaluate = script_args.dataset_name, training_args.eval_strategy != "no"
+    if dataset_args.datasets and name:
+        raise ValueError(f"dataset_name: {name!r} beside datasets, which would be trained on alone; leave one out")
     if dataset_args.datasets:
         name = " + ".join(part.path for part in dataset_args.datasets)
         try:
