@@ -207,7 +207,14 @@ def test_the_last_whole_checkpoint_is_resumed(tmp_path):
 @pytest.mark.parametrize(
     ("files", "advice"),
     [
-        (["checkpoint-2/trainer_state.json", "retain_config.json"], "--resume_from_checkpoint true to resume from the"),
+        (
+            ["checkpoint-2/trainer_state.json", "checkpoint-2/scheduler.pt", "retain_config.json"],
+            "--resume_from_checkpoint true to resume from the",
+        ),
+        (
+            ["checkpoint-2/trainer_state.json"],
+            r"its checkpoints hold weights alone \(save_only_model\); start again in",
+        ),
         (["checkpoint-2/model.safetensors"], "no whole checkpoint; .* --resume_from_checkpoint true to begin again"),
         (["model.safetensors", "retain_config.json"], "no whole checkpoint; .* --resume_from_checkpoint true to begin"),
         (["metrics.jsonl", "retain_config.json"], "no checkpoint yet; run the same command to begin again"),
@@ -230,8 +237,9 @@ def test_what_to_do_after_a_stop_is_what_the_verb_then_takes(tmp_path, capsys, m
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.search(advice, line)
     resume = "true" if "--resume_from_checkpoint true" in line else None
+    folder = tmp_path / "other" if "another folder" in line else tmp_path
     found = checkpoint_to_resume(
-        SimpleNamespace(resume_from_checkpoint=resume, output_dir=str(tmp_path), process_index=0)
+        SimpleNamespace(resume_from_checkpoint=resume, output_dir=str(folder), process_index=0)
     )
     assert (found is not None) == line.endswith("to resume from the last checkpoint")
 

@@ -231,6 +231,23 @@ def test_kl_term_has_the_value_and_gradient_of_its_naive_twin(tmp_path: Path, ra
     assert difference(weights(trainer.model), expected) < 1e-5
 
 
+@pytest.mark.parametrize("resume", [True, "checkpoint-2"])
+def test_a_checkpoint_of_weights_alone_is_not_resumed(
+    tmp_path: Path, replay: ReplayDataset, resume: bool | str
+) -> None:
+    """Adam and the schedule started anew, in silence; a run that has ended makes no step more."""
+    changes = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True, "max_steps": 3}
+    trainer = train(tmp_path, replay, changes=changes)
+    trainer.args.max_steps = 4
+    checkpoint = resume if resume is True else str(tmp_path / resume)
+    with pytest.raises(
+        ValueError, match=r"^resume_from_checkpoint: '.*checkpoint-[23]' holds no state of the optimizer"
+    ):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.args.max_steps = 2
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
     """To the bit, an adapter's dropout included."""

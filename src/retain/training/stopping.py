@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from retain.checks import Unchosen
 from retain.files import CONFIG_FILE, read_settings
@@ -32,6 +33,7 @@ def train(trainer: Any, checkpoint: str | None, *, keep: bool = True) -> None:
     A run that was killed after its last step makes no step more, though transformers would make one.
     """
     args = trainer.args
+    check_holds_optimizer(trainer, checkpoint)
     if checkpoint is not None and _has_ended(trainer, _trainer_state(Path(checkpoint))):
         trainer.get_batch_samples = lambda *rest: ([], None)
     stopping = StopWithCheckpoint()
@@ -47,6 +49,29 @@ def _has_ended(trainer: Any, state: dict[str, Any]) -> bool:
     targets = [callback.target for callback in callbacks if isinstance(callback, StopAtLoss)]
     lowest = min((row.get("eval_loss", math.inf) for row in state["log_history"]), default=math.inf)
     return 0 < trainer.args.max_steps <= state["global_step"] or any(lowest <= target for target in targets)
+
+
+def check_holds_optimizer(trainer: Any, resumed: str | Path | bool | None) -> None:
+    """Refuse to resume from a checkpoint of the weights alone: transformers would start Adam and the schedule anew.
+
+    Args:
+        resumed: `resume_from_checkpoint` as transformers takes it: a path, True for the last checkpoint, or nothing.
+    """
+    last = get_last_checkpoint(trainer.args.output_dir) if resumed is True else resumed
+    checkpoint = Path(last) if last else None
+    if checkpoint and _holds_weights_alone(checkpoint) and not _has_ended(trainer, _trainer_state(checkpoint)):
+        raise ValueError(
+            f"resume_from_checkpoint: {str(checkpoint)!r} holds no state of the optimizer and the schedule "
+            "(save_only_model), without which both would start anew; start again in another folder, with "
+            "save_only_model false to be able to resume"
+        )
+
+
+def _holds_weights_alone(checkpoint: Path) -> bool:
+    """Whether a whole checkpoint holds no schedule; `latest` names DeepSpeed's state."""
+    return bool(_trainer_state(checkpoint)) and not any(
+        (checkpoint / name).exists() for name in ("scheduler.pt", "latest")
+    )
 
 
 def check_no_model(folder: Path) -> None:
@@ -76,7 +101,9 @@ def _step_of(checkpoint: Path) -> int:
 
 def how_to_resume(folder: Path) -> str:
     """What to do after a run in this folder was interrupted, as a sentence."""
-    if whole_checkpoints(folder):
+    if (checkpoints := whole_checkpoints(folder)) and _holds_weights_alone(checkpoints[-1]):
+        return "its checkpoints hold weights alone (save_only_model); start again in another folder"
+    if checkpoints:
         return "run the same command with --resume_from_checkpoint true to resume from the last checkpoint"
     if _checkpoints(folder) or _weight_files(folder):  # a new run would refuse to overwrite these
         return "there is no whole checkpoint; run the same command with --resume_from_checkpoint true to begin again"

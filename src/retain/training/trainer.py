@@ -34,6 +34,7 @@ from retain.training.protection import RETENTION_WINDOWS, Protection, check_repl
 from retain.training.replay_term import TermBatch
 from retain.training.retention import NEW_TASK_TEXT, RetentionMeasurer, check_best_metric, retention_names
 from retain.training.run_files import BUDGET_FILE, weights_step
+from retain.training.stopping import check_holds_optimizer
 from retain.training.trainer_checks import check_trained, check_weights, load_for_training
 
 if TYPE_CHECKING:  # the mixin's base for type checkers; at run time the host class follows it
@@ -297,6 +298,7 @@ class ReplayMixin(Host):
         self.budget = None
         folder, writes = Path(self.args.output_dir), self.is_world_process_zero()
         resumed = args[0] if args else kwargs.get("resume_from_checkpoint")
+        check_holds_optimizer(self, resumed)
         load_or_save_anchor(self.replay.anchor, folder, resumed, writes=writes)
         result = super().train(*args, **kwargs)
         if self.budget is None:  # resumed after the last step
