@@ -11,9 +11,8 @@ from retain.report.comparison import mismatch
 from retain.report.figures import Panel, PlotLine
 from retain.report.numbers import Estimate, enumeration, share_cell, value_cell
 from retain.report.results import ReportRuns
+from retain.report.sentences import MAX_NAMED
 from retain.statistics import bootstrap_ratio
-
-MOST_NAMED = 3  # texts named in the verdict
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,7 @@ def _chained(runs: ReportRuns, text: str, seed: int) -> ChainedText:
     if lowest == len(runs):
         return ChainedText(text, changes, lowest)
     lost, kept = ratio(losses[-1] - losses[lowest], sizes), None
-    learned = changes[lowest - 1] if lowest else None
-    if learned and learned.ci and learned.ci[1] < 0:
+    if lowest and changes[lowest - 1].sign < 0:
         kept = ratio(losses[0] - losses[-1], losses[0] - losses[lowest])
     return ChainedText(text, changes, lowest, lost, kept)
 
@@ -97,7 +95,7 @@ def _course(runs: ReportRuns, text: ChainedText) -> str:
 
 def _kept(share: Estimate) -> str:
     """How much of what was learned is kept; nothing if the loss is above the base's."""
-    if share.ci and share.ci[1] < 0:
+    if share.sign < 0:
         return "nothing of what was learned is kept, and the loss is above the base's"
     return f"{share_cell(share).with_interval} of what was learned is kept"
 
@@ -107,7 +105,7 @@ def chain_verdict(runs: ReportRuns, texts: Sequence[ChainedText]) -> str:
     risen = [text for text in texts if text.lost]
     if not risen:
         return f"After {len(runs)} stages no text has lost anything: the loss of each is lowest at the end."
-    lost = [text for text in risen if (rise := text.lost) and rise.ci and rise.ci[0] > 0][:MOST_NAMED]
+    lost = [text for text in risen if (rise := text.lost) and rise.sign > 0][:MAX_NAMED]
     if not lost:
         names = enumeration([text.name for text in risen])
         return f"After {len(runs)} stages no text shows a loss: the intervals of the rise on {names} include 0."
@@ -124,7 +122,7 @@ def chain_panel(runs: ReportRuns, texts: Sequence[ChainedText]) -> Panel:
     names, steps = ["base", *(run.name for run in runs)], list(range(len(runs) + 1))
     lines = [
         PlotLine(text.name, at, steps, [0.0, *(change.value for change in text.changes)],
-                 ranges=[(0.0, 0.0), *(change.ci or (change.value, change.value) for change in text.changes)])
+                 ranges=[(0.0, 0.0), *(change.range for change in text.changes)])
         for at, text in enumerate(texts)
     ]  # fmt: skip
     described = "; ".join(f"{text.name}: {', '.join(map(str, text.changes))}" for text in texts)

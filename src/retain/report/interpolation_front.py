@@ -56,7 +56,7 @@ class InterpolationFront:
             means: end → the same between the base and another end, where α = 0 is the base again.
         """
         gain = {text: result.estimates[GAIN.name] for text, result in runs[1.0].new_task.items()}
-        learned = [text for text, estimate in gain.items() if _low(estimate) > 0]
+        learned = [text for text, estimate in gain.items() if estimate.range[0] > 0]
         points = []
         for end, of_end in {MODEL: runs, **(means or {})}.items():
             for alpha, run in sorted(of_end.items()):
@@ -84,7 +84,7 @@ class InterpolationFront:
                     f"new_task: {text!r} shows no gain to keep, {value_cell(gain).with_interval} nats per token on "
                     f"{quantity(gain.num_documents, 'document')}; give more rows, or choose by max_ref_kl or alpha"
                 )
-        keeping = [point for point in self._moved if min(map(_low, point.kept.values())) >= share]
+        keeping = [point for point in self._moved if min(kept.range[0] for kept in point.kept.values()) >= share]
         return min(keeping, key=lambda point: _farthest(point).value)
 
     def within(self, max_ref_kl: float) -> FrontPoint:
@@ -93,9 +93,9 @@ class InterpolationFront:
         Raises:
             ValueError: if only the base is within it.
         """
-        within = [point for point in self._moved if _high(_farthest(point)) <= max_ref_kl]
+        within = [point for point in self._moved if _farthest(point).range[1] <= max_ref_kl]
         if not within:
-            first = min(self._moved, key=lambda point: _high(_farthest(point)))
+            first = min(self._moved, key=lambda point: _farthest(point).range[1])
             raise ValueError(
                 f"max_ref_kl: {max_ref_kl:g} is already exceeded at alpha {first.alpha:g}, where ref_kl is "
                 f"{value_cell(_farthest(first)).with_interval} nats per token; raise it, or finetune with replay"
@@ -133,16 +133,8 @@ class InterpolationFront:
         return panels
 
 
-def _low(estimate: Estimate) -> float:
-    return estimate.ci[0] if estimate.ci else estimate.value
-
-
-def _high(estimate: Estimate) -> float:
-    return estimate.ci[1] if estimate.ci else estimate.value
-
-
 def _farthest(point: FrontPoint) -> Estimate:
-    return max(point.ref_kl.values(), key=_high)
+    return max(point.ref_kl.values(), key=lambda moved: moved.range[1])
 
 
 def _kept_gain(run: RunResults, tuned: RunResults, text: str) -> Estimate:

@@ -49,6 +49,17 @@ class Estimate:
     def __str__(self) -> str:
         return str(value_cell(self))
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The ends of the interval; without one, the value as both."""
+        return self.ci or (self.value, self.value)
+
+    @property
+    def sign(self) -> int:
+        """1 if the whole interval is above 0, -1 if it is below; else 0, also without an interval."""
+        low, high = self.ci or (0.0, 0.0)
+        return 1 if low > 0 else -1 if high < 0 else 0
+
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> Estimate | None:
         """Parse an entry of report.json; None if its value is not a finite number."""

@@ -106,8 +106,7 @@ def _clause(label: str, estimates: Mapping[str, Estimate | None], after: str, un
 
 
 def _learning_words(result: TextResult) -> str:
-    low, high = result.gain.ci if result.gain and result.gain.ci else (0.0, 0.0)
-    return "" if low > 0 else " (it got worse)" if high < 0 else " (no learning shown)"
+    return {1: "", 0: " (no learning shown)", -1: " (it got worse)"}[result.gain.sign if result.gain else 0]
 
 
 def _divergence(result: TextResult) -> float:
@@ -237,8 +236,7 @@ def _change(shares: BehaviorShares) -> float:
 
 
 def _direction(what: str, neither: str, change: Estimate | None) -> str:
-    low, high = change.ci if change and change.ci else (0.0, 0.0)
-    return f"{what} fell" if high < 0 else f"{what} rose" if low > 0 else neither
+    return {1: f"{what} rose", 0: neither, -1: f"{what} fell"}[change.sign if change else 0]
 
 
 def _few(start: str, clauses: list[str]) -> str:
@@ -251,13 +249,14 @@ def comparison_verdict(compared: Comparison) -> str:
     """How much less each run moved from the base at the same new-task loss, or at its end with a caution."""
     names = [f"“{run.name}”" for run in compared.runs]
     texts = compared.matched or compared.end
-    shown, left_out = _least_moved(texts, len(names))
+    shown = _least_moved(texts, len(names))
     clauses = []
     for at in shown:
         words = _preventions(texts, at)
         clauses.append(
             f"{names[at]} moved away from the base {enumeration(words)}" if words else f"{names[at]} was not measured"
         )
+    left_out = len(names) - 1 - len(shown)
     clauses += [f"{left_out} more runs in the table"] if left_out else []
     if compared.matched:
         start = f"At the same new-task loss ({compared.matched_loss:.3f} nats per token), compared with {names[0]}"
@@ -267,13 +266,12 @@ def comparison_verdict(compared: Comparison) -> str:
     return f"{caution}, {'; '.join(clauses)}. No comparison at the same new-task loss: {why}."
 
 
-def _least_moved(texts: Mapping[str, Sequence[ComparedText]], total: int) -> tuple[list[int], int]:
-    """Places of the runs to name besides the first, and how many are left out: the three that moved least of many."""
+def _least_moved(texts: Mapping[str, Sequence[ComparedText]], total: int) -> list[int]:
+    """Places of the runs to name besides the first: of many, those that moved least."""
     others = list(range(1, total))
     if total <= 5:
-        return others, 0
-    others.sort(key=lambda place: sum(entries[place].ref_kl or 0.0 for entries in texts.values()))
-    return others[:MAX_NAMED], len(others) - MAX_NAMED
+        return others
+    return sorted(others, key=lambda at: sum(entries[at].ref_kl or 0.0 for entries in texts.values()))[:MAX_NAMED]
 
 
 def _preventions(texts: Mapping[str, Sequence[ComparedText]], at: int) -> list[str]:
