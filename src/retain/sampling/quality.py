@@ -7,7 +7,7 @@ at temperature 1, and for exact draws they agree: the mean of −log p(x) over x
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,10 @@ class PoolStatistics:
     Attributes:
         summary: over the pool. A mean is {"value", "ci"}: nats per token, with a 95% interval over rows, or `ci` None
             for one row. Shares are of all rows, `repeating` of the `num_judged`. None means not measured.
-        rows: name (num_tokens, loss, entropy, first_end, repeating, duplicate_of) → a list of shape (rows,).
         warnings: a sentence for each problem of the pool.
     """
 
     summary: dict[str, Any]
-    rows: dict[str, list[Any]]
     warnings: list[str]
 
 
@@ -61,7 +59,7 @@ def pool_statistics(
     entropy_sums: ArrayLike | None = None,
     end_ids: Collection[int] = (),
 ) -> PoolStatistics:
-    """Statistics of each row and of the pool.
+    """Statistics of a pool, and what is wrong with it.
 
     Args:
         rows: token ids of each row, shape (length,), including its prefix.
@@ -80,19 +78,20 @@ def pool_statistics(
     tokens = np.array([len(row) for row in drawn])
     loss = -np.asarray(logprob_sums, dtype=np.float64)
     entropy = None if entropy_sums is None else np.asarray(entropy_sums, dtype=np.float64)
-    ends = [np.flatnonzero(np.isin(row, list(end_ids))) for row in drawn]
-    columns: dict[str, list[Any]] = {
-        "num_tokens": tokens.tolist(),
-        "loss": (loss / np.maximum(tokens, 1)).tolist(),
-        "entropy": [None] * len(drawn) if entropy is None else (entropy / np.maximum(tokens, 1)).tolist(),
-        "first_end": [int(found[0]) if len(found) else None for found in ends],
-        "repeating": [is_repeating(row) for row in drawn],
-        "duplicate_of": exact_duplicates(drawn),
+    judged = [flag for flag in map(is_repeating, drawn) if flag is not None]
+    ended = [np.isin(row, list(end_ids)).any() for row in drawn]
+    summary = {
+        "num_rows": len(drawn),
+        "num_tokens": int(tokens.sum()),
+        "exact_duplicates": num_duplicates(drawn) / len(drawn),
+        "num_judged": len(judged),
+        "repeating": sum(judged) / len(judged) if judged else None,
+        "reached_end": float(np.mean(ended)) if end_ids else None,
+        "loss": _pool_mean(loss, tokens),
+        "entropy": _pool_mean(entropy, tokens),
+        "loss_minus_entropy": _pool_mean(None if entropy is None else loss - entropy, tokens),
     }
-    assert {len(column) for column in columns.values()} == {len(drawn)}, "one value per row"
-    means = {"loss": loss, "entropy": entropy, "loss_minus_entropy": None if entropy is None else loss - entropy}
-    summary = {**_pool_shares(columns, bool(end_ids)), **{key: _pool_mean(sums, tokens) for key, sums in means.items()}}
-    return PoolStatistics(summary, columns, _pool_warnings(summary))
+    return PoolStatistics(summary, _pool_warnings(summary))
 
 
 def is_repeating(tokens: np.ndarray) -> bool | None:
@@ -103,12 +102,10 @@ def is_repeating(tokens: np.ndarray) -> bool | None:
     return np.unique(ngrams).size < MIN_DISTINCT * ngrams.size
 
 
-def exact_duplicates(drawn: Sequence[np.ndarray]) -> list[int | None]:
-    """For each row, the index of the first row with the same tokens; None if that is the row itself."""
-    first: dict[bytes, int] = {}
-    digests = [hashlib.blake2b(row.astype(np.int64).tobytes(), digest_size=16).digest() for row in drawn]
-    firsts = [first.setdefault(digest, index) for index, digest in enumerate(digests)]
-    return [None if same == index else same for index, same in enumerate(firsts)]
+def num_duplicates(drawn: Sequence[np.ndarray]) -> int:
+    """How many rows have the same tokens as an earlier one."""
+    digests = {hashlib.blake2b(row.astype(np.int64).tobytes(), digest_size=16).digest() for row in drawn}
+    return len(drawn) - len(digests)
 
 
 def _pool_mean(sums: np.ndarray | None, tokens: np.ndarray) -> dict[str, Any] | None:
@@ -119,20 +116,6 @@ def _pool_mean(sums: np.ndarray | None, tokens: np.ndarray) -> dict[str, Any] | 
     num, den = (np.bincount(groups, weights=values) for values in (sums, tokens))
     value, *ci = bootstrap_ratio(num[den > 0], den[den > 0])
     return {"value": value, "ci": ci if np.isfinite(ci).all() else None}
-
-
-def _pool_shares(columns: dict[str, list[Any]], has_ends: bool) -> dict[str, Any]:
-    num_rows = len(columns["num_tokens"])
-    num_known = {key: num_rows - column.count(None) for key, column in columns.items()}
-    judged = [flag for flag in columns["repeating"] if flag is not None]
-    return {
-        "num_rows": num_rows,
-        "num_tokens": sum(columns["num_tokens"]),
-        "exact_duplicates": num_known["duplicate_of"] / num_rows,
-        "num_judged": len(judged),
-        "repeating": sum(judged) / len(judged) if judged else None,
-        "reached_end": num_known["first_end"] / num_rows if has_ends else None,
-    }
 
 
 def _pool_warnings(summary: dict[str, Any]) -> list[str]:
@@ -170,29 +153,31 @@ def pool_lines(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> li
     entropy = ("entropy",) if manifest["sampler"]["engine"] != "vllm" else ()
     columns = read_shards(folder, manifest, ("input_ids", "prefix_length", "logprob", *entropy))
     rows, prefix_lengths = columns["input_ids"], [int(length) for length in columns["prefix_length"]]
+    ends = end_ids(tokenizer, manifest["start_token"]["id"], starts)
     statistics = pool_statistics(
         rows,
         prefix_lengths=prefix_lengths,
         logprob_sums=columns["logprob"],
         entropy_sums=columns.get("entropy"),
-        end_ids=end_ids(tokenizer, manifest["start_token"]["id"], starts),
+        end_ids=ends,
     )
     write_json(folder / STATISTICS, asdict(statistics))
-    lines = [f"  {_spaced(key)}: {display(value)}" for key, value in statistics.summary.items() if value is not None]
+    names = {key: key.replace("num_", "").replace("_minus_", " − ").replace("_", " ") for key in statistics.summary}
+    lines = [f"  {names[key]}: {display(value)}" for key, value in statistics.summary.items() if value is not None]
     lines += [f"warning: {warning}" for warning in statistics.warnings]
-    first_ends = enumerate(statistics.rows["first_end"])
-    ends = [end for row, end in first_ends if starts.of_row(row)[0].end_of_turn is not None]
-    if ends.count(None) > MAX_OPEN_TURNS * len(ends):
+    drawn = [row[given:] for row, given in zip(rows, prefix_lengths, strict=True)]
+    chats = [row for index, row in enumerate(drawn) if starts.of_row(index)[0].end_of_turn is not None]
+    num_open = sum(not np.isin(row, ends).any() for row in chats)
+    if num_open > MAX_OPEN_TURNS * len(chats):
         lines.append(
-            f"warning: only {len(ends) - ends.count(None)} of {len(ends)} chat rows end their turn: this model does "
+            f"warning: only {len(chats) - num_open} of {len(chats)} chat rows end their turn: this model does "
             "not write whole turns of this role, or max_length is too short; use start document or prompts"
         )
     if kind := manifest["store_reference"]:
         size = bytes_per_token(folder, statistics.summary["num_tokens"])
         lines.append(f"  stored predictions: {kind}, {size:.1f} bytes per token")
     if preview:
-        texts = [tokenizer.decode(row[length:]) for row, length in zip(rows, prefix_lengths, strict=True)]
-        lines.append(preview_text(texts, statistics, preview))
+        lines.append(preview_text([tokenizer.decode(row) for row in drawn], preview))
     return lines
 
 
@@ -203,25 +188,11 @@ def end_ids(tokenizer: Any, start_id: int, starts: Starts) -> Sequence[int]:
     return sorted(token for token in ends if token is not None)
 
 
-def preview_text(texts: Sequence[str], statistics: PoolStatistics, count: int) -> str:
+def preview_text(texts: Sequence[str], count: int) -> str:
     """`count` rows spread over the pool, with control characters made visible so that a terminal can show them."""
-    assert len(texts) == len(statistics.rows["num_tokens"]), "one text per row"
     lines: list[str] = []
     for row in np.unique(np.linspace(0, len(texts) - 1, min(count, len(texts))).astype(int)).tolist():
         text = visible_text(texts[row])
         cut = text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + " …"
-        lines += ["", " · ".join(_notes(statistics, row)), *(f"  {line}" for line in cut.split("\n"))]
+        lines += ["", f"row {row}", *(f"  {line}" for line in cut.split("\n"))]
     return "\n".join(lines) + "\n"
-
-
-def _notes(statistics: PoolStatistics, row: int) -> Iterator[str]:
-    yield f"row {row}"
-    if statistics.rows["repeating"][row]:
-        yield "repeating"
-    for key, column in statistics.rows.items():
-        if key != "repeating" and column[row] is not None:
-            yield f"{_spaced(key)} {display(column[row])}"
-
-
-def _spaced(key: str) -> str:
-    return key.replace("num_", "").replace("_minus_", " − ").replace("_", " ")
