@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from trl import SFTTrainer
 from retain import ReplayConfig, ReplaySFTTrainer, ReplayTrainer
 from retain.files import read_jsonl
 from retain.losses import kl_divergence
-from retain.replay.dataset import ReplayDataset, replace_rows, token_documents
-from retain.sampling.write import sample_rows
+from retain.replay.dataset import ReplayDataset, load_self_generated, replace_rows, token_documents
+from retain.sampling.write import sample_replay, sample_rows
 from retain.training.coef_controller import OPENING_LENGTH
 
 
@@ -453,6 +454,27 @@ def test_adapters_that_keep_the_base_intact(tmp_path: Path, replay: ReplayDatase
         expected = make_model()(**batch).logits
         with trainer.replay.reference.base(trainer.model) as base:
             assert torch.allclose(base(**batch).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("store", ["hidden", "topk"])
+def test_a_prompt_is_held_to_what_was_stored_of_its_base(tmp_path: Path, store: str) -> None:
+    """It does not start at its base, so "these are not this model's; sample again" was said of the base's own rows."""
+    stored = {"num_rows": 8, "max_length": 24, "seed": 5, "store_reference": store}
+    rows = load_self_generated(sample_replay(make_model(), TOKENIZER, tmp_path / "rows", **stored))
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    kl = {}
+    for reference in ("auto", "adapter"):
+        settings = ReplayConfig(replay_reference=reference)
+        torch.manual_seed(0)
+        trainer = train(tmp_path / reference, rows, replay_config=settings, peft_config=prompt)
+        kl[reference] = logged(trainer, "replay/kl")
+    assert kl["auto"][-1] > 1e-3
+    if store == "hidden":
+        assert kl["auto"] == pytest.approx(kl["adapter"], rel=1e-4)
+    other = load_self_generated(sample_replay(make_model(seed=1), TOKENIZER, tmp_path / "others", **stored))
+    other = replace(other, manifest=rows.manifest)
+    with pytest.raises(ValueError, match="^replay_reference: the predictions stored in .* are not this model's"):
+        train(tmp_path / "other", other, peft_config=prompt)
 
 
 def test_what_the_user_froze_in_an_adapter_stays_frozen(tmp_path: Path, replay: ReplayDataset) -> None:

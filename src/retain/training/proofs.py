@@ -45,12 +45,16 @@ def prove_own_rows(
 
 
 def prove_stored(term: ReplayTerm, rows: ReplayDataset, model: Any, accelerator: Any) -> dict[int, Tensor]:
-    """Refuse stored predictions that are not the model's; return `stored_kl` before training.
+    """Refuse stored predictions that are not the base's; return `stored_kl` before training.
 
+    The base is the model before training, or without its adapter where that does not start at it, like a prompt.
     This runs on the model's current device: a host that shards the model moves it to the training device only later.
     """
-    kl = stored_kl(term, rows, model)
     limit = MAX_STORED_ERROR_HALF if _is_half(rows, model, accelerator) else MAX_STORED_ERROR
+    kl = stored_kl(term, rows, model)
+    if hasattr(model, "disable_adapter") and not all(float(values.mean()) <= limit for values in kl.values()):
+        with Reference().base(model):
+            kl = stored_kl(term, rows, model)
     for row, values in kl.items():
         if not (error := float(values.mean())) <= limit:
             raise ValueError(
