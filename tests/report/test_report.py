@@ -134,6 +134,57 @@ def test_sums_of_fewer_documents_are_a_damaged_file(plain: dict, tmp_path: Path)
             ForgettingReport.from_json(tmp_path / "report.json")
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "error"),
+    [
+        (
+            ("retention", "wiki", "ref_kl", "ci"),
+            [0.7, 0.5],
+            r"'retention.wiki.ref_kl' is 0.123, outside its interval \[",
+        ),
+        (
+            ("retention", "wiki", "ref_kl", "ci"),
+            [0.2, 0.3],
+            r"'retention.wiki.ref_kl' is 0.123, outside its interval \[",
+        ),
+        (
+            ("noise_floor", "wiki"),
+            {"ref_kl": {"value": 1, "ci": [0, 0.5]}},
+            "'noise_floor.wiki.ref_kl' is 1, outside its",
+        ),
+        (
+            ("retention", "wiki", "ref_kl", "num_documents"),
+            -3,
+            "'retention.wiki.ref_kl.num_documents' is -3, a negative",
+        ),
+        (
+            ("choices", "arc"),
+            {"num_questions": 2, "style": "letters", "notes": [], "rules": {"acc": {"counts": {"lost": -1}}}},
+            "'choices.arc.rules.acc.counts.lost' is -1, a negative number",
+        ),
+        (
+            ("per_document", "wiki"),
+            {"ref_kl": [0.1], "loss": [1.0], "base_loss": [1.0], "num_tokens": [-1]},
+            "'per_document.wiki.num_tokens.0' is -1, a negative number",
+        ),
+    ],
+)
+def test_what_no_measurement_gives_is_a_damaged_file(
+    plain: dict, tmp_path: Path, place: tuple[str, ...], value: Any, error: str
+) -> None:
+    """An interval whose ends were swapped by hand was shown as it is."""
+    changed = json.loads(json.dumps(plain))
+    part = changed
+    for name in place[:-1]:
+        part = part.setdefault(name, {})
+    part[place[-1]] = value
+    (tmp_path / "report.json").write_text(json.dumps(plain))
+    ForgettingReport.from_json(tmp_path / "report.json")
+    (tmp_path / "report.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=f"^runs: .* is damaged: {error}"):
+        ForgettingReport.from_json(tmp_path / "report.json")
+
+
 # --- comparison at matched new-task loss -----------------------------------------------------------------------
 
 
@@ -800,7 +851,7 @@ def shown(kind: str, **rates: float) -> dict[str, Any]:
         }  # fmt: skip
     example = {"prompt": f"{kind} prompt", "base": "yes", "tuned": "<b>no</b>", "fate": {next(iter(rates)): "lost"}}
     return {"kind": kind, "num_prompts": 40, "chat_template": True, "max_new_tokens": 128, "scorers": scorers,
-            "thinking": {"base_length": share(4.0), "length": share(3.0)} if kind == "tools" else None,
+            "thinking": {"base_length": share(4.0, 3, 5), "length": share(3.0, 2, 4)} if kind == "tools" else None,
             "notes": [], "examples": [example]}  # fmt: skip
 
 
@@ -808,7 +859,7 @@ def wrote(data: dict) -> dict[str, Any]:
     """A report with everything that is written, refused and known in it."""
     keys = ("length", "ended", "markers")
     form = {f"{before}{key}{after}": share(0.25) for key in keys for before, after in (("base_", ""), ("", ""))}
-    form |= {f"{key}_change": share(-0.125) for key in keys}
+    form |= {f"{key}_change": share(-0.125, -1.0, 1.0) for key in keys}
     token = {"text": "a", "base_loss": 1.0, "loss": 2.5, "ref_kl": 0.75, "base_top": "x", "tuned_top": "\n"}
     worst = {
         "document": 3,

@@ -18,7 +18,7 @@ from retain.report.chain import chain_panel, over_chain
 from retain.report.comparison import compare_at_matched_loss
 from retain.report.figures import panels
 from retain.report.model_card import card_with_forgetting
-from retain.report.results import RunResults, TextResult, json_shape, read_as
+from retain.report.results import RunResults, TextResult, contradiction, json_shape, read_as
 from retain.report.sentences import verdict
 
 REPORT_SCHEMA = "retain.report/1"
@@ -91,7 +91,10 @@ class ForgettingReport:
                 raise ValueError(f"{where} is damaged: its columns differ in their number of documents; measure again")
         if _finite(data) != data:
             raise ValueError(f"{where} holds a number that is not finite, which is not a result; measure again")
-        return cls(data)
+        report = cls(data)
+        if wrong := contradiction(report.results):
+            raise ValueError(f"{where} is damaged: {wrong}; measure again")
+        return report
 
     @property
     def _page(self) -> page.Page:

@@ -334,6 +334,30 @@ def read_as(kind: Any, value: Any) -> Any:
     return value
 
 
+def contradiction(value: Any, name: str = "", *, is_count: bool = False) -> str | None:
+    """The first place in results that no measurement gives: an estimate outside its interval, a negative count.
+
+    Args:
+        value: `RunResults`, or the part of it that is called `name`.
+        is_count: whether numbers in it are counts.
+    """
+    place = repr(name.removeprefix("."))
+    if isinstance(value, Estimate) and value.ci is not None:
+        (low, high), rounding = value.ci, 1e-9 * max(1.0, *map(abs, value.ci))
+        if not low - rounding <= value.value <= high + rounding:
+            return f"{place} is {value.value:g}, outside its interval [{low:g}, {high:g}]"
+    if is_count and is_number(value) and value < 0:
+        return f"{place} is {value:g}, a negative number"
+    parts = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+    if is_dataclass(value):
+        parts = (value.estimates if isinstance(value, TextResult) else vars(value)).items()
+    found = (
+        contradiction(part, f"{name}.{key}", is_count=is_count or key == "counts" or str(key).startswith("num_"))
+        for key, part in parts
+    )
+    return next(filter(None, found), None)
+
+
 def json_shape(kind: Any) -> Any:
     """The JSON shape of the type `kind`, for `check_shape`."""
     if kind is Estimate:
