@@ -146,15 +146,17 @@ def read_jsonl(path: Path, shape: Any = MAPPING) -> list[dict[str, Any]]:
     return rows
 
 
-def is_finite(value: Any) -> bool:
-    """Whether a value read from JSON holds no NaN or infinity, which Python accepts and JSON does not.
+def without_nan(value: Any) -> Any:
+    """The value with None (null in JSON) for NaN and infinity, which Python's JSON accepts and the format lacks.
 
-    >>> is_finite({"loss": [1.5, None]}), is_finite({"loss": [1.5, float("nan")]})
-    (True, False)
+    >>> without_nan({"loss": 1.5, "ci": (1.4, float("inf"))})
+    {'loss': 1.5, 'ci': [1.4, None]}
     """
-    if isinstance(value, dict | list):
-        return all(map(is_finite, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, float) or math.isfinite(value)
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(without_nan, value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_shape(value: Any, shape: Any, where: str, remedy: str) -> None:

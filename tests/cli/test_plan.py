@@ -64,6 +64,12 @@ def test_every_pilot_has_a_seed_of_its_own(world):
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
+def test_a_retention_text_may_be_on_the_hub():
+    """As for `retain finetune`, which reads it; it was refused as no file."""
+    hub = PlanConfig(model="m", dataset_name="d", retention=["wiki=owner/name"], max_ref_kl=0.1, output_dir="plan")
+    assert plan_verb.retention_of(hub) == "wiki"
+
+
 @pytest.mark.program
 def test_plan_on_the_command_line(world, capsys, monkeypatch):
     """Stopped in the middle, resumed, and run again with a limit that nothing keeps."""

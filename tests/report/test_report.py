@@ -22,7 +22,7 @@ from retain.measuring.paired_answers import compare_answers, share_entry
 from retain.report import page, style, tables
 from retain.report.comparison import Comparison, compare_at_matched_loss, dominators, first_crossing, frontier
 from retain.report.figures import Panel, PlotLine, learned_and_forgotten, panels
-from retain.report.model_card import card_with_forgetting, model_index
+from retain.report.model_card import card_with_forgetting
 from retain.report.numbers import Cell, cell
 from retain.report.page import differences, worst_documents
 from retain.report.report import ForgettingReport, write_comparison
@@ -78,8 +78,8 @@ def typed(runs: list[dict]) -> list[RunResults]:
     return [ForgettingReport(run).results for run in runs]
 
 
-def compare(runs: list[dict], seed: int = 0) -> Comparison:
-    return compare_at_matched_loss(typed(runs), seed)
+def compare(runs: list[dict]) -> Comparison:
+    return compare_at_matched_loss(typed(runs))
 
 
 def panels_of(runs: list[dict]) -> list[Panel]:
@@ -100,6 +100,12 @@ def summary_of(runs: list[dict]) -> str:
 
 def card_of(run: dict) -> str:
     return page.Page([ForgettingReport(run).results], "Forgetting").model_card()
+
+
+def parsed_card(run: dict) -> Any:
+    from huggingface_hub import ModelCard
+
+    return ModelCard(card_with_forgetting("", ForgettingReport(run).results))
 
 
 def verdict_of(run: dict) -> str:
@@ -223,12 +229,12 @@ def test_rounding_of_the_place_between_two_evaluations_costs_no_interval(loss: f
 
 def test_interval_is_seeded_contains_the_value_and_keeps_to_what_a_share_can_be(plain: dict) -> None:
     other = run("replay", [4.0, 3.5, 2.5], [0.0, 0.02, 0.04], (1.0, 2.0, 3.0, 4.0))
-    entry = compare([plain, other], seed=3).matched["wiki"][1]
+    entry = compare([plain, other]).matched["wiki"][1]
     low, high = entry.prevented_ci
     assert low < entry.prevented < high
     shares = np.array([1.0, 2.0, 3.0, 4.0]) / np.average([1, 2, 3, 4], weights=TOKENS) * 0.1
     assert low < 1 - shares.max() < 1 - shares.min() < high <= 1  # four documents are no bound for those to come
-    assert compare([plain, other], seed=3).matched["wiki"][1].prevented_ci == [low, high]
+    assert compare([plain, other]).matched["wiki"][1].prevented_ci == [low, high]
 
 
 def test_crossing() -> None:
@@ -1015,22 +1021,17 @@ def test_ten_runs_look_different() -> None:
 
 
 def test_model_index_goes_through_a_model_card_and_back(plain: dict) -> None:
-    from huggingface_hub import ModelCard, ModelCardData
-
     plain["choices"] = asked("Wiki")
     plain["retention"]["wiki"]["ref_kl"]["value"] = None
-    index = model_index(ForgettingReport(plain).results)
-    card = ModelCard(f"---\n{ModelCardData(**{'model-index': index}).to_yaml()}\n---\n")
-    assert card.data.to_dict()["model-index"] == index
+    card = parsed_card(plain)
     values = {(r.dataset_name, r.metric_name): r.metric_value for r in card.data.eval_results or []}
     assert values == {
         ("verilog", "gain"): 0.743, ("wiki", "forgetting"): 0.061, ("wiki", "ref_agreement"): 0.913,
         ("Wiki", "agreement (acc)"): 0.5, ("Wiki", "accuracy (acc)"): 0.5,
     }  # fmt: skip
     assert card.data.eval_results[0].metric_args == {"ci": [0.711, 0.789]}
-    assert model_index(RunResults("bare", retention={})) == []
-    hostile_index = model_index(ForgettingReport(hostile_run(plain)).results)
-    assert ModelCard(f"---\n{ModelCardData(**{'model-index': hostile_index}).to_yaml()}\n---\n").data.eval_results
+    assert parsed_card({"name": "bare", "base": {"model": "m"}, "retention": {}}).data.eval_results is None
+    assert parsed_card(hostile_run(plain)).data.eval_results
 
 
 # --- differences and figures -----------------------------------------------------------------------------------
@@ -1136,7 +1137,7 @@ def test_a_model_card_gets_the_section_once_and_keeps_the_rest(plain: dict, tmp_
         ForgettingReport(plain).to_model_card(path)
     card = ModelCard.load(path)
     assert card.data.to_dict()["license"] == "mit"
-    assert card.data.to_dict()["model-index"] == model_index(ForgettingReport(plain).results)
+    assert card.data.to_dict()["model-index"] == parsed_card(plain).data.to_dict()["model-index"]
     assert card.text.count("## Forgetting") == 1
     assert card.text.strip().startswith("# Mine\n\nWords.")
     path.write_text(path.read_text() + "\nMore words.\n")

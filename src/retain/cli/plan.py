@@ -179,9 +179,6 @@ def seed_of(config: PlanConfig, pilot: Pilot) -> int:
 def retention_of(config: PlanConfig) -> str:
     """The name of the retention text that the limit applies to."""
     sources = named_sources(config.retention, "retention")
-    for path in sources.values():
-        if not Path(path).exists():
-            raise ValueError(f"retention: no file {path!r}; check the path")
     name = config.retention_name or next(iter(sources))
     if name not in sources or (len(sources) > 1 and config.retention_name is None):
         raise ValueError(f"retention_name: choose one of {', '.join(sources)}; the limit applies to one text")

@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerFast
 START = "<|endoftext|>"  # id 0; begins a document
 MIN_VOCAB_SIZE = 257  # the bytes and the document start
 CHUNK_CHARS = 2000  # per training string
+TRAINING_CHARS = 4_000_000  # of texts to train on, about
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int, max_chars: int = 4_000_000) -> PreTrainedTokenizerFast:
-    """Train byte-level BPE, which can write any text, on every n-th text, for about `max_chars` characters.
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE, which can write any text, on every n-th text, for about `TRAINING_CHARS` characters.
 
     Raises:
         ValueError: if the vocabulary has no room for all bytes.
@@ -29,7 +30,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, max_chars: int = 4_00
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    every = max(1, -(-sum(map(len, texts)) // max_chars))
+    every = max(1, -(-sum(map(len, texts)) // TRAINING_CHARS))
     raw.train_from_iterator(_chunks(texts[::every]), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=START, eos_token=START, pad_token=START)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtri, stdtrit
 
-from retain.files import MAPPING, NUMBER, check_shape, read_json, write_json
+from retain.files import MAPPING, NUMBER, check_shape, read_json, without_nan, write_json
 from retain.laws.fit_problem import Problem
 from retain.laws.forms import LOSSES, Array, Form, column_of, form_of
 from retain.laws.law_table import law_table
@@ -49,10 +49,10 @@ class Prediction:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: output → value, ci and curve_ci (null if there is none); level, extrapolates and notes."""
         parts: dict[str, dict[str, Any]] = {"value": self.value, "ci": self.ci, "curve_ci": self.curve_ci}
-        return {
-            **{name: {part: finite_or_none(by[name]) for part, by in parts.items()} for name in self.value},
+        return without_nan({
+            **{name: {part: np.asarray(by[name]).tolist() for part, by in parts.items()} for name in self.value},
             **{"level": self.level, "extrapolates": bool(self.extrapolates), "notes": self.extrapolates + self.cut},
-        }
+        })  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -317,8 +317,8 @@ class ForgettingLaw:
             "schema": LAW_SCHEMA,
             "form": self.form.name,
             "equation": self.form.equation,
-            "params": {name: finite_or_none(value) for name, value in self.params.items()},
-            "ci": {name: finite_or_none(interval) for name, interval in self.conf_int().items()},
+            "params": without_nan(self.params),
+            "ci": without_nan(self.conf_int()),
             "r_squared": self.r_squared,
             **{name: getattr(self, name) for name in PLAIN_FIELDS},
             "bounds": self.form.exponents,
@@ -404,10 +404,3 @@ def first_crossings(grid: Array, curves: Array, target: float) -> Array:
     low, high, logs = curves[inside, after - 1], curves[inside, after], np.log(grid)
     crossings[inside] = np.exp(logs[after - 1] + (target - low) / (high - low) * (logs[after] - logs[after - 1]))
     return crossings
-
-
-def finite_or_none(value: Any) -> Any:
-    """A number, or nested lists of numbers, for JSON: None for what is not finite."""
-    if isinstance(value, tuple | list | np.ndarray):
-        return [finite_or_none(item) for item in value]
-    return float(value) if math.isfinite(value) else None

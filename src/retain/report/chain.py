@@ -33,7 +33,7 @@ class ChainedText:
     kept: Estimate | None = None
 
 
-def over_chain(runs: ReportRuns, seed: int = 0) -> list[ChainedText]:
+def over_chain(runs: ReportRuns) -> list[ChainedText]:
     """Every text that all stages were measured on, the one that lost most first.
 
     Intervals are bootstrapped over documents, with the same resampled documents at both ends of a difference. Since the
@@ -56,17 +56,17 @@ def over_chain(runs: ReportRuns, seed: int = 0) -> list[ChainedText]:
         for run in runs[1:]:
             if why := mismatch(runs[0], run, text):
                 raise ValueError(f"chain: {text} of {run.name!r} was {why}; measure all stages with one command")
-    texts = [_chained(runs, text, seed) for text in shared]
+    texts = [_chained(runs, text) for text in shared]
     return sorted(texts, key=lambda text: -text.lost.value if text.lost else 0.0)
 
 
-def _chained(runs: ReportRuns, text: str, seed: int) -> ChainedText:
+def _chained(runs: ReportRuns, text: str) -> ChainedText:
     sums = [run.per_document[text] for run in runs]
     sizes = np.asarray(sums[0].num_tokens)
     losses = [np.asarray(losses) for losses in (sums[0].base_loss, *(stage.loss for stage in sums))]
 
     def ratio(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
-        value, low, high = bootstrap_ratio(numerator, denominator, seed=seed)
+        value, low, high = bootstrap_ratio(numerator, denominator)
         ends = (low, high) if np.isfinite([low, high]).all() else None
         return Estimate(value, ends, num_documents=len(sizes), num_tokens=int(sizes.sum()))
 

@@ -16,7 +16,7 @@ from retain.report.results import KeptSums, ReportRuns, RunResults, TextResult, 
 from retain.statistics import bootstrap_ratio
 
 INTERVAL_LEVEL = 0.95
-NUM_RESAMPLES = 2000
+NUM_RESAMPLES, SEED = 2000, 0
 COMPARED = ("ref_kl", "forgetting")  # nats per token
 # Settings of `retain measure` that change its numbers; the device and `batch_tokens` only change their rounding.
 DECIDING = ("max_length", "max_windows", "start_token", "tokenizer_fingerprint", "dtype", "attn_implementation")
@@ -80,13 +80,13 @@ class Comparison:
     warnings: list[str]
     matched: dict[str, list[ComparedText]]
     end: dict[str, list[ComparedText]]
-    seed: int
+    seed: int = SEED
     schema: str = "retain.comparison/1"
     level: float = INTERVAL_LEVEL
     num_resamples: int = NUM_RESAMPLES
 
 
-def compare_at_matched_loss(runs: ReportRuns, seed: int = 0) -> Comparison:
+def compare_at_matched_loss(runs: ReportRuns) -> Comparison:
     """Compare the forgetting of several runs of one base at the same new-task loss, and at their ends.
 
     A run that learned less may also forget less. So `matched_loss` (nats per token) is the lowest new-task loss that
@@ -110,7 +110,7 @@ def compare_at_matched_loss(runs: ReportRuns, seed: int = 0) -> Comparison:
     loss_text, losses = _final_losses(runs, ends)
     texts = names_of_texts(runs)
     measured = [text for text in texts if _measured_in_all(runs, text)]
-    matched = {text: _side_by_side(runs, steps, text, seed) for text in texts} if reason is None else {}
+    matched = {text: _side_by_side(runs, steps, text) for text in texts} if reason is None else {}
     matched = {text: entries for text, entries in matched.items() if any(e.ref_kl is not None for e in entries)}
     if texts and reason is None and not matched:
         reason = "no text was measured during training; give it to `retain finetune` as --retention"
@@ -129,8 +129,7 @@ def compare_at_matched_loss(runs: ReportRuns, seed: int = 0) -> Comparison:
         runs=compared,
         warnings=_rate_warnings(runs, steps, rates) + _token_warnings(runs) if matched else [],
         matched=matched,
-        end={text: _side_by_side(runs, None if text in measured else ends, text, seed) for text in texts},
-        seed=seed,
+        end={text: _side_by_side(runs, None if text in measured else ends, text) for text in texts},
     )
 
 
@@ -283,13 +282,13 @@ def _training_losses(runs: ReportRuns) -> str:
     return f"; their training loss ended at {listed}" if len(last) == len(runs) else ""
 
 
-def _side_by_side(runs: ReportRuns, steps: Sequence[float | None] | None, text: str, seed: int) -> list[ComparedText]:
+def _side_by_side(runs: ReportRuns, steps: Sequence[float | None] | None, text: str) -> list[ComparedText]:
     """One entry per run for a text at each run's own step; if `steps` is None, as `retain measure` measured it."""
     entries, sums = [], []
     for run, step in zip(runs, steps or [None] * len(runs), strict=True):
         estimates, of_run = _measured(run, text) if steps is None else _evaluated(run, text, step)
         numbers: dict[str, Any] = {metric: estimate.value for metric, estimate in estimates.items()}
-        numbers |= {f"{metric}_ci": _bounds(metric, estimate, of_run, seed) for metric, estimate in estimates.items()}
+        numbers |= {f"{metric}_ci": _bounds(metric, estimate, of_run) for metric, estimate in estimates.items()}
         size = len(of_run["num_tokens"]) if of_run else None
         entries.append(ComparedText(run.name, step, **numbers, num_documents=size))
         sums.append(of_run)
@@ -301,7 +300,7 @@ def _side_by_side(runs: ReportRuns, steps: Sequence[float | None] | None, text: 
             to = runs[first].name
             note: dict[str, Any] = {"unlike": Mismatch(to, why), "note": f"not compared with “{to}”: {why}"}
         else:
-            note = _prevented(entries[0], entry, sums[0], sums[at], runs[0].floor(text), seed)
+            note = _prevented(entries[0], entry, sums[0], sums[at], runs[0].floor(text))
         entries[at] = replace(entry, **note)
     return entries
 
@@ -319,14 +318,14 @@ def _evaluated(run: RunResults, text: str, step: float | None) -> tuple[dict[str
     return estimates, _sums_at(run, text, step)
 
 
-def _bounds(metric: str, estimate: Estimate, sums: Sums | None, seed: int) -> list[float] | None:
+def _bounds(metric: str, estimate: Estimate, sums: Sums | None) -> list[float] | None:
     if estimate.ci or sums is None:
         return list(estimate.ci) if estimate.ci else None
-    return _interval(sums[metric], sums["num_tokens"], seed, METRICS[metric].least)
+    return _interval(sums[metric], sums["num_tokens"], METRICS[metric].least)
 
 
 def _prevented(
-    first: ComparedText, entry: ComparedText, sums_of_first: Sums | None, sums: Sums | None, floor: float, seed: int
+    first: ComparedText, entry: ComparedText, sums_of_first: Sums | None, sums: Sums | None, floor: float
 ) -> dict[str, Any]:
     """The share of the first run's ref_kl that this run prevented, with a paired interval, or why there is none."""
     if entry.ref_kl is None or first.ref_kl is None:
@@ -336,7 +335,7 @@ def _prevented(
     value = 1 - entry.ref_kl / first.ref_kl
     if sums_of_first is None or sums is None:
         return {"prevented": value, "note": "no interval: no values per document"}
-    ci = _interval(sums["ref_kl"], sums_of_first["ref_kl"], seed, 0.0)
+    ci = _interval(sums["ref_kl"], sums_of_first["ref_kl"], 0.0)
     if ci is None:
         return {"prevented": value, "note": "no interval: too few documents"}
     return {"prevented": value, "prevented_ci": [1 - ci[1], 1 - ci[0]]}
@@ -382,14 +381,14 @@ def loss_difference(run: RunResults, other: RunResults, text: str) -> tuple[Esti
     sums = [_measured_sums(each, text) for each in (run, other)]
     ci = None
     if sums[0] and sums[1]:
-        ci = _interval(sums[0]["loss"] - sums[1]["loss"], sums[0]["num_tokens"], 0, -math.inf)
+        ci = _interval(sums[0]["loss"] - sums[1]["loss"], sums[0]["num_tokens"], -math.inf)
     return Estimate(ours.value - theirs.value, (ci[0], ci[1]) if ci else None), (ours.value, theirs.value)
 
 
-def _interval(numerator: np.ndarray, denominator: np.ndarray, seed: int, least: float) -> list[float] | None:
+def _interval(numerator: np.ndarray, denominator: np.ndarray, least: float) -> list[float] | None:
     """95% interval of a ratio of sums that is at least `least`; None if there are too few documents."""
     _, low, high = bootstrap_ratio(
-        numerator, denominator, num_resamples=NUM_RESAMPLES, level=INTERVAL_LEVEL, seed=seed, within=(least, math.inf)
+        numerator, denominator, num_resamples=NUM_RESAMPLES, level=INTERVAL_LEVEL, seed=SEED, within=(least, math.inf)
     )
     return [low, high] if math.isfinite(low) else None
 

@@ -36,7 +36,7 @@ def card_with_forgetting(card: str, run: RunResults) -> str:
 
 
 def _is_from_a_report(result: Any) -> bool:
-    """Whether a result in a card's metadata is from `model_index`: one of our metrics with its interval."""
+    """Whether a result in a card's metadata is of a report: one of our metrics with its interval."""
     return result.metric_type in (*INDEXED, *OF_ANSWERS) and "ci" in (result.metric_args or {})
 
 
@@ -64,19 +64,12 @@ def check_card(path: str) -> None:
         raise ValueError(f"model_card: {path!r} is not UTF-8 text; give another file") from error
 
 
-def model_index(run: RunResults) -> list[dict[str, Any]]:
-    """A report's numbers as the value of the key `model-index` in a model card's metadata.
+def _eval_results(run: RunResults) -> list[Any]:
+    """A report's numbers as results in a model card's metadata.
 
     Texts have the metrics that are `indexed`, question sets agreement and accuracy. Intervals are in the metrics'
     arguments, since the format has no field for them.
     """
-    from huggingface_hub.repocard_data import eval_results_to_model_index
-
-    results = _eval_results(run)
-    return eval_results_to_model_index(harmless(run).name, results) if results else []
-
-
-def _eval_results(run: RunResults) -> list[Any]:
     from huggingface_hub.repocard_data import EvalResult
 
     run = harmless(run)

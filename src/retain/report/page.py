@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retain.files import visible, visible_text
 from retain.report import tables
-from retain.report.chain import chain_panel, chain_sentences, chain_verdict, over_chain
-from retain.report.comparison import compare_at_matched_loss
+from retain.report.chain import ChainedText, chain_panel, chain_sentences, chain_verdict, over_chain
+from retain.report.comparison import Comparison, compare_at_matched_loss
 from retain.report.figures import learned_and_forgotten, panels
 from retain.report.metrics import TABLE_METRICS
 from retain.report.numbers import cell, heat
@@ -122,11 +122,21 @@ class Page:
         return "\n".join(lines).rstrip() + "\n"
 
     @cached_property
+    def compared(self) -> Comparison:
+        """The runs compared with the first, for a page that is not of a chain."""
+        return compare_at_matched_loss(self.runs)
+
+    @cached_property
+    def chained(self) -> list[ChainedText]:
+        """Every text over the stages of a chain."""
+        return over_chain(self.runs)
+
+    @cached_property
     def view(self) -> dict[str, Any]:
         """Everything the templates show, as plain strings and numbers."""
         runs, chain = [harmless(run) for run in self.runs], self.chain
-        compared = compare_at_matched_loss(runs) if len(runs) > 1 and not chain else None
-        chained = over_chain(runs) if chain else []
+        compared = harmless(self.compared) if len(runs) > 1 and not chain else None
+        chained = harmless(self.chained) if chain else []
         sentence = chain_verdict(runs, chained) if chain else verdict(runs[0])
         warnings = _warnings(runs) + list(filter(None, map(overfit_sentence, runs)))
         ends = end_sentences(compared) if compared else []

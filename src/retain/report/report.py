@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -12,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from retain import versions
-from retain.files import NUMBER, check_shape, read_json, write_text
+from retain.files import NUMBER, check_shape, read_json, without_nan, write_text
 from retain.report import page
-from retain.report.chain import chain_panel, over_chain
-from retain.report.comparison import compare_at_matched_loss
+from retain.report.chain import chain_panel
 from retain.report.figures import panels
 from retain.report.model_card import card_with_forgetting
 from retain.report.results import RunResults, TextResult, contradiction, json_shape, read_as
@@ -89,7 +87,7 @@ class ForgettingReport:
         for sums in [*(data.get("per_document") or {}).values(), *(data.get("documents") or [])]:
             if len({len(column) for column in sums.values() if isinstance(column, list)}) > 1:
                 raise ValueError(f"{where} is damaged: its columns differ in their number of documents; measure again")
-        if _finite(data) != data:
+        if without_nan(data) != data:
             raise ValueError(f"{where} holds a number that is not finite, which is not a result; measure again")
         report = cls(data)
         if wrong := contradiction(report.results):
@@ -144,18 +142,15 @@ def write_comparison(
     from retain.report import style  # with matplotlib, which reading a report does not need
 
     runs, folder = [report.results for report in reports], Path(folder)
+    written = page.Page(runs, title, notes, chain)
     data: dict[str, Any] = {"title": title, "notes": list(notes), "runs": [report.data for report in reports]}
+    data |= {"chain": list(map(asdict, written.chained))} if chain else {"comparison": asdict(written.compared)}
+    _write(folder, data, written)
     figure: Any  # or None
     if chain:
-        texts = over_chain(runs)
-        data["chain"] = list(map(asdict, texts))
-        figure = style.draw_panel(chain_panel(runs, texts), [text.name for text in texts])
+        figure = style.draw_panel(chain_panel(runs, written.chained), [text.name for text in written.chained])
     else:
-        compared = compare_at_matched_loss(runs)
-        data["comparison"] = asdict(compared)
-        figure = style.frontier_row(panels(runs, compared), len(runs))
-    written = page.Page(runs, title, notes, chain)
-    _write(folder, data, written)
+        figure = style.frontier_row(panels(runs, written.compared), len(runs))
     if figure is not None:
         style.save_png(figure, folder / "figure.png")
     return written
@@ -169,13 +164,4 @@ def _write(folder: Path, data: dict[str, Any], shown: page.Page) -> None:
 
 
 def _json(data: dict[str, Any]) -> str:
-    return json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """The value with None (null in JSON) for NaN and infinity, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(without_nan(data), indent=1, allow_nan=False) + "\n"

@@ -25,11 +25,11 @@ STATES = {
 }
 
 
-def verdict(run: RunResults, first: RunResults | None = None) -> str:
-    """What texts, answers and a budget show about a run; the budget's price is relative to the first run."""
+def verdict(run: RunResults) -> str:
+    """What texts, answers and a budget show about a run."""
     behaviours = behaviour_sentences(run)
     texts = [text_verdict(run)] if run.retention or not behaviours else []
-    return " ".join(filter(None, [*texts, *behaviours, budget_sentence(run, first)]))
+    return " ".join(filter(None, [*texts, *behaviours, budget_sentence(run)]))
 
 
 def behaviour_sentences(run: RunResults) -> list[str]:

@@ -21,10 +21,10 @@ from retain.files import (
     NUMBER,
     append_jsonl,
     check_shape,
-    is_finite,
     read_json,
     read_jsonl,
     read_settings,
+    without_nan,
     write_json,
     write_text,
 )
@@ -93,7 +93,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     documents = read_jsonl(folder / DOCUMENTS_FILE, DOCUMENTS)
     measured = [{key: row[key] for key in row if key == "eval_loss" or key.startswith("retention/")} for row in rows]
     for name, values in ((METRICS_FILE, measured), (DOCUMENTS_FILE, documents)):
-        if not is_finite(values):
+        if without_nan(values) != values:
             raise ValueError(
                 f"model: {str(folder / name)!r} holds a loss that is not finite, which is no result; finetune again "
                 "with a lower learning_rate or rows that leave something to predict, or delete the line"
