@@ -441,7 +441,6 @@ LAWS: list[tuple[str, dict[str, Any], str]] = [
     ("a spread of one", {"spread": [1.0]}, "does not have the shape of the runs"),
     ("a number held out", {"held_out": 3}, "'held_out' is 3, not an object"),
     ("words held out", {"held_out": {"run": {"x": "y"}}}, "'held_out.run.x' is \"y\", not a number"),
-    ("a condition of text", {"condition": "x"}, "'condition' is \"x\", not a number"),
     ("no warnings", {"warnings": None}, "'warnings' is null, not a list"),
     ("warnings of numbers", {"warnings": [1]}, "'warnings.0' is 1, not text"),
     ("no settings", {"settings": None}, "'settings' is null, not an object"),

@@ -485,7 +485,6 @@ def test_parameters_that_noisy_runs_leave_open_are_named_and_the_line_is_not(noi
     assert any(text.startswith("parameters: ") and "a_ft" in text for text in noisy_law.warnings)
     exact = quiet_fit(paper_design(noise=0.0005), "finetuning", num_resamples=40)
     assert "rho" not in exact.unidentified()
-    assert exact.condition > 30
 
 
 def test_extrapolation_is_reported(noisy_law):

@@ -24,7 +24,6 @@ WEBB = np.sqrt([1.5, 1.0, 0.5])
 MAX_REFITS_AT_ONCE = 100  # resamples fitted in one batch, whose terms take some ten megabytes
 MIN_RUNS = 3  # for intervals
 ENOUGH_RUNS = 6  # for good intervals
-MAX_CONDITION = 1e6
 
 
 def fit_forgetting_law(
@@ -73,7 +72,6 @@ def fit_forgetting_law(
         draws=_bootstrap(problem, best, scaled_residuals(problem, best, jacobian, 1.0), resamples, seed),
         spread=scaled_residuals(problem, best, jacobian, 0.5).reshape(problem.num_outputs, -1),
         held_out=held_out_errors(problem, best),
-        condition=condition_number(jacobian),
         warnings=[*table.left_out, *design_warnings(problem)],
         settings=settings,
     )
@@ -138,15 +136,6 @@ def fit_jacobian(problem: Problem, best: Fits) -> Array:
     moved = center + np.diag(width)
     change = problem.fitted(Fits(*np.split(moved, [len(problem.low)], axis=1))) - problem.fitted(best)
     return change.reshape(len(width), -1).T / width / problem.scale[:, None]
-
-
-def condition_number(jacobian: Array) -> float:
-    """Condition number of the Jacobian with columns of unit length, at most 1e16: how far parameters can cancel."""
-    length = np.linalg.norm(jacobian, axis=0)
-    if not length.all():
-        return 1e16
-    values = np.linalg.svd(jacobian / length, compute_uv=False)
-    return float(min(values[0] / max(values[-1], 1e-300), 1e16))
 
 
 def scaled_residuals(problem: Problem, best: Fits, jacobian: Array, power: float) -> Array:
@@ -246,6 +235,4 @@ def fit_warnings(law: ForgettingLaw) -> list[str]:
             f"parameters: {', '.join(unidentified)} not identified (95% intervals span a factor above "
             f"{MAX_INTERVAL_RATIO:g}); predictions within the data may still be good"
         )
-    if law.condition > MAX_CONDITION:
-        texts.append(f"condition: {law.condition:.1g}; changes of some parameters cancel out: use the predictions")
     return texts

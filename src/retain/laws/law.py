@@ -28,10 +28,10 @@ Scalar = Any  # a float if the inputs are numbers, an array of their shape if th
 NUM_GRID_POINTS = 2000  # on a log scale, between which `solve` interpolates
 LAW_SCHEMA = "retain.law/2"
 FITS = {"exponents": list, "coefficients": list}
-PLAIN_FIELDS = ("held_out", "condition", "warnings", "settings")  # stored in JSON unchanged
+PLAIN_FIELDS = ("held_out", "warnings", "settings")  # stored in JSON unchanged
 SHAPE = {
     "form": str, "bounds": {str: [NUMBER, NUMBER]}, "runs": {str: list}, "estimate": FITS, "draws": FITS,
-    "spread": list, "held_out": {str: {str: NUMBER}}, "condition": NUMBER, "warnings": [str], "settings": MAPPING,
+    "spread": list, "held_out": {str: {str: NUMBER}}, "warnings": [str], "settings": MAPPING,
 }  # fmt: skip
 
 
@@ -72,7 +72,6 @@ class ForgettingLaw:
         estimate: the fit; draws: its bootstrap refits over runs.
         spread: residuals of each output, scaled to the size of the noise, nats (or logs), shape (outputs, points).
         held_out: root mean squared errors on rows held out of a refit: group → output → nats.
-        condition: condition number of the derivatives by exponents and coefficients.
         warnings: what the runs leave open.
     """
 
@@ -82,7 +81,6 @@ class ForgettingLaw:
     draws: Fits
     spread: Array
     held_out: dict[str, dict[str, float]]
-    condition: float
     warnings: list[str]
     settings: dict[str, Any]
     problem: Problem = field(init=False, repr=False)

@@ -24,7 +24,6 @@ def law_table(law: ForgettingLaw) -> str:
         ("Runs, points", f"{len(runs.names)}, {len(runs)}" + (f" ({sets} data sets)" if sets > 1 else "")),
         *((f"{symbol}: {name}", _span(runs.columns[name])) for symbol, name in law.form.legend.items()),
         *((f"R² {name}", f"{value:.4f}") for name, value in law.r_squared.items()),
-        ("Condition number", f"{law.condition:.3g}"),
         ("Intervals", resampling),
     ]
     lines = ["Law of forgetting".center(WIDTH), "=" * WIDTH, *law.form.equation.split(";  ")]
