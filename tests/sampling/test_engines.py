@@ -252,12 +252,15 @@ def test_rows_of_vllm_get_predictions_and_fisher_when_it_is_closed(kind, vllm, c
     assert_predictions_are_those_of_a_pass(folder, chat_folder)
 
 
-def test_rows_of_vllm_over_several_devices_get_no_predictions_unasked(vllm, chat_folder, tmp_path, monkeypatch):
+def test_rows_of_vllm_over_several_devices_get_no_predictions_unasked(vllm, chat_folder, tmp_path, monkeypatch, caplog):
     """The pass needs the model whole on one."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     flags = [*STORED, "--tensor_parallel_size", "2"]
     assert sample(chat_folder, tmp_path / "replay", *flags) == 0
     assert read_manifest(tmp_path / "replay")["store_reference"] is None
+    assert (
+        "predictions are not stored (the pass over the rows needs the whole model on one device, not 2" in caplog.text
+    )
     assert sample(chat_folder, tmp_path / "replay", *flags, "--store_reference", "hidden") == 0
     assert_predictions_are_those_of_a_pass(tmp_path / "replay", chat_folder)
 

@@ -130,8 +130,11 @@ def run_sample(config: SampleConfig) -> None:
     is_vllm = config.engine == "vllm"  # schedules rows itself, so it gets whole shards
     store: str | None = None if config.store_reference == "none" else config.store_reference
     if store == "auto":
-        fits = config.tensor_parallel_size == 1  # the pass over vLLM's rows needs the whole model on one device
-        store = default_store(model, config.output_dir, config.num_rows, max_length, wanted=fits)
+        obstacle = None
+        if (size := config.tensor_parallel_size) > 1:
+            obstacle = f"the pass over the rows needs the whole model on one device, not {size}; use --store_reference "
+            obstacle += "hidden if it fits"
+        store = default_store(model, config.output_dir, config.num_rows, max_length, obstacle=obstacle)
     with progress_line(shown=is_main):
         folder = sample_with_progress(
             model, tokenizer, config.output_dir, config.num_rows, max_length=max_length, seed=config.seed,

@@ -190,11 +190,18 @@ def _add_predictions(
 
 
 def default_store(
-    model: PreTrainedModel, output_dir: str | Path, num_rows: int, max_length: int, *, wanted: bool = True
+    model: PreTrainedModel,
+    output_dir: str | Path,
+    num_rows: int,
+    max_length: int,
+    *,
+    wanted: bool = True,
+    obstacle: str | None = None,
 ) -> str | None:
     """The default of `store_reference`: that of the dataset to finish, else "hidden" if `wanted`.
 
-    None, with a warning, if hidden states do not give the predictions or need more than `MAX_STORE_BYTES`.
+    None, with a warning, if hidden states do not give the predictions or need more than `MAX_STORE_BYTES`, or if the
+    caller names another `obstacle`.
     """
     folder = Path(output_dir)
     if (folder / MANIFEST).exists():
@@ -204,7 +211,9 @@ def default_store(
     if not wanted:
         return None
     max_length, switch = length_that_fits(model, max_length), rope_switch(model)
-    if find_head_form(model) is None:
+    if obstacle is not None:
+        why = obstacle
+    elif find_head_form(model) is None:
         why = "this model's output head is not plain"
     elif switch is not None and max_length > switch:
         why = f"beyond {switch} tokens LongRoPE encodes a whole row differently than while drawing it"
