@@ -213,7 +213,7 @@ def test_a_new_run_is_not_begun_over_old_checkpoints(tune, undisturbed, capsys):
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("data_seed", 5), ("learning_rate", 0.5), ("lr_scheduler_type", "cosine"), ("per_device_train_batch_size", 3),
-     ("replay_coef", 7.0), ("replay_objective", "ntp"), ("max_ref_kl", 0.5), ("lora_r", 2)],
+     ("replay_coef", 7.0), ("replay_objective", "ntp"), ("max_ref_kl", 0.5), ("anchor_coef", 7.0), ("lora_r", 2)],
 )  # fmt: skip
 def test_a_run_does_not_go_on_with_other_settings(tune, undisturbed, capsys, monkeypatch, flag, value):
     if flag in SAME_ON_RESUME:
@@ -221,8 +221,7 @@ def test_a_run_does_not_go_on_with_other_settings(tune, undisturbed, capsys, mon
     before = snapshot(undisturbed)
     argv = [*tune, "--resume_from_checkpoint", "true", "--output_dir", str(undisturbed / "out")]
     assert main([*argv, f"--{flag}", str(value)]) == 1
-    others = {"lora_r": "num_params: ", "max_ref_kl": "replay_coef: 1"}  # with a limit no anchor is chosen
-    named = others.get(flag, f"{flag}: {value!r}")
+    named = "num_params: " if flag == "lora_r" else f"{flag}: {value!r}"  # not what is chosen otherwise because of it
     assert f"finetune: {named}" in (line := last_line(capsys))
     assert f"but the run in {str(undisturbed / 'out')!r} started with" in line
     assert snapshot(undisturbed) == before

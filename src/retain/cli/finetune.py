@@ -159,7 +159,7 @@ def finetuned(
     created = None if checkpoint is None else read_settings(Path(checkpoint).resolve().parent).get("created")
     trainer = make_sft_trainer(trl_args, config, say, other_costs, texts, created)
     if checkpoint is not None:
-        check_same_run(checkpoint, training_args, settings_of_training(trainer))
+        check_same_run(checkpoint, training_args, settings_of_training(trainer, config.given))
     if trainer.eval_dataset is not None and (config.compare_plain or texts):
         training_args.eval_on_start = checkpoint is None  # before the first step both runs are the same
         evaluate_during_training(training_args, expected_steps(training_args, trainer.train_dataset))
@@ -336,8 +336,12 @@ def evaluate_during_training(training_args: Any, steps: int) -> None:
         training_args.eval_steps = max(1, steps // COMPARED_EVALUATIONS)
 
 
-def settings_of_training(trainer: ReplaySFTTrainer) -> dict[str, Any]:
-    """The parts of `retain_config.json` that determine the steps of a run."""
+def settings_of_training(trainer: ReplaySFTTrainer, given: Iterable[str]) -> dict[str, Any]:
+    """The parts of `retain_config.json` that determine the steps of a run; causes stand before what follows from them.
+
+    Args:
+        given: the settings of protection that the user gave, from which the others may follow.
+    """
     settings, config = trainer.replay.settings(trainer), trainer.replay.config
     ignored = {field.name for field in fields(FinetuneConfig)} - {field.name for field in fields(ReplayConfig)}
     if config.per_device_replay_batch_size is None:  # it follows the batch size, which may change
@@ -346,11 +350,12 @@ def settings_of_training(trainer: ReplaySFTTrainer) -> dict[str, Any]:
         manifest = rows["manifest"] or {}
         manifest = {name: manifest[name] for name in ("model_fingerprint", "seed") if name in manifest}
         rows = {"num_rows": rows["num_rows"], "manifest": manifest}
+    names = dict.fromkeys(("max_ref_kl", *given, *settings["replay"]))
     return {
-        "replay": {name: value for name, value in settings["replay"].items() if name not in ignored},
-        "replay_dataset": rows,
         "num_params": settings["num_params"],
         "new_rows": settings["new_rows"],
+        "replay_dataset": rows,
+        "replay": {name: settings["replay"][name] for name in names if name not in ignored},
     }
 
 

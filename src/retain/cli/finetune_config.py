@@ -8,7 +8,7 @@ from typing import Any
 from retain.checks import setting
 from retain.cli.settings import RETENTION_HELP, StartTokenSettings
 from retain.training.config import ReplayConfig, StoppingConfig
-from retain.training.protection_choice import PROTECTING, ProtectionChoice, fill_in
+from retain.training.protection_choice import PROTECTING, UNSET, ProtectionChoice, fill_in
 
 
 @dataclass(kw_only=True)
@@ -56,6 +56,7 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
     )
 
     def __post_init__(self) -> None:
+        self.given = [name for name in PROTECTING if getattr(self, name) is not UNSET]
         self.chosen = fill_in(self)
         self._given = self.replay_start, self.per_device_replay_batch_size, self.replay_every
         super().__post_init__()

@@ -159,8 +159,10 @@ def check_same_run(checkpoint: str, args: TrainingArguments, settings: Mapping[s
                 f"new_rows: the run in {str(folder)!r} started with other rows of the new task (their file, the "
                 "tokenizer, or its chat template was changed); give the same rows, or another folder"
             )
+        how, remedy = ("without it", "leave it out") if before is None else (f"with {before!r}", "use that")
+        now_it_is = "missing" if value is None else repr(value)
         raise ValueError(
-            f"{name}: {value!r}, but the run in {str(folder)!r} started with {before!r}; use that, or another folder"
+            f"{name}: {now_it_is}, but the run in {str(folder)!r} started {how}; {remedy}, or use another folder"
         )
 
 
