@@ -11,7 +11,7 @@ import socket
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -117,6 +117,14 @@ def make_tokenizer(bos: str | None = "<s>", template: str | None = None) -> PreT
     raw.train_from_iterator(make_texts(50), trainer)
     special_tokens = {"bos_token": bos, "eos_token": "<|im_end|>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=template, **special_tokens)
+
+
+def sample_rows(model: Any, start_id: int, rows: Sequence[int], max_length: int, seed: int) -> torch.Tensor:
+    """The rows with these numbers, shape (rows, max_length), drawn from the document start on."""
+    from retain.sampling.engine import draw_rows
+
+    drawn = draw_rows(model, [[start_id]] * len(rows), rows, max_length, seed)
+    return torch.from_numpy(drawn.tokens.astype("int64"))
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}

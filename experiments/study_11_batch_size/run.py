@@ -21,7 +21,7 @@ from experiments.study_11_batch_size.cells import Member, train_together
 from experiments.study_11_batch_size.report import draw, text_of
 from retain.lab.pretrain import PretrainArguments, PretrainConfig, open_corpus
 from retain.lab.runner import run_key
-from retain.training.beta2_half_life import beta2_of_half_life, half_life_of_beta2
+from retain.training.beta2_half_life import beta2_of_half_life
 
 HERE = Path(__file__).parent
 
@@ -61,7 +61,7 @@ class Scale:
 
     def half_lives_at(self, batch_size: int) -> list[float]:
         """Tokens, the same at every batch size but for those far below a step, at which nothing is remembered."""
-        least = half_life_of_beta2(self.first_beta2, min(self.batch_sizes) * self.max_length)
+        least = min(self.batch_sizes) * self.max_length * math.log(0.5) / math.log(self.first_beta2)
         every = [round(least * self.factor**place, 3) for place in range(self.half_lives)]
         return [one for one in every if batch_size * self.max_length <= LONGEST_STEP * one]
 

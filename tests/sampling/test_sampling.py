@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, CHATML, forked, make_model, make_tokenizer, random_model, save_model
+from conftest import ARCHITECTURES, CHATML, forked, make_model, make_tokenizer, random_model, sample_rows, save_model
 from scipy.stats import chisquare
 from transformers import AutoConfig, PreTrainedModel
 
@@ -25,7 +25,7 @@ from retain.replay.dataset import MANIFEST, load_self_generated, load_texts, rea
 from retain.sampling.engine import choose_batch_size, choose_threads, draw_rows, draw_tokens, row_uniforms
 from retain.sampling.quality import pool_lines
 from retain.sampling.starts import TOOLS, chat_prefix, plan_starts
-from retain.sampling.write import sample_replay, sample_rows
+from retain.sampling.write import sample_replay
 
 START = 3
 

@@ -13,7 +13,7 @@ from typing import Any
 import accelerate.state
 import torch
 from accelerate.utils import DistributedType
-from conftest import make_model, make_texts, make_tokenizer
+from conftest import make_model, make_texts, make_tokenizer, sample_rows
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
@@ -23,7 +23,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from retain import ReplayConfig, ReplayDataset, ReplaySFTTrainer, losses
 from retain.replay.dataset import load_self_generated
-from retain.sampling.write import sample_rows
 from retain.training.replay_term import TermBatch
 
 CASES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_model, make_texts, save_model
+from conftest import make_model, make_texts, sample_rows, save_model
 from training_runs import SETTINGS, TOKENIZER, TOKENS, points
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import default_compute_objective
@@ -18,7 +18,6 @@ from retain.cli.main import main
 from retain.files import read_jsonl
 from retain.measuring.choices import Question
 from retain.replay.dataset import ReplayDataset
-from retain.sampling.write import sample_rows
 from retain.training.retention import RetentionMeasurer
 from retain.training.run_files import read_run
 

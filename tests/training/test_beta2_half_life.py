@@ -5,10 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from retain.training.beta2_half_life import apply_half_life, beta2_of_half_life, half_life_of_beta2
+from retain.training.beta2_half_life import apply_half_life, beta2_of_half_life
 
 
 def arguments(**changes) -> SimpleNamespace:
@@ -33,13 +31,8 @@ def test_the_same_half_life_at_another_batch_size(batch):
 
 def test_half_lives_of_usual_settings():
     """beta2 .999 at the paper's batch remembers 45M tokens, .95 0.9M: far from one another and from 10M."""
-    assert half_life_of_beta2(0.999, 65536) == pytest.approx(45.4e6, rel=1e-3)
-    assert half_life_of_beta2(0.95, 65536) == pytest.approx(0.886e6, rel=1e-3)
-
-
-@given(st.floats(1e3, 1e9), st.floats(1, 1e4))
-def test_there_and_back(half_life, step):
-    assert half_life_of_beta2(beta2_of_half_life(half_life, step), step) == pytest.approx(half_life, rel=1e-3)
+    assert beta2_of_half_life(45.4e6, 65536) == pytest.approx(0.999, abs=1e-6)
+    assert beta2_of_half_life(0.886e6, 65536) == pytest.approx(0.95, abs=1e-4)
 
 
 def test_it_is_applied_and_said():

@@ -17,7 +17,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import CHATML, make_model, make_texts, make_tokenizer, save_model
+from conftest import CHATML, make_model, make_texts, make_tokenizer, sample_rows, save_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, preprocess_loraga
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
@@ -44,7 +44,7 @@ from retain.data.rows import row_text, tokenize_documents
 from retain.losses import kl_divergence
 from retain.models.reference import Reference, probe
 from retain.replay.dataset import ReplayDataset, load_self_generated, replay_indices, token_documents
-from retain.sampling.write import sample_replay, sample_rows
+from retain.sampling.write import sample_replay
 from retain.training.trainer_checks import check_base_is_frozen
 
 IDS = torch.arange(5, 25).reshape(2, 10)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, make_model, make_texts
+from conftest import ARCHITECTURES, make_model, make_texts, sample_rows
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -34,7 +34,7 @@ from retain import ReplayConfig, ReplaySFTTrainer, ReplayTrainer
 from retain.files import read_jsonl
 from retain.losses import kl_divergence
 from retain.replay.dataset import ReplayDataset, load_self_generated, replace_rows, token_documents
-from retain.sampling.write import sample_replay, sample_rows
+from retain.sampling.write import sample_replay
 from retain.training.coef_controller import OPENING_LENGTH
 
 

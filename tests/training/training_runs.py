@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import make_model, make_texts, make_tokenizer
+from conftest import make_model, make_texts, make_tokenizer, sample_rows
 from datasets import Dataset
 from trl import SFTConfig
 
@@ -14,7 +14,6 @@ from retain import ReplayConfig, ReplaySFTTrainer
 from retain.files import read_jsonl
 from retain.models.description import model_fingerprint, tokenizer_fingerprint
 from retain.replay.dataset import ReplayDataset
-from retain.sampling.write import sample_rows
 
 TOKENIZER = make_tokenizer()
 ROWS = Dataset.from_list([{"text": text} for text in make_texts(48, seed=1)])

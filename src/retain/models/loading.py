@@ -366,31 +366,18 @@ def tokenizer_of_tuned(
         template, tokenizer = tokenizer.chat_template, copy.deepcopy(base_tokenizer)
         tokenizer.chat_template = template or tokenizer.chat_template
         return tokenizer
-    raise ValueError(f"model: the tokenizer in {name!r} {_vocabulary_difference(own, base)}")
-
-
-def _vocabulary_difference(own: dict[str, int], base: dict[str, int]) -> str:
-    """How a vocabulary differs from the base's, and what to do."""
-    moved = sorted(token for token in own.keys() & base.keys() if own[token] != base[token])
-    if moved:
-        token = moved[0]
-        difference = f"gives {len(moved)} tokens other ids ({token!r} is {own[token]}, in the base {base[token]})"
-    elif own.keys() - base.keys():
-        added = sorted(own.keys() - base.keys(), key=own.__getitem__)
-        names = ", ".join(map(repr, added[:3])) + (", …" if len(added) > 3 else "")
-        return (
-            f"has {_num_tokens(added)} more than the base's: {names}; give --base a copy of the base with the same "
-            "tokens (add_tokens, resize_token_embeddings, save_pretrained)"
+    if base.items() < own.items():
+        added = _first_names({repr(token) for token in own.keys() - base.keys()})
+        raise ValueError(
+            f"model: the tokenizer in {name!r} has tokens that the base's lacks: {added}; give --base a copy of the "
+            "base with the same tokens (add_tokens, resize_token_embeddings, save_pretrained)"
         )
-    elif lacking := sorted(base.keys() - own.keys()):
-        difference = f"lacks {_num_tokens(lacking)} of the base's ({lacking[0]!r})"
-    else:
-        difference = "has the base's tokens but cuts text differently"
-    return f"{difference}: it was trained on another base; measure it against that one"
-
-
-def _num_tokens(tokens: Collection[str]) -> str:
-    return f"{len(tokens)} tokens" if len(tokens) > 1 else "1 token"
+    other = min((token for token, at in base.items() if own.get(token) != at), default=None)
+    example = "" if other is None else f" ({other!r} is {own.get(other)}, in the base {base[other]})"
+    raise ValueError(
+        f"model: the tokenizer in {name!r} cuts or numbers text differently from the base's{example}: it was trained "
+        "on another base; measure it against that one"
+    )
 
 
 def empty_model(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> PreTrainedModel:

@@ -93,11 +93,6 @@ def write_predictions(folder: Path, shard: int, predictions: dict[str, Tensor]) 
         save_file({name: value.clone() for name, value in predictions.items()}, temporary)
 
 
-def bytes_per_token(folder: Path, num_tokens: int) -> float:
-    """Size of the stored predictions on disk, per drawn token."""
-    return sum(path.stat().st_size for path in folder.glob("reference-*.safetensors")) / num_tokens
-
-
 @dataclass(frozen=True)
 class ReferenceCache:
     """Stored predictions of a finished replay dataset.

@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike
 from retain.data.overlap import ngram_hashes
 from retain.files import visible_text, write_json
 from retain.replay.dataset import STATISTICS, read_manifest, read_shards
-from retain.replay.stored_predictions import bytes_per_token
 from retain.sampling.starts import Starts
 from retain.statistics import bootstrap_ratio
 
@@ -173,9 +172,6 @@ def pool_lines(folder: Path, tokenizer: Any, starts: Starts, preview: int) -> li
             f"warning: only {len(chats) - num_open} of {len(chats)} chat rows end their turn: this model does "
             "not write whole turns of this role, or max_length is too short; use start document or prompts"
         )
-    if kind := manifest["store_reference"]:
-        size = bytes_per_token(folder, statistics.summary["num_tokens"])
-        lines.append(f"  stored predictions: {kind}, {size:.1f} bytes per token")
     if preview:
         lines.append(preview_text([tokenizer.decode(row) for row in drawn], preview))
     return lines

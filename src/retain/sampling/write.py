@@ -7,18 +7,15 @@ end-of-document tokens. Source: Marek et al., self-generated replay.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from retain.checks import Unchosen, check_number
@@ -59,14 +56,6 @@ DRAWS_ONLY = ("vllm",)  # engines that return no predictions: the model computes
 MAX_STORE_BYTES = 4e9  # up to which hidden states are stored by default
 
 logger = logging.getLogger(__name__)
-
-
-def sample_rows(
-    model: PreTrainedModel, start_id: int, rows: Sequence[int], max_length: int, seed: int
-) -> Int[Tensor, "rows length"]:
-    """Draw the rows with these numbers, each of `max_length` tokens, from the document start on."""
-    drawn = draw_rows(model, [[start_id]] * len(rows), rows, max_length, seed)
-    return torch.from_numpy(drawn.tokens.astype(np.int64))
 
 
 def sample_replay(

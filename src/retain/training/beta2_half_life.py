@@ -8,7 +8,6 @@ a 30M model at every batch size.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from retain.checks import check_number
@@ -35,11 +34,6 @@ def beta2_of_half_life(half_life_tokens: float, tokens_per_step: float) -> float
             "least that many"
         )
     return beta2
-
-
-def half_life_of_beta2(beta2: float, tokens_per_step: float) -> float:
-    """The half-life in tokens of a beta2 between 0 and 1: the inverse of `beta2_of_half_life`."""
-    return tokens_per_step * math.log(0.5) / math.log(beta2)
 
 
 def tokens_per_step(args: Any, row_length: float) -> float:
