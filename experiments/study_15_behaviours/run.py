@@ -31,7 +31,7 @@ from experiments.pages import NoReport, dots, findings, panels, table
 from experiments.program import Report, conduct, seeds_of
 from retain.measuring.behaviors import BEHAVIORS, behavior_prompts, compare_shares, load_behavior
 from retain.measuring.generations import continue_prompts, stop_tokens
-from retain.measuring.measure_options import Options
+from retain.measuring.tokens import Options
 from retain.models.description import choose_start_token
 
 HERE = Path(__file__).parent

@@ -24,8 +24,8 @@ from retain.data.rows import (
     row_texts,
     tokenize_documents,
 )
+from retain.measuring.generations import default_prompts
 from retain.measuring.measure import measure
-from retain.measuring.sources import default_prompts
 from retain.replay.dataset import load_replay_dataset, load_texts
 
 TOOLS_CHATML = (

@@ -22,8 +22,8 @@ from retain.measuring.behaviors import (
 )
 from retain.measuring.format_checks import CHECKS, kept_checks
 from retain.measuring.generations import Written
-from retain.measuring.measure_options import Options
 from retain.measuring.thinking import reasoning_of
+from retain.measuring.tokens import Options
 from retain.measuring.tool_calls import Call, are_wanted_calls, fits_tools, tool_calls, written_calls
 from retain.report.tables import BEHAVIOR_SCORERS
 

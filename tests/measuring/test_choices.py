@@ -32,9 +32,8 @@ from retain.measuring.choices import (
     measure_choices,
 )
 from retain.measuring.measure import measure
-from retain.measuring.measure_options import Options
 from retain.measuring.paired_answers import compare_answers, pair_answers
-from retain.measuring.tokens import logits_of
+from retain.measuring.tokens import Options, logits_of
 from retain.report.report import ForgettingReport
 from retain.report.results import RunResults
 from retain.report.sentences import answers_sentence

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from retain.measuring.drift import MARKERS, drift, holds_answer, knowledge, knowledge_fate, word_overlap, words_in
 from retain.measuring.generations import Prompt, Written, as_prompt, continue_prompts, measure_generations, stop_tokens
 from retain.measuring.measure import measure
-from retain.measuring.measure_options import Options
+from retain.measuring.tokens import Options
 from retain.report.tables import KNOWLEDGE_FATES
 
 TOKENIZER = make_tokenizer()

@@ -15,7 +15,6 @@ from retain import measure
 from retain.cli.main import main
 from retain.measuring.behaviors import compare_shares
 from retain.measuring.generations import Written
-from retain.measuring.measure_options import Options
 from retain.measuring.refusal_phrases import is_refusal
 from retain.measuring.refusals import (
     Judge,
@@ -24,6 +23,7 @@ from retain.measuring.refusals import (
     measure_refusals,
 )
 from retain.measuring.thinking import answer_turn, without_reasoning
+from retain.measuring.tokens import Options
 
 TOKENIZER = make_tokenizer()
 CHAT = make_tokenizer()

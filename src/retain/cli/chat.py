@@ -16,7 +16,7 @@ from retain.cli.signals import Terminated
 from retain.data.chats import rendered
 from retain.files import one_line, visible, visible_text
 from retain.measuring.generations import Prompt, Written, continue_prompts, options_that_fit, stop_tokens
-from retain.measuring.measure_options import Options
+from retain.measuring.tokens import Options
 from retain.models.adapters import adapted_model
 from retain.models.description import choose_start_token, default_device
 from retain.models.loading import load_model, load_tokenizer, loaded_as, tokenizer_of_tuned

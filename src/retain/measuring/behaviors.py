@@ -22,9 +22,9 @@ from retain.measuring.choices import MAX_CHARACTERS
 from retain.measuring.drift import length_entries
 from retain.measuring.format_checks import CHECKS, kept_checks
 from retain.measuring.generations import Prompt, Written, both_texts, unanswered_notes
-from retain.measuring.measure_options import Options
 from retain.measuring.paired_answers import compare_answers
 from retain.measuring.thinking import reasoning_of
+from retain.measuring.tokens import Options
 from retain.measuring.tool_calls import are_wanted_calls, fits_tools, tool_calls
 from retain.models.base_predictions import MeasuredBase
 

@@ -24,10 +24,9 @@ from retain.checks import several
 from retain.data.rows import Document, read_sample
 from retain.files import visible
 from retain.losses import next_token_loss
-from retain.measuring.measure_options import Options
 from retain.measuring.paired_answers import compare_answers, share_entry
 from retain.measuring.thinking import answer_turn
-from retain.measuring.tokens import Forward, batches, check_finite, logits_of, padded, row_by_row
+from retain.measuring.tokens import Forward, Options, batches, check_finite, logits_of, padded, row_by_row
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import max_positions, with_least_room
 from retain.progress import StageProgress

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +19,10 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 from retain.checks import Unchosen
 from retain.data.chats import chat_of
-from retain.data.rows import prompt_text, user_turn_text
+from retain.data.rows import Document, prompt_text, user_turn_text
 from retain.measuring.drift import MARKERS, drift, knowledge, knowledge_fate, knows, words_in
-from retain.measuring.measure_options import Options
 from retain.measuring.thinking import without_reasoning
-from retain.measuring.tokens import check_finite
+from retain.measuring.tokens import Options, check_finite
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import max_positions, with_least_room
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WHO = ("base", "tuned model")
+PROMPT_TOKENS = 16  # length of a default prompt, from the first document of each text
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,27 @@ def as_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: st
         if value is not None and (not isinstance(value, str) or not words_in(value)):
             raise ValueError(f"prompts: {where} has {name} {value!r:.80}; give the answer's words, or leave it out")
     return Prompt(prompt_text(row, tokenizer, f"prompts: {where}"), chat_of(row) is not None, **answers)
+
+
+def default_prompts(texts: Iterable[Any], tokenizer: PreTrainedTokenizerBase, room: int) -> list[Prompt]:
+    """A prompt from each text for runs without prompts: the first `PROMPT_TOKENS` tokens of its first document.
+
+    The prompt from a chat is everything before its first answer; chats longer than `room` tokens are left out.
+    """
+    prompts = []
+    for source in texts:
+        document, chat = source[0], False
+        if isinstance(document, Document):
+            ids = document.windows[0][1:]
+        elif chat := (turns := chat_of(document.row)) is not None:
+            before = list(takewhile(lambda turn: turn["role"] != "assistant", turns))
+            text = prompt_text({**document.row, "messages": before or turns}, tokenizer, "prompts: a first chat")
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            ids = tokenizer(document.words, add_special_tokens=False, verbose=False)["input_ids"]
+        if not chat or len(ids) <= room:
+            prompts.append(Prompt(text if chat else str(tokenizer.decode(ids[:PROMPT_TOKENS])), chat))
+    return prompts
 
 
 def user_turn(text: str, tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> Prompt:

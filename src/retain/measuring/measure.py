@@ -15,9 +15,8 @@ from retain.data.rows import OLD_TEXT, Document, Reading, Text, as_documents, wi
 from retain.measuring.behaviors import behavior_prompts, measure_behavior
 from retain.measuring.choices import CHOICE_STYLES, Question, as_questions, measure_choices, question_encoder
 from retain.measuring.generations import Prompt, measure_generations, options_that_fit
-from retain.measuring.measure_options import Options
 from retain.measuring.refusals import Judge, as_turns, judge_inputs, measure_refusals
-from retain.measuring.tokens import text_results
+from retain.measuring.tokens import Options, text_results
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import (
     check_predicts_tokens,

@@ -17,11 +17,10 @@ from retain.data.rows import read_sample
 from retain.measuring.behaviors import behavior_result
 from retain.measuring.choices import Inputs, choice_scores, encode_pair
 from retain.measuring.generations import Prompt, both_texts, user_turn
-from retain.measuring.measure_options import Options
 from retain.measuring.paired_answers import share_entry
 from retain.measuring.refusal_phrases import is_refusal
 from retain.measuring.thinking import answer_turn
-from retain.measuring.tokens import logits_of
+from retain.measuring.tokens import Options, logits_of
 from retain.models.base_predictions import MeasuredBase
 from retain.models.description import max_positions
 

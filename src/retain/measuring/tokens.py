@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from retain.data.rows import Document, without_copies
 from retain.files import visible
 from retain.losses import expectation, shifted
-from retain.measuring.measure_options import Options
 from retain.measuring.paired_answers import report_entry
 from retain.models.base_predictions import MeasuredBase
 from retain.progress import StageProgress
@@ -37,6 +36,24 @@ CHUNK = 1 << 22  # float32 logits held at once: 16 MiB, which the allocator can 
 NOISE_DOCUMENTS = 4  # documents per text on which the base is compared with itself
 WORST_DOCUMENTS = 2  # documents per text shown token by token
 MAX_TABLE_TOKENS = 240  # tokens shown per document
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `measure`, where they are described, and `start_id`, the token that starts a document."""
+
+    tokenizer: PreTrainedTokenizerBase
+    start_id: int
+    batch_tokens: int = 2048
+    max_new_tokens: int = 48
+    num_resamples: int = 2000
+    seed: int = 0
+    progress: Callable[[str], object] | None = None
+
+    def stage(self, name: str) -> None:
+        """Report the name of the stage that begins."""
+        if self.progress is not None:
+            self.progress(name)
 
 
 @dataclass(frozen=True)
