@@ -283,7 +283,7 @@ class Document:
     """One document as token windows.
 
     Args:
-        num_bytes: UTF-8 bytes of the predicted tokens.
+        num_bytes: UTF-8 bytes of the predicted tokens that are text: see `bytes_of_text`.
         masks: which tokens of each window are predicted; None: all but the first of each, the start token.
         loss_tokens: which tokens are predicted: all, completions or assistant turns.
     """
@@ -358,9 +358,22 @@ def _cut(
     masks = [[False, *predicted[part]] for part in parts]
     targets = [token for part in parts for token, keep in zip(ids[part], predicted[part], strict=True) if keep]
     whole = not text.as_trained and len(targets) == len(ids) - 1
-    num_bytes = len((words if whole else str(tokenizer.decode(targets))).encode("utf-8", "replace"))
+    num_bytes = bytes_of_text(targets, tokenizer, words if whole else None)
     all_predicted = all(all(mask[1:]) for mask in masks)
     return Document(windows, num_bytes, None if all_predicted else masks, text.loss_tokens)
+
+
+def bytes_of_text(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, words: str | None = None) -> int:
+    """UTF-8 bytes of these tokens, of which special ones, as the end of a document, have none: they are no text.
+
+    Args:
+        words: the text of the tokens, as which it counts where decoding them would not restore it.
+    """
+    added = {token: str(part) for token, part in tokenizer.added_tokens_decoder.items() if part.special}
+    added.pop(tokenizer.unk_token_id, None)  # it stands for a piece of text
+    spelled = sum(len(added[token].encode()) for token in tokens if token in added)
+    text = str(tokenizer.decode(tokens)) if words is None else words
+    return len(text.encode("utf-8", "replace")) - spelled
 
 
 def as_documents(
@@ -411,7 +424,7 @@ def token_documents(
     documents = []
     for row, first in zip(rows, itertools.repeat(1) if given is None else map(int, given), strict=False):
         masks = [[at >= first for at in range(len(row))]] if first > 1 else None
-        documents.append(Document([list(row)], len(tokenizer.decode(row[first:]).encode("utf-8", "replace")), masks))
+        documents.append(Document([list(row)], bytes_of_text(row[first:], tokenizer), masks))
     return documents
 
 
