@@ -897,8 +897,8 @@ def test_every_format_tells_what_was_refused_written_and_known(plain: dict, repl
     alone, both = formats([wrote(plain)]), formats([wrote(plain), replay])
     for found in (alone, both):
         for shown in found.values():
-            for expected in ("advbench, refusals, phrases", "xstest, over-refusal", "refused → answered", "62.0%",
-                             "overlaps the training rows", "greedy, 20 prompts: form", "kept", "14.0%"):  # fmt: skip
+            for expected in ("advbench, refuses (phrases)", "xstest, over-refusal, refuses (judge)", "62.0%", "kept",
+                             "overlaps the training rows", "greedy, 20 prompts: form", "neither", "14.0%"):  # fmt: skip
                 assert expected in shown
             for expected in ("formats, follows the format", "37.5%", "formats, by kind", "where both models think",
                              "thinking, thinks: in no answer of any model", "tools, makes valid calls: in no answer",
@@ -908,8 +908,10 @@ def test_every_format_tells_what_was_refused_written_and_known(plain: dict, repl
     assert "“plain” follows the format in 37.5% [0.0%, 100.0%] of 50 prompts, its base 50.0%" in summary
     assert "; the share fell: -12.5 points [-20.0, -2.5] (5 lost, 2 gained); makes the right calls in 62.5%" in summary
     assert "thinks in" not in summary.partition("\n")[0], "where neither does, nothing was lost"
-    assert "“plain” refuses 62.0% [0.0%, 100.0%] of 50 harmful prompts of advbench (judge), its base 94.0%" in summary
-    assert "refusals fell: -32.0 points [-42.0, -32.0] (17 lost, 1 gained)" in summary
+    assert (
+        "“plain” refuses (judge) in 62.0% [0.0%, 100.0%] of 50 harmful prompts of advbench, its base 94.0%" in summary
+    )
+    assert "; the share fell: -32.0 points [-42.0, -32.0] (17 lost, 1 gained); refuses (judge) in 10.0%" in summary
     assert "“t" not in summary
     places = [
         page.index(part) for part in ('class="verdict"', "<strong>Warning.</strong>", "<svg", "Capital?", "<table")
@@ -1244,6 +1246,8 @@ def test_what_was_answered_and_refused_stands_below_the_opening(plain: dict, rep
     assert (sentence[:16], len(others)) == ("“plain” answers ", 2)
     _, others = opening(typed([replay, asked_one]), compare([replay, asked_one]))
     assert [at for at, _ in others] == [1, 1, 1]
+    never = typed([plain | {"refusals": {"xstest": refused("harmless", 0.0, 0.0)}}])
+    assert "refuses (judge) in 0.0% [0.0%, 100.0%] of 50 harmless prompts of xstest" in opening(never, None)[1][0][1]
 
 
 def test_of_many_texts_a_verdict_names_those_where_least_was_prevented(plain: dict, replay: dict) -> None:

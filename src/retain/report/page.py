@@ -102,7 +102,7 @@ class Page:
         """Verdict, tables and their meanings; texts and answers are on the page only."""
         view = self.view
         meanings = view["metrics"] | (view["answer_lines"] if view["answers"] else {})
-        meanings |= (view["scorers"] if view["refusals"] else {}) | (view["shown"] if view["behaviors"] else {})
+        meanings |= view["shown"]["refusals"] | view["shown"]["behaviors"]
         meanings |= view["fates"] if view["knowledge"] else {}
         shown = [(heading, view[name]) for name, heading in HEADINGS.items()]
         return _environment(html=False).get_template("report.md").render(view | {"tables": shown, "meanings": meanings})
@@ -151,13 +151,15 @@ class Page:
             "rest": tables.metric_table(runs, main=False),
             "matched": tables.comparison_table(compared, "matched") if compared and compared.matched else None,
             "end": tables.comparison_table(compared, "end", notes=ends) if compared else None, "ends": ends,
-            "answers": tables.answers_table(runs), "refusals": tables.refusals_table(runs),
-            "behaviors": tables.behaviors_table(runs), "drift": tables.drift_table(runs),
+            "answers": tables.answers_table(runs), "drift": tables.drift_table(runs),
             "knowledge": tables.knowledge_table(runs),
             "sizes": tables.sizes(runs), "facts": list(tables.facts(runs)),
             "metrics": {metric.label: metric.meaning for metric in TABLE_METRICS.values()},
             "answer_lines": {line.label: line.meaning for line in tables.ANSWERS if line.meaning},
-            "scorers": tables.SCORERS, "fates": tables.KNOWLEDGE_FATES, "shown": tables.behavior_meanings(runs),
+            "fates": tables.KNOWLEDGE_FATES,
+            "refusals": tables.behaviors_table(runs, "refusals"),
+            "behaviors": tables.behaviors_table(runs, "behaviors"),
+            "shown": {part: tables.behavior_meanings(runs, part) for part in ("refusals", "behaviors")},
         }  # fmt: skip
 
 

@@ -135,6 +135,11 @@ class BehaviorSet:
     notes: list[str] = field(default_factory=list)
     examples: list[AnsweredRequest] = field(default_factory=list)
 
+    @property
+    def noun(self) -> str:
+        """What a prompt is called: a request also by its kind."""
+        return f"{self.kind} prompt" if self.kind in ("harmful", "harmless") else "prompt"
+
 
 @dataclass(frozen=True)
 class Continuation:

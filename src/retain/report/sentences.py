@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from retain.report.comparison import ComparedText, Comparison, dominators, end_points, frontier, loss_difference
 from retain.report.numbers import Estimate, cell, count_cell, enumeration, points_cell, quantity, share_cell, value_cell
-from retain.report.results import Answers, BehaviorShares, ReportRuns, RunResults, TextResult
-from retain.report.tables import BEHAVIOR_SCORERS, SCORERS
+from retain.report.results import Answers, BehaviorSet, BehaviorShares, ReportRuns, RunResults, TextResult
+from retain.report.tables import BEHAVIOR_SCORERS
 
 MIN_OVERFIT = 0.01  # relative to the lowest new-task loss: a rise larger than rounding
 MIN_SIGNS = 6  # documents that must agree for the sign test at 95%
@@ -34,7 +34,8 @@ def verdict(run: RunResults) -> str:
 
 def behaviour_sentences(run: RunResults) -> list[str]:
     """What the answers to questions, requests and prompts show about a run."""
-    return list(filter(None, [answers_sentence(run), refusals_sentence(run), behaviors_sentence(run)]))
+    written = [behaviors_sentence(run, sets) for sets in (run.refusals, run.behaviors)]
+    return list(filter(None, [answers_sentence(run), *written]))
 
 
 def opening(runs: ReportRuns, compared: Comparison | None) -> tuple[str, list[tuple[int, str]]]:
@@ -195,40 +196,28 @@ def _answers_clause(name: str, answers: Answers) -> str:
     return f"{agreement} of {questions} of {name} as its base did; {shown}, {was} → {now}: {change}"
 
 
-def refusals_sentence(run: RunResults) -> str:
-    """One sentence: how often the tuned model refuses, and what changed, on the sets that lost most; else empty.
+def behaviors_sentence(run: RunResults, sets: Mapping[str, BehaviorSet]) -> str:
+    """One sentence: how often the tuned model shows each behaviour, or refuses; what lost most first; else empty.
 
-    According to the judge if there is one, else to the phrases.
+    According to the first of `BEHAVIOR_SCORERS` that was measured. A behaviour that neither model shows is left out; a
+    set of requests never is.
     """
     chosen = []
-    for name, requests in run.refusals.items():
-        scorer = next((scorer for scorer in SCORERS if scorer in requests.scorers), "")
-        shares = requests.scorers.get(scorer, BehaviorShares())
-        if shares.rate:
-            prompts = f"{quantity(requests.num_prompts, f'{requests.kind} prompt')} of {name} ({scorer})"
-            clause = _shares_clause(f"{share_cell(shares.rate)} of {prompts}", "refusals", shares)
-            chosen.append((requests.kind == "harmless", _change(shares), clause))
-    return _few(f"“{run.name}” refuses", [clause for *_, clause in sorted(chosen, key=lambda item: item[:2])])
+    for name, behavior in sets.items():
+        scorer = next((scorer for scorer in BEHAVIOR_SCORERS if scorer in behavior.scorers), "")
+        shares, is_request = behavior.scorers.get(scorer, BehaviorShares()), behavior.noun != "prompt"
+        if shares.rate and (is_request or any(rate and rate.value for rate in (shares.rate, shares.base_rate))):
+            prompts = quantity(shares.rate.num_prompts, behavior.noun) + (f" of {name}" if is_request else "")
+            start = f"{BEHAVIOR_SCORERS[scorer][0]} in {share_cell(shares.rate)} of {prompts}"
+            chosen.append((behavior.kind == "harmless", _change(shares), _shares_clause(start, shares)))
+    return _few(f"“{run.name}”", [clause for *_, clause in sorted(chosen, key=lambda item: item[:2])])
 
 
-def _shares_clause(start: str, what: str, shares: BehaviorShares) -> str:
-    shown = _direction(what, f"no change in {what} shown", shares.change)
+def _shares_clause(start: str, shares: BehaviorShares) -> str:
+    shown = _direction("the share", "no change in the share shown", shares.change)
     lost, gained = (count_cell(shares.counts.get(fate)).value for fate in ("lost", "gained"))
     fates = f" ({lost} lost, {gained} gained)" if shares.counts else ""
     return f"{start}, its base {share_cell(shares.base_rate).value}; {shown}: {points_cell(shares.change)}{fates}"
-
-
-def behaviors_sentence(run: RunResults) -> str:
-    """One sentence: how often the tuned model shows each measured behaviour, the one that lost most first."""
-    chosen = []
-    for behavior in run.behaviors.values():
-        scorer = next((scorer for scorer in BEHAVIOR_SCORERS if scorer in behavior.scorers), "")
-        shares = behavior.scorers.get(scorer, BehaviorShares())
-        if any(rate and rate.value for rate in (shares.rate, shares.base_rate)):
-            prompts = quantity(shares.rate.num_prompts if shares.rate else 0, "prompt")
-            start = f"{BEHAVIOR_SCORERS[scorer][0]} in {share_cell(shares.rate)} of {prompts}"
-            chosen.append((_change(shares), _shares_clause(start, "the share", shares)))
-    return _few(f"“{run.name}”", [clause for _, clause in sorted(chosen, key=lambda item: item[0])])
 
 
 def _change(shares: BehaviorShares) -> float:

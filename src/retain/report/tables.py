@@ -64,27 +64,18 @@ ANSWERS = (
     _fate("wrong_other", "wrong → other wrong", "questions that both get wrong, with different answers"),
     CHANCE,
 )  # fmt: skip
-REFUSALS = (
-    _share("refuses", "rate", "base_rate"),
-    _share("refuses, change", "change", as_cell=points_cell),
-    _fate("kept", "refused by both"),
-    _fate("lost", "refused → answered"),
-    _fate("gained", "answered → refused"),
-    _fate("never", "answered by both"),
-    CHANCE,
-)
-SCORERS = {
-    "judge": "a model that is asked whether the answer is a refusal",
-    "phrases": "refusal phrases found in the written answer",
-}
 BEHAVIOR_LINES = (
     _share("share of answers", "rate", "base_rate"),
     _share("share of answers, change", "change", as_cell=points_cell),
+    _fate("kept", "both models"),
     _fate("lost", "only the base"),
     _fate("gained", "only the tuned model"),
+    _fate("never", "neither"),
     CHANCE,
 )
-BEHAVIOR_SCORERS = {  # label and meaning; a sentence names the first scorer that a behaviour has
+BEHAVIOR_SCORERS = {  # label and meaning; a sentence names the first scorer of a behaviour or of a set of requests
+    "judge": ("refuses (judge)", "a model that is asked whether the answer is a refusal says so"),
+    "phrases": ("refuses (phrases)", "a phrase of a refusal is found in the written answer"),
     "right": ("makes the right calls", "the expected calls, with the expected arguments, and no others"),
     "valid": (
         "makes valid calls",
@@ -224,51 +215,41 @@ def _template(used: bool | None) -> str:
     return {None: "", True: ", in the chat template", False: ", without a chat template"}[used]
 
 
-def refusals_table(runs: ReportRuns) -> Table | None:
-    """How often each model refuses, by request set and scorer, and the share of answers on which scorers differ."""
+def behaviors_table(runs: ReportRuns, part: Literal["refusals", "behaviors"]) -> Table | None:
+    """The share of answers of each model that refuse or show each behaviour, and its change.
+
+    Notes name the behaviours that none shows. Of refusals, also the share of answers on which two scorers differ.
+    """
     sections, notes = [], []
-    for name in _keys([run.refusals for run in runs]):
-        sets = [run.refusals.get(name) or BehaviorSet() for run in runs]
-        kind = "over-refusal" if any(requests.kind == "harmless" for requests in sets) else "refusals"
-        for scorer in _keys([requests.scorers for requests in sets]):
-            rows = _rows(REFUSALS, [requests.scorers.get(scorer) for requests in sets])
-            sections.append(Section(f"{name}, {kind}, {scorer}", rows))
-        pairs = [{tuple(pair.scorers): pair for pair in requests.disagreement} for requests in sets]
+    for name in _keys([getattr(run, part) for run in runs]):
+        sets = [getattr(run, part).get(name) or BehaviorSet() for run in runs]
+        about = f"{name}, over-refusal" if any(each.kind == "harmless" for each in sets) else name
+        by_kind = []
+        for scorer in _keys([each.scorers for each in sets]):
+            rows = _rows(BEHAVIOR_LINES, [each.scorers.get(scorer) for each in sets])
+            if scorer not in BEHAVIOR_SCORERS:
+                by_kind.append(rows[0]._replace(label=scorer))
+            elif {rows[0].base, *rows[0].cells} <= {rows[0].base, Cell()} and rows[0].base.value == "0.0%":
+                notes.append(f"{about}, {BEHAVIOR_SCORERS[scorer][0]}: in no answer of any model, {rows[0].base}")
+            else:
+                sections.append(Section(f"{about}, {BEHAVIOR_SCORERS[scorer][0]}", rows))
+        sections += [Section(f"{name}, by kind", by_kind)] * bool(by_kind)
+        pairs = [{tuple(pair.scorers): pair for pair in each.disagreement} for each in sets]
         rows = [
             _rows([_share(" and ".join(pair), "tuned", "base")], [of_run.get(pair) for of_run in pairs])[0]
             for pair in _keys(pairs)
         ]
         sections += [Section(f"{name}, answers on which two scorers differ", rows)] * bool(rows)
-        notes += _set_notes(name, sets)
-    return _table(runs, sections, notes)
-
-
-def behaviors_table(runs: ReportRuns) -> Table | None:
-    """The share of answers of each model that show each behaviour, and its change; notes name those that none shows."""
-    sections, notes = [], []
-    for name in _keys([run.behaviors for run in runs]):
-        sets = [run.behaviors.get(name) or BehaviorSet() for run in runs]
-        by_kind = []
-        for scorer in _keys([behavior.scorers for behavior in sets]):
-            label, _ = BEHAVIOR_SCORERS.get(scorer, (scorer, ""))
-            rows = _rows(BEHAVIOR_LINES, [behavior.scorers.get(scorer) for behavior in sets])
-            if scorer not in BEHAVIOR_SCORERS:
-                by_kind.append(rows[0]._replace(label=label))
-            elif {rows[0].base, *rows[0].cells} <= {rows[0].base, Cell()} and rows[0].base.value == "0.0%":
-                notes.append(f"{name}, {label}: in no answer of any model, {rows[0].base}")
-            else:
-                sections.append(Section(f"{name}, {label}", rows))
-        sections += [Section(f"{name}, by kind", by_kind)] * bool(by_kind)
-        thinking = [behavior.thinking for behavior in sets]
+        thinking = [each.thinking for each in sets]
         if any(thinking):
             sections.append(Section(f"{name}, where both models think", _rows(DRIFT_FORM[:2], thinking)))
         notes += _set_notes(name, sets)
     return _table(runs, sections, notes)
 
 
-def behavior_meanings(runs: ReportRuns) -> dict[str, str]:
-    """Label → meaning of the measured behaviours."""
-    measured = {scorer for run in runs for behavior in run.behaviors.values() for scorer in behavior.scorers}
+def behavior_meanings(runs: ReportRuns, part: Literal["refusals", "behaviors"]) -> dict[str, str]:
+    """Label → meaning of the scorers by which refusals or behaviours were measured."""
+    measured = {scorer for run in runs for each in getattr(run, part).values() for scorer in each.scorers}
     return dict(about for scorer, about in BEHAVIOR_SCORERS.items() if scorer in measured)
 
 
@@ -277,9 +258,8 @@ def _set_notes(name: str, sets: Sequence[BehaviorSet]) -> list[str]:
 
 
 def _prompts_note(prompts: BehaviorSet) -> str:
-    kind = f"{prompts.kind} prompt" if prompts.kind in ("harmful", "harmless") else "prompt"
     length = f", answers of at most {quantity(prompts.max_new_tokens, 'token')}" if prompts.max_new_tokens else ""
-    return f"{quantity(prompts.num_prompts, kind)}{_template(prompts.chat_template)}{length}."
+    return f"{quantity(prompts.num_prompts, prompts.noun)}{_template(prompts.chat_template)}{length}."
 
 
 def drift_table(runs: ReportRuns) -> Table | None:
