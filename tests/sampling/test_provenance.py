@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, make_texts, make_tokenizer, random_model, save_model
+from conftest import make_model, make_texts, make_tokenizer, save_model
 from peft import LoraConfig, get_peft_model
 from pyarrow import parquet
-from transformers import AutoConfig
 from trl import SFTConfig
 
 from retain import ReplayConfig, ReplaySFTTrainer
@@ -109,26 +108,6 @@ def test_rows_without_log_probabilities_are_as_before(tmp_path):
     path = shard_path(folder, 0)
     parquet.write_table(parquet.read_table(path).drop_columns(["logprob"]), path)
     trainer_of(make_model(rope_parameters=LINEAR), str(folder), tmp_path / "out")
-
-
-def test_a_pool_that_longrope_drew_is_its_models_own(tmp_path):
-    """Each token was drawn after the tokens before it; in the whole row the first ones are encoded otherwise."""
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 1e4,
-        "short_factor": [1.0] * 4,
-        "long_factor": [4.0] * 4,
-        "factor": 8.0,
-    }
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320, "eos_token_id": 2}
-    shape |= {"intermediate_size": 64, "max_position_embeddings": 128, "original_max_position_embeddings": 16}
-    rope["original_max_position_embeddings"] = 16
-    config = AutoConfig.for_model("phi3", **shape, pad_token_id=4, bos_token_id=3, rope_parameters=rope)
-    folder = sample_replay(random_model(config, 0, 6.0), make_tokenizer(), tmp_path / "pool", num_rows=4, max_length=40)
-    trainer_of(random_model(config, 0, 6.0), str(folder), tmp_path / "out")
-    rope["long_factor"] = [1.5] * 4
-    with pytest.raises(ValueError, match="are not this model's own"):
-        trainer_of(random_model(config, 0, 6.0), str(folder), tmp_path / "out")
 
 
 def test_own_rows_are_drawn_from_the_very_model_that_is_trained(tmp_path):

@@ -6,7 +6,7 @@ Sampling is checked at the length at which it is used, and a pool with the model
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,26 +31,13 @@ def rope_kinds(model: Any) -> list[dict[str, Any]]:
     return [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
 
 
-def passes(model: Any, length: int) -> Iterator[tuple[int, int]]:
-    """(begin, end) of passes that predict a row as it was drawn: each over `end` tokens, for tokens begin+1 to end.
-
-    One pass, except with LongRoPE, which predicts the next token of a short sequence differently within a long one.
-    """
-    switch, last = rope_switch(model), length - 1
-    ends = [last] if switch is None or switch >= last else [switch, last]
-    yield from zip([0, *ends], ends, strict=False)
-
-
 @torch.no_grad()
 def row_log_probs(model: Any, row: Int[Tensor, " length"]) -> Float[Tensor, " predicted"]:
     """Log-probability of each token of a row after its first, nats, predicted by the model without a cache."""
+    logits = model(input_ids=row[None, :-1], use_cache=False).logits[0]
     parts = []
-    for begin, end in passes(model, len(row)):
-        logits = model(input_ids=row[None, :end], use_cache=False).logits[0, begin:]
-        for start in range(begin, end, COMPARED_POSITIONS):
-            stop = min(start + COMPARED_POSITIONS, end)
-            log_probs = torch.log_softmax(logits[start - begin : stop - begin].float(), dim=-1)
-            parts.append(log_probs.gather(-1, row[start + 1 : stop + 1, None]).squeeze(-1))
+    for part, tokens in zip(logits.split(COMPARED_POSITIONS), row[1:].split(COMPARED_POSITIONS), strict=True):
+        parts.append(torch.log_softmax(part.float(), dim=-1).gather(-1, tokens[:, None]).squeeze(-1))
     return torch.cat(parts)
 
 

@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer
 
 from retain.models.head import seen_by_head
 from retain.models.reference import evaluation_mode, probe_tokens
-from retain.replay.provenance import check_draws, rope_switch
+from retain.replay.provenance import check_draws
 from retain.replay.stored_predictions import to_stored
 
 if TYPE_CHECKING:
@@ -74,10 +74,10 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def cached_pass(
-    model: PreTrainedModel, input_ids: Int[Tensor, "rows new"], cache: dict[str, Any], **options: Any
+    model: PreTrainedModel, input_ids: Int[Tensor, "rows new"], cache: dict[str, Any]
 ) -> tuple[Float[Tensor, "rows new vocab"], dict[str, Any]]:
     """Logits of the new tokens, and the cache that now includes them, as a keyword argument of the model."""
-    output = model(input_ids=input_ids, use_cache=True, **cache, **options)
+    output = model(input_ids=input_ids, use_cache=True, **cache)
     return output.logits, cache | {name: output[name] for name in CACHE_NAMES if output.get(name) is not None}
 
 
@@ -249,14 +249,11 @@ def draw_rows(
         tokens[at, : len(prefix)] = torch.tensor(prefix)
     tokens, lengths = tokens.to(device), torch.from_numpy(prefix_lengths).to(device)
     logprobs, entropies = torch.zeros(2, len(rows), dtype=torch.float64, device=device)
-    done, stored, first_log_probs, switch = 0, [], [], rope_switch(model)
+    done, stored, first_log_probs = 0, [], []
     with evaluation_mode(model), seen_by_head(model) as hidden:  # dropout would change the distribution
         cache = proven_cache(model, max_length)
         for at in range(int(prefix_lengths.min()), max_length):
-            last_only = {}
-            if switch is not None and 0 < done <= switch < at:  # LongRoPE now encodes all positions differently
-                done, cache, last_only = 0, proven_cache(model, max_length), {"logits_to_keep": 1}
-            logits, cache = cached_pass(model, tokens[:, done:at], cache, **last_only)
+            logits, cache = cached_pass(model, tokens[:, done:at], cache)
             done = at
             log_probs = torch.log_softmax(logits[:, -1].float(), dim=-1)
             probabilities = log_probs.exp()

@@ -110,7 +110,7 @@ def sample_replay(
     start_token = start_token or choose_start_token(tokenizer)
     starts = starts or plan_starts("document", tokenizer, start_token)
     max_length = length_that_fits(model, max_length)
-    _check_model(model, max_length, store_reference)
+    _check_model(model, max_length)
     longest = max(len(prefix) for mode in starts.modes for prefix in mode.prefixes)
     if longest >= max_length:
         raise ValueError(f"max_length: {max_length} leaves no room behind a beginning of {longest} tokens; use more")
@@ -199,16 +199,13 @@ def default_store(
             return kind
     if not wanted:
         return None
-    max_length, switch = length_that_fits(model, max_length), rope_switch(model)
     if obstacle is not None:
         why = obstacle
     elif find_head_form(model) is None:
         why = "this model's output head is not plain"
-    elif switch is not None and max_length > switch:
-        why = f"beyond {switch} tokens LongRoPE encodes a whole row differently than while drawing it"
     else:
         bytes_per_token = model.get_output_embeddings().weight[0].nbytes
-        size = num_rows * max_length * bytes_per_token
+        size = num_rows * length_that_fits(model, max_length) * bytes_per_token
         if size <= MAX_STORE_BYTES:
             return "hidden"
         why = f"they would take {size / 1e9:.1f} GB; use --store_reference hidden to store them anyway"
@@ -216,17 +213,17 @@ def default_store(
     return None
 
 
-def _check_model(model: PreTrainedModel, max_length: int, store_reference: str | None) -> None:
+def _check_model(model: PreTrainedModel, max_length: int) -> None:
     if hasattr(model, "peft_config"):  # its fingerprint is the base's, so its rows would pass as the base's own
         raise ValueError(
             "model: it has an adapter; sample from its base, or from what `retain merge --whole true` writes"
         )
     check_predicts_tokens(model)
     switch = rope_switch(model)
-    if store_reference and switch is not None and max_length > switch:
+    if switch is not None and max_length > switch:
         raise ValueError(
-            f"store_reference: beyond {switch} tokens LongRoPE encodes a whole row differently than while drawing it, "
-            f"and training reads whole rows; use max_length {switch}, or store nothing"
+            f"max_length: {max_length}, but beyond {switch} tokens LongRoPE encodes a whole row, as training reads it, "
+            f"differently than while it was drawn; use at most {switch} (replay_max_length where a finetune draws them)"
         )
 
 
