@@ -27,11 +27,11 @@ MAX_INTERVAL_RATIO = 10.0  # of the ends of an interval, above which its paramet
 Scalar = Any  # a float if the inputs are numbers, an array of their shape if they are arrays
 NUM_GRID_POINTS = 2000  # on a log scale, between which `solve` interpolates
 LAW_SCHEMA = "retain.law/2"
-FITS = {"exponents": list, "coefficients": list}
+FITS = {"exponents": [[NUMBER]], "coefficients": [[NUMBER]]}
 PLAIN_FIELDS = ("held_out", "warnings", "settings")  # stored in JSON unchanged
 SHAPE = {
     "form": str, "bounds": {str: [NUMBER, NUMBER]}, "runs": {str: list}, "estimate": FITS, "draws": FITS,
-    "spread": list, "held_out": {str: {str: NUMBER}}, "warnings": [str], "settings": MAPPING,
+    "spread": [[NUMBER]], "held_out": {str: {str: NUMBER}}, "warnings": [str], "settings": MAPPING,
 }  # fmt: skip
 
 
@@ -343,13 +343,15 @@ class ForgettingLaw:
         check_shape(data, SHAPE, f"law: {str(path)!r} is damaged", "fit it again")
         form = form_of(form or data["form"], {name: tuple(pair) for name, pair in data["bounds"].items()})
         try:
+            if unknown := [name for name in ("estimate", "draws", "spread") if without_nan(data[name]) != data[name]]:
+                raise ValueError(f"{unknown[0]!r} holds a number that is not finite")
             estimate = _read_fits(data["estimate"])
             law = cls(
                 form=form,
                 runs=as_runs(data["runs"], form.columns),
                 estimate=estimate,
                 draws=_read_fits(data["draws"]) if data["draws"]["coefficients"] else estimate[:0],
-                spread=_read_array(data, "spread"),
+                spread=np.asarray(data["spread"], dtype=np.float64),
                 **{name: data[name] for name in PLAIN_FIELDS},
             )
             law._check_arrays()
@@ -366,17 +368,7 @@ class ForgettingLaw:
 
 
 def _read_fits(data: Mapping[str, Any]) -> Fits:
-    return Fits(**{name: _read_array(data, name) for name in FITS})
-
-
-def _read_array(data: Mapping[str, Any], name: str) -> Array:
-    try:
-        array = np.asarray(data[name], dtype=np.float64)
-    except ValueError:  # ragged, or text
-        array = np.array(np.nan)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name!r} holds something that is not a finite number")
-    return array
+    return Fits(**{name: np.asarray(data[name], dtype=np.float64) for name in FITS})
 
 
 def _ends(level: float) -> tuple[float, float]:
