@@ -299,24 +299,26 @@ def test_a_text_that_is_trained_on_is_not_measured_as_remembered(tmp_path):
         host("sft", tmp_path, callback(retention={"words": ROWS["text"][:4]})).train()
 
 
-def test_documents_are_whole_bounded_and_always_the_same():
-    cut = {"tokenizer": TOKENIZER, "start_id": 3, "max_length": 16, "max_windows": None}
-    texts = ["", *make_texts(30, seed=4)]
-    every = retention_documents("a", texts, None, 0, **cut)
-    some = retention_documents("a", texts, 300, 0, **cut)
-    assert len(every) == 30
-    assert sum(document.num_tokens for document in some) <= 300
-    assert 1 < len(some) < 30
-    assert [document for document in every if document in some] == some, "whole, and in their own order"
-    assert retention_documents("a", every, 300, 0, **cut) != retention_documents("a", every, 300, 1, **cut)
-    assert some == retention_documents("a", iter(texts), 300, 0, **cut)
-    assert len(retention_documents("a", texts, 1, 0, **cut)) == 1
+def test_the_first_window_of_the_first_documents_is_measured(tmp_path):
+    """As in `retain finetune`, so that `ref_kl` of a text means the same."""
+    cut = {"tokenizer": TOKENIZER, "start_id": 3, "max_length": 16, "max_windows": 1}
+    texts = make_texts(30, seed=4)
+    every = retention_documents("a", texts, **cut)
+    assert [len(document.windows) for document in every] == [1] * 30
+    assert retention_documents("a", iter(["", *texts]), 6, **cut) == every[:5]
+    found = callback(retention={"a": texts}, max_documents=5, max_length=16)
+    host("sft", tmp_path, found)
+    assert found.documents["a"] == every[:5]
+    assert (found.settings["retention"], found.settings["retention_windows"]) == ({"a": 5}, 1)
+    for wrong in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=rf"^max_documents: {wrong} does not fit"):
+            callback(max_documents=wrong)
     with pytest.raises(ValueError, match="'a' has no text to measure"):
-        retention_documents("a", ["", ""], 10, 0, **cut)
+        retention_documents("a", ["", ""], **cut)
     with pytest.raises(ValueError, match="messages"):  # it was left out, like a text of no token
-        retention_documents("a", [{"messages": []}, *texts], 10**6, 0, **cut)
+        retention_documents("a", [{"messages": []}, *texts], **cut)
     with pytest.raises(ValueError, match="texts: 'a' is a str, not several texts; give a list"):
-        retention_documents("a", "wiki.txt", 10, 0, **cut)
+        retention_documents("a", "wiki.txt", **cut)
 
 
 def test_letters_in_the_chat_template(tmp_path):

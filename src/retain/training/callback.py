@@ -36,6 +36,7 @@ from retain.models.description import (
 )
 from retain.models.head import HeadForm, find_head_form
 from retain.models.reference import Reference, evaluation_mode, probe
+from retain.training.protection import RETENTION_WINDOWS
 from retain.training.retention import (
     RetentionMeasurer,
     check_best_metric,
@@ -61,9 +62,8 @@ class ForgettingCallback(RetentionMeasurer):
         choices: name → multiple-choice questions: from `load_questions`, or rows as in its files.
         base: the base, if the trainer does not receive it, e.g. because its adapter was trained before.
         tokenizer: by default the trainer's `processing_class`.
-        max_tokens: tokens of each text: whole documents in an order drawn with `seed`, the same at every evaluation.
-            None for all.
-        max_length: longest window in tokens; longer documents are cut into several.
+        max_documents: documents of each text, from its beginning; None for all.
+        max_length: tokens of a document that are measured, as in `retain finetune`: its first window.
         choices_every: ask the questions at every n-th evaluation.
         choice_style, choice_chat_template: as in `measure`.
         start_token: the document start; chosen from the tokenizer by default.
@@ -84,23 +84,24 @@ class ForgettingCallback(RetentionMeasurer):
         choices: Mapping[str, Sequence[Question | Mapping[str, Any]]] | None = None,
         base: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        max_tokens: int | None = 16_384,
+        max_documents: int | None = 64,
         max_length: int = 512,
         choices_every: int = 1,
         choice_style: str = "text",
         choice_chat_template: bool = False,
         start_token: str | int | None = None,
-        seed: int = 0,
     ) -> None:
         if not retention and not choices:
             raise ValueError("retention: nothing to measure; give texts, or choices")
         check_number("choices_every", choices_every, low=1, integer=True)
+        if max_documents is not None:
+            check_number("max_documents", max_documents, low=1, integer=True)
         check_named("retention", retention or {})
         super().__init__()
         self.retention, self.base = dict(retention or {}), base
         self.choices = {name: as_questions(name, rows) for name, rows in (choices or {}).items()}
-        self.tokenizer, self.start_token, self.seed = tokenizer, start_token, seed
-        self.max_tokens, self.max_length, self.choices_every = max_tokens, max_length, choices_every
+        self.tokenizer, self.start_token = tokenizer, start_token
+        self.max_documents, self.max_length, self.choices_every = max_documents, max_length, choices_every
         self.choice_form: dict[str, Any] = {"style": choice_style, "chat_template": choice_chat_template}
         self._inputs: dict[str, Inputs] = {}
         self._base_answers: dict[str, list[int]] = {}
@@ -155,9 +156,9 @@ class ForgettingCallback(RetentionMeasurer):
         limit, start = max_positions(model), choose_start_token(tokenizer, self.start_token)
         self._row_edges = row_edges(tokenizer, start.id)
         max_length = min(self.max_length, limit or self.max_length)
-        cut = {"tokenizer": tokenizer, "start_id": start.id, "max_length": max_length, "max_windows": None}
+        cut = {"tokenizer": tokenizer, "start_id": start.id, "max_length": max_length, "max_windows": RETENTION_WINDOWS}
         for name, source in self.retention.items():
-            self.documents[name] = retention_documents(name, source, self.max_tokens, self.seed, **cut)
+            self.documents[name] = retention_documents(name, source, self.max_documents, **cut)
         for name, questions in self.choices.items():
             self._inputs[name] = encode_questions(questions, tokenizer, limit=limit, **self.choice_form)
         self.reference = self._given_base(model) if self.base is not None else self._proven_base(model, args)
@@ -167,6 +168,7 @@ class ForgettingCallback(RetentionMeasurer):
             "reference": "given" if self.base is not None else self.reference.kind,
             "base_fingerprint": fingerprint,
             "num_params": num_tuned(model),
+            "retention_windows": RETENTION_WINDOWS,
             "retention": {name: len(documents) for name, documents in self.documents.items()},
             "versions": versions(),
         }

@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
@@ -18,7 +17,7 @@ from transformers import SchedulerType, TrainerState, TrainingArguments
 from transformers.trainer_utils import default_compute_objective
 
 from retain.checks import several
-from retain.data.rows import Document, as_documents, tokenize_documents, without_copies
+from retain.data.rows import Document, as_documents, without_copies
 from retain.measuring.tokens import Forward, batches, document_sums, logits_at, negated, padded, summarize
 from retain.models.head import reshard
 from retain.models.reference import Reference, evaluation_mode
@@ -259,16 +258,11 @@ def check_best_metric(args: TrainingArguments, names: Sequence[str]) -> None:
 
 
 def retention_documents(
-    name: str, source: Iterable[str | Document], max_tokens: int | None = None, seed: int = 0, **cut: Any
+    name: str, source: Iterable[str | Document], max_documents: int | None = None, **cut: Any
 ) -> list[Document]:
-    """The documents of a text, without copies; `cut` as in `as_documents`.
-
-    Args:
-        max_tokens: draw whole documents with `seed` up to this many tokens, at least one, and keep their original
-            order. None for all.
-    """
+    """The first `max_documents` documents of a text (None: all), without copies; `cut` as in `as_documents`."""
     items = several("texts", name, source)
-    chosen = as_documents(name, items, **cut) if max_tokens is None else _draw(name, items, max_tokens, seed, cut)
+    chosen = as_documents(name, items[:max_documents], **cut)
     documents, warnings = without_copies(f"retention/{name}", chosen, "documents")
     for warning in warnings:
         logger.warning(warning)
@@ -291,17 +285,3 @@ def new_task_documents(dataset: Any, limit: int, tokenizer: Any) -> list[Documen
             if predicted:
                 rows.append(Document([ids], len(tokenizer.decode(predicted).encode("utf-8", "replace")), [mask]))
     return without_copies(NEW_TASK_TEXT, rows[:limit], "rows")[0]
-
-
-def _draw(name: str, items: Sequence[Any], max_tokens: int, seed: int, cut: dict[str, Any]) -> list[Document]:
-    drawn: dict[int, Document] = {}
-    tokens_left = max_tokens
-    for index in np.random.default_rng(seed).permutation(len(items)).tolist():
-        if not (documents := tokenize_documents([items[index]], **cut)):  # a text without tokens
-            continue
-        (document,) = documents
-        if document.num_tokens > tokens_left and drawn:
-            break
-        drawn[index] = document
-        tokens_left -= document.num_tokens
-    return as_documents(name, [drawn[index] for index in sorted(drawn)], **cut)  # raises an error if there are none
