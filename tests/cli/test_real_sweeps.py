@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,35 +101,3 @@ def test_ten_kills_change_nothing(sweep: Path, undisturbed: dict[str, Any], tmp_
     kept = read_jsonl(tmp_path / "results.jsonl")
     assert len(kept) == len({row["key"] for row in kept}) == len(undisturbed)
     assert any(pretrained(row)["resumed"] for row in rows)
-
-
-def test_a_lost_ray_worker_loses_its_run_only(
-    sweep: Path, undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'retain-llm[ray]'")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    lost: list[str] = []
-
-    def kill_one() -> None:
-        """The worker of the first run that has logged half of what it will, with a checkpoint behind it."""
-        half = sum(lines(sweep.parent / "whole").values()) // (2 * len(undisturbed))
-        until(lambda: max(lines(tmp_path).values(), default=0) >= half)
-        key = max(lines(tmp_path).items(), key=lambda item: item[1])[0]
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if any(word.endswith(f"runs/{key}") for word in process.cmdline()):
-                    process.parent().kill()
-                    lost.append(key)
-                    return
-
-    try:
-        killer = threading.Thread(target=kill_one, daemon=True)
-        killer.start()
-        rows = make(sweep, tmp_path, engine="ray")
-        killer.join()
-    finally:
-        ray.shutdown()
-    assert {row["key"]: ends(row) for row in rows} == undisturbed
-    assert [row["key"] for row in rows if pretrained(row)["resumed"]] == lost
-    assert len(lost) == 1

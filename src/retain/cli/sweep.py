@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -16,7 +16,7 @@ from retain import versions
 from retain.checks import Settings, setting
 from retain.cli.flags import Verb
 from retain.files import exclusive, read_jsonl
-from retain.lab.runner import RunRows, VerbRun, run_here, run_on_ray
+from retain.lab.runner import RunRows, VerbRun, run_here
 from retain.progress import StageProgress, progress_line
 from retain.report.numbers import is_number, quantity
 
@@ -33,9 +33,6 @@ class SweepConfig(Settings):
         "", "YAML file with a verb, common flags, a grid of lists, and a list of flags that go together.", required=True
     )
     output_dir: str = setting("", "Folder for results.jsonl, runs/ and logs/.", required=True)
-    engine: Literal["local", "ray"] = setting(
-        "local", "local: processes on this machine. ray: the cluster at RAY_ADDRESS, or one started here."
-    )
     num_workers: int | None = setting(None, "Runs at a time. Default: as many as the cores allow.", low=1)
     cores_per_run: int = setting(1, "Cores, and threads, per run.", low=1)
 
@@ -193,11 +190,8 @@ def make_runs(config: SweepConfig, runs: Sequence[VerbRun]) -> list[dict[str, An
                     failed.append(row)
                 stage.update()
 
-            if config.engine == "ray":
-                run_on_ray(todo, root, record, num_workers=config.num_workers, threads=threads)
-            else:
-                workers = config.num_workers or max(1, num_cores() // threads)
-                run_here(todo, root, record, num_workers=workers, threads=threads)
+            workers = config.num_workers or max(1, num_cores() // threads)
+            run_here(todo, root, record, num_workers=workers, threads=threads)
     if failed:
         raise ValueError(
             f"sweep: {len(failed)} of {len(runs)} runs failed, the others are kept; the first "

@@ -1,7 +1,7 @@
 """Runs, each made once and named by a hash of its settings; a kill loses only the runs in progress.
 
-`RunRows` keeps one row per run in a file: for a study, a plan's pilots, a sweep. `run_here` and `run_on_ray` run a
-verb many times, each in its own process and folder.
+`RunRows` keeps one row per run in a file: for a study, a plan's pilots, a sweep. `run_here` runs a verb many times,
+each in its own process and folder.
 """
 
 from __future__ import annotations
@@ -126,11 +126,11 @@ def _word(value: Any) -> str:
 class VerbProcess:
     """A run in its own process, with its output in `logs/KEY.txt` and its results in `runs/KEY`."""
 
-    def __init__(self, run: VerbRun, root: Path, threads: int, program: str) -> None:
+    def __init__(self, run: VerbRun, root: Path, threads: int) -> None:
         self.run, self.folder, self.log = run, root / "runs" / run.key, root / "logs" / f"{run.key}.txt"
         for folder in (self.folder.parent, self.log.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-c", program, *run.arguments(self.folder)]
+        command = [sys.executable, "-c", PROGRAM, *run.arguments(self.folder)]
         self.start_time = time.monotonic()
         with open(self.log, "wb") as log:
             # In its own process group: Ctrl-C reaches only the sweep, which stops each run once.
@@ -159,7 +159,7 @@ def run_here(runs: Sequence[VerbRun], root: Path, record: Record, *, num_workers
     try:
         while todo or running:
             while todo and len(running) < num_workers:
-                running.append(VerbProcess(todo.popleft(), root, threads, PROGRAM))
+                running.append(VerbProcess(todo.popleft(), root, threads))
             time.sleep(0.1)
             for ended in [job for job in running if job.process.poll() is not None]:
                 running.remove(ended)
@@ -172,20 +172,3 @@ def run_here(runs: Sequence[VerbRun], root: Path, record: Record, *, num_workers
                 job.process.wait(SECONDS_TO_STOP)
             job.process.kill()
             job.process.communicate()
-
-
-def run_on_ray(runs: Sequence[VerbRun], root: Path, record: Record, *, num_workers: int | None, threads: int) -> None:
-    """Make the runs on the Ray cluster at RAY_ADDRESS, or one started here; losing a machine loses only its runs.
-
-    All machines of the cluster must share the folder `root`.
-    """
-    from retain.sampling.ray_workers import ray_workers
-
-    def outcome(run: VerbRun) -> dict[str, Any]:
-        job = VerbProcess(run, root, threads, PROGRAM)
-        job.process.wait()
-        return job.outcome()
-
-    with ray_workers(lambda: outcome, num_workers=num_workers, num_cpus=threads) as outcomes_of:
-        for run, result in outcomes_of(runs):
-            record(run, result)
