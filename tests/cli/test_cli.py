@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import CHATML, make_texts, make_tokenizer, save_model
 
+from retain import ForgettingReport
 from retain.cli.main import VERBS, load_verb, main
 from retain.files import one_line, read_jsonl
 from retain.models.description import model_fingerprint
@@ -417,6 +418,40 @@ def test_an_adapter_is_measured_from_its_folder(world, tmp_path, capsys):
 
 
 KEPT = ("retention", "generations", "noise_floor", "gate")
+
+
+@pytest.mark.parametrize("adapter", [[], ["--use_peft", "true"]], ids=["whole", "lora"])
+def test_the_base_of_a_run_is_known_by_its_files(world, tmp_path, capsys, adapter):
+    """No file of a whole finetune named it."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    shutil.copytree(world / "llama", tmp_path / "base")
+    assert finetune(world, out, "--model", str(tmp_path / "base"), "--replay_coef", "0", *adapter) == 0
+    settings = json.loads((out / "retain_config.json").read_text())
+    assert settings["base"]["model"] == str(tmp_path / "base")
+    words = f"measure --retention old={world}/wiki.txt --max_documents 2 --max_new_tokens 0 --max_length 16".split()
+    capsys.readouterr()
+    assert main([*words, "--model", str(out), "--output_dir", str(tmp_path / "report")]) == 0
+    assert f"base: {tmp_path}/base, the {'base that the adapter' if adapter else 'model that the run in'} " in (
+        capsys.readouterr().out
+    )
+    data = ForgettingReport.from_json(tmp_path / "report" / "report.json").data
+    assert (data["base"]["model"], data["warnings"]) == (str(tmp_path / "base"), [])
+    if adapter:
+        return
+    save_model(tmp_path / "moved", seed=5)
+    assert settings["base"]["fingerprint"] == data["base"]["fingerprint"]
+    shutil.copytree(out, other)
+    settings["base"]["model"] = str(tmp_path / "moved")
+    (other / "retain_config.json").write_text(json.dumps(settings))
+    argv = [*words, "--output_dir", str(tmp_path / "two"), "--model"]
+    assert main([*argv, str(out), "--model", str(other)]) == 1
+    assert re.search(
+        "base: '.*base' is the model that .*, and '.*moved' the model that .*give", capsys.readouterr().err
+    )
+    assert main([*argv, str(other)]) == 1
+    assert "moved' is no longer the model that the run in" in capsys.readouterr().err
+    assert main([*argv, str(world / "llama")]) == 1
+    assert "does not name its base; give --base" in capsys.readouterr().err
 
 
 def test_several_models_of_one_base_are_measured_and_judged_together(world, tmp_path, capsys):

@@ -344,14 +344,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, capsys, chang
     assert left <= {"alphas.jsonl"}, "what was measured stays"
 
 
-def test_a_base_that_was_changed_since_is_refused(world, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("by", "what"),
+    [("replay_dataset", "the model that wrote the run's replay rows"), ("base", "the model that the run in .*")],
+)
+def test_a_base_that_was_changed_since_is_refused(world, tmp_path, capsys, by, what):
+    """Run files of before hold the base of their rows alone."""
     settings = json.loads((world / "full" / "retain_config.json").read_text())
     save_model(tmp_path / "other", seed=5)
-    settings["replay_dataset"]["manifest"]["model"] = str(tmp_path / "other")
+    if by == "base":
+        settings["base"]["model"] = str(tmp_path / "other")
+    else:
+        settings["replay_dataset"]["manifest"]["model"] = str(tmp_path / "other")
+        del settings["base"]
     make_model().save_pretrained(tmp_path / "tuned")
     (tmp_path / "tuned" / "retain_config.json").write_text(json.dumps(settings))
     line = refused(capsys, *flags(world, tmp_path / "out", model=tmp_path / "tuned"))
-    assert "is no longer the model that wrote the run's replay rows; give --base" in line
+    assert re.search(f"is no longer {what}; give --base", line)
 
 
 def test_an_adapter_of_another_base_is_refused(world, tmp_path, capsys):

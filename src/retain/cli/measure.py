@@ -21,7 +21,7 @@ from retain.cli.job_summary import LEVELS, SUMMARY_VARIABLE, annotation, append_
 from retain.cli.settings import CHAIN_HELP, RETENTION_HELP, TextSettings
 from retain.data.overlap import find_rows
 from retain.data.rows import Document, Reading, Text, named_sources, read_rows, row_texts
-from retain.files import exclusive, short_names, visible
+from retain.files import check_model_path, exclusive, short_names, visible
 from retain.measuring.answer_files import read_log, read_samples
 from retain.measuring.behaviors import behavior_sources, load_behavior
 from retain.measuring.choices import load_questions
@@ -31,14 +31,14 @@ from retain.measuring.paired_answers import pair_answers
 from retain.measuring.refusals import Judge, load_requests
 from retain.models.adapters import adapted_model
 from retain.models.base_predictions import MeasuredBase
-from retain.models.description import default_device, length_that_fits, with_least_room
+from retain.models.description import default_device, length_that_fits, model_fingerprint, with_least_room
 from retain.models.loading import load_model, load_tokenizer, loaded_as, tokenizer_of_tuned
 from retain.models.reference import TOLERANCE, Reference, probe
 from retain.replay.dataset import load_texts
 from retain.report.gate import SEVERITY, Judgement, judge
 from retain.report.model_card import check_card
 from retain.report.report import ForgettingReport, write_comparison
-from retain.training.run_files import LOSS_ARGUMENTS, read_run, settings_of_run
+from retain.training.run_files import LOSS_ARGUMENTS, NamedBase, base_of, read_run, settings_of_run
 
 OPTIONS = (
     *("choice_style", "choice_chat_template", "start_token", "max_length", "max_windows", "batch_tokens"),
@@ -58,7 +58,9 @@ ANSWERED = ("refusals", "harmless", "behaviors")  # settings whose prompts both 
 class MeasureConfig(TextSettings):
     """Settings of `retain measure`."""
 
-    base: str = setting("", "Model before finetuning: a Hub id or folder. [required, unless --pair]")
+    base: str = setting(
+        "", "Model before finetuning: a Hub id or folder. Default: the base that the adapter or the run of model names."
+    )
     model: list[str] = setting(
         list, "Model after finetuning: a model or an adapter folder; repeatable, to compare. [required, unless --pair]"
     )
@@ -145,9 +147,8 @@ class MeasureConfig(TextSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in () if self.pair else ("base", "model"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: missing; give --{name}")
+        if not (self.pair or self.model):
+            raise ValueError("model: missing; give --model")
         if self.model_card and len(self.model) > 1:
             raise ValueError(f"model_card: {self.model_card!r} describes a single model; give one --model")
         if self.chain and not (len(self.model) > 1 and self.retention):
@@ -270,6 +271,10 @@ class Start:
 
 def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Iterator[ForgettingReport]:
     """Yield a report of each model in `config.model`; the base is evaluated once."""
+    named = None if config.base else common_base(config)
+    if named is not None:
+        config.base, config.model_revision = named.model, named.revision or config.model_revision
+        say(f"base: {config.base}, {named.source}")
     tokenizer = load_tokenizer(config.base, field="base", **config.checkpoint)
     paths = list(map(Path, config.model))
     names, runs = short_names(paths, "model"), list(map(read_run, paths))
@@ -278,6 +283,8 @@ def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Itera
     training = [run_settings.get("training_arguments") or {} for run_settings in settings]
     new_tasks = [load_new_task(config, *pair, tokenizer) for pair in zip(config.model, training, strict=True)]
     loaded = load_model(config.base, device=default_device(), field="base", **config.loading)
+    if named is not None:
+        named.check(model_fingerprint(loaded))
     base = MeasuredBase(loaded) if len(config.model) > 1 else MeasuredBase.of(loaded)
     options: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS} | {"tokenizer": tokenizer}
     options |= {"judge": load_judge(config, loaded) if config.judge else None, "progress": say}
@@ -302,6 +309,21 @@ def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Itera
             start = Start(model, probe(tuned), "the stage before it", TOLERANCE[torch.bfloat16])
         del tuned  # free memory for the next
         yield report
+
+
+def common_base(config: MeasureConfig) -> NamedBase:
+    """The base that the files of all models name; in a chain, of the first one.
+
+    Raises:
+        ValueError: if a model names none, or two name different ones.
+    """
+    named = [base_of(model, settings_of_run(model)) for model in config.model[: 1 if config.chain else None]]
+    if other := next((base for base in named if base.model != named[0].model), None):
+        raise ValueError(
+            f"base: {named[0].model!r} is {named[0].source}, and {other.model!r} {other.source}; give --base"
+        )
+    check_model_path(named[0].model, "base")
+    return named[0]
 
 
 def trained_rows(

@@ -23,7 +23,6 @@ from retain.data.rows import named_sources
 from retain.files import PART, exclusive, visible, write_json, write_text
 from retain.lab.runner import RunRows, run_key
 from retain.measuring.measure import measure
-from retain.models.adapters import adapted_model
 from retain.models.base_predictions import MeasuredBase
 from retain.models.checkpoint_mean import write_mean
 from retain.models.description import default_device
@@ -36,7 +35,7 @@ from retain.report.numbers import quantity
 from retain.report.page import terminal_table
 from retain.report.report import ForgettingReport
 from retain.report.style import frontier_row, save_png
-from retain.training.run_files import settings_of_run
+from retain.training.run_files import NamedBase, base_of, settings_of_run
 from retain.training.stopping import check_no_model, whole_checkpoints
 
 ALPHAS = tuple(tenths / 10 for tenths in range(11))
@@ -70,8 +69,8 @@ class MergeConfig(TextSettings):
     )
     base: str | None = setting(
         None,
-        "Model before finetuning: a Hub id or folder. Default: the base that the adapter names, or the model that "
-        "wrote the run's replay rows.",
+        "Model before finetuning: a Hub id or folder. Default: the base that the adapter or the run names, or the "
+        "model that wrote the run's replay rows.",
     )
     replay_dataset: str | None = setting(
         None,
@@ -117,7 +116,8 @@ class MergeConfig(TextSettings):
 def run_merge(config: MergeConfig) -> None:
     """Measure each alpha once, choose one, and write the model at this alpha, with the folder locked."""
     folder, run = Path(config.output_dir), settings_of_run(config.model)
-    name, fingerprint = (config.base, None) if config.base else base_of(config.model, run)
+    named = NamedBase(config.base, "given") if config.base else base_of(config.model, run)
+    name, config.model_revision = named.model, named.revision or config.model_revision
     checkpoints = last_checkpoints(config)
     with (
         exclusive(folder, "a merged model"),
@@ -132,8 +132,7 @@ def run_merge(config: MergeConfig) -> None:
         model = load_model(name, field="base", device=default_device(), **config.loading)
         dtype = stored_dtype(name, **config.checkpoint) if config.dtype == "auto" else None
         base, ends = MeasuredBase(model), {MODEL: config.model}
-        if fingerprint not in (None, base.fingerprint):
-            raise ValueError(f"base: {name!r} is no longer the model that wrote the run's replay rows; give --base")
+        named.check(base.fingerprint)
         if checkpoints:
             mean = Path(temporary, "mean")
             write_mean(checkpoints, mean)
@@ -181,20 +180,6 @@ def last_checkpoints(config: MergeConfig) -> list[Path]:
             "give a run's folder, or train with save_strategy steps, a shorter save_steps and a larger save_total_limit"
         )
     return checkpoints[-count:]
-
-
-def base_of(model: str, run: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The base that an adapter names, or the model that sampled the run's replay rows, with its fingerprint.
-
-    Raises:
-        ValueError: if neither is known.
-    """
-    if name := adapted_model(model):
-        return name, None
-    manifest = (run.get("replay_dataset") or {}).get("manifest") or {}
-    if not (name := manifest.get("model")):
-        raise ValueError(f"base: {model!r} does not name its base; give --base")
-    return name, manifest.get("model_fingerprint")
 
 
 def load_merge_texts(

@@ -45,6 +45,7 @@ from retain.training.retention import (
     retention_names,
 )
 from retain.training.row_checks import check_not_trained_on, row_edges
+from retain.training.run_files import named_base
 from retain.training.trainer_checks import check_base_is_frozen, check_forward_passes, check_loads_everywhere
 
 GIVE_BASE = "give base=the model before finetuning, as a second copy"
@@ -166,6 +167,7 @@ class ForgettingCallback(RetentionMeasurer):
         self.settings = {
             "replay": {},
             "reference": "given" if self.base is not None else self.reference.kind,
+            "base": named_base(model if self.base is None else self.base, fingerprint),
             "base_fingerprint": fingerprint,
             "num_params": num_tuned(model),
             "retention_windows": RETENTION_WINDOWS,

@@ -53,6 +53,7 @@ from retain.training.row_checks import (
     training_rows,
     warn_of_trained_rows,
 )
+from retain.training.run_files import named_base
 from retain.training.trainer_checks import (
     check_base_is_frozen,
     check_devices,
@@ -79,6 +80,7 @@ class Protection:
         host: the host trainer's other arguments; `processing_class` and `peft_config` are read.
 
     Attributes:
+        base: how the run's files name the base.
         documents: retention documents by the name of their text.
         new_task: held-out rows of the new task, measured like the documents.
         reference: the frozen base; None if nothing is compared with it, or its stored predictions suffice.
@@ -114,9 +116,12 @@ class Protection:
         self.reference: Reference | None = None
         self._row_edges: set[int] = set()  # tokens that open or close rows
         self._rows_are_own, self._start_token = True, ""  # whether the model itself wrote the rows
+        fingerprint = model_fingerprint(model)
+        self.base = named_base(model, fingerprint)
         if rows is not None or retention:
             tokenizer = _tokenizer(host.get("processing_class"), model)
-            self._load(model, args, rows, retention, tokenizer, choose_start_token(tokenizer, start_token))
+            start = choose_start_token(tokenizer, start_token)
+            self._load(model, fingerprint, args, rows, retention, tokenizer, start)
         self._check_rows(model)
         has_adapter = host.get("peft_config") is not None or hasattr(model, "disable_adapter")
         self.cache = self._stored_predictions()
@@ -127,7 +132,14 @@ class Protection:
             self.reference = self._make_reference(model, has_adapter=has_adapter)
 
     def _load(
-        self, model: Any, args: Any, rows: Any, retention: Mapping[str, Any], tokenizer: Any, start: StartToken
+        self,
+        model: Any,
+        fingerprint: str,
+        args: Any,
+        rows: Any,
+        retention: Mapping[str, Any],
+        tokenizer: Any,
+        start: StartToken,
     ) -> None:
         max_length = self.config.replay_max_length or Unchosen(getattr(args, "max_length", None) or 512)
         max_length = length_that_fits(model, max_length, "replay_max_length")
@@ -141,7 +153,7 @@ class Protection:
         if rows is not None and rows.manifest is not None:
             warning = verify_replay(
                 rows.manifest,
-                model_fingerprint=model_fingerprint(model),
+                model_fingerprint=fingerprint,
                 tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
                 allow_off_policy=self.config.allow_off_policy_replay,
             )
@@ -323,6 +335,7 @@ class Protection:
             "replay": dataclasses.asdict(self.config) | resolved,
             "replay_dataset": dataset,
             "new_rows": rows_fingerprint(getattr(trainer, "train_dataset", None)),
+            "base": self.base,
             "reference": self.reference_kind,
             "num_params": num_tuned(trainer.model),
             "loss_tokens": _loss_tokens(trainer),

@@ -8,11 +8,14 @@ forgetting budget was kept.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from retain.files import (
     CONFIG_FILE,
@@ -28,6 +31,7 @@ from retain.files import (
     write_json,
     write_text,
 )
+from retain.models.adapters import adapted_model
 from retain.models.loading import find_file, resolve_model_path
 
 DOCUMENTS_FILE = "documents.jsonl"
@@ -42,6 +46,7 @@ SETTINGS = {
     "training_arguments": dict.fromkeys(REPORTED_ARGUMENTS, NUMBER),
     **{f"{name}?": kind for name, kind in COUNTED_TOKENS.items()},
 }
+BASE = {"model": str, "revision?": str, "fingerprint?": str}
 METRICS, DOCUMENTS = {"step": int, "kept_step?": int}, {"step": int, "name": str}
 
 
@@ -60,7 +65,56 @@ def settings_of_run(model: str) -> dict[str, Any]:
     config_file, parent = find_file(path, CONFIG_FILE), Path(path).resolve().parent
     is_checkpoint = config_file is None and Path(path).is_dir() and Path(path).resolve().name.startswith("checkpoint-")
     folder = parent if is_checkpoint else Path(path) if config_file is None else config_file.parent
-    return read_settings(folder, {"training_arguments?": dict, "replay_dataset?": {"source?": str}})
+    return read_settings(folder, {"training_arguments?": dict, "replay_dataset?": {"source?": str}, "base?": BASE})
+
+
+def named_base(model: Any, fingerprint: str | None) -> dict[str, str | None]:
+    """How `retain_config.json` names the model to be trained: id or absolute path, commit on the Hub, fingerprint."""
+    name, is_whole = model.name_or_path, not (getattr(model, "is_quantized", False) or is_deepspeed_zero3_enabled())
+    return {
+        "model": str(Path(name).absolute()) if name and Path(name).exists() else name,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "fingerprint": fingerprint if is_whole else None,  # loaded whole, such a model has another
+    }
+
+
+@dataclass(frozen=True)
+class NamedBase:
+    """The base of a finetuned model, from its files: `source` says which.
+
+    Attributes:
+        fingerprint: None if no file holds it.
+    """
+
+    model: str
+    source: str
+    revision: str | None = None
+    fingerprint: str | None = None
+
+    def check(self, fingerprint: str) -> None:
+        """Raise a `ValueError` if the base, once loaded, has another fingerprint."""
+        if self.fingerprint not in (None, fingerprint):
+            raise ValueError(f"base: {self.model!r} is no longer {self.source}; give --base")
+
+
+def base_of(model: str, run: Mapping[str, Any]) -> NamedBase:
+    """The base that an adapter names, the one that the run was started from, or the one that drew its replay rows.
+
+    Args:
+        run: `settings_of_run(model)`.
+
+    Raises:
+        ValueError: if none is known.
+    """
+    if name := adapted_model(model):
+        return NamedBase(name, f"the base that the adapter {model!r} names")
+    if (base := run.get("base") or {}).get("model"):
+        source = f"the model that the run in {model!r} was started from"
+        return NamedBase(base["model"], source, base.get("revision"), base.get("fingerprint"))
+    manifest = (run.get("replay_dataset") or {}).get("manifest") or {}
+    if not (name := manifest.get("model")):
+        raise ValueError(f"base: {model!r} does not name its base; give --base")
+    return NamedBase(name, "the model that wrote the run's replay rows", None, manifest.get("model_fingerprint"))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
