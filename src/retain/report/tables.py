@@ -216,10 +216,7 @@ def _template(used: bool | None) -> str:
 
 
 def behaviors_table(runs: ReportRuns, part: Literal["refusals", "behaviors"]) -> Table | None:
-    """The share of answers of each model that refuse or show each behaviour, and its change.
-
-    Notes name the behaviours that none shows. Of refusals, also the share of answers on which two scorers differ.
-    """
+    """The share of answers of each model that refuse or show each behaviour, and on which two scorers differ."""
     sections, notes = [], []
     for name in _keys([getattr(run, part) for run in runs]):
         sets = [getattr(run, part).get(name) or BehaviorSet() for run in runs]
@@ -227,12 +224,10 @@ def behaviors_table(runs: ReportRuns, part: Literal["refusals", "behaviors"]) ->
         by_kind = []
         for scorer in _keys([each.scorers for each in sets]):
             rows = _rows(BEHAVIOR_LINES, [each.scorers.get(scorer) for each in sets])
-            if scorer not in BEHAVIOR_SCORERS:
-                by_kind.append(rows[0]._replace(label=scorer))
-            elif {rows[0].base, *rows[0].cells} <= {rows[0].base, Cell()} and rows[0].base.value == "0.0%":
-                notes.append(f"{about}, {BEHAVIOR_SCORERS[scorer][0]}: in no answer of any model, {rows[0].base}")
-            else:
+            if scorer in BEHAVIOR_SCORERS:
                 sections.append(Section(f"{about}, {BEHAVIOR_SCORERS[scorer][0]}", rows))
+            else:
+                by_kind.append(rows[0]._replace(label=scorer))
         sections += [Section(f"{name}, by kind", by_kind)] * bool(by_kind)
         pairs = [{tuple(pair.scorers): pair for pair in each.disagreement} for each in sets]
         rows = [
@@ -264,29 +259,15 @@ def _prompts_note(prompts: BehaviorSet) -> str:
 
 def drift_table(runs: ReportRuns) -> Table | None:
     """Drift in content and in form, of greedy and of sampled continuations, if there are enough prompts."""
-    sections, notes = [], []
+    sections = []
     for how in _keys([run.drift for run in runs]):
         drifts = [run.drift.get(how) for run in runs]
         prompts = max(drift.num_prompts for drift in drifts if drift)
         if prompts >= MIN_PROMPTS:
             title = f"{how}, {quantity(prompts, 'prompt')}"
             sections += [Section(f"{title}: content", _rows(DRIFT_CONTENT, drifts))]
-            rows, same = _form_rows(drifts)
-            sections += [Section(f"{title}: form", rows)]
-            notes += [f"{how}, all models alike: {', '.join(same)}"] * bool(same)
-    return _table(runs, sections, notes)
-
-
-def _form_rows(drifts: Sequence[Any]) -> tuple[list[Row], list[str]]:
-    """Each property of form with its change, and in words the properties that all texts of all models have, or none."""
-    rows, same = [], []
-    for pair in zip(DRIFT_FORM[::2], DRIFT_FORM[1::2], strict=True):
-        share, change = _rows(pair, drifts)
-        if set(share.cells) == {share.base} and share.base.value in ("0.0%", "100.0%"):
-            same.append(f"{share.label} {share.base}")
-        else:
-            rows += [share, change]
-    return rows, same
+            sections += [Section(f"{title}: form", _rows(DRIFT_FORM, drifts))]
+    return _table(runs, sections)
 
 
 def knowledge_table(runs: ReportRuns) -> Table | None:
