@@ -400,6 +400,14 @@ def finetune(world: Path, folder: Path, *arguments: str) -> int:
     return main([*given, *TRAIN, *arguments])
 
 
+def test_the_noise_floor_shows_its_progress(world, tmp_path, capsys):
+    """Four whole documents, one window at a time: of a book it took minutes, of which nothing was seen."""
+    assert main(MEASURE.replace("{w}", str(world)).replace("{t}", str(tmp_path)).split()) == 0
+    error = capsys.readouterr().err
+    for stage in ("measuring wiki", "noise floor of wiki"):
+        assert re.search(rf"^{stage}: [\d,]+ tokens in ", error, re.M), stage
+
+
 def test_an_adapter_is_measured_from_its_folder(world, tmp_path, capsys):
     out, report = str(tmp_path / "out"), tmp_path / "report"
     wiki = f"wiki={world}/wiki.txt"

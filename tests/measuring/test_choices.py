@@ -418,9 +418,8 @@ def test_questions_alone_are_measured_and_hostile_ones_harm_nobody(models, tmp_p
     assert main(["measure", *arguments, "--num_resamples", "200"]) == 0
     output = capsys.readouterr()
     assert "questions of good …" in output.out
-    assert all(re.search(rf"^good, {who}: [\d,]+ tokens in ", output.err, re.M) for who in ("base", "tuned")), (
-        "progress"
-    )
+    for stage in ("base", "tuned", "noise floor"):
+        assert re.search(rf"^good, {stage}: [\d,]+ tokens in ", output.err, re.M), "progress"
     assert "same answer as the base" in output.out
     assert "forgetting was not measured" not in output.out.lower()
     for text in (output.out, output.err.replace("\r", "")):

@@ -293,6 +293,7 @@ def measure_choices(
     inputs, few = encode(questions), encode(questions[:NOISE_QUESTIONS])
     scores = both_scores(base, tuned, inputs, options, title)
     sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": base.model.device, "who": "base"}
+    sizes["title"] = f"{visible(title)}, noise floor" if title else None
     unbatched = partial(choice_scores, row_by_row(base.model), few, **sizes)
     scores.append(base.recall("choice_noise", [few.parts, options.batch_tokens], unbatched))
     right = np.array([question.answer for question in questions])

@@ -141,7 +141,7 @@ def token_values(
 
 
 def measuring_title(text: str) -> str:
-    """The name of `document_sums`'s progress stage for a text."""
+    """The name of the progress stage in which a text is measured."""
     return f"measuring {visible(text)}"
 
 
@@ -154,7 +154,7 @@ def document_sums(
     batch_tokens: int,
     device: torch.device | str = "cpu",
     text: str = "text",
-    shown: bool = False,
+    title: str | None = None,
 ) -> DocumentSums:
     """Per-document sums of `SUMS` for two models, which see the same batches in the same order.
 
@@ -162,14 +162,14 @@ def document_sums(
         ref_forward, forward: `input_ids`, `attention_mask` → logits.
         batch_tokens: padded tokens per forward pass.
         text: the name of these documents, for errors.
-        shown: show a progress stage.
+        title: the name of the progress stage; None shows no progress.
 
     Raises:
         ValueError: if a sum is not finite, naming the model, the document and the remedy.
     """
     values = {name: np.zeros(len(documents)) for name in SUMS}
     total = sum(len(window) for document in documents for window in document.windows)
-    progress = StageProgress(measuring_title(text), total, "tokens", MEASURING, work=1) if shown else nullcontext()
+    progress = StageProgress(title, total, "tokens", MEASURING, work=1) if title else nullcontext()
     with progress as stage:
         for indices, windows in batches(documents, batch_tokens):
             inputs = {name: value.to(device) for name, value in padded(windows).items()}
@@ -261,14 +261,14 @@ def text_results(
         documents, notes = without_copies(text, all_documents, "documents")
         result["warnings"] += notes
         sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": tuned.device}
-        sums = document_sums(base.logits, logits_of(tuned), documents, text=text, shown=True, **sizes)
+        sums = document_sums(base.logits, logits_of(tuned), documents, text=text, title=measuring_title(text), **sizes)
         metrics = _summary(sums, options)
         result["per_document"][text] = sums.kept()
         if text in new_task:
             result["new_task"][text] = metrics | {GAIN.name: negated(metrics["forgetting"])}
             continue
         result["retention"][text] = metrics
-        result["noise_floor"][text] = _noise_floor(base, documents[:NOISE_DOCUMENTS], options)
+        result["noise_floor"][text] = _noise_floor(base, documents[:NOISE_DOCUMENTS], text, options)
         places = {id(document): at for at, document in enumerate(all_documents)}  # before copies were left out
         worst = _worst(base, tuned, documents, sums, options.tokenizer)
         result["worst"][text] = [row | {"document": places[id(documents[row["document"]])]} for row in worst]
@@ -279,9 +279,10 @@ def _summary(sums: DocumentSums, options: Options) -> dict[str, Any]:
     return summarize(sums, seed=options.seed, num_resamples=options.num_resamples)
 
 
-def _noise_floor(base: MeasuredBase, documents: Sequence[Document], options: Options) -> dict[str, Any]:
+def _noise_floor(base: MeasuredBase, documents: Sequence[Document], text: str, options: Options) -> dict[str, Any]:
     def against_itself() -> dict[str, Any]:
         sizes: dict[str, Any] = {"batch_tokens": options.batch_tokens, "device": base.model.device}
+        sizes |= {"text": text, "title": f"noise floor of {visible(text)}"}
         return _summary(document_sums(logits_of(base.model), row_by_row(base.model), documents, **sizes), options)
 
     rows = [[document.windows, document.num_bytes, document.masks] for document in documents]

@@ -18,7 +18,16 @@ from transformers.trainer_utils import default_compute_objective
 
 from retain.checks import several
 from retain.data.rows import Document, as_documents, without_copies
-from retain.measuring.tokens import Forward, batches, document_sums, logits_at, negated, padded, summarize
+from retain.measuring.tokens import (
+    Forward,
+    batches,
+    document_sums,
+    logits_at,
+    measuring_title,
+    negated,
+    padded,
+    summarize,
+)
 from retain.models.head import reshard
 from retain.models.reference import Reference, evaluation_mode
 from retain.report.metrics import GAIN, LOGGED, METRICS
@@ -134,7 +143,7 @@ class RetentionMeasurer(RunFilesCallback):
     def _compare(self, name: str, documents: Sequence[Document], args: Any, model: Any) -> dict[str, Any]:
         """Metric → value and interval for one text; also stores its per-document sums."""
         sizes: dict[str, Any] = {"batch_tokens": batch_tokens(args, documents), "device": args.device}
-        sums = document_sums(*self._forwards(model), documents, text=name, shown=True, **sizes)
+        sums = document_sums(*self._forwards(model), documents, text=name, title=measuring_title(name), **sizes)
         self.sums[name] = sums.kept()
         return summarize(sums, seed=args.seed)
 
