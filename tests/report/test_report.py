@@ -191,6 +191,27 @@ def test_what_no_measurement_gives_is_a_damaged_file(
         ForgettingReport.from_json(tmp_path / "report.json")
 
 
+def test_a_folder_with_report_json_holds_the_whole_report(plain: dict, tmp_path: Path, monkeypatch: Any) -> None:
+    """A run that resumes takes an unprotected run with one as done: after a full disk its page was never written."""
+    from retain.report import report as module
+
+    write = module.write_text
+    for name in ("report.md", "report.html", "report.json"):
+
+        def fails(path: Path, text: str, name: str = name) -> None:
+            if path.name == name:
+                raise OSError(28, "No space left on device", str(path))
+            write(path, text)
+
+        monkeypatch.setattr(module, "write_text", fails)
+        with pytest.raises(OSError, match="No space left"):
+            ForgettingReport(plain).write(tmp_path)
+        assert not (tmp_path / "report.json").exists(), name
+    monkeypatch.setattr(module, "write_text", write)
+    ForgettingReport(plain).write(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 # --- comparison at matched new-task loss -----------------------------------------------------------------------
 
 

@@ -116,7 +116,7 @@ class ForgettingReport:
         write_text(path, card_with_forgetting(old, self.results))
 
     def write(self, folder: str | Path) -> None:
-        """Write report.json, report.md and report.html, each whole or not at all."""
+        """Write report.md, report.html and, last, report.json, each whole or not at all."""
         _write(Path(folder), self.data, self._page)
 
 
@@ -157,7 +157,11 @@ def write_comparison(
 
 
 def _write(folder: Path, data: dict[str, Any], shown: page.Page) -> None:
-    files = {"report.json": _json(data), "report.md": shown.markdown(), "report.html": shown.html()}
+    files = {
+        "report.md": shown.markdown(),
+        "report.html": shown.html(),
+        "report.json": _json(data),
+    }  # json: it is whole
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         write_text(folder / name, text)
