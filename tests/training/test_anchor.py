@@ -250,15 +250,33 @@ def test_its_state_keeps_its_bits_beside_weights_of_half_precision() -> None:
     assert resumed.state[weight]["offset"].dtype == torch.float32
 
 
+def test_outside_its_eigenvectors_a_truncated_anchor_without_a_coefficient_is_adamw() -> None:
+    """Along the eigenvectors Adam has moments of its own, so the rest of the step is that of what lies outside."""
+    of = curvature().truncated(2)
+    weight, other = (nn.Parameter(torch.ones(6, 4)) for _ in range(2))
+    optimizer = AnchoredAdamW([weight], [AnchoredWeight(weight, of)], lr=0.1, coef=0.0)
+    adam, outside = torch.optim.AdamW([other], lr=0.1, weight_decay=0.0), torch.eye(4) - of.right @ of.right.T
+    for _ in range(3):
+        gradient = torch.randn(6, 4)
+        weight.grad, other.grad = gradient.clone(), gradient @ outside
+        optimizer.step()
+        adam.step()
+    assert torch.allclose((weight - 1) @ outside, (other - 1) @ outside, atol=1e-5)
+    assert (weight - 1).norm() > ((weight - 1) @ outside).norm(), "it moves along the eigenvectors, too"
+
+
 # In a trainer
 
 
+@pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("lora", [False, True])
-def test_it_holds_the_model_without_any_replay_row(tmp_path: Path, replay: ReplayDataset, lora: bool) -> None:
+def test_it_holds_the_model_without_any_replay_row(
+    tmp_path: Path, replay: ReplayDataset, lora: bool, rank: int | None
+) -> None:
     adapter: dict[str, Any] = {"peft_config": LoraConfig(**LORA)} if lora else {}
     held = {}
     for coef in (1.0, 1e4):
-        settings = ReplayConfig(replay_coef=0.0, anchor_coef=coef)
+        settings = ReplayConfig(replay_coef=0.0, anchor_coef=coef, anchor_rank=rank)
         trainer = train(tmp_path / f"{coef:g}", replay, replay_config=settings, **adapter)
         held[coef] = logged(trainer, "replay/anchor")[-1]
         assert len(logged(trainer, "replay/kl_fixed")) == len(logged(trainer, "replay/anchor"))
@@ -305,11 +323,15 @@ def test_a_mixture_of_experts_is_held(tmp_path: Path) -> None:
         train(tmp_path, rows, make_experts(), replay_config=settings, peft_config=adapter)
 
 
-def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path: Path, replay: ReplayDataset) -> None:
-    settings = ReplayConfig(replay_coef=1.0, anchor_coef=10.0, max_ref_kl=1e-3)
+@pytest.mark.parametrize(("lora", "rank"), [(True, None), (True, 4), (False, 4)])
+def test_a_resumed_run_ends_as_an_unbroken_one(
+    tmp_path: Path, replay: ReplayDataset, lora: bool, rank: int | None
+) -> None:
+    adapter: dict[str, Any] = {"peft_config": LoraConfig(**LORA)} if lora else {}
+    settings = ReplayConfig(replay_coef=1.0, anchor_coef=10.0, anchor_rank=rank, max_ref_kl=1e-3)
     run: dict[str, Any] = {"changes": {"save_strategy": "steps", "save_steps": 2}, "replay_config": settings}
     unbroken, resumed = (
-        train(tmp_path, replay, resume=checkpoint, peft_config=LoraConfig(**LORA), **run)
+        train(tmp_path, replay, resume=checkpoint, **adapter, **run)
         for checkpoint in (None, str(tmp_path / "checkpoint-2"))
     )
     assert difference(weights(unbroken.model), weights(resumed.model)) == 0.0

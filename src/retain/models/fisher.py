@@ -37,6 +37,9 @@ MAX_BATCH_ROWS = 4  # in one backward pass: each pass gives a diagonal one squar
 class Curvature:
     """The Fisher information of one weight, per predicted token, in coordinates in which it is diagonal.
 
+    With fewer eigenvectors than the side has, the coordinates are those along the eigenvectors, followed by the rest of
+    the weight as it is: what lies outside their span.
+
     Args:
         left, right: eigenvectors, as columns, of the output and the input side, in the weight's dtype; None for a side
             that is not rotated.
@@ -44,22 +47,35 @@ class Curvature:
             of the weight's shape, None).
     """
 
-    left: Float[Tensor, "outputs outputs"] | None
-    right: Float[Tensor, "inputs inputs"] | None
+    left: Float[Tensor, "outputs left_rank"] | None
+    right: Float[Tensor, "inputs right_rank"] | None
     parts: Sequence[tuple[Tensor, Tensor | None]]
 
     def rotate(self, weight: Tensor) -> Tensor:
         """A weight, a gradient or a change of the weight in these coordinates, in float32."""
-        return self._multiplied(self.left if self.left is None else self.left.T, weight, self.right)
+        weight = weight if self.left is None else _along(self.left, weight.T).T
+        return (weight if self.right is None else _along(self.right, weight)).float()
 
-    def rotate_back(self, weight: Tensor) -> Tensor:
+    def rotate_back(self, coordinates: Tensor) -> Tensor:
         """The inverse of `rotate`, up to rounding of the eigenvectors."""
-        return self._multiplied(self.left, weight, self.right if self.right is None else self.right.T)
+        weight = coordinates if self.left is None else _back(self.left, coordinates.T).T
+        return (weight if self.right is None else _back(self.right, weight)).float()
 
-    @staticmethod
-    def _multiplied(left: Tensor | None, weight: Tensor, right: Tensor | None) -> Tensor:
-        weight = weight if left is None else left @ weight.to(left.dtype)
-        return (weight if right is None else weight.to(right.dtype) @ right).float()
+    def truncated(self, rank: int) -> Curvature:
+        """With the eigenvectors of the `rank` largest eigenvalues alone; for the rest, the mean of the others."""
+        kept: list[Tensor | None] = []
+        sides: list[list[Tensor | None]] = [list(side) for side in zip(*self.parts, strict=True)]
+        for at, vectors in enumerate((self.left, self.right)):
+            if vectors is None or rank >= vectors.shape[1]:
+                kept.append(vectors)
+                continue
+            values = [side for side in sides[at] if side is not None]
+            order = values[0].argsort(descending=True)
+            kept.append(vectors[:, order[:rank]].contiguous())
+            sides[at] = [
+                torch.cat([side[order[:rank]], side[order[rank:]].mean().expand(len(vectors))]) for side in values
+            ]
+        return Curvature(*kept, list(zip(*sides, strict=True)))  # type: ignore[arg-type]
 
     def diagonal(self) -> Tensor:
         """The diagonal of F in these coordinates, in the weight's shape."""
@@ -69,6 +85,23 @@ class Curvature:
         """All tensors in it."""
         tensors = [self.left, self.right, *(side for part in self.parts for side in part)]
         return [tensor for tensor in tensors if tensor is not None]
+
+
+def _along(vectors: Tensor, rows: Tensor) -> Tensor:
+    """Rows, (rows, size), in the coordinates of eigenvectors, (size, rank); if these span less, the rest follows."""
+    coordinates = rows.to(vectors.dtype) @ vectors
+    if vectors.shape[1] == len(vectors):
+        return coordinates
+    return torch.cat([coordinates, rows - coordinates @ vectors.T], 1)
+
+
+def _back(vectors: Tensor, coordinates: Tensor) -> Tensor:
+    """The inverse of `_along`; of the rest, what lies outside the span of the eigenvectors counts."""
+    rank = vectors.shape[1]
+    if rank == len(vectors):
+        return coordinates.to(vectors.dtype) @ vectors.T
+    rest = coordinates[:, rank:]
+    return rest + (coordinates[:, :rank] - rest @ vectors) @ vectors.T
 
 
 def distinct_tensors(curvatures: Iterable[Curvature]) -> list[Tensor]:

@@ -50,10 +50,18 @@ class Anchor:
     warned: bool = False
 
     @classmethod
-    def measure(cls, model: Any, rows: ReplayDataset, seed: int, autocast: Callable[[], Any] = nullcontext) -> Anchor:
+    def measure(
+        cls,
+        model: Any,
+        rows: ReplayDataset,
+        seed: int,
+        autocast: Callable[[], Any] = nullcontext,
+        rank: int | None = None,
+    ) -> Anchor:
         """Estimate the Fisher information on replay rows, while the model is still the base.
 
         Args:
+            rank: eigenvectors to keep for each matrix; None for all.
             autocast: makes the context in which training runs its forward passes.
 
         Raises:
@@ -65,6 +73,8 @@ class Anchor:
         if not lora:
             weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         fisher, num_tokens = fisher_of(model, rows, weights, seed)
+        if rank is not None:
+            fisher = {name: curvature.truncated(rank) for name, curvature in fisher.items()}
         for tensor in distinct_tensors(fisher.values()):
             broadcast(tensor)  # kernels may round differently on each process, which changes the eigenvectors
         anchored: list[AnchoredWeight | AnchoredLoRA] = [

@@ -238,7 +238,8 @@ class Protection:
             check_anchor(trainer.args, trainer)
             if hasattr(model, "disable_adapter"):
                 prove_adapter_off(model, self._base_probe)
-            self.anchor = Anchor.measure(model, rows, trainer.args.seed, accelerator.autocast)
+            rank = self.config.anchor_rank
+            self.anchor = Anchor.measure(model, rows, trainer.args.seed, accelerator.autocast, rank)
 
     def _prove_reference(self, trainer: Any, form: HeadForm | None) -> Head | None:
         """Prove the reference, stored now if texts need it; the base's own head, if stored hidden states need it."""
