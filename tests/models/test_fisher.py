@@ -142,7 +142,8 @@ def test_the_anchors_gradient_is_that_of_the_exact_fisher_and_of_the_kls_hessian
     with torch.no_grad():
         weight.add_(move)
     (offset,) = anchored.read([{}])
-    pull, moved = anchored.curvature.rotate_back(anchored.pull(0, [offset])[0]), move != 0
+    pull = anchored.curvature.rotate_back(anchored.curvature.diagonal() * offset)
+    moved = move != 0
     assert torch.allclose(exact.double(), hessian, atol=1e-6)
     assert (pull - exact)[moved].norm() <= error * exact[moved].norm()
     assert anchored.penalty().item() == pytest.approx(float((move * exact).sum()) / 2, rel=error)

@@ -61,6 +61,13 @@ class Curvature:
         weight = coordinates if self.left is None else _back(self.left, coordinates.T).T
         return (weight if self.right is None else _back(self.right, weight)).float()
 
+    def narrow(self, dim: int, start: int, length: int) -> Curvature:
+        """Of a piece of the weight, along the side that is not rotated: dimension 0, or 1 if `left` is."""
+        sides: list[list[Any]] = [list(part) for part in self.parts]
+        for part in sides:
+            part[dim] = part[dim].narrow(0, start, length)
+        return Curvature(self.left, self.right, [(part[0], part[1]) for part in sides])
+
     def truncated(self, rank: int) -> Curvature:
         """With the eigenvectors of the `rank` largest eigenvalues alone; for the rest, the mean of the others."""
         kept: list[Tensor | None] = []

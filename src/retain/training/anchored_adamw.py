@@ -12,7 +12,7 @@ here the eigenvectors are the base's and stay fixed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,34 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.optim import Optimizer
 
 from retain.models.fisher import Curvature
+
+Cut = Callable[[Tensor], Tensor]
+PIECE, PIECE_ON_CPU = 2**24, 2**18  # numbers of a weight that are moved together; on a CPU they stay in its cache
+
+
+class Adam:
+    """Adam's step number and moments of one tensor, in the optimizer's state."""
+
+    def __init__(self, state: dict[str, Any], group: Any, like: Tensor) -> None:
+        if "step" not in state:
+            state.update(step=0, mean=torch.zeros_like(like), square=torch.zeros_like(like))
+        state["step"] += 1
+        self.mean, self.square, self.number, self.group = state["mean"], state["square"], state["step"], group
+
+    def move(self, x: Tensor, gradient: Tensor, pull: Tensor, stiffness: Tensor, cut: Cut = lambda of: of) -> None:
+        """Move the coordinates x of a piece by Adam's step and the penalty's, in place.
+
+        Args:
+            pull, stiffness: F x, and a diagonal that is at least F.
+            cut: gives the piece of a tensor.
+        """
+        (beta1, beta2), lr = self.group["betas"], self.group["lr"] * self.group["lr_ratio"]
+        mean, square = cut(self.mean).lerp_(gradient, 1 - beta1), cut(self.square)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        scale = (square / (1 - beta2**self.number)).sqrt_().add_(self.group["eps"])
+        weight = lr * self.group["coef"]
+        moved = (mean * (lr / (1 - beta1**self.number))).add_(pull, alpha=weight)
+        x.mul_(1 - lr * self.group["weight_decay"]).sub_(moved.div_(scale.add_(stiffness, alpha=weight)))
 
 
 class AnchoredWeight:
@@ -61,6 +89,32 @@ class AnchoredWeight:
         """The weight, sharded along the side that is not rotated."""
         return weight if self.curvature.left is None else _shard_along(1, weight)
 
+    def step(self, states: Sequence[dict[str, Any]], groups: Sequence[Any]) -> None:
+        """Move the parameter by Adam's step and the penalty's, a piece at a time.
+
+        Args:
+            states, groups: the optimizer's state and group of each of `parameters`.
+        """
+        (parameter,), (state,), (group,), (offset,) = self.parameters, states, groups, self.read(states)
+        adam, gradient = Adam(state, group, offset), self._reshard(_gradient(parameter))
+        for cut, curvature in self._pieces():
+            x, diagonal = cut(offset), curvature.diagonal()
+            adam.move(x, curvature.rotate(cut(gradient)), diagonal * x, diagonal, cut)
+            if group["lr"]:  # torch makes a checkpoint's state with lr 0
+                cut(parameter).copy_(cut(self.base) + _shard_along(0, curvature.rotate_back(x)))
+
+    def _pieces(self) -> Iterator[tuple[Cut, Curvature]]:
+        """Cuts along the side that is not rotated, with the curvature there; a sharded weight is one piece."""
+        parameter, dim = self.parameters[0], 0 if self.curvature.left is None else 1
+        if isinstance(parameter, DTensor):
+            yield lambda tensor: tensor, self.curvature
+            return
+        size, most = parameter.shape[dim], PIECE_ON_CPU if parameter.device.type == "cpu" else PIECE
+        length = max(1, most * size // max(1, parameter.numel()))
+        for start in range(0, size, length):
+            where = dim, start, min(length, size - start)
+            yield lambda tensor, where=where: tensor.narrow(*where), self.curvature.narrow(*where)  # type: ignore[misc]
+
     def read(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
         """The coordinates of each parameter."""
         if "offset" not in states[0]:
@@ -69,19 +123,6 @@ class AnchoredWeight:
 
     def _offset(self) -> Tensor:
         return self.curvature.rotate(self._reshard((self.parameters[0] - self.base).float()))
-
-    def gradients(self) -> list[Tensor]:
-        """The gradient of each parameter in these coordinates."""
-        return [self.curvature.rotate(self._reshard(_gradient(self.parameters[0])))]
-
-    def pull(self, index: int, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """F x for the coordinates x of one parameter, and a diagonal that is at least F."""
-        diagonal = self.curvature.diagonal()
-        return diagonal * coordinates[0], diagonal
-
-    def write(self, coordinates: list[Tensor]) -> None:
-        """Set the parameters from their coordinates."""
-        self.parameters[0].copy_(self.base + _shard_along(0, self.curvature.rotate_back(coordinates[0])))
 
     def penalty(self) -> Tensor:
         """½ ΔᵀFΔ at the current parameters, nats per token."""
@@ -96,7 +137,6 @@ class AnchoredLoRA:
 
     def __init__(self, a: nn.Parameter, b: nn.Parameter, scale: float, curvature: Curvature) -> None:
         self.parameters, self.scale, self.curvature = [a, b], scale, curvature
-        self._last_read: list[Tensor] = []  # coordinates before the current step
 
     def follow(self, parameters: Sequence[nn.Parameter]) -> None:
         """Switch to the parameters that the trainer has put in the place of these."""
@@ -113,17 +153,30 @@ class AnchoredLoRA:
         sides = replace(self.curvature, left=None), replace(self.curvature, right=None)
         return zip(self.parameters, sides, strict=True)
 
+    def step(self, states: Sequence[dict[str, Any]], groups: Sequence[Any]) -> None:
+        """Move both parameters by Adam's step and the penalty's; see `AnchoredWeight.step`."""
+        coordinates, gradients = self.read(states), self.gradients()
+        for index, ((parameter, side), state, group) in enumerate(zip(self._rotations(), states, groups, strict=True)):
+            x, before = coordinates[index], coordinates[index].clone()
+            pull, stiffness = self.pull(index, coordinates)
+            Adam(state, group, x).move(x, gradients[index], pull, stiffness)
+            # rotate only the step back: rounding in the eigenvectors would distort the whole factor a little each time
+            if group["lr"]:
+                parameter.add_(_shard(side.rotate_back(x - before), parameter))
+
     def read(self, states: Sequence[dict[str, Any]]) -> list[Tensor]:
+        """The coordinates of each parameter."""
         for (parameter, side), state in zip(self._rotations(), states, strict=True):
             if "coordinates" not in state or parameter.dtype != torch.float32:  # half precision loses part of a step
                 state["coordinates"] = side.rotate(gathered(parameter).float()).clone()  # a side may need no rotation
-        self._last_read = [state["coordinates"].clone() for state in states]
         return [state["coordinates"] for state in states]
 
     def gradients(self) -> list[Tensor]:
+        """The gradient of each parameter in these coordinates."""
         return [side.rotate(gathered(_gradient(parameter))) for parameter, side in self._rotations()]
 
     def pull(self, index: int, coordinates: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """F x for the coordinates x of one parameter, and a diagonal that is at least F."""
         (a, b), (outputs, inputs), square = coordinates, self._sides(), self.scale**2
         # a diagonal of its rows' absolute sums bounds a symmetric matrix from above, so the step stays stable
         if index == 0:
@@ -131,11 +184,6 @@ class AnchoredLoRA:
             return (of_b @ a) * inputs, torch.outer(of_b.abs().sum(1), inputs)
         of_a = square * (a * inputs) @ a.T
         return outputs[:, None] * (b @ of_a), torch.outer(outputs, of_a.abs().sum(1))
-
-    def write(self, coordinates: list[Tensor]) -> None:
-        # rotate only the step back: rounding in the eigenvectors would distort the whole factor a little each time
-        for (parameter, side), before, after in zip(self._rotations(), self._last_read, coordinates, strict=True):
-            parameter.add_(_shard(side.rotate_back(after - before), parameter))
 
     def penalty(self) -> Tensor:
         coordinates = self.read([{}, {}])
@@ -242,12 +290,7 @@ class AnchoredAdamW(Optimizer):
         self._forget_coordinates_of_changed_weights()
         for weight, places in zip(self.anchored, self._places, strict=True):
             states = [self.state[parameter] for parameter in weight.parameters]
-            coordinates, gradients = weight.read(states), weight.gradients()
-            for i, (group, _) in enumerate(places):
-                pull, stiffness = weight.pull(i, coordinates)
-                _move(coordinates[i], gradients[i], pull, stiffness, states[i], self.param_groups[group])
-            if any(self.param_groups[group]["lr"] for group, _ in places):  # torch makes a checkpoint's state with lr 0
-                weight.write(coordinates)
+            weight.step(states, [self.param_groups[group] for group, _ in places])
         self._checksums = checksums(self._parameters())
         return loss
 
@@ -274,17 +317,3 @@ class AnchoredAdamW(Optimizer):
                 if torch.is_tensor(value):
                     self.state[parameter][name] = value.to(parameter.device)
         self._checksums = None
-
-
-def _move(x: Tensor, gradient: Tensor, pull: Tensor, stiffness: Tensor, state: dict[str, Any], group: Any) -> None:
-    """Move the coordinates x by Adam's step and the penalty's, in place."""
-    if "step" not in state:
-        state.update(step=0, mean=torch.zeros_like(x), square=torch.zeros_like(x))
-    state["step"] += 1
-    (beta1, beta2), lr, step = group["betas"], group["lr"] * group["lr_ratio"], state["step"]
-    state["mean"].lerp_(gradient, 1 - beta1)
-    state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    scale = (state["square"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-    weight = lr * group["coef"]
-    moved = state["mean"] * (lr / (1 - beta1**step)) + weight * pull
-    x.mul_(1 - lr * group["weight_decay"]).sub_(moved.div_(scale.add_(stiffness, alpha=weight)))
