@@ -41,8 +41,8 @@ class Curvature:
     the weight as it is: what lies outside their span.
 
     Args:
-        left, right: eigenvectors, as columns, of the output and the input side, in the weight's dtype; None for a side
-            that is not rotated.
+        left, right: eigenvectors, as columns, of the output and the input side, in the weight's dtype, or in float32 if
+            `truncated`; None for a side that is not rotated.
         parts: the diagonal as a sum of outer products (output side, input side); for other weights, one pair (diagonal
             of the weight's shape, None).
     """
@@ -69,20 +69,22 @@ class Curvature:
         return Curvature(self.left, self.right, [(part[0], part[1]) for part in sides])
 
     def truncated(self, rank: int) -> Curvature:
-        """With the eigenvectors of the `rank` largest eigenvalues alone; for the rest, the mean of the others."""
-        kept: list[Tensor | None] = []
-        sides: list[list[Tensor | None]] = [list(side) for side in zip(*self.parts, strict=True)]
-        for at, vectors in enumerate((self.left, self.right)):
-            if vectors is None or rank >= vectors.shape[1]:
-                kept.append(vectors)
-                continue
-            values = [side for side in sides[at] if side is not None]
-            order = values[0].argsort(descending=True)
-            kept.append(vectors[:, order[:rank]].contiguous())
-            sides[at] = [
-                torch.cat([side[order[:rank]], side[order[rank:]].mean().expand(len(vectors))]) for side in values
-            ]
-        return Curvature(*kept, list(zip(*sides, strict=True)))  # type: ignore[arg-type]
+        """With the eigenvectors of the `rank` largest eigenvalues alone; for the rest, the mean of the others.
+
+        The eigenvectors become float32 and orthonormal: what is rounded in large coordinates would drown the rest.
+        """
+        vectors = self.left if self.right is None else self.right
+        if vectors is None or rank >= vectors.shape[1]:
+            return self
+        at = int(self.left is None)  # the side that is rotated
+        parts: list[list[Any]] = [list(part) for part in self.parts]
+        order = parts[0][at].argsort(descending=True)
+        for part in parts:
+            top, others = part[at][order[:rank]], part[at][order[rank:]]
+            part[at] = torch.cat([top, others.mean().expand(len(vectors))])
+        cut = torch.linalg.qr(vectors[:, order[:rank]].float())[0].contiguous()
+        left, right = (None, cut) if at else (cut, None)
+        return Curvature(left, right, [(part[0], part[1]) for part in parts])
 
     def diagonal(self) -> Tensor:
         """The diagonal of F in these coordinates, in the weight's shape."""
