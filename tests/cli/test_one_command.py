@@ -24,6 +24,7 @@ from retain.replay.stored_fisher import FISHER_TOKENS
 from retain.training import protection_choice
 from retain.training.protection_choice import (
     ANCHORED,
+    ANCHORED_WHOLE,
     KL_ALONE,
     UNSET,
     ProtectionChoice,
@@ -268,10 +269,12 @@ def test_no_anchor_is_chosen_where_deepspeed_was_launched(plugin, anchor):
 
 
 def test_an_anchor_is_chosen_where_a_step_has_tokens_enough_for_its_rotations():
-    """At most a twentieth of a step's operations: 2/3 · d/T with full finetuning."""
+    """At most a twentieth of operations: 4/3 · k/T with full finetuning and k eigenvectors, 2/3 · d/T with all."""
     llama, width = make_model(), make_model().config.hidden_size
-    enough = 2 / 3 * width / 0.05
-    assert ANCHORED.for_model(llama, None, enough + 1) is ANCHORED
+    assert rotation_cost(llama, None, 100, width // 4) == pytest.approx(4 / 3 * width / 4 / 100)
+    assert rotation_cost(llama, None, 100) == pytest.approx(2 / 3 * width / 100)
+    enough = 2 / 3 * width / 0.05  # the chosen rank is all of them in this model
+    assert ANCHORED.for_model(llama, None, enough + 1) is ANCHORED_WHOLE
     assert ANCHORED.for_model(llama, None, enough - 1) is KL_ALONE
     assert ANCHORED.for_model(make_model("gpt2"), None, 1e6) is KL_ALONE
     lora, two = LoraConfig(target_modules="all-linear", r=2), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))

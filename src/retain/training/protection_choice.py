@@ -1,4 +1,4 @@
-"""The default protection of a run whose settings name none: `ANCHORED` or `KL_ALONE`.
+"""The default protection of a run whose settings name none: `ANCHORED`, `ANCHORED_WHOLE` or `KL_ALONE`.
 
 Chosen in three steps: `fill_in` by the settings, `choose_protection` by the arguments, and `for_model` once the model
 is loaded.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -42,6 +42,7 @@ class ProtectionChoice:
     replay_objective: str = "kl"
     replay_coef: float = 1.0
     anchor_coef: float = 0.0
+    anchor_rank: int | None = None
     replay_start: float = 0.0
     share_of_batch: float | None = None
     min_rows: int = 256
@@ -60,7 +61,8 @@ class ProtectionChoice:
 
     def line(self) -> str:
         """The chosen settings and the reason, in one line."""
-        anchor = f", anchor_coef {self.anchor_coef:g}" * bool(self.anchor_coef)
+        rank = f", anchor_rank {self.anchor_rank}" * bool(self.anchor_rank)
+        anchor = f", anchor_coef {self.anchor_coef:g}{rank}" * bool(self.anchor_coef)
         late = f", replay after {self.replay_start:.0%} of the steps" * bool(self.replay_start)
         settings = f"replay_objective {self.replay_objective}, replay_coef {self.replay_coef:g}{anchor}{late}"
         return f"chosen, since none was given: {settings}; {self.why}"
@@ -75,8 +77,11 @@ class ProtectionChoice:
         return wanted if reads_fisher or draws < 1 else min(wanted, draws)
 
     def for_model(self, model: Any, adapter: Any, new_tokens: float) -> ProtectionChoice:
-        """This choice, or KL alone if this is an anchor that does not suit the model: see `suits_anchor`."""
-        return self if self.anchor_coef and suits_anchor(model, adapter, new_tokens) else KL_ALONE
+        """This choice; for an anchor with full finetuning `ANCHORED_WHOLE`; KL alone where `suits_anchor` is False."""
+        if not self.anchor_coef:
+            return KL_ALONE
+        choice = ANCHORED_WHOLE if adapter is None else self
+        return choice if suits_anchor(model, adapter, new_tokens, choice.anchor_rank) else KL_ALONE
 
 
 KL_ALONE = ProtectionChoice(
@@ -90,6 +95,7 @@ ANCHORED = ProtectionChoice(
     share_of_batch=1 / 8,
     why="on SmolLM2 an anchor, and replay at the end, prevented most",
 )
+ANCHORED_WHOLE = replace(ANCHORED, anchor_rank=32)
 
 
 def fill_in(config: ReplayConfig) -> ProtectionChoice | None:
@@ -112,12 +118,13 @@ def choose_protection(args: Any, model_args: Any) -> ProtectionChoice:
     return KL_ALONE if unsuitable or args.optim not in ADAMW else ANCHORED
 
 
-def suits_anchor(model: Any, adapter: Any, new_tokens: float) -> bool:
+def suits_anchor(model: Any, adapter: Any, new_tokens: float, rank: int | None = None) -> bool:
     """Whether only linear layers are trained, and the anchor's rotations are cheap compared with a step.
 
     Args:
         adapter: a PEFT configuration, or None for full finetuning.
         new_tokens: per optimizer step and device.
+        rank: the anchor's eigenvectors for each matrix, with full finetuning; None for all.
     """
     modules = dict(model.named_modules())
     if adapter is not None and adapter.target_modules not in (None, "all-linear"):
@@ -128,17 +135,19 @@ def suits_anchor(model: Any, adapter: Any, new_tokens: float) -> bool:
         return False
     if adapter is None and any(weight.ndim > 2 for weight in model.parameters()):  # experts
         return False
-    return rotation_cost(model, adapter, new_tokens) <= MAX_ROTATION_COST
+    return rotation_cost(model, adapter, new_tokens, rank) <= MAX_ROTATION_COST
 
 
-def rotation_cost(model: Any, adapter: Any, new_tokens: float) -> float:
+def rotation_cost(model: Any, adapter: Any, new_tokens: float, rank: int | None = None) -> float:
     """Upper bound on the operations of an anchor's rotations, relative to those of a plain step of T tokens.
 
-    Full finetuning rotates every matrix twice: 2/3 · d/T, where d is the residual stream's width. LoRA of rank r
-    rotates its factors on the smaller side, twice: r/T · Σ min(m, n)² / Σ m n over linear layers of m by n.
+    Full finetuning rotates every matrix twice: 2/3 · d/T, where d is the residual stream's width; with k eigenvectors
+    fewer than d it multiplies by them four times: 4/3 · k/T. LoRA of rank r rotates its factors on the smaller side,
+    twice: r/T · Σ min(m, n)² / Σ m n over linear layers of m by n.
     """
     if adapter is None:
-        return float(2 / 3 * model.config.get_text_config().hidden_size / new_tokens)
+        width = model.config.get_text_config().hidden_size
+        return float(2 / 3 * (2 * rank if rank and rank < width else width) / new_tokens)
     shapes = [module.weight.shape for module in model.modules() if isinstance(module, nn.Linear)]
     squares, sizes = sum(min(m, n) ** 2 for m, n in shapes), sum(m * n for m, n in shapes)
     return float(adapter.r / new_tokens * squares / sizes)
