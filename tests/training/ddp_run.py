@@ -162,7 +162,8 @@ def make_trainer(folder: Path, name: str, batch: int, where: dict[str, Any]) -> 
     settings |= special
     share: dict[str, Any] = {"per_device_replay_batch_size": batch} if objective != "replace" else {"replay_share": 0.5}
     share |= {"max_ref_kl": 0.01} if "budget" in name else ANCHOR if "anchor" in name else {}
-    share |= {"replay_every": 2} if name == "whole-anchor" else {}  # at other steps the KL is that of fixed rows
+    # at other steps the KL is that of fixed rows
+    share |= {"replay_every": 2, "anchor_rank": 8} if name == "whole-anchor" else {}
     model = make_model(architecture)
     if name.endswith(("halved", "rounded")):
         model = model.bfloat16() if name.endswith("halved") else model.bfloat16().float()

@@ -53,13 +53,50 @@ class Curvature:
 
     def rotate(self, weight: Tensor) -> Tensor:
         """A weight, a gradient or a change of the weight in these coordinates, in float32."""
-        weight = weight if self.left is None else _along(self.left, weight.T).T
-        return (weight if self.right is None else _along(self.right, weight)).float()
+        if self._vectors is None:
+            return weight.float()
+        along = self._project(weight)
+        if self._rank is None:
+            return along.float()
+        return torch.cat([along, weight - self._lift(along)], self._dim).float()
 
     def rotate_back(self, coordinates: Tensor) -> Tensor:
         """The inverse of `rotate`, up to rounding of the eigenvectors."""
-        weight = coordinates if self.left is None else _back(self.left, coordinates.T).T
-        return (weight if self.right is None else _back(self.right, weight)).float()
+        if self._vectors is None:
+            return coordinates.float()
+        if self._rank is None:
+            return self._lift(coordinates).float()
+        along, rest = coordinates.split([self._rank, len(self._vectors)], self._dim)
+        return (rest + self._lift(along - self._project(rest))).float()  # of the rest, what lies outside their span
+
+    @property
+    def _vectors(self) -> Tensor | None:
+        return self.right if self.left is None else self.left
+
+    @property
+    def _dim(self) -> int:
+        return int(self.left is None)
+
+    @property
+    def _rank(self) -> int | None:
+        """The number of eigenvectors; None for all."""
+        assert self._vectors is not None
+        rank = self._vectors.shape[1]
+        return None if rank == len(self._vectors) else rank
+
+    def _project(self, weight: Tensor) -> Tensor:
+        """Along the eigenvectors."""
+        if self.left is not None:
+            return self.left.T @ weight.to(self.left.dtype)
+        assert self.right is not None
+        return weight.to(self.right.dtype) @ self.right
+
+    def _lift(self, along: Tensor) -> Tensor:
+        """The weight that has these coordinates along the eigenvectors, and nothing outside their span."""
+        if self.left is not None:
+            return self.left @ along.to(self.left.dtype)
+        assert self.right is not None
+        return along.to(self.right.dtype) @ self.right.T
 
     def narrow(self, dim: int, start: int, length: int) -> Curvature:
         """Of a piece of the weight, along the side that is not rotated: dimension 0, or 1 if `left` is."""
@@ -73,10 +110,9 @@ class Curvature:
 
         The eigenvectors become float32 and orthonormal: what is rounded in large coordinates would drown the rest.
         """
-        vectors = self.left if self.right is None else self.right
+        vectors, at = self._vectors, self._dim
         if vectors is None or rank >= vectors.shape[1]:
             return self
-        at = int(self.left is None)  # the side that is rotated
         parts: list[list[Any]] = [list(part) for part in self.parts]
         order = parts[0][at].argsort(descending=True)
         for part in parts:
@@ -94,23 +130,6 @@ class Curvature:
         """All tensors in it."""
         tensors = [self.left, self.right, *(side for part in self.parts for side in part)]
         return [tensor for tensor in tensors if tensor is not None]
-
-
-def _along(vectors: Tensor, rows: Tensor) -> Tensor:
-    """Rows, (rows, size), in the coordinates of eigenvectors, (size, rank); if these span less, the rest follows."""
-    coordinates = rows.to(vectors.dtype) @ vectors
-    if vectors.shape[1] == len(vectors):
-        return coordinates
-    return torch.cat([coordinates, rows - coordinates @ vectors.T], 1)
-
-
-def _back(vectors: Tensor, coordinates: Tensor) -> Tensor:
-    """The inverse of `_along`; of the rest, what lies outside the span of the eigenvectors counts."""
-    rank = vectors.shape[1]
-    if rank == len(vectors):
-        return coordinates.to(vectors.dtype) @ vectors.T
-    rest = coordinates[:, rank:]
-    return rest + (coordinates[:, :rank] - rest @ vectors) @ vectors.T
 
 
 def distinct_tensors(curvatures: Iterable[Curvature]) -> list[Tensor]:
