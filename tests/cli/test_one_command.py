@@ -24,7 +24,6 @@ from retain.replay.stored_fisher import FISHER_TOKENS
 from retain.training import protection_choice
 from retain.training.protection_choice import (
     ANCHORED,
-    ANCHORED_WHOLE,
     KL_ALONE,
     UNSET,
     ProtectionChoice,
@@ -273,8 +272,9 @@ def test_an_anchor_is_chosen_where_a_step_has_tokens_enough_for_its_rotations():
     llama, width = make_model(), make_model().config.hidden_size
     assert rotation_cost(llama, None, 100, width // 4) == pytest.approx(4 / 3 * width / 4 / 100)
     assert rotation_cost(llama, None, 100) == pytest.approx(2 / 3 * width / 100)
-    enough = 2 / 3 * width / 0.05  # the chosen rank is all of them in this model
-    assert ANCHORED.for_model(llama, None, enough + 1) is ANCHORED_WHOLE
+    enough = 2 / 3 * width / 0.05
+    assert ANCHORED.for_model(llama, None, enough + 1) is ANCHORED
+    assert ANCHORED.for_model(llama, None, enough - 1, rank=width // 4) is ANCHORED
     assert ANCHORED.for_model(llama, None, enough - 1) is KL_ALONE
     assert ANCHORED.for_model(make_model("gpt2"), None, 1e6) is KL_ALONE
     lora, two = LoraConfig(target_modules="all-linear", r=2), nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))

@@ -276,7 +276,7 @@ def make_sft_trainer(
     model, adapter = base_to_train(trl_args, tokenizer)
     if config.chosen is not None and config.replay_dataset is not None:
         tokens = new_tokens_per_step(train_dataset, tokenizer, training_args) if config.anchor_coef else math.inf
-        choice = config.chosen.for_model(model, adapter, tokens)
+        choice = config.chosen.for_model(model, adapter, tokens, config.anchor_rank)
         if choice is not config.chosen or choice.share_of_batch:
             config.choose(choice, training_args.train_batch_size, steps)
         say(config.chosen.line())

@@ -58,20 +58,20 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
     def __post_init__(self) -> None:
         self.given = [name for name in PROTECTING if getattr(self, name) is not UNSET]
         self.chosen = fill_in(self)
-        self._given = self.replay_start, self.per_device_replay_batch_size, self.replay_every, self.anchor_rank
+        self._given = self.replay_start, self.per_device_replay_batch_size, self.replay_every
         super().__post_init__()
         if self.compare_plain and not (self.protects and self.measures):
             missing = "a text to measure (retention, or replay_dataset self)" if self.protects else "a protected run"
             raise ValueError(f"compare_plain: true needs {missing}; give one, or leave it out")
 
     def choose(self, choice: ProtectionChoice, batch_size: int, steps: int) -> None:
-        """Take the protection of `choice`, but the start, batch, frequency of replay and rank that the user set."""
+        """Take the protection of `choice`, but the start, batch and frequency of replay that the user set, if any."""
         self.chosen = choice
-        start, rows, every, rank = self._given
+        start, rows, every = self._given
         if rows is None and every == 1:
             rows, every = choice.rows_and_every(batch_size, steps)
         self.replay_start, self.per_device_replay_batch_size = start or choice.replay_start, rows
-        self.replay_every, self.anchor_rank = every, rank or choice.anchor_rank
+        self.replay_every = every
         for name in PROTECTING:
             setattr(self, name, getattr(choice, name))
 

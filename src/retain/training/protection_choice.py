@@ -1,4 +1,4 @@
-"""The default protection of a run whose settings name none: `ANCHORED`, `ANCHORED_WHOLE` or `KL_ALONE`.
+"""The default protection of a run whose settings name none: `ANCHORED` or `KL_ALONE`.
 
 Chosen in three steps: `fill_in` by the settings, `choose_protection` by the arguments, and `for_model` once the model
 is loaded.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -42,7 +42,6 @@ class ProtectionChoice:
     replay_objective: str = "kl"
     replay_coef: float = 1.0
     anchor_coef: float = 0.0
-    anchor_rank: int | None = None
     replay_start: float = 0.0
     share_of_batch: float | None = None
     min_rows: int = 256
@@ -61,8 +60,7 @@ class ProtectionChoice:
 
     def line(self) -> str:
         """The chosen settings and the reason, in one line."""
-        rank = f", anchor_rank {self.anchor_rank}" * bool(self.anchor_rank)
-        anchor = f", anchor_coef {self.anchor_coef:g}{rank}" * bool(self.anchor_coef)
+        anchor = f", anchor_coef {self.anchor_coef:g}" * bool(self.anchor_coef)
         late = f", replay after {self.replay_start:.0%} of the steps" * bool(self.replay_start)
         settings = f"replay_objective {self.replay_objective}, replay_coef {self.replay_coef:g}{anchor}{late}"
         return f"chosen, since none was given: {settings}; {self.why}"
@@ -76,12 +74,9 @@ class ProtectionChoice:
         wanted = max(self.min_rows, math.ceil(self.share_of_draws * draws))
         return wanted if reads_fisher or draws < 1 else min(wanted, draws)
 
-    def for_model(self, model: Any, adapter: Any, new_tokens: float) -> ProtectionChoice:
-        """This choice; for an anchor with full finetuning `ANCHORED_WHOLE`; KL alone where `suits_anchor` is False."""
-        if not self.anchor_coef:
-            return KL_ALONE
-        choice = ANCHORED_WHOLE if adapter is None else self
-        return choice if suits_anchor(model, adapter, new_tokens, choice.anchor_rank) else KL_ALONE
+    def for_model(self, model: Any, adapter: Any, new_tokens: float, rank: int | None = None) -> ProtectionChoice:
+        """This choice, or KL alone if this is an anchor that does not suit the model: see `suits_anchor`."""
+        return self if self.anchor_coef and suits_anchor(model, adapter, new_tokens, rank) else KL_ALONE
 
 
 KL_ALONE = ProtectionChoice(
@@ -95,7 +90,6 @@ ANCHORED = ProtectionChoice(
     share_of_batch=1 / 8,
     why="on SmolLM2 an anchor, and replay at the end, prevented most",
 )
-ANCHORED_WHOLE = replace(ANCHORED, anchor_rank=32)
 
 
 def fill_in(config: ReplayConfig) -> ProtectionChoice | None:
@@ -124,7 +118,7 @@ def suits_anchor(model: Any, adapter: Any, new_tokens: float, rank: int | None =
     Args:
         adapter: a PEFT configuration, or None for full finetuning.
         new_tokens: per optimizer step and device.
-        rank: the anchor's eigenvectors for each matrix, with full finetuning; None for all.
+        rank: eigenvectors of the anchor for each matrix; None for all.
     """
     modules = dict(model.named_modules())
     if adapter is not None and adapter.target_modules not in (None, "all-linear"):
