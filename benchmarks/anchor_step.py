@@ -1,4 +1,4 @@
-"""Time and memory of an optimizer's step on the weights of SmolLM2-135M: AdamW, and an anchor by its eigenvectors.
+"""Time and memory of a step of an anchor, by its eigenvectors, and of fused AdamW, on the weights of SmolLM2-135M.
 
     python benchmarks/anchor_step.py [--rounds 5] [--layers 30] [--output benchmarks/anchor_step.json]
 
@@ -55,7 +55,7 @@ def main() -> None:
     for rank in (None, 32, 8):
         plain, own = weights(options.layers, device), weights(options.layers, device)
         anchored = [AnchoredWeight(parameter, random_curvature(parameter, rank)) for parameter in own]
-        adamw, anchor = torch.optim.AdamW(plain, lr=1e-4), AnchoredAdamW(own, anchored, lr=1e-4, coef=100.0)
+        adamw, anchor = torch.optim.AdamW(plain, lr=1e-4, fused=True), AnchoredAdamW(own, anchored, lr=1e-4, coef=100.0)
         forms = {"adamw": adamw.step, f"anchor, {rank or 'all'} eigenvectors": anchor.step}
         found |= in_turns(forms, options.rounds, device, "adamw")
         state = [value for values in anchor.state.values() for value in values.values() if torch.is_tensor(value)]

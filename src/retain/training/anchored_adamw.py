@@ -12,6 +12,7 @@ here the eigenvectors are the base's and stay fixed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,20 +37,28 @@ class Adam:
         state["step"] += 1
         self.mean, self.square, self.number, self.group = state["mean"], state["square"], state["step"], group
 
-    def move(self, x: Tensor, gradient: Tensor, pull: Tensor, stiffness: Tensor, cut: Cut = lambda of: of) -> None:
-        """Move the coordinates x of a piece by Adam's step and the penalty's, in place.
+    def move(
+        self, x: Tensor, gradient: Tensor, stiffness: Tensor, pull: Tensor | None = None, cut: Cut = lambda of: of
+    ) -> None:
+        """Move the coordinates x of a piece by Adam's step and the penalty's, in place, in few passes over memory.
 
         Args:
-            pull, stiffness: F x, and a diagonal that is at least F.
+            stiffness: a diagonal that is at least F.
+            pull: F x; None if F is this diagonal.
             cut: gives the piece of a tensor.
         """
         (beta1, beta2), lr = self.group["betas"], self.group["lr"] * self.group["lr_ratio"]
         mean, square = cut(self.mean).lerp_(gradient, 1 - beta1), cut(self.square)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        scale = (square / (1 - beta2**self.number)).sqrt_().add_(self.group["eps"])
-        weight = lr * self.group["coef"]
-        moved = (mean * (lr / (1 - beta1**self.number))).add_(pull, alpha=weight)
-        x.mul_(1 - lr * self.group["weight_decay"]).sub_(moved.div_(scale.add_(stiffness, alpha=weight)))
+        # both sides of the quotient are multiplied by the root of the second moment's correction
+        root = math.sqrt(1 - beta2**self.number)
+        weight = lr * self.group["coef"] * root
+        scale = square.sqrt().add_(stiffness, alpha=weight).add_(self.group["eps"] * root)
+        moved = mean * (lr * root / (1 - beta1**self.number))
+        moved = moved.addcmul_(stiffness, x, value=weight) if pull is None else moved.add_(pull, alpha=weight)
+        if self.group["weight_decay"]:
+            x.mul_(1 - lr * self.group["weight_decay"])
+        x.addcdiv_(moved, scale, value=-1)
 
 
 class AnchoredWeight:
@@ -98,8 +107,8 @@ class AnchoredWeight:
         (parameter,), (state,), (group,), (offset,) = self.parameters, states, groups, self.read(states)
         adam, gradient = Adam(state, group, offset), self._reshard(_gradient(parameter))
         for cut, curvature in self._pieces():
-            x, diagonal = cut(offset), curvature.diagonal()
-            adam.move(x, curvature.rotate(cut(gradient)), diagonal * x, diagonal, cut)
+            x = cut(offset)
+            adam.move(x, curvature.rotate(cut(gradient)), curvature.diagonal(), cut=cut)
             if group["lr"]:  # torch makes a checkpoint's state with lr 0
                 cut(parameter).copy_(cut(self.base) + _shard_along(0, curvature.rotate_back(x)))
 
@@ -159,7 +168,7 @@ class AnchoredLoRA:
         for index, ((parameter, side), state, group) in enumerate(zip(self._rotations(), states, groups, strict=True)):
             x, before = coordinates[index], coordinates[index].clone()
             pull, stiffness = self.pull(index, coordinates)
-            Adam(state, group, x).move(x, gradients[index], pull, stiffness)
+            Adam(state, group, x).move(x, gradients[index], stiffness, pull)
             # rotate only the step back: rounding in the eigenvectors would distort the whole factor a little each time
             if group["lr"]:
                 parameter.add_(_shard(side.rotate_back(x - before), parameter))
