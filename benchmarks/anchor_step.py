@@ -58,6 +58,8 @@ def main() -> None:
         adamw, anchor = torch.optim.AdamW(plain, lr=1e-4, fused=True), AnchoredAdamW(own, anchored, lr=1e-4, coef=100.0)
         forms = {"adamw": adamw.step, f"anchor, {rank or 'all'} eigenvectors": anchor.step}
         found |= in_turns(forms, options.rounds, device, "adamw")
+        for one in found.values():
+            one.pop("memory_ratio", None)  # fused AdamW takes none
         state = [value for values in anchor.state.values() for value in values.values() if torch.is_tensor(value)]
         found[f"anchor, {rank or 'all'} eigenvectors"] |= {
             "state_megabytes": round(sum(one.nbytes for one in [*state, *(of.base for of in anchored)]) / 2**20, 1),
