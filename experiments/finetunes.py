@@ -116,6 +116,7 @@ class Run:
     strength: float | None = None
     schedule: str | None = None
     anchor_coef: float | None = None
+    anchor_rank: int | None = None
     replay_start: float | None = None
     budget: float | None = None
     seed: int = 0
@@ -132,7 +133,10 @@ class Run:
 
     def config(self) -> ReplayConfig:
         """The run's `ReplayConfig`."""
-        optional = {"max_ref_kl": self.budget, "anchor_coef": self.anchor_coef, "replay_start": self.replay_start}
+        optional = {
+            "max_ref_kl": self.budget, "anchor_coef": self.anchor_coef, "anchor_rank": self.anchor_rank,
+            "replay_start": self.replay_start,
+        }  # fmt: skip
         return ReplayConfig(
             replay_objective=self.objective,  # type: ignore[arg-type]
             replay_coef=self.coef,
