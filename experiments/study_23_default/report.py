@@ -18,7 +18,7 @@ FINDING = "`--replay_dataset self` prevents 95% for at most a tenth more time a 
 FINDINGS = {
     1: f"{FINDING}, first look",
     2: f"{FINDING}, second look",
-    3: "An anchor of 32 eigenvectors with full finetuning prevents 95% for at most a tenth more time a step, third look",
+    3: "Full finetuning with an anchor of 32 eigenvectors prevents 95% for at most a tenth more time, third look",
 }
 COEFS = {1: 300.0, 2: 100.0, 3: 3000.0}  # of the anchor, as the library chose it at each look; at the third, would
 CHOSEN = 2  # the look at what the library chooses now
