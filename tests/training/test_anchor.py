@@ -250,6 +250,32 @@ def test_its_state_keeps_its_bits_beside_weights_of_half_precision() -> None:
     assert resumed.state[weight]["offset"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("rank", [4, 2])
+@pytest.mark.parametrize("side", ["left", "right", "none", "scalar"])
+def test_a_weight_that_is_moved_in_pieces_ends_where_it_does_whole(
+    side: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, shape = curvature().truncated(rank), (6, 4)
+    if side == "left":
+        ((outputs, inputs),), shape = of.parts, (4, 6)
+        assert inputs is not None
+        of = Curvature(of.right, None, [(inputs, outputs)])
+    elif side != "right":
+        shape = (6, 4) if side == "none" else ()
+        of = Curvature(None, None, [(torch.rand(shape, generator=torch.Generator().manual_seed(1)), None)])
+    ends = []
+    for piece in (2**18, 5):
+        monkeypatch.setattr("retain.training.anchored_adamw.PIECE_ON_CPU", piece)
+        weight = nn.Parameter(torch.ones(shape))
+        optimizer = AnchoredAdamW([weight], [AnchoredWeight(weight, of)], lr=0.1, coef=3.0, weight_decay=0.1)
+        for seed in range(3):
+            weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+        ends.append(weight.detach())
+    assert torch.allclose(*ends, atol=1e-6)
+    assert not torch.allclose(ends[0], torch.ones(shape))
+
+
 def test_outside_its_eigenvectors_a_truncated_anchor_without_a_coefficient_is_adamw() -> None:
     """Along the eigenvectors Adam has moments of its own, so the rest of the step is that of what lies outside."""
     of = curvature().truncated(2)

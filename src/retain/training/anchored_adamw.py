@@ -113,9 +113,9 @@ class AnchoredWeight:
                 cut(parameter).copy_(cut(self.base) + _shard_along(0, curvature.rotate_back(x)))
 
     def _pieces(self) -> Iterator[tuple[Cut, Curvature]]:
-        """Cuts along the side that is not rotated, with the curvature there; a sharded weight is one piece."""
+        """Cuts along the side that is not rotated, and the curvature there; one piece if sharded, or a scalar."""
         parameter, dim = self.parameters[0], 0 if self.curvature.left is None else 1
-        if isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor) or not parameter.ndim:
             yield lambda tensor: tensor, self.curvature
             return
         size, most = parameter.shape[dim], PIECE_ON_CPU if parameter.device.type == "cpu" else PIECE
