@@ -9,13 +9,14 @@ import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import make_model, make_texts, make_tokenizer, save_model
 from peft import LoraConfig
 from torch import nn
 
-from retain.cli import finetune
+from retain.cli import dry_run, finetune
 from retain.cli.dry_run import seconds_of_fisher
 from retain.cli.finetune import FinetuneConfig, planned_stages
 from retain.cli.main import load_verb, main
@@ -24,7 +25,9 @@ from retain.replay.stored_fisher import FISHER_TOKENS
 from retain.training import protection_choice
 from retain.training.protection_choice import (
     ANCHORED,
+    FOLLOWING,
     KL_ALONE,
+    PROTECTING,
     UNSET,
     ProtectionChoice,
     choose_protection,
@@ -338,16 +341,29 @@ def test_tokens_of_rows_that_nothing_cuts_are_counted_whole():
 
 
 def test_few_rows_are_replayed_on_some_steps_only():
-    config = FinetuneConfig(replay_coef=UNSET, anchor_coef=UNSET, replay_objective=UNSET)
+    unset: dict[str, Any] = dict.fromkeys((*PROTECTING, *FOLLOWING), UNSET)
+    config = FinetuneConfig(**unset)
     config.choose(KL_ALONE, batch_size=4, steps=100)
     assert (config.per_device_replay_batch_size, config.replay_every) == (1, 4)
     config.choose(KL_ALONE, batch_size=4, steps=8)
     assert config.replay_every == 2, "a short run has some of them, too"
     found = [ANCHORED.rows_and_every(size, steps=100) for size in (16, 8, 4, 2, 1)]
     assert found == [(2, 1), (1, 1), (1, 2), (1, 4), (1, 4)], "an eighth of the batch, as long as it has two rows"
-    asked = FinetuneConfig(replay_coef=UNSET, anchor_coef=UNSET, replay_objective=UNSET, replay_every=3)
+    asked = FinetuneConfig(**unset | {"replay_every": 3})
     asked.choose(KL_ALONE, batch_size=4, steps=100)
     assert (asked.per_device_replay_batch_size, asked.replay_every) == (None, 3)
+
+
+def test_what_was_given_is_kept_though_it_is_the_default():
+    flags = ["--output_dir", "out", "--replay_every", "1", "--replay_start", "0"]
+    given = load_verb("finetune").parse(flags)[-1]
+    given.choose(ANCHORED, batch_size=1, steps=100)
+    assert (given.replay_every, given.replay_start) == (1, 0.0)
+    assert "replay after" not in given.chosen.line()
+    unset = load_verb("finetune").parse(flags[:2])[-1]
+    unset.choose(ANCHORED, batch_size=1, steps=100)
+    assert (unset.replay_every, unset.replay_start) == (4, 0.7)
+    assert "replay after 70%" in unset.chosen.line()
 
 
 def test_the_pool_follows_what_the_run_draws():
@@ -404,6 +420,20 @@ def test_a_dry_run_says_what_the_run_would_take_and_makes_nothing(world, tmp_pat
     assert re.search(r"s with replay, [\d.]+ times an unprotected one's", lines["a step"])
     for part in ("for 12 steps", "sampling", "training", "measuring", "the unprotected run"):
         assert part in lines["the run"]
+
+
+def test_the_steps_that_a_dry_run_times_replay_also_where_replay_starts_late(world, tmp_path, monkeypatch):
+    tried = []
+
+    def recorded(trainer: Any, fisher: float) -> Any:
+        config = trainer.replay_config
+        tried.append((config.anchor_coef, config.replay_start, config.replay_every))
+        return measured(trainer, fisher)
+
+    measured = dry_run.measured_cost
+    monkeypatch.setattr(dry_run, "measured_cost", recorded)
+    assert run(world, tmp_path / "out", "--dry_run", "true", "--use_peft", "true", "--lora_r", "2") == 0
+    assert tried == [(100.0, 0.0, 1), (0.0, 0.0, 1)]
 
 
 def test_a_dry_run_says_where_nothing_would_protect(world, tmp_path, capsys):

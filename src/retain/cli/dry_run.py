@@ -187,7 +187,9 @@ def cost_lines(args: Any, config: Any, costs: dict[str, Cost], steps: int, sampl
         yield f"a step: {cost.step:.3g} s with replay, {cost.step / plain:.2f} times an unprotected one's {plain:.3g} s"
     elif plain:
         yield f"a step: {plain:.3g} s"
-    share = (1 - config.replay_start) / config.replay_every if config.objective.draws_rows else 1.0
+    # without replay an anchored step still has the anchor: it is priced as one with replay, at most that much too high
+    only_some = config.objective.draws_rows and not config.anchor_coef
+    share = (1 - config.replay_start) / config.replay_every if only_some else 1.0
     training = steps * (share * cost.step + (1 - share) * plain)
     measuring = cost.measuring / TRIED_DOCUMENTS * config.retention_max_documents
     parts = {

@@ -44,7 +44,7 @@ from retain.report.report import ForgettingReport, write_comparison
 from retain.training.beta2_half_life import apply_half_life, mean_row_length
 from retain.training.config import ReplayConfig, check_arguments
 from retain.training.protection import check_replay_every
-from retain.training.protection_choice import PROTECTING, UNSET, choose_protection, new_tokens_per_step
+from retain.training.protection_choice import FOLLOWING, PROTECTING, UNSET, choose_protection, new_tokens_per_step
 from retain.training.retention import NEW_TASK_TEXT
 from retain.training.row_checks import check_new_rows
 from retain.training.run_files import REPORTED_ARGUMENTS, read_run
@@ -87,7 +87,9 @@ class FinishedRun:
 
 def set_defaults(parser: Any) -> None:
     """Mark settings that `retain` chooses if they are unset; TRL's defaults are for a GPU and 1024 positions."""
-    parser.set_defaults(max_length=Unchosen(parser.get_default("max_length")), **dict.fromkeys(PROTECTING, UNSET))
+    parser.set_defaults(
+        max_length=Unchosen(parser.get_default("max_length")), **dict.fromkeys((*PROTECTING, *FOLLOWING), UNSET)
+    )
     if default_device() == "cpu":
         parser.set_defaults(use_cpu=True, bf16=False)
 
@@ -277,8 +279,7 @@ def make_sft_trainer(
     if config.chosen is not None and config.replay_dataset is not None:
         tokens = new_tokens_per_step(train_dataset, tokenizer, training_args) if config.anchor_coef else math.inf
         choice = config.chosen.for_model(model, adapter, tokens, config.anchor_rank)
-        if choice is not config.chosen or choice.share_of_batch:
-            config.choose(choice, training_args.train_batch_size, steps)
+        config.choose(choice, training_args.train_batch_size, steps)
         say(config.chosen.line())
     if texts is None and ProgressLine.current is not None:
         ProgressLine.current.plan = planned_stages(training_args, config, steps, retention, eval_dataset)

@@ -8,7 +8,7 @@ from typing import Any
 from retain.checks import setting
 from retain.cli.settings import RETENTION_HELP, StartTokenSettings
 from retain.training.config import ReplayConfig, StoppingConfig
-from retain.training.protection_choice import PROTECTING, UNSET, ProtectionChoice, fill_in
+from retain.training.protection_choice import FOLLOWING, PROTECTING, UNSET, ProtectionChoice, fill_in
 
 
 @dataclass(kw_only=True)
@@ -58,7 +58,9 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
     def __post_init__(self) -> None:
         self.given = [name for name in PROTECTING if getattr(self, name) is not UNSET]
         self.chosen = fill_in(self)
-        self._given = self.replay_start, self.per_device_replay_batch_size, self.replay_every
+        self._following = {name: value for name in FOLLOWING if (value := getattr(self, name)) is not UNSET}
+        for name in FOLLOWING - self._following.keys():
+            setattr(self, name, getattr(ReplayConfig, name))
         super().__post_init__()
         if self.compare_plain and not (self.protects and self.measures):
             missing = "a text to measure (retention, or replay_dataset self)" if self.protects else "a protected run"
@@ -66,12 +68,13 @@ class FinetuneConfig(ReplayConfig, StoppingConfig, StartTokenSettings):
 
     def choose(self, choice: ProtectionChoice, batch_size: int, steps: int) -> None:
         """Take the protection of `choice`, but the start, batch and frequency of replay that the user set, if any."""
-        self.chosen = choice
-        start, rows, every = self._given
-        if rows is None and every == 1:
+        start = self._following.get("replay_start", choice.replay_start)
+        rows = self._following.get("per_device_replay_batch_size")
+        every = self._following.get("replay_every")
+        if rows is None and every is None:
             rows, every = choice.rows_and_every(batch_size, steps)
-        self.replay_start, self.per_device_replay_batch_size = start or choice.replay_start, rows
-        self.replay_every = every
+        self.chosen = replace(choice, replay_start=start)
+        self.replay_start, self.per_device_replay_batch_size, self.replay_every = start, rows, every or 1
         for name in PROTECTING:
             setattr(self, name, getattr(choice, name))
 

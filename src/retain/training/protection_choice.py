@@ -21,7 +21,8 @@ from retain.training.beta2_half_life import mean_row_length, tokens_per_step
 from retain.training.config import ReplayConfig
 
 PROTECTING = ("replay_objective", "replay_coef", "anchor_coef")  # if any of these is given, nothing is chosen
-UNSET: Any = object()  # the value of a setting in `PROTECTING` that was not given
+FOLLOWING = ("replay_start", "per_device_replay_batch_size", "replay_every")  # a choice leaves those that were given
+UNSET: Any = object()  # the value of one of these settings that was not given
 MAX_ROTATION_COST = 0.05  # share of a plain step's operations that an anchor's rotations may add
 FIRST_ROWS = 64  # rows from which the tokens per row are estimated
 MAX_EVERY = 4  # largest `replay_every`, for batches of few rows
