@@ -24,7 +24,7 @@ VERBS = {
     "chat": "--base base --model runs/two --prompt w1 --max_new_tokens 8",
     "merge": "--model runs/two --new_task new=held.jsonl --max_ref_kl 10 --max_length 32 --output_dir merged",
     "report": "--runs report --output_dir page",
-    "sweep": "sweep.yaml --output_dir sweep --engine local",
+    "sweep": "sweep.yaml --output_dir sweep",
     "fit": "runs/two/metrics.jsonl sweep/runs/*/metrics.jsonl --form linear --output law.json --num_resamples 50",
     "predict": "law.json --finetuning_loss 2.5",
     "plan": "--model base --dataset_name new.jsonl --eval_dataset_name held.jsonl --retention old=old.txt "

@@ -54,7 +54,7 @@ def test_parts_are_made_side_by_side_and_told_once(tmp_path: Path) -> None:
     assert sorted(done.stdout.split("\n")) == sorted(["", "", *(tmp_path / "made.txt").read_text().splitlines()])
     assert (tmp_path / "figure.png").read_text() == "figure"
     assert "laptop 0" in (tmp_path / "README.md").read_text()
-    for part, message in ((7, "part 7 does not fit"), (8, "was killed; finished runs are kept: run it again")):
+    for part, message in ((7, "part 7 does not fit"), (8, "was killed; finished runs are kept: run the command again")):
         failed = run(tmp_path, "--seeds", "3", str(part))
         assert failed.returncode == 1
         assert failed.stderr.splitlines()[-1].endswith(message)
