@@ -230,6 +230,9 @@ def test_special_tokens_are_predicted_and_are_no_bytes_of_text() -> None:
     assert (own.num_tokens, own.num_bytes) == (2 * len(ids) + 2, 2 * len(text))
     tokenizer.add_special_tokens({"unk_token": "<unk>"})
     (unknown,) = token_documents([[0, tokenizer.unk_token_id]], tokenizer)
+    assert unknown.num_bytes == 0, "no text becomes it, as in GPT-2, whose unk ends documents"
+    tokenizer.backend_tokenizer.model.unk_token = "<unk>"
+    (unknown,) = token_documents([[0, tokenizer.unk_token_id]], tokenizer)
     assert unknown.num_bytes == len("<unk>"), "it stands for a text"
 
 

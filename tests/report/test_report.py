@@ -191,6 +191,16 @@ def test_what_no_measurement_gives_is_a_damaged_file(
         ForgettingReport.from_json(tmp_path / "report.json")
 
 
+def test_a_text_may_be_called_as_a_count_is(plain: dict, tmp_path: Path) -> None:
+    changed = json.loads(json.dumps(plain))
+    (first, *_) = changed["retention"]
+    text = changed["retention"]["num_facts"] = changed["retention"].pop(first)
+    text["forgetting"] = {"value": -0.2, "ci": [-0.3, -0.1]}
+    (tmp_path / "report.json").write_text(json.dumps(changed))
+    report = ForgettingReport.from_json(tmp_path / "report.json")
+    assert report.results.retention["num_facts"].estimates["forgetting"].value == -0.2
+
+
 def test_a_folder_with_report_json_holds_the_whole_report(plain: dict, tmp_path: Path, monkeypatch: Any) -> None:
     """A run that resumes takes an unprotected run with one as done: after a full disk its page was never written."""
     from retain.report import report as module

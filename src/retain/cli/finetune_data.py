@@ -119,7 +119,7 @@ def unused_settings(trl_args: TrlArguments, config: FinetuneConfig) -> str | Non
         (config, ("replay_share",), replaces, "without replay_objective replace"),
         (config, ("replay_every", "replay_start"), config.objective is not NONE, "without replay"),
         (config, ("per_device_replay_batch_size",), draws, "without replay rows"),
-        (config, ("replay_reference",), config.objective.uses_reference, "without a KL"),
+        (config, ("replay_reference",), config.objective.uses_reference or config.measures, "without a KL"),
         (config, ("anchor_lr_ratio", "anchor_rank"), config.anchor_coef or config.chosen, "without anchor_coef"),
         (config, ("keep_plain",), config.compare_plain, "without compare_plain true"),
     ]  # fmt: skip

@@ -284,7 +284,7 @@ def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Itera
     new_tasks = [load_new_task(config, *pair, tokenizer) for pair in zip(config.model, training, strict=True)]
     loaded = load_model(config.base, device=default_device(), field="base", **config.loading)
     if named is not None:
-        named.check(model_fingerprint(loaded))
+        named.check(loaded, model_fingerprint(loaded))
     base = MeasuredBase(loaded) if len(config.model) > 1 else MeasuredBase.of(loaded)
     options: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS} | {"tokenizer": tokenizer}
     options |= {"judge": load_judge(config, loaded) if config.judge else None, "progress": say}
@@ -318,7 +318,7 @@ def common_base(config: MeasureConfig) -> NamedBase:
         ValueError: if a model names none, or two name different ones.
     """
     named = [base_of(model, settings_of_run(model)) for model in config.model[: 1 if config.chain else None]]
-    if other := next((base for base in named if base.model != named[0].model), None):
+    if other := next((base for base in named if base.differs_from(named[0])), None):
         raise ValueError(
             f"base: {named[0].model!r} is {named[0].source}, and {other.model!r} {other.source}; give --base"
         )

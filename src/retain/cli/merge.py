@@ -132,7 +132,7 @@ def run_merge(config: MergeConfig) -> None:
         model = load_model(name, field="base", device=default_device(), **config.loading)
         dtype = stored_dtype(name, **config.checkpoint) if config.dtype == "auto" else None
         base, ends = MeasuredBase(model), {MODEL: config.model}
-        named.check(base.fingerprint)
+        named.check(model, base.fingerprint)
         if checkpoints:
             mean = Path(temporary, "mean")
             write_mean(checkpoints, mean)

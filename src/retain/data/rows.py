@@ -370,7 +370,9 @@ def bytes_of_text(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, wor
         words: the text of the tokens, as which it counts where decoding them would not restore it.
     """
     added = {token: str(part) for token, part in tokenizer.added_tokens_decoder.items() if part.special}
-    added.pop(tokenizer.unk_token_id, None)  # it stands for a piece of text
+    algorithm = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(algorithm, "unk_token", tokenizer.unk_token) is not None:  # else no text becomes it, as in GPT-2
+        added.pop(tokenizer.unk_token_id, None)  # it stands for a piece of text
     spelled = sum(len(added[token].encode()) for token in tokens if token in added)
     text = str(tokenizer.decode(tokens)) if words is None else words
     return len(text.encode("utf-8", "replace")) - spelled

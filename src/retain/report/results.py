@@ -354,10 +354,15 @@ def contradiction(value: Any, name: str = "", *, is_count: bool = False) -> str 
     if is_count and is_number(value) and value < 0:
         return f"{place} is {value:g}, a negative number"
     parts = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
-    if is_dataclass(value):
+    has_fields = is_dataclass(value)  # the keys of others are the user's names
+    if has_fields:
         parts = (value.estimates if isinstance(value, TextResult) else vars(value)).items()
     found = (
-        contradiction(part, f"{name}.{key}", is_count=is_count or key == "counts" or str(key).startswith("num_"))
+        contradiction(
+            part,
+            f"{name}.{key}",
+            is_count=is_count or (has_fields and (key == "counts" or str(key).startswith("num_"))),
+        )
         for key, part in parts
     )
     return next(filter(None, found), None)

@@ -17,7 +17,7 @@ from transformers import SchedulerType, TrainerState, TrainingArguments
 from transformers.trainer_utils import default_compute_objective
 
 from retain.checks import several
-from retain.data.rows import Document, as_documents, without_copies
+from retain.data.rows import Document, as_documents, bytes_of_text, without_copies
 from retain.measuring.tokens import (
     Forward,
     batches,
@@ -292,5 +292,5 @@ def new_task_documents(dataset: Any, limit: int, tokenizer: Any) -> list[Documen
             mask = [False, *(label != -100 for label in labels[1:])]
             predicted = list(itertools.compress(ids, mask))
             if predicted:
-                rows.append(Document([ids], len(tokenizer.decode(predicted).encode("utf-8", "replace")), [mask]))
+                rows.append(Document([ids], bytes_of_text(predicted, tokenizer), [mask]))
     return without_copies(NEW_TASK_TEXT, rows[:limit], "rows")[0]

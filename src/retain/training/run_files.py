@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -74,7 +75,8 @@ def named_base(model: Any, fingerprint: str | None) -> dict[str, str | None]:
     return {
         "model": str(Path(name).absolute()) if name and Path(name).exists() else name,
         "revision": getattr(model.config, "_commit_hash", None),
-        "fingerprint": fingerprint if is_whole else None,  # loaded whole, such a model has another
+        # loaded whole or in another precision, such a model has another
+        "fingerprint": fingerprint if is_whole and model.dtype != torch.float16 else None,
     }
 
 
@@ -91,9 +93,15 @@ class NamedBase:
     revision: str | None = None
     fingerprint: str | None = None
 
-    def check(self, fingerprint: str) -> None:
-        """Raise a `ValueError` if the base, once loaded, has another fingerprint."""
-        if self.fingerprint not in (None, fingerprint):
+    def differs_from(self, other: NamedBase) -> bool:
+        """Whether name, revision or fingerprint differ, of what both know."""
+        names = ("model", "revision", "fingerprint")
+        pairs = [(getattr(self, name), getattr(other, name)) for name in names]
+        return any(None not in pair and pair[0] != pair[1] for pair in pairs)
+
+    def check(self, model: Any, fingerprint: str) -> None:
+        """Raise a `ValueError` if the base, once loaded, has another fingerprint, which float16 always gives it."""
+        if model.dtype != torch.float16 and self.fingerprint not in (None, fingerprint):
             raise ValueError(f"base: {self.model!r} is no longer {self.source}; give --base")
 
 
@@ -106,9 +114,10 @@ def base_of(model: str, run: Mapping[str, Any]) -> NamedBase:
     Raises:
         ValueError: if none is known.
     """
-    if name := adapted_model(model):
+    base, name = run.get("base") or {}, adapted_model(model)
+    if name and base.get("model") != name:
         return NamedBase(name, f"the base that the adapter {model!r} names")
-    if (base := run.get("base") or {}).get("model"):
+    if base.get("model"):
         source = f"the model that the run in {model!r} was started from"
         return NamedBase(base["model"], source, base.get("revision"), base.get("fingerprint"))
     manifest = (run.get("replay_dataset") or {}).get("manifest") or {}
