@@ -439,12 +439,13 @@ def test_the_base_of_a_run_is_known_by_its_files(world, tmp_path, capsys, adapte
     words = f"measure --retention old={world}/wiki.txt --max_documents 2 --max_new_tokens 0 --max_length 16".split()
     capsys.readouterr()
     assert main([*words, "--model", str(out), "--output_dir", str(tmp_path / "report")]) == 0
-    assert f"base: {tmp_path}/base, the {'base that the adapter' if adapter else 'model that the run in'} " in (
-        capsys.readouterr().out
-    )
+    assert f"base: {tmp_path}/base, the model that the run in " in capsys.readouterr().out
     data = ForgettingReport.from_json(tmp_path / "report" / "report.json").data
     assert (data["base"]["model"], data["warnings"]) == (str(tmp_path / "base"), [])
     if adapter:
+        save_model(tmp_path / "base", seed=5)
+        assert main([*words, "--model", str(out), "--output_dir", str(tmp_path / "changed")]) == 1
+        assert "base' is no longer the model that the run in" in capsys.readouterr().err
         return
     save_model(tmp_path / "moved", seed=5)
     assert settings["base"]["fingerprint"] == data["base"]["fingerprint"]
