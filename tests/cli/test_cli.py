@@ -24,6 +24,7 @@ from retain.files import one_line, read_jsonl
 from retain.models.description import model_fingerprint
 from retain.models.loading import load_model, load_tokenizer
 from retain.replay.dataset import load_self_generated
+from retain.training.run_files import NamedBase
 
 TRAIN = [
     *("--max_steps", "3", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3", "--max_length", "24"),
@@ -423,6 +424,16 @@ def test_an_adapter_is_measured_from_its_folder(world, tmp_path, capsys):
     assert data["base"]["fingerprint"] == data["tuned"]["fingerprint"]  # the weights below the adapter
     assert data["retention"]["wiki"]["ref_kl"]["value"] > 1e-7
     assert data["training"]["reference"] == "cache (hidden)"
+
+
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [({}, False), ({"revision": "bbb"}, True), ({"fingerprint": "2"}, True), ({"fingerprint": None}, False),
+     ({"model": "org/y"}, True)],
+)  # fmt: skip
+def test_two_runs_have_one_base_if_nothing_that_both_know_differs(other, differs):
+    base = {"model": "org/x", "source": "named", "revision": "aaa", "fingerprint": "1"}
+    assert NamedBase(**base | other).differs_from(NamedBase(**base)) == differs
 
 
 KEPT = ("retention", "generations", "noise_floor", "gate")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import CHATML, make_model, make_texts, make_tokenizer
+from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from retain.cli.main import main
@@ -28,6 +29,7 @@ from retain.data.rows import (
 from retain.measuring.generations import default_prompts
 from retain.measuring.measure import measure
 from retain.replay.dataset import load_replay_dataset, load_texts
+from retain.training.retention import new_task_documents
 
 TOOLS_CHATML = (
     "{% if tools %}<|im_start|>tools\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
@@ -234,6 +236,16 @@ def test_special_tokens_are_predicted_and_are_no_bytes_of_text() -> None:
     tokenizer.backend_tokenizer.model.unk_token = "<unk>"
     (unknown,) = token_documents([[0, tokenizer.unk_token_id]], tokenizer)
     assert unknown.num_bytes == len("<unk>"), "it stands for a text"
+
+
+def test_the_rows_that_a_run_reports_on_have_the_bytes_that_measure_counts() -> None:
+    """A run's report counted the spelling of the end of a row, `retain measure` did not."""
+    tokenizer = make_chat_tokenizer()
+    text = "seven bright birds"
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    (reported,) = new_task_documents(Dataset.from_list([{"input_ids": ids}]), 1, tokenizer)
+    (measured,) = tokenize_documents([{"text": text}], tokenizer, 0, 64, reading=NEW_TASK)
+    assert (reported.num_tokens, reported.num_bytes) == (measured.num_tokens, measured.num_bytes)
 
 
 def test_a_start_token_that_a_template_writes_is_no_text_to_predict() -> None:

@@ -126,13 +126,13 @@ def unused_settings(trl_args: TrlArguments, config: FinetuneConfig) -> str | Non
     unused = [
         f"{name} {value} {why}"
         for holder, beginnings, is_used, why in groups
-        for name, value in given(holder)
+        for name, value in changed(holder)
         if name.startswith(beginnings) and not is_used
     ]
     return f"not used: {', '.join(unused)}" if unused else None
 
 
-def given(holder: Any) -> Iterator[tuple[str, Any]]:
+def changed(holder: Any) -> Iterator[tuple[str, Any]]:
     """The settings of a dataclass whose values are not their defaults."""
     for part in fields(holder):
         default = part.default if part.default_factory is MISSING else part.default_factory()

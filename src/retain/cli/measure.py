@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -19,8 +18,8 @@ from retain.checks import Unchosen, setting
 from retain.cli.flags import Verb
 from retain.cli.job_summary import LEVELS, SUMMARY_VARIABLE, annotation, append_summary, errors_annotated
 from retain.cli.settings import CHAIN_HELP, RETENTION_HELP, TextSettings
-from retain.data.overlap import find_rows
-from retain.data.rows import Document, Reading, Text, named_sources, read_rows, row_texts
+from retain.data.overlap import document_tokens, overlap_warnings
+from retain.data.rows import Reading, named_sources, read_rows, row_texts
 from retain.files import check_model_path, exclusive, short_names, visible
 from retain.measuring.answer_files import read_log, read_samples
 from retain.measuring.behaviors import behavior_sources, load_behavior
@@ -31,7 +30,7 @@ from retain.measuring.paired_answers import pair_answers
 from retain.measuring.refusals import Judge, load_requests
 from retain.models.adapters import adapted_model
 from retain.models.base_predictions import MeasuredBase
-from retain.models.description import default_device, length_that_fits, model_fingerprint, with_least_room
+from retain.models.description import default_device, length_that_fits, with_least_room
 from retain.models.loading import load_model, load_tokenizer, loaded_as, tokenizer_of_tuned
 from retain.models.reference import TOLERANCE, Reference, probe
 from retain.replay.dataset import load_texts
@@ -46,11 +45,6 @@ OPTIONS = (
 )  # arguments of `measure` with the same names here
 TITLE = "Forgetting report"
 INSPECT_SUFFIXES = (".eval", ".json")  # of Inspect's logs; all other files are lm-eval's
-# What it means if a measured text was trained on.
-OVERLAP_MEANINGS = {
-    "new_task": "the gain on them is memory, not learning",
-    "retention": "forgetting on them is not of old knowledge",
-}
 ANSWERED = ("refusals", "harmless", "behaviors")  # settings whose prompts both models answer
 
 
@@ -283,9 +277,9 @@ def measure_models(config: MeasureConfig, say: Callable[[str], object]) -> Itera
     training = [run_settings.get("training_arguments") or {} for run_settings in settings]
     new_tasks = [load_new_task(config, *pair, tokenizer) for pair in zip(config.model, training, strict=True)]
     loaded = load_model(config.base, device=default_device(), field="base", **config.loading)
-    if named is not None:
-        named.check(loaded, model_fingerprint(loaded))
     base = MeasuredBase(loaded) if len(config.model) > 1 else MeasuredBase.of(loaded)
+    if named is not None:
+        named.check(loaded, base.fingerprint)
     options: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS} | {"tokenizer": tokenizer}
     options |= {"judge": load_judge(config, loaded) if config.judge else None, "progress": say}
     start, adapted = Start(config.base, probe(loaded)), adapted_model(config.base, revision=config.model_revision)
@@ -341,33 +335,6 @@ def trained_rows(
             document_tokens, load_texts(replay, tokenizer, field="replay_dataset", any_tokenizer=True)
         )
     return rows
-
-
-def document_tokens(document: Document | Text) -> list[int]:
-    """All tokens of a document, without start tokens."""
-    if isinstance(document, Text):
-        return document.ids
-    return [token for window in document.windows for token in window[1:]]
-
-
-def overlap_warnings(
-    sources: dict[str, Any], rows: dict[str, Iterable[list[int]]], tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """A warning for each measured text with documents that are also in training rows.
-
-    Args:
-        sources: `new_task` and `retention` → name → documents.
-        rows: where the rows are from → their token ids.
-    """
-    measured = [(kind, name, row) for kind in OVERLAP_MEANINGS for name in sources[kind] for row in sources[kind][name]]
-    windows = [document_tokens(document) for *_, document in measured] if rows else []
-    special_ids, lines = set(tokenizer.all_special_ids), []
-    for where, trained in rows.items():
-        counts = Counter(measured[at][:2] for at in sorted(find_rows(windows, trained, special_ids)))
-        for (kind, name), count in counts.items():
-            documents = f"{count} of {len(sources[kind][name])} documents {'is' if count == 1 else 'are'}"
-            lines.append(f"{name}: {documents} also in {where}: {OVERLAP_MEANINGS[kind]}; leave them out")
-    return lines
 
 
 def load_sources(config: MeasureConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

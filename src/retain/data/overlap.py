@@ -6,20 +6,28 @@ Compares n-grams, in one pass over the rows; memory is bounded by the windows se
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-ALIGNED = (
-    32  # rows with this many equal first tokens are compared to the end of the shorter; shorter rows must be equal
-)
+from retain.data.rows import Document, Text
+
+# Rows with this many equal first tokens are compared to the end of the shorter; shorter rows must be equal.
+ALIGNED = 32
 NGRAM = 16  # length of the n-grams by which rows that begin elsewhere are found
 MAX_PLACES = 4  # an n-gram in more places is boilerplate, such as a licence or a template, and is not evidence
 MIN_CONSECUTIVE = 4  # n-grams of a window that must be found in a row, and at least half of those that count
 MAX_BLOCK = 1 << 16  # tokens searched at a time
 MAX_REMEMBERED = 1 << 22  # distinct rows remembered to skip repeats, some 70 bytes each
+# What it means if a measured text was trained on.
+OVERLAP_MEANINGS = {
+    "new_task": "the gain on them is memory, not learning",
+    "retention": "forgetting on them is not of old knowledge",
+}
 
 
 def ngram_hashes(tokens: np.ndarray, n: int) -> np.ndarray:
@@ -132,3 +140,30 @@ def _blocks(rows: Iterable[Any], edges: Collection[int]) -> Iterator[list[np.nda
             block, size = [], 0
     if block:
         yield block
+
+
+def document_tokens(document: Document | Text) -> list[int]:
+    """All tokens of a document, without start tokens."""
+    if isinstance(document, Text):
+        return document.ids
+    return [token for window in document.windows for token in window[1:]]
+
+
+def overlap_warnings(
+    sources: dict[str, Any], rows: dict[str, Iterable[list[int]]], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """A warning for each measured text with documents that are also in training rows.
+
+    Args:
+        sources: `new_task` and `retention` → name → documents.
+        rows: where the rows are from → their token ids.
+    """
+    measured = [(kind, name, row) for kind in OVERLAP_MEANINGS for name in sources[kind] for row in sources[kind][name]]
+    windows = [document_tokens(document) for *_, document in measured] if rows else []
+    special_ids, lines = set(tokenizer.all_special_ids), []
+    for where, trained in rows.items():
+        counts = Counter(measured[at][:2] for at in sorted(find_rows(windows, trained, special_ids)))
+        for (kind, name), count in counts.items():
+            documents = f"{count} of {len(sources[kind][name])} documents {'is' if count == 1 else 'are'}"
+            lines.append(f"{name}: {documents} also in {where}: {OVERLAP_MEANINGS[kind]}; leave them out")
+    return lines

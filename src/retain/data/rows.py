@@ -327,21 +327,26 @@ def tokenize_documents(
         max_windows: the most windows of a document, from its beginning.
         reading: for strings and rows.
     """
-    documents = []
+    documents, special = [], special_spellings(tokenizer)
     for text in texts:
         if isinstance(text, Document):
             documents += [text] if text.num_tokens else []
             continue
         if not isinstance(text, Text):
             text = read_text({"text": text} if isinstance(text, str) else text, tokenizer, reading=reading)
-        document = _cut(text, tokenizer, start_id, max_length, max_windows)
+        document = _cut(text, tokenizer, special, start_id, max_length, max_windows)
         if document is not None:
             documents.append(document)
     return documents
 
 
 def _cut(
-    text: Text, tokenizer: PreTrainedTokenizerBase, start_id: int, max_length: int, max_windows: int | None
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    special: Mapping[int, int],
+    start_id: int,
+    max_length: int,
+    max_windows: int | None,
 ) -> Document | None:
     ids, predicted, words = text.ids, text.predicted, text.words
     if text.as_trained:
@@ -358,24 +363,31 @@ def _cut(
     masks = [[False, *predicted[part]] for part in parts]
     targets = [token for part in parts for token, keep in zip(ids[part], predicted[part], strict=True) if keep]
     whole = not text.as_trained and len(targets) == len(ids) - 1
-    num_bytes = bytes_of_text(targets, tokenizer, words if whole else None)
+    num_bytes = bytes_of_text(targets, tokenizer, special, words if whole else None)
     all_predicted = all(all(mask[1:]) for mask in masks)
     return Document(windows, num_bytes, None if all_predicted else masks, text.loss_tokens)
 
 
-def bytes_of_text(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, words: str | None = None) -> int:
-    """UTF-8 bytes of these tokens, of which special ones, as the end of a document, have none: they are no text.
-
-    Args:
-        words: the text of the tokens, as which it counts where decoding them would not restore it.
-    """
-    added = {token: str(part) for token, part in tokenizer.added_tokens_decoder.items() if part.special}
+def special_spellings(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
+    """The tokens that are no text, as the end of a document, and the UTF-8 bytes of what they are decoded to."""
+    added = {token: len(str(part).encode()) for token, part in tokenizer.added_tokens_decoder.items() if part.special}
     algorithm = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if getattr(algorithm, "unk_token", tokenizer.unk_token) is not None:  # else no text becomes it, as in GPT-2
         added.pop(tokenizer.unk_token_id, None)  # it stands for a piece of text
-    spelled = sum(len(added[token].encode()) for token in tokens if token in added)
+    return added
+
+
+def bytes_of_text(
+    tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, special: Mapping[int, int], words: str | None = None
+) -> int:
+    """UTF-8 bytes of these tokens, of which special ones have none.
+
+    Args:
+        special: `special_spellings(tokenizer)`, which takes time.
+        words: the text of the tokens, as which it counts where decoding them would not restore it.
+    """
     text = str(tokenizer.decode(tokens)) if words is None else words
-    return len(text.encode("utf-8", "replace")) - spelled
+    return len(text.encode("utf-8", "replace")) - sum(special.get(token, 0) for token in tokens)
 
 
 def as_documents(
@@ -423,10 +435,10 @@ def token_documents(
     Args:
         given: the number of first tokens of each row that are only context; None: the start token.
     """
-    documents = []
+    documents, special = [], special_spellings(tokenizer)
     for row, first in zip(rows, itertools.repeat(1) if given is None else map(int, given), strict=False):
         masks = [[at >= first for at in range(len(row))]] if first > 1 else None
-        documents.append(Document([list(row)], bytes_of_text(row[first:], tokenizer), masks))
+        documents.append(Document([list(row)], bytes_of_text(row[first:], tokenizer, special), masks))
     return documents
 
 

@@ -17,7 +17,7 @@ from transformers import SchedulerType, TrainerState, TrainingArguments
 from transformers.trainer_utils import default_compute_objective
 
 from retain.checks import several
-from retain.data.rows import Document, as_documents, bytes_of_text, without_copies
+from retain.data.rows import Document, as_documents, bytes_of_text, special_spellings, without_copies
 from retain.measuring.tokens import (
     Forward,
     batches,
@@ -285,6 +285,7 @@ def new_task_documents(dataset: Any, limit: int, tokenizer: Any) -> list[Documen
     rows: list[Document] = []
     if "input_ids" not in (getattr(dataset, "column_names", None) or ()):
         return rows
+    special = special_spellings(tokenizer)
     for row in itertools.islice(dataset, limit):
         ends = list(itertools.accumulate(row.get("seq_lengths") or [len(row["input_ids"])]))
         for begin, end in itertools.pairwise([0, *ends]):
@@ -292,5 +293,5 @@ def new_task_documents(dataset: Any, limit: int, tokenizer: Any) -> list[Documen
             mask = [False, *(label != -100 for label in labels[1:])]
             predicted = list(itertools.compress(ids, mask))
             if predicted:
-                rows.append(Document([ids], bytes_of_text(predicted, tokenizer), [mask]))
+                rows.append(Document([ids], bytes_of_text(predicted, tokenizer, special), [mask]))
     return without_copies(NEW_TASK_TEXT, rows[:limit], "rows")[0]
